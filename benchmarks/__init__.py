@@ -1,0 +1,1 @@
+"""One script, one question: load clients and side-by-side measurements."""

@@ -1,0 +1,1 @@
+"""What every process shares: configuration, messages, the KV block pool, the model and its engine."""

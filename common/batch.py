@@ -1,0 +1,69 @@
+"""One engine step as plain data: which sequence computes how many tokens, and what it yields.
+
+Schedulers make a `Batch`, the engine fills tensors from it and answers with a `StepOutput`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from .request import SampledToken, Sequence
+
+
+@dataclass(slots=True)
+class BatchRow:
+    """One sequence's part of a step: tokens [start, start + num_scheduled_tokens) of it are fed."""
+
+    seq: Sequence
+    num_scheduled_tokens: int
+
+    @property
+    def start(self) -> int:
+        return self.seq.num_computed_tokens
+
+    @property
+    def end(self) -> int:
+        return self.seq.num_computed_tokens + self.num_scheduled_tokens
+
+    @property
+    def samples(self) -> bool:
+        """The row feeds the last known token, so its logits choose the next one."""
+        return self.seq.samples and self.end == self.seq.num_tokens
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The choices that are sampled from this row's logits."""
+        return self.seq.pending_choices or (self.seq.choice,)
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows with one token (decode) stand first, chunks after them."""
+
+    rows: list[BatchRow]
+    block_copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to), done before the step
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_scheduled_tokens for row in self.rows)
+
+    @property
+    def is_decode(self) -> bool:
+        """Every row feeds one token: what a CUDA graph needs."""
+        return all(row.num_scheduled_tokens == 1 for row in self.rows)
+
+
+class RowOutput(NamedTuple):
+    """What one row yielded: a token for each of `BatchRow.choices`, empty where the row does not sample."""
+
+    tokens: tuple[SampledToken, ...]
+    # Entry i is about prompt token start + i + 1 (given the tokens before it); only where prompt_logprobs was asked.
+    prompt_logprobs: tuple[SampledToken, ...] = ()
+
+
+@dataclass(slots=True)
+class StepOutput:
+    rows: list[RowOutput]  # as Batch.rows
+    step_s: float  # seconds of the whole step
+    num_tokens: int

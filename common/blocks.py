@@ -1,0 +1,195 @@
+"""The KV block pool: reference counts, the prefix cache and quarantine. Pure Python, no device.
+
+A block is in exactly one state:
+
+    free         no holder, no content worth keeping
+    cached       no holder, content known by its hash: a hit, or evicted when free ones run out (LRU)
+    owned        held by ref_count sequences or reservations
+    quarantined  held by nobody, but a remote writer may still write to it: out of use until released
+
+    free + cached + owned + quarantined = num_blocks, after every call (`check`).
+
+Hashes are chained: a block's hash covers every token before it, and the chain starts with the model and
+the tenant's salt, so equal hashes mean equal token prefixes of one tenant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from .errors import CapacityError
+from .request import BlockId
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a page holds. Two workers exchange KV only if their fingerprints are equal."""
+
+    model: str  # digest of the checkpoint
+    num_layers: int
+    num_kv_heads: int  # of the whole model; a rank holds num_kv_heads / tp_size
+    head_dim: int
+    block_size: int  # tokens
+    dtype: str
+    layout: str = "HND"
+
+    def page_bytes(self, tp_size: int = 1) -> int:
+        """Bytes of one block in one layer on one rank: K and V."""
+        heads = self.num_kv_heads // tp_size
+        return 2 * heads * self.block_size * self.head_dim * _ITEM_BYTES[self.dtype]
+
+    def block_bytes(self, tp_size: int = 1) -> int:
+        return self.num_layers * self.page_bytes(tp_size)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=8).hexdigest()
+
+
+def hash_blocks(
+    token_ids: Sequence[int], block_size: int, salt: bytes, known: Sequence[bytes] = ()
+) -> list[bytes]:
+    """Chained hashes of the full blocks of `token_ids`, going on from the `known` leading ones."""
+    hashes = list(known)
+    previous = hashes[-1] if hashes else hashlib.blake2b(salt, digest_size=16, person=b"kvferry-prefix").digest()
+    for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
+        content = array("i", token_ids[start : start + block_size]).tobytes()
+        previous = hashlib.blake2b(content, digest_size=16, key=previous).digest()
+        hashes.append(previous)
+    return hashes
+
+
+class BlockPool:
+    """Hands out block ids. Not thread-safe: its owner holds one lock around scheduler and pool."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._free: list[BlockId] = list(range(num_blocks - 1, -1, -1))  # taken from the end
+        self._cached: OrderedDict[BlockId, None] = OrderedDict()  # least recently used first
+        self._ref_counts = [0] * num_blocks
+        self._hash_of: dict[BlockId, bytes] = {}
+        self._block_of: dict[bytes, BlockId] = {}
+        self._quarantined: set[BlockId] = set()
+        self.num_evictions = 0
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that `allocate` can hand out now: free ones and evictable ones."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_cached_blocks(self) -> int:
+        return len(self._cached)
+
+    @property
+    def num_quarantined_blocks(self) -> int:
+        return len(self._quarantined)
+
+    @property
+    def num_owned_blocks(self) -> int:
+        return self.num_blocks - self.num_free_blocks - len(self._quarantined)
+
+    def ref_count(self, block_id: BlockId) -> int:
+        return self._ref_counts[block_id]
+
+    def hash_of(self, block_id: BlockId) -> bytes | None:
+        return self._hash_of.get(block_id)
+
+    def allocate(self, count: int) -> list[BlockId]:
+        """`count` blocks with one reference each; evicts the least recently used cached ones if it must."""
+        if count > self.num_free_blocks:
+            raise CapacityError(f"need {count} blocks, {self.num_free_blocks} of {self.num_blocks} are free")
+        blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        for block in blocks:
+            assert self._ref_counts[block] == 0, block
+            self._ref_counts[block] = 1
+        return blocks
+
+    def _evict(self) -> BlockId:
+        block, _ = self._cached.popitem(last=False)
+        del self._block_of[self._hash_of.pop(block)]
+        self.num_evictions += 1
+        return block
+
+    def match_prefix(self, hashes: Sequence[bytes]) -> list[BlockId]:
+        """The blocks that hold the longest known prefix of `hashes`. Takes no reference: see `pin`."""
+        blocks: list[BlockId] = []
+        if self.enable_prefix_caching:
+            for value in hashes:
+                block = self._block_of.get(value)
+                if block is None:
+                    break
+                blocks.append(block)
+        return blocks
+
+    def num_evictable(self, blocks: Iterable[BlockId]) -> int:
+        """How many of `blocks` count as free now and would not once pinned."""
+        return sum(block in self._cached for block in blocks)
+
+    def pin(self, blocks: Iterable[BlockId]) -> None:
+        """One more reference to each of `blocks`, which are cached or owned."""
+        for block in blocks:
+            if self._ref_counts[block] == 0:
+                del self._cached[block]
+            self._ref_counts[block] += 1
+
+    def free(self, blocks: Sequence[BlockId]) -> None:
+        """Give back one reference to each of `blocks`, a prefix of some sequence in token order.
+
+        Later blocks become evictable first: a prefix is useless without what stands before it.
+        """
+        for block in reversed(blocks):
+            assert self._ref_counts[block] > 0, f"block {block} freed twice"
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                if block in self._hash_of:
+                    self._cached[block] = None
+                else:
+                    self._free.append(block)
+
+    def publish(self, block_id: BlockId, block_hash: bytes) -> None:
+        """Make a full, owned block known to `match_prefix`. The first block of a hash stays the known one."""
+        assert self._ref_counts[block_id] > 0, block_id
+        if self.enable_prefix_caching and block_hash not in self._block_of and block_id not in self._hash_of:
+            self._block_of[block_hash] = block_id
+            self._hash_of[block_id] = block_hash
+
+    def quarantine(self, blocks: Iterable[BlockId]) -> None:
+        """Take owned, unshared, unpublished blocks out of use: a remote writer may still write to them."""
+        for block in blocks:
+            assert self._ref_counts[block] == 1 and block not in self._hash_of, block
+            self._ref_counts[block] = 0
+            self._quarantined.add(block)
+
+    def release_quarantine(self, blocks: Iterable[BlockId]) -> None:
+        """The writer ended cleanly or is fenced: the blocks are free."""
+        for block in blocks:
+            self._quarantined.remove(block)
+            self._free.append(block)
+
+    def clear_cache(self) -> None:
+        """Forget every cached block that nobody holds."""
+        while self._cached:
+            self._free.append(self._evict())
+
+    def check(self) -> None:
+        """Assert block conservation and the books' agreement with each other."""
+        owned = {b for b in range(self.num_blocks) if self._ref_counts[b] > 0}
+        states = [set(self._free), set(self._cached), owned, self._quarantined]
+        assert sum(len(s) for s in states) == self.num_blocks == len(set().union(*states)), "a block is lost or doubled"
+        assert len(self._free) == len(states[0]), "a block is free twice"
+        assert min(self._ref_counts, default=0) >= 0
+        assert {h: b for b, h in self._hash_of.items()} == self._block_of
+        assert set(self._cached) <= set(self._hash_of)
+        assert not (states[0] | self._quarantined) & set(self._hash_of)

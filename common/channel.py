@@ -1,0 +1,222 @@
+"""Length-prefixed frames over asyncio streams, with an authenticated hello.
+
+    accepting side                 connecting side
+    Challenge(nonce)        ->
+                            <-     Hello(id, nonce, mac)
+    Welcome(id, mac)        ->                              or Refused(reason), and the connection ends
+
+A frame is 4 bytes of length (big endian) and that many bytes. The length is checked before anything is read,
+so a peer can make us hold at most one frame. The shared secret proves who may speak; it does not hide what is
+said: between hosts that do not share a trusted network, run the fabric over a private one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import secrets
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from .errors import ProtocolError, WorkerLost
+from .messages import PROTOCOL_VERSION, Challenge, Decoder, Hello, Message, Refused, Welcome, encode
+
+HELLO_MAX_BYTES = 4096
+HELLO_TIMEOUT_S = 5.0
+DEFAULT_MAX_FRAME_BYTES = 1 << 20
+_MAX_QUEUED_BYTES = 64 << 20  # a peer that reads nothing loses its connection here
+
+_hello_decoder: Decoder[Challenge | Hello | Welcome | Refused] = Decoder(Challenge | Hello | Welcome | Refused)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """host:port of a TCP socket."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        host, _, port = text.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65535:
+            raise ProtocolError(f"{text!r} is not host:port")
+        return cls(host.strip("[]"), int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host == "localhost" or self.host == "::1" or self.host.startswith("127.")
+
+
+class Channel:
+    """One connection after its hello. `send` never waits; `recv` raises WorkerLost when the peer is gone."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer_id: str, max_frame_bytes: int
+    ) -> None:
+        self.peer_id = peer_id
+        self._reader = reader
+        self._writer = writer
+        self._max_frame_bytes = max_frame_bytes
+
+    def send(self, message: Message) -> None:
+        """Queue a message. One that is larger than the peer's bound is our bug and raises at once."""
+        frame = encode(message)
+        if len(frame) > self._max_frame_bytes:
+            raise ProtocolError(f"{type(message).__name__} of {len(frame)} bytes > {self._max_frame_bytes}")
+        if self._writer.is_closing():
+            return  # the reader of this channel learns of the end and acts on it
+        if self._writer.transport.get_write_buffer_size() > _MAX_QUEUED_BYTES:
+            self._writer.transport.abort()
+            return
+        self._writer.write(len(frame).to_bytes(4, "big") + frame)
+
+    async def recv(self) -> bytes:
+        """The next frame, undecoded."""
+        return await _read_frame(self._reader, self._max_frame_bytes, self.peer_id)
+
+    def abort(self) -> None:
+        """End the connection now, unsent frames included."""
+        self._writer.transport.abort()
+
+    async def close(self) -> None:
+        """Send what is queued, then end the connection."""
+        self._writer.close()
+        with contextlib.suppress(OSError, asyncio.CancelledError, TimeoutError):
+            await asyncio.wait_for(self._writer.wait_closed(), 1.0)
+
+
+async def _read_frame(reader: asyncio.StreamReader, max_bytes: int, peer: str) -> bytes:
+    try:
+        size = int.from_bytes(await reader.readexactly(4), "big")
+        if size > max_bytes:
+            raise ProtocolError(f"{peer} announced a frame of {size} bytes, the bound is {max_bytes}")
+        return await reader.readexactly(size)
+    except (asyncio.IncompleteReadError, OSError) as error:
+        raise WorkerLost(f"connection to {peer} ended: {error}") from error
+
+
+def _mac(secret: bytes, label: bytes, first: bytes, second: bytes, peer_id: str) -> bytes:
+    if not secret:
+        return b""
+    text = b"\0".join((label, first.hex().encode(), second.hex().encode(), peer_id.encode()))
+    return hmac.new(secret, text, hashlib.sha256).digest()
+
+
+def _write(writer: asyncio.StreamWriter, message: Message) -> None:
+    frame = encode(message)
+    writer.write(len(frame).to_bytes(4, "big") + frame)
+
+
+def _no_delay(writer: asyncio.StreamWriter) -> None:
+    sock = writer.get_extra_info("socket")
+    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+async def connect(
+    address: Address,
+    own_id: str,
+    *,
+    secret: bytes = b"",
+    timeout_s: float = HELLO_TIMEOUT_S,
+    max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
+) -> Channel:
+    """Open a channel. Raises WorkerLost (not there, or gone) or ProtocolError (refused)."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_connection(address.host, address.port, limit=1 << 20)
+            try:
+                return await _connect_hello(reader, writer, str(address), own_id, secret, max_frame_bytes)
+            except BaseException:
+                writer.transport.abort()
+                raise
+    except (OSError, TimeoutError) as error:
+        raise WorkerLost(f"no connection to {address}: {error or 'timed out'}") from error
+
+
+async def _connect_hello(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    peer: str,
+    own_id: str,
+    secret: bytes,
+    max_frame_bytes: int,
+) -> Channel:
+    _no_delay(writer)
+    challenge = _hello_decoder.decode(await _read_frame(reader, HELLO_MAX_BYTES, peer))
+    if not isinstance(challenge, Challenge):
+        raise ProtocolError(f"{peer} did not begin with a challenge")
+    if challenge.protocol != PROTOCOL_VERSION:
+        raise ProtocolError(f"{peer} speaks protocol {challenge.protocol}, we speak {PROTOCOL_VERSION}")
+    nonce = secrets.token_bytes(16)
+    mac = _mac(secret, b"hello", challenge.nonce, nonce, own_id)
+    _write(writer, Hello(protocol=PROTOCOL_VERSION, id=own_id, nonce=nonce, mac=mac))
+    answer = _hello_decoder.decode(await _read_frame(reader, HELLO_MAX_BYTES, peer))
+    if isinstance(answer, Refused):
+        raise ProtocolError(f"{peer} refused: {answer.reason}")
+    if not isinstance(answer, Welcome) or not hmac.compare_digest(
+        answer.mac, _mac(secret, b"welcome", nonce, challenge.nonce, answer.id)
+    ):
+        raise ProtocolError(f"{peer} did not prove that it knows the shared secret")
+    return Channel(reader, writer, answer.id, max_frame_bytes)
+
+
+async def _accept_hello(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, own_id: str, secret: bytes, max_frame_bytes: int
+) -> Channel:
+    _no_delay(writer)
+    nonce = secrets.token_bytes(16)
+    _write(writer, Challenge(protocol=PROTOCOL_VERSION, nonce=nonce))
+    hello = _hello_decoder.decode(await _read_frame(reader, HELLO_MAX_BYTES, "connecting peer"))
+    if not isinstance(hello, Hello):
+        raise ProtocolError("the peer did not answer the challenge")
+    if hello.protocol != PROTOCOL_VERSION:
+        reason = f"protocol {hello.protocol} is not ours ({PROTOCOL_VERSION})"
+    elif not hmac.compare_digest(hello.mac, _mac(secret, b"hello", nonce, hello.nonce, hello.id)):
+        reason = "wrong or missing shared secret (--secret-file or KVFERRY_SECRET)"
+    else:
+        _write(writer, Welcome(id=own_id, mac=_mac(secret, b"welcome", hello.nonce, nonce, own_id)))
+        return Channel(reader, writer, hello.id, max_frame_bytes)
+    _write(writer, Refused(reason=reason))
+    await writer.drain()
+    raise ProtocolError(f"{hello.id} refused: {reason}")
+
+
+async def serve(
+    address: Address,
+    own_id: str,
+    on_channel: Callable[[Channel], Awaitable[None]],
+    *,
+    secret: bytes = b"",
+    max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
+    on_refused: Callable[[str], None] = lambda reason: None,
+) -> asyncio.Server:
+    """Accept channels; `on_channel` runs for each until it returns or raises, then the connection ends."""
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                channel = await _accept_hello(reader, writer, own_id, secret, max_frame_bytes)
+            await on_channel(channel)
+        except (ProtocolError, TimeoutError) as error:
+            on_refused(str(error) or "hello timed out")
+        except WorkerLost:
+            pass  # whoever read the channel has acted on it
+        except asyncio.CancelledError:
+            pass  # the server is closing
+        finally:
+            writer.close()
+
+    return await asyncio.start_server(accept, address.host, address.port, limit=1 << 20)
+
+
+def server_address(server: asyncio.Server, host: str) -> Address:
+    """Where a server that was started on port 0 listens."""
+    return Address(host, server.sockets[0].getsockname()[1])

@@ -1,0 +1,51 @@
+"""Time is passed in: the only module that reads the system's clock.
+
+Deadlines and leases count on CLOCK_BOOTTIME, which goes on while a machine is suspended; no wall clock
+and no deadline crosses the wire, durations only.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """A source of seconds that only grows. Values of two clocks are never compared."""
+
+    def now(self) -> float:
+        """Seconds since an arbitrary start."""
+        ...
+
+
+class SystemClock:
+    """Seconds since boot, suspended time included (Linux), else the monotonic clock."""
+
+    __slots__ = ("_clock_id",)
+
+    def __init__(self) -> None:
+        self._clock_id: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+    def now(self) -> float:
+        return time.clock_gettime(self._clock_id)
+
+
+class FakeClock:
+    """A clock that tests and simulations move by hand."""
+
+    __slots__ = ("_now",)
+
+    def __init__(self, now: float = 0.0) -> None:
+        self._now = now
+
+    def now(self) -> float:
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        assert seconds >= 0, seconds
+        self._now += seconds
+
+
+def wall_time_s() -> int:
+    """Seconds since 1970, for the `created` field of API answers only."""
+    return int(time.time())

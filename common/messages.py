@@ -1,0 +1,410 @@
+"""Every message that crosses a process border, typed and bounded. MessagePack by msgspec; no pickle anywhere.
+
+    router <-> worker          WorkerHello/Welcome, WorkerStatus, ReserveKV ... StepTokens   (`RouterToWorker`, `WorkerToRouter`)
+    prefill -> decode control  KVOpen, KVRenew, KVClosed; answers KVOpened ... KVDone         (`PrefillToDecode`, `DecodeToPrefill`)
+    prefill -> decode, with the data (a notification of the transfer agent)                   KVArrived
+
+Durations only, never points in time. A message is about one (request, attempt), one grant or one open; the
+receiver drops what names another. The life of a handoff is told in `transfer/sender.py` and `receiver.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Generic, TypeVar
+
+import msgspec
+
+from .blocks import KVCacheSpec
+from .errors import ProtocolError
+from .request import RequestSpec, SampledToken
+
+PROTOCOL_VERSION = 1
+
+Name = Annotated[str, msgspec.Meta(max_length=256)]
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Nonce = Annotated[bytes, msgspec.Meta(max_length=64)]
+U64 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # random or an address; msgspec bounds are signed
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag=True):
+    """Base of the wire messages; the type's name is the tag."""
+
+
+# --- hello: both sides prove that they know the shared secret before anything else is decoded -----------
+
+
+class Challenge(Message):
+    """Accepting side, first frame of a connection."""
+
+    protocol: int
+    nonce: Nonce
+
+
+class Hello(Message):
+    """Connecting side. `mac` = HMAC-SHA256(secret, "hello" + the challenge's nonce + this nonce + id); empty without a secret."""
+
+    protocol: int
+    id: Name  # worker id, or a router's id
+    nonce: Nonce
+    mac: Nonce
+
+
+class Welcome(Message):
+    """Accepting side: `mac` = HMAC-SHA256(secret, "welcome" + the hello's nonce + the challenge's nonce + id)."""
+
+    id: Name
+    mac: Nonce
+
+
+class Refused(Message):
+    """Accepting side: no. The text says both values that do not fit."""
+
+    reason: Text
+
+
+# --- worker -> router: who I am, how I am -----------------------------------------------------------------
+
+
+class WorkerHello(Message):
+    """First message of a worker's session with a router."""
+
+    worker_id: Name
+    role: Name  # "prefill" | "decode"
+    incarnation: U64
+    version: Name
+    model: Name  # the served model's name
+    spec: KVCacheSpec
+    tp_size: Count
+    num_blocks: Count
+    max_model_len: Count
+    max_num_seqs: Count
+    max_num_batched_tokens: Count
+    kv_address: Name  # host:port of the handoff's control socket (decode workers; "" if none)
+    pid: Count
+    transport: Name
+
+
+class WorkerStatus(Message):
+    """Heartbeat, ten times a second while there is work, once a second when idle."""
+
+    seq: Count
+    state: Name  # "starting" | "ready" | "draining"
+    num_running: Count
+    num_waiting: Count
+    waiting_tokens: Count  # prompt tokens not computed yet
+    num_free_blocks: Count
+    num_cached_blocks: Count
+    num_granted_blocks: Count
+    num_quarantined_blocks: Count
+    num_blocks: Count
+    steps: Count  # finished engine steps since start: stands still while work waits = hung
+    busy_for_s: float  # how long the running step has taken so far; 0 when idle
+    step_s: float = 0.0  # of the last step
+    step_tokens: Count = 0
+    num_preemptions: Count = 0
+    prefix_queries: Count = 0  # tokens looked up, since start
+    prefix_hits: Count = 0  # tokens found
+    transfer_bytes: Count = 0  # written (prefill) since start
+    transfer_failures: Count = 0
+    stale_messages: Count = 0  # messages about ended grants, opens or attempts, dropped
+
+
+# --- router -> worker -------------------------------------------------------------------------------------
+
+
+class RegionInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One rank's registered KV allocation, as another process must know it to write into it."""
+
+    rank: Count
+    tp_size: Count
+    agent: Name  # worker_id.incarnation.generation.rank: never reused
+    generation: Count
+    agent_metadata: Annotated[bytes, msgspec.Meta(max_length=65536)]
+    base_addr: U64
+    num_blocks: Count
+    page_bytes: Count
+    device: Name  # "DRAM" | "VRAM"
+    device_id: Count
+    transport: Name  # backend's name: both sides use the same
+
+
+class GrantId(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    worker_id: Name
+    incarnation: U64
+    epoch: Count  # from 1, never reused within an incarnation
+
+
+class GrantInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The decode worker's promise of blocks. It lets a prefill worker *ask* (KVOpen); only the open lets it write."""
+
+    grant_id: GrantId
+    spec: KVCacheSpec
+    kv_address: Name
+    block_ids: tuple[Count, ...]  # destinations, in token order from num_computed_tokens on; rank-independent
+    num_tokens: Count  # prompt tokens that the decode worker will have when all has arrived
+    num_computed_tokens: Count  # whole blocks that it holds already: not to be shipped
+    ranks: tuple[RegionInfo, ...]
+    open_within_s: float
+    mac: Nonce  # minted by the decode worker, checked at KVOpen
+
+
+class ReserveKV(Message):
+    """To a decode worker: room for this request's prompt (and its choices' first block)."""
+
+    spec: RequestSpec
+    max_local_tokens: Count = 0  # at most so many uncached tokens: answer NoCapacity("held") and run it locally
+
+
+class LocalTask(Message):
+    """To a decode worker: compute the prompt yourself. Replaces a reservation of the same request."""
+
+    spec: RequestSpec
+
+
+class PrefillTask(Message):
+    """To a prefill worker: compute the prompt, ship it under the grant, sample the first tokens."""
+
+    spec: RequestSpec
+    grant: GrantInfo
+    sample: bool = True  # False when resuming: ship the prompt's KV alone
+
+
+class Abort(Message):
+    """To both workers. Idempotent; a decode worker answers HandoffDone or HandoffFailed where it had a handoff."""
+
+    request_id: Name
+    attempt: Count
+    unless_arrived: bool = False  # decode: keep the request if its KV has arrived
+    choices: tuple[int, ...] = ()  # empty: the whole request; else only these choices end (a stop string was found)
+
+
+class LiveRequests(Message):
+    """First message of a re-opened session: every other request of this router is aborted."""
+
+    live: tuple[tuple[str, int], ...]
+
+
+class Drain(Message):
+    """No new work; end what was started, then exit."""
+
+    deadline_s: float
+
+
+# --- worker -> router -------------------------------------------------------------------------------------
+
+
+class Grant(Message):
+    request_id: Name
+    attempt: Count
+    grant: GrantInfo
+
+
+class NoCapacity(Message):
+    """`reason`: blocks, growth, never_fits, fenced_peer, draining, stale, held."""
+
+    request_id: Name
+    attempt: Count
+    reason: Name
+    num_free_blocks: Count = 0
+    num_cached_tokens: Count = 0
+    retry_after_s: float = 0.05
+
+
+class TaskRefused(Message):
+    """Prefill or decode worker: this task was not begun. `reason`: blocks, never_fits, draining, incompatible, stale."""
+
+    request_id: Name
+    attempt: Count
+    reason: Name
+    detail: Text = ""
+
+
+class HandoffDone(Message):
+    """The decode worker has all of the KV: the prefill worker's part in the request is over."""
+
+    request_id: Name
+    attempt: Count
+    num_bytes: Count = 0
+
+
+class HandoffFailed(Message):
+    """`blame`: peer, link, self, expired, abort, ended, unknown. `worker_id` names the peer that failed."""
+
+    request_id: Name
+    attempt: Count
+    reason: Text
+    blame: Name
+    worker_id: Name = ""
+
+
+class ChoiceTokens(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """New tokens of one choice: indices first_index, first_index + 1, ... of its output."""
+
+    choice: Count
+    first_index: Count
+    tokens: tuple[SampledToken, ...]
+    finish: str | None = None  # FinishReason; tokens end with it
+
+
+class FirstToken(Message):
+    """From the prefill worker (or a decode worker's local prefill never: it sends StepTokens)."""
+
+    request_id: Name
+    attempt: Count
+    choices: tuple[ChoiceTokens, ...]
+    num_cached_tokens: Count
+    prefill_s: float  # from the first chunk's start to the first token
+    queue_s: float  # from the task's receipt to the first chunk's start
+
+
+class PromptLogprobs(Message):
+    """Entry i is about prompt token `start` + i, given the tokens before it. Sent before the first token."""
+
+    request_id: Name
+    attempt: Count
+    start: Count
+    tokens: tuple[SampledToken, ...]
+
+
+class RequestTokens(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    request_id: Name
+    attempt: Count
+    choices: tuple[ChoiceTokens, ...]
+    num_cached_tokens: Count = 0
+
+
+class StepTokens(Message):
+    """Everything that one step of a decode worker yielded for one router."""
+
+    updates: tuple[RequestTokens, ...]
+
+
+class TransferReport(Message):
+    """From the prefill worker when a shipment ended: what crossed and what of it was exposed after the last layer."""
+
+    request_id: Name
+    attempt: Count
+    decode_worker: Name
+    num_bytes: Count
+    num_blocks: Count
+    transfer_s: float  # first post to last handle done
+    exposed_s: float  # last layer computed to last handle done
+    clean: bool
+
+
+class WorkerFailure(Message):
+    """A request that a worker could not run for a reason of its own."""
+
+    request_id: Name
+    attempt: Count
+    reason: Text
+
+
+# --- prefill <-> decode, control socket ---------------------------------------------------------------------
+
+
+class KVOpen(Message):
+    grant_id: GrantId
+    open_id: U64
+    mac: Nonce
+    worker_id: Name
+    incarnation: U64
+    spec: KVCacheSpec
+    version: Name
+    transport: Name
+    tp_size: Count  # source ranks 0 .. tp_size - 1
+
+
+class KVOpened(Message):
+    grant_id: GrantId
+    open_id: U64
+    lease_s: float
+    generation: Count
+
+
+class KVRefused(Message):
+    grant_id: GrantId
+    open_id: U64
+    reason: Text
+
+
+class KVRenew(Message):
+    opens: tuple[tuple[GrantId, U64], ...]
+
+
+class KVRenewed(Message):
+    """For each of KVRenew: the lease in seconds, or 0 where it is gone."""
+
+    opens: tuple[tuple[GrantId, U64, float], ...]
+
+
+class KVClosed(Message):
+    grant_id: GrantId
+    open_id: U64
+    source_rank: Count
+    clean: bool  # False: what was posted may still land
+    reason: Text = ""
+
+
+class CancelKV(Message):
+    grant_id: GrantId
+    open_id: U64
+
+
+class KVDone(Message):
+    grant_id: GrantId
+    open_id: U64
+
+
+class KVArrived(Message):
+    """Notification of the transfer agent, one from each source rank to each decode rank that it writes to."""
+
+    grant_id: GrantId
+    open_id: U64
+    source_rank: Count
+    num_tokens: Count
+    first_tokens: tuple[ChoiceTokens, ...] = ()  # from source rank 0
+    checksum: bytes = b""
+
+
+RouterToWorker = Welcome | Refused | ReserveKV | LocalTask | PrefillTask | Abort | LiveRequests | Drain
+WorkerToRouter = (
+    WorkerHello
+    | WorkerStatus
+    | Grant
+    | NoCapacity
+    | TaskRefused
+    | HandoffDone
+    | HandoffFailed
+    | FirstToken
+    | PromptLogprobs
+    | StepTokens
+    | TransferReport
+    | WorkerFailure
+)
+PrefillToDecode = KVOpen | KVRenew | KVClosed
+DecodeToPrefill = KVOpened | KVRefused | KVRenewed | CancelKV | KVDone
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+T = TypeVar("T", bound=Message)
+
+
+class Decoder(Generic[T]):
+    """Decodes frames into one closed union of messages; anything else is a ProtocolError."""
+
+    def __init__(self, union: object) -> None:
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)  # type: ignore[arg-type]  # a union is a type form
+
+    def decode(self, frame: bytes) -> T:
+        try:
+            return self._decoder.decode(frame)
+        except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
+            raise ProtocolError(f"frame of {len(frame)} bytes refused: {error}") from error
+

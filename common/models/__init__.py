@@ -1,0 +1,1 @@
+"""Model code of the Llama family, driven by `config.json`."""

@@ -1,0 +1,166 @@
+"""What is asked (`SamplingParams`, `RequestSpec`) and the token state of one answer (`Sequence`).
+
+A *request* is one client call for one prompt; it has `n` *choices*. A worker holds one `Sequence` for each
+choice that it runs, except while the prompt is computed: then choice 0 stands for all of them, and the rest
+are forked from it when the prompt's last token has been sampled.
+
+This module knows neither blocks on a device nor the network.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated, NewType
+
+import msgspec
+
+RequestId = NewType("RequestId", str)
+WorkerId = NewType("WorkerId", str)
+BlockId = int
+
+MAX_CHOICES = 16
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # eos, a stop token or a stop string
+    LENGTH = "length"  # max_tokens or the model's length
+    ABORT = "abort"  # the client left or an operator ended it
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the tokens of one request are chosen and when they end. Stop *strings* are the router's."""
+
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; k: the chosen token's and the k best
+    prompt_logprobs: int | None = None
+    seed: int = 0  # the router draws one where the client gives none
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+class RequestSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One attempt at a request as the router sends it to workers."""
+
+    request_id: str
+    attempt: Annotated[int, msgspec.Meta(ge=0)]
+    prompt: bytes  # token ids, int32 little endian
+    sampling: SamplingParams
+    choices: tuple[int, ...] = (0,)  # those that still run
+    outputs: tuple[bytes, ...] = ()  # accepted tokens for each of `choices` (resume); empty: none
+    cache_salt: bytes = b""
+    priority: int = 0  # lower runs first
+    arrival: int = 0  # the router's counter: orders requests of one priority
+    remaining_s: float | None = None  # until the request's deadline
+
+    def prompt_token_ids(self) -> list[int]:
+        return unpack_ids(self.prompt)
+
+    def output_token_ids(self, index: int) -> list[int]:
+        """Accepted tokens of the choice at `index` of `choices`."""
+        return unpack_ids(self.outputs[index]) if self.outputs else []
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt) // 4
+
+    @property
+    def is_resume(self) -> bool:
+        return any(self.outputs)
+
+
+def pack_ids(token_ids: list[int]) -> bytes:
+    return array("i", token_ids).tobytes()
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    ids = array("i")
+    ids.frombytes(data)
+    return ids.tolist()
+
+
+class SampledToken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One sampled token; `logprob` and `top` (best first) only where logprobs were asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The token state of one choice on one worker."""
+
+    request_id: RequestId
+    attempt: int
+    choice: int
+    token_ids: list[int]  # prompt, then output
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    cache_salt: bytes = b""
+    priority: int = 0
+    arrival: int = 0
+    pending_choices: tuple[int, ...] = ()  # choices forked from this one when its prompt is done
+    pending_outputs: tuple[tuple[int, ...], ...] = ()  # their accepted tokens (resume)
+    samples: bool = True  # False: the prompt is computed for its KV alone (resume through prefill)
+    num_computed_tokens: int = 0  # tokens whose KV exists in block_table
+    num_cached_tokens: int = 0  # of these, how many came from the prefix cache
+    block_table: list[BlockId] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks hashed so far
+    num_published_blocks: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def age_key(self) -> tuple[int, int, str, int]:
+        """Total order: the smallest is served first and preempted last."""
+        return (self.priority, self.arrival, self.request_id, self.choice)
+
+
+def finish_reason(
+    sampling: SamplingParams,
+    token_id: int,
+    *,
+    num_output_tokens: int,
+    num_tokens: int,
+    eos_token_ids: frozenset[int],
+    max_model_len: int,
+) -> FinishReason | None:
+    """Does the answer end with `token_id`, its latest token? Counts include that token."""
+    if num_output_tokens >= sampling.min_tokens:
+        if token_id in eos_token_ids and not sampling.ignore_eos:
+            return FinishReason.STOP
+        if token_id in sampling.stop_token_ids:
+            return FinishReason.STOP
+    if num_output_tokens >= sampling.max_tokens or num_tokens >= max_model_len:
+        return FinishReason.LENGTH
+    return None

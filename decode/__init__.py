@@ -1,0 +1,1 @@
+"""The decode role: reservations and arrivals in, tokens out."""

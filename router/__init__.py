@@ -1,0 +1,1 @@
+"""The router: HTTP API, central queue, placement and the state of every stream."""

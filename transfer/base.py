@@ -1,0 +1,84 @@
+"""What a transport must do: one-sided writes of pages into another process's registered KV allocation.
+
+The shape is NIXL's: register once, exchange metadata, write, poll, notify. A *page* is one block in one layer on
+one rank; its index is `layer * num_blocks + block`. Where both sides have the same tensor-parallel size a page is
+one run of bytes (one `Piece`); else a head range is two runs, one in K and one in V.
+
+A backend moves bytes and nothing else: rights, leases and reuse of blocks are the sender's and the receiver's.
+A backend is used by one thread at a time (the transfer thread), except `register` and `close`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ..common.messages import RegionInfo
+
+
+class TransferState(Enum):
+    PENDING = "pending"
+    DONE = "done"  # the bytes are in the target's memory, the notification is on its way
+    FAILED = "failed"  # they may still land
+
+
+class Piece(NamedTuple):
+    """A run of bytes inside a page: where it stands in our page and in theirs."""
+
+    local_offset: int
+    remote_offset: int
+    num_bytes: int
+
+
+class TransferHandle(Protocol):
+    """A write under way; `release` it when it has ended."""
+
+    num_bytes: int
+
+
+class TransferBackend(Protocol):
+    """One agent of one rank. Its name is never reused: `worker_id.incarnation.generation.rank`."""
+
+    name: str  # "nixl", "ucx", "local"
+    agent: str
+
+    def register(self, pages: torch.Tensor, *, rank: int, tp_size: int, generation: int) -> RegionInfo:
+        """Register the allocation [layers, blocks, 2, heads, block_size, head_dim] and describe it for peers."""
+        ...
+
+    def connect(self, remote: RegionInfo, pieces: tuple[Piece, ...]) -> None:
+        """Make `remote` writable under its agent's name. Again with the same agent: nothing to do."""
+        ...
+
+    def write(
+        self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int], notify: bytes = b""
+    ) -> TransferHandle:
+        """Post a write of local pages onto remote pages, pairwise. Raises TransferError naming the peer."""
+        ...
+
+    def poll(self, handle: TransferHandle) -> TransferState:
+        """Progress and state; never blocks, never raises for a failed peer."""
+        ...
+
+    def release(self, handle: TransferHandle) -> None:
+        """Forget a handle that is DONE or FAILED. Idempotent."""
+        ...
+
+    def notify(self, agent: str, payload: bytes) -> None:
+        """Send `payload` to a connected peer. No order holds against writes. Raises TransferError."""
+        ...
+
+    def notifications(self) -> list[tuple[str, bytes]]:
+        """Progress, and the (agent, payload) pairs that have come since the last call."""
+        ...
+
+    def disconnect(self, agent: str) -> None:
+        """Forget a peer. This does not stop writes that were posted."""
+        ...
+
+    def close(self) -> None:
+        """Destroy the agent and release the registration. Idempotent."""
+        ...
