@@ -1,0 +1,120 @@
+"""What is declared is what is there: packages, dependencies, and the files of the wheel."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvferry
+
+ROOT = Path(kvferry.__file__).resolve().parent
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FOLDERS = ("common", "transfer", "prefill", "decode", "router", "benchmarks")
+
+# Where the name of the import says nothing of the distribution.
+DISTRIBUTION_OF = {"yaml": "pyyaml", "flashinfer": "flashinfer-python", "ucxx": "ucxx-cu12"}
+# Loaded by name, not by an import statement: uvicorn's event loop and parser; whichever wheel has NIXL.
+LOADED_BY_NAME = {"uvloop", "httptools", "nixl-cu12"}
+# They come with something that is declared, as part of its interface.
+COMES_WITH = {"starlette": "fastapi", "click": "typer", "pydantic-core": "pydantic", "anyio": "fastapi"}
+
+
+def normalized(requirement: str) -> str:
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert match is not None, requirement
+    return re.sub(r"[-_.]+", "-", match[0]).lower()
+
+
+def declared(*extras: str) -> set[str]:
+    project = PROJECT["project"]
+    groups = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
+    return {normalized(requirement) for group in groups for requirement in group}
+
+
+def imported(*folders: str) -> set[str]:
+    """Distributions of the third-party modules that these folders (and the root) import anywhere."""
+    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    names: set[str] = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names.add(node.module.partition(".")[0])
+    foreign = names - set(sys.stdlib_module_names) - {"kvferry"}
+    return {DISTRIBUTION_OF.get(name, re.sub(r"[-_.]+", "-", name).lower()) for name in foreign}
+
+
+def test_every_import_is_declared() -> None:
+    used = {COMES_WITH.get(name, name) for name in imported(*FOLDERS)}
+    assert used - declared("ray", "ucx", "gpu") == set()
+
+
+def test_every_dependency_is_used() -> None:
+    used = {COMES_WITH.get(name, name) for name in imported(*FOLDERS)} | LOADED_BY_NAME
+    assert declared("ray", "ucx", "gpu") - used == set()
+
+
+def test_packages_are_the_folders_with_an_init() -> None:
+    found = {"kvferry"}
+    for folder in FOLDERS:
+        inits = (ROOT / folder).rglob("__init__.py")
+        found |= {".".join(["kvferry", *init.parent.relative_to(ROOT).parts]) for init in inits}
+        with_code = {path.parent for path in (ROOT / folder).rglob("*.py")}
+        assert all((directory / "__init__.py").is_file() for directory in with_code), folder
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
+
+
+def test_constraints_pin_only_what_is_declared() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {normalized(line) for line in lines if line and not line.startswith("#")}
+    assert pins <= declared("ray", "ucx", "gpu", "dev")
+    assert "torch==2.13.0" in lines
+
+
+def test_installed_version_is_the_packages() -> None:
+    assert importlib.metadata.version("kvferry") == kvferry.__version__
+
+
+def copy_of_checkout(target: Path) -> Path:
+    """The files that are, or would be, under version control: building leaves its traces there, not here."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in files:
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, target / name)
+    return target
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_hold_the_product_and_nothing_else(tmp_path: Path) -> None:
+    tree = copy_of_checkout(tmp_path / "tree")
+    build = (
+        f"from setuptools import build_meta as b; b.build_wheel({str(tmp_path)!r}); b.build_sdist({str(tmp_path)!r})"
+    )
+    arguments = [sys.executable, "-W", "ignore", "-c", build]
+    result = subprocess.run(arguments, cwd=tree, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    [wheel] = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    product = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+    expected = {f"kvferry/{path.relative_to(ROOT).as_posix()}" for path in product}
+    expected |= {f"kvferry/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} | {"kvferry/py.typed"}
+    expected |= {f"kvferry/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "common").rglob("*.cpp")}
+    assert names == expected
+    [sdist] = tmp_path.glob("kvferry-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert {name.removeprefix("kvferry/") for name in expected} <= packed
