@@ -5,15 +5,25 @@ A YAML key is the flag's name with underscores; `KVFERRY_` + upper case is its e
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from .errors import ConfigError
+
+SECRET_VARIABLE = "KVFERRY_SECRET"
+API_KEY_VARIABLE = "KVFERRY_API_KEY"
+CACHE_VARIABLE = "KVFERRY_CACHE"  # where `default_model` keeps what it made
+
 Dtype = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 Attention = Literal["auto", "flashinfer", "cpu"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+TransferName = Literal["nixl", "ucx"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class Settings(BaseModel):
@@ -46,7 +56,7 @@ class EngineConfig(Settings):
 class TransferConfig(Settings):
     """How KV moves, and the handoff's times (seconds). Lease arithmetic: transfer/sender.py."""
 
-    backend: Literal["nixl", "ucx"] = "nixl"
+    backend: TransferName = "nixl"
     lease_s: float = Field(3.0, gt=0)
     renew_every_s: float = Field(1.0, gt=0)
     open_within_s: float = Field(2.0, gt=0)
@@ -63,7 +73,7 @@ class WorkerConfig(Settings):
     routers: tuple[str, ...]  # host:port of each router's control socket
     host: str = "127.0.0.1"  # where this worker's handoff socket listens
     port: int = 0  # 0: any free port
-    log_level: str = "info"
+    log_level: LogLevel = "info"
 
 
 class RouterConfig(Settings):
@@ -80,7 +90,26 @@ class RouterConfig(Settings):
     api_keys: tuple[str, ...] = ()
     local_prefill: bool = True  # False (--no-local-prefill): a prompt is never computed on a decode worker
     max_local_prefill_tokens: int = Field(0, ge=0)
+    expect_prefill: bool = True  # False: no prefill pool is configured (colocated), decode workers compute prompts
     max_queue: PositiveInt = 4096  # requests waiting in the router
     max_attempts: PositiveInt = 5
     seed: int = 0
-    log_level: str = "info"
+    log_level: LogLevel = "info"
+
+
+def environment() -> dict[str, str]:
+    """A copy of the process's environment: nothing else reads it."""
+    return dict(os.environ)
+
+
+def shared_secret(secret_file: Path | None, env: Mapping[str, str]) -> bytes:
+    """What router and workers prove to each other that they know; empty where none is set."""
+    if secret_file is None:
+        return env.get(SECRET_VARIABLE, "").encode()
+    try:
+        secret = secret_file.read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"secret_file: cannot read {secret_file}: {error.strerror}") from error
+    if len(secret) < 16:
+        raise ConfigError(f"secret_file: {secret_file} holds {len(secret)} bytes; a secret has at least 16")
+    return secret

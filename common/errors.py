@@ -1,12 +1,12 @@
 """The exception tree: one branch for each party that can act on the error.
 
-    KVFerryError
-    ├── ConfigError            the operator: a flag, a file, a missing extra (exit code 2)
-    ├── RequestError           the client: 4xx, names the parameter
-    ├── CapacityError          try again later: 429 or 503 with Retry-After
-    ├── ProtocolError          a peer sent what no correct peer sends; its connection ends
-    ├── TransferError          moving KV failed: names the peer
-    └── WorkerLost             a worker's connection ended or it hangs
+KVFerryError
+├── ConfigError            the operator: a flag, a file, a missing extra (exit code 2)
+├── RequestError           the client: 4xx, names the parameter
+├── CapacityError          try again later: 429 or 503 with Retry-After
+├── ProtocolError          a peer sent what no correct peer sends; its connection ends
+├── TransferError          moving KV failed: names the peer
+└── WorkerLost             a worker's connection ended or it hangs
 """
 
 from __future__ import annotations

@@ -1,0 +1,87 @@
+"""A socket pair between the launcher and each child: the child reports over it, and dies when it closes.
+
+    child    ready | beat | progress | failed   ->   launcher
+    launcher ends, in whatever way              ->   end of file: the child's process ends at once
+
+One packet is one event, a JSON object whose "event" says what it is. A kernel closes the sockets of a process that
+got SIGKILL too, so no child outlives its launcher. Events are small and few; one that does not fit is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Mapping
+
+MAX_EVENT_BYTES = 16384
+_LOST_EXIT_CODE = 70
+
+Event = Mapping[str, object]
+
+
+def lifeline_pair() -> tuple[socket.socket, socket.socket]:
+    """The launcher's end (non-blocking) and the child's, whose descriptor the child inherits."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    return ours, theirs
+
+
+def decode_event(packet: bytes) -> dict[str, object] | None:
+    """The event in a packet, None if it is none."""
+    try:
+        event = json.loads(packet)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+
+
+class Lifeline:
+    """The child's end. Thread-safe; no method blocks or raises for a launcher that is gone."""
+
+    def __init__(self, sock: socket.socket, *, on_lost: Callable[[], None] | None = None) -> None:
+        """`on_lost` runs on a thread of its own when the launcher has ended; by default it ends the process."""
+        self._sock = sock
+        self._on_lost = on_lost or _end_process
+        threading.Thread(target=self._wait_for_end, name="lifeline", daemon=True).start()
+
+    @classmethod
+    def from_fd(cls, fd: int) -> Lifeline:
+        os.set_inheritable(fd, False)  # a grandchild that held it would hide our end from the launcher
+        return cls(socket.socket(fileno=fd))
+
+    def send(self, event: Event) -> None:
+        packet = json.dumps(event, default=str).encode()
+        if len(packet) > MAX_EVENT_BYTES:
+            packet = json.dumps({"event": event["event"], "error": str(event.get("error", ""))[:4096]}).encode()
+        with contextlib.suppress(OSError):  # full: the launcher is stopped; closed: the thread below acts
+            self._sock.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+    def ready(self, **details: object) -> None:
+        """The process serves. From here on it must beat."""
+        self.send({"event": "ready", **details})
+
+    def beat(self) -> None:
+        self.send({"event": "beat"})
+
+    def progress(self, what: str, fraction: float) -> None:
+        self.send({"event": "progress", "what": what, "fraction": fraction})
+
+    def failed(self, error: str) -> None:
+        """The process ends because of `error`, which a restart would meet again."""
+        self.send({"event": "failed", "error": error})
+
+    def _wait_for_end(self) -> None:
+        with self._sock, contextlib.suppress(OSError):
+            while self._sock.recv(MAX_EVENT_BYTES):
+                pass  # the launcher says nothing yet
+        self._on_lost()
+
+
+def _end_process() -> None:
+    if os.getpgid(0) == os.getpid():  # as the launcher starts us: what we started goes too
+        os.killpg(0, signal.SIGKILL)
+    os._exit(_LOST_EXIT_CODE)

@@ -1,0 +1,180 @@
+"""What an operator can set: every flag, environment variable and YAML key of kvferry, declared once.
+
+A field is a YAML key; `KVFERRY_` + upper case is its environment variable; `--` + dashes is its flag, where a
+command has one. A pool's own values stand under `prefill:` and `decode:`. One file serves every command of a cluster:
+each takes what concerns it. Where a value came from and how layers are merged is `settings`' business.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+
+from .config import Attention, Device, Dtype, LoadFormat, LogLevel, Settings, TransferName
+
+ENV_PREFIX = "KVFERRY_"
+
+SERVE = ("serve",)
+ROUTER = ("router",)
+WORKERS = ("prefill", "decode")
+ENGINES = SERVE + WORKERS
+FRONTS = SERVE + ROUTER
+ALL = SERVE + ROUTER + WORKERS
+
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS |= {_letter: 1000**_power, _letter.upper(): 1024**_power}  # as vLLM reads them: 1k = 1000, 1K = 1024
+    _UNITS |= {f"{_letter.upper()}iB": 1024**_power, f"{_letter.upper()}B": 1000**_power}
+
+
+def parse_number(value: object) -> object:
+    """`32K`, `1.5k` and `2GiB` as whole numbers; what is no such text goes on to pydantic as it is."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
+    if match is None or match[2] not in _UNITS:
+        return value
+    number = float(match[1]) * _UNITS[match[2]]
+    return int(number) if number.is_integer() else value
+
+
+def _split(value: object) -> object:
+    """`a,b` (from the environment) and a lone value (from YAML) as a list."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Count = Annotated[PositiveInt, BeforeValidator(parse_number)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How a setting shows on the command line: its group, its help (of a switch: what --no- does), who takes it."""
+
+    panel: str
+    help: str
+    on: tuple[str, ...]
+    flag: str = ""  # where it is not the field's name
+
+
+class PoolSettings(Settings):
+    """One pool: how many workers, and what they do not share with the other pool."""
+
+    workers: Annotated[int, Field(ge=0)] = 1
+    tensor_parallel_size: PositiveInt | None = None
+    max_num_seqs: Count | None = None
+    max_num_batched_tokens: Count | None = None
+    gpu_memory_utilization: Share | None = None
+    kv_cache_memory_bytes: Count | None = None
+    enable_prefix_caching: bool | None = None
+    attention_backend: Attention | None = None
+
+    def overrides(self) -> dict[str, object]:
+        return self.model_dump(exclude_none=True, exclude={"workers"})
+
+
+class ServeSettings(Settings):
+    """All settings of a deployment, checked against each other."""
+
+    model: Annotated[
+        str | None,
+        Option("Model", "Directory in Hugging Face's layout or name on its hub. Without one: the built-in model.", ALL),
+    ] = None
+    revision: Annotated[str | None, Option("Model", "Branch, tag or commit on the hub.", ALL)] = None
+    served_model_name: Annotated[str | None, Option("Model", "The model's name in the API.", ALL)] = None
+    max_model_len: Annotated[
+        Count | None, Option("Model", "Longest prompt plus answer, in tokens. Default: the model's.", ALL)
+    ] = None
+    dtype: Annotated[Dtype, Option("Model", "Type of weights and KV; auto: the checkpoint's.", ENGINES)] = "auto"
+    load_format: Annotated[LoadFormat, Option("Model", "dummy: random weights.", ENGINES)] = "auto"
+    chat_template: Annotated[Path | None, Option("Model", "Jinja file instead of the model's own.", FRONTS)] = None
+    seed: Annotated[int, Option("Model", "Seed of dummy weights and of requests without one.", ALL)] = 0
+
+    host: Annotated[str, Option("HTTP", "Address of the API.", FRONTS)] = "127.0.0.1"
+    port: Annotated[Port, Option("HTTP", "Port of the API; 0: any free one.", FRONTS)] = 8000
+    api_key: Annotated[Texts, Option("HTTP", "Key that clients must send; repeatable.", FRONTS)] = ()
+
+    prefill: Annotated[PoolSettings, Option("Pools", "Prefill workers; 0: decode workers do both.", FRONTS)] = (
+        PoolSettings()
+    )
+    decode: Annotated[PoolSettings, Option("Pools", "Decode workers.", SERVE)] = PoolSettings()
+    max_local_prefill_tokens: Annotated[
+        Annotated[int, BeforeValidator(parse_number), Field(ge=0)],
+        Option("Pools", "Prompts with at most so many uncached tokens stay on the decode worker.", FRONTS),
+    ] = 0
+    local_prefill: Annotated[bool, Option("Pools", "Never compute a prompt on a decode worker.", FRONTS)] = True
+
+    device: Annotated[Device, Option("Engine", "auto: GPUs where there are any.", ENGINES)] = "auto"
+    tensor_parallel_size: Annotated[PositiveInt, Option("Engine", "Ranks of one worker.", ENGINES)] = 1
+    block_size: Annotated[
+        Annotated[Literal[8, 16, 32, 64, 128], BeforeValidator(parse_number)],
+        Option("Engine", "Tokens in a KV block.", ENGINES),
+    ] = 16
+    max_num_seqs: Annotated[Count, Option("Engine", "Sequences in one step.", ENGINES)] = 64
+    max_num_batched_tokens: Annotated[Count, Option("Engine", "Tokens in one step.", ENGINES)] = 512
+    gpu_memory_utilization: Annotated[Share, Option("Engine", "Share of a GPU's memory to use.", ENGINES)] = 0.9
+    kv_cache_memory_bytes: Annotated[
+        Count | None, Option("Engine", "KV cache of one rank (2GiB, 512MiB). Default: from free memory.", ENGINES)
+    ] = None
+    enable_prefix_caching: Annotated[
+        bool, Option("Engine", "Do not reuse the KV of equal prompt beginnings.", ENGINES)
+    ] = True
+    attention_backend: Annotated[Attention, Option("Engine", "Kernels.", ENGINES)] = "auto"
+
+    transfer: Annotated[TransferName, Option("Cluster", "What moves KV between workers.", ENGINES)] = "nixl"
+    launcher: Annotated[Literal["local", "ray"], Option("Cluster", "Processes here, or actors on Ray.", SERVE)] = (
+        "local"
+    )
+    ray_address: Annotated[
+        str | None, Option("Cluster", "A running Ray cluster; without one, one is embedded.", SERVE)
+    ] = None
+    secret_file: Annotated[
+        Path | None, Option("Cluster", "File with the secret that router and workers share.", ALL)
+    ] = None
+    control_host: Annotated[str, Option("Cluster", "Address of the socket for workers.", ROUTER)] = "127.0.0.1"
+    control_port: Annotated[Port, Option("Cluster", "Port of that socket.", ROUTER)] = 7001
+    router: Annotated[Texts, Option("Cluster", "host:port of a router's control socket; repeatable.", WORKERS)] = ()
+    handoff_host: Annotated[
+        str, Option("Cluster", "Address of this worker for other workers.", WORKERS, flag="host")
+    ] = "127.0.0.1"
+    handoff_port: Annotated[Port, Option("Cluster", "Port of it; 0: any free one.", WORKERS, flag="port")] = 0
+    worker_id: Annotated[
+        str | None, Option("Cluster", "Name of this worker in logs and metrics. Default: host and process id.", WORKERS)
+    ] = None
+
+    log_level: Annotated[LogLevel, Option("Output", "Least severe lines to log.", ALL)] = "info"
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if any("," in key or key != key.strip() or not key for key in self.api_key):
+            raise ValueError("api_key: a key has at least one character, no comma and no space around it")
+        if self.decode.workers < 1:
+            raise ValueError("decode: at least one decode worker is needed; for one pool that does both: --prefill 0")
+        if self.prefill.workers == 0 and not self.local_prefill:
+            raise ValueError("local_prefill: without prefill workers every prompt is local; give --prefill 1")
+        if self.ray_address is not None and self.launcher != "ray":
+            raise ValueError("ray_address: only with --launcher ray")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ValueError("max_model_len: must hold a prompt token and an answer token, so at least 2")
+        return self
+
+
+def option_of(field_name: str) -> Option:
+    """The `Option` that a field of ServeSettings carries."""
+    return next(item for item in ServeSettings.model_fields[field_name].metadata if isinstance(item, Option))
+
+
+def setting_keys() -> dict[str, str]:
+    """Name (in flags and environment) to dotted key (in YAML): `prefill_max_num_seqs` to `prefill.max_num_seqs`."""
+    keys: dict[str, str] = {}
+    for name in ServeSettings.model_fields:
+        if name in ("prefill", "decode"):
+            keys[name] = f"{name}.workers"
+            keys |= {f"{name}_{own}": f"{name}.{own}" for own in PoolSettings.model_fields if own != "workers"}
+        else:
+            keys[name] = name
+    return keys

@@ -1,0 +1,215 @@
+"""From settings to the processes of a deployment, and from there to what one machine can hold.
+
+    ServeSettings -> plan -> Deployment -> check_model -> fit_to_host -> Deployment with threads, GPUs, cache sizes
+
+Pure: what the machine has comes in as a `Host`, what the model is as its `ModelConfig`. Nothing is started here.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from .config import EngineConfig, RouterConfig, TransferConfig, WorkerConfig
+from .errors import ConfigError
+from .host import Host
+from .models.config import ModelConfig
+from .options import PoolSettings, ServeSettings
+
+_MAX_CPU_CACHE_BYTES = 2 << 30
+_CPU_CACHE_SHARE = 0.1
+_GPU_RESERVE_BYTES = 2 << 30  # of each worker: the CUDA context, workspaces, graphs
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ENGINE_FIELDS = EngineConfig.model_fields.keys() & ServeSettings.model_fields.keys()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    config: WorkerConfig  # routers: filled in once the router's address is known
+    gpus: tuple[str, ...] = ()  # for CUDA_VISIBLE_DEVICES, one for each rank
+    gpu_share: float = 1.0  # of each of them
+
+    @property
+    def num_ranks(self) -> int:
+        return self.config.engine.tensor_parallel_size
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    router: RouterConfig
+    workers: tuple[WorkerPlan, ...]
+    secret: bytes = field(repr=False, default=b"")
+
+    @property
+    def num_ranks(self) -> int:
+        return sum(worker.num_ranks for worker in self.workers)
+
+
+def plan(settings: ServeSettings, model_dir: Path, served_name: str, secret: bytes) -> Deployment:
+    pools: tuple[tuple[Literal["prefill", "decode"], PoolSettings], ...] = (
+        ("prefill", settings.prefill),
+        ("decode", settings.decode),
+    )
+    workers = tuple(
+        WorkerPlan(plan_worker(settings, role, pool, model_dir, served_name, worker_id=f"{role[0]}-{index}"))
+        for role, pool in pools
+        for index in range(pool.workers)
+    )
+    return Deployment(plan_router(settings, model_dir, served_name), workers, secret)
+
+
+def plan_router(settings: ServeSettings, model_dir: Path, served_name: str) -> RouterConfig:
+    return RouterConfig(
+        host=settings.host,
+        port=settings.port,
+        model_dir=model_dir,
+        served_model_name=served_name,
+        max_model_len=settings.max_model_len,
+        chat_template=settings.chat_template,
+        api_keys=settings.api_key,
+        local_prefill=settings.local_prefill,
+        max_local_prefill_tokens=settings.max_local_prefill_tokens,
+        expect_prefill=settings.prefill.workers > 0,
+        seed=settings.seed,
+        log_level=settings.log_level,
+    )
+
+
+def plan_worker(
+    settings: ServeSettings,
+    role: Literal["prefill", "decode"],
+    pool: PoolSettings,
+    model_dir: Path,
+    served_name: str,
+    *,
+    worker_id: str,
+) -> WorkerConfig:
+    values = settings.model_dump(include=set(_ENGINE_FIELDS)) | pool.overrides()
+    values |= {"model_dir": model_dir, "served_model_name": served_name}
+    return WorkerConfig(
+        worker_id=worker_id,
+        role=role,
+        engine=EngineConfig.model_validate(values),
+        transfer=TransferConfig(backend=settings.transfer),
+        routers=settings.router,
+        log_level=settings.log_level,
+    )
+
+
+def check_model(deployment: Deployment, model: ModelConfig) -> None:
+    """Refuse what no worker could load. Raises ConfigError."""
+    for worker in deployment.workers:
+        size = worker.config.engine.tensor_parallel_size
+        splits = [
+            n for n in range(1, model.num_kv_heads + 1) if not model.num_kv_heads % n and not model.num_qo_heads % n
+        ]
+        if size not in splits:
+            raise ConfigError(
+                f"tensor_parallel_size: {size} {worker.config.role} ranks cannot share {model.num_kv_heads} KV heads "
+                f"and {model.num_qo_heads} query heads evenly; possible: {', '.join(map(str, splits))}"
+            )
+        length = worker.config.engine.max_model_len
+        if length is not None and length > model.longest_model_len:
+            raise ConfigError(f"max_model_len: {length} is more than the model's {model.longest_model_len}")
+
+
+def item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """Of a weight, and of a number in the KV cache."""
+    return _ITEM_BYTES[model.dtype if engine.dtype == "auto" else engine.dtype]
+
+
+def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """About what one rank's weights take: matrices and embeddings."""
+    attention = 2 * (model.num_qo_heads + model.num_kv_heads) * model.head_dim * model.hidden_size
+    mlp = 3 * model.hidden_size * model.intermediate_size
+    embeddings = (1 if model.tie_embeddings else 2) * model.vocab_size * model.hidden_size
+    num_parameters = model.num_layers * (attention + mlp) + embeddings
+    return num_parameters * item_bytes(engine, model) // engine.tensor_parallel_size
+
+
+def cache_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """KV of one token on one rank."""
+    heads = model.num_kv_heads // engine.tensor_parallel_size
+    return 2 * model.num_layers * heads * model.head_dim * item_bytes(engine, model)
+
+
+def fit_to_host(deployment: Deployment, host: Host, model: ModelConfig | None = None) -> Deployment:
+    """Split cores, GPUs and free memory between the workers. Raises ConfigError where they do not fit."""
+    threads = max(1, host.num_cpus // max(1, deployment.num_ranks))
+    device = _device(deployment, host)
+    workers = deployment.workers if device == "cpu" else tuple(_assign_gpus(deployment.workers, host, model))
+    fitted = []
+    for worker in workers:
+        engine = worker.config.engine
+        update: dict[str, object] = {"device": device, "num_threads": engine.num_threads or threads}
+        if device == "cpu" and engine.kv_cache_memory_bytes is None:
+            # Measured once, before any worker takes some: all get the same.
+            update["kv_cache_memory_bytes"] = cpu_cache_bytes(host)
+        fitted.append(_with_engine(worker, update))
+    return replace(deployment, workers=tuple(fitted))
+
+
+def cpu_cache_bytes(host: Host) -> int:
+    return max(1, min(_MAX_CPU_CACHE_BYTES, int(_CPU_CACHE_SHARE * host.free_memory_bytes)))
+
+
+def _device(deployment: Deployment, host: Host) -> Literal["cpu", "cuda"]:
+    wanted = deployment.workers[0].config.engine.device
+    if wanted == "cuda" and not host.gpus:
+        raise ConfigError(
+            "device: cuda was asked for, but the installed torch sees no GPU here; "
+            "`kvferry doctor` says why, and --device cpu works"
+        )
+    return wanted if wanted != "auto" else "cuda" if host.gpus else "cpu"
+
+
+def _assign_gpus(workers: tuple[WorkerPlan, ...], host: Host, model: ModelConfig | None) -> Iterator[WorkerPlan]:
+    """Devices round robin; ranks that share one split its memory."""
+    count = len(host.gpus)
+    for worker in workers:
+        if worker.num_ranks > count:
+            raise _too_few_gpus(worker, count)
+    starts = [sum(worker.num_ranks for worker in workers[:index]) for index in range(len(workers))]
+    taken = [[(start + rank) % count for rank in range(w.num_ranks)] for start, w in zip(starts, workers, strict=True)]
+    sharers = Counter(gpu for gpus in taken for gpu in gpus)
+    for worker, gpus in zip(workers, taken, strict=True):
+        share = 1.0 / max(sharers[gpu] for gpu in gpus)
+        placed = replace(worker, gpus=tuple(host.gpus[gpu].index for gpu in gpus), gpu_share=share)
+        if share < 1.0:
+            placed = _with_engine(
+                placed, _shared_memory(placed, min(host.gpus[gpu].total_bytes for gpu in gpus), model)
+            )
+        yield placed
+
+
+def _too_few_gpus(worker: WorkerPlan, count: int) -> ConfigError:
+    fitting = 1 << (count.bit_length() - 1)  # a power of two divides most models' heads
+    return ConfigError(
+        f"tensor_parallel_size: a {worker.config.role} worker needs {worker.num_ranks} GPUs, this host has {count}; "
+        f"what works here: kvferry serve {shlex.quote(str(worker.config.engine.model_dir))} "
+        f"--prefill 1 --decode 1 --tensor-parallel-size {fitting}"
+    )
+
+
+def _shared_memory(worker: WorkerPlan, gpu_bytes: int, model: ModelConfig | None) -> dict[str, object]:
+    """A worker's part of a GPU. The cache's size is set here: what a worker sees as free depends on who came first."""
+    engine = worker.config.engine
+    utilization = worker.gpu_share * engine.gpu_memory_utilization
+    if model is None or engine.kv_cache_memory_bytes is not None or not gpu_bytes:
+        return {"gpu_memory_utilization": utilization}
+    cache_bytes = int(utilization * gpu_bytes) - weight_bytes(engine, model) - _GPU_RESERVE_BYTES
+    if cache_bytes <= 0:
+        raise ConfigError(
+            f"{worker.config.worker_id}: {utilization:.0%} of a GPU of {gpu_bytes >> 30} GiB does not hold the weights "
+            f"({weight_bytes(engine, model) >> 30} GiB) and a cache: start fewer workers on it (--prefill 0 --decode 1)"
+        )
+    return {"gpu_memory_utilization": utilization, "kv_cache_memory_bytes": cache_bytes}
+
+
+def _with_engine(worker: WorkerPlan, update: dict[str, object]) -> WorkerPlan:
+    engine = worker.config.engine.model_copy(update=update)
+    return replace(worker, config=worker.config.model_copy(update={"engine": engine}))

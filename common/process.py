@@ -1,0 +1,244 @@
+"""Keeps one child process running.
+
+    start -> STARTING -> (ready) -> READY -> (exit, or no beat for `hang_after_s`: SIGKILL) -> WAITING -> start
+      STARTING -> (failed, or three exits in a row before it was ever ready)  -> the start-up error is raised
+      any -> (cancelled) SIGTERM, grace, SIGKILL -> ENDED
+
+Each child leads a session of its own: Ctrl-C reaches the launcher alone, and a child's own children end with it.
+What the child does is not known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from .clock import Clock
+from .errors import ConfigError, KVFerryError, WorkerLost
+from .lifeline import MAX_EVENT_BYTES, decode_event, lifeline_pair
+
+_TICK_S = 0.25
+_MAX_START_FAILURES = 3
+
+
+class ChildState(Enum):
+    STARTING = "starting"  # the program runs and loads
+    READY = "ready"  # it said so, and beats
+    WAITING = "waiting"  # it ended; the next start is due after the back-off
+    ENDED = "ended"  # stopped for good
+
+
+class Command(NamedTuple):
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class ChildTimes:
+    """How patient a launcher is (seconds)."""
+
+    hang_after_s: float = 3.0  # without a beat, once ready
+    grace_s: float = 5.0  # between SIGTERM and SIGKILL
+    first_backoff_s: float = 0.5
+    max_backoff_s: float = 30.0
+    stable_after_s: float = 60.0  # a child that was ready so long begins the back-off anew
+
+    def backoff_s(self, num_failures: int) -> float:
+        """The pause after the `num_failures`-th end in a row, 1 being the first."""
+        return float(min(self.max_backoff_s, self.first_backoff_s * 2 ** min(num_failures - 1, 30)))
+
+
+class Child:
+    """One program under supervision. `run` owns the process; the rest may be called from its loop at any time."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Callable[[], Command],
+        clock: Clock,
+        *,
+        times: ChildTimes | None = None,
+        on_event: Callable[[str, dict[str, object]], None] = lambda name, event: None,
+    ) -> None:
+        self.name = name
+        self.state = ChildState.STARTING
+        self.num_restarts = 0
+        self.was_ready = asyncio.Event()
+        self.ready_event: dict[str, object] = {}
+        self._command = command
+        self._clock = clock
+        self._times = times or ChildTimes()
+        self._on_event = on_event
+        self._process: asyncio.subprocess.Process | None = None
+        self._num_failures = 0
+        self._ready_at = 0.0
+        self._heard_at = 0.0
+        self._start_error: str | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    async def run(self) -> None:
+        """Until cancelled; then the process and its session are gone. Raises if it cannot start at all."""
+        try:
+            while True:
+                reason = await self._live()
+                self._count_failure(reason)
+                delay_s = self._times.backoff_s(self._num_failures)
+                self._tell("restart", reason=reason, delay_s=delay_s)
+                await asyncio.sleep(delay_s)
+                self.num_restarts += 1
+        finally:
+            self.state = ChildState.ENDED
+
+    def kill(self) -> None:
+        """SIGKILL to the child and whatever it started. Idempotent."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def _live(self) -> str:
+        """One life of the program; why it ended."""
+        ours, theirs = lifeline_pair()
+        with ours:
+            with theirs:
+                await self._start(theirs)
+            assert self._process is not None
+            try:
+                hung = await self._listen(ours)
+            except asyncio.CancelledError:
+                await self._terminate(self._process)
+                raise
+            finally:
+                self.kill()
+        code = await self._process.wait()
+        if hung is not None:
+            return hung
+        return f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
+
+    async def _start(self, theirs: socket.socket) -> None:
+        command = self._command()
+        self.state, self._start_error, self._heard_at = ChildState.STARTING, None, self._clock.now()
+        self._process = await asyncio.create_subprocess_exec(
+            *command.argv,
+            "--lifeline-fd",
+            str(theirs.fileno()),
+            env=dict(command.env),
+            stdin=asyncio.subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(),),
+            start_new_session=True,
+        )
+        self._tell("started", pid=self._process.pid)
+
+    async def _listen(self, ours: socket.socket) -> str | None:
+        """Take events until the child's end closes; text if it hangs."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(ours, self._read, ours, ended)
+        try:
+            looked_at = self._clock.now()
+            while not await _within(_TICK_S, ended.wait()):
+                now = self._clock.now()
+                if now - looked_at > 4 * _TICK_S:
+                    self._heard_at = now  # the launcher itself was held up: silence meanwhile proves nothing
+                looked_at = now
+                if self.state is ChildState.READY and now - self._heard_at > self._times.hang_after_s:
+                    return f"no sign of life for {now - self._heard_at:.1f} s"
+        finally:
+            loop.remove_reader(ours)
+        assert self._process is not None
+        gone = await _within(self._times.hang_after_s, self._process.wait())
+        return None if gone else "closed its lifeline and stayed"
+
+    def _read(self, ours: socket.socket, ended: asyncio.Event) -> None:
+        with contextlib.suppress(BlockingIOError):
+            try:
+                while packet := ours.recv(MAX_EVENT_BYTES):
+                    self._take(packet, self._clock.now())
+            except ConnectionError:
+                pass
+            ended.set()
+
+    def _take(self, packet: bytes, now: float) -> None:
+        event = decode_event(packet)
+        if event is None:
+            return
+        self._heard_at = now
+        if event["event"] == "ready":
+            self.state, self._ready_at, self.ready_event = ChildState.READY, now, event
+            self.was_ready.set()
+        elif event["event"] == "failed":
+            self._start_error = str(event.get("error", ""))
+        if event["event"] != "beat":
+            self._on_event(self.name, event)
+
+    def _count_failure(self, reason: str) -> None:
+        if self.state is ChildState.READY and self._clock.now() - self._ready_at > self._times.stable_after_s:
+            self._num_failures = 0
+        self._num_failures += 1
+        self.state = ChildState.WAITING
+        if self.was_ready.is_set():
+            return
+        if self._start_error is not None:
+            raise ConfigError(f"{self.name}: {self._start_error}")
+        if self._num_failures >= _MAX_START_FAILURES:
+            raise WorkerLost(f"{self.name} did not start, {self._num_failures} times: {reason}")
+
+    async def _terminate(self, process: asyncio.subprocess.Process) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        await _within(self._times.grace_s, process.wait())
+
+    def _tell(self, what: str, **details: object) -> None:
+        self._on_event(self.name, {"event": what, **details})
+
+
+async def _within(seconds: float, work: Awaitable[object]) -> bool:
+    """Whether `work` ended in time. Unlike `wait_for` of Python 3.11, never swallows a cancellation."""
+    try:
+        async with asyncio.timeout(seconds):
+            await work
+    except TimeoutError:
+        return False
+    return True
+
+
+class Stopper:
+    """Runs one coroutine until it ends or `stop` is called, and lets it clean up."""
+
+    def __init__(self) -> None:
+        self._stop = asyncio.Event()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    async def run(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(work)
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+            task.cancel()
+            await asyncio.wait((task,))
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise _first_error(error)
+
+
+def _first_error(error: BaseException) -> BaseException:
+    """Of the errors of a task group, one that kvferry raised on purpose if there is any."""
+    while isinstance(error, BaseExceptionGroup):
+        ours, _ = error.split(KVFerryError)
+        error = (ours or error).exceptions[0]
+    return error

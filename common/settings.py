@@ -1,0 +1,148 @@
+"""Where a setting comes from: command line over environment over YAML file over default.
+
+    raw values with their origin, by layer  ->  the highest of each key  ->  ServeSettings, or one line per mistake
+
+Every mistake is found before anything starts, and names its file and line (or flag, or variable), the rule, and the
+nearest right name. The YAML is read with its line numbers and without tags that build objects.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from .config import CACHE_VARIABLE, SECRET_VARIABLE
+from .errors import ConfigError
+from .options import ENV_PREFIX, ServeSettings, setting_keys
+
+DEFAULT = "default"
+
+
+class Raw(NamedTuple):
+    """A value as it was given, and where."""
+
+    value: object
+    origin: str  # "--port", "KVFERRY_PORT", "cluster.yaml:3"
+
+
+class Loaded(NamedTuple):
+    settings: ServeSettings
+    origins: dict[str, str]  # dotted key -> where its value comes from
+
+
+def load(*, flags: Mapping[str, Raw], env: Mapping[str, str], file: Path | None) -> Loaded:
+    """Merge the layers and check them. `flags` are by dotted key; absent ones were not given."""
+    merged = {**(read_yaml(file) if file is not None else {}), **read_environment(env), **flags}
+    try:
+        settings = ServeSettings.model_validate(_nested({key: raw.value for key, raw in merged.items()}))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error, merged))) from None
+    origins = {key: merged[key].origin if key in merged else DEFAULT for key in setting_keys().values()}
+    return Loaded(settings, origins)
+
+
+def value_of(settings: BaseModel, dotted_key: str) -> object:
+    value: object = settings
+    for part in dotted_key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def read_environment(env: Mapping[str, str]) -> dict[str, Raw]:
+    """Every KVFERRY_ variable but the two that are no settings; an unknown one is a mistake."""
+    keys = {ENV_PREFIX + name.upper(): key for name, key in setting_keys().items()}
+    found: dict[str, Raw] = {}
+    for name, value in env.items():
+        if not name.startswith(ENV_PREFIX) or name in (SECRET_VARIABLE, CACHE_VARIABLE):
+            continue
+        if name not in keys:
+            raise ConfigError(f"{name}: unknown variable{_nearest(name, keys)}")
+        found[keys[name]] = Raw(value, name)
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Raw]:
+    """Dotted keys of a YAML file, each with its line."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {problem}") from None
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}:{root.start_mark.line + 1}: a mapping of settings is needed")
+    found: dict[str, Raw] = {}
+    for key, raw in _entries(root, path, ""):
+        if key in found:
+            raise ConfigError(f"{raw.origin}: {key}: given twice, first at {found[key].origin}")
+        found[key] = raw
+    return found
+
+
+def _entries(mapping: yaml.MappingNode, path: Path, prefix: str) -> Iterator[tuple[str, Raw]]:
+    keys = set(setting_keys().values())
+    sections = {key.partition(".")[0] for key in keys if "." in key}
+    for key_node, node in mapping.value:
+        origin = f"{path}:{key_node.start_mark.line + 1}"
+        key = prefix + str(getattr(key_node, "value", ""))
+        if key in sections and isinstance(node, yaml.MappingNode):
+            yield from _entries(node, path, f"{key}.")
+            continue
+        if key in sections:  # `prefill: 2`
+            key = f"{key}.workers"
+        if key not in keys:
+            raise ConfigError(f"{origin}: {key}: unknown key{_nearest(key, keys | sections)}")
+        yield key, Raw(_construct(node, origin), origin)
+
+
+def _construct(node: yaml.Node, origin: str) -> object:
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # a tag, or a text that its tag does not permit
+        raise ConfigError(f"{origin}: {getattr(error, 'problem', None) or error}") from None
+    finally:
+        loader.dispose()
+
+
+def _nested(values: Mapping[str, object]) -> dict[str, object]:
+    nested: dict[str, object] = {}
+    for key, value in values.items():
+        section, _, own = key.rpartition(".")
+        target = nested.setdefault(section, {}) if section else nested
+        assert isinstance(target, dict), key
+        target[own] = value
+    return nested
+
+
+def _explain(error: ValidationError, merged: Mapping[str, Raw]) -> Iterator[str]:
+    """One line for each mistake, with the origin of the value."""
+    for item in error.errors(include_url=False):
+        names = [str(part) for part in item["loc"]]
+        message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        key = next((key for n in range(len(names), 0, -1) if (key := ".".join(names[:n])) in merged), ".".join(names))
+        if not key:  # a rule between settings: its text begins with the setting that breaks it
+            key, _, message = message.partition(": ")
+            key = key if key in merged else f"{key}.workers"
+        raw = merged.get(key)
+        if raw is None:
+            yield f"{key}: {message}"
+            continue
+        if names:
+            choices = str(item.get("ctx", {}).get("expected", "")).split("'")[1::2]
+            message += f", not {raw.value!r}{_nearest(str(raw.value), choices)}"
+        yield f"{raw.origin}: {key}: {message}"
+
+
+def _nearest(word: str, known: Mapping[str, str] | set[str] | list[str]) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {match[0]}?" if match else ""
