@@ -1,0 +1,89 @@
+"""One interface over the paged KV cache: plan once per step, then once per layer write K and V and attend.
+
+The cache is [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim] (HND). A step's tokens are packed in a
+line, rows of one token first; `AttentionMetadata` says where each row's tokens and pages are. Model code does not
+know which backend runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+
+@dataclass(slots=True, frozen=True)
+class AttentionMetadata:
+    """The batch as kernels see it, on the host (the engine fills it). Row i feeds query tokens
+    [qo_indptr[i], qo_indptr[i + 1]) of the packed line, the last ones of its kv_len tokens."""
+
+    num_decode_rows: int  # leading rows of one token each
+    qo_indptr: Tensor  # [rows + 1] int32
+    paged_kv_indptr: Tensor  # [rows + 1] int32
+    paged_kv_indices: Tensor  # [num_pages] int32: block ids, row after row
+    paged_kv_last_page_len: Tensor  # [rows] int32, 1 .. block_size
+    kv_lens: tuple[int, ...]  # [rows] tokens with K and V after this step
+    slot_mapping: Tensor  # [num_tokens] int64: block * block_size + offset where each token's K and V go
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.kv_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.slot_mapping.shape[0]
+
+
+class AttentionBackend(Protocol):
+    """Attention of one rank's heads over its pages."""
+
+    name: str
+
+    def plan(self, metadata: AttentionMetadata) -> None:
+        """Prepare a step. What `forward` needs is kept until the next plan."""
+        ...
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
+        """Write K and V [tokens, num_kv_heads, head_dim] into the layer's pages, then attend with
+        q [tokens, num_qo_heads, head_dim]. Returns [tokens, num_qo_heads, head_dim], contiguous and valid until
+        the next call. Rows past the plan's num_tokens are padding: not written, and zero in the result.
+        """
+        ...
+
+    def warm_up(self) -> None:
+        """Compile or load what the first steps would. Overwrites the first slots of block 0."""
+        ...
+
+
+def make_attention(
+    name: str, pages: Tensor, num_qo_heads: int, sliding_windows: Sequence[int | None]
+) -> AttentionBackend:
+    """The backend `name` ("auto" picks by device) over `pages`. Raises ConfigError where it cannot run."""
+    device = pages.device.type
+    if name == "auto":
+        name = "flashinfer" if device == "cuda" else "cpu"
+    if name == "flashinfer":
+        if device != "cuda":
+            raise ConfigError("attention_backend = flashinfer needs a CUDA device; use cpu on this one")
+        from .flashinfer import FlashInferAttention
+
+        return FlashInferAttention(pages, num_qo_heads, sliding_windows)
+    if device != "cpu":
+        raise ConfigError(f"attention_backend = {name} does not run on {device}; use flashinfer")
+    from .cpu import CPUAttention
+
+    return CPUAttention(pages, num_qo_heads, sliding_windows)
+
+
+def softmax_scale(head_dim: int) -> float:
+    return float(head_dim**-0.5)
+
+
+def check_pages(pages: torch.Tensor, num_qo_heads: int) -> None:
+    assert pages.dim() == 6 and pages.is_contiguous(), pages.shape
+    assert num_qo_heads % pages.shape[3] == 0, (num_qo_heads, pages.shape)

@@ -1,0 +1,260 @@
+"""Attention on the CPU with torch alone, over the same pages as every backend.
+
+Decode rows are gathered in groups of similar length, padded to the longest, and attended with two batched matrix
+products; the query heads that share a KV head are the rows of one product, so K and V are never repeated. Prefill
+rows go one by one in tiles of queries, so that scores stay within a few MiB however long the context is, and keys
+that a whole tile cannot see are not touched. Two products and a softmax beat scaled_dot_product_attention here by
+1.6 to 2.3 times in bfloat16 and are level with it in float32 (9 query and 3 KV heads of 64, one thread).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import AttentionMetadata, check_pages, softmax_scale
+
+_CACHE_BYTES = 8 << 20  # what a product's operands should stay within; measured
+_MIN_TILE = 8
+_NO = float("-inf")
+
+
+@dataclass(slots=True, frozen=True)
+class _DecodeGroup:
+    """Rows of one token whose contexts are gathered together, `num_keys` keys each."""
+
+    rows: Tensor | None  # [n] token indices; None: the first n in order
+    num_rows: int
+    num_keys: int  # a whole number of pages
+    k_index: Tensor  # [n * num_kv_heads * pages] rows of the layer seen as [-1, block_size * head_dim]
+    v_index: Tensor
+    bias: Tensor  # [n, 1, 1, num_keys] 0 or -inf
+
+
+@dataclass(slots=True, frozen=True)
+class _PrefillRow:
+    """One row's chunk: queries at positions [kv_len - num_tokens, kv_len), keys from `first_key` on."""
+
+    token: int  # where the chunk starts in the packed line
+    num_tokens: int
+    kv_len: int
+    first_key: int  # a page's border at or before the first key that any query sees
+    num_keys: int  # gathered, a whole number of pages
+    k_index: Tensor  # [num_kv_heads, pages]
+    v_index: Tensor
+
+
+@dataclass(slots=True, frozen=True)
+class _WindowPlan:
+    """What the layers of one sliding window share in a step."""
+
+    window: int | None
+    groups: list[_DecodeGroup]
+    prefill: list[_PrefillRow]
+
+
+class CPUAttention:
+    """Owned by the engine's thread: scratch memory is reused from call to call."""
+
+    name = "cpu"
+
+    def __init__(
+        self,
+        pages: Tensor,
+        num_qo_heads: int,
+        sliding_windows: Sequence[int | None],
+        *,
+        cache_bytes: int = _CACHE_BYTES,
+    ) -> None:
+        check_pages(pages, num_qo_heads)
+        num_layers, num_blocks, _, self._num_kv_heads, self._block_size, self._head_dim = pages.shape
+        self._num_qo_heads = num_qo_heads
+        self._group_size = num_qo_heads // self._num_kv_heads
+        self._scale = softmax_scale(self._head_dim)
+        self._windows = tuple(sliding_windows)
+        self._dtype = pages.dtype
+        self._group_bytes = cache_bytes // 2  # gathered K of one decode group
+        self._score_bytes = cache_bytes  # scores of one prefill tile over several heads
+        self._max_score_bytes = 4 * cache_bytes  # scores of one prefill tile of one KV head
+        self._k = [pages[layer, :, 0] for layer in range(num_layers)]  # [blocks, kv_heads, block_size, head_dim]
+        self._v = [pages[layer, :, 1] for layer in range(num_layers)]
+        page_rows = num_blocks * 2 * self._num_kv_heads
+        self._page_rows = [layer.view(page_rows, self._block_size * self._head_dim) for layer in pages]
+        self._tile = 128 if pages.dtype == torch.bfloat16 else 64  # queries; measured
+        self._causal = torch.full((self._tile, self._tile), _NO, dtype=pages.dtype).triu_(1)
+        self._scratch: dict[str, Tensor] = {}
+        self._plans: dict[int | None, _WindowPlan] = {}
+        self._num_tokens = 0
+        self._blocks = self._offsets = torch.empty(0, dtype=torch.int64)
+
+    # --- planning ------------------------------------------------------------------------------------------
+
+    def plan(self, metadata: AttentionMetadata) -> None:
+        self._num_tokens = metadata.num_tokens
+        self._blocks = metadata.slot_mapping // self._block_size
+        self._offsets = metadata.slot_mapping % self._block_size
+        self._plans = {window: self._plan_window(metadata, window) for window in set(self._windows)}
+
+    def _plan_window(self, metadata: AttentionMetadata, window: int | None) -> _WindowPlan:
+        groups = [self._plan_group(metadata, rows, window) for rows in self._group_rows(metadata, window)]
+        prefill = [
+            self._plan_prefill(metadata, row, window) for row in range(metadata.num_decode_rows, metadata.num_rows)
+        ]
+        return _WindowPlan(window, groups, prefill)
+
+    def _group_rows(self, metadata: AttentionMetadata, window: int | None) -> list[list[int]]:
+        """Decode rows by length, cut where a group's keys outgrow the cache or padding would cost too much."""
+        lens = [kv_len if window is None else min(kv_len, window) for kv_len in metadata.kv_lens]
+        row_bytes = self._num_kv_heads * self._head_dim * self._dtype.itemsize
+        groups: list[list[int]] = []
+        for row in sorted(range(metadata.num_decode_rows), key=lens.__getitem__):
+            group = groups[-1] if groups else []
+            fits = (len(group) + 1) * lens[row] * row_bytes <= self._group_bytes
+            if group and fits and lens[row] <= 2 * lens[group[0]] + 128:
+                group.append(row)
+            else:
+                groups.append([row])
+        return [sorted(group) for group in groups]
+
+    def _plan_group(self, metadata: AttentionMetadata, rows: list[int], window: int | None) -> _DecodeGroup:
+        kv_lens = torch.tensor([metadata.kv_lens[row] for row in rows])
+        first_keys = torch.zeros_like(kv_lens) if window is None else (kv_lens - window).clamp_(min=0)
+        first_pages = first_keys // self._block_size
+        num_pages = (kv_lens + self._block_size - 1) // self._block_size - first_pages
+        pages = int(num_pages.max())
+        row_ids = torch.tensor(rows)
+        starts = metadata.paged_kv_indptr[row_ids].long() + first_pages
+        columns = torch.arange(pages).minimum(num_pages.unsqueeze(1) - 1)  # padding repeats the last page
+        k_index = self._page_index(metadata.paged_kv_indices[starts.unsqueeze(1) + columns])
+        positions = first_pages.unsqueeze(1) * self._block_size + torch.arange(pages * self._block_size)
+        hidden = (positions >= kv_lens.unsqueeze(1)) | (positions < first_keys.unsqueeze(1))
+        bias = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, _NO)
+        return _DecodeGroup(
+            rows=None if rows == list(range(len(rows))) else row_ids,
+            num_rows=len(rows),
+            num_keys=pages * self._block_size,
+            k_index=k_index.reshape(-1),
+            v_index=(k_index + self._num_kv_heads).reshape(-1),
+            bias=bias[:, None, None, :],
+        )
+
+    def _plan_prefill(self, metadata: AttentionMetadata, row: int, window: int | None) -> _PrefillRow:
+        token, end = metadata.qo_indptr[row : row + 2].tolist()
+        page, last = metadata.paged_kv_indptr[row : row + 2].tolist()
+        kv_len = metadata.kv_lens[row]
+        first_seen = 0 if window is None else max(0, kv_len - (end - token) - window + 1)
+        first_page = first_seen // self._block_size
+        k_index = self._page_index(metadata.paged_kv_indices[page + first_page : last].unsqueeze(0)).squeeze(0)
+        return _PrefillRow(
+            token=token,
+            num_tokens=end - token,
+            kv_len=kv_len,
+            first_key=first_page * self._block_size,
+            num_keys=(last - page - first_page) * self._block_size,
+            k_index=k_index,
+            v_index=k_index + self._num_kv_heads,
+        )
+
+    def _page_index(self, blocks: Tensor) -> Tensor:
+        """Block ids [n, pages] -> where K of each head's pages stands in `_page_rows`, [n, num_kv_heads, pages]."""
+        heads = torch.arange(self._num_kv_heads).unsqueeze(1)
+        return blocks.long().unsqueeze(1) * (2 * self._num_kv_heads) + heads
+
+    # --- running -------------------------------------------------------------------------------------------
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
+        num_tokens = self._num_tokens
+        self._k[layer_id][self._blocks, :, self._offsets] = k[:num_tokens]
+        self._v[layer_id][self._blocks, :, self._offsets] = v[:num_tokens]
+        plan = self._plans[self._windows[layer_id]]
+        scaled = q * self._scale  # contiguous, unlike q
+        out = self._take("out", q.shape[0], self._num_qo_heads, self._head_dim)
+        out[num_tokens:].zero_()
+        page_rows = self._page_rows[layer_id]
+        for group in plan.groups:
+            self._decode(group, scaled, page_rows, out)
+        for row in plan.prefill:
+            self._prefill(row, plan.window, scaled, page_rows, out)
+        return out
+
+    def _decode(self, group: _DecodeGroup, q: Tensor, page_rows: Tensor, out: Tensor) -> None:
+        n, keys = group.num_rows, group.num_keys
+        k = self._gather("k", page_rows, group.k_index).view(n * self._num_kv_heads, keys, self._head_dim)
+        v = self._gather("v", page_rows, group.v_index).view(n * self._num_kv_heads, keys, self._head_dim)
+        rows = q[:n] if group.rows is None else q[group.rows]
+        scores = torch.bmm(rows.view(n * self._num_kv_heads, self._group_size, self._head_dim), k.transpose(1, 2))
+        scores.view(n, self._num_kv_heads, self._group_size, keys).add_(group.bias)
+        attended = torch.bmm(torch.softmax(scores, -1), v).view(n, self._num_qo_heads, self._head_dim)
+        if group.rows is None:
+            out[:n] = attended
+        else:
+            out[group.rows] = attended
+
+    def _prefill(self, row: _PrefillRow, window: int | None, q: Tensor, page_rows: Tensor, out: Tensor) -> None:
+        shape = (row.num_tokens, self._num_kv_heads, self._group_size, self._head_dim)
+        chunk = slice(row.token, row.token + row.num_tokens)
+        queries = q[chunk].view(shape).permute(1, 2, 0, 3)  # [kv_heads, group, tokens, head_dim]
+        results = out[chunk].view(shape).permute(1, 2, 0, 3)
+        tile, step = self._tiling(row.num_keys)
+        for head in range(0, self._num_kv_heads, step):
+            heads = slice(head, min(head + step, self._num_kv_heads))
+            num_heads = heads.stop - heads.start
+            k = self._gather("k", page_rows, row.k_index[heads].reshape(-1)).view(num_heads, -1, self._head_dim)
+            v = self._gather("v", page_rows, row.v_index[heads].reshape(-1)).view(num_heads, -1, self._head_dim)
+            for start in range(0, row.num_tokens, tile):
+                stop = min(start + tile, row.num_tokens)
+                results[heads, :, start:stop] = self._attend_tile(
+                    row, window, queries[heads, :, start:stop], k, v, start
+                )
+
+    def _tiling(self, num_keys: int) -> tuple[int, int]:
+        """Queries of one tile and KV heads done together, so that scores stay small."""
+        key_bytes = self._group_size * num_keys * self._dtype.itemsize
+        tile = self._tile
+        while tile > _MIN_TILE and tile * key_bytes > self._max_score_bytes:
+            tile //= 2
+        return tile, max(1, min(self._num_kv_heads, self._score_bytes // (tile * key_bytes)))
+
+    def _attend_tile(
+        self, row: _PrefillRow, window: int | None, queries: Tensor, k: Tensor, v: Tensor, start: int
+    ) -> Tensor:
+        """Queries [heads, group, n, head_dim], `start` tokens into the row, over the keys that any of them sees."""
+        heads, group, n, head_dim = queries.shape
+        position = row.kv_len - row.num_tokens + start  # of the tile's first query
+        stop = position + n - row.first_key
+        first = 0 if window is None else max(0, position - window + 1 - row.first_key)
+        shape = (heads, group * n, stop - first)
+        scores = self._take("scores", *shape)
+        torch.bmm(queries.reshape(heads, group * n, head_dim), k[:, first:stop].transpose(1, 2), out=scores)
+        by_query = scores.view(heads, group, n, stop - first)
+        by_query[..., -n:].add_(self._causal[:n, :n])
+        if window is not None:
+            # query i sees key `first + c` iff c > i + last_hidden
+            last_hidden = position - window - row.first_key - first
+            edge = min(n + last_hidden, stop - first)
+            if edge > 0:
+                hidden = torch.arange(edge) <= torch.arange(n).unsqueeze(1) + last_hidden
+                by_query[..., :edge].masked_fill_(hidden, _NO)
+        probabilities = self._take("probabilities", *shape)
+        torch.softmax(scores, -1, out=probabilities)
+        return torch.bmm(probabilities, v[:, first:stop]).view(heads, group, n, head_dim)
+
+    def warm_up(self) -> None:
+        """Nothing is compiled here."""
+
+    def _gather(self, name: str, page_rows: Tensor, index: Tensor) -> Tensor:
+        out = self._take(name, index.shape[0], page_rows.shape[1])
+        return torch.index_select(page_rows, 0, index, out=out)
+
+    def _take(self, name: str, *shape: int) -> Tensor:
+        """Scratch memory under a name, grown when needed; its content is anything."""
+        numel = 1
+        for size in shape:
+            numel *= size
+        buffer = self._scratch.get(name)
+        if buffer is None or buffer.numel() < numel:
+            buffer = self._scratch[name] = torch.empty(numel, dtype=self._dtype)
+        return buffer[:numel].view(shape)

@@ -1,0 +1,69 @@
+"""The page tensor: one allocation per rank, [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim].
+
+It is allocated once, as zeros (a page that was never written must not hold NaN), and registered once with the
+transfer agent; which block holds what is `BlockPool`'s concern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .blocks import KVCacheSpec
+from .config import EngineConfig
+from .errors import ConfigError
+
+_CPU_BYTES = 2 << 30
+_CPU_SHARE = 0.1  # of free memory: the machine is not ours alone
+_MIN_TOKENS = 256  # of one sequence; a cache below that serves nobody. Longer requests than fit are refused one by one
+
+
+def num_blocks_for_memory(
+    config: EngineConfig, spec: KVCacheSpec, device: torch.device, *, tp_size: int, max_model_len: int
+) -> int:
+    """Blocks that fit into the memory granted to one rank's cache. Raises ConfigError if that is too few to serve."""
+    num_bytes = config.kv_cache_memory_bytes or _default_bytes(config, device)
+    block_bytes = spec.block_bytes(tp_size)
+    num_blocks = num_bytes // block_bytes
+    needed = spec.num_blocks_for(min(max_model_len, _MIN_TOKENS))
+    if num_blocks < needed:
+        raise ConfigError(
+            f"the KV cache of {num_bytes:,} bytes holds {num_blocks} blocks of {block_bytes:,} bytes; at least "
+            f"{needed} are needed: set --kv-cache-memory-bytes to {needed * block_bytes:,} or more"
+        )
+    return num_blocks
+
+
+def allocate_pages(
+    spec: KVCacheSpec, num_blocks: int, *, tp_size: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    shape = (spec.num_layers, num_blocks, 2, spec.num_kv_heads // tp_size, spec.block_size, spec.head_dim)
+    try:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    except (RuntimeError, MemoryError) as error:
+        num_bytes = num_blocks * spec.block_bytes(tp_size)
+        raise ConfigError(f"the KV cache of {num_blocks} blocks ({num_bytes:,} bytes) does not fit: {error}") from error
+
+
+def copy_blocks(pages: torch.Tensor, copies: Sequence[tuple[int, int]]) -> None:
+    """Copy whole blocks (all layers) from the first to the second of each pair."""
+    if copies:
+        sources, targets = zip(*copies, strict=True)
+        pages[:, list(targets)] = pages[:, list(sources)]
+
+
+def _default_bytes(config: EngineConfig, device: torch.device) -> int:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, int(free - (1 - config.gpu_memory_utilization) * total))
+    return min(_CPU_BYTES, int(_CPU_SHARE * _free_memory_bytes()))
+
+
+def _free_memory_bytes() -> int:
+    """MemAvailable of Linux: free, and what the page cache would give back."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise ConfigError("/proc/meminfo does not tell the free memory: set --kv-cache-memory-bytes")

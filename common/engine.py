@@ -1,0 +1,291 @@
+"""One tensor-parallel rank's engine: weights, pages, attention and sampling behind `step`.
+
+    Batch -> StepPlan (plain arrays; rank 0 sends it to the other ranks) -> block copies -> forward -> logits of the
+    rows that need them -> tokens (rank 0 alone) -> StepOutput
+
+The engine reads Sequences and changes none of them: the scheduler does, from the StepOutput. It knows neither
+requests' ends nor the network.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+from torch import Tensor
+
+from .attention.base import AttentionMetadata, make_attention
+from .batch import Batch, BatchRow, RowOutput, StepOutput
+from .blocks import KVCacheSpec
+from .cache import allocate_pages, copy_blocks, num_blocks_for_memory
+from .config import EngineConfig
+from .errors import ConfigError
+from .models.config import ModelConfig
+from .models.decoder import Decoder
+from .models.weights import Progress, load_weights, model_digest
+from .parallel import Communicator, RankGroup, connect
+from .request import SampledToken
+from .sampling import SampleRow, prompt_logprobs, sample
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+_LOGIT_ROWS = 64  # logits made at once: 64 x 128,256 in float32 is 33 MB
+_MIN_CPU_ROWS = 4  # below, the processor's matrix products are slower and round a row differently
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A batch as arrays, the same on every rank. Bytes hold int32 in this machine's order."""
+
+    input_ids: bytes  # [num_tokens]
+    starts: bytes  # [rows] tokens whose KV exists
+    lengths: bytes  # [rows] tokens fed
+    block_ids: bytes  # [num_pages] of each row as many as its tokens need, row after row
+    sample_rows: bytes  # packed tokens whose logits choose the next token
+    prompt_rows: bytes  # packed tokens whose logits tell the next prompt token's log-probability
+    block_copies: tuple[tuple[int, int], ...]
+
+
+class Engine:
+    """Used by one thread. `kv_pages` is the one allocation that the transfer agent registers."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        num_blocks: int | None = None,
+        progress: Progress | None = None,
+        group: RankGroup | None = None,
+        store: Store | None = None,
+    ) -> None:
+        """With tp_size > 1 rank 0 gets its `group`, the others the `store` to meet it at. Raises ConfigError."""
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.config = config
+        self.tp_rank = tp_rank
+        self.tp_size = tp_size
+        self.model_config = _model_config(config)
+        self.max_model_len = self.model_config.max_model_len
+        self._device = _device(config, tp_rank)
+        self._dtype = _torch_dtype(config, self.model_config)
+        self._group = group
+        comm = self._connect(tp_rank, tp_size, store)
+        with torch.inference_mode():
+            self._decoder = Decoder(self.model_config, comm, dtype=self._dtype, device=self._device)
+            load_weights(
+                self._decoder, config.model_dir, load_format=config.load_format, seed=config.seed, progress=progress
+            )
+            if self._device.type == "cpu":
+                self._decoder.pack()
+        self.spec = self._kv_cache_spec()
+        self.num_blocks = comm.minimum(num_blocks or self._num_blocks_for_memory(tp_size), self._device)
+        # Not under inference mode: whoever moves pages writes to this tensor outside of it.
+        self.kv_pages = allocate_pages(
+            self.spec, self.num_blocks, tp_size=tp_size, dtype=self._dtype, device=self._device
+        )
+        self._attention = make_attention(
+            config.attention_backend,
+            self.kv_pages,
+            self.model_config.num_qo_heads // tp_size,
+            self.model_config.sliding_windows,
+        )
+
+    def _connect(self, tp_rank: int, tp_size: int, store: Store | None) -> Communicator:
+        if tp_size == 1:
+            return Communicator()
+        if self._group is not None:
+            store = self._group.store
+        assert store is not None, "a rank of several needs the group or the store"
+        return connect(store, tp_rank, tp_size, self._device)
+
+    def _kv_cache_spec(self) -> KVCacheSpec:
+        model = self.model_config
+        return KVCacheSpec(
+            model=model_digest(self.config.model_dir, self.config.load_format, self.config.seed),
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            block_size=self.config.block_size,
+            dtype=str(self._dtype).removeprefix("torch."),
+        )
+
+    def _num_blocks_for_memory(self, tp_size: int) -> int:
+        return num_blocks_for_memory(
+            self.config, self.spec, self._device, tp_size=tp_size, max_model_len=self.max_model_len
+        )
+
+    @torch.inference_mode()
+    def step(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepOutput:
+        """Run one step on every rank. `on_layer(i)` is called when layer i's K and V are in the pages (on CUDA:
+        when the kernels that write them are queued). Raises WorkerLost if a rank is gone.
+        """
+        began = time.perf_counter()
+        plan = _plan(batch, self.config.block_size)
+        if self._group is not None:
+            self._group.send_step(msgspec.msgpack.encode(plan))
+        logits = self._run(plan, on_layer)
+        tokens = self._sample(batch, logits)
+        prompt_tokens = _read_prompt_logprobs(batch, logits)
+        rows = [RowOutput(next(tokens) if row.samples else (), next(prompt_tokens)) for row in batch.rows]
+        return StepOutput(rows, time.perf_counter() - began, batch.num_tokens)
+
+    @torch.inference_mode()
+    def follow(self, plan: bytes, on_layer: Callable[[int], None] | None = None) -> None:
+        """A follower's side of `step`: the same collectives in the same order."""
+        for _ in self._run(msgspec.msgpack.decode(plan, type=StepPlan), on_layer):
+            pass
+
+    def warm_up(self) -> None:
+        """Before the first request: compile what the first steps would compile."""
+        with torch.inference_mode():
+            self._attention.warm_up()
+
+    def _run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Iterator[Tensor]:
+        """The forward pass, at once. Then logits, when asked for: of the sample rows if there are any, then of the
+        prompt rows in parts."""
+        copy_blocks(self.kv_pages, plan.block_copies)
+        input_ids, positions, metadata = _tensors(plan, self.config.block_size)
+        self._attention.plan(metadata)
+        hidden = self._decoder.forward(self._place(input_ids), self._place(positions), self._attention, on_layer)
+        prompt_rows = _int32(plan.prompt_rows)
+        parts = [prompt_rows[i : i + _LOGIT_ROWS] for i in range(0, len(prompt_rows), _LOGIT_ROWS)]
+        parts.insert(0, _int32(plan.sample_rows))
+        return (self._decoder.logits(hidden[self._place(part)])[: len(part)] for part in parts if len(part))
+
+    def _place(self, index: Tensor) -> Tensor:
+        """[n] int32 -> int64 on the device; a CPU gets at least _MIN_CPU_ROWS, the last ones computed for nothing."""
+        index = index.long()
+        missing = _MIN_CPU_ROWS - len(index)
+        if self._device.type == "cpu":
+            return index if missing <= 0 else torch.cat((index, index.new_zeros(missing)))
+        return index.to(self._device, non_blocking=True)
+
+    def _sample(self, batch: Batch, logits: Iterator[Tensor]) -> Iterator[tuple[SampledToken, ...]]:
+        rows = [
+            SampleRow(row.seq.sampling, row.choices, row.seq.token_ids, row.seq.num_prompt_tokens)
+            for row in batch.rows
+            if row.samples
+        ]
+        return iter(sample(next(logits), rows, self.model_config.eos_token_ids) if rows else ())
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------
+
+
+def _plan(batch: Batch, block_size: int) -> StepPlan:
+    input_ids, starts, lengths, block_ids, sample_rows, prompt_rows = (array("i") for _ in range(6))
+    for row in batch.rows:
+        token = len(input_ids)
+        prompt_rows.extend(range(token, token + _num_prompt_logprobs(row)))
+        input_ids.extend(row.seq.token_ids[row.start : row.end])
+        starts.append(row.start)
+        lengths.append(row.num_scheduled_tokens)
+        block_ids.extend(row.seq.block_table[: -(-row.end // block_size)])
+        if row.samples:
+            sample_rows.append(len(input_ids) - 1)
+    return StepPlan(
+        input_ids=input_ids.tobytes(),
+        starts=starts.tobytes(),
+        lengths=lengths.tobytes(),
+        block_ids=block_ids.tobytes(),
+        sample_rows=sample_rows.tobytes(),
+        prompt_rows=prompt_rows.tobytes(),
+        block_copies=tuple(batch.block_copies),
+    )
+
+
+def _num_prompt_logprobs(row: BatchRow) -> int:
+    """Fed prompt tokens that a prompt token follows."""
+    if row.seq.sampling.prompt_logprobs is None:
+        return 0
+    return max(0, min(row.end, row.seq.num_prompt_tokens - 1) - row.start)
+
+
+def _int32(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.int32) if data else torch.empty(0, dtype=torch.int32)
+
+
+def _tensors(plan: StepPlan, block_size: int) -> tuple[Tensor, Tensor, AttentionMetadata]:
+    """input_ids and positions [num_tokens], and the batch as the attention backend sees it; all on the host."""
+    input_ids, starts, lengths, block_ids = map(_int32, (plan.input_ids, plan.starts, plan.lengths, plan.block_ids))
+    ends = starts + lengths
+    qo_indptr, kv_indptr = _indptr(lengths), _indptr((ends + block_size - 1) // block_size)
+    assert kv_indptr[-1] == len(block_ids), "a block table is shorter than its sequence"
+    row_of_token = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    positions = torch.arange(len(input_ids)) - (qo_indptr[:-1] - starts)[row_of_token]
+    blocks = block_ids[kv_indptr[:-1][row_of_token] + positions // block_size].long()
+    metadata = AttentionMetadata(
+        num_decode_rows=int((lengths == 1).long().cumprod(0).sum()),
+        qo_indptr=qo_indptr,
+        paged_kv_indptr=kv_indptr,
+        paged_kv_indices=block_ids,
+        paged_kv_last_page_len=(ends - 1) % block_size + 1,
+        kv_lens=tuple(ends.tolist()),
+        slot_mapping=blocks * block_size + positions % block_size,
+    )
+    return input_ids, positions, metadata
+
+
+def _indptr(counts: Tensor) -> Tensor:
+    """[rows] -> [rows + 1] int32: where each row's part starts, and the end."""
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)))
+
+
+# --- reading and checking ---------------------------------------------------------------------------------------
+
+
+def _read_prompt_logprobs(batch: Batch, logits: Iterator[Tensor]) -> Iterator[tuple[SampledToken, ...]]:
+    """Each row's entries; `logits` has what `prompt_rows` asked for."""
+    counts = [_num_prompt_logprobs(row) for row in batch.rows]
+    wanted = [
+        (row.seq.token_ids[row.start + i + 1], row.seq.sampling.prompt_logprobs or 0)
+        for row, count in zip(batch.rows, counts, strict=True)
+        for i in range(count)
+    ]
+    tokens: list[SampledToken] = []
+    for part in logits:
+        tokens += prompt_logprobs(part, wanted[len(tokens) : len(tokens) + len(part)])
+    remaining = iter(tokens)
+    return (tuple(islice(remaining, count)) for count in counts)
+
+
+def _model_config(config: EngineConfig) -> ModelConfig:
+    """The checkpoint's, with the length that was asked for."""
+    model = ModelConfig.from_dir(config.model_dir)
+    asked = config.max_model_len or model.max_model_len
+    if asked > model.longest_model_len:
+        raise ConfigError(
+            f"max_model_len = {asked} is longer than the model's {model.longest_model_len} positions "
+            f"({config.model_dir})"
+        )
+    return replace(model, max_model_len=asked)
+
+
+def _torch_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
+    name = config.dtype
+    if name == "auto":  # float16 weights run in bfloat16: no half-precision products on CPUs, no overflow anywhere
+        name = "float32" if model.dtype == "float32" else "bfloat16"
+    return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def _device(config: EngineConfig, tp_rank: int) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cpu" or (config.device == "auto" and not has_cuda):
+        return torch.device("cpu")
+    if not has_cuda:
+        raise ConfigError("device = cuda: torch finds no CUDA device; use --device cpu")
+    if tp_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"tensor-parallel rank {tp_rank} has no device: torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    device = torch.device("cuda", tp_rank)
+    torch.cuda.set_device(device)
+    return device

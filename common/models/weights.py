@@ -1,0 +1,176 @@
+"""Safetensors straight into this rank's parameters, and the checkpoint's digest.
+
+Each tensor is read by slice from the mapped file into the parameter that holds it, so memory never has a second
+copy of the model. Every tensor that the model has must be there in its shape, and none may be left over. Under
+load format `dummy` weights are random numbers from (seed, tensor name): the same on every rank and worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .decoder import Decoder
+from .layers import WeightSlot
+
+Progress = Callable[[str, float], None]  # what is being done, fraction in [0, 1]
+
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_DIGEST_SAMPLES = 16  # spots of each file
+_DIGEST_SAMPLE_BYTES = 4096
+
+
+class _TensorSlice(Protocol):
+    """A tensor in a file: read by slice."""
+
+    def get_shape(self) -> list[int]: ...
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor: ...
+
+
+class _TensorFile(Protocol):
+    """An open safetensors file."""
+
+    def keys(self) -> list[str]: ...
+    def get_slice(self, name: str) -> _TensorSlice: ...
+
+
+def load_weights(
+    decoder: Decoder, model_dir: Path, *, load_format: str, seed: int, progress: Progress | None = None
+) -> None:
+    """Fill every parameter of this rank. Raises ConfigError naming tensors that are missing, extra or misshapen."""
+    slots = list(decoder.slots())
+    total = sum(slot.target.numel() for slot in slots)
+    files = {} if load_format == "dummy" else _open_files(model_dir)
+    if load_format != "dummy":
+        _check_names(slots, files, model_dir, tied=decoder.config.tie_embeddings)
+    done = 0
+    for slot in slots:
+        if load_format == "dummy":
+            _fill_random(slot, seed)
+        else:
+            _fill_from_file(slot, files[slot.name])
+        done += slot.target.numel()
+        if progress is not None:
+            progress("loading weights", done / total)
+
+
+def safetensors_files(model_dir: Path) -> list[Path]:
+    """The files of a checkpoint, from its index where it has one. Raises ConfigError if there are none."""
+    index = model_dir / "model.safetensors.index.json"
+    if index.is_file():
+        return [model_dir / name for name in _indexed_names(index)]
+    single = model_dir / "model.safetensors"
+    if single.is_file():
+        return [single]
+    raise ConfigError(
+        f"{model_dir} has neither model.safetensors nor model.safetensors.index.json: "
+        "convert the checkpoint to safetensors, or use --load-format dummy for random weights"
+    )
+
+
+def _indexed_names(index: Path) -> list[str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index} is not an index of safetensors files: {error!r}") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
+            raise ConfigError(f"{index} names {name!r}, which is no file beside it")
+    return names
+
+
+def _open_files(model_dir: Path) -> dict[str, _TensorFile]:
+    """Tensor name -> the open (mapped, not read) file that holds it."""
+    from safetensors import SafetensorError, safe_open
+
+    by_name: dict[str, _TensorFile] = {}
+    for path in safetensors_files(model_dir):
+        try:
+            file: _TensorFile = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+        by_name.update(dict.fromkeys(file.keys(), file))
+    return by_name
+
+
+def _check_names(slots: list[WeightSlot], files: dict[str, _TensorFile], model_dir: Path, *, tied: bool) -> None:
+    wanted = {slot.name for slot in slots}
+    missing = sorted(wanted - files.keys())
+    extra = sorted(
+        name
+        for name in files.keys() - wanted
+        if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")
+    )
+    if missing:
+        raise ConfigError(f"{model_dir}: {len(missing)} tensors are missing: {_some(missing)}")
+    if extra:
+        raise ConfigError(f"{model_dir}: {len(extra)} tensors are unknown to this architecture: {_some(extra)}")
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def _fill_from_file(slot: WeightSlot, file: _TensorFile) -> None:
+    source = file.get_slice(slot.name)
+    if tuple(source.get_shape()) != slot.shape:
+        raise ConfigError(f"tensor {slot.name} has shape {source.get_shape()}, config.json implies {list(slot.shape)}")
+    length = slot.target.shape[slot.dim]
+    index = tuple(
+        slice(slot.start, slot.start + length) if dim == slot.dim else slice(0, size)
+        for dim, size in enumerate(slot.shape)
+    )
+    slot.target.copy_(source[index])
+
+
+def _fill_random(slot: WeightSlot, seed: int) -> None:
+    """Variance 1 / fan_in for matrices, small biases, norms of 1; the whole tensor is drawn, then this rank's part."""
+    if slot.name.endswith("norm.weight"):
+        slot.target.fill_(1.0)
+        return
+    key = hashlib.blake2b(f"{seed}:{slot.name}".encode(), digest_size=8).digest()
+    generator = torch.Generator(slot.target.device).manual_seed(int.from_bytes(key, "little") >> 1)
+    std = 1 / math.sqrt(slot.shape[-1]) if len(slot.shape) == 2 else 0.02
+    whole = torch.empty(slot.shape, dtype=torch.float32, device=slot.target.device).normal_(0, std, generator=generator)
+    slot.target.copy_(whole.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))
+
+
+def model_digest(model_dir: Path, load_format: str, seed: int) -> str:
+    """Tells checkpoints apart without reading them whole: config, tensor tables, sizes and a few samples of bytes."""
+    digest = hashlib.blake2b(digest_size=16, person=b"kvferry-model")
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{model_dir / 'config.json'} cannot be read as JSON: {error}") from error
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    if load_format == "dummy":
+        digest.update(f"dummy:{seed}".encode())
+    else:
+        for path in safetensors_files(model_dir):
+            _digest_file(digest, path)
+    return digest.hexdigest()
+
+
+def _digest_file(digest: hashlib.blake2b, path: Path) -> None:
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER_BYTES + 1
+        if header_bytes > _MAX_HEADER_BYTES:
+            raise ConfigError(f"{path} is not a safetensors file")
+        size = path.stat().st_size
+        digest.update(struct.pack("<QQ", size, header_bytes))
+        digest.update(file.read(header_bytes))
+        body = 8 + header_bytes
+        for sample in range(_DIGEST_SAMPLES):
+            file.seek(body + (size - body) * sample // _DIGEST_SAMPLES)
+            digest.update(file.read(_DIGEST_SAMPLE_BYTES))

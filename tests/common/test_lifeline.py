@@ -1,0 +1,95 @@
+"""The lifeline tells the launcher what happens, and the child that the launcher is gone."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+from kvferry.common.lifeline import MAX_EVENT_BYTES, Lifeline, decode_event, lifeline_pair
+
+CHILD = """
+import sys
+from kvferry.common.lifeline import Lifeline
+lifeline = Lifeline.from_fd(int(sys.argv[1]))
+lifeline.ready(http="127.0.0.1:8000")
+import threading
+threading.Event().wait()
+"""
+
+
+def start_child(theirs: socket.socket) -> subprocess.Popen[bytes]:
+    arguments = [sys.executable, "-c", CHILD, str(theirs.fileno())]
+    child = subprocess.Popen(arguments, pass_fds=(theirs.fileno(),), start_new_session=True)
+    theirs.close()
+    return child
+
+
+def make_lifeline(theirs: socket.socket, on_lost: threading.Event) -> Lifeline:
+    return Lifeline(theirs, on_lost=on_lost.set)
+
+
+def test_child_dies_when_the_launchers_end_closes() -> None:
+    ours, theirs = lifeline_pair()
+    child = start_child(theirs)
+    ours.setblocking(True)
+    assert decode_event(ours.recv(MAX_EVENT_BYTES)) == {"event": "ready", "http": "127.0.0.1:8000"}
+    ours.close()
+    assert child.wait(timeout=10) == -signal.SIGKILL
+
+
+def test_launcher_sees_the_end_of_a_child_as_end_of_file() -> None:
+    ours, theirs = lifeline_pair()
+    child = start_child(theirs)
+    ours.setblocking(True)
+    ours.recv(MAX_EVENT_BYTES)
+    child.kill()
+    child.wait(timeout=10)
+    assert ours.recv(MAX_EVENT_BYTES) == b""
+    ours.close()
+
+
+def test_each_event_is_one_packet() -> None:
+    ours, theirs = lifeline_pair()
+    lost = threading.Event()
+    lifeline = make_lifeline(theirs, lost)
+    lifeline.progress("loading weights", 0.5)
+    lifeline.beat()
+    lifeline.failed("no such model")
+    events = [decode_event(ours.recv(MAX_EVENT_BYTES)) for _ in range(3)]
+    assert events == [
+        {"event": "progress", "what": "loading weights", "fraction": 0.5},
+        {"event": "beat"},
+        {"event": "failed", "error": "no such model"},
+    ]
+    ours.close()
+    assert lost.wait(10)
+
+
+def test_overlong_event_keeps_the_start_of_its_error() -> None:
+    ours, theirs = lifeline_pair()
+    lost = threading.Event()
+    make_lifeline(theirs, lost).failed("x" * (2 * MAX_EVENT_BYTES))
+    event = decode_event(ours.recv(MAX_EVENT_BYTES))
+    assert event is not None
+    assert event["error"] == "x" * 4096
+    ours.close()
+    assert lost.wait(10)
+
+
+def test_beats_of_a_child_whose_launcher_reads_nothing_are_dropped() -> None:
+    ours, theirs = lifeline_pair()
+    lost = threading.Event()
+    lifeline = make_lifeline(theirs, lost)
+    for _ in range(5000):
+        lifeline.beat()
+    ours.close()
+    assert lost.wait(10)
+    lifeline.beat()
+
+
+def test_what_is_no_event_is_no_event() -> None:
+    for packet in (b"", b"{", b"[]", b'{"event": 3}', b'"ready"', b"\xff"):
+        assert decode_event(packet) is None

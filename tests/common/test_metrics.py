@@ -1,0 +1,206 @@
+"""The router's metrics: names that boards read, closed label sets, gauges from heartbeats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from kvferry.common.messages import TransferReport, WorkerStatus
+from kvferry.common.metrics import RouterMetrics
+
+
+@dataclass
+class _Request:
+    timestamps: dict[str, float] = field(default_factory=dict)
+    n: int = 1
+    num_output_tokens: int = 11
+    num_cached_tokens: int = 4
+
+
+@dataclass
+class _Worker:
+    worker_id: str
+    role: str
+    status: WorkerStatus | None
+    is_ready: bool = True
+
+
+@dataclass
+class _View:
+    workers: tuple[_Worker, ...] = ()
+    num_queued: int = 0
+
+
+def _status(**fields: object) -> WorkerStatus:
+    values: dict[str, object] = {
+        "seq": 1, "state": "ready", "num_running": 3, "num_waiting": 2, "waiting_tokens": 50, "num_free_blocks": 40,
+        "num_cached_blocks": 30, "num_granted_blocks": 5, "num_quarantined_blocks": 1, "num_blocks": 100, "steps": 9,
+        "busy_for_s": 0.0, "num_preemptions": 7, "prefix_queries": 200, "prefix_hits": 80, **fields,
+    }  # fmt: skip
+    return WorkerStatus(**values)  # type: ignore[arg-type]
+
+
+def _samples(metrics: RouterMetrics, view: _View | None = None) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    body, media_type = metrics.render(view or _View(), num_in_flight=0)
+    assert media_type.startswith("text/plain")
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(body.decode())
+        for sample in family.samples
+    }
+
+
+def _key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
+    return name, frozenset(labels.items())
+
+
+def _finished(metrics: RouterMetrics) -> None:
+    stamps = {"queued": 1.0, "prefill_start": 1.5, "first_token": 3.0, "last_token": 4.0, "finished": 4.1}
+    metrics.on_finished(_Request(stamps))
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds"),
+    [
+        ("time_to_first_token_seconds", 2.0),
+        ("request_queue_time_seconds", 0.5),
+        ("request_prefill_time_seconds", 1.5),
+        ("request_decode_time_seconds", 1.0),
+        ("e2e_request_latency_seconds", 3.1),
+        ("time_per_output_token_seconds", 0.1),
+    ],
+)
+def test_latencies_are_differences_of_a_requests_stamps(name: str, seconds: float) -> None:
+    metrics = RouterMetrics("m")
+    _finished(metrics)
+    samples = _samples(metrics)
+    assert samples[_key(f"kvferry_{name}_sum")] == pytest.approx(seconds)
+    assert samples[_key(f"vllm:{name}_sum", model_name="m")] == pytest.approx(seconds)
+    assert samples[_key(f"vllm:{name}_count", model_name="m")] == 1
+    assert samples[_key(f"vllm:{name}_bucket", model_name="m", le="+Inf")] == 1
+
+
+def test_a_request_that_never_ran_has_no_latencies() -> None:
+    metrics = RouterMetrics("m")
+    metrics.on_finished(_Request({"queued": 1.0, "finished": 2.0}, num_output_tokens=0))
+    samples = _samples(metrics)
+    assert samples[_key("kvferry_time_to_first_token_seconds_count")] == 0
+    assert samples[_key("kvferry_e2e_request_latency_seconds_count")] == 0
+
+
+def test_gaps_between_tokens_fill_a_histogram() -> None:
+    metrics = RouterMetrics("m")
+    for gap in (0.001, 0.03, 0.03, 99.0):
+        metrics.on_token_gap(gap)
+    samples = _samples(metrics)
+    for prefix, labels in (("kvferry_", {}), ("vllm:", {"model_name": "m"})):
+        name = f"{prefix}inter_token_latency_seconds"
+        assert samples[_key(f"{name}_bucket", le="0.001", **labels)] == 1
+        assert samples[_key(f"{name}_bucket", le="0.025", **labels)] == 1
+        assert samples[_key(f"{name}_bucket", le="0.05", **labels)] == 3
+        assert samples[_key(f"{name}_bucket", le="+Inf", **labels)] == 4
+        assert samples[_key(f"{name}_count", **labels)] == 4
+        assert samples[_key(f"{name}_sum", **labels)] == pytest.approx(99.061)
+
+
+def test_tokens_and_ends_are_counted_under_both_names() -> None:
+    metrics = RouterMetrics("m")
+    metrics.on_answer(5, 7, ["stop", "length", "stop"])
+    samples = _samples(metrics)
+    assert (
+        samples[_key("kvferry_prompt_tokens_total")] == samples[_key("vllm:prompt_tokens_total", model_name="m")] == 5
+    )
+    assert samples[_key("vllm:generation_tokens_total", model_name="m")] == 7
+    assert samples[_key("vllm:request_success_total", model_name="m", finished_reason="stop")] == 2
+
+
+def test_transfers_are_measured_where_they_ended_cleanly_and_counted_where_not() -> None:
+    metrics = RouterMetrics("m")
+    report = {"request_id": "r", "attempt": 1, "decode_worker": "d-0", "num_bytes": 4096, "num_blocks": 1}
+    metrics.on_transfer(TransferReport(**report, transfer_s=0.2, exposed_s=0.1, clean=True))  # type: ignore[arg-type]
+    metrics.on_transfer(TransferReport(**report, transfer_s=0.2, exposed_s=0.1, clean=False))  # type: ignore[arg-type]
+    samples = _samples(metrics)
+    assert samples[_key("kvferry_kv_transfer_seconds_sum")] == 0.2
+    assert samples[_key("kvferry_kv_transfer_exposed_seconds_sum")] == 0.1
+    assert samples[_key("kvferry_kv_transfer_bytes_sum")] == 4096
+    assert samples[_key("vllm:nixl_xfer_time_seconds_count", model_name="m")] == 1
+    assert samples[_key("vllm:nixl_bytes_transferred_sum", model_name="m")] == 4096
+    assert samples[_key("vllm:nixl_num_failed_transfers_total", model_name="m")] == 1
+
+
+def test_no_value_from_outside_makes_a_new_label() -> None:
+    metrics = RouterMetrics("m")
+    before = len(_samples(metrics))
+    for index in range(1000):
+        word = f"x{index}"
+        metrics.on_retry(word, word)
+        metrics.on_fallback(word)
+        metrics.on_dropped(word)
+        metrics.on_response(1000 + index)
+        metrics.on_answer(0, 0, [word])
+    samples = _samples(metrics)
+    assert samples[_key("kvferry_retries_total", stage="other", reason="other")] == 1000
+    assert len(samples) - before <= 6
+
+
+def test_known_labels_stay() -> None:
+    metrics = RouterMetrics("m")
+    metrics.on_retry("transfer", "handoff_failed")
+    metrics.on_fallback("local_prefill")
+    metrics.on_dropped("stale_attempt")
+    metrics.on_response(429)
+    samples = _samples(metrics)
+    assert samples[_key("kvferry_retries_total", stage="transfer", reason="handoff_failed")] == 1
+    assert samples[_key("kvferry_fallback_total", kind="local_prefill")] == 1
+    assert samples[_key("kvferry_dropped_messages_total", kind="stale_attempt")] == 1
+    assert samples[_key("kvferry_requests_total", code="429")] == 1
+
+
+def test_workers_gauges_are_their_last_heartbeats() -> None:
+    view = _View((_Worker("d-0", "decode", _status()), _Worker("p-0", "prefill", None)), num_queued=6)
+    samples = _samples(RouterMetrics("m"), view)
+    blocks = {"free": 10, "cached": 30, "granted": 5, "quarantined": 1, "active": 54}
+    for state, count in blocks.items():
+        assert samples[_key("kvferry_blocks", worker="d-0", pool="decode", state=state)] == count
+    assert samples[_key("kvferry_worker_state", worker="d-0", pool="decode", state="ready")] == 1
+    assert samples[_key("kvferry_worker_state", worker="p-0", pool="prefill", state="starting")] == 1
+    assert samples[_key("kvferry_worker_state", worker="p-0", pool="prefill", state="ready")] == 0
+    assert samples[_key("kvferry_queued_requests")] == 6
+    engine = {"model_name": "m", "engine": "d-0"}
+    assert samples[_key("vllm:num_requests_running", **engine)] == 3
+    assert samples[_key("vllm:num_requests_waiting", **engine)] == 2
+    assert samples[_key("vllm:num_requests_waiting", model_name="m", engine="router")] == 6
+    assert samples[_key("vllm:kv_cache_usage_perc", **engine)] == pytest.approx(0.6)
+    assert samples[_key("vllm:prefix_cache_queries_total", **engine)] == 200
+    assert samples[_key("vllm:prefix_cache_hits_total", **engine)] == 80
+    assert samples[_key("vllm:num_preemptions_total", **engine)] == 7
+
+
+def test_a_worker_that_the_router_drains_is_draining_before_it_says_so() -> None:
+    view = _View((_Worker("d-0", "decode", _status(), is_ready=False),))
+    samples = _samples(RouterMetrics("m"), view)
+    assert samples[_key("kvferry_worker_state", worker="d-0", pool="decode", state="draining")] == 1
+
+
+def test_a_worker_that_left_leaves_no_gauge() -> None:
+    metrics = RouterMetrics("m")
+    view = _View((_Worker("d-0", "decode", _status()),))
+    assert any(("worker", "d-0") in labels for _, labels in _samples(metrics, view))
+    assert not any(("worker", "d-0") in labels for _, labels in _samples(metrics))
+
+
+def test_instances_share_nothing() -> None:
+    first, second = RouterMetrics("a"), RouterMetrics("b")
+    first.on_answer(5, 5, [])
+    assert _samples(second)[_key("kvferry_prompt_tokens_total")] == 0
+
+
+def test_every_family_has_a_help_text_and_no_creation_times() -> None:
+    body, _ = RouterMetrics("m").render(_View(), num_in_flight=0)
+    families = list(text_string_to_metric_families(body.decode()))
+    assert all(family.documentation for family in families)
+    assert b"_created" not in body
+    names = [family.name for family in families]
+    assert len(names) == len(set(names))

@@ -1,0 +1,145 @@
+"""From settings to processes, and how they share a machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.errors import ConfigError
+from kvferry.common.host import Gpu, Host
+from kvferry.common.models.config import ModelConfig, RopeConfig
+from kvferry.common.options import PoolSettings, ServeSettings
+from kvferry.common.plan import Deployment, cache_token_bytes, check_model, fit_to_host, plan, weight_bytes
+
+GIB = 1 << 30
+MODEL = ModelConfig(
+    architecture="llama",
+    num_layers=32,
+    hidden_size=4096,
+    num_qo_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    vocab_size=128256,
+    max_model_len=8192,
+    rope=RopeConfig(),
+    rms_norm_eps=1e-5,
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    tie_embeddings=False,
+    sliding_windows=(None,) * 32,
+    eos_token_ids=frozenset({2}),
+    dtype="bfloat16",
+)
+
+
+def planned(prefill: int = 1, decode: int = 1, **settings: object) -> Deployment:
+    pools = {"prefill": PoolSettings(workers=prefill), "decode": PoolSettings(workers=decode)}
+    return plan(ServeSettings.model_validate({**pools, **settings}), Path("/models/llama"), "llama", b"secret")
+
+
+def host(num_gpus: int = 0, *, num_cpus: int = 8, free_gib: float = 64) -> Host:
+    gpus = tuple(Gpu(str(index), "H200", 140 * GIB, 139 * GIB) for index in range(num_gpus))
+    return Host(num_cpus, int(free_gib * GIB), gpus)
+
+
+def test_workers_are_named_by_role_and_number() -> None:
+    ids = [worker.config.worker_id for worker in planned(2, 1).workers]
+    assert ids == ["p-0", "p-1", "d-0"]
+
+
+def test_pool_overrides_reach_its_workers_alone() -> None:
+    settings = ServeSettings(max_num_seqs=32, decode=PoolSettings(max_num_seqs=256))
+    prefill, decode = plan(settings, Path("/m"), "m", b"").workers
+    assert (prefill.config.engine.max_num_seqs, decode.config.engine.max_num_seqs) == (32, 256)
+
+
+def test_router_expects_prefill_workers_only_where_there_are_some() -> None:
+    assert planned(1).router.expect_prefill
+    assert not planned(0).router.expect_prefill
+
+
+def test_secret_does_not_show_in_a_deployment() -> None:
+    assert "secret" not in repr(planned()).replace("secret_file", "")
+
+
+@pytest.mark.parametrize(("prefill", "decode", "threads"), [(0, 1, 8), (1, 1, 4), (2, 1, 2), (8, 8, 1)])
+def test_cores_are_split_between_workers(prefill: int, decode: int, threads: int) -> None:
+    fitted = fit_to_host(planned(prefill, decode), host())
+    assert {worker.config.engine.num_threads for worker in fitted.workers} == {threads}
+    assert {worker.config.engine.device for worker in fitted.workers} == {"cpu"}
+
+
+def test_cpu_cache_is_a_tenth_of_free_memory_up_to_its_bound() -> None:
+    for free_gib, expected in ((10, GIB), (640, 2 * GIB)):
+        fitted = fit_to_host(planned(), host(free_gib=free_gib))
+        assert {worker.config.engine.kv_cache_memory_bytes for worker in fitted.workers} == {expected}
+    fitted = fit_to_host(planned(kv_cache_memory_bytes="64MiB"), host())
+    assert fitted.workers[0].config.engine.kv_cache_memory_bytes == 64 << 20
+
+
+def test_each_worker_gets_gpus_of_its_own_where_there_are_enough() -> None:
+    fitted = fit_to_host(planned(1, 1, tensor_parallel_size=2), host(4), MODEL)
+    assert [worker.gpus for worker in fitted.workers] == [("0", "1"), ("2", "3")]
+    for worker in fitted.workers:
+        engine = worker.config.engine
+        assert (engine.device, engine.gpu_memory_utilization, engine.kv_cache_memory_bytes) == ("cuda", 0.9, None)
+
+
+def test_workers_on_one_gpu_split_its_memory() -> None:
+    fitted = fit_to_host(planned(1, 1), host(1), MODEL)
+    for worker in fitted.workers:
+        engine = worker.config.engine
+        assert worker.gpus == ("0",)
+        assert worker.gpu_share == 0.5
+        assert engine.gpu_memory_utilization == pytest.approx(0.45)
+        assert engine.kv_cache_memory_bytes is not None
+        assert engine.kv_cache_memory_bytes + weight_bytes(engine, MODEL) < 0.45 * 140 * GIB
+
+
+def test_gpus_that_are_shared_unevenly_are_split_by_their_sharers() -> None:
+    fitted = fit_to_host(planned(2, 1), host(2), MODEL)
+    assert [worker.gpus for worker in fitted.workers] == [("0",), ("1",), ("0",)]
+    assert [worker.gpu_share for worker in fitted.workers] == [0.5, 1.0, 0.5]
+
+
+def test_too_many_workers_on_one_gpu_are_refused() -> None:
+    with pytest.raises(ConfigError, match="does not hold the weights"):
+        fit_to_host(planned(8, 8), host(1), MODEL)
+
+
+def test_too_few_gpus_for_one_worker_names_the_command_that_works() -> None:
+    with pytest.raises(
+        ConfigError, match="needs 4 GPUs, this host has 3; what works here: kvferry serve /models/llama"
+    ) as e:
+        fit_to_host(planned(tensor_parallel_size=4), host(3), MODEL)
+    assert str(e.value).endswith("--prefill 1 --decode 1 --tensor-parallel-size 2")
+
+
+def test_cuda_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--device cpu works"):
+        fit_to_host(planned(device="cuda"), host())
+
+
+def test_cpu_is_kept_to_on_a_gpu_host_if_asked_for() -> None:
+    assert fit_to_host(planned(device="cpu"), host(2)).workers[0].gpus == ()
+
+
+def test_heads_that_cannot_be_shared_are_refused_with_what_is_possible() -> None:
+    with pytest.raises(ConfigError, match=r"3 prefill ranks .* possible: 1, 2, 4, 8"):
+        check_model(planned(tensor_parallel_size=3), MODEL)
+    check_model(planned(tensor_parallel_size=8), MODEL)
+
+
+def test_length_beyond_the_models_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_model_len: 32768 is more than the model's 8192"):
+        check_model(planned(max_model_len="32K"), MODEL)
+
+
+def test_sizes_of_llama_3_8b() -> None:
+    engine = planned().workers[0].config.engine
+    assert cache_token_bytes(engine, MODEL) == 128 << 10
+    assert weight_bytes(engine, MODEL) == pytest.approx(8.03e9 * 2, rel=0.01)

@@ -1,0 +1,70 @@
+"""Runs sequences through an Engine as a scheduler would, with the plainest block allocation there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from kvferry.common.batch import Batch, BatchRow, StepOutput
+from kvferry.common.config import EngineConfig
+from kvferry.common.engine import Engine
+from kvferry.common.request import RequestId, SampledToken, SamplingParams, Sequence
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+
+
+def engine_config(model_dir: Path, **fields: object) -> EngineConfig:
+    return EngineConfig.model_validate(
+        {"model_dir": model_dir, "served_model_name": "tiny", "num_threads": 1, "device": "cpu"} | fields
+    )
+
+
+def make_engine(model_dir: Path, num_blocks: int = 128, **fields: object) -> Engine:
+    return Engine(engine_config(model_dir, **fields), num_blocks=num_blocks)
+
+
+class Driver:
+    """Blocks are handed out in a scattered order, so that nothing works by pages being adjacent."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._free = sorted(range(engine.num_blocks), key=lambda block: block * 37 % 101)
+        self.outputs: list[StepOutput] = []
+
+    def add(
+        self, prompt: list[int], sampling: SamplingParams = GREEDY, *, name: str = "r", choice: int = 0
+    ) -> Sequence:
+        return Sequence(RequestId(name), 0, choice, list(prompt), len(prompt), sampling)
+
+    def grow(self, seq: Sequence, num_tokens: int) -> None:
+        """Give `seq` the blocks that its first `num_tokens` tokens need."""
+        while len(seq.block_table) * self.engine.spec.block_size < num_tokens:
+            seq.block_table.append(self._free.pop())
+
+    def step(
+        self, rows: list[tuple[Sequence, int]], on_layer: Callable[[int], None] | None = None
+    ) -> list[tuple[SampledToken, ...]]:
+        """One engine step over (sequence, tokens to feed); appends the first choice's token where a row samples."""
+        batch = Batch([BatchRow(seq, count) for seq, count in sorted(rows, key=lambda row: row[1] != 1)])
+        for row in batch.rows:
+            self.grow(row.seq, row.end)
+        output = self.engine.step(batch, on_layer)
+        self.outputs.append(output)
+        by_seq: dict[int, tuple[SampledToken, ...]] = {}
+        for row, result in zip(batch.rows, output.rows, strict=True):
+            row.seq.num_computed_tokens += row.num_scheduled_tokens
+            if result.tokens:
+                row.seq.token_ids.append(result.tokens[0].token_id)
+            by_seq[id(row.seq)] = result.tokens
+        return [by_seq[id(seq)] for seq, _ in rows]
+
+    def generate(self, seqs: list[Sequence], *, chunk: int = 10**9) -> list[list[int]]:
+        """All of them together, `chunk` prompt tokens a step each, until each has its max_tokens."""
+        while running := [seq for seq in seqs if seq.num_output_tokens < seq.sampling.max_tokens]:
+            self.step([(seq, min(chunk, seq.num_uncomputed_tokens)) for seq in running])
+        return [seq.output_token_ids for seq in seqs]
+
+
+def prompts(lengths: list[int], vocab_size: int = 512) -> list[list[int]]:
+    """Prompts of these lengths that have no two tokens in a row in common."""
+    return [[(31 * i * i + 17 * i + 101 * n) % vocab_size for i in range(length)] for n, length in enumerate(lengths)]
