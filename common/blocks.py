@@ -55,9 +55,7 @@ class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=8).hexdigest()
 
 
-def hash_blocks(
-    token_ids: Sequence[int], block_size: int, salt: bytes, known: Sequence[bytes] = ()
-) -> list[bytes]:
+def hash_blocks(token_ids: Sequence[int], block_size: int, salt: bytes, known: Sequence[bytes] = ()) -> list[bytes]:
     """Chained hashes of the full blocks of `token_ids`, going on from the `known` leading ones."""
     hashes = list(known)
     previous = hashes[-1] if hashes else hashlib.blake2b(salt, digest_size=16, person=b"kvferry-prefix").digest()
@@ -66,6 +64,11 @@ def hash_blocks(
         previous = hashlib.blake2b(content, digest_size=16, key=previous).digest()
         hashes.append(previous)
     return hashes
+
+
+def prefix_salt(spec: KVCacheSpec, cache_salt: bytes) -> bytes:
+    """What a chain of block hashes begins with: the model and layout, and the tenant's own salt."""
+    return spec.fingerprint.encode() + b"\0" + cache_salt
 
 
 class BlockPool:

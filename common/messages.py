@@ -1,8 +1,8 @@
 """Every message that crosses a process border, typed and bounded. MessagePack by msgspec; no pickle anywhere.
 
-    router <-> worker          WorkerHello/Welcome, WorkerStatus, ReserveKV ... StepTokens   (`RouterToWorker`, `WorkerToRouter`)
-    prefill -> decode control  KVOpen, KVRenew, KVClosed; answers KVOpened ... KVDone         (`PrefillToDecode`, `DecodeToPrefill`)
-    prefill -> decode, with the data (a notification of the transfer agent)                   KVArrived
+    router <-> worker          WorkerHello, WorkerStatus, ReserveKV ... StepTokens
+    prefill <-> decode         KVOpen, KVRenew, KVClosed; answers KVOpened ... KVDone
+    prefill -> decode          KVArrived: a notification of the transfer agent, with the data
 
 Durations only, never points in time. A message is about one (request, attempt), one grant or one open; the
 receiver drops what names another. The life of a handoff is told in `transfer/sender.py` and `receiver.py`.
@@ -42,7 +42,10 @@ class Challenge(Message):
 
 
 class Hello(Message):
-    """Connecting side. `mac` = HMAC-SHA256(secret, "hello" + the challenge's nonce + this nonce + id); empty without a secret."""
+    """Connecting side. `mac` = HMAC-SHA256(secret, "hello" + the challenge's nonce + this nonce + id).
+
+    Empty without a secret.
+    """
 
     protocol: int
     id: Name  # worker id, or a router's id
@@ -105,7 +108,8 @@ class WorkerStatus(Message):
     num_preemptions: Count = 0
     prefix_queries: Count = 0  # tokens looked up, since start
     prefix_hits: Count = 0  # tokens found
-    transfer_bytes: Count = 0  # written (prefill) since start
+    transfer_bytes: Count = 0  # written (prefill) since start, by our own count
+    wire_bytes: Count = 0  # the same by the transport's count; 0 where it has none
     transfer_failures: Count = 0
     stale_messages: Count = 0  # messages about ended grants, opens or attempts, dropped
 
@@ -212,7 +216,7 @@ class NoCapacity(Message):
 
 
 class TaskRefused(Message):
-    """Prefill or decode worker: this task was not begun. `reason`: blocks, never_fits, draining, incompatible, stale."""
+    """This task was not begun. `reason`: blocks, never_fits, draining, incompatible, stale, wrong_role."""
 
     request_id: Name
     attempt: Count
@@ -400,11 +404,10 @@ class Decoder(Generic[T]):
     """Decodes frames into one closed union of messages; anything else is a ProtocolError."""
 
     def __init__(self, union: object) -> None:
-        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)  # type: ignore[arg-type]  # a union is a type form
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
 
     def decode(self, frame: bytes) -> T:
         try:
             return self._decoder.decode(frame)
         except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"frame of {len(frame)} bytes refused: {error}") from error
-

@@ -1,0 +1,362 @@
+"""Every Prometheus metric of the router, with unit, buckets and labels; one instance has its own registry.
+
+    kvferry_*   ours. Workers' gauges are computed at the scrape from the heartbeats, never stored
+    vllm:*      the same values under the names that vLLM's boards and the usual tools read (`_ALIASES`)
+
+Label sets are closed: what is not in `_CLOSED` counts as "other", so no client can grow the memory. Latencies are
+differences of two stamps of one request. This module knows no HTTP and imports no other folder: requests and pools
+are seen through the protocols below.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+
+from .messages import TransferReport, WorkerStatus
+
+_TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_LONG_BUCKETS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+_GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+_TRANSFER_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_BYTES_BUCKETS = tuple(float(4**power * 2**12) for power in range(12))  # 4 KiB to 16 GiB
+_OTHER = "other"
+
+_CLOSED: dict[str, frozenset[str]] = {
+    "finished_reason": frozenset({"stop", "length", "abort", "error"}),
+    "stage": frozenset({"reserve", "prefill", "transfer", "decode"}),
+    "reason": frozenset("worker_lost worker_failure refused handoff_failed no_answer gap forgotten".split()),
+    "fallback": frozenset({"local_prefill", "recompute"}),
+    "dropped": frozenset(
+        "stale_attempt unknown_request unknown_choice old_session wrong_worker out_of_turn "
+        "duplicate mismatch overflow prompt_logprobs".split()
+    ),
+    "code": frozenset("200 400 401 404 405 408 413 415 429 499 500 503".split()),
+}
+
+# Our family -> vLLM's names for it, which carry its model_name label besides.
+_ALIASES: dict[str, tuple[str, ...]] = {
+    "kvferry_time_to_first_token_seconds": ("vllm:time_to_first_token_seconds",),
+    "kvferry_inter_token_latency_seconds": ("vllm:inter_token_latency_seconds",),
+    "kvferry_time_per_output_token_seconds": (
+        "vllm:time_per_output_token_seconds",
+        "vllm:request_time_per_output_token_seconds",
+    ),
+    "kvferry_e2e_request_latency_seconds": ("vllm:e2e_request_latency_seconds",),
+    "kvferry_request_queue_time_seconds": ("vllm:request_queue_time_seconds",),
+    "kvferry_request_prefill_time_seconds": ("vllm:request_prefill_time_seconds",),
+    "kvferry_request_decode_time_seconds": ("vllm:request_decode_time_seconds",),
+    "kvferry_prompt_tokens": ("vllm:prompt_tokens",),
+    "kvferry_generation_tokens": ("vllm:generation_tokens",),
+    "kvferry_request_success": ("vllm:request_success",),
+    "kvferry_kv_transfer_seconds": ("vllm:nixl_xfer_time_seconds",),
+    "kvferry_kv_transfer_bytes": ("vllm:nixl_bytes_transferred",),
+    "kvferry_kv_transfer_failures": ("vllm:nixl_num_failed_transfers",),
+}
+
+
+class FinishedRequest(Protocol):
+    """A request in its terminal state; `timestamps` are seconds of one clock by phase."""
+
+    @property
+    def timestamps(self) -> Mapping[str, float]: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def num_output_tokens(self) -> int: ...
+    @property
+    def num_cached_tokens(self) -> int: ...
+
+
+class WorkerGauges(Protocol):
+    """One worker as the router sees it now."""
+
+    @property
+    def worker_id(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def is_ready(self) -> bool: ...
+    @property
+    def status(self) -> WorkerStatus | None: ...
+
+
+class PoolGauges(Protocol):
+    """All workers, and the router's own queue."""
+
+    @property
+    def workers(self) -> Sequence[WorkerGauges]: ...
+    @property
+    def num_queued(self) -> int: ...
+
+
+class GapHistogram:
+    """Gaps between tokens: observed for every token, so without prometheus_client's lock and label look-up."""
+
+    __slots__ = ("_counts", "_sum_s")
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(_GAP_BUCKETS) + 1)
+        self._sum_s = 0.0
+
+    def observe(self, gap_s: float) -> None:
+        self._counts[bisect_left(_GAP_BUCKETS, gap_s)] += 1
+        self._sum_s += gap_s
+
+    def family(self) -> Metric:
+        bounds = [*map(_bound, _GAP_BUCKETS), "+Inf"]
+        buckets = list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
+        name = "kvferry_inter_token_latency_seconds"
+        return HistogramMetricFamily(
+            name, "Gap between two tokens of one choice", buckets=buckets, sum_value=self._sum_s
+        )
+
+
+class RouterMetrics:
+    """The observer of the dispatcher and of the API. One event loop calls it."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        self._gaps = GapHistogram()
+        self._ttft = _histogram("time_to_first_token_seconds", "From the queue to the first token", _TTFT_BUCKETS)
+        self._tpot = _histogram("time_per_output_token_seconds", "Of a request, after its first token", _GAP_BUCKETS)
+        self._e2e = _histogram("e2e_request_latency_seconds", "From the queue to the last token", _LONG_BUCKETS)
+        self._queue = _histogram("request_queue_time_seconds", "Waiting for a placement", _LONG_BUCKETS)
+        self._prefill = _histogram("request_prefill_time_seconds", "From placement to first token", _LONG_BUCKETS)
+        self._decode = _histogram("request_decode_time_seconds", "From the first token to the last", _LONG_BUCKETS)
+        self._transfer_s = _histogram("kv_transfer_seconds", "First post to last write done", _TRANSFER_BUCKETS)
+        self._exposed_s = _histogram(
+            "kv_transfer_exposed_seconds", "Part of a transfer after the last layer was computed", _TRANSFER_BUCKETS
+        )
+        self._transfer_bytes = _histogram("kv_transfer_bytes", "KV shipped for one request", _BYTES_BUCKETS)
+        self._transfer_failures = _counter("kv_transfer_failures", "Transfers that did not end cleanly")
+        self._prompt_tokens = _counter("prompt_tokens", "Prompt tokens of answered calls")
+        self._cached_tokens = _counter("cached_prompt_tokens", "Prompt tokens that came from a prefix cache")
+        self._generation_tokens = _counter("generation_tokens", "Tokens delivered to clients")
+        self._success = _counter("request_success", "Choices by how they ended", "finished_reason")
+        self._responses = _counter("requests", "HTTP requests by status", "code")
+        self._retries = _counter("retries", "Attempts that failed", "stage", "reason")
+        self._fallbacks = _counter("fallback", "Requests that took another way than planned", "kind")
+        self._dropped = _counter("dropped_messages", "Messages and tokens of ended attempts", "kind")
+
+    # --- the dispatcher's observer -------------------------------------------------------------------------
+
+    def on_finished(self, request: FinishedRequest) -> None:
+        stamps = request.timestamps
+        self._cached_tokens.inc(request.num_cached_tokens)
+        _observe_between(self._queue, stamps, "queued", "prefill_start")
+        _observe_between(self._prefill, stamps, "prefill_start", "first_token")
+        _observe_between(self._ttft, stamps, "queued", "first_token")
+        _observe_between(self._decode, stamps, "first_token", "last_token")
+        if "first_token" in stamps:
+            _observe_between(self._e2e, stamps, "queued", "finished")
+        tokens_after_first = request.num_output_tokens / max(request.n, 1) - 1
+        if tokens_after_first > 0 and "last_token" in stamps and "first_token" in stamps:
+            self._tpot.observe((stamps["last_token"] - stamps["first_token"]) / tokens_after_first)
+
+    def on_transfer(self, report: TransferReport) -> None:
+        if not report.clean:
+            self._transfer_failures.inc()
+            return
+        self._transfer_s.observe(report.transfer_s)
+        self._exposed_s.observe(report.exposed_s)
+        self._transfer_bytes.observe(report.num_bytes)
+
+    def on_fallback(self, kind: str) -> None:
+        self._fallbacks.labels(_closed("fallback", kind)).inc()
+
+    def on_retry(self, stage: str, reason: str) -> None:
+        self._retries.labels(_closed("stage", stage), _closed("reason", reason)).inc()
+
+    def on_dropped(self, kind: str) -> None:
+        self._dropped.labels(_closed("dropped", kind)).inc()
+
+    # --- the API's -----------------------------------------------------------------------------------------
+
+    def on_token_gap(self, gap_s: float) -> None:
+        self._gaps.observe(gap_s)
+
+    def on_answer(self, num_prompt_tokens: int, num_completion_tokens: int, finishes: Sequence[str]) -> None:
+        self._prompt_tokens.inc(num_prompt_tokens)
+        self._generation_tokens.inc(num_completion_tokens)
+        for finish in finishes:
+            self._success.labels(_closed("finished_reason", finish)).inc()
+
+    def on_response(self, status: int) -> None:
+        self._responses.labels(_closed("code", str(status))).inc()
+
+    # --- the scrape ----------------------------------------------------------------------------------------
+
+    def render(self, view: PoolGauges, *, num_in_flight: int) -> tuple[bytes, str]:
+        """(text, media type) of /metrics."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Families([*self._own(), *self._pools(view, num_in_flight)]))
+        return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
+
+    def _own(self) -> Iterator[Metric]:
+        yield from self._with_aliases(self._gaps.family())
+        metrics = (value for value in vars(self).values() if isinstance(value, (Counter, Histogram)))
+        for metric in metrics:
+            for family in metric.collect():
+                yield from self._with_aliases(family)
+
+    def _with_aliases(self, family: Metric) -> Iterator[Metric]:
+        yield _renamed(family, family.name, {})
+        for name in _ALIASES.get(family.name, ()):
+            yield _renamed(family, name, {"model_name": self._model_name})
+
+    def _pools(self, view: PoolGauges, num_in_flight: int) -> Iterator[Metric]:
+        yield _gauge("kvferry_queued_requests", "Requests in the router's queue", [], [((), view.num_queued)])
+        yield _gauge("kvferry_in_flight_requests", "HTTP answers under way", [], [((), num_in_flight)])
+        yield from _worker_families(view.workers)
+        yield from self._vllm_gauges(view)
+
+    def _vllm_gauges(self, view: PoolGauges) -> Iterator[Metric]:
+        """vLLM's engine gauges, with each worker as an engine; the router's queue is one too."""
+        alive = [(worker.worker_id, worker.status) for worker in view.workers if worker.status is not None]
+        running = [(name, status.num_running) for name, status in alive]
+        waiting = [*((name, status.num_waiting) for name, status in alive), ("router", view.num_queued)]
+        usage = [(name, _kv_usage(status)) for name, status in alive]
+        yield self._vllm(GaugeMetricFamily, "vllm:num_requests_running", running)
+        yield self._vllm(GaugeMetricFamily, "vllm:num_requests_waiting", waiting)
+        yield self._vllm(GaugeMetricFamily, "vllm:kv_cache_usage_perc", usage)
+        for name, counter in (
+            ("vllm:prefix_cache_queries", "prefix_queries"),
+            ("vllm:prefix_cache_hits", "prefix_hits"),
+            ("vllm:num_preemptions", "num_preemptions"),
+        ):
+            values = [(worker, getattr(status, counter)) for worker, status in alive]
+            yield self._vllm(CounterMetricFamily, name, values)
+
+    def _vllm(
+        self,
+        kind: type[GaugeMetricFamily | CounterMetricFamily],
+        name: str,
+        values: Iterable[tuple[str, float]],
+    ) -> Metric:
+        family = kind(name, "As vLLM's; engine is the worker", labels=["model_name", "engine"])
+        for engine, value in values:
+            family.add_metric([self._model_name, engine], value)
+        return family
+
+
+class _Families(Collector):
+    """Hands finished families to a registry of one scrape."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def _worker_families(workers: Sequence[WorkerGauges]) -> Iterator[Metric]:
+    alive = [((worker.worker_id, worker.role), worker.status) for worker in workers if worker.status is not None]
+    yield _gauge(
+        "kvferry_worker_state",
+        "1 for the state that the worker is in",
+        ["worker", "pool", "state"],
+        [((w.worker_id, w.role, state), float(state == _state(w))) for w in workers for state in _STATES],
+    )
+    yield _gauge(
+        "kvferry_blocks",
+        "KV blocks by what they hold",
+        ["worker", "pool", "state"],
+        [((*labels, state), count) for labels, status in alive for state, count in _blocks(status).items()],
+    )
+    for name, text, field in _WORKER_GAUGES:
+        samples = [(labels, float(getattr(status, field))) for labels, status in alive]
+        yield _gauge(name, text, ["worker", "pool"], samples)
+    for name, text, field in _WORKER_COUNTERS:
+        family = CounterMetricFamily(name, text, labels=["worker", "pool"])
+        for labels, status in alive:
+            family.add_metric(list(labels), float(getattr(status, field)))
+        yield family
+
+
+_STATES = ("starting", "ready", "draining")
+_WORKER_GAUGES = (
+    ("kvferry_num_requests_running", "Choices in the running batch", "num_running"),
+    ("kvferry_num_requests_waiting", "Choices that wait on the worker", "num_waiting"),
+    ("kvferry_waiting_tokens", "Prompt tokens not computed yet", "waiting_tokens"),
+    ("kvferry_step_seconds", "The last engine step", "step_s"),
+)
+_WORKER_COUNTERS = (
+    ("kvferry_engine_steps", "Finished engine steps", "steps"),
+    ("kvferry_preemptions", "Sequences that lost their blocks to another", "num_preemptions"),
+    ("kvferry_prefix_cache_queries", "Prompt tokens looked up in the prefix cache", "prefix_queries"),
+    ("kvferry_prefix_cache_hits", "Prompt tokens found there", "prefix_hits"),
+    ("kvferry_transfer_bytes", "KV bytes written to decode workers", "transfer_bytes"),
+    ("kvferry_wire_bytes", "The same by the transport's own count", "wire_bytes"),
+    ("kvferry_transfer_failures", "Writes that failed, by the worker's own count", "transfer_failures"),
+    ("kvferry_stale_messages", "Messages about ended grants and attempts", "stale_messages"),
+)
+
+
+def _state(worker: WorkerGauges) -> str:
+    if worker.status is None:
+        return "starting"
+    return "draining" if worker.status.state == "ready" and not worker.is_ready else worker.status.state
+
+
+def _blocks(status: WorkerStatus) -> dict[str, float]:
+    """The states add up to the pool. Granted blocks are held for KV that is to arrive."""
+    known = {
+        "free": status.num_free_blocks - status.num_cached_blocks,
+        "cached": status.num_cached_blocks,
+        "granted": status.num_granted_blocks,
+        "quarantined": status.num_quarantined_blocks,
+    }
+    return {**known, "active": status.num_blocks - sum(known.values())}
+
+
+def _kv_usage(status: WorkerStatus) -> float:
+    """Share of the blocks that hold KV of running requests or are promised; what is only cached can be had."""
+    return 1 - status.num_free_blocks / status.num_blocks if status.num_blocks else 0.0
+
+
+def _histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+    return Histogram(f"kvferry_{name}", text, buckets=buckets, registry=None)
+
+
+def _counter(name: str, text: str, *labels: str) -> Counter:
+    return Counter(f"kvferry_{name}", text, labels, registry=None)
+
+
+def _gauge(name: str, text: str, labels: list[str], samples: Iterable[tuple[tuple[str, ...], float]]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for values, value in samples:
+        family.add_metric(values, value)
+    return family
+
+
+def _renamed(family: Metric, name: str, labels: dict[str, str]) -> Metric:
+    """A copy under another name, without the `_created` samples that nobody reads."""
+    copy = Metric(name, family.documentation, family.type)
+    copy.samples = [
+        Sample(name + sample.name.removeprefix(family.name), {**labels, **sample.labels}, sample.value)
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    ]
+    return copy
+
+
+def _observe_between(histogram: Histogram, stamps: Mapping[str, float], begin: str, end: str) -> None:
+    if begin in stamps and end in stamps:
+        histogram.observe(max(stamps[end] - stamps[begin], 0.0))
+
+
+def _closed(label: str, value: str) -> str:
+    return value if value in _CLOSED[label] else _OTHER
+
+
+def _bound(value: float) -> str:
+    return repr(float(value))

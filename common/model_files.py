@@ -1,0 +1,163 @@
+"""From what the user named to a local model directory, and the small JSON files in it.
+
+A model is named in one of three ways: not at all (the embedded default), by a directory, or by a hub id `org/name`,
+whose snapshot is downloaded once and then found in the hub's cache, without a network too. Only data is ever fetched
+or read: a model whose config asks for code of its own is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .default_model import DEFAULT_MODEL_NAME, Progress, default_model_dir
+from .errors import ConfigError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")  # data only: no pickles, no code
+_UNWANTED = ("*/*", "consolidated*.safetensors")  # subfolders and second copies of the weights
+_MAX_JSON_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model that is on this machine."""
+
+    dir: Path
+    served_name: str  # what clients call it
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """Sampling that the model's authors recommend. None: they say nothing."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+def resolve_model(name: str | None, revision: str | None = None, progress: Progress | None = None) -> ResolvedModel:
+    """Finds the model, fetching or converting it when it is not here yet. Raises ConfigError."""
+    if name is not None and not Path(name).expanduser().exists() and _HUB_ID.fullmatch(name):
+        return _checked(ResolvedModel(_download(name, revision, progress), name))
+    if revision is not None:
+        raise ConfigError(f"a revision ({revision}) goes with a hub id such as org/name only")
+    if name is None:
+        return ResolvedModel(default_model_dir(progress), DEFAULT_MODEL_NAME)
+    return _checked(_local(name))
+
+
+def generation_defaults(path: Path) -> GenerationDefaults:
+    """The defaults in a model directory's generation_config.json, if it has one."""
+    config = read_json(path / "generation_config.json", default={})
+    top_k = _number(config, "top_k", path)
+    return GenerationDefaults(
+        temperature=_number(config, "temperature", path),
+        top_p=_number(config, "top_p", path),
+        top_k=None if top_k is None else int(top_k),
+        min_p=_number(config, "min_p", path),
+        repetition_penalty=_number(config, "repetition_penalty", path),
+    )
+
+
+def read_json(path: Path, *, default: dict[str, object] | None = None) -> dict[str, object]:
+    """The JSON object in a file; `default` where there is no such file. Raises ConfigError."""
+    if default is not None and not path.is_file():
+        return default
+    try:
+        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+            raise ConfigError(f"{path} has {size} bytes; at most {_MAX_JSON_BYTES} are read")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds no JSON object")
+    return value
+
+
+def _local(name: str) -> ResolvedModel:
+    path = Path(name).expanduser()
+    if name and path.is_dir():  # an empty name is not the current directory
+        return ResolvedModel(path, path.resolve().name)
+    if name and path.exists():
+        raise ConfigError(f"{name} is a file; a model is a directory with config.json and *.safetensors")
+    raise ConfigError(
+        f"no model {name!r}: there is no such directory, and a hub id has the form org/name; "
+        f"without a name the default {DEFAULT_MODEL_NAME} is served"
+    )
+
+
+def _checked(model: ResolvedModel) -> ResolvedModel:
+    if not (model.dir / "config.json").is_file():
+        raise ConfigError(f"{model.dir} has no config.json; a model is a directory with config.json and *.safetensors")
+    if "auto_map" in read_json(model.dir / "config.json"):
+        raise ConfigError(
+            f"{model.served_name} needs Python code from its own repository (auto_map in config.json), "
+            "which kvferry never runs; use a model of a built-in architecture"
+        )
+    return model
+
+
+def _download(name: str, revision: str | None, progress: Progress | None) -> Path:
+    what = f"downloading {name}"
+    if progress:
+        progress(what, 0.0)
+    path = _snapshot(name, revision)
+    index = read_json(path / "model.safetensors.index.json", default={})
+    shards = index.get("weight_map", {})
+    missing = sorted(
+        {str(s) for s in shards.values() if not (path / str(s)).is_file()} if isinstance(shards, dict) else ()
+    )
+    if missing:
+        raise ConfigError(f"the cached copy of {name} lacks {missing[0]}; start once with a network to complete it")
+    if progress:
+        progress(what, 1.0)
+    return path
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    """The hub's snapshot of the model; each way to fail as one line that says what to do."""
+    from huggingface_hub import errors, snapshot_download
+
+    at = f"{name} at revision {revision}" if revision else name
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED))
+        )
+    except errors.GatedRepoError as error:
+        raise ConfigError(f"{at} is gated: accept its terms on its hub page, then set HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"no model {at}: there is no such directory, and the hub has no such model or it is private (set HF_TOKEN)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ConfigError(f"the hub has {name}, but no revision {revision} of it") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise ConfigError(
+            f"{at} is not in the hub's cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set): "
+            "connect once, or name a local directory"
+        ) from error
+    except errors.HFValidationError as error:
+        raise ConfigError(f"{name!r} is no hub id: {_first_line(error)}") from error
+    except Exception as error:  # HTTP libraries differ between hub versions, and so do their errors
+        raise ConfigError(f"{at} could not be downloaded: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no details"])[0]
+
+
+def _number(config: Mapping[str, object], key: str, path: Path) -> float | None:
+    value = config.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{path / 'generation_config.json'}: {key} is {value!r}, not a number")
+    return float(value)

@@ -1,0 +1,252 @@
+"""Text to token ids and back, from the `tokenizer.json` of a model directory.
+
+`Tokenizer` is immutable after `from_dir` and may be used from several threads at once; encoding releases the GIL.
+`Detokenizer` belongs to one choice of one request: new ids go in with `push`, text that can no longer change comes
+out, `flush` gives the rest. The pushed texts and the flushed one add up to `Tokenizer.decode` of all the ids.
+
+Rules of a model (does a BOS token come first, which space is dropped) are the files'; this module adds none.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .chat_template import ChatTemplate, load_chat_template
+from .errors import ConfigError, RequestError
+from .model_files import read_json
+from .token_bytes import DecoderRules, decoder_rules
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+# More bytes per token than any prompt has on average. A text beyond it is refused before work is spent on it.
+MAX_BYTES_PER_TOKEN = 16
+_SLACK_BYTES = 4096
+_UTF8_MAX_BYTES = 4  # of one character
+
+
+class Tokenizer:
+    """One model's tokenizer with its special tokens and its chat template."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        decoder: DecoderRules,
+        *,
+        special_tokens: Mapping[str, str],  # role, such as bos_token -> token
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._chat_template = chat_template
+        self._special_tokens = dict(special_tokens)
+        self._pieces: dict[int, bytes] = {}  # token_bytes of the ids seen so far
+        self.decoder = decoder
+        self.special_ids = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)  # largest id + 1
+        self.bos_token_id = self._special_id("bos_token")
+        self.eos_token_id = self._special_id("eos_token")
+
+    @classmethod
+    def from_dir(cls, path: Path, chat_template: Path | str | None = None) -> Tokenizer:
+        """Reads a model directory. `chat_template`: a file that replaces the model's own template.
+
+        Raises ConfigError for a missing or broken file.
+        """
+        backend, decoder = _load_backend(path)
+        config = read_json(path / "tokenizer_config.json", default={})
+        special_map = read_json(path / "special_tokens_map.json", default={})
+        return cls(
+            backend,
+            decoder,
+            special_tokens=_special_tokens(special_map | config),
+            chat_template=load_chat_template(path, config, override=Path(chat_template) if chat_template else None),
+        )
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, max_tokens: int | None = None) -> list[int]:
+        """The text's ids, with what the model puts around a text (a BOS token) if `add_special_tokens`.
+
+        A text that cannot fit into `max_tokens` is refused by its size alone, before it is tokenized; the exact
+        count is still the caller's to check.
+        """
+        if max_tokens is not None:
+            check_text_size(text, max_tokens)
+        try:
+            # The batch call releases the GIL, `encode` does not: other threads' streams go on meanwhile.
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeEncodeError):
+            raise RequestError("the text has a lone surrogate and is not valid Unicode") from None
+        return encoding.ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        detokenizer = Detokenizer(self, skip_special_tokens=skip_special_tokens)
+        return detokenizer.push(ids) + detokenizer.flush()
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, object] | None = None,
+    ) -> str:
+        """The prompt of a conversation. It holds its special tokens: encode it with `add_special_tokens=False`."""
+        if self._chat_template is None:
+            raise RequestError(
+                "this model has no chat template; the server needs --chat-template FILE to answer chats, "
+                "or use /v1/completions",
+                code="chat_template_missing",
+            )
+        return self._chat_template.render(
+            messages,
+            special_tokens=self._special_tokens,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs or {},
+        )
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text, after the first token; empty for an id without a token."""
+        if (piece := self._pieces.get(token_id)) is not None:
+            return piece
+        if (token := self._token(token_id)) is None:
+            return b""
+        return self._pieces.setdefault(token_id, self.decoder.token_bytes(token))
+
+    def token_text(self, token_id: int) -> str:
+        """`token_bytes` as text, with U+FFFD for the part of a character."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def first_token_bytes(self, token_id: int) -> bytes:
+        """What the token adds at the start of a text."""
+        token = self._token(token_id)
+        return b"" if token is None else self.decoder.token_bytes(token, is_first=True)
+
+    def has_token(self, token_id: int) -> bool:
+        return self._token(token_id) is not None
+
+    def _token(self, token_id: int) -> str | None:
+        if not 0 <= token_id < self.vocab_size:
+            return None
+        return self._backend.id_to_token(token_id)
+
+    def _special_id(self, role: str) -> int | None:
+        token = self._special_tokens.get(role)
+        return None if token is None else self._backend.token_to_id(token)
+
+
+class Detokenizer:
+    """The text of one growing sequence of ids, in constant work per token.
+
+    With `prompt_ids` the text goes on where the prompt's ended: a leading space stays, and a character that the
+    prompt began is finished.
+    """
+
+    __slots__ = ("_is_first", "_skipped", "_to_strip", "_tokenizer", "_utf8")
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_first = True
+        self._to_strip = tokenizer.decoder.max_stripped
+        self._feed_prompt(prompt_ids)
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Takes the next ids; returns the text that is complete with them and was not returned before."""
+        return self._strip(self._utf8.decode(b"".join(map(self._piece, ids))))
+
+    def flush(self) -> str:
+        """What an unfinished character leaves behind: call once, after the last id."""
+        return self._strip(self._utf8.decode(b"", final=True))
+
+    def _piece(self, token_id: int) -> bytes:
+        if token_id in self._skipped:
+            return b""
+        separator = self._tokenizer.decoder.separator
+        if not (self._is_first or separator):
+            return self._tokenizer.token_bytes(token_id)
+        if not self._tokenizer.has_token(token_id):
+            return b""
+        if self._is_first:
+            self._is_first = False
+            return self._tokenizer.first_token_bytes(token_id)
+        return separator.encode() + self._tokenizer.token_bytes(token_id)
+
+    def _strip(self, text: str) -> str:
+        start = 0
+        while self._to_strip and start < len(text):
+            if text[start] == self._tokenizer.decoder.stripped:
+                start += 1
+                self._to_strip -= 1
+            else:
+                self._to_strip = 0
+        return text[start:]
+
+    def _feed_prompt(self, prompt_ids: Sequence[int]) -> None:
+        """Only the prompt's end can matter: the bytes of one character, and whether anything came before."""
+        start, num_bytes = len(prompt_ids), 0
+        while start and num_bytes < _UTF8_MAX_BYTES + self._to_strip:
+            start -= 1
+            if prompt_ids[start] not in self._skipped:
+                num_bytes += len(self._tokenizer.token_bytes(prompt_ids[start]))
+        self._is_first = self._is_first and not start
+        self.push(prompt_ids[start:])  # nothing of the prompt is left to strip then
+
+
+def check_text_size(text: str, max_tokens: int) -> None:
+    """Refuses a text with so many bytes that it cannot be a prompt of at most `max_tokens`."""
+    limit = MAX_BYTES_PER_TOKEN * max_tokens + _SLACK_BYTES
+    # A character has at least one byte: an enormous text is not even encoded.
+    num_bytes = len(text) if len(text) > limit else len(text.encode("utf-8", "surrogatepass"))
+    if num_bytes > limit:
+        raise RequestError(
+            f"the prompt has at least {num_bytes} bytes; a context of {max_tokens} tokens takes at most {limit}",
+            code="context_length_exceeded",
+        )
+
+
+def _load_backend(path: Path) -> tuple[Backend, DecoderRules]:
+    from tokenizers import Tokenizer as Backend
+
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise ConfigError(_missing_tokenizer(path))
+    decoder = read_json(file).get("decoder")
+    assert decoder is None or isinstance(decoder, dict)
+    try:
+        return Backend.from_file(str(file)), decoder_rules(decoder)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    except Exception as error:  # the library raises no narrower class for a file that it cannot read
+        raise ConfigError(f"{file} is not a tokenizer that the tokenizers library can read: {error}") from error
+
+
+def _missing_tokenizer(path: Path) -> str:
+    found = next((name for name in ("tokenizer.model", "spiece.model", "vocab.json") if (path / name).is_file()), None)
+    if found is None:
+        return f"{path} has no tokenizer.json"
+    return (
+        f"{path} has {found} but no tokenizer.json; write one with the transformers library: "
+        f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+    )
+
+
+def _special_tokens(config: Mapping[str, object]) -> dict[str, str]:
+    """`bos_token` and its like, which stand as a string or as an object with its `content`."""
+    found: dict[str, str] = {}
+    for role, value in config.items():
+        token = value.get("content") if isinstance(value, dict) else value
+        if role.endswith("_token") and isinstance(token, str):
+            found[role] = token
+    return found
