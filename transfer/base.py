@@ -10,12 +10,14 @@ A backend is used by one thread at a time (the transfer thread), except `registe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
 import torch
 
+from ..common.errors import ConfigError
 from ..common.messages import RegionInfo
 
 
@@ -44,6 +46,7 @@ class TransferBackend(Protocol):
 
     name: str  # "nixl", "ucx", "local"
     agent: str
+    telemetry_bytes: int  # of writes that are DONE, as the transport itself counted them
 
     def register(self, pages: torch.Tensor, *, rank: int, tp_size: int, generation: int) -> RegionInfo:
         """Register the allocation [layers, blocks, 2, heads, block_size, head_dim] and describe it for peers."""
@@ -82,3 +85,53 @@ class TransferBackend(Protocol):
     def close(self) -> None:
         """Destroy the agent and release the registration. Idempotent."""
         ...
+
+
+def open_backend(name: str, agent: str) -> TransferBackend:
+    """The backend of that name for `agent`. Raises ConfigError where its package is missing."""
+    if name == "nixl":
+        from .nixl import NixlBackend
+
+        return NixlBackend(agent)
+    if name == "ucx":
+        from .ucx import UcxBackend
+
+        return UcxBackend(agent)
+    raise ConfigError(f"transfer.backend: {name!r} is not one of nixl, ucx")
+
+
+def set_ucx_defaults(*, loopback_only: bool) -> None:
+    """Settings of UCX, which both backends stand on, for this process; what the operator set stays.
+
+    Call it before the process's first agent. UCX listens on every interface: where all workers live on one machine
+    it is kept to the loopback. Transports are left to UCX, so that GPUs and InfiniBand are found.
+    """
+    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+    if loopback_only:
+        os.environ.setdefault("UCX_NET_DEVICES", "lo")
+
+
+def page_rows(pages: torch.Tensor) -> torch.Tensor:
+    """The allocation as bytes, one page in each row: [layers * blocks, page_bytes] uint8, the same memory."""
+    assert pages.dim() == 6 and pages.is_contiguous(), tuple(pages.shape)
+    num_pages = pages.shape[0] * pages.shape[1]
+    return pages.view(-1).view(torch.uint8).view(num_pages, -1)
+
+
+def describe_region(
+    pages: torch.Tensor, *, agent: str, metadata: bytes, transport: str, rank: int, tp_size: int, generation: int
+) -> RegionInfo:
+    """What a peer must know of a registered allocation."""
+    return RegionInfo(
+        rank=rank,
+        tp_size=tp_size,
+        agent=agent,
+        generation=generation,
+        agent_metadata=metadata,
+        base_addr=pages.data_ptr(),
+        num_blocks=pages.shape[1],
+        page_bytes=pages[0, 0].numel() * pages.element_size(),
+        device="VRAM" if pages.is_cuda else "DRAM",
+        device_id=pages.device.index or 0,
+        transport=transport,
+    )

@@ -1,0 +1,62 @@
+"""What tensor-parallel followers and rank 0 say to each other about transfers.
+
+    rank 0 -> follower   FollowerSetup at the start; then Watch (decode), or the commands of `prefill.shipping`
+    follower -> rank 0   FollowerRegion once; then PeerMessage, SourceFree (prefill), RankArrived (decode)
+
+Bytes of msgspec over the rank group's own socket pair; each rank has an agent and a transfer thread of its own.
+"""
+
+from __future__ import annotations
+
+from ..common.messages import Decoder, KVArrived, KVClosed, Message, RegionInfo
+
+
+class FollowerSetup(Message):
+    """Who the worker is, for its other ranks."""
+
+    role: str
+    worker_id: str
+    incarnation: int
+    version: str
+    transfer: str  # TransferConfig as JSON
+
+
+class FollowerRegion(Message):
+    region: RegionInfo
+
+
+class PeerMessage(Message):
+    """To be sent over rank 0's control connection."""
+
+    kv_address: str
+    message: KVClosed
+
+
+class SourceFree(Message):
+    open_id: int
+
+
+class RankArrived(Message):
+    rank: int
+    message: KVArrived
+
+
+class Watch(Message):
+    on: bool
+
+
+class TransferBroke(Message):
+    """The follower's transfer thread ended."""
+
+    reason: str
+
+
+FollowerMessage = FollowerRegion | PeerMessage | SourceFree | RankArrived | TransferBroke
+follower_messages: Decoder[FollowerRegion | PeerMessage | SourceFree | RankArrived | TransferBroke] = Decoder(
+    FollowerMessage
+)
+
+
+def agent_name(worker_id: str, incarnation: int, generation: int, rank: int) -> str:
+    """A transfer agent's name. Never reused: every life of a worker has an incarnation of its own."""
+    return f"{worker_id}.{incarnation:x}.{generation}.{rank}"

@@ -1,0 +1,143 @@
+"""The control sockets of the handoff: prefill workers connect to decode workers.
+
+    KVLinks  (prefill)  one link per decode worker, opened at the first message to it, closed when it breaks
+    KVServer (decode)   accepts them; each connection is a session of its own, so that what an old one still had
+                        queued cannot be taken for the new one's
+
+Both live on the network thread and know no protocol: they carry frames and say when a peer is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from itertools import count
+
+from ..common.channel import Address, Channel, connect, serve, server_address
+from ..common.errors import ProtocolError, WorkerLost
+from ..common.messages import (
+    CancelKV,
+    Decoder,
+    KVClosed,
+    KVDone,
+    KVOpen,
+    KVOpened,
+    KVRefused,
+    KVRenew,
+    KVRenewed,
+    Message,
+)
+
+MAX_FRAME_BYTES = 1 << 18  # a renewal names every open of a pair
+_MAX_QUEUED_MESSAGES = 4096  # while a link is being opened
+
+_from_prefill: Decoder[KVOpen | KVRenew | KVClosed] = Decoder(KVOpen | KVRenew | KVClosed)
+_from_decode: Decoder[KVOpened | KVRefused | KVRenewed | CancelKV | KVDone] = Decoder(
+    KVOpened | KVRefused | KVRenewed | CancelKV | KVDone
+)
+
+
+class KVLinks:
+    """A prefill worker's links to decode workers, by their handoff address."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        secret: bytes,
+        on_message: Callable[[str, Message], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self._worker_id = worker_id
+        self._secret = secret
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._channels: dict[str, Channel | list[Message]] = {}  # open, or what waits for the link to open
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def send(self, kv_address: str, message: Message) -> None:
+        """Queue a message; a link that cannot be opened or breaks ends in `on_lost(kv_address)`."""
+        link = self._channels.get(kv_address)
+        if isinstance(link, Channel):
+            link.send(message)
+        elif link is not None and len(link) < _MAX_QUEUED_MESSAGES:
+            link.append(message)
+        elif link is None:
+            self._channels[kv_address] = [message]
+            task = asyncio.get_running_loop().create_task(self._run(kv_address))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, kv_address: str) -> None:
+        try:
+            channel = await connect(
+                Address.parse(kv_address), self._worker_id, secret=self._secret, max_frame_bytes=MAX_FRAME_BYTES
+            )
+            waiting = self._channels[kv_address]
+            assert isinstance(waiting, list)
+            self._channels[kv_address] = channel
+            for message in waiting:
+                channel.send(message)
+            try:
+                while True:
+                    self._on_message(kv_address, _from_decode.decode(await channel.recv()))
+            finally:
+                channel.abort()
+        except (WorkerLost, ProtocolError):
+            pass  # every reason to lose a peer has the same consequence
+        finally:
+            del self._channels[kv_address]
+            self._on_lost(kv_address)
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class KVServer:
+    """A decode worker's end of the links."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        secret: bytes,
+        on_message: Callable[[str, Message], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self._worker_id = worker_id
+        self._secret = secret
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._sessions: dict[str, Channel] = {}
+        self._numbers = count(1)
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int) -> Address:
+        """Listen; the address tells the port where 0 was asked for."""
+        self._server = await serve(
+            Address(host, port), self._worker_id, self._accept, secret=self._secret, max_frame_bytes=MAX_FRAME_BYTES
+        )
+        return server_address(self._server, host)
+
+    def send(self, session: str, message: Message) -> None:
+        """To a session that may be gone already: then the message is dropped, its end was told by `on_lost`."""
+        channel = self._sessions.get(session)
+        if channel is not None:
+            channel.send(message)
+
+    async def _accept(self, channel: Channel) -> None:
+        session = f"{channel.peer_id}#{next(self._numbers)}"
+        self._sessions[session] = channel
+        try:
+            while True:
+                self._on_message(session, _from_prefill.decode(await channel.recv()))
+        finally:
+            del self._sessions[session]
+            self._on_lost(session)
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for channel in list(self._sessions.values()):
+            channel.abort()
+        await asyncio.sleep(0)

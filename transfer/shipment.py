@@ -1,0 +1,107 @@
+"""One shipment of one source rank: what is to be written where, how far it is, and the states it passes through.
+
+    OPENING ──KVOpened──> SHIPPING ──all written, first tokens known──> TOLD ──KVDone──> ENDED
+       │                     │                                                            ^ ^
+       │                     ├──abort, lease over, connection lost──> CLOSING ──written───┘ │
+       └──refused, late──────┴──a write failed──────────────────────────────────────────────┘
+
+Pages are appended as they are computed; every decode rank has a cursor of its own into the same list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ..common.errors import InvalidTransition
+from ..common.messages import ChoiceTokens, GrantInfo, RegionInfo
+from .base import Piece
+
+
+class ShipmentState(Enum):
+    OPENING = "opening"  # KVOpen is under way; nothing may be posted
+    SHIPPING = "shipping"  # posts what is complete while the lease lasts
+    TOLD = "told"  # all is written, KVArrived is repeated until somebody answers
+    CLOSING = "closing"  # posts nothing more, waits for what was posted
+    ENDED = "ended"  # over
+
+
+_NEXT: dict[ShipmentState, frozenset[ShipmentState]] = {
+    ShipmentState.OPENING: frozenset({ShipmentState.SHIPPING, ShipmentState.ENDED}),
+    ShipmentState.SHIPPING: frozenset({ShipmentState.TOLD, ShipmentState.CLOSING, ShipmentState.ENDED}),
+    ShipmentState.TOLD: frozenset({ShipmentState.ENDED}),
+    ShipmentState.CLOSING: frozenset({ShipmentState.ENDED}),
+    ShipmentState.ENDED: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Target:
+    """One decode rank that this rank writes to."""
+
+    region: RegionInfo
+    pieces: tuple[Piece, ...]
+    num_posted: int = 0  # pages; those before it in the shipment's list were written here, once
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page that this rank writes there."""
+        return sum(piece.num_bytes for piece in self.pieces)
+
+
+@dataclass(slots=True, eq=False)
+class Shipment:
+    """The pages of one prompt under one open."""
+
+    open_id: int
+    request_id: str
+    attempt: int
+    grant: GrantInfo
+    targets: list[Target]
+    answered_at: float  # when the lease was last heard of, or KVOpen was sent
+    deadline: float  # nothing is posted from then on
+    since: float  # when the state was entered
+    state: ShipmentState = ShipmentState.OPENING
+    local_pages: list[int] = field(default_factory=list)
+    remote_pages: list[int] = field(default_factory=list)  # pairwise; the same on every decode rank
+    known_pages: set[int] = field(default_factory=set)  # remote pages so far: each is written once per open
+    num_writes: int = 0  # posted and not ended
+    finished: bool = False  # every page is complete and the first tokens are known
+    first_tokens: tuple[ChoiceTokens, ...] = ()
+    told_at: float = 0.0
+    reason: str = ""  # why it closes
+    num_bytes: int = 0  # written
+    first_post_at: float | None = None
+    last_done_at: float | None = None
+    computed_at: float | None = None  # the last layer's
+
+    def advance(self, to: ShipmentState, now: float) -> None:
+        if to not in _NEXT[self.state]:
+            raise InvalidTransition(f"shipment {self.open_id:x}: {self.state.value} to {to.value}")
+        self.state, self.since = to, now
+
+    @property
+    def peer(self) -> tuple[str, int]:
+        """The decode worker: id and incarnation."""
+        return (self.grant.grant_id.worker_id, self.grant.grant_id.incarnation)
+
+    @property
+    def is_live(self) -> bool:
+        """It holds or wants the right to write; the source pages are read."""
+        return self.state in (ShipmentState.OPENING, ShipmentState.SHIPPING)
+
+    @property
+    def is_posted(self) -> bool:
+        """Every page that is complete so far was posted to every target."""
+        return all(target.num_posted == len(self.local_pages) for target in self.targets)
+
+    @property
+    def wants_turn(self) -> bool:
+        """It has something to post or to tell, or its last word may still need progress to leave."""
+        if self.state is ShipmentState.SHIPPING:
+            return not self.is_posted or self.finished
+        return self.state in (ShipmentState.TOLD, ShipmentState.CLOSING)
+
+    @property
+    def num_expected_pages(self) -> int:
+        return self.grant.spec.num_layers * len(self.grant.block_ids)

@@ -1,0 +1,121 @@
+"""The transfer thread: the only one that touches a backend and its sender.
+
+    call(fn, *args)   from any thread, in order ─┐
+                                                 ├─> thread: run calls ─> sender.step ─> notifications ─> wait
+    watch(True)       poll for arrivals ─────────┘
+
+While something is under way it polls with short sleeps, 0.2 ms after progress and up to 1 ms without; a spinning
+thread would take a core from the model. With nothing to do it blocks until the next call.
+An exception ends the thread and reaches `on_failure`.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+from ..common.errors import ProtocolError
+from ..common.messages import Decoder, KVArrived
+from .base import TransferBackend
+from .sender import KVSender
+
+MIN_POLL_S = 0.0002
+MAX_POLL_S = 0.001
+_WATCH_POLL_S = 0.001  # of a worker that only waits for arrivals
+
+_decoder: Decoder[KVArrived] = Decoder(KVArrived)
+_Call = tuple[Callable[..., object], tuple[object, ...]]
+
+
+class TransferThread:
+    """Owns the backend from `start` to `close`, which also closes it."""
+
+    def __init__(
+        self,
+        backend: TransferBackend,
+        *,
+        sender: KVSender | None = None,
+        on_arrived: Callable[[str, KVArrived], None] | None = None,
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        """`on_arrived(agent, message)` runs on the transfer thread, for each notification of an arrival."""
+        self._backend = backend
+        self._sender = sender
+        self._on_arrived = on_arrived
+        self._on_failure = on_failure
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._wanted = False  # what `watch` was told last
+        self._watching = False  # what the thread does
+        self._poll_s = MIN_POLL_S
+        self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
+        self.num_malformed = 0  # notifications that no correct peer sends, dropped
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def call(self, function: Callable[..., object], *args: object) -> None:
+        """Run `function(*args)` on the transfer thread, in the order of the calls."""
+        self._calls.put((function, args))
+
+    def watch(self, on: bool) -> None:
+        """Poll for notifications, or only while something is being sent. Callers take turns (the worker's lock)."""
+        if on != self._wanted:
+            self._wanted = on
+            self.call(self._set_watching, on)
+
+    def _set_watching(self, on: bool) -> None:
+        self._watching = on
+
+    def close(self) -> None:
+        """End the thread after the calls before this one, then close the backend. Idempotent."""
+        self._calls.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+        self._backend.close()
+
+    def _run(self) -> None:
+        try:
+            timeout_s: float | None = 0.0
+            while self._take_calls(timeout_s):
+                timeout_s = self._turn()
+        except BaseException as error:  # its owner decides: the thread must not die in silence
+            self._on_failure(error)
+
+    def _take_calls(self, timeout_s: float | None) -> bool:
+        """Run what was called; wait for the first call at most so long. False: the thread is to end."""
+        try:
+            call = self._calls.get(timeout=timeout_s)
+            while call is not None:
+                function, args = call
+                function(*args)
+                self._poll_s = MIN_POLL_S
+                call = self._calls.get_nowait()
+            return False
+        except queue.Empty:
+            return True
+
+    def _turn(self) -> float | None:
+        """One round of progress; how long to wait for a call before the next."""
+        wait_s = self._sender.step() if self._sender is not None else None
+        if not self._watching and wait_s != 0.0:
+            return wait_s
+        if self._deliver():
+            self._poll_s = MIN_POLL_S
+        if wait_s == 0.0:
+            self._poll_s = min(2 * self._poll_s, MAX_POLL_S)
+            return self._poll_s
+        return _WATCH_POLL_S if wait_s is None else min(wait_s, _WATCH_POLL_S)
+
+    def _deliver(self) -> bool:
+        """Hand out notifications; reading them is also what makes progress."""
+        notifications = self._backend.notifications()
+        for agent, payload in notifications:
+            try:
+                message = _decoder.decode(payload)
+            except ProtocolError:
+                self.num_malformed += 1
+                continue
+            if self._on_arrived is not None:
+                self._on_arrived(agent, message)
+        return bool(notifications)
