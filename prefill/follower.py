@@ -1,0 +1,60 @@
+"""A prefill worker's other tensor-parallel ranks: each ships its own heads, by rank 0's commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..common.clock import SystemClock
+from ..common.config import TransferConfig
+from ..common.engine import Engine
+from ..common.messages import KVClosed, Message, encode
+from ..transfer.base import open_backend
+from ..transfer.followers import FollowerRegion, FollowerSetup, PeerMessage, SourceFree, TransferBroke, agent_name
+from ..transfer.sender import KVSender
+from ..transfer.thread import TransferThread
+from .shipping import LayerShipper, apply, ship_commands
+
+
+class PrefillFollower:
+    """Implements `common.follower.FollowerHandler`."""
+
+    def __init__(self, engine: Engine, setup: FollowerSetup, send: Callable[[bytes], None]) -> None:
+        self._send = send
+        config = TransferConfig.model_validate_json(setup.transfer)
+        backend = open_backend(config.backend, agent_name(setup.worker_id, setup.incarnation, 0, engine.tp_rank))
+        region = backend.register(engine.kv_pages, rank=engine.tp_rank, tp_size=engine.tp_size, generation=0)
+        self._sender = KVSender(
+            rank=engine.tp_rank,
+            tp_size=engine.tp_size,
+            worker_id=setup.worker_id,
+            incarnation=setup.incarnation,
+            version=setup.version,
+            backend=backend,
+            spec=engine.spec,
+            num_blocks=engine.num_blocks,
+            clock=SystemClock(),
+            config=config,
+            to_peer=self._to_peer,
+            report=lambda report: None,  # rank 0 reports
+            source_free=lambda open_id: send(encode(SourceFree(open_id=open_id))),
+        )
+        self._thread = TransferThread(backend, sender=self._sender, on_failure=self._on_failure)
+        self._layers = LayerShipper(self._thread, self._sender, engine.spec.num_layers)
+        self._thread.start()
+        send(encode(FollowerRegion(region=region)))
+
+    def _to_peer(self, kv_address: str, message: Message) -> None:
+        assert isinstance(message, KVClosed), "only rank 0 opens and renews"
+        self._send(encode(PeerMessage(kv_address=kv_address, message=message)))
+
+    def _on_failure(self, error: BaseException) -> None:
+        self._send(encode(TransferBroke(reason=f"{type(error).__name__}: {error}")))
+
+    def on_user(self, payload: bytes) -> None:
+        apply(ship_commands.decode(payload), self._thread, self._sender, self._layers)
+
+    def on_layer(self, layer_id: int) -> None:
+        self._layers.on_layer(layer_id)
+
+    def close(self) -> None:
+        self._thread.close()

@@ -1,0 +1,146 @@
+"""Which prompts compute how many tokens in the next step. Pure Python over a block pool and a clock.
+
+A prompt gets the blocks of its whole length when its first chunk is scheduled: prompts that hold a part and wait
+for the rest of each other's blocks cannot happen. Chunks of several prompts share a step up to the token budget.
+
+Order: earliest due first, where a prompt is due `STRETCH` times its own predicted compute time after it came. A
+short prompt overtakes a long one that has time left, and a long one cannot starve: its due time stands still
+while newcomers' due times move on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..common.batch import Batch, BatchRow
+from ..common.blocks import BlockPool, hash_blocks
+from ..common.clock import Clock
+from ..common.errors import CapacityError
+from ..common.request import Sequence
+
+STRETCH = 3.0
+# A step is cut to about this: who comes while it runs waits for its end, and grants lapse in seconds. A GPU does a
+# whole token budget in less; a single core at the end of a long context does not.
+MAX_STEP_S = 0.5
+MIN_CHUNK_TOKENS = 64
+_INITIAL_S_PER_TOKEN = 1e-3  # until steps have been measured
+_SMOOTHING = 0.3
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """A sequence on its way through the prefill scheduler."""
+
+    seq: Sequence
+    salt: bytes  # of its prefix hashes
+    received_s: float
+    due_s: float
+    started_s: float | None = None  # its first chunk was scheduled
+
+
+class PrefillScheduler:
+    """Packs chunks. Owns its prompts' blocks until `remove`."""
+
+    def __init__(self, pool: BlockPool, clock: Clock, *, max_num_batched_tokens: int, max_num_seqs: int) -> None:
+        self._pool = pool
+        self._clock = clock
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_seqs = max_num_seqs
+        self._prompts: list[Prompt] = []
+        self._s_per_token = _INITIAL_S_PER_TOKEN
+        self.num_preemptions = 0  # a prompt that has begun is never preempted
+        self.prefix_queries = 0  # tokens
+        self.prefix_hits = 0
+
+    @property
+    def num_running(self) -> int:
+        return sum(prompt.started_s is not None for prompt in self._prompts)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._prompts) - self.num_running
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens that are not computed yet."""
+        return sum(prompt.seq.num_uncomputed_tokens for prompt in self._prompts)
+
+    def add(self, seq: Sequence, salt: bytes) -> Prompt:
+        """Queue a prompt. Raises CapacityError if it can never fit."""
+        if self._num_blocks(seq) > self._pool.num_blocks:
+            raise CapacityError(
+                f"the prompt needs {self._num_blocks(seq)} blocks, the pool has {self._pool.num_blocks}"
+            )
+        now = self._clock.now()
+        prompt = Prompt(seq, salt, now, now + STRETCH * self._s_per_token * seq.num_tokens)
+        self._prompts.append(prompt)
+        self._prompts.sort(key=lambda p: (p.seq.priority, p.due_s))
+        return prompt
+
+    def schedule(self) -> tuple[Batch, list[Prompt]] | None:
+        """The next step's chunks and, beside each row, its prompt."""
+        budget = self._budget()
+        rows: list[BatchRow] = []
+        prompts: list[Prompt] = []
+        for prompt in self._prompts:
+            if budget == 0 or len(rows) == self._max_num_seqs:
+                break
+            if prompt.started_s is None and not self._start(prompt):
+                break  # the earliest due waits for blocks: nobody passes it, or it would wait for ever
+            num_tokens = min(budget, prompt.seq.num_uncomputed_tokens)
+            rows.append(BatchRow(prompt.seq, num_tokens))
+            prompts.append(prompt)
+            budget -= num_tokens
+        return (Batch(rows), prompts) if rows else None
+
+    def _budget(self) -> int:
+        """Tokens of the next step."""
+        affordable = max(MIN_CHUNK_TOKENS, int(MAX_STEP_S / self._s_per_token))
+        return min(self._max_num_batched_tokens, affordable)
+
+    def complete(self, prompt: Prompt, num_tokens: int) -> bool:
+        """Count a row's tokens as computed and publish its full blocks. True when the prompt is done.
+
+        A prompt that is done leaves the scheduler; its blocks stay its owner's.
+        """
+        seq = prompt.seq
+        seq.num_computed_tokens += num_tokens
+        for index in range(seq.num_published_blocks, seq.num_computed_tokens // self._pool.block_size):
+            self._pool.publish(seq.block_table[index], seq.block_hashes[index])
+            seq.num_published_blocks = index + 1
+        if seq.num_uncomputed_tokens == 0:
+            self._prompts.remove(prompt)
+            return True
+        return False
+
+    def observe(self, step_s: float, num_tokens: int) -> None:
+        """Learn the speed from a finished step."""
+        self._s_per_token += _SMOOTHING * (step_s / num_tokens - self._s_per_token)
+
+    def remove(self, prompt: Prompt) -> None:
+        """Forget a prompt that is not done. Its blocks stay its owner's (`Sequence.block_table`)."""
+        if prompt in self._prompts:
+            self._prompts.remove(prompt)
+
+    def _num_blocks(self, seq: Sequence) -> int:
+        return -(-seq.num_tokens // self._pool.block_size)
+
+    def _start(self, prompt: Prompt) -> bool:
+        """Give the prompt its blocks: what the prefix cache has, and new ones for the rest."""
+        seq = prompt.seq
+        seq.block_hashes = hash_blocks(seq.token_ids, self._pool.block_size, prompt.salt)
+        hits: list[int] = []
+        if seq.sampling.prompt_logprobs is None:  # they need the logits of every prompt token
+            # The last token is always computed: its logits choose the first output token.
+            hits = self._pool.match_prefix(seq.block_hashes[: (seq.num_tokens - 1) // self._pool.block_size])
+        num_new = self._num_blocks(seq) - len(hits)
+        if num_new > self._pool.num_free_blocks - self._pool.num_evictable(hits):
+            return False
+        self._pool.pin(hits)
+        seq.block_table = hits + self._pool.allocate(num_new)
+        seq.num_cached_tokens = seq.num_computed_tokens = len(hits) * self._pool.block_size
+        seq.num_published_blocks = len(hits)
+        self.prefix_queries += seq.num_tokens
+        self.prefix_hits += seq.num_computed_tokens
+        prompt.started_s = self._clock.now()
+        return True

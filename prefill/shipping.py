@@ -1,0 +1,179 @@
+"""Shipping seen from rank 0: every call reaches the sender of every rank, each on its own transfer thread.
+
+    role ──open, begin_step, on_layer, finish, cancel──> RankShipping ──> our TransferThread ──> our KVSender
+                                                             └─(bytes)──> follower: `apply` ──> its KVSender
+
+A follower's engine computes the same step, so its layers are its own: it gets the plans of a step before the step
+and calls `LayerShipper.on_layer` itself. Blocks may be reused when every rank has stopped reading them.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Protocol
+
+from ..common.messages import (
+    CancelKV,
+    ChoiceTokens,
+    Decoder,
+    GrantInfo,
+    KVDone,
+    KVOpened,
+    KVRefused,
+    KVRenewed,
+    Message,
+    encode,
+)
+from ..transfer.sender import KVSender
+from .shipper import ShipPlan
+
+
+class Calls(Protocol):
+    """The transfer thread, as far as it is needed here."""
+
+    def call(self, function: Callable[..., None], *args: object) -> None:
+        """Run `function(*args)` on the transfer thread, in order."""
+        ...
+
+
+class ShipOpen(Message):
+    open_id: int
+    request_id: str
+    attempt: int
+    grant: GrantInfo
+
+
+class ShipStep(Message):
+    plans: tuple[ShipPlan, ...]
+
+
+class ShipFinish(Message):
+    open_id: int
+
+
+class ShipCancel(Message):
+    open_id: int
+    reason: str
+
+
+class ShipAnswer(Message):
+    """A decode worker's message, which concerns the senders of all ranks."""
+
+    message: KVOpened | KVRefused | KVRenewed | CancelKV | KVDone
+
+
+class ShipPeerLost(Message):
+    kv_address: str
+
+
+ShipCommand = ShipOpen | ShipStep | ShipFinish | ShipCancel | ShipAnswer | ShipPeerLost
+ship_commands: Decoder[ShipOpen | ShipStep | ShipFinish | ShipCancel | ShipAnswer | ShipPeerLost] = Decoder(ShipCommand)
+
+
+class LayerShipper:
+    """One rank's hook into its engine: tells its sender which pages have become complete."""
+
+    def __init__(self, thread: Calls, sender: KVSender, num_layers: int) -> None:
+        self._thread = thread
+        self._sender = sender
+        self._num_layers = num_layers
+        self._plans: list[ShipPlan] = []
+
+    def begin_step(self, plans: list[ShipPlan]) -> None:
+        for plan in plans:
+            if plan.all_layers and plan.local_blocks:
+                for layer in range(self._num_layers):
+                    self._ready(plan, layer)
+        self._plans = [plan for plan in plans if not plan.all_layers and (plan.local_blocks or plan.last)]
+
+    def on_layer(self, layer: int) -> None:
+        for plan in self._plans:
+            if plan.local_blocks:
+                self._ready(plan, layer)
+            if plan.last and layer == self._num_layers - 1:
+                self._thread.call(self._sender.layers_done, plan.open_id)
+
+    def _ready(self, plan: ShipPlan, layer: int) -> None:
+        self._thread.call(self._sender.pages_ready, plan.open_id, layer, plan.local_blocks, plan.remote_blocks)
+
+
+def apply(command: ShipCommand, thread: Calls, sender: KVSender, layers: LayerShipper) -> None:
+    """Carry out rank 0's command on this rank."""
+    match command:
+        case ShipOpen():
+            thread.call(sender.open, command.open_id, command.request_id, command.attempt, command.grant)
+        case ShipStep():
+            layers.begin_step(list(command.plans))
+        case ShipFinish():
+            thread.call(sender.finish, command.open_id, ())
+        case ShipCancel():
+            thread.call(sender.cancel, command.open_id, command.reason)
+        case ShipAnswer():
+            thread.call(sender.on_message, command.message)
+        case ShipPeerLost():
+            thread.call(sender.on_peer_lost, command.kv_address)
+
+
+class RankShipping:
+    """Implements `prefill.role.Shipping` on rank 0. `broadcast` reaches the followers; None without any."""
+
+    def __init__(
+        self,
+        thread: Calls,
+        sender: KVSender,
+        *,
+        num_layers: int,
+        tp_size: int,
+        broadcast: Callable[[bytes], None] | None,
+        on_source_free: Callable[[int], None],
+    ) -> None:
+        self._thread = thread
+        self._sender = sender
+        self._layers = LayerShipper(thread, sender, num_layers)
+        self._tp_size = tp_size
+        self._broadcast = broadcast
+        self._on_source_free = on_source_free
+        self._free_ranks: dict[int, int] = {}  # open id -> ranks that read its source blocks no more
+
+    def _tell(self, command: ShipCommand) -> None:
+        if self._broadcast is not None:
+            self._broadcast(encode(command))
+
+    def open(self, request_id: str, attempt: int, grant: GrantInfo) -> int:
+        open_id = secrets.randbits(63)
+        self._tell(ShipOpen(open_id=open_id, request_id=request_id, attempt=attempt, grant=grant))
+        self._thread.call(self._sender.open, open_id, request_id, attempt, grant)
+        return open_id
+
+    def begin_step(self, plans: list[ShipPlan]) -> None:
+        self._tell(ShipStep(plans=tuple(plans)))
+        self._layers.begin_step(plans)
+
+    def on_layer(self, layer: int) -> None:
+        self._layers.on_layer(layer)
+
+    def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...]) -> None:
+        self._tell(ShipFinish(open_id=open_id))
+        self._thread.call(self._sender.finish, open_id, first_tokens)
+
+    def cancel(self, open_id: int, reason: str) -> None:
+        self._tell(ShipCancel(open_id=open_id, reason=reason))
+        self._thread.call(self._sender.cancel, open_id, reason)
+
+    def on_answer(self, message: KVOpened | KVRefused | KVRenewed | CancelKV | KVDone) -> None:
+        """A decode worker's message."""
+        self._tell(ShipAnswer(message=message))
+        self._thread.call(self._sender.on_message, message)
+
+    def on_peer_lost(self, kv_address: str) -> None:
+        self._tell(ShipPeerLost(kv_address=kv_address))
+        self._thread.call(self._sender.on_peer_lost, kv_address)
+
+    def on_rank_free(self, open_id: int) -> None:
+        """One rank reads the shipment's source blocks no more. The caller holds the worker's lock."""
+        count = self._free_ranks.pop(open_id, 0) + 1
+        if count < self._tp_size:
+            self._free_ranks[open_id] = count
+        else:
+            self._on_source_free(open_id)

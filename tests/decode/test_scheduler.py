@@ -1,0 +1,202 @@
+"""Continuous batching: growth, preemption, forks and local prompts over a block pool."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvferry.common.batch import Batch
+from kvferry.common.blocks import BlockPool, KVCacheSpec
+from kvferry.common.errors import CapacityError
+from kvferry.common.request import RequestId, SamplingParams, Sequence
+from kvferry.decode.scheduler import DecodeScheduler
+
+BLOCK = 4
+SPEC = KVCacheSpec(model="m", num_layers=1, num_kv_heads=1, head_dim=8, block_size=BLOCK, dtype="float32")
+
+
+def _scheduler(num_blocks: int = 64, budget: int = 16, rows: int = 8) -> tuple[DecodeScheduler, BlockPool]:
+    pool = BlockPool(num_blocks, BLOCK)
+    return DecodeScheduler(pool, SPEC, max_num_batched_tokens=budget, max_num_seqs=rows), pool
+
+
+def _prompt(name: str, num_tokens: int, *, arrival: int = 0, first: int = 0) -> Sequence:
+    tokens = list(range(first, first + num_tokens))
+    return Sequence(RequestId(name), 0, 0, tokens, num_tokens, SamplingParams(), arrival=arrival)
+
+
+def _adopted(scheduler: DecodeScheduler, pool: BlockPool, name: str, num_tokens: int, arrival: int = 0) -> Sequence:
+    """A sequence whose prompt's KV came over the wire, with its first token."""
+    seq = _prompt(name, num_tokens, arrival=arrival, first=1000 * arrival)
+    seq.block_table = pool.allocate(-(-num_tokens // BLOCK))
+    seq.num_computed_tokens = num_tokens
+    seq.num_published_blocks = num_tokens // BLOCK
+    seq.token_ids.append(7)
+    scheduler.adopt(seq)
+    return seq
+
+
+def _rows(batch: Batch | None) -> list[tuple[str, int]]:
+    return [] if batch is None else [(str(row.seq.request_id), row.num_scheduled_tokens) for row in batch.rows]
+
+
+def _step(scheduler: DecodeScheduler) -> list[tuple[str, int]]:
+    """One step in which every row that samples yields token 9."""
+    batch = scheduler.schedule()
+    if batch is None:
+        return []
+    rows, samples = _rows(batch), [row.samples for row in batch.rows]
+    for row, sampled, alive in zip(batch.rows, samples, scheduler.complete(batch), strict=True):
+        if sampled and alive:
+            row.seq.token_ids.append(9)
+    return rows
+
+
+def test_decode_rows_come_first_and_chunks_fill_the_rest_of_the_budget() -> None:
+    scheduler, pool = _scheduler()
+    _adopted(scheduler, pool, "d", 5)
+    scheduler.add(_prompt("p", 40, arrival=1))
+    assert _step(scheduler) == [("d", 1), ("p", 15)]
+
+
+def test_the_oldest_chunk_moves_on_while_shorter_ones_pass_it() -> None:
+    scheduler, _ = _scheduler()
+    scheduler.add(_prompt("long", 60, arrival=0))
+    scheduler.add(_prompt("short", 6, arrival=1, first=500))
+    assert sorted(_step(scheduler)) == [("long", 10), ("short", 6)]
+
+
+def test_a_sequence_takes_a_block_when_its_last_one_is_full() -> None:
+    scheduler, pool = _scheduler()
+    seq = _adopted(scheduler, pool, "d", 4)
+    assert len(seq.block_table) == 1
+    _step(scheduler)
+    assert len(seq.block_table) == 2
+
+
+def test_the_youngest_is_preempted_for_the_oldest_and_comes_back_through_the_prefix_cache() -> None:
+    scheduler, pool = _scheduler(num_blocks=4)
+    old = _adopted(scheduler, pool, "old", 8, arrival=0)
+    young = _adopted(scheduler, pool, "young", 8, arrival=1)
+    assert _step(scheduler) == [("old", 1)]
+    assert scheduler.num_preemptions == 1 and young in scheduler.waiting and not young.block_table
+    scheduler.remove(old)
+    assert _step(scheduler) == [("young", 9)]
+    pool.check()
+
+
+def test_a_preempted_sequence_keeps_its_tokens_and_is_not_served_before_older_ones() -> None:
+    scheduler, pool = _scheduler(num_blocks=4)
+    _adopted(scheduler, pool, "old", 8, arrival=0)
+    young = _adopted(scheduler, pool, "young", 8, arrival=1)
+    tokens = list(young.token_ids)
+    _step(scheduler)
+    assert young.token_ids == tokens
+    scheduler.add(_prompt("middle", 4, arrival=0))
+    assert [str(seq.request_id) for seq in scheduler.waiting] == ["middle", "young"]
+
+
+def test_a_fork_shares_full_blocks_and_copies_the_partial_one() -> None:
+    scheduler, pool = _scheduler()
+    parent = _adopted(scheduler, pool, "a", 6)
+    child = _prompt("a", 6)
+    child.choice, child.token_ids = 1, [*child.token_ids, 8]
+    scheduler.fork(parent, child)
+    assert child.block_table[0] == parent.block_table[0] and child.block_table[1] != parent.block_table[1]
+    batch = scheduler.schedule()
+    assert batch is not None and batch.block_copies == [(parent.block_table[1], child.block_table[1])]
+    scheduler.complete(batch)
+    for seq in (parent, child):
+        scheduler.remove(seq)
+    assert pool.num_free_blocks == 64
+    pool.check()
+
+
+def test_the_source_of_a_copy_outlives_its_owner() -> None:
+    scheduler, pool = _scheduler()
+    parent = _adopted(scheduler, pool, "a", 6)
+    source = parent.block_table[1]
+    child = _prompt("a", 6)
+    child.choice, child.token_ids = 1, [*child.token_ids, 8]
+    scheduler.fork(parent, child)
+    scheduler.remove(parent)
+    assert pool.ref_count(source) == 1
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.complete(batch)
+    assert pool.ref_count(source) == 0
+
+
+def test_a_fork_without_room_waits_and_computes_what_it_lacks() -> None:
+    scheduler, pool = _scheduler(num_blocks=3)
+    parent = _adopted(scheduler, pool, "a", 6)
+    pool.allocate(1)
+    child = _prompt("a", 6)
+    child.choice, child.token_ids = 1, [*child.token_ids, 8]
+    scheduler.fork(parent, child)
+    assert child in scheduler.waiting and not child.block_table
+
+
+def test_blocks_of_an_aborted_sequence_come_back_after_the_step_that_uses_them() -> None:
+    scheduler, pool = _scheduler()
+    seq = _adopted(scheduler, pool, "a", 6)
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.remove(seq)
+    assert pool.num_owned_blocks == 2
+    assert scheduler.complete(batch) == [False]
+    assert pool.num_owned_blocks == 0
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
+    scheduler, _ = _scheduler(num_blocks=4)
+    with pytest.raises(CapacityError, match="needs 5 blocks, the pool has 4"):
+        scheduler.add(_prompt("a", 16))
+
+
+def test_growth_reserve_counts_running_and_all_that_waits() -> None:
+    scheduler, pool = _scheduler()
+    _adopted(scheduler, pool, "a", 6)
+    scheduler.add(_prompt("b", 9, arrival=1))
+    assert scheduler.growth_reserve == 1 + 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), num_blocks=st.integers(8, 24), budget=st.integers(4, 20))
+def test_everything_ends_and_no_block_is_lost(data: st.DataObject, num_blocks: int, budget: int) -> None:
+    """Random prompts, adoptions and aborts; each sequence ends after a few output tokens."""
+    scheduler, pool = _scheduler(num_blocks, budget, rows=4)
+    live: dict[Sequence, int] = {}
+    number = 0
+    for _ in range(400):
+        if number < 12 and data.draw(st.booleans()):
+            length = data.draw(st.integers(1, 20))
+            number += 1
+            if data.draw(st.booleans()):
+                seq = _prompt(f"p{number}", length, arrival=number, first=number % 2)
+                scheduler.add(seq)
+            elif -(-length // BLOCK) <= pool.num_free_blocks - scheduler.growth_reserve and scheduler.has_row:
+                seq = _adopted(scheduler, pool, f"a{number}", length, arrival=number)
+            else:
+                continue
+            live[seq] = seq.num_prompt_tokens + data.draw(st.integers(1, 10))
+        batch = scheduler.schedule()
+        victim = data.draw(st.sampled_from(list(live))) if live and data.draw(st.integers(0, 19)) == 0 else None
+        if victim is not None:
+            del live[victim]
+            scheduler.remove(victim)
+        if batch is not None:
+            assert batch.num_tokens <= max(budget, len(batch.rows))
+            samples = [row.samples for row in batch.rows]
+            for row, sampled, alive in zip(batch.rows, samples, scheduler.complete(batch), strict=True):
+                if alive and sampled:
+                    row.seq.token_ids.append(9)
+                    if row.seq.num_tokens >= live[row.seq]:
+                        del live[row.seq]
+                        scheduler.remove(row.seq)
+        pool.check()
+        if number >= 12 and not live:
+            break
+    assert not live
+    assert pool.num_free_blocks == num_blocks

@@ -1,0 +1,252 @@
+"""Tasks in, first tokens out, shipments begun, ended and given up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from kvferry.common.batch import Batch, RowOutput, StepOutput
+from kvferry.common.blocks import BlockPool, KVCacheSpec
+from kvferry.common.clock import FakeClock
+from kvferry.common.messages import (
+    Abort,
+    ChoiceTokens,
+    FirstToken,
+    GrantId,
+    GrantInfo,
+    LiveRequests,
+    Message,
+    PrefillTask,
+    PromptLogprobs,
+    TaskRefused,
+)
+from kvferry.common.request import FinishReason, RequestSpec, SampledToken, SamplingParams, pack_ids
+from kvferry.prefill.role import PrefillRole
+from kvferry.prefill.shipper import ShipPlan
+
+BLOCK, EOS = 4, 2
+SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=8, block_size=BLOCK, dtype="float32")
+
+
+@dataclass
+class _Shipping:
+    """Records what the role asks of the senders."""
+
+    opened: list[str] = field(default_factory=list)
+    plans: list[ShipPlan] = field(default_factory=list)
+    finished: dict[int, tuple[ChoiceTokens, ...]] = field(default_factory=dict)
+    cancelled: dict[int, str] = field(default_factory=dict)
+
+    def open(self, request_id: str, attempt: int, grant: GrantInfo) -> int:
+        self.opened.append(request_id)
+        return len(self.opened)
+
+    def begin_step(self, plans: list[ShipPlan]) -> None:
+        self.plans += plans
+
+    def on_layer(self, layer: int) -> None:
+        pass
+
+    def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...]) -> None:
+        self.finished[open_id] = first_tokens
+
+    def cancel(self, open_id: int, reason: str) -> None:
+        self.cancelled.setdefault(open_id, reason)
+
+
+class _Bench:
+    """A prefill role over fakes, stepped by hand; each step samples `token`."""
+
+    def __init__(self, num_blocks: int = 16, budget: int = 8) -> None:
+        self.shipping, self.sent = _Shipping(), list[tuple[str, Message]]()
+        self.pool = BlockPool(num_blocks, BLOCK)
+        self.role = PrefillRole(
+            pool=self.pool,
+            clock=FakeClock(),
+            shipping=self.shipping,
+            to_router=lambda router, message: self.sent.append((router, message)),
+            eos_token_ids=frozenset({EOS}),
+            max_model_len=1000,
+            max_num_batched_tokens=budget,
+            max_num_seqs=4,
+        )
+
+    def task(self, name: str, num_tokens: int, *, attempt: int = 0, sample: bool = True, **sampling: object) -> None:
+        params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **sampling})  # type: ignore[arg-type]
+        spec = RequestSpec(
+            request_id=name, attempt=attempt, prompt=pack_ids(list(range(num_tokens))), sampling=params, choices=(0, 1)
+        )
+        grant = GrantInfo(
+            grant_id=GrantId("d", 1, 1),
+            spec=SPEC,
+            kv_address="127.0.0.1:1",
+            block_ids=tuple(range(-(-num_tokens // BLOCK))),
+            num_tokens=num_tokens,
+            num_computed_tokens=0,
+            ranks=(),
+            open_within_s=2.0,
+            mac=b"",
+        )
+        self.role.on_router_message("R", PrefillTask(spec=spec, grant=grant, sample=sample))
+
+    def begin(self) -> Batch | None:
+        batch = self.role.schedule()
+        if batch is not None:
+            self.role.begin_step(batch)
+        return batch
+
+    def end(self, batch: Batch, token: int = 9) -> None:
+        rows = []
+        for row in batch.rows:
+            tokens = tuple(SampledToken(token) for _ in row.choices) if row.samples else ()
+            wants = row.seq.sampling.prompt_logprobs is not None
+            logprobs = tuple(SampledToken(t, -1.0) for t in row.seq.token_ids[row.start + 1 : row.end + 1])
+            rows.append(RowOutput(tokens, logprobs if wants else ()))
+        self.role.complete(batch, StepOutput(rows, 0.01, batch.num_tokens))
+
+    def run(self, token: int = 9) -> None:
+        while (batch := self.begin()) is not None:
+            self.end(batch, token)
+
+    def messages(self, kind: type[Message]) -> list[Message]:
+        return [message for _, message in self.sent if isinstance(message, kind)]
+
+
+def test_a_prompt_is_opened_once_shipped_by_chunk_and_finished_with_its_first_tokens() -> None:
+    bench = _Bench()
+    bench.task("a", 18)
+    bench.run()
+    assert bench.shipping.opened == ["a"]
+    assert [plan.remote_blocks for plan in bench.shipping.plans if not plan.all_layers] == [(0, 1), (2, 3), (4,)]
+    [first] = bench.messages(FirstToken)
+    assert isinstance(first, FirstToken)
+    assert [choice.choice for choice in first.choices] == [0, 1] and first.num_cached_tokens == 0
+    assert bench.shipping.finished == {1: first.choices}
+
+
+def test_blocks_are_held_until_their_shipment_reads_them_no_more() -> None:
+    bench = _Bench()
+    bench.task("a", 18)
+    bench.run()
+    assert bench.pool.num_owned_blocks == bench.role.num_granted_blocks == 5
+    bench.role.on_source_free(1)
+    assert bench.pool.num_owned_blocks == 0 and bench.role.num_unfinished == 0
+    bench.role.on_source_free(1)  # idempotent
+    bench.pool.check()
+
+
+def test_a_retry_ships_from_the_prefix_cache() -> None:
+    bench = _Bench()
+    bench.task("a", 18)
+    bench.run()
+    bench.role.on_source_free(1)
+    bench.task("a", 18, attempt=1)
+    batch = bench.begin()
+    assert batch is not None and [row.num_scheduled_tokens for row in batch.rows] == [2]
+    hits = next(plan for plan in bench.shipping.plans if plan.open_id == 2 and plan.all_layers)
+    assert len(hits.local_blocks) == 4
+
+
+def test_a_choice_that_ends_with_its_first_token_says_so_and_nothing_more_is_shipped() -> None:
+    bench = _Bench()
+    bench.task("a", 6)
+    bench.run(token=EOS)
+    [first] = bench.messages(FirstToken)
+    assert isinstance(first, FirstToken) and {c.finish for c in first.choices} == {FinishReason.STOP}
+    assert 1 in bench.shipping.cancelled and not bench.shipping.finished
+
+
+def test_a_resumed_prompt_is_shipped_without_a_first_token() -> None:
+    bench = _Bench()
+    bench.task("a", 6, sample=False)
+    bench.run()
+    assert not bench.messages(FirstToken) and bench.shipping.finished == {1: ()}
+
+
+def test_an_abort_before_the_first_chunk_costs_nothing() -> None:
+    bench = _Bench()
+    bench.task("a", 6)
+    bench.role.on_router_message("R", Abort(request_id="a", attempt=0))
+    assert bench.begin() is None and not bench.shipping.opened and bench.role.num_unfinished == 0
+
+
+def test_an_abort_between_chunks_cancels_the_shipment_and_returns_the_blocks_after_it() -> None:
+    bench = _Bench()
+    bench.task("a", 18)
+    batch = bench.begin()
+    assert batch is not None
+    bench.end(batch)
+    bench.role.on_router_message("R", Abort(request_id="a", attempt=0))
+    assert 1 in bench.shipping.cancelled and bench.pool.num_owned_blocks == 5
+    bench.role.on_source_free(1)
+    assert bench.pool.num_owned_blocks == 0
+    assert bench.begin() is None
+
+
+def test_an_abort_during_a_step_returns_the_blocks_after_both_the_step_and_the_shipment() -> None:
+    for shipment_first in (True, False):
+        bench = _Bench()
+        bench.task("a", 18)
+        batch = bench.begin()
+        assert batch is not None
+        bench.role.on_router_message("R", Abort(request_id="a", attempt=0))
+        ends = [partial(bench.role.on_source_free, 1), partial(bench.end, batch)]
+        for end in ends if shipment_first else reversed(ends):
+            assert bench.pool.num_owned_blocks == 5
+            end()
+        assert bench.pool.num_owned_blocks == 0 and not bench.messages(FirstToken)
+        bench.pool.check()
+
+
+def test_a_shipment_that_ends_early_stops_the_computation_and_what_is_computed_stays_cached() -> None:
+    bench = _Bench()
+    bench.task("a", 18)
+    batch = bench.begin()
+    assert batch is not None
+    bench.end(batch)
+    bench.role.on_source_free(1)
+    assert bench.begin() is None
+    assert (bench.pool.num_owned_blocks, bench.pool.num_cached_blocks) == (0, 2)
+
+
+def test_an_older_attempt_is_dropped_and_a_newer_one_replaces_it() -> None:
+    bench = _Bench()
+    bench.task("a", 18, attempt=3)
+    bench.task("a", 18, attempt=2)
+    assert bench.role.stale_messages == 1
+    bench.task("a", 18, attempt=4)
+    bench.run()
+    assert [m.attempt for m in bench.messages(FirstToken) if isinstance(m, FirstToken)] == [4]
+
+
+def test_a_prompt_larger_than_the_pool_is_refused_with_the_numbers() -> None:
+    bench = _Bench(num_blocks=2)
+    bench.task("a", 18)
+    [refused] = bench.messages(TaskRefused)
+    assert isinstance(refused, TaskRefused) and refused.reason == "never_fits" and "5 blocks" in refused.detail
+
+
+def test_a_draining_worker_takes_nothing_new() -> None:
+    bench = _Bench()
+    bench.role.draining = True
+    bench.task("a", 4)
+    [refused] = bench.messages(TaskRefused)
+    assert isinstance(refused, TaskRefused) and refused.reason == "draining"
+
+
+def test_requests_that_their_router_no_longer_knows_end() -> None:
+    bench = _Bench()
+    bench.task("a", 4)
+    bench.task("b", 4)
+    bench.role.on_router_message("R", LiveRequests(live=(("b", 0),)))
+    bench.run()
+    assert bench.shipping.opened == ["b"]
+
+
+def test_prompt_logprobs_come_for_every_token_but_the_first() -> None:
+    bench = _Bench()
+    bench.task("a", 18, prompt_logprobs=0)
+    bench.run()
+    got = [m for m in bench.messages(PromptLogprobs) if isinstance(m, PromptLogprobs)]
+    tokens = {m.start + i: token.token_id for m in got for i, token in enumerate(m.tokens)}
+    assert tokens == {index: index for index in range(1, 18)}

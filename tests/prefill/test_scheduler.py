@@ -1,0 +1,165 @@
+"""Which prompt computes what, in which order, over which blocks."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvferry.common.blocks import BlockPool
+from kvferry.common.clock import FakeClock
+from kvferry.common.errors import CapacityError
+from kvferry.common.request import RequestId, SamplingParams, Sequence
+from kvferry.prefill.scheduler import PrefillScheduler, Prompt
+
+
+def _sequence(name: str, num_tokens: int, *, first: int = 0, priority: int = 0) -> Sequence:
+    tokens = list(range(first, first + num_tokens))
+    return Sequence(RequestId(name), 0, 0, tokens, num_tokens, SamplingParams(), priority=priority)
+
+
+def _scheduler(num_blocks: int = 64, budget: int = 16, rows: int = 8) -> tuple[PrefillScheduler, BlockPool, FakeClock]:
+    pool, clock = BlockPool(num_blocks, 4), FakeClock()
+    return PrefillScheduler(pool, clock, max_num_batched_tokens=budget, max_num_seqs=rows), pool, clock
+
+
+def _step(scheduler: PrefillScheduler) -> tuple[list[tuple[str, int]], list[Prompt]]:
+    """One step: what was scheduled, and the prompts that are done with it."""
+    scheduled = scheduler.schedule()
+    if scheduled is None:
+        return [], []
+    batch, prompts = scheduled
+    rows = [(row.seq.request_id, row.num_scheduled_tokens) for row in batch.rows]
+    done = [
+        prompt
+        for row, prompt in zip(batch.rows, prompts, strict=True)
+        if scheduler.complete(prompt, row.num_scheduled_tokens)
+    ]
+    return [(str(name), count) for name, count in rows], done
+
+
+def test_a_long_prompt_is_cut_into_chunks_of_the_budget() -> None:
+    scheduler, pool, _ = _scheduler()
+    scheduler.add(_sequence("a", 40), b"")
+    assert [_step(scheduler)[0] for _ in range(4)] == [[("a", 16)], [("a", 16)], [("a", 8)], []]
+    assert pool.num_owned_blocks == 10  # the blocks stay their owner's
+
+
+def test_slow_steps_get_fewer_tokens_but_never_too_few_to_move_on() -> None:
+    scheduler, _, _ = _scheduler(num_blocks=1024, budget=512)
+    scheduler.add(_sequence("a", 2000), b"")
+    assert _step(scheduler)[0] == [("a", 500)]
+    for _ in range(50):
+        scheduler.observe(step_s=1.0, num_tokens=200)
+    assert _step(scheduler)[0] == [("a", 100)]
+    for _ in range(50):
+        scheduler.observe(step_s=9.0, num_tokens=100)
+    assert _step(scheduler)[0] == [("a", 64)]
+
+
+def test_short_prompts_share_a_step() -> None:
+    scheduler, _, _ = _scheduler()
+    for name in "abc":
+        scheduler.add(_sequence(name, 5, first=ord(name) * 100), b"")
+    assert _step(scheduler)[0] == [("a", 5), ("b", 5), ("c", 5)]
+
+
+def test_a_short_prompt_overtakes_a_long_one_that_has_time_left() -> None:
+    scheduler, _, _ = _scheduler(num_blocks=256)
+    scheduler.add(_sequence("long", 400), b"")
+    assert _step(scheduler)[0] == [("long", 16)]
+    scheduler.add(_sequence("short", 8, first=1000), b"")
+    assert _step(scheduler)[0] == [("short", 8), ("long", 8)]
+
+
+def test_a_long_prompt_does_not_starve_behind_a_stream_of_short_ones() -> None:
+    scheduler, _, clock = _scheduler(num_blocks=4096)
+    scheduler.add(_sequence("long", 64), b"")
+    for number in range(100):
+        scheduler.add(_sequence(f"s{number}", 16, first=1000 * number), b"")
+        rows, done = _step(scheduler)
+        clock.advance(16 * 1e-3)
+        if any(prompt.seq.request_id == "long" for prompt in done):
+            return
+    pytest.fail("the long prompt never ended")
+
+
+def test_priority_comes_before_the_due_time() -> None:
+    scheduler, _, _ = _scheduler()
+    scheduler.add(_sequence("later", 8, priority=1), b"")
+    scheduler.add(_sequence("first", 16, first=100, priority=0), b"")
+    assert _step(scheduler)[0] == [("first", 16)]
+
+
+def test_a_prompt_waits_for_blocks_and_nobody_passes_it() -> None:
+    scheduler, pool, _ = _scheduler(num_blocks=4)
+    first = scheduler.add(_sequence("a", 12), b"")
+    scheduler.add(_sequence("b", 12, first=100), b"")
+    assert _step(scheduler)[0] == [("a", 12)]
+    assert _step(scheduler)[0] == []
+    pool.free(first.seq.block_table)
+    assert _step(scheduler)[0] == [("b", 12)]
+
+
+def test_a_prompt_that_can_never_fit_is_refused_with_the_numbers() -> None:
+    scheduler, _, _ = _scheduler(num_blocks=4)
+    with pytest.raises(CapacityError, match="needs 5 blocks, the pool has 4"):
+        scheduler.add(_sequence("a", 17), b"")
+
+
+def test_a_known_prefix_is_not_computed_again_but_the_last_token_always_is() -> None:
+    scheduler, pool, _ = _scheduler()
+    first = scheduler.add(_sequence("a", 16), b"")
+    _step(scheduler)
+    pool.free(first.seq.block_table)
+    again = scheduler.add(_sequence("b", 16), b"")
+    assert _step(scheduler)[0] == [("b", 4)]
+    assert again.seq.num_cached_tokens == 12
+
+
+def test_prompt_logprobs_skip_the_prefix_cache() -> None:
+    scheduler, pool, _ = _scheduler()
+    first = scheduler.add(_sequence("a", 16), b"")
+    _step(scheduler)
+    pool.free(first.seq.block_table)
+    seq = _sequence("b", 16)
+    seq.sampling = SamplingParams(prompt_logprobs=1)
+    scheduler.add(seq, b"")
+    assert _step(scheduler)[0] == [("b", 16)]
+
+
+def test_another_salt_finds_nothing() -> None:
+    scheduler, pool, _ = _scheduler()
+    first = scheduler.add(_sequence("a", 16), b"tenant-a")
+    _step(scheduler)
+    pool.free(first.seq.block_table)
+    scheduler.add(_sequence("b", 16), b"tenant-b")
+    assert _step(scheduler)[0] == [("b", 16)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    budget=st.integers(1, 24),
+    num_blocks=st.integers(16, 40),
+)
+def test_every_prompt_ends_within_the_budget_and_no_block_is_lost(
+    lengths: list[int], budget: int, num_blocks: int
+) -> None:
+    scheduler, pool, clock = _scheduler(num_blocks=num_blocks, budget=budget)
+    expected = set()
+    for number, length in enumerate(lengths):
+        scheduler.add(_sequence(f"r{number}", length, first=number % 3), b"")
+        expected.add(f"r{number}")
+    for _ in range(2000):
+        rows, done = _step(scheduler)
+        assert sum(count for _, count in rows) <= budget
+        clock.advance(0.01)
+        for prompt in done:
+            expected.remove(str(prompt.seq.request_id))
+            pool.free(prompt.seq.block_table)
+        pool.check()
+        if not expected:
+            break
+    assert not expected
+    assert pool.num_free_blocks == num_blocks

@@ -1,0 +1,344 @@
+"""The one worker program: an engine, a transfer agent, sockets, and the role that it holds.
+
+    network thread (asyncio)   sessions with routers, handoff control sockets, heartbeats
+    engine thread              `common.loop`: schedule, compute, hand out
+    transfer thread            `transfer.thread`: posts writes, polls them, takes arrivals
+
+They meet under one lock (`EngineLoop.lock`), which nobody holds while computing, copying or waiting. With tensor
+parallelism this process is rank 0, and the other ranks are its children.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import structlog
+
+from . import __version__
+from .common.channel import DEFAULT_MAX_FRAME_BYTES, Address
+from .common.clock import SystemClock
+from .common.config import SECRET_VARIABLE, WorkerConfig, environment
+from .common.errors import ConfigError, KVFerryError
+from .common.lifeline import Lifeline
+from .common.logs import configure_logging
+from .common.messages import Decoder, Drain, Message, RegionInfo, WorkerHello, WorkerStatus, encode
+from .common.session import RouterSessions
+from .transfer.followers import FollowerRegion, FollowerSetup, TransferBroke, agent_name, follower_messages
+
+if TYPE_CHECKING:
+    from .common.engine import Engine
+    from .common.follower import FollowerHandler
+    from .common.parallel import RankGroup
+    from .decode.unit import DecodeUnit
+    from .prefill.unit import PrefillUnit
+    from .transfer.parts import WorkerParts
+
+TICK_S = 0.1  # deadlines, and heartbeats of a busy worker
+IDLE_TICKS = 10  # an idle worker sends every tenth heartbeat
+LIFELINE_TICKS = 5
+STEP_LIMIT_S = 60.0  # a step that takes longer, and longer than ten times the one before, hangs
+REGION_TIMEOUT_S = 60.0  # from our engine's start to the last rank's registered memory
+BYTES_PER_TOKEN = 64  # of a frame: a prompt's ids, its blocks, its logprobs in pieces
+
+log = structlog.get_logger(__name__)
+
+
+class Worker:
+    """Builds the parts, keeps the sessions, runs until it is told to end."""
+
+    def __init__(self, config: WorkerConfig, secret: bytes, lifeline: Lifeline | None) -> None:
+        self._config = config
+        self._secret = secret
+        self._lifeline = lifeline
+        self._clock = SystemClock()
+        self._incarnation = secrets.randbits(63)
+        self._follower_regions: dict[int, RegionInfo] = {}
+        self._followers_ready = threading.Event()
+        self._group: RankGroup | None = None
+        self._unit: PrefillUnit | DecodeUnit | None = None
+        self._sessions: RouterSessions | None = None
+        self._num_heartbeats = 0
+        self._drains_until: float | None = None
+
+    async def run(self) -> int:
+        """Until SIGTERM, a drain or a failure. The exit code: 0, 1 (failure) or 2 (configuration)."""
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[int] = self._loop.create_future()
+        with contextlib.suppress(RuntimeError, ValueError):  # not the main thread: whoever runs us cancels instead
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._loop.add_signal_handler(number, self._end, 0)
+        try:
+            parts = await asyncio.to_thread(self._build)
+            await self._serve(parts)
+            return await self._ended
+        except KVFerryError as error:
+            log.error("worker_cannot_start", worker_id=self._config.worker_id, error=str(error))
+            if self._lifeline is not None:
+                self._lifeline.failed(str(error))
+            return 2
+        finally:
+            await self._close()
+
+    def _end(self, code: int) -> None:
+        if not self._ended.done():
+            self._ended.set_result(code)
+
+    def _call_soon(self, function: Callable[[], None]) -> None:
+        """Onto the network thread, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has closed: the worker is ending anyway
+            self._loop.call_soon_threadsafe(function)
+
+    def _on_failure(self, error: BaseException) -> None:
+        """The engine's or the transfer's thread has ended: nothing works any more. Called on that thread."""
+        log.error("worker_failed", worker_id=self._config.worker_id, error=f"{type(error).__name__}: {error}")
+        self._call_soon(lambda: self._end(1))
+
+    # --- parts --------------------------------------------------------------------------------------------
+
+    def _build(self) -> WorkerParts:
+        """Load the model and register the KV pool. Beside the event loop: it takes seconds."""
+        from .common.blocks import BlockPool
+        from .common.engine import Engine
+        from .transfer.base import open_backend, set_ucx_defaults
+        from .transfer.parts import WorkerParts
+
+        config = self._config
+        set_ucx_defaults(loopback_only=Address(config.host, config.port).is_loopback)
+        self._group = self._start_followers()
+        engine: Engine = Engine(
+            config.engine, tp_size=config.engine.tensor_parallel_size, group=self._group, progress=self._progress
+        )
+        backend = open_backend(config.transfer.backend, agent_name(config.worker_id, self._incarnation, 0, 0))
+        region = backend.register(engine.kv_pages, rank=0, tp_size=engine.tp_size, generation=0)
+        if self._group is not None and not self._followers_ready.wait(REGION_TIMEOUT_S):
+            raise ConfigError(f"{engine.tp_size - 1} other ranks did not register within {REGION_TIMEOUT_S} s")
+        return WorkerParts(
+            config=config,
+            secret=self._secret,
+            version=__version__,
+            incarnation=self._incarnation,
+            clock=self._clock,
+            engine=engine,
+            group=self._group,
+            pool=BlockPool(
+                engine.num_blocks,
+                config.engine.block_size,
+                enable_prefix_caching=config.engine.enable_prefix_caching,
+            ),
+            backend=backend,
+            regions=(region, *(region for _, region in sorted(self._follower_regions.items()))),
+            to_router=self._to_router,
+            call_soon=self._call_soon,
+            on_failure=self._on_failure,
+        )
+
+    def _progress(self, what: str, fraction: float) -> None:
+        if self._lifeline is not None:
+            self._lifeline.progress(what, fraction)
+
+    def _start_followers(self) -> RankGroup | None:
+        config = self._config
+        if config.engine.tensor_parallel_size == 1:
+            return None
+        from .common.parallel import RankGroup
+
+        setup = FollowerSetup(
+            role=config.role,
+            worker_id=config.worker_id,
+            incarnation=self._incarnation,
+            version=__version__,
+            transfer=config.transfer.model_dump_json(),
+        )
+        return RankGroup.start(
+            config.engine,
+            handler="kvferry.worker:make_follower",
+            handler_config=encode(setup),
+            on_message=self._on_follower,
+        )
+
+    def _on_follower(self, rank: int, payload: bytes) -> None:
+        """On the rank group's thread."""
+        message = follower_messages.decode(payload)
+        if isinstance(message, FollowerRegion):
+            self._follower_regions[rank] = message.region
+            if len(self._follower_regions) == self._config.engine.tensor_parallel_size - 1:
+                self._followers_ready.set()
+        elif isinstance(message, TransferBroke):
+            self._on_failure(KVFerryError(f"rank {rank}: {message.reason}"))
+        elif self._unit is not None:
+            self._unit.on_follower(rank, message)
+
+    # --- serving ------------------------------------------------------------------------------------------
+
+    async def _serve(self, parts: WorkerParts) -> None:
+        if self._config.role == "prefill":
+            from .prefill.unit import PrefillUnit
+
+            self._unit = PrefillUnit(parts)
+        else:
+            from .decode.unit import DecodeUnit
+
+            self._unit = DecodeUnit(parts)
+        await self._unit.start()
+        self._sessions = RouterSessions(
+            self._config.routers,
+            self._hello(parts, self._unit.kv_address),
+            secret=self._secret,
+            max_frame_bytes=max(DEFAULT_MAX_FRAME_BYTES, BYTES_PER_TOKEN * parts.engine.model_config.max_model_len),
+            on_message=self._on_router_message,
+            on_lost=self._unit.on_router_lost,
+            status=lambda: self._status(parts),
+        )
+        self._sessions.refused.add_done_callback(self._on_refused)
+        self._sessions.start()
+        self._ticking = self._loop.create_task(self._tick())
+        log.info("worker_ready", worker_id=self._config.worker_id, blocks=parts.engine.num_blocks)
+        if self._lifeline is not None:
+            self._lifeline.ready(worker_id=self._config.worker_id)
+
+    def _hello(self, parts: WorkerParts, kv_address: str) -> WorkerHello:
+        engine = self._config.engine
+        return WorkerHello(
+            worker_id=self._config.worker_id,
+            role=self._config.role,
+            incarnation=self._incarnation,
+            version=__version__,
+            model=engine.served_model_name,
+            spec=parts.engine.spec,
+            tp_size=engine.tensor_parallel_size,
+            num_blocks=parts.engine.num_blocks,
+            max_model_len=parts.engine.model_config.max_model_len,
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            kv_address=kv_address,
+            pid=os.getpid(),
+            transport=parts.backend.name,
+        )
+
+    def _to_router(self, router_id: str, message: Message) -> None:
+        """From any thread."""
+        if self._sessions is not None:
+            self._sessions.send(router_id, message)
+
+    def _on_router_message(self, router_id: str, message: Message) -> None:
+        assert self._unit is not None
+        if isinstance(message, Drain):
+            self._drains_until = self._clock.now() + message.deadline_s
+            self._unit.role.draining = True
+        else:
+            self._unit.on_router_message(router_id, message)
+
+    def _on_refused(self, refused: asyncio.Future[str]) -> None:
+        if not refused.cancelled():
+            log.error("worker_refused", worker_id=self._config.worker_id, reason=refused.result())
+            if self._lifeline is not None:
+                self._lifeline.failed(refused.result())
+            self._end(2)
+
+    async def _tick(self) -> None:
+        """Deadlines, heartbeats to the routers and to the launcher."""
+        assert self._unit is not None and self._sessions is not None
+        ticks, was_busy = 0, False
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._unit.tick()
+            is_busy = self._unit.role.num_unfinished > 0
+            if is_busy or was_busy or ticks % IDLE_TICKS == 0:
+                self._sessions.send_status()
+            was_busy = is_busy
+            if ticks % LIFELINE_TICKS == 0 and self._lifeline is not None and not self._hangs():
+                self._lifeline.beat()
+            if self._drains_until is not None:
+                if not self._unit.role.num_unfinished or self._clock.now() >= self._drains_until:
+                    self._end(0)
+            ticks += 1
+
+    def _hangs(self) -> bool:
+        """The running step takes so long that it will not end: the launcher shall hear nothing more of us."""
+        assert self._unit is not None
+        loop = self._unit.loop
+        return loop.busy_for_s > max(STEP_LIMIT_S, 10 * loop.last_step_s)
+
+    def _status(self, parts: WorkerParts) -> WorkerStatus:
+        assert self._unit is not None
+        self._num_heartbeats += 1
+        unit, role, pool = self._unit, self._unit.role, parts.pool
+        with unit.loop.lock:
+            return WorkerStatus(
+                seq=self._num_heartbeats,
+                state="draining" if role.draining else "ready",
+                num_running=role.scheduler.num_running,
+                num_waiting=role.scheduler.num_waiting,
+                waiting_tokens=role.scheduler.waiting_tokens,
+                num_free_blocks=pool.num_free_blocks,
+                num_cached_blocks=pool.num_cached_blocks,
+                num_granted_blocks=role.num_granted_blocks,
+                num_quarantined_blocks=pool.num_quarantined_blocks,
+                num_blocks=pool.num_blocks,
+                steps=unit.loop.num_steps,
+                busy_for_s=unit.loop.busy_for_s,
+                step_s=unit.loop.last_step_s,
+                step_tokens=unit.loop.last_step_tokens,
+                num_preemptions=role.scheduler.num_preemptions,
+                prefix_queries=role.prefix_queries,
+                prefix_hits=role.prefix_hits,
+                transfer_bytes=unit.num_transfer_bytes,
+                wire_bytes=parts.backend.telemetry_bytes,
+                transfer_failures=unit.num_transfer_failures,
+                stale_messages=role.stale_messages,
+            )
+
+    async def _close(self) -> None:
+        if self._sessions is not None:
+            self._ticking.cancel()
+            await self._sessions.close()
+        if self._unit is not None:
+            await self._unit.close()
+        if self._group is not None:
+            await asyncio.to_thread(self._group.close)
+
+
+def make_follower(engine: Engine, config: bytes, send: Callable[[bytes], None]) -> FollowerHandler:
+    """What another tensor-parallel rank of a worker runs beside its engine."""
+    from .transfer.base import set_ucx_defaults
+
+    setups: Decoder[FollowerSetup] = Decoder(FollowerSetup)
+    setup = setups.decode(config)
+    set_ucx_defaults(loopback_only=True)
+    if setup.role == "prefill":
+        from .prefill.follower import PrefillFollower
+
+        return PrefillFollower(engine, setup, send)
+    from .decode.follower import DecodeFollower
+
+    return DecodeFollower(engine, setup, send)
+
+
+async def serve_worker(config: WorkerConfig, secret: bytes, lifeline: Lifeline | None) -> int:
+    """Run a worker until it ends; cancelling ends it too. The exit code of the process that it deserves."""
+    return await Worker(config, secret, lifeline).run()
+
+
+def main() -> int:
+    """`python -m kvferry.worker`, as the launcher starts it. The secret is in the environment."""
+    parser = argparse.ArgumentParser(prog="kvferry.worker")
+    parser.add_argument("--config-json", required=True)
+    parser.add_argument("--lifeline-fd", type=int)
+    args = parser.parse_args()
+    config = WorkerConfig.model_validate_json(args.config_json)
+    lifeline = Lifeline.from_fd(args.lifeline_fd) if args.lifeline_fd is not None else None
+    configure_logging(config.log_level, worker_id=config.worker_id)
+    return asyncio.run(serve_worker(config, environment().get(SECRET_VARIABLE, "").encode(), lifeline))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
