@@ -1,0 +1,108 @@
+"""/v1/completions: an answer in the form of a text completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec import UNSET, UnsetType
+
+from .choice import Piece
+from .form import FormContext
+from .logprobs import completion_logprobs, echoed_logprobs, joined, prompt_logprobs
+from .openai_types import Completion, CompletionChoice, CompletionLogprobs, PromptLogprobs, Struct, Usage
+
+
+class CompletionForm:
+    def __init__(self, context: FormContext) -> None:
+        self._context = context
+        self._options = context.options
+        self._echoed: dict[int, str] = {}  # by prompt: a prompt of token ids is decoded once
+
+    def chunks(self, index: int, piece: Piece, *, is_first: bool) -> list[Struct]:
+        chunks: list[Struct] = []
+        if is_first and (self._options.echo or self._options.return_token_ids):
+            chunks.append(self._chunk(self._prompt_choice(index)))
+        if piece.text or piece.finish is not None:
+            chunks.append(self._chunk(self._choice(index, piece)))
+        return chunks
+
+    def usage_chunk(self) -> Struct:
+        return self._body([], self._context.usage())
+
+    def whole(self, pieces: Sequence[Piece]) -> Struct:
+        choices = []
+        for index, piece in enumerate(pieces):
+            choice = self._choice(index, piece)
+            if self._options.echo:
+                choice.text = self._echoed_text(index) + choice.text
+                echoed = self._echoed_logprobs(index)
+                if echoed is not None and choice.logprobs is not None:
+                    choice.logprobs = joined(echoed, choice.logprobs)
+            choice.prompt_token_ids = self._prompt_ids(index)
+            choice.prompt_logprobs = self._prompt_logprobs(index)
+            choices.append(choice)
+        return self._body(choices, self._context.usage())
+
+    def _choice(self, index: int, piece: Piece) -> CompletionChoice:
+        return CompletionChoice(
+            index=index,
+            text=piece.text,
+            logprobs=self._logprobs(index, piece),
+            finish_reason=piece.finish,
+            stop_reason=piece.stop_reason,
+            token_ids=[token.token_id for token in piece.tokens] if self._options.return_token_ids else UNSET,
+        )
+
+    def _prompt_choice(self, index: int) -> CompletionChoice:
+        """What a stream says of the prompt before the first token of a choice."""
+        return CompletionChoice(
+            index=index,
+            text=self._echoed_text(index) if self._options.echo else "",
+            logprobs=self._echoed_logprobs(index) if self._options.echo else None,
+            prompt_token_ids=self._prompt_ids(index),
+        )
+
+    def _chunk(self, choice: CompletionChoice) -> Completion:
+        usage: Usage | None | UnsetType = UNSET
+        if self._options.continuous_usage:
+            usage = self._context.usage()
+        elif self._options.include_usage:
+            usage = None
+        return self._body([choice], usage)
+
+    def _body(self, choices: list[CompletionChoice], usage: Usage | None | UnsetType) -> Completion:
+        context = self._context
+        return Completion(
+            id=context.answer_id, created=context.created, model=context.model, choices=choices, usage=usage
+        )
+
+    def _logprobs(self, index: int, piece: Piece) -> CompletionLogprobs | None:
+        if self._options.num_logprobs is None:
+            return None
+        base = len(self._echoed_text(index)) if self._options.echo else 0
+        offsets = [base + offset for offset in piece.offsets]
+        return completion_logprobs(piece.tokens, offsets, self._context.tokenizer, self._options.num_logprobs)
+
+    def _echoed_text(self, index: int) -> str:
+        position = index // self._context.answer.num_choices
+        if position not in self._echoed:
+            prompt = self._context.answer.prompts[position]
+            text = prompt.text
+            self._echoed[position] = self._context.tokenizer.decode(prompt.token_ids) if text is None else text
+        return self._echoed[position]
+
+    def _echoed_logprobs(self, index: int) -> CompletionLogprobs | None:
+        if self._options.num_logprobs is None:
+            return None
+        prompt = self._context.answer.prompt_of(index)
+        scored = self._context.answer.stream_of(index).prompt_logprobs
+        return echoed_logprobs(prompt.token_ids, scored, self._context.tokenizer, self._options.num_logprobs)
+
+    def _prompt_ids(self, index: int) -> list[int] | UnsetType:
+        return self._context.answer.prompt_of(index).token_ids if self._options.return_token_ids else UNSET
+
+    def _prompt_logprobs(self, index: int) -> PromptLogprobs | UnsetType:
+        if self._options.num_prompt_logprobs is None:
+            return UNSET
+        scored = self._context.answer.stream_of(index).prompt_logprobs
+        return prompt_logprobs(scored, self._context.tokenizer, self._options.num_prompt_logprobs)

@@ -1,0 +1,58 @@
+"""What the two endpoints have in common when they put an answer into OpenAI's words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..common.tokenizer import Tokenizer
+from .answer import Answer
+from .choice import Piece
+from .openai_types import PromptTokensDetails, Struct, Usage
+
+
+@dataclass(slots=True, frozen=True)
+class FormOptions:
+    """What the client asked to see."""
+
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    echo: bool = False
+    return_token_ids: bool = False
+    include_usage: bool = False  # of a stream
+    continuous_usage: bool = False  # of a stream: in every chunk
+
+
+@dataclass(slots=True, frozen=True)
+class FormContext:
+    """One answer and how it is to be shown."""
+
+    answer_id: str
+    created: int
+    model: str
+    answer: Answer
+    tokenizer: Tokenizer
+    options: FormOptions
+
+    def usage(self) -> Usage:
+        """Of the whole call, as far as it has got."""
+        num_prompt = sum(len(prompt.token_ids) for prompt in self.answer.prompts)
+        num_completion = sum(choice.num_tokens for choice in self.answer.choices)
+        num_cached = sum(request.num_cached_tokens for request in self.answer.requests)
+        return Usage(
+            prompt_tokens=num_prompt,
+            completion_tokens=num_completion,
+            total_tokens=num_prompt + num_completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
+        )
+
+
+class Form(Protocol):
+    """One endpoint's words. `chunks` is asked once for each piece, `whole` once with every choice's joined pieces."""
+
+    def chunks(self, index: int, piece: Piece, *, is_first: bool) -> list[Struct]: ...
+
+    def usage_chunk(self) -> Struct: ...
+
+    def whole(self, pieces: Sequence[Piece]) -> Struct: ...

@@ -1,0 +1,174 @@
+"""One generation call: body -> prompts -> requests -> the reply. What both endpoints share, and where they differ.
+
+Anything wrong with a body is answered before the dispatcher hears of it. A batch of prompts is as many requests;
+they are taken all or none.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fastapi import Request
+
+from ..common.clock import Clock, wall_time_s
+from ..common.errors import RequestError
+from ..common.request import SamplingParams
+from ..common.tokenizer import Tokenizer
+from .answer import Answer, GapObserver, PromptText
+from .body import MAX_BODY_BYTES, parse_json, read_body
+from .chat import ChatForm
+from .choice import TextOptions
+from .completions import CompletionForm
+from .errors import clip
+from .form import Form, FormContext, FormOptions
+from .frame import Call, ResponseObserver, call_of
+from .pools import PoolView
+from .prompts import PromptReader, ServedModel, max_chat_tokens, max_completion_tokens
+from .reply import AnswerObserver, InFlight, Reply
+from .request import RouterRequest, TokenStream
+from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
+
+_MAX_SEED = 2**63 - 1
+
+
+class Backend(Protocol):
+    """What the API needs of the dispatcher."""
+
+    def submit(self, request: RouterRequest) -> TokenStream: ...
+
+    def ready(self) -> list[str]: ...
+
+    def view(self) -> PoolView: ...
+
+
+class ApiObserver(AnswerObserver, GapObserver, ResponseObserver, Protocol):
+    """What the API tells whoever counts."""
+
+
+@dataclass(slots=True)
+class Api:
+    """What every endpoint works with."""
+
+    model: ServedModel
+    backend: Backend
+    tokenizer: Tokenizer
+    clock: Clock  # the dispatcher's
+    observer: ApiObserver
+    prompts: PromptReader
+    random: random.Random  # draws the seeds that clients do not give
+    max_body_bytes: int = MAX_BODY_BYTES
+    in_flight: InFlight = field(default_factory=InFlight)
+    started_s: int = field(default_factory=wall_time_s)
+
+    async def body(self, request: Request, kind: type[Body]) -> Body:
+        body = validate(kind, parse_json(await read_body(request, max_bytes=self.max_body_bytes)))
+        self.check_model(body.model)
+        return body
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model.name:
+            raise RequestError(
+                f"the model {clip(name)} does not exist; this server has '{self.model.name}'",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+
+    async def complete(self, request: Request) -> Reply:
+        call = self._begin(request)
+        body = await self.body(request, CompletionBody)
+        call.marks["read"] = self.clock.now()
+        prompts = await self.prompts.completion(body)
+        call.marks["tokenize"] = self.clock.now()
+        limits = [max_completion_tokens(body, prompt, self.model.max_model_len) for prompt in prompts]
+        answer = self._submit(call, body, prompts, limits)
+        return self._reply(body, answer, CompletionForm(self._context(f"cmpl-{call.request_id}", body, answer)))
+
+    async def chat(self, request: Request) -> Reply:
+        call = self._begin(request)
+        body = await self.body(request, ChatBody)
+        call.marks["read"] = self.clock.now()
+        messages, prompt = await self.prompts.chat(body)
+        call.marks["tokenize"] = self.clock.now()
+        limit = max_chat_tokens(body, prompt, self.model.max_model_len)
+        answer = self._submit(call, body, [prompt], [limit])
+        context = self._context(f"chatcmpl-{call.request_id}", body, answer)
+        continued = messages[-1] if body.echo and messages[-1]["role"] == "assistant" else None
+        return self._reply(body, answer, ChatForm(context, echoed=str(continued["content"]) if continued else ""))
+
+    def _begin(self, request: Request) -> Call:
+        self.in_flight.check_open()
+        return call_of(request.scope)
+
+    def _submit(self, call: Call, body: GenerationBody, prompts: Sequence[PromptText], limits: Sequence[int]) -> Answer:
+        sampling = [self._sampling(body, limit) for limit in limits]
+        self.in_flight.check_open()
+        streams: list[TokenStream] = []
+        try:
+            for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+                streams.append(self.backend.submit(self._request(f"{call.request_id}-{index}", body, prompt, params)))
+        except BaseException:
+            for stream in streams:
+                stream.abort()
+            raise
+        options = _text_options(body, limits[0])
+        return Answer(streams, prompts, options, self.tokenizer, clock=self.clock, observer=self.observer)
+
+    def _sampling(self, body: GenerationBody, max_tokens: int) -> SamplingParams:
+        return body.sampling(
+            self.model.defaults,
+            seed=self.random.randint(0, _MAX_SEED),
+            max_tokens=max_tokens,
+            vocab_size=self.model.vocab_size,
+        )
+
+    def _request(
+        self, request_id: str, body: GenerationBody, prompt: PromptText, sampling: SamplingParams
+    ) -> RouterRequest:
+        return RouterRequest(
+            request_id,
+            prompt.token_ids,
+            sampling,
+            n=body.num_choices,
+            priority=body.priority or 0,
+            cache_salt=(body.cache_salt or "").encode(),
+        )
+
+    def _context(self, answer_id: str, body: GenerationBody, answer: Answer) -> FormContext:
+        streamed = body.stream_options
+        continuous = streamed is not None and bool(streamed.continuous_usage_stats)
+        options = FormOptions(
+            num_logprobs=body.num_logprobs,
+            num_prompt_logprobs=body.prompt_logprobs,
+            echo=bool(body.echo),
+            return_token_ids=bool(body.return_token_ids),
+            include_usage=streamed is not None and bool(streamed.include_usage),
+            continuous_usage=continuous,
+        )
+        return FormContext(answer_id, wall_time_s(), self.model.name, answer, self.tokenizer, options)
+
+    def _reply(self, body: GenerationBody, answer: Answer, form: Form) -> Reply:
+        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        return Reply(
+            answer,
+            form,
+            stream=bool(body.stream),
+            include_usage=include_usage,
+            in_flight=self.in_flight,
+            observer=self.observer,
+        )
+
+
+def _text_options(body: GenerationBody, max_tokens: int) -> TextOptions:
+    return TextOptions(
+        stops=tuple(body.stop or ()),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        min_tokens=body.min_tokens or 0,
+        max_tokens=max_tokens,
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        keep_tokens=body.num_logprobs is not None or bool(body.return_token_ids),
+    )

@@ -1,0 +1,259 @@
+"""One request on its way through the workers: who holds what of it, and the messages of its current attempt.
+
+    reserve ─ ReserveKV ─> decode worker ─ Grant ─> send_task ─ PrefillTask ─> prefill worker
+    run_locally ─ LocalTask ─> decode worker
+    leave ─ Abort ─> whoever may hold something
+
+`Live` sends and keeps the books (bound loads, awaited answers, what was learned about workers); the decisions are
+the dispatcher's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ..common.messages import (
+    Abort,
+    FirstToken,
+    Grant,
+    GrantInfo,
+    HandoffDone,
+    HandoffFailed,
+    LocalTask,
+    NoCapacity,
+    PrefillTask,
+    PromptLogprobs,
+    ReserveKV,
+    TaskRefused,
+    WorkerFailure,
+)
+from .policy import Demand
+from .pools import Load, Pools, Worker
+from .request import RequestStatus, RouterRequest, TokenStream
+
+ANSWER_WITHIN_S = 3.5  # a decode worker's answer to ReserveKV, or to an Abort that asks
+_STALE_REFUSAL_S = 0.5  # ask again after this, though no new heartbeat came
+
+RequestMessage = (
+    Grant | NoCapacity | TaskRefused | HandoffDone | HandoffFailed | FirstToken | PromptLogprobs | WorkerFailure
+)
+
+
+class Refusal(NamedTuple):
+    """A worker had no room."""
+
+    at_s: float
+    retry_s: float
+
+
+class Blame(NamedTuple):
+    """Why an attempt failed, for the retry's log line and for the client if there is no other."""
+
+    reason: str  # metric label
+    text: str  # names the peer
+    is_counted: bool = True  # False: nobody failed, there was no room
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A request that is not terminal."""
+
+    request: RouterRequest
+    stream: TokenStream
+    deadline_s: float | None
+    prefill: Worker | None = None
+    decode: Worker | None = None
+    prefill_over: bool = True  # the prefill worker's loss would not matter
+    prompt_computed: bool = False  # its first tokens came in this attempt
+    grant: GrantInfo | None = None
+    grant_s: float = 0.0
+    answer_due_s: float | None = None  # the decode worker owes an answer until then
+    lost_prefill: str = ""  # died after it got the task; the decode worker was asked what it has
+    event_s: float = 0.0  # the last message about this attempt, or its start
+    gap_s: float | None = None  # since when an early token waits
+    lacks_s: float | None = None  # since when every pair has failed
+    sent_choices: tuple[int, ...] = ()  # of this attempt
+    failed_pairs: dict[tuple[int, int], str] = field(default_factory=dict)  # sessions: what happened
+    refusals: dict[int, Refusal] = field(default_factory=dict)
+    unfit: set[int] = field(default_factory=set)
+    ended_here: set[int] = field(default_factory=set)  # choices whose stop string was found
+    ungranted: set[int] = field(default_factory=set)
+
+    # --- what the policy must know -------------------------------------------------------------------------
+
+    def demand(self, pools: Pools, claimed: frozenset[int], now_s: float) -> Demand:
+        request = self.request
+        most = max((len(choice.tokens) for choice in request.choices if choice.finish is None), default=0)
+        busy = [worker.link.number for worker in pools if self._is_refused_by(worker, now_s)]
+        return Demand(
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_tokens=request.num_prompt_tokens + most,
+            max_num_tokens=max_num_tokens(request, pools),
+            num_choices=len(request.unfinished),
+            busy=claimed.union(busy),
+            unfit=frozenset(self.unfit),
+            ungranted=frozenset(self.ungranted),
+            failed_pairs=frozenset(self.failed_pairs),
+        )
+
+    def _is_refused_by(self, worker: Worker, now_s: float) -> bool:
+        refusal = self.refusals.get(worker.link.number)
+        if refusal is None or now_s >= max(refusal.retry_s, refusal.at_s + _STALE_REFUSAL_S):
+            return False
+        return now_s < refusal.retry_s or worker.status_s <= refusal.at_s
+
+    def note_refusal(self, worker: Worker, retry_after_s: float, now_s: float) -> None:
+        self.refusals[worker.link.number] = Refusal(now_s, now_s + retry_after_s)
+
+    def note_failed_pair(self, what: str) -> None:
+        if self.prefill is not None and self.decode is not None:
+            self.failed_pairs[self.prefill.link.number, self.decode.link.number] = what
+
+    @property
+    def is_prefilling_remotely(self) -> bool:
+        """A prefill worker has the task, and the decode worker has not said that the KV is there."""
+        return self.request.status is RequestStatus.PREFILLING and not self.prefill_over
+
+    @property
+    def pair(self) -> str:
+        names = [worker.worker_id for worker in (self.prefill, self.decode) if worker is not None]
+        return " -> ".join(names)
+
+    @property
+    def stage(self) -> str:
+        match self.request.status:
+            case RequestStatus.RESERVED:
+                return "reserve"
+            case RequestStatus.PREFILLING:
+                return "transfer" if self.prompt_computed else "prefill"
+            case _:
+                return "decode"
+
+    def remaining_s(self, now_s: float) -> float | None:
+        return None if self.deadline_s is None else max(0.0, self.deadline_s - now_s)
+
+    def expects(self, worker: Worker, message: RequestMessage) -> bool:
+        """Do the sender's part in this attempt, and the attempt's state, allow the message?"""
+        status = self.request.status
+        match message:
+            case Grant() | NoCapacity():
+                return status is RequestStatus.RESERVED and worker is self.decode
+            case TaskRefused():
+                doer = self.decode if self.prefill is None else self.prefill
+                return status is RequestStatus.PREFILLING and worker is doer
+            case HandoffDone():
+                return self.is_prefilling_remotely and worker is self.decode
+            case HandoffFailed():
+                # Without a prefill worker it is about a grant that a local prefill has replaced.
+                return self.prefill is not None and status is not RequestStatus.RESERVED and worker is self.decode
+            case FirstToken():
+                return worker is self.prefill and status is not RequestStatus.RESERVED
+            case PromptLogprobs() | WorkerFailure():
+                return True
+
+    # --- the attempt's steps -------------------------------------------------------------------------------
+
+    def reserve(self, prefill: Worker, decode: Worker, max_local_tokens: int, now_s: float) -> None:
+        """Take the prefill worker's credit, then ask the decode worker for blocks."""
+        self._begin(decode, num_tokens=0, now_s=now_s)
+        self._bind_prefill(prefill, now_s)
+        self.request.advance(RequestStatus.RESERVED, now_s)
+        self.answer_due_s = now_s + ANSWER_WITHIN_S
+        spec = self.request.spec(self.remaining_s(now_s))
+        decode.link.send(ReserveKV(spec=spec, max_local_tokens=max_local_tokens))
+
+    def run_locally(self, decode: Worker, now_s: float) -> None:
+        """Let the decode worker compute the prompt. It may hold this attempt's grant, or say that it has the KV."""
+        self.return_credit()
+        self.prefill = self.request.prefill_worker = None
+        self.prefill_over = True
+        if self.decode is None:
+            self._begin(decode, num_tokens=self.request.num_prompt_tokens, now_s=now_s)
+        self.answer_due_s = None
+        self.request.advance(RequestStatus.PREFILLING, now_s)
+        decode.link.send(LocalTask(spec=self.request.spec(self.remaining_s(now_s))))
+
+    def send_task(self, now_s: float, other: Worker | None = None) -> None:
+        """Hand the grant to the prefill worker, or to `other` if that one cannot."""
+        assert self.grant is not None
+        if other is not None:
+            self.return_credit()
+            self._bind_prefill(other, now_s)
+        assert self.prefill is not None
+        if self.request.status is RequestStatus.RESERVED:
+            self.request.advance(RequestStatus.PREFILLING, now_s)
+        task = PrefillTask(
+            spec=self.request.spec(self.remaining_s(now_s)), grant=self.grant, sample=not self.request.is_resume
+        )
+        self.prefill.link.send(task)
+
+    def ask_if_arrived(self, now_s: float) -> None:
+        """The prefill worker is gone or silent. What the decode worker has now decides."""
+        assert self.decode is not None
+        self.answer_due_s = now_s + ANSWER_WITHIN_S
+        self.decode.link.send(self._abort(unless_arrived=True))
+
+    def drop_choice(self, choice: int) -> None:
+        """The choice has ended here: the workers need not go on with it."""
+        for worker in self._holders():
+            worker.link.send(self._abort(choices=(choice,)))
+
+    def arrive(self, now_s: float) -> None:
+        """The decode worker has all of the KV, or has computed it. A first token may still come from the other one."""
+        assert self.decode is not None
+        self.return_credit()
+        self.decode.note_prefilled(self.request.request_id)
+        self.prefill_over = True
+        self.answer_due_s = None
+        self.request.advance(RequestStatus.DECODING, now_s)
+
+    def leave(self, *, tell: bool = True) -> None:
+        """End the attempt on every worker that may hold something of it, and in the books."""
+        if tell:
+            for worker in self._holders():
+                worker.link.send(self._abort())
+        self.return_credit()
+        if self.decode is not None:
+            self.decode.release(self.request.request_id)
+        self.prefill = self.decode = self.grant = self.answer_due_s = self.gap_s = None
+        self.lost_prefill = ""
+
+    def return_credit(self) -> None:
+        """The prefill worker computes nothing for this request any more."""
+        if self.prefill is not None:
+            self.prefill.release(self.request.request_id)
+
+    def _begin(self, decode: Worker, *, num_tokens: int, now_s: float) -> None:
+        request = self.request
+        self.event_s = now_s
+        self.prompt_computed = False
+        self.sent_choices = request.unfinished
+        self.decode, request.decode_worker = decode, decode.worker_id
+        longest = max(len(request.choices[choice].tokens) for choice in self.sent_choices)
+        blocks = decode.hello.spec.num_blocks_for(request.num_prompt_tokens + longest) + len(self.sent_choices) - 1
+        decode.bind(request.request_id, Load(num_tokens, len(self.sent_choices), blocks, now_s))
+
+    def _bind_prefill(self, prefill: Worker, now_s: float) -> None:
+        request = self.request
+        self.prefill, request.prefill_worker = prefill, prefill.worker_id
+        self.prefill_over = False
+        blocks = prefill.hello.spec.num_blocks_for(request.num_prompt_tokens)
+        prefill.bind(request.request_id, Load(request.num_prompt_tokens, len(request.unfinished), blocks, now_s))
+
+    def _holders(self) -> list[Worker]:
+        prefill = None if self.prefill_over else self.prefill
+        return [worker for worker in (prefill, self.decode) if worker is not None]
+
+    def _abort(self, *, unless_arrived: bool = False, choices: tuple[int, ...] = ()) -> Abort:
+        request = self.request
+        return Abort(
+            request_id=request.request_id, attempt=request.attempt, unless_arrived=unless_arrived, choices=choices
+        )
+
+
+def max_num_tokens(request: RouterRequest, pools: Pools) -> int:
+    """Prompt and longest possible answer."""
+    model_len = min((worker.hello.max_model_len for worker in pools), default=None)
+    total = request.num_prompt_tokens + request.sampling.max_tokens
+    return total if model_len is None else min(total, max(model_len, request.num_prompt_tokens))

@@ -1,0 +1,46 @@
+"""What the dispatcher tells whoever counts: metrics and logs live elsewhere."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..common.messages import TransferReport
+from .request import RouterRequest
+
+
+class Observer(Protocol):
+    """Called on the dispatcher's loop; must neither wait nor call back into the dispatcher."""
+
+    def on_finished(self, request: RouterRequest) -> None:
+        """The request has reached its one terminal state (`request.status`)."""
+        ...
+
+    def on_transfer(self, report: TransferReport) -> None:
+        """A prefill worker's shipment ended."""
+        ...
+
+    def on_fallback(self, kind: str) -> None:
+        """A request takes a way that the operator did not plan: "local_prefill"."""
+        ...
+
+    def on_retry(self, stage: str, reason: str) -> None:
+        """An attempt failed. `stage`: reserve, prefill, transfer, decode."""
+        ...
+
+    def on_dropped(self, kind: str) -> None:
+        """A message or token was dropped: stale_attempt, unknown_request, duplicate, mismatch, ..."""
+        ...
+
+
+class NullObserver:
+    """Counts nothing."""
+
+    def on_finished(self, request: RouterRequest) -> None: ...
+
+    def on_transfer(self, report: TransferReport) -> None: ...
+
+    def on_fallback(self, kind: str) -> None: ...
+
+    def on_retry(self, stage: str, reason: str) -> None: ...
+
+    def on_dropped(self, kind: str) -> None: ...

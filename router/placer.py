@@ -1,0 +1,150 @@
+"""Who waits, and who goes where next: the central queue against the policy.
+
+A round of placing walks the queue in order. A request that finds no room keeps the decode worker that it waits for,
+so nothing smaller starves it; a few may be passed over, and then the round ends.
+"""
+
+from __future__ import annotations
+
+import structlog
+
+from ..common.config import RouterConfig
+from ..common.errors import RequestError
+from .ledger import Ledger
+from .live import Live, max_num_tokens
+from .observer import Observer
+from .policy import Demand, Lack, Placement, Reason, RoutingPolicy, Wait, fits_decode, fits_prefill
+from .pools import Pools, Worker, WorkerView
+from .request import RequestStatus, RouterRequest, StreamError
+
+LOOK_AHEAD = 16  # requests that may be passed over in one round
+FALLBACK_LOG_EVERY_S = 1.0
+
+log = structlog.get_logger(__name__)
+
+
+class Placer:
+    """Moves requests from the ledger's queue to workers."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        policy: RoutingPolicy,
+        pools: Pools,
+        ledger: Ledger,
+        observer: Observer,
+    ) -> None:
+        self._ledger = ledger
+        self._policy = policy
+        self._pools = pools
+        self._observer = observer
+        self._max_local_tokens = config.max_local_prefill_tokens if config.local_prefill else 0
+        self._needs_prefill_worker = config.expect_prefill and not config.local_prefill
+        self._is_running = False
+        self._fallbacks_unlogged = 0
+        self._fallback_logged_s = float("-inf")
+
+    def run(self, now_s: float) -> None:
+        """Place what can be placed; once more if placing itself changed something."""
+        if self._is_running:
+            return
+        self._is_running = True
+        try:
+            while self._ledger.is_due:
+                self._ledger.is_due = False
+                if len(self._ledger.queue):
+                    self._run_round(now_s)
+        finally:
+            self._is_running = False
+
+    def _run_round(self, now_s: float) -> None:
+        view, claimed, passed = self._pools.view(now_s), frozenset[int](), 0
+        for live in self._ledger.queue.in_order():
+            if live.request.status is not RequestStatus.QUEUED:
+                continue  # placing an earlier one has ended it
+            answer = self._policy.place(view, live.demand(self._pools, claimed, now_s))
+            if isinstance(answer, Placement):
+                self._place(live, answer, now_s)
+                view = self._pools.view(now_s)
+                continue
+            self._note_lack(live, answer, now_s)
+            if answer.claim is not None:
+                claimed |= {answer.claim}
+            passed += 1
+            if passed == LOOK_AHEAD or answer.lack in (Lack.DECODE_WORKER, Lack.PREFILL_WORKER):
+                return
+
+    def _place(self, live: Live, placement: Placement, now_s: float) -> None:
+        decode = self._pools.named(placement.decode_worker)
+        assert decode is not None
+        self._ledger.queue.remove(live)
+        live.lacks_s = None
+        if placement.prefill_worker is None:
+            if placement.reason.is_fallback:
+                self._note_fallback(live, decode, placement.reason, now_s)
+            live.run_locally(decode, now_s)
+            return
+        prefill = self._pools.named(placement.prefill_worker)
+        assert prefill is not None
+        live.reserve(prefill, decode, self._max_local_tokens, now_s)
+
+    def _note_lack(self, live: Live, wait: Wait, now_s: float) -> None:
+        if wait.lack is Lack.FIT:
+            request = live.request
+            text = f"no worker can hold {request.num_prompt_tokens} prompt tokens and the answer of {request.n} choices"
+            self._ledger.fail(live, StreamError(text, "context_length_exceeded", 400))
+        elif wait.lack is not Lack.PAIR:
+            live.lacks_s = None
+        elif live.lacks_s is None:
+            live.lacks_s = now_s
+
+    def _note_fallback(self, live: Live, decode: Worker, reason: Reason, now_s: float) -> None:
+        """Count each; log the first, and then one a second at most."""
+        self._observer.on_fallback("local_prefill")
+        self._fallbacks_unlogged += 1
+        if now_s - self._fallback_logged_s >= FALLBACK_LOG_EVERY_S:
+            log.warning(
+                "local_prefill_fallback",
+                request_id=live.request.request_id,
+                worker_id=decode.worker_id,
+                reason=reason.value,
+                failed=list(live.failed_pairs.values()),
+                count=self._fallbacks_unlogged,
+            )
+            self._fallback_logged_s, self._fallbacks_unlogged = now_s, 0
+
+    def prefill_for_grant(self, live: Live, now_s: float) -> Worker | None:
+        """Another prefill worker for the unopened grant that the request holds, while it is fresh."""
+        assert live.grant is not None and live.decode is not None
+        if now_s - live.grant_s >= live.grant.open_within_s / 2:
+            return None
+        demand = live.demand(self._pools, frozenset(), now_s)
+        other = self._policy.prefill_for(self._pools.view(now_s), demand, live.decode.link.number)
+        return None if other is None else self._pools.named(other.worker_id)
+
+    def check_fits(self, request: RouterRequest) -> None:
+        """Raises RequestError (400) if none of the workers that are there could ever run the request."""
+        demand = Demand(
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_tokens=request.num_prompt_tokens,
+            max_num_tokens=max_num_tokens(request, self._pools),
+            num_choices=request.n,
+        )
+        view = self._pools.view(0.0)
+        decodes = [worker for worker in view.workers if worker.role == "decode"]
+        prefills = [worker for worker in view.workers if worker.role == "prefill"]
+        if decodes and not any(fits_decode(worker, demand) for worker in decodes):
+            raise _too_large(demand, demand.blocks_to_end(decodes[0].hello.spec), decodes)
+        if self._needs_prefill_worker and prefills and not any(fits_prefill(worker, demand) for worker in prefills):
+            raise _too_large(demand, prefills[0].hello.spec.num_blocks_for(demand.num_prompt_tokens), prefills)
+
+
+def _too_large(demand: Demand, num_blocks: int, workers: list[WorkerView]) -> RequestError:
+    new_tokens = demand.max_num_tokens - demand.num_prompt_tokens
+    return RequestError(
+        f"{demand.num_prompt_tokens} prompt tokens and {demand.num_choices} x up to {new_tokens} new ones need "
+        f"{num_blocks} KV blocks of {workers[0].hello.spec.block_size} tokens; the largest {workers[0].role} worker "
+        f"has {max(worker.hello.num_blocks for worker in workers)}",
+        param="max_tokens",
+        code="context_length_exceeded",
+    )

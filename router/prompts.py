@@ -1,0 +1,148 @@
+"""From a body to token ids that fit the model: template, tokenizer, length.
+
+Long texts are rendered and tokenized on threads (the tokenizer releases the GIL), so that the streams under way do
+not wait for them; for short ones the hop would cost more than the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+from ..common.errors import RequestError
+from ..common.tokenizer import Tokenizer
+from .answer import PromptText
+from .defaults import SamplingDefaults
+from .messages import parse_messages
+from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, TokenizeBody
+
+INLINE_CHARS = 4096  # about half a millisecond of tokenizing
+NUM_THREADS = 2
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(slots=True, frozen=True)
+class ServedModel:
+    """What the API knows of the model."""
+
+    name: str
+    max_model_len: int
+    vocab_size: int  # token ids below it are valid
+    defaults: SamplingDefaults = SamplingDefaults()
+
+
+class PromptReader:
+    """Stateless but for its threads; `close` ends them."""
+
+    def __init__(self, tokenizer: Tokenizer, model: ServedModel) -> None:
+        self._tokenizer = tokenizer
+        self._model = model
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def completion(self, body: CompletionBody) -> list[PromptText]:
+        prompts = await self._completion_prompts(body)
+        for prompt in prompts:
+            if not prompt.token_ids:
+                raise RequestError("the prompt is empty: it has no tokens", param="prompt")
+        return prompts
+
+    async def _completion_prompts(self, body: CompletionBody) -> list[PromptText]:
+        prompt = body.prompt
+        add_special_tokens = body.add_special_tokens is not False
+        if isinstance(prompt, str):
+            return await self._encode([prompt], add_special_tokens)
+        if isinstance(prompt[0], str):
+            return await self._encode([text for text in prompt if isinstance(text, str)], add_special_tokens)
+        if isinstance(prompt[0], int):
+            return [self._checked([token_id for token_id in prompt if isinstance(token_id, int)])]
+        return [self._checked(ids) for ids in prompt if isinstance(ids, list)]
+
+    async def chat(self, body: ChatBody | TokenizeBody) -> tuple[list[dict[str, object]], PromptText]:
+        """The messages as checked, and the prompt that they make."""
+        messages = parse_messages(body.messages or [])
+        if body.continue_final_message and messages[-1]["role"] != "assistant":
+            raise RequestError(
+                "continue_final_message needs an assistant message at the end", param="continue_final_message"
+            )
+        size = sum(len(str(message["content"])) for message in messages)
+        return messages, await self._run(size, self._render, body, messages)
+
+    def _render(self, body: ChatBody | TokenizeBody, messages: list[dict[str, object]]) -> PromptText:
+        continues = bool(body.continue_final_message)
+        text = self._tokenizer.render_chat(
+            messages,
+            add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
+            continue_final_message=continues,
+            template_kwargs=body.chat_template_kwargs,
+        )
+        # The template writes the special tokens itself.
+        return self._encode_one(text, add_special_tokens=bool(body.add_special_tokens))
+
+    async def tokenize(self, body: TokenizeBody) -> list[int]:
+        if body.messages is not None:
+            return (await self.chat(body))[1].token_ids
+        prompts = await self._encode([body.prompt or ""], body.add_special_tokens is not False)
+        return prompts[0].token_ids
+
+    async def decode(self, token_ids: list[int]) -> str:
+        self._checked(token_ids)
+        return await self._run(len(token_ids), self._tokenizer.decode, token_ids, False)
+
+    async def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[PromptText]:
+        def encode_all() -> list[PromptText]:
+            return [self._encode_one(text, add_special_tokens=add_special_tokens) for text in texts]
+
+        return await self._run(sum(map(len, texts)), encode_all)
+
+    def _encode_one(self, text: str, *, add_special_tokens: bool) -> PromptText:
+        ids = self._tokenizer.encode(text, add_special_tokens, max_tokens=self._model.max_model_len)
+        return PromptText(ids, text)
+
+    async def _run(self, size: int, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        if size <= INLINE_CHARS:
+            return work(*args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(work, *args, **kwargs))
+
+    def _checked(self, ids: list[int]) -> PromptText:
+        if ids and not 0 <= min(ids) <= max(ids) < self._model.vocab_size:
+            bad = min(ids) if min(ids) < 0 else max(ids)
+            raise RequestError(
+                f"token id {bad} is not in the vocabulary of {self._model.vocab_size} tokens", param="prompt"
+            )
+        return PromptText(ids)
+
+
+def max_completion_tokens(body: CompletionBody, prompt: PromptText, max_model_len: int) -> int:
+    """What is asked for, else OpenAI's 16 as far as they fit."""
+    rest = _rest(prompt, body.max_tokens, max_model_len)
+    return min(DEFAULT_COMPLETION_TOKENS, rest) if body.max_tokens is None else body.max_tokens
+
+
+def max_chat_tokens(body: ChatBody, prompt: PromptText, max_model_len: int) -> int:
+    """What is asked for, else what is left of the context."""
+    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    rest = _rest(prompt, asked, max_model_len)
+    return rest if asked is None else asked
+
+
+def _rest(prompt: PromptText, asked: int | None, max_model_len: int) -> int:
+    """Room after the prompt. Raises where what is asked for does not fit into it."""
+    num_prompt = len(prompt.token_ids)
+    wanted = 1 if asked is None else max(asked, 1)
+    if num_prompt + wanted > max_model_len:
+        more = f"and max_tokens asks for {asked} more ({num_prompt + wanted} in all)" if asked else "and leaves no room"
+        raise RequestError(
+            f"the context is {max_model_len} tokens; the prompt has {num_prompt} {more}. "
+            "Shorten the prompt, ask for fewer tokens, or start the server with a larger --max-model-len",
+            code="context_length_exceeded",
+        )
+    return max_model_len - num_prompt

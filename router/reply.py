@@ -1,0 +1,210 @@
+"""The way of an answer to the client: as one JSON body or as server-sent events.
+
+    work     reads the answer, sends       ─┐  whichever ends first
+    watcher  waits for the client to leave ─┘  ends the other; a client that left aborts the answer
+
+A stream's head goes out with the first token, so that what fails before is a plain HTTP error. After that a failure
+is one event `data: {"error": ...}`, and the stream ends without [DONE]: a client never mistakes a cut for an end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+import structlog
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ..common.errors import CapacityError, RequestError
+from ..common.request import FinishReason
+from .answer import Answer
+from .choice import Piece
+from .errors import failure_of
+from .form import Form
+from .frame import CLIENT_CLOSED, Call, call_of, send_failure
+from .openai_types import Struct
+from .request import StreamError
+from .timing import phases_ms, server_timing
+
+_encoder = msgspec.json.Encoder()
+_DONE = b"data: [DONE]\n\n"
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # a proxy in front must not collect the events
+]
+
+log = structlog.get_logger(__name__)
+
+
+class AnswerObserver(Protocol):
+    def on_answer(self, num_prompt_tokens: int, num_completion_tokens: int, finishes: Sequence[str]) -> None:
+        """An answer has ended: what its client got."""
+        ...
+
+
+class InFlight:
+    """The replies under way. When the server ends, new ones are refused and the last ones told."""
+
+    def __init__(self) -> None:
+        self._replies: set[Reply] = set()
+        self.is_closing = False
+
+    def __len__(self) -> int:
+        return len(self._replies)
+
+    def check_open(self) -> None:
+        if self.is_closing:
+            raise StreamError("the server is shutting down", "shutting_down", 503)
+
+    def add(self, reply: Reply) -> None:
+        self._replies.add(reply)
+
+    def discard(self, reply: Reply) -> None:
+        self._replies.discard(reply)
+
+    def end_all(self) -> None:
+        """Each reply ends now, with an error that its client sees."""
+        self.is_closing = True
+        for reply in list(self._replies):
+            reply.end(StreamError("the server is shutting down", "shutting_down", 503))
+
+
+class Reply(Response):
+    """Owns `answer` from its construction on; Starlette calls it as an ASGI application."""
+
+    def __init__(
+        self,
+        answer: Answer,
+        form: Form,
+        *,
+        stream: bool,
+        include_usage: bool,
+        in_flight: InFlight,
+        observer: AnswerObserver,
+    ) -> None:
+        self.background = None
+        self.status_code = 200
+        self._answer = answer
+        self._form = form
+        self._stream = stream
+        self._include_usage = include_usage
+        self._in_flight = in_flight
+        self._observer = observer
+        self._work: asyncio.Task[None] | None = None
+        self._ended_by: Exception | None = None
+        in_flight.add(self)
+
+    def end(self, error: Exception) -> None:
+        """End the reply from outside."""
+        self._ended_by = self._ended_by or error
+        if self._work is not None:
+            self._work.cancel()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = call_of(scope)
+        try:
+            await self._serve(call, receive, send)
+        finally:
+            self._in_flight.discard(self)
+            if not self._answer.is_finished:
+                self._answer.abort()
+            self._record(call, str(scope["path"]))
+
+    async def _serve(self, call: Call, receive: Receive, send: Send) -> None:
+        write = self._send_stream if self._stream else self._send_whole
+        self._work = asyncio.create_task(write(call, send))
+        watcher = asyncio.create_task(self._watch(receive))
+        try:
+            await asyncio.wait((self._work, watcher), return_when=asyncio.FIRST_COMPLETED)
+            if not self._work.done():
+                self._work.cancel()
+                await asyncio.wait((self._work,))
+            error = self._ended_by if self._work.cancelled() else self._work.exception()
+            if error is not None:
+                await self._fail(call, send, error)
+            elif self._work.cancelled():
+                call.status = CLIENT_CLOSED
+        finally:
+            self._work.cancel()
+            watcher.cancel()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def _send_whole(self, call: Call, send: Send) -> None:
+        pieces: list[list[Piece]] = [[] for _ in self._answer.choices]
+        async with contextlib.aclosing(self._answer.pieces()) as answered:
+            async for index, piece in answered:
+                pieces[index].append(piece)
+        body = _encoder.encode(self._form.whole(list(map(Piece.joined, pieces))))
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"server-timing", server_timing(call, self._answer.requests)),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _send_stream(self, call: Call, send: Send) -> None:
+        seen = [False] * len(self._answer.choices)
+        write = call.send
+        async with contextlib.aclosing(self._answer.pieces()) as answered:
+            async for index, piece in answered:
+                if call.status is None:
+                    timing = (b"server-timing", server_timing(call, self._answer.requests))
+                    await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS, timing]})
+                chunks = self._form.chunks(index, piece, is_first=not seen[index])
+                seen[index] = True
+                if chunks:
+                    await write({"type": "http.response.body", "body": _events(chunks), "more_body": True})
+        tail = _events([self._form.usage_chunk()]) + _DONE if self._include_usage else _DONE
+        await send({"type": "http.response.body", "body": tail})
+
+    async def _fail(self, call: Call, send: Send, error: BaseException) -> None:
+        if not isinstance(error, (RequestError, CapacityError, StreamError)):
+            log.error("request_error", request_id=call.request_id, exc_info=error)
+        failure = failure_of(error)
+        if call.status is None:
+            await send_failure(send, failure)
+        elif self._stream:
+            await send({"type": "http.response.body", "body": b"data: " + failure.body + b"\n\n"})
+        else:
+            raise error
+        call.status = failure.status
+
+    def _record(self, call: Call, path: str) -> None:
+        """The line of a finished request. Neither prompt nor answer is in it."""
+        answer = self._answer
+        finishes = [choice.finish or self._unfinished_reason(call) for choice in answer.choices]
+        num_prompt = sum(len(prompt.token_ids) for prompt in answer.prompts)
+        num_completion = sum(choice.num_tokens for choice in answer.choices)
+        self._observer.on_answer(num_prompt, num_completion, finishes)
+        requests = answer.requests
+        log.info(
+            "request_finished",
+            request_id=call.request_id,
+            client_request_id=call.shown_id if call.shown_id != call.request_id else None,
+            path=path,
+            status=call.status,
+            finish=sorted({str(finish) for finish in finishes}),
+            prompt_tokens=num_prompt,
+            cached_tokens=sum(request.num_cached_tokens for request in requests),
+            completion_tokens=num_completion,
+            attempts=max(request.attempt for request in requests),
+            prefill_workers=sorted({request.prefill_worker or "-" for request in requests}),
+            decode_workers=sorted({request.decode_worker or "-" for request in requests}),
+            **phases_ms(call, requests),
+        )
+
+    def _unfinished_reason(self, call: Call) -> str:
+        return FinishReason.ABORT if call.status in (None, CLIENT_CLOSED) else FinishReason.ERROR
+
+
+def _events(chunks: Sequence[Struct]) -> bytes:
+    return b"".join([b"data: " + _encoder.encode(chunk) + b"\n\n" for chunk in chunks])

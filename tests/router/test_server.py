@@ -1,0 +1,140 @@
+"""The router process: what it refuses to start with, what it reports, how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from kvferry.common.channel import Address
+from kvferry.common.config import RouterConfig
+from kvferry.common.errors import ConfigError
+from kvferry.router.__main__ import main, parse_config
+from kvferry.router.server import check_exposure, listen, serve_router
+
+from .fakes import MODEL, write_model_dir
+
+MODEL_CONFIG = """{
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 260, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5, "eos_token_id": 256, "torch_dtype": "float32"
+}"""
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_model_dir(tmp_path_factory.mktemp("model"))
+    (path / "config.json").write_text(MODEL_CONFIG)
+    return path
+
+
+def _config(model_dir: Path, **fields: object) -> RouterConfig:
+    values: dict[str, object] = {"port": 0, "model_dir": model_dir, "served_model_name": MODEL, **fields}
+    return RouterConfig.model_validate(values)
+
+
+class _Lifeline:
+    def __init__(self) -> None:
+        self.details: dict[str, object] = {}
+        self.is_ready = asyncio.Event()
+        self.has_beaten = asyncio.Event()
+
+    def ready(self, **details: object) -> None:
+        self.details = details
+        self.is_ready.set()
+
+    def beat(self) -> None:
+        self.has_beaten.set()
+
+
+@asynccontextmanager
+async def _running(config: RouterConfig) -> AsyncIterator[tuple[_Lifeline, asyncio.Task[int]]]:
+    lifeline = _Lifeline()
+    task = asyncio.create_task(serve_router(config, b"", lifeline))
+    waiting = asyncio.create_task(lifeline.is_ready.wait())
+    await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if task.done():
+        task.result()
+    try:
+        yield lifeline, task
+    finally:
+        if not task.done():
+            os.kill(os.getpid(), signal.SIGTERM)
+        await task
+
+
+async def test_the_router_reports_where_it_listens_beats_and_ends_on_a_signal(model_dir: Path) -> None:
+    async with _running(_config(model_dir)) as (lifeline, task):
+        await lifeline.has_beaten.wait()
+        http, control = (Address.parse(str(lifeline.details[name])) for name in ("http", "control"))
+        assert http.port and control.port and http.port != control.port
+        async with httpx.AsyncClient(base_url=f"http://{http}") as client:
+            models = (await client.get("/v1/models")).json()
+            assert (models["data"][0]["id"], models["data"][0]["max_model_len"]) == (MODEL, 512)
+            ready = await client.get("/ready")
+            assert ready.status_code == 503
+            assert ready.json()["reasons"] == ["no decode worker is ready", "no prefill worker is ready"]
+            assert "kvferry_queued_requests 0.0" in (await client.get("/metrics")).text
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await task == 0
+        with pytest.raises(OSError):
+            await asyncio.open_connection(http.host, http.port)
+
+
+async def test_a_port_in_use_is_one_clear_line(model_dir: Path) -> None:
+    with listen(Address("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port: cannot listen on 127.0.0.1:{port}: Address already in use"):
+            await serve_router(_config(model_dir, port=port), b"", None)
+        with pytest.raises(ConfigError, match=f"control_port: cannot listen on 127.0.0.1:{port}"):
+            await serve_router(_config(model_dir, control_port=port), b"", None)
+
+
+async def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(MODEL_CONFIG)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        await serve_router(_config(tmp_path), b"", None)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
+def test_other_machines_are_served_only_with_credentials(model_dir: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match=r"^host: .*API key.*--api-key"):
+        check_exposure(_config(model_dir, host=host), b"s")
+    check_exposure(_config(model_dir, host=host, api_keys=("k",)), b"")
+    with pytest.raises(ConfigError, match=r"^control_host: .*secret.*--secret-file"):
+        check_exposure(_config(model_dir, control_host=host), b"")
+    check_exposure(_config(model_dir, control_host=host), b"s")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_this_machine_is_served_without(model_dir: Path, host: str) -> None:
+    check_exposure(_config(model_dir, host=host, control_host=host), b"")
+
+
+def test_api_keys_come_from_the_environment_too(model_dir: Path) -> None:
+    text = _config(model_dir, api_keys=("a",)).model_dump_json()
+    assert parse_config(text, {"KVFERRY_API_KEY": "b, c,,"}).api_keys == ("a", "b", "c")
+    assert parse_config(text, {}).api_keys == ("a",)
+
+
+def test_a_broken_configuration_ends_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config-json", '{"prot": 1}']) == 2
+    assert "prot" in capsys.readouterr().err
+
+
+def test_the_program_says_what_is_wrong_and_exits_with_2(model_dir: Path) -> None:
+    config = _config(model_dir, host="0.0.0.0").model_dump_json()
+    command = [sys.executable, "-m", "kvferry.router", "--config-json", config]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: host: 0.0.0.0 is reachable from other machines")
+    assert "Traceback" not in done.stderr
