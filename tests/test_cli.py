@@ -1,0 +1,253 @@
+"""The command line as an operator meets it: names, help, one line for a mistake, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import pytest
+
+from kvferry import __version__
+from kvferry.cli import main
+from kvferry.common.options import ServeSettings, option_of
+
+# vLLM's names, and what is ours.
+SERVE_FLAGS = """
+--host --port --served-model-name --max-model-len --dtype --block-size --max-num-seqs --max-num-batched-tokens
+--tensor-parallel-size --gpu-memory-utilization --kv-cache-memory-bytes --no-enable-prefix-caching --attention-backend
+--chat-template --revision --device --seed --api-key --log-level --config --load-format --prefill --decode
+--prefill-tensor-parallel-size --decode-tensor-parallel-size --launcher --ray-address --transfer
+--max-local-prefill-tokens --no-local-prefill --secret-file --dry-run
+""".split()
+
+
+class Result(NamedTuple):
+    returncode: int | str | None
+    stdout: str
+    stderr: str
+
+
+class Run(Protocol):
+    def __call__(self, *arguments: str, **env: str) -> Result: ...
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in this process, with an environment that sets nothing else."""
+    for name in [name for name in os.environ if name.startswith("KVFERRY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*arguments: str, **env: str) -> Result:
+        capsys.readouterr()
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            main(list(arguments))
+        return Result(ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+def write_model(path: Path, **changes: object) -> str:
+    """A model directory that can be planned with, though not loaded."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "torch_dtype": "float32",
+        "eos_token_id": 2,
+        **changes,
+    }
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "tokenizer.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(b"")
+    return str(path)
+
+
+def assert_refused(result: Result, message: str) -> None:
+    """One clear line on stderr, exit code 2."""
+    assert result.returncode == 2, result.stderr
+    assert re.search(message, result.stderr), result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert result.stdout == ""
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").stdout == f"kvferry {__version__}\n"
+
+
+def test_help_names_every_command(run: Run) -> None:
+    result = run("--help")
+    assert result.returncode == 0
+    for command in ("serve", "router", "prefill", "decode", "bench", "doctor", "config"):
+        assert re.search(rf"│ {command}\s", result.stdout), command
+
+
+def test_serve_help_has_every_flag_under_its_group(run: Run) -> None:
+    help_text = run("serve", "--help").stdout
+    assert [flag for flag in SERVE_FLAGS if not re.search(rf"{flag}\s", help_text)] == []
+    panels = {option_of(name).panel for name in ServeSettings.model_fields if "serve" in option_of(name).on}
+    assert [panel for panel in panels if f"─ {panel} ─" not in help_text] == []
+
+
+def test_names_are_not_cut_on_a_narrow_terminal(run: Run) -> None:
+    help_text = run("serve", "--help", COLUMNS="80").stdout
+    assert "--prefill-tensor-parallel-size" in help_text
+    assert "…" not in help_text
+
+
+@pytest.mark.parametrize("command", ["router", "prefill", "decode", "doctor", "config", "bench"])
+def test_each_command_has_help(run: Run, command: str) -> None:
+    result = run(command, "--help")
+    assert result.returncode == 0, result.stderr
+    assert "--help" in result.stdout
+
+
+def test_dry_run_prints_each_process(run: Run, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "tiny")
+    result = run(
+        "serve",
+        model,
+        "--port",
+        "0",
+        "--prefill",
+        "2",
+        "--device",
+        "cpu",
+        "--kv-cache-memory-bytes",
+        "1MiB",
+        "--dry-run",
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["model", "router", "p-0", "p-1", "d-0"]
+    assert "= 128 blocks = 2048 tokens" in lines[2]  # 2 layers, K and V, 2 heads of 16, float32, 16 tokens: 8 KiB
+
+
+def test_taken_port_is_one_line(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        assert_refused(run("serve", "--port", port), rf"127.0.0.1:{port}: Address already in use; --port 0 takes any")
+
+
+def test_unknown_model_is_one_line(run: Run) -> None:
+    assert_refused(run("serve", "./no-such-model", "--port", "0"), "no-such-model")
+
+
+def test_bad_value_is_one_line_with_its_origin(run: Run, tmp_path: Path) -> None:
+    assert_refused(run("serve", "--block-size", "17"), "--block-size: block_size: must be 8, 16")
+    assert_refused(run("serve", KVFERRY_PORT="x"), "KVFERRY_PORT: port: must be a valid integer")
+    file = tmp_path / "a.yaml"
+    file.write_text("port: 0\ntransfer: nixl2\n")
+    assert_refused(run("serve", "--config", str(file)), "a.yaml:2: transfer: .* did you mean nixl?")
+
+
+def test_misspelt_flag_is_told_the_right_one(run: Run) -> None:
+    result = run("serve", "--prefil", "2")
+    assert result.returncode == 2
+    assert "--prefill" in result.stderr
+
+
+def test_ranks_that_cannot_share_the_heads_are_one_line(run: Run, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "tiny")
+    assert_refused(run("serve", model, "--port", "0", "--decode-tensor-parallel-size", "3"), "possible: 1, 2")
+
+
+def test_model_of_an_unknown_kind_is_one_line(run: Run, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "odd", architectures=["OddForCausalLM"])
+    assert_refused(run("serve", model, "--port", "0"), "OddForCausalLM")
+
+
+def test_sockets_for_other_machines_need_a_secret(run: Run, tmp_path: Path) -> None:
+    refused = "is no loopback address: --secret-file FILE or KVFERRY_SECRET is needed"
+    assert_refused(run("router", "--control-host", "0.0.0.0", "--port", "0"), refused)
+    assert_refused(run("decode", "--router", "10.0.0.1:7001"), refused)
+    assert_refused(run("prefill", "--router", "127.0.0.1:7001", "--host", "10.0.0.2"), refused)
+    short = tmp_path / "secret"
+    short.write_text("short")
+    assert_refused(run("decode", "--router", "10.0.0.1:7001", "--secret-file", str(short)), "at least 16")
+
+
+def test_worker_by_hand_needs_a_router(run: Run) -> None:
+    assert_refused(run("decode"), "needs --router HOST:PORT")
+
+
+def test_config_show_tells_origins_and_hides_keys(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("seed: 7\ndecode:\n  workers: 3\n")
+    result = run(
+        "config", "show", "--origins", "--config", str(file), "--port", "9", "--api-key", "hidden", KVFERRY_HOST="::1"
+    )
+    assert result.returncode == 0, result.stderr
+    for line in (
+        "port: 9  # --port",
+        f"seed: 7  # {file}:1",
+        f"  workers: 3  # {file}:3",
+        'host: "::1"  # KVFERRY_HOST',
+    ):
+        assert line in result.stdout.splitlines()
+    assert "hidden" not in result.stdout
+    assert "block_size: 16  # default" in result.stdout
+
+
+def test_what_config_show_prints_can_be_loaded_again(run: Run, tmp_path: Path) -> None:
+    shown = run("config", "show", "--prefill", "3", "--max-model-len", "2K")
+    (tmp_path / "again.yaml").write_text(shown.stdout)
+    again = run("config", "show", "--config", str(tmp_path / "again.yaml"))
+    assert again.stdout == shown.stdout
+    assert "max_model_len: 2048" in again.stdout
+
+
+def test_config_check_says_ok_or_every_mistake(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("port: 8000\n")
+    assert run("config", "check", str(file)).stdout == f"{file}: ok\n"
+    file.write_text("port: -1\nmax_num_seqs: 0\n")
+    result = run("config", "check", str(file))
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 2
+
+
+def test_doctor_fails_where_serve_would(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        result = run("doctor", "--port", str(server.getsockname()[1]))
+    assert result.returncode == 1
+    assert re.search(r"^fail +port .*--port 0", result.stdout, re.MULTILINE)
+    assert re.search(r"^ok +torch ", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_model_that_no_worker_can_load_ends_serve_with_the_workers_words(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "empty")
+    arguments = ["serve", model, "--port", "0", "--device", "cpu", "--log-level", "error"]
+    command = [sys.executable, "-m", "kvferry", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    assert "kvferry: " in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_interrupt_while_it_starts_ends_serve_with_zero() -> None:
+    command = [sys.executable, "-m", "kvferry", "serve", "--port", "0", "--load-format", "dummy"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        process.stderr.readline()  # the first sign of a child
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode == 0

@@ -1,0 +1,291 @@
+"""The launchers against stub programs: order of starts, restarts, hangs, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvferry.common.channel import Address
+from kvferry.common.clock import SystemClock
+from kvferry.common.config import environment
+from kvferry.common.errors import ConfigError, WorkerLost
+from kvferry.common.host import Host
+from kvferry.common.options import PoolSettings, ServeSettings
+from kvferry.common.plan import Deployment, fit_to_host, plan
+from kvferry.common.process import ChildState, ChildTimes
+from kvferry.launch import LocalLauncher, RayLauncher
+
+STUBS = str(Path(__file__).parent / "launch_stubs.py")
+ROUTER = (sys.executable, STUBS, "router")
+WORKER = (sys.executable, STUBS, "worker")
+TIMES = ChildTimes(hang_after_s=1.0, grace_s=2.0, first_backoff_s=0.05)
+WAIT_S = 20.0
+
+
+class Recorder:
+    """A display that remembers, and wakes whoever waits for an event."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, object]]] = []
+        self.serving: list[Address] = []
+        self._changed = asyncio.Event()
+
+    def on_event(self, name: str, event: dict[str, object]) -> None:
+        self.events.append((name, event))
+        self._changed.set()
+
+    def on_serving(self, http: Address) -> None:
+        self.serving.append(http)
+        self._changed.set()
+
+    def wake(self) -> None:
+        self._changed.set()
+
+    def note(self, text: str) -> None:
+        pass
+
+    def done(self) -> None:
+        pass
+
+    def of(self, name: str, kind: str) -> list[dict[str, object]]:
+        return [event for who, event in self.events if who == name and event["event"] == kind]
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+
+def deployment(tmp_path: Path, name: str = "fine", *, prefill: int = 1, decode: int = 1) -> Deployment:
+    settings = ServeSettings(
+        port=0, prefill=PoolSettings(workers=prefill), decode=PoolSettings(workers=decode), api_key=("k" * 8,)
+    )
+    return fit_to_host(plan(settings, tmp_path, name, b"s" * 16), Host(num_cpus=4, free_memory_bytes=1 << 30))
+
+
+def lives(tmp_path: Path, name: str | None = None) -> list[dict[str, Any]]:
+    text = (tmp_path / "lives.jsonl").read_text()
+    return [life for line in text.splitlines() if (life := json.loads(line))["name"] == (name or life["name"])]
+
+
+def processes(tmp_path: Path) -> list[int]:
+    """Of all lives so far, with what they started themselves."""
+    return [life[key] for life in lives(tmp_path) for key in ("pid", "follower") if key in life]
+
+
+async def until_gone(pids: list[int]) -> None:
+    """Whoever's children they are."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(WAIT_S):
+        for pid in pids:
+            try:
+                fd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            ended = asyncio.Event()
+            loop.add_reader(fd, ended.set)
+            try:
+                await ended.wait()
+            finally:
+                loop.remove_reader(fd)
+                os.close(fd)
+
+
+@asynccontextmanager
+async def running(plan: Deployment, recorder: Recorder) -> AsyncIterator[LocalLauncher]:
+    launcher = LocalLauncher(
+        plan,
+        environment(),
+        SystemClock(),
+        recorder,
+        on_serving=recorder.on_serving,
+        router_program=ROUTER,
+        worker_program=WORKER,
+        times=TIMES,
+    )
+    task = asyncio.create_task(launcher.run())
+    task.add_done_callback(lambda _: recorder.wake())
+    try:
+        await recorder.until(lambda: bool(recorder.serving) or task.done())
+        yield launcher
+    finally:
+        launcher.stop()
+        await asyncio.wait_for(task, WAIT_S)
+
+
+async def test_workers_start_with_the_routers_address_and_all_end_together(tmp_path: Path) -> None:
+    recorder = Recorder()
+    async with running(deployment(tmp_path, prefill=1, decode=2), recorder):
+        started = lives(tmp_path)
+        assert [life["name"] for life in started][0] == "router"
+        assert sorted(life["name"] for life in started) == ["d-0", "d-1", "p-0", "router"]
+        assert all(life["routers"] == ["127.0.0.1:4242"] for life in started if life["name"] != "router")
+        assert recorder.of("p-0", "progress")
+    await until_gone(processes(tmp_path))
+
+
+async def test_children_get_secret_and_threads_and_none_of_our_settings(tmp_path: Path) -> None:
+    os.environ["KVFERRY_PORT"] = "9"
+    try:
+        async with running(deployment(tmp_path), Recorder()):
+            life = lives(tmp_path, "d-0")[0]
+    finally:
+        del os.environ["KVFERRY_PORT"]
+    env = life["env"]
+    assert env["KVFERRY_SECRET"] == "s" * 16
+    assert "KVFERRY_PORT" not in env
+    assert env["OMP_NUM_THREADS"] == "2"  # 4 cores, 2 workers
+    assert env["UCX_NET_DEVICES"] == "lo"
+    assert life["config"]["kv_cache_memory_bytes"] == (1 << 30) // 10
+
+
+async def test_killed_worker_comes_back_under_its_name(tmp_path: Path) -> None:
+    recorder = Recorder()
+    async with running(deployment(tmp_path), recorder) as launcher:
+        child = launcher.workers[0]
+        first = lives(tmp_path, "p-0")[0]
+        os.kill(first["pid"], signal.SIGKILL)
+        await recorder.until(lambda: len(recorder.of("p-0", "ready")) == 2)
+        assert child.state is ChildState.READY
+        assert child.num_restarts == 1
+        assert "SIGKILL" in str(recorder.of("p-0", "restart")[0]["reason"])
+        assert len(lives(tmp_path, "d-0")) == 1
+        await until_gone([first["follower"]])
+
+
+async def test_restarted_router_keeps_its_ports(tmp_path: Path) -> None:
+    recorder = Recorder()
+    async with running(deployment(tmp_path), recorder) as launcher:
+        before = launcher.router.http, launcher.router.control
+        os.kill(lives(tmp_path, "router")[0]["pid"], signal.SIGKILL)
+        await recorder.until(lambda: len(recorder.of("router", "ready")) == 2)
+        assert (launcher.router.http, launcher.router.control) == before
+
+
+async def test_worker_that_stops_beating_is_killed_and_started_again(tmp_path: Path) -> None:
+    recorder = Recorder()
+    async with running(deployment(tmp_path, "hang"), recorder):
+        await recorder.until(lambda: bool(recorder.of("d-0", "restart")))
+        assert "no sign of life" in str(recorder.of("d-0", "restart")[0]["reason"])
+        await until_gone([lives(tmp_path, "d-0")[0]["pid"]])
+
+
+async def test_worker_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
+    async with running(deployment(tmp_path, "stubborn"), Recorder()):
+        assert lives(tmp_path, "d-0")
+    await until_gone(processes(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [("unknown model", ConfigError, "no such model"), ("crash", WorkerLost, "did not start, 3 times: exit code 3")],
+)
+async def test_what_cannot_start_ends_the_launch(
+    tmp_path: Path, fault: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        async with running(deployment(tmp_path, fault), Recorder()):
+            pass
+    await until_gone(processes(tmp_path))
+
+
+def test_back_off_doubles_up_to_its_bound() -> None:
+    times = ChildTimes()
+    assert [times.backoff_s(n) for n in (1, 2, 3, 4, 7, 8, 10_000)] == [0.5, 1.0, 2.0, 4.0, 30.0, 30.0, 30.0]
+
+
+LAUNCH = """
+import asyncio, sys
+sys.path.insert(0, {tests!r})
+import test_launch as t
+from pathlib import Path
+
+async def main():
+    recorder = t.Recorder()
+    async with t.running(t.deployment(Path(sys.argv[1])), recorder):
+        print("serving", flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_children_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    script = LAUNCH.format(tests=str(Path(__file__).parent))
+    launcher = await asyncio.create_subprocess_exec(sys.executable, "-c", script, str(tmp_path), stdout=subprocess.PIPE)
+    assert launcher.stdout is not None
+    assert await asyncio.wait_for(launcher.stdout.readline(), WAIT_S) == b"serving\n"
+    pids = processes(tmp_path)
+    assert len(pids) == 5
+    launcher.kill()
+    await launcher.wait()
+    await until_gone(pids)
+
+
+@pytest.fixture
+def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Two nodes on this machine; the address of their cluster."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))  # actors find the stubs
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.slow
+async def test_ray_spreads_workers_over_nodes_and_brings_a_killed_one_back(tmp_path: Path, ray_cluster: str) -> None:
+    import ray
+
+    recorder = Recorder()
+    settings = ServeSettings(port=0, launcher="ray", ray_address=ray_cluster, device="cpu")
+    launcher = RayLauncher(
+        plan(settings, tmp_path, "fine", b"s" * 16),
+        environment(),
+        SystemClock(),
+        recorder,
+        address=ray_cluster,
+        on_serving=recorder.on_serving,
+        router_program=ROUTER,
+        worker_entry="launch_stubs:serve_worker",
+        times=TIMES,
+    )
+    task = asyncio.create_task(launcher.run())
+    task.add_done_callback(lambda _: recorder.wake())
+    try:
+        await recorder.until(lambda: bool(recorder.serving) or task.done())
+        started = await until_lives(tmp_path, {"p-0", "d-0"})
+        assert {life["role"] for life in started.values()} == {"prefill", "decode"}
+        assert all(life["routers"] == ["127.0.0.1:4242"] and life["secret"] == "s" * 16 for life in started.values())
+        assert started["p-0"]["host"] == ray.util.get_node_ip_address()
+        assert started["p-0"]["node"] != started["d-0"]["node"]
+        os.kill(started["d-0"]["pid"], signal.SIGKILL)
+        await until_lives(tmp_path, {"d-0"}, num_lives=2)
+    finally:
+        launcher.stop()
+        await asyncio.wait_for(task, WAIT_S)
+    await until_gone([life["pid"] for life in lives(tmp_path)])
+
+
+async def until_lives(tmp_path: Path, names: set[str], *, num_lives: int = 1) -> dict[str, dict[str, Any]]:
+    """The latest life of each, once there are so many."""
+    async with asyncio.timeout(WAIT_S):
+        while any(len(lives(tmp_path, name)) < num_lives for name in names):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)  # an actor tells nothing but through its file
+    return {name: lives(tmp_path, name)[-1] for name in names}
