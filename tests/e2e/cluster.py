@@ -1,0 +1,124 @@
+"""A whole kvferry on loopback for tests: `kvferry serve` as a process, with its workers below it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+START_LIMIT_S = 90.0
+STOP_LIMIT_S = 20.0
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@dataclass
+class Cluster:
+    """A running server. `log` holds what it and its children print."""
+
+    process: subprocess.Popen[bytes]
+    base_url: str
+    log: Path
+    client: httpx.Client
+
+    def post(self, path: str, body: dict[str, object]) -> dict[str, object]:
+        """A successful answer's body; the server's own error otherwise."""
+        answer = self.client.post(path, json=body)
+        assert answer.status_code == 200, f"{answer.status_code} {answer.text}"
+        result: dict[str, object] = answer.json()
+        return result
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics by its name and labels as they are printed."""
+        samples = {}
+        for line in self.client.get("/metrics").text.splitlines():
+            if line and not line.startswith("#"):
+                name, _, value = line.rpartition(" ")
+                samples[name] = float(value)
+        return samples
+
+    def metric(self, name: str, *labels: str) -> float:
+        """The sum of a metric's samples whose labels contain all of `labels`."""
+        return sum(
+            value
+            for key, value in self.metrics().items()
+            if key.split("{")[0] == name and all(label in key for label in labels)
+        )
+
+    def children(self, word: str = "") -> list[psutil.Process]:
+        """The server's processes whose command line contains `word`."""
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in found if word in " ".join(child.cmdline())]
+
+
+def wait_until(condition: object, what: str, limit_s: float = 20.0) -> None:
+    """Poll a condition; fail with `what` when it does not come true."""
+    assert callable(condition)
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not come true within {limit_s} s")
+
+
+@contextlib.contextmanager
+def serve(model_dir: Path | None, log: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[Cluster]:
+    """Start `kvferry serve` and wait until it is ready; afterwards nothing of it may be left."""
+    port = free_port()
+    command = [sys.executable, "-m", "kvferry", "serve", *([str(model_dir)] if model_dir else [])]
+    command += ["--port", str(port), *flags]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **(env or {})}
+        )
+    base_url = f"http://127.0.0.1:{port}"
+    with httpx.Client(base_url=base_url, timeout=120.0) as client:
+        cluster = Cluster(process, base_url, log, client)
+        try:
+            _wait_ready(cluster)
+            yield cluster
+        finally:
+            _stop(cluster)
+
+
+def _wait_ready(cluster: Cluster) -> None:
+    def is_ready() -> bool:
+        assert cluster.process.poll() is None, f"the server ended: {cluster.log.read_text()[-4000:]}"
+        with contextlib.suppress(httpx.TransportError):
+            return cluster.client.get("/ready").status_code == 200
+        return False
+
+    try:
+        wait_until(is_ready, "readiness", START_LIMIT_S)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{cluster.log.read_text()[-4000:]}") from error
+
+
+def _stop(cluster: Cluster) -> None:
+    children = [] if cluster.process.poll() is not None else cluster.children()
+    cluster.process.send_signal(signal.SIGTERM)
+    try:
+        cluster.process.wait(STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        cluster.process.kill()
+        cluster.process.wait()
+        raise AssertionError(f"the server did not stop: {cluster.log.read_text()[-4000:]}") from None
+    _, alive = psutil.wait_procs(children, timeout=5.0)
+    assert not alive, f"left behind: {alive}"

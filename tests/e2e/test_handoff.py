@@ -1,0 +1,173 @@
+"""The KV crosses processes, whole and only where it is missing; and what happens when it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from kvferry.common.config import EngineConfig, WorkerConfig
+
+from ..checkpoints import write_checkpoint
+from .cluster import Cluster, free_port, serve, wait_until
+
+COMMON = ("--served-model-name", "tiny", "--dtype", "float32")
+BROKEN_TRANSPORT = Path(__file__).parent / "broken_transport.py"
+BLOCK_SIZE = 16
+BLOCK_BYTES = 2 * 2 * 2 * 16 * BLOCK_SIZE * 4  # layers, K and V, heads, head_dim, tokens, float32
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny", max_model_len=40960)
+
+
+def _complete(cluster: Cluster, prompt: list[int], **more: object) -> dict[str, object]:
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True, **more}
+    return cluster.post("/v1/completions", body)
+
+
+def _tokens(first: int, count: int) -> list[int]:
+    return [(first + 3 * i * i + i) % 500 + 4 for i in range(count)]
+
+
+def test_bytes_on_the_wire_are_the_blocks_that_the_decode_worker_lacks(model_dir: Path, tmp_path: Path) -> None:
+    with serve(model_dir, tmp_path / "log", *COMMON, "--kv-cache-memory-bytes", "64MiB") as cluster:
+        shared = _tokens(1, 80)
+        requests = [
+            (_tokens(7, 100), 7),  # six whole blocks and a partial one, which goes whole
+            (_tokens(9, 64), 4),
+            (_tokens(11, 1), 1),
+            (shared, 5),
+            (shared + _tokens(13, 30), 2),  # five blocks are known over there
+        ]
+        expected = 0
+        for prompt, num_blocks in requests:
+            _complete(cluster, prompt)
+            expected += num_blocks * BLOCK_BYTES
+            _wait_for_bytes(cluster, expected)
+
+
+def _wait_for_bytes(cluster: Cluster, expected: int) -> None:
+    """By our own count and by NIXL's."""
+    for name in ("kvferry_kv_transfer_bytes_sum", "kvferry_wire_bytes_total"):
+        wait_until(lambda name=name: cluster.metric(name) == expected, f"{name} = {expected}")
+
+
+def test_a_prompt_of_32000_tokens_is_handed_over_behind_its_computation(model_dir: Path, tmp_path: Path) -> None:
+    pool = 2100 * BLOCK_BYTES
+    with serve(model_dir, tmp_path / "log", *COMMON, "--kv-cache-memory-bytes", str(pool)) as cluster:
+        workers = cluster.children("kvferry.worker")
+        _complete(cluster, _tokens(3, 600))
+        before = {worker.pid: worker.memory_info().rss for worker in workers}
+        _complete(cluster, _tokens(5, 32_000))
+        wait_until(lambda: cluster.metric("kvferry_kv_transfer_bytes_count") == 2, "the transfer's report")
+        assert cluster.metric("kvferry_wire_bytes_total") == (38 + 2000) * BLOCK_BYTES
+        for worker in workers:  # the pool is touched page by page; beyond it only scratch that does not grow with it
+            assert worker.memory_info().rss - before[worker.pid] < pool + (192 << 20)
+        assert cluster.metric("kvferry_blocks", 'state="owned"') == 0
+        exposed = cluster.metric("kvferry_kv_transfer_exposed_seconds_sum")
+        ttft = cluster.metric("kvferry_time_to_first_token_seconds_sum")
+        assert exposed < 0.05 * ttft
+
+
+@contextlib.contextmanager
+def _by_hand(model_dir: Path, log: Path, *router_flags: str) -> Iterator[Cluster]:
+    """Router, decode and prefill worker, each started by its own command; the prefill worker's transport is broken."""
+    http, control = free_port(), free_port()
+    base_url = f"http://127.0.0.1:{http}"
+    address = f"127.0.0.1:{control}"
+    commands = {
+        "router": ["--port", str(http), "--control-port", str(control), *router_flags],
+        "decode": ["--router", address, "--kv-cache-memory-bytes", "16MiB", "--dtype", "float32"],
+        "prefill": [],
+    }
+    engine = EngineConfig(
+        model_dir=model_dir, served_model_name="tiny", dtype="float32", num_threads=1, kv_cache_memory_bytes=16 << 20
+    )
+    processes = []
+    shared = ["--served-model-name", "tiny"]
+    with log.open("wb") as output, httpx.Client(base_url=base_url, timeout=60.0) as client:
+        try:
+            for name, flags in commands.items():
+                command = [sys.executable, "-m", "kvferry", name, str(model_dir), *shared, *flags]
+                if name == "prefill":
+                    config = WorkerConfig(worker_id="p-unplugged", role="prefill", engine=engine, routers=(address,))
+                    command = [sys.executable, str(BROKEN_TRANSPORT), "--config-json", config.model_dump_json()]
+                processes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
+            cluster = Cluster(processes[0], base_url, log, client)
+
+            def is_ready() -> bool:
+                assert all(process.poll() is None for process in processes), log.read_text()[-4000:]
+                with contextlib.suppress(httpx.TransportError):
+                    return client.get("/ready").status_code == 200
+                return False
+
+            wait_until(is_ready, "readiness", 60.0)
+            yield cluster
+        finally:
+            for process in reversed(processes):
+                process.send_signal(signal.SIGTERM)
+            for process in processes:
+                process.wait(20)
+
+
+def test_without_a_transport_the_answer_comes_from_a_local_prefill_and_says_so(model_dir: Path, tmp_path: Path) -> None:
+    with _by_hand(model_dir, tmp_path / "log") as cluster:
+        answer = _complete(cluster, _tokens(7, 100))
+        assert answer["usage"]["completion_tokens"] == 4  # type: ignore[index]  # JSON
+        assert cluster.metric("kvferry_fallback_total") == 1
+        assert "local_prefill_fallback" in cluster.log.read_text()
+
+
+def test_without_a_transport_and_without_local_prefill_the_error_names_the_peer(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    with _by_hand(model_dir, tmp_path / "log", "--no-local-prefill") as cluster:
+        body = {"model": "tiny", "prompt": _tokens(7, 100), "max_tokens": 4}
+        answer = cluster.client.post("/v1/completions", json=body)
+        assert answer.status_code in (500, 503)
+        error = answer.json()["error"]
+        assert (
+            "p-unplugged" in error["message"] and "link is down" in error["message"] and error["type"] and error["code"]
+        )
+        assert cluster.metric("kvferry_fallback_total") == 0
+
+
+def test_a_killed_worker_is_back_and_the_stream_is_whole(model_dir: Path, tmp_path: Path) -> None:
+    with serve(model_dir, tmp_path / "log", *COMMON, "--kv-cache-memory-bytes", "16MiB") as cluster:
+        prompt = _tokens(7, 100)
+        expected = _complete(cluster, prompt, max_tokens=24)["choices"]
+        for role in ("prefill", "decode"):
+            [victim] = cluster.children(f'"role":"{role}"')
+            victim.send_signal(signal.SIGKILL)
+            assert _complete(cluster, prompt, max_tokens=24)["choices"] == expected
+
+            def is_back(role: str = role, old: int = victim.pid) -> bool:
+                pids = [child.pid for child in cluster.children(f'"role":"{role}"')]
+                return pids not in ([], [old]) and cluster.client.get("/ready").status_code == 200
+
+            wait_until(is_back, f"a new {role} worker", 60.0)
+
+
+def test_nothing_outlives_a_server_that_gets_sigkill(model_dir: Path, tmp_path: Path) -> None:
+    shared_memory = set(os.listdir("/dev/shm"))
+    log = tmp_path / "log"
+    with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess), serve(model_dir, log, *COMMON) as cluster:
+        children = cluster.children()
+        pids = {child.pid for child in children}
+        assert len(pids) == 3  # router, prefill worker, decode worker
+        _complete(cluster, _tokens(7, 100))
+        cluster.process.kill()
+        cluster.process.wait()
+        _, alive = psutil.wait_procs(children, timeout=10.0)
+        assert not alive
+    assert set(os.listdir("/dev/shm")) <= shared_memory
