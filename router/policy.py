@@ -116,7 +116,7 @@ class LeastLoaded:
             return reason
         if reason is Reason.HANDOFF:
             return self._place_pair(view, demand, prefills, decodes)
-        roomy = [worker for worker in decodes if has_decode_room(worker, demand) and not _is_behind(worker)]
+        roomy = [worker for worker in decodes if has_decode_room(worker, demand) and not _is_behind(worker, demand)]
         if not roomy:
             return _wait_for_room(decodes)
         return Placement(None, min(roomy, key=_decode_load).worker_id, reason)
@@ -200,17 +200,17 @@ def has_prefill_room(worker: WorkerView, demand: Demand) -> bool:
         return True
     budget = worker.hello.max_num_batched_tokens
     if worker.ahead_tokens <= budget:
-        wait_tokens = worker.ahead_tokens
+        wait_s = worker.ahead_tokens * worker.s_per_token
     elif demand.num_prompt_tokens + worker.unstarted_tokens <= budget:
-        wait_tokens = budget  # one chunk of the long one
+        wait_s = worker.step_s  # one chunk of the long one
     else:
         return False
-    return wait_tokens * worker.s_per_token <= MAX_BIND_WAIT_S
+    return wait_s <= MAX_BIND_WAIT_S
 
 
-def _is_behind(worker: WorkerView) -> bool:
-    """More than a step of prompts waits there already: late binding for local prompts."""
-    return worker.ahead_tokens > worker.hello.max_num_batched_tokens
+def _is_behind(worker: WorkerView, demand: Demand) -> bool:
+    """More than a step of prompts waits there already: late binding for local prompts. Short ones may overtake."""
+    return worker.ahead_tokens > worker.hello.max_num_batched_tokens < demand.num_prompt_tokens
 
 
 def _pairs(

@@ -20,6 +20,7 @@ STEP_LIMIT_S = 3.0  # a step may take this, or five times what it should
 FIRST_STEP_LIMIT_S = 60.0  # nothing is known yet, and the first step warms up
 STALL_LIMIT_S = 15.0  # work waits and none runs: the worker may wait for a fence (10 s)
 _SLACK = 5.0
+_PREFILL_STEP_TOKENS = 16
 _CROSSING_S = 0.02  # what was bound this shortly before a heartbeat came may not be in it
 _PAIR_PENALTY_S = 1.0
 _MAX_PAIR_PENALTY_S = 30.0
@@ -66,7 +67,8 @@ class WorkerView:
     unstarted_tokens: int  # of these, in prompts that have not begun
     num_running: int  # choices, waiting ones included
     num_free_blocks: int
-    s_per_token: float  # of a full step; 0 until one was seen
+    s_per_token: float  # of the latest step that prefilled; 0 until one was seen
+    step_s: float  # of that step: a worker cuts its chunks so that none takes long
 
 
 @dataclass(slots=True, frozen=True)
@@ -97,6 +99,7 @@ class Worker:
     _choices_at_status: int = 0
     _freed_blocks: int = 0  # by requests that ended since the heartbeat
     _largest_step: tuple[int, float] = (0, 0.0)  # tokens, seconds
+    _prefill_step: tuple[int, float] = (0, 0.0)  # the latest one that was no mere decode step
     _progress_s: float = 0.0  # when a step last finished, or nothing was to do
 
     @property
@@ -134,6 +137,8 @@ class Worker:
         stepped = previous is None or status.steps != previous.steps
         if stepped and status.step_tokens >= self._largest_step[0]:
             self._largest_step = (status.step_tokens, status.step_s)
+        if stepped and status.step_tokens >= _PREFILL_STEP_TOKENS:
+            self._prefill_step = (status.step_tokens, status.step_s)
         if stepped or not (status.num_running or status.num_waiting):
             self._progress_s = now_s
         self.status, self.status_s = status, now_s
@@ -167,7 +172,7 @@ class Worker:
         return max(STEP_LIMIT_S, _SLACK * full_step_s)
 
     def view(self, now_s: float) -> WorkerView:
-        tokens, step_s = self._largest_step
+        tokens, step_s = self._prefill_step
         return WorkerView(
             worker_id=self.worker_id,
             role=self.hello.role,
@@ -182,6 +187,7 @@ class Worker:
             num_running=self._num_running(),
             num_free_blocks=self._num_free_blocks(),
             s_per_token=step_s / tokens if tokens else 0.0,
+            step_s=step_s,
         )
 
     def _recent(self) -> Iterable[Load]:

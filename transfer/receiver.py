@@ -13,9 +13,7 @@ lock around the receiver, the pool and the scheduler.
 from __future__ import annotations
 
 import secrets
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
 
 from ..common.blocks import BlockPool, KVCacheSpec, hash_blocks, prefix_salt
 from ..common.clock import Clock
@@ -41,21 +39,12 @@ from ..common.messages import (
 )
 from ..common.request import BlockId, RequestSpec
 from .handoff import Endpoint, check_compatible, expected_pairs, is_minted, mint_grant
+from .ledger import Ledger
 from .reservation import Reservation, ReservationState, Writer
 
 __all__ = ["KVReceiver", "Reservation", "ReservationState"]
 
-MAX_PROMISED_SHARE = 0.5  # of the pool, for blocks that are granted, open or in quarantine
 FENCE_AFTER_S = 1.0  # a peer with an older quarantine opens nothing more here
-_MAX_REMEMBERED = 8192  # ended attempts and opens, to answer latecomers
-
-
-class _Ended(NamedTuple):
-    """The last attempt of a request that ended here."""
-
-    attempt: int
-    arrived: bool
-    router_id: str
 
 
 class KVReceiver:
@@ -91,11 +80,7 @@ class KVReceiver:
         self._to_peer = to_peer
         self._key = secrets.token_bytes(32)
         self._epoch = 0
-        self._live: dict[int, Reservation] = {}  # by epoch: GRANTED, OPEN, ARRIVED and DOOMED
-        self._by_request: dict[str, Reservation] = {}  # by request id: GRANTED, OPEN and ARRIVED
-        self._ended: OrderedDict[str, _Ended] = OrderedDict()  # by request id
-        self._ended_opens: OrderedDict[int, str] = OrderedDict()  # open id -> session
-        self.arrived: list[Reservation] = []  # in the order of arrival
+        self.ledger = Ledger(pool)
         self.draining = False  # grants and opens nothing more
         self.stale_messages = 0
         self.num_failures = 0  # opens that were doomed by something else than an abort
@@ -104,51 +89,45 @@ class KVReceiver:
 
     # --- what it holds ------------------------------------------------------------------------------------
 
-    def _in(self, *states: ReservationState) -> list[Reservation]:
-        return [reservation for reservation in self._live.values() if reservation.state in states]
+    @property
+    def arrived(self) -> list[Reservation]:
+        """Those that wait for room in the batch, in the order of arrival."""
+        return self.ledger.arrived
 
     @property
     def has_open(self) -> bool:
         """Somebody may write or report an end: notifications must be polled."""
-        return bool(self._in(ReservationState.OPEN, ReservationState.DOOMED))
+        return bool(self.ledger.in_state(ReservationState.OPEN, ReservationState.DOOMED))
 
     def holds(self, request_id: str) -> bool:
         """There is a reservation of the request that may still be adopted."""
-        return request_id in self._by_request
+        return self.ledger.of_request(request_id) is not None
 
     @property
     def num_granted_blocks(self) -> int:
         """Blocks of promises that may still be filled."""
-        return sum(reservation.num_new_blocks for reservation in self._live.values() if reservation.is_promise)
+        return self.ledger.num_granted_blocks
 
     @property
     def num_quarantined_blocks(self) -> int:
-        return sum(len(reservation.block_ids) for reservation in self._in(ReservationState.DOOMED))
+        return self.ledger.num_quarantined_blocks
 
     @property
     def num_live(self) -> int:
-        return len(self._live)
+        return len(self.ledger.live)
 
     def quarantine_s(self, incarnation: int | None = None) -> float:
         """Age of the oldest quarantine (of one prefill worker's incarnation); 0 where there is none."""
         since = [
             reservation.since
-            for reservation in self._in(ReservationState.DOOMED)
+            for reservation in self.ledger.in_state(ReservationState.DOOMED)
             if reservation.writer and incarnation in (None, reservation.writer.incarnation)
         ]
         return self._clock.now() - min(since) if since else 0.0
 
     def check(self) -> None:
         """Assert that the reservations' books and the pool's agree."""
-        self._pool.check()
-        assert self.num_quarantined_blocks == self._pool.num_quarantined_blocks
-        named = [block for reservation in self._live.values() for block in reservation.block_ids]
-        assert len(named) == len(set(named)), "a block is granted twice"
-        for reservation in self._live.values():
-            assert reservation.state not in (ReservationState.ADOPTED, ReservationState.RELEASED)
-            if reservation.state is not ReservationState.DOOMED:
-                assert all(self._pool.ref_count(block) == 1 for block in reservation.block_ids)
-                assert all(self._pool.ref_count(block) >= 1 for block in reservation.hit_blocks)
+        self.ledger.check()
 
     # --- reserving ----------------------------------------------------------------------------------------
 
@@ -160,10 +139,10 @@ class KVReceiver:
         A lower attempt of the request ends with it. "held": so little of the prompt is missing here (at most
         `max_local_tokens`, or nothing) that it should be computed here.
         """
-        known = self._by_request.get(spec.request_id)
+        known = self.ledger.of_request(spec.request_id)
         if known is not None and known.spec.attempt == spec.attempt and known.state is ReservationState.GRANTED:
             return Grant(request_id=spec.request_id, attempt=spec.attempt, grant=known.grant)
-        if self._is_stale(spec, known):
+        if self.ledger.is_stale(spec.request_id, spec.attempt):
             self.stale_messages += 1
             return self._no_capacity(spec, "stale")
         if known is not None:
@@ -171,12 +150,6 @@ class KVReceiver:
         if self.draining:
             return self._no_capacity(spec, "draining")
         return self._grant(spec, router_id, max_local_tokens, growth_reserve)
-
-    def _is_stale(self, spec: RequestSpec, known: Reservation | None) -> bool:
-        ended = self._ended.get(spec.request_id)
-        return (ended is not None and spec.attempt <= ended.attempt) or (
-            known is not None and spec.attempt <= known.spec.attempt
-        )
 
     def _grant(
         self, spec: RequestSpec, router_id: str, max_local_tokens: int, growth_reserve: int
@@ -190,7 +163,7 @@ class KVReceiver:
             return self._no_capacity(spec, "held", num_cached)
         num_copies = len(spec.choices) - 1 if num_tokens % block_size else 0
         num_total = self._spec.num_blocks_for(num_tokens) + num_copies
-        reason = self._shortage(num_total, hits, growth_reserve)
+        reason = self.ledger.shortage(num_total, hits, growth_reserve)
         if reason is not None:
             return self._no_capacity(spec, reason, num_cached)
         self._pool.pin(hits)
@@ -199,22 +172,6 @@ class KVReceiver:
         self.prefix_hits += num_cached
         reservation = self._new_reservation(spec, router_id, hashes, hits, blocks, num_copies)
         return Grant(request_id=spec.request_id, attempt=spec.attempt, grant=reservation.grant)
-
-    def _shortage(self, num_total: int, hits: list[BlockId], growth_reserve: int) -> str | None:
-        """Why the blocks cannot be granted now."""
-        num_new = num_total - len(hits)
-        num_free = self._pool.num_free_blocks - self._pool.num_evictable(hits)
-        if num_total > self._pool.num_blocks:
-            return "never_fits"
-        if num_new > num_free:
-            return "blocks"
-        if num_new + growth_reserve > num_free:
-            return "growth"
-        num_promised = self.num_granted_blocks + self.num_quarantined_blocks
-        if num_promised + num_new > MAX_PROMISED_SHARE * self._pool.num_blocks:
-            # One promise may be larger than the share: else a long prompt could never pass.
-            return "growth" if any(reservation.is_promise for reservation in self._live.values()) else None
-        return None
 
     def _no_capacity(self, spec: RequestSpec, reason: str, num_cached_tokens: int = 0) -> NoCapacity:
         return NoCapacity(
@@ -259,7 +216,7 @@ class KVReceiver:
             deadline=now + self._config.open_within_s,
             since=now,
         )
-        self._live[self._epoch] = self._by_request[spec.request_id] = reservation
+        self.ledger.add(reservation)
         return reservation
 
     # --- the prefill worker's messages -----------------------------------------------------------------------
@@ -277,7 +234,7 @@ class KVReceiver:
     def _granted(self, grant_id: GrantId) -> Reservation | None:
         if (grant_id.worker_id, grant_id.incarnation) != (self._worker_id, self._incarnation):
             return None
-        return self._live.get(grant_id.epoch)
+        return self.ledger.live.get(grant_id.epoch)
 
     def _opened(self, grant_id: GrantId, open_id: int) -> Reservation | None:
         """The reservation whose writer speaks; counts the message where there is none."""
@@ -371,7 +328,7 @@ class KVReceiver:
 
     def on_session_lost(self, session: str) -> None:
         """A prefill worker's connection ended. Its word may have been lost with it, its writes may not."""
-        for reservation in self._in(ReservationState.OPEN):
+        for reservation in self.ledger.in_state(ReservationState.OPEN):
             if reservation.writer and reservation.writer.session == session:
                 self._doom(reservation, f"connection to {reservation.writer.worker_id} lost", "peer")
 
@@ -379,7 +336,7 @@ class KVReceiver:
         """A source rank's notification to one of our ranks: all its writes are in our memory."""
         reservation = self._opened(message.grant_id, message.open_id)
         if reservation is None or reservation.writer is None:
-            session = self._ended_opens.get(message.open_id)
+            session = self.ledger.session_of_ended(message.open_id)
             if session is not None:
                 self._to_peer(session, KVDone(grant_id=message.grant_id, open_id=message.open_id))
             return
@@ -407,7 +364,7 @@ class KVReceiver:
             reservation.first_tokens = message.first_tokens
         if writer.arrived == writer.expected:
             reservation.advance(ReservationState.ARRIVED, self._clock.now())
-            self.arrived.append(reservation)
+            self.ledger.arrived.append(reservation)
             self._handoff_done(reservation)
             self._done(reservation)
 
@@ -433,7 +390,7 @@ class KVReceiver:
         self, request_id: str, attempt: int, *, unless_arrived: bool = False, router_id: str | None = None
     ) -> None:
         """End the request's reservation. `unless_arrived`: keep it if it has arrived, and tell the router which."""
-        reservation = self._by_request.get(request_id)
+        reservation = self.ledger.of_request(request_id)
         if reservation is not None and reservation.spec.attempt <= attempt:
             if not unless_arrived:
                 self._drop(reservation, "aborted")
@@ -447,7 +404,7 @@ class KVReceiver:
 
     def _answer_ended(self, request_id: str, attempt: int, router_id: str | None) -> None:
         """What became of a handoff that is over."""
-        ended = self._ended.get(request_id)
+        ended = self.ledger.ended_attempt(request_id)
         router = ended.router_id if ended is not None else router_id
         if router is None:
             self.stale_messages += 1
@@ -466,15 +423,14 @@ class KVReceiver:
 
     def keep_only(self, router_id: str, live: frozenset[tuple[str, int]]) -> None:
         """Drop the router's reservations but those of the (request id, attempt) pairs in `live`."""
-        for reservation in list(self._by_request.values()):
-            spec = reservation.spec
-            if reservation.router_id == router_id and (spec.request_id, spec.attempt) not in live:
+        for reservation in self.ledger.of_router(router_id):
+            if (reservation.spec.request_id, reservation.spec.attempt) not in live:
                 self._drop(reservation, "the router no longer knows the request")
 
     def tick(self) -> None:
         """Act on deadlines; some ten times a second."""
         now = self._clock.now()
-        for reservation in self._in(ReservationState.GRANTED, ReservationState.OPEN):
+        for reservation in self.ledger.in_state(ReservationState.GRANTED, ReservationState.OPEN):
             if now < reservation.deadline:
                 continue
             if reservation.state is ReservationState.GRANTED:
@@ -490,7 +446,7 @@ class KVReceiver:
         Certain is: its process is dead and it wrote through memory of this host, or the agents it wrote to are gone.
         """
         count = 0
-        for reservation in self._in(ReservationState.OPEN, ReservationState.DOOMED):
+        for reservation in self.ledger.in_state(ReservationState.OPEN, ReservationState.DOOMED):
             if reservation.writer and reservation.writer.incarnation == incarnation:
                 if reservation.state is ReservationState.OPEN:
                     self._doom(reservation, f"{reservation.writer.worker_id} was fenced", "peer")
@@ -516,8 +472,7 @@ class KVReceiver:
         writer = reservation.writer
         assert writer is not None
         reservation.advance(ReservationState.DOOMED, self._clock.now())
-        del self._by_request[reservation.spec.request_id]
-        self._remember_attempt(reservation, arrived=False)
+        self.ledger.end_attempt(reservation, arrived=False)
         self._pool.free(reservation.hit_blocks)
         self._pool.free(reservation.copy_blocks)
         self._pool.quarantine(reservation.block_ids)
@@ -543,28 +498,16 @@ class KVReceiver:
     def _end_doomed(self, reservation: Reservation) -> None:
         self._pool.release_quarantine(reservation.block_ids)
         self._done(reservation)
-        self._forget_open(reservation)
+        self.ledger.remove(reservation)
         reservation.advance(ReservationState.RELEASED, self._clock.now())
 
     def _free(self, reservation: Reservation) -> None:
         self._pool.free(reservation.hit_blocks + reservation.block_ids + reservation.copy_blocks)
 
     def _forget(self, reservation: Reservation, *, arrived: bool) -> None:
-        """Neither a promise nor waiting any more."""
-        del self._by_request[reservation.spec.request_id]
-        if reservation in self.arrived:
-            self.arrived.remove(reservation)
-        self._remember_attempt(reservation, arrived=arrived)
-        self._forget_open(reservation)
-
-    def _forget_open(self, reservation: Reservation) -> None:
-        del self._live[reservation.grant.grant_id.epoch]
-        if reservation.writer is not None:
-            _remember(self._ended_opens, reservation.writer.open_id, reservation.writer.session)
-
-    def _remember_attempt(self, reservation: Reservation, *, arrived: bool) -> None:
-        spec = reservation.spec
-        _remember(self._ended, spec.request_id, _Ended(spec.attempt, arrived, reservation.router_id))
+        """Neither waited for nor written to any more."""
+        self.ledger.end_attempt(reservation, arrived=arrived)
+        self.ledger.remove(reservation)
 
     # --- answers ----------------------------------------------------------------------------------------------------
 
@@ -596,15 +539,3 @@ class KVReceiver:
                 worker_id=writer.worker_id if writer is not None else "",
             ),
         )
-
-
-_Key = TypeVar("_Key")
-_Value = TypeVar("_Value")
-
-
-def _remember(book: OrderedDict[_Key, _Value], key: _Key, value: _Value) -> None:
-    """Write into a book that forgets its oldest entries."""
-    book.pop(key, None)
-    book[key] = value
-    if len(book) > _MAX_REMEMBERED:
-        book.popitem(last=False)

@@ -22,7 +22,7 @@ from .sender import KVSender
 
 MIN_POLL_S = 0.0002
 MAX_POLL_S = 0.001
-_WATCH_POLL_S = 0.001  # of a worker that only waits for arrivals
+_WATCH_POLL_S = 0.0005  # where only arrivals are waited for; over TCP, writes advance when their target polls
 
 _decoder: Decoder[KVArrived] = Decoder(KVArrived)
 _Call = tuple[Callable[..., object], tuple[object, ...]]

@@ -44,22 +44,15 @@ class Cluster:
         result: dict[str, object] = answer.json()
         return result
 
-    def metrics(self) -> dict[str, float]:
-        """Every sample of /metrics by its name and labels as they are printed."""
-        samples = {}
-        for line in self.client.get("/metrics").text.splitlines():
-            if line and not line.startswith("#"):
-                name, _, value = line.rpartition(" ")
-                samples[name] = float(value)
-        return samples
-
     def metric(self, name: str, *labels: str) -> float:
-        """The sum of a metric's samples whose labels contain all of `labels`."""
-        return sum(
-            value
-            for key, value in self.metrics().items()
-            if key.split("{")[0] == name and all(label in key for label in labels)
-        )
+        """The sum of a metric's samples whose labels contain all of `labels`; without labels there may be none yet."""
+        text = self.client.get("/metrics").text
+        family = name.removesuffix("_sum").removesuffix("_count")
+        assert f"# TYPE {family} " in text, f"{name} is no metric"
+        samples = [line.rpartition(" ") for line in text.splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
+        values = [float(value) for key, _, value in samples if all(label in key for label in labels)]
+        assert values or not labels, f"{name} has no sample with {labels}"
+        return sum(values)
 
     def children(self, word: str = "") -> list[psutil.Process]:
         """The server's processes whose command line contains `word`."""

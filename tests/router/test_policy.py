@@ -27,6 +27,7 @@ def worker(worker_id: str, session: int, **changes: object) -> WorkerView:
         num_running=0,
         num_free_blocks=64,
         s_per_token=0.0,
+        step_s=0.0,
     )
     return replace(view, **changes)  # type: ignore[arg-type]
 
@@ -102,7 +103,9 @@ def test_a_colocated_cluster_needs_no_fallback() -> None:
 
 def test_local_prompts_are_bound_late_too() -> None:
     behind = replace(D0, ahead_tokens=65, num_running=1)
-    assert LeastLoaded(expect_prefill=False).place(view(behind), DEMAND) == Wait(Lack.DECODE_ROOM, claim=3)
+    policy, long = LeastLoaded(expect_prefill=False), replace(DEMAND, num_prompt_tokens=65)
+    assert policy.place(view(behind), long) == Wait(Lack.DECODE_ROOM, claim=3)
+    assert isinstance(policy.place(view(behind), DEMAND), Placement)  # a short one overtakes
 
 
 def test_no_prefill_worker_is_a_fallback_or_a_wait() -> None:

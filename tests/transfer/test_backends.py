@@ -67,6 +67,7 @@ class Peer:
         raise AssertionError("the peer process ended")
 
     def has_answered(self, within_s: float) -> bool:
+        assert self.process.stdout is not None
         return bool(select.select([self.process.stdout], [], [], within_s)[0])
 
     def end(self) -> None:

@@ -113,12 +113,13 @@ class Decode:
         assert isinstance(answer, Grant), answer
         return answer.grant
 
-    def open(self, grant: GrantInfo, *, session: str = P, tp_size: int = 1, open_id: int = 0, **change: object) -> int:
-        """Deliver a KVOpen; its open id."""
-        open_id = open_id or next(self.open_ids)
+    def open(
+        self, grant: GrantInfo, *, session: str = P, tp_size: int = 1, change: dict[str, object] | None = None
+    ) -> int:
+        """Deliver a KVOpen, with its fields changed as asked; the open id of the unchanged one."""
         message = KVOpen(
             grant_id=grant.grant_id,
-            open_id=open_id,
+            open_id=next(self.open_ids),
             mac=grant.mac,
             worker_id="p-0",
             incarnation=7,
@@ -127,8 +128,8 @@ class Decode:
             transport="local",
             tp_size=tp_size,
         )
-        self.receiver.on_message(session, msgspec.structs.replace(message, **change))
-        return open_id
+        self.receiver.on_message(session, msgspec.structs.replace(message, **(change or {})))
+        return message.open_id
 
     def opened(self, request_id: str = "a", *, num_tokens: int = 10, tp_size: int = 1) -> tuple[GrantInfo, int]:
         grant = self.grant(request_id, num_tokens=num_tokens)
@@ -177,8 +178,7 @@ class Decode:
         self.receiver.tick()
         self.receiver.check()
 
-    @property
-    def is_empty(self) -> bool:
+    def holds_nothing(self) -> bool:
         return self.receiver.num_live == 0 and self.pool.num_owned_blocks == self.pool.num_quarantined_blocks == 0
 
 
@@ -245,7 +245,7 @@ def test_a_prompt_of_which_little_is_missing_is_held(
     answer = decode.reserve("b", num_tokens=num_tokens, max_local_tokens=max_local_tokens)
     assert isinstance(answer, NoCapacity)
     assert (answer.reason, answer.num_cached_tokens) == ("held", cached)
-    assert decode.is_empty
+    assert decode.holds_nothing()
 
 
 def test_shortage_says_what_is_short() -> None:
@@ -318,7 +318,7 @@ def test_a_draining_worker_grants_and_opens_nothing(decode: Decode) -> None:
 def test_a_granted_reservation_that_is_aborted_is_free_at_once(decode: Decode) -> None:
     grant = decode.grant()
     decode.receiver.abort("a", 0)
-    assert decode.is_empty
+    assert decode.holds_nothing()
     decode.open(grant)
     assert isinstance(decode.said_to_peer()[-1], KVRefused)
     assert decode.said_to_router() == []
@@ -327,18 +327,18 @@ def test_a_granted_reservation_that_is_aborted_is_free_at_once(decode: Decode) -
 def test_a_grant_that_nobody_opens_lapses_and_its_router_hears_so(decode: Decode) -> None:
     decode.grant()
     decode.wait(1.9)
-    assert not decode.is_empty
+    assert not decode.holds_nothing()
     decode.wait(0.2)
-    assert decode.is_empty
+    assert decode.holds_nothing()
     assert only(decode.said_to_router(), HandoffFailed).blame == "expired"
 
 
 def test_a_lost_router_frees_its_grants(decode: Decode) -> None:
     decode.grant()
     decode.receiver.on_router_lost("r-1")
-    assert not decode.is_empty
+    assert not decode.holds_nothing()
     decode.receiver.on_router_lost(R)
-    assert decode.is_empty
+    assert decode.holds_nothing()
 
 
 def test_a_router_that_comes_back_keeps_what_it_names(decode: Decode) -> None:
@@ -354,7 +354,7 @@ def test_a_router_that_comes_back_keeps_what_it_names(decode: Decode) -> None:
 def test_the_first_open_binds_and_the_same_again_is_answered_again(decode: Decode) -> None:
     grant = decode.grant()
     open_id = decode.open(grant)
-    decode.open(grant, open_id=open_id)
+    decode.open(grant, change={"open_id": open_id})
     assert [type(message) for message in decode.said_to_peer()] == [KVOpened, KVOpened]
     assert decode.receiver.has_open
 
@@ -365,7 +365,7 @@ def test_the_first_open_binds_and_the_same_again_is_answered_again(decode: Decod
 )
 def test_another_writer_is_refused(decode: Decode, session: str, change: dict[str, object]) -> None:
     grant, open_id = decode.opened()
-    decode.open(grant, session=session, **{"open_id": open_id, **change})
+    decode.open(grant, session=session, change={"open_id": open_id, **change})
     assert only(decode.said_to_peer(), KVRefused).reason == "the grant was opened before"
     decode.arrive(grant, open_id)
     assert decode.receiver.arrived
@@ -385,7 +385,7 @@ def test_another_writer_is_refused(decode: Decode, session: str, change: dict[st
     ],
 )
 def test_an_open_that_does_not_fit_is_refused(decode: Decode, change: dict[str, object], words: str) -> None:
-    decode.open(decode.grant(), **change)
+    decode.open(decode.grant(), change=change)
     assert words in only(decode.said_to_peer(), KVRefused).reason
     assert not decode.receiver.has_open
     assert decode.receiver.stale_messages == 1
@@ -399,7 +399,7 @@ def test_a_peer_with_an_old_quarantine_opens_nothing_more(decode: Decode) -> Non
     decode.wait(1.1)
     decode.open(decode.grant("c", first=200))
     assert only(decode.said_to_peer(), KVRefused).reason == "fenced_peer"
-    decode.open(decode.grant("d", first=300), incarnation=8)
+    decode.open(decode.grant("d", first=300), change={"incarnation": 8})
     assert isinstance(decode.said_to_peer()[-1], KVOpened)
 
 
@@ -463,7 +463,7 @@ def test_a_wrong_arrival_is_not_adopted(
     decode.arrive(grant, open_id, num_tokens=num_tokens, first_tokens=first_tokens)
     assert only(decode.said_to_router(), HandoffFailed).blame == "peer"
     assert not decode.receiver.arrived
-    assert decode.is_empty  # its one rank said that it writes no more
+    assert decode.holds_nothing()  # its one rank said that it writes no more
 
 
 @pytest.mark.parametrize(("clean", "blame"), [(True, "ended"), (False, "link")])
@@ -471,9 +471,9 @@ def test_a_close_dooms_and_a_clean_one_ends(decode: Decode, clean: bool, blame: 
     grant, open_id = decode.opened()
     decode.close(grant, open_id, clean=clean)
     assert only(decode.said_to_router(), HandoffFailed).blame == blame
-    assert decode.is_empty is clean
+    assert decode.holds_nothing() is clean
     decode.close(grant, open_id, clean=clean)
-    assert decode.is_empty is clean
+    assert decode.holds_nothing() is clean
 
 
 def test_a_lost_connection_dooms_the_opens_of_that_session_alone(decode: Decode) -> None:
@@ -484,7 +484,7 @@ def test_a_lost_connection_dooms_the_opens_of_that_session_alone(decode: Decode)
     assert only(decode.said_to_router(), HandoffFailed).blame == "peer"
     assert decode.receiver.num_quarantined_blocks == 3
     decode.arrive(grant, open_id)
-    assert decode.is_empty and not decode.receiver.arrived
+    assert decode.holds_nothing() and not decode.receiver.arrived
 
 
 def test_an_abort_of_an_open_quarantines_and_says_nothing_to_the_router(decode: Decode) -> None:
@@ -511,7 +511,7 @@ def test_a_doomed_reservation_ends_with_its_last_rank_and_is_not_published() -> 
     decode.close(grant, open_id, source_rank=2, clean=True)  # no such rank
     assert decode.receiver.num_quarantined_blocks == 3
     decode.arrive(grant, open_id, source_rank=1)
-    assert decode.is_empty and decode.pool.num_cached_blocks == 0
+    assert decode.holds_nothing() and decode.pool.num_cached_blocks == 0
     assert only(decode.said_to_peer(), KVDone)
 
 
@@ -519,7 +519,7 @@ def test_an_arrival_under_way_when_it_was_aborted_ends_it(decode: Decode) -> Non
     grant, open_id = decode.opened()
     decode.receiver.abort("a", 0)
     decode.arrive(grant, open_id)
-    assert decode.is_empty
+    assert decode.holds_nothing()
 
 
 def test_a_renewal_of_a_doomed_one_repeats_the_cancel(decode: Decode) -> None:
@@ -533,7 +533,7 @@ def test_a_renewal_of_a_doomed_one_repeats_the_cancel(decode: Decode) -> None:
 def test_a_fence_frees_what_one_writer_left(decode: Decode) -> None:
     decode.opened("a")
     grant = decode.grant("b", first=100)
-    decode.open(grant, incarnation=8)
+    decode.open(grant, change={"incarnation": 8})
     decode.receiver.abort("a", 0)
     assert decode.receiver.fence(8) == 3  # open ones of a dead writer too
     assert only(decode.said_to_router(), HandoffFailed).request_id == "b"
@@ -542,7 +542,7 @@ def test_a_fence_frees_what_one_writer_left(decode: Decode) -> None:
     assert decode.receiver.quarantine_s() == decode.receiver.quarantine_s(7) == 2.0
     assert decode.receiver.quarantine_s(8) == 0.0
     assert decode.receiver.fence(7) == 3
-    assert decode.is_empty
+    assert decode.holds_nothing()
 
 
 # --- ARRIVED, ADOPTED ------------------------------------------------------------------------------------------------
@@ -551,7 +551,7 @@ def test_a_fence_frees_what_one_writer_left(decode: Decode) -> None:
 def test_an_abort_after_the_arrival_frees(decode: Decode) -> None:
     decode.arrive(*decode.opened())
     decode.receiver.abort("a", 0)
-    assert decode.is_empty and not decode.receiver.arrived
+    assert decode.holds_nothing() and not decode.receiver.arrived
 
 
 @pytest.mark.parametrize("adopted", [False, True])
@@ -620,7 +620,7 @@ def test_messages_with_another_open_id_change_nothing(decode: Decode) -> None:
 @pytest.mark.parametrize("to", ReservationState)
 def test_only_the_drawn_edges_exist(decode: Decode, state: ReservationState, to: ReservationState) -> None:
     decode.grant()
-    reservation = next(iter(decode.receiver._live.values()))
+    reservation = next(iter(decode.receiver.ledger.live.values()))
     assert isinstance(reservation, Reservation)
     reservation.state = state
     if to in _NEXT[state]:
