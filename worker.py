@@ -108,7 +108,7 @@ class Worker:
         """Load the model and register the KV pool. Beside the event loop: it takes seconds."""
         from .common.blocks import BlockPool
         from .common.engine import Engine
-        from .transfer.base import open_backend, set_ucx_defaults
+        from .transfer.choose import open_backend, set_ucx_defaults
         from .transfer.parts import WorkerParts
 
         config = self._config
@@ -309,7 +309,7 @@ class Worker:
 
 def make_follower(engine: Engine, config: bytes, send: Callable[[bytes], None]) -> FollowerHandler:
     """What another tensor-parallel rank of a worker runs beside its engine."""
-    from .transfer.base import set_ucx_defaults
+    from .transfer.choose import set_ucx_defaults
 
     setups: Decoder[FollowerSetup] = Decoder(FollowerSetup)
     setup = setups.decode(config)

@@ -20,7 +20,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from .attention.base import AttentionMetadata, make_attention
+from .attention.base import AttentionMetadata
+from .attention.choose import make_attention
 from .batch import Batch, BatchRow, RowOutput, StepOutput
 from .blocks import KVCacheSpec
 from .cache import allocate_pages, copy_blocks, num_blocks_for_memory

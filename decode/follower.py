@@ -10,7 +10,7 @@ from collections.abc import Callable
 from ..common.config import TransferConfig
 from ..common.engine import Engine
 from ..common.messages import Decoder, KVArrived, encode
-from ..transfer.base import open_backend
+from ..transfer.choose import open_backend
 from ..transfer.followers import FollowerRegion, FollowerSetup, RankArrived, TransferBroke, Watch, agent_name
 from ..transfer.thread import TransferThread
 

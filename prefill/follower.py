@@ -8,7 +8,7 @@ from ..common.clock import SystemClock
 from ..common.config import TransferConfig
 from ..common.engine import Engine
 from ..common.messages import KVClosed, Message, encode
-from ..transfer.base import open_backend
+from ..transfer.choose import open_backend
 from ..transfer.followers import FollowerRegion, FollowerSetup, PeerMessage, SourceFree, TransferBroke, agent_name
 from ..transfer.sender import KVSender
 from ..transfer.thread import TransferThread

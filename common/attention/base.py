@@ -7,14 +7,11 @@ know which backend runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from ..errors import ConfigError
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,26 +55,6 @@ class AttentionBackend(Protocol):
     def warm_up(self) -> None:
         """Compile or load what the first steps would. Overwrites the first slots of block 0."""
         ...
-
-
-def make_attention(
-    name: str, pages: Tensor, num_qo_heads: int, sliding_windows: Sequence[int | None]
-) -> AttentionBackend:
-    """The backend `name` ("auto" picks by device) over `pages`. Raises ConfigError where it cannot run."""
-    device = pages.device.type
-    if name == "auto":
-        name = "flashinfer" if device == "cuda" else "cpu"
-    if name == "flashinfer":
-        if device != "cuda":
-            raise ConfigError("attention_backend = flashinfer needs a CUDA device; use cpu on this one")
-        from .flashinfer import FlashInferAttention
-
-        return FlashInferAttention(pages, num_qo_heads, sliding_windows)
-    if device != "cpu":
-        raise ConfigError(f"attention_backend = {name} does not run on {device}; use flashinfer")
-    from .cpu import CPUAttention
-
-    return CPUAttention(pages, num_qo_heads, sliding_windows)
 
 
 def softmax_scale(head_dim: int) -> float:

@@ -15,7 +15,8 @@ import time
 import msgspec
 import torch
 
-from kvferry.transfer.base import open_backend, page_rows, set_ucx_defaults
+from kvferry.transfer.base import page_rows
+from kvferry.transfer.choose import open_backend, set_ucx_defaults
 
 
 def main(name: str, agent: str, shape: list[int]) -> None:

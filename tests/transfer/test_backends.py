@@ -23,10 +23,9 @@ from kvferry.transfer.base import (
     TransferBackend,
     TransferHandle,
     TransferState,
-    open_backend,
     page_rows,
-    set_ucx_defaults,
 )
+from kvferry.transfer.choose import open_backend, set_ucx_defaults
 from kvferry.transfer.nixl import load_api
 
 LAYERS, BLOCKS = 4, 32

@@ -33,7 +33,8 @@ from kvferry.common.messages import (
     encode,
 )
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
-from kvferry.transfer.base import TransferBackend, open_backend, set_ucx_defaults
+from kvferry.transfer.base import TransferBackend
+from kvferry.transfer.choose import open_backend, set_ucx_defaults
 from kvferry.transfer.local import LocalBackend, LocalNetwork
 from kvferry.transfer.receiver import KVReceiver
 from kvferry.transfer.sender import KVSender

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvferry.common.attention.base import AttentionMetadata, make_attention
+from kvferry.common.attention.base import AttentionMetadata
+from kvferry.common.attention.choose import make_attention
 from kvferry.common.attention.cpu import CPUAttention
 from kvferry.common.errors import ConfigError
 

@@ -1,0 +1,32 @@
+"""Which transport a worker uses, and what it is told before its first agent."""
+
+from __future__ import annotations
+
+import os
+
+from ..common.errors import ConfigError
+from .base import TransferBackend
+
+
+def open_backend(name: str, agent: str) -> TransferBackend:
+    """The backend of that name for `agent`. Raises ConfigError where its package is missing."""
+    if name == "nixl":
+        from .nixl import NixlBackend
+
+        return NixlBackend(agent)
+    if name == "ucx":
+        from .ucx import UcxBackend
+
+        return UcxBackend(agent)
+    raise ConfigError(f"transfer.backend: {name!r} is not one of nixl, ucx")
+
+
+def set_ucx_defaults(*, loopback_only: bool) -> None:
+    """Settings of UCX, which both backends stand on, for this process; what the operator set stays.
+
+    Call it before the process's first agent. UCX listens on every interface: where all workers live on one machine
+    it is kept to the loopback. Transports are left to UCX, so that GPUs and InfiniBand are found.
+    """
+    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+    if loopback_only:
+        os.environ.setdefault("UCX_NET_DEVICES", "lo")
