@@ -158,8 +158,6 @@ def _greeting(settings: ServeSettings, deployment: Deployment, http: Address) ->
         f"kvferry serves {name} at {url} ({_pools(deployment)}). Ctrl-C ends it. Try:",
         f"  curl -N {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'",
     ]
-    if not http.is_loopback and not settings.api_key:
-        lines.append(f"Whoever reaches {http} can use it: --api-key KEY asks for a key.")
     return "\n".join(lines)
 
 
