@@ -154,11 +154,10 @@ def _greeting(settings: ServeSettings, deployment: Deployment, http: Address) ->
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     }
     url = f"http://{reachable(http)}/v1"
-    lines = [
-        f"kvferry serves {name} at {url} ({_pools(deployment)}). Ctrl-C ends it. Try:",
-        f"  curl -N {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'",
-    ]
-    return "\n".join(lines)
+    return (
+        f"kvferry serves {name} at {url} ({_pools(deployment)}). Ctrl-C ends it. Try:\n"
+        f"  curl -N {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
+    )
 
 
 def _pools(deployment: Deployment) -> str:
