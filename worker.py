@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING
 import structlog
 
 from . import __version__
-from .common.channel import DEFAULT_MAX_FRAME_BYTES, Address
+from .common.channel import Address
 from .common.clock import SystemClock
 from .common.config import SECRET_VARIABLE, WorkerConfig, environment
 from .common.errors import ConfigError, KVFerryError
 from .common.lifeline import Lifeline
 from .common.logs import configure_logging
 from .common.messages import Decoder, Drain, Message, RegionInfo, WorkerHello, WorkerStatus, encode
-from .common.session import RouterSessions
+from .common.session import RouterSessions, max_frame_bytes
 from .transfer.followers import FollowerRegion, FollowerSetup, TransferBroke, agent_name, follower_messages
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ IDLE_TICKS = 10  # an idle worker sends every tenth heartbeat
 LIFELINE_TICKS = 5
 STEP_LIMIT_S = 60.0  # a step that takes longer, and longer than ten times the one before, hangs
 REGION_TIMEOUT_S = 60.0  # from our engine's start to the last rank's registered memory
-BYTES_PER_TOKEN = 64  # of a frame: a prompt's ids, its blocks, its logprobs in pieces
 
 log = structlog.get_logger(__name__)
 
@@ -193,7 +192,7 @@ class Worker:
             self._config.routers,
             self._hello(parts, self._unit.kv_address),
             secret=self._secret,
-            max_frame_bytes=max(DEFAULT_MAX_FRAME_BYTES, BYTES_PER_TOKEN * parts.engine.model_config.max_model_len),
+            max_frame_bytes=max_frame_bytes(parts.engine.model_config.max_model_len),
             on_message=self._on_router_message,
             on_lost=self._unit.on_router_lost,
             status=lambda: self._status(parts),

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import structlog
 
-from .channel import Address, Channel, connect
+from .channel import DEFAULT_MAX_FRAME_BYTES, Address, Channel, connect
 from .errors import ProtocolError, WorkerLost
 from .messages import (
     Abort,
@@ -30,6 +30,7 @@ from .messages import (
     WorkerHello,
     WorkerStatus,
 )
+from .request import MAX_CHOICES
 
 ROUTER_GONE_S = 5.0
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0)
@@ -38,7 +39,14 @@ _from_router: Decoder[ReserveKV | LocalTask | PrefillTask | Abort | LiveRequests
     ReserveKV | LocalTask | PrefillTask | Abort | LiveRequests | Drain | Refused
 )
 
+_FRAME_SLACK_BYTES = 1 << 16  # everything else that a message says
+
 log = structlog.get_logger(__name__)
+
+
+def max_frame_bytes(max_model_len: int) -> int:
+    """The largest frame between router and worker: prompt and accepted tokens of every choice, 4 bytes each."""
+    return max(DEFAULT_MAX_FRAME_BYTES, 4 * max_model_len * (1 + MAX_CHOICES) + _FRAME_SLACK_BYTES)
 
 
 class RouterSessions:

@@ -33,6 +33,7 @@ from ..common.messages import (
     TaskRefused,
 )
 from ..common.request import FinishReason, RequestId, RequestSpec, Sequence, finish_reason
+from ..transfer.handoff import Endpoint, check_grant
 from .scheduler import PrefillScheduler, Prompt
 from .shipper import ShipPlan, plan_chunk, plan_hits
 
@@ -86,6 +87,7 @@ class PrefillRole:
         self,
         *,
         pool: BlockPool,
+        endpoint: Endpoint,
         clock: Clock,
         shipping: Shipping,
         to_router: Callable[[str, Message], None],
@@ -95,6 +97,7 @@ class PrefillRole:
         max_num_seqs: int,
     ) -> None:
         self.pool = pool
+        self._endpoint = endpoint
         self.scheduler = PrefillScheduler(
             pool, clock, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs
         )
@@ -148,8 +151,9 @@ class PrefillRole:
             return
         if known is not None:
             self._end(known, "a newer attempt has begun")
-        if self.draining:
-            self._refuse(router_id, spec, "draining")
+        misfit = check_grant(self._endpoint, grant)
+        if self.draining or misfit is not None:
+            self._refuse(router_id, spec, "incompatible" if misfit else "draining", misfit or "")
             return
         seq = Sequence(
             request_id=RequestId(spec.request_id),

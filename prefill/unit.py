@@ -17,6 +17,7 @@ from ..common.messages import (
     TransferReport,
 )
 from ..transfer.followers import PeerMessage, SourceFree
+from ..transfer.handoff import Endpoint
 from ..transfer.links import KVLinks
 from ..transfer.parts import WorkerParts
 from ..transfer.sender import KVSender
@@ -60,6 +61,7 @@ class PrefillUnit:
         )
         self.role = PrefillRole(
             pool=parts.pool,
+            endpoint=Endpoint(engine.spec, parts.version, parts.backend.name, engine.tp_size),
             clock=parts.clock,
             shipping=self._shipping,
             to_router=parts.to_router,

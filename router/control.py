@@ -18,20 +18,13 @@ import structlog
 from ..common.channel import DEFAULT_MAX_FRAME_BYTES, HELLO_TIMEOUT_S, Address, Channel, serve, server_address
 from ..common.errors import ProtocolError, WorkerLost
 from ..common.messages import Decoder, Message, Refused, WorkerHello, WorkerToRouter
-from ..common.request import MAX_CHOICES
 from .dispatcher import Dispatcher
 
 TICK_S = 0.1
 LATE_TICK_S = 1.0
 ROLES = ("prefill", "decode")
-_FRAME_SLACK_BYTES = 1 << 16
 
 log = structlog.get_logger(__name__)
-
-
-def max_frame_bytes(max_model_len: int) -> int:
-    """The largest frame between router and worker: prompt and accepted tokens of every choice, 4 bytes each."""
-    return max(DEFAULT_MAX_FRAME_BYTES, 4 * max_model_len * (1 + MAX_CHOICES) + _FRAME_SLACK_BYTES)
 
 
 @dataclass(slots=True, frozen=True)

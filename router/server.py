@@ -28,9 +28,10 @@ from ..common.config import RouterConfig
 from ..common.errors import ConfigError
 from ..common.metrics import RouterMetrics
 from ..common.models.config import ModelConfig
+from ..common.session import max_frame_bytes
 from ..common.tokenizer import Tokenizer
 from .app import build_app
-from .control import ControlServer, Expected, max_frame_bytes
+from .control import ControlServer, Expected
 from .defaults import SamplingDefaults
 from .dispatcher import Dispatcher
 from .policy import LeastLoaded

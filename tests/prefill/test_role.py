@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 
+import msgspec
+
 from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.blocks import BlockPool, KVCacheSpec
 from kvferry.common.clock import FakeClock
@@ -18,14 +20,29 @@ from kvferry.common.messages import (
     Message,
     PrefillTask,
     PromptLogprobs,
+    RegionInfo,
     TaskRefused,
 )
 from kvferry.common.request import FinishReason, RequestSpec, SampledToken, SamplingParams, pack_ids
 from kvferry.prefill.role import PrefillRole
 from kvferry.prefill.shipper import ShipPlan
+from kvferry.transfer.handoff import Endpoint
 
 BLOCK, EOS = 4, 2
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=8, block_size=BLOCK, dtype="float32")
+REGION = RegionInfo(
+    rank=0,
+    tp_size=1,
+    agent="d.1.0.0",
+    generation=0,
+    agent_metadata=b"",
+    base_addr=0,
+    num_blocks=64,
+    page_bytes=SPEC.page_bytes(),
+    device="DRAM",
+    device_id=0,
+    transport="local",
+)
 
 
 @dataclass
@@ -62,6 +79,7 @@ class _Bench:
         self.pool = BlockPool(num_blocks, BLOCK)
         self.role = PrefillRole(
             pool=self.pool,
+            endpoint=Endpoint(SPEC, "0", "local", 1),
             clock=FakeClock(),
             shipping=self.shipping,
             to_router=lambda router, message: self.sent.append((router, message)),
@@ -71,23 +89,35 @@ class _Bench:
             max_num_seqs=4,
         )
 
-    def task(self, name: str, num_tokens: int, *, attempt: int = 0, sample: bool = True, **sampling: object) -> None:
+    def task(self, name: str, num_tokens: int, **more: object) -> None:
+        self.role.on_router_message("R", self.prefill_task(name, num_tokens, **more))  # type: ignore[arg-type]
+
+    def prefill_task(
+        self,
+        name: str,
+        num_tokens: int,
+        *,
+        attempt: int = 0,
+        sample: bool = True,
+        spec: KVCacheSpec = SPEC,
+        **sampling: object,
+    ) -> PrefillTask:
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **sampling})  # type: ignore[arg-type]
-        spec = RequestSpec(
+        request = RequestSpec(
             request_id=name, attempt=attempt, prompt=pack_ids(list(range(num_tokens))), sampling=params, choices=(0, 1)
         )
         grant = GrantInfo(
             grant_id=GrantId("d", 1, 1),
-            spec=SPEC,
+            spec=spec,
             kv_address="127.0.0.1:1",
             block_ids=tuple(range(-(-num_tokens // BLOCK))),
             num_tokens=num_tokens,
             num_computed_tokens=0,
-            ranks=(),
+            ranks=(REGION,),
             open_within_s=2.0,
             mac=b"",
         )
-        self.role.on_router_message("R", PrefillTask(spec=spec, grant=grant, sample=sample))
+        return PrefillTask(spec=request, grant=grant, sample=sample)
 
     def begin(self) -> Batch | None:
         batch = self.role.schedule()
@@ -224,6 +254,14 @@ def test_a_prompt_larger_than_the_pool_is_refused_with_the_numbers() -> None:
     bench.task("a", 18)
     [refused] = bench.messages(TaskRefused)
     assert isinstance(refused, TaskRefused) and refused.reason == "never_fits" and "5 blocks" in refused.detail
+
+
+def test_a_grant_that_does_not_fit_is_refused_with_both_values() -> None:
+    bench = _Bench()
+    bench.role.on_router_message("R", bench.prefill_task("a", 4, spec=msgspec.structs.replace(SPEC, head_dim=16)))
+    [refused] = bench.messages(TaskRefused)
+    assert isinstance(refused, TaskRefused) and refused.reason == "incompatible"
+    assert "head_dim 8 here, 16 there" in refused.detail
 
 
 def test_a_draining_worker_takes_nothing_new() -> None:

@@ -24,7 +24,8 @@ from kvferry.common.messages import (
     StepTokens,
 )
 from kvferry.common.request import SamplingParams
-from kvferry.router.control import ControlServer, Expected, max_frame_bytes, mismatch
+from kvferry.common.session import max_frame_bytes
+from kvferry.router.control import ControlServer, Expected, mismatch
 from kvferry.router.dispatcher import Dispatcher
 from kvferry.router.policy import LeastLoaded
 from kvferry.router.pools import WorkerLink
