@@ -334,6 +334,7 @@ def main() -> int:
     parser.add_argument("--lifeline-fd", type=int)
     args = parser.parse_args()
     config = WorkerConfig.model_validate_json(args.config_json)
+    os.nice(config.niceness)  # before any thread starts: they inherit it
     lifeline = Lifeline.from_fd(args.lifeline_fd) if args.lifeline_fd is not None else None
     configure_logging(config.log_level, worker_id=config.worker_id)
     return asyncio.run(serve_worker(config, environment().get(SECRET_VARIABLE, "").encode(), lifeline))

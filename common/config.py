@@ -73,6 +73,7 @@ class WorkerConfig(Settings):
     routers: tuple[str, ...]  # host:port of each router's control socket
     host: str = "127.0.0.1"  # where this worker's handoff socket listens
     port: int = 0  # 0: any free port
+    niceness: int = Field(0, ge=0, le=19)  # of the process: a prefill worker yields the cores to those who decode
     log_level: LogLevel = "info"
 
 

@@ -20,6 +20,9 @@ from .host import Host
 from .models.config import ModelConfig
 from .options import PoolSettings, ServeSettings
 
+# Prefill fills every core that it may use; a decode step, a token's way through the router or an arrival takes
+# milliseconds and somebody reads it. On shared cores they go first.
+_PREFILL_NICENESS = 10
 _MAX_CPU_CACHE_BYTES = 2 << 30
 _CPU_CACHE_SHARE = 0.1
 _GPU_RESERVE_BYTES = 2 << 30  # of each worker: the CUDA context, workspaces, graphs
@@ -149,7 +152,10 @@ def fit_to_host(deployment: Deployment, host: Host, model: ModelConfig | None = 
         if device == "cpu" and engine.kv_cache_memory_bytes is None:
             # Measured once, before any worker takes some: all get the same.
             update["kv_cache_memory_bytes"] = cpu_cache_bytes(host)
-        fitted.append(_with_engine(worker, update))
+        worker = _with_engine(worker, update)
+        if device == "cpu" and worker.config.role == "prefill":
+            worker = replace(worker, config=worker.config.model_copy(update={"niceness": _PREFILL_NICENESS}))
+        fitted.append(worker)
     return replace(deployment, workers=tuple(fitted))
 
 

@@ -143,3 +143,8 @@ def test_sizes_of_llama_3_8b() -> None:
     engine = planned().workers[0].config.engine
     assert cache_token_bytes(engine, MODEL) == 128 << 10
     assert weight_bytes(engine, MODEL) == pytest.approx(8.03e9 * 2, rel=0.01)
+
+
+def test_on_shared_cores_prefill_yields_to_decode() -> None:
+    fitted = fit_to_host(plan(ServeSettings(), Path("model"), "m", b""), Host(num_cpus=2, free_memory_bytes=8 << 30))
+    assert {w.config.role: w.config.niceness > 0 for w in fitted.workers} == {"prefill": True, "decode": False}
