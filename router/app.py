@@ -135,15 +135,19 @@ class _Routes:
 def _add_routes(app: FastAPI, routes: _Routes) -> None:
     app.add_api_route("/v1/completions", routes.completions, methods=["POST"], openapi_extra=_takes(CompletionBody))
     app.add_api_route("/v1/chat/completions", routes.chat_completions, methods=["POST"], openapi_extra=_takes(ChatBody))
-    app.add_api_route("/v1/models", routes.models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", routes.model, methods=["GET"])
     app.add_api_route("/tokenize", routes.tokenize, methods=["POST"], openapi_extra=_takes(TokenizeBody))
     app.add_api_route("/detokenize", routes.detokenize, methods=["POST"], openapi_extra=_takes(DetokenizeBody))
-    app.add_api_route("/live", routes.live, methods=["GET"])
-    app.add_api_route("/ready", routes.ready, methods=["GET"])
-    app.add_api_route("/health", routes.ready, methods=["GET"], operation_id="health")
-    app.add_api_route("/metrics", routes.metrics, methods=["GET"])
-    app.add_api_route("/version", routes.version, methods=["GET"])
+    for path, endpoint in (
+        ("/v1/models", routes.models),
+        ("/v1/models/{name:path}", routes.model),
+        ("/live", routes.live),
+        ("/ready", routes.ready),
+        ("/health", routes.ready),
+        ("/metrics", routes.metrics),
+        ("/version", routes.version),
+    ):
+        app.add_api_route(path, endpoint, methods=["GET"])
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)  # some scrapers ask so first
 
 
 def _takes(kind: type[BaseModel]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -219,6 +220,17 @@ def test_logprobs_of_prompt_and_answer_are_those_of_the_reference(
     assert scored.logprobs.token_logprobs == pytest.approx([logprob for _, logprob, _ in said.logprobs], abs=1e-4)
 
 
+def test_prompts_are_scored_in_a_batch_as_alone(client: OpenAI) -> None:
+    """As evaluation harnesses ask: echo, with one token that nobody wants."""
+    score: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": 1}
+    prompts = [_ids(number, 5 + 40 * number) for number in range(3)]
+    batch = both(client.completions.create, prompt=prompts, **score)
+    for prompt, said in zip(prompts, batch, strict=True):
+        assert len(said.logprobs) == len(prompt) + 1
+        _assert_same(both(client.completions.create, prompt=prompt, **score)[0], said)
+        assert all(logprob == top[token] for token, logprob, top in said.logprobs[1:] if "\ufffd" not in token)
+
+
 @torch.inference_mode()
 def _reference_logprobs(model_dir: Path, tokens: list[int]) -> torch.Tensor:
     """By `transformers`; row i is about what follows the tokens up to the i-th. [tokens, vocab]"""
@@ -252,9 +264,9 @@ def test_chat_logprobs_have_as_many_alternatives_as_asked_for(client: OpenAI) ->
 def test_prompt_logprobs_in_the_form_of_vllm(client: OpenAI, cluster: Cluster) -> None:
     prompt = _tokenize(cluster, PROMPT)
     answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=1, extra_body={"prompt_logprobs": 2})
-    [first, *rest] = answer.choices[0].to_dict()["prompt_logprobs"]  # type: ignore[misc]  # vLLM's
-    assert first is None and len(rest) == len(prompt) - 1
-    for token_id, entry in zip(prompt[1:], rest, strict=True):
+    entries: Any = answer.choices[0].to_dict()["prompt_logprobs"]
+    assert entries[0] is None and len(entries) == len(prompt)
+    for token_id, entry in zip(prompt[1:], entries[1:], strict=True):
         assert str(token_id) in entry and {1, 2} <= {candidate["rank"] for candidate in entry.values()}
 
 
@@ -307,34 +319,25 @@ def test_sampling_narrowed_to_the_best_token_is_greedy(client: OpenAI, narrow: d
     assert both(client.completions.create, prompt=PROMPT, temperature=2.0, seed=1) != greedy
 
 
-def test_penalties_move_each_choice_by_as_much_as_they_say(client: OpenAI) -> None:
+def test_penalties_move_each_choice_by_as_much_as_they_say(client: OpenAI, cluster: Cluster) -> None:
     ask: dict[str, Any] = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 20, "max_tokens": 48}
-    ask["logit_bias"] = {"43": 6, "203": 6}  # something to repeat
-    plain = both(client.chat.completions.create, **ask)[0]
+    favoured = {letter: _tokenize(cluster, letter)[0] for letter in "HZ"}  # something to repeat
+    bias = {letter.encode().hex(): 6.0 for letter in favoured}
+    ask["logit_bias"] = {str(token_id): 6 for token_id in favoured.values()}
+    [plain] = both(client.chat.completions.create, **ask)
     for presence, frequency in ((1.5, 0.0), (0.0, 1.0), (-1.0, -0.5)):
-        penalties = {"presence_penalty": presence, "frequency_penalty": frequency}
-        [said] = both(client.chat.completions.create, **ask, **penalties)
+        [said] = both(client.chat.completions.create, **ask, presence_penalty=presence, frequency_penalty=frequency)
         assert said.token_ids != plain.token_ids
-        bias = {_hex(said, 43): 6.0, _hex(said, 203): 6.0}
         counts: dict[str, int] = {}
-
-        def penalty(count: int, presence: float = presence, frequency: float = frequency) -> float:
-            return presence * (count > 0) + frequency * count
-
         for token, logprob, top in said.logprobs:
             assert logprob is not None
-            values = {
-                other: value + bias.get(other, 0) - penalty(counts.get(other, 0))
-                for other, value in {**top, token: logprob}.items()
-            }
+            values = {other: value + bias.get(other, 0) for other, value in {**top, token: logprob}.items()}
+            for other in values.keys() & counts.keys():
+                values[other] -= presence + frequency * counts[other]
             assert token == max(values, key=values.__getitem__)
             counts[token] = counts.get(token, 0) + 1
     [said] = both(client.chat.completions.create, **ask, extra_body={"repetition_penalty": 10.0})
-    assert len(set(said.token_ids)) > len(set(plain.token_ids))
-
-
-def _hex(said: Said, token_id: int) -> str:
-    return said.logprobs[said.token_ids.index(token_id)][0]
+    assert len(set(said.token_ids)) == len(said.token_ids) and len(set(plain.token_ids)) < len(plain.token_ids)
 
 
 def test_a_logit_bias_forces_and_forbids_tokens(client: OpenAI) -> None:
@@ -583,30 +586,32 @@ ENDLESS: dict[str, Any] = {"model": MODEL, "max_tokens": 1900, "n": 2, "extra_bo
 
 def test_a_stream_that_its_client_closes_gives_everything_back(client: OpenAI, cluster: Cluster) -> None:
     before = _num_left(cluster)
-    with client.completions.create(prompt=_ids(5, 100), stream=True, **ENDLESS) as stream:
-        for _ in range(5):
-            next(stream)
+    with client.completions.create(prompt=[_ids(5, 100), _ids(6, 30)], stream=True, **ENDLESS) as stream:
+        for _ in stream:  # long enough for a heartbeat that shows the blocks
+            if cluster.metric("kvferry_blocks", 'state="active"') > 0:
+                break
         assert cluster.metric("kvferry_in_flight_requests") == 1
     wait_until(lambda: _num_left(cluster) == before + 1, "the client that left")
     _assert_nothing_is_held(cluster)
 
 
 async def test_whole_answers_whose_clients_leave_give_everything_back(cluster: Cluster) -> None:
-    """Some while the prompt waits or is computed, some while its KV is on the way, one while it decodes."""
+    """Most while their prompts wait, are computed or handed over; one while it decodes."""
     async with AsyncOpenAI(base_url=f"{cluster.base_url}/v1", api_key="any", max_retries=0, timeout=60.0) as client:
         before = _num_left(cluster)
         tasks = [
             asyncio.create_task(client.completions.create(prompt=_ids(number, 140), **ENDLESS)) for number in range(6)
         ]
 
-        async def until(state: str) -> None:
-            while not (await client.get(f"{cluster.base_url}/metrics", cast_to=str)).count(state):
+        async def until(sample: str) -> None:
+            while not re.search(sample, await client.get(f"{cluster.base_url}/metrics", cast_to=str)):
                 assert not tasks[0].done()
 
         await until("kvferry_in_flight_requests 6.0")
         for task in tasks[1:]:
             task.cancel()
         await until("kvferry_in_flight_requests 1.0")
+        await until('kvferry_blocks{pool="decode",state="active",.*} [1-9]')
         tasks[0].cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(result, asyncio.CancelledError) for result in results)

@@ -13,7 +13,7 @@ from kvferry.common.errors import CapacityError, RequestError
 from kvferry.router.defaults import SamplingDefaults
 from kvferry.router.prompts import ServedModel
 
-from .fakes import EOS, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Script, Served, events, ids_of, serve, texts
+from .fakes import EOS, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Script, Served, events, ids_of, listening, serve, texts
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -431,6 +431,15 @@ async def test_unknown_paths_and_methods_have_the_same_shape() -> None:
             assert response.status_code == status, (method, path)
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     assert response.headers["x-should-retry"] == "false"
+
+
+async def test_what_can_be_got_can_be_asked_for_by_its_head() -> None:
+    served = serve()
+    async with listening(served.app) as address, httpx.AsyncClient(base_url=f"http://{address}") as client:
+        for path in ("/v1/models", f"/v1/models/{MODEL}", "/live", "/ready", "/health", "/metrics", "/version"):
+            got, head = await client.get(path), await client.head(path)
+            assert (head.status_code, got.status_code, head.content) == (200, 200, b"") and got.content
+            assert head.headers["content-type"] == got.headers["content-type"]
 
 
 async def test_a_wrong_body_is_refused_with_its_position() -> None:
