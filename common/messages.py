@@ -10,6 +10,7 @@ receiver drops what names another. The life of a handoff is told in `transfer/se
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Generic, TypeVar
 
 import msgspec
@@ -269,6 +270,19 @@ class PromptLogprobs(Message):
     attempt: Count
     start: Count
     tokens: tuple[SampledToken, ...]
+
+
+def in_pieces(
+    spec: RequestSpec, first: int, tokens: tuple[SampledToken, ...], size: int = 256
+) -> Iterator[PromptLogprobs]:
+    """Prompt logprobs from prompt token `first` on, in messages that stay small whatever the prompt's length."""
+    for offset in range(0, len(tokens), size):
+        yield PromptLogprobs(
+            request_id=spec.request_id,
+            attempt=spec.attempt,
+            start=first + offset,
+            tokens=tokens[offset : offset + size],
+        )
 
 
 class RequestTokens(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

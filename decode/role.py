@@ -23,17 +23,15 @@ from ..common.messages import (
     LocalTask,
     Message,
     PrefillTask,
-    PromptLogprobs,
     RequestTokens,
     ReserveKV,
     StepTokens,
     TaskRefused,
+    in_pieces,
 )
 from ..common.request import FinishReason, RequestId, RequestSpec, SampledToken, Sequence, finish_reason
 from ..transfer.receiver import KVReceiver, Reservation
 from .scheduler import DecodeScheduler
-
-PROMPT_LOGPROBS_PER_MESSAGE = 256
 
 
 @dataclass(slots=True, eq=False)
@@ -281,16 +279,8 @@ class DecodeRole:
 
     def _send_prompt_logprobs(self, row: BatchRow, start: int, result: RowOutput) -> None:
         live = self._live[row.seq.request_id]
-        for offset in range(0, len(result.prompt_logprobs), PROMPT_LOGPROBS_PER_MESSAGE):
-            self._to_router(
-                live.router_id,
-                PromptLogprobs(
-                    request_id=live.spec.request_id,
-                    attempt=live.spec.attempt,
-                    start=start + 1 + offset,
-                    tokens=result.prompt_logprobs[offset : offset + PROMPT_LOGPROBS_PER_MESSAGE],
-                ),
-            )
+        for message in in_pieces(live.spec, start + 1, result.prompt_logprobs):
+            self._to_router(live.router_id, message)
 
     def _on_sampled(self, seq: Sequence, result: RowOutput) -> None:
         live = self._live[seq.request_id]

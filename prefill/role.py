@@ -28,16 +28,14 @@ from ..common.messages import (
     LocalTask,
     Message,
     PrefillTask,
-    PromptLogprobs,
     ReserveKV,
     TaskRefused,
+    in_pieces,
 )
 from ..common.request import FinishReason, RequestId, RequestSpec, Sequence, finish_reason
 from ..transfer.handoff import Endpoint, check_grant
 from .scheduler import PrefillScheduler, Prompt
 from .shipper import ShipPlan, plan_chunk, plan_hits
-
-PROMPT_LOGPROBS_PER_MESSAGE = 256
 
 
 class Shipping(Protocol):
@@ -262,16 +260,8 @@ class PrefillRole:
             self._free(seq)
 
     def _send_prompt_logprobs(self, task: _Task, start: int, result: RowOutput) -> None:
-        for offset in range(0, len(result.prompt_logprobs), PROMPT_LOGPROBS_PER_MESSAGE):
-            self._to_router(
-                task.router_id,
-                PromptLogprobs(
-                    request_id=task.spec.request_id,
-                    attempt=task.spec.attempt,
-                    start=start + 1 + offset,
-                    tokens=result.prompt_logprobs[offset : offset + PROMPT_LOGPROBS_PER_MESSAGE],
-                ),
-            )
+        for message in in_pieces(task.spec, start + 1, result.prompt_logprobs):
+            self._to_router(task.router_id, message)
 
     def _finish(self, task: _Task, result: RowOutput) -> None:
         """The prompt is computed: first tokens to the router, the rest of the shipment to its end."""
