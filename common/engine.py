@@ -3,6 +3,7 @@
     Batch -> StepPlan (plain arrays; rank 0 sends it to the other ranks) -> block copies -> forward -> logits of the
     rows that need them -> tokens (rank 0 alone) -> StepOutput
 
+On a CPU a step whose every row is one token runs in native code where that can be had, all others in torch.
 The engine reads Sequences and changes none of them: the scheduler does, from the StepOutput. It knows neither
 requests' ends nor the network.
 """
@@ -17,6 +18,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import msgspec
+import structlog
 import torch
 from torch import Tensor
 
@@ -29,13 +31,17 @@ from .config import EngineConfig
 from .errors import ConfigError
 from .models.config import ModelConfig
 from .models.decoder import Decoder
+from .models.native_decoder import NativeDecoder
 from .models.weights import Progress, load_weights, model_digest
+from .native import NativeUnavailable
 from .parallel import Communicator, RankGroup, connect
 from .request import SampledToken
 from .sampling import SampleRow, prompt_logprobs, sample
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
+
+log = structlog.get_logger(__name__)
 
 _LOGIT_ROWS = 64  # logits made at once: 64 x 128,256 in float32 is 33 MB
 _MIN_CPU_ROWS = 4  # below, the processor's matrix products are slower and round a row differently
@@ -66,8 +72,12 @@ class Engine:
         progress: Progress | None = None,
         group: RankGroup | None = None,
         store: Store | None = None,
+        native: bool = True,
     ) -> None:
-        """With tp_size > 1 rank 0 gets its `group`, the others the `store` to meet it at. Raises ConfigError."""
+        """With tp_size > 1 rank 0 gets its `group`, the others the `store` to meet it at. `native` False: torch alone.
+
+        Raises ConfigError.
+        """
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.config = config
@@ -98,6 +108,18 @@ class Engine:
             self.model_config.num_qo_heads // tp_size,
             self.model_config.sliding_windows,
         )
+        wants_native = native and self._device.type == "cpu" and self._dtype == torch.bfloat16 and tp_size == 1
+        self._native = self._native_decoder() if wants_native else None
+
+    def _native_decoder(self) -> NativeDecoder | None:
+        from .default_model import cache_dir
+
+        num_threads = self.config.num_threads or torch.get_num_threads()
+        try:
+            return NativeDecoder(self._decoder, self.kv_pages, num_threads=num_threads, cache=cache_dir())
+        except NativeUnavailable as reason:
+            log.warning("cpu_kernels", used=False, reason=str(reason))
+            return None
 
     def _connect(self, tp_rank: int, tp_size: int, store: Store | None) -> Communicator:
         if tp_size == 1:
@@ -153,13 +175,22 @@ class Engine:
         """The forward pass, at once. Then logits, when asked for: of the sample rows if there are any, then of the
         prompt rows in parts."""
         copy_blocks(self.kv_pages, plan.block_copies)
+        if self._native is not None and _is_decode(plan, self._native.max_rows):
+            return self._run_native(self._native, plan, on_layer)
         input_ids, positions, metadata = _tensors(plan, self.config.block_size)
         self._attention.plan(metadata)
         hidden = self._decoder.forward(self._place(input_ids), self._place(positions), self._attention, on_layer)
-        prompt_rows = _int32(plan.prompt_rows)
-        parts = [prompt_rows[i : i + _LOGIT_ROWS] for i in range(0, len(prompt_rows), _LOGIT_ROWS)]
-        parts.insert(0, _int32(plan.sample_rows))
-        return (self._decoder.logits(hidden[self._place(part)])[: len(part)] for part in parts if len(part))
+        return (self._decoder.logits(hidden[self._place(part)])[: len(part)] for part in _logit_rows(plan))
+
+    def _run_native(
+        self, native: NativeDecoder, plan: StepPlan, on_layer: Callable[[int], None] | None
+    ) -> Iterator[Tensor]:
+        """All layers in one call, so that whoever waits for a layer hears of it after the last."""
+        hidden = native.forward(plan.input_ids, plan.starts, plan.block_ids)
+        if on_layer is not None:
+            for layer in range(self.model_config.num_layers):
+                on_layer(layer)
+        return (native.logits(hidden[part]) for part in _logit_rows(plan))
 
     def _place(self, index: Tensor) -> Tensor:
         """[n] int32 -> int64 on the device; a CPU gets at least _MIN_CPU_ROWS, the last ones computed for nothing."""
@@ -201,6 +232,18 @@ def _plan(batch: Batch, block_size: int) -> StepPlan:
         prompt_rows=prompt_rows.tobytes(),
         block_copies=tuple(batch.block_copies),
     )
+
+
+def _is_decode(plan: StepPlan, max_rows: int) -> bool:
+    """Every row is one token, and they are not too many."""
+    return len(plan.input_ids) == len(plan.lengths) <= 4 * max_rows
+
+
+def _logit_rows(plan: StepPlan) -> list[Tensor]:
+    """The packed tokens whose logits are needed: the sample rows, if any, then the prompt rows in parts."""
+    prompt_rows = _int32(plan.prompt_rows)
+    parts = [prompt_rows[i : i + _LOGIT_ROWS] for i in range(0, len(prompt_rows), _LOGIT_ROWS)]
+    return [part for part in (_int32(plan.sample_rows), *parts) if len(part)]
 
 
 def _num_prompt_logprobs(row: BatchRow) -> int:

