@@ -81,6 +81,12 @@ def _check(cluster: Cluster, references: list[reference.Reference], mode: str) -
     reference.assert_equal(asyncio.run(_complete(cluster, references)), references, mode)
 
 
+def _wait_for_hits(cluster: Cluster, worker: str) -> None:
+    """The worker's next heartbeat tells that most of the repeated prompts were found."""
+    name, label = "kvferry_prefix_cache_hits_total", f'worker="{worker}"'
+    wait_until(lambda: cluster.metric(name, label) > sum(LENGTHS) / 2, f"prefix hits on {worker}")
+
+
 COMMON = ("--served-model-name", "tiny", "--dtype", "float32", "--log-level", "warning")
 
 
@@ -89,7 +95,7 @@ def test_disaggregated_and_prefix_hits_on_the_prefill_side(model: Model, tmp_pat
     with serve(model.path, tmp_path / "log", *COMMON, "--kv-cache-memory-bytes", "64MiB", env=env) as cluster:
         _check(cluster, model.references, "disaggregated")
         _check(cluster, model.references, "prefill-side hits")
-        assert cluster.metric("kvferry_prefix_cache_hits_total", 'worker="p-0"') > sum(LENGTHS) / 2
+        _wait_for_hits(cluster, "p-0")
         assert cluster.metric("kvferry_prefix_cache_hits_total", 'worker="d-0"') == 0
         assert cluster.metric("kvferry_fallback_total") == 0
 
@@ -99,7 +105,7 @@ def test_prefix_hits_on_the_decode_side(model: Model, tmp_path: Path) -> None:
     with serve(model.path, tmp_path / "log", *COMMON, "--kv-cache-memory-bytes", "64MiB", env=env) as cluster:
         _check(cluster, model.references, "disaggregated")
         _check(cluster, model.references, "decode-side hits")
-        assert cluster.metric("kvferry_prefix_cache_hits_total", 'worker="d-0"') > sum(LENGTHS) / 2
+        _wait_for_hits(cluster, "d-0")
         assert cluster.metric("kvferry_prefix_cache_hits_total", 'worker="p-0"') == 0
 
 
@@ -115,7 +121,7 @@ def test_preempted(model: Model, tmp_path: Path, num_prefill: str) -> None:
     flags = ("--prefill", num_prefill, "--kv-cache-memory-bytes", SMALL_POOL)
     with serve(model.path, tmp_path / "log", *COMMON, *flags) as cluster:
         _check(cluster, model.growing, f"preempted, {num_prefill} prefill workers")
-        assert cluster.metric("kvferry_preemptions_total") > 0
+        wait_until(lambda: cluster.metric("kvferry_preemptions_total") > 0, "a preemption")
         wait_until(lambda: cluster.metric("kvferry_blocks", 'state="active"') == 0, "every block given back")
 
 

@@ -115,4 +115,4 @@ def test_three_hosts_that_share_a_secret_hand_kv_over_by_tcp(hosts: None, tmp_pa
         status, text = _curl("/v1/completions", {**body, "return_token_ids": True})
         assert status == 200, text + "".join(log.read_text()[-1500:] for log in logs)
         reference.assert_equal([json.loads(text)["choices"][0]["token_ids"]], [wanted], "three hosts")
-        assert "kvferry_kv_transfer_bytes_count 1.0" in _curl("/metrics")[1]
+        wait_until(lambda: "kvferry_kv_transfer_bytes_count 1.0" in _curl("/metrics")[1], "the transfer's report")

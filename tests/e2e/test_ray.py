@@ -51,7 +51,7 @@ def test_two_nodes_answer_the_same_and_a_killed_actor_comes_back(ray_address: st
     flags += ["--launcher", "ray", "--ray-address", ray_address]
     with serve(model_dir, tmp_path / "log", *flags) as cluster:
         reference.assert_equal(asyncio.run(_answer(cluster, references)), references, "ray")
-        assert cluster.metric("kvferry_kv_transfer_bytes_count") == len(references)
+        wait_until(lambda: cluster.metric("kvferry_kv_transfer_bytes_count") == len(references), "every report")
         assert cluster.metric("kvferry_fallback_total") == 0
         for worker in ("p-0", "d-0"):
             [pid] = _actor_pids(cluster, worker)
