@@ -60,9 +60,13 @@ def hosts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _on(host: str, log: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`kvferry WORDS` on a host."""
+    """`kvferry WORDS` on a host. What this process told UCX (to stay on the loopback) is not for it."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}
     command = ["ip", "netns", "exec", f"kvferry-{host}", sys.executable, "-m", "kvferry", *words]
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env) as process,
+    ):
         try:
             yield process
         finally:
