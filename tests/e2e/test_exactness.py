@@ -24,7 +24,7 @@ LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 127, 128, 129, 200
 LENGTHS += [700, 1000, 1023, 1025, 1500, 2048, 2500, 3000]
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4  # layers, K and V, heads, head_dim, tokens, float32
 GROWING_LENGTHS = [200 + n for n in range(8)]  # with answers that need twice the blocks of SMALL_POOL
-NUM_GROWING_TOKENS = 96
+NUM_GROWING_TOKENS = 192
 SMALL_POOL = str(115 * BLOCK_BYTES)
 
 
@@ -118,8 +118,9 @@ def test_colocated(model: Model, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_prefill", ["0", "1"])
 def test_preempted(model: Model, tmp_path: Path, num_prefill: str) -> None:
-    flags = ("--prefill", num_prefill, "--kv-cache-memory-bytes", SMALL_POOL)
-    with serve(model.path, tmp_path / "log", *COMMON, *flags) as cluster:
+    flags = ("--prefill", num_prefill, "--kv-cache-memory-bytes", "64MiB")
+    env = {"KVFERRY_DECODE_KV_CACHE_MEMORY_BYTES": SMALL_POOL}
+    with serve(model.path, tmp_path / "log", *COMMON, *flags, env=env) as cluster:
         _check(cluster, model.growing, f"preempted, {num_prefill} prefill workers")
         wait_until(lambda: cluster.metric("kvferry_preemptions_total") > 0, "a preemption")
         wait_until(lambda: cluster.metric("kvferry_blocks", 'state="active"') == 0, "every block given back")
