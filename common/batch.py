@@ -48,11 +48,6 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(row.num_scheduled_tokens for row in self.rows)
 
-    @property
-    def is_decode(self) -> bool:
-        """Every row feeds one token: what a CUDA graph needs."""
-        return all(row.num_scheduled_tokens == 1 for row in self.rows)
-
 
 class RowOutput(NamedTuple):
     """What one row yielded: a token for each of `BatchRow.choices`, empty where the row does not sample."""

@@ -84,7 +84,6 @@ class BlockPool:
         self._hash_of: dict[BlockId, bytes] = {}
         self._block_of: dict[bytes, BlockId] = {}
         self._quarantined: set[BlockId] = set()
-        self.num_evictions = 0
 
     @property
     def num_free_blocks(self) -> int:
@@ -106,9 +105,6 @@ class BlockPool:
     def ref_count(self, block_id: BlockId) -> int:
         return self._ref_counts[block_id]
 
-    def hash_of(self, block_id: BlockId) -> bytes | None:
-        return self._hash_of.get(block_id)
-
     def allocate(self, count: int) -> list[BlockId]:
         """`count` blocks with one reference each; evicts the least recently used cached ones if it must."""
         if count > self.num_free_blocks:
@@ -122,7 +118,6 @@ class BlockPool:
     def _evict(self) -> BlockId:
         block, _ = self._cached.popitem(last=False)
         del self._block_of[self._hash_of.pop(block)]
-        self.num_evictions += 1
         return block
 
     def match_prefix(self, hashes: Sequence[bytes]) -> list[BlockId]:
@@ -180,11 +175,6 @@ class BlockPool:
         for block in blocks:
             self._quarantined.remove(block)
             self._free.append(block)
-
-    def clear_cache(self) -> None:
-        """Forget every cached block that nobody holds."""
-        while self._cached:
-            self._free.append(self._evict())
 
     def check(self) -> None:
         """Assert block conservation and the books' agreement with each other."""

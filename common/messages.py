@@ -386,7 +386,7 @@ class KVArrived(Message):
     checksum: bytes = b""
 
 
-RouterToWorker = Welcome | Refused | ReserveKV | LocalTask | PrefillTask | Abort | LiveRequests | Drain
+RouterToWorker = Refused | ReserveKV | LocalTask | PrefillTask | Abort | LiveRequests | Drain
 WorkerToRouter = (
     WorkerHello
     | WorkerStatus

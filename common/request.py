@@ -10,6 +10,7 @@ This module knows neither blocks on a device nor the network.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, NewType
@@ -17,7 +18,6 @@ from typing import Annotated, NewType
 import msgspec
 
 RequestId = NewType("RequestId", str)
-WorkerId = NewType("WorkerId", str)
 BlockId = int
 
 MAX_CHOICES = 16
@@ -116,13 +116,27 @@ class Sequence:
     priority: int = 0
     arrival: int = 0
     pending_choices: tuple[int, ...] = ()  # choices forked from this one when its prompt is done
-    pending_outputs: tuple[tuple[int, ...], ...] = ()  # their accepted tokens (resume)
     samples: bool = True  # False: the prompt is computed for its KV alone (resume through prefill)
     num_computed_tokens: int = 0  # tokens whose KV exists in block_table
     num_cached_tokens: int = 0  # of these, how many came from the prefix cache
     block_table: list[BlockId] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks hashed so far
     num_published_blocks: int = 0
+
+    @classmethod
+    def of(cls, spec: RequestSpec, choice: int, outputs: Iterable[int] = ()) -> Sequence:
+        """A choice of a request, with the tokens of its answer that are known. It holds no blocks."""
+        return cls(
+            request_id=RequestId(spec.request_id),
+            attempt=spec.attempt,
+            choice=choice,
+            token_ids=[*spec.prompt_token_ids(), *outputs],
+            num_prompt_tokens=spec.num_prompt_tokens,
+            sampling=spec.sampling,
+            cache_salt=spec.cache_salt,
+            priority=spec.priority,
+            arrival=spec.arrival,
+        )
 
     @property
     def num_tokens(self) -> int:

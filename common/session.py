@@ -17,27 +17,13 @@ import structlog
 
 from .channel import DEFAULT_MAX_FRAME_BYTES, Address, Channel, connect
 from .errors import ProtocolError, WorkerLost
-from .messages import (
-    Abort,
-    Decoder,
-    Drain,
-    LiveRequests,
-    LocalTask,
-    Message,
-    PrefillTask,
-    Refused,
-    ReserveKV,
-    WorkerHello,
-    WorkerStatus,
-)
+from .messages import Decoder, Message, Refused, RouterToWorker, WorkerHello, WorkerStatus
 from .request import MAX_CHOICES
 
 ROUTER_GONE_S = 5.0
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0)
 
-_from_router: Decoder[ReserveKV | LocalTask | PrefillTask | Abort | LiveRequests | Drain | Refused] = Decoder(
-    ReserveKV | LocalTask | PrefillTask | Abort | LiveRequests | Drain | Refused
-)
+_from_router: Decoder[RouterToWorker] = Decoder(RouterToWorker)
 
 _FRAME_SLACK_BYTES = 1 << 16  # everything else that a message says
 

@@ -29,7 +29,7 @@ from ..common.messages import (
     TaskRefused,
     in_pieces,
 )
-from ..common.request import FinishReason, RequestId, RequestSpec, SampledToken, Sequence, finish_reason
+from ..common.request import FinishReason, RequestSpec, SampledToken, Sequence, finish_reason
 from ..transfer.receiver import KVReceiver, Reservation
 from .scheduler import DecodeScheduler
 
@@ -129,24 +129,11 @@ class DecodeRole:
         """A fresh request computes its prompt once for all choices; resumed choices go each their own way."""
         if spec.is_resume:
             return [
-                self._sequence(spec, choice, spec.output_token_ids(index)) for index, choice in enumerate(spec.choices)
+                Sequence.of(spec, choice, spec.output_token_ids(index)) for index, choice in enumerate(spec.choices)
             ]
-        first = self._sequence(spec, spec.choices[0], [])
+        first = Sequence.of(spec, spec.choices[0])
         first.pending_choices = spec.choices
         return [first]
-
-    def _sequence(self, spec: RequestSpec, choice: int, outputs: list[int]) -> Sequence:
-        return Sequence(
-            request_id=RequestId(spec.request_id),
-            attempt=spec.attempt,
-            choice=choice,
-            token_ids=spec.prompt_token_ids() + outputs,
-            num_prompt_tokens=spec.num_prompt_tokens,
-            sampling=spec.sampling,
-            cache_salt=spec.cache_salt,
-            priority=spec.priority,
-            arrival=spec.arrival,
-        )
 
     def _refuse(self, router_id: str, spec: RequestSpec, reason: str, detail: str = "") -> None:
         self._to_router(
@@ -229,7 +216,7 @@ class DecodeRole:
                 outputs = [token.token_id for token in first[choice].tokens]
                 self._updates[live.router_id][spec.request_id].append(first[choice])
             if choice not in first or first[choice].finish is None:
-                sequences.append(self._sequence(spec, choice, outputs))
+                sequences.append(Sequence.of(spec, choice, outputs))
         self._place(live, sequences, blocks, copies)
 
     def _place(self, live: _Live, sequences: list[Sequence], blocks: list[int], copies: list[int]) -> None:
@@ -297,7 +284,7 @@ class DecodeRole:
             if choice == seq.choice:
                 children.append((seq, token))
                 continue
-            child = self._sequence(live.spec, choice, [])
+            child = Sequence.of(live.spec, choice)
             live.sequences[choice] = child
             child.token_ids.append(token.token_id)
             self.scheduler.fork(seq, child)

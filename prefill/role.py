@@ -32,7 +32,7 @@ from ..common.messages import (
     TaskRefused,
     in_pieces,
 )
-from ..common.request import FinishReason, RequestId, RequestSpec, Sequence, finish_reason
+from ..common.request import FinishReason, RequestSpec, Sequence, finish_reason
 from ..transfer.handoff import Endpoint, check_grant
 from .scheduler import PrefillScheduler, Prompt
 from .shipper import ShipPlan, plan_chunk, plan_hits
@@ -73,7 +73,6 @@ class _Task:
     open_id: int | None = None  # the shipment, once its first chunk was scheduled
     stepping: bool = False  # its row is in the step that computes now
     dead: bool = False  # aborted meanwhile
-    computed: bool = False  # the last chunk is done
 
 
 class PrefillRole:
@@ -153,18 +152,8 @@ class PrefillRole:
         if self.draining or misfit is not None:
             self._refuse(router_id, spec, "incompatible" if misfit else "draining", misfit or "")
             return
-        seq = Sequence(
-            request_id=RequestId(spec.request_id),
-            attempt=spec.attempt,
-            choice=spec.choices[0],
-            token_ids=spec.prompt_token_ids(),
-            num_prompt_tokens=spec.num_prompt_tokens,
-            sampling=spec.sampling,
-            priority=spec.priority,
-            arrival=spec.arrival,
-            pending_choices=spec.choices,
-            samples=message.sample,
-        )
+        seq = Sequence.of(spec, spec.choices[0])
+        seq.pending_choices, seq.samples = spec.choices, message.sample
         try:
             prompt = self.scheduler.add(seq, prefix_salt(grant.spec, spec.cache_salt))
         except CapacityError as error:
@@ -194,7 +183,7 @@ class PrefillRole:
 
     def on_source_free(self, open_id: int) -> None:
         """A shipment reads its source blocks no more (every rank said so)."""
-        task = next((t for t in self._tasks.values() if t.open_id == open_id and not t.computed), None)
+        task = next((t for t in self._tasks.values() if t.open_id == open_id), None)
         if task is None:
             blocks = self._shipments.pop(open_id, None)
             if blocks is not None:
@@ -203,12 +192,7 @@ class PrefillRole:
         # It ended before the prompt was computed: the handoff failed. What is computed stays cached for a retry.
         del self._shipments[open_id]
         task.open_id = None
-        if task.stepping:
-            task.dead = True
-            self._tasks.pop(task.spec.request_id)
-            self.scheduler.remove(task.prompt)
-        else:
-            self._end(task, "its shipment ended")
+        self._end(task, "its shipment ended")
 
     # --- steps ------------------------------------------------------------------------------------------
 
@@ -265,7 +249,6 @@ class PrefillRole:
 
     def _finish(self, task: _Task, result: RowOutput) -> None:
         """The prompt is computed: first tokens to the router, the rest of the shipment to its end."""
-        task.computed = True
         del self._tasks[task.spec.request_id]
         assert task.open_id is not None
         self._give_away(task)

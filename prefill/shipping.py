@@ -68,7 +68,7 @@ class ShipPeerLost(Message):
 
 
 ShipCommand = ShipOpen | ShipStep | ShipFinish | ShipCancel | ShipAnswer | ShipPeerLost
-ship_commands: Decoder[ShipOpen | ShipStep | ShipFinish | ShipCancel | ShipAnswer | ShipPeerLost] = Decoder(ShipCommand)
+ship_commands: Decoder[ShipCommand] = Decoder(ShipCommand)
 
 
 class LayerShipper:

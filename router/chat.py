@@ -82,12 +82,7 @@ class ChatForm:
         )
 
     def _chunk(self, choice: ChatChunkChoice) -> ChatChunk:
-        usage: Usage | None | UnsetType = UNSET
-        if self._options.continuous_usage:
-            usage = self._context.usage()
-        elif self._options.include_usage:
-            usage = None
-        return self._body([choice], usage)
+        return self._body([choice], self._context.chunk_usage())
 
     def _body(self, choices: list[ChatChunkChoice], usage: Usage | None | UnsetType) -> ChatChunk:
         context = self._context

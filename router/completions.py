@@ -63,12 +63,7 @@ class CompletionForm:
         )
 
     def _chunk(self, choice: CompletionChoice) -> Completion:
-        usage: Usage | None | UnsetType = UNSET
-        if self._options.continuous_usage:
-            usage = self._context.usage()
-        elif self._options.include_usage:
-            usage = None
-        return self._body([choice], usage)
+        return self._body([choice], self._context.chunk_usage())
 
     def _body(self, choices: list[CompletionChoice], usage: Usage | None | UnsetType) -> Completion:
         context = self._context

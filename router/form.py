@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from msgspec import UNSET, UnsetType
+
 from ..common.tokenizer import Tokenizer
 from .answer import Answer
 from .choice import Piece
@@ -46,6 +48,12 @@ class FormContext:
             total_tokens=num_prompt + num_completion,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
         )
+
+    def chunk_usage(self) -> Usage | None | UnsetType:
+        """Of a stream's chunk: as asked for, null where only the last chunk tells, else not there at all."""
+        if self.options.continuous_usage:
+            return self.usage()
+        return None if self.options.include_usage else UNSET
 
 
 class Form(Protocol):

@@ -52,9 +52,7 @@ class TransferBroke(Message):
 
 
 FollowerMessage = FollowerRegion | PeerMessage | SourceFree | RankArrived | TransferBroke
-follower_messages: Decoder[FollowerRegion | PeerMessage | SourceFree | RankArrived | TransferBroke] = Decoder(
-    FollowerMessage
-)
+follower_messages: Decoder[FollowerMessage] = Decoder(FollowerMessage)
 
 
 def agent_name(worker_id: str, incarnation: int, generation: int, rank: int) -> str:

@@ -15,26 +15,13 @@ from itertools import count
 
 from ..common.channel import Address, Channel, connect, serve, server_address
 from ..common.errors import ProtocolError, WorkerLost
-from ..common.messages import (
-    CancelKV,
-    Decoder,
-    KVClosed,
-    KVDone,
-    KVOpen,
-    KVOpened,
-    KVRefused,
-    KVRenew,
-    KVRenewed,
-    Message,
-)
+from ..common.messages import Decoder, DecodeToPrefill, Message, PrefillToDecode
 
 MAX_FRAME_BYTES = 1 << 18  # a renewal names every open of a pair
 _MAX_QUEUED_MESSAGES = 4096  # while a link is being opened
 
-_from_prefill: Decoder[KVOpen | KVRenew | KVClosed] = Decoder(KVOpen | KVRenew | KVClosed)
-_from_decode: Decoder[KVOpened | KVRefused | KVRenewed | CancelKV | KVDone] = Decoder(
-    KVOpened | KVRefused | KVRenewed | CancelKV | KVDone
-)
+_from_prefill: Decoder[PrefillToDecode] = Decoder(PrefillToDecode)
+_from_decode: Decoder[DecodeToPrefill] = Decoder(DecodeToPrefill)
 
 
 class KVLinks:
