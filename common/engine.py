@@ -110,6 +110,8 @@ class Engine:
         )
         wants_native = native and self._device.type == "cpu" and self._dtype == torch.bfloat16 and tp_size == 1
         self._native = self._native_decoder() if wants_native else None
+        with torch.inference_mode():
+            self._attention.warm_up()  # compile now what the first request would wait for
 
     def _native_decoder(self) -> NativeDecoder | None:
         from .default_model import cache_dir
@@ -165,11 +167,6 @@ class Engine:
         """A follower's side of `step`: the same collectives in the same order."""
         for _ in self._run(msgspec.msgpack.decode(plan, type=StepPlan), on_layer):
             pass
-
-    def warm_up(self) -> None:
-        """Before the first request: compile what the first steps would compile."""
-        with torch.inference_mode():
-            self._attention.warm_up()
 
     def _run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Iterator[Tensor]:
         """The forward pass, at once. Then logits, when asked for: of the sample rows if there are any, then of the
