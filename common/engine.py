@@ -3,7 +3,7 @@
     Batch -> StepPlan (plain arrays; rank 0 sends it to the other ranks) -> block copies -> forward -> logits of the
     rows that need them -> tokens (rank 0 alone) -> StepOutput
 
-On a CPU a step whose every row is one token runs in native code where that can be had, all others in torch.
+A whole model in bfloat16 on a CPU runs in native code where that can be had, all others in torch.
 The engine reads Sequences and changes none of them: the scheduler does, from the StepOutput. It knows neither
 requests' ends nor the network.
 """
@@ -31,7 +31,7 @@ from .config import EngineConfig
 from .errors import ConfigError
 from .models.config import ModelConfig
 from .models.decoder import Decoder
-from .models.native_decoder import NativeDecoder
+from .models.native_decoder import NativeDecoder, Step
 from .models.weights import Progress, load_weights, model_digest
 from .native import NativeUnavailable
 from .parallel import Communicator, RankGroup, connect
@@ -172,7 +172,7 @@ class Engine:
         """The forward pass, at once. Then logits, when asked for: of the sample rows if there are any, then of the
         prompt rows in parts."""
         copy_blocks(self.kv_pages, plan.block_copies)
-        if self._native is not None and _is_decode(plan, self._native.max_rows):
+        if self._native is not None:
             return self._run_native(self._native, plan, on_layer)
         input_ids, positions, metadata = _tensors(plan, self.config.block_size)
         self._attention.plan(metadata)
@@ -182,12 +182,15 @@ class Engine:
     def _run_native(
         self, native: NativeDecoder, plan: StepPlan, on_layer: Callable[[int], None] | None
     ) -> Iterator[Tensor]:
-        """All layers in one call, so that whoever waits for a layer hears of it after the last."""
-        hidden = native.forward(plan.input_ids, plan.starts, plan.block_ids)
-        if on_layer is not None:
-            for layer in range(self.model_config.num_layers):
+        wanted = plan.sample_rows + plan.prompt_rows
+        step = Step(plan.input_ids, plan.starts, plan.lengths, plan.block_ids, wanted)
+        if len(plan.input_ids) == len(plan.lengths):
+            hidden = native.forward(step)  # tokens of running answers: too quick to interrupt for each layer
+            for layer in range(self.model_config.num_layers if on_layer is not None else 0):
                 on_layer(layer)
-        return (native.logits(hidden[part]) for part in _logit_rows(plan))
+        else:
+            hidden = native.forward(step, on_layer)
+        return map(native.logits, hidden.split([len(rows) for rows in _logit_rows(plan)]))
 
     def _place(self, index: Tensor) -> Tensor:
         """[n] int32 -> int64 on the device; a CPU gets at least _MIN_CPU_ROWS, the last ones computed for nothing."""
@@ -229,11 +232,6 @@ def _plan(batch: Batch, block_size: int) -> StepPlan:
         prompt_rows=prompt_rows.tobytes(),
         block_copies=tuple(batch.block_copies),
     )
-
-
-def _is_decode(plan: StepPlan, max_rows: int) -> bool:
-    """Every row is one token, and they are not too many."""
-    return len(plan.input_ids) == len(plan.lengths) <= 4 * max_rows
 
 
 def _logit_rows(plan: StepPlan) -> list[Tensor]:

@@ -1,134 +1,133 @@
-// The decode step of a Llama-family decoder: one token for each of a few sequences, all layers in one call.
+// A step of a Llama-family decoder, all layers in one call: any mix of sequences' next tokens and stretches of prompts.
 //
-// Weights and pages are bfloat16, sums and the residual stream float32. The weights are those of the engine, as oneDNN
-// blocks them; nothing of the model is held here. Used by one thread at a time, with `num_threads - 1` helpers.
+// Weights and pages are bfloat16, sums and the residual stream float32. Used by one thread at a time, with
+// `num_threads - 1` helpers.
 //
-//   forward: embedding -> layers: norm -> qkv -> rotate, write K and V, attend -> o -> norm -> gate, up -> silu -> down
+//   forward: embedding -> layers: norm -> qkv -> rotate, write K and V -> attend -> o -> norm -> gate, up -> silu -> down
 //   logits:  norm -> head
+//
+// Few tokens: the time goes into reading weights, so threads share out the weights' columns and meet after each product.
+// Many: threads share out the tokens in panels, whose intermediate results stay near, and meet around attention alone.
 
-#include <sys/mman.h>
-
-#include <chrono>
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <vector>
 
 #include "attention.hpp"
 #include "linear.hpp"
+#include "model.hpp"
+#include "prompt_attention.hpp"
+#include "step.hpp"
 #include "team.hpp"
 #include "vectors.hpp"
 
 namespace {
 
 constexpr std::chrono::seconds kLargePagesWithin{3};
+constexpr long kPanelRows = 60;     // of a panel; a multiple of kRowsAtOnce
+constexpr long kFewRows = 60;       // up to here threads share out columns; no more than kPanelRows
 
-// Layer and Model are declared once more in common/models/native_decoder.py, field by field.
-struct Layer {
-    const bf16 *qkv, *o, *gate_up, *down;                        // tiles
-    const bf16 *qkv_bias, *o_bias, *gate_up_bias, *down_bias;    // null: none
-    const bf16 *input_norm, *mlp_norm, *q_norm, *k_norm;         // of the heads: null: none
-    std::int64_t window;                                         // 0: none
-};
+// Takes numbers below `count` until none is left; every thread gets others.
+class Counter {
+public:
+    void reset() { next_.store(0, std::memory_order_relaxed); }
 
-struct Model {
-    std::int64_t num_layers, hidden_size, intermediate_size, num_qo_heads, num_kv_heads, head_dim, vocab_size;
-    std::int64_t num_blocks, block_size;
-    double norm_eps, rope_factor;
-    const float* inv_freq;                        // [head_dim / 2]
-    const bf16 *embedding, *final_norm, *head;    // rows, weight, tiles
-    bf16* pages;                                  // [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]
-    const Layer* layers;
-};
-
-// What one call is about. Pointers are the caller's.
-struct Step {
-    int rows;
-    const std::int32_t* positions;      // [rows]
-    std::vector<const std::int32_t*> blocks;  // each row's
-    float* hidden;                      // [rows][hidden_stride]
-};
-
-// Ask for 2 MiB pages under the weights: a core reads them a tenth to a third faster. Where the kernel refuses, nothing
-// changes; past the deadline it does so in its own time.
-void use_large_pages(const Tiles& w, std::chrono::steady_clock::time_point deadline) {
-    constexpr std::uintptr_t kLarge = 2 << 20;
-    constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1: at once
-    const auto address = std::uintptr_t(w.weights);
-    for (auto page = address & ~(kLarge - 1); page < std::uintptr_t(w.tile(w.count())); page += kLarge) {
-        madvise((void*)page, kLarge, MADV_HUGEPAGE);
-        if (std::chrono::steady_clock::now() < deadline) madvise((void*)page, kLarge, kCollapse);
+    template <class Job>
+    void take(long count, Job job) {
+        for (long i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) job(i);
     }
-}
+
+private:
+    alignas(64) std::atomic<long> next_{0};
+};
 
 class Decoder {
 public:
-    Decoder(const Model& model, int num_threads, int max_rows)
+    Decoder(const Model& model, int num_threads)
         : m_(model), layers_(model.layers, model.layers + model.num_layers), team_(num_threads),
           group_(int(model.num_qo_heads / model.num_kv_heads)), hidden_stride_(padded(model.hidden_size, kTileColumns)),
-          qkv_stride_(padded(num_heads() * model.head_dim, kTileColumns)),
-          gate_up_stride_(padded(2 * model.intermediate_size, kTileColumns)),
-          attended_stride_(padded(model.num_qo_heads * model.head_dim, 32)),
-          activated_stride_(padded(model.intermediate_size, 32)), normed_stride_(padded(model.hidden_size, 32)),
-          cos_(max_rows * model.head_dim), sin_(max_rows * model.head_dim), qkv_(max_rows * qkv_stride_),
-          gate_up_(max_rows * gate_up_stride_), attended_(max_rows * attended_stride_),
-          activated_(max_rows * activated_stride_) {
-        for (int rank = 0; rank < num_threads; rank++) {
-            mine_.push_back(std::make_unique<Mine>(group_, int(m_.head_dim), max_rows * normed_stride_));
-        }
+          normed_stride_(padded(model.hidden_size, 32)), attended_stride_(padded(model.qo_size(), 32)),
+          activated_stride_(padded(model.intermediate_size, 32)), qkv_stride_(padded(model.qkv_size(), kTileColumns)),
+          gate_up_stride_(padded(2 * model.intermediate_size, kTileColumns)), counters_(2 * model.num_layers + 1) {
+        for (int rank = 0; rank < num_threads; rank++) mine_.push_back(std::make_unique<Mine>(*this));
         const auto deadline = std::chrono::steady_clock::now() + kLargePagesWithin;
-        use_large_pages(head(), deadline);
+        use_large_pages(m_.head_tiles(), deadline);
         for (const Layer& layer : layers_) {
-            for (const Tiles& w : {qkv(layer), o(layer), gate_up(layer), down(layer)}) use_large_pages(w, deadline);
+            for (const Tiles& w : {m_.qkv(layer), m_.o(layer), m_.gate_up(layer), m_.down(layer)}) {
+                use_large_pages(w, deadline);
+            }
         }
     }
 
-    void forward(int rows, const std::int32_t* input_ids, const std::int32_t* positions, const std::int32_t* block_ids,
-                 float* hidden) {
-        Step step{rows, positions, {}, hidden};
-        for (int row = 0; row < rows; row++) {
-            step.blocks.push_back(block_ids);
-            block_ids += positions[row] / m_.block_size + 1;
-            embed(input_ids[row], hidden + row * hidden_stride_);
-            prepare_rotation(positions[row], row);
-        }
+    long block_size() const { return m_.block_size; }
+
+    void forward(Step& step) {
+        plan_attention(step, m_);
+        reserve(step);
         team_.run([&](int rank) {
-            for (std::size_t index = 0; index < layers_.size(); index++) run_layer(step, long(index), rank);
+            const Range tokens = share(step.num_tokens, rank, team_.size());
+            for (long token = tokens.first; token < tokens.last; token++) embed(step.input_ids[token], residual(token));
+            for (const Row& row : step.rows) prepare_rotations(row, tokens);
+            team_.barrier();
+            if (step.num_tokens <= kFewRows) {
+                run_together(step, rank);
+            } else {
+                run_apart(step, rank);
+            }
+            run_last(step, rank);
         });
     }
 
-    void logits(int rows, const float* hidden, float* logits) {
-        const Tiles head = this->head();
+    void logits(long rows, const float* hidden, float* logits) {
+        const Tiles head = m_.head_tiles();
         team_.run([&](int rank) {
-            multiply(normalize(rows, hidden, m_.final_norm, rank), head, part(head, rank),
-                     [&](int row, long column, const float* sums) {
-                         std::copy_n(sums, kTileColumns, logits + row * head.count() * kTileColumns + column);
-                     });
+            for (long first = 0; first < rows; first += kPanelRows) {
+                const Rows normed = normalize(hidden + first * hidden_stride_, std::min(kPanelRows, rows - first),
+                                              m_.final_norm, mine_[rank]->panel);
+                multiply(normed, head, part(head, rank), [&](long row, long column, const float* sums) {
+                    std::copy_n(sums, kTileColumns, logits + (first + row) * head.count() * kTileColumns + column);
+                });
+            }
         });
     }
 
 private:
+    // What up to kPanelRows rows need between the residual stream and itself. Padding stays zero.
+    struct Panel {
+        explicit Panel(const Decoder& d)
+            : normed(kPanelRows * d.normed_stride_), activated(kPanelRows * d.activated_stride_),
+              qkv(kPanelRows * d.qkv_stride_), gate_up(kPanelRows * d.gate_up_stride_) {}
+        std::vector<bf16> normed, activated;
+        std::vector<float> qkv, gate_up;
+    };
+
     // One thread's own memory.
     struct Mine {
-        Mine(int num_heads, int head_dim, long normed_size)
-            : attention(num_heads, head_dim), normed(normed_size), head(head_dim) {}
+        explicit Mine(const Decoder& d)
+            : panel(d), attention(d.group_, int(d.m_.head_dim)), prompt_attention(d.group_, int(d.m_.head_dim)),
+              head(d.m_.head_dim) {}
+        Panel panel;
         Attention attention;
-        std::vector<bf16> normed;
+        PromptAttention prompt_attention;
         std::vector<float> head;
     };
 
-    long num_heads() const { return m_.num_qo_heads + 2 * m_.num_kv_heads; }
-
-    static Tiles tiles(const bf16* weights, long columns, long inputs) {
-        return {weights, columns, padded(inputs, 32) / 2};
-    }
-
-    Tiles head() const { return tiles(m_.head, m_.vocab_size, m_.hidden_size); }
-    Tiles qkv(const Layer& layer) const { return tiles(layer.qkv, num_heads() * m_.head_dim, m_.hidden_size); }
-    Tiles o(const Layer& layer) const { return tiles(layer.o, m_.hidden_size, m_.num_qo_heads * m_.head_dim); }
-    Tiles gate_up(const Layer& layer) const { return tiles(layer.gate_up, 2 * m_.intermediate_size, m_.hidden_size); }
-    Tiles down(const Layer& layer) const { return tiles(layer.down, m_.hidden_size, m_.intermediate_size); }
-
     Range part(const Tiles& w, int rank) const { return share(w.count(), rank, team_.size()); }
+    float* residual(long token) { return residual_.data() + token * hidden_stride_; }
+    bf16* attended(long token) { return attended_.data() + token * attended_stride_; }
+
+    void reserve(const Step& step) {
+        const auto grow = [](auto& memory, long size) {
+            if (long(memory.size()) < size) memory.resize(size);
+        };
+        grow(residual_, step.num_tokens * hidden_stride_);
+        grow(attended_, step.num_tokens * attended_stride_);
+        grow(last_attended_, step.num_wanted * attended_stride_);
+        grow(cos_, step.num_tokens * m_.head_dim);
+        grow(sin_, step.num_tokens * m_.head_dim);
+        for (Counter& counter : counters_) counter.reset();
+    }
 
     void embed(std::int32_t token, float* x) const {
         std::fill_n(x, hidden_stride_, 0.0f);
@@ -138,48 +137,121 @@ private:
         }
     }
 
-    // Cosines and signed sines of a row's position, rounded as the torch path rounds them.
-    void prepare_rotation(std::int32_t position, int row) {
-        const long half = m_.head_dim / 2;
-        float *cos = cos_.data() + row * m_.head_dim, *sin = sin_.data() + row * m_.head_dim;
-        for (long i = 0; i < half; i++) {
-            const float angle = float(position) * m_.inv_freq[i];
-            cos[i] = cos[i + half] = rounded(std::cos(angle) * float(m_.rope_factor));
-            sin[i + half] = rounded(std::sin(angle) * float(m_.rope_factor));
-            sin[i] = -sin[i + half];
+    // Cosines and signed sines of the positions of a row's tokens that lie in `tokens`, rounded as the torch path does.
+    void prepare_rotations(const Row& row, Range tokens) {
+        const long half = m_.head_dim / 2, last = std::min(tokens.last, row.token + row.length);
+        for (long token = std::max(tokens.first, row.token); token < last; token++) {
+            float *cos = cos_.data() + token * m_.head_dim, *sin = sin_.data() + token * m_.head_dim;
+            for (long i = 0; i < half; i++) {
+                const float angle = float(row.start + token - row.token) * m_.inv_freq[i];
+                cos[i] = cos[i + half] = rounded(std::cos(angle) * float(m_.rope_factor));
+                sin[i + half] = rounded(std::sin(angle) * float(m_.rope_factor));
+                sin[i] = -sin[i + half];
+            }
         }
     }
 
-    // --- a layer ----------------------------------------------------------------------------------------
+    // --- the layers -------------------------------------------------------------------------------------
+    // Both ways end with K and V of the last layer written: what only the wanted tokens need is left to run_last.
 
-    void run_layer(const Step& step, long index, int rank) {
-        const Layer& layer = layers_[index];
-        const Rows attended{attended_.data(), attended_stride_, step.rows};
-        const Rows activated{activated_.data(), activated_stride_, step.rows};
+    void run_together(const Step& step, int rank) {
+        const Range tokens = share(step.num_tokens, rank, team_.size());
+        for (std::size_t index = 0; index < layers_.size(); index++) {
+            const Layer& layer = layers_[index];
+            const Rows normed = normalize(residual(0), step.num_tokens, layer.input_norm, mine_[rank]->panel);
+            set(shared_.qkv.data(), qkv_stride_, normed, m_.qkv(layer), layer.qkv_bias, part(m_.qkv(layer), rank));
+            team_.barrier();
+            place(step, index, tokens, shared_.qkv.data() + tokens.first * qkv_stride_, *mine_[rank]);
+            team_.barrier();
+            report(step, index, rank);
+            if (index + 1 == layers_.size()) return;
+            attend(step.pieces, index, *mine_[rank]);
+            team_.barrier();
+            finish_together(layer, residual(0), attended(0), step.num_tokens, rank);
+        }
+    }
 
-        set(qkv_.data(), qkv_stride_, normalize(step.rows, step.hidden, layer.input_norm, rank), qkv(layer),
-            layer.qkv_bias, rank);
+    void run_apart(const Step& step, int rank) {
+        const long groups = (step.num_tokens + kRowsAtOnce - 1) / kRowsAtOnce, size = team_.size();
+        const long panels = (groups * kRowsAtOnce + kPanelRows * size - 1) / (kPanelRows * size) * size;
+        Panel& panel = mine_[rank]->panel;
+        for (std::size_t index = 0; index < layers_.size(); index++) {
+            counters_[2 * index].take(panels, [&](long i) {
+                const Range range = share(groups, int(i), int(panels));
+                const Range tokens{range.first * kRowsAtOnce, std::min(range.last * kRowsAtOnce, step.num_tokens)};
+                const long count = tokens.last - tokens.first;
+                if (index > 0) finish(layers_[index - 1], residual(tokens.first), attended(tokens.first), count, panel);
+                const Layer& layer = layers_[index];
+                const Rows normed = normalize(residual(tokens.first), count, layer.input_norm, panel);
+                set(panel.qkv.data(), qkv_stride_, normed, m_.qkv(layer), layer.qkv_bias, all(m_.qkv(layer)));
+                place(step, index, tokens, panel.qkv.data(), *mine_[rank]);
+            });
+            team_.barrier();
+            report(step, index, rank);
+            if (index + 1 == layers_.size()) return;
+            attend(step.pieces, index, *mine_[rank]);
+            team_.barrier();
+        }
+    }
+
+    // The rest of the last layer, for the wanted tokens alone.
+    void run_last(const Step& step, int rank) {
+        if (step.num_wanted == 0) return;
+        const std::size_t index = layers_.size() - 1;
+        attend(step.last_pieces, index, *mine_[rank]);
         team_.barrier();
-        const Range pairs = share(step.rows * m_.num_kv_heads, rank, team_.size());
-        for (long pair = pairs.first; pair < pairs.last; pair++) {
-            attend(step, layer, index, int(pair / m_.num_kv_heads), pair % m_.num_kv_heads, *mine_[rank]);
+        const Range mine = share(step.num_wanted, rank, team_.size());
+        for (long i = mine.first; i < mine.last; i++) {
+            std::copy_n(residual(step.wanted[i]), hidden_stride_, step.hidden + i * hidden_stride_);
+            std::copy_n(attended(step.wanted[i]), attended_stride_, last_attended_.data() + i * attended_stride_);
         }
         team_.barrier();
-        add(step.hidden, hidden_stride_, attended, o(layer), layer.o_bias, rank);
+        if (step.num_wanted <= kFewRows) {
+            finish_together(layers_[index], step.hidden, last_attended_.data(), step.num_wanted, rank);
+            return;
+        }
+        counters_.back().take((step.num_wanted + kPanelRows - 1) / kPanelRows, [&](long panel) {
+            const long first = panel * kPanelRows;
+            finish(layers_[index], step.hidden + first * hidden_stride_, last_attended_.data() + first * attended_stride_,
+                   std::min(kPanelRows, step.num_wanted - first), mine_[rank]->panel);
+        });
+    }
+
+    void report(const Step& step, std::size_t index, int rank) const {
+        if (rank == 0 && step.on_layer != nullptr) step.on_layer(int(index));
+    }
+
+    // From attention to the layer's end: x += o(attended), x += mlp(x). All rows together, a barrier after each product.
+    void finish_together(const Layer& layer, float* x, const bf16* attended, long rows, int rank) {
+        add(x, {attended, attended_stride_, rows}, m_.o(layer), layer.o_bias, part(m_.o(layer), rank));
         team_.barrier();
-        set(gate_up_.data(), gate_up_stride_, normalize(step.rows, step.hidden, layer.mlp_norm, rank), gate_up(layer),
-            layer.gate_up_bias, rank);
+        const Rows normed = normalize(x, rows, layer.mlp_norm, mine_[rank]->panel);
+        set(shared_.gate_up.data(), gate_up_stride_, normed, m_.gate_up(layer), layer.gate_up_bias,
+            part(m_.gate_up(layer), rank));
         team_.barrier();
-        activate(step.rows, rank);
+        activate(shared_, rows, share((m_.intermediate_size + 15) / 16, rank, team_.size()));
         team_.barrier();
-        add(step.hidden, hidden_stride_, activated, down(layer), layer.down_bias, rank);
+        add(x, {shared_.activated.data(), activated_stride_, rows}, m_.down(layer), layer.down_bias,
+            part(m_.down(layer), rank));
         team_.barrier();
     }
 
-    // Every thread normalizes all rows for itself: that is quicker than to wait for each other once more.
-    Rows normalize(int rows, const float* hidden, const bf16* weight, int rank) {
-        bf16* normed = mine_[rank]->normed.data();
-        for (int row = 0; row < rows; row++) {
+    // The same for one panel by one thread.
+    void finish(const Layer& layer, float* x, const bf16* attended, long rows, Panel& panel) const {
+        add(x, {attended, attended_stride_, rows}, m_.o(layer), layer.o_bias, all(m_.o(layer)));
+        const Rows normed = normalize(x, rows, layer.mlp_norm, panel);
+        set(panel.gate_up.data(), gate_up_stride_, normed, m_.gate_up(layer), layer.gate_up_bias, all(m_.gate_up(layer)));
+        activate(panel, rows, {0, (m_.intermediate_size + 15) / 16});
+        add(x, {panel.activated.data(), activated_stride_, rows}, m_.down(layer), layer.down_bias, all(m_.down(layer)));
+    }
+
+    // --- their parts ------------------------------------------------------------------------------------
+
+    static Range all(const Tiles& w) { return {0, w.count()}; }
+
+    Rows normalize(const float* hidden, long rows, const bf16* weight, Panel& panel) const {
+        bf16* normed = panel.normed.data();
+        for (long row = 0; row < rows; row++) {
             const float* x = hidden + row * hidden_stride_;
             const __m512 factor = _mm512_set1_ps(inverse_rms(x, m_.hidden_size, float(m_.norm_eps)));
             for (long i = 0; i < m_.hidden_size; i += 16) {
@@ -191,9 +263,9 @@ private:
         return {normed, normed_stride_, rows};
     }
 
-    // y = x W^T + bias, this rank's columns
-    void set(float* y, long stride, const Rows& x, const Tiles& w, const bf16* bias, int rank) const {
-        multiply(x, w, part(w, rank), [&](int row, long column, const float* sums) {
+    // y = x W^T + bias
+    static void set(float* y, long stride, const Rows& x, const Tiles& w, const bf16* bias, Range part) {
+        multiply(x, w, part, [&](long row, long column, const float* sums) {
             for (int i = 0; i < kTileColumns; i += 16) {
                 _mm512_storeu_ps(y + row * stride + column + i, with_bias(sums + i, bias, column + i, w.columns));
             }
@@ -201,25 +273,24 @@ private:
     }
 
     // y += x W^T + bias
-    void add(float* y, long stride, const Rows& x, const Tiles& w, const bf16* bias, int rank) const {
-        multiply(x, w, part(w, rank), [&](int row, long column, const float* sums) {
+    void add(float* y, const Rows& x, const Tiles& w, const bf16* bias, Range part) const {
+        multiply(x, w, part, [&](long row, long column, const float* sums) {
             for (int i = 0; i < kTileColumns; i += 16) {
-                float* target = y + row * stride + column + i;
+                float* target = y + row * hidden_stride_ + column + i;
                 const __m512 values = with_bias(sums + i, bias, column + i, w.columns);
                 _mm512_storeu_ps(target, _mm512_add_ps(_mm512_loadu_ps(target), values));
             }
         });
     }
 
-    void activate(int rows, int rank) {
+    void activate(Panel& panel, long rows, Range vectors) const {
         const long size = m_.intermediate_size;
-        const Range vectors = share((size + 15) / 16, rank, team_.size());
-        for (int row = 0; row < rows; row++) {
-            const float *gate = gate_up_.data() + row * gate_up_stride_, *up = gate + size;
+        for (long row = 0; row < rows; row++) {
+            const float *gate = panel.gate_up.data() + row * gate_up_stride_, *up = gate + size;
             for (long i = vectors.first * 16; i < std::min(size, vectors.last * 16); i += 16) {
                 const __mmask16 mask = lanes(size - i);
                 const __m512 values = silu(_mm512_maskz_loadu_ps(mask, gate + i));
-                store(activated_.data() + row * activated_stride_ + i,
+                store(panel.activated.data() + row * activated_stride_ + i,
                       _mm512_mul_ps(values, _mm512_maskz_loadu_ps(mask, up + i)), mask);
             }
         }
@@ -227,27 +298,36 @@ private:
 
     // --- attention --------------------------------------------------------------------------------------
 
-    // One row and KV head: K and V into their slot, then the query heads that share it.
-    void attend(const Step& step, const Layer& layer, long index, int row, long kv_head, Mine& mine) {
-        const long d = m_.head_dim, position = step.positions[row], head_size = m_.block_size * d;
-        const Pages pages{m_.pages + (index * m_.num_blocks * 2 * m_.num_kv_heads + kv_head) * head_size,
-                          m_.num_kv_heads * head_size, 2 * m_.num_kv_heads * head_size, step.blocks[row],
-                          m_.block_size, d};
-        const float* heads = qkv_.data() + row * qkv_stride_;
-        bf16* key = const_cast<bf16*>(pages.key(position));
-        turn(heads + (m_.num_qo_heads + kv_head) * d, layer.k_norm, row, mine.head, key);
-        const float* value = heads + (m_.num_qo_heads + m_.num_kv_heads + kv_head) * d;
-        for (long i = 0; i < d; i += 16) store(key + pages.values + i, _mm512_loadu_ps(value + i));
-        for (int head = 0; head < group_; head++) {
-            turn(heads + (kv_head * group_ + head) * d, layer.q_norm, row, mine.head, mine.attention.query(head));
-        }
-        const long first = layer.window == 0 ? 0 : std::max(0L, position + 1 - layer.window);
-        bf16* out = attended_.data() + row * attended_stride_ + kv_head * group_ * d;
-        mine.attention.attend(pages, first, position + 1, out);
+    Pages pages(std::size_t layer, long kv_head, const Row& row) const {
+        const long head_size = m_.block_size * m_.head_dim;
+        return {m_.pages + (long(layer) * m_.num_blocks * 2 * m_.num_kv_heads + kv_head) * head_size,
+                m_.num_kv_heads * head_size, 2 * m_.num_kv_heads * head_size, row.blocks, m_.block_size, m_.head_dim};
     }
 
-    // One head, normalized if the model does that, turned by its row's angles.
-    void turn(const float* head, const bf16* norm, int row, std::vector<float>& scratch, bf16* out) const {
+    // The products of `tokens` to their places: K and V to their slots, queries to where attention's result will be.
+    void place(const Step& step, std::size_t index, Range tokens, const float* qkv, Mine& mine) {
+        const Layer& layer = layers_[index];
+        const long d = m_.head_dim;
+        for (const Row& row : step.rows) {
+            const long last = std::min(tokens.last, row.token + row.length);
+            for (long token = std::max(tokens.first, row.token); token < last; token++) {
+                const float* heads = qkv + (token - tokens.first) * qkv_stride_;
+                for (long head = 0; head < m_.num_qo_heads; head++, heads += d) {
+                    turn(heads, layer.q_norm, token, mine.head, attended(token) + head * d);
+                }
+                for (long head = 0; head < m_.num_kv_heads; head++, heads += d) {
+                    const Pages pages = this->pages(index, head, row);
+                    bf16* key = const_cast<bf16*>(pages.key(row.start + token - row.token));
+                    turn(heads, layer.k_norm, token, mine.head, key);
+                    const float* value = heads + m_.num_kv_heads * d;
+                    for (long i = 0; i < d; i += 16) store(key + pages.values + i, _mm512_loadu_ps(value + i));
+                }
+            }
+        }
+    }
+
+    // One head, normalized if the model does that, turned by its token's angles.
+    void turn(const float* head, const bf16* norm, long token, std::vector<float>& scratch, bf16* out) const {
         const long d = m_.head_dim, half = d / 2;
         if (norm != nullptr) {
             const __m512 factor = _mm512_set1_ps(inverse_rms(head, d, float(m_.norm_eps)));
@@ -257,7 +337,7 @@ private:
             }
             head = scratch.data();
         }
-        const float *cos = cos_.data() + row * d, *sin = sin_.data() + row * d;
+        const float *cos = cos_.data() + token * d, *sin = sin_.data() + token * d;
         for (long i = 0; i < half; i += 8) {  // a half is a multiple of 8
             const __m256 low = _mm256_loadu_ps(head + i), high = _mm256_loadu_ps(head + half + i);
             const __m256 c = _mm256_loadu_ps(cos + i), s = _mm256_loadu_ps(sin + half + i);
@@ -268,13 +348,35 @@ private:
         }
     }
 
+    // Queries are read where the result is then written.
+    void attend(const std::vector<Piece>& pieces, std::size_t index, Mine& mine) {
+        counters_[2 * index + 1].take(long(pieces.size()), [&](long i) {
+            const Piece& piece = pieces[i];
+            const Row& row = *piece.row;
+            const Pages pages = this->pages(index, piece.kv_head, row);
+            const long window = layers_[index].window, position = row.start + piece.first;
+            bf16* heads = attended(row.token + piece.first) + piece.kv_head * group_ * m_.head_dim;
+            if (piece.tokens > 1) {
+                mine.prompt_attention.attend(pages, heads, piece.tokens, position, window, heads, attended_stride_);
+                return;
+            }
+            for (int head = 0; head < group_; head++) {
+                std::copy_n(heads + head * m_.head_dim, m_.head_dim, mine.attention.query(head));
+            }
+            const long first = window == 0 ? 0 : std::max(0L, position + 1 - window);
+            mine.attention.attend(pages, first, position + 1, heads);
+        });
+    }
+
     const Model m_;
     const std::vector<Layer> layers_;
     Team team_;
     const int group_;  // query heads of one KV head
-    const long hidden_stride_, qkv_stride_, gate_up_stride_, attended_stride_, activated_stride_, normed_stride_;
-    std::vector<float> cos_, sin_, qkv_, gate_up_;
-    std::vector<bf16> attended_, activated_;  // their padding stays zero
+    const long hidden_stride_, normed_stride_, attended_stride_, activated_stride_, qkv_stride_, gate_up_stride_;
+    std::vector<Counter> counters_;  // a layer's panels and its attention, and the last panels
+    std::vector<float> residual_, cos_, sin_;
+    std::vector<bf16> attended_, last_attended_;  // queries, then attention's result; padding stays zero
+    Panel shared_{*this};
     std::vector<std::unique_ptr<Mine>> mine_;
 };
 
@@ -282,17 +384,24 @@ private:
 
 extern "C" {
 
-void* kvferry_decoder_new(const Model* model, int num_threads, int max_rows) {
-    return new Decoder(*model, num_threads, max_rows);
-}
+void* kvferry_decoder_new(const Model* model, int num_threads) { return new Decoder(*model, num_threads); }
 
 void kvferry_decoder_free(void* decoder) { delete static_cast<Decoder*>(decoder); }
 
-// At most `max_rows` rows, no more than kMaxRows. `positions`: of the tokens. `block_ids`: each row's blocks up to its
-// token's, row after row.
-void kvferry_decoder_forward(void* decoder, int rows, const std::int32_t* input_ids, const std::int32_t* positions,
-                             const std::int32_t* block_ids, float* hidden) {
-    static_cast<Decoder*>(decoder)->forward(rows, input_ids, positions, block_ids, hidden);
+// `rows` rows, each `lengths[i]` tokens from position `starts[i]` on; their tokens packed in `input_ids`. `block_ids`:
+// each row's blocks up to its last token's, row after row. `hidden` gets the states of the `wanted` packed tokens, each
+// once. `on_layer(i)` is called when layer i's keys and values are in the pages; null: nobody asked.
+void kvferry_decoder_forward(void* decoder, int rows, const std::int32_t* input_ids, const std::int32_t* starts,
+                             const std::int32_t* lengths, const std::int32_t* block_ids, int num_wanted,
+                             const std::int32_t* wanted, float* hidden, void (*on_layer)(int)) {
+    Step step{0, input_ids, {}, num_wanted, wanted, hidden, on_layer, {}, {}};
+    auto* self = static_cast<Decoder*>(decoder);
+    for (int row = 0; row < rows; row++) {
+        step.rows.push_back({step.num_tokens, starts[row], lengths[row], block_ids});
+        step.num_tokens += lengths[row];
+        block_ids += (starts[row] + lengths[row] - 1) / self->block_size() + 1;
+    }
+    self->forward(step);
 }
 
 // `hidden` [rows][hidden_size padded to 64] -> `logits` [rows][vocab_size padded to 64]

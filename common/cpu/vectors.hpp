@@ -50,6 +50,17 @@ inline __m512 exp2(__m512 x) {
     return _mm512_scalef_ps(y, whole);
 }
 
+// 2^x for finite x <= 0, to what is left of it in bfloat16: a polynomial of degree 3 (relative error 1e-4).
+inline __m512 exp2_rough(__m512 x) {
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 r = _mm512_sub_ps(x, whole);
+    __m512 y = _mm512_set1_ps(5.51716600e-2f);
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(2.42611120e-1f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(6.93260990e-1f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(9.99928070e-1f));
+    return _mm512_scalef_ps(y, whole);
+}
+
 inline __m512 silu(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.0f);
     return _mm512_div_ps(x, _mm512_add_ps(one, exp2(_mm512_mul_ps(x, _mm512_set1_ps(-kLog2E)))));
@@ -83,4 +94,32 @@ inline __m512 sums_of_16(__m512* v) {
     // 128-bit lanes are 0, 2, 1, 3 here, and each holds i, i + 4, i + 8, i + 12
     const __m512i order = _mm512_set_epi32(15, 7, 11, 3, 14, 6, 10, 2, 13, 5, 9, 1, 12, 4, 8, 0);
     return _mm512_permutexvar_ps(order, sums);
+}
+
+// Lane j of v[i] and lane i of v[j] change places.
+inline void transpose_16(__m512i* v) {
+    __m512i w[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {  // pairs of rows: 32-bit lanes
+        w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {  // fours of rows: 64-bit lanes; v[i + j]: lanes j, j + 4, j + 8, j + 12 of rows i..i+3
+        v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {  // 128-bit lanes
+        const __m512i a = _mm512_shuffle_i32x4(v[j], v[j + 4], 0x88), b = _mm512_shuffle_i32x4(v[j], v[j + 4], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0x88), d = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0xdd);
+        w[j] = _mm512_shuffle_i32x4(a, c, 0x88);       // lane j of every row
+        w[j + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);   // lane j + 8
+        w[j + 4] = _mm512_shuffle_i32x4(b, d, 0x88);   // lane j + 4
+        w[j + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);  // lane j + 12
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) v[i] = w[i];
 }

@@ -1,15 +1,17 @@
-"""The decode step in native code: the same weights, pages and results as `Decoder`, one call for all layers.
+"""The decoder in native code: the same weights, pages and results as `Decoder`, one call for all layers of a step.
 
-For batches whose every row is one token, which is what a decode worker runs all day: there the torch path spends more
-time between products than in them. Weights are read where `Linear.pack` left them, so nothing is held twice; what the
-library takes is described with its source, `common/cpu/decoder.cpp`. It knows neither sequences nor sampling.
+Torch spends more time between the products of a decode step than in them, and attends to a prompt at a third of the
+rate of its products. Weights are read where `Linear.pack` left them, so nothing is held twice; what the library takes
+is described with its source, `common/cpu/decoder.cpp`. It knows neither sequences nor sampling.
 """
 
 from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +20,6 @@ from ..native import NativeUnavailable, load
 from .decoder import Decoder, DecoderLayer
 from .layers import Linear
 
-_MAX_ROWS = 64  # kMaxRows of the library; where oneDNN's products catch up
 _TILE = 64  # columns; what rows of hidden states and logits are padded to
 
 
@@ -44,10 +45,11 @@ class _Model(ctypes.Structure):
     ]
 
 
+_OnLayer = ctypes.CFUNCTYPE(None, ctypes.c_int)
+
+
 class NativeDecoder:
     """Used by one thread; with `num_threads` 1 it starts no other. Keeps the decoder's memory alive."""
-
-    max_rows = _MAX_ROWS
 
     def __init__(self, decoder: Decoder, pages: Tensor, *, num_threads: int, cache: Path) -> None:
         """`pages` are those of the engine. Raises NativeUnavailable."""
@@ -59,31 +61,48 @@ class NativeDecoder:
         self._hidden_stride = _padded(decoder.config.hidden_size)
         library = load(cache)
         self._forward, self._logits = library.kvferry_decoder_forward, library.kvferry_decoder_logits
-        self._forward.argtypes = [ctypes.c_void_p, ctypes.c_int, *[ctypes.c_char_p] * 3, ctypes.c_void_p]
+        step = [ctypes.c_int, *[ctypes.c_char_p] * 4, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, _OnLayer]
+        self._forward.argtypes = [ctypes.c_void_p, *step]
         self._logits.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
         library.kvferry_decoder_new.restype = ctypes.c_void_p
-        handle = library.kvferry_decoder_new(ctypes.byref(self._model), num_threads, self.max_rows)
-        self._handle = ctypes.c_void_p(handle)
+        self._handle = ctypes.c_void_p(library.kvferry_decoder_new(ctypes.byref(self._model), num_threads))
         weakref.finalize(self, library.kvferry_decoder_free, self._handle)
 
-    def forward(self, input_ids: bytes, positions: bytes, block_ids: bytes) -> Tensor:
-        """int32 arrays: each row's token, its position, and its blocks up to that position, row after row.
+    def forward(self, step: Step, on_layer: Callable[[int], None] | None = None) -> Tensor:
+        """Hidden states of the wanted tokens before the final norm, [wanted, hidden_size padded to 64] float32.
 
-        Hidden states before the final norm, [rows, hidden_size padded to 64] float32.
+        `on_layer(i)` is called from within, when layer i's keys and values are in the pages. What it raises is raised
+        here after the step.
         """
-        self._check(input_ids, positions, block_ids)
-        rows = len(input_ids) // 4
-        hidden = torch.empty(rows, self._hidden_stride)
-        self._forward(self._handle, rows, input_ids, positions, block_ids, hidden.data_ptr())
+        self._check(step)
+        wanted = len(step.wanted) // 4
+        hidden = torch.empty(wanted, self._hidden_stride)
+        listener = _Listener(on_layer)
+        self._forward(
+            self._handle,
+            len(step.starts) // 4,
+            step.input_ids,
+            step.starts,
+            step.lengths,
+            step.block_ids,
+            wanted,
+            step.wanted,
+            hidden.data_ptr(),
+            listener.callback,
+        )
+        if listener.error is not None:
+            raise listener.error
         return hidden
 
-    def _check(self, input_ids: bytes, positions: bytes, block_ids: bytes) -> None:
+    def _check(self, step: Step) -> None:
         """What torch would refuse, and the library would read or write out of bounds."""
-        tokens = memoryview(input_ids).cast("i")
-        num_blocks = sum(position // self._model.block_size + 1 for position in memoryview(positions).cast("i"))
-        assert 0 < len(tokens) <= self.max_rows and len(positions) == len(input_ids), len(tokens)
+        tokens, starts, lengths, wanted = map(_ints, (step.input_ids, step.starts, step.lengths, step.wanted))
+        size = self._model.block_size
+        num_blocks = sum((start + count - 1) // size + 1 for start, count in zip(starts, lengths, strict=True))
+        assert len(tokens) > 0 and min(lengths) > 0 and sum(lengths) == len(tokens), lengths.tolist()
         assert 0 <= min(tokens) and max(tokens) < self._vocab_size, "a token is not in the vocabulary"
-        assert num_blocks * 4 == len(block_ids), "a block table is shorter than its sequence"
+        assert num_blocks * 4 == len(step.block_ids), "a block table is shorter than its sequence"
+        assert all(0 <= token < len(tokens) for token in wanted), "a wanted token is not in the step"
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows of `forward` -> [rows, vocab_size] float32."""
@@ -91,6 +110,32 @@ class NativeDecoder:
         logits = torch.empty(len(hidden), _padded(self._vocab_size))
         self._logits(self._handle, len(hidden), hidden.data_ptr(), logits.data_ptr())
         return logits[:, : self._vocab_size]
+
+
+class Step(NamedTuple):
+    """int32 arrays, rows packed in a line. Row i feeds lengths[i] tokens from position starts[i] on."""
+
+    input_ids: bytes  # [num_tokens]
+    starts: bytes  # [rows]
+    lengths: bytes  # [rows]
+    block_ids: bytes  # each row's blocks up to its last token's, row after row
+    wanted: bytes  # packed tokens, each once
+
+
+class _Listener:
+    """A Python function for the library to call: an exception cannot pass through it and is kept."""
+
+    def __init__(self, on_layer: Callable[[int], None] | None) -> None:
+        self.error: BaseException | None = None
+        self._on_layer = on_layer
+        self.callback = _OnLayer() if on_layer is None else _OnLayer(self._call)
+
+    def _call(self, layer: int) -> None:
+        if self.error is None and self._on_layer is not None:
+            try:
+                self._on_layer(layer)
+            except BaseException as error:
+                self.error = error
 
 
 def _describe(decoder: Decoder, pages: Tensor) -> _Model:
@@ -136,6 +181,10 @@ def _tiles(linear: Linear) -> int:
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _ints(data: bytes) -> memoryview:
+    return memoryview(data).cast("i")
 
 
 def _padded(size: int) -> int:

@@ -1,10 +1,11 @@
-"""The native decode step against the torch path: the same logits and pages within bfloat16's rounding."""
+"""The native decoder against the torch path: the same logits and pages within bfloat16's rounding."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from kvferry.common import native
 from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.default_model import cache_dir
 from kvferry.common.engine import Engine
+from kvferry.common.models.native_decoder import Step
 from kvferry.common.native import NativeUnavailable
 from kvferry.common.request import SamplingParams, Sequence
 from kvferry.tests.checkpoints import Family, write_checkpoint
 from kvferry.tests.engine_driver import Driver, engine_config, prompts
 
+Shape = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]  # prompt lengths, tokens of each step
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
 VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "llama": ("llama", {"vocab_size": 515}),
@@ -70,9 +73,9 @@ class Recorded:
         self.logits.append(logits.clone())
         return logits
 
-    def _count(self, *step: bytes) -> torch.Tensor:
+    def _count(self, step: Step, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
         self.native_steps += 1
-        return self._forward(*step)
+        return self._forward(step, on_layer)
 
     def prefill(self, lengths: tuple[int, ...]) -> list[Sequence]:
         seqs = [self.driver.add(prompt, SAMPLING) for prompt in prompts(list(lengths), 500)]
@@ -88,24 +91,30 @@ def _decode_beside(native_run: Recorded, torch_run: Recorded, lengths: tuple[int
     """Both decode the same tokens from the same pages; logits and pages are compared after each step."""
     ours, theirs = native_run.prefill(lengths), torch_run.prefill(lengths)
     native_run.engine.kv_pages.copy_(torch_run.engine.kv_pages)
+    native_run.native_steps = 0
     for step in range(num_steps):
         for one, other in zip(ours, theirs, strict=True):
             one.token_ids[:] = other.token_ids
         native_run.driver.step([(seq, 1) for seq in ours])
         torch_run.driver.step([(seq, 1) for seq in theirs])
-        _assert_logits_close(native_run.logits[-1], torch_run.logits[-1][: len(lengths)])
-        ours_pages, pages = native_run.engine.kv_pages.float(), torch_run.engine.kv_pages.float()
-        assert (ours_pages - pages).abs().max() <= PAGE_TOLERANCE * pages.abs().max()
-        assert torch.equal(ours_pages == 0, pages == 0), "a slot was written by one and not by the other"
+        _assert_same(native_run, torch_run, len(lengths))
         assert native_run.native_steps == step + 1
 
 
-def _assert_logits_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+def _assert_same(native_run: Recorded, torch_run: Recorded, rows: int, tolerance: float = LOGIT_TOLERANCE) -> None:
+    """The last logits and all pages."""
+    _assert_logits_close(native_run.logits[-1], torch_run.logits[-1][:rows], tolerance)
+    ours_pages, pages = native_run.engine.kv_pages.float(), torch_run.engine.kv_pages.float()
+    assert (ours_pages - pages).abs().max() <= PAGE_TOLERANCE * pages.abs().max()
+    assert torch.equal(ours_pages.any(-1), pages.any(-1)), "a slot was written by one and not by the other"
+
+
+def _assert_logits_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
     spread = float(theirs.max() - theirs.min())
     assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= LOGIT_TOLERANCE * spread
+    assert (ours - theirs).abs().max() <= tolerance * spread
     best = theirs.topk(2).values
-    clear = best[:, 0] - best[:, 1] > 2 * LOGIT_TOLERANCE * spread
+    clear = best[:, 0] - best[:, 1] > 2 * tolerance * spread
     assert torch.equal(ours.argmax(-1)[clear], theirs.argmax(-1)[clear])
 
 
@@ -136,6 +145,42 @@ def test_contexts_grow_across_blocks(checkpoints: Path) -> None:
     _decode_beside(*_pair(checkpoints / "llama", block_size=8), (1, 6, 127), 12)
 
 
+MANY_TOKENS = (390, 70, 33, 5), ((300, 40, 33, 5), (90, 30, 1, 1), (1, 1, 1, 1))
+FEW_TOKENS = (50, 20, 9, 5), ((20, 10, 9, 5), (30, 10, 1, 1), (1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("shape", [MANY_TOKENS, FEW_TOKENS], ids=["many tokens", "few tokens"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_native_prompts_are_those_of_torch(checkpoints: Path, variant: str, shape: Shape) -> None:
+    """Chunks of several prompts, first and later ones, beside tokens of running answers."""
+    lengths, steps = shape
+    runs = _pair(checkpoints / variant)
+    ours, theirs = ([run.driver.add(prompt, SAMPLING) for prompt in prompts(list(lengths), 500)] for run in runs)
+    for counts in steps:
+        for run, seqs in zip(runs, (ours, theirs), strict=True):
+            run.driver.step(list(zip(seqs, counts, strict=True)))
+        for one, other in zip(ours, theirs, strict=True):
+            one.token_ids[:] = other.token_ids
+        _assert_same(*runs, len(runs[0].logits[-1]), 2 * LOGIT_TOLERANCE)  # torch is the one further from float32
+    assert runs[0].native_steps == len(steps)
+
+
+def test_every_prompt_token_can_be_asked_for(checkpoints: Path) -> None:
+    """Log-probabilities of a prompt need the last layer of all its tokens, not only of the last one."""
+    runs = _pair(checkpoints / "mistral window")
+    for run in runs:
+        (prompt,) = prompts([150], 500)
+        seq = run.driver.add(prompt, SamplingParams(temperature=0.0, max_tokens=4, prompt_logprobs=1))
+        run.driver.step([(seq, 90), (run.driver.add([3, 4, 5], SAMPLING), 3)])
+        run.driver.step([(seq, 60)])
+    ours, theirs = (run.driver.outputs for run in runs)
+    for one, other in zip(ours, theirs, strict=True):
+        first, second = (
+            [entry.logprob for row in output.rows for entry in row.prompt_logprobs] for output in (one, other)
+        )
+        assert first == pytest.approx(second, abs=0.6) and len(first) in (59, 90)
+
+
 @pytest.mark.parametrize("num_threads", [2, 3])
 def test_threads_give_the_same_bits(checkpoints: Path, num_threads: int) -> None:
     alone, together = (
@@ -153,9 +198,10 @@ def test_threads_give_the_same_bits(checkpoints: Path, num_threads: int) -> None
 def test_a_row_does_not_feel_how_many_others_there_are(checkpoints: Path) -> None:
     """To the bit, up to the largest batch: rows are summed up in the same order whatever their number."""
     run = Recorded(checkpoints / "llama", is_native=True)
-    seqs = run.prefill((40, *range(2, 64), 3))
+    seqs = run.prefill((40, *range(2, 64), 3, *[2] * 10))
+    run.native_steps = 0
     first = []
-    for count in (1, 2, 3, 6, 7, 8, 13, 64):
+    for count in (1, 2, 3, 6, 7, 8, 13, 64, 74):
         output = Batch([BatchRow(seq, 1) for seq in seqs[:count]])
         for row in output.rows:
             run.driver.grow(row.seq, row.end)
@@ -165,23 +211,25 @@ def test_a_row_does_not_feel_how_many_others_there_are(checkpoints: Path) -> Non
     assert run.native_steps == len(first)
 
 
-def test_chunks_and_large_batches_run_in_torch(checkpoints: Path) -> None:
+def test_what_a_listener_raises_reaches_the_caller(checkpoints: Path) -> None:
     run = Recorded(checkpoints / "llama", is_native=True)
-    seqs = run.prefill((5, *[2] * 64))
-    run.driver.step([(seq, 1) for seq in seqs])  # 65 rows
-    fresh = run.driver.add([1, 2, 3, 4], SAMPLING)
-    run.driver.step([(seqs[0], 1), (fresh, 4)])
-    assert run.native_steps == 0
-    run.driver.step([(seqs[0], 1), (fresh, 1)])
-    assert run.native_steps == 1
+    seq = run.driver.add([5, 6, 7], SAMPLING)
+
+    def refuse(layer: int) -> None:
+        raise ValueError(f"layer {layer}")
+
+    with pytest.raises(ValueError, match="layer 0"):
+        run.driver.step([(seq, 3)], refuse)
 
 
 def test_layers_are_reported_and_prompt_logprobs_read(checkpoints: Path) -> None:
     run = Recorded(checkpoints / "llama", is_native=True)
     seq = run.driver.add([5, 6, 7], SamplingParams(temperature=0.0, prompt_logprobs=1))
-    layers: list[int] = []
-    run.driver.step([(seq, 1)], layers.append)
-    assert layers == [0, 1] and run.native_steps == 1
+    for count in (1, 2):
+        layers: list[int] = []
+        run.driver.step([(seq, count)], layers.append)
+        assert layers == [0, 1]
+    assert run.native_steps == 2
     assert [entry.token_id for entry in run.driver.outputs[0].rows[0].prompt_logprobs] == [6]
 
 

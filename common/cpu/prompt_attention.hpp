@@ -1,0 +1,185 @@
+// Attention of a stretch of a prompt over a sequence's pages, for one KV head and the query heads that share it.
+//
+// FlashAttention-2 (Dao 2023): keys in tiles, and for each few query rows the scores, the softmax's running maximum and
+// sum, and the weighted values, all while the tile is near. Both products run in the inner loop of linear.hpp, for which
+// a tile's keys and values are packed once and then read by every row. Probabilities are rounded to bfloat16 for the
+// second product; their sum is not.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "attention.hpp"
+#include "linear.hpp"
+#include "vectors.hpp"
+
+class PromptAttention {
+public:
+    static constexpr long kRows = 240;  // query rows, tokens x heads, that a tile is packed for
+
+    PromptAttention(int num_heads, int head_dim)
+        : num_heads_(num_heads), head_dim_(head_dim), pairs_(head_dim / 2),
+          value_tiles_((head_dim + kTileColumns - 1) / kTileColumns), max_tokens_(tokens_at_once(num_heads)),
+          queries_(rows() * head_dim), keys_(kKeys * head_dim), values_(kKeys * value_tiles_ * kTileColumns),
+          sums_(rows() * value_tiles_ * kTileColumns), most_(rows()), total_(rows()) {}
+
+    // Query tokens of one call, at most.
+    static long tokens_at_once(int num_heads) { return std::max(1L, kRows / num_heads); }
+
+    // Queries of `tokens` tokens from `position` on, each [num_heads][head_dim] and `stride` from the next; so is `out`.
+    // Token i sees the keys up to its own, `window` of them at most (0: all).
+    void attend(const Pages& pages, const bf16* queries, long tokens, long position, long window, bf16* out,
+                long stride) {
+        const long rows = tokens * num_heads_, row_size = num_heads_ * head_dim_;
+        for (long i = 0; i < tokens; i++) std::copy_n(queries + i * stride, row_size, queries_.data() + i * row_size);
+        std::fill_n(most_.begin(), rows, -std::numeric_limits<float>::infinity());
+        std::fill_n(total_.begin(), rows, 0.0f);
+        std::fill_n(sums_.begin(), rows * value_tiles_ * kTileColumns, 0.0f);
+        const long last = position + tokens;
+        for (long begin = first_key(position, window); begin < last; begin += kKeys) {
+            const long count = std::min(kKeys, last - begin);
+            pack(pages, begin, count);
+            for (long row = 0; row < rows; row += kRowsAtOnce) {
+                attend_rows(row, std::min(rows - row, long(kRowsAtOnce)), position, window, begin, count);
+            }
+        }
+        for (long row = 0; row < rows; row++) {
+            bf16* target = out + row / num_heads_ * stride + row % num_heads_ * head_dim_;
+            const __m512 scale = _mm512_set1_ps(1.0f / total_[row]);
+            for (int i = 0; i < head_dim_; i += 16) store(target + i, _mm512_mul_ps(_mm512_loadu_ps(sums(row) + i), scale));
+        }
+    }
+
+private:
+    static constexpr long kKeys = 256;  // of a tile
+
+    long rows() const { return max_tokens_ * num_heads_; }
+    float* sums(long row) { return sums_.data() + row * value_tiles_ * kTileColumns; }
+    static long first_key(long position, long window) { return window == 0 ? 0 : std::max(0L, position + 1 - window); }
+
+    // --- packing ----------------------------------------------------------------------------------------
+
+    // Keys [begin, begin + count): tiles of 64 columns that are keys, pairs of inputs that are dimensions.
+    // Values: tiles of 64 columns that are dimensions, pairs of inputs that are keys. Padding is zero.
+    void pack(const Pages& pages, long begin, long count) {
+        const bf16* source[kKeys];
+        const long whole = padded(count, kTileColumns);
+        for (long i = 0; i < count; i++) source[i] = pages.key(begin + i);
+        for (long i = count; i < whole; i++) source[i] = nullptr;
+        for (long key = 0; key < whole; key += 16) {
+            bf16* target = keys_.data() + key / kTileColumns * (pairs_ * 2 * kTileColumns) + key % kTileColumns * 2;
+            for (int at = 0; at < head_dim_; at += 32) pack_keys(source + key, at, target + at * kTileColumns);
+        }
+        for (long key = 0; key < whole; key += 2) {
+            for (int at = 0; at < head_dim_; at += 16) pack_values(pages.values, source + key, key, at);
+        }
+    }
+
+    // 16 keys, 16 pairs of dimensions from `at` on (8 at the end of an odd head size).
+    void pack_keys(const bf16* const* source, int at, bf16* target) const {
+        const int pairs = std::min(16, (head_dim_ - at) / 2);
+        __m512i v[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            const __mmask16 mask = source[i] == nullptr ? __mmask16(0) : lanes(pairs);
+            v[i] = _mm512_maskz_loadu_epi32(mask, source[i] + at);
+        }
+        transpose_16(v);
+        for (int pair = 0; pair < pairs; pair++) _mm512_storeu_si512(target + pair * 2 * kTileColumns, v[pair]);
+    }
+
+    // 16 dimensions of two keys, side by side.
+    void pack_values(long values, const bf16* const* source, long key, int at) {
+        bf16* target = values_.data() + at / kTileColumns * (kKeys * kTileColumns) + key * kTileColumns +
+                       at % kTileColumns * 2;
+        __m512i both = _mm512_setzero_si512();
+        if (source[0] != nullptr) both = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(source[0] + values + at)));
+        if (source[1] != nullptr) {
+            const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(source[1] + values + at)));
+            both = _mm512_or_si512(both, _mm512_slli_epi32(high, 16));
+        }
+        _mm512_storeu_si512(target, both);
+    }
+
+    // --- a few rows and a tile --------------------------------------------------------------------------
+
+    void attend_rows(long row, long rows, long position, long window, long begin, long count) {
+        const long first = position + row / num_heads_, last = position + (row + rows - 1) / num_heads_;
+        const long visible = std::min(last + 1 - begin, count);  // to the last of the rows
+        if (visible <= 0 || begin + count <= first_key(first, window)) return;
+        alignas(64) float scores[kRowsAtOnce * kKeys];
+        alignas(64) bf16 weights[kRowsAtOnce * kKeys];
+        const long width = padded(visible, kTileColumns);
+        for (long key = 0; key < width; key += kTileColumns) {
+            add_products<true, 0>(int(rows), queries_.data() + row * head_dim_, head_dim_, keys_.data() + key * head_dim_,
+                                  pairs_, scores + key, kKeys, nullptr);
+        }
+        for (long i = 0; i < rows; i++) {
+            const long at = position + (row + i) / num_heads_;
+            const Range seen{std::max(0L, first_key(at, window) - begin), std::min(at + 1 - begin, count)};
+            weigh(row + i, scores + i * kKeys, seen, width, weights + i * kKeys);
+        }
+        for (int tile = 0; tile < value_tiles_; tile++) {
+            add_products<false, 0>(int(rows), weights, kKeys, values_.data() + tile * (kKeys * kTileColumns), width / 2,
+                                   sums(row) + tile * kTileColumns, value_tiles_ * kTileColumns, nullptr);
+        }
+    }
+
+    // A row's scores to weights relative to its largest score so far; zero outside of the keys that it sees.
+    void weigh(long row, const float* scores, Range seen, long width, bf16* weights) {
+        if (seen.first >= seen.last) {
+            std::fill_n(weights, width, bf16(0));
+            return;
+        }
+        const bool all = seen.first == 0 && seen.last == width;
+        const float largest = std::max(most_[row], all ? most<true>(scores, seen, width) : most<false>(scores, seen, width));
+        const float total = all ? spread<true>(scores, seen, width, largest, weights)
+                                : spread<false>(scores, seen, width, largest, weights);
+        if (largest > most_[row]) {
+            const __m512 factor = exp2(_mm512_set1_ps((most_[row] - largest) * scale()));
+            for (int i = 0; i < value_tiles_ * kTileColumns; i += 16) {
+                _mm512_storeu_ps(sums(row) + i, _mm512_mul_ps(_mm512_loadu_ps(sums(row) + i), factor));
+            }
+            total_[row] *= _mm512_cvtss_f32(factor);
+            most_[row] = largest;
+        }
+        total_[row] += total;
+    }
+
+    float scale() const { return kLog2E / __builtin_sqrtf(float(head_dim_)); }
+
+    // The lanes at `at` that a row sees.
+    static __mmask16 visible(Range seen, long at) {
+        const __mmask16 before = seen.first <= at ? __mmask16(0) : lanes(seen.first - at);
+        return (seen.last <= at ? __mmask16(0) : lanes(seen.last - at)) & ~before;
+    }
+
+    template <bool ALL>
+    static float most(const float* scores, Range seen, long width) {
+        __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+        for (long i = 0; i < width; i += 16) {
+            const __m512 values = _mm512_load_ps(scores + i);
+            most = ALL ? _mm512_max_ps(most, values) : _mm512_mask_max_ps(most, visible(seen, i), most, values);
+        }
+        return _mm512_reduce_max_ps(most);
+    }
+
+    template <bool ALL>
+    float spread(const float* scores, Range seen, long width, float largest, bf16* weights) const {
+        const __m512 scale = _mm512_set1_ps(this->scale()), shift = _mm512_set1_ps(largest * this->scale());
+        __m512 total = _mm512_setzero_ps();
+        for (long i = 0; i < width; i += 16) {
+            __m512 weight = exp2_rough(_mm512_fmsub_ps(_mm512_load_ps(scores + i), scale, shift));
+            if (!ALL) weight = _mm512_maskz_mov_ps(visible(seen, i), weight);
+            total = _mm512_add_ps(total, weight);
+            _mm256_store_si256((__m256i*)(weights + i), (__m256i)_mm512_cvtneps_pbh(weight));
+        }
+        return _mm512_reduce_add_ps(total);
+    }
+
+    const int num_heads_, head_dim_, pairs_, value_tiles_;
+    const long max_tokens_;
+    std::vector<bf16> queries_, keys_, values_;  // of values, padding columns stay zero
+    std::vector<float> sums_, most_, total_;
+};
