@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+from kvferry.common.errors import ConfigError
+
+_QUIET_CORES = 0.3
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -64,6 +68,36 @@ def _read_process(entry: Path) -> Process | None:
     return Process(int(pid), int(columns[1]), name, cpu_s, is_zombie=columns[0] == "Z")
 
 
+def pin_to_cores(num_cores: int) -> tuple[int, ...]:
+    """Keep this process, and every one that it starts, on the first so many of the cores that it may use."""
+    available = sorted(os.sched_getaffinity(0))
+    cores = tuple(available[:num_cores])
+    if len(cores) < num_cores:
+        raise ConfigError(f"--num-cores {num_cores}: this process may use {len(available)}")
+    os.sched_setaffinity(0, cores)
+    return cores
+
+
+@dataclass(slots=True, frozen=True)
+class QuietWait:
+    """How long the machine was watched, and how many cores were busy in the last second of it."""
+
+    waited_s: float
+    busy_cores: float
+
+
+def wait_until_quiet(limit_s: float, sample_s: float = 1.0) -> QuietWait:
+    """Returns after a sample in which almost nothing ran, or when the time is up."""
+    start_s = perf_counter()
+    while True:
+        before_s, sampled_from_s = _busy_s(), perf_counter()
+        time.sleep(sample_s)
+        now_s = perf_counter()
+        busy_cores = (_busy_s() - before_s) / (now_s - sampled_from_s)
+        if busy_cores <= _QUIET_CORES or now_s - start_s >= limit_s:
+            return QuietWait(round(now_s - start_s, 1), round(busy_cores, 2))
+
+
 def _busy_s() -> float:
     """CPU seconds that all processes used since boot: user, nice, system, irq, softirq."""
     with open("/proc/stat") as stat:
@@ -72,30 +106,38 @@ def _busy_s() -> float:
 
 
 class CoreWatch:
-    """One phase at a time: `start`, samples, `stop`. `server_pids` are the roots of the servers under test."""
+    """One phase at a time: `start`, samples, `stop`. `server_pids` are the roots of the servers under test.
+
+    The client is this process, and the children that it awaits during the phase.
+    """
 
     def __init__(self, server_pids: Callable[[], Iterable[int]]) -> None:
         self._server_pids = server_pids
         self._used_s: dict[int, tuple[float, float]] = {}  # pid -> CPU seconds when first and last seen
         self._start_s = 0.0
         self._start_busy_s = 0.0
+        self._start_children_s = 0.0
 
     def start(self) -> None:
         self._used_s.clear()
         self._start_s, self._start_busy_s = perf_counter(), _busy_s()
+        self._start_children_s = _ended_children_s()
         self._sample(is_first=True)
 
     async def keep_sampling(self, every_s: float = 2.0) -> None:
         """A process that ends between two samples loses what it used since the last one."""
         while True:
             await asyncio.sleep(every_s)
-            self._sample(is_first=False)
+            self.sample()
+
+    def sample(self) -> None:
+        self._sample(is_first=False)
 
     def stop(self) -> CoreUse:
         self._sample(is_first=False)
         elapsed_s = max(perf_counter() - self._start_s, 1e-9)
         used_s = {pid: last_s - first_s for pid, (first_s, last_s) in self._used_s.items()}
-        client_s = used_s.pop(os.getpid())
+        client_s = used_s.pop(os.getpid()) + _ended_children_s() - self._start_children_s
         server_s = sum(used_s.values())
         foreign_s = max(0.0, _busy_s() - self._start_busy_s - client_s - server_s)
         return CoreUse(*(round(seconds / elapsed_s, 3) for seconds in (client_s, server_s, foreign_s)))
@@ -106,3 +148,9 @@ class CoreWatch:
             # A process that began during the phase counts from 0.
             first_s, _ = self._used_s.get(process.pid, (process.cpu_s if is_first else 0.0, 0.0))
             self._used_s[process.pid] = (first_s, process.cpu_s)
+
+
+def _ended_children_s() -> float:
+    """CPU seconds of all children that have ended and were awaited, with their own such children."""
+    times = os.times()
+    return times.children_user + times.children_system

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import signal
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from time import perf_counter
 
 from rich.console import Console
 
-from kvferry.benchmarks.cores import CoreUse, CoreWatch
+from kvferry.benchmarks.cores import CoreUse, CoreWatch, pin_to_cores
 from kvferry.benchmarks.endpoint import Endpoint, RequestRecord
 from kvferry.benchmarks.environment import describe_environment
 from kvferry.benchmarks.interference_report import (
@@ -42,17 +41,16 @@ from kvferry.benchmarks.interference_report import (
     print_interference,
     write_interference,
 )
-from kvferry.benchmarks.peers import SYSTEMS, RunningSystem, Setup
+from kvferry.benchmarks.peers import DEFAULT_SYSTEMS, SYSTEMS, RunningSystem, Setup, system_names
 from kvferry.benchmarks.plot import check_plot_path
 from kvferry.benchmarks.prompts import PromptSource
-from kvferry.benchmarks.report import report_console
+from kvferry.benchmarks.report import RESULTS_DIR, report_console
 from kvferry.benchmarks.stats import describe
 from kvferry.benchmarks.vllm_install import default_venv, ensure_vllm
 from kvferry.common.default_model import default_model_dir
 from kvferry.common.errors import ConfigError
 
 _FIRST_TOKENS_WITHIN_S = 60.0
-RESULTS_DIR = Path("benchmarks") / "results"
 
 
 @dataclass(slots=True, frozen=True)
@@ -244,16 +242,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _setup(flags: argparse.Namespace) -> Setup:
-    available = sorted(os.sched_getaffinity(0))
-    cores = tuple(available[: flags.num_cores])
-    if len(cores) < flags.num_cores:
-        raise ConfigError(f"--num-cores {flags.num_cores}: this process may use {len(available)}")
-    os.sched_setaffinity(0, cores)  # and every server inherits it
     return Setup(
         model_dir=flags.model or default_model_dir(),
         log_dir=flags.log_dir or Path(tempfile.mkdtemp(prefix="interference-")),
         peer_venv=flags.peer_venv,
-        cores=cores,
+        cores=pin_to_cores(flags.num_cores),
     )
 
 
@@ -262,7 +255,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m kvferry.benchmarks.interference", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("--systems", type=_system_names, default=list(SYSTEMS), help=f"some of {','.join(SYSTEMS)} (default: all)")
+    names = f"some of {','.join(SYSTEMS)} (default: {','.join(DEFAULT_SYSTEMS)})"
+    add("--systems", type=system_names, default=list(DEFAULT_SYSTEMS), help=names)
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: the embedded model)")
     add("--quiet", type=float, default=30.0, metavar="S", help="streams alone (default: %(default)g)")
     add("--duration", type=float, default=120.0, metavar="S", help="streams and long prompts (default: %(default)g)")
@@ -275,14 +269,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, default=RESULTS_DIR / "interference.json", metavar="FILE", help="(default: %(default)s)")
     add("--plot", type=Path, default=RESULTS_DIR / "interference.svg", metavar="FILE", help="(default: %(default)s)")
     return parser
-
-
-def _system_names(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in SYSTEMS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(SYSTEMS)}")
-    return names
 
 
 if __name__ == "__main__":

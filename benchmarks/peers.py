@@ -3,7 +3,8 @@
     kvferry-pd     `kvferry serve`, one prefill and one decode worker, settings as shipped
     kvferry-co     `kvferry serve --prefill 0`, one worker does both
     vllm-agg       vLLM for CPU, one server on all cores
-    vllm-pd        vLLM for CPU with its NIXL connector: a prefill server and a decode server of one core each
+    vllm-pd        vLLM for CPU with its NIXL connector: a prefill and a decode server, each on half of the cores
+    vllm-pd-shared the same, each of the two servers with a thread on every core
 
 vLLM is tuned: its NIXL progress thread sleeps between rounds, and its workers are put back on their cores after its
 connector has moved them all to the last one. Prefix caching is off there, since no prompt comes twice.
@@ -11,6 +12,7 @@ connector has moved them all to the last one. Prefix caching is off there, since
 
 from __future__ import annotations
 
+import argparse
 import ctypes.util
 import json
 import os
@@ -26,7 +28,6 @@ from kvferry.benchmarks.vllm_install import PROGRESS_DELAY_VARIABLE, VLLM_VERSIO
 from kvferry.common.errors import ConfigError
 
 _START_TIMEOUT_S = 600.0  # vLLM compiles on its first start
-_VLLM_KV_GIB = 2
 _PROGRESS_DELAY_US = 1000
 
 
@@ -39,6 +40,7 @@ class Setup:
     peer_venv: Path
     cores: tuple[int, ...]  # the whole measurement, client included, stays on these
     max_model_len: int = 8192
+    vllm_kv_gib: int = 2  # KV cache of each vLLM server; kvferry's is a flag
     kvferry_flags: tuple[str, ...] = ()
 
     @property
@@ -95,7 +97,18 @@ def vllm_disaggregated(setup: Setup) -> Iterator[RunningSystem]:
     if len(setup.cores) < 2:
         raise ConfigError(f"vllm-pd needs a core for each of its two servers, got cores {setup.cores}")
     half = len(setup.cores) // 2
-    prefill_cores, decode_cores = setup.cores[:half], setup.cores[half:]
+    with _vllm_split(setup, setup.cores[:half], setup.cores[half:]) as system:
+        yield system
+
+
+@contextmanager
+def vllm_disaggregated_shared(setup: Setup) -> Iterator[RunningSystem]:
+    with _vllm_split(setup, setup.cores, setup.cores) as system:
+        yield system
+
+
+@contextmanager
+def _vllm_split(setup: Setup, prefill_cores: Sequence[int], decode_cores: Sequence[int]) -> Iterator[RunningSystem]:
     with (
         _vllm("vllm-pd-prefill", setup, prefill_cores, kv_role="kv_producer") as (prefill, prefill_url),
         _vllm("vllm-pd-decode", setup, decode_cores, kv_role="kv_consumer") as (decode, decode_url),
@@ -115,7 +128,18 @@ SYSTEMS: dict[str, StartSystem] = {
     "kvferry-co": kvferry_colocated,
     "vllm-agg": vllm_aggregated,
     "vllm-pd": vllm_disaggregated,
+    "vllm-pd-shared": vllm_disaggregated_shared,
 }
+DEFAULT_SYSTEMS = ("kvferry-pd", "kvferry-co", "vllm-agg", "vllm-pd")
+
+
+def system_names(text: str) -> list[str]:
+    """The value of `--systems`."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in SYSTEMS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(SYSTEMS)}")
+    return names
 
 
 @contextmanager
@@ -130,7 +154,7 @@ def _vllm(
     env = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(_VLLM_KV_GIB),
+        "VLLM_CPU_KVCACHE_SPACE": str(setup.vllm_kv_gib),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "LD_PRELOAD": ":".join(_preloads(setup.peer_venv)),
         "PYTHONPATH": "",  # its packages are its own

@@ -15,6 +15,7 @@ from kvferry.benchmarks.endpoint import RequestRecord
 from kvferry.benchmarks.environment import Environment
 from kvferry.benchmarks.stats import Distribution, Slo, Summary
 
+RESULTS_DIR = Path("benchmarks") / "results"
 _FILE_WIDTH = 120
 _LATENCIES = (
     ("TTFT", "ttft_ms"),
@@ -39,9 +40,9 @@ class BenchReport:
     records: Sequence[RequestRecord]
 
 
-def report_console() -> Console:
+def report_console(file_width: int = _FILE_WIDTH) -> Console:
     """Standard output; where that is a file, wide enough for every table."""
-    return Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    return Console(width=None if sys.stdout.isatty() else file_width)
 
 
 def print_report(report: BenchReport, console: Console) -> None:

@@ -59,12 +59,19 @@ class ServerProcess:
         with httpx.Client(timeout=5.0, trust_env=False) as client:
             while time.perf_counter() < deadline_s:
                 if self._child.poll() is not None:
-                    raise ConfigError(f"{self.name} ended with {self._child.returncode}:\n{self._log_tail()}")
+                    raise ConfigError(f"{self.name} ended with {self._child.returncode}:\n{self.log_tail()}")
                 with contextlib.suppress(httpx.TransportError):
                     if client.get(url).status_code == 200:
                         return
                 time.sleep(_POLL_S)
-        raise ConfigError(f"{self.name} was not healthy within {timeout_s:g} s:\n{self._log_tail()}")
+        raise ConfigError(f"{self.name} was not healthy within {timeout_s:g} s:\n{self.log_tail()}")
+
+    def wait(self, timeout_s: float) -> int | None:
+        """The child's exit code; None: it still runs."""
+        try:
+            return self._child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
 
     def stop(self) -> None:
         """Ends the child and every process below it."""
@@ -83,7 +90,7 @@ class ServerProcess:
             time.sleep(_POLL_S)
         self._child.wait(_KILL_S)
 
-    def _log_tail(self) -> str:
+    def log_tail(self) -> str:
         return self.log_path.read_text(errors="replace")[-_LOG_TAIL_CHARS:]
 
 

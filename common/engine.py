@@ -184,13 +184,13 @@ class Engine:
     ) -> Iterator[Tensor]:
         wanted = plan.sample_rows + plan.prompt_rows
         step = Step(plan.input_ids, plan.starts, plan.lengths, plan.block_ids, wanted)
-        if len(plan.input_ids) == len(plan.lengths):
-            hidden = native.forward(step)  # tokens of running answers: too quick to interrupt for each layer
-            for layer in range(self.model_config.num_layers if on_layer is not None else 0):
-                on_layer(layer)
-        else:
+        if len(plan.input_ids) > len(plan.lengths) or on_layer is None:
             hidden = native.forward(step, on_layer)
-        return map(native.logits, hidden.split([len(rows) for rows in _logit_rows(plan)]))
+        else:
+            hidden = native.forward(step)  # tokens of running answers: too quick to interrupt for each layer
+            for layer in range(self.model_config.num_layers):
+                on_layer(layer)
+        return map(native.logits, torch.split(hidden, [len(rows) for rows in _logit_rows(plan)]))
 
     def _place(self, index: Tensor) -> Tensor:
         """[n] int32 -> int64 on the device; a CPU gets at least _MIN_CPU_ROWS, the last ones computed for nothing."""

@@ -61,8 +61,9 @@ class NativeDecoder:
         self._hidden_stride = _padded(decoder.config.hidden_size)
         library = load(cache)
         self._forward, self._logits = library.kvferry_decoder_forward, library.kvferry_decoder_logits
-        step = [ctypes.c_int, *[ctypes.c_char_p] * 4, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, _OnLayer]
-        self._forward.argtypes = [ctypes.c_void_p, *step]
+        arrays = [ctypes.c_char_p] * 4
+        wanted = [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p]
+        self._forward.argtypes = [ctypes.c_void_p, ctypes.c_int, *arrays, *wanted, _OnLayer]
         self._logits.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
         library.kvferry_decoder_new.restype = ctypes.c_void_p
         self._handle = ctypes.c_void_p(library.kvferry_decoder_new(ctypes.byref(self._model), num_threads))

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from time import perf_counter
 
 import pytest
 
-from kvferry.benchmarks.cores import CoreWatch, Process, process_tree, processes
+from kvferry.benchmarks.cores import CoreWatch, Process, pin_to_cores, process_tree, processes, wait_until_quiet
+from kvferry.common.errors import ConfigError
 
 BUSY = "import time\nwhile time.process_time() < 0.2: pass\nprint(flush=True)\ninput()"
 
@@ -54,3 +56,25 @@ def test_server_that_is_gone_is_no_error() -> None:
     watch = CoreWatch(lambda: [2**22 + 1])
     watch.start()
     assert watch.stop().server == 0
+
+
+def test_awaited_child_counts_for_the_client() -> None:
+    watch = CoreWatch(list)
+    watch.start()
+    start_s = perf_counter()
+    subprocess.run([sys.executable, "-c", BUSY], input=b"\n", capture_output=True, check=True)
+    use = watch.stop()
+    assert use.client * (perf_counter() - start_s) > 0.15  # the child used 0.2 s, told in ticks of 10 ms
+
+
+def test_wait_for_a_quiet_machine_ends_when_its_time_is_up() -> None:
+    wait = wait_until_quiet(0.0, sample_s=0.01)
+    assert wait.waited_s >= 0.0
+    assert wait.busy_cores >= 0
+
+
+def test_more_cores_than_there_are_cannot_be_pinned() -> None:
+    available = os.sched_getaffinity(0)
+    with pytest.raises(ConfigError, match=f"this process may use {len(available)}"):
+        pin_to_cores(len(available) + 1)
+    assert pin_to_cores(len(available)) == tuple(sorted(available))
