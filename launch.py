@@ -29,6 +29,7 @@ from .common.children import (
 )
 from .common.clock import Clock
 from .common.config import WorkerConfig
+from .common.cores import CoreBoard
 from .common.errors import ConfigError
 from .common.host import Gpu, Host, usable_cpus
 from .common.logs import configure_logging
@@ -79,9 +80,18 @@ class LocalLauncher:
         self._on_serving = on_serving
         self._stopper = Stopper()
         self.router = RouterChild(deployment.router, env, clock, display, program=router_program, times=times)
+        self._cores = CoreBoard(max(1, len(deployment.workers)))
         self.workers = [
-            worker_child(worker, self.router, env, clock, display, program=worker_program, times=times)
-            for worker in deployment.workers
+            worker_child(
+                _share_cores(worker, self._cores, index),
+                self.router,
+                env,
+                clock,
+                display,
+                program=worker_program,
+                times=times,
+            )
+            for index, worker in enumerate(deployment.workers)
         ]
 
     def stop(self) -> None:
@@ -95,6 +105,7 @@ class LocalLauncher:
             await self._stopper.run(self._run())
         finally:
             self._display.done()
+            self._cores.close()
 
     async def _run(self) -> None:
         # The inner group ends first: the router lets go of its requests while the workers still answer.
@@ -108,6 +119,12 @@ class LocalLauncher:
             await self.router.wait_until_serving()
             self._display.done()
             self._on_serving(self.router.http)
+
+
+def _share_cores(worker: WorkerPlan, board: CoreBoard, index: int) -> WorkerPlan:
+    if worker.max_threads is None:
+        return worker
+    return replace(worker, config=worker.config.model_copy(update={"cores": board.slot(index, worker.max_threads)}))
 
 
 class RayLauncher:

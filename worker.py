@@ -114,7 +114,11 @@ class Worker:
         set_ucx_defaults(loopback_only=Address(config.host, config.port).is_loopback)
         self._group = self._start_followers()
         engine: Engine = Engine(
-            config.engine, tp_size=config.engine.tensor_parallel_size, group=self._group, progress=self._progress
+            config.engine,
+            tp_size=config.engine.tensor_parallel_size,
+            group=self._group,
+            progress=self._progress,
+            cores=config.cores,
         )
         backend = open_backend(config.transfer.backend, agent_name(config.worker_id, self._incarnation, 0, 0))
         region = backend.register(engine.kv_pages, rank=0, tp_size=engine.tp_size, generation=0)

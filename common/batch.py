@@ -6,7 +6,7 @@ Schedulers make a `Batch`, the engine fills tensors from it and answers with a `
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from .request import SampledToken, Sequence
 
@@ -62,3 +62,11 @@ class StepOutput:
     rows: list[RowOutput]  # as Batch.rows
     step_s: float  # seconds of the whole step
     num_tokens: int
+
+
+class Fence(Protocol):
+    """A point in a GPU's work: a layer's kernels are queued when the host says that it is done."""
+
+    def query(self) -> bool:
+        """Has the work before it been done? Never blocks; from any thread."""
+        ...

@@ -19,13 +19,14 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import msgspec
 
 from .errors import CapacityError
 from .request import BlockId
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
 class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -52,7 +53,12 @@ class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=8).hexdigest()
+        return _fingerprint(self)
+
+
+@lru_cache(maxsize=8)
+def _fingerprint(spec: KVCacheSpec) -> str:
+    return hashlib.blake2b(msgspec.msgpack.encode(spec), digest_size=8).hexdigest()
 
 
 def hash_blocks(token_ids: Sequence[int], block_size: int, salt: bytes, known: Sequence[bytes] = ()) -> list[bytes]:

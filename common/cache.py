@@ -16,6 +16,7 @@ from .errors import ConfigError
 
 _CPU_BYTES = 2 << 30
 _CPU_SHARE = 0.1  # of free memory: the machine is not ours alone
+_CACHE_DTYPES = {"bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 _MIN_TOKENS = 256  # of one sequence; a cache below that serves nobody. Longer requests than fit are refused one by one
 
 
@@ -35,11 +36,28 @@ def num_blocks_for_memory(
     return num_blocks
 
 
+def cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type of keys and values in the pages of a model that computes in `dtype`. Raises ConfigError."""
+    wanted = _CACHE_DTYPES.get(config.kv_cache_dtype, dtype)
+    if wanted == torch.float8_e4m3fn and device.type != "cuda":
+        raise ConfigError("kv_cache_dtype = fp8 needs a CUDA device: the CPU's attention reads no 8-bit floats")
+    if wanted.itemsize > 1 and wanted != dtype:
+        raise ConfigError(f"kv_cache_dtype = {config.kv_cache_dtype} does not go with a model in {dtype}; use auto")
+    return wanted
+
+
+def num_spare_blocks(device: torch.device) -> int:
+    """Blocks of the allocation behind those that the pool hands out. Padding rows on a GPU write there."""
+    return 1 if device.type == "cuda" else 0
+
+
 def allocate_pages(
     spec: KVCacheSpec, num_blocks: int, *, tp_size: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     shape = (spec.num_layers, num_blocks, 2, spec.num_kv_heads // tp_size, spec.block_size, spec.head_dim)
     try:
+        if dtype.itemsize == 1:  # 8-bit floats are storage: few of torch's operations know them
+            return torch.zeros(shape, dtype=torch.uint8, device=device).view(dtype)
         return torch.zeros(shape, dtype=dtype, device=device)
     except (RuntimeError, MemoryError) as error:
         num_bytes = num_blocks * spec.block_bytes(tp_size)
@@ -50,7 +68,8 @@ def copy_blocks(pages: torch.Tensor, copies: Sequence[tuple[int, int]]) -> None:
     """Copy whole blocks (all layers) from the first to the second of each pair."""
     if copies:
         sources, targets = zip(*copies, strict=True)
-        pages[:, list(targets)] = pages[:, list(sources)]
+        whole = pages.view(torch.uint8) if pages.dtype.itemsize == 1 else pages
+        whole[:, list(targets)] = whole[:, list(sources)]
 
 
 def _default_bytes(config: EngineConfig, device: torch.device) -> int:

@@ -19,6 +19,7 @@ API_KEY_VARIABLE = "KVFERRY_API_KEY"
 CACHE_VARIABLE = "KVFERRY_CACHE"  # where `default_model` keeps what it made
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+KVCacheDtype = Literal["auto", "bfloat16", "fp8"]
 Device = Literal["auto", "cpu", "cuda"]
 Attention = Literal["auto", "flashinfer", "cpu"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
@@ -38,6 +39,7 @@ class EngineConfig(Settings):
     model_dir: Path  # a local Hugging Face directory
     served_model_name: str
     dtype: Dtype = "auto"  # auto: the checkpoint's
+    kv_cache_dtype: KVCacheDtype = "auto"  # auto: as `dtype`; fp8 is e4m3
     device: Device = "auto"
     tensor_parallel_size: PositiveInt = 1
     block_size: Literal[8, 16, 32, 64, 128] = 16  # tokens
@@ -48,6 +50,7 @@ class EngineConfig(Settings):
     kv_cache_memory_bytes: PositiveInt | None = None  # None: from free memory
     enable_prefix_caching: bool = True
     attention_backend: Attention = "auto"
+    enforce_eager: bool = False  # decode steps on a GPU without CUDA graphs: Python launches every kernel
     load_format: LoadFormat = "auto"
     seed: int = 0
     num_threads: PositiveInt | None = None  # CPU threads of one rank; None: set by the launcher
@@ -63,6 +66,15 @@ class TransferConfig(Settings):
     write_timeout_s: float = Field(2.0, gt=0)
 
 
+class CoreSlot(Settings):
+    """A worker's place among those that share a machine's cores (cores.py)."""
+
+    path: str  # of the memory that they share
+    num_slots: PositiveInt
+    slot: int = Field(ge=0)
+    max_threads: PositiveInt  # while the others are idle
+
+
 class WorkerConfig(Settings):
     """One worker process."""
 
@@ -73,6 +85,7 @@ class WorkerConfig(Settings):
     routers: tuple[str, ...]  # host:port of each router's control socket
     host: str = "127.0.0.1"  # where this worker's handoff socket listens
     port: int = 0  # 0: any free port
+    cores: CoreSlot | None = None  # None: `engine.num_threads`, whatever the others do
     niceness: int = Field(0, ge=0, le=19)  # of the process: a prefill worker yields the cores to those who decode
     log_level: LogLevel = "info"
 

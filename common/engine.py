@@ -3,7 +3,8 @@
     Batch -> StepPlan (plain arrays; rank 0 sends it to the other ranks) -> block copies -> forward -> logits of the
     rows that need them -> tokens (rank 0 alone) -> StepOutput
 
-A whole model in bfloat16 on a CPU runs in native code where that can be had, all others in torch.
+A whole model in bfloat16 on a CPU runs in native code where that can be had, all others in torch; on CUDA
+`cuda_runner` runs and samples, decode steps from the batch itself.
 The engine reads Sequences and changes none of them: the scheduler does, from the StepOutput. It knows neither
 requests' ends nor the network.
 """
@@ -24,15 +25,16 @@ from torch import Tensor
 
 from .attention.base import AttentionMetadata
 from .attention.choose import make_attention
-from .batch import Batch, BatchRow, RowOutput, StepOutput
+from .batch import Batch, BatchRow, Fence, RowOutput, StepOutput
 from .blocks import KVCacheSpec
-from .cache import allocate_pages, copy_blocks, num_blocks_for_memory
-from .config import EngineConfig
+from .cache import allocate_pages, cache_dtype, copy_blocks, num_blocks_for_memory, num_spare_blocks
+from .config import CoreSlot, EngineConfig
+from .cores import SharedCores, attach
 from .errors import ConfigError
 from .models.config import ModelConfig
 from .models.decoder import Decoder
 from .models.native_decoder import NativeDecoder, Step
-from .models.weights import Progress, load_weights, model_digest
+from .models.weights import Progress, load_weights, model_digest, read_kv_scales
 from .native import NativeUnavailable
 from .parallel import Communicator, RankGroup, connect
 from .request import SampledToken
@@ -40,6 +42,8 @@ from .sampling import SampleRow, prompt_logprobs, sample
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
+
+    from .cuda_runner import CudaRunner
 
 log = structlog.get_logger(__name__)
 
@@ -73,6 +77,7 @@ class Engine:
         group: RankGroup | None = None,
         store: Store | None = None,
         native: bool = True,
+        cores: CoreSlot | None = None,
     ) -> None:
         """With tp_size > 1 rank 0 gets its `group`, the others the `store` to meet it at. `native` False: torch alone.
 
@@ -87,6 +92,7 @@ class Engine:
         self.max_model_len = self.model_config.max_model_len
         self._device = _device(config, tp_rank)
         self._dtype = _torch_dtype(config, self.model_config)
+        self._cache_dtype = cache_dtype(config, self._dtype, self._device)
         self._group = group
         comm = self._connect(tp_rank, tp_size, store)
         with torch.inference_mode():
@@ -100,25 +106,34 @@ class Engine:
         self.num_blocks = comm.minimum(num_blocks or self._num_blocks_for_memory(tp_size), self._device)
         # Not under inference mode: whoever moves pages writes to this tensor outside of it.
         self.kv_pages = allocate_pages(
-            self.spec, self.num_blocks, tp_size=tp_size, dtype=self._dtype, device=self._device
+            self.spec,
+            self.num_blocks + num_spare_blocks(self._device),
+            tp_size=tp_size,
+            dtype=self._cache_dtype,
+            device=self._device,
         )
         self._attention = make_attention(
             config.attention_backend,
             self.kv_pages,
             self.model_config.num_qo_heads // tp_size,
             self.model_config.sliding_windows,
+            query_dtype=self._dtype,
+            kv_scales=self._kv_scales(),
         )
         wants_native = native and self._device.type == "cpu" and self._dtype == torch.bfloat16 and tp_size == 1
-        self._native = self._native_decoder() if wants_native else None
-        with torch.inference_mode():
-            self._attention.warm_up()  # compile now what the first request would wait for
+        self._native = self._native_decoder(cores) if wants_native else None
+        with torch.inference_mode():  # compile now what the first request would wait for
+            self._cuda = self._cuda_runner(progress)
+            if self._cuda is None:
+                self._attention.warm_up()
 
-    def _native_decoder(self) -> NativeDecoder | None:
+    def _native_decoder(self, cores: CoreSlot | None) -> NativeDecoder | None:
         from .default_model import cache_dir
 
         num_threads = self.config.num_threads or torch.get_num_threads()
+        shared = _shared_cores(cores)
         try:
-            return NativeDecoder(self._decoder, self.kv_pages, num_threads=num_threads, cache=cache_dir())
+            return NativeDecoder(self._decoder, self.kv_pages, num_threads=num_threads, cache=cache_dir(), cores=shared)
         except NativeUnavailable as reason:
             log.warning("cpu_kernels", used=False, reason=str(reason))
             return None
@@ -139,7 +154,23 @@ class Engine:
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
             block_size=self.config.block_size,
-            dtype=str(self._dtype).removeprefix("torch."),
+            dtype=str(self._cache_dtype).removeprefix("torch."),
+        )
+
+    def _kv_scales(self) -> list[tuple[float, float]] | None:
+        if self._cache_dtype.itemsize > 1 or self.config.load_format == "dummy":
+            return None
+        return read_kv_scales(self.config.model_dir, self.model_config.num_layers)
+
+    def _cuda_runner(self, progress: Progress | None) -> CudaRunner | None:
+        if self._device.type != "cuda":
+            return None
+        from .attention.flashinfer import FlashInferAttention
+        from .cuda_runner import CudaRunner
+
+        assert isinstance(self._attention, FlashInferAttention)
+        return CudaRunner(
+            self.config, self._decoder, self._attention, self.kv_pages, tp_size=self.tp_size, progress=progress
         )
 
     def _num_blocks_for_memory(self, tp_size: int) -> int:
@@ -153,6 +184,8 @@ class Engine:
         when the kernels that write them are queued). Raises WorkerLost if a rank is gone.
         """
         began = time.perf_counter()
+        if self._cuda is not None and (decoded := self._cuda.decode(batch, on_layer)) is not None:
+            return StepOutput(decoded, time.perf_counter() - began, batch.num_tokens)
         plan = _plan(batch, self.config.block_size)
         if self._group is not None:
             self._group.send_step(msgspec.msgpack.encode(plan))
@@ -160,7 +193,16 @@ class Engine:
         tokens = self._sample(batch, logits)
         prompt_tokens = _read_prompt_logprobs(batch, logits)
         rows = [RowOutput(next(tokens) if row.samples else (), next(prompt_tokens)) for row in batch.rows]
+        if self._cuda is not None:
+            self._cuda.wait()  # a chunk without a sample has not waited yet
         return StepOutput(rows, time.perf_counter() - began, batch.num_tokens)
+
+    def layer_fence(self) -> Fence | None:
+        """Called from `on_layer`: passed, by its `query` from any thread, when that layer's pages are written.
+
+        None where they are by then, as on a CPU.
+        """
+        return self._cuda.layer_fence() if self._cuda is not None else None
 
     @torch.inference_mode()
     def follow(self, plan: bytes, on_layer: Callable[[int], None] | None = None) -> None:
@@ -175,6 +217,9 @@ class Engine:
         if self._native is not None:
             return self._run_native(self._native, plan, on_layer)
         input_ids, positions, metadata = _tensors(plan, self.config.block_size)
+        if (cuda := self._cuda) is not None:
+            hidden = cuda.forward(input_ids, positions, metadata, on_layer)
+            return (cuda.logits(hidden, part) for part in _logit_rows(plan))
         self._attention.plan(metadata)
         hidden = self._decoder.forward(self._place(input_ids), self._place(positions), self._attention, on_layer)
         return (self._decoder.logits(hidden[self._place(part)])[: len(part)] for part in _logit_rows(plan))
@@ -193,12 +238,10 @@ class Engine:
         return map(native.logits, torch.split(hidden, [len(rows) for rows in _logit_rows(plan)]))
 
     def _place(self, index: Tensor) -> Tensor:
-        """[n] int32 -> int64 on the device; a CPU gets at least _MIN_CPU_ROWS, the last ones computed for nothing."""
+        """[n] int32 -> int64, at least _MIN_CPU_ROWS of them: the last ones are computed for nothing."""
         index = index.long()
         missing = _MIN_CPU_ROWS - len(index)
-        if self._device.type == "cpu":
-            return index if missing <= 0 else torch.cat((index, index.new_zeros(missing)))
-        return index.to(self._device, non_blocking=True)
+        return index if missing <= 0 else torch.cat((index, index.new_zeros(missing)))
 
     def _sample(self, batch: Batch, logits: Iterator[Tensor]) -> Iterator[tuple[SampledToken, ...]]:
         rows = [
@@ -206,6 +249,8 @@ class Engine:
             for row in batch.rows
             if row.samples
         ]
+        if rows and self._cuda is not None:
+            return self._cuda.sample(next(logits), rows)
         return iter(sample(next(logits), rows, self.model_config.eos_token_ids) if rows else ())
 
 
@@ -306,6 +351,16 @@ def _model_config(config: EngineConfig) -> ModelConfig:
             f"({config.model_dir})"
         )
     return replace(model, max_model_len=asked)
+
+
+def _shared_cores(slot: CoreSlot | None) -> SharedCores | None:
+    if slot is None:
+        return None
+    try:
+        return attach(slot)
+    except OSError as error:
+        log.warning("shared_cores", used=False, reason=f"{slot.path}: {error.strerror}")
+        return None
 
 
 def _torch_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:

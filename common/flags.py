@@ -101,15 +101,15 @@ def _value_flag(name: str, help_text: str, option: Option, text: str, metavar: s
 
 
 def _switches(field: str, option: Option) -> Iterator[_Flag]:
-    """`--no-x`, as x is on by default, and the hidden `--x` that overrules a file."""
-    assert value_of(_DEFAULTS, field) is True, field
+    """`--no-x` where x is on by default, else `--x`; and the other one, hidden, that overrules a file."""
+    default = value_of(_DEFAULTS, field)
     for name, value in ((f"no_{field}", False), (field, True)):
         kind = Annotated[
             bool,
             typer.Option(
                 _dashed(name),
                 help=option.help,
-                hidden=value,
+                hidden=value == default,
                 rich_help_panel=option.panel,
                 show_default=False,
                 metavar="",

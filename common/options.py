@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from .config import Attention, Device, Dtype, LoadFormat, LogLevel, Settings, TransferName
+from .config import Attention, Device, Dtype, KVCacheDtype, LoadFormat, LogLevel, Settings, TransferName
 
 ENV_PREFIX = "KVFERRY_"
 
@@ -72,6 +72,7 @@ class PoolSettings(Settings):
     kv_cache_memory_bytes: Count | None = None
     enable_prefix_caching: bool | None = None
     attention_backend: Attention | None = None
+    num_threads: Count | None = None
 
     def overrides(self) -> dict[str, object]:
         return self.model_dump(exclude_none=True, exclude={"workers"})
@@ -89,7 +90,7 @@ class ServeSettings(Settings):
     max_model_len: Annotated[
         Count | None, Option("Model", "Longest prompt plus answer, in tokens. Default: the model's.", ALL)
     ] = None
-    dtype: Annotated[Dtype, Option("Model", "Type of weights and KV; auto: the checkpoint's.", ENGINES)] = "auto"
+    dtype: Annotated[Dtype, Option("Model", "Type of weights; auto: the checkpoint's.", ENGINES)] = "auto"
     load_format: Annotated[LoadFormat, Option("Model", "dummy: random weights.", ENGINES)] = "auto"
     chat_template: Annotated[Path | None, Option("Model", "Jinja file instead of the model's own.", FRONTS)] = None
     seed: Annotated[int, Option("Model", "Seed of dummy weights and of requests without one.", ALL)] = 0
@@ -115,7 +116,10 @@ class ServeSettings(Settings):
         Option("Engine", "Tokens in a KV block.", ENGINES),
     ] = 16
     max_num_seqs: Annotated[Count, Option("Engine", "Sequences in one step.", ENGINES)] = 64
-    max_num_batched_tokens: Annotated[Count, Option("Engine", "Tokens in one step.", ENGINES)] = 512
+    max_num_batched_tokens: Annotated[
+        Count | None,
+        Option("Engine", "Tokens in one step. Default: 512 on CPUs; on GPUs 8K (prefill) or 2K (decode).", ENGINES),
+    ] = None
     gpu_memory_utilization: Annotated[Share, Option("Engine", "Share of a GPU's memory to use.", ENGINES)] = 0.9
     kv_cache_memory_bytes: Annotated[
         Count | None, Option("Engine", "KV cache of one rank (2GiB, 512MiB). Default: from free memory.", ENGINES)
@@ -123,7 +127,19 @@ class ServeSettings(Settings):
     enable_prefix_caching: Annotated[
         bool, Option("Engine", "Do not reuse the KV of equal prompt beginnings.", ENGINES)
     ] = True
+    kv_cache_dtype: Annotated[
+        KVCacheDtype, Option("Engine", "Type of cached keys and values; fp8: half the bytes, on GPUs.", ENGINES)
+    ] = "auto"
     attention_backend: Annotated[Attention, Option("Engine", "Kernels.", ENGINES)] = "auto"
+    enforce_eager: Annotated[
+        bool, Option("Engine", "No CUDA graphs: decode steps launch every kernel from Python.", ENGINES)
+    ] = False
+    num_threads: Annotated[
+        Count | None,
+        Option(
+            "Engine", "CPU threads of a rank. Default: its part of the cores, and the cores of idle workers.", ENGINES
+        ),
+    ] = None
 
     transfer: Annotated[TransferName, Option("Cluster", "What moves KV between workers.", ENGINES)] = "nixl"
     launcher: Annotated[Literal["local", "ray"], Option("Cluster", "Processes here, or actors on Ray.", SERVE)] = (

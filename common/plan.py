@@ -23,10 +23,12 @@ from .options import PoolSettings, ServeSettings
 # Prefill fills every core that it may use; a decode step, a token's way through the router or an arrival takes
 # milliseconds and somebody reads it. On shared cores they go first.
 _PREFILL_NICENESS = 10
+# Enough to keep a GPU's multipliers busy; where answers are written too, a step must not keep them waiting for long.
+_GPU_BATCHED_TOKENS = {"prefill": 8192, "decode": 2048}
 _MAX_CPU_CACHE_BYTES = 2 << 30
 _CPU_CACHE_SHARE = 0.1
 _GPU_RESERVE_BYTES = 2 << 30  # of each worker: the CUDA context, workspaces, graphs
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 _ENGINE_FIELDS = EngineConfig.model_fields.keys() & ServeSettings.model_fields.keys()
 
 
@@ -35,6 +37,7 @@ class WorkerPlan:
     config: WorkerConfig  # routers: filled in once the router's address is known
     gpus: tuple[str, ...] = ()  # for CUDA_VISIBLE_DEVICES, one for each rank
     gpu_share: float = 1.0  # of each of them
+    max_threads: int | None = None  # CPU threads while the other workers are idle; None: never more than its own
 
     @property
     def num_ranks(self) -> int:
@@ -91,7 +94,7 @@ def plan_worker(
     *,
     worker_id: str,
 ) -> WorkerConfig:
-    values = settings.model_dump(include=set(_ENGINE_FIELDS)) | pool.overrides()
+    values = settings.model_dump(include=set(_ENGINE_FIELDS), exclude_none=True) | pool.overrides()
     values |= {"model_dir": model_dir, "served_model_name": served_name}
     return WorkerConfig(
         worker_id=worker_id,
@@ -121,8 +124,13 @@ def check_model(deployment: Deployment, model: ModelConfig) -> None:
 
 
 def item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
-    """Of a weight, and of a number in the KV cache."""
+    """Of a weight."""
     return _ITEM_BYTES[model.dtype if engine.dtype == "auto" else engine.dtype]
+
+
+def cache_item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """Of a number in the KV cache."""
+    return item_bytes(engine, model) if engine.kv_cache_dtype == "auto" else _ITEM_BYTES[engine.kv_cache_dtype]
 
 
 def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:
@@ -137,7 +145,7 @@ def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:
 def cache_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """KV of one token on one rank."""
     heads = model.num_kv_heads // engine.tensor_parallel_size
-    return 2 * model.num_layers * heads * model.head_dim * item_bytes(engine, model)
+    return 2 * model.num_layers * heads * model.head_dim * cache_item_bytes(engine, model)
 
 
 def fit_to_host(deployment: Deployment, host: Host, model: ModelConfig | None = None) -> Deployment:
@@ -152,7 +160,11 @@ def fit_to_host(deployment: Deployment, host: Host, model: ModelConfig | None = 
         if device == "cpu" and engine.kv_cache_memory_bytes is None:
             # Measured once, before any worker takes some: all get the same.
             update["kv_cache_memory_bytes"] = cpu_cache_bytes(host)
+        if device == "cuda" and "max_num_batched_tokens" not in engine.model_fields_set:
+            update["max_num_batched_tokens"] = _GPU_BATCHED_TOKENS[worker.config.role]
         worker = _with_engine(worker, update)
+        if device == "cpu" and engine.num_threads is None and worker.num_ranks == 1 and host.num_cpus > threads:
+            worker = replace(worker, max_threads=host.num_cpus)
         if device == "cpu" and worker.config.role == "prefill":
             worker = replace(worker, config=worker.config.model_copy(update={"niceness": _PREFILL_NICENESS}))
         fitted.append(worker)
@@ -170,7 +182,10 @@ def _device(deployment: Deployment, host: Host) -> Literal["cpu", "cuda"]:
             "device: cuda was asked for, but the installed torch sees no GPU here; "
             "`kvferry doctor` says why, and --device cpu works"
         )
-    return wanted if wanted != "auto" else "cuda" if host.gpus else "cpu"
+    device: Literal["cpu", "cuda"] = wanted if wanted != "auto" else "cuda" if host.gpus else "cpu"
+    if device == "cpu" and deployment.workers[0].config.engine.kv_cache_dtype == "fp8":
+        raise ConfigError("kv_cache_dtype: fp8 needs a GPU: the CPU's attention reads no 8-bit floats; use auto")
+    return device
 
 
 def _assign_gpus(workers: tuple[WorkerPlan, ...], host: Host, model: ModelConfig | None) -> Iterator[WorkerPlan]:

@@ -230,7 +230,7 @@ class DecodeScheduler:
             return
         if len(seq.block_hashes) < num_full:
             seq.block_hashes = hash_blocks(
-                seq.token_ids[: num_full * self._pool.block_size],
+                seq.token_ids,  # those that are not computed yet are hashed along
                 self._pool.block_size,
                 prefix_salt(self._spec, seq.cache_salt),
                 seq.block_hashes,

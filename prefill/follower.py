@@ -31,7 +31,7 @@ class PrefillFollower:
             version=setup.version,
             backend=backend,
             spec=engine.spec,
-            num_blocks=engine.num_blocks,
+            num_blocks=engine.kv_pages.shape[1],
             clock=SystemClock(),
             config=config,
             to_peer=self._to_peer,
@@ -39,7 +39,7 @@ class PrefillFollower:
             source_free=lambda open_id: send(encode(SourceFree(open_id=open_id))),
         )
         self._thread = TransferThread(backend, sender=self._sender, on_failure=self._on_failure)
-        self._layers = LayerShipper(self._thread, self._sender, engine.spec.num_layers)
+        self._layers = LayerShipper(self._thread, self._sender, engine.spec.num_layers, engine.layer_fence)
         self._thread.start()
         send(encode(FollowerRegion(region=region)))
 

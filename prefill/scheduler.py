@@ -87,11 +87,18 @@ class PrefillScheduler:
                 break
             if prompt.started_s is None and not self._start(prompt):
                 break  # the earliest due waits for blocks: nobody passes it, or it would wait for ever
-            num_tokens = min(budget, prompt.seq.num_uncomputed_tokens)
+            num_tokens = self._chunk(prompt.seq, budget, is_first=not rows)
             rows.append(BatchRow(prompt.seq, num_tokens))
             prompts.append(prompt)
-            budget -= num_tokens
+            budget = max(0, budget - num_tokens)
         return (Batch(rows), prompts) if rows else None
+
+    def _chunk(self, seq: Sequence, budget: int, *, is_first: bool) -> int:
+        """Tokens of a prompt; a short rest goes along where it may, for it would be a step of its own."""
+        rest = seq.num_uncomputed_tokens - budget
+        if is_first and 0 < rest <= MIN_CHUNK_TOKENS and seq.num_uncomputed_tokens <= self._max_num_batched_tokens:
+            return seq.num_uncomputed_tokens
+        return min(budget, seq.num_uncomputed_tokens)
 
     def _budget(self) -> int:
         """Tokens of the next step."""

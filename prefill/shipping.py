@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from ..common.batch import Fence
 from ..common.messages import (
     CancelKV,
     ChoiceTokens,
@@ -34,6 +38,10 @@ class Calls(Protocol):
 
     def call(self, function: Callable[..., None], *args: object) -> None:
         """Run `function(*args)` on the transfer thread, in order."""
+        ...
+
+    def call_after(self, fence: Fence | None, function: Callable[..., None], *args: object) -> None:
+        """The same once `fence` has passed, in the order of these calls."""
         ...
 
 
@@ -71,31 +79,63 @@ ShipCommand = ShipOpen | ShipStep | ShipFinish | ShipCancel | ShipAnswer | ShipP
 ship_commands: Decoder[ShipCommand] = Decoder(ShipCommand)
 
 
-class LayerShipper:
-    """One rank's hook into its engine: tells its sender which pages have become complete."""
+class _Blocks(NamedTuple):
+    """A plan's blocks, once for all layers of the step: in the order of ours, so that neighbours merge into one write.
 
-    def __init__(self, thread: Calls, sender: KVSender, num_layers: int) -> None:
+    A pool that is full gives its blocks in the order in which they are evicted, of a sequence the last one first.
+    """
+
+    open_id: int
+    local: npt.NDArray[np.int32]
+    remote: npt.NDArray[np.int32]
+    last: bool
+
+    @classmethod
+    def of(cls, plan: ShipPlan) -> _Blocks:
+        local = np.array(plan.local_blocks, dtype=np.int32)
+        order = np.argsort(local)
+        return cls(plan.open_id, local[order], np.array(plan.remote_blocks, dtype=np.int32)[order], plan.last)
+
+
+class LayerShipper:
+    """One rank's hook into its engine: tells its sender which pages have become complete.
+
+    On a GPU a layer is told of when its kernels are queued: the sender hears of it once a fence behind them has
+    passed. `layer_fence` sets one up; None where the pages are written by then. Without a shipment there is none.
+    """
+
+    def __init__(
+        self, thread: Calls, sender: KVSender, num_layers: int, layer_fence: Callable[[], Fence | None]
+    ) -> None:
         self._thread = thread
         self._sender = sender
         self._num_layers = num_layers
-        self._plans: list[ShipPlan] = []
+        self._layer_fence = layer_fence
+        self._blocks: list[_Blocks] = []
 
     def begin_step(self, plans: list[ShipPlan]) -> None:
+        self._blocks = []
         for plan in plans:
-            if plan.all_layers and plan.local_blocks:
-                for layer in range(self._num_layers):
-                    self._ready(plan, layer)
-        self._plans = [plan for plan in plans if not plan.all_layers and (plan.local_blocks or plan.last)]
+            blocks = _Blocks.of(plan)
+            if not plan.all_layers:
+                if len(blocks.local) or blocks.last:
+                    self._blocks.append(blocks)
+                continue
+            for layer in range(self._num_layers):
+                self._ready(blocks, layer, None)  # earlier steps wrote them, and those have ended
 
     def on_layer(self, layer: int) -> None:
-        for plan in self._plans:
-            if plan.local_blocks:
-                self._ready(plan, layer)
-            if plan.last and layer == self._num_layers - 1:
-                self._thread.call(self._sender.layers_done, plan.open_id)
+        if not self._blocks:
+            return
+        fence = self._layer_fence()
+        for blocks in self._blocks:
+            self._ready(blocks, layer, fence)
+            if blocks.last and layer == self._num_layers - 1:
+                self._thread.call_after(fence, self._sender.layers_done, blocks.open_id)
 
-    def _ready(self, plan: ShipPlan, layer: int) -> None:
-        self._thread.call(self._sender.pages_ready, plan.open_id, layer, plan.local_blocks, plan.remote_blocks)
+    def _ready(self, blocks: _Blocks, layer: int, fence: Fence | None) -> None:
+        if len(blocks.local):
+            self._thread.call_after(fence, self._sender.pages_ready, blocks.open_id, layer, blocks.local, blocks.remote)
 
 
 def apply(command: ShipCommand, thread: Calls, sender: KVSender, layers: LayerShipper) -> None:
@@ -106,7 +146,7 @@ def apply(command: ShipCommand, thread: Calls, sender: KVSender, layers: LayerSh
         case ShipStep():
             layers.begin_step(list(command.plans))
         case ShipFinish():
-            thread.call(sender.finish, command.open_id, ())
+            thread.call_after(None, sender.finish, command.open_id, ())  # behind its pages
         case ShipCancel():
             thread.call(sender.cancel, command.open_id, command.reason)
         case ShipAnswer():
@@ -126,11 +166,12 @@ class RankShipping:
         num_layers: int,
         tp_size: int,
         broadcast: Callable[[bytes], None] | None,
+        layer_fence: Callable[[], Fence | None],
         on_source_free: Callable[[int], None],
     ) -> None:
         self._thread = thread
         self._sender = sender
-        self._layers = LayerShipper(thread, sender, num_layers)
+        self._layers = LayerShipper(thread, sender, num_layers, layer_fence)
         self._tp_size = tp_size
         self._broadcast = broadcast
         self._on_source_free = on_source_free
@@ -155,7 +196,7 @@ class RankShipping:
 
     def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...]) -> None:
         self._tell(ShipFinish(open_id=open_id))
-        self._thread.call(self._sender.finish, open_id, first_tokens)
+        self._thread.call_after(None, self._sender.finish, open_id, first_tokens)  # behind its pages
 
     def cancel(self, open_id: int, reason: str) -> None:
         self._tell(ShipCancel(open_id=open_id, reason=reason))

@@ -43,7 +43,7 @@ class PrefillUnit:
             version=parts.version,
             backend=parts.backend,
             spec=engine.spec,
-            num_blocks=engine.num_blocks,
+            num_blocks=engine.kv_pages.shape[1],
             clock=parts.clock,
             config=config.transfer,
             to_peer=self._to_decode,
@@ -57,6 +57,7 @@ class PrefillUnit:
             num_layers=engine.spec.num_layers,
             tp_size=engine.tp_size,
             broadcast=parts.group.broadcast if parts.group is not None else None,
+            layer_fence=engine.layer_fence,
             on_source_free=self._on_source_free,
         )
         self.role = PrefillRole(

@@ -24,7 +24,7 @@ SERVE_FLAGS = """
 --tensor-parallel-size --gpu-memory-utilization --kv-cache-memory-bytes --no-enable-prefix-caching --attention-backend
 --chat-template --revision --device --seed --api-key --log-level --config --load-format --prefill --decode
 --prefill-tensor-parallel-size --decode-tensor-parallel-size --launcher --ray-address --transfer
---max-local-prefill-tokens --no-local-prefill --secret-file --dry-run
+--max-local-prefill-tokens --no-local-prefill --secret-file --dry-run --kv-cache-dtype --enforce-eager
 """.split()
 
 
@@ -204,6 +204,14 @@ def test_config_show_tells_origins_and_hides_keys(run: Run, tmp_path: Path) -> N
         assert line in result.stdout.splitlines()
     assert "hidden" not in result.stdout
     assert "block_size: 16  # default" in result.stdout
+
+
+def test_a_switch_that_is_off_by_default_is_turned_on_and_off_again(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("enforce_eager: true\n")
+    for arguments, expected in (((), "false"), (("--enforce-eager",), "true"), (("--config", str(file)), "true")):
+        assert f"enforce_eager: {expected}" in run("config", "show", *arguments).stdout
+    assert "enforce_eager: false" in run("config", "show", "--config", str(file), "--no-enforce-eager").stdout
 
 
 def test_what_config_show_prints_can_be_loaded_again(run: Run, tmp_path: Path) -> None:

@@ -14,9 +14,13 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..common.messages import RegionInfo
+
+Indices = Sequence[int] | npt.NDArray[np.int32]
 
 
 class TransferState(Enum):
@@ -44,7 +48,11 @@ class TransferBackend(Protocol):
 
     name: str  # "nixl", "ucx", "local"
     agent: str
-    telemetry_bytes: int  # of writes that are DONE, as the transport itself counted them
+
+    @property
+    def telemetry_bytes(self) -> int:
+        """Of writes that are DONE, as the transport itself counted them."""
+        ...
 
     def register(self, pages: torch.Tensor, *, rank: int, tp_size: int, generation: int) -> RegionInfo:
         """Register the allocation [layers, blocks, 2, heads, block_size, head_dim] and describe it for peers."""

@@ -13,12 +13,19 @@ def open_backend(name: str, agent: str) -> TransferBackend:
     if name == "nixl":
         from .nixl import NixlBackend
 
-        return NixlBackend(agent)
+        return NixlBackend(agent, use_host_memory=allows_host_memory(os.environ.get("UCX_TLS", "all")))
     if name == "ucx":
         from .ucx import UcxBackend
 
         return UcxBackend(agent)
     raise ConfigError(f"transfer.backend: {name!r} is not one of nixl, ucx")
+
+
+def allows_host_memory(transports: str) -> bool:
+    """Whether a value of UCX_TLS lets a process copy from and to another one's memory."""
+    names = set(transports.removeprefix("^").split(","))
+    is_named = not names.isdisjoint({"all", "sm", "shm", "cma"})
+    return not is_named if transports.startswith("^") else is_named
 
 
 def set_ucx_defaults(*, loopback_only: bool) -> None:
@@ -28,5 +35,9 @@ def set_ucx_defaults(*, loopback_only: bool) -> None:
     it is kept to the loopback. Transports are left to UCX, so that GPUs and InfiniBand are found.
     """
     os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+    # Between processes of a host UCX copies a piece of 512 KiB and then looks at every socket. A post here is bounded
+    # by itself (sender.MAX_WRITE_BYTES), and what else waits can wait for its end.
+    os.environ.setdefault("UCX_CMA_SEG_SIZE", "8m")
+    os.environ.setdefault("UCX_CMA_TX_QUOTA", "64")
     if loopback_only:
         os.environ.setdefault("UCX_NET_DEVICES", "lo")

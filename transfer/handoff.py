@@ -13,10 +13,12 @@ import hmac
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from ..common.blocks import KVCacheSpec
 from ..common.messages import GrantInfo, RegionInfo
-from .base import Piece
+from .base import Indices, Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,9 @@ def _check_blocks(grant: GrantInfo) -> str | None:
     return None
 
 
-def page_index(layer: int, block: int, num_blocks: int) -> int:
-    return layer * num_blocks + block
+def page_indices(layer: int, blocks: Indices, num_blocks: int) -> npt.NDArray[np.int32]:
+    """The pages of these blocks in a layer of a pool of `num_blocks`."""
+    return np.asarray(blocks, dtype=np.int32) + np.int32(layer * num_blocks)
 
 
 def pieces(

@@ -8,6 +8,9 @@ Measured for 30 layers of 60 pages of 24 KiB, one write per layer, over shared m
 0.2 ms by prepared index and 1.3 ms from descriptors that were merged here first; the copy takes 5 ms either way
 where the pages are contiguous (one descriptor each time) and 11 ms where no two are.
 
+UCX moves each piece by a call of its own. Towards a process of this host, small pieces go together through a
+`HostWindow`; NIXL carries all larger ones, every write to other hosts and to GPUs, and the notifications.
+
 There is no progress thread, which would spin on a core: whoever waits polls, and polling makes progress.
 """
 
@@ -23,17 +26,29 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from ..common.errors import ConfigError, TransferError
-from ..common.messages import RegionInfo
+from ..common.errors import ConfigError, ProtocolError, TransferError
+from ..common.messages import Decoder, Message, RegionInfo, encode
 from .base import Piece, TransferHandle, TransferState, describe_region
+from .host_memory import HostMark, HostWindow, Marker, PageArea, paired_runs
 
+SMALL_PIECE_BYTES = 128 << 10  # on average: below it, moving the pieces together is worth the vector's making
 _PACKAGES = ("nixl", "nixl_cu12", "nixl_cu13")
+
+
+class _Metadata(Message, frozen=True):
+    """What a peer needs to reach us."""
+
+    nixl: bytes
+    mark: HostMark | None  # None: our pages are a GPU's, or UCX was told not to use shared memory
+
+
+_metadata: Decoder[_Metadata] = Decoder(_Metadata)
 
 
 @dataclass(slots=True, eq=False)
 class _Handle:
     agent: str
-    request: object  # nixl_xfer_handle
+    request: object | None  # nixl_xfer_handle; None: it ended in the call that wrote it
     num_bytes: int
     state: TransferState = TransferState.PENDING
 
@@ -48,6 +63,23 @@ class _Peer:
     num_local_pages: int
     num_remote_pages: int
     piece_bytes: int  # of one page
+    window: _PageWindow | None
+
+
+@dataclass(frozen=True, slots=True)
+class _PageWindow:
+    """Our pages, and a peer's in its memory on this host."""
+
+    window: HostWindow
+    here: PageArea
+    there: PageArea
+    pieces: tuple[Piece, ...]
+
+    def write_small(self, local_pages: Sequence[int], remote_pages: Sequence[int]) -> int | None:
+        """None: the pieces are so large that each may be a call of its own. Raises OSError."""
+        local, remote = np.asarray(local_pages, dtype=np.int32), np.asarray(remote_pages, dtype=np.int32)
+        ours, theirs = paired_runs(self.here, local, self.there, remote, self.pieces)
+        return self.window.write(ours, theirs) if ours[:, 1].mean() < SMALL_PIECE_BYTES else None
 
 
 def load_api(packages: Sequence[str] = _PACKAGES) -> ModuleType:
@@ -72,7 +104,8 @@ class NixlBackend:
 
     name = "nixl"
 
-    def __init__(self, agent: str) -> None:
+    def __init__(self, agent: str, *, use_host_memory: bool = True) -> None:
+        """`use_host_memory`: let processes of this host that are allowed to write into our pages directly."""
         api = load_api()
         bindings = importlib.import_module(f"{api.__package__}._bindings")
         self._errors: tuple[type[Exception], ...] = tuple(
@@ -83,6 +116,7 @@ class NixlBackend:
         config = api.nixl_agent_config(enable_prog_thread=False, capture_telemetry=True, backends=["UCX"])
         with self._raising("making an agent", agent):
             self._nixl = api.nixl_agent(agent, config)
+        self._marker = Marker() if use_host_memory else None
         self._pages: torch.Tensor | None = None
         self._registration: object = None
         self._local: dict[tuple[Piece, ...], object] = {}
@@ -102,10 +136,11 @@ class NixlBackend:
             self._registration = self._nixl.register_memory(pages)
             metadata: bytes = self._nixl.get_agent_metadata()
         self._pages = pages
+        mark = self._marker.mark if self._marker is not None and not pages.is_cuda else None
         return describe_region(
             pages,
             agent=self.agent,
-            metadata=metadata,
+            metadata=encode(_Metadata(nixl=metadata, mark=mark)),
             transport=self.name,
             rank=rank,
             tp_size=tp_size,
@@ -116,10 +151,14 @@ class NixlBackend:
         if remote.agent in self._peers:
             return
         assert self._pages is not None, "connect before register"
+        try:
+            metadata = _metadata.decode(remote.agent_metadata)
+        except ProtocolError as error:
+            raise TransferError(f"the metadata of {remote.agent}: {error}", peer=remote.agent) from error
         num_local = self._pages.shape[0] * self._pages.shape[1]
         num_remote = self._pages.shape[0] * remote.num_blocks
         with self._raising("connecting", remote.agent):
-            agent = self._nixl.add_remote_agent(remote.agent_metadata)
+            agent = self._nixl.add_remote_agent(metadata.nixl)
             if agent != remote.agent.encode():
                 self._nixl.remove_remote_agent(agent)
                 raise TransferError(f"the metadata of {remote.agent} names {agent!r}", peer=remote.agent)
@@ -129,13 +168,26 @@ class NixlBackend:
             self._nixl.make_connection(remote.agent)  # else the first write waits for it
         piece_bytes = sum(piece.num_bytes for piece in pieces)
         local = self._local_descriptors(pieces, num_local)
-        self._peers[remote.agent] = _Peer(local, descriptors, len(pieces), num_local, num_remote, piece_bytes)
+        window = self._open_window(metadata.mark, remote, pieces)
+        self._peers[remote.agent] = _Peer(local, descriptors, len(pieces), num_local, num_remote, piece_bytes, window)
+
+    def _open_window(self, mark: HostMark | None, remote: RegionInfo, pieces: tuple[Piece, ...]) -> _PageWindow | None:
+        assert self._pages is not None
+        if mark is None or self._marker is None or self._pages.is_cuda:
+            return None
+        window = HostWindow.open(mark)
+        if window is None:
+            return None
+        num_layers, num_blocks = self._pages.shape[:2]
+        here = PageArea(self._pages.data_ptr(), _page_bytes(self._pages), num_layers * num_blocks)
+        there = PageArea(remote.base_addr, remote.page_bytes, num_layers * remote.num_blocks)
+        return _PageWindow(window, here, there, pieces)
 
     def _local_descriptors(self, pieces: tuple[Piece, ...], num_pages: int) -> object:
         """Shared by all peers that take the same pieces."""
         assert self._pages is not None
         if pieces not in self._local:
-            page_bytes = self._pages[0, 0].numel() * self._pages.element_size()
+            page_bytes = _page_bytes(self._pages)
             device, device_id = ("VRAM", self._pages.device.index or 0) if self._pages.is_cuda else ("DRAM", 0)
             offsets = [piece.local_offset for piece in pieces]
             rows = _strided(pieces, offsets, self._pages.data_ptr(), page_bytes, device_id, num_pages)
@@ -147,6 +199,10 @@ class NixlBackend:
         self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int], notify: bytes = b""
     ) -> _Handle:
         peer = self._peers[agent]
+        if peer.window is not None and not notify:  # NIXL sends a write's notification after what NIXL wrote
+            num_bytes = self._write_small(agent, peer.window, local_pages, remote_pages)
+            if num_bytes is not None:
+                return _Handle(agent, None, num_bytes, TransferState.DONE)
         local = _indices(local_pages, peer.num_pieces, peer.num_local_pages)
         remote = _indices(remote_pages, peer.num_pieces, peer.num_remote_pages)
         with self._raising("writing", agent):
@@ -155,6 +211,17 @@ class NixlBackend:
             if self._nixl.transfer(request) == "ERR":
                 raise TransferError(f"writing to {agent}: refused at the post", peer=agent)
         return handle
+
+    def _write_small(
+        self, agent: str, window: _PageWindow, local_pages: Sequence[int], remote_pages: Sequence[int]
+    ) -> int | None:
+        """Small pieces, together; the number of bytes. None: they are large."""
+        try:
+            num_bytes = window.write_small(local_pages, remote_pages)
+        except OSError as error:
+            raise TransferError(f"writing ({agent}): {error}", peer=agent) from error
+        self.telemetry_bytes += num_bytes or 0
+        return num_bytes
 
     def poll(self, handle: TransferHandle) -> TransferState:
         assert isinstance(handle, _Handle)
@@ -172,6 +239,8 @@ class NixlBackend:
 
     def release(self, handle: TransferHandle) -> None:
         assert isinstance(handle, _Handle)
+        if handle.request is None:
+            return
         with suppress(*self._errors):  # what cannot be given back now is NIXL's until the agent ends
             self._nixl.release_xfer_handle(handle.request)
 
@@ -187,6 +256,8 @@ class NixlBackend:
     def disconnect(self, agent: str) -> None:
         peer = self._peers.pop(agent, None)
         if peer is not None:
+            if peer.window is not None:
+                peer.window.window.close()
             with self._raising("disconnecting", agent):
                 self._nixl.release_dlist_handle(peer.remote)
                 self._nixl.remove_remote_agent(agent)
@@ -203,6 +274,10 @@ class NixlBackend:
             self._nixl.deregister_memory(self._registration)
         self._registration = self._pages = None
         del self._nixl  # destroys the agent: whatever was still on its way to it goes nowhere
+
+
+def _page_bytes(pages: torch.Tensor) -> int:
+    return pages[0, 0].numel() * pages.element_size()
 
 
 def _strided(

@@ -11,7 +11,7 @@ Rank 0 speaks for the handoff (KVOpen, KVRenew); the other ranks get the same ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..common.blocks import KVCacheSpec
@@ -34,9 +34,10 @@ from ..common.messages import (
     TransferReport,
     encode,
 )
-from .base import TransferBackend, TransferHandle, TransferState
-from .handoff import page_index, targets_of
+from .base import Indices, TransferBackend, TransferState
+from .handoff import page_indices, targets_of
 from .shipment import Shipment, ShipmentState, Target
+from .writes import Write, Writes
 
 # Of a lease that is used. The rest pays for clocks that run up to a thousandth apart and for the time between the
 # look at the clock and the post.
@@ -47,21 +48,12 @@ _ORPHAN_POLL_S = 0.1
 
 
 @dataclass(slots=True, eq=False)
-class _Write:
-    shipment: Shipment
-    handle: TransferHandle
-    posted_at: float
-    is_counted: bool = True  # in the shipment's and the peer's accounts
-
-
-@dataclass(slots=True, eq=False)
 class _Peer:
     """A decode worker with shipments."""
 
     kv_address: str
     renew_at: float
     renew_sent_at: float | None = None  # of the KVRenew that waits for its answer
-    in_flight_bytes: int = 0
 
 
 class KVSender:
@@ -86,7 +78,7 @@ class KVSender:
         max_in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,
         max_write_bytes: int = MAX_WRITE_BYTES,
     ) -> None:
-        """`num_blocks`: of our own pool. `source_free(open_id)`: the shipment reads its source blocks no more."""
+        """`num_blocks`: of our own pages. `source_free(open_id)`: the shipment reads its source blocks no more."""
         self._rank = rank
         self._tp_size = tp_size
         self._worker_id = worker_id
@@ -100,13 +92,13 @@ class KVSender:
         self._to_peer = to_peer
         self._report = report
         self._source_free = source_free
-        self._max_in_flight_bytes = max_in_flight_bytes
         self._max_write_bytes = max_write_bytes
         self._shipments: dict[int, Shipment] = {}  # by open id, all but ENDED
-        self._writes: list[_Write] = []  # in the order of the posts
+        self._writes = Writes(backend, max_in_flight_bytes)
         self._peers: dict[tuple[str, int], _Peer] = {}  # by worker id and incarnation
         self.num_bytes = 0  # written since start
         self.num_failures = 0  # shipments that ended with "may still land"
+        self.made_progress = False  # a write ended in the last step: the next need not wait
 
     @property
     def num_unfinished(self) -> int:
@@ -127,7 +119,7 @@ class KVSender:
             self._send_open(shipment)
         try:
             for target in targets:
-                self._backend.connect(target.region, target.pieces)
+                self._writes.connect(grant.kv_address, target)
         except TransferError as error:
             self._end(shipment, clean=True, reason=str(error))
 
@@ -148,18 +140,13 @@ class KVSender:
             ),
         )
 
-    def pages_ready(self, open_id: int, layer: int, local_blocks: Sequence[int], remote_blocks: Sequence[int]) -> None:
-        """These blocks are complete in this layer and will not change."""
+    def pages_ready(self, open_id: int, layer: int, local_blocks: Indices, remote_blocks: Indices) -> None:
+        """These blocks are complete in this layer and will not change. In the order of our blocks, runs merge."""
         shipment = self._shipments.get(open_id)
-        if shipment is None or not shipment.is_live:
-            return
-        remote_num_blocks = shipment.grant.ranks[0].num_blocks
-        remote = [page_index(layer, block, remote_num_blocks) for block in remote_blocks]
-        assert shipment.known_pages.isdisjoint(remote), f"a page of layer {layer} was shipped before"
-        shipment.known_pages.update(remote)
-        shipment.remote_pages += remote
-        shipment.local_pages += [page_index(layer, block, self._num_blocks) for block in local_blocks]
-        assert len(shipment.local_pages) == len(shipment.remote_pages)
+        if shipment is not None and shipment.is_live:
+            local = page_indices(layer, local_blocks, self._num_blocks)
+            remote = page_indices(layer, remote_blocks, shipment.remote_num_blocks)
+            shipment.add_pages(local, remote)
 
     def layers_done(self, open_id: int) -> None:
         """The prompt's last layer is computed: what is written from now on is exposed."""
@@ -251,6 +238,7 @@ class KVSender:
         for shipment in list(self._shipments.values()):
             if shipment.grant.kv_address == kv_address:
                 self._stop(shipment, "connection to the decode worker lost")
+        self._writes.peer_lost(kv_address)
 
     # --- the transfer thread's turn -----------------------------------------------------------------------------
 
@@ -263,6 +251,7 @@ class KVSender:
         self._poll()
         for shipment in list(self._shipments.values()):
             self._settle(shipment)
+        self._writes.forget_lost(self._shipments.values())
         if self._rank == 0:
             self._renew(now)
         return self._next_call_s()
@@ -281,11 +270,9 @@ class KVSender:
 
     def _post_next(self, shipment: Shipment, target: Target) -> bool:
         """One write. False: not now, the peer has too much in flight or the lease is over."""
-        peer, agent = self._peers[shipment.peer], target.region.agent
         start = target.num_posted
         end = min(len(shipment.local_pages), start + max(1, self._max_write_bytes // target.page_bytes))
-        num_bytes = (end - start) * target.page_bytes
-        if peer.in_flight_bytes and peer.in_flight_bytes + num_bytes > self._max_in_flight_bytes:
+        if not self._writes.has_room(shipment.peer, (end - start) * target.page_bytes):
             return False
         local, remote = shipment.local_pages[start:end], shipment.remote_pages[start:end]
         now = self._clock.now()
@@ -293,45 +280,34 @@ class KVSender:
             return False
         target.num_posted = end
         try:
-            handle = self._backend.write(agent, local, remote)
+            self._writes.post(shipment, target, local, remote, now)
         except TransferError as error:
             self._fail(shipment, str(error))
             return False
         if shipment.first_post_at is None:
             shipment.first_post_at = now
-        self._writes.append(_Write(shipment, handle, now))
-        shipment.num_writes += 1
-        peer.in_flight_bytes += num_bytes
         return True
 
     def _poll(self) -> None:
         now = self._clock.now()
-        pending = []
-        for write in self._writes:
-            shipment = write.shipment
-            state = self._backend.poll(write.handle)
+        self.made_progress = False
+        for write, state in self._writes.poll():
             if state is TransferState.PENDING:
-                pending.append(write)
-                if shipment.state is ShipmentState.SHIPPING and now - write.posted_at > self._config.write_timeout_s:
-                    self._fail(shipment, f"a write is not done after {self._config.write_timeout_s} s")
+                self._check_write(write, now)
                 continue
-            self._backend.release(write.handle)
-            if shipment.state is ShipmentState.ENDED:
+            self.made_progress = True
+            if write.shipment.state is ShipmentState.ENDED:
                 continue
-            self._uncount(write)
             if state is TransferState.FAILED:
-                self._fail(shipment, "a write failed")
+                self._fail(write.shipment, "a write failed")
             else:
-                shipment.num_bytes += write.handle.num_bytes
+                write.shipment.num_bytes += write.handle.num_bytes
+                write.shipment.last_done_at = now
                 self.num_bytes += write.handle.num_bytes
-                shipment.last_done_at = now
-        self._writes = pending
 
-    def _uncount(self, write: _Write) -> None:
-        if write.is_counted:
-            write.is_counted = False
-            write.shipment.num_writes -= 1
-            self._peers[write.shipment.peer].in_flight_bytes -= write.handle.num_bytes
+    def _check_write(self, write: Write, now: float) -> None:
+        if write.shipment.state is ShipmentState.SHIPPING and now - write.posted_at > self._config.write_timeout_s:
+            self._fail(write.shipment, f"a write is not done after {self._config.write_timeout_s} s")
 
     def _settle(self, shipment: Shipment) -> None:
         """Tell the arrival, again and again, or the end."""
@@ -412,9 +388,7 @@ class KVSender:
 
     def _end(self, shipment: Shipment, *, clean: bool, reason: str = "") -> None:
         told, was_live = shipment.state is ShipmentState.TOLD, shipment.is_live
-        for write in self._writes:
-            if write.shipment is shipment:  # it is polled until it ends, on nobody's account
-                self._uncount(write)
+        self._writes.disown(shipment)
         shipment.advance(ShipmentState.ENDED, self._clock.now())
         del self._shipments[shipment.open_id]
         if not any(other.peer == shipment.peer for other in self._shipments.values()):

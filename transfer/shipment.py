@@ -10,8 +10,12 @@ Pages are appended as they are computed; every decode rank has a cursor of its o
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
 
 from ..common.errors import InvalidTransition
 from ..common.messages import ChoiceTokens, GrantInfo, RegionInfo
@@ -62,9 +66,8 @@ class Shipment:
     deadline: float  # nothing is posted from then on
     since: float  # when the state was entered
     state: ShipmentState = ShipmentState.OPENING
-    local_pages: list[int] = field(default_factory=list)
-    remote_pages: list[int] = field(default_factory=list)  # pairwise; the same on every decode rank
-    known_pages: set[int] = field(default_factory=set)  # remote pages so far: each is written once per open
+    local_pages: array[int] = field(default_factory=lambda: array("i"))
+    remote_pages: array[int] = field(default_factory=lambda: array("i"))  # pairwise; the same on every decode rank
     num_writes: int = 0  # posted and not ended
     finished: bool = False  # every page is complete and the first tokens are known
     first_tokens: tuple[ChoiceTokens, ...] = ()
@@ -74,6 +77,18 @@ class Shipment:
     first_post_at: float | None = None
     last_done_at: float | None = None
     computed_at: float | None = None  # the last layer's
+    is_known: npt.NDArray[np.bool_] = field(init=False)  # of each remote page: was given, and is so once per open
+
+    def __post_init__(self) -> None:
+        self.is_known = np.zeros(self.grant.spec.num_layers * self.remote_num_blocks, dtype=np.bool_)
+
+    def add_pages(self, local: npt.NDArray[np.int32], remote: npt.NDArray[np.int32]) -> None:
+        """Complete from now on: to be written, pairwise."""
+        assert len(local) == len(remote), f"{len(local)} pages for {len(remote)}"
+        assert not self.is_known[remote].any(), f"page {remote[self.is_known[remote]][0]} was shipped before"
+        self.is_known[remote] = True
+        self.local_pages.frombytes(local.tobytes())
+        self.remote_pages.frombytes(remote.tobytes())
 
     def advance(self, to: ShipmentState, now: float) -> None:
         if to not in _NEXT[self.state]:
@@ -84,6 +99,11 @@ class Shipment:
     def peer(self) -> tuple[str, int]:
         """The decode worker: id and incarnation."""
         return (self.grant.grant_id.worker_id, self.grant.grant_id.incarnation)
+
+    @property
+    def remote_num_blocks(self) -> int:
+        """Of the decode worker's pool, on each of its ranks."""
+        return self.grant.ranks[0].num_blocks
 
     @property
     def is_live(self) -> bool:

@@ -1,11 +1,13 @@
 """The transfer thread: the only one that touches a backend and its sender.
 
-    call(fn, *args)   from any thread, in order ─┐
-                                                 ├─> thread: run calls ─> sender.step ─> notifications ─> wait
-    watch(True)       poll for arrivals ─────────┘
+    call(fn, *args)                from any thread, in order ─────┐
+    call_after(fence, fn, *args)   once a GPU has come so far ────┼─> thread: run calls ─> sender.step
+    watch(True)                    poll for arrivals ─────────────┘                          ─> notifications ─> wait
 
-While something is under way it polls with short sleeps, 0.2 ms after progress and up to 1 ms without; a spinning
-thread would take a core from the model. With nothing to do it blocks until the next call.
+Calls behind fences keep an order of their own: a GPU may lag by a whole step, and leases do not wait for it.
+While something is under way it polls: at once after a write that has ended, else with short sleeps of 0.2 ms, and up
+to 1 ms when nothing comes; a spinning thread would take a core from the model. With nothing to do it blocks until
+the next call.
 An exception ends the thread and reaches `on_failure`.
 """
 
@@ -13,8 +15,11 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
+from ..common.batch import Fence
 from ..common.errors import ProtocolError
 from ..common.messages import Decoder, KVArrived
 from .base import TransferBackend
@@ -26,6 +31,12 @@ _WATCH_POLL_S = 0.0005  # where only arrivals are waited for; over TCP, writes a
 
 _decoder: Decoder[KVArrived] = Decoder(KVArrived)
 _Call = tuple[Callable[..., object], tuple[object, ...]]
+
+
+class _Deferred(NamedTuple):
+    fence: Fence | None
+    function: Callable[..., object]
+    args: tuple[object, ...]
 
 
 class TransferThread:
@@ -45,6 +56,7 @@ class TransferThread:
         self._on_arrived = on_arrived
         self._on_failure = on_failure
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._deferred: deque[_Deferred] = deque()  # the thread's own
         self._wanted = False  # what `watch` was told last
         self._watching = False  # what the thread does
         self._poll_s = MIN_POLL_S
@@ -57,6 +69,20 @@ class TransferThread:
     def call(self, function: Callable[..., object], *args: object) -> None:
         """Run `function(*args)` on the transfer thread, in the order of the calls."""
         self._calls.put((function, args))
+
+    def call_after(self, fence: Fence | None, function: Callable[..., object], *args: object) -> None:
+        """As `call`, once `fence` has passed and in the order of these calls. None: nothing of its own to wait for."""
+        self.call(self._defer, _Deferred(fence, function, args))
+
+    def _defer(self, deferred: _Deferred) -> None:
+        self._deferred.append(deferred)
+        self._run_deferred()
+
+    def _run_deferred(self) -> None:
+        while self._deferred and (self._deferred[0].fence is None or self._deferred[0].fence.query()):
+            _, function, args = self._deferred.popleft()
+            function(*args)
+            self._poll_s = MIN_POLL_S
 
     def watch(self, on: bool) -> None:
         """Poll for notifications, or only while something is being sent. Callers take turns (the worker's lock)."""
@@ -97,14 +123,20 @@ class TransferThread:
 
     def _turn(self) -> float | None:
         """One round of progress; how long to wait for a call before the next."""
+        self._run_deferred()
         wait_s = self._sender.step() if self._sender is not None else None
+        if self._deferred:
+            wait_s = 0.0  # a GPU tells nobody: ask again soon
         if not self._watching and wait_s != 0.0:
             return wait_s
         if self._deliver():
             self._poll_s = MIN_POLL_S
+        if self._sender is not None and self._sender.made_progress:
+            self._poll_s = MIN_POLL_S
+            return 0.0
         if wait_s == 0.0:
-            self._poll_s = min(2 * self._poll_s, MAX_POLL_S)
-            return self._poll_s
+            poll_s, self._poll_s = self._poll_s, min(2 * self._poll_s, MAX_POLL_S)
+            return poll_s
         return _WATCH_POLL_S if wait_s is None else min(wait_s, _WATCH_POLL_S)
 
     def _deliver(self) -> bool:

@@ -53,7 +53,7 @@ class AttentionBackend(Protocol):
         ...
 
     def warm_up(self) -> None:
-        """Compile or load what the first steps would. Overwrites the first slots of block 0."""
+        """Compile or load what the first steps would. Before any page is of use: it overwrites some."""
         ...
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -11,9 +12,18 @@ from .base import AttentionBackend
 
 
 def make_attention(
-    name: str, pages: Tensor, num_qo_heads: int, sliding_windows: Sequence[int | None]
+    name: str,
+    pages: Tensor,
+    num_qo_heads: int,
+    sliding_windows: Sequence[int | None],
+    *,
+    query_dtype: torch.dtype | None = None,
+    kv_scales: Sequence[tuple[float, float]] | None = None,
 ) -> AttentionBackend:
-    """The backend `name` ("auto" picks by device) over `pages`. Raises ConfigError where it cannot run."""
+    """The backend `name` ("auto" picks by device) over `pages`. Raises ConfigError where it cannot run.
+
+    Pages in 8 bits (on CUDA alone) need the queries' type, and each layer's k_scale and v_scale where they are not 1.
+    """
     device = pages.device.type
     if name == "auto":
         name = "flashinfer" if device == "cuda" else "cpu"
@@ -22,7 +32,7 @@ def make_attention(
             raise ConfigError("attention_backend = flashinfer needs a CUDA device; use cpu on this one")
         from .flashinfer import FlashInferAttention
 
-        return FlashInferAttention(pages, num_qo_heads, sliding_windows)
+        return FlashInferAttention(pages, num_qo_heads, sliding_windows, query_dtype=query_dtype, kv_scales=kv_scales)
     if device != "cpu":
         raise ConfigError(f"attention_backend = {name} does not run on {device}; use flashinfer")
     from .cpu import CPUAttention

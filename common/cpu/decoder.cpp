@@ -1,7 +1,7 @@
 // A step of a Llama-family decoder, all layers in one call: any mix of sequences' next tokens and stretches of prompts.
 //
-// Weights and pages are bfloat16, sums and the residual stream float32. Used by one thread at a time, with
-// `num_threads - 1` helpers.
+// Weights and pages are bfloat16, sums and the residual stream float32. Used by one thread at a time, with helpers of
+// its own, as many as the machine has to spare (cores.hpp).
 //
 //   forward: embedding -> layers: norm -> qkv -> rotate, write K and V -> attend -> o -> norm -> gate, up -> silu -> down
 //   logits:  norm -> head
@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "attention.hpp"
+#include "cores.hpp"
 #include "linear.hpp"
 #include "model.hpp"
 #include "prompt_attention.hpp"
@@ -44,13 +45,13 @@ private:
 
 class Decoder {
 public:
-    Decoder(const Model& model, int num_threads)
-        : m_(model), layers_(model.layers, model.layers + model.num_layers), team_(num_threads),
+    Decoder(const Model& model, int max_threads, const Cores& cores)
+        : m_(model), layers_(model.layers, model.layers + model.num_layers), team_(max_threads), cores_(cores),
           group_(int(model.num_qo_heads / model.num_kv_heads)), hidden_stride_(padded(model.hidden_size, kTileColumns)),
           normed_stride_(padded(model.hidden_size, 32)), attended_stride_(padded(model.qo_size(), 32)),
           activated_stride_(padded(model.intermediate_size, 32)), qkv_stride_(padded(model.qkv_size(), kTileColumns)),
           gate_up_stride_(padded(2 * model.intermediate_size, kTileColumns)), counters_(2 * model.num_layers + 1) {
-        for (int rank = 0; rank < num_threads; rank++) mine_.push_back(std::make_unique<Mine>(*this));
+        for (int rank = 0; rank < max_threads; rank++) mine_.push_back(std::make_unique<Mine>(*this));
         const auto deadline = std::chrono::steady_clock::now() + kLargePagesWithin;
         use_large_pages(m_.head_tiles(), deadline);
         for (const Layer& layer : layers_) {
@@ -61,27 +62,31 @@ public:
     }
 
     long block_size() const { return m_.block_size; }
+    int num_threads() const { return team_.size(); }
 
     void forward(Step& step) {
         plan_attention(step, m_);
         reserve(step);
-        team_.run([&](int rank) {
-            const Range tokens = share(step.num_tokens, rank, team_.size());
-            for (long token = tokens.first; token < tokens.last; token++) embed(step.input_ids[token], residual(token));
-            for (const Row& row : step.rows) prepare_rotations(row, tokens);
-            team_.barrier();
-            if (step.num_tokens <= kFewRows) {
+        if (step.num_tokens <= kFewRows) {
+            team_.run(cores_.take(), [&](int rank) {
+                begin(step, rank);
+                team_.barrier();
                 run_together(step, rank);
-            } else {
-                run_apart(step, rank);
+                run_last(step, rank);
+            });
+        } else {
+            team_.run(cores_.take(), [&](int rank) { begin(step, rank); });
+            for (std::size_t index = 0; index < layers_.size(); index++) {
+                team_.run(cores_.take(), [&](int rank) { run_apart(step, index, rank); });
             }
-            run_last(step, rank);
-        });
+            team_.run(cores_.take(), [&](int rank) { run_last(step, rank); });
+        }
+        cores_.mark();
     }
 
     void logits(long rows, const float* hidden, float* logits) {
         const Tiles head = m_.head_tiles();
-        team_.run([&](int rank) {
+        team_.run(cores_.take(), [&](int rank) {
             for (long first = 0; first < rows; first += kPanelRows) {
                 const Rows normed = normalize(hidden + first * hidden_stride_, std::min(kPanelRows, rows - first),
                                               m_.final_norm, mine_[rank]->panel);
@@ -90,6 +95,7 @@ public:
                 });
             }
         });
+        cores_.mark();
     }
 
 private:
@@ -127,6 +133,12 @@ private:
         grow(cos_, step.num_tokens * m_.head_dim);
         grow(sin_, step.num_tokens * m_.head_dim);
         for (Counter& counter : counters_) counter.reset();
+    }
+
+    void begin(const Step& step, int rank) {
+        const Range tokens = share(step.num_tokens, rank, team_.size());
+        for (long token = tokens.first; token < tokens.last; token++) embed(step.input_ids[token], residual(token));
+        for (const Row& row : step.rows) prepare_rotations(row, tokens);
     }
 
     void embed(std::int32_t token, float* x) const {
@@ -171,27 +183,23 @@ private:
         }
     }
 
-    void run_apart(const Step& step, int rank) {
+    void run_apart(const Step& step, std::size_t index, int rank) {
         const long groups = (step.num_tokens + kRowsAtOnce - 1) / kRowsAtOnce, size = team_.size();
         const long panels = (groups * kRowsAtOnce + kPanelRows * size - 1) / (kPanelRows * size) * size;
+        const Layer& layer = layers_[index];
         Panel& panel = mine_[rank]->panel;
-        for (std::size_t index = 0; index < layers_.size(); index++) {
-            counters_[2 * index].take(panels, [&](long i) {
-                const Range range = share(groups, int(i), int(panels));
-                const Range tokens{range.first * kRowsAtOnce, std::min(range.last * kRowsAtOnce, step.num_tokens)};
-                const long count = tokens.last - tokens.first;
-                if (index > 0) finish(layers_[index - 1], residual(tokens.first), attended(tokens.first), count, panel);
-                const Layer& layer = layers_[index];
-                const Rows normed = normalize(residual(tokens.first), count, layer.input_norm, panel);
-                set(panel.qkv.data(), qkv_stride_, normed, m_.qkv(layer), layer.qkv_bias, all(m_.qkv(layer)));
-                place(step, index, tokens, panel.qkv.data(), *mine_[rank]);
-            });
-            team_.barrier();
-            report(step, index, rank);
-            if (index + 1 == layers_.size()) return;
-            attend(step.pieces, index, *mine_[rank]);
-            team_.barrier();
-        }
+        counters_[2 * index].take(panels, [&](long i) {
+            const Range range = share(groups, int(i), int(panels));
+            const Range tokens{range.first * kRowsAtOnce, std::min(range.last * kRowsAtOnce, step.num_tokens)};
+            const long count = tokens.last - tokens.first;
+            if (index > 0) finish(layers_[index - 1], residual(tokens.first), attended(tokens.first), count, panel);
+            const Rows normed = normalize(residual(tokens.first), count, layer.input_norm, panel);
+            set(panel.qkv.data(), qkv_stride_, normed, m_.qkv(layer), layer.qkv_bias, all(m_.qkv(layer)));
+            place(step, index, tokens, panel.qkv.data(), *mine_[rank]);
+        });
+        team_.barrier();
+        report(step, index, rank);
+        if (index + 1 < layers_.size()) attend(step.pieces, index, *mine_[rank]);
     }
 
     // The rest of the last layer, for the wanted tokens alone.
@@ -371,6 +379,7 @@ private:
     const Model m_;
     const std::vector<Layer> layers_;
     Team team_;
+    Cores cores_;
     const int group_;  // query heads of one KV head
     const long hidden_stride_, normed_stride_, attended_stride_, activated_stride_, qkv_stride_, gate_up_stride_;
     std::vector<Counter> counters_;  // a layer's panels and its attention, and the last panels
@@ -384,7 +393,11 @@ private:
 
 extern "C" {
 
-void* kvferry_decoder_new(const Model* model, int num_threads) { return new Decoder(*model, num_threads); }
+// `slots`: this machine's workers in shared memory, this one being `slot`; null: always `num_threads`.
+void* kvferry_decoder_new(const Model* model, int num_threads, int max_threads, void* slots, int num_slots, int slot) {
+    return new Decoder(*model, max_threads,
+                       Cores(static_cast<Cores::Slot*>(slots), num_slots, slot, num_threads, max_threads));
+}
 
 void kvferry_decoder_free(void* decoder) { delete static_cast<Decoder*>(decoder); }
 
@@ -403,6 +416,9 @@ void kvferry_decoder_forward(void* decoder, int rows, const std::int32_t* input_
     }
     self->forward(step);
 }
+
+// Those that the last part of the last step ran on.
+int kvferry_decoder_num_threads(void* decoder) { return static_cast<Decoder*>(decoder)->num_threads(); }
 
 // `hidden` [rows][hidden_size padded to 64] -> `logits` [rows][vocab_size padded to 64]
 void kvferry_decoder_logits(void* decoder, int rows, const float* hidden, float* logits) {

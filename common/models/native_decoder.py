@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..cores import SharedCores
 from ..native import NativeUnavailable, load
 from .decoder import Decoder, DecoderLayer
 from .layers import Linear
@@ -51,23 +52,43 @@ _OnLayer = ctypes.CFUNCTYPE(None, ctypes.c_int)
 class NativeDecoder:
     """Used by one thread; with `num_threads` 1 it starts no other. Keeps the decoder's memory alive."""
 
-    def __init__(self, decoder: Decoder, pages: Tensor, *, num_threads: int, cache: Path) -> None:
-        """`pages` are those of the engine. Raises NativeUnavailable."""
+    def __init__(
+        self, decoder: Decoder, pages: Tensor, *, num_threads: int, cache: Path, cores: SharedCores | None = None
+    ) -> None:
+        """`pages` are those of the engine. With `cores`, it uses more threads than its own while others are idle.
+
+        Raises NativeUnavailable.
+        """
         if pages.dtype != torch.bfloat16 or pages.device.type != "cpu" or decoder.head.rows.comm.size != 1:
             raise NativeUnavailable("only for a whole model in bfloat16 on a CPU")
         self._model = _describe(decoder, pages)
-        self._keep = (decoder, pages)
+        self._keep = (decoder, pages, cores)
         self._vocab_size = decoder.config.vocab_size
         self._hidden_stride = _padded(decoder.config.hidden_size)
         library = load(cache)
         self._forward, self._logits = library.kvferry_decoder_forward, library.kvferry_decoder_logits
-        arrays = [ctypes.c_char_p] * 4
-        wanted = [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p]
-        self._forward.argtypes = [ctypes.c_void_p, ctypes.c_int, *arrays, *wanted, _OnLayer]
+        self._forward.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p),
+            *(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, _OnLayer),
+        ]
         self._logits.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
         library.kvferry_decoder_new.restype = ctypes.c_void_p
-        self._handle = ctypes.c_void_p(library.kvferry_decoder_new(ctypes.byref(self._model), num_threads))
+        library.kvferry_decoder_new.argtypes = [
+            *(ctypes.POINTER(_Model), ctypes.c_int),
+            *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
+        ]
+        shared: tuple[int, int | None, int, int] = (num_threads, None, 0, 0)
+        if cores is not None:
+            shared = (cores.slot.max_threads, cores.address, cores.slot.num_slots, cores.slot.slot)
+        handle = library.kvferry_decoder_new(ctypes.byref(self._model), num_threads, *shared)
+        self._handle = ctypes.c_void_p(handle)
+        self._num_threads = library.kvferry_decoder_num_threads
         weakref.finalize(self, library.kvferry_decoder_free, self._handle)
+
+    @property
+    def num_threads(self) -> int:
+        """On which the last part of the last step ran."""
+        return int(self._num_threads(self._handle))
 
     def forward(self, step: Step, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """Hidden states of the wanted tokens before the final norm, [wanted, hidden_size padded to 64] float32.

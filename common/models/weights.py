@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,8 @@ Progress = Callable[[str, float], None]  # what is being done, fraction in [0, 1
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _DIGEST_SAMPLES = 16  # spots of each file
 _DIGEST_SAMPLE_BYTES = 4096
+# Of a cache in 8 bits, as quantising tools name them: a key is stored as key / k_scale.
+_KV_SCALE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_scale")
 
 
 class _TensorSlice(Protocol):
@@ -41,6 +44,7 @@ class _TensorFile(Protocol):
 
     def keys(self) -> list[str]: ...
     def get_slice(self, name: str) -> _TensorSlice: ...
+    def get_tensor(self, name: str) -> Tensor: ...
 
 
 def load_weights(
@@ -109,7 +113,9 @@ def _check_names(slots: list[WeightSlot], files: dict[str, _TensorFile], model_d
     extra = sorted(
         name
         for name in files.keys() - wanted
-        if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")
+        if not name.endswith("rotary_emb.inv_freq")
+        and not (tied and name == "lm_head.weight")
+        and not _KV_SCALE.fullmatch(name)
     )
     if missing:
         raise ConfigError(f"{model_dir}: {len(missing)} tensors are missing: {_some(missing)}")
@@ -131,6 +137,20 @@ def _fill_from_file(slot: WeightSlot, file: _TensorFile) -> None:
         for dim, size in enumerate(slot.shape)
     )
     slot.target.copy_(source[index])
+
+
+def read_kv_scales(model_dir: Path, num_layers: int) -> list[tuple[float, float]]:
+    """For each layer k_scale and v_scale of a cache in 8 bits; 1 where the checkpoint has none. Raises ConfigError."""
+    scales = [[1.0, 1.0] for _ in range(num_layers)]
+    for name, file in _open_files(model_dir).items():
+        match = _KV_SCALE.fullmatch(name)
+        if match is None:
+            continue
+        value = file.get_tensor(name)
+        if int(match[1]) >= num_layers or value.numel() != 1 or not float(value) > 0:
+            raise ConfigError(f"{model_dir}: {name} is no positive number for one of {num_layers} layers")
+        scales[int(match[1])]["kv".index(match[2])] = float(value)
+    return [(k_scale, v_scale) for k_scale, v_scale in scales]
 
 
 def _fill_random(slot: WeightSlot, seed: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import sys
 import threading
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import torch
 
 from kvferry.common import native
 from kvferry.common.batch import Batch, BatchRow
+from kvferry.common.config import CoreSlot
+from kvferry.common.cores import CoreBoard, attach
 from kvferry.common.default_model import cache_dir
 from kvferry.common.engine import Engine
 from kvferry.common.models.native_decoder import Step
@@ -56,9 +59,9 @@ def _library() -> None:
 class Recorded:
     """An engine whose logits can be looked at."""
 
-    def __init__(self, model_dir: Path, *, is_native: bool, **fields: object) -> None:
+    def __init__(self, model_dir: Path, *, is_native: bool, cores: CoreSlot | None = None, **fields: object) -> None:
         config = engine_config(model_dir, **({"dtype": "bfloat16"} | fields))
-        self.engine = Engine(config, num_blocks=400, native=is_native)
+        self.engine = Engine(config, num_blocks=400, native=is_native, cores=cores)
         self.driver = Driver(self.engine)
         self.native_steps = 0
         self.logits: list[torch.Tensor] = []
@@ -127,8 +130,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _pair(model_dir: Path, **fields: object) -> tuple[Recorded, Recorded]:
-    return Recorded(model_dir, is_native=True, **fields), Recorded(model_dir, is_native=False, **fields)
+def _pair(model_dir: Path, *, block_size: int = 16) -> tuple[Recorded, Recorded]:
+    ours, theirs = (Recorded(model_dir, is_native=native, block_size=block_size) for native in (True, False))
+    return ours, theirs
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -193,6 +197,34 @@ def test_threads_give_the_same_bits(checkpoints: Path, num_threads: int) -> None
         for _ in range(5):
             run.driver.step([(seq, 1) for seq in seqs])
     assert all(torch.equal(one, other) for one, other in zip(alone.logits, together.logits, strict=True))
+
+
+def test_a_worker_borrows_the_cores_of_those_that_are_idle(checkpoints: Path) -> None:
+    board = CoreBoard(3)
+    slots = [board.slot(index, max_threads=4) for index in range(3)]
+    run = Recorded(checkpoints / "llama", is_native=True, cores=slots[0])
+    others = [attach(slot).memory for slot in slots[1:]]
+    board.close()
+    native = run.engine._native
+    assert native is not None
+    for num_busy, num_threads in ((0, 4), (1, 2), (2, 1), (1, 2), (0, 4)):
+        for other, memory in enumerate(others):
+            is_busy = other < num_busy
+            worked_at_ns, own_threads = (2**62 if is_busy else 0), 2
+            struct.pack_into("qq", memory, 64 * (1 + other), worked_at_ns, own_threads)
+        for length in (5, 100):
+            run.driver.step([(run.driver.add([1] * length, SAMPLING), length)])
+            assert native.num_threads == num_threads
+    assert struct.unpack_from("q", others[0], 0)[0] > 0, "nobody sees this worker compute"
+
+
+def test_without_the_board_a_worker_keeps_to_its_own_threads(checkpoints: Path) -> None:
+    slot = CoreBoard(1).slot(0, max_threads=2).model_copy(update={"path": "/proc/self/fd/9999"})
+    with structlog.testing.capture_logs() as lines:
+        run = Recorded(checkpoints / "llama", is_native=True, cores=slot)
+    assert [line["event"] for line in lines] == ["shared_cores"]
+    run.driver.step([(run.driver.add([1, 2, 3], SAMPLING), 3)])
+    assert run.engine._native is not None and run.engine._native.num_threads == 1
 
 
 def test_a_row_does_not_feel_how_many_others_there_are(checkpoints: Path) -> None:

@@ -73,6 +73,13 @@ def test_cores_are_split_between_workers(prefill: int, decode: int, threads: int
     assert {worker.config.engine.device for worker in fitted.workers} == {"cpu"}
 
 
+def test_a_worker_may_borrow_all_cores_unless_its_threads_are_set() -> None:
+    assert {worker.max_threads for worker in fit_to_host(planned(1, 1), host()).workers} == {8}
+    assert {worker.max_threads for worker in fit_to_host(planned(0, 1), host()).workers} == {None}
+    fitted = fit_to_host(planned(1, 1, num_threads=3), host())
+    assert {(worker.config.engine.num_threads, worker.max_threads) for worker in fitted.workers} == {(3, None)}
+
+
 def test_cpu_cache_is_a_tenth_of_free_memory_up_to_its_bound() -> None:
     for free_gib, expected in ((10, GIB), (640, 2 * GIB)):
         fitted = fit_to_host(planned(), host(free_gib=free_gib))
@@ -142,9 +149,27 @@ def test_length_beyond_the_models_is_refused() -> None:
 def test_sizes_of_llama_3_8b() -> None:
     engine = planned().workers[0].config.engine
     assert cache_token_bytes(engine, MODEL) == 128 << 10
+    assert cache_token_bytes(engine.model_copy(update={"kv_cache_dtype": "fp8"}), MODEL) == 64 << 10
     assert weight_bytes(engine, MODEL) == pytest.approx(8.03e9 * 2, rel=0.01)
+
+
+def test_steps_are_larger_on_gpus_unless_their_size_is_set() -> None:
+    def sizes(host: Host, **settings: object) -> list[int]:
+        workers = fit_to_host(planned(1, 1, **settings), host).workers
+        return [worker.config.engine.max_num_batched_tokens for worker in workers]
+
+    assert sizes(host()) == [512, 512]
+    assert sizes(host(2)) == [8192, 2048]
+    assert sizes(host(2), max_num_batched_tokens=512) == [512, 512]
 
 
 def test_on_shared_cores_prefill_yields_to_decode() -> None:
     fitted = fit_to_host(plan(ServeSettings(), Path("model"), "m", b""), Host(num_cpus=2, free_memory_bytes=8 << 30))
     assert {w.config.role: w.config.niceness > 0 for w in fitted.workers} == {"prefill": True, "decode": False}
+
+
+def test_a_cache_in_8_bits_needs_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="kv_cache_dtype: fp8 needs a GPU"):
+        fit_to_host(planned(kv_cache_dtype="fp8"), host())
+    fitted = fit_to_host(planned(kv_cache_dtype="fp8"), host(num_gpus=2))
+    assert {worker.config.engine.kv_cache_dtype for worker in fitted.workers} == {"fp8"}

@@ -57,6 +57,14 @@ def test_slow_steps_get_fewer_tokens_but_never_too_few_to_move_on() -> None:
     assert _step(scheduler)[0] == [("a", 64)]
 
 
+def test_a_short_rest_of_a_prompt_goes_along() -> None:
+    scheduler, _, _ = _scheduler(num_blocks=1024, budget=512)
+    scheduler.add(_sequence("a", 512), b"")  # 500 tokens are half a second's work
+    assert _step(scheduler)[0] == [("a", 512)]
+    scheduler.add(_sequence("b", 513, first=1000), b"")  # more than a step may have
+    assert [_step(scheduler)[0] for _ in range(2)] == [[("b", 500)], [("b", 13)]]
+
+
 def test_short_prompts_share_a_step() -> None:
     scheduler, _, _ = _scheduler()
     for name in "abc":

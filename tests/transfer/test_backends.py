@@ -26,7 +26,7 @@ from kvferry.transfer.base import (
     page_rows,
 )
 from kvferry.transfer.choose import open_backend, set_ucx_defaults
-from kvferry.transfer.nixl import load_api
+from kvferry.transfer.nixl import NixlBackend, load_api
 
 LAYERS, BLOCKS = 4, 32
 SHAPE = [LAYERS, BLOCKS, 2, 3, 16, 64]  # pages of 24 KiB
@@ -161,6 +161,32 @@ def test_head_slices_land_in_their_places(backend: TransferBackend, peer: Peer, 
             expected[theirs, run.remote_offset : run.remote_offset + run.num_bytes] = source
     assert _write_and_wait(backend, peer, local, remote) == _digest(expected)
     assert backend.telemetry_bytes == 4 * 2 * HEAD_BYTES
+
+
+def test_pages_of_a_process_of_this_host_are_written_without_its_help(pages: torch.Tensor) -> None:
+    """In one call where they are scattered; its agent never makes progress."""
+    pytest.importorskip("nixl_cu12", exc_type=ImportError)
+    peer = Peer("nixl", f"d-0.{next(_incarnations)}.0.0")
+    backend = NixlBackend(f"p-0.{next(_incarnations)}.0.0")
+    backend.register(pages, rank=0, tp_size=1, generation=0)
+    backend.connect(peer.region, WHOLE)
+    local = list(range(0, 120, 3))
+    remote = local[::-1]
+    if backend._peers[peer.region.agent].window is None:
+        pytest.skip("this kernel does not let processes write to each other's memory")
+    handle = backend.write(peer.region.agent, local, remote)
+    assert backend.poll(handle) is TransferState.DONE
+    backend.release(handle)
+    expected = torch.zeros(LAYERS * BLOCKS, PAGE_BYTES, dtype=torch.uint8)
+    expected[remote] = page_rows(pages)[local]
+    peer.tell("show")
+    assert peer.read()["digest"] == _digest(expected)
+    assert backend.telemetry_bytes == len(local) * PAGE_BYTES
+    peer.end()
+    with pytest.raises(TransferError, match="has ended") as caught:
+        backend.write(peer.region.agent, local, remote)
+    assert caught.value.peer == peer.region.agent
+    backend.close()
 
 
 def test_notification_of_its_own_reaches_the_peer(backend: TransferBackend, peer: Peer, pages: torch.Tensor) -> None:

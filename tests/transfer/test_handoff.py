@@ -15,7 +15,7 @@ from kvferry.transfer.handoff import (
     expected_pairs,
     is_minted,
     mint_grant,
-    page_index,
+    page_indices,
     pieces,
     targets_of,
 )
@@ -97,8 +97,8 @@ def test_a_grant_that_cannot_be_shipped_under_is_named(change: dict[str, object]
     assert words in (check_grant(HERE, msgspec.structs.replace(_grant(), **change)) or "")
 
 
-def test_page_index_counts_layer_by_layer() -> None:
-    assert [page_index(layer, block, 8) for layer in (0, 1) for block in (0, 7)] == [0, 7, 8, 15]
+def test_pages_are_counted_layer_by_layer() -> None:
+    assert [page_indices(layer, (0, 7), 8).tolist() for layer in (0, 1)] == [[0, 7], [8, 15]]
 
 
 def test_equal_tp_sizes_ship_whole_pages_to_the_same_rank() -> None:

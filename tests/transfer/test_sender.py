@@ -247,6 +247,66 @@ def test_a_peer_that_cannot_be_connected_ends_cleanly(prefill: Prefill) -> None:
     assert prefill.closed().clean and prefill.freed == [1]
 
 
+def _is_connected(prefill: Prefill) -> bool:
+    backend = prefill.sender._backend
+    assert isinstance(backend, LocalBackend)
+    return AGENT in backend._pieces
+
+
+def test_the_agents_of_a_decode_worker_that_is_gone_are_forgotten(prefill: Prefill) -> None:
+    prefill.opened()
+    prefill.sender.step()
+    assert _is_connected(prefill)
+    prefill.sender.on_peer_lost(KV)
+    prefill.sender.step()  # the shipment closes
+    prefill.sender.step()
+    assert not _is_connected(prefill) and prefill.sender.num_unfinished == 0
+
+
+def test_an_agent_is_not_forgotten_before_the_last_write_to_it_has_ended(prefill: Prefill) -> None:
+    grant = prefill.opened()
+    prefill.ready(grant)
+    prefill.network.set_fault(AGENT, LocalFault.HOLD)
+    prefill.sender.step()
+    prefill.sender.on_peer_lost(KV)
+    prefill.clock.advance(2.1)  # the shipment gives up; its write may still land
+    prefill.sender.step()
+    prefill.sender.step()
+    assert prefill.sender.num_unfinished == 0 and _is_connected(prefill)
+    prefill.network.clear_fault(AGENT)
+    prefill.sender.step()
+    assert not _is_connected(prefill)
+
+
+def test_an_arrival_is_told_again_over_an_agent_whose_control_connection_broke(prefill: Prefill) -> None:
+    prefill.told()
+    prefill.sender.on_peer_lost(KV)
+    prefill.clock.advance(1.0)
+    prefill.sender.step()
+    assert _is_connected(prefill) and len(prefill.arrivals()) == 1
+
+
+def test_a_decode_worker_that_comes_back_is_written_to_again(prefill: Prefill) -> None:
+    prefill.opened()
+    prefill.sender.on_peer_lost(KV)
+    prefill.sender.step()
+    prefill.sender.step()
+    prefill.sender.on_peer_lost(KV)
+    grant = prefill.opened(2)
+    prefill.ready(grant, open_id=2)
+    prefill.sender.step()
+    assert _is_connected(prefill) and prefill.num_written == 6
+
+
+def test_a_step_that_ended_a_write_wants_the_next_at_once(prefill: Prefill) -> None:
+    grant = prefill.opened()
+    prefill.ready(grant)
+    prefill.sender.step()
+    assert prefill.sender.made_progress
+    prefill.sender.step()
+    assert not prefill.sender.made_progress
+
+
 # --- SHIPPING ---------------------------------------------------------------------------------------------------
 
 

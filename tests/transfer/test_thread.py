@@ -67,6 +67,39 @@ def test_calls_run_in_order_on_the_one_thread() -> None:
     thread.close()
 
 
+class _Gpu:
+    """A fence that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self._passed = threading.Event()
+        self.asked = threading.Event()
+
+    def query(self) -> bool:
+        self.asked.set()
+        return self._passed.is_set()
+
+    def arrive(self) -> None:
+        self._passed.set()
+
+
+def test_calls_behind_fences_wait_for_them_in_order_and_others_do_not() -> None:
+    thread = TransferThread(LocalBackend("a", LocalNetwork()), on_failure=_fail)
+    thread.start()
+    ran: queue.SimpleQueue[str] = queue.SimpleQueue()
+    first, second = _Gpu(), _Gpu()
+    thread.call_after(None, ran.put, "no fence before it")
+    thread.call_after(first, ran.put, "first layer")
+    thread.call_after(second, ran.put, "second layer")
+    thread.call_after(None, ran.put, "finish")
+    thread.call(ran.put, "an answer")
+    assert [ran.get(timeout=WAIT_S) for _ in range(2)] == ["no fence before it", "an answer"]
+    second.arrive()
+    assert first.asked.wait(WAIT_S) and ran.empty()
+    first.arrive()
+    assert [ran.get(timeout=WAIT_S) for _ in range(3)] == ["first layer", "second layer", "finish"]
+    thread.close()
+
+
 def test_a_watching_thread_hands_out_arrivals_and_drops_what_is_malformed() -> None:
     network = LocalNetwork()
     here, there = LocalBackend("a", network), LocalBackend("b", network)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from kvferry.common.errors import ConfigError
 from kvferry.common.models.config import ModelConfig
 from kvferry.common.models.decoder import Decoder
-from kvferry.common.models.weights import load_weights, model_digest, safetensors_files
+from kvferry.common.models.weights import load_weights, model_digest, read_kv_scales, safetensors_files
 from kvferry.common.parallel import Communicator
 from kvferry.tests.checkpoints import write_checkpoint
 
@@ -131,3 +131,25 @@ def test_digest_tells_checkpoints_apart(tmp_path: Path) -> None:
     digests = [model_digest(path, "auto", 0) for path in paths]
     assert digests[0] == digests[2] != digests[1]
     assert model_digest(paths[0], "dummy", 0) != model_digest(paths[0], "dummy", 1)
+
+
+def _with_scales(path: Path, scales: dict[str, float]) -> Path:
+    write_checkpoint(path, tokenizer=False)
+    tensors = load_file(path / "model.safetensors")
+    tensors |= {f"model.layers.{name}": torch.tensor(value) for name, value in scales.items()}
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def test_scales_of_a_cache_in_8_bits_are_read_and_not_taken_for_weights(tmp_path: Path) -> None:
+    names = {"0.self_attn.k_scale": 0.5, "0.self_attn.v_proj.v_scale": 0.25, "1.self_attn.attn.v_scale": 2.0}
+    path = _with_scales(tmp_path, names)
+    _load(path)
+    assert read_kv_scales(path, 2) == [(0.5, 0.25), (1.0, 2.0)]
+
+
+@pytest.mark.parametrize("name", ["0.self_attn.k_scale", "5.self_attn.k_scale"])
+def test_scales_that_cannot_be_meant_are_refused(tmp_path: Path, name: str) -> None:
+    path = _with_scales(tmp_path, {name: 0.0 if name.startswith("0") else 1.0})
+    with pytest.raises(ConfigError, match=f"{name} is no positive number for one of 2 layers"):
+        read_kv_scales(path, 2)

@@ -1,0 +1,103 @@
+"""One rank's writes: posted, polled until they end, and counted against the decode worker that they go to.
+
+    connect ─> post ─> poll ... ended ─> peer_lost ─> forget_lost, once nothing needs the agent any more
+
+A write that nobody waits for any more (its shipment has ended) is still polled: its handle and its peer are given
+back when it ends, not before. Deadlines and states are the sender's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from ..common.errors import TransferError
+from .base import TransferBackend, TransferHandle, TransferState
+from .shipment import Shipment, Target
+
+
+@dataclass(slots=True, eq=False)
+class Write:
+    shipment: Shipment
+    agent: str
+    handle: TransferHandle
+    posted_at: float
+    is_counted: bool = True  # in the shipment's and the peer's accounts
+
+
+class Writes:
+    """Owns the backend's handles and connections."""
+
+    def __init__(self, backend: TransferBackend, max_in_flight_bytes: int) -> None:
+        """`max_in_flight_bytes`: per decode worker; one that hangs must not hold the others' writes."""
+        self._backend = backend
+        self._max_in_flight_bytes = max_in_flight_bytes
+        self._under_way: list[Write] = []  # in the order of the posts
+        self._in_flight_bytes: Counter[tuple[str, int]] = Counter()  # by decode worker
+        self._addresses: dict[str, str] = {}  # connected agent -> handoff address of its worker
+        self._lost: set[str] = set()  # agents that are to be forgotten
+
+    def __bool__(self) -> bool:
+        return bool(self._under_way)
+
+    def connect(self, kv_address: str, target: Target) -> None:
+        """Raises TransferError."""
+        agent = target.region.agent
+        self._backend.connect(target.region, target.pieces)
+        self._addresses[agent] = kv_address
+        self._lost.discard(agent)
+
+    def has_room(self, peer: tuple[str, int], num_bytes: int) -> bool:
+        """Whether so much more may be under way to a decode worker. One write always may."""
+        in_flight = self._in_flight_bytes[peer]
+        return not in_flight or in_flight + num_bytes <= self._max_in_flight_bytes
+
+    def post(self, shipment: Shipment, target: Target, local: Sequence[int], remote: Sequence[int], now: float) -> None:
+        """Raises TransferError."""
+        agent = target.region.agent
+        handle = self._backend.write(agent, local, remote)
+        self._under_way.append(Write(shipment, agent, handle, now))
+        shipment.num_writes += 1
+        self._in_flight_bytes[shipment.peer] += handle.num_bytes
+
+    def poll(self) -> Iterator[tuple[Write, TransferState]]:
+        """The state of each. What has ended is taken off the books before it is told."""
+        for write in list(self._under_way):
+            state = self._backend.poll(write.handle)
+            if state is not TransferState.PENDING:
+                self._backend.release(write.handle)
+                self._under_way.remove(write)
+                self._uncount(write)
+            yield write, state
+
+    def disown(self, shipment: Shipment) -> None:
+        """The shipment has ended: what is under way is on nobody's account."""
+        for write in self._under_way:
+            if write.shipment is shipment:
+                self._uncount(write)
+
+    def _uncount(self, write: Write) -> None:
+        if write.is_counted:
+            write.is_counted = False
+            write.shipment.num_writes -= 1
+            self._in_flight_bytes[write.shipment.peer] -= write.handle.num_bytes
+            if not self._in_flight_bytes[write.shipment.peer]:
+                del self._in_flight_bytes[write.shipment.peer]
+
+    def peer_lost(self, kv_address: str) -> None:
+        """A decode worker may be gone for good. One that comes back is connected anew by its next shipment."""
+        self._lost.update(agent for agent, address in self._addresses.items() if address == kv_address)
+
+    def forget_lost(self, shipments: Iterable[Shipment]) -> None:
+        """Disconnect from the agents of lost workers which none of these shipments and no write needs any more."""
+        if not self._lost:
+            return
+        needed = {write.agent for write in self._under_way}
+        needed.update(target.region.agent for shipment in shipments for target in shipment.targets)
+        for agent in self._lost - needed:
+            self._lost.remove(agent)
+            del self._addresses[agent]
+            with suppress(TransferError):  # what it still holds of a dead peer is its own
+                self._backend.disconnect(agent)
