@@ -1,0 +1,58 @@
+"""Which cases the engine is measured in, and how often. Pure."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+WARM_UP_TOKENS = 64  # of a first prompt that does not count
+_GROWTH_TOKENS = 64  # what warm-up and profiled steps add to a context, rounded up
+
+
+@dataclass(slots=True, frozen=True)
+class Cases:
+    """What is measured, and how often."""
+
+    decode: tuple[tuple[int, int], ...]  # rows, tokens of context
+    prefill: tuple[int, ...]  # tokens
+    num_steps: int = 64  # of a decode case, in each round
+    num_rounds: int = 3
+    max_case_s: float = 60.0  # no new round of a case after so long
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self._num_tokens(), default=WARM_UP_TOKENS)
+
+    def num_blocks(self, block_size: int) -> int:
+        """Blocks that hold any one case; cached prompts of others are evicted for it."""
+        rows = [*(num_rows for num_rows, _ in self.decode), *(1 for _ in self.prefill)]
+        sizes = [num_rows * -(-tokens // block_size) for num_rows, tokens in zip(rows, self._num_tokens(), strict=True)]
+        return max(sizes, default=0) + -(-WARM_UP_TOKENS // block_size)
+
+    def _num_tokens(self) -> list[int]:
+        grown = self.num_steps + _GROWTH_TOKENS
+        return [*(context + grown for _, context in self.decode), *(tokens + 1 for tokens in self.prefill)]
+
+
+def decode_cases(text: str) -> tuple[tuple[int, int], ...]:
+    """`1@128,8@512`: rows @ tokens of context."""
+    try:
+        pairs = [tuple(map(int, part.split("@"))) for part in text.split(",") if part]
+        return tuple((rows, context) for rows, context in pairs if _is_positive(rows, context))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: rows@tokens, as in 1@128,8@512") from None
+
+
+def prefill_cases(text: str) -> tuple[int, ...]:
+    """`128,8192`: tokens."""
+    try:
+        return tuple(tokens for part in text.split(",") if part and _is_positive(tokens := int(part)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers of tokens, as in 128,8192") from None
+
+
+def _is_positive(*values: int) -> bool:
+    if any(value < 1 for value in values):
+        raise ValueError(values)
+    return True
