@@ -1,7 +1,8 @@
 // One token's attention over a sequence's pages, for one KV head and the query heads that share it.
 //
 // Keys come in tiles: scores of all the heads, the softmax's running maximum and sum (Milakov & Gimelshein 2018), then
-// the values, weighted. Scores and probabilities are float32. Keys and values are read once.
+// the values, weighted. Keys and values are read once. Probabilities are rounded to bfloat16 where they weigh values, of
+// which two are taken at a time; their sum is not.
 #pragma once
 
 #include <algorithm>
@@ -29,8 +30,8 @@ class Attention {
 public:
     Attention(int num_heads, int head_dim)
         : num_heads_(num_heads), head_dim_(head_dim), query_stride_((head_dim + 31) / 32 * 32),
-          queries_(num_heads * query_stride_), scores_(num_heads * kScoreStride), sums_(num_heads * head_dim),
-          most_(num_heads), total_(num_heads), factor_(num_heads) {}
+          queries_(num_heads * query_stride_), weights_(num_heads * kScoreStride), scores_(num_heads * kScoreStride),
+          sums_(num_heads * query_stride_), most_(num_heads), total_(num_heads), factor_(num_heads) {}
 
     bf16* query(int head) { return queries_.data() + head * query_stride_; }
 
@@ -45,19 +46,15 @@ public:
             for (int head = 0; head < num_heads_; head++) weigh(head, visible - begin, end - begin);
             add_values(pages, begin, visible, end);
         }
-        for (int head = 0; head < num_heads_; head++) {
-            const __m512 scale = _mm512_set1_ps(1.0f / total_[head]);
-            for (int i = 0; i < head_dim_; i += 16) {
-                const long at = head * head_dim_ + i;
-                store(out + at, _mm512_mul_ps(_mm512_loadu_ps(sums_.data() + at), scale));
-            }
-        }
+        for (int head = 0; head < num_heads_; head++) finish(head, out + head * head_dim_);
     }
 
 private:
     static constexpr int kScoreStride = kTileKeys + 16;  // whole vectors are written at any multiple of 8
 
     float* scores(int head) { return scores_.data() + head * kScoreStride; }
+    bf16* weights(int head) { return weights_.data() + head * kScoreStride; }
+    float* sums(int head) { return sums_.data() + head * query_stride_; }
 
     // --- scores -----------------------------------------------------------------------------------------
 
@@ -124,7 +121,7 @@ private:
         __m512 total = _mm512_setzero_ps();
         for (long i = first / 16 * 16; i < last; i += 16) {
             const __m512 weight = exp2(_mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(largest)));
-            _mm512_storeu_ps(scores + i, weight);
+            store(weights(head) + i, weight);
             total = _mm512_add_ps(total, weight);
         }
         factor_[head] = _mm512_cvtss_f32(exp2(_mm512_set1_ps(most_[head] - largest)));
@@ -149,46 +146,68 @@ private:
     template <int HEADS>
     void add_values(const Pages& pages, long begin, long first, long last, int head) {
         int at = 0;
-        for (; at + 64 <= head_dim_; at += 64) add_values<HEADS, 4>(pages, begin, first, last, head, at);
-        for (; at < head_dim_; at += 16) add_values<HEADS, 1>(pages, begin, first, last, head, at);
+        for (; at + 64 <= head_dim_; at += 64) add_values<HEADS, 2>(pages, begin, first, last, head, at);
+        for (; at < head_dim_; at += 32) add_values<HEADS, 1>(pages, begin, first, last, head, at);
     }
 
+    // Two keys' values side by side, as `_mm512_unpacklo_epi16` and `hi` leave them: of 32 dimensions the sums of 0..3,
+    // 8..11, 16..19 and 24..27 stand in one vector, the others in the next, until `finish`. A key that is not seen has
+    // the weight zero, and a block an even number of keys.
     template <int HEADS, int VECTORS>
     void add_values(const Pages& pages, long begin, long first, long last, int head, int at) {
-        float* sums = sums_.data() + head * head_dim_ + at;
-        const float* weights = scores(head) - begin;
-        __m512 sum[HEADS][VECTORS];
+        const __mmask32 mask = head_dim_ - at >= 32 ? __mmask32(-1) : __mmask32(0xffff);
+        __m512 sum[HEADS][2 * VECTORS];
 #pragma GCC unroll 4
         for (int h = 0; h < HEADS; h++) {
 #pragma GCC unroll 4
-            for (int i = 0; i < VECTORS; i++) {
-                const __m512 before = _mm512_loadu_ps(sums + h * head_dim_ + 16 * i);
+            for (int i = 0; i < 2 * VECTORS; i++) {
+                const __m512 before = _mm512_loadu_ps(sums(head + h) + at + 16 * i);
                 sum[h][i] = _mm512_mul_ps(before, _mm512_set1_ps(factor_[head + h]));
             }
         }
-        for (long key = first; key < last;) {
+        for (long key = first & ~1L; key < last;) {
             const long block_end = std::min(last, (key / pages.block_size + 1) * pages.block_size);
             const bf16* values = pages.key(key) + pages.values + at;
-            for (; key < block_end; key++, values += head_dim_) {
-                __m512 value[VECTORS];
-#pragma GCC unroll 4
-                for (int i = 0; i < VECTORS; i++) value[i] = load(values + 16 * i);
+            for (; key < block_end; key += 2, values += 2 * head_dim_) {
+                __m512bh pair[2 * VECTORS];
+#pragma GCC unroll 2
+                for (int i = 0; i < VECTORS; i++) {
+                    const __m512i one = (__m512i)load_pairs(values + 32 * i, mask);
+                    const __m512i other = (__m512i)load_pairs(values + head_dim_ + 32 * i, mask);
+                    pair[2 * i] = (__m512bh)_mm512_unpacklo_epi16(one, other);
+                    pair[2 * i + 1] = (__m512bh)_mm512_unpackhi_epi16(one, other);
+                }
 #pragma GCC unroll 4
                 for (int h = 0; h < HEADS; h++) {
-                    const __m512 weight = _mm512_set1_ps(weights[h * kScoreStride + key]);
+                    std::int32_t two;
+                    std::memcpy(&two, weights(head + h) + (key - begin), sizeof two);
+                    const __m512bh weight = (__m512bh)_mm512_set1_epi32(two);
 #pragma GCC unroll 4
-                    for (int i = 0; i < VECTORS; i++) sum[h][i] = _mm512_fmadd_ps(weight, value[i], sum[h][i]);
+                    for (int i = 0; i < 2 * VECTORS; i++) sum[h][i] = _mm512_dpbf16_ps(sum[h][i], weight, pair[i]);
                 }
             }
         }
 #pragma GCC unroll 4
         for (int h = 0; h < HEADS; h++) {
 #pragma GCC unroll 4
-            for (int i = 0; i < VECTORS; i++) _mm512_storeu_ps(sums + h * head_dim_ + 16 * i, sum[h][i]);
+            for (int i = 0; i < 2 * VECTORS; i++) _mm512_storeu_ps(sums(head + h) + at + 16 * i, sum[h][i]);
+        }
+    }
+
+    // The result of a head, its dimensions in order.
+    void finish(int head, bf16* out) {
+        const __m512i order = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+        const __m512i next = _mm512_add_epi32(order, _mm512_set1_epi32(8));
+        const __m512 scale = _mm512_set1_ps(1.0f / total_[head]);
+        for (int at = 0; at < head_dim_; at += 32) {
+            const __m512 one = _mm512_loadu_ps(sums(head) + at), other = _mm512_loadu_ps(sums(head) + at + 16);
+            store(out + at, _mm512_mul_ps(_mm512_permutex2var_ps(one, order, other), scale));
+            if (at + 16 == head_dim_) break;
+            store(out + at + 16, _mm512_mul_ps(_mm512_permutex2var_ps(one, next, other), scale));
         }
     }
 
     const int num_heads_, head_dim_, query_stride_;
-    std::vector<bf16> queries_;
+    std::vector<bf16> queries_, weights_;
     std::vector<float> scores_, sums_, most_, total_, factor_;
 };

@@ -127,12 +127,12 @@ def test_wrong_flags_are_refused(flags: list[str], capsys: pytest.CaptureFixture
 
 
 def test_nothing_that_fits_is_told(tmp_path: Path) -> None:
-    assert main(["--max-bytes", "10", "--json", str(tmp_path / "h.json")]) == 2
+    assert main(["--max-bytes", "10", "--quiet-limit", "0", "--json", str(tmp_path / "h.json")]) == 2
 
 
 def test_a_small_run_between_two_processes_is_byte_exact_and_measured(tmp_path: Path) -> None:
     pytest.importorskip("nixl_cu12", exc_type=ImportError)
-    small = ["--shapes", "smollm2-135m", "--blocks", "4", "--rounds", "2", "--idle", "0.05"]
+    small = ["--shapes", "smollm2-135m", "--blocks", "4", "--rounds", "2", "--idle", "0.05", "--quiet-limit", "0"]
     paced = ["--prompt-tokens", "64", "--chunk-tokens", "32", "--ttft", "0.05", "--prompts", "1"]
     code = main([*small, *paced, "--json", str(tmp_path / "h.json")])
     body = json.loads((tmp_path / "h.json").read_text())
