@@ -28,7 +28,7 @@ from .common.settings import Loaded, load, value_of
 if TYPE_CHECKING:
     from .common.channel import Address
     from .common.models.config import ModelConfig
-    from .common.plan import Deployment
+    from .common.plan import Deployment, WorkerPlan
     from .common.progress import Display
     from .launch import Launcher
 
@@ -183,12 +183,19 @@ def _describe(deployment: Deployment, model: ModelConfig) -> str:
         if cache is not None:
             blocks = cache // per_block
             room = f"{_size(cache)} = {blocks} blocks = {blocks * engine.block_size} tokens"
-        gpus = f"GPU {','.join(worker.gpus)}" if worker.gpus else f"{engine.device}, {engine.num_threads} threads"
         lines.append(
-            f"{worker.config.worker_id:7} {worker.config.role}, {worker.num_ranks} rank(s), {gpus}, "
+            f"{worker.config.worker_id:7} {worker.config.role}, {worker.num_ranks} rank(s), {_place(worker)}, "
             f"weights {_size(weight_bytes(engine, model))}, KV cache {room}"
         )
     return "\n".join(lines)
+
+
+def _place(worker: WorkerPlan) -> str:
+    engine = worker.config.engine
+    if worker.gpus:
+        return f"GPU {','.join(worker.gpus)}"
+    threads = f"{engine.device}, {engine.num_threads} thread(s)"
+    return threads if worker.max_threads is None else f"{threads}, {worker.max_threads} while the others are idle"
 
 
 def _size(num_bytes: int) -> str:

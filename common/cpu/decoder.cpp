@@ -10,7 +10,6 @@
 // Many: threads share out the tokens in panels, whose intermediate results stay near, and meet around attention alone.
 
 #include <atomic>
-#include <cmath>
 #include <memory>
 #include <vector>
 
@@ -18,7 +17,9 @@
 #include "cores.hpp"
 #include "linear.hpp"
 #include "model.hpp"
+#include "panel.hpp"
 #include "prompt_attention.hpp"
+#include "rotation.hpp"
 #include "step.hpp"
 #include "team.hpp"
 #include "vectors.hpp"
@@ -26,8 +27,7 @@
 namespace {
 
 constexpr std::chrono::seconds kLargePagesWithin{3};
-constexpr long kPanelRows = 60;     // of a panel; a multiple of kRowsAtOnce
-constexpr long kFewRows = 60;       // up to here threads share out columns; no more than kPanelRows
+constexpr long kFewRows = kPanelRows;  // up to here threads share out columns
 
 // Takes numbers below `count` until none is left; every thread gets others.
 class Counter {
@@ -47,11 +47,8 @@ class Decoder {
 public:
     Decoder(const Model& model, int max_threads, const Cores& cores)
         : m_(model), layers_(model.layers, model.layers + model.num_layers), team_(max_threads), cores_(cores),
-          group_(int(model.num_qo_heads / model.num_kv_heads)), hidden_stride_(padded(model.hidden_size, kTileColumns)),
-          normed_stride_(padded(model.hidden_size, 32)), attended_stride_(padded(model.qo_size(), 32)),
-          activated_stride_(padded(model.intermediate_size, 32)), qkv_stride_(padded(model.qkv_size(), kTileColumns)),
-          gate_up_stride_(padded(2 * model.intermediate_size, kTileColumns)), counters_(2 * model.num_layers + 1) {
-        for (int rank = 0; rank < max_threads; rank++) mine_.push_back(std::make_unique<Mine>(*this));
+          group_(int(model.num_qo_heads / model.num_kv_heads)), counters_(2 * model.num_layers + 1) {
+        for (int rank = 0; rank < max_threads; rank++) mine_.push_back(std::make_unique<Mine>(strides_, group_, m_));
         const auto deadline = std::chrono::steady_clock::now() + kLargePagesWithin;
         use_large_pages(m_.head_tiles(), deadline);
         for (const Layer& layer : layers_) {
@@ -81,38 +78,30 @@ public:
             }
             team_.run(cores_.take(), [&](int rank) { run_last(step, rank); });
         }
-        cores_.mark();
+        cores_.leave();
     }
 
     void logits(long rows, const float* hidden, float* logits) {
         const Tiles head = m_.head_tiles();
         team_.run(cores_.take(), [&](int rank) {
             for (long first = 0; first < rows; first += kPanelRows) {
-                const Rows normed = normalize(hidden + first * hidden_stride_, std::min(kPanelRows, rows - first),
-                                              m_.final_norm, mine_[rank]->panel);
+                const Rows normed = math_.normalize(hidden + first * strides_.hidden,
+                                                    std::min(kPanelRows, rows - first), m_.final_norm,
+                                                    mine_[rank]->panel);
                 multiply(normed, head, part(head, rank), [&](long row, long column, const float* sums) {
                     std::copy_n(sums, kTileColumns, logits + (first + row) * head.count() * kTileColumns + column);
                 });
             }
         });
-        cores_.mark();
+        cores_.leave();
     }
 
 private:
-    // What up to kPanelRows rows need between the residual stream and itself. Padding stays zero.
-    struct Panel {
-        explicit Panel(const Decoder& d)
-            : normed(kPanelRows * d.normed_stride_), activated(kPanelRows * d.activated_stride_),
-              qkv(kPanelRows * d.qkv_stride_), gate_up(kPanelRows * d.gate_up_stride_) {}
-        std::vector<bf16> normed, activated;
-        std::vector<float> qkv, gate_up;
-    };
-
     // One thread's own memory.
     struct Mine {
-        explicit Mine(const Decoder& d)
-            : panel(d), attention(d.group_, int(d.m_.head_dim)), prompt_attention(d.group_, int(d.m_.head_dim)),
-              head(d.m_.head_dim) {}
+        Mine(const Strides& strides, int group, const Model& m)
+            : panel(strides), attention(group, int(m.head_dim)), prompt_attention(group, int(m.head_dim)),
+              head(m.head_dim) {}
         Panel panel;
         Attention attention;
         PromptAttention prompt_attention;
@@ -120,46 +109,31 @@ private:
     };
 
     Range part(const Tiles& w, int rank) const { return share(w.count(), rank, team_.size()); }
-    float* residual(long token) { return residual_.data() + token * hidden_stride_; }
-    bf16* attended(long token) { return attended_.data() + token * attended_stride_; }
+    float* residual(long token) { return residual_.data() + token * strides_.hidden; }
+    bf16* attended(long token) { return attended_.data() + token * strides_.attended; }
 
     void reserve(const Step& step) {
         const auto grow = [](auto& memory, long size) {
             if (long(memory.size()) < size) memory.resize(size);
         };
-        grow(residual_, step.num_tokens * hidden_stride_);
-        grow(attended_, step.num_tokens * attended_stride_);
-        grow(last_attended_, step.num_wanted * attended_stride_);
-        grow(cos_, step.num_tokens * m_.head_dim);
-        grow(sin_, step.num_tokens * m_.head_dim);
+        grow(residual_, step.num_tokens * strides_.hidden);
+        grow(attended_, step.num_tokens * strides_.attended);
+        grow(last_attended_, step.num_wanted * strides_.attended);
+        rotation_.reserve(step.num_tokens);
         for (Counter& counter : counters_) counter.reset();
     }
 
     void begin(const Step& step, int rank) {
         const Range tokens = share(step.num_tokens, rank, team_.size());
         for (long token = tokens.first; token < tokens.last; token++) embed(step.input_ids[token], residual(token));
-        for (const Row& row : step.rows) prepare_rotations(row, tokens);
+        each(step, tokens, [&](const Row& row, long token) { rotation_.prepare(token, row.start + token - row.token); });
     }
 
     void embed(std::int32_t token, float* x) const {
-        std::fill_n(x, hidden_stride_, 0.0f);
+        std::fill_n(x, strides_.hidden, 0.0f);
         for (long i = 0; i < m_.hidden_size; i += 16) {
             const __mmask16 mask = lanes(m_.hidden_size - i);
             _mm512_mask_storeu_ps(x + i, mask, load(m_.embedding + token * m_.hidden_size + i, mask));
-        }
-    }
-
-    // Cosines and signed sines of the positions of a row's tokens that lie in `tokens`, rounded as the torch path does.
-    void prepare_rotations(const Row& row, Range tokens) {
-        const long half = m_.head_dim / 2, last = std::min(tokens.last, row.token + row.length);
-        for (long token = std::max(tokens.first, row.token); token < last; token++) {
-            float *cos = cos_.data() + token * m_.head_dim, *sin = sin_.data() + token * m_.head_dim;
-            for (long i = 0; i < half; i++) {
-                const float angle = float(row.start + token - row.token) * m_.inv_freq[i];
-                cos[i] = cos[i + half] = rounded(std::cos(angle) * float(m_.rope_factor));
-                sin[i + half] = rounded(std::sin(angle) * float(m_.rope_factor));
-                sin[i] = -sin[i + half];
-            }
         }
     }
 
@@ -170,10 +144,11 @@ private:
         const Range tokens = share(step.num_tokens, rank, team_.size());
         for (std::size_t index = 0; index < layers_.size(); index++) {
             const Layer& layer = layers_[index];
-            const Rows normed = normalize(residual(0), step.num_tokens, layer.input_norm, mine_[rank]->panel);
-            set(shared_.qkv.data(), qkv_stride_, normed, m_.qkv(layer), layer.qkv_bias, part(m_.qkv(layer), rank));
+            const Rows normed = math_.normalize(residual(0), step.num_tokens, layer.input_norm, mine_[rank]->panel);
+            math_.set(shared_.qkv.data(), strides_.qkv, normed, m_.qkv(layer), layer.qkv_bias,
+                      part(m_.qkv(layer), rank));
             team_.barrier();
-            place(step, index, tokens, shared_.qkv.data() + tokens.first * qkv_stride_, *mine_[rank]);
+            place(step, index, tokens, shared_.qkv.data() + tokens.first * strides_.qkv, *mine_[rank]);
             team_.barrier();
             report(step, index, rank);
             if (index + 1 == layers_.size()) return;
@@ -192,9 +167,10 @@ private:
             const Range range = share(groups, int(i), int(panels));
             const Range tokens{range.first * kRowsAtOnce, std::min(range.last * kRowsAtOnce, step.num_tokens)};
             const long count = tokens.last - tokens.first;
-            if (index > 0) finish(layers_[index - 1], residual(tokens.first), attended(tokens.first), count, panel);
-            const Rows normed = normalize(residual(tokens.first), count, layer.input_norm, panel);
-            set(panel.qkv.data(), qkv_stride_, normed, m_.qkv(layer), layer.qkv_bias, all(m_.qkv(layer)));
+            float* x = residual(tokens.first);
+            if (index > 0) math_.finish(layers_[index - 1], x, attended(tokens.first), count, panel);
+            const Rows normed = math_.normalize(x, count, layer.input_norm, panel);
+            math_.set(panel.qkv.data(), strides_.qkv, normed, m_.qkv(layer), layer.qkv_bias, math_.all(m_.qkv(layer)));
             place(step, index, tokens, panel.qkv.data(), *mine_[rank]);
         });
         team_.barrier();
@@ -210,8 +186,8 @@ private:
         team_.barrier();
         const Range mine = share(step.num_wanted, rank, team_.size());
         for (long i = mine.first; i < mine.last; i++) {
-            std::copy_n(residual(step.wanted[i]), hidden_stride_, step.hidden + i * hidden_stride_);
-            std::copy_n(attended(step.wanted[i]), attended_stride_, last_attended_.data() + i * attended_stride_);
+            std::copy_n(residual(step.wanted[i]), strides_.hidden, step.hidden + i * strides_.hidden);
+            std::copy_n(attended(step.wanted[i]), strides_.attended, last_attended_.data() + i * strides_.attended);
         }
         team_.barrier();
         if (step.num_wanted <= kFewRows) {
@@ -220,8 +196,9 @@ private:
         }
         counters_.back().take((step.num_wanted + kPanelRows - 1) / kPanelRows, [&](long panel) {
             const long first = panel * kPanelRows;
-            finish(layers_[index], step.hidden + first * hidden_stride_, last_attended_.data() + first * attended_stride_,
-                   std::min(kPanelRows, step.num_wanted - first), mine_[rank]->panel);
+            math_.finish(layers_[index], step.hidden + first * strides_.hidden,
+                         last_attended_.data() + first * strides_.attended,
+                         std::min(kPanelRows, step.num_wanted - first), mine_[rank]->panel);
         });
     }
 
@@ -231,77 +208,17 @@ private:
 
     // From attention to the layer's end: x += o(attended), x += mlp(x). All rows together, a barrier after each product.
     void finish_together(const Layer& layer, float* x, const bf16* attended, long rows, int rank) {
-        add(x, {attended, attended_stride_, rows}, m_.o(layer), layer.o_bias, part(m_.o(layer), rank));
+        math_.add(x, {attended, strides_.attended, rows}, m_.o(layer), layer.o_bias, part(m_.o(layer), rank));
         team_.barrier();
-        const Rows normed = normalize(x, rows, layer.mlp_norm, mine_[rank]->panel);
-        set(shared_.gate_up.data(), gate_up_stride_, normed, m_.gate_up(layer), layer.gate_up_bias,
-            part(m_.gate_up(layer), rank));
+        const Rows normed = math_.normalize(x, rows, layer.mlp_norm, mine_[rank]->panel);
+        math_.set(shared_.gate_up.data(), strides_.gate_up, normed, m_.gate_up(layer), layer.gate_up_bias,
+                  part(m_.gate_up(layer), rank));
         team_.barrier();
-        activate(shared_, rows, share((m_.intermediate_size + 15) / 16, rank, team_.size()));
+        math_.activate(shared_, rows, share(math_.num_activation_vectors(), rank, team_.size()));
         team_.barrier();
-        add(x, {shared_.activated.data(), activated_stride_, rows}, m_.down(layer), layer.down_bias,
-            part(m_.down(layer), rank));
+        math_.add(x, {shared_.activated.data(), strides_.activated, rows}, m_.down(layer), layer.down_bias,
+                  part(m_.down(layer), rank));
         team_.barrier();
-    }
-
-    // The same for one panel by one thread.
-    void finish(const Layer& layer, float* x, const bf16* attended, long rows, Panel& panel) const {
-        add(x, {attended, attended_stride_, rows}, m_.o(layer), layer.o_bias, all(m_.o(layer)));
-        const Rows normed = normalize(x, rows, layer.mlp_norm, panel);
-        set(panel.gate_up.data(), gate_up_stride_, normed, m_.gate_up(layer), layer.gate_up_bias, all(m_.gate_up(layer)));
-        activate(panel, rows, {0, (m_.intermediate_size + 15) / 16});
-        add(x, {panel.activated.data(), activated_stride_, rows}, m_.down(layer), layer.down_bias, all(m_.down(layer)));
-    }
-
-    // --- their parts ------------------------------------------------------------------------------------
-
-    static Range all(const Tiles& w) { return {0, w.count()}; }
-
-    Rows normalize(const float* hidden, long rows, const bf16* weight, Panel& panel) const {
-        bf16* normed = panel.normed.data();
-        for (long row = 0; row < rows; row++) {
-            const float* x = hidden + row * hidden_stride_;
-            const __m512 factor = _mm512_set1_ps(inverse_rms(x, m_.hidden_size, float(m_.norm_eps)));
-            for (long i = 0; i < m_.hidden_size; i += 16) {
-                const __mmask16 mask = lanes(m_.hidden_size - i);
-                const __m512 values = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor);
-                store(normed + row * normed_stride_ + i, _mm512_mul_ps(values, load(weight + i, mask)), mask);
-            }
-        }
-        return {normed, normed_stride_, rows};
-    }
-
-    // y = x W^T + bias
-    static void set(float* y, long stride, const Rows& x, const Tiles& w, const bf16* bias, Range part) {
-        multiply(x, w, part, [&](long row, long column, const float* sums) {
-            for (int i = 0; i < kTileColumns; i += 16) {
-                _mm512_storeu_ps(y + row * stride + column + i, with_bias(sums + i, bias, column + i, w.columns));
-            }
-        });
-    }
-
-    // y += x W^T + bias
-    void add(float* y, const Rows& x, const Tiles& w, const bf16* bias, Range part) const {
-        multiply(x, w, part, [&](long row, long column, const float* sums) {
-            for (int i = 0; i < kTileColumns; i += 16) {
-                float* target = y + row * hidden_stride_ + column + i;
-                const __m512 values = with_bias(sums + i, bias, column + i, w.columns);
-                _mm512_storeu_ps(target, _mm512_add_ps(_mm512_loadu_ps(target), values));
-            }
-        });
-    }
-
-    void activate(Panel& panel, long rows, Range vectors) const {
-        const long size = m_.intermediate_size;
-        for (long row = 0; row < rows; row++) {
-            const float *gate = panel.gate_up.data() + row * gate_up_stride_, *up = gate + size;
-            for (long i = vectors.first * 16; i < std::min(size, vectors.last * 16); i += 16) {
-                const __mmask16 mask = lanes(size - i);
-                const __m512 values = silu(_mm512_maskz_loadu_ps(mask, gate + i));
-                store(panel.activated.data() + row * activated_stride_ + i,
-                      _mm512_mul_ps(values, _mm512_maskz_loadu_ps(mask, up + i)), mask);
-            }
-        }
     }
 
     // --- attention --------------------------------------------------------------------------------------
@@ -316,43 +233,28 @@ private:
     void place(const Step& step, std::size_t index, Range tokens, const float* qkv, Mine& mine) {
         const Layer& layer = layers_[index];
         const long d = m_.head_dim;
-        for (const Row& row : step.rows) {
-            const long last = std::min(tokens.last, row.token + row.length);
-            for (long token = std::max(tokens.first, row.token); token < last; token++) {
-                const float* heads = qkv + (token - tokens.first) * qkv_stride_;
-                for (long head = 0; head < m_.num_qo_heads; head++, heads += d) {
-                    turn(heads, layer.q_norm, token, mine.head, attended(token) + head * d);
-                }
-                for (long head = 0; head < m_.num_kv_heads; head++, heads += d) {
-                    const Pages pages = this->pages(index, head, row);
-                    bf16* key = const_cast<bf16*>(pages.key(row.start + token - row.token));
-                    turn(heads, layer.k_norm, token, mine.head, key);
-                    const float* value = heads + m_.num_kv_heads * d;
-                    for (long i = 0; i < d; i += 16) store(key + pages.values + i, _mm512_loadu_ps(value + i));
-                }
+        float* scratch = mine.head.data();
+        each(step, tokens, [&](const Row& row, long token) {
+            const float* heads = qkv + (token - tokens.first) * strides_.qkv;
+            for (long head = 0; head < m_.num_qo_heads; head++, heads += d) {
+                rotation_.turn(heads, layer.q_norm, token, scratch, attended(token) + head * d);
             }
-        }
+            for (long head = 0; head < m_.num_kv_heads; head++, heads += d) {
+                const Pages pages = this->pages(index, head, row);
+                bf16* key = const_cast<bf16*>(pages.key(row.start + token - row.token));
+                rotation_.turn(heads, layer.k_norm, token, scratch, key);
+                const float* value = heads + m_.num_kv_heads * d;
+                for (long i = 0; i < d; i += 16) store(key + pages.values + i, _mm512_loadu_ps(value + i));
+            }
+        });
     }
 
-    // One head, normalized if the model does that, turned by its token's angles.
-    void turn(const float* head, const bf16* norm, long token, std::vector<float>& scratch, bf16* out) const {
-        const long d = m_.head_dim, half = d / 2;
-        if (norm != nullptr) {
-            const __m512 factor = _mm512_set1_ps(inverse_rms(head, d, float(m_.norm_eps)));
-            for (long i = 0; i < d; i += 16) {
-                const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(head + i), factor);
-                _mm512_storeu_ps(scratch.data() + i, _mm512_mul_ps(values, load(norm + i)));
-            }
-            head = scratch.data();
-        }
-        const float *cos = cos_.data() + token * d, *sin = sin_.data() + token * d;
-        for (long i = 0; i < half; i += 8) {  // a half is a multiple of 8
-            const __m256 low = _mm256_loadu_ps(head + i), high = _mm256_loadu_ps(head + half + i);
-            const __m256 c = _mm256_loadu_ps(cos + i), s = _mm256_loadu_ps(sin + half + i);
-            const __m256 first = _mm256_fmsub_ps(low, c, _mm256_mul_ps(high, s));
-            const __m256 second = _mm256_fmadd_ps(high, c, _mm256_mul_ps(low, s));
-            _mm_storeu_si128((__m128i*)(out + i), (__m128i)_mm256_cvtneps_pbh(first));
-            _mm_storeu_si128((__m128i*)(out + half + i), (__m128i)_mm256_cvtneps_pbh(second));
+    // job(row, token) for each packed token of `tokens`.
+    template <class Job>
+    static void each(const Step& step, Range tokens, Job job) {
+        for (const Row& row : step.rows) {
+            const long last = std::min(tokens.last, row.token + row.length);
+            for (long token = std::max(tokens.first, row.token); token < last; token++) job(row, token);
         }
     }
 
@@ -365,7 +267,7 @@ private:
             const long window = layers_[index].window, position = row.start + piece.first;
             bf16* heads = attended(row.token + piece.first) + piece.kv_head * group_ * m_.head_dim;
             if (piece.tokens > 1) {
-                mine.prompt_attention.attend(pages, heads, piece.tokens, position, window, heads, attended_stride_);
+                mine.prompt_attention.attend(pages, heads, piece.tokens, position, window, heads, strides_.attended);
                 return;
             }
             for (int head = 0; head < group_; head++) {
@@ -378,14 +280,16 @@ private:
 
     const Model m_;
     const std::vector<Layer> layers_;
+    const Strides strides_{m_};
+    const PanelMath math_{m_, strides_};
     Team team_;
     Cores cores_;
     const int group_;  // query heads of one KV head
-    const long hidden_stride_, normed_stride_, attended_stride_, activated_stride_, qkv_stride_, gate_up_stride_;
     std::vector<Counter> counters_;  // a layer's panels and its attention, and the last panels
-    std::vector<float> residual_, cos_, sin_;
+    Rotation rotation_{m_};
+    std::vector<float> residual_;
     std::vector<bf16> attended_, last_attended_;  // queries, then attention's result; padding stays zero
-    Panel shared_{*this};
+    Panel shared_{strides_};
     std::vector<std::unique_ptr<Mine>> mine_;
 };
 

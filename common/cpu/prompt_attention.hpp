@@ -47,7 +47,9 @@ public:
         for (long row = 0; row < rows; row++) {
             bf16* target = out + row / num_heads_ * stride + row % num_heads_ * head_dim_;
             const __m512 scale = _mm512_set1_ps(1.0f / total_[row]);
-            for (int i = 0; i < head_dim_; i += 16) store(target + i, _mm512_mul_ps(_mm512_loadu_ps(sums(row) + i), scale));
+            for (int i = 0; i < head_dim_; i += 16) {
+                store(target + i, _mm512_mul_ps(_mm512_loadu_ps(sums(row) + i), scale));
+            }
         }
     }
 
@@ -93,13 +95,12 @@ private:
     void pack_values(long values, const bf16* const* source, long key, int at) {
         bf16* target = values_.data() + at / kTileColumns * (kKeys * kTileColumns) + key * kTileColumns +
                        at % kTileColumns * 2;
-        __m512i both = _mm512_setzero_si512();
-        if (source[0] != nullptr) both = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(source[0] + values + at)));
-        if (source[1] != nullptr) {
-            const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(source[1] + values + at)));
-            both = _mm512_or_si512(both, _mm512_slli_epi32(high, 16));
+        __m512i parts[2];
+        for (int i = 0; i < 2; i++) {
+            const __mmask16 mask = source[i] == nullptr ? 0 : 0xffff;
+            parts[i] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, source[i] + values + at));
         }
-        _mm512_storeu_si512(target, both);
+        _mm512_storeu_si512(target, _mm512_or_si512(parts[0], _mm512_slli_epi32(parts[1], 16)));
     }
 
     // --- a few rows and a tile --------------------------------------------------------------------------
@@ -112,8 +113,8 @@ private:
         alignas(64) bf16 weights[kRowsAtOnce * kKeys];
         const long width = padded(visible, kTileColumns);
         for (long key = 0; key < width; key += kTileColumns) {
-            add_products<true, 0>(int(rows), queries_.data() + row * head_dim_, head_dim_, keys_.data() + key * head_dim_,
-                                  pairs_, scores + key, kKeys, nullptr);
+            add_products<true, 0>(int(rows), queries_.data() + row * head_dim_, head_dim_,
+                                  keys_.data() + key * head_dim_, pairs_, scores + key, kKeys, nullptr);
         }
         for (long i = 0; i < rows; i++) {
             const long at = position + (row + i) / num_heads_;
@@ -133,7 +134,8 @@ private:
             return;
         }
         const bool all = seen.first == 0 && seen.last == width;
-        const float largest = std::max(most_[row], all ? most<true>(scores, seen, width) : most<false>(scores, seen, width));
+        const float here = all ? most<true>(scores, seen, width) : most<false>(scores, seen, width);
+        const float largest = std::max(most_[row], here);
         const float total = all ? spread<true>(scores, seen, width, largest, weights)
                                 : spread<false>(scores, seen, width, largest, weights);
         if (largest > most_[row]) {

@@ -105,7 +105,7 @@ inline void transpose_16(__m512i* v) {
         w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {  // fours of rows: 64-bit lanes; v[i + j]: lanes j, j + 4, j + 8, j + 12 of rows i..i+3
+    for (int i = 0; i < 16; i += 4) {  // fours of rows: 64-bit lanes; v[i + j]: lanes j, j + 4, j + 8, j + 12
         v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
         v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
         v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
@@ -114,7 +114,8 @@ inline void transpose_16(__m512i* v) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {  // 128-bit lanes
         const __m512i a = _mm512_shuffle_i32x4(v[j], v[j + 4], 0x88), b = _mm512_shuffle_i32x4(v[j], v[j + 4], 0xdd);
-        const __m512i c = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0x88), d = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0xdd);
         w[j] = _mm512_shuffle_i32x4(a, c, 0x88);       // lane j of every row
         w[j + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);   // lane j + 8
         w[j + 4] = _mm512_shuffle_i32x4(b, d, 0x88);   // lane j + 4

@@ -6,6 +6,7 @@ import shutil
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,15 +208,27 @@ def test_a_worker_borrows_the_cores_of_those_that_are_idle(checkpoints: Path) ->
     board.close()
     native = run.engine._native
     assert native is not None
-    for num_busy, num_threads in ((0, 4), (1, 2), (2, 1), (1, 2), (0, 4)):
-        for other, memory in enumerate(others):
-            is_busy = other < num_busy
-            worked_at_ns, own_threads = (2**62 if is_busy else 0), 2
-            struct.pack_into("qq", memory, 64 * (1 + other), worked_at_ns, own_threads)
+    now, long_ago = time.monotonic_ns() + 10**12, time.monotonic_ns() - 10**10  # it stays "now" for a while
+    resting, working = (now, 2, 0), (now, 2, 1)
+    idle, died, absent = (long_ago, 2, 0), (long_ago, 2, 1), (0, 0, 0)
+    for slots_of_others, num_threads in (
+        ((absent, absent), 4),
+        ((working, absent), 2),
+        ((working, resting), 1),
+        ((idle, resting), 2),
+        ((idle, died), 4),
+    ):
+        for other, (memory, slot) in enumerate(zip(others, slots_of_others, strict=True), 1):
+            struct.pack_into("qqq", memory, 64 * other, *slot)
         for length in (5, 100):
             run.driver.step([(run.driver.add([1] * length, SAMPLING), length)])
             assert native.num_threads == num_threads
+    struct.pack_into("qqq", others[0], 64, time.monotonic_ns() - 10**8, 2, 1)  # within a long step
+    struct.pack_into("qqq", others[0], 128, *absent)
+    run.driver.step([(run.driver.add([1] * 5, SAMPLING), 5)])
+    assert native.num_threads == 2
     assert struct.unpack_from("q", others[0], 0)[0] > 0, "nobody sees this worker compute"
+    assert struct.unpack_from("q", others[0], 16)[0] == 0, "the step is over"
 
 
 def test_without_the_board_a_worker_keeps_to_its_own_threads(checkpoints: Path) -> None:

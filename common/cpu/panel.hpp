@@ -1,0 +1,99 @@
+// What is done to each token by itself: norms, products with weights, activation. Rows of tokens come in panels of at
+// most kPanelRows, whose intermediate results stay near the core.
+#pragma once
+
+#include <vector>
+
+#include "linear.hpp"
+#include "model.hpp"
+#include "vectors.hpp"
+
+constexpr long kPanelRows = 60;  // a multiple of kRowsAtOnce
+
+// How rows of each kind stand in memory: padded, so that whole vectors and tiles may be read and written.
+struct Strides {
+    explicit Strides(const Model& m)
+        : hidden(padded(m.hidden_size, kTileColumns)), normed(padded(m.hidden_size, 32)),
+          attended(padded(m.qo_size(), 32)), activated(padded(m.intermediate_size, 32)),
+          qkv(padded(m.qkv_size(), kTileColumns)), gate_up(padded(2 * m.intermediate_size, kTileColumns)) {}
+    const long hidden, normed, attended, activated, qkv, gate_up;
+};
+
+// Memory between the residual stream and itself. Padding stays zero.
+struct Panel {
+    explicit Panel(const Strides& s)
+        : normed(kPanelRows * s.normed), activated(kPanelRows * s.activated), qkv(kPanelRows * s.qkv),
+          gate_up(kPanelRows * s.gate_up) {}
+    std::vector<bf16> normed, activated;
+    std::vector<float> qkv, gate_up;
+};
+
+class PanelMath {
+public:
+    PanelMath(const Model& model, const Strides& strides) : m_(model), s_(strides) {}
+
+    static Range all(const Tiles& w) { return {0, w.count()}; }
+
+    // From attention to a layer's end: x += o(attended), x += mlp(x).
+    void finish(const Layer& layer, float* x, const bf16* attended, long rows, Panel& panel) const {
+        add(x, {attended, s_.attended, rows}, m_.o(layer), layer.o_bias, all(m_.o(layer)));
+        const Rows normed = normalize(x, rows, layer.mlp_norm, panel);
+        set(panel.gate_up.data(), s_.gate_up, normed, m_.gate_up(layer), layer.gate_up_bias, all(m_.gate_up(layer)));
+        activate(panel, rows, {0, num_activation_vectors()});
+        add(x, {panel.activated.data(), s_.activated, rows}, m_.down(layer), layer.down_bias, all(m_.down(layer)));
+    }
+
+    Rows normalize(const float* hidden, long rows, const bf16* weight, Panel& panel) const {
+        bf16* normed = panel.normed.data();
+        for (long row = 0; row < rows; row++) {
+            const float* x = hidden + row * s_.hidden;
+            const __m512 factor = _mm512_set1_ps(inverse_rms(x, m_.hidden_size, float(m_.norm_eps)));
+            for (long i = 0; i < m_.hidden_size; i += 16) {
+                const __mmask16 mask = lanes(m_.hidden_size - i);
+                const __m512 values = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor);
+                store(normed + row * s_.normed + i, _mm512_mul_ps(values, load(weight + i, mask)), mask);
+            }
+        }
+        return {normed, s_.normed, rows};
+    }
+
+    // y = x W^T + bias, the columns of these tiles
+    static void set(float* y, long stride, const Rows& x, const Tiles& w, const bf16* bias, Range part) {
+        multiply(x, w, part, [&](long row, long column, const float* sums) {
+            for (int i = 0; i < kTileColumns; i += 16) {
+                _mm512_storeu_ps(y + row * stride + column + i, with_bias(sums + i, bias, column + i, w.columns));
+            }
+        });
+    }
+
+    // y += x W^T + bias; y is the residual stream
+    void add(float* y, const Rows& x, const Tiles& w, const bf16* bias, Range part) const {
+        multiply(x, w, part, [&](long row, long column, const float* sums) {
+            for (int i = 0; i < kTileColumns; i += 16) {
+                float* target = y + row * s_.hidden + column + i;
+                const __m512 values = with_bias(sums + i, bias, column + i, w.columns);
+                _mm512_storeu_ps(target, _mm512_add_ps(_mm512_loadu_ps(target), values));
+            }
+        });
+    }
+
+    long num_activation_vectors() const { return (m_.intermediate_size + 15) / 16; }
+
+    // silu(gate) * up, these vectors of each row
+    void activate(Panel& panel, long rows, Range vectors) const {
+        const long size = m_.intermediate_size;
+        for (long row = 0; row < rows; row++) {
+            const float *gate = panel.gate_up.data() + row * s_.gate_up, *up = gate + size;
+            for (long i = vectors.first * 16; i < std::min(size, vectors.last * 16); i += 16) {
+                const __mmask16 mask = lanes(size - i);
+                const __m512 values = silu(_mm512_maskz_loadu_ps(mask, gate + i));
+                store(panel.activated.data() + row * s_.activated + i,
+                      _mm512_mul_ps(values, _mm512_maskz_loadu_ps(mask, up + i)), mask);
+            }
+        }
+    }
+
+private:
+    const Model m_;
+    const Strides s_;
+};
