@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 
 from rich.console import Console
+
+from kvferry.benchmarks.json_file import save_json
 
 _MAX_ERROR_CHARS = 600
 
@@ -33,5 +34,4 @@ def run_check(name: str, check: Callable[[], str], console: Console) -> Check:
 
 
 def write_checks(path: Path, checks: Sequence[Check], figures: Mapping[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"checks": [asdict(check) for check in checks], **figures}, indent=1) + "\n")
+    save_json({"checks": [asdict(check) for check in checks], **figures}, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 from kvferry.benchmarks.cores import CoreUse
 from kvferry.benchmarks.environment import Environment
 from kvferry.benchmarks.floors import Bound
+from kvferry.benchmarks.json_file import save_json
 from kvferry.benchmarks.plot import COLOURS, new_figure, save_figure
 from kvferry.benchmarks.rates import MeasuredRates
 from kvferry.benchmarks.report import milliseconds
@@ -132,15 +132,13 @@ def _scaled(value: float) -> str:
 
 
 def write_engine(report: EngineReport, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     cases = [asdict(case) | {"name": case.name, "ratio": case.ratio} for case in report.cases]
     body = asdict(report) | {"cases": cases, "misses": report.misses}
-    path.write_text(json.dumps(body, indent=1) + "\n")
+    save_json(body, path)
 
 
 def plot_engine(report: EngineReport, path: Path) -> None:
     """Left: decode steps over their floors. Right: prefill time and floor by prompt length."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure, (steps, prompts) = new_figure(11, 4.5, 2)
     _draw_decode(steps, [case for case in report.cases if case.kind == "decode"])
     _draw_prefill(prompts, [case for case in report.cases if case.kind == "prefill"])

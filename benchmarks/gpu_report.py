@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvferry.benchmarks.environment import Environment
+from kvferry.benchmarks.json_file import save_json
 
 Status = Literal["pass", "fail", "skipped"]
 _STYLES = {"pass": "green", "fail": "red", "skipped": "yellow"}
@@ -66,5 +66,4 @@ def print_gpu(report: GpuReport, console: Console) -> None:
 
 
 def write_gpu(report: GpuReport, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(report), indent=1) + "\n")
+    save_json(asdict(report), path)

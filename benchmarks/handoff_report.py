@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 from kvferry.benchmarks.cores import CoreUse
 from kvferry.benchmarks.environment import Environment
 from kvferry.benchmarks.handoff_prefill import HandoffTimes
+from kvferry.benchmarks.json_file import save_json
 from kvferry.benchmarks.plot import COLOURS, new_figure, save_figure
 from kvferry.benchmarks.report import milliseconds
 
@@ -230,7 +230,6 @@ def _idle_table(idle: Sequence[IdleResult]) -> Table:
 
 
 def write_handoff(report: HandoffReport, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     sizes = [
         asdict(size)
         | {
@@ -244,12 +243,11 @@ def write_handoff(report: HandoffReport, path: Path) -> None:
     ]
     paced = [asdict(result) | {"exposed_s": result.exposed_s, "share": result.share} for result in report.paced]
     body = asdict(report) | {"sizes": sizes, "paced": paced, "misses": report.misses}
-    path.write_text(json.dumps(body, indent=1) + "\n")
+    save_json(body, path)
 
 
 def plot_handoff(report: HandoffReport, path: Path) -> None:
     """Left: speed by size, one line per way of lying. Right: the same as a share of writev (or of the plain copy)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure, (speeds, ratios) = new_figure(11, 4.5, 2)
     groups: dict[tuple[str, str], list[SizeResult]] = {}
     for size in report.sizes:

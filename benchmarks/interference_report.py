@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 from kvferry.benchmarks.cores import CoreUse
 from kvferry.benchmarks.endpoint import RequestRecord
 from kvferry.benchmarks.environment import Environment
+from kvferry.benchmarks.json_file import save_json
 from kvferry.benchmarks.plot import COLOURS, new_figure, save_figure
 from kvferry.benchmarks.report import milliseconds
 from kvferry.benchmarks.stats import Distribution
@@ -142,15 +142,13 @@ def _long_table(systems: Sequence[SystemResult]) -> Table:
 
 
 def write_interference(report: InterferenceReport, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(report), indent=1) + "\n")
+    save_json(asdict(report), path)
 
 
 def plot_interference(report: InterferenceReport, path: Path) -> None:
     """Left: gaps between tokens, quiet and disturbed. Right: TTFT of the long prompts in order."""
     from matplotlib.ticker import MaxNLocator
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure, (gaps, longs) = new_figure(11, 4.5, 2)
     for row, system in enumerate(report.systems):
         colour = COLOURS[row % len(COLOURS)]

@@ -8,7 +8,6 @@ a peer of which the same holds; where the peer failed there is nothing to compar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvferry.benchmarks.environment import Environment
+from kvferry.benchmarks.json_file import save_json
 from kvferry.benchmarks.serve_client import Cell, ClientRun
 from kvferry.common.errors import ConfigError
 
@@ -202,9 +202,8 @@ def read_report(path: Path) -> ServeReport:
 
 def write_report(report: ServeReport, path: Path) -> None:
     """In one rename: whoever is interrupted leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(asdict(report), indent=1) + "\n")
+    save_json(asdict(report), partial)
     partial.replace(path)
 
 

@@ -41,6 +41,19 @@ class Driver:
         while len(seq.block_table) * self.engine.spec.block_size < num_tokens:
             seq.block_table.append(self._free.pop())
 
+    def step_fork(self, first: Sequence) -> int:
+        """One step of a sequence that goes on from all but the last token of `first`: its first block is shared, its
+        second one copied. The token that it yields.
+        """
+        end = first.num_tokens - 1
+        fork = self.add(first.token_ids[:end])
+        fork.token_ids.append(first.token_ids[end])
+        fork.num_computed_tokens = end
+        fork.block_table = [first.block_table[0]]
+        self.grow(fork, end + 1)
+        copies = [(first.block_table[1], fork.block_table[1])]
+        return self.engine.step(Batch([BatchRow(fork, 1)], copies)).rows[0].tokens[0].token_id
+
     def step(
         self, rows: list[tuple[Sequence, int]], on_layer: Callable[[int], None] | None = None
     ) -> list[tuple[SampledToken, ...]]:

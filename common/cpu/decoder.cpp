@@ -206,19 +206,10 @@ private:
         if (rank == 0 && step.on_layer != nullptr) step.on_layer(int(index));
     }
 
-    // From attention to the layer's end: x += o(attended), x += mlp(x). All rows together, a barrier after each product.
     void finish_together(const Layer& layer, float* x, const bf16* attended, long rows, int rank) {
-        math_.add(x, {attended, strides_.attended, rows}, m_.o(layer), layer.o_bias, part(m_.o(layer), rank));
-        team_.barrier();
-        const Rows normed = math_.normalize(x, rows, layer.mlp_norm, mine_[rank]->panel);
-        math_.set(shared_.gate_up.data(), strides_.gate_up, normed, m_.gate_up(layer), layer.gate_up_bias,
-                  part(m_.gate_up(layer), rank));
-        team_.barrier();
-        math_.activate(shared_, rows, share(math_.num_activation_vectors(), rank, team_.size()));
-        team_.barrier();
-        math_.add(x, {shared_.activated.data(), strides_.activated, rows}, m_.down(layer), layer.down_bias,
-                  part(m_.down(layer), rank));
-        team_.barrier();
+        math_.finish(
+            layer, x, attended, rows, mine_[rank]->panel, shared_,
+            [&](long count) { return share(count, rank, team_.size()); }, [&] { team_.barrier(); });
     }
 
     // --- attention --------------------------------------------------------------------------------------

@@ -34,13 +34,26 @@ public:
 
     static Range all(const Tiles& w) { return {0, w.count()}; }
 
-    // From attention to a layer's end: x += o(attended), x += mlp(x).
+    // From attention to a layer's end: x += o(attended), x += mlp(x). By one thread: `part` is all of what it is asked
+    // about, `meet` does nothing. By several, each with an `own` panel for what all of them compute, and one in `common`:
+    // `part(count)` is this one's of so many tiles or vectors, and all meet after each product.
+    template <class Part, class Meet>
+    void finish(const Layer& layer, float* x, const bf16* attended, long rows, Panel& own, Panel& common, Part part,
+                Meet meet) const {
+        const Tiles o = m_.o(layer), gate_up = m_.gate_up(layer), down = m_.down(layer);
+        add(x, {attended, s_.attended, rows}, o, layer.o_bias, part(o.count()));
+        meet();
+        const Rows normed = normalize(x, rows, layer.mlp_norm, own);
+        set(common.gate_up.data(), s_.gate_up, normed, gate_up, layer.gate_up_bias, part(gate_up.count()));
+        meet();
+        activate(common, rows, part((m_.intermediate_size + 15) / 16));
+        meet();
+        add(x, {common.activated.data(), s_.activated, rows}, down, layer.down_bias, part(down.count()));
+        meet();
+    }
+
     void finish(const Layer& layer, float* x, const bf16* attended, long rows, Panel& panel) const {
-        add(x, {attended, s_.attended, rows}, m_.o(layer), layer.o_bias, all(m_.o(layer)));
-        const Rows normed = normalize(x, rows, layer.mlp_norm, panel);
-        set(panel.gate_up.data(), s_.gate_up, normed, m_.gate_up(layer), layer.gate_up_bias, all(m_.gate_up(layer)));
-        activate(panel, rows, {0, num_activation_vectors()});
-        add(x, {panel.activated.data(), s_.activated, rows}, m_.down(layer), layer.down_bias, all(m_.down(layer)));
+        finish(layer, x, attended, rows, panel, panel, [](long count) { return Range{0, count}; }, [] {});
     }
 
     Rows normalize(const float* hidden, long rows, const bf16* weight, Panel& panel) const {
@@ -76,8 +89,6 @@ public:
             }
         });
     }
-
-    long num_activation_vectors() const { return (m_.intermediate_size + 15) / 16; }
 
     // silu(gate) * up, these vectors of each row
     void activate(Panel& panel, long rows, Range vectors) const {

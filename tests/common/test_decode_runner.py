@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvferry.common.attention.base import AttentionMetadata
 from kvferry.common.attention.cpu import CPUAttention
-from kvferry.common.batch import Batch, BatchRow, StepOutput
+from kvferry.common.batch import Batch, StepOutput
 from kvferry.common.decode_rows import StepArrays, graph_sizes
 from kvferry.common.decode_runner import DecodeRunner
 from kvferry.common.device_sampling import DeviceSampler
@@ -196,15 +196,9 @@ def test_blocks_are_copied_before_the_step(model_dir: Path) -> None:
         driver = Driver(engine)
         first = driver.add(prompts([21])[0])
         driver.step([(first, 21)])
-        child = driver.add(first.token_ids[:21])
-        child.token_ids.append(first.token_ids[21])
-        child.num_computed_tokens = 21
-        child.block_table = [first.block_table[0]]
-        driver.grow(child, 22)
-        copies = [(first.block_table[1], child.block_table[1])]
-        output = engine.step(Batch([BatchRow(child, 1)], copies))
+        forked = driver.step_fork(first)
         driver.step([(first, 1)])
-        return output.rows[0].tokens[0].token_id, first.token_ids[22]
+        return forked, first.token_ids[22]
 
     child_token, parent_token = fork(LookingAhead(model_dir))
     assert child_token == parent_token == fork(make_engine(model_dir))[0]

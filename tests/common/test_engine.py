@@ -145,15 +145,9 @@ def test_blocks_are_copied_before_the_step(checkpoints: Path) -> None:
     driver = Driver(engine)
     first = driver.add(prompts([21])[0])
     driver.step([(first, 21)])
-    fork = driver.add(first.token_ids[:21])
-    fork.token_ids.append(first.token_ids[21])
-    fork.num_computed_tokens = 21
-    fork.block_table = [first.block_table[0]]
-    driver.grow(fork, 22)
-    copies = [(first.block_table[1], fork.block_table[1])]
-    output = engine.step(Batch([BatchRow(fork, 1)], copies))
+    forked = driver.step_fork(first)
     driver.step([(first, 1)])
-    assert output.rows[0].tokens[0].token_id == first.token_ids[22]
+    assert forked == first.token_ids[22]
 
 
 def test_on_layer_sees_each_layer_after_its_pages_are_written(checkpoints: Path) -> None:
