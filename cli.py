@@ -80,7 +80,10 @@ def serve(
         bool, typer.Option("--dry-run", help="Print what would be started.", rich_help_panel="Output", metavar="")
     ] = False,
 ) -> None:
-    """Start a router and its workers, on this machine or on Ray, and serve until Ctrl-C."""
+    """Start a router and its workers, on this machine or on Ray, and serve until Ctrl-C.
+
+    SIGTERM drains: running answers finish first. SIGHUP restarts everything, one process at a time.
+    """
     import asyncio
 
     from .common.progress import make_display
@@ -137,8 +140,9 @@ async def _run(launcher: Launcher) -> None:
     import asyncio
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, launcher.stop)
+    loop.add_signal_handler(signal.SIGINT, launcher.stop)
+    loop.add_signal_handler(signal.SIGTERM, launcher.drain)
+    loop.add_signal_handler(signal.SIGHUP, launcher.restart)
     await launcher.run()
 
 
@@ -162,7 +166,8 @@ def _greeting(settings: ServeSettings, deployment: Deployment, http: Address) ->
 
 def _pools(deployment: Deployment) -> str:
     roles = [worker.config.role for worker in deployment.workers]
-    return f"{roles.count('prefill')} prefill, {roles.count('decode')} decode"
+    routers = f"{deployment.num_routers} routers, " if deployment.num_routers > 1 else ""
+    return f"{routers}{roles.count('prefill')} prefill, {roles.count('decode')} decode"
 
 
 def _describe(deployment: Deployment, model: ModelConfig) -> str:
@@ -216,8 +221,9 @@ def router(loaded: Loaded) -> None:
     secret = _secret_for(settings, [Address(settings.control_host, settings.control_port)])
     resolved = resolve_model(settings.model, settings.revision)
     config = plan_router(settings, resolved.dir, settings.served_model_name or resolved.served_name)
-    update = {"control_host": settings.control_host, "control_port": settings.control_port, "api_keys": ()}
-    _become(ROUTER_PROGRAM, config.model_copy(update=update), secret, api_keys=settings.api_key)
+    update = {"control_host": settings.control_host, "control_port": settings.control_port}
+    keyless = config.model_copy(update={**update, "api_keys": (), "admin_keys": ()})
+    _become(ROUTER_PROGRAM, keyless, secret, api_keys=settings.api_key, admin_keys=settings.admin_key)
 
 
 @app.command()
@@ -275,11 +281,12 @@ def _become(
     *,
     loopback: bool = False,
     api_keys: tuple[str, ...] = (),
+    admin_keys: tuple[str, ...] = (),
 ) -> NoReturn:
     """Replace this process: its id, terminal and signals are the program's from here on."""
     from .common.children import child_environment
 
-    env = child_environment(environment(), secret, loopback=loopback, api_keys=api_keys)
+    env = child_environment(environment(), secret, loopback=loopback, api_keys=api_keys, admin_keys=admin_keys)
     os.execve(program[0], [*program, "--config-json", config.model_dump_json()], env)
 
 
@@ -289,6 +296,14 @@ def bench(context: typer.Context) -> None:
     from .benchmarks import client
 
     raise typer.Exit(client.main(context.args))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def chaos(context: typer.Context) -> None:
+    """Kill workers of a deployment of its own under load; fails if anything is lost or changed (--help: options)."""
+    from .benchmarks import chaos as program
+
+    raise typer.Exit(program.main(context.args))
 
 
 @app.command()
@@ -326,7 +341,7 @@ def config_show(
         if head != section and head:
             print(f"{head}:")
         section = head
-        shown = ["***"] * len(loaded.settings.api_key) if key == "api_key" else value
+        shown = ["***"] * len(value) if key in ("api_key", "admin_key") and isinstance(value, tuple) else value
         comment = f"  # {loaded.origins[key]}" if origins else ""
         print(f"{'  ' if head else ''}{own}: {json.dumps(shown, default=str)}{comment}")  # JSON is YAML
 

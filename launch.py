@@ -1,15 +1,17 @@
 """Starts a deployment, watches it and ends it: processes on this machine, or workers as actors on a Ray cluster.
 
-    router up (its control address is known) -> workers up -> the router's /ready answers 200 -> announced
-    -> children that end or hang are started again -> stop: all of them are gone when `run` returns
+    routers up (their control addresses are known) -> workers up -> every router is ready -> announced
+    -> children that end or hang are started again; restart: one after the other, while the others serve
+    -> stop, drain: all of them are gone when `run` returns
 
-The router is a local child in both cases. A worker does the same work under both launchers, and no request ever
+Routers are local children in both cases. A worker does the same work under both launchers, and no request ever
 passes through here. This is the only module that imports ray, inside what needs it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import os
 import signal
@@ -19,14 +21,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from .common.channel import Address
-from .common.children import (
-    ROUTER_PROGRAM,
-    WORKER_PROGRAM,
-    RouterChild,
-    child_environment,
-    worker_child,
-    worker_environment,
-)
+from .common.children import ROUTER_PROGRAM, WORKER_PROGRAM, child_environment, worker_child, worker_environment
 from .common.clock import Clock
 from .common.config import WorkerConfig
 from .common.cores import CoreBoard
@@ -36,6 +31,8 @@ from .common.logs import configure_logging
 from .common.plan import Deployment, WorkerPlan, fit_to_host
 from .common.process import ChildTimes, Stopper
 from .common.progress import Display
+from .common.rolling import roll
+from .common.routers import RouterGroup
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -46,6 +43,9 @@ _ACTOR_PING_EVERY_S = 1.0
 _ACTOR_HANG_AFTER_S = 30.0
 _PLACEMENT_TIMEOUT_S = 60.0
 _ACTOR_GRACE_S = 5.0
+_RAY_END_S = 10.0  # for all calls to a cluster at the end: its head may be gone
+_HEAD_AWAY_S = 86400  # Ray ends a process that misses the cluster's head for so long; no token passes through it
+_DRAIN_SLACK_S = 10.0  # to SIGKILL, after a child should have ended by itself
 
 
 class Launcher(Protocol):
@@ -56,7 +56,15 @@ class Launcher(Protocol):
         ...
 
     def stop(self) -> None:
-        """End everything; a second call does so at once."""
+        """End everything soon; at once, if it is ending already."""
+        ...
+
+    def drain(self) -> None:
+        """Take nothing new, let what runs finish within its limit, then end; at once, if it is ending already."""
+        ...
+
+    def restart(self) -> None:
+        """Restart every process, one after the other, while the others serve."""
         ...
 
 
@@ -76,18 +84,32 @@ class LocalLauncher:
         times: ChildTimes | None = None,
     ) -> None:
         env = child_environment(env, deployment.secret, loopback=True)
+        times = times or _child_times(deployment)
         self._display = display
+        self._clock = clock
         self._on_serving = on_serving
         self._stopper = Stopper()
-        self.router = RouterChild(deployment.router, env, clock, display, program=router_program, times=times)
+        self._rolling: asyncio.Task[bool] | None = None
+        self._tasks: asyncio.TaskGroup | None = None  # while everything serves
+        self.routers = RouterGroup(
+            deployment.router,
+            deployment.num_routers,
+            env,
+            clock,
+            display,
+            program=router_program,
+            times=times,
+            on_restart_wanted=self.restart,
+        )
         self._cores = CoreBoard(max(1, len(deployment.workers)))
+        self._roles = {worker.config.worker_id: worker.config.role for worker in deployment.workers}
         self.workers = [
             worker_child(
                 _share_cores(worker, self._cores, index),
-                self.router,
+                lambda: self.routers.controls,
                 env,
                 clock,
-                display,
+                self.routers.on_event,
                 program=worker_program,
                 times=times,
             )
@@ -95,10 +117,27 @@ class LocalLauncher:
         ]
 
     def stop(self) -> None:
-        if self._stopper.stopped:
-            for child in (self.router.child, *self.workers):
+        self._end(drain=False)
+
+    def drain(self) -> None:
+        self._end(drain=True)
+
+    def _end(self, *, drain: bool) -> None:
+        for child in (*self.routers.children, *self.workers):
+            if self._stopper.stopped:
                 child.kill()
+            else:
+                child.shall_drain = drain
         self._stopper.stop()
+
+    def restart(self) -> None:
+        if self._tasks is None or self._stopper.stopped:
+            self._display.note("no rolling restart: not everything is up")
+        elif self._rolling is not None and not self._rolling.done():
+            self._display.note("no rolling restart: one is under way")
+        else:
+            work = roll(self.routers, self.workers, self._roles, self._clock, self._display.note)
+            self._rolling = self._tasks.create_task(work)
 
     async def run(self) -> None:
         try:
@@ -108,17 +147,24 @@ class LocalLauncher:
             self._cores.close()
 
     async def _run(self) -> None:
-        # The inner group ends first: the router lets go of its requests while the workers still answer.
+        # The inner group ends first: the routers let go of their requests while the workers still answer.
         async with asyncio.TaskGroup() as back, asyncio.TaskGroup() as front:
-            front.create_task(self.router.child.run())
-            await self.router.child.was_ready.wait()
+            front.create_task(self.routers.run())
+            await self.routers.wait_until_up()
             for worker in self.workers:
                 back.create_task(worker.run())
             for worker in self.workers:
                 await worker.was_ready.wait()
-            await self.router.wait_until_serving()
+            await self.routers.wait_until_serving()
             self._display.done()
-            self._on_serving(self.router.http)
+            self._on_serving(self.routers.http)
+            for admin in self.routers.admins:
+                self._display.note(f"admin listener: http://{admin}/admin/workers")
+            self._tasks = front
+
+
+def _child_times(deployment: Deployment) -> ChildTimes:
+    return ChildTimes(drain_s=deployment.router.drain_timeout_s + _DRAIN_SLACK_S)
 
 
 def _share_cores(worker: WorkerPlan, board: CoreBoard, index: int) -> WorkerPlan:
@@ -154,21 +200,36 @@ class RayLauncher:
         self._on_serving = on_serving
         self._router_program = router_program
         self._worker_entry = worker_entry
-        self._times = times or ChildTimes()
+        self._times = times or _child_times(deployment)
         self._stopper = Stopper()
+        self._routers: RouterGroup | None = None
         self._work: dict[str, ObjectRef[int]] = {}  # by worker_id: its running `run`
         self.actors: dict[str, ActorHandle[WorkerActor]] = {}
 
     def stop(self) -> None:
+        self._end(drain=False)
+
+    def drain(self) -> None:
+        self._end(drain=True)
+
+    def _end(self, *, drain: bool) -> None:
+        for child in self._routers.children if self._routers is not None else ():
+            if self._stopper.stopped:
+                child.kill()
+            else:
+                child.shall_drain = drain
         self._stopper.stop()
+
+    def restart(self) -> None:
+        self._display.note("no rolling restart: Ray's workers are drained one by one, through the admin listener")
 
     async def run(self) -> None:
         _connect_ray(self._address, self._deployment.num_ranks)
         try:
             await self._stopper.run(self._run())
         finally:
-            await self._end_actors()
-            _disconnect_ray()
+            if not await _in_thread(self._end_actors, _RAY_END_S):
+                self._display.note("Ray's head does not answer: its nodes end the workers")
             self._display.done()
 
     async def _run(self) -> None:
@@ -176,20 +237,29 @@ class RayLauncher:
         deployment = fit_to_host(self._deployment, _cluster_as_host())
         env = child_environment(self._env, deployment.secret, loopback=loopback)
         config = deployment.router if loopback else deployment.router.model_copy(update={"control_host": _node_ip()})
-        router = RouterChild(config, env, self._clock, self._display, program=self._router_program, times=self._times)
+        self._routers = routers = RouterGroup(
+            config,
+            deployment.num_routers,
+            env,
+            self._clock,
+            self._display,
+            program=self._router_program,
+            times=self._times,
+            on_restart_wanted=self.restart,
+        )
         group = await _place(deployment)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(router.child.run())
-            await router.child.was_ready.wait()
+            tasks.create_task(routers.run())
+            await routers.wait_until_up()
             for index, worker in enumerate(deployment.workers):
-                worker = replace(worker, config=worker.config.model_copy(update={"routers": (str(router.control),)}))
+                worker = replace(worker, config=worker.config.model_copy(update={"routers": routers.controls}))
                 actor = _create_actor(worker, group, index, loopback=loopback)
                 self.actors[worker.config.worker_id] = actor
                 tasks.create_task(self._keep_running(worker.config, actor, loopback=loopback))
                 tasks.create_task(self._watch(worker.config.worker_id, actor))
-            await router.wait_until_serving()
+            await routers.wait_until_serving()
             self._display.done()
-            self._on_serving(router.http)
+            self._on_serving(routers.http)
 
     async def _keep_running(self, config: WorkerConfig, actor: ActorHandle[WorkerActor], *, loopback: bool) -> None:
         """`run` ends only where the worker itself gave up: Ray repeats it after the loss of an actor."""
@@ -219,25 +289,24 @@ class RayLauncher:
                     await ping
             except TimeoutError:
                 self._tell_restart(worker_id, f"no sign of life for {_ACTOR_HANG_AFTER_S:g} s", 0.0)
-                ray.kill(actor, no_restart=False)
+                await _in_thread(lambda: ray.kill(actor, no_restart=False), _ACTOR_HANG_AFTER_S)
             except RayError:
-                pass  # it ended, and Ray is starting it again
+                pass  # it ended, and Ray is starting it again; or Ray's head is away
 
     def _tell_restart(self, worker_id: str, reason: str, delay_s: float) -> None:
         self._display.on_event(worker_id, {"event": "restart", "reason": reason, "delay_s": delay_s})
 
-    async def _end_actors(self) -> None:
+    def _end_actors(self) -> None:
         """Let each worker end by itself, then take the actor away."""
         import ray
 
         for work in self._work.values():
             ray.cancel(work)
         if self._work:
-            await asyncio.to_thread(
-                ray.wait, list(self._work.values()), num_returns=len(self._work), timeout=_ACTOR_GRACE_S
-            )
+            ray.wait(list(self._work.values()), num_returns=len(self._work), timeout=_ACTOR_GRACE_S)
         for actor in self.actors.values():
             ray.kill(actor, no_restart=True)
+        ray.shutdown()
 
 
 class WorkerActor:
@@ -264,6 +333,7 @@ def _connect_ray(address: str | None, num_ranks: int) -> None:
         raise ConfigError("launcher: ray is not installed: pip install 'kvferry[ray]'") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing calls home
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(_HEAD_AWAY_S))
     handler = signal.getsignal(signal.SIGTERM)
     try:
         if address is None:
@@ -277,10 +347,24 @@ def _connect_ray(address: str | None, num_ranks: int) -> None:
             signal.signal(signal.SIGTERM, handler)  # Ray's own would end this process at once
 
 
-def _disconnect_ray() -> None:
-    import ray
+async def _in_thread(function: Callable[[], None], limit_s: float) -> bool:
+    """Whether it ended within the limit. One that does not is left to the end of this process."""
+    from ray.exceptions import RayError
 
-    ray.shutdown()
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def run() -> None:
+        with contextlib.suppress(RayError, RuntimeError):  # the head is away, or this process is ending
+            function()
+            loop.call_soon_threadsafe(ended.set)
+
+    threading.Thread(target=run, name="ray", daemon=True).start()
+    try:
+        async with asyncio.timeout(limit_s):
+            await ended.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 def _cluster_as_host() -> Host:

@@ -19,18 +19,19 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import structlog
 
 from . import __version__
+from .common import failpoints
 from .common.channel import Address
 from .common.clock import SystemClock
-from .common.config import SECRET_VARIABLE, WorkerConfig, environment
+from .common.config import FAILPOINTS_VARIABLE, SECRET_VARIABLE, WorkerConfig, environment
 from .common.errors import ConfigError, KVFerryError
 from .common.lifeline import Lifeline
 from .common.logs import configure_logging
-from .common.messages import Decoder, Drain, Message, RegionInfo, WorkerHello, WorkerStatus, encode
+from .common.messages import Decoder, Drain, Message, WorkerHello, WorkerStatus, encode
 from .common.session import RouterSessions, max_frame_bytes
 from .transfer.followers import FollowerRegion, FollowerSetup, TransferBroke, agent_name, follower_messages
 
@@ -60,7 +61,7 @@ class Worker:
         self._lifeline = lifeline
         self._clock = SystemClock()
         self._incarnation = secrets.randbits(63)
-        self._follower_regions: dict[int, RegionInfo] = {}
+        self._follower_regions: dict[int, FollowerRegion] = {}
         self._followers_ready = threading.Event()
         self._group: RankGroup | None = None
         self._unit: PrefillUnit | DecodeUnit | None = None
@@ -69,12 +70,15 @@ class Worker:
         self._drains_until: float | None = None
 
     async def run(self) -> int:
-        """Until SIGTERM, a drain or a failure. The exit code: 0, 1 (failure) or 2 (configuration)."""
+        """Until it has drained (SIGTERM, or a router's Drain), SIGINT or a failure.
+
+        The exit code: 0, 1 (failure) or 2 (configuration).
+        """
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[int] = self._loop.create_future()
         with contextlib.suppress(RuntimeError, ValueError):  # not the main thread: whoever runs us cancels instead
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._loop.add_signal_handler(number, self._end, 0)
+            self._loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
+            self._loop.add_signal_handler(signal.SIGINT, self._end_now)
         try:
             parts = await asyncio.to_thread(self._build)
             await self._serve(parts)
@@ -90,6 +94,27 @@ class Worker:
     def _end(self, code: int) -> None:
         if not self._ended.done():
             self._ended.set_result(code)
+
+    def _end_now(self) -> None:
+        if self._sessions is None:  # the thread that loads cannot be stopped, and nothing is to be put in order
+            os._exit(0)
+        self._end(0)
+
+    def _on_sigterm(self) -> None:
+        """Drain; the second one ends at once."""
+        if self._sessions is None or self._drains_until is not None:
+            self._end_now()
+        else:
+            self._drain(self._config.drain_timeout_s)
+
+    def _drain(self, limit_s: float) -> None:
+        """Take nothing new, and say so at once. What is left after `limit_s` goes on elsewhere."""
+        assert self._unit is not None and self._sessions is not None
+        log.info("worker_drains", worker_id=self._config.worker_id, limit_s=limit_s)
+        self._drains_until = self._clock.now() + limit_s
+        with self._unit.loop.lock:
+            self._unit.role.draining = True
+        self._sessions.send_status()
 
     def _call_soon(self, function: Callable[[], None]) -> None:
         """Onto the network thread, from any thread."""
@@ -108,9 +133,13 @@ class Worker:
         from .common.blocks import BlockPool
         from .common.engine import Engine
         from .transfer.choose import open_backend, set_ucx_defaults
+        from .transfer.life import own_mark
         from .transfer.parts import WorkerParts
 
         config = self._config
+        failpoints.arm(environment().get(FAILPOINTS_VARIABLE, ""), config.worker_id)
+        if failpoints.armed:
+            log.warning("failpoints_armed", worker_id=config.worker_id)
         set_ucx_defaults(loopback_only=Address(config.host, config.port).is_loopback)
         self._group = self._start_followers()
         engine: Engine = Engine(
@@ -124,6 +153,10 @@ class Worker:
         region = backend.register(engine.kv_pages, rank=0, tp_size=engine.tp_size, generation=0)
         if self._group is not None and not self._followers_ready.wait(REGION_TIMEOUT_S):
             raise ConfigError(f"{engine.tp_size - 1} other ranks did not register within {REGION_TIMEOUT_S} s")
+        if failpoints.armed:
+            failpoints.hit("worker.start")
+        processes = [own_mark()] if backend.copies_itself else []
+        processes += [found.process for _, found in sorted(self._follower_regions.items()) if found.process is not None]
         return WorkerParts(
             config=config,
             secret=self._secret,
@@ -138,10 +171,11 @@ class Worker:
                 enable_prefix_caching=config.engine.enable_prefix_caching,
             ),
             backend=backend,
-            regions=(region, *(region for _, region in sorted(self._follower_regions.items()))),
+            regions=(region, *(found.region for _, found in sorted(self._follower_regions.items()))),
             to_router=self._to_router,
             call_soon=self._call_soon,
             on_failure=self._on_failure,
+            processes=tuple(processes),
         )
 
     def _progress(self, what: str, fraction: float) -> None:
@@ -172,7 +206,7 @@ class Worker:
         """On the rank group's thread."""
         message = follower_messages.decode(payload)
         if isinstance(message, FollowerRegion):
-            self._follower_regions[rank] = message.region
+            self._follower_regions[rank] = message
             if len(self._follower_regions) == self._config.engine.tensor_parallel_size - 1:
                 self._followers_ready.set()
         elif isinstance(message, TransferBroke):
@@ -235,8 +269,7 @@ class Worker:
     def _on_router_message(self, router_id: str, message: Message) -> None:
         assert self._unit is not None
         if isinstance(message, Drain):
-            self._drains_until = self._clock.now() + message.deadline_s
-            self._unit.role.draining = True
+            self._drain(message.deadline_s)
         else:
             self._unit.on_router_message(router_id, message)
 
@@ -261,9 +294,15 @@ class Worker:
             if ticks % LIFELINE_TICKS == 0 and self._lifeline is not None and not self._hangs():
                 self._lifeline.beat()
             if self._drains_until is not None:
-                if not self._unit.role.num_unfinished or self._clock.now() >= self._drains_until:
-                    self._end(0)
+                self._check_drained(self._drains_until)
             ticks += 1
+
+    def _check_drained(self, until: float) -> None:
+        assert self._unit is not None
+        num_left, is_over = self._unit.num_unfinished, self._clock.now() >= until
+        if (not num_left or is_over) and not self._ended.done():
+            log.info("worker_drained", worker_id=self._config.worker_id, num_left=num_left)
+            self._end(0)
 
     def _hangs(self) -> bool:
         """The running step takes so long that it will not end: the launcher shall hear nothing more of us."""
@@ -276,7 +315,7 @@ class Worker:
         self._num_heartbeats += 1
         unit, role, pool = self._unit, self._unit.role, parts.pool
         with unit.loop.lock:
-            return WorkerStatus(
+            status = WorkerStatus(
                 seq=self._num_heartbeats,
                 state="draining" if role.draining else "ready",
                 num_running=role.scheduler.num_running,
@@ -299,6 +338,7 @@ class Worker:
                 transfer_failures=unit.num_transfer_failures,
                 stale_messages=role.stale_messages,
             )
+            return unit.complete_status(status)
 
     async def _close(self) -> None:
         if self._sessions is not None:
@@ -344,5 +384,12 @@ def main() -> int:
     return asyncio.run(serve_worker(config, environment().get(SECRET_VARIABLE, "").encode(), lifeline))
 
 
+def _exit(code: int) -> NoReturn:
+    """Everything is closed: the interpreter's own end would take a second to take the libraries apart."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit(main())

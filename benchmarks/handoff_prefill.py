@@ -52,6 +52,7 @@ class TimedBackend:
         self._backend = backend
         self.name = backend.name
         self.agent = backend.agent
+        self.copies_itself = backend.copies_itself
         self.connect_s = 0.0  # of the last new connection
         self.write_s = 0.0
         self.num_writes = 0
@@ -62,6 +63,9 @@ class TimedBackend:
 
     def register(self, pages: torch.Tensor, *, rank: int, tp_size: int, generation: int) -> RegionInfo:
         return self._backend.register(pages, rank=rank, tp_size=tp_size, generation=generation)
+
+    def rotate(self, generation: int) -> RegionInfo:
+        return self._backend.rotate(generation)
 
     def connect(self, remote: RegionInfo, pieces: tuple[Piece, ...]) -> None:
         start_s = perf_counter()

@@ -39,10 +39,16 @@ class BatchRow:
 
 @dataclass(slots=True)
 class Batch:
-    """Rows with one token (decode) stand first, chunks after them."""
+    """Rows with one token (decode) stand first, chunks after them.
+
+    Blocks are copied before the rows are computed, in this order: out to host memory, in from there, between blocks.
+    Without rows a batch is these copies alone.
+    """
 
     rows: list[BatchRow]
-    block_copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to), done before the step
+    block_copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to)
+    swap_out: list[tuple[int, int]] = field(default_factory=list)  # (block, slot in host memory)
+    swap_in: list[tuple[int, int]] = field(default_factory=list)  # (slot, block)
 
     @property
     def num_tokens(self) -> int:
@@ -62,6 +68,7 @@ class StepOutput:
     rows: list[RowOutput]  # as Batch.rows
     step_s: float  # seconds of the whole step
     num_tokens: int
+    swap_s: float = 0.0  # of them, for copies from and to host memory
 
 
 class Fence(Protocol):

@@ -20,6 +20,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Annotated
 
 import msgspec
 
@@ -29,16 +30,20 @@ from .request import BlockId
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+
+
 class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a page holds. Two workers exchange KV only if their fingerprints are equal."""
 
     model: str  # digest of the checkpoint
-    num_layers: int
-    num_kv_heads: int  # of the whole model; a rank holds num_kv_heads / tp_size
-    head_dim: int
-    block_size: int  # tokens
+    num_layers: Size
+    num_kv_heads: Size  # of the whole model; a rank holds num_kv_heads / tp_size
+    head_dim: Size
+    block_size: Size  # tokens
     dtype: str
     layout: str = "HND"
+    results: str = ""  # what made it, where all workers must compute the same bits (deterministic); empty: anything
 
     def page_bytes(self, tp_size: int = 1) -> int:
         """Bytes of one block in one layer on one rank: K and V."""
@@ -162,12 +167,26 @@ class BlockPool:
                 else:
                     self._free.append(block)
 
+    def is_published(self, block_id: BlockId) -> bool:
+        """Whether `match_prefix` may find it."""
+        return block_id in self._hash_of
+
     def publish(self, block_id: BlockId, block_hash: bytes) -> None:
         """Make a full, owned block known to `match_prefix`. The first block of a hash stays the known one."""
         assert self._ref_counts[block_id] > 0, block_id
         if self.enable_prefix_caching and block_hash not in self._block_of and block_id not in self._hash_of:
             self._block_of[block_hash] = block_id
             self._hash_of[block_id] = block_hash
+
+    def is_known(self, block_id: BlockId) -> bool:
+        """`match_prefix` finds it."""
+        return block_id in self._hash_of
+
+    def forget(self, block_id: BlockId) -> None:
+        """An owned block gets another content: `match_prefix` finds it no more."""
+        block_hash = self._hash_of.pop(block_id, None)
+        if block_hash is not None:
+            del self._block_of[block_hash]
 
     def quarantine(self, blocks: Iterable[BlockId]) -> None:
         """Take owned, unshared, unpublished blocks out of use: a remote writer may still write to them."""

@@ -1,13 +1,16 @@
-"""Length-prefixed frames over asyncio streams, with an authenticated hello.
+"""Length-prefixed frames over asyncio streams, authenticated with a shared secret.
 
     accepting side                 connecting side
     Challenge(nonce)        ->
                             <-     Hello(id, nonce, mac)
     Welcome(id, mac)        ->                              or Refused(reason), and the connection ends
+    sealed frames           <->    sealed frames
 
 A frame is 4 bytes of length (big endian) and that many bytes. The length is checked before anything is read,
-so a peer can make us hold at most one frame. The shared secret proves who may speak; it does not hide what is
-said: between hosts that do not share a trusted network, run the fabric over a private one.
+so a peer can make us hold at most one frame. With a secret, every frame after the hello ends with a seal (`Seals`):
+what was changed, injected, replayed, left out or put in another order ends the session. The secret proves who
+speaks; it does not hide what is said: between hosts that do not share a trusted network, run the fabric over a private
+one. Without a secret, only this machine can be listened to.
 """
 
 from __future__ import annotations
@@ -16,17 +19,21 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import ipaddress
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from .errors import ProtocolError, WorkerLost
+from .errors import ConfigError, ProtocolError, WorkerLost
 from .messages import PROTOCOL_VERSION, Challenge, Decoder, Hello, Message, Refused, Welcome, encode
 
 HELLO_MAX_BYTES = 4096
 HELLO_TIMEOUT_S = 5.0
 DEFAULT_MAX_FRAME_BYTES = 1 << 20
+SEAL_BYTES = 16
+MAX_PENDING_HELLOS = 64  # connections that have not proved anything yet; more are closed unheard
+_READ_BUFFER_BYTES = 1 << 18  # asyncio stops reading a connection at twice as much
 _MAX_QUEUED_BYTES = 64 << 20  # a peer that reads nothing loses its connection here
 
 _hello_decoder: Decoder[Challenge | Hello | Welcome | Refused] = Decoder(Challenge | Hello | Welcome | Refused)
@@ -51,19 +58,67 @@ class Address:
 
     @property
     def is_loopback(self) -> bool:
-        return self.host == "localhost" or self.host == "::1" or self.host.startswith("127.")
+        """Only this machine can reach it. Of names, localhost alone is believed."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+class Seals:
+    """The authentication of one direction of one session.
+
+    A seal is a keyed BLAKE2b over the frame, with the frame's number as the salt. The key comes from the shared secret
+    and both nonces, so that a frame is good in one session, in one direction and at one place only.
+    """
+
+    __slots__ = ("_key", "_number")
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._number = 0  # frames so far
+
+    def next(self, frame: bytes) -> bytes:
+        """The seal of the next frame, which is `frame`."""
+        salt = self._number.to_bytes(16, "little")
+        self._number += 1
+        return hashlib.blake2b(frame, digest_size=SEAL_BYTES, key=self._key, salt=salt).digest()
+
+    def open(self, sealed: bytes, peer: str) -> bytes:
+        """The next frame without its seal, if it is the peer's."""
+        frame, seal = sealed[:-SEAL_BYTES], sealed[-SEAL_BYTES:]
+        if len(sealed) < SEAL_BYTES or not hmac.compare_digest(seal, self.next(frame)):
+            raise ProtocolError(
+                f"frame {self._number} from {peer} has a wrong seal: changed, injected, repeated or out of order",
+                kind="seal",
+            )
+        return frame
+
+
+@dataclass(slots=True)
+class SealPair:
+    """Of one end of a session."""
+
+    outgoing: Seals
+    incoming: Seals
 
 
 class Channel:
     """One connection after its hello. `send` never waits; `recv` raises WorkerLost when the peer is gone."""
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer_id: str, max_frame_bytes: int
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        peer_id: str,
+        max_frame_bytes: int,
+        seals: SealPair | None = None,
     ) -> None:
         self.peer_id = peer_id
         self._reader = reader
         self._writer = writer
         self._max_frame_bytes = max_frame_bytes
+        self._seals = seals  # None: there is no secret
 
     def send(self, message: Message) -> None:
         """Queue a message. One that is larger than the peer's bound is our bug and raises at once."""
@@ -75,11 +130,18 @@ class Channel:
         if self._writer.transport.get_write_buffer_size() > _MAX_QUEUED_BYTES:
             self._writer.transport.abort()
             return
-        self._writer.write(len(frame).to_bytes(4, "big") + frame)
+        if self._seals is None:
+            self._writer.write(len(frame).to_bytes(4, "big") + frame)
+        else:
+            size = len(frame) + SEAL_BYTES
+            self._writer.write(b"".join((size.to_bytes(4, "big"), frame, self._seals.outgoing.next(frame))))
 
     async def recv(self) -> bytes:
-        """The next frame, undecoded."""
-        return await _read_frame(self._reader, self._max_frame_bytes, self.peer_id)
+        """The next frame, undecoded. Raises ProtocolError for one that is too large or not the peer's."""
+        if self._seals is None:
+            return await _read_frame(self._reader, self._max_frame_bytes, self.peer_id)
+        sealed = await _read_frame(self._reader, self._max_frame_bytes + SEAL_BYTES, self.peer_id)
+        return self._seals.incoming.open(sealed, self.peer_id)
 
     def abort(self) -> None:
         """End the connection now, unsent frames included."""
@@ -96,7 +158,7 @@ async def _read_frame(reader: asyncio.StreamReader, max_bytes: int, peer: str) -
     try:
         size = int.from_bytes(await reader.readexactly(4), "big")
         if size > max_bytes:
-            raise ProtocolError(f"{peer} announced a frame of {size} bytes, the bound is {max_bytes}")
+            raise ProtocolError(f"{peer} announced a frame of {size} bytes, the bound is {max_bytes}", kind="size")
         return await reader.readexactly(size)
     except (asyncio.IncompleteReadError, OSError) as error:
         raise WorkerLost(f"connection to {peer} ended: {error}") from error
@@ -107,6 +169,15 @@ def _mac(secret: bytes, label: bytes, first: bytes, second: bytes, peer_id: str)
         return b""
     text = b"\0".join((label, first.hex().encode(), second.hex().encode(), peer_id.encode()))
     return hmac.new(secret, text, hashlib.sha256).digest()
+
+
+def _seals(secret: bytes, challenge: bytes, hello: bytes, *, connecting: bool) -> SealPair | None:
+    """`challenge` and `hello` are the nonces of the accepting and of the connecting side."""
+    if not secret:
+        return None
+    keys = [_mac(secret, label, challenge, hello, "") for label in (b"frames of connecting", b"frames of accepting")]
+    outgoing, incoming = keys if connecting else reversed(keys)
+    return SealPair(Seals(outgoing), Seals(incoming))
 
 
 def _write(writer: asyncio.StreamWriter, message: Message) -> None:
@@ -131,7 +202,7 @@ async def connect(
     """Open a channel. Raises WorkerLost (not there, or gone) or ProtocolError (refused)."""
     try:
         async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(address.host, address.port, limit=1 << 20)
+            reader, writer = await asyncio.open_connection(address.host, address.port, limit=_READ_BUFFER_BYTES)
             try:
                 return await _connect_hello(reader, writer, str(address), own_id, secret, max_frame_bytes)
             except BaseException:
@@ -165,7 +236,8 @@ async def _connect_hello(
         answer.mac, _mac(secret, b"welcome", nonce, challenge.nonce, answer.id)
     ):
         raise ProtocolError(f"{peer} did not prove that it knows the shared secret")
-    return Channel(reader, writer, answer.id, max_frame_bytes)
+    seals = _seals(secret, challenge.nonce, nonce, connecting=True)
+    return Channel(reader, writer, answer.id, max_frame_bytes, seals)
 
 
 async def _accept_hello(
@@ -183,10 +255,11 @@ async def _accept_hello(
         reason = "wrong or missing shared secret (--secret-file or KVFERRY_SECRET)"
     else:
         _write(writer, Welcome(id=own_id, mac=_mac(secret, b"welcome", hello.nonce, nonce, own_id)))
-        return Channel(reader, writer, hello.id, max_frame_bytes)
+        seals = _seals(secret, nonce, hello.nonce, connecting=False)
+        return Channel(reader, writer, hello.id, max_frame_bytes, seals)
     _write(writer, Refused(reason=reason))
     await writer.drain()
-    raise ProtocolError(f"{hello.id} refused: {reason}")
+    raise ProtocolError(f"{hello.id!r} refused: {reason}", kind="hello")
 
 
 async def serve(
@@ -196,25 +269,45 @@ async def serve(
     *,
     secret: bytes = b"",
     max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
-    on_refused: Callable[[str], None] = lambda reason: None,
+    on_refused: Callable[[ProtocolError], None] = lambda error: None,
 ) -> asyncio.Server:
-    """Accept channels; `on_channel` runs for each until it returns or raises, then the connection ends."""
+    """Accept channels; `on_channel` runs for each until it returns or raises, then the connection ends.
+
+    Raises ConfigError without a secret on an address that other machines reach.
+    """
+    if not secret and not address.is_loopback:
+        raise ConfigError(
+            f"{address} is reachable from other machines and no secret is set; "
+            "set --secret-file (or KVFERRY_SECRET), or listen on 127.0.0.1"
+        )
+    num_pending = 0
+
+    async def accept_hello(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
+        nonlocal num_pending
+        if num_pending >= MAX_PENDING_HELLOS:
+            raise ProtocolError(f"{num_pending} connections have not said hello yet", kind="flood")
+        num_pending += 1
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                return await _accept_hello(reader, writer, own_id, secret, max_frame_bytes)
+        finally:
+            num_pending -= 1
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
-                channel = await _accept_hello(reader, writer, own_id, secret, max_frame_bytes)
-            await on_channel(channel)
-        except (ProtocolError, TimeoutError) as error:
-            on_refused(str(error) or "hello timed out")
-        except WorkerLost:
+            await on_channel(await accept_hello(reader, writer))
+        except ProtocolError as error:
+            on_refused(error)
+        except TimeoutError:
+            on_refused(ProtocolError("hello timed out", kind="hello"))
+        except (WorkerLost, OSError):
             pass  # whoever read the channel has acted on it
         except asyncio.CancelledError:
             pass  # the server is closing
         finally:
             writer.close()
 
-    return await asyncio.start_server(accept, address.host, address.port, limit=1 << 20)
+    return await asyncio.start_server(accept, address.host, address.port, limit=_READ_BUFFER_BYTES)
 
 
 def server_address(server: asyncio.Server, host: str) -> Address:

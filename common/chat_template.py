@@ -1,8 +1,8 @@
 """Chat messages to one prompt text, by the model's own Jinja template.
 
-A template comes out of a model directory and its values from clients, so neither is trusted: it runs in Jinja's
-immutable sandbox, under limits on input, output, loop items, repeated strings and time. Rendering is plain CPU work of
-up to `MAX_RENDER_S`; the caller keeps it off the event loop.
+A template comes out of a model directory and its values from clients, so neither is trusted: it runs in a sandbox
+under limits (`template_sandbox.py`). Rendering is plain CPU work of up to `RenderLimits.max_s`; the caller keeps it off
+the event loop, or gives it smaller limits there and another try elsewhere.
 
 The conventions are Hugging Face's: `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML, loop
 controls, trimmed blocks, and the `generation` tag, which marks what the assistant said and prints its body.
@@ -11,28 +11,27 @@ controls, trimmed blocks, and the `generation` tag, which marks what the assista
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError
 from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .clock import Clock, SystemClock, wall_time_s
 from .errors import ConfigError, RequestError
 from .model_files import read_json
+from .template_sandbox import Budget, RenderLimits, TemplateOverrun, compile_environment, spending
+
+__all__ = ["ChatTemplate", "RenderLimits", "TemplateOverrun", "load_chat_template"]
 
 MAX_SOURCE_BYTES = 1 << 20
 MAX_INPUT_CHARS = 8 << 20  # strings of all messages and template_kwargs together
-MAX_OUTPUT_CHARS = 16 << 20
-MAX_LOOP_ITEMS = 100_000  # of all range() calls of one rendering
 MAX_DEPTH = 32  # lists and objects within each other
-MAX_RENDER_S = 5.0
+_MAX_REFUSAL_CHARS = 1024
+_MAX_DATE_CHARS = 256
 
 _CONTINUE_MARK = "\ue0f0kvferry-continue\ue0f0"  # private use: stands where a continued message ends
 _RESERVED = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "range"}
@@ -61,10 +60,12 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, object] | None = None,
+        limits: RenderLimits | None = None,
     ) -> str:
         """The prompt. With `continue_final_message` it ends inside the last message, and no generation prompt is added.
 
-        Raises RequestError where the messages are what the template cannot take.
+        Raises RequestError where the messages are what the template cannot take, and TemplateOverrun where it takes
+        more than the `limits` that the caller gave; more than the usual ones is the client's error.
         """
         kwargs, special_tokens = template_kwargs or {}, special_tokens or {}
         if taken := sorted((_RESERVED | special_tokens.keys()) & kwargs.keys()):
@@ -80,17 +81,23 @@ class ChatTemplate:
             "messages": flat,
             "add_generation_prompt": add_generation_prompt and mark is None,
         }
-        text = self._generate(values)
+        try:
+            text = self._generate(values, limits or RenderLimits())
+        except TemplateOverrun as error:
+            if limits is not None:
+                raise
+            raise RequestError(str(error), param="messages", status=413 if error.is_size else 400) from None
         return text if mark is None else _cut_at(text, mark)
 
-    def _generate(self, values: Mapping[str, object]) -> str:
-        budget = _Budget(self._clock)
+    def _generate(self, values: Mapping[str, object], limits: RenderLimits) -> str:
+        budget = Budget(limits, self._clock)
         try:
-            return "".join(budget.limit_output(self._template.generate({**values, "range": budget.range})))
+            with spending(budget):
+                return _joined(self._template.generate({**values, "range": budget.range}), budget)
         except RequestError:
             raise
         except _Refusal as error:
-            raise RequestError(str(error), param="messages") from None
+            raise RequestError(str(error)[:_MAX_REFUSAL_CHARS], param="messages") from None
         except SecurityError as error:
             raise ConfigError(f"{self._origin} does what the sandbox forbids: {error}") from error
         except (
@@ -149,40 +156,11 @@ class _Refusal(Exception):
     """The template called raise_exception: its text is for the client."""
 
 
-class _GenerationTag(Extension):
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with operators that could make a huge value out of a small one kept in bounds."""
-
-    intercepted_binops = frozenset(("+", "*", "**"))
-
-    def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
-        if operator == "+" and isinstance(left, str) and isinstance(right, str):
-            _check_length(len(left) + len(right))
-        elif operator == "*":
-            for sized, times in ((left, right), (right, left)):
-                if isinstance(sized, (str, list, tuple)) and isinstance(times, int):
-                    _check_length(len(sized) * times)
-        elif operator == "**":
-            raise SecurityError("the ** operator")
-        return super().call_binop(context, operator, left, right)
-
-
 def _compile(source: str, origin: str, now: Callable[[], int]) -> Template:
     if (size := len(source.encode())) > MAX_SOURCE_BYTES:
         raise ConfigError(f"{origin} has {size} bytes; at most {MAX_SOURCE_BYTES} are compiled")
-    environment = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.fromtimestamp(now()).strftime(form)
+    values = {"raise_exception": _raise_exception, "strftime_now": lambda form: _date(form, now())}
+    environment = compile_environment({"tojson": _tojson}, values)
     try:
         return environment.from_string(source)
     except TemplateSyntaxError as error:
@@ -191,6 +169,23 @@ def _compile(source: str, origin: str, now: Callable[[], int]) -> Template:
         ) from error
     except RecursionError as error:
         raise ConfigError(f"{origin} is nested too deeply; --chat-template FILE replaces it") from error
+
+
+def _joined(parts: Iterator[str], budget: Budget) -> str:
+    known: list[str] = []
+    num_chars = 0
+    for part in parts:
+        num_chars += len(part)
+        budget.check_length(num_chars)
+        budget.check_time()
+        known.append(part)
+    return "".join(known)
+
+
+def _date(form: object, now_s: int) -> str:
+    if not isinstance(form, str) or len(form) > _MAX_DATE_CHARS or re.search(r"%[^a-zA-Z%]*\d", form):
+        raise SecurityError("a date's form of this kind")
+    return datetime.fromtimestamp(now_s).strftime(form)
 
 
 def _raise_exception(message: object) -> NoReturn:
@@ -207,43 +202,7 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-# ---- limits
-
-
-class _Budget:
-    """What one rendering may still spend."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._end = clock.now() + MAX_RENDER_S
-        self._loop_items = MAX_LOOP_ITEMS
-
-    def range(self, *bounds: int) -> range:
-        items = range(*bounds)
-        self._loop_items -= len(items)
-        if self._loop_items < 0:
-            raise RequestError(f"the chat template loops over more than {MAX_LOOP_ITEMS} numbers", param="messages")
-        self._check_time()
-        return items
-
-    def limit_output(self, chunks: Iterator[str]) -> Iterator[str]:
-        num_chars = 0
-        for chunk in chunks:
-            num_chars += len(chunk)
-            _check_length(num_chars)
-            self._check_time()
-            yield chunk
-
-    def _check_time(self) -> None:
-        if self._clock.now() > self._end:
-            raise RequestError(f"rendering the chat took more than {MAX_RENDER_S:g} s", param="messages")
-
-
-def _check_length(num_chars: int) -> None:
-    if num_chars > MAX_OUTPUT_CHARS:
-        raise RequestError(
-            f"the rendered chat would have more than {MAX_OUTPUT_CHARS} characters", param="messages", status=413
-        )
+# ---- input
 
 
 def _check_size(value: object, param: str, budget: int, depth: int = 0) -> int:

@@ -1,107 +1,132 @@
-"""The children of a launcher: how router and workers are called, and the router's addresses.
+"""The children of a launcher: how a router and a worker are called, and what a router reports.
 
-A child is called `PROGRAM --config-json JSON --lifeline-fd N`. What is secret comes in its environment: arguments can
-be read by every user of the machine.
+A child is called `PROGRAM --config-json JSON --lifeline-fd N`; a router also `--http-fd N`, a socket that listens.
+What is secret comes in its environment: arguments can be read by every user of the machine.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import json
+import socket
 import sys
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from .channel import Address
 from .clock import Clock
-from .config import API_KEY_VARIABLE, CACHE_VARIABLE, SECRET_VARIABLE, RouterConfig
+from .config import (
+    ADMIN_KEY_VARIABLE,
+    API_KEY_VARIABLE,
+    CACHE_VARIABLE,
+    FAILPOINTS_VARIABLE,
+    SECRET_VARIABLE,
+    RouterConfig,
+)
 from .options import ENV_PREFIX
 from .plan import WorkerPlan
-from .process import Child, ChildTimes, Command
-from .progress import Display
+from .process import Child, ChildState, ChildTimes, Command
 
 ROUTER_PROGRAM = (sys.executable, "-m", "kvferry.router")
 WORKER_PROGRAM = (sys.executable, "-m", "kvferry.worker")
 
-_READY_POLL_S = 0.2
-_READY_TIMEOUT_S = 2.0
-_POLLS_PER_NOTE = 25
-
 
 class RouterChild:
-    """The router as a child that keeps its ports over restarts."""
+    """A router as a child that keeps its control port over restarts."""
 
     def __init__(
         self,
+        name: str,
         config: RouterConfig,
         env: Mapping[str, str],
         clock: Clock,
-        display: Display,
+        on_event: Callable[[str, dict[str, object]], None],
         *,
+        sockets: Callable[[], Mapping[str, socket.socket]],
         program: tuple[str, ...] = ROUTER_PROGRAM,
         times: ChildTimes | None = None,
     ) -> None:
-        self._config = config.model_copy(update={"api_keys": ()})
-        self._env = {**env, API_KEY_VARIABLE: ",".join(config.api_keys)}
+        """`sockets`: by the flag that hands each over, asked for at each start."""
+        self._config = config
+        self._env = env
         self._program = program
-        self._display = display
-        self.child = Child("router", self._command, clock, times=times, on_event=display.on_event)
-
-    @property
-    def http(self) -> Address:
-        return Address.parse(str(self.child.ready_event["http"]))
+        self._sockets = sockets
+        self._on_event = on_event
+        self._pools: dict[str, object] | None = None  # what it said last, in this life
+        self.child = Child(name, self._command, clock, times=times, on_event=self._take)
 
     @property
     def control(self) -> Address:
         """Where workers connect. Known once the child was ready."""
         return Address.parse(str(self.child.ready_event["control"]))
 
+    @property
+    def lacks(self) -> list[str]:
+        """Why it is not ready for requests; empty: it is."""
+        if self._pools is None:
+            return ["it starts"]
+        reasons = self._pools["reasons"]
+        return [str(reason) for reason in reasons] if isinstance(reasons, list) else []
+
+    def sees(self, workers: Sequence[Child]) -> bool:
+        """It has the present lives of all of these as ready."""
+        if self._pools is None:
+            return False
+        pids = self._pools["workers"]
+        return isinstance(pids, dict) and all(
+            worker.state is ChildState.READY and pids.get(worker.name) == worker.pid for worker in workers
+        )
+
+    def _take(self, name: str, event: dict[str, object]) -> None:
+        if event["event"] == "pools":
+            self._pools = event
+        elif event["event"] in ("started", "restart"):
+            self._pools = None
+        self._on_event(name, event)
+
     def _command(self) -> Command:
         config = self._config
         if self.child.was_ready.is_set():
-            config = config.model_copy(update={"port": self.http.port, "control_port": self.control.port})
-        return Command((*self._program, "--config-json", config.model_dump_json()), self._env)
-
-    async def wait_until_serving(self) -> None:
-        """Returns once /ready answers 200; tells now and then what it waits for."""
-        url = f"http://{reachable(self.http)}/ready"
-        num_polls = 0
-        while (reasons := await asyncio.to_thread(_not_ready, url)) is not None:
-            num_polls += 1
-            if num_polls % _POLLS_PER_NOTE == 0:
-                self._display.note(f"router: waiting: {reasons}")
-            await asyncio.sleep(_READY_POLL_S)
+            config = config.model_copy(update={"control_port": self.control.port})
+        argv = [*self._program, "--config-json", config.model_dump_json()]
+        sockets = self._sockets()
+        for flag, sock in sockets.items():
+            argv += [flag, str(sock.fileno())]
+        return Command(tuple(argv), self._env, tuple(sock.fileno() for sock in sockets.values()))
 
 
 def worker_child(
     worker: WorkerPlan,
-    router: RouterChild,
+    controls: Callable[[], tuple[str, ...]],
     env: Mapping[str, str],
     clock: Clock,
-    display: Display,
+    on_event: Callable[[str, dict[str, object]], None],
     *,
     program: tuple[str, ...] = WORKER_PROGRAM,
     times: ChildTimes | None = None,
 ) -> Child:
-    """A worker under supervision; `router` was ready before it is run."""
+    """A worker under supervision. `controls`: the routers' control sockets, all known before it is run."""
 
     def command() -> Command:
-        config = worker.config.model_copy(update={"routers": (str(router.control),)})
+        config = worker.config.model_copy(update={"routers": controls()})
         return Command((*program, "--config-json", config.model_dump_json()), worker_environment(env, worker))
 
-    return Child(worker.config.worker_id, command, clock, times=times, on_event=display.on_event)
+    return Child(worker.config.worker_id, command, clock, times=times, on_event=on_event)
 
 
 def child_environment(
-    env: Mapping[str, str], secret: bytes, *, loopback: bool, api_keys: tuple[str, ...] = ()
+    env: Mapping[str, str],
+    secret: bytes,
+    *,
+    loopback: bool,
+    api_keys: tuple[str, ...] = (),
+    admin_keys: tuple[str, ...] = (),
 ) -> dict[str, str]:
     """What a child sees: not our settings, as its configuration is complete, but what is secret."""
-    kept = {name: value for name, value in env.items() if not name.startswith(ENV_PREFIX) or name == CACHE_VARIABLE}
+    passed = (CACHE_VARIABLE, FAILPOINTS_VARIABLE)
+    kept = {name: value for name, value in env.items() if not name.startswith(ENV_PREFIX) or name in passed}
     kept[SECRET_VARIABLE] = secret.decode()
     if api_keys:
         kept[API_KEY_VARIABLE] = ",".join(api_keys)
+    if admin_keys:
+        kept[ADMIN_KEY_VARIABLE] = ",".join(admin_keys)
     if loopback:
         kept.setdefault("UCX_NET_DEVICES", "lo")  # else UCX listens on every interface
     return kept
@@ -119,18 +144,3 @@ def worker_environment(base: Mapping[str, str], worker: WorkerPlan) -> dict[str,
 def reachable(address: Address) -> Address:
     """Where this machine reaches a server that listens at `address`."""
     return Address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host), address.port)
-
-
-def _not_ready(url: str) -> str | None:
-    """Why a router is not ready; None if it is."""
-    try:
-        with urllib.request.urlopen(url, timeout=_READY_TIMEOUT_S):
-            return None
-    except urllib.error.HTTPError as error:
-        with error:
-            body = error.read(4096)
-    except OSError as error:
-        return str(error)
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return "; ".join(str(reason) for reason in json.loads(body)["reasons"])
-    return "not ready"

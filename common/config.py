@@ -16,7 +16,13 @@ from .errors import ConfigError
 
 SECRET_VARIABLE = "KVFERRY_SECRET"
 API_KEY_VARIABLE = "KVFERRY_API_KEY"
+ADMIN_KEY_VARIABLE = "KVFERRY_ADMIN_KEY"
+NO_DETERMINISTIC_CUDA = (
+    "deterministic: only on CPUs; on a GPU, kernels are chosen by how many tokens are computed together. Use "
+    "--device cpu, or leave it off: no token is lost or doubled, but one that nearly tied may change on resume"
+)
 CACHE_VARIABLE = "KVFERRY_CACHE"  # where `default_model` keeps what it made
+FAILPOINTS_VARIABLE = "KVFERRY_FAILPOINTS"  # faults of a drill, see failpoints.py
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 KVCacheDtype = Literal["auto", "bfloat16", "fp8"]
@@ -24,6 +30,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Attention = Literal["auto", "flashinfer", "cpu"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 TransferName = Literal["nixl", "ucx"]
+Checksum = Literal["auto", "on", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -48,8 +55,10 @@ class EngineConfig(Settings):
     max_num_batched_tokens: PositiveInt = 512
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     kv_cache_memory_bytes: PositiveInt | None = None  # None: from free memory
+    swap_space: int | None = Field(0, ge=0)  # host memory of a rank for preempted KV, bytes; None: see swap.py
     enable_prefix_caching: bool = True
     attention_backend: Attention = "auto"
+    deterministic: bool = False  # a token's results depend on the tokens before it alone, to the bit; on CPUs
     enforce_eager: bool = False  # decode steps on a GPU without CUDA graphs: Python launches every kernel
     load_format: LoadFormat = "auto"
     seed: int = 0
@@ -64,6 +73,7 @@ class TransferConfig(Settings):
     renew_every_s: float = Field(1.0, gt=0)
     open_within_s: float = Field(2.0, gt=0)
     write_timeout_s: float = Field(2.0, gt=0)
+    checksum: Checksum = "auto"  # of shipped blocks; auto: where the pages are host memory
 
 
 class CoreSlot(Settings):
@@ -87,6 +97,7 @@ class WorkerConfig(Settings):
     port: int = 0  # 0: any free port
     cores: CoreSlot | None = None  # None: `engine.num_threads`, whatever the others do
     niceness: int = Field(0, ge=0, le=19)  # of the process: a prefill worker yields the cores to those who decode
+    drain_timeout_s: float = Field(30.0, ge=0)  # from SIGTERM until what still runs is left to other workers
     log_level: LogLevel = "info"
 
 
@@ -105,8 +116,20 @@ class RouterConfig(Settings):
     local_prefill: bool = True  # False (--no-local-prefill): a prompt is never computed on a decode worker
     max_local_prefill_tokens: int = Field(0, ge=0)
     expect_prefill: bool = True  # False: no prefill pool is configured (colocated), decode workers compute prompts
+    deterministic: bool = False  # as the workers: answers say so
+    max_connections: PositiveInt = 4096
+    max_connections_per_address: PositiveInt = 1024  # of IPv6: per /64
+    share_prefix_cache: bool = False  # between API keys
+    max_concurrency_per_key: PositiveInt | None = None  # None: no limit
+    requests_per_minute_per_key: PositiveInt | None = None
+    tokens_per_minute_per_key: PositiveInt | None = None
     max_queue: PositiveInt = 4096  # requests waiting in the router
     max_attempts: PositiveInt = 5
+    ttft_objective_ms: float | None = Field(None, gt=0)  # requests that cannot make it are refused; None: all wait
+    drain_timeout_s: float = Field(30.0, ge=0)  # from SIGTERM until running answers are told an error
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = None  # None: no admin listener; 0: any free port
+    admin_keys: tuple[str, ...] = ()
     seed: int = 0
     log_level: LogLevel = "info"
 

@@ -147,7 +147,7 @@ class Forecast:
 
     def fits(self, batch: Batch, sampled: Seq[int]) -> bool:
         """Is the batch the one foretold? `sampled` are the token ids that the step before yielded, by row."""
-        if batch.block_copies or len(batch.rows) != len(self.rows):
+        if batch.block_copies or batch.swap_out or batch.swap_in or len(batch.rows) != len(self.rows):
             return False
         for row, wanted, source in zip(batch.rows, self.rows, self.sources, strict=True):
             seq, position = row.seq, wanted.position

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -28,17 +29,20 @@ from .attention.choose import make_attention
 from .batch import Batch, BatchRow, Fence, RowOutput, StepOutput
 from .blocks import KVCacheSpec
 from .cache import allocate_pages, cache_dtype, copy_blocks, num_blocks_for_memory, num_spare_blocks
-from .config import CoreSlot, EngineConfig
+from .config import NO_DETERMINISTIC_CUDA, CoreSlot, EngineConfig
 from .cores import SharedCores, attach
+from .deterministic import each_row, one_thread, torch_results
 from .errors import ConfigError
 from .models.config import ModelConfig
 from .models.decoder import Decoder
 from .models.native_decoder import NativeDecoder, Step
+from .models.tiled_decoder import TiledDecoder
 from .models.weights import Progress, load_weights, model_digest, read_kv_scales
 from .native import NativeUnavailable
 from .parallel import Communicator, RankGroup, connect
 from .request import SampledToken
-from .sampling import SampleRow, prompt_logprobs, sample
+from .sampling import SampleRow, prompt_logprobs, sample, sample_each
+from .swap import SwapPages, num_swap_blocks
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -61,6 +65,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     sample_rows: bytes  # packed tokens whose logits choose the next token
     prompt_rows: bytes  # packed tokens whose logits tell the next prompt token's log-probability
     block_copies: tuple[tuple[int, int], ...]
+    swap_out: tuple[tuple[int, int], ...] = ()
+    swap_in: tuple[tuple[int, int], ...] = ()
 
 
 class Engine:
@@ -112,6 +118,10 @@ class Engine:
             dtype=self._cache_dtype,
             device=self._device,
         )
+        self.num_swap_blocks = num_swap_blocks(
+            config, self.spec, self._device, num_blocks=self.num_blocks, tp_size=tp_size
+        )
+        self._swap = SwapPages(self.kv_pages, self.num_swap_blocks)
         self._attention = make_attention(
             config.attention_backend,
             self.kv_pages,
@@ -119,13 +129,26 @@ class Engine:
             self.model_config.sliding_windows,
             query_dtype=self._dtype,
             kv_scales=self._kv_scales(),
+            deterministic=config.deterministic,
         )
         wants_native = native and self._device.type == "cpu" and self._dtype == torch.bfloat16 and tp_size == 1
         self._native = self._native_decoder(cores) if wants_native else None
+        self._torch: Decoder | TiledDecoder = self._decoder
+        self._calculating = one_thread if config.deterministic else nullcontext
+        if config.deterministic:
+            self._keep_one_order()
         with torch.inference_mode():  # compile now what the first request would wait for
             self._cuda = self._cuda_runner(progress)
             if self._cuda is None:
                 self._attention.warm_up()
+
+    def _keep_one_order(self) -> None:
+        """Deterministic: in torch by tiles; and which workers' results are the same shows in what they exchange."""
+        if self._native is None:
+            with torch.inference_mode(), self._calculating():
+                self._torch = TiledDecoder(self._decoder)
+        results = torch_results(self._dtype, self.tp_size) if self._native is None else self._native.build
+        self.spec = msgspec.structs.replace(self.spec, results=results)
 
     def _native_decoder(self, cores: CoreSlot | None) -> NativeDecoder | None:
         from .default_model import cache_dir
@@ -133,7 +156,14 @@ class Engine:
         num_threads = self.config.num_threads or torch.get_num_threads()
         shared = _shared_cores(cores)
         try:
-            return NativeDecoder(self._decoder, self.kv_pages, num_threads=num_threads, cache=cache_dir(), cores=shared)
+            return NativeDecoder(
+                self._decoder,
+                self.kv_pages,
+                num_threads=num_threads,
+                cache=cache_dir(),
+                cores=shared,
+                is_exact=self.config.deterministic,
+            )
         except NativeUnavailable as reason:
             log.warning("cpu_kernels", used=False, reason=str(reason))
             return None
@@ -144,7 +174,7 @@ class Engine:
         if self._group is not None:
             store = self._group.store
         assert store is not None, "a rank of several needs the group or the store"
-        return connect(store, tp_rank, tp_size, self._device)
+        return connect(store, tp_rank, tp_size, self._device, in_rank_order=self.config.deterministic)
 
     def _kv_cache_spec(self) -> KVCacheSpec:
         model = self.model_config
@@ -184,18 +214,28 @@ class Engine:
         when the kernels that write them are queued). Raises WorkerLost if a rank is gone.
         """
         began = time.perf_counter()
-        if self._cuda is not None and (decoded := self._cuda.decode(batch, on_layer)) is not None:
-            return StepOutput(decoded, time.perf_counter() - began, batch.num_tokens)
-        plan = _plan(batch, self.config.block_size)
+        plan = None
         if self._group is not None:
+            plan = _plan(batch, self.config.block_size)
             self._group.send_step(msgspec.msgpack.encode(plan))
-        logits = self._run(plan, on_layer)
-        tokens = self._sample(batch, logits)
-        prompt_tokens = _read_prompt_logprobs(batch, logits)
-        rows = [RowOutput(next(tokens) if row.samples else (), next(prompt_tokens)) for row in batch.rows]
+        self._swap.copy(batch.swap_out, batch.swap_in)
+        with self._calculating():
+            rows = self._compute(batch, plan, on_layer)
+        return StepOutput(rows, time.perf_counter() - began, batch.num_tokens, self._swap.copy_s)
+
+    def _compute(self, batch: Batch, plan: StepPlan | None, on_layer: Callable[[int], None] | None) -> list[RowOutput]:
+        """All of a step but swapping. `plan`: the batch's, where it is known already."""
+        rows: list[RowOutput] = []
+        if batch.rows:
+            if self._cuda is not None and (decoded := self._cuda.decode(batch, on_layer)) is not None:
+                return decoded
+            logits = self._run(plan or _plan(batch, self.config.block_size), on_layer)
+            tokens = self._sample(batch, logits)
+            prompt_tokens = _read_prompt_logprobs(batch, each_row(logits) if self.config.deterministic else logits)
+            rows = [RowOutput(next(tokens) if row.samples else (), next(prompt_tokens)) for row in batch.rows]
         if self._cuda is not None:
-            self._cuda.wait()  # a chunk without a sample has not waited yet
-        return StepOutput(rows, time.perf_counter() - began, batch.num_tokens)
+            self._cuda.wait()  # neither copies nor a chunk without a sample have waited yet
+        return rows
 
     def layer_fence(self) -> Fence | None:
         """Called from `on_layer`: passed, by its `query` from any thread, when that layer's pages are written.
@@ -207,8 +247,12 @@ class Engine:
     @torch.inference_mode()
     def follow(self, plan: bytes, on_layer: Callable[[int], None] | None = None) -> None:
         """A follower's side of `step`: the same collectives in the same order."""
-        for _ in self._run(msgspec.msgpack.decode(plan, type=StepPlan), on_layer):
-            pass
+        step = msgspec.msgpack.decode(plan, type=StepPlan)
+        self._swap.copy(step.swap_out, step.swap_in)
+        if step.lengths:
+            with self._calculating():
+                for _ in self._run(step, on_layer):
+                    pass
 
     def _run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Iterator[Tensor]:
         """The forward pass, at once. Then logits, when asked for: of the sample rows if there are any, then of the
@@ -221,8 +265,8 @@ class Engine:
             hidden = cuda.forward(input_ids, positions, metadata, on_layer)
             return (cuda.logits(hidden, part) for part in _logit_rows(plan))
         self._attention.plan(metadata)
-        hidden = self._decoder.forward(self._place(input_ids), self._place(positions), self._attention, on_layer)
-        return (self._decoder.logits(hidden[self._place(part)])[: len(part)] for part in _logit_rows(plan))
+        hidden = self._torch.forward(self._place(input_ids), self._place(positions), self._attention, on_layer)
+        return (self._torch.logits(hidden[self._place(part)])[: len(part)] for part in _logit_rows(plan))
 
     def _run_native(
         self, native: NativeDecoder, plan: StepPlan, on_layer: Callable[[int], None] | None
@@ -251,7 +295,8 @@ class Engine:
         ]
         if rows and self._cuda is not None:
             return self._cuda.sample(next(logits), rows)
-        return iter(sample(next(logits), rows, self.model_config.eos_token_ids) if rows else ())
+        choose = sample_each if self.config.deterministic else sample
+        return iter(choose(next(logits), rows, self.model_config.eos_token_ids) if rows else ())
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------
@@ -276,6 +321,8 @@ def _plan(batch: Batch, block_size: int) -> StepPlan:
         sample_rows=sample_rows.tobytes(),
         prompt_rows=prompt_rows.tobytes(),
         block_copies=tuple(batch.block_copies),
+        swap_out=tuple(batch.swap_out),
+        swap_in=tuple(batch.swap_in),
     )
 
 
@@ -374,6 +421,8 @@ def _device(config: EngineConfig, tp_rank: int) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if config.device == "cpu" or (config.device == "auto" and not has_cuda):
         return torch.device("cpu")
+    if config.deterministic:
+        raise ConfigError(NO_DETERMINISTIC_CUDA)
     if not has_cuda:
         raise ConfigError("device = cuda: torch finds no CUDA device; use --device cpu")
     if tp_rank >= torch.cuda.device_count():

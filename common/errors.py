@@ -40,15 +40,23 @@ class RequestError(KVFerryError):
 
 
 class CapacityError(KVFerryError):
-    """No room now. `retry_after_s` is a hint for the caller."""
+    """No room now. `retry_after_s` is a hint for the caller; `status` is 429, or 503 where others fill the server."""
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, status: int = 429) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.status = status
 
 
 class ProtocolError(KVFerryError):
-    """A frame that is too large, malformed, unauthenticated or of another protocol version."""
+    """A frame that is too large, malformed, unauthenticated or of another protocol version.
+
+    `kind`, for counts: frame (malformed, or of the wrong kind), size, seal, hello, flood.
+    """
+
+    def __init__(self, message: str, *, kind: str = "frame") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class TransferError(KVFerryError):

@@ -1,6 +1,6 @@
 """A socket pair between the launcher and each child: the child reports over it, and dies when it closes.
 
-    child    ready | beat | progress | failed   ->   launcher
+    child    ready | beat | progress | failed   ->   launcher        (a router: pools | restart_all, too)
     launcher ends, in whatever way              ->   end of file: the child's process ends at once
 
 One packet is one event, a JSON object whose "event" says what it is. A kernel closes the sockets of a process that

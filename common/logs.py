@@ -1,19 +1,24 @@
 """Log lines of every process: for people on a terminal, one JSON object each otherwise. On stderr.
 
 A line carries what was bound to its context (`worker_id`, `request_id`). Libraries that log through the standard
-library take the same way out. Prompts, answers and keys are never logged.
+library take the same way out. Prompts, answers and keys are never logged; what else a client or a peer chose (a path, a
+name, an id) cannot end a line, colour a terminal or fill a disk: control characters are escaped, long texts clipped.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from typing import TextIO
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 _NOISY = ("httpx", "httpcore", "huggingface_hub", "asyncio", "matplotlib", "uvicorn.access")
+_MAX_TEXT_CHARS = 2048
+# C0 and C1, line separators, and what turns the direction of the text around it.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def configure_logging(level: str = "info", *, stream: TextIO | None = None, **context: str) -> None:
@@ -35,7 +40,7 @@ def configure_logging(level: str = "info", *, stream: TextIO | None = None, **co
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_renderers(stream)],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, clean, *_renderers(stream)],
         )
     )
     root = logging.getLogger()
@@ -45,6 +50,20 @@ def configure_logging(level: str = "info", *, stream: TextIO | None = None, **co
         logging.getLogger(name).setLevel(max(logging.WARNING, _number(level)))
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(**context)
+
+
+def clean(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """The line with every text of it harmless."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = _harmless(value)
+    return event
+
+
+def _harmless(text: str) -> str:
+    if len(text) > _MAX_TEXT_CHARS:
+        text = f"{text[:_MAX_TEXT_CHARS]}... ({len(text)} characters)"
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def _renderers(stream: TextIO) -> list[Processor]:

@@ -17,14 +17,21 @@ import msgspec
 
 from .blocks import KVCacheSpec
 from .errors import ProtocolError
-from .request import RequestSpec, SampledToken
+from .request import MAX_CHOICES, RequestSpec, SampledToken
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Nonce = Annotated[bytes, msgspec.Meta(max_length=64)]
+Choice = Annotated[int, msgspec.Meta(ge=0, lt=MAX_CHOICES)]
+Choices = Annotated[tuple[Choice, ...], msgspec.Meta(max_length=MAX_CHOICES)]
+# No length of a list is left open: a frame of a few bytes for each element would become many times its size.
+Tokens = Annotated[tuple[SampledToken, ...], msgspec.Meta(max_length=4096)]
+Counts = Annotated[tuple[tuple[Name, Count], ...], msgspec.Meta(max_length=64)]
+Checksums = Annotated[bytes, msgspec.Meta(max_length=2**22)]
+BlockIds = Annotated[tuple[Count, ...], msgspec.Meta(max_length=2**19)]
 U64 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # random or an address; msgspec bounds are signed
 
 
@@ -107,12 +114,18 @@ class WorkerStatus(Message):
     step_s: float = 0.0  # of the last step
     step_tokens: Count = 0
     num_preemptions: Count = 0
+    num_swapped_blocks: Count = 0  # copied to host memory since start
     prefix_queries: Count = 0  # tokens looked up, since start
     prefix_hits: Count = 0  # tokens found
     transfer_bytes: Count = 0  # written (prefill) since start, by our own count
     wire_bytes: Count = 0  # the same by the transport's count; 0 where it has none
     transfer_failures: Count = 0
     stale_messages: Count = 0  # messages about ended grants, opens or attempts, dropped
+    num_fences: Count = 0  # times that this worker replaced its transfer agents, to be sure that nobody writes
+    num_failed_fences: Count = 0  # tries of that which failed: an interface was down
+    quarantine_s: float = 0.0  # age of the oldest quarantined block
+    checksum_failures: Count = 0  # arrivals whose bytes were not those that were sent
+    grant_rejects: Counts = ()  # KVOpens refused since start, by reason
 
 
 # --- router -> worker -------------------------------------------------------------------------------------
@@ -134,6 +147,20 @@ class RegionInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     transport: Name  # backend's name: both sides use the same
 
 
+Regions = Annotated[tuple[RegionInfo, ...], msgspec.Meta(max_length=1024)]
+
+
+class ProcessMark(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Which process of which host: enough for another one there to be sure of it, and to see it end."""
+
+    host: Name  # boot, network and process namespace; "" where processes cannot be told apart
+    pid: Count
+    started: Count  # clock ticks since boot: a number is given to another process later
+
+
+ProcessMarks = Annotated[tuple[ProcessMark, ...], msgspec.Meta(max_length=1024)]
+
+
 class GrantId(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     worker_id: Name
     incarnation: U64
@@ -146,10 +173,10 @@ class GrantInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     grant_id: GrantId
     spec: KVCacheSpec
     kv_address: Name
-    block_ids: tuple[Count, ...]  # destinations, in token order from num_computed_tokens on; rank-independent
+    block_ids: BlockIds  # destinations, in token order from num_computed_tokens on; rank-independent
     num_tokens: Count  # prompt tokens that the decode worker will have when all has arrived
     num_computed_tokens: Count  # whole blocks that it holds already: not to be shipped
-    ranks: tuple[RegionInfo, ...]
+    ranks: Regions
     open_within_s: float
     mac: Nonce  # minted by the decode worker, checked at KVOpen
 
@@ -159,6 +186,7 @@ class ReserveKV(Message):
 
     spec: RequestSpec
     max_local_tokens: Count = 0  # at most so many uncached tokens: answer NoCapacity("held") and run it locally
+    queue_if_full: bool = False  # wait for blocks, for two seconds at most, rather than be refused at once
 
 
 class LocalTask(Message):
@@ -181,13 +209,13 @@ class Abort(Message):
     request_id: Name
     attempt: Count
     unless_arrived: bool = False  # decode: keep the request if its KV has arrived
-    choices: tuple[int, ...] = ()  # empty: the whole request; else only these choices end (a stop string was found)
+    choices: Choices = ()  # empty: the whole request; else only these choices end (a stop string was found)
 
 
 class LiveRequests(Message):
     """First message of a re-opened session: every other request of this router is aborted."""
 
-    live: tuple[tuple[str, int], ...]
+    live: Annotated[tuple[tuple[Name, Count], ...], msgspec.Meta(max_length=65536)]
 
 
 class Drain(Message):
@@ -206,7 +234,7 @@ class Grant(Message):
 
 
 class NoCapacity(Message):
-    """`reason`: blocks, growth, never_fits, fenced_peer, draining, stale, held."""
+    """`reason`: blocks, growth, never_fits, draining, stale, expired, held, no_agent (nobody can write here now)."""
 
     request_id: Name
     attempt: Count
@@ -217,7 +245,7 @@ class NoCapacity(Message):
 
 
 class TaskRefused(Message):
-    """This task was not begun. `reason`: blocks, never_fits, draining, incompatible, stale, wrong_role."""
+    """This task was not begun. `reason`: blocks, never_fits, draining, incompatible, stale, expired, wrong_role."""
 
     request_id: Name
     attempt: Count
@@ -234,7 +262,10 @@ class HandoffDone(Message):
 
 
 class HandoffFailed(Message):
-    """`blame`: peer, link, self, expired, abort, ended, unknown. `worker_id` names the peer that failed."""
+    """`blame`: peer, link, self, fenced, expired, checksum, abort, ended, unknown. `worker_id`: the peer that failed.
+
+    fenced: of a healthy peer, whose handoff ended because the agent that it wrote to was replaced.
+    """
 
     request_id: Name
     attempt: Count
@@ -248,8 +279,11 @@ class ChoiceTokens(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
     choice: Count
     first_index: Count
-    tokens: tuple[SampledToken, ...]
-    finish: str | None = None  # FinishReason; tokens end with it
+    tokens: Tokens
+    finish: Name | None = None  # FinishReason; tokens end with it
+
+
+ChoiceList = Annotated[tuple[ChoiceTokens, ...], msgspec.Meta(max_length=MAX_CHOICES)]
 
 
 class FirstToken(Message):
@@ -257,7 +291,7 @@ class FirstToken(Message):
 
     request_id: Name
     attempt: Count
-    choices: tuple[ChoiceTokens, ...]
+    choices: ChoiceList
     num_cached_tokens: Count
     prefill_s: float  # from the first chunk's start to the first token
     queue_s: float  # from the task's receipt to the first chunk's start
@@ -269,7 +303,7 @@ class PromptLogprobs(Message):
     request_id: Name
     attempt: Count
     start: Count
-    tokens: tuple[SampledToken, ...]
+    tokens: Tokens
 
 
 def in_pieces(
@@ -288,14 +322,14 @@ def in_pieces(
 class RequestTokens(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     request_id: Name
     attempt: Count
-    choices: tuple[ChoiceTokens, ...]
+    choices: ChoiceList
     num_cached_tokens: Count = 0
 
 
 class StepTokens(Message):
     """Everything that one step of a decode worker yielded for one router."""
 
-    updates: tuple[RequestTokens, ...]
+    updates: Annotated[tuple[RequestTokens, ...], msgspec.Meta(max_length=16384)]
 
 
 class TransferReport(Message):
@@ -325,13 +359,15 @@ class WorkerFailure(Message):
 class KVOpen(Message):
     grant_id: GrantId
     open_id: U64
-    mac: Nonce
+    mac: Nonce  # handoff.open_mac: of the grant as it reached the prefill worker, and of whose prompt is shipped
     worker_id: Name
     incarnation: U64
     spec: KVCacheSpec
     version: Name
     transport: Name
     tp_size: Count  # source ranks 0 .. tp_size - 1
+    processes: ProcessMarks = ()  # of each source rank; none: their ends cannot be seen from elsewhere
+    has_checksums: bool = False  # KVArrived will carry them
 
 
 class KVOpened(Message):
@@ -339,22 +375,25 @@ class KVOpened(Message):
     open_id: U64
     lease_s: float
     generation: Count
+    ranks: Regions = ()  # to be written to instead of the grant's, whose agents are gone; else empty
 
 
 class KVRefused(Message):
+    """`reason`: one of handoff.REJECTS, or what does not fit, in words."""
+
     grant_id: GrantId
     open_id: U64
     reason: Text
 
 
 class KVRenew(Message):
-    opens: tuple[tuple[GrantId, U64], ...]
+    opens: Annotated[tuple[tuple[GrantId, U64], ...], msgspec.Meta(max_length=16384)]
 
 
 class KVRenewed(Message):
     """For each of KVRenew: the lease in seconds, or 0 where it is gone."""
 
-    opens: tuple[tuple[GrantId, U64, float], ...]
+    opens: Annotated[tuple[tuple[GrantId, U64, float], ...], msgspec.Meta(max_length=16384)]
 
 
 class KVClosed(Message):
@@ -363,6 +402,7 @@ class KVClosed(Message):
     source_rank: Count
     clean: bool  # False: what was posted may still land
     reason: Text = ""
+    detached: bool = False  # the agent that posted is destroyed: only a network may still carry some of it
 
 
 class CancelKV(Message):
@@ -382,8 +422,10 @@ class KVArrived(Message):
     open_id: U64
     source_rank: Count
     num_tokens: Count
-    first_tokens: tuple[ChoiceTokens, ...] = ()  # from source rank 0
-    checksum: bytes = b""
+    first_tokens: ChoiceList = ()  # from source rank 0
+    tp_size: Count = 1  # of the source
+    block_ids: BlockIds = ()  # that were written, where there are checksums
+    checksum: Checksums = b""  # 8 bytes for each of them (transfer/checksums.py); empty: none
 
 
 RouterToWorker = Refused | ReserveKV | LocalTask | PrefillTask | Abort | LiveRequests | Drain

@@ -1,6 +1,6 @@
 """Every Prometheus metric of the router, with unit, buckets and labels; one instance has its own registry.
 
-    kvferry_*   ours. Workers' gauges are computed at the scrape from the heartbeats, never stored
+    kvferry_*   ours. Workers' are computed at the scrape from the heartbeats, never stored (worker_metrics.py)
     vllm:*      the same values under the names that vLLM's boards and the usual tools read (`_ALIASES`)
 
 Label sets are closed: what is not in `_CLOSED` counts as "other", so no client can grow the memory. Latencies are
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -21,7 +21,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from .messages import TransferReport, WorkerStatus
+from .messages import TransferReport
+from .worker_metrics import WorkerGauges, gauge, kv_usage, worker_families
 
 _TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _LONG_BUCKETS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
@@ -33,14 +34,20 @@ _OTHER = "other"
 _CLOSED: dict[str, frozenset[str]] = {
     "finished_reason": frozenset({"stop", "length", "abort", "error"}),
     "stage": frozenset({"reserve", "prefill", "transfer", "decode"}),
-    "reason": frozenset("worker_lost worker_failure refused handoff_failed no_answer gap forgotten".split()),
+    "reason": frozenset("worker_lost drained worker_failure refused handoff_failed no_answer gap forgotten".split()),
     "fallback": frozenset({"local_prefill", "recompute"}),
     "dropped": frozenset(
         "stale_attempt unknown_request unknown_choice old_session wrong_worker out_of_turn "
         "duplicate mismatch overflow prompt_logprobs".split()
     ),
-    "code": frozenset("200 400 401 404 405 408 413 415 429 499 500 503".split()),
+    "code": frozenset("200 400 401 404 405 408 413 415 429 499 500 503 504".split()),
+    "rejected": frozenset("queue_full objective deadline displaced late draining quota".split()),
+    "resumed": frozenset({"ok", "failed", "aborted"}),
+    "slow": frozenset({"head", "body", "idle", "read"}),
+    "connection": frozenset({"total", "address", "evicted"}),
+    "refused": frozenset("frame size seal hello flood mismatch".split()),
 }
+_FENCED = frozenset({"stale_attempt", "old_session", "wrong_worker"})  # from a worker that was given up before
 
 # Our family -> vLLM's names for it, which carry its model_name label besides.
 _ALIASES: dict[str, tuple[str, ...]] = {
@@ -74,19 +81,6 @@ class FinishedRequest(Protocol):
     def num_output_tokens(self) -> int: ...
     @property
     def num_cached_tokens(self) -> int: ...
-
-
-class WorkerGauges(Protocol):
-    """One worker as the router sees it now."""
-
-    @property
-    def worker_id(self) -> str: ...
-    @property
-    def role(self) -> str: ...
-    @property
-    def is_ready(self) -> bool: ...
-    @property
-    def status(self) -> WorkerStatus | None: ...
 
 
 class PoolGauges(Protocol):
@@ -141,11 +135,22 @@ class RouterMetrics:
         self._prompt_tokens = _counter("prompt_tokens", "Prompt tokens of answered calls")
         self._cached_tokens = _counter("cached_prompt_tokens", "Prompt tokens that came from a prefix cache")
         self._generation_tokens = _counter("generation_tokens", "Tokens delivered to clients")
-        self._success = _counter("request_success", "Choices by how they ended", "finished_reason")
-        self._responses = _counter("requests", "HTTP requests by status", "code")
-        self._retries = _counter("retries", "Attempts that failed", "stage", "reason")
-        self._fallbacks = _counter("fallback", "Requests that took another way than planned", "kind")
-        self._dropped = _counter("dropped_messages", "Messages and tokens of ended attempts", "kind")
+        self._success = _counter("request_success", "Choices by how they ended", finished_reason="finished_reason")
+        self._responses = _counter("requests", "HTTP requests by status", code="code")
+        self._retries = _counter("retries", "Attempts that failed", stage="stage", reason="reason")
+        self._fallbacks = _counter("fallback", "Requests that took another way than planned", kind="fallback")
+        self._dropped = _counter("dropped_messages", "Messages and tokens of ended attempts", kind="dropped")
+        self._fenced = _counter("fenced_messages", "Of these, from workers that had been given up")
+        self._duplicates = _counter("duplicate_tokens_dropped", "Of these, tokens that were there already")
+        self._rejections = _counter("rejections", "Requests refused, or sent away from the queue", reason="rejected")
+        self._resumes = _counter("resumes", "Streams that lost their worker, by what became of them", result="resumed")
+        self._poisoned = _counter("poisoned", "Requests refused because three workers were lost in the middle of them")
+        self._exhausted = _counter("retry_budget_exhausted", "Requests failed because too much was retried already")
+        self._drains = _counter("drains", "Workers that began to drain")
+        self._auth_failures = _counter("auth_failures", "Requests without a right key")
+        self._slow_clients = _counter("slow_clients", "Connections cut for being slow", kind="slow")
+        self._refused_connections = _counter("refused_connections", "Connections without room", reason="connection")
+        self._refused_workers = _counter("handshake_rejects", "Workers' connections refused", kind="refused")
 
     # --- the dispatcher's observer -------------------------------------------------------------------------
 
@@ -178,6 +183,30 @@ class RouterMetrics:
 
     def on_dropped(self, kind: str) -> None:
         self._dropped.labels(_closed("dropped", kind)).inc()
+        if kind in _FENCED:
+            self._fenced.inc()
+        elif kind == "duplicate":
+            self._duplicates.inc()
+
+    def on_rejected(self, reason: str) -> None:
+        self._rejections.labels(_closed("rejected", reason)).inc()
+
+    def on_resumed(self, result: str) -> None:
+        self._resumes.labels(_closed("resumed", result)).inc()
+
+    def on_poisoned(self) -> None:
+        self._poisoned.inc()
+
+    def on_budget_exhausted(self) -> None:
+        self._exhausted.inc()
+
+    def on_drain(self) -> None:
+        self._drains.inc()
+
+    # --- the control server's ------------------------------------------------------------------------------
+
+    def on_handshake_refused(self, kind: str) -> None:
+        self._refused_workers.labels(_closed("refused", kind)).inc()
 
     # --- the API's -----------------------------------------------------------------------------------------
 
@@ -192,6 +221,15 @@ class RouterMetrics:
 
     def on_response(self, status: int) -> None:
         self._responses.labels(_closed("code", str(status))).inc()
+
+    def on_auth_failure(self) -> None:
+        self._auth_failures.inc()
+
+    def on_slow_client(self, kind: str) -> None:
+        self._slow_clients.labels(_closed("slow", kind)).inc()
+
+    def on_refused_connection(self, reason: str) -> None:
+        self._refused_connections.labels(_closed("connection", reason)).inc()
 
     # --- the scrape ----------------------------------------------------------------------------------------
 
@@ -214,9 +252,9 @@ class RouterMetrics:
             yield _renamed(family, name, {"model_name": self._model_name})
 
     def _pools(self, view: PoolGauges, num_in_flight: int) -> Iterator[Metric]:
-        yield _gauge("kvferry_queued_requests", "Requests in the router's queue", [], [((), view.num_queued)])
-        yield _gauge("kvferry_in_flight_requests", "HTTP answers under way", [], [((), num_in_flight)])
-        yield from _worker_families(view.workers)
+        yield gauge("kvferry_queued_requests", "Requests in the router's queue", [], [((), view.num_queued)])
+        yield gauge("kvferry_in_flight_requests", "HTTP answers under way", [], [((), num_in_flight)])
+        yield from worker_families(view.workers)
         yield from self._vllm_gauges(view)
 
     def _vllm_gauges(self, view: PoolGauges) -> Iterator[Metric]:
@@ -224,7 +262,7 @@ class RouterMetrics:
         alive = [(worker.worker_id, worker.status) for worker in view.workers if worker.status is not None]
         running = [(name, status.num_running) for name, status in alive]
         waiting = [*((name, status.num_waiting) for name, status in alive), ("router", view.num_queued)]
-        usage = [(name, _kv_usage(status)) for name, status in alive]
+        usage = [(name, kv_usage(status)) for name, status in alive]
         yield self._vllm(GaugeMetricFamily, "vllm:num_requests_running", running)
         yield self._vllm(GaugeMetricFamily, "vllm:num_requests_waiting", waiting)
         yield self._vllm(GaugeMetricFamily, "vllm:kv_cache_usage_perc", usage)
@@ -258,84 +296,16 @@ class _Families(Collector):
         return self._families
 
 
-def _worker_families(workers: Sequence[WorkerGauges]) -> Iterator[Metric]:
-    alive = [((worker.worker_id, worker.role), worker.status) for worker in workers if worker.status is not None]
-    yield _gauge(
-        "kvferry_worker_state",
-        "1 for the state that the worker is in",
-        ["worker", "pool", "state"],
-        [((w.worker_id, w.role, state), float(state == _state(w))) for w in workers for state in _STATES],
-    )
-    yield _gauge(
-        "kvferry_blocks",
-        "KV blocks by what they hold",
-        ["worker", "pool", "state"],
-        [((*labels, state), count) for labels, status in alive for state, count in _blocks(status).items()],
-    )
-    for name, text, field in _WORKER_GAUGES:
-        samples = [(labels, float(getattr(status, field))) for labels, status in alive]
-        yield _gauge(name, text, ["worker", "pool"], samples)
-    for name, text, field in _WORKER_COUNTERS:
-        family = CounterMetricFamily(name, text, labels=["worker", "pool"])
-        for labels, status in alive:
-            family.add_metric(list(labels), float(getattr(status, field)))
-        yield family
-
-
-_STATES = ("starting", "ready", "draining")
-_WORKER_GAUGES = (
-    ("kvferry_num_requests_running", "Choices in the running batch", "num_running"),
-    ("kvferry_num_requests_waiting", "Choices that wait on the worker", "num_waiting"),
-    ("kvferry_waiting_tokens", "Prompt tokens not computed yet", "waiting_tokens"),
-    ("kvferry_step_seconds", "The last engine step", "step_s"),
-)
-_WORKER_COUNTERS = (
-    ("kvferry_engine_steps", "Finished engine steps", "steps"),
-    ("kvferry_preemptions", "Sequences that lost their blocks to another", "num_preemptions"),
-    ("kvferry_prefix_cache_queries", "Prompt tokens looked up in the prefix cache", "prefix_queries"),
-    ("kvferry_prefix_cache_hits", "Prompt tokens found there", "prefix_hits"),
-    ("kvferry_transfer_bytes", "KV bytes written to decode workers", "transfer_bytes"),
-    ("kvferry_wire_bytes", "The same by the transport's own count", "wire_bytes"),
-    ("kvferry_transfer_failures", "Writes that failed, by the worker's own count", "transfer_failures"),
-    ("kvferry_stale_messages", "Messages about ended grants and attempts", "stale_messages"),
-)
-
-
-def _state(worker: WorkerGauges) -> str:
-    if worker.status is None:
-        return "starting"
-    return "draining" if worker.status.state == "ready" and not worker.is_ready else worker.status.state
-
-
-def _blocks(status: WorkerStatus) -> dict[str, float]:
-    """The states add up to the pool. Granted blocks are held for KV that is to arrive."""
-    known = {
-        "free": status.num_free_blocks - status.num_cached_blocks,
-        "cached": status.num_cached_blocks,
-        "granted": status.num_granted_blocks,
-        "quarantined": status.num_quarantined_blocks,
-    }
-    return {**known, "active": status.num_blocks - sum(known.values())}
-
-
-def _kv_usage(status: WorkerStatus) -> float:
-    """Share of the blocks that hold KV of running requests or are promised; what is only cached can be had."""
-    return 1 - status.num_free_blocks / status.num_blocks if status.num_blocks else 0.0
-
-
 def _histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
     return Histogram(f"kvferry_{name}", text, buckets=buckets, registry=None)
 
 
-def _counter(name: str, text: str, *labels: str) -> Counter:
-    return Counter(f"kvferry_{name}", text, labels, registry=None)
-
-
-def _gauge(name: str, text: str, labels: list[str], samples: Iterable[tuple[tuple[str, ...], float]]) -> Metric:
-    family = GaugeMetricFamily(name, text, labels=labels)
-    for values, value in samples:
-        family.add_metric(values, value)
-    return family
+def _counter(name: str, text: str, **labels: str) -> Counter:
+    """`labels`: name and which closed set its values are of. Every series is there from the start, at 0."""
+    counter = Counter(f"kvferry_{name}", text, tuple(labels), registry=None)
+    for values in product(*(sorted(_CLOSED[which]) for which in labels.values())) if labels else ():
+        counter.labels(*values)
+    return counter
 
 
 def _renamed(family: Metric, name: str, labels: dict[str, str]) -> Metric:

@@ -19,6 +19,7 @@ from .errors import ConfigError
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")  # data only: no pickles, no code
 _UNWANTED = ("*/*", "consolidated*.safetensors")  # subfolders and second copies of the weights
+_MAY_ASK_FOR_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _MAX_JSON_BYTES = 256 << 20
 
 
@@ -97,12 +98,18 @@ def _local(name: str) -> ResolvedModel:
 def _checked(model: ResolvedModel) -> ResolvedModel:
     if not (model.dir / "config.json").is_file():
         raise ConfigError(f"{model.dir} has no config.json; a model is a directory with config.json and *.safetensors")
-    if "auto_map" in read_json(model.dir / "config.json"):
-        raise ConfigError(
-            f"{model.served_name} needs Python code from its own repository (auto_map in config.json), "
-            "which kvferry never runs; use a model of a built-in architecture"
-        )
+    check_no_code(model.dir)
     return model
+
+
+def check_no_code(path: Path) -> None:
+    """Refuse a model that asks for Python code from its own repository: without it, answers would be wrong."""
+    for name in _MAY_ASK_FOR_CODE:
+        if "auto_map" in read_json(path / name, default={}):
+            raise ConfigError(
+                f"{path} needs Python code from its own repository (auto_map in {name}), "
+                "which kvferry never runs; use a model of a built-in architecture"
+            )
 
 
 def _download(name: str, revision: str | None, progress: Progress | None) -> Path:
@@ -112,9 +119,10 @@ def _download(name: str, revision: str | None, progress: Progress | None) -> Pat
     path = _snapshot(name, revision)
     index = read_json(path / "model.safetensors.index.json", default={})
     shards = index.get("weight_map", {})
-    missing = sorted(
-        {str(s) for s in shards.values() if not (path / str(s)).is_file()} if isinstance(shards, dict) else ()
-    )
+    names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
+    if outside := sorted(name for name in names if Path(name).name != name):
+        raise ConfigError(f"the index of {name} names {outside[0]!r}, which is no file beside it")
+    missing = sorted(name for name in names if not (path / name).is_file())
     if missing:
         raise ConfigError(f"the cached copy of {name} lacks {missing[0]}; start once with a network to complete it")
     if progress:

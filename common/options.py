@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from .config import Attention, Device, Dtype, KVCacheDtype, LoadFormat, LogLevel, Settings, TransferName
+from .config import Attention, Checksum, Device, Dtype, KVCacheDtype, LoadFormat, LogLevel, Settings, TransferName
 
 ENV_PREFIX = "KVFERRY_"
 
@@ -99,6 +99,34 @@ class ServeSettings(Settings):
     port: Annotated[Port, Option("HTTP", "Port of the API; 0: any free one.", FRONTS)] = 8000
     api_key: Annotated[Texts, Option("HTTP", "Key that clients must send; repeatable.", FRONTS)] = ()
 
+    max_connections: Annotated[Count, Option("HTTP", "Clients' connections at once.", FRONTS)] = 4096
+    max_connections_per_address: Annotated[
+        Count, Option("HTTP", "Of these, from one address (of IPv6: one /64).", FRONTS)
+    ] = 1024
+    max_concurrency_per_key: Annotated[
+        Count | None, Option("HTTP", "Requests of one API key at once. Default: no limit.", FRONTS)
+    ] = None
+    requests_per_minute_per_key: Annotated[
+        Count | None, Option("HTTP", "Requests of one API key a minute. Default: no limit.", FRONTS)
+    ] = None
+    tokens_per_minute_per_key: Annotated[
+        Count | None,
+        Option("HTTP", "Tokens of one API key a minute, prompts and answers. Default: no limit.", FRONTS),
+    ] = None
+    share_prefix_cache: Annotated[
+        bool, Option("HTTP", "Let API keys reuse the KV of each other's equal prompt beginnings.", FRONTS)
+    ] = False
+    admin_port: Annotated[
+        Port | None, Option("HTTP", "Port of the admin listener; 0: any free one. Default: none.", FRONTS)
+    ] = None
+    admin_host: Annotated[str, Option("HTTP", "Address of the admin listener.", FRONTS)] = "127.0.0.1"
+    admin_key: Annotated[Texts, Option("HTTP", "Key of the admin listener; repeatable.", FRONTS)] = ()
+    routers: Annotated[PositiveInt, Option("HTTP", "Router processes behind the one address.", SERVE)] = 1
+    drain_timeout: Annotated[
+        Annotated[float, Field(ge=0, le=86400)],
+        Option("HTTP", "Seconds that running answers get after SIGTERM.", ALL),
+    ] = 30.0
+
     prefill: Annotated[PoolSettings, Option("Pools", "Prefill workers; 0: decode workers do both.", FRONTS)] = (
         PoolSettings()
     )
@@ -108,6 +136,10 @@ class ServeSettings(Settings):
         Option("Pools", "Prompts with at most so many uncached tokens stay on the decode worker.", FRONTS),
     ] = 0
     local_prefill: Annotated[bool, Option("Pools", "Never compute a prompt on a decode worker.", FRONTS)] = True
+    ttft_objective_ms: Annotated[
+        Annotated[float, Field(gt=0)] | None,
+        Option("Pools", "Refuse at once (429) what would wait longer for its first token. Default: all wait.", FRONTS),
+    ] = None
 
     device: Annotated[Device, Option("Engine", "auto: GPUs where there are any.", ENGINES)] = "auto"
     tensor_parallel_size: Annotated[PositiveInt, Option("Engine", "Ranks of one worker.", ENGINES)] = 1
@@ -124,6 +156,14 @@ class ServeSettings(Settings):
     kv_cache_memory_bytes: Annotated[
         Count | None, Option("Engine", "KV cache of one rank (2GiB, 512MiB). Default: from free memory.", ENGINES)
     ] = None
+    swap_space: Annotated[
+        Annotated[int, BeforeValidator(parse_number), Field(ge=0)] | None,
+        Option(
+            "Engine",
+            "Host memory of a decode rank for preempted KV; 0: none. Default: a tenth of the KV cache; on GPUs 4GiB.",
+            SERVE + ("decode",),
+        ),
+    ] = None
     enable_prefix_caching: Annotated[
         bool, Option("Engine", "Do not reuse the KV of equal prompt beginnings.", ENGINES)
     ] = True
@@ -131,6 +171,15 @@ class ServeSettings(Settings):
         KVCacheDtype, Option("Engine", "Type of cached keys and values; fp8: half the bytes, on GPUs.", ENGINES)
     ] = "auto"
     attention_backend: Annotated[Attention, Option("Engine", "Kernels.", ENGINES)] = "auto"
+    deterministic: Annotated[
+        bool,
+        Option(
+            "Engine",
+            "A request's tokens and log-probabilities are the same to the bit whatever runs beside it, however it is "
+            "cut, cached, moved or resumed. On CPUs alone.",
+            ALL,
+        ),
+    ] = False
     enforce_eager: Annotated[
         bool, Option("Engine", "No CUDA graphs: decode steps launch every kernel from Python.", ENGINES)
     ] = False
@@ -142,6 +191,9 @@ class ServeSettings(Settings):
     ] = None
 
     transfer: Annotated[TransferName, Option("Cluster", "What moves KV between workers.", ENGINES)] = "nixl"
+    kv_checksum: Annotated[
+        Checksum, Option("Cluster", "Check shipped blocks before use; auto: in host memory, not on GPUs.", ENGINES)
+    ] = "auto"
     launcher: Annotated[Literal["local", "ray"], Option("Cluster", "Processes here, or actors on Ray.", SERVE)] = (
         "local"
     )
@@ -166,12 +218,19 @@ class ServeSettings(Settings):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if any("," in key or key != key.strip() or not key for key in self.api_key):
-            raise ValueError("api_key: a key has at least one character, no comma and no space around it")
+        for name, keys in (("api_key", self.api_key), ("admin_key", self.admin_key)):
+            if any("," in key or key != key.strip() or not key for key in keys):
+                raise ValueError(f"{name}: a key has at least one character, no comma and no space around it")
         if self.decode.workers < 1:
             raise ValueError("decode: at least one decode worker is needed; for one pool that does both: --prefill 0")
         if self.prefill.workers == 0 and not self.local_prefill:
             raise ValueError("local_prefill: without prefill workers every prompt is local; give --prefill 1")
+        sizes = [pool.tensor_parallel_size or self.tensor_parallel_size for pool in (self.prefill, self.decode)]
+        if self.deterministic and self.prefill.workers and sizes[0] != sizes[1]:
+            raise ValueError(
+                f"deterministic: both pools need the same tensor_parallel_size, these have {sizes[0]} and {sizes[1]}: "
+                "sums over ranks are rounded as they are split"
+            )
         if self.ray_address is not None and self.launcher != "ray":
             raise ValueError("ray_address: only with --launcher ray")
         if self.max_model_len is not None and self.max_model_len < 2:

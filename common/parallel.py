@@ -121,15 +121,24 @@ class _Collectives(Protocol):
 class Communicator:
     """Collectives of one rank; with one rank they return their argument."""
 
-    def __init__(self, rank: int = 0, size: int = 1, group: _Collectives | None = None) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, group: _Collectives | None = None, *, in_rank_order: bool = False
+    ) -> None:
+        """`in_rank_order`: a sum does not depend on how many numbers are summed with it; dearer with many ranks."""
         assert (group is None) == (size == 1), size
         self.rank = rank
         self.size = size
         self._group = group
+        self._in_rank_order = in_rank_order
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
-        if self._group is not None:
+        if self._group is not None and self._in_rank_order:
+            parts = self._gather(x)
+            x.copy_(parts[0])
+            for part in parts[1:]:
+                x.add_(part)
+        elif self._group is not None:
             with _Collective(self.rank):
                 self._group.allreduce([x]).wait()
         return x
@@ -140,11 +149,18 @@ class Communicator:
             return x
         import torch
 
+        return torch.cat(self._gather(x), -1)
+
+    def _gather(self, x: Tensor) -> list[Tensor]:
+        """Each rank's."""
+        import torch
+
+        assert self._group is not None
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)]
         with _Collective(self.rank):
             self._group.allgather([parts], [x]).wait()
-        return torch.cat(parts, -1)
+        return parts
 
     def minimum(self, value: int, device: torch.device) -> int:
         """The smallest of the ranks' values."""
@@ -175,7 +191,7 @@ class _Collective:
             raise WorkerLost(f"tensor-parallel rank {self.rank}: a collective failed: {error}") from error
 
 
-def connect(store: Store, rank: int, size: int, device: torch.device) -> Communicator:
+def connect(store: Store, rank: int, size: int, device: torch.device, *, in_rank_order: bool = False) -> Communicator:
     """Join the other ranks; returns when all of them have."""
     import torch.distributed as dist
 
@@ -188,7 +204,8 @@ def connect(store: Store, rank: int, size: int, device: torch.device) -> Communi
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # stubs lag
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]  # listens on loopback alone
         options._timeout = timeout
-        return Communicator(rank, size, dist.ProcessGroupGloo(store, rank, size, options))  # type: ignore[arg-type]
+        group = dist.ProcessGroupGloo(store, rank, size, options)
+        return Communicator(rank, size, group, in_rank_order=in_rank_order)  # type: ignore[arg-type]
 
 
 def join_store(port: int, size: int) -> Store:

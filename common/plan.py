@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from .config import EngineConfig, RouterConfig, TransferConfig, WorkerConfig
+from .config import NO_DETERMINISTIC_CUDA, EngineConfig, RouterConfig, TransferConfig, WorkerConfig
 from .errors import ConfigError
 from .host import Host
 from .models.config import ModelConfig
@@ -48,6 +48,7 @@ class WorkerPlan:
 class Deployment:
     router: RouterConfig
     workers: tuple[WorkerPlan, ...]
+    num_routers: int = 1  # behind one address
     secret: bytes = field(repr=False, default=b"")
 
     @property
@@ -65,7 +66,8 @@ def plan(settings: ServeSettings, model_dir: Path, served_name: str, secret: byt
         for role, pool in pools
         for index in range(pool.workers)
     )
-    return Deployment(plan_router(settings, model_dir, served_name), workers, secret)
+    router = plan_router(settings, model_dir, served_name)
+    return Deployment(router, workers, settings.routers, secret)
 
 
 def plan_router(settings: ServeSettings, model_dir: Path, served_name: str) -> RouterConfig:
@@ -80,6 +82,18 @@ def plan_router(settings: ServeSettings, model_dir: Path, served_name: str) -> R
         local_prefill=settings.local_prefill,
         max_local_prefill_tokens=settings.max_local_prefill_tokens,
         expect_prefill=settings.prefill.workers > 0,
+        ttft_objective_ms=settings.ttft_objective_ms,
+        deterministic=settings.deterministic,
+        max_connections=settings.max_connections,
+        max_connections_per_address=settings.max_connections_per_address,
+        max_concurrency_per_key=settings.max_concurrency_per_key,
+        requests_per_minute_per_key=settings.requests_per_minute_per_key,
+        tokens_per_minute_per_key=settings.tokens_per_minute_per_key,
+        share_prefix_cache=settings.share_prefix_cache,
+        drain_timeout_s=settings.drain_timeout,
+        admin_host=settings.admin_host,
+        admin_port=settings.admin_port,
+        admin_keys=settings.admin_key,
         seed=settings.seed,
         log_level=settings.log_level,
     )
@@ -96,12 +110,14 @@ def plan_worker(
 ) -> WorkerConfig:
     values = settings.model_dump(include=set(_ENGINE_FIELDS), exclude_none=True) | pool.overrides()
     values |= {"model_dir": model_dir, "served_model_name": served_name}
+    values["swap_space"] = settings.swap_space if role == "decode" else 0  # a prompt that has begun is not preempted
     return WorkerConfig(
         worker_id=worker_id,
         role=role,
         engine=EngineConfig.model_validate(values),
-        transfer=TransferConfig(backend=settings.transfer),
+        transfer=TransferConfig(backend=settings.transfer, checksum=settings.kv_checksum),
         routers=settings.router,
+        drain_timeout_s=settings.drain_timeout,
         log_level=settings.log_level,
     )
 
@@ -183,8 +199,12 @@ def _device(deployment: Deployment, host: Host) -> Literal["cpu", "cuda"]:
             "`kvferry doctor` says why, and --device cpu works"
         )
     device: Literal["cpu", "cuda"] = wanted if wanted != "auto" else "cuda" if host.gpus else "cpu"
+    if device == "cuda" and deployment.workers[0].config.engine.deterministic:
+        raise ConfigError(NO_DETERMINISTIC_CUDA)
     if device == "cpu" and deployment.workers[0].config.engine.kv_cache_dtype == "fp8":
         raise ConfigError("kv_cache_dtype: fp8 needs a GPU: the CPU's attention reads no 8-bit floats; use auto")
+    if device == "cuda" and deployment.workers[0].config.transfer.checksum == "on":
+        raise ConfigError("kv_checksum: on needs KV pages in host memory, and these are a GPU's; use auto or off")
     return device
 
 

@@ -2,10 +2,12 @@
 
     start -> STARTING -> (ready) -> READY -> (exit, or no beat for `hang_after_s`: SIGKILL) -> WAITING -> start
       STARTING -> (failed, or three exits in a row before it was ever ready)  -> the start-up error is raised
-      any -> (cancelled) SIGTERM, grace, SIGKILL -> ENDED
+      READY -> (`restart`) SIGTERM: it drains -> exit -> start at once
+      any -> (cancelled) SIGINT, or SIGTERM where it shall drain; grace, SIGKILL -> ENDED
 
-Each child leads a session of its own: Ctrl-C reaches the launcher alone, and a child's own children end with it.
-What the child does is not known here.
+A child that ends within seconds of its start, again and again, waits longer each time; one that had served for a
+while comes back at once. Each child leads a session of its own: Ctrl-C reaches the launcher alone, and a child's own
+children end with it. What the child does is not known here.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class ChildState(Enum):
 class Command(NamedTuple):
     argv: tuple[str, ...]
     env: Mapping[str, str]
+    fds: tuple[int, ...] = ()  # the child inherits them under the same numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +48,11 @@ class ChildTimes:
     """How patient a launcher is (seconds)."""
 
     hang_after_s: float = 3.0  # without a beat, once ready
-    grace_s: float = 5.0  # between SIGTERM and SIGKILL
+    grace_s: float = 5.0  # between SIGINT and SIGKILL
+    drain_s: float = 40.0  # between SIGTERM and SIGKILL: longer than a child's own limit
     first_backoff_s: float = 0.5
     max_backoff_s: float = 30.0
-    stable_after_s: float = 60.0  # a child that was ready so long begins the back-off anew
+    stable_after_s: float = 2.0  # one that served so long did not fail at its start: it comes back at once
 
     def backoff_s(self, num_failures: int) -> float:
         """The pause after the `num_failures`-th end in a row, 1 being the first."""
@@ -70,6 +74,7 @@ class Child:
         self.name = name
         self.state = ChildState.STARTING
         self.num_restarts = 0
+        self.shall_drain = False  # when `run` is cancelled
         self.was_ready = asyncio.Event()
         self.ready_event: dict[str, object] = {}
         self._command = command
@@ -81,6 +86,8 @@ class Child:
         self._ready_at = 0.0
         self._heard_at = 0.0
         self._start_error: str | None = None
+        self._drains_until: float | None = None  # asked to end, and to be started again
+        self._comes_back: asyncio.Future[bool] | None = None  # somebody waits for the next life
 
     @property
     def pid(self) -> int | None:
@@ -91,13 +98,44 @@ class Child:
         try:
             while True:
                 reason = await self._live()
-                self._count_failure(reason)
-                delay_s = self._times.backoff_s(self._num_failures)
+                delay_s = 0.0 if self._drains_until is not None else self._count_failure(reason)
+                self.state, self._drains_until = ChildState.WAITING, None
                 self._tell("restart", reason=reason, delay_s=delay_s)
                 await asyncio.sleep(delay_s)
                 self.num_restarts += 1
         finally:
             self.state = ChildState.ENDED
+            self._answer(False)
+
+    async def restart(self, drain_s: float | None = None) -> bool:
+        """Let this life end in good order and the next begin; whether that one became ready. One call at a time.
+
+        A child that is not up is waited for only. After `drain_s` what it still does is given up.
+        """
+        assert self._comes_back is None
+        self._comes_back = asyncio.get_running_loop().create_future()
+        try:
+            if self.state is ChildState.READY:
+                self._drains_until = self._clock.now() + self._times.drain_s
+                self._signal(signal.SIGTERM)
+                if drain_s is not None and not await _within(drain_s, self._ended()):
+                    self._signal(signal.SIGTERM)  # the second ends it at once
+            return await self._comes_back
+        finally:
+            self._comes_back = None
+
+    async def _ended(self) -> None:
+        assert self._process is not None
+        await self._process.wait()
+
+    def _answer(self, came_back: bool) -> None:
+        if self._comes_back is not None and not self._comes_back.done():
+            self._comes_back.set_result(came_back)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
 
     def kill(self) -> None:
         """SIGKILL to the child and whatever it started. Idempotent."""
@@ -115,7 +153,7 @@ class Child:
             try:
                 hung = await self._listen(ours)
             except asyncio.CancelledError:
-                await self._terminate(self._process)
+                await self._terminate()
                 raise
             finally:
                 self.kill()
@@ -133,7 +171,7 @@ class Child:
             str(theirs.fileno()),
             env=dict(command.env),
             stdin=asyncio.subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(),),
+            pass_fds=(theirs.fileno(), *command.fds),
             start_new_session=True,
         )
         self._tell("started", pid=self._process.pid)
@@ -151,6 +189,8 @@ class Child:
                 looked_at = now
                 if self.state is ChildState.READY and now - self._heard_at > self._times.hang_after_s:
                     return f"no sign of life for {now - self._heard_at:.1f} s"
+                if self._drains_until is not None and now > self._drains_until:
+                    return f"did not end within {self._times.drain_s:g} s of SIGTERM"
         finally:
             loop.remove_reader(ours)
         assert self._process is not None
@@ -174,27 +214,32 @@ class Child:
         if event["event"] == "ready":
             self.state, self._ready_at, self.ready_event = ChildState.READY, now, event
             self.was_ready.set()
+            self._answer(True)
         elif event["event"] == "failed":
             self._start_error = str(event.get("error", ""))
         if event["event"] != "beat":
             self._on_event(self.name, event)
 
-    def _count_failure(self, reason: str) -> None:
-        if self.state is ChildState.READY and self._clock.now() - self._ready_at > self._times.stable_after_s:
+    def _count_failure(self, reason: str) -> float:
+        """Seconds until the next start. Raises if it never started at all."""
+        self._answer(False)
+        if self.state is ChildState.READY and self._clock.now() - self._ready_at >= self._times.stable_after_s:
             self._num_failures = 0
+            return 0.0
         self._num_failures += 1
-        self.state = ChildState.WAITING
-        if self.was_ready.is_set():
-            return
-        if self._start_error is not None:
-            raise ConfigError(f"{self.name}: {self._start_error}")
-        if self._num_failures >= _MAX_START_FAILURES:
-            raise WorkerLost(f"{self.name} did not start, {self._num_failures} times: {reason}")
+        if not self.was_ready.is_set():
+            if self._start_error is not None:
+                raise ConfigError(f"{self.name}: {self._start_error}")
+            if self._num_failures >= _MAX_START_FAILURES:
+                raise WorkerLost(f"{self.name} did not start, {self._num_failures} times: {reason}")
+        return self._times.backoff_s(self._num_failures)
 
-    async def _terminate(self, process: asyncio.subprocess.Process) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        await _within(self._times.grace_s, process.wait())
+    async def _terminate(self) -> None:
+        if not self.shall_drain or self._drains_until is None:  # else it drains already: asked twice, it would stop
+            self._signal(signal.SIGTERM if self.shall_drain else signal.SIGINT)
+        if not await _within(self._times.drain_s if self.shall_drain else self._times.grace_s, self._ended()):
+            self.kill()
+            await self._ended()
 
     def _tell(self, what: str, **details: object) -> None:
         self._on_event(self.name, {"event": what, **details})

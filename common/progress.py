@@ -35,7 +35,8 @@ def describe(name: str, event: dict[str, object]) -> str | None:
     """A line about an event that matters after the start too."""
     match event["event"]:
         case "restart":
-            return f"{name}: {event['reason']}; starting again in {event['delay_s']:g} s"
+            when = f" in {event['delay_s']:g} s" if event["delay_s"] else ""
+            return f"{name}: {event['reason']}; starting again{when}"
         case "failed":
             return f"{name}: {event.get('error', '')}"
         case "ready":
@@ -49,9 +50,10 @@ class PlainDisplay:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._last: dict[tuple[str, str], float] = {}
+        self._starting = True
 
     def on_event(self, name: str, event: dict[str, object]) -> None:
-        if event["event"] == "progress":
+        if self._starting and event["event"] == "progress":
             what, fraction = str(event.get("what", "")), _fraction(event)
             before = self._last.get((name, what))
             if before is None or fraction >= min(1.0, before + _STEP) > before:
@@ -64,7 +66,7 @@ class PlainDisplay:
         print(text, file=self._stream, flush=True)
 
     def done(self) -> None:
-        self._last.clear()
+        self._starting = False
 
 
 class BarDisplay:

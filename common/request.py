@@ -40,10 +40,10 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] = {}
+    logit_bias: Annotated[dict[int, float], msgspec.Meta(max_length=1024)] = {}
     max_tokens: int = 16
     min_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Annotated[tuple[int, ...], msgspec.Meta(max_length=1024)] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the chosen token's and the k best
     prompt_logprobs: int | None = None
@@ -57,16 +57,25 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 class RequestSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One attempt at a request as the router sends it to workers."""
 
-    request_id: str
+    request_id: Annotated[str, msgspec.Meta(max_length=256)]
     attempt: Annotated[int, msgspec.Meta(ge=0)]
     prompt: bytes  # token ids, int32 little endian
     sampling: SamplingParams
-    choices: tuple[int, ...] = (0,)  # those that still run
-    outputs: tuple[bytes, ...] = ()  # accepted tokens for each of `choices` (resume); empty: none
-    cache_salt: bytes = b""
+    choices: Annotated[tuple[int, ...], msgspec.Meta(min_length=1, max_length=MAX_CHOICES)] = (0,)  # still running
+    outputs: Annotated[tuple[bytes, ...], msgspec.Meta(max_length=MAX_CHOICES)] = ()  # accepted, for each; empty: none
+    cache_salt: Annotated[bytes, msgspec.Meta(max_length=2048)] = b""
     priority: int = 0  # lower runs first
     arrival: int = 0  # the router's counter: orders requests of one priority
     remaining_s: float | None = None  # until the request's deadline
+
+    def __post_init__(self) -> None:
+        """What the types cannot say. From the wire, a ValueError here is a refused frame."""
+        if any(len(ids) % 4 for ids in (self.prompt, *self.outputs)):
+            raise ValueError("token ids are 4 bytes each")
+        if self.outputs and len(self.outputs) != len(self.choices):
+            raise ValueError("accepted tokens belong to as many choices")
+        if not 0 <= min(self.choices) <= max(self.choices) < MAX_CHOICES:
+            raise ValueError(f"choices are numbered from 0 to {MAX_CHOICES - 1}")
 
     def prompt_token_ids(self) -> list[int]:
         return unpack_ids(self.prompt)
@@ -99,7 +108,7 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
     token_id: int
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    top: Annotated[tuple[tuple[int, float], ...], msgspec.Meta(max_length=64)] = ()
 
 
 @dataclass(slots=True, eq=False)

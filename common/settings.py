@@ -16,11 +16,12 @@ from typing import NamedTuple
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .config import CACHE_VARIABLE, SECRET_VARIABLE
+from .config import CACHE_VARIABLE, FAILPOINTS_VARIABLE, SECRET_VARIABLE
 from .errors import ConfigError
 from .options import ENV_PREFIX, ServeSettings, setting_keys
 
 DEFAULT = "default"
+_NO_SETTINGS = (SECRET_VARIABLE, CACHE_VARIABLE, FAILPOINTS_VARIABLE)
 
 
 class Raw(NamedTuple):
@@ -54,11 +55,11 @@ def value_of(settings: BaseModel, dotted_key: str) -> object:
 
 
 def read_environment(env: Mapping[str, str]) -> dict[str, Raw]:
-    """Every KVFERRY_ variable but the two that are no settings; an unknown one is a mistake."""
+    """Every KVFERRY_ variable but the three that are no settings; an unknown one is a mistake."""
     keys = {ENV_PREFIX + name.upper(): key for name, key in setting_keys().items()}
     found: dict[str, Raw] = {}
     for name, value in env.items():
-        if not name.startswith(ENV_PREFIX) or name in (SECRET_VARIABLE, CACHE_VARIABLE):
+        if not name.startswith(ENV_PREFIX) or name in _NO_SETTINGS:
             continue
         if name not in keys:
             raise ConfigError(f"{name}: unknown variable{_nearest(name, keys)}")

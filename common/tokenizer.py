@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .chat_template import ChatTemplate, load_chat_template
+from .chat_template import ChatTemplate, RenderLimits, load_chat_template
 from .errors import ConfigError, RequestError
-from .model_files import read_json
+from .model_files import check_no_code, read_json
 from .token_bytes import DecoderRules, decoder_rules
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Tokenizer:
 
         Raises ConfigError for a missing or broken file.
         """
+        check_no_code(path)
         backend, decoder = _load_backend(path)
         config = read_json(path / "tokenizer_config.json", default={})
         special_map = read_json(path / "special_tokens_map.json", default={})
@@ -95,6 +96,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, object] | None = None,
+        limits: RenderLimits | None = None,
     ) -> str:
         """The prompt of a conversation. It holds its special tokens: encode it with `add_special_tokens=False`."""
         if self._chat_template is None:
@@ -109,6 +111,7 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             template_kwargs=template_kwargs or {},
+            limits=limits,
         )
 
     @property
@@ -206,9 +209,12 @@ class Detokenizer:
 
 def check_text_size(text: str, max_tokens: int) -> None:
     """Refuses a text with so many bytes that it cannot be a prompt of at most `max_tokens`."""
+    check_num_bytes(len(text), max_tokens)  # a character has at least one: an enormous text is not even encoded
+    check_num_bytes(len(text.encode("utf-8", "surrogatepass")), max_tokens)
+
+
+def check_num_bytes(num_bytes: int, max_tokens: int) -> None:
     limit = MAX_BYTES_PER_TOKEN * max_tokens + _SLACK_BYTES
-    # A character has at least one byte: an enormous text is not even encoded.
-    num_bytes = len(text) if len(text) > limit else len(text.encode("utf-8", "surrogatepass"))
     if num_bytes > limit:
         raise RequestError(
             f"the prompt has at least {num_bytes} bytes; a context of {max_tokens} tokens takes at most {limit}",

@@ -1,6 +1,7 @@
 """A decode worker's other tensor-parallel ranks: a registered region each, and the arrivals in it.
 
-Block ids are rank 0's decision; a follower only tells it what has arrived.
+Block ids are rank 0's decision; a follower only tells it what has arrived and whether it is what was sent, and
+replaces its agent when it is told to.
 """
 
 from __future__ import annotations
@@ -9,12 +10,24 @@ from collections.abc import Callable
 
 from ..common.config import TransferConfig
 from ..common.engine import Engine
-from ..common.messages import Decoder, KVArrived, encode
+from ..common.errors import TransferError
+from ..common.messages import Decoder, KVArrived, RegionInfo, encode
+from ..transfer.arrivals import Verdict
+from ..transfer.checksums import open_check
 from ..transfer.choose import open_backend
-from ..transfer.followers import FollowerRegion, FollowerSetup, RankArrived, TransferBroke, Watch, agent_name
+from ..transfer.followers import (
+    FollowerRegion,
+    FollowerSetup,
+    RankArrived,
+    Rotate,
+    TransferBroke,
+    Watch,
+    agent_name,
+)
 from ..transfer.thread import TransferThread
+from .agents import rotated
 
-_watch: Decoder[Watch] = Decoder(Watch)
+_commands: Decoder[Watch | Rotate] = Decoder(Watch | Rotate)
 
 
 class DecodeFollower:
@@ -26,18 +39,27 @@ class DecodeFollower:
         config = TransferConfig.model_validate_json(setup.transfer)
         backend = open_backend(config.backend, agent_name(setup.worker_id, setup.incarnation, 0, self._rank))
         region = backend.register(engine.kv_pages, rank=self._rank, tp_size=engine.tp_size, generation=0)
+        self._check = open_check(config, engine.kv_pages, engine.spec, rank=self._rank, tp_size=engine.tp_size)
         self._thread = TransferThread(backend, on_arrived=self._on_arrived, on_failure=self._on_failure)
         self._thread.start()
         send(encode(FollowerRegion(region=region)))
 
     def _on_arrived(self, agent: str, message: KVArrived) -> None:
-        self._send(encode(RankArrived(rank=self._rank, message=message)))
+        verdict = self._check.verdict(message) if self._check is not None else Verdict.UNCHECKED
+        self._send(encode(RankArrived(rank=self._rank, message=message, verdict=verdict)))
 
     def _on_failure(self, error: BaseException) -> None:
         self._send(encode(TransferBroke(reason=f"{type(error).__name__}: {error}")))
 
     def on_user(self, payload: bytes) -> None:
-        self._thread.watch(_watch.decode(payload).on)
+        match _commands.decode(payload):
+            case Watch(on=on):
+                self._thread.watch(on)
+            case Rotate(generation=generation):
+                self._thread.rotate(generation, lambda result: self._on_rotated(generation, result))
+
+    def _on_rotated(self, generation: int, result: RegionInfo | TransferError) -> None:
+        self._send(encode(rotated(self._rank, generation, result)))
 
     def on_layer(self, layer_id: int) -> None:
         """Nothing is shipped from here."""

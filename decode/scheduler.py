@@ -1,24 +1,32 @@
-"""Continuous batching on a decode worker. Pure Python over a block pool.
+"""Continuous batching on a decode worker. Pure Python over the sequences' blocks.
 
     waiting ──(blocks for every known token)──> running ──(finish)──> gone
-       ^                                           │
-       └────────(preempted: blocks given back)─────┘
+       ^                                        │  ^ │
+       └────────(preempted: blocks taken)───────┤  │ └──(row taken)──> parked: it keeps its blocks
+                                                │  └───────────────────┘│
+                                                └───────────────────────┘
 
 A step feeds one token of every running sequence whose KV is complete, then fills the token budget with chunks of
 those that still compute known tokens: local prompts, preempted ones, resumed ones. All three are the same case:
-tokens are known, their KV is not. A preempted sequence finds what it had published in the prefix cache.
+tokens are known, their KV is not. A preempted sequence finds its KV in host memory or in the prefix cache, or
+computes it again.
 
-Order everywhere is `Sequence.age_key`: the first is served first and preempted last, so the oldest always ends.
+Order everywhere is `Sequence.age_key`: the first is served first and preempted last, so the oldest of the highest
+class always ends. For its next block a running sequence takes those of younger ones; for a row, or to be admitted,
+it takes from lower classes alone. So nobody takes from whom it was taken by.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterator
+from heapq import merge
 
-from ..common.batch import Batch, BatchRow
-from ..common.blocks import BlockPool, KVCacheSpec, hash_blocks, prefix_salt
+from ..common.batch import Batch, BatchRow, StepOutput
+from ..common.blocks import BlockPool, KVCacheSpec
 from ..common.errors import CapacityError
-from ..common.request import Sequence
+from ..common.request import BlockId, Sequence
+from .sequence_blocks import SequenceBlocks
 
 
 def _age(seq: Sequence) -> tuple[int, int, str, int]:
@@ -28,19 +36,26 @@ def _age(seq: Sequence) -> tuple[int, int, str, int]:
 class DecodeScheduler:
     """Owns the sequences' blocks from `add` or `adopt` to `remove`."""
 
-    def __init__(self, pool: BlockPool, spec: KVCacheSpec, *, max_num_batched_tokens: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        spec: KVCacheSpec,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        num_swap_blocks: int = 0,
+    ) -> None:
         self._pool = pool
-        self._spec = spec
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
+        self.blocks = SequenceBlocks(pool, spec, num_swap_blocks)
         self.waiting: list[Sequence] = []  # oldest first; they hold no blocks
+        self.parked: list[Sequence] = []  # oldest first; they hold blocks and have no row
         self.running: list[Sequence] = []  # oldest first
-        self._stepping: set[Sequence] = set()  # in the step that computes now: their blocks are in use
-        # Block copies (from, to) that the next step begins with; each holds a reference to its source.
-        self._copies: list[tuple[int, int]] = []
+        self._in_step = False
+        self._ended: list[Sequence] = []  # during the step that computes now: their blocks may be in use
+        self.misfits: list[Sequence] = []  # have outgrown the pool: they wait for their end
         self.num_preemptions = 0
-        self.prefix_queries = 0  # tokens
-        self.prefix_hits = 0
 
     @property
     def num_running(self) -> int:
@@ -48,18 +63,23 @@ class DecodeScheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.waiting)
+        return len(self.waiting) + len(self.parked)
 
     @property
     def waiting_tokens(self) -> int:
-        """Known tokens without KV, apart from the one that each running sequence feeds next."""
-        running = sum(max(0, seq.num_uncomputed_tokens - 1) for seq in self.running)
-        return running + sum(seq.num_uncomputed_tokens for seq in self.waiting)
+        """Known tokens without KV, apart from the one that each sequence feeds next."""
+        held = sum(max(0, seq.num_uncomputed_tokens - 1) for seq in (*self.running, *self.parked))
+        saved = self.blocks.swap.num_saved_tokens
+        return held + sum(max(0, seq.num_uncomputed_tokens - saved(seq)) for seq in self.waiting)
 
     @property
     def growth_reserve(self) -> int:
-        """Blocks that a new grant must leave: one for each running sequence, all that the waiting ones need."""
-        return len(self.running) + sum(self._num_blocks(seq.num_tokens) for seq in self.waiting)
+        """Blocks that a new grant must leave: one for each sequence that has some, all that the waiting ones need."""
+        return self._num_growing + sum(self.blocks.num_for(seq.num_tokens) for seq in self.waiting)
+
+    @property
+    def _num_growing(self) -> int:
+        return len(self.running) + len(self.parked)
 
     @property
     def has_row(self) -> bool:
@@ -70,74 +90,101 @@ class DecodeScheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence that has no blocks yet. Raises CapacityError if its known tokens can never fit."""
-        needed = self._num_blocks(seq.num_tokens + 1)
+        needed = self.blocks.num_for(seq.num_tokens + 1)
         if needed > self._pool.num_blocks:
             raise CapacityError(f"the sequence needs {needed} blocks, the pool has {self._pool.num_blocks}")
-        insort(self.waiting, seq, key=_age)
+        self.requeue(seq)
 
     def adopt(self, seq: Sequence) -> None:
-        """Take over a sequence whose prompt KV is in `block_table`."""
-        insort(self.running, seq, key=_age)
+        """Take over a sequence whose prompt has its KV in `block_table`; a resumed one feeds its answer again."""
+        if seq.num_uncomputed_tokens > 1 and not self.blocks.cover(seq):
+            self.blocks.give_back(seq)
+            seq.num_computed_tokens = seq.num_published_blocks = 0
+            self.requeue(seq)
+            return
+        insort(self.running if self.has_row else self.parked, seq, key=_age)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """`child` continues from the parent's KV: full blocks are shared, a partial last one is copied.
+        """`child` continues from the parent's KV.
 
-        Without room for the copy the child waits and computes what it lacks, like a preempted sequence.
+        Without room for a copy of a partial last block it waits and computes what it lacks, like a preempted one.
         """
-        num_full, partial = divmod(parent.num_computed_tokens, self._pool.block_size)
-        if not self.has_row or (partial and self._pool.num_free_blocks == 0):
-            self.add(child)
-            return
-        shared = parent.block_table[:num_full]
-        self._pool.pin(shared)
-        child.block_table = list(shared)
-        if partial:
-            child.block_table += self._pool.allocate(1)
-            self.copy_block(parent.block_table[num_full], child.block_table[-1])
-        child.num_computed_tokens = parent.num_computed_tokens
-        child.num_cached_tokens = parent.num_cached_tokens
-        child.block_hashes = list(parent.block_hashes)
-        child.num_published_blocks = num_full
-        self.adopt(child)
+        if self.blocks.share(parent, child):
+            self.adopt(child)
+        else:
+            self.requeue(child)
 
-    def copy_block(self, source: int, target: int) -> None:
-        """Copy a block's content when the next step begins."""
-        self._pool.pin([source])
-        self._copies.append((source, target))
+    def requeue(self, seq: Sequence) -> None:
+        """Queue a sequence that was begun here or elsewhere and has no blocks."""
+        if self.blocks.num_for(seq.num_tokens) > self._pool.num_blocks:
+            self.misfits.append(seq)
+        else:
+            insort(self.waiting, seq, key=_age)
 
     def remove(self, seq: Sequence) -> None:
-        """The sequence ended. Blocks that a running step uses are given back by `complete`."""
-        if seq in self.waiting:
-            self.waiting.remove(seq)
-            return
-        self.running.remove(seq)
-        if seq not in self._stepping:
-            self._give_back(seq)
-
-    def _give_back(self, seq: Sequence) -> None:
-        """Free the sequence's blocks; a copy into one of them must not run: it may have a new owner by then."""
-        table = set(seq.block_table)
-        self._pool.free([source for source, target in self._copies if target in table])
-        self._copies = [copy for copy in self._copies if copy[1] not in table]
-        self._pool.free(seq.block_table)
-        seq.block_table = []
+        """The sequence ended. Blocks that a running step may use are given back by `complete`."""
+        for queue in (self.waiting, self.misfits):
+            if seq in queue:
+                queue.remove(seq)
+                self.blocks.swap.drop(seq)
+                return
+        (self.running if seq in self.running else self.parked).remove(seq)
+        if self._in_step:
+            self._ended.append(seq)
+        else:
+            self.blocks.give_back(seq)
 
     # --- steps ---------------------------------------------------------------------------------------------
 
     def schedule(self) -> Batch | None:
         """The next step, rows of one token first."""
-        assert not self._stepping, "the last step was not completed"
-        while self.waiting and self.has_row and self._admit(self.waiting[0]):
-            insort(self.running, self.waiting.pop(0), key=_age)
+        assert not self._in_step, "the last step was not completed"
+        self._fill_rows()
         rows = self._decode_rows()
         rows += self._chunk_rows(self._max_num_batched_tokens - len(rows))
-        if not rows:
-            return None
         rows.sort(key=lambda row: row.num_scheduled_tokens > 1)
-        batch = Batch(rows, self._copies)
-        self._copies = []
-        self._stepping = {row.seq for row in rows}
+        batch = self.blocks.begin(rows)
+        self._in_step = batch is not None
         return batch
+
+    def _fill_rows(self) -> None:
+        """Rows go to the oldest without one. Who waits for blocks is passed by those alone that hold theirs."""
+        waits_for_blocks = False
+        while (seq := self._next(self.parked, [] if waits_for_blocks else self.waiting)) is not None:
+            if not self.has_row and self.running[-1].priority <= seq.priority:
+                return
+            if seq in self.parked:
+                self.parked.remove(seq)
+            elif self._admit(seq):
+                self.waiting.remove(seq)
+            else:
+                waits_for_blocks = True
+                continue
+            if not self.has_row:
+                self._park(self.running[-1])
+            insort(self.running, seq, key=_age)
+
+    def _next(self, *queues: list[Sequence]) -> Sequence | None:
+        return min((queue[0] for queue in queues if queue), key=_age, default=None)
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Give a waiting sequence blocks, if need be those of lower classes; one for each that grows is left."""
+        missing = self.blocks.shortage(seq, self._num_growing)
+        victims: list[Sequence] = []
+        for victim in self._youngest_first():
+            if missing <= 0 or victim.priority <= seq.priority:
+                break
+            victims.append(victim)
+            missing -= self.blocks.num_freed_by(victim) + 1
+        if missing > 0:
+            return False
+        for victim in victims:
+            self._preempt(victim)
+        return self.blocks.restore(seq, self._num_growing)
+
+    def _youngest_first(self) -> Iterator[Sequence]:
+        """Of those that hold blocks."""
+        return merge(self.running[::-1], self.parked[::-1], key=_age, reverse=True)
 
     def _decode_rows(self) -> list[BatchRow]:
         rows = []
@@ -149,21 +196,26 @@ class DecodeScheduler:
 
     def _grow(self, seq: Sequence) -> bool:
         """Room for the sequence's next token; preempts younger ones, or itself, where there is none."""
-        if seq.num_computed_tokens < len(seq.block_table) * self._pool.block_size:
+        if self.blocks.has_slot(seq):
             return True
-        while self._pool.num_free_blocks == 0:
-            youngest = self.running[-1]
+        while self.blocks.num_available == 0:
+            youngest = next(self._youngest_first())
             self._preempt(youngest)
             if youngest is seq:
                 return False
-        seq.block_table += self._pool.allocate(1)
+        self.blocks.grow(seq)
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _park(self, seq: Sequence) -> None:
+        """Take the row of a running sequence; its blocks stay as long as nobody older needs them."""
         self.running.remove(seq)
-        self._give_back(seq)
-        seq.num_computed_tokens = seq.num_published_blocks = 0
-        insort(self.waiting, seq, key=_age)
+        insort(self.parked, seq, key=_age)
+        self.num_preemptions += 1
+
+    def _preempt(self, seq: Sequence) -> None:
+        (self.running if seq in self.running else self.parked).remove(seq)
+        self.blocks.evict(seq)
+        self.requeue(seq)
         self.num_preemptions += 1
 
     def _chunk_rows(self, budget: int) -> list[BatchRow]:
@@ -185,59 +237,44 @@ class DecodeScheduler:
             budget -= num_tokens
         return [BatchRow(seq, num_tokens) for seq, num_tokens in shares.items() if num_tokens]
 
-    def _admit(self, seq: Sequence) -> bool:
-        """Give a waiting sequence blocks for its known tokens; leaves one block for each running sequence."""
-        seq.block_hashes = hash_blocks(
-            seq.token_ids, self._pool.block_size, prefix_salt(self._spec, seq.cache_salt), seq.block_hashes
-        )
-        hits: list[int] = []
-        if seq.sampling.prompt_logprobs is None or seq.num_output_tokens > 0:
-            # The last known token is always fed: its logits choose the next one.
-            hits = self._pool.match_prefix(seq.block_hashes[: (seq.num_tokens - 1) // self._pool.block_size])
-        num_new = self._num_blocks(seq.num_tokens) - len(hits)
-        available = self._pool.num_free_blocks - self._pool.num_evictable(hits)
-        if num_new + (len(self.running) if self.running else 0) > available:
-            return False
-        self._pool.pin(hits)
-        seq.block_table = hits + self._pool.allocate(num_new)
-        seq.num_computed_tokens = len(hits) * self._pool.block_size
-        seq.num_published_blocks = len(hits)
-        if seq.num_output_tokens == 0:
-            seq.num_cached_tokens = seq.num_computed_tokens
-        self.prefix_queries += seq.num_tokens
-        self.prefix_hits += seq.num_computed_tokens
-        return True
-
     def complete(self, batch: Batch) -> list[bool]:
         """Count the step's tokens as computed. For each row: is its sequence still there?"""
+        self._in_step = False
+        ended, self._ended = self._ended, []
         alive = []
-        self._stepping.clear()
-        self._pool.free([source for source, _ in batch.block_copies])
         for row in batch.rows:
-            seq = row.seq
-            if seq not in self.running:
-                self._give_back(seq)
-                alive.append(False)
-                continue
-            seq.num_computed_tokens += row.num_scheduled_tokens
-            self._publish(seq)
-            alive.append(True)
+            alive.append(row.seq not in ended)
+            if alive[-1]:
+                row.seq.num_computed_tokens += row.num_scheduled_tokens
+                self.blocks.publish(row.seq)
+        self.blocks.end()
+        for seq in ended:
+            self.blocks.give_back(seq)
         return alive
 
-    def _publish(self, seq: Sequence) -> None:
-        num_full = seq.num_computed_tokens // self._pool.block_size
-        if num_full <= seq.num_published_blocks:
-            return
-        if len(seq.block_hashes) < num_full:
-            seq.block_hashes = hash_blocks(
-                seq.token_ids,  # those that are not computed yet are hashed along
-                self._pool.block_size,
-                prefix_salt(self._spec, seq.cache_salt),
-                seq.block_hashes,
-            )
-        for index in range(seq.num_published_blocks, num_full):
-            self._pool.publish(seq.block_table[index], seq.block_hashes[index])
-        seq.num_published_blocks = num_full
+    def observe(self, batch: Batch, output: StepOutput) -> None:
+        """Learn from a step what swapping and computing cost."""
+        self.blocks.swap.costs.observe(batch, output)
 
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._pool.block_size)
+    def sequences(self) -> list[Sequence]:
+        """All that have not ended."""
+        return [*self.running, *self.parked, *self.waiting, *self.misfits]
+
+    @property
+    def is_quiet(self) -> bool:
+        """No sequence, no block and no slot is held."""
+        return not self.sequences() and not any(self.references()) and not self.blocks.swap.num_used
+
+    def references(self) -> list[list[BlockId]]:
+        """All references to blocks of the pool that sequences and copies hold."""
+        tables = [seq.block_table for seq in (*self.running, *self.parked, *self._ended)]
+        return tables + self.blocks.references()
+
+    def check(self) -> None:
+        """Assert that the books agree: each sequence is in one list, and blocks are held where they should be."""
+        self.blocks.check()
+        lists = (self.waiting, self.parked, self.running)
+        assert all(list(queue) == sorted(queue, key=_age) for queue in lists)
+        assert not any(seq.block_table for seq in self.waiting)
+        for seq in (*self.parked, *self.running, *self._ended):
+            assert seq.block_table and all(self._pool.ref_count(block) > 0 for block in seq.block_table)

@@ -8,8 +8,10 @@ from ..common.clock import SystemClock
 from ..common.config import TransferConfig
 from ..common.engine import Engine
 from ..common.messages import KVClosed, Message, encode
+from ..transfer.checksums import open_sums
 from ..transfer.choose import open_backend
 from ..transfer.followers import FollowerRegion, FollowerSetup, PeerMessage, SourceFree, TransferBroke, agent_name
+from ..transfer.life import own_mark
 from ..transfer.sender import KVSender
 from ..transfer.thread import TransferThread
 from .shipping import LayerShipper, apply, ship_commands
@@ -23,6 +25,7 @@ class PrefillFollower:
         config = TransferConfig.model_validate_json(setup.transfer)
         backend = open_backend(config.backend, agent_name(setup.worker_id, setup.incarnation, 0, engine.tp_rank))
         region = backend.register(engine.kv_pages, rank=engine.tp_rank, tp_size=engine.tp_size, generation=0)
+        processes = (own_mark(),) if backend.copies_itself else ()
         self._sender = KVSender(
             rank=engine.tp_rank,
             tp_size=engine.tp_size,
@@ -37,11 +40,13 @@ class PrefillFollower:
             to_peer=self._to_peer,
             report=lambda report: None,  # rank 0 reports
             source_free=lambda open_id: send(encode(SourceFree(open_id=open_id))),
+            sums=open_sums(config, engine.kv_pages),
+            processes=processes,
         )
         self._thread = TransferThread(backend, sender=self._sender, on_failure=self._on_failure)
         self._layers = LayerShipper(self._thread, self._sender, engine.spec.num_layers, engine.layer_fence)
         self._thread.start()
-        send(encode(FollowerRegion(region=region)))
+        send(encode(FollowerRegion(region=region, process=processes[0] if processes else None)))
 
     def _to_peer(self, kv_address: str, message: Message) -> None:
         assert isinstance(message, KVClosed), "only rank 0 opens and renews"

@@ -11,10 +11,10 @@ messages leave through `to_router`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
+from ..common import failpoints
 from ..common.batch import Batch, RowOutput, StepOutput
 from ..common.blocks import BlockPool, prefix_salt
 from ..common.clock import Clock
@@ -22,7 +22,6 @@ from ..common.errors import CapacityError
 from ..common.messages import (
     Abort,
     ChoiceTokens,
-    FirstToken,
     GrantInfo,
     LiveRequests,
     LocalTask,
@@ -32,47 +31,12 @@ from ..common.messages import (
     TaskRefused,
     in_pieces,
 )
-from ..common.request import FinishReason, RequestSpec, Sequence, finish_reason
+from ..common.request import RequestSpec, Sequence
 from ..transfer.handoff import Endpoint, check_grant
-from .scheduler import PrefillScheduler, Prompt
+from .scheduler import PrefillScheduler
+from .shipments import Shipments, Shipping
 from .shipper import ShipPlan, plan_chunk, plan_hits
-
-
-class Shipping(Protocol):
-    """The senders of all ranks, as the role sees them."""
-
-    def open(self, request_id: str, attempt: int, grant: GrantInfo) -> int:
-        """Ask the decode worker for the right to write; returns the open id."""
-        ...
-
-    def begin_step(self, plans: list[ShipPlan]) -> None:
-        """These blocks will be complete layer by layer during the step that starts now."""
-        ...
-
-    def on_layer(self, layer: int) -> None:
-        """This step's pages of `layer` are complete."""
-        ...
-
-    def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...]) -> None:
-        """Every page is complete and the first tokens are known."""
-        ...
-
-    def cancel(self, open_id: int, reason: str) -> None:
-        """Ship nothing more. Idempotent."""
-        ...
-
-
-@dataclass(slots=True, eq=False)
-class _Task:
-    """One attempt at a request on this worker."""
-
-    router_id: str
-    spec: RequestSpec
-    grant: GrantInfo
-    prompt: Prompt
-    open_id: int | None = None  # the shipment, once its first chunk was scheduled
-    stepping: bool = False  # its row is in the step that computes now
-    dead: bool = False  # aborted meanwhile
+from .task import Task, first_token_message, first_tokens
 
 
 class PrefillRole:
@@ -103,10 +67,9 @@ class PrefillRole:
         self._to_router = to_router
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
-        self._tasks: dict[str, _Task] = {}  # by request id: the attempt that computes or waits
-        self._shipments: dict[int, list[int]] = {}  # open id -> source blocks held until they are no longer read
-        self._reports: dict[tuple[str, int], str] = {}  # (request id, attempt) of a shipment -> router
-        self._step_tasks: list[_Task] = []
+        self._tasks: dict[str, Task] = {}  # by request id: the attempt that computes or waits
+        self._shipments = Shipments(pool, shipping.cancel)
+        self._step_tasks: list[Task] = []
         self._plans: list[ShipPlan] = []
         self.draining = False
         self.stale_messages = 0
@@ -134,6 +97,7 @@ class PrefillRole:
         for task in list(self._tasks.values()):
             if task.router_id == router_id and (task.spec.request_id, task.spec.attempt) not in live:
                 self._end(task, "the router no longer knows the request")
+        self._shipments.keep_only(router_id, live, "the router no longer knows the request")
 
     def _refuse(self, router_id: str, spec: RequestSpec, reason: str, detail: str = "") -> None:
         self._to_router(
@@ -148,26 +112,36 @@ class PrefillRole:
             return
         if known is not None:
             self._end(known, "a newer attempt has begun")
-        misfit = check_grant(self._endpoint, grant)
-        if self.draining or misfit is not None:
-            self._refuse(router_id, spec, "incompatible" if misfit else "draining", misfit or "")
+        self._shipments.cancel(spec.request_id, spec.attempt - 1, "a newer attempt has begun")
+        if (refusal := self._refusal(spec, grant)) is not None:
+            self._refuse(router_id, spec, *refusal)
             return
         seq = Sequence.of(spec, spec.choices[0])
         seq.pending_choices, seq.samples = spec.choices, message.sample
         try:
-            prompt = self.scheduler.add(seq, prefix_salt(grant.spec, spec.cache_salt))
+            prompt = self.scheduler.add(seq, prefix_salt(grant.spec, spec.cache_salt), spec.remaining_s)
         except CapacityError as error:
             self._refuse(router_id, spec, "never_fits", str(error))
             return
-        self._tasks[spec.request_id] = _Task(router_id, spec, grant, prompt)
+        self._tasks[spec.request_id] = Task(router_id, spec, grant, prompt)
+
+    def _refusal(self, spec: RequestSpec, grant: GrantInfo) -> tuple[str, str] | None:
+        """Why the task is not begun, and what more there is to say."""
+        if (misfit := check_grant(self._endpoint, grant)) is not None:
+            return "incompatible", misfit
+        if self.draining:
+            return "draining", ""
+        return ("expired", "") if spec.remaining_s is not None and spec.remaining_s <= 0 else None
 
     def _on_abort(self, message: Abort) -> None:
+        if message.choices or message.unless_arrived:
+            return  # these are the decode worker's; the prompt is computed for the other choices
         task = self._tasks.get(message.request_id)
-        if task is None or task.spec.attempt > message.attempt or message.choices:
-            return  # single choices end on the decode worker; the prompt is computed for the others
-        self._end(task, "aborted by the router")
+        if task is not None and task.spec.attempt <= message.attempt:
+            self._end(task, "aborted by the router")
+        self._shipments.cancel(message.request_id, message.attempt, "aborted by the router")
 
-    def _end(self, task: _Task, reason: str) -> None:
+    def _end(self, task: Task, reason: str) -> None:
         """Stop working on a task. Its blocks go when neither the running step nor its shipment uses them."""
         self._tasks.pop(task.spec.request_id, None)
         self.scheduler.remove(task.prompt)
@@ -177,26 +151,22 @@ class PrefillRole:
         if task.open_id is not None:
             self._shipping.cancel(task.open_id, reason)
 
-    def _free(self, seq: Sequence) -> None:
-        self.pool.free(seq.block_table)
-        seq.block_table = []
-
     def on_source_free(self, open_id: int) -> None:
         """A shipment reads its source blocks no more (every rank said so)."""
+        self._shipments.source_free(open_id)
         task = next((t for t in self._tasks.values() if t.open_id == open_id), None)
-        if task is None:
-            blocks = self._shipments.pop(open_id, None)
-            if blocks is not None:
-                self.pool.free(blocks)
-            return
-        # It ended before the prompt was computed: the handoff failed. What is computed stays cached for a retry.
-        del self._shipments[open_id]
-        task.open_id = None
-        self._end(task, "its shipment ended")
+        if task is not None:
+            # It ended before the prompt was computed: the handoff failed. What is computed stays cached for a retry.
+            task.open_id = None
+            self._end(task, "its shipment ended")
 
     # --- steps ------------------------------------------------------------------------------------------
 
     def schedule(self) -> Batch | None:
+        for prompt in self.scheduler.expired():
+            task = self._tasks[prompt.seq.request_id]
+            self._refuse(task.router_id, task.spec, "expired")
+            self._end(task, "its deadline has passed")
         scheduled = self.scheduler.schedule()
         if scheduled is None:
             return None
@@ -208,13 +178,14 @@ class PrefillRole:
             if task.open_id is None:
                 spec = task.spec
                 task.open_id = self._shipping.open(spec.request_id, spec.attempt, task.grant)
-                self._reports[spec.request_id, spec.attempt] = task.router_id
-                self._shipments[task.open_id] = []  # filled when the task gives its blocks away
+                self._shipments.opened(task.open_id, task.router_id, spec)
                 self._plans.append(plan_hits(task.open_id, row.seq, task.grant))
             self._plans.append(plan_chunk(task.open_id, row.seq, task.grant, row.num_scheduled_tokens))
         return batch
 
     def begin_step(self, batch: Batch) -> None:
+        if failpoints.armed:
+            failpoints.hit("prefill.chunk")
         self._shipping.begin_step(self._plans)
 
     def on_layer(self, layer: int) -> None:
@@ -234,66 +205,37 @@ class PrefillRole:
                 self._finish(task, result)
         self._step_tasks = []
 
-    def _give_away(self, task: _Task) -> None:
+    def _give_away(self, task: Task) -> None:
         """The task's blocks belong to its shipment from here on, or to nobody."""
         seq = task.prompt.seq
-        if task.open_id is not None and task.open_id in self._shipments:
-            self._shipments[task.open_id] = seq.block_table
-            seq.block_table = []
-        else:
-            self._free(seq)
+        if task.open_id is None or not self._shipments.hold(task.open_id, seq.block_table):
+            self.pool.free(seq.block_table)
+        seq.block_table = []
 
-    def _send_prompt_logprobs(self, task: _Task, start: int, result: RowOutput) -> None:
+    def _send_prompt_logprobs(self, task: Task, start: int, result: RowOutput) -> None:
         for message in in_pieces(task.spec, start + 1, result.prompt_logprobs):
             self._to_router(task.router_id, message)
 
-    def _finish(self, task: _Task, result: RowOutput) -> None:
+    def _finish(self, task: Task, result: RowOutput) -> None:
         """The prompt is computed: first tokens to the router, the rest of the shipment to its end."""
         del self._tasks[task.spec.request_id]
         assert task.open_id is not None
         self._give_away(task)
         choices: tuple[ChoiceTokens, ...] = ()
         if task.prompt.seq.samples:
-            choices = self._first_tokens(task, result)
-            self._to_router(task.router_id, self._first_token_message(task, choices))
+            choices = first_tokens(task, result, eos_token_ids=self._eos_token_ids, max_model_len=self._max_model_len)
+            self._to_router(task.router_id, first_token_message(task, choices, self._clock.now()))
         if choices and all(choice.finish for choice in choices):
             self._shipping.cancel(task.open_id, "every choice ended with its first token")
         else:
             self._shipping.finish(task.open_id, choices)
-
-    def _first_tokens(self, task: _Task, result: RowOutput) -> tuple[ChoiceTokens, ...]:
-        seq = task.prompt.seq
-        choices = []
-        for choice, token in zip(task.spec.choices, result.tokens, strict=True):
-            reason: FinishReason | None = finish_reason(
-                seq.sampling,
-                token.token_id,
-                num_output_tokens=1,
-                num_tokens=seq.num_prompt_tokens + 1,
-                eos_token_ids=self._eos_token_ids,
-                max_model_len=self._max_model_len,
-            )
-            choices.append(ChoiceTokens(choice, 0, (token,), reason))
-        return tuple(choices)
-
-    def _first_token_message(self, task: _Task, choices: tuple[ChoiceTokens, ...]) -> FirstToken:
-        prompt = task.prompt
-        started = prompt.started_s if prompt.started_s is not None else prompt.received_s
-        return FirstToken(
-            request_id=task.spec.request_id,
-            attempt=task.spec.attempt,
-            choices=choices,
-            num_cached_tokens=prompt.seq.num_cached_tokens,
-            prefill_s=max(0.0, self._clock.now() - started),
-            queue_s=max(0.0, started - prompt.received_s),
-        )
 
     def tick(self) -> None:
         """Deadlines are the sender's; nothing to do."""
 
     def router_of(self, request_id: str, attempt: int) -> str | None:
         """Who asked for an attempt whose shipment has just ended."""
-        return self._reports.pop((request_id, attempt), None)
+        return self._shipments.ended(request_id, attempt)
 
     @property
     def prefix_queries(self) -> int:
@@ -305,9 +247,27 @@ class PrefillRole:
 
     @property
     def num_unfinished(self) -> int:
+        """Tasks, and shipments that have not said their last word."""
         return len(self._tasks) + len(self._shipments)
 
     @property
     def num_granted_blocks(self) -> int:
         """Blocks of shipments that are still being read."""
-        return sum(map(len, self._shipments.values()))
+        return self._shipments.num_blocks
+
+    @property
+    def is_quiet(self) -> bool:
+        """Nothing is left of any request."""
+        return not self.num_unfinished and not self._step_tasks and not self.scheduler.prompts
+
+    def references(self) -> list[list[int]]:
+        """All references to blocks of the pool that tasks and shipments hold."""
+        stepping = [task.prompt.seq.block_table for task in self._step_tasks if task.dead]
+        return [prompt.seq.block_table for prompt in self.scheduler.prompts] + stepping + self._shipments.references()
+
+    def check(self) -> None:
+        """Assert that the books agree: tasks, prompts and blocks."""
+        self.pool.check()
+        assert {task.prompt for task in self._tasks.values()} == set(self.scheduler.prompts)
+        held = Counter(block for blocks in self.references() for block in blocks)
+        assert all(self.pool.ref_count(block) == held[block] for block in range(self.pool.num_blocks))

@@ -3,9 +3,12 @@
 A prompt gets the blocks of its whole length when its first chunk is scheduled: prompts that hold a part and wait
 for the rest of each other's blocks cannot happen. Chunks of several prompts share a step up to the token budget.
 
-Order: earliest due first, where a prompt is due `STRETCH` times its own predicted compute time after it came. A
-short prompt overtakes a long one that has time left, and a long one cannot starve: its due time stands still
-while newcomers' due times move on.
+Order: higher classes first; within one, earliest due first, where a prompt is due `STRETCH` times its own predicted
+compute time after it came. A short prompt overtakes a long one that has time left, and a long one cannot starve: its
+due time stands still while newcomers' due times move on.
+
+A prompt that has begun is never preempted: its KV is under way to a decode worker. Whoever waits for its blocks
+waits for its end, so it goes on behind them.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ class Prompt:
     salt: bytes  # of its prefix hashes
     received_s: float
     due_s: float
+    expires_s: float | None = None  # it is not begun from then on
     started_s: float | None = None  # its first chunk was scheduled
 
 
@@ -46,7 +50,7 @@ class PrefillScheduler:
         self._clock = clock
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
-        self._prompts: list[Prompt] = []
+        self.prompts: list[Prompt] = []  # in the order in which they are served
         self._s_per_token = _INITIAL_S_PER_TOKEN
         self.num_preemptions = 0  # a prompt that has begun is never preempted
         self.prefix_queries = 0  # tokens
@@ -54,39 +58,49 @@ class PrefillScheduler:
 
     @property
     def num_running(self) -> int:
-        return sum(prompt.started_s is not None for prompt in self._prompts)
+        return sum(prompt.started_s is not None for prompt in self.prompts)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._prompts) - self.num_running
+        return len(self.prompts) - self.num_running
 
     @property
     def waiting_tokens(self) -> int:
         """Prompt tokens that are not computed yet."""
-        return sum(prompt.seq.num_uncomputed_tokens for prompt in self._prompts)
+        return sum(prompt.seq.num_uncomputed_tokens for prompt in self.prompts)
 
-    def add(self, seq: Sequence, salt: bytes) -> Prompt:
-        """Queue a prompt. Raises CapacityError if it can never fit."""
+    def add(self, seq: Sequence, salt: bytes, remaining_s: float | None = None) -> Prompt:
+        """Queue a prompt that is not begun any more in `remaining_s`. Raises CapacityError if it can never fit."""
         if self._num_blocks(seq) > self._pool.num_blocks:
             raise CapacityError(
                 f"the prompt needs {self._num_blocks(seq)} blocks, the pool has {self._pool.num_blocks}"
             )
         now = self._clock.now()
-        prompt = Prompt(seq, salt, now, now + STRETCH * self._s_per_token * seq.num_tokens)
-        self._prompts.append(prompt)
-        self._prompts.sort(key=lambda p: (p.seq.priority, p.due_s))
+        due_s = now + STRETCH * self._s_per_token * seq.num_tokens
+        prompt = Prompt(seq, salt, now, due_s, now + remaining_s if remaining_s is not None else None)
+        self.prompts.append(prompt)
+        self.prompts.sort(key=lambda p: (p.seq.priority, p.due_s))
         return prompt
+
+    def expired(self) -> list[Prompt]:
+        """Those that were not begun before their deadlines."""
+        now = self._clock.now()
+        return [p for p in self.prompts if p.started_s is None and p.expires_s is not None and now >= p.expires_s]
 
     def schedule(self) -> tuple[Batch, list[Prompt]] | None:
         """The next step's chunks and, beside each row, its prompt."""
         budget = self._budget()
         rows: list[BatchRow] = []
         prompts: list[Prompt] = []
-        for prompt in self._prompts:
+        may_start = True
+        for prompt in self.prompts:
             if budget == 0 or len(rows) == self._max_num_seqs:
                 break
-            if prompt.started_s is None and not self._start(prompt):
-                break  # the earliest due waits for blocks: nobody passes it, or it would wait for ever
+            if prompt.started_s is None:
+                # The first that waits for blocks is passed by those alone that hold theirs, or it would wait for ever.
+                may_start = may_start and self._start(prompt)
+                if not may_start:
+                    continue
             num_tokens = self._chunk(prompt.seq, budget, is_first=not rows)
             rows.append(BatchRow(prompt.seq, num_tokens))
             prompts.append(prompt)
@@ -116,7 +130,7 @@ class PrefillScheduler:
             self._pool.publish(seq.block_table[index], seq.block_hashes[index])
             seq.num_published_blocks = index + 1
         if seq.num_uncomputed_tokens == 0:
-            self._prompts.remove(prompt)
+            self.prompts.remove(prompt)
             return True
         return False
 
@@ -126,8 +140,8 @@ class PrefillScheduler:
 
     def remove(self, prompt: Prompt) -> None:
         """Forget a prompt that is not done. Its blocks stay its owner's (`Sequence.block_table`)."""
-        if prompt in self._prompts:
-            self._prompts.remove(prompt)
+        if prompt in self.prompts:
+            self.prompts.remove(prompt)
 
     def _num_blocks(self, seq: Sequence) -> int:
         return -(-seq.num_tokens // self._pool.block_size)

@@ -156,7 +156,7 @@ def apply(command: ShipCommand, thread: Calls, sender: KVSender, layers: LayerSh
 
 
 class RankShipping:
-    """Implements `prefill.role.Shipping` on rank 0. `broadcast` reaches the followers; None without any."""
+    """Implements `prefill.shipments.Shipping` on rank 0. `broadcast` reaches the followers; None without any."""
 
     def __init__(
         self,

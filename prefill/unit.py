@@ -15,7 +15,9 @@ from ..common.messages import (
     KVRenewed,
     Message,
     TransferReport,
+    WorkerStatus,
 )
+from ..transfer.checksums import open_sums
 from ..transfer.followers import PeerMessage, SourceFree
 from ..transfer.handoff import Endpoint
 from ..transfer.links import KVLinks
@@ -49,6 +51,8 @@ class PrefillUnit:
             to_peer=self._to_decode,
             report=self._on_report,
             source_free=self._on_rank_free,
+            sums=open_sums(config.transfer, engine.kv_pages),
+            processes=parts.processes,
         )
         self._thread = TransferThread(parts.backend, sender=self._sender, on_failure=parts.on_failure)
         self._shipping = RankShipping(
@@ -126,6 +130,16 @@ class PrefillUnit:
         """With the lock held."""
         self.role.on_source_free(open_id)
         self.loop.wake()
+
+    @property
+    def num_unfinished(self) -> int:
+        """Tasks, and shipments that have not ended."""
+        with self.loop.lock:
+            return self.role.num_unfinished + self._sender.num_unfinished
+
+    def complete_status(self, status: WorkerStatus) -> WorkerStatus:
+        """Everything about handoffs is in it: fences and checks are a decode worker's."""
+        return status
 
     @property
     def num_transfer_bytes(self) -> int:

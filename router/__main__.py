@@ -1,26 +1,28 @@
-"""`python -m kvferry.router --config-json JSON [--lifeline-fd N]`: the router process, as a launcher starts it.
+"""`python -m kvferry.router --config-json JSON`: the router process, as a launcher starts it.
 
+`--lifeline-fd N` is the launcher's socket; `--http-fd N` and `--admin-fd N` listen already, shared with other routers.
 Secrets come by environment, not by arguments that every user of the machine can read: KVFERRY_SECRET, and
-KVFERRY_API_KEY (comma separated).
+KVFERRY_API_KEY and KVFERRY_ADMIN_KEY (comma separated).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 
 import uvloop
 from pydantic import ValidationError
 
-from ..common.config import RouterConfig, environment, shared_secret
+from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig, environment, shared_secret
 from ..common.errors import ConfigError
 from ..common.lifeline import Lifeline
 from ..common.logs import configure_logging
 from .server import serve_router
 
-API_KEY_VARIABLE = "KVFERRY_API_KEY"
 _CONFIG_EXIT_CODE = 2
 
 
@@ -28,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.router", description="kvferry's router process")
     parser.add_argument("--config-json", required=True, help="a RouterConfig as JSON")
     parser.add_argument("--lifeline-fd", type=int, help="the launcher's socket")
+    parser.add_argument("--http-fd", type=int, help="a socket that listens for clients")
+    parser.add_argument("--admin-fd", type=int, help="a socket that listens for operators")
     options = parser.parse_args(argv)
     lifeline = Lifeline.from_fd(options.lifeline_fd) if options.lifeline_fd is not None else None
     env = environment()
@@ -35,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_config(options.config_json, env)
         configure_logging(config.log_level, process="router")
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(serve_router(config, shared_secret(None, env), lifeline))
+            http, admin = _inherited(options.http_fd), _inherited(options.admin_fd)
+            secret = shared_secret(None, env)
+            return runner.run(serve_router(config, secret, lifeline, http_socket=http, admin_socket=admin))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         if lifeline is not None:
@@ -44,13 +50,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_config(text: str, env: Mapping[str, str]) -> RouterConfig:
-    """The configuration with the environment's API keys added to its own."""
+    """The configuration with the environment's keys added to its own."""
     try:
         config = RouterConfig.model_validate_json(text)
     except ValidationError as error:
         raise ConfigError(f"--config-json: {error.errors(include_url=False, include_input=False)}") from None
-    keys = tuple(key.strip() for key in env.get(API_KEY_VARIABLE, "").split(",") if key.strip())
-    return config.model_copy(update={"api_keys": (*config.api_keys, *keys)})
+    api_keys, admin_keys = _keys(env, API_KEY_VARIABLE), _keys(env, ADMIN_KEY_VARIABLE)
+    return config.model_copy(
+        update={"api_keys": (*config.api_keys, *api_keys), "admin_keys": (*config.admin_keys, *admin_keys)}
+    )
+
+
+def _keys(env: Mapping[str, str], variable: str) -> tuple[str, ...]:
+    return tuple(key.strip() for key in env.get(variable, "").split(",") if key.strip())
+
+
+def _inherited(fd: int | None) -> socket.socket | None:
+    if fd is None:
+        return None
+    os.set_inheritable(fd, False)
+    return socket.socket(fileno=fd)
 
 
 if __name__ == "__main__":

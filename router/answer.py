@@ -20,6 +20,7 @@ from .choice import ChoiceText, Piece, TextOptions
 from .request import ChoiceUpdate, RouterRequest, StreamError, TokenStream, is_natural
 
 _MERGED_UPDATES = 64  # read ahead of the client over all prompts of a batch
+_PIECE_TOKENS = 64  # at most in one piece: what has piled up for a client that reads slowly is not written in one go
 
 
 @dataclass(slots=True, frozen=True)
@@ -80,15 +81,21 @@ class Answer:
         """(index, piece) as they come. The first of each choice may be empty, as a sign of life; no other is."""
         if len(self.streams) == 1:
             async for update in self.streams[0]:
-                item = self._take(0, update)
-                if item is not None:
-                    yield item
+                for number, part in enumerate(_parts(update)):
+                    if number:
+                        await asyncio.sleep(0)  # others first: much has piled up here
+                    item = self._take(0, part)
+                    if item is not None:
+                        yield item
         else:
             async with contextlib.aclosing(_merged(self.streams)) as merged:
                 async for position, update in merged:
-                    item = self._take(position, update)
-                    if item is not None:
-                        yield item
+                    for number, part in enumerate(_parts(update)):
+                        if number:
+                            await asyncio.sleep(0)
+                        item = self._take(position, part)
+                        if item is not None:
+                            yield item
         if not self.is_finished:
             raise StreamError("the answer ended before all of its choices had", "internal_error", 500)
 
@@ -115,6 +122,21 @@ class Answer:
             return True
         self._observer.on_token_gap(now - last)
         return False
+
+
+def _parts(update: ChoiceUpdate) -> Sequence[ChoiceUpdate]:
+    """The same tokens in order; the finish reason comes with the last of them."""
+    if len(update.tokens) <= _PIECE_TOKENS:
+        return (update,)
+    starts = range(0, len(update.tokens), _PIECE_TOKENS)
+    return [
+        ChoiceUpdate(
+            update.choice,
+            update.tokens[start : start + _PIECE_TOKENS],
+            update.finish if start == starts[-1] else None,
+        )
+        for start in starts
+    ]
 
 
 def _natural(update: ChoiceUpdate) -> str | None:

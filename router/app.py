@@ -28,6 +28,7 @@ from .frame import ApiKeys, Frame
 from .generation import Api, Backend
 from .openai_types import Detokenized, Model, ModelList, PoolCounts, Struct, Tokenized
 from .prompts import PromptReader, ServedModel
+from .quota import QuotaLimits, Quotas
 from .reply import Reply
 from .schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
@@ -41,11 +42,15 @@ def build_app(
     api_keys: tuple[str, ...] = (),
     clock: Clock | None = None,
     seed: int | None = None,
+    secret: bytes = b"",
+    quota: QuotaLimits | None = None,
+    share_prefix_cache: bool = False,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """The application; `app.state.api` is the `Api` behind it. `clock` is the dispatcher's.
 
-    `seed` makes the seeds drawn for clients that give none repeatable.
+    `seed` makes the seeds drawn for clients that give none repeatable. With `secret`, the tenants that API keys stand
+    for have the same names in every router that has it; `share_prefix_cache` lets them find each other's prefixes.
     """
     clock = clock or SystemClock()
     api = Api(
@@ -56,11 +61,13 @@ def build_app(
         observer=metrics,
         prompts=PromptReader(tokenizer, model),
         random=random.Random(seed) if seed is not None else random.SystemRandom(),
+        quotas=Quotas(quota or QuotaLimits(), clock),
+        shares_prefixes=share_prefix_cache,
         max_body_bytes=max_body_bytes,
     )
     app = FastAPI(title="kvferry", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.api = api
-    app.add_middleware(Frame, keys=ApiKeys(api_keys), clock=clock, observer=metrics)
+    app.add_middleware(Frame, keys=ApiKeys(api_keys, secret=secret), clock=clock, observer=metrics)
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_routes(app, _Routes(api, metrics))
     return app
@@ -100,16 +107,18 @@ class _Routes:
         )
 
     async def tokenize(self, request: Request) -> Response:
-        body = await self._api.body(request, TokenizeBody)
-        ids = await self._api.prompts.tokenize(body)
-        names = [self._api.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
+        with self._api.body_room.held() as held:
+            body = await self._api.body(request, held, TokenizeBody)
+            ids = await self._api.prompts.tokenize(body, held.num_bytes)
+        names = await self._api.prompts.names(ids) if body.return_token_strs else None
         return _json(
             Tokenized(count=len(ids), max_model_len=self._api.model.max_model_len, tokens=ids, token_strs=names)
         )
 
     async def detokenize(self, request: Request) -> Response:
-        body = await self._api.body(request, DetokenizeBody)
-        return _json(Detokenized(prompt=await self._api.prompts.decode(body.tokens)))
+        with self._api.body_room.held() as held:
+            body = await self._api.body(request, held, DetokenizeBody)
+            return _json(Detokenized(prompt=await self._api.prompts.decode(body.tokens)))
 
     async def live(self) -> Response:
         """The process answers."""
@@ -117,7 +126,9 @@ class _Routes:
 
     async def ready(self) -> Response:
         """A request that came now would be answered; 503 and why not otherwise."""
-        reasons = ["the server is shutting down"] if self._api.in_flight.is_closing else self._api.backend.ready()
+        reasons = self._api.backend.ready()
+        if self._api.in_flight.is_leaving or self._api.in_flight.is_closing:
+            reasons = ["the server is shutting down"]
         if not reasons:
             return Response(b'{"status":"ready","reasons":[]}', media_type="application/json")
         error = {"message": "; ".join(reasons), "type": "server_error", "param": None, "code": "not_ready"}

@@ -48,6 +48,7 @@ class ChatForm:
             id=context.answer_id,
             created=context.created,
             model=context.model,
+            system_fingerprint=context.fingerprint,
             choices=[
                 ChatChoice(
                     index=index,
@@ -87,7 +88,12 @@ class ChatForm:
     def _body(self, choices: list[ChatChunkChoice], usage: Usage | None | UnsetType) -> ChatChunk:
         context = self._context
         return ChatChunk(
-            id=context.answer_id, created=context.created, model=context.model, choices=choices, usage=usage
+            id=context.answer_id,
+            created=context.created,
+            model=context.model,
+            system_fingerprint=context.fingerprint,
+            choices=choices,
+            usage=usage,
         )
 
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:

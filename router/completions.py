@@ -68,7 +68,12 @@ class CompletionForm:
     def _body(self, choices: list[CompletionChoice], usage: Usage | None | UnsetType) -> Completion:
         context = self._context
         return Completion(
-            id=context.answer_id, created=context.created, model=context.model, choices=choices, usage=usage
+            id=context.answer_id,
+            created=context.created,
+            model=context.model,
+            system_fingerprint=context.fingerprint,
+            choices=choices,
+            usage=usage,
         )
 
     def _logprobs(self, index: int, piece: Piece) -> CompletionLogprobs | None:

@@ -10,6 +10,7 @@ decoded here, into closed message types, and handed to the dispatcher; a bad one
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
@@ -34,6 +35,7 @@ class Expected:
     version: str
     model: str  # the served name
     max_model_len: int | None = None  # None: the first worker's
+    deterministic: bool = False
 
 
 class WorkerSession:
@@ -64,6 +66,7 @@ def mismatch(hello: WorkerHello, expected: Expected, peer: WorkerHello | None) -
     checks: list[tuple[str, object, object, str]] = [
         ("version", hello.version, expected.version, "the router's"),
         ("model", hello.model, expected.model, "the router's"),
+        ("deterministic", bool(hello.spec.results), expected.deterministic, "the router's"),
     ]
     if expected.max_model_len is not None:
         checks.append(("max_model_len", hello.max_model_len, expected.max_model_len, "the router's"))
@@ -88,7 +91,9 @@ class ControlServer:
         router_id: str,
         frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
         secret: bytes = b"",
+        count_refusal: Callable[[str], None] = lambda kind: None,
     ) -> None:
+        self._count_refusal = count_refusal
         self._dispatcher = dispatcher
         self._expected = expected
         self._router_id = router_id
@@ -108,7 +113,7 @@ class ControlServer:
             self._on_channel,
             secret=self._secret,
             max_frame_bytes=self._frame_bytes,
-            on_refused=lambda reason: log.warning("worker_refused", reason=reason),
+            on_refused=self._on_refused,
         )
         self._ticker = asyncio.create_task(self._tick())
         return server_address(self._server, address.host)
@@ -130,6 +135,10 @@ class ControlServer:
             session.abort()
         await asyncio.wait([self._ticker])
         await self._server.wait_closed()
+
+    def _on_refused(self, error: ProtocolError) -> None:
+        log.warning("worker_refused", reason=str(error), kind=error.kind)
+        self._count_refusal(error.kind)
 
     async def _tick(self) -> None:
         loop = asyncio.get_running_loop()
@@ -167,7 +176,7 @@ class ControlServer:
         if reason:
             channel.send(Refused(reason=reason[:4096]))
             await channel.close()
-            raise ProtocolError(reason)
+            raise ProtocolError(reason, kind="mismatch")
         return hello
 
     def _refusal(self, channel: Channel, hello: WorkerHello) -> str:

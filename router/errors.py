@@ -36,6 +36,7 @@ class Failure:
     param: str | None = None
     code: str | None = None
     retry_after_s: float | None = None
+    more_headers: tuple[tuple[bytes, bytes], ...] = ()
     close: bool = False  # the rest of the request's body stays unread: the connection cannot go on
 
     @property
@@ -57,7 +58,7 @@ class Failure:
             headers.append((b"www-authenticate", b"Bearer"))
         if self.close:
             headers.append((b"connection", b"close"))
-        return headers
+        return [*headers, *self.more_headers]
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -68,12 +69,13 @@ def failure_of(error: BaseException) -> Failure:
             close = error.status in (408, 413)
             return Failure(error.status, str(error), kind, error.param, error.code, close=close)
         case CapacityError():
-            return Failure(
-                429, str(error), "rate_limit_error", None, "rate_limit_exceeded", retry_after_s=error.retry_after_s
-            )
+            kind, code = ("rate_limit_error", "rate_limit_exceeded")
+            if error.status != 429:
+                kind, code = ("server_error", "overloaded")
+            return Failure(error.status, str(error), kind, None, code, retry_after_s=error.retry_after_s)
         case StreamError():
             kind = _TYPES.get(error.status, "server_error")
-            return Failure(error.status, str(error), kind, None, error.code)
+            return Failure(error.status, str(error), kind, None, error.code, retry_after_s=error.retry_after_s)
         case KVFerryError():
             return Failure(500, str(error), "server_error", None, "internal_error")
         case _:
@@ -82,6 +84,18 @@ def failure_of(error: BaseException) -> Failure:
 
 def unknown_path(path: str) -> RequestError:
     return RequestError(f"no such path: {clip(path)}", code="unknown_url", status=404)
+
+
+def shown(value: object) -> str:
+    """A client's value as it may stand in a message. A large one is not even written out."""
+    match value:
+        case str():
+            return clip(value)
+        case list():
+            return f"an array of {len(value)}"
+        case dict():
+            return f"an object of {len(value)}"
+    return clip(str(value)).strip("'")
 
 
 def clip(text: str, limit: int = 64) -> str:

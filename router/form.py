@@ -33,6 +33,7 @@ class FormContext:
     answer_id: str
     created: int
     model: str
+    fingerprint: str
     answer: Answer
     tokenizer: Tokenizer
     options: FormOptions

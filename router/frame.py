@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
+import secrets
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import structlog
@@ -21,6 +22,7 @@ from ..common.clock import Clock
 from ..common.errors import CapacityError, RequestError
 from .body import ClientGone
 from .errors import Failure, failure_of
+from .quota import Allowance, QuotaExceeded
 from .request import StreamError
 
 OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
@@ -39,6 +41,9 @@ class Call:
     shown_id: str  # what x-request-id says: the client's own where it sent one
     started_s: float
     send: Send  # the server's own: one hop less for each streamed token
+    tenant: bytes = b""  # whose key it came with; empty: there are no keys
+    allowance: Allowance | None = None  # what it holds of the tenant's quota
+    num_body_bytes: int = 0
     marks: dict[str, float] = field(default_factory=dict)  # end of each phase before the dispatcher's
     status: int | None = None  # sent
 
@@ -50,28 +55,51 @@ def call_of(scope: Scope) -> Call:
 
 
 class ApiKeys:
-    """Compares hashes in constant time, and always with every key."""
+    """Compares salted hashes in constant time, and always with every key. The keys themselves are not kept.
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._hashes = [_digest(key.encode()) for key in keys]
+    A key stands for a tenant. Its name for the inside is a hash too, the same in every router that has `secret`.
+    """
 
-    def check(self, authorization: bytes) -> None:
-        if self._hashes and not self._allows(authorization):
-            raise RequestError("the API key is missing or wrong", code="invalid_api_key", status=401)
+    def __init__(self, keys: Iterable[str], *, secret: bytes = b"") -> None:
+        known = [key.encode() for key in keys]
+        self._salt = secrets.token_bytes(32)
+        self._hashes = [self._digest(key) for key in known]
+        self._tenants = [_tenant_of(key, secret) for key in known]
 
-    def _allows(self, authorization: bytes) -> bool:
+    def check(self, authorization: bytes) -> bytes:
+        """The tenant; empty where no keys are set. Raises RequestError (401)."""
+        if not self._hashes:
+            return b""
         scheme, _, key = authorization.partition(b" ")
-        given = _digest(key.strip())
+        given = self._digest(key.strip())
         matches = [hmac.compare_digest(given, known) for known in self._hashes]
-        return any(matches) and scheme.lower() == b"bearer"
+        if not any(matches) or scheme.lower() != b"bearer":
+            raise RequestError("the API key is missing or wrong", code="invalid_api_key", status=401)
+        return self._tenants[matches.index(True)]
+
+    def _digest(self, key: bytes) -> bytes:
+        return hashlib.blake2b(key, digest_size=32, key=self._salt).digest()
 
 
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+def _tenant_of(key: bytes, secret: bytes) -> bytes:
+    keyed = hashlib.blake2b(secret, digest_size=32, person=b"kvferry-tenants").digest()
+    return hashlib.blake2b(key, digest_size=16, key=keyed).digest()
 
 
 class ResponseObserver(Protocol):
     def on_response(self, status: int) -> None: ...
+
+    def on_auth_failure(self) -> None:
+        """A request came without a right key."""
+        ...
+
+    def on_slow_client(self, kind: str) -> None:
+        """A client was cut for being slow: here, with its body."""
+        ...
+
+    def on_rejected(self, reason: str) -> None:
+        """A request was refused for want of room: here, of its key's quota."""
+        ...
 
 
 class Frame:
@@ -85,8 +113,7 @@ class Frame:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+            return  # nothing else is served: no web sockets
         headers = dict(scope["headers"])
         call = self._open(headers, send)
         scope[_CALL] = call
@@ -99,7 +126,7 @@ class Frame:
 
         try:
             if scope["path"] not in OPEN_PATHS:
-                self._keys.check(headers.get(b"authorization", b""))
+                call.tenant = self._keys.check(headers.get(b"authorization", b""))
             await self._app(scope, receive, send_framed)
         except ClientGone:
             call.status = CLIENT_CLOSED
@@ -107,6 +134,8 @@ class Frame:
             await self._refuse(call, error, send_framed)
         finally:
             self._observer.on_response(call.status or CLIENT_CLOSED)
+            if call.allowance is not None:
+                call.allowance.leave()
 
     def _open(self, headers: dict[bytes, bytes], send: Send) -> Call:
         request_id = uuid.uuid4().hex
@@ -115,14 +144,28 @@ class Frame:
 
     def _headers(self, call: Call) -> list[tuple[bytes, bytes]]:
         elapsed_ms = int((self._clock.now() - call.started_s) * 1000)
-        return [(b"x-request-id", call.shown_id.encode()), (b"openai-processing-ms", b"%d" % elapsed_ms)]
+        headers = [(b"x-request-id", call.shown_id.encode()), (b"openai-processing-ms", b"%d" % elapsed_ms)]
+        return headers if call.allowance is None else headers + call.allowance.headers
 
     async def _refuse(self, call: Call, error: Exception, send: Send) -> None:
+        self._count(error)
         if not isinstance(error, (RequestError, CapacityError, StreamError)):
             log.exception("request_error", request_id=call.request_id)
         if call.status is not None:  # the head is out: a broken connection is the only honest end
             raise error
-        await send_failure(send, failure_of(error))
+        failure = failure_of(error)
+        if isinstance(error, QuotaExceeded) and call.allowance is None:
+            failure = replace(failure, more_headers=tuple(error.allowance.headers))
+        await send_failure(send, failure)
+
+    def _count(self, error: Exception) -> None:
+        match error:
+            case RequestError(status=401):
+                self._observer.on_auth_failure()
+            case RequestError(status=408):
+                self._observer.on_slow_client("body")
+            case QuotaExceeded():
+                self._observer.on_rejected("quota")
 
 
 async def send_failure(send: Send, failure: Failure) -> None:

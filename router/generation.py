@@ -6,6 +6,7 @@ they are taken all or none.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,20 +19,25 @@ from ..common.errors import RequestError
 from ..common.request import SamplingParams
 from ..common.tokenizer import Tokenizer
 from .answer import Answer, GapObserver, PromptText
-from .body import MAX_BODY_BYTES, parse_json, read_body
+from .body import MAX_BODY_BYTES, BodyRoom, HeldBody, read_body
 from .chat import ChatForm
 from .choice import TextOptions
 from .completions import CompletionForm
 from .errors import clip
 from .form import Form, FormContext, FormOptions
 from .frame import Call, ResponseObserver, call_of
+from .json_process import JsonParser
 from .pools import PoolView
 from .prompts import PromptReader, ServedModel, max_chat_tokens, max_completion_tokens
+from .quota import Quotas
 from .reply import AnswerObserver, InFlight, Reply
 from .request import RouterRequest, TokenStream
 from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
+from .strict_json import MAX_COMMAS
 
+_BATCH_STEP = 8  # prompts of a batch that are submitted in one go
 _MAX_SEED = 2**63 - 1
+_CHECKED_BYTES_PER_CHAR = 8  # checking fields is so much faster than tokenizing
 
 
 class Backend(Protocol):
@@ -59,12 +65,22 @@ class Api:
     observer: ApiObserver
     prompts: PromptReader
     random: random.Random  # draws the seeds that clients do not give
+    quotas: Quotas
+    shares_prefixes: bool = False  # between keys: what one has cached, others find
     max_body_bytes: int = MAX_BODY_BYTES
+    body_room: BodyRoom = field(default_factory=BodyRoom)
+    json: JsonParser = field(default_factory=JsonParser)
     in_flight: InFlight = field(default_factory=InFlight)
     started_s: int = field(default_factory=wall_time_s)
 
-    async def body(self, request: Request, kind: type[Body]) -> Body:
-        body = validate(kind, parse_json(await read_body(request, max_bytes=self.max_body_bytes)))
+    async def body(self, request: Request, held: HeldBody, kind: type[Body]) -> Body:
+        """Raises CapacityError (429) before anything is read where the caller's quota is used up."""
+        call = call_of(request.scope)
+        call.allowance = self.quotas.enter(call.tenant)
+        data = await read_body(request, held, max_bytes=self.max_body_bytes)
+        max_commas = max(MAX_COMMAS, 2 * self.model.max_model_len)
+        raw = await self.json.parse(data, max_commas)
+        body = await self.prompts.run(len(data) // _CHECKED_BYTES_PER_CHAR, validate, kind, raw)
         self.check_model(body.model)
         return body
 
@@ -77,24 +93,31 @@ class Api:
                 status=404,
             )
 
+    def close(self) -> None:
+        """End the threads and the process that work on bodies."""
+        self.prompts.close()
+        self.json.close()
+
     async def complete(self, request: Request) -> Reply:
         call = self._begin(request)
-        body = await self.body(request, CompletionBody)
-        call.marks["read"] = self.clock.now()
-        prompts = await self.prompts.completion(body)
+        with self.body_room.held() as held:
+            body = await self.body(request, held, CompletionBody)
+            call.marks["read"] = self.clock.now()
+            prompts = await self.prompts.completion(body, held.num_bytes)
         call.marks["tokenize"] = self.clock.now()
         limits = [max_completion_tokens(body, prompt, self.model.max_model_len) for prompt in prompts]
-        answer = self._submit(call, body, prompts, limits)
+        answer = await self._submit(call, body, prompts, limits)
         return self._reply(body, answer, CompletionForm(self._context(f"cmpl-{call.request_id}", body, answer)))
 
     async def chat(self, request: Request) -> Reply:
         call = self._begin(request)
-        body = await self.body(request, ChatBody)
-        call.marks["read"] = self.clock.now()
-        messages, prompt = await self.prompts.chat(body)
+        with self.body_room.held() as held:
+            body = await self.body(request, held, ChatBody)
+            call.marks["read"] = self.clock.now()
+            messages, prompt = await self.prompts.chat(body, held.num_bytes)
         call.marks["tokenize"] = self.clock.now()
         limit = max_chat_tokens(body, prompt, self.model.max_model_len)
-        answer = self._submit(call, body, [prompt], [limit])
+        answer = await self._submit(call, body, [prompt], [limit])
         context = self._context(f"chatcmpl-{call.request_id}", body, answer)
         continued = messages[-1] if body.echo and messages[-1]["role"] == "assistant" else None
         return self._reply(body, answer, ChatForm(context, echoed=str(continued["content"]) if continued else ""))
@@ -103,13 +126,22 @@ class Api:
         self.in_flight.check_open()
         return call_of(request.scope)
 
-    def _submit(self, call: Call, body: GenerationBody, prompts: Sequence[PromptText], limits: Sequence[int]) -> Answer:
+    async def _submit(
+        self, call: Call, body: GenerationBody, prompts: Sequence[PromptText], limits: Sequence[int]
+    ) -> Answer:
         sampling = [self._sampling(body, limit) for limit in limits]
         self.in_flight.check_open()
+        if call.allowance is not None:
+            tokens = zip(prompts, limits, strict=True)
+            call.allowance.charge(sum(len(prompt.token_ids) + body.num_choices * limit for prompt, limit in tokens))
+        salt = self._cache_salt(call, body)
         streams: list[TokenStream] = []
         try:
             for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
-                streams.append(self.backend.submit(self._request(f"{call.request_id}-{index}", body, prompt, params)))
+                if index % _BATCH_STEP == _BATCH_STEP - 1:
+                    await asyncio.sleep(0)  # a large batch does not hold up everybody else
+                request_id = f"{call.request_id}-{index}"
+                streams.append(self.backend.submit(self._request(request_id, body, prompt, params, salt)))
         except BaseException:
             for stream in streams:
                 stream.abort()
@@ -125,8 +157,13 @@ class Api:
             vocab_size=self.model.vocab_size,
         )
 
+    def _cache_salt(self, call: Call, body: GenerationBody) -> bytes:
+        """Who may find the KV of this prompt: who sends the same salt, and, unless keys share, with the same key."""
+        own = (body.cache_salt or "").encode()
+        return own if self.shares_prefixes or not call.tenant else call.tenant + own
+
     def _request(
-        self, request_id: str, body: GenerationBody, prompt: PromptText, sampling: SamplingParams
+        self, request_id: str, body: GenerationBody, prompt: PromptText, sampling: SamplingParams, salt: bytes
     ) -> RouterRequest:
         return RouterRequest(
             request_id,
@@ -134,7 +171,7 @@ class Api:
             sampling,
             n=body.num_choices,
             priority=body.priority or 0,
-            cache_salt=(body.cache_salt or "").encode(),
+            cache_salt=salt,
         )
 
     def _context(self, answer_id: str, body: GenerationBody, answer: Answer) -> FormContext:
@@ -148,7 +185,8 @@ class Api:
             include_usage=streamed is not None and bool(streamed.include_usage),
             continuous_usage=continuous,
         )
-        return FormContext(answer_id, wall_time_s(), self.model.name, answer, self.tokenizer, options)
+        model = self.model
+        return FormContext(answer_id, wall_time_s(), model.name, model.fingerprint, answer, self.tokenizer, options)
 
     def _reply(self, body: GenerationBody, answer: Answer, form: Form) -> Reply:
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)

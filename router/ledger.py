@@ -2,7 +2,7 @@
 
     add ─> queued ─(placer)─> an attempt ─┬─> finish, fail, abort: its one terminal state
              ^                            │
-             └────────── retry ───────────┘
+             └────────── retry ───────────┘   unless attempts or budget are used up, or it has killed three workers
 
 Whatever ends, everything that it holds on workers is given back first, and the placer is told to look again.
 """
@@ -11,27 +11,45 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import structlog
 
 from ..common.clock import Clock
-from .live import Blame, Live
+from .budget import NOTICE_S, RetryBudget
+from .failures import DRAINED, MAX_STRIKES, WORKER_LOST, Blame
+from .live import Live
 from .observer import Observer
+from .pools import Worker
 from .queue import RequestQueue
 from .request import RequestStatus, StreamError
 
 log = structlog.get_logger(__name__)
 
 
+@dataclass(slots=True)
+class Tally:
+    """Requests since the start: admitted = running + finished + failed + aborted."""
+
+    admitted: int = 0
+    finished: int = 0
+    failed: int = 0
+    aborted: int = 0
+
+
 class Ledger:
     """Owns the live requests and the queue."""
 
-    def __init__(self, clock: Clock, observer: Observer, *, max_queue: int, max_attempts: int) -> None:
+    def __init__(
+        self, clock: Clock, observer: Observer, budget: RetryBudget, *, max_queue: int, max_attempts: int
+    ) -> None:
         self.queue = RequestQueue(max_queue)
         self.is_due = False  # something changed that may let a queued request go
+        self.tally = Tally()
+        self.max_attempts = max_attempts
         self._clock = clock
         self._observer = observer
-        self._max_attempts = max_attempts
+        self._budget = budget
         self._live: dict[str, Live] = {}
         self._idle = asyncio.Event()
 
@@ -50,24 +68,33 @@ class Ledger:
     def add(self, live: Live) -> None:
         assert live.request.request_id not in self._live, live.request.request_id
         self._live[live.request.request_id] = live
+        self.tally.admitted += 1
+        self._budget.on_admitted()
         self.enqueue(live)
 
     def enqueue(self, live: Live) -> None:
-        self.queue.add(live)
+        self.queue.add(live, apart=live.must_run_alone or live.is_put_off(self._clock.now()))
         self.is_due = True
+
+    # --- an attempt fails -----------------------------------------------------------------------------------
 
     def retry(self, live: Live, blame: Blame) -> None:
         """End the attempt everywhere; queue the next one, or give up."""
         request, stage, attempt, now = live.request, live.stage, live.request.attempt, self._clock.now()
+        sessions = frozenset(worker.link.number for worker in (live.prefill, live.decode) if worker is not None)
+        live.note_cache()
         self._leave(live)
         log.warning("attempt_failed", request_id=request.request_id, attempt=attempt, stage=stage, reason=blame.text)
         self._observer.on_retry(stage, blame.reason)
         request.num_failures += blame.is_counted
-        if request.num_failures >= self._max_attempts:
-            status = 503 if blame.reason in ("worker_lost", "no_answer") else 500
-            text = f"{request.num_failures} attempts failed; the last one: {blame.text}"
-            self.fail(live, StreamError(text, blame.reason, status))
+        if blame.strike is not None:
+            live.strikes.add(blame.strike)
+        error = self._poison(live) or self._last_straw(live, blame)
+        if error is not None:
+            self.fail(live, error)
             return
+        live.is_resuming = live.is_resuming or (request.is_resume and blame.reason in (WORKER_LOST, DRAINED))
+        self._put_off(live, blame, sessions, now)
         request.attempt += 1
         for choice in request.choices:
             choice.forget_early()
@@ -75,23 +102,81 @@ class Ledger:
         request.advance(RequestStatus.QUEUED, now)
         self.enqueue(live)
 
+    def _poison(self, live: Live) -> StreamError | None:
+        if len(live.strikes) < MAX_STRIKES:
+            return None
+        self._observer.on_poisoned()
+        names = ", ".join(sorted({worker_id for worker_id, _ in live.strikes}))
+        text = f"{len(live.strikes)} workers were lost while they computed this request, the last one alone: {names}"
+        return StreamError(text, "poison_request", 500)
+
+    def _last_straw(self, live: Live, blame: Blame) -> StreamError | None:
+        """Why there is no next attempt."""
+        failures = live.request.num_failures
+        if failures < self.max_attempts:
+            return None
+        status = 503 if blame.reason in (WORKER_LOST, "no_answer") else 500
+        return StreamError(f"{failures} attempts failed; the last one: {blame.text}", blame.reason, status)
+
+    def _put_off(self, live: Live, blame: Blame, sessions: frozenset[int], now_s: float) -> None:
+        """What the retry costs, and when it may begin."""
+        live.charge = None
+        if not blame.is_charged:
+            return
+        live.num_same = live.num_same + 1 if live.last_reason == blame.reason else 1
+        live.last_reason = blame.reason
+        live.not_before_s = now_s + self._budget.pause_s(live.num_same)
+        live.charge = self._budget.charge(sessions, now_s, blame.suspect)
+
+    def explain(self, worker: Worker) -> None:
+        """The worker is lost: errors that its peers reported a moment ago were this loss."""
+        now, session = self._clock.now(), worker.link.number
+        for live in self:
+            charge = live.charge
+            if charge is None or not charge.is_explained_by(session, now):
+                continue
+            if charge.is_paid:
+                self._budget.give_back()
+            live.charge, live.not_before_s, self.is_due = None, now, True
+            if charge.suspect == worker.life and not worker.is_draining:
+                live.strikes.add(worker.life)
+                if (error := self._poison(live)) is not None:
+                    self.fail(live, error)
+                elif live.request.status is RequestStatus.QUEUED:  # from now on it may wait for a worker of its own
+                    self.queue.remove(live)
+                    self.enqueue(live)
+
+    def settle(self, live: Live, now_s: float) -> None:
+        """At each tick: a retry without a token gets one now, waits on, or is given up."""
+        if live.charge is None or live.charge.is_paid or self._budget.pay(live.charge, now_s):
+            return
+        if now_s - live.charge.at_s >= NOTICE_S:
+            self._observer.on_budget_exhausted()
+            text = f"too many retries for now; this request's last attempt failed: {live.last_reason}"
+            self.fail(live, StreamError(text, "retry_budget_exhausted", 503))
+
+    # --- a request ends -------------------------------------------------------------------------------------
+
     def finish(self, live: Live) -> None:
         """Every choice has ended. The decode worker knows it, unless one ended elsewhere."""
         self._leave(live, tell=live.request.status is not RequestStatus.DECODING or bool(live.ended_here))
-        self._close(live, RequestStatus.FINISHED)
+        self.tally.finished += 1
+        self._close(live, RequestStatus.FINISHED, "ok")
 
     def fail(self, live: Live, error: StreamError) -> None:
         """The client gets what was accepted, then the error."""
         self._leave(live)
         log.error("request_failed", request_id=live.request.request_id, code=error.code, error=str(error))
-        self._close(live, RequestStatus.FAILED)
+        self.tally.failed += 1
+        self._close(live, RequestStatus.FAILED, "failed")
         live.stream.fail(error)
 
     def abort(self, live: Live) -> None:
         """The client left. Idempotent."""
         if not live.request.is_finished:
             self._leave(live)
-            self._close(live, RequestStatus.ABORTED)
+            self.tally.aborted += 1
+            self._close(live, RequestStatus.ABORTED, "aborted")
 
     async def wait_idle(self) -> None:
         """Until no request lives."""
@@ -103,8 +188,10 @@ class Ledger:
         live.leave(tell=tell)
         self.is_due = True
 
-    def _close(self, live: Live, status: RequestStatus) -> None:
+    def _close(self, live: Live, status: RequestStatus, resume_result: str) -> None:
         self.queue.remove(live)
+        if live.is_resuming:
+            self._observer.on_resumed(resume_result)
         live.request.advance(status, self._clock.now())
         del self._live[live.request.request_id]
         live.stream.wake()

@@ -28,11 +28,15 @@ from ..common.messages import (
     TaskRefused,
     WorkerFailure,
 )
+from .budget import Charge
+from .failures import STRIKES_UNTIL_ALONE, Blame, Life
+from .forecast import Promise
 from .policy import Demand
 from .pools import Load, Pools, Worker
 from .request import RequestStatus, RouterRequest, TokenStream
 
 ANSWER_WITHIN_S = 3.5  # a decode worker's answer to ReserveKV, or to an Abort that asks
+KNOCK_AFTER_S = 0.25  # then a worker is asked that another router keeps full
 _STALE_REFUSAL_S = 0.5  # ask again after this, though no new heartbeat came
 
 RequestMessage = (
@@ -47,14 +51,6 @@ class Refusal(NamedTuple):
     retry_s: float
 
 
-class Blame(NamedTuple):
-    """Why an attempt failed, for the retry's log line and for the client if there is no other."""
-
-    reason: str  # metric label
-    text: str  # names the peer
-    is_counted: bool = True  # False: nobody failed, there was no room
-
-
 @dataclass(slots=True, eq=False)
 class Live:
     """A request that is not terminal."""
@@ -66,15 +62,31 @@ class Live:
     decode: Worker | None = None
     prefill_over: bool = True  # the prefill worker's loss would not matter
     prompt_computed: bool = False  # its first tokens came in this attempt
+    prompt_begun: bool = False  # some of it was shipped
     grant: GrantInfo | None = None
     grant_s: float = 0.0
     answer_due_s: float | None = None  # the decode worker owes an answer until then
-    lost_prefill: str = ""  # died after it got the task; the decode worker was asked what it has
+    lost_prefill: Blame | None = None  # died after it got the task; the decode worker was asked what it has
+    task_s: float = 0.0  # when this attempt's task was sent
+    arrived_s: float | None = None  # since when the decode worker has this attempt's KV
+    has_stepped: bool = False  # tokens of this attempt came from the decode worker
     event_s: float = 0.0  # the last message about this attempt, or its start
     gap_s: float | None = None  # since when an early token waits
     lacks_s: float | None = None  # since when every pair has failed
+    waits_s: float | None = None  # since when it has found no room
     sent_choices: tuple[int, ...] = ()  # of this attempt
+    # --- of all attempts
+    promise: Promise | None = None  # when its first token was expected, at its admission
+    strikes: set[Life] = field(default_factory=set)  # workers that were lost while they computed it
+    computed_on: int | None = None  # the prefill session that has the prompt's KV in its cache
+    computed_whole: bool = False  # all of it
+    is_resuming: bool = False  # its stream has paused: tokens came, and the worker was lost
+    charge: Charge | None = None  # for the retry that comes or runs
+    not_before_s: float = 0.0  # the next attempt is put off until then
+    last_reason: str = ""  # of the last failure that was charged
+    num_same: int = 0  # failures in a row for that reason
     failed_pairs: dict[tuple[int, int], str] = field(default_factory=dict)  # sessions: what happened
+    late_pairs: set[tuple[int, int]] = field(default_factory=set)  # whose grant was not opened in time
     refusals: dict[int, Refusal] = field(default_factory=dict)
     unfit: set[int] = field(default_factory=set)
     ended_here: set[int] = field(default_factory=set)  # choices whose stop string was found
@@ -85,7 +97,7 @@ class Live:
     def demand(self, pools: Pools, claimed: frozenset[int], now_s: float) -> Demand:
         request = self.request
         most = max((len(choice.tokens) for choice in request.choices if choice.finish is None), default=0)
-        busy = [worker.link.number for worker in pools if self._is_refused_by(worker, now_s)]
+        busy = [worker.link.number for worker in pools if worker.is_claimed or self.is_refused_by(worker, now_s)]
         return Demand(
             num_prompt_tokens=request.num_prompt_tokens,
             num_tokens=request.num_prompt_tokens + most,
@@ -95,9 +107,11 @@ class Live:
             unfit=frozenset(self.unfit),
             ungranted=frozenset(self.ungranted),
             failed_pairs=frozenset(self.failed_pairs),
+            computed_on=self.computed_on,
+            knocks=self.knocks(now_s),
         )
 
-    def _is_refused_by(self, worker: Worker, now_s: float) -> bool:
+    def is_refused_by(self, worker: Worker, now_s: float) -> bool:
         refusal = self.refusals.get(worker.link.number)
         if refusal is None or now_s >= max(refusal.retry_s, refusal.at_s + _STALE_REFUSAL_S):
             return False
@@ -109,6 +123,27 @@ class Live:
     def note_failed_pair(self, what: str) -> None:
         if self.prefill is not None and self.decode is not None:
             self.failed_pairs[self.prefill.link.number, self.decode.link.number] = what
+
+    def is_late_again(self) -> bool:
+        """The pair's grant was not opened in time, and it is not the first: what one says may not reach the other."""
+        assert self.prefill is not None and self.decode is not None
+        pair = (self.prefill.link.number, self.decode.link.number)
+        is_known = pair in self.late_pairs
+        self.late_pairs.add(pair)
+        return is_known
+
+    @property
+    def must_run_alone(self) -> bool:
+        """It was in the running step of two workers when they were lost."""
+        return len(self.strikes) >= STRIKES_UNTIL_ALONE
+
+    def knocks(self, now_s: float) -> bool:
+        """It has waited for room: now workers are asked that other routers seem to fill."""
+        return self.waits_s is not None and now_s - self.waits_s >= KNOCK_AFTER_S
+
+    def is_put_off(self, now_s: float) -> bool:
+        """Its retry waits: for the end of a pause, or for a token of the retry budget."""
+        return now_s < self.not_before_s or (self.charge is not None and not self.charge.is_paid)
 
     @property
     def is_prefilling_remotely(self) -> bool:
@@ -156,12 +191,13 @@ class Live:
 
     def reserve(self, prefill: Worker, decode: Worker, max_local_tokens: int, now_s: float) -> None:
         """Take the prefill worker's credit, then ask the decode worker for blocks."""
+        queue_if_full = self.knocks(now_s)
         self._begin(decode, num_tokens=0, now_s=now_s)
         self._bind_prefill(prefill, now_s)
         self.request.advance(RequestStatus.RESERVED, now_s)
         self.answer_due_s = now_s + ANSWER_WITHIN_S
         spec = self.request.spec(self.remaining_s(now_s))
-        decode.link.send(ReserveKV(spec=spec, max_local_tokens=max_local_tokens))
+        decode.link.send(ReserveKV(spec=spec, max_local_tokens=max_local_tokens, queue_if_full=queue_if_full))
 
     def run_locally(self, decode: Worker, now_s: float) -> None:
         """Let the decode worker compute the prompt. It may hold this attempt's grant, or say that it has the KV."""
@@ -171,6 +207,7 @@ class Live:
         if self.decode is None:
             self._begin(decode, num_tokens=self.request.num_prompt_tokens, now_s=now_s)
         self.answer_due_s = None
+        self.task_s, self.waits_s = now_s, None
         self.request.advance(RequestStatus.PREFILLING, now_s)
         decode.link.send(LocalTask(spec=self.request.spec(self.remaining_s(now_s))))
 
@@ -183,6 +220,7 @@ class Live:
         assert self.prefill is not None
         if self.request.status is RequestStatus.RESERVED:
             self.request.advance(RequestStatus.PREFILLING, now_s)
+        self.task_s, self.waits_s = now_s, None
         task = PrefillTask(
             spec=self.request.spec(self.remaining_s(now_s)), grant=self.grant, sample=not self.request.is_resume
         )
@@ -206,6 +244,7 @@ class Live:
         self.decode.note_prefilled(self.request.request_id)
         self.prefill_over = True
         self.answer_due_s = None
+        self.arrived_s = now_s
         self.request.advance(RequestStatus.DECODING, now_s)
 
     def leave(self, *, tell: bool = True) -> None:
@@ -216,8 +255,16 @@ class Live:
         self.return_credit()
         if self.decode is not None:
             self.decode.release(self.request.request_id)
-        self.prefill = self.decode = self.grant = self.answer_due_s = self.gap_s = None
-        self.lost_prefill = ""
+        self.prefill = self.decode = self.grant = self.answer_due_s = self.gap_s = self.lost_prefill = None
+
+    def note_cache(self) -> None:
+        """The attempt has failed: remember who has the prompt's KV, so that the next one ships it from there."""
+        if self.prefill is None or self.lost_prefill is not None:
+            return
+        whole = self.prompt_computed or self.arrived_s is not None
+        is_computing = self.is_prefilling_remotely and self.prefill.computes_prompt_of(self.request.request_id)
+        if whole or self.prompt_begun or is_computing:
+            self.computed_on, self.computed_whole = self.prefill.link.number, whole
 
     def return_credit(self) -> None:
         """The prefill worker computes nothing for this request any more."""
@@ -227,7 +274,8 @@ class Live:
     def _begin(self, decode: Worker, *, num_tokens: int, now_s: float) -> None:
         request = self.request
         self.event_s = now_s
-        self.prompt_computed = False
+        self.arrived_s = None
+        self.prompt_computed = self.prompt_begun = self.has_stepped = False
         self.sent_choices = request.unfinished
         self.decode, request.decode_worker = decode, decode.worker_id
         longest = max(len(request.choices[choice].tokens) for choice in self.sent_choices)
@@ -238,8 +286,11 @@ class Live:
         request = self.request
         self.prefill, request.prefill_worker = prefill, prefill.worker_id
         self.prefill_over = False
-        blocks = prefill.hello.spec.num_blocks_for(request.num_prompt_tokens)
-        prefill.bind(request.request_id, Load(request.num_prompt_tokens, len(request.unfinished), blocks, now_s))
+        spec, num_tokens = prefill.hello.spec, request.num_prompt_tokens
+        blocks = spec.num_blocks_for(num_tokens)
+        if prefill.link.number == self.computed_on and self.computed_whole:
+            num_tokens = min(num_tokens, spec.block_size)  # the rest is in its prefix cache
+        prefill.bind(request.request_id, Load(num_tokens, len(request.unfinished), blocks, now_s))
 
     def _holders(self) -> list[Worker]:
         prefill = None if self.prefill_over else self.prefill

@@ -8,7 +8,7 @@ taken for absent.
 from __future__ import annotations
 
 from ..common.errors import RequestError
-from .errors import clip
+from .errors import clip, shown
 from .fields import not_supported, unknown_field
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -31,7 +31,7 @@ def parse_messages(raw: list[object]) -> list[dict[str, object]]:
 
 def _message(item: object, where: str) -> dict[str, object]:
     if not isinstance(item, dict):
-        raise RequestError(f"{where} must be an object, got {clip(str(item))}", param=where)
+        raise RequestError(f"{where} must be an object, got {shown(item)}", param=where)
     message: dict[str, object] = {}
     for name, value in item.items():
         if name in _FIELDS:
@@ -56,7 +56,7 @@ def _message(item: object, where: str) -> dict[str, object]:
 def _check_role(message: dict[str, object], where: str) -> None:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        seen = "is missing" if role is None else f"is {clip(str(role))}"
+        seen = "is missing" if role is None else f"is {shown(role)}"
         raise RequestError(f"{where}.role {seen}; it must be one of {', '.join(ROLES)}", param=f"{where}.role")
 
 

@@ -10,6 +10,8 @@ import structlog
 
 from ..common.config import RouterConfig
 from ..common.errors import RequestError
+from .admission import Admission
+from .isolation import Isolation
 from .ledger import Ledger
 from .live import Live, max_num_tokens
 from .observer import Observer
@@ -32,9 +34,13 @@ class Placer:
         policy: RoutingPolicy,
         pools: Pools,
         ledger: Ledger,
+        admission: Admission,
+        isolation: Isolation,
         observer: Observer,
     ) -> None:
         self._ledger = ledger
+        self._admission = admission
+        self._isolation = isolation
         self._policy = policy
         self._pools = pools
         self._observer = observer
@@ -52,6 +58,7 @@ class Placer:
         try:
             while self._ledger.is_due:
                 self._ledger.is_due = False
+                self._place_alone(now_s)
                 if len(self._ledger.queue):
                     self._run_round(now_s)
         finally:
@@ -62,17 +69,41 @@ class Placer:
         for live in self._ledger.queue.in_order():
             if live.request.status is not RequestStatus.QUEUED:
                 continue  # placing an earlier one has ended it
+            if live.must_run_alone or live.is_put_off(now_s) or self._is_too_late(live, now_s):
+                continue
             answer = self._policy.place(view, live.demand(self._pools, claimed, now_s))
             if isinstance(answer, Placement):
                 self._place(live, answer, now_s)
                 view = self._pools.view(now_s)
                 continue
+            if live.waits_s is None:
+                live.waits_s = now_s
             self._note_lack(live, answer, now_s)
             if answer.claim is not None:
                 claimed |= {answer.claim}
             passed += 1
             if passed == LOOK_AHEAD or answer.lack in (Lack.DECODE_WORKER, Lack.PREFILL_WORKER):
                 return
+
+    def _place_alone(self, now_s: float) -> None:
+        """Those that may kill workers wait for one of their own. Nobody behind them in the queue waits for that."""
+        self._isolation.sweep(now_s)
+        for live in self._ledger.queue.alone(now_s):
+            has_others = any(not other.must_run_alone for other in self._ledger)
+            placement = self._isolation.place(live, now_s, has_others=has_others)
+            if placement is not None:
+                self._place(live, placement, now_s)
+
+    def send_away(self, now_s: float) -> None:
+        """At each tick: those whose first token cannot come in time any more, wherever in the queue they are."""
+        for live in self._ledger.queue.in_order():
+            self._is_too_late(live, now_s)
+
+    def _is_too_late(self, live: Live, now_s: float) -> bool:
+        error = self._admission.too_late(live, now_s)
+        if error is not None:
+            self._ledger.fail(live, error)
+        return error is not None
 
     def _place(self, live: Live, placement: Placement, now_s: float) -> None:
         decode = self._pools.named(placement.decode_worker)

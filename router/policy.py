@@ -28,6 +28,7 @@ class Reason(Enum):
     COLOCATED = "colocated"  # no prefill pool is configured
     NO_PREFILL_WORKER = "no_prefill_worker"  # a fallback: none lives that can hold the prompt
     FAILED_HANDOFF = "failed_handoff"  # a fallback: with every pair a handoff has failed
+    ALONE = "alone"  # it may kill workers (isolation.py)
 
     @property
     def is_fallback(self) -> bool:
@@ -72,6 +73,8 @@ class Demand:
     unfit: frozenset[int] = frozenset()  # can never hold it
     ungranted: frozenset[int] = frozenset()  # decode workers that can only compute it themselves
     failed_pairs: frozenset[tuple[int, int]] = frozenset()  # (prefill, decode)
+    computed_on: int | None = None  # the prefill worker that has the prompt's KV in its cache
+    knocks: bool = False  # it has waited: a worker that others fill is asked all the same
 
     def blocks_now(self, spec: KVCacheSpec) -> int:
         """For the prompt, and a first block of its own for each choice after the first."""
@@ -129,7 +132,7 @@ class LeastLoaded:
             and has_prefill_room(worker, demand)
             and (worker.session, decode_session) not in demand.failed_pairs
         ]
-        return min(able, key=_prefill_load, default=None)
+        return min(able, key=lambda worker: (worker.session != demand.computed_on, _prefill_load(worker)), default=None)
 
     def _local_reason(
         self, view: PoolView, demand: Demand, prefills: list[WorkerView], decodes: list[WorkerView]
@@ -162,6 +165,7 @@ class LeastLoaded:
             pairs,
             key=lambda pair: (
                 (pair[0].session, pair[1].session) in view.avoided_pairs,
+                pair[0].session != demand.computed_on,
                 _prefill_load(pair[0]),
                 _decode_load(pair[1]),
             ),
@@ -187,6 +191,8 @@ def has_decode_room(worker: WorkerView, demand: Demand) -> bool:
         return False
     if worker.num_running == 0:
         return True  # nothing of ours is there to wait for: let the worker decide
+    if demand.knocks and (worker.num_bound == 0 or worker.num_others):
+        return True  # another router may fill it for ever, unless the worker keeps blocks for this request
     if worker.num_running + demand.num_choices > worker.hello.max_num_seqs:
         return False
     return demand.blocks_now(worker.hello.spec) + worker.num_running <= worker.num_free_blocks
@@ -199,7 +205,7 @@ def has_prefill_room(worker: WorkerView, demand: Demand) -> bool:
     if worker.num_bound == 0 and worker.ahead_tokens == 0:
         return True
     budget = worker.hello.max_num_batched_tokens
-    if worker.ahead_tokens <= budget:
+    if worker.ahead_tokens <= budget or (demand.knocks and worker.num_bound == 0):
         wait_s = worker.ahead_tokens * worker.s_per_token
     elif demand.num_prompt_tokens + worker.unstarted_tokens <= budget:
         wait_s = worker.step_s  # one chunk of the long one
@@ -209,8 +215,9 @@ def has_prefill_room(worker: WorkerView, demand: Demand) -> bool:
 
 
 def _is_behind(worker: WorkerView, demand: Demand) -> bool:
-    """More than a step of prompts waits there already: late binding for local prompts. Short ones may overtake."""
-    return worker.ahead_tokens > worker.hello.max_num_batched_tokens < demand.num_prompt_tokens
+    """More than a step of prompts waits there: late binding for local prompts. A few short ones may overtake."""
+    budget = worker.hello.max_num_batched_tokens
+    return worker.ahead_tokens > budget < demand.num_prompt_tokens + worker.unstarted_tokens
 
 
 def _pairs(

@@ -9,11 +9,13 @@ is the session to send through.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from ..common.messages import Message, WorkerHello, WorkerStatus
+from ..common.messages import Message, StepTokens, WorkerHello, WorkerStatus
+from .failures import Life
 
 HEARTBEAT_LIMIT_S = 3.0  # without one for so long, a worker hangs
 STEP_LIMIT_S = 3.0  # a step may take this, or five times what it should
@@ -69,6 +71,7 @@ class WorkerView:
     num_free_blocks: int
     s_per_token: float  # of the latest step that prefilled; 0 until one was seen
     step_s: float  # of that step: a worker cuts its chunks so that none takes long
+    num_others: int = 0  # choices of other routers, by the last heartbeat
 
 
 @dataclass(slots=True, frozen=True)
@@ -94,6 +97,8 @@ class Worker:
     status: WorkerStatus | None = None
     status_s: float = 0.0  # when the heartbeat came
     is_draining: bool = False
+    stepped_s: float = 0.0  # when tokens came
+    is_claimed: bool = False  # for a request that runs alone: it gets nothing else
     loads: dict[str, Load] = field(default_factory=dict)  # by request id, in the order of binding
     _tokens_at_status: int = 0
     _choices_at_status: int = 0
@@ -101,10 +106,21 @@ class Worker:
     _largest_step: tuple[int, float] = (0, 0.0)  # tokens, seconds
     _prefill_step: tuple[int, float] = (0, 0.0)  # the latest one that was no mere decode step
     _progress_s: float = 0.0  # when a step last finished, or nothing was to do
+    # Requests in the last two StepTokens: a step's tokens, and what was adopted between it and the next.
+    _stepping: deque[frozenset[str]] = field(default_factory=lambda: deque(maxlen=2))
 
     @property
     def worker_id(self) -> str:
         return self.link.worker_id
+
+    @property
+    def life(self) -> Life:
+        return (self.worker_id, self.hello.incarnation)
+
+    def begin_drain(self) -> bool:
+        """Nothing new goes there, and its end is nobody's failure. False: that was known."""
+        is_news, self.is_draining = not self.is_draining, True
+        return is_news
 
     @property
     def is_ready(self) -> bool:
@@ -132,6 +148,32 @@ class Worker:
         if load is not None and load.num_tokens:
             self.loads[request_id] = replace(load, num_tokens=0)
 
+    def has_only(self, request_id: str) -> bool:
+        return self.loads.keys() == {request_id} and not self._num_others()
+
+    def note_step(self, message: StepTokens, now_s: float) -> None:
+        self.stepped_s = now_s
+        self._stepping.append(frozenset(update.request_id for update in message.updates))
+
+    def decodes(self, request_id: str) -> bool:
+        """Its latest steps had a row of the request: a preempted or finished one is in them no more."""
+        return any(request_id in step for step in self._stepping)
+
+    def computes_prompt_of(self, request_id: str) -> bool:
+        """The running step has a part of this prompt, as far as can be known: one step's tokens at most are ahead."""
+        if request_id not in self.loads:
+            return False
+        status = self.status
+        if status is not None and status.num_waiting and not status.num_running:
+            return False  # none runs: the first one waits for blocks
+        done = max(0, self._tokens_at_status - status.waiting_tokens) if status is not None else 0
+        ahead = 0
+        for other, load in self.loads.items():
+            if other == request_id:
+                break
+            ahead += load.num_tokens
+        return ahead - done < self.hello.max_num_batched_tokens
+
     def on_status(self, status: WorkerStatus, now_s: float) -> None:
         previous = self.status
         stepped = previous is None or status.steps != previous.steps
@@ -146,12 +188,15 @@ class Worker:
         self._choices_at_status = sum(load.num_choices for load in self.loads.values())
         self._freed_blocks = 0
 
+    def silent_s(self, now_s: float) -> float:
+        """Since the last heartbeat."""
+        return now_s - (self.status_s if self.status is not None else self.joined_s)
+
     def hang(self, now_s: float) -> str | None:
         """Why this worker counts as hung, or None."""
         status = self.status
-        silent_s = now_s - (self.status_s if status is not None else self.joined_s)
-        if silent_s > HEARTBEAT_LIMIT_S:
-            return f"no heartbeat for {silent_s:.1f} s"
+        if self.silent_s(now_s) > HEARTBEAT_LIMIT_S:
+            return f"no heartbeat for {self.silent_s(now_s):.1f} s"
         if status is None or status.state == "starting":
             return None
         limit_s = self._step_limit_s()
@@ -179,7 +224,7 @@ class Worker:
             session=self.link.number,
             hello=self.hello,
             status=self.status,
-            status_age_s=now_s - self.status_s if self.status is not None else now_s - self.joined_s,
+            status_age_s=self.silent_s(now_s),
             is_ready=self.is_ready,
             num_bound=len(self.loads),
             ahead_tokens=self._ahead_tokens(),
@@ -188,6 +233,7 @@ class Worker:
             num_free_blocks=self._num_free_blocks(),
             s_per_token=step_s / tokens if tokens else 0.0,
             step_s=step_s,
+            num_others=self._num_others(),
         )
 
     def _recent(self) -> Iterable[Load]:
@@ -203,13 +249,17 @@ class Worker:
 
     def _unstarted_tokens(self) -> int:
         started = self.status.num_running if self.status is not None else 0
+        if self.status is not None and self.status.waiting_tokens > self._tokens_at_status:
+            started = 0  # those that run may be another router's
         return sum(load.num_tokens for load in list(self.loads.values())[started:])
 
-    def _num_running(self) -> int:
+    def _num_others(self) -> int:
         status = self.status
         running = status.num_running + status.num_waiting if status is not None else 0
-        others = max(0, running - self._choices_at_status)
-        return others + sum(load.num_choices for load in self.loads.values())
+        return max(0, running - self._choices_at_status)
+
+    def _num_running(self) -> int:
+        return self._num_others() + sum(load.num_choices for load in self.loads.values())
 
     def _num_free_blocks(self) -> int:
         free = self.status.num_free_blocks if self.status is not None else 0

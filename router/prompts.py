@@ -1,20 +1,24 @@
 """From a body to token ids that fit the model: template, tokenizer, length.
 
-Long texts are rendered and tokenized on threads (the tokenizer releases the GIL), so that the streams under way do
-not wait for them; for short ones the hop would cost more than the work.
+Long bodies are parsed, rendered and tokenized on threads (the tokenizer releases the GIL), so that the streams under
+way do not wait for them; for short ones the hop would cost more than the work. A template that takes its time over a
+short body too is sent to the threads as well.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
+from .. import __version__
+from ..common.chat_template import RenderLimits, TemplateOverrun
 from ..common.errors import RequestError
-from ..common.tokenizer import Tokenizer
+from ..common.tokenizer import Tokenizer, check_num_bytes
 from .answer import PromptText
 from .defaults import SamplingDefaults
 from .messages import parse_messages
@@ -22,6 +26,7 @@ from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, Tokeni
 
 INLINE_CHARS = 4096  # about half a millisecond of tokenizing
 NUM_THREADS = 2
+INLINE_RENDERING = RenderLimits(max_s=0.01, max_steps=2_000, max_chars=2**16)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,6 +40,12 @@ class ServedModel:
     max_model_len: int
     vocab_size: int  # token ids below it are valid
     defaults: SamplingDefaults = SamplingDefaults()
+    deterministic: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """What answers carry: with equal ones that end in `exact`, equal requests with a seed have equal answers."""
+        return f"kvferry-{__version__}-{'exact' if self.deterministic else 'fast'}"
 
 
 class PromptReader:
@@ -48,71 +59,97 @@ class PromptReader:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def completion(self, body: CompletionBody) -> list[PromptText]:
-        prompts = await self._completion_prompts(body)
+    # `size` is about how many characters there are to work on.
+
+    async def completion(self, body: CompletionBody, size: int) -> list[PromptText]:
+        return await self.run(size, self._completion, body)
+
+    async def chat(self, body: ChatBody | TokenizeBody, size: int) -> tuple[list[dict[str, object]], PromptText]:
+        """The messages as checked, and the prompt that they make."""
+        if size <= INLINE_CHARS:
+            with contextlib.suppress(TemplateOverrun):
+                return self._chat(body, INLINE_RENDERING)
+        return await self.run(INLINE_CHARS + 1, self._chat, body)
+
+    async def tokenize(self, body: TokenizeBody, size: int) -> list[int]:
+        if body.messages is not None:
+            return (await self.chat(body, size))[1].token_ids
+        prompts = await self.run(size, self._encode, [body.prompt or ""], body.add_special_tokens is not False)
+        return prompts[0].token_ids
+
+    async def names(self, token_ids: list[int]) -> list[str]:
+        """Each token's text."""
+        return await self.run(len(token_ids), lambda: list(map(self._tokenizer.token_text, token_ids)))
+
+    async def decode(self, token_ids: list[int]) -> str:
+        return await self.run(len(token_ids), self._decode, token_ids)
+
+    async def run(self, size: int, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """On a thread, unless it is little."""
+        if size <= INLINE_CHARS:
+            return work(*args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(work, *args, **kwargs))
+
+    def _completion(self, body: CompletionBody) -> list[PromptText]:
+        prompts = self._completion_prompts(body)
         for prompt in prompts:
             if not prompt.token_ids:
                 raise RequestError("the prompt is empty: it has no tokens", param="prompt")
         return prompts
 
-    async def _completion_prompts(self, body: CompletionBody) -> list[PromptText]:
+    def _completion_prompts(self, body: CompletionBody) -> list[PromptText]:
         prompt = body.prompt
         add_special_tokens = body.add_special_tokens is not False
         if isinstance(prompt, str):
-            return await self._encode([prompt], add_special_tokens)
+            return self._encode([prompt], add_special_tokens)
         if isinstance(prompt[0], str):
-            return await self._encode([text for text in prompt if isinstance(text, str)], add_special_tokens)
+            return self._encode([text for text in prompt if isinstance(text, str)], add_special_tokens)
         if isinstance(prompt[0], int):
             return [self._checked([token_id for token_id in prompt if isinstance(token_id, int)])]
         return [self._checked(ids) for ids in prompt if isinstance(ids, list)]
 
-    async def chat(self, body: ChatBody | TokenizeBody) -> tuple[list[dict[str, object]], PromptText]:
-        """The messages as checked, and the prompt that they make."""
+    def _chat(
+        self, body: ChatBody | TokenizeBody, limits: RenderLimits | None = None
+    ) -> tuple[list[dict[str, object]], PromptText]:
         messages = parse_messages(body.messages or [])
+        check_num_bytes(sum(len(str(message["content"])) for message in messages), self._model.max_model_len)
         if body.continue_final_message and messages[-1]["role"] != "assistant":
             raise RequestError(
                 "continue_final_message needs an assistant message at the end", param="continue_final_message"
             )
-        size = sum(len(str(message["content"])) for message in messages)
-        return messages, await self._run(size, self._render, body, messages)
+        return messages, self._render(body, messages, limits)
 
-    def _render(self, body: ChatBody | TokenizeBody, messages: list[dict[str, object]]) -> PromptText:
+    def _render(
+        self, body: ChatBody | TokenizeBody, messages: list[dict[str, object]], limits: RenderLimits | None
+    ) -> PromptText:
         continues = bool(body.continue_final_message)
         text = self._tokenizer.render_chat(
             messages,
             add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
             continue_final_message=continues,
             template_kwargs=body.chat_template_kwargs,
+            limits=limits,
         )
         # The template writes the special tokens itself.
         return self._encode_one(text, add_special_tokens=bool(body.add_special_tokens))
 
-    async def tokenize(self, body: TokenizeBody) -> list[int]:
-        if body.messages is not None:
-            return (await self.chat(body))[1].token_ids
-        prompts = await self._encode([body.prompt or ""], body.add_special_tokens is not False)
-        return prompts[0].token_ids
-
-    async def decode(self, token_ids: list[int]) -> str:
+    def _decode(self, token_ids: list[int]) -> str:
         self._checked(token_ids)
-        return await self._run(len(token_ids), self._tokenizer.decode, token_ids, False)
+        return self._tokenizer.decode(token_ids, False)
 
-    async def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[PromptText]:
-        def encode_all() -> list[PromptText]:
-            return [self._encode_one(text, add_special_tokens=add_special_tokens) for text in texts]
-
-        return await self._run(sum(map(len, texts)), encode_all)
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[PromptText]:
+        return [self._encode_one(text, add_special_tokens=add_special_tokens) for text in texts]
 
     def _encode_one(self, text: str, *, add_special_tokens: bool) -> PromptText:
         ids = self._tokenizer.encode(text, add_special_tokens, max_tokens=self._model.max_model_len)
         return PromptText(ids, text)
 
-    async def _run(self, size: int, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        if size <= INLINE_CHARS:
-            return work(*args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(work, *args, **kwargs))
-
     def _checked(self, ids: list[int]) -> PromptText:
+        if len(ids) > self._model.max_model_len:
+            raise RequestError(
+                f"{len(ids)} token ids are more than the context of {self._model.max_model_len}",
+                code="context_length_exceeded",
+            )
         if ids and not 0 <= min(ids) <= max(ids) < self._model.vocab_size:
             bad = min(ids) if min(ids) < 0 else max(ids)
             raise RequestError(

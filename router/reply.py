@@ -30,6 +30,11 @@ from .openai_types import Struct
 from .request import StreamError
 from .timing import phases_ms, server_timing
 
+_WRITE_BYTES = 64 * 2**10  # handed to the connection at a time: it waits before the next when it is full
+
+_PIECES_AT_ONCE = 64  # of an answer that is there already; then it is others' turn
+_NAMED_INLINE = 2048  # tokens and alternatives whose texts are looked up where they are: some milliseconds
+
 _encoder = msgspec.json.Encoder()
 _DONE = b"data: [DONE]\n\n"
 _STREAM_HEADERS = [
@@ -52,6 +57,7 @@ class InFlight:
 
     def __init__(self) -> None:
         self._replies: set[Reply] = set()
+        self.is_leaving = False  # /ready says no; connections that are open may still ask
         self.is_closing = False
 
     def __len__(self) -> int:
@@ -116,6 +122,9 @@ class Reply(Response):
             self._record(call, str(scope["path"]))
 
     async def _serve(self, call: Call, receive: Receive, send: Send) -> None:
+        if self._ended_by is not None:
+            await self._fail(call, send, self._ended_by)
+            return
         write = self._send_stream if self._stream else self._send_whole
         self._work = asyncio.create_task(write(call, send))
         watcher = asyncio.create_task(self._watch(receive))
@@ -139,17 +148,31 @@ class Reply(Response):
 
     async def _send_whole(self, call: Call, send: Send) -> None:
         pieces: list[list[Piece]] = [[] for _ in self._answer.choices]
+        num_read = 0
         async with contextlib.aclosing(self._answer.pieces()) as answered:
             async for index, piece in answered:
                 pieces[index].append(piece)
-        body = _encoder.encode(self._form.whole(list(map(Piece.joined, pieces))))
+                num_read += 1
+                if num_read % _PIECES_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+        body = await self._whole(list(map(Piece.joined, pieces)))
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
             (b"server-timing", server_timing(call, self._answer.requests)),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await _send_in_parts(call.send, body)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _whole(self, pieces: list[Piece]) -> bytes:
+        num_named = sum(1 + len(token.top) for piece in pieces for token in piece.tokens)
+        if num_named > _NAMED_INLINE:
+            return await asyncio.to_thread(self._encode, pieces)
+        return self._encode(pieces)
+
+    def _encode(self, pieces: list[Piece]) -> bytes:
+        return msgspec.json.encode(self._form.whole(pieces))
 
     async def _send_stream(self, call: Call, send: Send) -> None:
         seen = [False] * len(self._answer.choices)
@@ -162,7 +185,11 @@ class Reply(Response):
                 chunks = self._form.chunks(index, piece, is_first=not seen[index])
                 seen[index] = True
                 if chunks:
-                    await write({"type": "http.response.body", "body": _events(chunks), "more_body": True})
+                    events = _events(chunks)
+                    if len(events) > _WRITE_BYTES:
+                        await _send_in_parts(write, events)
+                    else:
+                        await write({"type": "http.response.body", "body": events, "more_body": True})
         tail = _events([self._form.usage_chunk()]) + _DONE if self._include_usage else _DONE
         await send({"type": "http.response.body", "body": tail})
 
@@ -185,6 +212,8 @@ class Reply(Response):
         num_prompt = sum(len(prompt.token_ids) for prompt in answer.prompts)
         num_completion = sum(choice.num_tokens for choice in answer.choices)
         self._observer.on_answer(num_prompt, num_completion, finishes)
+        if call.allowance is not None:
+            call.allowance.settle(num_prompt + num_completion)
         requests = answer.requests
         log.info(
             "request_finished",
@@ -204,6 +233,14 @@ class Reply(Response):
 
     def _unfinished_reason(self, call: Call) -> str:
         return FinishReason.ABORT if call.status in (None, CLIENT_CLOSED) else FinishReason.ERROR
+
+
+async def _send_in_parts(write: Send, body: bytes) -> None:
+    """No more than a part of it waits in the connection for a client that reads slowly."""
+    view = memoryview(body)
+    for start in range(0, len(body), _WRITE_BYTES):
+        part = bytes(view[start : start + _WRITE_BYTES])
+        await write({"type": "http.response.body", "body": part, "more_body": True})
 
 
 def _events(chunks: Sequence[Struct]) -> bytes:

@@ -58,10 +58,11 @@ _STAMP = {
 class StreamError(KVFerryError):
     """A request failed after it was accepted: `status` if nothing was sent yet, else an error event with `code`."""
 
-    def __init__(self, message: str, code: str, status: int) -> None:
+    def __init__(self, message: str, code: str, status: int, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.status = status
+        self.retry_after_s = retry_after_s  # a hint for the client, where another try may succeed
 
 
 @dataclass(slots=True)

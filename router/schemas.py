@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from ..common.errors import RequestError
 from ..common.request import MAX_CHOICES, SamplingParams
 from .defaults import SamplingDefaults
-from .errors import clip
+from .errors import shown
 from .fields import check_fields
 from .values import AnyIds, LogitBias, Logprobs, Prompt, Seed, Stops, TemplateKwargs, TokenIds
 
@@ -226,12 +226,8 @@ def _explain(error: ErrorDetails) -> RequestError:
     if error["type"] == "value_error":
         text = f"'{field}': {error['msg'].removeprefix('Value error, ')}"
     else:
-        text = f"'{field}' {error['msg'].replace('Input should', 'should')}, got {_shown(error['input'])}"
+        text = f"'{field}' {error['msg'].replace('Input should', 'should')}, got {shown(error['input'])}"
     return RequestError(text, param=field, code="invalid_value")
-
-
-def _shown(value: object) -> str:
-    return clip(value) if isinstance(value, str) else ascii(value)[:64]
 
 
 def _is_union_branch(part: int | str) -> bool:

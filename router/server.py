@@ -1,7 +1,8 @@
 """The router process: HTTP for clients and the control socket for workers, on one event loop.
 
     bind, load the tokenizer -> control socket -> HTTP -> ready, beats
-    SIGTERM or SIGINT        -> nothing new is accepted; what runs gets GRACE_S, then an error event -> 0
+    SIGTERM  -> no new connection; what runs gets `drain_timeout_s`, then an error event -> 0
+    SIGINT   -> the same with a few seconds; a second signal: the error event at once
 
 What cannot work is found before anything listens: a ConfigError with one line that names the setting.
 """
@@ -10,41 +11,42 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Protocol
 
 import structlog
-import uvicorn
 from fastapi import FastAPI
 
 from .. import __version__
 from ..common.channel import Address
-from ..common.clock import Clock, SystemClock
+from ..common.clock import Clock, SystemClock, wall_time_us
 from ..common.config import RouterConfig
 from ..common.errors import ConfigError
+from ..common.host import listen
 from ..common.metrics import RouterMetrics
 from ..common.models.config import ModelConfig
 from ..common.session import max_frame_bytes
 from ..common.tokenizer import Tokenizer
+from .admin import Admin, build_admin
 from .app import build_app
+from .connection_limits import Connections, connections_within_file_limit
 from .control import ControlServer, Expected
 from .defaults import SamplingDefaults
 from .dispatcher import Dispatcher
+from .generation import Api
+from .http_server import HttpServer
 from .policy import LeastLoaded
 from .prompts import ServedModel
-from .protocol import DeadlineProtocol
-from .reply import InFlight
+from .quota import QuotaLimits
+from .shutdown import Stop, wind_down
 
-BEAT_EVERY_S = 0.5
-GRACE_S = 5.0  # for running answers after SIGTERM
-KEEP_ALIVE_S = 75
-_FLUSH_S = 2  # for the last bytes of the last answers
-_SEND_BUFFER_BYTES = 128 * 2**10  # in the kernel for each connection: a client that does not read is noticed
-_BACKLOG = 2048
+REPORT_EVERY_S = 0.1
+BEAT_TICKS = 5
 
 log = structlog.get_logger(__name__)
 
@@ -55,6 +57,8 @@ class Reporter(Protocol):
     def ready(self, **details: object) -> None: ...
 
     def beat(self) -> None: ...
+
+    def send(self, event: Mapping[str, object]) -> None: ...
 
 
 @dataclass(slots=True, frozen=True)
@@ -73,36 +77,54 @@ class LoadedModel:
             max_model_len=config.max_model_len or model_config.max_model_len,
             vocab_size=model_config.vocab_size,
             defaults=SamplingDefaults.from_dir(config.model_dir),
+            deterministic=config.deterministic,
         )
         return cls(model, tokenizer)
 
 
-async def serve_router(config: RouterConfig, secret: bytes, lifeline: Reporter | None) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit code. Raises ConfigError for what cannot work."""
+async def serve_router(
+    config: RouterConfig,
+    secret: bytes,
+    lifeline: Reporter | None,
+    *,
+    http_socket: socket.socket | None = None,
+    admin_socket: socket.socket | None = None,
+) -> int:
+    """Serve until a signal; returns the exit code. Raises ConfigError for what cannot work.
+
+    The sockets listen already, where a launcher shares them between routers; else they are made here.
+    """
     check_exposure(config, secret)
-    with contextlib.closing(listen(Address(config.host, config.port))) as sock:
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(http_socket or listen(Address(config.host, config.port)))
+        if admin_socket is None and config.admin_port is not None:
+            admin_socket = listen(Address(config.admin_host, config.admin_port), setting="admin_port")
+        if admin_socket is not None:
+            stack.enter_context(admin_socket)
         loaded = await asyncio.to_thread(LoadedModel.from_config, config)
         clock = SystemClock()
         metrics = RouterMetrics(config.served_model_name)
-        dispatcher = Dispatcher(config, _policy(config), clock, metrics)
-        app = _application(config, loaded, dispatcher, metrics, clock)
-        control = _control(config, loaded.model, dispatcher, secret)
+        dispatcher = Dispatcher(config, _policy(config), clock, metrics, time_us=wall_time_us)
+        app = _application(config, loaded, dispatcher, metrics, clock, secret)
+        control = _control(config, loaded.model, dispatcher, secret, metrics)
         control_address = await _start_control(control, Address(config.control_host, config.control_port))
-        http_address = Address(config.host, sock.getsockname()[1])
-        http = HttpServer(app)
-        with _stop_signals() as stop:
-            try:
-                async with http.serving(sock):
-                    log.info("router_ready", http=str(http_address), control=str(control_address))
-                    beats = asyncio.create_task(_report(lifeline, http_address, control_address))
-                    try:
-                        await _until_stopped(stop, control)
-                        await _wind_down(http, dispatcher, app.state.api.in_flight)
-                    finally:
-                        beats.cancel()
-            finally:
-                await control.close()
-                app.state.api.prompts.close()
+        try:
+            async with contextlib.AsyncExitStack() as serving:
+                stop = serving.enter_context(Stop(config.drain_timeout_s).listening())
+                front = await serving.enter_async_context(HttpServer(app, books=_books(config, metrics)).serving(sock))
+                if admin_socket is not None:
+                    render = partial(_render, app.state.api, metrics)
+                    admin = build_admin(Admin(dispatcher, render, config.drain_timeout_s, lifeline), config.admin_keys)
+                    await serving.enter_async_context(HttpServer(admin).serving(admin_socket))
+                address = Address(config.host, sock.getsockname()[1])
+                log.info("router_ready", http=str(address), control=str(control_address))
+                reports = asyncio.create_task(_report(lifeline, dispatcher, address, control_address))
+                serving.callback(reports.cancel)
+                await _until_stopped(stop, control)
+                await wind_down(front, dispatcher, app.state.api.in_flight, stop)
+        finally:
+            await control.close()
+            app.state.api.close()
     return 0
 
 
@@ -113,6 +135,11 @@ def check_exposure(config: RouterConfig, secret: bytes) -> None:
             f"host: {config.host} is reachable from other machines and no API key is set; "
             "set --api-key (or KVFERRY_API_KEY), or listen on 127.0.0.1"
         )
+    if config.admin_port is not None and not config.admin_keys and not Address(config.admin_host, 0).is_loopback:
+        raise ConfigError(
+            f"admin_host: {config.admin_host} is reachable from other machines and no admin key is set; "
+            "set --admin-key (or KVFERRY_ADMIN_KEY), or listen on 127.0.0.1"
+        )
     if not secret and not Address(config.control_host, 0).is_loopback:
         raise ConfigError(
             f"control_host: {config.control_host} is reachable from other machines and no secret is set; "
@@ -120,75 +147,9 @@ def check_exposure(config: RouterConfig, secret: bytes) -> None:
         )
 
 
-def listen(address: Address) -> socket.socket:
-    """A listening socket; port 0 takes a free one."""
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)  # accepted sockets inherit it
-        sock.bind((address.host, address.port))
-        sock.listen(_BACKLOG)
-    except OSError as error:
-        sock.close()
-        raise ConfigError(f"port: cannot listen on {address}: {error.strerror or error}; set another --port") from error
-    return sock
-
-
-class HttpServer:
-    """uvicorn without its signal handlers: who runs it says when it ends."""
-
-    def __init__(self, app: FastAPI, *, protocol: type[DeadlineProtocol] = DeadlineProtocol) -> None:
-        config = uvicorn.Config(
-            app,
-            loop="none",
-            http=protocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=_FLUSH_S,
-            backlog=_BACKLOG,
-        )
-        self._server = _Uvicorn(config)
-
-    @contextlib.asynccontextmanager
-    async def serving(self, sock: socket.socket) -> AsyncIterator[None]:
-        """Accept connections on `sock` until the block ends or `stop` is called."""
-        task = asyncio.create_task(self._server.serve(sockets=[sock]))
-        try:
-            yield
-        finally:
-            self.stop()
-            await task
-
-    def stop(self) -> None:
-        """Accept nothing more; the answers under way go on."""
-        self._server.should_exit = True
-
-
-class _Uvicorn(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-async def _wind_down(http: HttpServer, dispatcher: Dispatcher, in_flight: InFlight) -> None:
-    """Running answers may end within GRACE_S; what is left is told an error."""
-    log.info("router_stopping", in_flight=len(in_flight))
-    in_flight.is_closing = True
-    http.stop()
-    await dispatcher.drain(GRACE_S)
-    in_flight.end_all()
-
-
-async def _until_stopped(stop: asyncio.Event, control: ControlServer) -> None:
+async def _until_stopped(stop: Stop, control: ControlServer) -> None:
     """Returns on a signal. Raises what ended the control server."""
-    waits = [asyncio.create_task(stop.wait()), asyncio.create_task(control.wait())]
+    waits = [asyncio.create_task(stop.asked.wait()), asyncio.create_task(control.wait())]
     try:
         done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -198,26 +159,24 @@ async def _until_stopped(stop: asyncio.Event, control: ControlServer) -> None:
             task.cancel()
 
 
-async def _report(lifeline: Reporter | None, http: Address, control: Address) -> None:
+async def _report(lifeline: Reporter | None, dispatcher: Dispatcher, http: Address, control: Address) -> None:
+    """Beats, and who is ready whenever that changes."""
     if lifeline is None:
         return
     lifeline.ready(http=str(http), control=str(control))
-    while True:
-        lifeline.beat()
-        await asyncio.sleep(BEAT_EVERY_S)
+    told: object = None
+    for number in count():
+        if number % BEAT_TICKS == 0:
+            lifeline.beat()
+        ready = {worker.worker_id: worker.hello.pid for worker in dispatcher.view().workers if worker.is_ready}
+        if (pools := {"event": "pools", "reasons": dispatcher.ready(), "workers": ready}) != told:
+            lifeline.send(pools)
+            told = pools
+        await asyncio.sleep(REPORT_EVERY_S)
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[asyncio.Event]:
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    try:
-        yield stop
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+def _render(api: Api, metrics: RouterMetrics) -> tuple[bytes, str]:
+    return metrics.render(api.backend.view(), num_in_flight=len(api.in_flight))
 
 
 def _policy(config: RouterConfig) -> LeastLoaded:
@@ -228,8 +187,20 @@ def _policy(config: RouterConfig) -> LeastLoaded:
     )
 
 
+def _books(config: RouterConfig, metrics: RouterMetrics) -> Connections:
+    fitting = connections_within_file_limit(config.max_connections)
+    if fitting < config.max_connections:
+        log.warning("open_files_limit", max_connections=fitting, asked=config.max_connections)
+    return Connections(fitting, config.max_connections_per_address, metrics)
+
+
 def _application(
-    config: RouterConfig, loaded: LoadedModel, dispatcher: Dispatcher, metrics: RouterMetrics, clock: Clock
+    config: RouterConfig,
+    loaded: LoadedModel,
+    dispatcher: Dispatcher,
+    metrics: RouterMetrics,
+    clock: Clock,
+    secret: bytes,
 ) -> FastAPI:
     return build_app(
         loaded.model,
@@ -239,16 +210,31 @@ def _application(
         api_keys=config.api_keys,
         clock=clock,
         seed=config.seed,
+        secret=secret,
+        quota=QuotaLimits(
+            config.max_concurrency_per_key,
+            config.requests_per_minute_per_key,
+            config.tokens_per_minute_per_key,
+        ),
+        share_prefix_cache=config.share_prefix_cache,
     )
 
 
-def _control(config: RouterConfig, model: ServedModel, dispatcher: Dispatcher, secret: bytes) -> ControlServer:
+def _control(
+    config: RouterConfig, model: ServedModel, dispatcher: Dispatcher, secret: bytes, metrics: RouterMetrics
+) -> ControlServer:
     return ControlServer(
         dispatcher,
-        Expected(version=__version__, model=config.served_model_name, max_model_len=config.max_model_len),
+        Expected(
+            version=__version__,
+            model=config.served_model_name,
+            max_model_len=config.max_model_len,
+            deterministic=config.deterministic,
+        ),
         router_id=f"router-{uuid.uuid4().hex[:12]}",
         frame_bytes=max_frame_bytes(model.max_model_len),
         secret=secret,
+        count_refusal=metrics.on_handshake_refused,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
-from .errors import clip
+from .errors import clip, shown
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -17,6 +17,8 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_PROMPTS = 256
+MAX_TEMPLATE_CHARS = 256
+MAX_TEMPLATE_INT = 1_000_000
 TEMPLATE_KWARGS = frozenset(
     {
         "enable_thinking",
@@ -36,7 +38,7 @@ def _stops(value: object) -> object:
             raise ValueError(f"at most {MAX_STOPS} stop strings, got {len(stops)}")
         for stop in stops:
             if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_CHARS:
-                raise ValueError(f"a stop is a string of 1 to {MAX_STOP_CHARS} characters, got {clip(str(stop))}")
+                raise ValueError(f"a stop is a string of 1 to {MAX_STOP_CHARS} characters, got {shown(stop)}")
     return stops
 
 
@@ -80,9 +82,16 @@ def _template_kwargs(value: object) -> object:
         for key, item in value.items():
             if key not in TEMPLATE_KWARGS:
                 raise ValueError(f"{clip(key)} is not one of {', '.join(sorted(TEMPLATE_KWARGS))}")
-            if not isinstance(item, (bool, int, str)) or len(str(item)) > 256:
-                raise ValueError(f"the value of {key} must be a bool, an int or a string of at most 256 characters")
+            if not isinstance(item, (bool, int, str)) or _is_large(item):
+                raise ValueError(
+                    f"the value of {key} must be a bool, an int of at most {MAX_TEMPLATE_INT} "
+                    f"or a string of at most {MAX_TEMPLATE_CHARS} characters"
+                )
     return value
+
+
+def _is_large(item: int | str) -> bool:
+    return len(item) > MAX_TEMPLATE_CHARS if isinstance(item, str) else abs(item) > MAX_TEMPLATE_INT
 
 
 Stops = Annotated[list[str], BeforeValidator(_stops)]

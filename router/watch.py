@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from enum import Enum
 
-from .live import Blame, Live
+from .failures import Blame
+from .live import Live
 from .pools import Pools, Worker
 from .request import RequestStatus, StreamError
 
@@ -65,8 +66,8 @@ def _missing_answer(live: Live, now_s: float) -> Blame | None:
     if live.answer_due_s is None or now_s < live.answer_due_s:
         return None
     assert live.decode is not None
-    if live.lost_prefill:
-        return Blame("worker_lost", live.lost_prefill)
+    if live.lost_prefill is not None:
+        return live.lost_prefill
     return Blame("no_answer", f"decode worker {live.decode.worker_id} did not answer in time")
 
 

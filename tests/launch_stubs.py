@@ -1,6 +1,6 @@
 """Stand-ins for router and worker: they keep the launcher's contract and do nothing else.
 
-    python launch_stubs.py router|worker --config-json JSON --lifeline-fd N
+    python launch_stubs.py router|worker --config-json JSON --lifeline-fd N [--http-fd N]
 
 What a stub should do wrong comes in the model's name, so that every life of it does the same.
 """
@@ -9,27 +9,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from kvferry.common.lifeline import Lifeline
-
-
-class Ready(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b"{}")
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
 
 def note(config: dict[str, Any], name: str, **facts: object) -> None:
@@ -39,20 +30,42 @@ def note(config: dict[str, Any], name: str, **facts: object) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def run_router(config: dict[str, Any], lifeline: Lifeline) -> None:
-    server = ThreadingHTTPServer((config["host"], config["port"]), Ready)
-    note(config, "router")
-    control = config["control_port"] or 4242  # nothing connects
-    lifeline.ready(http=f"127.0.0.1:{server.server_port}", control=f"127.0.0.1:{control}")
+def end(config: dict[str, Any], number: int) -> None:
+    """As it is told to."""
+    folder = Path(config.get("model_dir") or config["engine"]["model_dir"])
+    line = json.dumps({"name": config.get("worker_id", "router"), "signal": number})
+    with (folder / "signals.jsonl").open("a") as file:
+        file.write(line + "\n")
+    os._exit(0)
+
+
+def run_router(config: dict[str, Any], lifeline: Lifeline, http_fd: int) -> None:
+    """It has as ready whoever began a life last, by the file of lives."""
+    note(config, "router", http_fd=http_fd)
+    sock = socket.socket(fileno=http_fd)
+    lifeline.ready(
+        http=f"127.0.0.1:{sock.getsockname()[1]}", control=f"127.0.0.1:{config['control_port'] or 4242}"
+    )  # nothing connects
     beat(lifeline)
-    server.serve_forever()
+    lives = Path(config["model_dir"]) / "lives.jsonl"
+    told = None
+    while True:
+        workers = {life["name"]: life["pid"] for life in map(json.loads, lives.read_text().splitlines())}
+        workers.pop("router")
+        if workers != told:
+            lifeline.send({"event": "pools", "reasons": [], "workers": workers})
+        told = workers
+        threading.Event().wait(0.05)
 
 
 def run_worker(config: dict[str, Any], lifeline: Lifeline) -> None:
     engine = config["engine"]
     fault = engine["served_model_name"]
+    with contextlib.suppress(FileNotFoundError):  # what goes wrong from some life on
+        fault = (Path(engine["model_dir"]) / "fault").read_text()
     if fault == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     follower = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
     note(engine, config["worker_id"], follower=follower.pid, routers=config["routers"])
     if fault == "unknown model":
@@ -92,10 +105,16 @@ def main() -> None:
     parser.add_argument("kind")
     parser.add_argument("--config-json")
     parser.add_argument("--lifeline-fd", type=int)
+    parser.add_argument("--http-fd", type=int)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    run = run_router if arguments.kind == "router" else run_worker
-    run(json.loads(arguments.config_json), Lifeline.from_fd(arguments.lifeline_fd))
+    config = json.loads(arguments.config_json)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: end(config, number))
+    lifeline = Lifeline.from_fd(arguments.lifeline_fd)
+    if arguments.kind == "router":
+        run_router(config, lifeline, arguments.http_fd)
+    else:
+        run_worker(config, lifeline)
 
 
 if __name__ == "__main__":

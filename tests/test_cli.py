@@ -25,6 +25,7 @@ SERVE_FLAGS = """
 --chat-template --revision --device --seed --api-key --log-level --config --load-format --prefill --decode
 --prefill-tensor-parallel-size --decode-tensor-parallel-size --launcher --ray-address --transfer
 --max-local-prefill-tokens --no-local-prefill --secret-file --dry-run --kv-cache-dtype --enforce-eager
+--routers --drain-timeout --admin-port --admin-host --admin-key
 """.split()
 
 
@@ -95,7 +96,7 @@ def test_version(run: Run) -> None:
 def test_help_names_every_command(run: Run) -> None:
     result = run("--help")
     assert result.returncode == 0
-    for command in ("serve", "router", "prefill", "decode", "bench", "doctor", "config"):
+    for command in ("serve", "router", "prefill", "decode", "bench", "chaos", "doctor", "config"):
         assert re.search(rf"│ {command}\s", result.stdout), command
 
 
@@ -112,7 +113,7 @@ def test_names_are_not_cut_on_a_narrow_terminal(run: Run) -> None:
     assert "…" not in help_text
 
 
-@pytest.mark.parametrize("command", ["router", "prefill", "decode", "doctor", "config", "bench"])
+@pytest.mark.parametrize("command", ["router", "prefill", "decode", "doctor", "config", "bench", "chaos"])
 def test_each_command_has_help(run: Run, command: str) -> None:
     result = run(command, "--help")
     assert result.returncode == 0, result.stderr

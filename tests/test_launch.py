@@ -38,6 +38,7 @@ class Recorder:
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, object]]] = []
         self.serving: list[Address] = []
+        self.notes: list[str] = []
         self._changed = asyncio.Event()
 
     def on_event(self, name: str, event: dict[str, object]) -> None:
@@ -52,13 +53,17 @@ class Recorder:
         self._changed.set()
 
     def note(self, text: str) -> None:
-        pass
+        self.notes.append(text)
+        self._changed.set()
 
     def done(self) -> None:
         pass
 
     def of(self, name: str, kind: str) -> list[dict[str, object]]:
         return [event for who, event in self.events if who == name and event["event"] == kind]
+
+    async def until_ready(self, name: str, num_times: int) -> None:
+        await self.until(lambda: len(self.of(name, "ready")) == num_times)
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(WAIT_S):
@@ -67,9 +72,15 @@ class Recorder:
                 await self._changed.wait()
 
 
-def deployment(tmp_path: Path, name: str = "fine", *, prefill: int = 1, decode: int = 1) -> Deployment:
+def deployment(
+    tmp_path: Path, name: str = "fine", *, prefill: int = 1, decode: int = 1, routers: int = 1
+) -> Deployment:
     settings = ServeSettings(
-        port=0, prefill=PoolSettings(workers=prefill), decode=PoolSettings(workers=decode), api_key=("k" * 8,)
+        port=0,
+        prefill=PoolSettings(workers=prefill),
+        decode=PoolSettings(workers=decode),
+        routers=routers,
+        api_key=("k" * 8,),
     )
     return fit_to_host(plan(settings, tmp_path, name, b"s" * 16), Host(num_cpus=4, free_memory_bytes=1 << 30))
 
@@ -82,6 +93,11 @@ def lives(tmp_path: Path, name: str | None = None) -> list[dict[str, Any]]:
 def processes(tmp_path: Path) -> list[int]:
     """Of all lives so far, with what they started themselves."""
     return [life[key] for life in lives(tmp_path) for key in ("pid", "follower") if key in life]
+
+
+def socket_of(pid: int, fd: int) -> str:
+    """The kernel's name of a process's open socket."""
+    return os.readlink(f"/proc/{pid}/fd/{fd}")
 
 
 async def until_gone(pids: list[int]) -> None:
@@ -103,7 +119,7 @@ async def until_gone(pids: list[int]) -> None:
 
 
 @asynccontextmanager
-async def running(plan: Deployment, recorder: Recorder) -> AsyncIterator[LocalLauncher]:
+async def running(plan: Deployment, recorder: Recorder, times: ChildTimes = TIMES) -> AsyncIterator[LocalLauncher]:
     launcher = LocalLauncher(
         plan,
         environment(),
@@ -112,7 +128,7 @@ async def running(plan: Deployment, recorder: Recorder) -> AsyncIterator[LocalLa
         on_serving=recorder.on_serving,
         router_program=ROUTER,
         worker_program=WORKER,
-        times=TIMES,
+        times=times,
     )
     task = asyncio.create_task(launcher.run())
     task.add_done_callback(lambda _: recorder.wake())
@@ -167,10 +183,81 @@ async def test_killed_worker_comes_back_under_its_name(tmp_path: Path) -> None:
 async def test_restarted_router_keeps_its_ports(tmp_path: Path) -> None:
     recorder = Recorder()
     async with running(deployment(tmp_path), recorder) as launcher:
-        before = launcher.router.http, launcher.router.control
+        before = launcher.routers.http, launcher.routers.controls
         os.kill(lives(tmp_path, "router")[0]["pid"], signal.SIGKILL)
         await recorder.until(lambda: len(recorder.of("router", "ready")) == 2)
-        assert (launcher.router.http, launcher.router.control) == before
+        assert (launcher.routers.http, launcher.routers.controls) == before
+
+
+async def test_routers_share_one_socket_and_every_worker_knows_them_all(tmp_path: Path) -> None:
+    async with running(deployment(tmp_path, routers=3), Recorder()) as launcher:
+        assert [child.name for child in launcher.routers.children] == ["router-0", "router-1", "router-2"]
+        assert len({socket_of(life["pid"], life["http_fd"]) for life in lives(tmp_path, "router")}) == 1
+        assert all(len(life["routers"]) == 3 for life in lives(tmp_path, "p-0"))
+        assert launcher.routers.http.port > 0
+
+
+async def test_rolling_restart_takes_one_after_the_other_and_waits_for_it(tmp_path: Path) -> None:
+    recorder = Recorder()
+    async with running(deployment(tmp_path, prefill=2, decode=1, routers=2), recorder) as launcher:
+        num_before = len(recorder.events)
+        launcher.restart()
+        launcher.restart()  # one is enough
+        await recorder.until(lambda: any("done" in note for note in recorder.notes))
+        steps = [(who, event["event"]) for who, event in recorder.events[num_before:] if event["event"] != "progress"]
+        names = ["p-0", "p-1", "d-0", "router-0", "router-1"]
+        assert steps == [(name, step) for name in names for step in ("restart", "started", "ready")]
+        assert all(event["delay_s"] == 0 for _, event in recorder.events[num_before:] if event["event"] == "restart")
+        assert sum("one is under way" in note for note in recorder.notes) == 1
+        assert [note for note in recorder.notes if " 3/5: " in note] == ["rolling restart 3/5: d-0 drains"]
+
+
+async def test_rolling_restart_stops_at_what_does_not_come_back(tmp_path: Path) -> None:
+    recorder = Recorder()
+    async with running(deployment(tmp_path, prefill=1, decode=1), recorder) as launcher:
+        (tmp_path / "fault").write_text("crash")
+        launcher.restart()
+        await recorder.until(lambda: any("stopped" in note for note in recorder.notes))
+        assert "p-0 did not come back" in recorder.notes[-1]
+        assert len(lives(tmp_path, "d-0")) == 1
+        (tmp_path / "fault").unlink()
+        await recorder.until(lambda: len(recorder.of("p-0", "ready")) == 2)  # it is still being started
+
+
+@pytest.mark.parametrize(("end", "number"), [("stop", signal.SIGINT), ("drain", signal.SIGTERM)])
+async def test_children_are_told_whether_to_drain(tmp_path: Path, end: str, number: signal.Signals) -> None:
+    async with running(deployment(tmp_path), Recorder()) as launcher:
+        getattr(launcher, end)()
+        await until_gone([life["pid"] for life in lives(tmp_path)])
+    told = [json.loads(line) for line in (tmp_path / "signals.jsonl").read_text().splitlines()]
+    assert sorted(line["name"] for line in told) == ["d-0", "p-0", "router"]
+    assert {line["signal"] for line in told} == {number}
+
+
+async def test_a_drain_that_lasts_is_cut_short_by_a_second_signal(tmp_path: Path) -> None:
+    recorder = Recorder()
+    async with running(deployment(tmp_path, "stubborn"), recorder, ChildTimes(drain_s=1000.0)) as launcher:
+        launcher.drain()
+        launcher.stop()
+    await until_gone(processes(tmp_path))
+
+
+async def test_what_served_for_a_while_comes_back_at_once_and_a_crash_loop_waits_longer_each_time(
+    tmp_path: Path,
+) -> None:
+    recorder = Recorder()
+    times = ChildTimes(first_backoff_s=0.01, stable_after_s=3600.0)
+    async with running(deployment(tmp_path), recorder, times) as launcher:
+        for number in range(2, 5):
+            os.kill(lives(tmp_path, "p-0")[-1]["pid"], signal.SIGKILL)
+            await recorder.until_ready("p-0", number)
+        assert [event["delay_s"] for event in recorder.of("p-0", "restart")] == [0.01, 0.02, 0.04]
+        assert launcher.workers[0].num_restarts == 3
+    recorder, patient = Recorder(), ChildTimes(first_backoff_s=1000.0, stable_after_s=0.0)
+    async with running(deployment(tmp_path), recorder, patient):
+        os.kill(lives(tmp_path, "p-0")[-1]["pid"], signal.SIGKILL)
+        await recorder.until(lambda: len(recorder.of("p-0", "ready")) == 2)
+        assert recorder.of("p-0", "restart")[0]["delay_s"] == 0
 
 
 async def test_worker_that_stops_beating_is_killed_and_started_again(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ one run of bytes (one `Piece`); else a head range is two runs, one in K and one 
 
 A backend moves bytes and nothing else: rights, leases and reuse of blocks are the sender's and the receiver's.
 A backend is used by one thread at a time (the transfer thread), except `register` and `close`.
+
+`rotate` is the fence of handoffs: bytes that were on their way to the destroyed agent go nowhere (measured for UCX over
+TCP; forgetting the peer, deregistering the memory or the writer's death leave them on their way).
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ class TransferBackend(Protocol):
 
     name: str  # "nixl", "ucx", "local"
     agent: str
+    copies_itself: bool  # into other processes of this host, by system calls of ours: no agent of theirs stops that
 
     @property
     def telemetry_bytes(self) -> int:
@@ -56,6 +60,15 @@ class TransferBackend(Protocol):
 
     def register(self, pages: torch.Tensor, *, rank: int, tp_size: int, generation: int) -> RegionInfo:
         """Register the allocation [layers, blocks, 2, heads, block_size, head_dim] and describe it for peers."""
+        ...
+
+    def rotate(self, generation: int) -> RegionInfo:
+        """Destroy the agent and register the same allocation with a new one, whose name carries `generation`.
+
+        What was on its way to or from the old agent goes nowhere: pending writes of ours have FAILED, unread
+        notifications are lost, peers are connected anew. Raises TransferError where no agent can be made now (an
+        interface is down): then there is none, and a later try with a higher generation may succeed.
+        """
         ...
 
     def connect(self, remote: RegionInfo, pieces: tuple[Piece, ...]) -> None:
@@ -93,11 +106,21 @@ class TransferBackend(Protocol):
         ...
 
 
+def rotated_name(agent: str, generation: int) -> str:
+    """The name of the agent that follows `agent`: the same but for its generation."""
+    life, _, rank = agent.rsplit(".", 2)
+    return f"{life}.{generation}.{rank}"
+
+
 def page_rows(pages: torch.Tensor) -> torch.Tensor:
     """The allocation as bytes, one page in each row: [layers * blocks, page_bytes] uint8, the same memory."""
     assert pages.dim() == 6 and pages.is_contiguous(), tuple(pages.shape)
     num_pages = pages.shape[0] * pages.shape[1]
     return pages.view(-1).view(torch.uint8).view(num_pages, -1)
+
+
+def page_num_bytes(pages: torch.Tensor) -> int:
+    return pages[0, 0].numel() * pages.element_size()
 
 
 def describe_region(
@@ -112,7 +135,7 @@ def describe_region(
         agent_metadata=metadata,
         base_addr=pages.data_ptr(),
         num_blocks=pages.shape[1],
-        page_bytes=pages[0, 0].numel() * pages.element_size(),
+        page_bytes=page_num_bytes(pages),
         device="VRAM" if pages.is_cuda else "DRAM",
         device_id=pages.device.index or 0,
         transport=transport,

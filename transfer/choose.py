@@ -7,13 +7,21 @@ import os
 from ..common.errors import ConfigError
 from .base import TransferBackend
 
+# Transports of UCX at whose other end somebody must listen, or copies only within one process.
+_THROUGH_AGENTS = {"tcp", "self", "posix", "sysv", "cuda_copy", "gdr_copy", "ib", "srd"} | {
+    kind + variant for kind in ("rc", "ud", "dc") for variant in ("", "_verbs", "_mlx5", "_v", "_x")
+}
+
 
 def open_backend(name: str, agent: str) -> TransferBackend:
     """The backend of that name for `agent`. Raises ConfigError where its package is missing."""
     if name == "nixl":
         from .nixl import NixlBackend
 
-        return NixlBackend(agent, use_host_memory=allows_host_memory(os.environ.get("UCX_TLS", "all")))
+        transports = os.environ.get("UCX_TLS", "all")
+        return NixlBackend(
+            agent, use_host_memory=allows_host_memory(transports), copies_itself=allows_own_copies(transports)
+        )
     if name == "ucx":
         from .ucx import UcxBackend
 
@@ -26,6 +34,17 @@ def allows_host_memory(transports: str) -> bool:
     names = set(transports.removeprefix("^").split(","))
     is_named = not names.isdisjoint({"all", "sm", "shm", "cma"})
     return not is_named if transports.startswith("^") else is_named
+
+
+def allows_own_copies(transports: str) -> bool:
+    """Whether with this UCX_TLS a process may write into another's memory, or its GPU's, without an agent over there.
+
+    In doubt it may.
+    """
+    names = set(transports.removeprefix("^").split(","))
+    if transports.startswith("^"):
+        return names.isdisjoint({"sm", "shm"}) or names.isdisjoint({"cuda", "cuda_ipc"})
+    return not names <= _THROUGH_AGENTS
 
 
 def set_ucx_defaults(*, loopback_only: bool) -> None:

@@ -1,14 +1,15 @@
 """What tensor-parallel followers and rank 0 say to each other about transfers.
 
-    rank 0 -> follower   FollowerSetup at the start; then Watch (decode), or the commands of `prefill.shipping`
-    follower -> rank 0   FollowerRegion once; then PeerMessage, SourceFree (prefill), RankArrived (decode)
+    rank 0 -> follower   FollowerSetup at the start; then Watch, Rotate (decode), or the commands of `prefill.shipping`
+    follower -> rank 0   FollowerRegion once; then PeerMessage, SourceFree (prefill), RankArrived, Rotated (decode)
 
 Bytes of msgspec over the rank group's own socket pair; each rank has an agent and a transfer thread of its own.
 """
 
 from __future__ import annotations
 
-from ..common.messages import Decoder, KVArrived, KVClosed, Message, RegionInfo
+from ..common.messages import Decoder, KVArrived, KVClosed, Message, ProcessMark, RegionInfo
+from .arrivals import Verdict
 
 
 class FollowerSetup(Message):
@@ -23,6 +24,7 @@ class FollowerSetup(Message):
 
 class FollowerRegion(Message):
     region: RegionInfo
+    process: ProcessMark | None = None  # whose end is to be seen: it may copy into other processes' memory
 
 
 class PeerMessage(Message):
@@ -39,10 +41,24 @@ class SourceFree(Message):
 class RankArrived(Message):
     rank: int
     message: KVArrived
+    verdict: Verdict = Verdict.UNCHECKED
 
 
 class Watch(Message):
     on: bool
+
+
+class Rotate(Message):
+    """Replace the agent, answered by Rotated."""
+
+    generation: int
+
+
+class Rotated(Message):
+    rank: int
+    generation: int
+    region: RegionInfo | None = None  # None: there is no agent now
+    reason: str = ""
 
 
 class TransferBroke(Message):
@@ -51,7 +67,7 @@ class TransferBroke(Message):
     reason: str
 
 
-FollowerMessage = FollowerRegion | PeerMessage | SourceFree | RankArrived | TransferBroke
+FollowerMessage = FollowerRegion | PeerMessage | SourceFree | RankArrived | Rotated | TransferBroke
 follower_messages: Decoder[FollowerMessage] = Decoder(FollowerMessage)
 
 

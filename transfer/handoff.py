@@ -1,7 +1,10 @@
 """What both sides of a handoff must agree on: fit, page addresses, head slices, who writes to whom, grants.
 
-    decode worker   mint_grant ─> Grant ─> router ─> PrefillTask ─> check_grant   prefill worker
-                    check_compatible, is_minted <─ KVOpen <────────────────────┘
+    decode worker   mint_grant ─> Grant ─> router ─> PrefillTask ─> check_grant, open_mac   prefill worker
+                    check_compatible, is_minted <─ KVOpen <──────────────────────────┘
+
+A grant's mac covers everything in it and the (request, attempt) that it is for. The mac of a KVOpen is made from it and
+from what the prefill worker read: a grant that was forged, altered on its way or meant for another opens nothing.
 
 Pure functions; the protocol's states are in `receiver.py` and `sender.py`.
 """
@@ -19,6 +22,18 @@ import numpy.typing as npt
 from ..common.blocks import KVCacheSpec
 from ..common.messages import GrantInfo, RegionInfo
 from .base import Indices, Piece
+
+# Why a KVOpen is refused, as it is counted:
+REJECTS = (
+    "ended",  # the grant is over, of another life of the worker, or was never given
+    "mac",  # it was forged, altered, or is another request's
+    "reused",  # somebody opened it before
+    "draining",
+    "fenced_peer",  # what this prefill worker left in quarantine is older than a second
+    "checksum",  # it makes none, and they are required
+    "incompatible",
+    "process",  # its processes are said to be of this host and are not found
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +142,28 @@ def targets_of(rank: int, tp_size: int, grant: GrantInfo) -> list[tuple[RegionIn
     return found
 
 
-def mint_grant(key: bytes, grant: GrantInfo) -> GrantInfo:
+def _digest(grant: GrantInfo, request_id: str, attempt: int) -> bytes:
+    """All that a grant promises, and to whom: its incarnation and epoch, its blocks, tokens, regions and expiry."""
+    named = (request_id, attempt, msgspec.structs.replace(grant, mac=b""))
+    return hashlib.blake2b(msgspec.msgpack.encode(named)).digest()
+
+
+def mint_grant(key: bytes, grant: GrantInfo, request_id: str, attempt: int) -> GrantInfo:
     """The grant with its mac; `key` never leaves the decode worker's process."""
-    named = (grant.grant_id, grant.block_ids, grant.num_tokens, grant.num_computed_tokens)
-    return msgspec.structs.replace(grant, mac=hashlib.blake2b(msgspec.msgpack.encode(named), key=key).digest())
+    mac = hashlib.blake2b(_digest(grant, request_id, attempt), key=key).digest()
+    return msgspec.structs.replace(grant, mac=mac)
 
 
-def is_minted(key: bytes, grant: GrantInfo, mac: bytes) -> bool:
-    """Whether `mac` was minted with `key` for this very grant."""
-    return hmac.compare_digest(mint_grant(key, grant).mac, mac)
+def open_mac(grant: GrantInfo, request_id: str, attempt: int) -> bytes:
+    """Shows that we hold a minted grant, and that we read in it, and ship under it, what the decode worker meant."""
+    return hashlib.blake2b(_digest(grant, request_id, attempt), key=grant.mac).digest()
+
+
+def is_minted(key: bytes, grant: GrantInfo, request_id: str, attempt: int, mac: bytes) -> bool:
+    """Whether `mac` is the `open_mac` of this very grant as it was minted with `key` for this attempt."""
+    return hmac.compare_digest(open_mac(mint_grant(key, grant, request_id, attempt), request_id, attempt), mac)
+
+
+def moved_grant(grant: GrantInfo, ranks: tuple[RegionInfo, ...]) -> GrantInfo:
+    """The grant with the regions that a KVOpened names; they are those of the grant where it names none."""
+    return msgspec.structs.replace(grant, ranks=ranks) if ranks else grant

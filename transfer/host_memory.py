@@ -9,7 +9,8 @@ UCX's way between processes of a host is the same system call, one for each piec
 A window is opened only where random bytes are read back from the other process, so whatever forbids the access
 (another host, another namespace of processes, the kernel's rules for tracing) means that there is none. Processes in
 different network namespaces are taken for different hosts. A write has ended when the call returns: what failed does
-not land later, and a process that has ended is not written to, even if another has its number by then.
+not land later, and a process that has ended is not written to, even if another has its number by then. Nothing that
+the other process does stops a write that was begun: how it makes sure that none is left is told in `fencing.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import ctypes
 import os
 import secrets
 import select
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -28,6 +30,7 @@ import numpy.typing as npt
 from ..common.messages import U64, Count, Name
 from .base import Piece
 
+SMALL_PIECE_BYTES = 128 << 10  # on average: below it, moving the pieces together is worth the vector's making
 _MARK_BYTES = 16
 _MAX_PIECES = 1024  # of one call: IOV_MAX
 
@@ -132,6 +135,21 @@ def paired_runs(
     ours = [here.runs(local, 1, piece.local_offset, piece.num_bytes) for piece in pieces]
     theirs = [there.runs(remote, 1, piece.remote_offset, piece.num_bytes) for piece in pieces]
     return np.concatenate(ours), np.concatenate(theirs)
+
+
+class PageWindow(NamedTuple):
+    """Our pages, and a peer's in its memory on this host."""
+
+    window: HostWindow
+    here: PageArea
+    there: PageArea
+    pieces: tuple[Piece, ...]
+
+    def write_small(self, local_pages: Sequence[int], remote_pages: Sequence[int]) -> int | None:
+        """None: the pieces are so large that each may be a call of its own. Raises OSError."""
+        local, remote = np.asarray(local_pages, dtype=np.int32), np.asarray(remote_pages, dtype=np.int32)
+        ours, theirs = paired_runs(self.here, local, self.there, remote, self.pieces)
+        return self.window.write(ours, theirs) if ours[:, 1].mean() < SMALL_PIECE_BYTES else None
 
 
 def _host() -> str:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from typing import NamedTuple, TypeVar
 
 from ..common.blocks import BlockPool
+from ..common.messages import GrantId
 from ..common.request import BlockId
 from .reservation import Reservation, ReservationState
 
@@ -30,8 +31,9 @@ class EndedAttempt(NamedTuple):
 class Ledger:
     """Knows what is promised, waits and lies in quarantine. Owns no block and decides nothing but `shortage`."""
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, worker_id: str, incarnation: int) -> None:
         self._pool = pool
+        self._worker = (worker_id, incarnation)
         self.live: dict[int, Reservation] = {}  # by epoch: GRANTED, OPEN, ARRIVED and DOOMED
         self.arrived: list[Reservation] = []  # in the order of arrival
         self._by_request: dict[str, Reservation] = {}  # by request id: GRANTED, OPEN and ARRIVED
@@ -55,9 +57,17 @@ class Ledger:
         """Nothing of it is left that a writer could touch."""
         del self.live[reservation.grant.grant_id.epoch]
         if reservation.writer is not None:
-            _remember(self._ended_opens, reservation.writer.open_id, reservation.writer.session)
+            self.remember_open(reservation.writer.open_id, reservation.writer.session)
+
+    def remember_open(self, open_id: int, session: str) -> None:
+        """It is over, or never was."""
+        _remember(self._ended_opens, open_id, session)
 
     # --- looking up ---------------------------------------------------------------------------------------
+
+    def find(self, grant_id: GrantId) -> Reservation | None:
+        """By a grant of ours that has not ended."""
+        return self.live.get(grant_id.epoch) if (grant_id.worker_id, grant_id.incarnation) == self._worker else None
 
     def of_request(self, request_id: str) -> Reservation | None:
         """The reservation of the request that may still be adopted."""
@@ -81,6 +91,15 @@ class Ledger:
         ended, known = self._ended_attempts.get(request_id), self._by_request.get(request_id)
         return (ended is not None and attempt <= ended.attempt) or (known is not None and attempt <= known.spec.attempt)
 
+    def quarantine_s(self, now: float, incarnation: int | None = None) -> float:
+        """Age of the oldest quarantine (of one prefill worker's incarnation); 0 where there is none."""
+        since = [
+            reservation.since
+            for reservation in self.in_state(ReservationState.DOOMED)
+            if reservation.writer and incarnation in (None, reservation.writer.incarnation)
+        ]
+        return now - min(since) if since else 0.0
+
     # --- counting -----------------------------------------------------------------------------------------
 
     @property
@@ -92,17 +111,25 @@ class Ledger:
     def num_quarantined_blocks(self) -> int:
         return sum(len(reservation.block_ids) for reservation in self.in_state(ReservationState.DOOMED))
 
-    def shortage(self, num_total: int, hits: list[BlockId], growth_reserve: int) -> str | None:
-        """Why `num_total` blocks, of which `hits` are here, cannot be promised now; None if they can."""
+    def shortage(
+        self, num_total: int, hits: list[BlockId], growth_reserve: int, *, without_quarantine: bool = False
+    ) -> str | None:
+        """Why `num_total` blocks, of which `hits` are here, cannot be promised now; None if they can.
+
+        `without_quarantine`: as if what lies in quarantine were free.
+        """
         num_new = num_total - len(hits)
+        num_quarantined = self.num_quarantined_blocks
         num_free = self._pool.num_free_blocks - self._pool.num_evictable(hits)
+        if without_quarantine:
+            num_free, num_quarantined = num_free + num_quarantined, 0
         if num_total > self._pool.num_blocks:
             return "never_fits"
         if num_new > num_free:
             return "blocks"
         if num_new + growth_reserve > num_free:
             return "growth"
-        num_promised = self.num_granted_blocks + self.num_quarantined_blocks
+        num_promised = self.num_granted_blocks + num_quarantined
         if num_promised + num_new > MAX_PROMISED_SHARE * self._pool.num_blocks:
             # One promise may be larger than the share: else a long prompt could never pass.
             return "growth" if any(reservation.is_promise for reservation in self.live.values()) else None

@@ -2,8 +2,11 @@
 
 All agents hang on one `LocalNetwork`, which can misbehave towards an agent in the ways that real ones do:
 
-    HOLD   writes stay pending; they land when the fault is cleared, whatever happened to the agent meanwhile
+    HOLD   writes stay pending; they land when the fault is cleared, if the agent is still there by then: also those
+           of a writer that has died meanwhile
     FAIL   writes fail at once, and their bytes land all the same when the fault is cleared
+    STALL  as HOLD; but a writer that copies by itself stands still: its bytes land when the fault is cleared,
+           whatever became of the agent, unless the writer's process has ended (`end_process`)
     DROP   notifications are lost
     GONE   posting and notifying raise, as to a dead peer
 
@@ -21,12 +24,13 @@ import torch
 from ..common.clock import Clock
 from ..common.errors import TransferError
 from ..common.messages import RegionInfo
-from .base import Piece, TransferHandle, TransferState, describe_region, page_rows
+from .base import Piece, TransferHandle, TransferState, describe_region, page_rows, rotated_name
 
 
 class LocalFault(Enum):
     HOLD = "hold"
     FAIL = "fail"
+    STALL = "stall"
     DROP = "drop"
     GONE = "gone"
 
@@ -43,6 +47,8 @@ class LocalHandle:
     notify: bytes
     num_bytes: int
     done_at: float
+    agent: str  # of the target when this was posted
+    is_copy: bool = False  # made by the writer's own process: no agent of the target's takes part
     state: TransferState = TransferState.PENDING
     landed: bool = False
 
@@ -64,7 +70,8 @@ class LocalNetwork:
 
     def __init__(self, clock: Clock | None = None, bytes_per_s: float | None = None) -> None:
         self.agents: dict[str, LocalBackend] = {}
-        self.late: list[LocalHandle] = []  # held or failed writes that have not landed
+        self.late: list[LocalHandle] = []  # held, stalled or failed writes that have not landed
+        self.can_make_agents = True
         self.on_post: Callable[[LocalHandle], None] | None = None  # tests look here at who owns the blocks,
         self.on_land: Callable[[LocalHandle], None] | None = None  # and here, before the bytes land
         self._faults: dict[str, LocalFault] = {}
@@ -80,18 +87,29 @@ class LocalNetwork:
         self._faults.pop(agent, None)
         late, self.late = self.late, []
         for handle in late:
-            if handle.target.agent == agent:
+            if handle.agent == agent:
                 handle.land()
             else:
                 self.late.append(handle)
 
     def forget(self, agent: str) -> None:
-        """The agent is gone, and what was on its way to it."""
+        """The agent is gone, and what was on its way to it; not what writers copy by themselves."""
         self.agents.pop(agent, None)
+        self._drop(lambda handle: handle.agent == agent and not handle.is_copy)
+
+    def forget_memory(self, target: LocalBackend) -> None:
+        """The target's process has ended: nothing can be written there."""
+        self._drop(lambda handle: handle.target is target)
+
+    def end_process(self, source: LocalBackend) -> None:
+        """The writer's process has ended: its own copies end with it, what it gave to the network does not."""
+        self._drop(lambda handle: handle.source is source and handle.is_copy)
+
+    def _drop(self, is_lost: Callable[[LocalHandle], bool]) -> None:
         for handle in self.late:
-            if handle.target.agent == agent:
+            if is_lost(handle):
                 handle.state = TransferState.FAILED
-        self.late = [handle for handle in self.late if handle.target.agent != agent]
+        self.late = [handle for handle in self.late if not is_lost(handle)]
 
     def fault(self, agent: str) -> LocalFault | None:
         return LocalFault.GONE if agent not in self.agents else self._faults.get(agent)
@@ -113,10 +131,14 @@ class LocalBackend:
 
     name = "local"
 
-    def __init__(self, agent: str, network: LocalNetwork) -> None:
+    def __init__(self, agent: str, network: LocalNetwork, *, copies_itself: bool = False) -> None:
+        """`copies_itself`: as a process does that is on one host with the agents that it writes to."""
         self.agent = agent
+        self.copies_itself = copies_itself
         self.telemetry_bytes = 0
         self.rows = torch.empty(0)  # [num_pages, page_bytes] uint8
+        self._pages = torch.empty(0)
+        self._rank, self._tp_size = 0, 1
         self.network = network
         self._pieces: dict[str, tuple[Piece, ...]] = {}
         self._inbox: list[tuple[str, bytes]] = []
@@ -124,13 +146,30 @@ class LocalBackend:
 
     def register(self, pages: torch.Tensor, *, rank: int, tp_size: int, generation: int) -> RegionInfo:
         self.rows = page_rows(pages)
+        self._pages, self._rank, self._tp_size = pages, rank, tp_size
+        return self._region(generation)
+
+    def rotate(self, generation: int) -> RegionInfo:
+        """Raises TransferError while `network.can_make_agents` is False."""
+        self.network.forget(self.agent)
+        self.network.end_process(self)  # its copies end with the agent that made them
+        self._pieces.clear()
+        self._inbox.clear()
+        self.agent = rotated_name(self.agent, generation)
+        if not self.network.can_make_agents:
+            raise TransferError(f"making an agent ({self.agent}): no interface is up", peer=self.agent)
+        assert self.agent not in self.network.agents, f"{self.agent} was used before"
+        self.network.agents[self.agent] = self
+        return self._region(generation)
+
+    def _region(self, generation: int) -> RegionInfo:
         return describe_region(
-            pages,
+            self._pages,
             agent=self.agent,
             metadata=b"",
             transport=self.name,
-            rank=rank,
-            tp_size=tp_size,
+            rank=self._rank,
+            tp_size=self._tp_size,
             generation=generation,
         )
 
@@ -149,11 +188,14 @@ class LocalBackend:
         target, runs = self._peer(agent), self._pieces[agent]
         num_bytes = len(local_pages) * sum(piece.num_bytes for piece in runs)
         done_at = self.network.done_at(agent, num_bytes)
-        handle = LocalHandle(self, target, runs, list(local_pages), list(remote_pages), notify, num_bytes, done_at)
         fault = self.network.fault(agent)
+        handle = LocalHandle(
+            self, target, runs, list(local_pages), list(remote_pages), notify, num_bytes, done_at, agent,
+            is_copy=fault is LocalFault.STALL and self.copies_itself,
+        )  # fmt: skip
         if self.network.on_post is not None:
             self.network.on_post(handle)
-        if fault in (LocalFault.HOLD, LocalFault.FAIL):
+        if fault in (LocalFault.HOLD, LocalFault.FAIL, LocalFault.STALL):
             self.network.late.append(handle)
         if fault is LocalFault.FAIL:
             handle.state = TransferState.FAILED
@@ -166,7 +208,7 @@ class LocalBackend:
         return handle.state
 
     def _advance(self, handle: LocalHandle) -> None:
-        if not handle.landed and self.network.fault(handle.target.agent) is LocalFault.GONE:
+        if not handle.landed and self.network.fault(handle.agent) is LocalFault.GONE:
             handle.state = TransferState.FAILED
         elif handle.landed or self.network.is_due(handle):
             if not handle.landed:
@@ -174,17 +216,18 @@ class LocalBackend:
             handle.state = TransferState.DONE
             self.telemetry_bytes += handle.num_bytes
             if handle.notify:
-                self._deliver(handle.target, handle.notify)
+                self._deliver(handle.agent, handle.notify)
 
-    def _deliver(self, target: LocalBackend, payload: bytes) -> None:
-        if self.network.fault(target.agent) is not LocalFault.DROP:
-            target._inbox.append((self.agent, payload))
+    def _deliver(self, agent: str, payload: bytes) -> None:
+        if self.network.fault(agent) not in (LocalFault.DROP, LocalFault.GONE):
+            self.network.agents[agent]._inbox.append((self.agent, payload))
 
     def release(self, handle: TransferHandle) -> None:
         """Nothing is held for a handle."""
 
     def notify(self, agent: str, payload: bytes) -> None:
-        self._deliver(self._peer(agent), payload)
+        self._peer(agent)
+        self._deliver(agent, payload)
 
     def notifications(self) -> list[tuple[str, bytes]]:
         inbox, self._inbox = self._inbox, []
@@ -194,5 +237,7 @@ class LocalBackend:
         self._pieces.pop(agent, None)
 
     def close(self) -> None:
-        """Writes that have not landed here never will."""
+        """The process ends. Writes that have not landed here never will."""
         self.network.forget(self.agent)
+        self.network.forget_memory(self)
+        self.network.end_process(self)

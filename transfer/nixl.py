@@ -12,6 +12,9 @@ UCX moves each piece by a call of its own. Towards a process of this host, small
 `HostWindow`; NIXL carries all larger ones, every write to other hosts and to GPUs, and the notifications.
 
 There is no progress thread, which would spin on a core: whoever waits polls, and polling makes progress.
+
+An agent is gone for certain only when no object of NIXL's Python API refers to it any more: prepared descriptors and
+the handles of writes do. Destroying one keeps its registered memory.
 """
 
 from __future__ import annotations
@@ -22,16 +25,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
-import numpy as np
 import torch
 
 from ..common.errors import ConfigError, ProtocolError, TransferError
 from ..common.messages import Decoder, Message, RegionInfo, encode
-from .base import Piece, TransferHandle, TransferState, describe_region
-from .host_memory import HostMark, HostWindow, Marker, PageArea, paired_runs
+from .base import Piece, TransferHandle, TransferState, describe_region, page_num_bytes, rotated_name
+from .descriptors import piece_indices, strided_rows
+from .host_memory import HostMark, HostWindow, Marker, PageArea, PageWindow
 
-SMALL_PIECE_BYTES = 128 << 10  # on average: below it, moving the pieces together is worth the vector's making
 _PACKAGES = ("nixl", "nixl_cu12", "nixl_cu13")
 
 
@@ -63,23 +66,7 @@ class _Peer:
     num_local_pages: int
     num_remote_pages: int
     piece_bytes: int  # of one page
-    window: _PageWindow | None
-
-
-@dataclass(frozen=True, slots=True)
-class _PageWindow:
-    """Our pages, and a peer's in its memory on this host."""
-
-    window: HostWindow
-    here: PageArea
-    there: PageArea
-    pieces: tuple[Piece, ...]
-
-    def write_small(self, local_pages: Sequence[int], remote_pages: Sequence[int]) -> int | None:
-        """None: the pieces are so large that each may be a call of its own. Raises OSError."""
-        local, remote = np.asarray(local_pages, dtype=np.int32), np.asarray(remote_pages, dtype=np.int32)
-        ours, theirs = paired_runs(self.here, local, self.there, remote, self.pieces)
-        return self.window.write(ours, theirs) if ours[:, 1].mean() < SMALL_PIECE_BYTES else None
+    window: PageWindow | None
 
 
 def load_api(packages: Sequence[str] = _PACKAGES) -> ModuleType:
@@ -104,23 +91,34 @@ class NixlBackend:
 
     name = "nixl"
 
-    def __init__(self, agent: str, *, use_host_memory: bool = True) -> None:
-        """`use_host_memory`: let processes of this host that are allowed to write into our pages directly."""
-        api = load_api()
+    _nixl: Any = None  # the agent of NIXL's API, which has no annotations; None: there is none now
+
+    def __init__(self, agent: str, *, use_host_memory: bool = True, copies_itself: bool = True) -> None:
+        """`use_host_memory`: let processes of this host that are allowed to write into our pages directly.
+
+        `copies_itself`: UCX may do so too, by itself.
+        """
+        self._api = api = load_api()
         bindings = importlib.import_module(f"{api.__package__}._bindings")
         self._errors: tuple[type[Exception], ...] = tuple(
             value for key, value in vars(bindings).items() if key.startswith("nixl") and key.endswith("Error")
         )
         self.agent = agent
+        self.copies_itself = copies_itself
         self.telemetry_bytes = 0
-        config = api.nixl_agent_config(enable_prog_thread=False, capture_telemetry=True, backends=["UCX"])
-        with self._raising("making an agent", agent):
-            self._nixl = api.nixl_agent(agent, config)
+        self._start_agent()
         self._marker = Marker() if use_host_memory else None
         self._pages: torch.Tensor | None = None
+        self._rank, self._tp_size = 0, 1
         self._registration: object = None
         self._local: dict[tuple[Piece, ...], object] = {}
         self._peers: dict[str, _Peer] = {}
+        self._requests: set[_Handle] = set()  # that NIXL carries, until they are released
+
+    def _start_agent(self) -> None:
+        config = self._api.nixl_agent_config(enable_prog_thread=False, capture_telemetry=True, backends=["UCX"])
+        with self._raising("making an agent", self.agent):
+            self._nixl = self._api.nixl_agent(self.agent, config)
 
     @contextmanager
     def _raising(self, what: str, peer: str) -> Iterator[None]:
@@ -132,20 +130,31 @@ class NixlBackend:
 
     def register(self, pages: torch.Tensor, *, rank: int, tp_size: int, generation: int) -> RegionInfo:
         assert self._pages is None and pages.is_contiguous()
+        self._pages, self._rank, self._tp_size = pages, rank, tp_size
+        return self._register(generation)
+
+    def _register(self, generation: int) -> RegionInfo:
+        assert self._pages is not None
         with self._raising("registering the KV pages", self.agent):
-            self._registration = self._nixl.register_memory(pages)
+            self._registration = self._nixl.register_memory(self._pages)
             metadata: bytes = self._nixl.get_agent_metadata()
-        self._pages = pages
-        mark = self._marker.mark if self._marker is not None and not pages.is_cuda else None
+        mark = self._marker.mark if self._marker is not None and not self._pages.is_cuda else None
         return describe_region(
-            pages,
+            self._pages,
             agent=self.agent,
             metadata=encode(_Metadata(nixl=metadata, mark=mark)),
             transport=self.name,
-            rank=rank,
-            tp_size=tp_size,
+            rank=self._rank,
+            tp_size=self._tp_size,
             generation=generation,
         )
+
+    def rotate(self, generation: int) -> RegionInfo:
+        assert self._pages is not None, "rotate before register"
+        self._end_agent()
+        self.agent = rotated_name(self.agent, generation)
+        self._start_agent()
+        return self._register(generation)
 
     def connect(self, remote: RegionInfo, pieces: tuple[Piece, ...]) -> None:
         if remote.agent in self._peers:
@@ -163,7 +172,7 @@ class NixlBackend:
                 self._nixl.remove_remote_agent(agent)
                 raise TransferError(f"the metadata of {remote.agent} names {agent!r}", peer=remote.agent)
             offsets = [piece.remote_offset for piece in pieces]
-            rows = _strided(pieces, offsets, remote.base_addr, remote.page_bytes, remote.device_id, num_remote)
+            rows = strided_rows(pieces, offsets, remote.base_addr, remote.page_bytes, remote.device_id, num_remote)
             descriptors = self._nixl.prep_xfer_dlist(remote.agent, rows, remote.device)
             self._nixl.make_connection(remote.agent)  # else the first write waits for it
         piece_bytes = sum(piece.num_bytes for piece in pieces)
@@ -171,7 +180,7 @@ class NixlBackend:
         window = self._open_window(metadata.mark, remote, pieces)
         self._peers[remote.agent] = _Peer(local, descriptors, len(pieces), num_local, num_remote, piece_bytes, window)
 
-    def _open_window(self, mark: HostMark | None, remote: RegionInfo, pieces: tuple[Piece, ...]) -> _PageWindow | None:
+    def _open_window(self, mark: HostMark | None, remote: RegionInfo, pieces: tuple[Piece, ...]) -> PageWindow | None:
         assert self._pages is not None
         if mark is None or self._marker is None or self._pages.is_cuda:
             return None
@@ -179,18 +188,18 @@ class NixlBackend:
         if window is None:
             return None
         num_layers, num_blocks = self._pages.shape[:2]
-        here = PageArea(self._pages.data_ptr(), _page_bytes(self._pages), num_layers * num_blocks)
+        here = PageArea(self._pages.data_ptr(), page_num_bytes(self._pages), num_layers * num_blocks)
         there = PageArea(remote.base_addr, remote.page_bytes, num_layers * remote.num_blocks)
-        return _PageWindow(window, here, there, pieces)
+        return PageWindow(window, here, there, pieces)
 
     def _local_descriptors(self, pieces: tuple[Piece, ...], num_pages: int) -> object:
         """Shared by all peers that take the same pieces."""
         assert self._pages is not None
         if pieces not in self._local:
-            page_bytes = _page_bytes(self._pages)
+            page_bytes = page_num_bytes(self._pages)
             device, device_id = ("VRAM", self._pages.device.index or 0) if self._pages.is_cuda else ("DRAM", 0)
             offsets = [piece.local_offset for piece in pieces]
-            rows = _strided(pieces, offsets, self._pages.data_ptr(), page_bytes, device_id, num_pages)
+            rows = strided_rows(pieces, offsets, self._pages.data_ptr(), page_bytes, device_id, num_pages)
             with self._raising("preparing our pages", self.agent):
                 self._local[pieces] = self._nixl.prep_xfer_dlist("NIXL_INIT_AGENT", rows, device)
         return self._local[pieces]
@@ -198,22 +207,31 @@ class NixlBackend:
     def write(
         self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int], notify: bytes = b""
     ) -> _Handle:
-        peer = self._peers[agent]
+        peer = self._peers.get(agent)
+        if peer is None:
+            raise TransferError(f"agent {agent} is not connected", peer=agent)
         if peer.window is not None and not notify:  # NIXL sends a write's notification after what NIXL wrote
             num_bytes = self._write_small(agent, peer.window, local_pages, remote_pages)
             if num_bytes is not None:
                 return _Handle(agent, None, num_bytes, TransferState.DONE)
-        local = _indices(local_pages, peer.num_pieces, peer.num_local_pages)
-        remote = _indices(remote_pages, peer.num_pieces, peer.num_remote_pages)
+        local = piece_indices(local_pages, peer.num_pieces, peer.num_local_pages)
+        remote = piece_indices(remote_pages, peer.num_pieces, peer.num_remote_pages)
         with self._raising("writing", agent):
             request = self._nixl.make_prepped_xfer("WRITE", peer.local, local, peer.remote, remote, notify)
             handle = _Handle(agent, request, len(local_pages) * peer.piece_bytes)
-            if self._nixl.transfer(request) == "ERR":
-                raise TransferError(f"writing to {agent}: refused at the post", peer=agent)
+            self._requests.add(handle)
+            try:
+                refused = self._nixl.transfer(request) == "ERR"
+            except self._errors:
+                self.release(handle)
+                raise
+        if refused:
+            self.release(handle)
+            raise TransferError(f"writing to {agent}: refused at the post", peer=agent)
         return handle
 
     def _write_small(
-        self, agent: str, window: _PageWindow, local_pages: Sequence[int], remote_pages: Sequence[int]
+        self, agent: str, window: PageWindow, local_pages: Sequence[int], remote_pages: Sequence[int]
     ) -> int | None:
         """Small pieces, together; the number of bytes. None: they are large."""
         try:
@@ -225,7 +243,7 @@ class NixlBackend:
 
     def poll(self, handle: TransferHandle) -> TransferState:
         assert isinstance(handle, _Handle)
-        if handle.state is TransferState.PENDING:
+        if handle.state is TransferState.PENDING and handle.request is not None:
             try:
                 state = self._nixl.check_xfer_state(handle.request)
                 if state == "DONE":
@@ -239,16 +257,21 @@ class NixlBackend:
 
     def release(self, handle: TransferHandle) -> None:
         assert isinstance(handle, _Handle)
+        self._requests.discard(handle)
         if handle.request is None:
             return
         with suppress(*self._errors):  # what cannot be given back now is NIXL's until the agent ends
             self._nixl.release_xfer_handle(handle.request)
 
     def notify(self, agent: str, payload: bytes) -> None:
+        if agent not in self._peers:
+            raise TransferError(f"agent {agent} is not connected", peer=agent)
         with self._raising("notifying", agent):
             self._nixl.send_notif(agent, payload)
 
     def notifications(self) -> list[tuple[str, bytes]]:
+        if self._nixl is None:
+            return []
         with self._raising("reading notifications", self.agent):
             new: dict[str, list[bytes]] = self._nixl.get_new_notifs()
         return [(agent, payload) for agent, payloads in new.items() for payload in payloads]
@@ -262,38 +285,30 @@ class NixlBackend:
                 self._nixl.release_dlist_handle(peer.remote)
                 self._nixl.remove_remote_agent(agent)
 
-    def close(self) -> None:
-        if not hasattr(self, "_nixl"):
+    def _end_agent(self) -> None:
+        """Whatever was on its way to the agent goes nowhere. What it does not give back by itself goes with it."""
+        if self._nixl is None:
             return
+        if self._pages is not None and self._pages.is_cuda and (self._requests or self.telemetry_bytes):
+            torch.cuda.synchronize(self._pages.device)  # copies of ours to other GPUs of this host that were begun
+        for handle in list(self._requests):
+            self.release(handle)
+            handle.request = None
+            if handle.state is TransferState.PENDING:
+                handle.state = TransferState.FAILED
         for agent in list(self._peers):
-            self.disconnect(agent)
+            with suppress(TransferError):
+                self.disconnect(agent)
         for descriptors in self._local.values():
-            self._nixl.release_dlist_handle(descriptors)
+            with suppress(*self._errors):
+                self._nixl.release_dlist_handle(descriptors)
         self._local.clear()
         if self._registration is not None:
-            self._nixl.deregister_memory(self._registration)
-        self._registration = self._pages = None
-        del self._nixl  # destroys the agent: whatever was still on its way to it goes nowhere
+            with suppress(*self._errors):
+                self._nixl.deregister_memory(self._registration)
+        self._registration = None
+        self._nixl = None
 
-
-def _page_bytes(pages: torch.Tensor) -> int:
-    return pages[0, 0].numel() * pages.element_size()
-
-
-def _strided(
-    pieces: tuple[Piece, ...], offsets: list[int], base_addr: int, page_bytes: int, device_id: int, num_pages: int
-) -> np.ndarray:
-    """One row per piece: (address, bytes, device, stride, count); piece k of page p has index k * num_pages + p."""
-    rows = [
-        (base_addr + offset, piece.num_bytes, device_id, page_bytes, num_pages)
-        for piece, offset in zip(pieces, offsets, strict=True)
-    ]
-    return np.array(rows, dtype=np.uint64)
-
-
-def _indices(pages: Sequence[int], num_pieces: int, num_pages: int) -> np.ndarray:
-    """Indices of all pieces of `pages` in the prepared descriptors."""
-    index = np.asarray(pages, dtype=np.int32)
-    if num_pieces == 1:
-        return index
-    return (np.arange(num_pieces, dtype=np.int32)[:, None] * num_pages + index).ravel()
+    def close(self) -> None:
+        self._end_agent()
+        self._pages = None

@@ -9,7 +9,7 @@ from ..common.blocks import BlockPool
 from ..common.clock import Clock
 from ..common.config import WorkerConfig
 from ..common.engine import Engine
-from ..common.messages import Message, RegionInfo
+from ..common.messages import Message, ProcessMark, RegionInfo
 from ..common.parallel import RankGroup
 from .base import TransferBackend
 
@@ -29,3 +29,4 @@ class WorkerParts:
     to_router: Callable[[str, Message], None]  # from any thread
     call_soon: Callable[[Callable[[], None]], None]  # onto the network thread, from any thread
     on_failure: Callable[[BaseException], None]  # a thread of this worker has ended
+    processes: tuple[ProcessMark, ...] = ()  # of every rank, where they may copy into other processes' memory

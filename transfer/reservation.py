@@ -16,6 +16,7 @@ from enum import Enum
 from ..common.errors import InvalidTransition
 from ..common.messages import ChoiceTokens, GrantInfo
 from ..common.request import BlockId, RequestSpec
+from .life import Life
 
 
 class ReservationState(Enum):
@@ -47,12 +48,26 @@ class Writer:
     incarnation: int
     tp_size: int
     expected: frozenset[tuple[int, int]]  # (source rank, decode rank) pairs
+    opened_at: float
+    has_checksums: bool = False  # its arrivals carry them
+    life: Life | None = None  # None: on another host, or it copies nothing by itself
     arrived: set[tuple[int, int]] = field(default_factory=set)
     ended_ranks: set[int] = field(default_factory=set)  # source ranks that will write nothing more
+    detached_ranks: set[int] = field(default_factory=set)  # of which only a network may still carry something
 
     @property
     def has_ended(self) -> bool:
         return len(self.ended_ranks) == self.tp_size
+
+    @property
+    def is_dead(self) -> bool:
+        """Its processes were watched and have ended."""
+        return self.life is not None and self.life.has_ended
+
+    @property
+    def is_behind_network(self) -> bool:
+        """What it may still write comes through our agents: gone with them."""
+        return self.life is None or self.life.has_ended or len(self.detached_ranks | self.ended_ranks) == self.tp_size
 
 
 @dataclass(slots=True, eq=False)

@@ -7,12 +7,16 @@ before each post. The lease counts from *sending* the message that it answers, s
 does, whatever the delay. A page is posted once per open. The shipment's states are drawn in `shipment.py`.
 
 Rank 0 speaks for the handoff (KVOpen, KVRenew); the other ranks get the same calls and the same answers relayed.
+
+Between the look at the clock and the post we may be stopped for any time, so a lease keeps order and no more. What
+then protects the decode worker's blocks is told in `fencing.py`: a post names an agent, which is gone if we were taken
+for lost, and a copy that we make ourselves is waited for until we say that it ended, or have ended with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
 
 from ..common.blocks import KVCacheSpec
 from ..common.clock import Clock
@@ -22,20 +26,21 @@ from ..common.messages import (
     CancelKV,
     ChoiceTokens,
     GrantInfo,
-    KVArrived,
-    KVClosed,
     KVDone,
     KVOpen,
     KVOpened,
     KVRefused,
-    KVRenew,
     KVRenewed,
     Message,
+    ProcessMark,
     TransferReport,
-    encode,
 )
 from .base import Indices, TransferBackend, TransferState
-from .handoff import page_indices, targets_of
+from .checksums import PageSums
+from .closings import Closings
+from .handoff import Endpoint, open_mac, page_indices
+from .posting import Posting
+from .renewals import Renewals
 from .shipment import Shipment, ShipmentState, Target
 from .writes import Write, Writes
 
@@ -45,15 +50,6 @@ USABLE_LEASE_SHARE = 0.95
 MAX_IN_FLIGHT_BYTES = 64 << 20  # per decode worker: one that hangs must not hold the others' writes
 MAX_WRITE_BYTES = 8 << 20  # over shared memory a post is the copy: the clock is looked at between two
 _ORPHAN_POLL_S = 0.1
-
-
-@dataclass(slots=True, eq=False)
-class _Peer:
-    """A decode worker with shipments."""
-
-    kv_address: str
-    renew_at: float
-    renew_sent_at: float | None = None  # of the KVRenew that waits for its answer
 
 
 class KVSender:
@@ -75,10 +71,16 @@ class KVSender:
         to_peer: Callable[[str, Message], None],
         report: Callable[[TransferReport], None],
         source_free: Callable[[int], None],
+        sums: PageSums | None = None,
+        processes: tuple[ProcessMark, ...] = (),
         max_in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,
         max_write_bytes: int = MAX_WRITE_BYTES,
     ) -> None:
-        """`num_blocks`: of our own pages. `source_free(open_id)`: the shipment reads its source blocks no more."""
+        """`num_blocks`: of our own pages. `source_free(open_id)`: the shipment reads its source blocks no more.
+
+        `sums`: over our pages, where checksums are made. `processes`: of all source ranks, where they may copy into
+        other processes' memory by themselves.
+        """
         self._rank = rank
         self._tp_size = tp_size
         self._worker_id = worker_id
@@ -86,16 +88,26 @@ class KVSender:
         self._version = version
         self._backend = backend
         self._spec = spec
+        self._has_checksums = sums is not None
+        self._processes = processes
         self._num_blocks = num_blocks
         self._clock = clock
         self._config = config
         self._to_peer = to_peer
         self._report = report
         self._source_free = source_free
-        self._max_write_bytes = max_write_bytes
         self._shipments: dict[int, Shipment] = {}  # by open id, all but ENDED
         self._writes = Writes(backend, max_in_flight_bytes)
-        self._peers: dict[tuple[str, int], _Peer] = {}  # by worker id and incarnation
+        self._posting = Posting(
+            backend,
+            self._writes,
+            Endpoint(spec, version, backend.name, tp_size),
+            rank=rank,
+            sums=sums,
+            max_write_bytes=max_write_bytes,
+        )
+        self._renewals = Renewals(config.renew_every_s, to_peer)
+        self._closings = Closings(rank, to_peer, copies_itself=bool(processes))
         self.num_bytes = 0  # written since start
         self.num_failures = 0  # shipments that ended with "may still land"
         self.made_progress = False  # a write ended in the last step: the next need not wait
@@ -110,18 +122,14 @@ class KVSender:
         """Ask for the right to write. `open_id`: 64 random bits, new for each shipment, the same on all ranks."""
         assert open_id not in self._shipments, open_id
         now = self._clock.now()
-        targets = [Target(region, runs) for region, runs in targets_of(self._rank, self._tp_size, grant)]
         deadline = now + USABLE_LEASE_SHARE * self._config.lease_s
-        shipment = Shipment(open_id, request_id, attempt, grant, targets, now, deadline, now)
+        shipment = Shipment(open_id, request_id, attempt, grant, self._posting.targets(grant), now, deadline, now)
         self._shipments[open_id] = shipment
-        self._peers.setdefault(shipment.peer, _Peer(grant.kv_address, renew_at=now + self._config.renew_every_s))
+        self._renewals.add(shipment, now)
         if self._rank == 0:
             self._send_open(shipment)
-        try:
-            for target in targets:
-                self._writes.connect(grant.kv_address, target)
-        except TransferError as error:
-            self._end(shipment, clean=True, reason=str(error))
+        with suppress(TransferError):  # an agent that is gone by now: the answer names another, or it is tried again
+            self._posting.connect(shipment)
 
     def _send_open(self, shipment: Shipment) -> None:
         grant = shipment.grant
@@ -130,13 +138,15 @@ class KVSender:
             KVOpen(
                 grant_id=grant.grant_id,
                 open_id=shipment.open_id,
-                mac=grant.mac,
+                mac=open_mac(grant, shipment.request_id, shipment.attempt),
                 worker_id=self._worker_id,
                 incarnation=self._incarnation,
                 spec=self._spec,
                 version=self._version,
                 transport=self._backend.name,
                 tp_size=self._tp_size,
+                processes=self._processes,
+                has_checksums=self._has_checksums,
             ),
         )
 
@@ -175,6 +185,8 @@ class KVSender:
         if isinstance(message, KVRenewed):
             self._on_renewed(message)
             return
+        if isinstance(message, KVDone):
+            self._closings.heard(message.open_id)
         shipment = self._shipments.get(message.open_id)
         if shipment is None or shipment.grant.grant_id != message.grant_id:
             return  # it ended: nobody waits for an answer
@@ -187,10 +199,12 @@ class KVSender:
             case CancelKV():
                 if shipment.state is ShipmentState.TOLD:
                     self._tell(shipment)
+                    # It was given up over there before it arrived, perhaps with the agent that would hear of it.
+                    self._closings.add(shipment, self._clock.now(), "everything was written", clean=True)
                 self._stop(shipment, "cancelled by the decode worker")
             case KVDone():
                 if shipment.state is ShipmentState.TOLD:
-                    self._end(shipment, clean=True)
+                    self._end(shipment, clean=True, is_known=True)
                 self._stop(shipment, "the decode worker needs nothing more")
 
     def _on_opened(self, shipment: Shipment, message: KVOpened) -> None:
@@ -199,12 +213,18 @@ class KVSender:
         now = self._clock.now()
         shipment.deadline = shipment.answered_at + USABLE_LEASE_SHARE * message.lease_s
         shipment.answered_at = now
-        if message.generation != shipment.grant.ranks[0].generation:
-            self._end(shipment, clean=True, reason=f"the decode worker's agents are generation {message.generation}")
-        elif now >= shipment.deadline:
-            self._end(shipment, clean=True, reason="KVOpened came after its lease")
-        else:
+        reason = self._posting.move(shipment, message)
+        if reason is None:
+            try:
+                self._posting.connect(shipment)
+            except TransferError as error:
+                reason = str(error)
+        if reason is None and now >= shipment.deadline:
+            reason = "KVOpened came after its lease"
+        if reason is None:
             shipment.advance(ShipmentState.SHIPPING, now)
+        else:
+            self._end(shipment, clean=True, reason=reason)
 
     def _on_renewed(self, message: KVRenewed) -> None:
         now = self._clock.now()
@@ -214,27 +234,24 @@ class KVSender:
                 continue
             if lease_s <= 0:
                 if shipment.state is ShipmentState.TOLD:
-                    self._end(shipment, clean=True)
+                    self._end(shipment, clean=True, is_known=True)
                 self._stop(shipment, "the decode worker no longer knows the handoff")
             elif (asked_at := self._asked_at(shipment)) is not None:
                 shipment.deadline = max(shipment.deadline, asked_at + USABLE_LEASE_SHARE * lease_s)
                 shipment.answered_at = now
-        for key in {(grant_id.worker_id, grant_id.incarnation) for grant_id, _, _ in message.opens}:
-            if (peer := self._peers.get(key)) is not None:
-                peer.renew_sent_at = None
+        for peer in {(grant_id.worker_id, grant_id.incarnation) for grant_id, _, _ in message.opens}:
+            self._renewals.answered(peer)
 
     def _asked_at(self, shipment: Shipment) -> float | None:
         """A time not after the KVRenew was sent that is answered now.
 
         Only rank 0 knows it. For the others the answer before is safe: rank 0 asks again only after an answer.
         """
-        return self._peers[shipment.peer].renew_sent_at if self._rank == 0 else shipment.answered_at
+        return self._renewals.asked_at(shipment.peer) if self._rank == 0 else shipment.answered_at
 
     def on_peer_lost(self, kv_address: str) -> None:
         """The control connection to a decode worker ended: its cancels no longer reach us."""
-        for peer in self._peers.values():
-            if peer.kv_address == kv_address:
-                peer.renew_sent_at = None
+        self._renewals.peer_lost(kv_address)
         for shipment in list(self._shipments.values()):
             if shipment.grant.kv_address == kv_address:
                 self._stop(shipment, "connection to the decode worker lost")
@@ -245,21 +262,26 @@ class KVSender:
     def step(self) -> float | None:
         """Post, poll, tell, renew. Seconds until the next call is wanted; None: only after another call."""
         now = self._clock.now()
+        is_held = self._closings.wants_new_agent(now)
         for shipment in list(self._shipments.values()):
             self._check_deadline(shipment, now)
-            self._post(shipment)
+            if not is_held:
+                self._post(shipment)
         self._poll()
         for shipment in list(self._shipments.values()):
             self._settle(shipment)
         self._writes.forget_lost(self._shipments.values())
+        if is_held and not any(shipment.num_writes for shipment in self._shipments.values()):
+            self._replace_agent()
+        self._closings.repeat(now, self._config.renew_every_s)
         if self._rank == 0:
-            self._renew(now)
+            self._renewals.renew(self._shipments.values(), now)
         return self._next_call_s()
 
     def _check_deadline(self, shipment: Shipment, now: float) -> None:
         if now >= shipment.deadline:
             if shipment.state is ShipmentState.TOLD:
-                self._end(shipment, clean=True)
+                self._end(shipment, clean=True, reason="everything was written")
             self._stop(shipment, "lease over")
 
     def _post(self, shipment: Shipment) -> None:
@@ -270,19 +292,14 @@ class KVSender:
 
     def _post_next(self, shipment: Shipment, target: Target) -> bool:
         """One write. False: not now, the peer has too much in flight or the lease is over."""
-        start = target.num_posted
-        end = min(len(shipment.local_pages), start + max(1, self._max_write_bytes // target.page_bytes))
-        if not self._writes.has_room(shipment.peer, (end - start) * target.page_bytes):
-            return False
-        local, remote = shipment.local_pages[start:end], shipment.remote_pages[start:end]
+        end = self._posting.next_piece(shipment, target)
         now = self._clock.now()
-        if now >= shipment.deadline:
+        if end is None or now >= shipment.deadline:
             return False
-        target.num_posted = end
         try:
-            self._writes.post(shipment, target, local, remote, now)
+            self._posting.post(shipment, target, end, now)
         except TransferError as error:
-            self._fail(shipment, str(error))
+            self._fail(shipment, str(error), has_failed=True)
             return False
         if shipment.first_post_at is None:
             shipment.first_post_at = now
@@ -297,9 +314,9 @@ class KVSender:
                 continue
             self.made_progress = True
             if write.shipment.state is ShipmentState.ENDED:
-                continue
-            if state is TransferState.FAILED:
-                self._fail(write.shipment, "a write failed")
+                self._closings.write_ended(write.shipment.open_id, state, now)
+            elif state is TransferState.FAILED:
+                self._fail(write.shipment, "a write failed", has_failed=True)
             else:
                 write.shipment.num_bytes += write.handle.num_bytes
                 write.shipment.last_done_at = now
@@ -327,47 +344,37 @@ class KVSender:
                 self._fail(shipment, f"{shipment.reason}; a write is not done")
 
     def _tell(self, shipment: Shipment) -> None:
-        """KVArrived to every decode rank that this rank wrote to."""
         shipment.told_at = self._clock.now()
-        payload = encode(
-            KVArrived(
-                grant_id=shipment.grant.grant_id,
-                open_id=shipment.open_id,
-                source_rank=self._rank,
-                num_tokens=shipment.grant.num_tokens,
-                first_tokens=shipment.first_tokens if self._rank == 0 else (),
-            )
-        )
-        for target in shipment.targets:
-            try:
-                self._backend.notify(target.region.agent, payload)
-            except TransferError:
-                pass  # told again until the lease is over; a decode worker that lives lets it run out as well
+        self._posting.tell(shipment)
 
-    def _renew(self, now: float) -> None:
-        """One KVRenew per decode worker for all of its shipments. The next waits for this one's answer."""
-        for key, peer in self._peers.items():
-            if now < peer.renew_at or peer.renew_sent_at is not None:
-                continue
-            peer.renew_at = now + self._config.renew_every_s
-            opens = tuple(
-                (shipment.grant.grant_id, shipment.open_id)
-                for shipment in self._shipments.values()
-                if shipment.peer == key and shipment.state in (ShipmentState.SHIPPING, ShipmentState.TOLD)
-            )
-            if opens:
-                peer.renew_sent_at = now
-                self._to_peer(peer.kv_address, KVRenew(opens=opens))
+    def _replace_agent(self) -> None:
+        """What our agent may still do ends with it. Nothing of a shipment's is under way."""
+        now = self._clock.now()
+        try:
+            self._posting.replace_agent()
+        except TransferError:
+            self._closings.try_later(now)
+            return
+        self._closings.detached(now)
+        for shipment in list(self._shipments.values()):
+            try:
+                self._posting.connect(shipment)
+            except TransferError as error:
+                self._stop(shipment, str(error))
 
     def _next_call_s(self) -> float | None:
-        if not self._shipments:
-            return _ORPHAN_POLL_S if self._writes else None
         shipments = self._shipments.values()
         if any(shipment.num_writes or shipment.wants_turn for shipment in shipments):
             return 0.0
+        now = self._clock.now()
         times = [shipment.deadline for shipment in shipments]
-        times += [peer.renew_at for peer in self._peers.values() if self._rank == 0 and peer.renew_sent_at is None]
-        return max(0.0, min(times) - self._clock.now())
+        if self._rank == 0:
+            times += self._renewals.next_times()
+        if self._writes:
+            times.append(now + _ORPHAN_POLL_S)
+        if (at := self._closings.next_call_at(self._config.renew_every_s)) is not None:
+            times.append(at)
+        return max(0.0, min(times) - now) if times else None
 
     # --- ends ---------------------------------------------------------------------------------------------------
 
@@ -380,45 +387,25 @@ class KVSender:
             shipment.reason = reason
             self._source_free(shipment.open_id)
 
-    def _fail(self, shipment: Shipment, reason: str) -> None:
-        """What was posted may still land."""
+    def _fail(self, shipment: Shipment, reason: str, *, has_failed: bool = False) -> None:
+        """What was posted may still land. `has_failed`: and nobody will tell when it no longer can."""
         if shipment.state in (ShipmentState.SHIPPING, ShipmentState.CLOSING):
             self.num_failures += 1
-            self._end(shipment, clean=False, reason=reason)
+            self._end(shipment, clean=False, reason=reason, has_failed=has_failed)
 
-    def _end(self, shipment: Shipment, *, clean: bool, reason: str = "") -> None:
-        told, was_live = shipment.state is ShipmentState.TOLD, shipment.is_live
+    def _end(
+        self, shipment: Shipment, *, clean: bool, reason: str = "", has_failed: bool = False, is_known: bool = False
+    ) -> None:
+        """`is_known`: the decode worker has said so, and waits for no word of ours."""
+        now, was_live = self._clock.now(), shipment.is_live
+        if not is_known:
+            self._closings.add(shipment, now, reason or shipment.reason, clean=clean, has_failed=has_failed)
         self._writes.disown(shipment)
-        shipment.advance(ShipmentState.ENDED, self._clock.now())
+        shipment.advance(ShipmentState.ENDED, now)
         del self._shipments[shipment.open_id]
         if not any(other.peer == shipment.peer for other in self._shipments.values()):
-            del self._peers[shipment.peer]
+            self._renewals.remove(shipment.peer)
         if was_live:
             self._source_free(shipment.open_id)
-        if not told:
-            self._to_peer(
-                shipment.grant.kv_address,
-                KVClosed(
-                    grant_id=shipment.grant.grant_id,
-                    open_id=shipment.open_id,
-                    source_rank=self._rank,
-                    clean=clean,
-                    reason=(reason or shipment.reason)[:4096],
-                ),
-            )
         if self._rank == 0:
-            self._report(_report(shipment, clean))
-
-
-def _report(shipment: Shipment, clean: bool) -> TransferReport:
-    first, last, computed = shipment.first_post_at, shipment.last_done_at, shipment.computed_at
-    return TransferReport(
-        request_id=shipment.request_id,
-        attempt=shipment.attempt,
-        decode_worker=shipment.grant.grant_id.worker_id,
-        num_bytes=shipment.num_bytes,
-        num_blocks=len(shipment.grant.block_ids),
-        transfer_s=last - first if first is not None and last is not None else 0.0,
-        exposed_s=max(0.0, last - computed) if last is not None and computed is not None else 0.0,
-        clean=clean,
-    )
+            self._report(shipment.report(clean))

@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..common.errors import InvalidTransition
-from ..common.messages import ChoiceTokens, GrantInfo, RegionInfo
+from ..common.messages import ChoiceTokens, GrantInfo, RegionInfo, TransferReport
 from .base import Piece
+from .checksums import ShipmentSums
 
 
 class ShipmentState(Enum):
@@ -45,6 +46,7 @@ class Target:
 
     region: RegionInfo
     pieces: tuple[Piece, ...]
+    sums: ShipmentSums | None = None  # of what was posted there; None: no checksums are made
     num_posted: int = 0  # pages; those before it in the shipment's list were written here, once
 
     @property
@@ -125,3 +127,17 @@ class Shipment:
     @property
     def num_expected_pages(self) -> int:
         return self.grant.spec.num_layers * len(self.grant.block_ids)
+
+    def report(self, clean: bool) -> TransferReport:
+        """What crossed, and how long its reader waited for it."""
+        first, last, computed = self.first_post_at, self.last_done_at, self.computed_at
+        return TransferReport(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            decode_worker=self.grant.grant_id.worker_id,
+            num_bytes=self.num_bytes,
+            num_blocks=len(self.grant.block_ids),
+            transfer_s=last - first if first is not None and last is not None else 0.0,
+            exposed_s=max(0.0, last - computed) if last is not None and computed is not None else 0.0,
+            clean=clean,
+        )

@@ -3,6 +3,7 @@
     call(fn, *args)                from any thread, in order ─────┐
     call_after(fence, fn, *args)   once a GPU has come so far ────┼─> thread: run calls ─> sender.step
     watch(True)                    poll for arrivals ─────────────┘                          ─> notifications ─> wait
+    rotate(generation, done)       arrivals, then a new agent
 
 Calls behind fences keep an order of their own: a GPU may lag by a whole step, and leases do not wait for it.
 While something is under way it polls: at once after a write that has ended, else with short sleeps of 0.2 ms, and up
@@ -20,8 +21,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..common.batch import Fence
-from ..common.errors import ProtocolError
-from ..common.messages import Decoder, KVArrived
+from ..common.errors import ProtocolError, TransferError
+from ..common.messages import Decoder, KVArrived, RegionInfo
 from .base import TransferBackend
 from .sender import KVSender
 
@@ -92,6 +93,18 @@ class TransferThread:
 
     def _set_watching(self, on: bool) -> None:
         self._watching = on
+
+    def rotate(self, generation: int, done: Callable[[RegionInfo | TransferError], None]) -> None:
+        """Replace the backend's agent, after what has arrived there was handed out. `done` runs on the thread."""
+        self.call(self._rotate, generation, done)
+
+    def _rotate(self, generation: int, done: Callable[[RegionInfo | TransferError], None]) -> None:
+        self._deliver()
+        try:
+            result: RegionInfo | TransferError = self._backend.rotate(generation)
+        except TransferError as error:
+            result = error
+        done(result)
 
     def close(self) -> None:
         """End the thread after the calls before this one, then close the backend. Idempotent."""

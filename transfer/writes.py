@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from ..common import failpoints
 from ..common.errors import TransferError
 from .base import TransferBackend, TransferHandle, TransferState
 from .shipment import Shipment, Target
@@ -57,7 +58,11 @@ class Writes:
     def post(self, shipment: Shipment, target: Target, local: Sequence[int], remote: Sequence[int], now: float) -> None:
         """Raises TransferError."""
         agent = target.region.agent
+        if failpoints.armed:
+            failpoints.hit("transfer.write")
         handle = self._backend.write(agent, local, remote)
+        if failpoints.armed:
+            failpoints.hit("transfer.posted")
         self._under_way.append(Write(shipment, agent, handle, now))
         shipment.num_writes += 1
         self._in_flight_bytes[shipment.peer] += handle.num_bytes
@@ -89,6 +94,16 @@ class Writes:
     def peer_lost(self, kv_address: str) -> None:
         """A decode worker may be gone for good. One that comes back is connected anew by its next shipment."""
         self._lost.update(agent for agent, address in self._addresses.items() if address == kv_address)
+
+    def replaced(self, targets: Iterable[Target]) -> None:
+        """The decode worker has other agents now: these are gone."""
+        self._lost.update(self._addresses.keys() & {target.region.agent for target in targets})
+
+    def clear(self) -> None:
+        """Our own agent is about to go: it has no connections afterwards, and no write of a shipment is under way."""
+        assert not any(write.is_counted for write in self._under_way)
+        self._addresses.clear()
+        self._lost.clear()
 
     def forget_lost(self, shipments: Iterable[Shipment]) -> None:
         """Disconnect from the agents of lost workers which none of these shipments and no write needs any more."""

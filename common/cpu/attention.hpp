@@ -26,107 +26,26 @@ struct Pages {
     }
 };
 
-class Attention {
+// What does not depend on how scores become weights. TILE_KEYS: of a tile, a multiple of every block size.
+template <int TILE_KEYS>
+class TokenAttention {
 public:
-    Attention(int num_heads, int head_dim)
+    TokenAttention(int num_heads, int head_dim)
         : num_heads_(num_heads), head_dim_(head_dim), query_stride_((head_dim + 31) / 32 * 32),
           queries_(num_heads * query_stride_), weights_(num_heads * kScoreStride), scores_(num_heads * kScoreStride),
-          sums_(num_heads * query_stride_), most_(num_heads), total_(num_heads), factor_(num_heads) {}
+          sums_(num_heads * query_stride_), factor_(num_heads) {}
 
     bf16* query(int head) { return queries_.data() + head * query_stride_; }
 
-    // Attend with the queries over the keys [first, last); the result is out [num_heads][head_dim].
-    void attend(const Pages& pages, long first, long last, bf16* out) {
-        std::fill(most_.begin(), most_.end(), -std::numeric_limits<float>::infinity());
-        std::fill(total_.begin(), total_.end(), 0.0f);
-        std::fill(sums_.begin(), sums_.end(), 0.0f);
-        for (long begin = first / pages.block_size * pages.block_size; begin < last; begin += kTileKeys) {
-            const long end = std::min(begin + kTileKeys, last), visible = std::max(begin, first);
-            score(pages, begin, end, last);
-            for (int head = 0; head < num_heads_; head++) weigh(head, visible - begin, end - begin);
-            add_values(pages, begin, visible, end);
-        }
-        for (int head = 0; head < num_heads_; head++) finish(head, out + head * head_dim_);
-    }
-
-private:
-    static constexpr int kScoreStride = kTileKeys + 16;  // whole vectors are written at any multiple of 8
+protected:
+    static constexpr int kScoreStride = TILE_KEYS + 16;  // whole vectors are written at any multiple of 8
 
     float* scores(int head) { return scores_.data() + head * kScoreStride; }
     bf16* weights(int head) { return weights_.data() + head * kScoreStride; }
     float* sums(int head) { return sums_.data() + head * query_stride_; }
 
-    // --- scores -----------------------------------------------------------------------------------------
-
-    // Pages are scattered, so that the processor cannot guess what comes next: it is told.
-    void score(const Pages& pages, long begin, long end, long last) {
-        const long step = std::min(16L, pages.block_size);
-        for (long key = begin; key < end; key += step) {
-            const bf16* keys = pages.key(key);
-            const int count = int(std::min(step, end - key));
-            prefetch(keys + pages.values, count);
-            if (key + kKeysAhead < last) prefetch(pages.key(key + kKeysAhead), int(step));
-            for (int head = 0; head < num_heads_; head++) {
-                _mm512_storeu_ps(scores(head) + (key - begin), dots(query(head), keys, count));
-            }
-        }
-    }
-
     void prefetch(const bf16* rows, int count) const {
         for (long at = 0; at < long(count) * head_dim_; at += 32) _mm_prefetch(rows + at, _MM_HINT_T1);
-    }
-
-    __m512 dots(const bf16* query, const bf16* keys, int count) const {
-        if (count < 16) return dots<0, false>(query, keys, count);
-        if (head_dim_ == 64) return dots<64, true>(query, keys, count);
-        if (head_dim_ == 128) return dots<128, true>(query, keys, count);
-        return dots<0, true>(query, keys, count);
-    }
-
-    // Lane i: the query with key i; past `count`, with the last key. HEAD_DIM 0: known at run time.
-    template <int HEAD_DIM, bool WHOLE>
-    __m512 dots(const bf16* query, const bf16* keys, int count) const {
-        const int head_dim = HEAD_DIM ? HEAD_DIM : head_dim_;
-        __m512 sum[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
-#pragma GCC unroll 8
-        for (int at = 0; at < head_dim; at += 32) {
-            const __mmask32 mask = head_dim - at >= 32 ? __mmask32(-1) : __mmask32(0xffff);
-            const __m512bh part = load_pairs(query + at);
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) {
-                const int row = WHOLE ? i : std::min(i, count - 1);
-                sum[i] = _mm512_dpbf16_ps(sum[i], part, load_pairs(keys + row * head_dim + at, mask));
-            }
-        }
-        return sums_of_16(sum);
-    }
-
-    // --- softmax ----------------------------------------------------------------------------------------
-
-    // Scores [first, last) of the tile to weights relative to the largest score so far.
-    void weigh(int head, long first, long last) {
-        float* scores = this->scores(head);
-        const __m512 scale = _mm512_set1_ps(kLog2E / __builtin_sqrtf(float(head_dim_)));
-        const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-        __m512 most = none;
-        for (long i = first / 16 * 16; i < last; i += 16) {
-            const __mmask16 mask = lanes(last - i) & __mmask16(first > i ? 0xffffu << (first - i) : 0xffffu);
-            const __m512 values = _mm512_mask_mul_ps(none, mask, _mm512_loadu_ps(scores + i), scale);
-            _mm512_storeu_ps(scores + i, values);
-            most = _mm512_max_ps(most, values);
-        }
-        const float largest = std::max(most_[head], _mm512_reduce_max_ps(most));
-        __m512 total = _mm512_setzero_ps();
-        for (long i = first / 16 * 16; i < last; i += 16) {
-            const __m512 weight = exp2(_mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(largest)));
-            store(weights(head) + i, weight);
-            total = _mm512_add_ps(total, weight);
-        }
-        factor_[head] = _mm512_cvtss_f32(exp2(_mm512_set1_ps(most_[head] - largest)));
-        most_[head] = largest;
-        total_[head] = total_[head] * factor_[head] + _mm512_reduce_add_ps(total);
     }
 
     // --- values -----------------------------------------------------------------------------------------
@@ -195,10 +114,10 @@ private:
     }
 
     // The result of a head, its dimensions in order.
-    void finish(int head, bf16* out) {
+    void finish(int head, float total, bf16* out) {
         const __m512i order = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
         const __m512i next = _mm512_add_epi32(order, _mm512_set1_epi32(8));
-        const __m512 scale = _mm512_set1_ps(1.0f / total_[head]);
+        const __m512 scale = _mm512_set1_ps(1.0f / total);
         for (int at = 0; at < head_dim_; at += 32) {
             const __m512 one = _mm512_loadu_ps(sums(head) + at), other = _mm512_loadu_ps(sums(head) + at + 16);
             store(out + at, _mm512_mul_ps(_mm512_permutex2var_ps(one, order, other), scale));
@@ -209,5 +128,97 @@ private:
 
     const int num_heads_, head_dim_, query_stride_;
     std::vector<bf16> queries_, weights_;
-    std::vector<float> scores_, sums_, most_, total_, factor_;
+    std::vector<float> scores_, sums_, factor_;
+};
+
+class Attention : public TokenAttention<kTileKeys> {
+public:
+    Attention(int num_heads, int head_dim)
+        : TokenAttention(num_heads, head_dim), most_(num_heads), total_(num_heads) {}
+
+    // Attend with the queries over the keys [first, last); the result is out [num_heads][head_dim].
+    void attend(const Pages& pages, long first, long last, bf16* out) {
+        std::fill(most_.begin(), most_.end(), -std::numeric_limits<float>::infinity());
+        std::fill(total_.begin(), total_.end(), 0.0f);
+        std::fill(sums_.begin(), sums_.end(), 0.0f);
+        for (long begin = first / pages.block_size * pages.block_size; begin < last; begin += kTileKeys) {
+            const long end = std::min(begin + kTileKeys, last), visible = std::max(begin, first);
+            score(pages, begin, end, last);
+            for (int head = 0; head < num_heads_; head++) weigh(head, visible - begin, end - begin);
+            add_values(pages, begin, visible, end);
+        }
+        for (int head = 0; head < num_heads_; head++) finish(head, total_[head], out + head * head_dim_);
+    }
+
+private:
+    // --- scores -----------------------------------------------------------------------------------------
+
+    // Pages are scattered, so that the processor cannot guess what comes next: it is told.
+    void score(const Pages& pages, long begin, long end, long last) {
+        const long step = std::min(16L, pages.block_size);
+        for (long key = begin; key < end; key += step) {
+            const bf16* keys = pages.key(key);
+            const int count = int(std::min(step, end - key));
+            prefetch(keys + pages.values, count);
+            if (key + kKeysAhead < last) prefetch(pages.key(key + kKeysAhead), int(step));
+            for (int head = 0; head < num_heads_; head++) {
+                _mm512_storeu_ps(scores(head) + (key - begin), dots(query(head), keys, count));
+            }
+        }
+    }
+
+    __m512 dots(const bf16* query, const bf16* keys, int count) const {
+        if (count < 16) return dots<0, false>(query, keys, count);
+        if (head_dim_ == 64) return dots<64, true>(query, keys, count);
+        if (head_dim_ == 128) return dots<128, true>(query, keys, count);
+        return dots<0, true>(query, keys, count);
+    }
+
+    // Lane i: the query with key i; past `count`, with the last key. HEAD_DIM 0: known at run time.
+    template <int HEAD_DIM, bool WHOLE>
+    __m512 dots(const bf16* query, const bf16* keys, int count) const {
+        const int head_dim = HEAD_DIM ? HEAD_DIM : head_dim_;
+        __m512 sum[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
+#pragma GCC unroll 8
+        for (int at = 0; at < head_dim; at += 32) {
+            const __mmask32 mask = head_dim - at >= 32 ? __mmask32(-1) : __mmask32(0xffff);
+            const __m512bh part = load_pairs(query + at);
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) {
+                const int row = WHOLE ? i : std::min(i, count - 1);
+                sum[i] = _mm512_dpbf16_ps(sum[i], part, load_pairs(keys + row * head_dim + at, mask));
+            }
+        }
+        return sums_of_16(sum);
+    }
+
+    // --- softmax ----------------------------------------------------------------------------------------
+
+    // Scores [first, last) of the tile to weights relative to the largest score so far.
+    void weigh(int head, long first, long last) {
+        float* scores = this->scores(head);
+        const __m512 scale = _mm512_set1_ps(kLog2E / __builtin_sqrtf(float(head_dim_)));
+        const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+        __m512 most = none;
+        for (long i = first / 16 * 16; i < last; i += 16) {
+            const __mmask16 mask = lanes(last - i) & __mmask16(first > i ? 0xffffu << (first - i) : 0xffffu);
+            const __m512 values = _mm512_mask_mul_ps(none, mask, _mm512_loadu_ps(scores + i), scale);
+            _mm512_storeu_ps(scores + i, values);
+            most = _mm512_max_ps(most, values);
+        }
+        const float largest = std::max(most_[head], _mm512_reduce_max_ps(most));
+        __m512 total = _mm512_setzero_ps();
+        for (long i = first / 16 * 16; i < last; i += 16) {
+            const __m512 weight = exp2(_mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(largest)));
+            store(weights(head) + i, weight);
+            total = _mm512_add_ps(total, weight);
+        }
+        factor_[head] = _mm512_cvtss_f32(exp2(_mm512_set1_ps(most_[head] - largest)));
+        most_[head] = largest;
+        total_[head] = total_[head] * factor_[head] + _mm512_reduce_add_ps(total);
+    }
+
+    std::vector<float> most_, total_;
 };

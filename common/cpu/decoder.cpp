@@ -15,6 +15,7 @@
 
 #include "attention.hpp"
 #include "cores.hpp"
+#include "exact_attention.hpp"
 #include "linear.hpp"
 #include "model.hpp"
 #include "panel.hpp"
@@ -45,10 +46,12 @@ private:
 
 class Decoder {
 public:
-    Decoder(const Model& model, int max_threads, const Cores& cores)
-        : m_(model), layers_(model.layers, model.layers + model.num_layers), team_(max_threads), cores_(cores),
+    Decoder(const Model& model, bool is_exact, int max_threads, const Cores& cores)
+        : m_(model), is_exact_(is_exact), layers_(model.layers, model.layers + model.num_layers), team_(max_threads), cores_(cores),
           group_(int(model.num_qo_heads / model.num_kv_heads)), counters_(2 * model.num_layers + 1) {
-        for (int rank = 0; rank < max_threads; rank++) mine_.push_back(std::make_unique<Mine>(strides_, group_, m_));
+        for (int rank = 0; rank < max_threads; rank++) {
+            mine_.push_back(std::make_unique<Mine>(strides_, group_, m_, is_exact));
+        }
         const auto deadline = std::chrono::steady_clock::now() + kLargePagesWithin;
         use_large_pages(m_.head_tiles(), deadline);
         for (const Layer& layer : layers_) {
@@ -99,11 +102,12 @@ public:
 private:
     // One thread's own memory.
     struct Mine {
-        Mine(const Strides& strides, int group, const Model& m)
-            : panel(strides), attention(group, int(m.head_dim)), prompt_attention(group, int(m.head_dim)),
-              head(m.head_dim) {}
+        Mine(const Strides& strides, int group, const Model& m, bool is_exact)
+            : panel(strides), attention(group, int(m.head_dim)), exact_attention(group, int(m.head_dim)),
+              prompt_attention(group, int(m.head_dim), is_exact), head(m.head_dim) {}
         Panel panel;
         Attention attention;
+        ExactAttention exact_attention;
         PromptAttention prompt_attention;
         std::vector<float> head;
     };
@@ -261,15 +265,26 @@ private:
                 mine.prompt_attention.attend(pages, heads, piece.tokens, position, window, heads, strides_.attended);
                 return;
             }
-            for (int head = 0; head < group_; head++) {
-                std::copy_n(heads + head * m_.head_dim, m_.head_dim, mine.attention.query(head));
+            if (is_exact_) {
+                set_queries(mine.exact_attention, heads);
+                mine.exact_attention.attend(pages, position, window, heads);
+                return;
             }
+            set_queries(mine.attention, heads);
             const long first = window == 0 ? 0 : std::max(0L, position + 1 - window);
             mine.attention.attend(pages, first, position + 1, heads);
         });
     }
 
+    template <class OneToken>
+    void set_queries(OneToken& attention, const bf16* heads) const {
+        for (int head = 0; head < group_; head++) {
+            std::copy_n(heads + head * m_.head_dim, m_.head_dim, attention.query(head));
+        }
+    }
+
     const Model m_;
+    const bool is_exact_;  // a token's results do not depend on what is computed beside it, or how its prompt was cut
     const std::vector<Layer> layers_;
     const Strides strides_{m_};
     const PanelMath math_{m_, strides_};
@@ -289,8 +304,9 @@ private:
 extern "C" {
 
 // `slots`: this machine's workers in shared memory, this one being `slot`; null: always `num_threads`.
-void* kvferry_decoder_new(const Model* model, int num_threads, int max_threads, void* slots, int num_slots, int slot) {
-    return new Decoder(*model, max_threads,
+void* kvferry_decoder_new(const Model* model, bool is_exact, int num_threads, int max_threads, void* slots,
+                          int num_slots, int slot) {
+    return new Decoder(*model, is_exact, max_threads,
                        Cores(static_cast<Cores::Slot*>(slots), num_slots, slot, num_threads, max_threads));
 }
 

@@ -7,22 +7,38 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "attention.hpp"
 #include "linear.hpp"
+#include "softmax.hpp"
 #include "vectors.hpp"
+
+// 16 keys to a tile whose columns are keys: 16 pairs of dimensions from `at` on (8 at the end of an odd head size).
+inline void pack_keys(const bf16* const* source, int head_dim, int at, bf16* target) {
+    const int pairs = std::min(16, (head_dim - at) / 2);
+    __m512i v[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        const __mmask16 mask = source[i] == nullptr ? __mmask16(0) : lanes(pairs);
+        v[i] = _mm512_maskz_loadu_epi32(mask, source[i] + at);
+    }
+    transpose_16(v);
+    for (int pair = 0; pair < pairs; pair++) _mm512_storeu_si512(target + pair * 2 * kTileColumns, v[pair]);
+}
 
 class PromptAttention {
 public:
     static constexpr long kRows = 240;  // query rows, tokens x heads, that a tile is packed for
+    static constexpr long kKeys = 256;  // of a tile
 
-    PromptAttention(int num_heads, int head_dim)
-        : num_heads_(num_heads), head_dim_(head_dim), pairs_(head_dim / 2),
+    // `is_exact`: tiles begin at multiples of kKeys also behind a window, so that a token's result is the same whatever
+    // tokens are attended with it.
+    PromptAttention(int num_heads, int head_dim, bool is_exact)
+        : is_exact_(is_exact), num_heads_(num_heads), head_dim_(head_dim), pairs_(head_dim / 2),
           value_tiles_((head_dim + kTileColumns - 1) / kTileColumns), max_tokens_(tokens_at_once(num_heads)),
           queries_(rows() * head_dim), keys_(kKeys * head_dim), values_(kKeys * value_tiles_ * kTileColumns),
-          sums_(rows() * value_tiles_ * kTileColumns), most_(rows()), total_(rows()) {}
+          sums_(rows() * value_tiles_ * kTileColumns), softmax_(rows(), head_dim) {}
 
     // Query tokens of one call, at most.
     static long tokens_at_once(int num_heads) { return std::max(1L, kRows / num_heads); }
@@ -33,11 +49,11 @@ public:
                 long stride) {
         const long rows = tokens * num_heads_, row_size = num_heads_ * head_dim_;
         for (long i = 0; i < tokens; i++) std::copy_n(queries + i * stride, row_size, queries_.data() + i * row_size);
-        std::fill_n(most_.begin(), rows, -std::numeric_limits<float>::infinity());
-        std::fill_n(total_.begin(), rows, 0.0f);
+        softmax_.reset(rows);
         std::fill_n(sums_.begin(), rows * value_tiles_ * kTileColumns, 0.0f);
         const long last = position + tokens;
-        for (long begin = first_key(position, window); begin < last; begin += kKeys) {
+        const long first = first_key(position, window);
+        for (long begin = is_exact_ ? first / kKeys * kKeys : first; begin < last; begin += kKeys) {
             const long count = std::min(kKeys, last - begin);
             pack(pages, begin, count);
             for (long row = 0; row < rows; row += kRowsAtOnce) {
@@ -46,19 +62,18 @@ public:
         }
         for (long row = 0; row < rows; row++) {
             bf16* target = out + row / num_heads_ * stride + row % num_heads_ * head_dim_;
-            const __m512 scale = _mm512_set1_ps(1.0f / total_[row]);
+            const __m512 scale = _mm512_set1_ps(1.0f / softmax_.total(row));
             for (int i = 0; i < head_dim_; i += 16) {
                 store(target + i, _mm512_mul_ps(_mm512_loadu_ps(sums(row) + i), scale));
             }
         }
     }
 
-private:
-    static constexpr long kKeys = 256;  // of a tile
+    static long first_key(long position, long window) { return window == 0 ? 0 : std::max(0L, position + 1 - window); }
 
+private:
     long rows() const { return max_tokens_ * num_heads_; }
     float* sums(long row) { return sums_.data() + row * value_tiles_ * kTileColumns; }
-    static long first_key(long position, long window) { return window == 0 ? 0 : std::max(0L, position + 1 - window); }
 
     // --- packing ----------------------------------------------------------------------------------------
 
@@ -71,24 +86,11 @@ private:
         for (long i = count; i < whole; i++) source[i] = nullptr;
         for (long key = 0; key < whole; key += 16) {
             bf16* target = keys_.data() + key / kTileColumns * (pairs_ * 2 * kTileColumns) + key % kTileColumns * 2;
-            for (int at = 0; at < head_dim_; at += 32) pack_keys(source + key, at, target + at * kTileColumns);
+            for (int at = 0; at < head_dim_; at += 32) pack_keys(source + key, head_dim_, at, target + at * kTileColumns);
         }
         for (long key = 0; key < whole; key += 2) {
             for (int at = 0; at < head_dim_; at += 16) pack_values(pages.values, source + key, key, at);
         }
-    }
-
-    // 16 keys, 16 pairs of dimensions from `at` on (8 at the end of an odd head size).
-    void pack_keys(const bf16* const* source, int at, bf16* target) const {
-        const int pairs = std::min(16, (head_dim_ - at) / 2);
-        __m512i v[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) {
-            const __mmask16 mask = source[i] == nullptr ? __mmask16(0) : lanes(pairs);
-            v[i] = _mm512_maskz_loadu_epi32(mask, source[i] + at);
-        }
-        transpose_16(v);
-        for (int pair = 0; pair < pairs; pair++) _mm512_storeu_si512(target + pair * 2 * kTileColumns, v[pair]);
     }
 
     // 16 dimensions of two keys, side by side.
@@ -119,7 +121,8 @@ private:
         for (long i = 0; i < rows; i++) {
             const long at = position + (row + i) / num_heads_;
             const Range seen{std::max(0L, first_key(at, window) - begin), std::min(at + 1 - begin, count)};
-            weigh(row + i, scores + i * kKeys, seen, width, weights + i * kKeys);
+            const float factor = softmax_.weigh(row + i, scores + i * kKeys, seen, width, weights + i * kKeys);
+            if (factor != 1.0f) scale(sums(row + i), factor);
         }
         for (int tile = 0; tile < value_tiles_; tile++) {
             add_products<false, 0>(int(rows), weights, kKeys, values_.data() + tile * (kKeys * kTileColumns), width / 2,
@@ -127,61 +130,17 @@ private:
         }
     }
 
-    // A row's scores to weights relative to its largest score so far; zero outside of the keys that it sees.
-    void weigh(long row, const float* scores, Range seen, long width, bf16* weights) {
-        if (seen.first >= seen.last) {
-            std::fill_n(weights, width, bf16(0));
-            return;
+    void scale(float* sums, float factor) const {
+        const __m512 by = _mm512_set1_ps(factor);
+        for (int i = 0; i < value_tiles_ * kTileColumns; i += 16) {
+            _mm512_storeu_ps(sums + i, _mm512_mul_ps(_mm512_loadu_ps(sums + i), by));
         }
-        const bool all = seen.first == 0 && seen.last == width;
-        const float here = all ? most<true>(scores, seen, width) : most<false>(scores, seen, width);
-        const float largest = std::max(most_[row], here);
-        const float total = all ? spread<true>(scores, seen, width, largest, weights)
-                                : spread<false>(scores, seen, width, largest, weights);
-        if (largest > most_[row]) {
-            const __m512 factor = exp2(_mm512_set1_ps((most_[row] - largest) * scale()));
-            for (int i = 0; i < value_tiles_ * kTileColumns; i += 16) {
-                _mm512_storeu_ps(sums(row) + i, _mm512_mul_ps(_mm512_loadu_ps(sums(row) + i), factor));
-            }
-            total_[row] *= _mm512_cvtss_f32(factor);
-            most_[row] = largest;
-        }
-        total_[row] += total;
     }
 
-    float scale() const { return kLog2E / __builtin_sqrtf(float(head_dim_)); }
-
-    // The lanes at `at` that a row sees.
-    static __mmask16 visible(Range seen, long at) {
-        const __mmask16 before = seen.first <= at ? __mmask16(0) : lanes(seen.first - at);
-        return (seen.last <= at ? __mmask16(0) : lanes(seen.last - at)) & ~before;
-    }
-
-    template <bool ALL>
-    static float most(const float* scores, Range seen, long width) {
-        __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-        for (long i = 0; i < width; i += 16) {
-            const __m512 values = _mm512_load_ps(scores + i);
-            most = ALL ? _mm512_max_ps(most, values) : _mm512_mask_max_ps(most, visible(seen, i), most, values);
-        }
-        return _mm512_reduce_max_ps(most);
-    }
-
-    template <bool ALL>
-    float spread(const float* scores, Range seen, long width, float largest, bf16* weights) const {
-        const __m512 scale = _mm512_set1_ps(this->scale()), shift = _mm512_set1_ps(largest * this->scale());
-        __m512 total = _mm512_setzero_ps();
-        for (long i = 0; i < width; i += 16) {
-            __m512 weight = exp2_rough(_mm512_fmsub_ps(_mm512_load_ps(scores + i), scale, shift));
-            if (!ALL) weight = _mm512_maskz_mov_ps(visible(seen, i), weight);
-            total = _mm512_add_ps(total, weight);
-            _mm256_store_si256((__m256i*)(weights + i), (__m256i)_mm512_cvtneps_pbh(weight));
-        }
-        return _mm512_reduce_add_ps(total);
-    }
-
+    const bool is_exact_;
     const int num_heads_, head_dim_, pairs_, value_tiles_;
     const long max_tokens_;
     std::vector<bf16> queries_, keys_, values_;  // of values, padding columns stay zero
-    std::vector<float> sums_, most_, total_;
+    std::vector<float> sums_;
+    RunningSoftmax softmax_;
 };

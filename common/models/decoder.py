@@ -68,6 +68,11 @@ class Attention:
         backend: AttentionBackend,
         on_layer: Callable[[int], None] | None,
     ) -> Tensor:
+        out = self.attend(self.heads(x, rope), backend, on_layer)
+        return self.o_proj(out.view(x.shape[0], self.num_qo_heads * self.head_dim))
+
+    def heads(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries, keys and values as attention takes them, [num_tokens, heads of all three, head_dim]."""
         num_q, num_kv = self.num_qo_heads, self.num_kv_heads
         heads = self.qkv_proj(x).view(x.shape[0], num_q + 2 * num_kv, self.head_dim)
         if self.head_norms:
@@ -75,11 +80,16 @@ class Attention:
             heads[:, :num_q] = q_norm(heads[:, :num_q])
             heads[:, num_q : num_q + num_kv] = k_norm(heads[:, num_q : num_q + num_kv])
         rotate_(heads[:, : num_q + num_kv], *rope)
-        q, k, v = torch.split(heads, [num_q, num_kv, num_kv], 1)  # [num_tokens, heads, head_dim]
+        return heads
+
+    def attend(self, heads: Tensor, backend: AttentionBackend, on_layer: Callable[[int], None] | None) -> Tensor:
+        """[num_tokens, num_qo_heads, head_dim]"""
+        num_q, num_kv = self.num_qo_heads, self.num_kv_heads
+        q, k, v = torch.split(heads, [num_q, num_kv, num_kv], 1)
         out = backend.forward(q, k, v, self.layer_id)
         if on_layer is not None:
             on_layer(self.layer_id)
-        return self.o_proj(out.view(x.shape[0], num_q * self.head_dim))
+        return out
 
     def slots(self) -> Iterator[WeightSlot]:
         yield from self.qkv_proj.slots()
@@ -115,6 +125,9 @@ class DecoderLayer:
         on_layer: Callable[[int], None] | None,
     ) -> Tensor:
         x.add_(self.attention(self.input_norm(x), rope, backend, on_layer))
+        return self.add_mlp_(x)
+
+    def add_mlp_(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(self.mlp_norm(x)).chunk(2, 1)
         activated = F.silu(gate.float()).mul_(up)  # in float32, rounded once
         return x.add_(self.down_proj(activated.to(gate.dtype)))

@@ -40,6 +40,7 @@ class Linear:
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device):
         self.weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
         self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.num_inputs = in_features
         self.tiles: int | None = None  # where the packed form lies, if it is one that native code can read
         self._packed: Tensor | None = None
 
@@ -191,7 +192,7 @@ class ParallelHead:
     def __init__(self, rows: VocabParallel) -> None:
         self.rows = rows
         self.linear = Linear(0, 0, bias=False, dtype=rows.weight.dtype, device=rows.weight.device)
-        self.linear.weight = rows.weight
+        self.linear.weight, self.linear.num_inputs = rows.weight, rows.weight.shape[1]
 
     def pack(self, *, tied: bool) -> None:
         """A tied head keeps the plain weight for lookups: packing costs it a second copy of this one tensor."""

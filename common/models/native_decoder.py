@@ -53,9 +53,17 @@ class NativeDecoder:
     """Used by one thread; with `num_threads` 1 it starts no other. Keeps the decoder's memory alive."""
 
     def __init__(
-        self, decoder: Decoder, pages: Tensor, *, num_threads: int, cache: Path, cores: SharedCores | None = None
+        self,
+        decoder: Decoder,
+        pages: Tensor,
+        *,
+        num_threads: int,
+        cache: Path,
+        cores: SharedCores | None = None,
+        is_exact: bool = False,
     ) -> None:
         """`pages` are those of the engine. With `cores`, it uses more threads than its own while others are idle.
+        `is_exact`: a token's results depend on the tokens before it alone, to the bit.
 
         Raises NativeUnavailable.
         """
@@ -66,6 +74,7 @@ class NativeDecoder:
         self._vocab_size = decoder.config.vocab_size
         self._hidden_stride = _padded(decoder.config.hidden_size)
         library = load(cache)
+        self.build = Path(library._name).stem  # names source, compiler and processor
         self._forward, self._logits = library.kvferry_decoder_forward, library.kvferry_decoder_logits
         self._forward.argtypes = [
             *(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p),
@@ -74,13 +83,13 @@ class NativeDecoder:
         self._logits.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
         library.kvferry_decoder_new.restype = ctypes.c_void_p
         library.kvferry_decoder_new.argtypes = [
-            *(ctypes.POINTER(_Model), ctypes.c_int),
+            *(ctypes.POINTER(_Model), ctypes.c_bool, ctypes.c_int),
             *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
         ]
         shared: tuple[int, int | None, int, int] = (num_threads, None, 0, 0)
         if cores is not None:
             shared = (cores.slot.max_threads, cores.address, cores.slot.num_slots, cores.slot.slot)
-        handle = library.kvferry_decoder_new(ctypes.byref(self._model), num_threads, *shared)
+        handle = library.kvferry_decoder_new(ctypes.byref(self._model), is_exact, num_threads, *shared)
         self._handle = ctypes.c_void_p(handle)
         self._num_threads = library.kvferry_decoder_num_threads
         weakref.finalize(self, library.kvferry_decoder_free, self._handle)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Callable
 
 import pytest
 
-from kvferry.common.channel import Address, Channel, connect, serve, server_address
-from kvferry.common.errors import ProtocolError, WorkerLost
-from kvferry.common.messages import Abort, Decoder, Drain, LiveRequests, NoCapacity
+from kvferry.common.channel import MAX_PENDING_HELLOS, Address, Channel, Seals, connect, serve, server_address
+from kvferry.common.errors import ConfigError, ProtocolError, WorkerLost
+from kvferry.common.messages import Abort, Decoder, Drain, LiveRequests, NoCapacity, encode
 
 decoder: Decoder[Abort | Drain | LiveRequests] = Decoder(Abort | Drain | LiveRequests)
 
@@ -30,7 +32,7 @@ async def test_messages_come_back_as_they_were_sent() -> None:
 
 @pytest.mark.parametrize("secret", [b"", b"other"])
 async def test_a_peer_without_the_secret_is_refused_with_the_reason(secret: bytes) -> None:
-    refused: list[str] = []
+    refused: list[ProtocolError] = []
     async with await serve(Address("127.0.0.1", 0), "s", _echo, secret=b"s", on_refused=refused.append) as server:
         with pytest.raises(ProtocolError, match="shared secret"):
             await connect(server_address(server, "127.0.0.1"), "client", secret=secret)
@@ -73,6 +75,161 @@ async def test_a_message_over_the_bound_is_our_own_error() -> None:
 async def test_nobody_there_is_a_lost_worker() -> None:
     with pytest.raises(WorkerLost, match="no connection"):
         await connect(Address("127.0.0.1", 1), "client")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "127.example.org", "example.org"])
+async def test_other_machines_are_listened_to_only_with_a_secret(host: str) -> None:
+    with pytest.raises(ConfigError, match="no secret is set; set --secret-file"):
+        await serve(Address(host, 0), "s", _echo)
+
+
+def test_loopback_is_told_by_the_address_not_by_how_it_is_spelt() -> None:
+    for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"):
+        assert Address(host, 1).is_loopback
+    for host in ("127.evil.example", "localhost.example", "::ffff:10.0.0.1", "0.0.0.0", "", "1.127.0.1"):
+        assert not Address(host, 1).is_loopback
+
+
+# --- seals ------------------------------------------------------------------------------------------------
+
+
+def test_a_seal_is_good_for_one_frame_at_one_place() -> None:
+    ours, theirs = Seals(b"k"), Seals(b"k")
+    sealed = [frame + ours.next(frame) for frame in (b"one", b"one", b"")]
+    assert sealed[0] != sealed[1]
+    assert [theirs.open(each, "p") for each in sealed] == [b"one", b"one", b""]
+
+
+@pytest.mark.parametrize(
+    "arrived",
+    [
+        lambda a, b: [b],  # left out
+        lambda a, b: [b, a],
+        lambda a, b: [a, a],
+        lambda a, b: [a[:-1] + bytes([a[-1] ^ 1])],
+        lambda a, b: [bytes([a[0] ^ 1]) + a[1:]],
+        lambda a, b: [a + b"x"],
+        lambda a, b: [b""],
+        lambda a, b: [a[:15]],
+    ],
+)
+def test_frames_that_were_tampered_with_do_not_open(arrived: Callable[[bytes, bytes], list[bytes]]) -> None:
+    ours, theirs = Seals(b"k"), Seals(b"k")
+    first, second = (frame + ours.next(frame) for frame in (b"first", b"second"))
+    with pytest.raises(ProtocolError, match="wrong seal") as caught:
+        for sealed in arrived(first, second):
+            theirs.open(sealed, "p")
+    assert caught.value.kind == "seal"
+
+
+class _Wire:
+    """Between a client and a server: every frame goes through `alter`, which gives what goes on."""
+
+    def __init__(self, server: Address, alter: Callable[[bool, int, bytes], list[bytes]]) -> None:
+        self._server = server
+        self._alter = alter
+
+    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection(self._server.host, self._server.port)
+        ways = [self._copy(reader, far_writer, True), self._copy(far_reader, writer, False)]
+        await asyncio.gather(*ways, return_exceptions=True)
+        far_writer.close()
+        writer.close()
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, to_server: bool) -> None:
+        try:
+            for number in itertools.count():
+                size = await reader.readexactly(4)
+                for frame in self._alter(to_server, number, await reader.readexactly(int.from_bytes(size, "big"))):
+                    writer.write(len(frame).to_bytes(4, "big") + frame)
+        finally:
+            writer.close()
+
+
+async def _through(alter: Callable[[bool, int, bytes], list[bytes]], refused: list[ProtocolError]) -> list[object]:
+    """Three messages to an echo and back, over a wire that alters them."""
+    answers: list[object] = []
+    address = Address("127.0.0.1", 0)
+    async with await serve(address, "s", _echo, secret=b"secret", on_refused=refused.append) as server:
+        wire = _Wire(server_address(server, "127.0.0.1"), alter)
+        async with await asyncio.start_server(wire.carry, "127.0.0.1", 0) as between:
+            channel = await connect(server_address(between, "127.0.0.1"), "client", secret=b"secret")
+            try:
+                for attempt in range(3):
+                    channel.send(Abort(request_id="r", attempt=attempt))
+                    answers.append(decoder.decode(await channel.recv()))
+            except WorkerLost:
+                pass
+            finally:
+                channel.abort()
+    return answers
+
+
+HELLO_FRAMES = 1  # of each side, before what is sealed; the server's challenge comes besides
+
+
+async def test_an_honest_wire_changes_nothing() -> None:
+    refused: list[ProtocolError] = []
+    assert len(await _through(lambda to_server, number, frame: [frame], refused)) == 3
+    assert refused == []
+
+
+@pytest.mark.parametrize("what", ["flip", "repeat", "inject", "drop seal"])
+async def test_a_wire_that_alters_a_frame_ends_the_session(what: str) -> None:
+    refused: list[ProtocolError] = []
+
+    def alter(to_server: bool, number: int, frame: bytes) -> list[bytes]:
+        if not to_server or number != HELLO_FRAMES + 1:
+            return [frame]
+        match what:
+            case "flip":
+                return [frame[:3] + bytes([frame[3] ^ 0x80]) + frame[4:]]
+            case "repeat":
+                return [frame, frame]
+            case "inject":
+                return [encode(Abort(request_id="evil", attempt=9)) + bytes(16)]
+            case _:
+                return [frame[:-16]]
+
+    answers = await _through(alter, refused)
+    assert len(answers) <= 2 and all(isinstance(each, Abort) and each.request_id == "r" for each in answers)
+    assert [error.kind for error in refused] == ["seal"]
+
+
+async def test_what_the_server_says_cannot_be_sent_back_to_it() -> None:
+    refused: list[ProtocolError] = []
+    seen: list[bytes] = []
+
+    def alter(to_server: bool, number: int, frame: bytes) -> list[bytes]:
+        if not to_server and number == 2:  # after challenge and welcome
+            seen.append(frame)
+        return [seen[0]] if to_server and number == HELLO_FRAMES + 1 else [frame]
+
+    assert len(await _through(alter, refused)) == 1
+    assert [error.kind for error in refused] == ["seal"]
+
+
+async def test_connections_that_say_no_hello_are_bounded_and_time_out_for_others() -> None:
+    refused: list[ProtocolError] = []
+    async with await serve(Address("127.0.0.1", 0), "s", _echo, secret=b"s", on_refused=refused.append) as server:
+        address = server_address(server, "127.0.0.1")
+        silent = [await asyncio.open_connection(address.host, address.port) for _ in range(MAX_PENDING_HELLOS)]
+        for reader, _ in silent:
+            await reader.readexactly(4)  # its challenge: it is waited for
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        assert await reader.read() == b""
+        assert [error.kind for error in refused] == ["flood"]
+        writer.close()
+        for _, each in silent:
+            each.transport.abort()
+        async with asyncio.timeout(5):
+            while True:
+                try:
+                    channel = await connect(address, "client", secret=b"s")
+                    break
+                except WorkerLost:
+                    await asyncio.sleep(0.01)  # the server has not seen all of them go
+        channel.abort()
 
 
 @pytest.mark.parametrize("text", ["", "host", "host:port", "host:99999", ":80"])

@@ -72,3 +72,29 @@ def test_terminal_gets_lines_for_people() -> None:
     structlog.get_logger().info("worker_ready", blocks=7)
     assert "worker_ready" in stream.getvalue()
     assert not stream.getvalue().startswith("{")
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+@pytest.mark.parametrize(
+    "evil", ["a\r\nlevel=error forged", "\x1b[31mred\x1b[0m", "\x9b31m", "a\u2028b", "\u202edrowssap", "\x00\x07"]
+)
+def test_what_a_client_chose_cannot_end_a_line_or_steer_a_terminal(kind: type[io.StringIO], evil: str) -> None:
+    stream = kind()
+    configure_logging("info", stream=stream)
+    structlog.get_logger().info("event", path=f"/x{evil}")
+    logging.getLogger("some.library").warning("bad %s", evil)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert evil not in line
+    if kind is io.StringIO:
+        shown = json.loads(lines[0])["path"]
+        assert shown.startswith("/x") and shown.isprintable()
+
+
+def test_long_texts_are_clipped() -> None:
+    stream = io.StringIO()
+    configure_logging("info", stream=stream)
+    structlog.get_logger().info("event", name="n" * 10_000)
+    line = json.loads(stream.getvalue())
+    assert len(line["name"]) < 2200 and "(10000 characters)" in line["name"]

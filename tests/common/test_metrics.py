@@ -204,3 +204,69 @@ def test_every_family_has_a_help_text_and_no_creation_times() -> None:
     assert b"_created" not in body
     names = [family.name for family in families]
     assert len(names) == len(set(names))
+
+
+def test_every_value_of_a_closed_label_is_there_from_the_start() -> None:
+    samples = _samples(RouterMetrics("m"))
+    for reason in ("queue_full", "objective", "deadline", "displaced", "late"):
+        assert samples[_key("kvferry_rejections_total", reason=reason)] == 0
+    assert samples[_key("kvferry_resumes_total", result="ok")] == 0
+    assert samples[_key("kvferry_retries_total", stage="decode", reason="drained")] == 0
+    assert samples[_key("kvferry_requests_total", code="429")] == 0
+    for name in ("poisoned", "retry_budget_exhausted", "drains", "fenced_messages", "auth_failures"):
+        assert samples[_key(f"kvferry_{name}_total")] == 0
+
+
+def test_faults_are_counted() -> None:
+    metrics = RouterMetrics("m")
+    metrics.on_poisoned()
+    metrics.on_budget_exhausted()
+    metrics.on_drain()
+    metrics.on_resumed("ok")
+    metrics.on_rejected("objective")
+    metrics.on_rejected("something else")
+    metrics.on_handshake_refused("seal")
+    metrics.on_auth_failure()
+    metrics.on_slow_client("head")
+    metrics.on_refused_connection("total")
+    samples = _samples(metrics)
+    for name in ("poisoned", "retry_budget_exhausted", "drains", "auth_failures"):
+        assert samples[_key(f"kvferry_{name}_total")] == 1
+    assert samples[_key("kvferry_resumes_total", result="ok")] == 1
+    assert samples[_key("kvferry_rejections_total", reason="objective")] == 1
+    assert samples[_key("kvferry_rejections_total", reason="other")] == 1
+    assert samples[_key("kvferry_handshake_rejects_total", kind="seal")] == 1
+    assert samples[_key("kvferry_slow_clients_total", kind="head")] == 1
+    assert samples[_key("kvferry_refused_connections_total", reason="total")] == 1
+
+
+def test_messages_of_workers_that_were_given_up_count_as_fenced() -> None:
+    metrics = RouterMetrics("m")
+    for kind in ("stale_attempt", "old_session", "wrong_worker", "duplicate", "unknown_request"):
+        metrics.on_dropped(kind)
+    samples = _samples(metrics)
+    assert samples[_key("kvferry_fenced_messages_total")] == 3
+    assert samples[_key("kvferry_duplicate_tokens_dropped_total")] == 1
+
+
+def test_every_number_of_a_heartbeat_is_exported() -> None:
+    def told(status: WorkerStatus) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        return _samples(RouterMetrics("m"), _View((_Worker("d-0", "decode", status),)))
+
+    plain = told(_status())
+    for name in WorkerStatus.__struct_fields__:
+        value = getattr(_status(), name)
+        if isinstance(value, int | float) and name not in ("seq", "step_tokens"):
+            assert told(_status(**{name: value + 1})) != plain, name
+
+
+def test_rejected_grants_are_counted_by_reason_and_unknown_reasons_as_other() -> None:
+    status = _status(grant_rejects=(("mac", 2), ("reused", 1), ("from\nelsewhere", 5), ("more", 1)))
+    samples = _samples(RouterMetrics("m"), _View((_Worker("d-0", "decode", status),)))
+    by_reason = {
+        dict(labels)["reason"]: value
+        for (name, labels), value in samples.items()
+        if name == "kvferry_grant_rejects_total"
+    }
+    assert {reason: count for reason, count in by_reason.items() if count} == {"mac": 2, "reused": 1, "other": 6}
+    assert "fenced_peer" in by_reason

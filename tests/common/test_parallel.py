@@ -17,6 +17,7 @@ from kvferry.common.errors import ConfigError, WorkerLost
 from kvferry.common.parallel import Communicator, FrameKind, FrameSocket, RankGroup
 from kvferry.common.request import SamplingParams
 from kvferry.tests.checkpoints import write_checkpoint
+from kvferry.tests.common.test_swap import swapped_in_the_middle, undisturbed
 from kvferry.tests.engine_driver import Driver, engine_config, make_engine, prompts
 
 ANSWER_S = 60.0
@@ -47,7 +48,7 @@ class EchoHandler:
 class _Pair:
     def __init__(self, model_dir: Path) -> None:
         self.inbox: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
-        config = engine_config(model_dir, tensor_parallel_size=2)
+        config = engine_config(model_dir, tensor_parallel_size=2, swap_space=1 << 20)
         self.group = RankGroup.start(
             config,
             num_blocks=64,
@@ -107,6 +108,10 @@ def test_two_ranks_give_the_tokens_of_one_and_payloads_keep_their_place(pair: _P
     pair.group.close()
     assert pair.received() == b"closed"
     pair.group.close()
+
+
+def test_every_rank_swaps_its_part_of_the_blocks(pair: _Pair, model_dir: Path) -> None:
+    assert swapped_in_the_middle(pair.engine) == undisturbed(make_engine(model_dir))
 
 
 def test_a_follower_that_dies_is_a_lost_worker(pair: _Pair) -> None:

@@ -173,3 +173,26 @@ def test_a_cache_in_8_bits_needs_a_gpu() -> None:
         fit_to_host(planned(kv_cache_dtype="fp8"), host())
     fitted = fit_to_host(planned(kv_cache_dtype="fp8"), host(num_gpus=2))
     assert {worker.config.engine.kv_cache_dtype for worker in fitted.workers} == {"fp8"}
+
+
+def test_deterministic_reaches_every_process_and_needs_cpus() -> None:
+    deployment = planned(deterministic=True)
+    assert deployment.router.deterministic
+    assert all(worker.config.engine.deterministic for worker in fit_to_host(deployment, host()).workers)
+    with pytest.raises(ConfigError, match="deterministic: only on CPUs"):
+        fit_to_host(deployment, host(num_gpus=2))
+
+
+def test_deterministic_pools_split_the_model_alike() -> None:
+    with pytest.raises(ValueError, match="same tensor_parallel_size, these have 2 and 1"):
+        ServeSettings(deterministic=True, prefill=PoolSettings(tensor_parallel_size=2))
+    ServeSettings(
+        deterministic=True, prefill=PoolSettings(workers=0), decode=PoolSettings(tensor_parallel_size=2)
+    )  # one pool
+
+
+def test_only_decode_workers_have_room_for_preempted_kv() -> None:
+    by_default = [worker.config.engine.swap_space for worker in planned().workers]
+    assert by_default == [0, None]
+    assert [worker.config.engine.swap_space for worker in planned(swap_space="2GiB").workers] == [0, 2 * GIB]
+    assert [worker.config.engine.swap_space for worker in planned(swap_space=0).workers] == [0, 0]

@@ -2,162 +2,26 @@
 
 from __future__ import annotations
 
-from kvferry.common.batch import Batch, RowOutput, StepOutput
-from kvferry.common.blocks import BlockPool, KVCacheSpec
-from kvferry.common.clock import FakeClock
-from kvferry.common.config import TransferConfig
+from kvferry.common.batch import RowOutput, StepOutput
 from kvferry.common.messages import (
     Abort,
-    ChoiceTokens,
     Grant,
     HandoffDone,
-    KVArrived,
-    KVOpen,
+    HandoffFailed,
     LocalTask,
-    Message,
     NoCapacity,
-    RegionInfo,
     ReserveKV,
     StepTokens,
     TaskRefused,
+    WorkerFailure,
 )
-from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
-from kvferry.decode.role import DecodeRole
-from kvferry.transfer.receiver import KVReceiver
-
-BLOCK, EOS = 4, 2
-SPEC = KVCacheSpec(model="m", num_layers=1, num_kv_heads=1, head_dim=8, block_size=BLOCK, dtype="float32")
-REGION = RegionInfo(
-    rank=0,
-    tp_size=1,
-    agent="d.1.0.0",
-    generation=0,
-    agent_metadata=b"",
-    base_addr=0,
-    num_blocks=64,
-    page_bytes=SPEC.page_bytes(),
-    device="DRAM",
-    device_id=0,
-    transport="local",
-)
-
-
-class _Bench:
-    """A decode role with a real receiver; the prefill worker's part is played by hand."""
-
-    def __init__(self, num_blocks: int = 64) -> None:
-        self.sent: list[Message] = []
-        self.pool = BlockPool(num_blocks, BLOCK)
-        self.receiver = KVReceiver(
-            worker_id="d",
-            incarnation=1,
-            spec=SPEC,
-            tp_size=1,
-            pool=self.pool,
-            regions=(REGION,),
-            kv_address="127.0.0.1:1",
-            config=TransferConfig(),
-            clock=FakeClock(),
-            version="0",
-            transport="local",
-            to_router=lambda router, message: self.sent.append(message),
-            to_peer=lambda session, message: None,
-        )
-        self.role = DecodeRole(
-            pool=self.pool,
-            spec=SPEC,
-            receiver=self.receiver,
-            to_router=lambda router, message: self.sent.append(message),
-            eos_token_ids=frozenset({EOS}),
-            max_model_len=1000,
-            max_num_batched_tokens=16,
-            max_num_seqs=8,
-        )
-
-    def spec(
-        self, name: str, num_tokens: int, n: int = 1, outputs: tuple[list[int], ...] = (), **more: object
-    ) -> RequestSpec:
-        sampling = SamplingParams(temperature=0.0, max_tokens=4)
-        return RequestSpec(
-            request_id=name,
-            attempt=0,
-            prompt=pack_ids(list(range(100, 100 + num_tokens))),
-            sampling=sampling,
-            choices=tuple(range(n)),
-            outputs=tuple(pack_ids(tokens) for tokens in outputs),
-            **more,  # type: ignore[arg-type]  # fields by name
-        )
-
-    def send(self, message: Message) -> None:
-        self.role.on_router_message("R", message)
-
-    def last(self, kind: type[Message]) -> Message:
-        return next(message for message in reversed(self.sent) if isinstance(message, kind))
-
-    def hand_over(self, spec: RequestSpec, first_tokens: tuple[ChoiceTokens, ...]) -> None:
-        """Reserve, open and arrive, as a prefill worker would."""
-        self.send(ReserveKV(spec=spec))
-        grant = self.last(Grant)
-        assert isinstance(grant, Grant)
-        self.receiver.on_message(
-            "p#1",
-            KVOpen(
-                grant_id=grant.grant.grant_id,
-                open_id=7,
-                mac=grant.grant.mac,
-                worker_id="p",
-                incarnation=5,
-                spec=SPEC,
-                version="0",
-                transport="local",
-                tp_size=1,
-            ),
-        )
-        self.receiver.on_arrived(
-            0,
-            KVArrived(
-                grant_id=grant.grant.grant_id,
-                open_id=7,
-                source_rank=0,
-                num_tokens=spec.num_prompt_tokens,
-                first_tokens=first_tokens,
-            ),
-        )
-
-    def step(self, token: int = 9) -> Batch | None:
-        batch = self.role.schedule()
-        if batch is not None:
-            rows = [
-                RowOutput(tuple(SampledToken(token) for _ in row.choices) if row.samples else ()) for row in batch.rows
-            ]
-            self.role.complete(batch, StepOutput(rows, 0.01, batch.num_tokens))
-        return batch
-
-    def run(self, token: int = 9) -> None:
-        for _ in range(50):
-            if self.step(token) is None:
-                return
-        raise AssertionError("it never ends")
-
-    def tokens(self, name: str) -> dict[int, list[tuple[int, int]]]:
-        """(index, token) pairs that the router got, by choice."""
-        got: dict[int, list[tuple[int, int]]] = {}
-        for message in self.sent:
-            if isinstance(message, StepTokens):
-                for update in message.updates:
-                    for choice in update.choices if update.request_id == name else ():
-                        pairs = enumerate(choice.tokens, choice.first_index)
-                        got.setdefault(choice.choice, []).extend((index, token.token_id) for index, token in pairs)
-        return got
-
-
-def _first(choice: int, token: int, finish: str | None = None) -> ChoiceTokens:
-    return ChoiceTokens(choice, 0, (SampledToken(token),), finish)
+from kvferry.common.request import SampledToken
+from kvferry.tests.decode.bench import EOS, Bench, first_token
 
 
 def test_an_arrived_prompt_decodes_from_the_first_token_which_is_repeated() -> None:
-    bench = _Bench()
-    bench.hand_over(bench.spec("a", 6), (_first(0, 5),))
+    bench = Bench()
+    bench.hand_over(bench.spec("a", 6), (first_token(0, 5),))
     assert isinstance(bench.last(HandoffDone), HandoffDone)
     bench.run()
     assert bench.tokens("a") == {0: [(0, 5), (1, 9), (2, 9), (3, 9)]}
@@ -165,8 +29,8 @@ def test_an_arrived_prompt_decodes_from_the_first_token_which_is_repeated() -> N
 
 
 def test_choices_share_the_prompt_and_each_has_its_own_copy_of_the_partial_block() -> None:
-    bench = _Bench()
-    bench.hand_over(bench.spec("a", 6, n=3), tuple(_first(choice, 5 + choice) for choice in range(3)))
+    bench = Bench()
+    bench.hand_over(bench.spec("a", 6, n=3), tuple(first_token(choice, 5 + choice) for choice in range(3)))
     batch = bench.role.schedule()
     assert batch is not None and len(batch.block_copies) == 2
     tables = [row.seq.block_table for row in batch.rows]
@@ -180,8 +44,8 @@ def test_choices_share_the_prompt_and_each_has_its_own_copy_of_the_partial_block
 
 
 def test_a_choice_that_ended_with_its_first_token_takes_no_row() -> None:
-    bench = _Bench()
-    bench.hand_over(bench.spec("a", 6, n=2), (_first(0, EOS, "stop"), _first(1, 5)))
+    bench = Bench()
+    bench.hand_over(bench.spec("a", 6, n=2), (first_token(0, EOS, "stop"), first_token(1, 5)))
     batch = bench.step()
     assert batch is not None and [row.seq.choice for row in batch.rows] == [1]
     bench.run()
@@ -189,7 +53,7 @@ def test_a_choice_that_ended_with_its_first_token_takes_no_row() -> None:
 
 
 def test_a_local_prompt_is_computed_here_and_forked_for_its_choices() -> None:
-    bench = _Bench()
+    bench = Bench()
     bench.send(LocalTask(spec=bench.spec("a", 20, n=2)))
     bench.run()
     expected = [(0, 9), (1, 9), (2, 9), (3, 9)]
@@ -199,7 +63,7 @@ def test_a_local_prompt_is_computed_here_and_forked_for_its_choices() -> None:
 
 
 def test_an_end_token_ends_a_choice() -> None:
-    bench = _Bench()
+    bench = Bench()
     bench.send(LocalTask(spec=bench.spec("a", 5)))
     bench.run(token=EOS)
     message = bench.last(StepTokens)
@@ -208,14 +72,14 @@ def test_an_end_token_ends_a_choice() -> None:
 
 
 def test_a_resume_goes_on_after_the_accepted_tokens() -> None:
-    bench = _Bench()
+    bench = Bench()
     bench.send(LocalTask(spec=bench.spec("a", 6, n=2, outputs=([5, 6], [7]))))
     bench.run()
     assert bench.tokens("a") == {0: [(2, 9), (3, 9)], 1: [(1, 9), (2, 9), (3, 9)]}
 
 
 def test_a_resume_over_a_handoff_feeds_the_accepted_tokens_again() -> None:
-    bench = _Bench()
+    bench = Bench()
     bench.hand_over(bench.spec("a", 8, n=2, outputs=([5, 6], [])), ())
     bench.run()
     assert bench.tokens("a") == {0: [(2, 9), (3, 9)], 1: [(0, 9), (1, 9), (2, 9), (3, 9)]}
@@ -224,7 +88,7 @@ def test_a_resume_over_a_handoff_feeds_the_accepted_tokens_again() -> None:
 
 
 def test_a_prompt_that_is_held_already_is_not_worth_a_handoff() -> None:
-    bench = _Bench()
+    bench = Bench()
     bench.send(LocalTask(spec=bench.spec("a", 8)))
     bench.run()
     bench.send(ReserveKV(spec=bench.spec("b", 8)))
@@ -233,25 +97,25 @@ def test_a_prompt_that_is_held_already_is_not_worth_a_handoff() -> None:
 
 
 def test_an_abort_frees_everything_at_any_stage() -> None:
-    def granted(bench: _Bench) -> None:
+    def granted(bench: Bench) -> None:
         bench.send(ReserveKV(spec=bench.spec("a", 6)))
 
-    def arrived(bench: _Bench) -> None:
-        bench.hand_over(bench.spec("a", 6), (_first(0, 5),))
+    def arrived(bench: Bench) -> None:
+        bench.hand_over(bench.spec("a", 6), (first_token(0, 5),))
 
-    def running(bench: _Bench) -> None:
+    def running(bench: Bench) -> None:
         arrived(bench)
         bench.step()
 
-    def waiting(bench: _Bench) -> None:
+    def waiting(bench: Bench) -> None:
         bench.send(LocalTask(spec=bench.spec("a", 40)))
 
-    def computing(bench: _Bench) -> None:
+    def computing(bench: Bench) -> None:
         waiting(bench)
         bench.step()
 
     for stage in (granted, arrived, running, waiting, computing):
-        bench = _Bench()
+        bench = Bench()
         stage(bench)
         bench.send(Abort(request_id="a", attempt=0))
         bench.run()
@@ -261,8 +125,8 @@ def test_an_abort_frees_everything_at_any_stage() -> None:
 
 
 def test_an_abort_of_one_choice_leaves_the_others() -> None:
-    bench = _Bench()
-    bench.hand_over(bench.spec("a", 6, n=2), (_first(0, 5), _first(1, 6)))
+    bench = Bench()
+    bench.hand_over(bench.spec("a", 6, n=2), (first_token(0, 5), first_token(1, 6)))
     bench.step()
     bench.send(Abort(request_id="a", attempt=0, choices=(0,)))
     bench.run()
@@ -271,25 +135,25 @@ def test_an_abort_of_one_choice_leaves_the_others() -> None:
 
 
 def test_a_choice_that_is_aborted_before_its_prompt_is_here_never_decodes() -> None:
-    bench = _Bench()
+    bench = Bench()
     bench.send(LocalTask(spec=bench.spec("a", 20, n=2)))
     bench.step()
     bench.send(Abort(request_id="a", attempt=0, choices=(0,)))
     bench.run()
     assert set(bench.tokens("a")) == {1} and bench.pool.num_owned_blocks == 0
-    handed = _Bench()
+    handed = Bench()
     spec = handed.spec("b", 6, n=2)
     handed.send(ReserveKV(spec=spec))
     handed.send(Abort(request_id="b", attempt=0, choices=(0,)))
-    handed.hand_over(spec, (_first(0, 5), _first(1, 6)))
+    handed.hand_over(spec, (first_token(0, 5), first_token(1, 6)))
     handed.run()
     assert len(handed.tokens("b").get(0, [])) <= 1 and len(handed.tokens("b")[1]) == 4
     assert handed.pool.num_owned_blocks == 0
 
 
 def test_unless_arrived_keeps_a_request_that_has_arrived() -> None:
-    bench = _Bench()
-    bench.hand_over(bench.spec("a", 6), (_first(0, 5),))
+    bench = Bench()
+    bench.hand_over(bench.spec("a", 6), (first_token(0, 5),))
     bench.step()
     bench.send(Abort(request_id="a", attempt=0, unless_arrived=True))
     bench.run()
@@ -297,17 +161,120 @@ def test_unless_arrived_keeps_a_request_that_has_arrived() -> None:
 
 
 def test_a_prompt_larger_than_the_pool_is_refused_with_the_numbers() -> None:
-    bench = _Bench(num_blocks=2)
+    bench = Bench(num_blocks=2)
     bench.send(LocalTask(spec=bench.spec("a", 18)))
     refused = bench.last(TaskRefused)
     assert isinstance(refused, TaskRefused) and refused.reason == "never_fits" and "pool has 2" in refused.detail
 
 
 def test_a_draining_worker_takes_nothing_new() -> None:
-    bench = _Bench()
+    bench = Bench()
     bench.role.draining = True
     bench.send(LocalTask(spec=bench.spec("a", 4)))
     bench.send(ReserveKV(spec=bench.spec("b", 4)))
     refused, full = bench.last(TaskRefused), bench.last(NoCapacity)
     assert isinstance(refused, TaskRefused) and isinstance(full, NoCapacity)
     assert refused.reason == full.reason == "draining"
+
+
+def test_reservations_count_as_work_until_they_end_but_quarantine_does_not() -> None:
+    bench = Bench()
+    spec = bench.spec("a", 6)
+    bench.send(ReserveKV(spec=spec))
+    grant = bench.last(Grant)
+    assert isinstance(grant, Grant) and bench.role.num_unfinished == 1
+    bench.open(spec, grant.grant)
+    bench.role.draining = True
+    assert bench.role.num_unfinished == 1, "what was opened before goes on"
+    bench.arrive(spec, grant.grant, (first_token(0, 5),))
+    assert bench.role.num_unfinished == 1
+    bench.run()
+    assert bench.role.num_unfinished == 0 and len(bench.tokens("a")[0]) == 4
+    bench.role.draining = False
+    other = bench.spec("b", 6, cache_salt=b"x")
+    bench.send(ReserveKV(spec=other))
+    second = bench.last(Grant)
+    assert isinstance(second, Grant)
+    bench.open(other, second.grant, open_id=8)
+    bench.send(Abort(request_id="b", attempt=0))
+    assert bench.pool.num_quarantined_blocks == 2
+    assert bench.role.num_unfinished == 0 and not bench.role.is_quiet
+
+
+def test_draining_gives_up_what_was_granted_and_not_opened() -> None:
+    bench = Bench()
+    bench.send(ReserveKV(spec=bench.spec("a", 6)))
+    bench.role.draining = True
+    failed = bench.last(HandoffFailed)
+    assert isinstance(failed, HandoffFailed) and failed.blame == "draining"
+    assert bench.role.num_unfinished == 0 and bench.pool.num_owned_blocks == 0
+
+
+def test_what_has_expired_is_not_begun() -> None:
+    bench = Bench()
+    bench.send(LocalTask(spec=bench.spec("a", 6, remaining_s=0.0)))
+    bench.send(ReserveKV(spec=bench.spec("b", 6, remaining_s=0.0)))
+    refused, full = bench.last(TaskRefused), bench.last(NoCapacity)
+    assert isinstance(refused, TaskRefused) and isinstance(full, NoCapacity)
+    assert refused.reason == full.reason == "expired"
+
+
+def test_a_prompt_that_waits_beyond_its_deadline_is_dropped() -> None:
+    bench = Bench(num_blocks=6)
+    bench.send(LocalTask(spec=bench.spec("first", 16, remaining_s=1.0)))
+    bench.step()
+    bench.send(LocalTask(spec=bench.spec("late", 16, remaining_s=1.0, arrival=1, cache_salt=b"x")))
+    bench.step()
+    bench.clock.advance(1.1)
+    bench.run()
+    refused = bench.last(TaskRefused)
+    assert isinstance(refused, TaskRefused) and (refused.request_id, refused.reason) == ("late", "expired")
+    assert len(bench.tokens("first")[0]) == 4, "what has begun is its router's to end"
+    assert bench.role.is_quiet
+
+
+def test_an_attempt_that_has_ended_is_not_begun_again() -> None:
+    bench = Bench()
+    spec = bench.spec("a", 6)
+    bench.send(LocalTask(spec=spec))
+    bench.run()
+    bench.send(LocalTask(spec=spec))
+    bench.send(ReserveKV(spec=spec))
+    refused, full = bench.last(TaskRefused), bench.last(NoCapacity)
+    assert isinstance(refused, TaskRefused) and isinstance(full, NoCapacity)
+    assert refused.reason == full.reason == "stale" and bench.role.is_quiet
+
+
+def test_a_sequence_that_outgrows_the_pool_is_told_as_a_failure() -> None:
+    bench = Bench(num_blocks=2)
+    bench.send(LocalTask(spec=bench.spec("a", 6)))
+    bench.run()
+    failure = bench.last(WorkerFailure)
+    assert isinstance(failure, WorkerFailure) and "9 tokens of choice 0 do not fit into 2 blocks" in failure.reason
+    assert bench.role.is_quiet and bench.pool.num_owned_blocks == 0
+
+
+def test_a_copy_for_a_choice_that_starts_anew_never_lands_in_a_block_of_another() -> None:
+    bench = Bench()
+    bench.hand_over(bench.spec("a", 6, n=2, outputs=([5, 6], [])), ())
+    batch = bench.role.schedule()
+    assert batch is not None
+    for _, target in batch.block_copies:
+        assert any(target in row.seq.block_table for row in batch.rows)
+    bench.complete(batch)
+    bench.run()
+    assert bench.tokens("a") == {0: [(2, 9), (3, 9)], 1: [(0, 9), (1, 9), (2, 9), (3, 9)]}
+
+
+def test_blocks_that_are_copied_to_come_back_after_the_step_though_their_sequence_has_no_row_in_it() -> None:
+    """Eight resumed choices with more to feed than a step takes."""
+    bench = Bench()
+    bench.hand_over(bench.spec("a", 6, n=8, outputs=tuple([5] * 3 for _ in range(8))), ())
+    batch = bench.role.schedule()
+    assert batch is not None and len(batch.block_copies) == 7
+    fed = {id(row.seq) for row in batch.rows}
+    assert len(fed) < 8
+    bench.send(Abort(request_id="a", attempt=0))
+    assert all(bench.pool.ref_count(target) == 1 for _, target in batch.block_copies)
+    bench.complete(batch)
+    assert bench.pool.num_owned_blocks == 0 and bench.role.is_quiet

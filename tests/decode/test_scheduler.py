@@ -97,6 +97,43 @@ def test_a_preempted_sequence_keeps_its_tokens_and_is_not_served_before_older_on
     assert [str(seq.request_id) for seq in scheduler.waiting] == ["middle", "young"]
 
 
+def _resumed(scheduler: DecodeScheduler, pool: BlockPool, num_prompt: int, num_outputs: int) -> Sequence:
+    """A sequence whose prompt's KV came over the wire, with an answer that was begun elsewhere."""
+    seq = _prompt("r", num_prompt)
+    seq.block_table = pool.allocate(-(-num_prompt // BLOCK))
+    seq.num_computed_tokens = num_prompt
+    seq.num_published_blocks = num_prompt // BLOCK
+    seq.token_ids += [7] * num_outputs
+    scheduler.adopt(seq)
+    return seq
+
+
+@pytest.mark.parametrize("num_outputs", [1, 2, 3, 7, 20])
+def test_a_resumed_answer_has_blocks_for_all_that_is_fed_again(num_outputs: int) -> None:
+    scheduler, pool = _scheduler()
+    seq = _resumed(scheduler, pool, 6, num_outputs)
+    num_fed = 0
+    while num_fed < num_outputs:
+        batch = scheduler.schedule()
+        assert batch is not None
+        [row] = batch.rows
+        assert row.end <= len(seq.block_table) * BLOCK
+        num_fed += row.num_scheduled_tokens
+        scheduler.complete(batch)
+    scheduler.remove(seq)
+    assert pool.num_free_blocks == 64
+
+
+def test_a_resumed_answer_without_room_waits_and_is_computed_when_there_is() -> None:
+    scheduler, pool = _scheduler(num_blocks=8)
+    other = _adopted(scheduler, pool, "d", 20)
+    seq = _resumed(scheduler, pool, 6, 14)
+    assert seq in scheduler.waiting and not seq.block_table
+    scheduler.remove(other)
+    assert _step(scheduler) == [("r", 16)]
+    pool.check()
+
+
 def test_a_fork_shares_full_blocks_and_copies_the_partial_one() -> None:
     scheduler, pool = _scheduler()
     parent = _adopted(scheduler, pool, "a", 6)

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -36,6 +36,7 @@ class Cluster:
     base_url: str
     log: Path
     client: httpx.Client
+    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)  # those without a launcher
 
     def post(self, path: str, body: dict[str, object]) -> dict[str, object]:
         """A successful answer's body; the server's own error otherwise."""
@@ -57,6 +58,7 @@ class Cluster:
     def children(self, word: str = "") -> list[psutil.Process]:
         """The server's processes whose command line contains `word`."""
         found = psutil.Process(self.process.pid).children(recursive=True)
+        found += [psutil.Process(worker.pid) for worker in self.workers if worker.poll() is None]
         return [child for child in found if word in " ".join(child.cmdline())]
 
 
@@ -91,9 +93,51 @@ def serve(model_dir: Path | None, log: Path, *flags: str, env: dict[str, str] | 
             _stop(cluster)
 
 
+@contextlib.contextmanager
+def serve_by_hand(
+    model_dir: Path,
+    log: Path,
+    workers: Mapping[str, str],
+    *flags: str,
+    shared: tuple[str, ...] = (),
+    env: dict[str, str] | None = None,
+) -> Iterator[Cluster]:
+    """A router and workers (id to role), each started by its own command: nobody watches them or starts them again.
+
+    `flags` are for the workers, `shared` are for the router as well.
+    """
+    port, control = free_port(), free_port()
+    base_url = f"http://127.0.0.1:{port}"
+    own = {
+        "router": ["router", "--port", str(port), "--control-port", str(control)],
+        **{
+            name: [role, "--router", f"127.0.0.1:{control}", "--worker-id", name, *flags]
+            for name, role in workers.items()
+        },
+    }
+    processes = []
+    with log.open("wb") as output, httpx.Client(base_url=base_url, timeout=60.0) as client:
+        try:
+            for command, *words in own.values():
+                argv = [sys.executable, "-m", "kvferry", command, str(model_dir), "--served-model-name", "tiny"]
+                argv += [*shared, *words]
+                environment = {**os.environ, **(env or {})}
+                processes.append(subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, env=environment))
+            cluster = Cluster(processes[0], base_url, log, client, processes[1:])
+            _wait_ready(cluster)
+            yield cluster
+        finally:
+            for process in reversed(processes):
+                process.send_signal(signal.SIGCONT)
+                process.send_signal(signal.SIGTERM)
+            for process in processes:
+                process.wait(STOP_LIMIT_S)
+
+
 def _wait_ready(cluster: Cluster) -> None:
     def is_ready() -> bool:
-        assert cluster.process.poll() is None, f"the server ended: {cluster.log.read_text()[-4000:]}"
+        ended = [process.args for process in (cluster.process, *cluster.workers) if process.poll() is not None]
+        assert not ended, f"{ended} ended: {cluster.log.read_text()[-4000:]}"
         with contextlib.suppress(httpx.TransportError):
             return cluster.client.get("/ready").status_code == 200
         return False

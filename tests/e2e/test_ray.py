@@ -5,26 +5,41 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import psutil
 import pytest
 
+from kvferry.benchmarks.restart_load import Tally, asking, keep_asking, undisturbed
+
 from ..checkpoints import write_checkpoint
 from . import reference
 from .cluster import Cluster, serve, wait_until
 
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster as RayCluster
+
+HEAD_AWAY_S = 10.0
+
 
 @pytest.fixture(scope="module")
 def ray_address() -> Iterator[str]:
-    """Two nodes of two cores; workers are spread over them."""
+    with ray_cluster() as nodes:
+        yield str(nodes.address)
+
+
+@contextmanager
+def ray_cluster() -> Iterator[RayCluster]:
+    """Two nodes of one core each; workers are spread over them."""
     from ray.cluster_utils import Cluster as RayCluster
 
     nodes = RayCluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     nodes.add_node(num_cpus=1)
     try:
-        yield str(nodes.address)
+        yield nodes
     finally:
         nodes.shutdown()
 
@@ -72,3 +87,31 @@ def _actor_pids(cluster: Cluster, worker: str) -> list[int]:
         if '"worker_joined"' in line and f'"{worker}"' in line:
             pids.append(int(json.loads(line)["pid"]))
     return [pid for pid in pids[-1:] if psutil.pid_exists(pid)]
+
+
+@pytest.mark.slow
+def test_ray_may_lose_its_head_while_tokens_flow(tmp_path: Path) -> None:
+    model_dir = write_checkpoint(tmp_path / "tiny")
+    flags = ["--served-model-name", "tiny", "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB"]
+    with ray_cluster() as nodes:
+        flags += ["--launcher", "ray", "--ray-address", str(nodes.address)]
+        with serve(model_dir, tmp_path / "log", *flags) as cluster:
+            [head] = nodes.head_node.all_processes["gcs_server"]
+            tally = asyncio.run(_ask_without_head(cluster, head.process.pid))
+            assert tally.failures == []
+            assert tally.num_tokens > 100
+            assert cluster.metric("kvferry_fallback_total") == 0
+            assert not psutil.pid_exists(head.process.pid) or head.process.poll() is not None
+
+
+async def _ask_without_head(cluster: Cluster, head_pid: int) -> Tally:
+    """Streams without a pause for a while after the cluster's head has died."""
+    tally, stop = Tally(), asyncio.Event()
+    ask = asking(cluster.base_url, "tiny", 64)
+    wanted = await undisturbed(ask, ["Where do blocks cross?", "And when?"])
+    asking_on = asyncio.create_task(keep_asking(ask, wanted, 0, stop, tally))
+    psutil.Process(head_pid).send_signal(signal.SIGKILL)
+    await asyncio.sleep(HEAD_AWAY_S)  # the promise is about this time
+    stop.set()
+    await asking_on
+    return tally

@@ -50,12 +50,14 @@ class _Shipping:
     """Records what the role asks of the senders."""
 
     opened: list[str] = field(default_factory=list)
+    opens: list[tuple[str, int]] = field(default_factory=list)
     plans: list[ShipPlan] = field(default_factory=list)
     finished: dict[int, tuple[ChoiceTokens, ...]] = field(default_factory=dict)
     cancelled: dict[int, str] = field(default_factory=dict)
 
     def open(self, request_id: str, attempt: int, grant: GrantInfo) -> int:
         self.opened.append(request_id)
+        self.opens.append((request_id, attempt))
         return len(self.opened)
 
     def begin_step(self, plans: list[ShipPlan]) -> None:
@@ -76,11 +78,11 @@ class _Bench:
 
     def __init__(self, num_blocks: int = 16, budget: int = 8) -> None:
         self.shipping, self.sent = _Shipping(), list[tuple[str, Message]]()
-        self.pool = BlockPool(num_blocks, BLOCK)
+        self.pool, self.clock = BlockPool(num_blocks, BLOCK), FakeClock()
         self.role = PrefillRole(
             pool=self.pool,
             endpoint=Endpoint(SPEC, "0", "local", 1),
-            clock=FakeClock(),
+            clock=self.clock,
             shipping=self.shipping,
             to_router=lambda router, message: self.sent.append((router, message)),
             eos_token_ids=frozenset({EOS}),
@@ -100,11 +102,20 @@ class _Bench:
         attempt: int = 0,
         sample: bool = True,
         spec: KVCacheSpec = SPEC,
+        priority: int = 0,
+        remaining_s: float | None = None,
+        first: int = 0,
         **sampling: object,
     ) -> PrefillTask:
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **sampling})  # type: ignore[arg-type]
         request = RequestSpec(
-            request_id=name, attempt=attempt, prompt=pack_ids(list(range(num_tokens))), sampling=params, choices=(0, 1)
+            request_id=name,
+            attempt=attempt,
+            prompt=pack_ids(list(range(first, first + num_tokens))),
+            sampling=params,
+            choices=(0, 1),
+            priority=priority,
+            remaining_s=remaining_s,
         )
         grant = GrantInfo(
             grant_id=GrantId("d", 1, 1),
@@ -160,9 +171,12 @@ def test_blocks_are_held_until_their_shipment_reads_them_no_more() -> None:
     bench.run()
     assert bench.pool.num_owned_blocks == bench.role.num_granted_blocks == 5
     bench.role.on_source_free(1)
-    assert bench.pool.num_owned_blocks == 0 and bench.role.num_unfinished == 0
     bench.role.on_source_free(1)  # idempotent
-    bench.pool.check()
+    assert bench.pool.num_owned_blocks == 0
+    assert bench.role.num_unfinished == 1, "the decode worker may not have heard of the arrival"
+    assert bench.role.router_of("a", 0) == "R"
+    assert bench.role.is_quiet and bench.role.num_unfinished == 0
+    bench.role.check()
 
 
 def test_a_retry_ships_from_the_prefix_cache() -> None:
@@ -288,3 +302,30 @@ def test_prompt_logprobs_come_for_every_token_but_the_first() -> None:
     got = [m for m in bench.messages(PromptLogprobs) if isinstance(m, PromptLogprobs)]
     tokens = {m.start + i: token.token_id for m in got for i, token in enumerate(m.tokens)}
     assert tokens == {index: index for index in range(1, 18)}
+
+
+def test_what_has_expired_is_not_begun() -> None:
+    bench = _Bench(num_blocks=4)
+    bench.task("now", 4, remaining_s=0.0)
+    bench.task("first", 12)
+    batch = bench.begin()
+    bench.task("late", 12, remaining_s=1.0, first=100)
+    assert batch is not None
+    bench.end(batch)
+    bench.clock.advance(1.1)
+    bench.run()
+    refused = [(m.request_id, m.reason) for m in bench.messages(TaskRefused) if isinstance(m, TaskRefused)]
+    assert refused == [("now", "expired"), ("late", "expired")]
+    assert bench.shipping.opened == ["first"] and 1 in bench.shipping.finished
+    bench.role.check()
+
+
+def test_a_drain_lasts_until_every_shipment_has_ended() -> None:
+    bench = _Bench()
+    bench.task("a", 18)
+    bench.role.draining = True
+    bench.run()
+    bench.role.on_source_free(1)
+    assert bench.messages(FirstToken) and bench.role.num_unfinished == 1
+    bench.role.router_of("a", 0)
+    assert bench.role.num_unfinished == 0

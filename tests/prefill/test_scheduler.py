@@ -109,6 +109,19 @@ def test_a_prompt_waits_for_blocks_and_nobody_passes_it() -> None:
     assert _step(scheduler)[0] == [("b", 12)]
 
 
+@pytest.mark.parametrize("priority", [0, 1])
+def test_a_prompt_that_has_begun_goes_on_though_an_earlier_one_waits_for_its_blocks(priority: int) -> None:
+    scheduler, pool, _ = _scheduler(num_blocks=4, budget=4)
+    long = scheduler.add(_sequence("long", 12, priority=priority), b"")
+    assert _step(scheduler)[0] == [("long", 4)]
+    scheduler.add(_sequence("short", 8, first=100), b"")
+    scheduler.add(_sequence("tiny", 4, first=200, priority=1), b"")
+    assert [_step(scheduler)[0] for _ in range(2)] == [[("long", 4)], [("long", 4)]]
+    assert _step(scheduler)[0] == [], "nobody who has not begun passes the short one"
+    pool.free(long.seq.block_table)
+    assert _step(scheduler)[0] == [("short", 4)]
+
+
 def test_a_prompt_that_can_never_fit_is_refused_with_the_numbers() -> None:
     scheduler, _, _ = _scheduler(num_blocks=4)
     with pytest.raises(CapacityError, match="needs 5 blocks, the pool has 4"):

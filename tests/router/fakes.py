@@ -22,16 +22,17 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from kvferry.common.channel import Address
 from kvferry.common.clock import FakeClock
+from kvferry.common.host import listen
 from kvferry.common.messages import ChoiceTokens
 from kvferry.common.metrics import RouterMetrics
 from kvferry.common.request import SampledToken
 from kvferry.common.tokenizer import Tokenizer
 from kvferry.router.app import build_app
+from kvferry.router.http_server import HttpServer
 from kvferry.router.pools import PoolView
 from kvferry.router.prompts import ServedModel
 from kvferry.router.protocol import DeadlineProtocol
 from kvferry.router.request import RequestStatus, RouterRequest, StreamError, TokenStream
-from kvferry.router.server import HttpServer, listen
 
 MODEL = "toy"
 EOS = 256

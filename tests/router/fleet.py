@@ -103,6 +103,11 @@ class Recorder:
         self.fallbacks: Counter[str] = Counter()
         self.retries: Counter[tuple[str, str]] = Counter()
         self.dropped: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()
+        self.resumed: Counter[str] = Counter()
+        self.num_poisoned = 0
+        self.num_exhausted = 0
+        self.num_drains = 0
 
     def on_finished(self, request: RouterRequest) -> None:
         self.finished.append(request)
@@ -118,6 +123,21 @@ class Recorder:
 
     def on_dropped(self, kind: str) -> None:
         self.dropped[kind] += 1
+
+    def on_rejected(self, reason: str) -> None:
+        self.rejected[reason] += 1
+
+    def on_poisoned(self) -> None:
+        self.num_poisoned += 1
+
+    def on_budget_exhausted(self) -> None:
+        self.num_exhausted += 1
+
+    def on_resumed(self, result: str) -> None:
+        self.resumed[result] += 1
+
+    def on_drain(self) -> None:
+        self.num_drains += 1
 
 
 class Link:

@@ -61,6 +61,7 @@ async def test_a_completion_has_openais_shape() -> None:
     served = serve(Script("Hello"))
     answer = await _complete(served)
     assert answer["id"].startswith("cmpl-") and answer["object"] == "text_completion" and answer["model"] == MODEL
+    assert answer["system_fingerprint"].startswith("kvferry-") and answer["system_fingerprint"].endswith("-fast")
     (choice,) = answer["choices"]
     assert choice == {"index": 0, "text": "Hello", "logprobs": None, "finish_reason": "stop", "stop_reason": None}
     assert answer["usage"] == {
@@ -70,6 +71,13 @@ async def test_a_completion_has_openais_shape() -> None:
         "prompt_tokens_details": {"cached_tokens": 0},
     }
     assert served.request.prompt_token_ids == ids_of("hi")
+
+
+async def test_exact_answers_say_that_they_are() -> None:
+    model = ServedModel(MODEL, MAX_MODEL_LEN, VOCAB_SIZE, deterministic=True)
+    served = serve(Script("Hello"), model=model)
+    for answer in (await _complete(served), await _chat(served)):
+        assert answer["system_fingerprint"].endswith("-exact")
 
 
 async def test_a_completion_ends_after_16_tokens_by_default() -> None:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 from starlette.types import Message
 
-from kvferry.common.errors import RequestError
-from kvferry.router.body import ClientGone, parse_json, read_body
+from kvferry.common.errors import CapacityError, RequestError
+from kvferry.router.body import BodyRoom, ClientGone, read_body
+from kvferry.router.strict_json import parse_json
 
 
 def _request(parts: list[bytes], headers: dict[str, str] | None = None, *, gone: bool = False) -> Request:
@@ -32,25 +33,42 @@ def _request(parts: list[bytes], headers: dict[str, str] | None = None, *, gone:
     return Request(scope, lambda: anext(source))
 
 
+async def _read(request: Request, room: BodyRoom | None = None, **limits: float) -> bytes:
+    with (room or BodyRoom()).held() as held:
+        return await read_body(request, held, **limits)  # type: ignore[arg-type]
+
+
 async def test_a_body_is_read_in_parts() -> None:
-    assert await read_body(_request([b"ab", b"cd"])) == b"abcd"
+    assert await _read(_request([b"ab", b"cd"])) == b"abcd"
 
 
 async def test_a_declared_length_beyond_the_limit_is_refused_unread() -> None:
     with pytest.raises(RequestError, match="11") as caught:
-        await read_body(_request([], {"content-length": "11"}), max_bytes=10)
+        await _read(_request([], {"content-length": "11"}), max_bytes=10)
     assert caught.value.status == 413
 
 
 async def test_a_body_of_undeclared_length_is_refused_at_the_limit() -> None:
     with pytest.raises(RequestError, match="more than 10 bytes") as caught:
-        await read_body(_request([b"12345", b"67890", b"1", b""]), max_bytes=10)
+        await _read(_request([b"12345", b"67890", b"1", b""]), max_bytes=10)
     assert caught.value.status == 413
+
+
+async def test_the_bodies_of_all_calls_share_one_room_and_give_it_back() -> None:
+    room = BodyRoom(10)
+    with room.held() as held:
+        assert await read_body(_request([b"123", b"456"]), held) == b"123456"
+        assert room.num_bytes == 6
+        with pytest.raises(CapacityError, match="6 bytes already") as caught:
+            await _read(_request([b"12345"]), room)
+        assert caught.value.status == 503
+        assert await _read(_request([b"1234"]), room) == b"1234"
+    assert room.num_bytes == 0
 
 
 async def test_a_body_that_does_not_come_is_a_timeout() -> None:
     with pytest.raises(RequestError, match="did not arrive") as caught:
-        await read_body(_stuck(), timeout_s=0.01)
+        await _read(_stuck(), timeout_s=0.01)
     assert caught.value.status == 408
 
 
@@ -64,18 +82,18 @@ def _stuck() -> Request:
 
 async def test_a_client_that_leaves_in_the_body_is_no_error_of_ours() -> None:
     with pytest.raises(ClientGone):
-        await read_body(_request([b"ab"], gone=True))
+        await _read(_request([b"ab"], gone=True))
 
 
 @pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded"])
 async def test_other_content_types_are_refused(kind: str) -> None:
     with pytest.raises(RequestError, match="application/json") as caught:
-        await read_body(_request([b"{}"], {"content-type": kind}))
+        await _read(_request([b"{}"], {"content-type": kind}))
     assert caught.value.status == 415
 
 
 async def test_a_charset_may_stand_behind_the_content_type() -> None:
-    assert await read_body(_request([b"{}"], {"content-type": "Application/JSON; charset=utf-8"})) == b"{}"
+    assert await _read(_request([b"{}"], {"content-type": "Application/JSON; charset=utf-8"})) == b"{}"
 
 
 @pytest.mark.parametrize(
@@ -122,6 +140,13 @@ _values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=10,
 )
+
+
+def test_values_without_bytes_to_speak_of_are_bounded_in_number() -> None:
+    with pytest.raises(RequestError, match="more than 99 commas") as caught:
+        parse_json(b'{"prompt": [' + b"1," * 100 + b"1]}", max_commas=99)
+    assert (caught.value.status, caught.value.code) == (413, "request_too_large")
+    assert len(parse_json(b'{"prompt": [' + b"1," * 99 + b"1]}", max_commas=99)["prompt"]) == 100  # type: ignore[arg-type]
 
 
 @given(st.dictionaries(st.text(), _values, max_size=4), st.booleans())

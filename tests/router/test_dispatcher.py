@@ -363,6 +363,28 @@ def test_a_grant_that_lapsed_unopened_does_not_speak_against_the_pair() -> None:
     assert p.take(PrefillTask).spec.attempt == 1 and stream.request.num_failures == 1
 
 
+def test_a_pair_whose_grants_lapse_again_and_again_cannot_talk_and_another_one_is_tried() -> None:
+    fleet = Fleet()
+    p, d0, d1 = fleet.join("p-0"), fleet.join("d-0"), fleet.join("d-1")
+    _, task = fleet.start(p, d0)
+    fleet.failed(d0, task, "expired", peer="")
+    d0.take(Abort)
+    p.take(Abort)
+    fleet.grant(d0)
+    fleet.failed(d0, p.take(PrefillTask), "expired", peer="")
+    fleet.wait(1.0, p, d0, d1)
+    assert d1.take(ReserveKV).spec.attempt == 2
+
+
+def test_a_grant_that_lapsed_though_its_prompt_was_computed_speaks_against_the_pair() -> None:
+    fleet = Fleet()
+    p, d0, d1 = fleet.join("p-0"), fleet.join("d-0"), fleet.join("d-1")
+    _, task = fleet.start(p, d0)
+    fleet.first_token(p, task)
+    fleet.failed(d0, task, "expired", peer="")
+    assert d1.take(ReserveKV).spec.attempt == 1
+
+
 def test_a_pair_whose_handoff_failed_is_avoided_by_other_requests_for_a_while() -> None:
     fleet = Fleet()
     p0, p1, d = fleet.join("p-0"), fleet.join("p-1"), fleet.join("d-0")

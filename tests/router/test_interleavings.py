@@ -1,7 +1,8 @@
 """Random orders of messages, losses, restarts and aborts: what must hold in every one of them.
 
 The workers here answer as correct ones do, each over its own FIFO channel, which may end at any moment. Which
-channel moves next, what is lost and when clients leave is Hypothesis's choice.
+channel moves next, what is lost, who hangs and comes back, who drains, which request kills its worker and when
+clients leave is Hypothesis's choice.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ from kvferry.common.messages import (
     GrantInfo,
     HandoffDone,
     HandoffFailed,
+    LiveRequests,
     LocalTask,
     Message,
     NoCapacity,
@@ -30,6 +33,7 @@ from kvferry.common.messages import (
     ReserveKV,
     StepTokens,
     TaskRefused,
+    WorkerFailure,
 )
 from kvferry.common.request import RequestSpec
 from kvferry.router.request import RequestStatus, TokenStream
@@ -59,6 +63,10 @@ class Worker:
     running: dict[Key, Running] = field(default_factory=dict)
     tasks: dict[Key, PrefillTask] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        return self.link.worker_id
+
     def read(self, message: Message, refuse: bool) -> None:
         match message:
             case ReserveKV(spec=spec) if refuse:
@@ -76,6 +84,10 @@ class Worker:
                 self.tasks[spec.request_id, spec.attempt] = message
             case Abort():
                 self.abort(message)
+            case LiveRequests(live=live):
+                for held in (self.reserved, self.running, self.tasks):
+                    for key in [key for key in held if key not in live]:
+                        del held[key]
             case _:
                 pass
 
@@ -145,17 +157,21 @@ class World:
 
     def __init__(self, data: st.DataObject, *, local_prefill: bool) -> None:
         self.data = data
+        self.lives = count(1)
+        self.poison: set[str] = set()  # requests that end every worker that decodes them
         self.fleet = Fleet(config(local_prefill=local_prefill, max_attempts=50))
         self.workers: dict[str, Worker] = {}
         self.streams: list[TokenStream] = []
         self.seen: dict[tuple[str, int], list[int]] = {}
         self.finishes: Counter[tuple[str, int]] = Counter()
+        self.stopped: set[str] = set()  # requests with a choice that a stop string ended
         for worker_id in ("p-0", "p-1", "d-0", "d-1"):
             self.join(worker_id)
 
     def join(self, worker_id: str) -> None:
+        """A new process."""
         role = "prefill" if worker_id.startswith("p") else "decode"
-        self.workers[worker_id] = Worker(self.fleet.join(worker_id), role)
+        self.workers[worker_id] = Worker(self.fleet.join(worker_id, incarnation=next(self.lives)), role)
 
     def pick(self, able: Callable[[Worker], object] = lambda worker: True) -> Worker | None:
         """One of the workers that can do it, if there are any."""
@@ -165,7 +181,10 @@ class World:
     # --- what may happen ------------------------------------------------------------------------------------
 
     def submit(self) -> None:
-        self.streams.append(self.fleet.submit(n=self.data.draw(st.integers(1, 2)), max_tokens=MAX_TOKENS))
+        stream = self.fleet.submit(n=self.data.draw(st.integers(1, 2)), max_tokens=MAX_TOKENS)
+        self.streams.append(stream)
+        if self.data.draw(st.integers(0, 7)) == 7:
+            self.poison.add(stream.request.request_id)
 
     def deliver_to_worker(self) -> None:
         worker = self.pick(lambda worker: worker.link.sent)
@@ -217,14 +236,47 @@ class World:
     def decode_step(self) -> None:
         worker = self.pick(lambda worker: worker.running)
         if worker is not None:
+            self.step(worker)
+
+    def step(self, worker: Worker) -> None:
+        if any(request_id in self.poison for request_id, _ in worker.running):
+            self.end(worker, comes_back=True)
+        else:
             worker.step()
 
     def kill(self) -> None:
         """With everything that it holds and that is on its channels."""
         worker = self.pick()
         assert worker is not None
-        self.fleet.dispatcher.worker_left(worker.link, "killed")
+        self.end(worker, comes_back=self.data.draw(st.booleans()))
+
+    def drain(self) -> None:
+        """It says that it leaves, and leaves."""
+        worker = self.pick()
+        assert worker is not None
+        self.fleet.beat(worker.link, state="draining")
         if self.data.draw(st.booleans()):
+            self.end(worker, comes_back=True)
+
+    def hang_and_return(self) -> None:
+        """Given up and back: what it still had to say comes over the new session."""
+        worker = self.pick()
+        assert worker is not None
+        self.fleet.dispatcher.worker_left(worker.link, "hung")
+        incarnation = next(life for name, life in self.fleet.dispatcher._incarnations.items() if name == worker.name)
+        worker.link = self.fleet.join(worker.name, incarnation=incarnation)
+
+    def worker_fails_one(self) -> None:
+        worker = self.pick(lambda worker: worker.running)
+        if worker is not None:
+            key = self.data.draw(st.sampled_from(sorted(worker.running)))
+            worker.forget(*key)
+            worker.outbox.append(WorkerFailure(request_id=key[0], attempt=key[1], reason="out of memory"))
+
+    def end(self, worker: Worker, *, comes_back: bool) -> None:
+        self.fleet.clock.advance(0.01)
+        self.fleet.dispatcher.worker_left(worker.link, "killed")
+        if comes_back:
             self.join(worker.link.worker_id)
         else:
             del self.workers[worker.link.worker_id]
@@ -239,6 +291,7 @@ class World:
         if self.streams:
             stream = self.data.draw(st.sampled_from(self.streams))
             stream.finish_choice(self.data.draw(st.integers(0, stream.request.n - 1)))
+            self.stopped.add(stream.request.request_id)
 
     def time_passes(self) -> None:
         self.fleet.clock.advance(self.data.draw(st.sampled_from([0.1, 0.6, 1.5])))
@@ -256,6 +309,10 @@ class World:
 
     # --- what must hold -------------------------------------------------------------------------------------
 
+    def check(self) -> None:
+        assert not self.fleet.dispatcher.breaches()
+        self.read_streams()
+
     def read_streams(self) -> None:
         for stream in self.streams:
             for update in received(stream):
@@ -267,7 +324,7 @@ class World:
                 self.finishes[key] += update.finish is not None
 
     def settle(self) -> None:
-        """No more faults: everything must come to an end."""
+        """No more faults but poison: everything must come to an end."""
         for worker_id in ("p-0", "d-0"):
             if worker_id not in self.workers:
                 self.join(worker_id)
@@ -277,10 +334,10 @@ class World:
                     worker.read(worker.link.sent.pop(0), refuse=False)
                 for key in list(worker.tasks):
                     self.complete(worker, key, succeeds=True)
-                worker.step()
+                self.step(worker)
                 while worker.outbox:
                     self.fleet.dispatcher.on_message(worker.link, worker.outbox.popleft())
-            self.read_streams()
+            self.check()
             if all(stream.request.is_finished for stream in self.streams):
                 return
             self.fleet.clock.advance(0.1)
@@ -295,6 +352,8 @@ class World:
         for stream in self.streams:
             request = stream.request
             if request.status is RequestStatus.FINISHED:
+                if request.request_id in self.poison - self.stopped:
+                    assert all(len(state.tokens) <= 1 for state in request.choices), "it kills whoever decodes it"
                 for choice, state in enumerate(request.choices):
                     assert state.finish == "stop"
                     whole = len(state.tokens) == length(request.request_id, choice)
@@ -314,6 +373,7 @@ ACTIONS = (
     + [World.prefill] * 4
     + [World.decode_step] * 4
     + [World.repeat_a_message, World.kill, World.client_leaves, World.stop_string]
+    + [World.drain, World.hang_and_return, World.worker_fails_one]
     + [World.time_passes] * 2
 )
 
@@ -325,7 +385,7 @@ def test_every_request_ends_once_with_its_tokens_in_order(data: st.DataObject, l
     world.submit()
     for action in data.draw(st.lists(st.sampled_from(ACTIONS), min_size=20, max_size=90)):
         action(world)
-        world.read_streams()
+        world.check()
     world.settle()
     world.check_ends()
     # A worker that holds nothing for the router but what a lost channel made it forget to drop.

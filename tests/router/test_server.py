@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,8 +17,9 @@ import pytest
 from kvferry.common.channel import Address
 from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError
+from kvferry.common.host import listen
 from kvferry.router.__main__ import main, parse_config
-from kvferry.router.server import check_exposure, listen, serve_router
+from kvferry.router.server import check_exposure, serve_router
 
 from .fakes import MODEL, write_model_dir
 
@@ -44,6 +45,7 @@ def _config(model_dir: Path, **fields: object) -> RouterConfig:
 class _Lifeline:
     def __init__(self) -> None:
         self.details: dict[str, object] = {}
+        self.events: list[dict[str, object]] = []
         self.is_ready = asyncio.Event()
         self.has_beaten = asyncio.Event()
 
@@ -53,6 +55,9 @@ class _Lifeline:
 
     def beat(self) -> None:
         self.has_beaten.set()
+
+    def send(self, event: Mapping[str, object]) -> None:
+        self.events.append(dict(event))
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ from kvferry.transfer.handoff import (
     expected_pairs,
     is_minted,
     mint_grant,
+    open_mac,
     page_indices,
     pieces,
     targets_of,
@@ -132,10 +133,36 @@ def test_expected_pairs_are_those_with_heads_in_common() -> None:
     assert [region.rank for region, _ in targets_of(3, 4, _grant(2))] == [1]
 
 
-def test_a_mac_is_good_for_its_own_grant_and_key_alone() -> None:
-    grant = mint_grant(b"k" * 32, _grant())
-    assert is_minted(b"k" * 32, grant, grant.mac)
-    assert not is_minted(b"j" * 32, grant, grant.mac)
-    other = msgspec.structs.replace(grant, grant_id=GrantId("d-0", 1, 2))
-    assert not is_minted(b"k" * 32, other, grant.mac)
-    assert not is_minted(b"k" * 32, grant, b"")
+def test_a_mac_is_good_for_its_own_key_grant_and_attempt_alone() -> None:
+    key = b"k" * 32
+    grant = mint_grant(key, _grant(), "a", 2)
+    mac = open_mac(grant, "a", 2)
+    assert is_minted(key, grant, "a", 2, mac)
+    assert not is_minted(b"j" * 32, grant, "a", 2, mac)
+    assert not is_minted(key, grant, "b", 2, mac)
+    assert not is_minted(key, grant, "a", 3, mac)
+    assert not is_minted(key, grant, "a", 2, b"")
+    assert not is_minted(key, grant, "a", 2, grant.mac)  # it alone does not tell what its holder reads in it
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grant_id": GrantId("d-0", 1, 2)},
+        {"grant_id": GrantId("d-0", 2, 1)},
+        {"block_ids": (5, 3)},
+        {"num_tokens": 12},
+        {"num_computed_tokens": 0},
+        {"open_within_s": 60.0},
+        {"kv_address": "127.0.0.1:2"},
+        {"ranks": (msgspec.structs.replace(_region(0, 1), base_addr=4096),)},
+        {"mac": b"forged"},
+    ],
+)
+def test_a_grant_that_is_altered_on_its_way_opens_nothing(change: dict[str, object]) -> None:
+    key = b"k" * 32
+    grant = mint_grant(key, _grant(), "a", 0)
+    altered = msgspec.structs.replace(grant, **change)
+    assert not is_minted(key, grant, "a", 0, open_mac(altered, "a", 0))
+    if "mac" not in change:
+        assert not is_minted(key, altered, "a", 0, open_mac(altered, "a", 0))

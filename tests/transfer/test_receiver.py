@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
@@ -33,7 +34,10 @@ from kvferry.common.messages import (
     RegionInfo,
 )
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
-from kvferry.transfer.receiver import KVReceiver, Reservation, ReservationState
+from kvferry.transfer.handoff import open_mac
+from kvferry.transfer.life import watch as watch_processes
+from kvferry.transfer.opens import Watch
+from kvferry.transfer.receiver import KVReceiver, Reservation, ReservationState, Verdict
 from kvferry.transfer.reservation import _NEXT
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=4, head_dim=8, block_size=4, dtype="float32")
@@ -64,26 +68,40 @@ def _regions(tp_size: int) -> tuple[RegionInfo, ...]:
 class Decode:
     """A receiver, its pool, and everything that it said."""
 
-    def __init__(self, num_blocks: int = 64, tp_size: int = 1) -> None:
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        tp_size: int = 1,
+        *,
+        config: TransferConfig | None = None,
+        checks_bytes: bool = False,
+        rotate: Callable[[int], None] | None = None,
+        watch: Watch = watch_processes,
+    ) -> None:
+        self.first_regions = _regions(tp_size)
         self.clock = FakeClock(100.0)
         self.pool = BlockPool(num_blocks, SPEC.block_size)
         self.to_router: list[Message] = []
         self.to_peer: list[tuple[str, Message]] = []
         self.open_ids = itertools.count(1000)
+        self.granted_to: dict[int, tuple[str, int]] = {}  # by epoch
         self.receiver = KVReceiver(
             worker_id=D,
             incarnation=1,
             spec=SPEC,
             tp_size=tp_size,
             pool=self.pool,
-            regions=_regions(tp_size),
+            regions=self.first_regions,
             kv_address="127.0.0.1:1",
-            config=TransferConfig(),
+            config=config or TransferConfig(),
             clock=self.clock,
             version="0.1.0",
             transport="local",
             to_router=lambda router, message: self.to_router.append(message),
             to_peer=lambda session, message: self.to_peer.append((session, message)),
+            rotate=rotate,
+            watch=watch,
+            checks_bytes=checks_bytes,
         )
 
     def reserve(
@@ -106,6 +124,8 @@ class Decode:
         )
         answer = self.receiver.reserve(spec, R, max_local_tokens=max_local_tokens, growth_reserve=growth_reserve)
         self.receiver.check()
+        if isinstance(answer, Grant):
+            self.granted_to[answer.grant.grant_id.epoch] = (request_id, attempt)
         return answer
 
     def grant(self, request_id: str = "a", attempt: int = 0, *, num_tokens: int = 10, first: int = 0) -> GrantInfo:
@@ -117,10 +137,11 @@ class Decode:
         self, grant: GrantInfo, *, session: str = P, tp_size: int = 1, change: dict[str, object] | None = None
     ) -> int:
         """Deliver a KVOpen, with its fields changed as asked; the open id of the unchanged one."""
+        request_id, attempt = self.granted_to.get(grant.grant_id.epoch, ("a", 0))
         message = KVOpen(
             grant_id=grant.grant_id,
             open_id=next(self.open_ids),
-            mac=grant.mac,
+            mac=open_mac(grant, request_id, attempt),
             worker_id="p-0",
             incarnation=7,
             spec=SPEC,
@@ -146,6 +167,8 @@ class Decode:
         decode_rank: int = 0,
         num_tokens: int | None = None,
         first_tokens: tuple[ChoiceTokens, ...] = FIRST,
+        verdict: Verdict = Verdict.UNCHECKED,
+        block_ids: tuple[int, ...] = (),
     ) -> None:
         self.receiver.on_arrived(
             decode_rank,
@@ -155,7 +178,9 @@ class Decode:
                 source_rank=source_rank,
                 num_tokens=grant.num_tokens if num_tokens is None else num_tokens,
                 first_tokens=first_tokens if source_rank == 0 else (),
+                block_ids=block_ids,
             ),
+            verdict,
         )
         self.receiver.check()
 
@@ -385,7 +410,8 @@ def test_another_writer_is_refused(decode: Decode, session: str, change: dict[st
     ],
 )
 def test_an_open_that_does_not_fit_is_refused(decode: Decode, change: dict[str, object], words: str) -> None:
-    decode.open(decode.grant(), change=change)
+    grant = decode.grant()
+    decode.open(grant, change=change)
     assert words in only(decode.said_to_peer(), KVRefused).reason
     assert not decode.receiver.has_open
     assert decode.receiver.stale_messages == 1

@@ -28,10 +28,13 @@ from kvferry.common.messages import (
     KVRenew,
     KVRenewed,
     Message,
+    ProcessMark,
     TransferReport,
 )
 from kvferry.common.request import SampledToken
 from kvferry.transfer import sender as sender_module
+from kvferry.transfer.checksums import PageSums
+from kvferry.transfer.handoff import open_mac
 from kvferry.transfer.local import LocalBackend, LocalFault, LocalNetwork
 from kvferry.transfer.sender import KVSender
 from kvferry.transfer.shipment import _NEXT, Shipment, ShipmentState
@@ -57,6 +60,7 @@ class Prefill:
         *,
         clock: FakeClock | None = None,
         write_timeout_s: float = 2.0,
+        copies_itself: bool = False,
         max_write_bytes: int = 1 << 20,
         max_in_flight_bytes: int = 1 << 20,
     ) -> None:
@@ -65,7 +69,7 @@ class Prefill:
         self.decode = LocalBackend(AGENT, self.network)
         self.remote = _pages(0.0)
         self.region = self.decode.register(self.remote, rank=0, tp_size=1, generation=4)
-        backend = LocalBackend("p-0.1.0.0", self.network)
+        backend = LocalBackend("p-0.1.0.0", self.network, copies_itself=copies_itself)
         self.local = _pages(1.0)
         backend.register(self.local, rank=0, tp_size=1, generation=0)
         self.said: list[Message] = []
@@ -86,6 +90,8 @@ class Prefill:
             to_peer=lambda address, message: self.said.append(message),
             report=self.reports.append,
             source_free=self.freed.append,
+            sums=PageSums(self.local),
+            processes=(ProcessMark("here", 1, 1),) if copies_itself else (),
             max_in_flight_bytes=max_in_flight_bytes,
             max_write_bytes=max_write_bytes,
         )
@@ -158,7 +164,8 @@ def prefill() -> Prefill:
 def test_nothing_is_posted_before_the_open_is_answered(prefill: Prefill) -> None:
     grant = prefill.open()
     message = only(prefill.said, KVOpen)
-    assert (message.open_id, message.mac, message.tp_size, message.incarnation) == (1, b"mac", 1, 7)
+    assert (message.open_id, message.tp_size, message.incarnation) == (1, 1, 7)
+    assert message.mac == open_mac(grant, "a", 0)
     prefill.ready(grant)
     prefill.sender.finish(1, FIRST)
     prefill.sender.step()
@@ -237,13 +244,16 @@ def test_an_open_that_comes_to_nothing_ends_cleanly(prefill: Prefill, event: obj
     prefill.ready(grant)
     prefill.sender.finish(1, FIRST)
     prefill.sender.layers_done(1)
+    prefill.sender.on_message(KVDone(grant_id=grant.grant_id, open_id=1))
     assert prefill.sender.step() is None
     assert prefill.num_written == 0 and prefill.arrivals() == []
 
 
-def test_a_peer_that_cannot_be_connected_ends_cleanly(prefill: Prefill) -> None:
+def test_a_peer_that_cannot_be_connected_ends_cleanly_once_it_has_answered(prefill: Prefill) -> None:
     prefill.network.set_fault(AGENT, LocalFault.GONE)
-    prefill.open()
+    grant = prefill.open()
+    assert prefill.freed == []  # the answer may name other agents
+    prefill.answer_open(grant)
     assert prefill.closed().clean and prefill.freed == [1]
 
 
@@ -404,7 +414,7 @@ def test_the_clock_is_read_before_each_post() -> None:
     for _ in range(8):
         prefill.sender.step()
     assert 0 < prefill.num_written < 6
-    assert prefill.closed().clean
+    assert all(message.clean for message in prefill.said if isinstance(message, KVClosed))
 
 
 @pytest.mark.parametrize("event", [_cancel, _abort, _lose_connection, _let_the_lease_end, _be_gone])
@@ -424,6 +434,7 @@ def test_a_stopped_shipment_waits_for_what_was_posted_and_ends_cleanly(event: ob
     prefill.network.clear_fault(AGENT)
     prefill.sender.step()
     assert prefill.closed().clean and prefill.num_written == 2
+    prefill.sender.on_message(KVDone(grant_id=grant.grant_id, open_id=1))
     assert prefill.arrivals() == [] and prefill.sender.step() is None
 
 
@@ -456,8 +467,11 @@ def test_a_stuck_write_ends_unclean_while_the_lease_is_renewed(prefill: Prefill)
         prefill.sender.on_message(KVRenewed(opens=((grant.grant_id, 1, 3.0),)))
     prefill.sender.step()
     assert not prefill.closed().clean
-    assert prefill.sender.step() == sender_module._ORPHAN_POLL_S  # its handle is polled until it ends
+    assert prefill.sender.step() == pytest.approx(sender_module._ORPHAN_POLL_S)  # its handle is polled until it ends
     prefill.network.clear_fault(AGENT)
+    prefill.sender.step()
+    assert isinstance(prefill.said[-1], KVClosed) and prefill.said[-1].clean  # it has landed after all
+    prefill.sender.on_message(KVDone(grant_id=grant.grant_id, open_id=1))
     assert prefill.sender.step() is None
 
 
@@ -504,13 +518,152 @@ def test_the_arrival_is_told_again_until_somebody_answers(prefill: Prefill) -> N
     assert prefill.sender.num_unfinished == 0 and prefill.reports[0].clean
 
 
-@pytest.mark.parametrize("event", [_be_gone, _let_the_lease_end])
-def test_a_told_shipment_is_forgotten_without_a_word(prefill: Prefill, event: object) -> None:
+def test_a_told_shipment_that_is_gone_is_forgotten_without_a_word(prefill: Prefill) -> None:
+    _be_gone(prefill, prefill.told())
+    assert prefill.sender.num_unfinished == 0 and prefill.freed == [1]
+    assert not any(isinstance(message, KVClosed) for message in prefill.said)
+
+
+@pytest.mark.parametrize("event", [_cancel, _let_the_lease_end])
+def test_a_told_shipment_that_may_not_have_been_heard_says_that_it_ended(prefill: Prefill, event: object) -> None:
+    """Its word went to an agent, which may be gone."""
     grant = prefill.told()
     assert callable(event)
     event(prefill, grant)
-    assert prefill.sender.num_unfinished == 0 and prefill.freed == [1]
-    assert not any(isinstance(message, KVClosed) for message in prefill.said)
+    assert prefill.closed().clean and prefill.freed == [1]
+
+
+# --- last words ---------------------------------------------------------------------------------------------------
+
+
+def test_an_end_is_told_until_it_is_answered(prefill: Prefill) -> None:
+    grant = prefill.opened()
+    prefill.sender.cancel(1, "aborted")
+    prefill.sender.step()
+    for _ in range(3):
+        prefill.clock.advance(1.0)
+        prefill.sender.step()
+    closed = [message for message in prefill.said if isinstance(message, KVClosed)]
+    assert len(closed) == 4 and len(set(closed)) == 1
+    prefill.sender.on_message(KVDone(grant_id=grant.grant_id, open_id=1))
+    assert prefill.sender.step() is None
+
+
+def test_a_decode_worker_that_never_answers_is_given_up(prefill: Prefill) -> None:
+    prefill.opened()
+    prefill.sender.cancel(1, "aborted")
+    prefill.sender.step()
+    prefill.clock.advance(30.0)
+    assert prefill.sender.step() is None
+
+
+def test_a_failed_write_to_this_host_ends_with_our_agent() -> None:
+    prefill = Prefill(copies_itself=True)
+    backend = prefill.sender._backend
+    grant = prefill.opened(1)
+    prefill.network.set_fault(AGENT, LocalFault.FAIL)
+    prefill.ready(grant)
+    prefill.sender.step()
+    prefill.network.clear_fault(AGENT)
+    other = prefill.opened(2)
+    prefill.ready(other, range(1), open_id=2)
+    prefill.sender.step()
+    prefill.clock.advance(1.9)
+    prefill.sender.step()
+    assert backend.agent == "p-0.1.0.0"
+    prefill.ready(other, range(1, 2), open_id=2)
+    prefill.clock.advance(0.1)
+    prefill.sender.step()
+    assert backend.agent == "p-0.1.1.0"
+    closed = prefill.said[-1]
+    assert isinstance(closed, KVClosed) and closed.detached and not closed.clean and closed.open_id == 1
+    prefill.sender.on_message(KVDone(grant_id=grant.grant_id, open_id=1))
+    prefill.ready(other, range(2, 3), open_id=2)  # the neighbour goes on with the new agent
+    prefill.sender.finish(2, FIRST)
+    prefill.sender.step()
+    assert [message.open_id for message in prefill.arrivals()] == [2]
+
+
+def test_our_agent_stays_while_a_shipments_write_is_under_way() -> None:
+    prefill = Prefill(copies_itself=True, write_timeout_s=60.0)
+    backend = prefill.sender._backend
+    grant = prefill.opened(1)
+    prefill.network.set_fault(AGENT, LocalFault.FAIL)
+    prefill.ready(grant)
+    prefill.sender.step()
+    prefill.network.set_fault(AGENT, LocalFault.HOLD)
+    other = prefill.opened(2)
+    prefill.ready(other, range(1), open_id=2)
+    prefill.sender.step()
+    prefill.clock.advance(2.0)
+    prefill.ready(other, range(1, 2), open_id=2)
+    prefill.sender.step()
+    assert backend.agent == "p-0.1.0.0" and len(prefill.network.late) == 2  # nothing new was posted either
+    prefill.network.clear_fault(AGENT)
+    prefill.sender.step()
+    prefill.sender.step()
+    assert backend.agent == "p-0.1.1.0"
+
+
+def test_without_an_agent_of_ours_it_is_tried_again() -> None:
+    prefill = Prefill(copies_itself=True)
+    grant = prefill.opened(1)
+    prefill.network.set_fault(AGENT, LocalFault.FAIL)
+    prefill.ready(grant)
+    prefill.sender.step()
+    prefill.network.can_make_agents = False
+    prefill.clock.advance(2.0)
+    prefill.sender.step()
+    assert not any(isinstance(message, KVClosed) and message.detached for message in prefill.said)
+    prefill.network.can_make_agents = True
+    prefill.clock.advance(1.0)
+    prefill.sender.step()
+    assert isinstance(prefill.said[-1], KVClosed) and prefill.said[-1].detached
+
+
+def test_failed_writes_that_only_a_network_carries_leave_our_agent_alone(prefill: Prefill) -> None:
+    grant = prefill.opened()
+    prefill.network.set_fault(AGENT, LocalFault.FAIL)
+    prefill.ready(grant)
+    prefill.sender.step()
+    for _ in range(40):
+        prefill.clock.advance(1.0)
+        prefill.sender.step()
+    assert prefill.sender._backend.agent == "p-0.1.0.0" and prefill.sender.step() is None
+
+
+# --- other agents than the grant's ----------------------------------------------------------------------------------
+
+
+def test_an_answer_that_names_other_regions_is_followed(prefill: Prefill) -> None:
+    grant = prefill.open()
+    prefill.ready(grant)
+    region = prefill.decode.rotate(5)
+    opened = KVOpened(grant_id=grant.grant_id, open_id=1, lease_s=3.0, generation=5, ranks=(region,))
+    prefill.sender.on_message(opened)
+    prefill.sender.finish(1, FIRST)
+    prefill.sender.step()
+    assert prefill.num_written == 6 and len(prefill.arrivals()) == 1
+    assert not _is_connected(prefill)  # to the agent that is gone
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"generation": 6}, "generation 5"),
+        ({"page_bytes": 7}, "page_bytes"),
+        ({"num_blocks": 99}, "99 blocks"),
+        ({"transport": "nixl"}, "transport"),
+    ],
+)
+def test_an_answer_with_regions_that_do_not_fit_ends_cleanly(
+    prefill: Prefill, change: dict[str, object], words: str
+) -> None:
+    grant = prefill.open()
+    region = msgspec.structs.replace(prefill.decode.rotate(5), **change)
+    opened = KVOpened(grant_id=grant.grant_id, open_id=1, lease_s=3.0, generation=5, ranks=(region,))
+    prefill.sender.on_message(opened)
+    assert prefill.closed().clean and words in prefill.closed().reason
 
 
 def test_a_notification_that_cannot_be_sent_is_sent_later(prefill: Prefill) -> None:

@@ -1,0 +1,34 @@
+"""`kvferry serve` without grant signatures, for `faults_cost` alone: what they cost is what is left out here.
+
+python -m kvferry.benchmarks.faults_bare serve MODEL ...     a launcher whose workers are started as below
+python -m kvferry.benchmarks.faults_bare worker ...          a worker that mints empty signatures and takes any
+"""
+
+from __future__ import annotations
+
+import sys
+
+from kvferry import cli, worker
+from kvferry.launch import LocalLauncher
+from kvferry.transfer import handoff, receiver
+
+_MODULE = "kvferry.benchmarks.faults_bare"
+
+
+def main() -> int:
+    role, *arguments = sys.argv[1:]
+    if role == "serve":
+        defaults = LocalLauncher.__init__.__kwdefaults__
+        assert defaults is not None and "worker_program" in defaults
+        defaults["worker_program"] = (sys.executable, "-m", _MODULE, "worker")
+        cli.main(["serve", *arguments])
+    for module in (handoff, receiver):
+        for name, bare in (("mint_grant", lambda key, grant: grant), ("is_minted", lambda key, grant, mac: True)):
+            assert hasattr(module, name), f"{module.__name__} has no {name}"
+            setattr(module, name, bare)
+    sys.argv = ["kvferry.worker", *arguments]
+    return worker.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""What the deterministic mode needs beside kernels that keep one order: one torch thread, and a name for its results.
+
+    same prompt, same tokens so far  ->  the same next token and log-probabilities, to the bit
+
+whatever else is computed, in whatever chunks, by however many threads, on whichever worker of the cluster. Native code
+(`cpu/`) promises that for any number of threads of its own. Torch does not: it cuts sums and functions where its
+threads meet, so what it calculates, it calculates alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch uses the calling thread alone."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def each_row(parts: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Rows one by one, each in memory of its own."""
+    return (row.clone() for part in parts for row in torch.split(part, 1))
+
+
+def torch_results(dtype: torch.dtype, tp_size: int) -> str:
+    """Names what torch's results depend on: equal names, equal results."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__} {capability} {str(dtype).removeprefix('torch.')} tp {tp_size}"

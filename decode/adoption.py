@@ -1,0 +1,96 @@
+"""From a prompt's KV that has arrived to sequences that decode.
+
+Choices that ended while it was on its way take no row; full blocks are shared by the others, each has its own copy
+of a partial last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..common import failpoints
+from ..common.clock import Clock
+from ..common.request import RequestSpec, Sequence
+from ..transfer.receiver import KVReceiver, Reservation
+from .live import Live
+from .outbox import Outbox
+from .requests import Requests
+from .scheduler import DecodeScheduler
+
+
+class Adoption:
+    """Takes over reservations, whether there is a row for them or not: the scheduler parks those without."""
+
+    def __init__(
+        self,
+        receiver: KVReceiver,
+        scheduler: DecodeScheduler,
+        requests: Requests,
+        outbox: Outbox,
+        clock: Clock,
+    ) -> None:
+        self._receiver = receiver
+        self._scheduler = scheduler
+        self._requests = requests
+        self._outbox = outbox
+        self._clock = clock
+        # Choices that ended while their prompt was still on its way, by (request id, attempt).
+        self._ended_early: dict[tuple[str, int], set[int]] = {}
+
+    def __len__(self) -> int:
+        """Attempts of which something is remembered."""
+        return len(self._ended_early)
+
+    def drop_choices(self, request_id: str, attempt: int, choices: tuple[int, ...]) -> None:
+        """They are not wanted any more when the prompt arrives."""
+        self._ended_early.setdefault((request_id, attempt), set()).update(choices)
+
+    def forget(self, request_id: str, attempt: int) -> None:
+        self._ended_early.pop((request_id, attempt), None)
+
+    def forget_all_but(self, is_awaited: Callable[[str], bool]) -> None:
+        for request_id, attempt in [key for key in self._ended_early if not is_awaited(key[0])]:
+            self.forget(request_id, attempt)
+
+    def expires_s(self, spec: RequestSpec) -> float | None:
+        """On our clock, from now."""
+        return None if spec.remaining_s is None else self._clock.now() + spec.remaining_s
+
+    def adopt_arrived(self) -> None:
+        for reservation in list(self._receiver.arrived):
+            self._adopt(reservation)
+
+    def _adopt(self, reservation: Reservation) -> None:
+        if failpoints.armed:
+            failpoints.hit("decode.adopt")
+        blocks, copies = self._receiver.adopt(reservation)
+        spec = reservation.spec
+        live = Live(reservation.router_id, spec, self.expires_s(spec))
+        self._requests.add(live)
+        first = {choice.choice: choice for choice in reservation.first_tokens}
+        ended = self._ended_early.pop((spec.request_id, spec.attempt), set())
+        for index, choice in enumerate(spec.choices):
+            if choice in ended:
+                continue
+            outputs = spec.output_token_ids(index)
+            if choice in first:
+                outputs = [token.token_id for token in first[choice].tokens]
+                self._outbox.add(live, first[choice])
+            if choice not in first or first[choice].finish is None:
+                live.sequences[choice] = Sequence.of(spec, choice, outputs)
+        self._place(live, blocks, copies)
+
+    def _place(self, live: Live, blocks: list[int], copies: list[int]) -> None:
+        """Hand a prompt's blocks to the request's sequences."""
+        sequences = list(live.sequences.values())
+        self._scheduler.blocks.deal(sequences, live.spec.num_prompt_tokens, blocks, copies)
+        for seq in sequences:
+            if seq.num_output_tokens > 0:
+                self._scheduler.adopt(seq)
+                continue
+            # Nothing is sampled yet: its prompt's last token is fed once more.
+            self._scheduler.blocks.give_back(seq)
+            seq.num_computed_tokens = seq.num_published_blocks = 0
+            self._scheduler.requeue(seq)
+        if not sequences:
+            self._requests.finish(live)

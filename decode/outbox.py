@@ -1,0 +1,38 @@
+"""New tokens on their way to the routers: one message per router and step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+from ..common.messages import ChoiceTokens, Message, RequestTokens, StepTokens
+from .live import Live
+
+
+class Outbox:
+    """Filled while a step's result is taken in, emptied at the end of that."""
+
+    def __init__(self, to_router: Callable[[str, Message], None]) -> None:
+        self._to_router = to_router
+        self._updates: dict[str, dict[Live, list[ChoiceTokens]]] = defaultdict(lambda: defaultdict(list))
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._updates
+
+    def add(self, live: Live, update: ChoiceTokens) -> None:
+        self._updates[live.router_id][live].append(update)
+
+    def drop(self, live: Live) -> None:
+        """Nobody waits for its tokens."""
+        self._updates[live.router_id].pop(live, None)
+
+    def flush(self) -> None:
+        for router_id, requests in self._updates.items():
+            updates = tuple(
+                RequestTokens(live.spec.request_id, live.spec.attempt, tuple(choices), live.num_cached_tokens)
+                for live, choices in requests.items()
+            )
+            if updates:
+                self._to_router(router_id, StepTokens(updates=updates))
+        self._updates.clear()

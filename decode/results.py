@@ -1,0 +1,86 @@
+"""What a step yielded: tokens to their sequences and to the routers, choices forked from their prompt, ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..common.batch import Batch, BatchRow, RowOutput, StepOutput
+from ..common.messages import ChoiceTokens, Message, in_pieces
+from ..common.request import FinishReason, SampledToken, Sequence, finish_reason
+from .live import Live
+from .outbox import Outbox
+from .requests import Requests
+from .scheduler import DecodeScheduler
+
+
+class StepResults:
+    """Takes in finished steps."""
+
+    def __init__(
+        self,
+        scheduler: DecodeScheduler,
+        requests: Requests,
+        outbox: Outbox,
+        to_router: Callable[[str, Message], None],
+        *,
+        eos_token_ids: frozenset[int],
+        max_model_len: int,
+    ) -> None:
+        self._scheduler = scheduler
+        self._requests = requests
+        self._outbox = outbox
+        self._to_router = to_router
+        self._eos_token_ids = eos_token_ids
+        self._max_model_len = max_model_len
+
+    def take(self, batch: Batch, output: StepOutput) -> None:
+        starts = [row.start for row in batch.rows]
+        sampled = [row.samples for row in batch.rows]
+        self._scheduler.observe(batch, output)
+        alive = self._scheduler.complete(batch)
+        for row, start, samples, result, here in zip(batch.rows, starts, sampled, output.rows, alive, strict=True):
+            if not here:
+                continue
+            self._send_prompt_logprobs(row, start, result)
+            if samples:
+                self._on_sampled(row.seq, result)
+
+    def _send_prompt_logprobs(self, row: BatchRow, start: int, result: RowOutput) -> None:
+        live = self._requests.of(row.seq)
+        for message in in_pieces(live.spec, start + 1, result.prompt_logprobs):
+            self._to_router(live.router_id, message)
+
+    def _on_sampled(self, seq: Sequence, result: RowOutput) -> None:
+        live = self._requests.of(seq)
+        if not seq.pending_choices:
+            self._on_token(live, seq, result.tokens[0])
+            return
+        choices, seq.pending_choices = seq.pending_choices, ()
+        live.num_cached_tokens = seq.num_cached_tokens
+        tokens = {
+            choice: token for choice, token in zip(choices, result.tokens, strict=True) if choice not in live.dropped
+        }
+        for choice, token in tokens.items():
+            if choice != seq.choice:
+                child = live.sequences[choice] = Sequence.of(live.spec, choice, [token.token_id])
+                self._scheduler.fork(seq, child)
+        for choice, token in tokens.items():
+            self._on_token(live, live.sequences[choice], token)
+        if seq.choice in live.dropped:
+            self._requests.remove(live, seq)
+
+    def _on_token(self, live: Live, seq: Sequence, token: SampledToken) -> None:
+        """Queue the token for the router; end the sequence where it ends."""
+        if seq.num_uncomputed_tokens == 0:  # a fork has its first token already
+            seq.token_ids.append(token.token_id)
+        reason: FinishReason | None = finish_reason(
+            seq.sampling,
+            token.token_id,
+            num_output_tokens=seq.num_output_tokens,
+            num_tokens=seq.num_tokens,
+            eos_token_ids=self._eos_token_ids,
+            max_model_len=self._max_model_len,
+        )
+        self._outbox.add(live, ChoiceTokens(seq.choice, seq.num_output_tokens - 1, (token,), reason))
+        if reason is not None:
+            self._requests.remove(live, seq)

@@ -1,0 +1,283 @@
+"""The blocks of a decode worker's sequences: taken, shared, copied, swapped out and given back.
+
+    restore ──> grow, publish ... ──> give_back            the sequence ends
+       ^                               │
+       └── host slots, prefix cache ── evict               it is preempted
+
+Who touches a block's bytes and when: prefill workers write into blocks that the pool has handed out for a grant, at
+any time; the engine copies and computes between `begin` and `end` of a step. So whatever a step reads or writes stays
+out of the pool until its end. Blocks that are being swapped out may still be filled anew by the same step, which
+copies out first: they are `_outgoing`.
+"""
+
+from __future__ import annotations
+
+from ..common.batch import Batch, BatchRow
+from ..common.blocks import BlockPool, KVCacheSpec, hash_blocks, prefix_salt
+from ..common.request import BlockId, Sequence
+from .swap import SwapSpace
+
+
+class SequenceBlocks:
+    """Between the scheduler and the pool. Decides nothing about who gets blocks."""
+
+    def __init__(self, pool: BlockPool, spec: KVCacheSpec, num_swap_blocks: int) -> None:
+        self._pool = pool
+        self._spec = spec
+        self.swap = SwapSpace(num_swap_blocks)
+        # Block copies (from, to) that the next step begins with; each holds a reference to its source.
+        self._copies: list[tuple[BlockId, BlockId]] = []
+        self._outgoing: list[BlockId] = []  # of evicted sequences; the next step copies them out
+        self._reused: set[BlockId] = set()  # of these, those that have a new owner already
+        self._held: list[BlockId] = []  # references that are given back when the step has ended
+        self._copying: list[BlockId] = []  # sources of the copies that the running step began with
+        self.prefix_queries = 0  # tokens
+        self.prefix_hits = 0
+
+    def num_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._pool.block_size)
+
+    @property
+    def num_available(self) -> int:
+        return self._pool.num_free_blocks + len(self._reusable())
+
+    def _reusable(self) -> list[BlockId]:
+        """Outgoing blocks that were not found in the prefix cache meanwhile."""
+        return [block for block in self._outgoing if self._pool.ref_count(block) == 1]
+
+    def _take(self, count: int) -> list[BlockId]:
+        num_fresh = min(count, self._pool.num_free_blocks)
+        blocks = self._pool.allocate(num_fresh)
+        reused = self._reusable()[num_fresh - count :] if num_fresh < count else []
+        for block in reused:
+            self._outgoing.remove(block)
+            self._pool.forget(block)
+        self._reused.update(reused)
+        return blocks + reused
+
+    def _release(self, blocks: list[BlockId]) -> None:
+        """Give references back: at once, or after the step that copies the block out."""
+        self._held += [block for block in blocks if block in self._reused]
+        self._pool.free([block for block in blocks if block not in self._reused])
+
+    # --- a sequence's blocks ------------------------------------------------------------------------------------
+
+    def has_slot(self, seq: Sequence) -> bool:
+        """Room for its next token in its last block."""
+        return seq.num_computed_tokens < len(seq.block_table) * self._pool.block_size
+
+    def grow(self, seq: Sequence) -> None:
+        """One block more. The table stays the same list: forecasts know it by that."""
+        seq.block_table += self._take(1)
+
+    def cover(self, seq: Sequence) -> bool:
+        """Blocks for all of its known tokens. False: there is no room."""
+        missing = self.num_for(seq.num_tokens) - len(seq.block_table)
+        if missing > self.num_available:
+            return False
+        seq.block_table += self._take(max(0, missing))
+        return True
+
+    def share(self, parent: Sequence, child: Sequence) -> bool:
+        """`child` continues from the parent's KV: full blocks are shared, a partial last one is copied.
+
+        False: no room for the copy.
+        """
+        num_full, partial = divmod(parent.num_computed_tokens, self._pool.block_size)
+        if partial and self._pool.num_free_blocks == 0:
+            return False
+        shared = parent.block_table[:num_full]
+        self._pool.pin(shared)
+        child.block_table = list(shared)
+        if partial:
+            child.block_table += self._pool.allocate(1)
+            self.copy(parent.block_table[num_full], child.block_table[-1])
+        child.num_computed_tokens = parent.num_computed_tokens
+        child.num_cached_tokens = parent.num_cached_tokens
+        child.block_hashes = list(parent.block_hashes)
+        child.num_published_blocks = num_full
+        return True
+
+    def deal(self, sequences: list[Sequence], num_tokens: int, blocks: list[BlockId], copies: list[BlockId]) -> None:
+        """Hand a prompt's blocks to its sequences: full ones shared, each its own copy of a partial last one.
+
+        `copies`: blocks for these, one for each sequence but the first; what is not needed goes back.
+        """
+        num_full, partial = divmod(num_tokens, self._pool.block_size)
+        for index, seq in enumerate(sequences):
+            if index > 0:
+                self._pool.pin(blocks[:num_full])
+            seq.block_table = list(blocks[:num_full])
+            if partial:
+                last = blocks[num_full] if index == 0 else copies.pop()
+                if index > 0:
+                    self.copy(blocks[num_full], last)
+                seq.block_table.append(last)
+            seq.num_computed_tokens = num_tokens
+            seq.num_published_blocks = num_full
+        self._pool.free(copies)
+        if not sequences:
+            self._pool.free(blocks)
+
+    def copy(self, source: BlockId, target: BlockId) -> None:
+        """Copy a block's content when the next step begins."""
+        self._pool.pin([source])
+        self._copies.append((source, target))
+
+    def give_back(self, seq: Sequence) -> None:
+        """Free the sequence's blocks; a copy into one of them must not run: it may have a new owner by then."""
+        self._pool.free([source for source, _ in self._cancel_copies(seq)])
+        self._release(seq.block_table)
+        seq.block_table = []
+
+    def _cancel_copies(self, seq: Sequence) -> list[tuple[BlockId, BlockId]]:
+        table = set(seq.block_table)
+        cancelled = [copy for copy in self._copies if copy[1] in table]
+        if cancelled:
+            self._copies = [copy for copy in self._copies if copy[1] not in table]
+        return cancelled
+
+    # --- preempted and admitted again ---------------------------------------------------------------------------
+
+    def num_freed_by(self, seq: Sequence) -> int:
+        """Blocks that nobody else holds."""
+        return sum(self._pool.ref_count(block) == 1 for block in seq.block_table)
+
+    def evict(self, seq: Sequence) -> None:
+        """Take a sequence's blocks away. Its KV goes to host memory if that is cheaper than computing it again."""
+        if self.swap.take_back(seq):
+            self.give_back(seq)
+        else:
+            places = self._places_to_save(seq)
+            if self.swap.wants(len(places), min(seq.num_computed_tokens, len(places) * self._pool.block_size)):
+                self._swap_out(seq, places)
+            else:
+                self.give_back(seq)
+        seq.num_computed_tokens = seq.num_published_blocks = 0
+
+    def _places_to_save(self, seq: Sequence) -> list[int]:
+        """Computed blocks, less those that others hold as well and that are found by their hash."""
+        pool, table = self._pool, seq.block_table
+        computed = range(self.num_for(seq.num_computed_tokens))
+        return [n for n in computed if pool.ref_count(table[n]) == 1 or not pool.is_known(table[n])]
+
+    def _swap_out(self, seq: Sequence, places: list[int]) -> None:
+        table = seq.block_table
+        sources = {target: source for source, target in self._cancel_copies(seq)}  # not copied yet: read it there
+        self._held += sources.values()
+        self.swap.save(seq, places, [sources.get(table[place], table[place]) for place in places])
+        saved = {table[place] for place in places}
+        self._outgoing += [block for block in table if block in saved and self._pool.ref_count(block) == 1]
+        self._held += [block for block in table if block in saved and self._pool.ref_count(block) > 1]
+        self._release([block for block in table if block not in saved])
+        seq.block_table = []
+
+    def shortage(self, seq: Sequence, reserve: int) -> int:
+        """How many blocks are missing for a sequence's known tokens, if `reserve` stay available."""
+        hits, _ = self._find(seq)
+        return self._num_missing(seq, hits, reserve)
+
+    def _num_missing(self, seq: Sequence, hits: dict[int, BlockId], reserve: int) -> int:
+        found = set(hits.values())
+        available = self.num_available - self._pool.num_evictable(found) - len(found.intersection(self._reusable()))
+        return self.num_for(seq.num_tokens) - len(hits) + reserve - available
+
+    def restore(self, seq: Sequence, reserve: int) -> bool:
+        """Give a waiting sequence blocks for its known tokens, if `reserve` stay available, and the KV that there is:
+        what the prefix cache has, then what lies in host memory, up to the first block that neither has.
+        """
+        hits, slots = self._find(seq)
+        if self._num_missing(seq, hits, reserve) > 0:
+            return False
+        self._pool.pin(hits.values())
+        fresh = iter(self._take(self.num_for(seq.num_tokens) - len(hits)))
+        seq.block_table = [hits[n] if n in hits else next(fresh) for n in range(self.num_for(seq.num_tokens))]
+        self._count_computed(seq, hits, slots)
+        if slots:
+            self.swap.load(seq, {place: seq.block_table[place] for place in slots})
+        else:
+            self.swap.drop(seq)
+        return True
+
+    def _count_computed(self, seq: Sequence, hits: dict[int, BlockId], slots: list[int]) -> None:
+        num_found, num_hit_tokens = len(hits) + len(slots), len(hits) * self._pool.block_size
+        seq.num_computed_tokens = num_found * self._pool.block_size
+        if slots and slots[-1] == num_found - 1:  # it may be partial
+            seq.num_computed_tokens = min(seq.num_computed_tokens, self.swap.num_saved_tokens(seq))
+        seq.num_published_blocks = next((n for n in range(num_found) if n not in hits), num_found)
+        if seq.num_output_tokens == 0:
+            seq.num_cached_tokens = num_hit_tokens
+        self.prefix_queries += seq.num_tokens
+        self.prefix_hits += num_hit_tokens
+
+    def _find(self, seq: Sequence) -> tuple[dict[int, BlockId], list[int]]:
+        """Of the leading blocks, those in the prefix cache by place, and the places of those in host memory."""
+        self._hash(seq)
+        saved = self.swap.saved(seq)
+        slots = saved.slots if saved is not None else {}
+        hits: dict[int, BlockId] = {}
+        loads: list[int] = []
+        # The last known token is always fed: its logits choose the next one.
+        num_hashed = (seq.num_tokens - 1) // self._pool.block_size
+        if seq.sampling.prompt_logprobs is not None and seq.num_output_tokens == 0:
+            num_hashed = 0  # they need the logits of every prompt token
+        hits.update(enumerate(self._pool.match_prefix(seq.block_hashes[:num_hashed])))
+        place = len(hits)
+        is_whole = saved is not None
+        while is_whole:
+            block = self._pool.match_prefix(seq.block_hashes[place : min(place + 1, num_hashed)])
+            if block:
+                hits[place] = block[0]
+            elif place in slots:
+                loads.append(place)
+                is_whole = (place + 1) * self._pool.block_size <= self.swap.num_saved_tokens(seq)
+            else:
+                break
+            place += 1
+        return hits, loads
+
+    def _hash(self, seq: Sequence) -> None:
+        """Of all known full blocks; those that are not computed yet are hashed along."""
+        if len(seq.block_hashes) < seq.num_tokens // self._pool.block_size:
+            salt = prefix_salt(self._spec, seq.cache_salt)
+            seq.block_hashes = hash_blocks(seq.token_ids, self._pool.block_size, salt, seq.block_hashes)
+
+    def publish(self, seq: Sequence) -> None:
+        """Full blocks whose KV exists can be found from now on."""
+        num_full = seq.num_computed_tokens // self._pool.block_size
+        if num_full <= seq.num_published_blocks:
+            return
+        self._hash(seq)
+        for index in range(seq.num_published_blocks, num_full):
+            self._pool.publish(seq.block_table[index], seq.block_hashes[index])
+        seq.num_published_blocks = num_full
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def begin(self, rows: list[BatchRow]) -> Batch | None:
+        """The batch of these rows, with the copies that it begins with; None where there is nothing to do."""
+        if not rows and not self.swap.out and not self.swap.into:
+            return None
+        swap_out, swap_in = self.swap.begin()
+        copies: list[tuple[BlockId, BlockId]] = []
+        if rows:
+            copies, self._copies = self._copies, []
+        self._copying = [source for source, _ in copies]
+        self._reused.clear()
+        return Batch(rows, copies, swap_out, swap_in)
+
+    def end(self) -> None:
+        """The step has ended: what it touched goes back."""
+        self.swap.end()
+        for blocks in (self._copying, self._outgoing, self._held):
+            self._pool.free(blocks)
+        self._copying, self._outgoing, self._held = [], [], []
+
+    def references(self) -> list[list[BlockId]]:
+        """Those that copies hold, beside the sequences'."""
+        return [[source for source, _ in self._copies], self._copying, self._outgoing, self._held]
+
+    def check(self) -> None:
+        """Assert that blocks and slots are all accounted for."""
+        self._pool.check()
+        self.swap.check()

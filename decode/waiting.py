@@ -1,0 +1,136 @@
+"""Reservations that wait for blocks on a full decode worker: one for each router, the oldest of a class first.
+
+    ReserveKV(queue_if_full) ──(no room)──> waiting ──(blocks came free)──> Grant
+                                               └──(two seconds, its deadline, draining)──> NoCapacity
+
+While one waits, blocks that come free are kept for it: others get only what it does not need. Without this a large
+prompt would wait until no smaller one came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..common.blocks import BlockPool, KVCacheSpec
+from ..common.clock import Clock
+from ..common.messages import Grant, NoCapacity, ReserveKV
+from ..common.request import RequestSpec
+from ..transfer.receiver import KVReceiver
+
+MAX_WAIT_S = 2.0
+_WORTH_WAITING = ("blocks", "growth")
+
+_Key = tuple[int, int, str]
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    router_id: str
+    message: ReserveKV
+    num_blocks: int
+    until_s: float
+    tried_with: tuple[int, ...]  # what there was at the last try: hashing a prompt takes time
+
+    @property
+    def key(self) -> _Key:
+        return _key(self.message.spec)
+
+
+def _key(spec: RequestSpec) -> _Key:
+    return (spec.priority, spec.arrival, spec.request_id)
+
+
+class WaitingReservations:
+    """Stands before the receiver. `growth_reserve` tells what running sequences need."""
+
+    def __init__(
+        self, receiver: KVReceiver, pool: BlockPool, spec: KVCacheSpec, clock: Clock, growth_reserve: Callable[[], int]
+    ) -> None:
+        self._receiver = receiver
+        self._pool = pool
+        self._spec = spec
+        self._clock = clock
+        self._growth_reserve = growth_reserve
+        self._waiting: list[_Waiting] = []  # oldest first
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def holds(self, request_id: str) -> bool:
+        return any(waiting.message.spec.request_id == request_id for waiting in self._waiting)
+
+    def reserve(self, router_id: str, message: ReserveKV) -> list[tuple[str, Grant | NoCapacity]]:
+        """Answers, by router: to this one, unless it waits, and to the one whose place it takes."""
+        self.drop(message.spec.request_id, message.spec.attempt)
+        answer = self._try(router_id, message)
+        if not (message.queue_if_full and isinstance(answer, NoCapacity) and answer.reason in _WORTH_WAITING):
+            return [(router_id, answer)]
+        other = next((waiting for waiting in self._waiting if waiting.router_id == router_id), None)
+        if other is not None and other.key < _key(message.spec):
+            return [(router_id, answer)]
+        self._wait(router_id, message)
+        return [] if other is None else [(router_id, self._give_up(other, answer.reason))]
+
+    def _try(self, router_id: str, message: ReserveKV) -> Grant | NoCapacity:
+        kept = sum(waiting.num_blocks for waiting in self._waiting if waiting.key < _key(message.spec))
+        return self._receiver.reserve(
+            message.spec,
+            router_id,
+            max_local_tokens=message.max_local_tokens,
+            growth_reserve=self._growth_reserve() + kept,
+        )
+
+    def _wait(self, router_id: str, message: ReserveKV) -> None:
+        spec = message.spec
+        wait_s = MAX_WAIT_S if spec.remaining_s is None else min(MAX_WAIT_S, spec.remaining_s)
+        num_copies = len(spec.choices) - 1 if spec.num_prompt_tokens % self._spec.block_size else 0
+        num_blocks = self._spec.num_blocks_for(spec.num_prompt_tokens) + num_copies
+        until_s = self._clock.now() + wait_s
+        self._waiting.append(_Waiting(router_id, message, num_blocks, until_s, self._room()))
+        self._waiting.sort(key=lambda waiting: waiting.key)
+
+    def _room(self) -> tuple[int, ...]:
+        """Changes whenever a try may have another result."""
+        receiver = self._receiver
+        promised = receiver.num_granted_blocks + receiver.num_quarantined_blocks
+        return (self._pool.num_free_blocks, self._growth_reserve(), promised, len(self._waiting))
+
+    def _give_up(self, waiting: _Waiting, reason: str) -> NoCapacity:
+        self._waiting.remove(waiting)
+        spec = waiting.message.spec
+        return NoCapacity(request_id=spec.request_id, attempt=spec.attempt, reason=reason)
+
+    def retry(self) -> list[tuple[str, Grant | NoCapacity]]:
+        """Answers to those that need not wait any longer, or may not."""
+        answers: list[tuple[str, Grant | NoCapacity]] = []
+        now = self._clock.now()
+        for waiting in list(self._waiting):
+            if self._receiver.draining or now >= waiting.until_s:
+                reason = "draining" if self._receiver.draining else "blocks"
+                answers.append((waiting.router_id, self._give_up(waiting, reason)))
+                continue
+            if self._room() == waiting.tried_with:
+                continue
+            answer = self._try(waiting.router_id, waiting.message)
+            waiting.tried_with = self._room()
+            if isinstance(answer, Grant) or answer.reason not in _WORTH_WAITING:
+                self._waiting.remove(waiting)
+                answers.append((waiting.router_id, answer))
+        return answers
+
+    def drop(self, request_id: str, attempt: int) -> None:
+        """Its router gave it up, or sent it again. Idempotent."""
+        self._waiting = [
+            waiting
+            for waiting in self._waiting
+            if waiting.message.spec.request_id != request_id or waiting.message.spec.attempt > attempt
+        ]
+
+    def keep_only(self, router_id: str, live: frozenset[tuple[str, int]]) -> None:
+        """Drop the router's but those of the (request id, attempt) pairs in `live`."""
+        self._waiting = [
+            waiting
+            for waiting in self._waiting
+            if waiting.router_id != router_id or (waiting.message.spec.request_id, waiting.message.spec.attempt) in live
+        ]

@@ -1,0 +1,106 @@
+"""A prefill worker's books of its shipments, from their open to their last word.
+
+    opened ─> hold: the task gives its blocks away ─> source_free: they are read no more ─> ended: nothing left to say
+
+The two ends are told apart: blocks are free as soon as everything was written, while the arrival is repeated until
+the decode worker has answered. A worker that drains stays until then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..common.blocks import BlockPool
+from ..common.messages import ChoiceTokens, GrantInfo
+from ..common.request import BlockId, RequestSpec
+from .shipper import ShipPlan
+
+
+class Shipping(Protocol):
+    """The senders of all ranks, as the role sees them."""
+
+    def open(self, request_id: str, attempt: int, grant: GrantInfo) -> int:
+        """Ask the decode worker for the right to write; returns the open id."""
+        ...
+
+    def begin_step(self, plans: list[ShipPlan]) -> None:
+        """These blocks will be complete layer by layer during the step that starts now."""
+        ...
+
+    def on_layer(self, layer: int) -> None:
+        """This step's pages of `layer` are complete."""
+        ...
+
+    def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...]) -> None:
+        """Every page is complete and the first tokens are known."""
+        ...
+
+    def cancel(self, open_id: int, reason: str) -> None:
+        """Ship nothing more. Idempotent."""
+        ...
+
+
+@dataclass(slots=True)
+class _Open:
+    """A shipment that was not reported as ended."""
+
+    open_id: int
+    router_id: str
+    request_id: str
+    attempt: int
+
+
+class Shipments:
+    """Owns the source blocks of shipments whose tasks are over."""
+
+    def __init__(self, pool: BlockPool, cancel: Callable[[int, str], None]) -> None:
+        self._pool = pool
+        self._cancel = cancel
+        self._blocks: dict[int, list[BlockId]] = {}  # by open id, while they are read
+        self._opens: list[_Open] = []  # oldest first
+
+    def __len__(self) -> int:
+        return max(len(self._opens), len(self._blocks))
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(map(len, self._blocks.values()))
+
+    def opened(self, open_id: int, router_id: str, spec: RequestSpec) -> None:
+        self._blocks[open_id] = []  # the task's, until it gives them away
+        self._opens.append(_Open(open_id, router_id, spec.request_id, spec.attempt))
+
+    def hold(self, open_id: int, blocks: list[BlockId]) -> bool:
+        """Take over a task's blocks. False: the shipment reads nothing any more."""
+        if open_id not in self._blocks:
+            return False
+        self._blocks[open_id] = blocks
+        return True
+
+    def source_free(self, open_id: int) -> None:
+        """The shipment reads its source blocks no more. Idempotent."""
+        self._pool.free(self._blocks.pop(open_id, []))
+
+    def ended(self, request_id: str, attempt: int) -> str | None:
+        """One of the attempt's shipments has ended: the router that hears of it."""
+        for index, shipment in enumerate(self._opens):
+            if (shipment.request_id, shipment.attempt) == (request_id, attempt):
+                return self._opens.pop(index).router_id
+        return None
+
+    def cancel(self, request_id: str, attempt: int, reason: str) -> None:
+        """Those of the request up to this attempt shall end."""
+        for shipment in self._opens:
+            if shipment.request_id == request_id and shipment.attempt <= attempt:
+                self._cancel(shipment.open_id, reason)
+
+    def keep_only(self, router_id: str, live: frozenset[tuple[str, int]], reason: str) -> None:
+        """The router's shall end, but those of the (request id, attempt) pairs in `live`."""
+        for shipment in self._opens:
+            if shipment.router_id == router_id and (shipment.request_id, shipment.attempt) not in live:
+                self._cancel(shipment.open_id, reason)
+
+    def references(self) -> list[list[BlockId]]:
+        return list(self._blocks.values())

@@ -1,0 +1,55 @@
+"""One attempt at a prompt on a prefill worker, and what its last chunk yields for the router."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..common.batch import RowOutput
+from ..common.messages import ChoiceTokens, FirstToken, GrantInfo
+from ..common.request import FinishReason, RequestSpec, finish_reason
+from .scheduler import Prompt
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """One attempt at a request on this worker."""
+
+    router_id: str
+    spec: RequestSpec
+    grant: GrantInfo
+    prompt: Prompt
+    open_id: int | None = None  # the shipment, once its first chunk was scheduled
+    stepping: bool = False  # its row is in the step that computes now
+    dead: bool = False  # aborted meanwhile
+
+
+def first_tokens(
+    task: Task, result: RowOutput, *, eos_token_ids: frozenset[int], max_model_len: int
+) -> tuple[ChoiceTokens, ...]:
+    """The token of each choice that the prompt's last row yielded, and which choices end with it."""
+    seq = task.prompt.seq
+    choices = []
+    for choice, token in zip(task.spec.choices, result.tokens, strict=True):
+        reason: FinishReason | None = finish_reason(
+            seq.sampling,
+            token.token_id,
+            num_output_tokens=1,
+            num_tokens=seq.num_prompt_tokens + 1,
+            eos_token_ids=eos_token_ids,
+            max_model_len=max_model_len,
+        )
+        choices.append(ChoiceTokens(choice, 0, (token,), reason))
+    return tuple(choices)
+
+
+def first_token_message(task: Task, choices: tuple[ChoiceTokens, ...], now_s: float) -> FirstToken:
+    prompt = task.prompt
+    started = prompt.started_s if prompt.started_s is not None else prompt.received_s
+    return FirstToken(
+        request_id=task.spec.request_id,
+        attempt=task.spec.attempt,
+        choices=choices,
+        num_cached_tokens=prompt.seq.num_cached_tokens,
+        prefill_s=max(0.0, now_s - started),
+        queue_s=max(0.0, started - prompt.received_s),
+    )

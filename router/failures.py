@@ -1,0 +1,41 @@
+"""Why an attempt failed, and what that costs the request: one value, made by whoever sees the failure.
+
+    counted   towards the request's attempts: something went wrong while it was tried
+    charged   to the router's retry budget: a worker that lives reported an error, so a retry may meet it again
+    a strike  it was in the running step of a worker when that worker was lost
+
+                              counted   charged   strike
+    worker lost                 yes       no      if in its running step
+    worker drained and left      no       no        no
+    no room, draining            no       no        no
+    anything else               yes      yes        no
+
+Losses are bounded by the deaths themselves. After two strikes the next attempt runs alone on a worker
+(`isolation.py`); a third one proves it, and the request is refused.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+WORKER_LOST = "worker_lost"
+DRAINED = "drained"
+
+STRIKES_UNTIL_ALONE = 2
+MAX_STRIKES = 3
+
+Life = tuple[str, int]  # a worker's id and incarnation
+
+
+class Blame(NamedTuple):
+    """Why an attempt failed, for the retry's log line and for the client if there is no other."""
+
+    reason: str  # metric label
+    text: str  # names the peer
+    is_counted: bool = True  # False: nobody failed, there was no room or the worker had said that it would go
+    strike: Life | None = None  # the worker that was lost while it computed the request
+    suspect: Life | None = None  # the worker that computed it, should the failure turn out to be its loss
+
+    @property
+    def is_charged(self) -> bool:
+        return self.is_counted and self.reason != WORKER_LOST

@@ -1,0 +1,148 @@
+"""When a request that joins the queue now would get its first token: measured, never configured.
+
+    work ahead of it / drain rate  +  time from placement to first token  =  expected
+
+The drain rate is what first tokens say: prompts (and their tokens) per second of the time in which somebody waited
+for room, for only then does the system show what it can. Both rates are kept, since either prompt tokens or slots may
+be scarce, and the slower answer counts. Before anything was measured nothing is expected to wait.
+
+    caution   the factor that covers all but one in two hundred expectations, learned from those that mattered
+
+What the caution learns from does not depend on the caution: an expectation is compared with what came, whatever was
+decided on it. So there is no loop that could swing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import NamedTuple
+
+_WINDOW_S = 10.0  # of waiting time
+_MIN_SAMPLES = 8  # until then the rate of before is believed
+_KEPT_SAMPLES = 32  # even if they are older than the window
+_SMOOTHING = 0.1
+_FASTEST_OF = 64
+_REFUSED_DECAY_S = 1.0
+_UNMEASURED_RETRY_S = 1.0
+
+_MISSED_SHARE = 0.005
+_CAUTION_STEP = 0.05
+_MIN_CAUTION = 1.0
+_MAX_CAUTION = 2.0
+_FIRST_CAUTION = 1.25
+_TELLING_SHARE = 0.5  # of its limit: a shorter expectation says nothing about those at the limit
+
+
+class Promise(NamedTuple):
+    """What was expected of a request when it was admitted."""
+
+    at_s: float
+    expected_s: float
+    limit_s: float | None  # within which it had to be
+
+
+class DrainRate:
+    """Prompts per second of waiting time, over a sliding window."""
+
+    def __init__(self) -> None:
+        self.tokens_per_s = 0.0  # 0: not known
+        self.prompts_per_s = 0.0
+        self._waiting_s = 0.0  # time in which somebody waited
+        self._began_s = 0.0  # of the window, in waiting time
+        self._samples: deque[tuple[float, int]] = deque()  # waiting time, prompt tokens
+        self._num_tokens = 0
+
+    def wait(self, seconds: float) -> None:
+        self._waiting_s += seconds
+
+    def add(self, num_tokens: int) -> None:
+        self._samples.append((self._waiting_s, num_tokens))
+        self._num_tokens += num_tokens
+        while len(self._samples) > _KEPT_SAMPLES and self._samples[0][0] < self._waiting_s - _WINDOW_S:
+            self._began_s, tokens = self._samples.popleft()
+            self._num_tokens -= tokens
+        span_s = self._waiting_s - self._began_s
+        if len(self._samples) >= _MIN_SAMPLES and span_s > 0:
+            self.tokens_per_s = self._num_tokens / span_s
+            self.prompts_per_s = len(self._samples) / span_s
+
+    def restart(self) -> None:
+        """Measure anew; what was known stays until enough has been seen."""
+        self._samples.clear()
+        self._num_tokens, self._began_s = 0, self._waiting_s
+
+
+class Forecast:
+    """One router's. Time is the caller's."""
+
+    def __init__(self) -> None:
+        self.caution = _FIRST_CAUTION
+        self._rate = DrainRate()
+        self._observed_s: float | None = None
+        self._somebody_waits = False
+        self._service_s = 0.0
+        self._service_tokens = 0.0  # of the prompts that it was measured on
+        self._services: deque[float] = deque(maxlen=_FASTEST_OF)
+        self._refused = 0.0  # prompts, those of long ago forgotten
+        self._refused_s = 0.0
+
+    # --- what is seen ---------------------------------------------------------------------------------------
+
+    def observe(self, now_s: float, *, somebody_waits: bool) -> None:
+        """Called whenever the queue may have changed, and at each tick."""
+        if self._somebody_waits and self._observed_s is not None:
+            self._rate.wait(now_s - self._observed_s)
+        self._observed_s, self._somebody_waits = now_s, somebody_waits
+
+    def on_first_token(self, num_tokens: int, service_s: float) -> None:
+        """`service_s`: from its placement on."""
+        if self._somebody_waits:
+            self._rate.add(num_tokens)
+        weight = _SMOOTHING if self._services else 1.0
+        self._services.append(service_s)
+        self._service_s += weight * (service_s - self._service_s)
+        self._service_tokens += weight * (num_tokens - self._service_tokens)
+
+    def on_kept(self, promise: Promise, took_s: float) -> None:
+        """What became of an expectation."""
+        if promise.limit_s is None or promise.expected_s < _TELLING_SHARE * promise.limit_s:
+            return
+        missed = took_s > promise.expected_s * self.caution
+        step = 1.0 - _MISSED_SHARE if missed else -_MISSED_SHARE
+        self.caution = min(_MAX_CAUTION, max(_MIN_CAUTION, self.caution + _CAUTION_STEP * step))
+
+    def on_refused(self, now_s: float) -> None:
+        self._refused = self._refused_now(now_s) + 1.0
+        self._refused_s = now_s
+
+    def on_workers_changed(self) -> None:
+        """Capacity is another than it was."""
+        self._rate.restart()
+
+    # --- what is expected -----------------------------------------------------------------------------------
+
+    def first_token_s(self, num_tokens: int, tokens_ahead: int, prompts_ahead: int) -> float:
+        return self._wait_s(tokens_ahead, prompts_ahead) + self.service_s(num_tokens)
+
+    def service_s(self, num_tokens: int) -> float:
+        """From placement to first token; longer for a prompt that is longer than those that were seen."""
+        return self._service_s * max(1.0, num_tokens / max(1.0, self._service_tokens))
+
+    @property
+    def fastest_s(self) -> float:
+        """Nobody's first token came sooner after its placement lately; 0: nothing is known."""
+        return min(self._services, default=0.0)
+
+    def retry_after_s(self, excess_s: float, now_s: float) -> float:
+        """When another try may succeed: the work in excess is done, and the work of all who were refused lately."""
+        rate = self._rate.prompts_per_s
+        return excess_s + self._refused_now(now_s) / rate if rate else _UNMEASURED_RETRY_S
+
+    def _wait_s(self, num_tokens: int, num_prompts: int) -> float:
+        if not self._rate.tokens_per_s:
+            return 0.0
+        return max(num_tokens / self._rate.tokens_per_s, num_prompts / self._rate.prompts_per_s)
+
+    def _refused_now(self, now_s: float) -> float:
+        return self._refused * math.exp((self._refused_s - now_s) / _REFUSED_DECAY_S)

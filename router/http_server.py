@@ -1,0 +1,79 @@
+"""uvicorn as this program runs it: on a socket that listens already, ended by whoever started it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from .connection_limits import Connections
+from .leaving import Connection
+from .protocol import DeadlineProtocol
+
+KEEP_ALIVE_S = 75
+_FLUSH_S = 2  # for the last bytes of the last answers
+_LEFT_POLL_S = 0.02
+
+
+class HttpServer:
+    """uvicorn without its signal handlers: who runs it says when it ends."""
+
+    def __init__(
+        self, app: ASGIApp, *, protocol: type[DeadlineProtocol] = Connection, books: Connections | None = None
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            loop="none",
+            http=protocol.keeping(Connections() if books is None else books),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_FLUSH_S,
+        )
+        self._server = _Uvicorn(config)
+
+    @contextlib.asynccontextmanager
+    async def serving(self, sock: socket.socket) -> AsyncIterator[HttpServer]:
+        """Accept connections on `sock` until the block ends or `stop` is called."""
+        task = asyncio.create_task(self._server.serve(sockets=[sock]))
+        try:
+            yield self
+        finally:
+            self.stop()
+            await task
+
+    def leave(self, idle_s: float) -> None:
+        """Accept no more connections; those that are open end one by one, as `leaving` tells."""
+        for server in self._server.servers if self._server.started else ():
+            server.close()
+        for connection in self.connections:
+            assert isinstance(connection, Connection)
+            connection.leave(idle_s)
+
+    @property
+    def connections(self) -> list[DeadlineProtocol]:
+        return [each for each in self._server.server_state.connections if isinstance(each, DeadlineProtocol)]
+
+    async def left(self) -> None:
+        """Until no connection is left."""
+        while self._server.server_state.connections:  # noqa: ASYNC110  # uvicorn's set tells nobody
+            await asyncio.sleep(_LEFT_POLL_S)
+
+    def stop(self) -> None:
+        """End what idles; the answers under way may flush."""
+        self._server.should_exit = True
+
+
+class _Uvicorn(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

@@ -1,0 +1,82 @@
+"""How the router process ends: who may finish what, and for how long.
+
+SIGTERM          running answers get the drain limit; each open connection may ask once more
+SIGINT           they get a few seconds
+a second signal  none
+then             what is left ends with an error event
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Coroutine, Iterator
+
+import structlog
+
+from .dispatcher import Dispatcher
+from .http_server import HttpServer
+from .reply import InFlight
+
+INTERRUPT_LIMIT_S = 3.0  # for running answers after SIGINT; less than the launcher's patience
+IDLE_S = 1.0  # an idle connection's last chance to ask, after SIGTERM
+
+log = structlog.get_logger(__name__)
+
+
+class Stop:
+    """What the signals ask for: SIGTERM to drain, SIGINT to end soon; after either, another one to end at once."""
+
+    def __init__(self, drain_s: float) -> None:
+        self.asked = asyncio.Event()
+        self.at_once = asyncio.Event()
+        self.is_patient = False
+        self._drain_s = drain_s
+
+    @property
+    def limit_s(self) -> float:
+        """For running answers."""
+        return self._drain_s if self.is_patient else INTERRUPT_LIMIT_S
+
+    def _on_signal(self, number: int) -> None:
+        if self.asked.is_set():
+            self.at_once.set()
+        else:
+            self.is_patient = number == signal.SIGTERM
+            self.asked.set()
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Stop]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            yield self
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+
+async def wind_down(front: HttpServer, dispatcher: Dispatcher, in_flight: InFlight, stop: Stop) -> None:
+    """What runs may finish within the limit, and each open connection may ask once more; then all get an error."""
+    log.info("router_drains", in_flight=len(in_flight), limit_s=stop.limit_s)
+    in_flight.is_leaving = True
+    front.leave(IDLE_S if stop.is_patient else 0.0)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(stop.limit_s):
+            await _first(front.left(), stop.at_once.wait())
+    log.info("router_stops", in_flight=len(in_flight))
+    in_flight.is_closing = True
+    await dispatcher.drain(0.0)
+    in_flight.end_all()
+
+
+async def _first(*work: Coroutine[object, object, object]) -> None:
+    """Until one of them ends."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,108 @@
+"""Blocks of sequences at the edges of a step: shared, copied, taken twice."""
+
+from __future__ import annotations
+
+from kvferry.common.batch import BatchRow
+from kvferry.common.blocks import BlockPool
+from kvferry.common.request import RequestId, SamplingParams, Sequence
+from kvferry.decode.sequence_blocks import SequenceBlocks
+from kvferry.tests.decode.tagged import BLOCK, SPEC
+
+
+def _blocks(num_blocks: int, num_swap_blocks: int) -> tuple[SequenceBlocks, BlockPool]:
+    pool = BlockPool(num_blocks, BLOCK)
+    return SequenceBlocks(pool, SPEC, num_swap_blocks), pool
+
+
+def _computed(blocks: SequenceBlocks, name: str, num_tokens: int, first: int = 0) -> Sequence:
+    """With KV for all tokens but the last."""
+    seq = Sequence(RequestId(name), 0, 0, list(range(first, first + num_tokens)), num_tokens, SamplingParams())
+    assert blocks.restore(seq, 0)
+    seq.num_computed_tokens = num_tokens - 1
+    blocks.publish(seq)
+    return seq
+
+
+def test_blocks_that_go_out_are_the_pools_only_after_the_step() -> None:
+    blocks, pool = _blocks(4, 4)
+    seq = _computed(blocks, "a", 9)
+    blocks.evict(seq)
+    assert pool.num_free_blocks == 2, "the block without KV is free at once"
+    assert blocks.num_available == 4
+    batch = blocks.begin([])
+    assert batch is not None and len(batch.swap_out) == 2 and blocks.begin([]) is None
+    assert pool.num_free_blocks == 2
+    blocks.end()
+    assert pool.num_free_blocks == 4
+    blocks.check()
+
+
+def test_a_block_that_goes_out_and_was_given_on_stays_out_of_the_pool_if_its_new_owner_ends_at_once() -> None:
+    blocks, pool = _blocks(2, 4)
+    first = _computed(blocks, "a", 8)
+    blocks.evict(first)
+    second = Sequence(RequestId("b"), 0, 0, list(range(50, 57)), 7, SamplingParams())
+    assert blocks.restore(second, 0)
+    blocks.give_back(second)
+    assert pool.num_free_blocks == 0, "both are read until the step ends"
+    assert blocks.begin([]) is not None
+    blocks.end()
+    assert pool.num_free_blocks == 2
+    blocks.check()
+
+
+def test_what_is_preempted_before_it_was_loaded_is_still_in_its_slots() -> None:
+    blocks, pool = _blocks(8, 8)
+    seq = _computed(blocks, "a", 8)
+    blocks.evict(seq)
+    blocks.begin([])
+    blocks.end()
+    taken = pool.allocate(8)  # nothing is cached any more
+    pool.free(taken)
+    assert blocks.restore(seq, 0) and seq.num_computed_tokens == 7
+    blocks.evict(seq)
+    assert blocks.begin([]) is None, "nothing is copied in or out"
+    assert pool.num_owned_blocks == 0 and blocks.swap.num_used == 2
+    assert blocks.restore(seq, 0) and seq.num_computed_tokens == 7
+    batch = blocks.begin([BatchRow(seq, 1)])
+    assert batch is not None and [block for _, block in batch.swap_in] == seq.block_table
+    blocks.end()
+    assert blocks.swap.num_used == 0
+    blocks.check()
+
+
+def test_a_partial_block_counts_for_the_tokens_that_it_holds() -> None:
+    blocks, pool = _blocks(8, 8)
+    seq = _computed(blocks, "a", 7)
+    blocks.evict(seq)
+    blocks.begin([])
+    blocks.end()
+    pool.free(pool.allocate(8))
+    assert blocks.restore(seq, 0) and seq.num_computed_tokens == 6
+
+
+def test_a_block_that_was_never_copied_to_is_read_where_its_content_is() -> None:
+    blocks, _ = _blocks(8, 8)
+    parent = _computed(blocks, "a", 7)
+    child = Sequence(RequestId("a"), 0, 1, list(parent.token_ids), 7, SamplingParams())
+    assert blocks.share(parent, child)
+    partial = child.block_table[1]
+    blocks.evict(child)
+    batch = blocks.begin([BatchRow(parent, 1)])
+    assert batch is not None and not batch.block_copies
+    assert [block for block, _ in batch.swap_out] == [parent.block_table[1]] and partial != parent.block_table[1]
+    blocks.end()
+    blocks.check()
+
+
+def test_a_copy_into_a_block_that_is_given_back_never_runs() -> None:
+    blocks, pool = _blocks(8, 0)
+    pool_blocks, copies = pool.allocate(2), pool.allocate(1)
+    seqs = [Sequence(RequestId("a"), 0, choice, list(range(6)), 6, SamplingParams()) for choice in range(2)]
+    blocks.deal(seqs, 6, pool_blocks, copies)
+    blocks.give_back(seqs[1])
+    batch = blocks.begin([BatchRow(seqs[0], 1)])
+    assert batch is not None and not batch.block_copies
+    blocks.end()
+    blocks.give_back(seqs[0])
+    assert pool.num_owned_blocks == 0

@@ -1,0 +1,161 @@
+"""Reservations that wait for blocks: in which order they get them, and that each is answered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from kvferry.common.messages import Abort, Grant, LiveRequests, Message, NoCapacity, ReserveKV
+from kvferry.common.request import RequestSpec
+from kvferry.tests.decode.bench import Bench
+
+
+def _full(bench: Bench) -> None:
+    """Half of the pool is promised: more than that needs room."""
+    bench.send(ReserveKV(spec=bench.spec("full", 32)))
+    assert isinstance(bench.sent[-1], Grant)
+    bench.sent.clear()
+
+
+def _ask(bench: Bench, name: str, num_tokens: int, *, router: str = "R", **fields: Any) -> RequestSpec:
+    spec = msgspec.structs.replace(bench.spec(name, num_tokens, **fields), prompt=bytes([len(name)]) * 4 * num_tokens)
+    bench.role.on_router_message(router, ReserveKV(spec=spec, queue_if_full=True))
+    return spec
+
+
+def _answers(bench: Bench) -> list[tuple[str, str]]:
+    found = []
+    for message in bench.sent:
+        if isinstance(message, Grant):
+            found.append((message.request_id, "grant"))
+        elif isinstance(message, NoCapacity):
+            found.append((message.request_id, message.reason))
+    bench.sent.clear()
+    return found
+
+
+def test_a_reservation_waits_for_blocks_and_gets_them_when_they_come_free() -> None:
+    bench = Bench(num_blocks=16)
+    _full(bench)
+    _ask(bench, "large", 20)
+    bench.role.tick()
+    assert _answers(bench) == [] and bench.role.num_unfinished == 2 and not bench.role.is_quiet
+    bench.send(Abort(request_id="full", attempt=0))
+    bench.step()
+    assert _answers(bench) == [("large", "grant")]
+    bench.role.check()
+
+
+def test_without_the_wish_to_wait_it_is_refused_at_once() -> None:
+    bench = Bench(num_blocks=16)
+    _full(bench)
+    bench.send(ReserveKV(spec=bench.spec("large", 20)))
+    assert _answers(bench) == [("large", "growth")]
+
+
+def test_smaller_ones_pass_only_in_what_the_waiting_one_does_not_need() -> None:
+    bench = Bench(num_blocks=16)
+    bench.hand_over(bench.spec("a", 20), ())  # five blocks in use
+    bench.send(ReserveKV(spec=bench.spec("full", 32, arrival=1)))
+    _answers(bench)
+    _ask(bench, "large", 12, arrival=2)  # three of the three that are left: none for growth
+    assert _answers(bench) == []
+    bench.send(ReserveKV(spec=bench.spec("small", 4, arrival=3)))
+    assert _answers(bench) == [("small", "growth")]
+    bench.send(ReserveKV(spec=bench.spec("older", 4, arrival=0)))
+    assert ("older", "blocks") not in _answers(bench)
+
+
+def test_only_one_of_a_router_waits_and_that_is_its_oldest() -> None:
+    bench = Bench(num_blocks=16)
+    _full(bench)
+    _ask(bench, "second", 20, arrival=5)
+    _ask(bench, "third", 20, arrival=6)
+    assert _answers(bench) == [("third", "growth")]
+    _ask(bench, "first", 20, arrival=4)
+    assert _answers(bench) == [("second", "growth")]
+    _ask(bench, "other", 20, arrival=9, router="S")
+    assert _answers(bench) == [] and bench.role.num_unfinished == 3
+
+
+def test_a_higher_class_is_served_before_an_older_one() -> None:
+    bench = Bench(num_blocks=16)
+    _full(bench)
+    _ask(bench, "older", 20, arrival=1, priority=1)
+    _ask(bench, "higher", 20, arrival=2, priority=0, router="S")
+    bench.send(Abort(request_id="full", attempt=0))
+    bench.step()
+    assert _answers(bench) == [("higher", "grant")]
+
+
+@pytest.mark.parametrize(("remaining_s", "waits_s"), [(None, 2.0), (0.5, 0.5)])
+def test_it_is_refused_after_two_seconds_or_at_its_deadline(remaining_s: float | None, waits_s: float) -> None:
+    bench = Bench(num_blocks=16)
+    bench.hand_over(bench.spec("full", 60), ())
+    _answers(bench)
+    _ask(bench, "large", 20, remaining_s=remaining_s)
+    bench.clock.advance(waits_s - 0.01)
+    bench.role.tick()
+    assert _answers(bench) == []
+    bench.clock.advance(0.02)
+    bench.role.tick()
+    assert _answers(bench) == [("large", "blocks")]
+    assert not bench.role.receiver.holds("large")
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        Abort(request_id="large", attempt=0),
+        Abort(request_id="large", attempt=0, unless_arrived=True),
+        LiveRequests(live=()),
+    ],
+)
+def test_its_router_can_give_it_up(end: Message) -> None:
+    bench = Bench(num_blocks=16)
+    _full(bench)
+    _ask(bench, "large", 20)
+    bench.send(end)
+    bench.send(Abort(request_id="full", attempt=0))
+    bench.step()
+    assert ("large", "grant") not in _answers(bench)
+    assert bench.role.is_quiet
+
+
+def test_a_lost_router_waits_for_nothing() -> None:
+    bench = Bench(num_blocks=16)
+    _full(bench)
+    _ask(bench, "large", 20)
+    bench.role.on_router_lost("R")
+    assert bench.role.is_quiet and bench.pool.num_owned_blocks == 0
+
+
+def test_a_draining_worker_answers_it() -> None:
+    bench = Bench(num_blocks=16)
+    _full(bench)
+    _ask(bench, "large", 20)
+    bench.role.draining = True
+    assert ("large", "draining") in _answers(bench)
+
+
+def test_what_can_never_fit_does_not_wait() -> None:
+    bench = Bench(num_blocks=16)
+    _ask(bench, "huge", 80)
+    assert _answers(bench) == [("huge", "never_fits")]
+
+
+def test_a_choice_that_ends_while_its_reservation_waits_never_decodes() -> None:
+    bench = Bench(num_blocks=16)
+    _full(bench)
+    spec = _ask(bench, "large", 18, n=2)
+    bench.send(Abort(request_id="large", attempt=0, choices=(0,)))
+    bench.send(Abort(request_id="full", attempt=0))
+    bench.step()
+    grant = bench.last(Grant)
+    assert isinstance(grant, Grant)
+    bench.open(spec, grant.grant)
+    bench.arrive(spec, grant.grant, ())
+    bench.run()
+    assert set(bench.tokens("large")) == {1}

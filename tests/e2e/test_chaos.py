@@ -1,0 +1,118 @@
+"""One fault at a time on real workers over real NIXL: every stream is to the byte what it is without, and all blocks
+come back.
+
+One cluster serves all tests; the worker that died is back before the next one begins.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvferry.benchmarks.tiny_model import write_tiny_model
+
+from .cluster import serve, serve_by_hand, wait_until
+from .drill import Drill, LocalDrill, ask
+
+pytestmark = pytest.mark.slow
+
+FLAGS = ("--served-model-name", "tiny", "--deterministic", "--prefill", "2", "--decode", "2")
+WORKERS = ("p-0", "p-1", "d-0", "d-1")
+
+
+@pytest.fixture(scope="module")
+def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalDrill]:
+    folder = tmp_path_factory.mktemp("chaos")
+    failpoints: Path = folder / "failpoints"
+    model_dir = write_tiny_model(folder / "tiny")
+    env = Drill.environment(failpoints)
+    with serve(model_dir, folder / "log", *FLAGS, "--kv-cache-memory-bytes", "8MiB", env=env) as cluster:
+        drill = LocalDrill(failpoints, len(WORKERS), cluster=cluster)
+        drill.settle()
+        drill.learn()
+        yield drill
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("grant.issued=kill", id="the decode worker dies with the grant in its hand"),
+        pytest.param("prefill.chunk=kill", id="the prefill worker dies before its first chunk"),
+        pytest.param("transfer.write=kill@1", id="the prefill worker dies before its writes"),
+        pytest.param("transfer.posted=kill@3", id="the prefill worker dies between its writes"),
+        pytest.param("transfer.arrived=kill", id="the prefill worker dies after its writes, untold"),
+        pytest.param("transfer.posted=stop@3", id="the prefill worker stops between its writes and is killed"),
+        pytest.param("decode.adopt=kill", id="the decode worker dies when it takes over"),
+        pytest.param("decode.step=kill@40", id="the decode worker dies in mid-stream"),
+        pytest.param("decode.stepped=kill@40", id="the decode worker dies with tokens that nobody has seen"),
+        pytest.param("decode.step=raise@40", id="the decode worker's engine fails"),
+        pytest.param("decode.step=memory@40", id="the decode worker runs out of memory"),
+        pytest.param("decode.step=stop@40", id="the decode worker hangs"),
+    ],
+)
+def test_streams_are_whole_though(drill: LocalDrill, fault: str) -> None:
+    drill.arm(fault)
+    drill.check(drill.stream())
+    assert drill.has_acted
+    drill.settle()
+
+
+def test_streams_are_whole_though_a_block_is_not_what_was_written(drill: LocalDrill) -> None:
+    drill.arm("kv.corrupt=flip")
+    drill.check(drill.stream())
+    drill.settle()
+    assert drill.has_acted and drill.total("kvferry_kv_checksum_failures_total") == 1
+
+
+@pytest.mark.parametrize("victims", [("p-0", "d-0"), WORKERS], ids=["one of each pool", "every worker"])
+def test_streams_are_whole_though_workers_of_both_pools_die_at_once(
+    drill: LocalDrill, victims: tuple[str, ...]
+) -> None:
+    drill.check(drill.stream(when_flowing=lambda: drill.signal(victims, signal.SIGKILL)))
+    drill.settle()
+
+
+def test_a_request_that_kills_every_worker_is_refused_and_takes_no_other_with_it(drill: LocalDrill) -> None:
+    spoken = {
+        token
+        for request in drill.references.values()
+        for choice in request.answer()
+        for token in choice.token_ids
+    }  # fmt: skip
+    prompts = {token for one in drill.asks for token in one.body["prompt"]}  # type: ignore[attr-defined]  # ids
+    magic = max(set(range(4, 425)) - spoken - prompts)
+    poison = ask(9, "poison", temperature=0, prompt=[*range(10, 40), magic, 50], is_stream=False)
+    drill.arm(f"decode.step=kill@*:{magic}")
+    try:
+        *others, poisoned = drill.stream([*drill.asks, poison])
+    finally:
+        drill.failpoints.unlink()
+    assert poisoned.failure is not None and poisoned.failure.code == "poison_request"
+    assert poisoned.failure.status == 500
+    drill.check(others)
+    drill.settle()
+
+
+def test_a_decode_worker_that_comes_back_from_a_pause_after_its_streams_went_on_changes_nothing(tmp_path: Path) -> None:
+    """Nobody kills it: what it has to say about streams that went on elsewhere is not heard, and it serves again."""
+    failpoints = tmp_path / "failpoints"
+    workers = {"p-0": "prefill", "d-0": "decode", "d-1": "decode"}
+    model_dir, flags = write_tiny_model(tmp_path / "tiny"), ("--kv-cache-memory-bytes", "8MiB", "--num-threads", "1")
+    env, shared = Drill.environment(failpoints), ("--deterministic",)
+    with serve_by_hand(model_dir, tmp_path / "log", workers, *flags, shared=shared, env=env) as cluster:
+        drill = LocalDrill(failpoints, len(workers), cluster=cluster)
+        drill.settle()
+        drill.learn()
+        drill.arm("decode.step=stop@40")
+        drill.check(drill.stream())
+        [stopped] = [child for child in cluster.children("decode") if child.status() == "stopped"]
+        stopped.send_signal(signal.SIGCONT)
+        drill.settle()
+        ready = {"pool": "decode", "state": "ready"}
+        wait_until(lambda: drill.total("kvferry_worker_state", **ready) == 2, "both decode workers")
+        drill.check(drill.stream())
+        drill.settle()
+        assert stopped.is_running()

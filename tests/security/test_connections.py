@@ -1,0 +1,318 @@
+"""Connections over real sockets: too many of them, slow ones, ones that go wrong, and what the others notice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+
+from kvferry.common.channel import Address
+from kvferry.common.host import listen
+from kvferry.router.connection_limits import Connections, connections_within_file_limit
+from kvferry.router.http_server import HttpServer
+from kvferry.router.protocol import DeadlineProtocol
+
+from ..router.fakes import Script, Served, serve
+
+GET = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+class _Quick(DeadlineProtocol):
+    head_limit_s = 0.05
+    write_limit_s = 0.05
+    linger_s = 0.05
+
+
+class _Idle(_Quick):
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.timeout_keep_alive = 0.05  # type: ignore[assignment]
+        super().connection_made(transport)
+
+
+@asynccontextmanager
+async def _listening(
+    served: Served, *, total: int = 100, per_address: int = 100, protocol: type[DeadlineProtocol] = DeadlineProtocol
+) -> AsyncIterator[tuple[str, int]]:
+    sock = listen(Address("127.0.0.1", 0))
+    books = Connections(total, per_address, served.metrics)
+    async with HttpServer(served.app, protocol=protocol, books=books).serving(sock):
+        yield sock.getsockname()
+
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@asynccontextmanager
+async def _connected(address: tuple[str, int], local: str = "127.0.0.1") -> AsyncIterator[Streams]:
+    reader, writer = await asyncio.open_connection(*address, local_addr=(local, 0))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+def _post(path: str = "/v1/completions", **fields: object) -> bytes:
+    body = json.dumps({"prompt": "hi", **fields}).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+async def _answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    """Head and body of an answer of known length."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
+    return head, await reader.readexactly(length)
+
+
+def _count(served: Served, name: str) -> float:
+    """A counter's value, over all of its labels."""
+    text = served.metrics.render(served.dispatcher.pools, num_in_flight=0)[0].decode()
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+
+# --- how many ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("total", "per_address", "reason"), [(2, 9, "to this server"), (9, 2, "this address")])
+async def test_where_every_connection_works_a_newcomer_is_told_to_come_back(
+    total: int, per_address: int, reason: str
+) -> None:
+    served = serve(Script("ab", hold_at=1))
+    async with _listening(served, total=total, per_address=per_address) as address, AsyncExitStack() as stack:
+        for _ in range(2):
+            reader, writer = await stack.enter_async_context(_connected(address))
+            writer.write(_post(stream=True))
+            await reader.readuntil(b"\n\n")
+        reader, _ = await stack.enter_async_context(_connected(address))
+        head, body = await _answer(reader)
+        assert head.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1\r\n" in head and b"connection: close" in head
+        error = json.loads(body)["error"]
+        assert (error["code"], error["type"]) == ("overloaded", "server_error") and reason in error["message"]
+        assert await reader.read() == b""
+    assert _count(served, "kvferry_refused_connections_total") == 1
+
+
+async def test_a_newcomer_takes_the_place_of_the_one_that_has_waited_longest() -> None:
+    served = serve()
+    async with _listening(served, total=2) as address, AsyncExitStack() as stack:
+        idle, idle_writer = await stack.enter_async_context(_connected(address))
+        half, half_writer = await stack.enter_async_context(_connected(address))
+        half_writer.write(b"GET /live HTTP/1.1\r\n")
+        for old in (idle, half):
+            reader, writer = await stack.enter_async_context(_connected(address))
+            writer.write(GET)
+            assert (await _answer(reader))[0].startswith(b"HTTP/1.1 200 ")
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await old.readexactly(1)
+    assert _count(served, 'kvferry_refused_connections_total{reason="evicted"}') == 2
+
+
+async def test_one_address_that_is_full_leaves_the_others_alone() -> None:
+    served = serve(Script("ab", hold_at=1))
+    async with _listening(served, per_address=1) as address, AsyncExitStack() as stack:
+        reader, writer = await stack.enter_async_context(_connected(address))
+        writer.write(_post(stream=True))
+        await reader.readuntil(b"\n\n")
+        reader, writer = await stack.enter_async_context(_connected(address, "127.0.0.2"))
+        writer.write(GET)
+        assert (await _answer(reader))[0].startswith(b"HTTP/1.1 200 ")
+
+
+async def test_a_connection_that_ended_makes_room() -> None:
+    served = serve()
+    async with _listening(served, total=1) as address:
+        for _ in range(3):
+            async with _connected(address) as (reader, writer):
+                writer.write(GET.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+                assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
+    assert _count(served, "kvferry_refused_connections_total") == 0
+
+
+class _Named:
+    """A connection that only the books know."""
+
+    def __init__(self) -> None:
+        self.is_evicted = False
+
+    def evict(self) -> None:
+        self.is_evicted = True
+
+
+def test_an_ipv6_network_is_one_address_and_a_mapped_ipv4_address_is_itself() -> None:
+    books = Connections(10, 1)
+    first = _Named()
+    assert books.open(first, "2001:db8::1") == ""
+    books.work(first)
+    assert books.open(_Named(), "2001:db8::ffff") == "address"
+    assert books.open(_Named(), "2001:db8:0:1::1") == ""
+    mapped = _Named()
+    assert books.open(mapped, "::ffff:10.0.0.1") == ""
+    books.work(mapped)
+    assert books.open(_Named(), "10.0.0.1") == "address"
+
+
+def test_the_books_forget_what_has_ended() -> None:
+    books = Connections(10, 10)
+    for number in range(1000):
+        connection = _Named()
+        assert books.open(connection, f"10.0.{number % 256}.{number // 256}") == ""
+        books.work(connection)
+        books.wait(connection)
+        books.close(connection)
+        books.close(connection)
+    assert len(books) == 0 and not books._num_from and not books._waiting and not books._waiting_from
+
+
+def test_no_more_connections_are_promised_than_files_can_be_open() -> None:
+    assert connections_within_file_limit(8) == 8
+    assert 1 <= connections_within_file_limit(10**9) < 10**9
+
+
+# --- slow ones --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trickle", [b"", b"\r\n"])
+async def test_a_connection_that_asks_nothing_ends_at_its_limit_whatever_it_sends(trickle: bytes) -> None:
+    served = serve()
+    async with _listening(served, protocol=_Idle) as address, _connected(address) as (reader, writer):
+        sending = asyncio.create_task(_send_forever(writer, trickle)) if trickle else None
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await reader.readexactly(1)
+        if sending is not None:
+            sending.cancel()
+    assert _count(served, 'kvferry_slow_clients_total{kind="idle"}') == 1
+
+
+async def _send_forever(writer: asyncio.StreamWriter, data: bytes) -> None:
+    while True:
+        writer.write(data)
+        await asyncio.sleep(0.01)
+
+
+async def test_slow_heads_are_counted_and_closed() -> None:
+    served = serve()
+    async with _listening(served, protocol=_Quick) as address, _connected(address) as (reader, writer):
+        writer.write(b"GET /live HTTP/1.1\r\nx-slow: ")
+        assert await reader.read() == b""
+    assert _count(served, 'kvferry_slow_clients_total{kind="head"}') == 1
+
+
+async def test_an_answer_before_the_bodys_end_reaches_the_client_and_ends_the_connection() -> None:
+    served = serve(api_keys=("k",))
+    async with _listening(served, protocol=_Quick) as address, _connected(address) as (reader, writer):
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n{")
+        head, body = await _answer(reader)
+        assert head.startswith(b"HTTP/1.1 401 ") and json.loads(body)["error"]["code"] == "invalid_api_key"
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            sending = asyncio.create_task(_send_forever(writer, b" " * 1000))
+            await reader.readexactly(1)
+        sending.cancel()
+
+
+async def test_a_whole_body_under_the_refusal_keeps_the_connection() -> None:
+    served = serve(api_keys=("k",))
+    async with _listening(served) as address, _connected(address) as (reader, writer):
+        for _ in range(2):
+            writer.write(_post())
+            assert (await _answer(reader))[0].startswith(b"HTTP/1.1 401 ")
+
+
+async def test_a_slow_reader_of_a_whole_answer_is_cut_too() -> None:
+    served = serve(Script("x" * 400, tokens_per_update=400))
+    async with _listening(served, protocol=_Quick) as address:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(address)
+            sock.sendall(_post(max_tokens=400, logprobs=20, n=16))
+            async with asyncio.timeout(10):
+                while not _count(served, 'kvferry_slow_clients_total{kind="read"}'):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+    assert len(served.app.state.api.in_flight) == 0
+
+
+async def test_a_head_of_too_many_bytes_is_refused_by_name() -> None:
+    async with _listening(serve()) as address, _connected(address) as (reader, writer):
+        writer.write(b"GET /live HTTP/1.1\r\n" + b"x-a: " + b"a" * 30_000 + b"\r\n" + b"x-b: " + b"b" * 40_000)
+        head, body = await _answer(reader)
+        assert head.startswith(b"HTTP/1.1 431 ") and json.loads(body)["error"]["code"] == "request_head_too_large"
+
+
+# --- protocol ---------------------------------------------------------------------------------------------
+
+
+async def test_what_is_sent_behind_an_unanswered_request_is_not_taken() -> None:
+    served = serve(Script("ab"))
+    async with _listening(served) as address, _connected(address) as (reader, writer):
+        writer.write(_post(stream=True) * 50)
+        answer = await reader.read()
+    assert answer.count(b"HTTP/1.1 200 ") == 1 and answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert len(served.dispatcher.requests) == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("way", ["fin", "rst"])
+async def test_a_client_that_pipelines_and_leaves_is_noticed(stream: bool, way: str) -> None:
+    served = serve(Script("ab", hold_at=0))
+    async with _listening(served) as address:
+        with socket.socket() as sock:
+            sock.connect(address)
+            sock.sendall(_post(stream=stream) + GET)
+            await served.dispatcher.held.wait()
+            if way == "rst":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await served.dispatcher.abort_seen.wait()
+    assert served.dispatcher.aborted == [served.request.request_id]
+
+
+@pytest.mark.parametrize("size", [1, 10, 60])
+async def test_a_client_that_leaves_within_its_body_leaves_nothing_behind(size: int) -> None:
+    served = serve()
+    async with _listening(served) as address:
+        async with _connected(address) as (_, writer):
+            writer.write(_post()[:-size])
+            await writer.drain()
+        async with _connected(address) as (reader, writer):  # the server is as it was
+            writer.write(GET)
+            assert (await _answer(reader))[0].startswith(b"HTTP/1.1 200 ")
+    assert served.dispatcher.requests == [] and served.app.state.api.body_room.num_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    [b"CONNECT example.org:443 HTTP/1.1", b"OPTIONS * HTTP/1.1", b"GET http://[::1 HTTP/1.1", b"GET /\xff HTTP/1.1",
+     b"GET /live HTTP/9.9", b"PRI * HTTP/2.0", b"GET /%00%ff%2e%2e HTTP/1.1", b"BREW /pot HTTP/1.1"],
+)  # fmt: skip
+async def test_odd_request_lines_get_an_answer_in_the_same_shape(request_line: bytes) -> None:
+    async with _listening(serve(api_keys=("k",))) as address, _connected(address) as (reader, writer):
+        writer.write(request_line + b"\r\nhost: x\r\n\r\n")
+        head, body = await _answer(reader)
+    assert head.split()[1] in (b"400", b"401", b"404", b"405")
+    assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_an_upgrade_is_answered_as_plain_http_and_then_the_connection_ends() -> None:
+    async with _listening(serve()) as address, _connected(address) as (reader, writer):
+        for name in (b"h2c", b"websocket"):
+            async with _connected(address) as (reader, writer):
+                writer.write(GET.replace(b"\r\n\r\n", b"\r\nconnection: upgrade\r\nupgrade: " + name + b"\r\n\r\n"))
+                answer = await reader.read()
+                assert answer.startswith(b"HTTP/1.1 200 ") and b"connection: close" in answer
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [b"content-length: 5\r\ntransfer-encoding: chunked", b"content-length: 5\r\ncontent-length: 6",
+     b"transfer-encoding: chunked, identity", b"content-length: -1", b"content-length: 0x10"],
+)  # fmt: skip
+async def test_a_body_whose_length_is_told_in_two_ways_is_refused(headers: bytes) -> None:
+    served = serve()
+    async with _listening(served) as address, _connected(address) as (reader, writer):
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + headers + b"\r\n\r\n0\r\n\r\n")
+        head, _ = await _answer(reader)
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert served.dispatcher.requests == []

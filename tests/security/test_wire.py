@@ -1,0 +1,106 @@
+"""Frames that no peer of ours sends: refused with one kind of error, and without growing."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import msgspec
+import pytest
+
+from kvferry.benchmarks.fuzz_corpus import DECODERS, attack_frames, valid_messages
+from kvferry.common.errors import ProtocolError
+from kvferry.common.messages import Message, encode
+from kvferry.common.request import RequestSpec, SamplingParams
+
+MAX_GROWTH = 32  # bytes in memory for each byte of a frame
+
+
+def test_there_is_a_sample_of_every_message() -> None:
+    known = {type(message) for message in valid_messages()}
+    wanted = {kind for kind in _subclasses(Message) if kind.__module__ == "kvferry.common.messages"}
+    assert known == wanted
+
+
+def _subclasses(kind: type) -> set[type]:
+    direct: set[type] = set(kind.__subclasses__())
+    return direct.union(*(_subclasses(each) for each in direct))
+
+
+def test_every_sample_is_taken_by_one_decoder_at_least() -> None:
+    for message in valid_messages():
+        taken = 0
+        for decoder in DECODERS:
+            try:
+                assert decoder.decode(encode(message)) == message
+                taken += 1
+            except ProtocolError:
+                pass
+        assert taken, message
+
+
+@pytest.mark.parametrize("name", sorted(attack_frames()))
+def test_an_attack_is_refused_and_costs_little(name: str) -> None:
+    frame = attack_frames()[name]
+    tracemalloc.start()
+    try:
+        for decoder in DECODERS:
+            with pytest.raises(ProtocolError):
+                decoder.decode(frame)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < MAX_GROWTH * len(frame) + 2**20, f"{peak} bytes for a frame of {len(frame)}"
+
+
+def test_no_list_of_a_message_is_unbounded() -> None:
+    """A number of elements over every bound, in each place where a list may stand."""
+    for message in valid_messages():
+        plain = msgspec.msgpack.decode(encode(message))
+        for path in _lists(plain):
+            longer = msgspec.msgpack.decode(encode(message))
+            found = longer
+            for key in path:
+                found = found[key]
+            if not found or isinstance(found, bytes):
+                continue
+            found.extend(found[:1] * 600_000)
+            frame = msgspec.msgpack.encode(longer)
+            for decoder in DECODERS:
+                with pytest.raises(ProtocolError):
+                    decoder.decode(frame)
+
+
+def _lists(value: object, path: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
+    found = [path] if isinstance(value, list) else []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        found += _lists(child, (*path, key))
+    return found
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": b"123"},
+        {"outputs": (b"12345",)},
+        {"choices": (0, 1), "outputs": (b"",)},
+        {"choices": ()},
+        {"choices": (16,)},
+        {"choices": (-1,)},
+        {"choices": tuple(range(17))},
+        {"request_id": "r" * 257},
+        {"cache_salt": b"s" * 3000},
+        {"attempt": -1},
+    ],
+)
+def test_a_request_that_contradicts_itself_does_not_become_one(fields: dict[str, object]) -> None:
+    sound: dict[str, object] = {"request_id": "r", "attempt": 0, "prompt": b"1234", "sampling": SamplingParams()}
+    frame = msgspec.msgpack.encode({"type": "LocalTask", "spec": sound | fields})
+    assert DECODERS[1].decode(msgspec.msgpack.encode({"type": "LocalTask", "spec": sound}))
+    with pytest.raises(ProtocolError):
+        DECODERS[1].decode(frame)
+
+
+def test_what_we_make_ourselves_is_checked_too() -> None:
+    with pytest.raises(ValueError, match="4 bytes each"):
+        RequestSpec(request_id="r", attempt=0, prompt=b"123", sampling=SamplingParams())

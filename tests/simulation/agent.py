@@ -1,0 +1,138 @@
+"""One worker's transfer agent on the simulated fabric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from kvferry.common.errors import TransferError
+from kvferry.common.messages import GrantId, KVArrived, RegionInfo
+from kvferry.transfer.base import Piece, TransferHandle, TransferState, rotated_name
+
+from .engine import Memory
+from .fabric import Fabric, Flight, Right
+from .kernel import Process
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Agent:
+    """One worker's transfer agent. Implements `TransferBackend` for one rank."""
+
+    name = "sim"
+    telemetry_bytes = 0
+
+    def __init__(
+        self, agent: str, place: str, fabric: Fabric, process: Process, memory: Memory, page_bytes: int
+    ) -> None:
+        self.agent = agent
+        self.place = place
+        self.fabric = fabric
+        self.process = process
+        self.memory = memory
+        self.page_bytes = page_bytes
+        self.generation = 0
+        self.poke: Callable[[], None] = _nothing  # a write has ended
+        self.on_arrived: Callable[[KVArrived], None] = _drop
+        self.right: Right = _Nobody()
+        self.pass_point: Callable[[str], None] = _ignore
+        self.writing: tuple[GrantId, int] = (GrantId("", 0, 0), 0)  # for whom the next write is
+        self.pending: list[Flight] = []
+        self._connected: set[str] = set()
+        fabric.agents[agent] = self
+
+    def is_retired(self, name: str) -> bool:
+        """Nothing that names this agent so is taken any more."""
+        return name != self.agent
+
+    def region(self) -> RegionInfo:
+        return RegionInfo(
+            rank=0,
+            tp_size=1,
+            agent=self.agent,
+            generation=self.generation,
+            agent_metadata=b"",
+            base_addr=0,
+            num_blocks=self.memory.num_blocks,
+            page_bytes=self.page_bytes,
+            device="DRAM",
+            device_id=0,
+            transport=self.name,
+        )
+
+    def register(self, pages: torch.Tensor, *, rank: int, tp_size: int, generation: int) -> RegionInfo:
+        raise AssertionError("a simulated worker has no tensor")
+
+    def rotate(self, generation: int) -> RegionInfo:
+        self.fabric.agents.pop(self.agent, None)
+        self.agent = rotated_name(self.agent, generation)
+        self._connected.clear()
+        self.fabric.end_writes(self)
+        self.pass_point("rotate")
+        if self.fabric.weather.fails_rotation(self.place):
+            raise TransferError(f"making an agent ({self.agent}): no interface is up", peer=self.agent)
+        assert self.agent not in self.fabric.agents, f"{self.agent} was used before"
+        self.generation = generation
+        self.fabric.agents[self.agent] = self
+        self.fabric.num_rotations += 1
+        return self.region()
+
+    def connect(self, remote: RegionInfo, pieces: tuple[Piece, ...]) -> None:
+        if remote.agent not in self.fabric.agents and self.fabric.weather.chance(0.5):
+            raise TransferError(f"agent {remote.agent} is not reached", peer=remote.agent)
+        self._connected.add(remote.agent)
+
+    def write(
+        self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int], notify: bytes = b""
+    ) -> TransferHandle:
+        assert not notify
+        if agent not in self._connected:
+            raise TransferError(f"agent {agent} is not connected", peer=agent)
+        self.pass_point("write")
+        pages = list(zip(local_pages, remote_pages, strict=True))
+        flight = Flight(self, self.fabric.agents.get(agent), agent, pages, len(pages) * self.page_bytes)
+        self.pending.append(flight)
+        self.process.say(self.fabric.post, flight)
+        return flight
+
+    def poll(self, handle: TransferHandle) -> TransferState:
+        assert isinstance(handle, Flight)
+        return handle.state
+
+    def release(self, handle: TransferHandle) -> None:
+        assert isinstance(handle, Flight)
+        if handle in self.pending:
+            self.pending.remove(handle)
+
+    def notify(self, agent: str, payload: bytes) -> None:
+        if agent not in self._connected:
+            raise TransferError(f"agent {agent} is not connected", peer=agent)
+        self.pass_point("notify")
+        self.process.say(self.fabric.notify, self, agent, payload)
+
+    def notifications(self) -> list[tuple[str, bytes]]:
+        return []  # they come as events
+
+    def disconnect(self, agent: str) -> None:
+        self._connected.discard(agent)
+
+    def close(self) -> None:
+        self.fabric.agents.pop(self.agent, None)
+
+
+class _Nobody:
+    def check_landing(self, flight: Flight, blocks: set[int]) -> None:
+        raise AssertionError("nobody writes to a prefill worker")
+
+
+def _nothing() -> None:
+    """Nobody waits for writes."""
+
+
+def _ignore(point: str) -> None:
+    """Nobody waits for it to come to a point."""
+
+
+def _drop(message: KVArrived) -> None:
+    """Nobody waits for arrivals."""

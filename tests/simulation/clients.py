@@ -1,0 +1,157 @@
+"""One client: it asks, reads what comes, compares it with the oracle, and may leave or stop a choice on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvferry.common.errors import CapacityError, KVFerryError
+from kvferry.router.request import ChoiceUpdate, RequestStatus, RouterRequest, TokenStream
+
+from .breach import Breach
+from .kernel import Kernel
+from .oracle import Oracle
+
+if TYPE_CHECKING:
+    from .routers import Router
+
+
+@dataclass(slots=True, frozen=True)
+class Manners:
+    """How the client behaves."""
+
+    leaves_after_s: float | None = None
+    leaves_at_token: int | None = None  # counted over all choices
+    stop_tokens: frozenset[int] = frozenset()  # its stop strings, one token each
+    reads_every_s: float = 0.0  # 0: at once
+
+
+class Wake:
+    """Stands in for the stream's event: tells the call that there is something to read."""
+
+    __slots__ = ("_call", "_note")
+
+    def __init__(self, call: Call, note: Callable[[Call], None]) -> None:
+        self._call = call
+        self._note = note
+
+    def set(self) -> None:
+        self._note(self._call)
+
+
+class Call:
+    """A request from its submission to its end, as its client sees it."""
+
+    def __init__(
+        self, kernel: Kernel, router: Router, request: RouterRequest, oracle: Oracle, manners: Manners
+    ) -> None:
+        self.request = request
+        self.router = router
+        self.oracle = oracle
+        self.refusal: KVFerryError | None = None
+        self.error_code = ""
+        self.num_ends = 0  # terminal states that were told
+        self.is_cut_off = False  # its router died
+        self._kernel = kernel
+        self._manners = manners
+        self._stream: TokenStream | None = None
+        self._sent = [0] * request.n
+        self._finish: list[str | None] = [None] * request.n
+        self._has_left = False
+        self._reads_later = False
+
+    @property
+    def is_over(self) -> bool:
+        return self.refusal is not None or self.is_cut_off or self.num_ends > 0
+
+    def on_refused(self, error: CapacityError | KVFerryError) -> None:
+        self.refusal = error
+
+    def on_accepted(self, stream: TokenStream, note: Callable[[Call], None]) -> None:
+        self._stream = stream
+        stream._wake = Wake(self, note)  # type: ignore[assignment]
+        if self._manners.leaves_after_s is not None:
+            self.router.process.after(self._manners.leaves_after_s, self.leave)
+        note(self)
+
+    def leave(self) -> None:
+        """The client closes its connection. Whatever state the request is in."""
+        if self._stream is not None and not self._has_left:
+            self._has_left = True
+            self._stream.abort()
+
+    def on_news(self) -> None:
+        if not self._manners.reads_every_s:
+            self._read()
+        elif not self._reads_later:
+            self._reads_later = True
+            self.router.process.after(self._manners.reads_every_s, self._read)
+
+    def _read(self) -> None:
+        self._reads_later = False
+        stream = self._stream
+        assert stream is not None
+        while (update := stream.next_nowait()) is not None:
+            self._take(update)
+
+    def _take(self, update: ChoiceUpdate) -> None:
+        choice, sent = update.choice, self._sent[update.choice]
+        answer = self.oracle.answers[choice]
+        name = f"{self.request.request_id}/{choice}"
+        if self._finish[choice] is not None:
+            raise Breach("I6", f"{name} yields {update} after its end")
+        first = answer.num_prompt_tokens + sent
+        ids = [token.token_id for token in update.tokens]
+        if ids != answer.tokens[first : first + len(ids)]:
+            expected = answer.tokens[first : first + len(ids)]
+            raise Breach("I6", f"{name} yields {ids} at index {sent}, not {expected}")
+        self._sent[choice] += len(ids)
+        self._kernel.fold(len(ids) + 64 * choice)
+        if update.finish is not None:
+            self._on_finish(choice, update.finish)
+        stop = next((i for i, token_id in enumerate(ids) if token_id in self._manners.stop_tokens), None)
+        if stop is not None and self._finish[choice] is None:
+            self._finish[choice] = "client"
+            assert self._stream is not None
+            self._stream.finish_choice(choice)
+        if self._manners.leaves_at_token is not None and sum(self._sent) >= self._manners.leaves_at_token:
+            self.leave()
+
+    def _on_finish(self, choice: int, finish: str) -> None:
+        answer = self.oracle.answers[choice]
+        self._finish[choice] = finish
+        if finish != answer.finish or self._sent[choice] != len(answer.output):
+            name = f"{self.request.request_id}/{choice}"
+            raise Breach("I6", f"{name} ends with {finish} after {self._sent[choice]} tokens, not with {answer.finish}")
+
+    # --- the end --------------------------------------------------------------------------------------------
+
+    def on_terminal(self) -> None:
+        self.num_ends += 1
+        name, status = self.request.request_id, self.request.status
+        if self.num_ends > 1:
+            raise Breach("I8", f"{name} ends {self.num_ends} times, now {status.value}")
+        self._kernel.say(f"{self.router.place}: {name} {status.value}")
+        if status is RequestStatus.ABORTED and not self._has_left:
+            raise Breach("I8", f"{name} is aborted and its client is there")
+
+    def check_end(self) -> None:
+        """After everything: the whole answer came, or there is a reason."""
+        request, status = self.request, self.request.status
+        if self.refusal is not None or self.is_cut_off:
+            return
+        if self.num_ends != 1 or not request.is_finished:
+            raise Breach("I8", f"{request.request_id} is {status.value} at the end")
+        self._read()
+        if status is RequestStatus.FINISHED:
+            for choice, finish in enumerate(self._finish):
+                if finish is None:
+                    raise Breach("I6", f"{request.request_id}/{choice} never ended, and the request did")
+            if "client" not in self._finish and sum(self._sent) != request.num_output_tokens:
+                text = f"{request.request_id}: {request.num_output_tokens} tokens counted, {sum(self._sent)} delivered"
+                raise Breach("I9", text)
+        elif status is RequestStatus.FAILED:
+            assert self._stream is not None and self._stream._error is not None
+            self.error_code = self._stream._error.code
+            self.router.rules.check_failure(self)

@@ -1,0 +1,141 @@
+"""The model of a simulated worker: pages hold tags, a step checks every page that it reads and writes its own.
+
+A page is a list of tags, one for each token slot (see `oracle.py`). Whatever reaches a page that it should not, a
+late write, a copy too early, a block with two owners, is a wrong tag for the next row that reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from kvferry.common.batch import Batch, BatchRow, RowOutput, StepOutput
+from kvferry.common.blocks import BlockPool
+from kvferry.common.request import SampledToken, Sequence
+
+from .breach import Breach
+from .oracle import Answer, Oracle, sampled
+
+_NOTHING = -1
+
+
+class Memory:
+    """The KV allocation of one life of a worker. Page index: layer * num_blocks + block."""
+
+    __slots__ = ("_host", "block_size", "num_blocks", "num_layers", "pages")
+
+    def __init__(self, num_layers: int, num_blocks: int, block_size: int) -> None:
+        self.num_layers = num_layers
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.pages = [[_NOTHING] * block_size for _ in range(num_layers * num_blocks)]
+        self._host: dict[int, list[list[int]]] = {}  # by slot: a block's page of each layer
+
+    def copy_block(self, source: int, target: int) -> None:
+        for base in range(0, len(self.pages), self.num_blocks):
+            self.pages[base + target] = list(self.pages[base + source])
+
+    def swap_out(self, block: int, slot: int) -> None:
+        self._host[slot] = [list(self.pages[base + block]) for base in range(0, len(self.pages), self.num_blocks)]
+
+    def swap_in(self, slot: int, block: int) -> None:
+        for layer, page in enumerate(self._host[slot]):
+            self.pages[layer * self.num_blocks + block] = list(page)
+
+    def check(self, table: list[int], answer: Answer, end: int, reader: str, invariant: str = "H2") -> None:
+        """Positions [0, end) of an answer are in these blocks, in every layer."""
+        size, tags = self.block_size, answer.tags
+        for index in range(-(-end // size)):
+            begin = index * size
+            length = min(size, end - begin)
+            expected = tags[begin : begin + length]
+            for base in range(0, len(self.pages), self.num_blocks):
+                page = self.pages[base + table[index]]
+                if (page if length == size else page[:length]) != expected:
+                    layer = base // self.num_blocks
+                    raise Breach(
+                        invariant,
+                        f"{reader} reads block {table[index]} (its block {index}, layer {layer}): "
+                        f"{page[:length]} instead of {expected}",
+                    )
+
+
+class _Work(NamedTuple):
+    """A row as it was when its step began."""
+
+    seq: Sequence
+    answer: Answer
+    table: list[int]
+    start: int
+    end: int
+    choices: tuple[int, ...]  # to sample; empty: the row does not
+
+
+class Engine:
+    """Runs batches on one worker's memory. The caller lets the time pass between `begin`, layers and `end`."""
+
+    def __init__(self, name: str, memory: Memory, pool: BlockPool, oracles: dict[str, Oracle]) -> None:
+        self._name = name
+        self._memory = memory
+        self._pool = pool
+        self._oracles = oracles
+        self._work: list[_Work] = []
+        self._copied: set[int] = set()
+        self.num_steps = 0
+
+    def begin(self, batch: Batch) -> None:
+        """Take over the batch; copy blocks out, in, and between."""
+        for block, slot in batch.swap_out:
+            self._memory.swap_out(block, slot)
+        for slot, block in batch.swap_in:
+            self._memory.swap_in(slot, block)
+        for source, target in batch.block_copies:
+            self._memory.copy_block(source, target)
+        self._copied = {source for source, _ in (*batch.block_copies, *batch.swap_out)}  # read before they are written
+        self._work = [self._work_of(row) for row in batch.rows]
+
+    def _work_of(self, row: BatchRow) -> _Work:
+        seq = row.seq
+        answer = self._oracles[seq.request_id].answers[seq.choice]
+        start, end = row.start, row.end
+        if seq.token_ids[:end] != answer.tokens[:end]:
+            raise Breach("I6", f"{self._name} is fed {seq.token_ids[:end]} for {seq.request_id}/{seq.choice}")
+        return _Work(seq, answer, list(seq.block_table), start, end, row.choices if row.samples else ())
+
+    def write_layer(self, layer: int) -> None:
+        """The layer's keys and values of this step."""
+        memory = self._memory
+        size, base = memory.block_size, layer * memory.num_blocks
+        for work in self._work:
+            position = work.start
+            while position < work.end:
+                block = work.table[position // size]
+                slot = position % size
+                count = min(size - slot, work.end - position)
+                self._check_owned(block, work)
+                memory.pages[base + block][slot : slot + count] = work.answer.tags[position : position + count]
+                position += count
+
+    def _check_owned(self, block: int, work: _Work) -> None:
+        refs = self._pool.ref_count(block)
+        if refs != 1 and not (refs > 1 and block in self._copied):
+            text = f"{self._name} writes {work.seq.request_id} to block {block} with {refs} holders"
+            raise Breach("I3" if refs else "I2", text)
+
+    def end(self, batch: Batch, step_s: float) -> StepOutput:
+        """Every row has read all that is before it, and yields its tokens."""
+        rows = []
+        for work in self._work:
+            self._memory.check(work.table, work.answer, work.end, f"{self._name} for {work.seq.request_id}")
+            rows.append(RowOutput(tuple(self._sample(work))))
+        self._work = []
+        self.num_steps += 1
+        return StepOutput(rows, step_s, batch.num_tokens, 0.1 * step_s if batch.swap_out or batch.swap_in else 0.0)
+
+    def _sample(self, work: _Work) -> Iterator[SampledToken]:
+        answers = self._oracles[work.seq.request_id].answers
+        for choice in work.choices:
+            tokens = answers[choice].tokens
+            if work.end >= len(tokens):
+                raise Breach("I6", f"{self._name} goes on with {work.seq.request_id}/{choice} after its end")
+            yield sampled(tokens[work.end])

@@ -1,0 +1,202 @@
+"""The one-sided writes: when they land, and that they may do so when nobody expects it any more.
+
+    write ─> Flight ─(delay)─> lands, in one piece or two ─> DONE      the ordinary case
+                     └> FAILED, and lands later, in part or not at all
+                     └> waits for a cut path, a stopped target, a stopped source; its source may die meanwhile
+
+Two ways lead to a target. Through the network: what is under way outlives its source, and ends with the target's agent
+(`rotate`). By a copy of the source's own CPU, on one host: it needs nothing of the target, and ends with the source's
+process or agent.
+
+A landing is checked before it happens: the block must belong to the grant for which the write was posted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from kvferry.common.messages import Decoder, KVArrived
+from kvferry.transfer.base import TransferState
+
+from .kernel import Kernel
+from .network import Path
+
+if TYPE_CHECKING:
+    from .agent import Agent
+
+_arrivals: Decoder[KVArrived] = Decoder(KVArrived)
+
+
+class Right(Protocol):
+    """What the target's worker says about a landing."""
+
+    def check_landing(self, flight: Flight, blocks: set[int]) -> None: ...
+
+
+class Weather(Protocol):
+    """What becomes of writes and notifications, by faults and chance."""
+
+    def fails(self, path: Path) -> bool: ...
+
+    def late_s(self, path: Path) -> float: ...
+
+    def loses(self, path: Path) -> bool: ...
+
+    def fails_rotation(self, place: str) -> bool: ...
+
+    def chance(self, probability: float) -> bool: ...
+
+
+class Flight:
+    """One write under way. Implements `TransferHandle`."""
+
+    __slots__ = (
+        "grant_id",
+        "is_copy",
+        "left",
+        "needs_source",
+        "num_bytes",
+        "open_id",
+        "pages",
+        "reads_early",
+        "snapshot",
+        "source",
+        "source_agent",
+        "state",
+        "target",
+        "target_agent",
+    )
+
+    def __init__(
+        self, source: Agent, target: Agent | None, target_agent: str, pages: list[tuple[int, int]], num_bytes: int
+    ) -> None:
+        self.source = source
+        self.source_agent = source.agent
+        self.target = target
+        self.target_agent = target_agent
+        self.pages = pages  # (ours, theirs)
+        self.left = len(pages)  # that have not landed
+        self.num_bytes = num_bytes
+        self.state = TransferState.PENDING
+        self.grant_id, self.open_id = source.writing
+        self.is_copy = False
+        self.needs_source = False  # a stopped source holds the bytes, a dead one loses them
+        self.snapshot: list[list[int]] | None = (
+            None  # the source's pages at the post, else they are read at the landing
+        )
+
+
+class Fabric:
+    """The agents by name, and the flights between them."""
+
+    def __init__(
+        self, kernel: Kernel, weather: Weather, path_of: Callable[[str, str], Path], *, copy_share: float
+    ) -> None:
+        """`copy_share`: of the writes, those that the source's own CPU makes."""
+        self.kernel = kernel
+        self.weather = weather
+        self.path_of = path_of
+        self.copy_share = copy_share
+        self.agents: dict[str, Agent] = {}
+        self.num_late = 0  # landings after the write had failed or its source died
+        self.num_landings = 0
+        self.num_rotations = 0
+
+    def post(self, flight: Flight) -> None:
+        """The source hands the write to its network."""
+        kernel, target = self.kernel, flight.target
+        if target is None or target.is_retired(flight.target_agent):
+            kernel.after(0.001, self._settle, flight, TransferState.FAILED)
+            return
+        path = self.path_of(flight.source.place, target.place)
+        flight.is_copy = self.weather.chance(self.copy_share)
+        flight.needs_source = flight.is_copy or self.weather.chance(0.5)
+        if self.weather.chance(0.5):
+            flight.snapshot = [flight.source.memory.pages[local] for local, _ in flight.pages]
+            flight.snapshot = [list(page) for page in flight.snapshot]
+        delay_s = path.draw_delay() + self.weather.late_s(path)
+        if self.weather.fails(path):
+            kernel.after(path.draw_delay(), self._settle, flight, TransferState.FAILED)
+            if self.weather.chance(0.3):
+                return  # these bytes never land
+            delay_s += kernel.random.expovariate(1.0)
+        half = kernel.random.randrange(len(flight.pages) + 1) if self.weather.chance(0.2) else 0
+        if half:
+            kernel.after(delay_s * kernel.random.random(), self._reach, flight, path, 0, half)
+        kernel.after(delay_s, self._reach, flight, path, half, len(flight.pages))
+
+    def _reach(self, flight: Flight, path: Path, first: int, end: int) -> None:
+        """Pages [first, end) come to the target, once all that they need is there."""
+        if path.is_blocked and not flight.is_copy:
+            path.stall(self._reach, flight, path, first, end)
+        elif flight.needs_source:
+            flight.source.process.run(self._cross, flight, first, end)
+        else:
+            self._cross(flight, first, end)
+
+    def _cross(self, flight: Flight, first: int, end: int) -> None:
+        target = flight.target
+        assert target is not None
+        if flight.is_copy:
+            self._land(flight, first, end)
+        else:
+            target.process.run(self._land, flight, first, end)  # over TCP a target that does not poll takes nothing
+
+    def _land(self, flight: Flight, first: int, end: int) -> None:
+        target, source = flight.target, flight.source
+        assert target is not None
+        if target.process.is_dead or _is_ended(flight):
+            self._settle(flight, TransferState.FAILED)
+            return
+        pages = flight.pages[first:end]
+        if pages:
+            self.num_landings += 1
+            self.num_late += source.process.is_dead or flight.state is TransferState.FAILED
+            target.right.check_landing(flight, {theirs % target.memory.num_blocks for _, theirs in pages})
+            for index, (ours, theirs) in enumerate(pages, first):
+                page = flight.snapshot[index] if flight.snapshot is not None else source.memory.pages[ours]
+                target.memory.pages[theirs] = list(page)
+        flight.left -= end - first
+        if not flight.left:
+            self.kernel.after(0.0001, self._settle, flight, TransferState.DONE)
+
+    def _settle(self, flight: Flight, state: TransferState) -> None:
+        if flight.state is TransferState.PENDING:
+            flight.state = state
+            flight.source.process.run(flight.source.poke)
+
+    def end_writes(self, source: Agent) -> None:
+        """The source destroys its agent: what it posted has failed for it, whatever the network still does."""
+        for flight in source.pending:
+            if flight.state is TransferState.PENDING:
+                flight.state = TransferState.FAILED
+        source.pending.clear()
+
+    # --- notifications --------------------------------------------------------------------------------------
+
+    def notify(self, source: Agent, name: str, payload: bytes) -> None:
+        target = self.agents.get(name)
+        if target is None:
+            return  # lost: the peer is gone
+        path = self.path_of(source.place, target.place)
+        if not self.weather.loses(path):
+            self.kernel.after(
+                path.draw_delay() + self.weather.late_s(path) / 4, self._deliver, target, name, payload, path
+            )
+        if self.weather.chance(0.02):
+            self.kernel.after(4 * path.draw_delay(), self._deliver, target, name, payload, path)
+
+    def _deliver(self, target: Agent, name: str, payload: bytes, path: Path) -> None:
+        if path.is_blocked:
+            path.stall(self._deliver, target, name, payload, path)
+        elif not target.is_retired(name):
+            target.process.run(target.on_arrived, _arrivals.decode(payload))
+
+
+def _is_ended(flight: Flight) -> bool:
+    """The agent is gone that the bytes need: that of their target, or of the source that copies."""
+    assert flight.target is not None
+    if flight.is_copy:
+        return flight.source.is_retired(flight.source_agent)
+    return flight.target.is_retired(flight.target_agent)

@@ -1,0 +1,75 @@
+"""What every answer must be: a pure function of the request, whatever happens to it.
+
+The tag of a position is a hash of the tenant and of every token up to it, as its keys and values depend on them all.
+The token after it is a function of that tag, the seed, the choice and the index. An engine that finds the right tags
+in its pages therefore samples the right token, and one that finds any other has read what it must not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvferry.common.request import SampledToken, SamplingParams
+
+VOCAB_SIZE = 64
+EOS = 0
+_TOKENS = tuple(SampledToken(token_id) for token_id in range(VOCAB_SIZE))
+
+
+def sampled(token_id: int) -> SampledToken:
+    return _TOKENS[token_id]
+
+
+@dataclass(slots=True)
+class Answer:
+    """One choice: its tokens, prompt first, to the end that the worker gives it, and the tag of each position."""
+
+    tokens: list[int]
+    tags: list[int]
+    num_prompt_tokens: int
+    finish: str
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.num_prompt_tokens :]
+
+
+def answer(
+    prompt: Sequence[int], prompt_tags: list[int], sampling: SamplingParams, choice: int, max_model_len: int
+) -> Answer:
+    """What a choice yields if nobody stops it."""
+    tokens, tags = list(prompt), list(prompt_tags)
+    num_prompt = len(tokens)
+    while True:
+        number = len(tokens) - num_prompt  # of tokens that there are
+        token = hash((tags[-1], sampling.seed, choice, number)) % VOCAB_SIZE
+        tokens.append(token)
+        tags.append(hash((tags[-1], token)))
+        number += 1
+        if token == EOS and number >= sampling.min_tokens and not sampling.ignore_eos:
+            return Answer(tokens, tags, num_prompt, "stop")
+        if number == sampling.max_tokens or len(tokens) >= max_model_len:
+            return Answer(tokens, tags, num_prompt, "length")
+
+
+def tags_of(tokens: Sequence[int], tenant: int) -> list[int]:
+    """The tag of each position of a prompt."""
+    tag, tags = hash((tenant, 1)), []
+    for token in tokens:
+        tag = hash((tag, token))
+        tags.append(tag)
+    return tags
+
+
+class Oracle:
+    """The answers of one request."""
+
+    __slots__ = ("answers", "request_id")
+
+    def __init__(
+        self, request_id: str, prompt: Sequence[int], tenant: int, sampling: SamplingParams, n: int, max_model_len: int
+    ) -> None:
+        self.request_id = request_id
+        tags = tags_of(prompt, tenant)
+        self.answers = [answer(prompt, tags, sampling, choice, max_model_len) for choice in range(n)]

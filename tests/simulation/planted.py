@@ -1,0 +1,309 @@
+"""Bugs put in on purpose: each takes out one rule of the product, and a named invariant must break within some seeds.
+
+A planted bug is a broken subclass of one of the product's parts, or one function of it replaced while the test runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvferry.common.blocks import BlockPool, KVCacheSpec
+from kvferry.common.messages import Grant, KVOpen, NoCapacity
+from kvferry.common.request import RequestSpec, SampledToken, Sequence
+from kvferry.decode import sequence_blocks
+from kvferry.decode.sequence_blocks import SequenceBlocks
+from kvferry.prefill import role as prefill_role
+from kvferry.prefill.shipments import Shipments
+from kvferry.router.dispatcher import Dispatcher
+from kvferry.router.exchange import Exchange
+from kvferry.router.ledger import Ledger as RouterLedger
+from kvferry.router.losses import Losses
+from kvferry.router.request import ChoiceState, Drops, RouterRequest, TokenStream
+from kvferry.router.watch import Watch
+from kvferry.transfer import grants
+from kvferry.transfer import ledger as transfer_ledger
+from kvferry.transfer.fencing import Fencing
+from kvferry.transfer.opens import Opens
+from kvferry.transfer.receiver import KVReceiver
+from kvferry.transfer.reservation import Reservation, ReservationState
+from kvferry.transfer.sender import KVSender
+from kvferry.transfer.shipment import Shipment, ShipmentState
+
+from .parts import Parts
+
+
+@dataclass(frozen=True, slots=True)
+class Planted:
+    """One rule taken out."""
+
+    name: str
+    breaks: frozenset[str]  # any of these invariants
+    parts: Parts = field(default_factory=Parts)
+    patches: tuple[tuple[object, str, object], ...] = ()  # (owner, attribute, value) while the test runs
+    within_seeds: int = 60
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        before = [(owner, name, getattr(owner, name)) for owner, name, _ in self.patches]
+        try:
+            for owner, name, value in self.patches:
+                setattr(owner, name, value)
+            yield
+        finally:
+            for owner, name, value in before:
+                setattr(owner, name, value)
+
+
+# --- handoff ------------------------------------------------------------------------------------------------
+
+
+class _LeaseFrees(KVReceiver):
+    """A lease that has run out frees the blocks: no fence."""
+
+    def tick(self) -> None:
+        super().tick()
+        for reservation in self.ledger.in_state(ReservationState.DOOMED):
+            self.endings.end_doomed(reservation)
+
+
+class _NoQuarantinePool(BlockPool):
+    """What is to go into quarantine is free at once."""
+
+    def quarantine(self, blocks: Any) -> None:
+        self.free(list(blocks))
+
+    def release_quarantine(self, blocks: Any) -> None:
+        """They are free."""
+
+
+class _NoLease(KVReceiver):
+    """An open is waited for whatever happens."""
+
+    def tick(self) -> None:
+        forever = self._clock.now() + 1e9
+        deadlines = {}
+        for reservation in self.ledger.in_state(ReservationState.OPEN):
+            deadlines[reservation] = reservation.deadline
+            reservation.deadline = forever
+        super().tick()
+        for reservation, deadline in deadlines.items():
+            reservation.deadline = deadline
+
+
+def _step_and_free(self: Fencing) -> None:
+    """The blocks are free when a rotation is due, not when it has ended."""
+    _step(self)
+    if not self.fence.is_idle:
+        for reservation in self._ledger.in_state(ReservationState.DOOMED):
+            self._endings.end_doomed(reservation)
+        self._condemned = []
+
+
+_step = Fencing.step
+
+
+def _accept_second(self: Opens, session: str, message: KVOpen, reservation: Reservation, writer: object) -> None:
+    """Whoever has the grant may open it, also after another."""
+    return None
+
+
+class _TellsEarly(KVSender):
+    """Says that everything has arrived when everything is posted."""
+
+    def _settle(self, shipment: Shipment) -> None:
+        if shipment.state is ShipmentState.SHIPPING and shipment.finished and shipment.is_posted:
+            num_writes, shipment.num_writes = shipment.num_writes, 0
+            super()._settle(shipment)
+            shipment.num_writes = num_writes
+        else:
+            super()._settle(shipment)
+
+
+class _UnheldHits(KVReceiver):
+    """The hit blocks of a grant are not held until it is adopted."""
+
+    def reserve(self, spec: RequestSpec, router_id: str, **kwargs: Any) -> Grant | NoCapacity:
+        answer = super().reserve(spec, router_id, **kwargs)
+        reservation = self.ledger.of_request(spec.request_id)
+        if isinstance(answer, Grant) and reservation is not None:
+            self._pool.free(reservation.hit_blocks)
+        return answer
+
+
+class _PublishesEarly(KVReceiver):
+    """A granted block can be found before its content has come."""
+
+    def reserve(self, spec: RequestSpec, router_id: str, **kwargs: Any) -> Grant | NoCapacity:
+        answer = super().reserve(spec, router_id, **kwargs)
+        reservation = self.ledger.of_request(spec.request_id)
+        if reservation is not None:
+            blocks = reservation.hit_blocks + reservation.block_ids
+            for block, block_hash in zip(blocks, reservation.block_hashes, strict=False):
+                self._pool.publish(block, block_hash)
+        return answer
+
+
+class _NeverFences(KVReceiver):
+    """Nothing stops a writer that does not say that it has ended."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, "rotate": None})
+
+
+# --- blocks -------------------------------------------------------------------------------------------------
+
+
+class _LeakyPool(BlockPool):
+    """Forgets a block now and then."""
+
+    _frees = 0
+
+    def free(self, blocks: Any) -> None:
+        self._frees += 1
+        super().free(blocks[1:] if self._frees % 50 == 0 else blocks)
+
+
+class _LosingPool(BlockPool):
+    """A block that comes out of quarantine is put nowhere."""
+
+    def release_quarantine(self, blocks: Any) -> None:
+        for block in blocks:
+            self._quarantined.remove(block)
+
+
+class _DoubleFreePool(BlockPool):
+    """Frees the blocks of some sequence twice, if the first time left somebody else's reference."""
+
+    _frees = 0
+
+    def free(self, blocks: Any) -> None:
+        super().free(blocks)
+        self._frees += 1
+        shared = [block for block in blocks if self.ref_count(block) > 0]
+        if shared and self._frees % 10 == 0:
+            super().free(shared[:1])
+
+
+# --- router -------------------------------------------------------------------------------------------------
+
+
+class _Repeating(ChoiceState):
+    """Takes every token that comes, known or not."""
+
+    __slots__ = ()
+
+    def _accept_one(self, index: int, token: SampledToken, drops: Drops) -> None:
+        if index < len(self.tokens) and self.finish is None:
+            self.tokens.append(token)
+        else:
+            super()._accept_one(index, token, drops)
+
+
+class _NoDedupe(Dispatcher):
+    def submit(self, request: RouterRequest) -> TokenStream:
+        request.choices = [_Repeating(request.sampling.max_tokens) for _ in range(request.n)]
+        return super().submit(request)
+
+
+def _current_of_any_attempt(self: Exchange, worker: Any, request_id: str, attempt: int) -> Any:
+    """Whoever speaks of a request that lives is believed."""
+    return self._ledger.get(request_id)
+
+
+class _EndsTwice(Dispatcher):
+    """Tells the end of a request that a client leaves behind once more."""
+
+    def _on_client_left(self, live: Any) -> None:
+        super()._on_client_left(live)
+        self._observer.on_finished(live.request)
+
+
+class _IgnoresDrain(Dispatcher):
+    """Tells the worker to drain and goes on to place requests there."""
+
+    def drain_worker(self, worker_id: str, deadline_s: float) -> bool:
+        is_there = super().drain_worker(worker_id, deadline_s)
+        worker = self._pools.named(worker_id)
+        if worker is not None:
+            worker.is_draining = False
+        return is_there
+
+
+def _counts_one_more(request: RouterRequest) -> int:
+    return sum(len(choice.tokens) for choice in request.choices) + request.is_finished
+
+
+def _judge_without_deadline(self: Watch, live: Any, now_s: float) -> Any:
+    deadline_s, live.deadline_s = live.deadline_s, None
+    try:
+        return _judge(self, live, now_s)
+    finally:
+        live.deadline_s = deadline_s
+
+
+_judge = Watch.judge
+
+
+def _forget_the_lost(self: Losses, worker: Any, reason: str, now_s: float) -> None:
+    """Nobody goes on with what a lost worker had."""
+
+
+def _no_last_straw(self: RouterLedger, live: Any, blame: Any) -> None:
+    """There is always a next attempt."""
+
+
+def _share_all(self: SequenceBlocks, parent: Sequence, child: Sequence) -> bool:
+    """Choices share also the partial last block of their prompt."""
+    self._pool.pin(parent.block_table)
+    child.block_table = list(parent.block_table)
+    child.num_computed_tokens = parent.num_computed_tokens
+    child.num_published_blocks = parent.num_computed_tokens // self._pool.block_size
+    return True
+
+
+def _keep_source(self: Shipments, open_id: int) -> None:
+    """The source blocks of a shipment are never given back."""
+
+
+def _salt_of_all(spec: KVCacheSpec, cache_salt: bytes) -> bytes:
+    """Every tenant finds every other's blocks."""
+    return b"all"
+
+
+PLANTED = (
+    Planted("a lease that runs out frees", frozenset({"H1"}), Parts(receiver=_LeaseFrees)),
+    Planted("no quarantine", frozenset({"H3"}), Parts(pool=_NoQuarantinePool)),
+    Planted("no lease", frozenset({"I5"}), Parts(receiver=_NoLease)),
+    Planted("free before the rotation", frozenset({"H1"}), patches=((Fencing, "step", _step_and_free),)),
+    Planted("a grant opened twice", frozenset({"H4"}), patches=((Opens, "_refuse_second", _accept_second),)),
+    Planted("told before it is written", frozenset({"H1", "H2"}), Parts(sender=_TellsEarly)),
+    Planted("hits are not held", frozenset({"H5"}), Parts(receiver=_UnheldHits)),
+    Planted("published before it came", frozenset({"H3", "H6"}), Parts(receiver=_PublishesEarly)),
+    Planted("never fenced", frozenset({"H8"}), Parts(receiver=_NeverFences)),
+    Planted("a block leaks", frozenset({"I2"}), Parts(pool=_LeakyPool)),
+    Planted("a block is lost", frozenset({"I1"}), Parts(pool=_LosingPool)),
+    Planted("a block is freed twice", frozenset({"I2"}), Parts(pool=_DoubleFreePool)),
+    Planted("repeated tokens are taken", frozenset({"I6"}), Parts(dispatcher=_NoDedupe)),
+    Planted("any attempt may speak", frozenset({"I7"}), patches=((Exchange, "_current", _current_of_any_attempt),)),
+    Planted("a request ends twice", frozenset({"I8"}), Parts(dispatcher=_EndsTwice)),
+    Planted("draining is ignored", frozenset({"I12"}), Parts(dispatcher=_IgnoresDrain)),
+    Planted(
+        "usage is one too high",
+        frozenset({"I9"}),
+        patches=((RouterRequest, "num_output_tokens", property(_counts_one_more)),),
+    ),
+    Planted("deadlines do not matter", frozenset({"I10"}), patches=((Watch, "judge", _judge_without_deadline),)),
+    Planted("attempts without end", frozenset({"I11"}), patches=((RouterLedger, "_last_straw", _no_last_straw),)),
+    Planted("lost workers do not matter", frozenset({"I16"}), patches=((Losses, "on_left", _forget_the_lost),)),
+    Planted("choices share a partial block", frozenset({"I3"}), patches=((SequenceBlocks, "share", _share_all),)),
+    Planted("source blocks are kept", frozenset({"I15", "I16"}), patches=((Shipments, "source_free", _keep_source),)),
+    Planted(
+        "tenants share a cache",
+        frozenset({"H2"}),
+        patches=tuple((module, "prefix_salt", _salt_of_all) for module in (sequence_blocks, grants, prefill_role)),
+    ),
+    Planted("promises without bound", frozenset({"I13"}), patches=((transfer_ledger, "MAX_PROMISED_SHARE", 1.0),)),
+)

@@ -1,0 +1,141 @@
+"""One life of a router: the real dispatcher, its sessions, its ticks and the clients that read from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from itertools import count
+from typing import TYPE_CHECKING
+
+from kvferry.common.errors import CapacityError, RequestError
+from kvferry.common.messages import Message, StepTokens, WorkerHello
+from kvferry.router.dispatcher import Dispatcher
+from kvferry.router.observer import NullObserver
+from kvferry.router.policy import LeastLoaded
+from kvferry.router.request import RouterRequest
+
+from .clients import Call
+from .invariants import RouterRules
+from .kernel import Kernel, Process, ProcessClock
+from .network import End
+from .sessions import WorkerSession
+
+if TYPE_CHECKING:
+    from kvferry.common.config import RouterConfig
+
+TICK_S = 0.1
+_BOOKS_EVERY = 8  # ticks
+
+
+class Router(NullObserver):
+    """What `router/control.py` and the API do around a dispatcher."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        place: str,
+        router_id: str,
+        config: RouterConfig,
+        make: Callable[..., Dispatcher],
+        seen: Counter[str],
+    ) -> None:
+        self.place = place
+        self.router_id = router_id
+        self.process = Process(kernel, router_id, place, self._after_event)
+        self.clock = ProcessClock(kernel, kernel.random.uniform(1, 1000), 1 + kernel.random.uniform(-1e-3, 1e-3))
+        policy = LeastLoaded(
+            local_prefill=config.local_prefill,
+            max_local_prefill_tokens=config.max_local_prefill_tokens,
+            expect_prefill=config.expect_prefill,
+        )
+        self.dispatcher = make(config, policy, self.clock, self)
+        self.calls: dict[str, Call] = {}
+        self.rules = RouterRules(self, config)
+        self._seen = seen
+        self._kernel = kernel
+        self._numbers = count(1)
+        self._sessions: dict[str, WorkerSession] = {}
+        self._num_ticks = 0
+        self._dirty: list[Call] = []
+        self.process.after(TICK_S, self._tick)
+
+    def _after_event(self) -> None:
+        while self._dirty:
+            dirty, self._dirty = self._dirty, []
+            for call in dirty:
+                call.on_news()
+
+    def _tick(self) -> None:
+        self.dispatcher.tick()
+        self._num_ticks += 1
+        if self._num_ticks % _BOOKS_EVERY == 0:
+            self.rules.check_books()
+        self.process.after(TICK_S, self._tick)
+
+    # --- clients --------------------------------------------------------------------------------------------
+
+    def submit(self, call: Call) -> None:
+        """A client's request; refused at the door, it never was one."""
+        self.calls[call.request.request_id] = call
+        try:
+            stream = self.dispatcher.submit(call.request)
+        except (CapacityError, RequestError) as error:
+            del self.calls[call.request.request_id]
+            call.on_refused(error)
+            return
+        call.on_accepted(stream, self._dirty.append)
+
+    # --- workers --------------------------------------------------------------------------------------------
+
+    def accept(self, end: End) -> None:
+        end.on_message = lambda message: self._on_hello(end, message)
+
+    def _on_hello(self, end: End, message: Message) -> None:
+        assert isinstance(message, WorkerHello), message
+        old = self._sessions.get(message.worker_id)
+        if old is not None:
+            self._end(old, "replaced by a newer session")
+            old.end.close(lossy=True)
+        session = WorkerSession(end, message.worker_id, next(self._numbers), self.rules.check_sent)
+        self._sessions[message.worker_id] = session
+        end.on_message = lambda message: self._on_message(session, message)
+        end.on_closed = lambda: self._end(session, "connection ended")
+        self.dispatcher.worker_joined(session, message)
+
+    def _on_message(self, session: WorkerSession, message: Message) -> None:
+        with_stale = self.rules.stale_of(message)
+        self.dispatcher.on_message(session, message)
+        if with_stale is not None:
+            with_stale.check()
+        if isinstance(message, StepTokens):
+            self.rules.check_bounds(message)
+
+    def _end(self, session: WorkerSession, reason: str) -> None:
+        if self._sessions.get(session.worker_id) is session:
+            del self._sessions[session.worker_id]
+        self.dispatcher.worker_left(session, reason)
+
+    def drain_worker(self, worker_id: str, deadline_s: float) -> None:
+        if self.dispatcher.drain_worker(worker_id, deadline_s):
+            self.rules.note_drain(self._sessions[worker_id])
+
+    # --- observer -------------------------------------------------------------------------------------------
+
+    def on_finished(self, request: RouterRequest) -> None:
+        call = self.calls.get(request.request_id)
+        if call is not None:
+            call.on_terminal()
+
+    def on_retry(self, stage: str, reason: str) -> None:
+        self._seen[f"retry {stage} {reason}"] += 1
+
+    def on_resumed(self, result: str) -> None:
+        self._seen[f"resumed {result}"] += 1
+
+    def on_fallback(self, kind: str) -> None:
+        self._seen[f"fallback {kind}"] += 1
+
+    def on_dropped(self, kind: str) -> None:
+        self._seen[f"dropped {kind}"] += 1
+        if kind == "mismatch":
+            self.rules.on_mismatch()

@@ -1,0 +1,264 @@
+"""What one seed means: the fleet, the requests with their clients' manners, and the faults. Drawn before anything runs.
+
+Each seed takes a random part of the kinds of faults (swarm testing): a kind that is always there hides what happens
+without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+
+from kvferry.common.blocks import KVCacheSpec
+from kvferry.common.config import RouterConfig, TransferConfig
+from kvferry.common.request import SamplingParams
+
+from .clients import Manners
+
+SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32")
+MAX_MODEL_LEN = 80
+
+
+@dataclass(slots=True, frozen=True)
+class Ask:
+    """One client's request."""
+
+    at_s: float
+    router: int
+    prompt: tuple[int, ...]
+    tenant: int
+    n: int
+    sampling: SamplingParams
+    priority: int
+    timeout_s: float | None
+    manners: Manners
+    is_poison: bool = False  # kills whoever computes it
+
+
+@dataclass(slots=True, frozen=True)
+class Fault:
+    """Happens at a time, or the `nth` time that a worker comes to `point`; then `target` is that worker or its peer."""
+
+    kind: str
+    target: str
+    at_s: float = 0.0
+    lasts_s: float = 0.0
+    other: str = ""  # of a path: its other end
+    strength: float = 1.0
+    point: str = ""
+    nth: int = 0
+
+    def __str__(self) -> str:
+        when = f"at the {self.nth}th {self.point}" if self.point else f"at {self.at_s:.3f} s"
+        where = self.target + (f"~{self.other}" if self.other else "")
+        return f"{self.kind} {where} {when}, {self.lasts_s:.2f} s, {self.strength:.2g}"
+
+
+@dataclass(slots=True, frozen=True)
+class Scenario:
+    """Everything that is decided before the first event. What chance decides later comes from the same seed."""
+
+    seed: int
+    prefill: tuple[int, ...]  # blocks of each worker
+    decode: tuple[int, ...]
+    num_routers: int
+    router: RouterConfig
+    transfer: TransferConfig
+    asks: tuple[Ask, ...]
+    faults: tuple[Fault, ...]
+    calm_at_s: float  # no fault begins or lasts after this
+    spec: KVCacheSpec = SPEC
+    max_model_len: int = MAX_MODEL_LEN
+    max_num_seqs: int = 6
+    max_num_batched_tokens: int = 32
+    max_in_flight_bytes: int = 1 << 20
+    max_write_bytes: int = 1 << 10
+    num_swap_blocks: int = 0
+    copy_share: float = 0.0  # of the writes, those that the source's CPU makes: all workers are on one host
+    step_s: float = 0.004
+    s_per_token: float = 0.0003
+    wake_s: float = 0.0001  # from news to the engine's next step
+    turn_s: float = 0.0003  # from a call to the transfer thread's next turn
+    rotation_s: float = 0.015  # how long it takes to replace an agent
+    doubling: float = 0.0  # chance that a message that may be doubled is
+
+    @property
+    def workers(self) -> list[str]:
+        return [f"p-{i}" for i in range(len(self.prefill))] + [f"d-{i}" for i in range(len(self.decode))]
+
+    def without(self, dropped: frozenset[int]) -> Scenario:
+        """The same with some of the faults left out."""
+        return replace(self, faults=tuple(f for i, f in enumerate(self.faults) if i not in dropped))
+
+
+def draw(seed: int, num_requests: int | None = None, *, faulted: bool = True) -> Scenario:
+    """The scenario of a seed."""
+    random = Random(seed)
+    number = num_requests if num_requests is not None else random.randrange(30, 71)
+    rate = random.choice((8.0, 15.0, 30.0))
+    lasts_s = number / rate
+    calm_at_s = lasts_s + random.choice((0.5, 3.0, 5.0)) if faulted else lasts_s
+    num_prefill, num_decode = random.choice(((1, 1), (1, 2), (2, 1), (2, 2), (2, 2), (3, 2)))
+    num_routers = 2 if random.random() < 0.25 else 1
+    blocks = random.choice((24, 32, 48, 96))
+    base = Scenario(
+        seed=seed,
+        prefill=tuple(random.choice((24, 48, 96)) for _ in range(num_prefill)),
+        decode=tuple(blocks for _ in range(num_decode)),
+        num_routers=num_routers,
+        router=_router(random, faulted),
+        transfer=TransferConfig(),
+        asks=tuple(_asks(random, number, lasts_s, num_routers, faulted)),
+        faults=(),
+        calm_at_s=calm_at_s,
+        max_num_seqs=random.choice((3, 8, 16)),
+        max_num_batched_tokens=random.choice((16, 32, 64)),
+        max_in_flight_bytes=random.choice((1 << 9, 1 << 20)),
+        max_write_bytes=random.choice((1 << 8, 1 << 10)),
+        num_swap_blocks=random.choice((0, 0, 16, 64)),
+        copy_share=random.choice((0.0, 0.0, 0.0, 0.5, 1.0)),
+        step_s=random.choice((0.002, 0.005, 0.01)),
+        turn_s=random.choice((0.0001, 0.0005, 0.003)),
+        rotation_s=random.choice((0.015, 0.015, 0.4)),
+        doubling=random.choice((0.0, 0.0, 0.02, 0.1)) if faulted else 0.0,
+    )
+    return replace(base, faults=tuple(_faults(random, base))) if faulted else base
+
+
+def _router(random: Random, faulted: bool) -> RouterConfig:
+    return RouterConfig(
+        model_dir=Path("m"),
+        served_model_name="m",
+        local_prefill=random.random() < 0.75,
+        max_local_prefill_tokens=random.choice((0, 0, 6)),
+        expect_prefill=random.random() < 0.95,
+        max_queue=random.choice((8, 4096, 4096, 4096, 4096, 4096)) if faulted else 4096,
+        max_attempts=random.choice((2, 5, 5, 5)) if faulted else 5,
+    )
+
+
+def _asks(random: Random, number: int, lasts_s: float, num_routers: int, faulted: bool) -> list[Ask]:
+    prefixes = [tuple(random.randrange(1, 64) for _ in range(random.choice((8, 16, 18, 24)))) for _ in range(3)]
+    manners = random.choice((0.0, 0.1, 0.3)) if faulted else 0.0
+    asks: list[Ask] = []
+    poison = random.randrange(number) if faulted and random.random() < 0.1 else -1
+    for at_s in sorted(random.uniform(0, lasts_s) for _ in range(number)):
+        prompt = tuple(random.randrange(1, 64) for _ in range(random.choice((1, 3, 5, 9, 14, 20))))
+        if random.random() < 0.5:
+            prompt = random.choice(prefixes) + prompt
+        sampling = SamplingParams(
+            temperature=0.0,
+            max_tokens=random.choice((1, 2, 6, 12, 16, 32)),
+            min_tokens=random.choice((0, 0, 3)),
+            ignore_eos=random.random() < 0.3,
+            seed=random.randrange(1 << 30),
+        )
+        asks.append(
+            Ask(
+                at_s=at_s,
+                router=random.randrange(num_routers),
+                prompt=prompt,
+                tenant=random.choice((0, 0, 0, 1)),
+                n=random.choice((1, 1, 1, 1, 2, 3)),
+                sampling=sampling,
+                priority=random.choice((0, 0, 0, 1)),
+                timeout_s=random.choice((0.3, 1.0, 5.0)) if faulted and random.random() < 0.1 else None,
+                manners=_manners(random, manners),
+                is_poison=len(asks) == poison,
+            )
+        )
+    return asks
+
+
+def _manners(random: Random, share: float) -> Manners:
+    kind = random.random()
+    reads_every_s = 0.1 if random.random() < 0.1 else 0.0
+    if kind < share:
+        return Manners(leaves_after_s=random.expovariate(5.0), reads_every_s=reads_every_s)
+    if kind < 1.5 * share:
+        return Manners(leaves_at_token=random.randrange(1, 8), reads_every_s=reads_every_s)
+    if kind < 2.5 * share:
+        return Manners(stop_tokens=frozenset(random.sample(range(1, 64), 12)), reads_every_s=reads_every_s)
+    return Manners(reads_every_s=reads_every_s)
+
+
+# Where a worker may be caught in the act: message types as they leave, and the engine's and agent's own points.
+POINTS = (
+    ("step", 40), ("write", 30), ("notify", 15), ("adopt", 15), ("Grant", 15), ("KVOpen", 15), ("KVOpened", 15),
+    ("FirstToken", 15), ("HandoffDone", 15), ("StepTokens", 60), ("KVDone", 15), ("KVClosed", 4), ("KVRenew", 3),
+    ("PrefillTask", 15), ("ReserveKV", 15), ("Abort", 8), ("HandoffFailed", 4), ("rotate", 2),
+)  # fmt: skip
+_AT_POINTS = ("kill", "hang", "hang", "cut_control", "cut_data", "break")
+
+
+def _faults(random: Random, scenario: Scenario) -> list[Fault]:
+    """A few kinds of faults, a few times each, at times and at points."""
+    kinds = [kind for kind in _DRAW if random.random() < (0.1 if kind == "kill_router" else 0.4)]
+    density = random.choice((0.5, 1.0, 2.0))
+    faults = []
+    for kind in kinds:
+        for _ in range(1 + int(random.expovariate(1.0) * density * scenario.calm_at_s / 2)):
+            faults += _DRAW[kind](kind, random, scenario, random.uniform(0, scenario.calm_at_s))
+    if random.random() < 0.7:
+        for _ in range(random.randrange(1, 9)):
+            point, often = random.choice(POINTS)
+            kind = random.choice(_AT_POINTS)
+            lasts_s = _draw_lasts(random)
+            nth = 1 + int(random.expovariate(1.0) * often)
+            faults.append(Fault(kind, random.choice(("self", "peer")), lasts_s=lasts_s, point=point, nth=nth))
+    return sorted(faults, key=lambda fault: fault.at_s)
+
+
+def _draw_lasts(random: Random) -> float:
+    """Short against steps, long against leases, and between."""
+    return random.choice((0.02, 0.2, 1.2, 2.5, 4.0, 4.0, 6.0)) * random.uniform(0.5, 1.5)
+
+
+def _on_worker(kind: str, random: Random, scenario: Scenario, at_s: float) -> list[Fault]:
+    return [Fault(kind, random.choice(scenario.workers), at_s, _draw_lasts(random))]
+
+
+def _on_router(kind: str, random: Random, scenario: Scenario, at_s: float) -> list[Fault]:
+    return [Fault(kind, f"r-{random.randrange(scenario.num_routers)}", at_s, random.uniform(0.1, 1.0))]
+
+
+def _on_pair(kind: str, random: Random, scenario: Scenario, at_s: float) -> list[Fault]:
+    prefill, decode = _pair(random, scenario)
+    strength = random.choice((0.3, 2.0, 4.0) if kind == "late_writes" else (0.2, 0.7, 1.0))
+    return [Fault(kind, prefill, at_s, _draw_lasts(random), decode, strength)]
+
+
+def _on_session(kind: str, random: Random, scenario: Scenario, at_s: float) -> list[Fault]:
+    router = f"r-{random.randrange(scenario.num_routers)}"
+    return [Fault(kind, random.choice(scenario.workers), at_s, _draw_lasts(random), router)]
+
+
+def _on_any_path(kind: str, random: Random, scenario: Scenario, at_s: float) -> list[Fault]:
+    if random.random() < 0.5:
+        return _on_session(kind, random, scenario, at_s)
+    return _on_pair(kind, random, scenario, at_s)
+
+
+def _on_all(kind: str, random: Random, scenario: Scenario, at_s: float) -> list[Fault]:
+    return [Fault(kind, "all", at_s, random.choice((0.3, 1.0, 3.0)))]
+
+
+def _pair(random: Random, scenario: Scenario) -> tuple[str, str]:
+    return f"p-{random.randrange(len(scenario.prefill))}", f"d-{random.randrange(len(scenario.decode))}"
+
+
+_DRAW: dict[str, Callable[[str, Random, Scenario, float], list[Fault]]] = {
+    kind: draw_one
+    for draw_one, kinds in (
+        (_on_worker, ("kill", "lose_host", "hang", "isolate", "drain", "fail_rotation")),
+        (_on_router, ("kill_router",)),
+        (_on_pair, ("cut_data", "cut_control", "cut_pair", "fail_writes", "late_writes", "lose_notes")),
+        (_on_session, ("cut_session",)),
+        (_on_any_path, ("break", "slow")),
+        (_on_all, ("swizzle",)),
+    )
+    for kind in kinds
+}
+KINDS = tuple(_DRAW)

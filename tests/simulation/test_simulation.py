@@ -1,0 +1,58 @@
+"""The simulation as it runs at every change: many faulted requests without a breach, the same again from the same
+seed, and every invariant catching a bug that was put in for it.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from kvferry.tests.simulation.breach import INVARIANTS
+from kvferry.tests.simulation.planted import PLANTED, Planted
+from kvferry.tests.simulation.runner import find_breach, quiet, render, run_requests
+from kvferry.tests.simulation.scenario import KINDS, draw
+from kvferry.tests.simulation.world import World
+
+NUM_REQUESTS = 20_000
+
+
+@pytest.mark.slow
+def test_no_invariant_breaks_under_faults() -> None:
+    report = run_requests(NUM_REQUESTS, first_seed=1)
+    assert not report.failures, render(report)
+    happened = {name.partition("@")[0] for name in report.tally.faults}
+    assert happened == set(KINDS), "every kind of fault happened"
+    for way in ("late landings", "rotations", "preemptions", "messages doubled"):
+        assert report.tally.seen[way], f"{way}: the faults do not reach what they are meant for"
+
+
+def test_nothing_fails_without_faults() -> None:
+    with quiet():
+        for seed in range(1, 13):
+            tally = World(draw(seed, faulted=False)).run()
+            assert set(tally.ends) <= {"finished", "too large"}, f"seed {seed}: {tally.ends}"
+
+
+def test_a_seed_gives_the_same_events_again() -> None:
+    with quiet():
+        for seed in range(1, 9):
+            traces: list[list[str]] = [[], []]
+            digests = []
+            for trace in traces:
+                world = World(draw(seed), trace=trace.append)
+                world.run()
+                digests.append(world.kernel.digest)
+            assert traces[0] == traces[1]
+            assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name)
+def test_a_planted_bug_is_caught(planted: Planted) -> None:
+    with planted.applied():
+        failure = find_breach(planted.parts, range(1, 1 + planted.within_seeds))
+    assert failure is not None, f"{planted.within_seeds} seeds show no breach"
+    assert failure.invariant in planted.breaks, str(failure)
+
+
+def test_every_invariant_has_caught_a_planted_bug() -> None:
+    caught = {name for planted in PLANTED for name in planted.breaks}
+    assert caught >= INVARIANTS.keys() - {"crash", "I17"}  # the last one by its own test

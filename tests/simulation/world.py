@@ -1,0 +1,302 @@
+"""One simulated world: routers, workers, clients and faults of a scenario, from the first event to rest.
+
+Scenario ─> World.run ─> requests come, faults strike ... calm ─> everything ends, everything is given back
+                └─> Breach: an invariant does not hold
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from kvferry.common.errors import RequestError
+from kvferry.common.messages import (
+    Decoder,
+    DecodeToPrefill,
+    Message,
+    PrefillToDecode,
+    ProcessMark,
+    RouterToWorker,
+    WorkerToRouter,
+)
+from kvferry.router.request import RouterRequest
+from kvferry.transfer.life import Life
+
+from .breach import Breach
+from .clients import Call
+from .decode_worker import DecodeWorker
+from .fabric import Fabric
+from .faults import Faults, Sky
+from .kernel import Kernel
+from .network import End, Network, Path
+from .oracle import Oracle
+from .parts import Parts, Tally
+from .prefill_worker import PrefillWorker
+from .routers import Router
+from .scenario import Ask, Scenario
+from .trace import brief
+from .workers import Worker
+
+if TYPE_CHECKING:
+    from .kernel import Process
+
+SETTLE_S = 30.0  # from the last fault to rest
+_LOOK_EVERY_S = 0.25
+_decoder: Decoder[Message] = Decoder(RouterToWorker | WorkerToRouter | PrefillToDecode | DecodeToPrefill)
+
+
+class _Life:
+    """Implements `transfer.life.Life`."""
+
+    def __init__(self, processes: list[Process]) -> None:
+        self._processes = processes
+
+    @property
+    def has_ended(self) -> bool:
+        return all(process.is_dead for process in self._processes)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class World:
+    """Not reusable: one run."""
+
+    def __init__(
+        self, scenario: Scenario, parts: Parts | None = None, trace: Callable[[str], None] | None = None
+    ) -> None:
+        self.scenario = scenario
+        self.parts = parts if parts is not None else Parts()
+        self.kernel = Kernel(scenario.seed, trace)
+        self.sky = Sky(self.kernel, scenario)
+        self.network = Network(self.kernel, _decoder, self.sky, self._tap)
+        self.fabric = Fabric(self.kernel, self.sky, self.data_path, copy_share=scenario.copy_share)
+        self.oracles: dict[str, Oracle] = {}
+        self.addresses: dict[str, DecodeWorker] = {}  # every handoff address that ever was
+        self.calls: list[Call] = []
+        self.poison: Counter[str] = Counter()  # how many workers each poisonous request has killed
+        self.tally = Tally(num_requests=len(scenario.asks))
+        self._processes: list[Process] = []
+        self.routers: list[Router] = []
+        self.workers: dict[str, Worker] = {}
+        for number in range(scenario.num_routers):
+            self.routers.append(self._new_router(number))
+        for place in scenario.workers:
+            self.start(place)
+        self.faults = Faults(self)
+        for number, ask in enumerate(scenario.asks):
+            self.kernel.at(ask.at_s, self._submit, number, ask)
+        self.kernel.at(scenario.calm_at_s, self.sky.calm)
+
+    # --- paths ----------------------------------------------------------------------------------------------
+
+    def data_path(self, a: str, b: str) -> Path:
+        return self.network.path(f"{a}/data", f"{b}/data", delay_s=0.001)
+
+    def paths_of(self, place: str) -> list[Path]:
+        """Every path that there is to a place."""
+        return [path for path in self.network.paths() if place in path.name.replace("/data", "").split("~")]
+
+    def draw_step_s(self, num_tokens: int) -> float:
+        scenario = self.scenario
+        return (scenario.step_s + scenario.s_per_token * num_tokens) * (0.75 + 0.5 * self.kernel.random.random())
+
+    # --- lives ----------------------------------------------------------------------------------------------
+
+    def _new_router(self, number: int) -> Router:
+        router_id = f"router-{self.kernel.random.getrandbits(48):012x}"
+        return Router(
+            self.kernel, f"r-{number}", router_id, self.scenario.router, self.parts.dispatcher, self.tally.seen
+        )
+
+    def start(self, place: str) -> None:
+        """A new life of a worker."""
+        number, incarnation = int(place[2:]), self.kernel.random.getrandbits(60)
+        self.kernel.say(f"{place} starts as {incarnation:x}")
+        if place.startswith("p"):
+            self.workers[place] = PrefillWorker(self, place, incarnation, self.scenario.prefill[number])
+        else:
+            self.workers[place] = DecodeWorker(self, place, incarnation, self.scenario.decode[number])
+
+    def kill(self, place: str, *, restart_s: float, is_silent: bool = False) -> None:
+        worker = self.workers.get(place)
+        if worker is not None:
+            self.kill_life(worker, restart_s, is_silent)
+
+    def kill_life(self, worker: Worker, restart_s: float, is_silent: bool = False) -> None:
+        """This life ends. `is_silent`: nobody hears of it."""
+        if worker.process.is_dead:
+            return
+        self.kernel.say(f"{worker.place} dies")
+        worker.process.kill()
+        if not is_silent:
+            self._hang_up(worker.process, lossy=self.sky.chance(0.5))
+        self.kernel.after(restart_s, self._restart, worker)
+
+    def _restart(self, worker: Worker) -> None:
+        self._hang_up(worker.process, lossy=True)
+        self.start(worker.place)
+
+    def _hang_up(self, process: Process, *, lossy: bool) -> None:
+        """The host ends the connections of a process that is gone."""
+        for ends in self.network.connections.values():
+            for end in list(ends):
+                for side in (end, end.other):
+                    if side.process is process:
+                        side.close(lossy=lossy)
+
+    def on_left(self, worker: Worker) -> None:
+        """It ended by itself, after a drain."""
+        self._hang_up(worker.process, lossy=False)
+        worker.process.kill()
+        self.kernel.after(0.2, self._restart, worker)
+
+    def kill_router(self, number: int, *, restart_s: float) -> None:
+        router = self.routers[number]
+        if router.process.is_dead:
+            return
+        router.process.kill()
+        for call in router.calls.values():
+            call.is_cut_off = call.is_cut_off or not call.is_over
+        self._hang_up(router.process, lossy=self.sky.chance(0.5))
+        self.kernel.after(restart_s, self._restart_router, number)
+
+    def _restart_router(self, number: int) -> None:
+        self.routers[number] = self._new_router(number)
+
+    def mark_of(self, process: Process) -> ProcessMark:
+        """How others on its host know the process."""
+        self._processes.append(process)
+        host = "host" if self.scenario.copy_share else process.place
+        return ProcessMark(host, len(self._processes) - 1, 0)
+
+    def watch(self, marks: Sequence[ProcessMark]) -> Life | None:
+        """As `transfer.life.watch` for decode workers on the host of that name."""
+        here = [self._processes[mark.pid] for mark in marks if mark.host == "host"]
+        return _Life(here) if here else None
+
+    # --- clients --------------------------------------------------------------------------------------------
+
+    def _submit(self, number: int, ask: Ask) -> None:
+        request_id = f"q-{number}"
+        oracle = Oracle(request_id, ask.prompt, ask.tenant, ask.sampling, ask.n, self.scenario.max_model_len)
+        self.oracles[request_id] = oracle
+        if ask.is_poison:
+            self.poison[request_id] = 0
+        request = RouterRequest(
+            request_id,
+            list(ask.prompt),
+            ask.sampling,
+            n=ask.n,
+            priority=ask.priority,
+            cache_salt=b"%d" % ask.tenant,
+            timeout_s=ask.timeout_s,
+        )
+        router = self.routers[ask.router]
+        call = Call(self.kernel, router, request, oracle, ask.manners)
+        self.calls.append(call)
+        if router.process.is_dead:
+            call.is_cut_off = True
+        else:
+            router.process.run(router.submit, call)
+
+    # --- points ---------------------------------------------------------------------------------------------
+
+    def pass_point(self, point: str, worker: Worker) -> None:
+        self.faults.pass_point(point, worker.place, "")
+
+    def _tap(self, end: End, message: Message) -> None:
+        name = type(message).__name__
+        if self.kernel.trace is not None and name != "WorkerStatus":
+            self.kernel.say(f"{end.process.name} > {end.other.process.name}: {brief(message)}")
+        self.faults.pass_point(name, end.process.place, end.other.process.place)
+
+    # --- running --------------------------------------------------------------------------------------------
+
+    def run(self) -> Tally:
+        """Until everything is at rest. Raises Breach."""
+        kernel, calm_at_s = self.kernel, self.scenario.calm_at_s
+        look_at_s = calm_at_s + _LOOK_EVERY_S
+        try:
+            while True:
+                while kernel.now < look_at_s:
+                    kernel.step()
+                unrest = self._unrest()
+                if not unrest:
+                    break
+                if kernel.now > calm_at_s + SETTLE_S:
+                    raise Breach(self._late(), "; ".join(unrest))
+                look_at_s = kernel.now + _LOOK_EVERY_S
+            self._check_end()
+        except (Breach, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise Breach(_broken_by(error), f"{type(error).__name__}: {error}") from error
+        return self._tally()
+
+    def _late(self) -> str:
+        """Which invariant says that this should be over."""
+        if any(not call.is_over for call in self.calls):
+            return "I16"
+        return "H8" if any(worker.has_handoffs for worker in self.workers.values()) else "I15"
+
+    def poisoned(self, worker: Worker, request_id: str) -> None:
+        """The request kills the worker that computes it."""
+        self.poison[request_id] += 1
+        if self.poison[request_id] > self.scenario.router.max_attempts:
+            raise Breach("I11", f"{request_id} has killed {self.poison[request_id]} workers")
+        self.kill_life(worker, 0.3)
+
+    def _unrest(self) -> list[str]:
+        """What is not over yet."""
+        found = [f"{call.request.request_id} is {call.request.status.value}" for call in self.calls if not call.is_over]
+        if len(self.calls) < len(self.scenario.asks):
+            found.append("not all requests were made")
+        for worker in self.workers.values():
+            if worker.process.is_dead:
+                found.append(f"{worker.place} is not back")
+            found += worker.leftovers()
+        return found
+
+    def _check_end(self) -> None:
+        for worker in self.workers.values():
+            worker.check_books()
+        for call in self.calls:
+            call.check_end()
+            self.tally.ends[_end_of(call)] += 1
+        for router in self.routers:
+            router.rules.check_books()
+            view = router.dispatcher.view()
+            bound = sum(worker.num_bound for worker in view.workers)
+            if view.num_live or view.num_queued or bound:
+                text = f"{router.place}: {view.num_live} live, {view.num_queued} queued, {bound} bound"
+                raise Breach("I15", text)
+
+    def _tally(self) -> Tally:
+        tally, seen = self.tally, self.tally.seen
+        tally.num_events = self.kernel.num_events
+        tally.faults = self.faults.tally
+        seen["workers poisoned"] = sum(self.poison.values())
+        seen["messages"] = self.network.num_messages
+        seen["messages doubled"] = self.sky.num_doubled
+        seen["landings"] = self.fabric.num_landings
+        seen["late landings"] = self.fabric.num_late
+        seen["rotations"] = self.fabric.num_rotations
+        seen["preemptions"] = sum(worker.role.scheduler.num_preemptions for worker in self.workers.values())
+        return tally
+
+
+def _broken_by(error: Exception) -> str:
+    """The pool asserts its own rules; any other exception is nobody's answer."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return "I2" if isinstance(error, AssertionError) and frames[-1].filename.endswith("blocks.py") else "crash"
+
+
+def _end_of(call: Call) -> str:
+    if call.refusal is not None:
+        return "too large" if isinstance(call.refusal, RequestError) else "refused"
+    if call.is_cut_off:
+        return "router died"
+    return call.request.status.value + (f" {call.error_code}" if call.error_code else "")
