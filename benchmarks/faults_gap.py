@@ -46,7 +46,7 @@ class GapResult:
 
 
 async def measure_gaps(system: System, *, num_kills: int, num_hangs: int, seed: int) -> GapResult:
-    """`system` has one or more prefill workers and two decode workers, `prefill-0` and `decode-0`, `decode-1`."""
+    """`system` has one or more prefill workers and two decode workers, `p-0` and `d-0`, `d-1`."""
     source = random.Random(seed)
     prompts = PromptSource(seed, _VOCAB)
     endpoint = Endpoint(system.base_url, model=system.model, ignore_eos=True, temperature=0.0)
@@ -63,7 +63,7 @@ async def measure_gaps(system: System, *, num_kills: int, num_hangs: int, seed: 
             await _until_flowing(streams)
             await asyncio.sleep(source.uniform(0, 0.3))
             hit = await _hit(
-                system, source.choice(("decode-0", "decode-1")), signal.SIGKILL if is_kill else signal.SIGSTOP
+                system, source.choice(("d-0", "d-1")), signal.SIGKILL if is_kill else signal.SIGSTOP
             )
             (deaths if is_kill else hangs).append((hit.noticed_s - hit.wall_s) * 1e3)
             for stream in streams:
@@ -161,7 +161,7 @@ async def _time_failed_transfer(
     """
     task = asyncio.ensure_future(endpoint.send(prompts.make(_LONG_PROMPT), 2))
     await asyncio.sleep(source.uniform(0.02, 0.08))
-    hit = await _hit(system, "prefill-0", signal.SIGKILL)
+    hit = await _hit(system, "p-0", signal.SIGKILL)
     record = await task
     if not record.is_ok:
         raise ConfigError(f"the request whose prefill worker died failed: {record.error}")

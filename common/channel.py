@@ -34,6 +34,8 @@ DEFAULT_MAX_FRAME_BYTES = 1 << 20
 SEAL_BYTES = 16
 MAX_PENDING_HELLOS = 64  # connections that have not proved anything yet; more are closed unheard
 _READ_BUFFER_BYTES = 1 << 18  # asyncio stops reading a connection at twice as much
+_DEAD_LINK_S = 5  # a peer's machine acknowledges nothing for so long
+_PROBE_EVERY_S = 2
 _MAX_QUEUED_BYTES = 64 << 20  # a peer that reads nothing loses its connection here
 
 _hello_decoder: Decoder[Challenge | Hello | Welcome | Refused] = Decoder(Challenge | Hello | Welcome | Refused)
@@ -185,10 +187,18 @@ def _write(writer: asyncio.StreamWriter, message: Message) -> None:
     writer.write(len(frame).to_bytes(4, "big") + frame)
 
 
-def _no_delay(writer: asyncio.StreamWriter) -> None:
+def _tune(writer: asyncio.StreamWriter) -> None:
+    """Send at once; and end a connection over a dead link, which TCP by itself would keep for a quarter of an hour.
+
+    It also waits longer and longer between two tries, so that it would notice late that the link is back.
+    """
     sock = writer.get_extra_info("socket")
     if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _DEAD_LINK_S)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # where nothing is sent for a while
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_EVERY_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_EVERY_S)
 
 
 async def connect(
@@ -220,7 +230,7 @@ async def _connect_hello(
     secret: bytes,
     max_frame_bytes: int,
 ) -> Channel:
-    _no_delay(writer)
+    _tune(writer)
     challenge = _hello_decoder.decode(await _read_frame(reader, HELLO_MAX_BYTES, peer))
     if not isinstance(challenge, Challenge):
         raise ProtocolError(f"{peer} did not begin with a challenge")
@@ -243,7 +253,7 @@ async def _connect_hello(
 async def _accept_hello(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, own_id: str, secret: bytes, max_frame_bytes: int
 ) -> Channel:
-    _no_delay(writer)
+    _tune(writer)
     nonce = secrets.token_bytes(16)
     _write(writer, Challenge(protocol=PROTOCOL_VERSION, nonce=nonce))
     hello = _hello_decoder.decode(await _read_frame(reader, HELLO_MAX_BYTES, "connecting peer"))

@@ -7,6 +7,7 @@ they are taken all or none.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
 from .strict_json import MAX_COMMAS
 
 _BATCH_STEP = 8  # prompts of a batch that are submitted in one go
+TIMEOUT_HEADER = "x-request-timeout-s"
+MAX_TIMEOUT_S = 86400.0
 _MAX_SEED = 2**63 - 1
 _CHECKED_BYTES_PER_CHAR = 8  # checking fields is so much faster than tokenizing
 
@@ -124,7 +127,15 @@ class Api:
 
     def _begin(self, request: Request) -> Call:
         self.in_flight.check_open()
-        return call_of(request.scope)
+        call = call_of(request.scope)
+        call.timeout_s = parse_timeout(request.headers.get(TIMEOUT_HEADER))
+        return call
+
+    def _remaining_s(self, call: Call) -> float | None:
+        """Of the time that the client gave: what reading its body has taken is off."""
+        if call.timeout_s is None:
+            return None
+        return max(0.0, call.timeout_s - (self.clock.now() - call.started_s))
 
     async def _submit(
         self, call: Call, body: GenerationBody, prompts: Sequence[PromptText], limits: Sequence[int]
@@ -141,7 +152,9 @@ class Api:
                 if index % _BATCH_STEP == _BATCH_STEP - 1:
                     await asyncio.sleep(0)  # a large batch does not hold up everybody else
                 request_id = f"{call.request_id}-{index}"
-                streams.append(self.backend.submit(self._request(request_id, body, prompt, params, salt)))
+                prompt_request = self._request(request_id, body, prompt, params, salt)
+                prompt_request.timeout_s = self._remaining_s(call)
+                streams.append(self.backend.submit(prompt_request))
         except BaseException:
             for stream in streams:
                 stream.abort()
@@ -210,3 +223,19 @@ def _text_options(body: GenerationBody, max_tokens: int) -> TextOptions:
         skip_special_tokens=body.skip_special_tokens is not False,
         keep_tokens=body.num_logprobs is not None or bool(body.return_token_ids),
     )
+
+
+def parse_timeout(text: str | None) -> float | None:
+    """Seconds that the client gives the whole answer. Raises RequestError (400)."""
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MAX_TIMEOUT_S:  # also NaN
+        raise RequestError(
+            f"{TIMEOUT_HEADER}: {clip(text)} is no number of seconds above 0 and up to {MAX_TIMEOUT_S:g}",
+            param=TIMEOUT_HEADER,
+        )
+    return seconds

@@ -93,6 +93,14 @@ class Placer:
             placement = self._isolation.place(live, now_s, has_others=has_others)
             if placement is not None:
                 self._place(live, placement, now_s)
+            elif not self._isolation.claims:
+                self._note_hopeless(live, now_s)
+
+    def _note_hopeless(self, live: Live, now_s: float) -> None:
+        """No worker is kept for it, and none can be where every pair has failed or nothing can hold it."""
+        answer = self._policy.place(self._pools.view(now_s), live.demand(self._pools, frozenset(), now_s))
+        if isinstance(answer, Wait) and answer.lack in (Lack.PAIR, Lack.FIT):
+            self._note_lack(live, answer, now_s)
 
     def send_away(self, now_s: float) -> None:
         """At each tick: those whose first token cannot come in time any more, wherever in the queue they are."""

@@ -9,6 +9,7 @@ No I/O, no clock, no state: the dispatcher asks again at every event and does wh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -18,6 +19,7 @@ from .pools import PoolView, WorkerView
 
 # A grant lapses if it is not opened within 2 s: a task is not bound behind more work than this.
 MAX_BIND_WAIT_S = 1.5
+_BOUND_SHARE_OF_OBJECTIVE = 0.25
 
 
 class Reason(Enum):
@@ -100,8 +102,15 @@ class LeastLoaded:
     """The fewest prompt tokens ahead, then the fewest running choices, then the most free blocks."""
 
     def __init__(
-        self, *, local_prefill: bool = True, max_local_prefill_tokens: int = 0, expect_prefill: bool = True
+        self,
+        *,
+        local_prefill: bool = True,
+        max_local_prefill_tokens: int = 0,
+        expect_prefill: bool = True,
+        ttft_objective_s: float | None = None,
     ) -> None:
+        """With an objective, little of its time is spent waiting on a worker, where nothing can be refused any more."""
+        self._max_bind_wait_s = min(MAX_BIND_WAIT_S, (ttft_objective_s or math.inf) * _BOUND_SHARE_OF_OBJECTIVE)
         self._local_prefill = local_prefill or not expect_prefill
         self._max_local_prefill_tokens = max_local_prefill_tokens
         self._expect_prefill = expect_prefill
@@ -129,7 +138,7 @@ class LeastLoaded:
             worker
             for worker in view.ready("prefill")
             if fits_prefill(worker, demand)
-            and has_prefill_room(worker, demand)
+            and has_prefill_room(worker, demand, self._max_bind_wait_s)
             and (worker.session, decode_session) not in demand.failed_pairs
         ]
         return min(able, key=lambda worker: (worker.session != demand.computed_on, _prefill_load(worker)), default=None)
@@ -157,7 +166,11 @@ class LeastLoaded:
         roomy = [worker for worker in decodes if has_decode_room(worker, demand)]
         if not roomy:
             return _wait_for_room(decodes)
-        able = [worker for worker in prefills if fits_prefill(worker, demand) and has_prefill_room(worker, demand)]
+        able = [
+            worker
+            for worker in prefills
+            if fits_prefill(worker, demand) and has_prefill_room(worker, demand, self._max_bind_wait_s)
+        ]
         pairs = _pairs(able, roomy, demand)
         if not pairs:
             return Wait(Lack.PREFILL_ROOM if _pairs(prefills, roomy, demand) else Lack.DECODE_ROOM)
@@ -198,7 +211,7 @@ def has_decode_room(worker: WorkerView, demand: Demand) -> bool:
     return demand.blocks_now(worker.hello.spec) + worker.num_running <= worker.num_free_blocks
 
 
-def has_prefill_room(worker: WorkerView, demand: Demand) -> bool:
+def has_prefill_room(worker: WorkerView, demand: Demand, max_wait_s: float) -> bool:
     """About one step of work ahead at most, and that soon done. A short prompt may overtake a long one."""
     if worker.session in demand.busy:
         return False
@@ -211,7 +224,7 @@ def has_prefill_room(worker: WorkerView, demand: Demand) -> bool:
         wait_s = worker.step_s  # one chunk of the long one
     else:
         return False
-    return wait_s <= MAX_BIND_WAIT_S
+    return wait_s <= max_wait_s
 
 
 def _is_behind(worker: WorkerView, demand: Demand) -> bool:

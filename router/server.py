@@ -184,6 +184,7 @@ def _policy(config: RouterConfig) -> LeastLoaded:
         local_prefill=config.local_prefill,
         max_local_prefill_tokens=config.max_local_prefill_tokens,
         expect_prefill=config.expect_prefill,
+        ttft_objective_s=config.ttft_objective_ms / 1e3 if config.ttft_objective_ms is not None else None,
     )
 
 

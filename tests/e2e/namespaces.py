@@ -1,5 +1,6 @@
 """Hosts that share nothing but a network: one namespace each, joined by a bridge in a namespace of its own.
 
+Processes of two hosts do not see each other: they could copy into each other's memory, whatever the network does.
 Two hosts are cut from each other without either being told: each is given a hardware address of the other that nobody
 has, so that what it sends is lost on the way. Needs root and iproute2.
 """
@@ -9,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
+
+from .cluster import STOP_LIMIT_S, wait_until
 
 NEEDS_NAMESPACES = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2"
@@ -62,23 +65,45 @@ class Network:
     @contextlib.contextmanager
     def running(
         self, host: str, log: Path, *words: str, env: Mapping[str, str] | None = None
-    ) -> Iterator[subprocess.Popen[bytes]]:
+    ) -> Iterator[psutil.Process]:
         """`kvferry WORDS` on a host. What this process told UCX (to stay on the loopback) is not for it."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}
+        # The first process of a namespace takes no signals from itself: a shell stands in for it.
+        apart = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", '"$@"; exit', "sh")
         with (
             log.open("wb") as output,
             subprocess.Popen(
-                self.command(host, sys.executable, "-m", "kvferry", *words),
+                self.command(host, *apart, sys.executable, "-m", "kvferry", *words),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**inherited, **(env or {})},
-            ) as process,
+            ) as outer,
         ):
             try:
+                wait_until(lambda: _below(outer.pid) is not None, f"{host}'s process")
+                process = _below(outer.pid)
+                assert process is not None
                 yield process
             finally:
-                process.send_signal(signal.SIGCONT)
-                process.send_signal(signal.SIGTERM)
+                _end(outer)
+
+
+def _below(pid: int) -> psutil.Process | None:
+    """The process that the shell has started."""
+    found = psutil.Process(pid).children(recursive=True)
+    return next((process for process in found if process.name() not in ("unshare", "sh")), None)
+
+
+def _end(outer: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = _below(outer.pid)
+        if process is not None:
+            process.resume()
+            process.terminate()
+    try:
+        outer.wait(STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        outer.kill()  # and with it the shell, and all that is below
 
 
 @contextlib.contextmanager

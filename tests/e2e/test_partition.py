@@ -99,7 +99,7 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostsDrill]:
             own = router if host == "r" else [*engine, "--worker-id", host, "--host", address]
             words = [role, model_dir, *shared, *own]
             processes[host] = stack.enter_context(net.running(host, log, *words, env=env))
-        drill = HostsDrill(failpoints, 3, net=net, logs=logs, prefill=psutil.Process(processes["p"].pid))
+        drill = HostsDrill(failpoints, 3, net=net, logs=logs, prefill=processes["p"])
         wait_until(lambda: drill.get("/ready")[0] == 200, "readiness", START_LIMIT_S)
         drill.settle()
         drill.learn()

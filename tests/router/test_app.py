@@ -492,6 +492,23 @@ async def test_a_request_id_is_cleaned_and_cut() -> None:
     assert headers["x-request-id"] == ("ab31m" + "c" * 200)[:128]
 
 
+async def test_a_clients_own_time_limit_becomes_the_requests() -> None:
+    served = serve()
+    await _headers(served, {"x-request-timeout-s": "2.5"})
+    assert served.request.timeout_s == 2.5
+    await _headers(served, {})
+    assert served.request.timeout_s is None
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf", "1e9"])
+async def test_a_time_limit_that_is_none_is_refused(text: str) -> None:
+    served = serve()
+    async with served.client() as client:
+        response = await client.post("/v1/completions", json={"prompt": "hi"}, headers={"x-request-timeout-s": text})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "x-request-timeout-s")
+    assert not served.dispatcher.requests
+
+
 async def test_a_request_id_is_minted_where_none_is_sent() -> None:
     served = serve()
     for sent in ({}, {"x-request-id": "<>"}):

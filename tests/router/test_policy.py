@@ -87,6 +87,8 @@ def test_nothing_is_bound_behind_a_step_that_outlasts_the_grant() -> None:
     slow = replace(P0, ahead_tokens=60, num_bound=1, s_per_token=0.03)
     assert LeastLoaded().place(view(slow, D0), DEMAND) == Wait(Lack.PREFILL_ROOM)
     assert isinstance(LeastLoaded().place(view(replace(slow, s_per_token=0.02), D0), DEMAND), Placement)
+    hurried = LeastLoaded(ttft_objective_s=1.0)
+    assert hurried.place(view(replace(slow, s_per_token=0.02), D0), DEMAND) == Wait(Lack.PREFILL_ROOM)
 
 
 def test_short_prompts_stay_local_unless_that_is_forbidden() -> None:
