@@ -62,9 +62,7 @@ async def measure_gaps(system: System, *, num_kills: int, num_hangs: int, seed: 
             streams = [_Stream(endpoint, prompts) for _ in range(_NUM_STREAMS)]
             await _until_flowing(streams)
             await asyncio.sleep(source.uniform(0, 0.3))
-            hit = await _hit(
-                system, source.choice(("d-0", "d-1")), signal.SIGKILL if is_kill else signal.SIGSTOP
-            )
+            hit = await _hit(system, source.choice(("d-0", "d-1")), signal.SIGKILL if is_kill else signal.SIGSTOP)
             (deaths if is_kill else hangs).append((hit.noticed_s - hit.wall_s) * 1e3)
             for stream in streams:
                 await stream.task

@@ -34,6 +34,7 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalDrill]:
         drill.settle()
         drill.learn()
         yield drill
+        drill.settle()
 
 
 @pytest.mark.parametrize(
@@ -57,13 +58,13 @@ def test_streams_are_whole_though(drill: LocalDrill, fault: str) -> None:
     drill.arm(fault)
     drill.check(drill.stream())
     assert drill.has_acted
-    drill.settle()
+    drill.settle(quarantine_ends=False)
 
 
 def test_streams_are_whole_though_a_block_is_not_what_was_written(drill: LocalDrill) -> None:
     drill.arm("kv.corrupt=flip")
     drill.check(drill.stream())
-    drill.settle()
+    drill.settle(quarantine_ends=False)
     assert drill.has_acted and drill.total("kvferry_kv_checksum_failures_total") == 1
 
 
@@ -72,7 +73,7 @@ def test_streams_are_whole_though_workers_of_both_pools_die_at_once(
     drill: LocalDrill, victims: tuple[str, ...]
 ) -> None:
     drill.check(drill.stream(when_flowing=lambda: drill.signal(victims, signal.SIGKILL)))
-    drill.settle()
+    drill.settle(quarantine_ends=False)
 
 
 def test_a_request_that_kills_every_worker_is_refused_and_takes_no_other_with_it(drill: LocalDrill) -> None:
@@ -93,7 +94,7 @@ def test_a_request_that_kills_every_worker_is_refused_and_takes_no_other_with_it
     assert poisoned.failure is not None and poisoned.failure.code == "poison_request"
     assert poisoned.failure.status == 500
     drill.check(others)
-    drill.settle()
+    drill.settle(quarantine_ends=False)
 
 
 def test_a_decode_worker_that_comes_back_from_a_pause_after_its_streams_went_on_changes_nothing(tmp_path: Path) -> None:
