@@ -70,17 +70,20 @@ def allocate_pages(
 
 
 def _huge_zeros(num_bytes: int) -> torch.Tensor:
-    """Bytes in pages of 2 MiB where the kernel has them.
+    """Bytes in pages of 2 MiB where the kernel has them, each made when it is first written.
 
-    A process that dies gives its memory back before it closes its sockets: 2 GiB take 0.2 s in small pages, and for
-    so long nobody can notice.
+    A worker starts without waiting for memory that it may never use. And a process that dies gives its memory back
+    before it closes its sockets: 2 GiB take 0.2 s in small pages, and for so long nobody can notice.
     """
+    free = _free_memory_bytes()
+    if num_bytes > free:
+        raise MemoryError(f"{free:,} bytes are free")
     area = mmap.mmap(-1, num_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         area.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(area, dtype=torch.uint8)
     start = -whole.data_ptr() % _HUGE_PAGE_BYTES
-    return whole[start : start + num_bytes].zero_()
+    return whole[start : start + num_bytes]
 
 
 def copy_blocks(pages: torch.Tensor, copies: Sequence[tuple[int, int]]) -> None:
