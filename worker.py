@@ -29,6 +29,7 @@ from .common.channel import Address
 from .common.clock import SystemClock
 from .common.config import FAILPOINTS_VARIABLE, SECRET_VARIABLE, WorkerConfig, environment
 from .common.errors import ConfigError, KVFerryError
+from .common.host import yield_cores
 from .common.lifeline import Lifeline
 from .common.logs import configure_logging
 from .common.messages import Decoder, Drain, Message, WorkerHello, WorkerStatus, encode
@@ -238,6 +239,8 @@ class Worker:
         self._sessions.refused.add_done_callback(self._on_refused)
         self._sessions.start()
         self._ticking = self._loop.create_task(self._tick())
+        # Not before: whoever waits for this worker waits for its start.
+        yield_cores(self._config.niceness, os.getpid(), *(self._group.pids if self._group is not None else ()))
         log.info("worker_ready", worker_id=self._config.worker_id, blocks=parts.engine.num_blocks)
         if self._lifeline is not None:
             self._lifeline.ready(worker_id=self._config.worker_id)
@@ -378,7 +381,6 @@ def main() -> int:
     parser.add_argument("--lifeline-fd", type=int)
     args = parser.parse_args()
     config = WorkerConfig.model_validate_json(args.config_json)
-    os.nice(config.niceness)  # before any thread starts: they inherit it
     lifeline = Lifeline.from_fd(args.lifeline_fd) if args.lifeline_fd is not None else None
     configure_logging(config.log_level, worker_id=config.worker_id)
     return asyncio.run(serve_worker(config, environment().get(SECRET_VARIABLE, "").encode(), lifeline))

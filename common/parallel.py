@@ -248,6 +248,11 @@ class RankGroup:
         self._failures: list[str] = []
         self._closing = False
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the other ranks."""
+        return [process.pid for process in self._processes]
+
     @classmethod
     def start(
         cls,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 from kvferry.common.host import free_memory_bytes, parse_gpus, read_host, usable_cpus, why_not_bindable
@@ -69,3 +72,16 @@ def test_this_machine_can_be_read() -> None:
     host = read_host({})
     assert host.num_cpus >= 1
     assert host.free_memory_bytes > 0
+
+
+def test_every_thread_that_runs_yields() -> None:
+    program = (
+        "import os, threading; from kvferry.common.host import yield_cores\n"
+        "stop = threading.Event(); other = threading.Thread(target=stop.wait); other.start()\n"
+        "yield_cores(3, os.getpid())\n"
+        "print([os.getpriority(os.PRIO_PROCESS, thread) for thread in (os.getpid(), other.native_id)])\n"
+        "stop.set()"
+    )
+    base = os.getpriority(os.PRIO_PROCESS, 0)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [min(19, base + 3)] * 2
