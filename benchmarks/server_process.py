@@ -11,6 +11,8 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -100,11 +102,25 @@ def running(
 ) -> Iterator[ServerProcess]:
     """The child while the block runs; at its end it has `term_s` before it is killed."""
     log_dir.mkdir(parents=True, exist_ok=True)
-    process = ServerProcess(name, command, log_dir / f"{name}.log", env or {}, term_s)
+    with _ended_by_sigterm():
+        process = ServerProcess(name, command, log_dir / f"{name}.log", env or {}, term_s)
+        try:
+            yield process
+        finally:
+            process.stop()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds the stack, so that no server outlives whoever measures it. Where it has a handler: that one."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        yield process
+        yield
     finally:
-        process.stop()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _alive(tree: Sequence[Process]) -> list[Process]:

@@ -32,7 +32,8 @@ class Losses:
 
     def on_left(self, worker: Worker, reason: str, now_s: float) -> None:
         what = f"{worker.hello.role} worker {worker.worker_id} lost: {reason}"
-        log.warning("worker_lost", worker_id=worker.worker_id, role=worker.hello.role, reason=reason)
+        tell = log.info if worker.is_draining else log.warning  # who said that it goes is no surprise
+        tell("worker_lost", worker_id=worker.worker_id, role=worker.hello.role, reason=reason)
         self._ledger.explain(worker)
         # All blames before the first consequence, which would change what the worker is known to have had.
         blames = {
