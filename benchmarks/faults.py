@@ -38,7 +38,7 @@ from kvferry.common.default_model import default_model_dir
 from kvferry.common.errors import ConfigError
 
 PARTS = ("aborts", "gap", "overload", "cost")
-_COST_INPUT_LENS = (128, 512, 2048)
+_COST_LENS = "128,512,2048"
 
 
 @dataclass(slots=True, frozen=True)
@@ -68,6 +68,7 @@ class Options:
     num_hangs: int
     overload_s: float
     num_pairs: int
+    cost_lens: tuple[int, ...]
     seed: int
     log_dir: Path
 
@@ -139,7 +140,7 @@ def _cost(options: Options) -> tuple[list[CostResult], list[Row]]:
                     safe_system, bare_system, input_len=input_len, num_pairs=options.num_pairs, seed=options.seed
                 )
             )
-            for input_len in _COST_INPUT_LENS
+            for input_len in options.cost_lens
         ]
     rows = []
     for result in results:
@@ -180,6 +181,7 @@ def main() -> int:
     parser.add_argument("--hangs", type=int, default=5)
     parser.add_argument("--overload-s", type=float, default=60.0)
     parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--cost-lens", default=_COST_LENS, help="prompt lengths (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", type=Path)
     parser.add_argument("--json", type=Path, default=RESULTS_DIR / "faults.json")
@@ -187,7 +189,8 @@ def main() -> int:
     console = report_console()
     with tempfile.TemporaryDirectory() as folder:
         options = Options(
-            args.aborts, args.timed_aborts, args.kills, args.hangs, args.overload_s, args.pairs, args.seed,
+            args.aborts, args.timed_aborts, args.kills, args.hangs, args.overload_s, args.pairs,
+            tuple(map(int, args.cost_lens.split(","))), args.seed,
             args.log_dir or Path(folder),
         )  # fmt: skip
         rows: list[Row] = []

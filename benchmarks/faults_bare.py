@@ -10,7 +10,7 @@ import sys
 
 from kvferry import cli, worker
 from kvferry.launch import LocalLauncher
-from kvferry.transfer import handoff, receiver
+from kvferry.transfer import grants, opens, sender
 
 _MODULE = "kvferry.benchmarks.faults_bare"
 
@@ -22,10 +22,13 @@ def main() -> int:
         assert defaults is not None and "worker_program" in defaults
         defaults["worker_program"] = (sys.executable, "-m", _MODULE, "worker")
         cli.main(["serve", *arguments])
-    for module in (handoff, receiver):
-        for name, bare in (("mint_grant", lambda key, grant: grant), ("is_minted", lambda key, grant, mac: True)):
-            assert hasattr(module, name), f"{module.__name__} has no {name}"
-            setattr(module, name, bare)
+    for module, name, bare in (
+        (grants, "mint_grant", lambda key, grant, request_id, attempt: grant),
+        (opens, "is_minted", lambda key, grant, request_id, attempt, mac: True),
+        (sender, "open_mac", lambda grant, request_id, attempt: b""),
+    ):
+        assert hasattr(module, name), f"{module.__name__} has no {name}"
+        setattr(module, name, bare)
     sys.argv = ["kvferry.worker", *arguments]
     return worker.main()
 
