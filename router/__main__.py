@@ -24,6 +24,7 @@ from ..common.logs import configure_logging
 from .server import serve_router
 
 _CONFIG_EXIT_CODE = 2
+_SWITCH_S = 0.0005  # threads that encode large answers hold the event loop for no longer (Python's default: 5 ms each)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     lifeline = Lifeline.from_fd(options.lifeline_fd) if options.lifeline_fd is not None else None
     env = environment()
+    sys.setswitchinterval(_SWITCH_S)
     try:
         config = parse_config(options.config_json, env)
         configure_logging(config.log_level, process="router")
