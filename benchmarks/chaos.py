@@ -27,6 +27,7 @@ from time import perf_counter
 
 from rich.console import Console
 
+from kvferry.benchmarks.arguments import positive_float, positive_int
 from kvferry.benchmarks.chaos_events import Event, Note, encode_event
 from kvferry.benchmarks.chaos_load import Load
 from kvferry.benchmarks.chaos_requests import Ask, plan_asks
@@ -262,32 +263,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: a tiny random model)")
-    add("--prefill", type=_count, default=2, metavar="N", help="prefill workers (default: %(default)s)")
-    add("--decode", type=_count, default=2, metavar="N", help="decode workers (default: %(default)s)")
-    add("--minutes", type=_positive, default=10.0, metavar="M", help="under load (default: %(default)g)")
-    add("--every", type=_positive, default=5.0, metavar="S", help="between two blows (default: %(default)g)")
-    add("--concurrency", type=_count, default=8, metavar="N", help="requests in flight (default: %(default)s)")
-    add("--num-requests", type=_count, default=330, metavar="N", help="distinct ones (default: %(default)s)")
+    add("--prefill", type=positive_int, default=2, metavar="N", help="prefill workers (default: %(default)s)")
+    add("--decode", type=positive_int, default=2, metavar="N", help="decode workers (default: %(default)s)")
+    add("--minutes", type=positive_float, default=10.0, metavar="M", help="under load (default: %(default)g)")
+    add("--every", type=positive_float, default=5.0, metavar="S", help="between two blows (default: %(default)g)")
+    add("--concurrency", type=positive_int, default=8, metavar="N", help="requests in flight (default: %(default)s)")
+    add("--num-requests", type=positive_int, default=330, metavar="N", help="distinct ones (default: %(default)s)")
     add("--seed", type=int, default=0, help="of requests, victims and signals (default: %(default)s)")
     add("--serve-flags", default="", metavar="FLAGS", help="for `kvferry serve`, in one word: '--dtype bfloat16'")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
     add("--history", type=Path, metavar="FILE", help="write every event here, a JSON line each")
     add("--log-dir", type=Path, metavar="DIR", help="for the system's output (default: a new temporary directory)")
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 if __name__ == "__main__":

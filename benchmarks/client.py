@@ -16,6 +16,7 @@ from typing import get_args
 
 from rich.console import Console
 
+from kvferry.benchmarks.arguments import positive_float, positive_int
 from kvferry.benchmarks.endpoint import Endpoint, EndpointName, RequestRecord
 from kvferry.benchmarks.environment import describe_environment
 from kvferry.benchmarks.http_client import HttpError
@@ -269,35 +270,43 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
         help="which API to call (default: %(default)s)",
     )
     group.add_argument(
-        "--timeout", type=_positive, default=600.0, metavar="S", help="for one whole request (default: %(default)g)"
+        "--timeout",
+        type=positive_float,
+        default=600.0,
+        metavar="S",
+        help="for one whole request (default: %(default)g)",
     )
 
 
 def _add_workload_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--input-len", type=_count, default=512, metavar="TOKENS", help="of each prompt (default: %(default)s)"
+        "--input-len", type=positive_int, default=512, metavar="TOKENS", help="of each prompt (default: %(default)s)"
     )
     group.add_argument(
         "--output-len",
-        type=_count,
+        type=positive_int,
         default=64,
         metavar="TOKENS",
         help="max_tokens of each request (default: %(default)s)",
     )
     group.add_argument("--trace", type=Path, metavar="FILE", help="lengths from a Mooncake .jsonl or Azure .csv trace")
     group.add_argument(
-        "--trace-scale", type=_positive, default=1.0, metavar="X", help="trace lengths times X (default: %(default)g)"
+        "--trace-scale",
+        type=positive_float,
+        default=1.0,
+        metavar="X",
+        help="trace lengths times X (default: %(default)g)",
     )
     group.add_argument(
         "--trace-rate-scale",
-        type=_positive,
+        type=positive_float,
         default=1.0,
         metavar="X",
         help="trace arrivals X times as dense (default: %(default)g)",
     )
     group.add_argument("--prompt", choices=("ids", "text"), help="what is sent (default: ids; chat: text)")
     group.add_argument(
-        "--vocab-size", type=_count, default=4096, help="prompt ids are below this (default: %(default)s)"
+        "--vocab-size", type=positive_int, default=4096, help="prompt ids are below this (default: %(default)s)"
     )
     group.add_argument("--ignore-eos", action="store_true", help="answers as long as asked for")
     group.add_argument("--temperature", type=float, help="(default: the server's)")
@@ -311,13 +320,13 @@ def _add_workload_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_load_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--request-rate", type=_positive, metavar="PER_S", help="open loop: Poisson arrivals; inf: all at once"
+        "--request-rate", type=positive_float, metavar="PER_S", help="open loop: Poisson arrivals; inf: all at once"
     )
-    group.add_argument("--max-concurrency", type=_count, metavar="N", help="closed loop: N in flight")
+    group.add_argument("--max-concurrency", type=positive_int, metavar="N", help="closed loop: N in flight")
     group.add_argument(
-        "--num-requests", type=_count, metavar="N", help=f"(default: {_DEFAULT_NUM_REQUESTS}, or the whole trace)"
+        "--num-requests", type=positive_int, metavar="N", help=f"(default: {_DEFAULT_NUM_REQUESTS}, or the whole trace)"
     )
-    group.add_argument("--duration", type=_positive, metavar="S", help="send nothing new after this long")
+    group.add_argument("--duration", type=positive_float, metavar="S", help="send nothing new after this long")
     group.add_argument(
         "--num-warmups",
         type=int,
@@ -329,27 +338,13 @@ def _add_load_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_report_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--ttft-slo-ms", type=_positive, metavar="MS", help="a good request's first token comes within this"
+        "--ttft-slo-ms", type=positive_float, metavar="MS", help="a good request's first token comes within this"
     )
     group.add_argument(
-        "--tpot-slo-ms", type=_positive, metavar="MS", help="a good request's mean token time is within this"
+        "--tpot-slo-ms", type=positive_float, metavar="MS", help="a good request's mean token time is within this"
     )
     group.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     group.add_argument("--plot", type=Path, metavar="FILE", help="draw the distributions here (.svg or .png)")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -284,6 +283,4 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    # A plain end would leave the servers running: this one runs every `finally`.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())
