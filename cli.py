@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
+from pydantic import BaseModel
 
 from . import __version__
-from .common.config import RouterConfig, WorkerConfig, environment, shared_secret
+from .common.config import ADMIN_KEY_VARIABLE, RouterConfig, WorkerConfig, environment, shared_secret
 from .common.errors import ConfigError, KVFerryError
 from .common.flags import with_settings
 from .common.options import PoolSettings, ServeSettings, setting_keys
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .launch import Launcher
 
 _CONFIG_EXIT_CODE = 2
+_WIDE = 140  # columns of a table of requests
 _TRANSFER_TRIAL = "from kvferry.transfer.nixl import NixlBackend; NixlBackend('doctor').close()"
 
 app = typer.Typer(
@@ -307,6 +309,38 @@ def chaos(context: typer.Context) -> None:
 
 
 @app.command()
+def explain(
+    admin: Annotated[str, typer.Option(help="A router's admin listener.", metavar="URL")],
+    request_id: Annotated[
+        str | None, typer.Argument(metavar="REQUEST_ID", help="x-request-id or an answer's id. Without one: a list.")
+    ] = None,
+    admin_key: Annotated[
+        str | None, typer.Option(envvar=ADMIN_KEY_VARIABLE, help="Its key.", metavar="KEY", show_envvar=True)
+    ] = None,
+    kind: Annotated[str, typer.Option(help="Of a list: recent, slowest or failed.", metavar="TEXT")] = "recent",
+) -> None:
+    """Show why a request went where it went, what was expected of it and which phase spent its time."""
+    from rich.console import Console
+
+    from .router.explain_view import fetch, list_path, path_of, show, show_list
+
+    console, key = Console(highlight=False), (admin_key or "").partition(",")[0]
+    console.width = max(console.width, _WIDE)  # ids are for copying: a narrow terminal wraps lines, but cuts none
+    if request_id is None:
+        show_list(console, fetch(admin, list_path(kind), key)["requests"])
+    else:
+        show(console, fetch(admin, path_of(request_id), key))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def simulate(context: typer.Context) -> None:
+    """Simulate a fleet under a trace: goodput, latencies, GPUs and cost (--help for its options)."""
+    from .benchmarks.simulator import command
+
+    raise typer.Exit(command.main(context.args))
+
+
+@app.command()
 @with_settings("serve", environment)
 def doctor(loaded: Loaded) -> None:
     """Check whether `kvferry serve` will work with the same options, and say how to mend what will not."""
@@ -343,7 +377,12 @@ def config_show(
         section = head
         shown = ["***"] * len(value) if key in ("api_key", "admin_key") and isinstance(value, tuple) else value
         comment = f"  # {loaded.origins[key]}" if origins else ""
-        print(f"{'  ' if head else ''}{own}: {json.dumps(shown, default=str)}{comment}")  # JSON is YAML
+        print(f"{'  ' if head else ''}{own}: {json.dumps(shown, default=_plain)}{comment}")  # JSON is YAML
+
+
+def _plain(value: object) -> object:
+    """A setting's value as JSON has it."""
+    return value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else str(value)
 
 
 @config_app.command("check")

@@ -1,10 +1,10 @@
-"""The one worker program: an engine, a transfer agent, sockets, and the role that it holds.
+"""The one worker program: an engine, transfer agents, sockets, and both roles, of which it offers one.
 
     network thread (asyncio)   sessions with routers, handoff control sockets, heartbeats
     engine thread              `common.loop`: schedule, compute, hand out
-    transfer thread            `transfer.thread`: posts writes, polls them, takes arrivals
+    transfer threads           `transfer.thread`: one posts writes and polls them, one takes arrivals
 
-They meet under one lock (`EngineLoop.lock`), which nobody holds while computing, copying or waiting. With tensor
+They meet under one lock (`roles/unit.py`), which nobody holds while computing, copying or waiting. With tensor
 parallelism this process is rank 0, and the other ranks are its children.
 """
 
@@ -16,6 +16,7 @@ import contextlib
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -29,10 +30,10 @@ from .common.channel import Address
 from .common.clock import SystemClock
 from .common.config import FAILPOINTS_VARIABLE, SECRET_VARIABLE, WorkerConfig, environment
 from .common.errors import ConfigError, KVFerryError
-from .common.host import yield_cores
+from .common.host import Courtesy
 from .common.lifeline import Lifeline
 from .common.logs import configure_logging
-from .common.messages import Decoder, Drain, Message, WorkerHello, WorkerStatus, encode
+from .common.messages import Decoder, Drain, Message, SetRole, WorkerHello, encode
 from .common.session import RouterSessions, max_frame_bytes
 from .transfer.followers import FollowerRegion, FollowerSetup, TransferBroke, agent_name, follower_messages
 
@@ -40,8 +41,7 @@ if TYPE_CHECKING:
     from .common.engine import Engine
     from .common.follower import FollowerHandler
     from .common.parallel import RankGroup
-    from .decode.unit import DecodeUnit
-    from .prefill.unit import PrefillUnit
+    from .roles.unit import WorkerUnit
     from .transfer.parts import WorkerParts
 
 TICK_S = 0.1  # deadlines, and heartbeats of a busy worker
@@ -65,9 +65,8 @@ class Worker:
         self._follower_regions: dict[int, FollowerRegion] = {}
         self._followers_ready = threading.Event()
         self._group: RankGroup | None = None
-        self._unit: PrefillUnit | DecodeUnit | None = None
+        self._unit: WorkerUnit | None = None
         self._sessions: RouterSessions | None = None
-        self._num_heartbeats = 0
         self._drains_until: float | None = None
 
     async def run(self) -> int:
@@ -113,9 +112,32 @@ class Worker:
         assert self._unit is not None and self._sessions is not None
         log.info("worker_drains", worker_id=self._config.worker_id, limit_s=limit_s)
         self._drains_until = self._clock.now() + limit_s
-        with self._unit.loop.lock:
-            self._unit.role.draining = True
+        self._unit.drain()
         self._sessions.send_status()
+
+    def _set_role(self, role: str) -> None:
+        """Offer it from now on, and say so at once."""
+        assert self._unit is not None and self._sessions is not None
+        before = self._unit.offer
+        self._unit.set_role(role)
+        self._sessions.send_status()
+        self._yield_cores()
+        log.info(
+            "role_set",
+            worker_id=self._config.worker_id,
+            role=role,
+            before=before,
+            num_unfinished=self._unit.num_unfinished,
+            niceness=os.getpriority(os.PRIO_PROCESS, 0),
+        )
+
+    def _yield_cores(self) -> None:
+        """To those who decode, while this worker does not."""
+        assert self._unit is not None
+        yields = not self._unit.decodes
+        if yields and self._unit.offer != self._config.role and not self._courtesy.is_revocable:
+            return  # it would stay so
+        self._courtesy.set(yields)
 
     def _call_soon(self, function: Callable[[], None]) -> None:
         """Onto the network thread, from any thread."""
@@ -132,7 +154,9 @@ class Worker:
     def _build(self) -> WorkerParts:
         """Load the model and register the KV pool. Beside the event loop: it takes seconds."""
         from .common.blocks import BlockPool
+        from .common.calibrate import calibrate
         from .common.engine import Engine
+        from .common.rank_disk import open_prefix_cache
         from .transfer.choose import open_backend, set_ucx_defaults
         from .transfer.life import own_mark
         from .transfer.parts import WorkerParts
@@ -150,14 +174,25 @@ class Worker:
             progress=self._progress,
             cores=config.cores,
         )
-        backend = open_backend(config.transfer.backend, agent_name(config.worker_id, self._incarnation, 0, 0))
-        region = backend.register(engine.kv_pages, rank=0, tp_size=engine.tp_size, generation=0)
+        backend, outgoing = (
+            open_backend(
+                config.transfer.backend,
+                agent_name(config.worker_id, self._incarnation, 0, 0, is_outgoing=is_outgoing),
+            )
+            for is_outgoing in (False, True)
+        )
+        region, _ = (
+            one.register(engine.kv_pages, rank=0, tp_size=engine.tp_size, generation=0) for one in (backend, outgoing)
+        )
         if self._group is not None and not self._followers_ready.wait(REGION_TIMEOUT_S):
             raise ConfigError(f"{engine.tp_size - 1} other ranks did not register within {REGION_TIMEOUT_S} s")
         if failpoints.armed:
             failpoints.hit("worker.start")
-        processes = [own_mark()] if backend.copies_itself else []
+        processes = [own_mark()] if outgoing.copies_itself else []
         processes += [found.process for _, found in sorted(self._follower_regions.items()) if found.process is not None]
+        pool = BlockPool(
+            engine.num_blocks, config.engine.block_size, enable_prefix_caching=config.engine.enable_prefix_caching
+        )
         return WorkerParts(
             config=config,
             secret=self._secret,
@@ -166,17 +201,16 @@ class Worker:
             clock=self._clock,
             engine=engine,
             group=self._group,
-            pool=BlockPool(
-                engine.num_blocks,
-                config.engine.block_size,
-                enable_prefix_caching=config.engine.enable_prefix_caching,
-            ),
+            pool=pool,
+            cache=open_prefix_cache(engine, pool, self._clock, self._group),
             backend=backend,
+            outgoing=outgoing,
             regions=(region, *(found.region for _, found in sorted(self._follower_regions.items()))),
             to_router=self._to_router,
             call_soon=self._call_soon,
             on_failure=self._on_failure,
             processes=tuple(processes),
+            samples=calibrate(engine, pool) if config.calibrate else (),
         )
 
     def _progress(self, what: str, fraction: float) -> None:
@@ -190,7 +224,6 @@ class Worker:
         from .common.parallel import RankGroup
 
         setup = FollowerSetup(
-            role=config.role,
             worker_id=config.worker_id,
             incarnation=self._incarnation,
             version=__version__,
@@ -218,29 +251,28 @@ class Worker:
     # --- serving ------------------------------------------------------------------------------------------
 
     async def _serve(self, parts: WorkerParts) -> None:
-        if self._config.role == "prefill":
-            from .prefill.unit import PrefillUnit
+        from .roles.unit import WorkerUnit
 
-            self._unit = PrefillUnit(parts)
-        else:
-            from .decode.unit import DecodeUnit
-
-            self._unit = DecodeUnit(parts)
-        await self._unit.start()
+        unit = WorkerUnit(parts)
+        await unit.start()
+        self._unit = unit
         self._sessions = RouterSessions(
             self._config.routers,
-            self._hello(parts, self._unit.kv_address),
+            self._hello(parts, unit.kv_address),
             secret=self._secret,
             max_frame_bytes=max_frame_bytes(parts.engine.model_config.max_model_len),
             on_message=self._on_router_message,
-            on_lost=self._unit.on_router_lost,
-            status=lambda: self._status(parts),
+            on_lost=unit.on_router_lost,
+            status=unit.status,
+            on_joined=unit.on_router_joined,
         )
         self._sessions.refused.add_done_callback(self._on_refused)
         self._sessions.start()
         self._ticking = self._loop.create_task(self._tick())
         # Not before: whoever waits for this worker waits for its start.
-        yield_cores(self._config.niceness, os.getpid(), *(self._group.pids if self._group is not None else ()))
+        pids = self._group.pids if self._group is not None else ()
+        self._courtesy = Courtesy(self._config.niceness, os.getpid(), *pids)
+        self._yield_cores()
         log.info("worker_ready", worker_id=self._config.worker_id, blocks=parts.engine.num_blocks)
         if self._lifeline is not None:
             self._lifeline.ready(worker_id=self._config.worker_id)
@@ -262,6 +294,9 @@ class Worker:
             kv_address=kv_address,
             pid=os.getpid(),
             transport=parts.backend.name,
+            can_change_role=True,
+            labels=self._config.labels or (("host", socket.gethostname()),),
+            samples=parts.samples,
         )
 
     def _to_router(self, router_id: str, message: Message) -> None:
@@ -273,6 +308,8 @@ class Worker:
         assert self._unit is not None
         if isinstance(message, Drain):
             self._drain(message.deadline_s)
+        elif isinstance(message, SetRole):
+            self._set_role(message.role)
         else:
             self._unit.on_router_message(router_id, message)
 
@@ -290,10 +327,13 @@ class Worker:
         while True:
             await asyncio.sleep(TICK_S)
             self._unit.tick()
-            is_busy = self._unit.role.num_unfinished > 0
+            for router_id, change in self._unit.cache_changes():
+                self._sessions.send(router_id, change)
+            is_busy = self._unit.is_busy
             if is_busy or was_busy or ticks % IDLE_TICKS == 0:
                 self._sessions.send_status()
             was_busy = is_busy
+            self._yield_cores()
             if ticks % LIFELINE_TICKS == 0 and self._lifeline is not None and not self._hangs():
                 self._lifeline.beat()
             if self._drains_until is not None:
@@ -313,36 +353,6 @@ class Worker:
         loop = self._unit.loop
         return loop.busy_for_s > max(STEP_LIMIT_S, 10 * loop.last_step_s)
 
-    def _status(self, parts: WorkerParts) -> WorkerStatus:
-        assert self._unit is not None
-        self._num_heartbeats += 1
-        unit, role, pool = self._unit, self._unit.role, parts.pool
-        with unit.loop.lock:
-            status = WorkerStatus(
-                seq=self._num_heartbeats,
-                state="draining" if role.draining else "ready",
-                num_running=role.scheduler.num_running,
-                num_waiting=role.scheduler.num_waiting,
-                waiting_tokens=role.scheduler.waiting_tokens,
-                num_free_blocks=pool.num_free_blocks,
-                num_cached_blocks=pool.num_cached_blocks,
-                num_granted_blocks=role.num_granted_blocks,
-                num_quarantined_blocks=pool.num_quarantined_blocks,
-                num_blocks=pool.num_blocks,
-                steps=unit.loop.num_steps,
-                busy_for_s=unit.loop.busy_for_s,
-                step_s=unit.loop.last_step_s,
-                step_tokens=unit.loop.last_step_tokens,
-                num_preemptions=role.scheduler.num_preemptions,
-                prefix_queries=role.prefix_queries,
-                prefix_hits=role.prefix_hits,
-                transfer_bytes=unit.num_transfer_bytes,
-                wire_bytes=parts.backend.telemetry_bytes,
-                transfer_failures=unit.num_transfer_failures,
-                stale_messages=role.stale_messages,
-            )
-            return unit.complete_status(status)
-
     async def _close(self) -> None:
         if self._sessions is not None:
             self._ticking.cancel()
@@ -360,13 +370,9 @@ def make_follower(engine: Engine, config: bytes, send: Callable[[bytes], None]) 
     setups: Decoder[FollowerSetup] = Decoder(FollowerSetup)
     setup = setups.decode(config)
     set_ucx_defaults(loopback_only=True)
-    if setup.role == "prefill":
-        from .prefill.follower import PrefillFollower
+    from .roles.follower import BothFollowers
 
-        return PrefillFollower(engine, setup, send)
-    from .decode.follower import DecodeFollower
-
-    return DecodeFollower(engine, setup, send)
+    return BothFollowers(engine, setup, send)
 
 
 async def serve_worker(config: WorkerConfig, secret: bytes, lifeline: Lifeline | None) -> int:

@@ -72,7 +72,9 @@ class Options:
 
     @property
     def flags(self) -> list[str]:
-        flags = ["--prefill", str(self.num_prefill), "--decode", str(self.num_decode), "--deterministic"]
+        # A policy that hands every prompt over: handoffs are what is shot at.
+        flags = ["--policy", "least_loaded", "--prefill", str(self.num_prefill), "--decode", str(self.num_decode)]
+        flags += ["--deterministic"]
         if self.model is None:
             flags += ["--kv-cache-memory-bytes", _TINY_CACHE]
         return [*flags, *self.serve_flags]

@@ -42,9 +42,14 @@ class _Choice(msgspec.Struct):
     token_ids: list[int] | None = None
 
 
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = 0
+
+
 class _Usage(msgspec.Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    prompt_tokens_details: _PromptDetails | None = None
 
 
 class _Chunk(msgspec.Struct):
@@ -75,7 +80,9 @@ class RequestRecord:
     chunk_times_s: list[float] = field(default_factory=list)
     chunk_tokens: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, from a prefix cache, where the server says so
     num_output_tokens: int = 0
+    token_ids: list[int] | None = None  # of the answer; None: they are counted and not kept
     counted_by: Literal["token_ids", "usage", "chunks"] = "chunks"
     status: int | None = None
     error: str | None = None
@@ -151,6 +158,8 @@ class _StreamReader:
         if chunk.usage is not None:
             self._record.num_prompt_tokens = chunk.usage.prompt_tokens
             self._record.num_output_tokens = chunk.usage.completion_tokens
+            details = chunk.usage.prompt_tokens_details
+            self._record.num_cached_tokens = (details.cached_tokens if details is not None else 0) or 0
         num_tokens = sum(map(_count_tokens, chunk.choices))
         if num_tokens:
             self._record.chunk_times_s.append(now_s)
@@ -158,6 +167,8 @@ class _StreamReader:
         for choice in chunk.choices:
             if choice.token_ids:
                 self._record.counted_by = "token_ids"
+                if self._record.token_ids is not None:
+                    self._record.token_ids += choice.token_ids
             if choice.finish_reason in ("error", "abort"):
                 self.problem = self.problem or f"finish_reason {choice.finish_reason!r}"
 

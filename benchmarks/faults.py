@@ -40,6 +40,8 @@ from kvferry.common.errors import ConfigError
 PARTS = ("aborts", "gap", "overload", "cost")
 _COST_LENS = "128,512,2048"
 
+_HANDOFFS = ("--policy", "least_loaded")  # every prompt is handed over
+
 
 @dataclass(slots=True, frozen=True)
 class Row:
@@ -82,7 +84,9 @@ def _tiny(name: str, options: Options, *flags: str) -> Iterator[System]:
 
 
 def _aborts(options: Options) -> tuple[AbortResult, list[Row]]:
-    with _tiny("aborts", options, "--prefill", "1", "--decode", "1", "--max-num-seqs", "32") as system:
+    with _tiny(
+        "aborts", options, "--policy", "least_loaded", "--prefill", "1", "--decode", "1", "--max-num-seqs", "32"
+    ) as system:
         result = asyncio.run(
             measure_aborts(system, num_aborts=options.num_aborts, num_timed=options.num_timed, seed=options.seed)
         )
@@ -94,7 +98,7 @@ def _aborts(options: Options) -> tuple[AbortResult, list[Row]]:
 
 
 def _gap(options: Options) -> tuple[GapResult, list[Row]]:
-    with _tiny("gap", options, "--prefill", "2", "--decode", "2") as system:
+    with _tiny("gap", options, *_HANDOFFS, "--prefill", "2", "--decode", "2") as system:
         result = asyncio.run(
             measure_gaps(system, num_kills=options.num_kills, num_hangs=options.num_hangs, seed=options.seed)
         )
@@ -128,7 +132,8 @@ def _overload(options: Options) -> tuple[OverloadResult, list[Row]]:
 
 def _cost(options: Options) -> tuple[list[CostResult], list[Row]]:
     model_dir = default_model_dir()
-    flags = ("--prefill", "1", "--decode", "1", "--no-enable-prefix-caching", "--num-threads", "1")
+    shape = ("--prefill", "1", "--decode", "1", "--num-threads", "1")
+    flags = (*_HANDOFFS, *shape, "--no-enable-prefix-caching")
     bare = (sys.executable, "-m", "kvferry.benchmarks.faults_bare", "serve")
     with ExitStack() as stack:
         safe_system = stack.enter_context(serving("safe", model_dir, flags, options.log_dir))

@@ -44,7 +44,7 @@ from kvferry.common.request import FinishReason, RequestSpec, SampledToken
 from kvferry.common.session import max_frame_bytes
 from kvferry.router.control import ControlServer, Expected
 from kvferry.router.dispatcher import Dispatcher
-from kvferry.router.policy import LeastLoaded
+from kvferry.router.policies.least_loaded import LeastLoaded
 
 API_KEY = "fuzz-key"
 MODEL = "fuzz"

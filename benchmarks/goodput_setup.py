@@ -1,13 +1,13 @@
 """What the goodput comparison is about, fixed before any policy was tuned to it.
 
-    model, hardware      Llama 3.1 70B in bfloat16 on H100 SXM GPUs, four to a worker
-    fleet                eight workers (32 GPUs); every split of them into prefill and decode for each baseline
-    colocated            eight workers that do both, chunks of 256, 512 or 2,048 tokens, whichever does best
-    objectives           TTFT <= max(1 s, 3 x the prompt's unloaded TTFT), TPOT <= 50 ms, both met by 90 % of requests
-    goodput              the highest rate at which that holds, in requests per second
-    load levels          50, 80 and 100 % of the best baseline's goodput
-    traces               arrivals scaled in time to the rate, lengths and prefixes as recorded
-    tuning               on the first half of each trace; what is shown is the second half
+model, hardware      Llama 3.1 70B in bfloat16 on H100 SXM GPUs, four to a worker
+fleet                eight workers (32 GPUs); every split of them into prefill and decode for each baseline
+colocated            eight workers that do both, chunks of 256, 512 or 2,048 tokens, whichever does best
+objectives           TTFT <= max(1 s, 3 x the prompt's unloaded TTFT), TPOT <= 50 ms, both met by 90 % of requests
+goodput              the highest rate at which that holds, in requests per second
+load levels          50, 80 and 100 % of the best baseline's goodput
+traces               arrivals scaled in time to the rate, lengths and prefixes as recorded
+tuning               on the first half of each trace; what is shown is the second half
 """
 
 from __future__ import annotations

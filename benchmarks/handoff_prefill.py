@@ -81,6 +81,9 @@ class TimedBackend:
         self.num_writes += 1
         return handle
 
+    def read(self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int]) -> TransferHandle:
+        return self._backend.read(agent, local_pages, remote_pages)
+
     def poll(self, handle: TransferHandle) -> TransferState:
         return self._backend.poll(handle)
 

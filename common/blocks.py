@@ -7,7 +7,8 @@ A block is in exactly one state:
     owned        held by ref_count sequences or reservations
     quarantined  held by nobody, but a remote writer may still write to it: out of use until released
 
-    free + cached + owned + quarantined = num_blocks, after every call (`check`).
+    free + cached + owned + quarantined = num_blocks, after every call (`check`). A cached block that is being copied
+    to another tier is `leaving`: a hit as before, but not evicted until the copy has ended.
 
 Hashes are chained: a block's hash covers every token before it, and the chain starts with the model and
 the tenant's salt, so equal hashes mean equal token prefixes of one tenant.
@@ -18,9 +19,9 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import msgspec
 
@@ -70,9 +71,10 @@ def hash_blocks(token_ids: Sequence[int], block_size: int, salt: bytes, known: S
     """Chained hashes of the full blocks of `token_ids`, going on from the `known` leading ones."""
     hashes = list(known)
     previous = hashes[-1] if hashes else hashlib.blake2b(salt, digest_size=16, person=b"kvferry-prefix").digest()
-    for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
-        content = array("i", token_ids[start : start + block_size]).tobytes()
-        previous = hashlib.blake2b(content, digest_size=16, key=previous).digest()
+    content = array("i", token_ids[len(hashes) * block_size :]).tobytes()
+    num_bytes, blake2b = 4 * block_size, hashlib.blake2b
+    for start in range(0, len(content) - num_bytes + 1, num_bytes):
+        previous = blake2b(content[start : start + num_bytes], digest_size=16, key=previous).digest()
         hashes.append(previous)
     return hashes
 
@@ -82,10 +84,28 @@ def prefix_salt(spec: KVCacheSpec, cache_salt: bytes) -> bytes:
     return spec.fingerprint.encode() + b"\0" + cache_salt
 
 
+class CacheListener(Protocol):
+    """Hears what `match_prefix` begins and ceases to find."""
+
+    def stored(self, block_hash: bytes) -> None: ...
+
+    def evicted(self, block_hash: bytes) -> None: ...
+
+
+class _Nobody:
+    """Implements `CacheListener`."""
+
+    def stored(self, block_hash: bytes) -> None:
+        """Nobody wants to know."""
+
+    evicted = stored
+
+
 class BlockPool:
     """Hands out block ids. Not thread-safe: its owner holds one lock around scheduler and pool."""
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+        self.listener: CacheListener = _Nobody()
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
@@ -95,6 +115,9 @@ class BlockPool:
         self._hash_of: dict[BlockId, bytes] = {}
         self._block_of: dict[bytes, BlockId] = {}
         self._quarantined: set[BlockId] = set()
+        self._leaving: dict[BlockId, None] = {}  # least recently used first
+        self.on_evicted: Callable[[BlockId, bytes], None] | None = None  # its content may be overwritten from now on
+        self.version = 0  # how often the order of eviction has changed
 
     @property
     def num_free_blocks(self) -> int:
@@ -103,7 +126,12 @@ class BlockPool:
 
     @property
     def num_cached_blocks(self) -> int:
-        return len(self._cached)
+        return len(self._cached) + self.num_leaving_blocks
+
+    @property
+    def num_leaving_blocks(self) -> int:
+        """Those that nobody holds."""
+        return sum(self._ref_counts[block] == 0 for block in self._leaving)
 
     @property
     def num_quarantined_blocks(self) -> int:
@@ -111,7 +139,7 @@ class BlockPool:
 
     @property
     def num_owned_blocks(self) -> int:
-        return self.num_blocks - self.num_free_blocks - len(self._quarantined)
+        return self.num_blocks - self.num_free_blocks - self.num_leaving_blocks - len(self._quarantined)
 
     def ref_count(self, block_id: BlockId) -> int:
         return self._ref_counts[block_id]
@@ -128,8 +156,17 @@ class BlockPool:
 
     def _evict(self) -> BlockId:
         block, _ = self._cached.popitem(last=False)
-        del self._block_of[self._hash_of.pop(block)]
+        block_hash = self._hash_of.pop(block)
+        del self._block_of[block_hash]
+        self.version += 1
+        if self.on_evicted is not None:
+            self.on_evicted(block, block_hash)
+        self.listener.evicted(block_hash)
         return block
+
+    def published(self) -> Iterable[bytes]:
+        """The hashes of all blocks that `match_prefix` may find."""
+        return self._block_of.keys()
 
     def match_prefix(self, hashes: Sequence[bytes]) -> list[BlockId]:
         """The blocks that hold the longest known prefix of `hashes`. Takes no reference: see `pin`."""
@@ -150,7 +187,9 @@ class BlockPool:
         """One more reference to each of `blocks`, which are cached or owned."""
         for block in blocks:
             if self._ref_counts[block] == 0:
-                del self._cached[block]
+                if block not in self._leaving:
+                    del self._cached[block]
+                self.version += 1
             self._ref_counts[block] += 1
 
     def free(self, blocks: Sequence[BlockId]) -> None:
@@ -161,9 +200,42 @@ class BlockPool:
         for block in reversed(blocks):
             assert self._ref_counts[block] > 0, f"block {block} freed twice"
             self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0 and block not in self._leaving:
+                self._rest(block)
+
+    def _rest(self, block: BlockId) -> None:
+        """Nobody holds it any more."""
+        if block in self._hash_of:
+            self._cached[block] = None
+            self.version += 1
+        else:
+            self._free.append(block)
+
+    # --- copies to other tiers -----------------------------------------------------------------------------------
+
+    def coldest(self) -> Iterator[bytes]:
+        """Hashes of the cached blocks, the next to be evicted first."""
+        return (self._hash_of[block] for block in self._cached)
+
+    def cached_block(self, block_hash: bytes) -> BlockId | None:
+        """The block of this content, if it is cached: held by nobody, evicted when room is needed."""
+        block = self._block_of.get(block_hash)
+        return block if block in self._cached else None
+
+    def hold(self, blocks: Iterable[BlockId]) -> None:
+        """These cached blocks are being copied: they are not evicted until `unhold`."""
+        for block in blocks:
+            del self._cached[block]
+            self._leaving[block] = None
+
+    def unhold(self) -> None:
+        """The copies have ended: what nobody holds is where it was in the order of eviction."""
+        leaving, self._leaving = self._leaving, {}
+        for block in reversed(leaving):
             if self._ref_counts[block] == 0:
                 if block in self._hash_of:
                     self._cached[block] = None
+                    self._cached.move_to_end(block, last=False)
                 else:
                     self._free.append(block)
 
@@ -177,6 +249,7 @@ class BlockPool:
         if self.enable_prefix_caching and block_hash not in self._block_of and block_id not in self._hash_of:
             self._block_of[block_hash] = block_id
             self._hash_of[block_id] = block_hash
+            self.listener.stored(block_hash)
 
     def is_known(self, block_id: BlockId) -> bool:
         """`match_prefix` finds it."""
@@ -187,6 +260,7 @@ class BlockPool:
         block_hash = self._hash_of.pop(block_id, None)
         if block_hash is not None:
             del self._block_of[block_hash]
+            self.listener.evicted(block_hash)
 
     def quarantine(self, blocks: Iterable[BlockId]) -> None:
         """Take owned, unshared, unpublished blocks out of use: a remote writer may still write to them."""
@@ -204,7 +278,9 @@ class BlockPool:
     def check(self) -> None:
         """Assert block conservation and the books' agreement with each other."""
         owned = {b for b in range(self.num_blocks) if self._ref_counts[b] > 0}
-        states = [set(self._free), set(self._cached), owned, self._quarantined]
+        leaving = {block for block in self._leaving if block not in owned}
+        states = [set(self._free), set(self._cached) | leaving, owned, self._quarantined]
+        assert not leaving & set(self._cached)
         assert sum(len(s) for s in states) == self.num_blocks == len(set().union(*states)), "a block is lost or doubled"
         assert len(self._free) == len(states[0]), "a block is free twice"
         assert min(self._ref_counts, default=0) >= 0

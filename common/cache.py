@@ -75,7 +75,7 @@ def _huge_zeros(num_bytes: int) -> torch.Tensor:
     A worker starts without waiting for memory that it may never use. And a process that dies gives its memory back
     before it closes its sockets: 2 GiB take 0.2 s in small pages, and for so long nobody can notice.
     """
-    free = _free_memory_bytes()
+    free = free_memory_bytes()
     if num_bytes > free:
         raise MemoryError(f"{free:,} bytes are free")
     area = mmap.mmap(-1, num_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -98,10 +98,10 @@ def _default_bytes(config: EngineConfig, device: torch.device) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(0, int(free - (1 - config.gpu_memory_utilization) * total))
-    return min(_CPU_BYTES, int(_CPU_SHARE * _free_memory_bytes()))
+    return min(_CPU_BYTES, int(_CPU_SHARE * free_memory_bytes()))
 
 
-def _free_memory_bytes() -> int:
+def free_memory_bytes() -> int:
     """MemAvailable of Linux: free, and what the page cache would give back."""
     with open("/proc/meminfo", encoding="ascii") as file:
         for line in file:

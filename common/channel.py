@@ -121,6 +121,8 @@ class Channel:
         self._writer = writer
         self._max_frame_bytes = max_frame_bytes
         self._seals = seals  # None: there is no secret
+        self._unsent: list[bytes] = []  # of this turn of the event loop: they leave in one write at its end
+        self._num_unsent_bytes = 0
 
     def send(self, message: Message) -> None:
         """Queue a message. One that is larger than the peer's bound is our bug and raises at once."""
@@ -129,14 +131,24 @@ class Channel:
             raise ProtocolError(f"{type(message).__name__} of {len(frame)} bytes > {self._max_frame_bytes}")
         if self._writer.is_closing():
             return  # the reader of this channel learns of the end and acts on it
-        if self._writer.transport.get_write_buffer_size() > _MAX_QUEUED_BYTES:
+        if self._writer.transport.get_write_buffer_size() + self._num_unsent_bytes > _MAX_QUEUED_BYTES:
             self._writer.transport.abort()
             return
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self.flush)
         if self._seals is None:
-            self._writer.write(len(frame).to_bytes(4, "big") + frame)
+            self._unsent += (len(frame).to_bytes(4, "big"), frame)
         else:
             size = len(frame) + SEAL_BYTES
-            self._writer.write(b"".join((size.to_bytes(4, "big"), frame, self._seals.outgoing.next(frame))))
+            self._unsent += (size.to_bytes(4, "big"), frame, self._seals.outgoing.next(frame))
+        self._num_unsent_bytes += len(frame)
+
+    def flush(self) -> None:
+        """Hand over what is queued now, not at the end of the turn."""
+        if self._unsent and not self._writer.is_closing():
+            self._writer.write(b"".join(self._unsent))
+        self._unsent.clear()
+        self._num_unsent_bytes = 0
 
     async def recv(self) -> bytes:
         """The next frame, undecoded. Raises ProtocolError for one that is too large or not the peer's."""
@@ -151,6 +163,7 @@ class Channel:
 
     async def close(self) -> None:
         """Send what is queued, then end the connection."""
+        self.flush()
         self._writer.close()
         with contextlib.suppress(OSError, asyncio.CancelledError, TimeoutError):
             await asyncio.wait_for(self._writer.wait_closed(), 1.0)
@@ -305,7 +318,11 @@ async def serve(
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            await on_channel(await accept_hello(reader, writer))
+            channel = await accept_hello(reader, writer)
+            try:
+                await on_channel(channel)
+            finally:
+                channel.flush()
         except ProtocolError as error:
             on_refused(error)
         except TimeoutError:

@@ -66,13 +66,19 @@ class RouterChild:
         return [str(reason) for reason in reasons] if isinstance(reasons, list) else []
 
     def sees(self, workers: Sequence[Child]) -> bool:
-        """It has the present lives of all of these as ready."""
+        """It has the present lives of all of these as ready, but for those that leave."""
         if self._pools is None:
             return False
         pids = self._pools["workers"]
         return isinstance(pids, dict) and all(
-            worker.state is ChildState.READY and pids.get(worker.name) == worker.pid for worker in workers
+            worker.is_retired or (worker.state is ChildState.READY and pids.get(worker.name) == worker.pid)
+            for worker in workers
         )
+
+    def names(self, worker_id: str) -> bool:
+        """It has this worker as ready."""
+        pids = self._pools["workers"] if self._pools is not None else None
+        return isinstance(pids, dict) and worker_id in pids
 
     def _take(self, name: str, event: dict[str, object]) -> None:
         if event["event"] == "pools":

@@ -54,3 +54,9 @@ def wall_time_us() -> int:
 def wall_time_s() -> int:
     """Seconds since 1970, for the `created` field of API answers only."""
     return int(time.time())
+
+
+def week_s() -> float:
+    """Seconds since Monday's midnight in this machine's zone: for schedules and what is learned about days only."""
+    now = time.localtime()
+    return float(((now.tm_wday * 24 + now.tm_hour) * 60 + now.tm_min) * 60 + now.tm_sec)

@@ -30,8 +30,10 @@ Device = Literal["auto", "cpu", "cuda"]
 Attention = Literal["auto", "flashinfer", "cpu"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 TransferName = Literal["nixl", "ucx"]
+PolicyName = Literal["slo", "least_loaded", "kv_cost", "round_robin"]
 Checksum = Literal["auto", "on", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+AutoscaleMode = Literal["off", "advise", "on"]
 
 
 class Settings(BaseModel):
@@ -53,10 +55,16 @@ class EngineConfig(Settings):
     max_model_len: PositiveInt | None = None  # None: the model's own
     max_num_seqs: PositiveInt = 64
     max_num_batched_tokens: PositiveInt = 512
+    tpot_objective_ms: float | None = Field(None, gt=0)  # prompts beside running answers are cut so that it is kept
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     kv_cache_memory_bytes: PositiveInt | None = None  # None: from free memory
     swap_space: int | None = Field(0, ge=0)  # host memory of a rank for preempted KV, bytes; None: see swap.py
     enable_prefix_caching: bool = True
+    host_cache_memory_bytes: int | None = Field(
+        0, ge=0
+    )  # of a rank, for cached KV that the device evicts; None: swap.py
+    disk_cache_dir: Path | None = None  # for cached KV that host memory evicts; None: no disk
+    disk_cache_bytes: PositiveInt = 10 << 30  # of a rank
     attention_backend: Attention = "auto"
     deterministic: bool = False  # a token's results depend on the tokens before it alone, to the bit; on CPUs
     enforce_eager: bool = False  # decode steps on a GPU without CUDA graphs: Python launches every kernel
@@ -89,16 +97,54 @@ class WorkerConfig(Settings):
     """One worker process."""
 
     worker_id: str
-    role: Literal["prefill", "decode"]
+    role: Literal["prefill", "decode"]  # that it offers first
     engine: EngineConfig
     transfer: TransferConfig = TransferConfig()
     routers: tuple[str, ...]  # host:port of each router's control socket
     host: str = "127.0.0.1"  # where this worker's handoff socket listens
     port: int = 0  # 0: any free port
     cores: CoreSlot | None = None  # None: `engine.num_threads`, whatever the others do
-    niceness: int = Field(0, ge=0, le=19)  # of the process: a prefill worker yields the cores to those who decode
+    niceness: int = Field(
+        0, ge=0, le=19
+    )  # of the process while it decodes nothing: it yields the cores to those who do
+    labels: tuple[tuple[str, str], ...] = ()  # where it is, from wide to narrow; empty: its host's name
+    calibrate: bool = True  # measure a few steps at start-up
     drain_timeout_s: float = Field(30.0, ge=0)  # from SIGTERM until what still runs is left to other workers
     log_level: LogLevel = "info"
+
+
+class RequestClass(Settings):
+    """What requests are to get that name this class (header x-request-class)."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
+    ttft_objective_ms: float | None = Field(None, gt=0)  # to the first token; None: none
+    ttft_stretch: float | None = Field(None, ge=1)  # None: the router's
+    tpot_objective_ms: float | None = Field(None, gt=0)  # mean per token after the first
+    priority: int = Field(0, ge=-(2**31), lt=2**31)  # lower first; of requests that say none
+    deadline_s: float | None = Field(None, gt=0, le=86400)  # for the whole answer
+    weight: float = Field(1.0, ge=0.01, le=100)  # of a tenant's share
+
+
+class PoolBounds(Settings):
+    """How many workers a pool may have."""
+
+    at_least: int = Field(ge=0)
+    at_most: int = Field(ge=0)
+
+
+class AutoscaleConfig(Settings):
+    """How pools grow, shrink and lend each other workers (router/autoscaler.py). Times in seconds."""
+
+    mode: AutoscaleMode = "off"
+    prefill: PoolBounds = PoolBounds(at_least=1, at_most=1)
+    decode: PoolBounds = PoolBounds(at_least=1, at_most=1)
+    max_workers: PositiveInt = 2  # of both pools
+    spare_workers: int = Field(0, ge=0)
+    schedule: tuple[str, ...] = ()
+    target: float = Field(0.99, gt=0.5, lt=1)
+    interval_s: float = Field(5.0, gt=0)
+    shrink_after_s: float = Field(300.0, ge=0)
+    flip_after_s: float = Field(15.0, ge=0)
 
 
 class RouterConfig(Settings):
@@ -123,13 +169,19 @@ class RouterConfig(Settings):
     max_concurrency_per_key: PositiveInt | None = None  # None: no limit
     requests_per_minute_per_key: PositiveInt | None = None
     tokens_per_minute_per_key: PositiveInt | None = None
+    policy: PolicyName = "slo"
     max_queue: PositiveInt = 4096  # requests waiting in the router
     max_attempts: PositiveInt = 5
     ttft_objective_ms: float | None = Field(None, gt=0)  # requests that cannot make it are refused; None: all wait
+    ttft_stretch: float = Field(3.0, ge=1)  # a long prompt may take so many times what it takes on empty workers
+    tpot_objective_ms: float | None = Field(None, gt=0)
+    classes: tuple[RequestClass, ...] = ()  # besides the one of requests that name none
+    explain: bool = False  # keep the candidates of every placement, not only of some
     drain_timeout_s: float = Field(30.0, ge=0)  # from SIGTERM until running answers are told an error
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None  # None: no admin listener; 0: any free port
     admin_keys: tuple[str, ...] = ()
+    autoscale: AutoscaleConfig = AutoscaleConfig()
     seed: int = 0
     log_level: LogLevel = "info"
 

@@ -26,6 +26,10 @@ class CoreBoard:
         self._fd = os.memfd_create("kvferry-cores")
         os.ftruncate(self._fd, num_workers * _SLOT_BYTES)
 
+    @property
+    def num_slots(self) -> int:
+        return self._num_workers
+
     def slot(self, index: int, max_threads: int) -> CoreSlot:
         path = f"/proc/{os.getpid()}/fd/{self._fd}"
         return CoreSlot(path=path, num_slots=self._num_workers, slot=index, max_threads=max_threads)

@@ -42,7 +42,7 @@ from .native import NativeUnavailable
 from .parallel import Communicator, RankGroup, connect
 from .request import SampledToken
 from .sampling import SampleRow, prompt_logprobs, sample, sample_each
-from .swap import SwapPages, num_swap_blocks
+from .swap import SwapPages, num_host_blocks, num_swap_blocks
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -100,7 +100,7 @@ class Engine:
         self._dtype = _torch_dtype(config, self.model_config)
         self._cache_dtype = cache_dtype(config, self._dtype, self._device)
         self._group = group
-        comm = self._connect(tp_rank, tp_size, store)
+        comm = self._comm = self._connect(tp_rank, tp_size, store)
         with torch.inference_mode():
             self._decoder = Decoder(self.model_config, comm, dtype=self._dtype, device=self._device)
             load_weights(
@@ -121,7 +121,9 @@ class Engine:
         self.num_swap_blocks = num_swap_blocks(
             config, self.spec, self._device, num_blocks=self.num_blocks, tp_size=tp_size
         )
-        self._swap = SwapPages(self.kv_pages, self.num_swap_blocks)
+        num_host = num_host_blocks(config, self.spec, self._device, num_blocks=self.num_blocks, tp_size=tp_size)
+        self.num_host_blocks = comm.minimum(num_host, self._device)  # of the prefix cache, behind those for swapping
+        self.host_slots = SwapPages(self.kv_pages, self.num_swap_blocks + self.num_host_blocks)
         self._attention = make_attention(
             config.attention_backend,
             self.kv_pages,
@@ -218,10 +220,12 @@ class Engine:
         if self._group is not None:
             plan = _plan(batch, self.config.block_size)
             self._group.send_step(msgspec.msgpack.encode(plan))
-        self._swap.copy(batch.swap_out, batch.swap_in)
+        self.host_slots.copy(batch.swap_out, batch.swap_in)
+        if not batch.rows:
+            self._meet()
         with self._calculating():
             rows = self._compute(batch, plan, on_layer)
-        return StepOutput(rows, time.perf_counter() - began, batch.num_tokens, self._swap.copy_s)
+        return StepOutput(rows, time.perf_counter() - began, batch.num_tokens, self.host_slots.copy_s)
 
     def _compute(self, batch: Batch, plan: StepPlan | None, on_layer: Callable[[int], None] | None) -> list[RowOutput]:
         """All of a step but swapping. `plan`: the batch's, where it is known already."""
@@ -237,6 +241,17 @@ class Engine:
             self._cuda.wait()  # neither copies nor a chunk without a sample have waited yet
         return rows
 
+    @property
+    def num_disk_slots(self) -> int:
+        """Of one rank's disk cache; the same on every rank."""
+        return self.config.disk_cache_bytes // self.host_slots.slot_bytes if self.config.disk_cache_dir else 0
+
+    def _meet(self) -> None:
+        """After copies alone: what they read may be written to once all ranks have made them, and not before."""
+        if self.tp_size > 1:
+            self.host_slots.settle()
+            self._comm.minimum(0, self._device)
+
     def layer_fence(self) -> Fence | None:
         """Called from `on_layer`: passed, by its `query` from any thread, when that layer's pages are written.
 
@@ -248,8 +263,10 @@ class Engine:
     def follow(self, plan: bytes, on_layer: Callable[[int], None] | None = None) -> None:
         """A follower's side of `step`: the same collectives in the same order."""
         step = msgspec.msgpack.decode(plan, type=StepPlan)
-        self._swap.copy(step.swap_out, step.swap_in)
-        if step.lengths:
+        self.host_slots.copy(step.swap_out, step.swap_in)
+        if not step.lengths:
+            self._meet()
+        else:
             with self._calculating():
                 for _ in self._run(step, on_layer):
                     pass

@@ -60,11 +60,15 @@ class ProtocolError(KVFerryError):
 
 
 class TransferError(KVFerryError):
-    """A KV transfer failed. `peer` is the transfer agent or worker on the other side."""
+    """A KV transfer failed. `peer` is the transfer agent or worker on the other side.
 
-    def __init__(self, message: str, *, peer: str = "") -> None:
+    `may_land`: some of it may still be carried out; False where it was never begun, or ended in the failed call.
+    """
+
+    def __init__(self, message: str, *, peer: str = "", may_land: bool = True) -> None:
         super().__init__(message)
         self.peer = peer
+        self.may_land = may_land
 
 
 class WorkerLost(KVFerryError):

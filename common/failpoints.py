@@ -34,6 +34,9 @@ POINTS = frozenset(
         "transfer.write",  # before a write is posted
         "transfer.posted",  # after it
         "transfer.arrived",  # before the arrival is told
+        "fetch.lent",  # blocks are pinned for a reader, which does not know
+        "fetch.read",  # before a read is posted
+        "fetch.done",  # it has ended and was not looked at
         "kv.corrupt",  # KV has arrived and was not looked at
         "decode.adopt",  # before a sequence is taken over
         "decode.step",  # before a step, with the tokens of its rows as values

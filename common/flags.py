@@ -19,8 +19,12 @@ _DEFAULTS = ServeSettings()
 # What of a pool has a flag; the rest of it is for YAML and the environment.
 _POOL_HELP = {
     "prefill": "Prefill workers; 0: decode workers do both.",
+    "prefill_min_workers": "Least prefill workers when pools scale.",
+    "prefill_max_workers": "Most prefill workers when pools scale.",
     "prefill_tensor_parallel_size": "Ranks of one prefill worker.",
     "decode": "Decode workers.",
+    "decode_min_workers": "Least decode workers when pools scale.",
+    "decode_max_workers": "Most decode workers when pools scale.",
     "decode_tensor_parallel_size": "Ranks of one decode worker.",
 }
 
@@ -73,7 +77,7 @@ def _flags(command: str) -> Iterator[_Flag]:
         if field in ("prefill", "decode"):
             names = [name for name in _POOL_HELP if name.startswith(field)]
             for name in names if command == "serve" else [field]:
-                yield _value_flag(name, _POOL_HELP[name], option, _dashed(name), "N")
+                yield _value_flag(name, _POOL_HELP[name], option, _dashed(name.removesuffix("_workers")), "N")
         elif isinstance(value_of(_DEFAULTS, field), bool):
             yield from _switches(field, option)
         elif field == "model":

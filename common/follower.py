@@ -20,8 +20,11 @@ from typing import Protocol
 import msgspec
 
 from .config import EngineConfig
+from .disk import DiskThread
+from .disk_tier import DiskTask
 from .engine import Engine
 from .parallel import FrameKind, FrameSocket, StartFollower, describe, join_store
+from .rank_disk import open_disk
 
 
 class FollowerHandler(Protocol):
@@ -76,6 +79,7 @@ def _follow(start: StartFollower, frames: FrameSocket, inbox: queue.SimpleQueue[
         num_blocks=start.num_blocks,
         store=join_store(start.store_port, start.tp_size),
     )
+    disk = _open_disk(engine, frames)
     handler = _make_handler(start, engine, lambda payload: frames.send(FrameKind.USER, payload))
     while True:
         kind, payload = inbox.get()
@@ -83,10 +87,22 @@ def _follow(start: StartFollower, frames: FrameSocket, inbox: queue.SimpleQueue[
             engine.follow(payload, handler.on_layer if handler else None)
         elif kind == FrameKind.USER and handler is not None:
             handler.on_user(payload)
+        elif kind == FrameKind.DISK and disk is not None:
+            engine.host_slots.settle()
+            disk.submit(msgspec.msgpack.decode(payload, type=DiskTask))
         elif kind == FrameKind.CLOSE:
             break
+    if disk is not None:
+        disk.close()
     if handler is not None:
         handler.close()
+
+
+def _open_disk(engine: Engine, frames: FrameSocket) -> DiskThread | None:
+    if engine.config.disk_cache_dir is None:
+        return None
+    disk, _ = open_disk(engine, lambda result: frames.send(FrameKind.DISK, msgspec.msgpack.encode(result)))
+    return disk
 
 
 def _make_handler(start: StartFollower, engine: Engine, send: Callable[[bytes], None]) -> FollowerHandler | None:

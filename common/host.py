@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -22,6 +23,9 @@ from .errors import ConfigError
 
 _NVIDIA_SMI_TIMEOUT_S = 10.0
 _BACKLOG = 2048
+_MAX_NICENESS = 19
+_NICENESS_OF_LIMIT = 20  # RLIMIT_NICE counts down from it
+_CAP_SYS_NICE = 23
 _SEND_BUFFER_BYTES = 128 * 2**10  # in the kernel for each connection: a client that does not read is noticed
 
 
@@ -135,10 +139,32 @@ def _read(path: Path) -> str:
         return ""
 
 
-def yield_cores(niceness: int, *pids: int) -> None:
-    """Let others compute first: every thread of these processes that runs by now. Linux; elsewhere nothing happens."""
-    for pid in pids:
-        for task in Path(f"/proc/{pid}/task").glob("[0-9]*"):
-            thread = int(task.name)
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness)
+class Courtesy:
+    """Lets others compute first, or not: every thread of some processes. Linux; elsewhere nothing happens."""
+
+    def __init__(self, niceness: int, *pids: int) -> None:
+        """`niceness`: on top of what this process has now."""
+        self._pids = pids
+        self._own = os.getpriority(os.PRIO_PROCESS, 0)
+        self._polite = min(_MAX_NICENESS, self._own + niceness)
+        self._now = self._own
+        self.is_revocable = self._may_return()
+
+    def _may_return(self) -> bool:
+        """Who has become polite may become as before: for most users that is denied."""
+        limit = resource.getrlimit(resource.RLIMIT_NICE)[0]
+        status = _read(Path("/proc/self/status"))
+        match = re.search(r"^CapEff:\s+([0-9a-f]+)", status, re.MULTILINE)
+        is_capable = match is not None and bool(int(match[1], 16) >> _CAP_SYS_NICE & 1)
+        return is_capable or limit == resource.RLIM_INFINITY or _NICENESS_OF_LIMIT - limit <= self._own
+
+    def set(self, on: bool) -> None:
+        """Or leave it, where the way back is denied."""
+        wanted = self._polite if on else self._own
+        if wanted == self._now or (wanted < self._now and not self.is_revocable):
+            return
+        self._now = wanted
+        for pid in self._pids:
+            for task in Path(f"/proc/{pid}/task").glob("[0-9]*"):
+                with contextlib.suppress(OSError):  # it ended meanwhile
+                    os.setpriority(os.PRIO_PROCESS, int(task.name), wanted)

@@ -1,7 +1,9 @@
 """A socket pair between the launcher and each child: the child reports over it, and dies when it closes.
 
-    child    ready | beat | progress | failed   ->   launcher        (a router: pools | restart_all, too)
-    launcher ends, in whatever way              ->   end of file: the child's process ends at once
+    child     ready | beat | progress | failed                  ->   launcher
+    a router  pools | restart_all | load | scale | hold, too    ->   launcher
+    launcher  fleet | load | drain                              ->   a router
+    launcher ends, in whatever way                              ->   end of file: the child's process ends at once
 
 One packet is one event, a JSON object whose "event" says what it is. A kernel closes the sockets of a process that
 got SIGKILL too, so no child outlives its launcher. Events are small and few; one that does not fit is dropped.
@@ -17,8 +19,9 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 
-MAX_EVENT_BYTES = 16384
+MAX_EVENT_BYTES = 65536  # a router with a thousand workers names them all
 _LOST_EXIT_CODE = 70
+_MAX_UNHEARD = 16
 
 Event = Mapping[str, object]
 
@@ -45,6 +48,9 @@ class Lifeline:
     def __init__(self, sock: socket.socket, *, on_lost: Callable[[], None] | None = None) -> None:
         """`on_lost` runs on a thread of its own when the launcher has ended; by default it ends the process."""
         self._sock = sock
+        self._on_event: Callable[[dict[str, object]], None] | None = None
+        self._unheard: list[dict[str, object]] = []  # what came before anybody listened
+        self._listening = threading.Lock()
         self._on_lost = on_lost or _end_process
         threading.Thread(target=self._wait_for_end, name="lifeline", daemon=True).start()
 
@@ -59,6 +65,14 @@ class Lifeline:
             packet = json.dumps({"event": event["event"], "error": str(event.get("error", ""))[:4096]}).encode()
         with contextlib.suppress(OSError):  # full: the launcher is stopped; closed: the thread below acts
             self._sock.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+    def listen(self, on_event: Callable[[dict[str, object]], None]) -> None:
+        """What the launcher says, from the first event on; called on the lifeline's thread, one at a time."""
+        with self._listening:
+            self._on_event = on_event
+            for event in self._unheard:
+                on_event(event)
+            self._unheard.clear()
 
     def ready(self, **details: object) -> None:
         """The process serves. From here on it must beat."""
@@ -76,9 +90,16 @@ class Lifeline:
 
     def _wait_for_end(self) -> None:
         with self._sock, contextlib.suppress(OSError):
-            while self._sock.recv(MAX_EVENT_BYTES):
-                pass  # the launcher says nothing yet
+            while packet := self._sock.recv(MAX_EVENT_BYTES):
+                self._hear(decode_event(packet))
         self._on_lost()
+
+    def _hear(self, event: dict[str, object] | None) -> None:
+        with self._listening:
+            if event is not None and self._on_event is not None:
+                self._on_event(event)
+            elif event is not None:
+                self._unheard = [*self._unheard[-_MAX_UNHEARD:], event]
 
 
 def _end_process() -> None:

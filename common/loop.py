@@ -16,7 +16,11 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
+
 from .batch import Batch, StepOutput
+from .messages import StepSample
+from .samples import step_sample
 
 
 class Steps(Protocol):
@@ -45,13 +49,24 @@ StepFunction = Callable[[Batch, Callable[[int], None]], StepOutput]
 class EngineLoop:
     """Owns the thread and the lock. An exception in a step ends the loop and reaches `on_failure`."""
 
-    def __init__(self, role: Steps, step: StepFunction, on_failure: Callable[[BaseException], None]) -> None:
-        self.lock = threading.Condition()
+    def __init__(
+        self,
+        role: Steps,
+        step: StepFunction,
+        on_failure: Callable[[BaseException], None],
+        *,
+        lock: threading.Condition | None = None,
+        on_step: Callable[[StepSample], None] | None = None,
+    ) -> None:
+        """`lock`: one that others have already. `on_step` is told of each step, with the lock held."""
+        self.lock = lock if lock is not None else threading.Condition()
         self._role = role
         self._step = step
         self._on_failure = on_failure
+        self._on_step = on_step
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._turn_began = 0.0
         self._step_began: float | None = None
         self.num_steps = 0
         self.last_step_s = 0.0
@@ -86,15 +101,26 @@ class EngineLoop:
                 output = self._step(batch, self._role.on_layer)
                 self.last_step_s, self.last_step_tokens = output.step_s, output.num_tokens
                 with self.lock:
-                    self._role.complete(batch, output)
+                    self._complete(batch, output)
                 self.num_steps += 1
                 self._step_began = None
         except BaseException as error:  # its owner decides: the thread must not die in silence
             self._on_failure(error)
 
+    def _complete(self, batch: Batch, output: StepOutput) -> None:
+        if self._on_step is None or not batch.rows:
+            self._role.complete(batch, output)
+            return
+        sample = step_sample(batch)  # before its tokens are counted as computed
+        self._role.complete(batch, output)
+        # The whole turn: that is how long the step keeps the next one waiting.
+        turn_s = time.perf_counter() - self._turn_began - output.swap_s
+        self._on_step(msgspec.structs.replace(sample, step_s=turn_s))
+
     def _next(self) -> Batch | None:
         with self.lock:
             while not self._stopping:
+                self._turn_began = time.perf_counter()
                 batch = self._role.schedule()
                 if batch is not None:
                     return batch

@@ -19,7 +19,7 @@ from .blocks import KVCacheSpec
 from .errors import ProtocolError
 from .request import MAX_CHOICES, RequestSpec, SampledToken
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
@@ -32,6 +32,8 @@ Tokens = Annotated[tuple[SampledToken, ...], msgspec.Meta(max_length=4096)]
 Counts = Annotated[tuple[tuple[Name, Count], ...], msgspec.Meta(max_length=64)]
 Checksums = Annotated[bytes, msgspec.Meta(max_length=2**22)]
 BlockIds = Annotated[tuple[Count, ...], msgspec.Meta(max_length=2**19)]
+Labels = Annotated[tuple[tuple[Name, Name], ...], msgspec.Meta(max_length=64)]
+Hashes = Annotated[bytes, msgspec.Meta(max_length=2**22)]  # 16 bytes each
 U64 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # random or an address; msgspec bounds are signed
 
 
@@ -77,6 +79,19 @@ class Refused(Message):
 # --- worker -> router: who I am, how I am -----------------------------------------------------------------
 
 
+class StepSample(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One engine step and what it did: what step-time models are fitted to (router/predictor.py)."""
+
+    step_s: float
+    prefill_tokens: Count = 0  # prompt tokens computed, of all rows with more than one
+    prefill_pairs: Count = 0  # of these rows: tokens x (context before the chunk + half of the chunk)
+    decode_rows: Count = 0  # rows that feed one token
+    decode_context: Count = 0  # tokens that these attend to, summed over the rows
+
+
+Samples = Annotated[tuple[StepSample, ...], msgspec.Meta(max_length=64)]
+
+
 class WorkerHello(Message):
     """First message of a worker's session with a router."""
 
@@ -94,6 +109,9 @@ class WorkerHello(Message):
     kv_address: Name  # host:port of the handoff's control socket (decode workers; "" if none)
     pid: Count
     transport: Name
+    can_change_role: bool = False  # SetRole is obeyed; `kv_address` is set whatever the role
+    labels: Labels = ()  # where it is, from wide to narrow: ("zone", ...), ("rack", ...), ("host", ...)
+    samples: Samples = ()  # of the self-calibration at start-up
 
 
 class WorkerStatus(Message):
@@ -126,6 +144,19 @@ class WorkerStatus(Message):
     quarantine_s: float = 0.0  # age of the oldest quarantined block
     checksum_failures: Count = 0  # arrivals whose bytes were not those that were sent
     grant_rejects: Counts = ()  # KVOpens refused since start, by reason
+    role: Name = ""  # that it offers now; "": the hello's. What was started in another one ends where it is
+    decode_context: Count = 0  # tokens of all running sequences
+    samples: Samples = ()  # steps since the last heartbeat to this router; where there were more, an even choice
+    host_blocks: Count = 0  # cached in host memory
+    disk_blocks: Count = 0  # ... and on disk
+    promoted_blocks: Count = 0  # copied from host memory to the device for a hit, since start
+    demoted_blocks: Count = 0  # ... from the device, before they were evicted
+    tier_failures: Count = 0  # reads and writes of the disk cache that failed, were spoilt or took too long
+    share: float = 1.0  # of its credit and its free blocks that is this router's, beside what it holds
+    num_fetches: Count = 0  # of prefixes from other workers, begun since start
+    failed_fetches: Count = 0  # of these, those that did not bring all that was asked for: the rest was computed
+    fetched_bytes: Count = 0  # of blocks that were used
+    fetch_s: float = 0.0  # how long these fetches took, from the first question to the last block
 
 
 # --- router -> worker -------------------------------------------------------------------------------------
@@ -189,10 +220,20 @@ class ReserveKV(Message):
     queue_if_full: bool = False  # wait for blocks, for two seconds at most, rather than be refused at once
 
 
+class FetchFrom(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where leading blocks of a prompt are said to lie: worth reading from there rather than computing them."""
+
+    worker_id: Name
+    kv_address: Name
+    num_tokens: Count  # from the prompt's start on
+    within_s: float = 1.0  # what is not here by then is computed
+
+
 class LocalTask(Message):
     """To a decode worker: compute the prompt yourself. Replaces a reservation of the same request."""
 
     spec: RequestSpec
+    fetch: FetchFrom | None = None
 
 
 class PrefillTask(Message):
@@ -201,6 +242,7 @@ class PrefillTask(Message):
     spec: RequestSpec
     grant: GrantInfo
     sample: bool = True  # False when resuming: ship the prompt's KV alone
+    fetch: FetchFrom | None = None
 
 
 class Abort(Message):
@@ -216,6 +258,12 @@ class LiveRequests(Message):
     """First message of a re-opened session: every other request of this router is aborted."""
 
     live: Annotated[tuple[tuple[Name, Count], ...], msgspec.Meta(max_length=65536)]
+
+
+class SetRole(Message):
+    """Offer this role from now on. Work of the other kind is refused at once; what was started ends where it is."""
+
+    role: Name  # "prefill" | "decode"
 
 
 class Drain(Message):
@@ -234,7 +282,8 @@ class Grant(Message):
 
 
 class NoCapacity(Message):
-    """`reason`: blocks, growth, never_fits, draining, stale, expired, held, no_agent (nobody can write here now)."""
+    """`reason`: blocks, growth, never_fits, draining, stale, expired, held, wrong_role, no_agent (nobody can write here
+    now)."""
 
     request_id: Name
     attempt: Count
@@ -332,6 +381,15 @@ class StepTokens(Message):
     updates: Annotated[tuple[RequestTokens, ...], msgspec.Meta(max_length=16384)]
 
 
+class CacheChange(Message):
+    """Blocks that other requests may find on this worker, by chained hash; published ones before evicted ones."""
+
+    seq: Count  # from 0 in each session, without a gap; the first one carries all that is stored
+    stored: Hashes = b""
+    evicted: Hashes = b""
+    tier: Name = "device"  # "device", "host" or "disk"
+
+
 class TransferReport(Message):
     """From the prefill worker when a shipment ended: what crossed and what of it was exposed after the last layer."""
 
@@ -415,6 +473,52 @@ class KVDone(Message):
     open_id: U64
 
 
+# --- fetcher <-> the worker that holds a prefix, control socket: told in transfer/lending.py and fetches.py ----------
+
+
+class KVFetch(Message):
+    """May I read these blocks? Whoever knows a block's hash has, or had, its tokens and its tenant's salt."""
+
+    fetch_id: U64  # random, new for each question
+    hashes: Hashes  # of neighbouring blocks of one prompt, in token order
+    spec: KVCacheSpec
+    version: Name
+    transport: Name
+    tp_size: Count  # equal on both sides: each rank reads from the one that has its heads
+    wants_checksums: bool = False
+
+
+class KVFetchable(Message):
+    """They stay what they are for `lease_s` from the receipt of the question on; longer for nobody."""
+
+    fetch_id: U64
+    lease_s: float
+    block_ids: BlockIds  # of the leading ones of those that were asked for
+    ranks: Regions
+    has_checksums: bool = False  # a KVFetchSums from each rank follows
+
+
+class KVFetchSums(Message):
+    """What one rank's pages of the lent blocks are."""
+
+    fetch_id: U64
+    rank: Count
+    checksum: Checksums  # 8 bytes for each block
+
+
+class KVFetchRefused(Message):
+    """`reason`: gone, full, draining, checksum, or what does not fit, in words."""
+
+    fetch_id: U64
+    reason: Text
+
+
+class KVFetchDone(Message):
+    """What is read from them now will not be used: the lease is over."""
+
+    fetch_id: U64
+
+
 class KVArrived(Message):
     """Notification of the transfer agent, one from each source rank to each decode rank that it writes to."""
 
@@ -428,10 +532,11 @@ class KVArrived(Message):
     checksum: Checksums = b""  # 8 bytes for each of them (transfer/checksums.py); empty: none
 
 
-RouterToWorker = Refused | ReserveKV | LocalTask | PrefillTask | Abort | LiveRequests | Drain
+RouterToWorker = Refused | ReserveKV | LocalTask | PrefillTask | Abort | LiveRequests | SetRole | Drain
 WorkerToRouter = (
     WorkerHello
     | WorkerStatus
+    | CacheChange
     | Grant
     | NoCapacity
     | TaskRefused
@@ -445,6 +550,8 @@ WorkerToRouter = (
 )
 PrefillToDecode = KVOpen | KVRenew | KVClosed
 DecodeToPrefill = KVOpened | KVRefused | KVRenewed | CancelKV | KVDone
+FetcherToLender = KVFetch | KVFetchDone
+LenderToFetcher = KVFetchable | KVFetchSums | KVFetchRefused
 
 _encoder = msgspec.msgpack.Encoder()
 

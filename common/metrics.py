@@ -10,6 +10,7 @@ are seen through the protocols below.
 
 from __future__ import annotations
 
+import collections
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, product
@@ -22,12 +23,14 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from .messages import TransferReport
+from .request import DEFAULT_CLASS
 from .worker_metrics import WorkerGauges, gauge, kv_usage, worker_families
 
 _TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _LONG_BUCKETS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 _TRANSFER_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.2, 1.4, 2, 4, 10)
 _BYTES_BUCKETS = tuple(float(4**power * 2**12) for power in range(12))  # 4 KiB to 16 GiB
 _OTHER = "other"
 
@@ -46,6 +49,9 @@ _CLOSED: dict[str, frozenset[str]] = {
     "slow": frozenset({"head", "body", "idle", "read"}),
     "connection": frozenset({"total", "address", "evicted"}),
     "refused": frozenset("frame size seal hello flood mismatch".split()),
+    "missed": frozenset("queue retry reserve prefill_wait prefill reply transfer decode failed".split()),
+    "policy": frozenset("slo least_loaded kv_cost round_robin isolation".split()),
+    "placed": frozenset("handoff short_prompt colocated no_prefill_worker failed_handoff alone sooner".split()),
 }
 _FENCED = frozenset({"stale_attempt", "old_session", "wrong_worker"})  # from a worker that was given up before
 
@@ -83,6 +89,25 @@ class FinishedRequest(Protocol):
     def num_cached_tokens(self) -> int: ...
 
 
+class RequestOutcome(Protocol):
+    """What became of a request beside what it was to get. Ratios are of what came to what was predicted."""
+
+    @property
+    def request_class(self) -> str: ...
+    @property
+    def is_good(self) -> bool | None: ...
+    @property
+    def missed_stage(self) -> str: ...
+    @property
+    def predicted_ttft_s(self) -> float | None: ...
+    @property
+    def predicted_tpot_s(self) -> float | None: ...
+    @property
+    def ttft_error(self) -> float | None: ...
+    @property
+    def tpot_error(self) -> float | None: ...
+
+
 class PoolGauges(Protocol):
     """All workers, and the router's own queue."""
 
@@ -90,6 +115,8 @@ class PoolGauges(Protocol):
     def workers(self) -> Sequence[WorkerGauges]: ...
     @property
     def num_queued(self) -> int: ...
+    @property
+    def queued_by_class(self) -> Mapping[str, int]: ...
 
 
 class GapHistogram:
@@ -117,8 +144,10 @@ class GapHistogram:
 class RouterMetrics:
     """The observer of the dispatcher and of the API. One event loop calls it."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, classes: Sequence[str] = (DEFAULT_CLASS,)) -> None:
+        """`classes`: the names of all request classes."""
         self._model_name = model_name
+        self._classes = frozenset(classes)
         self._gaps = GapHistogram()
         self._ttft = _histogram("time_to_first_token_seconds", "From the queue to the first token", _TTFT_BUCKETS)
         self._tpot = _histogram("time_per_output_token_seconds", "Of a request, after its first token", _GAP_BUCKETS)
@@ -151,8 +180,25 @@ class RouterMetrics:
         self._slow_clients = _counter("slow_clients", "Connections cut for being slow", kind="slow")
         self._refused_connections = _counter("refused_connections", "Connections without room", reason="connection")
         self._refused_workers = _counter("handshake_rejects", "Workers' connections refused", kind="refused")
+        self._predicted_ttft = _histogram("predicted_ttft_seconds", "As at the placement", _TTFT_BUCKETS)
+        self._predicted_tpot = _histogram("predicted_tpot_seconds", "As at the placement", _GAP_BUCKETS)
+        self._ttft_error = _histogram(
+            "ttft_prediction_error_ratio", "From placement to first token: actual / predicted", _RATIO_BUCKETS
+        )
+        self._tpot_error = _histogram("tpot_prediction_error_ratio", "Actual / predicted", _RATIO_BUCKETS)
+        self._placements = _counter("placements", "Requests sent to workers", policy="policy", reason="placed")
+        named = tuple(sorted(self._classes))
+        self._good = _counter_of("goodput_requests", "Answers that met all of their objectives", {"class": named})
+        self._missed = _counter_of(
+            "slo_misses",
+            "Answers that did not, by the stage that spent most of the time in excess",
+            {"class": named, "stage": tuple(sorted(_CLOSED["missed"]))},
+        )
 
     # --- the dispatcher's observer -------------------------------------------------------------------------
+
+    def on_submitted(self, request: object) -> None:
+        """Counted when it is answered."""
 
     def on_finished(self, request: FinishedRequest) -> None:
         stamps = request.timestamps
@@ -166,6 +212,24 @@ class RouterMetrics:
         tokens_after_first = request.num_output_tokens / max(request.n, 1) - 1
         if tokens_after_first > 0 and "last_token" in stamps and "first_token" in stamps:
             self._tpot.observe((stamps["last_token"] - stamps["first_token"]) / tokens_after_first)
+
+    def on_outcome(self, outcome: RequestOutcome) -> None:
+        for histogram, value in (
+            (self._predicted_ttft, outcome.predicted_ttft_s),
+            (self._predicted_tpot, outcome.predicted_tpot_s),
+            (self._ttft_error, outcome.ttft_error),
+            (self._tpot_error, outcome.tpot_error),
+        ):
+            if value is not None:
+                histogram.observe(value)
+        name = outcome.request_class if outcome.request_class in self._classes else _OTHER
+        if outcome.is_good:
+            self._good.labels(name).inc()
+        elif outcome.is_good is not None:
+            self._missed.labels(name, _closed("missed", outcome.missed_stage)).inc()
+
+    def on_placed(self, policy: str, reason: str) -> None:
+        self._placements.labels(_closed("policy", policy), _closed("placed", reason)).inc()
 
     def on_transfer(self, report: TransferReport) -> None:
         if not report.clean:
@@ -216,8 +280,8 @@ class RouterMetrics:
     def on_answer(self, num_prompt_tokens: int, num_completion_tokens: int, finishes: Sequence[str]) -> None:
         self._prompt_tokens.inc(num_prompt_tokens)
         self._generation_tokens.inc(num_completion_tokens)
-        for finish in finishes:
-            self._success.labels(_closed("finished_reason", finish)).inc()
+        for finish, number in collections.Counter(finishes).items():
+            self._success.labels(_closed("finished_reason", finish)).inc(number)
 
     def on_response(self, status: int) -> None:
         self._responses.labels(_closed("code", str(status))).inc()
@@ -253,6 +317,8 @@ class RouterMetrics:
 
     def _pools(self, view: PoolGauges, num_in_flight: int) -> Iterator[Metric]:
         yield gauge("kvferry_queued_requests", "Requests in the router's queue", [], [((), view.num_queued)])
+        by_class = [((name,), view.queued_by_class.get(name, 0)) for name in sorted(self._classes)]
+        yield gauge("kvferry_queued_requests_by_class", "The same, by what they are to get", ["class"], by_class)
         yield gauge("kvferry_in_flight_requests", "HTTP answers under way", [], [((), num_in_flight)])
         yield from worker_families(view.workers)
         yield from self._vllm_gauges(view)
@@ -301,9 +367,14 @@ def _histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
 
 
 def _counter(name: str, text: str, **labels: str) -> Counter:
-    """`labels`: name and which closed set its values are of. Every series is there from the start, at 0."""
+    """`labels`: name and which closed set its values are of."""
+    return _counter_of(name, text, {label: tuple(sorted(_CLOSED[which])) for label, which in labels.items()})
+
+
+def _counter_of(name: str, text: str, labels: Mapping[str, tuple[str, ...]]) -> Counter:
+    """`labels`: name and values. Every series is there from the start, at 0."""
     counter = Counter(f"kvferry_{name}", text, tuple(labels), registry=None)
-    for values in product(*(sorted(_CLOSED[which]) for which in labels.values())) if labels else ():
+    for values in product(*labels.values()) if labels else ():
         counter.labels(*values)
     return counter
 

@@ -8,13 +8,27 @@ each takes what concerns it. Where a value came from and how layers are merged i
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from .config import Attention, Checksum, Device, Dtype, KVCacheDtype, LoadFormat, LogLevel, Settings, TransferName
+from .config import (
+    Attention,
+    AutoscaleMode,
+    Checksum,
+    Device,
+    Dtype,
+    KVCacheDtype,
+    LoadFormat,
+    LogLevel,
+    PolicyName,
+    RequestClass,
+    Settings,
+    TransferName,
+)
 
 ENV_PREFIX = "KVFERRY_"
 
@@ -45,10 +59,29 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def parse_classes(value: object) -> object:
+    """Request classes: a mapping by name (YAML), or texts `name:key=value,key=value` (flags, variable)."""
+    if isinstance(value, Mapping):
+        entries = [(name, {} if own is None else own) for name, own in value.items()]
+        return [{**own, "name": name} if isinstance(own, Mapping) else own for name, own in entries]
+    texts = value.split() if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        return value
+    return [_parse_class(text) if isinstance(text, str) else text for text in texts]
+
+
+def _parse_class(text: str) -> dict[str, str]:
+    name, _, rest = text.partition(":")
+    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+    return {"name": name.strip(), **{key.strip(): value.strip() for key, _, value in pairs}}
+
+
 Count = Annotated[PositiveInt, BeforeValidator(parse_number)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Classes = Annotated[tuple[RequestClass, ...], BeforeValidator(parse_classes)]
+Objective = Annotated[float, Field(gt=0)] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +98,8 @@ class PoolSettings(Settings):
     """One pool: how many workers, and what they do not share with the other pool."""
 
     workers: Annotated[int, Field(ge=0)] = 1
+    min_workers: Annotated[int, Field(ge=0)] | None = None  # None: 1, or 0 for a pool that starts with none
+    max_workers: Annotated[int, Field(ge=0)] | None = None  # None: what the pools start with, however they share it
     tensor_parallel_size: PositiveInt | None = None
     max_num_seqs: Count | None = None
     max_num_batched_tokens: Count | None = None
@@ -75,7 +110,7 @@ class PoolSettings(Settings):
     num_threads: Count | None = None
 
     def overrides(self) -> dict[str, object]:
-        return self.model_dump(exclude_none=True, exclude={"workers"})
+        return self.model_dump(exclude_none=True, exclude={"workers", "min_workers", "max_workers"})
 
 
 class ServeSettings(Settings):
@@ -136,10 +171,61 @@ class ServeSettings(Settings):
         Option("Pools", "Prompts with at most so many uncached tokens stay on the decode worker.", FRONTS),
     ] = 0
     local_prefill: Annotated[bool, Option("Pools", "Never compute a prompt on a decode worker.", FRONTS)] = True
+
+    policy: Annotated[PolicyName, Option("Objectives", "Who decides where a request runs.", FRONTS)] = "slo"
     ttft_objective_ms: Annotated[
-        Annotated[float, Field(gt=0)] | None,
-        Option("Pools", "Refuse at once (429) what would wait longer for its first token. Default: all wait.", FRONTS),
+        Objective,
+        Option(
+            "Objectives",
+            "Time to the first token; what would wait longer is refused at once (429). Default: all wait.",
+            FRONTS,
+        ),
     ] = None
+    ttft_stretch: Annotated[
+        Annotated[float, Field(ge=1)],
+        Option("Objectives", "A long prompt may take so many times its time on empty workers instead.", FRONTS),
+    ] = 3.0
+    tpot_objective_ms: Annotated[
+        Objective, Option("Objectives", "Mean time per token after the first. Default: none.", ALL)
+    ] = None
+    classes: Annotated[
+        Classes,
+        Option(
+            "Objectives",
+            "A class that requests name by header x-request-class: NAME:KEY=VALUE,KEY=VALUE with ttft_objective_ms, "
+            "ttft_stretch, tpot_objective_ms, priority, deadline_s or weight. Repeatable.",
+            FRONTS,
+        ),
+    ] = ()
+    explain: Annotated[
+        bool, Option("Objectives", "Keep every placement's candidates for /admin/requests, not some's.", FRONTS)
+    ] = False
+
+    autoscale: Annotated[
+        AutoscaleMode,
+        Option("Pools", "Let pools grow, shrink and lend each other workers; advise: only say so.", FRONTS),
+    ] = "off"
+    spare_workers: Annotated[
+        Annotated[int, Field(ge=0)], Option("Pools", "Ready workers beyond what the load needs.", FRONTS)
+    ] = 0
+    scale_schedule: Annotated[
+        Texts,
+        Option("Pools", "Other bounds at a time: 'mon-fri 08:00-18:00 prefill>=4 decode>=2'; repeatable.", FRONTS),
+    ] = ()
+    scale_target: Annotated[
+        Annotated[float, Field(gt=0.5, lt=1)],
+        Option("Pools", "Share of requests that are to meet each objective.", FRONTS),
+    ] = 0.99
+    scale_interval: Annotated[
+        Annotated[float, Field(gt=0)], Option("Pools", "Seconds between two decisions.", FRONTS)
+    ] = 5.0
+    scale_down_after: Annotated[
+        Annotated[float, Field(ge=0)],
+        Option("Pools", "Seconds for which fewer workers must have been enough.", FRONTS),
+    ] = 300.0
+    role_change_after: Annotated[
+        Annotated[float, Field(ge=0)], Option("Pools", "The same, before a pool lends the other a worker.", FRONTS)
+    ] = 15.0
 
     device: Annotated[Device, Option("Engine", "auto: GPUs where there are any.", ENGINES)] = "auto"
     tensor_parallel_size: Annotated[PositiveInt, Option("Engine", "Ranks of one worker.", ENGINES)] = 1
@@ -164,6 +250,20 @@ class ServeSettings(Settings):
             SERVE + ("decode",),
         ),
     ] = None
+    host_cache_memory_bytes: Annotated[
+        Annotated[int, BeforeValidator(parse_number), Field(ge=0)] | None,
+        Option(
+            "Engine",
+            "Host memory of a rank for cached KV that its GPU evicts; 0: none. Default: 8GiB, at most a tenth of what "
+            "is free; on CPUs only what --disk-cache-dir needs.",
+            ENGINES,
+        ),
+    ] = None
+    disk_cache_dir: Annotated[
+        Path | None,
+        Option("Engine", "Directory on a local disk for cached KV that host memory evicts. Default: none.", ENGINES),
+    ] = None
+    disk_cache_bytes: Annotated[Count, Option("Engine", "Room that a rank takes there.", ENGINES)] = 10 << 30
     enable_prefix_caching: Annotated[
         bool, Option("Engine", "Do not reuse the KV of equal prompt beginnings.", ENGINES)
     ] = True
@@ -221,6 +321,19 @@ class ServeSettings(Settings):
         for name, keys in (("api_key", self.api_key), ("admin_key", self.admin_key)):
             if any("," in key or key != key.strip() or not key for key in keys):
                 raise ValueError(f"{name}: a key has at least one character, no comma and no space around it")
+        for name, pool in (("prefill", self.prefill), ("decode", self.decode)):
+            low, high = pool.min_workers or 0, pool.workers if pool.max_workers is None else pool.max_workers
+            if not low <= pool.workers <= high:
+                raise ValueError(
+                    f"{name}: {pool.workers} workers are not between its min_workers {low} and its max_workers {high}"
+                )
+        if self.decode.min_workers == 0:
+            raise ValueError("decode: at least one decode worker is needed; give --decode-min 1")
+        names = [known.name for known in self.classes]
+        if "default" in names:
+            raise ValueError("classes: 'default' is what the other settings of objectives describe")
+        if len(set(names)) < len(names):
+            raise ValueError("classes: each name once")
         if self.decode.workers < 1:
             raise ValueError("decode: at least one decode worker is needed; for one pool that does both: --prefill 0")
         if self.prefill.workers == 0 and not self.local_prefill:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from .config import EngineConfig
+from .disk_tier import DiskResult
 from .errors import KVFerryError, WorkerLost
 from .models.config import ModelConfig
 
@@ -48,6 +49,7 @@ class FrameKind(IntEnum):
     CLOSE = 3  # to a follower: end in good order
     HELLO = 4  # from a follower: it runs
     FAILED = 5  # from a follower: why it ends
+    DISK = 6  # to a follower: a DiskTask; from it: the DiskResult
 
 
 class StartFollower(msgspec.Struct, frozen=True, kw_only=True):
@@ -242,6 +244,7 @@ class RankGroup:
         self.size = size
         self.store, self._port = _host_store(size)
         self._on_message = on_message
+        self.on_disk: Callable[[DiskResult], None] | None = None  # in a thread of the group
         self._sockets: list[FrameSocket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._readers: list[threading.Thread] = []
@@ -321,6 +324,8 @@ class RankGroup:
             kind, payload = frame
             if kind == FrameKind.FAILED:
                 self._failures.append(f"rank {rank}: {payload.decode(errors='replace')}")
+            elif kind == FrameKind.DISK and self.on_disk is not None:
+                self.on_disk(msgspec.msgpack.decode(payload, type=DiskResult))
             elif kind == FrameKind.USER and self._on_message is not None:
                 self._on_message(rank, payload)
         if not self._closing:
@@ -337,6 +342,10 @@ class RankGroup:
 
     def send_step(self, plan: bytes) -> None:
         self._send(FrameKind.STEP, plan)
+
+    def send_disk(self, task: bytes) -> None:
+        """Have every follower carry out a DiskTask, after the steps that were sent."""
+        self._send(FrameKind.DISK, task)
 
     def _send(self, kind: FrameKind, payload: bytes) -> None:
         self.check()

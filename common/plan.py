@@ -14,14 +14,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from .config import NO_DETERMINISTIC_CUDA, EngineConfig, RouterConfig, TransferConfig, WorkerConfig
+from .config import (
+    NO_DETERMINISTIC_CUDA,
+    AutoscaleConfig,
+    EngineConfig,
+    PoolBounds,
+    RouterConfig,
+    TransferConfig,
+    WorkerConfig,
+)
 from .errors import ConfigError
 from .host import Host
 from .models.config import ModelConfig
 from .options import PoolSettings, ServeSettings
 
 # Prefill fills every core that it may use; a decode step, a token's way through the router or an arrival takes
-# milliseconds and somebody reads it. On shared cores they go first.
+# milliseconds and somebody reads it. On shared cores they go first: a worker yields while it decodes nothing.
 _PREFILL_NICENESS = 10
 # Enough to keep a GPU's multipliers busy; where answers are written too, a step must not keep them waiting for long.
 _GPU_BATCHED_TOKENS = {"prefill": 8192, "decode": 2048}
@@ -50,6 +58,18 @@ class Deployment:
     workers: tuple[WorkerPlan, ...]
     num_routers: int = 1  # behind one address
     secret: bytes = field(repr=False, default=b"")
+    templates: tuple[WorkerPlan, ...] = ()  # of one more worker of each pool that may grow
+    gpus: tuple[str, ...] = ()  # of this host, for workers that come later
+
+    @property
+    def max_workers(self) -> int:
+        return max(len(self.workers), self.router.autoscale.max_workers if self.templates else 0)
+
+    @property
+    def max_ranks(self) -> int:
+        """Once it has grown as far as it may."""
+        added = max((worker.num_ranks for worker in self.templates), default=0)
+        return self.num_ranks + added * (self.max_workers - len(self.workers))
 
     @property
     def num_ranks(self) -> int:
@@ -66,8 +86,35 @@ def plan(settings: ServeSettings, model_dir: Path, served_name: str, secret: byt
         for role, pool in pools
         for index in range(pool.workers)
     )
+    templates = tuple(
+        WorkerPlan(plan_worker(settings, role, pool, model_dir, served_name, worker_id=role[0]))
+        for role, pool in pools
+        if pool.workers or pool.max_workers
+    )
     router = plan_router(settings, model_dir, served_name)
-    return Deployment(router, workers, settings.routers, secret)
+    return Deployment(router, workers, settings.routers, secret, templates)
+
+
+def plan_autoscale(settings: ServeSettings) -> AutoscaleConfig:
+    """Without a maximum the fleet stays as large as it starts, and the pools may share it in another way."""
+    prefill, decode = settings.prefill, settings.decode
+    most = [pool.workers if pool.max_workers is None else pool.max_workers for pool in (prefill, decode)]
+    least = [min(1, pool.workers) if pool.min_workers is None else pool.min_workers for pool in (prefill, decode)]
+    total = sum(most)
+    prefill_most = prefill.max_workers if prefill.max_workers is not None else most[0] and total - least[1]
+    decode_most = decode.max_workers if decode.max_workers is not None else total - least[0]
+    return AutoscaleConfig(
+        mode=settings.autoscale,
+        prefill=PoolBounds(at_least=least[0], at_most=prefill_most),
+        decode=PoolBounds(at_least=least[1], at_most=decode_most),
+        max_workers=total,
+        spare_workers=settings.spare_workers,
+        schedule=settings.scale_schedule,
+        target=settings.scale_target,
+        interval_s=settings.scale_interval,
+        shrink_after_s=settings.scale_down_after,
+        flip_after_s=settings.role_change_after,
+    )
 
 
 def plan_router(settings: ServeSettings, model_dir: Path, served_name: str) -> RouterConfig:
@@ -82,7 +129,12 @@ def plan_router(settings: ServeSettings, model_dir: Path, served_name: str) -> R
         local_prefill=settings.local_prefill,
         max_local_prefill_tokens=settings.max_local_prefill_tokens,
         expect_prefill=settings.prefill.workers > 0,
+        policy=settings.policy,
         ttft_objective_ms=settings.ttft_objective_ms,
+        ttft_stretch=settings.ttft_stretch,
+        tpot_objective_ms=settings.tpot_objective_ms,
+        classes=settings.classes,
+        explain=settings.explain,
         deterministic=settings.deterministic,
         max_connections=settings.max_connections,
         max_connections_per_address=settings.max_connections_per_address,
@@ -94,6 +146,7 @@ def plan_router(settings: ServeSettings, model_dir: Path, served_name: str) -> R
         admin_host=settings.admin_host,
         admin_port=settings.admin_port,
         admin_keys=settings.admin_key,
+        autoscale=plan_autoscale(settings),
         seed=settings.seed,
         log_level=settings.log_level,
     )
@@ -110,6 +163,9 @@ def plan_worker(
 ) -> WorkerConfig:
     values = settings.model_dump(include=set(_ENGINE_FIELDS), exclude_none=True) | pool.overrides()
     values |= {"model_dir": model_dir, "served_model_name": served_name}
+    values["host_cache_memory_bytes"] = settings.host_cache_memory_bytes
+    if settings.disk_cache_dir is not None:
+        values["disk_cache_dir"] = settings.disk_cache_dir.expanduser().absolute()
     values["swap_space"] = settings.swap_space if role == "decode" else 0  # a prompt that has begun is not preempted
     return WorkerConfig(
         worker_id=worker_id,
@@ -169,22 +225,28 @@ def fit_to_host(deployment: Deployment, host: Host, model: ModelConfig | None = 
     threads = max(1, host.num_cpus // max(1, deployment.num_ranks))
     device = _device(deployment, host)
     workers = deployment.workers if device == "cpu" else tuple(_assign_gpus(deployment.workers, host, model))
-    fitted = []
-    for worker in workers:
-        engine = worker.config.engine
-        update: dict[str, object] = {"device": device, "num_threads": engine.num_threads or threads}
-        if device == "cpu" and engine.kv_cache_memory_bytes is None:
-            # Measured once, before any worker takes some: all get the same.
-            update["kv_cache_memory_bytes"] = cpu_cache_bytes(host)
-        if device == "cuda" and "max_num_batched_tokens" not in engine.model_fields_set:
-            update["max_num_batched_tokens"] = _GPU_BATCHED_TOKENS[worker.config.role]
-        worker = _with_engine(worker, update)
-        if device == "cpu" and engine.num_threads is None and worker.num_ranks == 1 and host.num_cpus > threads:
-            worker = replace(worker, max_threads=host.num_cpus)
-        if device == "cpu" and worker.config.role == "prefill":
-            worker = replace(worker, config=worker.config.model_copy(update={"niceness": _PREFILL_NICENESS}))
-        fitted.append(worker)
-    return replace(deployment, workers=tuple(fitted))
+    return replace(
+        deployment,
+        workers=tuple(_fit_worker(worker, device, host, threads) for worker in workers),
+        templates=tuple(_fit_worker(worker, device, host, threads) for worker in deployment.templates),
+        gpus=tuple(gpu.index for gpu in host.gpus) if device == "cuda" else (),
+    )
+
+
+def _fit_worker(worker: WorkerPlan, device: Literal["cpu", "cuda"], host: Host, threads: int) -> WorkerPlan:
+    engine = worker.config.engine
+    update: dict[str, object] = {"device": device, "num_threads": engine.num_threads or threads}
+    if device == "cpu" and engine.kv_cache_memory_bytes is None:
+        # Measured once, before any worker takes some: all get the same.
+        update["kv_cache_memory_bytes"] = cpu_cache_bytes(host)
+    if device == "cuda" and "max_num_batched_tokens" not in engine.model_fields_set:
+        update["max_num_batched_tokens"] = _GPU_BATCHED_TOKENS[worker.config.role]
+    worker = _with_engine(worker, update)
+    if device == "cpu" and engine.num_threads is None and worker.num_ranks == 1 and host.num_cpus > threads:
+        worker = replace(worker, max_threads=host.num_cpus)
+    if device == "cpu":
+        worker = replace(worker, config=worker.config.model_copy(update={"niceness": _PREFILL_NICENESS}))
+    return worker
 
 
 def cpu_cache_bytes(host: Host) -> int:

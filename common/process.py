@@ -3,6 +3,7 @@
     start -> STARTING -> (ready) -> READY -> (exit, or no beat for `hang_after_s`: SIGKILL) -> WAITING -> start
       STARTING -> (failed, or three exits in a row before it was ever ready)  -> the start-up error is raised
       READY -> (`restart`) SIGTERM: it drains -> exit -> start at once
+      any -> (`retire`) SIGTERM: it drains -> exit -> ENDED
       any -> (cancelled) SIGINT, or SIGTERM where it shall drain; grace, SIGKILL -> ENDED
 
 A child that ends within seconds of its start, again and again, waits longer each time; one that had served for a
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -24,7 +26,7 @@ from typing import NamedTuple
 
 from .clock import Clock
 from .errors import ConfigError, KVFerryError, WorkerLost
-from .lifeline import MAX_EVENT_BYTES, decode_event, lifeline_pair
+from .lifeline import MAX_EVENT_BYTES, Event, decode_event, lifeline_pair
 
 _TICK_S = 0.25
 _MAX_START_FAILURES = 3
@@ -88,20 +90,24 @@ class Child:
         self._start_error: str | None = None
         self._drains_until: float | None = None  # asked to end, and to be started again
         self._comes_back: asyncio.Future[bool] | None = None  # somebody waits for the next life
+        self._retired = asyncio.Event()  # this life is the last one
+        self._lifeline: socket.socket | None = None  # our end, while a life lasts
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
     async def run(self) -> None:
-        """Until cancelled; then the process and its session are gone. Raises if it cannot start at all."""
+        """Until cancelled or retired; then the process and its session are gone. Raises if it cannot start at all."""
         try:
-            while True:
+            while not self._retired.is_set():
                 reason = await self._live()
+                if self._retired.is_set():
+                    return
                 delay_s = 0.0 if self._drains_until is not None else self._count_failure(reason)
                 self.state, self._drains_until = ChildState.WAITING, None
                 self._tell("restart", reason=reason, delay_s=delay_s)
-                await asyncio.sleep(delay_s)
+                await _within(delay_s, self._retired.wait())
                 self.num_restarts += 1
         finally:
             self.state = ChildState.ENDED
@@ -123,6 +129,27 @@ class Child:
             return await self._comes_back
         finally:
             self._comes_back = None
+
+    def retire(self, *, drains: bool = False) -> None:
+        """Let this life end in good order, and start no other: `run` returns. Idempotent.
+
+        `drains`: it was told already, by somebody else and with a limit; a second time would end it at once.
+        """
+        if not self._retired.is_set():
+            self._retired.set()
+            if self._drains_until is None and not drains:  # else it is ending already
+                self._drains_until = self._clock.now() + self._times.drain_s
+                self._signal(signal.SIGTERM)
+
+    @property
+    def is_retired(self) -> bool:
+        return self._retired.is_set()
+
+    def send(self, event: Event) -> None:
+        """Tell the child. Dropped if there is none, or if it does not read."""
+        if self._lifeline is not None:
+            with contextlib.suppress(OSError):
+                self._lifeline.send(json.dumps(event).encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     async def _ended(self) -> None:
         assert self._process is not None
@@ -150,12 +177,16 @@ class Child:
             with theirs:
                 await self._start(theirs)
             assert self._process is not None
+            self._lifeline = ours
+            if self._retired.is_set():  # while it was being started
+                self._signal(signal.SIGTERM)
             try:
                 hung = await self._listen(ours)
             except asyncio.CancelledError:
                 await self._terminate()
                 raise
             finally:
+                self._lifeline = None
                 self.kill()
         code = await self._process.wait()
         if hung is not None:

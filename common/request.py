@@ -21,6 +21,7 @@ RequestId = NewType("RequestId", str)
 BlockId = int
 
 MAX_CHOICES = 16
+DEFAULT_CLASS = "default"  # of requests that name no class
 
 
 class FinishReason(StrEnum):
@@ -128,6 +129,8 @@ class Sequence:
     samples: bool = True  # False: the prompt is computed for its KV alone (resume through prefill)
     num_computed_tokens: int = 0  # tokens whose KV exists in block_table
     num_cached_tokens: int = 0  # of these, how many came from the prefix cache
+    is_fetching: bool = False  # KV of it is on its way from another worker: it is not begun
+    num_promoted_tokens: int = 0  # of these, the last ones, which are not there before the first step has begun
     block_table: list[BlockId] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks hashed so far
     num_published_blocks: int = 0

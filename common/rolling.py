@@ -25,6 +25,8 @@ async def roll(
     note(f"rolling restart of {len(children)} processes")
     await routers.wait_until_whole(workers)
     for number, child in enumerate(children, start=1):
+        if child.is_retired:
+            continue
         role = roles.get(child.name)
         is_alone = role is not None and list(roles.values()).count(role) == 1
         note(f"rolling restart {number}/{len(children)}: {child.name} drains")

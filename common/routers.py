@@ -21,7 +21,8 @@ from .children import ROUTER_PROGRAM, RouterChild
 from .clock import Clock
 from .config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig
 from .host import listen
-from .process import Child, ChildTimes
+from .lifeline import Event
+from .process import Child, ChildState, ChildTimes
 from .progress import Display
 
 _NOTE_EVERY_S = 5.0
@@ -41,11 +42,16 @@ class RouterGroup:
         program: tuple[str, ...] = ROUTER_PROGRAM,
         times: ChildTimes | None = None,
         on_restart_wanted: Callable[[], None] = lambda: None,
+        on_wish: Callable[[str, dict[str, object]], None] = lambda name, event: None,
     ) -> None:
-        """`on_restart_wanted`: an operator asked a router for a rolling restart of all."""
+        """`on_restart_wanted`: an operator asked a router for a rolling restart of all.
+
+        `on_wish`: a router reports its load, or what the fleet should be like.
+        """
         self._display = display
         self._config = config
         self._on_restart_wanted = on_restart_wanted
+        self._on_wish = on_wish
         self._changed = asyncio.Event()
         self._http: socket.socket | None = None
         self._admin: list[socket.socket] = []  # one for each router, or none
@@ -124,6 +130,20 @@ class RouterGroup:
         """Every router runs and has the present life of every worker as ready."""
         await self._until(lambda: all(router.sees(workers) for router in self.routers))
 
+    @property
+    def leader(self) -> Child | None:
+        """The one that decides about the fleet: the first that runs."""
+        return next((child for child in self.children if child.state is ChildState.READY), None)
+
+    def tell(self, event: Event, *, to: Child | None = None) -> None:
+        """Say something to every router that runs, or to this one."""
+        for child in self.children if to is None else (to,):
+            child.send(event)
+
+    async def wait_until_known(self, worker_id: str) -> None:
+        """Some router has this worker as ready."""
+        await self._until(lambda: any(router.names(worker_id) for router in self.routers))
+
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             self._changed.clear()
@@ -134,8 +154,13 @@ class RouterGroup:
         match event["event"]:
             case "restart_all":
                 self._on_restart_wanted()
+            case "scale" | "hold" | "load":
+                self._on_wish(name, event)
+                return
             case "pools":
                 pass
             case _:
                 self._display.on_event(name, event)
+        if event["event"] in ("ready", "restart") and any(child.name == name for child in self.children):
+            self._on_wish(name, event)
         self._changed.set()

@@ -47,7 +47,8 @@ class RouterSessions:
         max_frame_bytes: int,
         on_message: Callable[[str, Message], None],
         on_lost: Callable[[str], None],
-        status: Callable[[], WorkerStatus],
+        status: Callable[[str], WorkerStatus],
+        on_joined: Callable[[str], None] = lambda router_id: None,
     ) -> None:
         self._addresses = addresses
         self._hello = hello
@@ -55,6 +56,7 @@ class RouterSessions:
         self._max_frame_bytes = max_frame_bytes
         self._on_message = on_message
         self._on_lost = on_lost
+        self._on_joined = on_joined
         self._status = status
         self._channels: dict[str, Channel] = {}
         self._outbox: list[tuple[str, Message]] = []
@@ -85,10 +87,8 @@ class RouterSessions:
 
     def send_status(self) -> None:
         """A heartbeat to every router."""
-        if self._channels:
-            status = self._status()
-            for channel in self._channels.values():
-                channel.send(status)
+        for router_id, channel in self._channels.items():
+            channel.send(self._status(router_id))
 
     async def _keep(self, address: str) -> None:
         failures = 0
@@ -121,8 +121,9 @@ class RouterSessions:
         if (timer := self._gone.pop(router_id, None)) is not None:
             timer.cancel()
         channel.send(self._hello)
-        channel.send(self._status())
+        channel.send(self._status(router_id))
         self._channels[router_id] = channel
+        self._on_joined(router_id)
         log.info("router_joined", router=router_id)
         try:
             while True:

@@ -138,6 +138,8 @@ def _explain(error: ValidationError, merged: Mapping[str, Raw]) -> Iterator[str]
         if raw is None:
             yield f"{key}: {message}"
             continue
+        if inner := ".".join(names[len(key.split(".")) :]):
+            message = f"{inner}: {message}"
         if names:
             choices = str(item.get("ctx", {}).get("expected", "")).split("'")[1::2]
             message += f", not {raw.value!r}{_nearest(str(raw.value), choices)}"

@@ -1,7 +1,8 @@
-"""Blocks that are out of use, in host memory: the engine's side of swapping.
+"""Blocks in host memory: the engine's side of swapping and of the prefix cache's tiers.
 
 A slot is one block of all layers, contiguous, so that a block is one copy each way. Which block lies in which slot,
-and whether that pays, is the scheduler's concern (`decode/swap.py`); here are the bytes. A step copies out first,
+and whether that pays, is decided elsewhere (`decode/swap.py`, `prefix_cache.py`); here are the bytes. The first slots
+are for preempted sequences, the others for the prefix cache. A step copies out first,
 then in, then computes: a block that was copied out may be filled anew in the same step.
 """
 
@@ -14,10 +15,15 @@ import torch
 from torch import Tensor
 
 from .blocks import KVCacheSpec
+from .cache import free_memory_bytes
 from .config import EngineConfig
 from .errors import ConfigError
 
 _CUDA_BYTES = 4 << 30
+_CUDA_CACHE_BYTES = 8 << 30
+_CUDA_CACHE_SHARE = 0.1  # of the machine's free memory
+_STAGING_SHARE = 0.25  # of a CPU's KV cache: what is read from disk comes there first
+_MIN_STAGING_BLOCKS = 64
 _CPU_SHARE = 0.1  # of the KV cache
 _BLOCKS_AT_ONCE = 16  # gathered on a GPU in one piece: memory is scarce where blocks are swapped
 
@@ -29,6 +35,33 @@ def num_swap_blocks(
     if config.swap_space is not None:
         return config.swap_space // spec.block_bytes(tp_size)
     return _CUDA_BYTES // spec.block_bytes(tp_size) if device.type == "cuda" else int(_CPU_SHARE * num_blocks)
+
+
+def num_host_blocks(
+    config: EngineConfig, spec: KVCacheSpec, device: torch.device, *, num_blocks: int, tp_size: int
+) -> int:
+    """Slots of one rank for the prefix cache. Raises ConfigError."""
+    has_disk = config.disk_cache_dir is not None
+    if not config.enable_prefix_caching:
+        if has_disk or config.host_cache_memory_bytes:
+            raise ConfigError(
+                "host_cache_memory_bytes, disk_cache_dir: there is no prefix cache to keep there; enable it"
+            )
+        return 0
+    if config.host_cache_memory_bytes is not None:
+        count = config.host_cache_memory_bytes // spec.block_bytes(tp_size)
+    elif device.type == "cuda":
+        num_bytes = min(_CUDA_CACHE_BYTES, int(_CUDA_CACHE_SHARE * free_memory_bytes() / tp_size))
+        count = num_bytes // spec.block_bytes(tp_size)
+    else:  # the device's memory is the host's
+        count = max(_MIN_STAGING_BLOCKS, int(_STAGING_SHARE * num_blocks)) if has_disk else 0
+    if has_disk and count < 2:
+        raise ConfigError(
+            f"disk_cache_dir: blocks are read into host memory first, and host_cache_memory_bytes = "
+            f"{config.host_cache_memory_bytes:,} holds {count} of {spec.block_bytes(tp_size):,} bytes; leave it out or "
+            "give it more"
+        )
+    return count
 
 
 class SwapPages:
@@ -44,9 +77,27 @@ class SwapPages:
             self._host = torch.empty(shape, dtype=self._pages.dtype, pin_memory=self._is_cuda)
         except (RuntimeError, MemoryError) as error:
             num_bytes = num_slots * pages[:, 0].numel() * pages.element_size()
-            raise ConfigError(f"--swap-space: {num_bytes:,} bytes of host memory cannot be had: {error}") from error
+            raise ConfigError(
+                f"--swap-space, --host-cache-memory-bytes: {num_bytes:,} bytes of host memory cannot be had: {error}"
+            ) from error
+        self._bytes = self._host.view(torch.uint8).numpy().data.cast("B") if num_slots else memoryview(b"")
+        self._slot_bytes = len(self._bytes) // max(1, num_slots)
         self._times: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self._copy_s = 0.0
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one slot."""
+        return self._slot_bytes
+
+    def slot(self, slot: int) -> memoryview:
+        """A slot's bytes, from any thread. Whoever reads or writes them keeps copies off the slot meanwhile."""
+        return self._bytes[slot * self._slot_bytes : (slot + 1) * self._slot_bytes]
+
+    def settle(self) -> None:
+        """Wait for the copies that are under way."""
+        if self._is_cuda:
+            torch.cuda.current_stream(self._pages.device).synchronize()
 
     def copy(self, swap_out: Sequence[tuple[int, int]], swap_in: Sequence[tuple[int, int]]) -> None:
         """(block, slot) pairs out to the host, then (slot, block) pairs in from it."""

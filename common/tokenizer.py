@@ -9,8 +9,8 @@ Rules of a model (does a BOS token come first, which space is dropped) are the f
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Iterable, Mapping, Sequence
+from codecs import utf_8_decode
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,7 @@ class Tokenizer:
         self._chat_template = chat_template
         self._special_tokens = dict(special_tokens)
         self._pieces: dict[int, bytes] = {}  # token_bytes of the ids seen so far
+        self._added = {skips: _AddedBytes(self, skips) for skips in (False, True)}
         self.decoder = decoder
         self.special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
@@ -126,6 +127,10 @@ class Tokenizer:
             return b""
         return self._pieces.setdefault(token_id, self.decoder.token_bytes(token))
 
+    def added_bytes(self, skip_special_tokens: bool) -> Mapping[int, bytes]:
+        """What each id adds to a text that has begun."""
+        return self._added[skip_special_tokens]
+
     def token_text(self, token_id: int) -> str:
         """`token_bytes` as text, with U+FFFD for the part of a character."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
@@ -148,6 +153,23 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
 
+class _AddedBytes(dict[int, bytes]):
+    """Filled as ids are asked for: of those that are in the vocabulary, so that it stays as small as that."""
+
+    def __init__(self, tokenizer: Tokenizer, skips_special_tokens: bool) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        self._skips_special_tokens = skips_special_tokens
+
+    def __missing__(self, token_id: int) -> bytes:
+        tokenizer = self._tokenizer
+        if not tokenizer.has_token(token_id):
+            return b""
+        is_skipped = self._skips_special_tokens and token_id in tokenizer.special_ids
+        added = b"" if is_skipped else tokenizer.decoder.separator.encode() + tokenizer.token_bytes(token_id)
+        return self.setdefault(token_id, added)
+
+
 class Detokenizer:
     """The text of one growing sequence of ids, in constant work per token.
 
@@ -155,36 +177,44 @@ class Detokenizer:
     prompt began is finished.
     """
 
-    __slots__ = ("_is_first", "_skipped", "_to_strip", "_tokenizer", "_utf8")
+    __slots__ = ("_added", "_piece", "_rest", "_skipped", "_to_strip", "_tokenizer")
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._is_first = True
+        self._added = tokenizer.added_bytes(skip_special_tokens).__getitem__
+        self._piece: Callable[[int], bytes] = self._first_piece
+        self._rest = b""  # the beginning of a character
         self._to_strip = tokenizer.decoder.max_stripped
         self._feed_prompt(prompt_ids)
 
+    def fork(self) -> Detokenizer:
+        """Another one at the same place: for one more answer to the same prompt."""
+        twin = Detokenizer.__new__(Detokenizer)
+        twin._tokenizer, twin._skipped, twin._added = self._tokenizer, self._skipped, self._added
+        twin._rest, twin._to_strip = self._rest, self._to_strip
+        twin._piece = self._added if self._piece == self._added else twin._first_piece
+        return twin
+
     def push(self, ids: Iterable[int]) -> str:
         """Takes the next ids; returns the text that is complete with them and was not returned before."""
-        return self._strip(self._utf8.decode(b"".join(map(self._piece, ids))))
+        data = self._rest + b"".join(map(self._piece, ids))
+        text, num_used = utf_8_decode(data, "replace", False)
+        self._rest = data[num_used:]
+        return self._strip(text) if self._to_strip else text
 
     def flush(self) -> str:
         """What an unfinished character leaves behind: call once, after the last id."""
-        return self._strip(self._utf8.decode(b"", final=True))
+        return self._strip(utf_8_decode(self._rest, "replace", True)[0])
 
-    def _piece(self, token_id: int) -> bytes:
-        if token_id in self._skipped:
+    def _first_piece(self, token_id: int) -> bytes:
+        """Of the ids until one has bytes, and of the others that were pushed with it."""
+        if self._piece == self._added:
+            return self._added(token_id)
+        if token_id in self._skipped or not self._tokenizer.has_token(token_id):
             return b""
-        separator = self._tokenizer.decoder.separator
-        if not (self._is_first or separator):
-            return self._tokenizer.token_bytes(token_id)
-        if not self._tokenizer.has_token(token_id):
-            return b""
-        if self._is_first:
-            self._is_first = False
-            return self._tokenizer.first_token_bytes(token_id)
-        return separator.encode() + self._tokenizer.token_bytes(token_id)
+        self._piece = self._added
+        return self._tokenizer.first_token_bytes(token_id)
 
     def _strip(self, text: str) -> str:
         start = 0
@@ -203,7 +233,8 @@ class Detokenizer:
             start -= 1
             if prompt_ids[start] not in self._skipped:
                 num_bytes += len(self._tokenizer.token_bytes(prompt_ids[start]))
-        self._is_first = self._is_first and not start
+        if start:
+            self._piece = self._added
         self.push(prompt_ids[start:])  # nothing of the prompt is left to strip then
 
 

@@ -21,6 +21,8 @@ _GAUGES = {
     "waiting_tokens": ("waiting_tokens", "Prompt tokens not computed yet"),
     "step_s": ("step_seconds", "The last engine step"),
     "busy_for_s": ("running_step_seconds", "Age of the running engine step"),
+    "host_blocks": ("kv_tier_host_blocks", "Cached blocks in host memory"),
+    "disk_blocks": ("kv_tier_disk_blocks", "Cached blocks on the worker's disk"),
     "quarantine_s": ("quarantine_age_seconds", "Age of the oldest block that a failed handoff may still write to"),
 }
 _COUNTERS = {
@@ -35,6 +37,9 @@ _COUNTERS = {
     "stale_messages": ("stale_messages", "Messages about ended grants and attempts"),
     "num_fences": ("fences", "Transfer agents replaced so that late writes cannot land"),
     "num_failed_fences": ("failed_fences", "Tries of that which failed"),
+    "promoted_blocks": ("kv_tier_promoted_blocks", "Blocks copied from host memory to the device for a hit"),
+    "demoted_blocks": ("kv_tier_demoted_blocks", "Cached blocks copied from the device to host memory"),
+    "tier_failures": ("kv_tier_failures", "Reads and writes of the disk cache that failed, were spoilt or late"),
     "checksum_failures": ("kv_checksum_failures", "Arrivals whose bytes were not those that were sent"),
 }
 # By a label: the field holds (value, count) pairs. A value that is not known here counts as "other".

@@ -1,7 +1,8 @@
 """From a prompt's KV that has arrived to sequences that decode.
 
 Choices that ended while it was on its way take no row; full blocks are shared by the others, each has its own copy
-of a partial last one.
+of a partial last one. The router is told of every adoption, also of one that brings no token: who is lost in the step
+that follows had that request in it.
 """
 
 from __future__ import annotations
@@ -56,9 +57,12 @@ class Adoption:
         """On our clock, from now."""
         return None if spec.remaining_s is None else self._clock.now() + spec.remaining_s
 
-    def adopt_arrived(self) -> None:
-        for reservation in list(self._receiver.arrived):
+    def adopt_arrived(self) -> bool:
+        """False: there was nothing."""
+        arrived = list(self._receiver.arrived)
+        for reservation in arrived:
             self._adopt(reservation)
+        return bool(arrived)
 
     def _adopt(self, reservation: Reservation) -> None:
         if failpoints.armed:
@@ -69,6 +73,7 @@ class Adoption:
         self._requests.add(live)
         first = {choice.choice: choice for choice in reservation.first_tokens}
         ended = self._ended_early.pop((spec.request_id, spec.attempt), set())
+        self._outbox.mention(live)
         for index, choice in enumerate(spec.choices):
             if choice in ended:
                 continue
@@ -77,7 +82,8 @@ class Adoption:
                 outputs = [token.token_id for token in first[choice].tokens]
                 self._outbox.add(live, first[choice])
             if choice not in first or first[choice].finish is None:
-                live.sequences[choice] = Sequence.of(spec, choice, outputs)
+                seq = live.sequences[choice] = Sequence.of(spec, choice, outputs)
+                seq.block_hashes = list(reservation.block_hashes)  # those of the answer's blocks go on from there
         self._place(live, blocks, copies)
 
     def _place(self, live: Live, blocks: list[int], copies: list[int]) -> None:

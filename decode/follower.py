@@ -1,4 +1,4 @@
-"""A decode worker's other tensor-parallel ranks: a registered region each, and the arrivals in it.
+"""The decode side of a worker's other tensor-parallel ranks: a registered region each, and the arrivals in it.
 
 Block ids are rank 0's decision; a follower only tells it what has arrived and whether it is what was sent, and
 replaces its agent when it is told to.
@@ -16,33 +16,35 @@ from ..transfer.arrivals import Verdict
 from ..transfer.checksums import open_check
 from ..transfer.choose import open_backend
 from ..transfer.followers import (
-    FollowerRegion,
     FollowerSetup,
     RankArrived,
+    RankSums,
     Rotate,
+    SumBlocks,
     TransferBroke,
     Watch,
     agent_name,
 )
+from ..transfer.reader import open_block_sums
 from ..transfer.thread import TransferThread
 from .agents import rotated
 
-_commands: Decoder[Watch | Rotate] = Decoder(Watch | Rotate)
+_commands: Decoder[Watch | Rotate | SumBlocks] = Decoder(Watch | Rotate | SumBlocks)
 
 
 class DecodeFollower:
-    """Implements `common.follower.FollowerHandler`."""
+    """Its agent is the way in to this rank's pages."""
 
     def __init__(self, engine: Engine, setup: FollowerSetup, send: Callable[[bytes], None]) -> None:
         self._rank = engine.tp_rank
         self._send = send
         config = TransferConfig.model_validate_json(setup.transfer)
         backend = open_backend(config.backend, agent_name(setup.worker_id, setup.incarnation, 0, self._rank))
-        region = backend.register(engine.kv_pages, rank=self._rank, tp_size=engine.tp_size, generation=0)
+        self.region = backend.register(engine.kv_pages, rank=self._rank, tp_size=engine.tp_size, generation=0)
         self._check = open_check(config, engine.kv_pages, engine.spec, rank=self._rank, tp_size=engine.tp_size)
+        self._sums = open_block_sums(config, engine.kv_pages, engine.spec, engine.tp_size)
         self._thread = TransferThread(backend, on_arrived=self._on_arrived, on_failure=self._on_failure)
         self._thread.start()
-        send(encode(FollowerRegion(region=region)))
 
     def _on_arrived(self, agent: str, message: KVArrived) -> None:
         verdict = self._check.verdict(message) if self._check is not None else Verdict.UNCHECKED
@@ -57,12 +59,15 @@ class DecodeFollower:
                 self._thread.watch(on)
             case Rotate(generation=generation):
                 self._thread.rotate(generation, lambda result: self._on_rotated(generation, result))
+            case SumBlocks(fetch_id=fetch_id, blocks=blocks):
+                self._thread.call(self._sum, fetch_id, blocks)
+
+    def _sum(self, fetch_id: int, blocks: tuple[int, ...]) -> None:
+        assert self._sums is not None, "rank 0 makes checksums where all do"
+        self._send(encode(RankSums(rank=self._rank, fetch_id=fetch_id, checksum=self._sums.of(blocks))))
 
     def _on_rotated(self, generation: int, result: RegionInfo | TransferError) -> None:
         self._send(encode(rotated(self._rank, generation, result)))
-
-    def on_layer(self, layer_id: int) -> None:
-        """Nothing is shipped from here."""
 
     def close(self) -> None:
         self._thread.close()

@@ -23,6 +23,10 @@ class Outbox:
     def add(self, live: Live, update: ChoiceTokens) -> None:
         self._updates[live.router_id][live].append(update)
 
+    def mention(self, live: Live) -> None:
+        """It runs from here on, whether there is a token of it or not."""
+        _ = self._updates[live.router_id][live]
+
     def drop(self, live: Live) -> None:
         """Nobody waits for its tokens."""
         self._updates[live.router_id].pop(live, None)

@@ -33,6 +33,10 @@ class Requests:
         """The request that a scheduled sequence belongs to."""
         return self._live[seq.request_id]
 
+    @property
+    def routers(self) -> set[str]:
+        return {live.router_id for live in self._live.values()}
+
     def add(self, live: Live) -> None:
         self._live[live.spec.request_id] = live
 

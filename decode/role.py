@@ -19,6 +19,7 @@ from ..common.clock import Clock
 from ..common.errors import CapacityError
 from ..common.messages import (
     Abort,
+    FetchFrom,
     Grant,
     HandoffDone,
     HandoffFailed,
@@ -31,7 +32,9 @@ from ..common.messages import (
     TaskRefused,
     WorkerFailure,
 )
+from ..common.prefix_cache import PrefixCache
 from ..common.request import RequestSpec, Sequence
+from ..transfer.fetches import Fetches
 from ..transfer.receiver import KVReceiver, ReservationState
 from .adoption import Adoption
 from .live import Live
@@ -60,7 +63,11 @@ class DecodeRole:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         num_swap_blocks: int = 0,
+        tpot_objective_s: float | None = None,
+        cache: PrefixCache | None = None,
+        leaving: Callable[[], Callable[[], object]] | None = None,
     ) -> None:
+        """`leaving()` returns what waits until all that was sent has left this process; None: it leaves at once."""
         self.pool = pool
         self.receiver = receiver
         self.scheduler = DecodeScheduler(
@@ -69,10 +76,13 @@ class DecodeRole:
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             num_swap_blocks=num_swap_blocks,
+            tpot_objective_s=tpot_objective_s,
+            cache=cache,
         )
         self._clock = clock
         self._to_router = to_router
         self._waiting = WaitingReservations(receiver, pool, spec, clock, lambda: self.scheduler.growth_reserve)
+        self.fetches: Fetches | None = None  # None: everything that is not in the cache is computed
         self._outbox = Outbox(to_router)
         self._requests = Requests(self.scheduler, self._outbox)
         self._results = StepResults(
@@ -83,6 +93,8 @@ class DecodeRole:
             eos_token_ids=eos_token_ids,
             max_model_len=max_model_len,
         )
+        self._leaving = leaving
+        self._wait_left: Callable[[], object] | None = None
         self._adoption = Adoption(receiver, self.scheduler, self._requests, self._outbox, clock)
 
     # --- messages ---------------------------------------------------------------------------------------
@@ -91,8 +103,8 @@ class DecodeRole:
         match message:
             case ReserveKV():
                 self._on_reserve(router_id, message)
-            case LocalTask(spec=spec):
-                self._on_local(router_id, spec)
+            case LocalTask(spec=spec, fetch=fetch):
+                self._on_local(router_id, spec, fetch)
             case Abort():
                 self._on_abort(router_id, message)
             case LiveRequests():
@@ -118,14 +130,15 @@ class DecodeRole:
                 failpoints.hit("grant.issued")
             self._to_router(router_id, answer)
 
-    def _on_local(self, router_id: str, spec: RequestSpec) -> None:
+    def _on_local(self, router_id: str, spec: RequestSpec, fetch: FetchFrom | None) -> None:
         if not self._requests.drop_older(spec):
             return
         self.receiver.abort(spec.request_id, spec.attempt)
         self._waiting.drop(spec.request_id, spec.attempt)
         reason = "stale" if self._requests.has_ended(spec) else "expired" if _is_expired(spec) else ""
-        if reason or self.draining:
-            self._refuse(router_id, spec, reason or "draining")
+        reason = reason or ("draining" if self.draining else "" if self.offered else "wrong_role")
+        if reason:
+            self._refuse(router_id, spec, reason)
             return
         live = Live(router_id, spec, self._adoption.expires_s(spec))
         try:
@@ -138,6 +151,20 @@ class DecodeRole:
             self._refuse(router_id, spec, "never_fits", str(error))
             return
         self._requests.add(live)
+        if fetch is not None and self.fetches is not None:
+            self._fetch(list(live.sequences.values()), fetch, self.fetches)
+
+    def _fetch(self, sequences: list[Sequence], source: FetchFrom, fetches: Fetches) -> None:
+        """Read what lies elsewhere before the prompt is begun. If it ends meanwhile, the cache has it for others."""
+
+        def fetched() -> None:
+            for seq in sequences:
+                seq.is_fetching = False
+
+        hashes = self.scheduler.blocks.reusable_hashes(sequences[0])
+        is_fetching = fetches.begin(f"local {sequences[0].request_id}", hashes, source, fetched)
+        for seq in sequences:
+            seq.is_fetching = is_fetching
 
     def _refuse(self, router_id: str, spec: RequestSpec, reason: str, detail: str = "") -> None:
         self._to_router(
@@ -191,11 +218,14 @@ class DecodeRole:
 
     def schedule(self) -> Batch | None:
         self._drop_expired()
-        self._adoption.adopt_arrived()
+        has_adopted = self._adoption.adopt_arrived()
         batch = self.scheduler.schedule()
         self._end_misfits()
         self._answer(self._waiting.retry())
         self._outbox.flush()
+        # A worker that is lost in its first step with a request must have said that it has it: else nobody would find
+        # out which request it is that ends workers.
+        self._wait_left = self._leaving() if has_adopted and self._leaving is not None else None
         return batch
 
     def _drop_expired(self) -> None:
@@ -218,6 +248,8 @@ class DecodeRole:
 
     def begin_step(self, batch: Batch) -> None:
         """Nothing is shipped from here."""
+        if self._wait_left is not None:
+            self._wait_left()
         if failpoints.armed:
             failpoints.hit("decode.step", chain.from_iterable(row.seq.token_ids for row in batch.rows))
 
@@ -254,6 +286,22 @@ class DecodeRole:
             self._give_up_unopened()
         self._answer(self._waiting.retry())
 
+    @property
+    def offered(self) -> bool:
+        """False: nothing new is begun. What was reserved still arrives and is adopted, what runs goes on."""
+        return self.receiver.offered
+
+    @offered.setter
+    def offered(self, on: bool) -> None:
+        self.receiver.offered = on
+        self._answer(self._waiting.retry())
+
+    @property
+    def routers(self) -> set[str]:
+        """Those that have a request here, or are promised room for one."""
+        promised = {reservation.router_id for reservation in self.receiver.ledger.live.values()}
+        return self._requests.routers | self._waiting.routers | promised
+
     def _give_up_unopened(self) -> None:
         """Nobody may open them any more: their routers learn it now."""
         for reservation in self.receiver.ledger.in_state(ReservationState.GRANTED):
@@ -285,6 +333,14 @@ class DecodeRole:
     def num_granted_blocks(self) -> int:
         """Blocks of reservations that are not adopted yet."""
         return self.receiver.num_granted_blocks
+
+    def references(self) -> list[list[int]]:
+        """All references to blocks of the pool that sequences, copies and reservations hold."""
+        held = self.scheduler.references()
+        for reservation in self.receiver.ledger.live.values():
+            if reservation.state is not ReservationState.DOOMED:  # its blocks are nobody's
+                held += [reservation.hit_blocks, reservation.block_ids, reservation.copy_blocks]
+        return held
 
     @property
     def is_quiet(self) -> bool:

@@ -8,7 +8,8 @@
 
 A step feeds one token of every running sequence whose KV is complete, then fills the token budget with chunks of
 those that still compute known tokens: local prompts, preempted ones, resumed ones. All three are the same case:
-tokens are known, their KV is not. A preempted sequence finds its KV in host memory or in the prefix cache, or
+tokens are known, their KV is not. Beside running answers these chunks are cut by time (`pace.py`), so that no answer
+stands still while a prompt is computed. A preempted sequence finds its KV in host memory or in the prefix cache, or
 computes it again.
 
 Order everywhere is `Sequence.age_key`: the first is served first and preempted last, so the oldest of the highest
@@ -25,7 +26,9 @@ from heapq import merge
 from ..common.batch import Batch, BatchRow, StepOutput
 from ..common.blocks import BlockPool, KVCacheSpec
 from ..common.errors import CapacityError
+from ..common.prefix_cache import PrefixCache
 from ..common.request import BlockId, Sequence
+from .pace import Pace
 from .sequence_blocks import SequenceBlocks
 
 
@@ -44,11 +47,15 @@ class DecodeScheduler:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         num_swap_blocks: int = 0,
+        tpot_objective_s: float | None = None,
+        cache: PrefixCache | None = None,
     ) -> None:
+        """`cache`: around the pool; None: one without further tiers."""
         self._pool = pool
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
-        self.blocks = SequenceBlocks(pool, spec, num_swap_blocks)
+        self.blocks = SequenceBlocks(pool, spec, num_swap_blocks, cache)
+        self.pace = Pace(tpot_objective_s)
         self.waiting: list[Sequence] = []  # oldest first; they hold no blocks
         self.parked: list[Sequence] = []  # oldest first; they hold blocks and have no row
         self.running: list[Sequence] = []  # oldest first
@@ -71,6 +78,11 @@ class DecodeScheduler:
         held = sum(max(0, seq.num_uncomputed_tokens - 1) for seq in (*self.running, *self.parked))
         saved = self.blocks.swap.num_saved_tokens
         return held + sum(max(0, seq.num_uncomputed_tokens - saved(seq)) for seq in self.waiting)
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Of all running sequences."""
+        return sum(seq.num_tokens for seq in self.running)
 
     @property
     def growth_reserve(self) -> int:
@@ -127,6 +139,7 @@ class DecodeScheduler:
             if seq in queue:
                 queue.remove(seq)
                 self.blocks.swap.drop(seq)
+                self.blocks.cache.forget(seq)
                 return
         (self.running if seq in self.running else self.parked).remove(seq)
         if self._in_step:
@@ -141,22 +154,27 @@ class DecodeScheduler:
         assert not self._in_step, "the last step was not completed"
         self._fill_rows()
         rows = self._decode_rows()
-        rows += self._chunk_rows(self._max_num_batched_tokens - len(rows))
+        budget = self._max_num_batched_tokens - len(rows)
+        rows += self._chunk_rows(min(budget, self.pace.chunk_tokens) if rows else budget)
         rows.sort(key=lambda row: row.num_scheduled_tokens > 1)
         batch = self.blocks.begin(rows)
         self._in_step = batch is not None
         return batch
 
     def _fill_rows(self) -> None:
-        """Rows go to the oldest without one. Who waits for blocks is passed by those alone that hold theirs."""
+        """Rows go to the oldest without one. Who waits for blocks is passed by those alone that hold theirs; who waits
+        for the disk is passed by all.
+        """
         waits_for_blocks = False
-        while (seq := self._next(self.parked, [] if waits_for_blocks else self.waiting)) is not None:
+        waiting = [seq for seq in self.waiting if not self.blocks.awaits(seq)]
+        while (seq := self._next(self.parked, [] if waits_for_blocks else waiting)) is not None:
             if not self.has_row and self.running[-1].priority <= seq.priority:
                 return
             if seq in self.parked:
                 self.parked.remove(seq)
             elif self._admit(seq):
                 self.waiting.remove(seq)
+                waiting.remove(seq)
             else:
                 waits_for_blocks = True
                 continue
@@ -253,8 +271,9 @@ class DecodeScheduler:
         return alive
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
-        """Learn from a step what swapping and computing cost."""
+        """Learn from a step what swapping and computing cost. Before `complete`."""
         self.blocks.swap.costs.observe(batch, output)
+        self.pace.observe(batch, output)
 
     def sequences(self) -> list[Sequence]:
         """All that have not ended."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from ..common.batch import Batch, BatchRow
 from ..common.blocks import BlockPool, KVCacheSpec, hash_blocks, prefix_salt
+from ..common.prefix_cache import Found, PrefixCache
 from ..common.request import BlockId, Sequence
 from .swap import SwapSpace
 
@@ -21,10 +22,14 @@ from .swap import SwapSpace
 class SequenceBlocks:
     """Between the scheduler and the pool. Decides nothing about who gets blocks."""
 
-    def __init__(self, pool: BlockPool, spec: KVCacheSpec, num_swap_blocks: int) -> None:
+    def __init__(
+        self, pool: BlockPool, spec: KVCacheSpec, num_swap_blocks: int, cache: PrefixCache | None = None
+    ) -> None:
+        """`cache`: around the pool; None: one without further tiers."""
         self._pool = pool
         self._spec = spec
-        self.swap = SwapSpace(num_swap_blocks)
+        self.cache = cache if cache is not None else PrefixCache(pool)
+        self.swap = SwapSpace(num_swap_blocks, self.cache.costs)
         # Block copies (from, to) that the next step begins with; each holds a reference to its source.
         self._copies: list[tuple[BlockId, BlockId]] = []
         self._outgoing: list[BlockId] = []  # of evicted sequences; the next step copies them out
@@ -47,7 +52,7 @@ class SequenceBlocks:
 
     def _take(self, count: int) -> list[BlockId]:
         num_fresh = min(count, self._pool.num_free_blocks)
-        blocks = self._pool.allocate(num_fresh)
+        blocks = self.cache.allocate(num_fresh)
         reused = self._reusable()[num_fresh - count :] if num_fresh < count else []
         for block in reused:
             self._outgoing.remove(block)
@@ -127,6 +132,7 @@ class SequenceBlocks:
     def give_back(self, seq: Sequence) -> None:
         """Free the sequence's blocks; a copy into one of them must not run: it may have a new owner by then."""
         self._pool.free([source for source, _ in self._cancel_copies(seq)])
+        self.cache.cancel(seq.block_table)
         self._release(seq.block_table)
         seq.block_table = []
 
@@ -145,7 +151,7 @@ class SequenceBlocks:
 
     def evict(self, seq: Sequence) -> None:
         """Take a sequence's blocks away. Its KV goes to host memory if that is cheaper than computing it again."""
-        if self.swap.take_back(seq):
+        if self.swap.take_back(seq) or self.cache.is_promoting(seq.block_table):
             self.give_back(seq)
         else:
             places = self._places_to_save(seq)
@@ -174,8 +180,8 @@ class SequenceBlocks:
 
     def shortage(self, seq: Sequence, reserve: int) -> int:
         """How many blocks are missing for a sequence's known tokens, if `reserve` stay available."""
-        hits, _ = self._find(seq)
-        return self._num_missing(seq, hits, reserve)
+        found, _ = self._find(seq)
+        return self._num_missing(seq, found.hits, reserve)
 
     def _num_missing(self, seq: Sequence, hits: dict[int, BlockId], reserve: int) -> int:
         found = set(hits.values())
@@ -184,57 +190,67 @@ class SequenceBlocks:
 
     def restore(self, seq: Sequence, reserve: int) -> bool:
         """Give a waiting sequence blocks for its known tokens, if `reserve` stay available, and the KV that there is:
-        what the prefix cache has, then what lies in host memory, up to the first block that neither has.
+        what the prefix cache has in any tier, then what swapping has saved, up to the first block that neither has.
         """
-        hits, slots = self._find(seq)
+        found, slots = self._find(seq)
+        hits = found.hits
         if self._num_missing(seq, hits, reserve) > 0:
             return False
         self._pool.pin(hits.values())
         fresh = iter(self._take(self.num_for(seq.num_tokens) - len(hits)))
         seq.block_table = [hits[n] if n in hits else next(fresh) for n in range(self.num_for(seq.num_tokens))]
-        self._count_computed(seq, hits, slots)
+        self._count_computed(seq, found, slots)
+        self.cache.promote(found, seq.block_table)
+        self.cache.forget(seq)
         if slots:
             self.swap.load(seq, {place: seq.block_table[place] for place in slots})
         else:
             self.swap.drop(seq)
         return True
 
-    def _count_computed(self, seq: Sequence, hits: dict[int, BlockId], slots: list[int]) -> None:
-        num_found, num_hit_tokens = len(hits) + len(slots), len(hits) * self._pool.block_size
+    def _count_computed(self, seq: Sequence, found: Found, slots: list[int]) -> None:
+        num_found, num_hit_tokens = len(found) + len(slots), len(found) * self._pool.block_size
         seq.num_computed_tokens = num_found * self._pool.block_size
         if slots and slots[-1] == num_found - 1:  # it may be partial
             seq.num_computed_tokens = min(seq.num_computed_tokens, self.swap.num_saved_tokens(seq))
-        seq.num_published_blocks = next((n for n in range(num_found) if n not in hits), num_found)
+        seq.num_published_blocks = next((n for n in range(num_found) if n not in found.hits), num_found)
         if seq.num_output_tokens == 0:
             seq.num_cached_tokens = num_hit_tokens
         self.prefix_queries += seq.num_tokens
         self.prefix_hits += num_hit_tokens
 
-    def _find(self, seq: Sequence) -> tuple[dict[int, BlockId], list[int]]:
-        """Of the leading blocks, those in the prefix cache by place, and the places of those in host memory."""
+    def awaits(self, seq: Sequence) -> bool:
+        """Is KV of a waiting sequence on its way from elsewhere? It is admitted when that is here."""
+        return seq.is_fetching or (self.cache.disk is not None and self.cache.awaits(seq, self.reusable_hashes(seq)))
+
+    def reusable_hashes(self, seq: Sequence) -> list[bytes]:
         self._hash(seq)
-        saved = self.swap.saved(seq)
-        slots = saved.slots if saved is not None else {}
-        hits: dict[int, BlockId] = {}
-        loads: list[int] = []
         # The last known token is always fed: its logits choose the next one.
         num_hashed = (seq.num_tokens - 1) // self._pool.block_size
         if seq.sampling.prompt_logprobs is not None and seq.num_output_tokens == 0:
             num_hashed = 0  # they need the logits of every prompt token
-        hits.update(enumerate(self._pool.match_prefix(seq.block_hashes[:num_hashed])))
-        place = len(hits)
-        is_whole = saved is not None
+        return seq.block_hashes[:num_hashed]
+
+    def _find(self, seq: Sequence) -> tuple[Found, list[int]]:
+        """Of the leading blocks, those in the prefix cache, and the places of those that swapping has saved."""
+        hashes, saved = self.reusable_hashes(seq), self.swap.saved(seq)
+        if saved is None:
+            return self.cache.find(hashes), []
+        found, loads = Found(dict(enumerate(self._pool.match_prefix(hashes)))), []
+        place, is_whole = len(found), True
         while is_whole:
-            block = self._pool.match_prefix(seq.block_hashes[place : min(place + 1, num_hashed)])
+            block = self._pool.match_prefix(hashes[place : place + 1])
             if block:
-                hits[place] = block[0]
-            elif place in slots:
+                found.hits[place] = block[0]
+            elif place in saved.slots:
                 loads.append(place)
-                is_whole = (place + 1) * self._pool.block_size <= self.swap.num_saved_tokens(seq)
+                is_whole = (place + 1) * self._pool.block_size <= saved.num_tokens
+            elif place < len(hashes) and self.cache.has_in_host(hashes[place]):
+                found.promoted[place] = hashes[place]
             else:
                 break
             place += 1
-        return hits, loads
+        return found, loads
 
     def _hash(self, seq: Sequence) -> None:
         """Of all known full blocks; those that are not computed yet are hashed along."""
@@ -257,27 +273,34 @@ class SequenceBlocks:
     def begin(self, rows: list[BatchRow]) -> Batch | None:
         """The batch of these rows, with the copies that it begins with; None where there is nothing to do."""
         if not rows and not self.swap.out and not self.swap.into:
-            return None
+            return self.cache.begin(None)
         swap_out, swap_in = self.swap.begin()
         copies: list[tuple[BlockId, BlockId]] = []
         if rows:
             copies, self._copies = self._copies, []
         self._copying = [source for source, _ in copies]
         self._reused.clear()
-        return Batch(rows, copies, swap_out, swap_in)
+        return self.cache.begin(Batch(rows, copies, swap_out, swap_in))
 
     def end(self) -> None:
         """The step has ended: what it touched goes back."""
         self.swap.end()
+        self.cache.end()
         for blocks in (self._copying, self._outgoing, self._held):
             self._pool.free(blocks)
         self._copying, self._outgoing, self._held = [], [], []
 
     def references(self) -> list[list[BlockId]]:
         """Those that copies hold, beside the sequences'."""
-        return [[source for source, _ in self._copies], self._copying, self._outgoing, self._held]
+        return [
+            [source for source, _ in self._copies],
+            self._copying,
+            self._outgoing,
+            self._held,
+            self.cache.references(),
+        ]
 
     def check(self) -> None:
         """Assert that blocks and slots are all accounted for."""
-        self._pool.check()
+        self.cache.check()
         self.swap.check()

@@ -12,44 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..common.batch import Batch, StepOutput
 from ..common.blocks import BlockPool
+from ..common.copy_costs import CopyCosts
 from ..common.request import BlockId, Sequence
-
-_SMOOTHING = 0.3
-
-
-def swap_pays(num_blocks: int, num_tokens: int, *, block_s: float | None, token_s: float | None) -> bool:
-    """Is copying blocks out and in again sooner done than computing their tokens again?
-
-    `block_s`: one block, one way; `token_s`: one prompt token. What is not known yet is learned by swapping.
-    """
-    if block_s is None or token_s is None:
-        return True
-    return 2 * num_blocks * block_s < num_tokens * token_s
-
-
-@dataclass(slots=True)
-class SwapCosts:
-    """What steps have shown: seconds of a block's copy one way, and of a prompt token."""
-
-    block_s: float | None = None
-    token_s: float | None = None
-
-    def observe(self, batch: Batch, output: StepOutput) -> None:
-        """Learn from a finished step. A token's price is known from steps that are mostly chunks."""
-        num_copied = len(batch.swap_out) + len(batch.swap_in)
-        if num_copied:
-            self.block_s = _smooth(self.block_s, output.swap_s / num_copied)
-        if not batch.rows or batch.rows[-1].num_scheduled_tokens == 1:
-            return
-        num_chunk_tokens = sum(row.num_scheduled_tokens for row in batch.rows if row.num_scheduled_tokens > 1)
-        if 2 * num_chunk_tokens >= output.num_tokens:
-            self.token_s = _smooth(self.token_s, (output.step_s - output.swap_s) / output.num_tokens)
-
-
-def _smooth(known: float | None, value: float) -> float:
-    return value if known is None else known + _SMOOTHING * (value - known)
 
 
 @dataclass(slots=True)
@@ -65,7 +30,7 @@ class SwapSpace:
     """Knows sequences and slots, no block's content."""
 
     num_slots: int
-    costs: SwapCosts = field(default_factory=SwapCosts)
+    costs: CopyCosts = field(default_factory=CopyCosts)
     num_saved_blocks: int = 0  # since start
     num_loaded_blocks: int = 0
     out: list[tuple[BlockId, int]] = field(default_factory=list)  # of the next step
@@ -93,7 +58,7 @@ class SwapSpace:
         """There is room for that many blocks, and it pays."""
         if not 0 < num_blocks <= self._pool.num_free_blocks:
             return False
-        return swap_pays(num_blocks, num_tokens, block_s=self.costs.block_s, token_s=self.costs.token_s)
+        return self.costs.copying_pays(2 * num_blocks, num_tokens)  # out, and in again
 
     def save(self, seq: Sequence, places: list[int], blocks: Iterable[BlockId]) -> None:
         """Copy the `blocks` that stand at `places` of the sequence's table out with the next step."""

@@ -1,7 +1,7 @@
 """Reservations that wait for blocks on a full decode worker: one for each router, the oldest of a class first.
 
     ReserveKV(queue_if_full) ──(no room)──> waiting ──(blocks came free)──> Grant
-                                               └──(two seconds, its deadline, draining)──> NoCapacity
+                                               └──(two seconds, its deadline, draining, another role)──> NoCapacity
 
 While one waits, blocks that come free are kept for it: others get only what it does not need. Without this a large
 prompt would wait until no smaller one came.
@@ -60,6 +60,10 @@ class WaitingReservations:
     def holds(self, request_id: str) -> bool:
         return any(waiting.message.spec.request_id == request_id for waiting in self._waiting)
 
+    @property
+    def routers(self) -> set[str]:
+        return {waiting.router_id for waiting in self._waiting}
+
     def reserve(self, router_id: str, message: ReserveKV) -> list[tuple[str, Grant | NoCapacity]]:
         """Answers, by router: to this one, unless it waits, and to the one whose place it takes."""
         self.drop(message.spec.request_id, message.spec.attempt)
@@ -106,9 +110,9 @@ class WaitingReservations:
         answers: list[tuple[str, Grant | NoCapacity]] = []
         now = self._clock.now()
         for waiting in list(self._waiting):
-            if self._receiver.draining or now >= waiting.until_s:
-                reason = "draining" if self._receiver.draining else "blocks"
-                answers.append((waiting.router_id, self._give_up(waiting, reason)))
+            reason = "draining" if self._receiver.draining else "" if self._receiver.offered else "wrong_role"
+            if reason or now >= waiting.until_s:
+                answers.append((waiting.router_id, self._give_up(waiting, reason or "blocks")))
                 continue
             if self._room() == waiting.tried_with:
                 continue

@@ -22,6 +22,7 @@ from ..common.errors import CapacityError
 from ..common.messages import (
     Abort,
     ChoiceTokens,
+    FetchFrom,
     GrantInfo,
     LiveRequests,
     LocalTask,
@@ -31,7 +32,9 @@ from ..common.messages import (
     TaskRefused,
     in_pieces,
 )
+from ..common.prefix_cache import PrefixCache
 from ..common.request import RequestSpec, Sequence
+from ..transfer.fetches import Fetches
 from ..transfer.handoff import Endpoint, check_grant
 from .scheduler import PrefillScheduler
 from .shipments import Shipments, Shipping
@@ -56,22 +59,28 @@ class PrefillRole:
         max_model_len: int,
         max_num_batched_tokens: int,
         max_num_seqs: int,
+        own_id: str = "",
+        cache: PrefixCache | None = None,
     ) -> None:
+        """`own_id`: the worker's name, where it grants blocks as well."""
         self.pool = pool
         self._endpoint = endpoint
         self.scheduler = PrefillScheduler(
-            pool, clock, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs
+            pool, clock, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, cache=cache
         )
         self._clock = clock
         self._shipping = shipping
         self._to_router = to_router
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
+        self._own_id = own_id
+        self.fetches: Fetches | None = None  # None: everything that is not in the cache is computed
         self._tasks: dict[str, Task] = {}  # by request id: the attempt that computes or waits
         self._shipments = Shipments(pool, shipping.cancel)
         self._step_tasks: list[Task] = []
         self._plans: list[ShipPlan] = []
         self.draining = False
+        self.offered = True  # False: nothing new is begun; tasks go on
         self.stale_messages = 0
 
     # --- messages ---------------------------------------------------------------------------------------
@@ -123,10 +132,29 @@ class PrefillRole:
         except CapacityError as error:
             self._refuse(router_id, spec, "never_fits", str(error))
             return
-        self._tasks[spec.request_id] = Task(router_id, spec, grant, prompt)
+        task = self._tasks[spec.request_id] = Task(router_id, spec, grant, prompt)
+        if message.fetch is not None and self.fetches is not None:
+            self._fetch(task, message.fetch, self.fetches)
+
+    def _fetch(self, task: Task, source: FetchFrom, fetches: Fetches) -> None:
+        """Read what lies elsewhere before the prompt is begun. Its grant would lapse meanwhile: it is opened now."""
+        seq = task.prompt.seq
+        hashes = self.scheduler.reusable_hashes(task.prompt)
+        seq.is_fetching = fetches.begin(_fetch_key(task.spec), hashes, source, lambda: _fetched(seq))
+        if seq.is_fetching:
+            self._open(task)
+
+    def _open(self, task: Task) -> None:
+        spec = task.spec
+        task.open_id = self._shipping.open(spec.request_id, spec.attempt, task.grant)
+        self._shipments.opened(task.open_id, task.router_id, spec)
 
     def _refusal(self, spec: RequestSpec, grant: GrantInfo) -> tuple[str, str] | None:
         """Why the task is not begun, and what more there is to say."""
+        if not self.offered:
+            return "wrong_role", "this worker decodes now"
+        if self._own_id and grant.grant_id.worker_id == self._own_id:
+            return "wrong_role", "the grant is this worker's own: a prompt is not handed off to where it is computed"
         if (misfit := check_grant(self._endpoint, grant)) is not None:
             return "incompatible", misfit
         if self.draining:
@@ -145,6 +173,8 @@ class PrefillRole:
         """Stop working on a task. Its blocks go when neither the running step nor its shipment uses them."""
         self._tasks.pop(task.spec.request_id, None)
         self.scheduler.remove(task.prompt)
+        if self.fetches is not None:
+            self.fetches.cancel(_fetch_key(task.spec))
         task.dead = True
         if not task.stepping:
             self._give_away(task)
@@ -176,9 +206,10 @@ class PrefillRole:
         for row, task in zip(batch.rows, self._step_tasks, strict=True):
             task.stepping = True
             if task.open_id is None:
-                spec = task.spec
-                task.open_id = self._shipping.open(spec.request_id, spec.attempt, task.grant)
-                self._shipments.opened(task.open_id, task.router_id, spec)
+                self._open(task)
+            assert task.open_id is not None
+            if not task.is_begun:
+                task.is_begun = True
                 self._plans.append(plan_hits(task.open_id, row.seq, task.grant))
             self._plans.append(plan_chunk(task.open_id, row.seq, task.grant, row.num_scheduled_tokens))
         return batch
@@ -192,7 +223,9 @@ class PrefillRole:
         self._shipping.on_layer(layer)
 
     def complete(self, batch: Batch, output: StepOutput) -> None:
-        self.scheduler.observe(output.step_s, output.num_tokens)
+        self.scheduler.observe(output.step_s - output.swap_s, output.num_tokens)
+        self.scheduler.cache.observe(batch, output)
+        self.scheduler.cache.end()
         for row, task, result in zip(batch.rows, self._step_tasks, output.rows, strict=True):
             task.stepping = False
             if task.dead:
@@ -246,6 +279,11 @@ class PrefillRole:
         return self.scheduler.prefix_hits
 
     @property
+    def routers(self) -> set[str]:
+        """Those whose prompts are computed or shipped here."""
+        return {task.router_id for task in self._tasks.values()} | self._shipments.routers
+
+    @property
     def num_unfinished(self) -> int:
         """Tasks, and shipments that have not said their last word."""
         return len(self._tasks) + len(self._shipments)
@@ -265,9 +303,21 @@ class PrefillRole:
         stepping = [task.prompt.seq.block_table for task in self._step_tasks if task.dead]
         return [prompt.seq.block_table for prompt in self.scheduler.prompts] + stepping + self._shipments.references()
 
-    def check(self) -> None:
-        """Assert that the books agree: tasks, prompts and blocks."""
-        self.pool.check()
+    def check_tasks(self) -> None:
+        """Assert that tasks and prompts agree."""
         assert {task.prompt for task in self._tasks.values()} == set(self.scheduler.prompts)
+
+    def check(self) -> None:
+        """Assert that the books agree, where nobody else has blocks of the pool: tasks, prompts and blocks."""
+        self.pool.check()
+        self.check_tasks()
         held = Counter(block for blocks in self.references() for block in blocks)
         assert all(self.pool.ref_count(block) == held[block] for block in range(self.pool.num_blocks))
+
+
+def _fetch_key(spec: RequestSpec) -> str:
+    return f"task {spec.request_id}"
+
+
+def _fetched(seq: Sequence) -> None:
+    seq.is_fetching = False

@@ -13,12 +13,14 @@ waits for its end, so it goes on behind them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..common.batch import Batch, BatchRow
 from ..common.blocks import BlockPool, hash_blocks
 from ..common.clock import Clock
 from ..common.errors import CapacityError
+from ..common.prefix_cache import PrefixCache
 from ..common.request import Sequence
 
 STRETCH = 3.0
@@ -45,12 +47,24 @@ class Prompt:
 class PrefillScheduler:
     """Packs chunks. Owns its prompts' blocks until `remove`."""
 
-    def __init__(self, pool: BlockPool, clock: Clock, *, max_num_batched_tokens: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        clock: Clock,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        cache: PrefixCache | None = None,
+    ) -> None:
+        """`cache`: around the pool; None: one without further tiers."""
         self._pool = pool
+        self.cache = cache if cache is not None else PrefixCache(pool)
         self._clock = clock
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
         self.prompts: list[Prompt] = []  # in the order in which they are served
+        self.max_step_s = MAX_STEP_S
+        self.reserve: Callable[[], int] = lambda: 0  # blocks that a prompt which starts must leave
         self._s_per_token = _INITIAL_S_PER_TOKEN
         self.num_preemptions = 0  # a prompt that has begun is never preempted
         self.prefix_queries = 0  # tokens
@@ -80,6 +94,7 @@ class PrefillScheduler:
         prompt = Prompt(seq, salt, now, due_s, now + remaining_s if remaining_s is not None else None)
         self.prompts.append(prompt)
         self.prompts.sort(key=lambda p: (p.seq.priority, p.due_s))
+        self._awaits(prompt)  # asked for now, it is here when the prompt's turn has come
         return prompt
 
     def expired(self) -> list[Prompt]:
@@ -97,6 +112,8 @@ class PrefillScheduler:
             if budget == 0 or len(rows) == self._max_num_seqs:
                 break
             if prompt.started_s is None:
+                if self._awaits(prompt):
+                    continue
                 # The first that waits for blocks is passed by those alone that hold theirs, or it would wait for ever.
                 may_start = may_start and self._start(prompt)
                 if not may_start:
@@ -105,7 +122,8 @@ class PrefillScheduler:
             rows.append(BatchRow(prompt.seq, num_tokens))
             prompts.append(prompt)
             budget = max(0, budget - num_tokens)
-        return (Batch(rows), prompts) if rows else None
+        batch = self.cache.begin(Batch(rows)) if rows else None
+        return (batch, prompts) if batch is not None else None
 
     def _chunk(self, seq: Sequence, budget: int, *, is_first: bool) -> int:
         """Tokens of a prompt; a short rest goes along where it may, for it would be a step of its own."""
@@ -116,7 +134,7 @@ class PrefillScheduler:
 
     def _budget(self) -> int:
         """Tokens of the next step."""
-        affordable = max(MIN_CHUNK_TOKENS, int(MAX_STEP_S / self._s_per_token))
+        affordable = max(MIN_CHUNK_TOKENS, int(self.max_step_s / self._s_per_token))
         return min(self._max_num_batched_tokens, affordable)
 
     def complete(self, prompt: Prompt, num_tokens: int) -> bool:
@@ -142,25 +160,41 @@ class PrefillScheduler:
         """Forget a prompt that is not done. Its blocks stay its owner's (`Sequence.block_table`)."""
         if prompt in self.prompts:
             self.prompts.remove(prompt)
+        self.cache.forget(prompt.seq)
+
+    def _awaits(self, prompt: Prompt) -> bool:
+        """Is KV of it on its way from elsewhere? It starts when that is here."""
+        if prompt.seq.is_fetching:
+            return True
+        return self.cache.disk is not None and self.cache.awaits(prompt.seq, self.reusable_hashes(prompt))
+
+    def reusable_hashes(self, prompt: Prompt) -> list[bytes]:
+        """Of the blocks that need not be computed, if anybody has them."""
+        seq = prompt.seq
+        seq.block_hashes = hash_blocks(seq.token_ids, self._pool.block_size, prompt.salt, seq.block_hashes)
+        if seq.sampling.prompt_logprobs is not None:
+            return []  # they need the logits of every prompt token
+        # The last token is always computed: its logits choose the first output token.
+        return seq.block_hashes[: (seq.num_tokens - 1) // self._pool.block_size]
 
     def _num_blocks(self, seq: Sequence) -> int:
         return -(-seq.num_tokens // self._pool.block_size)
 
     def _start(self, prompt: Prompt) -> bool:
-        """Give the prompt its blocks: what the prefix cache has, and new ones for the rest."""
-        seq = prompt.seq
-        seq.block_hashes = hash_blocks(seq.token_ids, self._pool.block_size, prompt.salt)
-        hits: list[int] = []
-        if seq.sampling.prompt_logprobs is None:  # they need the logits of every prompt token
-            # The last token is always computed: its logits choose the first output token.
-            hits = self._pool.match_prefix(seq.block_hashes[: (seq.num_tokens - 1) // self._pool.block_size])
-        num_new = self._num_blocks(seq) - len(hits)
-        if num_new > self._pool.num_free_blocks - self._pool.num_evictable(hits):
+        """Give the prompt its blocks: what the prefix cache has in any tier, and new ones for the rest."""
+        seq, pool = prompt.seq, self._pool
+        found = self.cache.find(self.reusable_hashes(prompt))
+        num_new = self._num_blocks(seq) - len(found.hits)
+        if num_new + self.reserve() > pool.num_free_blocks - pool.num_evictable(found.hits.values()):
             return False
-        self._pool.pin(hits)
-        seq.block_table = hits + self._pool.allocate(num_new)
-        seq.num_cached_tokens = seq.num_computed_tokens = len(hits) * self._pool.block_size
-        seq.num_published_blocks = len(hits)
+        pool.pin(found.hits.values())
+        fresh = iter(self.cache.allocate(num_new))
+        seq.block_table = [found.hits[n] if n in found.hits else next(fresh) for n in range(self._num_blocks(seq))]
+        self.cache.promote(found, seq.block_table)
+        self.cache.forget(seq)
+        seq.num_cached_tokens = seq.num_computed_tokens = len(found) * pool.block_size
+        seq.num_promoted_tokens = (len(found) - found.num_ready) * pool.block_size
+        seq.num_published_blocks = found.num_ready
         self.prefix_queries += seq.num_tokens
         self.prefix_hits += seq.num_computed_tokens
         prompt.started_s = self._clock.now()

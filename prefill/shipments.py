@@ -68,6 +68,10 @@ class Shipments:
     def num_blocks(self) -> int:
         return sum(map(len, self._blocks.values()))
 
+    @property
+    def routers(self) -> set[str]:
+        return {shipment.router_id for shipment in self._opens}
+
     def opened(self, open_id: int, router_id: str, spec: RequestSpec) -> None:
         self._blocks[open_id] = []  # the task's, until it gives them away
         self._opens.append(_Open(open_id, router_id, spec.request_id, spec.attempt))

@@ -1,7 +1,8 @@
 """Which pages of a step are complete, and where they go.
 
 A block is complete when it is full or ends the prompt; from then on it is written once, layer by layer, as the
-layers are computed. Blocks that the prefix cache already held are complete in all layers before the first chunk.
+layers are computed. Blocks that the prefix cache already held are complete in all layers before the first chunk;
+those that it copies in from host memory are so when that chunk's first layer is.
 
     prompt blocks   0 ........ h ........ c ........ end
                     held by the          complete    still being
@@ -42,11 +43,14 @@ def plan_chunk(open_id: int, seq: Sequence, grant: GrantInfo, num_tokens: int) -
     end_token = seq.num_computed_tokens + num_tokens
     last = end_token == seq.num_tokens
     end = len(seq.block_table) if last else end_token // block_size
-    local, remote = plan_blocks(seq, grant, seq.num_computed_tokens // block_size, end)
+    is_first = seq.num_computed_tokens == seq.num_cached_tokens
+    start_token = seq.num_computed_tokens - (seq.num_promoted_tokens if is_first else 0)
+    local, remote = plan_blocks(seq, grant, start_token // block_size, end)
     return ShipPlan(open_id, local, remote, last=last)
 
 
 def plan_hits(open_id: int, seq: Sequence, grant: GrantInfo) -> ShipPlan:
     """Blocks that the prefix cache held when the prompt started: complete in all layers."""
-    local, remote = plan_blocks(seq, grant, 0, seq.num_cached_tokens // grant.spec.block_size)
+    num_tokens = seq.num_cached_tokens - seq.num_promoted_tokens
+    local, remote = plan_blocks(seq, grant, 0, num_tokens // grant.spec.block_size)
     return ShipPlan(open_id, local, remote, all_layers=True)

@@ -29,6 +29,8 @@ from ..common.messages import (
     Message,
     encode,
 )
+from ..transfer.fetch_ranks import apply_read
+from ..transfer.followers import GiveUpRead, ReadBlocks
 from ..transfer.sender import KVSender
 from .shipper import ShipPlan
 
@@ -75,7 +77,7 @@ class ShipPeerLost(Message):
     kv_address: str
 
 
-ShipCommand = ShipOpen | ShipStep | ShipFinish | ShipCancel | ShipAnswer | ShipPeerLost
+ShipCommand = ShipOpen | ShipStep | ShipFinish | ShipCancel | ShipAnswer | ShipPeerLost | ReadBlocks | GiveUpRead
 ship_commands: Decoder[ShipCommand] = Decoder(ShipCommand)
 
 
@@ -128,10 +130,13 @@ class LayerShipper:
         if not self._blocks:
             return
         fence = self._layer_fence()
+        is_last = layer == self._num_layers - 1
         for blocks in self._blocks:
             self._ready(blocks, layer, fence)
-            if blocks.last and layer == self._num_layers - 1:
+            if blocks.last and is_last:
                 self._thread.call_after(fence, self._sender.layers_done, blocks.open_id)
+        if is_last:
+            self._blocks = []  # the next step may be another role's
 
     def _ready(self, blocks: _Blocks, layer: int, fence: Fence | None) -> None:
         if len(blocks.local):
@@ -153,6 +158,9 @@ def apply(command: ShipCommand, thread: Calls, sender: KVSender, layers: LayerSh
             thread.call(sender.on_message, command.message)
         case ShipPeerLost():
             thread.call(sender.on_peer_lost, command.kv_address)
+        case ReadBlocks() | GiveUpRead():
+            assert sender.reader is not None
+            apply_read(command, thread, sender.reader)
 
 
 class RankShipping:

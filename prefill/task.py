@@ -18,7 +18,8 @@ class Task:
     spec: RequestSpec
     grant: GrantInfo
     prompt: Prompt
-    open_id: int | None = None  # the shipment, once its first chunk was scheduled
+    open_id: int | None = None  # the shipment, once its first chunk was scheduled or its prefix is fetched
+    is_begun: bool = False  # its first chunk was scheduled
     stepping: bool = False  # its row is in the step that computes now
     dead: bool = False  # aborted meanwhile
 

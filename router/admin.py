@@ -3,6 +3,9 @@
     GET  /admin/workers                every worker: state, load, blocks, which handoffs are avoided
     POST /admin/workers/{id}/drain     it takes nothing new and ends; its launcher starts it again
     POST /admin/restart                the launcher restarts everything, one process at a time
+    GET  /admin/requests               this router's last requests; ?kind=recent|slowest|failed&class=NAME&limit=N
+    GET  /admin/requests/{id}          one of them: where it was placed and why, what was expected and what came
+    GET  /admin/scaling                workers of each pool, now and desired, and why; POST, DELETE: scaling_admin.py
     GET  /admin/metrics                this router's; of /metrics on a port that several share, any of them answers
 
 Where keys are set, every path needs one, unknown paths included. Without keys it listens on the loopback only, and a
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..common.errors import KVFerryError, RequestError
 from .errors import clip, failure_of, unknown_path
 from .frame import ApiKeys, send_failure
+from .history import KINDS, MAX_RECENT, Kind
 from .pools import PoolView, WorkerView
 
 _MAX_DRAIN_S = 86400.0
@@ -40,6 +44,10 @@ class Operations(Protocol):
 
     def drain_worker(self, worker_id: str, deadline_s: float) -> bool: ...
 
+    def requests(self, kind: Kind, request_class: str | None, limit: int) -> list[dict[str, object]]: ...
+
+    def request(self, request_id: str) -> dict[str, object] | None: ...
+
 
 class Launcher(Protocol):
     """The way to who started this router."""
@@ -47,13 +55,16 @@ class Launcher(Protocol):
     def send(self, event: Mapping[str, object]) -> None: ...
 
 
-def build_admin(admin: Admin, keys: tuple[str, ...]) -> ASGIApp:
-    """The application. Without `keys` nobody needs one."""
+def build_admin(admin: Admin, keys: tuple[str, ...], more: Sequence[Route] = ()) -> ASGIApp:
+    """The application. Without `keys` nobody needs one. `more`: what other modules answer."""
     routes = [
         Route("/admin/workers", admin.workers, methods=["GET"]),
         Route("/admin/workers/{worker_id}/drain", admin.drain, methods=["POST"]),
+        Route("/admin/requests", admin.requests, methods=["GET"]),
+        Route("/admin/requests/{request_id}", admin.request, methods=["GET"]),
         Route("/admin/restart", admin.restart, methods=["POST"]),
         Route("/admin/metrics", admin.metrics, methods=["GET"]),
+        *more,
     ]
     handlers: Mapping[Any, Any] = {HTTPException: _on_http_error, KVFerryError: _on_error}
     return _Guard(Starlette(routes=routes, exception_handlers=handlers), keys)
@@ -119,6 +130,28 @@ class Admin:
         if not self.dispatcher.drain_worker(worker_id, limit_s):
             raise RequestError(f"no worker {clip(worker_id)} is connected", code="worker_not_found", status=404)
         return JSONResponse({"worker_id": worker_id, "state": "draining", "timeout_s": limit_s}, 202)
+
+    async def requests(self, request: Request) -> Response:
+        query = dict(request.query_params)
+        if unknown := sorted(query.keys() - {"kind", "class", "limit"}):
+            raise RequestError(f"unknown parameter: {clip(unknown[0])}", param=unknown[0][:64], code="unknown_field")
+        kind, limit = query.get("kind", "recent"), query.get("limit", "100")
+        if kind not in KINDS:
+            raise RequestError(f"kind: {clip(kind)} is none of {', '.join(KINDS)}", param="kind")
+        if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= MAX_RECENT:
+            raise RequestError(f"limit: a number from 1 to {MAX_RECENT}", param="limit")
+        return JSONResponse({"requests": self.dispatcher.requests(kind, query.get("class"), int(limit))})
+
+    async def request(self, request: Request) -> Response:
+        request_id = request.path_params["request_id"]
+        known = self.dispatcher.request(request_id)
+        if known is None:
+            raise RequestError(
+                f"request {clip(request_id)} is not under way here, and not among the last {MAX_RECENT}",
+                code="request_not_found",
+                status=404,
+            )
+        return JSONResponse(known)
 
     async def restart(self, request: Request) -> Response:
         if self.launcher is None:

@@ -2,16 +2,16 @@
 
     prompt i, choice j  ->  index i * n + j
 
-`pieces` is read once. It ends after every choice has a finish reason and raises in every other case: no answer ends
-in silence. This module knows no HTTP and no format.
+Whoever reads asks for what is `next` until there is nothing more. That is so after every choice has a finish reason;
+every other end raises: no answer ends in silence. This module knows no HTTP and no format.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from ..common.clock import Clock
@@ -19,8 +19,7 @@ from ..common.tokenizer import Detokenizer, Tokenizer
 from .choice import ChoiceText, Piece, TextOptions
 from .request import ChoiceUpdate, RouterRequest, StreamError, TokenStream, is_natural
 
-_MERGED_UPDATES = 64  # read ahead of the client over all prompts of a batch
-_PIECE_TOKENS = 64  # at most in one piece: what has piled up for a client that reads slowly is not written in one go
+_TOKENS_AT_ONCE = 64  # what has piled up, in many choices or for a client that reads slowly, is not told in one go
 
 
 @dataclass(slots=True, frozen=True)
@@ -54,12 +53,17 @@ class Answer:
         self.streams = streams
         self.prompts = prompts
         self.num_choices = streams[0].request.n  # for each prompt
-        self.choices = [
-            ChoiceText(Detokenizer(tokenizer, prompt.token_ids, options.skip_special_tokens), options)
-            for prompt in prompts
-            for _ in range(self.num_choices)
-        ]
+        begun = [Detokenizer(tokenizer, prompt.token_ids, options.skip_special_tokens) for prompt in prompts]
+        self.choices = [ChoiceText(text.fork(), options) for text in begun for _ in range(self.num_choices)]
         self._last_update_s: list[float | None] = [None] * len(self.choices)
+        self._open = set(range(len(streams)))  # positions of the streams that have not ended
+        self._changed = dict.fromkeys(self._open)  # since they were looked at, in that order
+        self._is_behind = False  # more was there than is told at once
+        self._error: StreamError | None = None  # after the pieces that were told last
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None  # for a change
+        for position, stream in enumerate(streams):
+            stream.listen(partial(self._on_change, position))
         self._clock = clock
         self._observer = observer
 
@@ -77,35 +81,62 @@ class Answer:
     def is_finished(self) -> bool:
         return all(choice.finish is not None for choice in self.choices)
 
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        """(index, piece) as they come. The first of each choice may be empty, as a sign of life; no other is."""
-        if len(self.streams) == 1:
-            async for update in self.streams[0]:
-                for number, part in enumerate(_parts(update)):
-                    if number:
-                        await asyncio.sleep(0)  # others first: much has piled up here
-                    item = self._take(0, part)
-                    if item is not None:
-                        yield item
-        else:
-            async with contextlib.aclosing(_merged(self.streams)) as merged:
-                async for position, update in merged:
-                    for number, part in enumerate(_parts(update)):
-                        if number:
-                            await asyncio.sleep(0)
-                        item = self._take(position, part)
-                        if item is not None:
-                            yield item
+    async def next(self) -> list[tuple[int, Piece]]:
+        """(index, piece) of what has come; waits until something has. Empty: the answer has ended.
+
+        The first piece of each choice may be empty, as a sign of life; no other is.
+        """
+        if self._error is not None:
+            raise self._error
+        if self._is_behind:
+            await asyncio.sleep(0)  # others first: much has piled up here
+        while self._open or self._changed:
+            if not self._changed:
+                self._waiter = self._loop.create_future()
+                await self._waiter
+            pieces = self._take_ready()
+            if pieces:
+                return pieces
         if not self.is_finished:
             raise StreamError("the answer ended before all of its choices had", "internal_error", 500)
+        return []
 
-    def _take(self, position: int, update: ChoiceUpdate) -> tuple[int, Piece] | None:
+    def _on_change(self, position: int) -> None:
+        self._changed[position] = None
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _take_ready(self) -> list[tuple[int, Piece]]:
+        """Of the streams that have changed, in that order, so many tokens in all."""
+        pieces: list[tuple[int, Piece]] = []
+        now_s, most = self._clock.now(), _TOKENS_AT_ONCE
+        try:
+            while self._changed and most > 0:
+                position = next(iter(self._changed))
+                stream = self.streams[position]
+                for update in stream.take(most):
+                    most -= len(update.tokens) or 1
+                    item = self._take(position, update, now_s)
+                    if item is not None:
+                        pieces.append(item)
+                if most > 0:
+                    del self._changed[position]
+                    if stream.is_over():
+                        self._open.discard(position)
+        except StreamError as error:
+            if not pieces:
+                raise
+            self._error = error  # what came before it is told first
+        self._is_behind = most <= 0
+        return pieces
+
+    def _take(self, position: int, update: ChoiceUpdate, now_s: float) -> tuple[int, Piece] | None:
         """What an update adds; None where there is nothing to tell."""
         index = position * self.num_choices + update.choice
         choice = self.choices[index]
         if choice.finish is not None:
             return None
-        is_first = self._note_gap(index)
+        is_first = self._note_gap(index, now_s)
         piece = choice.push(update.tokens, _natural(update))
         if piece.finish is not None and update.finish is None:
             self.streams[position].finish_choice(update.choice)
@@ -115,28 +146,13 @@ class Answer:
         for stream in self.streams:
             stream.abort()
 
-    def _note_gap(self, index: int) -> bool:
-        now = self._clock.now()
-        last, self._last_update_s[index] = self._last_update_s[index], now
-        if last is None:
+    def _note_gap(self, index: int, now_s: float) -> bool:
+        """Whether it is the choice's first update."""
+        last_s, self._last_update_s[index] = self._last_update_s[index], now_s
+        if last_s is None:
             return True
-        self._observer.on_token_gap(now - last)
+        self._observer.on_token_gap(now_s - last_s)
         return False
-
-
-def _parts(update: ChoiceUpdate) -> Sequence[ChoiceUpdate]:
-    """The same tokens in order; the finish reason comes with the last of them."""
-    if len(update.tokens) <= _PIECE_TOKENS:
-        return (update,)
-    starts = range(0, len(update.tokens), _PIECE_TOKENS)
-    return [
-        ChoiceUpdate(
-            update.choice,
-            update.tokens[start : start + _PIECE_TOKENS],
-            update.finish if start == starts[-1] else None,
-        )
-        for start in starts
-    ]
 
 
 def _natural(update: ChoiceUpdate) -> str | None:
@@ -144,33 +160,3 @@ def _natural(update: ChoiceUpdate) -> str | None:
     if update.finish is None or is_natural(update.finish):
         return update.finish
     raise StreamError(f"the request was ended by the server ({update.finish})", "request_aborted", 503)
-
-
-async def _merged(streams: Sequence[TokenStream]) -> AsyncGenerator[tuple[int, ChoiceUpdate], None]:
-    """The updates of all streams in the order in which they come; the first error ends it."""
-    queue: asyncio.Queue[tuple[int, ChoiceUpdate] | Exception | None] = asyncio.Queue(_MERGED_UPDATES)
-
-    async def read(position: int, stream: TokenStream) -> None:
-        try:
-            async for update in stream:
-                await queue.put((position, update))
-        except Exception as error:  # handed to the reader below
-            await queue.put(error)
-        else:
-            await queue.put(None)
-
-    tasks = [asyncio.create_task(read(position, stream)) for position, stream in enumerate(streams)]
-    try:
-        num_open = len(tasks)
-        while num_open:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                num_open -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -23,6 +23,7 @@ from ..common.errors import RequestError
 from ..common.metrics import RouterMetrics
 from ..common.tokenizer import Tokenizer
 from .body import MAX_BODY_BYTES
+from .classes import RequestClasses
 from .errors import failure_of, unknown_path
 from .frame import ApiKeys, Frame
 from .generation import Api, Backend
@@ -45,6 +46,7 @@ def build_app(
     secret: bytes = b"",
     quota: QuotaLimits | None = None,
     share_prefix_cache: bool = False,
+    classes: RequestClasses | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """The application; `app.state.api` is the `Api` behind it. `clock` is the dispatcher's.
@@ -62,14 +64,17 @@ def build_app(
         prompts=PromptReader(tokenizer, model),
         random=random.Random(seed) if seed is not None else random.SystemRandom(),
         quotas=Quotas(quota or QuotaLimits(), clock),
+        classes=classes or RequestClasses(),
         shares_prefixes=share_prefix_cache,
         max_body_bytes=max_body_bytes,
     )
     app = FastAPI(title="kvferry", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.api = api
-    app.add_middleware(Frame, keys=ApiKeys(api_keys, secret=secret), clock=clock, observer=metrics)
+    routes = _Routes(api, metrics)
+    shortcuts = {"/v1/completions": routes.completions, "/v1/chat/completions": routes.chat_completions}
+    app.add_middleware(Frame, keys=ApiKeys(api_keys, secret=secret), clock=clock, observer=metrics, shortcuts=shortcuts)
     app.add_exception_handler(HTTPException, _on_http_error)
-    _add_routes(app, _Routes(api, metrics))
+    _add_routes(app, routes)
     return app
 
 

@@ -31,6 +31,10 @@ class ChatForm:
         self._options = context.options
         self._echoed = echoed
 
+    @property
+    def has_plain_chunks(self) -> bool:
+        return self._options.has_plain_chunks
+
     def chunks(self, index: int, piece: Piece, *, is_first: bool) -> list[Struct]:
         chunks: list[Struct] = []
         if is_first:

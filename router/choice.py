@@ -71,7 +71,7 @@ class ChoiceText:
         self._detokenizer = detokenizer
         self._options = options
         self._stops = StopMatcher(options.stops, include_stop=options.include_stop) if options.stops else None
-        self._is_plain = not options.stops and not options.keep_tokens
+        self._is_plain = not (options.stops or options.keep_tokens or options.max_tokens == 0)
         self._tokens: list[SampledToken] = []  # not reported yet, as are their offsets
         self._offsets: list[int] = []
         self._length = 0  # characters made so far, held ones included
@@ -81,10 +81,13 @@ class ChoiceText:
 
     def push(self, tokens: Sequence[SampledToken], finish: str | None) -> Piece:
         """Take new tokens; `finish` as the worker says. The piece is empty where nothing can be shown yet."""
+        if self._is_plain:
+            text = self._push_plain(tokens, finish)
+            return Piece(text) if finish is None else Piece(text, finish, self._stop_reason)
         if self._options.max_tokens == 0:  # echo alone: the token that was computed is not the client's
             self.finish = FinishReason.LENGTH
             return Piece("", self.finish)
-        text = self._push_plain(tokens, finish) if self._is_plain else self._push_each(tokens, finish)
+        text = self._push_each(tokens, finish)
         if not self._tokens or not (text or self.finish):
             return Piece(text, self.finish, self._stop_reason)
         reported = Piece(text, self.finish, self._stop_reason, self._tokens, self._offsets)
@@ -94,12 +97,11 @@ class ChoiceText:
     def _push_plain(self, tokens: Sequence[SampledToken], finish: str | None) -> str:
         """No token has to be looked at by itself."""
         self.num_tokens += len(tokens)
+        if finish is None:
+            return self._detokenizer.push([token.token_id for token in tokens])
         shown = tokens[:-1] if self._hides_last(tokens, finish) else tokens
-        text = self._detokenizer.push([token.token_id for token in shown])
-        if finish is not None:
-            text += self._detokenizer.flush()
-            self.finish = finish
-        return text
+        self.finish = finish
+        return self._detokenizer.push([token.token_id for token in shown]) + self._detokenizer.flush()
 
     def _push_each(self, tokens: Sequence[SampledToken], finish: str | None) -> str:
         shown = ""

@@ -18,6 +18,10 @@ class CompletionForm:
         self._options = context.options
         self._echoed: dict[int, str] = {}  # by prompt: a prompt of token ids is decoded once
 
+    @property
+    def has_plain_chunks(self) -> bool:
+        return self._options.has_plain_chunks
+
     def chunks(self, index: int, piece: Piece, *, is_first: bool) -> list[Struct]:
         chunks: list[Struct] = []
         if is_first and (self._options.echo or self._options.return_token_ids):

@@ -23,6 +23,7 @@ from .dispatcher import Dispatcher
 
 TICK_S = 0.1
 LATE_TICK_S = 1.0
+SLICE_BYTES = 8 * 2**10  # of one session's messages in a row: a few milliseconds of work at most
 ROLES = ("prefill", "decode")
 
 log = structlog.get_logger(__name__)
@@ -159,13 +160,23 @@ class ControlServer:
         log.info("worker_joined", worker_id=hello.worker_id, role=hello.role, session=session.number, pid=hello.pid)
         reason = "the router failed"
         try:
-            while True:
-                self._dispatcher.on_message(session, self._decoder.decode(await channel.recv()))
+            await self._converse(session, channel)
         except (WorkerLost, ProtocolError) as error:
             reason = str(error)
             raise
         finally:
             self._end(session, reason)
+
+    async def _converse(self, session: WorkerSession, channel: Channel) -> None:
+        """Until the session ends. Where much has come at once, others have their turn in between."""
+        num_bytes = 0
+        while True:
+            frame = await channel.recv()
+            self._dispatcher.on_message(session, self._decoder.decode(frame))
+            num_bytes += len(frame)
+            if num_bytes > SLICE_BYTES:
+                num_bytes = 0
+                await asyncio.sleep(0)
 
     async def _receive_hello(self, channel: Channel) -> WorkerHello:
         async with asyncio.timeout(HELLO_TIMEOUT_S):

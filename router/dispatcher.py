@@ -23,6 +23,7 @@ from ..common.clock import Clock
 from ..common.config import RouterConfig
 from ..common.errors import CapacityError, ProtocolError
 from ..common.messages import (
+    CacheChange,
     Drain,
     FirstToken,
     Grant,
@@ -32,6 +33,7 @@ from ..common.messages import (
     Message,
     NoCapacity,
     PromptLogprobs,
+    SetRole,
     StepTokens,
     TaskRefused,
     TransferReport,
@@ -42,19 +44,24 @@ from ..common.messages import (
 from ..common.request import FinishReason
 from .admission import Admission
 from .budget import RetryBudget
+from .classes import RequestClasses
 from .exchange import Exchange
 from .failures import Blame
+from .history import Kind, Record, is_named
 from .invariants import breaches
 from .isolation import Isolation
 from .ledger import Ledger
 from .live import Live
 from .losses import Losses
+from .objectives import NO_OBJECTIVES
 from .observer import NullObserver, Observer
 from .placer import Placer
 from .policy import RoutingPolicy
-from .pools import Pools, PoolView, WorkerLink
-from .request import RouterRequest, StreamError, TokenStream
-from .watch import Verdict, Watch
+from .pools import Pools, PoolView, Worker, WorkerLink
+from .predictor import Predictor, distance
+from .prefix_fetch import hash_prompt
+from .request import RequestStatus, RouterRequest, StreamError, TokenStream
+from .watch import LOOK_AGAIN_S, Verdict, Watch
 
 __all__ = ["Dispatcher", "NullObserver", "Observer"]
 
@@ -71,22 +78,25 @@ class Dispatcher:
         *,
         rng: random.Random | None = None,
         time_us: Callable[[], int] | None = None,
+        predictor: Predictor | None = None,
     ) -> None:
         """`rng`: for the pauses before retries; seeded with the config's seed if there is none.
+
+        `predictor`: the one that the policy asks.
 
         `time_us`: the time that several routers share, so that workers serve their requests in the order of arrival.
         """
         self._config = config
+        self._policy = policy
         self._clock = clock
         self._observer: Observer = observer if observer is not None else NullObserver()
         is_local = config.local_prefill or not config.expect_prefill
-        objective_s = None if config.ttft_objective_ms is None else config.ttft_objective_ms / 1e3
-        self._pools = Pools()
+        self._pools = Pools(predictor)
         budget = RetryBudget(rng if rng is not None else random.Random(config.seed))
         self._ledger = Ledger(
             clock, self._observer, budget, max_queue=config.max_queue, max_attempts=config.max_attempts
         )
-        self._admission = Admission(self._ledger.queue, self._observer, objective_s=objective_s)
+        self._admission = Admission(self._ledger.queue, self._observer)
         self._isolation = Isolation(self._pools, may_prefill_locally=is_local)
         self._placer = Placer(
             config, policy, self._pools, self._ledger, self._admission, self._isolation, self._observer
@@ -100,6 +110,7 @@ class Dispatcher:
         self._time_us = time_us
         self._last_arrival = 0
         self._is_draining = False
+        self._classes = RequestClasses.from_config(config)
 
     # --- for the API ------------------------------------------------------------------------------------------
 
@@ -108,8 +119,14 @@ class Dispatcher:
         if self._is_draining:
             self._observer.on_rejected("draining")
             raise CapacityError("the router is draining")
+        self._observer.on_submitted(request)
         now = self._clock.now()
         self._placer.check_fits(request)
+        hash_prompt(self._pools, request)
+        if request.objectives is NO_OBJECTIVES:  # nobody has said what it is to get
+            request.objectives = self._classes.named(request.request_class)
+        if self._policy.predicts:  # else requests are served in the order of arrival
+            request.unloaded_s = self._pools.predictor.unloaded_s(request.num_prompt_tokens)
         victim = self._admission.check(request, now)
         if victim is not None:
             self._ledger.fail(victim, self._admission.displaced(now))
@@ -138,7 +155,22 @@ class Dispatcher:
 
     def view(self) -> PoolView:
         now = self._clock.now()
-        return self._pools.view(now, num_queued=len(self._ledger.queue), num_live=len(self._ledger))
+        view = self._pools.view(now, num_queued=len(self._ledger.queue), num_live=len(self._ledger))
+        view.queued_by_class = dict(self._ledger.queue.num_by_class)
+        return view
+
+    # --- for operators ----------------------------------------------------------------------------------------
+
+    def requests(self, kind: Kind, request_class: str | None, limit: int) -> list[dict[str, object]]:
+        """Of those that have ended lately; `limit` of them at most."""
+        now = self._clock.now()
+        return [record.summary(now) for record in self._ledger.history.list(kind, request_class, limit)]
+
+    def request(self, request_id: str) -> dict[str, object] | None:
+        """All that is known of a request that lives or has ended lately."""
+        alive = (live.request for live in self._ledger if is_named(live.request.request_id, request_id))
+        record = next(map(Record.of, alive), None) or self._ledger.history.find(request_id)
+        return None if record is None else record.details(self._clock.now())
 
     def breaches(self) -> list[str]:
         """What must hold between any two events and does not: for simulations and tests."""
@@ -161,6 +193,14 @@ class Dispatcher:
             self._exchange.note_drain(worker)
             worker.link.send(Drain(deadline_s=deadline_s))
         return worker is not None
+
+    def set_role(self, worker_id: str, role: str) -> bool:
+        """Let the worker offer `role`. False: it is not here, or it has one role for good."""
+        worker = self._pools.named(worker_id)
+        if worker is None or not worker.hello.can_change_role:
+            return False
+        worker.link.send(SetRole(role=role))
+        return True
 
     # --- workers come and go ------------------------------------------------------------------------------------
 
@@ -199,12 +239,17 @@ class Dispatcher:
             case StepTokens():
                 self._exchange.on_steps(worker, message, now)
             case WorkerStatus():
-                worker.on_status(message, now)
+                has_gained = self._pools.on_status(worker, message, now)
+                self._pools.predictor.on_status(link.number, message)
                 if message.state == "draining":
                     self._exchange.note_drain(worker)
-                self._ledger.is_due = True
+                self._ledger.is_due = self._ledger.is_due or has_gained
+            case CacheChange():
+                self._pools.prefix_index.on_change(link.number, message)
+                return
             case TransferReport():
                 self._observer.on_transfer(message)
+                self._learn_path(worker, message)
             case Grant() | NoCapacity() | TaskRefused() | HandoffDone() | HandoffFailed():
                 self._exchange.on_request_message(worker, message, now)
             case FirstToken() | PromptLogprobs() | WorkerFailure():
@@ -223,20 +268,37 @@ class Dispatcher:
                 worker.link.drop(reason)
         self._watch.look_at_pools(now)
         self._admission.observe(now)
-        for live in self._ledger:
-            self._exchange.relay.check_held(live, now)
-            match self._watch.judge(live, now):
-                case StreamError() as error:
-                    self._ledger.fail(live, error)
-                case Blame() as blame:
-                    self._ledger.retry(live, blame)
-                case Verdict.ASK:
-                    live.ask_if_arrived(now)
-                case None:
-                    self._ledger.settle(live, now)
-        self._placer.send_away(now)
+        for live in self._ledger.looks.due(now):
+            self._look_at(live, now)
+            if not live.request.is_finished:
+                self._ledger.looks.by(live, self._next_look_s(live, now))
         self._ledger.is_due = True
         self._placer.run(now)
+
+    def _look_at(self, live: Live, now: float) -> None:
+        self._exchange.relay.check_held(live, now)
+        match self._watch.judge(live, now):
+            case StreamError() as error:
+                self._ledger.fail(live, error)
+            case Blame() as blame:
+                self._ledger.retry(live, blame)
+            case Verdict.ASK:
+                live.ask_if_arrived(now)
+            case None:
+                self._ledger.settle(live, now)
+                if live.request.status is RequestStatus.QUEUED:
+                    self._placer.is_too_late(live, now)
+
+    def _next_look_s(self, live: Live, now: float) -> float:
+        at_s = self._watch.next_look_s(live, now)
+        late_s = self._admission.late_s(live) if live.request.status is RequestStatus.QUEUED else None
+        return at_s if late_s is None else min(at_s, max(late_s, now + LOOK_AGAIN_S))
+
+    def _learn_path(self, source: Worker, report: TransferReport) -> None:
+        target = self._pools.named(report.decode_worker)
+        if target is not None:
+            path = distance(source.hello, target.hello)
+            self._pools.predictor.on_transfer(report, path, source.hello.spec.num_layers)
 
     # --- readers ----------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ class Exchange:
         *,
         may_prefill_locally: bool,
     ) -> None:
-        self.relay = Relay(observer)
+        self.relay = Relay(observer, ledger.looks)
         self._pools = pools
         self._ledger = ledger
         self._placer = placer
@@ -129,6 +129,8 @@ class Exchange:
             (live.ungranted if self._may_prefill_locally else live.unfit).add(worker.link.number)
         elif message.reason == "draining":
             self.note_drain(worker)
+        elif message.reason == "wrong_role":
+            self._note_role(live, worker, "prefill", now)
         else:
             live.note_refusal(worker, message.retry_after_s, now)
         live.leave(tell=False)  # nothing was reserved: the same attempt goes on
@@ -136,14 +138,14 @@ class Exchange:
         self._ledger.enqueue(live)
 
     def _on_task_refused(self, live: Live, worker: Worker, message: TaskRefused, now: float) -> None:
-        text = (
-            f"{worker.hello.role} worker {worker.worker_id} refused a task: {message.reason} {message.detail}".rstrip()
-        )
+        text = f"{worker.role} worker {worker.worker_id} refused a task: {message.reason} {message.detail}".rstrip()
         match message.reason:
             case "draining":
                 self.note_drain(worker)
-            case "never_fits" | "wrong_role":
+            case "never_fits":
                 live.unfit.add(worker.link.number)
+            case "wrong_role":
+                self._note_role(live, worker, "prefill" if worker is live.decode else "decode", now)
             case "blocks":
                 live.note_refusal(worker, 0.0, now)
             case "expired":
@@ -157,6 +159,13 @@ class Exchange:
             self._send_elsewhere(live, text, now)
         else:
             self._ledger.retry(live, Blame("refused", text, is_counted=False))
+
+    def _note_role(self, live: Live, worker: Worker, role: str, now: float) -> None:
+        """It changed its role a moment ago, and its next heartbeat will say so."""
+        if worker.hello.can_change_role and worker.role != role:
+            worker.set_role(role, now)
+        else:  # what was asked of it is wrong in whatever role
+            live.unfit.add(worker.link.number)
 
     def note_drain(self, worker: Worker) -> None:
         """It says so in a heartbeat or, before the next one, in answer to a request."""
@@ -203,27 +212,26 @@ class Exchange:
             self._on_step(worker, update, now)
 
     def _on_step(self, worker: Worker, update: RequestTokens, now: float) -> None:
-        if update.request_id not in self._ledger:
-            # It goes on with something that has ended here: an Abort crossed, or was for single choices.
-            worker.link.send(Abort(request_id=update.request_id, attempt=update.attempt))
         live = self._current(worker, update.request_id, update.attempt)
         if live is None:
+            if update.request_id not in self._ledger:
+                # It goes on with something that has ended here: an Abort crossed, or was for single choices.
+                worker.link.send(Abort(request_id=update.request_id, attempt=update.attempt))
             return
-        if worker is not live.decode or live.request.status is RequestStatus.RESERVED:
+        request = live.request
+        if worker is not live.decode or request.status is RequestStatus.RESERVED:
             self._observer.on_dropped("out_of_turn")
             return
         live.event_s, live.has_stepped = now, True
-        if live.request.status is RequestStatus.PREFILLING:
+        if request.status is RequestStatus.PREFILLING:
             self._on_arrived(live, now)
-        request = live.request
         if live.prefill is None and not request.is_resume:
             request.num_cached_tokens = update.num_cached_tokens
-        for choice in {tokens.choice for tokens in update.choices} & live.ended_here:
-            live.drop_choice(choice)  # it was still on its way to the decode worker when the stop string was found
-        before = request.num_output_tokens
-        self._take(live, update.choices, now)
-        if request.num_output_tokens > before:
-            request.timestamps.setdefault("first_decode", now)
+        if live.ended_here:
+            for choice in {tokens.choice for tokens in update.choices} & live.ended_here:
+                live.drop_choice(choice)  # it was still on its way to the decode worker when the stop string was found
+        if self._take(live, update.choices, now) and "first_decode" not in request.timestamps:
+            request.timestamps["first_decode"] = now
 
     def _on_first_token(self, live: Live, message: FirstToken, now: float) -> None:
         request = live.request
@@ -232,25 +240,27 @@ class Exchange:
         self._ledger.is_due = True
         if not request.is_resume:
             request.num_cached_tokens = max(request.num_cached_tokens, message.num_cached_tokens)
-            request.prefill_s = message.prefill_s
+            request.prefill_s, request.prefill_wait_s = message.prefill_s, message.queue_s
         self._take(live, message.choices, now)
 
-    def _take(self, live: Live, updates: tuple[ChoiceTokens, ...], now: float) -> None:
-        request = live.request
-        before = request.num_output_tokens
-        given_up = self.relay.accept(live, updates, now)
-        if request.num_output_tokens > before:
-            self._on_progress(live, is_first=not before, now=now)
-        if not request.unfinished:
+    def _take(self, live: Live, updates: tuple[ChoiceTokens, ...], now: float) -> int:
+        """The number of tokens that are new."""
+        accepted = self.relay.accept(live, updates, now)
+        if accepted.num_new:
+            self._on_progress(live, is_first=accepted.is_first, now=now)
+        if accepted.has_end and not live.request.unfinished:
             self._ledger.finish(live)
-        elif given_up is not None:
-            text = f"{live.pair} gave up a choice: {given_up}"
+        elif accepted.given_up is not None:
+            text = f"{live.pair} gave up a choice: {accepted.given_up}"
             self._ledger.retry(live, Blame("worker_failure", text))
+        return accepted.num_new
 
     def _on_progress(self, live: Live, *, is_first: bool, now: float) -> None:
         live.num_same = 0
         if is_first:
             self._admission.on_first_token(live, now)
+            if (said := live.prediction) is not None and not live.request.attempt:
+                self._pools.predictor.on_first_token(live.way, said.ttft_s, now - live.placed_s, said.wait_s)
         if live.is_resuming:
             live.is_resuming = False
             self._observer.on_resumed("ok")

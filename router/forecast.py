@@ -48,29 +48,34 @@ class DrainRate:
     def __init__(self) -> None:
         self.tokens_per_s = 0.0  # 0: not known
         self.prompts_per_s = 0.0
+        self.work_per_s = 0.0  # seconds of predicted work
         self._waiting_s = 0.0  # time in which somebody waited
         self._began_s = 0.0  # of the window, in waiting time
-        self._samples: deque[tuple[float, int]] = deque()  # waiting time, prompt tokens
+        self._samples: deque[tuple[float, int, float]] = deque()  # waiting time, prompt tokens, predicted work
         self._num_tokens = 0
+        self._work_s = 0.0
 
     def wait(self, seconds: float) -> None:
         self._waiting_s += seconds
 
-    def add(self, num_tokens: int) -> None:
-        self._samples.append((self._waiting_s, num_tokens))
+    def add(self, num_tokens: int, work_s: float = 0.0) -> None:
+        self._samples.append((self._waiting_s, num_tokens, work_s))
         self._num_tokens += num_tokens
+        self._work_s += work_s
         while len(self._samples) > _KEPT_SAMPLES and self._samples[0][0] < self._waiting_s - _WINDOW_S:
-            self._began_s, tokens = self._samples.popleft()
+            self._began_s, tokens, work_s = self._samples.popleft()
             self._num_tokens -= tokens
+            self._work_s -= work_s
         span_s = self._waiting_s - self._began_s
         if len(self._samples) >= _MIN_SAMPLES and span_s > 0:
             self.tokens_per_s = self._num_tokens / span_s
             self.prompts_per_s = len(self._samples) / span_s
+            self.work_per_s = self._work_s / span_s
 
     def restart(self) -> None:
         """Measure anew; what was known stays until enough has been seen."""
         self._samples.clear()
-        self._num_tokens, self._began_s = 0, self._waiting_s
+        self._num_tokens, self._work_s, self._began_s = 0, 0.0, self._waiting_s
 
 
 class Forecast:
@@ -95,10 +100,10 @@ class Forecast:
             self._rate.wait(now_s - self._observed_s)
         self._observed_s, self._somebody_waits = now_s, somebody_waits
 
-    def on_first_token(self, num_tokens: int, service_s: float) -> None:
-        """`service_s`: from its placement on."""
+    def on_first_token(self, num_tokens: int, service_s: float, unloaded_s: float = 0.0) -> None:
+        """`service_s`: from its placement on. `unloaded_s`: predicted for empty workers."""
         if self._somebody_waits:
-            self._rate.add(num_tokens)
+            self._rate.add(num_tokens, unloaded_s)
         weight = _SMOOTHING if self._services else 1.0
         self._services.append(service_s)
         self._service_s += weight * (service_s - self._service_s)
@@ -120,10 +125,15 @@ class Forecast:
         """Capacity is another than it was."""
         self._rate.restart()
 
+    def work_rate(self, num_workers: int) -> float:
+        """Seconds of predicted work that are done a second; before it was seen, a worker does one."""
+        return self._rate.work_per_s or max(1.0, num_workers)
+
     # --- what is expected -----------------------------------------------------------------------------------
 
-    def first_token_s(self, num_tokens: int, tokens_ahead: int, prompts_ahead: int) -> float:
-        return self._wait_s(tokens_ahead, prompts_ahead) + self.service_s(num_tokens)
+    def first_token_s(self, num_tokens: int, tokens_ahead: int, prompts_ahead: int, unloaded_s: float = 0.0) -> float:
+        """`unloaded_s`: what is predicted for empty workers; 0: nothing, and what is usual counts."""
+        return self._wait_s(tokens_ahead, prompts_ahead) + (unloaded_s or self.service_s(num_tokens))
 
     def service_s(self, num_tokens: int) -> float:
         """From placement to first token; longer for a prompt that is longer than those that were seen."""

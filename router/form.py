@@ -25,6 +25,11 @@ class FormOptions:
     include_usage: bool = False  # of a stream
     continuous_usage: bool = False  # of a stream: in every chunk
 
+    @property
+    def has_plain_chunks(self) -> bool:
+        """Between the first chunk of a choice and the last, nothing changes but the text."""
+        return not self.continuous_usage and self.num_logprobs is None and not self.return_token_ids
+
 
 @dataclass(slots=True, frozen=True)
 class FormContext:
@@ -58,7 +63,13 @@ class FormContext:
 
 
 class Form(Protocol):
-    """One endpoint's words. `chunks` is asked once for each piece, `whole` once with every choice's joined pieces."""
+    """One endpoint's words. `chunks` is asked once for each piece, `whole` once with every choice's joined pieces.
+
+    Where it `has_plain_chunks`, no later piece that goes on with its choice need be asked for: only the text differs.
+    """
+
+    @property
+    def has_plain_chunks(self) -> bool: ...
 
     def chunks(self, index: int, piece: Piece, *, is_first: bool) -> list[Struct]: ...
 

@@ -11,24 +11,32 @@ import hmac
 import re
 import secrets
 import uuid
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Protocol
 
 import structlog
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..common.clock import Clock
 from ..common.errors import CapacityError, RequestError
 from .body import ClientGone
 from .errors import Failure, failure_of
+from .objectives import DEFAULT_CLASS
 from .quota import Allowance, QuotaExceeded
 from .request import StreamError
 
 OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
 CLIENT_CLOSED = 499  # for counts and logs: no one is there to read a status
+WRITE_PART = "kvferry.write_part"  # where the server lends its own way, in the scope
 _CALL = "kvferry.call"
 _NOT_IN_AN_ID = re.compile(rb"[^A-Za-z0-9._:/+=@-]+")
+
+Endpoint = Callable[[Request], Awaitable[ASGIApp]]  # its answer is an application
+WritePart = Callable[[bytes], Awaitable[None]]  # a part of a body whose length was not announced
 
 log = structlog.get_logger(__name__)
 
@@ -40,11 +48,13 @@ class Call:
     request_id: str
     shown_id: str  # what x-request-id says: the client's own where it sent one
     started_s: float
-    send: Send  # the server's own: one hop less for each streamed token
+    send: Send
+    write: WritePart  # the server's own: for each token of a stream, past all that stands between
     tenant: bytes = b""  # whose key it came with; empty: there are no keys
     allowance: Allowance | None = None  # what it holds of the tenant's quota
     num_body_bytes: int = 0
     timeout_s: float | None = None  # what the client gives us, from `started_s` on
+    request_class: str = DEFAULT_CLASS
     marks: dict[str, float] = field(default_factory=dict)  # end of each phase before the dispatcher's
     status: int | None = None  # sent
 
@@ -106,8 +116,18 @@ class ResponseObserver(Protocol):
 class Frame:
     """ASGI middleware; the outermost of ours."""
 
-    def __init__(self, app: ASGIApp, *, keys: ApiKeys, clock: Clock, observer: ResponseObserver) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: ApiKeys,
+        clock: Clock,
+        observer: ResponseObserver,
+        shortcuts: Mapping[str, Endpoint] = MappingProxyType({}),
+    ) -> None:
+        """`shortcuts`: paths whose POST is called here, past the framework's routing: those that are called all day."""
         self._app = app
+        self._shortcuts = shortcuts
         self._keys = keys
         self._clock = clock
         self._observer = observer
@@ -116,7 +136,7 @@ class Frame:
         if scope["type"] != "http":
             return  # nothing else is served: no web sockets
         headers = dict(scope["headers"])
-        call = self._open(headers, send)
+        call = self._open(headers, scope, send)
         scope[_CALL] = call
 
         async def send_framed(message: Message) -> None:
@@ -128,7 +148,9 @@ class Frame:
         try:
             if scope["path"] not in OPEN_PATHS:
                 call.tenant = self._keys.check(headers.get(b"authorization", b""))
-            await self._app(scope, receive, send_framed)
+            endpoint = self._shortcuts.get(scope["path"]) if scope["method"] == "POST" else None
+            answer = self._app if endpoint is None else await endpoint(Request(scope, receive))
+            await answer(scope, receive, send_framed)
         except ClientGone:
             call.status = CLIENT_CLOSED
         except Exception as error:
@@ -138,10 +160,11 @@ class Frame:
             if call.allowance is not None:
                 call.allowance.leave()
 
-    def _open(self, headers: dict[bytes, bytes], send: Send) -> Call:
+    def _open(self, headers: dict[bytes, bytes], scope: Scope, send: Send) -> Call:
         request_id = uuid.uuid4().hex
         shown = _NOT_IN_AN_ID.sub(b"", headers.get(b"x-request-id", b"")[:1024])[:128].decode()
-        return Call(request_id, shown or request_id, self._clock.now(), send)
+        write: WritePart = scope.get(WRITE_PART) or partial(send_part, send)
+        return Call(request_id, shown or request_id, self._clock.now(), send, write)
 
     def _headers(self, call: Call) -> list[tuple[bytes, bytes]]:
         elapsed_ms = int((self._clock.now() - call.started_s) * 1000)
@@ -167,6 +190,10 @@ class Frame:
                 self._observer.on_slow_client("body")
             case QuotaExceeded():
                 self._observer.on_rejected("quota")
+
+
+async def send_part(send: Send, part: bytes) -> None:
+    await send({"type": "http.response.body", "body": part, "more_body": True})
 
 
 async def send_failure(send: Send, failure: Failure) -> None:

@@ -7,6 +7,7 @@ they are taken all or none.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import random
 from collections.abc import Sequence
@@ -23,11 +24,13 @@ from .answer import Answer, GapObserver, PromptText
 from .body import MAX_BODY_BYTES, BodyRoom, HeldBody, read_body
 from .chat import ChatForm
 from .choice import TextOptions
+from .classes import CLASS_HEADER, RequestClasses
 from .completions import CompletionForm
 from .errors import clip
 from .form import Form, FormContext, FormOptions
 from .frame import Call, ResponseObserver, call_of
 from .json_process import JsonParser
+from .objectives import DEFAULT_CLASS
 from .pools import PoolView
 from .prompts import PromptReader, ServedModel, max_chat_tokens, max_completion_tokens
 from .quota import Quotas
@@ -36,7 +39,7 @@ from .request import RouterRequest, TokenStream
 from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
 from .strict_json import MAX_COMMAS
 
-_BATCH_STEP = 8  # prompts of a batch that are submitted in one go
+_BATCH_STEP = 2  # prompts of a batch that are submitted in one go: some other batches may have their turn with it
 TIMEOUT_HEADER = "x-request-timeout-s"
 MAX_TIMEOUT_S = 86400.0
 _MAX_SEED = 2**63 - 1
@@ -69,6 +72,7 @@ class Api:
     prompts: PromptReader
     random: random.Random  # draws the seeds that clients do not give
     quotas: Quotas
+    classes: RequestClasses = field(default_factory=RequestClasses)
     shares_prefixes: bool = False  # between keys: what one has cached, others find
     max_body_bytes: int = MAX_BODY_BYTES
     body_room: BodyRoom = field(default_factory=BodyRoom)
@@ -128,7 +132,9 @@ class Api:
     def _begin(self, request: Request) -> Call:
         self.in_flight.check_open()
         call = call_of(request.scope)
-        call.timeout_s = parse_timeout(request.headers.get(TIMEOUT_HEADER))
+        call.request_class = request.headers.get(CLASS_HEADER, DEFAULT_CLASS)
+        limits = (parse_timeout(request.headers.get(TIMEOUT_HEADER)), self.classes.named(call.request_class).deadline_s)
+        call.timeout_s = min((limit for limit in limits if limit is not None), default=None)
         return call
 
     def _remaining_s(self, call: Call) -> float | None:
@@ -152,7 +158,7 @@ class Api:
                 if index % _BATCH_STEP == _BATCH_STEP - 1:
                     await asyncio.sleep(0)  # a large batch does not hold up everybody else
                 request_id = f"{call.request_id}-{index}"
-                prompt_request = self._request(request_id, body, prompt, params, salt)
+                prompt_request = self._request(request_id, call, body, prompt, params, salt)
                 prompt_request.timeout_s = self._remaining_s(call)
                 streams.append(self.backend.submit(prompt_request))
         except BaseException:
@@ -176,15 +182,25 @@ class Api:
         return own if self.shares_prefixes or not call.tenant else call.tenant + own
 
     def _request(
-        self, request_id: str, body: GenerationBody, prompt: PromptText, sampling: SamplingParams, salt: bytes
+        self,
+        request_id: str,
+        call: Call,
+        body: GenerationBody,
+        prompt: PromptText,
+        sampling: SamplingParams,
+        salt: bytes,
     ) -> RouterRequest:
+        objectives = self.classes.named(call.request_class)
         return RouterRequest(
             request_id,
             prompt.token_ids,
             sampling,
             n=body.num_choices,
-            priority=body.priority or 0,
+            priority=objectives.priority if body.priority is None else body.priority,
             cache_salt=salt,
+            request_class=call.request_class,
+            objectives=objectives,
+            tenant=_tenant_of(call, body),
         )
 
     def _context(self, answer_id: str, body: GenerationBody, answer: Answer) -> FormContext:
@@ -211,6 +227,14 @@ class Api:
             in_flight=self.in_flight,
             observer=self.observer,
         )
+
+
+def _tenant_of(call: Call, body: GenerationBody) -> str:
+    """Whose share of the service it counts for: its key's; where there are no keys, whom it names."""
+    if call.tenant:
+        return call.tenant.hex()
+    named = body.user if isinstance(body.user, str) and body.user else body.cache_salt
+    return hashlib.blake2b(named.encode(errors="surrogatepass"), digest_size=16).hexdigest() if named else ""
 
 
 def _text_options(body: GenerationBody, max_tokens: int) -> TextOptions:

@@ -32,7 +32,7 @@ def _of_requests(ledger: Ledger) -> Iterator[str]:
     if tally.admitted != len(ledger) + ended:
         yield f"{tally.admitted} admitted, {len(ledger)} live and {ended} ended: {tally}"
     queued = [live for live in ledger if live.request.status is RequestStatus.QUEUED]
-    members = ledger.queue.in_order()
+    members = list(ledger.queue)
     if set(queued) != set(members) or len(members) != len(set(members)):
         yield f"{len(queued)} requests are queued, the queue has {len(members)}"
     if ledger.queue.num_waiting < 0 or ledger.queue.num_waiting > len(members):

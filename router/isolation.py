@@ -82,7 +82,7 @@ class Isolation:
             return None
         claim = Claim(live, workers, now_s)
         for worker in workers:
-            worker.is_claimed = True
+            self._pools.claim(worker)
         self.claims.append(claim)
         return claim
 
@@ -117,6 +117,6 @@ class Isolation:
     def _release(self, claim: Claim, now_s: float) -> None:
         self.claims.remove(claim)
         for worker in claim.workers:
-            worker.is_claimed = False
+            self._pools.unclaim(worker)
         if not self._open("decode")[1:]:
             self._rest_until_s = now_s + (now_s - claim.since_s)

@@ -18,7 +18,9 @@ import structlog
 from ..common.clock import Clock
 from .budget import NOTICE_S, RetryBudget
 from .failures import DRAINED, MAX_STRIKES, WORKER_LOST, Blame
+from .history import History
 from .live import Live
+from .looks import Looks
 from .observer import Observer
 from .pools import Worker
 from .queue import RequestQueue
@@ -46,6 +48,8 @@ class Ledger:
         self.queue = RequestQueue(max_queue)
         self.is_due = False  # something changed that may let a queued request go
         self.tally = Tally()
+        self.history = History()
+        self.looks = Looks()
         self.max_attempts = max_attempts
         self._clock = clock
         self._observer = observer
@@ -73,7 +77,9 @@ class Ledger:
         self.enqueue(live)
 
     def enqueue(self, live: Live) -> None:
-        self.queue.add(live, apart=live.must_run_alone or live.is_put_off(self._clock.now()))
+        now = self._clock.now()
+        self.queue.add(live, apart=live.must_run_alone or live.is_put_off(now))
+        self.looks.by(live, now)
         self.is_due = True
 
     # --- an attempt fails -----------------------------------------------------------------------------------
@@ -147,7 +153,7 @@ class Ledger:
                     self.enqueue(live)
 
     def settle(self, live: Live, now_s: float) -> None:
-        """At each tick: a retry without a token gets one now, waits on, or is given up."""
+        """A retry without a token gets one now, waits on, or is given up."""
         if live.charge is None or live.charge.is_paid or self._budget.pay(live.charge, now_s):
             return
         if now_s - live.charge.at_s >= NOTICE_S:
@@ -166,6 +172,7 @@ class Ledger:
     def fail(self, live: Live, error: StreamError) -> None:
         """The client gets what was accepted, then the error."""
         self._leave(live)
+        live.request.error_code = error.code
         log.error("request_failed", request_id=live.request.request_id, code=error.code, error=str(error))
         self.tally.failed += 1
         self._close(live, RequestStatus.FAILED, "failed")
@@ -193,6 +200,7 @@ class Ledger:
         if live.is_resuming:
             self._observer.on_resumed(resume_result)
         live.request.advance(status, self._clock.now())
+        self._observer.on_outcome(self.history.add(live.request))
         del self._live[live.request.request_id]
         live.stream.wake()
         self._observer.on_finished(live.request)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ..common.messages import (
     Abort,
+    FetchFrom,
     FirstToken,
     Grant,
     GrantInfo,
@@ -31,8 +32,9 @@ from ..common.messages import (
 from .budget import Charge
 from .failures import STRIKES_UNTIL_ALONE, Blame, Life
 from .forecast import Promise
-from .policy import Demand
+from .policy import Demand, Placement, Prediction
 from .pools import Load, Pools, Worker
+from .predictor import Way
 from .request import RequestStatus, RouterRequest, TokenStream
 
 ANSWER_WITHIN_S = 3.5  # a decode worker's answer to ReserveKV, or to an Abort that asks
@@ -75,8 +77,13 @@ class Live:
     lacks_s: float | None = None  # since when every pair has failed
     waits_s: float | None = None  # since when it has found no room
     sent_choices: tuple[int, ...] = ()  # of this attempt
+    look_s: float = float("inf")  # when its time limits are looked at next (looks.py)
     # --- of all attempts
     promise: Promise | None = None  # when its first token was expected, at its admission
+    is_charged: bool = False  # its tenant was: it has left the queue for an attempt
+    prediction: Prediction | None = None  # of its latest placement
+    fetch: FetchFrom | None = None  # the same: what whoever computes the prompt reads from another worker
+    placed_s: float = 0.0
     strikes: set[Life] = field(default_factory=set)  # workers that were lost while they computed it
     computed_on: int | None = None  # the prefill session that has the prompt's KV in its cache
     computed_whole: bool = False  # all of it
@@ -97,19 +104,50 @@ class Live:
     def demand(self, pools: Pools, claimed: frozenset[int], now_s: float) -> Demand:
         request = self.request
         most = max((len(choice.tokens) for choice in request.choices if choice.finish is None), default=0)
-        busy = [worker.link.number for worker in pools if worker.is_claimed or self.is_refused_by(worker, now_s)]
+        limit_s, waited_s = self.ttft_limit_s, now_s - request.timestamps.get("queued", now_s)
         return Demand(
             num_prompt_tokens=request.num_prompt_tokens,
             num_tokens=request.num_prompt_tokens + most,
             max_num_tokens=max_num_tokens(request, pools),
             num_choices=len(request.unfinished),
-            busy=claimed.union(busy),
+            busy=self._busy(pools, claimed, now_s),
             unfit=frozenset(self.unfit),
             ungranted=frozenset(self.ungranted),
             failed_pairs=frozenset(self.failed_pairs),
             computed_on=self.computed_on,
             knocks=self.knocks(now_s),
+            cached=self.cached(pools),
+            objectives=request.objectives,
+            ttft_limit_s=limit_s,
+            waited_s=waited_s,
+            expected_output=pools.predictor.expected_output(request.sampling.max_tokens),
+            may_miss=request.is_resume or (limit_s is not None and waited_s + self.request.unloaded_s > limit_s),
         )
+
+    @property
+    def unloaded_s(self) -> float:
+        """What its first token takes on empty workers."""
+        return self.request.unloaded_s
+
+    @property
+    def ttft_limit_s(self) -> float | None:
+        return self.request.objectives.ttft_limit_s(self.request.unloaded_s)
+
+    def cached(self, pools: Pools) -> dict[int, int]:
+        """Session: leading tokens of the prompt that the worker holds."""
+        request = self.request
+        if not request.block_hashes or request.sampling.prompt_logprobs is not None:
+            return {}
+        size = pools.block_size
+        return {session: blocks * size for session, blocks in pools.prefix_index.match(request.block_hashes).items()}
+
+    def _busy(self, pools: Pools, claimed: frozenset[int], now_s: float) -> frozenset[int]:
+        refusing = [
+            session
+            for session in self.refusals
+            if (worker := pools.at(session)) is not None and self.is_refused_by(worker, now_s)
+        ]
+        return claimed.union(refusing, pools.claimed) if refusing or pools.claimed else claimed
 
     def is_refused_by(self, worker: Worker, now_s: float) -> bool:
         refusal = self.refusals.get(worker.link.number)
@@ -119,6 +157,7 @@ class Live:
 
     def note_refusal(self, worker: Worker, retry_after_s: float, now_s: float) -> None:
         self.refusals[worker.link.number] = Refusal(now_s, now_s + retry_after_s)
+        worker.has_refused = True
 
     def note_failed_pair(self, what: str) -> None:
         if self.prefill is not None and self.decode is not None:
@@ -189,6 +228,14 @@ class Live:
 
     # --- the attempt's steps -------------------------------------------------------------------------------
 
+    def note_placement(self, placement: Placement, now_s: float) -> None:
+        """What was expected of it, for whoever compares."""
+        self.prediction, self.placed_s = placement.prediction, now_s
+
+    @property
+    def way(self) -> Way:
+        return Way.LOCAL if self.prefill is None else Way.HANDOFF
+
     def reserve(self, prefill: Worker, decode: Worker, max_local_tokens: int, now_s: float) -> None:
         """Take the prefill worker's credit, then ask the decode worker for blocks."""
         queue_if_full = self.knocks(now_s)
@@ -209,7 +256,7 @@ class Live:
         self.answer_due_s = None
         self.task_s, self.waits_s = now_s, None
         self.request.advance(RequestStatus.PREFILLING, now_s)
-        decode.link.send(LocalTask(spec=self.request.spec(self.remaining_s(now_s))))
+        decode.link.send(LocalTask(spec=self.request.spec(self.remaining_s(now_s)), fetch=self.fetch))
 
     def send_task(self, now_s: float, other: Worker | None = None) -> None:
         """Hand the grant to the prefill worker, or to `other` if that one cannot."""
@@ -222,7 +269,10 @@ class Live:
             self.request.advance(RequestStatus.PREFILLING, now_s)
         self.task_s, self.waits_s = now_s, None
         task = PrefillTask(
-            spec=self.request.spec(self.remaining_s(now_s)), grant=self.grant, sample=not self.request.is_resume
+            spec=self.request.spec(self.remaining_s(now_s)),
+            grant=self.grant,
+            sample=not self.request.is_resume,
+            fetch=self.fetch,
         )
         self.prefill.link.send(task)
 
@@ -280,7 +330,9 @@ class Live:
         self.decode, request.decode_worker = decode, decode.worker_id
         longest = max(len(request.choices[choice].tokens) for choice in self.sent_choices)
         blocks = decode.hello.spec.num_blocks_for(request.num_prompt_tokens + longest) + len(self.sent_choices) - 1
-        decode.bind(request.request_id, Load(num_tokens, len(self.sent_choices), blocks, now_s))
+        context = len(self.sent_choices) * (request.num_prompt_tokens + longest)
+        work_s = self._work_s() if num_tokens else 0.0
+        decode.bind(request.request_id, Load(num_tokens, len(self.sent_choices), blocks, now_s, work_s, context))
 
     def _bind_prefill(self, prefill: Worker, now_s: float) -> None:
         request = self.request
@@ -290,7 +342,11 @@ class Live:
         blocks = spec.num_blocks_for(num_tokens)
         if prefill.link.number == self.computed_on and self.computed_whole:
             num_tokens = min(num_tokens, spec.block_size)  # the rest is in its prefix cache
-        prefill.bind(request.request_id, Load(num_tokens, len(request.unfinished), blocks, now_s))
+        prefill.bind(request.request_id, Load(num_tokens, len(request.unfinished), blocks, now_s, self._work_s()))
+
+    def _work_s(self) -> float:
+        """To compute the prompt, where the policy has said it."""
+        return self.prediction.prefill_s if self.prediction is not None else self.request.unloaded_s
 
     def _holders(self) -> list[Worker]:
         prefill = None if self.prefill_over else self.prefill
@@ -305,6 +361,6 @@ class Live:
 
 def max_num_tokens(request: RouterRequest, pools: Pools) -> int:
     """Prompt and longest possible answer."""
-    model_len = min((worker.hello.max_model_len for worker in pools), default=None)
+    model_len = pools.least_model_len
     total = request.num_prompt_tokens + request.sampling.max_tokens
     return total if model_len is None else min(total, max(model_len, request.num_prompt_tokens))

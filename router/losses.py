@@ -31,9 +31,9 @@ class Losses:
         self._ledger = ledger
 
     def on_left(self, worker: Worker, reason: str, now_s: float) -> None:
-        what = f"{worker.hello.role} worker {worker.worker_id} lost: {reason}"
+        what = f"{worker.role} worker {worker.worker_id} lost: {reason}"
         tell = log.info if worker.is_draining else log.warning  # who said that it goes is no surprise
-        tell("worker_lost", worker_id=worker.worker_id, role=worker.hello.role, reason=reason)
+        tell("worker_lost", worker_id=worker.worker_id, role=worker.role, reason=reason)
         self._ledger.explain(worker)
         # All blames before the first consequence, which would change what the worker is known to have had.
         blames = {
@@ -76,16 +76,17 @@ def was_computing(live: Live, worker: Worker, now_s: float) -> bool:
         return live.prefill is None and worker.computes_prompt_of(live.request.request_id)
     if live.has_stepped:
         return worker.decodes(live.request.request_id)
-    return _has_joined(live, worker, end_s)
+    return _has_joined(live, worker)
 
 
-def _has_joined(live: Live, worker: Worker, end_s: float) -> bool:
+def _has_joined(live: Live, worker: Worker) -> bool:
     """The KV has arrived and no token came: does the request wait for the batch, or is its first step under way?
 
-    It joins when the step that runs at its arrival is over. A resumed one then feeds what was accepted before, which
-    yields no tokens; of any other the first message may be lost with the worker.
+    It joins when the step that runs at its arrival is over, and not before the worker's word of the arrival has left
+    it. A resumed one then feeds what was accepted before, which yields no tokens; of any other the first message may
+    be lost with the worker.
     """
-    if live.arrived_s is None or live.arrived_s > end_s - _TRANSIT_S:
+    if live.arrived_s is None:
         return False
     if worker.status is not None and worker.status.num_running >= worker.hello.max_num_seqs:
         return False

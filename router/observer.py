@@ -5,14 +5,27 @@ from __future__ import annotations
 from typing import Protocol
 
 from ..common.messages import TransferReport
+from .outcome import Outcome
 from .request import RouterRequest
 
 
 class Observer(Protocol):
     """Called on the dispatcher's loop; must neither wait nor call back into the dispatcher."""
 
+    def on_submitted(self, request: RouterRequest) -> None:
+        """A request came, whether it is taken or refused."""
+        ...
+
     def on_finished(self, request: RouterRequest) -> None:
         """The request has reached its one terminal state (`request.status`)."""
+        ...
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """The same, judged by what the request was to get."""
+        ...
+
+    def on_placed(self, policy: str, reason: str) -> None:
+        """A request was sent to workers. `policy`: who decided; `reason`: the rule."""
         ...
 
     def on_transfer(self, report: TransferReport) -> None:
@@ -55,7 +68,13 @@ class Observer(Protocol):
 class NullObserver:
     """Counts nothing."""
 
+    def on_submitted(self, request: RouterRequest) -> None: ...
+
     def on_finished(self, request: RouterRequest) -> None: ...
+
+    def on_outcome(self, outcome: Outcome) -> None: ...
+
+    def on_placed(self, policy: str, reason: str) -> None: ...
 
     def on_transfer(self, report: TransferReport) -> None: ...
 

@@ -11,15 +11,19 @@ import structlog
 from ..common.config import RouterConfig
 from ..common.errors import RequestError
 from .admission import Admission
+from .decisions import Candidate, Decision, note
+from .explain import EXPLAIN_EVERY, candidates
 from .isolation import Isolation
 from .ledger import Ledger
 from .live import Live, max_num_tokens
 from .observer import Observer
 from .policy import Demand, Lack, Placement, Reason, RoutingPolicy, Wait, fits_decode, fits_prefill
 from .pools import Pools, Worker, WorkerView
+from .prefix_fetch import fetch_from
 from .request import RequestStatus, RouterRequest, StreamError
 
-LOOK_AHEAD = 16  # requests that may be passed over in one round
+ISOLATION = "isolation"  # who decides on requests that run alone
+LOOK_AHEAD = 8  # requests that may be passed over in one round
 FALLBACK_LOG_EVERY_S = 1.0
 
 log = structlog.get_logger(__name__)
@@ -46,6 +50,7 @@ class Placer:
         self._observer = observer
         self._max_local_tokens = config.max_local_prefill_tokens if config.local_prefill else 0
         self._needs_prefill_worker = config.expect_prefill and not config.local_prefill
+        self._explains_all = config.explain
         self._is_running = False
         self._fallbacks_unlogged = 0
         self._fallback_logged_s = float("-inf")
@@ -65,25 +70,29 @@ class Placer:
             self._is_running = False
 
     def _run_round(self, now_s: float) -> None:
-        view, claimed, passed = self._pools.view(now_s), frozenset[int](), 0
-        for live in self._ledger.queue.in_order():
-            if live.request.status is not RequestStatus.QUEUED:
-                continue  # placing an earlier one has ended it
-            if live.must_run_alone or live.is_put_off(now_s) or self._is_too_late(live, now_s):
-                continue
-            answer = self._policy.place(view, live.demand(self._pools, claimed, now_s))
-            if isinstance(answer, Placement):
-                self._place(live, answer, now_s)
-                view = self._pools.view(now_s)
-                continue
-            if live.waits_s is None:
-                live.waits_s = now_s
-            self._note_lack(live, answer, now_s)
-            if answer.claim is not None:
-                claimed |= {answer.claim}
-            passed += 1
-            if passed == LOOK_AHEAD or answer.lack in (Lack.DECODE_WORKER, Lack.PREFILL_WORKER):
-                return
+        view, claimed, passed = self._pools.picture(now_s), frozenset[int](), set[Live]()
+        if self._policy.predicts:
+            num_workers = view.num_ready("prefill") or view.num_ready("decode")
+            self._ledger.queue.triage(now_s, self._admission.forecast.work_rate(num_workers))
+        while next_ones := [live for live in self._ledger.queue.first(LOOK_AHEAD, now_s) if live not in passed]:
+            for live in next_ones:
+                if live.request.status is not RequestStatus.QUEUED or self.is_too_late(live, now_s):
+                    continue  # placing an earlier one has ended it, or it ends now
+                demand = live.demand(self._pools, claimed, now_s)
+                answer = self._policy.place(view, demand)
+                if isinstance(answer, Placement):
+                    seen = candidates(self._policy, view, demand) if self._is_explained(live) else ()
+                    self._place(live, answer, now_s, by=self._policy.name, seen=seen)
+                    view = self._pools.picture(now_s)
+                    continue
+                if live.waits_s is None:
+                    live.waits_s = now_s
+                self._note_lack(live, answer, now_s)
+                if answer.claim is not None:
+                    claimed |= {answer.claim}
+                passed.add(live)
+                if len(passed) == LOOK_AHEAD or answer.lack in (Lack.DECODE_WORKER, Lack.PREFILL_WORKER):
+                    return
 
     def _place_alone(self, now_s: float) -> None:
         """Those that may kill workers wait for one of their own. Nobody behind them in the queue waits for that."""
@@ -92,32 +101,38 @@ class Placer:
             has_others = any(not other.must_run_alone for other in self._ledger)
             placement = self._isolation.place(live, now_s, has_others=has_others)
             if placement is not None:
-                self._place(live, placement, now_s)
+                self._place(live, placement, now_s, by=ISOLATION)
             elif not self._isolation.claims:
                 self._note_hopeless(live, now_s)
 
     def _note_hopeless(self, live: Live, now_s: float) -> None:
         """No worker is kept for it, and none can be where every pair has failed or nothing can hold it."""
-        answer = self._policy.place(self._pools.view(now_s), live.demand(self._pools, frozenset(), now_s))
+        answer = self._policy.place(self._pools.picture(now_s), live.demand(self._pools, frozenset(), now_s))
         if isinstance(answer, Wait) and answer.lack in (Lack.PAIR, Lack.FIT):
             self._note_lack(live, answer, now_s)
 
-    def send_away(self, now_s: float) -> None:
-        """At each tick: those whose first token cannot come in time any more, wherever in the queue they are."""
-        for live in self._ledger.queue.in_order():
-            self._is_too_late(live, now_s)
-
-    def _is_too_late(self, live: Live, now_s: float) -> bool:
+    def is_too_late(self, live: Live, now_s: float) -> bool:
+        """Whether its first token could not come in time any more: then it is sent away."""
         error = self._admission.too_late(live, now_s)
         if error is not None:
             self._ledger.fail(live, error)
         return error is not None
 
-    def _place(self, live: Live, placement: Placement, now_s: float) -> None:
+    def _is_explained(self, live: Live) -> bool:
+        return self._explains_all or live.request.arrival % EXPLAIN_EVERY == 0
+
+    def _place(
+        self, live: Live, placement: Placement, now_s: float, *, by: str, seen: tuple[Candidate, ...] = ()
+    ) -> None:
+        self._note_decision(live.request, placement, now_s, by, seen)
         decode = self._pools.named(placement.decode_worker)
         assert decode is not None
-        self._ledger.queue.remove(live)
+        self._ledger.queue.take(live)
         live.lacks_s = None
+        live.note_placement(placement, now_s)
+        computing = self._pools.named(placement.prefill_worker or placement.decode_worker)
+        assert computing is not None
+        live.fetch = fetch_from(self._pools, live.request, placement.fetch_from, computing)
         if placement.prefill_worker is None:
             if placement.reason.is_fallback:
                 self._note_fallback(live, decode, placement.reason, now_s)
@@ -127,7 +142,28 @@ class Placer:
         assert prefill is not None
         live.reserve(prefill, decode, self._max_local_tokens, now_s)
 
+    def _note_decision(
+        self, request: RouterRequest, placement: Placement, now_s: float, by: str, seen: tuple[Candidate, ...]
+    ) -> None:
+        expected = placement.prediction
+        decision = Decision(
+            attempt=request.attempt,
+            at_s=now_s,
+            policy=by,
+            prefill_worker=placement.prefill_worker,
+            decode_worker=placement.decode_worker,
+            reason=placement.reason.value,
+            waited_for=request.waiting_for,
+            ttft_s=expected.ttft_s if expected is not None else None,
+            tpot_s=expected.tpot_s if expected is not None else None,
+            candidates=seen,
+        )
+        note(request.decisions, decision)
+        request.waiting_for = ""
+        self._observer.on_placed(by, decision.reason)
+
     def _note_lack(self, live: Live, wait: Wait, now_s: float) -> None:
+        live.request.waiting_for = wait.lack.value
         if wait.lack is Lack.FIT:
             request = live.request
             text = f"no worker can hold {request.num_prompt_tokens} prompt tokens and the answer of {request.n} choices"
@@ -158,7 +194,7 @@ class Placer:
         if now_s - live.grant_s >= live.grant.open_within_s / 2:
             return None
         demand = live.demand(self._pools, frozenset(), now_s)
-        other = self._policy.prefill_for(self._pools.view(now_s), demand, live.decode.link.number)
+        other = self._policy.prefill_for(self._pools.picture(now_s), demand, live.decode.link.number)
         return None if other is None else self._pools.named(other.worker_id)
 
     def check_fits(self, request: RouterRequest) -> None:
@@ -169,7 +205,10 @@ class Placer:
             max_num_tokens=max_num_tokens(request, self._pools),
             num_choices=request.n,
         )
-        view = self._pools.view(0.0)
+        spec = self._pools.spec
+        if spec is not None and demand.blocks_to_end(spec) <= self._pools.least_blocks:
+            return
+        view = self._pools.picture(0.0)
         decodes = [worker for worker in view.workers if worker.role == "decode"]
         prefills = [worker for worker in view.workers if worker.role == "prefill"]
         if decodes and not any(fits_decode(worker, demand) for worker in decodes):

@@ -1,25 +1,23 @@
-"""Where a request runs: a pure function of a `PoolView` and of what the request needs.
+"""Where a request runs: a function of a `PoolView` and of what the request needs. The policies are in `policies/`.
 
-    decode worker   the least loaded with room for the prompt's blocks and every choice
-    prefill worker  the one with the fewest prompt tokens ahead, and about one step of them at most (late binding);
-                    None: the decode worker computes the prompt itself
-
-No I/O, no clock, no state: the dispatcher asks again at every event and does what the answer says.
+No I/O and no clock: the dispatcher asks again at every event and does what the answer says. What every policy has to
+respect is here: who can hold a request at all, who has room for it now, and how little is bound ahead.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
 from ..common.blocks import KVCacheSpec
-from .pools import PoolView, WorkerView
+from .objectives import NO_OBJECTIVES, Objectives
+from .views import PoolView, WorkerView
 
 # A grant lapses if it is not opened within 2 s: a task is not bound behind more work than this.
 MAX_BIND_WAIT_S = 1.5
-_BOUND_SHARE_OF_OBJECTIVE = 0.25
+BOUND_SHARE_OF_OBJECTIVE = 0.25
 
 
 class Reason(Enum):
@@ -31,6 +29,7 @@ class Reason(Enum):
     NO_PREFILL_WORKER = "no_prefill_worker"  # a fallback: none lives that can hold the prompt
     FAILED_HANDOFF = "failed_handoff"  # a fallback: with every pair a handoff has failed
     ALONE = "alone"  # it may kill workers (isolation.py)
+    SOONER = "sooner"  # its first token comes sooner so, and the streams there keep their pace
 
     @property
     def is_fallback(self) -> bool:
@@ -49,10 +48,23 @@ class Lack(Enum):
 
 
 @dataclass(slots=True, frozen=True)
+class Prediction:
+    """What a policy expects of a placement."""
+
+    ttft_s: float  # from the placement on
+    tpot_s: float
+    prefill_s: float = 0.0  # of that, computing the prompt
+    wait_s: float = 0.0  # of that, for prompts ahead
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True, frozen=True)
 class Placement:
     prefill_worker: str | None
     decode_worker: str
     reason: Reason
+    fetch_from: str | None = None  # a worker from which whoever computes the prompt reads its beginning
+    prediction: Prediction | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True, frozen=True)
@@ -77,6 +89,12 @@ class Demand:
     failed_pairs: frozenset[tuple[int, int]] = frozenset()  # (prefill, decode)
     computed_on: int | None = None  # the prefill worker that has the prompt's KV in its cache
     knocks: bool = False  # it has waited: a worker that others fill is asked all the same
+    cached: Mapping[int, int] = field(default_factory=dict)  # session: tokens of the prompt's beginning that it holds
+    objectives: Objectives = NO_OBJECTIVES
+    ttft_limit_s: float | None = None  # of its objectives, for a prompt as long as this
+    waited_s: float = 0.0  # since it came
+    expected_output: int = 0  # tokens of each choice
+    may_miss: bool = False  # its first token comes too late whatever is done, or it has got one: no hurry for it
 
     def blocks_now(self, spec: KVCacheSpec) -> int:
         """For the prompt, and a first block of its own for each choice after the first."""
@@ -89,101 +107,16 @@ class Demand:
 
 
 class RoutingPolicy(Protocol):
-    """Decides; never remembers."""
+    """Decides. What it remembers, if anything, is its own business."""
+
+    name: str
+    predicts: bool  # it asks the predictor; the queue is then in order of predicted due times
 
     def place(self, view: PoolView, demand: Demand) -> Placement | Wait: ...
 
     def prefill_for(self, view: PoolView, demand: Demand, decode_session: int) -> WorkerView | None:
         """Another prefill worker for a grant that this decode worker has given, or None."""
         ...
-
-
-class LeastLoaded:
-    """The fewest prompt tokens ahead, then the fewest running choices, then the most free blocks."""
-
-    def __init__(
-        self,
-        *,
-        local_prefill: bool = True,
-        max_local_prefill_tokens: int = 0,
-        expect_prefill: bool = True,
-        ttft_objective_s: float | None = None,
-    ) -> None:
-        """With an objective, little of its time is spent waiting on a worker, where nothing can be refused any more."""
-        self._max_bind_wait_s = min(MAX_BIND_WAIT_S, (ttft_objective_s or math.inf) * _BOUND_SHARE_OF_OBJECTIVE)
-        self._local_prefill = local_prefill or not expect_prefill
-        self._max_local_prefill_tokens = max_local_prefill_tokens
-        self._expect_prefill = expect_prefill
-
-    def place(self, view: PoolView, demand: Demand) -> Placement | Wait:
-        ready = view.ready("decode")
-        if not ready:
-            return Wait(Lack.DECODE_WORKER)
-        decodes = [worker for worker in ready if fits_decode(worker, demand)]
-        if not decodes:
-            return Wait(Lack.FIT)
-        prefills = view.ready("prefill")
-        reason = self._local_reason(view, demand, prefills, decodes)
-        if isinstance(reason, Wait):
-            return reason
-        if reason is Reason.HANDOFF:
-            return self._place_pair(view, demand, prefills, decodes)
-        roomy = [worker for worker in decodes if has_decode_room(worker, demand) and not _is_behind(worker, demand)]
-        if not roomy:
-            return _wait_for_room(decodes)
-        return Placement(None, min(roomy, key=_decode_load).worker_id, reason)
-
-    def prefill_for(self, view: PoolView, demand: Demand, decode_session: int) -> WorkerView | None:
-        able = [
-            worker
-            for worker in view.ready("prefill")
-            if fits_prefill(worker, demand)
-            and has_prefill_room(worker, demand, self._max_bind_wait_s)
-            and (worker.session, decode_session) not in demand.failed_pairs
-        ]
-        return min(able, key=lambda worker: (worker.session != demand.computed_on, _prefill_load(worker)), default=None)
-
-    def _local_reason(
-        self, view: PoolView, demand: Demand, prefills: list[WorkerView], decodes: list[WorkerView]
-    ) -> Reason | Wait:
-        """HANDOFF, or why the prompt is computed on the decode worker instead."""
-        if not self._expect_prefill:
-            return Reason.COLOCATED
-        if self._local_prefill and demand.num_prompt_tokens <= self._max_local_prefill_tokens:
-            return Reason.SHORT_PROMPT
-        able = [worker for worker in prefills if fits_prefill(worker, demand)]
-        if not able:
-            if self._local_prefill:
-                return Reason.NO_PREFILL_WORKER
-            return Wait(Lack.FIT if prefills else Lack.PREFILL_WORKER)
-        if _pairs(able, decodes, demand):
-            return Reason.HANDOFF
-        return Reason.FAILED_HANDOFF if self._local_prefill else Wait(Lack.PAIR)
-
-    def _place_pair(
-        self, view: PoolView, demand: Demand, prefills: list[WorkerView], decodes: list[WorkerView]
-    ) -> Placement | Wait:
-        roomy = [worker for worker in decodes if has_decode_room(worker, demand)]
-        if not roomy:
-            return _wait_for_room(decodes)
-        able = [
-            worker
-            for worker in prefills
-            if fits_prefill(worker, demand) and has_prefill_room(worker, demand, self._max_bind_wait_s)
-        ]
-        pairs = _pairs(able, roomy, demand)
-        if not pairs:
-            return Wait(Lack.PREFILL_ROOM if _pairs(prefills, roomy, demand) else Lack.DECODE_ROOM)
-        prefill, decode = min(
-            pairs,
-            key=lambda pair: (
-                (pair[0].session, pair[1].session) in view.avoided_pairs,
-                pair[0].session != demand.computed_on,
-                _prefill_load(pair[0]),
-                _decode_load(pair[1]),
-            ),
-        )
-        return Placement(prefill.worker_id, decode.worker_id, Reason.HANDOFF)
 
 
 def fits_decode(worker: WorkerView, demand: Demand) -> bool:
@@ -227,31 +160,27 @@ def has_prefill_room(worker: WorkerView, demand: Demand, max_wait_s: float) -> b
     return wait_s <= max_wait_s
 
 
-def _is_behind(worker: WorkerView, demand: Demand) -> bool:
+def is_behind(worker: WorkerView, demand: Demand) -> bool:
     """More than a step of prompts waits there: late binding for local prompts. A few short ones may overtake."""
     budget = worker.hello.max_num_batched_tokens
     return worker.ahead_tokens > budget < demand.num_prompt_tokens + worker.unstarted_tokens
 
 
-def _pairs(
+def has_pair(prefills: list[WorkerView], decodes: list[WorkerView], demand: Demand) -> bool:
+    """Of these, some may hand the request over."""
+    return any(may_hand_over(prefill, decode, demand) for prefill in prefills for decode in decodes)
+
+
+def may_hand_over(prefill: WorkerView, decode: WorkerView, demand: Demand) -> bool:
+    return decode.session not in demand.ungranted and (prefill.session, decode.session) not in demand.failed_pairs
+
+
+def pairs_of(
     prefills: list[WorkerView], decodes: list[WorkerView], demand: Demand
 ) -> list[tuple[WorkerView, WorkerView]]:
-    return [
-        (prefill, decode)
-        for prefill in prefills
-        for decode in decodes
-        if decode.session not in demand.ungranted and (prefill.session, decode.session) not in demand.failed_pairs
-    ]
+    return [(prefill, decode) for prefill in prefills for decode in decodes if may_hand_over(prefill, decode, demand)]
 
 
-def _wait_for_room(decodes: list[WorkerView]) -> Wait:
+def wait_for_room(decodes: list[WorkerView]) -> Wait:
     """Keep the worker that is nearest to having room for this request, else smaller ones could starve it."""
     return Wait(Lack.DECODE_ROOM, max(decodes, key=lambda worker: (worker.num_free_blocks, worker.worker_id)).session)
-
-
-def _prefill_load(worker: WorkerView) -> tuple[int, int, str]:
-    return (worker.ahead_tokens, worker.num_bound, worker.worker_id)
-
-
-def _decode_load(worker: WorkerView) -> tuple[int, int, int, str]:
-    return (worker.num_running, worker.ahead_tokens, -worker.num_free_blocks, worker.worker_id)

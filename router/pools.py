@@ -3,19 +3,28 @@
     hello ─> Worker joins ─> heartbeats, bind/release of requests ─> lost or hung: removed
 
 A heartbeat is up to a second old, so each `Worker` corrects it with what this router bound to it or took from it
-meanwhile. Policies see frozen `WorkerView`s in a `PoolView` and nothing that changes. No socket here: a `WorkerLink`
-is the session to send through.
+meanwhile. Policies see frozen `WorkerView`s in a `PoolView` and nothing that changes; a picture is made anew when its
+worker has changed, so a placement costs what has changed and not what there is. No socket here: a `WorkerLink` is the
+session to send through.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from ..common.blocks import KVCacheSpec
 from ..common.messages import Message, StepTokens, WorkerHello, WorkerStatus
+from ..prefill.scheduler import STRETCH
 from .failures import Life
+from .predictor import Predictor
+from .prefix_index import PrefixIndex
+from .views import RANKS, Load, PoolView, Rank, WorkerView, has_gained
+
+__all__ = ["Load", "PoolView", "Pools", "Worker", "WorkerLink", "WorkerView"]
 
 HEARTBEAT_LIMIT_S = 3.0  # without one for so long, a worker hangs
 STEP_LIMIT_S = 3.0  # a step may take this, or five times what it should
@@ -43,50 +52,6 @@ class WorkerLink(Protocol):
         ...
 
 
-@dataclass(slots=True, frozen=True)
-class Load:
-    """What one request puts on a worker."""
-
-    num_tokens: int  # to prefill; 0 where the worker prefills nothing
-    num_choices: int
-    num_blocks: int
-    at_s: float = 0.0
-
-
-@dataclass(slots=True, frozen=True)
-class WorkerView:
-    """A worker at one moment, corrected by what the router did since the heartbeat."""
-
-    worker_id: str
-    role: str
-    session: int
-    hello: WorkerHello
-    status: WorkerStatus | None  # None: no heartbeat yet
-    status_age_s: float
-    is_ready: bool  # takes new work
-    num_bound: int  # requests of this router
-    ahead_tokens: int  # prompt tokens bound and not computed
-    unstarted_tokens: int  # of these, in prompts that have not begun
-    num_running: int  # choices, waiting ones included
-    num_free_blocks: int
-    s_per_token: float  # of the latest step that prefilled; 0 until one was seen
-    step_s: float  # of that step: a worker cuts its chunks so that none takes long
-    num_others: int = 0  # choices of other routers, by the last heartbeat
-
-
-@dataclass(slots=True, frozen=True)
-class PoolView:
-    """All workers at one moment."""
-
-    workers: tuple[WorkerView, ...] = ()
-    avoided_pairs: frozenset[tuple[int, int]] = frozenset()  # sessions whose last handoff failed
-    num_queued: int = 0
-    num_live: int = 0
-
-    def ready(self, role: str) -> list[WorkerView]:
-        return [worker for worker in self.workers if worker.is_ready and worker.role == role]
-
-
 @dataclass(slots=True, eq=False)
 class Worker:
     """One session's worker. `bind` and `release` are the dispatcher's, once each per request and attempt."""
@@ -100,6 +65,16 @@ class Worker:
     stepped_s: float = 0.0  # when tokens came
     is_claimed: bool = False  # for a request that runs alone: it gets nothing else
     loads: dict[str, Load] = field(default_factory=dict)  # by request id, in the order of binding
+    on_change: Callable[[Worker], None] = field(default=lambda worker: None, repr=False)  # its picture is out of date
+    has_refused: bool = False  # something, since the last heartbeat
+    named_role: str = ""  # a role that it has told before a heartbeat did
+    role_s: float = float("-inf")  # when its role changed
+    # Of the loads, kept as they come and go: a view must not cost what a worker holds.
+    _own_tokens: int = 0
+    _own_choices: int = 0
+    _recent: dict[str, Load] = field(default_factory=dict)  # bound since the heartbeat, which cannot know of them
+    _arriving: dict[str, int] = field(default_factory=dict)  # context of requests that do not decode yet
+    _arrived: set[str] = field(default_factory=set)  # of those, the ones that the next heartbeat counts
     _tokens_at_status: int = 0
     _choices_at_status: int = 0
     _freed_blocks: int = 0  # by requests that ended since the heartbeat
@@ -114,12 +89,24 @@ class Worker:
         return self.link.worker_id
 
     @property
+    def role(self) -> str:
+        """That it offers now."""
+        return self.named_role or self.hello.role
+
+    def set_role(self, role: str, now_s: float) -> None:
+        """It says, in whatever message, that it offers this role now."""
+        if role and role != self.role:
+            self.named_role, self.role_s = role, now_s
+            self.on_change(self)
+
+    @property
     def life(self) -> Life:
         return (self.worker_id, self.hello.incarnation)
 
     def begin_drain(self) -> bool:
         """Nothing new goes there, and its end is nobody's failure. False: that was known."""
         is_news, self.is_draining = not self.is_draining, True
+        self.on_change(self)
         return is_news
 
     @property
@@ -134,19 +121,37 @@ class Worker:
 
     def bind(self, request_id: str, load: Load) -> None:
         assert request_id not in self.loads, request_id
-        self.loads[request_id] = load
+        self.loads[request_id] = self._recent[request_id] = load
+        self._own_tokens += load.num_tokens
+        self._own_choices += load.num_choices
+        if load.context:
+            self._arriving[request_id] = load.context
+        self.on_change(self)
 
     def release(self, request_id: str) -> None:
         """Idempotent: the request's part on this worker is over."""
         load = self.loads.pop(request_id, None)
         if load is not None:
             self._freed_blocks += load.num_blocks
+            self._own_tokens -= load.num_tokens
+            self._own_choices -= load.num_choices
+            self._recent.pop(request_id, None)
+            self._arriving.pop(request_id, None)
+            self._arrived.discard(request_id)
+            self.on_change(self)
 
     def note_prefilled(self, request_id: str) -> None:
         """It decodes from here on: no prompt of its is waiting any more."""
         load = self.loads.get(request_id)
-        if load is not None and load.num_tokens:
-            self.loads[request_id] = replace(load, num_tokens=0)
+        if load is None:
+            return
+        self._arrived.add(request_id)
+        if load.num_tokens:
+            self.loads[request_id] = replace(load, num_tokens=0, work_s=0.0)
+            self._own_tokens -= load.num_tokens
+            if request_id in self._recent:
+                self._recent[request_id] = self.loads[request_id]
+            self.on_change(self)
 
     def has_only(self, request_id: str) -> bool:
         return self.loads.keys() == {request_id} and not self._num_others()
@@ -184,9 +189,15 @@ class Worker:
         if stepped or not (status.num_running or status.num_waiting):
             self._progress_s = now_s
         self.status, self.status_s = status, now_s
-        self._tokens_at_status = sum(load.num_tokens for load in self.loads.values())
-        self._choices_at_status = sum(load.num_choices for load in self.loads.values())
+        self.set_role(status.role, now_s)
+        for name in self._arrived:  # what decodes by now is in the heartbeat's own count
+            self._arriving.pop(name, None)
+        self._arrived.clear()
+        if self._recent:
+            self._recent = {name: load for name, load in self._recent.items() if load.at_s > now_s - _CROSSING_S}
+        self._tokens_at_status, self._choices_at_status = self._own_tokens, self._own_choices
         self._freed_blocks = 0
+        self.on_change(self)
 
     def silent_s(self, now_s: float) -> float:
         """Since the last heartbeat."""
@@ -218,36 +229,61 @@ class Worker:
 
     def view(self, now_s: float) -> WorkerView:
         tokens, step_s = self._prefill_step
+        ahead_tokens, s_per_token = self._ahead_tokens(), step_s / tokens if tokens else 0.0
+        backlog_s, line = self._backlog_s(ahead_tokens, s_per_token)
         return WorkerView(
             worker_id=self.worker_id,
-            role=self.hello.role,
+            role=self.role,
             session=self.link.number,
             hello=self.hello,
             status=self.status,
             status_age_s=self.silent_s(now_s),
             is_ready=self.is_ready,
             num_bound=len(self.loads),
-            ahead_tokens=self._ahead_tokens(),
+            ahead_tokens=ahead_tokens,
             unstarted_tokens=self._unstarted_tokens(),
             num_running=self._num_running(),
             num_free_blocks=self._num_free_blocks(),
-            s_per_token=step_s / tokens if tokens else 0.0,
+            s_per_token=s_per_token,
             step_s=step_s,
             num_others=self._num_others(),
+            backlog_s=backlog_s,
+            line=line,
+            context=self._context(),
         )
 
-    def _recent(self) -> Iterable[Load]:
-        """What the heartbeat cannot know of yet."""
-        return (load for load in self.loads.values() if load.at_s > self.status_s - _CROSSING_S)
+    def _backlog_s(self, ahead_tokens: int, s_per_token: float) -> tuple[float, tuple[tuple[float, float], ...]]:
+        """Own prompts as predicted, by the share of their tokens that is left, in the order in which the worker serves
+        them; others' at the latest step's speed."""
+        own = self._own_tokens
+        if not own:
+            return ahead_tokens * s_per_token, ()
+        left = min(ahead_tokens, own)
+        line = sorted(
+            (load.at_s + STRETCH * load.work_s, load.work_s) for load in self.loads.values() if load.num_tokens
+        )
+        done_s = sum(work_s for _, work_s in line) * (1 - left / own)
+        waiting = []
+        for due_s, work_s in line:
+            if work_s > done_s:
+                waiting.append((due_s, work_s - done_s))
+            done_s = max(0.0, done_s - work_s)
+        return sum(left_s for _, left_s in waiting) + (ahead_tokens - left) * s_per_token, tuple(waiting)
+
+    def _context(self) -> int:
+        running = self.status.decode_context if self.status is not None else 0
+        return running + sum(self._arriving.values())
 
     def _ahead_tokens(self) -> int:
         waiting = self.status.waiting_tokens if self.status is not None else 0
         others = max(0, waiting - self._tokens_at_status)  # another router's
-        own = sum(load.num_tokens for load in self.loads.values())
         # Ours are at most what the heartbeat saw and what came since; a prompt that is done is off `own` at once.
-        return others + min(own, waiting - others + sum(load.num_tokens for load in self._recent()))
+        recent = sum(load.num_tokens for load in self._recent.values())
+        return others + min(self._own_tokens, waiting - others + recent)
 
     def _unstarted_tokens(self) -> int:
+        if not self._own_tokens:
+            return 0
         started = self.status.num_running if self.status is not None else 0
         if self.status is not None and self.status.waiting_tokens > self._tokens_at_status:
             started = 0  # those that run may be another router's
@@ -259,11 +295,13 @@ class Worker:
         return max(0, running - self._choices_at_status)
 
     def _num_running(self) -> int:
-        return self._num_others() + sum(load.num_choices for load in self.loads.values())
+        return self._num_others() + self._own_choices
 
     def _num_free_blocks(self) -> int:
         free = self.status.num_free_blocks if self.status is not None else 0
-        free += self._freed_blocks - sum(load.num_blocks for load in self._recent())
+        if self.status is not None and self.status.share < 1.0:  # the rest is for requests of other routers
+            free = int(free * self.status.share)
+        free += self._freed_blocks - sum(load.num_blocks for load in self._recent.values())
         return max(0, min(free, self.hello.num_blocks))
 
 
@@ -276,34 +314,94 @@ class _PairFailure:
 class Pools:
     """All sessions, and which pairs of them fail at handoffs."""
 
-    def __init__(self) -> None:
+    def __init__(self, predictor: Predictor | None = None) -> None:
+        self.predictor = predictor if predictor is not None else Predictor()
         self._workers: dict[int, Worker] = {}  # by session number
+        self._by_name: dict[str, Worker] = {}
         self._pairs: dict[tuple[int, int], _PairFailure] = {}
+        self._changed: set[int] = set()  # sessions whose pictures are out of date
+        self._views: dict[int, WorkerView] = {}
+        self._ranks: dict[int, tuple[str, Rank]] = {}  # where in the order each one stands
+        self._order: dict[str, list[Rank]] = {"prefill": [], "decode": []}  # of those that are ready
+        self._least_model_len: int | None = None
+        self._least_blocks: int | None = None
+        self.prefix_index = PrefixIndex()
+        self.claimed: frozenset[int] = frozenset()  # sessions that are kept for requests that run alone
+        self.block_size = 0  # of all workers; 0: none has joined yet
+        self.spec: KVCacheSpec | None = None  # the same
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(list(self._workers.values()))
 
+    def __len__(self) -> int:
+        return len(self._workers)
+
     def join(self, link: WorkerLink, hello: WorkerHello, now_s: float) -> Worker:
-        worker = Worker(link, hello, now_s)
-        self._workers[link.number] = worker
+        worker = Worker(link, hello, now_s, on_change=self._on_change)
+        self._workers[link.number] = self._by_name[worker.worker_id] = worker
+        self.predictor.on_hello(link.number, hello)
+        self.block_size, self.spec = hello.spec.block_size, hello.spec
+        self._least_model_len = self._least_blocks = None
+        self._on_change(worker)
         return worker
 
     def leave(self, link: WorkerLink) -> Worker | None:
         worker = self._workers.pop(link.number, None)
         self._pairs = {pair: state for pair, state in self._pairs.items() if link.number not in pair}
+        if worker is not None:
+            if self._by_name.get(worker.worker_id) is worker:
+                del self._by_name[worker.worker_id]
+            self.predictor.forget(link.number)
+            self.prefix_index.forget(link.number)
+            self._least_model_len = self._least_blocks = None
+            self._on_change(worker)
         return worker
 
     def find(self, link: WorkerLink) -> Worker | None:
         return self._workers.get(link.number)
 
+    def at(self, session: int) -> Worker | None:
+        return self._workers.get(session)
+
     def named(self, worker_id: str) -> Worker | None:
-        return next((worker for worker in self._workers.values() if worker.worker_id == worker_id), None)
+        return self._by_name.get(worker_id)
 
     def with_role(self, role: str) -> list[Worker]:
-        return [worker for worker in self._workers.values() if worker.hello.role == role]
+        return [worker for worker in self._workers.values() if worker.role == role]
 
     def has_ready(self, role: str) -> bool:
         return any(worker.is_ready for worker in self.with_role(role))
+
+    @property
+    def least_model_len(self) -> int | None:
+        """Of all workers."""
+        if self._least_model_len is None and self._workers:
+            self._least_model_len = min(worker.hello.max_model_len for worker in self._workers.values())
+        return self._least_model_len
+
+    @property
+    def least_blocks(self) -> int:
+        """Of all workers: what needs no more fits everywhere."""
+        if self._least_blocks is None:
+            self._least_blocks = min((worker.hello.num_blocks for worker in self._workers.values()), default=0)
+        return self._least_blocks
+
+    def claim(self, worker: Worker) -> None:
+        """Keep it for a request that runs alone."""
+        worker.is_claimed = True
+        self.claimed |= {worker.link.number}
+
+    def unclaim(self, worker: Worker) -> None:
+        worker.is_claimed = False
+        self.claimed -= {worker.link.number}
+
+    def on_status(self, worker: Worker, status: WorkerStatus, now_s: float) -> bool:
+        """A heartbeat. True if a request that has found no room may find some now."""
+        before, has_refused = self._views.get(worker.link.number), worker.has_refused
+        worker.on_status(status, now_s)
+        worker.has_refused = False
+        self._refresh(now_s)
+        return before is None or has_refused or has_gained(before, self._views[worker.link.number])
 
     def on_handoff(self, prefill: Worker, decode: Worker, now_s: float, *, failed: bool) -> None:
         """Remember how the pair's last handoff went: after a failure others are preferred for a while."""
@@ -314,9 +412,49 @@ class Pools:
             self._pairs[pair] = _PairFailure(penalty_s, now_s + penalty_s)
 
     def view(self, now_s: float, *, num_queued: int = 0, num_live: int = 0) -> PoolView:
+        """For those who look at every worker: the ages of heartbeats are right in it."""
         return PoolView(
             workers=tuple(worker.view(now_s) for worker in self._workers.values()),
-            avoided_pairs=frozenset(pair for pair, state in self._pairs.items() if state.until_s > now_s),
+            avoided_pairs=self._avoided(now_s),
             num_queued=num_queued,
             num_live=num_live,
+            now_s=now_s,
         )
+
+    def picture(self, now_s: float) -> PoolView:
+        """For placing: pictures of before stay where nothing has changed. Until the next change of a worker."""
+        self._refresh(now_s)
+        view = PoolView(list(self._views.values()), self._avoided(now_s), now_s=now_s)
+        view.show(self._order, self._views)
+        return view
+
+    def _avoided(self, now_s: float) -> frozenset[tuple[int, int]]:
+        if not self._pairs:
+            return frozenset()
+        return frozenset(pair for pair, state in self._pairs.items() if state.until_s > now_s)
+
+    # --- pictures -------------------------------------------------------------------------------------------
+
+    def _on_change(self, worker: Worker) -> None:
+        self._changed.add(worker.link.number)
+
+    def _refresh(self, now_s: float) -> None:
+        for session in self._changed:
+            self._unrank(session)
+            worker = self._workers.get(session)
+            if worker is None:
+                self._views.pop(session, None)
+                continue
+            view = self._views[session] = worker.view(now_s)
+            if view.is_ready:
+                rank = RANKS[view.role](view)
+                insort(self._order[view.role], rank)
+                self._ranks[session] = (view.role, rank)
+        self._changed.clear()
+
+    def _unrank(self, session: int) -> None:
+        found = self._ranks.pop(session, None)
+        if found is not None:
+            role, rank = found
+            order = self._order[role]
+            del order[bisect_left(order, rank)]

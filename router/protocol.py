@@ -26,6 +26,8 @@ from uvicorn.server import ServerState
 from ..common.errors import CapacityError, RequestError
 from .connection_limits import Connections
 from .errors import Failure, failure_of
+from .frame import WRITE_PART
+from .outlet import Outlet, Turn
 
 HEAD_LIMIT_S = 5.0
 WRITE_LIMIT_S = 30.0
@@ -54,6 +56,7 @@ class DeadlineProtocol(HttpToolsProtocol):
     write_limit_s = WRITE_LIMIT_S
     linger_s = LINGER_S
     books: Connections
+    turn: Turn
 
     def __init__(
         self,
@@ -74,12 +77,13 @@ class DeadlineProtocol(HttpToolsProtocol):
     @classmethod
     def keeping(cls, books: Connections) -> type[Self]:
         """The protocol of a server whose connections are in these books."""
-        return type(cls.__name__, (cls,), {"books": books})
+        return type(cls.__name__, (cls,), {"books": books, "turn": Turn()})
 
     # --- the connection ---------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.outlet = Outlet(transport, self.turn)
         full = self.books.open(self, self.client[0] if self.client else "")
         if full:
             whose = "from this address" if full == "address" else "to this server"
@@ -122,6 +126,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._await_nothing()
         if self.transport.is_closing() or self._end_timer is not None:
             return
+        self.outlet.flush()
         if self.cycle is not None and self.cycle.more_body:
             self._discard()
             self.flow.resume_reading()
@@ -154,6 +159,13 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._await_nothing()
         self.books.work(self)
         self.cycle.transport = _Closer(self)  # type: ignore[assignment]
+        self.scope[WRITE_PART] = self._write_part  # type: ignore[literal-required]
+
+    async def _write_part(self, part: bytes) -> None:
+        """A chunk of an answer that is sent in chunks."""
+        if self.flow.write_paused:
+            await self.flow.drain()
+        self.outlet.write(b"%x\r\n%b\r\n" % (len(part), part))
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -180,6 +192,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         head += [name + b": " + value for name, value in failure.headers]
         self._discard()
         self._is_reading_head = False
+        self.outlet.flush()
         self.transport.write(b"\r\n".join([*head, b"", failure.body]))
         self.transport.close()
         self._end_timer = self._end_timer or self.loop.call_later(self.linger_s, self.transport.abort)
@@ -220,13 +233,13 @@ class DeadlineProtocol(HttpToolsProtocol):
 
 
 class _Closer:
-    """A request's way to its transport: it writes directly, and leaves the end to the protocol."""
+    """A request's way to its transport: it writes to the outlet, and leaves the end to the protocol."""
 
     __slots__ = ("_protocol", "is_closing", "write")
 
     def __init__(self, protocol: DeadlineProtocol) -> None:
         self._protocol = protocol
-        self.write = protocol.transport.write
+        self.write = protocol.outlet.write
         self.is_closing = protocol.transport.is_closing
 
     def close(self) -> None:

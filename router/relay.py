@@ -6,41 +6,75 @@ all; the index decides. What is not accepted is counted by cause.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import msgspec
 
 from ..common.messages import ChoiceTokens, PromptLogprobs
 from .live import Live
+from .looks import Looks
 from .observer import Observer
-from .request import Drops, is_natural
+from .request import NO_DROPS, Drops, is_natural
 
+GAP_LIMIT_S = 1.0  # then a missing token does not come any more
 HELD_LIMIT_S = 1.0  # prompt logprobs that have not come by then do not hold back tokens any longer
+
+
+@dataclass(slots=True)
+class Accepted:
+    """What a message has brought."""
+
+    num_new: int = 0  # tokens
+    is_first: bool = False  # the request's first ones
+    has_end: bool = False  # a choice that it was about has ended
+    is_odd: bool = False  # something did not follow what was there
+    given_up: str | None = None  # the finish reason of a choice that the worker gave up
 
 
 class Relay:
     """Changes accepted tokens and nothing else of a request."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, looks: Looks) -> None:
         self._observer = observer
+        self._looks = looks
 
-    def accept(self, live: Live, updates: tuple[ChoiceTokens, ...], now_s: float) -> str | None:
-        """Take the tokens. Returns the finish reason of a choice that a worker gave up, if there is one."""
+    def accept(self, live: Live, updates: tuple[ChoiceTokens, ...], now_s: float) -> Accepted:
         request = live.request
-        before = request.num_output_tokens
-        given_up = None
+        accepted = Accepted()
         for update in updates:
             if update.choice not in live.sent_choices:
                 self._observer.on_dropped("unknown_choice")
                 continue
             if update.finish is not None and not is_natural(update.finish):
-                given_up = update.finish
+                accepted.given_up = update.finish
                 update = msgspec.structs.replace(update, finish=None)
-            self._count(request.choices[update.choice].accept(update))
-        if request.num_output_tokens > before:
-            request.timestamps.setdefault("first_token", now_s)
-            request.timestamps["last_token"] = now_s
-            live.gap_s = None
+            choice = request.choices[update.choice]
+            accepted.num_new -= len(choice.tokens)
+            drops = choice.accept(update)
+            accepted.num_new += len(choice.tokens)
+            accepted.has_end = accepted.has_end or choice.finish is not None
+            if drops is not NO_DROPS:
+                accepted.is_odd = True
+                self._count(drops)
+        if accepted.num_new:
+            stamps = request.timestamps
+            if "first_token" not in stamps:
+                stamps["first_token"] = now_s
+                accepted.is_first = True
+            stamps["last_token"] = now_s
+        if accepted.is_odd or live.gap_s is not None:
+            self._note_gap(live, accepted, now_s)
         live.stream.wake()
-        return given_up
+        return accepted
+
+    def _note_gap(self, live: Live, accepted: Accepted, now_s: float) -> None:
+        """Since when a token is missing before others that have come: since the last progress."""
+        if accepted.num_new:
+            live.gap_s = None
+        if any(choice.has_gap for choice in live.request.choices):
+            if live.gap_s is None:
+                live.gap_s = now_s
+            self._looks.by(live, live.gap_s + GAP_LIMIT_S)
 
     def _count(self, drops: Drops) -> None:
         for kind, number in (
@@ -73,7 +107,6 @@ class Relay:
         live.stream.wake()
 
     def check_held(self, live: Live, now_s: float) -> None:
-        """Called at each tick."""
         first_token_s = live.request.timestamps.get("first_token")
         if live.stream.is_held and first_token_s is not None and now_s - first_token_s > HELD_LIMIT_S:
             self.release(live)

@@ -10,8 +10,8 @@ is one event `data: {"error": ...}`, and the stream ends without [DONE]: a clien
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -24,19 +24,16 @@ from ..common.request import FinishReason
 from .answer import Answer
 from .choice import Piece
 from .errors import failure_of
+from .events import DONE, EventWriter, encode_events
 from .form import Form
-from .frame import CLIENT_CLOSED, Call, call_of, send_failure
-from .openai_types import Struct
+from .frame import CLIENT_CLOSED, Call, WritePart, call_of, send_failure, send_part
 from .request import StreamError
 from .timing import phases_ms, server_timing
 
 _WRITE_BYTES = 64 * 2**10  # handed to the connection at a time: it waits before the next when it is full
-
-_PIECES_AT_ONCE = 64  # of an answer that is there already; then it is others' turn
 _NAMED_INLINE = 2048  # tokens and alternatives whose texts are looked up where they are: some milliseconds
+_CHOICES_INLINE = 256  # the same for an answer without them
 
-_encoder = msgspec.json.Encoder()
-_DONE = b"data: [DONE]\n\n"
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -148,49 +145,40 @@ class Reply(Response):
 
     async def _send_whole(self, call: Call, send: Send) -> None:
         pieces: list[list[Piece]] = [[] for _ in self._answer.choices]
-        num_read = 0
-        async with contextlib.aclosing(self._answer.pieces()) as answered:
-            async for index, piece in answered:
+        while told := await self._answer.next():
+            for index, piece in told:
                 pieces[index].append(piece)
-                num_read += 1
-                if num_read % _PIECES_AT_ONCE == 0:
-                    await asyncio.sleep(0)
-        body = await self._whole(list(map(Piece.joined, pieces)))
+        body = await self._whole(pieces)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
             (b"server-timing", server_timing(call, self._answer.requests)),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await _send_in_parts(call.send, body)
+        await _write_in_parts(partial(send_part, call.send), body)
         await send({"type": "http.response.body", "body": b""})
 
-    async def _whole(self, pieces: list[Piece]) -> bytes:
-        num_named = sum(1 + len(token.top) for piece in pieces for token in piece.tokens)
-        if num_named > _NAMED_INLINE:
+    async def _whole(self, pieces: list[list[Piece]]) -> bytes:
+        num_named = sum(1 + len(token.top) for told in pieces for piece in told for token in piece.tokens)
+        if num_named > _NAMED_INLINE or len(pieces) > _CHOICES_INLINE:
             return await asyncio.to_thread(self._encode, pieces)
         return self._encode(pieces)
 
-    def _encode(self, pieces: list[Piece]) -> bytes:
-        return msgspec.json.encode(self._form.whole(pieces))
+    def _encode(self, pieces: list[list[Piece]]) -> bytes:
+        return msgspec.json.encode(self._form.whole(list(map(Piece.joined, pieces))))
 
     async def _send_stream(self, call: Call, send: Send) -> None:
-        seen = [False] * len(self._answer.choices)
-        write = call.send
-        async with contextlib.aclosing(self._answer.pieces()) as answered:
-            async for index, piece in answered:
-                if call.status is None:
-                    timing = (b"server-timing", server_timing(call, self._answer.requests))
-                    await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS, timing]})
-                chunks = self._form.chunks(index, piece, is_first=not seen[index])
-                seen[index] = True
-                if chunks:
-                    events = _events(chunks)
-                    if len(events) > _WRITE_BYTES:
-                        await _send_in_parts(write, events)
-                    else:
-                        await write({"type": "http.response.body", "body": events, "more_body": True})
-        tail = _events([self._form.usage_chunk()]) + _DONE if self._include_usage else _DONE
+        writer, write = EventWriter(self._form), call.write
+        while pieces := await self._answer.next():
+            if call.status is None:
+                timing = (b"server-timing", server_timing(call, self._answer.requests))
+                await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS, timing]})
+            events = writer.events(pieces)
+            if len(events) > _WRITE_BYTES:
+                await _write_in_parts(write, events)
+            elif events:
+                await write(events)
+        tail = encode_events([self._form.usage_chunk()]) + DONE if self._include_usage else DONE
         await send({"type": "http.response.body", "body": tail})
 
     async def _fail(self, call: Call, send: Send, error: BaseException) -> None:
@@ -235,13 +223,8 @@ class Reply(Response):
         return FinishReason.ABORT if call.status in (None, CLIENT_CLOSED) else FinishReason.ERROR
 
 
-async def _send_in_parts(write: Send, body: bytes) -> None:
+async def _write_in_parts(write: WritePart, body: bytes) -> None:
     """No more than a part of it waits in the connection for a client that reads slowly."""
     view = memoryview(body)
     for start in range(0, len(body), _WRITE_BYTES):
-        part = bytes(view[start : start + _WRITE_BYTES])
-        await write({"type": "http.response.body", "body": part, "more_body": True})
-
-
-def _events(chunks: Sequence[Struct]) -> bytes:
-    return b"".join([b"data: " + _encoder.encode(chunk) + b"\n\n" for chunk in chunks])
+        await write(bytes(view[start : start + _WRITE_BYTES]))

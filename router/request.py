@@ -14,14 +14,18 @@ what comes again is dropped. The accepted tokens are what a resumed attempt star
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from ..common.errors import InvalidTransition, KVFerryError
 from ..common.messages import ChoiceTokens
 from ..common.request import FinishReason, RequestSpec, SampledToken, SamplingParams, pack_ids
+from .decisions import Decision
+from .objectives import DEFAULT_CLASS, NO_OBJECTIVES, Objectives
 
+MAX_TOKENS_AT_ONCE = 2**20  # in one update: more than an answer has
 MAX_EARLY_TOKENS = 64  # kept for each choice while an earlier one is missing
 
 
@@ -74,6 +78,9 @@ class Drops:
     overflow: int = 0  # too far ahead, or past the end
 
 
+NO_DROPS = Drops()  # of nearly every message; not to be changed
+
+
 @dataclass(slots=True)
 class ChoiceState:
     """The answer of one choice so far. `tokens` only grows, and not after `finish` is set."""
@@ -86,6 +93,10 @@ class ChoiceState:
 
     def accept(self, update: ChoiceTokens) -> Drops:
         """Take what continues `tokens`, keep what comes early, drop the rest."""
+        if self._is_next(update):
+            self.tokens.extend(update.tokens)
+            self.finish = update.finish
+            return NO_DROPS
         drops = Drops()
         for index, token in enumerate(update.tokens, update.first_index):
             self._accept_one(index, token, drops)
@@ -93,6 +104,12 @@ class ChoiceState:
             self.end = (update.first_index + len(update.tokens), update.finish)
         self._close_gap()
         return drops
+
+    def _is_next(self, update: ChoiceTokens) -> bool:
+        """Nothing is missing before it, nothing waits for it, and there is room for all of it."""
+        start = len(self.tokens)
+        is_in_turn = update.first_index == start and start + len(update.tokens) <= self.max_tokens
+        return is_in_turn and self.finish is None and self.end is None and not self.early
 
     def _accept_one(self, index: int, token: SampledToken, drops: Drops) -> None:
         known = self.tokens[index] if index < len(self.tokens) else self.early.get(index)
@@ -137,7 +154,7 @@ class ChoiceState:
 
 @dataclass(slots=True, eq=False)
 class RouterRequest:
-    """One prompt with its `n` choices. The fields up to `timeout_s` are the caller's, the rest the dispatcher's.
+    """One prompt with its `n` choices. The fields up to `tenant` are the caller's, the rest the dispatcher's.
 
     `timestamps` (seconds of the dispatcher's clock): queued, reserved (a decode worker was asked), prefill_start (the
     task was sent), first_token, arrived (the KV is on the decode worker), first_decode, last_token, finished. The
@@ -151,6 +168,9 @@ class RouterRequest:
     priority: int = 0  # lower runs first
     cache_salt: bytes = b""
     timeout_s: float | None = None
+    request_class: str = DEFAULT_CLASS
+    objectives: Objectives = NO_OBJECTIVES  # of its class
+    tenant: str = ""  # who it is from, as far as fairness goes
     status: RequestStatus = RequestStatus.QUEUED
     timestamps: dict[str, float] = field(default_factory=dict)
     arrival: int = 0  # the router's counter
@@ -160,17 +180,20 @@ class RouterRequest:
     prefill_worker: str | None = None  # of the latest attempt; None: the decode worker computes the prompt
     decode_worker: str | None = None
     prefill_s: float = 0.0  # the prefill worker's own measure: first chunk to first token
+    prefill_wait_s: float = 0.0  # the same: receipt of the task to first chunk
+    unloaded_s: float = 0.0  # predicted time to its first token on empty workers
+    block_hashes: list[bytes] = field(default_factory=list)  # of the prompt's full blocks, as workers know them
+    decisions: list[Decision] = field(default_factory=list)  # where its attempts were placed, and why
+    waiting_for: str = ""  # what it lacked when it was looked at last
+    error_code: str = ""  # why it failed
     prompt_logprobs: list[SampledToken] = field(default_factory=list)  # entry i is about prompt token i + 1
+    is_finished: bool = field(init=False, default=False)  # `status` is a terminal one
     choices: list[ChoiceState] = field(init=False)
     _prompt: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.choices = [ChoiceState(self.sampling.max_tokens) for _ in range(self.n)]
         self._prompt = pack_ids(self.prompt_token_ids)
-
-    @property
-    def is_finished(self) -> bool:
-        return self.status in _TERMINAL
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -195,6 +218,7 @@ class RouterRequest:
             raise InvalidTransition(f"request {self.request_id}: {self.status.name} -> {to.name}")
         self.status = to
         if to in _TERMINAL:
+            self.is_finished = True
             self.timestamps["finished"] = now_s
         elif to is RequestStatus.QUEUED:
             return  # again: it has been in the queue's time since it came
@@ -223,8 +247,7 @@ class RouterRequest:
         )
 
 
-@dataclass(slots=True, frozen=True)
-class ChoiceUpdate:
+class ChoiceUpdate(NamedTuple):
     """New tokens of one choice, in order. With `finish` they are its last."""
 
     choice: int
@@ -251,6 +274,7 @@ class TokenStream:
         self._next_choice = 0
         self._error: StreamError | None = None
         self._wake = asyncio.Event()
+        self.wake: Callable[[], object] = self._wake.set  # for the dispatcher: there is something new
 
     @property
     def prompt_logprobs(self) -> list[SampledToken]:
@@ -267,27 +291,61 @@ class TokenStream:
             update = self.next_nowait()
             if update is not None:
                 return update
-            if self._error is not None:
-                raise self._error
-            if all(self._closed) or self.request.is_finished:
+            if self.is_over():
                 raise StopAsyncIteration
             await self._wake.wait()
 
     def next_nowait(self) -> ChoiceUpdate | None:
         """An update that is there already, or None. Choices take turns."""
-        if self.is_held and not self.request.is_finished:
-            return None
-        for offset in range(self.request.n):
-            choice = (self._next_choice + offset) % self.request.n
-            state = self.request.choices[choice]
-            if self._closed[choice] or (self._sent[choice] == len(state.tokens) and state.finish is None):
-                continue
-            tokens = tuple(state.tokens[self._sent[choice] :])
-            self._sent[choice] += len(tokens)
-            self._closed[choice] = state.finish is not None
-            self._next_choice = choice + 1
-            return ChoiceUpdate(choice, tokens, state.finish)
+        for choice in self._in_turn():
+            update = self._take(choice)
+            if update is not None:
+                return update
         return None
+
+    def listen(self, on_change: Callable[[], object]) -> None:
+        """Call this at every change from now on, instead of waking who iterates; `take` tells what there is."""
+        self.wake = on_change
+
+    def take(self, most: int) -> list[ChoiceUpdate]:
+        """What is there already: an update of each choice at most, of so many tokens in all."""
+        updates = []
+        for choice in self._in_turn():
+            update = self._take(choice, most)
+            if update is not None:
+                updates.append(update)
+                most -= len(update.tokens)
+                if most <= 0:
+                    break
+        return updates
+
+    def is_over(self) -> bool:
+        """Whether no update comes any more, where none is there now. Raises StreamError if the request failed."""
+        if self._error is not None:
+            raise self._error
+        return all(self._closed) or self.request.is_finished
+
+    def _in_turn(self) -> Sequence[int]:
+        num_choices, first = self.request.n, self._next_choice
+        if self.is_held and not self.request.is_finished:
+            return ()
+        if num_choices == 1:
+            return (0,)
+        return [(first + offset) % num_choices for offset in range(num_choices)]
+
+    def _take(self, choice: int, most: int = MAX_TOKENS_AT_ONCE) -> ChoiceUpdate | None:
+        state, start = self.request.choices[choice], self._sent[choice]
+        end = len(state.tokens)
+        finish = state.finish
+        if self._closed[choice] or (start == end and finish is None):
+            return None
+        if end - start > most:
+            end, finish = start + most, None
+        elif finish is not None:
+            self._closed[choice] = True
+        self._sent[choice] = end
+        self._next_choice = choice + 1
+        return ChoiceUpdate(choice, tuple(state.tokens[start:end]), finish)
 
     def finish_choice(self, choice: int) -> None:
         """The reader found a stop string: the choice has ended and nothing more of it is yielded. Idempotent."""
@@ -299,14 +357,10 @@ class TokenStream:
         """The client left: everything that the request holds is given back. Idempotent."""
         self._on_abort()
 
-    def wake(self) -> None:
-        """Dispatcher: there is something new."""
-        self._wake.set()
-
     def fail(self, error: StreamError) -> None:
         """Dispatcher: the request failed; accepted tokens are yielded before the error."""
         self._error = error
-        self._wake.set()
+        self.wake()
 
 
 def is_natural(finish: str | None) -> bool:

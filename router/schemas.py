@@ -63,6 +63,7 @@ class GenerationBody(BaseModel):
     prompt_logprobs: Logprobs | None = None
     add_special_tokens: bool | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    user: object = None  # any; where there are no keys, a text says whose share of the service this is
     echo: bool | None = None
 
     @property

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -24,7 +24,7 @@ from fastapi import FastAPI
 
 from .. import __version__
 from ..common.channel import Address
-from ..common.clock import Clock, SystemClock, wall_time_us
+from ..common.clock import Clock, SystemClock, wall_time_us, week_s
 from ..common.config import RouterConfig
 from ..common.errors import ConfigError
 from ..common.host import listen
@@ -34,19 +34,26 @@ from ..common.session import max_frame_bytes
 from ..common.tokenizer import Tokenizer
 from .admin import Admin, build_admin
 from .app import build_app
+from .classes import RequestClasses
 from .connection_limits import Connections, connections_within_file_limit
 from .control import ControlServer, Expected
 from .defaults import SamplingDefaults
 from .dispatcher import Dispatcher
 from .generation import Api
 from .http_server import HttpServer
-from .policy import LeastLoaded
+from .objectives import DEFAULT_CLASS
+from .policies import make_policy
+from .predictor import Predictor
 from .prompts import ServedModel
 from .quota import QuotaLimits
+from .scaling import Scaling
+from .scaling_admin import scaling_routes
+from .scaling_record import LoadRecord, RecordingMetrics
 from .shutdown import Stop, wind_down
 
 REPORT_EVERY_S = 0.1
 BEAT_TICKS = 5
+_SCALE_TICK_S = 0.25
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +66,8 @@ class Reporter(Protocol):
     def beat(self) -> None: ...
 
     def send(self, event: Mapping[str, object]) -> None: ...
+
+    def listen(self, on_event: Callable[[dict[str, object]], None]) -> None: ...
 
 
 @dataclass(slots=True, frozen=True)
@@ -103,8 +112,13 @@ async def serve_router(
             stack.enter_context(admin_socket)
         loaded = await asyncio.to_thread(LoadedModel.from_config, config)
         clock = SystemClock()
-        metrics = RouterMetrics(config.served_model_name)
-        dispatcher = Dispatcher(config, _policy(config), clock, metrics, time_us=wall_time_us)
+        record, classes = LoadRecord(), RequestClasses.from_config(config)
+        metrics = RecordingMetrics(config.served_model_name, record, classes.names)
+        predictor = Predictor()
+        policy = make_policy(config, predictor)
+        dispatcher = Dispatcher(config, policy, clock, metrics, time_us=wall_time_us, predictor=predictor)
+        scaling = _scaling(config, classes, dispatcher, predictor, record, clock, lifeline)
+        metrics.replicas = scaling.replicas
         app = _application(config, loaded, dispatcher, metrics, clock, secret)
         control = _control(config, loaded.model, dispatcher, secret, metrics)
         control_address = await _start_control(control, Address(config.control_host, config.control_port))
@@ -114,12 +128,18 @@ async def serve_router(
                 front = await serving.enter_async_context(HttpServer(app, books=_books(config, metrics)).serving(sock))
                 if admin_socket is not None:
                     render = partial(_render, app.state.api, metrics)
-                    admin = build_admin(Admin(dispatcher, render, config.drain_timeout_s, lifeline), config.admin_keys)
+                    admin = build_admin(
+                        Admin(dispatcher, render, config.drain_timeout_s, lifeline),
+                        config.admin_keys,
+                        scaling_routes(scaling),
+                    )
                     await serving.enter_async_context(HttpServer(admin).serving(admin_socket))
                 address = Address(config.host, sock.getsockname()[1])
                 log.info("router_ready", http=str(address), control=str(control_address))
                 reports = asyncio.create_task(_report(lifeline, dispatcher, address, control_address))
                 serving.callback(reports.cancel)
+                scales = asyncio.create_task(_scale(scaling))
+                serving.callback(scales.cancel)
                 await _until_stopped(stop, control)
                 await wind_down(front, dispatcher, app.state.api.in_flight, stop)
         finally:
@@ -175,17 +195,45 @@ async def _report(lifeline: Reporter | None, dispatcher: Dispatcher, http: Addre
         await asyncio.sleep(REPORT_EVERY_S)
 
 
+def _scaling(
+    config: RouterConfig,
+    classes: RequestClasses,
+    dispatcher: Dispatcher,
+    predictor: Predictor,
+    record: LoadRecord,
+    clock: Clock,
+    lifeline: Reporter | None,
+) -> Scaling:
+    """With a launcher: it is told on our loop what that says."""
+    scaling = Scaling(
+        config.autoscale,
+        classes.named(DEFAULT_CLASS),
+        dispatcher,
+        predictor,
+        record,
+        clock,
+        week_s,
+        launcher=lifeline.send if lifeline is not None else None,
+    )
+    if lifeline is not None:
+        loop = asyncio.get_running_loop()
+
+        def on_event(event: dict[str, object]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: this process is ending
+                loop.call_soon_threadsafe(scaling.on_launcher, event)
+
+        lifeline.listen(on_event)
+    return scaling
+
+
+async def _scale(scaling: Scaling) -> None:
+    while True:
+        await asyncio.sleep(_SCALE_TICK_S)
+        scaling.tick()
+
+
 def _render(api: Api, metrics: RouterMetrics) -> tuple[bytes, str]:
     return metrics.render(api.backend.view(), num_in_flight=len(api.in_flight))
-
-
-def _policy(config: RouterConfig) -> LeastLoaded:
-    return LeastLoaded(
-        local_prefill=config.local_prefill,
-        max_local_prefill_tokens=config.max_local_prefill_tokens,
-        expect_prefill=config.expect_prefill,
-        ttft_objective_s=config.ttft_objective_ms / 1e3 if config.ttft_objective_ms is not None else None,
-    )
 
 
 def _books(config: RouterConfig, metrics: RouterMetrics) -> Connections:
@@ -218,6 +266,7 @@ def _application(
             config.tokens_per_minute_per_key,
         ),
         share_prefix_cache=config.share_prefix_cache,
+        classes=RequestClasses.from_config(config),
     )
 
 

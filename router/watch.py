@@ -1,4 +1,4 @@
-"""Time limits of requests: a pure judgement at each tick, carried out by the dispatcher.
+"""Time limits of requests: a pure judgement when one is due, carried out by the dispatcher.
 
     deadline over, no worker for too long, every pair failed    the request fails
     an answer or a token is missing, the workers are idle       the attempt fails
@@ -15,12 +15,14 @@ from enum import Enum
 from .failures import Blame
 from .live import Live
 from .pools import Pools, Worker
+from .relay import GAP_LIMIT_S, HELD_LIMIT_S
 from .request import RequestStatus, StreamError
 
 WORKER_WAIT_S = 30.0  # for a worker to come, or to come back
 PAIR_WAIT_S = 1.0  # a handoff failed with every pair: a worker of one may just be found dead, and come back
-GAP_LIMIT_S = 1.0  # then the missing token does not come any more
 FORGOTTEN_S = 3.5  # no message, and a heartbeat after that says that the worker is idle
+QUEUE_LOOK_S = 1.0  # a queued request is looked at so often at least
+LOOK_AGAIN_S = 0.1  # after a limit that has passed and decides nothing yet
 ARRIVAL_LIMIT_S = 30.0  # from the last news of a computed prompt to its KV's arrival
 
 
@@ -51,6 +53,27 @@ class Watch:
             return self._judge_queued(live, now_s)
         return _missing_answer(live, now_s) or _missing_token(live, now_s) or _forgotten(live, now_s)
 
+    def next_look_s(self, live: Live, now_s: float) -> float:
+        """When `judge` may have something to say, if nothing happens before that."""
+        at_s = self._attempt_look_s(live, now_s)
+        if live.deadline_s is not None:
+            at_s = min(at_s, live.deadline_s)
+        if live.gap_s is not None:
+            at_s = min(at_s, live.gap_s + GAP_LIMIT_S)
+        if live.stream.is_held:
+            at_s = min(at_s, live.request.timestamps.get("first_token", now_s) + HELD_LIMIT_S)
+        return at_s if at_s > now_s else now_s + LOOK_AGAIN_S
+
+    def _attempt_look_s(self, live: Live, now_s: float) -> float:
+        if live.charge is not None and not live.charge.is_paid:
+            return now_s + LOOK_AGAIN_S
+        if live.request.status is RequestStatus.QUEUED:
+            at_s = now_s + QUEUE_LOOK_S
+            if live.lacks_s is not None:
+                at_s = min(at_s, live.lacks_s + PAIR_WAIT_S)
+            return min([at_s, *(max(since_s, live.event_s) + WORKER_WAIT_S for since_s in self._absent_s.values())])
+        return live.event_s + FORGOTTEN_S if live.answer_due_s is None else live.answer_due_s
+
     def _judge_queued(self, live: Live, now_s: float) -> StreamError | None:
         for role, since_s in self._absent_s.items():
             waited_s = now_s - max(since_s, live.event_s)
@@ -72,12 +95,10 @@ def _missing_answer(live: Live, now_s: float) -> Blame | None:
 
 
 def _missing_token(live: Live, now_s: float) -> Blame | None:
+    if live.gap_s is None or now_s - live.gap_s < GAP_LIMIT_S:
+        return None
     if not any(choice.has_gap for choice in live.request.choices):
         live.gap_s = None
-        return None
-    if live.gap_s is None:
-        live.gap_s = now_s
-    if now_s - live.gap_s < GAP_LIMIT_S:
         return None
     return Blame("gap", f"a token of {live.pair} is missing")
 

@@ -23,6 +23,11 @@ from typing import Any
 from kvferry.common.lifeline import Lifeline
 
 
+def append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def note(config: dict[str, Any], name: str, **facts: object) -> None:
     """Append a line about this life to a file beside the model, for the test to read."""
     line = {"name": name, "pid": os.getpid(), "config": config, "env": dict(os.environ), **facts}
@@ -40,16 +45,21 @@ def end(config: dict[str, Any], number: int) -> None:
 
 
 def run_router(config: dict[str, Any], lifeline: Lifeline, http_fd: int) -> None:
-    """It has as ready whoever began a life last, by the file of lives."""
+    """It has as ready whoever began a life last, by the file of lives; it wishes what another file says."""
     note(config, "router", http_fd=http_fd)
     sock = socket.socket(fileno=http_fd)
     lifeline.ready(
         http=f"127.0.0.1:{sock.getsockname()[1]}", control=f"127.0.0.1:{config['control_port'] or 4242}"
     )  # nothing connects
     beat(lifeline)
-    lives = Path(config["model_dir"]) / "lives.jsonl"
-    told = None
+    folder = Path(config["model_dir"])
+    lives, wishes, heard = folder / "lives.jsonl", folder / "wishes.jsonl", folder / "heard.jsonl"
+    lifeline.listen(lambda event: append(heard, {"pid": os.getpid(), **event}))
+    told, num_wished = None, 0
     while True:
+        for wish in wishes.read_text().splitlines()[num_wished:] if wishes.exists() else ():
+            num_wished += 1
+            lifeline.send(json.loads(wish))
         workers = {life["name"]: life["pid"] for life in map(json.loads, lives.read_text().splitlines())}
         workers.pop("router")
         if workers != told:

@@ -1,6 +1,6 @@
 """Imports point downwards, and what is dangerous or heavy is imported in few places.
 
-common <- transfer <- prefill, decode <- router <- cli, launch, worker
+common <- transfer <- prefill, decode <- roles, router <- cli, launch, worker
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ import kvferry
 
 ROOT = Path(kvferry.__file__).resolve().parent
 PACKAGE = "kvferry"
-FOLDERS = ("common", "transfer", "prefill", "decode", "router")
-ASSEMBLERS = ("cli", "launch", "worker", "__main__")
+FOLDERS = ("common", "transfer", "prefill", "decode", "roles", "router")
+ASSEMBLERS = ("cli", "launch", "worker", "__main__")  # modules, but for the folder `launch`
 ALLOWED = {
     "common": {"common"},
     "transfer": {"common", "transfer"},
     "prefill": {"common", "transfer", "prefill"},
     "decode": {"common", "transfer", "decode"},
+    "roles": {"common", "transfer", "prefill", "decode", "roles"},
     "router": {"common", "transfer", "prefill", "decode", "router"},
     "cli": {*FOLDERS, "launch", "worker", "benchmarks"},
-    "launch": {*FOLDERS, "worker"},
+    "launch": {*FOLDERS, "launch", "worker"},
     "worker": {*FOLDERS},
     "__main__": {"cli"},
     "__init__": set(),
 }
 IMPORTERS = {
-    "ray": {"launch.py"},
+    "ray": {"launch/on_ray.py", "launch/ray_calls.py"},
     "nixl": {"transfer/nixl.py"},
     "nixl_cu12": {"transfer/nixl.py"},
     "nixl_cu13": {"transfer/nixl.py"},
@@ -47,7 +48,7 @@ FORBIDDEN_METHODS = {"recv_pyobj", "send_pyobj", "deserialize_descs", "recv_obje
 
 
 def product_files() -> list[Path]:
-    folders = [path for folder in (*FOLDERS, "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    folders = [path for folder in (*FOLDERS, "launch", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     return sorted([*ROOT.glob("*.py"), *folders])
 
 

@@ -20,7 +20,7 @@ import kvferry
 
 ROOT = Path(kvferry.__file__).resolve().parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FOLDERS = ("common", "transfer", "prefill", "decode", "router", "benchmarks")
+FOLDERS = ("common", "transfer", "prefill", "decode", "roles", "router", "launch", "benchmarks")
 
 # Where the name of the import says nothing of the distribution.
 DISTRIBUTION_OF = {"yaml": "pyyaml", "flashinfer": "flashinfer-python", "ucxx": "ucxx-cu12"}
@@ -113,6 +113,7 @@ def test_wheel_and_sdist_hold_the_product_and_nothing_else(tmp_path: Path) -> No
     expected = {f"kvferry/{path.relative_to(ROOT).as_posix()}" for path in product}
     expected |= {f"kvferry/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} | {"kvferry/py.typed"}
     expected |= {f"kvferry/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "common").rglob("*.[ch]pp")}
+    expected |= {f"kvferry/benchmarks/traces/{path.name}" for path in (ROOT / "benchmarks" / "traces").iterdir()}
     assert names == expected
     [sdist] = tmp_path.glob("kvferry-*.tar.gz")
     with tarfile.open(sdist) as archive:

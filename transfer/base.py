@@ -1,4 +1,4 @@
-"""What a transport must do: one-sided writes of pages into another process's registered KV allocation.
+"""What a transport must do: one-sided writes and reads of pages of another process's registered KV allocation.
 
 The shape is NIXL's: register once, exchange metadata, write, poll, notify. A *page* is one block in one layer on
 one rank; its index is `layer * num_blocks + block`. Where both sides have the same tensor-parallel size a page is
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
 
 class TransferHandle(Protocol):
-    """A write under way; `release` it when it has ended."""
+    """A write or a read under way; `release` it when it has ended."""
 
     num_bytes: int
 
@@ -55,7 +55,7 @@ class TransferBackend(Protocol):
 
     @property
     def telemetry_bytes(self) -> int:
-        """Of writes that are DONE, as the transport itself counted them."""
+        """Of writes and reads that are DONE, as the transport itself counted them."""
         ...
 
     def register(self, pages: torch.Tensor, *, rank: int, tp_size: int, generation: int) -> RegionInfo:
@@ -72,13 +72,21 @@ class TransferBackend(Protocol):
         ...
 
     def connect(self, remote: RegionInfo, pieces: tuple[Piece, ...]) -> None:
-        """Make `remote` writable under its agent's name. Again with the same agent: nothing to do."""
+        """Make `remote` writable and readable under its agent's name. Again with the same agent: nothing to do."""
         ...
 
     def write(
         self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int], notify: bytes = b""
     ) -> TransferHandle:
         """Post a write of local pages onto remote pages, pairwise. Raises TransferError naming the peer."""
+        ...
+
+    def read(self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int]) -> TransferHandle:
+        """Post a read of remote pages into local pages, pairwise. Raises TransferError naming the peer.
+
+        DONE: they stand in our pages, as they were over there at some moment since the post. Until it has ended, and
+        after it has FAILED until our agent is replaced, something may still land in our pages.
+        """
         ...
 
     def poll(self, handle: TransferHandle) -> TransferState:

@@ -55,9 +55,9 @@ class Grants:
         self.prefix_hits = 0
 
     def reserve(
-        self, spec: RequestSpec, router_id: str, *, max_local_tokens: int, growth_reserve: int, draining: bool
+        self, spec: RequestSpec, router_id: str, *, max_local_tokens: int, growth_reserve: int, refusal: str = ""
     ) -> Grant | NoCapacity:
-        """As `KVReceiver.reserve`."""
+        """As `KVReceiver.reserve`. `refusal`: why nothing new is granted; empty: it is."""
         known = self._ledger.of_request(spec.request_id)
         if known is not None and known.spec.attempt == spec.attempt and known.state is ReservationState.GRANTED:
             return Grant(request_id=spec.request_id, attempt=spec.attempt, grant=known.grant)
@@ -66,8 +66,8 @@ class Grants:
             return self._no_capacity(spec, "stale")
         if known is not None:
             self._endings.drop(known, "a newer attempt has begun")
-        if draining:
-            return self._no_capacity(spec, "draining")
+        if refusal:
+            return self._no_capacity(spec, refusal)
         return self._grant(spec, router_id, max_local_tokens, growth_reserve)
 
     def _grant(

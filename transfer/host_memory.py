@@ -1,4 +1,4 @@
-"""Another process's memory on this host: many pieces written in one system call (Linux, process_vm_writev).
+"""Another process's memory on this host: many pieces written or read in one system call (Linux, process_vm_writev).
 
     decode worker   HostMark: who and where it is ─> its agent's metadata
     prefill worker  HostWindow.open: reads the mark there ─> write ... ─> close
@@ -74,12 +74,12 @@ class HostWindow:
             window = cls(mark.pid, os.pidfd_open(mark.pid))
         except OSError:
             return None
-        if window._read(mark.address) == mark.content:
+        if window._read_mark(mark.address) == mark.content:
             return window
         window.close()
         return None
 
-    def _read(self, address: int) -> bytes | None:
+    def _read_mark(self, address: int) -> bytes | None:
         content = ctypes.create_string_buffer(_MARK_BYTES)
         here = np.array([[ctypes.addressof(content), _MARK_BYTES]], dtype=np.uint64)
         there = np.array([[address, _MARK_BYTES]], dtype=np.uint64)
@@ -87,13 +87,20 @@ class HostWindow:
 
     def write(self, here: Runs, there: Runs) -> int:
         """Copy run by run, pairs of equal size. The number of bytes; OSError where not all were written."""
+        return self._copy(_libc.process_vm_writev, here, there)
+
+    def read(self, here: Runs, there: Runs) -> int:
+        """The other way round. OSError where not all were read."""
+        return self._copy(_libc.process_vm_readv, here, there)
+
+    def _copy(self, function: ctypes._NamedFuncPointer, here: Runs, there: Runs) -> int:
         for start in range(0, len(here), _MAX_PIECES):
             if self._pidfd is None or self._end.poll(0):
                 raise ProcessLookupError(f"process {self._pid} has ended")
             ours, theirs = here[start : start + _MAX_PIECES], there[start : start + _MAX_PIECES]
-            written, wanted = _call(_libc.process_vm_writev, self._pid, ours, theirs), int(ours[:, 1].sum())
-            if written != wanted:
-                reason = os.strerror(ctypes.get_errno()) if written < 0 else f"{written} of {wanted} bytes written"
+            copied, wanted = _call(function, self._pid, ours, theirs), int(ours[:, 1].sum())
+            if copied != wanted:
+                reason = os.strerror(ctypes.get_errno()) if copied < 0 else f"{copied} of {wanted} bytes copied"
                 raise OSError(f"process {self._pid}: {reason}")
         return int(here[:, 1].sum())
 
@@ -147,9 +154,17 @@ class PageWindow(NamedTuple):
 
     def write_small(self, local_pages: Sequence[int], remote_pages: Sequence[int]) -> int | None:
         """None: the pieces are so large that each may be a call of its own. Raises OSError."""
-        local, remote = np.asarray(local_pages, dtype=np.int32), np.asarray(remote_pages, dtype=np.int32)
-        ours, theirs = paired_runs(self.here, local, self.there, remote, self.pieces)
+        ours, theirs = self._runs(local_pages, remote_pages)
         return self.window.write(ours, theirs) if ours[:, 1].mean() < SMALL_PIECE_BYTES else None
+
+    def read_small(self, local_pages: Sequence[int], remote_pages: Sequence[int]) -> int | None:
+        """As `write_small`, the other way round."""
+        ours, theirs = self._runs(local_pages, remote_pages)
+        return self.window.read(ours, theirs) if ours[:, 1].mean() < SMALL_PIECE_BYTES else None
+
+    def _runs(self, local_pages: Sequence[int], remote_pages: Sequence[int]) -> tuple[Runs, Runs]:
+        local, remote = np.asarray(local_pages, dtype=np.int32), np.asarray(remote_pages, dtype=np.int32)
+        return paired_runs(self.here, local, self.there, remote, self.pieces)
 
 
 def _host() -> str:

@@ -1,7 +1,7 @@
-"""The control sockets of the handoff: prefill workers connect to decode workers.
+"""The control sockets of handoffs and fetches: who writes or reads connects to the worker that holds the blocks.
 
-    KVLinks  (prefill)  one link per decode worker, opened at the first message to it, closed when it breaks
-    KVServer (decode)   accepts them; each connection is a session of its own, so that what an old one still had
+    KVLinks  (writes, reads)   one link per worker, opened at the first message to it, closed when it breaks
+    KVServer (is written to)   accepts them; each connection is a session of its own, so that what an old one still had
                         queued cannot be taken for the new one's
 
 Both live on the network thread and know no protocol: they carry frames and say when a peer is gone.
@@ -15,13 +15,20 @@ from itertools import count
 
 from ..common.channel import Address, Channel, connect, serve, server_address
 from ..common.errors import ProtocolError, WorkerLost
-from ..common.messages import Decoder, DecodeToPrefill, Message, PrefillToDecode
+from ..common.messages import (
+    Decoder,
+    DecodeToPrefill,
+    FetcherToLender,
+    LenderToFetcher,
+    Message,
+    PrefillToDecode,
+)
 
 MAX_FRAME_BYTES = 1 << 18  # a renewal names every open of a pair
 _MAX_QUEUED_MESSAGES = 4096  # while a link is being opened
 
-_from_prefill: Decoder[PrefillToDecode] = Decoder(PrefillToDecode)
-_from_decode: Decoder[DecodeToPrefill] = Decoder(DecodeToPrefill)
+_to_server: Decoder[PrefillToDecode | FetcherToLender] = Decoder(PrefillToDecode | FetcherToLender)
+_to_links: Decoder[DecodeToPrefill | LenderToFetcher] = Decoder(DecodeToPrefill | LenderToFetcher)
 
 
 class KVLinks:
@@ -66,7 +73,7 @@ class KVLinks:
                 channel.send(message)
             try:
                 while True:
-                    self._on_message(kv_address, _from_decode.decode(await channel.recv()))
+                    self._on_message(kv_address, _to_links.decode(await channel.recv()))
             finally:
                 channel.abort()
         except (WorkerLost, ProtocolError):
@@ -117,7 +124,7 @@ class KVServer:
         self._sessions[session] = channel
         try:
             while True:
-                self._on_message(session, _from_prefill.decode(await channel.recv()))
+                self._on_message(session, _to_server.decode(await channel.recv()))
         finally:
             del self._sessions[session]
             self._on_lost(session)

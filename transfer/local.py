@@ -1,4 +1,4 @@
-"""LocalBackend: agents of one process write into each other's tensors. For tests and simulations.
+"""LocalBackend: agents of one process write into, and read from, each other's tensors. For tests and simulations.
 
 All agents hang on one `LocalNetwork`, which can misbehave towards an agent in the ways that real ones do:
 
@@ -9,6 +9,8 @@ All agents hang on one `LocalNetwork`, which can misbehave towards an agent in t
            whatever became of the agent, unless the writer's process has ended (`end_process`)
     DROP   notifications are lost
     GONE   posting and notifying raise, as to a dead peer
+
+Reads are held, fail and come late in the same ways, but for those whose reader's agent is gone: they go nowhere.
 
 With a clock and a bandwidth, a write is done when its bytes have passed the target's link, in the clock's time.
 """
@@ -37,7 +39,7 @@ class LocalFault(Enum):
 
 @dataclass(slots=True, eq=False)
 class LocalHandle:
-    """A write from `source`'s pages into `target`'s."""
+    """A write from `source`'s pages into `target`'s, or a read of `target`'s pages into `source`'s."""
 
     source: LocalBackend
     target: LocalBackend
@@ -49,6 +51,8 @@ class LocalHandle:
     done_at: float
     agent: str  # of the target when this was posted
     is_copy: bool = False  # made by the writer's own process: no agent of the target's takes part
+    is_read: bool = False
+    source_agent: str = ""  # that posted this
     state: TransferState = TransferState.PENDING
     landed: bool = False
 
@@ -56,12 +60,14 @@ class LocalHandle:
         """Copy now. The pages are read here and not at the post: a late write carries what is there then."""
         if self.target.network.on_land is not None:
             self.target.network.on_land(self)
-        ours, theirs = self.source.rows, self.target.rows
         for local, remote in zip(self.local_pages, self.remote_pages, strict=True):
             for piece in self.pieces:
-                theirs[remote, piece.remote_offset : piece.remote_offset + piece.num_bytes] = ours[
-                    local, piece.local_offset : piece.local_offset + piece.num_bytes
-                ]
+                ours = self.source.rows[local, piece.local_offset : piece.local_offset + piece.num_bytes]
+                theirs = self.target.rows[remote, piece.remote_offset : piece.remote_offset + piece.num_bytes]
+                if self.is_read:
+                    ours.copy_(theirs)
+                else:
+                    theirs.copy_(ours)
         self.landed = True
 
 
@@ -102,8 +108,11 @@ class LocalNetwork:
         self._drop(lambda handle: handle.target is target)
 
     def end_process(self, source: LocalBackend) -> None:
-        """The writer's process has ended: its own copies end with it, what it gave to the network does not."""
-        self._drop(lambda handle: handle.source is source and handle.is_copy)
+        """The writer's process has ended: its own copies end with it, what it gave to the network does not.
+
+        What it was reading comes to nobody.
+        """
+        self._drop(lambda handle: handle.source is source and (handle.is_copy or handle.is_read))
 
     def _drop(self, is_lost: Callable[[LocalHandle], bool]) -> None:
         for handle in self.late:
@@ -179,11 +188,19 @@ class LocalBackend:
 
     def _peer(self, agent: str) -> LocalBackend:
         if self.network.fault(agent) is LocalFault.GONE:
-            raise TransferError(f"agent {agent} is not reached", peer=agent)
+            raise TransferError(f"agent {agent} is not reached", peer=agent, may_land=False)
         return self.network.agents[agent]
 
     def write(
         self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int], notify: bytes = b""
+    ) -> LocalHandle:
+        return self._post(agent, local_pages, remote_pages, notify, is_read=False)
+
+    def read(self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int]) -> LocalHandle:
+        return self._post(agent, local_pages, remote_pages, b"", is_read=True)
+
+    def _post(
+        self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int], notify: bytes, *, is_read: bool
     ) -> LocalHandle:
         target, runs = self._peer(agent), self._pieces[agent]
         num_bytes = len(local_pages) * sum(piece.num_bytes for piece in runs)
@@ -191,7 +208,8 @@ class LocalBackend:
         fault = self.network.fault(agent)
         handle = LocalHandle(
             self, target, runs, list(local_pages), list(remote_pages), notify, num_bytes, done_at, agent,
-            is_copy=fault is LocalFault.STALL and self.copies_itself,
+            is_copy=fault is LocalFault.STALL and self.copies_itself and not is_read, is_read=is_read,
+            source_agent=self.agent,
         )  # fmt: skip
         if self.network.on_post is not None:
             self.network.on_post(handle)
@@ -208,7 +226,8 @@ class LocalBackend:
         return handle.state
 
     def _advance(self, handle: LocalHandle) -> None:
-        if not handle.landed and self.network.fault(handle.agent) is LocalFault.GONE:
+        is_lost = self.network.fault(handle.agent) is LocalFault.GONE or handle.source_agent != self.agent
+        if not handle.landed and is_lost:
             handle.state = TransferState.FAILED
         elif handle.landed or self.network.is_due(handle):
             if not handle.landed:

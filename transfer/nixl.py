@@ -1,6 +1,6 @@
-"""NixlBackend: one-sided writes and notifications over UCX. Needs NIXL 1.5.
+"""NixlBackend: one-sided writes, reads and notifications over UCX. Needs NIXL 1.5.
 
-    register ─> connect (descriptors of both sides, prepared once per peer) ─> write by index ─> poll ─> release
+    register ─> connect (descriptors of both sides, prepared once per peer) ─> write, read by index ─> poll ─> release
 
 Every page of both sides is prepared as a strided descriptor, which costs some 20 µs whatever the pool's size. A
 write then only names indices, and NIXL merges runs that are contiguous on both sides into larger pieces.
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import ModuleType
@@ -207,17 +207,34 @@ class NixlBackend:
     def write(
         self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int], notify: bytes = b""
     ) -> _Handle:
+        peer = self._peer(agent)
+        if peer.window is not None and not notify:  # NIXL sends a write's notification after what NIXL wrote
+            handle = self._copy_small("writing", agent, peer.window.write_small, local_pages, remote_pages)
+            if handle is not None:
+                return handle
+        return self._post("WRITE", agent, peer, local_pages, remote_pages, notify)
+
+    def read(self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int]) -> _Handle:
+        peer = self._peer(agent)
+        if peer.window is not None:
+            handle = self._copy_small("reading", agent, peer.window.read_small, local_pages, remote_pages)
+            if handle is not None:
+                return handle
+        return self._post("READ", agent, peer, local_pages, remote_pages, b"")
+
+    def _peer(self, agent: str) -> _Peer:
         peer = self._peers.get(agent)
         if peer is None:
-            raise TransferError(f"agent {agent} is not connected", peer=agent)
-        if peer.window is not None and not notify:  # NIXL sends a write's notification after what NIXL wrote
-            num_bytes = self._write_small(agent, peer.window, local_pages, remote_pages)
-            if num_bytes is not None:
-                return _Handle(agent, None, num_bytes, TransferState.DONE)
+            raise TransferError(f"agent {agent} is not connected", peer=agent, may_land=False)
+        return peer
+
+    def _post(
+        self, kind: str, agent: str, peer: _Peer, local_pages: Sequence[int], remote_pages: Sequence[int], notify: bytes
+    ) -> _Handle:
         local = piece_indices(local_pages, peer.num_pieces, peer.num_local_pages)
         remote = piece_indices(remote_pages, peer.num_pieces, peer.num_remote_pages)
-        with self._raising("writing", agent):
-            request = self._nixl.make_prepped_xfer("WRITE", peer.local, local, peer.remote, remote, notify)
+        with self._raising(kind, agent):
+            request = self._nixl.make_prepped_xfer(kind, peer.local, local, peer.remote, remote, notify)
             handle = _Handle(agent, request, len(local_pages) * peer.piece_bytes)
             self._requests.add(handle)
             try:
@@ -227,19 +244,26 @@ class NixlBackend:
                 raise
         if refused:
             self.release(handle)
-            raise TransferError(f"writing to {agent}: refused at the post", peer=agent)
+            raise TransferError(f"{kind} ({agent}): refused at the post", peer=agent)
         return handle
 
-    def _write_small(
-        self, agent: str, window: PageWindow, local_pages: Sequence[int], remote_pages: Sequence[int]
-    ) -> int | None:
-        """Small pieces, together; the number of bytes. None: they are large."""
+    def _copy_small(
+        self,
+        what: str,
+        agent: str,
+        copy: Callable[[Sequence[int], Sequence[int]], int | None],
+        local_pages: Sequence[int],
+        remote_pages: Sequence[int],
+    ) -> _Handle | None:
+        """Small pieces, together, by a system call. None: they are large."""
         try:
-            num_bytes = window.write_small(local_pages, remote_pages)
+            num_bytes = copy(local_pages, remote_pages)
         except OSError as error:
-            raise TransferError(f"writing ({agent}): {error}", peer=agent) from error
-        self.telemetry_bytes += num_bytes or 0
-        return num_bytes
+            raise TransferError(f"{what} ({agent}): {error}", peer=agent, may_land=False) from error
+        if num_bytes is None:
+            return None
+        self.telemetry_bytes += num_bytes
+        return _Handle(agent, None, num_bytes, TransferState.DONE)
 
     def poll(self, handle: TransferHandle) -> TransferState:
         assert isinstance(handle, _Handle)

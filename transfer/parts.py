@@ -1,4 +1,9 @@
-"""What a worker gives its role to work with: made once by `worker.py`, taken by `PrefillUnit` or `DecodeUnit`."""
+"""What a worker gives its roles to work with: made once by `worker.py`, taken by `PrefillUnit` and `DecodeUnit`.
+
+It has two transfer agents over the same pages. Through one of them others write into our pages; it is replaced to
+fence a writer. The other one writes into pages elsewhere; it is replaced when its own writes cannot be waited for.
+Neither replacement may end what goes the other way.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,9 @@ from ..common.blocks import BlockPool
 from ..common.clock import Clock
 from ..common.config import WorkerConfig
 from ..common.engine import Engine
-from ..common.messages import Message, ProcessMark, RegionInfo
+from ..common.messages import Message, ProcessMark, RegionInfo, StepSample
 from ..common.parallel import RankGroup
+from ..common.prefix_cache import PrefixCache
 from .base import TransferBackend
 
 
@@ -24,9 +30,12 @@ class WorkerParts:
     engine: Engine
     group: RankGroup | None  # the other tensor-parallel ranks
     pool: BlockPool
-    backend: TransferBackend
-    regions: tuple[RegionInfo, ...]  # of every rank
+    cache: PrefixCache  # around it
+    backend: TransferBackend  # others write through it
+    outgoing: TransferBackend  # we write through it
+    regions: tuple[RegionInfo, ...]  # of every rank's `backend`
     to_router: Callable[[str, Message], None]  # from any thread
     call_soon: Callable[[Callable[[], None]], None]  # onto the network thread, from any thread
     on_failure: Callable[[BaseException], None]  # a thread of this worker has ended
     processes: tuple[ProcessMark, ...] = ()  # of every rank, where they may copy into other processes' memory
+    samples: tuple[StepSample, ...] = ()  # of the calibration at start-up

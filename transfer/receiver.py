@@ -133,6 +133,7 @@ class KVReceiver:
             checks_bytes=checks_bytes,
         )
         self.draining = False  # grants and opens nothing more
+        self.offered = True  # False: grants nothing more; what was granted is opened, arrives and is adopted
 
     # --- what it holds ------------------------------------------------------------------------------------
 
@@ -204,7 +205,7 @@ class KVReceiver:
             router_id,
             max_local_tokens=max_local_tokens,
             growth_reserve=growth_reserve,
-            draining=self.draining,
+            refusal="draining" if self.draining else "" if self.offered else "wrong_role",
         )
 
     # --- the prefill worker's messages -----------------------------------------------------------------------

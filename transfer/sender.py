@@ -39,7 +39,9 @@ from .base import Indices, TransferBackend, TransferState
 from .checksums import PageSums
 from .closings import Closings
 from .handoff import Endpoint, open_mac, page_indices
+from .peers import Peers
 from .posting import Posting
+from .reader import KVReader, Tell
 from .renewals import Renewals
 from .shipment import Shipment, ShipmentState, Target
 from .writes import Write, Writes
@@ -71,6 +73,7 @@ class KVSender:
         to_peer: Callable[[str, Message], None],
         report: Callable[[TransferReport], None],
         source_free: Callable[[int], None],
+        on_read: Tell | None = None,
         sums: PageSums | None = None,
         processes: tuple[ProcessMark, ...] = (),
         max_in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,
@@ -78,6 +81,7 @@ class KVSender:
     ) -> None:
         """`num_blocks`: of our own pages. `source_free(open_id)`: the shipment reads its source blocks no more.
 
+        `on_read`: hears of the reads of `reader`, which share our agent and our turns; None: there are none.
         `sums`: over our pages, where checksums are made. `processes`: of all source ranks, where they may copy into
         other processes' memory by themselves.
         """
@@ -97,7 +101,21 @@ class KVSender:
         self._report = report
         self._source_free = source_free
         self._shipments: dict[int, Shipment] = {}  # by open id, all but ENDED
-        self._writes = Writes(backend, max_in_flight_bytes)
+        self.peers = Peers(backend)
+        self.reader: KVReader | None = None
+        if on_read is not None:
+            self.reader = KVReader(
+                rank=rank,
+                backend=backend,
+                spec=spec,
+                tp_size=tp_size,
+                num_blocks=num_blocks,
+                clock=clock,
+                peers=self.peers,
+                tell=on_read,
+                sums=sums,
+            )
+        self._writes = Writes(backend, self.peers, max_in_flight_bytes)
         self._posting = Posting(
             backend,
             self._writes,
@@ -262,7 +280,7 @@ class KVSender:
     def step(self) -> float | None:
         """Post, poll, tell, renew. Seconds until the next call is wanted; None: only after another call."""
         now = self._clock.now()
-        is_held = self._closings.wants_new_agent(now)
+        is_held = self._closings.wants_new_agent(now) or (self.reader is not None and self.reader.wants_new_agent(now))
         for shipment in list(self._shipments.values()):
             self._check_deadline(shipment, now)
             if not is_held:
@@ -276,7 +294,14 @@ class KVSender:
         self._closings.repeat(now, self._config.renew_every_s)
         if self._rank == 0:
             self._renewals.renew(self._shipments.values(), now)
-        return self._next_call_s()
+        return _sooner(self._next_call_s(), self._step_reader())
+
+    def _step_reader(self) -> float | None:
+        if self.reader is None:
+            return None
+        wait_s = self.reader.step()
+        self.made_progress |= self.reader.made_progress
+        return wait_s
 
     def _check_deadline(self, shipment: Shipment, now: float) -> None:
         if now >= shipment.deadline:
@@ -355,6 +380,9 @@ class KVSender:
         except TransferError:
             self._closings.try_later(now)
             return
+        finally:
+            if self.reader is not None:
+                self.reader.agent_replaced(now)
         self._closings.detached(now)
         for shipment in list(self._shipments.values()):
             try:
@@ -409,3 +437,7 @@ class KVSender:
             self._source_free(shipment.open_id)
         if self._rank == 0:
             self._report(shipment.report(clean))
+
+
+def _sooner(one: float | None, other: float | None) -> float | None:
+    return min((time for time in (one, other) if time is not None), default=None)

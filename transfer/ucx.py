@@ -1,7 +1,7 @@
 """UcxBackend: the same protocol over UCXX, where NIXL is missing.
 
-UCXX's Python binding has tagged messages but no remote put, so a write is emulated: the target's own poll copies
-it into the registered pages.
+UCXX's Python binding has tagged messages but no remote put and get, so both are emulated: the target's own poll copies
+a write into the registered pages, and a read out of them.
 
     writer                                          target
     UcxHello (our address) ────────────────────────>  an endpoint back to us
@@ -9,8 +9,13 @@ it into the registered pages.
     the bytes, gathered into one buffer ─────────>  scatters them into its pages
     DONE <───────────────────────────────── UcxAck    delivers the write's notification
 
-Hence a write advances only while the target polls, and a write that the target has not applied when its agent is
-closed never lands. Page numbers and sizes are checked by the target before anything is received.
+    reader                                          target
+    UcxRead (pages, runs, tag) ────────────────────>  gathers them into one buffer, once
+    scatters them into its pages <──────── the bytes
+
+Hence both advance only while the target polls, a write that the target has not applied when its agent is closed never
+lands, and neither does a read that the reader has given up. Page numbers and sizes are checked by the target before
+anything is received or sent.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ import torch
 from ..common.errors import ConfigError, ProtocolError, TransferError
 from ..common.messages import Message, RegionInfo, encode
 from .base import Piece, TransferHandle, TransferState, describe_region, page_rows, rotated_name
-from .ucx_frames import UcxAck, UcxHello, UcxNote, UcxWrite, ucx_frames
+from .ucx_frames import UcxAck, UcxHello, UcxNote, UcxRead, UcxWrite, ucx_frames
 
 if TYPE_CHECKING:
     from ucxx._lib.arr import Array
@@ -45,6 +50,7 @@ class _Handle:
     agent: str
     write_id: int
     num_bytes: int
+    is_read: bool = False
     state: TransferState = TransferState.PENDING
 
 
@@ -64,6 +70,17 @@ class _Receiving:
     write: UcxWrite
     request: UCXRequest
     staging: torch.Tensor  # [num_bytes] uint8
+
+
+@dataclass(slots=True, eq=False)
+class _Reading:
+    """Bytes of a read of ours that are coming in."""
+
+    handle: _Handle
+    request: UCXRequest
+    staging: torch.Tensor  # [num_bytes] uint8
+    pages: list[int]  # ours
+    runs: tuple[tuple[int, int], ...]  # (offset in our page, bytes)
 
 
 class UcxBackend:
@@ -97,6 +114,8 @@ class UcxBackend:
         self._sending: list[_Sending] = []
         self._frames: list[tuple[UCXRequest, torch.Tensor]] = []  # coming in
         self._receiving: list[_Receiving] = []
+        self._reading: list[_Reading] = []
+        self._given_up: list[_Reading] = []  # failed; their buffers are UCX's as long as its worker lives
         self._inbox: list[tuple[str, bytes]] = []
 
     def _start_agent(self) -> None:
@@ -157,10 +176,7 @@ class UcxBackend:
         runs = self._pieces.get(agent)
         if runs is None:
             raise TransferError(f"agent {agent} is not connected", peer=agent)
-        index = torch.tensor(local_pages, device=self._rows.device)
-        staging = torch.cat(
-            [self._rows[index, piece.local_offset : piece.local_offset + piece.num_bytes].reshape(-1) for piece in runs]
-        )
+        staging = self._gather(local_pages, [(piece.local_offset, piece.num_bytes) for piece in runs])
         handle = _Handle(agent, secrets.randbits(48), staging.numel())
         self._handles[handle.write_id] = handle
         self._send(
@@ -210,6 +226,80 @@ class UcxBackend:
         assert isinstance(handle, _Handle)
         self._handles.pop(handle.write_id, None)
 
+    # --- reading ----------------------------------------------------------------------------------------------
+
+    def read(self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int]) -> _Handle:
+        assert self._rows is not None
+        pieces = self._pieces.get(agent)
+        if pieces is None or self._worker is None:
+            raise TransferError(f"agent {agent} is not connected", peer=agent, may_land=False)
+        num_bytes = len(local_pages) * sum(piece.num_bytes for piece in pieces)
+        handle = _Handle(agent, secrets.randbits(48), num_bytes, is_read=True)
+        staging = torch.empty(num_bytes, dtype=torch.uint8, device=self._rows.device)
+        request = self._worker.tag_recv(self._buffer(staging), self._ucx.UCXXTag(_DATA_TAG | handle.write_id))
+        runs = tuple((piece.local_offset, piece.num_bytes) for piece in pieces)
+        reading = _Reading(handle, request, staging, list(local_pages), runs)
+        self._reading.append(reading)
+        self._handles[handle.write_id] = handle
+        asked = UcxRead(
+            agent=self.agent,
+            read_id=handle.write_id,
+            pages=tuple(int(page) for page in remote_pages),
+            runs=tuple((piece.remote_offset, piece.num_bytes) for piece in pieces),
+        )
+        try:
+            self._send(agent, asked)
+        except TransferError as error:
+            handle.state = TransferState.FAILED  # the receive stays posted: nothing will come
+            self.release(handle)
+            error.may_land = False
+            raise
+        return handle
+
+    def _take_in(self, reading: _Reading) -> bool:
+        """Scatter a read's bytes into our pages once they are here. True: it is over."""
+        handle = reading.handle
+        if handle.state is TransferState.PENDING and reading.request.completed:
+            try:
+                reading.request.check_error()
+            except self._ucx.UCXError:
+                handle.state = TransferState.FAILED
+            else:
+                self._scatter(reading.pages, reading.runs, reading.staging)
+                handle.state = TransferState.DONE
+                self.telemetry_bytes += handle.num_bytes
+        if handle.state is TransferState.FAILED and not reading.request.completed:
+            self._given_up.append(reading)
+        return handle.state is not TransferState.PENDING
+
+    def _serve_read(self, read: UcxRead) -> None:
+        """Once: what comes later of these pages is another read's."""
+        num_bytes = len(read.pages) * sum(size for _, size in read.runs)
+        if self._rows is None or not self._fits(read) or not 0 < num_bytes <= _MAX_WRITE_BYTES:
+            with contextlib.suppress(TransferError):
+                self._send(read.agent, UcxAck(write_id=read.read_id, num_bytes=0))
+            return
+        with contextlib.suppress(TransferError):  # the reader is gone
+            self._post(read.agent, self._gather(read.pages, read.runs), _DATA_TAG | read.read_id)
+
+    def _gather(self, pages: Sequence[int], runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """The runs of these pages of ours, one after the other."""
+        assert self._rows is not None
+        index = torch.tensor(pages, device=self._rows.device)
+        return torch.cat([self._rows[index, offset : offset + size].reshape(-1) for offset, size in runs])
+
+    def _scatter(self, pages: Sequence[int], runs: Sequence[tuple[int, int]], staging: torch.Tensor) -> int:
+        """The reverse. Returns the number of bytes."""
+        assert self._rows is not None
+        index, start = torch.tensor(pages, device=self._rows.device), 0
+        for offset, size in runs:
+            end = start + len(pages) * size
+            self._rows[index, offset : offset + size] = staging[start:end].view(-1, size)
+            start = end
+        if self._rows.is_cuda:
+            torch.cuda.current_stream(self._rows.device).synchronize()
+        return start
+
     # --- progress: frames in, pages written, messages out -----------------------------------------------------------
 
     def notify(self, agent: str, payload: bytes) -> None:
@@ -232,6 +322,7 @@ class UcxBackend:
             else:
                 self._frames.append((request, data))
         self._receiving = [receiving for receiving in self._receiving if not self._apply(receiving)]
+        self._reading = [reading for reading in self._reading if not self._take_in(reading)]
         self._sending = [sending for sending in self._sending if not sending.request.completed]
 
     def _match_frames(self, worker: UCXWorker) -> None:
@@ -258,13 +349,20 @@ class UcxBackend:
                         self._open_endpoint(agent, address)
             case UcxWrite():
                 self._receive(frame)
+            case UcxRead():
+                self._serve_read(frame)
             case UcxAck(write_id=write_id, num_bytes=num_bytes):
-                handle = self._handles.get(write_id)
-                if handle is not None:
-                    handle.state = TransferState.DONE if num_bytes else TransferState.FAILED
-                    self.telemetry_bytes += num_bytes
+                self._on_ack(write_id, num_bytes)
             case UcxNote(agent=agent, payload=payload):
                 self._inbox.append((agent, payload))
+
+    def _on_ack(self, write_id: int, num_bytes: int) -> None:
+        handle = self._handles.get(write_id)
+        if handle is not None and handle.is_read:  # a read ends with its bytes: this one is refused
+            handle.state = TransferState.FAILED
+        elif handle is not None:
+            handle.state = TransferState.DONE if num_bytes else TransferState.FAILED
+            self.telemetry_bytes += num_bytes
 
     def _receive(self, write: UcxWrite) -> None:
         num_bytes = len(write.pages) * sum(size for _, size in write.runs)
@@ -277,33 +375,26 @@ class UcxBackend:
         request = self._worker.tag_recv(self._buffer(staging), tag)
         self._receiving.append(_Receiving(write, request, staging))
 
-    def _fits(self, write: UcxWrite) -> bool:
+    def _fits(self, frame: UcxWrite | UcxRead) -> bool:
         assert self._rows is not None
         num_pages, page_bytes = self._rows.shape
-        return all(page < num_pages for page in write.pages) and all(
-            offset + size <= page_bytes for offset, size in write.runs
+        return all(page < num_pages for page in frame.pages) and all(
+            offset + size <= page_bytes for offset, size in frame.runs
         )
 
     def _apply(self, receiving: _Receiving) -> bool:
         """Scatter a write into the pages once its bytes are here. True: it is over."""
-        assert self._rows is not None
         if not receiving.request.completed:
             return False
         try:
             receiving.request.check_error()
         except self._ucx.UCXError:
             return True
-        write, start = receiving.write, 0
-        index = torch.tensor(write.pages, device=self._rows.device)
-        for offset, size in write.runs:
-            end = start + len(write.pages) * size
-            self._rows[index, offset : offset + size] = receiving.staging[start:end].view(-1, size)
-            start = end
-        if self._rows.is_cuda:
-            torch.cuda.current_stream(self._rows.device).synchronize()
+        write = receiving.write
+        num_bytes = self._scatter(write.pages, write.runs, receiving.staging)
         if write.notify:
             self._inbox.append((write.agent, write.notify))
-        self._answer(write, start)
+        self._answer(write, num_bytes)
         return True
 
     def _answer(self, write: UcxWrite, num_bytes: int) -> None:
@@ -321,6 +412,8 @@ class UcxBackend:
                 handle.state = TransferState.FAILED
         self._handles.clear()
         self._receiving.clear()
+        self._reading.clear()
+        self._given_up.clear()
         self._sending.clear()
         self._frames.clear()
         self._inbox.clear()

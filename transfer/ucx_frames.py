@@ -26,6 +26,15 @@ class UcxWrite(Message, frozen=True):
     notify: bytes = b""
 
 
+class UcxRead(Message, frozen=True):
+    """Send these bytes, under a tag with `read_id`; a UcxAck of 0 bytes says that they are not sent."""
+
+    agent: Name
+    read_id: Count  # 48 random bits
+    pages: tuple[Count, ...]
+    runs: tuple[tuple[Count, Count], ...]
+
+
 class UcxAck(Message, frozen=True):
     """They are in the pages."""
 
@@ -40,4 +49,5 @@ class UcxNote(Message, frozen=True):
     payload: bytes
 
 
-ucx_frames: Decoder[UcxHello | UcxWrite | UcxAck | UcxNote] = Decoder(UcxHello | UcxWrite | UcxAck | UcxNote)
+UcxFrame = UcxHello | UcxWrite | UcxRead | UcxAck | UcxNote
+ucx_frames: Decoder[UcxFrame] = Decoder(UcxFrame)

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from ..common import failpoints
-from ..common.errors import TransferError
 from .base import TransferBackend, TransferHandle, TransferState
+from .peers import Peers
 from .shipment import Shipment, Target
 
 
@@ -29,26 +28,24 @@ class Write:
 
 
 class Writes:
-    """Owns the backend's handles and connections."""
+    """Owns the handles of the backend's writes."""
 
-    def __init__(self, backend: TransferBackend, max_in_flight_bytes: int) -> None:
+    def __init__(self, backend: TransferBackend, peers: Peers, max_in_flight_bytes: int) -> None:
         """`max_in_flight_bytes`: per decode worker; one that hangs must not hold the others' writes."""
         self._backend = backend
+        self._peers = peers
+        peers.needs(self._needed)
         self._max_in_flight_bytes = max_in_flight_bytes
         self._under_way: list[Write] = []  # in the order of the posts
         self._in_flight_bytes: Counter[tuple[str, int]] = Counter()  # by decode worker
-        self._addresses: dict[str, str] = {}  # connected agent -> handoff address of its worker
-        self._lost: set[str] = set()  # agents that are to be forgotten
+        self._shipments: Iterable[Shipment] = ()  # that have not ended
 
     def __bool__(self) -> bool:
         return bool(self._under_way)
 
     def connect(self, kv_address: str, target: Target) -> None:
         """Raises TransferError."""
-        agent = target.region.agent
-        self._backend.connect(target.region, target.pieces)
-        self._addresses[agent] = kv_address
-        self._lost.discard(agent)
+        self._peers.connect(kv_address, target.region, target.pieces)
 
     def has_room(self, peer: tuple[str, int], num_bytes: int) -> bool:
         """Whether so much more may be under way to a decode worker. One write always may."""
@@ -93,26 +90,22 @@ class Writes:
 
     def peer_lost(self, kv_address: str) -> None:
         """A decode worker may be gone for good. One that comes back is connected anew by its next shipment."""
-        self._lost.update(agent for agent, address in self._addresses.items() if address == kv_address)
+        self._peers.peer_lost(kv_address)
 
     def replaced(self, targets: Iterable[Target]) -> None:
         """The decode worker has other agents now: these are gone."""
-        self._lost.update(self._addresses.keys() & {target.region.agent for target in targets})
+        self._peers.replaced(target.region.agent for target in targets)
 
     def clear(self) -> None:
         """Our own agent is about to go: it has no connections afterwards, and no write of a shipment is under way."""
         assert not any(write.is_counted for write in self._under_way)
-        self._addresses.clear()
-        self._lost.clear()
+        self._peers.clear()
 
     def forget_lost(self, shipments: Iterable[Shipment]) -> None:
         """Disconnect from the agents of lost workers which none of these shipments and no write needs any more."""
-        if not self._lost:
-            return
-        needed = {write.agent for write in self._under_way}
-        needed.update(target.region.agent for shipment in shipments for target in shipment.targets)
-        for agent in self._lost - needed:
-            self._lost.remove(agent)
-            del self._addresses[agent]
-            with suppress(TransferError):  # what it still holds of a dead peer is its own
-                self._backend.disconnect(agent)
+        self._shipments = shipments
+        self._peers.forget_lost()
+
+    def _needed(self) -> Iterator[str]:
+        yield from (write.agent for write in self._under_way)
+        yield from (target.region.agent for shipment in self._shipments for target in shipment.targets)

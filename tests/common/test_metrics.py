@@ -31,6 +31,7 @@ class _Worker:
 class _View:
     workers: tuple[_Worker, ...] = ()
     num_queued: int = 0
+    queued_by_class: dict[str, int] = field(default_factory=dict)
 
 
 def _status(**fields: object) -> WorkerStatus:
@@ -270,3 +271,68 @@ def test_rejected_grants_are_counted_by_reason_and_unknown_reasons_as_other() ->
     }
     assert {reason: count for reason, count in by_reason.items() if count} == {"mac": 2, "reused": 1, "other": 6}
     assert "fenced_peer" in by_reason
+
+
+# --- objectives ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Outcome:
+    request_class: str = "default"
+    is_good: bool | None = True
+    missed_stage: str = ""
+    predicted_ttft_s: float | None = None
+    predicted_tpot_s: float | None = None
+    ttft_error: float | None = None
+    tpot_error: float | None = None
+
+
+def test_answers_are_counted_by_class_and_by_the_stage_that_missed() -> None:
+    metrics = RouterMetrics("m", ("default", "batch"))
+    for outcome in (
+        _Outcome(),
+        _Outcome("batch"),
+        _Outcome("batch", False, "prefill_wait"),
+        _Outcome("batch", False, "a stage of tomorrow"),
+        _Outcome("somebody's", False, "queue"),
+        _Outcome("batch", None),  # its client left
+    ):
+        metrics.on_outcome(outcome)
+    samples = _samples(metrics)
+    good, missed = "kvferry_goodput_requests_total", "kvferry_slo_misses_total"
+    assert samples[_key(good, **{"class": "default"})] == samples[_key(good, **{"class": "batch"})] == 1
+    assert samples[_key(missed, **{"class": "batch"}, stage="prefill_wait")] == 1
+    assert samples[_key(missed, **{"class": "batch"}, stage="other")] == 1
+    assert samples[_key(missed, **{"class": "other"}, stage="queue")] == 1
+    assert samples[_key(missed, **{"class": "default"}, stage="decode")] == 0  # every series is there from the start
+    assert sum(value for (name, _), value in samples.items() if name == missed) == 3
+
+
+def test_predictions_and_their_errors_fill_histograms() -> None:
+    metrics = RouterMetrics("m")
+    metrics.on_outcome(_Outcome(predicted_ttft_s=0.2, predicted_tpot_s=0.02, ttft_error=1.3, tpot_error=0.9))
+    metrics.on_outcome(_Outcome())
+    samples = _samples(metrics)
+    for name, value in (
+        ("predicted_ttft_seconds", 0.2),
+        ("predicted_tpot_seconds", 0.02),
+        ("ttft_prediction_error_ratio", 1.3),
+        ("tpot_prediction_error_ratio", 0.9),
+    ):
+        assert samples[_key(f"kvferry_{name}_count")] == 1
+        assert samples[_key(f"kvferry_{name}_sum")] == pytest.approx(value)
+
+
+def test_placements_are_counted_by_policy_and_reason() -> None:
+    metrics = RouterMetrics("m")
+    metrics.on_placed("slo", "handoff")
+    metrics.on_placed("mine", "because")
+    samples = _samples(metrics)
+    assert samples[_key("kvferry_placements_total", policy="slo", reason="handoff")] == 1
+    assert samples[_key("kvferry_placements_total", policy="other", reason="other")] == 1
+
+
+def test_the_queue_is_shown_by_class() -> None:
+    samples = _samples(RouterMetrics("m", ("default", "batch")), _View((), 3, {"batch": 3}))
+    assert samples[_key("kvferry_queued_requests_by_class", **{"class": "batch"})] == 3
+    assert samples[_key("kvferry_queued_requests_by_class", **{"class": "default"})] == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError
 from kvferry.common.host import Gpu, Host
 from kvferry.common.models.config import ModelConfig, RopeConfig
@@ -60,6 +61,17 @@ def test_pool_overrides_reach_its_workers_alone() -> None:
 def test_router_expects_prefill_workers_only_where_there_are_some() -> None:
     assert planned(1).router.expect_prefill
     assert not planned(0).router.expect_prefill
+
+
+def test_objectives_reach_the_router_and_the_pace_of_answers_every_worker() -> None:
+    deployment = planned(
+        ttft_objective_ms=900, ttft_stretch=2, tpot_objective_ms=40, classes={"batch": {"priority": 9}}, policy="slo"
+    )
+    router = deployment.router
+    assert (router.ttft_objective_ms, router.ttft_stretch, router.tpot_objective_ms) == (900.0, 2.0, 40.0)
+    assert [(known.name, known.priority) for known in router.classes] == [("batch", 9)] and router.policy == "slo"
+    assert {worker.config.engine.tpot_objective_ms for worker in deployment.workers} == {40.0}
+    assert RouterConfig.model_validate_json(router.model_dump_json()) == router
 
 
 def test_secret_does_not_show_in_a_deployment() -> None:
@@ -163,9 +175,9 @@ def test_steps_are_larger_on_gpus_unless_their_size_is_set() -> None:
     assert sizes(host(2), max_num_batched_tokens=512) == [512, 512]
 
 
-def test_on_shared_cores_prefill_yields_to_decode() -> None:
+def test_on_shared_cores_every_worker_yields_while_it_decodes_nothing() -> None:
     fitted = fit_to_host(plan(ServeSettings(), Path("model"), "m", b""), Host(num_cpus=2, free_memory_bytes=8 << 30))
-    assert {w.config.role: w.config.niceness > 0 for w in fitted.workers} == {"prefill": True, "decode": False}
+    assert [w.config.niceness > 0 for w in fitted.workers] == [True, True]
 
 
 def test_a_cache_in_8_bits_needs_a_gpu() -> None:
@@ -189,6 +201,18 @@ def test_deterministic_pools_split_the_model_alike() -> None:
     ServeSettings(
         deterministic=True, prefill=PoolSettings(workers=0), decode=PoolSettings(tensor_parallel_size=2)
     )  # one pool
+
+
+def test_cached_kv_may_go_to_host_memory_and_to_disk_from_every_worker(tmp_path: Path) -> None:
+    engines = [worker.config.engine for worker in planned().workers]
+    assert [(engine.host_cache_memory_bytes, engine.disk_cache_dir) for engine in engines] == [(None, None)] * 2
+    deployment = planned(host_cache_memory_bytes="2GiB", disk_cache_dir=tmp_path, disk_cache_bytes="1GiB")
+    for worker in deployment.workers:
+        engine = worker.config.engine
+        assert (engine.host_cache_memory_bytes, engine.disk_cache_bytes) == (2 * GIB, GIB)
+        assert engine.disk_cache_dir == tmp_path
+    (home, _) = planned(disk_cache_dir="~/kv").workers
+    assert home.config.engine.disk_cache_dir == Path.home() / "kv"
 
 
 def test_only_decode_workers_have_room_for_preempted_kv() -> None:

@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvferry.common.config import RequestClass
 from kvferry.common.errors import ConfigError
 from kvferry.common.options import ServeSettings, parse_number, setting_keys
 from kvferry.common.settings import DEFAULT, Loaded, Raw, load, value_of
@@ -120,6 +121,15 @@ MISTAKES = [
     ("port: !!python/object/apply:os.getpid []", ":1: could not determine a constructor"),
     ("served_model_name: [a]", ":1: served_model_name: must be a valid string"),
     ("seed: 2020-99-99", ":1: "),
+    ("classes:\n  batch:\n    prio: 3", ":1: classes: 0.prio: Extra inputs are not permitted"),
+    ("classes: {Batch: {}}", ":1: classes: 0.name: String should match pattern"),
+    ("classes: {default: {priority: 1}}", ":1: classes: 'default' is what the other settings"),
+    ("classes: [batch, 'batch:priority=3']", ":1: classes: each name once"),
+    ("ttft_stretch: 0.5", ":1: ttft_stretch: must be greater than or equal to 1, not 0.5"),
+    (
+        "policy: slow",
+        ":1: policy: must be 'slo', 'least_loaded', 'kv_cost' or 'round_robin', not 'slow'; did you mean slo?",
+    ),
     ("launcher: kubernetes", ":1: launcher: must be 'local' or 'ray', not 'kubernetes'"),
 ]
 
@@ -136,6 +146,18 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_text(tmp_path, "port: -1\nseed: x\nmax_num_seqs: 0\n")
     assert len(str(caught.value).splitlines()) == 3
+
+
+def test_request_classes_come_from_a_file_from_flags_or_from_a_variable(tmp_path: Path) -> None:
+    text = "classes:\n  interactive: {ttft_objective_ms: 500, tpot_objective_ms: 40}\n  batch: {priority: 10}\n"
+    wanted = (
+        RequestClass(name="interactive", ttft_objective_ms=500, tpot_objective_ms=40),
+        RequestClass(name="batch", priority=10),
+    )
+    assert load_text(tmp_path, text).settings.classes == wanted
+    flags = ["interactive:ttft_objective_ms=500,tpot_objective_ms=40", "batch:priority=10"]
+    assert load(flags={"classes": Raw(flags, "--classes")}, env={}, file=None).settings.classes == wanted
+    assert load(flags={}, env={"KVFERRY_CLASSES": " ".join(flags)}, file=None).settings.classes == wanted
 
 
 def test_unknown_variable_is_refused() -> None:

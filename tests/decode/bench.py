@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.blocks import BlockPool, KVCacheSpec
@@ -64,7 +65,16 @@ class Bench:
             to_router=lambda router, message: self.sent.append(message),
             to_peer=lambda session, message: self.told.append(message),
         )
-        self.role = DecodeRole(
+        self.role = self.make_role(max_num_seqs=max_num_seqs, num_swap_blocks=num_swap_blocks)
+
+    def make_role(
+        self,
+        *,
+        max_num_seqs: int = 8,
+        num_swap_blocks: int = 0,
+        leaving: Callable[[], Callable[[], object]] | None = None,
+    ) -> DecodeRole:
+        return DecodeRole(
             pool=self.pool,
             spec=SPEC,
             receiver=self.receiver,
@@ -75,6 +85,7 @@ class Bench:
             max_num_batched_tokens=16,
             max_num_seqs=max_num_seqs,
             num_swap_blocks=num_swap_blocks,
+            leaving=leaving,
         )
 
     def spec(
@@ -151,8 +162,12 @@ class Bench:
         return batch
 
     def complete(self, batch: Batch, token: int = 9) -> None:
+        self.role.complete(batch, self.output(batch, token))
+
+    def output(self, batch: Batch, token: int) -> StepOutput:
+        """Every row that samples yields this token."""
         rows = [RowOutput(tuple(SampledToken(token) for _ in row.choices) if row.samples else ()) for row in batch.rows]
-        self.role.complete(batch, StepOutput(rows, 0.01, batch.num_tokens, 0.001))
+        return StepOutput(rows, 0.01, batch.num_tokens, 0.001)
 
     def run(self, token: int = 9) -> None:
         for _ in range(50):

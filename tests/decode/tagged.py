@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.blocks import BlockPool, KVCacheSpec
+from kvferry.common.clock import FakeClock
+from kvferry.common.disk_tier import DiskTier
+from kvferry.common.prefix_cache import PrefixCache
 from kvferry.common.request import RequestId, SamplingParams, Sequence
+from kvferry.common.tiers import Shelf
 from kvferry.decode.scheduler import DecodeScheduler
+from kvferry.tests.common.fake_disk import FakeDisk
 
 BLOCK = 4
 SPEC = KVCacheSpec(model="m", num_layers=1, num_kv_heads=1, head_dim=8, block_size=BLOCK, dtype="float32")
@@ -24,19 +29,31 @@ class TaggedScheduler:
         num_blocks: int,
         *,
         num_swap_blocks: int = 0,
+        num_host_blocks: int = 0,
+        num_disk_blocks: int = 0,
         budget: int = 16,
         rows: int = 8,
         enable_prefix_caching: bool = True,
     ) -> None:
         self.pool = BlockPool(num_blocks, BLOCK, enable_prefix_caching=enable_prefix_caching)
+        self._slots = [[0] * BLOCK for _ in range(num_swap_blocks + num_host_blocks)]
+        host = Shelf(num_host_blocks, num_swap_blocks)
+        self.clock = FakeClock()
+        self.disk = FakeDisk(num_disk_blocks, self._slots)
+        tier = DiskTier(self.disk, host, self.clock, lambda result: None) if num_disk_blocks else None
+        self.cache = PrefixCache(self.pool, host=host, disk=tier)
         self.scheduler = DecodeScheduler(
-            self.pool, SPEC, max_num_batched_tokens=budget, max_num_seqs=rows, num_swap_blocks=num_swap_blocks
+            self.pool,
+            SPEC,
+            max_num_batched_tokens=budget,
+            max_num_seqs=rows,
+            num_swap_blocks=num_swap_blocks,
+            cache=self.cache,
         )
         self.swap = self.scheduler.blocks.swap
         self.live: dict[Sequence, int] = {}
         self.granted: list[int] = []  # blocks that a prefill worker writes to
         self._memory = [[0] * BLOCK for _ in range(num_blocks)]
-        self._slots = [[0] * BLOCK for _ in range(num_swap_blocks)]
         self.num_computed = 0  # tokens that rows have fed
 
     # --- sequences ----------------------------------------------------------------------------------------------
@@ -82,9 +99,16 @@ class TaggedScheduler:
 
     def begin(self) -> Batch | None:
         batch = self.scheduler.schedule()
+        if batch is None:
+            batch = self.cache.idle()
         self._write_foreign_tokens()
         self.check()
         return batch
+
+    def grant(self, count: int) -> None:
+        """Promise blocks to a prefill worker, which writes at once."""
+        self.granted += self.pool.allocate(min(count, self.pool.num_free_blocks))
+        self._write_foreign_tokens()
 
     def _write_foreign_tokens(self) -> None:
         free = [block for block in range(self.pool.num_blocks) if self.pool.ref_count(block) == 0]

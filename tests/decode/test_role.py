@@ -28,6 +28,24 @@ def test_an_arrived_prompt_decodes_from_the_first_token_which_is_repeated() -> N
     assert bench.pool.num_owned_blocks == 0 and bench.role.num_unfinished == 0
 
 
+def test_a_router_hears_of_an_adoption_before_the_step_that_may_be_the_workers_last() -> None:
+    bench = Bench()
+    left: list[int] = []
+    bench.role = bench.make_role(leaving=lambda: lambda: left.append(len(bench.sent)))
+    bench.hand_over(bench.spec("a", 8, outputs=([5, 6],)), ())  # it brings no token of its own
+    batch = bench.role.schedule()
+    assert batch is not None and not left
+    told = bench.sent[-1]
+    assert isinstance(told, StepTokens) and [(u.request_id, u.choices) for u in told.updates] == [("a", ())]
+    bench.role.begin_step(batch)
+    assert left == [len(bench.sent)], "all of it was sent before"
+    bench.complete(batch)
+    batch = bench.role.schedule()
+    assert batch is not None
+    bench.role.begin_step(batch)
+    assert len(left) == 1, "the next steps wait for nobody"
+
+
 def test_choices_share_the_prompt_and_each_has_its_own_copy_of_the_partial_block() -> None:
     bench = Bench()
     bench.hand_over(bench.spec("a", 6, n=3), tuple(first_token(choice, 5 + choice) for choice in range(3)))

@@ -4,37 +4,13 @@ from __future__ import annotations
 
 from random import Random
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvferry.common.batch import Batch, BatchRow, StepOutput
+from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.decode_rows import foretell
 from kvferry.common.request import Sequence
-from kvferry.decode.swap import SwapCosts, swap_pays
 from kvferry.tests.decode.tagged import BLOCK, TaggedScheduler
-
-
-def test_swapping_pays_where_two_copies_take_less_time_than_the_tokens() -> None:
-    assert swap_pays(10, 160, block_s=0.001, token_s=0.0002)
-    assert not swap_pays(10, 160, block_s=0.002, token_s=0.0002)
-    assert not swap_pays(10, 100, block_s=0.001, token_s=0.0002), "as long is not sooner"
-
-
-def test_what_is_not_measured_yet_is_tried() -> None:
-    assert swap_pays(1, 1, block_s=None, token_s=1e-9) and swap_pays(1, 1, block_s=9.0, token_s=None)
-
-
-def test_costs_are_learned_from_copies_and_from_steps_that_are_mostly_chunks() -> None:
-    bench = TaggedScheduler(16)
-    decode, chunk = bench.sequence("d", [1]), bench.sequence("c", list(range(12)))
-    costs = SwapCosts()
-    costs.observe(Batch([BatchRow(decode, 1)]), StepOutput([], 0.5, 1))
-    assert (costs.block_s, costs.token_s) == (None, None)
-    costs.observe(Batch([BatchRow(decode, 1), BatchRow(chunk, 9)], swap_out=[(0, 0)]), StepOutput([], 0.52, 10, 0.02))
-    assert costs.block_s == pytest.approx(0.02) and costs.token_s == pytest.approx(0.05)
-    costs.observe(Batch([], swap_in=[(0, 0), (1, 1)]), StepOutput([], 0.08, 0, 0.08))
-    assert costs.block_s == pytest.approx(0.02 + 0.3 * 0.02)
 
 
 def _old_and_young(num_swap_blocks: int, num_blocks: int = 4) -> tuple[TaggedScheduler, Sequence, Sequence]:

@@ -99,3 +99,12 @@ def test_the_end_of_a_prompt_whose_blocks_are_all_held_is_told_behind_its_last_l
     for layer in range(NUM_LAYERS):
         shipper.on_layer(layer)
     assert calls.made == [(fences[-1], "layers_done")]
+
+
+def test_a_step_that_is_not_the_shipments_ships_nothing_a_second_time() -> None:
+    shipper, calls, fences = _shipper()
+    shipper.begin_step([ShipPlan(1, (4,), (9,))])
+    for _ in range(2):  # the second one is of answers: nobody begins it here
+        for layer in range(NUM_LAYERS):
+            shipper.on_layer(layer)
+    assert calls.made == [(fence, "pages_ready") for fence in fences] and len(fences) == NUM_LAYERS

@@ -55,6 +55,16 @@ def test_prefix_hits_are_shipped_at_once_in_all_layers() -> None:
     assert plan.all_layers and (plan.local_blocks, plan.remote_blocks) == ((1, 2), (100, 101))
 
 
+def test_hits_that_are_copied_in_by_the_first_step_are_shipped_with_its_layers() -> None:
+    seq, grant = _sequence(20, cached_blocks=3), _grant(20)
+    seq.num_promoted_tokens = 2 * BLOCK
+    assert plan_hits(1, seq, grant).local_blocks == (0,)
+    plan = plan_chunk(1, seq, grant, 4)
+    assert (plan.local_blocks, plan.all_layers) == ((1, 2, 3), False)
+    seq.num_computed_tokens += 4
+    assert plan_chunk(1, seq, grant, 4).local_blocks == (4,)
+
+
 @given(num_tokens=st.integers(1, 80), chunks=st.lists(st.integers(1, 20), min_size=80, max_size=80), data=st.data())
 def test_every_missing_block_is_shipped_exactly_once_whatever_the_chunks(
     num_tokens: int, chunks: list[int], data: st.DataObject
@@ -62,6 +72,7 @@ def test_every_missing_block_is_shipped_exactly_once_whatever_the_chunks(
     most = (num_tokens - 1) // BLOCK
     held, cached = data.draw(st.integers(0, most)), data.draw(st.integers(0, most))
     seq, grant = _sequence(num_tokens, cached), _grant(num_tokens, held)
+    seq.num_promoted_tokens = data.draw(st.integers(0, cached)) * BLOCK
     shipped: list[tuple[int, int]] = []
     hits = plan_hits(1, seq, grant)
     shipped += zip(hits.local_blocks, hits.remote_blocks, strict=True)

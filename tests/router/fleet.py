@@ -33,7 +33,11 @@ from kvferry.common.messages import (
 )
 from kvferry.common.request import SampledToken, SamplingParams
 from kvferry.router.dispatcher import Dispatcher
-from kvferry.router.policy import LeastLoaded
+from kvferry.router.outcome import Outcome
+from kvferry.router.policies import make_policy
+from kvferry.router.policies.least_loaded import LeastLoaded
+from kvferry.router.policy import RoutingPolicy
+from kvferry.router.predictor import Predictor
 from kvferry.router.request import ChoiceUpdate, RouterRequest, TokenStream
 
 BLOCK_SIZE = 16
@@ -90,7 +94,8 @@ def tokens(choice: int, first: int, number: int, finish: str | None = None) -> C
 
 
 def config(**changes: object) -> RouterConfig:
-    base = RouterConfig(model_dir=Path("m"), served_model_name="m")
+    """A policy that always hands over, unless a test says otherwise: most are about handoffs."""
+    base = RouterConfig(model_dir=Path("m"), served_model_name="m", policy="least_loaded")
     return base.model_copy(update=changes)
 
 
@@ -99,6 +104,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self.finished: list[RouterRequest] = []
+        self.outcomes: list[Outcome] = []
+        self.placed: Counter[tuple[str, str]] = Counter()
         self.transfers: list[TransferReport] = []
         self.fallbacks: Counter[str] = Counter()
         self.retries: Counter[tuple[str, str]] = Counter()
@@ -111,6 +118,15 @@ class Recorder:
 
     def on_finished(self, request: RouterRequest) -> None:
         self.finished.append(request)
+
+    def on_submitted(self, request: RouterRequest) -> None:
+        pass
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+
+    def on_placed(self, policy: str, reason: str) -> None:
+        self.placed[policy, reason] += 1
 
     def on_transfer(self, report: TransferReport) -> None:
         self.transfers.append(report)
@@ -170,12 +186,15 @@ class Fleet:
         self.config = router if router is not None else config()
         self.clock = FakeClock(100.0)
         self.observer = Recorder()
-        policy = LeastLoaded(
+        self.predictor = predictor = Predictor()
+        policy: RoutingPolicy = LeastLoaded(
             local_prefill=self.config.local_prefill,
             max_local_prefill_tokens=self.config.max_local_prefill_tokens,
             expect_prefill=self.config.expect_prefill,
         )
-        self.dispatcher = Dispatcher(self.config, policy, self.clock, self.observer)
+        if self.config.policy != LeastLoaded.name:
+            policy = make_policy(self.config, predictor)
+        self.dispatcher = Dispatcher(self.config, policy, self.clock, self.observer, predictor=predictor)
         self._numbers = count(1)
         self._names = count()
         self._epochs = count(1)

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from kvferry.router.admin import Admin, build_admin
+from kvferry.router.history import Kind
 from kvferry.router.pools import PoolView
 
 from .fleet import Fleet
@@ -18,6 +19,8 @@ KEY = "operators-only"
 PATHS = [
     ("GET", "/admin/metrics"),
     ("GET", "/admin/workers"),
+    ("GET", "/admin/requests"),
+    ("GET", "/admin/requests/r-0"),
     ("POST", "/admin/workers/d-0/drain"),
     ("POST", "/admin/restart"),
     ("GET", "/other"),
@@ -45,6 +48,12 @@ class Operations:
     def drain_worker(self, worker_id: str, deadline_s: float) -> bool:
         self.drained.append((worker_id, deadline_s))
         return any(worker.worker_id == worker_id for worker in self.pools.workers)
+
+    def requests(self, kind: Kind, request_class: str | None, limit: int) -> list[dict[str, object]]:
+        return [{"kind": kind, "class": request_class, "limit": limit}]
+
+    def request(self, request_id: str) -> dict[str, object] | None:
+        return {"request_id": "known"} if request_id == "known" else None
 
 
 def operations() -> Operations:
@@ -160,3 +169,29 @@ async def test_other_paths_and_methods_are_refused_in_the_same_shape() -> None:
     assert (unknown.status_code, wrong.status_code) == (404, 405)
     assert error_of(unknown)["code"] == "unknown_url"
     assert error_of(wrong)["code"] == "method_not_allowed"
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+async def test_requests_are_listed_by_kind_and_class() -> None:
+    async with client(operations()) as c:
+        assert (await c.get("/admin/requests")).json() == {
+            "requests": [{"kind": "recent", "class": None, "limit": 100}]
+        }
+        answer = await c.get("/admin/requests?kind=slowest&class=batch&limit=7")
+    assert answer.json() == {"requests": [{"kind": "slowest", "class": "batch", "limit": 7}]}
+
+
+@pytest.mark.parametrize("query", ["kind=all", "limit=0", "limit=1001", "limit=x", "limit=%EF%BC%95", "since=1"])
+async def test_a_wrong_question_about_requests_is_a_400_that_names_it(query: str) -> None:
+    async with client(operations()) as c:
+        answer = await c.get(f"/admin/requests?{query}")
+    assert answer.status_code == 400 and error_of(answer)["param"] == query.partition("=")[0]
+
+
+async def test_one_request_is_told_and_an_unknown_one_is_a_404() -> None:
+    async with client(operations()) as c:
+        assert (await c.get("/admin/requests/known")).json() == {"request_id": "known"}
+        answer = await c.get("/admin/requests/other")
+    assert answer.status_code == 404 and error_of(answer)["code"] == "request_not_found"

@@ -27,7 +27,7 @@ from kvferry.common.request import SamplingParams
 from kvferry.common.session import max_frame_bytes
 from kvferry.router.control import ControlServer, Expected, mismatch
 from kvferry.router.dispatcher import Dispatcher
-from kvferry.router.policy import LeastLoaded
+from kvferry.router.policies.least_loaded import LeastLoaded
 from kvferry.router.pools import WorkerLink
 from kvferry.router.request import RouterRequest
 from kvferry.tests.router.fleet import SPEC, config, hello, status, tokens

@@ -16,6 +16,7 @@ from kvferry.common.messages import (
     PrefillTask,
     PromptLogprobs,
     ReserveKV,
+    SetRole,
     TaskRefused,
     TransferReport,
     WorkerFailure,
@@ -858,6 +859,14 @@ def test_ready_says_what_is_missing() -> None:
     assert fleet.dispatcher.drain_worker("d-0", 5.0) and d.take(Drain).deadline_s == 5.0
     assert not fleet.dispatcher.drain_worker("d-9", 5.0)
     assert "no decode worker is ready" in fleet.dispatcher.ready()
+
+
+def test_a_worker_is_told_another_role_if_it_can_have_one() -> None:
+    fleet = Fleet()
+    p, d = fleet.join("p-0", can_change_role=True), fleet.join("d-0")
+    assert fleet.dispatcher.set_role("p-0", "decode") and p.take(SetRole).role == "decode"
+    assert not fleet.dispatcher.set_role("d-0", "prefill") and not d.sent, "it has one for good"
+    assert not fleet.dispatcher.set_role("d-9", "prefill")
 
 
 async def test_drain_waits_for_what_runs_and_takes_nothing_new() -> None:

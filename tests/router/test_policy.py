@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvferry.router.policy import Demand, Lack, LeastLoaded, Placement, Reason, Wait
+from kvferry.router.policies.least_loaded import LeastLoaded
+from kvferry.router.policy import Demand, Lack, Placement, Reason, Wait
 from kvferry.router.pools import PoolView, WorkerView
 from kvferry.tests.router.fleet import SPEC, hello, status
 

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -55,6 +55,9 @@ class _Lifeline:
 
     def beat(self) -> None:
         self.has_beaten.set()
+
+    def listen(self, on_event: Callable[[dict[str, object]], None]) -> None:
+        pass  # this launcher says nothing
 
     def send(self, event: Mapping[str, object]) -> None:
         self.events.append(dict(event))

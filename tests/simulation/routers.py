@@ -11,7 +11,7 @@ from kvferry.common.errors import CapacityError, RequestError
 from kvferry.common.messages import Message, StepTokens, WorkerHello
 from kvferry.router.dispatcher import Dispatcher
 from kvferry.router.observer import NullObserver
-from kvferry.router.policy import LeastLoaded
+from kvferry.router.policies.least_loaded import LeastLoaded
 from kvferry.router.request import RouterRequest
 
 from .clients import Call

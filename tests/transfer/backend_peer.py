@@ -3,6 +3,7 @@
 in   wait              poll until a notification has come
 in   clear             fill the pages with zeros
 in   fill              fill them with ones
+in   number            fill page n with n, and say so
 in   progress          let what is on its way come in, if anything does
 in   rotate N          replace the agent
 in   post REGION       begin to write every page onto the same page over there, and make no progress
@@ -39,6 +40,9 @@ class Peer:
     def obey(self, command: str, argument: str) -> dict[str, object]:
         if command in ("clear", "fill"):
             self.pages.fill_(float(command == "fill"))
+        elif command == "number":
+            num_pages = self.pages.shape[0] * self.pages.shape[1]
+            self.pages.view(num_pages, -1)[:] = torch.arange(num_pages)[:, None]
         elif command == "rotate":
             self.region = self.backend.rotate(int(argument))
             return {"region": msgspec.msgpack.encode(self.region).hex()}

@@ -148,6 +148,61 @@ def test_pages_arrive_byte_exact_and_telemetry_counts_them(
     assert backend.telemetry_bytes == len(local_blocks) * LAYERS * PAGE_BYTES
 
 
+def test_pages_are_read_byte_exact_into_their_places(backend: TransferBackend, peer: Peer, pages: torch.Tensor) -> None:
+    backend.register(pages, rank=0, tp_size=1, generation=0)
+    backend.connect(peer.region, WHOLE)
+    peer.tell("number")
+    peer.read()
+    local, remote = [3, 4, 5, 9, 127], [20, 21, 7, 0, 99]
+    expected = pages.clone().view(LAYERS * BLOCKS, -1)
+    expected[local] = torch.tensor(remote, dtype=torch.float32)[:, None]
+    peer.tell("progress")
+    handle = backend.read(peer.region.agent, local, remote)
+    assert _until_ended(backend, handle) is TransferState.DONE
+    backend.release(handle)
+    peer.read()
+    assert torch.equal(pages.view(LAYERS * BLOCKS, -1), expected)
+    assert backend.telemetry_bytes == handle.num_bytes == len(local) * PAGE_BYTES
+
+
+def test_a_large_contiguous_read_is_one_piece(backend: TransferBackend, peer: Peer, pages: torch.Tensor) -> None:
+    """Too large for the vector of small pieces that NIXL's backend reads by itself."""
+    backend.register(pages, rank=0, tp_size=1, generation=0)
+    backend.connect(peer.region, WHOLE)
+    peer.tell("number")
+    peer.read()
+    every = list(range(LAYERS * BLOCKS))
+    peer.tell("progress")
+    handle = backend.read(peer.region.agent, every, every)
+    assert _until_ended(backend, handle) is TransferState.DONE
+    backend.release(handle)
+    peer.read()
+    assert torch.equal(pages.view(LAYERS * BLOCKS, -1)[:, 0], torch.arange(LAYERS * BLOCKS, dtype=torch.float32))
+
+
+def test_reading_from_an_unknown_agent_is_refused(backend: TransferBackend, pages: torch.Tensor) -> None:
+    backend.register(pages, rank=0, tp_size=1, generation=0)
+    with pytest.raises(TransferError, match="not connected"):
+        backend.read("d-9.1.0.0", [0], [0])
+
+
+def test_a_read_from_a_dead_peer_fails(name: str, pages: torch.Tensor) -> None:
+    peer = Peer(name, f"d-0.{next(_incarnations)}.0.0")
+    backend = open_backend(name, f"p-0.{next(_incarnations)}.0.0")
+    backend.register(pages, rank=0, tp_size=1, generation=0)
+    backend.connect(peer.region, WHOLE)
+    peer.end()
+    every = list(range(LAYERS * BLOCKS))
+    for pages_read in (every, every[::3]):
+        try:
+            handle = backend.read(peer.region.agent, pages_read, pages_read)
+        except TransferError:
+            continue
+        assert _until_ended(backend, handle) is TransferState.FAILED
+        backend.release(handle)
+    backend.close()
+
+
 def test_head_slices_land_in_their_places(backend: TransferBackend, peer: Peer, pages: torch.Tensor) -> None:
     """One head of K and of V, to another place in the peer's page."""
     backend.register(pages, rank=0, tp_size=1, generation=0)

@@ -1,0 +1,168 @@
+"""What lies in which tier below the device, by block hash. Pure: the bytes are copied by others.
+
+    device ── copied out before or while it is evicted ──> host ── written ahead ──> disk
+       ^                                                   │  ^                        │
+       └──────────────── promoted on a hit ────────────────┘  └──── read on a hit ─────┘
+
+A `Shelf` is one tier: slots by hash, the least recently used one is evicted. A slot is filled before it is found, and
+what is being read or written is pinned. `Lookahead` finds what is next to be evicted above and not kept below, so
+that evicting costs nothing when it happens.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Protocol
+
+
+class Journal(Protocol):
+    """Who tells others what a tier holds."""
+
+    def stored(self, block_hash: bytes, tier: str) -> None: ...
+    def evicted(self, block_hash: bytes, tier: str) -> None: ...
+
+
+class Shelf:
+    """The slots of one tier."""
+
+    def __init__(self, num_slots: int, first_slot: int = 0) -> None:
+        self.num_slots = num_slots
+        self.version = 0  # how often the order of eviction has changed
+        self._first_slot = first_slot
+        self._free = list(range(first_slot + num_slots - 1, first_slot - 1, -1))  # taken from the end
+        self._slot_of: OrderedDict[bytes, int] = OrderedDict()  # filled; least recently used first
+        self._filling: dict[bytes, int] = {}
+        self._pins: dict[bytes, int] = {}
+        self._journal: Journal | None = None
+        self._tier = ""
+
+    def tell(self, journal: Journal, tier: str) -> None:
+        """What comes and goes from now on."""
+        self._journal, self._tier = journal, tier
+
+    def __len__(self) -> int:
+        """Blocks that can be found."""
+        return len(self._slot_of)
+
+    def __contains__(self, block_hash: bytes) -> bool:
+        """Here, or on its way."""
+        return block_hash in self._slot_of or block_hash in self._filling
+
+    def __iter__(self) -> Iterator[bytes]:
+        """What can be found, the next to be evicted first."""
+        return iter(self._slot_of)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_pinned(self) -> int:
+        return len(self._pins)
+
+    def find(self, block_hash: bytes) -> int | None:
+        """The slot that holds the block."""
+        return self._slot_of.get(block_hash)
+
+    def is_filling(self, block_hash: bytes) -> bool:
+        return block_hash in self._filling
+
+    def reserve(self, block_hash: bytes) -> int | None:
+        """A slot to fill: a free one, or that of the least recently used block that nobody reads. None: all are read.
+
+        It is found from `fill` on, or is free again from `discard` on.
+        """
+        assert block_hash not in self, block_hash
+        slot = self._free.pop() if self._free else self._evict()
+        if slot is not None:
+            self._filling[block_hash] = slot
+        return slot
+
+    def _evict(self) -> int | None:
+        victim = next((known for known in self._slot_of if known not in self._pins), None)
+        if victim is None:
+            return None
+        slot = self._slot_of.pop(victim)
+        self._gone(victim)
+        return slot
+
+    def fill(self, block_hash: bytes) -> None:
+        """The slot holds the block now."""
+        self._slot_of[block_hash] = self._filling.pop(block_hash)
+        self.version += 1
+        if self._journal is not None:
+            self._journal.stored(block_hash, self._tier)
+
+    def _gone(self, block_hash: bytes) -> None:
+        self.version += 1
+        if self._journal is not None:
+            self._journal.evicted(block_hash, self._tier)
+
+    def put(self, block_hash: bytes, slot: int) -> None:
+        """A slot that held the block when we came."""
+        self._free.remove(slot)
+        self._filling[block_hash] = slot
+        self.fill(block_hash)
+
+    def discard(self, block_hash: bytes) -> None:
+        """The slot does not hold the block. Nobody reads it."""
+        if block_hash in self._filling:
+            slot = self._filling.pop(block_hash)
+        else:
+            slot = self._slot_of.pop(block_hash)
+            self._gone(block_hash)
+        assert block_hash not in self._pins, block_hash
+        self._free.append(slot)
+
+    def pin(self, block_hash: bytes) -> None:
+        """It is being read, or is about to be: not to be evicted."""
+        assert block_hash in self, block_hash
+        self._pins[block_hash] = self._pins.get(block_hash, 0) + 1
+
+    def unpin(self, block_hash: bytes) -> None:
+        self._pins[block_hash] -= 1
+        if not self._pins[block_hash]:
+            del self._pins[block_hash]
+
+    def keep_longest(self, block_hash: bytes) -> None:
+        """It was used, or nobody else has it any more."""
+        if block_hash in self._slot_of:
+            self._slot_of.move_to_end(block_hash)
+            self.version += 1
+
+    def keep_shortest(self, block_hash: bytes) -> None:
+        """The tier above has it as well."""
+        if block_hash in self._slot_of:
+            self._slot_of.move_to_end(block_hash, last=False)
+            self.version += 1
+
+    def check(self) -> None:
+        """Assert that each slot is in one place, and that nothing is pinned that is not here."""
+        slots = [*self._free, *self._slot_of.values(), *self._filling.values()]
+        assert sorted(slots) == list(range(self._first_slot, self._first_slot + self.num_slots)), "a slot is lost"
+        assert not self._slot_of.keys() & self._filling.keys()
+        assert all(known in self and count > 0 for known, count in self._pins.items())
+
+
+class Lookahead:
+    """The next to be evicted that the tier below lacks. Looks again when half of what it saw has changed."""
+
+    def __init__(self) -> None:
+        self._queue: deque[bytes] = deque()
+        self._seen_version = -1
+
+    def take(
+        self, count: int, *, order: Iterable[bytes], window: int, version: int, is_kept: Callable[[bytes], bool]
+    ) -> list[bytes]:
+        """Up to `count` of the first `window` in `order`. They may have gone meanwhile: the caller looks."""
+        if version - self._seen_version >= 1 + window // 2:
+            self.look(order, window=window, version=version, is_kept=is_kept)
+        return [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
+
+    def look(self, order: Iterable[bytes], *, window: int, version: int, is_kept: Callable[[bytes], bool]) -> None:
+        """At once."""
+        if not self._queue and window > 0 and version != self._seen_version:
+            self._queue.extend(known for known in islice(order, window) if not is_kept(known))
+            self._seen_version = version

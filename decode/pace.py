@@ -1,0 +1,59 @@
+"""How many prompt tokens a step takes along without keeping running answers waiting. Learned from finished steps.
+
+    step = rows of one token (decode_s) + prompt tokens x token_s        room = what a step may take - decode_s
+
+Pure: times come in with the steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..common.batch import Batch, StepOutput
+
+MIN_CHUNK_TOKENS = 32  # a prompt moves on, whatever the objective
+_OBJECTIVE_SHARE = 0.8  # of it, for the step: results are handed out and sent in the rest
+_STRETCH = 4.0  # without an objective a step may take so many times what its answers alone would
+_MIN_STEP_S = 0.05  # ... and this much in any case: nobody reads faster
+_INITIAL_TOKEN_S = 1e-3  # until chunks have been seen
+_SMOOTHING = 0.3
+_WHOLE_CHUNK = 64  # tokens: what fewer take says more of the step than of them
+_OUTLIER = 2.0  # times what is known: one slow step is no new speed
+
+
+@dataclass(slots=True)
+class Pace:
+    """Of one worker's decode steps."""
+
+    objective_s: float | None = None  # per output token
+    decode_s: float = 0.0  # of steps in which every row feeds one token
+    token_s: float = _INITIAL_TOKEN_S  # of a prompt token beside them
+
+    def observe(self, batch: Batch, output: StepOutput) -> None:
+        """Learn from a finished step."""
+        num_rows = sum(row.num_scheduled_tokens == 1 for row in batch.rows)
+        self.learn(output.step_s - output.swap_s, num_chunk_tokens=batch.num_tokens - num_rows, num_rows=num_rows)
+
+    def learn(self, step_s: float, *, num_chunk_tokens: int, num_rows: int) -> None:
+        if num_chunk_tokens:
+            value = max(step_s - self.decode_s, step_s / 4) / num_chunk_tokens
+            weight = _SMOOTHING * min(1.0, num_chunk_tokens / _WHOLE_CHUNK)
+            self.token_s += weight * (min(value, _OUTLIER * self.token_s) - self.token_s)
+        elif num_rows:
+            value = min(step_s, _OUTLIER * self.decode_s) if self.decode_s else step_s
+            self.decode_s += (_SMOOTHING if self.decode_s else 1.0) * (value - self.decode_s)
+
+    @property
+    def room_s(self) -> float:
+        """What may come between two tokens of an answer beside its own step."""
+        return max(0.0, longest_step_s(self.objective_s, self.decode_s) - self.decode_s)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens for a step that has rows of running answers."""
+        return max(MIN_CHUNK_TOKENS, int(self.room_s / self.token_s))
+
+
+def longest_step_s(objective_s: float | None, decode_s: float) -> float:
+    """Of a step that computes prompts beside running answers, whose own step takes `decode_s`."""
+    return _OBJECTIVE_SHARE * objective_s if objective_s is not None else max(_MIN_STEP_S, _STRETCH * decode_s)

@@ -1,0 +1,280 @@
+"""The routers as children of this process, the workers as actors on a Ray cluster.
+
+    a worker:  place asked for ─> node ─> actor ─> run ─> lost, or ended by itself: run again
+                                                     └──> retired: drained by a router ─> ended, place given back
+
+Ray starts a lost actor again and repeats its `run`; one whose loop answers no ping is killed so that it does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from ..common.channel import Address
+from ..common.children import ROUTER_PROGRAM, child_environment
+from ..common.clock import Clock
+from ..common.fleet import Fleet
+from ..common.plan import Deployment, WorkerPlan, fit_to_host
+from ..common.process import ChildTimes, Stopper
+from ..common.progress import Display
+from ..common.routers import RouterGroup
+from . import ray_calls
+from .launcher import child_times
+from .wishes import Wishes
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+    from ray.util.placement_group import PlacementGroup
+
+    from .ray_calls import WorkerActor
+
+_PING_EVERY_S = 1.0
+_HANG_AFTER_S = 30.0
+_CALL_S = 10.0  # for one call to the cluster
+_GRACE_S = 5.0
+_END_S = 10.0  # for all calls to a cluster at the end: its head may be gone
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    """One worker of the cluster."""
+
+    plan: WorkerPlan
+    place: PlacementGroup
+    actor: ActorHandle[WorkerActor] | None = None  # None: no node yet
+    work: ObjectRef[int] | None = None  # its running `run`
+    retired: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def worker_id(self) -> str:
+        return self.plan.config.worker_id
+
+
+class RayLauncher:
+    """A deployment on a cluster."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        env: Mapping[str, str],
+        clock: Clock,
+        display: Display,
+        *,
+        address: str | None = None,  # None: a cluster of its own on this machine
+        on_serving: Callable[[Address], None] = lambda http: None,
+        router_program: tuple[str, ...] = ROUTER_PROGRAM,
+        worker_entry: str = "kvferry.worker:serve_worker",
+        times: ChildTimes | None = None,
+    ) -> None:
+        self._deployment = deployment
+        self._env = env
+        self._clock = clock
+        self._display = display
+        self._address = address
+        self._on_serving = on_serving
+        self._router_program = router_program
+        self._worker_entry = worker_entry
+        self._times = times or child_times(deployment)
+        self._stopper = Stopper()
+        self._routers: RouterGroup | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+        self._wishes: Wishes | None = None
+        self._workers: dict[str, _Worker] = {}
+
+    @property
+    def actors(self) -> dict[str, ActorHandle[WorkerActor]]:
+        """By worker id."""
+        return {name: worker.actor for name, worker in self._workers.items() if worker.actor is not None}
+
+    # --- from outside ---------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        self._end(drain=False)
+
+    def drain(self) -> None:
+        self._end(drain=True)
+
+    def _end(self, *, drain: bool) -> None:
+        for child in self._routers.children if self._routers is not None else ():
+            if self._stopper.stopped:
+                child.kill()
+            else:
+                child.shall_drain = drain
+        self._stopper.stop()
+
+    def restart(self) -> None:
+        self._display.note("no rolling restart: Ray's workers are drained one by one, through the admin listener")
+
+    # --- a life -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        ray_calls.connect(self._address, self._deployment.max_ranks)
+        try:
+            await self._stopper.run(self._run())
+        finally:
+            if not await ray_calls.in_thread(self._end_actors, _END_S):
+                self._display.note("Ray's head does not answer: its nodes end the workers")
+            self._display.done()
+
+    @property
+    def _loopback(self) -> bool:
+        return self._address is None
+
+    async def _run(self) -> None:
+        # Fitted to what the cluster has now; a GPU is chosen by Ray.
+        deployment = replace(fit_to_host(self._deployment, ray_calls.cluster_as_host()), gpus=())
+        fleet = Fleet(deployment)
+        self._wishes = wishes = Wishes(
+            fleet, self._clock, self._display.note, start=self._add_worker, retire=self._retire_worker
+        )
+        self._routers = routers = self._make_routers(deployment, wishes)
+        workers = [_Worker(plan, ray_calls.ask_for_place(plan)) for plan in fleet.plans]
+        self._workers = {worker.worker_id: worker for worker in workers}
+        await ray_calls.wait_for_places(fleet.plans, [worker.place for worker in workers])
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            tasks.create_task(routers.run())
+            await routers.wait_until_up()
+            for worker in workers:
+                tasks.create_task(self._keep(worker))
+            await routers.wait_until_serving()
+            self._display.done()
+            self._on_serving(routers.http)
+            for admin in routers.admins:
+                self._display.note(f"admin listener: http://{admin}/admin/workers")
+            wishes.serve(routers)
+
+    def _make_routers(self, deployment: Deployment, wishes: Wishes) -> RouterGroup:
+        config = deployment.router
+        if not self._loopback:
+            config = config.model_copy(update={"control_host": ray_calls.node_ip()})
+        return RouterGroup(
+            config,
+            deployment.num_routers,
+            child_environment(self._env, deployment.secret, loopback=self._loopback),
+            self._clock,
+            self._display,
+            program=self._router_program,
+            times=self._times,
+            on_restart_wanted=self.restart,
+            on_wish=wishes.on_event,
+        )
+
+    # --- one worker -------------------------------------------------------------------------------------------------
+
+    def _add_worker(self, plan: WorkerPlan) -> None:
+        assert self._tasks is not None
+        worker = _Worker(plan, ray_calls.ask_for_place(plan))
+        self._workers[worker.worker_id] = worker
+        self._tasks.create_task(self._keep(worker))
+
+    def _retire_worker(self, worker_id: str, drains: bool) -> None:
+        """Whether it `drains` already or not: it is told, perhaps again."""
+        worker = self._workers.get(worker_id)
+        if worker is not None:
+            worker.retired.set()
+
+    async def _keep(self, worker: _Worker) -> None:
+        """From the wish for a place until it is retired and nothing of it is left."""
+        assert self._routers is not None and self._wishes is not None
+        placed = asyncio.ensure_future(_ready(worker.place))
+        retired = asyncio.create_task(worker.retired.wait())
+        try:
+            await asyncio.wait((placed, retired), return_when=asyncio.FIRST_COMPLETED)
+            if placed.done() and not worker.retired.is_set():
+                placed.result()
+                worker.actor = ray_calls.create_actor(worker.plan, worker.place, loopback=self._loopback)
+                await self._serve(worker, retired)
+        finally:
+            placed.cancel()
+            retired.cancel()
+        await ray_calls.in_thread(lambda: self._remove(worker), _CALL_S)
+        self._workers.pop(worker.worker_id, None)
+        self._wishes.gone(worker.worker_id)
+
+    async def _serve(self, worker: _Worker, retired: asyncio.Task[Literal[True]]) -> None:
+        """Run it until it is retired; then until it has drained, or for as long as that may take."""
+        running = asyncio.ensure_future(self._keep_running(worker))
+        watching = asyncio.ensure_future(self._watch(worker))
+        try:
+            await asyncio.wait((running, watching, retired), return_when=asyncio.FIRST_COMPLETED)
+            for task in (running, watching):
+                if task.done():
+                    task.result()
+            assert self._routers is not None
+            limit_s = self._deployment.router.drain_timeout_s
+            drain = {"event": "drain", "worker_id": worker.worker_id, "limit_s": limit_s}
+            self._routers.tell(drain, to=self._routers.leader)
+            await asyncio.wait((running,), timeout=self._times.drain_s)
+        finally:
+            running.cancel()
+            watching.cancel()
+
+    async def _keep_running(self, worker: _Worker) -> None:
+        """`run` ends only where the worker itself gave up, or drained: Ray repeats it after the loss of an actor."""
+        from ray.exceptions import RayError
+
+        assert self._routers is not None and worker.actor is not None
+        config = worker.plan.config.model_copy(update={"routers": self._routers.controls})
+        num_ends = 0
+        while True:
+            arguments = (config.model_dump_json(), self._deployment.secret, self._worker_entry, self._loopback)
+            worker.work = work = worker.actor.run.remote(*arguments)
+            try:
+                reason = f"exit code {await work}"
+            except RayError as error:
+                reason = str(error).strip().splitlines()[-1]
+            if worker.retired.is_set():
+                return
+            num_ends += 1
+            self._tell_restart(worker.worker_id, reason, delay_s := self._times.backoff_s(num_ends))
+            await asyncio.sleep(delay_s)
+
+    async def _watch(self, worker: _Worker) -> None:
+        import ray
+        from ray.exceptions import RayError
+
+        actor = worker.actor
+        assert actor is not None
+        while True:
+            await asyncio.sleep(_PING_EVERY_S)
+            ping = actor.ping.options(max_task_retries=0).remote()
+            try:
+                async with asyncio.timeout(_HANG_AFTER_S):
+                    await ping
+            except TimeoutError:
+                self._tell_restart(worker.worker_id, f"no sign of life for {_HANG_AFTER_S:g} s", 0.0)
+                await ray_calls.in_thread(lambda: ray.kill(actor, no_restart=False), _HANG_AFTER_S)
+            except RayError:
+                pass  # it ended, and Ray is starting it again; or Ray's head is away
+
+    def _tell_restart(self, worker_id: str, reason: str, delay_s: float) -> None:
+        self._display.on_event(worker_id, {"event": "restart", "reason": reason, "delay_s": delay_s})
+
+    def _remove(self, worker: _Worker) -> None:
+        import ray
+
+        if worker.actor is not None:
+            ray.kill(worker.actor, no_restart=True)
+        ray_calls.free_place(worker.place)
+
+    def _end_actors(self) -> None:
+        """Let each worker end by itself, then take the actor away."""
+        import ray
+
+        work = [worker.work for worker in self._workers.values() if worker.work is not None]
+        for running in work:
+            ray.cancel(running)
+        if work:
+            ray.wait(work, num_returns=len(work), timeout=_GRACE_S)
+        for actor in self.actors.values():
+            ray.kill(actor, no_restart=True)
+        ray.shutdown()
+
+
+async def _ready(place: PlacementGroup) -> None:
+    await place.ready()

@@ -1,0 +1,160 @@
+"""Everything that is asked of Ray: connect, place, start and end an actor. Calls that block go to a thread.
+
+Each worker has a placement group of its own, so that what it takes is free again when it leaves, and a cluster that
+scales itself sees what is waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..common.children import worker_environment
+from ..common.config import WorkerConfig
+from ..common.errors import ConfigError
+from ..common.host import Gpu, Host, usable_cpus
+from ..common.logs import configure_logging
+from ..common.plan import WorkerPlan
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from ray.util.placement_group import PlacementGroup
+
+_PLACEMENT_TIMEOUT_S = 60.0
+_HEAD_AWAY_S = 86400  # Ray ends a process that misses the cluster's head for so long; no token passes through it
+
+
+class WorkerActor:
+    """One worker inside a Ray actor; `run` is repeated by Ray when the actor had to be started again."""
+
+    async def run(self, config_json: str, secret: bytes, entry: str, loopback: bool) -> int:
+        config = WorkerConfig.model_validate_json(config_json)
+        if not loopback:
+            config = config.model_copy(update={"host": node_ip()})
+        configure_logging(config.log_level, worker_id=config.worker_id)
+        module, _, name = entry.partition(":")
+        code: int = await getattr(importlib.import_module(module), name)(config, secret, None)
+        return code
+
+    async def ping(self) -> int:
+        """The process id, while the actor's loop turns."""
+        return os.getpid()
+
+
+def connect(address: str | None, num_ranks: int) -> None:
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("launcher: ray is not installed: pip install 'kvferry[ray]'") from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing calls home
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(_HEAD_AWAY_S))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        if address is None:
+            ray.init(num_cpus=max(usable_cpus(), num_ranks), include_dashboard=False, logging_level="warning")
+        else:
+            ray.init(address, logging_level="warning")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"ray_address: no Ray cluster at {address}: {error}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray's own would end this process at once
+
+
+async def in_thread(function: Callable[[], None], limit_s: float) -> bool:
+    """Whether it ended within the limit. One that does not is left to the end of this process."""
+    from ray.exceptions import RayError
+
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def run() -> None:
+        with contextlib.suppress(RayError, RuntimeError):  # the head is away, or this process is ending
+            function()
+            loop.call_soon_threadsafe(ended.set)
+
+    threading.Thread(target=run, name="ray", daemon=True).start()
+    try:
+        async with asyncio.timeout(limit_s):
+            await ended.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
+def cluster_as_host() -> Host:
+    """All nodes as one machine: how many cores and GPUs there are to share."""
+    import ray
+
+    resources = ray.cluster_resources()
+    gpus = tuple(Gpu(str(index), "", 0, 0) for index in range(int(resources.get("GPU", 0))))
+    num_nodes = max(1, len(ray.nodes()))
+    return Host(int(resources.get("CPU", 1)), int(resources.get("memory", 0)) // num_nodes, gpus)
+
+
+def ask_for_place(worker: WorkerPlan) -> PlacementGroup:
+    """A request for what one worker needs. It waits in the cluster until there is a node with that much."""
+    from ray.util.placement_group import placement_group
+
+    return placement_group([_bundle(worker)], strategy="SPREAD")
+
+
+async def wait_for_places(workers: Sequence[WorkerPlan], groups: Sequence[PlacementGroup]) -> None:
+    """Raises ConfigError if the cluster has no room for all of them."""
+    import ray
+
+    try:
+        async with asyncio.timeout(_PLACEMENT_TIMEOUT_S):
+            for group in groups:
+                await group.ready()
+    except TimeoutError:
+        wanted, free = [_bundle(worker) for worker in workers], ray.available_resources()
+        raise ConfigError(f"the Ray cluster has no room for {wanted}: {free} of {ray.cluster_resources()}") from None
+
+
+def free_place(group: PlacementGroup) -> None:
+    from ray.util.placement_group import remove_placement_group
+
+    remove_placement_group(group)
+
+
+def create_actor(worker: WorkerPlan, group: PlacementGroup, *, loopback: bool) -> ActorHandle[WorkerActor]:
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    env = worker_environment({"UCX_NET_DEVICES": "lo"} if loopback else {}, replace(worker, gpus=()))
+    bundle = _bundle(worker)
+    return (
+        ray.remote(WorkerActor)
+        .options(
+            name=f"kvferry-{os.getpid()}-{worker.config.worker_id}",
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            max_restarts=-1,
+            max_task_retries=-1,
+            max_concurrency=8,
+            runtime_env={"env_vars": env},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+        )
+        .remote()
+    )
+
+
+def _bundle(worker: WorkerPlan) -> dict[str, float]:
+    bundle = {"CPU": float(worker.num_ranks)}
+    if worker.config.engine.device == "cuda":
+        bundle["GPU"] = worker.num_ranks * worker.gpu_share
+    return bundle
+
+
+def node_ip() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())

@@ -1,0 +1,78 @@
+"""Prompts beside running answers: how much of them a step takes along."""
+
+from __future__ import annotations
+
+from kvferry.common.batch import Batch
+from kvferry.common.blocks import BlockPool
+from kvferry.common.request import RequestId, SamplingParams, Sequence
+from kvferry.decode.pace import MIN_CHUNK_TOKENS, Pace
+from kvferry.decode.scheduler import DecodeScheduler
+from kvferry.tests.decode.bench import BLOCK, SPEC
+
+ROW_S, TOKEN_S = 0.01, 0.0005  # of the machine that is played
+
+
+def taught(pace: Pace) -> Pace:
+    for _ in range(30):
+        pace.learn(ROW_S, num_chunk_tokens=0, num_rows=4)
+        pace.learn(ROW_S + 100 * TOKEN_S, num_chunk_tokens=100, num_rows=4)
+    return pace
+
+
+def test_with_an_objective_a_step_stays_within_four_fifths_of_it() -> None:
+    pace = taught(Pace(objective_s=0.05))
+    assert abs(ROW_S + pace.chunk_tokens * TOKEN_S - 0.8 * 0.05) < 0.002
+
+
+def test_without_one_a_step_takes_fifty_milliseconds_or_four_decode_steps() -> None:
+    assert abs(ROW_S + taught(Pace()).chunk_tokens * TOKEN_S - 0.05) < 0.002
+    slow = Pace()
+    for _ in range(30):
+        slow.learn(0.1, num_chunk_tokens=0, num_rows=4)
+        slow.learn(0.1 + 100 * TOKEN_S, num_chunk_tokens=100, num_rows=4)
+    assert abs(0.1 + slow.chunk_tokens * TOKEN_S - 0.4) < 0.02
+
+
+def test_a_prompt_moves_on_however_tight_the_objective() -> None:
+    assert taught(Pace(objective_s=0.001)).chunk_tokens == MIN_CHUNK_TOKENS
+
+
+def test_one_slow_step_is_no_new_speed_and_a_new_speed_is_learned() -> None:
+    pace = taught(Pace())
+    before = pace.chunk_tokens
+    pace.learn(5.0, num_chunk_tokens=100, num_rows=4)
+    pace.learn(5.0, num_chunk_tokens=0, num_rows=4)
+    assert pace.chunk_tokens > before / 2 and pace.decode_s < 2 * ROW_S
+    for _ in range(30):
+        pace.learn(5 * ROW_S, num_chunk_tokens=0, num_rows=16)
+    assert abs(pace.decode_s - 5 * ROW_S) < 0.001
+
+
+def _sequence(name: str, num_tokens: int, priority: int = 0) -> Sequence:
+    params = SamplingParams(temperature=0.0)
+    return Sequence(
+        RequestId(name), 0, 0, list(range(num_tokens)), num_tokens, params, name.encode(), priority=priority
+    )
+
+
+def _sizes(batch: Batch | None) -> dict[str, int]:
+    assert batch is not None
+    return {row.seq.request_id: row.num_scheduled_tokens for row in batch.rows}
+
+
+def test_chunks_are_cut_beside_running_answers_alone() -> None:
+    scheduler = DecodeScheduler(
+        BlockPool(1024, BLOCK), SPEC, max_num_batched_tokens=512, max_num_seqs=8, tpot_objective_s=0.05
+    )
+    taught(scheduler.pace)
+    scheduler.add(_sequence("alone", 600))
+    batch = scheduler.schedule()
+    assert _sizes(batch) == {"alone": 512}, "nobody waits: the whole budget"
+    assert batch is not None
+    scheduler.complete(batch)
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.complete(batch)
+    scheduler.running[0].token_ids.append(7)
+    scheduler.add(_sequence("late", 600))
+    assert _sizes(scheduler.schedule()) == {"alone": 1, "late": scheduler.pace.chunk_tokens}

@@ -1,0 +1,207 @@
+"""A prefix that lies on another worker is read from there, and every token is as if it had been computed.
+
+Real worker processes; the router is this test's own, so that it says who computes what and who reads from whom.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from kvferry import __version__
+from kvferry.common.channel import Address
+from kvferry.common.clock import SystemClock
+from kvferry.common.config import RouterConfig
+from kvferry.common.messages import WorkerStatus
+from kvferry.common.request import SamplingParams
+from kvferry.router.control import ControlServer, Expected
+from kvferry.router.dispatcher import Dispatcher
+from kvferry.router.policy import Demand, Lack, Placement, Reason, Wait
+from kvferry.router.pools import Worker
+from kvferry.router.request import RouterRequest
+from kvferry.router.views import PoolView, WorkerView
+
+from ..checkpoints import write_checkpoint
+from . import reference
+
+NUM_TOKENS = 20
+BLOCK_SIZE = 16
+BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4  # layers, K and V, heads, head_dim, tokens, float32
+PROMPT = [(7 * i * i + 13 * i + 5) % 500 + 4 for i in range(600)]
+_numbers = count()
+
+
+class Fixed:
+    """Places every request where the test says."""
+
+    name = "fixed"
+    predicts = False
+
+    def __init__(self) -> None:
+        self.placement: Placement | None = None
+
+    def place(self, view: PoolView, demand: Demand) -> Placement | Wait:
+        assert self.placement is not None
+        names = {worker.worker_id for worker in view.workers if worker.is_ready}
+        wanted = {self.placement.decode_worker, self.placement.prefill_worker} - {None}
+        return self.placement if wanted <= names else Wait(Lack.DECODE_WORKER)
+
+    def prefill_for(self, view: PoolView, demand: Demand, decode_session: int) -> WorkerView | None:
+        return None
+
+
+@dataclass
+class Fleet:
+    dispatcher: Dispatcher
+    policy: Fixed
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def worker(self, worker_id: str) -> Worker:
+        found = self.dispatcher._pools.named(worker_id)
+        assert found is not None, worker_id
+        return found
+
+    def status(self, worker_id: str) -> WorkerStatus:
+        status = self.worker(worker_id).status
+        assert status is not None
+        return status
+
+    async def ask(
+        self, prompt: list[int], decode: str, *, prefill: str | None = None, source: str | None = None
+    ) -> tuple[list[int], int]:
+        """The answer's tokens, and how many of the prompt's came from a cache."""
+        self.policy.placement = Placement(prefill, decode, Reason.HANDOFF, fetch_from=source)
+        sampling = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+        request = RouterRequest(f"q-{next(_numbers)}", list(prompt), sampling)
+        tokens: list[int] = []
+        async for update in self.dispatcher.submit(request):
+            tokens += [token.token_id for token in update.tokens]
+        return tokens, request.num_cached_tokens
+
+    async def until(self, condition: Callable[[], bool], what: str) -> None:
+        async with asyncio.timeout(60):
+            while not condition():
+                ended = [name for name, process in self.processes.items() if process.poll() not in (None, -9)]
+                assert not ended, f"{what}: {ended} ended"
+                await asyncio.sleep(0.02)
+
+    def holds(self, worker_id: str, tokens: list[int]) -> bool:
+        """By what the worker has told, it has the KV of all full blocks of these tokens."""
+        request = RouterRequest("", list(tokens), SamplingParams())
+        from kvferry.router.prefix_fetch import hash_prompt
+
+        hash_prompt(self.dispatcher._pools, request)
+        found = self.dispatcher._pools.prefix_index.match(request.block_hashes)
+        return found.get(self.worker(worker_id).link.number) == len(request.block_hashes)
+
+
+def _start(command: list[str], output: BinaryIO, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, stdout=output, stderr=output, env=env)
+
+
+@asynccontextmanager
+async def fleet(
+    model: Path, log: Path, *names: str, flags: tuple[str, ...] = (), failpoints: str = ""
+) -> AsyncIterator[Fleet]:
+    """A router in this process, and workers in theirs."""
+    policy = Fixed()
+    config = RouterConfig(model_dir=model, served_model_name="tiny")
+    dispatcher = Dispatcher(config, policy, SystemClock())
+    server = ControlServer(dispatcher, Expected(version=__version__, model="tiny"), router_id="r-0")
+    address = await server.start(Address("127.0.0.1", 0))
+    running = Fleet(dispatcher, policy)
+    env = {**os.environ, "KVFERRY_FAILPOINTS": failpoints, "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        for name in names:
+            role = "prefill" if name.startswith("p") else "decode"
+            command = [sys.executable, "-m", "kvferry", role, str(model), "--served-model-name", "tiny"]
+            command += ["--router", str(address), "--worker-id", name, "--dtype", "float32"]
+            command += ["--kv-cache-memory-bytes", "8MiB", "--log-level", "warning", *flags]
+            running.processes[name] = await asyncio.to_thread(_start, command, output, env)
+        try:
+            await running.until(lambda: len(dispatcher.view().workers) == len(names), "all workers join")
+            await running.until(lambda: all(worker.is_ready for worker in dispatcher.view().workers), "all are ready")
+            yield running
+        finally:
+            for process in running.processes.values():
+                process.send_signal(signal.SIGCONT)
+                process.terminate()
+            for process in running.processes.values():
+                await asyncio.to_thread(process.wait, 20)
+            await server.close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "llama", max_model_len=2048)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["nixl", "ucx"])
+async def test_a_second_turn_reads_the_first_turns_kv_from_wherever_it_lies(
+    model: Path, tmp_path: Path, backend: str
+) -> None:
+    pytest.importorskip("ucxx" if backend == "ucx" else "nixl_cu12", exc_type=ImportError)
+    first = reference.greedy(model, [PROMPT], NUM_TOKENS)[0]
+    second_prompt = PROMPT + first.tokens + [(11 * i + 3) % 500 + 4 for i in range(40)]
+    second = reference.greedy(model, [second_prompt], NUM_TOKENS)[0]
+    async with fleet(model, tmp_path / "log", "p-0", "p-1", "d-0", "d-1", flags=("--transfer", backend)) as running:
+        tokens, num_cached = await running.ask(PROMPT, "d-0", prefill="p-0")
+        assert (tokens, num_cached) == (first.tokens, 0)
+        known = PROMPT + first.tokens[:-1]  # the last one's KV was never needed
+        num_known = len(known) // BLOCK_SIZE * BLOCK_SIZE
+        await running.until(lambda: running.holds("d-0", known), "d-0 tells of its answer's blocks")
+        await running.until(lambda: running.holds("p-0", PROMPT), "p-0 tells of the prompt's blocks")
+
+        # from a decode worker, to a prefill worker that has none of it
+        tokens, num_cached = await running.ask(second_prompt, "d-1", prefill="p-1", source="d-0")
+        assert (tokens, num_cached) == (second.tokens, num_known)
+        await running.until(lambda: running.status("p-1").num_fetches == 1, "a heartbeat of p-1")
+        assert running.status("p-1").failed_fetches == 0
+        assert running.status("p-1").fetched_bytes == num_known // BLOCK_SIZE * BLOCK_BYTES
+
+        # from a prefill worker, to a decode worker that computes the prompt itself and holds its first block
+        other = PROMPT[:16] + PROMPT[300:540]
+        expected = reference.greedy(model, [other], NUM_TOKENS)[0]
+        assert (await running.ask(other, "d-0", prefill="p-0"))[0] == expected.tokens
+        await running.until(lambda: running.holds("p-0", other), "p-0 tells of the other prompt")
+        tokens, num_cached = await running.ask(other + [9, 8, 7], "d-1", source="p-0")
+        assert num_cached == len(other)
+        assert tokens == reference.greedy(model, [other + [9, 8, 7]], NUM_TOKENS)[0].tokens
+        await running.until(lambda: running.status("d-1").num_fetches == 1, "a heartbeat of d-1")
+        assert running.status("d-1").fetched_bytes == (len(other) - 16) // BLOCK_SIZE * BLOCK_BYTES
+
+
+@pytest.mark.slow
+async def test_a_source_that_dies_or_hangs_costs_time_and_nothing_else(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nixl_cu12", exc_type=ImportError)
+    tails = [[n, 5, 6] for n in (7, 8)]
+    expected = reference.greedy(model, [PROMPT, *(PROMPT + tail for tail in tails)], NUM_TOKENS)
+    names = ("p-0", "p-1", "d-0", "d-1")
+    async with fleet(model, tmp_path / "log", *names, failpoints="d-0/fetch.lent=kill") as running:
+        assert (await running.ask(PROMPT, "d-0", prefill="p-0"))[0] == expected[0].tokens
+        await running.until(lambda: running.holds("d-0", PROMPT), "d-0 tells of the prompt")
+        await running.until(lambda: running.holds("p-0", PROMPT), "p-0 tells of it")
+
+        running.processes["p-0"].send_signal(signal.SIGSTOP)
+        tokens, num_cached = await running.ask(PROMPT + tails[0], "d-1", source="p-0")
+        running.processes["p-0"].send_signal(signal.SIGCONT)
+        assert (tokens, num_cached) == (expected[1].tokens, 0)
+        await running.until(lambda: running.status("d-1").failed_fetches == 1, "a heartbeat of d-1")
+
+        tokens, num_cached = await running.ask(PROMPT + tails[1], "d-1", prefill="p-1", source="d-0")
+        assert (tokens, num_cached) == (expected[2].tokens, 0)
+        await running.until(lambda: running.status("p-1").failed_fetches == 1, "a heartbeat of p-1")
+        assert running.status("p-1").fetched_bytes == 0
+        assert running.processes["d-0"].wait(5) == -signal.SIGKILL

@@ -1,0 +1,64 @@
+"""A worker that has just changed its role refuses what it was asked for: nobody failed, its role is known at once."""
+
+from __future__ import annotations
+
+from kvferry.common.messages import LocalTask, PrefillTask, ReserveKV, TaskRefused
+from kvferry.router.request import RequestStatus
+from kvferry.tests.router.fleet import Fleet, Link, config
+
+
+def refuse(fleet: Fleet, worker: Link, task: PrefillTask | LocalTask) -> None:
+    message = TaskRefused(request_id=task.spec.request_id, attempt=task.spec.attempt, reason="wrong_role")
+    fleet.dispatcher.on_message(worker, message)
+
+
+def role_of(fleet: Fleet, worker_id: str) -> str:
+    return next(worker.role for worker in fleet.dispatcher.view().workers if worker.worker_id == worker_id)
+
+
+def test_a_reservation_goes_to_another_decode_worker_in_the_same_attempt() -> None:
+    fleet = Fleet()
+    fleet.join("p-0")
+    first = fleet.join("d-0", can_change_role=True)
+    stream = fleet.submit()
+    second = fleet.join("d-1", can_change_role=True)
+    fleet.refuse(first, "wrong_role")
+    assert role_of(fleet, "d-0") == "prefill"
+    ask = second.take(ReserveKV)
+    assert (ask.spec.attempt, stream.request.num_failures) == (0, 0)
+
+
+def test_a_grant_goes_to_another_prefill_worker() -> None:
+    fleet = Fleet()
+    decode, first = fleet.join("d-0"), fleet.join("p-0", can_change_role=True)
+    stream = fleet.submit()
+    second = fleet.join("p-1")
+    fleet.grant(decode)
+    refuse(fleet, first, first.take(PrefillTask))
+    assert role_of(fleet, "p-0") == "decode"
+    assert second.take(PrefillTask).grant.grant_id.worker_id == "d-0"
+    assert stream.request.num_failures == 0
+
+
+def test_without_another_worker_it_waits_uncharged_until_a_heartbeat_offers_the_role_again() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    decode = fleet.join("d-0", can_change_role=True)
+    stream = fleet.submit()
+    for _ in range(100):  # more often than attempts may fail, and than the retry budget holds
+        refuse(fleet, decode, decode.take(LocalTask))
+        decode.sent.clear()  # the Abort of the attempt
+        assert stream.request.status is RequestStatus.QUEUED and not decode.sent
+        fleet.clock.advance(0.1)
+        fleet.beat(decode, role="decode")
+    assert stream.request.num_failures == 0
+    assert fleet.observer.num_exhausted == 0
+    assert decode.take(LocalTask).spec.attempt == 100
+
+
+def test_a_worker_that_cannot_change_its_role_is_not_asked_again_for_this_request() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    decode = fleet.join("d-0")
+    stream = fleet.submit()
+    refuse(fleet, decode, decode.take(LocalTask))
+    assert role_of(fleet, "d-0") == "decode"
+    assert stream.request.status is not RequestStatus.PREFILLING
