@@ -5,8 +5,8 @@
                      all systems at 50, 80 and 100 % of the best baseline's rate
 
 What is held fixed is in `goodput_setup.py`; the simulator runs production's router and schedulers in virtual time
-(`kvferry.benchmarks.simulator`). The baselines are shown twice: as published, where every request is admitted and
-served in the order of arrival, and behind this router's admission, which refuses what cannot be met.
+(`kvferry.benchmarks.simulator`). Baselines are shown as published, where every request is admitted and served in
+the order of arrival; two of them also behind this router's admission, which refuses what cannot be met.
 
     python -m kvferry.benchmarks.goodput                 # all three traces, their second halves
     python -m kvferry.benchmarks.goodput --part first    # what policies were tuned on
@@ -19,7 +19,7 @@ import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -89,9 +89,10 @@ def search(task: tuple[Bench, str, bool, float]) -> Best:
 
 
 def level(task: tuple[Bench, System, float]) -> Level:
+    """On all requests of the half, however many were searched on."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     bench, system, rate = task
-    outcome = bench.run(system, rate)
+    outcome = replace(bench, num_requests=None).run(system, rate)
     return Level(
         system=system,
         rate_per_s=rate,
@@ -109,8 +110,9 @@ def tasks(bench: Bench) -> Iterator[tuple[Bench, str, bool, float]]:
     guess = bench.ceiling_per_s() / 2.5
     yield bench, SETUP.policy, True, guess
     for name in SETUP.baselines:
-        for admits in (False, True):
-            yield bench, name, admits, guess
+        yield bench, name, False, guess / 2
+    for name in ("colocated", "kv_cost"):  # the strongest, with what this router adds
+        yield bench, name, True, guess / 2
 
 
 def run(benches: list[Bench], num_processes: int) -> list[TraceResult]:
@@ -131,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.goodput", description=__doc__)
     parser.add_argument("--traces", nargs="+", default=list(SETUP.traces), help="names or paths")
     parser.add_argument("--part", choices=("whole", "first", "second"), default="second")
-    parser.add_argument("--requests", type=positive_int, default=None, help="of each trace; default: all")
+    parser.add_argument("--requests", type=positive_int, default=None, help="of each trace, to search on; default: all")
     parser.add_argument("--processes", type=positive_int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, default=RESULTS / "goodput.json")
     parser.add_argument("--plot", type=Path, default=RESULTS / "goodput.svg")

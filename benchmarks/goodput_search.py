@@ -11,7 +11,7 @@ from kvferry.benchmarks.simulator import Capacity, Fleet, Goals, Outcome, Router
 from kvferry.benchmarks.simulator.oracle import bound
 
 Part = Literal["whole", "first", "second"]
-_PRECISION = 0.03  # of a rate
+_PRECISION = 0.04  # of a rate
 
 
 @dataclass(slots=True, frozen=True)
@@ -80,7 +80,7 @@ class Bench:
         return bound(whole, share=self.setup.share).goodput_per_s
 
     def capacity(self, system: System, guess_per_s: float) -> Capacity:
-        """The highest rate that keeps the objectives, by steps of 1.3 and then bisection."""
+        """The highest rate that keeps the objectives, by steps of 1.25 and then bisection."""
         tried: dict[float, Outcome] = {}
 
         def keeps(rate: float) -> bool:
@@ -90,9 +90,9 @@ class Bench:
         low, high, rate = 0.0, float("inf"), guess_per_s
         while low == 0.0 or high == float("inf"):
             if keeps(rate):
-                low, rate = rate, rate * 1.3
+                low, rate = rate, rate * 1.25
             else:
-                high, rate = rate, rate / 1.3
+                high, rate = rate, rate / 1.25
             if rate < guess_per_s / 30:
                 break
         while low and high - low > _PRECISION * low:

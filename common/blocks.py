@@ -3,7 +3,8 @@
 A block is in exactly one state:
 
     free         no holder, no content worth keeping
-    cached       no holder, content known by its hash: a hit, or evicted when free ones run out (LRU)
+    cached       no holder, content known by its hash: a hit, or evicted when free ones run out (LRU); `spare` ones,
+                 which another worker keeps, are evicted before all others and go to no other tier
     owned        held by ref_count sequences or reservations
     quarantined  held by nobody, but a remote writer may still write to it: out of use until released
 
@@ -111,6 +112,8 @@ class BlockPool:
         self.enable_prefix_caching = enable_prefix_caching
         self._free: list[BlockId] = list(range(num_blocks - 1, -1, -1))  # taken from the end
         self._cached: OrderedDict[BlockId, None] = OrderedDict()  # least recently used first
+        self._resting: OrderedDict[BlockId, None] = OrderedDict()  # cached as well: the spare ones, in the same order
+        self._spare: set[BlockId] = set()  # published ones that another worker keeps, held or not
         self._ref_counts = [0] * num_blocks
         self._hash_of: dict[BlockId, bytes] = {}
         self._block_of: dict[bytes, BlockId] = {}
@@ -122,11 +125,11 @@ class BlockPool:
     @property
     def num_free_blocks(self) -> int:
         """Blocks that `allocate` can hand out now: free ones and evictable ones."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + len(self._cached) + len(self._resting)
 
     @property
     def num_cached_blocks(self) -> int:
-        return len(self._cached) + self.num_leaving_blocks
+        return len(self._cached) + len(self._resting) + self.num_leaving_blocks
 
     @property
     def num_leaving_blocks(self) -> int:
@@ -155,11 +158,13 @@ class BlockPool:
         return blocks
 
     def _evict(self) -> BlockId:
-        block, _ = self._cached.popitem(last=False)
+        is_spare = bool(self._resting)
+        block, _ = (self._resting or self._cached).popitem(last=False)
         block_hash = self._hash_of.pop(block)
         del self._block_of[block_hash]
+        self._spare.discard(block)
         self.version += 1
-        if self.on_evicted is not None:
+        if self.on_evicted is not None and not is_spare:
             self.on_evicted(block, block_hash)
         self.listener.evicted(block_hash)
         return block
@@ -181,14 +186,14 @@ class BlockPool:
 
     def num_evictable(self, blocks: Iterable[BlockId]) -> int:
         """How many of `blocks` count as free now and would not once pinned."""
-        return sum(block in self._cached for block in blocks)
+        return sum(block in self._cached or block in self._resting for block in blocks)
 
     def pin(self, blocks: Iterable[BlockId]) -> None:
         """One more reference to each of `blocks`, which are cached or owned."""
         for block in blocks:
             if self._ref_counts[block] == 0:
                 if block not in self._leaving:
-                    del self._cached[block]
+                    del (self._resting if block in self._spare else self._cached)[block]
                 self.version += 1
             self._ref_counts[block] += 1
 
@@ -206,7 +211,7 @@ class BlockPool:
     def _rest(self, block: BlockId) -> None:
         """Nobody holds it any more."""
         if block in self._hash_of:
-            self._cached[block] = None
+            (self._resting if block in self._spare else self._cached)[block] = None
             self.version += 1
         else:
             self._free.append(block)
@@ -234,8 +239,9 @@ class BlockPool:
         for block in reversed(leaving):
             if self._ref_counts[block] == 0:
                 if block in self._hash_of:
-                    self._cached[block] = None
-                    self._cached.move_to_end(block, last=False)
+                    resting = self._resting if block in self._spare else self._cached
+                    resting[block] = None
+                    resting.move_to_end(block, last=False)
                 else:
                     self._free.append(block)
 
@@ -243,13 +249,23 @@ class BlockPool:
         """Whether `match_prefix` may find it."""
         return block_id in self._hash_of
 
-    def publish(self, block_id: BlockId, block_hash: bytes) -> None:
-        """Make a full, owned block known to `match_prefix`. The first block of a hash stays the known one."""
+    def publish(self, block_id: BlockId, block_hash: bytes, *, spare: bool = False) -> None:
+        """Make a full, owned block known to `match_prefix`. The first block of a hash stays the known one.
+
+        `spare`: another worker keeps it.
+        """
         assert self._ref_counts[block_id] > 0, block_id
         if self.enable_prefix_caching and block_hash not in self._block_of and block_id not in self._hash_of:
             self._block_of[block_hash] = block_id
             self._hash_of[block_id] = block_hash
+            if spare:
+                self._spare.add(block_id)
             self.listener.stored(block_hash)
+
+    def keep(self, blocks: Iterable[BlockId]) -> None:
+        """These owned blocks are spare no more: it is here that they are kept."""
+        if self._spare:
+            self._spare.difference_update(blocks)
 
     def is_known(self, block_id: BlockId) -> bool:
         """`match_prefix` finds it."""
@@ -260,6 +276,7 @@ class BlockPool:
         block_hash = self._hash_of.pop(block_id, None)
         if block_hash is not None:
             del self._block_of[block_hash]
+            self._spare.discard(block_id)
             self.listener.evicted(block_hash)
 
     def quarantine(self, blocks: Iterable[BlockId]) -> None:
@@ -279,8 +296,9 @@ class BlockPool:
         """Assert block conservation and the books' agreement with each other."""
         owned = {b for b in range(self.num_blocks) if self._ref_counts[b] > 0}
         leaving = {block for block in self._leaving if block not in owned}
-        states = [set(self._free), set(self._cached) | leaving, owned, self._quarantined]
-        assert not leaving & set(self._cached)
+        states = [set(self._free), set(self._cached) | set(self._resting) | leaving, owned, self._quarantined]
+        assert not leaving & (set(self._cached) | set(self._resting)) and set(self._resting) <= self._spare
+        assert not self._spare & set(self._cached) and self._spare <= set(self._hash_of)
         assert sum(len(s) for s in states) == self.num_blocks == len(set().union(*states)), "a block is lost or doubled"
         assert len(self._free) == len(states[0]), "a block is free twice"
         assert min(self._ref_counts, default=0) >= 0

@@ -74,7 +74,7 @@ class Demotion:
     def _window(self) -> int:
         """How many of the next to be evicted shall have a copy: half of the pool, less what is free."""
         pool = self._pool
-        return min(pool.num_blocks, self._host.num_slots) // 2 - (pool.num_free_blocks - pool.num_cached_blocks)
+        return min(pool.num_blocks, self._host.num_slots) // 4 - (pool.num_free_blocks - pool.num_cached_blocks)
 
     @property
     def _pays(self) -> bool:
@@ -131,6 +131,14 @@ class Demotion:
         self._pool.free(self.pinned)
         self._pool.unhold()
         self._filling, self.pinned = [], []
+
+    @property
+    def is_settled(self) -> bool:
+        """No step copies anything before blocks have changed hands."""
+        if self._evicted or len(self._lookahead):
+            return False
+        window = self._window
+        return window <= 0 or not self._lookahead.would_look(window, self._pool.version)
 
     @property
     def is_quiet(self) -> bool:

@@ -218,6 +218,7 @@ class ReserveKV(Message):
     spec: RequestSpec
     max_local_tokens: Count = 0  # at most so many uncached tokens: answer NoCapacity("held") and run it locally
     queue_if_full: bool = False  # wait for blocks, for two seconds at most, rather than be refused at once
+    keeps: bool = True  # False: the prefill worker caches the prompt's KV, a copy here is the first to be evicted
 
 
 class FetchFrom(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -243,6 +244,7 @@ class PrefillTask(Message):
     grant: GrantInfo
     sample: bool = True  # False when resuming: ship the prompt's KV alone
     fetch: FetchFrom | None = None
+    keeps: bool = True  # False: the decode worker caches the prompt's KV, a copy here is the first to be evicted
 
 
 class Abort(Message):

@@ -267,6 +267,11 @@ class PrefixCache:
         """No copy is planned or under way."""
         return not (self._into or self._reading or self._lifting) and self._demotion.is_quiet
 
+    @property
+    def is_settled(self) -> bool:
+        """No step copies anything before blocks have changed hands."""
+        return not self.has_tiers or not (self._into or self._lifts) and self._demotion.is_settled
+
     def references(self) -> list[BlockId]:
         """Blocks that a step copies out while others own them, or into for nobody who is here."""
         return [*self._demotion.pinned, *(block for lift in (*self._lifts, *self._lifting) for block in lift.hashes)]

@@ -134,6 +134,7 @@ class Sequence:
     block_table: list[BlockId] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks hashed so far
     num_published_blocks: int = 0
+    is_kept_elsewhere: bool = False  # the prompt's KV, for those that share its beginning
 
     @classmethod
     def of(cls, spec: RequestSpec, choice: int, outputs: Iterable[int] = ()) -> Sequence:

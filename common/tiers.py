@@ -153,11 +153,19 @@ class Lookahead:
         self._queue: deque[bytes] = deque()
         self._seen_version = -1
 
+    def __len__(self) -> int:
+        """Blocks that it has seen and not handed out."""
+        return len(self._queue)
+
+    def would_look(self, window: int, version: int) -> bool:
+        """Has enough changed?"""
+        return version - self._seen_version >= 1 + window // 2
+
     def take(
         self, count: int, *, order: Iterable[bytes], window: int, version: int, is_kept: Callable[[bytes], bool]
     ) -> list[bytes]:
         """Up to `count` of the first `window` in `order`. They may have gone meanwhile: the caller looks."""
-        if version - self._seen_version >= 1 + window // 2:
+        if self.would_look(window, version):
             self.look(order, window=window, version=version, is_kept=is_kept)
         return [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
 

@@ -83,6 +83,7 @@ class Adoption:
                 self._outbox.add(live, first[choice])
             if choice not in first or first[choice].finish is None:
                 seq = live.sequences[choice] = Sequence.of(spec, choice, outputs)
+                seq.is_kept_elsewhere = not reservation.keeps
                 seq.block_hashes = list(reservation.block_hashes)  # those of the answer's blocks go on from there
         self._place(live, blocks, copies)
 

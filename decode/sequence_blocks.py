@@ -197,6 +197,8 @@ class SequenceBlocks:
         if self._num_missing(seq, hits, reserve) > 0:
             return False
         self._pool.pin(hits.values())
+        if not seq.is_kept_elsewhere:
+            self._pool.keep(hits.values())
         fresh = iter(self._take(self.num_for(seq.num_tokens) - len(hits)))
         seq.block_table = [hits[n] if n in hits else next(fresh) for n in range(self.num_for(seq.num_tokens))]
         self._count_computed(seq, found, slots)
@@ -265,7 +267,7 @@ class SequenceBlocks:
             return
         self._hash(seq)
         for index in range(seq.num_published_blocks, num_full):
-            self._pool.publish(seq.block_table[index], seq.block_hashes[index])
+            self._pool.publish(seq.block_table[index], seq.block_hashes[index], spare=seq.is_kept_elsewhere)
         seq.num_published_blocks = num_full
 
     # --- steps ------------------------------------------------------------------------------------------------------

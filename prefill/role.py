@@ -127,6 +127,7 @@ class PrefillRole:
             return
         seq = Sequence.of(spec, spec.choices[0])
         seq.pending_choices, seq.samples = spec.choices, message.sample
+        seq.is_kept_elsewhere = not message.keeps
         try:
             prompt = self.scheduler.add(seq, prefix_salt(grant.spec, spec.cache_salt), spec.remaining_s)
         except CapacityError as error:
@@ -140,7 +141,8 @@ class PrefillRole:
         """Read what lies elsewhere before the prompt is begun. Its grant would lapse meanwhile: it is opened now."""
         seq = task.prompt.seq
         hashes = self.scheduler.reusable_hashes(task.prompt)
-        seq.is_fetching = fetches.begin(_fetch_key(task.spec), hashes, source, lambda: _fetched(seq))
+        key, spare = _fetch_key(task.spec), seq.is_kept_elsewhere
+        seq.is_fetching = fetches.begin(key, hashes, source, lambda: _fetched(seq), spare=spare)
         if seq.is_fetching:
             self._open(task)
 

@@ -132,13 +132,10 @@ class Autoscaler:
         needed = need((tokens + backlog) * less, requests * less)
         if load.now_s - self._shrunk_s >= settings.shrink_after_s:  # else only what is clear: no back and forth
             needed = _at_least(needed, self._lasting(load.now_s))
+        roomy = needed
         if any(needed.of(pool) > settings.jump * have.of(pool) for pool in POOLS):
             more = 1.0 + settings.jump_headroom
             roomy = need((tokens + backlog) * more, requests * more)
-            jumps = [needed.of(pool) > settings.jump * have.of(pool) for pool in POOLS]
-            needed = Counts(
-                *((roomy if is_jump else needed).of(pool) for pool, is_jump in zip(POOLS, jumps, strict=True))
-            )
         more = 1.0 + settings.headroom
         safe = need(max(tokens, self._tokens.level) * more, max(requests, self._requests.level) * more)
         self._past.append((load.now_s, safe))
@@ -149,6 +146,7 @@ class Autoscaler:
             tokens,
             requests * crowd.mean_output,
             needed,
+            roomy,
             self._most_needed(load.now_s - settings.shrink_after_s),
             (factor["prefill"], factor["decode"]),
         )
@@ -170,6 +168,7 @@ class Autoscaler:
     ) -> tuple[Counts, str]:
         bounds = self._bounds(load)
         needed = _largest(forecast.needed, self._settings.spare_workers)
+        roomy = _largest(forecast.after_jump, self._settings.spare_workers)
         enough = _largest(forecast.with_headroom, self._settings.spare_workers)
         if len(self._lengths) < _FEW and self._requests.level > 0:
             return self._within(have, bounds, have), "no lengths known yet"
@@ -178,6 +177,9 @@ class Autoscaler:
             pool: _size(have.of(pool), needed.of(pool), enough.of(pool), bounds[pool], may_shrink=may_shrink)
             for pool in POOLS
         }
+        for pool in POOLS:
+            if needed.of(pool) > self._settings.jump * have.of(pool):
+                sizes[pool] = bounds[pool].clamp(roomy.of(pool))
         wanted = Counts(sizes["prefill"], sizes["decode"])
         lately = _largest(self._most_needed(load.now_s - self._settings.flip_after_s), self._settings.spare_workers)
         wanted = _lend(wanted, have, lately, bounds, fleet)

@@ -158,6 +158,7 @@ class ScaleForecast:
     prompt_tokens_per_s: float = 0.0
     output_tokens_per_s: float = 0.0
     needed: Counts = Counts(0, 0)  # for the forecast load, noise left out
+    after_jump: Counts = Counts(0, 0)  # with more room, for a pool that is far too small
     with_headroom: Counts = Counts(0, 0)  # the same with headroom, largest of the time before a shrink
     correction: tuple[float, float] = (1.0, 1.0)  # of prefill and decode load, from missed objectives
 

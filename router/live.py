@@ -84,6 +84,7 @@ class Live:
     prediction: Prediction | None = None  # of its latest placement
     fetch: FetchFrom | None = None  # the same: what whoever computes the prompt reads from another worker
     placed_s: float = 0.0
+    decode_keeps: bool | None = None  # which of the two caches the prompt's KV for others; None: both do
     strikes: set[Life] = field(default_factory=set)  # workers that were lost while they computed it
     computed_on: int | None = None  # the prefill session that has the prompt's KV in its cache
     computed_whole: bool = False  # all of it
@@ -244,7 +245,13 @@ class Live:
         self.request.advance(RequestStatus.RESERVED, now_s)
         self.answer_due_s = now_s + ANSWER_WITHIN_S
         spec = self.request.spec(self.remaining_s(now_s))
-        decode.link.send(ReserveKV(spec=spec, max_local_tokens=max_local_tokens, queue_if_full=queue_if_full))
+        message = ReserveKV(
+            spec=spec,
+            max_local_tokens=max_local_tokens,
+            queue_if_full=queue_if_full,
+            keeps=self.decode_keeps is not False,
+        )
+        decode.link.send(message)
 
     def run_locally(self, decode: Worker, now_s: float) -> None:
         """Let the decode worker compute the prompt. It may hold this attempt's grant, or say that it has the KV."""
@@ -273,6 +280,7 @@ class Live:
             grant=self.grant,
             sample=not self.request.is_resume,
             fetch=self.fetch,
+            keeps=self.decode_keeps is not True,
         )
         self.prefill.link.send(task)
 

@@ -14,6 +14,7 @@ from .admission import Admission
 from .decisions import Candidate, Decision, note
 from .explain import EXPLAIN_EVERY, candidates
 from .isolation import Isolation
+from .keepers import Keepers
 from .ledger import Ledger
 from .live import Live, max_num_tokens
 from .observer import Observer
@@ -47,6 +48,7 @@ class Placer:
         self._isolation = isolation
         self._policy = policy
         self._pools = pools
+        self._keepers = Keepers(pools)
         self._observer = observer
         self._max_local_tokens = config.max_local_prefill_tokens if config.local_prefill else 0
         self._needs_prefill_worker = config.expect_prefill and not config.local_prefill
@@ -136,10 +138,12 @@ class Placer:
         if placement.prefill_worker is None:
             if placement.reason.is_fallback:
                 self._note_fallback(live, decode, placement.reason, now_s)
+            self._keepers.note_local(live, decode)
             live.run_locally(decode, now_s)
             return
         prefill = self._pools.named(placement.prefill_worker)
         assert prefill is not None
+        live.decode_keeps = self._keepers.decode_keeps(live, prefill, decode)
         live.reserve(prefill, decode, self._max_local_tokens, now_s)
 
     def _note_decision(

@@ -95,6 +95,7 @@ class _Fetch:
     held: list[BlockId] = field(default_factory=list)  # leading blocks that we have, pinned until the end
     num_found: int = 0  # leading blocks that need not be asked for
     num_bytes: int = 0
+    is_spare: bool = False  # another worker keeps the prompt's KV
     part: _Part | None = None
 
 
@@ -145,14 +146,16 @@ class Fetches:
 
     # --- prompts --------------------------------------------------------------------------------------------------
 
-    def begin(self, key: str, hashes: Sequence[bytes], source: FetchFrom, on_end: Callable[[], None]) -> bool:
+    def begin(
+        self, key: str, hashes: Sequence[bytes], source: FetchFrom, on_end: Callable[[], None], *, spare: bool = False
+    ) -> bool:
         """Fetch what is missing of these leading blocks; `on_end` is called once, later. False: nothing is missing.
 
         `key` names the prompt. One that is known already is fetched for it alone.
         """
         self.cancel(key)
         size = self._endpoint.spec.block_size
-        fetch = _Fetch(key, source, hashes[: source.num_tokens // size], on_end, self._clock.now())
+        fetch = _Fetch(key, source, hashes[: source.num_tokens // size], on_end, self._clock.now(), is_spare=spare)
         self._skip_held(fetch)
         if fetch.num_found == len(fetch.hashes) or not self._room():
             self._pool.free(fetch.held)
@@ -293,7 +296,7 @@ class Fetches:
                 self._end(fetch, has_failed=True)
                 return
         for block, block_hash in zip(part.blocks, part.hashes, strict=False):
-            self._pool.publish(block, block_hash)
+            self._pool.publish(block, block_hash, spare=fetch.is_spare)
         self._over(fetch, part)
         fetch.held += part.blocks
         fetch.num_found += len(part.blocks)

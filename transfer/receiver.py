@@ -193,20 +193,31 @@ class KVReceiver:
     # --- reserving ----------------------------------------------------------------------------------------
 
     def reserve(
-        self, spec: RequestSpec, router_id: str, *, max_local_tokens: int = 0, growth_reserve: int = 0
+        self,
+        spec: RequestSpec,
+        router_id: str,
+        *,
+        max_local_tokens: int = 0,
+        growth_reserve: int = 0,
+        keeps: bool = True,
     ) -> Grant | NoCapacity:
         """Blocks for a prompt and for the copies that its choices need; `growth_reserve` blocks stay available.
 
         A lower attempt of the request ends with it. "held": so little of the prompt is missing here (at most
-        `max_local_tokens`, or nothing) that it should be computed here.
+        `max_local_tokens`, or nothing) that it should be computed here. `keeps`: the prompt's KV is cached for others
+        here, and not where it comes from.
         """
-        return self._grants.reserve(
+        answer = self._grants.reserve(
             spec,
             router_id,
             max_local_tokens=max_local_tokens,
             growth_reserve=growth_reserve,
             refusal="draining" if self.draining else "" if self.offered else "wrong_role",
         )
+        reservation = self.ledger.of_request(spec.request_id) if isinstance(answer, Grant) else None
+        if reservation is not None:
+            reservation.keeps = keeps
+        return answer
 
     # --- the prefill worker's messages -----------------------------------------------------------------------
 
@@ -279,7 +290,9 @@ class KVReceiver:
         self.endings.forget(reservation, arrived=True)
         blocks = reservation.hit_blocks + reservation.block_ids
         for block, block_hash in zip(blocks, reservation.block_hashes, strict=False):  # a partial last one has none
-            self._pool.publish(block, block_hash)
+            self._pool.publish(block, block_hash, spare=not reservation.keeps)
+        if reservation.keeps:
+            self._pool.keep(reservation.hit_blocks)
         return blocks, list(reservation.copy_blocks)
 
     def release(self, reservation: Reservation) -> None:

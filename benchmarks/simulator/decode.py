@@ -35,6 +35,7 @@ from kvferry.common.messages import (
     TaskRefused,
     WorkerFailure,
 )
+from kvferry.common.prefix_cache import PrefixCache
 from kvferry.common.request import FinishReason, RequestSpec, Sequence
 from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.decode.waiting import WaitingReservations
@@ -71,6 +72,7 @@ class DecodePart:
         to_router: Callable[[Message], None],
         *,
         fetches: SimFetches,
+        cache: PrefixCache,
         worker_id: str,
         life: int,
         max_num_batched_tokens: int,
@@ -83,6 +85,7 @@ class DecodePart:
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             tpot_objective_s=tpot_objective_s,
+            cache=cache,
         )
         self.reservations = Reservations(pool, spec, clock, job_of, worker_id, life)
         self.answers: dict[str, Answer] = {}  # by request id
@@ -245,6 +248,7 @@ class DecodePart:
         job = self._job_of(spec.request_id)
         num_outputs = max(_num_outputs(spec), reservation.num_first_tokens)
         seq = job.sequence(spec, num_outputs)
+        seq.is_kept_elsewhere = not reservation.keeps
         self.answers[spec.request_id] = Answer(spec, job, seq, num_outputs)
         self.scheduler.blocks.deal([seq], spec.num_prompt_tokens, blocks, [])
         self.scheduler.adopt(seq)
@@ -258,10 +262,10 @@ class DecodePart:
             self.to_router(WorkerFailure(request_id=spec.request_id, attempt=spec.attempt, reason=reason))
             self._end(answer)
 
-    def complete(self, batch: Batch, step_s: float) -> None:
+    def complete(self, batch: Batch, step_s: float, swap_s: float) -> None:
         """The step is over: one token for each row that fed its last known one."""
         samples = [row.samples for row in batch.rows]
-        self.scheduler.observe(batch, StepOutput([], step_s, batch.num_tokens))
+        self.scheduler.observe(batch, StepOutput([], step_s, batch.num_tokens, swap_s))
         alive = self.scheduler.complete(batch)
         updates = []
         for row, has_sampled, is_alive in zip(batch.rows, samples, alive, strict=True):

@@ -6,6 +6,8 @@ While the same rows decode, nothing happens but that each step takes a little lo
 to the next finish are one event; who looks in between (a heartbeat, a reservation) sees the state after the steps that
 are over by then, and whoever brings new work cuts the jump after the step that runs. With `jumps=False` every step is
 an event of its own, which changes nothing but the time that it takes to simulate.
+
+With host memory below the device a step begins with copies, which take their time; a jump ends where a step may copy.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from kvferry.benchmarks.simulator.steps import StepModel, StepWork
 from kvferry.common.batch import Batch
 from kvferry.common.blocks import BlockPool
 from kvferry.common.messages import StepSample, StepTokens
+from kvferry.common.prefix_cache import PrefixCache
 from kvferry.prefill.scheduler import MAX_STEP_S
 
 _MAX_JUMP = 1 << 16
@@ -38,16 +41,20 @@ class Engine:
     def __init__(
         self,
         kernel: Kernel,
+        cache: PrefixCache,
         pool: BlockPool,
         model: StepModel,
         prefill: PrefillPart,
         decode: DecodePart,
         random: Random,
         *,
+        copy_s: float,
         jumps: bool,
     ) -> None:
         self._kernel = kernel
+        self._cache = cache
         self._pool = pool
+        self._copy_s = copy_s  # of one block
         self._model = model
         self._prefill = prefill
         self._decode = decode
@@ -88,6 +95,10 @@ class Engine:
                 self._start(part, batch)
                 return
         self._was_idle = True
+        copies = self._cache.idle()
+        if copies is not None:
+            self._had_turn = self._decode
+            self._start(self._decode, copies)
 
     def _turns(self) -> tuple[PrefillPart | DecodePart, PrefillPart | DecodePart]:
         """Who is asked first: as `roles.both` has it."""
@@ -102,11 +113,14 @@ class Engine:
     def _start(self, part: PrefillPart | DecodePart, batch: Batch) -> None:
         work = work_of(batch)
         num_steps = self._steps_to_jump(batch, work) if part is self._decode else 1
-        first_s, slope_s = self._model.step_s(work), 0.0
+        swap_s = (len(batch.swap_out) + len(batch.swap_in)) * self._copy_s
+        first_s, slope_s = self._model.step_s(work) if batch.rows else 0.0, 0.0
         if num_steps > 1:
             first_s, slope_s = self._model.run(work.decode_rows, work.decode_context)
         factor = self._draw(num_steps)
-        step = Step(part, batch, work, self._kernel.now(), num_steps, first_s * factor, slope_s * factor)
+        step = Step(
+            part, batch, work, self._kernel.now(), num_steps, first_s * factor + swap_s, slope_s * factor, swap_s
+        )
         self._step = step
         if num_steps > 1:
             step.num_steps = num_steps = self._steps_with_blocks(step)
@@ -132,6 +146,8 @@ class Engine:
             return 1
         if self._prefill.scheduler.prompts or len(batch.rows) < len(self._decode.scheduler.running):
             return 1
+        if not self._cache.is_settled:
+            return 1
         answers = self._decode.answers
         longest = min(answers[row.seq.request_id].num_missing for row in batch.rows)
         if not all(row.samples for row in batch.rows):
@@ -139,8 +155,8 @@ class Engine:
         return min(longest, _MAX_JUMP)
 
     def _steps_with_blocks(self, step: Step) -> int:
-        """As many of the jump's steps as there are blocks for."""
-        free, size = self._pool.num_free_blocks, self._pool.block_size
+        """As many of the jump's steps as there are blocks for; with another tier, as none takes a block for."""
+        free, size = self._pool.num_free_blocks if not self._cache.has_tiers else 0, self._pool.block_size
         had = step.growth(step.done, size)
         if step.growth(step.num_steps - 1, size) - had <= free:
             return step.num_steps
@@ -192,7 +208,8 @@ class Engine:
         """Blocks were taken (after `sync`): does the jump still have all that it needs?"""
         step = self._step
         if step is not None and step.num_steps > 1:
-            self._cut(step, self._steps_with_blocks(step))
+            has_tiers = self._cache.has_tiers  # then what was taken may be copied out by the next step
+            self._cut(step, step.over(self._kernel.now()) + 1 if has_tiers else self._steps_with_blocks(step))
 
     def _end(self, step: Step, version: int) -> None:
         if self._step is not step or step.version != version or self.is_dead:
@@ -205,7 +222,7 @@ class Engine:
         self._num_steps += step.num_steps
         self.busy_s += seconds
         self._last = (last_s, step.batch.num_tokens)
-        step.part.complete(step.batch, last_s)
+        step.part.complete(step.batch, last_s, step.swap_s)
         self._step = None
         self._begin()
 
@@ -257,6 +274,8 @@ class Engine:
 
     def _take_samples(self, step: Step, until: int) -> None:
         """Of steps that have ended: every one with prompts, every eighth of the others."""
+        if not step.batch.rows:
+            return
         work, every = step.work, 1 if step.work.prefill_tokens else _EVERY_DECODE_STEP
         first = -(-(self._num_steps + step.sampled) // every) * every - self._num_steps
         for number in range(first, until, every):

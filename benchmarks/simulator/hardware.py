@@ -5,6 +5,7 @@ Sources of the figures, by name:
                   dense rate, "with sparsity"
     B200          NVIDIA data sheet "DGX B200" divided by eight: 1,440 GB, 64 TB/s, 72 PFLOP/s FP8 with sparsity
     network       the same systems' data sheets: one 400 Gb/s ConnectX-7 port for each GPU
+    host          the GPUs' data sheets: PCIe Gen5 x16, 128 GB/s in both directions together
     prices        RunPod's on-demand list, as quoted by deploybase.ai ("B200 vs H200 vs H100"), USD for a GPU-hour
 
 What of a peak is reached is an assumption, the same for every policy that is compared:
@@ -32,6 +33,7 @@ class Gpu:
     network_gb_per_s: float  # bytes, of its own port: what a KV transfer between machines has
     nvlink_gb_per_s: float  # bytes in one direction, within a machine
     usd_per_hour: float
+    host_gb_per_s: float = 64.0  # bytes in one direction, to and from host memory
     mfu: float = 0.55
     mbu: float = 0.7
 

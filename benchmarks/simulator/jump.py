@@ -23,6 +23,7 @@ class Step:
     num_steps: int
     first_s: float  # time of the first one
     slope_s: float  # each later one takes so much more than the one before it
+    swap_s: float = 0.0  # of a single step, for copies from and to host memory
     done: int = 0
     sampled: int = 0  # of the jump's steps, those that samples were taken of
     version: int = 0

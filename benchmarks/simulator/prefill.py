@@ -14,7 +14,7 @@ from kvferry.benchmarks.simulator.fetches import SimFetches
 from kvferry.benchmarks.simulator.jobs import TOKEN, Job
 from kvferry.benchmarks.simulator.network import Link, Port
 from kvferry.benchmarks.simulator.reservations import Reservation
-from kvferry.common.batch import Batch
+from kvferry.common.batch import Batch, StepOutput
 from kvferry.common.blocks import BlockPool, KVCacheSpec
 from kvferry.common.clock import Clock
 from kvferry.common.errors import CapacityError
@@ -28,6 +28,7 @@ from kvferry.common.messages import (
     TaskRefused,
     TransferReport,
 )
+from kvferry.common.prefix_cache import PrefixCache
 from kvferry.common.request import FinishReason, RequestSpec
 from kvferry.prefill.scheduler import PrefillScheduler, Prompt
 
@@ -91,12 +92,13 @@ class PrefillPart:
         *,
         sending: Port,
         fetches: SimFetches,
+        cache: PrefixCache,
         token_bytes: int,
         max_num_batched_tokens: int,
         max_num_seqs: int,
     ) -> None:
         self.scheduler = PrefillScheduler(
-            pool, clock, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs
+            pool, clock, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, cache=cache
         )
         self.draining = False
         self.num_bytes = 0  # shipped, since start
@@ -133,6 +135,7 @@ class PrefillPart:
         job = self._job_of(spec.request_id)
         seq = job.sequence(spec)
         seq.pending_choices, seq.samples = spec.choices, message.sample
+        seq.is_kept_elsewhere = not message.keeps
         try:
             prompt = self.scheduler.add(seq, b"", spec.remaining_s)
         except CapacityError as error:
@@ -160,6 +163,7 @@ class PrefillPart:
 
     def _give_back(self, task: Task) -> None:
         seq = task.prompt.seq
+        self.scheduler.cache.cancel(seq.block_table)
         self._pool.free(seq.block_table)
         seq.block_table = []
 
@@ -228,8 +232,10 @@ class PrefillPart:
             received_s = shipment.port.stream(begin_s, end_s, seconds, layers)
             self._flow.ends_s[task.spec.request_id] = max(sent_s, received_s) + shipment.link.latency_s
 
-    def complete(self, batch: Batch, step_s: float) -> None:
-        self.scheduler.observe(step_s, batch.num_tokens)
+    def complete(self, batch: Batch, step_s: float, swap_s: float) -> None:
+        self.scheduler.observe(step_s - swap_s, batch.num_tokens)
+        self.scheduler.cache.observe(batch, StepOutput([], step_s, batch.num_tokens, swap_s))
+        self.scheduler.cache.end()
         tasks, self._step_tasks = self._step_tasks, []
         for row, task in zip(batch.rows, tasks, strict=True):
             task.stepping = False

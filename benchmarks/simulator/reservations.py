@@ -35,6 +35,7 @@ class Reservation:
     writer: str | None = None  # the prefill worker's session that ships
     has_arrived: bool = False
     num_first_tokens: int = 0  # that came with it
+    keeps: bool = True  # the prompt's KV for others; False: its writer does
 
 
 class Reservations:
@@ -67,7 +68,13 @@ class Reservations:
         return self._live.get(request_id)
 
     def reserve(
-        self, spec: RequestSpec, router_id: str, *, max_local_tokens: int = 0, growth_reserve: int = 0
+        self,
+        spec: RequestSpec,
+        router_id: str,
+        *,
+        max_local_tokens: int = 0,
+        growth_reserve: int = 0,
+        keeps: bool = True,
     ) -> Grant | NoCapacity:
         """As `KVReceiver.reserve`."""
         known = self._live.get(spec.request_id)
@@ -89,7 +96,9 @@ class Reservations:
             return self._refusal(spec, reason, num_cached)
         self.prefix_queries += num_tokens
         self.prefix_hits += num_cached
-        return self._grant(spec, router_id, hits, num_total - len(hits))
+        answer = self._grant(spec, router_id, hits, num_total - len(hits))
+        self._live[spec.request_id].keeps = keeps
+        return answer
 
     def _grant(self, spec: RequestSpec, router_id: str, hits: list[BlockId], num_new: int) -> Grant:
         self._pool.pin(hits)
@@ -159,7 +168,9 @@ class Reservations:
         for block, block_hash in zip(
             blocks[: reservation.grant.num_tokens // self._spec.block_size], hashes, strict=False
         ):
-            self._pool.publish(block, block_hash)
+            self._pool.publish(block, block_hash, spare=not reservation.keeps)
+        if reservation.keeps:
+            self._pool.keep(reservation.hits)
         return blocks
 
     def drop(self, reservation: Reservation) -> None:

@@ -63,6 +63,7 @@ class Fleet:
     gpus_per_worker: int = 4
     steps: StepModel | None = None  # None: the roofline of the hardware above
     num_blocks: int | None = None  # of a worker; None: what fits into its memory
+    host_blocks: int = 0  # of a worker, in host memory: below the device's
     block_tokens: int | None = None  # None: 512 where the trace names blocks of prompts, else 64
     max_num_seqs: int = 256
     max_model_len: int = 131072
@@ -93,6 +94,11 @@ class Fleet:
         if not isinstance(model, Roofline):
             raise ConfigError("num_blocks: a measured step model says nothing about memory")
         return model.num_blocks(block_tokens)
+
+    @property
+    def host_bytes_per_s(self) -> float:
+        """One way, between a worker's GPUs and host memory."""
+        return gpu_named(self.gpu).host_gb_per_s * 1e9 * self.gpus_per_worker
 
     @property
     def kv_token_bytes(self) -> int:

@@ -20,6 +20,8 @@ class WorkerSpec:
     kv: KVCacheSpec
     steps: StepModel
     num_blocks: int
+    host_blocks: int
+    copy_s: float  # of one block to host memory, or from there
     max_num_seqs: int
     max_model_len: int
     prefill_tokens: int
@@ -69,6 +71,8 @@ def worker_spec(scenario: Scenario, block_tokens: int, hashed: bool) -> WorkerSp
         ),
         steps=fleet.step_model(),
         num_blocks=fleet.blocks(block_tokens),
+        host_blocks=fleet.host_blocks if hashed else 0,
+        copy_s=block_tokens * fleet.kv_token_bytes / fleet.host_bytes_per_s,
         max_num_seqs=fleet.max_num_seqs,
         max_model_len=fleet.max_model_len,
         prefill_tokens=fleet.prefill_tokens,

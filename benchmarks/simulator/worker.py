@@ -20,7 +20,7 @@ from kvferry.benchmarks.simulator.prefill import PrefillPart
 from kvferry.benchmarks.simulator.reservations import Reservation
 from kvferry.benchmarks.simulator.setup import WorkerSpec, calibration
 from kvferry.common.blocks import BlockPool
-from kvferry.common.journal import CacheJournal
+from kvferry.common.journal import open_journal
 from kvferry.common.messages import (
     Abort,
     Drain,
@@ -35,7 +35,10 @@ from kvferry.common.messages import (
     SetRole,
     WorkerHello,
 )
+from kvferry.common.prefix_cache import PrefixCache
+from kvferry.common.tiers import Shelf
 from kvferry.decode.waiting import MAX_WAIT_S
+from kvferry.transfer.lending import MAX_LENT_SHARE
 
 if TYPE_CHECKING:
     from kvferry.benchmarks.simulator.world import World
@@ -63,11 +66,10 @@ class SimWorker:
         self.began_s = self.wished_s = kernel.now()
         self.pool = BlockPool(spec.num_blocks, spec.kv.block_size, enable_prefix_caching=spec.prefix_caching)
         self.port = Port()  # receiving
-        self.journal = CacheJournal()
-        self.journal.add_tier("device", self.pool.published)
-        self.journal.router_joined("")
+        self.cache = PrefixCache(self.pool, host=Shelf(spec.host_blocks))
         if spec.prefix_caching:
-            self.pool.listener = self.journal
+            self.journal = open_journal(self.pool, self.cache)
+            self.journal.router_joined("")
         self.sending = Port()
         self.fetches = SimFetches(
             self.pool,
@@ -76,6 +78,7 @@ class SimWorker:
             self.port,
             token_bytes=spec.token_bytes,
             reserve=lambda: self.decode.scheduler.growth_reserve,
+            also_held=self.cache.has_below,
         )
         self.decode = DecodePart(
             self.pool,
@@ -84,6 +87,7 @@ class SimWorker:
             world.job,
             self.to_router,
             fetches=self.fetches,
+            cache=self.cache,
             worker_id=worker_id,
             life=life,
             max_num_batched_tokens=spec.decode_tokens,
@@ -99,6 +103,7 @@ class SimWorker:
             self,
             sending=self.sending,
             fetches=self.fetches,
+            cache=self.cache,
             token_bytes=spec.token_bytes,
             max_num_batched_tokens=spec.prefill_tokens,
             max_num_seqs=spec.max_num_seqs,
@@ -106,7 +111,17 @@ class SimWorker:
         # A preempted answer gets the blocks that come free, not the prompts that come.
         self.prefill.scheduler.reserve = lambda: self.decode.scheduler.growth_reserve
         random = Random(f"{world.scenario.seed}/{worker_id}/{life}")
-        self.engine = Engine(kernel, self.pool, spec.steps, self.prefill, self.decode, random, jumps=spec.jumps)
+        self.engine = Engine(
+            kernel,
+            self.cache,
+            self.pool,
+            spec.steps,
+            self.prefill,
+            self.decode,
+            random,
+            copy_s=spec.copy_s,
+            jumps=spec.jumps,
+        )
         self._num_heartbeats = 0
         self._num_ticks = 0
         self._tick_version = 0
@@ -215,12 +230,24 @@ class SimWorker:
             return None
         return reservation, self.world.link(self, other), other.port
 
-    def lend(self, worker_id: str, hashes: Sequence[bytes]) -> tuple[int, Link, Port] | None:
+    def lend(self, worker_id: str, hashes: Sequence[bytes], answer: Callable[[int, Link, Port], None]) -> bool:
         other = self.world.worker(worker_id)
         if other is None or other is self:
-            return None
+            return False
         other.engine.sync_blocks()
-        return len(other.pool.match_prefix(hashes)), self.world.link(other, self), other.sending
+        link = self.world.link(other, self)
+
+        def tell() -> None:
+            answer(len(other.pool.match_prefix(hashes)), link, other.sending)
+
+        wanted = list(hashes[: int(MAX_LENT_SHARE * other.pool.num_blocks)])
+        if other.cache.lift(wanted, tell, reserve=other.decode.scheduler.growth_reserve):
+            other.engine.wake()  # they come to the device with its next step
+            return True
+        if not other.pool.match_prefix(hashes[:1]):
+            return False
+        tell()
+        return True
 
     @property
     def session(self) -> str:

@@ -351,7 +351,7 @@ def test_an_answer_without_a_row_in_the_routers_log_makes_a_run_bad() -> None:
 def test_flags_of_the_system_are_handed_through(tmp_path: Path) -> None:
     options = chaos.parse_options(["--decode", "3", "--serve-flags", "--dtype bfloat16", "--log-dir", str(tmp_path)])
     assert options.num_workers == 5
-    assert options.flags[:5] == ["--prefill", "2", "--decode", "3", "--deterministic"]
+    assert options.flags[:7] == ["--policy", "least_loaded", "--prefill", "2", "--decode", "3", "--deterministic"]
     assert options.flags[-2:] == ["--dtype", "bfloat16"]
 
 

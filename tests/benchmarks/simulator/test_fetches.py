@@ -25,9 +25,11 @@ class Peer:
         self.kernel = kernel
         self.sending = Port()
 
-    def lend(self, worker_id: str, hashes: Sequence[bytes]) -> tuple[int, Link, Port] | None:
-        held = set(HASHES[:6])
-        return sum(value in held for value in hashes), Link(BLOCK * 10.0, 0.5), self.sending  # ten blocks a second
+    def lend(self, worker_id: str, hashes: Sequence[bytes], answer: Callable[[int, Link, Port], None]) -> bool:
+        count = sum(value in set(HASHES[:6]) for value in hashes)
+        if count:
+            answer(count, Link(BLOCK * 10.0, 0.5), self.sending)  # ten blocks a second
+        return count > 0
 
     def at(self, time_s: float, handler: Callable[..., None], *args: object) -> None:
         self.kernel.at(time_s, handler, *args)
