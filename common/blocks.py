@@ -267,6 +267,10 @@ class BlockPool:
         if self._spare:
             self._spare.difference_update(blocks)
 
+    def is_spare(self, block_id: BlockId) -> bool:
+        """Whether it is published, and kept by another worker."""
+        return block_id in self._spare
+
     def is_known(self, block_id: BlockId) -> bool:
         """`match_prefix` finds it."""
         return block_id in self._hash_of

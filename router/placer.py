@@ -19,7 +19,7 @@ from .ledger import Ledger
 from .live import Live, max_num_tokens
 from .observer import Observer
 from .policy import Demand, Lack, Placement, Reason, RoutingPolicy, Wait, fits_decode, fits_prefill
-from .pools import Pools, Worker, WorkerView
+from .pools import Pools, PoolView, Worker, WorkerView
 from .prefix_fetch import fetch_from
 from .request import RequestStatus, RouterRequest, StreamError
 
@@ -72,20 +72,25 @@ class Placer:
             self._is_running = False
 
     def _run_round(self, now_s: float) -> None:
-        view, claimed, passed = self._pools.picture(now_s), frozenset[int](), set[Live]()
+        view: PoolView | None = self._pools.picture(now_s)
+        claimed, passed = frozenset[int](), set[Live]()
         if self._policy.predicts:
-            num_workers = view.num_ready("prefill") or view.num_ready("decode")
+            num_workers = self._pools.num_ready("prefill") or self._pools.num_ready("decode")
             self._ledger.queue.triage(now_s, self._admission.forecast.work_rate(num_workers))
-        while next_ones := [live for live in self._ledger.queue.first(LOOK_AHEAD, now_s) if live not in passed]:
+        queue = self._ledger.queue
+        while len(queue) > len(passed) and (
+            next_ones := [live for live in queue.first(LOOK_AHEAD, now_s) if live not in passed]
+        ):
             for live in next_ones:
                 if live.request.status is not RequestStatus.QUEUED or self.is_too_late(live, now_s):
                     continue  # placing an earlier one has ended it, or it ends now
                 demand = live.demand(self._pools, claimed, now_s)
+                view = view or self._pools.picture(now_s)
                 answer = self._policy.place(view, demand)
                 if isinstance(answer, Placement):
                     seen = candidates(self._policy, view, demand) if self._is_explained(live) else ()
                     self._place(live, answer, now_s, by=self._policy.name, seen=seen)
-                    view = self._pools.picture(now_s)
+                    view = None
                     continue
                 if live.waits_s is None:
                     live.waits_s = now_s

@@ -215,7 +215,9 @@ class Worker:
             return f"a step runs for {status.busy_for_s:.1f} s, the limit is {limit_s:.1f} s"
         if not status.num_running:
             limit_s = max(limit_s, STALL_LIMIT_S)
-        stalled_s = now_s - self._progress_s
+        # A step that runs now began when what it waited for was there: a prefix that was read from elsewhere.
+        began_s = self.status_s - status.busy_for_s if status.busy_for_s else self._progress_s
+        stalled_s = now_s - max(self._progress_s, began_s)
         if (status.num_running or status.num_waiting) and stalled_s > limit_s:
             return f"work waits and no step has finished for {stalled_s:.1f} s, the limit is {limit_s:.1f} s"
         return None
@@ -394,6 +396,10 @@ class Pools:
     def unclaim(self, worker: Worker) -> None:
         worker.is_claimed = False
         self.claimed -= {worker.link.number}
+
+    def num_ready(self, role: str) -> int:
+        """As of the latest picture."""
+        return len(self._order[role])
 
     def on_status(self, worker: Worker, status: WorkerStatus, now_s: float) -> bool:
         """A heartbeat. True if a request that has found no room may find some now."""

@@ -40,7 +40,7 @@ from ..policy import (
 from ..predictor import Predictor, Way, distance
 from ..views import PoolView, Rank, WorkerView
 
-_NEAR = 8  # workers of each pool that are looked at, beside those that hold some of the prompt
+_NEAR = 6  # workers of each pool that are looked at, beside those that hold some of the prompt
 _MAX_HOLDERS = 3
 _BEST_PREFILLS = 4  # of these, for every decode worker
 _TPOT_MARGIN = 0.92  # of the objective, up to which a step is filled

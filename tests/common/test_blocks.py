@@ -175,3 +175,33 @@ class PoolMachine(RuleBasedStateMachine):
 
 PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestPoolMachine = PoolMachine.TestCase
+
+
+def test_what_another_worker_keeps_is_evicted_first_and_goes_to_no_other_tier() -> None:
+    pool, evicted = BlockPool(4, 4), list[bytes]()
+    pool.on_evicted = lambda _, block_hash: evicted.append(block_hash)
+    kept, spare = pool.allocate(2), pool.allocate(2)
+    for number, block in enumerate(kept):
+        pool.publish(block, b"kept-%d" % number)
+    for number, block in enumerate(spare):
+        pool.publish(block, b"spare-%d" % number, spare=True)
+    pool.free(kept)
+    pool.free(spare)
+    pool.check()
+    assert pool.num_free_blocks == pool.num_cached_blocks == 4 and list(pool.coldest()) == [b"kept-1", b"kept-0"]
+    assert pool.match_prefix([b"spare-0", b"spare-1"]) == spare
+    assert pool.allocate(2) == [spare[1], spare[0]] and not evicted
+    assert pool.allocate(1) == [kept[1]] and evicted == [b"kept-1"]
+    pool.check()
+
+
+def test_a_spare_block_that_is_kept_after_all_is_evicted_in_its_turn() -> None:
+    pool = BlockPool(2, 4)
+    blocks = pool.allocate(2)
+    pool.publish(blocks[0], b"a", spare=True)
+    pool.publish(blocks[1], b"b")
+    pool.free([blocks[1]])
+    pool.keep([blocks[0]])
+    pool.free([blocks[0]])
+    pool.check()
+    assert pool.allocate(1) == [blocks[1]]

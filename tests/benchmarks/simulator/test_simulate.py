@@ -52,8 +52,10 @@ def test_equal_scenarios_have_equal_outcomes() -> None:
         azure(rate_per_s=14.0, num_requests=200, prefill=1, decode=1, num_blocks=700, block_tokens=16),
         mooncake(),
         mooncake(num_blocks=150, prefill=0, decode=3),
+        mooncake(num_blocks=200, host_blocks=400, num_requests=100),
+        mooncake(num_blocks=150, host_blocks=200, prefill=0, decode=3),
     ],
-    ids=["split", "colocated", "full", "shared prefixes", "evictions"],
+    ids=["split", "colocated", "full", "shared prefixes", "evictions", "host memory", "host memory, colocated"],
 )
 @pytest.mark.parametrize("policy", ["least_loaded", "slo"])
 def test_a_jump_over_decode_steps_changes_nothing(scenario: Scenario, policy: str) -> None:
@@ -71,10 +73,29 @@ def test_a_jump_over_decode_steps_changes_nothing(scenario: Scenario, policy: st
     assert jumped.num_preemptions == stepped.num_preemptions
 
 
+TIERS = mooncake(num_blocks=200, host_blocks=400, num_requests=100)
+
+
+def test_what_has_left_the_device_is_found_in_host_memory() -> None:
+    rows = tuple(TraceRow(8.0 * n, 5120, 2, tuple(range(1000 * (n % 3), 1000 * (n % 3) + 10))) for n in range(9))
+    fleet = replace(TIERS.fleet, prefill=0, decode=1, num_blocks=22, host_blocks=60)
+    scenario = Scenario(traffic=Traffic(rows), fleet=fleet, router=Router(knows_objectives=False))
+    world, outcome = run(scenario)
+    _, without = run(replace(scenario, fleet=replace(fleet, host_blocks=0)))
+    assert [request.num_cached_tokens for request in outcome.requests] == [0, 0, 0, *[9 * 512] * 6]
+    assert without.hit_rate < outcome.hit_rate / 2
+    (worker,) = world.workers.values()
+    assert worker.cache.num_promoted_blocks > 0
+    worker.cache.check()
+    # A promoted block costs its copy and no computing.
+    first, again = outcome.requests[0].ttft_s, outcome.requests[3].ttft_s
+    assert first is not None and again is not None and 9 * world.spec.copy_s < again < first
+
+
 @pytest.mark.parametrize(
     "scenario",
-    [azure(), azure(prefill=0, rate_per_s=30.0), mooncake(rate_per_s=20.0), mooncake(num_blocks=120)],
-    ids=["azure", "overloaded", "mooncake overloaded", "small pools"],
+    [azure(), azure(prefill=0, rate_per_s=30.0), mooncake(rate_per_s=20.0), mooncake(num_blocks=120), TIERS],
+    ids=["azure", "overloaded", "mooncake overloaded", "small pools", "host memory"],
 )
 def test_every_request_ends_once_and_gives_its_blocks_back(scenario: Scenario) -> None:
     world, outcome = run(scenario)
