@@ -72,7 +72,7 @@ class Demotion:
 
     @property
     def _window(self) -> int:
-        """How many of the next to be evicted shall have a copy: half of the pool, less what is free."""
+        """How many of the next to be evicted shall have a copy: a quarter of the pool, less what is free."""
         pool = self._pool
         return min(pool.num_blocks, self._host.num_slots) // 4 - (pool.num_free_blocks - pool.num_cached_blocks)
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from collections.abc import Callable
 from typing import TextIO
 
+import msgspec
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
@@ -30,19 +32,16 @@ def configure_logging(level: str = "info", *, stream: TextIO | None = None, **co
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
+    last: list[Processor] = [clean, *_renderers(stream)]
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(_number(level)),
-        logger_factory=structlog.stdlib.LoggerFactory(),
+        logger_factory=structlog.WriteLoggerFactory(file=stream),  # past the standard library: a line for each request
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, clean, *_renderers(stream)],
-        )
-    )
+    formatter = structlog.stdlib.ProcessorFormatter
+    handler.setFormatter(formatter(foreign_pre_chain=shared, processors=[formatter.remove_processors_meta, *last]))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(_number(level))
@@ -69,7 +68,11 @@ def _harmless(text: str) -> str:
 def _renderers(stream: TextIO) -> list[Processor]:
     if stream.isatty():
         return [structlog.dev.ConsoleRenderer(colors=True)]
-    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=_to_json)]
+
+
+def _to_json(event: EventDict, **options: Callable[[object], object]) -> str:
+    return msgspec.json.encode(event, enc_hook=options["default"]).decode()
 
 
 def _number(level: str) -> int:

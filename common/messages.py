@@ -325,7 +325,7 @@ class HandoffFailed(Message):
     worker_id: Name = ""
 
 
-class ChoiceTokens(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class ChoiceTokens(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """New tokens of one choice: indices first_index, first_index + 1, ... of its output."""
 
     choice: Count
@@ -370,7 +370,7 @@ def in_pieces(
         )
 
 
-class RequestTokens(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class RequestTokens(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     request_id: Name
     attempt: Count
     choices: ChoiceList

@@ -104,7 +104,7 @@ def unpack_ids(data: bytes) -> list[int]:
     return ids.tolist()
 
 
-class SampledToken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class SampledToken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """One sampled token; `logprob` and `top` (best first) only where logprobs were asked for."""
 
     token_id: int

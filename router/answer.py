@@ -2,6 +2,9 @@
 
     prompt i, choice j  ->  index i * n + j
 
+    next ─> pieces        for every answer
+    pour_into ─> text     for one plain choice in its middle: at the end of the loop's turn, and `next` goes on waiting
+
 Whoever reads asks for what is `next` until there is nothing more. That is so after every choice has a finish reason;
 every other end raises: no answer ends in silence. This module knows no HTTP and no format.
 """
@@ -9,12 +12,13 @@ every other end raises: no answer ends in silence. This module knows no HTTP and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from ..common.clock import Clock
+from ..common.request import SampledToken
 from ..common.tokenizer import Detokenizer, Tokenizer
 from .choice import ChoiceText, Piece, TextOptions
 from .request import ChoiceUpdate, RouterRequest, StreamError, TokenStream, is_natural
@@ -34,6 +38,19 @@ class GapObserver(Protocol):
     def on_token_gap(self, gap_s: float) -> None:
         """Seconds between two updates of one choice."""
         ...
+
+
+class Spout(Protocol):
+    """Where text leaves by itself."""
+
+    @property
+    def is_full(self) -> bool: ...
+
+    def before_end(self, call: Callable[[], None]) -> None:
+        """Call this at the end of the loop's turn."""
+        ...
+
+    def pour(self, text: str) -> None: ...
 
 
 class Answer:
@@ -62,6 +79,8 @@ class Answer:
         self._error: StreamError | None = None  # after the pieces that were told last
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None  # for a change
+        self._spout: Spout | None = None
+        self._is_pouring = False  # at the end of this turn
         for position, stream in enumerate(streams):
             stream.listen(partial(self._on_change, position))
         self._clock = clock
@@ -101,10 +120,43 @@ class Answer:
             raise StreamError("the answer ended before all of its choices had", "internal_error", 500)
         return []
 
+    def pour_into(self, spout: Spout) -> None:
+        """From now on, while `next` waits, the text of the one choice goes there. Before: its first piece was told."""
+        if len(self.choices) == 1 and self.choices[0].is_plain:
+            self._spout = spout
+
     def _on_change(self, position: int) -> None:
         self._changed[position] = None
-        if self._waiter is not None and not self._waiter.done():
+        if self._waiter is None or self._waiter.done() or self._is_pouring:
+            return
+        if self._spout is not None:
+            self._is_pouring = True
+            self._spout.before_end(self._pour)
+        else:
             self._waiter.set_result(None)
+
+    def _pour(self) -> None:
+        """What is not the plain middle of an answer is left to who waits, and so is what goes wrong."""
+        self._is_pouring = False
+        waiter, spout = self._waiter, self._spout
+        assert waiter is not None and spout is not None
+        if waiter.done():
+            return
+        tokens = () if spout.is_full else self.streams[0].middle(_TOKENS_AT_ONCE)
+        if not tokens or not self._has_poured(spout, tokens):
+            waiter.set_result(None)
+
+    def _has_poured(self, spout: Spout, tokens: Sequence[SampledToken]) -> bool:
+        try:
+            text = self.choices[0].push(tokens, None).text
+        except Exception:  # whoever waits gets it again
+            return False
+        self.streams[0].skip(len(tokens))
+        self._changed.clear()
+        self._note_gap(0, self._clock.now())
+        if text:
+            spout.pour(text)
+        return True
 
     def _take_ready(self) -> list[tuple[int, Piece]]:
         """Of the streams that have changed, in that order, so many tokens in all."""

@@ -56,7 +56,6 @@ class ChoiceText:
 
     __slots__ = (
         "_detokenizer",
-        "_is_plain",
         "_length",
         "_offsets",
         "_options",
@@ -64,6 +63,7 @@ class ChoiceText:
         "_stops",
         "_tokens",
         "finish",
+        "is_plain",
         "num_tokens",
     )
 
@@ -71,7 +71,7 @@ class ChoiceText:
         self._detokenizer = detokenizer
         self._options = options
         self._stops = StopMatcher(options.stops, include_stop=options.include_stop) if options.stops else None
-        self._is_plain = not (options.stops or options.keep_tokens or options.max_tokens == 0)
+        self.is_plain = not (options.stops or options.keep_tokens or options.max_tokens == 0)
         self._tokens: list[SampledToken] = []  # not reported yet, as are their offsets
         self._offsets: list[int] = []
         self._length = 0  # characters made so far, held ones included
@@ -81,7 +81,7 @@ class ChoiceText:
 
     def push(self, tokens: Sequence[SampledToken], finish: str | None) -> Piece:
         """Take new tokens; `finish` as the worker says. The piece is empty where nothing can be shown yet."""
-        if self._is_plain:
+        if self.is_plain:
             text = self._push_plain(tokens, finish)
             return Piece(text) if finish is None else Piece(text, finish, self._stop_reason)
         if self._options.max_tokens == 0:  # echo alone: the token that was computed is not the client's

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 
 import msgspec
 
+from .answer import Spout
 from .choice import Piece
 from .form import Form
 from .openai_types import Struct
+from .outlet import Chunks
 
 DONE = b"data: [DONE]\n\n"
 _MARK = "\0text\0"  # no name and no id has it
@@ -34,6 +36,11 @@ class EventWriter:
         events = [self._event(index, piece) for index, piece in pieces]
         return events[0] if len(events) == 1 else b"".join(events)
 
+    def spout(self, chunks: Chunks) -> Spout | None:
+        """For the middle of a lone choice whose first piece was written; None where it is more than text."""
+        around = self._around.get(0)
+        return None if around is None else _PlainChunks(*around, chunks)
+
     def _event(self, index: int, piece: Piece) -> bytes:
         if piece.finish is None and index in self._around:
             before, after = self._around[index]
@@ -49,6 +56,25 @@ class EventWriter:
         event = encode_events(self._form.chunks(index, Piece(_MARK), is_first=False))
         before, _, after = event.partition(_encode(_MARK))
         return before, after
+
+
+class _PlainChunks:
+    """Each text as an event of its own."""
+
+    __slots__ = ("_after", "_before", "_chunks", "before_end")
+
+    def __init__(self, before: bytes, after: bytes, chunks: Chunks) -> None:
+        self._before = before
+        self._after = after
+        self._chunks = chunks
+        self.before_end = chunks.before_end
+
+    @property
+    def is_full(self) -> bool:
+        return self._chunks.is_full
+
+    def pour(self, text: str) -> None:
+        self._chunks.write(self._before + _encode(text) + self._after)
 
 
 def encode_events(chunks: Sequence[Struct]) -> bytes:

@@ -26,12 +26,13 @@ from ..common.errors import CapacityError, RequestError
 from .body import ClientGone
 from .errors import Failure, failure_of
 from .objectives import DEFAULT_CLASS
+from .outlet import Chunks
 from .quota import Allowance, QuotaExceeded
 from .request import StreamError
 
 OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
 CLIENT_CLOSED = 499  # for counts and logs: no one is there to read a status
-WRITE_PART = "kvferry.write_part"  # where the server lends its own way, in the scope
+CHUNKS = "kvferry.chunks"  # where the server lends its own way, in the scope
 _CALL = "kvferry.call"
 _NOT_IN_AN_ID = re.compile(rb"[^A-Za-z0-9._:/+=@-]+")
 
@@ -49,7 +50,8 @@ class Call:
     shown_id: str  # what x-request-id says: the client's own where it sent one
     started_s: float
     send: Send
-    write: WritePart  # the server's own: for each token of a stream, past all that stands between
+    write: WritePart  # a part of a stream
+    chunks: Chunks | None = None  # the server's own way for them, where it lends one
     tenant: bytes = b""  # whose key it came with; empty: there are no keys
     allowance: Allowance | None = None  # what it holds of the tenant's quota
     num_body_bytes: int = 0
@@ -163,8 +165,9 @@ class Frame:
     def _open(self, headers: dict[bytes, bytes], scope: Scope, send: Send) -> Call:
         request_id = uuid.uuid4().hex
         shown = _NOT_IN_AN_ID.sub(b"", headers.get(b"x-request-id", b"")[:1024])[:128].decode()
-        write: WritePart = scope.get(WRITE_PART) or partial(send_part, send)
-        return Call(request_id, shown or request_id, self._clock.now(), send, write)
+        chunks: Chunks | None = scope.get(CHUNKS)
+        write: WritePart = partial(send_part, send) if chunks is None else chunks.send
+        return Call(request_id, shown or request_id, self._clock.now(), send, write, chunks)
 
     def _headers(self, call: Call) -> list[tuple[bytes, bytes]]:
         elapsed_ms = int((self._clock.now() - call.started_s) * 1000)

@@ -2,6 +2,7 @@
 
     a step's tokens ─> each stream's events ─> Outlet.write: kept ─┐
                                                ... of every stream ┴─> Turn: one write after the other
+    ... of a plain stream ─> Turn.before_end: its events are made then, and no task is woken for them
 
 What one connection gets in a turn goes out in one write, and the writes of many follow each other closely: a reader
 on the same machine is woken once for all of them, not once for each. Nothing waits longer than the turn.
@@ -10,6 +11,8 @@ on the same machine is woken once for all of them, not once for each. Nothing wa
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Protocol
 
 _HELD_BYTES = 64 * 2**10  # more is written at once, so that the transport can say that it is full
 
@@ -19,14 +22,31 @@ class Turn:
 
     def __init__(self) -> None:
         self._outlets: list[Outlet] = []
+        self._calls: list[Callable[[], None]] = []
+        self._is_due = False
 
     def add(self, outlet: Outlet) -> None:
-        if not self._outlets:
-            asyncio.get_running_loop().call_soon(self._end)
         self._outlets.append(outlet)
+        self._schedule()
+
+    def before_end(self, call: Callable[[], None]) -> None:
+        """Call this before the writes of this turn. It raises nothing."""
+        self._calls.append(call)
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._end)
 
     def _end(self) -> None:
+        calls, self._calls = self._calls, []
+        for call in calls:
+            call()
         outlets, self._outlets = self._outlets, []
+        self._is_due = False
+        if self._calls:
+            self._schedule()
         for outlet in outlets:
             outlet.flush()
 
@@ -34,17 +54,17 @@ class Turn:
 class Outlet:
     """One connection's. `flush` comes before anything is written by another way, and before the end."""
 
-    __slots__ = ("_parts", "_size", "_transport", "_turn")
+    __slots__ = ("_parts", "_size", "_transport", "turn")
 
     def __init__(self, transport: asyncio.Transport, turn: Turn) -> None:
         self._transport = transport
-        self._turn = turn
+        self.turn = turn
         self._parts: list[bytes] = []
         self._size = 0
 
     def write(self, data: bytes) -> None:
         if not self._parts:
-            self._turn.add(self)
+            self.turn.add(self)
         self._parts.append(data)
         self._size += len(data)
         if self._size > _HELD_BYTES:
@@ -58,3 +78,36 @@ class Outlet:
         self._size = 0
         if not self._transport.is_closing():
             self._transport.write(data)
+
+
+class Flow(Protocol):
+    """Of a connection: whether its reader is behind."""
+
+    write_paused: bool
+
+    async def drain(self) -> None: ...
+
+
+class Chunks:
+    """One answer's own way out, past all that stands between: the parts of a body whose length was not announced."""
+
+    __slots__ = ("_flow", "_outlet", "before_end")
+
+    def __init__(self, outlet: Outlet, flow: Flow) -> None:
+        self._outlet = outlet
+        self._flow = flow
+        self.before_end = outlet.turn.before_end
+
+    @property
+    def is_full(self) -> bool:
+        """What is written now would pile up."""
+        return self._flow.write_paused
+
+    def write(self, part: bytes) -> None:
+        self._outlet.write(b"%x\r\n%b\r\n" % (len(part), part))
+
+    async def send(self, part: bytes) -> None:
+        """The same, when there is room."""
+        if self._flow.write_paused:
+            await self._flow.drain()
+        self.write(part)

@@ -26,8 +26,8 @@ from uvicorn.server import ServerState
 from ..common.errors import CapacityError, RequestError
 from .connection_limits import Connections
 from .errors import Failure, failure_of
-from .frame import WRITE_PART
-from .outlet import Outlet, Turn
+from .frame import CHUNKS
+from .outlet import Chunks, Outlet, Turn
 
 HEAD_LIMIT_S = 5.0
 WRITE_LIMIT_S = 30.0
@@ -159,13 +159,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._await_nothing()
         self.books.work(self)
         self.cycle.transport = _Closer(self)  # type: ignore[assignment]
-        self.scope[WRITE_PART] = self._write_part  # type: ignore[literal-required]
-
-    async def _write_part(self, part: bytes) -> None:
-        """A chunk of an answer that is sent in chunks."""
-        if self.flow.write_paused:
-            await self.flow.drain()
-        self.outlet.write(b"%x\r\n%b\r\n" % (len(part), part))
+        self.scope[CHUNKS] = Chunks(self.outlet, self.flow)  # type: ignore[literal-required]
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -178,8 +178,13 @@ class Reply(Response):
                 await _write_in_parts(write, events)
             elif events:
                 await write(events)
+            self._let_pour(call, writer)
         tail = encode_events([self._form.usage_chunk()]) + DONE if self._include_usage else DONE
         await send({"type": "http.response.body", "body": tail})
+
+    def _let_pour(self, call: Call, writer: EventWriter) -> None:
+        if call.chunks is not None and (spout := writer.spout(call.chunks)) is not None:
+            self._answer.pour_into(spout)
 
     async def _fail(self, call: Call, send: Send, error: BaseException) -> None:
         if not isinstance(error, (RequestError, CapacityError, StreamError)):

@@ -319,6 +319,18 @@ class TokenStream:
                     break
         return updates
 
+    def middle(self, most: int) -> Sequence[SampledToken]:
+        """New tokens of the one choice that neither begin nor end it, unread. None where there is anything else."""
+        state, start = self.request.choices[0], self._sent[0]
+        if state.finish is not None or self._error is not None or self.is_held or self.request.is_finished:
+            return ()
+        tokens = state.tokens[start:]
+        return tokens if len(tokens) <= most else ()
+
+    def skip(self, num_tokens: int) -> None:
+        """So many tokens of the one choice, as `middle` gave them, have been read."""
+        self._sent[0] += num_tokens
+
     def is_over(self) -> bool:
         """Whether no update comes any more, where none is there now. Raises StreamError if the request failed."""
         if self._error is not None:

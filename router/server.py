@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import uuid
 from collections.abc import Callable, Mapping
@@ -135,6 +136,7 @@ async def serve_router(
                     )
                     await serving.enter_async_context(HttpServer(admin).serving(admin_socket))
                 address = Address(config.host, sock.getsockname()[1])
+                settle()
                 log.info("router_ready", http=str(address), control=str(control_address))
                 reports = asyncio.create_task(_report(lifeline, dispatcher, address, control_address))
                 serving.callback(reports.cancel)
@@ -146,6 +148,12 @@ async def serve_router(
             await control.close()
             app.state.api.close()
     return 0
+
+
+def settle() -> None:
+    """What was loaded stays: a collection of garbage need not go through it again, which would hold up streams."""
+    gc.collect()
+    gc.freeze()
 
 
 def check_exposure(config: RouterConfig, secret: bytes) -> None:

@@ -23,7 +23,9 @@ class _Fetches:
         self.begun: dict[str, tuple[list[bytes], Callable[[], None]]] = {}
         self.cancelled: list[str] = []
 
-    def begin(self, key: str, hashes: Sequence[bytes], source: FetchFrom, on_end: Callable[[], None]) -> bool:
+    def begin(
+        self, key: str, hashes: Sequence[bytes], source: FetchFrom, on_end: Callable[[], None], *, spare: bool = False
+    ) -> bool:
         self.begun[key] = (list(hashes), on_end)
         return self.is_needed
 

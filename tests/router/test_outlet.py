@@ -65,3 +65,16 @@ async def test_a_connection_that_is_gone_gets_nothing_and_keeps_nobody_else_from
     transports["a"].is_gone = True
     await asyncio.sleep(0)
     assert log == [("b", b"1")]
+
+
+async def test_what_is_called_before_a_turns_end_writes_with_that_turn() -> None:
+    log, _, out = outlets("a", "b")
+    turn = out["a"].turn
+    turn.before_end(lambda: out["b"].write(b"2"))
+    out["a"].write(b"1")
+    await asyncio.sleep(0)
+    assert log == [("a", b"1"), ("b", b"2")]
+    turn.before_end(lambda: turn.before_end(lambda: out["a"].write(b"3")))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert log[2:] == [("a", b"3")]

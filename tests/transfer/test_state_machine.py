@@ -245,8 +245,8 @@ class WithoutPins(Walk):
         pool = self.pool
         reserve = self.receiver.reserve
 
-        def forget_to_pin(spec: RequestSpec, router_id: str, **options: int) -> Grant | NoCapacity:
-            answer = reserve(spec, router_id, **options)
+        def forget_to_pin(spec: RequestSpec, router_id: str, **options: int | bool) -> Grant | NoCapacity:
+            answer = reserve(spec, router_id, **options)  # type: ignore[arg-type]  # as they came
             known = self.receiver.ledger.of_request(spec.request_id)
             if known is not None and known.hit_blocks:
                 pool.free(known.hit_blocks)
