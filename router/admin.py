@@ -31,7 +31,7 @@ from ..common.errors import KVFerryError, RequestError
 from .errors import clip, failure_of, unknown_path
 from .frame import ApiKeys, send_failure
 from .history import KINDS, MAX_RECENT, Kind
-from .pools import PoolView, WorkerView
+from .views import PoolView, WorkerView
 
 _MAX_DRAIN_S = 86400.0
 _MAX_BODY_BYTES = 4096

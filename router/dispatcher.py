@@ -57,11 +57,13 @@ from .objectives import NO_OBJECTIVES
 from .observer import NullObserver, Observer
 from .placer import Placer
 from .policy import RoutingPolicy
-from .pools import Pools, PoolView, Worker, WorkerLink
+from .pools import Pools
 from .predictor import Predictor, distance
 from .prefix_fetch import hash_prompt
 from .request import RequestStatus, RouterRequest, StreamError, TokenStream
+from .views import PoolView
 from .watch import LOOK_AGAIN_S, Verdict, Watch
+from .worker_state import Worker, WorkerLink
 
 __all__ = ["Dispatcher", "NullObserver", "Observer"]
 

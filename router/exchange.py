@@ -29,9 +29,10 @@ from .ledger import Ledger
 from .live import Live, RequestMessage
 from .observer import Observer
 from .placer import Placer
-from .pools import Pools, Worker
+from .pools import Pools
 from .relay import Relay
 from .request import RequestStatus
+from .worker_state import Worker
 
 
 class Exchange:

@@ -31,13 +31,13 @@ from .form import Form, FormContext, FormOptions
 from .frame import Call, ResponseObserver, call_of
 from .json_process import JsonParser
 from .objectives import DEFAULT_CLASS
-from .pools import PoolView
 from .prompts import PromptReader, ServedModel, max_chat_tokens, max_completion_tokens
 from .quota import Quotas
 from .reply import AnswerObserver, InFlight, Reply
 from .request import RouterRequest, TokenStream
 from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
 from .strict_json import MAX_COMMAS
+from .views import PoolView
 
 _BATCH_STEP = 2  # prompts of a batch that are submitted in one go: some other batches may have their turn with it
 TIMEOUT_HEADER = "x-request-timeout-s"

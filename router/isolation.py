@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from .live import Live
 from .policy import Demand, Placement, Reason, fits_decode, fits_prefill
-from .pools import Pools, Worker
+from .pools import Pools
 from .request import RequestStatus
+from .worker_state import Worker
 
 PATIENCE_S = 10.0  # for another router's work on a claimed worker: then it is as alone as can be had
 _MAX_SHARE = 2  # at most one in so many decode workers is claimed, if there is more than one

@@ -13,7 +13,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from .live import Live
-from .pools import Pools, Worker
+from .pools import Pools
+from .worker_state import Worker
 
 _MAX_PROMPTS = 1 << 17
 _MAX_LOOKS = 256  # blocks of a prompt's known beginning, from its end

@@ -22,9 +22,9 @@ from .history import History
 from .live import Live
 from .looks import Looks
 from .observer import Observer
-from .pools import Worker
 from .queue import RequestQueue
 from .request import RequestStatus, StreamError
+from .worker_state import Worker
 
 log = structlog.get_logger(__name__)
 

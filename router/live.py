@@ -33,9 +33,11 @@ from .budget import Charge
 from .failures import STRIKES_UNTIL_ALONE, Blame, Life
 from .forecast import Promise
 from .policy import Demand, Placement, Prediction
-from .pools import Load, Pools, Worker
+from .pools import Pools
 from .predictor import Way
 from .request import RequestStatus, RouterRequest, TokenStream
+from .views import Load
+from .worker_state import Worker
 
 ANSWER_WITHIN_S = 3.5  # a decode worker's answer to ReserveKV, or to an Abort that asks
 KNOCK_AFTER_S = 0.25  # then a worker is asked that another router keeps full

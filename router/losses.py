@@ -16,8 +16,8 @@ import structlog
 from .failures import DRAINED, WORKER_LOST, Blame, Life
 from .ledger import Ledger
 from .live import Live
-from .pools import HEARTBEAT_LIMIT_S, Worker
 from .request import RequestStatus
+from .worker_state import HEARTBEAT_LIMIT_S, Worker
 
 _TRANSIT_S = 0.002  # a task sent so shortly before the end was never read
 

@@ -19,9 +19,11 @@ from .ledger import Ledger
 from .live import Live, max_num_tokens
 from .observer import Observer
 from .policy import Demand, Lack, Placement, Reason, RoutingPolicy, Wait, fits_decode, fits_prefill
-from .pools import Pools, PoolView, Worker, WorkerView
+from .pools import Pools
 from .prefix_fetch import fetch_from
 from .request import RequestStatus, RouterRequest, StreamError
+from .views import PoolView, WorkerView
+from .worker_state import Worker
 
 ISOLATION = "isolation"  # who decides on requests that run alone
 LOOK_AHEAD = 8  # requests that may be passed over in one round

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from ..common.blocks import hash_blocks, prefix_salt
 from ..common.messages import FetchFrom
-from .pools import Pools, Worker
+from .pools import Pools
 from .request import RouterRequest
+from .worker_state import Worker
 
 MAX_FETCH_S = 2.0  # for a worker that was slower than expected: the rest of the prefix is computed
 

@@ -14,9 +14,10 @@ from enum import Enum
 
 from .failures import Blame
 from .live import Live
-from .pools import Pools, Worker
+from .pools import Pools
 from .relay import GAP_LIMIT_S, HELD_LIMIT_S
 from .request import RequestStatus, StreamError
+from .worker_state import Worker
 
 WORKER_WAIT_S = 30.0  # for a worker to come, or to come back
 PAIR_WAIT_S = 1.0  # a handoff failed with every pair: a worker of one may just be found dead, and come back

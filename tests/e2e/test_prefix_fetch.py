@@ -28,9 +28,9 @@ from kvferry.common.request import SamplingParams
 from kvferry.router.control import ControlServer, Expected
 from kvferry.router.dispatcher import Dispatcher
 from kvferry.router.policy import Demand, Lack, Placement, Reason, Wait
-from kvferry.router.pools import Worker
 from kvferry.router.request import RouterRequest
 from kvferry.router.views import PoolView, WorkerView
+from kvferry.router.worker_state import Worker
 
 from ..checkpoints import write_checkpoint
 from . import reference

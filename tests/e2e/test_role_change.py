@@ -23,9 +23,9 @@ from kvferry.common.request import SamplingParams
 from kvferry.router.control import ControlServer, Expected
 from kvferry.router.dispatcher import Dispatcher
 from kvferry.router.policies.least_loaded import LeastLoaded
-from kvferry.router.pools import WorkerLink
 from kvferry.router.request import RequestStatus, RouterRequest
 from kvferry.router.views import WorkerView
+from kvferry.router.worker_state import WorkerLink
 
 ROLES = {"w-0": "prefill", "w-1": "decode", "w-2": "decode"}
 FLAGS = ("--served-model-name", "tiny", "--deterministic", "--kv-cache-memory-bytes", "8MiB", "--num-threads", "1")

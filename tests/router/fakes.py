@@ -29,10 +29,10 @@ from kvferry.common.request import SampledToken
 from kvferry.common.tokenizer import Tokenizer
 from kvferry.router.app import build_app
 from kvferry.router.http_server import HttpServer
-from kvferry.router.pools import PoolView
 from kvferry.router.prompts import ServedModel
 from kvferry.router.protocol import DeadlineProtocol
 from kvferry.router.request import RequestStatus, RouterRequest, StreamError, TokenStream
+from kvferry.router.views import PoolView
 
 MODEL = "toy"
 EOS = 256

@@ -11,7 +11,7 @@ import pytest
 
 from kvferry.router.admin import Admin, build_admin
 from kvferry.router.history import Kind
-from kvferry.router.pools import PoolView
+from kvferry.router.views import PoolView
 
 from .fleet import Fleet
 

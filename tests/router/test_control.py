@@ -28,8 +28,8 @@ from kvferry.common.session import max_frame_bytes
 from kvferry.router.control import ControlServer, Expected, mismatch
 from kvferry.router.dispatcher import Dispatcher
 from kvferry.router.policies.least_loaded import LeastLoaded
-from kvferry.router.pools import WorkerLink
 from kvferry.router.request import RouterRequest
+from kvferry.router.worker_state import WorkerLink
 from kvferry.tests.router.fleet import SPEC, config, hello, status, tokens
 
 SECRET = b"0123456789abcdef"

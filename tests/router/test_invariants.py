@@ -6,8 +6,8 @@ import pytest
 
 from kvferry.common.messages import LocalTask
 from kvferry.router.isolation import Claim
-from kvferry.router.pools import Load
 from kvferry.router.request import RequestStatus, TokenStream
+from kvferry.router.views import Load
 from kvferry.tests.router.fleet import Fleet, config, tokens
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from kvferry.router.policies.least_loaded import LeastLoaded
 from kvferry.router.policy import Demand, Lack, Placement, Reason, Wait
-from kvferry.router.pools import PoolView, WorkerView
+from kvferry.router.views import PoolView, WorkerView
 from kvferry.tests.router.fleet import SPEC, hello, status
 
 DEMAND = Demand(num_prompt_tokens=20, num_tokens=20, max_num_tokens=40, num_choices=1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry.router.pools import Load, Pools, Worker
+from kvferry.router.pools import Pools
+from kvferry.router.views import Load
+from kvferry.router.worker_state import Worker
 from kvferry.tests.router.fleet import Link, hello, status
 
 
