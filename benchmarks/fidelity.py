@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-from kvferry.benchmarks.arguments import positive_float, positive_int
+from kvferry.benchmarks.arguments import positive_float
 from kvferry.benchmarks.bars import Bar, bar_table
 from kvferry.benchmarks.environment import describe_environment
 from kvferry.benchmarks.faults_system import System, serving
@@ -38,6 +38,7 @@ from kvferry.benchmarks.fidelity_report import Comparison, bars_of, draw
 from kvferry.benchmarks.json_file import save_json
 from kvferry.benchmarks.live_load import (
     Objectives,
+    add_load_flags,
     figures_of,
     measure_unloaded,
     replay,
@@ -54,7 +55,6 @@ from kvferry.benchmarks.step_tap import Tap, read_tap, tapped_serve
 from kvferry.benchmarks.traces import TraceRow, read_trace
 from kvferry.benchmarks.twin import Machine, SimulatedFigures, lone_ttft_s, quiet_simulation, time_around, twin
 from kvferry.benchmarks.twin import figures_of as simulated_figures
-from kvferry.common.default_model import default_model_dir
 
 UNLOADED_LENS = (64, 512, 2048)
 _LONE_LENS = (48, 160, 400, 700, 1200, 300, 900, 90) * 2
@@ -221,24 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         help="objective; far, that few are refused (default: %(default)g)",
     )
     add("--capacity-s", type=positive_float, default=_CAPACITY_S, help="of the closed loop (default: %(default)g)")
-    add(
-        "--unloaded",
-        type=positive_int,
-        default=5,
-        help="requests of each length on an idle system (default: %(default)s)",
-    )
-    add("--trace", default="sample:mooncake-conversation", help="a name, sample:NAME or a file (default: %(default)s)")
-    add(
-        "--spread",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="arrivals of one tick of the trace's clock",
-    )
-    add("--length-scale", type=positive_float, default=1 / 16, help="(default: %(default)g)")
-    add("--serve-flags", default="", metavar="TEXT", help="further flags of all deployments, in one argument")
-    add("--model", type=Path, default=default_model_dir(), metavar="DIR", help="(default: the built-in one)")
-    add("--seed", type=int, default=0)
-    add("--log-dir", type=Path)
+    add_load_flags(parser)
     add("--json", type=Path, default=RESULTS_DIR / "fidelity.json")
     add("--plot", type=Path, default=RESULTS_DIR / "fidelity.svg")
     return parser

@@ -10,19 +10,23 @@ A request that the router refused (429, 503) is not good, and is no failure: nob
 
 from __future__ import annotations
 
+import argparse
 import random
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, zip_longest
+from pathlib import Path
 from statistics import median
 
+from kvferry.benchmarks.arguments import positive_float, positive_int
 from kvferry.benchmarks.endpoint import Endpoint, RequestRecord
 from kvferry.benchmarks.faults_system import System
 from kvferry.benchmarks.load import LoadResult, PlannedRequest, run_closed_loop, run_open_loop
 from kvferry.benchmarks.prompts import PromptSource
 from kvferry.benchmarks.stats import Distribution, describe
 from kvferry.benchmarks.traces import TraceRow
+from kvferry.common.default_model import default_model_dir
 from kvferry.common.errors import ConfigError
 
 REFUSALS = (429, 503)
@@ -227,3 +231,26 @@ async def requests_per_s(
     if not answered:
         raise ConfigError(f"no request was answered: {load.records[0].error if load.records else 'none was sent'}")
     return answered / load.duration_s
+
+
+def add_load_flags(parser: argparse.ArgumentParser) -> None:
+    """What is sent, and to which model: the flags that comparisons on a scaled trace share."""
+    add = parser.add_argument
+    add(
+        "--unloaded",
+        type=positive_int,
+        default=5,
+        help="requests of each length on an idle system (default: %(default)s)",
+    )
+    add("--trace", default="sample:mooncake-conversation", help="a name, sample:NAME or a file (default: %(default)s)")
+    add(
+        "--spread",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="arrivals of one tick of the trace's clock",
+    )
+    add("--length-scale", type=positive_float, default=1 / 16, help="(default: %(default)g)")
+    add("--serve-flags", default="", metavar="TEXT", help="further flags of all deployments, in one argument")
+    add("--model", type=Path, default=default_model_dir(), metavar="DIR", help="(default: the built-in one)")
+    add("--seed", type=int, default=0)
+    add("--log-dir", type=Path)

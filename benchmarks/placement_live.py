@@ -40,6 +40,7 @@ from kvferry.benchmarks.faults_system import serving
 from kvferry.benchmarks.json_file import save_json
 from kvferry.benchmarks.live_load import (
     Objectives,
+    add_load_flags,
     figures_of,
     measure_unloaded,
     replay,
@@ -56,7 +57,6 @@ from kvferry.benchmarks.step_tap import Tap, read_tap, tapped_serve
 from kvferry.benchmarks.traces import TraceRow, read_trace
 from kvferry.benchmarks.twin import Machine, quiet_simulation, twin
 from kvferry.benchmarks.twin import figures_of as simulated_figures
-from kvferry.common.default_model import default_model_dir
 
 TTFT_S = 1.0
 TTFT_STRETCH = 3.0
@@ -227,25 +227,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive_int, default=1, help="through all systems (default: %(default)s)")
     add("--capacity", type=positive_float, help="requests per second of level 1.0, instead of measuring them")
     add("--capacity-s", type=positive_float, default=20.0, help="of the closed loop (default: %(default)g)")
-    add(
-        "--unloaded",
-        type=positive_int,
-        default=5,
-        help="requests of each length on an idle system (default: %(default)s)",
-    )
     add("--simulate", action=argparse.BooleanOptionalAction, default=True, help="also what the simulator expects")
-    add("--trace", default="sample:mooncake-conversation", help="a name, sample:NAME or a file (default: %(default)s)")
-    add(
-        "--spread",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="arrivals of one tick of the trace's clock",
-    )
-    add("--length-scale", type=positive_float, default=1 / 16, help="(default: %(default)g)")
-    add("--serve-flags", default="", metavar="TEXT", help="further flags of all deployments, in one argument")
-    add("--model", type=Path, default=default_model_dir(), metavar="DIR", help="(default: the built-in one)")
-    add("--seed", type=int, default=0)
-    add("--log-dir", type=Path)
+    add_load_flags(parser)
     add("--json", type=Path, default=RESULTS_DIR / "placement-live.json")
     add("--plot", type=Path, default=RESULTS_DIR / "placement-live.svg")
     return parser
