@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ import structlog
 from rich.table import Table
 
 from kvferry.benchmarks.arguments import positive_int
+from kvferry.benchmarks.bars import Bar, bar_table
 from kvferry.benchmarks.environment import describe_environment
 from kvferry.benchmarks.json_file import save_json
 from kvferry.benchmarks.plot import COLOURS, new_figure, save_figure
@@ -114,7 +116,7 @@ def plot(sizes: Sequence[FleetRun], lengths: Sequence[FleetRun], path: Path) -> 
     save_figure(figure, path)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.fleet", description=__doc__)
     parser.add_argument("--trace", default="azure-2023-conv", help="name or path")
     parser.add_argument("--workers", type=positive_int, default=1000, help="of the whole run")
@@ -131,9 +133,12 @@ def main() -> None:
     show("As the run grows", lengths)
     whole = run(args.workers, args.requests, args.trace)
     show("Whole", [whole])
-    console = report_console()
-    console.print(f"CPU of the whole run: {whole.cpu_s:.0f} s (bar {_BAR_S} s for 1,000,000 requests)")
-    console.print(f"placing a request, p99: {whole.submit_p99_us or 0:.0f} us (bar {_PLACEMENT_BAR_US:.0f} us)")
+    limit_s = _BAR_S * whole.num_requests / 1_000_000
+    bars = [
+        Bar("CPU of the whole run", whole.cpu_s, limit_s, unit="s"),
+        Bar("placing a request, p99", whole.submit_p99_us or 0.0, _PLACEMENT_BAR_US, unit="us"),
+    ]
+    report_console().print(bar_table("Bars", bars))
     plot(sizes, lengths, args.plot)
     command = f"--workers {args.workers} --requests {args.requests} --growth-requests {args.growth_requests}"
     body = {
@@ -141,9 +146,11 @@ def main() -> None:
         "sizes": [asdict(one) for one in sizes],
         "lengths": [asdict(one) for one in lengths],
         "whole": asdict(whole),
+        "bars": [bar.as_json() for bar in bars],
     }
     save_json(body, args.json)
+    return 0 if all(bar.is_met for bar in bars) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

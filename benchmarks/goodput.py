@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +27,7 @@ import structlog
 
 from kvferry.benchmarks.arguments import positive_int
 from kvferry.benchmarks.environment import describe_environment
-from kvferry.benchmarks.goodput_report import plot_goodput, print_goodput
+from kvferry.benchmarks.goodput_report import bars, plot_goodput, print_goodput
 from kvferry.benchmarks.goodput_search import Bench, Best, System
 from kvferry.benchmarks.goodput_setup import SETUP
 from kvferry.benchmarks.json_file import save_json
@@ -129,7 +130,7 @@ def run(benches: list[Bench], num_processes: int) -> list[TraceResult]:
     return results
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.goodput", description=__doc__)
     parser.add_argument("--traces", nargs="+", default=list(SETUP.traces), help="names or paths")
     parser.add_argument("--part", choices=("whole", "first", "second"), default="second")
@@ -142,14 +143,18 @@ def main() -> None:
     results = run(benches, args.processes)
     print_goodput(results)
     plot_goodput(results, args.plot)
+    command = ["--traces", *args.traces, "--part", args.part]
+    command += ["--requests", str(args.requests)] if args.requests is not None else []
     body = {
-        "environment": asdict(describe_environment("python -m kvferry.benchmarks.goodput", [])),
+        "environment": asdict(describe_environment("python -m kvferry.benchmarks.goodput", command)),
         "setup": asdict(SETUP),
         "num_requests": args.requests,
+        "bars": [bar.as_json() for bar in bars(results)],
         "traces": [asdict(result) for result in results],
     }
     save_json(body, args.json)
+    return 0 if all(bar.is_met for bar in bars(results)) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

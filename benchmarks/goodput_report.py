@@ -8,11 +8,13 @@ from typing import Protocol
 
 from rich.table import Table
 
+from kvferry.benchmarks.bars import Bar, bar_table
 from kvferry.benchmarks.goodput_search import Best, System
 from kvferry.benchmarks.plot import COLOURS, new_figure, save_figure
 from kvferry.benchmarks.report import report_console
 
 BAR = 1.15
+LONG_CONTEXT = "mooncake-conversation"
 LONG_CONTEXT_BAR = 2.0
 
 
@@ -70,10 +72,20 @@ def print_goodput(results: Sequence[TraceRows]) -> None:
                 " ".join(f"{row.attainment:.0%}" for row in rows),
             )
         console.print(table)
-        ratio = result.ours.goodput_per_s / result.strongest.goodput_per_s
-        console.print(f"slo / best baseline ({result.strongest.system.name}): {ratio:.2f} (bar {BAR})")
-        over = result.ours.goodput_per_s / result.colocated.goodput_per_s
-        console.print(f"slo / colocated: {over:.2f} (bar {LONG_CONTEXT_BAR:g} on the long-context trace)")
+    console.print(bar_table("Bars", bars(results)))
+
+
+def bars(results: Sequence[TraceRows]) -> list[Bar]:
+    """Against the best baseline on every trace, and against colocated where prompts are long."""
+    found = []
+    for result in results:
+        ours, strongest, colocated = (one.goodput_per_s for one in (result.ours, result.strongest, result.colocated))
+        name = f"{result.trace}: slo / {result.strongest.system.name}"
+        found.append(Bar(name, ours / strongest, BAR, at_least=True))
+        over_colocated = LONG_CONTEXT_BAR if result.trace == LONG_CONTEXT else None
+        found.append(Bar(f"{result.trace}: slo / colocated", ours / colocated, over_colocated, at_least=True))
+        found.append(Bar(f"{result.trace}: oracle / slo", result.ceiling_per_s / ours, None, at_least=True))
+    return found
 
 
 def plot_goodput(results: Sequence[TraceRows], path: Path) -> None:

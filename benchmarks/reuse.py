@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -187,7 +188,7 @@ def plot(found: Sequence[Reused], path: Path) -> None:
     save_figure(figure, path)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.reuse", description=__doc__)
     parser.add_argument("--trace", default="mooncake-conversation", help="name or path")
     parser.add_argument("--requests", type=positive_int, default=None, help="default: all")
@@ -213,7 +214,8 @@ def main() -> None:
         "bars": [bar.as_json() for bar in checked],
     }
     save_json(body, args.json)
+    return 0 if all(bar.is_met for bar in checked) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

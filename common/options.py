@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
 from .config import (
     Attention,
@@ -29,6 +29,8 @@ from .config import (
     Settings,
     TransferName,
 )
+from .errors import ConfigError
+from .windows import Window
 
 ENV_PREFIX = "KVFERRY_"
 
@@ -78,6 +80,22 @@ def _parse_class(text: str) -> dict[str, str]:
 
 Count = Annotated[PositiveInt, BeforeValidator(parse_number)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def _on_or_off(value: object) -> object:
+    """YAML takes the bare words for truth values."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+def _check_windows(texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in texts:
+        try:
+            Window.parse(text)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+    return texts
+
+
 Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Classes = Annotated[tuple[RequestClass, ...], BeforeValidator(parse_classes)]
@@ -202,14 +220,14 @@ class ServeSettings(Settings):
     ] = False
 
     autoscale: Annotated[
-        AutoscaleMode,
+        Annotated[AutoscaleMode, BeforeValidator(_on_or_off)],
         Option("Pools", "Let pools grow, shrink and lend each other workers; advise: only say so.", FRONTS),
     ] = "off"
     spare_workers: Annotated[
         Annotated[int, Field(ge=0)], Option("Pools", "Ready workers beyond what the load needs.", FRONTS)
     ] = 0
     scale_schedule: Annotated[
-        Texts,
+        Annotated[Texts, AfterValidator(_check_windows)],
         Option("Pools", "Other bounds at a time: 'mon-fri 08:00-18:00 prefill>=4 decode>=2'; repeatable.", FRONTS),
     ] = ()
     scale_target: Annotated[

@@ -21,6 +21,8 @@ _GAUGES = {
     "waiting_tokens": ("waiting_tokens", "Prompt tokens not computed yet"),
     "step_s": ("step_seconds", "The last engine step"),
     "busy_for_s": ("running_step_seconds", "Age of the running engine step"),
+    "decode_context": ("decode_context_tokens", "Tokens of all sequences that decode"),
+    "share": ("router_share", "Of the worker's credit and free blocks that is this router's"),
     "host_blocks": ("kv_tier_host_blocks", "Cached blocks in host memory"),
     "disk_blocks": ("kv_tier_disk_blocks", "Cached blocks on the worker's disk"),
     "quarantine_s": ("quarantine_age_seconds", "Age of the oldest block that a failed handoff may still write to"),
@@ -40,6 +42,10 @@ _COUNTERS = {
     "promoted_blocks": ("kv_tier_promoted_blocks", "Blocks copied from host memory to the device for a hit"),
     "demoted_blocks": ("kv_tier_demoted_blocks", "Cached blocks copied from the device to host memory"),
     "tier_failures": ("kv_tier_failures", "Reads and writes of the disk cache that failed, were spoilt or late"),
+    "num_fetches": ("prefix_fetches", "Prefixes that were read from other workers"),
+    "failed_fetches": ("failed_prefix_fetches", "Of these, those that did not bring all: the rest was computed"),
+    "fetched_bytes": ("prefix_fetched_bytes", "KV bytes read so and used"),
+    "fetch_s": ("prefix_fetch_seconds", "How long these reads took, summed"),
     "checksum_failures": ("kv_checksum_failures", "Arrivals whose bytes were not those that were sent"),
 }
 # By a label: the field holds (value, count) pairs. A value that is not known here counts as "other".

@@ -96,7 +96,12 @@ class Dispatcher:
         self._pools = Pools(predictor)
         budget = RetryBudget(rng if rng is not None else random.Random(config.seed))
         self._ledger = Ledger(
-            clock, self._observer, budget, max_queue=config.max_queue, max_attempts=config.max_attempts
+            clock,
+            self._observer,
+            budget,
+            max_queue=config.max_queue,
+            max_attempts=config.max_attempts,
+            by_arrival=not policy.predicts,
         )
         self._admission = Admission(self._ledger.queue, self._observer)
         self._isolation = Isolation(self._pools, may_prefill_locally=is_local)
@@ -127,8 +132,7 @@ class Dispatcher:
         hash_prompt(self._pools, request)
         if request.objectives is NO_OBJECTIVES:  # nobody has said what it is to get
             request.objectives = self._classes.named(request.request_class)
-        if self._policy.predicts:  # else requests are served in the order of arrival
-            request.unloaded_s = self._pools.predictor.unloaded_s(request.num_prompt_tokens)
+        request.unloaded_s = self._pools.predictor.unloaded_s(request.num_prompt_tokens)
         victim = self._admission.check(request, now)
         if victim is not None:
             self._ledger.fail(victim, self._admission.displaced(now))

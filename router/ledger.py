@@ -43,9 +43,17 @@ class Ledger:
     """Owns the live requests and the queue."""
 
     def __init__(
-        self, clock: Clock, observer: Observer, budget: RetryBudget, *, max_queue: int, max_attempts: int
+        self,
+        clock: Clock,
+        observer: Observer,
+        budget: RetryBudget,
+        *,
+        max_queue: int,
+        max_attempts: int,
+        by_arrival: bool = False,
     ) -> None:
-        self.queue = RequestQueue(max_queue)
+        """`by_arrival`: the order in which requests are served (`RequestQueue`)."""
+        self.queue = RequestQueue(max_queue, by_arrival=by_arrival)
         self.is_due = False  # something changed that may let a queued request go
         self.tally = Tally()
         self.history = History()

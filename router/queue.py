@@ -104,8 +104,10 @@ def _is_their_turn(late: _Ticket, num_since: int, work_since_s: float) -> bool:
 class RequestQueue:
     """Adding, removing and looking at the first ones cost about the same for ten requests and for ten thousand."""
 
-    def __init__(self, max_size: int) -> None:
+    def __init__(self, max_size: int, *, by_arrival: bool = False) -> None:
+        """`by_arrival`: what a prompt takes moves nobody; objectives of classes and deadlines still do."""
         self.max_size = max_size
+        self._by_arrival = by_arrival
         self.num_by_class: Counter[str] = Counter()
         self._places: dict[Live, _Place] = {}
         self._levels: dict[int, _Level] = {}
@@ -163,7 +165,7 @@ class RequestQueue:
 
     def _line_up(self, live: Live) -> None:
         request = live.request
-        ticket = _ticket_of(live)
+        ticket = _ticket_of(live, by_arrival=self._by_arrival)
         has_objective = request.objectives.ttft_s is not None or live.deadline_s is not None
         must_hurry = has_objective and not request.attempt and not request.is_resume  # else its delay is our doing
         start_by_s = ticket.due_s - request.unloaded_s if must_hurry else float("inf")
@@ -236,7 +238,8 @@ class RequestQueue:
 
     def ahead_of(self, request: RouterRequest, now_s: float) -> tuple[int, int]:
         """Prompt tokens and requests that it would wait behind if it came now."""
-        due = due_s(request, now_s, None if request.timeout_s is None else now_s + request.timeout_s)
+        deadline_s = None if request.timeout_s is None else now_s + request.timeout_s
+        due = due_s(request, now_s, deadline_s, by_arrival=self._by_arrival)
         tokens = number = 0
         for priority in self._priorities:
             level = self._levels[priority]
@@ -285,16 +288,16 @@ def _last_of(level: _Level, tenant: str) -> Live | None:
     return None
 
 
-def due_s(request: RouterRequest, queued_s: float, deadline_s: float | None) -> float:
+def due_s(request: RouterRequest, queued_s: float, deadline_s: float | None, *, by_arrival: bool = False) -> float:
     """When its first token is due. Without an objective, long prompts may wait for longer all the same."""
-    objectives = request.objectives
-    limit_s = objectives.ttft_limit_s(request.unloaded_s)
-    due = queued_s + (limit_s if limit_s is not None else objectives.ttft_stretch * request.unloaded_s)
+    objectives, unloaded_s = request.objectives, 0.0 if by_arrival else request.unloaded_s
+    limit_s = objectives.ttft_limit_s(unloaded_s)
+    due = queued_s + (limit_s if limit_s is not None else objectives.ttft_stretch * unloaded_s)
     return due if deadline_s is None else min(due, deadline_s)
 
 
-def _ticket_of(live: Live) -> _Ticket:
+def _ticket_of(live: Live, *, by_arrival: bool) -> _Ticket:
     request = live.request
-    due = due_s(request, request.timestamps["queued"], live.deadline_s)
+    due = due_s(request, request.timestamps["queued"], live.deadline_s, by_arrival=by_arrival)
     cost = request.num_prompt_tokens / request.objectives.weight
     return Ticket(live, request.tenant, request.arrival, due, request.num_prompt_tokens, cost)

@@ -44,6 +44,7 @@ _NEAR = 6  # workers of each pool that are looked at, beside those that hold som
 _MAX_HOLDERS = 3
 _BEST_PREFILLS = 4  # of these, for every decode worker
 _TPOT_MARGIN = 0.92  # of the objective, up to which a step is filled
+_EVEN = 0.03  # an idle decode worker that is so much worse is as good: nobody is disturbed, nothing shipped
 _HARM = 0.01  # of a second to the first token, for a second by which a stream is delayed
 _WORK = 1.0  # for a second of compute: what is cached need not be computed
 _PATIENCE = 3.0  # TTFT objectives that a request waits for decode workers with room for its pace
@@ -71,7 +72,9 @@ class Candidate:
 
     @property
     def cost_s(self) -> float:
-        return self.ttft_s + _WORK * self.prefill_s + _HARM * self.harm_s
+        cost_s = self.ttft_s + _WORK * self.prefill_s + _HARM * self.harm_s
+        is_nobody_there = self.prefill is None and not self.decode.num_running and not self.wait_s
+        return cost_s * (1 - _EVEN) if is_nobody_there else cost_s
 
 
 @dataclass(slots=True, frozen=True)

@@ -214,3 +214,15 @@ def test_any_values_load_or_are_refused(tmp_path_factory: pytest.TempPathFactory
         load(flags={}, env={}, file=path)
     except ConfigError as error:
         assert str(path) in str(error)
+
+
+@pytest.mark.parametrize(("text", "mode"), [("on", "on"), ("off", "off"), ("advise", "advise"), ('"on"', "on")])
+def test_a_scaling_mode_may_be_a_bare_word(tmp_path: Path, text: str, mode: str) -> None:
+    assert load_text(tmp_path, f"autoscale: {text}\n").settings.autoscale == mode
+
+
+def test_a_schedule_is_checked_before_anything_starts(tmp_path: Path) -> None:
+    good = load_text(tmp_path, "scale_schedule: mon-fri 08:00-18:00 decode>=2\n")
+    assert good.settings.scale_schedule == ("mon-fri 08:00-18:00 decode>=2",)
+    with pytest.raises(ConfigError, match="cluster.yaml:1: scale_schedule: .* no day has"):
+        load_text(tmp_path, "scale_schedule: 25:00-26:00 decode>=2\n")

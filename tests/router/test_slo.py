@@ -12,7 +12,7 @@ from kvferry.common.messages import TransferReport
 from kvferry.router.objectives import Objectives
 from kvferry.router.policies.slo import Slo
 from kvferry.router.policy import Demand, Lack, Placement, Reason, Wait
-from kvferry.router.predictor import Predictor
+from kvferry.router.predictor import Predictor, Way
 from kvferry.router.views import PoolView, WorkerView
 from kvferry.tests.router.fleet import hello, status
 from kvferry.tests.router.test_predictor import BASE_S, CALIBRATION, ROW_S, TOKEN_S
@@ -64,6 +64,14 @@ def place(demand: Demand, *workers: WorkerView, **options: object) -> Placement 
 
 def test_an_idle_decode_worker_computes_the_prompt_itself() -> None:
     assert place(DEMAND, P0, D0) == Placement(None, "d-0", Reason.SOONER)
+
+
+@pytest.mark.parametrize(("share", "prefill"), [(0.02, None), (0.2, "p-0")])
+def test_a_hair_does_not_move_a_prompt_away_from_an_idle_decode_worker(share: float, prefill: str | None) -> None:
+    slo, view = policy(), PoolView((P0, D0))
+    slo._predictor.biases[Way.LOCAL].seconds = share * slo.explain(view, DEMAND)[0].prefill_s
+    placement = slo.place(view, DEMAND)
+    assert isinstance(placement, Placement) and placement.prefill_worker == prefill
 
 
 def test_streams_are_not_disturbed_while_a_prefill_worker_is_idle() -> None:
