@@ -32,6 +32,7 @@ from kvferry.benchmarks.json_file import save_json
 from kvferry.benchmarks.plot import COLOURS, new_figure, save_figure
 from kvferry.benchmarks.report import report_console
 from kvferry.benchmarks.simulator import Fleet, Router, Scenario, Traffic, simulate
+from kvferry.router.server import collect_rarely
 
 RESULTS = Path(__file__).parent / "results"
 RATE_PER_WORKER = 100_000 / 60 / 1000
@@ -126,6 +127,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, default=RESULTS / "fleet.svg")
     args = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    collect_rarely()  # as in a router's process
     run(10, 500, args.trace)  # what is loaded late is loaded
     sizes = [run(size, args.growth_requests, args.trace) for size in _SIZES]
     lengths = [run(300, length, args.trace) for length in _LENGTHS]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import os
 import socket
 import sys
@@ -22,12 +21,10 @@ from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig, 
 from ..common.errors import ConfigError
 from ..common.lifeline import Lifeline
 from ..common.logs import configure_logging
-from .server import serve_router
+from .server import collect_rarely, serve_router
 
 _CONFIG_EXIT_CODE = 2
 _SWITCH_S = 0.0005  # threads that encode large answers hold the event loop for no longer (Python's default: 5 ms each)
-
-_GC_ALLOCATIONS = 20_000  # from one collection to the next (Python's default: 700): a burst of tokens is not held up
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lifeline = Lifeline.from_fd(options.lifeline_fd) if options.lifeline_fd is not None else None
     env = environment()
     sys.setswitchinterval(_SWITCH_S)
-    gc.freeze()  # modules stay: a collection need not go through them
-    gc.set_threshold(_GC_ALLOCATIONS)
+    collect_rarely()
     try:
         config = parse_config(options.config_json, env)
         configure_logging(config.log_level, process="router")
