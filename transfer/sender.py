@@ -16,7 +16,6 @@ for lost, and a copy that we make ourselves is waited for until we say that it e
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 
 from ..common.blocks import KVCacheSpec
 from ..common.clock import Clock
@@ -146,8 +145,7 @@ class KVSender:
         self._renewals.add(shipment, now)
         if self._rank == 0:
             self._send_open(shipment)
-        with suppress(TransferError):  # an agent that is gone by now: the answer names another, or it is tried again
-            self._posting.connect(shipment)
+        # Its agent is connected to when it has answered: over a dead link that would hold up everybody for minutes.
 
     def _send_open(self, shipment: Shipment) -> None:
         grant = shipment.grant

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,10 @@ from ..parallel import Communicator
 from .config import RopeConfig
 
 _REFINED_LOGITS = 16
+
+# oneDNN reads this once, before its first product. With AMX it would block weights in a way that native code cannot
+# read, and the same steps in torch take several times as long.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
 @dataclass(slots=True, frozen=True)

@@ -141,7 +141,9 @@ class Drill:
         try:
             wait_until(is_settled, "rest", _SETTLED_WITHIN_S)
         except AssertionError as error:
-            raise AssertionError(f"{error}: {balance(self.metrics())}\n{self.log_tail()}") from error
+            samples = self.metrics()
+            blocks = [(s.labels, s.value) for s in samples if s.name == "kvferry_blocks" and s.value]
+            raise AssertionError(f"{error}: {balance(samples)}\n{blocks}\n{self.log_tail()}") from error
 
     def total(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels."""
