@@ -12,6 +12,8 @@ from ..checkpoints import write_checkpoint
 from .cluster import Cluster, serve, wait_until
 
 FLAGS = ("--served-model-name", "tiny", "--dtype", "bfloat16", "--deterministic", "--decode", "2")
+NUM_DECODE = 2
+_MAX_KILLS = 5
 LENGTHS = (3, 100, 270, 400, 150, 33)
 Choices = list[dict[str, object]]
 
