@@ -90,10 +90,9 @@ def search(task: tuple[Bench, str, bool, float]) -> Best:
 
 
 def level(task: tuple[Bench, System, float]) -> Level:
-    """On all requests of the half, however many were searched on."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     bench, system, rate = task
-    outcome = replace(bench, num_requests=None).run(system, rate)
+    outcome = bench.run(system, rate)
     return Level(
         system=system,
         rate_per_s=rate,
@@ -116,7 +115,7 @@ def tasks(bench: Bench) -> Iterator[tuple[Bench, str, bool, float]]:
         yield bench, name, True, guess / 2
 
 
-def run(benches: list[Bench], num_processes: int) -> list[TraceResult]:
+def run(benches: list[Bench], num_processes: int, num_level_requests: int | None) -> list[TraceResult]:
     results = []
     with ProcessPoolExecutor(num_processes) as pool:
         searches = [list(tasks(bench)) for bench in benches]
@@ -125,7 +124,8 @@ def run(benches: list[Bench], num_processes: int) -> list[TraceResult]:
             best = tuple(next(found) for _ in one)
             partial = TraceResult(bench.trace, bench.part, bench.ceiling_per_s(), best, ())
             rates = [share * partial.strongest.rate_per_s for share in SETUP.levels]
-            levels = tuple(pool.map(level, [(bench, b.system, rate) for b in best for rate in rates]))
+            whole = replace(bench, num_requests=num_level_requests)
+            levels = tuple(pool.map(level, [(whole, b.system, rate) for b in best for rate in rates]))
             results.append(TraceResult(bench.trace, bench.part, partial.ceiling_per_s, best, levels))
     return results
 
@@ -135,20 +135,23 @@ def main() -> int:
     parser.add_argument("--traces", nargs="+", default=list(SETUP.traces), help="names or paths")
     parser.add_argument("--part", choices=("whole", "first", "second"), default="second")
     parser.add_argument("--requests", type=positive_int, default=None, help="of each trace, to search on; default: all")
+    parser.add_argument("--level-requests", type=positive_int, default=None, help="to show; default: all")
     parser.add_argument("--processes", type=positive_int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, default=RESULTS / "goodput.json")
     parser.add_argument("--plot", type=Path, default=RESULTS / "goodput.svg")
     args = parser.parse_args()
     benches = [Bench(SETUP, trace, args.part, args.requests) for trace in args.traces]
-    results = run(benches, args.processes)
+    results = run(benches, args.processes, args.level_requests)
     print_goodput(results)
     plot_goodput(results, args.plot)
     command = ["--traces", *args.traces, "--part", args.part]
     command += ["--requests", str(args.requests)] if args.requests is not None else []
+    command += ["--level-requests", str(args.level_requests)] if args.level_requests is not None else []
     body = {
         "environment": asdict(describe_environment("python -m kvferry.benchmarks.goodput", command)),
         "setup": asdict(SETUP),
         "num_requests": args.requests,
+        "num_level_requests": args.level_requests,
         "bars": [bar.as_json() for bar in bars(results)],
         "traces": [asdict(result) for result in results],
     }
