@@ -37,14 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     lifeline = Lifeline.from_fd(options.lifeline_fd) if options.lifeline_fd is not None else None
     env = environment()
     sys.setswitchinterval(_SWITCH_S)
-    collect_rarely()
     try:
         config = parse_config(options.config_json, env)
         configure_logging(config.log_level, process="router")
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             http, admin = _inherited(options.http_fd), _inherited(options.admin_fd)
             secret = shared_secret(None, env)
-            return runner.run(serve_router(config, secret, lifeline, http_socket=http, admin_socket=admin))
+            serving = serve_router(
+                config, secret, lifeline, http_socket=http, admin_socket=admin, on_ready=collect_rarely
+            )
+            return runner.run(serving)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         if lifeline is not None:

@@ -170,7 +170,8 @@ class Reply(Response):
     async def _send_stream(self, call: Call, send: Send) -> None:
         writer, write = EventWriter(self._form), call.write
         while pieces := await self._answer.next():
-            if call.status is None:
+            is_first = call.status is None
+            if is_first:
                 timing = (b"server-timing", server_timing(call, self._answer.requests))
                 await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS, timing]})
             events = writer.events(pieces)
@@ -178,7 +179,8 @@ class Reply(Response):
                 await _write_in_parts(write, events)
             elif events:
                 await write(events)
-            self._let_pour(call, writer)
+            if is_first:
+                self._let_pour(call, writer)
         tail = encode_events([self._form.usage_chunk()]) + DONE if self._include_usage else DONE
         await send({"type": "http.response.body", "body": tail})
 

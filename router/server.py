@@ -100,8 +100,11 @@ async def serve_router(
     *,
     http_socket: socket.socket | None = None,
     admin_socket: socket.socket | None = None,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> int:
     """Serve until a signal; returns the exit code. Raises ConfigError for what cannot work.
+
+    `on_ready` is called when all is loaded, before that is told.
 
     The sockets listen already, where a launcher shares them between routers; else they are made here.
     """
@@ -137,7 +140,7 @@ async def serve_router(
                     )
                     await serving.enter_async_context(HttpServer(admin).serving(admin_socket))
                 address = Address(config.host, sock.getsockname()[1])
-                collect_rarely()
+                on_ready()
                 log.info("router_ready", http=str(address), control=str(control_address))
                 reports = asyncio.create_task(_report(lifeline, dispatcher, address, control_address))
                 serving.callback(reports.cancel)
@@ -152,7 +155,8 @@ async def serve_router(
 
 
 def collect_rarely() -> None:
-    """What is loaded stays: a collection of garbage need not go through it, nor hold up a burst of tokens."""
+    """For a process that is a router: what is loaded stays, so that a collection of garbage need not go through it, nor
+    hold up a burst of tokens."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(_GC_ALLOCATIONS)
