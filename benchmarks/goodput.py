@@ -85,8 +85,8 @@ def search(task: tuple[Bench, str, bool, float]) -> Best:
     setup = bench.setup
     if name == "colocated":
         return bench.best_chunk("least_loaded", guess, admits=admits)
-    start = setup.num_workers * 3 // 4
-    return bench.best_split(lambda p: System(name, p, setup.num_workers - p, admits=admits), start, guess)
+    starts = (setup.num_workers * 3 // 4, setup.num_workers // 2)
+    return bench.best_split(lambda p: System(name, p, setup.num_workers - p, admits=admits), starts, guess)
 
 
 def level(task: tuple[Bench, System, float]) -> Level:

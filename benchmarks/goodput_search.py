@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,8 +102,8 @@ class Bench:
         rows = tuple((rate, outcome.attainment) for rate, outcome in tried.items())
         return Capacity(low, best.goodput_per_s if best is not None else 0.0, best, rows)
 
-    def best_split(self, make: Callable[[int], System], start: int, guess_per_s: float) -> Best:
-        """Of the splits (prefill workers), uphill from `start`: goodput has one peak over them."""
+    def best_split(self, make: Callable[[int], System], starts: Sequence[int], guess_per_s: float) -> Best:
+        """Of the splits (prefill workers), uphill from each of `starts`."""
         found: dict[int, Capacity] = {}
 
         def goodput(prefill: int) -> float:
@@ -114,12 +114,11 @@ class Bench:
                 found[prefill] = self.capacity(make(prefill), guess)
             return found[prefill].goodput_per_s
 
-        at = start
-        while True:
-            step = max((-1, 0, 1), key=lambda move: (goodput(at + move), move == 0))
-            if step == 0:
-                break
-            at += step
+        def top(at: int) -> int:
+            better = max((at - 1, at, at + 1), key=lambda split: (goodput(split), split == at))
+            return at if better == at else top(better)
+
+        at = max((top(start) for start in starts), key=goodput)
         tried = tuple((make(prefill), one.goodput_per_s) for prefill, one in sorted(found.items()))
         return Best(make(at), found[at].rate_per_s, found[at].goodput_per_s, tried)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..common.batch import Batch, StepOutput
 
 MIN_CHUNK_TOKENS = 32  # a prompt moves on, whatever the objective
-_OBJECTIVE_SHARE = 0.8  # of it, for the step: results are handed out and sent in the rest
+_OBJECTIVE_SHARE = 0.85  # of it, for the step: results are handed out and sent in the rest
 _STRETCH = 4.0  # without an objective a step may take so many times what its answers alone would
 _MIN_STEP_S = 0.05  # ... and this much in any case: nobody reads faster
 _INITIAL_TOKEN_S = 1e-3  # until chunks have been seen

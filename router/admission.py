@@ -100,7 +100,8 @@ class Admission:
         limit_s, request = self._limit_s(live.request), live.request
         if limit_s is None or request.num_failures or request.is_resume:
             return None
-        return request.timestamps["queued"] + max(limit_s - self.forecast.fastest_s, _LEAST_WAIT_SHARE * limit_s)
+        fastest_s = max(self.forecast.fastest_s, live.fastest_s)
+        return request.timestamps["queued"] + max(limit_s - fastest_s, _LEAST_WAIT_SHARE * limit_s)
 
     def displaced(self, now_s: float) -> StreamError:
         """What a queued request is told that made room for a more urgent one."""

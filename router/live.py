@@ -86,6 +86,7 @@ class Live:
     prediction: Prediction | None = None  # of its latest placement
     fetch: FetchFrom | None = None  # the same: what whoever computes the prompt reads from another worker
     placed_s: float = 0.0
+    num_cached: int = 0  # prompt tokens that some worker held when places were last looked for
     decode_keeps: bool | None = None  # which of the two caches the prompt's KV for others; None: both do
     strikes: set[Life] = field(default_factory=set)  # workers that were lost while they computed it
     computed_on: int | None = None  # the prefill session that has the prompt's KV in its cache
@@ -107,6 +108,8 @@ class Live:
     def demand(self, pools: Pools, claimed: frozenset[int], now_s: float) -> Demand:
         request = self.request
         most = max((len(choice.tokens) for choice in request.choices if choice.finish is None), default=0)
+        cached = self.cached(pools)
+        self.num_cached = max(cached.values(), default=0)
         limit_s, waited_s = self.ttft_limit_s, now_s - request.timestamps.get("queued", now_s)
         return Demand(
             num_prompt_tokens=request.num_prompt_tokens,
@@ -119,18 +122,23 @@ class Live:
             failed_pairs=frozenset(self.failed_pairs),
             computed_on=self.computed_on,
             knocks=self.knocks(now_s),
-            cached=self.cached(pools),
+            cached=cached,
             objectives=request.objectives,
             ttft_limit_s=limit_s,
             waited_s=waited_s,
             expected_output=pools.predictor.expected_output(request.sampling.max_tokens),
-            may_miss=request.is_resume or (limit_s is not None and waited_s + self.request.unloaded_s > limit_s),
+            may_miss=request.is_resume or (limit_s is not None and waited_s + self.fastest_s > limit_s),
         )
 
     @property
     def unloaded_s(self) -> float:
         """What its first token takes on empty workers."""
         return self.request.unloaded_s
+
+    @property
+    def fastest_s(self) -> float:
+        """The same, where most of the prompt's beginning is held already."""
+        return self.unloaded_s * (1.0 - self.num_cached / max(1, self.request.num_prompt_tokens))
 
     @property
     def ttft_limit_s(self) -> float | None:

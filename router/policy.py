@@ -160,9 +160,11 @@ def has_prefill_room(worker: WorkerView, demand: Demand, max_wait_s: float) -> b
     return wait_s <= max_wait_s
 
 
-def is_behind(worker: WorkerView, demand: Demand) -> bool:
-    """More than a step of prompts waits there: late binding for local prompts. A few short ones may overtake."""
-    budget = worker.hello.max_num_batched_tokens
+def is_behind(worker: WorkerView, demand: Demand, budget: int | None = None) -> bool:
+    """More prompt tokens than `budget`, or than a step takes, wait there: late binding for local prompts. A few short
+    ones may overtake.
+    """
+    budget = worker.hello.max_num_batched_tokens if budget is None else budget
     return worker.ahead_tokens > budget < demand.num_prompt_tokens + worker.unstarted_tokens
 
 

@@ -199,8 +199,13 @@ class Predictor:
         known = self._workers.get(session)
         if known is None:
             return 0
-        costs = known.kind.prompts.costs
-        room_s = limit_s / known.factor - costs.step_s(rows=rows, context=context)
+        costs, decodes = known.kind.prompts.costs, known.kind.decodes
+        rows_s = costs.step_s(rows=rows, context=context)
+        if decodes.is_known:
+            # They cost no more beside a chunk than alone. Without that, a fit that finds no room for prompts among
+            # streams would see no such step any more, and never learn better.
+            rows_s = min(rows_s, decodes.costs.step_s(rows=rows, context=context))
+        room_s = limit_s / known.factor - rows_s
         token_s = costs.token_s + behind * costs.pair_s
         return int(min(known.hello.max_num_batched_tokens, max(0.0, room_s / max(_TINY_S, token_s))))
 

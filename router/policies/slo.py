@@ -45,8 +45,9 @@ _MAX_HOLDERS = 3
 _BEST_PREFILLS = 4  # of these, for every decode worker
 _TPOT_MARGIN = 0.92  # of the objective, up to which a step is filled
 _EVEN = 0.03  # an idle decode worker that is so much worse is as good: nobody is disturbed, nothing shipped
-_HARM = 0.01  # of a second to the first token, for a second by which a stream is delayed
+_HARM = 0.05  # of a second to the first token, for a second by which a stream is delayed
 _WORK = 1.0  # for a second of compute: what is cached need not be computed
+_STEPS_AHEAD = 2  # of prompts, at most, bound to a decode worker that has streams
 _PATIENCE = 3.0  # TTFT objectives that a request waits for decode workers with room for its pace
 _DEFAULT_PATIENCE_S = 10.0
 _FETCH_GAIN = 1.5  # a fetch must be so many times faster than computing
@@ -139,6 +140,8 @@ class Slo:
         best = min(candidates, key=lambda one: self._order(one, demand))
         if self._is_better_off_waiting(best, demand):
             return Wait(Lack.DECODE_ROOM)
+        if usable and best.prefill is None and best.decode.num_running and self._comes_late(best, demand):
+            return Wait(Lack.PREFILL_ROOM)
         return self._placement(best, prefills, demand)
 
     def prefill_for(self, view: PoolView, demand: Demand, decode_session: int) -> WorkerView | None:
@@ -232,13 +235,12 @@ class Slo:
 
     def _local(self, decode: WorkerView, demand: Demand, tpot_s: float, sources: list[WorkerView]) -> Candidate | None:
         """The decode worker computes the prompt: at once if it is idle, else in what its steps have left."""
-        if is_behind(decode, demand):
-            return None
         alone_s, fetch = self._prefill_s(decode, demand, sources)
         cached = _cached(decode, demand) + (fetch.tokens if fetch is not None else 0)
         uncached = max(1, demand.num_prompt_tokens - cached)
         step_s = self._predictor.decode_step_s(decode.session, decode.num_running, decode.context)
         harm_s, took_s, wait_s = 0.0, alone_s, decode.backlog_s
+        budget = decode.hello.max_num_batched_tokens
         if decode.num_running and alone_s:
             limit_s = longest_step_s(demand.objectives.tpot_s, step_s)
             tokens = self._predictor.chunk_tokens(
@@ -248,9 +250,13 @@ class Slo:
                 return None
             # Half of a step's prompt tokens are the oldest prompt's, the rest those of the shortest.
             ahead = min(decode.ahead_tokens, uncached)
-            took_s = max(alone_s, uncached / tokens * limit_s)
+            share_s = max(alone_s, uncached / tokens * limit_s)
+            harm_s = decode.num_running * (share_s - share_s / limit_s * step_s)
+            took_s = max(share_s, alone_s + step_s) + (limit_s if ahead else step_s) / 2  # of the step that runs
             wait_s = ahead / tokens * limit_s
-            harm_s = decode.num_running * (took_s - took_s / limit_s * step_s)
+            budget = min(budget, _STEPS_AHEAD * tokens)
+        if is_behind(decode, demand, budget):
+            return None
         return Candidate(
             prefill=None,
             decode=decode,
@@ -301,10 +307,12 @@ class Slo:
         return (one.is_avoided, self._misses(one, demand), one.cost_s, is_elsewhere, one.decode.decode_rank, rank)
 
     def _misses(self, one: Candidate, demand: Demand) -> bool:
+        return self._comes_late(one, demand) or self._breaks_pace(one, demand)
+
+    def _comes_late(self, one: Candidate, demand: Demand) -> bool:
+        """Its first token would, and need not."""
         limit_s = demand.ttft_limit_s
-        if limit_s is not None and not demand.may_miss and demand.waited_s + one.ttft_s > limit_s:
-            return True
-        return self._breaks_pace(one, demand)
+        return limit_s is not None and not demand.may_miss and demand.waited_s + one.ttft_s > limit_s
 
     def _breaks_pace(self, one: Candidate, demand: Demand) -> bool:
         limit_s = demand.objectives.tpot_s

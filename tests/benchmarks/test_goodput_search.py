@@ -38,9 +38,9 @@ def test_capacity_is_found_from_any_guess(bench: Bench, guess: float) -> None:
     assert found.goodput_per_s == pytest.approx(found.rate_per_s)
 
 
-@pytest.mark.parametrize("start", [1, 4, 7])
-def test_the_best_split_is_found_from_any_start(bench: Bench, start: int) -> None:
-    best: Best = bench.best_split(lambda p: System("slo", p, 8 - p), start, 2.0)
+@pytest.mark.parametrize("starts", [(1,), (4,), (7,), (1, 7)])
+def test_the_best_split_is_found_from_any_start(bench: Bench, starts: tuple[int, ...]) -> None:
+    best: Best = bench.best_split(lambda p: System("slo", p, 8 - p), starts, 2.0)
     assert (best.system.prefill, best.system.decode) == (5, 3)
     assert best.goodput_per_s == pytest.approx(9.0, rel=0.05)
     assert best.system in [system for system, _ in best.tried]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvferry.common.errors import CapacityError
-from kvferry.common.messages import LocalTask
+from kvferry.common.messages import LocalTask, StepSample
 from kvferry.router.forecast import Forecast, Promise
 from kvferry.router.request import RequestStatus, StreamError, TokenStream
 from kvferry.tests.router.fleet import Fleet, config, tokens
@@ -116,6 +116,21 @@ async def test_who_has_missed_the_objective_in_the_queue_is_sent_away() -> None:
     error = await failure(stream)
     assert (error.code, error.status) == ("deadline_exceeded", 503) and error.retry_after_s is not None
     assert fleet.observer.rejected["late"] >= 1
+
+
+async def test_a_long_prompt_is_sent_away_when_its_own_time_is_left_no_more() -> None:
+    step_s = 0.01  # of 16 tokens: 320 take 0.2 s, of which 0.6 s are its limit
+    samples = tuple(StepSample(step_s * tokens / 16, tokens, 0) for tokens in (4, 8, 16, 16))
+    fleet = Fleet(config(expect_prefill=False, ttft_objective_ms=100.0))
+    d = fleet.join("d-0", max_num_batched_tokens=16, num_blocks=256, samples=samples)
+    for _ in range(2):
+        fleet.submit(40)
+    stream = fleet.submit(320)
+    assert stream.request.status is RequestStatus.QUEUED
+    fleet.wait(0.3, d, num_running=1, waiting_tokens=80)
+    assert not stream.request.is_finished
+    fleet.wait(0.2, d, num_running=1, waiting_tokens=80)
+    assert (await failure(stream)).code == "deadline_exceeded"
 
 
 def test_a_retry_is_not_sent_away_for_being_late() -> None:

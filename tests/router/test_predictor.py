@@ -84,6 +84,13 @@ def test_a_chunk_fills_what_the_rows_leave_of_a_step() -> None:
     assert predictor.chunk_tokens(1, 0, 0, 0, 1e9) == calibrated().max_num_batched_tokens
 
 
+def test_streams_take_no_more_of_a_step_with_a_chunk_than_alone() -> None:
+    predictor = Predictor()
+    slow = tuple(StepSample(0.5 + TOKEN_S * tokens, tokens, 0) for tokens in (16, 32, 64))  # whatever made them so
+    predictor.on_hello(1, hello("d-0", "decode", samples=slow + tuple(decode_step(rows) for rows in (1, 4, 8))))
+    assert predictor.chunk_tokens(1, 4, 400, 0, BASE_S + 4 * ROW_S + 32 * TOKEN_S) == pytest.approx(32, rel=0.1)
+
+
 def test_transfers_are_learned_by_path() -> None:
     predictor = Predictor()
     report = TransferReport(

@@ -85,6 +85,26 @@ def test_what_the_streams_leave_of_their_objective_is_used_when_prefill_workers_
     assert place(tight, BEHIND, STREAMING) == Placement("p-0", "d-0", Reason.HANDOFF)
 
 
+def test_two_steps_of_prompts_at_most_are_bound_to_a_worker_that_has_streams() -> None:
+    demand = replace(DEMAND, objectives=Objectives(ttft_s=1.0, tpot_s=0.02))
+    room = round((0.85 * 0.02 - BASE_S - 4 * ROW_S) / TOKEN_S)  # prompt tokens in one of its steps
+    few, many = (replace(STREAMING, ahead_tokens=n, unstarted_tokens=n) for n in (2 * room - 10, 2 * room + 10))
+    assert place(demand, few, expect_prefill=False) == Placement(None, "d-0", Reason.COLOCATED)
+    assert isinstance(place(demand, many, expect_prefill=False), Wait)
+    # Alone with prompts it computes them in whole steps.
+    assert isinstance(place(demand, replace(many, num_running=0), expect_prefill=False), Placement)
+
+
+def test_a_request_waits_for_a_prefill_worker_rather_than_coming_late_beside_streams() -> None:
+    demand = replace(DEMAND, objectives=Objectives(ttft_s=0.1, tpot_s=0.02), ttft_limit_s=0.1)
+    full = replace(P0, ahead_tokens=600, unstarted_tokens=600, num_bound=3, backlog_s=0.06)
+    assert place(demand, full, STREAMING) == Placement(None, "d-0", Reason.SOONER)
+    late = replace(demand, waited_s=0.08)
+    assert place(late, full, STREAMING) == Wait(Lack.PREFILL_ROOM)
+    assert isinstance(place(late, STREAMING), Placement)  # there is none to wait for
+    assert isinstance(place(replace(late, may_miss=True), full, STREAMING), Placement)  # it is too late anyway
+
+
 def test_local_prompts_can_be_forbidden() -> None:
     assert place(DEMAND, P0, D0, local_prefill=False) == Placement("p-0", "d-0", Reason.HANDOFF)
     assert place(DEMAND, D0, local_prefill=False) == Wait(Lack.PREFILL_WORKER)
