@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator
 
 from starlette.requests import Request
-from starlette.types import Receive
+from starlette.types import Receive, Scope
 
 from ..common.errors import CapacityError, RequestError
 from .errors import clip
@@ -63,8 +63,8 @@ async def read_body(
     request: Request, held: HeldBody, *, max_bytes: int = MAX_BODY_BYTES, timeout_s: float = BODY_TIMEOUT_S
 ) -> bytes:
     """The whole body. 413 as soon as the declared or the counted length passes `max_bytes`, 408 after `timeout_s`."""
-    _check_content_type(request.headers.get("content-type", ""))
-    declared = request.headers.get("content-length", "0")
+    _check_content_type(header_of(request.scope, b"content-type") or "")
+    declared = header_of(request.scope, b"content-length") or "0"
     if declared.isdigit() and int(declared) > max_bytes:
         raise _too_large(f"{declared[:20]} bytes", max_bytes)
     try:
@@ -74,6 +74,15 @@ async def read_body(
         raise RequestError(
             f"the request's body did not arrive within {timeout_s:g} s", code="request_timeout", status=408
         ) from None
+
+
+def header_of(scope: Scope, name: bytes) -> str | None:
+    """By its name in lower case; the first of that name. Starlette's own mapping takes ten times as long."""
+    for known, value in scope["headers"]:
+        if known == name:
+            text: str = value.decode("latin-1")
+            return text
+    return None
 
 
 async def _read(receive: Receive, held: HeldBody, max_bytes: int) -> bytes:

@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import re
 import secrets
-import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -163,7 +162,7 @@ class Frame:
                 call.allowance.leave()
 
     def _open(self, headers: dict[bytes, bytes], scope: Scope, send: Send) -> Call:
-        request_id = uuid.uuid4().hex
+        request_id = secrets.token_hex(16)
         shown = _NOT_IN_AN_ID.sub(b"", headers.get(b"x-request-id", b"")[:1024])[:128].decode()
         chunks: Chunks | None = scope.get(CHUNKS)
         write: WritePart = partial(send_part, send) if chunks is None else chunks.send

@@ -21,7 +21,7 @@ from ..common.errors import RequestError
 from ..common.request import SamplingParams
 from ..common.tokenizer import Tokenizer
 from .answer import Answer, GapObserver, PromptText
-from .body import MAX_BODY_BYTES, BodyRoom, HeldBody, read_body
+from .body import MAX_BODY_BYTES, BodyRoom, HeldBody, header_of, read_body
 from .chat import ChatForm
 from .choice import TextOptions
 from .classes import CLASS_HEADER, RequestClasses
@@ -132,8 +132,10 @@ class Api:
     def _begin(self, request: Request) -> Call:
         self.in_flight.check_open()
         call = call_of(request.scope)
-        call.request_class = request.headers.get(CLASS_HEADER, DEFAULT_CLASS)
-        limits = (parse_timeout(request.headers.get(TIMEOUT_HEADER)), self.classes.named(call.request_class).deadline_s)
+        named = header_of(request.scope, CLASS_HEADER.encode())
+        call.request_class = DEFAULT_CLASS if named is None else named
+        timeout_s = parse_timeout(header_of(request.scope, TIMEOUT_HEADER.encode()))
+        limits = (timeout_s, self.classes.named(call.request_class).deadline_s)
         call.timeout_s = min((limit for limit in limits if limit is not None), default=None)
         return call
 
