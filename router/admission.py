@@ -15,6 +15,7 @@ from ..common.errors import CapacityError
 from .forecast import Forecast, Promise
 from .live import Live
 from .observer import Observer
+from .offered import OfferedLoad
 from .queue import RequestQueue
 from .request import RouterRequest, StreamError
 
@@ -29,6 +30,7 @@ class Admission:
 
     def __init__(self, queue: RequestQueue, observer: Observer) -> None:
         self.forecast = Forecast()
+        self.offered = OfferedLoad()
         self._queue = queue
         self._observer = observer
         self._admitted_s: dict[int, float] = {}  # the latest, by priority
@@ -36,6 +38,7 @@ class Admission:
     def check(self, request: RouterRequest, now_s: float) -> Live | None:
         """Raises CapacityError (429) if it has to go. Returns the queued request that goes in its stead, if any."""
         self.observe(now_s)
+        self.offered.add(request.priority, request.unloaded_s, now_s)
         victim = None
         if self._queue.is_full:
             victim = self._queue.victim_for(request)

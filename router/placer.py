@@ -78,7 +78,8 @@ class Placer:
         claimed, passed = frozenset[int](), set[Live]()
         if self._policy.predicts:
             num_workers = self._pools.num_ready("prefill") or self._pools.num_ready("decode")
-            self._ledger.queue.triage(now_s, self._admission.forecast.work_rate(num_workers))
+            rate = self._admission.forecast.work_rate(num_workers)
+            self._ledger.queue.triage(now_s, rate, self._admission.offered)
         queue = self._ledger.queue
         while len(queue) > len(passed) and (
             next_ones := [live for live in queue.first(LOOK_AHEAD, now_s) if live not in passed]

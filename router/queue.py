@@ -2,8 +2,8 @@
 
     priority    lower first, strictly
     lateness    what can still meet its objective comes before what cannot, and before what makes way so that as few
-                as possible miss theirs (triage.py); but an eighth of the service is for those, if there are any: one
-                goes when LATE_EVERY - 1 others have gone, and so many times its own predicted time
+                as possible miss theirs (triage.py, offered.py); but an eighth of the service is for those, if there
+                are any: one goes when LATE_EVERY - 1 others have gone, and so many times its own predicted time
     tenants     fair shares of both (tenants.py)
     due time    inside a tenant: arrival + objective. A long prompt's objective is a multiple of its own time, so short
                 ones overtake it while it has time left; as its due time stands still, nobody is overtaken for ever
@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from .live import Live
+from .offered import OfferedLoad
 from .request import RouterRequest
 from .tenants import FairOrder, Ticket
 from .triage import Waiting, put_off
@@ -203,12 +204,21 @@ class RequestQueue:
                 found += self._first_of(level, number - len(found), now_s)
         return found
 
-    def triage(self, now_s: float, rate: float) -> None:
-        """Who makes way so that the fewest miss their objectives. `rate`: seconds of work that are done in a second."""
-        for level in self._levels.values():
+    def triage(self, now_s: float, rate: float, offered: OfferedLoad) -> None:
+        """Who makes way so that the fewest miss their objectives, now and of those that will have come in a moment.
+        `rate`: seconds of work that are done in a second.
+        """
+        for priority, level in self._levels.items():
+            if len(level.timely):
+                longest_s = offered.longest_s(priority, now_s, rate)
+                line = [(place, _waiting(place)) for place in self._line(level)]
+                level.move_to_late(place for place, one in line if one.work_s >= longest_s and one.can_wait(now_s))
             if len(level.timely) > 1:
-                line = [self._places[ticket.item] for ticket in islice(level.timely, _MAX_TRIAGED)]
-                level.move_to_late(put_off(((place, _waiting(place)) for place in line), now_s, rate))
+                line = [(place, _waiting(place)) for place in self._line(level)]
+                level.move_to_late(put_off(line, now_s, rate))
+
+    def _line(self, level: _Level) -> Iterator[_Place]:
+        return (self._places[ticket.item] for ticket in islice(level.timely, _MAX_TRIAGED))
 
     def _first_of(self, level: _Level, number: int, now_s: float) -> list[Live]:
         """Who is found to be late on the way is late from now on."""

@@ -17,6 +17,8 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import NamedTuple, TypeVar
 
+LULL_S = 3.0  # load is uneven over some seconds: who has that much time may find room
+
 Item = TypeVar("Item")
 
 
@@ -26,6 +28,14 @@ class Waiting(NamedTuple):
     start_by_s: float  # with a later start it is late; infinite: it never is
     work_s: float
 
+    @property
+    def can_miss(self) -> bool:
+        return self.start_by_s != float("inf")
+
+    def can_wait(self, now_s: float) -> bool:
+        """For a moment in which few others come, and be in time all the same."""
+        return self.can_miss and self.start_by_s - now_s >= LULL_S
+
 
 def put_off(waiting: Iterable[tuple[Item, Waiting]], now_s: float, rate: float) -> list[Item]:
     """Who of those that wait, in order of service, makes way for the others."""
@@ -34,7 +44,7 @@ def put_off(waiting: Iterable[tuple[Item, Waiting]], now_s: float, rate: float) 
     numbers, work_s = count(), 0.0
     for item, one in waiting:
         work_s += one.work_s
-        if one.start_by_s != float("inf"):
+        if one.can_miss:
             heappush(kept, (-one.work_s, -next(numbers), item))
         while kept and now_s + (work_s - one.work_s) / rate > one.start_by_s:
             longest_s, _, longest = heappop(kept)
