@@ -35,14 +35,13 @@ class OfferedLoad:
         """A request came, admitted or not. `work_s`: predicted for its prompt."""
         if self._began_s is None:
             self._began_s = self._base_s = now_s
-        if now_s - self._base_s > _REBASE_S:
-            self._rebase(now_s)
+        weight = self._weight(now_s)
         level = self._levels.get(priority)
         if level is None:
             if len(self._levels) >= _MAX_LEVELS:
                 return
             level = self._levels[priority] = [0.0] * _NUM_LENGTHS
-        level[_length_of(work_s)] += work_s * self._weight(now_s)
+        level[_length_of(work_s)] += work_s * weight
 
     def longest_s(self, priority: int, now_s: float, rate: float) -> float:
         """Prompts of this priority that take so long or longer have no room beside shorter and more urgent ones.
@@ -60,10 +59,12 @@ class OfferedLoad:
         return math.inf
 
     def _weight(self, now_s: float) -> float:
+        if now_s - self._base_s > _REBASE_S:
+            self._rebase(now_s)
         return math.exp((now_s - self._base_s) / _MEMORY_S)
 
     def _rebase(self, now_s: float) -> None:
-        factor = 1.0 / self._weight(now_s)
+        factor = math.exp((self._base_s - now_s) / _MEMORY_S)  # after hours without a request it is 0
         self._levels = {
             priority: [factor * work_s for work_s in level]
             for priority, level in self._levels.items()

@@ -209,8 +209,7 @@ class RequestQueue:
         `rate`: seconds of work that are done in a second.
         """
         for priority, level in self._levels.items():
-            if len(level.timely):
-                longest_s = offered.longest_s(priority, now_s, rate)
+            if len(level.timely) and (longest_s := offered.longest_s(priority, now_s, rate)) != float("inf"):
                 line = [(place, _waiting(place)) for place in self._line(level)]
                 level.move_to_late(place for place, one in line if one.work_s >= longest_s and one.can_wait(now_s))
             if len(level.timely) > 1:

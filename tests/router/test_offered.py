@@ -48,6 +48,14 @@ def test_what_was_long_ago_counts_no_more() -> None:
     assert load.longest_s(0, 160.0, RATE) == math.inf
 
 
+def test_a_day_without_a_request_is_no_trouble() -> None:
+    load = offered((0, 5.0, 1.0))
+    assert load.longest_s(0, 100_000.0, RATE) == math.inf
+    load = offered((0, 5.0, 1.0))
+    load.add(0, 5.0, 100_000.0)
+    assert load.longest_s(0, 100_000.0, RATE) == math.inf
+
+
 def test_a_first_burst_says_nothing_of_the_load() -> None:
     load = OfferedLoad()
     for _ in range(100):
