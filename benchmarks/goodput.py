@@ -124,8 +124,8 @@ def run(benches: list[Bench], num_processes: int, num_level_requests: int | None
             best = tuple(next(found) for _ in one)
             partial = TraceResult(bench.trace, bench.part, bench.ceiling_per_s(), best, ())
             rates = [share * partial.strongest.rate_per_s for share in SETUP.levels]
-            whole = replace(bench, num_requests=num_level_requests)
-            levels = tuple(pool.map(level, [(whole, b.system, rate) for b in best for rate in rates]))
+            shown = replace(bench, num_requests=num_level_requests)
+            levels = tuple(pool.map(level, [(shown, b.system, rate) for b in best for rate in rates]))
             results.append(TraceResult(bench.trace, bench.part, partial.ceiling_per_s, best, levels))
     return results
 

@@ -210,14 +210,15 @@ class RequestQueue:
         """
         for priority, level in self._levels.items():
             if len(level.timely) and (longest_s := offered.longest_s(priority, now_s, rate)) != float("inf"):
-                line = [(place, _waiting(place)) for place in self._line(level)]
+                line = self._line(level)
                 level.move_to_late(place for place, one in line if one.work_s >= longest_s and one.can_wait(now_s))
             if len(level.timely) > 1:
-                line = [(place, _waiting(place)) for place in self._line(level)]
-                level.move_to_late(put_off(line, now_s, rate))
+                level.move_to_late(put_off(self._line(level), now_s, rate))
 
-    def _line(self, level: _Level) -> Iterator[_Place]:
-        return (self._places[ticket.item] for ticket in islice(level.timely, _MAX_TRIAGED))
+    def _line(self, level: _Level) -> list[tuple[_Place, Waiting]]:
+        """The first of those that can still be in time."""
+        places = [self._places[ticket.item] for ticket in islice(level.timely, _MAX_TRIAGED)]
+        return [(place, Waiting(place.start_by_s, place.ticket.item.request.unloaded_s)) for place in places]
 
     def _first_of(self, level: _Level, number: int, now_s: float) -> list[Live]:
         """Who is found to be late on the way is late from now on."""
@@ -279,10 +280,6 @@ class RequestQueue:
                 if found is not None:
                     return found
         return None
-
-
-def _waiting(place: _Place) -> Waiting:
-    return Waiting(place.start_by_s, place.ticket.item.request.unloaded_s)
 
 
 def _num_of(level: _Level, tenant: str) -> int:

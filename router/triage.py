@@ -17,7 +17,7 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import NamedTuple, TypeVar
 
-LULL_S = 3.0  # load is uneven over some seconds: who has that much time may find room
+_LULL_S = 3.0  # load is uneven over some seconds: who has that much time may find room
 
 Item = TypeVar("Item")
 
@@ -34,7 +34,7 @@ class Waiting(NamedTuple):
 
     def can_wait(self, now_s: float) -> bool:
         """For a moment in which few others come, and be in time all the same."""
-        return self.can_miss and self.start_by_s - now_s >= LULL_S
+        return self.can_miss and self.start_by_s - now_s >= _LULL_S
 
 
 def put_off(waiting: Iterable[tuple[Item, Waiting]], now_s: float, rate: float) -> list[Item]:
