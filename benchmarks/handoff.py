@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     plot = flags.plot or flags.json.with_suffix(".svg")
     console = Console(stderr=True)
     torch.set_num_threads(1)
-    set_ucx_defaults(loopback_only=True)
+    set_ucx_defaults("127.0.0.1")
     try:
         check_plot_path(plot)
         if flags.quiet_limit:

@@ -198,7 +198,7 @@ async def serve(orders: socket.socket) -> None:
 
 def main() -> int:
     torch.set_num_threads(1)
-    set_ucx_defaults(loopback_only=True)
+    set_ucx_defaults("127.0.0.1")
     with socket.socket(fileno=int(sys.argv[1])) as orders:
         orders.setblocking(False)
         asyncio.run(serve(orders))

@@ -19,12 +19,13 @@ from typing import TypeVar
 from kvferry.benchmarks.handoff_cases import Table
 from kvferry.common.blocks import KVCacheSpec
 from kvferry.common.config import TransferConfig
+from kvferry.common.credentials import SharedSecret
 from kvferry.common.errors import ConfigError
 from kvferry.common.messages import Count, Decoder, GrantInfo, Message, RegionInfo, encode
 from kvferry.transfer.host_memory import HostMark
 
 CONFIG = TransferConfig(open_within_s=20.0)  # orders, unlike a router's tasks, may wait for a checksum
-SECRET = b"the ends of a measurement"
+SECRET = SharedSecret(b"the ends of a measurement")
 MAX_PACKET_BYTES = 200_000  # of a socket pair with buffers as Linux sets them
 
 

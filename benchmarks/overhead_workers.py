@@ -26,7 +26,8 @@ from kvferry import __version__
 from kvferry.benchmarks.overhead_steps import Records, Steps, StubStream
 from kvferry.common.blocks import KVCacheSpec
 from kvferry.common.channel import Address, Channel, connect
-from kvferry.common.config import SECRET_VARIABLE, environment
+from kvferry.common.config import environment
+from kvferry.common.credentials import SharedSecret, read_secrets
 from kvferry.common.errors import WorkerLost
 from kvferry.common.messages import (
     Abort,
@@ -237,7 +238,7 @@ class PrefillStub(Stub):
 
 
 async def _join(control: Address, worker_id: str, role: str, model_len: int) -> Channel:
-    secret = environment().get(SECRET_VARIABLE, "").encode()
+    secret = SharedSecret(*read_secrets(None, environment()))
     channel = await connect(control, worker_id, secret=secret, max_frame_bytes=max_frame_bytes(model_len))
     channel.send(
         WorkerHello(

@@ -3,8 +3,8 @@
     python -m kvferry.benchmarks.restart [--rounds N]
 
 A tiny random model on two routers, two prefill and two decode workers. Clients ask without a pause, half over
-connections that they keep, half over new ones. Then every worker and every router is restarted one at a time (SIGHUP
-to the launcher), as often as asked. Each answer is compared with the undisturbed one; no client tries anything twice.
+connections that they keep, half over new ones. Then every worker and every router is restarted one at a time (`kvferry
+restart`), as often as asked. Each answer is compared with the undisturbed one; no client tries anything twice.
 The exit code is 1 where a request failed or a restart did not end.
 """
 
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import signal
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -32,7 +30,6 @@ from kvferry.common.errors import ConfigError
 
 PROMPTS = [f"{'Every token is told once, in its order. ' * (1 + n % 3)}{n}" for n in range(12)]
 _FLAGS = ("--prefill", "2", "--decode", "2", "--routers", "2", "--kv-cache-memory-bytes", "64MiB")
-_DONE, _STOPPED = "rolling restart done", "rolling restart stopped"
 _ROUND_LIMIT_S = 300.0
 
 
@@ -68,19 +65,12 @@ async def measure_restarts(system: System, num_rounds: int, num_clients: int, nu
 
 async def _restart_all(system: System) -> float:
     began_s = perf_counter()
-    num_done = _count(system, _DONE)
-    os.kill(system.process.pid, signal.SIGHUP)
-    while perf_counter() - began_s < _ROUND_LIMIT_S:
-        if _count(system, _STOPPED):
-            raise ConfigError(f"a process did not come back:\n{system.process.log_tail()}")
-        if _count(system, _DONE) > num_done:
-            return perf_counter() - began_s
-        await asyncio.sleep(0.1)
-    raise ConfigError(f"no rolling restart within {_ROUND_LIMIT_S:g} s:\n{system.process.log_tail()}")
-
-
-def _count(system: System, text: str) -> int:
-    return system.process.log_path.read_text(errors="replace").count(text)
+    command = (sys.executable, "-m", "kvferry", "restart", "--port", system.base_url.rpartition(":")[2])
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    _, errors = await asyncio.wait_for(process.communicate(), _ROUND_LIMIT_S)
+    if process.returncode:
+        raise ConfigError(f"no rolling restart: {errors.decode()}\n{system.process.log_tail()}")
+    return perf_counter() - began_s
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -35,6 +35,10 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 
 
+# Of one sequence; a cache below that serves nobody. Longer requests than fit are refused one by one.
+MIN_CACHE_TOKENS = 256
+
+
 class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a page holds. Two workers exchange KV only if their fingerprints are equal."""
 
@@ -61,6 +65,17 @@ class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     @property
     def fingerprint(self) -> str:
         return _fingerprint(self)
+
+
+def too_small_a_cache(num_bytes: int, block_bytes: int, needed: int) -> str:
+    """Why a cache that holds fewer than `needed` blocks cannot serve; empty: it can."""
+    if num_bytes // block_bytes >= needed:
+        return ""
+    return (
+        f"kv_cache_memory_bytes: the KV cache of {num_bytes:,} bytes holds {num_bytes // block_bytes} blocks of "
+        f"{block_bytes:,} bytes; at least {needed} are needed: set --kv-cache-memory-bytes to {needed * block_bytes:,} "
+        "or more"
+    )
 
 
 @lru_cache(maxsize=8)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .blocks import KVCacheSpec
+from .blocks import MIN_CACHE_TOKENS, KVCacheSpec, too_small_a_cache
 from .config import EngineConfig
 from .errors import ConfigError
 
@@ -20,7 +20,6 @@ _HUGE_PAGE_BYTES = 2 << 20
 _CPU_BYTES = 2 << 30
 _CPU_SHARE = 0.1  # of free memory: the machine is not ours alone
 _CACHE_DTYPES = {"bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-_MIN_TOKENS = 256  # of one sequence; a cache below that serves nobody. Longer requests than fit are refused one by one
 
 
 def num_blocks_for_memory(
@@ -29,14 +28,9 @@ def num_blocks_for_memory(
     """Blocks that fit into the memory granted to one rank's cache. Raises ConfigError if that is too few to serve."""
     num_bytes = config.kv_cache_memory_bytes or _default_bytes(config, device)
     block_bytes = spec.block_bytes(tp_size)
-    num_blocks = num_bytes // block_bytes
-    needed = spec.num_blocks_for(min(max_model_len, _MIN_TOKENS))
-    if num_blocks < needed:
-        raise ConfigError(
-            f"the KV cache of {num_bytes:,} bytes holds {num_blocks} blocks of {block_bytes:,} bytes; at least "
-            f"{needed} are needed: set --kv-cache-memory-bytes to {needed * block_bytes:,} or more"
-        )
-    return num_blocks
+    if why := too_small_a_cache(num_bytes, block_bytes, spec.num_blocks_for(min(max_model_len, MIN_CACHE_TOKENS))):
+        raise ConfigError(why)
+    return num_bytes // block_bytes
 
 
 def cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -6,11 +6,12 @@
     Welcome(id, mac)        ->                              or Refused(reason), and the connection ends
     sealed frames           <->    sealed frames
 
-A frame is 4 bytes of length (big endian) and that many bytes. The length is checked before anything is read,
-so a peer can make us hold at most one frame. With a secret, every frame after the hello ends with a seal (`Seals`):
-what was changed, injected, replayed, left out or put in another order ends the session. The secret proves who
-speaks; it does not hide what is said: between hosts that do not share a trusted network, run the fabric over a private
-one. Without a secret, only this machine can be listened to.
+The connecting side says one secret, the accepting side believes any that it has: so a secret can be changed while all
+runs (credentials.py). A frame is 4 bytes of length (big endian) and that many bytes. The length is checked before
+anything is read, so a peer can make us hold at most one frame. With a secret, every frame after the hello ends with a
+seal (`Seals`): what was changed, injected, replayed, left out or put in another order ends the session. The secret
+proves who speaks; it does not hide what is said: between hosts that do not share a trusted network, run the fabric
+over a private one. Without a secret, only this machine can be listened to.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from .credentials import NO_SECRET, SharedSecret
 from .errors import ConfigError, ProtocolError, WorkerLost
 from .messages import PROTOCOL_VERSION, Challenge, Decoder, Hello, Message, Refused, Welcome, encode
 
@@ -218,7 +220,7 @@ async def connect(
     address: Address,
     own_id: str,
     *,
-    secret: bytes = b"",
+    secret: SharedSecret = NO_SECRET,
     timeout_s: float = HELLO_TIMEOUT_S,
     max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
 ) -> Channel:
@@ -227,7 +229,7 @@ async def connect(
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(address.host, address.port, limit=_READ_BUFFER_BYTES)
             try:
-                return await _connect_hello(reader, writer, str(address), own_id, secret, max_frame_bytes)
+                return await _connect_hello(reader, writer, str(address), own_id, secret.said, max_frame_bytes)
             except BaseException:
                 writer.transport.abort()
                 raise
@@ -264,7 +266,11 @@ async def _connect_hello(
 
 
 async def _accept_hello(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, own_id: str, secret: bytes, max_frame_bytes: int
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    own_id: str,
+    secret: SharedSecret,
+    max_frame_bytes: int,
 ) -> Channel:
     _tune(writer)
     nonce = secrets.token_bytes(16)
@@ -272,13 +278,18 @@ async def _accept_hello(
     hello = _hello_decoder.decode(await _read_frame(reader, HELLO_MAX_BYTES, "connecting peer"))
     if not isinstance(hello, Hello):
         raise ProtocolError("the peer did not answer the challenge")
+    proven = [
+        value
+        for value in secret.believed
+        if hmac.compare_digest(hello.mac, _mac(value, b"hello", nonce, hello.nonce, hello.id))
+    ]
     if hello.protocol != PROTOCOL_VERSION:
         reason = f"protocol {hello.protocol} is not ours ({PROTOCOL_VERSION})"
-    elif not hmac.compare_digest(hello.mac, _mac(secret, b"hello", nonce, hello.nonce, hello.id)):
+    elif not proven:
         reason = "wrong or missing shared secret (--secret-file or KVFERRY_SECRET)"
     else:
-        _write(writer, Welcome(id=own_id, mac=_mac(secret, b"welcome", hello.nonce, nonce, own_id)))
-        seals = _seals(secret, nonce, hello.nonce, connecting=False)
+        _write(writer, Welcome(id=own_id, mac=_mac(proven[0], b"welcome", hello.nonce, nonce, own_id)))
+        seals = _seals(proven[0], nonce, hello.nonce, connecting=False)
         return Channel(reader, writer, hello.id, max_frame_bytes, seals)
     _write(writer, Refused(reason=reason))
     await writer.drain()
@@ -290,7 +301,7 @@ async def serve(
     own_id: str,
     on_channel: Callable[[Channel], Awaitable[None]],
     *,
-    secret: bytes = b"",
+    secret: SharedSecret = NO_SECRET,
     max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
     on_refused: Callable[[ProtocolError], None] = lambda error: None,
 ) -> asyncio.Server:

@@ -119,16 +119,20 @@ def worker_child(
 
 def child_environment(
     env: Mapping[str, str],
-    secret: bytes,
+    secrets: tuple[bytes, ...],
     *,
-    loopback: bool,
+    loopback: bool = False,
     api_keys: tuple[str, ...] = (),
     admin_keys: tuple[str, ...] = (),
 ) -> dict[str, str]:
-    """What a child sees: not our settings, as its configuration is complete, but what is secret."""
+    """Return what a child sees: not our settings, as its configuration is complete, but what is secret.
+
+    `secrets`: none where it reads them from a file of its own.
+    """
     passed = (CACHE_VARIABLE, FAILPOINTS_VARIABLE)
     kept = {name: value for name, value in env.items() if not name.startswith(ENV_PREFIX) or name in passed}
-    kept[SECRET_VARIABLE] = secret.decode()
+    if secrets:
+        kept[SECRET_VARIABLE] = b"\n".join(secrets).decode()
     if api_keys:
         kept[API_KEY_VARIABLE] = ",".join(api_keys)
     if admin_keys:

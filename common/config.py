@@ -6,13 +6,10 @@ A YAML key is the flag's name with underscores; `KVFERRY_` + upper case is its e
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
-
-from .errors import ConfigError
 
 SECRET_VARIABLE = "KVFERRY_SECRET"
 API_KEY_VARIABLE = "KVFERRY_API_KEY"
@@ -33,6 +30,7 @@ TransferName = Literal["nixl", "ucx"]
 PolicyName = Literal["slo", "least_loaded", "kv_cost", "round_robin"]
 Checksum = Literal["auto", "on", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["auto", "text", "json"]
 AutoscaleMode = Literal["off", "advise", "on"]
 
 
@@ -110,7 +108,9 @@ class WorkerConfig(Settings):
     labels: tuple[tuple[str, str], ...] = ()  # where it is, from wide to narrow; empty: its host's name
     calibrate: bool = True  # measure a few steps at start-up
     drain_timeout_s: float = Field(30.0, ge=0)  # from SIGTERM until what still runs is left to other workers
+    secret_file: Path | None = None  # read at start and at each reload; None: the secret is in the environment
     log_level: LogLevel = "info"
+    log_format: LogFormat = "auto"  # text on a terminal, else JSON
 
 
 class RequestClass(Settings):
@@ -159,6 +159,8 @@ class RouterConfig(Settings):
     max_model_len: PositiveInt | None = None
     chat_template: Path | None = None
     api_keys: tuple[str, ...] = ()
+    api_key_file: Path | None = None  # further keys; read at start and at each reload
+    secret_file: Path | None = None  # as a worker's
     local_prefill: bool = True  # False (--no-local-prefill): a prompt is never computed on a decode worker
     max_local_prefill_tokens: int = Field(0, ge=0)
     expect_prefill: bool = True  # False: no prefill pool is configured (colocated), decode workers compute prompts
@@ -181,24 +183,13 @@ class RouterConfig(Settings):
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None  # None: no admin listener; 0: any free port
     admin_keys: tuple[str, ...] = ()
+    admin_key_file: Path | None = None
     autoscale: AutoscaleConfig = AutoscaleConfig()
     seed: int = 0
     log_level: LogLevel = "info"
+    log_format: LogFormat = "auto"  # text on a terminal, else JSON
 
 
 def environment() -> dict[str, str]:
     """A copy of the process's environment: nothing else reads it."""
     return dict(os.environ)
-
-
-def shared_secret(secret_file: Path | None, env: Mapping[str, str]) -> bytes:
-    """What router and workers prove to each other that they know; empty where none is set."""
-    if secret_file is None:
-        return env.get(SECRET_VARIABLE, "").encode()
-    try:
-        secret = secret_file.read_bytes().strip()
-    except OSError as error:
-        raise ConfigError(f"secret_file: cannot read {secret_file}: {error.strerror}") from error
-    if len(secret) < 16:
-        raise ConfigError(f"secret_file: {secret_file} holds {len(secret)} bytes; a secret has at least 16")
-    return secret

@@ -7,6 +7,7 @@ device: what the fused ones are tested against. Kernels are compiled at first us
 
 from __future__ import annotations
 
+import os
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ConfigError
+from .extras import FLASHINFER
 
 
 class Kernels(Protocol):
@@ -57,10 +59,12 @@ class FusedKernels:
     """Raises ConfigError where FlashInfer is not installed."""
 
     def __init__(self) -> None:
+        # With a library that it may bring along, FlashInfer's norms are others than those that were tried here.
+        os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")
         try:
             from flashinfer import activation, norm, rope, sampling
         except ImportError as error:
-            raise ConfigError("a model on CUDA needs flashinfer: pip install 'kvferry[gpu]'") from error
+            raise ConfigError(f"device: a model on CUDA needs FlashInfer: {FLASHINFER.missing}") from error
         self._activation = activation
         self._norm = norm
         self._rope = rope

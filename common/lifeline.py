@@ -1,7 +1,8 @@
 """A socket pair between the launcher and each child: the child reports over it, and dies when it closes.
 
-    child     ready | beat | progress | failed                  ->   launcher
+    child     ready | beat | progress | failed | reloaded       ->   launcher
     a router  pools | restart_all | load | scale | hold, too    ->   launcher
+    launcher  reload | stderr | stopping                        ->   child
     launcher  fleet | load | drain                              ->   a router
     launcher ends, in whatever way                              ->   end of file: the child's process ends at once
 
@@ -22,6 +23,7 @@ from collections.abc import Callable, Mapping
 MAX_EVENT_BYTES = 65536  # a router with a thousand workers names them all
 _LOST_EXIT_CODE = 70
 _MAX_UNHEARD = 16
+_STDERR = 2
 
 Event = Mapping[str, object]
 
@@ -45,9 +47,15 @@ def decode_event(packet: bytes) -> dict[str, object] | None:
 class Lifeline:
     """The child's end. Thread-safe; no method blocks or raises for a launcher that is gone."""
 
-    def __init__(self, sock: socket.socket, *, on_lost: Callable[[], None] | None = None) -> None:
-        """`on_lost` runs on a thread of its own when the launcher has ended; by default it ends the process."""
+    def __init__(
+        self, sock: socket.socket, *, on_lost: Callable[[], None] | None = None, stderr_fd: int | None = None
+    ) -> None:
+        """`on_lost` runs on a thread of its own when the launcher has ended; by default it ends the process.
+
+        `stderr_fd`: what standard error becomes when the launcher says so.
+        """
         self._sock = sock
+        self._stderr_fd = stderr_fd
         self._on_event: Callable[[dict[str, object]], None] | None = None
         self._unheard: list[dict[str, object]] = []  # what came before anybody listened
         self._listening = threading.Lock()
@@ -55,9 +63,14 @@ class Lifeline:
         threading.Thread(target=self._wait_for_end, name="lifeline", daemon=True).start()
 
     @classmethod
-    def from_fd(cls, fd: int) -> Lifeline:
-        os.set_inheritable(fd, False)  # a grandchild that held it would hide our end from the launcher
-        return cls(socket.socket(fileno=fd))
+    def from_fds(cls, fd: int | None, stderr_fd: int | None) -> Lifeline | None:
+        """The lifeline that the launcher handed down; None where there is no launcher."""
+        if fd is None:
+            return None
+        for own in (fd, stderr_fd):  # a grandchild that held it would hide our end from the launcher
+            if own is not None:
+                os.set_inheritable(own, False)
+        return cls(socket.socket(fileno=fd), stderr_fd=stderr_fd)
 
     def send(self, event: Event) -> None:
         packet = json.dumps(event, default=str).encode()
@@ -95,11 +108,20 @@ class Lifeline:
         self._on_lost()
 
     def _hear(self, event: dict[str, object] | None) -> None:
+        if event is not None and event["event"] == "stderr":
+            self._take_stderr()
+            return
         with self._listening:
             if event is not None and self._on_event is not None:
                 self._on_event(event)
             elif event is not None:
                 self._unheard = [*self._unheard[-_MAX_UNHEARD:], event]
+
+    def _take_stderr(self) -> None:
+        if self._stderr_fd is not None:
+            os.dup2(self._stderr_fd, _STDERR)
+            os.close(self._stderr_fd)
+            self._stderr_fd = None
 
 
 def _end_process() -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 from .default_model import DEFAULT_MODEL_NAME, Progress, default_model_dir
@@ -42,9 +44,14 @@ class GenerationDefaults:
     repetition_penalty: float | None = None
 
 
+def is_on_hub(name: str | None) -> bool:
+    """Whether this names a model of the hub: it may be here already, or still has to be downloaded."""
+    return name is not None and not Path(name).expanduser().exists() and _HUB_ID.fullmatch(name) is not None
+
+
 def resolve_model(name: str | None, revision: str | None = None, progress: Progress | None = None) -> ResolvedModel:
     """Finds the model, fetching or converting it when it is not here yet. Raises ConfigError."""
-    if name is not None and not Path(name).expanduser().exists() and _HUB_ID.fullmatch(name):
+    if name is not None and is_on_hub(name):
         return _checked(ResolvedModel(_download(name, revision, progress), name))
     if revision is not None:
         raise ConfigError(f"a revision ({revision}) goes with a hub id such as org/name only")
@@ -116,7 +123,7 @@ def _download(name: str, revision: str | None, progress: Progress | None) -> Pat
     what = f"downloading {name}"
     if progress:
         progress(what, 0.0)
-    path = _snapshot(name, revision)
+    path = _snapshot(name, revision, progress)
     index = read_json(path / "model.safetensors.index.json", default={})
     shards = index.get("weight_map", {})
     names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
@@ -130,14 +137,22 @@ def _download(name: str, revision: str | None, progress: Progress | None) -> Pat
     return path
 
 
-def _snapshot(name: str, revision: str | None) -> Path:
+def _snapshot(name: str, revision: str | None, progress: Progress | None) -> Path:
     """The hub's snapshot of the model; each way to fail as one line that says what to do."""
     from huggingface_hub import errors, snapshot_download
 
+    what = f"downloading {name}"
+    bars = _bars(_size_on_hub(name, revision), partial(progress, what)) if progress is not None else None
     at = f"{name} at revision {revision}" if revision else name
     try:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED))
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(_WANTED),
+                ignore_patterns=list(_UNWANTED),
+                tqdm_class=bars,
+            )
         )
     except errors.GatedRepoError as error:
         raise ConfigError(f"{at} is gated: accept its terms on its hub page, then set HF_TOKEN") from error
@@ -156,6 +171,38 @@ def _snapshot(name: str, revision: str | None) -> Path:
         raise ConfigError(f"{name!r} is no hub id: {_first_line(error)}") from error
     except Exception as error:  # HTTP libraries differ between hub versions, and so do their errors
         raise ConfigError(f"{at} could not be downloaded: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _size_on_hub(name: str, revision: str | None) -> int:
+    """Bytes of the files that are wanted; 0 where the hub does not tell: whoever downloads them will say why."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
+    except Exception:  # HTTP libraries differ between hub versions, and so do their errors
+        return 0
+    return sum(file.size or 0 for file in files if _is_wanted(file.rfilename))
+
+
+def _is_wanted(name: str) -> bool:
+    return any(fnmatch(name, known) for known in _WANTED) and not any(fnmatch(name, known) for known in _UNWANTED)
+
+
+def _bars(num_bytes: int, tell: Callable[[float], None]) -> type:
+    """A class for the hub's progress bars that shows none, and tells which share of all bytes is here."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Told(tqdm):
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+            self._counts_bytes = options.get("unit") == "B"
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self._counts_bytes and num_bytes:
+                tell(min(1.0, self.n / num_bytes))
+
+    return Told
 
 
 def _first_line(error: Exception) -> str:

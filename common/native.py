@@ -28,14 +28,19 @@ class NativeUnavailable(Exception):
     """Why this machine, or this model, does without."""
 
 
-def load(folder: Path) -> ctypes.CDLL:
-    """The library. Calls release the interpreter's lock. Raises NativeUnavailable."""
-    cpu = _cpu_flags()
-    if missing := sorted(_CPU_FLAGS - cpu):
+def find_compiler() -> str:
+    """The compiler that builds for this machine. Raises NativeUnavailable where there is none, or no use for it."""
+    if missing := sorted(_CPU_FLAGS - _cpu_flags()):
         raise NativeUnavailable(f"the processor lacks {', '.join(missing)}")
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise NativeUnavailable(f"no C++ compiler is installed ({', '.join(_COMPILERS)})")
+    return compiler
+
+
+def load(folder: Path) -> ctypes.CDLL:
+    """The library. Calls release the interpreter's lock. Raises NativeUnavailable."""
+    compiler, cpu = find_compiler(), _cpu_flags()
     library = folder / f"kernels-{_fingerprint(compiler, cpu)}.so"
     try:
         if not library.is_file():

@@ -23,6 +23,7 @@ from .config import (
     Dtype,
     KVCacheDtype,
     LoadFormat,
+    LogFormat,
     LogLevel,
     PolicyName,
     RequestClass,
@@ -48,12 +49,14 @@ for _power, _letter in enumerate("kmgt", start=1):
 
 
 def parse_number(value: object) -> object:
-    """`32K`, `1.5k` and `2GiB` as whole numbers; what is no such text goes on to pydantic as it is."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
-    if match is None or match[2] not in _UNITS:
+    """`32K`, `1.5k` and `2GiB` as whole numbers; what is no text goes on to pydantic as it is."""
+    if not isinstance(value, str):
         return value
-    number = float(match[1]) * _UNITS[match[2]]
-    return int(number) if number.is_integer() else value
+    match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    number = float(match[1]) * _UNITS[match[2]] if match is not None and match[2] in _UNITS else 0.5
+    if not number.is_integer():
+        raise ValueError("must be a whole number, perhaps with a unit such as 32K or 2GiB")
+    return int(number)
 
 
 def _split(value: object) -> object:
@@ -150,6 +153,10 @@ class ServeSettings(Settings):
 
     host: Annotated[str, Option("HTTP", "Address of the API.", FRONTS)] = "127.0.0.1"
     port: Annotated[Port, Option("HTTP", "Port of the API; 0: any free one.", FRONTS)] = 8000
+    api_key_file: Annotated[
+        Path | None,
+        Option("HTTP", "File of keys that clients must send (kvferry keys); read again on a reload.", FRONTS),
+    ] = None
     api_key: Annotated[Texts, Option("HTTP", "Key that clients must send; repeatable.", FRONTS)] = ()
 
     max_connections: Annotated[Count, Option("HTTP", "Clients' connections at once.", FRONTS)] = 4096
@@ -173,6 +180,9 @@ class ServeSettings(Settings):
         Port | None, Option("HTTP", "Port of the admin listener; 0: any free one. Default: none.", FRONTS)
     ] = None
     admin_host: Annotated[str, Option("HTTP", "Address of the admin listener.", FRONTS)] = "127.0.0.1"
+    admin_key_file: Annotated[
+        Path | None, Option("HTTP", "File of keys of the admin listener; read again on a reload.", FRONTS)
+    ] = None
     admin_key: Annotated[Texts, Option("HTTP", "Key of the admin listener; repeatable.", FRONTS)] = ()
     routers: Annotated[PositiveInt, Option("HTTP", "Router processes behind the one address.", SERVE)] = 1
     drain_timeout: Annotated[
@@ -319,8 +329,13 @@ class ServeSettings(Settings):
         str | None, Option("Cluster", "A running Ray cluster; without one, one is embedded.", SERVE)
     ] = None
     secret_file: Annotated[
-        Path | None, Option("Cluster", "File with the secret that router and workers share.", ALL)
+        Path | None,
+        Option("Cluster", "File with the secret that router and workers share; a second line is believed too.", ALL),
     ] = None
+    insecure_loopback: Annotated[
+        bool,
+        Option("Cluster", "Do without a secret: every process of this machine may join.", ROUTER + WORKERS),
+    ] = False
     control_host: Annotated[str, Option("Cluster", "Address of the socket for workers.", ROUTER)] = "127.0.0.1"
     control_port: Annotated[Port, Option("Cluster", "Port of that socket.", ROUTER)] = 7001
     router: Annotated[Texts, Option("Cluster", "host:port of a router's control socket; repeatable.", WORKERS)] = ()
@@ -333,6 +348,13 @@ class ServeSettings(Settings):
     ] = None
 
     log_level: Annotated[LogLevel, Option("Output", "Least severe lines to log.", ALL)] = "info"
+    log_format: Annotated[
+        LogFormat, Option("Output", "Log lines for people or programs; auto: text on a terminal.", ALL)
+    ] = "auto"
+    pid_file: Annotated[
+        Path | None,
+        Option("Output", "File for this process's id while it runs: kvferry status --pid-file FILE.", SERVE),
+    ] = None
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

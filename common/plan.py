@@ -1,6 +1,6 @@
 """From settings to the processes of a deployment, and from there to what one machine can hold.
 
-    ServeSettings -> plan -> Deployment -> check_model -> fit_to_host -> Deployment with threads, GPUs, cache sizes
+    ServeSettings -> plan -> Deployment -> fit_to_host -> Deployment with threads, GPUs, cache sizes
 
 Pure: what the machine has comes in as a `Host`, what the model is as its `ModelConfig`. Nothing is started here.
 """
@@ -34,7 +34,12 @@ _PREFILL_NICENESS = 10
 # Enough to keep a GPU's multipliers busy; where answers are written too, a step must not keep them waiting for long.
 _GPU_BATCHED_TOKENS = {"prefill": 8192, "decode": 2048}
 _MAX_CPU_CACHE_BYTES = 2 << 30
-_CPU_CACHE_SHARE = 0.1
+_CPU_CACHE_SHARE = 0.1  # of free memory, for one rank
+_CPU_CACHES_SHARE = 0.5  # for all of them
+_RANK_BYTES = (
+    400 << 20
+)  # of a rank besides weights and caches: interpreter, torch, buffers of a step (seen: 250 to 400)
+_GIB = 1 << 30
 _GPU_RESERVE_BYTES = 2 << 30  # of each worker: the CUDA context, workspaces, graphs
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 _ENGINE_FIELDS = EngineConfig.model_fields.keys() & ServeSettings.model_fields.keys()
@@ -57,7 +62,7 @@ class Deployment:
     router: RouterConfig
     workers: tuple[WorkerPlan, ...]
     num_routers: int = 1  # behind one address
-    secret: bytes = field(repr=False, default=b"")
+    secrets: tuple[bytes, ...] = field(repr=False, default=())  # the one that is said, and another that is believed
     templates: tuple[WorkerPlan, ...] = ()  # of one more worker of each pool that may grow
     gpus: tuple[str, ...] = ()  # of this host, for workers that come later
 
@@ -75,8 +80,11 @@ class Deployment:
     def num_ranks(self) -> int:
         return sum(worker.num_ranks for worker in self.workers)
 
+    def with_secrets(self, values: tuple[bytes, ...]) -> Deployment:
+        return replace(self, secrets=values)
 
-def plan(settings: ServeSettings, model_dir: Path, served_name: str, secret: bytes) -> Deployment:
+
+def plan(settings: ServeSettings, model_dir: Path, served_name: str, secrets: tuple[bytes, ...] = ()) -> Deployment:
     pools: tuple[tuple[Literal["prefill", "decode"], PoolSettings], ...] = (
         ("prefill", settings.prefill),
         ("decode", settings.decode),
@@ -92,7 +100,7 @@ def plan(settings: ServeSettings, model_dir: Path, served_name: str, secret: byt
         if pool.workers or pool.max_workers
     )
     router = plan_router(settings, model_dir, served_name)
-    return Deployment(router, workers, settings.routers, secret, templates)
+    return Deployment(router, workers, settings.routers, secrets, templates)
 
 
 def plan_autoscale(settings: ServeSettings) -> AutoscaleConfig:
@@ -126,6 +134,8 @@ def plan_router(settings: ServeSettings, model_dir: Path, served_name: str) -> R
         max_model_len=settings.max_model_len,
         chat_template=settings.chat_template,
         api_keys=settings.api_key,
+        api_key_file=absolute(settings.api_key_file),
+        secret_file=absolute(settings.secret_file),
         local_prefill=settings.local_prefill,
         max_local_prefill_tokens=settings.max_local_prefill_tokens,
         expect_prefill=settings.prefill.workers > 0,
@@ -146,9 +156,11 @@ def plan_router(settings: ServeSettings, model_dir: Path, served_name: str) -> R
         admin_host=settings.admin_host,
         admin_port=settings.admin_port,
         admin_keys=settings.admin_key,
+        admin_key_file=absolute(settings.admin_key_file),
         autoscale=plan_autoscale(settings),
         seed=settings.seed,
         log_level=settings.log_level,
+        log_format=settings.log_format,
     )
 
 
@@ -165,7 +177,7 @@ def plan_worker(
     values |= {"model_dir": model_dir, "served_model_name": served_name}
     values["host_cache_memory_bytes"] = settings.host_cache_memory_bytes
     if settings.disk_cache_dir is not None:
-        values["disk_cache_dir"] = settings.disk_cache_dir.expanduser().absolute()
+        values["disk_cache_dir"] = absolute(settings.disk_cache_dir)
     values["swap_space"] = settings.swap_space if role == "decode" else 0  # a prompt that has begun is not preempted
     return WorkerConfig(
         worker_id=worker_id,
@@ -174,25 +186,15 @@ def plan_worker(
         transfer=TransferConfig(backend=settings.transfer, checksum=settings.kv_checksum),
         routers=settings.router,
         drain_timeout_s=settings.drain_timeout,
+        secret_file=absolute(settings.secret_file),
         log_level=settings.log_level,
+        log_format=settings.log_format,
     )
 
 
-def check_model(deployment: Deployment, model: ModelConfig) -> None:
-    """Refuse what no worker could load. Raises ConfigError."""
-    for worker in deployment.workers:
-        size = worker.config.engine.tensor_parallel_size
-        splits = [
-            n for n in range(1, model.num_kv_heads + 1) if not model.num_kv_heads % n and not model.num_qo_heads % n
-        ]
-        if size not in splits:
-            raise ConfigError(
-                f"tensor_parallel_size: {size} {worker.config.role} ranks cannot share {model.num_kv_heads} KV heads "
-                f"and {model.num_qo_heads} query heads evenly; possible: {', '.join(map(str, splits))}"
-            )
-        length = worker.config.engine.max_model_len
-        if length is not None and length > model.longest_model_len:
-            raise ConfigError(f"max_model_len: {length} is more than the model's {model.longest_model_len}")
+def absolute(path: Path | None) -> Path | None:
+    """The same file whatever folder a child runs in."""
+    return path.expanduser().absolute() if path is not None else None
 
 
 def item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
@@ -222,23 +224,25 @@ def cache_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
 
 def fit_to_host(deployment: Deployment, host: Host, model: ModelConfig | None = None) -> Deployment:
     """Split cores, GPUs and free memory between the workers. Raises ConfigError where they do not fit."""
-    threads = max(1, host.num_cpus // max(1, deployment.num_ranks))
+    threads, num_ranks = max(1, host.num_cpus // max(1, deployment.num_ranks)), max(1, deployment.max_ranks)
     device = _device(deployment, host)
     workers = deployment.workers if device == "cpu" else tuple(_assign_gpus(deployment.workers, host, model))
     return replace(
         deployment,
-        workers=tuple(_fit_worker(worker, device, host, threads) for worker in workers),
-        templates=tuple(_fit_worker(worker, device, host, threads) for worker in deployment.templates),
+        workers=tuple(_fit_worker(worker, device, host, threads, num_ranks) for worker in workers),
+        templates=tuple(_fit_worker(worker, device, host, threads, num_ranks) for worker in deployment.templates),
         gpus=tuple(gpu.index for gpu in host.gpus) if device == "cuda" else (),
     )
 
 
-def _fit_worker(worker: WorkerPlan, device: Literal["cpu", "cuda"], host: Host, threads: int) -> WorkerPlan:
+def _fit_worker(
+    worker: WorkerPlan, device: Literal["cpu", "cuda"], host: Host, threads: int, num_ranks: int
+) -> WorkerPlan:
     engine = worker.config.engine
     update: dict[str, object] = {"device": device, "num_threads": engine.num_threads or threads}
     if device == "cpu" and engine.kv_cache_memory_bytes is None:
         # Measured once, before any worker takes some: all get the same.
-        update["kv_cache_memory_bytes"] = cpu_cache_bytes(host)
+        update["kv_cache_memory_bytes"] = cpu_cache_bytes(host, num_ranks)
     if device == "cuda" and "max_num_batched_tokens" not in engine.model_fields_set:
         update["max_num_batched_tokens"] = _GPU_BATCHED_TOKENS[worker.config.role]
     worker = _with_engine(worker, update)
@@ -249,8 +253,10 @@ def _fit_worker(worker: WorkerPlan, device: Literal["cpu", "cuda"], host: Host, 
     return worker
 
 
-def cpu_cache_bytes(host: Host) -> int:
-    return max(1, min(_MAX_CPU_CACHE_BYTES, int(_CPU_CACHE_SHARE * host.free_memory_bytes)))
+def cpu_cache_bytes(host: Host, num_ranks: int) -> int:
+    """KV cache of one rank where nothing is set: a tenth of what is free, less where many ranks share it."""
+    share = min(_CPU_CACHE_SHARE, _CPU_CACHES_SHARE / num_ranks)
+    return max(1, min(_MAX_CPU_CACHE_BYTES, int(share * host.free_memory_bytes)))
 
 
 def _device(deployment: Deployment, host: Host) -> Literal["cpu", "cuda"]:

@@ -30,6 +30,7 @@ from .lifeline import MAX_EVENT_BYTES, Event, decode_event, lifeline_pair
 
 _TICK_S = 0.25
 _MAX_START_FAILURES = 3
+_STDERR = 2
 
 
 class ChildState(Enum):
@@ -77,6 +78,9 @@ class Child:
         self.state = ChildState.STARTING
         self.num_restarts = 0
         self.shall_drain = False  # when `run` is cancelled
+        self.stderr_fd: int | None = (
+            None  # where the next life writes until `show_stderr`; None: where this process does
+        )
         self.was_ready = asyncio.Event()
         self.ready_event: dict[str, object] = {}
         self._command = command
@@ -145,6 +149,16 @@ class Child:
     def is_retired(self) -> bool:
         return self._retired.is_set()
 
+    @property
+    def is_ending(self) -> bool:
+        """It was asked to end, and has not yet."""
+        return self._drains_until is not None and self.state is ChildState.READY
+
+    def show_stderr(self) -> None:
+        """From here on it writes where this process does."""
+        self.stderr_fd = None
+        self.send({"event": "stderr"})
+
     def send(self, event: Event) -> None:
         """Tell the child. Dropped if there is none, or if it does not read."""
         if self._lifeline is not None:
@@ -196,15 +210,20 @@ class Child:
     async def _start(self, theirs: socket.socket) -> None:
         command = self._command()
         self.state, self._start_error, self._heard_at = ChildState.STARTING, None, self._clock.now()
-        self._process = await asyncio.create_subprocess_exec(
-            *command.argv,
-            "--lifeline-fd",
-            str(theirs.fileno()),
-            env=dict(command.env),
-            stdin=asyncio.subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(), *command.fds),
-            start_new_session=True,
-        )
+        argv, fds = [*command.argv, "--lifeline-fd", str(theirs.fileno())], [theirs.fileno(), *command.fds]
+        with contextlib.ExitStack() as stack:
+            if self.stderr_fd is not None:
+                fds.append(shown := os.dup(_STDERR))
+                stack.callback(os.close, shown)
+                argv += ["--stderr-fd", str(shown)]
+            self._process = await asyncio.create_subprocess_exec(
+                *argv,
+                env=dict(command.env),
+                stdin=asyncio.subprocess.DEVNULL,
+                stderr=self.stderr_fd,
+                pass_fds=fds,
+                start_new_session=True,
+            )
         self._tell("started", pid=self._process.pid)
 
     async def _listen(self, ours: socket.socket) -> str | None:
@@ -248,7 +267,8 @@ class Child:
             self._answer(True)
         elif event["event"] == "failed":
             self._start_error = str(event.get("error", ""))
-        if event["event"] != "beat":
+        is_raised = event["event"] == "failed" and not self.was_ready.is_set()  # by `run`: told once
+        if event["event"] != "beat" and not is_raised:
             self._on_event(self.name, event)
 
     def _count_failure(self, reason: str) -> float:

@@ -1,34 +1,55 @@
-"""What an operator sees while a deployment starts and when a child of it restarts.
+"""What an operator sees of a launcher: a deployment starts, serves, restarts a child, ends.
 
-On a terminal: one bar for each process. Otherwise: a plain line for each step. Both on stderr, as the log is.
+On a terminal: one bar for each process until all is up; what the children say meanwhile is printed above the bars, and
+only if it is a warning; then the greeting, and lines from then on. Elsewhere every step is a log line.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Mapping
 from typing import Protocol, TextIO
 
+import structlog
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-_STEP = 0.25  # plain lines: a step is told again after each quarter
+_STEP = 0.25  # of progress: it is logged again after each quarter
+# What a child logs in text form at info or below has no level behind its time (logs.py).
+_QUIET_LINE = re.compile(r"^\d\d:\d\d:\d\d (?!(?:warning|error|critical) )")
+
+log = structlog.get_logger(__name__)
 
 
 class Display(Protocol):
     """Takes what the children report."""
 
+    @property
+    def children_stderr(self) -> int | None:
+        """Where children write until `done`; None: where the launcher itself does."""
+        ...
+
     def on_event(self, name: str, event: dict[str, object]) -> None: ...
 
     def note(self, text: str) -> None:
-        """A line of the launcher's own."""
+        """Show a line of the launcher's own."""
+        ...
+
+    def greet(self, greeting: str, facts: Mapping[str, object]) -> None:
+        """Say that requests can come. `facts`: the same for programs."""
         ...
 
     def done(self) -> None:
-        """Everything is up: what comes now are lines. Idempotent."""
+        """Everything is up, or nothing will be: what comes now are lines. Idempotent."""
         ...
 
 
-def make_display(stream: TextIO) -> Display:
-    return BarDisplay(stream) if stream.isatty() else PlainDisplay(stream)
+def make_display(stream: TextIO, *, is_text: bool) -> Display:
+    """`is_text`: lines are for people; bars need a terminal besides."""
+    return BarDisplay(stream) if is_text and stream.isatty() else LogDisplay(is_text=is_text)
 
 
 def describe(name: str, event: dict[str, object]) -> str | None:
@@ -44,16 +65,20 @@ def describe(name: str, event: dict[str, object]) -> str | None:
     return None
 
 
-class PlainDisplay:
-    """One line for each thing that happens."""
+class LogDisplay:
+    """One log line for each thing that happens."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, *, is_text: bool) -> None:
+        self._is_text = is_text
         self._last: dict[tuple[str, str], float] = {}
-        self._starting = True
+        self._is_starting = True
+
+    @property
+    def children_stderr(self) -> int | None:
+        return None
 
     def on_event(self, name: str, event: dict[str, object]) -> None:
-        if self._starting and event["event"] == "progress":
+        if self._is_starting and event["event"] == "progress":
             what, fraction = str(event.get("what", "")), _fraction(event)
             before = self._last.get((name, what))
             if before is None or fraction >= min(1.0, before + _STEP) > before:
@@ -63,10 +88,16 @@ class PlainDisplay:
             self.note(line)
 
     def note(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        log.info(text)
+
+    def greet(self, greeting: str, facts: Mapping[str, object]) -> None:
+        if self._is_text:
+            print(greeting, flush=True)
+        else:
+            log.info("serving", **facts)
 
     def done(self) -> None:
-        self._starting = False
+        self._is_starting = False
 
 
 class BarDisplay:
@@ -82,11 +113,17 @@ class BarDisplay:
             transient=True,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._starting = True
+        self._is_starting = True
+        read_fd, self._write_fd = os.pipe()
+        threading.Thread(target=self._relay, args=(read_fd,), name="children", daemon=True).start()
         self._bars.start()
 
+    @property
+    def children_stderr(self) -> int | None:
+        return self._write_fd if self._is_starting else None
+
     def on_event(self, name: str, event: dict[str, object]) -> None:
-        if self._starting and event["event"] in ("started", "progress", "ready"):
+        if self._is_starting and event["event"] in ("started", "progress", "ready"):
             ready = event["event"] == "ready"
             what = "ready" if ready else str(event.get("what", "starting"))
             task = self._tasks.get(name)
@@ -99,10 +136,20 @@ class BarDisplay:
     def note(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def greet(self, greeting: str, facts: Mapping[str, object]) -> None:
+        print(greeting, flush=True)
+
     def done(self) -> None:
-        if self._starting:
-            self._starting = False
+        if self._is_starting:
+            self._is_starting = False
             self._bars.stop()
+
+    def _relay(self, fd: int) -> None:
+        """Print what children write, above the bars, but for lines that tell of no trouble. On a thread of its own."""
+        with contextlib.suppress(OSError, ValueError), open(fd, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if not _QUIET_LINE.match(line):
+                    self.note(line.rstrip("\n"))
 
 
 def _fraction(event: dict[str, object]) -> float:

@@ -17,12 +17,18 @@ ALONE_DRAIN_S = 10.0  # nobody else does its work: what it still does goes on in
 
 
 async def roll(
-    routers: RouterGroup, workers: Sequence[Child], roles: Mapping[str, str], clock: Clock, note: Callable[[str], None]
+    routers: RouterGroup,
+    workers: Sequence[Child],
+    roles: Mapping[str, str],
+    clock: Clock,
+    note: Callable[[str], None],
+    *,
+    only: str | None = None,
 ) -> bool:
-    """Whether everything was restarted. `roles`: of the workers, by name."""
-    children = [*workers, *routers.children]
+    """Restart everything, or `only` the process of that name; whether all came back. `roles`: of workers, by name."""
+    children = [child for child in (*workers, *routers.children) if only in (None, child.name)]
     began = clock.now()
-    note(f"rolling restart of {len(children)} processes")
+    note(f"rolling restart of {len(children)} processes" if only is None else f"restart of {only}")
     await routers.wait_until_whole(workers)
     for number, child in enumerate(children, start=1):
         if child.is_retired:

@@ -43,15 +43,19 @@ class RouterGroup:
         times: ChildTimes | None = None,
         on_restart_wanted: Callable[[], None] = lambda: None,
         on_wish: Callable[[str, dict[str, object]], None] = lambda name, event: None,
+        on_reloaded: Callable[[str, dict[str, object]], None] = lambda name, event: None,
     ) -> None:
         """`on_restart_wanted`: an operator asked a router for a rolling restart of all.
 
         `on_wish`: a router reports its load, or what the fleet should be like.
+
+        `on_reloaded`: a child, a worker too, has read its files again, or could not.
         """
         self._display = display
         self._config = config
         self._on_restart_wanted = on_restart_wanted
         self._on_wish = on_wish
+        self._on_reloaded = on_reloaded
         self._changed = asyncio.Event()
         self._http: socket.socket | None = None
         self._admin: list[socket.socket] = []  # one for each router, or none
@@ -75,6 +79,11 @@ class RouterGroup:
     @property
     def children(self) -> list[Child]:
         return [router.child for router in self.routers]
+
+    @property
+    def is_bound(self) -> bool:
+        """The listening socket is there."""
+        return self._http is not None
 
     @property
     def http(self) -> Address:
@@ -157,6 +166,8 @@ class RouterGroup:
             case "scale" | "hold" | "load":
                 self._on_wish(name, event)
                 return
+            case "reloaded":
+                self._on_reloaded(name, event)
             case "pools":
                 pass
             case _:

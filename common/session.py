@@ -16,6 +16,7 @@ from collections.abc import Callable
 import structlog
 
 from .channel import DEFAULT_MAX_FRAME_BYTES, Address, Channel, connect
+from .credentials import SharedSecret
 from .errors import ProtocolError, WorkerLost
 from .messages import Decoder, Message, Refused, RouterToWorker, WorkerHello, WorkerStatus
 from .request import MAX_CHOICES
@@ -43,7 +44,7 @@ class RouterSessions:
         addresses: tuple[str, ...],
         hello: WorkerHello,
         *,
-        secret: bytes,
+        secret: SharedSecret,
         max_frame_bytes: int,
         on_message: Callable[[str, Message], None],
         on_lost: Callable[[str], None],
@@ -64,6 +65,7 @@ class RouterSessions:
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []
         self._gone: dict[str, asyncio.TimerHandle] = {}
+        self.are_ending = False  # the whole deployment stops: a session's end is no trouble
         self.refused: asyncio.Future[str] = self._loop.create_future()  # a router will not have this worker
 
     def start(self) -> None:
@@ -133,7 +135,7 @@ class RouterSessions:
                     return
                 self._on_message(router_id, message)
         except WorkerLost:
-            log.warning("router_session_ended", router=router_id)
+            (log.debug if self.are_ending else log.warning)("router_session_ended", router=router_id)
         except ProtocolError as error:
             log.error("router_session_refused", router=router_id, error=str(error))
         finally:

@@ -18,9 +18,14 @@ from pydantic import BaseModel, ValidationError
 
 from .config import CACHE_VARIABLE, FAILPOINTS_VARIABLE, SECRET_VARIABLE
 from .errors import ConfigError
-from .options import ENV_PREFIX, ServeSettings, setting_keys
+from .options import ENV_PREFIX, ServeSettings, parse_classes, setting_keys
 
 DEFAULT = "default"
+_RULES = {  # in our words
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "extra_forbidden": "is not known here",
+}
 _NO_SETTINGS = (SECRET_VARIABLE, CACHE_VARIABLE, FAILPOINTS_VARIABLE)
 
 
@@ -37,12 +42,19 @@ class Loaded(NamedTuple):
 
 
 def load(*, flags: Mapping[str, Raw], env: Mapping[str, str], file: Path | None) -> Loaded:
-    """Merge the layers and check them. `flags` are by dotted key; absent ones were not given."""
-    merged = {**(read_yaml(file) if file is not None else {}), **read_environment(env), **flags}
+    """Merge the layers and check them. `flags` are by dotted key; absent ones were not given.
+
+    Raises ConfigError with a line for each mistake, whatever its kind.
+    """
+    mistakes: list[str] = []
+    in_file = read_yaml(file, mistakes) if file is not None else {}
+    merged = {**in_file, **read_environment(env, mistakes), **flags}
     try:
         settings = ServeSettings.model_validate(_nested({key: raw.value for key, raw in merged.items()}))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error, merged))) from None
+        mistakes += _explain(error, merged)
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
     origins = {key: merged[key].origin if key in merged else DEFAULT for key in setting_keys().values()}
     return Loaded(settings, origins)
 
@@ -54,21 +66,25 @@ def value_of(settings: BaseModel, dotted_key: str) -> object:
     return value
 
 
-def read_environment(env: Mapping[str, str]) -> dict[str, Raw]:
-    """Every KVFERRY_ variable but the three that are no settings; an unknown one is a mistake."""
+def read_environment(env: Mapping[str, str], mistakes: list[str]) -> dict[str, Raw]:
+    """Every KVFERRY_ variable but the three that are no settings; an unknown one is added to the mistakes."""
     keys = {ENV_PREFIX + name.upper(): key for name, key in setting_keys().items()}
     found: dict[str, Raw] = {}
     for name, value in env.items():
         if not name.startswith(ENV_PREFIX) or name in _NO_SETTINGS:
             continue
-        if name not in keys:
-            raise ConfigError(f"{name}: unknown variable{_nearest(name, keys)}")
-        found[keys[name]] = Raw(value, name)
+        if name in keys:
+            found[keys[name]] = Raw(value, name)
+        else:
+            mistakes.append(f"{name}: unknown variable{_nearest(name, keys)}")
     return found
 
 
-def read_yaml(path: Path) -> dict[str, Raw]:
-    """Dotted keys of a YAML file, each with its line."""
+def read_yaml(path: Path, mistakes: list[str]) -> dict[str, Raw]:
+    """Dotted keys of a YAML file, each with its line; what is wrong with a key is added to the mistakes.
+
+    Raises ConfigError for a file that cannot be read at all.
+    """
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -82,35 +98,43 @@ def read_yaml(path: Path) -> dict[str, Raw]:
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}:{root.start_mark.line + 1}: a mapping of settings is needed")
     found: dict[str, Raw] = {}
-    for key, raw in _entries(root, path, ""):
+    for key, raw in _entries(root, path, "", mistakes):
         if key in found:
-            raise ConfigError(f"{raw.origin}: {key}: given twice, first at {found[key].origin}")
-        found[key] = raw
+            mistakes.append(f"{raw.origin}: {key}: given twice, first at {found[key].origin}")
+        else:
+            found[key] = raw
     return found
 
 
-def _entries(mapping: yaml.MappingNode, path: Path, prefix: str) -> Iterator[tuple[str, Raw]]:
+def _entries(mapping: yaml.MappingNode, path: Path, prefix: str, mistakes: list[str]) -> Iterator[tuple[str, Raw]]:
     keys = set(setting_keys().values())
     sections = {key.partition(".")[0] for key in keys if "." in key}
     for key_node, node in mapping.value:
         origin = f"{path}:{key_node.start_mark.line + 1}"
         key = prefix + str(getattr(key_node, "value", ""))
         if key in sections and isinstance(node, yaml.MappingNode):
-            yield from _entries(node, path, f"{key}.")
+            yield from _entries(node, path, f"{key}.", mistakes)
             continue
         if key in sections:  # `prefill: 2`
             key = f"{key}.workers"
         if key not in keys:
-            raise ConfigError(f"{origin}: {key}: unknown key{_nearest(key, keys | sections)}")
-        yield key, Raw(_construct(node, origin), origin)
+            mistakes.append(f"{origin}: {key}: unknown key{_nearest(key, keys | sections)}")
+            continue
+        try:
+            yield key, Raw(_construct(node), origin)
+        except (
+            yaml.YAMLError,
+            ValueError,
+            TypeError,
+            AttributeError,
+        ) as error:  # a tag, or a text that it does not permit
+            mistakes.append(f"{origin}: {getattr(error, 'problem', None) or error}")
 
 
-def _construct(node: yaml.Node, origin: str) -> object:
+def _construct(node: yaml.Node) -> object:
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # a tag, or a text that its tag does not permit
-        raise ConfigError(f"{origin}: {getattr(error, 'problem', None) or error}") from None
     finally:
         loader.dispose()
 
@@ -129,7 +153,8 @@ def _explain(error: ValidationError, merged: Mapping[str, Raw]) -> Iterator[str]
     """One line for each mistake, with the origin of the value."""
     for item in error.errors(include_url=False):
         names = [str(part) for part in item["loc"]]
-        message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        message = _RULES.get(item["type"], item["msg"]).removeprefix("Value error, ")
+        message = message.replace("Input should be", "must be")
         key = next((key for n in range(len(names), 0, -1) if (key := ".".join(names[:n])) in merged), ".".join(names))
         if not key:  # a rule between settings: its text begins with the setting that breaks it
             key, _, message = message.partition(": ")
@@ -138,12 +163,23 @@ def _explain(error: ValidationError, merged: Mapping[str, Raw]) -> Iterator[str]
         if raw is None:
             yield f"{key}: {message}"
             continue
-        if inner := ".".join(names[len(key.split(".")) :]):
-            message = f"{inner}: {message}"
+        if inner := names[len(key.split(".")) :]:
+            message = f"{_inside(raw.value, inner)}: {message}"
         if names:
             choices = str(item.get("ctx", {}).get("expected", "")).split("'")[1::2]
-            message += f", not {raw.value!r}{_nearest(str(raw.value), choices)}"
-        yield f"{raw.origin}: {key}: {message}"
+            value = item["input"] if inner else raw.value
+            message += f", not {value!r}{_nearest(str(value), choices)}"
+        # A flag or a variable says by its own name which setting it is; a line of a file does not.
+        yield f"{raw.origin}: {key}: {message}" if ":" in raw.origin else f"{raw.origin}: {message}"
+
+
+def _inside(value: object, names: list[str]) -> str:
+    """Where in a value with parts: `batch.weight` for the part `weight` of the class `batch`."""
+    first, *rest = names
+    entries = parse_classes(value)
+    if first.isdigit() and isinstance(entries, list) and int(first) < len(entries):
+        first = str(entries[int(first)].get("name", first)) if isinstance(entries[int(first)], Mapping) else first
+    return ".".join([first, *rest])
 
 
 def _nearest(word: str, known: Mapping[str, str] | set[str] | list[str]) -> str:

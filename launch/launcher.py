@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from ..common.plan import Deployment
@@ -14,7 +15,7 @@ class Launcher(Protocol):
     """Owns the processes of one deployment."""
 
     async def run(self) -> None:
-        """Until `stop`, or until something cannot start (raises). Nothing is left behind either way."""
+        """Serve until `stop`, or until something cannot start (raises). Nothing is left behind either way."""
         ...
 
     def stop(self) -> None:
@@ -25,8 +26,19 @@ class Launcher(Protocol):
         """Take nothing new, let what runs finish within its limit, then end; at once, if it is ending already."""
         ...
 
-    def restart(self) -> None:
-        """Restart every process, one after the other, while the others serve."""
+    async def restart(self, note: Callable[[str], None], name: str | None = None) -> bool:
+        """Restart every process, or the one of this name, one after the other while the others serve.
+
+        Each step is told by `note`. False: it could not begin, or stopped at one that did not come back.
+        """
+        ...
+
+    async def reload(self) -> list[str]:
+        """Let every process read its keys and secrets again; why some could not. Nothing restarts."""
+        ...
+
+    def status(self) -> dict[str, object]:
+        """Describe the deployment as `kvferry status` shows it; all of it is JSON."""
         ...
 
 

@@ -9,7 +9,7 @@ from ..common.channel import Address
 from ..common.children import ROUTER_PROGRAM, WORKER_PROGRAM, child_environment, worker_child
 from ..common.clock import Clock
 from ..common.cores import CoreBoard
-from ..common.errors import KVFerryError
+from ..common.errors import ConfigError, KVFerryError
 from ..common.fleet import Fleet
 from ..common.plan import Deployment, WorkerPlan
 from ..common.process import Child, ChildTimes, Stopper
@@ -17,6 +17,8 @@ from ..common.progress import Display
 from ..common.rolling import roll
 from ..common.routers import RouterGroup
 from .launcher import child_times
+from .reload import Reload, read_credentials
+from .status import describe_child, describe_deployment
 from .wishes import Wishes
 
 
@@ -35,7 +37,10 @@ class LocalLauncher:
         worker_program: tuple[str, ...] = WORKER_PROGRAM,
         times: ChildTimes | None = None,
     ) -> None:
-        self._env = env = child_environment(env, deployment.secret, loopback=True)
+        router = deployment.router
+        self._config, self._deployment_env = router, env
+        # Children read a secret file themselves, again at each reload.
+        self._env = env = child_environment(env, () if router.secret_file else deployment.secrets, loopback=True)
         self._times = times = times or child_times(deployment)
         self._display = display
         self._clock = clock
@@ -45,6 +50,7 @@ class LocalLauncher:
         self._rolling: asyncio.Task[bool] | None = None
         self._front: asyncio.TaskGroup | None = None  # while everything serves
         self._back: asyncio.TaskGroup | None = None
+        self._reload = Reload()
         self._cores = CoreBoard(2 * max(1, deployment.max_workers))
         self._fleet = Fleet(deployment, self._cores)
         self._wishes = Wishes(
@@ -56,17 +62,20 @@ class LocalLauncher:
             is_busy=lambda: self._is_rolling,
         )
         self.routers = RouterGroup(
-            deployment.router,
+            router,
             deployment.num_routers,
             env,
             clock,
             display,
             program=router_program,
             times=times,
-            on_restart_wanted=self.restart,
+            on_restart_wanted=self._restart_as_wished,
             on_wish=self._wishes.on_event,
+            on_reloaded=self._reload.on_event,
         )
         self.workers = [self._child(plan) for plan in self._fleet.plans]
+        for child in (*self.routers.children, *self.workers):
+            child.stderr_fd = display.children_stderr
 
     def _child(self, plan: WorkerPlan) -> Child:
         return worker_child(
@@ -88,6 +97,8 @@ class LocalLauncher:
         self._end(drain=True)
 
     def _end(self, *, drain: bool) -> None:
+        for worker in self.workers:
+            worker.send({"event": "stopping"})
         for child in (*self.routers.children, *self.workers):
             if self._stopper.stopped:
                 child.kill()
@@ -99,15 +110,46 @@ class LocalLauncher:
     def _is_rolling(self) -> bool:
         return self._rolling is not None and not self._rolling.done()
 
-    def restart(self) -> None:
+    def _restart_as_wished(self) -> None:
+        """An operator asked a router for it."""
+        if self._front is not None:
+            self._front.create_task(self.restart(lambda note: None))
+
+    async def restart(self, note: Callable[[str], None], name: str | None = None) -> bool:
+        def tell(text: str) -> None:
+            self._display.note(text)
+            note(text)
+
+        workers = [child for child in self.workers if not child.is_retired]
         if self._front is None or self._stopper.stopped:
-            self._display.note("no rolling restart: not everything is up")
+            tell("no restart: not everything is up")
         elif self._is_rolling:
-            self._display.note("no rolling restart: one is under way")
+            tell("no restart: one is under way")
+        elif name is not None and name not in {child.name for child in (*workers, *self.routers.children)}:
+            tell(f"no restart: there is no process {name}")
         else:
-            workers = [child for child in self.workers if not child.is_retired]
-            work = roll(self.routers, workers, self._fleet.roles, self._clock, self._display.note)
+            work = roll(self.routers, workers, self._fleet.roles, self._clock, tell, only=name)
             self._rolling = self._front.create_task(work)
+            return await asyncio.shield(self._rolling)  # whoever asked may leave
+        return False
+
+    async def reload(self) -> list[str]:
+        try:
+            read_credentials(self._config, self._deployment_env)
+        except ConfigError as error:
+            failures = [str(error)]
+        else:
+            failures = await self._reload.ask([*self.routers.children, *self.workers])
+        self._display.note(f"reload failed: {'; '.join(failures)}" if failures else "keys and secrets are read again")
+        return failures
+
+    def status(self) -> dict[str, object]:
+        roles = self._fleet.roles
+        workers = [describe_child(child, roles.get(child.name, "leaving")) for child in self.workers]
+        ending = "ending" if self._stopper.stopped else "restarting" if self._is_rolling else "serving"
+        state = "starting" if self._front is None else ending
+        name = self._config.served_model_name
+        return describe_deployment(self.routers, workers, model=name, state=state, launcher="local")
 
     # --- a life -----------------------------------------------------------------------------------------------------
 
@@ -129,6 +171,8 @@ class LocalLauncher:
                 await worker.was_ready.wait()
             await self.routers.wait_until_serving()
             self._display.done()
+            for child in (*self.routers.children, *self.workers):
+                child.show_stderr()
             self._on_serving(self.routers.http)
             for admin in self.routers.admins:
                 self._display.note(f"admin listener: http://{admin}/admin/workers")

@@ -9,13 +9,14 @@ Ray starts a lost actor again and repeats its `run`; one whose loop answers no p
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from ..common.channel import Address
 from ..common.children import ROUTER_PROGRAM, child_environment
 from ..common.clock import Clock
+from ..common.errors import ConfigError
 from ..common.fleet import Fleet
 from ..common.plan import Deployment, WorkerPlan, fit_to_host
 from ..common.process import ChildTimes, Stopper
@@ -23,6 +24,8 @@ from ..common.progress import Display
 from ..common.routers import RouterGroup
 from . import ray_calls
 from .launcher import child_times
+from .reload import Reload, read_credentials
+from .status import describe_deployment
 from .wishes import Wishes
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ _HANG_AFTER_S = 30.0
 _CALL_S = 10.0  # for one call to the cluster
 _GRACE_S = 5.0
 _END_S = 10.0  # for all calls to a cluster at the end: its head may be gone
+_NO_RESTART = "no restart: Ray's workers are drained one by one, through the admin listener"
 
 
 @dataclass(slots=True, eq=False)
@@ -84,6 +88,9 @@ class RayLauncher:
         self._tasks: asyncio.TaskGroup | None = None
         self._wishes: Wishes | None = None
         self._workers: dict[str, _Worker] = {}
+        self._secrets = deployment.secrets
+        self._reload = Reload()
+        self._is_serving = False
 
     @property
     def actors(self) -> dict[str, ActorHandle[WorkerActor]]:
@@ -106,8 +113,42 @@ class RayLauncher:
                 child.shall_drain = drain
         self._stopper.stop()
 
-    def restart(self) -> None:
-        self._display.note("no rolling restart: Ray's workers are drained one by one, through the admin listener")
+    async def restart(self, note: Callable[[str], None], name: str | None = None) -> bool:
+        self._restart_as_wished()
+        note(_NO_RESTART)
+        return False
+
+    def _restart_as_wished(self) -> None:
+        self._display.note(_NO_RESTART)
+
+    async def reload(self) -> list[str]:
+        """Read the files again, here and in every process. Workers get the secrets from here: their nodes may lack the
+        file."""
+        if self._routers is None:
+            return ["nothing serves yet"]
+        try:
+            self._secrets = read_credentials(self._deployment.router, self._env) or self._secrets
+        except ConfigError as error:
+            return [str(error)]
+        failures = await self._reload.ask(self._routers.children)
+        actors = self.actors
+        answers = await asyncio.gather(
+            *(_within_limit(actor.take_secrets.remote(self._secrets)) for actor in actors.values() if self._secrets)
+        )
+        return failures + [f"{name}: no answer" for name, ok in zip(actors, answers, strict=False) if not ok]
+
+    def status(self) -> dict[str, object]:
+        workers = [
+            {
+                "name": worker.worker_id,
+                "role": worker.plan.config.role,
+                "state": "waits for a node" if worker.actor is None else "leaving" if worker.retired.is_set() else "up",
+            }
+            for worker in self._workers.values()
+        ]
+        state = "ending" if self._stopper.stopped else "serving" if self._is_serving else "starting"
+        model = self._deployment.router.served_model_name
+        return describe_deployment(self._routers, workers, model=model, state=state, launcher="ray")
 
     # --- a life -----------------------------------------------------------------------------------------------------
 
@@ -143,26 +184,33 @@ class RayLauncher:
                 tasks.create_task(self._keep(worker))
             await routers.wait_until_serving()
             self._display.done()
+            for child in routers.children:
+                child.show_stderr()
             self._on_serving(routers.http)
             for admin in routers.admins:
                 self._display.note(f"admin listener: http://{admin}/admin/workers")
+            self._is_serving = True
             wishes.serve(routers)
 
     def _make_routers(self, deployment: Deployment, wishes: Wishes) -> RouterGroup:
         config = deployment.router
         if not self._loopback:
             config = config.model_copy(update={"control_host": ray_calls.node_ip()})
-        return RouterGroup(
+        routers = RouterGroup(
             config,
             deployment.num_routers,
-            child_environment(self._env, deployment.secret, loopback=self._loopback),
+            child_environment(self._env, () if config.secret_file else self._secrets, loopback=self._loopback),
             self._clock,
             self._display,
             program=self._router_program,
             times=self._times,
-            on_restart_wanted=self.restart,
+            on_restart_wanted=self._restart_as_wished,
             on_wish=wishes.on_event,
+            on_reloaded=self._reload.on_event,
         )
+        for child in routers.children:
+            child.stderr_fd = self._display.children_stderr
+        return routers
 
     # --- one worker -------------------------------------------------------------------------------------------------
 
@@ -219,10 +267,10 @@ class RayLauncher:
         from ray.exceptions import RayError
 
         assert self._routers is not None and worker.actor is not None
-        config = worker.plan.config.model_copy(update={"routers": self._routers.controls})
+        config = worker.plan.config.model_copy(update={"routers": self._routers.controls, "secret_file": None})
         num_ends = 0
         while True:
-            arguments = (config.model_dump_json(), self._deployment.secret, self._worker_entry, self._loopback)
+            arguments = (config.model_dump_json(), self._secrets, self._worker_entry, self._loopback)
             worker.work = work = worker.actor.run.remote(*arguments)
             try:
                 reason = f"exit code {await work}"
@@ -278,3 +326,15 @@ class RayLauncher:
 
 async def _ready(place: PlacementGroup) -> None:
     await place.ready()
+
+
+async def _within_limit(call: Awaitable[object]) -> bool:
+    """Whether an actor answered in time."""
+    from ray.exceptions import RayError
+
+    try:
+        async with asyncio.timeout(_CALL_S):
+            await call
+    except (TimeoutError, RayError):
+        return False
+    return True

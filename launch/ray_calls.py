@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 
 from ..common.children import worker_environment
 from ..common.config import WorkerConfig
+from ..common.credentials import SharedSecret
 from ..common.errors import ConfigError
+from ..common.extras import RAY
 from ..common.host import Gpu, Host, usable_cpus
 from ..common.logs import configure_logging
 from ..common.plan import WorkerPlan
@@ -34,14 +36,22 @@ _HEAD_AWAY_S = 86400  # Ray ends a process that misses the cluster's head for so
 class WorkerActor:
     """One worker inside a Ray actor; `run` is repeated by Ray when the actor had to be started again."""
 
-    async def run(self, config_json: str, secret: bytes, entry: str, loopback: bool) -> int:
+    def __init__(self) -> None:
+        self._secret = SharedSecret()
+
+    async def run(self, config_json: str, secrets: tuple[bytes, ...], entry: str, loopback: bool) -> int:
+        self._secret = SharedSecret(*secrets)
         config = WorkerConfig.model_validate_json(config_json)
         if not loopback:
             config = config.model_copy(update={"host": node_ip()})
-        configure_logging(config.log_level, worker_id=config.worker_id)
+        configure_logging(config.log_level, log_format=config.log_format, worker_id=config.worker_id)
         module, _, name = entry.partition(":")
-        code: int = await getattr(importlib.import_module(module), name)(config, secret, None)
+        code: int = await getattr(importlib.import_module(module), name)(config, self._secret, None)
         return code
+
+    async def take_secrets(self, secrets: tuple[bytes, ...]) -> None:
+        """Go on with others: the first is said, all are believed."""
+        self._secret.replace(secrets)
 
     async def ping(self) -> int:
         """The process id, while the actor's loop turns."""
@@ -52,7 +62,7 @@ def connect(address: str | None, num_ranks: int) -> None:
     try:
         import ray
     except ImportError:
-        raise ConfigError("launcher: ray is not installed: pip install 'kvferry[ray]'") from None
+        raise ConfigError(f"launcher: {RAY.missing}") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing calls home
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(_HEAD_AWAY_S))

@@ -1,7 +1,7 @@
 """`python -m kvferry.router --config-json JSON`: the router process, as a launcher starts it.
 
 `--lifeline-fd N` is the launcher's socket; `--http-fd N` and `--admin-fd N` listen already, shared with other routers.
-Secrets come by environment, not by arguments that every user of the machine can read: KVFERRY_SECRET, and
+Secrets come in files or by environment, not by arguments that every user of the machine can read: KVFERRY_SECRET, and
 KVFERRY_API_KEY and KVFERRY_ADMIN_KEY (comma separated).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,11 @@ from collections.abc import Mapping, Sequence
 import uvloop
 from pydantic import ValidationError
 
-from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig, environment, shared_secret
+from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig, environment
 from ..common.errors import ConfigError
 from ..common.lifeline import Lifeline
 from ..common.logs import configure_logging
+from .credentials import RouterCredentials
 from .server import collect_rarely, serve_router
 
 _CONFIG_EXIT_CODE = 2
@@ -31,26 +33,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.router", description="kvferry's router process")
     parser.add_argument("--config-json", required=True, help="a RouterConfig as JSON")
     parser.add_argument("--lifeline-fd", type=int, help="the launcher's socket")
+    parser.add_argument("--stderr-fd", type=int, help="standard error, once the launcher says so")
     parser.add_argument("--http-fd", type=int, help="a socket that listens for clients")
     parser.add_argument("--admin-fd", type=int, help="a socket that listens for operators")
     options = parser.parse_args(argv)
-    lifeline = Lifeline.from_fd(options.lifeline_fd) if options.lifeline_fd is not None else None
+    lifeline = Lifeline.from_fds(options.lifeline_fd, options.stderr_fd)
     env = environment()
     sys.setswitchinterval(_SWITCH_S)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a reload before there is anything to read again
     try:
         config = parse_config(options.config_json, env)
-        configure_logging(config.log_level, process="router")
+        configure_logging(config.log_level, log_format=config.log_format, process="router")
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             http, admin = _inherited(options.http_fd), _inherited(options.admin_fd)
-            secret = shared_secret(None, env)
+            credentials = RouterCredentials.from_config(config, env)
             serving = serve_router(
-                config, secret, lifeline, http_socket=http, admin_socket=admin, on_ready=collect_rarely
+                config, credentials, lifeline, http_socket=http, admin_socket=admin, on_ready=collect_rarely
             )
             return runner.run(serving)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
         if lifeline is not None:
-            lifeline.failed(str(error))
+            lifeline.failed(str(error))  # who started us tells it
+        else:
+            print(f"kvferry: {error}", file=sys.stderr)
         return _CONFIG_EXIT_CODE
 
 

@@ -29,8 +29,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..common.errors import KVFerryError, RequestError
 from .errors import clip, failure_of, unknown_path
-from .frame import ApiKeys, send_failure
+from .frame import send_failure
 from .history import KINDS, MAX_RECENT, Kind
+from .keys import ApiKeys
 from .views import PoolView, WorkerView
 
 _MAX_DRAIN_S = 86400.0
@@ -55,8 +56,8 @@ class Launcher(Protocol):
     def send(self, event: Mapping[str, object]) -> None: ...
 
 
-def build_admin(admin: Admin, keys: tuple[str, ...], more: Sequence[Route] = ()) -> ASGIApp:
-    """The application. Without `keys` nobody needs one. `more`: what other modules answer."""
+def build_admin(admin: Admin, keys: ApiKeys, more: Sequence[Route] = ()) -> ASGIApp:
+    """Build the application. `more`: what other modules answer."""
     routes = [
         Route("/admin/workers", admin.workers, methods=["GET"]),
         Route("/admin/workers/{worker_id}/drain", admin.drain, methods=["POST"]),
@@ -73,17 +74,16 @@ def build_admin(admin: Admin, keys: tuple[str, ...], more: Sequence[Route] = ())
 class _Guard:
     """Nothing passes without a key; without keys, nothing that a browser sends for a web page."""
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
-        self._keys = ApiKeys(keys)
-        self._has_keys = bool(keys)
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         headers = dict(scope["headers"])
         try:
-            if self._has_keys:
+            if self._keys.are_needed:
                 self._keys.check(headers.get(b"authorization", b""))
             elif b"origin" in headers or not _is_ip(headers.get(b"host", b"")):
                 raise RequestError("not for browsers: set --admin-key", code="forbidden", status=403)

@@ -25,8 +25,9 @@ from ..common.tokenizer import Tokenizer
 from .body import MAX_BODY_BYTES
 from .classes import RequestClasses
 from .errors import failure_of, unknown_path
-from .frame import ApiKeys, Frame
+from .frame import Frame
 from .generation import Api, Backend
+from .keys import ApiKeys
 from .openai_types import Detokenized, Model, ModelList, PoolCounts, Struct, Tokenized
 from .prompts import PromptReader, ServedModel
 from .quota import QuotaLimits, Quotas
@@ -40,10 +41,9 @@ def build_app(
     tokenizer: Tokenizer,
     metrics: RouterMetrics,
     *,
-    api_keys: tuple[str, ...] = (),
+    keys: ApiKeys | None = None,
     clock: Clock | None = None,
     seed: int | None = None,
-    secret: bytes = b"",
     quota: QuotaLimits | None = None,
     share_prefix_cache: bool = False,
     classes: RequestClasses | None = None,
@@ -51,8 +51,8 @@ def build_app(
 ) -> FastAPI:
     """The application; `app.state.api` is the `Api` behind it. `clock` is the dispatcher's.
 
-    `seed` makes the seeds drawn for clients that give none repeatable. With `secret`, the tenants that API keys stand
-    for have the same names in every router that has it; `share_prefix_cache` lets them find each other's prefixes.
+    `keys`: without them nobody needs one. `seed` makes the seeds drawn for clients that give none repeatable.
+    `share_prefix_cache` lets tenants find each other's prefixes.
     """
     clock = clock or SystemClock()
     api = Api(
@@ -72,7 +72,7 @@ def build_app(
     app.state.api = api
     routes = _Routes(api, metrics)
     shortcuts = {"/v1/completions": routes.completions, "/v1/chat/completions": routes.chat_completions}
-    app.add_middleware(Frame, keys=ApiKeys(api_keys, secret=secret), clock=clock, observer=metrics, shortcuts=shortcuts)
+    app.add_middleware(Frame, keys=keys or ApiKeys(), clock=clock, observer=metrics, shortcuts=shortcuts)
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_routes(app, routes)
     return app

@@ -17,9 +17,11 @@ from itertools import count
 import structlog
 
 from ..common.channel import DEFAULT_MAX_FRAME_BYTES, HELLO_TIMEOUT_S, Address, Channel, serve, server_address
+from ..common.credentials import NO_SECRET, SharedSecret
 from ..common.errors import ProtocolError, WorkerLost
 from ..common.messages import Decoder, Message, Refused, WorkerHello, WorkerToRouter
 from .dispatcher import Dispatcher
+from .failures import ROUTER_STOPS
 
 TICK_S = 0.1
 LATE_TICK_S = 1.0
@@ -91,7 +93,7 @@ class ControlServer:
         *,
         router_id: str,
         frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
-        secret: bytes = b"",
+        secret: SharedSecret = NO_SECRET,
         count_refusal: Callable[[str], None] = lambda kind: None,
     ) -> None:
         self._count_refusal = count_refusal
@@ -132,7 +134,7 @@ class ControlServer:
         self._server.close()
         self._ticker.cancel()
         for session in list(self._sessions.values()):
-            self._end(session, "the router stops")
+            self._end(session, ROUTER_STOPS)
             session.abort()
         await asyncio.wait([self._ticker])
         await self._server.wait_closed()

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 WORKER_LOST = "worker_lost"
+ROUTER_STOPS = "the router stops"  # why every session ends
 DRAINED = "drained"
 
 STRIKES_UNTIL_ALONE = 2

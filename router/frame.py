@@ -6,11 +6,9 @@ are set, every path but the health probes needs one, unknown paths included, bef
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -24,6 +22,7 @@ from ..common.clock import Clock
 from ..common.errors import CapacityError, RequestError
 from .body import ClientGone
 from .errors import Failure, failure_of
+from .keys import ApiKeys
 from .objectives import DEFAULT_CLASS
 from .outlet import Chunks
 from .quota import Allowance, QuotaExceeded
@@ -64,38 +63,6 @@ def call_of(scope: Scope) -> Call:
     call = scope[_CALL]
     assert isinstance(call, Call)
     return call
-
-
-class ApiKeys:
-    """Compares salted hashes in constant time, and always with every key. The keys themselves are not kept.
-
-    A key stands for a tenant. Its name for the inside is a hash too, the same in every router that has `secret`.
-    """
-
-    def __init__(self, keys: Iterable[str], *, secret: bytes = b"") -> None:
-        known = [key.encode() for key in keys]
-        self._salt = secrets.token_bytes(32)
-        self._hashes = [self._digest(key) for key in known]
-        self._tenants = [_tenant_of(key, secret) for key in known]
-
-    def check(self, authorization: bytes) -> bytes:
-        """The tenant; empty where no keys are set. Raises RequestError (401)."""
-        if not self._hashes:
-            return b""
-        scheme, _, key = authorization.partition(b" ")
-        given = self._digest(key.strip())
-        matches = [hmac.compare_digest(given, known) for known in self._hashes]
-        if not any(matches) or scheme.lower() != b"bearer":
-            raise RequestError("the API key is missing or wrong", code="invalid_api_key", status=401)
-        return self._tenants[matches.index(True)]
-
-    def _digest(self, key: bytes) -> bytes:
-        return hashlib.blake2b(key, digest_size=32, key=self._salt).digest()
-
-
-def _tenant_of(key: bytes, secret: bytes) -> bytes:
-    keyed = hashlib.blake2b(secret, digest_size=32, person=b"kvferry-tenants").digest()
-    return hashlib.blake2b(key, digest_size=16, key=keyed).digest()
 
 
 class ResponseObserver(Protocol):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import structlog
 
-from .failures import DRAINED, WORKER_LOST, Blame, Life
+from .failures import DRAINED, ROUTER_STOPS, WORKER_LOST, Blame, Life
 from .ledger import Ledger
 from .live import Live
 from .request import RequestStatus
@@ -32,7 +32,7 @@ class Losses:
 
     def on_left(self, worker: Worker, reason: str, now_s: float) -> None:
         what = f"{worker.role} worker {worker.worker_id} lost: {reason}"
-        tell = log.info if worker.is_draining else log.warning  # who said that it goes is no surprise
+        tell = log.debug if reason == ROUTER_STOPS else log.info if worker.is_draining else log.warning
         tell("worker_lost", worker_id=worker.worker_id, role=worker.role, reason=reason)
         self._ledger.explain(worker)
         # All blames before the first consequence, which would change what the worker is known to have had.

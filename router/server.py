@@ -27,7 +27,9 @@ from .. import __version__
 from ..common.channel import Address
 from ..common.clock import Clock, SystemClock, wall_time_us, week_s
 from ..common.config import RouterConfig
+from ..common.credentials import SharedSecret
 from ..common.errors import ConfigError
+from ..common.exposure import check_exposure
 from ..common.host import listen
 from ..common.metrics import RouterMetrics
 from ..common.models.config import ModelConfig
@@ -38,15 +40,18 @@ from .app import build_app
 from .classes import RequestClasses
 from .connection_limits import Connections, connections_within_file_limit
 from .control import ControlServer, Expected
+from .credentials import RouterCredentials
 from .defaults import SamplingDefaults
 from .dispatcher import Dispatcher
 from .generation import Api
 from .http_server import HttpServer
+from .keys import ApiKeys
 from .objectives import DEFAULT_CLASS
 from .policies import make_policy
 from .predictor import Predictor
 from .prompts import ServedModel
 from .quota import QuotaLimits
+from .reload import reloading
 from .scaling import Scaling
 from .scaling_admin import scaling_routes
 from .scaling_record import LoadRecord, RecordingMetrics
@@ -95,7 +100,7 @@ class LoadedModel:
 
 async def serve_router(
     config: RouterConfig,
-    secret: bytes,
+    credentials: RouterCredentials,
     lifeline: Reporter | None,
     *,
     http_socket: socket.socket | None = None,
@@ -108,7 +113,7 @@ async def serve_router(
 
     The sockets listen already, where a launcher shares them between routers; else they are made here.
     """
-    check_exposure(config, secret)
+    check_exposure(config, has_secret=bool(credentials.secret))
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(http_socket or listen(Address(config.host, config.port)))
         if admin_socket is None and config.admin_port is not None:
@@ -124,18 +129,19 @@ async def serve_router(
         dispatcher = Dispatcher(config, policy, clock, metrics, time_us=wall_time_us, predictor=predictor)
         scaling = _scaling(config, classes, dispatcher, predictor, record, clock, lifeline)
         metrics.replicas = scaling.replicas
-        app = _application(config, loaded, dispatcher, metrics, clock, secret)
-        control = _control(config, loaded.model, dispatcher, secret, metrics)
+        app = _application(config, loaded, dispatcher, metrics, clock, credentials.clients)
+        control = _control(config, loaded.model, dispatcher, credentials.secret, metrics)
         control_address = await _start_control(control, Address(config.control_host, config.control_port))
         try:
             async with contextlib.AsyncExitStack() as serving:
                 stop = serving.enter_context(Stop(config.drain_timeout_s).listening())
+                serving.enter_context(reloading(credentials, lifeline, scaling.on_launcher))
                 front = await serving.enter_async_context(HttpServer(app, books=_books(config, metrics)).serving(sock))
                 if admin_socket is not None:
                     render = partial(_render, app.state.api, metrics)
                     admin = build_admin(
                         Admin(dispatcher, render, config.drain_timeout_s, lifeline),
-                        config.admin_keys,
+                        credentials.operators,
                         scaling_routes(scaling),
                     )
                     await serving.enter_async_context(HttpServer(admin).serving(admin_socket))
@@ -160,25 +166,6 @@ def collect_rarely() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_GC_ALLOCATIONS)
-
-
-def check_exposure(config: RouterConfig, secret: bytes) -> None:
-    """Beyond this machine only with credentials."""
-    if not config.api_keys and not Address(config.host, config.port).is_loopback:
-        raise ConfigError(
-            f"host: {config.host} is reachable from other machines and no API key is set; "
-            "set --api-key (or KVFERRY_API_KEY), or listen on 127.0.0.1"
-        )
-    if config.admin_port is not None and not config.admin_keys and not Address(config.admin_host, 0).is_loopback:
-        raise ConfigError(
-            f"admin_host: {config.admin_host} is reachable from other machines and no admin key is set; "
-            "set --admin-key (or KVFERRY_ADMIN_KEY), or listen on 127.0.0.1"
-        )
-    if not secret and not Address(config.control_host, 0).is_loopback:
-        raise ConfigError(
-            f"control_host: {config.control_host} is reachable from other machines and no secret is set; "
-            "set --secret-file (or KVFERRY_SECRET), or listen on 127.0.0.1"
-        )
 
 
 async def _until_stopped(stop: Stop, control: ControlServer) -> None:
@@ -219,7 +206,7 @@ def _scaling(
     lifeline: Reporter | None,
 ) -> Scaling:
     """With a launcher: it is told on our loop what that says."""
-    scaling = Scaling(
+    return Scaling(
         config.autoscale,
         classes.named(DEFAULT_CLASS),
         dispatcher,
@@ -229,15 +216,6 @@ def _scaling(
         week_s,
         launcher=lifeline.send if lifeline is not None else None,
     )
-    if lifeline is not None:
-        loop = asyncio.get_running_loop()
-
-        def on_event(event: dict[str, object]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has closed: this process is ending
-                loop.call_soon_threadsafe(scaling.on_launcher, event)
-
-        lifeline.listen(on_event)
-    return scaling
 
 
 async def _scale(scaling: Scaling) -> None:
@@ -263,17 +241,16 @@ def _application(
     dispatcher: Dispatcher,
     metrics: RouterMetrics,
     clock: Clock,
-    secret: bytes,
+    keys: ApiKeys,
 ) -> FastAPI:
     return build_app(
         loaded.model,
         dispatcher,
         loaded.tokenizer,
         metrics,
-        api_keys=config.api_keys,
+        keys=keys,
         clock=clock,
         seed=config.seed,
-        secret=secret,
         quota=QuotaLimits(
             config.max_concurrency_per_key,
             config.requests_per_minute_per_key,
@@ -285,7 +262,7 @@ def _application(
 
 
 def _control(
-    config: RouterConfig, model: ServedModel, dispatcher: Dispatcher, secret: bytes, metrics: RouterMetrics
+    config: RouterConfig, model: ServedModel, dispatcher: Dispatcher, secret: SharedSecret, metrics: RouterMetrics
 ) -> ControlServer:
     return ControlServer(
         dispatcher,

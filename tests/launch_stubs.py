@@ -20,6 +20,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from kvferry.common.credentials import SharedSecret
 from kvferry.common.lifeline import Lifeline
 
 
@@ -54,7 +55,13 @@ def run_router(config: dict[str, Any], lifeline: Lifeline, http_fd: int) -> None
     beat(lifeline)
     folder = Path(config["model_dir"])
     lives, wishes, heard = folder / "lives.jsonl", folder / "wishes.jsonl", folder / "heard.jsonl"
-    lifeline.listen(lambda event: append(heard, {"pid": os.getpid(), **event}))
+
+    def hear(event: dict[str, Any]) -> None:
+        append(heard, {"pid": os.getpid(), **event})
+        if event["event"] == "reload":
+            lifeline.send({"event": "reloaded", "error": ""})
+
+    lifeline.listen(hear)
     told, num_wished = None, 0
     while True:
         for wish in wishes.read_text().splitlines()[num_wished:] if wishes.exists() else ():
@@ -84,6 +91,8 @@ def run_worker(config: dict[str, Any], lifeline: Lifeline) -> None:
     if fault == "crash":
         sys.exit(3)
     lifeline.progress("loading", 0.5)
+    answer = {"event": "reloaded", "error": "the file is gone" if fault == "no reload" else ""}
+    lifeline.listen(lambda event: lifeline.send(answer) if event["event"] == "reload" else None)
     lifeline.ready()
     if fault != "hang":
         beat(lifeline)
@@ -99,11 +108,11 @@ def beat(lifeline: Lifeline) -> None:
     threading.Thread(target=run, daemon=True).start()
 
 
-async def serve_worker(config: Any, secret: bytes, lifeline: object) -> int:
+async def serve_worker(config: Any, secret: SharedSecret, lifeline: object) -> int:
     """What an actor runs instead of `kvferry.worker.serve_worker`."""
     import ray
 
-    facts = {"host": config.host, "routers": config.routers, "secret": secret.decode(), "role": config.role}
+    facts = {"host": config.host, "routers": config.routers, "secret": secret.said.decode(), "role": config.role}
     node = ray.get_runtime_context().get_node_id()
     note(json.loads(config.engine.model_dump_json()), config.worker_id, node=node, **facts)
     await asyncio.Event().wait()
@@ -120,7 +129,8 @@ def main() -> None:
     config = json.loads(arguments.config_json)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: end(config, number))
-    lifeline = Lifeline.from_fd(arguments.lifeline_fd)
+    lifeline = Lifeline.from_fds(arguments.lifeline_fd, None)
+    assert lifeline is not None
     if arguments.kind == "router":
         run_router(config, lifeline, arguments.http_fd)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -17,6 +16,8 @@ import pytest
 from kvferry import __version__
 from kvferry.cli import main
 from kvferry.common.options import ServeSettings, option_of
+
+from .checkpoints import write_checkpoint
 
 # vLLM's names, and what is ours.
 SERVE_FLAGS = """
@@ -59,26 +60,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def write_model(path: Path, **changes: object) -> str:
-    """A model directory that can be planned with, though not loaded."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
-        "vocab_size": 256,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "torch_dtype": "float32",
-        "eos_token_id": 2,
-        **changes,
-    }
-    path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps(config))
-    (path / "tokenizer.json").write_text("{}")
-    (path / "model.safetensors").write_bytes(b"")
-    return str(path)
+    """A model directory; `changes` are of its config.json."""
+    return str(write_checkpoint(path, config=changes))
 
 
 def assert_refused(result: Result, message: str) -> None:
@@ -144,7 +127,7 @@ def test_dry_run_prints_each_process(run: Run, tmp_path: Path) -> None:
 def test_taken_port_is_one_line(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-        assert_refused(run("serve", "--port", port), rf"127.0.0.1:{port}: Address already in use; --port 0 takes any")
+        assert_refused(run("serve", "--port", port), rf"127.0.0.1:{port}: Address already in use; port 0 takes any")
 
 
 def test_unknown_model_is_one_line(run: Run) -> None:
@@ -152,8 +135,8 @@ def test_unknown_model_is_one_line(run: Run) -> None:
 
 
 def test_bad_value_is_one_line_with_its_origin(run: Run, tmp_path: Path) -> None:
-    assert_refused(run("serve", "--block-size", "17"), "--block-size: block_size: must be 8, 16")
-    assert_refused(run("serve", KVFERRY_PORT="x"), "KVFERRY_PORT: port: must be a valid integer")
+    assert_refused(run("serve", "--block-size", "17"), "--block-size: must be 8, 16")
+    assert_refused(run("serve", KVFERRY_PORT="x"), "KVFERRY_PORT: must be a whole number")
     file = tmp_path / "a.yaml"
     file.write_text("port: 0\ntransfer: nixl2\n")
     assert_refused(run("serve", "--config", str(file)), "a.yaml:2: transfer: .* did you mean nixl?")
@@ -182,7 +165,20 @@ def test_sockets_for_other_machines_need_a_secret(run: Run, tmp_path: Path) -> N
     assert_refused(run("prefill", "--router", "127.0.0.1:7001", "--host", "10.0.0.2"), refused)
     short = tmp_path / "secret"
     short.write_text("short")
+    short.chmod(0o600)
     assert_refused(run("decode", "--router", "10.0.0.1:7001", "--secret-file", str(short)), "at least 16")
+
+
+@pytest.mark.parametrize("command", [("router", "--port", "0"), ("decode", "--router", "127.0.0.1:7001")])
+def test_without_a_secret_a_process_by_hand_starts_only_if_told_that_this_is_insecure(
+    run: Run, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_refused(run(*command), "every process of this machine may join .* --insecure-loopback")
+    started: list[str] = []
+    monkeypatch.setattr("kvferry.cli.serve.os.execve", lambda path, words, env: started.append(words[2]))
+    run(*command, "--insecure-loopback")
+    run(*command, KVFERRY_SECRET="s" * 16)
+    assert len(started) == 2
 
 
 def test_worker_by_hand_needs_a_router(run: Run) -> None:
@@ -227,28 +223,38 @@ def test_config_check_says_ok_or_every_mistake(run: Run, tmp_path: Path) -> None
     file = tmp_path / "a.yaml"
     file.write_text("port: 8000\n")
     assert run("config", "check", str(file)).stdout == f"{file}: ok\n"
-    file.write_text("port: -1\nmax_num_seqs: 0\n")
+    file.write_text("port: -1\nprot: 1\nmax_num_seqs: 0\nport: 2\nrouters: !!timestamp x\n")
     result = run("config", "check", str(file))
     assert result.returncode == 2
-    assert len(result.stderr.strip().splitlines()) == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 5, lines
+    for number, rule in (
+        (1, "port: must be greater"),
+        (2, "prot: unknown key"),
+        (3, "max_num_seqs: must"),
+        (4, "given"),
+    ):
+        assert any(f"a.yaml:{number}: " in line and rule in line for line in lines), lines
 
 
 def test_doctor_fails_where_serve_would(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         result = run("doctor", "--port", str(server.getsockname()[1]))
     assert result.returncode == 1
-    assert re.search(r"^fail +port .*--port 0", result.stdout, re.MULTILINE)
+    assert re.search(r"^fail +port .*port 0", result.stdout, re.MULTILINE)
     assert re.search(r"^ok +torch ", result.stdout, re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_model_that_no_worker_can_load_ends_serve_with_the_workers_words(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "empty")
-    arguments = ["serve", model, "--port", "0", "--device", "cpu", "--log-level", "error"]
-    command = [sys.executable, "-m", "kvferry", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+def test_what_a_worker_refuses_is_told_once_in_its_words(tmp_path: Path) -> None:
+    """What no check before the start can know: here, transports that UCX does not have."""
+    model = write_model(tmp_path / "tiny")
+    command = [sys.executable, "-m", "kvferry", "serve", model, "--port", "0", "--log-level", "error"]
+    env = {**os.environ, "UCX_TLS": "bogus"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=env)
     assert result.returncode == 2
-    assert "kvferry: " in result.stderr.splitlines()[-1]
+    [line] = [line for line in result.stderr.splitlines() if "making an agent" in line]
+    assert re.match(r"kvferry: [pd]-0: making an agent .*: NIXL_ERR_BACKEND", line), result.stderr
 
 
 @pytest.mark.slow

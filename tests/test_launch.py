@@ -6,10 +6,13 @@ import asyncio
 import json
 import os
 import signal
+import socket
+import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from kvferry.common.options import PoolSettings, ServeSettings
 from kvferry.common.plan import Deployment, fit_to_host, plan
 from kvferry.common.process import ChildState, ChildTimes
 from kvferry.launch import LocalLauncher, RayLauncher
+from kvferry.launch.command_socket import ask, command_socket
 
 STUBS = str(Path(__file__).parent / "launch_stubs.py")
 ROUTER = (sys.executable, STUBS, "router")
@@ -52,9 +56,16 @@ class Recorder:
     def wake(self) -> None:
         self._changed.set()
 
+    @property
+    def children_stderr(self) -> int | None:
+        return None
+
     def note(self, text: str) -> None:
         self.notes.append(text)
         self._changed.set()
+
+    def greet(self, greeting: str, facts: Mapping[str, object]) -> None:
+        pass
 
     def done(self) -> None:
         pass
@@ -82,7 +93,7 @@ def deployment(
         routers=routers,
         api_key=("k" * 8,),
     )
-    return fit_to_host(plan(settings, tmp_path, name, b"s" * 16), Host(num_cpus=4, free_memory_bytes=1 << 30))
+    return fit_to_host(plan(settings, tmp_path, name, (b"s" * 16,)), Host(num_cpus=4, free_memory_bytes=1 << 30))
 
 
 def lives(tmp_path: Path, name: str | None = None) -> list[dict[str, Any]]:
@@ -201,9 +212,12 @@ async def test_rolling_restart_takes_one_after_the_other_and_waits_for_it(tmp_pa
     recorder = Recorder()
     async with running(deployment(tmp_path, prefill=2, decode=1, routers=2), recorder) as launcher:
         num_before = len(recorder.events)
-        launcher.restart()
-        launcher.restart()  # one is enough
-        await recorder.until(lambda: any("done" in note for note in recorder.notes))
+        told: list[str] = []
+        first = asyncio.create_task(launcher.restart(told.append))
+        await asyncio.sleep(0)
+        assert not await launcher.restart(lambda note: None)  # one is enough
+        assert await first
+        assert told == [note for note in recorder.notes if note.startswith("rolling")]
         steps = [(who, event["event"]) for who, event in recorder.events[num_before:] if event["event"] != "progress"]
         names = ["p-0", "p-1", "d-0", "router-0", "router-1"]
         assert steps == [(name, step) for name in names for step in ("restart", "started", "ready")]
@@ -216,8 +230,7 @@ async def test_rolling_restart_stops_at_what_does_not_come_back(tmp_path: Path) 
     recorder = Recorder()
     async with running(deployment(tmp_path, prefill=1, decode=1), recorder) as launcher:
         (tmp_path / "fault").write_text("crash")
-        launcher.restart()
-        await recorder.until(lambda: any("stopped" in note for note in recorder.notes))
+        assert not await launcher.restart(lambda note: None)
         assert "p-0 did not come back" in recorder.notes[-1]
         assert len(lives(tmp_path, "d-0")) == 1
         (tmp_path / "fault").unlink()
@@ -343,7 +356,7 @@ async def test_ray_spreads_workers_over_nodes_and_brings_a_killed_one_back(tmp_p
     recorder = Recorder()
     settings = ServeSettings(port=0, launcher="ray", ray_address=ray_cluster, device="cpu")
     launcher = RayLauncher(
-        plan(settings, tmp_path, "fine", b"s" * 16),
+        plan(settings, tmp_path, "fine", (b"s" * 16,)),
         environment(),
         SystemClock(),
         recorder,
@@ -376,3 +389,95 @@ async def until_lives(tmp_path: Path, names: set[str], *, num_lives: int = 1) ->
         while any(len(lives(tmp_path, name)) < num_lives for name in names):  # noqa: ASYNC110
             await asyncio.sleep(0.05)  # an actor tells nothing but through its file
     return {name: lives(tmp_path, name)[-1] for name in names}
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_reload_reaches_every_process_and_restarts_none(tmp_path: Path) -> None:
+    recorder = Recorder()
+    async with running(deployment(tmp_path, routers=2), recorder) as launcher:
+        before = processes(tmp_path)
+        assert await launcher.reload() == []
+        heard = [json.loads(line) for line in (tmp_path / "heard.jsonl").read_text().splitlines()]
+        assert len({event["pid"] for event in heard if event["event"] == "reload"}) == 2
+        assert recorder.notes[-1] == "keys and secrets are read again"
+        assert processes(tmp_path) == before
+
+
+async def test_a_reload_that_one_process_cannot_do_is_told_with_its_name(tmp_path: Path) -> None:
+    recorder = Recorder()
+    async with running(deployment(tmp_path, "no reload", prefill=0), recorder) as launcher:
+        assert await launcher.reload() == ["d-0: the file is gone"]
+        assert recorder.notes[-1] == "reload failed: d-0: the file is gone"
+
+
+async def test_a_file_that_is_wrong_is_told_before_any_process_hears_of_it(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.touch(mode=0o600)
+    plan = deployment(tmp_path)
+    plan = replace(plan, router=plan.router.model_copy(update={"api_key_file": keys}))
+    async with running(plan, Recorder()) as launcher:
+        keys.write_text("- broken")
+        [failure] = await launcher.reload()
+        assert failure.startswith(f"api_key_file: {keys}:1: ")
+        assert "reload" not in (tmp_path / "heard.jsonl").read_text()
+
+
+async def test_status_names_every_process_with_its_state(tmp_path: Path) -> None:
+    recorder = Recorder()
+    async with running(deployment(tmp_path), recorder) as launcher:
+        await recorder.until(lambda: launcher.status()["state"] == "serving")
+        status = launcher.status()
+        rows: Any = status["processes"]
+        assert [(row["name"], row["role"], row["state"], row["restarts"]) for row in rows] == [
+            ("router", "router", "ready", 0),
+            ("p-0", "prefill", "ready", 0),
+            ("d-0", "decode", "ready", 0),
+        ]
+        assert sorted(row["pid"] for row in rows) == sorted(life["pid"] for life in lives(tmp_path))
+        assert status["http"] == f"http://{launcher.routers.http}"
+        launcher.drain()
+        assert launcher.status()["state"] == "ending"
+
+
+async def test_one_process_is_restarted_by_its_name(tmp_path: Path) -> None:
+    async with running(deployment(tmp_path, prefill=2), Recorder()) as launcher:
+        told: list[str] = []
+        assert await launcher.restart(told.append, "p-1")
+        assert {name: len(lives(tmp_path, name)) for name in ("router", "p-0", "p-1", "d-0")} == {
+            "router": 1,
+            "p-0": 1,
+            "p-1": 2,
+            "d-0": 1,
+        }
+        assert not await launcher.restart(told.append, "p-9")
+        assert told[-1] == "no restart: there is no process p-9"
+
+
+async def test_commands_reach_a_deployment_through_its_socket(tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+
+    def say(**command: object) -> list[dict[str, object]]:
+        return list(ask(path, dict(command)))
+
+    async with running(deployment(tmp_path), Recorder()) as launcher, command_socket(path, launcher):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        [status] = await asyncio.to_thread(say, command="status")
+        assert (status["ok"], status["pid"], status["state"]) == (True, os.getpid(), "serving")
+        [reloaded] = await asyncio.to_thread(say, command="reload")
+        assert reloaded["ok"]
+        *notes, restarted = await asyncio.to_thread(say, command="restart", name="d-0")
+        assert restarted["ok"] and notes[0] == {"note": "restart of d-0"}
+        [unknown] = await asyncio.to_thread(say, command="fly")
+        assert not unknown["ok"] and "unknown command 'fly'" in str(unknown["error"])
+        with socket.socket(socket.AF_UNIX) as rude:
+            rude.connect(str(path))
+            rude.sendall(b"[1]\n")
+            answer = await asyncio.to_thread(rude.recv, 4096)
+        assert json.loads(answer) == {"ok": False, "error": "no command came"}
+        [drained] = await asyncio.to_thread(say, command="drain")
+        assert drained["ok"]
+    assert not path.exists()
+    with pytest.raises(ConfigError, match="does not answer"):
+        say(command="status")

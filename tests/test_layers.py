@@ -26,7 +26,7 @@ ALLOWED = {
     "decode": {"common", "transfer", "decode"},
     "roles": {"common", "transfer", "prefill", "decode", "roles"},
     "router": {"common", "transfer", "prefill", "decode", "router"},
-    "cli": {*FOLDERS, "launch", "worker", "benchmarks"},
+    "cli": {*FOLDERS, "cli", "launch", "worker", "benchmarks"},
     "launch": {*FOLDERS, "launch", "worker"},
     "worker": {*FOLDERS},
     "__main__": {"cli"},
@@ -48,7 +48,7 @@ FORBIDDEN_METHODS = {"recv_pyobj", "send_pyobj", "deserialize_descs", "recv_obje
 
 
 def product_files() -> list[Path]:
-    folders = [path for folder in (*FOLDERS, "launch", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    folders = [path for folder in (*FOLDERS, "launch", "cli", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     return sorted([*ROOT.glob("*.py"), *folders])
 
 

@@ -20,7 +20,7 @@ import kvferry
 
 ROOT = Path(kvferry.__file__).resolve().parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FOLDERS = ("common", "transfer", "prefill", "decode", "roles", "router", "launch", "benchmarks")
+FOLDERS = ("common", "transfer", "prefill", "decode", "roles", "router", "launch", "cli", "benchmarks")
 
 # Where the name of the import says nothing of the distribution.
 DISTRIBUTION_OF = {"yaml": "pyyaml", "flashinfer": "flashinfer-python", "ucxx": "ucxx-cu12"}

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from itertools import count
 
 from ..common.channel import Address, Channel, connect, serve, server_address
+from ..common.credentials import SharedSecret
 from ..common.errors import ProtocolError, WorkerLost
 from ..common.messages import (
     Decoder,
@@ -37,7 +38,7 @@ class KVLinks:
     def __init__(
         self,
         worker_id: str,
-        secret: bytes,
+        secret: SharedSecret,
         on_message: Callable[[str, Message], None],
         on_lost: Callable[[str], None],
     ) -> None:
@@ -94,7 +95,7 @@ class KVServer:
     def __init__(
         self,
         worker_id: str,
-        secret: bytes,
+        secret: SharedSecret,
         on_message: Callable[[str, Message], None],
         on_lost: Callable[[str], None],
     ) -> None:

@@ -30,12 +30,11 @@ from typing import Any
 import torch
 
 from ..common.errors import ConfigError, ProtocolError, TransferError
+from ..common.extras import nixl
 from ..common.messages import Decoder, Message, RegionInfo, encode
 from .base import Piece, TransferHandle, TransferState, describe_region, page_num_bytes, rotated_name
 from .descriptors import piece_indices, strided_rows
 from .host_memory import HostMark, HostWindow, Marker, PageArea, PageWindow
-
-_PACKAGES = ("nixl", "nixl_cu12", "nixl_cu13")
 
 
 class _Metadata(Message, frozen=True):
@@ -69,21 +68,19 @@ class _Peer:
     window: PageWindow | None
 
 
-def load_api(packages: Sequence[str] = _PACKAGES) -> ModuleType:
-    """NIXL's Python API, whichever wheel it came in. Raises ConfigError where there is none."""
-    for package in packages:
+def load_api(packages: Sequence[str] | None = None) -> ModuleType:
+    """NIXL's Python API, from the wheel for torch's CUDA if that is there. Raises ConfigError where there is none."""
+    library, reason = nixl(), ""
+    for package in library.modules if packages is None else packages:
         try:
             api = importlib.import_module(f"{package}._api")
-        except ModuleNotFoundError as error:
-            if error.name not in (package, f"{package}._api"):
-                raise
+        except ImportError as error:  # of the package `nixl` too, where it finds no build for this CUDA
+            is_absent = isinstance(error, ModuleNotFoundError) and error.name in (package, f"{package}._api")
+            reason = reason if is_absent else f" ({error})"
             continue
         logging.getLogger("nixl").setLevel(logging.WARNING)  # it announces every agent on stdout
         return api
-    raise ConfigError(
-        "transfer.backend: nixl is not installed; pip install nixl-cu12==1.5.1 (nixl-cu13 for CUDA 13), "
-        "or choose --transfer ucx"
-    )
+    raise ConfigError(f"transfer: {library.missing}{reason}; or choose --transfer ucx")
 
 
 class NixlBackend:

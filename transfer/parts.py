@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ..common.blocks import BlockPool
 from ..common.clock import Clock
 from ..common.config import WorkerConfig
+from ..common.credentials import SharedSecret
 from ..common.engine import Engine
 from ..common.messages import Message, ProcessMark, RegionInfo, StepSample
 from ..common.parallel import RankGroup
@@ -23,7 +24,7 @@ from .base import TransferBackend
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
     config: WorkerConfig
-    secret: bytes
+    secret: SharedSecret
     version: str
     incarnation: int
     clock: Clock

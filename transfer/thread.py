@@ -8,7 +8,8 @@
 Calls behind fences keep an order of their own: a GPU may lag by a whole step, and leases do not wait for it.
 While something is under way it polls: at once after a write that has ended, else with short sleeps of 0.2 ms, and up
 to 1 ms when nothing comes; a spinning thread would take a core from the model. With nothing to do it blocks until
-the next call.
+the next call, but for one look a second: UCX lets go of connections that strangers opened and left only when it is
+looked after, and each holds a descriptor.
 An exception ends the thread and reaches `on_failure`.
 """
 
@@ -28,6 +29,7 @@ from .sender import KVSender
 
 MIN_POLL_S = 0.0002
 MAX_POLL_S = 0.001
+_IDLE_S = 1.0  # between two looks with nothing to do
 _WATCH_POLL_S = 0.0005  # where only arrivals are waited for; over TCP, writes advance when their target polls
 
 _decoder: Decoder[KVArrived] = Decoder(KVArrived)
@@ -61,6 +63,7 @@ class TransferThread:
         self._wanted = False  # what `watch` was told last
         self._watching = False  # what the thread does
         self._poll_s = MIN_POLL_S
+        self._is_idle = False  # nothing was called since the last turn
         self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
         self.num_malformed = 0  # notifications that no correct peer sends, dropped
 
@@ -115,16 +118,18 @@ class TransferThread:
 
     def _run(self) -> None:
         try:
-            timeout_s: float | None = 0.0
+            timeout_s = 0.0
             while self._take_calls(timeout_s):
                 timeout_s = self._turn()
         except BaseException as error:  # its owner decides: the thread must not die in silence
             self._on_failure(error)
 
-    def _take_calls(self, timeout_s: float | None) -> bool:
+    def _take_calls(self, timeout_s: float) -> bool:
         """Run what was called; wait for the first call at most so long. False: the thread is to end."""
+        self._is_idle = True
         try:
             call = self._calls.get(timeout=timeout_s)
+            self._is_idle = False
             while call is not None:
                 function, args = call
                 function(*args)
@@ -134,14 +139,16 @@ class TransferThread:
         except queue.Empty:
             return True
 
-    def _turn(self) -> float | None:
+    def _turn(self) -> float:
         """One round of progress; how long to wait for a call before the next."""
         self._run_deferred()
         wait_s = self._sender.step() if self._sender is not None else None
         if self._deferred:
             wait_s = 0.0  # a GPU tells nobody: ask again soon
         if not self._watching and wait_s != 0.0:
-            return wait_s
+            if self._is_idle:
+                self._deliver()
+            return _IDLE_S if wait_s is None else min(wait_s, _IDLE_S)
         if self._deliver():
             self._poll_s = MIN_POLL_S
         if self._sender is not None and self._sender.made_progress:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..common.errors import ConfigError, ProtocolError, TransferError
+from ..common.extras import UCXX
 from ..common.messages import Message, RegionInfo, encode
 from .base import Piece, TransferHandle, TransferState, describe_region, page_rows, rotated_name
 from .ucx_frames import UcxAck, UcxHello, UcxNote, UcxRead, UcxWrite, ucx_frames
@@ -94,9 +95,7 @@ class UcxBackend:
             from ucxx._lib import libucxx
             from ucxx._lib.arr import Array
         except ImportError as error:
-            raise ConfigError(
-                "transfer.backend: ucx needs UCXX, which is not installed: pip install 'kvferry[ucx]' (ucxx-cu12)"
-            ) from error
+            raise ConfigError(f"transfer: {UCXX.missing}") from error
         logging.getLogger("ucx").setLevel(logging.ERROR)
         self.agent = agent
         self.telemetry_bytes = 0

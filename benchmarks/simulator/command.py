@@ -45,7 +45,7 @@ from kvferry.common.errors import ConfigError, KVFerryError
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(words)
+    options = make_parser().parse_args(words)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     try:
         if options.plot is not None:
@@ -149,7 +149,7 @@ def _failure(text: str) -> Failure:
     return Failure(worker, float(at_s), float(back_s) if back_s else None)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kvferry simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -62,7 +62,7 @@ def arrivals(traffic: Traffic) -> Iterator[tuple[float, TraceRow]]:
     """Requests in order of arrival."""
     rows = rows_of(traffic)
     wanted = len(rows) if traffic.num_requests is None else traffic.num_requests
-    rate = mean_rate(rows)
+    rate = mean_rate(rows[:wanted])  # of what is run: a recording's first minutes may be slower than the rest
     wished = rate if traffic.rate_per_s is None else traffic.rate_per_s
     gaps = _poisson(wished, traffic.seed) if traffic.arrivals == "poisson" else _recorded(rows, rate / wished)
     now_s = 0.0

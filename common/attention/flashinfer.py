@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..extras import FLASHINFER
 from .base import AttentionMetadata, check_pages, softmax_scale
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class FlashInferAttention:
         try:
             import flashinfer
         except ImportError as error:
-            raise ConfigError("attention on CUDA needs flashinfer: pip install 'kvferry[gpu]'") from error
+            raise ConfigError(f"device: attention on CUDA needs FlashInfer: {FLASHINFER.missing}") from error
         self._flashinfer = flashinfer
         self._pages = pages
         self._scales = list(kv_scales or [(1.0, 1.0)] * num_layers)

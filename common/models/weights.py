@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .checkpoint import KV_SCALE, check_names, check_shape, safetensors_files
 from .decoder import Decoder
 from .layers import WeightSlot
 
@@ -28,8 +28,6 @@ Progress = Callable[[str, float], None]  # what is being done, fraction in [0, 1
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _DIGEST_SAMPLES = 16  # spots of each file
 _DIGEST_SAMPLE_BYTES = 4096
-# Of a cache in 8 bits, as quantising tools name them: a key is stored as key / k_scale.
-_KV_SCALE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_scale")
 
 
 class _TensorSlice(Protocol):
@@ -55,7 +53,8 @@ def load_weights(
     total = sum(slot.target.numel() for slot in slots)
     files = {} if load_format == "dummy" else _open_files(model_dir)
     if load_format != "dummy":
-        _check_names(slots, files, model_dir, tied=decoder.config.tie_embeddings)
+        wanted = {slot.name for slot in slots}
+        check_names(wanted, set(files), model_dir, tied=decoder.config.tie_embeddings)
     done = 0
     for slot in slots:
         if load_format == "dummy":
@@ -65,32 +64,6 @@ def load_weights(
         done += slot.target.numel()
         if progress is not None:
             progress("loading weights", done / total)
-
-
-def safetensors_files(model_dir: Path) -> list[Path]:
-    """The files of a checkpoint, from its index where it has one. Raises ConfigError if there are none."""
-    index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
-        return [model_dir / name for name in _indexed_names(index)]
-    single = model_dir / "model.safetensors"
-    if single.is_file():
-        return [single]
-    raise ConfigError(
-        f"{model_dir} has neither model.safetensors nor model.safetensors.index.json: "
-        "convert the checkpoint to safetensors, or use --load-format dummy for random weights"
-    )
-
-
-def _indexed_names(index: Path) -> list[str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{index} is not an index of safetensors files: {error!r}") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
-            raise ConfigError(f"{index} names {name!r}, which is no file beside it")
-    return names
 
 
 def _open_files(model_dir: Path) -> dict[str, _TensorFile]:
@@ -107,30 +80,9 @@ def _open_files(model_dir: Path) -> dict[str, _TensorFile]:
     return by_name
 
 
-def _check_names(slots: list[WeightSlot], files: dict[str, _TensorFile], model_dir: Path, *, tied: bool) -> None:
-    wanted = {slot.name for slot in slots}
-    missing = sorted(wanted - files.keys())
-    extra = sorted(
-        name
-        for name in files.keys() - wanted
-        if not name.endswith("rotary_emb.inv_freq")
-        and not (tied and name == "lm_head.weight")
-        and not _KV_SCALE.fullmatch(name)
-    )
-    if missing:
-        raise ConfigError(f"{model_dir}: {len(missing)} tensors are missing: {_some(missing)}")
-    if extra:
-        raise ConfigError(f"{model_dir}: {len(extra)} tensors are unknown to this architecture: {_some(extra)}")
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-
-
 def _fill_from_file(slot: WeightSlot, file: _TensorFile) -> None:
     source = file.get_slice(slot.name)
-    if tuple(source.get_shape()) != slot.shape:
-        raise ConfigError(f"tensor {slot.name} has shape {source.get_shape()}, config.json implies {list(slot.shape)}")
+    check_shape(slot.name, tuple(source.get_shape()), slot.shape)
     length = slot.target.shape[slot.dim]
     index = tuple(
         slice(slot.start, slot.start + length) if dim == slot.dim else slice(0, size)
@@ -143,7 +95,7 @@ def read_kv_scales(model_dir: Path, num_layers: int) -> list[tuple[float, float]
     """For each layer k_scale and v_scale of a cache in 8 bits; 1 where the checkpoint has none. Raises ConfigError."""
     scales = [[1.0, 1.0] for _ in range(num_layers)]
     for name, file in _open_files(model_dir).items():
-        match = _KV_SCALE.fullmatch(name)
+        match = KV_SCALE.fullmatch(name)
         if match is None:
             continue
         value = file.get_tensor(name)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from kvferry.common.channel import MAX_PENDING_HELLOS, Address, Channel, Seals, connect, serve, server_address
+from kvferry.common.credentials import SharedSecret
 from kvferry.common.errors import ConfigError, ProtocolError, WorkerLost
 from kvferry.common.messages import Abort, Decoder, Drain, LiveRequests, NoCapacity, encode
 
@@ -21,8 +22,8 @@ async def _echo(channel: Channel) -> None:
 
 
 async def test_messages_come_back_as_they_were_sent() -> None:
-    async with await serve(Address("127.0.0.1", 0), "server", _echo, secret=b"s") as server:
-        channel = await connect(server_address(server, "127.0.0.1"), "client", secret=b"s")
+    async with await serve(Address("127.0.0.1", 0), "server", _echo, secret=SharedSecret(b"s")) as server:
+        channel = await connect(server_address(server, "127.0.0.1"), "client", secret=SharedSecret(b"s"))
         message = Abort(request_id="r", attempt=3, choices=(1, 2))
         channel.send(message)
         assert decoder.decode(await channel.recv()) == message
@@ -33,9 +34,11 @@ async def test_messages_come_back_as_they_were_sent() -> None:
 @pytest.mark.parametrize("secret", [b"", b"other"])
 async def test_a_peer_without_the_secret_is_refused_with_the_reason(secret: bytes) -> None:
     refused: list[ProtocolError] = []
-    async with await serve(Address("127.0.0.1", 0), "s", _echo, secret=b"s", on_refused=refused.append) as server:
+    async with await serve(
+        Address("127.0.0.1", 0), "s", _echo, secret=SharedSecret(b"s"), on_refused=refused.append
+    ) as server:
         with pytest.raises(ProtocolError, match="shared secret"):
-            await connect(server_address(server, "127.0.0.1"), "client", secret=secret)
+            await connect(server_address(server, "127.0.0.1"), "client", secret=SharedSecret(*filter(None, [secret])))
         await asyncio.sleep(0)
     assert refused
 
@@ -43,7 +46,7 @@ async def test_a_peer_without_the_secret_is_refused_with_the_reason(secret: byte
 async def test_a_server_that_does_not_know_the_secret_is_not_believed() -> None:
     async with await serve(Address("127.0.0.1", 0), "s", _echo) as server:
         with pytest.raises(ProtocolError, match="shared secret"):
-            await connect(server_address(server, "127.0.0.1"), "client", secret=b"s")
+            await connect(server_address(server, "127.0.0.1"), "client", secret=SharedSecret(b"s"))
 
 
 async def test_an_announced_frame_over_the_bound_ends_the_connection_unread() -> None:
@@ -150,10 +153,10 @@ async def _through(alter: Callable[[bool, int, bytes], list[bytes]], refused: li
     """Three messages to an echo and back, over a wire that alters them."""
     answers: list[object] = []
     address = Address("127.0.0.1", 0)
-    async with await serve(address, "s", _echo, secret=b"secret", on_refused=refused.append) as server:
+    async with await serve(address, "s", _echo, secret=SharedSecret(b"secret"), on_refused=refused.append) as server:
         wire = _Wire(server_address(server, "127.0.0.1"), alter)
         async with await asyncio.start_server(wire.carry, "127.0.0.1", 0) as between:
-            channel = await connect(server_address(between, "127.0.0.1"), "client", secret=b"secret")
+            channel = await connect(server_address(between, "127.0.0.1"), "client", secret=SharedSecret(b"secret"))
             try:
                 for attempt in range(3):
                     channel.send(Abort(request_id="r", attempt=attempt))
@@ -211,7 +214,9 @@ async def test_what_the_server_says_cannot_be_sent_back_to_it() -> None:
 
 async def test_connections_that_say_no_hello_are_bounded_and_time_out_for_others() -> None:
     refused: list[ProtocolError] = []
-    async with await serve(Address("127.0.0.1", 0), "s", _echo, secret=b"s", on_refused=refused.append) as server:
+    async with await serve(
+        Address("127.0.0.1", 0), "s", _echo, secret=SharedSecret(b"s"), on_refused=refused.append
+    ) as server:
         address = server_address(server, "127.0.0.1")
         silent = [await asyncio.open_connection(address.host, address.port) for _ in range(MAX_PENDING_HELLOS)]
         for reader, _ in silent:
@@ -225,7 +230,7 @@ async def test_connections_that_say_no_hello_are_bounded_and_time_out_for_others
         async with asyncio.timeout(5):
             while True:
                 try:
-                    channel = await connect(address, "client", secret=b"s")
+                    channel = await connect(address, "client", secret=SharedSecret(b"s"))
                     break
                 except WorkerLost:
                     await asyncio.sleep(0.01)  # the server has not seen all of them go

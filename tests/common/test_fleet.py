@@ -21,7 +21,7 @@ def deployment(*, gpus: tuple[Gpu, ...] = (), prefill_max: int | None = 2, decod
         prefill=PoolSettings(workers=1, max_workers=prefill_max), decode=PoolSettings(workers=1, max_workers=decode_max)
     )
     host = Host(num_cpus=8, free_memory_bytes=8 << 30, gpus=gpus)
-    return fit_to_host(plan(settings, Path("model"), "m", b""), host)
+    return fit_to_host(plan(settings, Path("model"), "m"), host)
 
 
 def test_ids_are_never_given_twice() -> None:

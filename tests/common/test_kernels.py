@@ -32,7 +32,7 @@ def _assert_close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.skipif(has_flashinfer, reason="flashinfer is installed")
 def test_missing_flashinfer_names_the_extra() -> None:
-    with pytest.raises(ConfigError, match=r"pip install 'kvferry\[gpu\]'"):
+    with pytest.raises(ConfigError, match="pip install 'flashinfer-python"):
         FusedKernels()
 
 

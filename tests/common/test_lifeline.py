@@ -13,7 +13,7 @@ from kvferry.common.lifeline import MAX_EVENT_BYTES, Lifeline, decode_event, lif
 CHILD = """
 import sys
 from kvferry.common.lifeline import Lifeline
-lifeline = Lifeline.from_fd(int(sys.argv[1]))
+lifeline = Lifeline.from_fds(int(sys.argv[1]), None)
 lifeline.ready(http="127.0.0.1:8000")
 import threading
 threading.Event().wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -21,8 +22,9 @@ class Terminal(io.StringIO):
 @pytest.fixture(autouse=True)
 def restored_logging() -> Iterator[None]:
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers, level, hook = root.handlers[:], root.level, sys.excepthook
     yield
+    sys.excepthook = hook
     root.handlers[:] = handlers
     root.setLevel(level)
     structlog.reset_defaults()
@@ -98,3 +100,42 @@ def test_long_texts_are_clipped() -> None:
     structlog.get_logger().info("event", name="n" * 10_000)
     line = json.loads(stream.getvalue())
     assert len(line["name"]) < 2200 and "(10000 characters)" in line["name"]
+
+
+def test_a_finished_request_is_one_short_line_on_a_terminal() -> None:
+    stream = Terminal()
+    configure_logging("info", stream=stream)
+    facts = {"status": 200, "finish": ["stop"], "prompt_tokens": 31, "cached_tokens": 16, "completion_tokens": 12}
+    times = {"queue_ms": 0.1, "ttft_ms": 81.4, "total_ms": 205.6, "decode_ms": 120.0}
+    structlog.get_logger().info("request_finished", request_id="f" * 32, client_request_id=None, **facts, **times)
+    [line] = stream.getvalue().splitlines()
+    assert line[9:] == f"request 200 stop: 31 -> 12 tokens, ttft 81, total 206 ms, {'f' * 32}"
+    assert len(line) <= 100
+
+
+def test_trouble_names_its_level_and_other_lines_are_cut_to_a_terminals_width() -> None:
+    stream = Terminal()
+    configure_logging("info", stream=stream)
+    structlog.get_logger().info("a_long_one", text="x" * 300)
+    structlog.get_logger().warning("worker_lost", reason="x" * 300)
+    quiet, loud = stream.getvalue().splitlines()
+    assert len(quiet) == 100 and quiet.endswith("...")
+    assert loud[9:].startswith("warning worker_lost reason=xxx") and loud.endswith("x" * 300)
+
+
+def test_the_format_is_what_was_asked_for_wherever_the_lines_go() -> None:
+    for stream, log_format in ((Terminal(), "json"), (io.StringIO(), "text")):
+        configure_logging("info", log_format=log_format, stream=stream)  # type: ignore[arg-type]
+        structlog.get_logger().info("worker_ready")
+        assert stream.getvalue().startswith("{") == (log_format == "json")
+
+
+def test_what_ends_a_process_is_a_line_too() -> None:
+    stream = io.StringIO()
+    configure_logging("info", stream=stream)
+    try:
+        raise ValueError("broken")
+    except ValueError as error:
+        sys.excepthook(ValueError, error, error.__traceback__)
+    [line] = stream.getvalue().splitlines()
+    assert "ValueError: broken" in json.loads(line)["exception"]

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORIES: dict[str, dict[str, bytes]] = {
     "org/model": {
         "config.json": b"{}",
-        "model.safetensors": b"weights",
+        "model.safetensors": bytes(25 << 20),  # more than the hub's library writes at once
         "consolidated.safetensors": b"the same weights again",
         "chat_template.jinja": b"{{ messages }}",
         "pytorch_model.bin": b"a pickle",
@@ -48,7 +49,7 @@ class FakeHub(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = self.path.split("?")[0].removeprefix("/api/models/").strip("/")
         name = "/".join(path.split("/")[:2])
-        rest = path.split("/")[2:]
+        rest = path.split("/")[2:] or ["revision", "main"]
         if name == "org/gated":
             self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
         elif name == "org/down":
@@ -64,7 +65,8 @@ class FakeHub(BaseHTTPRequestHandler):
             tree = [{"type": "file", "path": file, "size": len(files[file]), "oid": "0" * 40} for file in files]
             self._send(200, json.dumps(tree).encode(), {})
         else:
-            info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files], "tags": []}
+            siblings = [{"rfilename": file, "size": len(content)} for file, content in files.items()]
+            info = {"id": name, "sha": COMMIT, "siblings": siblings, "tags": []}
             self._send(200, json.dumps(info).encode(), {})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
@@ -129,7 +131,11 @@ def cache(hub: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (model,) = _resolve_apart([("org/model", None)], cache, HF_ENDPOINT=hub)
     assert model["files"] == ["chat_template.jinja", "config.json", "model.safetensors"]
     assert model["name"] == "org/model"
-    assert model["seen"] == [["downloading org/model", 0.0], ["downloading org/model", 1.0]]
+    seen: Any = model["seen"]
+    fractions = [fraction for _, fraction in seen]
+    assert {what for what, _ in seen} == {"downloading org/model"}
+    assert fractions == sorted(fractions) and (fractions[0], fractions[-1]) == (0.0, 1.0)
+    assert [fraction for fraction in fractions if 0.1 < fraction < 0.9]  # on the way, and not at its end alone
     return cache
 
 

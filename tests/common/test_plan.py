@@ -11,7 +11,8 @@ from kvferry.common.errors import ConfigError
 from kvferry.common.host import Gpu, Host
 from kvferry.common.models.config import ModelConfig, RopeConfig
 from kvferry.common.options import PoolSettings, ServeSettings
-from kvferry.common.plan import Deployment, cache_token_bytes, check_model, fit_to_host, plan, weight_bytes
+from kvferry.common.plan import Deployment, cache_token_bytes, fit_to_host, plan, weight_bytes
+from kvferry.launch.engine_checks import check_model
 
 GIB = 1 << 30
 MODEL = ModelConfig(
@@ -39,7 +40,7 @@ MODEL = ModelConfig(
 
 def planned(prefill: int = 1, decode: int = 1, **settings: object) -> Deployment:
     pools = {"prefill": PoolSettings(workers=prefill), "decode": PoolSettings(workers=decode)}
-    return plan(ServeSettings.model_validate({**pools, **settings}), Path("/models/llama"), "llama", b"secret")
+    return plan(ServeSettings.model_validate({**pools, **settings}), Path("/models/llama"), "llama")
 
 
 def host(num_gpus: int = 0, *, num_cpus: int = 8, free_gib: float = 64) -> Host:
@@ -54,7 +55,7 @@ def test_workers_are_named_by_role_and_number() -> None:
 
 def test_pool_overrides_reach_its_workers_alone() -> None:
     settings = ServeSettings(max_num_seqs=32, decode=PoolSettings(max_num_seqs=256))
-    prefill, decode = plan(settings, Path("/m"), "m", b"").workers
+    prefill, decode = plan(settings, Path("/m"), "m").workers
     assert (prefill.config.engine.max_num_seqs, decode.config.engine.max_num_seqs) == (32, 256)
 
 
@@ -176,7 +177,7 @@ def test_steps_are_larger_on_gpus_unless_their_size_is_set() -> None:
 
 
 def test_on_shared_cores_every_worker_yields_while_it_decodes_nothing() -> None:
-    fitted = fit_to_host(plan(ServeSettings(), Path("model"), "m", b""), Host(num_cpus=2, free_memory_bytes=8 << 30))
+    fitted = fit_to_host(plan(ServeSettings(), Path("model"), "m"), Host(num_cpus=2, free_memory_bytes=8 << 30))
     assert [w.config.niceness > 0 for w in fitted.workers] == [True, True]
 
 

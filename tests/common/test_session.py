@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from kvferry.common.channel import Address, Channel, serve, server_address
+from kvferry.common.credentials import NO_SECRET
 from kvferry.common.messages import Decoder, WorkerHello, WorkerStatus, WorkerToRouter
 from kvferry.common.session import RouterSessions
 from kvferry.tests.router.fleet import hello, status
@@ -35,7 +36,7 @@ async def test_each_router_gets_the_heartbeat_that_is_made_for_it() -> None:
     sessions = RouterSessions(
         tuple(address for _, address in servers),
         hello("w", "decode"),
-        secret=b"",
+        secret=NO_SECRET,
         max_frame_bytes=1 << 20,
         on_message=lambda router, message: None,
         on_lost=lambda router: None,

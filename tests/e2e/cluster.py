@@ -11,12 +11,19 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 
+from kvferry.common.config import SECRET_VARIABLE
+from kvferry.common.errors import ConfigError
+from kvferry.launch.command_socket import ask
+from kvferry.launch.running import runtime_dir, socket_of
+
 START_LIMIT_S = 90.0
 STOP_LIMIT_S = 20.0
+COMMAND_LIMIT_S = 120.0
 
 
 def free_port() -> int:
@@ -55,6 +62,28 @@ class Cluster:
         assert values or not labels, f"{name} has no sample with {labels}"
         return sum(values)
 
+    def status(self) -> dict[str, Any]:
+        """What `kvferry status` knows of it; empty before its launcher takes commands."""
+        path = socket_of(runtime_dir(os.environ), self.process.pid)
+        try:
+            [answer] = ask(path, {"command": "status"}, limit_s=STOP_LIMIT_S)
+        except ConfigError:
+            return {}
+        return answer
+
+    @property
+    def admin_urls(self) -> list[str]:
+        """Of each router."""
+        return list(self.status()["admin"])
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """`kvferry status`, `restart` ... of this deployment; it must succeed."""
+        port = self.base_url.rpartition(":")[2]
+        argv = [sys.executable, "-m", "kvferry", *words, "--port", port]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=COMMAND_LIMIT_S)
+        assert done.returncode == 0, done.stderr
+        return done
+
     def children(self, word: str = "") -> list[psutil.Process]:
         """The server's processes whose command line contains `word`."""
         found = psutil.Process(self.process.pid).children(recursive=True)
@@ -88,6 +117,7 @@ def serve(model_dir: Path | None, log: Path, *flags: str, env: dict[str, str] | 
         cluster = Cluster(process, base_url, log, client)
         try:
             _wait_ready(cluster)
+            wait_until(lambda: cluster.status().get("state") == "serving", "every worker", START_LIMIT_S)
             yield cluster
         finally:
             _stop(cluster)
@@ -121,7 +151,7 @@ def serve_by_hand(
             for command, *words in own.values():
                 argv = [sys.executable, "-m", "kvferry", command, str(model_dir), "--served-model-name", "tiny"]
                 argv += [*shared, *words]
-                environment = {**os.environ, **(env or {})}
+                environment = {**os.environ, SECRET_VARIABLE: "a secret for these tests", **(env or {})}
                 processes.append(subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, env=environment))
             cluster = Cluster(processes[0], base_url, log, client, processes[1:])
             _wait_ready(cluster)

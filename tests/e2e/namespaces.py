@@ -46,6 +46,12 @@ class Network:
     def command(self, host: str, *words: str) -> list[str]:
         return ["ip", "netns", "exec", self.space(host), *words]
 
+    def add_interface(self, host: str, address: str) -> None:
+        """One more, which leads nowhere."""
+        _ip("-n", self.space(host), "link", "add", "other0", "type", "veth", "peer", "name", "other1")
+        _ip("-n", self.space(host), "addr", "add", f"{address}/24", "dev", "other0")
+        _ip("-n", self.space(host), "link", "set", "other0", "up")
+
     def cut(self, one: str, other: str) -> None:
         """Nothing that either sends reaches the other."""
         for here, there in ((one, other), (other, one)):

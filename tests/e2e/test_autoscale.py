@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +37,7 @@ class Operator:
 
     @classmethod
     def of(cls, cluster: Cluster) -> Operator:
-        wait_until(lambda: "admin listener" in cluster.log.read_text(), "the admin listener")
-        [url] = re.findall(r"admin listener: (http://[^/]+)/", cluster.log.read_text())
+        [url] = cluster.admin_urls
         return cls(cluster, url)
 
     def hold(self, prefill: int, decode: int) -> None:

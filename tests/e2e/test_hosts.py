@@ -51,17 +51,31 @@ def _curl(net: Network, path: str, body: dict[str, object] | None = None) -> tup
     return int(status), text
 
 
+def _listening(net: Network, host: str) -> list[str]:
+    """The addresses at which processes of a host listen."""
+    program = (
+        "import json, psutil; links = psutil.net_connections('tcp'); "
+        "print(json.dumps(sorted({link.laddr.ip for link in links if link.status == 'LISTEN'})))"
+    )
+    done = subprocess.run(net.command(host, sys.executable, "-c", program), capture_output=True, text=True, check=True)
+    found: list[str] = json.loads(done.stdout)
+    return found
+
+
 def test_three_hosts_that_share_a_secret_hand_kv_over_by_tcp(hosts: Network, tmp_path: Path) -> None:
     model_dir = write_checkpoint(tmp_path / "tiny")
     prompt = [(7 * i * i + 3) % 500 + 4 for i in range(150)]
     [wanted] = reference.greedy(model_dir, [prompt], 12)
     secret = tmp_path / "secret"
     secret.write_text("0123456789abcdef0123456789abcdef")
+    secret.chmod(0o600)
     shared = ["--served-model-name", "tiny", "--secret-file", str(secret)]
     control = f"{HOSTS['router']}:{CONTROL_PORT}"
     engine = ["--router", control, "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB"]
     router = ["--host", HOSTS["router"], "--port", str(PORT), "--api-key", "key"]
     router += ["--control-host", HOSTS["router"], "--control-port", str(CONTROL_PORT), "--no-local-prefill"]
+    for number, host in enumerate(HOSTS):
+        hosts.add_interface(host, f"203.0.113.{number + 1}")
     with (
         hosts.running("router", tmp_path / "router", "router", str(model_dir), *shared, *router),
         hosts.running(
@@ -83,3 +97,6 @@ def test_three_hosts_that_share_a_secret_hand_kv_over_by_tcp(hosts: Network, tmp
         wait_until(
             lambda: "kvferry_kv_transfer_bytes_count 1.0" in _curl(hosts, "/metrics")[1], "the transfer's report"
         )
+        for host in ("decode", "prefill"):
+            assert _listening(hosts, host) == [HOSTS[host]]  # of all its interfaces
+            assert (tmp_path / host).read_text().count('"open_data_plane"') == 1

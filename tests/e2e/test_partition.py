@@ -86,6 +86,7 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostsDrill]:
     model_dir, failpoints = str(write_tiny_model(folder / "tiny")), folder / "failpoints"
     secret = folder / "secret"
     secret.write_text("0123456789abcdef0123456789abcdef")
+    secret.chmod(0o600)
     shared = ["--served-model-name", "tiny", "--secret-file", str(secret), "--deterministic"]
     router = ["--host", HOSTS["r"], "--port", str(PORT), "--api-key", KEY]
     router += ["--control-host", HOSTS["r"], "--control-port", str(CONTROL_PORT)]

@@ -29,6 +29,7 @@ from kvferry.common.request import SampledToken
 from kvferry.common.tokenizer import Tokenizer
 from kvferry.router.app import build_app
 from kvferry.router.http_server import HttpServer
+from kvferry.router.keys import ApiKeys
 from kvferry.router.prompts import ServedModel
 from kvferry.router.protocol import DeadlineProtocol
 from kvferry.router.request import RequestStatus, RouterRequest, StreamError, TokenStream
@@ -222,13 +223,14 @@ def toy_tokenizer() -> Tokenizer:
         return Tokenizer.from_dir(write_model_dir(Path(folder)))
 
 
-def serve(script: Script | None = None, **options: object) -> Served:
+def serve(script: Script | None = None, api_keys: tuple[str, ...] = (), **options: object) -> Served:
     """Call on a running loop. `options` are build_app's."""
     script = script or Script()
     clock = FakeClock(100.0)
     dispatcher = FakeDispatcher(script, clock)
     metrics = RouterMetrics(MODEL)
     model = options.pop("model", None) or ServedModel(MODEL, MAX_MODEL_LEN, VOCAB_SIZE)
+    options.setdefault("keys", ApiKeys(api_keys))
     app = build_app(model, dispatcher, toy_tokenizer(), metrics, clock=clock, seed=1, **options)  # type: ignore[arg-type]
     return Served(app, dispatcher, metrics, script)
 

@@ -11,6 +11,7 @@ import pytest
 
 from kvferry.router.admin import Admin, build_admin
 from kvferry.router.history import Kind
+from kvferry.router.keys import ApiKeys
 from kvferry.router.views import PoolView
 
 from .fleet import Fleet
@@ -66,7 +67,7 @@ def operations() -> Operations:
 def client(
     dispatcher: Operations, keys: tuple[str, ...] = (), launcher: Launcher | None = None, **headers: str
 ) -> httpx.AsyncClient:
-    app = build_admin(Admin(dispatcher, lambda: (b"kvferry_x 1\n", "text/plain"), 30.0, launcher), keys)
+    app = build_admin(Admin(dispatcher, lambda: (b"kvferry_x 1\n", "text/plain"), 30.0, launcher), ApiKeys(keys))
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:9", headers=headers)
 
 

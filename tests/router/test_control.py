@@ -12,6 +12,7 @@ import pytest
 
 from kvferry.common.channel import DEFAULT_MAX_FRAME_BYTES, Address, Channel, connect
 from kvferry.common.clock import SystemClock
+from kvferry.common.credentials import SharedSecret
 from kvferry.common.errors import ProtocolError, WorkerLost
 from kvferry.common.messages import (
     Decoder,
@@ -60,7 +61,7 @@ class Router:
     channels: list[Channel] = field(default_factory=list)
 
     async def connect(self, worker_id: str) -> Worker:
-        self.channels.append(await connect(self.address, worker_id, secret=SECRET))
+        self.channels.append(await connect(self.address, worker_id, secret=SharedSecret(SECRET)))
         return Worker(self.channels[-1])
 
     async def join(self, worker_id: str, **changes: object) -> Worker:
@@ -93,7 +94,7 @@ class Worker:
 @asynccontextmanager
 async def router(expected: Expected = EXPECTED) -> AsyncIterator[Router]:
     dispatcher = WatchedDispatcher()
-    server = ControlServer(dispatcher, expected, router_id="r-0", secret=SECRET)
+    server = ControlServer(dispatcher, expected, router_id="r-0", secret=SharedSecret(SECRET))
     address = await server.start(Address("127.0.0.1", 0))
     running = Router(dispatcher, server, address)
     try:
@@ -170,7 +171,7 @@ async def test_a_worker_must_be_who_its_connection_is() -> None:
 async def test_without_the_secret_nobody_joins() -> None:
     async with router() as r:
         with pytest.raises(ProtocolError, match="secret"):
-            await connect(r.address, "d-0", secret=b"another secret here")
+            await connect(r.address, "d-0", secret=SharedSecret(b"another secret here"))
 
 
 @pytest.mark.parametrize("first", [True, False])

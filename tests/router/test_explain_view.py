@@ -17,6 +17,7 @@ from kvferry.common.messages import PrefillTask
 from kvferry.router.admin import Admin, build_admin
 from kvferry.router.explain_view import fetch, list_path, path_of, show, show_list
 from kvferry.router.http_server import HttpServer
+from kvferry.router.keys import ApiKeys
 
 from .fleet import Fleet, config, tokens
 from .test_explain import SAMPLES
@@ -25,7 +26,7 @@ from .test_explain import SAMPLES
 @asynccontextmanager
 async def listener(fleet: Fleet, keys: tuple[str, ...] = ()) -> AsyncIterator[str]:
     sock = listen(Address("127.0.0.1", 0))
-    app = build_admin(Admin(fleet.dispatcher, lambda: (b"", "text/plain"), 30.0, None), keys)
+    app = build_admin(Admin(fleet.dispatcher, lambda: (b"", "text/plain"), 30.0, None), ApiKeys(keys))
     async with HttpServer(app).serving(sock):
         yield f"http://127.0.0.1:{sock.getsockname()[1]}"
 

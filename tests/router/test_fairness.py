@@ -13,6 +13,7 @@ from kvferry.common.messages import LocalTask
 from kvferry.common.metrics import RouterMetrics
 from kvferry.router.app import build_app
 from kvferry.router.classes import RequestClasses
+from kvferry.router.keys import ApiKeys
 from kvferry.router.prompts import ServedModel
 from kvferry.router.request import RouterRequest, TokenStream
 from kvferry.router.views import PoolView
@@ -35,7 +36,7 @@ class Router:
             self,
             toy_tokenizer(),
             RouterMetrics(MODEL),
-            api_keys=KEYS,
+            keys=ApiKeys(KEYS),
             clock=self.fleet.clock,
             seed=1,
             classes=RequestClasses.from_config(self.fleet.config),

@@ -14,6 +14,7 @@ from kvferry.common.errors import RequestError
 from kvferry.common.messages import Drain, SetRole, StepSample
 from kvferry.router.admin import Admin, build_admin
 from kvferry.router.autoscaler_types import Answer, Counts, Kept
+from kvferry.router.keys import ApiKeys
 from kvferry.router.objectives import Objectives
 from kvferry.router.predictor import Predictor
 from kvferry.router.scaling import Scaling
@@ -264,7 +265,9 @@ def test_a_load_comes_through_an_event_as_it_was() -> None:
 
 def admin(site: Site) -> httpx.AsyncClient:
     operations = site.fleet.dispatcher
-    app = build_admin(Admin(operations, lambda: (b"", "text/plain"), 30.0, None), (), scaling_routes(site.scaling))
+    app = build_admin(
+        Admin(operations, lambda: (b"", "text/plain"), 30.0, None), ApiKeys(), scaling_routes(site.scaling)
+    )
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:9")
 
 

@@ -17,9 +17,11 @@ import pytest
 from kvferry.common.channel import Address
 from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError
+from kvferry.common.exposure import check_exposure
 from kvferry.common.host import listen
 from kvferry.router.__main__ import main, parse_config
-from kvferry.router.server import check_exposure, serve_router
+from kvferry.router.credentials import RouterCredentials
+from kvferry.router.server import serve_router
 
 from .fakes import MODEL, write_model_dir
 
@@ -63,10 +65,18 @@ class _Lifeline:
         self.events.append(dict(event))
 
 
+def _credentials(config: RouterConfig) -> RouterCredentials:
+    return RouterCredentials.from_config(config, {})
+
+
+async def _serve(config: RouterConfig) -> None:
+    await serve_router(config, _credentials(config), None)
+
+
 @asynccontextmanager
 async def _running(config: RouterConfig) -> AsyncIterator[tuple[_Lifeline, asyncio.Task[int]]]:
     lifeline = _Lifeline()
-    task = asyncio.create_task(serve_router(config, b"", lifeline))
+    task = asyncio.create_task(serve_router(config, _credentials(config), lifeline))
     waiting = asyncio.create_task(lifeline.is_ready.wait())
     await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
@@ -102,30 +112,30 @@ async def test_a_port_in_use_is_one_clear_line(model_dir: Path) -> None:
     with listen(Address("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port: cannot listen on 127.0.0.1:{port}: Address already in use"):
-            await serve_router(_config(model_dir, port=port), b"", None)
+            await _serve(_config(model_dir, port=port))
         with pytest.raises(ConfigError, match=f"control_port: cannot listen on 127.0.0.1:{port}"):
-            await serve_router(_config(model_dir, control_port=port), b"", None)
+            await _serve(_config(model_dir, control_port=port))
 
 
 async def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(MODEL_CONFIG)
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
-        await serve_router(_config(tmp_path), b"", None)
+        await _serve(_config(tmp_path))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
 def test_other_machines_are_served_only_with_credentials(model_dir: Path, host: str) -> None:
-    with pytest.raises(ConfigError, match=r"^host: .*API key.*--api-key"):
-        check_exposure(_config(model_dir, host=host), b"s")
-    check_exposure(_config(model_dir, host=host, api_keys=("k",)), b"")
+    with pytest.raises(ConfigError, match=r"^host: .*API key.*--api-key-file"):
+        check_exposure(_config(model_dir, host=host), has_secret=True)
+    check_exposure(_config(model_dir, host=host, api_keys=("k",)), has_secret=False)
     with pytest.raises(ConfigError, match=r"^control_host: .*secret.*--secret-file"):
-        check_exposure(_config(model_dir, control_host=host), b"")
-    check_exposure(_config(model_dir, control_host=host), b"s")
+        check_exposure(_config(model_dir, control_host=host), has_secret=False)
+    check_exposure(_config(model_dir, control_host=host), has_secret=True)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_this_machine_is_served_without(model_dir: Path, host: str) -> None:
-    check_exposure(_config(model_dir, host=host, control_host=host), b"")
+    check_exposure(_config(model_dir, host=host, control_host=host), has_secret=False)
 
 
 def test_api_keys_come_from_the_environment_too(model_dir: Path) -> None:
@@ -144,5 +154,5 @@ def test_the_program_says_what_is_wrong_and_exits_with_2(model_dir: Path) -> Non
     command = [sys.executable, "-m", "kvferry.router", "--config-json", config]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: host: 0.0.0.0 is reachable from other machines")
+    assert done.stderr.startswith("kvferry: host: 0.0.0.0 is reachable from other machines")
     assert "Traceback" not in done.stderr

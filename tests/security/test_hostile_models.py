@@ -14,8 +14,8 @@ import structlog
 from kvferry.common.chat_template import ChatTemplate, RenderLimits, TemplateOverrun
 from kvferry.common.errors import ConfigError, RequestError
 from kvferry.common.model_files import resolve_model
+from kvferry.common.models.checkpoint import safetensors_files
 from kvferry.common.models.config import ModelConfig
-from kvferry.common.models.weights import safetensors_files
 from kvferry.common.tokenizer import Tokenizer
 from kvferry.router.__main__ import main
 

@@ -88,7 +88,7 @@ class Peer:
 
 
 def main(name: str, agent: str, shape: list[int]) -> None:
-    set_ucx_defaults(loopback_only=True)
+    set_ucx_defaults("127.0.0.1")
     torch.set_num_threads(1)
     peer = Peer(name, agent, shape)
     answer({"region": msgspec.msgpack.encode(peer.region).hex()})

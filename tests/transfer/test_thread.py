@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import queue
+import socket
 import threading
+import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 import torch
 
@@ -45,7 +48,7 @@ SPEC = KVCacheSpec(model="m", num_layers=4, num_kv_heads=2, head_dim=8, block_si
 ARRIVED = KVArrived(grant_id=GrantId("d-0", 1, 1), open_id=1, source_rank=0, num_tokens=1)
 _incarnations = itertools.count(500)
 
-set_ucx_defaults(loopback_only=True)
+set_ucx_defaults("127.0.0.1")
 
 
 def _pages(num_blocks: int) -> torch.Tensor:
@@ -97,6 +100,31 @@ def test_calls_behind_fences_wait_for_them_in_order_and_others_do_not() -> None:
     assert first.asked.wait(WAIT_S) and ran.empty()
     first.arrive()
     assert [ran.get(timeout=WAIT_S) for _ in range(3)] == ["first layer", "second layer", "finish"]
+    thread.close()
+
+
+def _ports_of_this_process() -> set[int]:
+    return {link.laddr.port for link in psutil.Process().net_connections("tcp") if link.status == "LISTEN"}
+
+
+def test_connections_that_strangers_left_hold_no_descriptors_of_an_idle_worker() -> None:
+    before = _ports_of_this_process()
+    thread = TransferThread(open_backend("nixl", f"d-0.{next(_incarnations):x}.0.0"), on_failure=_fail)
+    thread.start()
+    [port] = _ports_of_this_process() - before
+
+    def num_left() -> int:
+        links = psutil.Process().net_connections("tcp")
+        return sum(link.laddr.port == port and link.status == "CLOSE_WAIT" for link in links)
+
+    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+    for number, stranger in enumerate(strangers):
+        stranger.send(b"x" * number)
+        stranger.close()
+    end = time.monotonic() + WAIT_S
+    while num_left() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert num_left() == 0
     thread.close()
 
 

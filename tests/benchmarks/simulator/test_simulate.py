@@ -204,7 +204,7 @@ def test_goodput_counts_requests_that_met_both_objectives() -> None:
 
 
 def test_a_spike_makes_arrivals_denser_for_its_time() -> None:
-    scenario = azure(rate_per_s=5.0, num_requests=100)
+    scenario = azure(rate_per_s=5.0, num_requests=300)
     spiked = replace(scenario, traffic=replace(scenario.traffic, spikes=(Spike(5.0, 4.0, 10.0),)))
     plain, outcome = simulate(scenario), simulate(spiked)
     assert len(outcome.between(6.0, 10.0)) > 3 * len(plain.between(6.0, 10.0))

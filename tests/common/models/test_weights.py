@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvferry.common.errors import ConfigError
+from kvferry.common.models.checkpoint import safetensors_files
 from kvferry.common.models.config import ModelConfig
 from kvferry.common.models.decoder import Decoder
-from kvferry.common.models.weights import load_weights, model_digest, read_kv_scales, safetensors_files
+from kvferry.common.models.weights import load_weights, model_digest, read_kv_scales
 from kvferry.common.parallel import Communicator
 from kvferry.tests.checkpoints import write_checkpoint
 

@@ -1,0 +1,75 @@
+"""The command `kvferry`: reads settings, checks them, and hands over to what does the work.
+
+    serve, router, prefill, decode     cli/serve.py     a deployment, or one process of it
+    status, reload, restart, drain     cli/operate.py   a deployment that runs
+    explain, doctor, config, keys      cli/inspection.py, cli/keys.py
+    bench, chaos, simulate             cli/tools.py     programs with options of their own
+
+A mistake of the operator's is a line on stderr and exit code 2, before anything is started. Neither torch nor ray is
+imported here; what a subcommand alone needs is imported inside it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, NoReturn, cast
+
+import typer
+
+from .. import __version__
+from ..common.errors import ConfigError, KVFerryError
+from . import inspection, keys, operate, serve, tools
+from .hidden_keys import hide_keys
+
+CONFIG_EXIT_CODE = 2
+# Of the command line itself: an unknown option, a missing value. Typer shows its subclass alone.
+_USAGE_ERROR: type[Exception] = cast("type[Exception]", typer.BadParameter.__mro__[1])
+
+app = typer.Typer(
+    name="kvferry",
+    help="Serve large language models with prefill and decode on separate worker pools.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    cls=tools.Commands,
+)
+for module in (serve, operate, inspection, keys, tools):
+    module.register(app)
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the console script."""
+    if argv is None:
+        hide_keys()
+    try:
+        code = app(args=argv, prog_name="kvferry", standalone_mode=False)
+    except typer.Abort:
+        code = 1
+    except (KVFerryError, _USAGE_ERROR) as error:
+        code = CONFIG_EXIT_CODE if isinstance(error, ConfigError | _USAGE_ERROR) else 1
+        print(f"kvferry: {_line(error)}", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _line(error: Exception) -> str:
+    """Mistakes in flags and mistakes in files read alike; the first also tells where help is."""
+    if not isinstance(error, _USAGE_ERROR):
+        return str(error)
+    context = getattr(error, "ctx", None)
+    hint = f" (kvferry {' '.join(context.command_path.split()[1:])} --help)" if context is not None else ""
+    return f"{error.format_message()}{hint}"  # type: ignore[attr-defined]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvferry {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.", metavar="")
+    ] = False,
+) -> None:
+    pass

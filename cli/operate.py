@@ -1,0 +1,152 @@
+"""Commands for a deployment that runs on this machine: `status`, `reload`, `restart`, `drain`.
+
+They find it by its socket in this user's runtime folder (launch/running.py). With several deployments, `--port` or
+`--pid-file` says which.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..common.config import environment
+from ..common.errors import ConfigError, KVFerryError
+
+_STATUS_LIMIT_S = 5.0
+_NOT_RUNNING_EXIT_CODE = 3  # as init scripts say it
+
+Port = Annotated[int | None, typer.Option(help="Which deployment: the one that serves this port.", metavar="N")]
+PidFile = Annotated[Path | None, typer.Option(help="Which deployment: the one of this pid file.", metavar="FILE")]
+
+
+def register(app: typer.Typer) -> None:
+    command = app.command(rich_help_panel="Operate")
+    for function in (status, reload, restart, drain):
+        command(function)
+
+
+def status(
+    port: Port = None,
+    pid_file: PidFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.", metavar="")] = False,
+) -> None:
+    """Show what runs on this machine: addresses, processes and their states. Exit code 3: nothing does."""
+    found = _running(port, pid_file)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    elif not found:
+        print("no deployment of this user runs on this machine")
+    for deployment in [] if as_json else found:
+        _show(deployment)
+    raise typer.Exit(0 if found else _NOT_RUNNING_EXIT_CODE)
+
+
+def reload(port: Port = None, pid_file: PidFile = None) -> None:
+    """Let every process read keys and secrets again; nothing restarts."""
+    answer = _last(_say(_one(port, pid_file), {"command": "reload"}))
+    if not answer["ok"]:
+        raise KVFerryError(f"reload: {answer['error']}")
+    print("every process has read keys and secrets again")
+
+
+def restart(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One process (status shows them). Without a name: all.")
+    ] = None,
+    port: Port = None,
+    pid_file: PidFile = None,
+) -> None:
+    """Restart every process, or one, while the others serve; no request fails. Returns when all are back."""
+    answer = _last(_say(_one(port, pid_file), {"command": "restart", "name": name}))
+    if not answer["ok"]:
+        raise KVFerryError("restart: not everything was restarted")
+
+
+def drain(port: Port = None, pid_file: PidFile = None) -> None:
+    """Take no new requests, let running answers finish, then end the deployment. Returns when it has ended."""
+    from ..launch.running import wait_for_end
+
+    deployment = _one(port, pid_file)
+    answer = _last(_say(deployment, {"command": "drain"}))
+    if not answer["ok"]:
+        raise KVFerryError(f"drain: {answer['error']}")
+    wait_for_end(int(deployment["pid"]))
+    print("the deployment has ended")
+
+
+def running_admin() -> str:
+    """The first router's admin listener of the one deployment that runs. Raises ConfigError."""
+    admins = _one(None, None)["admin"]
+    if not admins:
+        raise ConfigError("admin: the deployment has no admin listener: start it with --admin-port, or give --admin")
+    return str(admins[0])
+
+
+def _one(port: int | None, pid_file: Path | None) -> Mapping[str, Any]:
+    found = _running(port, pid_file)
+    if not found:
+        which = f"port {port}" if port is not None else str(pid_file) if pid_file is not None else "this user"
+        raise ConfigError(f"no deployment of {which} runs on this machine")
+    if len(found) > 1:
+        rows = ", ".join(f"{each['http']} (process {each['pid']})" for each in found)
+        raise ConfigError(f"{len(found)} deployments run: {rows}; choose one with --port or --pid-file")
+    return found[0]
+
+
+def _running(port: int | None, pid_file: Path | None) -> list[dict[str, Any]]:
+    """The status of each deployment that answers."""
+    from ..launch.running import read_pid, running_pids, runtime_dir
+
+    wanted = read_pid(pid_file) if pid_file is not None else None
+    found = []
+    for pid in running_pids(runtime_dir(environment())):
+        if wanted in (None, pid):
+            answer = _last(_say({"pid": pid}, {"command": "status"}, limit_s=_STATUS_LIMIT_S))
+            if port is None or str(answer["http"]).endswith(f":{port}"):
+                found.append(answer)
+    return found
+
+
+def _say(
+    deployment: Mapping[str, Any], command: dict[str, object], *, limit_s: float | None = None
+) -> Iterable[dict[str, Any]]:
+    from ..launch.command_socket import ask
+    from ..launch.running import runtime_dir, socket_of
+
+    return ask(socket_of(runtime_dir(environment()), int(deployment["pid"])), command, limit_s=limit_s)
+
+
+def _last(answers: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Show each step as it is told; return the last line."""
+    for answer in answers:
+        if "note" not in answer:
+            return answer
+        print(answer["note"], file=sys.stderr, flush=True)
+    raise ConfigError("the deployment ended before it had answered")
+
+
+def _show(deployment: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    admins = f", admin {', '.join(deployment['admin'])}" if deployment["admin"] else ""
+    address = deployment["http"] or "not listening yet"
+    console.print(
+        f"{deployment['model']} at {address}: {deployment['state']}{admins} (process {deployment['pid']})", markup=False
+    )
+    table = Table(box=None, pad_edge=False)
+    for title in ("name", "role", "state", "pid", "restarts", ""):
+        table.add_column(title)
+    for row in deployment["processes"]:
+        waits = "; ".join(row.get("waits_for", ()))
+        table.add_row(
+            *(str(row.get(key, "")) for key in ("name", "role", "state", "pid", "restarts")),
+            f"waits: {waits}" if waits else "",
+        )
+    console.print(table)

@@ -1,0 +1,265 @@
+"""`kvferry serve`, and the processes of a cluster by hand: `router`, `prefill`, `decode`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+
+import typer
+
+from ..common.config import RouterConfig, WorkerConfig, environment
+from ..common.errors import ConfigError
+from ..common.flags import with_settings
+from ..common.options import PoolSettings, ServeSettings
+from ..common.settings import Loaded
+
+if TYPE_CHECKING:
+    from ..common.channel import Address
+    from ..common.models.config import ModelConfig
+    from ..common.plan import Deployment, WorkerPlan
+    from ..common.progress import Display
+    from ..launch import Launcher
+
+
+def register(app: typer.Typer) -> None:
+    command = app.command(rich_help_panel="Serve")
+    for function in (serve, router, prefill, decode):
+        command(function)
+
+
+@with_settings("serve", environment)
+def serve(
+    loaded: Loaded,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be started.", rich_help_panel="Output", metavar="")
+    ] = False,
+) -> None:
+    """Start a router and its workers, on this machine or on Ray, and serve until Ctrl-C.
+
+    SIGTERM drains: running answers finish first. SIGHUP reads keys and secrets again. `kvferry restart` restarts all.
+    """
+    import asyncio
+
+    from ..common.logs import configure_logging, resolve_format
+    from ..common.progress import make_display
+    from ..launch.preflight import Preflight
+
+    settings, env = loaded.settings, environment()
+    log_format = resolve_format(settings.log_format, sys.stderr)
+    settings = settings.model_copy(update={"log_format": log_format})  # children may write into a pipe
+    configure_logging(settings.log_level, log_format=log_format, process="launcher")
+    display = make_display(sys.stderr, is_text=log_format == "text")
+
+    def on_progress(what: str, fraction: float) -> None:
+        display.on_event("model", {"event": "progress", "what": what, "fraction": fraction})
+
+    try:
+        preflight = Preflight(settings, env, progress=on_progress).run()
+        if dry_run:
+            print(_describe(preflight.deployment, preflight.model))
+        else:
+            asyncio.run(_run(_launcher(settings, preflight.deployment, display), settings.pid_file, display))
+    finally:
+        display.done()
+
+
+def _launcher(settings: ServeSettings, deployment: Deployment, display: Display) -> Launcher:
+    from ..common.clock import SystemClock
+    from ..launch import LocalLauncher, RayLauncher
+
+    def on_serving(http: Address) -> None:
+        display.greet(*_greeting(settings, deployment, http))
+
+    if settings.launcher == "local":
+        return LocalLauncher(deployment, environment(), SystemClock(), display, on_serving=on_serving)
+    address = settings.ray_address
+    return RayLauncher(deployment, environment(), SystemClock(), display, address=address, on_serving=on_serving)
+
+
+async def _run(launcher: Launcher, pid_path: Path | None, display: Display) -> None:
+    import asyncio
+
+    from ..launch.command_socket import command_socket
+    from ..launch.running import make_runtime_dir, pid_file, socket_of
+
+    loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[list[str]]]()
+    loop.add_signal_handler(signal.SIGINT, launcher.stop)
+    loop.add_signal_handler(signal.SIGTERM, launcher.drain)
+    loop.add_signal_handler(signal.SIGHUP, lambda: tasks.add(loop.create_task(launcher.reload())))
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(pid_file(pid_path))
+        try:
+            path = socket_of(make_runtime_dir(environment()), os.getpid())
+            await stack.enter_async_context(command_socket(path, launcher))
+        except (ConfigError, OSError) as error:
+            display.note(f"kvferry status, reload, restart and drain cannot reach this deployment: {error}")
+        await launcher.run()
+    display.note("everything has ended")
+
+
+def _greeting(settings: ServeSettings, deployment: Deployment, http: Address) -> tuple[str, dict[str, object]]:
+    """What people read when requests can come, and the same for programs."""
+    from ..common.children import reachable
+
+    name = deployment.router.served_model_name
+    has_keys = bool(settings.api_key or settings.api_key_file)
+    key = " -H 'Authorization: Bearer KEY'" if has_keys else ""
+    body = {
+        "model": name,
+        "stream": True,
+        "temperature": 0,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    }
+    url = f"http://{reachable(http)}/v1"
+    text = (
+        f"kvferry serves {name} at {url} ({_pools(deployment)}). Ctrl-C ends it. Try:\n"
+        f"  curl -N {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
+    )
+    return text, {"model": name, "url": url, "pools": _pools(deployment), "asks_for_keys": has_keys}
+
+
+def _pools(deployment: Deployment) -> str:
+    roles = [worker.config.role for worker in deployment.workers]
+    routers = f"{deployment.num_routers} routers, " if deployment.num_routers > 1 else ""
+    return f"{routers}{roles.count('prefill')} prefill, {roles.count('decode')} decode"
+
+
+def _describe(deployment: Deployment, model: ModelConfig) -> str:
+    """The plan, a line for each process."""
+    from ..common.channel import Address
+    from ..common.plan import cache_token_bytes, weight_bytes
+
+    router = deployment.router
+    lines = [
+        f"model   {router.served_model_name} in {router.model_dir}",
+        f"router  http://{Address(router.host, router.port)}, {_pools(deployment)}",
+    ]
+    for worker in deployment.workers:
+        engine = worker.config.engine
+        cache = engine.kv_cache_memory_bytes
+        per_block = cache_token_bytes(engine, model) * engine.block_size
+        room = "from free memory"
+        if cache is not None:
+            blocks = cache // per_block
+            room = f"{_size(cache)} = {blocks} blocks = {blocks * engine.block_size} tokens"
+        lines.append(
+            f"{worker.config.worker_id:7} {worker.config.role}, {worker.num_ranks} rank(s), {_place(worker)}, "
+            f"weights {_size(weight_bytes(engine, model))}, KV cache {room}"
+        )
+    return "\n".join(lines)
+
+
+def _place(worker: WorkerPlan) -> str:
+    engine = worker.config.engine
+    if worker.gpus:
+        return f"GPU {','.join(worker.gpus)}"
+    threads = f"{engine.device}, {engine.num_threads} thread(s)"
+    return threads if worker.max_threads is None else f"{threads}, {worker.max_threads} while the others are idle"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):.1f} GiB" if num_bytes >= 1 << 30 else f"{num_bytes / (1 << 20):.0f} MiB"
+
+
+# --- processes by hand --------------------------------------------------------------------------------------------
+
+
+@with_settings("router", environment)
+def router(loaded: Loaded) -> None:
+    """Start a router by hand; workers connect to its control socket."""
+    from ..common.channel import Address
+    from ..common.children import ROUTER_PROGRAM
+    from ..common.exposure import check_exposure
+    from ..common.host import why_not_bindable
+    from ..common.model_files import resolve_model
+    from ..common.plan import plan_router
+    from ..launch.reload import read_credentials
+
+    settings = loaded.settings
+    if why := why_not_bindable(settings.host, settings.port):
+        raise ConfigError(f"port: cannot listen at {Address(settings.host, settings.port)}: {why}")
+    resolved = resolve_model(settings.model, settings.revision)
+    config = plan_router(settings, resolved.dir, settings.served_model_name or resolved.served_name)
+    config = config.model_copy(update={"control_host": settings.control_host, "control_port": settings.control_port})
+    secrets = read_credentials(config, environment())
+    _check_secret(settings, secrets, [Address(settings.control_host, settings.control_port)])
+    check_exposure(config, has_secret=bool(secrets))
+    keyless = config.model_copy(update={"api_keys": (), "admin_keys": ()})
+    _become(ROUTER_PROGRAM, keyless, secrets, api_keys=settings.api_key, admin_keys=settings.admin_key)
+
+
+@with_settings("prefill", environment)
+def prefill(loaded: Loaded) -> None:
+    """Start a prefill worker by hand."""
+    _become_worker(loaded.settings, "prefill")
+
+
+@with_settings("decode", environment)
+def decode(loaded: Loaded) -> None:
+    """Start a decode worker by hand."""
+    _become_worker(loaded.settings, "decode")
+
+
+def _become_worker(settings: ServeSettings, role: Literal["prefill", "decode"]) -> NoReturn:
+    from ..common.channel import Address
+    from ..common.children import WORKER_PROGRAM
+    from ..common.credentials import read_secrets
+    from ..common.host import read_host
+    from ..common.model_files import resolve_model
+    from ..common.models.config import ModelConfig
+    from ..common.plan import Deployment, WorkerPlan, fit_to_host, plan_router, plan_worker
+    from ..launch.preflight import check_kernels, check_platform, check_transfer
+
+    check_platform()
+    if not settings.router:
+        raise ConfigError(f"router: a {role} worker needs --router HOST:PORT, the control socket of its router")
+    routers = [Address.parse(text) for text in settings.router]
+    secrets = read_secrets(settings.secret_file, environment())
+    _check_secret(settings, secrets, [Address(settings.handoff_host, settings.handoff_port), *routers])
+    check_transfer(settings)
+    resolved = resolve_model(settings.model, settings.revision)
+    name = settings.served_model_name or resolved.served_name
+    worker_id = settings.worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}"
+    pool: PoolSettings = getattr(settings, role)
+    config = plan_worker(settings, role, pool, resolved.dir, name, worker_id=worker_id)
+    config = config.model_copy(update={"host": settings.handoff_host, "port": settings.handoff_port})
+    alone = Deployment(plan_router(settings, resolved.dir, name), (WorkerPlan(config),))
+    fitted = fit_to_host(alone, read_host(environment()), ModelConfig.from_dir(resolved.dir))
+    check_kernels(fitted)
+    _become(WORKER_PROGRAM, fitted.workers[0].config, secrets)
+
+
+def _check_secret(settings: ServeSettings, secrets: tuple[bytes, ...], addresses: list[Address]) -> None:
+    """Refuse to go without a secret: on sockets that other machines reach, and, unless told to, on the loopback."""
+    exposed = [str(address) for address in addresses if not address.is_loopback]
+    if exposed and not secrets:
+        raise ConfigError(
+            f"secret_file: {exposed[0]} is no loopback address: --secret-file FILE or KVFERRY_SECRET is needed"
+        )
+    if not secrets and not settings.insecure_loopback:
+        raise ConfigError(
+            "secret_file: without a secret every process of this machine may join and read prompts: give --secret-file "
+            "FILE or KVFERRY_SECRET, or say --insecure-loopback"
+        )
+
+
+def _become(
+    program: tuple[str, ...],
+    config: RouterConfig | WorkerConfig,
+    secrets: tuple[bytes, ...],
+    *,
+    api_keys: tuple[str, ...] = (),
+    admin_keys: tuple[str, ...] = (),
+) -> NoReturn:
+    """Replace this process: its id, terminal and signals are the program's from here on."""
+    from ..common.children import child_environment
+
+    given = () if config.secret_file is not None else secrets  # it reads a file itself, again at each reload
+    env = child_environment(environment(), given, api_keys=api_keys, admin_keys=admin_keys)
+    os.execve(program[0], [*program, "--config-json", config.model_dump_json()], env)

@@ -1,0 +1,91 @@
+"""The shared secret of a deployment, and how it is changed while everything runs.
+
+    secret file: one line, or two while it is being changed: the first is said, both are believed
+    add the new one as the second line everywhere ─> swap the lines everywhere ─> take the old one out everywhere
+
+Each step is a reload (`kvferry reload`, SIGHUP) of every process; no session ends, because a session's own keys are
+made from the secret that it began with.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from .config import SECRET_VARIABLE
+from .errors import ConfigError
+
+MIN_SECRET_BYTES = 16
+_MAX_SECRETS = 2
+_MAX_FILE_BYTES = 1 << 20
+
+
+class SharedSecret:
+    """What router and workers prove to each other that they know. Its value may be replaced at any time.
+
+    Read on the network thread alone.
+    """
+
+    __slots__ = ("_values",)
+
+    def __init__(self, *values: bytes) -> None:
+        """`values`: the one that is said, then the others that are believed. None: there is no secret."""
+        self._values = values
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    def __repr__(self) -> str:
+        return f"SharedSecret({len(self._values)} values)"
+
+    @property
+    def said(self) -> bytes:
+        """The one that this process proves that it knows; empty where there is none."""
+        return self._values[0] if self._values else b""
+
+    @property
+    def believed(self) -> tuple[bytes, ...]:
+        """Those of which a peer may prove that it knows one."""
+        return self._values or (b"",)
+
+    def replace(self, values: tuple[bytes, ...]) -> None:
+        """Take other values from now on; sessions that have begun go on with what they began with."""
+        assert values, "a secret is changed, never dropped"
+        self._values = values
+
+
+NO_SECRET = SharedSecret()
+
+
+def read_secrets(secret_file: Path | None, env: Mapping[str, str]) -> tuple[bytes, ...]:
+    """The secrets of the file, else of the environment's variable; empty where neither is set. Raises ConfigError."""
+    if secret_file is not None:
+        return _parse_secrets(read_private(secret_file, "secret_file"), f"secret_file: {secret_file}")
+    text = env.get(SECRET_VARIABLE, "")
+    return _parse_secrets(text.encode(), SECRET_VARIABLE) if text else ()
+
+
+def _parse_secrets(text: bytes, origin: str) -> tuple[bytes, ...]:
+    values = tuple(line.strip() for line in text.split(b"\n") if line.strip())
+    if not 1 <= len(values) <= _MAX_SECRETS:
+        raise ConfigError(f"{origin} holds {len(values)} secrets; it has one on its first line, or a second below it")
+    for value in values:
+        if len(value) < MIN_SECRET_BYTES:
+            raise ConfigError(f"{origin} holds a secret of {len(value)} bytes; one has at least {MIN_SECRET_BYTES}")
+    return values
+
+
+def read_private(path: Path, setting: str) -> bytes:
+    """A file of credentials. Raises ConfigError where it cannot be read, or where every user of this machine can."""
+    try:
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(path.stat().st_mode)
+            if mode & (stat.S_IROTH | stat.S_IWOTH):
+                raise ConfigError(f"{setting}: every user may read or write {path} (mode {mode:04o}): chmod 600 {path}")
+            data = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{setting}: cannot read {path}: {error.strerror}") from error
+    if len(data) > _MAX_FILE_BYTES:
+        raise ConfigError(f"{setting}: {path} is larger than {_MAX_FILE_BYTES} bytes")
+    return data

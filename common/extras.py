@@ -1,0 +1,52 @@
+"""Libraries that not every installation has: which module shows that one is there, and a line that installs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from typing import NamedTuple
+
+from .host import torch_cuda_version
+
+
+class Library(NamedTuple):
+    """A library that is asked for by what an operator chose."""
+
+    modules: tuple[str, ...]  # of which one must be importable
+    requirement: str
+    size: str  # of the download
+
+    @property
+    def is_installed(self) -> bool:
+        """Looked up without importing it."""
+        return any(importlib.util.find_spec(module) is not None for module in self.modules)
+
+    @property
+    def missing(self) -> str:
+        """What an error says."""
+        line = f"{sys.executable} -m pip install '{self.requirement}'"
+        return f"{self.name} is not installed: {line} ({self.size})"
+
+    @property
+    def name(self) -> str:
+        """The distribution's."""
+        return re.split("[<>=]", self.requirement)[0]
+
+
+FLASHINFER = Library(("flashinfer",), "flashinfer-python>=0.7.2", "1 GB with what it needs")
+RAY = Library(("ray",), "ray>=2.40", "80 MB")
+UCXX = Library(("ucxx",), "ucxx-cu12>=0.48", "30 MB")
+NIXL_VERSION = "1.5.1"
+
+
+def nixl() -> Library:
+    """The build for the CUDA of the installed torch first; without CUDA either does."""
+    wanted, other = ("cu13", "cu12") if has_cuda_13(torch_cuda_version()) else ("cu12", "cu13")
+    modules = (f"nixl_{wanted}", f"nixl_{other}", "nixl")
+    return Library(modules, f"nixl-{wanted}=={NIXL_VERSION}", "60 MB")
+
+
+def has_cuda_13(version: str | None) -> bool:
+    """Whether it is CUDA 13 or later: NIXL's UCX looks for the CUDA runtime of the version that it was built for."""
+    return version is not None and int(version.partition(".")[0]) >= 13

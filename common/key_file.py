@@ -1,0 +1,146 @@
+"""A file of API keys: whose they are, a hash of each, until when they are good. The keys themselves are not in it.
+
+    - id: alice                     # the tenant: what it may use, and whose prefixes it finds
+      hash: blake2b:5f0c...         # of the key
+      expires: 2027-01-31T00:00:00Z # optional; a date alone is midnight, UTC
+
+A tenant may have several keys, so that one can be replaced by another without a moment in which neither is good.
+`kvferry keys` writes such files; every process that uses one reads it again on a reload.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Mapping
+from datetime import UTC, date, datetime, time
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, Field, ValidationError
+
+from .config import Settings
+from .credentials import read_private
+from .errors import ConfigError
+
+MAX_KEYS = 10_000
+_PREFIX = "kvf-"  # so that a key that leaked is recognised as one
+_HASH = "blake2b:"
+_DIGEST_BYTES = 32
+_PERSON = b"kvferry-api-key"
+
+
+def _moment(value: datetime | date | None) -> datetime | None:
+    if isinstance(value, date) and not isinstance(value, datetime):
+        return datetime.combine(value, time.min, UTC)
+    return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+class KeyEntry(Settings):
+    """One key of the file."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}$")
+    hash: str = Field(pattern=rf"^{_HASH}[0-9a-f]{{{2 * _DIGEST_BYTES}}}$")
+    expires: Annotated[datetime | date | None, AfterValidator(_moment)] = None
+
+    @property
+    def digest(self) -> bytes:
+        return bytes.fromhex(self.hash.removeprefix(_HASH))
+
+    @property
+    def expires_s(self) -> float | None:
+        """Seconds since 1970."""
+        return self.expires.timestamp() if isinstance(self.expires, datetime) else None
+
+
+def digest_of(key: bytes) -> bytes:
+    """What a file keeps of a key. Keys are drawn with 256 bits, so a quick hash cannot be searched."""
+    return hashlib.blake2b(key, digest_size=_DIGEST_BYTES, person=_PERSON).digest()
+
+
+def read_key_file(path: Path, setting: str) -> tuple[KeyEntry, ...]:
+    """The entries of a file, each checked. Raises ConfigError that names the line."""
+    return tuple(entry for entry, _ in _read(path, setting))
+
+
+def add_key(path: Path, key_id: str, expires: datetime | None) -> str:
+    """Draw a key and write its hash at the end of the file, made if need be. Returns the key, which is kept nowhere."""
+    known = _read(path, "file") if path.exists() else []
+    if len(known) >= MAX_KEYS:
+        raise ConfigError(f"file: {path} holds {MAX_KEYS} keys already")
+    key = _PREFIX + secrets.token_urlsafe(32)
+    try:
+        entry = KeyEntry(id=key_id, hash=_HASH + digest_of(key.encode()).hex(), expires=expires)
+    except ValidationError:
+        raise ConfigError(f"id: {key_id!r} is not 1 to 64 letters, digits and _ . @ + -") from None
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if text and not text.endswith("\n"):
+        text += "\n"
+    expiry = f"  expires: {entry.expires.isoformat()}\n" if entry.expires is not None else ""
+    _write(path, f"{text}- id: {entry.id}\n  hash: {entry.hash}\n{expiry}")
+    return key
+
+
+def revoke_keys(path: Path, key_id: str) -> int:
+    """Take all keys of this id out of the file; how many there were. Other lines stay as they are."""
+    found = [lines for entry, lines in _read(path, "file") if entry.id == key_id]
+    if found:
+        kept = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        for first, end in reversed(found):
+            del kept[first:end]
+        _write(path, "".join(kept))
+    return len(found)
+
+
+def _read(path: Path, setting: str) -> list[tuple[KeyEntry, tuple[int, int]]]:
+    """Each entry with its lines: the first, and the one after the last."""
+    try:
+        root = yaml.compose(read_private(path, setting).decode(), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(f"{setting}: {path}:{mark.line + 1 if mark else 1}: not YAML") from None
+    if root is None:
+        return []
+    if not isinstance(root, yaml.SequenceNode):
+        raise ConfigError(f"{setting}: {path}:1: a list of keys is needed, each with `id` and `hash`")
+    if len(root.value) > MAX_KEYS:
+        raise ConfigError(f"{setting}: {path} holds {len(root.value)} keys; at most {MAX_KEYS} are read")
+    return [(_entry(node, f"{setting}: {path}:{node.start_mark.line + 1}"), _lines(node)) for node in root.value]
+
+
+def _lines(node: yaml.Node) -> tuple[int, int]:
+    end = node.end_mark.line + (1 if node.end_mark.column else 0)
+    return node.start_mark.line, max(end, node.start_mark.line + 1)
+
+
+def _entry(node: yaml.Node, origin: str) -> KeyEntry:
+    loader = yaml.SafeLoader("")
+    try:
+        value: Any = loader.construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{origin}: {getattr(error, 'problem', None) or error}") from None
+    finally:
+        loader.dispose()
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{origin}: an entry is a mapping with `id` and `hash`")
+    try:
+        return KeyEntry.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        rule = first["msg"].replace("Input should be", "must be")
+        raise ConfigError(f"{origin}: {'.'.join(map(str, first['loc']))}: {rule}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    """In one rename, for nobody else to read: who reads the file meanwhile sees the old one or the new one."""
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(new, path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise ConfigError(f"file: cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,103 @@
+"""The socket at which `kvferry status`, `reload`, `restart` and `drain` reach a running deployment.
+
+    command   {"command": "restart", "name": "d-0"}                one line
+    answer    {"note": "d-0 drains"} ...                           a line for each step
+              {"ok": true, ...}                                    the last line
+
+Only this user (and root) may connect: the kernel says who it is. The socket is there while its launcher is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+from ..common.errors import ConfigError, KVFerryError
+from .launcher import Launcher
+
+_MAX_LINE_BYTES = 1 << 20
+_COMMAND_LIMIT_S = 5.0
+
+Answer = dict[str, object]
+
+
+@contextlib.asynccontextmanager
+async def command_socket(path: Path, launcher: Launcher) -> AsyncIterator[None]:
+    """Take commands at `path` while the block runs."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            if _uid_of(writer) in (0, os.getuid()):
+                await _serve_one(reader, writer, launcher)
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, sock=_bind(path), limit=_MAX_LINE_BYTES)
+    try:
+        yield
+    finally:
+        server.close()
+        os.unlink(path)
+
+
+def _bind(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)  # of an earlier process with this id
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(str(path))
+    path.chmod(0o600)
+    return sock
+
+
+def _uid_of(writer: asyncio.StreamWriter) -> int:
+    peer = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", peer)[1])
+
+
+async def _serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, launcher: Launcher) -> None:
+    def say(answer: Answer) -> None:
+        writer.write(json.dumps(answer).encode() + b"\n")
+
+    try:
+        async with asyncio.timeout(_COMMAND_LIMIT_S):
+            command = json.loads(await reader.readline())
+        say(await _carry_out(command, launcher, lambda note: say({"note": note})))
+    except (TimeoutError, ValueError, TypeError, AttributeError):
+        say({"ok": False, "error": "no command came"})
+    except KVFerryError as error:
+        say({"ok": False, "error": str(error)})
+    await writer.drain()
+
+
+async def _carry_out(command: Answer, launcher: Launcher, note: Callable[[str], None]) -> Answer:
+    match command.get("command"):
+        case "status":
+            return {"ok": True, "pid": os.getpid(), **launcher.status()}
+        case "reload":
+            failures = await launcher.reload()
+            return {"ok": not failures, "error": "; ".join(failures)}
+        case "restart":
+            name = command.get("name")
+            return {"ok": await launcher.restart(note, str(name) if name is not None else None)}
+        case "drain":
+            launcher.drain()
+            return {"ok": True}
+    return {"ok": False, "error": f"unknown command {str(command.get('command'))[:64]!r}"}
+
+
+def ask(path: Path, command: Answer, *, limit_s: float | None = None) -> Iterator[Answer]:
+    """Say a command and yield each line of the answer. Raises ConfigError where nobody listens, or hangs."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(limit_s)
+        try:
+            sock.connect(str(path))
+            sock.sendall(json.dumps(command).encode() + b"\n")
+            with sock.makefile("rb") as lines:
+                for line in lines:
+                    yield json.loads(line)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"process {path.stem} does not answer at {path}: {error}") from error

@@ -1,0 +1,82 @@
+"""What no worker could load or run, found from the plan and the model's shape alone: before anything starts.
+
+The engine refuses the same things, in the same words where it can; that costs seconds, and a process.
+"""
+
+from __future__ import annotations
+
+from ..common.blocks import MIN_CACHE_TOKENS, too_small_a_cache
+from ..common.config import EngineConfig
+from ..common.errors import ConfigError
+from ..common.host import Host
+from ..common.models.config import ModelConfig
+from ..common.plan import Deployment, cache_token_bytes, item_bytes, weight_bytes
+
+# Of a rank besides weights and caches: interpreter, torch, buffers of a step. Seen: 250 to 400 MiB.
+_RANK_BYTES = 400 << 20
+_GIB = 1 << 30
+
+
+def check_model(deployment: Deployment, model: ModelConfig) -> None:
+    """Refuse what no worker could load. Raises ConfigError."""
+    for worker in deployment.workers:
+        size = worker.config.engine.tensor_parallel_size
+        splits = [
+            n
+            for n in range(1, model.num_kv_heads + 1)
+            if not any(count % n for count in (model.num_kv_heads, model.num_qo_heads, model.intermediate_size))
+        ]
+        if size not in splits:
+            raise ConfigError(
+                f"tensor_parallel_size: {size} {worker.config.role} ranks cannot share {model.num_kv_heads} KV heads, "
+                f"{model.num_qo_heads} query heads and {model.intermediate_size} inner columns evenly; possible: "
+                f"{', '.join(map(str, splits))}"
+            )
+        length = worker.config.engine.max_model_len
+        if length is not None and length > model.longest_model_len:
+            raise ConfigError(f"max_model_len: {length} is more than the model's {model.longest_model_len}")
+
+
+def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
+    """Refuse kernels, types and cache sizes that do not go together, for an engine whose device is known.
+
+    Raises ConfigError.
+    """
+    is_cuda = engine.device == "cuda"
+    if engine.attention_backend != "auto" and (engine.attention_backend == "flashinfer") != is_cuda:
+        raise ConfigError(f"attention_backend: {engine.attention_backend} does not run on {engine.device}; use auto")
+    if engine.kv_cache_dtype == "bfloat16" and item_bytes(engine, model) != 2:
+        raise ConfigError("kv_cache_dtype: bfloat16 does not go with a model in float32; use auto")
+    block_bytes = cache_token_bytes(engine, model) * engine.block_size
+    if not engine.enable_prefix_caching and (engine.disk_cache_dir is not None or engine.host_cache_memory_bytes):
+        raise ConfigError("host_cache_memory_bytes, disk_cache_dir: there is no prefix cache to keep there; enable it")
+    staging = engine.host_cache_memory_bytes
+    if engine.disk_cache_dir is not None and staging is not None and staging < 2 * block_bytes:
+        raise ConfigError(
+            f"disk_cache_dir: blocks are read into host memory first, and host_cache_memory_bytes = {staging:,} holds "
+            f"less than two of {block_bytes:,} bytes; leave it out or give it more"
+        )
+    if engine.kv_cache_memory_bytes is not None:
+        longest = min(engine.max_model_len or model.max_model_len, MIN_CACHE_TOKENS)
+        if why := too_small_a_cache(engine.kv_cache_memory_bytes, block_bytes, -(-longest // engine.block_size)):
+            raise ConfigError(why)
+
+
+def check_memory(deployment: Deployment, host: Host, model: ModelConfig) -> str:
+    """What the workers of this host will take of its main memory. Raises ConfigError where it is not there."""
+    taken = sum(worker.num_ranks * _rank_memory(worker.config.engine, model) for worker in deployment.workers)
+    found = f"{taken / _GIB:.1f} of {host.free_memory_bytes / _GIB:.1f} GiB free"
+    if taken > host.free_memory_bytes:
+        raise ConfigError(
+            f"memory: {deployment.num_ranks} ranks take about {found}; start fewer workers, or give each less "
+            "(--kv-cache-memory-bytes)"
+        )
+    return found
+
+
+def _rank_memory(engine: EngineConfig, model: ModelConfig) -> int:
+    """Main memory of one rank: the program, what the host keeps for it and, on a CPU, weights and KV cache."""
+    kept = _RANK_BYTES + (engine.swap_space or 0) + (engine.host_cache_memory_bytes or 0)
+    if engine.device == "cuda":
+        return kept
+    return kept + weight_bytes(engine, model) + (engine.kv_cache_memory_bytes or 0)

@@ -1,0 +1,220 @@
+"""What is looked at before anything starts: `serve`, `serve --dry-run` and `doctor` go through the same checks.
+
+    platform ─> ports, files ─> credentials ─> model's files ─> plan ─> device ─> memory, kernels, libraries
+
+Each is ok, warn or fail. The first that fails ends a start with one line; the doctor goes on until a check needs what
+failed. Nothing is started here, and nothing is written but a model that is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum
+from typing import NamedTuple
+
+from ..common.channel import Address
+from ..common.default_model import Progress
+from ..common.errors import ConfigError
+from ..common.exposure import check_exposure
+from ..common.extras import FLASHINFER, RAY, UCXX, nixl
+from ..common.host import Host, read_host, why_not_bindable
+from ..common.model_files import ResolvedModel, is_on_hub, resolve_model
+from ..common.models.checkpoint import check_checkpoint
+from ..common.models.config import ModelConfig
+from ..common.native import NativeUnavailable, find_compiler
+from ..common.options import ServeSettings
+from ..common.plan import Deployment, absolute, fit_to_host, plan
+from ..common.tokenizer import Tokenizer
+from .engine_checks import check_engine, check_memory, check_model
+from .reload import read_credentials
+from .running import check_pid_file, runtime_dir
+
+_PLATFORMS = ("x86_64", "aarch64")
+
+
+class Level(StrEnum):
+    OK = "ok"
+    WARN = "warn"  # works, but worse than it could
+    FAIL = "fail"  # `kvferry serve` will not work
+
+
+class Check(NamedTuple):
+    """One thing that was looked at."""
+
+    name: str
+    level: Level
+    found: str
+    fix: str = ""
+
+
+class Preflight:
+    """The checks of one deployment. Afterwards `deployment` and `model` are what would be started."""
+
+    deployment: Deployment
+    model: ModelConfig
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        env: Mapping[str, str],
+        *,
+        fetches: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        """`fetches`: a model that is not here is downloaded."""
+        self._settings = settings
+        self._env = env
+        self._fetches = fetches
+        self._progress = progress
+        self._resolved: ResolvedModel | None = None  # None: still on the hub
+        self._host = Host(1, 0)
+
+    def run(self) -> Preflight:
+        """Raise the first failure as ConfigError."""
+        for check in self.checks():
+            if check.level is Level.FAIL:
+                raise ConfigError(check.found)
+        return self
+
+    def checks(self) -> Iterator[Check]:
+        """Look at one thing after the other."""
+        looks: tuple[tuple[str, Callable[[], str | Check], bool], ...] = (  # whether what follows needs it
+            ("platform", check_platform, False),
+            ("port", self._check_ports, False),
+            ("files", self._check_files, False),
+            ("model", self._check_model, True),
+            ("plan", self._check_plan, True),
+            ("credentials", self._check_credentials, False),
+            ("device", self._check_device, True),
+            ("memory", self._check_memory, False),
+            ("kernels", lambda: check_kernels(self.deployment), False),
+            ("transfer", lambda: check_transfer(self._settings), False),
+            ("launcher", self._check_launcher, False),
+        )
+        for name, look, is_needed in looks:
+            try:
+                found = look()
+            except ConfigError as error:
+                yield Check(name, Level.FAIL, str(error))
+                if is_needed:
+                    return
+            else:
+                yield found if isinstance(found, Check) else Check(name, Level.OK, found)
+            if name == "model" and self._resolved is None:
+                return
+
+    # --- of the machine -------------------------------------------------------------------------------------------
+
+    def _check_ports(self) -> str:
+        settings = self._settings
+        addresses = [("port", Address(settings.host, settings.port))]
+        if settings.admin_port is not None:
+            ports = range(settings.admin_port, settings.admin_port + (settings.routers if settings.admin_port else 1))
+            addresses += [("admin_port", Address(settings.admin_host, port)) for port in ports]
+        for setting, address in addresses:
+            if why := why_not_bindable(address.host, address.port):
+                hint = "; port 0 takes any free one" if "in use" in why else ""
+                raise ConfigError(f"{setting}: cannot listen at {address}: {why}{hint}")
+        return ", ".join(str(address) for _, address in addresses)
+
+    def _check_files(self) -> str:
+        settings = self._settings
+        if settings.pid_file is not None:
+            check_pid_file(settings.pid_file, runtime_dir(self._env))
+        folder = absolute(settings.disk_cache_dir)
+        if folder is not None:
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+                raise ConfigError(f"disk_cache_dir: {folder} cannot be made or written to")
+        return "pid file and caches can be written"
+
+    # --- of the model ---------------------------------------------------------------------------------------------
+
+    def _check_model(self) -> str | Check:
+        settings = self._settings
+        if not self._fetches and is_on_hub(settings.model):
+            return Check("model", Level.OK, f"{settings.model}: looked up on the hub when it is served")
+        self._resolved = found = resolve_model(settings.model, settings.revision, self._progress)
+        self.model = ModelConfig.from_dir(found.dir)
+        if settings.load_format != "dummy":
+            check_checkpoint(found.dir, self.model)
+        Tokenizer.from_dir(found.dir, settings.chat_template)
+        return f"{found.served_name} in {found.dir}"
+
+    def _check_plan(self) -> str:
+        assert self._resolved is not None
+        settings, found = self._settings, self._resolved
+        self.deployment = plan(settings, found.dir, settings.served_model_name or found.served_name, ())
+        check_model(self.deployment, self.model)
+        return f"{len(self.deployment.workers)} workers"
+
+    def _check_credentials(self) -> str:
+        """Without a secret of the operator's this deployment draws one for itself."""
+        router = self.deployment.router
+        values = read_credentials(router, self._env)
+        check_exposure(router, has_secret=True)
+        self.deployment = self.deployment.with_secrets(values or (secrets.token_hex(16).encode(),))
+        keys = "API keys are asked for" if router.api_keys or router.api_key_file else "no API key is asked for"
+        return f"{keys}, {'the given' if values else 'a random'} secret"
+
+    # --- of what runs it ------------------------------------------------------------------------------------------
+
+    def _check_device(self) -> str:
+        if self._settings.launcher == "ray":
+            return "the cluster's"
+        self._host = read_host(self._env)
+        self.deployment = fit_to_host(self.deployment, self._host, self.model)
+        for worker in self.deployment.workers:
+            check_engine(worker.config.engine, self.model)
+        device = self.deployment.workers[0].config.engine.device
+        names = ", ".join(gpu.name for gpu in self._host.gpus) if device == "cuda" else f"{self._host.num_cpus} cores"
+        return f"{device}: {names}"
+
+    def _check_memory(self) -> str:
+        if self._settings.launcher == "ray":
+            return "the cluster's"
+        return check_memory(self.deployment, self._host, self.model)
+
+    def _check_launcher(self) -> str | Check:
+        settings = self._settings
+        if settings.launcher == "ray" and not RAY.is_installed:
+            raise ConfigError(f"launcher: {RAY.missing}")
+        if settings.ray_address is not None:
+            found = "ray; whoever reaches the nodes' UCX ports can read and write the workers' memory"
+            return Check("launcher", Level.WARN, found, "keep the nodes on a network of your own")
+        return settings.launcher
+
+
+def check_platform() -> str:
+    """Raises ConfigError where kvferry does not run at all."""
+    found = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    if sys.platform != "linux" or platform.machine() not in _PLATFORMS:
+        raise ConfigError(f"kvferry runs on Linux on {' and '.join(_PLATFORMS)}, not {found}")
+    if importlib.util.find_spec("torch") is None:
+        raise ConfigError("torch is not installed: `pip install kvferry` brings it")
+    return found
+
+
+def check_kernels(deployment: Deployment) -> str | Check:
+    """What the fitted workers compute with. Raises ConfigError for a GPU without FlashInfer."""
+    if deployment.workers[0].config.engine.device == "cuda":
+        if not FLASHINFER.is_installed:
+            raise ConfigError(f"device: a GPU is used, and {FLASHINFER.missing}; or use --device cpu")
+        return "FlashInfer"
+    try:
+        return f"native, built by {find_compiler()}"
+    except NativeUnavailable as reason:
+        return Check("kernels", Level.WARN, f"torch, several times slower: {reason}")
+
+
+def check_transfer(settings: ServeSettings) -> str:
+    """The library that moves KV. Raises ConfigError where it is missing."""
+    library = nixl() if settings.transfer == "nixl" else UCXX
+    if not library.is_installed:
+        raise ConfigError(f"transfer: {library.missing}")
+    return settings.transfer

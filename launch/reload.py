@@ -1,0 +1,55 @@
+"""A reload: every process reads its keys and secrets again, none restarts, nobody is cut off.
+
+files read here first: a mistake in them is told, and no process hears of it
+─> reload to each process that is up ─> its word that it has done so, or why not
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from ..common.config import RouterConfig
+from ..common.credentials import read_secrets
+from ..common.key_file import read_key_file
+from ..common.process import Child, ChildState
+
+_ANSWER_S = 5.0
+
+
+def read_credentials(config: RouterConfig, env: Mapping[str, str]) -> tuple[bytes, ...]:
+    """Check every file of credentials; returns the secrets. Raises ConfigError."""
+    for path, setting in ((config.api_key_file, "api_key_file"), (config.admin_key_file, "admin_key_file")):
+        if path is not None:
+            read_key_file(path, setting)
+    return read_secrets(config.secret_file, env)
+
+
+class Reload:
+    """Asks children to read their files again, and takes what they answer."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, asyncio.Future[str]] = {}
+
+    def on_event(self, name: str, event: Mapping[str, object]) -> None:
+        """Take an event of a child; those of other kinds are none of ours."""
+        answer = self._waiting.get(name)
+        if event["event"] == "reloaded" and answer is not None and not answer.done():
+            answer.set_result(str(event.get("error", "")))
+
+    async def ask(self, children: Sequence[Child]) -> list[str]:
+        """Why some could not reload; empty: all have. Those that start read the files anyway."""
+        asked = [child for child in children if child.state is ChildState.READY]
+        loop = asyncio.get_running_loop()
+        self._waiting = {child.name: loop.create_future() for child in asked}
+        for child in asked:
+            child.send({"event": "reload"})
+        if asked:
+            await asyncio.wait(self._waiting.values(), timeout=_ANSWER_S)
+        failures = [
+            f"{name}: {answer.result() if answer.done() else 'no answer'}"
+            for name, answer in self._waiting.items()
+            if not answer.done() or answer.result()
+        ]
+        self._waiting = {}
+        return failures

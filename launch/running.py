@@ -1,0 +1,110 @@
+"""How a running deployment is found: a Unix socket in this user's runtime folder, and a pid file if it has one.
+
+$XDG_RUNTIME_DIR/kvferry/PID.sock, else /tmp/kvferry-UID/PID.sock; nobody else may enter the folder
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ..common.errors import ConfigError
+
+_MAX_PID_FILE_BYTES = 32
+
+
+def runtime_dir(env: Mapping[str, str]) -> Path:
+    """The folder of the sockets of this user's deployments; it need not exist."""
+    if base := env.get("XDG_RUNTIME_DIR"):
+        return Path(base) / "kvferry"
+    return Path(tempfile.gettempdir()) / f"kvferry-{os.getuid()}"
+
+
+def make_runtime_dir(env: Mapping[str, str]) -> Path:
+    """Make the folder, for this user alone. Raises ConfigError where somebody else owns it or may enter it."""
+    path = runtime_dir(env)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise ConfigError(f"cannot make {path}: {error.strerror}; set XDG_RUNTIME_DIR to a folder of yours") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise ConfigError(f"{path} is not a folder of this user's alone; set XDG_RUNTIME_DIR to one")
+    return path
+
+
+def socket_of(folder: Path, pid: int) -> Path:
+    return folder / f"{pid}.sock"
+
+
+def running_pids(folder: Path) -> list[int]:
+    """Processes of deployments that seem to run: they have a socket, and exist."""
+    names = [path.stem for path in folder.glob("*.sock")] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit() and is_alive(int(name)))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
+
+
+def read_pid(path: Path) -> int:
+    """The process that a pid file names. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_PID_FILE_BYTES).strip()
+    except OSError as error:
+        raise ConfigError(f"pid_file: cannot read {path}: {error.strerror}") from error
+    if not text.isdigit() or not 0 < int(text) < 2**31:
+        raise ConfigError(f"pid_file: {path} holds no process id")
+    return int(text)
+
+
+def check_pid_file(path: Path, folder: Path) -> None:
+    """Refuse a file that a running deployment has, or that cannot be written. Raises ConfigError."""
+    if path.exists() and read_pid(path) in running_pids(folder):
+        raise ConfigError(f"pid_file: {path} is of process {read_pid(path)}, which serves; `kvferry drain` ends it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"pid_file: cannot write {path}")
+
+
+@contextlib.contextmanager
+def pid_file(path: Path | None) -> Iterator[None]:
+    """Keep this process's id in the file while the block runs."""
+    if path is None:
+        yield
+        return
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_text(f"{os.getpid()}\n")
+        new.replace(path)
+    except OSError as error:
+        raise ConfigError(f"pid_file: cannot write {path}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ConfigError, OSError):
+            if read_pid(path) == os.getpid():
+                path.unlink()
+
+
+def wait_for_end(pid: int) -> None:
+    """Return when the process has ended."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        select.select([fd], [], [])
+    finally:
+        os.close(fd)

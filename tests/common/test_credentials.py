@@ -1,0 +1,185 @@
+"""Secrets and key files: what is accepted, what is refused, and how each is replaced without a moment of neither."""
+
+from __future__ import annotations
+
+import stat
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvferry.common.channel import Address, Channel, connect, serve, server_address
+from kvferry.common.config import SECRET_VARIABLE
+from kvferry.common.credentials import SharedSecret, read_secrets
+from kvferry.common.errors import ConfigError, ProtocolError
+from kvferry.common.key_file import add_key, digest_of, read_key_file, revoke_keys
+
+OLD, NEW = b"the old one, long enough", b"the new one, long enough"
+
+
+def write_secret(path: Path, *lines: bytes, mode: int = 0o600) -> Path:
+    path.write_bytes(b"\n".join([*lines, b""]))
+    path.chmod(mode)
+    return path
+
+
+# --- secrets --------------------------------------------------------------------------------------------------------
+
+
+def test_a_secret_file_holds_one_secret_or_two(tmp_path: Path) -> None:
+    assert read_secrets(write_secret(tmp_path / "s", OLD), {}) == (OLD,)
+    assert read_secrets(write_secret(tmp_path / "s", NEW, OLD), {}) == (NEW, OLD)
+    assert read_secrets(None, {SECRET_VARIABLE: OLD.decode()}) == (OLD,)
+    assert read_secrets(None, {}) == ()
+    with pytest.raises(ConfigError, match=r"secret_file: .* holds 3 secrets"):
+        read_secrets(write_secret(tmp_path / "s", NEW, OLD, OLD), {})
+    with pytest.raises(ConfigError, match="holds 0 secrets"):
+        read_secrets(write_secret(tmp_path / "s"), {})
+
+
+@pytest.mark.parametrize("secret", [b"x", b"fifteen bytes!!"])
+def test_a_short_secret_is_refused_wherever_it_comes_from(tmp_path: Path, secret: bytes) -> None:
+    with pytest.raises(ConfigError, match=r"secret_file: .* at least 16"):
+        read_secrets(write_secret(tmp_path / "s", secret), {})
+    with pytest.raises(ConfigError, match=r"KVFERRY_SECRET .* at least 16"):
+        read_secrets(None, {SECRET_VARIABLE: secret.decode()})
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o604, 0o602, 0o666])
+def test_a_file_that_every_user_may_read_or_write_is_refused(tmp_path: Path, mode: int) -> None:
+    with pytest.raises(ConfigError, match=f"mode {mode:04o}.*chmod 600"):
+        read_secrets(write_secret(tmp_path / "s", OLD, mode=mode), {})
+    assert read_secrets(write_secret(tmp_path / "s", OLD, mode=0o640), {}) == (OLD,)
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^secret_file: cannot read .*: No such file"):
+        read_secrets(tmp_path / "none", {})
+
+
+async def _echo(channel: Channel) -> None:
+    await channel.recv()
+
+
+async def _can_connect(client: SharedSecret, server: SharedSecret) -> bool:
+    async with await serve(Address("127.0.0.1", 0), "server", _echo, secret=server) as listening:
+        try:
+            await (await connect(server_address(listening, "127.0.0.1"), "client", secret=client)).close()
+        except ProtocolError:
+            return False
+        return True
+
+
+async def test_in_no_step_of_a_rotation_is_anybody_refused() -> None:
+    """Add everywhere, swap everywhere, remove everywhere; within a step each process may have done it or not."""
+    steps = [(OLD,), (OLD, NEW), (NEW, OLD), (NEW,)]
+    for before, after in zip(steps, steps[1:], strict=False):
+        for client in (before, after):
+            for server in (before, after):
+                assert await _can_connect(SharedSecret(*client), SharedSecret(*server)), (client, server)
+    assert not await _can_connect(SharedSecret(OLD), SharedSecret(NEW))
+    assert not await _can_connect(SharedSecret(), SharedSecret(NEW, OLD))
+    assert not await _can_connect(SharedSecret(NEW), SharedSecret())
+
+
+async def test_a_session_outlives_the_secret_that_it_began_with() -> None:
+    secret = SharedSecret(OLD)
+    heard: list[bytes] = []
+
+    async def hear(channel: Channel) -> None:
+        for _ in range(2):
+            heard.append(await channel.recv())
+
+    from kvferry.common.messages import Drain
+
+    async with await serve(Address("127.0.0.1", 0), "server", hear, secret=secret) as listening:
+        channel = await connect(server_address(listening, "127.0.0.1"), "client", secret=SharedSecret(OLD))
+        channel.send(Drain(deadline_s=1))
+        channel.flush()
+        while not heard:
+            await _turn()
+        secret.replace((NEW,))
+        channel.send(Drain(deadline_s=2))
+        channel.flush()
+        while len(heard) < 2:
+            await _turn()
+        await channel.close()
+
+
+async def _turn() -> None:
+    import asyncio
+
+    await asyncio.sleep(0.001)
+
+
+# --- key files ------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_file_knows_hashes_only(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    key = add_key(path, "alice", datetime(2027, 1, 31, tzinfo=UTC))
+    other = add_key(path, "alice", None)
+    [first, second] = read_key_file(path, "api_key_file")
+    assert (first.id, first.digest, first.expires_s) == ("alice", digest_of(key.encode()), 1801353600.0)
+    assert (second.digest, second.expires_s) == (digest_of(other.encode()), None)
+    assert key not in path.read_text() and other not in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_revoking_leaves_all_other_lines_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.touch(mode=0o600)
+    for name in ("alice", "bob", "alice", "carol"):
+        add_key(path, name, None)
+    path.write_text("# who may ask\n" + path.read_text().replace("- id: bob", "- id: bob   # of sales"))
+    assert revoke_keys(path, "alice") == 2
+    assert [entry.id for entry in read_key_file(path, "file")] == ["bob", "carol"]
+    assert path.read_text().startswith("# who may ask\n- id: bob   # of sales\n")
+    assert revoke_keys(path, "alice") == 0
+    assert revoke_keys(path, "bob") == revoke_keys(path, "carol") == 1
+    assert read_key_file(path, "file") == ()
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=8), st.sampled_from("abc"))
+def test_what_is_left_after_revoking_is_what_was_there(names: list[str], gone: str) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "keys.yaml"
+        keys = [(name, add_key(path, name, None)) for name in names]
+        revoked = revoke_keys(path, gone) if names else 0
+        assert revoked == names.count(gone)
+        kept = [(entry.id, entry.digest) for entry in read_key_file(path, "file")] if names else []
+        assert kept == [(name, digest_of(key.encode())) for name, key in keys if name != gone]
+
+
+HASH = "blake2b:" + "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("alice: x", r":1: a list of keys is needed"),
+        ("- alice", r":1: an entry is a mapping"),
+        (f"- id: a\n  hash: {HASH}\n- id: 'b c'\n  hash: {HASH}", r":3: id: String should match"),
+        ("- id: a\n  hash: sesame", r":1: hash: String should match"),
+        (f"- id: a\n  hash: {HASH}\n  expires: soon", r":1: expires"),
+        (f"- id: a\n  hash: {HASH}\n  role: king", r":1: role: Extra inputs"),
+        ("- [", "not YAML"),
+        ("- !!python/object/apply:os.system ['true']", r":1: "),
+    ],
+)
+def test_a_mistake_in_a_key_file_names_its_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(text)
+    path.chmod(0o600)
+    with pytest.raises(ConfigError, match=rf"^api_key_file: {path}.*{message}"):
+        read_key_file(path, "api_key_file")
+
+
+def test_an_id_that_no_file_could_hold_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="id: 'a b'"):
+        add_key(tmp_path / "keys.yaml", "a b", None)
+    assert not (tmp_path / "keys.yaml").exists()

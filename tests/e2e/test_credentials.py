@@ -1,0 +1,181 @@
+"""Keys and secrets of a running deployment: taken back, given out and rotated while requests run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import psutil
+import pytest
+
+from kvferry.common.key_file import add_key, revoke_keys
+
+from ..checkpoints import write_checkpoint
+from .cluster import Cluster, free_port, serve, wait_until
+
+FLAGS = ("--served-model-name", "tiny", "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB", "--device", "cpu")
+OLD, NEW = "the first secret of these tests", "the second secret of these tests"
+
+
+class Site(NamedTuple):
+    cluster: Cluster
+    key_file: Path
+    secret_file: Path
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    keys, secret = folder / "keys.yaml", folder / "secret"
+    keys.touch(mode=0o600)
+    write_secret(secret, OLD)
+    model_dir = write_checkpoint(folder / "tiny", max_model_len=4096)
+    flags = (*FLAGS, "--api-key-file", str(keys), "--secret-file", str(secret), "--routers", "2")
+    with serve(model_dir, folder / "log", *flags) as cluster:
+        yield Site(cluster, keys, secret)
+
+
+def write_secret(path: Path, *lines: str) -> None:
+    path.touch(mode=0o600)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def ask(cluster: Cluster, key: str) -> int:
+    """The status of a short request over a new connection, which any of the routers takes."""
+    body = {"prompt": "hi", "max_tokens": 2}
+    headers = {"authorization": f"Bearer {key}"}
+    return httpx.post(f"{cluster.base_url}/v1/completions", json=body, headers=headers, timeout=60.0).status_code
+
+
+class LongStream:
+    """A stream of some seconds on a thread of its own."""
+
+    def __init__(self, cluster: Cluster, key: str, num_tokens: int = 1500) -> None:
+        self.events: list[str] = []
+        self._args = (cluster.base_url, key, num_tokens)
+        self.begun = threading.Event()
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+        assert self.begun.wait(60.0)
+
+    def _read(self) -> None:
+        base_url, key, num_tokens = self._args
+        body = {"prompt": "a long one", "max_tokens": num_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
+        headers = {"authorization": f"Bearer {key}"}
+        with httpx.stream("POST", f"{base_url}/v1/completions", json=body, headers=headers, timeout=60.0) as answer:
+            assert answer.status_code == 200
+            for line in answer.iter_lines():
+                if line:
+                    self.events.append(line)
+                    self.begun.set()
+
+    def is_whole(self) -> bool:
+        self._thread.join(60.0)
+        choices = [json.loads(event.removeprefix("data: ")) for event in self.events[:-1]]
+        return (
+            self.events[-1] == "data: [DONE]"
+            and not any("error" in choice for choice in choices)
+            and choices[-1]["choices"][0]["finish_reason"] == "length"
+        )
+
+
+def test_a_revoked_key_is_refused_after_sighup_and_other_streams_go_on(site: Site) -> None:
+    alice, bob = add_key(site.key_file, "alice", None), add_key(site.key_file, "bob", None)
+    assert ask(site.cluster, alice) == 401  # not yet
+    site.cluster.command("reload")
+    assert ask(site.cluster, alice) == 200
+    pids = {child.pid for child in site.cluster.children("--config-json")}
+    stream = LongStream(site.cluster, bob)
+    revoke_keys(site.key_file, "alice")
+    site.cluster.process.send_signal(signal.SIGHUP)
+    # Every one of the routers, which take connections as they come.
+    wait_until(lambda: all(ask(site.cluster, alice) == 401 for _ in range(8)), "the refusal", 10.0)
+    assert stream.is_whole()
+    assert ask(site.cluster, bob) == 200
+    assert {child.pid for child in site.cluster.children("--config-json")} == pids
+
+
+def test_a_key_file_that_is_wrong_leaves_all_as_it_was(site: Site) -> None:
+    carol = add_key(site.key_file, "carol", None)
+    site.cluster.command("reload")
+    good = site.key_file.read_text()
+    site.key_file.write_text(f"{good}- broken\n")
+    port = site.cluster.base_url.rpartition(":")[2]
+    command = [sys.executable, "-m", "kvferry", "reload", "--port", port]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60.0)
+    assert done.returncode == 1 and "api_key_file" in done.stderr
+    assert ask(site.cluster, carol) == 200
+    site.key_file.write_text(good)
+
+
+def test_a_secret_is_rotated_on_a_running_deployment_and_no_request_fails(site: Site) -> None:
+    """Added, swapped, taken out; after each step a worker restarts and has to prove it."""
+    key = add_key(site.key_file, "dave", None)
+    site.cluster.command("reload")
+    statuses: list[int] = []
+    over = threading.Event()
+
+    def keep_asking() -> None:
+        while not over.is_set():
+            statuses.append(ask(site.cluster, key))
+
+    asking = threading.Thread(target=keep_asking)
+    asking.start()
+    stream = LongStream(site.cluster, key, 3000)
+    try:
+        for lines in ((OLD, NEW), (NEW, OLD), (NEW,)):
+            write_secret(site.secret_file, *lines)
+            site.cluster.command("reload")
+            site.cluster.command("restart", "p-0")
+    finally:
+        over.set()
+        asking.join()
+    assert stream.is_whole()
+    assert len(statuses) > 3 and set(statuses) == {200}
+    environments = [child.environ() for child in site.cluster.children("--config-json")]
+    assert all("KVFERRY_SECRET" not in environ for environ in environments)
+
+
+def test_keys_on_the_command_line_are_in_no_processs_arguments(tmp_path: Path) -> None:
+    key, admin_key = "sesame-for-clients", "sesame-for-operators"
+    model_dir = write_checkpoint(tmp_path / "tiny")
+    flags = (*FLAGS, "--api-key", key, f"--admin-key={admin_key}", "--admin-port", str(free_port()), "--prefill", "0")
+    with serve(model_dir, tmp_path / "log", *flags) as cluster:
+        processes = [psutil.Process(cluster.process.pid), *cluster.children()]
+        words = [word for process in processes for word in process.cmdline()]
+        assert len(processes) == 3
+        assert not [word for word in words if key in word or admin_key in word]
+        assert ask(cluster, key) == 200 and ask(cluster, admin_key) == 401
+        [admin] = cluster.admin_urls
+        headers = {"authorization": f"Bearer {admin_key}"}
+        assert httpx.get(f"{admin}/admin/workers", headers=headers).status_code == 200
+        assert httpx.get(f"{admin}/admin/workers").status_code == 401
+    assert key not in (tmp_path / "log").read_text()
+
+
+def test_a_pid_file_is_there_while_its_deployment_is(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    model_dir = write_checkpoint(tmp_path / "tiny")
+    with serve(model_dir, tmp_path / "log", *FLAGS, "--prefill", "0", "--pid-file", str(path)) as cluster:
+        assert int(path.read_text()) == cluster.process.pid
+        command = [sys.executable, "-m", "kvferry"]
+        shown = subprocess.run(
+            [*command, "status", "--pid-file", str(path), "--json"], capture_output=True, text=True, timeout=60.0
+        )
+        [status] = json.loads(shown.stdout)
+        assert status["http"] == cluster.base_url
+        assert [row["name"] for row in status["processes"]] == ["router", "d-0"]
+        drained = subprocess.run([*command, "drain", "--pid-file", str(path)], timeout=60.0, capture_output=True)
+        assert drained.returncode == 0
+        assert cluster.process.wait(10.0) == 0
+        assert not path.exists()
+        gone = subprocess.run([*command, "status", "--port", str(os.getpid())], timeout=60.0, capture_output=True)
+        assert gone.returncode == 3
