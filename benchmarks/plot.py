@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvferry.benchmarks.report import BenchReport
 from kvferry.common.errors import ConfigError
+from kvferry.common.extras import MATPLOTLIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +20,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def check_plot_path(path: Path) -> None:
+    """Raises ConfigError for a format that is none of ours, or without the library that draws."""
+    if not MATPLOTLIB.is_installed:
+        raise ConfigError(f"--plot: {MATPLOTLIB.missing}")
     if path.suffix not in FORMATS:
         raise ConfigError(f"--plot {path}: the name must end in {' or '.join(FORMATS)}")
 

@@ -37,6 +37,7 @@ class Library(NamedTuple):
 FLASHINFER = Library(("flashinfer",), "flashinfer-python>=0.7.2", "1 GB with what it needs")
 RAY = Library(("ray",), "ray>=2.40", "80 MB")
 UCXX = Library(("ucxx",), "ucxx-cu12>=0.48", "30 MB")
+MATPLOTLIB = Library(("matplotlib",), "matplotlib>=3.9", "40 MB")
 NIXL_VERSION = "1.5.1"
 
 

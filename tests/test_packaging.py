@@ -20,6 +20,7 @@ import kvferry
 
 ROOT = Path(kvferry.__file__).resolve().parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = ("ray", "ucx", "gpu", "plot", "bench")
 FOLDERS = ("common", "transfer", "prefill", "decode", "roles", "router", "launch", "cli", "benchmarks")
 
 # Where the name of the import says nothing of the distribution.
@@ -58,12 +59,12 @@ def imported(*folders: str) -> set[str]:
 
 def test_every_import_is_declared() -> None:
     used = {COMES_WITH.get(name, name) for name in imported(*FOLDERS)}
-    assert used - declared("ray", "ucx", "gpu") == set()
+    assert used - declared(*EXTRAS) == set()
 
 
 def test_every_dependency_is_used() -> None:
     used = {COMES_WITH.get(name, name) for name in imported(*FOLDERS)} | LOADED_BY_NAME
-    assert declared("ray", "ucx", "gpu") - used == set()
+    assert declared(*EXTRAS) - used == set()
 
 
 def test_packages_are_the_folders_with_an_init() -> None:
@@ -79,7 +80,7 @@ def test_packages_are_the_folders_with_an_init() -> None:
 def test_constraints_pin_only_what_is_declared() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {normalized(line) for line in lines if line and not line.startswith("#")}
-    assert pins <= declared("ray", "ucx", "gpu", "dev")
+    assert pins <= declared(*EXTRAS, "dev")
     assert "torch==2.13.0" in lines
 
 

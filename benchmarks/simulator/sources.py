@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,14 +50,12 @@ SOURCES = {
 
 
 def _download(url: str) -> bytes:
-    import httpx
-
     try:
-        answer = httpx.get(url, follow_redirects=True, timeout=60.0)
-        answer.raise_for_status()
-    except httpx.HTTPError as error:
+        with urllib.request.urlopen(url, timeout=60.0) as answer:
+            content: bytes = answer.read()
+    except OSError as error:
         raise ConfigError(f"trace: cannot download {url}: {error}; give a path instead") from error
-    return answer.content
+    return content
 
 
 def trace_path(trace: str) -> Path:

@@ -1,0 +1,113 @@
+"""What `make install` takes: locked to the byte, for the torch and the CUDA that are there."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import kvferry
+
+ROOT = Path(kvferry.__file__).resolve().parent
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCKS = {path.stem: path.read_text() for path in (ROOT / "setup").glob("*.lock")}
+
+
+def load(name: str) -> ModuleType:
+    """A script of the folder that no package holds."""
+    spec = importlib.util.spec_from_file_location(f"kvferry_setup_{name}", ROOT / "setup" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and named tuples look there
+    spec.loader.exec_module(module)
+    return module
+
+
+install = load("install")
+
+
+def names(lock: str) -> set[str]:
+    found = re.findall(r"^([A-Za-z0-9][\w.-]*)(?:\[.*?\])?==", LOCKS[lock], re.MULTILINE)
+    return {name.lower().replace("_", "-").replace(".", "-") for name in found}
+
+
+def normalized(requirement: str) -> str:
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert match is not None
+    return re.sub(r"[-_.]+", "-", match[0]).lower()
+
+
+def test_every_line_is_pinned_and_has_hashes_and_names_no_index() -> None:
+    for name, text in LOCKS.items():
+        for block in re.split(r"\n(?=[A-Za-z0-9])", text.partition("\n")[2].strip()):
+            assert re.match(r"[A-Za-z0-9][\w.\[\]-]*==\S+", block), (name, block)
+            assert re.search(r"--hash=sha256:[0-9a-f]{64}", block), (name, block)
+        assert "://" not in text and "--index" not in text, name
+
+
+def test_what_is_declared_is_locked_and_a_server_gets_no_test_clients() -> None:
+    base = {normalized(each) for each in PROJECT["dependencies"]}
+    assert base - names("serve") == {"torch", "nixl-cu12"}
+    extras = {name: {normalized(each) for each in PROJECT["optional-dependencies"][name]} for name in ("gpu", "dev")}
+    assert extras["gpu"] <= names("gpu")
+    assert extras["dev"] <= names("dev") | names("serve")
+    assert {"ray", "ucxx-cu12", "httpx", "matplotlib"} <= names("dev")
+    assert names("serve").isdisjoint({"matplotlib", "httpx", "torch", "pytest", "ray", "nixl-cu12", "nixl-cu13"})
+    assert not [name for name in names("serve") if name.startswith("nvidia")]
+
+
+def test_pins_of_the_constraints_are_those_of_the_locks() -> None:
+    together = "\n".join(LOCKS.values())
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line and line[0] != "#"]
+    for pin in pins:
+        name, _, version = pin.partition("==")
+        spelled = "[-_.]".join(map(re.escape, re.split("[-_.]", name)))
+        assert re.search(rf"^{spelled}=={re.escape(version)}\b", together, re.MULTILINE | re.IGNORECASE), pin
+
+
+@pytest.mark.parametrize(
+    ("cuda", "nixl"), [(None, "nixl-cu12"), ("12.8", "nixl-cu12"), ("13.0", "nixl-cu13"), ("13.2", "nixl-cu13")]
+)
+def test_nixl_is_that_of_torchs_cuda(cuda: str | None, nixl: str) -> None:
+    torch = install.Torch("2.13.0", cuda, "/site-packages")
+    assert install.names_of_locks(torch, has_gpu=False, is_dev=False) == ["serve", nixl, "model"]
+    flashinfer = ["gpu"] if cuda is not None else []  # a card is of no use to a torch for CPU
+    assert install.names_of_locks(torch, has_gpu=True, is_dev=True) == ["serve", nixl, "model", *flashinfer, "dev"]
+
+
+@pytest.mark.slow
+def test_the_torch_of_an_environment_is_seen_from_one_that_is_made_in_it(tmp_path: Path) -> None:
+    """`--system-site-packages` alone shows the packages of the interpreter that the first one was made with."""
+    base = tmp_path / "base"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(base)], check=True)
+    [packages] = (base / "lib").glob("python*/site-packages")
+    (packages / "torch").mkdir()
+    (packages / "torch" / "__init__.py").write_text("from . import version\n__version__ = version.__version__\n")
+    (packages / "torch" / "version.py").write_text('__version__ = "2.13.0+cu130"\ncuda: str | None = "13.0"\n')
+    python = str(base / "bin" / "python")
+    program = (
+        "import runpy, sys; from pathlib import Path; "
+        "i = runpy.run_path(sys.argv[1]); torch = i['find_torch'](sys.executable); "
+        "i['make_venv'](Path(sys.argv[2]), torch); print(i['find_torch'](sys.argv[2] + '/bin/python'))"
+    )
+    arguments = [python, "-c", program, str(ROOT / "setup" / "install.py"), str(tmp_path / "venv")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert f"Torch(version='2.13.0+cu130', cuda='13.0', folder='{packages}')" in done.stdout
+
+
+def test_what_torch_was_built_for_is_read_from_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "lib/python3.11/site-packages/torch"
+    folder.mkdir(parents=True)
+    text = (
+        "from typing import Optional\n__version__ = '2.13.0+cpu'\ncuda: Optional[str] = {}\nhip: Optional[str] = None\n"
+    )
+    for value, cuda in (("None", None), ("'13.0'", "13.0")):
+        (folder / "version.py").write_text(text.format(value))
+        assert install.torch_of_files(tmp_path)[:2] == ("2.13.0+cpu", cuda)
