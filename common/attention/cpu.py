@@ -5,6 +5,9 @@ products; the query heads that share a KV head are the rows of one product, so K
 rows go one by one in tiles of queries, so that scores stay within a few MiB however long the context is, and keys
 that a whole tile cannot see are not touched. Two products and a softmax beat scaled_dot_product_attention here by
 1.6 to 2.3 times in bfloat16 and are level with it in float32 (9 query and 3 KV heads of 64, one thread).
+
+Whole pages are gathered, and behind a sequence's last token lies what an earlier owner left. A weight of zero does not
+silence NaN: such values are cleared, and such scores replaced.
 """
 
 from __future__ import annotations
@@ -31,7 +34,10 @@ class _DecodeGroup:
     num_keys: int  # a whole number of pages
     k_index: Tensor  # [n * num_kv_heads * pages] rows of the layer seen as [-1, block_size * head_dim]
     v_index: Tensor
-    bias: Tensor  # [n, 1, 1, num_keys] 0 or -inf
+    hidden: Tensor  # [n, 1, 1, num_keys] bool: gathered, and not seen
+    hidden_values: (
+        Tensor  # [hidden of all KV heads] the same as rows of V, which is [n * num_kv_heads * num_keys, head_dim]
+    )
 
 
 @dataclass(slots=True, frozen=True)
@@ -131,14 +137,15 @@ class CPUAttention:
         k_index = self._page_index(metadata.paged_kv_indices[starts.unsqueeze(1) + columns])
         positions = first_pages.unsqueeze(1) * self._block_size + torch.arange(pages * self._block_size)
         hidden = (positions >= kv_lens.unsqueeze(1)) | (positions < first_keys.unsqueeze(1))
-        bias = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, _NO)
+        of_heads = hidden.unsqueeze(1).expand(-1, self._num_kv_heads, -1)
         return _DecodeGroup(
             rows=None if rows == list(range(len(rows))) else row_ids,
             num_rows=len(rows),
             num_keys=pages * self._block_size,
             k_index=k_index.reshape(-1),
             v_index=(k_index + self._num_kv_heads).reshape(-1),
-            bias=bias[:, None, None, :],
+            hidden=hidden[:, None, None, :],
+            hidden_values=of_heads.reshape(-1).nonzero().squeeze(1),
         )
 
     def _plan_prefill(self, metadata: AttentionMetadata, row: int, window: int | None) -> _PrefillRow:
@@ -186,7 +193,8 @@ class CPUAttention:
         v = self._gather("v", page_rows, group.v_index).view(n * self._num_kv_heads, keys, self._head_dim)
         rows = q[:n] if group.rows is None else q[group.rows]
         scores = torch.bmm(rows.view(n * self._num_kv_heads, self._group_size, self._head_dim), k.transpose(1, 2))
-        scores.view(n, self._num_kv_heads, self._group_size, keys).add_(group.bias)
+        scores.view(n, self._num_kv_heads, self._group_size, keys).masked_fill_(group.hidden, _NO)
+        v.view(-1, self._head_dim).index_fill_(0, group.hidden_values, 0.0)
         attended = torch.bmm(torch.softmax(scores, -1), v).view(n, self._num_qo_heads, self._head_dim)
         if group.rows is None:
             out[:n] = attended

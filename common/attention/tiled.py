@@ -4,7 +4,8 @@ A token's queries stand in a tile of 8 tokens at the place that its position giv
 asked for; keys come in tiles of 256 that begin at multiples of 256. So every product has one shape, a token always the
 same row of it, and the running softmax (Milakov & Gimelshein 2018) takes the same steps in the same order: in a
 prompt or alone, in one chunk or in many. It calculates in float32, and costs more than `CPUAttention`: empty places of
-tiles are multiplied like full ones.
+tiles are multiplied like full ones. What an earlier owner left behind a row's last token counts as zero: NaN does not
+vanish by a weight of zero.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class _KeyTile:
 
 @dataclass(slots=True, frozen=True)
 class _Row:
+    kv_len: int
     queries: list[_QueryTile]
     keys: list[_KeyTile]
 
@@ -93,6 +95,7 @@ class TiledAttention:
         tokens, pages = metadata.qo_indptr.tolist(), metadata.paged_kv_indptr.tolist()
         self._rows = [
             _Row(
+                metadata.kv_lens[row],
                 list(_query_tiles(tokens[row], tokens[row + 1] - tokens[row], metadata.kv_lens[row])),
                 list(self._key_tiles(metadata.paged_kv_indices[pages[row] : pages[row + 1]])),
             )
@@ -125,6 +128,7 @@ class TiledAttention:
             if keys.position + _KEYS <= first:
                 continue
             k, v = self._gather(layer_id, keys.k_index), self._gather(layer_id, keys.v_index)
+            v[:, row.kv_len - keys.position :] = 0.0
             for part in running:
                 if keys.position <= part.tile.last_key:
                     self._see(part, k, v, self._hidden(part.tile, keys.position, window))

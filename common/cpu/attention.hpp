@@ -70,8 +70,9 @@ protected:
     }
 
     // Two keys' values side by side, as `_mm512_unpacklo_epi16` and `hi` leave them: of 32 dimensions the sums of 0..3,
-    // 8..11, 16..19 and 24..27 stand in one vector, the others in the next, until `finish`. A key that is not seen has
-    // the weight zero, and a block an even number of keys.
+    // 8..11, 16..19 and 24..27 stand in one vector, the others in the next, until `finish`. A block has an even number of
+    // keys. The key before an odd first one has the weight zero; behind an odd last one lies what an earlier owner left,
+    // which is not read: NaN does not vanish by a weight of zero.
     template <int HEADS, int VECTORS>
     void add_values(const Pages& pages, long begin, long first, long last, int head, int at) {
         const __mmask32 mask = head_dim_ - at >= 32 ? __mmask32(-1) : __mmask32(0xffff);
@@ -84,28 +85,31 @@ protected:
                 sum[h][i] = _mm512_mul_ps(before, _mm512_set1_ps(factor_[head + h]));
             }
         }
-        for (long key = first & ~1L; key < last;) {
-            const long block_end = std::min(last, (key / pages.block_size + 1) * pages.block_size);
-            const bf16* values = pages.key(key) + pages.values + at;
-            for (; key < block_end; key += 2, values += 2 * head_dim_) {
-                __m512bh pair[2 * VECTORS];
+        const auto add = [&](long key, const bf16* values, __mmask32 other_mask) __attribute__((always_inline)) {
+            __m512bh pair[2 * VECTORS];
 #pragma GCC unroll 2
-                for (int i = 0; i < VECTORS; i++) {
-                    const __m512i one = (__m512i)load_pairs(values + 32 * i, mask);
-                    const __m512i other = (__m512i)load_pairs(values + head_dim_ + 32 * i, mask);
-                    pair[2 * i] = (__m512bh)_mm512_unpacklo_epi16(one, other);
-                    pair[2 * i + 1] = (__m512bh)_mm512_unpackhi_epi16(one, other);
-                }
-#pragma GCC unroll 4
-                for (int h = 0; h < HEADS; h++) {
-                    std::int32_t two;
-                    std::memcpy(&two, weights(head + h) + (key - begin), sizeof two);
-                    const __m512bh weight = (__m512bh)_mm512_set1_epi32(two);
-#pragma GCC unroll 4
-                    for (int i = 0; i < 2 * VECTORS; i++) sum[h][i] = _mm512_dpbf16_ps(sum[h][i], weight, pair[i]);
-                }
+            for (int i = 0; i < VECTORS; i++) {
+                const __m512i one = (__m512i)load_pairs(values + 32 * i, mask);
+                const __m512i other = (__m512i)load_pairs(values + head_dim_ + 32 * i, other_mask);
+                pair[2 * i] = (__m512bh)_mm512_unpacklo_epi16(one, other);
+                pair[2 * i + 1] = (__m512bh)_mm512_unpackhi_epi16(one, other);
             }
+#pragma GCC unroll 4
+            for (int h = 0; h < HEADS; h++) {
+                std::int32_t two;
+                std::memcpy(&two, weights(head + h) + (key - begin), sizeof two);
+                const __m512bh weight = (__m512bh)_mm512_set1_epi32(two);
+#pragma GCC unroll 4
+                for (int i = 0; i < 2 * VECTORS; i++) sum[h][i] = _mm512_dpbf16_ps(sum[h][i], weight, pair[i]);
+            }
+        };
+        const long whole = last & ~1L;
+        for (long key = first & ~1L; key < whole;) {
+            const long block_end = std::min(whole, (key / pages.block_size + 1) * pages.block_size);
+            const bf16* values = pages.key(key) + pages.values + at;
+            for (; key < block_end; key += 2, values += 2 * head_dim_) add(key, values, mask);
         }
+        if (whole < last) add(whole, pages.key(whole) + pages.values + at, 0);
 #pragma GCC unroll 4
         for (int h = 0; h < HEADS; h++) {
 #pragma GCC unroll 4

@@ -47,8 +47,15 @@ def _metadata(rows: list[tuple[int, int]], num_blocks: int, block: int = BLOCK) 
 
 
 def _fill_history(pages: Tensor, metadata: AttentionMetadata, generator: torch.Generator) -> None:
-    """Random K and V everywhere: slots that no row owns must not matter."""
-    pages.copy_(torch.randn(pages.shape, generator=generator))
+    """Random K and V, NaN where no row has a token: an earlier owner may have left that."""
+    history = torch.randn(pages.shape, generator=generator)
+    pages.fill_(float("nan"))
+    for row, kv_len in enumerate(metadata.kv_lens):
+        first, last = metadata.paged_kv_indptr[row : row + 2].tolist()
+        blocks = metadata.paged_kv_indices[first:last].long()
+        for place, block in enumerate(blocks.tolist()):
+            owned = slice(0, min(BLOCK, kv_len - place * BLOCK))
+            pages[:, block, :, :, owned] = history[:, block, :, :, owned]
 
 
 def _expected(pages: Tensor, q: Tensor, metadata: AttentionMetadata, layer: int, window: int | None) -> Tensor:
