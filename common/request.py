@@ -16,12 +16,17 @@ from enum import StrEnum
 from typing import Annotated, NewType
 
 import msgspec
+from msgspec.structs import force_setattr
 
 RequestId = NewType("RequestId", str)
 BlockId = int
 
 MAX_CHOICES = 16
 DEFAULT_CLASS = "default"  # of requests that name no class
+# Logits are float32: divided by less than this they overflow. The bounds for temperatures are vLLM's.
+GREEDY_BELOW = 1e-5
+MIN_TEMPERATURE = 0.01
+MIN_REPETITION_PENALTY = 0.01
 
 
 class FinishReason(StrEnum):
@@ -32,15 +37,18 @@ class FinishReason(StrEnum):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How the tokens of one request are chosen and when they end. Stop *strings* are the router's."""
+    """How the tokens of one request are chosen and when they end. Stop *strings* are the router's.
 
-    temperature: float = 1.0  # 0 = greedy
+    What is too small to divide logits by is raised here, for every way in: bodies, a model's defaults, the wire.
+    """
+
+    temperature: float = 1.0  # 0 = greedy, as is all below GREEDY_BELOW; else at least MIN_TEMPERATURE
     top_p: float = 1.0
     top_k: int = 0  # 0 = all
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.0  # at least MIN_REPETITION_PENALTY
     logit_bias: Annotated[dict[int, float], msgspec.Meta(max_length=1024)] = {}
     max_tokens: int = 16
     min_tokens: int = 0
@@ -49,6 +57,11 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     logprobs: int | None = None  # None: none; k: the chosen token's and the k best
     prompt_logprobs: int | None = None
     seed: int = 0  # the router draws one where the client gives none
+
+    def __post_init__(self) -> None:
+        temperature = max(MIN_TEMPERATURE, self.temperature) if self.temperature >= GREEDY_BELOW else 0.0
+        force_setattr(self, "temperature", temperature)
+        force_setattr(self, "repetition_penalty", max(MIN_REPETITION_PENALTY, self.repetition_penalty))
 
     @property
     def is_greedy(self) -> bool:

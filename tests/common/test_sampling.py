@@ -6,13 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvferry.common.request import SampledToken, SamplingParams
+from kvferry.common.request import MIN_REPETITION_PENALTY, MIN_TEMPERATURE, SampledToken, SamplingParams
 from kvferry.common.sampling import SampleRow, prompt_logprobs, sample, uniform
 
 VOCAB = 50
@@ -251,3 +252,34 @@ def test_tokens_of_no_probability_are_never_drawn() -> None:
     logits = torch.full((1, VOCAB), float("-inf"))
     logits[0, [10, 30]] = 0.0
     assert set(_drawn(logits, SamplingParams(seed=5), 2000)) == {10, 30}
+
+
+@pytest.mark.parametrize(
+    ("asked", "used"),
+    [
+        (0, 0),
+        (5e-324, 0),
+        (1e-38, 0),
+        (9.9e-6, 0),
+        (1e-5, 0.01),
+        (0.0099, 0.01),
+        (0.01, 0.01),
+        (0.7, 0.7),
+        (math.nan, 0),
+    ],
+)
+def test_a_temperature_is_none_or_large_enough_to_divide_by(asked: float, used: float) -> None:
+    params = SamplingParams(temperature=asked)
+    assert params.temperature == used and params.is_greedy == (used == 0)
+
+
+@pytest.mark.parametrize(("asked", "used"), [(5e-324, 0.01), (1e-39, 0.01), (0.01, 0.01), (1.0, 1.0), (math.nan, 0.01)])
+def test_a_repetition_penalty_is_large_enough_to_divide_by(asked: float, used: float) -> None:
+    assert SamplingParams(repetition_penalty=asked).repetition_penalty == used
+
+
+def test_what_comes_over_the_wire_is_raised_as_well() -> None:
+    wire = msgspec.msgpack.encode({"temperature": 1e-4, "repetition_penalty": 1e-39})
+    params = msgspec.msgpack.decode(wire, type=SamplingParams)
+    assert (params.temperature, params.repetition_penalty) == (MIN_TEMPERATURE, MIN_REPETITION_PENALTY)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
