@@ -61,6 +61,16 @@ class RowOutput(NamedTuple):
     tokens: tuple[SampledToken, ...]
     # Entry i is about prompt token start + i + 1 (given the tokens before it); only where prompt_logprobs was asked.
     prompt_logprobs: tuple[SampledToken, ...] = ()
+    is_finite: bool = True  # False: some of its logits are no distribution. Its request ends, with nothing of this row
+
+
+def row_output(
+    row: BatchRow, tokens: tuple[SampledToken, ...], prompt_logprobs: tuple[SampledToken, ...] = ()
+) -> RowOutput:
+    """Of what the samplers found: no token where logits were no distribution, NaN for such a prompt token."""
+    if (row.samples and not tokens) or any(token.is_nan for token in prompt_logprobs):
+        return RowOutput((), is_finite=False)
+    return RowOutput(tokens, prompt_logprobs)
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .batch import Batch, BatchRow, RowOutput
+from .batch import Batch, BatchRow, RowOutput, row_output
 from .cache import copy_blocks
 from .decode_rows import (
     BlockTables,
@@ -105,7 +105,7 @@ class DecodeRunner:
         draws = self._sample(batch, logits)
         self._device.wait(lambda: self._look_ahead(batch, draws))
         tokens = iter(draws.read() if draws is not None else ())
-        outputs = [RowOutput(next(tokens) if row.samples else ()) for row in batch.rows]
+        outputs = [row_output(row, next(tokens) if row.samples else ()) for row in batch.rows]
         self._sampled = [output.tokens[0].token_id if output.tokens else -1 for output in outputs]
         return outputs
 

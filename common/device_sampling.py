@@ -7,6 +7,9 @@ The host makes what is small and follows from requests alone (edits of logits, t
 numbers of `sampling.uniform`) and uploads it; the device does what goes over the vocabulary. A token is where the
 cumulative distribution passes the uniform number, as on the host, so a seeded stream goes on the same on either, but
 for a number that falls within rounding of a border. Nothing is read back before all is queued.
+
+A row whose logits are no distribution (`sampling`) is known by its largest one, as it was or over the temperature. It
+draws from zeros, for kernels may search for ever among NaN, and the host drops what it drew.
 """
 
 from __future__ import annotations
@@ -33,27 +36,39 @@ class Draws(NamedTuple):
     """What one launch yields. `token_ids` is on the device, `packed` is on its way to the host."""
 
     token_ids: Tensor  # [rows, most choices] int64
-    packed: Tensor  # [n] int32 on the host: token ids, their log-probabilities, best ids, best log-probabilities
+    # [n] int32 on the host: token ids, whose logits are a distribution, log-probabilities, best ids, log-probabilities
+    packed: Tensor
     rows: Sequence[SampleRow]
     reported: list[int]  # rows that report log-probabilities
     num_best: int
 
     def read(self) -> list[tuple[SampledToken, ...]]:
-        """Each row's tokens. The caller has waited for the device."""
+        """Each row's tokens, none where its logits are no distribution. The caller has waited for the device."""
         num_rows, most = self.token_ids.shape
-        ids: list[list[int]] = self.packed[: num_rows * most].view(num_rows, most).tolist()
+        count, best = len(self.reported), self.num_best
+        sizes = [num_rows * most, num_rows, count * most, count * best, count * best]
+        packed_ids, is_finite, *reports = torch.split(self.packed, sizes)
+        ids: list[list[int]] = packed_ids.view(num_rows, most).tolist()
         tokens = [
             tuple([SampledToken(token_id) for token_id in row_ids[: len(row.choices)]])
             for row_ids, row in zip(ids, self.rows, strict=True)
         ]
         if self.reported:
-            self._report(tokens, ids)
-        return tokens
+            self._report(tokens, ids, *reports)
+        return [
+            of_row if is_known and not any(token.is_nan for token in of_row) else ()
+            for of_row, is_known in zip(tokens, is_finite.tolist(), strict=True)
+        ]
 
-    def _report(self, tokens: list[tuple[SampledToken, ...]], ids: list[list[int]]) -> None:
+    def _report(
+        self,
+        tokens: list[tuple[SampledToken, ...]],
+        ids: list[list[int]],
+        chosen: Tensor,
+        best_ids: Tensor,
+        best_values: Tensor,
+    ) -> None:
         most, count, best = self.token_ids.shape[1], len(self.reported), self.num_best
-        sizes = [self.token_ids.numel(), count * most, count * best, count * best]
-        _, chosen, best_ids, best_values = torch.split(self.packed, sizes)
         values = chosen.view(torch.float32).view(count, most).tolist()
         top_ids = best_ids.view(count, best).tolist()
         top_values = best_values.view(torch.float32).view(count, best).tolist()
@@ -83,8 +98,8 @@ class DeviceSampler:
         where = self._index(reported) if 0 < len(reported) < len(rows) else slice(None)
         raw = torch.log_softmax(logits[where], -1) if reported else None  # before the edits
         self._edit(logits, rows)
-        token_ids = self._choose(logits, rows)
-        parts = [token_ids.to(torch.int32).flatten()]
+        token_ids, is_finite = self._choose(logits, rows)
+        parts = [token_ids.to(torch.int32).flatten(), is_finite.to(torch.int32).flatten()]
         if raw is not None:
             best = raw.topk(min(num_best, raw.shape[1]))
             parts.append(raw.gather(1, token_ids[where]).flatten().view(torch.int32))
@@ -133,24 +148,31 @@ class DeviceSampler:
 
     # --- choosing ---------------------------------------------------------------------------------------------
 
-    def _choose(self, logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-        """[rows, most choices] int64; what stands behind a row's own choices is of no meaning."""
+    def _choose(self, logits: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Tensor]:
+        """[rows, most choices] int64 (what stands behind a row's own choices is of no meaning), and [rows, 1] bool:
+        whose logits are a distribution."""
         most = max(len(row.choices) for row in rows)
-        best = logits.argmax(-1, keepdim=True).expand(-1, most)
+        best = logits.argmax(-1, keepdim=True)
+        largest = logits.gather(1, best)
+        best = best.expand(-1, most)
         random = [index for index, row in enumerate(rows) if not row.params.is_greedy]
         if not random:
-            return best
+            return best, largest.isfinite()
         if len(random) == len(rows):
-            return self._draw(logits, rows, most)
+            return self._draw(logits, largest, rows, most)
         index = self._index(random)
-        return best.index_copy(0, index, self._draw(logits[index], [rows[i] for i in random], most))
+        drawn, is_finite = self._draw(logits[index], largest[index], [rows[i] for i in random], most)
+        return best.index_copy(0, index, drawn), largest.isfinite().index_copy(0, index, is_finite)
 
-    def _draw(self, logits: Tensor, rows: Sequence[SampleRow], most: int) -> Tensor:
+    def _draw(self, logits: Tensor, largest: Tensor, rows: Sequence[SampleRow], most: int) -> tuple[Tensor, Tensor]:
+        """As `_choose`. `largest` [rows, 1]: of each row's logits."""
         params, vocab_size = [row.params for row in rows], logits.shape[1]
         min_p = torch.tensor([p.min_p for p in params]).log().numpy()  # min_p = 0: -inf, keeps all
         top_p = [min(max(p.top_p, _MIN_TOP_P), 1.0) for p in params]
         columns = self._upload(np.array([[p.temperature for p in params], min_p, top_p], np.float32))
-        scaled = logits / columns[0].unsqueeze(1)
+        temperatures = columns[0].unsqueeze(1)
+        is_finite = (largest / temperatures).isfinite()
+        scaled = torch.where(is_finite, logits / temperatures, 0.0)
         if any(p.min_p > 0 for p in params):
             scaled.masked_fill_(scaled < scaled.amax(-1, keepdim=True) + columns[1].unsqueeze(1), float("-inf"))
         top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
@@ -161,7 +183,7 @@ class DeviceSampler:
             # The kernel takes limits below 1; where all is kept, its result is not used.
             kept = self._kernels.keep_top_p(probs, columns[2].clamp(max=1 - _MIN_TOP_P))
             probs = torch.where(columns[2].unsqueeze(1) < 1, kept, probs)
-        return invert(probs, self._upload(_uniforms(rows, most)))
+        return invert(probs, self._upload(_uniforms(rows, most))), is_finite
 
 
 def invert(probs: Tensor, draws: Tensor) -> Tensor:

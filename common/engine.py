@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .attention.base import AttentionMetadata
 from .attention.choose import make_attention
-from .batch import Batch, BatchRow, Fence, RowOutput, StepOutput
+from .batch import Batch, BatchRow, Fence, RowOutput, StepOutput, row_output
 from .blocks import KVCacheSpec
 from .cache import allocate_pages, cache_dtype, copy_blocks, num_blocks_for_memory, num_spare_blocks
 from .config import NO_DETERMINISTIC_CUDA, CoreSlot, EngineConfig
@@ -236,7 +236,7 @@ class Engine:
             logits = self._run(plan or _plan(batch, self.config.block_size), on_layer)
             tokens = self._sample(batch, logits)
             prompt_tokens = _read_prompt_logprobs(batch, each_row(logits) if self.config.deterministic else logits)
-            rows = [RowOutput(next(tokens) if row.samples else (), next(prompt_tokens)) for row in batch.rows]
+            rows = [row_output(row, next(tokens) if row.samples else (), next(prompt_tokens)) for row in batch.rows]
         if self._cuda is not None:
             self._cuda.wait()  # neither copies nor a chunk without a sample have waited yet
         return rows

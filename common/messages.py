@@ -17,7 +17,7 @@ import msgspec
 
 from .blocks import KVCacheSpec
 from .errors import ProtocolError
-from .request import MAX_CHOICES, RequestSpec, SampledToken
+from .request import MAX_CHOICES, RequestSpec, SampledToken, Sequence
 
 PROTOCOL_VERSION = 3
 
@@ -157,6 +157,7 @@ class WorkerStatus(Message):
     failed_fetches: Count = 0  # of these, those that did not bring all that was asked for: the rest was computed
     fetched_bytes: Count = 0  # of blocks that were used
     fetch_s: float = 0.0  # how long these fetches took, from the first question to the last block
+    nonfinite_rows: Count = 0  # of steps, whose logits were no distribution: their requests ended
 
 
 # --- router -> worker -------------------------------------------------------------------------------------
@@ -406,11 +407,18 @@ class TransferReport(Message):
 
 
 class WorkerFailure(Message):
-    """A request that a worker could not run for a reason of its own."""
+    """A request that a worker could not run."""
 
     request_id: Name
     attempt: Count
     reason: Text
+    code: Name = ""  # of the client's error, where every worker would fail alike; empty: another one may do better
+
+
+def nonfinite_logits(seq: Sequence) -> WorkerFailure:
+    """Model and prompt are the reason, or what the request asks to be done to the logits."""
+    reason = f"the logits that follow token {seq.num_tokens} are NaN or infinite: there is no token to choose"
+    return WorkerFailure(request_id=seq.request_id, attempt=seq.attempt, reason=reason, code="nonfinite_logits")
 
 
 # --- prefill <-> decode, control socket ---------------------------------------------------------------------

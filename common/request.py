@@ -9,6 +9,7 @@ This module knows neither blocks on a device nor the network.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -123,6 +124,11 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     token_id: int
     logprob: float | None = None
     top: Annotated[tuple[tuple[int, float], ...], msgspec.Meta(max_length=64)] = ()
+
+    @property
+    def is_nan(self) -> bool:
+        """The model's logits were no distribution: it has no log-probability."""
+        return self.logprob is not None and math.isnan(self.logprob)
 
 
 @dataclass(slots=True, eq=False)

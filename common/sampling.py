@@ -7,15 +7,21 @@ A draw depends on (seed, choice, output index) alone: their hash is one uniform 
 cumulative distribution, in token order, passes it. No generator has state, so a stream goes on the same after a
 handoff, a preemption or a restart, and whatever else is in the batch. Rows that are plainly greedy, the common
 case, cost one argmax together.
+
+A row whose logits are no distribution (NaN or +inf among them, or nothing but -inf) yields no token. An argmax finds
+NaN before anything else and +inf before any number, so its own value tells; what a temperature makes infinite shows in
+the sum that is drawn from.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,9 +67,9 @@ def sample_each(
     logits: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[int]
 ) -> list[tuple[SampledToken, ...]]:
     """As `sample`, each row for itself: its results are the same to the bit whatever rows stand beside it. On a CPU."""
-    best = _argmax(logits)
+    best = _best(logits)
     return [
-        (SampledToken(best[index]),) * len(row.choices)
+        tuple([SampledToken(token_id) for token_id in best[index] * len(row.choices)])
         if row.is_plain
         else sample(logits[index : index + 1].clone(), [row], eos_token_ids)[0]
         for index, row in enumerate(rows)
@@ -71,7 +77,10 @@ def sample_each(
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[int]) -> list[tuple[SampledToken, ...]]:
-    """Tokens of each row's choices. `logits` [rows, vocab] float32 is overwritten where rows edit it."""
+    """Tokens of each row's choices, none where its logits are no distribution.
+
+    `logits` [rows, vocab] float32 is overwritten where rows edit it.
+    """
     logprobs = _report_logprobs(logits, rows)
     for index, row in enumerate(rows):
         if row.edits_logits:
@@ -79,7 +88,8 @@ def sample(logits: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[i
     token_ids = _choose(logits, rows)
     if logprobs is None:
         return [tuple([SampledToken(token_id) for token_id in ids]) for ids in token_ids]
-    return [logprobs.tokens(index, ids) for index, ids in enumerate(token_ids)]
+    tokens = [logprobs.tokens(index, ids) for index, ids in enumerate(token_ids)]
+    return [() if any(token.is_nan for token in of_row) else of_row for of_row in tokens]
 
 
 def uniform(seed: int, choice: int, output_index: int) -> float:
@@ -160,10 +170,11 @@ def _penalize(logits: Tensor, row: SampleRow) -> None:
 
 
 def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
-    """Token ids for each row's choices; greedy choices of one row are equal, random ones have draws of their own."""
-    best = _argmax(logits)
-    random = [index for index, row in enumerate(rows) if not row.params.is_greedy]
-    chosen = [[best[index]] * len(row.choices) for index, row in enumerate(rows)]
+    """Token ids for each row's choices, none where logits are no distribution; greedy choices of one row are equal,
+    random ones have draws of their own."""
+    best = _best(logits)
+    chosen = [best[index] * len(row.choices) for index, row in enumerate(rows)]
+    random = [index for index, row in enumerate(rows) if not row.params.is_greedy and chosen[index]]
     if random:
         whole = logits if len(random) == len(rows) else logits[random]
         drawn = _draw(whole, [rows[index] for index in random])
@@ -172,11 +183,13 @@ def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
     return chosen
 
 
-def _argmax(logits: Tensor) -> list[int]:
-    if logits.device.type == "cpu":  # numpy is ten times quicker here
-        best: list[int] = logits.numpy().argmax(-1).tolist()
-        return best
-    return logits.argmax(-1).tolist()
+def _best(logits: Tensor) -> list[list[int]]:
+    """Each row's best token, or nothing where its logits are no distribution. On a CPU."""
+    values = logits.numpy()  # whose argmax is ten times quicker than torch's
+    best = values.argmax(-1)
+    largest: list[float] = values[np.arange(len(best)), best].tolist()
+    token_ids: list[int] = best.tolist()
+    return [[token_id] if math.isfinite(value) else [] for token_id, value in zip(token_ids, largest, strict=True)]
 
 
 def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
@@ -193,7 +206,7 @@ def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
 
 
 def _invert(cumulative: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
-    """The first token whose cumulative weight exceeds u * total: never one of weight zero."""
+    """The first token whose cumulative weight exceeds u * total: never one of weight zero. None where that is NaN."""
     most = max(len(row.choices) for row in rows)
     draws = [
         [uniform(row.params.seed, choice, row.output_index) for choice in row.choices]
@@ -204,7 +217,11 @@ def _invert(cumulative: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
     points = torch.tensor(draws, dtype=torch.float64, device=cumulative.device) * total
     points = points.minimum(torch.nextafter(total, torch.zeros_like(total)))
     ids: list[list[int]] = torch.searchsorted(cumulative, points, right=True).tolist()
-    return [row_ids[: len(row.choices)] for row_ids, row in zip(ids, rows, strict=True)]
+    totals: list[float] = total.flatten().tolist()
+    return [
+        row_ids[: len(row.choices)] if math.isfinite(sum_) else []
+        for row_ids, row, sum_ in zip(ids, rows, totals, strict=True)
+    ]
 
 
 def _keep_min_p(logits: Tensor, params: Sequence[SamplingParams]) -> None:

@@ -1,11 +1,15 @@
-"""What a step yielded: tokens to their sequences and to the routers, choices forked from their prompt, ends."""
+"""What a step yielded: tokens to their sequences and to the routers, choices forked from their prompt, ends.
+
+Logits that are no distribution end the request that they belong to. Its blocks are not kept for others: what is not
+finite in them would end these, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from ..common.batch import Batch, BatchRow, RowOutput, StepOutput
-from ..common.messages import ChoiceTokens, Message, in_pieces
+from ..common.messages import ChoiceTokens, Message, in_pieces, nonfinite_logits
 from ..common.request import FinishReason, SampledToken, Sequence, finish_reason
 from .live import Live
 from .outbox import Outbox
@@ -32,18 +36,36 @@ class StepResults:
         self._to_router = to_router
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
+        self.num_nonfinite_rows = 0
 
     def take(self, batch: Batch, output: StepOutput) -> None:
         starts = [row.start for row in batch.rows]
         sampled = [row.samples for row in batch.rows]
         self._scheduler.observe(batch, output)
         alive = self._scheduler.complete(batch)
+        failed = {
+            row.seq.request_id for row, result in zip(batch.rows, output.rows, strict=True) if not result.is_finite
+        }
         for row, start, samples, result, here in zip(batch.rows, starts, sampled, output.rows, alive, strict=True):
+            self.num_nonfinite_rows += not result.is_finite
             if not here:
+                continue
+            if row.seq.request_id in failed:
+                self._fail(row.seq)
                 continue
             self._send_prompt_logprobs(row, start, result)
             if samples:
                 self._on_sampled(row.seq, result)
+
+    def _fail(self, seq: Sequence) -> None:
+        """End the request that the row was of, with all its choices."""
+        live = self._requests.get(seq.request_id)
+        if live is None:  # it had another row in this step
+            return
+        for one in live.sequences.values():
+            self._scheduler.blocks.unpublish(one)
+        self._to_router(live.router_id, nonfinite_logits(seq))
+        self._requests.end(live)
 
     def _send_prompt_logprobs(self, row: BatchRow, start: int, result: RowOutput) -> None:
         live = self._requests.of(row.seq)

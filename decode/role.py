@@ -312,6 +312,10 @@ class DecodeRole:
             self._to_router(reservation.router_id, failed)
 
     @property
+    def num_nonfinite_rows(self) -> int:
+        return self._results.num_nonfinite_rows
+
+    @property
     def stale_messages(self) -> int:
         return self._requests.stale_messages + self.receiver.stale_messages
 

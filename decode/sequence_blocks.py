@@ -270,6 +270,11 @@ class SequenceBlocks:
             self._pool.publish(seq.block_table[index], seq.block_hashes[index], spare=seq.is_kept_elsewhere)
         seq.num_published_blocks = num_full
 
+    def unpublish(self, seq: Sequence) -> None:
+        """Nobody finds its KV any more."""
+        for block in seq.block_table:
+            self._pool.forget(block)
+
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def begin(self, rows: list[BatchRow]) -> Batch | None:

@@ -31,6 +31,7 @@ from ..common.messages import (
     ReserveKV,
     TaskRefused,
     in_pieces,
+    nonfinite_logits,
 )
 from ..common.prefix_cache import PrefixCache
 from ..common.request import RequestSpec, Sequence
@@ -82,6 +83,7 @@ class PrefillRole:
         self.draining = False
         self.offered = True  # False: nothing new is begun; tasks go on
         self.stale_messages = 0
+        self.num_nonfinite_rows = 0
 
     # --- messages ---------------------------------------------------------------------------------------
 
@@ -172,7 +174,13 @@ class PrefillRole:
         self._shipments.cancel(message.request_id, message.attempt, "aborted by the router")
 
     def _end(self, task: Task, reason: str) -> None:
-        """Stop working on a task. Its blocks go when neither the running step nor its shipment uses them."""
+        """Stop working on a task, and shipping it."""
+        self._drop(task)
+        if task.open_id is not None:
+            self._shipping.cancel(task.open_id, reason)
+
+    def _drop(self, task: Task) -> None:
+        """Forget a task. Its blocks go when neither the running step nor its shipment uses them."""
         self._tasks.pop(task.spec.request_id, None)
         self.scheduler.remove(task.prompt)
         if self.fetches is not None:
@@ -180,8 +188,6 @@ class PrefillRole:
         task.dead = True
         if not task.stepping:
             self._give_away(task)
-        if task.open_id is not None:
-            self._shipping.cancel(task.open_id, reason)
 
     def on_source_free(self, open_id: int) -> None:
         """A shipment reads its source blocks no more (every rank said so)."""
@@ -233,12 +239,28 @@ class PrefillRole:
             if task.dead:
                 self._give_away(task)
                 continue
+            if not result.is_finite:
+                self._fail(task)
+                continue
             start = row.start
             done = self.scheduler.complete(task.prompt, row.num_scheduled_tokens)
             self._send_prompt_logprobs(task, start, result)
             if done:
                 self._finish(task, result)
         self._step_tasks = []
+
+    def _fail(self, task: Task) -> None:
+        """Logits that are no distribution end a request; others are not to find its blocks.
+
+        Its router hears it first, and closes the handoff by its Abort: the decode worker's word of a handoff that has
+        failed would have it try again.
+        """
+        self.num_nonfinite_rows += 1
+        seq = task.prompt.seq
+        self._to_router(task.router_id, nonfinite_logits(seq))
+        for block in seq.block_table:
+            self.pool.forget(block)
+        self._drop(task)
 
     def _give_away(self, task: Task) -> None:
         """The task's blocks belong to its shipment from here on, or to nobody."""

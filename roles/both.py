@@ -144,6 +144,10 @@ class BothRoles:
         return self.prefill.prefix_hits + self.decode.prefix_hits
 
     @property
+    def num_nonfinite_rows(self) -> int:
+        return self.prefill.num_nonfinite_rows + self.decode.num_nonfinite_rows
+
+    @property
     def stale_messages(self) -> int:
         return self.prefill.stale_messages + self.decode.stale_messages
 

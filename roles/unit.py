@@ -178,6 +178,7 @@ class WorkerUnit:
                 failed_fetches=self._prefill.fetches.num_failures,
                 fetched_bytes=self._prefill.fetches.num_bytes,
                 fetch_s=self._prefill.fetches.seconds,
+                nonfinite_rows=roles.num_nonfinite_rows,
             )
             return self._decode.complete_status(status)
 

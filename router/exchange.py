@@ -1,7 +1,8 @@
 """What workers say about requests: each message to the request and the attempt that it is about, or dropped.
 
     Grant ─> PrefillTask      NoCapacity ─> queue, or local prefill      TaskRefused ─> another prefill worker, or retry
-    FirstToken, StepTokens ─> relay      HandoffDone ─> decoding      HandoffFailed, WorkerFailure ─> retry
+    FirstToken, StepTokens ─> relay      HandoffDone ─> decoding      HandoffFailed ─> retry
+    WorkerFailure ─> retry, or the request's end where every worker would fail alike
 
 Only messages of the current attempt, from the sessions that take part in it, change anything. So a worker that hung,
 was given up and comes back finds its late messages fenced: its new session has no part in any attempt of before.
@@ -31,7 +32,7 @@ from .observer import Observer
 from .placer import Placer
 from .pools import Pools
 from .relay import Relay
-from .request import RequestStatus
+from .request import RequestStatus, StreamError
 from .worker_state import Worker
 
 
@@ -96,9 +97,11 @@ class Exchange:
                 self._on_first_token(live, message, now)
             case PromptLogprobs():
                 self.relay.accept_prompt_logprobs(live, message)
-            case WorkerFailure():
+            case WorkerFailure(code=""):
                 text = f"worker {worker.worker_id} failed: {message.reason}"
                 self._ledger.retry(live, Blame("worker_failure", text))
+            case WorkerFailure():  # no worker is to blame
+                self._ledger.fail(live, StreamError(message.reason, message.code, 500))
 
     # --- reservations and tasks -----------------------------------------------------------------------------
 

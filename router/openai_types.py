@@ -182,4 +182,4 @@ class Detokenized(Struct, kw_only=True):
 
 def finite(logprob: float | None) -> float:
     """A logprob as JSON can carry it."""
-    return max(logprob, _MIN_LOGPROB) if logprob is not None else _MIN_LOGPROB
+    return max(_MIN_LOGPROB, logprob) if logprob is not None else _MIN_LOGPROB

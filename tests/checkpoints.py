@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
@@ -82,6 +82,14 @@ def write_checkpoint(
     _write_tensors(path, random_tensors(family, shape), num_files)
     if tokenizer:
         write_tokenizer(path, shape.vocab_size)
+    return path
+
+
+def put_nan(path: Path, tensor: str, row: int) -> Path:
+    """Spoil one number of a checkpoint in one file, and return it."""
+    tensors = load_file(path / "model.safetensors")
+    tensors[tensor][row, 5] = math.nan
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 

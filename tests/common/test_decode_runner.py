@@ -23,7 +23,7 @@ from kvferry.common.device_sampling import DeviceSampler
 from kvferry.common.engine import Engine
 from kvferry.common.kernels import TorchKernels
 from kvferry.common.request import SamplingParams
-from kvferry.tests.checkpoints import write_checkpoint
+from kvferry.tests.checkpoints import put_nan, write_checkpoint
 from kvferry.tests.engine_driver import GREEDY, Driver, engine_config, make_engine, prompts
 
 MAX_ROWS, NUM_BLOCKS, SPARE = 8, 128, 127
@@ -239,3 +239,19 @@ def test_too_many_rows_and_chunks_are_left_to_the_engine(model_dir: Path) -> Non
     expected = Driver(make_engine(model_dir))
     assert answers.generate(seqs) == expected.generate([expected.add(seq.token_ids[:6], GREEDY) for seq in seqs])
     assert engine.runner.num_steps == 0
+
+
+def test_a_row_whose_logits_are_no_distribution_leaves_and_the_others_go_on(tmp_path: Path) -> None:
+    broken = put_nan(write_checkpoint(tmp_path, tokenizer=False), "model.embed_tokens.weight", 500)
+    engine = LookingAhead(broken)
+    driver = Driver(engine)
+    first, bad, second = (driver.add(prompt, RANDOM) for prompt in prompts([5, 16, 31], 480))
+    for seq in (first, bad, second):
+        driver.step([(seq, seq.num_tokens)])
+    bad.token_ids[-1] = 500
+    steps = [driver.step([(seq, 1) for seq in seqs]) for seqs in ((first, bad, second), (first, second))]
+    assert [[bool(tokens) for tokens in step] for step in steps] == [[True, False, True], [True, True]]
+    assert not driver.outputs[-2].rows[1].is_finite
+    other = Driver(make_engine(broken))
+    alone = other.generate([other.add(prompt, RANDOM) for prompt in prompts([5, 16, 31], 480)[::2]])
+    assert [first.output_token_ids, second.output_token_ids] == [tokens[:3] for tokens in alone]

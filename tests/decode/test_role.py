@@ -296,3 +296,37 @@ def test_blocks_that_are_copied_to_come_back_after_the_step_though_their_sequenc
     assert all(bench.pool.ref_count(target) == 1 for _, target in batch.block_copies)
     bench.complete(batch)
     assert bench.pool.num_owned_blocks == 0 and bench.role.is_quiet
+
+
+def test_logits_that_are_no_distribution_end_their_request_alone() -> None:
+    """Both choices of it, with one answer; nobody finds its blocks, and all of them are free."""
+    bench = Bench()
+    for name in ("a", "b"):
+        bench.hand_over(bench.spec(name, 8, n=2), tuple(first_token(choice, 5) for choice in range(2)))
+    batch = bench.role.schedule()
+    assert batch is not None and [row.seq.request_id for row in batch.rows] == ["a", "a", "b", "b"]
+    assert bench.pool.num_owned_blocks and list(bench.pool.published())
+    rows = [RowOutput((), is_finite=False), *[RowOutput((SampledToken(9),))] * 3]
+    bench.role.complete(batch, StepOutput(rows, 0.01, 4))
+    [failure] = [message for message in bench.sent if isinstance(message, WorkerFailure)]
+    assert (failure.request_id, failure.attempt, failure.code) == ("a", 0, "nonfinite_logits")
+    assert "token 9" in failure.reason
+    bench.check()
+    bench.run()
+    assert bench.tokens("a") == {0: [(0, 5)], 1: [(0, 5)]}, "nothing of the step"
+    assert bench.tokens("b") == {choice: [(0, 5), (1, 9), (2, 9), (3, 9)] for choice in (0, 1)}
+    assert bench.pool.num_owned_blocks == 0 and bench.role.num_nonfinite_rows == 1
+    assert bench.role.is_quiet and not isinstance(bench.sent[-1], WorkerFailure)
+
+
+def test_blocks_of_a_request_without_a_distribution_are_not_found_again() -> None:
+    bench = Bench()
+    bench.send(LocalTask(spec=bench.spec("a", 9)))
+    batch = bench.role.schedule()
+    assert batch is not None
+    bench.role.complete(batch, StepOutput([RowOutput((), is_finite=False)], 0.01, 9))
+    assert bench.last(WorkerFailure) and bench.pool.num_cached_blocks == bench.pool.num_owned_blocks == 0
+    bench.check()
+    bench.send(LocalTask(spec=bench.spec("b", 9)))
+    batch = bench.role.schedule()
+    assert batch is not None and batch.num_tokens == 9

@@ -22,6 +22,7 @@ from kvferry.common.messages import (
     PromptLogprobs,
     RegionInfo,
     TaskRefused,
+    WorkerFailure,
 )
 from kvferry.common.request import FinishReason, RequestSpec, SampledToken, SamplingParams, pack_ids
 from kvferry.prefill.role import PrefillRole
@@ -329,3 +330,42 @@ def test_a_drain_lasts_until_every_shipment_has_ended() -> None:
     assert bench.messages(FirstToken) and bench.role.num_unfinished == 1
     bench.role.router_of("a", 0)
     assert bench.role.num_unfinished == 0
+
+
+def test_logits_that_are_no_distribution_end_their_request_alone() -> None:
+    """The router hears it before the decode worker hears that the handoff is over: there is no second attempt."""
+    bench = _Bench()
+    bench.task("a", 4)
+    bench.task("b", 4, first=50)
+    batch = bench.begin()
+    assert batch is not None and [row.seq.request_id for row in batch.rows] == ["a", "b"]
+    rows = [RowOutput((), is_finite=False), RowOutput((SampledToken(9), SampledToken(9)))]
+    bench.role.complete(batch, StepOutput(rows, 0.01, 8))
+    [failure] = bench.messages(WorkerFailure)
+    assert isinstance(failure, WorkerFailure)
+    assert (failure.request_id, failure.code) == ("a", "nonfinite_logits") and not bench.shipping.cancelled
+    [first] = bench.messages(FirstToken)
+    assert isinstance(first, FirstToken) and first.request_id == "b"
+    bench.role.on_router_message("R", Abort(request_id="a", attempt=0))
+    assert list(bench.shipping.cancelled) == [1] and list(bench.shipping.finished) == [2]
+    for open_id in (1, 2):
+        bench.role.on_source_free(open_id)
+    bench.role.router_of("a", 0), bench.role.router_of("b", 0)
+    bench.role.check()
+    assert bench.role.is_quiet and bench.role.num_nonfinite_rows == 1
+    assert bench.pool.num_owned_blocks == 0 and bench.pool.num_cached_blocks == 1, "b's alone"
+
+
+def test_log_probabilities_of_a_chunk_end_a_request_before_its_last_one() -> None:
+    bench = _Bench()
+    bench.task("a", 18, prompt_logprobs=1)
+    batch = bench.begin()
+    assert batch is not None and batch.num_tokens == 8
+    bench.role.complete(batch, StepOutput([RowOutput((), is_finite=False)], 0.01, 8))
+    assert bench.messages(WorkerFailure) and not bench.messages(PromptLogprobs) and bench.begin() is None
+    bench.role.on_router_message("R", Abort(request_id="a", attempt=0))
+    bench.role.on_source_free(1)
+    bench.role.router_of("a", 0)
+    bench.role.check()
+    assert bench.role.is_quiet and bench.pool.num_free_blocks == bench.pool.num_blocks
+    assert not bench.pool.num_cached_blocks

@@ -890,3 +890,20 @@ async def test_what_is_left_when_the_drain_ends_fails() -> None:
     await fleet.dispatcher.drain(0.0)
     assert (await failure(stream)).code == "router_stopping"
     assert isinstance(d.sent[-1], Abort)
+
+
+@pytest.mark.parametrize("is_decoding", [False, True])
+async def test_an_error_that_every_worker_would_meet_is_the_last_word_and_nobodys_fault(is_decoding: bool) -> None:
+    fleet = Fleet()
+    p, d = fleet.join("p-0"), fleet.join("d-0")
+    stream, _ = fleet.decode(p, d) if is_decoding else fleet.start(p, d)
+    reason = "the logits that follow token 9 are NaN or infinite"
+    message = WorkerFailure(request_id=stream.request.request_id, attempt=0, reason=reason, code="nonfinite_logits")
+    fleet.dispatcher.on_message(d if is_decoding else p, message)
+    error = await failure(stream)
+    assert (error.code, error.status, str(error)) == ("nonfinite_logits", 500, reason)
+    for worker in [d] if is_decoding else [p, d]:
+        assert not worker.take(Abort).unless_arrived and not worker.sent
+    assert not fleet.observer.retries and not fleet.observer.num_poisoned and stream.request.attempt == 0
+    _, again = fleet.decode(p, d)  # no pair is avoided
+    assert again.spec.attempt == 0 and not fleet.dispatcher.view().avoided_pairs
