@@ -310,7 +310,7 @@ class Worker:
         self._yield_cores()
         log.info("worker_ready", worker_id=self._config.worker_id, blocks=parts.engine.num_blocks)
         if self._lifeline is not None:
-            self._lifeline.ready(worker_id=self._config.worker_id)
+            self._lifeline.ready(worker_id=self._config.worker_id, incarnation=self._incarnation)
 
     def _hello(self, parts: WorkerParts, kv_address: str) -> WorkerHello:
         engine = self._config.engine

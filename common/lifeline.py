@@ -1,7 +1,7 @@
 """A socket pair between the launcher and each child: the child reports over it, and dies when it closes.
 
     child     ready | beat | progress | failed | reloaded       ->   launcher
-    a router  pools | restart_all | load | scale | hold, too    ->   launcher
+    a router  pools | blameless | restart_all | load | scale | hold, too    ->   launcher
     launcher  reload | stderr | stopping                        ->   child
     launcher  fleet | load | drain                              ->   a router
     launcher ends, in whatever way                              ->   end of file: the child's process ends at once

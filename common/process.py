@@ -7,8 +7,8 @@
       any -> (cancelled) SIGINT, or SIGTERM where it shall drain; grace, SIGKILL -> ENDED
 
 A child that ends within seconds of its start, again and again, waits longer each time; one that had served for a
-while comes back at once. Each child leads a session of its own: Ctrl-C reaches the launcher alone, and a child's own
-children end with it. What the child does is not known here.
+while comes back at once, and so does one whose end was another's fault (`excuse`). Each child leads a session of its
+own: Ctrl-C reaches the launcher alone, and a child's own children end with it. What the child does is not known here.
 """
 
 from __future__ import annotations
@@ -90,6 +90,8 @@ class Child:
         self._process: asyncio.subprocess.Process | None = None
         self._num_failures = 0
         self._ready_at = 0.0
+        self._incarnation: object = None  # what it called this life when it was ready
+        self._hurry = asyncio.Event()  # the next life is not waited for
         self._heard_at = 0.0
         self._start_error: str | None = None
         self._drains_until: float | None = None  # asked to end, and to be started again
@@ -111,7 +113,8 @@ class Child:
                 delay_s = 0.0 if self._drains_until is not None else self._count_failure(reason)
                 self.state, self._drains_until = ChildState.WAITING, None
                 self._tell("restart", reason=reason, delay_s=delay_s)
-                await _within(delay_s, self._retired.wait())
+                if await _within(delay_s, self._hurry.wait()) and delay_s:
+                    self._num_failures -= 1
                 self.num_restarts += 1
         finally:
             self.state = ChildState.ENDED
@@ -141,9 +144,18 @@ class Child:
         """
         if not self._retired.is_set():
             self._retired.set()
+            self._hurry.set()
             if self._drains_until is None and not drains:  # else it is ending already
                 self._drains_until = self._clock.now() + self._times.drain_s
                 self._signal(signal.SIGTERM)
+
+    def excuse(self, incarnation: object) -> None:
+        """The life that called itself so ends, or has ended, because of what it was asked: the next one need not wait.
+
+        Idempotent; nothing where that life is not the last one.
+        """
+        if incarnation is not None and incarnation == self._incarnation:
+            self._hurry.set()
 
     @property
     def is_retired(self) -> bool:
@@ -210,6 +222,8 @@ class Child:
     async def _start(self, theirs: socket.socket) -> None:
         command = self._command()
         self.state, self._start_error, self._heard_at = ChildState.STARTING, None, self._clock.now()
+        self._incarnation = None
+        self._hurry.clear()
         argv, fds = [*command.argv, "--lifeline-fd", str(theirs.fileno())], [theirs.fileno(), *command.fds]
         with contextlib.ExitStack() as stack:
             if self.stderr_fd is not None:
@@ -263,6 +277,7 @@ class Child:
         self._heard_at = now
         if event["event"] == "ready":
             self.state, self._ready_at, self.ready_event = ChildState.READY, now, event
+            self._incarnation = event.get("incarnation")
             self.was_ready.set()
             self._answer(True)
         elif event["event"] == "failed":
@@ -276,6 +291,8 @@ class Child:
         self._answer(False)
         if self.state is ChildState.READY and self._clock.now() - self._ready_at >= self._times.stable_after_s:
             self._num_failures = 0
+            return 0.0
+        if self._hurry.is_set():
             return 0.0
         self._num_failures += 1
         if not self.was_ready.is_set():

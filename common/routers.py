@@ -44,8 +44,11 @@ class RouterGroup:
         on_restart_wanted: Callable[[], None] = lambda: None,
         on_wish: Callable[[str, dict[str, object]], None] = lambda name, event: None,
         on_reloaded: Callable[[str, dict[str, object]], None] = lambda name, event: None,
+        on_blameless: Callable[[str, object], None] = lambda worker_id, incarnation: None,
     ) -> None:
         """`on_restart_wanted`: an operator asked a router for a rolling restart of all.
+
+        `on_blameless`: this life of a worker ended because of a request.
 
         `on_wish`: a router reports its load, or what the fleet should be like.
 
@@ -56,6 +59,7 @@ class RouterGroup:
         self._on_restart_wanted = on_restart_wanted
         self._on_wish = on_wish
         self._on_reloaded = on_reloaded
+        self._on_blameless = on_blameless
         self._changed = asyncio.Event()
         self._http: socket.socket | None = None
         self._admin: list[socket.socket] = []  # one for each router, or none
@@ -168,6 +172,8 @@ class RouterGroup:
                 return
             case "reloaded":
                 self._on_reloaded(name, event)
+            case "blameless":
+                self._on_blameless(str(event.get("worker_id")), event.get("incarnation"))
             case "pools":
                 pass
             case _:

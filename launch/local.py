@@ -72,6 +72,7 @@ class LocalLauncher:
             on_restart_wanted=self._restart_as_wished,
             on_wish=self._wishes.on_event,
             on_reloaded=self._reload.on_event,
+            on_blameless=self._excuse,
         )
         self.workers = [self._child(plan) for plan in self._fleet.plans]
         for child in (*self.routers.children, *self.workers):
@@ -196,6 +197,11 @@ class LocalLauncher:
         child = self._child(plan)
         self.workers.append(child)
         self._back.create_task(self._keep(child, is_extra=True))
+
+    def _excuse(self, worker_id: str, incarnation: object) -> None:
+        for child in self.workers:
+            if child.name == worker_id:
+                child.excuse(incarnation)
 
     def _retire_worker(self, worker_id: str, drains: bool) -> None:
         for child in self.workers:

@@ -46,7 +46,7 @@ from .admission import Admission
 from .budget import RetryBudget
 from .classes import RequestClasses
 from .exchange import Exchange
-from .failures import Blame
+from .failures import OTHERS_FIRST_S, Blame, Life
 from .history import Kind, Record, is_named
 from .invariants import breaches
 from .isolation import Isolation
@@ -81,8 +81,11 @@ class Dispatcher:
         rng: random.Random | None = None,
         time_us: Callable[[], int] | None = None,
         predictor: Predictor | None = None,
+        on_blameless: Callable[[Life], None] = lambda life: None,
     ) -> None:
         """`rng`: for the pauses before retries; seeded with the config's seed if there is none.
+
+        `on_blameless`: a worker was lost with a request that others had been lost with.
 
         `predictor`: the one that the policy asks.
 
@@ -102,6 +105,7 @@ class Dispatcher:
             max_queue=config.max_queue,
             max_attempts=config.max_attempts,
             by_arrival=not policy.predicts,
+            on_blameless=on_blameless,
         )
         self._admission = Admission(self._ledger.queue, self._observer)
         self._isolation = Isolation(self._pools, may_prefill_locally=is_local)
@@ -221,7 +225,11 @@ class Dispatcher:
             link.send(LiveRequests(live=()))
             self._losses.on_returned((hello.worker_id, hello.incarnation))
         self._incarnations[hello.worker_id] = hello.incarnation
-        self._pools.join(link, hello, self._clock.now())
+        now = self._clock.now()
+        is_only = not self._pools.has_ready(hello.role)
+        self._pools.join(link, hello, now)
+        if is_only:
+            self._ledger.let_others_first(now + OTHERS_FIRST_S)
         self._admission.forecast.on_workers_changed()
 
     def worker_left(self, link: WorkerLink, reason: str) -> None:

@@ -12,6 +12,10 @@
 
 Losses are bounded by the deaths themselves. After two strikes the next attempt runs alone on a worker
 (`isolation.py`); a third one proves it, and the request is refused.
+
+A request with a strike is a suspect. Who is lost with a suspect is not to blame, which its launcher is told: it is
+started again without a pause. Suspects wait instead: where a worker comes back as the only one of its pool, the others
+have OTHERS_FIRST_S.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ DRAINED = "drained"
 
 STRIKES_UNTIL_ALONE = 2
 MAX_STRIKES = 3
+OTHERS_FIRST_S = 2.0  # the answers of most
 
 Life = tuple[str, int]  # a worker's id and incarnation
 

@@ -10,14 +10,14 @@ Whatever ends, everything that it holds on workers is given back first, and the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import structlog
 
 from ..common.clock import Clock
 from .budget import NOTICE_S, RetryBudget
-from .failures import DRAINED, MAX_STRIKES, WORKER_LOST, Blame
+from .failures import DRAINED, MAX_STRIKES, WORKER_LOST, Blame, Life
 from .history import History
 from .live import Live
 from .looks import Looks
@@ -51,8 +51,12 @@ class Ledger:
         max_queue: int,
         max_attempts: int,
         by_arrival: bool = False,
+        on_blameless: Callable[[Life], None] = lambda life: None,
     ) -> None:
-        """`by_arrival`: the order in which requests are served (`RequestQueue`)."""
+        """`by_arrival`: the order in which requests are served (`RequestQueue`).
+
+        `on_blameless`: a worker was lost with a suspect.
+        """
         self.queue = RequestQueue(max_queue, by_arrival=by_arrival)
         self.is_due = False  # something changed that may let a queued request go
         self.tally = Tally()
@@ -62,6 +66,7 @@ class Ledger:
         self._clock = clock
         self._observer = observer
         self._budget = budget
+        self._on_blameless = on_blameless
         self._live: dict[str, Live] = {}
         self._idle = asyncio.Event()
 
@@ -102,7 +107,7 @@ class Ledger:
         self._observer.on_retry(stage, blame.reason)
         request.num_failures += blame.is_counted
         if blame.strike is not None:
-            live.strikes.add(blame.strike)
+            self._strike(live, blame.strike)
         error = self._poison(live) or self._last_straw(live, blame)
         if error is not None:
             self.fail(live, error)
@@ -115,6 +120,21 @@ class Ledger:
         live.event_s = now
         request.advance(RequestStatus.QUEUED, now)
         self.enqueue(live)
+
+    def _strike(self, live: Live, life: Life) -> None:
+        if live.strikes - {life}:
+            self._on_blameless(life)
+        live.strikes.add(life)
+
+    def let_others_first(self, until_s: float) -> None:
+        """Suspects that are queued wait until then, if anybody else is here."""
+        if all(live.strikes for live in self):
+            return
+        for live in self:
+            if live.strikes and live.request.status is RequestStatus.QUEUED:
+                live.not_before_s = max(live.not_before_s, until_s)
+                self.queue.remove(live)
+                self.enqueue(live)
 
     def _poison(self, live: Live) -> StreamError | None:
         if len(live.strikes) < MAX_STRIKES:
@@ -153,7 +173,7 @@ class Ledger:
                 self._budget.give_back()
             live.charge, live.not_before_s, self.is_due = None, now, True
             if charge.suspect == worker.life and not worker.is_draining:
-                live.strikes.add(worker.life)
+                self._strike(live, worker.life)
                 if (error := self._poison(live)) is not None:
                     self.fail(live, error)
                 elif live.request.status is RequestStatus.QUEUED:  # from now on it may wait for a worker of its own

@@ -43,6 +43,7 @@ from .control import ControlServer, Expected
 from .credentials import RouterCredentials
 from .defaults import SamplingDefaults
 from .dispatcher import Dispatcher
+from .failures import Life
 from .generation import Api
 from .http_server import HttpServer
 from .keys import ApiKeys
@@ -126,7 +127,15 @@ async def serve_router(
         metrics = RecordingMetrics(config.served_model_name, record, classes.names)
         predictor = Predictor()
         policy = make_policy(config, predictor)
-        dispatcher = Dispatcher(config, policy, clock, metrics, time_us=wall_time_us, predictor=predictor)
+        dispatcher = Dispatcher(
+            config,
+            policy,
+            clock,
+            metrics,
+            time_us=wall_time_us,
+            predictor=predictor,
+            on_blameless=partial(_tell_blameless, lifeline),
+        )
         scaling = _scaling(config, classes, dispatcher, predictor, record, clock, lifeline)
         metrics.replicas = scaling.replicas
         app = _application(config, loaded, dispatcher, metrics, clock, credentials.clients)
@@ -178,6 +187,12 @@ async def _until_stopped(stop: Stop, control: ControlServer) -> None:
     finally:
         for task in waits:
             task.cancel()
+
+
+def _tell_blameless(lifeline: Reporter | None, life: Life) -> None:
+    if lifeline is not None:
+        worker_id, incarnation = life
+        lifeline.send({"event": "blameless", "worker_id": worker_id, "incarnation": incarnation})
 
 
 async def _report(lifeline: Reporter | None, dispatcher: Dispatcher, http: Address, control: Address) -> None:

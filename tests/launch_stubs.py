@@ -93,7 +93,7 @@ def run_worker(config: dict[str, Any], lifeline: Lifeline) -> None:
     lifeline.progress("loading", 0.5)
     answer = {"event": "reloaded", "error": "the file is gone" if fault == "no reload" else ""}
     lifeline.listen(lambda event: lifeline.send(answer) if event["event"] == "reload" else None)
-    lifeline.ready()
+    lifeline.ready(incarnation=os.getpid())
     if fault != "hang":
         beat(lifeline)
     threading.Event().wait()

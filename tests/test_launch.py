@@ -76,6 +76,9 @@ class Recorder:
     async def until_ready(self, name: str, num_times: int) -> None:
         await self.until(lambda: len(self.of(name, "ready")) == num_times)
 
+    async def until_ended(self, name: str, num_times: int) -> None:
+        await self.until(lambda: len(self.of(name, "restart")) == num_times)
+
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(WAIT_S):
             while not condition():
@@ -271,6 +274,42 @@ async def test_what_served_for_a_while_comes_back_at_once_and_a_crash_loop_waits
         os.kill(lives(tmp_path, "p-0")[-1]["pid"], signal.SIGKILL)
         await recorder.until(lambda: len(recorder.of("p-0", "ready")) == 2)
         assert recorder.of("p-0", "restart")[0]["delay_s"] == 0
+
+
+async def test_what_dies_of_a_request_is_not_waited_for(tmp_path: Path) -> None:
+    """A router says so while the launcher waits, or before it has noticed the end; of other lives it says nothing."""
+    recorder, patient = Recorder(), ChildTimes(first_backoff_s=1000.0, max_backoff_s=1e6, stable_after_s=3600.0)
+    async with running(deployment(tmp_path), recorder, patient) as launcher:
+        worker = launcher.workers[0]
+        for number in range(2, 5):
+            pid = lives(tmp_path, "p-0")[-1]["pid"]
+            os.kill(pid, signal.SIGKILL)
+            await recorder.until_ended("p-0", number - 1)
+            assert worker.state is ChildState.WAITING
+            excuse(tmp_path, "d-0", pid)
+            excuse(tmp_path, "p-0", pid + 1)
+            excuse(tmp_path, "p-0", pid)
+            await recorder.until_ready("p-0", number)
+        assert [event["delay_s"] for event in recorder.of("p-0", "restart")] == [1000.0] * 3, "none of them counts"
+        pid = lives(tmp_path, "p-0")[-1]["pid"]
+        worker.excuse(pid)
+        os.kill(pid, signal.SIGKILL)
+        await recorder.until_ready("p-0", 5)
+        assert recorder.of("p-0", "restart")[-1]["delay_s"] == 0
+        os.kill(lives(tmp_path, "p-0")[-1]["pid"], signal.SIGKILL)
+        await recorder.until_ended("p-0", 5)
+        worker.excuse(pid)  # too late: it was another life
+        worker.excuse(None)
+        assert recorder.of("p-0", "restart")[-1]["delay_s"] == 1000.0
+        assert worker.state is ChildState.WAITING
+        assert not recorder.of("d-0", "restart")
+
+
+def excuse(tmp_path: Path, worker_id: str, incarnation: int) -> None:
+    """What a router says."""
+    event = {"event": "blameless", "worker_id": worker_id, "incarnation": incarnation}
+    with (tmp_path / "wishes.jsonl").open("a") as file:
+        file.write(json.dumps(event) + "\n")
 
 
 async def test_worker_that_stops_beating_is_killed_and_started_again(tmp_path: Path) -> None:

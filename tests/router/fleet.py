@@ -194,7 +194,15 @@ class Fleet:
         )
         if self.config.policy != LeastLoaded.name:
             policy = make_policy(self.config, predictor)
-        self.dispatcher = Dispatcher(self.config, policy, self.clock, self.observer, predictor=predictor)
+        self.blameless: list[str] = []  # workers that were lost with a suspect
+        self.dispatcher = Dispatcher(
+            self.config,
+            policy,
+            self.clock,
+            self.observer,
+            predictor=predictor,
+            on_blameless=lambda life: self.blameless.append(life[0]),
+        )
         self._numbers = count(1)
         self._names = count()
         self._epochs = count(1)

@@ -353,6 +353,65 @@ def test_a_claimed_worker_that_is_lost_frees_its_claim() -> None:
     assert other.request.status is RequestStatus.QUEUED and not fleet.dispatcher.breaches()
 
 
+# --- suspects and the others ------------------------------------------------------------------------------------------
+
+
+async def test_who_is_lost_with_a_suspect_is_not_to_blame() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    stream = suspect(fleet, "a")
+    assert not fleet.blameless, "it may have been the worker's own fault"
+    for name in "bc":
+        d = fleet.join(f"d-{name}")
+        d.take(LocalTask)
+        kill(fleet, d)
+    assert fleet.blameless == ["d-b", "d-c"] and stream.request.status is RequestStatus.FAILED
+
+
+def test_who_is_lost_beside_a_suspect_or_before_it_began_is_told_nothing() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    stream = suspect(fleet, "a")
+    idle, d = fleet.join("d-0"), fleet.join("d-1")
+    loaded = idle if idle.sent else d
+    kill(fleet, d if loaded is idle else idle)
+    fleet.dispatcher.worker_left(loaded, "killed")
+    assert strikes(fleet, stream) == 2 and fleet.blameless == [loaded.worker_id]
+
+
+@pytest.mark.parametrize("num_strikes", [1, 2])
+def test_on_the_only_worker_suspects_wait_until_others_had_their_turn(num_strikes: int) -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    stream = suspect(fleet, "ab"[:num_strikes])
+    other = fleet.submit()
+    d = fleet.join("d-0")
+    served = d.take(LocalTask)
+    assert served.spec.request_id == other.request.request_id and not d.sent
+    fleet.wait(1.9, d, num_running=1)
+    assert not d.sent and stream.request.status is RequestStatus.QUEUED
+    fleet.step(d, served, tokens(0, 0, 1, "stop"))
+    fleet.wait(0.2, d)
+    assert d.take(LocalTask).spec.request_id == stream.request.request_id
+    assert not fleet.dispatcher.breaches()
+
+
+def test_suspects_wait_for_nobody_where_there_is_nobody() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    stream = suspect(fleet, "a")
+    assert fleet.join("d-0").take(LocalTask).spec.request_id == stream.request.request_id
+
+
+def test_suspects_do_not_wait_for_others_beside_a_worker_that_was_there_all_the_time() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    stream = fleet.submit()
+    lost = fleet.join("d-a")
+    lost.take(LocalTask)
+    there = fleet.join("d-0", max_num_seqs=1)
+    fleet.submit()
+    there.take(LocalTask)
+    kill(fleet, lost)
+    assert stream.request.status is RequestStatus.QUEUED, "there is no room for it"
+    assert fleet.join("d-1").take(LocalTask).spec.request_id == stream.request.request_id
+
+
 # --- drain -----------------------------------------------------------------------------------------------------------
 
 
