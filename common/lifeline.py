@@ -1,10 +1,10 @@
 """A socket pair between the launcher and each child: the child reports over it, and dies when it closes.
 
-    child     ready | beat | progress | failed | reloaded       ->   launcher
-    a router  pools | blameless | restart_all | load | scale | hold, too    ->   launcher
-    launcher  reload | stderr | stopping                        ->   child
-    launcher  fleet | load | drain                              ->   a router
-    launcher ends, in whatever way                              ->   end of file: the child's process ends at once
+    child     ready | beat | progress | failed | reloaded                     ->   launcher
+    a router  pools | blameless | restart_all | load | scale | hold, too      ->   launcher
+    launcher  reload | stderr | stopping                                      ->   child
+    launcher  fleet | load | drain                                            ->   a router
+    launcher ends, in whatever way                                            ->   end of file: the child ends at once
 
 One packet is one event, a JSON object whose "event" says what it is. A kernel closes the sockets of a process that
 got SIGKILL too, so no child outlives its launcher. Events are small and few; one that does not fit is dropped.

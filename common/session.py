@@ -80,12 +80,17 @@ class RouterSessions:
             self._loop.call_soon_threadsafe(self._flush)
 
     def _flush(self) -> None:
+        """Write what other threads have sent. What they have the loop call after it finds it written."""
         with self._outbox_lock:
             messages, self._outbox = self._outbox, []
+        channels = {}
         for router_id, message in messages:
             channel = self._channels.get(router_id)
             if channel is not None:
                 channel.send(message)
+                channels[router_id] = channel
+        for channel in channels.values():
+            channel.flush()
 
     def send_status(self) -> None:
         """A heartbeat to every router."""

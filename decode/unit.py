@@ -37,7 +37,7 @@ from ..transfer.thread import TransferThread
 from .agents import Agents
 from .role import DecodeRole
 
-_LEAVE_LIMIT_S = 0.05  # a step waits no longer for words about it to leave
+_LEAVE_LIMIT_S = 1.0  # a step waits no longer for words about it to be written: no token leaves meanwhile either
 
 log = structlog.get_logger(__name__)
 
@@ -193,7 +193,7 @@ class DecodeUnit:
             self.after_change()
 
     def _leaving(self) -> Callable[[], object]:
-        """What was sent to routers leaves on the network thread, in the order of the calls."""
+        """What was sent to routers is written on the network thread, in the order of the calls (`RouterSessions`)."""
         left = threading.Event()
         self._parts.call_soon(left.set)
         return lambda: left.wait(_LEAVE_LIMIT_S)
