@@ -86,11 +86,21 @@ class Worker:
         try:
             parts = await asyncio.to_thread(self._build)
             await self._serve(parts)
-            return await self._ended
+            code = await self._ended
+            if code == 0:
+                self._say_goodbye()
+            return code
+        except asyncio.CancelledError:
+            self._say_goodbye()
+            raise
         except KVFerryError as error:
             return _refuse(self._config, self._lifeline, error)
         finally:
             await self._close()
+
+    def _say_goodbye(self) -> None:
+        if self._sessions is not None:
+            self._sessions.say_goodbye()
 
     def _end(self, code: int) -> None:
         if not self._ended.done():

@@ -24,6 +24,7 @@ from kvferry.common.messages import (
     FetcherToLender,
     FetchFrom,
     FirstToken,
+    Goodbye,
     Grant,
     GrantId,
     GrantInfo,
@@ -194,6 +195,7 @@ def valid_messages() -> list[Message]:
             **about, decode_worker="d-0", num_bytes=1, num_blocks=1, transfer_s=0.1, exposed_s=0.1, clean=True
         ),
         WorkerFailure(**about, reason="out of memory"),
+        Goodbye(),
         KVOpen(
             **opened,
             mac=b"m",

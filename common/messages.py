@@ -160,6 +160,10 @@ class WorkerStatus(Message):
     nonfinite_rows: Count = 0  # of steps, whose logits were no distribution: their requests ended
 
 
+class Goodbye(Message):
+    """Last message of a worker that ends by itself, whatever it still has. Who ends without it was lost."""
+
+
 # --- router -> worker -------------------------------------------------------------------------------------
 
 
@@ -557,6 +561,7 @@ WorkerToRouter = (
     | StepTokens
     | TransferReport
     | WorkerFailure
+    | Goodbye
 )
 PrefillToDecode = KVOpen | KVRenew | KVClosed
 DecodeToPrefill = KVOpened | KVRefused | KVRenewed | CancelKV | KVDone

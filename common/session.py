@@ -18,7 +18,7 @@ import structlog
 from .channel import DEFAULT_MAX_FRAME_BYTES, Address, Channel, connect
 from .credentials import SharedSecret
 from .errors import ProtocolError, WorkerLost
-from .messages import Decoder, Message, Refused, RouterToWorker, WorkerHello, WorkerStatus
+from .messages import Decoder, Goodbye, Message, Refused, RouterToWorker, WorkerHello, WorkerStatus
 from .request import MAX_CHOICES
 
 ROUTER_GONE_S = 5.0
@@ -90,6 +90,13 @@ class RouterSessions:
                 channel.send(message)
                 channels[router_id] = channel
         for channel in channels.values():
+            channel.flush()
+
+    def say_goodbye(self) -> None:
+        """To every router: the end that comes is nobody's failure. `close` follows."""
+        self._flush()
+        for channel in self._channels.values():
+            channel.send(Goodbye())
             channel.flush()
 
     def send_status(self) -> None:

@@ -26,6 +26,7 @@ from ..common.messages import (
     CacheChange,
     Drain,
     FirstToken,
+    Goodbye,
     Grant,
     HandoffDone,
     HandoffFailed,
@@ -258,6 +259,9 @@ class Dispatcher:
                 if message.state == "draining":
                     self._exchange.note_drain(worker)
                 self._ledger.is_due = self._ledger.is_due or has_gained
+            case Goodbye():
+                worker.has_said_goodbye = True
+                return
             case CacheChange():
                 self._pools.prefix_index.on_change(link.number, message)
                 return

@@ -6,7 +6,7 @@
 
                               counted   charged   strike
     worker lost                 yes       no      if in its running step
-    worker drained and left      no       no        no
+    worker said goodbye          no       no        no
     no room, draining            no       no        no
     anything else               yes      yes        no
 
@@ -38,7 +38,7 @@ class Blame(NamedTuple):
 
     reason: str  # metric label
     text: str  # names the peer
-    is_counted: bool = True  # False: nobody failed, there was no room or the worker had said that it would go
+    is_counted: bool = True  # False: nobody failed, there was no room or the worker had said goodbye
     strike: Life | None = None  # the worker that was lost while it computed the request
     suspect: Life | None = None  # the worker that computed it, should the failure turn out to be its loss
 

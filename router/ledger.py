@@ -172,7 +172,7 @@ class Ledger:
             if charge.is_paid:
                 self._budget.give_back()
             live.charge, live.not_before_s, self.is_due = None, now, True
-            if charge.suspect == worker.life and not worker.is_draining:
+            if charge.suspect == worker.life and not worker.has_said_goodbye:
                 self._strike(live, worker.life)
                 if (error := self._poison(live)) is not None:
                     self.fail(live, error)

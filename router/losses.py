@@ -2,7 +2,7 @@
 
     decode worker lost     its requests go on elsewhere, from their accepted tokens
     prefill worker lost    the decode worker is asked whether the KV has arrived: it alone knows
-    it had said it drains  the same, and nobody failed
+    it had said goodbye    the same, and nobody failed: it ended by itself, when it had drained or was told to
 
 A request that was in the worker's running step gets a strike. That step ran on another machine: what is known of it
 are the tokens of the last steps and the order of the prompts. Queued, reserved, arrived and waiting for the batch, or
@@ -32,7 +32,7 @@ class Losses:
 
     def on_left(self, worker: Worker, reason: str, now_s: float) -> None:
         what = f"{worker.role} worker {worker.worker_id} lost: {reason}"
-        tell = log.debug if reason == ROUTER_STOPS else log.info if worker.is_draining else log.warning
+        tell = log.debug if reason == ROUTER_STOPS else log.info if worker.has_said_goodbye else log.warning
         tell("worker_lost", worker_id=worker.worker_id, role=worker.role, reason=reason)
         self._ledger.explain(worker)
         # All blames before the first consequence, which would change what the worker is known to have had.
@@ -55,7 +55,7 @@ class Losses:
 
 
 def _blame(live: Live, worker: Worker, what: str, now_s: float) -> Blame:
-    if worker.is_draining:
+    if worker.has_said_goodbye:
         return Blame(DRAINED, what, is_counted=False)
     return Blame(WORKER_LOST, what, strike=worker.life if was_computing(live, worker, now_s) else None)
 

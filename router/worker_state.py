@@ -52,6 +52,7 @@ class Worker:
     status: WorkerStatus | None = None
     status_s: float = 0.0  # when the heartbeat came
     is_draining: bool = False
+    has_said_goodbye: bool = False  # the end of its session is no loss
     stepped_s: float = 0.0  # when tokens came
     is_claimed: bool = False  # for a request that runs alone: it gets nothing else
     loads: dict[str, Load] = field(default_factory=dict)  # by request id, in the order of binding
@@ -94,7 +95,7 @@ class Worker:
         return (self.worker_id, self.hello.incarnation)
 
     def begin_drain(self) -> bool:
-        """Nothing new goes there, and its end is nobody's failure. False: that was known."""
+        """Nothing new goes there. False: that was known."""
         is_news, self.is_draining = not self.is_draining, True
         self.on_change(self)
         return is_news

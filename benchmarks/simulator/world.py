@@ -21,7 +21,7 @@ from kvferry.benchmarks.simulator.setup import router_config, unloaded_s, worker
 from kvferry.benchmarks.simulator.traffic import arrivals, rows_of
 from kvferry.benchmarks.simulator.worker import SimWorker
 from kvferry.common.errors import CapacityError, RequestError
-from kvferry.common.messages import Message, SetRole, WorkerHello
+from kvferry.common.messages import Goodbye, Message, SetRole, WorkerHello
 from kvferry.router.dispatcher import Dispatcher
 from kvferry.router.policies import make_policy
 from kvferry.router.predictor import Predictor
@@ -103,6 +103,7 @@ class World:
 
     def leave(self, worker: SimWorker) -> None:
         """It has drained."""
+        self.on_message(worker, Goodbye())
         self._end(worker, "drained")
         if self.launcher is not None:
             self.launcher.on_left(worker.worker_id)

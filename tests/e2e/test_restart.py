@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,6 +130,15 @@ class Site:
     def _busy(self) -> list[dict[str, Any]]:
         return [w for w in self.workers().values() if w["role"] == "decode" and w["load"]["running"]]
 
+    def num_retries(self) -> Counter[str]:
+        """By reason, of both routers."""
+        counts = Counter[str]()
+        for url in self.admin_urls:
+            for line in httpx.get(f"{url}/admin/metrics", timeout=LIMIT_S).text.splitlines():
+                if found := re.match(r'kvferry_retries_total\{.*reason="(\w+)".*\} (\S+)', line):
+                    counts[found[1]] += int(float(found[2]))
+        return counts
+
     def is_whole(self) -> bool:
         """Every router has every worker."""
         seen = [self._seen_by(url) for url in self.admin_urls]
@@ -183,20 +193,39 @@ def _long_stream(cluster: Cluster) -> Iterator[LongStream]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGSTOP], ids=["drained", "hung"])
-def test_a_stream_outlives_its_decode_worker(site: Site, number: signal.Signals) -> None:
-    """A drain's limit is shorter than the stream; one that hangs is killed, as its writes must be over."""
+@pytest.mark.parametrize(
+    ("numbers", "why", "reason"),
+    [
+        ((signal.SIGTERM,), "exit code 0", "drained"),
+        ((signal.SIGTERM, signal.SIGTERM), "exit code 0", "drained"),
+        ((signal.SIGTERM, signal.SIGKILL), "ended by SIGKILL", "worker_lost"),
+        ((signal.SIGSTOP,), "no sign of life for 3", "worker_lost"),
+    ],
+    ids=["drained", "told to end while it drains", "killed while it drains", "hung"],
+)
+def test_a_stream_outlives_its_decode_worker(
+    site: Site, numbers: tuple[signal.Signals, ...], why: str, reason: str
+) -> None:
+    """A drain's limit is shorter than the stream; one that hangs is killed, as its writes must be over.
+
+    Who ends by itself says goodbye, and nobody has failed; who dies while it drains is lost like any other.
+    """
     site.wait_until_whole()
+    before = site.num_retries()
     with _long_stream(site.cluster) as stream:
         pieces = stream.pieces()
         text = next(pieces)
         name, pid = site.decoding()
-        os.kill(pid, number)
+        first, *more = numbers
+        os.kill(pid, first)
+        for number in more:
+            wait_until(lambda: site.workers()[name]["state"] == "draining", "the drain is known")
+            os.kill(pid, number)
         text += "".join(pieces)
     assert text == site.wanted
     wait_until(lambda: not psutil.pid_exists(pid), f"the end of {name}")
-    why = "exit code 0" if number == signal.SIGTERM else "no sign of life for 3"
     assert f"{name}: {why}" in site.cluster.log.read_text()
+    assert site.num_retries() - before == {reason: 1}
 
 
 @pytest.mark.slow

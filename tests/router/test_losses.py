@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry.common.messages import Abort, LiveRequests, LocalTask, PrefillTask, ReserveKV, WorkerStatus
+from kvferry.common.messages import Abort, Goodbye, LiveRequests, LocalTask, PrefillTask, ReserveKV, WorkerStatus
 from kvferry.router.request import RequestStatus, StreamError, TokenStream
 from kvferry.tests.router.fleet import Fleet, Link, config, hello, status, text, tokens
 
@@ -17,6 +17,12 @@ async def failure(stream: TokenStream) -> StreamError:
         async for _ in stream:
             pass
     return info.value
+
+
+def leave(fleet: Fleet, link: Link) -> None:
+    """It ends by itself."""
+    fleet.dispatcher.on_message(link, Goodbye())
+    kill(fleet, link)
 
 
 def kill(fleet: Fleet, link: Link) -> None:
@@ -425,7 +431,7 @@ def test_what_runs_on_a_worker_that_drains_goes_on_elsewhere_and_nobody_has_fail
     d1 = fleet.join("d-1")
     waiting = fleet.submit()
     assert d1.take(ReserveKV).spec.request_id == waiting.request.request_id and not d0.sent
-    kill(fleet, d0)
+    leave(fleet, d0)
     assert stream.request.num_failures == 0 and strikes(fleet, stream) == 0
     assert fleet.observer.retries == {("decode", "drained"): 1} and fleet.observer.num_drains == 1
     resumed = d1.take(ReserveKV)
@@ -444,7 +450,7 @@ def test_drains_do_not_count_as_attempts_however_many_there_are() -> None:
         task = d.take(LocalTask)
         fleet.step(d, task, tokens(0, index, 1))
         fleet.beat(d, state="draining", num_running=1)
-        kill(fleet, d)
+        leave(fleet, d)
     assert stream.request.status is RequestStatus.QUEUED and stream.request.num_output_tokens == 6
     assert fleet.observer.num_drains == 6 and fleet.observer.num_exhausted == 0
 
@@ -456,13 +462,47 @@ def test_a_draining_prefill_worker_ends_without_blame_too() -> None:
     fleet.clock.advance(0.1)
     fleet.beat(p0, state="draining", num_running=1)
     p1 = fleet.join("p-1")
-    kill(fleet, p0)
+    leave(fleet, p0)
     assert d.take(Abort).unless_arrived
     fleet.failed(d, task, "peer")
     d.take(Abort)
     fleet.grant(d)
     assert p1.take(PrefillTask).spec.attempt == 1
     assert stream.request.num_failures == 0 and strikes(fleet, stream) == 0
+
+
+def test_a_worker_that_ends_at_once_as_it_was_told_has_not_failed() -> None:
+    """SIGINT: it drains nothing, and says goodbye."""
+    fleet = Fleet(config(expect_prefill=False))
+    d = fleet.join("d-0")
+    stream = fleet.submit()
+    d.take(LocalTask)
+    leave(fleet, d)
+    assert stream.request.num_failures == strikes(fleet, stream) == 0
+    assert stream.request.status is RequestStatus.QUEUED
+
+
+async def test_a_worker_that_is_killed_while_it_drains_is_lost_like_any_other() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    stream = fleet.submit()
+    for number in range(3):
+        d = fleet.join(f"d-{number}")
+        d.take(LocalTask)
+        fleet.beat(d, state="draining", num_running=1)
+        kill(fleet, d)
+        assert stream.request.num_failures == number + 1
+    assert (await failure(stream)).code == "poison_request"
+    assert fleet.blameless == ["d-1", "d-2"]
+
+
+def test_a_charge_is_taken_back_but_no_strike_given_where_the_peer_said_goodbye() -> None:
+    fleet = Fleet(config(local_prefill=False))
+    p, d = fleet.join("p-0"), fleet.join("d-0")
+    stream, task = fleet.start(p, d)
+    fleet.clock.advance(0.1)
+    fleet.failed(d, task, "peer")  # the decode worker sees its end first
+    leave(fleet, p)
+    assert strikes(fleet, stream) == 0
 
 
 # --- a worker that hung and comes back -------------------------------------------------------------------------------

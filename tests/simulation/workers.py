@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvferry.common.batch import Batch
 from kvferry.common.blocks import BlockPool
-from kvferry.common.messages import Drain, Message, WorkerHello, WorkerStatus
+from kvferry.common.messages import Drain, Goodbye, Message, WorkerHello, WorkerStatus
 from kvferry.decode.role import DecodeRole
 from kvferry.prefill.role import PrefillRole
 
@@ -182,6 +182,7 @@ class Worker:
         """A drained worker ends: what it has queued leaves first."""
         self.is_leaving = True
         for session in self.sessions:
+            session.send(Goodbye())
             session.close()
         self.world.on_left(self)
 

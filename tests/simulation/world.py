@@ -244,7 +244,7 @@ class World:
 
     def poisoned(self, worker: Worker, request_id: str) -> None:
         """The request kills the worker that computes it."""
-        self.poison[request_id] += not worker.role.draining  # the end of one that leaves is nobody's fault
+        self.poison[request_id] += 1
         if self.poison[request_id] > self.scenario.router.max_attempts:
             raise Breach("I11", f"{request_id} has killed {self.poison[request_id]} workers")
         self.kill_life(worker, 0.3)
