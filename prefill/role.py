@@ -282,9 +282,9 @@ class PrefillRole:
         if task.prompt.seq.samples:
             choices = first_tokens(task, result, eos_token_ids=self._eos_token_ids, max_model_len=self._max_model_len)
             self._to_router(task.router_id, first_token_message(task, choices, self._clock.now()))
-        if choices and all(choice.finish for choice in choices):
-            self._shipping.cancel(task.open_id, "every choice ended with its first token")
-        else:
+        # Where every choice ended with its first token nothing has to arrive. The router ends the handoff by its Abort:
+        # the decode worker's word of one that was given up might be heard before the token, and it would try again.
+        if not (choices and all(choice.finish for choice in choices)):
             self._shipping.finish(task.open_id, choices)
 
     def tick(self) -> None:

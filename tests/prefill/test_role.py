@@ -192,13 +192,15 @@ def test_a_retry_ships_from_the_prefix_cache() -> None:
     assert len(hits.local_blocks) == 4
 
 
-def test_a_choice_that_ends_with_its_first_token_says_so_and_nothing_more_is_shipped() -> None:
+def test_choices_that_all_end_with_their_first_token_need_no_arrival_and_the_router_ends_their_handoff() -> None:
     bench = _Bench()
     bench.task("a", 6)
     bench.run(token=EOS)
     [first] = bench.messages(FirstToken)
     assert isinstance(first, FirstToken) and {c.finish for c in first.choices} == {FinishReason.STOP}
-    assert 1 in bench.shipping.cancelled and not bench.shipping.finished
+    assert not bench.shipping.cancelled and not bench.shipping.finished
+    bench.role.on_router_message("R", Abort(request_id="a", attempt=0))
+    assert list(bench.shipping.cancelled) == [1]
 
 
 def test_a_resumed_prompt_is_shipped_without_a_first_token() -> None:
