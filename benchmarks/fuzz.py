@@ -22,11 +22,12 @@ from pathlib import Path
 from rich.console import Console
 
 from kvferry.benchmarks.environment import describe_environment
-from kvferry.benchmarks.fuzz_attacks import ATTACKS, Strike, run_attack
+from kvferry.benchmarks.fuzz_attacks import ATTACKS
 from kvferry.benchmarks.fuzz_bodies import fuzz_bodies
 from kvferry.benchmarks.fuzz_frames import FuzzResult, fuzz_decoders, fuzz_server
 from kvferry.benchmarks.fuzz_poller import polling
 from kvferry.benchmarks.fuzz_report import AttackResult, FuzzReport, print_fuzz, write_fuzz
+from kvferry.benchmarks.fuzz_strike import Strike, run_attack
 from kvferry.benchmarks.fuzz_target import Target, router
 from kvferry.benchmarks.report import RESULTS_DIR, report_console
 from kvferry.benchmarks.stats import Distribution, describe

@@ -14,13 +14,12 @@ import json
 import random
 import socket
 import struct
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 
-from kvferry.benchmarks.fuzz_http import Answer, NoAnswer, RawClient, get, post, read_answer
+from kvferry.benchmarks.fuzz_http import NoAnswer, RawClient, get, post, read_answer
+from kvferry.benchmarks.fuzz_strike import Attack, Strike
 from kvferry.benchmarks.fuzz_target import API_KEY
-from kvferry.common.channel import Address
+from kvferry.benchmarks.fuzz_wire import WIRE_ATTACKS
 
 NUM_LOUD = 4
 _CHAT_PATH = "/v1/chat/completions"
@@ -28,40 +27,6 @@ _PROMPT_PATH = "/v1/completions"
 _TRICKLE_S = 1.0
 _AUTH = f"authorization: Bearer {API_KEY}\r\n".encode()
 _HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + _AUTH + b"content-type: application/json\r\n"
-
-
-@dataclass(slots=True)
-class Strike:
-    """One attack under way."""
-
-    address: Address
-    num_sockets: int
-    duration_s: float
-    outcomes: Counter[str] = field(default_factory=Counter)
-    failures: list[str] = field(default_factory=list)
-
-    @property
-    def is_over(self) -> bool:
-        return asyncio.get_running_loop().time() >= self._end_s
-
-    _end_s: float = 0.0
-
-    def begin(self) -> None:
-        self._end_s = asyncio.get_running_loop().time() + self.duration_s
-
-    def note(self, answer: Answer) -> None:
-        self.outcomes[str(answer.status)] += 1
-        is_refusal = answer.status == 503 and b"overloaded" in answer.body
-        if (fault := answer.fault) is not None and not is_refusal and len(self.failures) < 5:
-            self.failures.append(fault)
-
-
-Attack = Callable[[Strike], Awaitable[None]]
-
-
-async def run_attack(attack: Attack, strike: Strike) -> None:
-    strike.begin()
-    await attack(strike)
 
 
 # --- slow ones: many sockets that do almost nothing ---------------------------------------------------------
@@ -326,4 +291,4 @@ ATTACKS: dict[str, Attack] = {
         requests_in_a_row_without_waiting,
         heads_that_are_no_http,
     )
-}
+} | WIRE_ATTACKS

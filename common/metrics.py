@@ -46,7 +46,7 @@ _CLOSED: dict[str, frozenset[str]] = {
     "code": frozenset("200 400 401 404 405 408 413 415 429 499 500 503 504".split()),
     "rejected": frozenset("queue_full objective deadline displaced late draining quota".split()),
     "resumed": frozenset({"ok", "failed", "aborted"}),
-    "slow": frozenset({"head", "body", "idle", "read"}),
+    "slow": frozenset({"head", "body", "idle", "read", "framing"}),
     "connection": frozenset({"total", "address", "evicted"}),
     "refused": frozenset("frame size seal hello flood mismatch".split()),
     "missed": frozenset("queue retry reserve prefill_wait prefill reply transfer decode failed".split()),
@@ -177,7 +177,7 @@ class RouterMetrics:
         self._exhausted = _counter("retry_budget_exhausted", "Requests failed because too much was retried already")
         self._drains = _counter("drains", "Workers that began to drain")
         self._auth_failures = _counter("auth_failures", "Requests without a right key")
-        self._slow_clients = _counter("slow_clients", "Connections cut for being slow", kind="slow")
+        self._slow_clients = _counter("slow_clients", "Connections cut: slow, or all framing", kind="slow")
         self._refused_connections = _counter("refused_connections", "Connections without room", reason="connection")
         self._refused_workers = _counter("handshake_rejects", "Workers' connections refused", kind="refused")
         self._predicted_ttft = _histogram("predicted_ttft_seconds", "As at the placement", _TTFT_BUCKETS)

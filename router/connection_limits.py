@@ -30,7 +30,7 @@ class Connection(Protocol):
 
 class ConnectionObserver(Protocol):
     def on_slow_client(self, kind: str) -> None:
-        """A client was cut for being slow. `kind`: head, body, idle, read."""
+        """A client was cut for being slow. `kind`: head, body, idle, read; framing: for bytes that carry nothing."""
         ...
 
     def on_refused_connection(self, reason: str) -> None:

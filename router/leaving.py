@@ -48,7 +48,9 @@ class Connection(DeadlineProtocol):
             self.end()
 
     def _has_unread(self) -> bool:
-        """Bytes lie in the kernel that this loop has not come to."""
+        """Bytes have come that this loop has not come to."""
+        if self.flow.is_held:
+            return True
         sock = self.transport.get_extra_info("socket")
         if sock is None or sock.fileno() < 0:
             return False

@@ -10,7 +10,8 @@
 A client is read while it is answered, so that its leaving is seen at once; that is why a second request behind one
 that is not answered yet is dropped, and the connection closed after the answer. An answer that comes before its
 request's body is whole is followed by a short time of reading on: a reset would take the answer from the client.
-Bytes that are no HTTP at all are answered in the API's error shape.
+Bytes that are no HTTP at all are answered in the API's error shape. What is received is parsed by turns, and within
+bounds for each message (`intake.py`); trailers are dropped.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from uvicorn.server import ServerState
 
 from ..common.errors import CapacityError, RequestError
 from .connection_limits import Connections
-from .errors import Failure, failure_of
+from .errors import failure_of
 from .frame import CHUNKS
+from .intake import PIECE_BYTES, HeldFlow, Intake, MessageBytes, Sink
 from .outlet import Chunks, Outlet, Turn
 
 HEAD_LIMIT_S = 5.0
 WRITE_LIMIT_S = 30.0
 LINGER_S = 2.0  # reading on after an early answer
 LINGER_BYTES = 64 * 2**20
-MAX_HEAD_BYTES = 64 * 2**10
 _STATUS_LINES = {
     400: b"HTTP/1.1 400 Bad Request",
     431: b"HTTP/1.1 431 Request Header Fields Too Large",
@@ -57,6 +58,9 @@ class DeadlineProtocol(HttpToolsProtocol):
     linger_s = LINGER_S
     books: Connections
     turn: Turn
+    intake: Intake
+    sink: Sink
+    flow: HeldFlow
 
     def __init__(
         self,
@@ -70,24 +74,27 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._wait_timer: asyncio.TimerHandle | None = None  # for a request, then for its head
         self._write_timer: asyncio.TimerHandle | None = None
         self._end_timer: asyncio.TimerHandle | None = None
-        self._head_bytes = 0
-        self._is_reading_head = False
+        self._unparsed = memoryview(b"")
+        self._message = MessageBytes()
+        self._fault: RequestError | None = None  # why the parser was stopped
         self._num_discarded: int | None = None  # None: what comes is parsed
 
     @classmethod
     def keeping(cls, books: Connections) -> type[Self]:
         """The protocol of a server whose connections are in these books."""
-        return type(cls.__name__, (cls,), {"books": books, "turn": Turn()})
+        return type(cls.__name__, (cls,), {"books": books, "turn": Turn(), "intake": Intake(), "sink": Sink()})
 
     # --- the connection ---------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = HeldFlow(transport)
         self.outlet = Outlet(transport, self.turn)
         full = self.books.open(self, self.client[0] if self.client else "")
         if full:
             whose = "from this address" if full == "address" else "to this server"
-            self._refuse(failure_of(CapacityError(f"there are too many connections {whose}", status=503)))
+            self._refuse(CapacityError(f"there are too many connections {whose}", status=503))
+            self.transport.close()
         else:
             self._await_request()
 
@@ -104,13 +111,38 @@ class DeadlineProtocol(HttpToolsProtocol):
             self._num_discarded += len(data)
             if self._num_discarded > LINGER_BYTES:
                 self.transport.abort()
+            self.sink.take(self.flow)
             return
-        super().data_received(data)
-        if self._is_reading_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                message = f"the request's head has more than {MAX_HEAD_BYTES} bytes"
-                self._refuse(failure_of(RequestError(message, code="request_head_too_large", status=431)))
+        if self._unparsed:
+            self._unparsed = memoryview(bytes(self._unparsed) + data)
+        else:
+            self._unparsed = memoryview(data)
+            self.intake.offer(self)
+
+    def parse_piece(self) -> bool:
+        piece, self._unparsed = self._unparsed[:PIECE_BYTES], self._unparsed[PIECE_BYTES:]
+        if self._is_wanted:
+            super().data_received(piece)  # type: ignore[arg-type]  # the parser takes any buffer
+        if self._is_wanted:
+            try:
+                self._message.add_piece(len(piece))
+            except RequestError as error:
+                self.books.observer.on_slow_client("framing")
+                self._stop_reading(error)
+        if not self._is_wanted:
+            self._unparsed = memoryview(b"")
+        return bool(self._unparsed)
+
+    @property
+    def _is_wanted(self) -> bool:
+        """What was received is to be parsed."""
+        return self._num_discarded is None and self.parser is not None
+
+    def hold(self) -> None:
+        self.flow.hold()
+
+    def release(self) -> None:
+        self.flow.release()
 
     def evict(self) -> None:
         """A newcomer needs the room, and nothing is under way here."""
@@ -119,7 +151,7 @@ class DeadlineProtocol(HttpToolsProtocol):
     @property
     def has_request(self) -> bool:
         """One is being read or answered."""
-        return self._is_reading_head or (self.cycle is not None and not self.cycle.response_complete)
+        return self._message.is_in_head or (self.cycle is not None and not self.cycle.response_complete)
 
     def end(self) -> None:
         """Close when everything is written; a client that goes on with a body is read a while longer."""
@@ -128,14 +160,18 @@ class DeadlineProtocol(HttpToolsProtocol):
             return
         self.outlet.flush()
         if self.cycle is not None and self.cycle.more_body:
-            self._discard()
-            self.flow.resume_reading()
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
-            self._end_timer = self.loop.call_later(self.linger_s, self.transport.abort)
+            self._linger()
         else:
             self.transport.close()
             self._end_timer = self.loop.call_later(self.write_limit_s, self.transport.abort)
+
+    def _linger(self) -> None:
+        """Say no more, and read on for a while."""
+        self._discard()
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._end_timer = self.loop.call_later(self.linger_s, self.transport.abort)
 
     def _discard(self) -> None:
         if self._num_discarded is None:
@@ -149,17 +185,29 @@ class DeadlineProtocol(HttpToolsProtocol):
             self._discard()
             raise _Unwanted
         super().on_message_begin()
-        self._head_bytes = 0
-        self._is_reading_head = True
+        self._message = MessageBytes.of_head()
         self._set_wait_timer(self.head_limit_s, "head")
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._message.is_in_head:  # else it is a trailer
+            self._message.add_header()
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
+        try:
+            self._message.end_head()
+        except RequestError as error:
+            self._fault = error
+            raise _Unwanted from error
         super().on_headers_complete()
-        self._is_reading_head = False
         self._await_nothing()
         self.books.work(self)
         self.cycle.transport = _Closer(self)  # type: ignore[assignment]
         self.scope[CHUNKS] = Chunks(self.outlet, self.flow)  # type: ignore[literal-required]
+
+    def on_body(self, body: bytes) -> None:
+        self._message.add_content(len(body))
+        super().on_body(body)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -178,18 +226,25 @@ class DeadlineProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         if self._num_discarded is None:
-            self._refuse(failure_of(RequestError("this is not HTTP/1.1", code="invalid_http")))
+            self._stop_reading(self._fault or RequestError("this is not HTTP/1.1", code="invalid_http"))
 
-    def _refuse(self, failure: Failure) -> None:
-        """Answer without the application; the connection ends."""
+    def _stop_reading(self, error: RequestError) -> None:
+        """Of a request that is not whole: what waits for the rest of it is told that the client is gone."""
+        self._refuse(error)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self._linger()
+
+    def _refuse(self, error: RequestError | CapacityError) -> None:
+        """Answer without the application. The caller ends the connection."""
+        failure = failure_of(error)
         head = [_STATUS_LINES[failure.status], b"connection: close", b"content-length: %d" % len(failure.body)]
         head += [name + b": " + value for name, value in failure.headers]
+        self._await_nothing()
         self._discard()
-        self._is_reading_head = False
         self.outlet.flush()
         self.transport.write(b"\r\n".join([*head, b"", failure.body]))
-        self.transport.close()
-        self._end_timer = self._end_timer or self.loop.call_later(self.linger_s, self.transport.abort)
 
     # --- time limits ------------------------------------------------------------------------------------------
 

@@ -6,18 +6,15 @@ import asyncio
 import json
 import socket
 import struct
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 
 import pytest
 
-from kvferry.common.channel import Address
-from kvferry.common.host import listen
 from kvferry.router.connection_limits import Connections, connections_within_file_limit
-from kvferry.router.http_server import HttpServer
 from kvferry.router.protocol import DeadlineProtocol
 
 from ..router.fakes import Script, Served, serve
+from .connections import connected, listening, read_answer
 
 GET = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"
 
@@ -34,39 +31,10 @@ class _Idle(_Quick):
         super().connection_made(transport)
 
 
-@asynccontextmanager
-async def _listening(
-    served: Served, *, total: int = 100, per_address: int = 100, protocol: type[DeadlineProtocol] = DeadlineProtocol
-) -> AsyncIterator[tuple[str, int]]:
-    sock = listen(Address("127.0.0.1", 0))
-    books = Connections(total, per_address, served.metrics)
-    async with HttpServer(served.app, protocol=protocol, books=books).serving(sock):
-        yield sock.getsockname()
-
-
-Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
-
-@asynccontextmanager
-async def _connected(address: tuple[str, int], local: str = "127.0.0.1") -> AsyncIterator[Streams]:
-    reader, writer = await asyncio.open_connection(*address, local_addr=(local, 0))
-    try:
-        yield reader, writer
-    finally:
-        writer.close()
-
-
 def _post(path: str = "/v1/completions", **fields: object) -> bytes:
     body = json.dumps({"prompt": "hi", **fields}).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     return head.encode() + body
-
-
-async def _answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
-    """Head and body of an answer of known length."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
-    return head, await reader.readexactly(length)
 
 
 def _count(served: Served, name: str) -> float:
@@ -83,13 +51,13 @@ async def test_where_every_connection_works_a_newcomer_is_told_to_come_back(
     total: int, per_address: int, reason: str
 ) -> None:
     served = serve(Script("ab", hold_at=1))
-    async with _listening(served, total=total, per_address=per_address) as address, AsyncExitStack() as stack:
+    async with listening(served, total=total, per_address=per_address) as address, AsyncExitStack() as stack:
         for _ in range(2):
-            reader, writer = await stack.enter_async_context(_connected(address))
+            reader, writer = await stack.enter_async_context(connected(address))
             writer.write(_post(stream=True))
             await reader.readuntil(b"\n\n")
-        reader, _ = await stack.enter_async_context(_connected(address))
-        head, body = await _answer(reader)
+        reader, _ = await stack.enter_async_context(connected(address))
+        head, body = await read_answer(reader)
         assert head.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1\r\n" in head and b"connection: close" in head
         error = json.loads(body)["error"]
         assert (error["code"], error["type"]) == ("overloaded", "server_error") and reason in error["message"]
@@ -99,14 +67,14 @@ async def test_where_every_connection_works_a_newcomer_is_told_to_come_back(
 
 async def test_a_newcomer_takes_the_place_of_the_one_that_has_waited_longest() -> None:
     served = serve()
-    async with _listening(served, total=2) as address, AsyncExitStack() as stack:
-        idle, idle_writer = await stack.enter_async_context(_connected(address))
-        half, half_writer = await stack.enter_async_context(_connected(address))
+    async with listening(served, total=2) as address, AsyncExitStack() as stack:
+        idle, idle_writer = await stack.enter_async_context(connected(address))
+        half, half_writer = await stack.enter_async_context(connected(address))
         half_writer.write(b"GET /live HTTP/1.1\r\n")
         for old in (idle, half):
-            reader, writer = await stack.enter_async_context(_connected(address))
+            reader, writer = await stack.enter_async_context(connected(address))
             writer.write(GET)
-            assert (await _answer(reader))[0].startswith(b"HTTP/1.1 200 ")
+            assert (await read_answer(reader))[0].startswith(b"HTTP/1.1 200 ")
             with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
                 await old.readexactly(1)
     assert _count(served, 'kvferry_refused_connections_total{reason="evicted"}') == 2
@@ -114,20 +82,20 @@ async def test_a_newcomer_takes_the_place_of_the_one_that_has_waited_longest() -
 
 async def test_one_address_that_is_full_leaves_the_others_alone() -> None:
     served = serve(Script("ab", hold_at=1))
-    async with _listening(served, per_address=1) as address, AsyncExitStack() as stack:
-        reader, writer = await stack.enter_async_context(_connected(address))
+    async with listening(served, per_address=1) as address, AsyncExitStack() as stack:
+        reader, writer = await stack.enter_async_context(connected(address))
         writer.write(_post(stream=True))
         await reader.readuntil(b"\n\n")
-        reader, writer = await stack.enter_async_context(_connected(address, "127.0.0.2"))
+        reader, writer = await stack.enter_async_context(connected(address, "127.0.0.2"))
         writer.write(GET)
-        assert (await _answer(reader))[0].startswith(b"HTTP/1.1 200 ")
+        assert (await read_answer(reader))[0].startswith(b"HTTP/1.1 200 ")
 
 
 async def test_a_connection_that_ended_makes_room() -> None:
     served = serve()
-    async with _listening(served, total=1) as address:
+    async with listening(served, total=1) as address:
         for _ in range(3):
-            async with _connected(address) as (reader, writer):
+            async with connected(address) as (reader, writer):
                 writer.write(GET.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
                 assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
     assert _count(served, "kvferry_refused_connections_total") == 0
@@ -179,7 +147,7 @@ def test_no_more_connections_are_promised_than_files_can_be_open() -> None:
 @pytest.mark.parametrize("trickle", [b"", b"\r\n"])
 async def test_a_connection_that_asks_nothing_ends_at_its_limit_whatever_it_sends(trickle: bytes) -> None:
     served = serve()
-    async with _listening(served, protocol=_Idle) as address, _connected(address) as (reader, writer):
+    async with listening(served, protocol=_Idle) as address, connected(address) as (reader, writer):
         sending = asyncio.create_task(_send_forever(writer, trickle)) if trickle else None
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
             await reader.readexactly(1)
@@ -196,7 +164,7 @@ async def _send_forever(writer: asyncio.StreamWriter, data: bytes) -> None:
 
 async def test_slow_heads_are_counted_and_closed() -> None:
     served = serve()
-    async with _listening(served, protocol=_Quick) as address, _connected(address) as (reader, writer):
+    async with listening(served, protocol=_Quick) as address, connected(address) as (reader, writer):
         writer.write(b"GET /live HTTP/1.1\r\nx-slow: ")
         assert await reader.read() == b""
     assert _count(served, 'kvferry_slow_clients_total{kind="head"}') == 1
@@ -204,9 +172,9 @@ async def test_slow_heads_are_counted_and_closed() -> None:
 
 async def test_an_answer_before_the_bodys_end_reaches_the_client_and_ends_the_connection() -> None:
     served = serve(api_keys=("k",))
-    async with _listening(served, protocol=_Quick) as address, _connected(address) as (reader, writer):
+    async with listening(served, protocol=_Quick) as address, connected(address) as (reader, writer):
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n{")
-        head, body = await _answer(reader)
+        head, body = await read_answer(reader)
         assert head.startswith(b"HTTP/1.1 401 ") and json.loads(body)["error"]["code"] == "invalid_api_key"
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
             sending = asyncio.create_task(_send_forever(writer, b" " * 1000))
@@ -216,15 +184,15 @@ async def test_an_answer_before_the_bodys_end_reaches_the_client_and_ends_the_co
 
 async def test_a_whole_body_under_the_refusal_keeps_the_connection() -> None:
     served = serve(api_keys=("k",))
-    async with _listening(served) as address, _connected(address) as (reader, writer):
+    async with listening(served) as address, connected(address) as (reader, writer):
         for _ in range(2):
             writer.write(_post())
-            assert (await _answer(reader))[0].startswith(b"HTTP/1.1 401 ")
+            assert (await read_answer(reader))[0].startswith(b"HTTP/1.1 401 ")
 
 
 async def test_a_slow_reader_of_a_whole_answer_is_cut_too() -> None:
     served = serve(Script("x" * 400, tokens_per_update=400))
-    async with _listening(served, protocol=_Quick) as address:
+    async with listening(served, protocol=_Quick) as address:
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect(address)
@@ -236,9 +204,9 @@ async def test_a_slow_reader_of_a_whole_answer_is_cut_too() -> None:
 
 
 async def test_a_head_of_too_many_bytes_is_refused_by_name() -> None:
-    async with _listening(serve()) as address, _connected(address) as (reader, writer):
+    async with listening(serve()) as address, connected(address) as (reader, writer):
         writer.write(b"GET /live HTTP/1.1\r\n" + b"x-a: " + b"a" * 30_000 + b"\r\n" + b"x-b: " + b"b" * 40_000)
-        head, body = await _answer(reader)
+        head, body = await read_answer(reader)
         assert head.startswith(b"HTTP/1.1 431 ") and json.loads(body)["error"]["code"] == "request_head_too_large"
 
 
@@ -247,7 +215,7 @@ async def test_a_head_of_too_many_bytes_is_refused_by_name() -> None:
 
 async def test_what_is_sent_behind_an_unanswered_request_is_not_taken() -> None:
     served = serve(Script("ab"))
-    async with _listening(served) as address, _connected(address) as (reader, writer):
+    async with listening(served) as address, connected(address) as (reader, writer):
         writer.write(_post(stream=True) * 50)
         answer = await reader.read()
     assert answer.count(b"HTTP/1.1 200 ") == 1 and answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
@@ -258,7 +226,7 @@ async def test_what_is_sent_behind_an_unanswered_request_is_not_taken() -> None:
 @pytest.mark.parametrize("way", ["fin", "rst"])
 async def test_a_client_that_pipelines_and_leaves_is_noticed(stream: bool, way: str) -> None:
     served = serve(Script("ab", hold_at=0))
-    async with _listening(served) as address:
+    async with listening(served) as address:
         with socket.socket() as sock:
             sock.connect(address)
             sock.sendall(_post(stream=stream) + GET)
@@ -272,13 +240,13 @@ async def test_a_client_that_pipelines_and_leaves_is_noticed(stream: bool, way: 
 @pytest.mark.parametrize("size", [1, 10, 60])
 async def test_a_client_that_leaves_within_its_body_leaves_nothing_behind(size: int) -> None:
     served = serve()
-    async with _listening(served) as address:
-        async with _connected(address) as (_, writer):
+    async with listening(served) as address:
+        async with connected(address) as (_, writer):
             writer.write(_post()[:-size])
             await writer.drain()
-        async with _connected(address) as (reader, writer):  # the server is as it was
+        async with connected(address) as (reader, writer):  # the server is as it was
             writer.write(GET)
-            assert (await _answer(reader))[0].startswith(b"HTTP/1.1 200 ")
+            assert (await read_answer(reader))[0].startswith(b"HTTP/1.1 200 ")
     assert served.dispatcher.requests == [] and served.app.state.api.body_room.num_bytes == 0
 
 
@@ -288,17 +256,17 @@ async def test_a_client_that_leaves_within_its_body_leaves_nothing_behind(size: 
      b"GET /live HTTP/9.9", b"PRI * HTTP/2.0", b"GET /%00%ff%2e%2e HTTP/1.1", b"BREW /pot HTTP/1.1"],
 )  # fmt: skip
 async def test_odd_request_lines_get_an_answer_in_the_same_shape(request_line: bytes) -> None:
-    async with _listening(serve(api_keys=("k",))) as address, _connected(address) as (reader, writer):
+    async with listening(serve(api_keys=("k",))) as address, connected(address) as (reader, writer):
         writer.write(request_line + b"\r\nhost: x\r\n\r\n")
-        head, body = await _answer(reader)
+        head, body = await read_answer(reader)
     assert head.split()[1] in (b"400", b"401", b"404", b"405")
     assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
 
 
 async def test_an_upgrade_is_answered_as_plain_http_and_then_the_connection_ends() -> None:
-    async with _listening(serve()) as address, _connected(address) as (reader, writer):
+    async with listening(serve()) as address, connected(address) as (reader, writer):
         for name in (b"h2c", b"websocket"):
-            async with _connected(address) as (reader, writer):
+            async with connected(address) as (reader, writer):
                 writer.write(GET.replace(b"\r\n\r\n", b"\r\nconnection: upgrade\r\nupgrade: " + name + b"\r\n\r\n"))
                 answer = await reader.read()
                 assert answer.startswith(b"HTTP/1.1 200 ") and b"connection: close" in answer
@@ -311,8 +279,8 @@ async def test_an_upgrade_is_answered_as_plain_http_and_then_the_connection_ends
 )  # fmt: skip
 async def test_a_body_whose_length_is_told_in_two_ways_is_refused(headers: bytes) -> None:
     served = serve()
-    async with _listening(served) as address, _connected(address) as (reader, writer):
+    async with listening(served) as address, connected(address) as (reader, writer):
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + headers + b"\r\n\r\n0\r\n\r\n")
-        head, _ = await _answer(reader)
+        head, _ = await read_answer(reader)
     assert head.startswith(b"HTTP/1.1 400 ")
     assert served.dispatcher.requests == []

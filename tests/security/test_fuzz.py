@@ -32,6 +32,7 @@ MODEL_CONFIG = {
 QUICK = [
     "slow heads", "slow bodies", "idle connections", "deep json", "wrong keys", "labels without end",
     "connections without end", "clients that leave", "requests in a row without waiting", "heads that are no http",
+    "trailers without end", "chunks of one byte",
 ]  # fmt: skip
 
 

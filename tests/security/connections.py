@@ -1,0 +1,43 @@
+"""The application behind a real socket, and clients that speak bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from kvferry.common.channel import Address
+from kvferry.common.host import listen
+from kvferry.router.connection_limits import Connections
+from kvferry.router.http_server import HttpServer
+from kvferry.router.protocol import DeadlineProtocol
+
+from ..router.fakes import Served
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@asynccontextmanager
+async def listening(
+    served: Served, *, total: int = 100, per_address: int = 100, protocol: type[DeadlineProtocol] = DeadlineProtocol
+) -> AsyncIterator[tuple[str, int]]:
+    sock = listen(Address("127.0.0.1", 0))
+    books = Connections(total, per_address, served.metrics)
+    async with HttpServer(served.app, protocol=protocol, books=books).serving(sock):
+        yield sock.getsockname()
+
+
+@asynccontextmanager
+async def connected(address: tuple[str, int], local: str = "127.0.0.1") -> AsyncIterator[Streams]:
+    reader, writer = await asyncio.open_connection(*address, local_addr=(local, 0))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def read_answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    """Head and body of an answer of known length."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
+    return head, await reader.readexactly(length)
