@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from .channel import Address
 from .clock import Clock
@@ -44,6 +45,8 @@ class RouterChild:
         times: ChildTimes | None = None,
     ) -> None:
         """`sockets`: by the flag that hands each over, asked for at each start."""
+        times = times or ChildTimes()
+        times = replace(times, hang_after_s=times.router_hang_after_s)
         self._config = config
         self._env = env
         self._program = program

@@ -6,6 +6,9 @@
     launcher  fleet | load | drain                                            ->   a router
     launcher ends, in whatever way                                            ->   end of file: the child ends at once
 
+A beat may say how long the child's event loop has not moved: `beat_with` lets the lifeline's own thread tell that, so
+that a loop that is held up is not taken for a process that hangs.
+
 One packet is one event, a JSON object whose "event" says what it is. A kernel closes the sockets of a process that
 got SIGKILL too, so no child outlives its launcher. Events are small and few; one that does not fit is dropped.
 """
@@ -15,15 +18,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import threading
 from collections.abc import Callable, Mapping
 
+from .clock import SystemClock
+
 MAX_EVENT_BYTES = 65536  # a router with a thousand workers names them all
 _LOST_EXIT_CODE = 70
 _MAX_UNHEARD = 16
 _STDERR = 2
+BEAT_S = 0.5
 
 Event = Mapping[str, object]
 
@@ -59,8 +66,10 @@ class Lifeline:
         self._on_event: Callable[[dict[str, object]], None] | None = None
         self._unheard: list[dict[str, object]] = []  # what came before anybody listened
         self._listening = threading.Lock()
+        self._lag_s: Callable[[], float] | None = None
         self._on_lost = on_lost or _end_process
-        threading.Thread(target=self._wait_for_end, name="lifeline", daemon=True).start()
+        self._clock = SystemClock()
+        threading.Thread(target=self._run, name="lifeline", daemon=True).start()
 
     @classmethod
     def from_fds(cls, fd: int | None, stderr_fd: int | None) -> Lifeline | None:
@@ -94,6 +103,10 @@ class Lifeline:
     def beat(self) -> None:
         self.send({"event": "beat"})
 
+    def beat_with(self, lag_s: Callable[[], float]) -> None:
+        """From here on the lifeline's thread beats, with what this says on that thread (seconds)."""
+        self._lag_s = lag_s
+
     def progress(self, what: str, fraction: float) -> None:
         self.send({"event": "progress", "what": what, "fraction": fraction})
 
@@ -101,11 +114,22 @@ class Lifeline:
         """The process ends because of `error`, which a restart would meet again."""
         self.send({"event": "failed", "error": error})
 
-    def _wait_for_end(self) -> None:
-        with self._sock, contextlib.suppress(OSError):
-            while packet := self._sock.recv(MAX_EVENT_BYTES):
-                self._hear(decode_event(packet))
+    def _run(self) -> None:
+        self._serve_until_lost()
         self._on_lost()
+
+    def _serve_until_lost(self) -> None:
+        with self._sock, contextlib.suppress(OSError):
+            readable = select.poll()
+            readable.register(self._sock, select.POLLIN)
+            while True:
+                due_s = self._clock.now() + BEAT_S
+                while readable.poll(max(0.0, due_s - self._clock.now()) * 1000):
+                    if not (packet := self._sock.recv(MAX_EVENT_BYTES)):
+                        return
+                    self._hear(decode_event(packet))
+                if self._lag_s is not None:
+                    self.send({"event": "beat", "lag_s": self._lag_s()})
 
     def _hear(self, event: dict[str, object] | None) -> None:
         if event is not None and event["event"] == "stderr":

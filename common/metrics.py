@@ -180,6 +180,7 @@ class RouterMetrics:
         self._slow_clients = _counter("slow_clients", "Connections cut: slow, or all framing", kind="slow")
         self._refused_connections = _counter("refused_connections", "Connections without room", reason="connection")
         self._refused_workers = _counter("handshake_rejects", "Workers' connections refused", kind="refused")
+        self._loop_lag = _histogram("event_loop_lag_seconds", "How late the router's own timer came", _GAP_BUCKETS)
         self._predicted_ttft = _histogram("predicted_ttft_seconds", "As at the placement", _TTFT_BUCKETS)
         self._predicted_tpot = _histogram("predicted_tpot_seconds", "As at the placement", _GAP_BUCKETS)
         self._ttft_error = _histogram(
@@ -291,6 +292,10 @@ class RouterMetrics:
 
     def on_slow_client(self, kind: str) -> None:
         self._slow_clients.labels(_closed("slow", kind)).inc()
+
+    def on_loop_lag(self, lag_s: float) -> None:
+        """The router's event loop came to a timer so late."""
+        self._loop_lag.observe(lag_s)
 
     def on_refused_connection(self, reason: str) -> None:
         self._refused_connections.labels(_closed("connection", reason)).inc()

@@ -1,6 +1,7 @@
 """Keeps one child process running.
 
-    start -> STARTING -> (ready) -> READY -> (exit, or no beat for `hang_after_s`: SIGKILL) -> WAITING -> start
+    start -> STARTING -> (ready) -> READY -> (exit, or hung: SIGKILL) -> WAITING -> start
+      hung: no beat for `hang_after_s`, or beats that say that its event loop has not moved for so long
       STARTING -> (failed, or three exits in a row before it was ever ready)  -> the start-up error is raised
       READY -> (`restart`) SIGTERM: it drains -> exit -> start at once
       any -> (`retire`) SIGTERM: it drains -> exit -> ENDED
@@ -50,7 +51,8 @@ class Command(NamedTuple):
 class ChildTimes:
     """How patient a launcher is (seconds)."""
 
-    hang_after_s: float = 3.0  # without a beat, once ready
+    hang_after_s: float = 3.0  # without a beat, or with a loop that stands still, once ready
+    router_hang_after_s: float = 10.0  # the same of a router: its end costs every stream that it holds
     grace_s: float = 5.0  # between SIGINT and SIGKILL
     drain_s: float = 40.0  # between SIGTERM and SIGKILL: longer than a child's own limit
     first_backoff_s: float = 0.5
@@ -93,6 +95,7 @@ class Child:
         self._incarnation: object = None  # what it called this life when it was ready
         self._hurry = asyncio.Event()  # the next life is not waited for
         self._heard_at = 0.0
+        self._lag_s = 0.0  # of its event loop, as it said last
         self._start_error: str | None = None
         self._drains_until: float | None = None  # asked to end, and to be started again
         self._comes_back: asyncio.Future[bool] | None = None  # somebody waits for the next life
@@ -221,7 +224,8 @@ class Child:
 
     async def _start(self, theirs: socket.socket) -> None:
         command = self._command()
-        self.state, self._start_error, self._heard_at = ChildState.STARTING, None, self._clock.now()
+        self.state, self._start_error = ChildState.STARTING, None
+        self._heard_at, self._lag_s = self._clock.now(), 0.0
         self._incarnation = None
         self._hurry.clear()
         argv, fds = [*command.argv, "--lifeline-fd", str(theirs.fileno())], [theirs.fileno(), *command.fds]
@@ -251,8 +255,8 @@ class Child:
                 if now - looked_at > 4 * _TICK_S:
                     self._heard_at = now  # the launcher itself was held up: silence meanwhile proves nothing
                 looked_at = now
-                if self.state is ChildState.READY and now - self._heard_at > self._times.hang_after_s:
-                    return f"no sign of life for {now - self._heard_at:.1f} s"
+                if (hung := self._hang(now)) is not None:
+                    return hung
                 if self._drains_until is not None and now > self._drains_until:
                     return f"did not end within {self._times.drain_s:g} s of SIGTERM"
         finally:
@@ -260,6 +264,15 @@ class Child:
         assert self._process is not None
         gone = await _within(self._times.hang_after_s, self._process.wait())
         return None if gone else "closed its lifeline and stayed"
+
+    def _hang(self, now: float) -> str | None:
+        if self.state is not ChildState.READY:
+            return None
+        if now - self._heard_at > self._times.hang_after_s:
+            return f"no sign of life for {now - self._heard_at:.1f} s"
+        if self._lag_s > self._times.hang_after_s:
+            return f"its event loop has stood still for {self._lag_s:.1f} s"
+        return None
 
     def _read(self, ours: socket.socket, ended: asyncio.Event) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -275,6 +288,8 @@ class Child:
         if event is None:
             return
         self._heard_at = now
+        lag_s = event.get("lag_s", 0.0)
+        self._lag_s = lag_s if isinstance(lag_s, int | float) else 0.0
         if event["event"] == "ready":
             self.state, self._ready_at, self.ready_event = ChildState.READY, now, event
             self._incarnation = event.get("incarnation")

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Protocol
 
 from uvicorn.protocols.http.flow_control import FlowControl
 
+from ..common.clock import Clock, SystemClock
 from ..common.errors import RequestError
 
 PIECE_BYTES = 4096  # of one connection before the next one's: half a millisecond at worst
@@ -49,8 +48,8 @@ class Reader(Protocol):
 class Intake:
     """Of one server. Belongs to its loop."""
 
-    def __init__(self, now: Callable[[], float] = perf_counter) -> None:
-        self._now = now
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._now = (clock or SystemClock()).now
         self._waiting: deque[Reader] = deque()
         self._spent_s = 0.0  # in this turn of the loop
         self._is_counting = False

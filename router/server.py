@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import Protocol
 
 import structlog
@@ -51,6 +50,7 @@ from .objectives import DEFAULT_CLASS
 from .policies import make_policy
 from .predictor import Predictor
 from .prompts import ServedModel
+from .pulse import Pulse
 from .quota import QuotaLimits
 from .reload import reloading
 from .scaling import Scaling
@@ -59,7 +59,6 @@ from .scaling_record import LoadRecord, RecordingMetrics
 from .shutdown import Stop, wind_down
 
 REPORT_EVERY_S = 0.1
-BEAT_TICKS = 5
 _SCALE_TICK_S = 0.25
 _GC_ALLOCATIONS = 20_000  # from one collection to the next; Python's default: 700
 
@@ -71,7 +70,7 @@ class Reporter(Protocol):
 
     def ready(self, **details: object) -> None: ...
 
-    def beat(self) -> None: ...
+    def beat_with(self, lag_s: Callable[[], float]) -> None: ...
 
     def send(self, event: Mapping[str, object]) -> None: ...
 
@@ -157,7 +156,7 @@ async def serve_router(
                 address = Address(config.host, sock.getsockname()[1])
                 on_ready()
                 log.info("router_ready", http=str(address), control=str(control_address))
-                reports = asyncio.create_task(_report(lifeline, dispatcher, address, control_address))
+                reports = asyncio.create_task(_report(lifeline, dispatcher, metrics, clock, address, control_address))
                 serving.callback(reports.cancel)
                 scales = asyncio.create_task(_scale(scaling))
                 serving.callback(scales.cancel)
@@ -195,20 +194,30 @@ def _tell_blameless(lifeline: Reporter | None, life: Life) -> None:
         lifeline.send({"event": "blameless", "worker_id": worker_id, "incarnation": incarnation})
 
 
-async def _report(lifeline: Reporter | None, dispatcher: Dispatcher, http: Address, control: Address) -> None:
-    """Beats, and who is ready whenever that changes."""
-    if lifeline is None:
-        return
-    lifeline.ready(http=str(http), control=str(control))
+async def _report(
+    lifeline: Reporter | None,
+    dispatcher: Dispatcher,
+    metrics: RouterMetrics,
+    clock: Clock,
+    http: Address,
+    control: Address,
+) -> None:
+    """That the event loop moves, how late it is, and who is ready whenever that changes."""
+    pulse = Pulse(clock)
+    if lifeline is not None:
+        lifeline.ready(http=str(http), control=str(control))
+        lifeline.beat_with(pulse.lag_s)
     told: object = None
-    for number in count():
-        if number % BEAT_TICKS == 0:
-            lifeline.beat()
+    while True:
+        pulse.moved()
+        due_s = clock.now() + REPORT_EVERY_S
         ready = {worker.worker_id: worker.hello.pid for worker in dispatcher.view().workers if worker.is_ready}
-        if (pools := {"event": "pools", "reasons": dispatcher.ready(), "workers": ready}) != told:
+        pools = {"event": "pools", "reasons": dispatcher.ready(), "workers": ready}
+        if lifeline is not None and pools != told:
             lifeline.send(pools)
             told = pools
-        await asyncio.sleep(REPORT_EVERY_S)
+        await asyncio.sleep(due_s - clock.now())
+        metrics.on_loop_lag(max(0.0, clock.now() - due_s))
 
 
 def _scaling(

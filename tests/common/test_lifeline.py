@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import signal
 import socket
 import subprocess
@@ -93,3 +94,34 @@ def test_beats_of_a_child_whose_launcher_reads_nothing_are_dropped() -> None:
 def test_what_is_no_event_is_no_event() -> None:
     for packet in (b"", b"{", b"[]", b'{"event": 3}', b'"ready"', b"\xff"):
         assert decode_event(packet) is None
+
+
+def test_the_lifelines_own_thread_beats_with_what_it_is_told_to_say() -> None:
+    ours, theirs = lifeline_pair()
+    lost = threading.Event()
+    lifeline = make_lifeline(theirs, lost)
+    lifeline.beat_with(lambda: 7.25)
+    ours.setblocking(True)
+    assert [decode_event(ours.recv(MAX_EVENT_BYTES)) for _ in range(2)] == [{"event": "beat", "lag_s": 7.25}] * 2
+    ours.close()
+    assert lost.wait(10)
+
+
+def test_a_launcher_that_talks_all_the_time_keeps_no_beat_from_coming() -> None:
+    ours, theirs = lifeline_pair()
+    lost = threading.Event()
+    make_lifeline(theirs, lost).beat_with(lambda: 0.0)
+    over = threading.Event()
+
+    def talk() -> None:
+        while not over.wait(0.01):
+            ours.send(b'{"event": "load"}')
+
+    talking = threading.Thread(target=talk)
+    talking.start()
+    assert select.select([ours], [], [], 10)[0]
+    assert decode_event(ours.recv(MAX_EVENT_BYTES)) == {"event": "beat", "lag_s": 0.0}
+    over.set()
+    talking.join()
+    ours.close()
+    assert lost.wait(10)

@@ -15,10 +15,13 @@ import httpx
 import pytest
 
 from kvferry.common.channel import Address
+from kvferry.common.children import RouterChild
+from kvferry.common.clock import SystemClock
 from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError
 from kvferry.common.exposure import check_exposure
 from kvferry.common.host import listen
+from kvferry.common.process import ChildTimes
 from kvferry.router.__main__ import main, parse_config
 from kvferry.router.credentials import RouterCredentials
 from kvferry.router.server import serve_router
@@ -49,14 +52,15 @@ class _Lifeline:
         self.details: dict[str, object] = {}
         self.events: list[dict[str, object]] = []
         self.is_ready = asyncio.Event()
-        self.has_beaten = asyncio.Event()
+        self.beats = asyncio.Event()
 
     def ready(self, **details: object) -> None:
         self.details = details
         self.is_ready.set()
 
-    def beat(self) -> None:
-        self.has_beaten.set()
+    def beat_with(self, lag_s: Callable[[], float]) -> None:
+        self.lag_s = lag_s
+        self.beats.set()
 
     def listen(self, on_event: Callable[[dict[str, object]], None]) -> None:
         pass  # this launcher says nothing
@@ -92,7 +96,12 @@ async def _running(config: RouterConfig) -> AsyncIterator[tuple[_Lifeline, async
 
 async def test_the_router_reports_where_it_listens_beats_and_ends_on_a_signal(model_dir: Path) -> None:
     async with _running(_config(model_dir)) as (lifeline, task):
-        await lifeline.has_beaten.wait()
+        await lifeline.beats.wait()
+        async with asyncio.timeout(30):
+            before_s = 0.0
+            while (lag_s := lifeline.lag_s()) >= before_s:  # it falls whenever the loop moves
+                before_s = lag_s
+                await asyncio.sleep(0.01)
         http, control = (Address.parse(str(lifeline.details[name])) for name in ("http", "control"))
         assert http.port and control.port and http.port != control.port
         async with httpx.AsyncClient(base_url=f"http://{http}") as client:
@@ -156,3 +165,57 @@ def test_the_program_says_what_is_wrong_and_exits_with_2(model_dir: Path) -> Non
     assert done.returncode == 2
     assert done.stderr.startswith("kvferry: host: 0.0.0.0 is reachable from other machines")
     assert "Traceback" not in done.stderr
+
+
+STUCK = """
+import asyncio, sys, time
+from kvferry.router import __main__ as router
+
+serve = router.serve_router
+
+async def serve_and_stand_still(*args, **kwargs):
+    asyncio.get_running_loop().call_later(0.5, time.sleep, 600)
+    return await serve(*args, **kwargs)
+
+if sys.argv[2] == "stands still":
+    router.serve_router = serve_and_stand_still
+sys.exit(router.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize("fault", ["stands still", "is stopped"])
+async def test_a_router_that_hangs_is_ended_and_started_again(model_dir: Path, fault: str) -> None:
+    config = _config(model_dir)
+    events: list[dict[str, object]] = []
+    changed = asyncio.Event()
+
+    def note(name: str, event: dict[str, object]) -> None:
+        events.append(event)
+        changed.set()
+
+    async def until(kind: str) -> dict[str, object]:
+        async with asyncio.timeout(60):
+            while not (found := [event for event in events if event["event"] == kind]):
+                changed.clear()
+                await changed.wait()
+        return found[-1]
+
+    with listen(Address("127.0.0.1", 0)) as sock:
+        router = RouterChild(
+            "router",
+            config,
+            os.environ,
+            SystemClock(),
+            note,
+            sockets=lambda: {"--http-fd": sock},
+            program=(sys.executable, "-c", STUCK, "-", fault),
+            times=ChildTimes(hang_after_s=0.1, router_hang_after_s=2.0),
+        )
+        running = asyncio.create_task(router.child.run())
+        await until("ready")
+        if fault == "is stopped":
+            os.kill(router.child.pid or 0, signal.SIGSTOP)
+        reason = str((await until("restart"))["reason"])
+        running.cancel()
+        await asyncio.wait((running,))
+    assert ("stood still for" if fault == "stands still" else "no sign of life for") in reason

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from kvferry.common.clock import FakeClock
 from kvferry.common.errors import RequestError
 from kvferry.router.intake import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, MAX_HEADERS, TURN_S, Intake, MessageBytes
 
@@ -133,12 +134,12 @@ def test_content_does_not_pay_for_trailers() -> None:
 class _Reader:
     """Its pieces take a millisecond each."""
 
-    def __init__(self, name: str, num_pieces: int, log: list[str], clock: list[float]) -> None:
+    def __init__(self, name: str, num_pieces: int, log: list[str], clock: FakeClock) -> None:
         self.name, self.num_left, self.log, self.clock = name, num_pieces, log, clock
 
     def parse_piece(self) -> bool:
         self.log.append(self.name)
-        self.clock[0] += 0.001
+        self.clock.advance(0.001)
         self.num_left -= 1
         return self.num_left > 0
 
@@ -151,8 +152,8 @@ class _Reader:
 
 async def test_connections_parse_by_turns_and_give_the_loop_back() -> None:
     log: list[str] = []
-    clock = [0.0]
-    intake = Intake(lambda: clock[0])
+    clock = FakeClock()
+    intake = Intake(clock)
     pieces_per_turn = round(TURN_S / 0.001)
     intake.offer(_Reader("a", pieces_per_turn + 2, log, clock))
     assert log == ["a"] * pieces_per_turn + ["hold a"]
@@ -165,8 +166,8 @@ async def test_connections_parse_by_turns_and_give_the_loop_back() -> None:
 
 async def test_a_flood_of_one_connection_does_not_keep_another_waiting() -> None:
     log: list[str] = []
-    clock = [0.0]
-    intake = Intake(lambda: clock[0])
+    clock = FakeClock()
+    intake = Intake(clock)
     intake.offer(_Reader("flood", 1000, log, clock))
     await asyncio.sleep(0)
     intake.offer(_Reader("small", 1, log, clock))

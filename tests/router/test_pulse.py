@@ -1,0 +1,47 @@
+"""The pulse knows how long its loop has not moved, and says once where it stands."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from structlog.testing import capture_logs
+
+from kvferry.common.clock import FakeClock
+from kvferry.router.pulse import SLOW_S, Pulse
+
+
+def test_lag_grows_until_the_loop_moves() -> None:
+    clock = FakeClock()
+    pulse = Pulse(clock)
+    clock.advance(0.25)
+    assert pulse.lag_s() == 0.25
+    pulse.moved()
+    assert pulse.lag_s() == 0
+
+
+def _held_up(pulse: Pulse, clock: FakeClock, begun: threading.Event, over: threading.Event) -> None:
+    begun.set()
+    over.wait()
+
+
+def test_a_stop_is_told_once_with_its_place() -> None:
+    clock, begun, over = FakeClock(), threading.Event(), threading.Event()
+    pulses: list[Pulse] = []
+
+    def loop() -> None:
+        pulses.append(Pulse(clock))
+        _held_up(pulses[0], clock, begun, over)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    begun.wait()
+    clock.advance(SLOW_S + 0.5)
+    with capture_logs() as logs:
+        pulses[0].lag_s()
+        pulses[0].lag_s()
+    over.set()
+    thread.join()
+    assert [line["event"] for line in logs] == ["event_loop_stands"]
+    assert logs[0]["lag_s"] == pytest.approx(SLOW_S + 0.5)
+    assert "test_pulse.py" in logs[0]["where"] and "_held_up" in logs[0]["where"]
