@@ -4,10 +4,12 @@
 
 1. frames: mutated, made-up and malicious ones through every decoder, and a share of them against a live control server;
 2. bodies: against the real router process, whose worker answers at once (fuzz_target.py);
-3. attacks, one after the other, on one router process, while another process polls /live every 10 ms.
+3. attacks, one after the other, on one router process, while another process polls /live every 10 ms and reads another
+   tenant's streams.
 
-Bars: no exception but the declared one, no 5xx, no crash, no stream that ends in silence; resident memory +5 % at most;
-/live p99 at most 50 ms during each attack. A seed gives the same frames and bodies again.
+Bars: no exception but the declared one, no 5xx, no crash, no stream that ends in silence, no other tenant's stream
+broken; resident memory +5 % at most; /live p99 at most 50 ms during each attack. A seed gives the same frames and
+bodies again.
 """
 
 from __future__ import annotations
@@ -78,10 +80,12 @@ async def _attack(target: Target, name: str, strike: Strike) -> AttackResult:
     if not target.is_alive:
         strike.failures.append(f"the router ended: {target.process.log_tail()}")
     strike.failures += target.complaints()[:5]
+    strike.failures += [f"another tenant's stream: {how}" for how in polls.broken[:5]]
     return AttackResult(
         name=name,
         live_ms=describe(polls.latencies_ms),
         num_failed_polls=polls.num_failed,
+        num_streams=polls.num_streams,
         outcomes=dict(strike.outcomes),
         failures=tuple(strike.failures),
         rss_before_bytes=before_bytes,

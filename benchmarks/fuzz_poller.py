@@ -1,26 +1,33 @@
-"""How long /live takes, seen from a process of its own: the attackers' load is not in the figure, but for the cores.
+"""What others notice of an attack, seen from a process of its own: the attackers' load is not in the figures, but for
+the cores.
 
-    python -m kvferry.benchmarks.fuzz_poller HOST PORT   polls until its standard input ends, then prints milliseconds
+    python -m kvferry.benchmarks.fuzz_poller HOST PORT   until its standard input ends; then prints what it saw
 
-A poll that is not answered within POLL_LIMIT_S counts with that time.
+/live is polled every 10 ms; a poll that is not answered within POLL_LIMIT_S counts with that time. Beside it another
+tenant reads one stream after the other: one that has not all of its tokens, or no end, is broken.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
+from kvferry.benchmarks.fuzz_target import VICTIM_KEY
 from kvferry.common.channel import Address
 
 POLL_EVERY_S = 0.01
 POLL_LIMIT_S = 5.0
+_STREAM_TOKENS = 100  # a second of the worker's steps
+_STREAM_LIMIT_S = 60.0
 _REQUEST = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
@@ -30,6 +37,8 @@ class Polls:
 
     latencies_ms: list[float] = field(default_factory=list)
     num_failed: int = 0  # refused, reset or not 200
+    num_streams: int = 0  # of the other tenant
+    broken: list[str] = field(default_factory=list)  # how those ended that did not end well
 
 
 @contextmanager
@@ -43,13 +52,35 @@ def polling(address: Address) -> Iterator[Polls]:
         child.stdout.readline()  # it has begun
         yield polls
     finally:
-        output, _ = child.communicate(timeout=30.0)
-        found = json.loads(output or b'{"latencies_ms": [], "num_failed": 1}')
-        polls.latencies_ms, polls.num_failed = found["latencies_ms"], found["num_failed"]
+        output, _ = child.communicate(timeout=2 * _STREAM_LIMIT_S)
+        for name, value in json.loads(output or b'{"num_failed": 1}').items():
+            setattr(polls, name, value)
 
 
-def poll_until_told(address: tuple[str, int]) -> Polls:
-    polls = Polls()
+def read_streams(address: tuple[str, int], polls: Polls, is_over: threading.Event) -> None:
+    """The other tenant's, until told; the last one is read to its end."""
+    body = {"prompt": "victim", "max_tokens": _STREAM_TOKENS, "ignore_eos": True, "stream": True}
+    headers = {"content-type": "application/json", "authorization": f"Bearer {VICTIM_KEY}"}
+    while not is_over.is_set():
+        connection = http.client.HTTPConnection(*address, timeout=_STREAM_LIMIT_S)
+        polls.num_streams += 1
+        try:
+            connection.request("POST", "/v1/completions", json.dumps(body), headers)
+            answer = connection.getresponse()
+            text = answer.read()
+            if (
+                answer.status != 200
+                or not text.endswith(b"data: [DONE]\n\n")
+                or b'"finish_reason":"length"' not in text
+            ):
+                polls.broken.append(f"{answer.status}: {text[-200:]!r}")
+        except (OSError, http.client.HTTPException) as error:
+            polls.broken.append(repr(error))
+        finally:
+            connection.close()
+
+
+def poll_until_told(address: tuple[str, int], polls: Polls) -> None:
     sock: socket.socket | None = None
     while not select.select([sys.stdin], [], [], POLL_EVERY_S)[0]:
         start_s = time.perf_counter()
@@ -67,7 +98,6 @@ def poll_until_told(address: tuple[str, int]) -> Polls:
             if sock is not None:
                 sock.close()
             sock = None
-    return polls
 
 
 def _read(sock: socket.socket) -> bytes:
@@ -80,8 +110,13 @@ def _read(sock: socket.socket) -> bytes:
 
 def main() -> int:
     print("begun", flush=True)
-    polls = poll_until_told((sys.argv[1], int(sys.argv[2])))
-    print(json.dumps({"latencies_ms": polls.latencies_ms, "num_failed": polls.num_failed}))
+    address, polls, is_over = (sys.argv[1], int(sys.argv[2])), Polls(), threading.Event()
+    victim = threading.Thread(target=read_streams, args=(address, polls, is_over))
+    victim.start()
+    poll_until_told(address, polls)
+    is_over.set()
+    victim.join()
+    print(json.dumps(asdict(polls)))
     return 0
 
 

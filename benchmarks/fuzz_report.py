@@ -27,6 +27,7 @@ class AttackResult:
     name: str
     live_ms: Distribution
     num_failed_polls: int
+    num_streams: int  # of another tenant; the broken ones are among the failures
     outcomes: dict[str, int]
     failures: tuple[str, ...]
     rss_before_bytes: int
@@ -102,7 +103,7 @@ def _attack_table(report: FuzzReport) -> Table:
     table = Table(
         title=f"/live under attack, ms; bar: p99 <= {MAX_LIVE_P99_MS:g} (quiet: {quiet})", title_justify="left"
     )
-    for name in ("attack", "p50", "p99", "max", "polls", "failed", "memory", "answers", "met"):
+    for name in ("attack", "p50", "p99", "max", "polls", "failed", "streams", "memory", "answers", "met"):
         table.add_column(name, justify="left" if name in ("attack", "answers") else "right")
     for attack in report.attacks:
         live = attack.live_ms
@@ -113,6 +114,7 @@ def _attack_table(report: FuzzReport) -> Table:
             milliseconds(live.max),
             str(live.count),
             str(attack.num_failed_polls),
+            str(attack.num_streams),
             f"{attack.rss_after_bytes / 2**20:.0f} MiB",
             ", ".join(f"{name}: {count:,}" for name, count in sorted(attack.outcomes.items())),
             "yes" if attack.is_met else "NO",

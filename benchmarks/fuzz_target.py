@@ -48,8 +48,9 @@ from kvferry.router.dispatcher import Dispatcher
 from kvferry.router.policies.least_loaded import LeastLoaded
 
 API_KEY = "fuzz-key"
+VICTIM_KEY = "victim-key"  # of a tenant that attacks nobody
 MODEL = "fuzz"
-_SECRET = "fuzz-secret-of-the-fabric"
+SECRET = "fuzz-secret-of-the-fabric"
 _START_S = 60.0
 _BEAT_S = 0.5
 _FREE_TOKENS = 4  # a request gets so many tokens, or as many as it insists on
@@ -112,7 +113,7 @@ def router(model_dir: Path, log_dir: Path, **settings: object) -> Iterator[Targe
         }
     )
     command = [sys.executable, "-m", "kvferry.router", "--config-json", config.model_dump_json()]
-    env = {API_KEY_VARIABLE: API_KEY, SECRET_VARIABLE: _SECRET}
+    env = {API_KEY_VARIABLE: f"{API_KEY},{VICTIM_KEY}", SECRET_VARIABLE: SECRET}
     length = str(config.max_model_len or _MODEL_LEN)
     worker = [sys.executable, "-m", "kvferry.benchmarks.fuzz_target", str(control), length]
     with running("router", command, log_dir, env) as process:
@@ -148,7 +149,7 @@ class InstantWorker:
     @classmethod
     async def join(cls, control: Address, max_model_len: int) -> InstantWorker:
         bound = max_frame_bytes(max_model_len)
-        channel = await connect(control, "d-0", secret=SharedSecret(_SECRET.encode()), max_frame_bytes=bound)
+        channel = await connect(control, "d-0", secret=SharedSecret(SECRET.encode()), max_frame_bytes=bound)
         worker = cls(channel)
         channel.send(msgspec.structs.replace(hello(), version=__version__, model=MODEL, max_model_len=max_model_len))
         worker._beat()
@@ -160,6 +161,9 @@ class InstantWorker:
         with contextlib.suppress(WorkerLost):
             await self._serve()
         beats.cancel()
+
+    def leave(self) -> None:
+        self._channel.abort()
 
     def _beat(self) -> None:
         self._seq += 1

@@ -72,19 +72,26 @@ class Tokenizer:
         )
 
     def encode(self, text: str, add_special_tokens: bool = True, *, max_tokens: int | None = None) -> list[int]:
-        """The text's ids, with what the model puts around a text (a BOS token) if `add_special_tokens`.
+        """The text's ids, as `encode_all` gives them."""
+        return self.encode_all([text], add_special_tokens, max_tokens=max_tokens)[0]
 
-        A text that cannot fit into `max_tokens` is refused by its size alone, before it is tokenized; the exact
+    def encode_all(
+        self, texts: Sequence[str], add_special_tokens: bool = True, *, max_tokens: int | None = None
+    ) -> list[list[int]]:
+        """The ids of each text, with what the model puts around a text (a BOS token) if `add_special_tokens`.
+
+        A text that cannot fit into `max_tokens` is refused by its size alone, before any is tokenized; the exact
         count is still the caller's to check.
         """
         if max_tokens is not None:
-            check_text_size(text, max_tokens)
+            for text in texts:
+                check_text_size(text, max_tokens)
         try:
             # The batch call releases the GIL, `encode` does not: other threads' streams go on meanwhile.
-            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError):
             raise RequestError("the text has a lone surrogate and is not valid Unicode") from None
-        return encoding.ids
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         detokenizer = Detokenizer(self, skip_special_tokens=skip_special_tokens)

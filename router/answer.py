@@ -194,9 +194,13 @@ class Answer:
             self.streams[position].finish_choice(update.choice)
         return (index, piece) if piece.text or piece.finish is not None or is_first else None
 
-    def abort(self) -> None:
+    def close(self) -> None:
+        """Nobody reads any more. What has not ended is aborted. Idempotent."""
+        is_cut = not self.is_finished
         for stream in self.streams:
-            stream.abort()
+            stream.listen(_ignore)  # else they would hold each other, and wait for a collection of garbage
+            if is_cut:
+                stream.abort()
 
     def _note_gap(self, index: int, now_s: float) -> bool:
         """Whether it is the choice's first update."""
@@ -205,6 +209,10 @@ class Answer:
             return True
         self._observer.on_token_gap(now_s - last_s)
         return False
+
+
+def _ignore() -> None:
+    """A change that nobody waits for."""
 
 
 def _natural(update: ChoiceUpdate) -> str | None:

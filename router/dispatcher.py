@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from functools import partial
 
 from ..common.clock import Clock
 from ..common.config import RouterConfig
@@ -144,7 +145,8 @@ class Dispatcher:
         self._last_arrival = max(self._last_arrival + 1, self._time_us() if self._time_us is not None else 0)
         request.arrival = self._last_arrival
         request.timestamps["queued"] = now
-        stream = TokenStream(request, lambda: self._on_client_left(live), lambda c: self._on_choice_ended(live, c))
+        name = request.request_id  # not the live request itself: it holds the stream, and should end with its last user
+        stream = TokenStream(request, partial(self._reader_left, name), partial(self._reader_ended, name))
         deadline = None if request.timeout_s is None else now + request.timeout_s
         live = Live(request, stream, deadline, event_s=now)
         self._exchange.relay.hold(live)
@@ -319,6 +321,14 @@ class Dispatcher:
             self._pools.predictor.on_transfer(report, path, source.hello.spec.num_layers)
 
     # --- readers ----------------------------------------------------------------------------------------------
+
+    def _reader_left(self, request_id: str) -> None:
+        if (live := self._ledger.get(request_id)) is not None:
+            self._on_client_left(live)
+
+    def _reader_ended(self, request_id: str, choice: int) -> None:
+        if (live := self._ledger.get(request_id)) is not None:
+            self._on_choice_ended(live, choice)
 
     def _on_client_left(self, live: Live) -> None:
         self._ledger.abort(live)

@@ -127,6 +127,7 @@ class Frame:
             self._observer.on_response(call.status or CLIENT_CLOSED)
             if call.allowance is not None:
                 call.allowance.leave()
+            del scope[_CALL]  # it leads back to the scope
 
     def _open(self, headers: dict[bytes, bytes], scope: Scope, send: Send) -> Call:
         request_id = secrets.token_hex(16)

@@ -131,18 +131,15 @@ class PromptReader:
             limits=limits,
         )
         # The template writes the special tokens itself.
-        return self._encode_one(text, add_special_tokens=bool(body.add_special_tokens))
+        return self._encode([text], bool(body.add_special_tokens))[0]
 
     def _decode(self, token_ids: list[int]) -> str:
         self._checked(token_ids)
         return self._tokenizer.decode(token_ids, False)
 
     def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[PromptText]:
-        return [self._encode_one(text, add_special_tokens=add_special_tokens) for text in texts]
-
-    def _encode_one(self, text: str, *, add_special_tokens: bool) -> PromptText:
-        ids = self._tokenizer.encode(text, add_special_tokens, max_tokens=self._model.max_model_len)
-        return PromptText(ids, text)
+        ids = self._tokenizer.encode_all(texts, add_special_tokens, max_tokens=self._model.max_model_len)
+        return list(map(PromptText, ids, texts))
 
     def _checked(self, ids: list[int]) -> PromptText:
         if len(ids) > self._model.max_model_len:

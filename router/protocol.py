@@ -105,6 +105,7 @@ class DeadlineProtocol(HttpToolsProtocol):
             self._end_timer.cancel()
         self.resume_writing()
         super().connection_lost(exc)
+        self.cycle = None  # type: ignore[assignment]  # it leads back here
 
     def data_received(self, data: bytes) -> None:
         if self._num_discarded is not None:

@@ -114,8 +114,7 @@ class Reply(Response):
             await self._serve(call, receive, send)
         finally:
             self._in_flight.discard(self)
-            if not self._answer.is_finished:
-                self._answer.abort()
+            self._answer.close()
             self._record(call, str(scope["path"]))
 
     async def _serve(self, call: Call, receive: Receive, send: Send) -> None:
@@ -123,21 +122,22 @@ class Reply(Response):
             await self._fail(call, send, self._ended_by)
             return
         write = self._send_stream if self._stream else self._send_whole
-        self._work = asyncio.create_task(write(call, send))
+        work = self._work = asyncio.create_task(write(call, send))
         watcher = asyncio.create_task(self._watch(receive))
         try:
-            await asyncio.wait((self._work, watcher), return_when=asyncio.FIRST_COMPLETED)
-            if not self._work.done():
-                self._work.cancel()
-                await asyncio.wait((self._work,))
-            error = self._ended_by if self._work.cancelled() else self._work.exception()
+            await asyncio.wait((work, watcher), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                work.cancel()
+                await asyncio.wait((work,))
+            error = self._ended_by if work.cancelled() else work.exception()
             if error is not None:
                 await self._fail(call, send, error)
-            elif self._work.cancelled():
+            elif work.cancelled():
                 call.status = CLIENT_CLOSED
         finally:
-            self._work.cancel()
+            work.cancel()
             watcher.cancel()
+            self._work = None  # a cancelled task holds the stack that led here
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
