@@ -31,6 +31,7 @@ PolicyName = Literal["slo", "least_loaded", "kv_cost", "round_robin"]
 Checksum = Literal["auto", "on", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "text", "json"]
+SpecialTokens = Literal["allow", "text", "refuse"]
 AutoscaleMode = Literal["off", "advise", "on"]
 
 
@@ -158,6 +159,7 @@ class RouterConfig(Settings):
     served_model_name: str
     max_model_len: PositiveInt | None = None
     chat_template: Path | None = None
+    special_tokens_in_messages: SpecialTokens = "allow"  # as what they are, as ordinary text, or not at all
     api_keys: tuple[str, ...] = ()
     api_key_file: Path | None = None  # further keys; read at start and at each reload
     secret_file: Path | None = None  # as a worker's

@@ -28,6 +28,7 @@ from .config import (
     PolicyName,
     RequestClass,
     Settings,
+    SpecialTokens,
     TransferName,
 )
 from .errors import ConfigError
@@ -149,6 +150,14 @@ class ServeSettings(Settings):
     dtype: Annotated[Dtype, Option("Model", "Type of weights; auto: the checkpoint's.", ENGINES)] = "auto"
     load_format: Annotated[LoadFormat, Option("Model", "dummy: random weights.", ENGINES)] = "auto"
     chat_template: Annotated[Path | None, Option("Model", "Jinja file instead of the model's own.", FRONTS)] = None
+    special_tokens_in_messages: Annotated[
+        SpecialTokens,
+        Option(
+            "Model",
+            "What a special token is that a message's text spells: itself, ordinary text, or a reason to refuse it.",
+            FRONTS,
+        ),
+    ] = "allow"
     seed: Annotated[int, Option("Model", "Seed of dummy weights and of requests without one.", ALL)] = 0
 
     host: Annotated[str, Option("HTTP", "Address of the API.", FRONTS)] = "127.0.0.1"

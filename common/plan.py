@@ -133,6 +133,7 @@ def plan_router(settings: ServeSettings, model_dir: Path, served_name: str) -> R
         served_model_name=served_name,
         max_model_len=settings.max_model_len,
         chat_template=settings.chat_template,
+        special_tokens_in_messages=settings.special_tokens_in_messages,
         api_keys=settings.api_key,
         api_key_file=absolute(settings.api_key_file),
         secret_file=absolute(settings.secret_file),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from .chat_template import ChatTemplate, RenderLimits, load_chat_template
 from .errors import ConfigError, RequestError
 from .model_files import check_no_code, read_json
+from .special_text import SpecialText
 from .token_bytes import DecoderRules, decoder_rules
 
 if TYPE_CHECKING:
@@ -125,6 +126,10 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
+
+    def special_text(self) -> SpecialText:
+        """What keeps special tokens in users' text apart from the template's: made anew, in up to a second."""
+        return SpecialText(self._backend)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text, after the first token; empty for an id without a token."""

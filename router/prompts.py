@@ -10,17 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from .. import __version__
 from ..common.chat_template import RenderLimits, TemplateOverrun
+from ..common.config import SpecialTokens
 from ..common.errors import RequestError
-from ..common.tokenizer import Tokenizer, check_num_bytes
+from ..common.tokenizer import Tokenizer, check_num_bytes, check_text_size
 from .answer import PromptText
 from .defaults import SamplingDefaults
+from .errors import clip
 from .messages import parse_messages
 from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, TokenizeBody
 
@@ -41,6 +43,7 @@ class ServedModel:
     vocab_size: int  # token ids below it are valid
     defaults: SamplingDefaults = SamplingDefaults()
     deterministic: bool = False
+    special_tokens: SpecialTokens = "allow"  # that the text of a message spells
 
     @property
     def fingerprint(self) -> str:
@@ -54,6 +57,7 @@ class PromptReader:
     def __init__(self, tokenizer: Tokenizer, model: ServedModel) -> None:
         self._tokenizer = tokenizer
         self._model = model
+        self._special = tokenizer.special_text() if model.special_tokens != "allow" else None
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
 
     def close(self) -> None:
@@ -117,21 +121,52 @@ class PromptReader:
             raise RequestError(
                 "continue_final_message needs an assistant message at the end", param="continue_final_message"
             )
-        return messages, self._render(body, messages, limits)
+        return messages, self._prompt(body, messages, limits)
 
-    def _render(
+    def _prompt(
         self, body: ChatBody | TokenizeBody, messages: list[dict[str, object]], limits: RenderLimits | None
     ) -> PromptText:
+        # The template writes the special tokens itself.
+        add_special_tokens = bool(body.add_special_tokens)
+        kwargs: dict[str, object] = dict(body.chat_template_kwargs or {})
+        if self._special is None or not self._spells_special(messages, kwargs):
+            return self._encode([self._render(body, messages, kwargs, limits)], add_special_tokens)[0]
+        (*hiding, kwargs), hidden = self._special.hide([*messages, kwargs])
+        text = self._render(body, hiding, kwargs, limits)
+        check_text_size(text, self._model.max_model_len)
+        ids = self._special.encode(text, hidden, add_special_tokens)
+        return PromptText(ids, self._special.shown(text, hidden))
+
+    def _spells_special(self, messages: list[dict[str, object]], kwargs: dict[str, object]) -> bool:
+        """Whether a client's text has a special token. Raises RequestError where it must not."""
+        assert self._special is not None
+        named = [
+            (f"messages[{index}].{name}", value) for index, each in enumerate(messages) for name, value in each.items()
+        ]
+        named += [(f"chat_template_kwargs.{name}", value) for name, value in kwargs.items()]
+        for name, value in named:
+            if isinstance(value, str) and (token := self._special.find(value)) is not None:
+                if self._model.special_tokens == "refuse":
+                    message = f"{name} has the special token {clip(token)}, which this server does not take in messages"
+                    raise RequestError(message, param=name, code="special_token")
+                return True
+        return False
+
+    def _render(
+        self,
+        body: ChatBody | TokenizeBody,
+        messages: Sequence[Mapping[str, object]],
+        kwargs: Mapping[str, object],
+        limits: RenderLimits | None,
+    ) -> str:
         continues = bool(body.continue_final_message)
-        text = self._tokenizer.render_chat(
+        return self._tokenizer.render_chat(
             messages,
             add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
             continue_final_message=continues,
-            template_kwargs=body.chat_template_kwargs,
+            template_kwargs=kwargs,
             limits=limits,
         )
-        # The template writes the special tokens itself.
-        return self._encode([text], bool(body.add_special_tokens))[0]
 
     def _decode(self, token_ids: list[int]) -> str:
         self._checked(token_ids)

@@ -96,6 +96,7 @@ class LoadedModel:
             vocab_size=model_config.vocab_size,
             defaults=SamplingDefaults.from_dir(config.model_dir),
             deterministic=config.deterministic,
+            special_tokens=config.special_tokens_in_messages,
         )
         return cls(model, tokenizer)
 

@@ -42,7 +42,7 @@ MAX_MODEL_LEN = 512
 VOCAB_SIZE = 260
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}{% if enable_thinking %}<think>{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}{% if enable_thinking %}<think>{% endif %}{{ date_string }}"
 )
 
 
