@@ -103,7 +103,8 @@ class ChatForm:
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
         if self._options.num_logprobs is None:
             return None
-        return chat_logprobs(piece.tokens, self._context.tokenizer, self._options.num_logprobs)
+        context, num_top = self._context, self._options.num_logprobs
+        return chat_logprobs(piece.tokens, context.tokenizer, context.token_name, num_top)
 
     def _token_ids(self, piece: Piece) -> list[int] | UnsetType:
         return [token.token_id for token in piece.tokens] if self._options.return_token_ids else UNSET

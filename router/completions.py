@@ -85,7 +85,7 @@ class CompletionForm:
             return None
         base = len(self._echoed_text(index)) if self._options.echo else 0
         offsets = [base + offset for offset in piece.offsets]
-        return completion_logprobs(piece.tokens, offsets, self._context.tokenizer, self._options.num_logprobs)
+        return completion_logprobs(piece.tokens, offsets, self._context.token_name, self._options.num_logprobs)
 
     def _echoed_text(self, index: int) -> str:
         position = index // self._context.answer.num_choices
@@ -100,7 +100,8 @@ class CompletionForm:
             return None
         prompt = self._context.answer.prompt_of(index)
         scored = self._context.answer.stream_of(index).prompt_logprobs
-        return echoed_logprobs(prompt.token_ids, scored, self._context.tokenizer, self._options.num_logprobs)
+        context, num_top = self._context, self._options.num_logprobs
+        return echoed_logprobs(prompt.token_ids, scored, context.tokenizer, context.token_name, num_top)
 
     def _prompt_ids(self, index: int) -> list[int] | UnsetType:
         return self._context.answer.prompt_of(index).token_ids if self._options.return_token_ids else UNSET

@@ -43,7 +43,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "prompt_embeds": (),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
-    "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
     "suffix": (),

@@ -11,6 +11,7 @@ from msgspec import UNSET, UnsetType
 from ..common.tokenizer import Tokenizer
 from .answer import Answer
 from .choice import Piece
+from .logprobs import Name, token_names
 from .openai_types import PromptTokensDetails, Struct, Usage
 
 
@@ -22,6 +23,7 @@ class FormOptions:
     num_prompt_logprobs: int | None = None
     echo: bool = False
     return_token_ids: bool = False
+    names_tokens_by_id: bool = False
     include_usage: bool = False  # of a stream
     continuous_usage: bool = False  # of a stream: in every chunk
 
@@ -42,6 +44,11 @@ class FormContext:
     answer: Answer
     tokenizer: Tokenizer
     options: FormOptions
+
+    @property
+    def token_name(self) -> Name:
+        """What a token is called where log probabilities are reported."""
+        return token_names(self.tokenizer, as_ids=self.options.names_tokens_by_id)
 
     def usage(self) -> Usage:
         """Of the whole call, as far as it has got."""

@@ -213,6 +213,7 @@ class Api:
             num_prompt_logprobs=body.prompt_logprobs,
             echo=bool(body.echo),
             return_token_ids=bool(body.return_token_ids),
+            names_tokens_by_id=bool(body.return_tokens_as_token_ids),
             include_usage=streamed is not None and bool(streamed.include_usage),
             continuous_usage=continuous,
         )

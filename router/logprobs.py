@@ -1,8 +1,12 @@
-"""Sampled tokens as the three forms in which the API reports log probabilities."""
+"""Sampled tokens as the three forms in which the API reports log probabilities.
+
+A token is named by its text, or by its id where the client asks for that: of a completion's `top_logprobs`, which are
+keyed by name, several tokens that read the same leave one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..common.request import SampledToken
 from ..common.tokenizer import Detokenizer, Tokenizer
@@ -16,29 +20,36 @@ from .openai_types import (
     finite,
 )
 
+Name = Callable[[int], str]
+
+
+def token_names(tokenizer: Tokenizer, *, as_ids: bool) -> Name:
+    """By its id: `token_id:123`, as vLLM writes it."""
+    return "token_id:{}".format if as_ids else tokenizer.token_text
+
 
 def completion_logprobs(
-    tokens: Sequence[SampledToken], offsets: Sequence[int], tokenizer: Tokenizer, num_top: int
+    tokens: Sequence[SampledToken], offsets: Sequence[int], name: Name, num_top: int
 ) -> CompletionLogprobs:
     """`offsets` are places in the text that the client gets."""
     return CompletionLogprobs(
         text_offset=list(offsets),
         token_logprobs=[finite(token.logprob) for token in tokens],
-        tokens=[tokenizer.token_text(token.token_id) for token in tokens],
-        top_logprobs=[_top_by_text(token, tokenizer, num_top) for token in tokens],
+        tokens=[name(token.token_id) for token in tokens],
+        top_logprobs=[_top_by_name(token, name, num_top) for token in tokens],
     )
 
 
-def _top_by_text(token: SampledToken, tokenizer: Tokenizer, num_top: int) -> dict[str, float]:
-    """The best `num_top` and the chosen one. Of tokens that read the same the best one stays."""
+def _top_by_name(token: SampledToken, name: Name, num_top: int) -> dict[str, float]:
+    """The best `num_top` and the chosen one. Of tokens with the same name the best one stays."""
     top: dict[str, float] = {}
     for token_id, logprob in (*token.top[:num_top], (token.token_id, finite(token.logprob))):
-        top.setdefault(tokenizer.token_text(token_id), finite(logprob))
+        top.setdefault(name(token_id), finite(logprob))
     return top
 
 
 def echoed_logprobs(
-    prompt_token_ids: Sequence[int], scored: Sequence[SampledToken], tokenizer: Tokenizer, num_top: int
+    prompt_token_ids: Sequence[int], scored: Sequence[SampledToken], tokenizer: Tokenizer, name: Name, num_top: int
 ) -> CompletionLogprobs:
     """The prompt's own tokens, as an echoed completion begins. The first token has nothing before it: null."""
     offsets, length = [], 0
@@ -46,11 +57,11 @@ def echoed_logprobs(
     for token_id in prompt_token_ids:
         offsets.append(length)
         length += len(detokenizer.push((token_id,)))
-    rest = completion_logprobs(scored, offsets[1:], tokenizer, num_top)
+    rest = completion_logprobs(scored, offsets[1:], name, num_top)
     return CompletionLogprobs(
         text_offset=offsets,
         token_logprobs=[None, *rest.token_logprobs],
-        tokens=[tokenizer.token_text(prompt_token_ids[0]), *rest.tokens],
+        tokens=[name(prompt_token_ids[0]), *rest.tokens],
         top_logprobs=[None, *rest.top_logprobs],
     )
 
@@ -64,18 +75,17 @@ def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionL
     )
 
 
-def chat_logprobs(tokens: Sequence[SampledToken], tokenizer: Tokenizer, num_top: int) -> ChatLogprobs:
+def chat_logprobs(tokens: Sequence[SampledToken], tokenizer: Tokenizer, name: Name, num_top: int) -> ChatLogprobs:
     content = []
     for token in tokens:
-        own = _top_logprob(token.token_id, token.logprob, tokenizer)
-        top = [_top_logprob(token_id, logprob, tokenizer) for token_id, logprob in token.top[:num_top]]
+        own = _top_logprob(token.token_id, token.logprob, tokenizer, name)
+        top = [_top_logprob(token_id, logprob, tokenizer, name) for token_id, logprob in token.top[:num_top]]
         content.append(TokenLogprob(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=top))
     return ChatLogprobs(content=content)
 
 
-def _top_logprob(token_id: int, logprob: float | None, tokenizer: Tokenizer) -> TopLogprob:
-    data = tokenizer.token_bytes(token_id)
-    return TopLogprob(token=data.decode("utf-8", "replace"), logprob=finite(logprob), bytes=list(data))
+def _top_logprob(token_id: int, logprob: float | None, tokenizer: Tokenizer, name: Name) -> TopLogprob:
+    return TopLogprob(token=name(token_id), logprob=finite(logprob), bytes=list(tokenizer.token_bytes(token_id)))
 
 
 def prompt_logprobs(scored: Sequence[SampledToken], tokenizer: Tokenizer, num_top: int) -> PromptLogprobs:

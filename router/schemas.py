@@ -59,6 +59,7 @@ class GenerationBody(BaseModel):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     prompt_logprobs: Logprobs | None = None
     add_special_tokens: bool | None = None

@@ -142,6 +142,22 @@ async def test_completion_logprobs() -> None:
     }
 
 
+async def test_tokens_that_read_the_same_are_told_apart_by_their_ids() -> None:
+    fields = {"logprobs": 20, "max_tokens": 1, "echo": True}
+    script = Script("\x7f", ends_with_eos=False)  # 20 alternatives from 127 on: all but the first are no text alone
+    by_text = (await _complete(serve(script), **fields))["choices"][0]["logprobs"]
+    assert len(by_text["top_logprobs"][-1]) == 2
+    answer = await _complete(serve(script), **fields, return_tokens_as_token_ids=True)
+    by_id = answer["choices"][0]["logprobs"]
+    assert by_id["tokens"] == ["token_id:104", "token_id:105", "token_id:127"]
+    assert by_id["top_logprobs"][-1] == {f"token_id:{127 + rank}": -0.5 - rank for rank in range(20)}
+    assert by_id["text_offset"] == by_text["text_offset"]
+    chat = await _chat(serve(script), logprobs=True, top_logprobs=2, max_tokens=1, return_tokens_as_token_ids=True)
+    (token,) = chat["choices"][0]["logprobs"]["content"]
+    assert token["token"] == "token_id:127" and token["bytes"] == [127]
+    assert [top["token"] for top in token["top_logprobs"]] == ["token_id:127", "token_id:128"]
+
+
 async def test_echoed_logprobs_begin_with_null_and_count_offsets_through() -> None:
     served = serve(Script("a", ends_with_eos=False))
     for chunks in (
