@@ -167,7 +167,7 @@ class RouterConfig(Settings):
     max_local_prefill_tokens: int = Field(0, ge=0)
     expect_prefill: bool = True  # False: no prefill pool is configured (colocated), decode workers compute prompts
     deterministic: bool = False  # as the workers: answers say so
-    max_connections: PositiveInt = 4096
+    max_connections: PositiveInt | None = None  # None: 4096, or what the limit of open files allows
     max_connections_per_address: PositiveInt = 1024  # of IPv6: per /64
     share_prefix_cache: bool = False  # between API keys
     max_concurrency_per_key: PositiveInt | None = None  # None: no limit

@@ -168,7 +168,10 @@ class ServeSettings(Settings):
     ] = None
     api_key: Annotated[Texts, Option("HTTP", "Key that clients must send; repeatable.", FRONTS)] = ()
 
-    max_connections: Annotated[Count, Option("HTTP", "Clients' connections at once.", FRONTS)] = 4096
+    max_connections: Annotated[
+        Count | None,
+        Option("HTTP", "Clients' connections at once. Default: 4096, or what open files allow.", FRONTS),
+    ] = None
     max_connections_per_address: Annotated[
         Count, Option("HTTP", "Of these, from one address (of IPv6: one /64).", FRONTS)
     ] = 1024

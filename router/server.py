@@ -37,7 +37,7 @@ from ..common.tokenizer import Tokenizer
 from .admin import Admin, build_admin
 from .app import build_app
 from .classes import RequestClasses
-from .connection_limits import Connections, connections_within_file_limit
+from .connection_limits import MAX_CONNECTIONS, Connections, room_for_connections
 from .control import ControlServer, Expected
 from .credentials import RouterCredentials
 from .defaults import SamplingDefaults
@@ -117,6 +117,9 @@ async def serve_router(
     The sockets listen already, where a launcher shares them between routers; else they are made here.
     """
     check_exposure(config, has_secret=bool(credentials.secret))
+    room = room_for_connections(config.max_connections)
+    if room < (config.max_connections or MAX_CONNECTIONS):
+        log.warning("open_files_limit", max_connections=room, usual=MAX_CONNECTIONS)
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(http_socket or listen(Address(config.host, config.port)))
         if admin_socket is None and config.admin_port is not None:
@@ -147,7 +150,8 @@ async def serve_router(
             async with contextlib.AsyncExitStack() as serving:
                 stop = serving.enter_context(Stop(config.drain_timeout_s).listening())
                 serving.enter_context(reloading(credentials, lifeline, scaling.on_launcher))
-                front = await serving.enter_async_context(HttpServer(app, books=_books(config, metrics)).serving(sock))
+                books = Connections(room, config.max_connections_per_address, metrics)
+                front = await serving.enter_async_context(HttpServer(app, books=books).serving(sock))
                 if admin_socket is not None:
                     render = partial(_render, app.state.api, metrics)
                     admin = build_admin(
@@ -253,13 +257,6 @@ async def _scale(scaling: Scaling) -> None:
 
 def _render(api: Api, metrics: RouterMetrics) -> tuple[bytes, str]:
     return metrics.render(api.backend.view(), num_in_flight=len(api.in_flight))
-
-
-def _books(config: RouterConfig, metrics: RouterMetrics) -> Connections:
-    fitting = connections_within_file_limit(config.max_connections)
-    if fitting < config.max_connections:
-        log.warning("open_files_limit", max_connections=fitting, asked=config.max_connections)
-    return Connections(fitting, config.max_connections_per_address, metrics)
 
 
 def _application(

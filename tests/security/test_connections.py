@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from kvferry.router.connection_limits import Connections, connections_within_file_limit
+from kvferry.router.connection_limits import Connections
 from kvferry.router.protocol import DeadlineProtocol
 
 from ..router.fakes import Script, Served, serve
@@ -134,11 +134,6 @@ def test_the_books_forget_what_has_ended() -> None:
         books.close(connection)
         books.close(connection)
     assert len(books) == 0 and not books._num_from and not books._waiting and not books._waiting_from
-
-
-def test_no_more_connections_are_promised_than_files_can_be_open() -> None:
-    assert connections_within_file_limit(8) == 8
-    assert 1 <= connections_within_file_limit(10**9) < 10**9
 
 
 # --- slow ones --------------------------------------------------------------------------------------------
