@@ -167,6 +167,8 @@ class RouterConfig(Settings):
     max_local_prefill_tokens: int = Field(0, ge=0)
     expect_prefill: bool = True  # False: no prefill pool is configured (colocated), decode workers compute prompts
     deterministic: bool = False  # as the workers: answers say so
+    allowed_hosts: tuple[str, ...] = ()  # names of a server without keys, besides its addresses
+    allowed_origins: tuple[str, ...] = ()  # web pages that may ask; *: all, with keys only
     max_connections: PositiveInt | None = None  # None: 4096, or what the limit of open files allows
     max_connections_per_address: PositiveInt = 1024  # of IPv6: per /64
     share_prefix_cache: bool = False  # between API keys
@@ -190,6 +192,10 @@ class RouterConfig(Settings):
     seed: int = 0
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"  # text on a terminal, else JSON
+
+    @property
+    def needs_api_keys(self) -> bool:
+        return bool(self.api_keys) or self.api_key_file is not None
 
 
 def environment() -> dict[str, str]:

@@ -9,10 +9,15 @@ from .errors import ConfigError
 
 def check_exposure(config: RouterConfig, *, has_secret: bool) -> None:
     """Refuse a router that other machines reach without proving anything. Raises ConfigError."""
-    if not (config.api_keys or config.api_key_file) and not _is_loopback(config.host):
+    if not config.needs_api_keys and not _is_loopback(config.host):
         raise ConfigError(
             f"host: {config.host} is reachable from other machines and no API key is set; "
             "set --api-key-file (or KVFERRY_API_KEY), or listen on 127.0.0.1"
+        )
+    if "*" in config.allowed_origins and not config.needs_api_keys:
+        raise ConfigError(
+            "allowed_origins: * lets every web page ask a server that needs no key; "
+            "name the origins, or set --api-key-file"
         )
     has_admin_keys = bool(config.admin_keys or config.admin_key_file)
     if config.admin_port is not None and not has_admin_keys and not _is_loopback(config.admin_host):

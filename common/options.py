@@ -100,6 +100,13 @@ def _check_windows(texts: tuple[str, ...]) -> tuple[str, ...]:
     return texts
 
 
+def _check_origins(texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in texts:
+        if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
+            raise ValueError(f"{text} is no origin: scheme://host, with the port if there is one, and no path; or *")
+    return texts
+
+
 Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Classes = Annotated[tuple[RequestClass, ...], BeforeValidator(parse_classes)]
@@ -167,6 +174,14 @@ class ServeSettings(Settings):
         Option("HTTP", "File of keys that clients must send (kvferry keys); read again on a reload.", FRONTS),
     ] = None
     api_key: Annotated[Texts, Option("HTTP", "Key that clients must send; repeatable.", FRONTS)] = ()
+    allowed_hosts: Annotated[
+        Texts,
+        Option("HTTP", "Name by which clients reach a server without keys, as through a proxy; repeatable.", FRONTS),
+    ] = ()
+    allowed_origins: Annotated[
+        Annotated[Texts, AfterValidator(_check_origins)],
+        Option("HTTP", "Origin of web pages that may ask; *: any, with API keys. Repeatable. Default: none.", FRONTS),
+    ] = ()
 
     max_connections: Annotated[
         Count | None,

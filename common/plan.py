@@ -147,6 +147,8 @@ def plan_router(settings: ServeSettings, model_dir: Path, served_name: str) -> R
         classes=settings.classes,
         explain=settings.explain,
         deterministic=settings.deterministic,
+        allowed_hosts=settings.allowed_hosts,
+        allowed_origins=settings.allowed_origins,
         max_connections=settings.max_connections,
         max_connections_per_address=settings.max_connections_per_address,
         max_concurrency_per_key=settings.max_concurrency_per_key,

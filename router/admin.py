@@ -14,7 +14,6 @@ web page in a browser of this machine is kept out by what browsers send: an Orig
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +28,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..common.errors import KVFerryError, RequestError
 from .errors import clip, failure_of, unknown_path
-from .frame import send_failure
+from .frame import check_head, send_failure
 from .history import KINDS, MAX_RECENT, Kind
+from .hosts import is_of_this_machine
 from .keys import ApiKeys
 from .views import PoolView, WorkerView
 
@@ -83,23 +83,14 @@ class _Guard:
             return
         headers = dict(scope["headers"])
         try:
+            check_head(scope, headers)
             if self._keys.are_needed:
                 self._keys.check(headers.get(b"authorization", b""))
-            elif b"origin" in headers or not _is_ip(headers.get(b"host", b"")):
+            elif b"origin" in headers or not is_of_this_machine(headers.get(b"host", b"")):
                 raise RequestError("not for browsers: set --admin-key", code="forbidden", status=403)
             await self._app(scope, receive, send)
         except KVFerryError as error:
             await send_failure(send, failure_of(error))
-
-
-def _is_ip(host: bytes) -> bool:
-    """A name may be one that a web page's owner points at this machine."""
-    name = host.decode("latin-1").rpartition(":")[0] or host.decode("latin-1")
-    try:
-        ipaddress.ip_address(name.strip("[]"))
-    except ValueError:
-        return name == "localhost"
-    return True
 
 
 @dataclass(slots=True, frozen=True)

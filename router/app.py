@@ -24,15 +24,27 @@ from ..common.metrics import RouterMetrics
 from ..common.tokenizer import Tokenizer
 from .body import MAX_BODY_BYTES
 from .classes import RequestClasses
+from .cors import Cors
 from .errors import failure_of, unknown_path
 from .frame import Frame
 from .generation import Api, Backend
+from .hosts import HostNames
 from .keys import ApiKeys
 from .openai_types import Detokenized, Model, ModelList, PoolCounts, Struct, Tokenized
 from .prompts import PromptReader, ServedModel
 from .quota import QuotaLimits, Quotas
 from .reply import Reply
 from .schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+
+_PATHS = msgspec.json.encode(
+    {
+        "server": "kvferry",
+        "paths": [
+            "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/live", "/ready",
+            "/health", "/metrics", "/version", "/openapi.json",
+        ],
+    }
+)  # fmt: skip
 
 
 def build_app(
@@ -48,11 +60,16 @@ def build_app(
     share_prefix_cache: bool = False,
     classes: RequestClasses | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    allowed_hosts: tuple[str, ...] = (),
+    allowed_origins: tuple[str, ...] = (),
 ) -> FastAPI:
     """The application; `app.state.api` is the `Api` behind it. `clock` is the dispatcher's.
 
     `keys`: without them nobody needs one. `seed` makes the seeds drawn for clients that give none repeatable.
     `share_prefix_cache` lets tenants find each other's prefixes.
+
+    Where no keys are needed, and where `allowed_hosts` are given, a request must name one of those, an address or
+    localhost.
     """
     clock = clock or SystemClock()
     api = Api(
@@ -72,7 +89,16 @@ def build_app(
     app.state.api = api
     routes = _Routes(api, metrics)
     shortcuts = {"/v1/completions": routes.completions, "/v1/chat/completions": routes.chat_completions}
-    app.add_middleware(Frame, keys=keys or ApiKeys(), clock=clock, observer=metrics, shortcuts=shortcuts)
+    keys = keys or ApiKeys()
+    app.add_middleware(
+        Frame,
+        keys=keys,
+        clock=clock,
+        observer=metrics,
+        shortcuts=shortcuts,
+        hosts=HostNames(allowed_hosts) if allowed_hosts or not keys.are_needed else None,
+        cors=Cors(allowed_origins),
+    )
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_routes(app, routes)
     return app
@@ -125,6 +151,10 @@ class _Routes:
             body = await self._api.body(request, held, DetokenizeBody)
             return _json(Detokenized(prompt=await self._api.prompts.decode(body.tokens)))
 
+    async def root(self) -> Response:
+        """What there is."""
+        return Response(_PATHS, media_type="application/json")
+
     async def live(self) -> Response:
         """The process answers."""
         return Response(b'{"status":"live"}', media_type="application/json")
@@ -154,6 +184,7 @@ def _add_routes(app: FastAPI, routes: _Routes) -> None:
     app.add_api_route("/tokenize", routes.tokenize, methods=["POST"], openapi_extra=_takes(TokenizeBody))
     app.add_api_route("/detokenize", routes.detokenize, methods=["POST"], openapi_extra=_takes(DetokenizeBody))
     for path, endpoint in (
+        ("/", routes.root),
         ("/v1/models", routes.models),
         ("/v1/models/{name:path}", routes.model),
         ("/live", routes.live),

@@ -66,7 +66,7 @@ def failure_of(error: BaseException) -> Failure:
     match error:
         case RequestError():
             kind = _TYPES.get(error.status, error.kind) if error.kind == "invalid_request_error" else error.kind
-            close = error.status in (408, 413)
+            close = error.status in (408, 413, 505)
             return Failure(error.status, str(error), kind, error.param, error.code, close=close)
         case CapacityError():
             kind, code = ("rate_limit_error", "rate_limit_exceeded")

@@ -1,4 +1,6 @@
-"""Around every HTTP request: its id, its key, its errors, its count.
+"""Around every HTTP request: its head, its id, its key, its errors, its count.
+
+    head is sound ─> preflight of a web page? ─> `_admit`: by path, a key or a right name for this server ─> endpoint
 
 The id inside is minted here. A client's X-Request-Id is only echoed and logged, cleaned: it keys nothing. Where keys
 are set, every path but the health probes needs one, unknown paths included, before the body is read.
@@ -21,7 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..common.clock import Clock
 from ..common.errors import CapacityError, RequestError
 from .body import ClientGone
+from .cors import Cors, Headers
 from .errors import Failure, failure_of
+from .hosts import HostNames
 from .keys import ApiKeys
 from .objectives import DEFAULT_CLASS
 from .outlet import Chunks
@@ -32,6 +36,7 @@ OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
 CLIENT_CLOSED = 499  # for counts and logs: no one is there to read a status
 CHUNKS = "kvferry.chunks"  # where the server lends its own way, in the scope
 _CALL = "kvferry.call"
+_ONCE = (b"host", b"authorization", b"content-type", b"content-encoding", b"origin")
 _NOT_IN_AN_ID = re.compile(rb"[^A-Za-z0-9._:/+=@-]+")
 
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]  # its answer is an application
@@ -50,6 +55,7 @@ class Call:
     send: Send
     write: WritePart  # a part of a stream
     chunks: Chunks | None = None  # the server's own way for them, where it lends one
+    headers: Mapping[bytes, bytes] = field(default_factory=dict)  # by name in lower case
     tenant: bytes = b""  # whose key it came with; empty: there are no keys
     allowance: Allowance | None = None  # what it holds of the tenant's quota
     num_body_bytes: int = 0
@@ -63,6 +69,20 @@ def call_of(scope: Scope) -> Call:
     call = scope[_CALL]
     assert isinstance(call, Call)
     return call
+
+
+def check_head(scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+    """What a server must not guess about: which version of HTTP this is, for whom, from whom."""
+    version = scope.get("http_version", "1.1")
+    if version not in ("1.0", "1.1"):
+        raise RequestError(f"HTTP/{version} is not spoken here", code="unsupported_http_version", status=505)
+    if b"host" not in headers and version == "1.1":
+        raise RequestError("the request names no Host", code="invalid_http")
+    if len(headers) < len(scope["headers"]):  # some name more than once
+        names = [name for name, _ in scope["headers"]]
+        for name in _ONCE:
+            if names.count(name) > 1:
+                raise RequestError(f"the request has more than one {name.decode()}", code="invalid_http")
 
 
 class ResponseObserver(Protocol):
@@ -92,9 +112,16 @@ class Frame:
         clock: Clock,
         observer: ResponseObserver,
         shortcuts: Mapping[str, Endpoint] = MappingProxyType({}),
+        hosts: HostNames | None = None,
+        cors: Cors | None = None,
     ) -> None:
-        """`shortcuts`: paths whose POST is called here, past the framework's routing: those that are called all day."""
+        """`shortcuts`: paths whose POST is called here, past the framework's routing: those that are called all day.
+
+        `hosts`: the names of this server, where a request must have one of them. `cors`: what web pages may do.
+        """
         self._app = app
+        self._hosts = hosts
+        self._cors = cors or Cors()
         self._shortcuts = shortcuts
         self._keys = keys
         self._clock = clock
@@ -114,11 +141,15 @@ class Frame:
             await send(message)
 
         try:
-            if scope["path"] not in OPEN_PATHS:
-                call.tenant = self._keys.check(headers.get(b"authorization", b""))
-            endpoint = self._shortcuts.get(scope["path"]) if scope["method"] == "POST" else None
-            answer = self._app if endpoint is None else await endpoint(Request(scope, receive))
-            await answer(scope, receive, send_framed)
+            check_head(scope, headers)
+            preflight = self._cors.preflight(scope["method"], headers)
+            if preflight is not None:
+                await _send_preflight(send_framed, preflight)
+            else:
+                self._admit(call, scope["path"])
+                endpoint = self._shortcuts.get(scope["path"]) if scope["method"] == "POST" else None
+                answer = self._app if endpoint is None else await endpoint(Request(scope, receive))
+                await answer(scope, receive, send_framed)
         except ClientGone:
             call.status = CLIENT_CLOSED
         except Exception as error:
@@ -129,16 +160,25 @@ class Frame:
                 call.allowance.leave()
             del scope[_CALL]  # it leads back to the scope
 
+    def _admit(self, call: Call, path: str) -> None:
+        """The one place that says what a path needs. Raises RequestError (401, 403)."""
+        if path not in OPEN_PATHS:
+            if self._hosts is not None:
+                self._hosts.check(call.headers.get(b"host", b""))
+            call.tenant = self._keys.check(call.headers.get(b"authorization", b""))
+
     def _open(self, headers: dict[bytes, bytes], scope: Scope, send: Send) -> Call:
         request_id = secrets.token_hex(16)
         shown = _NOT_IN_AN_ID.sub(b"", headers.get(b"x-request-id", b"")[:1024])[:128].decode()
         chunks: Chunks | None = scope.get(CHUNKS)
         write: WritePart = partial(send_part, send) if chunks is None else chunks.send
-        return Call(request_id, shown or request_id, self._clock.now(), send, write, chunks)
+        return Call(request_id, shown or request_id, self._clock.now(), send, write, chunks, headers)
 
     def _headers(self, call: Call) -> list[tuple[bytes, bytes]]:
         elapsed_ms = int((self._clock.now() - call.started_s) * 1000)
         headers = [(b"x-request-id", call.shown_id.encode()), (b"openai-processing-ms", b"%d" % elapsed_ms)]
+        if b"origin" in call.headers:
+            headers += self._cors.headers(call.headers)
         return headers if call.allowance is None else headers + call.allowance.headers
 
     async def _refuse(self, call: Call, error: Exception, send: Send) -> None:
@@ -164,6 +204,11 @@ class Frame:
 
 async def send_part(send: Send, part: bytes) -> None:
     await send({"type": "http.response.body", "body": part, "more_body": True})
+
+
+async def _send_preflight(send: Send, headers: Headers) -> None:
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def send_failure(send: Send, failure: Failure) -> None:

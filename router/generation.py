@@ -21,7 +21,7 @@ from ..common.errors import RequestError
 from ..common.request import SamplingParams
 from ..common.tokenizer import Tokenizer
 from .answer import Answer, GapObserver, PromptText
-from .body import MAX_BODY_BYTES, BodyRoom, HeldBody, header_of, read_body
+from .body import MAX_BODY_BYTES, BodyRoom, HeldBody, read_body
 from .chat import ChatForm
 from .choice import TextOptions
 from .classes import CLASS_HEADER, RequestClasses
@@ -84,7 +84,7 @@ class Api:
         """Raises CapacityError (429) before anything is read where the caller's quota is used up."""
         call = call_of(request.scope)
         call.allowance = self.quotas.enter(call.tenant)
-        data = await read_body(request, held, max_bytes=self.max_body_bytes)
+        data = await read_body(call.headers, request.receive, held, max_bytes=self.max_body_bytes)
         max_commas = max(MAX_COMMAS, 2 * self.model.max_model_len)
         raw = await self.json.parse(data, max_commas)
         body = await self.prompts.run(len(data) // _CHECKED_BYTES_PER_CHAR, validate, kind, raw)
@@ -132,9 +132,10 @@ class Api:
     def _begin(self, request: Request) -> Call:
         self.in_flight.check_open()
         call = call_of(request.scope)
-        named = header_of(request.scope, CLASS_HEADER.encode())
-        call.request_class = DEFAULT_CLASS if named is None else named
-        timeout_s = parse_timeout(header_of(request.scope, TIMEOUT_HEADER.encode()))
+        named = call.headers.get(CLASS_HEADER.encode())
+        call.request_class = DEFAULT_CLASS if named is None else named.decode("latin-1")
+        timeout = call.headers.get(TIMEOUT_HEADER.encode())
+        timeout_s = None if timeout is None else parse_timeout(timeout.decode("latin-1"))
         limits = (timeout_s, self.classes.named(call.request_class).deadline_s)
         call.timeout_s = min((limit for limit in limits if limit is not None), default=None)
         return call
@@ -252,10 +253,8 @@ def _text_options(body: GenerationBody, max_tokens: int) -> TextOptions:
     )
 
 
-def parse_timeout(text: str | None) -> float | None:
+def parse_timeout(text: str) -> float:
     """Seconds that the client gives the whole answer. Raises RequestError (400)."""
-    if text is None:
-        return None
     try:
         seconds = float(text)
     except ValueError:

@@ -282,6 +282,8 @@ def _application(
         ),
         share_prefix_cache=config.share_prefix_cache,
         classes=RequestClasses.from_config(config),
+        allowed_hosts=(config.host, *config.allowed_hosts) if not config.needs_api_keys else config.allowed_hosts,
+        allowed_origins=config.allowed_origins,
     )
 
 

@@ -229,6 +229,7 @@ def serve(script: Script | None = None, api_keys: tuple[str, ...] = (), **option
     clock = FakeClock(100.0)
     dispatcher = FakeDispatcher(script, clock)
     metrics = RouterMetrics(MODEL)
+    options.setdefault("allowed_hosts", ("x", "test"))  # as the tests' clients call it
     model = options.pop("model", None) or ServedModel(MODEL, MAX_MODEL_LEN, VOCAB_SIZE)
     options.setdefault("keys", ApiKeys(api_keys))
     app = build_app(model, dispatcher, toy_tokenizer(), metrics, clock=clock, seed=1, **options)  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ def _request(parts: list[bytes], headers: dict[str, str] | None = None, *, gone:
 
 async def _read(request: Request, room: BodyRoom | None = None, **limits: float) -> bytes:
     with (room or BodyRoom()).held() as held:
-        return await read_body(request, held, **limits)  # type: ignore[arg-type]
+        return await read_body(dict(request.scope["headers"]), request.receive, held, **limits)  # type: ignore[arg-type]
 
 
 async def test_a_body_is_read_in_parts() -> None:
@@ -57,7 +57,8 @@ async def test_a_body_of_undeclared_length_is_refused_at_the_limit() -> None:
 async def test_the_bodies_of_all_calls_share_one_room_and_give_it_back() -> None:
     room = BodyRoom(10)
     with room.held() as held:
-        assert await read_body(_request([b"123", b"456"]), held) == b"123456"
+        request = _request([b"123", b"456"])
+        assert await read_body(dict(request.scope["headers"]), request.receive, held) == b"123456"
         assert room.num_bytes == 6
         with pytest.raises(CapacityError, match="6 bytes already") as caught:
             await _read(_request([b"12345"]), room)

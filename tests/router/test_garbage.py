@@ -68,7 +68,7 @@ async def _serving() -> AsyncIterator[tuple[str, int]]:
 async def _ask(address: tuple[str, int], body: dict[str, object], path: str = "/v1/completions") -> bytes:
     """A connection of its own, and all that comes."""
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
     reader, writer = await asyncio.open_connection(*address)
     writer.write(head.encode() + b"content-length: %d\r\n\r\n" % len(data) + data)
     answer = await reader.read()
@@ -78,7 +78,7 @@ async def _ask(address: tuple[str, int], body: dict[str, object], path: str = "/
 
 async def _leave(address: tuple[str, int], body: dict[str, object]) -> None:
     data = json.dumps(body).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     reader, writer = await asyncio.open_connection(*address)
     writer.write(head + b"content-length: %d\r\n\r\n" % len(data) + data)
     await reader.readuntil(b"data: ")
