@@ -31,6 +31,7 @@ from kvferry.benchmarks.fuzz_poller import polling
 from kvferry.benchmarks.fuzz_report import AttackResult, FuzzReport, print_fuzz, write_fuzz
 from kvferry.benchmarks.fuzz_strike import Strike, run_attack
 from kvferry.benchmarks.fuzz_target import Target, router
+from kvferry.benchmarks.fuzz_templates import write_template
 from kvferry.benchmarks.report import RESULTS_DIR, report_console
 from kvferry.benchmarks.stats import Distribution, describe
 from kvferry.common.default_model import default_model_dir
@@ -56,7 +57,10 @@ def run_attacks(
     names: Sequence[str], duration_s: float, num_sockets: int, model_dir: Path, log_dir: Path, console: Console
 ) -> tuple[Distribution, list[AttackResult]]:
     """/live before the attacks, and each of them."""
-    with router(model_dir, log_dir / "attacks", max_model_len=_MAX_MODEL_LEN) as target:
+    folder = log_dir / "attacks"
+    folder.mkdir(parents=True, exist_ok=True)
+    template = write_template(folder / "bombs.jinja")
+    with router(model_dir, folder, max_model_len=_MAX_MODEL_LEN, chat_template=template) as target:
         return asyncio.run(_run_attacks(target, names, duration_s, num_sockets, console))
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from kvferry.benchmarks.fuzz_http import NoAnswer, RawClient, get, post, read_answer
 from kvferry.benchmarks.fuzz_strike import Attack, Strike
 from kvferry.benchmarks.fuzz_target import API_KEY
+from kvferry.benchmarks.fuzz_templates import TEMPLATE_ATTACKS
 from kvferry.benchmarks.fuzz_wire import WIRE_ATTACKS
 
 NUM_LOUD = 4
@@ -266,29 +267,33 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-ATTACKS: dict[str, Attack] = {
-    attack.__name__.replace("_", " "): attack
-    for attack in (
-        slow_heads,
-        slow_bodies,
-        slow_bodies_without_a_key,
-        idle_connections,
-        readers_that_stop,
-        prompts_of_8_mb,
-        chats_of_8_mb,
-        escapes_of_8_mb,
-        half_a_million_ids,
-        half_a_million_parts,
-        wrong_types_of_10_mb,
-        half_a_surrogate_at_the_end,
-        deep_json,
-        bodies_over_the_limit,
-        extreme_knobs,
-        labels_without_end,
-        wrong_keys,
-        connections_without_end,
-        clients_that_leave,
-        requests_in_a_row_without_waiting,
-        heads_that_are_no_http,
-    )
-} | WIRE_ATTACKS
+ATTACKS: dict[str, Attack] = (
+    {
+        attack.__name__.replace("_", " "): attack
+        for attack in (
+            slow_heads,
+            slow_bodies,
+            slow_bodies_without_a_key,
+            idle_connections,
+            readers_that_stop,
+            prompts_of_8_mb,
+            chats_of_8_mb,
+            escapes_of_8_mb,
+            half_a_million_ids,
+            half_a_million_parts,
+            wrong_types_of_10_mb,
+            half_a_surrogate_at_the_end,
+            deep_json,
+            bodies_over_the_limit,
+            extreme_knobs,
+            labels_without_end,
+            wrong_keys,
+            connections_without_end,
+            clients_that_leave,
+            requests_in_a_row_without_waiting,
+            heads_that_are_no_http,
+        )
+    }
+    | WIRE_ATTACKS
+    | TEMPLATE_ATTACKS
+)

@@ -1,8 +1,8 @@
 """Chat messages to one prompt text, by the model's own Jinja template.
 
 A template comes out of a model directory and its values from clients, so neither is trusted: it runs in a sandbox
-under limits (`template_sandbox.py`). Rendering is plain CPU work of up to `RenderLimits.max_s`; the caller keeps it off
-the event loop, or gives it smaller limits there and another try elsewhere.
+under limits (`template_sandbox.py`). Rendering is plain CPU work of up to `RenderLimits.max_s`, and more where the
+sandbox has a hole: the router does it in a process that it can kill.
 
 The conventions are Hugging Face's: `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML, loop
 controls, trimmed blocks, and the `generation` tag, which marks what the assistant said and prints its body.
@@ -50,7 +50,8 @@ class ChatTemplate:
     ) -> None:
         self._clock = clock or SystemClock()
         self._template = _compile(source, origin, now)
-        self._origin = origin
+        self.source = source
+        self.origin = origin
 
     def render(
         self,
@@ -99,7 +100,7 @@ class ChatTemplate:
         except _Refusal as error:
             raise RequestError(str(error)[:_MAX_REFUSAL_CHARS], param="messages") from None
         except SecurityError as error:
-            raise ConfigError(f"{self._origin} does what the sandbox forbids: {error}") from error
+            raise ConfigError(f"{self.origin} does what the sandbox forbids: {error}") from error
         except (
             TemplateError,
             ArithmeticError,

@@ -3,17 +3,20 @@
     each pass of a loop, each call of a macro   one step, and a look at the clock
     + * % ~, {% set %} blocks, filters,
     methods of strings                          the size of the result, before it is made where it can be foretold
+    filters that go through their value         each of its items
 
-A template comes out of a model directory and its values from clients, so neither is trusted. One operation on strings
-within their bounds is all that cannot be interrupted. What a rendering may spend is a `RenderLimits`, and it is held by
-the thread that renders.
+A template comes out of a model directory and its values from clients, so neither is trusted. Bytes are refused, and so
+is what makes much of little without passing here (`encode`, `translate`, `to_bytes`, sums of lists). What a rendering
+may spend is a `RenderLimits`, and it is held by the thread that renders. One operation within these bounds cannot be
+interrupted, and an operation that nobody thought of might not have any: who renders for others does it in a process
+that can be killed (router/chat_renderer.py).
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -32,9 +35,18 @@ from .clock import Clock
 MAX_NUMBER_BITS = 4096
 MAX_LIST_ITEMS = 1_000_000
 MAX_WIDTH = 1000  # that a filter pads or indents to
+MAX_DIGITS = 100  # that a number is rounded to
 _SPENT_PER_CHAR = 4  # a rendering may make so many characters for each that it may print
+_ITEMS_PER_LOOK = 1024  # at the clock
 _PADS = frozenset({"center", "ljust", "rjust", "zfill"})
 _WIDTH_FILTERS = frozenset({"center", "indent", "tojson", "batch", "slice"})
+# They go through their value item by item, whatever it is.
+_ITEM_FILTERS = frozenset(
+    "batch dictsort groupby items join list map max min reject rejectattr reverse select selectattr slice sort sum "
+    "tojson unique".split()
+)
+# Methods of strings, numbers and their types: bytes, and texts whose size their operands do not tell.
+_NO_METHODS = frozenset({"encode", "from_bytes", "fromhex", "to_bytes", "translate"})
 # Quadratic in what a client sends, or of no use in a prompt.
 _NO_FILTERS = ("filesizeformat", "pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
 _PERCENT_WIDTH = re.compile(r"%[^%a-zA-Z]*(?:\*|\d{4})")
@@ -58,12 +70,13 @@ class RenderLimits:
     max_s: float = 5.0
     max_steps: int = 100_000
     max_chars: int = 16 << 20  # of the prompt, and of any text on the way
+    max_items: int = 20_000_000  # that filters go through, all together
 
 
 class Budget:
     """What one rendering has spent."""
 
-    __slots__ = ("_clock", "_end_s", "_num_made", "_num_numbers", "_num_steps", "limits")
+    __slots__ = ("_clock", "_end_s", "_num_items", "_num_made", "_num_numbers", "_num_steps", "limits")
 
     def __init__(self, limits: RenderLimits, clock: Clock) -> None:
         self.limits = limits
@@ -72,6 +85,7 @@ class Budget:
         self._num_steps = 0
         self._num_numbers = 0
         self._num_made = 0
+        self._num_items = 0
 
     def step(self) -> None:
         self._num_steps += 1
@@ -103,7 +117,26 @@ class Budget:
             self.check_length(len(value))
             self._num_made += len(value)
             self.check_length(self._num_made // _SPENT_PER_CHAR)
+        elif isinstance(value, (list, tuple, Mapping)):
+            _check_items(self, len(value))
+            self.go_through(len(value))
+        elif isinstance(value, (bytes, bytearray, memoryview)):
+            raise SecurityError("bytes")
         return value
+
+    def go_through(self, num_items: int) -> None:
+        self._num_items += num_items
+        if self._num_items > self.limits.max_items:
+            raise TemplateOverrun(f"the chat template goes through more than {self.limits.max_items} items")
+
+    def counted(self, items: Iterable[object]) -> Iterator[object]:
+        """Each as it is asked for."""
+        for index, item in enumerate(items):
+            _check_items(self, index)
+            self.go_through(1)
+            if not index % _ITEMS_PER_LOOK:
+                self.check_time()
+            yield item
 
 
 _active = threading.local()
@@ -159,9 +192,12 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return _budget().spend(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: object, *args: object, **kwargs: object) -> object:
-        owner = getattr(__obj, "__self__", None)
+        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if isinstance(owner, (str, int, float, type)) and name in _NO_METHODS:
+            raise SecurityError(f"the method {name}")
         if isinstance(owner, str):
-            _check_method(_budget(), owner, getattr(__obj, "__name__", ""), [*args, *kwargs.values()])
+            args = _counted_join(_budget(), name, args)
+            _check_method(_budget(), owner, name, [*args, *kwargs.values()])
         return _budget().spend(super().call(__context, __obj, *args, **kwargs))
 
     def wrap_str_format(self, value: object) -> Callable[..., str] | None:
@@ -256,6 +292,13 @@ def _check_method(budget: Budget, text: str, method: str, args: list[object]) ->
         _check_join(budget, text, args[0])
 
 
+def _counted_join(budget: Budget, method: str, args: tuple[object, ...]) -> tuple[object, ...]:
+    """What a string is to join, as a list whose sizes can be seen."""
+    if method == "join" and args and isinstance(args[0], Iterable) and not isinstance(args[0], (str, list, tuple)):
+        return (list(budget.counted(args[0])), *args[1:])
+    return args
+
+
 def _check_replace(budget: Budget, text: str, args: list[object]) -> None:
     match args:
         case [str() as old, str() as new, *_]:
@@ -295,10 +338,18 @@ def _guarded(name: str, function: Callable[..., object]) -> Callable[..., object
         given = [*args[1:], *kwargs.values()]
         if name in _WIDTH_FILTERS and any(isinstance(arg, int) and arg > MAX_WIDTH for arg in given):
             raise SecurityError(f"{name} to more than {MAX_WIDTH}")
+        if name == "round" and any(isinstance(arg, int) and abs(arg) > MAX_DIGITS for arg in given):
+            raise SecurityError(f"round to more than {MAX_DIGITS} digits")
+        if name == "sum":
+            _check_sum(given)
+        if args and name in _ITEM_FILTERS:
+            args = (_priced(budget, args[0]), *args[1:])
         value = args[0] if args else None
         if name == "replace" and isinstance(value, str):
             _check_replace(budget, value, given)
         elif name == "join":
+            if isinstance(value, Iterator):
+                args = (value := list(value), *args[1:])
             _check_join(budget, str(given[0]) if given else "", value)
         elif name == "format" and isinstance(value, str):
             _check_pattern(budget, value, _PERCENT_WIDTH, "%", given)
@@ -308,6 +359,21 @@ def _guarded(name: str, function: Callable[..., object]) -> Callable[..., object
         return budget.spend(function(*first.get(kind.name if kind else "", ()), *args, **kwargs))
 
     return run
+
+
+def _check_sum(given: list[object]) -> None:
+    """Only numbers: lists are copied for each that is added. What is no number without a start fails by itself."""
+    if any(isinstance(start, Iterable) and not isinstance(start, str) for start in given):
+        raise SecurityError("a sum of lists")
+
+
+def _priced(budget: Budget, value: object) -> object:
+    """What a filter is to go through."""
+    if isinstance(value, (str, list, tuple, range, Mapping, MappingView)):
+        budget.go_through(len(value))
+    elif isinstance(value, Iterator):
+        return budget.counted(value)
+    return value
 
 
 def compile_environment(filters: Mapping[str, Callable[..., str]], values: Mapping[str, object]) -> Environment:

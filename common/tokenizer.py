@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .chat_template import ChatTemplate, RenderLimits, load_chat_template
+from .chat_template import ChatTemplate, load_chat_template
 from .errors import ConfigError, RequestError
 from .model_files import check_no_code, read_json
 from .special_text import SpecialText
@@ -43,8 +43,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._chat_template = chat_template
-        self._special_tokens = dict(special_tokens)
+        self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens)
         self._pieces: dict[int, bytes] = {}  # token_bytes of the ids seen so far
         self._added = {skips: _AddedBytes(self, skips) for skips in (False, True)}
         self.decoder = decoder
@@ -98,35 +98,6 @@ class Tokenizer:
         detokenizer = Detokenizer(self, skip_special_tokens=skip_special_tokens)
         return detokenizer.push(ids) + detokenizer.flush()
 
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, object]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template_kwargs: Mapping[str, object] | None = None,
-        limits: RenderLimits | None = None,
-    ) -> str:
-        """The prompt of a conversation. It holds its special tokens: encode it with `add_special_tokens=False`."""
-        if self._chat_template is None:
-            raise RequestError(
-                "this model has no chat template; the server needs --chat-template FILE to answer chats, "
-                "or use /v1/completions",
-                code="chat_template_missing",
-            )
-        return self._chat_template.render(
-            messages,
-            special_tokens=self._special_tokens,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            template_kwargs=template_kwargs or {},
-            limits=limits,
-        )
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._chat_template is not None
-
     def special_text(self) -> SpecialText:
         """What keeps special tokens in users' text apart from the template's: made anew, in up to a second."""
         return SpecialText(self._backend)
@@ -161,7 +132,7 @@ class Tokenizer:
         return self._backend.id_to_token(token_id)
 
     def _special_id(self, role: str) -> int | None:
-        token = self._special_tokens.get(role)
+        token = self.special_tokens.get(role)
         return None if token is None else self._backend.token_to_id(token)
 
 

@@ -23,6 +23,7 @@ from ..common.errors import RequestError
 from ..common.metrics import RouterMetrics
 from ..common.tokenizer import Tokenizer
 from .body import MAX_BODY_BYTES
+from .chat_renderer import Renderer
 from .classes import RequestClasses
 from .cors import Cors
 from .errors import failure_of, unknown_path
@@ -62,11 +63,14 @@ def build_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     allowed_hosts: tuple[str, ...] = (),
     allowed_origins: tuple[str, ...] = (),
+    renderer: Renderer | None = None,
 ) -> FastAPI:
     """The application; `app.state.api` is the `Api` behind it. `clock` is the dispatcher's.
 
     `keys`: without them nobody needs one. `seed` makes the seeds drawn for clients that give none repeatable.
     `share_prefix_cache` lets tenants find each other's prefixes.
+
+    `renderer` makes prompts of chats; None: processes of the application's own.
 
     Where no keys are needed, and where `allowed_hosts` are given, a request must name one of those, an address or
     localhost.
@@ -78,7 +82,7 @@ def build_app(
         tokenizer=tokenizer,
         clock=clock,
         observer=metrics,
-        prompts=PromptReader(tokenizer, model),
+        prompts=PromptReader(tokenizer, model, renderer),
         random=random.Random(seed) if seed is not None else random.SystemRandom(),
         quotas=Quotas(quota or QuotaLimits(), clock),
         classes=classes or RequestClasses(),

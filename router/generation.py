@@ -29,7 +29,7 @@ from .completions import CompletionForm
 from .errors import clip
 from .form import Form, FormContext, FormOptions
 from .frame import Call, ResponseObserver, call_of
-from .json_process import JsonParser
+from .json_parser import JsonParser
 from .objectives import DEFAULT_CLASS
 from .prompts import PromptReader, ServedModel, max_chat_tokens, max_completion_tokens
 from .quota import Quotas

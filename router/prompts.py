@@ -1,26 +1,24 @@
 """From a body to token ids that fit the model: template, tokenizer, length.
 
-Long bodies are parsed, rendered and tokenized on threads (the tokenizer releases the GIL), so that the streams under
-way do not wait for them; for short ones the hop would cost more than the work. A template that takes its time over a
-short body too is sent to the threads as well.
+Long bodies are checked and tokenized on threads (the tokenizer releases the GIL), so that the streams under way do not
+wait for them; for short ones the hop would cost more than the work. Chats are rendered in another process.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from .. import __version__
-from ..common.chat_template import RenderLimits, TemplateOverrun
 from ..common.config import SpecialTokens
 from ..common.errors import RequestError
 from ..common.tokenizer import Tokenizer, check_num_bytes, check_text_size
 from .answer import PromptText
+from .chat_renderer import Chat, ChatRenderer, Renderer
 from .defaults import SamplingDefaults
 from .errors import clip
 from .messages import parse_messages
@@ -28,7 +26,6 @@ from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, Tokeni
 
 INLINE_CHARS = 4096  # about half a millisecond of tokenizing
 NUM_THREADS = 2
-INLINE_RENDERING = RenderLimits(max_s=0.01, max_steps=2_000, max_chars=2**16)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,15 +49,26 @@ class ServedModel:
 
 
 class PromptReader:
-    """Stateless but for its threads; `close` ends them."""
+    """Stateless but for its threads and processes; `close` ends them."""
 
-    def __init__(self, tokenizer: Tokenizer, model: ServedModel) -> None:
+    def __init__(self, tokenizer: Tokenizer, model: ServedModel, renderer: Renderer | None = None) -> None:
+        """`renderer`: of the tokenizer's chat template; None: in processes of its own."""
         self._tokenizer = tokenizer
         self._model = model
+        if renderer is None and tokenizer.chat_template is not None:
+            renderer = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens)
+        self._renderer = renderer
         self._special = tokenizer.special_text() if model.special_tokens != "allow" else None
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
 
+    def start(self) -> None:
+        """What would make the first client wait, now."""
+        if self._renderer is not None:
+            self._renderer.start()
+
     def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # `size` is about how many characters there are to work on.
@@ -70,10 +78,17 @@ class PromptReader:
 
     async def chat(self, body: ChatBody | TokenizeBody, size: int) -> tuple[list[dict[str, object]], PromptText]:
         """The messages as checked, and the prompt that they make."""
-        if size <= INLINE_CHARS:
-            with contextlib.suppress(TemplateOverrun):
-                return self._chat(body, INLINE_RENDERING)
-        return await self.run(INLINE_CHARS + 1, self._chat, body)
+        if self._renderer is None:
+            raise RequestError(
+                "this model has no chat template; the server needs --chat-template FILE to answer chats, "
+                "or use /v1/completions",
+                code="chat_template_missing",
+            )
+        messages, chat, hidden = await self.run(size, self._chat, body)
+        text = await self._renderer.render(chat)
+        # The template writes the special tokens itself.
+        prompt = await self.run(len(text), self._encode_chat, text, hidden, bool(body.add_special_tokens))
+        return messages, prompt
 
     async def tokenize(self, body: TokenizeBody, size: int) -> list[int]:
         if body.messages is not None:
@@ -112,30 +127,29 @@ class PromptReader:
             return [self._checked([token_id for token_id in prompt if isinstance(token_id, int)])]
         return [self._checked(ids) for ids in prompt if isinstance(ids, list)]
 
-    def _chat(
-        self, body: ChatBody | TokenizeBody, limits: RenderLimits | None = None
-    ) -> tuple[list[dict[str, object]], PromptText]:
+    def _chat(self, body: ChatBody | TokenizeBody) -> tuple[list[dict[str, object]], Chat, dict[str, str]]:
+        """The messages as checked, what is to be rendered, and which special tokens are hidden in it."""
         messages = parse_messages(body.messages or [])
         check_num_bytes(sum(len(str(message["content"])) for message in messages), self._model.max_model_len)
-        if body.continue_final_message and messages[-1]["role"] != "assistant":
+        continues = bool(body.continue_final_message)
+        if continues and messages[-1]["role"] != "assistant":
             raise RequestError(
                 "continue_final_message needs an assistant message at the end", param="continue_final_message"
             )
-        return messages, self._prompt(body, messages, limits)
-
-    def _prompt(
-        self, body: ChatBody | TokenizeBody, messages: list[dict[str, object]], limits: RenderLimits | None
-    ) -> PromptText:
-        # The template writes the special tokens itself.
-        add_special_tokens = bool(body.add_special_tokens)
         kwargs: dict[str, object] = dict(body.chat_template_kwargs or {})
-        if self._special is None or not self._spells_special(messages, kwargs):
-            return self._encode([self._render(body, messages, kwargs, limits)], add_special_tokens)[0]
-        (*hiding, kwargs), hidden = self._special.hide([*messages, kwargs])
-        text = self._render(body, hiding, kwargs, limits)
-        check_text_size(text, self._model.max_model_len)
-        ids = self._special.encode(text, hidden, add_special_tokens)
-        return PromptText(ids, self._special.shown(text, hidden))
+        shown, hidden = messages, dict[str, str]()
+        if self._special is not None and self._spells_special(messages, kwargs):
+            (*shown, kwargs), hidden = self._special.hide([*messages, kwargs])
+        prompted = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+        return messages, Chat(shown, kwargs, prompted, continues), hidden
+
+    def _encode_chat(self, text: str, hidden: dict[str, str], add_special_tokens: bool) -> PromptText:
+        if not hidden:
+            return self._encode([text], add_special_tokens)[0]
+        assert self._special is not None
+        shown = self._special.shown(text, hidden)
+        check_text_size(shown, self._model.max_model_len)
+        return PromptText(self._special.encode(text, hidden, add_special_tokens), shown)
 
     def _spells_special(self, messages: list[dict[str, object]], kwargs: dict[str, object]) -> bool:
         """Whether a client's text has a special token. Raises RequestError where it must not."""
@@ -151,22 +165,6 @@ class PromptReader:
                     raise RequestError(message, param=name, code="special_token")
                 return True
         return False
-
-    def _render(
-        self,
-        body: ChatBody | TokenizeBody,
-        messages: Sequence[Mapping[str, object]],
-        kwargs: Mapping[str, object],
-        limits: RenderLimits | None,
-    ) -> str:
-        continues = bool(body.continue_final_message)
-        return self._tokenizer.render_chat(
-            messages,
-            add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
-            continue_final_message=continues,
-            template_kwargs=kwargs,
-            limits=limits,
-        )
 
     def _decode(self, token_ids: list[int]) -> str:
         self._checked(token_ids)

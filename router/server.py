@@ -145,6 +145,7 @@ async def serve_router(
         metrics.replicas = scaling.replicas
         app = _application(config, loaded, dispatcher, metrics, clock, credentials.clients)
         control = _control(config, loaded.model, dispatcher, credentials.secret, metrics)
+        app.state.api.prompts.start()
         control_address = await _start_control(control, Address(config.control_host, config.control_port))
         try:
             async with contextlib.AsyncExitStack() as serving:

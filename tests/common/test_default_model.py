@@ -234,7 +234,9 @@ def test_the_default_model_is_smollm2(smollm2: Path) -> None:
 
 def test_the_default_tokenizer_renders_and_encodes_a_chat_as_the_model_was_trained(smollm2: Path) -> None:
     tokenizer = Tokenizer.from_dir(smollm2)
-    prompt = tokenizer.render_chat([{"role": "user", "content": "What is the capital of France?"}])
+    assert tokenizer.chat_template is not None
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.chat_template.render(chat, special_tokens=tokenizer.special_tokens)
     assert prompt.endswith("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     assert ids[-17:] == [198, 1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]

@@ -260,17 +260,18 @@ def test_a_lone_surrogate_is_the_clients_error() -> None:
 
 def test_a_chat_is_rendered_with_the_models_template_and_special_tokens(tmp_path: Path) -> None:
     _write_model_dir(tmp_path, _byte_level(), bos_token="<s>", chat_template="{{ bos_token + messages[0].content }}")
-    assert Tokenizer.from_dir(tmp_path).render_chat([{"role": "user", "content": "ahoy"}]) == "<s>ahoy"
+    assert _rendered(Tokenizer.from_dir(tmp_path)) == "<s>ahoy"
     other = tmp_path / "other.jinja"
     other.write_text("other {{ messages | length }}")
-    assert Tokenizer.from_dir(tmp_path, other).render_chat([{"role": "user", "content": "ahoy"}]) == "other 1"
+    assert _rendered(Tokenizer.from_dir(tmp_path, other)) == "other 1"
+    (tmp_path / "plain").mkdir()
+    assert Tokenizer.from_dir(_write_model_dir(tmp_path / "plain", _byte_level())).chat_template is None
 
 
-def test_without_a_template_a_chat_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_dir(_write_model_dir(tmp_path, _byte_level()))
-    assert not tokenizer.has_chat_template
-    with pytest.raises(RequestError, match="--chat-template"):
-        tokenizer.render_chat([{"role": "user", "content": "ahoy"}])
+def _rendered(tokenizer: Tokenizer) -> str:
+    assert tokenizer.chat_template is not None
+    chat = [{"role": "user", "content": "ahoy"}]
+    return tokenizer.chat_template.render(chat, special_tokens=tokenizer.special_tokens)
 
 
 def test_a_directory_with_a_sentencepiece_file_alone_names_the_way_out(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from kvferry.common.metrics import RouterMetrics
 from kvferry.common.request import SampledToken
 from kvferry.common.tokenizer import Tokenizer
 from kvferry.router.app import build_app
+from kvferry.router.chat_renderer import Chat
 from kvferry.router.http_server import HttpServer
 from kvferry.router.keys import ApiKeys
 from kvferry.router.prompts import ServedModel
@@ -217,6 +218,28 @@ class Served:
         return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
 
 
+class Inline:
+    """Renders where it is asked: tests of everything else need no process for it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        assert tokenizer.chat_template is not None
+        self._template = tokenizer.chat_template
+        self._special_tokens = tokenizer.special_tokens
+
+    async def render(self, chat: Chat) -> str:
+        return self._template.render(
+            chat.messages,
+            special_tokens=self._special_tokens,
+            add_generation_prompt=chat.add_generation_prompt,
+            continue_final_message=chat.continue_final_message,
+            template_kwargs=chat.template_kwargs,
+        )
+
+    def start(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @cache
 def toy_tokenizer() -> Tokenizer:
     with tempfile.TemporaryDirectory() as folder:
@@ -230,6 +253,7 @@ def serve(script: Script | None = None, api_keys: tuple[str, ...] = (), **option
     dispatcher = FakeDispatcher(script, clock)
     metrics = RouterMetrics(MODEL)
     options.setdefault("allowed_hosts", ("x", "test"))  # as the tests' clients call it
+    options.setdefault("renderer", Inline(toy_tokenizer()))
     model = options.pop("model", None) or ServedModel(MODEL, MAX_MODEL_LEN, VOCAB_SIZE)
     options.setdefault("keys", ApiKeys(api_keys))
     app = build_app(model, dispatcher, toy_tokenizer(), metrics, clock=clock, seed=1, **options)  # type: ignore[arg-type]

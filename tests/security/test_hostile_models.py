@@ -105,6 +105,69 @@ BOMBS = [
     "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
     "{% for a in 'aaaaaaaaaa' %}" * 9 + "x" + "{% endfor %}" * 9,
     "{% set x %}{% for i in range(90000) %}{{ messages[0].content }}{% endfor %}{% endset %}",
+    "{{ (messages[0].content | attr('encode'))() }}",
+    "{{ ''.join(range(90000) | map('center', 1000)) }}",
+    "{{ ''.join((messages * 40000) | map(attribute='content')) }}",
+    "{{ (messages * 40000) | map(attribute='content') | join }}",
+    "{{ (messages * 40000) | join(attribute='content') }}",
+    "{{ ('x' * 3000000) | list | sort | length }}",
+    "{{ 'x '.__add__('') }}{{ ('x ' * 4000000).split() | length }}",
+]
+
+# Bytes, and much of little.
+FORBIDDEN = [
+    "{{ ('a'.encode() * 1000000000) | length }}",
+    "{{ 'a'.encode().ljust(2000000000) | length }}",
+    "{{ (5).to_bytes(2000000000, 'big') | length }}",
+    "{% set f = 'a'.encode %}{{ f() }}",
+    "{{ ('a' * 4000).translate({97: 'a' * 4000}) }}",
+    "{{ (range(99999) | map('string') | list | batch(1) | list) | sum(start=[]) | length }}",
+    "{{ ([[1] * 900000] * 100) | sum(start=()) }}",
+    "{{ 1 | round(100000000, 'ceil') }}",
+]
+
+# They go through ten thousand items, without making a list of as many.
+ITEMS = [
+    "numbers | max", "numbers | min", "numbers | sum", "numbers | unique | first", "numbers | reverse | first",
+    "numbers | batch(3) | max", "numbers | select('none') | list", "numbers | map('abs') | max",
+    "numbers | join | length", "numbers | tojson | length", "text | max", "numbers | sort | first",
+    "','.join(numbers | map('string')) | length",
+    "text.split() | first",
+]  # fmt: skip
+
+# After something outside of the sandbox: attributes of Python's own, files, what others see, what is not theirs.
+ESCAPES = [
+    "{{ ''.__class__.__mro__ }}",
+    "{{ '' | attr('__class__') }}",
+    "{{ '' | attr('__cla' ~ 'ss__') }}",
+    "{{ [messages] | map(attribute='__class__.__mro__') | list }}",
+    "{{ (messages | groupby('__class__'))[0].grouper }}",
+    "{{ messages | selectattr('__class__') | map(attribute='role') | join }}",
+    "{{ '{0.__class__.__mro__}'.format('') }}",
+    "{{ '{x.__class__}'.format_map({'x': 1}) }}",
+    "{% set f = '{0.__class__}'.format %}{{ f('') }}",
+    "{{ ('{0.__class__.__init__}' | attr('format'))('') }}",
+    "{{ '%s' | format(''.__class__) }}",
+    "{{ raise_exception.__globals__ }}",
+    "{{ strftime_now.__closure__ }}",
+    "{% set ns = namespace() %}{{ ns.__init__.__globals__ }}",
+    "{{ self._TemplateReference__context }}",
+    "{% macro m() %}{% endmacro %}{{ m._environment }}",
+    "{% macro m() %}{{ caller.__class__ }}{% endmacro %}{% call m() %}{% endcall %}",
+    "{% set g = messages | map('upper') %}{{ g.gi_frame }}",
+    "{{ loop.__class__ }}{% for m in messages %}{{ loop._iterator }}{% endfor %}",
+    "{% import '/etc/passwd' as x %}{{ x }}",
+    "{% include '/etc/passwd' %}",
+    "{% extends '/etc/passwd' %}",
+    "{{ messages.append(1) }}",
+    "{{ messages[0].update({'role': 'system'}) }}",
+    "{{ messages[0].pop('content') }}",
+    "{{ messages.sort() }}",
+    "{{ 9 ** 9 ** 9 }}",
+    "{{ ([0] * 100000000) | length }}",
+    "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+    "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
+    "{{ config }}{{ cycler.__init__ }}{{ joiner.__init__ }}",
 ]
 
 
@@ -114,6 +177,32 @@ def test_a_template_that_would_fill_memory_or_never_end_is_stopped(source: str) 
     with pytest.raises((RequestError, ConfigError)):
         ChatTemplate(source).render(HELLO)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 300 * 1024
+
+
+@pytest.mark.parametrize("source", FORBIDDEN)
+def test_what_has_no_price_is_forbidden(source: str) -> None:
+    with pytest.raises(ConfigError, match="the sandbox forbids"):
+        ChatTemplate(source).render(HELLO)
+
+
+@pytest.mark.parametrize("expression", ITEMS)
+def test_filters_pay_for_the_items_that_they_go_through(expression: str) -> None:
+    source = "{% set numbers = range(1000) | list * 10 %}{% set text = 'x ' * 10000 %}"
+    source += "{% for i in range(20) %}{{ " + expression + " }}{% endfor %}"
+    assert ChatTemplate(source).render(HELLO)
+    with pytest.raises(TemplateOverrun, match="more than 50000 items"):
+        ChatTemplate(source).render(HELLO, limits=RenderLimits(max_items=50_000))
+
+
+@pytest.mark.parametrize("source", ESCAPES)
+def test_a_template_cannot_reach_out_of_the_sandbox(source: str) -> None:
+    messages: list[dict[str, object]] = [{"role": "user", "content": "hi"}]
+    try:
+        text = ChatTemplate(source).render(messages)
+    except (RequestError, ConfigError):
+        text = ""
+    assert not text.strip()  # what a template may not see is nothing to it
+    assert messages == [{"role": "user", "content": "hi"}]
 
 
 @pytest.mark.parametrize("source", BOMBS[-6:])

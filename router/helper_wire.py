@@ -1,0 +1,52 @@
+"""What the router and its helper processes say to each other: frames, and what is in them as MessagePack.
+
+"j" the bound of commas, a body              ─> "v" the value
+"t" a `TemplateSetup`, once, at the start       no answer
+"c" a `ChatSpec`                             ─> "v" the prompt, as UTF-8
+any of them                                  ─> "e" a `Refusal`: why not
+                                                "!" once, at the start: it is ready
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Literal
+
+import msgspec
+
+FRAME = struct.Struct(">cI")  # what it is, how many bytes follow
+COMMAS = struct.Struct(">I")
+PARSE_JSON, SET_TEMPLATE, RENDER_CHAT = b"j", b"t", b"c"
+VALUE, REFUSAL, READY = b"v", b"e", b"!"
+
+
+class Refusal(msgspec.Struct):
+    """An error on its way. `kind`: the client's, a limit of the template's that was reached, the model's own."""
+
+    kind: Literal["request", "overrun", "model"]
+    message: str
+    param: str | None = None
+    code: str | None = None
+    status: int = 400
+    is_size: bool = False  # the limit was one of size
+
+
+class TemplateSetup(msgspec.Struct):
+    """What all chats of a model have in common."""
+
+    source: str
+    origin: str
+    special_tokens: dict[str, str]
+
+
+class ChatSpec(msgspec.Struct):
+    """One chat, and what rendering it may spend."""
+
+    messages: list[dict[str, object]]
+    template_kwargs: dict[str, object]
+    add_generation_prompt: bool
+    continue_final_message: bool
+    max_s: float
+    max_steps: int
+    max_chars: int
+    max_items: int
