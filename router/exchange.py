@@ -264,7 +264,9 @@ class Exchange:
         if is_first:
             self._admission.on_first_token(live, now)
             if (said := live.prediction) is not None and not live.request.attempt:
-                self._pools.predictor.on_first_token(live.way, said.ttft_s, now - live.placed_s, said.wait_s)
+                self._pools.predictor.on_first_token(
+                    live.way, said.ttft_s, now - live.placed_s, bare_s=said.bare_s, wait_s=said.wait_s
+                )
         if live.is_resuming:
             live.is_resuming = False
             self._observer.on_resumed("ok")

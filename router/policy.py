@@ -53,9 +53,10 @@ class Prediction:
 
     ttft_s: float  # from the placement on
     tpot_s: float
-    prefill_s: float = 0.0  # of that, computing the prompt
-    wait_s: float = 0.0  # of that, for prompts ahead
+    prefill_s: float = 0.0  # of the first, computing the prompt
+    wait_s: float = 0.0  # of the first, for prompts ahead
     cached_tokens: int = 0
+    bare_s: float = 0.0  # of the first, the steps that compute the prompt, with what they do for streams beside it
 
 
 @dataclass(slots=True, frozen=True)

@@ -27,6 +27,7 @@ _MIN_FACTOR, _MAX_FACTOR = 0.25, 4.0
 _BANDWIDTH_DECAY = 0.999  # of the best seen, for each report: a path may have become slower
 _MOST_BIAS_S = 0.05  # and so much of the prediction: what is more was chance
 _MOST_BIAS = 0.1
+_LEAST_SHARE = 0.25  # of what its steps take, that a first token takes whatever was learned from others
 _KEPT_ERRORS = 512
 _UNKNOWN_ANSWER_TOKENS = 256
 _TINY_S = 1e-9
@@ -139,15 +140,15 @@ class Predictor:
             known.s_per_byte += weight * (s_per_byte - known.s_per_byte)
         known.exposed_s += weight * (report.exposed_s - known.exposed_s)
 
-    def on_first_token(self, way: Way, predicted_s: float, actual_s: float, wait_s: float = 0.0) -> None:
-        """Both from the placement on. `wait_s`: of the prediction, for prompts ahead: such a one tells nothing of what
-        every request takes."""
-        if predicted_s <= 0:
-            return
-        self.ttft_errors.append(actual_s / predicted_s)
-        if wait_s == 0.0:
+    def on_first_token(
+        self, way: Way, predicted_s: float, actual_s: float, *, bare_s: float, wait_s: float = 0.0
+    ) -> None:
+        """Both from the placement on. `bare_s`, `wait_s`: of the prediction, for the prompt's own steps and for prompts
+        ahead: a token that waited for others tells nothing of what every request takes."""
+        if predicted_s > 0:
+            self.ttft_errors.append(actual_s / predicted_s)
+        if bare_s > 0 and wait_s == 0.0:
             most_s = _MOST_BIAS_S + _MOST_BIAS * predicted_s
-            bare_s = predicted_s - self.biases[way].seconds
             self.biases[way].observe(min(most_s, max(-most_s, actual_s - bare_s)))
 
     def on_finished(self, num_output_tokens: int) -> None:
@@ -184,8 +185,13 @@ class Predictor:
     def unloaded_s(self, num_prompt_tokens: int) -> float:
         """A first token on empty workers, of whichever kind; 0 while none is known."""
         for session in self._workers:
-            return self.prefill_s(session, num_prompt_tokens, 0) + self.biases[Way.HANDOFF].seconds
+            return self.first_token_s(Way.HANDOFF, self.prefill_s(session, num_prompt_tokens, 0))
         return 0.0
+
+    def first_token_s(self, way: Way, bare_s: float, wait_s: float = 0.0) -> float:
+        """From the placement on: `wait_s` for prompts ahead, `bare_s` for the prompt's own steps, and what comes beyond
+        them; or less, where steps were measured while the machine was busier. Never next to nothing."""
+        return wait_s + max(_LEAST_SHARE * bare_s, bare_s + self.biases[way].seconds)
 
     def decode_step_s(self, session: int, rows: int, context: int) -> float:
         """A step that feeds one token of each of `rows` sequences with `context` tokens in all."""

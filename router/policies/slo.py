@@ -62,6 +62,7 @@ class Candidate:
     prefill: WorkerView | None
     decode: WorkerView
     ttft_s: float  # from now on
+    bare_s: float  # of that, the prompt's own steps
     tpot_s: float
     prefill_s: float
     wait_s: float
@@ -222,7 +223,8 @@ class Slo:
         return Candidate(
             prefill=prefill,
             decode=decode,
-            ttft_s=cost.wait_s + prefill_s + predictor.biases[Way.HANDOFF].seconds,
+            ttft_s=predictor.first_token_s(Way.HANDOFF, prefill_s, cost.wait_s),
+            bare_s=prefill_s,
             tpot_s=tpot_s + exposed_s / max(1, demand.expected_output),
             prefill_s=prefill_s,
             wait_s=cost.wait_s,
@@ -260,7 +262,8 @@ class Slo:
         return Candidate(
             prefill=None,
             decode=decode,
-            ttft_s=wait_s + took_s + self._predictor.biases[Way.LOCAL].seconds,
+            ttft_s=self._predictor.first_token_s(Way.LOCAL, took_s, wait_s),
+            bare_s=took_s,
             tpot_s=tpot_s,
             prefill_s=alone_s,
             wait_s=wait_s,
@@ -326,7 +329,7 @@ class Slo:
         return demand.waited_s < patience_s
 
     def _placement(self, one: Candidate, prefills: list[WorkerView], demand: Demand) -> Placement:
-        prediction = Prediction(one.ttft_s, one.tpot_s, one.prefill_s, one.wait_s, one.cached_tokens)
+        prediction = Prediction(one.ttft_s, one.tpot_s, one.prefill_s, one.wait_s, one.cached_tokens, one.bare_s)
         if one.prefill is not None:
             return Placement(
                 one.prefill.worker_id, one.decode.worker_id, Reason.HANDOFF, one.fetch_from, prediction=prediction

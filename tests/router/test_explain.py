@@ -16,6 +16,7 @@ from kvferry.router.objectives import Objectives
 from kvferry.router.outcome import FAILED, TPOT_STAGES, TTFT_STAGES, judge
 from kvferry.router.placer import ISOLATION
 from kvferry.router.policy import Reason
+from kvferry.router.predictor import Way
 from kvferry.router.request import RequestStatus, RouterRequest
 from kvferry.router.views import PoolView
 
@@ -101,6 +102,9 @@ def test_a_policy_that_predicts_shows_what_it_expects_of_each_way() -> None:
     assert isinstance(task, LocalTask)  # an idle decode worker: nothing has to be shipped
     fleet.clock.advance(0.1)
     fleet.step(d, task, tokens(0, 0, 1))
+    bias = fleet.predictor.biases[Way.LOCAL]  # it has learned from that
+    assert bias.num_seen == 1
+    assert bias.seconds == pytest.approx(0.1 - decision["ttft_ms"] / 1e3, rel=1e-3)
     fleet.clock.advance(0.07)
     fleet.step(d, task, tokens(0, 1, 7, "length"))
     assert stream.request.is_finished

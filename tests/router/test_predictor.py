@@ -114,10 +114,44 @@ def test_transfers_are_learned_by_path() -> None:
 def test_what_predictions_miss_by_is_added_to_the_next() -> None:
     predictor = known()
     for _ in range(50):
-        predicted_s = 0.1 + predictor.biases[Way.LOCAL].seconds
-        predictor.on_first_token(Way.LOCAL, predicted_s, 0.13)
+        predictor.on_first_token(Way.LOCAL, predictor.first_token_s(Way.LOCAL, 0.1), 0.13, bare_s=0.1)
+    assert predictor.first_token_s(Way.LOCAL, 0.1, 2.0) == pytest.approx(2.13, rel=0.05)
     assert predictor.biases[Way.LOCAL].seconds == pytest.approx(0.03, rel=0.05)
     assert predictor.biases[Way.HANDOFF].seconds == 0.0
+
+
+def test_predictions_stay_above_nothing_and_go_on_learning_after_a_calibration_under_load() -> None:
+    """Steps were measured four times too long, on a machine that is idle now."""
+    predictor = Predictor()
+    busy = tuple(prompt_step(tokens, factor=4.0) for tokens in (16, 32, 64))
+    predictor.on_hello(1, hello("d-0", "decode", samples=busy))
+    for _ in range(20):  # long prompts come much sooner than predicted
+        _meet(predictor, 400)
+    assert predictor.biases[Way.LOCAL].seconds < 0
+    bare_s = predictor.prefill_s(1, 16, 0)
+    assert predictor.biases[Way.LOCAL].seconds < -bare_s  # a short prompt takes less than what it would be less
+    assert predictor.first_token_s(Way.LOCAL, bare_s) == pytest.approx(bare_s / 4)
+    assert predictor.unloaded_s(16) > 0
+    for _ in range(100):  # and short ones teach how much that was too much
+        _meet(predictor, 16)
+    assert predictor.first_token_s(Way.LOCAL, bare_s) == pytest.approx(bare_s / 4, rel=0.05)
+    assert predictor.biases[Way.LOCAL].seconds == pytest.approx(-0.75 * bare_s, rel=0.05)
+
+
+def _meet(predictor: Predictor, num_tokens: int) -> None:
+    """A prompt that takes a quarter of what its steps are thought to take."""
+    bare_s = predictor.prefill_s(1, num_tokens, 0)
+    predicted_s = predictor.first_token_s(Way.LOCAL, bare_s)
+    assert predicted_s > 0
+    predictor.on_first_token(Way.LOCAL, predicted_s, bare_s / 4, bare_s=bare_s)
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 3.0])
+def test_a_first_token_that_waited_for_others_teaches_nothing_of_its_own(wait_s: float) -> None:
+    predictor = known()
+    predictor.on_first_token(Way.HANDOFF, 0.1 + wait_s, 0.14 + wait_s, bare_s=0.1, wait_s=wait_s)
+    assert (predictor.biases[Way.HANDOFF].num_seen > 0) == (wait_s == 0)
+    assert len(predictor.ttft_errors) == 1
 
 
 def test_answers_are_expected_to_be_as_long_as_they_were() -> None:

@@ -74,6 +74,16 @@ def test_a_hair_does_not_move_a_prompt_away_from_an_idle_decode_worker(share: fl
     assert isinstance(placement, Placement) and placement.prefill_worker == prefill
 
 
+@pytest.mark.parametrize("way", list(Way))
+def test_no_way_looks_free_whatever_was_learned_of_longer_prompts(way: Way) -> None:
+    slo = policy()
+    slo._predictor.biases[way].seconds = -10.0
+    found = slo.explain(PoolView((P0, D0)), DEMAND)
+    assert len(found) == 2
+    for one in found:
+        assert one.ttft_s >= one.bare_s / 4 > 0
+
+
 def test_streams_are_not_disturbed_while_a_prefill_worker_is_idle() -> None:
     assert place(DEMAND, P0, STREAMING) == Placement("p-0", "d-0", Reason.HANDOFF)
 
