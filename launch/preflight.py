@@ -27,6 +27,7 @@ from ..common.model_files import ResolvedModel, is_on_hub, resolve_model
 from ..common.models.checkpoint import check_checkpoint
 from ..common.models.config import ModelConfig
 from ..common.native import NativeUnavailable, find_compiler
+from ..common.open_files import room_for_connections
 from ..common.options import ServeSettings
 from ..common.plan import Deployment, absolute, fit_to_host, plan
 from ..common.tokenizer import Tokenizer
@@ -87,6 +88,7 @@ class Preflight:
             ("platform", check_platform, False),
             ("port", self._check_ports, False),
             ("files", self._check_files, False),
+            ("connections", lambda: f"{room_for_connections(self._settings.max_connections)} at once", False),
             ("model", self._check_model, True),
             ("plan", self._check_plan, True),
             ("credentials", self._check_credentials, False),

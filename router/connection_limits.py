@@ -10,16 +10,12 @@ one that has waited longest is closed: idle connections and those that trickle t
 from __future__ import annotations
 
 import ipaddress
-import resource
 from collections import Counter, OrderedDict
 from typing import Protocol
 
-from ..common.errors import ConfigError
+from ..common.open_files import MAX_CONNECTIONS
 
-MAX_CONNECTIONS = 4096
-MIN_CONNECTIONS = 256  # fewer must be asked for
 MAX_CONNECTIONS_PER_ADDRESS = 1024
-_OTHER_FILES = 256  # what the process has open besides
 _IPV6_SITE_BITS = 64  # one customer's network: its addresses cost nothing
 
 
@@ -132,30 +128,3 @@ def _site(host: str) -> str:
         return host
     mapped = address.ipv4_mapped
     return str(mapped) if mapped is not None else str(ipaddress.IPv6Network((address, _IPV6_SITE_BITS), strict=False))
-
-
-def room_for_connections(asked: int | None) -> int:
-    """How many connections there may be; this process's limit of open files is raised for them as far as it may be.
-
-    None: MAX_CONNECTIONS, or as many as the limit allows. Raises ConfigError where those that are asked for do not fit.
-    """
-    least = MIN_CONNECTIONS if asked is None else asked
-    num_files = _raise_file_limit((asked or MAX_CONNECTIONS) + _OTHER_FILES)
-    room = num_files - _OTHER_FILES
-    if room < least:
-        way_out = f", or set --max-connections {room}" if room > 0 else ""
-        raise ConfigError(
-            f"max_connections: {least} connections need {least + _OTHER_FILES} open files, and this process may have "
-            f"{num_files}; raise that limit (ulimit -n {least + _OTHER_FILES}){way_out}"
-        )
-    return min(asked or MAX_CONNECTIONS, room)
-
-
-def _raise_file_limit(wanted: int) -> int:
-    """Of open files, to `wanted` or the hard limit; returns what it is, at most `wanted`."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft == resource.RLIM_INFINITY or soft >= most:
-        return most if soft == resource.RLIM_INFINITY else min(soft, wanted)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return most

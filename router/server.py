@@ -32,12 +32,13 @@ from ..common.exposure import check_exposure
 from ..common.host import listen
 from ..common.metrics import RouterMetrics
 from ..common.models.config import ModelConfig
+from ..common.open_files import MAX_CONNECTIONS, room_for_connections
 from ..common.session import max_frame_bytes
 from ..common.tokenizer import Tokenizer
 from .admin import Admin, build_admin
 from .app import build_app
 from .classes import RequestClasses
-from .connection_limits import MAX_CONNECTIONS, Connections, room_for_connections
+from .connection_limits import Connections
 from .control import ControlServer, Expected
 from .credentials import RouterCredentials
 from .defaults import SamplingDefaults

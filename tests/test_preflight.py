@@ -199,6 +199,16 @@ def admin_open_to_all(site: Site) -> Words:
     return ["--admin-host", "0.0.0.0", "--admin-port", "0"]
 
 
+@case(r"allowed_origins: \* lets every web page ask")
+def open_to_every_page(site: Site) -> Words:
+    return ["--allowed-origins", "*"]
+
+
+@case("max_connections: 1000000000 connections need 1000000256 open files")
+def more_connections_than_files(site: Site) -> Words:
+    return ["--max-connections", "1000000000"]
+
+
 @case("secret_file: .* holds a secret of 5 bytes")
 def short_secret(site: Site) -> Words:
     return ["--secret-file", site.file("secret", "short")]

@@ -20,6 +20,7 @@ from kvferry.benchmarks.fuzz_target import MODEL, SECRET, InstantWorker
 from kvferry.common.channel import Address
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import RouterConfig
+from kvferry.common.credentials import SharedSecret
 from kvferry.common.host import listen
 from kvferry.common.metrics import RouterMetrics
 from kvferry.router.app import build_app
@@ -48,7 +49,7 @@ async def _serving() -> AsyncIterator[tuple[str, int]]:
     model = ServedModel(MODEL, MAX_MODEL_LEN, VOCAB_SIZE)
     app = build_app(model, dispatcher, toy_tokenizer(), metrics, clock=clock)
     expected = Expected(__version__, MODEL)
-    control = ControlServer(dispatcher, expected, router_id="router-x", secret=SECRET.encode())
+    control = ControlServer(dispatcher, expected, router_id="router-x", secret=SharedSecret(SECRET.encode()))
     address = await control.start(Address("127.0.0.1", 0))
     worker = await InstantWorker.join(address, MAX_MODEL_LEN)
     working = asyncio.create_task(worker.work())
