@@ -1,21 +1,25 @@
 """Hostile input of every kind, from outside: what breaks, what grows, and who notices.
 
-    python -m kvferry.benchmarks.fuzz [--frames 1000000] [--bodies 100000] [--seconds 10] [--attacks "slow heads,..."]
+    python -m kvferry.benchmarks.fuzz [--frames 1000000] [--bodies 100000] [--systems 20000] [--seconds 10]
+                                      [--attacks "slow heads,..."]
 
 1. frames: mutated, made-up and malicious ones through every decoder, and a share of them against a live control server;
 2. bodies: against the real router process, whose worker answers at once (fuzz_target.py);
-3. attacks, one after the other, on one router process, while another process polls /live every 10 ms and reads another
+3. systems: valid bodies with extreme values against real workers (fuzz_systems.py);
+4. attacks, one after the other, on one router process, while another process polls /live every 10 ms and reads another
    tenant's streams.
 
 Bars: no exception but the declared one, no 5xx, no crash, no stream that ends in silence, no other tenant's stream
-broken; resident memory +5 % at most; /live p99 at most 50 ms during each attack. A seed gives the same frames and
-bodies again.
+broken, no worker's end, no block that is not given back; resident memory +5 % at most; /live p99 at most 50 ms during
+each attack. A seed gives the same frames and bodies again. To see the third part find something:
+`--serve "PYTHON -m kvferry serve"` of another checkout.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -30,6 +34,7 @@ from kvferry.benchmarks.fuzz_frames import FuzzResult, fuzz_decoders, fuzz_serve
 from kvferry.benchmarks.fuzz_poller import polling
 from kvferry.benchmarks.fuzz_report import AttackResult, FuzzReport, print_fuzz, write_fuzz
 from kvferry.benchmarks.fuzz_strike import Strike, run_attack
+from kvferry.benchmarks.fuzz_systems import fuzz_systems
 from kvferry.benchmarks.fuzz_target import Target, router
 from kvferry.benchmarks.fuzz_templates import write_template
 from kvferry.benchmarks.report import RESULTS_DIR, report_console
@@ -106,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model_dir = flags.model or default_model_dir()
         results = run_fuzz(flags.frames, flags.bodies, flags.seed, model_dir, log_dir)
+        if flags.systems:
+            results += fuzz_systems(flags.systems, flags.seed, log_dir, program=tuple(shlex.split(flags.serve)))
         quiet, attacks = Distribution(0), list[AttackResult]()
         if flags.attacks:
             quiet, attacks = run_attacks(flags.attacks, flags.seconds, flags.sockets, model_dir, log_dir, console)
@@ -134,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--frames", type=int, default=1_000_000, help="wire frames (default: %(default)s; 0: none)")
     add("--bodies", type=int, default=100_000, help="HTTP bodies (default: %(default)s; 0: none)")
+    add("--systems", type=int, default=20_000, help="bodies for whole systems (default: %(default)s; 0: none)")
+    add("--serve", default="", metavar="COMMAND", help="what runs these systems (default: this kvferry)")
     add("--attacks", type=_attack_names, default=list(ATTACKS), help="some of them (default: all; '': none)")
     add("--seconds", type=float, default=10.0, help="of each attack (default: %(default)s)")
     add("--sockets", type=int, default=500, help="of the slow attacks (default: %(default)s)")

@@ -91,8 +91,8 @@ def _fuzz_table(results: Sequence[FuzzResult]) -> Table:
             f"{result.num_sent:,}",
             f"{result.num_accepted:,}",
             str(result.outcomes["failed"]),
-            f"{result.rss_after_bytes / 2**20:.0f} MiB",
-            f"{result.growth:+.1%}",
+            f"{result.rss_after_bytes / 2**20:.0f} MiB" if result.rss_after_bytes else "",
+            f"{result.growth:+.1%}" if result.rss_after_bytes else "",
             "yes" if is_met(result) else "NO",
         )
     return table
