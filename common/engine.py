@@ -35,9 +35,10 @@ from .deterministic import each_row, one_thread, torch_results
 from .errors import ConfigError
 from .models.config import ModelConfig
 from .models.decoder import Decoder
+from .models.digest import ModelDigest
 from .models.native_decoder import NativeDecoder, Step
 from .models.tiled_decoder import TiledDecoder
-from .models.weights import Progress, load_weights, model_digest, read_kv_scales
+from .models.weights import Progress, load_weights, read_kv_scales
 from .native import NativeUnavailable
 from .parallel import Communicator, RankGroup, connect
 from .request import SampledToken
@@ -96,6 +97,7 @@ class Engine:
         self.tp_size = tp_size
         self.model_config = _model_config(config)
         self.max_model_len = self.model_config.max_model_len
+        digest = ModelDigest(config.model_dir, config.load_format, config.seed)  # beside all that follows
         self._device = _device(config, tp_rank)
         self._dtype = _torch_dtype(config, self.model_config)
         self._cache_dtype = cache_dtype(config, self._dtype, self._device)
@@ -143,6 +145,7 @@ class Engine:
             self._cuda = self._cuda_runner(progress)
             if self._cuda is None:
                 self._attention.warm_up()
+        self.spec = msgspec.structs.replace(self.spec, model=digest.result())
 
     def _keep_one_order(self) -> None:
         """Deterministic: in torch by tiles; and which workers' results are the same shows in what they exchange."""
@@ -181,7 +184,7 @@ class Engine:
     def _kv_cache_spec(self) -> KVCacheSpec:
         model = self.model_config
         return KVCacheSpec(
-            model=model_digest(self.config.model_dir, self.config.load_format, self.config.seed),
+            model="",  # known at the end of the start
             num_layers=model.num_layers,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,

@@ -75,6 +75,7 @@ def mismatch(hello: WorkerHello, expected: Expected, peer: WorkerHello | None) -
         checks.append(("max_model_len", hello.max_model_len, expected.max_model_len, "the router's"))
     if peer is not None:
         checks.append(("max_model_len", hello.max_model_len, peer.max_model_len, f"worker {peer.worker_id}'s"))
+        checks.append(("weights", hello.spec.model, peer.spec.model, f"worker {peer.worker_id}'s"))
         checks.append(("KV cache", hello.spec.fingerprint, peer.spec.fingerprint, f"worker {peer.worker_id}'s"))
     for name, theirs, ours, whose in checks:
         if theirs != ours:

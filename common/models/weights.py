@@ -1,4 +1,4 @@
-"""Safetensors straight into this rank's parameters, and the checkpoint's digest.
+"""Safetensors straight into this rank's parameters.
 
 Each tensor is read by slice from the mapped file into the parameter that holds it, so memory never has a second
 copy of the model. Every tensor that the model has must be there in its shape, and none may be left over. Under
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -24,10 +23,6 @@ from .decoder import Decoder
 from .layers import WeightSlot
 
 Progress = Callable[[str, float], None]  # what is being done, fraction in [0, 1]
-
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-_DIGEST_SAMPLES = 16  # spots of each file
-_DIGEST_SAMPLE_BYTES = 4096
 
 
 class _TensorSlice(Protocol):
@@ -115,34 +110,3 @@ def _fill_random(slot: WeightSlot, seed: int) -> None:
     std = 1 / math.sqrt(slot.shape[-1]) if len(slot.shape) == 2 else 0.02
     whole = torch.empty(slot.shape, dtype=torch.float32, device=slot.target.device).normal_(0, std, generator=generator)
     slot.target.copy_(whole.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))
-
-
-def model_digest(model_dir: Path, load_format: str, seed: int) -> str:
-    """Tells checkpoints apart without reading them whole: config, tensor tables, sizes and a few samples of bytes."""
-    digest = hashlib.blake2b(digest_size=16, person=b"kvferry-model")
-    try:
-        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{model_dir / 'config.json'} cannot be read as JSON: {error}") from error
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    if load_format == "dummy":
-        digest.update(f"dummy:{seed}".encode())
-    else:
-        for path in safetensors_files(model_dir):
-            _digest_file(digest, path)
-    return digest.hexdigest()
-
-
-def _digest_file(digest: hashlib.blake2b, path: Path) -> None:
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER_BYTES + 1
-        if header_bytes > _MAX_HEADER_BYTES:
-            raise ConfigError(f"{path} is not a safetensors file")
-        size = path.stat().st_size
-        digest.update(struct.pack("<QQ", size, header_bytes))
-        digest.update(file.read(header_bytes))
-        body = 8 + header_bytes
-        for sample in range(_DIGEST_SAMPLES):
-            file.seek(body + (size - body) * sample // _DIGEST_SAMPLES)
-            digest.update(file.read(_DIGEST_SAMPLE_BYTES))

@@ -22,7 +22,7 @@ from kvferry.common.lifeline import Lifeline
 from kvferry.router.pulse import Pulse
 
 async def main():
-    lifeline = Lifeline.from_fd(int(sys.argv[3]))
+    lifeline = Lifeline.from_fds(int(sys.argv[3]), None)
     pulse = Pulse(SystemClock())
     lifeline.ready()
     lifeline.beat_with(pulse.lag_s)

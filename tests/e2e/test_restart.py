@@ -258,24 +258,33 @@ def test_workers_let_go_of_a_router_that_was_killed(site: Site) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "num_layers", "secret", "why"),
+    ("name", "changes_byte", "flags", "secret", "why"),
     [
-        (MODEL, 3, SECRET, "KV cache .* of worker d-9 is not worker .*'s .*num_layers=3.*num_layers=2"),
-        ("another", 2, SECRET, "model 'another' of worker d-9 is not the router's 'tiny'"),
-        (MODEL, 2, "another secret of some length", "wrong or missing shared secret"),
+        (
+            MODEL,
+            False,
+            ("--block-size", "32"),
+            SECRET,
+            "KV cache .* of worker d-9 is not .*'s .*block_size=32.*block_size=16",
+        ),
+        (MODEL, True, (), SECRET, "weights '[0-9a-f]{32}' of worker d-9 is not worker .*'s '[0-9a-f]{32}'"),
+        ("another", False, (), SECRET, "model 'another' of worker d-9 is not the router's 'tiny'"),
+        (MODEL, False, (), "another secret of some length", "wrong or missing shared secret"),
     ],
-    ids=["layout", "model", "secret"],
+    ids=["layout", "weights", "model", "secret"],
 )
 def test_a_worker_that_does_not_fit_is_refused(
-    site: Site, tmp_path: Path, name: str, num_layers: int, secret: str, why: str
+    site: Site, tmp_path: Path, name: str, changes_byte: bool, flags: tuple[str, ...], secret: str, why: str
 ) -> None:
     """It ends with exit code 2 and a line that says both values; the cluster goes on."""
     site.wait_until_whole()
     log = site.cluster.log.read_text()
     control = json.loads(next(line for line in log.splitlines() if '"router_ready"' in line))["control"]
-    model_dir = write_checkpoint(tmp_path / "model", num_layers=num_layers)
+    model_dir = write_checkpoint(tmp_path / "model")
+    if changes_byte:
+        _change_one_byte(model_dir / "model.safetensors")
     command = [sys.executable, "-m", "kvferry", "decode", str(model_dir), "--router", control, "--worker-id", "d-9"]
-    command += ["--served-model-name", name, "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB"]
+    command += ["--served-model-name", name, "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB", *flags]
     env = {**os.environ, SECRET_VARIABLE: secret}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 2, done.stderr
@@ -283,6 +292,13 @@ def test_a_worker_that_does_not_fit_is_refused(
     assert site.is_whole()
     metrics = "".join(httpx.get(f"{url}/admin/metrics").text for url in site.admin_urls)
     assert re.search(r"^kvferry_handshake_rejects_total\{.*\} [1-9]", metrics, re.MULTILINE)
+
+
+def _change_one_byte(path: Path) -> None:
+    """Of a weight in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def _router_of(cluster: Cluster, port: int) -> int:

@@ -13,7 +13,7 @@ from kvferry.common.errors import ConfigError
 from kvferry.common.models.checkpoint import safetensors_files
 from kvferry.common.models.config import ModelConfig
 from kvferry.common.models.decoder import Decoder
-from kvferry.common.models.weights import load_weights, model_digest, read_kv_scales
+from kvferry.common.models.weights import load_weights, read_kv_scales
 from kvferry.common.parallel import Communicator
 from kvferry.tests.checkpoints import write_checkpoint
 
@@ -122,16 +122,6 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (path / "model.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
         _load(path)
-    with pytest.raises(ConfigError, match=r"model\.safetensors is not a safetensors file"):
-        model_digest(path, "auto", 0)
-
-
-def test_digest_tells_checkpoints_apart(tmp_path: Path) -> None:
-    paths = [write_checkpoint(tmp_path / str(seed), tokenizer=False, seed=seed) for seed in (0, 1)]
-    paths.append(write_checkpoint(tmp_path / "again", tokenizer=False, seed=0))
-    digests = [model_digest(path, "auto", 0) for path in paths]
-    assert digests[0] == digests[2] != digests[1]
-    assert model_digest(paths[0], "dummy", 0) != model_digest(paths[0], "dummy", 1)
 
 
 def _with_scales(path: Path, scales: dict[str, float]) -> Path:
