@@ -13,7 +13,6 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Protocol
 
 import structlog
@@ -102,34 +101,26 @@ class ResponseObserver(Protocol):
 
 
 class Frame:
-    """ASGI middleware; the outermost of ours."""
+    """What is around every request. `FrameMiddleware` puts it around a framework's application."""
 
     def __init__(
         self,
-        app: ASGIApp,
         *,
         keys: ApiKeys,
         clock: Clock,
         observer: ResponseObserver,
-        shortcuts: Mapping[str, Endpoint] = MappingProxyType({}),
         hosts: HostNames | None = None,
         cors: Cors | None = None,
     ) -> None:
-        """`shortcuts`: paths whose POST is called here, past the framework's routing: those that are called all day.
-
-        `hosts`: the names of this server, where a request must have one of them. `cors`: what web pages may do.
-        """
-        self._app = app
+        """`hosts`: the names of this server, where a request must have one of them. `cors`: what web pages may do."""
         self._hosts = hosts
         self._cors = cors or Cors()
-        self._shortcuts = shortcuts
         self._keys = keys
         self._clock = clock
         self._observer = observer
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return  # nothing else is served: no web sockets
+    async def serve(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have an HTTP request answered by this endpoint."""
         headers = dict(scope["headers"])
         call = self._open(headers, scope, send)
         scope[_CALL] = call
@@ -147,8 +138,7 @@ class Frame:
                 await _send_preflight(send_framed, preflight)
             else:
                 self._admit(call, scope["path"])
-                endpoint = self._shortcuts.get(scope["path"]) if scope["method"] == "POST" else None
-                answer = self._app if endpoint is None else await endpoint(Request(scope, receive))
+                answer = await endpoint(Request(scope, receive))
                 await answer(scope, receive, send_framed)
         except ClientGone:
             call.status = CLIENT_CLOSED
@@ -200,6 +190,21 @@ class Frame:
                 self._observer.on_slow_client("body")
             case QuotaExceeded():
                 self._observer.on_rejected("quota")
+
+
+class FrameMiddleware:
+    """ASGI middleware; the outermost of ours."""
+
+    def __init__(self, app: ASGIApp, frame: Frame) -> None:
+        self._app = app
+        self._frame = frame
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":  # nothing else is served: no web sockets
+            await self._frame.serve(self._endpoint, scope, receive, send)
+
+    async def _endpoint(self, request: Request) -> ASGIApp:
+        return self._app
 
 
 async def send_part(send: Send, part: bytes) -> None:

@@ -87,15 +87,20 @@ class Flow(Protocol):
 
     async def drain(self) -> None: ...
 
+    def resume_reading(self) -> None: ...
+
 
 class Chunks:
-    """One answer's own way out, past all that stands between: the parts of a body whose length was not announced."""
+    """One answer's own way out, past all that stands between: the parts of a body whose length was not announced; and
+    the news that its client has left."""
 
-    __slots__ = ("_flow", "_outlet", "before_end")
+    __slots__ = ("_flow", "_is_lost", "_on_lost", "_outlet", "before_end")
 
     def __init__(self, outlet: Outlet, flow: Flow) -> None:
         self._outlet = outlet
         self._flow = flow
+        self._is_lost = False
+        self._on_lost: Callable[[], None] | None = None
         self.before_end = outlet.turn.before_end
 
     @property
@@ -111,3 +116,17 @@ class Chunks:
         if self._flow.write_paused:
             await self._flow.drain()
         self.write(part)
+
+    def watch(self, on_lost: Callable[[], None] | None) -> None:
+        """Call this once the client has left, at once if it has; None: nobody waits for it any more."""
+        self._on_lost = on_lost
+        if on_lost is not None:
+            self._flow.resume_reading()  # else its leaving is not seen
+            if self._is_lost:
+                on_lost()
+
+    def lose(self) -> None:
+        """The connection's: it is gone."""
+        self._is_lost = True
+        if self._on_lost is not None:
+            self._on_lost()

@@ -77,6 +77,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._unparsed = memoryview(b"")
         self._message = MessageBytes()
         self._fault: RequestError | None = None  # why the parser was stopped
+        self._chunks: Chunks | None = None  # of the latest request
         self._num_discarded: int | None = None  # None: what comes is parsed
 
     @classmethod
@@ -105,6 +106,8 @@ class DeadlineProtocol(HttpToolsProtocol):
             self._end_timer.cancel()
         self.resume_writing()
         super().connection_lost(exc)
+        if self._chunks is not None:
+            self._chunks.lose()
         self.cycle = None  # type: ignore[assignment]  # it leads back here
 
     def data_received(self, data: bytes) -> None:
@@ -204,7 +207,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._await_nothing()
         self.books.work(self)
         self.cycle.transport = _Closer(self)  # type: ignore[assignment]
-        self.scope[CHUNKS] = Chunks(self.outlet, self.flow)  # type: ignore[literal-required]
+        self._chunks = self.scope[CHUNKS] = Chunks(self.outlet, self.flow)  # type: ignore[literal-required]
 
     def on_body(self, body: bytes) -> None:
         self._message.add_content(len(body))

@@ -1,7 +1,7 @@
 """The way of an answer to the client: as one JSON body or as server-sent events.
 
-    work     reads the answer, sends       ─┐  whichever ends first
-    watcher  waits for the client to leave ─┘  ends the other; a client that left aborts the answer
+    reads the answer, sends ─> its end, or an error that the client is told
+      └─ cut: by a client that left (the answer is aborted), or by the server's end (an error)
 
 A stream's head goes out with the first token, so that what fails before is a plain HTTP error. After that a failure
 is one event `data: {"error": ...}`, and the stream ends without [DONE]: a client never mistakes a cut for an end.
@@ -98,50 +98,57 @@ class Reply(Response):
         self._include_usage = include_usage
         self._in_flight = in_flight
         self._observer = observer
-        self._work: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[object] | None = None  # while it sends
+        self._is_cut = False
         self._ended_by: Exception | None = None
         in_flight.add(self)
 
     def end(self, error: Exception) -> None:
         """End the reply from outside."""
         self._ended_by = self._ended_by or error
-        if self._work is not None:
-            self._work.cancel()
+        self._cut()
+
+    def _cut(self) -> None:
+        if self._task is not None and not self._is_cut:
+            self._task.cancel()
+        self._is_cut = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = call_of(scope)
         try:
-            await self._serve(call, receive, send)
+            await self._serve(call, send)
         finally:
             self._in_flight.discard(self)
             self._answer.close()
             self._record(call, str(scope["path"]))
 
-    async def _serve(self, call: Call, receive: Receive, send: Send) -> None:
-        if self._ended_by is not None:
-            await self._fail(call, send, self._ended_by)
-            return
-        write = self._send_stream if self._stream else self._send_whole
-        work = self._work = asyncio.create_task(write(call, send))
-        watcher = asyncio.create_task(self._watch(receive))
-        try:
-            await asyncio.wait((work, watcher), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                work.cancel()
-                await asyncio.wait((work,))
-            error = self._ended_by if work.cancelled() else work.exception()
-            if error is not None:
-                await self._fail(call, send, error)
-            elif work.cancelled():
-                call.status = CLIENT_CLOSED
-        finally:
-            work.cancel()
-            watcher.cancel()
-            self._work = None  # a cancelled task holds the stack that led here
+    async def _serve(self, call: Call, send: Send) -> None:
+        if call.chunks is not None:
+            call.chunks.watch(self._cut)
+        error = self._ended_by if self._is_cut else await self._write(call, send)
+        if error is not None:
+            await self._fail(call, send, error)
+        elif self._is_cut:
+            call.status = CLIENT_CLOSED
 
-    async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    async def _write(self, call: Call, send: Send) -> Exception | None:
+        """Return what went wrong: nothing also where it was cut because the client left."""
+        self._task = asyncio.current_task()
+        assert self._task is not None
+        try:
+            await (self._send_stream(call, send) if self._stream else self._send_whole(call, send))
+        except asyncio.CancelledError:
+            if not self._is_cut:
+                raise
+            self._task.uncancel()
+            return self._ended_by
+        except Exception as error:
+            return error
+        finally:
+            self._task = None
+            if call.chunks is not None:
+                call.chunks.watch(None)
+        return None
 
     async def _send_whole(self, call: Call, send: Send) -> None:
         pieces: list[list[Piece]] = [[] for _ in self._answer.choices]
@@ -188,7 +195,7 @@ class Reply(Response):
         if call.chunks is not None and (spout := writer.spout(call.chunks)) is not None:
             self._answer.pour_into(spout)
 
-    async def _fail(self, call: Call, send: Send, error: BaseException) -> None:
+    async def _fail(self, call: Call, send: Send, error: Exception) -> None:
         if not isinstance(error, (RequestError, CapacityError, StreamError)):
             log.error("request_error", request_id=call.request_id, exc_info=error)
         failure = failure_of(error)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+import structlog
 
 import kvferry
 
@@ -12,3 +18,15 @@ def pytest_configure() -> None:
     checkout = Path(__file__).resolve().parent.parent
     imported = Path(kvferry.__file__).resolve().parent
     assert imported == checkout, f"kvferry is {imported}, not this checkout ({checkout}): make install-dev"
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """What a program sets up in the test's process goes with the test: its stream is closed then."""
+    kept, hook, root = structlog.get_config(), sys.excepthook, logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    structlog.configure(**kept)
+    structlog.contextvars.clear_contextvars()
+    sys.excepthook, root.handlers[:] = hook, handlers
+    root.setLevel(level)

@@ -8,7 +8,6 @@ load format `dummy` weights are random numbers from (seed, tensor name): the sam
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path

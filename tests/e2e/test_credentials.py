@@ -151,7 +151,7 @@ def test_keys_on_the_command_line_are_in_no_processs_arguments(tmp_path: Path) -
     with serve(model_dir, tmp_path / "log", *flags) as cluster:
         processes = [psutil.Process(cluster.process.pid), *cluster.children()]
         words = [word for process in processes for word in process.cmdline()]
-        assert len(processes) == 3
+        assert len(processes) >= 4  # launcher, router, its renderer of chats, decode worker
         assert not [word for word in words if key in word or admin_key in word]
         assert ask(cluster, key) == 200 and ask(cluster, admin_key) == 401
         [admin] = cluster.admin_urls

@@ -126,7 +126,7 @@ async def fleet(
         for name in names:
             role = "prefill" if name.startswith("p") else "decode"
             command = [sys.executable, "-m", "kvferry", role, str(model), "--served-model-name", "tiny"]
-            command += ["--router", str(address), "--worker-id", name, "--dtype", "float32"]
+            command += ["--router", str(address), "--insecure-loopback", "--worker-id", name, "--dtype", "float32"]
             command += ["--kv-cache-memory-bytes", "8MiB", "--log-level", "warning", *flags]
             running.processes[name] = await asyncio.to_thread(_start, command, output, env)
         try:

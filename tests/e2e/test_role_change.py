@@ -28,7 +28,10 @@ from kvferry.router.views import WorkerView
 from kvferry.router.worker_state import WorkerLink
 
 ROLES = {"w-0": "prefill", "w-1": "decode", "w-2": "decode"}
-FLAGS = ("--served-model-name", "tiny", "--deterministic", "--kv-cache-memory-bytes", "8MiB", "--num-threads", "1")
+FLAGS = (
+    *("--served-model-name", "tiny", "--insecure-loopback", "--deterministic"),
+    *("--kv-cache-memory-bytes", "8MiB", "--num-threads", "1"),
+)
 NUM_TOKENS = 60
 START_S, WAIT_S = 60.0, 40.0
 
