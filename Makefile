@@ -10,7 +10,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 LOCKS := setup/install.py $(wildcard setup/*.lock)
-PRODUCT := __init__.py __main__.py cli launch worker.py common transfer prefill decode roles router benchmarks setup
+PRODUCT := __init__.py __main__.py cli common settings models kvcache engine transfer prefill decode worker router launch simulator tools \
+	benchmarks setup
 LINT_ROOT := $(VENV)/lint
 # TORCH=any takes the torch of pip's index unchecked: an index of your own may have a build that no lock knows.
 INSTALL_FLAGS := $(if $(filter any,$(TORCH)),--any-torch)

@@ -32,12 +32,12 @@ _MISSING_EXIT_CODE = 3
 
 def main(argv: list[str] | None = None) -> int:
     """`gpu_run.main`, where it can be imported."""
-    from kvferry.benchmarks.gpu_host import OWN_NEEDS, missing
+    from kvferry.benchmarks.gpu.host import OWN_NEEDS, missing
 
     if absent := missing(OWN_NEEDS, os.environ):
         print(f"gpu_check itself needs, and does not find: {', '.join(absent)}", file=sys.stderr)
         return _MISSING_EXIT_CODE
-    from kvferry.benchmarks import gpu_run
+    from kvferry.benchmarks.gpu import run as gpu_run
 
     return gpu_run.main(argv)
 

@@ -10,9 +10,9 @@ import typer
 from pydantic import BaseModel
 
 from ..common.config import ADMIN_KEY_VARIABLE, environment
-from ..common.flags import with_settings
-from ..common.options import setting_keys
-from ..common.settings import Loaded, load, value_of
+from ..settings.fields import setting_keys
+from ..settings.flags import with_settings
+from ..settings.load import Loaded, load, value_of
 
 _WIDE = 140  # columns of a table of requests
 
@@ -62,7 +62,7 @@ def explain(
     """
     from rich.console import Console
 
-    from ..router.explain_view import fetch, list_path, path_of, show, show_list
+    from ..router.admin.explain_view import fetch, list_path, path_of, show, show_list
     from .operate import running_admin
 
     address = admin if admin is not None else running_admin()

@@ -15,16 +15,16 @@ import typer
 
 from ..common.config import RouterConfig, WorkerConfig, environment
 from ..common.errors import ConfigError
-from ..common.flags import with_settings
-from ..common.options import PoolSettings, ServeSettings
-from ..common.settings import Loaded
+from ..settings.fields import PoolSettings, ServeSettings
+from ..settings.flags import with_settings
+from ..settings.load import Loaded
 
 if TYPE_CHECKING:
     from ..common.channel import Address
-    from ..common.models.config import ModelConfig
-    from ..common.plan import Deployment, WorkerPlan
-    from ..common.progress import Display
     from ..launch import Launcher
+    from ..launch.plan import Deployment, WorkerPlan
+    from ..launch.progress import Display
+    from ..models.config import ModelConfig
 
 
 def register(app: typer.Typer) -> None:
@@ -47,8 +47,8 @@ def serve(
     import asyncio
 
     from ..common.logs import configure_logging, resolve_format
-    from ..common.progress import make_display
     from ..launch.preflight import Preflight
+    from ..launch.progress import make_display
 
     settings, env = loaded.settings, environment()
     log_format = resolve_format(settings.log_format, sys.stderr)
@@ -105,7 +105,7 @@ async def _run(launcher: Launcher, pid_path: Path | None, display: Display) -> N
 
 def _greeting(settings: ServeSettings, deployment: Deployment, http: Address) -> tuple[str, dict[str, object]]:
     """What people read when requests can come, and the same for programs."""
-    from ..common.children import reachable
+    from ..launch.children import reachable
 
     name = deployment.router.served_model_name
     has_keys = bool(settings.api_key or settings.api_key_file)
@@ -133,7 +133,7 @@ def _pools(deployment: Deployment) -> str:
 def _describe(deployment: Deployment, model: ModelConfig) -> str:
     """The plan, a line for each process."""
     from ..common.channel import Address
-    from ..common.plan import cache_token_bytes, weight_bytes
+    from ..launch.plan import cache_token_bytes, weight_bytes
 
     router = deployment.router
     lines = [
@@ -174,12 +174,12 @@ def _size(num_bytes: int) -> str:
 def router(loaded: Loaded) -> None:
     """Start a router by hand; workers connect to its control socket."""
     from ..common.channel import Address
-    from ..common.children import ROUTER_PROGRAM
     from ..common.exposure import check_exposure
-    from ..common.host import why_not_bindable
-    from ..common.model_files import resolve_model
-    from ..common.plan import plan_router
+    from ..launch.children import ROUTER_PROGRAM
+    from ..launch.host import why_not_bindable
+    from ..launch.plan import plan_router
     from ..launch.reload import read_credentials
+    from ..models.files import resolve_model
 
     settings = loaded.settings
     if why := why_not_bindable(settings.host, settings.port):
@@ -208,13 +208,13 @@ def decode(loaded: Loaded) -> None:
 
 def _become_worker(settings: ServeSettings, role: Literal["prefill", "decode"]) -> NoReturn:
     from ..common.channel import Address
-    from ..common.children import WORKER_PROGRAM
     from ..common.credentials import read_secrets
-    from ..common.host import read_host
-    from ..common.model_files import resolve_model
-    from ..common.models.config import ModelConfig
-    from ..common.plan import Deployment, WorkerPlan, fit_to_host, plan_router, plan_worker
+    from ..launch.children import WORKER_PROGRAM
+    from ..launch.host import read_host
+    from ..launch.plan import Deployment, WorkerPlan, fit_to_host, plan_router, plan_worker
     from ..launch.preflight import check_kernels, check_platform, check_transfer
+    from ..models.config import ModelConfig
+    from ..models.files import resolve_model
 
     check_platform()
     if not settings.router:
@@ -258,7 +258,7 @@ def _become(
     admin_keys: tuple[str, ...] = (),
 ) -> NoReturn:
     """Replace this process: its id, terminal and signals are the program's from here on."""
-    from ..common.children import child_environment
+    from ..launch.children import child_environment
 
     given = () if config.secret_file is not None else secrets  # it reads a file itself, again at each reload
     env = child_environment(environment(), given, api_keys=api_keys, admin_keys=admin_keys)

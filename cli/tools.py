@@ -17,9 +17,9 @@ import typer
 from typer.core import TyperGroup
 
 _PROGRAMS = {
-    "bench": ("benchmarks.client", "Measure a running server: TTFT, TPOT and goodput under load."),
-    "chaos": ("benchmarks.chaos", "Kill workers of a deployment of its own under load; fails if anything is lost."),
-    "simulate": ("benchmarks.simulator.command", "Simulate a fleet under a trace: goodput, latencies, GPUs, cost."),
+    "bench": ("tools.load.client", "Measure a running server: TTFT, TPOT and goodput under load."),
+    "chaos": ("tools.chaos.command", "Kill workers of a deployment of its own under load; fails if anything is lost."),
+    "simulate": ("simulator.command", "Simulate a fleet under a trace: goodput, latencies, GPUs, cost."),
 }
 _OWN = ("help",)  # of argparse; typer has its own
 

@@ -57,11 +57,11 @@ class EngineConfig(Settings):
     tpot_objective_ms: float | None = Field(None, gt=0)  # prompts beside running answers are cut so that it is kept
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     kv_cache_memory_bytes: PositiveInt | None = None  # None: from free memory
-    swap_space: int | None = Field(0, ge=0)  # host memory of a rank for preempted KV, bytes; None: see swap.py
+    swap_space: int | None = Field(0, ge=0)  # host memory of a rank for preempted KV, bytes; None: host_slots.py
     enable_prefix_caching: bool = True
     host_cache_memory_bytes: int | None = Field(
         0, ge=0
-    )  # of a rank, for cached KV that the device evicts; None: swap.py
+    )  # of a rank, for cached KV that the device evicts; None: host_slots.py
     disk_cache_dir: Path | None = None  # for cached KV that host memory evicts; None: no disk
     disk_cache_bytes: PositiveInt = 10 << 30  # of a rank
     attention_backend: Attention = "auto"
@@ -73,7 +73,7 @@ class EngineConfig(Settings):
 
 
 class TransferConfig(Settings):
-    """How KV moves, and the handoff's times (seconds). Lease arithmetic: transfer/sender.py."""
+    """How KV moves, and the handoff's times (seconds). Lease arithmetic: transfer/send/sender.py."""
 
     backend: TransferName = "nixl"
     lease_s: float = Field(3.0, gt=0)
@@ -134,7 +134,7 @@ class PoolBounds(Settings):
 
 
 class AutoscaleConfig(Settings):
-    """How pools grow, shrink and lend each other workers (router/autoscaler.py). Times in seconds."""
+    """How pools grow, shrink and lend each other workers (router/autoscaler/autoscaler.py). Times in seconds."""
 
     mode: AutoscaleMode = "off"
     prefill: PoolBounds = PoolBounds(at_least=1, at_most=1)

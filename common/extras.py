@@ -7,7 +7,7 @@ import re
 import sys
 from typing import NamedTuple
 
-from .host import torch_cuda_version
+from ..launch.host import torch_cuda_version
 
 
 class Library(NamedTuple):

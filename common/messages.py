@@ -5,7 +5,7 @@
     prefill -> decode          KVArrived: a notification of the transfer agent, with the data
 
 Durations only, never points in time. A message is about one (request, attempt), one grant or one open; the
-receiver drops what names another. The life of a handoff is told in `transfer/sender.py` and `receiver.py`.
+receiver drops what names another. The life of a handoff is told in `transfer/send/sender.py` and `receiver.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, Generic, TypeVar
 
 import msgspec
 
-from .blocks import KVCacheSpec
+from ..kvcache.blocks import KVCacheSpec
 from .errors import ProtocolError
 from .request import MAX_CHOICES, RequestSpec, SampledToken, Sequence
 
@@ -80,7 +80,7 @@ class Refused(Message):
 
 
 class StepSample(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One engine step and what it did: what step-time models are fitted to (router/predictor.py)."""
+    """One engine step and what it did: what step-time models are fitted to (router/state/predictor.py)."""
 
     step_s: float
     prefill_tokens: Count = 0  # prompt tokens computed, of all rows with more than one
@@ -487,7 +487,7 @@ class KVDone(Message):
     open_id: U64
 
 
-# --- fetcher <-> the worker that holds a prefix, control socket: told in transfer/lending.py and fetches.py ----------
+# --- fetcher <-> the worker that holds a prefix, control socket: told in transfer/fetch/ ----------------------------
 
 
 class KVFetch(Message):
@@ -543,7 +543,7 @@ class KVArrived(Message):
     first_tokens: ChoiceList = ()  # from source rank 0
     tp_size: Count = 1  # of the source
     block_ids: BlockIds = ()  # that were written, where there are checksums
-    checksum: Checksums = b""  # 8 bytes for each of them (transfer/checksums.py); empty: none
+    checksum: Checksums = b""  # 8 bytes for each of them (transfer/protocol/checksums.py); empty: none
 
 
 RouterToWorker = Refused | ReserveKV | LocalTask | PrefillTask | Abort | LiveRequests | SetRole | Drain

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from ..common import failpoints
 from ..common.clock import Clock
 from ..common.request import RequestSpec, Sequence
-from ..transfer.receiver import KVReceiver, Reservation
-from .live import Live
+from ..transfer.receive.receiver import KVReceiver, Reservation
 from .outbox import Outbox
 from .requests import Requests
+from .running import Live
 from .scheduler import DecodeScheduler
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from ..common.messages import ChoiceTokens, Message, RequestTokens, StepTokens
-from .live import Live
+from .running import Live
 
 
 class Outbox:

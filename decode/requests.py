@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..common.request import RequestSpec, Sequence
-from .live import EndedAttempts, Live
 from .outbox import Outbox
+from .running import EndedAttempts, Live
 from .scheduler import DecodeScheduler
 
 

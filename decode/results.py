@@ -11,9 +11,9 @@ from collections.abc import Callable
 from ..common.batch import Batch, BatchRow, RowOutput, StepOutput
 from ..common.messages import ChoiceTokens, Message, in_pieces, nonfinite_logits
 from ..common.request import FinishReason, SampledToken, Sequence, finish_reason
-from .live import Live
 from .outbox import Outbox
 from .requests import Requests
+from .running import Live
 from .scheduler import DecodeScheduler
 
 

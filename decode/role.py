@@ -14,7 +14,6 @@ from itertools import chain
 
 from ..common import failpoints
 from ..common.batch import Batch, StepOutput
-from ..common.blocks import BlockPool, KVCacheSpec
 from ..common.clock import Clock
 from ..common.errors import CapacityError
 from ..common.messages import (
@@ -32,15 +31,16 @@ from ..common.messages import (
     TaskRefused,
     WorkerFailure,
 )
-from ..common.prefix_cache import PrefixCache
 from ..common.request import RequestSpec, Sequence
-from ..transfer.fetches import Fetches
-from ..transfer.receiver import KVReceiver, ReservationState
+from ..kvcache.blocks import BlockPool, KVCacheSpec
+from ..kvcache.prefix_cache import PrefixCache
+from ..transfer.fetch.fetches import Fetches
+from ..transfer.receive.receiver import KVReceiver, ReservationState
 from .adoption import Adoption
-from .live import Live
 from .outbox import Outbox
 from .requests import Requests
 from .results import StepResults
+from .running import Live
 from .scheduler import DecodeScheduler
 from .waiting import WaitingReservations
 

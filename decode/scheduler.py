@@ -24,10 +24,10 @@ from collections.abc import Iterator
 from heapq import merge
 
 from ..common.batch import Batch, BatchRow, StepOutput
-from ..common.blocks import BlockPool, KVCacheSpec
 from ..common.errors import CapacityError
-from ..common.prefix_cache import PrefixCache
 from ..common.request import BlockId, Sequence
+from ..kvcache.blocks import BlockPool, KVCacheSpec
+from ..kvcache.prefix_cache import PrefixCache
 from .pace import Pace
 from .sequence_blocks import SequenceBlocks
 

@@ -13,10 +13,10 @@ copies out first: they are `_outgoing`.
 from __future__ import annotations
 
 from ..common.batch import Batch, BatchRow
-from ..common.blocks import BlockPool, KVCacheSpec, hash_blocks, prefix_salt
-from ..common.prefix_cache import Found, PrefixCache
 from ..common.request import BlockId, Sequence
-from .swap import SwapSpace
+from ..kvcache.blocks import BlockPool, KVCacheSpec, hash_blocks, prefix_salt
+from ..kvcache.prefix_cache import Found, PrefixCache
+from ..kvcache.swap import SwapSpace
 
 
 class SequenceBlocks:

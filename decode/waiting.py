@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..common.blocks import BlockPool, KVCacheSpec
 from ..common.clock import Clock
 from ..common.messages import Grant, NoCapacity, ReserveKV
 from ..common.request import RequestSpec
-from ..transfer.receiver import KVReceiver
+from ..kvcache.blocks import BlockPool, KVCacheSpec
+from ..transfer.receive.receiver import KVReceiver
 
 MAX_WAIT_S = 2.0
 _WORTH_WAITING = ("blocks", "growth")

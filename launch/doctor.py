@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..common.extras import FLASHINFER, nixl
-from ..common.host import find_gpus, free_memory_bytes, torch_cuda_version
-from ..common.options import ServeSettings
+from ..settings.fields import ServeSettings
+from .host import find_gpus, free_memory_bytes, torch_cuda_version
 from .preflight import Check, Level, Preflight
 
-_TRIAL = "from kvferry.transfer.nixl import NixlBackend; NixlBackend('doctor').close()"
+_TRIAL = "from kvferry.transfer.backends.nixl import NixlBackend; NixlBackend('doctor').close()"
 _TRIAL_TIMEOUT_S = 60.0
 _MIN_OPEN_FILES = 4096
 _MIN_SHARED_MEMORY_BYTES = 256 << 20

@@ -5,12 +5,12 @@ The engine refuses the same things, in the same words where it can; that costs s
 
 from __future__ import annotations
 
-from ..common.blocks import MIN_CACHE_TOKENS, too_small_a_cache
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
-from ..common.host import Host
-from ..common.models.config import ModelConfig
-from ..common.plan import Deployment, cache_token_bytes, item_bytes, weight_bytes
+from ..kvcache.blocks import MIN_CACHE_TOKENS, too_small_a_cache
+from ..models.config import ModelConfig
+from .host import Host
+from .plan import Deployment, cache_token_bytes, item_bytes, weight_bytes
 
 # Of a rank besides weights and caches: interpreter, torch, buffers of a step. Seen: 250 to 400 MiB.
 _RANK_BYTES = 400 << 20

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from ..common.plan import Deployment
-from ..common.process import ChildTimes
+from .plan import Deployment
+from .process import ChildTimes
 
 _DRAIN_SLACK_S = 10.0  # to SIGKILL, after a child should have ended by itself
 

@@ -6,20 +6,20 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from ..common.channel import Address
-from ..common.children import ROUTER_PROGRAM, WORKER_PROGRAM, child_environment, worker_child
 from ..common.clock import Clock
 from ..common.cores import CoreBoard
 from ..common.errors import ConfigError, KVFerryError
-from ..common.fleet import Fleet
-from ..common.plan import Deployment, WorkerPlan
-from ..common.process import Child, ChildTimes, Stopper
-from ..common.progress import Display
-from ..common.rolling import roll
-from ..common.routers import RouterGroup
+from .children import ROUTER_PROGRAM, WORKER_PROGRAM, child_environment, worker_child
+from .fleet import Fleet
 from .launcher import child_times
+from .plan import Deployment, WorkerPlan
+from .process import Child, ChildTimes, Stopper
+from .progress import Display
 from .reload import Reload, read_credentials
+from .rolling import roll
+from .routers import RouterGroup
+from .scale_requests import Wishes
 from .status import describe_child, describe_deployment
-from .wishes import Wishes
 
 
 class LocalLauncher:

@@ -14,19 +14,19 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from ..common.channel import Address
-from ..common.children import ROUTER_PROGRAM, child_environment
 from ..common.clock import Clock
 from ..common.errors import ConfigError
-from ..common.fleet import Fleet
-from ..common.plan import Deployment, WorkerPlan, fit_to_host
-from ..common.process import ChildTimes, Stopper
-from ..common.progress import Display
-from ..common.routers import RouterGroup
 from . import ray_calls
+from .children import ROUTER_PROGRAM, child_environment
+from .fleet import Fleet
 from .launcher import child_times
+from .plan import Deployment, WorkerPlan, fit_to_host
+from .process import ChildTimes, Stopper
+from .progress import Display
 from .reload import Reload, read_credentials
+from .routers import RouterGroup
+from .scale_requests import Wishes
 from .status import describe_deployment
-from .wishes import Wishes
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -71,7 +71,7 @@ class RayLauncher:
         address: str | None = None,  # None: a cluster of its own on this machine
         on_serving: Callable[[Address], None] = lambda http: None,
         router_program: tuple[str, ...] = ROUTER_PROGRAM,
-        worker_entry: str = "kvferry.worker:serve_worker",
+        worker_entry: str = "kvferry.worker.process:serve_worker",
         times: ChildTimes | None = None,
     ) -> None:
         self._deployment = deployment

@@ -18,20 +18,20 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from ..common.channel import Address
-from ..common.default_model import Progress
 from ..common.errors import ConfigError
 from ..common.exposure import check_exposure
 from ..common.extras import FLASHINFER, RAY, UCXX, nixl
-from ..common.host import Host, read_host, why_not_bindable
-from ..common.model_files import ResolvedModel, is_on_hub, resolve_model
-from ..common.models.checkpoint import check_checkpoint
-from ..common.models.config import ModelConfig
-from ..common.native import NativeUnavailable, find_compiler
 from ..common.open_files import room_for_connections
-from ..common.options import ServeSettings
-from ..common.plan import Deployment, absolute, fit_to_host, plan
-from ..common.tokenizer import Tokenizer
+from ..engine.cpu.build import NativeUnavailable, find_compiler
+from ..models.checkpoint import check_checkpoint
+from ..models.config import ModelConfig
+from ..models.default import Progress
+from ..models.files import ResolvedModel, is_on_hub, resolve_model
+from ..models.tokenizer import Tokenizer
+from ..settings.fields import ServeSettings
 from .engine_checks import check_engine, check_memory, check_model
+from .host import Host, read_host, why_not_bindable
+from .plan import Deployment, absolute, fit_to_host, plan
 from .reload import read_credentials
 from .running import check_pid_file, runtime_dir
 

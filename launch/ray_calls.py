@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..common.children import worker_environment
 from ..common.config import WorkerConfig
 from ..common.credentials import SharedSecret
 from ..common.errors import ConfigError
 from ..common.extras import RAY
-from ..common.host import Gpu, Host, usable_cpus
 from ..common.logs import configure_logging
-from ..common.plan import WorkerPlan
+from .children import worker_environment
+from .host import Gpu, Host, usable_cpus
+from .plan import WorkerPlan
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..common.process import Child, ChildState
-from ..common.routers import RouterGroup
+from .process import Child, ChildState
+from .routers import RouterGroup
 
 
 def describe_deployment(

@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 from ..common import failpoints
 from ..common.batch import Batch, RowOutput, StepOutput
-from ..common.blocks import BlockPool, prefix_salt
 from ..common.clock import Clock
 from ..common.errors import CapacityError
 from ..common.messages import (
@@ -33,13 +32,14 @@ from ..common.messages import (
     in_pieces,
     nonfinite_logits,
 )
-from ..common.prefix_cache import PrefixCache
 from ..common.request import RequestSpec, Sequence
-from ..transfer.fetches import Fetches
-from ..transfer.handoff import Endpoint, check_grant
+from ..kvcache.blocks import BlockPool, prefix_salt
+from ..kvcache.prefix_cache import PrefixCache
+from ..transfer.fetch.fetches import Fetches
+from ..transfer.protocol.handoff import Endpoint, check_grant
+from ..transfer.send.plan import ShipPlan, plan_chunk, plan_hits
 from .scheduler import PrefillScheduler
 from .shipments import Shipments, Shipping
-from .shipper import ShipPlan, plan_chunk, plan_hits
 from .task import Task, first_token_message, first_tokens
 
 

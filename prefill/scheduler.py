@@ -17,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..common.batch import Batch, BatchRow
-from ..common.blocks import BlockPool, hash_blocks
 from ..common.clock import Clock
 from ..common.errors import CapacityError
-from ..common.prefix_cache import PrefixCache
 from ..common.request import Sequence
+from ..kvcache.blocks import BlockPool, hash_blocks
+from ..kvcache.prefix_cache import PrefixCache
 
 STRETCH = 3.0
 # A step is cut to about this: who comes while it runs waits for its end, and grants lapse in seconds. A GPU does a

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..common.blocks import BlockPool
 from ..common.messages import ChoiceTokens, GrantInfo
 from ..common.request import BlockId, RequestSpec
-from .shipper import ShipPlan
+from ..kvcache.blocks import BlockPool
+from ..transfer.send.plan import ShipPlan
 
 
 class Shipping(Protocol):

@@ -22,7 +22,7 @@ from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig, 
 from ..common.errors import ConfigError
 from ..common.lifeline import Lifeline
 from ..common.logs import configure_logging
-from .credentials import RouterCredentials
+from .access.credentials import RouterCredentials
 from .server import collect_rarely, serve_router
 
 _CONFIG_EXIT_CODE = 2

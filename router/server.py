@@ -29,35 +29,35 @@ from ..common.config import RouterConfig
 from ..common.credentials import SharedSecret
 from ..common.errors import ConfigError
 from ..common.exposure import check_exposure
-from ..common.host import listen
-from ..common.metrics import RouterMetrics
-from ..common.models.config import ModelConfig
 from ..common.open_files import MAX_CONNECTIONS, room_for_connections
-from ..common.session import max_frame_bytes
-from ..common.tokenizer import Tokenizer
-from .admin import Admin, build_admin
-from .app import build_app
-from .classes import RequestClasses
-from .connection_limits import Connections
-from .control import ControlServer, Expected
-from .credentials import RouterCredentials
-from .defaults import SamplingDefaults
-from .dispatcher import Dispatcher
-from .failures import Life
-from .generation import Api
-from .http_server import HttpServer
-from .keys import ApiKeys
-from .objectives import DEFAULT_CLASS
-from .policies import make_policy
-from .predictor import Predictor
-from .prompts import ServedModel
+from ..launch.host import listen
+from ..models.config import ModelConfig
+from ..models.tokenizer import Tokenizer
+from ..worker.sessions import max_frame_bytes
+from .access.credentials import RouterCredentials
+from .access.keys import ApiKeys
+from .access.quota import QuotaLimits
+from .access.reload import reloading
+from .admin.admin import Admin, build_admin
+from .admin.scaling import scaling_routes
+from .api.app import build_app
+from .api.defaults import SamplingDefaults
+from .api.generation import Api
+from .api.prompts import ServedModel
+from .autoscaler.load_record import LoadRecord, RecordingMetrics
+from .autoscaler.scaling import Scaling
+from .dispatch.control import ControlServer, Expected
+from .dispatch.dispatcher import Dispatcher
+from .http.connection_limits import Connections
+from .http.http_server import HttpServer
+from .metrics.metrics import RouterMetrics
+from .placement import make_policy
 from .pulse import Pulse
-from .quota import QuotaLimits
-from .reload import reloading
-from .scaling import Scaling
-from .scaling_admin import scaling_routes
-from .scaling_record import LoadRecord, RecordingMetrics
 from .shutdown import Stop, wind_down
+from .state.classes import RequestClasses
+from .state.failures import Life
+from .state.objectives import DEFAULT_CLASS
+from .state.predictor import Predictor
 
 REPORT_EVERY_S = 0.1
 _SCALE_TICK_S = 0.25

@@ -15,9 +15,9 @@ from collections.abc import Coroutine, Iterator
 
 import structlog
 
-from .dispatcher import Dispatcher
-from .http_server import HttpServer
-from .reply import InFlight
+from .api.reply import InFlight
+from .dispatch.dispatcher import Dispatcher
+from .http.http_server import HttpServer
 
 INTERRUPT_LIMIT_S = 3.0  # for running answers after SIGINT; less than the launcher's patience
 IDLE_S = 1.0  # an idle connection's last chance to ask, after SIGTERM

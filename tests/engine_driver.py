@@ -7,8 +7,8 @@ from pathlib import Path
 
 from kvferry.common.batch import Batch, BatchRow, StepOutput
 from kvferry.common.config import EngineConfig
-from kvferry.common.engine import Engine
 from kvferry.common.request import RequestId, SampledToken, SamplingParams, Sequence
+from kvferry.engine.engine import Engine
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 

@@ -15,7 +15,7 @@ import pytest
 
 from kvferry import __version__
 from kvferry.cli import main
-from kvferry.common.options import ServeSettings, option_of
+from kvferry.settings.fields import ServeSettings, option_of
 
 from .checkpoints import write_checkpoint
 

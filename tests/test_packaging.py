@@ -21,7 +21,10 @@ import kvferry
 ROOT = Path(kvferry.__file__).resolve().parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = ("ray", "ucx", "gpu", "plot", "bench")
-FOLDERS = ("common", "transfer", "prefill", "decode", "roles", "router", "launch", "cli", "benchmarks")
+FOLDERS = (
+    *("cli", "common", "decode", "engine", "kvcache", "launch", "models", "prefill"),
+    *("router", "settings", "simulator", "tools", "transfer", "worker"),
+)
 
 # Where the name of the import says nothing of the distribution.
 DISTRIBUTION_OF = {"yaml": "pyyaml", "flashinfer": "flashinfer-python", "ucxx": "ucxx-cu12"}
@@ -58,12 +61,12 @@ def imported(*folders: str) -> set[str]:
 
 
 def test_every_import_is_declared() -> None:
-    used = {COMES_WITH.get(name, name) for name in imported(*FOLDERS)}
+    used = {COMES_WITH.get(name, name) for name in imported(*FOLDERS, "benchmarks")}
     assert used - declared(*EXTRAS) == set()
 
 
 def test_every_dependency_is_used() -> None:
-    used = {COMES_WITH.get(name, name) for name in imported(*FOLDERS)} | LOADED_BY_NAME
+    used = {COMES_WITH.get(name, name) for name in imported(*FOLDERS, "benchmarks")} | LOADED_BY_NAME
     assert declared(*EXTRAS) - used == set()
 
 
@@ -113,8 +116,8 @@ def test_wheel_and_sdist_hold_the_product_and_nothing_else(tmp_path: Path) -> No
     product = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
     expected = {f"kvferry/{path.relative_to(ROOT).as_posix()}" for path in product}
     expected |= {f"kvferry/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} | {"kvferry/py.typed"}
-    expected |= {f"kvferry/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "common").rglob("*.[ch]pp")}
-    expected |= {f"kvferry/benchmarks/traces/{path.name}" for path in (ROOT / "benchmarks" / "traces").iterdir()}
+    expected |= {f"kvferry/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "engine").rglob("*.[ch]pp")}
+    expected |= {f"kvferry/simulator/traces/{path.name}" for path in (ROOT / "simulator" / "traces").iterdir()}
     assert names == expected
     [sdist] = tmp_path.glob("kvferry-*.tar.gz")
     with tarfile.open(sdist) as archive:

@@ -24,8 +24,8 @@ from typing import NamedTuple
 from ..common.batch import Fence
 from ..common.errors import ProtocolError, TransferError
 from ..common.messages import Decoder, KVArrived, RegionInfo
-from .base import TransferBackend
-from .sender import KVSender
+from .backends.base import TransferBackend
+from .send.sender import KVSender
 
 MIN_POLL_S = 0.0002
 MAX_POLL_S = 0.001

@@ -13,9 +13,8 @@ import torch
 from rich.console import Console
 
 import kvferry
-from kvferry.benchmarks.environment import describe_environment
-from kvferry.benchmarks.gpu_host import facts, missing, nvcc, why_no_gpu
-from kvferry.benchmarks.gpu_kernels import (
+from kvferry.benchmarks.gpu.host import facts, missing, nvcc, why_no_gpu
+from kvferry.benchmarks.gpu.kernels import (
     check_activation,
     check_attention,
     check_logits,
@@ -23,7 +22,7 @@ from kvferry.benchmarks.gpu_kernels import (
     check_rotation,
     check_sampling,
 )
-from kvferry.benchmarks.gpu_parts import (
+from kvferry.benchmarks.gpu.parts import (
     PARTS,
     ROOT,
     Finished,
@@ -34,12 +33,13 @@ from kvferry.benchmarks.gpu_parts import (
     judge_handoff,
     judge_tests,
 )
-from kvferry.benchmarks.gpu_report import GpuReport, PartResult, Verdict, print_gpu, write_gpu
-from kvferry.benchmarks.gpu_run import NO_GPU_EXIT_CODE, TimePlan, check, main, run_parts
-from kvferry.benchmarks.gpu_serve import Exposure, check_gaps
-from kvferry.benchmarks.gpu_serve import main as serve_main
+from kvferry.benchmarks.gpu.report import GpuReport, PartResult, Verdict, print_gpu, write_gpu
+from kvferry.benchmarks.gpu.run import NO_GPU_EXIT_CODE, TimePlan, check, main, run_parts
+from kvferry.benchmarks.gpu.serve import Exposure, check_gaps
+from kvferry.benchmarks.gpu.serve import main as serve_main
 from kvferry.common.clock import FakeClock, SystemClock
-from kvferry.common.kernels import TorchKernels
+from kvferry.engine.cuda.kernels import TorchKernels
+from kvferry.tools.load.environment import describe_environment
 
 QUIET = Console(file=io.StringIO())
 CPU = torch.device("cpu")

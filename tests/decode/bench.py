@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
-from kvferry.common.blocks import BlockPool, KVCacheSpec
 from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.messages import (
@@ -22,8 +21,9 @@ from kvferry.common.messages import (
 )
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
 from kvferry.decode.role import DecodeRole
-from kvferry.transfer.handoff import open_mac
-from kvferry.transfer.receiver import KVReceiver, ReservationState
+from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
+from kvferry.transfer.protocol.handoff import open_mac
+from kvferry.transfer.receive.receiver import KVReceiver, ReservationState
 
 BLOCK, EOS = 4, 2
 SPEC = KVCacheSpec(model="m", num_layers=1, num_kv_heads=1, head_dim=8, block_size=BLOCK, dtype="float32")

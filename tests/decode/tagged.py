@@ -7,14 +7,15 @@ tokens. Between scheduling and that, every block that the pool would hand out is
 from __future__ import annotations
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
-from kvferry.common.blocks import BlockPool, KVCacheSpec
 from kvferry.common.clock import FakeClock
-from kvferry.common.disk_tier import DiskTier
-from kvferry.common.prefix_cache import PrefixCache
 from kvferry.common.request import RequestId, SamplingParams, Sequence
-from kvferry.common.tiers import Shelf
 from kvferry.decode.scheduler import DecodeScheduler
-from kvferry.tests.common.fake_disk import FakeDisk
+from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
+from kvferry.kvcache.disk_tier import DiskTier
+from kvferry.kvcache.prefix_cache import PrefixCache
+from kvferry.kvcache.tiers import Shelf
+
+from ..kvcache.fake_disk import FakeDisk
 
 BLOCK = 4
 SPEC = KVCacheSpec(model="m", num_layers=1, num_kv_heads=1, head_dim=8, block_size=BLOCK, dtype="float32")

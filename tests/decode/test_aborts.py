@@ -27,7 +27,8 @@ from kvferry.common.messages import (
     TaskRefused,
 )
 from kvferry.common.request import RequestSpec, SamplingParams, pack_ids
-from kvferry.tests.decode.bench import BLOCK, EOS, Bench, first_token
+
+from .bench import BLOCK, EOS, Bench, first_token
 
 NUM_BLOCKS = 24
 ROUTERS = ("R", "S")

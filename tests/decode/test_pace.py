@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from kvferry.common.batch import Batch
-from kvferry.common.blocks import BlockPool
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.decode.pace import MIN_CHUNK_TOKENS, Pace
 from kvferry.decode.scheduler import DecodeScheduler
-from kvferry.tests.decode.bench import BLOCK, SPEC
+from kvferry.kvcache.blocks import BlockPool
+
+from .bench import BLOCK, SPEC
 
 ROW_S, TOKEN_S = 0.01, 0.0005  # of the machine that is played
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import msgspec
 import pytest
 
-from kvferry.common.blocks import hash_blocks, prefix_salt
-from kvferry.common.journal import CacheJournal
 from kvferry.common.messages import FetchFrom, LocalTask
 from kvferry.common.request import SamplingParams
-from kvferry.tests.decode.bench import BLOCK, SPEC, Bench, first_token
+from kvferry.kvcache.blocks import hash_blocks, prefix_salt
+from kvferry.kvcache.journal import CacheJournal
+
+from .bench import BLOCK, SPEC, Bench, first_token
 
 PROMPT_TOKENS = 10
 SOURCE = FetchFrom(worker_id="p-1", kv_address="p-1:1", num_tokens=8)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kvferry.common.request import Sequence
 from kvferry.decode.scheduler import DecodeScheduler
-from kvferry.tests.decode.tagged import BLOCK, TaggedScheduler, names
+
+from .tagged import BLOCK, TaggedScheduler, names
 
 
 def test_a_higher_class_takes_the_row_of_the_youngest_of_the_lowest_which_keeps_its_blocks() -> None:

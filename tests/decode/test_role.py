@@ -16,7 +16,8 @@ from kvferry.common.messages import (
     WorkerFailure,
 )
 from kvferry.common.request import SampledToken
-from kvferry.tests.decode.bench import EOS, Bench, first_token
+
+from .bench import EOS, Bench, first_token
 
 
 def test_an_arrived_prompt_decodes_from_the_first_token_which_is_repeated() -> None:

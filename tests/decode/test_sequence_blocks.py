@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from kvferry.common.batch import BatchRow
-from kvferry.common.blocks import BlockPool
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.decode.sequence_blocks import SequenceBlocks
-from kvferry.tests.decode.tagged import BLOCK, SPEC
+from kvferry.kvcache.blocks import BlockPool
+
+from .tagged import BLOCK, SPEC
 
 
 def _blocks(num_blocks: int, num_swap_blocks: int) -> tuple[SequenceBlocks, BlockPool]:

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from kvferry.common.blocks import BlockPool
 from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
-from kvferry.common.engine import Engine
 from kvferry.common.messages import LocalTask, Message, StepTokens
 from kvferry.common.request import RequestSpec, SamplingParams, pack_ids
 from kvferry.decode.role import DecodeRole
-from kvferry.tests.checkpoints import write_checkpoint
-from kvferry.tests.decode.bench import REGION
-from kvferry.tests.engine_driver import engine_config, prompts
-from kvferry.transfer.receiver import KVReceiver
+from kvferry.engine.engine import Engine
+from kvferry.kvcache.blocks import BlockPool
+from kvferry.transfer.receive.receiver import KVReceiver
+
+from ..checkpoints import write_checkpoint
+from ..engine_driver import engine_config, prompts
+from .bench import REGION
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4  # layers, K and V, heads, tokens, head_dim, float32
 SAMPLING = {

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvferry.common.disk_tier import DiskTask
-from kvferry.tests.decode.tagged import BLOCK, TaggedScheduler
+from kvferry.kvcache.disk_tier import DiskTask
+
+from .tagged import BLOCK, TaggedScheduler
 
 
 def _run(bench: TaggedScheduler) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from kvferry.common.messages import Abort, Grant, LiveRequests, Message, NoCapacity, ReserveKV
 from kvferry.common.request import RequestSpec
-from kvferry.tests.decode.bench import Bench
+
+from .bench import Bench
 
 
 def _full(bench: Bench) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Never
 
 from kvferry.common.errors import TransferError
-from kvferry.transfer.nixl import NixlBackend
-from kvferry.worker import main
+from kvferry.transfer.backends.nixl import NixlBackend
+from kvferry.worker.process import main
 
 
 class UnpluggedBackend(NixlBackend):
@@ -19,7 +19,7 @@ class UnpluggedBackend(NixlBackend):
 
 
 if __name__ == "__main__":
-    import kvferry.transfer.nixl as nixl
+    import kvferry.transfer.backends.nixl as nixl
 
     nixl.NixlBackend = UnpluggedBackend  # type: ignore[misc]  # this process is the broken one
     sys.exit(main())

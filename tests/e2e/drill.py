@@ -16,15 +16,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 
-from kvferry.benchmarks.chaos_client import send
-from kvferry.benchmarks.chaos_events import Delta, Request, RequestEvent
-from kvferry.benchmarks.chaos_history import judge
-from kvferry.benchmarks.chaos_load import collect
-from kvferry.benchmarks.chaos_requests import Ask, Body
-from kvferry.benchmarks.chaos_system import balance
-from kvferry.benchmarks.faults_system import Sample, parse_metrics
-from kvferry.benchmarks.http_client import HttpClient
 from kvferry.common.config import FAILPOINTS_VARIABLE
+from kvferry.tools.chaos.client import send
+from kvferry.tools.chaos.events import Delta, Request, RequestEvent
+from kvferry.tools.chaos.history import judge
+from kvferry.tools.chaos.load import collect
+from kvferry.tools.chaos.requests import Ask, Body
+from kvferry.tools.chaos.serve_system import Sample, parse_metrics
+from kvferry.tools.chaos.system import balance
+from kvferry.tools.load.http_client import HttpClient
 
 from .cluster import Cluster, wait_until
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from kvferry.benchmarks.restart_load import Tally, asking, keep_asking, undisturbed
+from kvferry.benchmarks.restart.load import Tally, asking, keep_asking, undisturbed
 
 from ..checkpoints import write_checkpoint
 from .cluster import Cluster, serve, wait_until

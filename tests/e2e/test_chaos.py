@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvferry.benchmarks.tiny_model import write_tiny_model
+from kvferry.tools.load.tiny_model import write_tiny_model
 
 from .cluster import serve, serve_by_hand, wait_until
 from .drill import Drill, LocalDrill, ask

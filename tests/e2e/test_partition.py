@@ -16,10 +16,10 @@ import msgspec
 import psutil
 import pytest
 
-from kvferry.benchmarks.chaos_events import RequestEvent
-from kvferry.benchmarks.chaos_requests import Ask
-from kvferry.benchmarks.faults_system import Sample, parse_metrics
-from kvferry.benchmarks.tiny_model import write_tiny_model
+from kvferry.tools.chaos.events import RequestEvent
+from kvferry.tools.chaos.requests import Ask
+from kvferry.tools.chaos.serve_system import Sample, parse_metrics
+from kvferry.tools.load.tiny_model import write_tiny_model
 
 from .cluster import START_LIMIT_S, wait_until
 from .drill import Drill

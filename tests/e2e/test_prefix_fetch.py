@@ -25,12 +25,12 @@ from kvferry.common.clock import SystemClock
 from kvferry.common.config import RouterConfig
 from kvferry.common.messages import WorkerStatus
 from kvferry.common.request import SamplingParams
-from kvferry.router.control import ControlServer, Expected
-from kvferry.router.dispatcher import Dispatcher
-from kvferry.router.policy import Demand, Lack, Placement, Reason, Wait
-from kvferry.router.request import RouterRequest
-from kvferry.router.views import PoolView, WorkerView
-from kvferry.router.worker_state import Worker
+from kvferry.router.dispatch.control import ControlServer, Expected
+from kvferry.router.dispatch.dispatcher import Dispatcher
+from kvferry.router.placement.policy import Demand, Lack, Placement, Reason, Wait
+from kvferry.router.state.request import RouterRequest
+from kvferry.router.state.views import PoolView, WorkerView
+from kvferry.router.state.worker import Worker
 
 from ..checkpoints import write_checkpoint
 from . import reference
@@ -99,7 +99,7 @@ class Fleet:
     def holds(self, worker_id: str, tokens: list[int]) -> bool:
         """By what the worker has told, it has the KV of all full blocks of these tokens."""
         request = RouterRequest("", list(tokens), SamplingParams())
-        from kvferry.router.prefix_fetch import hash_prompt
+        from kvferry.router.dispatch.prefix_fetch import hash_prompt
 
         hash_prompt(self.dispatcher._pools, request)
         found = self.dispatcher._pools.prefix_index.match(request.block_hashes)

@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from kvferry.benchmarks.restart_load import Tally, asking, keep_asking, undisturbed
+from kvferry.benchmarks.restart.load import Tally, asking, keep_asking, undisturbed
 
 from ..checkpoints import write_checkpoint
 from . import reference

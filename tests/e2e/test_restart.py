@@ -25,7 +25,7 @@ import psutil
 import pytest
 from openai import AsyncOpenAI
 
-from kvferry.benchmarks.restart_load import Ask, Cut, Tally, asking, keep_asking, undisturbed
+from kvferry.benchmarks.restart.load import Ask, Cut, Tally, asking, keep_asking, undisturbed
 from kvferry.common.config import SECRET_VARIABLE
 
 from ..checkpoints import write_checkpoint

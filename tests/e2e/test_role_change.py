@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 
 from kvferry import __version__
-from kvferry.benchmarks.tiny_model import write_tiny_model
 from kvferry.common.channel import Address
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import RouterConfig
 from kvferry.common.messages import Message
 from kvferry.common.request import SamplingParams
-from kvferry.router.control import ControlServer, Expected
-from kvferry.router.dispatcher import Dispatcher
-from kvferry.router.policies.least_loaded import LeastLoaded
-from kvferry.router.request import RequestStatus, RouterRequest
-from kvferry.router.views import WorkerView
-from kvferry.router.worker_state import WorkerLink
+from kvferry.router.dispatch.control import ControlServer, Expected
+from kvferry.router.dispatch.dispatcher import Dispatcher
+from kvferry.router.placement.least_loaded import LeastLoaded
+from kvferry.router.state.request import RequestStatus, RouterRequest
+from kvferry.router.state.views import WorkerView
+from kvferry.router.state.worker import WorkerLink
+from kvferry.tools.load.tiny_model import write_tiny_model
 
 ROLES = {"w-0": "prefill", "w-1": "decode", "w-2": "decode"}
 FLAGS = (

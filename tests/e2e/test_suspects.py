@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvferry.benchmarks.tiny_model import write_tiny_model
 from kvferry.common.config import FAILPOINTS_VARIABLE
+from kvferry.tools.load.tiny_model import write_tiny_model
 
 from .cluster import serve, wait_until
 

@@ -9,7 +9,8 @@ import pytest
 
 from kvferry.common.batch import Batch
 from kvferry.common.messages import Abort, FirstToken, LiveRequests
-from kvferry.tests.prefill.test_role import EOS, _Bench
+
+from .test_role import EOS, _Bench
 
 ROUTERS = ("R", "S")
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from kvferry.common.blocks import hash_blocks, prefix_salt
 from kvferry.common.messages import Abort, FetchFrom
+from kvferry.kvcache.blocks import hash_blocks, prefix_salt
 from kvferry.prefill.role import PrefillRole
-from kvferry.tests.prefill.test_role import BLOCK, SPEC, _Bench
+
+from .test_role import BLOCK, SPEC, _Bench
 
 SOURCE = FetchFrom(worker_id="d-1", kv_address="d-1:1", num_tokens=8)
 HASHES = hash_blocks(list(range(8)), BLOCK, prefix_salt(SPEC, b""))

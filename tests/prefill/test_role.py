@@ -8,7 +8,6 @@ from functools import partial
 import msgspec
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
-from kvferry.common.blocks import BlockPool, KVCacheSpec
 from kvferry.common.clock import FakeClock
 from kvferry.common.messages import (
     Abort,
@@ -25,9 +24,10 @@ from kvferry.common.messages import (
     WorkerFailure,
 )
 from kvferry.common.request import FinishReason, RequestSpec, SampledToken, SamplingParams, pack_ids
+from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
 from kvferry.prefill.role import PrefillRole
-from kvferry.prefill.shipper import ShipPlan
-from kvferry.transfer.handoff import Endpoint
+from kvferry.transfer.protocol.handoff import Endpoint
+from kvferry.transfer.send.plan import ShipPlan
 
 BLOCK, EOS = 4, 2
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=8, block_size=BLOCK, dtype="float32")

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvferry.common.blocks import BlockPool
 from kvferry.common.clock import FakeClock
 from kvferry.common.errors import CapacityError
 from kvferry.common.request import RequestId, SamplingParams, Sequence
+from kvferry.kvcache.blocks import BlockPool
 from kvferry.prefill.scheduler import PrefillScheduler, Prompt
 
 

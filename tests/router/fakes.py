@@ -22,19 +22,19 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from kvferry.common.channel import Address
 from kvferry.common.clock import FakeClock
-from kvferry.common.host import listen
 from kvferry.common.messages import ChoiceTokens
-from kvferry.common.metrics import RouterMetrics
 from kvferry.common.request import SampledToken
-from kvferry.common.tokenizer import Tokenizer
-from kvferry.router.app import build_app
-from kvferry.router.chat_renderer import Chat
-from kvferry.router.http_server import HttpServer
-from kvferry.router.keys import ApiKeys
-from kvferry.router.prompts import ServedModel
-from kvferry.router.protocol import DeadlineProtocol
-from kvferry.router.request import RequestStatus, RouterRequest, StreamError, TokenStream
-from kvferry.router.views import PoolView
+from kvferry.launch.host import listen
+from kvferry.models.tokenizer import Tokenizer
+from kvferry.router.access.keys import ApiKeys
+from kvferry.router.api.app import build_app
+from kvferry.router.api.prompts import ServedModel
+from kvferry.router.helpers.chat_renderer import Chat
+from kvferry.router.http.http_server import HttpServer
+from kvferry.router.http.protocol import DeadlineProtocol
+from kvferry.router.metrics.metrics import RouterMetrics
+from kvferry.router.state.request import RequestStatus, RouterRequest, StreamError, TokenStream
+from kvferry.router.state.views import PoolView
 
 MODEL = "toy"
 EOS = 256

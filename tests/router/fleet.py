@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import msgspec
 
-from kvferry.common.blocks import KVCacheSpec
 from kvferry.common.clock import FakeClock
 from kvferry.common.config import RouterConfig
 from kvferry.common.messages import (
@@ -32,13 +31,14 @@ from kvferry.common.messages import (
     WorkerStatus,
 )
 from kvferry.common.request import SampledToken, SamplingParams
-from kvferry.router.dispatcher import Dispatcher
-from kvferry.router.outcome import Outcome
-from kvferry.router.policies import make_policy
-from kvferry.router.policies.least_loaded import LeastLoaded
-from kvferry.router.policy import RoutingPolicy
-from kvferry.router.predictor import Predictor
-from kvferry.router.request import ChoiceUpdate, RouterRequest, TokenStream
+from kvferry.kvcache.blocks import KVCacheSpec
+from kvferry.router.dispatch.dispatcher import Dispatcher
+from kvferry.router.placement import make_policy
+from kvferry.router.placement.least_loaded import LeastLoaded
+from kvferry.router.placement.policy import RoutingPolicy
+from kvferry.router.state.outcome import Outcome
+from kvferry.router.state.predictor import Predictor
+from kvferry.router.state.request import ChoiceUpdate, RouterRequest, TokenStream
 
 BLOCK_SIZE = 16
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=2, head_dim=8, block_size=BLOCK_SIZE, dtype="float32")

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 from kvferry.common.errors import CapacityError
 from kvferry.common.messages import LocalTask
-from kvferry.router.request import RequestStatus, TokenStream
-from kvferry.tests.router.fleet import Fleet, Link, config, received, tokens
+from kvferry.router.state.request import RequestStatus, TokenStream
+
+from .fleet import Fleet, Link, config, received, tokens
 
 STEP_S = 0.005
 HEARTBEAT_S = 0.1

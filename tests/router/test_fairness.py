@@ -10,13 +10,13 @@ import pytest
 
 from kvferry.common.config import RequestClass
 from kvferry.common.messages import LocalTask
-from kvferry.common.metrics import RouterMetrics
-from kvferry.router.app import build_app
-from kvferry.router.classes import RequestClasses
-from kvferry.router.keys import ApiKeys
-from kvferry.router.prompts import ServedModel
-from kvferry.router.request import RouterRequest, TokenStream
-from kvferry.router.views import PoolView
+from kvferry.router.access.keys import ApiKeys
+from kvferry.router.api.app import build_app
+from kvferry.router.api.prompts import ServedModel
+from kvferry.router.metrics.metrics import RouterMetrics
+from kvferry.router.state.classes import RequestClasses
+from kvferry.router.state.request import RouterRequest, TokenStream
+from kvferry.router.state.views import PoolView
 
 from .fakes import MAX_MODEL_LEN, MODEL, VOCAB_SIZE, toy_tokenizer
 from .fleet import Fleet, config, tokens

@@ -16,20 +16,20 @@ from pathlib import Path
 import pytest
 
 from kvferry import __version__
-from kvferry.benchmarks.fuzz_target import MODEL, SECRET, InstantWorker
+from kvferry.benchmarks.fuzz.target import MODEL, SECRET, InstantWorker
 from kvferry.common.channel import Address
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import RouterConfig
 from kvferry.common.credentials import SharedSecret
-from kvferry.common.host import listen
-from kvferry.common.metrics import RouterMetrics
-from kvferry.router.app import build_app
-from kvferry.router.control import ControlServer, Expected
-from kvferry.router.dispatcher import Dispatcher
-from kvferry.router.http_server import HttpServer
-from kvferry.router.policies import make_policy
-from kvferry.router.predictor import Predictor
-from kvferry.router.prompts import ServedModel
+from kvferry.launch.host import listen
+from kvferry.router.api.app import build_app
+from kvferry.router.api.prompts import ServedModel
+from kvferry.router.dispatch.control import ControlServer, Expected
+from kvferry.router.dispatch.dispatcher import Dispatcher
+from kvferry.router.http.http_server import HttpServer
+from kvferry.router.metrics.metrics import RouterMetrics
+from kvferry.router.placement import make_policy
+from kvferry.router.state.predictor import Predictor
 
 from .fakes import MAX_MODEL_LEN, VOCAB_SIZE, toy_tokenizer
 

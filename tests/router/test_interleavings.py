@@ -36,8 +36,9 @@ from kvferry.common.messages import (
     WorkerFailure,
 )
 from kvferry.common.request import RequestSpec
-from kvferry.router.request import RequestStatus, TokenStream
-from kvferry.tests.router.fleet import SPEC, Fleet, Link, config, received, token
+from kvferry.router.state.request import RequestStatus, TokenStream
+
+from .fleet import SPEC, Fleet, Link, config, received, token
 
 MAX_TOKENS = 5
 Key = tuple[str, int]  # request, attempt

@@ -7,9 +7,10 @@ import random
 import pytest
 
 from kvferry.common.messages import Abort, LocalTask, PrefillTask, ReserveKV, WorkerFailure
-from kvferry.router.budget import BURST, NOTICE_S, RetryBudget
-from kvferry.router.request import RequestStatus, StreamError, TokenStream
-from kvferry.tests.router.fleet import Fleet, Link, config, text, tokens
+from kvferry.router.dispatch.retries import BURST, NOTICE_S, RetryBudget
+from kvferry.router.state.request import RequestStatus, StreamError, TokenStream
+
+from .fleet import Fleet, Link, config, text, tokens
 
 
 async def failure(stream: TokenStream) -> StreamError:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from kvferry.common.messages import LocalTask, PrefillTask, ReserveKV, TaskRefused
-from kvferry.router.request import RequestStatus
-from kvferry.tests.router.fleet import Fleet, Link, config
+from kvferry.router.state.request import RequestStatus
+
+from .fleet import Fleet, Link, config
 
 
 def refuse(fleet: Fleet, worker: Link, task: PrefillTask | LocalTask) -> None:

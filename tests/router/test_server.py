@@ -15,15 +15,15 @@ import httpx
 import pytest
 
 from kvferry.common.channel import Address
-from kvferry.common.children import RouterChild
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError
 from kvferry.common.exposure import check_exposure
-from kvferry.common.host import listen
-from kvferry.common.process import ChildTimes
+from kvferry.launch.children import RouterChild
+from kvferry.launch.host import listen
+from kvferry.launch.process import ChildTimes
 from kvferry.router.__main__ import main, parse_config
-from kvferry.router.credentials import RouterCredentials
+from kvferry.router.access.credentials import RouterCredentials
 from kvferry.router.server import serve_router
 
 from .fakes import MODEL, write_model_dir

@@ -24,8 +24,9 @@ from kvferry.common.messages import (
     StepTokens,
 )
 from kvferry.common.request import RequestSpec
-from kvferry.router.request import RequestStatus, TokenStream
-from kvferry.tests.router.fleet import SPEC, Fleet, Link, config, status, token
+from kvferry.router.state.request import RequestStatus, TokenStream
+
+from .fleet import SPEC, Fleet, Link, config, status, token
 
 Key = tuple[int, str]  # router, request
 

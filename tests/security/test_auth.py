@@ -10,11 +10,11 @@ import pytest
 from fastapi.routing import APIRoute
 from starlette.routing import Route
 
-from kvferry.common.blocks import BlockPool, KVCacheSpec, hash_blocks, prefix_salt
 from kvferry.common.errors import RequestError
-from kvferry.router.frame import OPEN_PATHS
-from kvferry.router.keys import ApiKeys
-from kvferry.router.quota import QuotaLimits
+from kvferry.kvcache.blocks import BlockPool, KVCacheSpec, hash_blocks, prefix_salt
+from kvferry.router.access.keys import ApiKeys
+from kvferry.router.access.quota import QuotaLimits
+from kvferry.router.api.middleware import OPEN_PATHS
 
 from ..router.fakes import Script, Served, listening, serve
 

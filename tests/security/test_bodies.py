@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import pytest
 
 from kvferry.common.errors import CapacityError, RequestError
-from kvferry.router.json_parser import INLINE_BYTES, JsonParser
+from kvferry.router.helpers.json_parser import INLINE_BYTES, JsonParser
 
 from ..router.fakes import MODEL, Script, events, serve
 

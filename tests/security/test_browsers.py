@@ -7,7 +7,7 @@ import pytest
 from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError
 from kvferry.common.exposure import check_exposure
-from kvferry.common.options import ServeSettings
+from kvferry.settings.fields import ServeSettings
 
 from ..router.fakes import Script, serve
 

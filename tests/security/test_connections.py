@@ -10,8 +10,8 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from kvferry.router.connection_limits import Connections
-from kvferry.router.protocol import DeadlineProtocol
+from kvferry.router.http.connection_limits import Connections
+from kvferry.router.http.protocol import DeadlineProtocol
 
 from ..router.fakes import Script, Served, serve
 from .connections import connected, listening, read_answer

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from kvferry.benchmarks.fuzz_extremes import ExtremeBodies, extremes
-from kvferry.benchmarks.fuzz_http import Answer
-from kvferry.benchmarks.fuzz_systems import SETUPS, fuzz_systems, unfinished
+from kvferry.benchmarks.fuzz.extremes import ExtremeBodies, extremes
+from kvferry.benchmarks.fuzz.raw_http import Answer
+from kvferry.benchmarks.fuzz.systems import SETUPS, fuzz_systems, unfinished
 from kvferry.common.errors import RequestError
-from kvferry.router.fields import IGNORED, UNSUPPORTED
-from kvferry.router.schemas import ChatBody, CompletionBody, GenerationBody, validate
+from kvferry.router.api.fields import IGNORED, UNSUPPORTED
+from kvferry.router.api.schemas import ChatBody, CompletionBody, GenerationBody, validate
 
 VOCAB_SIZE = 425
 KINDS = pytest.mark.parametrize("kind", [CompletionBody, ChatBody])

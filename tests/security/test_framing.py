@@ -9,7 +9,7 @@ import pytest
 
 from kvferry.common.clock import FakeClock
 from kvferry.common.errors import RequestError
-from kvferry.router.intake import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, MAX_HEADERS, TURN_S, Intake, MessageBytes
+from kvferry.router.http.intake import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, MAX_HEADERS, TURN_S, Intake, MessageBytes
 
 from ..router.fakes import Script, Served, serve
 from .connections import connected, listening, read_answer

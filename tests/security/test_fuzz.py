@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kvferry.benchmarks.environment import describe_environment
-from kvferry.benchmarks.fuzz import run_attacks, run_fuzz
-from kvferry.benchmarks.fuzz_attacks import ATTACKS
-from kvferry.benchmarks.fuzz_frames import FuzzResult
-from kvferry.benchmarks.fuzz_report import FuzzReport, print_fuzz, write_fuzz
+from kvferry.benchmarks.fuzz.attacks import ATTACKS
+from kvferry.benchmarks.fuzz.frames import FuzzResult
+from kvferry.benchmarks.fuzz.fuzz import run_attacks, run_fuzz
+from kvferry.benchmarks.fuzz.report import FuzzReport, print_fuzz, write_fuzz
+from kvferry.tools.load.environment import describe_environment
 
 from ..router.fakes import write_model_dir
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import structlog
 
-from kvferry.common.chat_template import ChatTemplate, RenderLimits, TemplateOverrun
 from kvferry.common.errors import ConfigError, RequestError
-from kvferry.common.model_files import resolve_model
-from kvferry.common.models.checkpoint import safetensors_files
-from kvferry.common.models.config import ModelConfig
-from kvferry.common.tokenizer import Tokenizer
+from kvferry.models.chat_template import ChatTemplate, RenderLimits, TemplateOverrun
+from kvferry.models.checkpoint import safetensors_files
+from kvferry.models.config import ModelConfig
+from kvferry.models.files import resolve_model
+from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.__main__ import main
 
 from ..router.fakes import write_model_dir

@@ -7,7 +7,7 @@ import tracemalloc
 import msgspec
 import pytest
 
-from kvferry.benchmarks.fuzz_corpus import DECODERS, attack_frames, valid_messages
+from kvferry.benchmarks.fuzz.corpus import DECODERS, attack_frames, valid_messages
 from kvferry.common.errors import ProtocolError
 from kvferry.common.messages import Message, encode
 from kvferry.common.request import RequestSpec, SamplingParams

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvferry.common.errors import TransferError
 from kvferry.common.messages import GrantId, KVArrived, RegionInfo
-from kvferry.transfer.base import Piece, TransferHandle, TransferState, rotated_name
+from kvferry.transfer.backends.base import Piece, TransferHandle, TransferState, rotated_name
 
 from .engine import Memory
 from .fabric import Fabric, Flight, Right

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from kvferry.common.errors import TransferError
 from kvferry.common.messages import Grant, KVArrived, KVOpened, Message
 from kvferry.decode.role import DecodeRole
-from kvferry.transfer.receiver import KVReceiver
-from kvferry.transfer.reservation import Reservation, ReservationState
+from kvferry.transfer.receive.receiver import KVReceiver
+from kvferry.transfer.receive.reservation import Reservation, ReservationState
 
 from .breach import Breach
 from .fabric import Flight

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from kvferry.common.batch import Batch, BatchRow, RowOutput, StepOutput
-from kvferry.common.blocks import BlockPool
 from kvferry.common.request import SampledToken, Sequence
+from kvferry.kvcache.blocks import BlockPool
 
 from .breach import Breach
 from .oracle import Answer, Oracle, sampled

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from kvferry.common.messages import Decoder, KVArrived
-from kvferry.transfer.base import TransferState
+from kvferry.transfer.backends.base import TransferState
 
 from .kernel import Kernel
 from .network import Path

@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvferry.common.blocks import BlockPool
 from kvferry.common.config import RouterConfig
 from kvferry.common.messages import LocalTask, Message, PrefillTask, ReserveKV, StepTokens
 from kvferry.common.request import BlockId
-from kvferry.router.request import MAX_EARLY_TOKENS, RequestStatus, RouterRequest
-from kvferry.transfer.ledger import MAX_PROMISED_SHARE
-from kvferry.transfer.receiver import KVReceiver
-from kvferry.transfer.reservation import ReservationState
+from kvferry.kvcache.blocks import BlockPool
+from kvferry.router.state.request import MAX_EARLY_TOKENS, RequestStatus, RouterRequest
+from kvferry.transfer.receive.receiver import KVReceiver
+from kvferry.transfer.receive.reservation import ReservationState
+from kvferry.transfer.receive.reservations import MAX_PROMISED_SHARE
 
 from .breach import Breach
 

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvferry.common.blocks import BlockPool
 from kvferry.decode.role import DecodeRole
+from kvferry.kvcache.blocks import BlockPool
 from kvferry.prefill.role import PrefillRole
-from kvferry.router.dispatcher import Dispatcher
-from kvferry.transfer.receiver import KVReceiver
-from kvferry.transfer.sender import KVSender
+from kvferry.router.dispatch.dispatcher import Dispatcher
+from kvferry.transfer.receive.receiver import KVReceiver
+from kvferry.transfer.send.sender import KVSender
 
 
 @dataclass(slots=True, frozen=True)

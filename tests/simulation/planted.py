@@ -10,27 +10,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvferry.common.blocks import BlockPool, KVCacheSpec
 from kvferry.common.messages import Grant, KVOpen, NoCapacity
 from kvferry.common.request import RequestSpec, SampledToken, Sequence
 from kvferry.decode import sequence_blocks
 from kvferry.decode.sequence_blocks import SequenceBlocks
+from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
 from kvferry.prefill import role as prefill_role
 from kvferry.prefill.shipments import Shipments
-from kvferry.router.dispatcher import Dispatcher
-from kvferry.router.exchange import Exchange
-from kvferry.router.ledger import Ledger as RouterLedger
-from kvferry.router.losses import Losses
-from kvferry.router.request import ChoiceState, Drops, RouterRequest, TokenStream
-from kvferry.router.watch import Watch
-from kvferry.transfer import grants
-from kvferry.transfer import ledger as transfer_ledger
-from kvferry.transfer.fencing import Fencing
-from kvferry.transfer.opens import Opens
-from kvferry.transfer.receiver import KVReceiver
-from kvferry.transfer.reservation import Reservation, ReservationState
-from kvferry.transfer.sender import KVSender
-from kvferry.transfer.shipment import Shipment, ShipmentState
+from kvferry.router.dispatch.deadlines import Watch
+from kvferry.router.dispatch.dispatcher import Dispatcher
+from kvferry.router.dispatch.in_flight import Ledger as RouterLedger
+from kvferry.router.dispatch.losses import Losses
+from kvferry.router.dispatch.worker_messages import Exchange
+from kvferry.router.state.request import ChoiceState, Drops, RouterRequest, TokenStream
+from kvferry.transfer.receive import grants
+from kvferry.transfer.receive import reservations as transfer_ledger
+from kvferry.transfer.receive.fencing import Fencing
+from kvferry.transfer.receive.opens import Opens
+from kvferry.transfer.receive.receiver import KVReceiver
+from kvferry.transfer.receive.reservation import Reservation, ReservationState
+from kvferry.transfer.send.sender import KVSender
+from kvferry.transfer.send.shipment import Shipment, ShipmentState
 
 from .parts import Parts
 

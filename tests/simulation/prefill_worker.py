@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from kvferry.common.batch import Fence
 from kvferry.common.messages import Message, TransferReport
 from kvferry.prefill.role import PrefillRole
-from kvferry.prefill.shipping import RankShipping
-from kvferry.transfer.handoff import Endpoint
-from kvferry.transfer.sender import KVSender
-from kvferry.transfer.shipment import Shipment
+from kvferry.transfer.protocol.handoff import Endpoint
+from kvferry.transfer.send.ranks import RankShipping
+from kvferry.transfer.send.sender import KVSender
+from kvferry.transfer.send.shipment import Shipment
 
 from .network import Dial, End
 from .oracle import EOS

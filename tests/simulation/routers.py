@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from kvferry.common.errors import CapacityError, RequestError
 from kvferry.common.messages import Message, StepTokens, WorkerHello
-from kvferry.router.dispatcher import Dispatcher
-from kvferry.router.observer import NullObserver
-from kvferry.router.policies.least_loaded import LeastLoaded
-from kvferry.router.request import RouterRequest
+from kvferry.router.dispatch.dispatcher import Dispatcher
+from kvferry.router.placement.least_loaded import LeastLoaded
+from kvferry.router.state.observer import NullObserver
+from kvferry.router.state.request import RouterRequest
 
 from .clients import Call
 from .invariants import RouterRules
@@ -28,7 +28,7 @@ _BOOKS_EVERY = 8  # ticks
 
 
 class Router(NullObserver):
-    """What `router/control.py` and the API do around a dispatcher."""
+    """What `router/dispatch/control.py` and the API do around a dispatcher."""
 
     def __init__(
         self,

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from kvferry.common.blocks import KVCacheSpec
 from kvferry.common.config import RouterConfig, TransferConfig
 from kvferry.common.request import SamplingParams
+from kvferry.kvcache.blocks import KVCacheSpec
 
 from .clients import Manners
 

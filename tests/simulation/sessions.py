@@ -1,5 +1,7 @@
-"""A worker's sessions with the routers, and a router's with its workers, as `common/session.py` and
-`router/control.py` keep them: hello first, heartbeats, connect again after a break, give up a router that is away.
+"""A worker's sessions with the routers, and a router's with its workers.
+
+As `worker/sessions.py` and `router/dispatch/control.py` keep them: hello first, heartbeats, connect anew after a break,
+give up a router that is away.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from kvferry.common.messages import Message, Refused, WorkerHello, WorkerStatus
-from kvferry.common.session import ROUTER_GONE_S
+from kvferry.worker.sessions import ROUTER_GONE_S
 
 from .kernel import Process
 from .network import Dial, End, Network

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry.tests.simulation.breach import INVARIANTS
-from kvferry.tests.simulation.planted import PLANTED, Planted
-from kvferry.tests.simulation.runner import find_breach, quiet, render, run_requests
-from kvferry.tests.simulation.scenario import KINDS, draw
-from kvferry.tests.simulation.world import World
+from .breach import INVARIANTS
+from .planted import PLANTED, Planted
+from .runner import find_breach, quiet, render, run_requests
+from .scenario import KINDS, draw
+from .world import World
 
 NUM_REQUESTS = 20_000
 

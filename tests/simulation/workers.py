@@ -1,7 +1,7 @@
 """Workers: the real role and scheduler around a simulated engine, memory and transfer agent.
 
-This and its two subclasses are the glue that `worker.py`, `decode/unit.py` and `prefill/unit.py` are in a process. One
-event is what one thread does while it holds the lock.
+This and its two subclasses are the glue that `worker/` is in a process: `process.py`, `decode_side.py` and
+`prefill_side.py`. One event is what one thread does while it holds the lock.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvferry.common.batch import Batch
-from kvferry.common.blocks import BlockPool
 from kvferry.common.messages import Drain, Goodbye, Message, WorkerHello, WorkerStatus
 from kvferry.decode.role import DecodeRole
+from kvferry.kvcache.blocks import BlockPool
 from kvferry.prefill.role import PrefillRole
 
 from .agent import Agent

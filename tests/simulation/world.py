@@ -21,8 +21,8 @@ from kvferry.common.messages import (
     RouterToWorker,
     WorkerToRouter,
 )
-from kvferry.router.request import RouterRequest
-from kvferry.transfer.life import Life
+from kvferry.router.state.request import RouterRequest
+from kvferry.transfer.receive.processes import Life
 
 from .breach import Breach
 from .clients import Call

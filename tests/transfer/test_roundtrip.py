@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvferry.common.blocks import BlockPool, KVCacheSpec
 from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.messages import (
@@ -23,9 +22,10 @@ from kvferry.common.messages import (
     Message,
 )
 from kvferry.common.request import RequestSpec, SamplingParams, pack_ids
-from kvferry.transfer.local import LocalBackend, LocalNetwork
-from kvferry.transfer.receiver import KVReceiver
-from kvferry.transfer.sender import KVSender
+from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
+from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
+from kvferry.transfer.receive.receiver import KVReceiver
+from kvferry.transfer.send.sender import KVSender
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=4, head_dim=2, block_size=4, dtype="float32")
 R, KV = "r-0", "127.0.0.1:1"

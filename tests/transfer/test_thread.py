@@ -13,7 +13,6 @@ import psutil
 import pytest
 import torch
 
-from kvferry.common.blocks import BlockPool, KVCacheSpec
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.errors import TransferError
@@ -36,11 +35,12 @@ from kvferry.common.messages import (
     encode,
 )
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
-from kvferry.transfer.base import TransferBackend
-from kvferry.transfer.choose import open_backend, set_ucx_defaults
-from kvferry.transfer.local import LocalBackend, LocalNetwork
-from kvferry.transfer.receiver import KVReceiver
-from kvferry.transfer.sender import KVSender
+from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
+from kvferry.transfer.backends.base import TransferBackend
+from kvferry.transfer.backends.choose import open_backend, set_ucx_defaults
+from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
+from kvferry.transfer.receive.receiver import KVReceiver
+from kvferry.transfer.send.sender import KVSender
 from kvferry.transfer.thread import TransferThread
 
 WAIT_S = 20.0

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from kvferry.common.blocks import BlockPool, KVCacheSpec
 from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.errors import TransferError
@@ -38,13 +37,14 @@ from kvferry.common.messages import (
     ProcessMark,
 )
 from kvferry.common.request import RequestSpec, SamplingParams, pack_ids
-from kvferry.transfer import invariants
-from kvferry.transfer.base import TransferHandle, TransferState
-from kvferry.transfer.checksums import ArrivalCheck, PageSums
-from kvferry.transfer.life import Life
-from kvferry.transfer.local import LocalBackend, LocalFault, LocalHandle, LocalNetwork
-from kvferry.transfer.receiver import KVReceiver, ReservationState
-from kvferry.transfer.sender import KVSender
+from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
+from kvferry.transfer.backends.base import TransferHandle, TransferState
+from kvferry.transfer.backends.local import LocalBackend, LocalFault, LocalHandle, LocalNetwork
+from kvferry.transfer.protocol.checksums import ArrivalCheck, PageSums
+from kvferry.transfer.receive import invariants
+from kvferry.transfer.receive.processes import Life
+from kvferry.transfer.receive.receiver import KVReceiver, ReservationState
+from kvferry.transfer.send.sender import KVSender
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=2, block_size=4, dtype="float32")
 R = "r-0"

@@ -1,0 +1,106 @@
+"""A rolling restart of everything under load: does any request fail, and how long does any stream pause?
+
+    python -m kvferry.benchmarks.restart [--rounds N]
+
+A tiny random model on two routers, two prefill and two decode workers. Clients ask without a pause, half over
+connections that they keep, half over new ones. Then every worker and every router is restarted one at a time (`kvferry
+restart`), as often as asked. Each answer is compared with the undisturbed one; no client tries anything twice.
+The exit code is 1 where a request failed or a restart did not end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+
+from rich.table import Table
+
+from kvferry.benchmarks.restart.load import Tally, asking, keep_asking, keeping, undisturbed
+from kvferry.common.errors import ConfigError
+from kvferry.tools.chaos.serve_system import System, serving
+from kvferry.tools.load.environment import describe_environment
+from kvferry.tools.load.json_file import save_json
+from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.tiny_model import write_tiny_model
+
+PROMPTS = [f"{'Every token is told once, in its order. ' * (1 + n % 3)}{n}" for n in range(12)]
+_FLAGS = ("--prefill", "2", "--decode", "2", "--routers", "2", "--kv-cache-memory-bytes", "64MiB")
+_ROUND_LIMIT_S = 300.0
+
+
+@dataclass(slots=True, frozen=True)
+class RestartResult:
+    """One run."""
+
+    num_rounds: int
+    num_processes: int  # restarted in each round
+    seconds: float
+    longest_round_s: float
+    tally: Tally
+
+
+async def measure_restarts(system: System, num_rounds: int, num_clients: int, num_tokens: int) -> RestartResult:
+    tally, stop = Tally(), asyncio.Event()
+    async with keeping(system.base_url) as keep:
+        kept = asking(system.base_url, system.model, num_tokens, keep=keep)
+        fresh = asking(system.base_url, system.model, num_tokens)
+        wanted = await undisturbed(kept, PROMPTS)
+        began_s = perf_counter()
+        clients = [
+            asyncio.create_task(keep_asking(fresh if number % 2 else kept, wanted, number, stop, tally))
+            for number in range(num_clients)
+        ]
+        try:
+            rounds = [await _restart_all(system) for _ in range(num_rounds)]
+        finally:
+            stop.set()
+            await asyncio.gather(*clients)
+    return RestartResult(num_rounds, 6, perf_counter() - began_s, max(rounds), tally)
+
+
+async def _restart_all(system: System) -> float:
+    began_s = perf_counter()
+    command = (sys.executable, "-m", "kvferry", "restart", "--port", system.base_url.rpartition(":")[2])
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    _, errors = await asyncio.wait_for(process.communicate(), _ROUND_LIMIT_S)
+    if process.returncode:
+        raise ConfigError(f"no rolling restart: {errors.decode()}\n{system.process.log_tail()}")
+    return perf_counter() - began_s
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.restart", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--rounds", type=int, default=5, help="rolling restarts, one after the other")
+    parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--log-dir", type=Path, default=Path("/tmp/kvferry-restart"))
+    parser.add_argument("--save", type=Path, default=RESULTS_DIR / "restart.json", metavar="FILE")
+    options = parser.parse_args(argv)
+    environment = describe_environment(parser.prog, sys.argv[1:] if argv is None else argv)
+    with tempfile.TemporaryDirectory() as folder:
+        model_dir = write_tiny_model(Path(folder) / "tiny")
+        with serving("restart", model_dir, _FLAGS, options.log_dir) as system:
+            result = asyncio.run(measure_restarts(system, options.rounds, options.clients, options.max_tokens))
+    save_json({"result": asdict(result), "environment": asdict(environment)}, options.save)
+    report_console().print(_table(result))
+    return 1 if result.tally.num_failures else 0
+
+
+def _table(result: RestartResult) -> Table:
+    tally = result.tally
+    table = Table("what", "found", "bar", title="Rolling restarts under load")
+    table.add_row("processes restarted", str(result.num_rounds * result.num_processes), "")
+    table.add_row("longest round", f"{result.longest_round_s:.1f} s", "")
+    table.add_row("requests", f"{tally.num_requests} in {result.seconds:.0f} s", "")
+    table.add_row("failed or different", str(tally.num_failures), "0")
+    table.add_row("longest wait for a first token", f"{tally.longest_wait_s * 1000:.0f} ms", "")
+    table.add_row("longest pause in a stream", f"{tally.longest_gap_s * 1000:.0f} ms", "")
+    for failure in tally.failures:
+        table.add_row("a failure", failure, "none")
+    return table

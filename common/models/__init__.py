@@ -1,1 +1,0 @@
-"""Model code of the Llama family, driven by `config.json`."""

@@ -1,0 +1,222 @@
+"""The decoder in native code: the same weights, pages and results as `Decoder`, one call for all layers of a step.
+
+Torch spends more time between the products of a decode step than in them, and attends to a prompt at a third of the
+rate of its products. Weights are read where `Linear.pack` left them, so nothing is held twice; what the library takes
+is described with its source, `engine/cpu/native/decoder.cpp`. It knows neither sequences nor sampling.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...common.cores import SharedCores
+from ..nn.decoder import Decoder, DecoderLayer
+from ..nn.layers import Linear
+from .build import NativeUnavailable, load
+
+_TILE = 64  # columns; what rows of hidden states and logits are padded to
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")),
+        *((name, ctypes.c_void_p) for name in ("input_norm", "mlp_norm", "q_norm", "k_norm")),
+        ("window", ctypes.c_int64),
+    ]
+
+
+_SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_qo_heads", "num_kv_heads", "head_dim", "vocab_size")
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in (*_SIZES, "num_blocks", "block_size")),
+        ("norm_eps", ctypes.c_double),
+        ("rope_factor", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("inv_freq", "embedding", "final_norm", "head", "pages")),
+        ("layers", ctypes.POINTER(_Layer)),
+    ]
+
+
+_OnLayer = ctypes.CFUNCTYPE(None, ctypes.c_int)
+
+
+class NativeDecoder:
+    """Used by one thread; with `num_threads` 1 it starts no other. Keeps the decoder's memory alive."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        pages: Tensor,
+        *,
+        num_threads: int,
+        cache: Path,
+        cores: SharedCores | None = None,
+        is_exact: bool = False,
+    ) -> None:
+        """`pages` are those of the engine. With `cores`, it uses more threads than its own while others are idle.
+        `is_exact`: a token's results depend on the tokens before it alone, to the bit.
+
+        Raises NativeUnavailable.
+        """
+        if pages.dtype != torch.bfloat16 or pages.device.type != "cpu" or decoder.head.rows.comm.size != 1:
+            raise NativeUnavailable("only for a whole model in bfloat16 on a CPU")
+        self._model = _describe(decoder, pages)
+        self._keep = (decoder, pages, cores)
+        self._vocab_size = decoder.config.vocab_size
+        self._hidden_stride = _padded(decoder.config.hidden_size)
+        library = load(cache)
+        self.build = Path(library._name).stem  # names source, compiler and processor
+        self._forward, self._logits = library.kvferry_decoder_forward, library.kvferry_decoder_logits
+        self._forward.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p),
+            *(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, _OnLayer),
+        ]
+        self._logits.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+        library.kvferry_decoder_new.restype = ctypes.c_void_p
+        library.kvferry_decoder_new.argtypes = [
+            *(ctypes.POINTER(_Model), ctypes.c_bool, ctypes.c_int),
+            *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
+        ]
+        shared: tuple[int, int | None, int, int] = (num_threads, None, 0, 0)
+        if cores is not None:
+            shared = (cores.slot.max_threads, cores.address, cores.slot.num_slots, cores.slot.slot)
+        handle = library.kvferry_decoder_new(ctypes.byref(self._model), is_exact, num_threads, *shared)
+        self._handle = ctypes.c_void_p(handle)
+        self._num_threads = library.kvferry_decoder_num_threads
+        weakref.finalize(self, library.kvferry_decoder_free, self._handle)
+
+    @property
+    def num_threads(self) -> int:
+        """On which the last part of the last step ran."""
+        return int(self._num_threads(self._handle))
+
+    def forward(self, step: Step, on_layer: Callable[[int], None] | None = None) -> Tensor:
+        """Hidden states of the wanted tokens before the final norm, [wanted, hidden_size padded to 64] float32.
+
+        `on_layer(i)` is called from within, when layer i's keys and values are in the pages. What it raises is raised
+        here after the step.
+        """
+        self._check(step)
+        wanted = len(step.wanted) // 4
+        hidden = torch.empty(wanted, self._hidden_stride)
+        listener = _Listener(on_layer)
+        self._forward(
+            self._handle,
+            len(step.starts) // 4,
+            step.input_ids,
+            step.starts,
+            step.lengths,
+            step.block_ids,
+            wanted,
+            step.wanted,
+            hidden.data_ptr(),
+            listener.callback,
+        )
+        if listener.error is not None:
+            raise listener.error
+        return hidden
+
+    def _check(self, step: Step) -> None:
+        """What torch would refuse, and the library would read or write out of bounds."""
+        tokens, starts, lengths, wanted = map(_ints, (step.input_ids, step.starts, step.lengths, step.wanted))
+        size = self._model.block_size
+        num_blocks = sum((start + count - 1) // size + 1 for start, count in zip(starts, lengths, strict=True))
+        assert len(tokens) > 0 and min(lengths) > 0 and sum(lengths) == len(tokens), lengths.tolist()
+        assert 0 <= min(tokens) and max(tokens) < self._vocab_size, "a token is not in the vocabulary"
+        assert num_blocks * 4 == len(step.block_ids), "a block table is shorter than its sequence"
+        assert all(0 <= token < len(tokens) for token in wanted), "a wanted token is not in the step"
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Rows of `forward` -> [rows, vocab_size] float32."""
+        hidden = hidden.contiguous()
+        logits = torch.empty(len(hidden), _padded(self._vocab_size))
+        self._logits(self._handle, len(hidden), hidden.data_ptr(), logits.data_ptr())
+        return logits[:, : self._vocab_size]
+
+
+class Step(NamedTuple):
+    """int32 arrays, rows packed in a line. Row i feeds lengths[i] tokens from position starts[i] on."""
+
+    input_ids: bytes  # [num_tokens]
+    starts: bytes  # [rows]
+    lengths: bytes  # [rows]
+    block_ids: bytes  # each row's blocks up to its last token's, row after row
+    wanted: bytes  # packed tokens, each once
+
+
+class _Listener:
+    """A Python function for the library to call: an exception cannot pass through it and is kept."""
+
+    def __init__(self, on_layer: Callable[[int], None] | None) -> None:
+        self.error: BaseException | None = None
+        self._on_layer = on_layer
+        self.callback = _OnLayer() if on_layer is None else _OnLayer(self._call)
+
+    def _call(self, layer: int) -> None:
+        if self.error is None and self._on_layer is not None:
+            try:
+                self._on_layer(layer)
+            except BaseException as error:
+                self.error = error
+
+
+def _describe(decoder: Decoder, pages: Tensor) -> _Model:
+    config = decoder.config
+    layers = (_Layer * config.num_layers)()
+    for layer, window, target in zip(decoder.layers, config.sliding_windows, layers, strict=True):
+        _describe_layer(layer, window, target)
+    model = _Model(num_blocks=pages.shape[1], block_size=pages.shape[4], norm_eps=config.rms_norm_eps)
+    for name in _SIZES:
+        setattr(model, name, getattr(config, name))
+    model.rope_factor = decoder.rotary.attention_factor
+    model.inv_freq = decoder.rotary.inv_freq.data_ptr()
+    model.embedding = decoder.embedding.weight.data_ptr()
+    model.final_norm = decoder.final_norm.weight.data_ptr()
+    model.head = _tiles(decoder.head.linear)
+    model.pages = pages.data_ptr()
+    model.layers = layers
+    return model
+
+
+def _describe_layer(layer: DecoderLayer, window: int | None, target: _Layer) -> None:
+    attention = layer.attention
+    for name, linear in (
+        ("qkv", attention.qkv_proj),
+        ("o", attention.o_proj),
+        ("gate_up", layer.gate_up_proj),
+        ("down", layer.down_proj),
+    ):
+        setattr(target, name, _tiles(linear))
+    target.qkv_bias, target.o_bias = _address(attention.qkv_proj.bias), _address(attention.o_proj.sum_bias)
+    target.gate_up_bias, target.down_bias = _address(layer.gate_up_proj.bias), _address(layer.down_proj.sum_bias)
+    target.input_norm, target.mlp_norm = _address(layer.input_norm.weight), _address(layer.mlp_norm.weight)
+    if attention.head_norms:
+        target.q_norm, target.k_norm = (_address(norm.weight) for norm in attention.head_norms)
+    target.window = window or 0
+
+
+def _tiles(linear: Linear) -> int:
+    if linear.tiles is None:
+        raise NativeUnavailable("this build of torch blocks weights in another way")
+    return linear.tiles
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _ints(data: bytes) -> memoryview:
+    return memoryview(data).cast("i")
+
+
+def _padded(size: int) -> int:
+    return -(-size // _TILE) * _TILE

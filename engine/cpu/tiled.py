@@ -1,0 +1,91 @@
+"""The decoder in tiles of 16 tokens: a token's results do not depend on how many others there are, to the bit.
+
+Libraries choose a product's kernel, and torch cuts its loops, by the number of rows. Here every product, norm and
+function runs on 16 rows, padded where tokens are fewer; attention is `TiledAttention`. That a row's place among the 16
+does not matter either is tried with this machine's kernels before the first step. Embedding, weights and pages are
+those of the `Decoder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...common.errors import ConfigError
+from ..nn.attention.base import AttentionBackend
+from ..nn.decoder import Decoder, DecoderLayer
+from ..nn.layers import Linear
+
+_ROWS = 16
+
+
+class TiledDecoder:
+    """Owned by the engine's thread, which calculates alone."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        """Raises ConfigError where the processor's products do not allow it."""
+        self._decoder = decoder
+        for name, linear in _linears(decoder):
+            _check_places(name, linear)
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [num_tokens] int64
+        positions: Tensor,  # [num_tokens] int64
+        backend: AttentionBackend,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Hidden states before the final norm, [num_tokens padded to 16, hidden_size]; padding is anything."""
+        decoder = self._decoder
+        x = decoder.embedding(_padded(input_ids)).float()
+        ropes = [decoder.rotary(part, decoder.dtype) for part in _tiles(_padded(positions))]
+        for layer in decoder.layers:
+            own = layer.attention
+            tiles = zip(_tiles(x), ropes, strict=True)
+            heads = torch.cat([own.heads(layer.input_norm(part), rope) for part, rope in tiles])
+            out = own.attend(heads, backend, on_layer)
+            for part, attended in zip(_tiles(x), _tiles(out.view(len(x), -1)), strict=True):
+                part.add_(own.o_proj(attended))
+                layer.add_mlp_(part)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Rows of `forward` -> [rows padded to 16, vocab_size] float32."""
+        return torch.cat([self._decoder.logits(part) for part in _tiles(_padded(hidden))])
+
+
+def _tiles(x: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(x, _ROWS)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Zero rows up to a multiple of _ROWS."""
+    return F.pad(x, (*(0, 0) * (x.dim() - 1), 0, -len(x) % _ROWS))
+
+
+def _linears(decoder: Decoder) -> Iterator[tuple[str, Linear]]:
+    """One of each shape: a product's kernel follows from that."""
+    layer: DecoderLayer = decoder.layers[0]
+    yield "qkv_proj", layer.attention.qkv_proj
+    yield "o_proj", layer.attention.o_proj
+    yield "gate_up_proj", layer.gate_up_proj
+    yield "down_proj", layer.down_proj
+    yield "lm_head", decoder.head.linear
+
+
+def _check_places(name: str, linear: Linear) -> None:
+    """A row one place further gives the same bits there: so for every place, and from there for any two.
+
+    NaN among the weights is not the processor's fault: each request will be told.
+    """
+    dtype = linear.weight.dtype
+    x = torch.randn(_ROWS, linear.num_inputs, generator=torch.Generator().manual_seed(0)).to(dtype)
+    here, there = (Linear.__call__(linear, rows).nan_to_num_() for rows in (x, x.roll(1, 0)))
+    if not torch.equal(here.roll(1, 0), there):
+        raise ConfigError(
+            f"deterministic: on this processor a row of {name} ({linear.num_inputs} inputs, {dtype}) depends on its "
+            "place among 16; leave it off, or use another --dtype"
+        )

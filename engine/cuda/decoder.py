@@ -1,0 +1,99 @@
+"""A step of all layers with fused kernels, over the weights of a `Decoder`: the path on CUDA.
+
+    embedding -> norm -> [ QKV -> head norms -> rotation -> attention -> O -> add and norm -> gate, up -> SiLU -> down
+                           -> add and norm (the next layer's, or the final one) ] -> hidden states -> logits
+
+The residual stream is in the weights' type and the head's product in float32. Cosines and sines come from a table,
+rounded to the weights' type as in the reference implementation. Every tensor that it makes has a shape that follows
+from the number of tokens alone and nothing is read back, so that a step can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..nn.decoder import Decoder, DecoderLayer
+from ..nn.layers import RotaryEmbedding
+from .kernels import Kernels
+
+_TABLE_ROWS = 8192  # made at once
+
+
+class PagedAttention(Protocol):
+    """Attention that was planned for the step."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
+        """As `attention.base.AttentionBackend.forward`."""
+        ...
+
+
+class FusedDecoder:
+    """Owned by the engine's thread, like the decoder whose weights it reads."""
+
+    def __init__(self, decoder: Decoder, kernels: Kernels) -> None:
+        self._decoder = decoder
+        self._kernels = kernels
+        self._cos_sin = cos_sin_table(decoder.rotary, decoder.config.max_model_len, decoder.dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [num_tokens] int64
+        positions: Tensor,  # [num_tokens] int32
+        attention: PagedAttention,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Hidden states behind the final norm, [num_tokens, hidden_size]."""
+        decoder, kernels = self._decoder, self._kernels
+        residual = decoder.embedding(input_ids)
+        first = decoder.layers[0].input_norm
+        x = kernels.rms_norm(residual, first.weight, first.eps)
+        next_norms = [*(layer.input_norm for layer in decoder.layers[1:]), decoder.final_norm]
+        for layer, next_norm in zip(decoder.layers, next_norms, strict=True):
+            x = self._attend(layer, x, positions, attention, on_layer)
+            kernels.add_norm_(x, residual, layer.mlp_norm.weight, layer.mlp_norm.eps)
+            x = layer.down_proj(kernels.silu_and_mul(layer.gate_up_proj(x)))
+            kernels.add_norm_(x, residual, next_norm.weight, next_norm.eps)
+        return x
+
+    def _attend(
+        self,
+        layer: DecoderLayer,
+        x: Tensor,
+        positions: Tensor,
+        attention: PagedAttention,
+        on_layer: Callable[[int], None] | None,
+    ) -> Tensor:
+        own = layer.attention
+        num_q, num_kv, dim = own.num_qo_heads, own.num_kv_heads, own.head_dim
+        heads = own.qkv_proj(x).view(x.shape[0], num_q + 2 * num_kv, dim)
+        q, k, v = torch.split(heads, [num_q, num_kv, num_kv], 1)  # [num_tokens, heads, head_dim]
+        for part, norm in zip((q, k), own.head_norms, strict=False):
+            self._kernels.norm_heads_(part, norm.weight, norm.eps)
+        self._kernels.rotate_(q, k, positions, self._cos_sin)
+        out = attention.forward(q, k, v, own.layer_id)
+        if on_layer is not None:
+            on_layer(own.layer_id)
+        projected: Tensor = own.o_proj(out.view(x.shape[0], num_q * dim))
+        return projected
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden_size] of `forward` -> [rows, vocab_size] float32; a collective with several ranks."""
+        rows = self._decoder.head.rows
+        local = self._kernels.logits(hidden, rows.weight)
+        return rows.comm.all_gather(local)[:, : rows.vocab_size]
+
+
+def cos_sin_table(rotary: RotaryEmbedding, num_positions: int, dtype: torch.dtype) -> Tensor:
+    """[num_positions, head_dim] float32: cosines of half a head, then its sines, each rounded to `dtype`."""
+    device = rotary.inv_freq.device
+    table = torch.empty(num_positions, 2 * len(rotary.inv_freq), device=device)
+    for start in range(0, num_positions, _TABLE_ROWS):
+        positions = torch.arange(start, min(start + _TABLE_ROWS, num_positions), device=device)
+        cos, signed_sin = rotary(positions, dtype)  # [rows, 1, head_dim], halves (cos, cos) and (-sin, sin)
+        half = cos.shape[-1] // 2
+        table[start : start + len(positions)] = torch.cat((cos[:, 0, :half], signed_sin[:, 0, half:]), 1)
+    return table

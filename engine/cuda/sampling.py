@@ -1,0 +1,289 @@
+"""From logits to tokens where the logits are on a GPU: the rules of `sampling`, without waiting for the device.
+
+    launch: edits -> best and drawn tokens, log-probabilities -> one array of int32 on its way to the host
+    Draws.read, once that has come: SampledTokens
+
+The host makes what is small and follows from requests alone (edits of logits, temperatures, the counter-based uniform
+numbers of `sampling.uniform`) and uploads it; the device does what goes over the vocabulary. A token is where the
+cumulative distribution passes the uniform number, as on the host, so a seeded stream goes on the same on either, but
+for a number that falls within rounding of a border. Nothing is read back before all is queued.
+
+A row whose logits are no distribution (`sampling`) is known by its largest one, as it was or over the temperature. It
+draws from zeros, for kernels may search for ever among NaN, and the host drops what it drew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...common.request import SampledToken
+from ..nn.sampling import SampleRow, uniform
+from .kernels import Kernels
+
+_CHUNK = 256  # tokens; their sums are looked through before the tokens are
+_MIN_TOP_P = 1e-6  # keeps the best token
+
+
+class Draws(NamedTuple):
+    """What one launch yields. `token_ids` is on the device, `packed` is on its way to the host."""
+
+    token_ids: Tensor  # [rows, most choices] int64
+    # [n] int32 on the host: token ids, whose logits are a distribution, log-probabilities, best ids, log-probabilities
+    packed: Tensor
+    rows: Sequence[SampleRow]
+    reported: list[int]  # rows that report log-probabilities
+    num_best: int
+
+    def read(self) -> list[tuple[SampledToken, ...]]:
+        """Each row's tokens, none where its logits are no distribution. The caller has waited for the device."""
+        num_rows, most = self.token_ids.shape
+        count, best = len(self.reported), self.num_best
+        sizes = [num_rows * most, num_rows, count * most, count * best, count * best]
+        packed_ids, is_finite, *reports = torch.split(self.packed, sizes)
+        ids: list[list[int]] = packed_ids.view(num_rows, most).tolist()
+        tokens = [
+            tuple([SampledToken(token_id) for token_id in row_ids[: len(row.choices)]])
+            for row_ids, row in zip(ids, self.rows, strict=True)
+        ]
+        if self.reported:
+            self._report(tokens, ids, *reports)
+        return [
+            of_row if is_known and not any(token.is_nan for token in of_row) else ()
+            for of_row, is_known in zip(tokens, is_finite.tolist(), strict=True)
+        ]
+
+    def _report(
+        self,
+        tokens: list[tuple[SampledToken, ...]],
+        ids: list[list[int]],
+        chosen: Tensor,
+        best_ids: Tensor,
+        best_values: Tensor,
+    ) -> None:
+        most, count, best = self.token_ids.shape[1], len(self.reported), self.num_best
+        values = chosen.view(torch.float32).view(count, most).tolist()
+        top_ids = best_ids.view(count, best).tolist()
+        top_values = best_values.view(torch.float32).view(count, best).tolist()
+        for slot, index in enumerate(self.reported):
+            wanted = self.rows[index].params.logprobs or 0
+            top = tuple(zip(top_ids[slot][:wanted], top_values[slot][:wanted], strict=True))
+            tokens[index] = tuple(
+                [
+                    SampledToken(token_id, value, top)
+                    for token_id, value, _ in zip(ids[index], values[slot], self.rows[index].choices, strict=False)
+                ]
+            )
+
+
+class DeviceSampler:
+    """Owned by the engine's thread; whatever it queues is in the order of the current stream."""
+
+    def __init__(self, device: torch.device, kernels: Kernels, eos_token_ids: frozenset[int]) -> None:
+        self._device = device
+        self._kernels = kernels
+        self._eos_token_ids = eos_token_ids
+
+    def launch(self, logits: Tensor, rows: Sequence[SampleRow]) -> Draws:
+        """Queue everything. `logits` [rows, vocab] float32 is overwritten where rows edit it."""
+        reported = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
+        num_best = max((rows[index].params.logprobs or 0 for index in reported), default=0)
+        where = self._index(reported) if 0 < len(reported) < len(rows) else slice(None)
+        raw = torch.log_softmax(logits[where], -1) if reported else None  # before the edits
+        self._edit(logits, rows)
+        token_ids, is_finite = self._choose(logits, rows)
+        parts = [token_ids.to(torch.int32).flatten(), is_finite.to(torch.int32).flatten()]
+        if raw is not None:
+            best = raw.topk(min(num_best, raw.shape[1]))
+            parts.append(raw.gather(1, token_ids[where]).flatten().view(torch.int32))
+            parts += [best.indices.to(torch.int32).flatten(), best.values.flatten().view(torch.int32)]
+        return Draws(token_ids, self._to_host(torch.cat(parts)), rows, reported, min(num_best, logits.shape[1]))
+
+    # --- to and from the device -------------------------------------------------------------------------------
+
+    def _upload(self, array: NDArray[np.generic]) -> Tensor:
+        """From pinned memory, which torch keeps for the copy until it is done."""
+        tensor = torch.from_numpy(array)
+        if self._device.type != "cuda":
+            return tensor.to(self._device)
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def _index(self, rows: Sequence[int]) -> Tensor:
+        return self._upload(np.array(rows, np.int64))
+
+    def _to_host(self, packed: Tensor) -> Tensor:
+        if self._device.type != "cuda":
+            return packed
+        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        return host.copy_(packed, non_blocking=True)
+
+    # --- edits ------------------------------------------------------------------------------------------------
+
+    def _edit(self, logits: Tensor, rows: Sequence[SampleRow]) -> None:
+        edits = _collect_edits(rows, logits.shape[1], self._eos_token_ids)
+        if edits is None:
+            return
+        where = self._upload(np.concatenate((edits.bias_at, edits.banned_at, edits.repeated_at, edits.counted_at), 1))
+        numbers = self._upload(np.concatenate((edits.bias, edits.repetition, edits.counts, edits.frequency)))
+        presence = self._upload(edits.presence)
+        bias_at, banned_at, repeated_at, counted_at = torch.split(where, edits.sizes, 1)
+        num_bias, _, num_repeated, num_counted = edits.sizes
+        bias, penalty, counts, frequency = torch.split(numbers, [num_bias, num_repeated, num_counted, num_counted])
+        if num_bias:
+            logits[tuple(bias_at)] += bias
+        if edits.sizes[1]:
+            logits[tuple(banned_at)] = float("-inf")
+        if num_repeated:
+            seen = logits[tuple(repeated_at)]
+            logits[tuple(repeated_at)] = torch.where(seen > 0, seen / penalty, seen * penalty)
+        if num_counted:
+            logits[tuple(counted_at)] -= frequency * counts + presence
+
+    # --- choosing ---------------------------------------------------------------------------------------------
+
+    def _choose(self, logits: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Tensor]:
+        """[rows, most choices] int64 (what stands behind a row's own choices is of no meaning), and [rows, 1] bool:
+        whose logits are a distribution."""
+        most = max(len(row.choices) for row in rows)
+        best = logits.argmax(-1, keepdim=True)
+        largest = logits.gather(1, best)
+        best = best.expand(-1, most)
+        random = [index for index, row in enumerate(rows) if not row.params.is_greedy]
+        if not random:
+            return best, largest.isfinite()
+        if len(random) == len(rows):
+            return self._draw(logits, largest, rows, most)
+        index = self._index(random)
+        drawn, is_finite = self._draw(logits[index], largest[index], [rows[i] for i in random], most)
+        return best.index_copy(0, index, drawn), largest.isfinite().index_copy(0, index, is_finite)
+
+    def _draw(self, logits: Tensor, largest: Tensor, rows: Sequence[SampleRow], most: int) -> tuple[Tensor, Tensor]:
+        """As `_choose`. `largest` [rows, 1]: of each row's logits."""
+        params, vocab_size = [row.params for row in rows], logits.shape[1]
+        min_p = torch.tensor([p.min_p for p in params]).log().numpy()  # min_p = 0: -inf, keeps all
+        top_p = [min(max(p.top_p, _MIN_TOP_P), 1.0) for p in params]
+        columns = self._upload(np.array([[p.temperature for p in params], min_p, top_p], np.float32))
+        temperatures = columns[0].unsqueeze(1)
+        is_finite = (largest / temperatures).isfinite()
+        scaled = torch.where(is_finite, logits / temperatures, 0.0)
+        if any(p.min_p > 0 for p in params):
+            scaled.masked_fill_(scaled < scaled.amax(-1, keepdim=True) + columns[1].unsqueeze(1), float("-inf"))
+        top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
+        if min(top_k) < vocab_size:
+            scaled = self._kernels.keep_top_k(scaled, self._upload(np.array(top_k, np.int32)))
+        probs = torch.softmax(scaled, -1)
+        if min(top_p) < 1:
+            # The kernel takes limits below 1; where all is kept, its result is not used.
+            kept = self._kernels.keep_top_p(probs, columns[2].clamp(max=1 - _MIN_TOP_P))
+            probs = torch.where(columns[2].unsqueeze(1) < 1, kept, probs)
+        return invert(probs, self._upload(_uniforms(rows, most))), is_finite
+
+
+def invert(probs: Tensor, draws: Tensor) -> Tensor:
+    """The first token whose cumulative weight exceeds u * total: never one of weight zero.
+
+    probs [rows, vocab], draws [rows, n] float64 -> [rows, n] int64. Sums of chunks are searched, then one chunk.
+    """
+    chunks = F.pad(probs, (0, -probs.shape[1] % _CHUNK)).view(len(probs), -1, _CHUNK)  # [rows, chunks, _CHUNK]
+    sums = chunks.sum(-1, dtype=torch.float64)
+    ends = sums.cumsum(-1)
+    total = ends[:, -1:]
+    points = (draws * total).minimum(torch.nextafter(total, torch.zeros_like(total)))
+    chunk = torch.searchsorted(ends, points, right=True)
+    start = ends.gather(1, chunk) - sums.gather(1, chunk)
+    weights = chunks.gather(1, chunk.unsqueeze(-1).expand(-1, -1, _CHUNK))  # [rows, n, _CHUNK]
+    cumulative = weights.cumsum(-1, dtype=torch.float64).add_(start.unsqueeze(-1))
+    offset = torch.searchsorted(cumulative, points.unsqueeze(-1), right=True).squeeze(-1)
+    # The chunk's own sum and the sum of its tokens may differ in the last bit: stay with a token that has weight.
+    last = (torch.arange(_CHUNK, device=probs.device) * (weights > 0)).amax(-1)
+    return chunk * _CHUNK + offset.minimum(last)
+
+
+def _uniforms(rows: Sequence[SampleRow], most: int) -> NDArray[np.float64]:
+    draws = np.zeros((len(rows), most))
+    for index, row in enumerate(rows):
+        for slot, choice in enumerate(row.choices):
+            draws[index, slot] = uniform(row.params.seed, choice, row.output_index)
+    return draws
+
+
+# --- edits as arrays ------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, frozen=True)
+class _Edits:
+    """Each `_at` is [2, n]: rows and tokens, in which no pair comes twice."""
+
+    bias_at: NDArray[np.int64]
+    bias: NDArray[np.float32]
+    banned_at: NDArray[np.int64]
+    repeated_at: NDArray[np.int64]  # prompt and output
+    repetition: NDArray[np.float32]
+    counted_at: NDArray[np.int64]  # output alone
+    counts: NDArray[np.float32]
+    frequency: NDArray[np.float32]
+    presence: NDArray[np.float32]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [part.shape[1] for part in (self.bias_at, self.banned_at, self.repeated_at, self.counted_at)]
+
+
+class _Places:
+    """(row, token) pairs with a number or two each, gathered row by row."""
+
+    def __init__(self, num_values: int) -> None:
+        self._at: list[NDArray[np.int64]] = [np.empty((2, 0), np.int64)]
+        self._values: list[list[NDArray[np.float32]]] = [[np.empty(0, np.float32)] for _ in range(num_values)]
+
+    def add(self, row: int, tokens: NDArray[np.int64], *values: float | NDArray[np.generic]) -> None:
+        self._at.append(np.stack((np.full(len(tokens), row), tokens)))
+        for known, value in zip(self._values, values, strict=True):
+            known.append(np.broadcast_to(np.asarray(value, np.float32), tokens.shape))
+
+    @property
+    def at(self) -> NDArray[np.int64]:
+        return np.concatenate(self._at, 1)
+
+    @property
+    def values(self) -> list[NDArray[np.float32]]:
+        return [np.concatenate(parts) for parts in self._values]
+
+
+def _collect_edits(rows: Sequence[SampleRow], vocab_size: int, eos_token_ids: frozenset[int]) -> _Edits | None:
+    if not any(row.edits_logits for row in rows):
+        return None
+    bias, banned, repeated, counted = _Places(1), _Places(0), _Places(1), _Places(3)
+    for index, row in enumerate(rows):
+        params = row.params
+        if params.logit_bias:
+            ids = [i for i in params.logit_bias if 0 <= i < vocab_size]
+            bias.add(index, np.array(ids, np.int64), np.array([params.logit_bias[i] for i in ids]))
+        if row.forbids_end:
+            ends = [i for i in eos_token_ids | set(params.stop_token_ids) if 0 <= i < vocab_size]
+            banned.add(index, np.array(ends, np.int64))
+        if params.repetition_penalty != 1:
+            repeated.add(index, np.unique(np.array(row.token_ids, np.int64)), params.repetition_penalty)
+        if row.has_penalties and row.output_index:
+            output = np.array(row.token_ids[row.num_prompt_tokens :], np.int64)
+            tokens, times = np.unique(output, return_counts=True)
+            counted.add(index, tokens, times, params.frequency_penalty, params.presence_penalty)
+    counts, frequency, presence = counted.values
+    return _Edits(
+        bias_at=bias.at,
+        bias=bias.values[0],
+        banned_at=banned.at,
+        repeated_at=repeated.at,
+        repetition=repeated.values[0],
+        counted_at=counted.at,
+        counts=counts,
+        frequency=frequency,
+        presence=presence,
+    )

@@ -1,0 +1,128 @@
+"""The engine's thread: schedule under the lock, compute outside it, hand out the result under it again.
+
+One lock guards a worker's scheduler, block pool and reservations. The network thread takes it for each message,
+the transfer thread for each arrival; neither waits for a step, because the engine computes without it.
+
+    loop:  [lock] role.schedule() -> Batch      nothing to do: wait for `wake`
+                  role.begin_step(batch)
+                  engine.step(batch, role.on_layer)
+           [lock] role.complete(batch, output)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from ..common.batch import Batch, StepOutput
+from ..common.messages import StepSample
+from .samples import step_sample
+
+
+class Steps(Protocol):
+    """What the loop drives: a role."""
+
+    def schedule(self) -> Batch | None:
+        """The next step's work; None when there is none. Called with the lock held."""
+        ...
+
+    def begin_step(self, batch: Batch) -> None:
+        """Right before the step, without the lock."""
+        ...
+
+    def on_layer(self, layer: int) -> None:
+        """A layer's keys and values of this step are in the pages. Without the lock."""
+        ...
+
+    def complete(self, batch: Batch, output: StepOutput) -> None:
+        """The step is over. Called with the lock held."""
+        ...
+
+
+StepFunction = Callable[[Batch, Callable[[int], None]], StepOutput]
+
+
+class EngineLoop:
+    """Owns the thread and the lock. An exception in a step ends the loop and reaches `on_failure`."""
+
+    def __init__(
+        self,
+        role: Steps,
+        step: StepFunction,
+        on_failure: Callable[[BaseException], None],
+        *,
+        lock: threading.Condition | None = None,
+        on_step: Callable[[StepSample], None] | None = None,
+    ) -> None:
+        """`lock`: one that others have already. `on_step` is told of each step, with the lock held."""
+        self.lock = lock if lock is not None else threading.Condition()
+        self._role = role
+        self._step = step
+        self._on_failure = on_failure
+        self._on_step = on_step
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._turn_began = 0.0
+        self._step_began: float | None = None
+        self.num_steps = 0
+        self.last_step_s = 0.0
+        self.last_step_tokens = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There may be work. The caller holds the lock."""
+        self.lock.notify()
+
+    def stop(self) -> None:
+        """End after the running step; waits for it."""
+        with self.lock:
+            self._stopping = True
+            self.lock.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def busy_for_s(self) -> float:
+        """Seconds since the running step began; 0 when none runs."""
+        began = self._step_began
+        return 0.0 if began is None else time.perf_counter() - began
+
+    def _run(self) -> None:
+        try:
+            while (batch := self._next()) is not None:
+                self._step_began = time.perf_counter()
+                self._role.begin_step(batch)
+                output = self._step(batch, self._role.on_layer)
+                self.last_step_s, self.last_step_tokens = output.step_s, output.num_tokens
+                with self.lock:
+                    self._complete(batch, output)
+                self.num_steps += 1
+                self._step_began = None
+        except BaseException as error:  # its owner decides: the thread must not die in silence
+            self._on_failure(error)
+
+    def _complete(self, batch: Batch, output: StepOutput) -> None:
+        if self._on_step is None or not batch.rows:
+            self._role.complete(batch, output)
+            return
+        sample = step_sample(batch)  # before its tokens are counted as computed
+        self._role.complete(batch, output)
+        # The whole turn: that is how long the step keeps the next one waiting.
+        turn_s = time.perf_counter() - self._turn_began - output.swap_s
+        self._on_step(msgspec.structs.replace(sample, step_s=turn_s))
+
+    def _next(self) -> Batch | None:
+        with self.lock:
+            while not self._stopping:
+                self._turn_began = time.perf_counter()
+                batch = self._role.schedule()
+                if batch is not None:
+                    return batch
+                self.lock.wait()
+            return None

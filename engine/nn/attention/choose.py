@@ -1,0 +1,46 @@
+"""Which attention backend runs on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ....common.errors import ConfigError
+from .base import AttentionBackend
+
+
+def make_attention(
+    name: str,
+    pages: Tensor,
+    num_qo_heads: int,
+    sliding_windows: Sequence[int | None],
+    *,
+    query_dtype: torch.dtype | None = None,
+    kv_scales: Sequence[tuple[float, float]] | None = None,
+    deterministic: bool = False,
+) -> AttentionBackend:
+    """The backend `name` ("auto" picks by device) over `pages`. Raises ConfigError where it cannot run.
+
+    Pages in 8 bits (on CUDA alone) need the queries' type, and each layer's k_scale and v_scale where they are not 1.
+    `deterministic`, on a CPU alone: results do not depend on what is computed together.
+    """
+    device = pages.device.type
+    if name == "auto":
+        name = "flashinfer" if device == "cuda" else "cpu"
+    if name == "flashinfer":
+        if device != "cuda":
+            raise ConfigError("attention_backend = flashinfer needs a CUDA device; use cpu on this one")
+        from .flashinfer import FlashInferAttention
+
+        return FlashInferAttention(pages, num_qo_heads, sliding_windows, query_dtype=query_dtype, kv_scales=kv_scales)
+    if device != "cpu":
+        raise ConfigError(f"attention_backend = {name} does not run on {device}; use flashinfer")
+    if deterministic:
+        from .tiled import TiledAttention
+
+        return TiledAttention(pages, num_qo_heads, sliding_windows)
+    from .paged_torch import CPUAttention
+
+    return CPUAttention(pages, num_qo_heads, sliding_windows)

@@ -1,0 +1,299 @@
+"""Attention on CUDA by FlashInfer's paged wrappers. The one attention module that imports flashinfer.
+
+    FlashInferAttention     any batch: rows of one token, then chunks; planned once per step, run once per layer
+    DecodeGraphAttention    one padded number of one-token rows, with buffers that never move: for a CUDA graph
+
+A layer's view of the page tensor is what the wrappers take as it is. Each sliding window of the model has wrappers of
+its own. All run one after another on one stream, so one float workspace serves them all, and under graphs one integer
+workspace serves all sizes of a window: whoever runs was planned right before. The first plan of a variant compiles
+its kernel, so `warm_up` is for start-up.
+
+Pages in 8 bits (e4m3) hold k / k_scale and v / v_scale of each layer, cut off at the largest number there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ....common.errors import ConfigError
+from ....common.extras import FLASHINFER
+from .base import AttentionMetadata, check_pages, softmax_scale
+
+if TYPE_CHECKING:
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
+
+_WORKSPACE_BYTES = 256 << 20
+_INT_WORKSPACE_BYTES = 8 << 20
+_TENSOR_CORE_GROUP = 4  # query heads per KV head from which decode is faster on tensor cores
+_HEAD_DIMS = (64, 128, 256)
+_MAX_E4M3 = 448.0
+
+KVScales = Sequence[tuple[float, float]]  # of each layer: k_scale, v_scale
+
+
+@dataclass(slots=True, frozen=True)
+class PageIndex:
+    """On the device: which pages each row has, and which row and position each of the step's tokens is."""
+
+    row_of_token: Tensor  # [num_tokens] int32
+    positions: Tensor  # [num_tokens] int32
+    paged_kv_indptr: Tensor  # [rows + 1] int32
+    paged_kv_indices: Tensor  # [at least num_pages] int32
+    paged_kv_last_page_len: Tensor  # [rows] int32
+
+
+class FlashInferAttention:
+    """Owned by the engine's thread."""
+
+    name = "flashinfer"
+
+    def __init__(
+        self,
+        pages: Tensor,
+        num_qo_heads: int,
+        sliding_windows: Sequence[int | None],
+        *,
+        query_dtype: torch.dtype | None = None,
+        kv_scales: KVScales | None = None,
+    ) -> None:
+        """`query_dtype`: where pages are in 8 bits and queries are not. Raises ConfigError."""
+        check_pages(pages, num_qo_heads)
+        self._query_dtype = query_dtype or pages.dtype
+        if self._query_dtype not in (torch.bfloat16, torch.float16):
+            raise ConfigError(f"flashinfer does not attend in {self._query_dtype}; use --dtype bfloat16 on CUDA")
+        num_layers, _, _, self._num_kv_heads, self._block_size, self._head_dim = pages.shape
+        if self._head_dim not in _HEAD_DIMS:
+            raise ConfigError(f"flashinfer attends with heads of {_HEAD_DIMS}, the model's are {self._head_dim}")
+        try:
+            import flashinfer
+        except ImportError as error:
+            raise ConfigError(f"device: attention on CUDA needs FlashInfer: {FLASHINFER.missing}") from error
+        self._flashinfer = flashinfer
+        self._pages = pages
+        self._scales = list(kv_scales or [(1.0, 1.0)] * num_layers)
+        self._num_qo_heads = num_qo_heads
+        self._windows = tuple(sliding_windows)
+        self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device)  # must start as zeros
+        self._int_workspaces: dict[int | None, Tensor] = {}
+        windows = set(self._windows)
+        self._decode: dict[int | None, BatchDecodeWithPagedKVCacheWrapper] = {
+            window: self._decode_wrapper() for window in windows
+        }
+        self._prefill: dict[int | None, BatchPrefillWithPagedKVCacheWrapper] = {
+            window: flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND") for window in windows
+        }
+        self._num_tokens = self._num_decode_rows = 0
+        self._index: PageIndex | None = None
+
+    def _decode_wrapper(self, **buffers: object) -> BatchDecodeWithPagedKVCacheWrapper:
+        return self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace,
+            "HND",
+            use_tensor_cores=self._num_qo_heads // self._num_kv_heads >= _TENSOR_CORE_GROUP,
+            backend="fa2",
+            **buffers,
+        )
+
+    # --- any batch --------------------------------------------------------------------------------------------
+
+    def plan(self, metadata: AttentionMetadata) -> None:
+        device = self._pages.device
+        self._num_tokens = metadata.num_tokens
+        self._num_decode_rows = metadata.num_decode_rows
+        self._index = index = _page_index(metadata, device)
+        if metadata.num_decode_rows:
+            self._plan_decode(metadata, index.paged_kv_indices)
+        if metadata.num_decode_rows < metadata.num_rows:
+            self._plan_prefill(metadata, index.paged_kv_indices)
+
+    def _plan_decode(self, metadata: AttentionMetadata, indices: Tensor) -> None:
+        rows = metadata.num_decode_rows
+        indptr = metadata.paged_kv_indptr[: rows + 1]
+        for window, wrapper in self._decode.items():
+            self._plan_wrapper(
+                wrapper, window, indptr, indices[: int(indptr[-1])], metadata.paged_kv_last_page_len[:rows]
+            )
+
+    def _plan_wrapper(
+        self,
+        wrapper: BatchDecodeWithPagedKVCacheWrapper,
+        window: int | None,
+        indptr: Tensor,
+        indices: Tensor,
+        last_page_len: Tensor,
+    ) -> None:
+        wrapper.plan(
+            indptr,
+            indices,
+            last_page_len,
+            self._num_qo_heads,
+            self._num_kv_heads,
+            self._head_dim,
+            self._block_size,
+            window_left=_window_left(window),
+            q_data_type=self._query_dtype,
+            kv_data_type=self._pages.dtype,
+            sm_scale=softmax_scale(self._head_dim),
+        )
+
+    def _plan_prefill(self, metadata: AttentionMetadata, indices: Tensor) -> None:
+        rows = metadata.num_decode_rows
+        qo_indptr = metadata.qo_indptr[rows:] - metadata.qo_indptr[rows]
+        kv_indptr = metadata.paged_kv_indptr[rows:] - metadata.paged_kv_indptr[rows]
+        for window, wrapper in self._prefill.items():
+            wrapper.plan(
+                qo_indptr,
+                kv_indptr,
+                indices[int(metadata.paged_kv_indptr[rows]) :],
+                metadata.paged_kv_last_page_len[rows:],
+                self._num_qo_heads,
+                self._num_kv_heads,
+                self._head_dim,
+                self._block_size,
+                causal=True,
+                window_left=_window_left(window),
+                q_data_type=self._query_dtype,
+                kv_data_type=self._pages.dtype,
+                sm_scale=softmax_scale(self._head_dim),
+            )
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
+        assert self._index is not None, "forward before plan"
+        num_tokens, rows = self._num_tokens, self._num_decode_rows
+        self._write(k[:num_tokens], v[:num_tokens], layer_id, self._index)
+        window = self._windows[layer_id]
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out[num_tokens:].zero_()
+        if rows:
+            self._run(self._decode[window], q[:rows], out[:rows], layer_id)
+        if rows < num_tokens:
+            self._run(self._prefill[window], q[rows:num_tokens], out[rows:num_tokens], layer_id)
+        return out
+
+    def _run(
+        self,
+        wrapper: BatchDecodeWithPagedKVCacheWrapper | BatchPrefillWithPagedKVCacheWrapper,
+        q: Tensor,
+        out: Tensor,
+        layer_id: int,
+    ) -> None:
+        k_scale, v_scale = self._scales[layer_id]
+        wrapper.run(q, self._pages[layer_id], k_scale=k_scale, v_scale=v_scale, out=out)
+
+    def _write(self, k: Tensor, v: Tensor, layer_id: int, index: PageIndex) -> None:
+        """K and V [num_tokens, num_kv_heads, head_dim] into the layer's pages."""
+        if self._pages.dtype == torch.float8_e4m3fn:
+            k, v = (to_e4m3(x, scale) for x, scale in zip((k, v), self._scales[layer_id], strict=True))
+        self._flashinfer.append_paged_kv_cache(
+            k,
+            v,
+            index.row_of_token,
+            index.positions,
+            self._pages[layer_id],
+            index.paged_kv_indices,
+            index.paged_kv_indptr,
+            index.paged_kv_last_page_len,
+            "HND",
+        )
+
+    def warm_up(self) -> None:
+        """Compile the kernels of this model's variants: one decode row and one prefill row on the last block."""
+        page = self._pages.shape[1] - 1
+        metadata = AttentionMetadata(
+            num_decode_rows=1,
+            qo_indptr=torch.tensor([0, 1, 3], dtype=torch.int32),
+            paged_kv_indptr=torch.arange(3, dtype=torch.int32),
+            paged_kv_indices=torch.full((2,), page, dtype=torch.int32),
+            paged_kv_last_page_len=torch.tensor([1, 2], dtype=torch.int32),
+            kv_lens=(1, 2),
+            slot_mapping=torch.zeros(3, dtype=torch.int64),
+        )
+        self.plan(metadata)
+        shape = (3, self._num_qo_heads + 2 * self._num_kv_heads, self._head_dim)
+        heads = torch.zeros(shape, dtype=self._query_dtype, device=self._pages.device)
+        q, k, v = torch.split(heads, [self._num_qo_heads, self._num_kv_heads, self._num_kv_heads], 1)
+        for window in set(self._windows):
+            self.forward(q, k, v, self._windows.index(window))
+        torch.cuda.synchronize(self._pages.device)
+
+    # --- graphs -----------------------------------------------------------------------------------------------
+
+    def for_graph(self, index: PageIndex) -> DecodeGraphAttention:
+        """Decode of as many rows as `index` has, reading its tensors, which stay where they are."""
+        for window in set(self._windows) - self._int_workspaces.keys():
+            self._int_workspaces[window] = torch.empty(
+                _INT_WORKSPACE_BYTES, dtype=torch.uint8, device=self._pages.device
+            )
+        return DecodeGraphAttention(self, index)
+
+
+class DecodeGraphAttention:
+    """What is captured: `forward`. What is done before each replay, outside of it: `plan`."""
+
+    def __init__(self, attention: FlashInferAttention, index: PageIndex) -> None:
+        self._attention = attention
+        self._index = index
+        self._wrappers = {window: self._wrapper(window) for window in set(attention._windows)}
+
+    def _wrapper(self, window: int | None) -> BatchDecodeWithPagedKVCacheWrapper:
+        owner, index = self._attention, self._index
+        wrapper = owner._decode_wrapper(
+            use_cuda_graph=True,
+            paged_kv_indptr_buffer=index.paged_kv_indptr,
+            paged_kv_indices_buffer=index.paged_kv_indices,
+            paged_kv_last_page_len_buffer=index.paged_kv_last_page_len,
+        )
+        wrapper.reset_workspace_buffer(owner._workspace, owner._int_workspaces[window])
+        return wrapper
+
+    def plan(self, indptr: Tensor, last_page_len: Tensor, num_pages: int) -> None:
+        """Split the rows' work and queue its upload, with that of `indptr` [rows + 1] and `last_page_len` [rows], both
+        in pinned memory that stays as it is until they are uploaded. The page ids are uploaded already.
+
+        What a graph has captured of a plan depends on the number of rows alone.
+        """
+        indices = self._index.paged_kv_indices[:num_pages]
+        for window, wrapper in self._wrappers.items():
+            self._attention._plan_wrapper(wrapper, window, indptr, indices, last_page_len)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
+        owner = self._attention
+        owner._write(k, v, layer_id, self._index)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        owner._run(self._wrappers[owner._windows[layer_id]], q, out, layer_id)
+        return out
+
+
+def to_e4m3(x: Tensor, scale: float) -> Tensor:
+    """x / scale as the nearest 8-bit float; torch makes NaN of what is too large, so that is cut off."""
+    scaled = x if scale == 1.0 else x.float() / scale
+    return scaled.clamp(-_MAX_E4M3, _MAX_E4M3).to(torch.float8_e4m3fn)
+
+
+def _page_index(metadata: AttentionMetadata, device: torch.device) -> PageIndex:
+    lengths = metadata.qo_indptr.diff()
+    row_of_token = torch.repeat_interleave(torch.arange(metadata.num_rows, dtype=torch.int32), lengths)
+    starts = torch.tensor(metadata.kv_lens, dtype=torch.int32) - lengths
+    positions = torch.arange(metadata.num_tokens, dtype=torch.int32) + (starts - metadata.qo_indptr[:-1])[row_of_token]
+    return PageIndex(
+        *(
+            part.to(device, torch.int32, non_blocking=True)
+            for part in (
+                row_of_token,
+                positions,
+                metadata.paged_kv_indptr,
+                metadata.paged_kv_indices,
+                metadata.paged_kv_last_page_len,
+            )
+        )
+    )
+
+
+def _window_left(window: int | None) -> int:
+    """FlashInfer counts the keys to the left of a query, itself excluded; -1 is all of them."""
+    return -1 if window is None else window - 1

@@ -1,0 +1,260 @@
+"""From logits to tokens, for a whole step at once.
+
+The order is the field's (vLLM's): raw log-probabilities are reported as the model gives them; then logit bias, the
+ban on ending before min_tokens, repetition, frequency and presence penalties, temperature, min-p, top-k, top-p.
+
+A draw depends on (seed, choice, output index) alone: their hash is one uniform number, and the token is where the
+cumulative distribution, in token order, passes it. No generator has state, so a stream goes on the same after a
+handoff, a preemption or a restart, and whatever else is in the batch. Rows that are plainly greedy, the common
+case, cost one argmax together.
+
+A row whose logits are no distribution (NaN or +inf among them, or nothing but -inf) yields no token. An argmax finds
+NaN before anything else and +inf before any number, so its own value tells; what a temperature makes infinite shows in
+the sum that is drawn from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...common.request import SampledToken, SamplingParams
+
+_TOP_P_CANDIDATES = 1024  # looked at before a full sort, which is needed only for nearly flat distributions
+
+
+@dataclass(slots=True, frozen=True)
+class SampleRow:
+    """One row of logits and what is drawn from it: a token for each of `choices`."""
+
+    params: SamplingParams
+    choices: tuple[int, ...]
+    token_ids: Sequence[int]  # prompt, then output
+    num_prompt_tokens: int
+
+    @property
+    def output_index(self) -> int:
+        """Index in the output of the token that is drawn."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def has_penalties(self) -> bool:
+        p = self.params
+        return p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
+
+    @property
+    def forbids_end(self) -> bool:
+        return self.output_index < self.params.min_tokens
+
+    @property
+    def edits_logits(self) -> bool:
+        return bool(self.params.logit_bias) or self.forbids_end or self.has_penalties
+
+    @property
+    def is_plain(self) -> bool:
+        """The best token and nothing else."""
+        return self.params.is_greedy and self.params.logprobs is None and not self.edits_logits
+
+
+def sample_each(
+    logits: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[int]
+) -> list[tuple[SampledToken, ...]]:
+    """As `sample`, each row for itself: its results are the same to the bit whatever rows stand beside it. On a CPU."""
+    best = _best(logits)
+    return [
+        tuple([SampledToken(token_id) for token_id in best[index] * len(row.choices)])
+        if row.is_plain
+        else sample(logits[index : index + 1].clone(), [row], eos_token_ids)[0]
+        for index, row in enumerate(rows)
+    ]
+
+
+def sample(logits: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[int]) -> list[tuple[SampledToken, ...]]:
+    """Tokens of each row's choices, none where its logits are no distribution.
+
+    `logits` [rows, vocab] float32 is overwritten where rows edit it.
+    """
+    logprobs = _report_logprobs(logits, rows)
+    for index, row in enumerate(rows):
+        if row.edits_logits:
+            _edit(logits[index], row, eos_token_ids)
+    token_ids = _choose(logits, rows)
+    if logprobs is None:
+        return [tuple([SampledToken(token_id) for token_id in ids]) for ids in token_ids]
+    tokens = [logprobs.tokens(index, ids) for index, ids in enumerate(token_ids)]
+    return [() if any(token.is_nan for token in of_row) else of_row for of_row in tokens]
+
+
+def uniform(seed: int, choice: int, output_index: int) -> float:
+    """A number in [0, 1), 53 bits of BLAKE2b over the three counters (as in counter-based generators, Salmon 2011)."""
+    counters = struct.pack("<Qqq", seed & (2**64 - 1), choice, output_index)
+    digest = hashlib.blake2b(counters, digest_size=8, person=b"kvferry-draw").digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+# --- log-probabilities ----------------------------------------------------------------------------------------
+
+
+class Logprobs:
+    """Log-softmax of raw logits, with each row's best tokens found once for the whole step."""
+
+    def __init__(self, logits: Tensor, counts: Sequence[int | None]) -> None:
+        """`counts[i]`: how many best tokens row i reports; None: no log-probabilities at all."""
+        self._counts = counts
+        self._slot = {row: slot for slot, row in enumerate(i for i, count in enumerate(counts) if count is not None)}
+        wanted = list(self._slot)
+        raw = logits if len(wanted) == len(counts) else logits[wanted]
+        self._values = torch.log_softmax(raw, -1)
+        most = min(max(counts[row] or 0 for row in wanted), logits.shape[1])
+        best = self._values.topk(most)
+        self._best_values: list[list[float]] = best.values.tolist()
+        self._best_ids: list[list[int]] = best.indices.tolist()
+
+    def tokens(self, row: int, token_ids: Sequence[int]) -> tuple[SampledToken, ...]:
+        count = self._counts[row]
+        if count is None:
+            return tuple([SampledToken(token_id) for token_id in token_ids])
+        slot = self._slot[row]
+        top = tuple(zip(self._best_ids[slot][:count], self._best_values[slot][:count], strict=True))
+        return tuple([SampledToken(i, float(self._values[slot, i]), top) for i in token_ids])
+
+
+def prompt_logprobs(logits: Tensor, wanted: Sequence[tuple[int, int]]) -> list[SampledToken]:
+    """Row i of `logits` [n, vocab] is about `wanted[i]`: the prompt token that follows, and how many best to report."""
+    logprobs = Logprobs(logits, [count for _, count in wanted])
+    return [logprobs.tokens(row, (token_id,))[0] for row, (token_id, _) in enumerate(wanted)]
+
+
+def _report_logprobs(logits: Tensor, rows: Sequence[SampleRow]) -> Logprobs | None:
+    if all(row.params.logprobs is None for row in rows):
+        return None
+    return Logprobs(logits, [row.params.logprobs for row in rows])
+
+
+# --- edits, in place on one row -------------------------------------------------------------------------------
+
+
+def _edit(logits: Tensor, row: SampleRow, eos_token_ids: frozenset[int]) -> None:
+    params, vocab_size = row.params, logits.shape[0]
+    if params.logit_bias:
+        ids = [i for i in params.logit_bias if 0 <= i < vocab_size]
+        logits[ids] += torch.tensor([params.logit_bias[i] for i in ids], device=logits.device)
+    if row.forbids_end:
+        ends = eos_token_ids | set(params.stop_token_ids)
+        logits[[i for i in ends if 0 <= i < vocab_size]] = float("-inf")
+    if row.has_penalties:
+        _penalize(logits, row)
+
+
+def _penalize(logits: Tensor, row: SampleRow) -> None:
+    """Repetition looks at prompt and output, frequency and presence at the output alone."""
+    params = row.params
+    tokens = torch.tensor(row.token_ids, dtype=torch.int64, device=logits.device)
+    if params.repetition_penalty != 1:
+        seen = torch.unique(tokens)
+        values = logits[seen]
+        penalty = params.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    output, counts = torch.unique(tokens[row.num_prompt_tokens :], return_counts=True)
+    logits[output] -= params.frequency_penalty * counts + params.presence_penalty
+
+
+# --- choosing -------------------------------------------------------------------------------------------------
+
+
+def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
+    """Token ids for each row's choices, none where logits are no distribution; greedy choices of one row are equal,
+    random ones have draws of their own."""
+    best = _best(logits)
+    chosen = [best[index] * len(row.choices) for index, row in enumerate(rows)]
+    random = [index for index, row in enumerate(rows) if not row.params.is_greedy and chosen[index]]
+    if random:
+        whole = logits if len(random) == len(rows) else logits[random]
+        drawn = _draw(whole, [rows[index] for index in random])
+        for index, ids in zip(random, drawn, strict=True):
+            chosen[index] = ids
+    return chosen
+
+
+def _best(logits: Tensor) -> list[list[int]]:
+    """Each row's best token, or nothing where its logits are no distribution. On a CPU."""
+    values = logits.numpy()  # whose argmax is ten times quicker than torch's
+    best = values.argmax(-1)
+    largest: list[float] = values[np.arange(len(best)), best].tolist()
+    token_ids: list[int] = best.tolist()
+    return [[token_id] if math.isfinite(value) else [] for token_id, value in zip(token_ids, largest, strict=True)]
+
+
+def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
+    params = [row.params for row in rows]
+    scaled = logits / _column([p.temperature for p in params], logits)
+    if any(p.min_p > 0 for p in params):
+        _keep_min_p(scaled, params)
+    if any(0 < p.top_k < logits.shape[1] for p in params):
+        _keep_top_k(scaled, params)
+    if any(p.top_p < 1 for p in params):
+        _keep_top_p(scaled, params)
+    cumulative = torch.softmax(scaled, -1).cumsum(-1, dtype=torch.float64)
+    return _invert(cumulative, rows)
+
+
+def _invert(cumulative: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
+    """The first token whose cumulative weight exceeds u * total: never one of weight zero. None where that is NaN."""
+    most = max(len(row.choices) for row in rows)
+    draws = [
+        [uniform(row.params.seed, choice, row.output_index) for choice in row.choices]
+        + [0.0] * (most - len(row.choices))
+        for row in rows
+    ]
+    total = cumulative[:, -1:]
+    points = torch.tensor(draws, dtype=torch.float64, device=cumulative.device) * total
+    points = points.minimum(torch.nextafter(total, torch.zeros_like(total)))
+    ids: list[list[int]] = torch.searchsorted(cumulative, points, right=True).tolist()
+    totals: list[float] = total.flatten().tolist()
+    return [
+        row_ids[: len(row.choices)] if math.isfinite(sum_) else []
+        for row_ids, row, sum_ in zip(ids, rows, totals, strict=True)
+    ]
+
+
+def _keep_min_p(logits: Tensor, params: Sequence[SamplingParams]) -> None:
+    """Drop tokens less probable than min_p times the best: in logits, further below it than log(min_p)."""
+    margin = _column([p.min_p for p in params], logits).log()  # min_p = 0: -inf, keeps all
+    logits.masked_fill_(logits < logits.amax(-1, keepdim=True) + margin, float("-inf"))
+
+
+def _keep_top_k(logits: Tensor, params: Sequence[SamplingParams]) -> None:
+    vocab_size = logits.shape[1]
+    counts = [p.top_k if 0 < p.top_k < vocab_size else 0 for p in params]
+    best = logits.topk(max(counts)).values
+    last = torch.tensor([max(count - 1, 0) for count in counts], device=logits.device).unsqueeze(1)
+    threshold = best.gather(1, last)
+    threshold[[i for i, count in enumerate(counts) if count == 0]] = float("-inf")
+    logits.masked_fill_(logits < threshold, float("-inf"))
+
+
+def _keep_top_p(logits: Tensor, params: Sequence[SamplingParams]) -> None:
+    """Keep the smallest set of best tokens whose probability reaches top_p; ties with the last one stay too."""
+    limits = _column([p.top_p for p in params], logits)
+    log_total = logits.logsumexp(-1, keepdim=True)
+    candidates = min(_TOP_P_CANDIDATES, logits.shape[1])
+    best = logits.topk(candidates).values
+    if bool(((best - log_total).exp().sum(-1, keepdim=True) < limits).any()):
+        best = logits.sort(descending=True).values
+    before = (best - log_total).exp().cumsum(-1).roll(1, -1)  # probability of all better tokens
+    before[:, 0] = 0.0
+    last = (before < limits).sum(-1, keepdim=True) - 1
+    threshold = best.gather(1, last.clamp_(min=0))
+    threshold.masked_fill_(limits >= 1, float("-inf"))
+    logits.masked_fill_(logits < threshold, float("-inf"))
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:  # [rows, 1]
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)

@@ -1,0 +1,68 @@
+"""What engine steps did and how long they took, on its way to the routers: a bounded, even choice for each of them.
+
+loop ─ add ─> one buffer for each router ─ take ─> its next heartbeat
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..common.batch import Batch
+from ..common.messages import StepSample
+
+MAX_SAMPLES = 64  # of one heartbeat, as the wire bounds them
+
+
+def step_sample(batch: Batch, step_s: float = 0.0) -> StepSample:
+    """Of a step whose tokens are not counted as computed yet."""
+    chunks = [row for row in batch.rows if row.num_scheduled_tokens > 1]
+    rows = [row for row in batch.rows if row.num_scheduled_tokens == 1]
+    return StepSample(
+        step_s,
+        prefill_tokens=sum(row.num_scheduled_tokens for row in chunks),
+        prefill_pairs=sum(row.num_scheduled_tokens * (row.start + row.end) // 2 for row in chunks),
+        decode_rows=len(rows),
+        decode_context=sum(row.end for row in rows),
+    )
+
+
+@dataclass(slots=True)
+class EvenSamples:
+    """Every n-th of what was added, n being the smallest power of two with which they are few enough."""
+
+    _kept: list[StepSample] = field(default_factory=list)
+    _num_added: int = 0
+    _stride: int = 1
+
+    def add(self, sample: StepSample) -> None:
+        if self._num_added % self._stride == 0:
+            if len(self._kept) == MAX_SAMPLES:
+                self._kept = self._kept[::2]
+                self._stride *= 2
+            self._kept.append(sample)
+        self._num_added += 1
+
+    def take(self) -> tuple[StepSample, ...]:
+        """What is kept; from here on anew."""
+        kept, self._kept = tuple(self._kept), []
+        self._num_added, self._stride = 0, 1
+        return kept
+
+
+class SampleBooks:
+    """For all routers that hear this worker's heartbeats."""
+
+    def __init__(self) -> None:
+        self._books: dict[str, EvenSamples] = {}
+
+    def add(self, sample: StepSample) -> None:
+        for book in self._books.values():
+            book.add(sample)
+
+    def take(self, router_id: str) -> tuple[StepSample, ...]:
+        """Since its last heartbeat; a router's first one begins its book."""
+        return self._books.setdefault(router_id, EvenSamples()).take()
+
+    def forget(self, router_id: str) -> None:
+        """It is gone."""
+        self._books.pop(router_id, None)

@@ -1,0 +1,326 @@
+"""The KV block pool: reference counts, the prefix cache and quarantine. Pure Python, no device.
+
+A block is in exactly one state:
+
+    free         no holder, no content worth keeping
+    cached       no holder, content known by its hash: a hit, or evicted when free ones run out (LRU); `spare` ones,
+                 which another worker keeps, are evicted before all others and go to no other tier
+    owned        held by ref_count sequences or reservations
+    quarantined  held by nobody, but a remote writer may still write to it: out of use until released
+
+    free + cached + owned + quarantined = num_blocks, after every call (`check`). A cached block that is being copied
+    to another tier is `leaving`: a hit as before, but not evicted until the copy has ended.
+
+Hashes are chained: a block's hash covers every token before it, and the chain starts with the model and
+the tenant's salt, so equal hashes mean equal token prefixes of one tenant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Annotated, Protocol
+
+import msgspec
+
+from ..common.errors import CapacityError
+from ..common.request import BlockId
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+
+
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+
+
+# Of one sequence; a cache below that serves nobody. Longer requests than fit are refused one by one.
+MIN_CACHE_TOKENS = 256
+
+
+class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a page holds. Two workers exchange KV only if their fingerprints are equal."""
+
+    model: str  # digest of the checkpoint
+    num_layers: Size
+    num_kv_heads: Size  # of the whole model; a rank holds num_kv_heads / tp_size
+    head_dim: Size
+    block_size: Size  # tokens
+    dtype: str
+    layout: str = "HND"
+    results: str = ""  # what made it, where all workers must compute the same bits (deterministic); empty: anything
+
+    def page_bytes(self, tp_size: int = 1) -> int:
+        """Bytes of one block in one layer on one rank: K and V."""
+        heads = self.num_kv_heads // tp_size
+        return 2 * heads * self.block_size * self.head_dim * _ITEM_BYTES[self.dtype]
+
+    def block_bytes(self, tp_size: int = 1) -> int:
+        return self.num_layers * self.page_bytes(tp_size)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self)
+
+
+def too_small_a_cache(num_bytes: int, block_bytes: int, needed: int) -> str:
+    """Why a cache that holds fewer than `needed` blocks cannot serve; empty: it can."""
+    if num_bytes // block_bytes >= needed:
+        return ""
+    return (
+        f"kv_cache_memory_bytes: the KV cache of {num_bytes:,} bytes holds {num_bytes // block_bytes} blocks of "
+        f"{block_bytes:,} bytes; at least {needed} are needed: set --kv-cache-memory-bytes to {needed * block_bytes:,} "
+        "or more"
+    )
+
+
+@lru_cache(maxsize=8)
+def _fingerprint(spec: KVCacheSpec) -> str:
+    return hashlib.blake2b(msgspec.msgpack.encode(spec), digest_size=8).hexdigest()
+
+
+def hash_blocks(token_ids: Sequence[int], block_size: int, salt: bytes, known: Sequence[bytes] = ()) -> list[bytes]:
+    """Chained hashes of the full blocks of `token_ids`, going on from the `known` leading ones."""
+    hashes = list(known)
+    previous = hashes[-1] if hashes else hashlib.blake2b(salt, digest_size=16, person=b"kvferry-prefix").digest()
+    content = array("i", token_ids[len(hashes) * block_size :]).tobytes()
+    num_bytes, blake2b = 4 * block_size, hashlib.blake2b
+    for start in range(0, len(content) - num_bytes + 1, num_bytes):
+        previous = blake2b(content[start : start + num_bytes], digest_size=16, key=previous).digest()
+        hashes.append(previous)
+    return hashes
+
+
+def prefix_salt(spec: KVCacheSpec, cache_salt: bytes) -> bytes:
+    """What a chain of block hashes begins with: the model and layout, and the tenant's own salt."""
+    return spec.fingerprint.encode() + b"\0" + cache_salt
+
+
+class CacheListener(Protocol):
+    """Hears what `match_prefix` begins and ceases to find."""
+
+    def stored(self, block_hash: bytes) -> None: ...
+
+    def evicted(self, block_hash: bytes) -> None: ...
+
+
+class _Nobody:
+    """Implements `CacheListener`."""
+
+    def stored(self, block_hash: bytes) -> None:
+        """Nobody wants to know."""
+
+    evicted = stored
+
+
+class BlockPool:
+    """Hands out block ids. Not thread-safe: its owner holds one lock around scheduler and pool."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+        self.listener: CacheListener = _Nobody()
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._free: list[BlockId] = list(range(num_blocks - 1, -1, -1))  # taken from the end
+        self._cached: OrderedDict[BlockId, None] = OrderedDict()  # least recently used first
+        self._resting: OrderedDict[BlockId, None] = OrderedDict()  # cached as well: the spare ones, in the same order
+        self._spare: set[BlockId] = set()  # published ones that another worker keeps, held or not
+        self._ref_counts = [0] * num_blocks
+        self._hash_of: dict[BlockId, bytes] = {}
+        self._block_of: dict[bytes, BlockId] = {}
+        self._quarantined: set[BlockId] = set()
+        self._leaving: dict[BlockId, None] = {}  # least recently used first
+        self.on_evicted: Callable[[BlockId, bytes], None] | None = None  # its content may be overwritten from now on
+        self.version = 0  # how often the order of eviction has changed
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that `allocate` can hand out now: free ones and evictable ones."""
+        return len(self._free) + len(self._cached) + len(self._resting)
+
+    @property
+    def num_cached_blocks(self) -> int:
+        return len(self._cached) + len(self._resting) + self.num_leaving_blocks
+
+    @property
+    def num_leaving_blocks(self) -> int:
+        """Those that nobody holds."""
+        return sum(self._ref_counts[block] == 0 for block in self._leaving)
+
+    @property
+    def num_quarantined_blocks(self) -> int:
+        return len(self._quarantined)
+
+    @property
+    def num_owned_blocks(self) -> int:
+        return self.num_blocks - self.num_free_blocks - self.num_leaving_blocks - len(self._quarantined)
+
+    def ref_count(self, block_id: BlockId) -> int:
+        return self._ref_counts[block_id]
+
+    def allocate(self, count: int) -> list[BlockId]:
+        """`count` blocks with one reference each; evicts the least recently used cached ones if it must."""
+        if count > self.num_free_blocks:
+            raise CapacityError(f"need {count} blocks, {self.num_free_blocks} of {self.num_blocks} are free")
+        blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        for block in blocks:
+            assert self._ref_counts[block] == 0, block
+            self._ref_counts[block] = 1
+        return blocks
+
+    def _evict(self) -> BlockId:
+        is_spare = bool(self._resting)
+        block, _ = (self._resting or self._cached).popitem(last=False)
+        block_hash = self._hash_of.pop(block)
+        del self._block_of[block_hash]
+        self._spare.discard(block)
+        self.version += 1
+        if self.on_evicted is not None and not is_spare:
+            self.on_evicted(block, block_hash)
+        self.listener.evicted(block_hash)
+        return block
+
+    def published(self) -> Iterable[bytes]:
+        """The hashes of all blocks that `match_prefix` may find."""
+        return self._block_of.keys()
+
+    def match_prefix(self, hashes: Sequence[bytes]) -> list[BlockId]:
+        """The blocks that hold the longest known prefix of `hashes`. Takes no reference: see `pin`."""
+        blocks: list[BlockId] = []
+        if self.enable_prefix_caching:
+            for value in hashes:
+                block = self._block_of.get(value)
+                if block is None:
+                    break
+                blocks.append(block)
+        return blocks
+
+    def num_evictable(self, blocks: Iterable[BlockId]) -> int:
+        """How many of `blocks` count as free now and would not once pinned."""
+        return sum(block in self._cached or block in self._resting for block in blocks)
+
+    def pin(self, blocks: Iterable[BlockId]) -> None:
+        """One more reference to each of `blocks`, which are cached or owned."""
+        for block in blocks:
+            if self._ref_counts[block] == 0:
+                if block not in self._leaving:
+                    del (self._resting if block in self._spare else self._cached)[block]
+                self.version += 1
+            self._ref_counts[block] += 1
+
+    def free(self, blocks: Sequence[BlockId]) -> None:
+        """Give back one reference to each of `blocks`, a prefix of some sequence in token order.
+
+        Later blocks become evictable first: a prefix is useless without what stands before it.
+        """
+        for block in reversed(blocks):
+            assert self._ref_counts[block] > 0, f"block {block} freed twice"
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0 and block not in self._leaving:
+                self._rest(block)
+
+    def _rest(self, block: BlockId) -> None:
+        """Nobody holds it any more."""
+        if block in self._hash_of:
+            (self._resting if block in self._spare else self._cached)[block] = None
+            self.version += 1
+        else:
+            self._free.append(block)
+
+    # --- copies to other tiers -----------------------------------------------------------------------------------
+
+    def coldest(self) -> Iterator[bytes]:
+        """Hashes of the cached blocks, the next to be evicted first."""
+        return (self._hash_of[block] for block in self._cached)
+
+    def cached_block(self, block_hash: bytes) -> BlockId | None:
+        """The block of this content, if it is cached: held by nobody, evicted when room is needed."""
+        block = self._block_of.get(block_hash)
+        return block if block in self._cached else None
+
+    def hold(self, blocks: Iterable[BlockId]) -> None:
+        """These cached blocks are being copied: they are not evicted until `unhold`."""
+        for block in blocks:
+            del self._cached[block]
+            self._leaving[block] = None
+
+    def unhold(self) -> None:
+        """The copies have ended: what nobody holds is where it was in the order of eviction."""
+        leaving, self._leaving = self._leaving, {}
+        for block in reversed(leaving):
+            if self._ref_counts[block] == 0:
+                if block in self._hash_of:
+                    resting = self._resting if block in self._spare else self._cached
+                    resting[block] = None
+                    resting.move_to_end(block, last=False)
+                else:
+                    self._free.append(block)
+
+    def is_published(self, block_id: BlockId) -> bool:
+        """Whether `match_prefix` may find it."""
+        return block_id in self._hash_of
+
+    def publish(self, block_id: BlockId, block_hash: bytes, *, spare: bool = False) -> None:
+        """Make a full, owned block known to `match_prefix`. The first block of a hash stays the known one.
+
+        `spare`: another worker keeps it.
+        """
+        assert self._ref_counts[block_id] > 0, block_id
+        if self.enable_prefix_caching and block_hash not in self._block_of and block_id not in self._hash_of:
+            self._block_of[block_hash] = block_id
+            self._hash_of[block_id] = block_hash
+            if spare:
+                self._spare.add(block_id)
+            self.listener.stored(block_hash)
+
+    def keep(self, blocks: Iterable[BlockId]) -> None:
+        """These owned blocks are spare no more: it is here that they are kept."""
+        if self._spare:
+            self._spare.difference_update(blocks)
+
+    def is_spare(self, block_id: BlockId) -> bool:
+        """Whether it is published, and kept by another worker."""
+        return block_id in self._spare
+
+    def is_known(self, block_id: BlockId) -> bool:
+        """`match_prefix` finds it."""
+        return block_id in self._hash_of
+
+    def forget(self, block_id: BlockId) -> None:
+        """An owned block gets another content: `match_prefix` finds it no more."""
+        block_hash = self._hash_of.pop(block_id, None)
+        if block_hash is not None:
+            del self._block_of[block_hash]
+            self._spare.discard(block_id)
+            self.listener.evicted(block_hash)
+
+    def quarantine(self, blocks: Iterable[BlockId]) -> None:
+        """Take owned, unshared, unpublished blocks out of use: a remote writer may still write to them."""
+        for block in blocks:
+            assert self._ref_counts[block] == 1 and block not in self._hash_of, block
+            self._ref_counts[block] = 0
+            self._quarantined.add(block)
+
+    def release_quarantine(self, blocks: Iterable[BlockId]) -> None:
+        """The writer ended cleanly or is fenced: the blocks are free."""
+        for block in blocks:
+            self._quarantined.remove(block)
+            self._free.append(block)
+
+    def check(self) -> None:
+        """Assert block conservation and the books' agreement with each other."""
+        owned = {b for b in range(self.num_blocks) if self._ref_counts[b] > 0}
+        leaving = {block for block in self._leaving if block not in owned}
+        states = [set(self._free), set(self._cached) | set(self._resting) | leaving, owned, self._quarantined]
+        assert not leaving & (set(self._cached) | set(self._resting)) and set(self._resting) <= self._spare
+        assert not self._spare & set(self._cached) and self._spare <= set(self._hash_of)
+        assert sum(len(s) for s in states) == self.num_blocks == len(set().union(*states)), "a block is lost or doubled"
+        assert len(self._free) == len(states[0]), "a block is free twice"
+        assert min(self._ref_counts, default=0) >= 0
+        assert {h: b for b, h in self._hash_of.items()} == self._block_of
+        assert set(self._cached) <= set(self._hash_of)
+        assert not (states[0] | self._quarantined) & set(self._hash_of)

@@ -1,0 +1,146 @@
+"""Cached blocks on their way out of the device: copied to host memory before their content is lost.
+
+    evicted by a step's own sequences     copied by that very step, before it computes; pinned until it has ended
+    next to be evicted                    copied ahead, and not evicted until the step has ended
+
+The second is for remote writers: they write into the blocks that they are granted at once, and what these were is lost
+unless it was copied before. An idle engine goes further, as long as no other content gives way for it. Pure; the caller
+holds the worker's lock.
+"""
+
+from __future__ import annotations
+
+from ..common.request import BlockId
+from .blocks import BlockPool
+from .copy_costs import CopyCosts
+from .tiers import Lookahead, Shelf
+
+_IDLE_COPY_S = 0.005  # a prompt that comes meanwhile waits for so long
+_IDLE_COPIES = 16  # until the cost of one is known
+_IDLE_WINDOW = 2048  # looked at whenever the engine gets idle
+_MIN_COPIES = 8  # of a step; beside these, what it can evict twice over
+_MAX_COPIES = 1024
+
+Copies = list[tuple[BlockId, int]]  # from a block to a slot
+
+
+class Demotion:
+    """From a block pool to a shelf."""
+
+    def __init__(self, pool: BlockPool, host: Shelf, costs: CopyCosts) -> None:
+        self._pool = pool
+        self._host = host
+        self._costs = costs
+        self._lookahead = Lookahead()
+        self._is_capturing = False
+        self._evicted: dict[BlockId, bytes] = {}  # by the step that is being put together
+        self._filling: list[bytes] = []  # by the running step
+        self.pinned: list[BlockId] = []  # by it, while others own them
+        self.num_blocks = 0  # since start
+        if host.num_slots:
+            pool.on_evicted = self._on_evicted
+
+    def allocate(self, count: int) -> list[BlockId]:
+        """As `PrefixCache.allocate`."""
+        self._is_capturing = self._host.num_slots > 0
+        try:
+            return self._pool.allocate(count)
+        finally:
+            self._is_capturing = False
+
+    def _on_evicted(self, block: BlockId, block_hash: bytes) -> None:
+        if block_hash in self._host:
+            self._host.keep_longest(block_hash)
+        elif self._is_capturing:
+            self._evicted[block] = block_hash
+
+    # --- a step's copies -----------------------------------------------------------------------------------------
+
+    def copies(self, num_tokens: int) -> Copies:
+        """Of a step that computes so many tokens."""
+        return self._copies(_MIN_COPIES + 2 * num_tokens // self._pool.block_size if num_tokens else 0)
+
+    def idle_copies(self) -> Copies:
+        """Of a step that does nothing else."""
+        block_s, pool, host = self._costs.block_s, self._pool, self._host
+        count = _IDLE_COPIES if not block_s else max(1, int(_IDLE_COPY_S / block_s))
+        window = self._window
+        if host.num_free:
+            window, count = max(window, _IDLE_WINDOW), min(count, host.num_free)
+        self._lookahead.look(pool.coldest(), window=window, version=pool.version, is_kept=host.__contains__)
+        return self._copies(count if self._pays else 0)
+
+    @property
+    def _window(self) -> int:
+        """How many of the next to be evicted shall have a copy: a quarter of the pool, less what is free."""
+        pool = self._pool
+        return min(pool.num_blocks, self._host.num_slots) // 4 - (pool.num_free_blocks - pool.num_cached_blocks)
+
+    @property
+    def _pays(self) -> bool:
+        return self._costs.copying_pays(1, self._pool.block_size)
+
+    def _copies(self, num_ahead: int) -> Copies:
+        if not self._pays:
+            num_ahead = min(num_ahead, 1)  # so that a change is noticed
+        evicted = self._of_evicted()
+        ahead = self._ahead(min(num_ahead, _MAX_COPIES) - len(evicted))
+        self._pool.pin(block for block, _ in evicted)
+        self.pinned += (block for block, _ in evicted)
+        self._pool.hold(block for block, _ in ahead)
+        self.num_blocks += len(evicted) + len(ahead)
+        return evicted + ahead
+
+    def _of_evicted(self) -> Copies:
+        """What this step's sequences took, and still have."""
+        evicted, self._evicted = self._evicted, {}
+        if not self._pays:
+            return []
+        return [
+            (block, slot)
+            for block, block_hash in evicted.items()
+            if self._pool.ref_count(block) and (slot := self._slot_for(block_hash)) is not None
+        ]
+
+    def _ahead(self, count: int) -> Copies:
+        """What is next to be evicted and has no copy."""
+        if count <= 0:
+            return []
+        pool, is_kept = self._pool, self._host.__contains__
+        candidates = self._lookahead.take(
+            count, order=pool.coldest(), window=self._window, version=pool.version, is_kept=is_kept
+        )
+        return [
+            (block, slot)
+            for block_hash in candidates
+            if (block := pool.cached_block(block_hash)) is not None and (slot := self._slot_for(block_hash)) is not None
+        ]
+
+    def _slot_for(self, block_hash: bytes) -> int | None:
+        if block_hash in self._host:
+            return None
+        slot = self._host.reserve(block_hash)
+        if slot is not None:
+            self._filling.append(block_hash)
+        return slot
+
+    def end(self) -> None:
+        """The step has ended: what it copied out is found."""
+        for block_hash in self._filling:
+            self._host.fill(block_hash)
+        self._pool.free(self.pinned)
+        self._pool.unhold()
+        self._filling, self.pinned = [], []
+
+    @property
+    def is_settled(self) -> bool:
+        """No step copies anything before blocks have changed hands."""
+        if self._evicted or len(self._lookahead):
+            return False
+        window = self._window
+        return window <= 0 or not self._lookahead.would_look(window, self._pool.version)
+
+    @property
+    def is_quiet(self) -> bool:
+        """No copy is planned or under way."""
+        return not (self._evicted or self._filling or self.pinned)

@@ -1,0 +1,203 @@
+"""One rank's file of KV blocks on the local disk, and the thread that reads and writes it.
+
+    header   what the blocks belong to: model, layout, rank, sizes
+    index    a row for each slot: the block's hash, the XXH3 of its bytes, the XXH3 of this row
+    data     the slots
+
+The file is the process's alone (locked, 0600 in a directory of 0700) and outlives it: a worker that starts again
+with the same model goes on with what it finds. Nothing is synced, for nothing has to be: a block is written before its
+row, and each is checked when it is read, so whatever a crash left half done is a miss.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import queue
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from ..common.config import EngineConfig
+from ..common.errors import ConfigError
+from .disk_tier import DiskResult, DiskTask
+
+_MAGIC = b"kvferry blocks 1"
+_ALIGN = 4096
+_ROW = np.dtype([("hash", "V16"), ("sum", "<u8"), ("check", "<u8")])
+_MAX_FILES = 256  # workers of one machine that share a directory
+
+
+class DiskFile:
+    """Slots of equal size. Raises OSError where the disk does."""
+
+    def __init__(self, fd: int, num_slots: int, slot_bytes: int) -> None:
+        """`fd`: of a file that `open_file` has made."""
+        self.num_slots = num_slots
+        self._fd = fd
+        self._slot_bytes = slot_bytes
+        self._data_start = _data_start(num_slots)
+        rows = os.pread(fd, num_slots * _ROW.itemsize, _ALIGN).ljust(num_slots * _ROW.itemsize, b"\0")
+        self._rows = np.frombuffer(bytearray(rows), dtype=_ROW)
+
+    def stored(self) -> Iterator[tuple[bytes, int]]:
+        """Hash and slot of what an earlier process has left. Of two equal ones, the first."""
+        seen = set()
+        for slot, row in enumerate(self._rows):
+            if int(row["check"]) == _check(slot, row) and (block_hash := row["hash"].tobytes()) not in seen:
+                seen.add(block_hash)
+                yield block_hash, slot
+
+    def write(self, slot: int, block_hash: bytes, data: memoryview) -> None:
+        row = self._rows[slot : slot + 1]
+        row["hash"], row["sum"] = np.void(block_hash), xxhash.xxh3_64_intdigest(data, slot)
+        row["check"] = _check(slot, row[0])
+        _write_all(self._fd, data, self._data_start + slot * self._slot_bytes)
+        _write_all(self._fd, memoryview(row.tobytes()), _ALIGN + slot * _ROW.itemsize)
+
+    def read(self, slot: int, block_hash: bytes, into: memoryview) -> bool:
+        """False: it is not the block that was written there."""
+        row = self._rows[slot]
+        if row["hash"].tobytes() != block_hash:
+            return False
+        num_bytes = os.preadv(self._fd, [into], self._data_start + slot * self._slot_bytes)
+        return num_bytes == len(into) and xxhash.xxh3_64_intdigest(into, slot) == int(row["sum"])
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _check(slot: int, row: np.void) -> int:
+    return xxhash.xxh3_64_intdigest(row.tobytes()[:24], slot + 1)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _data_start(num_slots: int) -> int:
+    return _ALIGN + -(-num_slots * _ROW.itemsize // _ALIGN) * _ALIGN
+
+
+def open_file(config: EngineConfig, fingerprint: str, *, slot_bytes: int, rank: int, tp_size: int) -> DiskFile:
+    """A rank's file as the settings ask for it, with all the room that it needs. Raises ConfigError."""
+    assert config.disk_cache_dir is not None
+    num_slots = config.disk_cache_bytes // slot_bytes
+    if num_slots < 1:
+        raise ConfigError(f"disk_cache_bytes: {config.disk_cache_bytes:,} is less than a block's {slot_bytes:,} bytes")
+    directory = _private_directory(config.disk_cache_dir)
+    head = b"\n".join((_MAGIC, fingerprint.encode(), f"{rank}/{tp_size} {num_slots} {slot_bytes}".encode()))
+    num_bytes = _data_start(num_slots) + num_slots * slot_bytes
+    fd = _lock_one(directory, f"{fingerprint}-{rank}of{tp_size}")
+    try:
+        if os.pread(fd, _ALIGN, 0) != head.ljust(_ALIGN, b"\0") or os.fstat(fd).st_size != num_bytes:
+            _make(fd, head, num_bytes, directory)
+        return DiskFile(fd, num_slots, slot_bytes)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _private_directory(directory: Path) -> Path:
+    """It holds what users wrote: nobody else may look into it."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = directory.stat()
+        if info.st_uid != os.geteuid():
+            raise ConfigError(f"disk_cache_dir: {directory} belongs to user {info.st_uid}, not to us ({os.geteuid()})")
+        if stat.S_IMODE(info.st_mode) & 0o077:
+            raise ConfigError(
+                f"disk_cache_dir: others may look into {directory} (mode {stat.S_IMODE(info.st_mode):o}): chmod 700 "
+                "it, or name a directory that does not exist yet"
+            )
+    except OSError as error:
+        raise ConfigError(f"disk_cache_dir: cannot use {directory}: {error.strerror}") from error
+    return directory
+
+
+def _lock_one(directory: Path, name: str) -> int:
+    """The first file of this name that no other process has: a worker finds its own again."""
+    for number in range(_MAX_FILES):
+        path = directory / f"{name}.{number}.kv"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise ConfigError(f"disk_cache_dir: cannot open {path}: {error.strerror}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except OSError:
+            os.close(fd)
+    raise ConfigError(f"disk_cache_dir: {_MAX_FILES} processes use {directory} already")
+
+
+def _make(fd: int, head: bytes, num_bytes: int, directory: Path) -> None:
+    """Of whatever it was. All of its room is taken now, so that a disk that fills up later is not our concern."""
+    try:
+        os.ftruncate(fd, 0)
+        room = os.fstatvfs(fd)
+        free = room.f_bavail * room.f_frsize
+        if num_bytes > free:
+            raise ConfigError(
+                f"disk_cache_bytes: {num_bytes:,} bytes are needed in {directory}, {free:,} are free; lower it, or "
+                "remove files of models that are not served any more"
+            )
+        os.posix_fallocate(fd, 0, num_bytes)
+        os.pwrite(fd, head.ljust(_ALIGN, b"\0"), 0)
+    except OSError as error:
+        raise ConfigError(f"disk_cache_dir: no room of {num_bytes:,} bytes in {directory}: {error.strerror}") from error
+
+
+class DiskThread:
+    """One rank's disk: tasks in, results out, one after the other."""
+
+    def __init__(
+        self, file: DiskFile, slot_bytes: Callable[[int], memoryview], on_result: Callable[[DiskResult], None]
+    ):
+        """`slot_bytes`: of a slot in host memory. `on_result` is called on the thread."""
+        self._file = file
+        self._slot_bytes = slot_bytes
+        self._on_result = on_result
+        self._tasks: queue.PriorityQueue[tuple[int, int, DiskTask | None]] = queue.PriorityQueue()
+        self._num_tasks = 0
+        self._thread = threading.Thread(target=self._run, name="kv-disk", daemon=True)
+        self._thread.start()
+
+    def submit(self, task: DiskTask) -> None:
+        """Reads overtake writes: somebody waits for them."""
+        self._put(1 if task.is_write else 0, task)
+
+    def _put(self, order: int, task: DiskTask | None) -> None:
+        self._num_tasks += 1
+        self._tasks.put((order, self._num_tasks, task))
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()[2]) is not None:
+            began = time.perf_counter()
+            error = self._carry_out(task)
+            self._on_result(DiskResult(task, error, time.perf_counter() - began))
+
+    def _carry_out(self, task: DiskTask) -> str:
+        """Why it failed; empty: it has not."""
+        data = self._slot_bytes(task.host_slot)
+        try:
+            if task.is_write:
+                self._file.write(task.disk_slot, task.block_hash, data)
+            elif not self._file.read(task.disk_slot, task.block_hash, data):
+                return "not what was written"
+        except OSError as error:
+            return f"{error.strerror} ({'write' if task.is_write else 'read'})"
+        return ""
+
+    def close(self) -> None:
+        """After the task that runs."""
+        self._put(-1, None)
+        self._thread.join()
+        self._file.close()

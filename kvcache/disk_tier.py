@@ -1,0 +1,241 @@
+"""Blocks on the local disk: asked for while a prompt waits, read into host memory, promoted from there. Pure.
+
+    waiting prompt ── ask ──> reads into slots of host memory ──> found there        it is scheduled, and promotes
+                       └─ slow, failed, spoilt ──> it computes                       counted, never an error
+    host memory's next to be evicted ── written ahead ──> found here
+
+The disk does one operation after the other on a thread of its own, behind `Disk`; a step never waits for it. After
+several failures in a row it is left alone for a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from ..common.clock import Clock
+from ..common.request import Sequence as TokenSequence
+from .copy_costs import smooth
+from .tiers import Lookahead, Shelf
+
+_MAX_WRITES = 32  # under way: a slow disk keeps so many slots of host memory busy
+_IDLE_WINDOW = 2048  # looked at whenever the engine gets idle
+_MAX_WAIT_S = 1.0  # for a disk whose speed, or ours, is not known yet
+_MAX_FAILURES = 4  # in a row
+_PAUSE_S = 30.0
+
+
+class DiskTask(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One block between its slot in host memory and its slot on disk."""
+
+    is_write: bool
+    block_hash: bytes
+    host_slot: int
+    disk_slot: int
+
+
+class DiskResult(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    task: DiskTask
+    error: str = ""  # empty: done
+    took_s: float = 0.0
+
+
+class Disk(Protocol):
+    """What carries out tasks, one after the other, on all ranks."""
+
+    num_slots: int
+    wake: Callable[[], None]  # called when there is a result, from any thread
+
+    def stored(self) -> Iterable[tuple[bytes, int]]:
+        """What an earlier process left: hash and slot. Whether it is intact shows when it is read."""
+        ...
+
+    def submit(self, task: DiskTask) -> None: ...
+
+    def results(self) -> list[DiskResult]:
+        """Of tasks that have ended since the last call."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Ticket:
+    """What a waiting sequence has asked for."""
+
+    hashes: list[bytes]  # pinned in host memory, read already or being read
+    until_s: float
+    gave_up: bool = False
+
+
+class DiskTier:
+    """Under the worker's lock. Owns the shelf of host memory together with the prefix cache."""
+
+    def __init__(self, disk: Disk, host: Shelf, clock: Clock, report: Callable[[DiskResult], None]) -> None:
+        """`report`: a task has failed."""
+        self.disk = disk
+        self.host = host
+        self.shelf = Shelf(disk.num_slots)
+        self._clock = clock
+        self._report = report
+        self._tickets: dict[TokenSequence, _Ticket] = {}
+        self._lookahead = Lookahead()
+        self._num_reads = 0  # under way
+        self._num_writes = 0
+        self._block_s: float | None = None  # one read
+        self._num_failed_in_row = 0
+        self._paused_until_s: float | None = None
+        self.num_failures = 0
+        self.num_read_blocks = 0
+        self.num_written_blocks = 0
+        for block_hash, slot in disk.stored():
+            self.shelf.put(block_hash, slot)
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    def has(self, block_hash: bytes) -> bool:
+        return self.shelf.find(block_hash) is not None or self.host.is_filling(block_hash)
+
+    def knows(self, seq: TokenSequence) -> bool:
+        return seq in self._tickets
+
+    def ask(self, seq: TokenSequence, hashes: Sequence[bytes], limit_s: Callable[[int], float | None]) -> None:
+        """Read blocks for a waiting sequence, as many as host memory can hold beside those of others, if they come
+        sooner than they are computed: in `limit_s(number)`.
+        """
+        ticket = self._tickets[seq] = _Ticket([], self._clock.now())
+        self.advance()
+        num_asked = sum(len(other.hashes) for other in self._tickets.values())
+        hashes = hashes[: max(0, self.host.num_slots // 2 - num_asked)]
+        within_s = limit_s(len(hashes))
+        if not hashes or self._is_paused or (within_s is not None and self._expected_s(len(hashes)) >= within_s):
+            return
+        for block_hash in hashes:
+            if block_hash not in self.host and not self._read(block_hash):
+                break
+            self.host.pin(block_hash)
+            ticket.hashes.append(block_hash)
+        ticket.until_s += _MAX_WAIT_S if within_s is None else within_s
+
+    def _expected_s(self, num_blocks: int) -> float:
+        """Until that many more are read. The one that was asked for first is read first, writes in between."""
+        return (self._block_s or 0.0) * (num_blocks + self._num_reads + self._num_writes)
+
+    def _read(self, block_hash: bytes) -> bool:
+        disk_slot = self.shelf.find(block_hash)
+        if disk_slot is None:
+            return False
+        host_slot = self.host.reserve(block_hash)
+        if host_slot is None:
+            return False
+        self.shelf.pin(block_hash)
+        self._num_reads += 1
+        self.disk.submit(DiskTask(False, block_hash, host_slot, disk_slot))
+        return True
+
+    def awaits(self, seq: TokenSequence) -> bool:
+        ticket = self._tickets[seq]
+        if ticket.gave_up:
+            return False
+        self.advance()
+        if not any(self.host.is_filling(block_hash) for block_hash in ticket.hashes):
+            return False
+        if self._clock.now() < ticket.until_s:
+            return True
+        ticket.gave_up = True
+        self.num_failures += 1
+        return False
+
+    def forget(self, seq: TokenSequence) -> None:
+        """It waits no longer. Idempotent; what is being read still comes, for others."""
+        ticket = self._tickets.pop(seq, None)
+        for block_hash in ticket.hashes if ticket is not None else ():
+            self.host.unpin(block_hash)
+
+    # --- what has ended, and what is next ------------------------------------------------------------------------
+
+    def advance(self, *, is_idle: bool = False) -> None:
+        """Take what has ended. `is_idle`: the engine has nothing else to do."""
+        for result in self.disk.results():
+            self._take(result)
+        if not self._is_paused:
+            self._write_ahead(is_idle)
+
+    def _take(self, result: DiskResult) -> None:
+        task = result.task
+        if task.is_write:
+            self._num_writes -= 1
+            self.host.unpin(task.block_hash)
+            (self.shelf.discard if result.error else self.shelf.fill)(task.block_hash)
+            self.num_written_blocks += not result.error
+        else:
+            self._num_reads -= 1
+            self.shelf.unpin(task.block_hash)
+            self._take_read(result)
+        self._count(result)
+
+    def _take_read(self, result: DiskResult) -> None:
+        block_hash = result.task.block_hash
+        if not result.error:
+            self.host.fill(block_hash)
+            self.shelf.keep_longest(block_hash)
+            self._block_s = smooth(self._block_s, result.took_s)
+            self.num_read_blocks += 1
+            return
+        for ticket in self._tickets.values():
+            while block_hash in ticket.hashes:
+                ticket.hashes.remove(block_hash)
+                self.host.unpin(block_hash)
+        self.host.discard(block_hash)
+        self.shelf.discard(block_hash)
+
+    def _count(self, result: DiskResult) -> None:
+        if not result.error:
+            self._num_failed_in_row = 0
+            return
+        self.num_failures += 1
+        self._num_failed_in_row += 1
+        self._report(result)
+        if self._num_failed_in_row >= _MAX_FAILURES:
+            self._paused_until_s = self._clock.now() + _PAUSE_S
+
+    @property
+    def _is_paused(self) -> bool:
+        if self._paused_until_s is not None and self._clock.now() >= self._paused_until_s:
+            self._paused_until_s = None
+        return self._paused_until_s is not None
+
+    def _write_ahead(self, is_idle: bool) -> None:
+        """Host memory's next to be evicted, before they are."""
+        host, shelf = self.host, self.shelf
+        window = min(host.num_slots, shelf.num_slots) // 2 - host.num_free
+        if is_idle and shelf.num_free:
+            window = max(window, _IDLE_WINDOW)
+            self._lookahead.look(host, window=window, version=host.version, is_kept=shelf.__contains__)
+        for block_hash in self._lookahead.take(
+            _MAX_WRITES - self._num_writes,
+            order=host,
+            window=window,
+            version=host.version,
+            is_kept=shelf.__contains__,
+        ):
+            self._write(block_hash)
+
+    def _write(self, block_hash: bytes) -> None:
+        host_slot = self.host.find(block_hash)
+        if host_slot is None or block_hash in self.shelf:
+            return
+        disk_slot = self.shelf.reserve(block_hash)
+        if disk_slot is None:
+            return
+        self.host.pin(block_hash)
+        self._num_writes += 1
+        self.disk.submit(DiskTask(True, block_hash, host_slot, disk_slot))
+
+    def check(self) -> None:
+        """Assert that the books agree."""
+        self.shelf.check()
+        assert self._num_writes >= 0 and self._num_reads >= 0

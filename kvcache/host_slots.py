@@ -1,0 +1,144 @@
+"""Blocks in host memory: the engine's side of swapping and of the prefix cache's tiers.
+
+A slot is one block of all layers, contiguous, so that a block is one copy each way. Which block lies in which slot,
+and whether that pays, is decided elsewhere (`kvcache/swap.py`, `prefix_cache.py`); here are the bytes. The first slots
+are for preempted sequences, the others for the prefix cache. A step copies out first,
+then in, then computes: a block that was copied out may be filled anew in the same step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..common.config import EngineConfig
+from ..common.errors import ConfigError
+from .blocks import KVCacheSpec
+from .pages import free_memory_bytes
+
+_CUDA_BYTES = 4 << 30
+_CUDA_CACHE_BYTES = 8 << 30
+_CUDA_CACHE_SHARE = 0.1  # of the machine's free memory
+_STAGING_SHARE = 0.25  # of a CPU's KV cache: what is read from disk comes there first
+_MIN_STAGING_BLOCKS = 64
+_CPU_SHARE = 0.1  # of the KV cache
+_BLOCKS_AT_ONCE = 16  # gathered on a GPU in one piece: memory is scarce where blocks are swapped
+
+
+def num_swap_blocks(
+    config: EngineConfig, spec: KVCacheSpec, device: torch.device, *, num_blocks: int, tp_size: int
+) -> int:
+    """Slots of one rank; the same on every rank."""
+    if config.swap_space is not None:
+        return config.swap_space // spec.block_bytes(tp_size)
+    return _CUDA_BYTES // spec.block_bytes(tp_size) if device.type == "cuda" else int(_CPU_SHARE * num_blocks)
+
+
+def num_host_blocks(
+    config: EngineConfig, spec: KVCacheSpec, device: torch.device, *, num_blocks: int, tp_size: int
+) -> int:
+    """Slots of one rank for the prefix cache. Raises ConfigError."""
+    has_disk = config.disk_cache_dir is not None
+    if not config.enable_prefix_caching:
+        if has_disk or config.host_cache_memory_bytes:
+            raise ConfigError(
+                "host_cache_memory_bytes, disk_cache_dir: there is no prefix cache to keep there; enable it"
+            )
+        return 0
+    if config.host_cache_memory_bytes is not None:
+        count = config.host_cache_memory_bytes // spec.block_bytes(tp_size)
+    elif device.type == "cuda":
+        num_bytes = min(_CUDA_CACHE_BYTES, int(_CUDA_CACHE_SHARE * free_memory_bytes() / tp_size))
+        count = num_bytes // spec.block_bytes(tp_size)
+    else:  # the device's memory is the host's
+        count = max(_MIN_STAGING_BLOCKS, int(_STAGING_SHARE * num_blocks)) if has_disk else 0
+    if has_disk and count < 2:
+        raise ConfigError(
+            f"disk_cache_dir: blocks are read into host memory first, and host_cache_memory_bytes = "
+            f"{config.host_cache_memory_bytes:,} holds {count} of {spec.block_bytes(tp_size):,} bytes; leave it out or "
+            "give it more"
+        )
+    return count
+
+
+class SwapPages:
+    """The slots of one rank. Used by the engine's thread; on a GPU all is queued on its current stream."""
+
+    def __init__(self, pages: Tensor, num_slots: int) -> None:
+        """`pages`: the KV cache, [layers, blocks, ...]. Raises ConfigError."""
+        # 8-bit floats are storage: few of torch's operations know them.
+        self._pages = pages.view(torch.uint8) if pages.dtype.itemsize == 1 else pages
+        self._is_cuda = pages.is_cuda
+        shape = (num_slots, pages.shape[0], *pages.shape[2:])
+        try:  # on a CPU the kernel gives memory as slots are written to
+            self._host = torch.empty(shape, dtype=self._pages.dtype, pin_memory=self._is_cuda)
+        except (RuntimeError, MemoryError) as error:
+            num_bytes = num_slots * pages[:, 0].numel() * pages.element_size()
+            raise ConfigError(
+                f"--swap-space, --host-cache-memory-bytes: {num_bytes:,} bytes of host memory cannot be had: {error}"
+            ) from error
+        self._bytes = self._host.view(torch.uint8).numpy().data.cast("B") if num_slots else memoryview(b"")
+        self._slot_bytes = len(self._bytes) // max(1, num_slots)
+        self._times: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._copy_s = 0.0
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one slot."""
+        return self._slot_bytes
+
+    def slot(self, slot: int) -> memoryview:
+        """A slot's bytes, from any thread. Whoever reads or writes them keeps copies off the slot meanwhile."""
+        return self._bytes[slot * self._slot_bytes : (slot + 1) * self._slot_bytes]
+
+    def settle(self) -> None:
+        """Wait for the copies that are under way."""
+        if self._is_cuda:
+            torch.cuda.current_stream(self._pages.device).synchronize()
+
+    def copy(self, swap_out: Sequence[tuple[int, int]], swap_in: Sequence[tuple[int, int]]) -> None:
+        """(block, slot) pairs out to the host, then (slot, block) pairs in from it."""
+        self._times, self._copy_s = None, 0.0
+        if not swap_out and not swap_in:
+            return
+        if self._is_cuda:
+            self._copy_cuda(swap_out, swap_in)
+            return
+        began = time.perf_counter()
+        for block, slot in swap_out:
+            self._host[slot].copy_(self._pages[:, block])
+        for slot, block in swap_in:
+            self._pages[:, block].copy_(self._host[slot])
+        self._copy_s = time.perf_counter() - began
+
+    def _copy_cuda(self, swap_out: Sequence[tuple[int, int]], swap_in: Sequence[tuple[int, int]]) -> None:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        for piece in _pieces(swap_out):
+            blocks = torch.tensor([block for block, _ in piece], device=self._pages.device)
+            gathered = self._pages.index_select(1, blocks).transpose(0, 1).contiguous()
+            for source, (_, slot) in zip(gathered, piece, strict=True):
+                self._host[slot].copy_(source, non_blocking=True)
+        for piece in _pieces(swap_in):
+            blocks = torch.tensor([block for _, block in piece], device=self._pages.device)
+            gathered = self._pages.new_empty((len(piece), *self._host.shape[1:]))
+            for target, (slot, _) in zip(gathered, piece, strict=True):
+                target.copy_(self._host[slot], non_blocking=True)
+            self._pages.index_copy_(1, blocks, gathered.transpose(0, 1))
+        end.record()
+        self._times = (start, end)
+
+    @property
+    def copy_s(self) -> float:
+        """Seconds of the last `copy`. On a GPU: once the step has ended."""
+        if self._times is not None:
+            start, end = self._times
+            return float(start.elapsed_time(end)) / 1000
+        return self._copy_s
+
+
+def _pieces(pairs: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
+    return [pairs[first : first + _BLOCKS_AT_ONCE] for first in range(0, len(pairs), _BLOCKS_AT_ONCE)]

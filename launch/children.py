@@ -1,0 +1,159 @@
+"""The children of a launcher: how a router and a worker are called, and what a router reports.
+
+A child is called `PROGRAM --config-json JSON --lifeline-fd N`; a router also `--http-fd N`, a socket that listens.
+What is secret comes in its environment: arguments can be read by every user of the machine.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from ..common.channel import Address
+from ..common.clock import Clock
+from ..common.config import (
+    ADMIN_KEY_VARIABLE,
+    API_KEY_VARIABLE,
+    CACHE_VARIABLE,
+    FAILPOINTS_VARIABLE,
+    SECRET_VARIABLE,
+    RouterConfig,
+)
+from ..settings.fields import ENV_PREFIX
+from .plan import WorkerPlan
+from .process import Child, ChildState, ChildTimes, Command
+
+ROUTER_PROGRAM = (sys.executable, "-m", "kvferry.router")
+WORKER_PROGRAM = (sys.executable, "-m", "kvferry.worker")
+
+
+class RouterChild:
+    """A router as a child that keeps its control port over restarts."""
+
+    def __init__(
+        self,
+        name: str,
+        config: RouterConfig,
+        env: Mapping[str, str],
+        clock: Clock,
+        on_event: Callable[[str, dict[str, object]], None],
+        *,
+        sockets: Callable[[], Mapping[str, socket.socket]],
+        program: tuple[str, ...] = ROUTER_PROGRAM,
+        times: ChildTimes | None = None,
+    ) -> None:
+        """`sockets`: by the flag that hands each over, asked for at each start."""
+        times = times or ChildTimes()
+        times = replace(times, hang_after_s=times.router_hang_after_s)
+        self._config = config
+        self._env = env
+        self._program = program
+        self._sockets = sockets
+        self._on_event = on_event
+        self._pools: dict[str, object] | None = None  # what it said last, in this life
+        self.child = Child(name, self._command, clock, times=times, on_event=self._take)
+
+    @property
+    def control(self) -> Address:
+        """Where workers connect. Known once the child was ready."""
+        return Address.parse(str(self.child.ready_event["control"]))
+
+    @property
+    def lacks(self) -> list[str]:
+        """Why it is not ready for requests; empty: it is."""
+        if self._pools is None:
+            return ["it starts"]
+        reasons = self._pools["reasons"]
+        return [str(reason) for reason in reasons] if isinstance(reasons, list) else []
+
+    def sees(self, workers: Sequence[Child]) -> bool:
+        """It has the present lives of all of these as ready, but for those that leave."""
+        if self._pools is None:
+            return False
+        pids = self._pools["workers"]
+        return isinstance(pids, dict) and all(
+            worker.is_retired or (worker.state is ChildState.READY and pids.get(worker.name) == worker.pid)
+            for worker in workers
+        )
+
+    def names(self, worker_id: str) -> bool:
+        """It has this worker as ready."""
+        pids = self._pools["workers"] if self._pools is not None else None
+        return isinstance(pids, dict) and worker_id in pids
+
+    def _take(self, name: str, event: dict[str, object]) -> None:
+        if event["event"] == "pools":
+            self._pools = event
+        elif event["event"] in ("started", "restart"):
+            self._pools = None
+        self._on_event(name, event)
+
+    def _command(self) -> Command:
+        config = self._config
+        if self.child.was_ready.is_set():
+            config = config.model_copy(update={"control_port": self.control.port})
+        argv = [*self._program, "--config-json", config.model_dump_json()]
+        sockets = self._sockets()
+        for flag, sock in sockets.items():
+            argv += [flag, str(sock.fileno())]
+        return Command(tuple(argv), self._env, tuple(sock.fileno() for sock in sockets.values()))
+
+
+def worker_child(
+    worker: WorkerPlan,
+    controls: Callable[[], tuple[str, ...]],
+    env: Mapping[str, str],
+    clock: Clock,
+    on_event: Callable[[str, dict[str, object]], None],
+    *,
+    program: tuple[str, ...] = WORKER_PROGRAM,
+    times: ChildTimes | None = None,
+) -> Child:
+    """A worker under supervision. `controls`: the routers' control sockets, all known before it is run."""
+
+    def command() -> Command:
+        config = worker.config.model_copy(update={"routers": controls()})
+        return Command((*program, "--config-json", config.model_dump_json()), worker_environment(env, worker))
+
+    return Child(worker.config.worker_id, command, clock, times=times, on_event=on_event)
+
+
+def child_environment(
+    env: Mapping[str, str],
+    secrets: tuple[bytes, ...],
+    *,
+    loopback: bool = False,
+    api_keys: tuple[str, ...] = (),
+    admin_keys: tuple[str, ...] = (),
+) -> dict[str, str]:
+    """Return what a child sees: not our settings, as its configuration is complete, but what is secret.
+
+    `secrets`: none where it reads them from a file of its own.
+    """
+    passed = (CACHE_VARIABLE, FAILPOINTS_VARIABLE)
+    kept = {name: value for name, value in env.items() if not name.startswith(ENV_PREFIX) or name in passed}
+    if secrets:
+        kept[SECRET_VARIABLE] = b"\n".join(secrets).decode()
+    if api_keys:
+        kept[API_KEY_VARIABLE] = ",".join(api_keys)
+    if admin_keys:
+        kept[ADMIN_KEY_VARIABLE] = ",".join(admin_keys)
+    if loopback:
+        kept.setdefault("UCX_NET_DEVICES", "lo")  # else UCX listens on every interface
+    return kept
+
+
+def worker_environment(base: Mapping[str, str], worker: WorkerPlan) -> dict[str, str]:
+    env = dict(base)
+    if worker.config.engine.num_threads is not None:
+        env["OMP_NUM_THREADS"] = str(worker.config.engine.num_threads)
+    if worker.gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(worker.gpus)
+    return env
+
+
+def reachable(address: Address) -> Address:
+    """Where this machine reaches a server that listens at `address`."""
+    return Address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host), address.port)

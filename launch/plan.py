@@ -1,0 +1,327 @@
+"""From settings to the processes of a deployment, and from there to what one machine can hold.
+
+    ServeSettings -> plan -> Deployment -> fit_to_host -> Deployment with threads, GPUs, cache sizes
+
+Pure: what the machine has comes in as a `Host`, what the model is as its `ModelConfig`. Nothing is started here.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from ..common.config import (
+    NO_DETERMINISTIC_CUDA,
+    AutoscaleConfig,
+    EngineConfig,
+    PoolBounds,
+    RouterConfig,
+    TransferConfig,
+    WorkerConfig,
+)
+from ..common.errors import ConfigError
+from ..models.config import ModelConfig
+from ..settings.fields import PoolSettings, ServeSettings
+from .host import Host
+
+# Prefill fills every core that it may use; a decode step, a token's way through the router or an arrival takes
+# milliseconds and somebody reads it. On shared cores they go first: a worker yields while it decodes nothing.
+_PREFILL_NICENESS = 10
+# Enough to keep a GPU's multipliers busy; where answers are written too, a step must not keep them waiting for long.
+_GPU_BATCHED_TOKENS = {"prefill": 8192, "decode": 2048}
+_MAX_CPU_CACHE_BYTES = 2 << 30
+_CPU_CACHE_SHARE = 0.1  # of free memory, for one rank
+_CPU_CACHES_SHARE = 0.5  # for all of them
+_RANK_BYTES = (
+    400 << 20
+)  # of a rank besides weights and caches: interpreter, torch, buffers of a step (seen: 250 to 400)
+_GIB = 1 << 30
+_GPU_RESERVE_BYTES = 2 << 30  # of each worker: the CUDA context, workspaces, graphs
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+_ENGINE_FIELDS = EngineConfig.model_fields.keys() & ServeSettings.model_fields.keys()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    config: WorkerConfig  # routers: filled in once the router's address is known
+    gpus: tuple[str, ...] = ()  # for CUDA_VISIBLE_DEVICES, one for each rank
+    gpu_share: float = 1.0  # of each of them
+    max_threads: int | None = None  # CPU threads while the other workers are idle; None: never more than its own
+
+    @property
+    def num_ranks(self) -> int:
+        return self.config.engine.tensor_parallel_size
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    router: RouterConfig
+    workers: tuple[WorkerPlan, ...]
+    num_routers: int = 1  # behind one address
+    secrets: tuple[bytes, ...] = field(repr=False, default=())  # the one that is said, and another that is believed
+    templates: tuple[WorkerPlan, ...] = ()  # of one more worker of each pool that may grow
+    gpus: tuple[str, ...] = ()  # of this host, for workers that come later
+
+    @property
+    def max_workers(self) -> int:
+        return max(len(self.workers), self.router.autoscale.max_workers if self.templates else 0)
+
+    @property
+    def max_ranks(self) -> int:
+        """Once it has grown as far as it may."""
+        added = max((worker.num_ranks for worker in self.templates), default=0)
+        return self.num_ranks + added * (self.max_workers - len(self.workers))
+
+    @property
+    def num_ranks(self) -> int:
+        return sum(worker.num_ranks for worker in self.workers)
+
+    def with_secrets(self, values: tuple[bytes, ...]) -> Deployment:
+        return replace(self, secrets=values)
+
+
+def plan(settings: ServeSettings, model_dir: Path, served_name: str, secrets: tuple[bytes, ...] = ()) -> Deployment:
+    pools: tuple[tuple[Literal["prefill", "decode"], PoolSettings], ...] = (
+        ("prefill", settings.prefill),
+        ("decode", settings.decode),
+    )
+    workers = tuple(
+        WorkerPlan(plan_worker(settings, role, pool, model_dir, served_name, worker_id=f"{role[0]}-{index}"))
+        for role, pool in pools
+        for index in range(pool.workers)
+    )
+    templates = tuple(
+        WorkerPlan(plan_worker(settings, role, pool, model_dir, served_name, worker_id=role[0]))
+        for role, pool in pools
+        if pool.workers or pool.max_workers
+    )
+    router = plan_router(settings, model_dir, served_name)
+    return Deployment(router, workers, settings.routers, secrets, templates)
+
+
+def plan_autoscale(settings: ServeSettings) -> AutoscaleConfig:
+    """Without a maximum the fleet stays as large as it starts, and the pools may share it in another way."""
+    prefill, decode = settings.prefill, settings.decode
+    most = [pool.workers if pool.max_workers is None else pool.max_workers for pool in (prefill, decode)]
+    least = [min(1, pool.workers) if pool.min_workers is None else pool.min_workers for pool in (prefill, decode)]
+    total = sum(most)
+    prefill_most = prefill.max_workers if prefill.max_workers is not None else most[0] and total - least[1]
+    decode_most = decode.max_workers if decode.max_workers is not None else total - least[0]
+    return AutoscaleConfig(
+        mode=settings.autoscale,
+        prefill=PoolBounds(at_least=least[0], at_most=prefill_most),
+        decode=PoolBounds(at_least=least[1], at_most=decode_most),
+        max_workers=total,
+        spare_workers=settings.spare_workers,
+        schedule=settings.scale_schedule,
+        target=settings.scale_target,
+        interval_s=settings.scale_interval,
+        shrink_after_s=settings.scale_down_after,
+        flip_after_s=settings.role_change_after,
+    )
+
+
+def plan_router(settings: ServeSettings, model_dir: Path, served_name: str) -> RouterConfig:
+    return RouterConfig(
+        host=settings.host,
+        port=settings.port,
+        model_dir=model_dir,
+        served_model_name=served_name,
+        max_model_len=settings.max_model_len,
+        chat_template=settings.chat_template,
+        special_tokens_in_messages=settings.special_tokens_in_messages,
+        api_keys=settings.api_key,
+        api_key_file=absolute(settings.api_key_file),
+        secret_file=absolute(settings.secret_file),
+        local_prefill=settings.local_prefill,
+        max_local_prefill_tokens=settings.max_local_prefill_tokens,
+        expect_prefill=settings.prefill.workers > 0,
+        policy=settings.policy,
+        ttft_objective_ms=settings.ttft_objective_ms,
+        ttft_stretch=settings.ttft_stretch,
+        tpot_objective_ms=settings.tpot_objective_ms,
+        classes=settings.classes,
+        explain=settings.explain,
+        deterministic=settings.deterministic,
+        allowed_hosts=settings.allowed_hosts,
+        allowed_origins=settings.allowed_origins,
+        max_connections=settings.max_connections,
+        max_connections_per_address=settings.max_connections_per_address,
+        max_concurrency_per_key=settings.max_concurrency_per_key,
+        requests_per_minute_per_key=settings.requests_per_minute_per_key,
+        tokens_per_minute_per_key=settings.tokens_per_minute_per_key,
+        share_prefix_cache=settings.share_prefix_cache,
+        drain_timeout_s=settings.drain_timeout,
+        admin_host=settings.admin_host,
+        admin_port=settings.admin_port,
+        admin_keys=settings.admin_key,
+        admin_key_file=absolute(settings.admin_key_file),
+        autoscale=plan_autoscale(settings),
+        seed=settings.seed,
+        log_level=settings.log_level,
+        log_format=settings.log_format,
+    )
+
+
+def plan_worker(
+    settings: ServeSettings,
+    role: Literal["prefill", "decode"],
+    pool: PoolSettings,
+    model_dir: Path,
+    served_name: str,
+    *,
+    worker_id: str,
+) -> WorkerConfig:
+    values = settings.model_dump(include=set(_ENGINE_FIELDS), exclude_none=True) | pool.overrides()
+    values |= {"model_dir": model_dir, "served_model_name": served_name}
+    values["host_cache_memory_bytes"] = settings.host_cache_memory_bytes
+    if settings.disk_cache_dir is not None:
+        values["disk_cache_dir"] = absolute(settings.disk_cache_dir)
+    values["swap_space"] = settings.swap_space if role == "decode" else 0  # a prompt that has begun is not preempted
+    return WorkerConfig(
+        worker_id=worker_id,
+        role=role,
+        engine=EngineConfig.model_validate(values),
+        transfer=TransferConfig(backend=settings.transfer, checksum=settings.kv_checksum),
+        routers=settings.router,
+        drain_timeout_s=settings.drain_timeout,
+        secret_file=absolute(settings.secret_file),
+        log_level=settings.log_level,
+        log_format=settings.log_format,
+    )
+
+
+def absolute(path: Path | None) -> Path | None:
+    """The same file whatever folder a child runs in."""
+    return path.expanduser().absolute() if path is not None else None
+
+
+def item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """Of a weight."""
+    return _ITEM_BYTES[model.dtype if engine.dtype == "auto" else engine.dtype]
+
+
+def cache_item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """Of a number in the KV cache."""
+    return item_bytes(engine, model) if engine.kv_cache_dtype == "auto" else _ITEM_BYTES[engine.kv_cache_dtype]
+
+
+def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """About what one rank's weights take: matrices and embeddings."""
+    attention = 2 * (model.num_qo_heads + model.num_kv_heads) * model.head_dim * model.hidden_size
+    mlp = 3 * model.hidden_size * model.intermediate_size
+    embeddings = (1 if model.tie_embeddings else 2) * model.vocab_size * model.hidden_size
+    num_parameters = model.num_layers * (attention + mlp) + embeddings
+    return num_parameters * item_bytes(engine, model) // engine.tensor_parallel_size
+
+
+def cache_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """KV of one token on one rank."""
+    heads = model.num_kv_heads // engine.tensor_parallel_size
+    return 2 * model.num_layers * heads * model.head_dim * cache_item_bytes(engine, model)
+
+
+def fit_to_host(deployment: Deployment, host: Host, model: ModelConfig | None = None) -> Deployment:
+    """Split cores, GPUs and free memory between the workers. Raises ConfigError where they do not fit."""
+    threads, num_ranks = max(1, host.num_cpus // max(1, deployment.num_ranks)), max(1, deployment.max_ranks)
+    device = _device(deployment, host)
+    workers = deployment.workers if device == "cpu" else tuple(_assign_gpus(deployment.workers, host, model))
+    return replace(
+        deployment,
+        workers=tuple(_fit_worker(worker, device, host, threads, num_ranks) for worker in workers),
+        templates=tuple(_fit_worker(worker, device, host, threads, num_ranks) for worker in deployment.templates),
+        gpus=tuple(gpu.index for gpu in host.gpus) if device == "cuda" else (),
+    )
+
+
+def _fit_worker(
+    worker: WorkerPlan, device: Literal["cpu", "cuda"], host: Host, threads: int, num_ranks: int
+) -> WorkerPlan:
+    engine = worker.config.engine
+    update: dict[str, object] = {"device": device, "num_threads": engine.num_threads or threads}
+    if device == "cpu" and engine.kv_cache_memory_bytes is None:
+        # Measured once, before any worker takes some: all get the same.
+        update["kv_cache_memory_bytes"] = cpu_cache_bytes(host, num_ranks)
+    if device == "cuda" and "max_num_batched_tokens" not in engine.model_fields_set:
+        update["max_num_batched_tokens"] = _GPU_BATCHED_TOKENS[worker.config.role]
+    worker = _with_engine(worker, update)
+    if device == "cpu" and engine.num_threads is None and worker.num_ranks == 1 and host.num_cpus > threads:
+        worker = replace(worker, max_threads=host.num_cpus)
+    if device == "cpu":
+        worker = replace(worker, config=worker.config.model_copy(update={"niceness": _PREFILL_NICENESS}))
+    return worker
+
+
+def cpu_cache_bytes(host: Host, num_ranks: int) -> int:
+    """KV cache of one rank where nothing is set: a tenth of what is free, less where many ranks share it."""
+    share = min(_CPU_CACHE_SHARE, _CPU_CACHES_SHARE / num_ranks)
+    return max(1, min(_MAX_CPU_CACHE_BYTES, int(share * host.free_memory_bytes)))
+
+
+def _device(deployment: Deployment, host: Host) -> Literal["cpu", "cuda"]:
+    wanted = deployment.workers[0].config.engine.device
+    if wanted == "cuda" and not host.gpus:
+        raise ConfigError(
+            "device: cuda was asked for, but the installed torch sees no GPU here; "
+            "`kvferry doctor` says why, and --device cpu works"
+        )
+    device: Literal["cpu", "cuda"] = wanted if wanted != "auto" else "cuda" if host.gpus else "cpu"
+    if device == "cuda" and deployment.workers[0].config.engine.deterministic:
+        raise ConfigError(NO_DETERMINISTIC_CUDA)
+    if device == "cpu" and deployment.workers[0].config.engine.kv_cache_dtype == "fp8":
+        raise ConfigError("kv_cache_dtype: fp8 needs a GPU: the CPU's attention reads no 8-bit floats; use auto")
+    if device == "cuda" and deployment.workers[0].config.transfer.checksum == "on":
+        raise ConfigError("kv_checksum: on needs KV pages in host memory, and these are a GPU's; use auto or off")
+    return device
+
+
+def _assign_gpus(workers: tuple[WorkerPlan, ...], host: Host, model: ModelConfig | None) -> Iterator[WorkerPlan]:
+    """Devices round robin; ranks that share one split its memory."""
+    count = len(host.gpus)
+    for worker in workers:
+        if worker.num_ranks > count:
+            raise _too_few_gpus(worker, count)
+    starts = [sum(worker.num_ranks for worker in workers[:index]) for index in range(len(workers))]
+    taken = [[(start + rank) % count for rank in range(w.num_ranks)] for start, w in zip(starts, workers, strict=True)]
+    sharers = Counter(gpu for gpus in taken for gpu in gpus)
+    for worker, gpus in zip(workers, taken, strict=True):
+        share = 1.0 / max(sharers[gpu] for gpu in gpus)
+        placed = replace(worker, gpus=tuple(host.gpus[gpu].index for gpu in gpus), gpu_share=share)
+        if share < 1.0:
+            placed = _with_engine(
+                placed, _shared_memory(placed, min(host.gpus[gpu].total_bytes for gpu in gpus), model)
+            )
+        yield placed
+
+
+def _too_few_gpus(worker: WorkerPlan, count: int) -> ConfigError:
+    fitting = 1 << (count.bit_length() - 1)  # a power of two divides most models' heads
+    return ConfigError(
+        f"tensor_parallel_size: a {worker.config.role} worker needs {worker.num_ranks} GPUs, this host has {count}; "
+        f"what works here: kvferry serve {shlex.quote(str(worker.config.engine.model_dir))} "
+        f"--prefill 1 --decode 1 --tensor-parallel-size {fitting}"
+    )
+
+
+def _shared_memory(worker: WorkerPlan, gpu_bytes: int, model: ModelConfig | None) -> dict[str, object]:
+    """A worker's part of a GPU. The cache's size is set here: what a worker sees as free depends on who came first."""
+    engine = worker.config.engine
+    utilization = worker.gpu_share * engine.gpu_memory_utilization
+    if model is None or engine.kv_cache_memory_bytes is not None or not gpu_bytes:
+        return {"gpu_memory_utilization": utilization}
+    cache_bytes = int(utilization * gpu_bytes) - weight_bytes(engine, model) - _GPU_RESERVE_BYTES
+    if cache_bytes <= 0:
+        raise ConfigError(
+            f"{worker.config.worker_id}: {utilization:.0%} of a GPU of {gpu_bytes >> 30} GiB does not hold the weights "
+            f"({weight_bytes(engine, model) >> 30} GiB) and a cache: start fewer workers on it (--prefill 0 --decode 1)"
+        )
+    return {"gpu_memory_utilization": utilization, "kv_cache_memory_bytes": cache_bytes}
+
+
+def _with_engine(worker: WorkerPlan, update: dict[str, object]) -> WorkerPlan:
+    engine = worker.config.engine.model_copy(update=update)
+    return replace(worker, config=worker.config.model_copy(update={"engine": engine}))

@@ -1,0 +1,183 @@
+"""The routers of one deployment: processes that share one listening socket, each with its own control socket.
+
+    bind once ─> the descriptor goes to every router ─> each accepts from the same queue
+    bind one admin port for each router: there an operator asks a certain one
+
+The launcher holds the socket for as long as it runs. A router that restarts loses no connection that waits to be
+accepted: the others take it, or the next life does. Workers connect to every router, at ports that each keeps over
+its restarts. What a router sees of its workers comes over its lifeline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import socket
+from collections.abc import Callable, Mapping, Sequence
+
+from ..common.channel import Address
+from ..common.clock import Clock
+from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig
+from ..common.lifeline import Event
+from .children import ROUTER_PROGRAM, RouterChild
+from .host import listen
+from .process import Child, ChildState, ChildTimes
+from .progress import Display
+
+_NOTE_EVERY_S = 5.0
+
+
+class RouterGroup:
+    """One router or several. `run` owns the processes and the sockets."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        num_routers: int,
+        env: Mapping[str, str],
+        clock: Clock,
+        display: Display,
+        *,
+        program: tuple[str, ...] = ROUTER_PROGRAM,
+        times: ChildTimes | None = None,
+        on_restart_wanted: Callable[[], None] = lambda: None,
+        on_wish: Callable[[str, dict[str, object]], None] = lambda name, event: None,
+        on_reloaded: Callable[[str, dict[str, object]], None] = lambda name, event: None,
+        on_blameless: Callable[[str, object], None] = lambda worker_id, incarnation: None,
+    ) -> None:
+        """`on_restart_wanted`: an operator asked a router for a rolling restart of all.
+
+        `on_blameless`: this life of a worker ended because of a request.
+
+        `on_wish`: a router reports its load, or what the fleet should be like.
+
+        `on_reloaded`: a child, a worker too, has read its files again, or could not.
+        """
+        self._display = display
+        self._config = config
+        self._on_restart_wanted = on_restart_wanted
+        self._on_wish = on_wish
+        self._on_reloaded = on_reloaded
+        self._on_blameless = on_blameless
+        self._changed = asyncio.Event()
+        self._http: socket.socket | None = None
+        self._admin: list[socket.socket] = []  # one for each router, or none
+        secrets = {API_KEY_VARIABLE: ",".join(config.api_keys), ADMIN_KEY_VARIABLE: ",".join(config.admin_keys)}
+        env = {**env, **secrets}
+        config = config.model_copy(update={"api_keys": (), "admin_keys": ()})
+        self.routers = [
+            RouterChild(
+                "router" if num_routers == 1 else f"router-{index}",
+                config,
+                env,
+                clock,
+                self.on_event,
+                sockets=functools.partial(self._sockets_of, index),
+                program=program,
+                times=times,
+            )
+            for index in range(num_routers)
+        ]
+
+    @property
+    def children(self) -> list[Child]:
+        return [router.child for router in self.routers]
+
+    @property
+    def is_bound(self) -> bool:
+        """The listening socket is there."""
+        return self._http is not None
+
+    @property
+    def http(self) -> Address:
+        assert self._http is not None
+        return Address(self._config.host, self._http.getsockname()[1])
+
+    @property
+    def admins(self) -> list[Address]:
+        """Each router's own admin listener: on the configured port, and those after it."""
+        return [Address(self._config.admin_host, sock.getsockname()[1]) for sock in self._admin]
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Where workers connect. Known once every router was ready."""
+        return tuple(str(router.control) for router in self.routers)
+
+    async def run(self) -> None:
+        """Until cancelled; then the processes are gone."""
+        config = self._config
+        with contextlib.ExitStack() as stack:
+            self._http = stack.enter_context(listen(Address(config.host, config.port)))
+            for index in range(len(self.routers) if config.admin_port is not None else 0):
+                address = Address(config.admin_host, config.admin_port + index if config.admin_port else 0)
+                self._admin.append(stack.enter_context(listen(address, setting="admin_port")))
+            async with asyncio.TaskGroup() as tasks:
+                for child in self.children:
+                    tasks.create_task(child.run())
+
+    def _sockets_of(self, index: int) -> dict[str, socket.socket]:
+        """By the flag that hands each over."""
+        assert self._http is not None
+        own = {"--admin-fd": self._admin[index]} if self._admin else {}
+        return {"--http-fd": self._http, **own}
+
+    async def wait_until_up(self) -> None:
+        """Every router runs; `controls` are known."""
+        for child in self.children:
+            await child.was_ready.wait()
+
+    async def wait_until_serving(self) -> None:
+        """Every router is ready for requests; tells now and then what it waits for."""
+        while True:
+            waiting = asyncio.ensure_future(self._until(lambda: not any(router.lacks for router in self.routers)))
+            done, _ = await asyncio.wait((waiting,), timeout=_NOTE_EVERY_S)
+            waiting.cancel()
+            if done:
+                return
+            for router in self.routers:
+                if router.lacks:
+                    self._display.note(f"{router.child.name}: waiting: {'; '.join(router.lacks)}")
+
+    async def wait_until_whole(self, workers: Sequence[Child]) -> None:
+        """Every router runs and has the present life of every worker as ready."""
+        await self._until(lambda: all(router.sees(workers) for router in self.routers))
+
+    @property
+    def leader(self) -> Child | None:
+        """The one that decides about the fleet: the first that runs."""
+        return next((child for child in self.children if child.state is ChildState.READY), None)
+
+    def tell(self, event: Event, *, to: Child | None = None) -> None:
+        """Say something to every router that runs, or to this one."""
+        for child in self.children if to is None else (to,):
+            child.send(event)
+
+    async def wait_until_known(self, worker_id: str) -> None:
+        """Some router has this worker as ready."""
+        await self._until(lambda: any(router.names(worker_id) for router in self.routers))
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._changed.clear()
+            await self._changed.wait()
+
+    def on_event(self, name: str, event: dict[str, object]) -> None:
+        """What a child reports, workers too: it may be what somebody waits for."""
+        match event["event"]:
+            case "restart_all":
+                self._on_restart_wanted()
+            case "scale" | "hold" | "load":
+                self._on_wish(name, event)
+                return
+            case "reloaded":
+                self._on_reloaded(name, event)
+            case "blameless":
+                self._on_blameless(str(event.get("worker_id")), event.get("incarnation"))
+            case "pools":
+                pass
+            case _:
+                self._display.on_event(name, event)
+        if event["event"] in ("ready", "restart") and any(child.name == name for child in self.children):
+            self._on_wish(name, event)
+        self._changed.set()

@@ -1,0 +1,268 @@
+"""Chat messages to one prompt text, by the model's own Jinja template.
+
+A template comes out of a model directory and its values from clients, so neither is trusted: it runs in a sandbox
+under limits (`template_sandbox.py`). Rendering is plain CPU work of up to `RenderLimits.max_s`, and more where the
+sandbox has a hole: the router does it in a process that it can kill.
+
+The conventions are Hugging Face's: `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML, loop
+controls, trimmed blocks, and the `generation` tag, which marks what the assistant said and prints its body.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+from jinja2 import Template, TemplateError, TemplateSyntaxError
+from jinja2.exceptions import SecurityError
+
+from ..common.clock import Clock, SystemClock, wall_time_s
+from ..common.errors import ConfigError, RequestError
+from .files import read_json
+from .template_sandbox import Budget, RenderLimits, TemplateOverrun, compile_environment, spending
+
+__all__ = ["ChatTemplate", "RenderLimits", "TemplateOverrun", "load_chat_template"]
+
+MAX_SOURCE_BYTES = 1 << 20
+MAX_INPUT_CHARS = 8 << 20  # strings of all messages and template_kwargs together
+MAX_DEPTH = 32  # lists and objects within each other
+_MAX_REFUSAL_CHARS = 1024
+_MAX_DATE_CHARS = 256
+
+_CONTINUE_MARK = "\ue0f0kvferry-continue\ue0f0"  # private use: stands where a continued message ends
+_RESERVED = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "range"}
+
+
+class ChatTemplate:
+    """A compiled template. Safe to render from several threads at once."""
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        origin: str = "chat template",
+        clock: Clock | None = None,
+        now: Callable[[], int] = wall_time_s,
+    ) -> None:
+        self._clock = clock or SystemClock()
+        self._template = _compile(source, origin, now)
+        self.source = source
+        self.origin = origin
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, object] | None = None,
+        limits: RenderLimits | None = None,
+    ) -> str:
+        """The prompt. With `continue_final_message` it ends inside the last message, and no generation prompt is added.
+
+        Raises RequestError where the messages are what the template cannot take, and TemplateOverrun where it takes
+        more than the `limits` that the caller gave; more than the usual ones is the client's error.
+        """
+        kwargs, special_tokens = template_kwargs or {}, special_tokens or {}
+        if taken := sorted((_RESERVED | special_tokens.keys()) & kwargs.keys()):
+            raise RequestError(f"chat_template_kwargs must not set {taken[0]}", param="chat_template_kwargs")
+        _check_size(kwargs, "chat_template_kwargs", _check_size(messages, "messages", MAX_INPUT_CHARS))
+        flat = [_with_text_content(message, index) for index, message in enumerate(messages)]
+        mark = _mark_end(flat) if continue_final_message else None
+        values = {
+            **special_tokens,
+            "tools": None,
+            "documents": None,
+            **kwargs,
+            "messages": flat,
+            "add_generation_prompt": add_generation_prompt and mark is None,
+        }
+        try:
+            text = self._generate(values, limits or RenderLimits())
+        except TemplateOverrun as error:
+            if limits is not None:
+                raise
+            raise RequestError(str(error), param="messages", status=413 if error.is_size else 400) from None
+        return text if mark is None else _cut_at(text, mark)
+
+    def _generate(self, values: Mapping[str, object], limits: RenderLimits) -> str:
+        budget = Budget(limits, self._clock)
+        try:
+            with spending(budget):
+                return _joined(self._template.generate({**values, "range": budget.range}), budget)
+        except RequestError:
+            raise
+        except _Refusal as error:
+            raise RequestError(str(error)[:_MAX_REFUSAL_CHARS], param="messages") from None
+        except SecurityError as error:
+            raise ConfigError(f"{self.origin} does what the sandbox forbids: {error}") from error
+        except (
+            TemplateError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            reason = f"{type(error).__name__}: {error}"[:300]
+            raise RequestError(f"the chat template cannot render these messages: {reason}", param="messages") from error
+
+
+def load_chat_template(
+    model_dir: Path, tokenizer_config: Mapping[str, object], *, override: Path | None = None
+) -> ChatTemplate | None:
+    """The template in `override`, else the model's own, else None. Raises ConfigError for one that does not compile."""
+    if override is not None:
+        return _from_file(override)
+    if (file := model_dir / "chat_template.jinja").is_file():
+        return _from_file(file)
+    file = model_dir / "chat_template.json"
+    found = read_json(file, default={}).get("chat_template")
+    if found is None:
+        file = model_dir / "tokenizer_config.json"
+        found = tokenizer_config.get("chat_template")
+    return None if found is None else ChatTemplate(_default_of(found, file), origin=str(file))
+
+
+def _from_file(file: Path) -> ChatTemplate:
+    try:
+        source = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template {file}: {error}") from error
+    return ChatTemplate(source, origin=str(file))
+
+
+def _default_of(found: object, file: Path) -> str:
+    """A template stands as a string, or as a list of named ones."""
+    if isinstance(found, str):
+        return found
+    if isinstance(found, list) and all(isinstance(item, dict) for item in found):
+        named = {item.get("name"): item.get("template") for item in found}
+        if isinstance(source := named.get("default"), str):
+            return source
+        raise ConfigError(f"{file}: none of the chat templates {sorted(map(str, named))} is named default")
+    raise ConfigError(f"{file}: chat_template is neither a string nor a list of named templates")
+
+
+# ---- the environment
+
+
+class _Refusal(Exception):
+    """The template called raise_exception: its text is for the client."""
+
+
+def _compile(source: str, origin: str, now: Callable[[], int]) -> Template:
+    if (size := len(source.encode())) > MAX_SOURCE_BYTES:
+        raise ConfigError(f"{origin} has {size} bytes; at most {MAX_SOURCE_BYTES} are compiled")
+    values = {"raise_exception": _raise_exception, "strftime_now": lambda form: _date(form, now())}
+    environment = compile_environment({"tojson": _tojson}, values)
+    try:
+        return environment.from_string(source)
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"{origin} is broken in line {error.lineno}: {error.message}; --chat-template FILE replaces it"
+        ) from error
+    except RecursionError as error:
+        raise ConfigError(f"{origin} is nested too deeply; --chat-template FILE replaces it") from error
+
+
+def _joined(parts: Iterator[str], budget: Budget) -> str:
+    known: list[str] = []
+    num_chars = 0
+    for part in parts:
+        num_chars += len(part)
+        budget.check_length(num_chars)
+        budget.check_time()
+        known.append(part)
+    return "".join(known)
+
+
+def _date(form: object, now_s: int) -> str:
+    if not isinstance(form, str) or len(form) > _MAX_DATE_CHARS or re.search(r"%[^a-zA-Z%]*\d", form):
+        raise SecurityError("a date's form of this kind")
+    return datetime.fromtimestamp(now_s).strftime(form)
+
+
+def _raise_exception(message: object) -> NoReturn:
+    raise _Refusal(str(message))
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+# ---- input
+
+
+def _check_size(value: object, param: str, budget: int, depth: int = 0) -> int:
+    """The characters left of `budget` after `value`, which may hold JSON's types only."""
+    if depth > MAX_DEPTH:
+        raise RequestError(f"{param} is nested more than {MAX_DEPTH} deep", param=param)
+    if isinstance(value, Mapping):
+        children: Sequence[object] = [*value.keys(), *value.values()]
+    elif isinstance(value, (list, tuple)):
+        children = value
+    elif value is None or isinstance(value, (str, int, float)):
+        children = ()
+    else:
+        raise RequestError(f"{param} holds a {type(value).__name__}", param=param)
+    budget -= len(value) if isinstance(value, str) else 1
+    if budget < 0:
+        raise RequestError(f"messages and template arguments have more than {MAX_INPUT_CHARS} characters", param=param)
+    for child in children:
+        budget = _check_size(child, param, budget, depth + 1)
+    return budget
+
+
+# ---- messages
+
+
+def _with_text_content(message: Mapping[str, object], index: int) -> dict[str, object]:
+    """The message with its content as one string: templates concatenate it."""
+    content = message.get("content")
+    if content is None:
+        return {**message, "content": ""}
+    if isinstance(content, str):
+        return dict(message)
+    if isinstance(content, (list, tuple)):
+        texts = [_part_text(part, f"messages[{index}].content[{at}]") for at, part in enumerate(content)]
+        return {**message, "content": "".join(texts)}
+    raise RequestError("content is a string or a list of text parts", param=f"messages[{index}].content")
+
+
+def _part_text(part: object, param: str) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(text := part.get("text"), str):
+        raise RequestError('only parts of the form {"type": "text", "text": ...} are supported', param=param)
+    return text
+
+
+def _mark_end(messages: list[dict[str, object]]) -> str:
+    """Puts a mark behind the last message's text and returns it."""
+    if not messages:
+        raise RequestError("there is no message to continue", param="messages")
+    text, mark = str(messages[-1]["content"]), _CONTINUE_MARK
+    while mark in text:
+        mark += _CONTINUE_MARK
+    messages[-1]["content"] = text + mark
+    return mark
+
+
+def _cut_at(text: str, mark: str) -> str:
+    end = text.rfind(mark)
+    if end < 0:
+        raise RequestError(
+            "the chat template does not print the last message: it cannot be continued", param="messages"
+        )
+    return text[:end]

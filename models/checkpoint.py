@@ -1,0 +1,151 @@
+"""A checkpoint's files before a byte of weights is read: which tensors it must have, and whether they are all there.
+
+A safetensors file begins with the length of a header, the header (JSON: name -> dtype, shape, range of bytes), and ends
+with those bytes (https://github.com/huggingface/safetensors, "Format"). So a wrong shape and a file that was cut short
+are found in milliseconds, by whoever starts a deployment, without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+
+from ..common.errors import ConfigError
+from .config import ModelConfig
+
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+# Of a cache in 8 bits, as quantising tools name them: a key is stored as key / k_scale.
+KV_SCALE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_scale")
+
+Shape = tuple[int, ...]
+
+
+def check_checkpoint(model_dir: Path, config: ModelConfig) -> None:
+    """Refuse a checkpoint that no worker could load: tensors missing, unknown or of another shape, files cut short.
+
+    Raises ConfigError.
+    """
+    found: dict[str, Shape] = {}
+    for path in safetensors_files(model_dir):
+        found |= _read_shapes(path)
+    wanted = tensor_shapes(config)
+    check_names(set(wanted), set(found), model_dir, tied=config.tie_embeddings)
+    for name, shape in wanted.items():
+        check_shape(name, found[name], shape)
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Every tensor of the whole model, by its name in a checkpoint, with the shape that config.json implies."""
+    hidden, heads = config.hidden_size, config.num_qo_heads * config.head_dim
+    shapes: dict[str, Shape] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    kv_heads, mlp = config.num_kv_heads * config.head_dim, config.intermediate_size
+    for layer in range(config.num_layers):
+        name = f"model.layers.{layer}"
+        shapes[f"{name}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{name}.post_attention_layernorm.weight"] = (hidden,)
+        for part, size in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
+            shapes |= _linear(f"{name}.self_attn.{part}", size, hidden, bias=config.qkv_bias)
+        shapes |= _linear(f"{name}.self_attn.o_proj", hidden, heads, bias=config.o_bias)
+        if config.qk_norm:
+            shapes |= {f"{name}.self_attn.{part}_norm.weight": (config.head_dim,) for part in ("q", "k")}
+        for part in ("gate_proj", "up_proj"):
+            shapes |= _linear(f"{name}.mlp.{part}", mlp, hidden, bias=config.mlp_bias)
+        shapes |= _linear(f"{name}.mlp.down_proj", hidden, mlp, bias=config.mlp_bias)
+    return shapes
+
+
+def _linear(name: str, size_out: int, size_in: int, *, bias: bool) -> dict[str, Shape]:
+    weight: dict[str, Shape] = {f"{name}.weight": (size_out, size_in)}
+    return weight | {f"{name}.bias": (size_out,)} if bias else weight
+
+
+def safetensors_files(model_dir: Path) -> list[Path]:
+    """The files of a checkpoint, from its index where it has one. Raises ConfigError if there are none."""
+    index = model_dir / "model.safetensors.index.json"
+    if index.is_file():
+        return [model_dir / name for name in _indexed_names(index)]
+    single = model_dir / "model.safetensors"
+    if single.is_file():
+        return [single]
+    raise ConfigError(
+        f"{model_dir} has neither model.safetensors nor model.safetensors.index.json: "
+        "convert the checkpoint to safetensors, or use --load-format dummy for random weights"
+    )
+
+
+def _indexed_names(index: Path) -> list[str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index} is not an index of safetensors files: {error!r}") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
+            raise ConfigError(f"{index} names {name!r}, which is no file beside it")
+    return names
+
+
+def check_names(wanted: set[str], found: set[str], model_dir: Path, *, tied: bool) -> None:
+    """Refuse a checkpoint that lacks a tensor of the model, or has one that is none of it. Raises ConfigError."""
+    missing = sorted(wanted - found)
+    extra = sorted(
+        name
+        for name in found - wanted
+        if not name.endswith("rotary_emb.inv_freq")
+        and not (tied and name == "lm_head.weight")
+        and not KV_SCALE.fullmatch(name)
+    )
+    if missing:
+        raise ConfigError(f"{model_dir}: {len(missing)} tensors are missing: {_some(missing)}")
+    if extra:
+        raise ConfigError(f"{model_dir}: {len(extra)} tensors are unknown to this architecture: {_some(extra)}")
+
+
+def check_shape(name: str, found: Shape, wanted: Shape) -> None:
+    if found != wanted:
+        raise ConfigError(f"tensor {name} has shape {list(found)}, config.json implies {list(wanted)}")
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def read_header(path: Path) -> tuple[int, dict[str, dict[str, object]]]:
+    """Where the tensors' bytes begin, and each tensor's entry. Raises ConfigError for what is no safetensors file."""
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER_BYTES + 1
+            header = json.loads(file.read(size)) if size <= _MAX_HEADER_BYTES else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+        raise ConfigError(f"{path} cannot be read: it is not a safetensors file")
+    header.pop("__metadata__", None)
+    return 8 + size, header
+
+
+def _read_shapes(path: Path) -> dict[str, Shape]:
+    begin, header = read_header(path)
+    try:
+        shapes = {name: tuple(int(n) for n in _list(entry["shape"])) for name, entry in header.items()}
+        end = begin + max((int(_list(entry["data_offsets"])[1]) for entry in header.values()), default=0)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: its header is malformed: {error!r}") from error
+    size = path.stat().st_size
+    if size != end:
+        raise ConfigError(f"{path} has {size} bytes where its header tells of {end}: it was cut short, or damaged")
+    return shapes
+
+
+def _list(value: object) -> list[int]:
+    if not isinstance(value, list):
+        raise TypeError(value)
+    return value

@@ -1,0 +1,218 @@
+"""From what the user named to a local model directory, and the small JSON files in it.
+
+A model is named in one of three ways: not at all (the embedded default), by a directory, or by a hub id `org/name`,
+whose snapshot is downloaded once and then found in the hub's cache, without a network too. Only data is ever fetched
+or read: a model whose config asks for code of its own is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+
+from ..common.errors import ConfigError
+from .default import DEFAULT_MODEL_NAME, Progress, default_model_dir
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")  # data only: no pickles, no code
+_UNWANTED = ("*/*", "consolidated*.safetensors")  # subfolders and second copies of the weights
+_MAY_ASK_FOR_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+_MAX_JSON_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model that is on this machine."""
+
+    dir: Path
+    served_name: str  # what clients call it
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """Sampling that the model's authors recommend. None: they say nothing."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+def is_on_hub(name: str | None) -> bool:
+    """Whether this names a model of the hub: it may be here already, or still has to be downloaded."""
+    return name is not None and not Path(name).expanduser().exists() and _HUB_ID.fullmatch(name) is not None
+
+
+def resolve_model(name: str | None, revision: str | None = None, progress: Progress | None = None) -> ResolvedModel:
+    """Finds the model, fetching or converting it when it is not here yet. Raises ConfigError."""
+    if name is not None and is_on_hub(name):
+        return _checked(ResolvedModel(_download(name, revision, progress), name))
+    if revision is not None:
+        raise ConfigError(f"a revision ({revision}) goes with a hub id such as org/name only")
+    if name is None:
+        return ResolvedModel(default_model_dir(progress), DEFAULT_MODEL_NAME)
+    return _checked(_local(name))
+
+
+def generation_defaults(path: Path) -> GenerationDefaults:
+    """The defaults in a model directory's generation_config.json, if it has one."""
+    config = read_json(path / "generation_config.json", default={})
+    top_k = _number(config, "top_k", path)
+    return GenerationDefaults(
+        temperature=_number(config, "temperature", path),
+        top_p=_number(config, "top_p", path),
+        top_k=None if top_k is None else int(top_k),
+        min_p=_number(config, "min_p", path),
+        repetition_penalty=_number(config, "repetition_penalty", path),
+    )
+
+
+def read_json(path: Path, *, default: dict[str, object] | None = None) -> dict[str, object]:
+    """The JSON object in a file; `default` where there is no such file. Raises ConfigError."""
+    if default is not None and not path.is_file():
+        return default
+    try:
+        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+            raise ConfigError(f"{path} has {size} bytes; at most {_MAX_JSON_BYTES} are read")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds no JSON object")
+    return value
+
+
+def _local(name: str) -> ResolvedModel:
+    path = Path(name).expanduser()
+    if name and path.is_dir():  # an empty name is not the current directory
+        return ResolvedModel(path, path.resolve().name)
+    if name and path.exists():
+        raise ConfigError(f"{name} is a file; a model is a directory with config.json and *.safetensors")
+    raise ConfigError(
+        f"no model {name!r}: there is no such directory, and a hub id has the form org/name; "
+        f"without a name the default {DEFAULT_MODEL_NAME} is served"
+    )
+
+
+def _checked(model: ResolvedModel) -> ResolvedModel:
+    if not (model.dir / "config.json").is_file():
+        raise ConfigError(f"{model.dir} has no config.json; a model is a directory with config.json and *.safetensors")
+    check_no_code(model.dir)
+    return model
+
+
+def check_no_code(path: Path) -> None:
+    """Refuse a model that asks for Python code from its own repository: without it, answers would be wrong."""
+    for name in _MAY_ASK_FOR_CODE:
+        if "auto_map" in read_json(path / name, default={}):
+            raise ConfigError(
+                f"{path} needs Python code from its own repository (auto_map in {name}), "
+                "which kvferry never runs; use a model of a built-in architecture"
+            )
+
+
+def _download(name: str, revision: str | None, progress: Progress | None) -> Path:
+    what = f"downloading {name}"
+    if progress:
+        progress(what, 0.0)
+    path = _snapshot(name, revision, progress)
+    index = read_json(path / "model.safetensors.index.json", default={})
+    shards = index.get("weight_map", {})
+    names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
+    if outside := sorted(name for name in names if Path(name).name != name):
+        raise ConfigError(f"the index of {name} names {outside[0]!r}, which is no file beside it")
+    missing = sorted(name for name in names if not (path / name).is_file())
+    if missing:
+        raise ConfigError(f"the cached copy of {name} lacks {missing[0]}; start once with a network to complete it")
+    if progress:
+        progress(what, 1.0)
+    return path
+
+
+def _snapshot(name: str, revision: str | None, progress: Progress | None) -> Path:
+    """The hub's snapshot of the model; each way to fail as one line that says what to do."""
+    from huggingface_hub import errors, snapshot_download
+
+    what = f"downloading {name}"
+    bars = _bars(_size_on_hub(name, revision), partial(progress, what)) if progress is not None else None
+    at = f"{name} at revision {revision}" if revision else name
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(_WANTED),
+                ignore_patterns=list(_UNWANTED),
+                tqdm_class=bars,
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise ConfigError(f"{at} is gated: accept its terms on its hub page, then set HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"no model {at}: there is no such directory, and the hub has no such model or it is private (set HF_TOKEN)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ConfigError(f"the hub has {name}, but no revision {revision} of it") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise ConfigError(
+            f"{at} is not in the hub's cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set): "
+            "connect once, or name a local directory"
+        ) from error
+    except errors.HFValidationError as error:
+        raise ConfigError(f"{name!r} is no hub id: {_first_line(error)}") from error
+    except Exception as error:  # HTTP libraries differ between hub versions, and so do their errors
+        raise ConfigError(f"{at} could not be downloaded: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _size_on_hub(name: str, revision: str | None) -> int:
+    """Bytes of the files that are wanted; 0 where the hub does not tell: whoever downloads them will say why."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
+    except Exception:  # HTTP libraries differ between hub versions, and so do their errors
+        return 0
+    return sum(file.size or 0 for file in files if _is_wanted(file.rfilename))
+
+
+def _is_wanted(name: str) -> bool:
+    return any(fnmatch(name, known) for known in _WANTED) and not any(fnmatch(name, known) for known in _UNWANTED)
+
+
+def _bars(num_bytes: int, tell: Callable[[float], None]) -> type:
+    """A class for the hub's progress bars that shows none, and tells which share of all bytes is here."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Told(tqdm):
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+            self._counts_bytes = options.get("unit") == "B"
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self._counts_bytes and num_bytes:
+                tell(min(1.0, self.n / num_bytes))
+
+    return Told
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no details"])[0]
+
+
+def _number(config: Mapping[str, object], key: str, path: Path) -> float | None:
+    value = config.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{path / 'generation_config.json'}: {key} is {value!r}, not a number")
+    return float(value)

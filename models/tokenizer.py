@@ -1,0 +1,272 @@
+"""Text to token ids and back, from the `tokenizer.json` of a model directory.
+
+`Tokenizer` is immutable after `from_dir` and may be used from several threads at once; encoding releases the GIL.
+`Detokenizer` belongs to one choice of one request: new ids go in with `push`, text that can no longer change comes
+out, `flush` gives the rest. The pushed texts and the flushed one add up to `Tokenizer.decode` of all the ids.
+
+Rules of a model (does a BOS token come first, which space is dropped) are the files'; this module adds none.
+"""
+
+from __future__ import annotations
+
+from codecs import utf_8_decode
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..common.errors import ConfigError, RequestError
+from .chat_template import ChatTemplate, load_chat_template
+from .files import check_no_code, read_json
+from .special_text import SpecialText
+from .token_bytes import DecoderRules, decoder_rules
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+# More bytes per token than any prompt has on average. A text beyond it is refused before work is spent on it.
+MAX_BYTES_PER_TOKEN = 16
+_SLACK_BYTES = 4096
+_UTF8_MAX_BYTES = 4  # of one character
+
+
+class Tokenizer:
+    """One model's tokenizer with its special tokens and its chat template."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        decoder: DecoderRules,
+        *,
+        special_tokens: Mapping[str, str],  # role, such as bos_token -> token
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens)
+        self._pieces: dict[int, bytes] = {}  # token_bytes of the ids seen so far
+        self._added = {skips: _AddedBytes(self, skips) for skips in (False, True)}
+        self.decoder = decoder
+        self.special_ids = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)  # largest id + 1
+        self.bos_token_id = self._special_id("bos_token")
+        self.eos_token_id = self._special_id("eos_token")
+
+    @classmethod
+    def from_dir(cls, path: Path, chat_template: Path | str | None = None) -> Tokenizer:
+        """Reads a model directory. `chat_template`: a file that replaces the model's own template.
+
+        Raises ConfigError for a missing or broken file.
+        """
+        check_no_code(path)
+        backend, decoder = _load_backend(path)
+        config = read_json(path / "tokenizer_config.json", default={})
+        special_map = read_json(path / "special_tokens_map.json", default={})
+        return cls(
+            backend,
+            decoder,
+            special_tokens=_special_tokens(special_map | config),
+            chat_template=load_chat_template(path, config, override=Path(chat_template) if chat_template else None),
+        )
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, max_tokens: int | None = None) -> list[int]:
+        """The text's ids, as `encode_all` gives them."""
+        return self.encode_all([text], add_special_tokens, max_tokens=max_tokens)[0]
+
+    def encode_all(
+        self, texts: Sequence[str], add_special_tokens: bool = True, *, max_tokens: int | None = None
+    ) -> list[list[int]]:
+        """The ids of each text, with what the model puts around a text (a BOS token) if `add_special_tokens`.
+
+        A text that cannot fit into `max_tokens` is refused by its size alone, before any is tokenized; the exact
+        count is still the caller's to check.
+        """
+        if max_tokens is not None:
+            for text in texts:
+                check_text_size(text, max_tokens)
+        try:
+            # The batch call releases the GIL, `encode` does not: other threads' streams go on meanwhile.
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeEncodeError):
+            raise RequestError("the text has a lone surrogate and is not valid Unicode") from None
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        detokenizer = Detokenizer(self, skip_special_tokens=skip_special_tokens)
+        return detokenizer.push(ids) + detokenizer.flush()
+
+    def special_text(self) -> SpecialText:
+        """What keeps special tokens in users' text apart from the template's: made anew, in up to a second."""
+        return SpecialText(self._backend)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text, after the first token; empty for an id without a token."""
+        if (piece := self._pieces.get(token_id)) is not None:
+            return piece
+        if (token := self._token(token_id)) is None:
+            return b""
+        return self._pieces.setdefault(token_id, self.decoder.token_bytes(token))
+
+    def added_bytes(self, skip_special_tokens: bool) -> Mapping[int, bytes]:
+        """What each id adds to a text that has begun."""
+        return self._added[skip_special_tokens]
+
+    def token_text(self, token_id: int) -> str:
+        """`token_bytes` as text, with U+FFFD for the part of a character."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def first_token_bytes(self, token_id: int) -> bytes:
+        """What the token adds at the start of a text."""
+        token = self._token(token_id)
+        return b"" if token is None else self.decoder.token_bytes(token, is_first=True)
+
+    def has_token(self, token_id: int) -> bool:
+        return self._token(token_id) is not None
+
+    def _token(self, token_id: int) -> str | None:
+        if not 0 <= token_id < self.vocab_size:
+            return None
+        return self._backend.id_to_token(token_id)
+
+    def _special_id(self, role: str) -> int | None:
+        token = self.special_tokens.get(role)
+        return None if token is None else self._backend.token_to_id(token)
+
+
+class _AddedBytes(dict[int, bytes]):
+    """Filled as ids are asked for: of those that are in the vocabulary, so that it stays as small as that."""
+
+    def __init__(self, tokenizer: Tokenizer, skips_special_tokens: bool) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        self._skips_special_tokens = skips_special_tokens
+
+    def __missing__(self, token_id: int) -> bytes:
+        tokenizer = self._tokenizer
+        if not tokenizer.has_token(token_id):
+            return b""
+        is_skipped = self._skips_special_tokens and token_id in tokenizer.special_ids
+        added = b"" if is_skipped else tokenizer.decoder.separator.encode() + tokenizer.token_bytes(token_id)
+        return self.setdefault(token_id, added)
+
+
+class Detokenizer:
+    """The text of one growing sequence of ids, in constant work per token.
+
+    With `prompt_ids` the text goes on where the prompt's ended: a leading space stays, and a character that the
+    prompt began is finished.
+    """
+
+    __slots__ = ("_added", "_piece", "_rest", "_skipped", "_to_strip", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._added = tokenizer.added_bytes(skip_special_tokens).__getitem__
+        self._piece: Callable[[int], bytes] = self._first_piece
+        self._rest = b""  # the beginning of a character
+        self._to_strip = tokenizer.decoder.max_stripped
+        self._feed_prompt(prompt_ids)
+
+    def fork(self) -> Detokenizer:
+        """Another one at the same place: for one more answer to the same prompt."""
+        twin = Detokenizer.__new__(Detokenizer)
+        twin._tokenizer, twin._skipped, twin._added = self._tokenizer, self._skipped, self._added
+        twin._rest, twin._to_strip = self._rest, self._to_strip
+        twin._piece = self._added if self._piece == self._added else twin._first_piece
+        return twin
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Takes the next ids; returns the text that is complete with them and was not returned before."""
+        data = self._rest + b"".join(map(self._piece, ids))
+        text, num_used = utf_8_decode(data, "replace", False)
+        self._rest = data[num_used:]
+        return self._strip(text) if self._to_strip else text
+
+    def flush(self) -> str:
+        """What an unfinished character leaves behind: call once, after the last id."""
+        return self._strip(utf_8_decode(self._rest, "replace", True)[0])
+
+    def _first_piece(self, token_id: int) -> bytes:
+        """Of the ids until one has bytes, and of the others that were pushed with it."""
+        if self._piece == self._added:
+            return self._added(token_id)
+        if token_id in self._skipped or not self._tokenizer.has_token(token_id):
+            return b""
+        self._piece = self._added
+        return self._tokenizer.first_token_bytes(token_id)
+
+    def _strip(self, text: str) -> str:
+        start = 0
+        while self._to_strip and start < len(text):
+            if text[start] == self._tokenizer.decoder.stripped:
+                start += 1
+                self._to_strip -= 1
+            else:
+                self._to_strip = 0
+        return text[start:]
+
+    def _feed_prompt(self, prompt_ids: Sequence[int]) -> None:
+        """Only the prompt's end can matter: the bytes of one character, and whether anything came before."""
+        start, num_bytes = len(prompt_ids), 0
+        while start and num_bytes < _UTF8_MAX_BYTES + self._to_strip:
+            start -= 1
+            if prompt_ids[start] not in self._skipped:
+                num_bytes += len(self._tokenizer.token_bytes(prompt_ids[start]))
+        if start:
+            self._piece = self._added
+        self.push(prompt_ids[start:])  # nothing of the prompt is left to strip then
+
+
+def check_text_size(text: str, max_tokens: int) -> None:
+    """Refuses a text with so many bytes that it cannot be a prompt of at most `max_tokens`."""
+    check_num_bytes(len(text), max_tokens)  # a character has at least one: an enormous text is not even encoded
+    check_num_bytes(len(text.encode("utf-8", "surrogatepass")), max_tokens)
+
+
+def check_num_bytes(num_bytes: int, max_tokens: int) -> None:
+    limit = MAX_BYTES_PER_TOKEN * max_tokens + _SLACK_BYTES
+    if num_bytes > limit:
+        raise RequestError(
+            f"the prompt has at least {num_bytes} bytes; a context of {max_tokens} tokens takes at most {limit}",
+            code="context_length_exceeded",
+        )
+
+
+def _load_backend(path: Path) -> tuple[Backend, DecoderRules]:
+    from tokenizers import Tokenizer as Backend
+
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise ConfigError(_missing_tokenizer(path))
+    decoder = read_json(file).get("decoder")
+    assert decoder is None or isinstance(decoder, dict)
+    try:
+        return Backend.from_file(str(file)), decoder_rules(decoder)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    except Exception as error:  # the library raises no narrower class for a file that it cannot read
+        raise ConfigError(f"{file} is not a tokenizer that the tokenizers library can read: {error}") from error
+
+
+def _missing_tokenizer(path: Path) -> str:
+    found = next((name for name in ("tokenizer.model", "spiece.model", "vocab.json") if (path / name).is_file()), None)
+    if found is None:
+        return f"{path} has no tokenizer.json"
+    return (
+        f"{path} has {found} but no tokenizer.json; write one with the transformers library: "
+        f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+    )
+
+
+def _special_tokens(config: Mapping[str, object]) -> dict[str, str]:
+    """`bos_token` and its like, which stand as a string or as an object with its `content`."""
+    found: dict[str, str] = {}
+    for role, value in config.items():
+        token = value.get("content") if isinstance(value, dict) else value
+        if role.endswith("_token") and isinstance(token, str):
+            found[role] = token
+    return found

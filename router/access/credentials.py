@@ -1,0 +1,41 @@
+"""What clients, operators and workers prove to a router: read together at start, and again at each reload."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from ...common.config import RouterConfig
+from ...common.credentials import SharedSecret, read_secrets
+from .keys import ApiKeys
+
+
+@dataclass(frozen=True, slots=True)
+class RouterCredentials:
+    """The keys of the API, those of the admin listener, and the secret that workers share."""
+
+    clients: ApiKeys
+    operators: ApiKeys
+    secret: SharedSecret
+    secret_file: Path | None = None
+
+    @classmethod
+    def from_config(cls, config: RouterConfig, env: Mapping[str, str]) -> Self:
+        """Read all files. Raises ConfigError."""
+        secret = SharedSecret(*read_secrets(config.secret_file, env))
+        return cls(
+            ApiKeys(config.api_keys, file=config.api_key_file, secret=secret.said),
+            ApiKeys(config.admin_keys, file=config.admin_key_file, setting="admin_key_file"),
+            secret,
+            config.secret_file,
+        )
+
+    def reload(self) -> None:
+        """Read all files again. Raises ConfigError, and then nothing has changed."""
+        clients, operators = self.clients.read(), self.operators.read()
+        if self.secret_file is not None:
+            self.secret.replace(read_secrets(self.secret_file, {}))
+        self.clients.take(clients)
+        self.operators.take(operators)

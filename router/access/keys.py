@@ -1,0 +1,85 @@
+"""API keys: who a request comes from, and whether its key is good at this moment.
+
+Keys come from the command line's environment (never told apart by name) and from a key file (common/key_file.py), which
+is read again on a reload: a key that is no longer in it is refused from then on, requests that it began may end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from ...common.clock import wall_time_s
+from ...common.errors import RequestError
+from ...common.key_file import KeyEntry, digest_of, read_key_file
+
+
+class _Known(NamedTuple):
+    tenant: bytes
+    expires_s: float | None  # seconds since 1970
+
+
+class ApiKeys:
+    """Finds the tenant of a key. Only hashes with a salt of this process are kept, so that the time of a look-up tells
+    nothing about a key that is nearly right."""
+
+    def __init__(
+        self,
+        keys: Iterable[str] = (),
+        *,
+        file: Path | None = None,
+        setting: str = "api_key_file",
+        secret: bytes = b"",
+        now_s: Callable[[], float] = wall_time_s,
+    ) -> None:
+        """Read `file`, if there is one. With `secret`, tenants have the same names in every router that has it.
+
+        Raises ConfigError for a file that cannot be used.
+        """
+        self._file = file
+        self._setting = setting
+        self._now_s = now_s
+        self._salt = secrets.token_bytes(32)
+        self._tenants_key = hashlib.blake2b(secret, digest_size=32, person=b"kvferry-tenants").digest()
+        self._fixed = {self._salted(digest_of(key)): _Known(self._tenant(key), None) for key in map(str.encode, keys)}
+        self._known = self._fixed
+        self.are_needed = file is not None or bool(self._fixed)
+        self.take(self.read())
+
+    def read(self) -> tuple[KeyEntry, ...]:
+        """What the file says now. Raises ConfigError."""
+        return read_key_file(self._file, self._setting) if self._file is not None else ()
+
+    def take(self, entries: tuple[KeyEntry, ...]) -> None:
+        """These keys of the file are good from now on, and no others of it."""
+        self._known = self._fixed | {self._salted(entry.digest): self._of_entry(entry) for entry in entries}
+
+    @property
+    def num_good(self) -> int:
+        """Keys that are accepted at this moment."""
+        now = self._now_s()
+        return sum(known.expires_s is None or now < known.expires_s for known in self._known.values())
+
+    def check(self, authorization: bytes) -> bytes:
+        """The tenant; empty where no keys are needed. Raises RequestError (401)."""
+        if not self.are_needed:
+            return b""
+        scheme, _, key = authorization.partition(b" ")
+        known = self._known.get(self._salted(digest_of(key.strip())))
+        if known is None or scheme.lower() != b"bearer":
+            raise RequestError("the API key is missing or wrong", code="invalid_api_key", status=401)
+        if known.expires_s is not None and self._now_s() >= known.expires_s:
+            raise RequestError("the API key has expired", code="expired_api_key", status=401)
+        return known.tenant
+
+    def _of_entry(self, entry: KeyEntry) -> _Known:
+        return _Known(self._tenant(entry.id.encode(), b"kvferry-key-id"), entry.expires_s)
+
+    def _salted(self, digest: bytes) -> bytes:
+        return hashlib.blake2b(digest, digest_size=32, key=self._salt).digest()
+
+    def _tenant(self, name: bytes, kind: bytes = b"") -> bytes:
+        return hashlib.blake2b(name, digest_size=16, key=self._tenants_key, person=kind).digest()

@@ -1,0 +1,162 @@
+"""What one key may use: requests at once, requests a minute, tokens a minute. All are optional.
+
+    enter   a request begins          a place and a request are taken, before its body is read
+    charge  its prompt is known       prompt and longest answer are taken
+    settle  it has ended              what was not generated is given back
+    leave                             the place is given back; a charge that nobody settled, whole
+
+The two rates are buckets that fill evenly and hold a minute's worth. A request that costs more than a full bucket goes
+when the bucket is full, and leaves a debt. Pure: time comes from a clock. Where there are no keys, all clients are one.
+Each router counts for itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...common.clock import Clock
+from ...common.errors import CapacityError
+
+_WINDOW_S = 60.0
+_BUSY_RETRY_S = 1.0
+
+
+@dataclass(slots=True, frozen=True)
+class QuotaLimits:
+    """Of each key. None: no limit."""
+
+    max_concurrency: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+
+
+class Bucket:
+    """Fills by `capacity` a minute, and never above it."""
+
+    __slots__ = ("_at_s", "_level", "capacity")
+
+    def __init__(self, capacity: int, now_s: float) -> None:
+        self.capacity = capacity
+        self._level = float(capacity)
+        self._at_s = now_s
+
+    def level(self, now_s: float) -> float:
+        self._level = min(self.capacity, self._level + self.capacity * (now_s - self._at_s) / _WINDOW_S)
+        self._at_s = now_s
+        return self._level
+
+    def wait_s(self, amount: int, now_s: float) -> float:
+        """Until `amount` can be taken; 0: now."""
+        return self._until(min(amount, self.capacity), now_s)
+
+    def reset_s(self, now_s: float) -> float:
+        """Until it is full."""
+        return self._until(self.capacity, now_s)
+
+    def _until(self, level: float, now_s: float) -> float:
+        return max(0.0, level - self.level(now_s)) * _WINDOW_S / self.capacity
+
+    def take(self, amount: int, now_s: float) -> None:
+        self._level = self.level(now_s) - amount
+
+    def give_back(self, amount: int, now_s: float) -> None:
+        self._level = min(self.capacity, self.level(now_s) + amount)
+
+
+class Account:
+    """What one tenant uses now."""
+
+    __slots__ = ("num_running", "requests", "tokens")
+
+    def __init__(self, limits: QuotaLimits, now_s: float) -> None:
+        self.num_running = 0
+        self.requests = None if limits.requests_per_minute is None else Bucket(limits.requests_per_minute, now_s)
+        self.tokens = None if limits.tokens_per_minute is None else Bucket(limits.tokens_per_minute, now_s)
+
+
+class Quotas:
+    """The accounts. There are as many as keys: tenants come from the keys that the server knows."""
+
+    def __init__(self, limits: QuotaLimits, clock: Clock) -> None:
+        self.limits = limits
+        self._clock = clock
+        self._accounts: dict[bytes, Account] = {}
+
+    def enter(self, tenant: bytes) -> Allowance:
+        """Raises CapacityError (429) where the tenant's requests are used up."""
+        now = self._clock.now()
+        account = self._accounts.get(tenant)
+        if account is None:
+            account = self._accounts[tenant] = Account(self.limits, now)
+        allowance = Allowance(account, self._clock)
+        limit = self.limits.max_concurrency
+        if limit is not None and account.num_running >= limit:
+            raise QuotaExceeded(f"this key may have {limit} requests at once", _BUSY_RETRY_S, allowance)
+        if account.requests is not None:
+            wait_s = account.requests.wait_s(1, now)
+            if wait_s > 0:
+                text = f"this key may send {account.requests.capacity} requests a minute"
+                raise QuotaExceeded(text, wait_s, allowance)
+            account.requests.take(1, now)
+        account.num_running += 1
+        return allowance
+
+
+class Allowance:
+    """One request's part of its tenant's account."""
+
+    __slots__ = ("_account", "_charged", "_clock", "_has_left")
+
+    def __init__(self, account: Account, clock: Clock) -> None:
+        self._account = account
+        self._clock = clock
+        self._charged = 0
+        self._has_left = False
+
+    def charge(self, num_tokens: int) -> None:
+        """Raises CapacityError (429) where they are not there."""
+        bucket = self._account.tokens
+        if bucket is None:
+            return
+        now = self._clock.now()
+        wait_s = bucket.wait_s(num_tokens, now)
+        if wait_s > 0:
+            text = f"this key may use {bucket.capacity} tokens a minute; prompt and answer may take {num_tokens}"
+            raise QuotaExceeded(text, wait_s, self)
+        bucket.take(num_tokens, now)
+        self._charged += num_tokens
+
+    def settle(self, num_tokens: int) -> None:
+        """So many were used of those charged."""
+        if self._account.tokens is not None:
+            self._account.tokens.give_back(self._charged - num_tokens, self._clock.now())
+        self._charged = 0
+
+    def leave(self) -> None:
+        """Idempotent."""
+        if not self._has_left:
+            self._has_left = True
+            self._account.num_running -= 1
+            if self._charged:
+                self.settle(0)
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """What is left, under the names that OpenAI's clients know."""
+        now = self._clock.now()
+        found = []
+        for name, bucket in ((b"requests", self._account.requests), (b"tokens", self._account.tokens)):
+            if bucket is not None:
+                left = max(0, int(bucket.level(now)))
+                found.append((b"x-ratelimit-limit-" + name, b"%d" % bucket.capacity))
+                found.append((b"x-ratelimit-remaining-" + name, b"%d" % left))
+                found.append((b"x-ratelimit-reset-" + name, b"%.3fs" % bucket.reset_s(now)))
+        return found
+
+
+class QuotaExceeded(CapacityError):
+    """429 for one key. The others go on."""
+
+    def __init__(self, message: str, retry_after_s: float, allowance: Allowance) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.allowance = allowance

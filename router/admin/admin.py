@@ -1,0 +1,225 @@
+"""The admin listener: what an operator asks and orders, on a socket of its own and never on the public one.
+
+    GET  /admin/workers                every worker: state, load, blocks, which handoffs are avoided
+    POST /admin/workers/{id}/drain     it takes nothing new and ends; its launcher starts it again
+    POST /admin/restart                the launcher restarts everything, one process at a time
+    GET  /admin/requests               this router's last requests; ?kind=recent|slowest|failed&class=NAME&limit=N
+    GET  /admin/requests/{id}          one of them: where it was placed and why, what was expected and what came
+    GET  /admin/scaling                workers of each pool, now and desired, and why; POST, DELETE: scaling.py
+    GET  /admin/metrics                this router's; of /metrics on a port that several share, any of them answers
+
+Where keys are set, every path needs one, unknown paths included. Without keys it listens on the loopback only, and a
+web page in a browser of this machine is kept out by what browsers send: an Origin, or a Host that is a name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ...common.errors import KVFerryError, RequestError
+from ..access.hosts import is_of_this_machine
+from ..access.keys import ApiKeys
+from ..api.middleware import check_head, send_failure
+from ..state.errors import clip, failure_of, unknown_path
+from ..state.history import KINDS, MAX_RECENT, Kind
+from ..state.views import PoolView, WorkerView
+
+_MAX_DRAIN_S = 86400.0
+_MAX_BODY_BYTES = 4096
+
+
+class Operations(Protocol):
+    """What it needs of the dispatcher."""
+
+    def view(self) -> PoolView: ...
+
+    def drain_worker(self, worker_id: str, deadline_s: float) -> bool: ...
+
+    def requests(self, kind: Kind, request_class: str | None, limit: int) -> list[dict[str, object]]: ...
+
+    def request(self, request_id: str) -> dict[str, object] | None: ...
+
+
+class Launcher(Protocol):
+    """The way to who started this router."""
+
+    def send(self, event: Mapping[str, object]) -> None: ...
+
+
+def build_admin(admin: Admin, keys: ApiKeys, more: Sequence[Route] = ()) -> ASGIApp:
+    """Build the application. `more`: what other modules answer."""
+    routes = [
+        Route("/admin/workers", admin.workers, methods=["GET"]),
+        Route("/admin/workers/{worker_id}/drain", admin.drain, methods=["POST"]),
+        Route("/admin/requests", admin.requests, methods=["GET"]),
+        Route("/admin/requests/{request_id}", admin.request, methods=["GET"]),
+        Route("/admin/restart", admin.restart, methods=["POST"]),
+        Route("/admin/metrics", admin.metrics, methods=["GET"]),
+        *more,
+    ]
+    handlers: Mapping[Any, Any] = {HTTPException: _on_http_error, KVFerryError: _on_error}
+    return _Guard(Starlette(routes=routes, exception_handlers=handlers), keys)
+
+
+class _Guard:
+    """Nothing passes without a key; without keys, nothing that a browser sends for a web page."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        headers = dict(scope["headers"])
+        try:
+            check_head(scope, headers)
+            if self._keys.are_needed:
+                self._keys.check(headers.get(b"authorization", b""))
+            elif b"origin" in headers or not is_of_this_machine(headers.get(b"host", b"")):
+                raise RequestError("not for browsers: set --admin-key", code="forbidden", status=403)
+            await self._app(scope, receive, send)
+        except KVFerryError as error:
+            await send_failure(send, failure_of(error))
+
+
+@dataclass(slots=True, frozen=True)
+class Admin:
+    """The endpoints."""
+
+    dispatcher: Operations
+    render: Callable[[], tuple[bytes, str]]  # (text, media type) of the metrics
+    drain_s: float  # a drained worker's limit where the caller gives none
+    launcher: Launcher | None
+
+    async def workers(self, request: Request) -> Response:
+        view = self.dispatcher.view()
+        names = {worker.session: worker.worker_id for worker in view.workers}
+        avoided = [[names[session] for session in pair] for pair in sorted(view.avoided_pairs)]
+        return JSONResponse(
+            {
+                "workers": [_describe(worker) for worker in view.workers],
+                "avoided_handoffs": avoided,  # [prefill worker, decode worker]
+                "queued_requests": view.num_queued,
+                "live_requests": view.num_live,
+            }
+        )
+
+    async def drain(self, request: Request) -> Response:
+        worker_id = request.path_params["worker_id"]
+        limit_s = _limit_of(await _body(request), self.drain_s)
+        if not self.dispatcher.drain_worker(worker_id, limit_s):
+            raise RequestError(f"no worker {clip(worker_id)} is connected", code="worker_not_found", status=404)
+        return JSONResponse({"worker_id": worker_id, "state": "draining", "timeout_s": limit_s}, 202)
+
+    async def requests(self, request: Request) -> Response:
+        query = dict(request.query_params)
+        if unknown := sorted(query.keys() - {"kind", "class", "limit"}):
+            raise RequestError(f"unknown parameter: {clip(unknown[0])}", param=unknown[0][:64], code="unknown_field")
+        kind, limit = query.get("kind", "recent"), query.get("limit", "100")
+        if kind not in KINDS:
+            raise RequestError(f"kind: {clip(kind)} is none of {', '.join(KINDS)}", param="kind")
+        if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= MAX_RECENT:
+            raise RequestError(f"limit: a number from 1 to {MAX_RECENT}", param="limit")
+        return JSONResponse({"requests": self.dispatcher.requests(kind, query.get("class"), int(limit))})
+
+    async def request(self, request: Request) -> Response:
+        request_id = request.path_params["request_id"]
+        known = self.dispatcher.request(request_id)
+        if known is None:
+            raise RequestError(
+                f"request {clip(request_id)} is not under way here, and not among the last {MAX_RECENT}",
+                code="request_not_found",
+                status=404,
+            )
+        return JSONResponse(known)
+
+    async def restart(self, request: Request) -> Response:
+        if self.launcher is None:
+            raise RequestError(
+                "this router was started by hand: restart what you started", code="no_launcher", status=409
+            )
+        self.launcher.send({"event": "restart_all"})
+        return JSONResponse({"state": "restarting"}, 202)
+
+    async def metrics(self, request: Request) -> Response:
+        body, media_type = self.render()
+        return Response(body, media_type=media_type)
+
+
+def _describe(worker: WorkerView) -> dict[str, object]:
+    hello, status = worker.hello, worker.status
+    state = "starting" if status is None else "draining" if not worker.is_ready else status.state
+    known: dict[str, object] = {
+        "worker_id": worker.worker_id,
+        "role": worker.role,
+        "state": state,
+        "pid": hello.pid,
+        "version": hello.version,
+        "heartbeat_age_s": round(worker.status_age_s, 3),
+        "requests": worker.num_bound,  # of this router
+    }
+    if status is not None:
+        known["load"] = {
+            "running": status.num_running,
+            "waiting": status.num_waiting,
+            "waiting_tokens": status.waiting_tokens,
+            "steps": status.steps,
+        }
+        known["blocks"] = {
+            "total": status.num_blocks,
+            "free": status.num_free_blocks,
+            "cached": status.num_cached_blocks,
+            "granted": status.num_granted_blocks,
+            "quarantined": status.num_quarantined_blocks,
+        }
+    return known
+
+
+async def _body(request: Request) -> dict[str, object]:
+    data = b""
+    async for piece in request.stream():
+        data += piece
+        if len(data) > _MAX_BODY_BYTES:
+            raise RequestError(f"the body is longer than {_MAX_BODY_BYTES} bytes", code="body_too_large", status=413)
+    try:
+        body = json.loads(data) if data else {}
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise RequestError("the body is not a JSON object", code="invalid_json")
+    return body
+
+
+def _limit_of(body: dict[str, object], default_s: float) -> float:
+    unknown = body.keys() - {"timeout_s"}
+    if unknown:
+        raise RequestError(f"unknown field: {clip(min(unknown))}", param=min(unknown)[:64], code="unknown_field")
+    limit_s = body.get("timeout_s", default_s)
+    if isinstance(limit_s, bool) or not isinstance(limit_s, int | float) or not 0 <= limit_s <= _MAX_DRAIN_S:
+        raise RequestError(f"timeout_s: a number of seconds from 0 to {_MAX_DRAIN_S:g}", param="timeout_s")
+    return float(limit_s)
+
+
+async def _on_http_error(request: Request, error: HTTPException) -> Response:
+    if error.status_code == 404:
+        return await _on_error(request, unknown_path(request.url.path))
+    message = f"{request.method[:16]} is not for this path: {error.detail}"
+    return await _on_error(request, RequestError(message, code="method_not_allowed", status=error.status_code))
+
+
+async def _on_error(request: Request, error: KVFerryError) -> Response:
+    failure = failure_of(error)
+    response = Response(failure.body, failure.status)
+    response.raw_headers.extend(failure.headers)
+    return response

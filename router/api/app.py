@@ -1,0 +1,242 @@
+"""The HTTP application: routes, and the small endpoints beside the two that generate.
+
+    frame (id, key, errors) ─> route ─> generation.py ─> reply.py
+                                  └──> models, tokenize, health, metrics, version
+
+It starts nothing and listens nowhere; `server.py` does.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ... import __version__
+from ...common.clock import Clock, SystemClock
+from ...common.errors import RequestError
+from ...models.tokenizer import Tokenizer
+from ..access.cors import Cors
+from ..access.hosts import HostNames
+from ..access.keys import ApiKeys
+from ..access.quota import QuotaLimits, Quotas
+from ..helpers.chat_renderer import Renderer
+from ..metrics.metrics import RouterMetrics
+from ..state.classes import RequestClasses
+from ..state.errors import failure_of, unknown_path
+from .body import MAX_BODY_BYTES
+from .generation import Api, Backend
+from .middleware import Endpoint, Frame, FrameMiddleware
+from .openai_types import Detokenized, Model, ModelList, PoolCounts, Struct, Tokenized
+from .prompts import PromptReader, ServedModel
+from .reply import Reply
+from .schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+
+_PATHS = msgspec.json.encode(
+    {
+        "server": "kvferry",
+        "paths": [
+            "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/live", "/ready",
+            "/health", "/metrics", "/version", "/openapi.json",
+        ],
+    }
+)  # fmt: skip
+
+
+def build_app(
+    model: ServedModel,
+    backend: Backend,
+    tokenizer: Tokenizer,
+    metrics: RouterMetrics,
+    *,
+    keys: ApiKeys | None = None,
+    clock: Clock | None = None,
+    seed: int | None = None,
+    quota: QuotaLimits | None = None,
+    share_prefix_cache: bool = False,
+    classes: RequestClasses | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    allowed_hosts: tuple[str, ...] = (),
+    allowed_origins: tuple[str, ...] = (),
+    renderer: Renderer | None = None,
+) -> FastAPI:
+    """The application; `app.state.api` is the `Api` behind it. `clock` is the dispatcher's.
+
+    `keys`: without them nobody needs one. `seed` makes the seeds drawn for clients that give none repeatable.
+    `share_prefix_cache` lets tenants find each other's prefixes.
+
+    `renderer` makes prompts of chats; None: processes of the application's own.
+
+    Where no keys are needed, and where `allowed_hosts` are given, a request must name one of those, an address or
+    localhost.
+    """
+    clock = clock or SystemClock()
+    api = Api(
+        model=model,
+        backend=backend,
+        tokenizer=tokenizer,
+        clock=clock,
+        observer=metrics,
+        prompts=PromptReader(tokenizer, model, renderer),
+        random=random.Random(seed) if seed is not None else random.SystemRandom(),
+        quotas=Quotas(quota or QuotaLimits(), clock),
+        classes=classes or RequestClasses(),
+        shares_prefixes=share_prefix_cache,
+        max_body_bytes=max_body_bytes,
+    )
+    keys = keys or ApiKeys()
+    frame = Frame(
+        keys=keys,
+        clock=clock,
+        observer=metrics,
+        hosts=HostNames(allowed_hosts) if allowed_hosts or not keys.are_needed else None,
+        cors=Cors(allowed_origins),
+    )
+    routes = _Routes(api, metrics)
+    app = _Application(frame, routes)
+    app.state.api = api
+    app.add_exception_handler(HTTPException, _on_http_error)
+    _add_routes(app, routes)
+    return app
+
+
+class _Application(FastAPI):
+    """FastAPI, but for the two endpoints that are called all day: its layers and routes would cost them 40 us."""
+
+    def __init__(self, frame: Frame, routes: _Routes) -> None:
+        super().__init__(title="kvferry", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+        self._frame = frame
+        self._shortcuts: dict[tuple[str, str], Endpoint] = {
+            ("POST", "/v1/completions"): routes.completions,
+            ("POST", "/v1/chat/completions"): routes.chat_completions,
+        }
+        self.add_middleware(FrameMiddleware, frame)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self._shortcuts.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if endpoint is not None:
+            await self._frame.serve(endpoint, scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+class _Routes:
+    """The endpoints as methods: each takes the request and gives a response."""
+
+    def __init__(self, api: Api, metrics: RouterMetrics) -> None:
+        self._api = api
+        self._metrics = metrics
+
+    async def completions(self, request: Request) -> Reply:
+        return await self._api.complete(request)
+
+    async def chat_completions(self, request: Request) -> Reply:
+        return await self._api.chat(request)
+
+    async def models(self) -> Response:
+        return _json(ModelList(data=[self._model()]))
+
+    async def model(self, name: str) -> Response:
+        self._api.check_model(name)
+        return _json(self._model())
+
+    def _model(self) -> Model:
+        model, view = self._api.model, self._api.backend.view()
+        return Model(
+            id=model.name,
+            created=self._api.started_s,
+            root=model.name,
+            max_model_len=model.max_model_len,
+            kvferry=PoolCounts(
+                prefill_workers=len(view.ready("prefill")),
+                decode_workers=len(view.ready("decode")),
+            ),
+        )
+
+    async def tokenize(self, request: Request) -> Response:
+        with self._api.body_room.held() as held:
+            body = await self._api.body(request, held, TokenizeBody)
+            ids = await self._api.prompts.tokenize(body, held.num_bytes)
+        names = await self._api.prompts.names(ids) if body.return_token_strs else None
+        return _json(
+            Tokenized(count=len(ids), max_model_len=self._api.model.max_model_len, tokens=ids, token_strs=names)
+        )
+
+    async def detokenize(self, request: Request) -> Response:
+        with self._api.body_room.held() as held:
+            body = await self._api.body(request, held, DetokenizeBody)
+            return _json(Detokenized(prompt=await self._api.prompts.decode(body.tokens)))
+
+    async def root(self) -> Response:
+        """What there is."""
+        return Response(_PATHS, media_type="application/json")
+
+    async def live(self) -> Response:
+        """The process answers."""
+        return Response(b'{"status":"live"}', media_type="application/json")
+
+    async def ready(self) -> Response:
+        """A request that came now would be answered; 503 and why not otherwise."""
+        reasons = self._api.backend.ready()
+        if self._api.in_flight.is_leaving or self._api.in_flight.is_closing:
+            reasons = ["the server is shutting down"]
+        if not reasons:
+            return Response(b'{"status":"ready","reasons":[]}', media_type="application/json")
+        error = {"message": "; ".join(reasons), "type": "server_error", "param": None, "code": "not_ready"}
+        body = msgspec.json.encode({"status": "not ready", "reasons": reasons, "error": error})
+        return Response(body, 503, {"retry-after": "1"}, media_type="application/json")
+
+    async def metrics(self) -> Response:
+        body, media_type = self._metrics.render(self._api.backend.view(), num_in_flight=len(self._api.in_flight))
+        return Response(body, media_type=media_type)
+
+    async def version(self) -> Response:
+        return Response(msgspec.json.encode({"version": __version__}), media_type="application/json")
+
+
+def _add_routes(app: FastAPI, routes: _Routes) -> None:
+    app.add_api_route("/v1/completions", routes.completions, methods=["POST"], openapi_extra=_takes(CompletionBody))
+    app.add_api_route("/v1/chat/completions", routes.chat_completions, methods=["POST"], openapi_extra=_takes(ChatBody))
+    app.add_api_route("/tokenize", routes.tokenize, methods=["POST"], openapi_extra=_takes(TokenizeBody))
+    app.add_api_route("/detokenize", routes.detokenize, methods=["POST"], openapi_extra=_takes(DetokenizeBody))
+    for path, endpoint in (
+        ("/", routes.root),
+        ("/v1/models", routes.models),
+        ("/v1/models/{name:path}", routes.model),
+        ("/live", routes.live),
+        ("/ready", routes.ready),
+        ("/health", routes.ready),
+        ("/metrics", routes.metrics),
+        ("/version", routes.version),
+    ):
+        app.add_api_route(path, endpoint, methods=["GET"])
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)  # some scrapers ask so first
+
+
+def _takes(kind: type[BaseModel]) -> dict[str, Any]:
+    """The body in /openapi.json. It is checked by `schemas.validate`, whose errors are in OpenAI's shape."""
+    schema = kind.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _json(value: Struct) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """What Starlette itself refuses: a path or a method that does not exist."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        failure = failure_of(unknown_path(request.url.path))
+    else:
+        message = f"{request.method[:16]} {request.url.path[:64]}: {error.detail}"
+        failure = failure_of(RequestError(message, code="method_not_allowed", status=error.status_code))
+    response = Response(failure.body, failure.status, error.headers)
+    response.raw_headers.extend(failure.headers)
+    return response

@@ -1,0 +1,115 @@
+"""A request's body: read with bounds and a deadline.
+
+Bodies of all calls together have a bound too: `BodyRoom` holds what is read until it has become token ids. What the
+bytes say is `strict_json.py`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Mapping
+
+from starlette.types import Receive
+
+from ...common.errors import CapacityError, RequestError
+from ..state.errors import clip
+
+MAX_BODY_BYTES = 32 * 2**20
+MAX_HELD_BYTES = 256 * 2**20
+BODY_TIMEOUT_S = 10.0
+
+
+class ClientGone(Exception):
+    """The client closed its connection before the request was whole or the answer was."""
+
+
+class BodyRoom:
+    """Bytes of bodies that are held at the same time. Belongs to one loop."""
+
+    def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[HeldBody]:
+        """One call's part, given back at the end of the block."""
+        body = HeldBody(self)
+        try:
+            yield body
+        finally:
+            self.num_bytes -= body.num_bytes
+
+
+class HeldBody:
+    """The bytes of one call's body so far."""
+
+    __slots__ = ("_room", "num_bytes")
+
+    def __init__(self, room: BodyRoom) -> None:
+        self._room = room
+        self.num_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Raises CapacityError (503) where the bodies of all calls fill the room."""
+        if self._room.num_bytes + num_bytes > self._room.max_bytes:
+            raise CapacityError(f"the bodies under way have {self._room.num_bytes} bytes already", status=503)
+        self._room.num_bytes += num_bytes
+        self.num_bytes += num_bytes
+
+
+async def read_body(
+    headers: Mapping[bytes, bytes],
+    receive: Receive,
+    held: HeldBody,
+    *,
+    max_bytes: int = MAX_BODY_BYTES,
+    timeout_s: float = BODY_TIMEOUT_S,
+) -> bytes:
+    """The whole body. 413 as soon as the declared or the counted length passes `max_bytes`, 408 after `timeout_s`."""
+    _check_kind(headers)
+    declared = headers.get(b"content-length", b"0")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise _too_large(f"{declared[:20].decode()} bytes", max_bytes)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _read(receive, held, max_bytes)
+    except TimeoutError:
+        raise RequestError(
+            f"the request's body did not arrive within {timeout_s:g} s", code="request_timeout", status=408
+        ) from None
+
+
+async def _read(receive: Receive, held: HeldBody, max_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part: bytes = message.get("body", b"")
+        held.add(len(part))
+        if held.num_bytes > max_bytes:
+            raise _too_large(f"more than {max_bytes} bytes", max_bytes)
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _check_kind(headers: Mapping[bytes, bytes]) -> None:
+    # A browser sends any other type to any host without asking: a page could then talk to a server on localhost.
+    kind = headers.get(b"content-type", b"")
+    if kind != b"application/json" and kind.partition(b";")[0].strip().lower() != b"application/json":
+        raise _unsupported(f"the body must have Content-Type: application/json, got {clip(kind.decode('latin-1'))}")
+    coding = headers.get(b"content-encoding", b"identity")
+    if coding.strip().lower() != b"identity":  # a few bytes may unpack to gigabytes
+        raise _unsupported(f"the body must come as it is, not with Content-Encoding: {clip(coding.decode('latin-1'))}")
+
+
+def _unsupported(text: str) -> RequestError:
+    return RequestError(text, code="unsupported_media_type", status=415)
+
+
+def _too_large(size: str, max_bytes: int) -> RequestError:
+    return RequestError(
+        f"the request's body has {size}; the limit is {max_bytes}", code="request_too_large", status=413
+    )

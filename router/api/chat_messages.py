@@ -1,0 +1,89 @@
+"""Chat messages: what a message may hold, as plain dicts for the chat template.
+
+Text only. Content is a string or a list of text parts; every other kind of part, and the fields of tool calls, are
+refused by name. What an assistant message of an earlier answer carries as null (as the openai client dumps it) is
+taken for absent.
+"""
+
+from __future__ import annotations
+
+from ...common.errors import RequestError
+from ..state.errors import clip, shown
+from .fields import not_supported, unknown_field
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_MESSAGES = 4096
+
+_FIELDS = frozenset({"role", "content", "name", "tool_call_id"})
+# Fields that exist elsewhere: refused unless null or empty.
+_UNSUPPORTED = frozenset(
+    {"tool_calls", "function_call", "audio", "refusal", "annotations", "reasoning", "reasoning_content"}
+)
+
+
+def parse_messages(raw: list[object]) -> list[dict[str, object]]:
+    if not raw:
+        raise RequestError("messages must not be empty", param="messages")
+    if len(raw) > MAX_MESSAGES:
+        raise RequestError(f"at most {MAX_MESSAGES} messages, got {len(raw)}", param="messages")
+    return [_message(item, f"messages[{index}]") for index, item in enumerate(raw)]
+
+
+def _message(item: object, where: str) -> dict[str, object]:
+    if not isinstance(item, dict):
+        raise RequestError(f"{where} must be an object, got {shown(item)}", param=where)
+    message: dict[str, object] = {}
+    for name, value in item.items():
+        if name in _FIELDS:
+            if value is not None:
+                message[name] = value
+        elif name in _UNSUPPORTED:
+            if value:
+                raise not_supported(f"{where}.{name}")
+        else:
+            raise unknown_field(name, _FIELDS | _UNSUPPORTED, where)
+    _check_role(message, where)
+    if message["role"] == "developer":
+        message["role"] = "system"  # OpenAI's newer name for it; templates know the older one
+    message["content"] = _content(message.get("content"), str(message["role"]), f"{where}.content")
+    for name in ("name", "tool_call_id"):
+        value = message.get(name)
+        if value is not None and (not isinstance(value, str) or len(value) > 256):
+            raise RequestError(f"{where}.{name} must be a string of at most 256 characters", param=f"{where}.{name}")
+    return message
+
+
+def _check_role(message: dict[str, object], where: str) -> None:
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        seen = "is missing" if role is None else f"is {shown(role)}"
+        raise RequestError(f"{where}.role {seen}; it must be one of {', '.join(ROLES)}", param=f"{where}.role")
+
+
+def _content(content: object, role: str, where: str) -> str:
+    match content:
+        case str():
+            return content
+        case None if role == "assistant":
+            return ""
+        case list():
+            return "".join(_part(part, f"{where}[{index}]") for index, part in enumerate(content))
+    raise RequestError(f"{where} must be a string or a list of text parts", param=where)
+
+
+def _part(part: object, where: str) -> str:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise RequestError(f"{where} must be an object with a type", param=where)
+    if part["type"] != "text":
+        raise RequestError(
+            f"{where}: content of type {clip(part['type'])} is not supported, only text",
+            param=where,
+            code="unsupported_content",
+        )
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise RequestError(f"{where}.text must be a string", param=f"{where}.text")
+    extra = part.keys() - {"type", "text"}
+    if extra:
+        raise unknown_field(min(extra), frozenset({"type", "text"}), where)
+    return text

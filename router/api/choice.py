@@ -1,0 +1,145 @@
+"""One choice's tokens on their way to text: detokenized, cut at stop strings, counted.
+
+Tokens go in as the dispatcher yields them, `Piece`s come out: text that can no longer change, with the tokens behind
+it. What may be the beginning of a stop string, and half a character, stays here; so do the tokens of a piece without
+text, until there is text or an end. `num_tokens` counts what the client gets, the token that completed a stop string
+included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...common.request import FinishReason, SampledToken
+from ...models.tokenizer import Detokenizer
+from .stops import StopMatcher
+
+
+@dataclass(slots=True, frozen=True)
+class TextOptions:
+    """What a client asked about the text of its choices."""
+
+    stops: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0  # stop strings that begin before so many tokens do not count
+    max_tokens: int = 16
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    keep_tokens: bool = False  # logprobs or token ids were asked for
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one update adds to a choice."""
+
+    text: str
+    finish: str | None = None
+    stop_reason: str | int | None = None  # the stop string or stop token that ended it
+    tokens: Sequence[SampledToken] = ()  # only with keep_tokens
+    offsets: Sequence[int] = ()  # where each of them begins in the choice's text
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Piece]) -> Piece:
+        """All of a choice's pieces as one."""
+        return cls(
+            "".join([piece.text for piece in pieces]),
+            pieces[-1].finish,
+            pieces[-1].stop_reason,
+            [token for piece in pieces for token in piece.tokens],
+            [offset for piece in pieces for offset in piece.offsets],
+        )
+
+
+class ChoiceText:
+    """The state of one choice. After `finish` is set it takes nothing more."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_length",
+        "_offsets",
+        "_options",
+        "_stop_reason",
+        "_stops",
+        "_tokens",
+        "finish",
+        "is_plain",
+        "num_tokens",
+    )
+
+    def __init__(self, detokenizer: Detokenizer, options: TextOptions) -> None:
+        self._detokenizer = detokenizer
+        self._options = options
+        self._stops = StopMatcher(options.stops, include_stop=options.include_stop) if options.stops else None
+        self.is_plain = not (options.stops or options.keep_tokens or options.max_tokens == 0)
+        self._tokens: list[SampledToken] = []  # not reported yet, as are their offsets
+        self._offsets: list[int] = []
+        self._length = 0  # characters made so far, held ones included
+        self._stop_reason: str | int | None = None
+        self.num_tokens = 0
+        self.finish: str | None = None
+
+    def push(self, tokens: Sequence[SampledToken], finish: str | None) -> Piece:
+        """Take new tokens; `finish` as the worker says. The piece is empty where nothing can be shown yet."""
+        if self.is_plain:
+            text = self._push_plain(tokens, finish)
+            return Piece(text) if finish is None else Piece(text, finish, self._stop_reason)
+        if self._options.max_tokens == 0:  # echo alone: the token that was computed is not the client's
+            self.finish = FinishReason.LENGTH
+            return Piece("", self.finish)
+        text = self._push_each(tokens, finish)
+        if not self._tokens or not (text or self.finish):
+            return Piece(text, self.finish, self._stop_reason)
+        reported = Piece(text, self.finish, self._stop_reason, self._tokens, self._offsets)
+        self._tokens, self._offsets = [], []
+        return reported
+
+    def _push_plain(self, tokens: Sequence[SampledToken], finish: str | None) -> str:
+        """No token has to be looked at by itself."""
+        self.num_tokens += len(tokens)
+        if finish is None:
+            return self._detokenizer.push([token.token_id for token in tokens])
+        shown = tokens[:-1] if self._hides_last(tokens, finish) else tokens
+        self.finish = finish
+        return self._detokenizer.push([token.token_id for token in shown]) + self._detokenizer.flush()
+
+    def _push_each(self, tokens: Sequence[SampledToken], finish: str | None) -> str:
+        shown = ""
+        num_shown = len(tokens) - 1 if self._hides_last(tokens, finish) else len(tokens)
+        for position, token in enumerate(tokens):
+            self.num_tokens += 1
+            if self._options.keep_tokens:
+                self._tokens.append(token)
+                self._offsets.append(self._length)
+            if position < num_shown:
+                shown += self._show(self._detokenizer.push((token.token_id,)))
+            if self.finish is not None:
+                return shown
+        if finish is not None:
+            shown += self._end(finish)
+        return shown
+
+    def _hides_last(self, tokens: Sequence[SampledToken], finish: str | None) -> bool:
+        """The token that made the worker stop (end of sequence, a stop token) is counted and reported, not shown."""
+        if finish != FinishReason.STOP or not tokens:
+            return False
+        if tokens[-1].token_id in self._options.stop_token_ids:
+            self._stop_reason = tokens[-1].token_id
+        return not self._options.include_stop
+
+    def _show(self, text: str) -> str:
+        """What of `text` may be seen now; ends the choice where a stop string is complete."""
+        self._length += len(text)
+        if self._stops is None or self.num_tokens < self._options.min_tokens:
+            return text
+        shown = self._stops.push(text)
+        if self._stops.matched is not None:
+            self.finish, self._stop_reason = FinishReason.STOP, self._stops.matched
+        return shown
+
+    def _end(self, finish: str) -> str:
+        shown = self._show(self._detokenizer.flush())
+        if self.finish is not None:  # the last half character completed a stop string
+            return shown
+        self.finish = finish
+        return shown + self._stops.release() if self._stops is not None else shown

@@ -1,0 +1,33 @@
+"""What the model's authors recommend where a client gives nothing: generation_config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...common.errors import ConfigError
+
+
+@dataclass(slots=True, frozen=True)
+class SamplingDefaults:
+    """Of the fields that a client may leave out; OpenAI's own where the file says nothing."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def from_dir(cls, model_dir: Path) -> SamplingDefaults:
+        path = model_dir / "generation_config.json"
+        if not path.is_file():
+            return cls()
+        try:
+            found = json.loads(path.read_bytes())
+            values = {name: found[name] for name in cls.__slots__ if found.get(name) is not None}
+            top_k = max(int(values.pop("top_k", 0)), 0)
+            return cls(top_k=top_k, **{name: float(value) for name, value in values.items()})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} is not a generation config: {error}") from error

@@ -1,0 +1,81 @@
+"""An answer's pieces as server-sent events.
+
+    piece ─> form ─> chunk ─> `data: {json}` and an empty line
+
+A chunk that differs from the one before it in nothing but its text is not built again: the first of them leaves the
+bytes before and after its text, and the next text goes between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from ..http.stream_writer import Chunks
+from .answer import Spout
+from .choice import Piece
+from .form import Form
+from .openai_types import Struct
+
+DONE = b"data: [DONE]\n\n"
+_MARK = "\0text\0"  # no name and no id has it
+
+_encode = msgspec.json.Encoder().encode
+
+
+class EventWriter:
+    """One answer's. Pieces of a choice come in order."""
+
+    def __init__(self, form: Form) -> None:
+        self._form = form
+        self._around: dict[int, tuple[bytes, bytes]] = {}  # by choice: a plain chunk's bytes before and after its text
+        self._seen: set[int] = set()
+
+    def events(self, pieces: Sequence[tuple[int, Piece]]) -> bytes:
+        events = [self._event(index, piece) for index, piece in pieces]
+        return events[0] if len(events) == 1 else b"".join(events)
+
+    def spout(self, chunks: Chunks) -> Spout | None:
+        """For the middle of a lone choice whose first piece was written; None where it is more than text."""
+        around = self._around.get(0)
+        return None if around is None else _PlainChunks(*around, chunks)
+
+    def _event(self, index: int, piece: Piece) -> bytes:
+        if piece.finish is None and index in self._around:
+            before, after = self._around[index]
+            return before + _encode(piece.text) + after
+        is_first = index not in self._seen
+        if is_first:
+            self._seen.add(index)
+            if self._form.has_plain_chunks:
+                self._around[index] = self._split(index)
+        return encode_events(self._form.chunks(index, piece, is_first=is_first))
+
+    def _split(self, index: int) -> tuple[bytes, bytes]:
+        event = encode_events(self._form.chunks(index, Piece(_MARK), is_first=False))
+        before, _, after = event.partition(_encode(_MARK))
+        return before, after
+
+
+class _PlainChunks:
+    """Each text as an event of its own."""
+
+    __slots__ = ("_after", "_before", "_chunks", "before_end")
+
+    def __init__(self, before: bytes, after: bytes, chunks: Chunks) -> None:
+        self._before = before
+        self._after = after
+        self._chunks = chunks
+        self.before_end = chunks.before_end
+
+    @property
+    def is_full(self) -> bool:
+        return self._chunks.is_full
+
+    def pour(self, text: str) -> None:
+        self._chunks.write(self._before + _encode(text) + self._after)
+
+
+def encode_events(chunks: Sequence[Struct]) -> bytes:
+    return b"".join([b"data: " + _encode(chunk) + b"\n\n" for chunk in chunks])

@@ -1,0 +1,87 @@
+"""Which fields a body may have: known, known elsewhere but not supported here, or a slip of the pen.
+
+Nothing is ever ignored in silence: a field that would change the answer and is not supported is a 400 that names
+it, unless its value asks for what happens anyway. `IGNORED` are labels for the caller's own book-keeping.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from ...common.errors import RequestError
+from ..state.errors import clip
+
+# Accepted in any form, without effect on the answer: that is also what they do elsewhere.
+IGNORED = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "request_id"})
+
+# Field -> the values (besides null) that ask for nothing.
+UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "chat_template": (),
+    "detokenize": (True,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "include_reasoning": (True,),
+    "kv_transfer_params": (),
+    "length_penalty": (1.0, 1),
+    "logits_processors": ([],),
+    "logprob_token_ids": ([],),
+    "mm_processor_kwargs": (),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),  # says nothing without tools
+    "prediction": (),
+    "prompt_embeds": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "suffix": (),
+    "thinking_token_budget": (),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": (),
+    "vllm_xargs": (),
+    "web_search_options": (),
+}
+
+
+def check_fields(body: dict[str, object], known: frozenset[str]) -> dict[str, object]:
+    """The fields that are left to validate: neither ignored ones nor unsupported ones that ask for nothing."""
+    kept = {}
+    for name, value in body.items():
+        if name in known:
+            kept[name] = value
+        elif name in UNSUPPORTED:
+            if value is not None and not any(_same(value, harmless) for harmless in UNSUPPORTED[name]):
+                raise not_supported(name, UNSUPPORTED[name])
+        elif name not in IGNORED:
+            raise unknown_field(name, known | IGNORED)
+    return kept
+
+
+def _same(value: object, harmless: object) -> bool:
+    return type(value) is type(harmless) and value == harmless
+
+
+def not_supported(name: str, harmless: tuple[object, ...] = ()) -> RequestError:
+    hint = f" (only {' or '.join(map(repr, harmless))})" if harmless else ""
+    return RequestError(f"'{name}' is not supported by this server{hint}", param=name, code="unsupported_parameter")
+
+
+def unknown_field(name: str, known: frozenset[str], where: str = "") -> RequestError:
+    near = difflib.get_close_matches(name[:64], known, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    param = f"{where}.{name}" if where else name
+    return RequestError(f"unknown field {clip(param)}{hint}", param=param[:128], code="unknown_parameter")

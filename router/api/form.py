@@ -1,0 +1,85 @@
+"""What the two endpoints have in common when they put an answer into OpenAI's words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from msgspec import UNSET, UnsetType
+
+from ...models.tokenizer import Tokenizer
+from .answer import Answer
+from .choice import Piece
+from .logprobs import Name, token_names
+from .openai_types import PromptTokensDetails, Struct, Usage
+
+
+@dataclass(slots=True, frozen=True)
+class FormOptions:
+    """What the client asked to see."""
+
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    echo: bool = False
+    return_token_ids: bool = False
+    names_tokens_by_id: bool = False
+    include_usage: bool = False  # of a stream
+    continuous_usage: bool = False  # of a stream: in every chunk
+
+    @property
+    def has_plain_chunks(self) -> bool:
+        """Between the first chunk of a choice and the last, nothing changes but the text."""
+        return not self.continuous_usage and self.num_logprobs is None and not self.return_token_ids
+
+
+@dataclass(slots=True, frozen=True)
+class FormContext:
+    """One answer and how it is to be shown."""
+
+    answer_id: str
+    created: int
+    model: str
+    fingerprint: str
+    answer: Answer
+    tokenizer: Tokenizer
+    options: FormOptions
+
+    @property
+    def token_name(self) -> Name:
+        """What a token is called where log probabilities are reported."""
+        return token_names(self.tokenizer, as_ids=self.options.names_tokens_by_id)
+
+    def usage(self) -> Usage:
+        """Of the whole call, as far as it has got."""
+        num_prompt = sum(len(prompt.token_ids) for prompt in self.answer.prompts)
+        num_completion = sum(choice.num_tokens for choice in self.answer.choices)
+        num_cached = sum(request.num_cached_tokens for request in self.answer.requests)
+        return Usage(
+            prompt_tokens=num_prompt,
+            completion_tokens=num_completion,
+            total_tokens=num_prompt + num_completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
+        )
+
+    def chunk_usage(self) -> Usage | None | UnsetType:
+        """Of a stream's chunk: as asked for, null where only the last chunk tells, else not there at all."""
+        if self.options.continuous_usage:
+            return self.usage()
+        return None if self.options.include_usage else UNSET
+
+
+class Form(Protocol):
+    """One endpoint's words. `chunks` is asked once for each piece, `whole` once with every choice's joined pieces.
+
+    Where it `has_plain_chunks`, no later piece that goes on with its choice need be asked for: only the text differs.
+    """
+
+    @property
+    def has_plain_chunks(self) -> bool: ...
+
+    def chunks(self, index: int, piece: Piece, *, is_first: bool) -> list[Struct]: ...
+
+    def usage_chunk(self) -> Struct: ...
+
+    def whole(self, pieces: Sequence[Piece]) -> Struct: ...

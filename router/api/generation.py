@@ -1,0 +1,267 @@
+"""One generation call: body -> prompts -> requests -> the reply. What both endpoints share, and where they differ.
+
+Anything wrong with a body is answered before the dispatcher hears of it. A batch of prompts is as many requests;
+they are taken all or none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fastapi import Request
+
+from ...common.clock import Clock, wall_time_s
+from ...common.errors import RequestError
+from ...common.request import SamplingParams
+from ...models.tokenizer import Tokenizer
+from ..access.quota import Quotas
+from ..helpers.json_parser import JsonParser
+from ..helpers.strict_json import MAX_COMMAS
+from ..state.classes import CLASS_HEADER, RequestClasses
+from ..state.errors import clip
+from ..state.objectives import DEFAULT_CLASS
+from ..state.request import RouterRequest, TokenStream
+from ..state.views import PoolView
+from .answer import Answer, GapObserver, PromptText
+from .body import MAX_BODY_BYTES, BodyRoom, HeldBody, read_body
+from .chat import ChatForm
+from .choice import TextOptions
+from .completions import CompletionForm
+from .form import Form, FormContext, FormOptions
+from .middleware import Call, ResponseObserver, call_of
+from .prompts import PromptReader, ServedModel, max_chat_tokens, max_completion_tokens
+from .reply import AnswerObserver, InFlight, Reply
+from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
+
+_BATCH_STEP = 2  # prompts of a batch that are submitted in one go: some other batches may have their turn with it
+TIMEOUT_HEADER = "x-request-timeout-s"
+MAX_TIMEOUT_S = 86400.0
+_MAX_SEED = 2**63 - 1
+_CHECKED_BYTES_PER_CHAR = 8  # checking fields is so much faster than tokenizing
+
+
+class Backend(Protocol):
+    """What the API needs of the dispatcher."""
+
+    def submit(self, request: RouterRequest) -> TokenStream: ...
+
+    def ready(self) -> list[str]: ...
+
+    def view(self) -> PoolView: ...
+
+
+class ApiObserver(AnswerObserver, GapObserver, ResponseObserver, Protocol):
+    """What the API tells whoever counts."""
+
+
+@dataclass(slots=True)
+class Api:
+    """What every endpoint works with."""
+
+    model: ServedModel
+    backend: Backend
+    tokenizer: Tokenizer
+    clock: Clock  # the dispatcher's
+    observer: ApiObserver
+    prompts: PromptReader
+    random: random.Random  # draws the seeds that clients do not give
+    quotas: Quotas
+    classes: RequestClasses = field(default_factory=RequestClasses)
+    shares_prefixes: bool = False  # between keys: what one has cached, others find
+    max_body_bytes: int = MAX_BODY_BYTES
+    body_room: BodyRoom = field(default_factory=BodyRoom)
+    json: JsonParser = field(default_factory=JsonParser)
+    in_flight: InFlight = field(default_factory=InFlight)
+    started_s: int = field(default_factory=wall_time_s)
+
+    async def body(self, request: Request, held: HeldBody, kind: type[Body]) -> Body:
+        """Raises CapacityError (429) before anything is read where the caller's quota is used up."""
+        call = call_of(request.scope)
+        call.allowance = self.quotas.enter(call.tenant)
+        data = await read_body(call.headers, request.receive, held, max_bytes=self.max_body_bytes)
+        max_commas = max(MAX_COMMAS, 2 * self.model.max_model_len)
+        raw = await self.json.parse(data, max_commas)
+        body = await self.prompts.run(len(data) // _CHECKED_BYTES_PER_CHAR, validate, kind, raw)
+        self.check_model(body.model)
+        return body
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model.name:
+            raise RequestError(
+                f"the model {clip(name)} does not exist; this server has '{self.model.name}'",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+
+    def close(self) -> None:
+        """End the threads and the process that work on bodies."""
+        self.prompts.close()
+        self.json.close()
+
+    async def complete(self, request: Request) -> Reply:
+        call = self._begin(request)
+        with self.body_room.held() as held:
+            body = await self.body(request, held, CompletionBody)
+            call.marks["read"] = self.clock.now()
+            prompts = await self.prompts.completion(body, held.num_bytes)
+        call.marks["tokenize"] = self.clock.now()
+        limits = [max_completion_tokens(body, prompt, self.model.max_model_len) for prompt in prompts]
+        answer = await self._submit(call, body, prompts, limits)
+        return self._reply(body, answer, CompletionForm(self._context(f"cmpl-{call.request_id}", body, answer)))
+
+    async def chat(self, request: Request) -> Reply:
+        call = self._begin(request)
+        with self.body_room.held() as held:
+            body = await self.body(request, held, ChatBody)
+            call.marks["read"] = self.clock.now()
+            messages, prompt = await self.prompts.chat(body, held.num_bytes)
+        call.marks["tokenize"] = self.clock.now()
+        limit = max_chat_tokens(body, prompt, self.model.max_model_len)
+        answer = await self._submit(call, body, [prompt], [limit])
+        context = self._context(f"chatcmpl-{call.request_id}", body, answer)
+        continued = messages[-1] if body.echo and messages[-1]["role"] == "assistant" else None
+        return self._reply(body, answer, ChatForm(context, echoed=str(continued["content"]) if continued else ""))
+
+    def _begin(self, request: Request) -> Call:
+        self.in_flight.check_open()
+        call = call_of(request.scope)
+        named = call.headers.get(CLASS_HEADER.encode())
+        call.request_class = DEFAULT_CLASS if named is None else named.decode("latin-1")
+        timeout = call.headers.get(TIMEOUT_HEADER.encode())
+        timeout_s = None if timeout is None else parse_timeout(timeout.decode("latin-1"))
+        limits = (timeout_s, self.classes.named(call.request_class).deadline_s)
+        call.timeout_s = min((limit for limit in limits if limit is not None), default=None)
+        return call
+
+    def _remaining_s(self, call: Call) -> float | None:
+        """Of the time that the client gave: what reading its body has taken is off."""
+        if call.timeout_s is None:
+            return None
+        return max(0.0, call.timeout_s - (self.clock.now() - call.started_s))
+
+    async def _submit(
+        self, call: Call, body: GenerationBody, prompts: Sequence[PromptText], limits: Sequence[int]
+    ) -> Answer:
+        sampling = [self._sampling(body, limit) for limit in limits]
+        self.in_flight.check_open()
+        if call.allowance is not None:
+            tokens = zip(prompts, limits, strict=True)
+            call.allowance.charge(sum(len(prompt.token_ids) + body.num_choices * limit for prompt, limit in tokens))
+        salt = self._cache_salt(call, body)
+        streams: list[TokenStream] = []
+        try:
+            for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+                if index % _BATCH_STEP == _BATCH_STEP - 1:
+                    await asyncio.sleep(0)  # a large batch does not hold up everybody else
+                request_id = f"{call.request_id}-{index}"
+                prompt_request = self._request(request_id, call, body, prompt, params, salt)
+                prompt_request.timeout_s = self._remaining_s(call)
+                streams.append(self.backend.submit(prompt_request))
+        except BaseException:
+            for stream in streams:
+                stream.abort()
+            raise
+        options = _text_options(body, limits[0])
+        return Answer(streams, prompts, options, self.tokenizer, clock=self.clock, observer=self.observer)
+
+    def _sampling(self, body: GenerationBody, max_tokens: int) -> SamplingParams:
+        return body.sampling(
+            self.model.defaults,
+            seed=self.random.randint(0, _MAX_SEED),
+            max_tokens=max_tokens,
+            vocab_size=self.model.vocab_size,
+        )
+
+    def _cache_salt(self, call: Call, body: GenerationBody) -> bytes:
+        """Who may find the KV of this prompt: who sends the same salt, and, unless keys share, with the same key."""
+        own = (body.cache_salt or "").encode()
+        return own if self.shares_prefixes or not call.tenant else call.tenant + own
+
+    def _request(
+        self,
+        request_id: str,
+        call: Call,
+        body: GenerationBody,
+        prompt: PromptText,
+        sampling: SamplingParams,
+        salt: bytes,
+    ) -> RouterRequest:
+        objectives = self.classes.named(call.request_class)
+        return RouterRequest(
+            request_id,
+            prompt.token_ids,
+            sampling,
+            n=body.num_choices,
+            priority=objectives.priority if body.priority is None else body.priority,
+            cache_salt=salt,
+            request_class=call.request_class,
+            objectives=objectives,
+            tenant=_tenant_of(call, body),
+        )
+
+    def _context(self, answer_id: str, body: GenerationBody, answer: Answer) -> FormContext:
+        streamed = body.stream_options
+        continuous = streamed is not None and bool(streamed.continuous_usage_stats)
+        options = FormOptions(
+            num_logprobs=body.num_logprobs,
+            num_prompt_logprobs=body.prompt_logprobs,
+            echo=bool(body.echo),
+            return_token_ids=bool(body.return_token_ids),
+            names_tokens_by_id=bool(body.return_tokens_as_token_ids),
+            include_usage=streamed is not None and bool(streamed.include_usage),
+            continuous_usage=continuous,
+        )
+        model = self.model
+        return FormContext(answer_id, wall_time_s(), model.name, model.fingerprint, answer, self.tokenizer, options)
+
+    def _reply(self, body: GenerationBody, answer: Answer, form: Form) -> Reply:
+        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        return Reply(
+            answer,
+            form,
+            stream=bool(body.stream),
+            include_usage=include_usage,
+            in_flight=self.in_flight,
+            observer=self.observer,
+        )
+
+
+def _tenant_of(call: Call, body: GenerationBody) -> str:
+    """Whose share of the service it counts for: its key's; where there are no keys, whom it names."""
+    if call.tenant:
+        return call.tenant.hex()
+    named = body.user if isinstance(body.user, str) and body.user else body.cache_salt
+    return hashlib.blake2b(named.encode(errors="surrogatepass"), digest_size=16).hexdigest() if named else ""
+
+
+def _text_options(body: GenerationBody, max_tokens: int) -> TextOptions:
+    return TextOptions(
+        stops=tuple(body.stop or ()),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        min_tokens=body.min_tokens or 0,
+        max_tokens=max_tokens,
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        keep_tokens=body.num_logprobs is not None or bool(body.return_token_ids),
+    )
+
+
+def parse_timeout(text: str) -> float:
+    """Seconds that the client gives the whole answer. Raises RequestError (400)."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MAX_TIMEOUT_S:  # also NaN
+        raise RequestError(
+            f"{TIMEOUT_HEADER}: {clip(text)} is no number of seconds above 0 and up to {MAX_TIMEOUT_S:g}",
+            param=TIMEOUT_HEADER,
+        )
+    return seconds

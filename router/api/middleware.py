@@ -1,0 +1,223 @@
+"""Around every HTTP request: its head, its id, its key, its errors, its count.
+
+    head is sound ─> preflight of a web page? ─> `_admit`: by path, a key or a right name for this server ─> endpoint
+
+The id inside is minted here. A client's X-Request-Id is only echoed and logged, cleaned: it keys nothing. Where keys
+are set, every path but the health probes needs one, unknown paths included, before the body is read.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
+
+import structlog
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ...common.clock import Clock
+from ...common.errors import CapacityError, RequestError
+from ..access.cors import Cors, Headers
+from ..access.hosts import HostNames
+from ..access.keys import ApiKeys
+from ..access.quota import Allowance, QuotaExceeded
+from ..http.stream_writer import Chunks
+from ..state.errors import Failure, failure_of
+from ..state.objectives import DEFAULT_CLASS
+from ..state.request import StreamError
+from .body import ClientGone
+
+OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
+CLIENT_CLOSED = 499  # for counts and logs: no one is there to read a status
+CHUNKS = "kvferry.chunks"  # where the server lends its own way, in the scope
+_CALL = "kvferry.call"
+_ONCE = (b"host", b"authorization", b"content-type", b"content-encoding", b"origin")
+_NOT_IN_AN_ID = re.compile(rb"[^A-Za-z0-9._:/+=@-]+")
+
+Endpoint = Callable[[Request], Awaitable[ASGIApp]]  # its answer is an application
+WritePart = Callable[[bytes], Awaitable[None]]  # a part of a body whose length was not announced
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Call:
+    """One HTTP request. Times are of the frame's clock."""
+
+    request_id: str
+    shown_id: str  # what x-request-id says: the client's own where it sent one
+    started_s: float
+    send: Send
+    write: WritePart  # a part of a stream
+    chunks: Chunks | None = None  # the server's own way for them, where it lends one
+    headers: Mapping[bytes, bytes] = field(default_factory=dict)  # by name in lower case
+    tenant: bytes = b""  # whose key it came with; empty: there are no keys
+    allowance: Allowance | None = None  # what it holds of the tenant's quota
+    num_body_bytes: int = 0
+    timeout_s: float | None = None  # what the client gives us, from `started_s` on
+    request_class: str = DEFAULT_CLASS
+    marks: dict[str, float] = field(default_factory=dict)  # end of each phase before the dispatcher's
+    status: int | None = None  # sent
+
+
+def call_of(scope: Scope) -> Call:
+    call = scope[_CALL]
+    assert isinstance(call, Call)
+    return call
+
+
+def check_head(scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+    """What a server must not guess about: which version of HTTP this is, for whom, from whom."""
+    version = scope.get("http_version", "1.1")
+    if version not in ("1.0", "1.1"):
+        raise RequestError(f"HTTP/{version} is not spoken here", code="unsupported_http_version", status=505)
+    if b"host" not in headers and version == "1.1":
+        raise RequestError("the request names no Host", code="invalid_http")
+    if len(headers) < len(scope["headers"]):  # some name more than once
+        names = [name for name, _ in scope["headers"]]
+        for name in _ONCE:
+            if names.count(name) > 1:
+                raise RequestError(f"the request has more than one {name.decode()}", code="invalid_http")
+
+
+class ResponseObserver(Protocol):
+    def on_response(self, status: int) -> None: ...
+
+    def on_auth_failure(self) -> None:
+        """A request came without a right key."""
+        ...
+
+    def on_slow_client(self, kind: str) -> None:
+        """A client was cut for being slow: here, with its body."""
+        ...
+
+    def on_rejected(self, reason: str) -> None:
+        """A request was refused for want of room: here, of its key's quota."""
+        ...
+
+
+class Frame:
+    """What is around every request. `FrameMiddleware` puts it around a framework's application."""
+
+    def __init__(
+        self,
+        *,
+        keys: ApiKeys,
+        clock: Clock,
+        observer: ResponseObserver,
+        hosts: HostNames | None = None,
+        cors: Cors | None = None,
+    ) -> None:
+        """`hosts`: the names of this server, where a request must have one of them. `cors`: what web pages may do."""
+        self._hosts = hosts
+        self._cors = cors or Cors()
+        self._keys = keys
+        self._clock = clock
+        self._observer = observer
+
+    async def serve(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have an HTTP request answered by this endpoint."""
+        headers = dict(scope["headers"])
+        call = self._open(headers, scope, send)
+        scope[_CALL] = call
+
+        async def send_framed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                call.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *self._headers(call)]
+            await send(message)
+
+        try:
+            check_head(scope, headers)
+            preflight = self._cors.preflight(scope["method"], headers)
+            if preflight is not None:
+                await _send_preflight(send_framed, preflight)
+            else:
+                self._admit(call, scope["path"])
+                answer = await endpoint(Request(scope, receive))
+                await answer(scope, receive, send_framed)
+        except ClientGone:
+            call.status = CLIENT_CLOSED
+        except Exception as error:
+            await self._refuse(call, error, send_framed)
+        finally:
+            self._observer.on_response(call.status or CLIENT_CLOSED)
+            if call.allowance is not None:
+                call.allowance.leave()
+            del scope[_CALL]  # it leads back to the scope
+
+    def _admit(self, call: Call, path: str) -> None:
+        """The one place that says what a path needs. Raises RequestError (401, 403)."""
+        if path not in OPEN_PATHS:
+            if self._hosts is not None:
+                self._hosts.check(call.headers.get(b"host", b""))
+            call.tenant = self._keys.check(call.headers.get(b"authorization", b""))
+
+    def _open(self, headers: dict[bytes, bytes], scope: Scope, send: Send) -> Call:
+        request_id = secrets.token_hex(16)
+        shown = _NOT_IN_AN_ID.sub(b"", headers.get(b"x-request-id", b"")[:1024])[:128].decode()
+        chunks: Chunks | None = scope.get(CHUNKS)
+        write: WritePart = partial(send_part, send) if chunks is None else chunks.send
+        return Call(request_id, shown or request_id, self._clock.now(), send, write, chunks, headers)
+
+    def _headers(self, call: Call) -> list[tuple[bytes, bytes]]:
+        elapsed_ms = int((self._clock.now() - call.started_s) * 1000)
+        headers = [(b"x-request-id", call.shown_id.encode()), (b"openai-processing-ms", b"%d" % elapsed_ms)]
+        if b"origin" in call.headers:
+            headers += self._cors.headers(call.headers)
+        return headers if call.allowance is None else headers + call.allowance.headers
+
+    async def _refuse(self, call: Call, error: Exception, send: Send) -> None:
+        self._count(error)
+        if not isinstance(error, (RequestError, CapacityError, StreamError)):
+            log.exception("request_error", request_id=call.request_id)
+        if call.status is not None:  # the head is out: a broken connection is the only honest end
+            raise error
+        failure = failure_of(error)
+        if isinstance(error, QuotaExceeded) and call.allowance is None:
+            failure = replace(failure, more_headers=tuple(error.allowance.headers))
+        await send_failure(send, failure)
+
+    def _count(self, error: Exception) -> None:
+        match error:
+            case RequestError(status=401):
+                self._observer.on_auth_failure()
+            case RequestError(status=408):
+                self._observer.on_slow_client("body")
+            case QuotaExceeded():
+                self._observer.on_rejected("quota")
+
+
+class FrameMiddleware:
+    """ASGI middleware; the outermost of ours."""
+
+    def __init__(self, app: ASGIApp, frame: Frame) -> None:
+        self._app = app
+        self._frame = frame
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":  # nothing else is served: no web sockets
+            await self._frame.serve(self._endpoint, scope, receive, send)
+
+    async def _endpoint(self, request: Request) -> ASGIApp:
+        return self._app
+
+
+async def send_part(send: Send, part: bytes) -> None:
+    await send({"type": "http.response.body", "body": part, "more_body": True})
+
+
+async def _send_preflight(send: Send, headers: Headers) -> None:
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def send_failure(send: Send, failure: Failure) -> None:
+    body = failure.body
+    headers = [*failure.headers, (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": failure.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,244 @@
+"""The way of an answer to the client: as one JSON body or as server-sent events.
+
+    reads the answer, sends ─> its end, or an error that the client is told
+      └─ cut: by a client that left (the answer is aborted), or by the server's end (an error)
+
+A stream's head goes out with the first token, so that what fails before is a plain HTTP error. After that a failure
+is one event `data: {"error": ...}`, and the stream ends without [DONE]: a client never mistakes a cut for an end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+import msgspec
+import structlog
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ...common.errors import CapacityError, RequestError
+from ...common.request import FinishReason
+from ..state.errors import failure_of
+from ..state.request import StreamError
+from .answer import Answer
+from .choice import Piece
+from .events import DONE, EventWriter, encode_events
+from .form import Form
+from .middleware import CLIENT_CLOSED, Call, WritePart, call_of, send_failure, send_part
+from .timing import phases_ms, server_timing
+
+_WRITE_BYTES = 64 * 2**10  # handed to the connection at a time: it waits before the next when it is full
+_NAMED_INLINE = 2048  # tokens and alternatives whose texts are looked up where they are: some milliseconds
+_CHOICES_INLINE = 256  # the same for an answer without them
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # a proxy in front must not collect the events
+]
+
+log = structlog.get_logger(__name__)
+
+
+class AnswerObserver(Protocol):
+    def on_answer(self, num_prompt_tokens: int, num_completion_tokens: int, finishes: Sequence[str]) -> None:
+        """An answer has ended: what its client got."""
+        ...
+
+
+class InFlight:
+    """The replies under way. When the server ends, new ones are refused and the last ones told."""
+
+    def __init__(self) -> None:
+        self._replies: set[Reply] = set()
+        self.is_leaving = False  # /ready says no; connections that are open may still ask
+        self.is_closing = False
+
+    def __len__(self) -> int:
+        return len(self._replies)
+
+    def check_open(self) -> None:
+        if self.is_closing:
+            raise StreamError("the server is shutting down", "shutting_down", 503)
+
+    def add(self, reply: Reply) -> None:
+        self._replies.add(reply)
+
+    def discard(self, reply: Reply) -> None:
+        self._replies.discard(reply)
+
+    def end_all(self) -> None:
+        """Each reply ends now, with an error that its client sees."""
+        self.is_closing = True
+        for reply in list(self._replies):
+            reply.end(StreamError("the server is shutting down", "shutting_down", 503))
+
+
+class Reply(Response):
+    """Owns `answer` from its construction on; Starlette calls it as an ASGI application."""
+
+    def __init__(
+        self,
+        answer: Answer,
+        form: Form,
+        *,
+        stream: bool,
+        include_usage: bool,
+        in_flight: InFlight,
+        observer: AnswerObserver,
+    ) -> None:
+        self.background = None
+        self.status_code = 200
+        self._answer = answer
+        self._form = form
+        self._stream = stream
+        self._include_usage = include_usage
+        self._in_flight = in_flight
+        self._observer = observer
+        self._task: asyncio.Task[object] | None = None  # while it sends
+        self._is_cut = False
+        self._ended_by: Exception | None = None
+        in_flight.add(self)
+
+    def end(self, error: Exception) -> None:
+        """End the reply from outside."""
+        self._ended_by = self._ended_by or error
+        self._cut()
+
+    def _cut(self) -> None:
+        if self._task is not None and not self._is_cut:
+            self._task.cancel()
+        self._is_cut = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = call_of(scope)
+        try:
+            await self._serve(call, send)
+        finally:
+            self._in_flight.discard(self)
+            self._answer.close()
+            self._record(call, str(scope["path"]))
+
+    async def _serve(self, call: Call, send: Send) -> None:
+        if call.chunks is not None:
+            call.chunks.watch(self._cut)
+        error = self._ended_by if self._is_cut else await self._write(call, send)
+        if error is not None:
+            await self._fail(call, send, error)
+        elif self._is_cut:
+            call.status = CLIENT_CLOSED
+
+    async def _write(self, call: Call, send: Send) -> Exception | None:
+        """Return what went wrong: nothing also where it was cut because the client left."""
+        self._task = asyncio.current_task()
+        assert self._task is not None
+        try:
+            await (self._send_stream(call, send) if self._stream else self._send_whole(call, send))
+        except asyncio.CancelledError:
+            if not self._is_cut:
+                raise
+            self._task.uncancel()
+            return self._ended_by
+        except Exception as error:
+            return error
+        finally:
+            self._task = None
+            if call.chunks is not None:
+                call.chunks.watch(None)
+        return None
+
+    async def _send_whole(self, call: Call, send: Send) -> None:
+        pieces: list[list[Piece]] = [[] for _ in self._answer.choices]
+        while told := await self._answer.next():
+            for index, piece in told:
+                pieces[index].append(piece)
+        body = await self._whole(pieces)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"server-timing", server_timing(call, self._answer.requests)),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await _write_in_parts(partial(send_part, call.send), body)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _whole(self, pieces: list[list[Piece]]) -> bytes:
+        num_named = sum(1 + len(token.top) for told in pieces for piece in told for token in piece.tokens)
+        if num_named > _NAMED_INLINE or len(pieces) > _CHOICES_INLINE:
+            return await asyncio.to_thread(self._encode, pieces)
+        return self._encode(pieces)
+
+    def _encode(self, pieces: list[list[Piece]]) -> bytes:
+        return msgspec.json.encode(self._form.whole(list(map(Piece.joined, pieces))))
+
+    async def _send_stream(self, call: Call, send: Send) -> None:
+        writer, write = EventWriter(self._form), call.write
+        while pieces := await self._answer.next():
+            is_first = call.status is None
+            if is_first:
+                timing = (b"server-timing", server_timing(call, self._answer.requests))
+                await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS, timing]})
+            events = writer.events(pieces)
+            if len(events) > _WRITE_BYTES:
+                await _write_in_parts(write, events)
+            elif events:
+                await write(events)
+            if is_first:
+                self._let_pour(call, writer)
+        tail = encode_events([self._form.usage_chunk()]) + DONE if self._include_usage else DONE
+        await send({"type": "http.response.body", "body": tail})
+
+    def _let_pour(self, call: Call, writer: EventWriter) -> None:
+        if call.chunks is not None and (spout := writer.spout(call.chunks)) is not None:
+            self._answer.pour_into(spout)
+
+    async def _fail(self, call: Call, send: Send, error: Exception) -> None:
+        if not isinstance(error, (RequestError, CapacityError, StreamError)):
+            log.error("request_error", request_id=call.request_id, exc_info=error)
+        failure = failure_of(error)
+        if call.status is None:
+            await send_failure(send, failure)
+        elif self._stream:
+            await send({"type": "http.response.body", "body": b"data: " + failure.body + b"\n\n"})
+        else:
+            raise error
+        call.status = failure.status
+
+    def _record(self, call: Call, path: str) -> None:
+        """The line of a finished request. Neither prompt nor answer is in it."""
+        answer = self._answer
+        finishes = [choice.finish or self._unfinished_reason(call) for choice in answer.choices]
+        num_prompt = sum(len(prompt.token_ids) for prompt in answer.prompts)
+        num_completion = sum(choice.num_tokens for choice in answer.choices)
+        self._observer.on_answer(num_prompt, num_completion, finishes)
+        if call.allowance is not None:
+            call.allowance.settle(num_prompt + num_completion)
+        requests = answer.requests
+        log.info(
+            "request_finished",
+            request_id=call.request_id,
+            client_request_id=call.shown_id if call.shown_id != call.request_id else None,
+            path=path,
+            status=call.status,
+            finish=sorted({str(finish) for finish in finishes}),
+            prompt_tokens=num_prompt,
+            cached_tokens=sum(request.num_cached_tokens for request in requests),
+            completion_tokens=num_completion,
+            attempts=max(request.attempt for request in requests),
+            prefill_workers=sorted({request.prefill_worker or "-" for request in requests}),
+            decode_workers=sorted({request.decode_worker or "-" for request in requests}),
+            **phases_ms(call, requests),
+        )
+
+    def _unfinished_reason(self, call: Call) -> str:
+        return FinishReason.ABORT if call.status in (None, CLIENT_CLOSED) else FinishReason.ERROR
+
+
+async def _write_in_parts(write: WritePart, body: bytes) -> None:
+    """No more than a part of it waits in the connection for a client that reads slowly."""
+    view = memoryview(body)
+    for start in range(0, len(body), _WRITE_BYTES):
+        await write(bytes(view[start : start + _WRITE_BYTES]))

@@ -1,0 +1,241 @@
+"""The bodies of the API as pydantic models, strict (no "5" for 5), and what they ask of a worker.
+
+A body is checked in three steps: which fields it has (`fields.py`), each field alone (the models here), and the
+fields against the model served (`sampling`, the prompt's length in `prompts.py`). null always means "not given";
+what the client does not give comes from the model's generation_config.json, then from OpenAI's defaults.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from ...common.errors import RequestError
+from ...common.request import MAX_CHOICES, SamplingParams
+from ..state.errors import shown
+from .defaults import SamplingDefaults
+from .fields import check_fields
+from .values import AnyIds, LogitBias, Logprobs, Prompt, Seed, Stops, TemplateKwargs, TokenIds
+
+MAX_TEMPLATE_KWARGS = 16
+DEFAULT_COMPLETION_TOKENS = 16
+_SEED_MASK = 2**63 - 1
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(BaseModel):
+    """What /v1/completions and /v1/chat/completions share."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    stop: Stops | None = None
+    seed: Seed | None = None
+    max_tokens: int | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: LogitBias | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    # vLLM's
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    stop_token_ids: TokenIds | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
+    prompt_logprobs: Logprobs | None = None
+    add_special_tokens: bool | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    user: object = None  # any; where there are no keys, a text says whose share of the service this is
+    echo: bool | None = None
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives to report for each token; None: no logprobs at all."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Rules between fields."""
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is only for stream: true", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs is not available with stream: true", param="prompt_logprobs")
+
+    def sampling(self, defaults: SamplingDefaults, *, seed: int, max_tokens: int, vocab_size: int) -> SamplingParams:
+        """What the workers are told. `max_tokens` is what fits; `seed` is used where the client gave none."""
+        min_tokens = self.min_tokens or 0
+        if min_tokens > max_tokens:
+            raise RequestError(f"min_tokens {min_tokens} is more than max_tokens {max_tokens}", param="min_tokens")
+        for name, ids in (("logit_bias", self.logit_bias or ()), ("stop_token_ids", self.stop_token_ids or ())):
+            if ids and max(ids) >= vocab_size:
+                raise RequestError(f"{name}: id {max(ids)} is not below the vocabulary's {vocab_size}", param=name)
+        top_k = _given(self.top_k, defaults.top_k)
+        return SamplingParams(
+            temperature=_given(self.temperature, defaults.temperature),
+            top_p=_given(self.top_p, defaults.top_p),
+            top_k=max(top_k, 0),
+            min_p=_given(self.min_p, defaults.min_p),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=_given(self.repetition_penalty, defaults.repetition_penalty),
+            logit_bias=self.logit_bias or {},
+            max_tokens=max(max_tokens, 1),  # 0 (echo alone): one is computed and not delivered
+            min_tokens=min_tokens,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            logprobs=self.num_logprobs,
+            prompt_logprobs=self.asked_prompt_logprobs,
+            seed=_given(self.seed, seed) & _SEED_MASK,
+        )
+
+    @property
+    def asked_prompt_logprobs(self) -> int | None:
+        return self.prompt_logprobs
+
+
+class CompletionBody(GenerationBody):
+    prompt: Prompt
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    logprobs: Logprobs | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def asked_prompt_logprobs(self) -> int | None:
+        """echo with logprobs reports the prompt's tokens as well."""
+        both = [k for k in (self.prompt_logprobs, self.logprobs if self.echo else None) if k is not None]
+        return max(both, default=None)
+
+    def check(self) -> None:
+        super().check()
+        if self.best_of is not None and self.best_of != self.num_choices:
+            raise RequestError(
+                f"best_of {self.best_of} is not supported: it must equal n ({self.num_choices})",
+                param="best_of",
+                code="unsupported_parameter",
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens must be at least 1 (0 only with echo: true)", param="max_tokens")
+
+
+class ChatBody(GenerationBody):
+    messages: list[object]  # checked by chat_messages.py, which knows the parts of a message
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: Logprobs | None = None
+    chat_template_kwargs: TemplateKwargs | None = Field(None, max_length=MAX_TEMPLATE_KWARGS)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+        if self.max_tokens == 0:
+            raise RequestError("max_tokens must be at least 1", param="max_tokens")
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise RequestError(
+                f"max_tokens {self.max_tokens} and max_completion_tokens {self.max_completion_tokens} differ: give one",
+                param="max_completion_tokens",
+            )
+        check_template_switches(self.add_generation_prompt, self.continue_final_message)
+
+
+class TokenizeBody(BaseModel):
+    """vLLM's two forms in one: a prompt, or messages."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[object] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateKwargs | None = Field(None, max_length=MAX_TEMPLATE_KWARGS)
+
+    def check(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give either prompt or messages", param="prompt")
+        check_template_switches(self.add_generation_prompt, self.continue_final_message)
+
+
+class DetokenizeBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    tokens: AnyIds
+
+    def check(self) -> None:
+        return None
+
+
+def check_template_switches(add_generation_prompt: bool | None, continue_final_message: bool | None) -> None:
+    if continue_final_message and add_generation_prompt:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
+        )
+
+
+Body = TypeVar("Body", CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+Value = TypeVar("Value", int, float)
+
+
+def validate(kind: type[Body], raw: dict[str, object]) -> Body:
+    """The body as `kind`, or a RequestError that names the first wrong field, the rule and what was seen."""
+    try:
+        body = kind.model_validate(check_fields(raw, frozenset(kind.model_fields)))
+    except ValidationError as error:
+        raise _explain(error.errors(include_url=False)[0]) from None
+    body.check()
+    return body
+
+
+def _explain(error: ErrorDetails) -> RequestError:
+    field = ".".join(str(part) for part in error["loc"] if not _is_union_branch(part))[:128]
+    if error["type"] == "missing":
+        return RequestError(f"'{field}' is required", param=field, code="missing_required_parameter")
+    if error["type"] == "value_error":
+        text = f"'{field}': {error['msg'].removeprefix('Value error, ')}"
+    else:
+        text = f"'{field}' {error['msg'].replace('Input should', 'should')}, got {shown(error['input'])}"
+    return RequestError(text, param=field, code="invalid_value")
+
+
+def _is_union_branch(part: int | str) -> bool:
+    """pydantic puts the tried member of a union into an error's location."""
+    return isinstance(part, str) and (part in ("str", "int", "bool") or "[" in part or "-" in part)
+
+
+def _given(value: Value | None, default: Value) -> Value:
+    return default if value is None else value

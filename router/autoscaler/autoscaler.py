@@ -1,0 +1,306 @@
+"""Decides how many prefill and decode workers there should be; pure, with the time passed in.
+
+    snapshot ─> rates (forecast) + lengths (sample) ─> workers that each pool needs (sizing)
+             ─> larger at once · smaller after a while of enough, with headroom · within bounds, schedule, manual edits
+             ─> a worker that one pool can spare changes its role first; then additions; removals last
+
+Workers that were wished for and are not there yet count as there, so nothing is wished for twice. Who leaves or
+changes is the emptiest. Nothing is done here: a decision is a value, and `scaling` carries it out or only shows it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+
+from .correction import Correction
+from .forecast import RateForecast
+from .lengths import LengthSample
+from .scale_types import (
+    POOLS,
+    AutoscalerSettings,
+    Bounds,
+    Counts,
+    LoadSnapshot,
+    Member,
+    MemberState,
+    Pool,
+    ScaleDecision,
+    ScaleForecast,
+    StepTimes,
+)
+from .schedule import Schedule
+from .sizing import DecodeLoad, PrefillLoad
+
+_WAYS: tuple[tuple[Pool, Pool], ...] = (("prefill", "decode"), ("decode", "prefill"))  # from, to
+_FEW = 8  # sampled answers: with fewer nothing is known about lengths
+_WORTH = 1.1  # a full fleet is split anew for so much more of what its poorer pool can carry
+_LARGEST_SHRINK = 0.25  # of a pool, in one decision
+
+
+class Autoscaler:
+    """`decide` once per interval, in order of time. Operators' edits (`hold`) are kept until they are released."""
+
+    def __init__(self, settings: AutoscalerSettings, times: StepTimes, *, seed: int = 0) -> None:
+        self._settings = settings
+        self._times = times
+        self._schedule = Schedule(settings.schedule)
+        self._requests, self._tokens = RateForecast(), RateForecast()
+        self._lengths = LengthSample(seed=seed)
+        self._corrections = {pool: Correction(settings.target) for pool in POOLS}
+        self._past: deque[tuple[float, Counts]] = deque()  # (when, needed with headroom)
+        self._needs: deque[tuple[float, Counts]] = deque()  # (when, needed)
+        self._since_s: float | None = None  # when needs were first known
+        self._fleet: tuple[tuple[str, Pool], ...] = ()
+        self._changed_s = 0.0  # when the fleet was last another
+        self._shrunk_s = -math.inf  # when it last said that somebody should leave
+        self._held: tuple[Counts, float | None] | None = None  # an operator's counts, until when
+
+    # --- operators ----------------------------------------------------------------------------------------------
+
+    def hold(self, counts: Counts, until_s: float | None = None) -> None:
+        """These counts and no others, until `release` or that time."""
+        self._held = (counts, until_s)
+
+    def release(self) -> None:
+        self._held = None
+
+    @property
+    def held(self) -> tuple[Counts, float | None] | None:
+        return self._held
+
+    # --- one interval -------------------------------------------------------------------------------------------
+
+    def decide(self, load: LoadSnapshot) -> ScaleDecision:
+        self._observe(load)
+        fleet = [member for member in load.members if member.state is not MemberState.DRAINING]
+        have = _counts(fleet)
+        forecast = self._look_ahead(load, have)
+        self._learn(load, forecast)
+        if self._held is not None:
+            wanted, why = self._held[0], "held by an operator"
+        else:
+            wanted, why = self._wanted(load, have, forecast, fleet)
+        decision = _way(wanted, have, fleet, forecast, why)
+        if decision.removals:
+            self._shrunk_s = load.now_s
+        return decision
+
+    def _observe(self, load: LoadSnapshot) -> None:
+        self._requests.observe([1.0] * len(load.prompts), load.interval_s, load.day_s)
+        self._tokens.observe([float(n) for n in load.prompts], load.interval_s, load.day_s)
+        self._lengths.add(load.answers, load.now_s)
+        fleet = tuple(sorted((m.worker_id, m.pool) for m in load.members if m.state is MemberState.READY))
+        if fleet != self._fleet:
+            self._fleet, self._changed_s = fleet, load.now_s
+        if self._held is not None and self._held[1] is not None and load.now_s >= self._held[1]:
+            self._held = None
+
+    def _learn(self, load: LoadSnapshot, forecast: ScaleForecast) -> None:
+        settled = load.now_s - self._changed_s >= self._settings.settle_s
+        ready = _counts(member for member in load.members if member.state is MemberState.READY)
+        for pool in POOLS:
+            kept = load.ttft if pool == "prefill" else load.tpot
+            counts = settled and ready.of(pool) >= forecast.needed.of(pool) > 0
+            self._corrections[pool].observe(kept, load.interval_s, counts=counts)
+
+    def _look_ahead(self, load: LoadSnapshot, have: Counts) -> ScaleForecast:
+        """What the load will be when a worker that is wished for now takes work, and what it needs."""
+        answers = self._lengths.answers
+        if len(answers) < _FEW and self._requests.level > 0:
+            return ScaleForecast(self._requests.level, self._tokens.level)
+        if self._since_s is None:
+            self._since_s = load.now_s
+        settings = self._settings
+        ahead_s = load.start_s + load.interval_s
+        requests, tokens = self._requests.at(ahead_s), self._tokens.at(ahead_s)
+        prompts = PrefillLoad.of(answers, self._times, load.limits, settings.objectives)
+        crowd = DecodeLoad.of(answers, self._times, load.limits, settings.objectives)
+        factor = {pool: self._corrections[pool].factor for pool in POOLS}
+
+        def need(tokens_per_s: float, requests_per_s: float) -> Counts:
+            rate = tokens_per_s / max(1.0, prompts.mean_tokens)
+            return Counts(
+                prompts.needed(rate * factor["prefill"], settings.target) if settings.prefill.at_most else 0,
+                crowd.needed(requests_per_s * factor["decode"], settings.target),
+            )
+
+        less = 1.0 - settings.clear
+        backlog = load.queued_tokens / settings.backlog_s
+        self._needs.append((load.now_s, need(tokens + backlog, requests)))
+        needed = need((tokens + backlog) * less, requests * less)
+        if load.now_s - self._shrunk_s >= settings.shrink_after_s:  # else only what is clear: no back and forth
+            needed = _at_least(needed, self._lasting(load.now_s))
+        roomy = needed
+        if any(needed.of(pool) > settings.jump * have.of(pool) for pool in POOLS):
+            more = 1.0 + settings.jump_headroom
+            roomy = need((tokens + backlog) * more, requests * more)
+        more = 1.0 + settings.headroom
+        safe = need(max(tokens, self._tokens.level) * more, max(requests, self._requests.level) * more)
+        self._past.append((load.now_s, safe))
+        while self._past[0][0] < load.now_s - settings.shrink_after_s:
+            self._past.popleft()
+        return ScaleForecast(
+            requests,
+            tokens,
+            requests * crowd.mean_output,
+            needed,
+            roomy,
+            self._most_needed(load.now_s - settings.shrink_after_s),
+            (factor["prefill"], factor["decode"]),
+        )
+
+    def _lasting(self, now_s: float) -> Counts:
+        """What was needed all the time lately."""
+        while self._needs[0][0] < now_s - self._settings.confirm_s:
+            self._needs.popleft()
+        return Counts(min(n.prefill for _, n in self._needs), min(n.decode for _, n in self._needs))
+
+    def _most_needed(self, since_s: float) -> Counts:
+        past = [needed for when_s, needed in self._past if when_s >= since_s]
+        return Counts(max((n.prefill for n in past), default=0), max((n.decode for n in past), default=0))
+
+    # --- the decision ---------------------------------------------------------------------------------------------
+
+    def _wanted(
+        self, load: LoadSnapshot, have: Counts, forecast: ScaleForecast, fleet: list[Member]
+    ) -> tuple[Counts, str]:
+        bounds = self._bounds(load)
+        needed = _largest(forecast.needed, self._settings.spare_workers)
+        roomy = _largest(forecast.after_jump, self._settings.spare_workers)
+        enough = _largest(forecast.with_headroom, self._settings.spare_workers)
+        if len(self._lengths) < _FEW and self._requests.level > 0:
+            return self._within(have, bounds, have), "no lengths known yet"
+        may_shrink = self._since_s is not None and load.now_s - self._since_s >= self._settings.shrink_after_s
+        sizes = {
+            pool: _size(have.of(pool), needed.of(pool), enough.of(pool), bounds[pool], may_shrink=may_shrink)
+            for pool in POOLS
+        }
+        for pool in POOLS:
+            if needed.of(pool) > self._settings.jump * have.of(pool):
+                sizes[pool] = bounds[pool].clamp(roomy.of(pool))
+        wanted = Counts(sizes["prefill"], sizes["decode"])
+        lately = _largest(self._most_needed(load.now_s - self._settings.flip_after_s), self._settings.spare_workers)
+        wanted = _lend(wanted, have, lately, bounds, fleet)
+        return self._within(wanted, bounds, have, needed), _explain(forecast, have, wanted)
+
+    def _bounds(self, load: LoadSnapshot) -> dict[Pool, Bounds]:
+        usual: dict[Pool, Bounds] = {"prefill": self._settings.prefill, "decode": self._settings.decode}
+        ahead_s = load.start_s + load.interval_s
+        return {pool: self._schedule.soon(pool, usual[pool], load.weekday, load.day_s, ahead_s) for pool in POOLS}
+
+    def _within(self, wanted: Counts, bounds: dict[Pool, Bounds], have: Counts, needed: Counts | None = None) -> Counts:
+        """Inside both pools' bounds; where both together are too many, shared so that the poorer one is best off."""
+        counts = Counts(bounds["prefill"].clamp(wanted.prefill), bounds["decode"].clamp(wanted.decode))
+        total = self._settings.total
+        if counts.total <= total:
+            return counts
+        need = needed or wanted
+        splits = [
+            Counts(prefill, total - prefill)
+            for prefill in range(bounds["prefill"].at_least, bounds["prefill"].at_most + 1)
+            if bounds["decode"].at_least <= total - prefill <= bounds["decode"].at_most
+        ]
+        best = max(splits, key=lambda split: _poorest(split, need), default=have)
+        stays = have in splits and _poorest(best, need) < _WORTH * _poorest(have, need)
+        return have if stays else best
+
+
+def _counts(members: Iterable[Member]) -> Counts:
+    pools = [member.pool for member in members]
+    return Counts(pools.count("prefill"), pools.count("decode"))
+
+
+def _at_least(one: Counts, other: Counts) -> Counts:
+    return Counts(max(one.prefill, other.prefill), max(one.decode, other.decode))
+
+
+def _largest(counts: Counts, num_spares: int) -> Counts:
+    """With the spares, each where it is the larger part."""
+    for _ in range(num_spares):
+        if 0 < counts.prefill < counts.decode:
+            counts = Counts(counts.prefill + 1, counts.decode)
+        else:
+            counts = Counts(counts.prefill, counts.decode + 1)
+    return counts
+
+
+def _poorest(split: Counts, needed: Counts) -> float:
+    """What part of its need the poorer pool has."""
+    return min(split.of(pool) / needed.of(pool) for pool in POOLS if needed.of(pool)) if needed.total else 1.0
+
+
+def _size(have: int, needed: int, enough: int, bounds: Bounds, *, may_shrink: bool) -> int:
+    """Of one pool alone."""
+    if needed > have:
+        return bounds.clamp(needed)
+    if may_shrink and enough < have:
+        step = max(1, int(_LARGEST_SHRINK * have))
+        return bounds.clamp(max(enough, have - step))
+    return bounds.clamp(have)
+
+
+def _lend(wanted: Counts, have: Counts, lately: Counts, bounds: dict[Pool, Bounds], fleet: list[Member]) -> Counts:
+    """A pool with more than it needed lately, with headroom, gives to one that lacks."""
+    for gives, lacks in _WAYS:
+        missing = wanted.of(lacks) - have.of(lacks)
+        least = max(lately.of(gives), bounds[gives].at_least)
+        spare = min(have.of(gives) - least, len(_flippable(fleet, gives)))
+        count = min(missing, spare)
+        if count > 0:
+            left = min(wanted.of(gives), have.of(gives) - count)
+            wanted = Counts(wanted.prefill, left) if gives == "decode" else Counts(left, wanted.decode)
+    return wanted
+
+
+def _flippable(fleet: Iterable[Member], pool: Pool) -> list[Member]:
+    """The emptiest first."""
+    able = [m for m in fleet if m.pool == pool and m.can_change_role and m.state is MemberState.READY]
+    return sorted(able, key=lambda member: (member.load, member.worker_id))
+
+
+def _way(wanted: Counts, have: Counts, fleet: list[Member], forecast: ScaleForecast, why: str) -> ScaleDecision:
+    """From the fleet as it is to the wanted one."""
+    flips: list[tuple[str, Pool]] = []
+    removals: list[str] = []
+    missing = {pool: wanted.of(pool) - have.of(pool) for pool in POOLS}
+    for gives, takes in _WAYS:
+        count = min(-missing[gives], missing[takes])
+        chosen = _flippable(fleet, gives)[: max(0, count)]
+        flips += [(member.worker_id, takes) for member in chosen]
+        missing[gives] += len(chosen)
+        missing[takes] -= len(chosen)
+    flipped = {worker_id for worker_id, _ in flips}
+    for pool in POOLS:
+        own = [m for m in fleet if m.pool == pool and m.worker_id not in flipped]
+        own.sort(key=lambda m: (m.state is not MemberState.PENDING, m.load, m.worker_id))
+        removals += [member.worker_id for member in own[: max(0, -missing[pool])]]
+    return ScaleDecision(
+        wanted.prefill,
+        wanted.decode,
+        why,
+        tuple(flips),
+        tuple(removals),
+        Counts(max(0, missing["prefill"]), max(0, missing["decode"])),
+        forecast,
+    )
+
+
+def _explain(forecast: ScaleForecast, have: Counts, wanted: Counts) -> str:
+    rates = (
+        f"{forecast.requests_per_s:.3g} requests/s with {forecast.prompt_tokens_per_s:.4g} prompt and "
+        f"{forecast.output_tokens_per_s:.4g} output tokens/s need {forecast.needed}"
+    )
+    if wanted == have:
+        return rates
+    told = []
+    for pool in POOLS:
+        now, then = have.of(pool), wanted.of(pool)
+        if then > now:
+            told.append(f"{pool} grows from {now} to {then}")
+        elif then < now:
+            told.append(
+                f"{pool} shrinks from {now} to {then}: {forecast.with_headroom.of(pool)} were enough for a while"
+            )
+    return f"{rates}; {'; '.join(told)}"

@@ -1,0 +1,165 @@
+"""What a router saw of its load since it was last asked: the autoscaler's food.
+
+dispatcher ─> on_submitted, on_finished, on_outcome ─> LoadRecord ─(take, once per interval)─> SeenLoad
+several routers: those that do not decide send theirs, a sample of it, to the one that does
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from prometheus_client.metrics_core import Metric
+
+from ..metrics.metrics import PoolGauges, RouterMetrics
+from ..metrics.workers import gauge
+from ..state.outcome import Outcome
+from ..state.request import RouterRequest
+from .scale_types import POOLS, Answer, Counts, Kept
+
+_T = TypeVar("_T")
+_MOST = 100_000  # requests in one interval
+_MOST_SENT = 256  # of each kind, to another router
+
+
+@dataclass(slots=True, frozen=True)
+class SeenLoad:
+    """One interval's."""
+
+    prompts: tuple[int, ...] = ()
+    answers: tuple[Answer, ...] = ()
+    ttft: Kept = Kept()
+    tpot: Kept = Kept()
+    num_queued: int = 0
+
+    def joined(self, others: Iterable[SeenLoad]) -> SeenLoad:
+        """With what other routers saw."""
+        seen = [self, *others]
+        return SeenLoad(
+            tuple(prompt for one in seen for prompt in one.prompts),
+            tuple(answer for one in seen for answer in one.answers),
+            _sum(one.ttft for one in seen),
+            _sum(one.tpot for one in seen),
+            sum(one.num_queued for one in seen),
+        )
+
+    def as_event(self) -> dict[str, object]:
+        """For the launcher, who passes it on: an even choice of the lengths, and how many there were."""
+        return {
+            "event": "load",
+            "num_prompts": len(self.prompts),
+            "prompts": list(_even_choice(self.prompts, _MOST_SENT)),
+            "answers": [list(answer) for answer in _even_choice(self.answers, _MOST_SENT)],
+            "ttft": [self.ttft.num_met, self.ttft.num_seen],
+            "tpot": [self.tpot.num_met, self.tpot.num_seen],
+            "num_queued": self.num_queued,
+        }
+
+    @classmethod
+    def from_event(cls, event: Mapping[str, object]) -> SeenLoad:
+        prompts = _ints(event.get("prompts"))
+        count = event.get("num_prompts")
+        if prompts and isinstance(count, int):
+            prompts = [prompts[index % len(prompts)] for index in range(min(count, _MOST))]
+        answers = event.get("answers")
+        kept = [_ints(event.get(name)) for name in ("ttft", "tpot")]
+        queued = event.get("num_queued")
+        return cls(
+            tuple(prompts),
+            tuple(Answer(*_ints(lengths)) for lengths in answers) if isinstance(answers, list) else (),
+            Kept(*kept[0]),
+            Kept(*kept[1]),
+            queued if isinstance(queued, int) else 0,
+        )
+
+
+def _sum(parts: Iterable[Kept]) -> Kept:
+    kept = list(parts)
+    return Kept(sum(part.num_met for part in kept), sum(part.num_seen for part in kept))
+
+
+def _even_choice(items: Sequence[_T], count: int) -> Sequence[_T]:
+    return items if len(items) <= count else [items[index * len(items) // count] for index in range(count)]
+
+
+def _ints(value: object) -> list[int]:
+    return [item for item in value if isinstance(item, int)] if isinstance(value, list) else []
+
+
+@dataclass(slots=True)
+class LoadRecord:
+    """Filled by the dispatcher's observer; `take` empties it."""
+
+    _prompts: list[int] = field(default_factory=list)
+    _answers: list[Answer] = field(default_factory=list)
+    _ttft: list[bool] = field(default_factory=list)  # met?
+    _tpot: list[bool] = field(default_factory=list)
+
+    def on_submitted(self, request: RouterRequest) -> None:
+        if len(self._prompts) < _MOST:
+            self._prompts.append(request.num_prompt_tokens)
+
+    def on_finished(self, request: RouterRequest) -> None:
+        if request.num_output_tokens and len(self._answers) < _MOST:
+            self._answers.append(
+                Answer(request.num_prompt_tokens, request.num_cached_tokens, request.num_output_tokens)
+            )
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        if outcome.ttft_s is not None and outcome.ttft_limit_s is not None:
+            self._ttft.append(outcome.ttft_s <= outcome.ttft_limit_s)
+        if outcome.tpot_s is not None and outcome.tpot_limit_s is not None:
+            self._tpot.append(outcome.tpot_s <= outcome.tpot_limit_s)
+
+    def take(self, num_queued: int) -> SeenLoad:
+        seen = SeenLoad(
+            tuple(self._prompts),
+            tuple(self._answers),
+            Kept(sum(self._ttft), len(self._ttft)),
+            Kept(sum(self._tpot), len(self._tpot)),
+            num_queued,
+        )
+        for part in (self._prompts, self._answers, self._ttft, self._tpot):
+            part.clear()
+        return seen
+
+
+@dataclass(slots=True, frozen=True)
+class Replicas:
+    """What others may scale by. None: nothing is decided here."""
+
+    desired: Counts | None = None
+    current: Counts | None = None
+
+
+class RecordingMetrics(RouterMetrics):
+    """The router's metrics, which hand on what the autoscaler needs."""
+
+    def __init__(self, model_name: str, record: LoadRecord, classes: Sequence[str] = ()) -> None:
+        super().__init__(model_name, classes)
+        self._record = record
+        self.replicas: Callable[[], Replicas] = Replicas
+
+    def _pools(self, view: PoolGauges, num_in_flight: int) -> Iterator[Metric]:
+        yield from super()._pools(view, num_in_flight)
+        replicas = self.replicas()
+        for name, text, counts in (
+            ("desired", "Workers that a pool should have", replicas.desired),
+            ("current", "Workers that a pool has, with those that start", replicas.current),
+        ):
+            if counts is not None:
+                samples = [((pool,), float(counts.of(pool))) for pool in POOLS]
+                yield gauge(f"kvferry_{name}_replicas", text, ["pool"], samples)
+
+    def on_submitted(self, request: object) -> None:
+        assert isinstance(request, RouterRequest)
+        self._record.on_submitted(request)
+
+    def on_finished(self, request: RouterRequest) -> None:  # type: ignore[override]  # it sees more of a request
+        super().on_finished(request)
+        self._record.on_finished(request)
+
+    def on_outcome(self, outcome: Outcome) -> None:  # type: ignore[override]
+        super().on_outcome(outcome)
+        self._record.on_outcome(outcome)

@@ -1,0 +1,342 @@
+"""Scaling in a router: asks the autoscaler once per interval, and carries out what it decides.
+
+    record + workers + launcher's fleet ─> snapshot ─> Autoscaler ─> SetRole to workers
+                                                                └─> scale {add, remove} to the launcher ─> fleet {...}
+
+With several routers, one decides (the launcher says which) and the others send it what they saw; all show its
+decision. A decision waits until the launcher has answered the last one, so nothing is asked for twice. Without a
+launcher only roles are changed here; what is desired is a metric for whoever starts workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from ...common.clock import Clock
+from ...common.config import AutoscaleConfig
+from ...common.errors import ConfigError, RequestError
+from ..state.objectives import Objectives
+from ..state.predictor import Predictor
+from ..state.views import PoolView, WorkerView
+from .autoscaler import Autoscaler
+from .inputs import TypicalTimes, settings_of, worker_limits
+from .load_record import LoadRecord, Replicas, SeenLoad
+from .scale_types import POOLS, Counts, LoadSnapshot, Member, MemberState, Pool, ScaleDecision
+
+_ANSWER_S = 30.0  # for the launcher to answer a wish, before another one is made
+_OBEY_S = 5.0  # for a worker to offer the role that it was given
+_FIRST_START_S = 60.0  # until a start was measured
+_MOST_SEEN = 64  # reports of other routers that wait for the next decision
+
+log = structlog.get_logger(__name__)
+
+
+class Operations(Protocol):
+    """What it needs of the dispatcher."""
+
+    def view(self) -> PoolView: ...
+
+    def set_role(self, worker_id: str, role: str) -> bool: ...
+
+    def drain_worker(self, worker_id: str, deadline_s: float) -> bool: ...
+
+
+@dataclass(slots=True)
+class KnownFleet:
+    """What the launcher said last. Without a launcher it stays empty."""
+
+    workers: dict[str, Pool] = field(default_factory=dict)  # that should be there, by the pool they began in
+    leaving: frozenset[str] = frozenset()
+    seq: int = -1  # of the last wish that it answered
+
+
+class Scaling:
+    """One router's. Everything on its event loop."""
+
+    def __init__(
+        self,
+        config: AutoscaleConfig,
+        objectives: Objectives,
+        dispatcher: Operations,
+        predictor: Predictor,
+        record: LoadRecord,
+        clock: Clock,
+        week_s: Callable[[], float],
+        *,
+        launcher: Callable[[Mapping[str, object]], None] | None = None,
+    ) -> None:
+        self._config = config
+        self._dispatcher = dispatcher
+        self._record = record
+        self._clock = clock
+        self._week_s = week_s
+        self._launcher = launcher
+        self._times = TypicalTimes(predictor)
+        self._autoscaler = Autoscaler(settings_of(config, objectives), self._times)
+        self._fleet = KnownFleet()
+        self._is_leader = launcher is None
+        self._seen: list[SeenLoad] = []  # by other routers
+        self._decided_s = clock.now()
+        self._seq = 0
+        self._asked_s: float | None = None  # a wish that was not answered yet
+        self._given: dict[str, tuple[Pool, float]] = {}  # roles that workers were given a moment ago
+        self._first_seen: dict[str, float] = {}  # workers that start
+        self._start_s: float | None = None  # as measured
+        self._shown: tuple[Counts, str] | None = None
+        self._decision: ScaleDecision | None = None
+        self._mean_prompt = 0.0
+
+    # --- from the launcher --------------------------------------------------------------------------------------
+
+    def on_launcher(self, event: Mapping[str, object]) -> None:
+        match event["event"]:
+            case "fleet":
+                self._on_fleet(event)
+            case "load":
+                self._seen = [*self._seen[-_MOST_SEEN:], SeenLoad.from_event(event)]
+            case "drain":
+                limit_s = event.get("limit_s")
+                limit_s = float(limit_s) if isinstance(limit_s, int | float) else 0.0
+                self._dispatcher.drain_worker(str(event.get("worker_id")), limit_s)
+
+    def _on_fleet(self, event: Mapping[str, object]) -> None:
+        now = self._clock.now()
+        workers, leaving, seq = event.get("workers"), event.get("leaving"), event.get("seq")
+        self._fleet = KnownFleet(
+            {str(name): _pool(role) for name, role in workers.items()} if isinstance(workers, dict) else {},
+            frozenset(map(str, leaving)) if isinstance(leaving, list) else frozenset(),
+            seq if isinstance(seq, int) else -1,
+        )
+        if self._fleet.seq >= self._seq:
+            self._asked_s = None
+        if (is_leader := bool(event.get("leader"))) and not self._is_leader:
+            self._seq = max(self._seq, self._fleet.seq)
+        self._is_leader = is_leader
+        self._first_seen = {name: self._first_seen.get(name, now) for name in self._fleet.workers}
+        self._hear_held(event.get("held"), now)
+        desired = event.get("desired")
+        if not self._is_leader and isinstance(desired, list) and len(desired) == 2:
+            self._shown = Counts(int(desired[0]), int(desired[1])), str(event.get("reason", ""))
+
+    def _hear_held(self, held: object, now: float) -> None:
+        if isinstance(held, list) and len(held) == 3:
+            left_s = held[2]
+            self._autoscaler.hold(
+                Counts(int(held[0]), int(held[1])), now + left_s if isinstance(left_s, int | float) else None
+            )
+        else:
+            self._autoscaler.release()
+
+    # --- operators ------------------------------------------------------------------------------------------------
+
+    def hold(self, counts: Counts, for_s: float | None) -> None:
+        """Raises RequestError for counts that the deployment has no room for."""
+        config = self._config
+        if not config.prefill.at_most and counts.prefill:
+            raise RequestError("prefill: this deployment has no prefill workers", param="prefill")
+        if counts.decode < 1 or counts.total > config.max_workers:
+            raise RequestError(
+                f"{counts}: at least one decode worker and at most {config.max_workers} workers in all, "
+                "see --prefill-max and --decode-max",
+                param="decode",
+            )
+        if self._launcher is not None:
+            self._launcher({"event": "hold", "counts": [counts.prefill, counts.decode], "for_s": for_s})
+        else:
+            self._autoscaler.hold(counts, None if for_s is None else self._clock.now() + for_s)
+        self._decided_s = -self._config.interval_s  # at the next tick
+
+    def release(self) -> None:
+        if self._launcher is not None:
+            self._launcher({"event": "hold", "counts": None})
+        else:
+            self._autoscaler.release()
+
+    @property
+    def desired(self) -> Counts | None:
+        """None: nothing is decided here."""
+        return self._shown[0] if self._shown is not None else None
+
+    def replicas(self) -> Replicas:
+        """For the metrics. Nothing is desired while nobody decides."""
+        return Replicas(self.desired, self.current() if self.desired is not None else None)
+
+    def current(self) -> Counts:
+        pools = [member.pool for member in self._members(self._dispatcher.view()) if _counts(member)]
+        return Counts(pools.count("prefill"), pools.count("decode"))
+
+    def describe(self) -> dict[str, object]:
+        """For the admin listener."""
+        held = self._autoscaler.held
+        now = self._clock.now()
+        told: dict[str, object] = {
+            "mode": self._config.mode,
+            "decides_here": self._is_leader,
+            "current": _as_json(self.current()),
+            "desired": _as_json(self.desired) if self.desired is not None else None,
+            "reason": self._shown[1] if self._shown is not None else "",
+            "held": None,
+            "limits": {"max_workers": self._config.max_workers, **_limits(self._config)},
+            "start_s": None if self._start_s is None else round(self._start_s, 1),
+        }
+        if held is not None:
+            until = held[1]
+            told["held"] = {**_as_json(held[0]), "for_s": None if until is None else round(until - now, 1)}
+        if self._decision is not None:
+            told["forecast"] = _forecast(self._decision)
+        return told
+
+    # --- once per interval ------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Called several times a second."""
+        now = self._clock.now()
+        if now - self._decided_s < self._config.interval_s:
+            return
+        interval_s, self._decided_s = min(now - self._decided_s, 2 * self._config.interval_s), now
+        view = self._dispatcher.view()
+        seen = self._record.take(view.num_queued)
+        if not self._is_leader and self._launcher is not None:
+            self._launcher(seen.as_event())
+            return
+        if self._config.mode == "off" and self._autoscaler.held is None:
+            self._shown, self._decision = None, None
+            return
+        self._decide(view, seen.joined(self._seen), interval_s)
+        self._seen = []
+
+    def _decide(self, view: PoolView, seen: SeenLoad, interval_s: float) -> None:
+        now = self._clock.now()
+        self._measure_starts(view, now)
+        ready = [worker for worker in view.workers if worker.is_ready]
+        if not self._times.choose(ready):
+            return
+        waits = self._asked_s is not None and now - self._asked_s < _ANSWER_S
+        decision = self._autoscaler.decide(self._snapshot(view, ready, seen, interval_s, now))
+        shown = Counts(decision.prefill, decision.decode), decision.reason
+        is_news = self._shown is None or self._shown[0] != shown[0]
+        self._shown, self._decision = shown, decision
+        if is_news:
+            log.info("autoscale", mode=self._config.mode, desired=_as_json(shown[0]), reason=decision.reason)
+        if self._config.mode == "on" or self._autoscaler.held is not None:
+            self._carry_out(decision, view, now, waits=waits, is_news=is_news)
+        elif is_news and self._launcher is not None:
+            self._wish(decision, Counts(0, 0), (), now)
+
+    def _carry_out(self, decision: ScaleDecision, view: PoolView, now: float, *, waits: bool, is_news: bool) -> None:
+        for worker_id, pool in decision.flips:
+            if self._dispatcher.set_role(worker_id, pool):
+                self._given[worker_id] = (pool, now + _OBEY_S)
+                log.info("role_change", worker_id=worker_id, role=pool, reason=decision.reason)
+        # One that drains although nobody here asked for it will not be counted on again: its place is given to another.
+        gone = [m.worker_id for m in self._members(view) if m.state is MemberState.DRAINING]
+        lost = [name for name in gone if name in self._fleet.workers]
+        is_wish = bool(is_news or decision.removals or lost or decision.additions.total)
+        if self._launcher is not None and is_wish and not waits:
+            self._wish(decision, decision.additions, decision.removals, now, lost=lost)
+
+    def _wish(
+        self, decision: ScaleDecision, add: Counts, remove: Sequence[str], now: float, *, lost: Sequence[str] = ()
+    ) -> None:
+        """`lost`: they drain already, and shall not come back."""
+        assert self._launcher is not None
+        self._seq += 1
+        if add.total or remove or lost:
+            self._asked_s = now
+        self._launcher(
+            {
+                "event": "scale",
+                "seq": self._seq,
+                "add": _as_json(add),
+                "remove": list(remove),
+                "lost": list(lost),
+                "desired": [decision.prefill, decision.decode],
+                "reason": decision.reason,
+            }
+        )
+
+    def _snapshot(
+        self, view: PoolView, ready: Sequence[WorkerView], seen: SeenLoad, interval_s: float, now: float
+    ) -> LoadSnapshot:
+        if seen.prompts:
+            self._mean_prompt = sum(seen.prompts) / len(seen.prompts)
+        return LoadSnapshot(
+            now_s=now,
+            interval_s=interval_s,
+            week_s=self._week_s(),
+            prompts=seen.prompts,
+            answers=seen.answers,
+            members=tuple(self._members(view)),
+            limits=worker_limits(ready),
+            queued_tokens=round(seen.num_queued * self._mean_prompt),
+            ttft=seen.ttft,
+            tpot=seen.tpot,
+            start_s=_FIRST_START_S if self._start_s is None else self._start_s,
+        )
+
+    def _members(self, view: PoolView) -> list[Member]:
+        """Those that are connected, and those that the launcher is starting."""
+        now = self._clock.now()
+        self._given = {name: given for name, given in self._given.items() if given[1] > now}
+        known = {worker.worker_id: worker for worker in view.workers}
+        members = [self._member(worker) for worker in known.values()]
+        members += [
+            Member(name, pool, MemberState.PENDING) for name, pool in self._fleet.workers.items() if name not in known
+        ]
+        return members
+
+    def _member(self, worker: WorkerView) -> Member:
+        pool = self._given[worker.worker_id][0] if worker.worker_id in self._given else _pool(worker.role)
+        if worker.worker_id in self._fleet.leaving or (worker.status is not None and not worker.is_ready):
+            state = MemberState.DRAINING
+        else:
+            state = MemberState.READY if worker.is_ready else MemberState.PENDING
+        load = worker.num_running + worker.num_bound + worker.ahead_tokens / max(1, worker.hello.max_num_batched_tokens)
+        return Member(worker.worker_id, pool, state, load, worker.hello.can_change_role)
+
+    def _measure_starts(self, view: PoolView, now: float) -> None:
+        """From the launcher's word of a new worker until it is ready here."""
+        for worker in view.workers:
+            began_s = self._first_seen.get(worker.worker_id)
+            if worker.is_ready and began_s is not None and began_s >= 0:
+                if now > began_s and self._fleet.seq >= 0:
+                    took_s = max(1.0, now - began_s)
+                    self._start_s = took_s if self._start_s is None else 0.5 * (self._start_s + took_s)
+                self._first_seen[worker.worker_id] = -1.0
+
+
+def _counts(member: Member) -> bool:
+    return member.state is not MemberState.DRAINING
+
+
+def _pool(role: object) -> Pool:
+    if role != "prefill" and role != "decode":
+        raise ConfigError(f"{role!r} is no pool")
+    return role
+
+
+def _as_json(counts: Counts) -> dict[str, int]:
+    return {"prefill": counts.prefill, "decode": counts.decode}
+
+
+def _limits(config: AutoscaleConfig) -> dict[str, object]:
+    return {
+        "prefill": [config.prefill.at_least, config.prefill.at_most],
+        "decode": [config.decode.at_least, config.decode.at_most],
+    }
+
+
+def _forecast(decision: ScaleDecision) -> dict[str, object]:
+    forecast = decision.forecast
+    return {
+        "requests_per_s": round(forecast.requests_per_s, 3),
+        "prompt_tokens_per_s": round(forecast.prompt_tokens_per_s, 1),
+        "output_tokens_per_s": round(forecast.output_tokens_per_s, 1),
+        "needed": _as_json(forecast.needed),
+        "with_headroom": _as_json(forecast.with_headroom),
+        "correction": {pool: round(factor, 3) for pool, factor in zip(POOLS, forecast.correction, strict=True)},
+    }

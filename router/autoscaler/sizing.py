@@ -1,0 +1,166 @@
+"""How many workers a load needs, from the distribution of its lengths and the fleet's step times.
+
+Prefill is a queue of N servers. Its service times are those of the sampled prompts, so a few long ones among many
+short ones count as what they are: by their variance (Pollaczek and Khinchine, with Erlang's C for N servers, as Allen
+and Cunneen combine them), and each prompt is held against its own objective.
+
+Decode is a crowd. By Little's law rate x length x step time sequences run at once, and as their number is that of a
+queue without waiting (M/G/infinity), it scatters as Poisson's, and their KV as shot noise (Campbell). N workers are
+enough when a step with an unlucky share of the crowd keeps the objective and fits the cache.
+
+Everything here is deterministic: the same load gives the same answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from ..state.objectives import Objectives
+from .scale_types import Answer, StepTimes, WorkerLimits
+
+MOST_WORKERS = 4096
+_MAX_UTILIZATION = 0.97
+_MAX_KV_USAGE = 0.95
+_FULL_SHARE = 0.1  # of the misses that are allowed: how often a cache may be full
+_DEFAULT_TTFT_S = 1.0  # where the operator set no objective
+_DEFAULT_TPOT_S = 0.05
+_LEAST_STRETCH = 1.25  # of a step with one row: no fleet makes tokens come faster
+_ROUNDS = 30
+_TOLERANCE = 1e-3
+
+
+def erlang_c(num_servers: int, offered: float) -> float:
+    """The chance that an arrival finds all servers busy; `offered`: arrivals per mean service time."""
+    if offered >= num_servers:
+        return 1.0
+    blocked = 1.0  # Erlang's B, by its recursion over servers
+    for servers in range(1, num_servers + 1):
+        blocked = offered * blocked / (servers + offered * blocked)
+    return blocked / (1.0 - offered / num_servers * (1.0 - blocked))
+
+
+@dataclass(slots=True, frozen=True)
+class PrefillLoad:
+    """Prompts as work: what each takes of a worker, and how long it may wait."""
+
+    work_s: tuple[float, ...]
+    slack_s: tuple[float, ...]  # of its objective, after its own time
+    mean_tokens: float  # of whole prompts, cached tokens included
+
+    @classmethod
+    def of(
+        cls, answers: Sequence[Answer], times: StepTimes, limits: WorkerLimits, objectives: Objectives
+    ) -> PrefillLoad:
+        ttft_s = objectives.ttft_s if objectives.ttft_s is not None else _DEFAULT_TTFT_S
+        prompts = [(max(1, a.num_prompt_tokens - a.num_cached_tokens), a.num_cached_tokens) for a in answers]
+        alone = [times.prefill_s(new, context) for new, context in prompts]
+        mean_new = sum(new for new, _ in prompts) / len(prompts) if prompts else 0.0
+        saved = _saved_s(round(mean_new), times, limits)
+        return cls(
+            tuple(max(0.25 * own, own - saved) for own in alone),
+            tuple(max(ttft_s, objectives.ttft_stretch * own) - own for own in alone),
+            sum(a.num_prompt_tokens for a in answers) / len(answers) if answers else 0.0,
+        )
+
+    def kept(self, rate: float, num_workers: int) -> float:
+        """The share of prompts that start in time; 0 where the queue grows without end."""
+        mean_s = sum(self.work_s) / len(self.work_s)
+        offered = rate * mean_s
+        utilization = offered / num_workers if num_workers else math.inf
+        if utilization >= _MAX_UTILIZATION:
+            return 0.0
+        variation = sum(x * x for x in self.work_s) / len(self.work_s) / (mean_s * mean_s) - 1.0
+        waiting = erlang_c(num_workers, offered)
+        wait_s = 0.5 * (1.0 + max(0.0, variation)) * mean_s / (num_workers * (1.0 - utilization))
+        late = sum(math.exp(-max(0.0, slack) / wait_s) for slack in self.slack_s) / len(self.slack_s)
+        return 1.0 - waiting * late
+
+    def needed(self, rate: float, target: float) -> int:
+        if not self.work_s or rate <= 0:
+            return 0
+        floor = max(1, math.ceil(rate * sum(self.work_s) / len(self.work_s)))
+        return _least(floor, lambda count: self.kept(rate, count) >= target)
+
+
+def _saved_s(mean_new: int, times: StepTimes, limits: WorkerLimits) -> float:
+    """What a prompt does not take because a busy worker fills its steps: the fixed part of a step, shared."""
+    together = limits.max_num_batched_tokens / max(1, mean_new)
+    fixed_s = 2.0 * times.prefill_s(mean_new, 0) - times.prefill_s(2 * mean_new, 0)
+    return max(0.0, fixed_s) * (1.0 - 1.0 / together) if together > 1.0 else 0.0
+
+
+@dataclass(slots=True, frozen=True)
+class DecodeLoad:
+    """Answers as a crowd of running sequences."""
+
+    mean_output: float
+    mean_held: float  # token-steps of KV: each generated token holds the context before it
+    mean_square_held: float
+    times: StepTimes
+    limits: WorkerLimits
+    tpot_s: float
+
+    @classmethod
+    def of(
+        cls, answers: Sequence[Answer], times: StepTimes, limits: WorkerLimits, objectives: Objectives
+    ) -> DecodeLoad:
+        count = max(1, len(answers))
+        outputs = [a.num_output_tokens for a in answers]
+        held = [a.num_output_tokens * (a.num_prompt_tokens + a.num_output_tokens / 2) for a in answers]
+        squares = [_square_held(a.num_prompt_tokens, a.num_output_tokens) for a in answers]
+        mean_context = sum(held) / max(1, sum(outputs))
+        wanted = objectives.tpot_s if objectives.tpot_s is not None else _DEFAULT_TPOT_S
+        possible = _LEAST_STRETCH * times.decode_step_s(1, round(mean_context))
+        return cls(sum(outputs) / count, sum(held) / count, sum(squares) / count, times, limits, max(wanted, possible))
+
+    def fits(self, rate: float, num_workers: int, target: float) -> bool:
+        """Whether a step keeps the objective, and the KV its cache, in all but 1 - `target` of the time."""
+        step_s = self.times.decode_step_s(1, 0)
+        for _ in range(_ROUNDS):
+            rows, context = rate * self.mean_output * step_s, rate * self.mean_held * step_s
+            slower_s = self._step_s(rows / num_workers, context / num_workers)
+            if slower_s > self.tpot_s:
+                return False
+            if slower_s - step_s < _TOLERANCE * step_s:
+                break
+            step_s = slower_s
+        row_sigma, context_sigma = math.sqrt(rows), math.sqrt(rate * self.mean_square_held * step_s)
+        # A full cache costs more than slow steps: who waits for room makes the next ones wait too.
+        rare = NormalDist().inv_cdf(1.0 - (1.0 - target) * _FULL_SHARE)
+        room = num_workers * self.limits.kv_tokens * _MAX_KV_USAGE
+        if context + rare * context_sigma > room or rows + rare * row_sigma > num_workers * self.limits.max_num_seqs:
+            return False
+        sigmas = NormalDist().inv_cdf(target)
+        rows, context = rows + sigmas * row_sigma, context + sigmas * context_sigma
+        return self._step_s(rows / num_workers, context / num_workers) <= self.tpot_s
+
+    def _step_s(self, rows: float, context: float) -> float:
+        return self.times.decode_step_s(max(1, math.ceil(rows)), math.ceil(context))
+
+    def needed(self, rate: float, target: float) -> int:
+        if self.mean_output <= 0 or rate <= 0:
+            return 0
+        return _least(1, lambda count: self.fits(rate, count, target))
+
+
+def _square_held(prompt: int, output: int) -> float:
+    """The integral of the squared context over an answer's tokens."""
+    return output * (prompt * prompt + prompt * output + output * output / 3)
+
+
+def _least(start: int, is_enough: Callable[[int], bool]) -> int:
+    """The smallest count from `start` on that is enough: steps that double, then halves of the last one."""
+    high, step = start, 1
+    while high < MOST_WORKERS and not is_enough(high):
+        high, step = high + step, step * 2
+    low = high if step == 1 else high - step // 2 + 1
+    while low < high:
+        middle = (low + high) // 2
+        if is_enough(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return min(high, MOST_WORKERS)

@@ -1,0 +1,212 @@
+"""The control socket: workers connect, say who they are, and stay.
+
+    channel hello (shared secret) ─> WorkerHello ─ checked ─> session ─> messages both ways ... ─> ended: worker lost
+                                          └─ does not fit ─> Refused, naming both values
+
+One session is one life of one worker's connection; a newer session of the same worker ends the older. Frames are
+decoded here, into closed message types, and handed to the dispatcher; a bad one ends its session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+
+import structlog
+
+from ...common.channel import DEFAULT_MAX_FRAME_BYTES, HELLO_TIMEOUT_S, Address, Channel, serve, server_address
+from ...common.credentials import NO_SECRET, SharedSecret
+from ...common.errors import ProtocolError, WorkerLost
+from ...common.messages import Decoder, Message, Refused, WorkerHello, WorkerToRouter
+from ..state.failures import ROUTER_STOPS
+from .dispatcher import Dispatcher
+
+TICK_S = 0.1
+LATE_TICK_S = 1.0
+SLICE_BYTES = 8 * 2**10  # of one session's messages in a row: a few milliseconds of work at most
+ROLES = ("prefill", "decode")
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True, frozen=True)
+class Expected:
+    """What every worker must be. The KV cache's layout is the first worker's."""
+
+    version: str
+    model: str  # the served name
+    max_model_len: int | None = None  # None: the first worker's
+    deterministic: bool = False
+
+
+class WorkerSession:
+    """One connection with one worker. Implements `pools.WorkerLink`."""
+
+    def __init__(self, channel: Channel, hello: WorkerHello, number: int) -> None:
+        self.worker_id = hello.worker_id
+        self.hello = hello
+        self.number = number
+        self._channel = channel
+
+    def send(self, message: Message) -> None:
+        self._channel.send(message)
+
+    def drop(self, reason: str) -> None:
+        log.warning("worker_session_dropped", worker_id=self.worker_id, session=self.number, reason=reason)
+        self.abort()
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        self._channel.abort()
+
+
+def mismatch(hello: WorkerHello, expected: Expected, peer: WorkerHello | None) -> str:
+    """Why this worker cannot join: what differs, both values. Empty: it can. `peer` is a worker that has joined."""
+    if hello.role not in ROLES:
+        return f"role {hello.role!r} of worker {hello.worker_id} is not one of {', '.join(ROLES)}"
+    checks: list[tuple[str, object, object, str]] = [
+        ("version", hello.version, expected.version, "the router's"),
+        ("model", hello.model, expected.model, "the router's"),
+        ("deterministic", bool(hello.spec.results), expected.deterministic, "the router's"),
+    ]
+    if expected.max_model_len is not None:
+        checks.append(("max_model_len", hello.max_model_len, expected.max_model_len, "the router's"))
+    if peer is not None:
+        checks.append(("max_model_len", hello.max_model_len, peer.max_model_len, f"worker {peer.worker_id}'s"))
+        checks.append(("weights", hello.spec.model, peer.spec.model, f"worker {peer.worker_id}'s"))
+        checks.append(("KV cache", hello.spec.fingerprint, peer.spec.fingerprint, f"worker {peer.worker_id}'s"))
+    for name, theirs, ours, whose in checks:
+        if theirs != ours:
+            detail = f" ({hello.spec} and {peer.spec})" if name == "KV cache" and peer is not None else ""
+            return f"{name} {theirs!r} of worker {hello.worker_id} is not {whose} {ours!r}{detail}"
+    return ""
+
+
+class ControlServer:
+    """Accepts workers and ticks the dispatcher."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        expected: Expected,
+        *,
+        router_id: str,
+        frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
+        secret: SharedSecret = NO_SECRET,
+        count_refusal: Callable[[str], None] = lambda kind: None,
+    ) -> None:
+        self._count_refusal = count_refusal
+        self._dispatcher = dispatcher
+        self._expected = expected
+        self._router_id = router_id
+        self._frame_bytes = frame_bytes
+        self._secret = secret
+        self._decoder: Decoder[Message] = Decoder(WorkerToRouter)
+        self._numbers = count(1)
+        self._sessions: dict[str, WorkerSession] = {}
+        self._server: asyncio.Server | None = None
+        self._ticker: asyncio.Task[None] | None = None
+
+    async def start(self, address: Address) -> Address:
+        """Listen; port 0 takes a free one. Returns where."""
+        self._server = await serve(
+            address,
+            self._router_id,
+            self._on_channel,
+            secret=self._secret,
+            max_frame_bytes=self._frame_bytes,
+            on_refused=self._on_refused,
+        )
+        self._ticker = asyncio.create_task(self._tick())
+        return server_address(self._server, address.host)
+
+    async def wait(self) -> None:
+        """Until `close`. Raises what the ticker raised: a router that does not tick must not go on."""
+        assert self._ticker is not None
+        await asyncio.wait([self._ticker])
+        if not self._ticker.cancelled():
+            self._ticker.result()
+
+    async def close(self) -> None:
+        """End all sessions and stop listening."""
+        assert self._server is not None and self._ticker is not None
+        self._server.close()
+        self._ticker.cancel()
+        for session in list(self._sessions.values()):
+            self._end(session, ROUTER_STOPS)
+            session.abort()
+        await asyncio.wait([self._ticker])
+        await self._server.wait_closed()
+
+    def _on_refused(self, error: ProtocolError) -> None:
+        log.warning("worker_refused", reason=str(error), kind=error.kind)
+        self._count_refusal(error.kind)
+
+    async def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            started_s = loop.time()
+            await asyncio.sleep(TICK_S)
+            # After a stall of this process, heartbeats and answers lie unread: they are read before anyone is judged.
+            if loop.time() - started_s < LATE_TICK_S:
+                self._dispatcher.tick()
+
+    async def _on_channel(self, channel: Channel) -> None:
+        """One worker's session, from its hello to its end."""
+        hello = await self._receive_hello(channel)
+        session = WorkerSession(channel, hello, next(self._numbers))
+        self._replace(hello.worker_id)
+        self._sessions[hello.worker_id] = session
+        self._dispatcher.worker_joined(session, hello)
+        log.info("worker_joined", worker_id=hello.worker_id, role=hello.role, session=session.number, pid=hello.pid)
+        reason = "the router failed"
+        try:
+            await self._converse(session, channel)
+        except (WorkerLost, ProtocolError) as error:
+            reason = str(error)
+            raise
+        finally:
+            self._end(session, reason)
+
+    async def _converse(self, session: WorkerSession, channel: Channel) -> None:
+        """Until the session ends. Where much has come at once, others have their turn in between."""
+        num_bytes = 0
+        while True:
+            frame = await channel.recv()
+            self._dispatcher.on_message(session, self._decoder.decode(frame))
+            num_bytes += len(frame)
+            if num_bytes > SLICE_BYTES:
+                num_bytes = 0
+                await asyncio.sleep(0)
+
+    async def _receive_hello(self, channel: Channel) -> WorkerHello:
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            hello = self._decoder.decode(await channel.recv())
+        if not isinstance(hello, WorkerHello):
+            raise ProtocolError(f"{channel.peer_id} began with {type(hello).__name__}, not with WorkerHello")
+        reason = self._refusal(channel, hello)
+        if reason:
+            channel.send(Refused(reason=reason[:4096]))
+            await channel.close()
+            raise ProtocolError(reason, kind="mismatch")
+        return hello
+
+    def _refusal(self, channel: Channel, hello: WorkerHello) -> str:
+        if hello.worker_id != channel.peer_id:
+            return f"worker id {hello.worker_id!r} is not the connection's {channel.peer_id!r}"
+        peer = next((s.hello for s in self._sessions.values() if s.worker_id != hello.worker_id), None)
+        return mismatch(hello, self._expected, peer)
+
+    def _replace(self, worker_id: str) -> None:
+        old = self._sessions.get(worker_id)
+        if old is not None:
+            self._end(old, "replaced by a newer session")
+            old.abort()
+
+    def _end(self, session: WorkerSession, reason: str) -> None:
+        """Idempotent."""
+        if self._sessions.get(session.worker_id) is session:
+            del self._sessions[session.worker_id]
+        self._dispatcher.worker_left(session, reason)

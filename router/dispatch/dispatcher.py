@@ -1,0 +1,348 @@
+"""The dispatcher owns every request from `submit` to its one terminal state.
+
+    submit ─> queue ─(policy)─> ReserveKV ─> Grant ─> PrefillTask ─> FirstToken, HandoffDone ─> StepTokens ... ─> done
+                ^                                                                                      │
+                └── attempt + 1: worker lost, handoff failed, refused, silent; goes on from accepted tokens
+
+Everything happens in reaction to an arrival, a message or a tick, on one asyncio loop; nothing here waits. A worker
+learns of an attempt's end by Abort, and what it still sends about it is dropped.
+
+    admission   who may wait            exchange    what workers say about requests     live     an attempt's messages
+    placer      who goes next           losses      what a lost worker means            relay    tokens, once, in order
+    policy      where to                ledger      how attempts and requests end       watch    time limits
+    isolation   who runs alone          budget      how much is tried again
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from functools import partial
+
+from ...common.clock import Clock
+from ...common.config import RouterConfig
+from ...common.errors import CapacityError, ProtocolError
+from ...common.messages import (
+    CacheChange,
+    Drain,
+    FirstToken,
+    Goodbye,
+    Grant,
+    HandoffDone,
+    HandoffFailed,
+    LiveRequests,
+    Message,
+    NoCapacity,
+    PromptLogprobs,
+    SetRole,
+    StepTokens,
+    TaskRefused,
+    TransferReport,
+    WorkerFailure,
+    WorkerHello,
+    WorkerStatus,
+)
+from ...common.request import FinishReason
+from ..placement.policy import RoutingPolicy
+from ..queue.admission import Admission
+from ..state.attempt import Live
+from ..state.classes import RequestClasses
+from ..state.failures import OTHERS_FIRST_S, Blame, Life
+from ..state.history import Kind, Record, is_named
+from ..state.objectives import NO_OBJECTIVES
+from ..state.observer import NullObserver, Observer
+from ..state.pools import Pools
+from ..state.predictor import Predictor, distance
+from ..state.request import RequestStatus, RouterRequest, StreamError, TokenStream
+from ..state.views import PoolView
+from ..state.worker import Worker, WorkerLink
+from .deadlines import LOOK_AGAIN_S, Verdict, Watch
+from .in_flight import Ledger
+from .invariants import breaches
+from .isolation import Isolation
+from .losses import Losses
+from .placer import Placer
+from .prefix_fetch import hash_prompt
+from .retries import RetryBudget
+from .worker_messages import Exchange
+
+__all__ = ["Dispatcher", "NullObserver", "Observer"]
+
+
+class Dispatcher:
+    """Not thread-safe: one asyncio loop. `tick` is called about ten times a second."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        policy: RoutingPolicy,
+        clock: Clock,
+        observer: Observer | None = None,
+        *,
+        rng: random.Random | None = None,
+        time_us: Callable[[], int] | None = None,
+        predictor: Predictor | None = None,
+        on_blameless: Callable[[Life], None] = lambda life: None,
+    ) -> None:
+        """`rng`: for the pauses before retries; seeded with the config's seed if there is none.
+
+        `on_blameless`: a worker was lost with a request that others had been lost with.
+
+        `predictor`: the one that the policy asks.
+
+        `time_us`: the time that several routers share, so that workers serve their requests in the order of arrival.
+        """
+        self._config = config
+        self._policy = policy
+        self._clock = clock
+        self._observer: Observer = observer if observer is not None else NullObserver()
+        is_local = config.local_prefill or not config.expect_prefill
+        self._pools = Pools(predictor)
+        budget = RetryBudget(rng if rng is not None else random.Random(config.seed))
+        self._ledger = Ledger(
+            clock,
+            self._observer,
+            budget,
+            max_queue=config.max_queue,
+            max_attempts=config.max_attempts,
+            by_arrival=not policy.predicts,
+            on_blameless=on_blameless,
+        )
+        self._admission = Admission(self._ledger.queue, self._observer)
+        self._isolation = Isolation(self._pools, may_prefill_locally=is_local)
+        self._placer = Placer(
+            config, policy, self._pools, self._ledger, self._admission, self._isolation, self._observer
+        )
+        self._exchange = Exchange(
+            self._pools, self._ledger, self._placer, self._admission, self._observer, may_prefill_locally=is_local
+        )
+        self._losses = Losses(self._ledger)
+        self._watch = Watch(self._pools, must_prefill_remotely=not is_local)
+        self._incarnations: dict[str, int] = {}  # the last one seen of each worker
+        self._time_us = time_us
+        self._last_arrival = 0
+        self._is_draining = False
+        self._classes = RequestClasses.from_config(config)
+
+    # --- for the API ------------------------------------------------------------------------------------------
+
+    def submit(self, request: RouterRequest) -> TokenStream:
+        """Take a request. Raises CapacityError (no room, too late, draining) or RequestError (it can never fit)."""
+        if self._is_draining:
+            self._observer.on_rejected("draining")
+            raise CapacityError("the router is draining")
+        self._observer.on_submitted(request)
+        now = self._clock.now()
+        self._placer.check_fits(request)
+        hash_prompt(self._pools, request)
+        if request.objectives is NO_OBJECTIVES:  # nobody has said what it is to get
+            request.objectives = self._classes.named(request.request_class)
+        request.unloaded_s = self._pools.predictor.unloaded_s(request.num_prompt_tokens)
+        victim = self._admission.check(request, now)
+        if victim is not None:
+            self._ledger.fail(victim, self._admission.displaced(now))
+        self._last_arrival = max(self._last_arrival + 1, self._time_us() if self._time_us is not None else 0)
+        request.arrival = self._last_arrival
+        request.timestamps["queued"] = now
+        name = request.request_id  # not the live request itself: it holds the stream, and should end with its last user
+        stream = TokenStream(request, partial(self._reader_left, name), partial(self._reader_ended, name))
+        deadline = None if request.timeout_s is None else now + request.timeout_s
+        live = Live(request, stream, deadline, event_s=now)
+        self._exchange.relay.hold(live)
+        self._admission.on_admitted(live, now)
+        self._ledger.add(live)
+        self._placer.run(now)
+        return stream
+
+    def ready(self) -> list[str]:
+        """Why this router cannot serve as configured; empty: it can."""
+        reasons = []
+        if not self._pools.has_ready("decode"):
+            reasons.append("no decode worker is ready")
+        if self._config.expect_prefill and not self._pools.has_ready("prefill"):
+            reasons.append("no prefill worker is ready")
+        if self._is_draining:
+            reasons.append("the router is draining")
+        return reasons
+
+    def view(self) -> PoolView:
+        now = self._clock.now()
+        view = self._pools.view(now, num_queued=len(self._ledger.queue), num_live=len(self._ledger))
+        view.queued_by_class = dict(self._ledger.queue.num_by_class)
+        return view
+
+    # --- for operators ----------------------------------------------------------------------------------------
+
+    def requests(self, kind: Kind, request_class: str | None, limit: int) -> list[dict[str, object]]:
+        """Of those that have ended lately; `limit` of them at most."""
+        now = self._clock.now()
+        return [record.summary(now) for record in self._ledger.history.list(kind, request_class, limit)]
+
+    def request(self, request_id: str) -> dict[str, object] | None:
+        """All that is known of a request that lives or has ended lately."""
+        alive = (live.request for live in self._ledger if is_named(live.request.request_id, request_id))
+        record = next(map(Record.of, alive), None) or self._ledger.history.find(request_id)
+        return None if record is None else record.details(self._clock.now())
+
+    def breaches(self) -> list[str]:
+        """What must hold between any two events and does not: for simulations and tests."""
+        return breaches(self._ledger, self._pools, self._isolation)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new and wait for what runs; what is left at the end fails."""
+        self._is_draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._ledger.wait_idle()
+        except TimeoutError:
+            for live in self._ledger:
+                self._ledger.fail(live, StreamError("the router stops", "router_stopping", 503))
+
+    def drain_worker(self, worker_id: str, deadline_s: float) -> bool:
+        """No new work for this worker; it exits when what it has is done, or after `deadline_s`."""
+        worker = self._pools.named(worker_id)
+        if worker is not None:
+            self._exchange.note_drain(worker)
+            worker.link.send(Drain(deadline_s=deadline_s))
+        return worker is not None
+
+    def set_role(self, worker_id: str, role: str) -> bool:
+        """Let the worker offer `role`. False: it is not here, or it has one role for good."""
+        worker = self._pools.named(worker_id)
+        if worker is None or not worker.hello.can_change_role:
+            return False
+        worker.link.send(SetRole(role=role))
+        return True
+
+    # --- workers come and go ------------------------------------------------------------------------------------
+
+    def worker_joined(self, link: WorkerLink, hello: WorkerHello) -> None:
+        """A new session. One of the same worker that is still open is over."""
+        old = self._pools.named(hello.worker_id)
+        if old is not None:
+            self.worker_left(old.link, "replaced by a newer session")
+            old.link.drop("replaced by a newer session")
+        if self._incarnations.get(hello.worker_id) == hello.incarnation:
+            # When its last session broke, all that it had was placed anew or left to the decode worker.
+            link.send(LiveRequests(live=()))
+            self._losses.on_returned((hello.worker_id, hello.incarnation))
+        self._incarnations[hello.worker_id] = hello.incarnation
+        now = self._clock.now()
+        is_only = not self._pools.has_ready(hello.role)
+        self._pools.join(link, hello, now)
+        if is_only:
+            self._ledger.let_others_first(now + OTHERS_FIRST_S)
+        self._admission.forecast.on_workers_changed()
+
+    def worker_left(self, link: WorkerLink, reason: str) -> None:
+        """The session has ended. Idempotent."""
+        worker = self._pools.leave(link)
+        if worker is None:
+            return
+        now = self._clock.now()
+        self._losses.on_left(worker, reason, now)
+        self._admission.forecast.on_workers_changed()
+        self._placer.run(now)
+
+    def on_message(self, link: WorkerLink, message: Message) -> None:
+        """A worker's message. Raises ProtocolError for one that no worker sends."""
+        worker = self._pools.find(link)
+        if worker is None:
+            self._observer.on_dropped("old_session")
+            return
+        now = self._clock.now()
+        match message:
+            case StepTokens():
+                self._exchange.on_steps(worker, message, now)
+            case WorkerStatus():
+                has_gained = self._pools.on_status(worker, message, now)
+                self._pools.predictor.on_status(link.number, message)
+                if message.state == "draining":
+                    self._exchange.note_drain(worker)
+                self._ledger.is_due = self._ledger.is_due or has_gained
+            case Goodbye():
+                worker.has_said_goodbye = True
+                return
+            case CacheChange():
+                self._pools.prefix_index.on_change(link.number, message)
+                return
+            case TransferReport():
+                self._observer.on_transfer(message)
+                self._learn_path(worker, message)
+            case Grant() | NoCapacity() | TaskRefused() | HandoffDone() | HandoffFailed():
+                self._exchange.on_request_message(worker, message, now)
+            case FirstToken() | PromptLogprobs() | WorkerFailure():
+                self._exchange.on_request_message(worker, message, now)
+            case _:
+                raise ProtocolError(f"{type(message).__name__} from {worker.worker_id} in the middle of its session")
+        self._placer.run(now)
+
+    def tick(self) -> None:
+        """Time has passed: hung workers, deadlines, answers that do not come."""
+        now = self._clock.now()
+        for worker in self._pools:
+            reason = worker.hang(now)
+            if reason is not None:
+                self.worker_left(worker.link, reason)
+                worker.link.drop(reason)
+        self._watch.look_at_pools(now)
+        self._admission.observe(now)
+        for live in self._ledger.looks.due(now):
+            self._look_at(live, now)
+            if not live.request.is_finished:
+                self._ledger.looks.by(live, self._next_look_s(live, now))
+        self._ledger.is_due = True
+        self._placer.run(now)
+
+    def _look_at(self, live: Live, now: float) -> None:
+        self._exchange.relay.check_held(live, now)
+        match self._watch.judge(live, now):
+            case StreamError() as error:
+                self._ledger.fail(live, error)
+            case Blame() as blame:
+                self._ledger.retry(live, blame)
+            case Verdict.ASK:
+                live.ask_if_arrived(now)
+            case None:
+                self._ledger.settle(live, now)
+                if live.request.status is RequestStatus.QUEUED:
+                    self._placer.is_too_late(live, now)
+
+    def _next_look_s(self, live: Live, now: float) -> float:
+        at_s = self._watch.next_look_s(live, now)
+        late_s = self._admission.late_s(live) if live.request.status is RequestStatus.QUEUED else None
+        return at_s if late_s is None else min(at_s, max(late_s, now + LOOK_AGAIN_S))
+
+    def _learn_path(self, source: Worker, report: TransferReport) -> None:
+        target = self._pools.named(report.decode_worker)
+        if target is not None:
+            path = distance(source.hello, target.hello)
+            self._pools.predictor.on_transfer(report, path, source.hello.spec.num_layers)
+
+    # --- readers ----------------------------------------------------------------------------------------------
+
+    def _reader_left(self, request_id: str) -> None:
+        if (live := self._ledger.get(request_id)) is not None:
+            self._on_client_left(live)
+
+    def _reader_ended(self, request_id: str, choice: int) -> None:
+        if (live := self._ledger.get(request_id)) is not None:
+            self._on_choice_ended(live, choice)
+
+    def _on_client_left(self, live: Live) -> None:
+        self._ledger.abort(live)
+        self._placer.run(self._clock.now())
+
+    def _on_choice_ended(self, live: Live, choice: int) -> None:
+        """The API found a stop string. What the choice still yields is dropped."""
+        state = live.request.choices[choice]
+        if live.request.is_finished or state.finish is not None:
+            return
+        state.end_now(FinishReason.STOP)
+        live.ended_here.add(choice)
+        if live.request.unfinished:
+            live.drop_choice(choice)
+        else:
+            self._ledger.finish(live)
+            self._placer.run(self._clock.now())

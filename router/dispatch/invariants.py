@@ -1,0 +1,71 @@
+"""What holds in a router between any two events, as predicates for simulations and tests.
+
+requests   admitted = running + finished + failed + aborted; a queued request is on no worker, any other on its own
+attempts   no more failures than allowed, no third strike that lives
+workers    what is bound to one belongs to a live request; where a request runs alone nothing else is
+queue      its counts are those of its members
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..state.attempt import Live
+from ..state.failures import MAX_STRIKES
+from ..state.pools import Pools
+from ..state.request import RequestStatus
+from .in_flight import Ledger
+from .isolation import Isolation
+
+
+def breaches(ledger: Ledger, pools: Pools, isolation: Isolation) -> list[str]:
+    """One line for each that is broken; empty: all is well."""
+    found = [*_of_requests(ledger), *_of_workers(ledger, pools), *_of_claims(isolation)]
+    for live in ledger:
+        found += _of_request(live, ledger)
+    return found
+
+
+def _of_requests(ledger: Ledger) -> Iterator[str]:
+    tally = ledger.tally
+    ended = tally.finished + tally.failed + tally.aborted
+    if tally.admitted != len(ledger) + ended:
+        yield f"{tally.admitted} admitted, {len(ledger)} live and {ended} ended: {tally}"
+    queued = [live for live in ledger if live.request.status is RequestStatus.QUEUED]
+    members = list(ledger.queue)
+    if set(queued) != set(members) or len(members) != len(set(members)):
+        yield f"{len(queued)} requests are queued, the queue has {len(members)}"
+    if ledger.queue.num_waiting < 0 or ledger.queue.num_waiting > len(members):
+        yield f"{ledger.queue.num_waiting} of {len(members)} wait"
+
+
+def _of_request(live: Live, ledger: Ledger) -> Iterator[str]:
+    request = live.request
+    name = f"request {request.request_id}, {request.status.value}"
+    if request.is_finished:
+        yield f"{name}: it has ended and lives"
+    if (request.status is RequestStatus.QUEUED) != (live.decode is None):
+        yield f"{name}: decode worker {live.decode and live.decode.worker_id}"
+    if live.decode is not None and request.request_id not in live.decode.loads:
+        yield f"{name}: not bound to {live.decode.worker_id}"
+    if request.num_failures >= ledger.max_attempts:
+        yield f"{name}: {request.num_failures} attempts failed"
+    if len(live.strikes) >= MAX_STRIKES:
+        yield f"{name}: {len(live.strikes)} strikes"
+
+
+def _of_workers(ledger: Ledger, pools: Pools) -> Iterator[str]:
+    for worker in pools:
+        for request_id in worker.loads:
+            live = ledger.get(request_id)
+            if live is None or worker not in (live.prefill, live.decode):
+                yield f"{worker.worker_id}: bound to {request_id}, which has nothing there"
+
+
+def _of_claims(isolation: Isolation) -> Iterator[str]:
+    for claim in isolation.claims:
+        if claim.attempt is None or claim.is_over:
+            continue
+        for worker in claim.workers:
+            if others := worker.loads.keys() - {claim.live.request.request_id}:
+                yield f"{worker.worker_id}: {claim.live.request.request_id} runs alone beside {sorted(others)}"

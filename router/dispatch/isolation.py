@@ -1,0 +1,123 @@
+"""Requests that run alone: those in whose running step two workers were lost.
+
+    claim ─> nothing new goes there ─> what runs there ends ─> the one attempt ─> released
+
+If that attempt's worker is lost too, nothing else can have been the reason. Where prompts may be computed on decode
+workers one worker is claimed, else one of each role. Claims never take every open decode worker for more than half of
+the time: after such a claim the others come first for as long as it lasted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..placement.policy import Demand, Placement, Reason, fits_decode, fits_prefill
+from ..state.attempt import Live
+from ..state.pools import Pools
+from ..state.request import RequestStatus
+from ..state.worker import Worker
+
+PATIENCE_S = 10.0  # for another router's work on a claimed worker: then it is as alone as can be had
+_MAX_SHARE = 2  # at most one in so many decode workers is claimed, if there is more than one
+
+
+@dataclass(slots=True, eq=False)
+class Claim:
+    """Workers that are kept for one request."""
+
+    live: Live
+    workers: tuple[Worker, ...]  # the decode worker first
+    since_s: float
+    attempt: int | None = None  # that runs there; None: they are not empty yet
+
+    @property
+    def is_over(self) -> bool:
+        """Its attempt has ended, or the request needs it no more. A refused reservation is the same attempt."""
+        request = self.live.request
+        if request.is_finished or not self.live.must_run_alone:
+            return True
+        return self.attempt is not None and request.attempt != self.attempt
+
+
+class Isolation:
+    """Claims workers and says when they are empty. `sweep` comes before every round of placing."""
+
+    def __init__(self, pools: Pools, *, may_prefill_locally: bool) -> None:
+        self.claims: list[Claim] = []
+        self._pools = pools
+        self._may_prefill_locally = may_prefill_locally
+        self._rest_until_s = 0.0  # until then the last open decode worker is not claimed
+
+    def sweep(self, now_s: float) -> None:
+        """Give back what is claimed in vain."""
+        for claim in list(self.claims):
+            is_waiting = claim.live.request.status is RequestStatus.QUEUED
+            if claim.is_over or (is_waiting and not all(self._is_there(worker) for worker in claim.workers)):
+                self._release(claim, now_s)
+
+    def place(self, live: Live, now_s: float, *, has_others: bool) -> Placement | None:
+        """Where to run it, as soon as its workers are empty."""
+        demand = live.demand(self._pools, frozenset(), now_s)
+        claim = next((claim for claim in self.claims if claim.live is live), None)
+        claim = claim or self._claim(live, demand, now_s, has_others)
+        if claim is None or not all(self._is_empty(worker, claim, now_s) for worker in claim.workers):
+            return None
+        if any(live.is_refused_by(worker, now_s) for worker in claim.workers):
+            return None
+        claim.attempt = live.request.attempt
+        decode, *prefill = claim.workers
+        return Placement(prefill[0].worker_id if prefill else None, decode.worker_id, Reason.ALONE)
+
+    def _claim(self, live: Live, demand: Demand, now_s: float, has_others: bool) -> Claim | None:
+        open_decodes = self._open("decode")
+        num_decodes = len(open_decodes) + len(self.claims)
+        if len(self.claims) >= max(1, num_decodes // _MAX_SHARE):
+            return None
+        if len(open_decodes) == 1 and has_others and now_s < self._rest_until_s:
+            return None
+        chosen = [self._emptiest(open_decodes, demand, now_s)]
+        if not self._may_prefill_locally:
+            chosen.append(self._emptiest(self._open("prefill"), demand, now_s, beside=chosen[0]))
+        workers = tuple(worker for worker in chosen if worker is not None)
+        if len(workers) < len(chosen):
+            return None
+        claim = Claim(live, workers, now_s)
+        for worker in workers:
+            self._pools.claim(worker)
+        self.claims.append(claim)
+        return claim
+
+    def _open(self, role: str) -> list[Worker]:
+        return [worker for worker in self._pools.with_role(role) if worker.is_ready and not worker.is_claimed]
+
+    def _emptiest(
+        self, workers: list[Worker], demand: Demand, now_s: float, *, beside: Worker | None = None
+    ) -> Worker | None:
+        """The one that is likely to be empty first. `beside`: the decode worker of the pair."""
+        views = [worker.view(now_s) for worker in workers]
+        if beside is None:
+            views = [view for view in views if fits_decode(view, demand)]
+        else:
+            views = [
+                view
+                for view in views
+                if fits_prefill(view, demand) and (view.session, beside.link.number) not in demand.failed_pairs
+            ]
+        best = min(views, key=lambda view: (view.num_running, view.ahead_tokens, view.worker_id), default=None)
+        return None if best is None else self._pools.named(best.worker_id)
+
+    def _is_there(self, worker: Worker) -> bool:
+        return self._pools.find(worker.link) is worker and worker.is_ready
+
+    def _is_empty(self, worker: Worker, claim: Claim, now_s: float) -> bool:
+        if worker.loads:
+            return False
+        view = worker.view(now_s)
+        return not (view.num_running or view.ahead_tokens) or now_s - claim.since_s >= PATIENCE_S
+
+    def _release(self, claim: Claim, now_s: float) -> None:
+        self.claims.remove(claim)
+        for worker in claim.workers:
+            self._pools.unclaim(worker)
+        if not self._open("decode")[1:]:
+            self._rest_until_s = now_s + (now_s - claim.since_s)

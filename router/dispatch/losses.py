@@ -1,0 +1,93 @@
+"""A worker is gone: what becomes of the requests that it had, and whose fault its end may be.
+
+    decode worker lost     its requests go on elsewhere, from their accepted tokens
+    prefill worker lost    the decode worker is asked whether the KV has arrived: it alone knows
+    it had said goodbye    the same, and nobody failed: it ended by itself, when it had drained or was told to
+
+A request that was in the worker's running step gets a strike. That step ran on another machine: what is known of it
+are the tokens of the last steps and the order of the prompts. Queued, reserved, arrived and waiting for the batch, or
+on its way between workers: none of these can have ended a worker.
+"""
+
+from __future__ import annotations
+
+import structlog
+
+from ..state.attempt import Live
+from ..state.failures import DRAINED, ROUTER_STOPS, WORKER_LOST, Blame, Life
+from ..state.request import RequestStatus
+from ..state.worker import HEARTBEAT_LIMIT_S, Worker
+from .in_flight import Ledger
+
+_TRANSIT_S = 0.002  # a task sent so shortly before the end was never read
+
+log = structlog.get_logger(__name__)
+
+
+class Losses:
+    """Carries out what a loss means for the ledger."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def on_left(self, worker: Worker, reason: str, now_s: float) -> None:
+        what = f"{worker.role} worker {worker.worker_id} lost: {reason}"
+        tell = log.debug if reason == ROUTER_STOPS else log.info if worker.has_said_goodbye else log.warning
+        tell("worker_lost", worker_id=worker.worker_id, role=worker.role, reason=reason)
+        self._ledger.explain(worker)
+        # All blames before the first consequence, which would change what the worker is known to have had.
+        blames = {
+            live: _blame(live, worker, what, now_s) for live in self._ledger if worker in (live.decode, live.prefill)
+        }
+        for live, blame in blames.items():
+            if live.decode is worker:
+                self._ledger.retry(live, blame)
+            elif live.is_prefilling_remotely:
+                live.lost_prefill = blame
+                live.ask_if_arrived(now_s)
+
+    def on_returned(self, life: Life) -> None:
+        """The same process is back: it was away, not dead, and no request had ended it."""
+        for live in self._ledger:
+            live.strikes.discard(life)
+            if live.lost_prefill is not None and live.lost_prefill.strike == life:
+                live.lost_prefill = live.lost_prefill._replace(strike=None)
+
+
+def _blame(live: Live, worker: Worker, what: str, now_s: float) -> Blame:
+    if worker.has_said_goodbye:
+        return Blame(DRAINED, what, is_counted=False)
+    return Blame(WORKER_LOST, what, strike=worker.life if was_computing(live, worker, now_s) else None)
+
+
+def was_computing(live: Live, worker: Worker, now_s: float) -> bool:
+    """Did the step that `worker` ran at its end have a row of this request?"""
+    end_s = now_s
+    if worker.silent_s(now_s) > HEARTBEAT_LIMIT_S:
+        end_s -= worker.silent_s(now_s)  # it stood still from there on
+    if (
+        live.request.status not in (RequestStatus.PREFILLING, RequestStatus.DECODING)
+        or live.task_s > end_s - _TRANSIT_S
+    ):
+        return False
+    if worker is live.prefill:
+        return not live.prompt_computed and worker.computes_prompt_of(live.request.request_id)
+    if live.request.status is RequestStatus.PREFILLING:
+        return live.prefill is None and worker.computes_prompt_of(live.request.request_id)
+    if live.has_stepped:
+        return worker.decodes(live.request.request_id)
+    return _has_joined(live, worker)
+
+
+def _has_joined(live: Live, worker: Worker) -> bool:
+    """The KV has arrived and no token came: does the request wait for the batch, or is its first step under way?
+
+    It joins when the step that runs at its arrival is over, and not before the worker's word of the arrival has left
+    it. A resumed one then feeds what was accepted before, which yields no tokens; of any other the first message may
+    be lost with the worker.
+    """
+    if live.arrived_s is None:
+        return False
+    if worker.status is not None and worker.status.num_running >= worker.hello.max_num_seqs:
+        return False
+    return worker.stepped_s > live.arrived_s or worker.has_only(live.request.request_id)

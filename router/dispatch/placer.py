@@ -1,0 +1,240 @@
+"""Who waits, and who goes where next: the central queue against the policy.
+
+A round of placing walks the queue in order. A request that finds no room keeps the decode worker that it waits for,
+so nothing smaller starves it; a few may be passed over, and then the round ends.
+"""
+
+from __future__ import annotations
+
+import structlog
+
+from ...common.config import RouterConfig
+from ...common.errors import RequestError
+from ..placement.candidates import EXPLAIN_EVERY, candidates
+from ..placement.policy import Demand, Lack, Placement, Reason, RoutingPolicy, Wait, fits_decode, fits_prefill
+from ..queue.admission import Admission
+from ..state.attempt import Live, max_num_tokens
+from ..state.decisions import Candidate, Decision, note
+from ..state.observer import Observer
+from ..state.pools import Pools
+from ..state.request import RequestStatus, RouterRequest, StreamError
+from ..state.views import PoolView, WorkerView
+from ..state.worker import Worker
+from .in_flight import Ledger
+from .isolation import Isolation
+from .prefix_fetch import fetch_from
+from .prefix_homes import Keepers
+
+ISOLATION = "isolation"  # who decides on requests that run alone
+LOOK_AHEAD = 8  # requests that may be passed over in one round
+FALLBACK_LOG_EVERY_S = 1.0
+
+log = structlog.get_logger(__name__)
+
+
+class Placer:
+    """Moves requests from the ledger's queue to workers."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        policy: RoutingPolicy,
+        pools: Pools,
+        ledger: Ledger,
+        admission: Admission,
+        isolation: Isolation,
+        observer: Observer,
+    ) -> None:
+        self._ledger = ledger
+        self._admission = admission
+        self._isolation = isolation
+        self._policy = policy
+        self._pools = pools
+        self._keepers = Keepers(pools)
+        self._observer = observer
+        self._max_local_tokens = config.max_local_prefill_tokens if config.local_prefill else 0
+        self._needs_prefill_worker = config.expect_prefill and not config.local_prefill
+        self._explains_all = config.explain
+        self._is_running = False
+        self._fallbacks_unlogged = 0
+        self._fallback_logged_s = float("-inf")
+
+    def run(self, now_s: float) -> None:
+        """Place what can be placed; once more if placing itself changed something."""
+        if self._is_running:
+            return
+        self._is_running = True
+        try:
+            while self._ledger.is_due:
+                self._ledger.is_due = False
+                self._place_alone(now_s)
+                if len(self._ledger.queue):
+                    self._run_round(now_s)
+        finally:
+            self._is_running = False
+
+    def _run_round(self, now_s: float) -> None:
+        view: PoolView | None = self._pools.picture(now_s)
+        claimed, passed = frozenset[int](), set[Live]()
+        if self._policy.predicts:
+            num_workers = self._pools.num_ready("prefill") or self._pools.num_ready("decode")
+            rate = self._admission.forecast.work_rate(num_workers)
+            self._ledger.queue.triage(now_s, rate, self._admission.offered)
+        queue = self._ledger.queue
+        while len(queue) > len(passed) and (
+            next_ones := [live for live in queue.first(LOOK_AHEAD, now_s) if live not in passed]
+        ):
+            for live in next_ones:
+                if live.request.status is not RequestStatus.QUEUED or self.is_too_late(live, now_s):
+                    continue  # placing an earlier one has ended it, or it ends now
+                demand = live.demand(self._pools, claimed, now_s)
+                view = view or self._pools.picture(now_s)
+                answer = self._policy.place(view, demand)
+                if isinstance(answer, Placement):
+                    seen = candidates(self._policy, view, demand) if self._is_explained(live) else ()
+                    self._place(live, answer, now_s, by=self._policy.name, seen=seen)
+                    view = None
+                    continue
+                if live.waits_s is None:
+                    live.waits_s = now_s
+                self._note_lack(live, answer, now_s)
+                if answer.claim is not None:
+                    claimed |= {answer.claim}
+                passed.add(live)
+                if len(passed) == LOOK_AHEAD or answer.lack in (Lack.DECODE_WORKER, Lack.PREFILL_WORKER):
+                    return
+
+    def _place_alone(self, now_s: float) -> None:
+        """Those that may kill workers wait for one of their own. Nobody behind them in the queue waits for that."""
+        self._isolation.sweep(now_s)
+        for live in self._ledger.queue.alone(now_s):
+            has_others = any(not other.must_run_alone for other in self._ledger)
+            placement = self._isolation.place(live, now_s, has_others=has_others)
+            if placement is not None:
+                self._place(live, placement, now_s, by=ISOLATION)
+            elif not self._isolation.claims:
+                self._note_hopeless(live, now_s)
+
+    def _note_hopeless(self, live: Live, now_s: float) -> None:
+        """No worker is kept for it, and none can be where every pair has failed or nothing can hold it."""
+        answer = self._policy.place(self._pools.picture(now_s), live.demand(self._pools, frozenset(), now_s))
+        if isinstance(answer, Wait) and answer.lack in (Lack.PAIR, Lack.FIT):
+            self._note_lack(live, answer, now_s)
+
+    def is_too_late(self, live: Live, now_s: float) -> bool:
+        """Whether its first token could not come in time any more: then it is sent away."""
+        error = self._admission.too_late(live, now_s)
+        if error is not None:
+            self._ledger.fail(live, error)
+        return error is not None
+
+    def _is_explained(self, live: Live) -> bool:
+        return self._explains_all or live.request.arrival % EXPLAIN_EVERY == 0
+
+    def _place(
+        self, live: Live, placement: Placement, now_s: float, *, by: str, seen: tuple[Candidate, ...] = ()
+    ) -> None:
+        self._note_decision(live.request, placement, now_s, by, seen)
+        decode = self._pools.named(placement.decode_worker)
+        assert decode is not None
+        self._ledger.queue.take(live)
+        live.lacks_s = None
+        live.note_placement(placement, now_s)
+        computing = self._pools.named(placement.prefill_worker or placement.decode_worker)
+        assert computing is not None
+        live.fetch = fetch_from(self._pools, live.request, placement.fetch_from, computing)
+        if placement.prefill_worker is None:
+            if placement.reason.is_fallback:
+                self._note_fallback(live, decode, placement.reason, now_s)
+            self._keepers.note_local(live, decode)
+            live.run_locally(decode, now_s)
+            return
+        prefill = self._pools.named(placement.prefill_worker)
+        assert prefill is not None
+        live.decode_keeps = self._keepers.decode_keeps(live, prefill, decode)
+        live.reserve(prefill, decode, self._max_local_tokens, now_s)
+
+    def _note_decision(
+        self, request: RouterRequest, placement: Placement, now_s: float, by: str, seen: tuple[Candidate, ...]
+    ) -> None:
+        expected = placement.prediction
+        decision = Decision(
+            attempt=request.attempt,
+            at_s=now_s,
+            policy=by,
+            prefill_worker=placement.prefill_worker,
+            decode_worker=placement.decode_worker,
+            reason=placement.reason.value,
+            waited_for=request.waiting_for,
+            ttft_s=expected.ttft_s if expected is not None else None,
+            tpot_s=expected.tpot_s if expected is not None else None,
+            candidates=seen,
+        )
+        note(request.decisions, decision)
+        request.waiting_for = ""
+        self._observer.on_placed(by, decision.reason)
+
+    def _note_lack(self, live: Live, wait: Wait, now_s: float) -> None:
+        live.request.waiting_for = wait.lack.value
+        if wait.lack is Lack.FIT:
+            request = live.request
+            text = f"no worker can hold {request.num_prompt_tokens} prompt tokens and the answer of {request.n} choices"
+            self._ledger.fail(live, StreamError(text, "context_length_exceeded", 400))
+        elif wait.lack is not Lack.PAIR:
+            live.lacks_s = None
+        elif live.lacks_s is None:
+            live.lacks_s = now_s
+
+    def _note_fallback(self, live: Live, decode: Worker, reason: Reason, now_s: float) -> None:
+        """Count each; log the first, and then one a second at most."""
+        self._observer.on_fallback("local_prefill")
+        self._fallbacks_unlogged += 1
+        if now_s - self._fallback_logged_s >= FALLBACK_LOG_EVERY_S:
+            log.warning(
+                "local_prefill_fallback",
+                request_id=live.request.request_id,
+                worker_id=decode.worker_id,
+                reason=reason.value,
+                failed=list(live.failed_pairs.values()),
+                count=self._fallbacks_unlogged,
+            )
+            self._fallback_logged_s, self._fallbacks_unlogged = now_s, 0
+
+    def prefill_for_grant(self, live: Live, now_s: float) -> Worker | None:
+        """Another prefill worker for the unopened grant that the request holds, while it is fresh."""
+        assert live.grant is not None and live.decode is not None
+        if now_s - live.grant_s >= live.grant.open_within_s / 2:
+            return None
+        demand = live.demand(self._pools, frozenset(), now_s)
+        other = self._policy.prefill_for(self._pools.picture(now_s), demand, live.decode.link.number)
+        return None if other is None else self._pools.named(other.worker_id)
+
+    def check_fits(self, request: RouterRequest) -> None:
+        """Raises RequestError (400) if none of the workers that are there could ever run the request."""
+        demand = Demand(
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_tokens=request.num_prompt_tokens,
+            max_num_tokens=max_num_tokens(request, self._pools),
+            num_choices=request.n,
+        )
+        spec = self._pools.spec
+        if spec is not None and demand.blocks_to_end(spec) <= self._pools.least_blocks:
+            return
+        view = self._pools.picture(0.0)
+        decodes = [worker for worker in view.workers if worker.role == "decode"]
+        prefills = [worker for worker in view.workers if worker.role == "prefill"]
+        if decodes and not any(fits_decode(worker, demand) for worker in decodes):
+            raise _too_large(demand, demand.blocks_to_end(decodes[0].hello.spec), decodes)
+        if self._needs_prefill_worker and prefills and not any(fits_prefill(worker, demand) for worker in prefills):
+            raise _too_large(demand, prefills[0].hello.spec.num_blocks_for(demand.num_prompt_tokens), prefills)
+
+
+def _too_large(demand: Demand, num_blocks: int, workers: list[WorkerView]) -> RequestError:
+    new_tokens = demand.max_num_tokens - demand.num_prompt_tokens
+    return RequestError(
+        f"{demand.num_prompt_tokens} prompt tokens and {demand.num_choices} x up to {new_tokens} new ones need "
+        f"{num_blocks} KV blocks of {workers[0].hello.spec.block_size} tokens; the largest {workers[0].role} worker "
+        f"has {max(worker.hello.num_blocks for worker in workers)}",
+        param="max_tokens",
+        code="context_length_exceeded",
+    )

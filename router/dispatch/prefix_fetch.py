@@ -1,0 +1,49 @@
+"""What a placement's `fetch_from` becomes on its way to the worker that computes the prompt.
+
+A prefix is read only between workers whose ranks hold the same heads: equal tensor-parallel sizes. Everything else that
+must fit does, as all workers of a router have one KV layout; whoever lends says no where it does not.
+"""
+
+from __future__ import annotations
+
+from ...common.messages import FetchFrom
+from ...kvcache.blocks import hash_blocks, prefix_salt
+from ..state.pools import Pools
+from ..state.request import RouterRequest
+from ..state.worker import Worker
+
+MAX_FETCH_S = 2.0  # for a worker that was slower than expected: the rest of the prefix is computed
+
+
+def may_fetch(source: Worker, reader: Worker) -> bool:
+    """Can the one read from the other?"""
+    return (
+        source is not reader
+        and bool(source.hello.kv_address)
+        and source.hello.tp_size == reader.hello.tp_size
+        and source.hello.transport == reader.hello.transport
+    )
+
+
+def fetch_from(pools: Pools, request: RouterRequest, source_id: str | None, reader: Worker) -> FetchFrom | None:
+    """For the task; None: nothing is to be read, or the source has gone or lost it meanwhile."""
+    source = pools.named(source_id) if source_id is not None else None
+    if source is None or not may_fetch(source, reader):
+        return None
+    found = pools.prefix_index.match(request.block_hashes)
+    num_blocks = found.get(source.link.number, 0)
+    if num_blocks <= found.get(reader.link.number, 0):
+        return None
+    return FetchFrom(
+        worker_id=source.worker_id,
+        kv_address=source.hello.kv_address,
+        num_tokens=num_blocks * source.hello.spec.block_size,
+        within_s=MAX_FETCH_S,
+    )
+
+
+def hash_prompt(pools: Pools, request: RouterRequest) -> None:
+    """Once for each request, as its workers will: how the index knows its blocks. None while there is no worker."""
+    if pools.spec is not None and not request.block_hashes and request.sampling.prompt_logprobs is None:
+        salt = prefix_salt(pools.spec, request.cache_salt)
+        request.block_hashes = hash_blocks(request.prompt_token_ids, pools.spec.block_size, salt)

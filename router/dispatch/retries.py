@@ -1,0 +1,79 @@
+"""How much may be tried again: a token bucket for the whole router, and the pause before a repeated failure.
+
+    each admitted request   + 0.1      a storm of errors adds a tenth to the load, not a multiple of it
+    each second             + 1        so that a quiet router can retry at all
+    a retry                 - 1        nothing left: the request fails with 503
+
+Only errors that live workers report are charged. Such an error may be the first sign of a death, seen by a peer before
+the router: a charge is held against the sessions that took part, and taken back if one of them is lost within
+NOTICE_S. For so long a retry without a token waits for that news.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from ..state.failures import Life
+
+SHARE_OF_ADMITTED = 0.1
+REFILL_PER_S = 1.0
+BURST = 64.0  # failures at one moment, such as the open handoffs of a link that breaks, are no storm
+NOTICE_S = 1.5  # from an error to the loss that explains it; a hung peer's leases end about so long before its verdict
+_FIRST_PAUSE_S = 0.05
+_MAX_PAUSE_S = 1.0
+
+
+@dataclass(slots=True)
+class Charge:
+    """What one retry costs."""
+
+    sessions: frozenset[int]  # of the workers that took part in the failure
+    at_s: float
+    is_paid: bool
+    suspect: Life | None = None  # the worker that computed the request then
+
+    def is_explained_by(self, session: int, now_s: float) -> bool:
+        return session in self.sessions and now_s - self.at_s <= NOTICE_S
+
+
+class RetryBudget:
+    """Full at first. Time is the caller's."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._tokens = BURST
+        self._refilled_s: float | None = None
+
+    def on_admitted(self) -> None:
+        self._add(SHARE_OF_ADMITTED)
+
+    def charge(self, sessions: frozenset[int], now_s: float, suspect: Life | None = None) -> Charge:
+        return Charge(sessions, now_s, self._take(now_s), suspect)
+
+    def pay(self, charge: Charge, now_s: float) -> bool:
+        """Try again to pay for a retry that found the bucket empty."""
+        charge.is_paid = charge.is_paid or self._take(now_s)
+        return charge.is_paid
+
+    def give_back(self) -> None:
+        self._add(1.0)
+
+    def pause_s(self, num_same: int) -> float:
+        """Before a retry: none at first, then doubling with each failure of the same kind in a row."""
+        if num_same < 2:
+            return 0.0
+        pause_s = min(_MAX_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** (num_same - 2))
+        return pause_s * self._rng.uniform(0.5, 1.5)
+
+    def _take(self, now_s: float) -> bool:
+        if self._refilled_s is not None:
+            self._add((now_s - self._refilled_s) * REFILL_PER_S)
+        self._refilled_s = now_s
+        if self._tokens < 1.0:
+            return False
+        self._tokens -= 1.0
+        return True
+
+    def _add(self, tokens: float) -> None:
+        self._tokens = min(BURST, self._tokens + tokens)

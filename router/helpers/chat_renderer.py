@@ -1,0 +1,120 @@
+"""Chats to prompts, in processes that can be killed: a template is a program, of a model directory that nobody trusts.
+
+    a small chat, an ordinary template ─> the quick process: a tenth of a millisecond
+    a large chat, or what was too much for the quick one ─> the long process: seconds at most
+
+The sandbox (models/template_sandbox.py) ends what it can price; what it cannot is ended with its process. Who waits for
+the quick one waits for tenths of a second at most, whatever other chats are like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from ...common.errors import CapacityError, ConfigError, RequestError
+from ...models.chat_template import ChatTemplate, RenderLimits
+from .helper import Helper, HelperLost
+from .wire import REFUSAL, RENDER_CHAT, SET_TEMPLATE, ChatSpec, Refusal, TemplateSetup
+
+QUICK_BYTES = 16 * 2**10
+QUICK = RenderLimits(max_s=0.1, max_steps=10_000, max_chars=2**18, max_items=100_000)
+LONG = RenderLimits()
+_SLACK_S = 0.5  # from the end that a rendering sees itself to its process's
+
+
+@dataclass(slots=True, frozen=True)
+class Chat:
+    """What is to be rendered."""
+
+    messages: Sequence[Mapping[str, object]]
+    template_kwargs: Mapping[str, object]
+    add_generation_prompt: bool
+    continue_final_message: bool
+
+
+class Renderer(Protocol):
+    """What makes prompts of chats."""
+
+    async def render(self, chat: Chat) -> str:
+        """Raises RequestError for what the template does not take, or takes too long over."""
+        ...
+
+    def start(self) -> None:
+        """Do now what the first chat would wait for."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _Overrun(Exception):
+    """A rendering reached a limit."""
+
+    def __init__(self, message: str, *, is_size: bool = False) -> None:
+        super().__init__(message)
+        self.is_size = is_size
+
+
+class ChatRenderer:
+    """Of one model. Belongs to one loop."""
+
+    def __init__(self, template: ChatTemplate, special_tokens: Mapping[str, str]) -> None:
+        setup = TemplateSetup(template.source, template.origin, dict(special_tokens))
+        frame = (SET_TEMPLATE, msgspec.msgpack.encode(setup))
+        self.quick, self.long = Helper(frame), Helper(frame)
+
+    async def render(self, chat: Chat) -> str:
+        payload = _encoded(chat, QUICK)
+        if len(payload) <= QUICK_BYTES:
+            try:
+                return await _ask(self.quick, payload, QUICK)
+            except _Overrun:
+                pass
+        try:
+            return await _ask(self.long, _encoded(chat, LONG), LONG)
+        except _Overrun as error:
+            raise RequestError(str(error), param="messages", status=413 if error.is_size else 400) from None
+
+    def start(self) -> None:
+        """So that the first chat need not wait for a process."""
+        self.quick.start()
+
+    def close(self) -> None:
+        self.quick.close()
+        self.long.close()
+
+
+def _encoded(chat: Chat, limits: RenderLimits) -> bytes:
+    spec = ChatSpec(
+        messages=[dict(message) for message in chat.messages],
+        template_kwargs=dict(chat.template_kwargs),
+        add_generation_prompt=chat.add_generation_prompt,
+        continue_final_message=chat.continue_final_message,
+        max_s=limits.max_s,
+        max_steps=limits.max_steps,
+        max_chars=limits.max_chars,
+        max_items=limits.max_items,
+    )
+    return msgspec.msgpack.encode(spec)
+
+
+async def _ask(helper: Helper, payload: bytes, limits: RenderLimits) -> str:
+    try:
+        kind, answer = await helper.ask(RENDER_CHAT, payload, limits.max_s + _SLACK_S)
+    except HelperLost as error:
+        if error.is_late:
+            raise _Overrun(f"rendering the chat took more than {limits.max_s:g} s") from None
+        raise CapacityError(f"the chat could not be rendered: {error}", status=503) from None
+    if kind != REFUSAL:
+        return answer.decode()
+    refusal = msgspec.msgpack.decode(answer, type=Refusal)
+    match refusal.kind:
+        case "overrun":
+            raise _Overrun(refusal.message, is_size=refusal.is_size)
+        case "model":
+            raise ConfigError(refusal.message)
+        case "request":
+            raise RequestError(refusal.message, param=refusal.param, code=refusal.code, status=refusal.status)

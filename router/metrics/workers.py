@@ -1,0 +1,164 @@
+"""What heartbeats say about workers, as metrics with the labels worker and pool.
+
+Every number of a `WorkerStatus` is exported: those named here under a name of their own, any other as
+`kvferry_worker_<field>`, so that a counter which a worker begins to report is on the boards at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from ...common.messages import WorkerStatus
+
+_STATES = ("starting", "ready", "draining")
+_LABELS = ["worker", "pool"]
+_GAUGES = {
+    "num_running": ("num_requests_running", "Choices in the running batch"),
+    "num_waiting": ("num_requests_waiting", "Choices that wait on the worker"),
+    "waiting_tokens": ("waiting_tokens", "Prompt tokens not computed yet"),
+    "step_s": ("step_seconds", "The last engine step"),
+    "busy_for_s": ("running_step_seconds", "Age of the running engine step"),
+    "decode_context": ("decode_context_tokens", "Tokens of all sequences that decode"),
+    "share": ("router_share", "Of the worker's credit and free blocks that is this router's"),
+    "host_blocks": ("kv_tier_host_blocks", "Cached blocks in host memory"),
+    "disk_blocks": ("kv_tier_disk_blocks", "Cached blocks on the worker's disk"),
+    "quarantine_s": ("quarantine_age_seconds", "Age of the oldest block that a failed handoff may still write to"),
+}
+_COUNTERS = {
+    "steps": ("engine_steps", "Finished engine steps"),
+    "num_preemptions": ("preemptions", "Sequences that lost their row or blocks to another"),
+    "num_swapped_blocks": ("swapped_blocks", "Blocks of preempted sequences that went to host memory"),
+    "prefix_queries": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache"),
+    "prefix_hits": ("prefix_cache_hits", "Prompt tokens found there"),
+    "transfer_bytes": ("transfer_bytes", "KV bytes written to decode workers"),
+    "wire_bytes": ("wire_bytes", "The same by the transport's own count"),
+    "transfer_failures": ("transfer_failures", "Writes that failed, by the worker's own count"),
+    "stale_messages": ("stale_messages", "Messages about ended grants and attempts"),
+    "num_fences": ("fences", "Transfer agents replaced so that late writes cannot land"),
+    "num_failed_fences": ("failed_fences", "Tries of that which failed"),
+    "promoted_blocks": ("kv_tier_promoted_blocks", "Blocks copied from host memory to the device for a hit"),
+    "demoted_blocks": ("kv_tier_demoted_blocks", "Cached blocks copied from the device to host memory"),
+    "tier_failures": ("kv_tier_failures", "Reads and writes of the disk cache that failed, were spoilt or late"),
+    "num_fetches": ("prefix_fetches", "Prefixes that were read from other workers"),
+    "failed_fetches": ("failed_prefix_fetches", "Of these, those that did not bring all: the rest was computed"),
+    "fetched_bytes": ("prefix_fetched_bytes", "KV bytes read so and used"),
+    "fetch_s": ("prefix_fetch_seconds", "How long these reads took, summed"),
+    "nonfinite_rows": ("nonfinite_rows", "Rows of steps with NaN or infinite logits: their requests got an error"),
+    "checksum_failures": ("kv_checksum_failures", "Arrivals whose bytes were not those that were sent"),
+}
+# By a label: the field holds (value, count) pairs. A value that is not known here counts as "other".
+_COUNTERS_BY = {"grant_rejects": ("grant_rejects", "Grants that were refused when used", "reason")}
+_VALUES = {"reason": tuple("ended mac reused draining fenced_peer checksum incompatible process".split())}
+# Told in `kvferry_blocks` and `kvferry_worker_state`, or nobody's business.
+_TOLD_ELSEWHERE = frozenset(
+    "seq state step_tokens "
+    "num_blocks num_free_blocks num_cached_blocks num_granted_blocks num_quarantined_blocks".split()
+)
+
+
+class WorkerGauges(Protocol):
+    """One worker as the router sees it now."""
+
+    @property
+    def worker_id(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def is_ready(self) -> bool: ...
+    @property
+    def status(self) -> WorkerStatus | None: ...
+
+
+Alive = list[tuple[tuple[str, str], WorkerStatus]]
+
+
+def worker_families(workers: Sequence[WorkerGauges]) -> Iterator[Metric]:
+    alive = [((worker.worker_id, worker.role), worker.status) for worker in workers if worker.status is not None]
+    yield gauge(
+        "kvferry_worker_state",
+        "1 for the state that the worker is in",
+        [*_LABELS, "state"],
+        [((w.worker_id, w.role, state), float(state == _state(w))) for w in workers for state in _STATES],
+    )
+    yield gauge(
+        "kvferry_blocks",
+        "KV blocks by what they hold",
+        [*_LABELS, "state"],
+        [((*labels, state), count) for labels, status in alive for state, count in _blocks(status).items()],
+    )
+    for field, (name, text) in _GAUGES.items():
+        yield gauge(f"kvferry_{name}", text, _LABELS, [(labels, _number(status, field)) for labels, status in alive])
+    for field, (name, text) in _COUNTERS.items():
+        yield _counter(name, text, _LABELS, [(labels, _number(status, field)) for labels, status in alive])
+    for field, (name, text, label) in _COUNTERS_BY.items():
+        yield _counter(name, text, [*_LABELS, label], _by_label(alive, field, _VALUES[label]))
+    yield from _others(alive)
+
+
+def _others(alive: Alive) -> Iterator[Metric]:
+    known = _GAUGES.keys() | _COUNTERS.keys() | _COUNTERS_BY.keys() | _TOLD_ELSEWHERE
+    for field in WorkerStatus.__struct_fields__:
+        if field in known:
+            continue
+        samples = [(labels, _number(status, field)) for labels, status in alive if _is_number(status, field)]
+        name = f"worker_{field.removeprefix('num_')}"
+        if field.endswith("_s"):
+            yield gauge(f"kvferry_{name.removesuffix('_s')}_seconds", "As the worker reports it", _LABELS, samples)
+        else:
+            yield _counter(name, "As the worker reports it", _LABELS, samples)
+
+
+def _by_label(alive: Alive, field: str, known: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], float]]:
+    for labels, status in alive:
+        counts = dict.fromkeys((*known, "other"), 0)
+        for value, count in getattr(status, field):
+            counts[value if value in known else "other"] += count
+        for value, count in counts.items():
+            yield (*labels, value), float(count)
+
+
+def _is_number(status: WorkerStatus, field: str) -> bool:
+    return isinstance(getattr(status, field), int | float)
+
+
+def _number(status: WorkerStatus, field: str) -> float:
+    return float(getattr(status, field))
+
+
+def _state(worker: WorkerGauges) -> str:
+    if worker.status is None:
+        return "starting"
+    return "draining" if worker.status.state == "ready" and not worker.is_ready else worker.status.state
+
+
+def _blocks(status: WorkerStatus) -> dict[str, float]:
+    """The states add up to the pool. Granted blocks are held for KV that is to arrive."""
+    known = {
+        "free": status.num_free_blocks - status.num_cached_blocks,
+        "cached": status.num_cached_blocks,
+        "granted": status.num_granted_blocks,
+        "quarantined": status.num_quarantined_blocks,
+    }
+    return {**known, "active": status.num_blocks - sum(known.values())}
+
+
+def kv_usage(status: WorkerStatus) -> float:
+    """Share of the blocks that hold KV of running requests or are promised; what is only cached can be had."""
+    return 1 - status.num_free_blocks / status.num_blocks if status.num_blocks else 0.0
+
+
+def gauge(name: str, text: str, labels: list[str], samples: Iterable[tuple[tuple[str, ...], float]]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for values, value in samples:
+        family.add_metric(values, value)
+    return family
+
+
+def _counter(name: str, text: str, labels: list[str], samples: Iterable[tuple[tuple[str, ...], float]]) -> Metric:
+    family = CounterMetricFamily(f"kvferry_{name}", text, labels=labels)
+    for values, value in samples:
+        family.add_metric(list(values), value)
+    return family

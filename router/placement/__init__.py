@@ -1,0 +1,26 @@
+"""Who serves a request, in one file for each way to decide it. The interface is `router.policy.RoutingPolicy`."""
+
+from __future__ import annotations
+
+from ...common.config import RouterConfig
+from ..state.predictor import Predictor
+from .kv_cost import KVCost
+from .least_loaded import LeastLoaded
+from .policy import RoutingPolicy
+from .round_robin import RoundRobin
+from .slo import Slo
+
+_SIMPLE = {policy.name: policy for policy in (LeastLoaded, RoundRobin, KVCost)}
+
+
+def make_policy(config: RouterConfig, predictor: Predictor) -> RoutingPolicy:
+    """The policy that `config.policy` names."""
+    options = {
+        "local_prefill": config.local_prefill,
+        "max_local_prefill_tokens": config.max_local_prefill_tokens,
+        "expect_prefill": config.expect_prefill,
+        "ttft_objective_s": config.ttft_objective_ms / 1e3 if config.ttft_objective_ms is not None else None,
+    }
+    if config.policy == Slo.name:
+        return Slo(predictor, fetches=True, **options)  # type: ignore[arg-type]
+    return _SIMPLE[config.policy](**options)  # type: ignore[arg-type]

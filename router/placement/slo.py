@@ -1,0 +1,367 @@
+"""The policy that keeps both objectives: one joint decision over (prefill worker or none, decode worker).
+
+    for each near decode worker   TPOT after the request has joined, room for its expected answer
+      for each near prefill worker  wait there + what is not cached there + a prefix fetched from elsewhere = TTFT
+      or none                       the decode worker computes the prompt between its streams' steps
+    what keeps both objectives, then what costs least: seconds to the first token, seconds of compute, harm to streams
+
+A prompt is computed on the decode worker exactly where that is expected to be better: on an idle one nobody is
+disturbed and nothing has to be shipped, and under load it takes what room the streams' objective leaves. All times
+are the predictor's; where it knows nothing yet they are zero, and what is left is least loaded.
+
+A request waits in the queue, rather than breaking the pace of those that stream, as long as it can still make it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ...decode.pace import MIN_CHUNK_TOKENS, longest_step_s
+from ...prefill.scheduler import STRETCH
+from ..state.predictor import Predictor, Way, distance
+from ..state.views import PoolView, Rank, WorkerView
+from .policy import (
+    BOUND_SHARE_OF_OBJECTIVE,
+    MAX_BIND_WAIT_S,
+    Demand,
+    Lack,
+    Placement,
+    Prediction,
+    Reason,
+    Wait,
+    fits_decode,
+    fits_prefill,
+    has_decode_room,
+    has_prefill_room,
+    is_behind,
+    may_hand_over,
+    wait_for_room,
+)
+
+_NEAR = 6  # workers of each pool that are looked at, beside those that hold some of the prompt
+_MAX_HOLDERS = 3
+_BEST_PREFILLS = 4  # of these, for every decode worker
+_TPOT_MARGIN = 0.92  # of the objective, up to which a step is filled
+_EVEN = 0.03  # an idle decode worker that is so much worse is as good: nobody is disturbed, nothing shipped
+_HARM = 0.2  # of a second to the first token, for a second by which a stream is delayed
+_WORK = 1.0  # for a second of compute: what is cached need not be computed
+_STEPS_AHEAD = 2  # of prompts, at most, bound to a decode worker that has streams
+_PATIENCE = 3.0  # TTFT objectives that a request waits for decode workers with room for its pace
+_DEFAULT_PATIENCE_S = 10.0
+_FETCH_GAIN = 1.5  # a fetch must be so many times faster than computing
+_MIN_FETCH_TOKENS = 256
+_NOBODY: Rank = (0.0, 0, 0, 0)
+
+
+@dataclass(slots=True, frozen=True)
+class Candidate:
+    """One way to serve a request, and what is expected of it."""
+
+    prefill: WorkerView | None
+    decode: WorkerView
+    ttft_s: float  # from now on
+    bare_s: float  # of that, the prompt's own steps
+    tpot_s: float
+    prefill_s: float
+    wait_s: float
+    cached_tokens: int
+    harm_s: float  # by which streams are delayed, summed
+    exposed_s: float = 0.0  # of the transfer, after the first token
+    is_avoided: bool = False
+    fetch_from: str | None = None
+
+    @property
+    def cost_s(self) -> float:
+        cost_s = self.ttft_s + _WORK * self.prefill_s + _HARM * self.harm_s
+        is_nobody_there = self.prefill is None and not self.decode.num_running and not self.wait_s
+        return cost_s * (1 - _EVEN) if is_nobody_there else cost_s
+
+
+@dataclass(slots=True, frozen=True)
+class _Fetch:
+    source: WorkerView
+    tokens: int  # more than the worker holds itself
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Prefill:
+    """A prefill worker, and what the prompt takes there."""
+
+    worker: WorkerView
+    seconds: float
+    fetch: _Fetch | None
+    wait_s: float  # for what the worker serves first
+
+
+class Slo:
+    """Implements `RoutingPolicy`."""
+
+    name = "slo"
+    predicts = True
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        *,
+        local_prefill: bool = True,
+        max_local_prefill_tokens: int = 0,
+        expect_prefill: bool = True,
+        ttft_objective_s: float | None = None,
+        fetches: bool = False,
+    ) -> None:
+        """`fetches`: workers read prefixes from each other."""
+        self._predictor = predictor
+        self._may_prefill_locally = local_prefill or not expect_prefill
+        self._max_local_prefill_tokens = max_local_prefill_tokens
+        self._expect_prefill = expect_prefill
+        self._max_bind_wait_s = min(MAX_BIND_WAIT_S, (ttft_objective_s or math.inf) * BOUND_SHARE_OF_OBJECTIVE)
+        self._fetches = fetches
+
+    def place(self, view: PoolView, demand: Demand) -> Placement | Wait:
+        holders = _holders(demand)
+        decodes = view.nearest("decode", _NEAR, holders)
+        if not decodes:
+            return Wait(Lack.DECODE_WORKER)
+        fitting = [worker for worker in decodes if fits_decode(worker, demand)]
+        fitting = fitting or [worker for worker in view.ready("decode") if fits_decode(worker, demand)]
+        if not fitting:
+            return Wait(Lack.FIT)
+        prefills = [worker for worker in view.nearest("prefill", _NEAR, holders) if fits_prefill(worker, demand)]
+        lack = self._lack(prefills, fitting, demand, view)
+        if lack is not None:
+            return lack
+        roomy = [worker for worker in fitting if has_decode_room(worker, demand)]
+        usable = self._usable(prefills, fitting, demand)
+        candidates = list(self._candidates(view, demand, usable, roomy))
+        if not candidates:
+            return wait_for_room(fitting) if not roomy or not usable else Wait(Lack.PREFILL_ROOM)
+        best = min(candidates, key=lambda one: self._order(one, demand))
+        if self._is_better_off_waiting(best, demand):
+            return Wait(Lack.DECODE_ROOM)
+        if usable and best.prefill is None and best.decode.num_running and self._comes_late(best, demand):
+            return Wait(Lack.PREFILL_ROOM)
+        return self._placement(best, prefills, demand)
+
+    def prefill_for(self, view: PoolView, demand: Demand, decode_session: int) -> WorkerView | None:
+        able = [
+            worker
+            for worker in view.nearest("prefill", _NEAR, _holders(demand))
+            if fits_prefill(worker, demand)
+            and has_prefill_room(worker, demand, self._max_bind_wait_s)
+            and (worker.session, decode_session) not in demand.failed_pairs
+        ]
+        return min(able, key=lambda worker: self._prefill_s(worker, demand)[0] + worker.backlog_s, default=None)
+
+    def explain(self, view: PoolView, demand: Demand) -> list[Candidate]:
+        """Every way that is looked at for this request, the best first."""
+        holders = _holders(demand)
+        decodes = [worker for worker in view.nearest("decode", _NEAR, holders) if fits_decode(worker, demand)]
+        prefills = [worker for worker in view.nearest("prefill", _NEAR, holders) if fits_prefill(worker, demand)]
+        roomy = [worker for worker in decodes if has_decode_room(worker, demand)]
+        found = self._candidates(view, demand, self._usable(prefills, decodes, demand), roomy)
+        return sorted(found, key=lambda one: self._order(one, demand))
+
+    # --- what there is to choose from -----------------------------------------------------------------------
+
+    def _lack(
+        self, prefills: list[WorkerView], decodes: list[WorkerView], demand: Demand, view: PoolView
+    ) -> Wait | None:
+        """Why nothing can serve the request at all, where decode workers may not compute prompts."""
+        if self._may_prefill_locally:
+            return None
+        if not prefills:
+            return Wait(Lack.FIT if view.ready("prefill") else Lack.PREFILL_WORKER)
+        if not any(may_hand_over(prefill, decode, demand) for prefill in prefills for decode in decodes):
+            return Wait(Lack.PAIR)
+        return None
+
+    def _usable(self, prefills: list[WorkerView], decodes: list[WorkerView], demand: Demand) -> list[WorkerView]:
+        """Those that may hand the request over to somebody; none for a prompt as short as configured."""
+        if self._may_prefill_locally and demand.num_prompt_tokens <= self._max_local_prefill_tokens:
+            return []
+        if not demand.failed_pairs and not demand.ungranted:
+            return prefills
+        return [one for one in prefills if any(may_hand_over(one, decode, demand) for decode in decodes)]
+
+    def _candidates(
+        self, view: PoolView, demand: Demand, prefills: list[WorkerView], roomy: list[WorkerView]
+    ) -> Iterator[Candidate]:
+        able = [worker for worker in prefills if has_prefill_room(worker, demand, self._max_bind_wait_s)]
+        sources = [found for session in _holders(demand) if (found := view.find(session)) is not None]
+        costs = [self._cost(worker, demand, sources, view.now_s) for worker in able]
+        costs.sort(key=lambda cost: cost.wait_s + (1 + _WORK) * cost.seconds)
+        if not demand.failed_pairs and not view.avoided_pairs:
+            del costs[_BEST_PREFILLS:]
+        for decode in roomy:
+            tpot_s = self._tpot_s(decode, demand)
+            if self._may_prefill_locally:
+                local = self._local(decode, demand, tpot_s, sources)
+                if local is not None and (local.prefill_s or not prefills):
+                    yield local
+            paths = set[str]()
+            for cost in costs:
+                path = distance(cost.worker.hello, decode.hello)
+                if may_hand_over(cost.worker, decode, demand) and (path not in paths or view.avoided_pairs):
+                    paths.add(path)  # the next one that is as far away is worse
+                    yield self._handoff(view, demand, cost, decode, path, tpot_s)
+
+    def _cost(self, worker: WorkerView, demand: Demand, sources: list[WorkerView], now_s: float) -> _Prefill:
+        seconds, fetch = self._prefill_s(worker, demand, sources)
+        return _Prefill(worker, seconds, fetch, worker.wait_s(now_s + STRETCH * seconds))
+
+    def _handoff(
+        self, view: PoolView, demand: Demand, cost: _Prefill, decode: WorkerView, path: str, tpot_s: float
+    ) -> Candidate:
+        prefill, prefill_s, fetch = cost.worker, cost.seconds, cost.fetch
+        predictor = self._predictor
+        num_bytes = _block_bytes(demand.num_prompt_tokens - _cached(decode, demand), decode)
+        # The first token does not wait for the transfer, the second does.
+        exposed_s = predictor.exposed_s(path, num_bytes, prefill_s)
+        return Candidate(
+            prefill=prefill,
+            decode=decode,
+            ttft_s=predictor.first_token_s(Way.HANDOFF, prefill_s, cost.wait_s),
+            bare_s=prefill_s,
+            tpot_s=tpot_s + exposed_s / max(1, demand.expected_output),
+            prefill_s=prefill_s,
+            wait_s=cost.wait_s,
+            cached_tokens=_cached(prefill, demand) + (fetch.tokens if fetch is not None else 0),
+            harm_s=0.0,
+            exposed_s=exposed_s,
+            is_avoided=(prefill.session, decode.session) in view.avoided_pairs,
+            fetch_from=fetch.source.worker_id if fetch is not None else None,
+        )
+
+    def _local(self, decode: WorkerView, demand: Demand, tpot_s: float, sources: list[WorkerView]) -> Candidate | None:
+        """The decode worker computes the prompt: at once if it is idle, else in what its steps have left."""
+        alone_s, fetch = self._prefill_s(decode, demand, sources)
+        cached = _cached(decode, demand) + (fetch.tokens if fetch is not None else 0)
+        uncached = max(1, demand.num_prompt_tokens - cached)
+        step_s = self._predictor.decode_step_s(decode.session, decode.num_running, decode.context)
+        harm_s, took_s, wait_s = 0.0, alone_s, decode.backlog_s
+        budget = decode.hello.max_num_batched_tokens
+        if decode.num_running and alone_s:
+            limit_s = longest_step_s(demand.objectives.tpot_s, step_s)
+            tokens = self._predictor.chunk_tokens(
+                decode.session, decode.num_running, decode.context, demand.num_prompt_tokens // 2, limit_s
+            )
+            if tokens < MIN_CHUNK_TOKENS:
+                return None
+            # Half of a step's prompt tokens are the oldest prompt's, the rest those of the shortest.
+            ahead = min(decode.ahead_tokens, uncached)
+            share_s = max(alone_s, uncached / tokens * limit_s)
+            harm_s = decode.num_running * (share_s - share_s / limit_s * step_s)
+            took_s = max(share_s, alone_s + step_s) + (limit_s if ahead else step_s) / 2  # of the step that runs
+            wait_s = ahead / tokens * limit_s
+            budget = min(budget, _STEPS_AHEAD * tokens)
+        if is_behind(decode, demand, budget):
+            return None
+        return Candidate(
+            prefill=None,
+            decode=decode,
+            ttft_s=self._predictor.first_token_s(Way.LOCAL, took_s, wait_s),
+            bare_s=took_s,
+            tpot_s=tpot_s,
+            prefill_s=alone_s,
+            wait_s=wait_s,
+            cached_tokens=cached,
+            harm_s=harm_s,
+            fetch_from=fetch.source.worker_id if fetch is not None else None,
+        )
+
+    def _prefill_s(
+        self, worker: WorkerView, demand: Demand, sources: list[WorkerView] | None = None
+    ) -> tuple[float, _Fetch | None]:
+        """To compute what the worker does not hold, or to fetch some of that and compute the rest."""
+        cached = _cached(worker, demand)
+        seconds = self._predictor.prefill_s(worker.session, max(1, demand.num_prompt_tokens - cached), cached)
+        best: _Fetch | None = None
+        for source in sources or () if self._fetches else ():
+            fetch = self._fetch(worker, source, demand, cached)
+            if fetch is None:
+                continue
+            held = cached + fetch.tokens
+            rest_s = self._predictor.prefill_s(worker.session, max(1, demand.num_prompt_tokens - held), held)
+            if fetch.seconds * _FETCH_GAIN + rest_s < seconds:
+                seconds, best = fetch.seconds + rest_s, fetch
+        return seconds, best
+
+    def _fetch(self, worker: WorkerView, source: WorkerView, demand: Demand, cached: int) -> _Fetch | None:
+        more = _cached(source, demand) - cached
+        if source.session == worker.session or more < _MIN_FETCH_TOKENS or source.hello.tp_size != worker.hello.tp_size:
+            return None
+        seconds = self._predictor.transfer_s(distance(source.hello, worker.hello), _block_bytes(more, worker))
+        return _Fetch(source, more, seconds) if seconds else None
+
+    def _tpot_s(self, decode: WorkerView, demand: Demand) -> float:
+        """Of a step in the middle of the answer, with all that runs there now."""
+        context = demand.num_choices * (demand.num_tokens + demand.expected_output // 2)
+        rows = decode.num_running + demand.num_choices
+        return self._predictor.decode_step_s(decode.session, rows, decode.context + context)
+
+    # --- which one ------------------------------------------------------------------------------------------
+
+    def _order(self, one: Candidate, demand: Demand) -> tuple[bool, bool, float, bool, Rank, Rank]:
+        is_elsewhere = one.prefill is None or one.prefill.session != demand.computed_on
+        rank = one.prefill.prefill_rank if one.prefill is not None else _NOBODY
+        return (one.is_avoided, self._misses(one, demand), one.cost_s, is_elsewhere, one.decode.decode_rank, rank)
+
+    def _misses(self, one: Candidate, demand: Demand) -> bool:
+        return self._comes_late(one, demand) or self._breaks_pace(one, demand)
+
+    def _comes_late(self, one: Candidate, demand: Demand) -> bool:
+        """Its first token would, and need not."""
+        limit_s = demand.ttft_limit_s
+        return limit_s is not None and not demand.may_miss and demand.waited_s + one.ttft_s > limit_s
+
+    def _breaks_pace(self, one: Candidate, demand: Demand) -> bool:
+        limit_s = demand.objectives.tpot_s
+        return limit_s is not None and one.tpot_s > _TPOT_MARGIN * limit_s
+
+    def _is_better_off_waiting(self, one: Candidate, demand: Demand) -> bool:
+        """Streams would lose their pace, and the request has time, or had its chance: it does not wait for ever."""
+        if not self._breaks_pace(one, demand) or not one.decode.num_running:
+            return False
+        patience_s = _DEFAULT_PATIENCE_S if demand.ttft_limit_s is None else _PATIENCE * demand.ttft_limit_s
+        return demand.waited_s < patience_s
+
+    def _placement(self, one: Candidate, prefills: list[WorkerView], demand: Demand) -> Placement:
+        prediction = Prediction(one.ttft_s, one.tpot_s, one.prefill_s, one.wait_s, one.cached_tokens, one.bare_s)
+        if one.prefill is not None:
+            return Placement(
+                one.prefill.worker_id, one.decode.worker_id, Reason.HANDOFF, one.fetch_from, prediction=prediction
+            )
+        reason = self._local_reason(prefills, one, demand)
+        return Placement(None, one.decode.worker_id, reason, one.fetch_from, prediction=prediction)
+
+    def _local_reason(self, prefills: list[WorkerView], one: Candidate, demand: Demand) -> Reason:
+        if not self._expect_prefill:
+            return Reason.COLOCATED
+        if demand.num_prompt_tokens <= self._max_local_prefill_tokens:
+            return Reason.SHORT_PROMPT
+        if not prefills:
+            return Reason.NO_PREFILL_WORKER
+        if not any(may_hand_over(prefill, one.decode, demand) for prefill in prefills):
+            return Reason.FAILED_HANDOFF
+        return Reason.SOONER
+
+
+def _holders(demand: Demand) -> list[int]:
+    """Sessions that hold most of the prompt's beginning, and the one that has computed it for an earlier attempt."""
+    most = sorted(demand.cached, key=lambda session: -demand.cached[session])[:_MAX_HOLDERS]
+    return most if demand.computed_on is None else [demand.computed_on, *most]
+
+
+def _cached(worker: WorkerView, demand: Demand) -> int:
+    """Tokens of the prompt that the worker need not compute: never all, the last one's logits are wanted."""
+    if worker.session == demand.computed_on:
+        return demand.num_prompt_tokens - 1
+    return min(demand.cached.get(worker.session, 0), demand.num_prompt_tokens - 1)
+
+
+def _block_bytes(num_tokens: int, worker: WorkerView) -> int:
+    spec = worker.hello.spec
+    return spec.num_blocks_for(max(0, num_tokens)) * spec.block_bytes()

@@ -1,0 +1,309 @@
+"""The central queue: requests that no worker holds, in the order in which they are served.
+
+    priority    lower first, strictly
+    lateness    what can still meet its objective comes before what cannot, and before what makes way so that as few
+                as possible miss theirs (triage.py, arrival_load.py); but an eighth of the service is for those, if there
+                are any: one goes when LATE_EVERY - 1 others have gone, and so many times its own predicted time
+    tenants     fair shares of both (fair_order.py)
+    due time    inside a tenant: arrival + objective. A long prompt's objective is a multiple of its own time, so short
+                ones overtake it while it has time left; as its due time stands still, nobody is overtaken for ever
+
+Within its priority a late request is therefore served after at most LATE_EVERY x (late ones that come before it + 1)
+others, or so many times its own and their time, and those that come before it are never more than those that are due
+before it, and each other tenant's fair share beside its own tenant's.
+
+Bounded for newcomers only: a request that comes back after a failed attempt was admitted before. Those that are put
+off, or that wait for a worker of their own, stand apart and do not count as waiting for room.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from ..state.attempt import Live
+from ..state.request import RouterRequest
+from .arrival_load import OfferedLoad
+from .fair_order import FairOrder, Ticket
+from .triage import Waiting, put_off
+
+LATE_EVERY = 8
+_MAX_MOVES = 32  # requests that are found to be late in one look at the order: a bound on what it costs
+_MAX_TRIAGED = 256  # of a priority, the first ones
+_MAX_IDLE_LEVELS = 64  # priorities that nobody has now, kept because they will come again
+
+_Ticket = Ticket[Live]
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """Where a queued request is."""
+
+    ticket: _Ticket
+    start_by_s: float  # it misses its objective if it starts later; infinity where it has none, or need not hurry
+    is_late: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Level:
+    """The requests of one priority."""
+
+    timely: FairOrder[Live] = field(default_factory=FairOrder)
+    late: FairOrder[Live] = field(default_factory=FairOrder)
+    num_since_late: int = 0  # timely ones served while a late one waited
+    work_since_late_s: float = 0.0  # theirs
+
+    def __len__(self) -> int:
+        return len(self.timely) + len(self.late)
+
+    def order_of(self, place: _Place) -> FairOrder[Live]:
+        return self.late if place.is_late else self.timely
+
+    def take(self, place: _Place) -> None:
+        if place.is_late or not len(self.late):
+            self.num_since_late, self.work_since_late_s = 0, 0.0
+        else:
+            self.num_since_late += 1
+            self.work_since_late_s += place.ticket.item.request.unloaded_s
+        self.order_of(place).take(place.ticket)
+
+    def move_to_late(self, places: Iterable[_Place]) -> None:
+        for place in places:
+            self.timely.remove(place.ticket)
+            place.is_late = True
+            self.late.add(place.ticket)
+
+    def in_order(self) -> Iterator[_Ticket]:
+        late, num_since, work_s = iter(self.late), self.num_since_late, self.work_since_late_s
+        next_late = next(late, None)
+        for ticket in self.timely:
+            if next_late is not None and _is_their_turn(next_late, num_since, work_s):
+                yield next_late
+                next_late, num_since, work_s = next(late, None), 0, 0.0
+            yield ticket
+            num_since += 1
+            work_s += ticket.item.request.unloaded_s
+        if next_late is not None:
+            yield next_late
+            yield from late
+
+    def ahead_of(self, request: RouterRequest, due: float) -> tuple[int, int]:
+        """Prompt tokens and number of those that a newcomer would wait behind."""
+        tokens, number = self.timely.ahead_of(request.tenant, due, request.num_prompt_tokens)
+        num_late = min(len(self.late), number // (LATE_EVERY - 1))
+        return tokens + self.late.num_tokens * num_late // max(1, len(self.late)), number + num_late
+
+
+def _is_their_turn(late: _Ticket, num_since: int, work_since_s: float) -> bool:
+    others = LATE_EVERY - 1
+    return num_since >= others and work_since_s >= others * late.item.request.unloaded_s
+
+
+class RequestQueue:
+    """Adding, removing and looking at the first ones cost about the same for ten requests and for ten thousand."""
+
+    def __init__(self, max_size: int, *, by_arrival: bool = False) -> None:
+        """`by_arrival`: what a prompt takes moves nobody; objectives of classes and deadlines still do."""
+        self.max_size = max_size
+        self._by_arrival = by_arrival
+        self.num_by_class: Counter[str] = Counter()
+        self._places: dict[Live, _Place] = {}
+        self._levels: dict[int, _Level] = {}
+        self._priorities: list[int] = []  # of the levels, sorted
+        self._apart: dict[Live, None] = {}  # they wait for something else
+
+    def __len__(self) -> int:
+        return len(self._places) + len(self._apart)
+
+    def __iter__(self) -> Iterator[Live]:
+        """In no order. A copy: placing and failing change the queue."""
+        return iter([*self._places, *self._apart])
+
+    @property
+    def num_waiting(self) -> int:
+        """For room."""
+        return len(self._places)
+
+    @property
+    def is_full(self) -> bool:
+        """A newcomer would have to be refused."""
+        return len(self) >= self.max_size
+
+    # --- changes --------------------------------------------------------------------------------------------
+
+    def add(self, live: Live, *, apart: bool = False) -> None:
+        self.num_by_class[live.request.request_class] += 1
+        if apart:
+            self._apart[live] = None
+        else:
+            self._line_up(live)
+
+    def take(self, live: Live) -> None:
+        """It is placed: its tenant has got its turn. If it comes back unserved, it gets that again."""
+        place = self._places.pop(live, None)
+        if place is None:
+            self.remove(live)
+            return
+        self.num_by_class[live.request.request_class] -= 1
+        self._levels[live.request.priority].take(place)
+        live.is_charged = not place.is_late
+        self._tidy(live.request.priority)
+
+    def remove(self, live: Live) -> None:
+        """It has ended, or is to stand in another place. Idempotent."""
+        place = self._places.pop(live, None)
+        if place is not None:
+            self._levels[live.request.priority].order_of(place).remove(place.ticket)
+            self._tidy(live.request.priority)
+        elif live in self._apart:
+            del self._apart[live]
+        else:
+            return
+        self.num_by_class[live.request.request_class] -= 1
+
+    def _line_up(self, live: Live) -> None:
+        request = live.request
+        ticket = _ticket_of(live, by_arrival=self._by_arrival)
+        has_objective = request.objectives.ttft_s is not None or live.deadline_s is not None
+        must_hurry = has_objective and not request.attempt and not request.is_resume  # else its delay is our doing
+        start_by_s = ticket.due_s - request.unloaded_s if must_hurry else float("inf")
+        self._places[live] = _Place(ticket, start_by_s)
+        self._level(request.priority).timely.add(ticket, refund=live.is_charged)
+        live.is_charged = False
+
+    def _level(self, priority: int) -> _Level:
+        level = self._levels.get(priority)
+        if level is None:
+            level = self._levels[priority] = _Level()
+            insort(self._priorities, priority)
+        return level
+
+    def _tidy(self, priority: int) -> None:
+        level = self._levels[priority]
+        if not len(level):
+            level.num_since_late = 0
+            if len(self._levels) > _MAX_IDLE_LEVELS:
+                del self._levels[priority]
+                self._priorities.remove(priority)
+
+    # --- who is next ----------------------------------------------------------------------------------------
+
+    def first(self, number: int, now_s: float) -> list[Live]:
+        """The next ones to serve, in order. None of them stands apart."""
+        for live in [live for live in self._apart if not (live.must_run_alone or live.is_put_off(now_s))]:
+            del self._apart[live]
+            self._line_up(live)
+        found: list[Live] = []
+        for priority in self._priorities:
+            if len(found) >= number:
+                break
+            if len(level := self._levels[priority]):
+                found += self._first_of(level, number - len(found), now_s)
+        return found
+
+    def triage(self, now_s: float, rate: float, offered: OfferedLoad) -> None:
+        """Who makes way so that the fewest miss their objectives, now and of those that will have come in a moment.
+        `rate`: seconds of work that are done in a second.
+        """
+        for priority, level in self._levels.items():
+            if len(level.timely) and (longest_s := offered.longest_s(priority, now_s, rate)) != float("inf"):
+                line = self._line(level)
+                level.move_to_late(place for place, one in line if one.work_s >= longest_s and one.can_wait(now_s))
+            if len(level.timely) > 1:
+                level.move_to_late(put_off(self._line(level), now_s, rate))
+
+    def _line(self, level: _Level) -> list[tuple[_Place, Waiting]]:
+        """The first of those that can still be in time."""
+        places = [self._places[ticket.item] for ticket in islice(level.timely, _MAX_TRIAGED)]
+        return [(place, Waiting(place.start_by_s, place.ticket.item.request.unloaded_s)) for place in places]
+
+    def _first_of(self, level: _Level, number: int, now_s: float) -> list[Live]:
+        """Who is found to be late on the way is late from now on."""
+        moves = _MAX_MOVES
+        while True:
+            found: list[Live] = []
+            late: list[_Place] = []
+            for ticket in level.in_order():
+                place = self._places[ticket.item]
+                if place.start_by_s < now_s and not place.is_late and len(late) < moves:
+                    late.append(place)
+                    continue
+                found.append(ticket.item)
+                if len(found) == number:
+                    break
+            if not late:
+                return found
+            level.move_to_late(late)
+            moves -= len(late)
+
+    def alone(self, now_s: float) -> list[Live]:
+        """Those that wait for a worker of their own."""
+        alone = [live for live in self._apart if live.must_run_alone and not live.is_put_off(now_s)]
+        return sorted(alone, key=lambda live: (live.request.priority, live.request.arrival))
+
+    # --- for newcomers --------------------------------------------------------------------------------------
+
+    def ahead_of(self, request: RouterRequest, now_s: float) -> tuple[int, int]:
+        """Prompt tokens and requests that it would wait behind if it came now."""
+        deadline_s = None if request.timeout_s is None else now_s + request.timeout_s
+        due = due_s(request, now_s, deadline_s, by_arrival=self._by_arrival)
+        tokens = number = 0
+        for priority in self._priorities:
+            level = self._levels[priority]
+            if priority > request.priority:
+                break
+            if priority < request.priority:
+                tokens += level.timely.num_tokens + level.late.num_tokens
+                number += len(level)
+            elif len(level):
+                own_tokens, own_number = level.ahead_of(request, due)
+                tokens, number = tokens + own_tokens, number + own_number
+        return tokens, number
+
+    def victim_for(self, request: RouterRequest) -> Live | None:
+        """Who makes room for it in a full queue: of the lowest priority below its own, or, where its own tenant has
+        fewer requests here than another one, of those. The last one due whose client has got nothing yet."""
+        for priority in reversed(self._priorities):
+            level = self._levels[priority]
+            if priority < request.priority:
+                break
+            least = 0 if priority > request.priority else _num_of(level, request.tenant) + 2
+            names = {name for order in (level.late, level.timely) for name, _ in order.tenants()}
+            sizes = sorted(((_num_of(level, name), name) for name in names), reverse=True)
+            for size, name in sizes:
+                if size < least:
+                    break
+                found = _last_of(level, name)
+                if found is not None:
+                    return found
+        return None
+
+
+def _num_of(level: _Level, tenant: str) -> int:
+    return level.timely.num_of(tenant) + level.late.num_of(tenant)
+
+
+def _last_of(level: _Level, tenant: str) -> Live | None:
+    for order in (level.late, level.timely):
+        for ticket in order.backwards(tenant):
+            if not ticket.item.request.is_resume:
+                return ticket.item
+    return None
+
+
+def due_s(request: RouterRequest, queued_s: float, deadline_s: float | None, *, by_arrival: bool = False) -> float:
+    """When its first token is due. Without an objective, long prompts may wait for longer all the same."""
+    objectives, unloaded_s = request.objectives, 0.0 if by_arrival else request.unloaded_s
+    limit_s = objectives.ttft_limit_s(unloaded_s)
+    due = queued_s + (limit_s if limit_s is not None else objectives.ttft_stretch * unloaded_s)
+    return due if deadline_s is None else min(due, deadline_s)
+
+
+def _ticket_of(live: Live, *, by_arrival: bool) -> _Ticket:
+    request = live.request
+    due = due_s(request, request.timestamps["queued"], live.deadline_s, by_arrival=by_arrival)
+    cost = request.num_prompt_tokens / request.objectives.weight
+    return Ticket(live, request.tenant, request.arrival, due, request.num_prompt_tokens, cost)

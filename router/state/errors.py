@@ -1,0 +1,104 @@
+"""Every refusal in one shape: {"error": {"message", "type", "param", "code"}}.
+
+An exception becomes a `Failure` here and nowhere else. Before a stream's head is sent it is an HTTP status with
+headers; after that it is one server-sent event (`sse.py`). Retryable statuses carry Retry-After (never more than
+a minute: the openai client gives up at once above two); those that a retry cannot help say `x-should-retry: false`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import msgspec
+
+from ...common.errors import CapacityError, KVFerryError, RequestError
+from .request import StreamError
+
+MAX_RETRY_AFTER_S = 60.0
+RETRYABLE = frozenset({429, 503})
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+@dataclass(slots=True, frozen=True)
+class Failure:
+    """One error as the client will see it."""
+
+    status: int
+    message: str
+    kind: str
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: float | None = None
+    more_headers: tuple[tuple[bytes, bytes], ...] = ()
+    close: bool = False  # the rest of the request's body stays unread: the connection cannot go on
+
+    @property
+    def body(self) -> bytes:
+        return msgspec.json.encode(
+            {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        )
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        headers = [(b"content-type", b"application/json")]
+        if self.status in RETRYABLE:
+            seconds = min(max(self.retry_after_s or 1.0, 0.001), MAX_RETRY_AFTER_S)
+            headers.append((b"retry-after", b"%d" % math.ceil(seconds)))
+            headers.append((b"retry-after-ms", b"%d" % math.ceil(seconds * 1000)))
+        elif self.status >= 400:
+            headers.append((b"x-should-retry", b"false"))
+        if self.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        if self.close:
+            headers.append((b"connection", b"close"))
+        return [*headers, *self.more_headers]
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Map an exception; what is not ours is a 500 that tells the client nothing of the inside."""
+    match error:
+        case RequestError():
+            kind = _TYPES.get(error.status, error.kind) if error.kind == "invalid_request_error" else error.kind
+            close = error.status in (408, 413, 505)
+            return Failure(error.status, str(error), kind, error.param, error.code, close=close)
+        case CapacityError():
+            kind, code = ("rate_limit_error", "rate_limit_exceeded")
+            if error.status != 429:
+                kind, code = ("server_error", "overloaded")
+            return Failure(error.status, str(error), kind, None, code, retry_after_s=error.retry_after_s)
+        case StreamError():
+            kind = _TYPES.get(error.status, "server_error")
+            return Failure(error.status, str(error), kind, None, error.code, retry_after_s=error.retry_after_s)
+        case KVFerryError():
+            return Failure(500, str(error), "server_error", None, "internal_error")
+        case _:
+            return Failure(500, "internal error; the server's log has more", "server_error", None, "internal_error")
+
+
+def unknown_path(path: str) -> RequestError:
+    return RequestError(f"no such path: {clip(path)}", code="unknown_url", status=404)
+
+
+def shown(value: object) -> str:
+    """A client's value as it may stand in a message. A large one is not even written out."""
+    match value:
+        case str():
+            return clip(value)
+        case list():
+            return f"an array of {len(value)}"
+        case dict():
+            return f"an object of {len(value)}"
+    return clip(str(value)).strip("'")
+
+
+def clip(text: str, limit: int = 64) -> str:
+    """`text` as it may stand in a message: quoted, control characters escaped, not longer than about `limit`."""
+    quoted = ascii(text if len(text) <= limit else text[:limit] + "...")
+    return quoted

@@ -1,0 +1,182 @@
+"""The router's picture of all of its workers.
+
+    hello ─> Worker joins ─> heartbeats, requests come and go (worker.py) ─> lost or hung: removed
+
+Policies see frozen `WorkerView`s in a `PoolView` and nothing that changes; a picture is made anew when its worker has
+changed, so a placement costs what has changed and not what there is.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ...common.messages import WorkerHello, WorkerStatus
+from ...kvcache.blocks import KVCacheSpec
+from .predictor import Predictor
+from .prefix_index import PrefixIndex
+from .views import RANKS, PoolView, Rank, WorkerView, has_gained
+from .worker import Worker, WorkerLink
+
+_PAIR_PENALTY_S = 1.0
+_MAX_PAIR_PENALTY_S = 30.0
+
+
+@dataclass(slots=True)
+class _PairFailure:
+    penalty_s: float
+    until_s: float
+
+
+class Pools:
+    """All sessions, and which pairs of them fail at handoffs."""
+
+    def __init__(self, predictor: Predictor | None = None) -> None:
+        self.predictor = predictor if predictor is not None else Predictor()
+        self._workers: dict[int, Worker] = {}  # by session number
+        self._by_name: dict[str, Worker] = {}
+        self._pairs: dict[tuple[int, int], _PairFailure] = {}
+        self._changed: set[int] = set()  # sessions whose pictures are out of date
+        self._views: dict[int, WorkerView] = {}
+        self._ranks: dict[int, tuple[str, Rank]] = {}  # where in the order each one stands
+        self._order: dict[str, list[Rank]] = {"prefill": [], "decode": []}  # of those that are ready
+        self._least_model_len: int | None = None
+        self._least_blocks: int | None = None
+        self.prefix_index = PrefixIndex()
+        self.claimed: frozenset[int] = frozenset()  # sessions that are kept for requests that run alone
+        self.block_size = 0  # of all workers; 0: none has joined yet
+        self.spec: KVCacheSpec | None = None  # the same
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(list(self._workers.values()))
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def join(self, link: WorkerLink, hello: WorkerHello, now_s: float) -> Worker:
+        worker = Worker(link, hello, now_s, on_change=self._on_change)
+        self._workers[link.number] = self._by_name[worker.worker_id] = worker
+        self.predictor.on_hello(link.number, hello)
+        self.block_size, self.spec = hello.spec.block_size, hello.spec
+        self._least_model_len = self._least_blocks = None
+        self._on_change(worker)
+        return worker
+
+    def leave(self, link: WorkerLink) -> Worker | None:
+        worker = self._workers.pop(link.number, None)
+        self._pairs = {pair: state for pair, state in self._pairs.items() if link.number not in pair}
+        if worker is not None:
+            if self._by_name.get(worker.worker_id) is worker:
+                del self._by_name[worker.worker_id]
+            self.predictor.forget(link.number)
+            self.prefix_index.forget(link.number)
+            self._least_model_len = self._least_blocks = None
+            self._on_change(worker)
+        return worker
+
+    def find(self, link: WorkerLink) -> Worker | None:
+        return self._workers.get(link.number)
+
+    def at(self, session: int) -> Worker | None:
+        return self._workers.get(session)
+
+    def named(self, worker_id: str) -> Worker | None:
+        return self._by_name.get(worker_id)
+
+    def with_role(self, role: str) -> list[Worker]:
+        return [worker for worker in self._workers.values() if worker.role == role]
+
+    def has_ready(self, role: str) -> bool:
+        return any(worker.is_ready for worker in self.with_role(role))
+
+    @property
+    def least_model_len(self) -> int | None:
+        """Of all workers."""
+        if self._least_model_len is None and self._workers:
+            self._least_model_len = min(worker.hello.max_model_len for worker in self._workers.values())
+        return self._least_model_len
+
+    @property
+    def least_blocks(self) -> int:
+        """Of all workers: what needs no more fits everywhere."""
+        if self._least_blocks is None:
+            self._least_blocks = min((worker.hello.num_blocks for worker in self._workers.values()), default=0)
+        return self._least_blocks
+
+    def claim(self, worker: Worker) -> None:
+        """Keep it for a request that runs alone."""
+        worker.is_claimed = True
+        self.claimed |= {worker.link.number}
+
+    def unclaim(self, worker: Worker) -> None:
+        worker.is_claimed = False
+        self.claimed -= {worker.link.number}
+
+    def num_ready(self, role: str) -> int:
+        """As of the latest picture."""
+        return len(self._order[role])
+
+    def on_status(self, worker: Worker, status: WorkerStatus, now_s: float) -> bool:
+        """A heartbeat. True if a request that has found no room may find some now."""
+        before, has_refused = self._views.get(worker.link.number), worker.has_refused
+        worker.on_status(status, now_s)
+        worker.has_refused = False
+        self._refresh(now_s)
+        return before is None or has_refused or has_gained(before, self._views[worker.link.number])
+
+    def on_handoff(self, prefill: Worker, decode: Worker, now_s: float, *, failed: bool) -> None:
+        """Remember how the pair's last handoff went: after a failure others are preferred for a while."""
+        pair = (prefill.link.number, decode.link.number)
+        known = self._pairs.pop(pair, None)
+        if failed and self.find(prefill.link) is prefill and self.find(decode.link) is decode:
+            penalty_s = min(_MAX_PAIR_PENALTY_S, known.penalty_s * 2 if known is not None else _PAIR_PENALTY_S)
+            self._pairs[pair] = _PairFailure(penalty_s, now_s + penalty_s)
+
+    def view(self, now_s: float, *, num_queued: int = 0, num_live: int = 0) -> PoolView:
+        """For those who look at every worker: the ages of heartbeats are right in it."""
+        return PoolView(
+            workers=tuple(worker.view(now_s) for worker in self._workers.values()),
+            avoided_pairs=self._avoided(now_s),
+            num_queued=num_queued,
+            num_live=num_live,
+            now_s=now_s,
+        )
+
+    def picture(self, now_s: float) -> PoolView:
+        """For placing: pictures of before stay where nothing has changed. Until the next change of a worker."""
+        self._refresh(now_s)
+        view = PoolView(list(self._views.values()), self._avoided(now_s), now_s=now_s)
+        view.show(self._order, self._views)
+        return view
+
+    def _avoided(self, now_s: float) -> frozenset[tuple[int, int]]:
+        if not self._pairs:
+            return frozenset()
+        return frozenset(pair for pair, state in self._pairs.items() if state.until_s > now_s)
+
+    # --- pictures -------------------------------------------------------------------------------------------
+
+    def _on_change(self, worker: Worker) -> None:
+        self._changed.add(worker.link.number)
+
+    def _refresh(self, now_s: float) -> None:
+        for session in self._changed:
+            self._unrank(session)
+            worker = self._workers.get(session)
+            if worker is None:
+                self._views.pop(session, None)
+                continue
+            view = self._views[session] = worker.view(now_s)
+            if view.is_ready:
+                rank = RANKS[view.role](view)
+                insort(self._order[view.role], rank)
+                self._ranks[session] = (view.role, rank)
+        self._changed.clear()
+
+    def _unrank(self, session: int) -> None:
+        found = self._ranks.pop(session, None)
+        if found is not None:
+            role, rank = found
+            order = self._order[role]
+            del order[bisect_left(order, rank)]

@@ -1,0 +1,435 @@
+"""What an operator can set: every flag, environment variable and YAML key of kvferry, declared once.
+
+A field is a YAML key; `KVFERRY_` + upper case is its environment variable; `--` + dashes is its flag, where a
+command has one. A pool's own values stand under `prefill:` and `decode:`. One file serves every command of a cluster:
+each takes what concerns it. Where a value came from and how layers are merged is `settings`' business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
+
+from ..common.config import (
+    Attention,
+    AutoscaleMode,
+    Checksum,
+    Device,
+    Dtype,
+    KVCacheDtype,
+    LoadFormat,
+    LogFormat,
+    LogLevel,
+    PolicyName,
+    RequestClass,
+    Settings,
+    SpecialTokens,
+    TransferName,
+)
+from ..common.errors import ConfigError
+from ..common.windows import Window
+
+ENV_PREFIX = "KVFERRY_"
+
+SERVE = ("serve",)
+ROUTER = ("router",)
+WORKERS = ("prefill", "decode")
+ENGINES = SERVE + WORKERS
+FRONTS = SERVE + ROUTER
+ALL = SERVE + ROUTER + WORKERS
+
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS |= {_letter: 1000**_power, _letter.upper(): 1024**_power}  # as vLLM reads them: 1k = 1000, 1K = 1024
+    _UNITS |= {f"{_letter.upper()}iB": 1024**_power, f"{_letter.upper()}B": 1000**_power}
+
+
+def parse_number(value: object) -> object:
+    """`32K`, `1.5k` and `2GiB` as whole numbers; what is no text goes on to pydantic as it is."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    number = float(match[1]) * _UNITS[match[2]] if match is not None and match[2] in _UNITS else 0.5
+    if not number.is_integer():
+        raise ValueError("must be a whole number, perhaps with a unit such as 32K or 2GiB")
+    return int(number)
+
+
+def _split(value: object) -> object:
+    """`a,b` (from the environment) and a lone value (from YAML) as a list."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def parse_classes(value: object) -> object:
+    """Request classes: a mapping by name (YAML), or texts `name:key=value,key=value` (flags, variable)."""
+    if isinstance(value, Mapping):
+        entries = [(name, {} if own is None else own) for name, own in value.items()]
+        return [{**own, "name": name} if isinstance(own, Mapping) else own for name, own in entries]
+    texts = value.split() if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        return value
+    return [_parse_class(text) if isinstance(text, str) else text for text in texts]
+
+
+def _parse_class(text: str) -> dict[str, str]:
+    name, _, rest = text.partition(":")
+    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+    return {"name": name.strip(), **{key.strip(): value.strip() for key, _, value in pairs}}
+
+
+Count = Annotated[PositiveInt, BeforeValidator(parse_number)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def _on_or_off(value: object) -> object:
+    """YAML takes the bare words for truth values."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+def _check_windows(texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in texts:
+        try:
+            Window.parse(text)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+    return texts
+
+
+def _check_origins(texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in texts:
+        if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
+            raise ValueError(f"{text} is no origin: scheme://host, with the port if there is one, and no path; or *")
+    return texts
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Classes = Annotated[tuple[RequestClass, ...], BeforeValidator(parse_classes)]
+Objective = Annotated[float, Field(gt=0)] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How a setting shows on the command line: its group, its help (of a switch: what --no- does), who takes it."""
+
+    panel: str
+    help: str
+    on: tuple[str, ...]
+    flag: str = ""  # where it is not the field's name
+
+
+class PoolSettings(Settings):
+    """One pool: how many workers, and what they do not share with the other pool."""
+
+    workers: Annotated[int, Field(ge=0)] = 1
+    min_workers: Annotated[int, Field(ge=0)] | None = None  # None: 1, or 0 for a pool that starts with none
+    max_workers: Annotated[int, Field(ge=0)] | None = None  # None: what the pools start with, however they share it
+    tensor_parallel_size: PositiveInt | None = None
+    max_num_seqs: Count | None = None
+    max_num_batched_tokens: Count | None = None
+    gpu_memory_utilization: Share | None = None
+    kv_cache_memory_bytes: Count | None = None
+    enable_prefix_caching: bool | None = None
+    attention_backend: Attention | None = None
+    num_threads: Count | None = None
+
+    def overrides(self) -> dict[str, object]:
+        return self.model_dump(exclude_none=True, exclude={"workers", "min_workers", "max_workers"})
+
+
+class ServeSettings(Settings):
+    """All settings of a deployment, checked against each other."""
+
+    model: Annotated[
+        str | None,
+        Option("Model", "Directory in Hugging Face's layout or name on its hub. Without one: the built-in model.", ALL),
+    ] = None
+    revision: Annotated[str | None, Option("Model", "Branch, tag or commit on the hub.", ALL)] = None
+    served_model_name: Annotated[str | None, Option("Model", "The model's name in the API.", ALL)] = None
+    max_model_len: Annotated[
+        Count | None, Option("Model", "Longest prompt plus answer, in tokens. Default: the model's.", ALL)
+    ] = None
+    dtype: Annotated[Dtype, Option("Model", "Type of weights; auto: the checkpoint's.", ENGINES)] = "auto"
+    load_format: Annotated[LoadFormat, Option("Model", "dummy: random weights.", ENGINES)] = "auto"
+    chat_template: Annotated[Path | None, Option("Model", "Jinja file instead of the model's own.", FRONTS)] = None
+    special_tokens_in_messages: Annotated[
+        SpecialTokens,
+        Option(
+            "Model",
+            "What a special token is that a message's text spells: itself, ordinary text, or a reason to refuse it.",
+            FRONTS,
+        ),
+    ] = "allow"
+    seed: Annotated[int, Option("Model", "Seed of dummy weights and of requests without one.", ALL)] = 0
+
+    host: Annotated[str, Option("HTTP", "Address of the API.", FRONTS)] = "127.0.0.1"
+    port: Annotated[Port, Option("HTTP", "Port of the API; 0: any free one.", FRONTS)] = 8000
+    api_key_file: Annotated[
+        Path | None,
+        Option("HTTP", "File of keys that clients must send (kvferry keys); read again on a reload.", FRONTS),
+    ] = None
+    api_key: Annotated[Texts, Option("HTTP", "Key that clients must send; repeatable.", FRONTS)] = ()
+    allowed_hosts: Annotated[
+        Texts,
+        Option("HTTP", "Name by which clients reach a server without keys, as through a proxy; repeatable.", FRONTS),
+    ] = ()
+    allowed_origins: Annotated[
+        Annotated[Texts, AfterValidator(_check_origins)],
+        Option("HTTP", "Origin of web pages that may ask; *: any, with API keys. Repeatable. Default: none.", FRONTS),
+    ] = ()
+
+    max_connections: Annotated[
+        Count | None,
+        Option("HTTP", "Clients' connections at once. Default: 4096, or what open files allow.", FRONTS),
+    ] = None
+    max_connections_per_address: Annotated[
+        Count, Option("HTTP", "Of these, from one address (of IPv6: one /64).", FRONTS)
+    ] = 1024
+    max_concurrency_per_key: Annotated[
+        Count | None, Option("HTTP", "Requests of one API key at once. Default: no limit.", FRONTS)
+    ] = None
+    requests_per_minute_per_key: Annotated[
+        Count | None, Option("HTTP", "Requests of one API key a minute. Default: no limit.", FRONTS)
+    ] = None
+    tokens_per_minute_per_key: Annotated[
+        Count | None,
+        Option("HTTP", "Tokens of one API key a minute, prompts and answers. Default: no limit.", FRONTS),
+    ] = None
+    share_prefix_cache: Annotated[
+        bool, Option("HTTP", "Let API keys reuse the KV of each other's equal prompt beginnings.", FRONTS)
+    ] = False
+    admin_port: Annotated[
+        Port | None, Option("HTTP", "Port of the admin listener; 0: any free one. Default: none.", FRONTS)
+    ] = None
+    admin_host: Annotated[str, Option("HTTP", "Address of the admin listener.", FRONTS)] = "127.0.0.1"
+    admin_key_file: Annotated[
+        Path | None, Option("HTTP", "File of keys of the admin listener; read again on a reload.", FRONTS)
+    ] = None
+    admin_key: Annotated[Texts, Option("HTTP", "Key of the admin listener; repeatable.", FRONTS)] = ()
+    routers: Annotated[PositiveInt, Option("HTTP", "Router processes behind the one address.", SERVE)] = 1
+    drain_timeout: Annotated[
+        Annotated[float, Field(ge=0, le=86400)],
+        Option("HTTP", "Seconds that running answers get after SIGTERM.", ALL),
+    ] = 30.0
+
+    prefill: Annotated[PoolSettings, Option("Pools", "Prefill workers; 0: decode workers do both.", FRONTS)] = (
+        PoolSettings()
+    )
+    decode: Annotated[PoolSettings, Option("Pools", "Decode workers.", SERVE)] = PoolSettings()
+    max_local_prefill_tokens: Annotated[
+        Annotated[int, BeforeValidator(parse_number), Field(ge=0)],
+        Option("Pools", "Prompts with at most so many uncached tokens stay on the decode worker.", FRONTS),
+    ] = 0
+    local_prefill: Annotated[bool, Option("Pools", "Never compute a prompt on a decode worker.", FRONTS)] = True
+
+    policy: Annotated[PolicyName, Option("Objectives", "Who decides where a request runs.", FRONTS)] = "slo"
+    ttft_objective_ms: Annotated[
+        Objective,
+        Option(
+            "Objectives",
+            "Time to the first token; what would wait longer is refused at once (429). Default: all wait.",
+            FRONTS,
+        ),
+    ] = None
+    ttft_stretch: Annotated[
+        Annotated[float, Field(ge=1)],
+        Option("Objectives", "A long prompt may take so many times its time on empty workers instead.", FRONTS),
+    ] = 3.0
+    tpot_objective_ms: Annotated[
+        Objective, Option("Objectives", "Mean time per token after the first. Default: none.", ALL)
+    ] = None
+    classes: Annotated[
+        Classes,
+        Option(
+            "Objectives",
+            "A class that requests name by header x-request-class: NAME:KEY=VALUE,KEY=VALUE with ttft_objective_ms, "
+            "ttft_stretch, tpot_objective_ms, priority, deadline_s or weight. Repeatable.",
+            FRONTS,
+        ),
+    ] = ()
+    explain: Annotated[
+        bool, Option("Objectives", "Keep every placement's candidates for /admin/requests, not some's.", FRONTS)
+    ] = False
+
+    autoscale: Annotated[
+        Annotated[AutoscaleMode, BeforeValidator(_on_or_off)],
+        Option("Pools", "Let pools grow, shrink and lend each other workers; advise: only say so.", FRONTS),
+    ] = "off"
+    spare_workers: Annotated[
+        Annotated[int, Field(ge=0)], Option("Pools", "Ready workers beyond what the load needs.", FRONTS)
+    ] = 0
+    scale_schedule: Annotated[
+        Annotated[Texts, AfterValidator(_check_windows)],
+        Option("Pools", "Other bounds at a time: 'mon-fri 08:00-18:00 prefill>=4 decode>=2'; repeatable.", FRONTS),
+    ] = ()
+    scale_target: Annotated[
+        Annotated[float, Field(gt=0.5, lt=1)],
+        Option("Pools", "Share of requests that are to meet each objective.", FRONTS),
+    ] = 0.99
+    scale_interval: Annotated[
+        Annotated[float, Field(gt=0)], Option("Pools", "Seconds between two decisions.", FRONTS)
+    ] = 5.0
+    scale_down_after: Annotated[
+        Annotated[float, Field(ge=0)],
+        Option("Pools", "Seconds for which fewer workers must have been enough.", FRONTS),
+    ] = 300.0
+    role_change_after: Annotated[
+        Annotated[float, Field(ge=0)], Option("Pools", "The same, before a pool lends the other a worker.", FRONTS)
+    ] = 15.0
+
+    device: Annotated[Device, Option("Engine", "auto: GPUs where there are any.", ENGINES)] = "auto"
+    tensor_parallel_size: Annotated[PositiveInt, Option("Engine", "Ranks of one worker.", ENGINES)] = 1
+    block_size: Annotated[
+        Annotated[Literal[8, 16, 32, 64, 128], BeforeValidator(parse_number)],
+        Option("Engine", "Tokens in a KV block.", ENGINES),
+    ] = 16
+    max_num_seqs: Annotated[Count, Option("Engine", "Sequences in one step.", ENGINES)] = 64
+    max_num_batched_tokens: Annotated[
+        Count | None,
+        Option("Engine", "Tokens in one step. Default: 512 on CPUs; on GPUs 8K (prefill) or 2K (decode).", ENGINES),
+    ] = None
+    gpu_memory_utilization: Annotated[Share, Option("Engine", "Share of a GPU's memory to use.", ENGINES)] = 0.9
+    kv_cache_memory_bytes: Annotated[
+        Count | None, Option("Engine", "KV cache of one rank (2GiB, 512MiB). Default: from free memory.", ENGINES)
+    ] = None
+    swap_space: Annotated[
+        Annotated[int, BeforeValidator(parse_number), Field(ge=0)] | None,
+        Option(
+            "Engine",
+            "Host memory of a decode rank for preempted KV; 0: none. Default: a tenth of the KV cache; on GPUs 4GiB.",
+            SERVE + ("decode",),
+        ),
+    ] = None
+    host_cache_memory_bytes: Annotated[
+        Annotated[int, BeforeValidator(parse_number), Field(ge=0)] | None,
+        Option(
+            "Engine",
+            "Host memory of a rank for cached KV that its GPU evicts; 0: none. Default: 8GiB, at most a tenth of what "
+            "is free; on CPUs only what --disk-cache-dir needs.",
+            ENGINES,
+        ),
+    ] = None
+    disk_cache_dir: Annotated[
+        Path | None,
+        Option("Engine", "Directory on a local disk for cached KV that host memory evicts. Default: none.", ENGINES),
+    ] = None
+    disk_cache_bytes: Annotated[Count, Option("Engine", "Room that a rank takes there.", ENGINES)] = 10 << 30
+    enable_prefix_caching: Annotated[
+        bool, Option("Engine", "Do not reuse the KV of equal prompt beginnings.", ENGINES)
+    ] = True
+    kv_cache_dtype: Annotated[
+        KVCacheDtype, Option("Engine", "Type of cached keys and values; fp8: half the bytes, on GPUs.", ENGINES)
+    ] = "auto"
+    attention_backend: Annotated[Attention, Option("Engine", "Kernels.", ENGINES)] = "auto"
+    deterministic: Annotated[
+        bool,
+        Option(
+            "Engine",
+            "A request's tokens and log-probabilities are the same to the bit whatever runs beside it, however it is "
+            "cut, cached, moved or resumed. On CPUs alone.",
+            ALL,
+        ),
+    ] = False
+    enforce_eager: Annotated[
+        bool, Option("Engine", "No CUDA graphs: decode steps launch every kernel from Python.", ENGINES)
+    ] = False
+    num_threads: Annotated[
+        Count | None,
+        Option(
+            "Engine", "CPU threads of a rank. Default: its part of the cores, and the cores of idle workers.", ENGINES
+        ),
+    ] = None
+
+    transfer: Annotated[TransferName, Option("Cluster", "What moves KV between workers.", ENGINES)] = "nixl"
+    kv_checksum: Annotated[
+        Checksum, Option("Cluster", "Check shipped blocks before use; auto: in host memory, not on GPUs.", ENGINES)
+    ] = "auto"
+    launcher: Annotated[Literal["local", "ray"], Option("Cluster", "Processes here, or actors on Ray.", SERVE)] = (
+        "local"
+    )
+    ray_address: Annotated[
+        str | None, Option("Cluster", "A running Ray cluster; without one, one is embedded.", SERVE)
+    ] = None
+    secret_file: Annotated[
+        Path | None,
+        Option("Cluster", "File with the secret that router and workers share; a second line is believed too.", ALL),
+    ] = None
+    insecure_loopback: Annotated[
+        bool,
+        Option("Cluster", "Do without a secret: every process of this machine may join.", ROUTER + WORKERS),
+    ] = False
+    control_host: Annotated[str, Option("Cluster", "Address of the socket for workers.", ROUTER)] = "127.0.0.1"
+    control_port: Annotated[Port, Option("Cluster", "Port of that socket.", ROUTER)] = 7001
+    router: Annotated[Texts, Option("Cluster", "host:port of a router's control socket; repeatable.", WORKERS)] = ()
+    handoff_host: Annotated[
+        str, Option("Cluster", "Address of this worker for other workers.", WORKERS, flag="host")
+    ] = "127.0.0.1"
+    handoff_port: Annotated[Port, Option("Cluster", "Port of it; 0: any free one.", WORKERS, flag="port")] = 0
+    worker_id: Annotated[
+        str | None, Option("Cluster", "Name of this worker in logs and metrics. Default: host and process id.", WORKERS)
+    ] = None
+
+    log_level: Annotated[LogLevel, Option("Output", "Least severe lines to log.", ALL)] = "info"
+    log_format: Annotated[
+        LogFormat, Option("Output", "Log lines for people or programs; auto: text on a terminal.", ALL)
+    ] = "auto"
+    pid_file: Annotated[
+        Path | None,
+        Option("Output", "File for this process's id while it runs: kvferry status --pid-file FILE.", SERVE),
+    ] = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        for name, keys in (("api_key", self.api_key), ("admin_key", self.admin_key)):
+            if any("," in key or key != key.strip() or not key for key in keys):
+                raise ValueError(f"{name}: a key has at least one character, no comma and no space around it")
+        for name, pool in (("prefill", self.prefill), ("decode", self.decode)):
+            low, high = pool.min_workers or 0, pool.workers if pool.max_workers is None else pool.max_workers
+            if not low <= pool.workers <= high:
+                raise ValueError(
+                    f"{name}: {pool.workers} workers are not between its min_workers {low} and its max_workers {high}"
+                )
+        if self.decode.min_workers == 0:
+            raise ValueError("decode: at least one decode worker is needed; give --decode-min 1")
+        names = [known.name for known in self.classes]
+        if "default" in names:
+            raise ValueError("classes: 'default' is what the other settings of objectives describe")
+        if len(set(names)) < len(names):
+            raise ValueError("classes: each name once")
+        if self.decode.workers < 1:
+            raise ValueError("decode: at least one decode worker is needed; for one pool that does both: --prefill 0")
+        if self.prefill.workers == 0 and not self.local_prefill:
+            raise ValueError("local_prefill: without prefill workers every prompt is local; give --prefill 1")
+        sizes = [pool.tensor_parallel_size or self.tensor_parallel_size for pool in (self.prefill, self.decode)]
+        if self.deterministic and self.prefill.workers and sizes[0] != sizes[1]:
+            raise ValueError(
+                f"deterministic: both pools need the same tensor_parallel_size, these have {sizes[0]} and {sizes[1]}: "
+                "sums over ranks are rounded as they are split"
+            )
+        if self.ray_address is not None and self.launcher != "ray":
+            raise ValueError("ray_address: only with --launcher ray")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ValueError("max_model_len: must hold a prompt token and an answer token, so at least 2")
+        return self
+
+
+def option_of(field_name: str) -> Option:
+    """The `Option` that a field of ServeSettings carries."""
+    return next(item for item in ServeSettings.model_fields[field_name].metadata if isinstance(item, Option))
+
+
+def setting_keys() -> dict[str, str]:
+    """Name (in flags and environment) to dotted key (in YAML): `prefill_max_num_seqs` to `prefill.max_num_seqs`."""
+    keys: dict[str, str] = {}
+    for name in ServeSettings.model_fields:
+        if name in ("prefill", "decode"):
+            keys[name] = f"{name}.workers"
+            keys |= {f"{name}_{own}": f"{name}.{own}" for own in PoolSettings.model_fields if own != "workers"}
+        else:
+            keys[name] = name
+    return keys

@@ -1,0 +1,187 @@
+"""Where a setting comes from: command line over environment over YAML file over default.
+
+    raw values with their origin, by layer  ->  the highest of each key  ->  ServeSettings, or one line per mistake
+
+Every mistake is found before anything starts, and names its file and line (or flag, or variable), the rule, and the
+nearest right name. The YAML is read with its line numbers and without tags that build objects.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ..common.config import CACHE_VARIABLE, FAILPOINTS_VARIABLE, SECRET_VARIABLE
+from ..common.errors import ConfigError
+from .fields import ENV_PREFIX, ServeSettings, parse_classes, setting_keys
+
+DEFAULT = "default"
+_RULES = {  # in our words
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "extra_forbidden": "is not known here",
+}
+_NO_SETTINGS = (SECRET_VARIABLE, CACHE_VARIABLE, FAILPOINTS_VARIABLE)
+
+
+class Raw(NamedTuple):
+    """A value as it was given, and where."""
+
+    value: object
+    origin: str  # "--port", "KVFERRY_PORT", "cluster.yaml:3"
+
+
+class Loaded(NamedTuple):
+    settings: ServeSettings
+    origins: dict[str, str]  # dotted key -> where its value comes from
+
+
+def load(*, flags: Mapping[str, Raw], env: Mapping[str, str], file: Path | None) -> Loaded:
+    """Merge the layers and check them. `flags` are by dotted key; absent ones were not given.
+
+    Raises ConfigError with a line for each mistake, whatever its kind.
+    """
+    mistakes: list[str] = []
+    in_file = read_yaml(file, mistakes) if file is not None else {}
+    merged = {**in_file, **read_environment(env, mistakes), **flags}
+    try:
+        settings = ServeSettings.model_validate(_nested({key: raw.value for key, raw in merged.items()}))
+    except ValidationError as error:
+        mistakes += _explain(error, merged)
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    origins = {key: merged[key].origin if key in merged else DEFAULT for key in setting_keys().values()}
+    return Loaded(settings, origins)
+
+
+def value_of(settings: BaseModel, dotted_key: str) -> object:
+    value: object = settings
+    for part in dotted_key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def read_environment(env: Mapping[str, str], mistakes: list[str]) -> dict[str, Raw]:
+    """Every KVFERRY_ variable but the three that are no settings; an unknown one is added to the mistakes."""
+    keys = {ENV_PREFIX + name.upper(): key for name, key in setting_keys().items()}
+    found: dict[str, Raw] = {}
+    for name, value in env.items():
+        if not name.startswith(ENV_PREFIX) or name in _NO_SETTINGS:
+            continue
+        if name in keys:
+            found[keys[name]] = Raw(value, name)
+        else:
+            mistakes.append(f"{name}: unknown variable{_nearest(name, keys)}")
+    return found
+
+
+def read_yaml(path: Path, mistakes: list[str]) -> dict[str, Raw]:
+    """Dotted keys of a YAML file, each with its line; what is wrong with a key is added to the mistakes.
+
+    Raises ConfigError for a file that cannot be read at all.
+    """
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {problem}") from None
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}:{root.start_mark.line + 1}: a mapping of settings is needed")
+    found: dict[str, Raw] = {}
+    for key, raw in _entries(root, path, "", mistakes):
+        if key in found:
+            mistakes.append(f"{raw.origin}: {key}: given twice, first at {found[key].origin}")
+        else:
+            found[key] = raw
+    return found
+
+
+def _entries(mapping: yaml.MappingNode, path: Path, prefix: str, mistakes: list[str]) -> Iterator[tuple[str, Raw]]:
+    keys = set(setting_keys().values())
+    sections = {key.partition(".")[0] for key in keys if "." in key}
+    for key_node, node in mapping.value:
+        origin = f"{path}:{key_node.start_mark.line + 1}"
+        key = prefix + str(getattr(key_node, "value", ""))
+        if key in sections and isinstance(node, yaml.MappingNode):
+            yield from _entries(node, path, f"{key}.", mistakes)
+            continue
+        if key in sections:  # `prefill: 2`
+            key = f"{key}.workers"
+        if key not in keys:
+            mistakes.append(f"{origin}: {key}: unknown key{_nearest(key, keys | sections)}")
+            continue
+        try:
+            yield key, Raw(_construct(node), origin)
+        except (
+            yaml.YAMLError,
+            ValueError,
+            TypeError,
+            AttributeError,
+        ) as error:  # a tag, or a text that it does not permit
+            mistakes.append(f"{origin}: {getattr(error, 'problem', None) or error}")
+
+
+def _construct(node: yaml.Node) -> object:
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_object(node, deep=True)
+    finally:
+        loader.dispose()
+
+
+def _nested(values: Mapping[str, object]) -> dict[str, object]:
+    nested: dict[str, object] = {}
+    for key, value in values.items():
+        section, _, own = key.rpartition(".")
+        target = nested.setdefault(section, {}) if section else nested
+        assert isinstance(target, dict), key
+        target[own] = value
+    return nested
+
+
+def _explain(error: ValidationError, merged: Mapping[str, Raw]) -> Iterator[str]:
+    """One line for each mistake, with the origin of the value."""
+    for item in error.errors(include_url=False):
+        names = [str(part) for part in item["loc"]]
+        message = _RULES.get(item["type"], item["msg"]).removeprefix("Value error, ")
+        message = message.replace("Input should be", "must be")
+        key = next((key for n in range(len(names), 0, -1) if (key := ".".join(names[:n])) in merged), ".".join(names))
+        if not key:  # a rule between settings: its text begins with the setting that breaks it
+            key, _, message = message.partition(": ")
+            key = key if key in merged else f"{key}.workers"
+        raw = merged.get(key)
+        if raw is None:
+            yield f"{key}: {message}"
+            continue
+        if inner := names[len(key.split(".")) :]:
+            message = f"{_inside(raw.value, inner)}: {message}"
+        if names:
+            choices = str(item.get("ctx", {}).get("expected", "")).split("'")[1::2]
+            value = item["input"] if inner else raw.value
+            message += f", not {value!r}{_nearest(str(value), choices)}"
+        # A flag or a variable says by its own name which setting it is; a line of a file does not.
+        yield f"{raw.origin}: {key}: {message}" if ":" in raw.origin else f"{raw.origin}: {message}"
+
+
+def _inside(value: object, names: list[str]) -> str:
+    """Where in a value with parts: `batch.weight` for the part `weight` of the class `batch`."""
+    first, *rest = names
+    entries = parse_classes(value)
+    if first.isdigit() and isinstance(entries, list) and int(first) < len(entries):
+        first = str(entries[int(first)].get("name", first)) if isinstance(entries[int(first)], Mapping) else first
+    return ".".join([first, *rest])
+
+
+def _nearest(word: str, known: Mapping[str, str] | set[str] | list[str]) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {match[0]}?" if match else ""

@@ -1,0 +1,202 @@
+"""`kvferry simulate`: a fleet under a trace, in virtual time. One run for each policy that is named.
+
+    kvferry simulate --trace azure-2023-conv --rate 20 --prefill 2 --decode 6 --policy slo,least_loaded
+
+The router and the workers' schedulers are those that `kvferry serve` runs; the engines are models of their step times,
+from published figures of a GPU and a model, or fitted to a live worker's steps (--steps).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+
+from ..common.config import AutoscaleConfig, PoolBounds
+from ..common.errors import ConfigError, KVFerryError
+from ..tools.load.arguments import positive_float, positive_int
+from ..tools.load.environment import describe_environment
+from ..tools.load.plot import check_plot_path
+from ..tools.load.report import report_console
+from .costs.hardware import GPUS
+from .costs.measured import fit, read_samples
+from .costs.models import MODELS
+from .oracle import bound
+from .report import Run, plot_runs, print_runs, save_runs
+from .scenario import Day, Failure, Fleet, Goals, Router, Scaled, Scenario, Spike, Traffic
+from .simulate import at_rate, capacity, simulate
+from .sources import SOURCES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = make_parser().parse_args(words)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        if options.plot is not None:
+            check_plot_path(options.plot)
+        runs = [_run(name, options) for name in options.policy.split(",")]
+    except KVFerryError as error:
+        print(f"kvferry simulate: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    console = report_console(file_width=180)
+    print_runs(runs, console)
+    if options.oracle:
+        best = bound(runs[0][1], share=options.share)
+        console.print(
+            f"Bound of an oracle: {best.goodput_per_s:.2f} good requests/s, {best.prefill_share:.0%} of the workers "
+            f"for prompts; an infinite cache would hold {best.hit_rate:.1%} of their tokens"
+        )
+    if options.json is not None:
+        save_runs(runs, describe_environment("kvferry simulate", words), options.json)
+    if options.plot is not None:
+        plot_runs(runs, options.plot)
+    return 0
+
+
+def _run(policy: str, options: argparse.Namespace) -> Run:
+    """`colocated` stands for the same workers without a prefill pool."""
+    scenario = scenario_of(options)
+    if policy == "colocated":
+        workers = options.prefill + options.decode
+        scenario = replace(scenario, fleet=replace(scenario.fleet, prefill=0, decode=workers))
+        scenario = replace(scenario, router=replace(scenario.router, policy="least_loaded"))
+    else:
+        scenario = replace(scenario, router=replace(scenario.router, policy=policy))
+    if not options.capacity:
+        return policy, scenario, simulate(scenario)
+    found = capacity(scenario, share=options.share, start_per_s=options.rate)
+    if found.outcome is None:
+        raise KVFerryError(f"{policy}: at no rate down to {found.tried[-1][0]:.3g}/s is {options.share:.0%} good")
+    return f"{policy} at {found.rate_per_s:.2f}/s", at_rate(scenario, found.rate_per_s), found.outcome
+
+
+def scenario_of(options: argparse.Namespace) -> Scenario:
+    goals = Goals(options.ttft_objective_ms / 1e3, options.ttft_stretch, options.tpot_objective_ms / 1e3)
+    traffic = Traffic(
+        trace=options.trace,
+        part=options.part,
+        arrivals="poisson" if options.poisson else "recorded",
+        rate_per_s=options.rate,
+        num_requests=options.requests,
+        length_scale=options.length_scale,
+        spikes=tuple(options.spike),
+        day=Day(options.day_s, options.day_low) if options.day_s is not None else None,
+        seed=options.seed,
+    )
+    fleet = Fleet(
+        prefill=options.prefill,
+        decode=options.decode,
+        gpu=options.gpu,
+        model=options.model,
+        gpus_per_worker=options.tensor_parallel_size,
+        steps=fit(read_samples(options.steps), noise=not options.no_noise) if options.steps is not None else None,
+        num_blocks=options.num_blocks,
+        block_tokens=options.block_size,
+        max_num_seqs=options.max_num_seqs,
+        prefill_tokens=options.prefill_tokens,
+        decode_tokens=options.decode_tokens,
+    )
+    router = Router(
+        local_prefill=not options.no_local_prefill, max_local_prefill_tokens=options.max_local_prefill_tokens
+    )
+    return Scenario(
+        traffic=traffic,
+        fleet=fleet,
+        router=router,
+        goals=goals,
+        failures=tuple(options.fail),
+        scaled=_scaled(options),
+        seed=options.seed,
+        jumps=not options.step_by_step,
+    )
+
+
+def _scaled(options: argparse.Namespace) -> Scaled | None:
+    if options.autoscale is None:
+        return None
+    most = options.autoscale
+    pool = PoolBounds(at_least=1, at_most=most)
+    config = AutoscaleConfig(
+        mode="on", prefill=pool, decode=pool, max_workers=most, spare_workers=options.spare_workers
+    )
+    return Scaled(config, start_s=options.start_s)
+
+
+def _spike(text: str) -> Spike:
+    at_s, duration_s, factor = text.split(":")
+    return Spike(float(at_s), float(duration_s), float(factor))
+
+
+def _failure(text: str) -> Failure:
+    worker, _, times = text.partition("@")
+    at_s, _, back_s = times.partition("+")
+    return Failure(worker, float(at_s), float(back_s) if back_s else None)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvferry simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_traffic(parser.add_argument_group("traffic"))
+    _add_fleet(parser.add_argument_group("fleet"))
+    _add_goals(parser.add_argument_group("router and objectives"))
+    group = parser.add_argument_group("run")
+    group.add_argument("--capacity", action="store_true", help="search the highest rate at which --share is good")
+    group.add_argument("--share", type=positive_float, default=0.9, help="of requests, for --capacity and --oracle")
+    group.add_argument("--oracle", action="store_true", help="also show the bound that no router can beat")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--step-by-step", action="store_true", help="every decode step is an event: slow, same results")
+    group.add_argument("--json", type=Path, metavar="FILE")
+    group.add_argument("--plot", type=Path, metavar="FILE", help=".svg or .png")
+    return parser
+
+
+def _add_traffic(group: argparse._ArgumentGroup) -> None:
+    names = ", ".join(SOURCES)
+    group.add_argument("--trace", default="sample:azure-2023-conv", help=f"{names}, sample:NAME, or a file")
+    group.add_argument("--part", choices=("whole", "first", "second"), default="whole", help="of the trace's time")
+    group.add_argument("--rate", type=positive_float, help="mean requests per second; default: as recorded")
+    group.add_argument("--poisson", action="store_true", help="Poisson arrivals; default: the recorded ones, scaled")
+    group.add_argument("--requests", type=positive_int, help="default: all; more than there are: again from the start")
+    group.add_argument("--length-scale", type=positive_float, default=1.0)
+    group.add_argument("--spike", type=_spike, action="append", default=[], metavar="AT:SECONDS:FACTOR")
+    group.add_argument("--day-s", type=positive_float, help="a sinusoidal day of so many seconds")
+    group.add_argument("--day-low", type=positive_float, default=0.2, help="its lowest rate, as a share of the highest")
+
+
+def _add_fleet(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--prefill", type=int, default=2, help="workers; 0: colocated")
+    group.add_argument("--decode", type=positive_int, default=2, help="workers")
+    group.add_argument("--gpu", default="H100", help=", ".join(GPUS))
+    group.add_argument("--model", default="llama-3.1-70b", help=", ".join(MODELS))
+    group.add_argument("--tensor-parallel-size", type=positive_int, default=4, help="GPUs of a worker")
+    group.add_argument("--steps", type=Path, metavar="FILE", help="samples of a live worker's steps, instead of a GPU")
+    group.add_argument("--no-noise", action="store_true", help="with --steps: every step takes what the fit says")
+    group.add_argument("--num-blocks", type=positive_int, help="of a worker; default: what fits into its memory")
+    group.add_argument("--block-size", type=positive_int, help="tokens; default: 512 where the trace has blocks, or 64")
+    group.add_argument("--max-num-seqs", type=positive_int, default=256)
+    group.add_argument("--prefill-tokens", type=positive_int, default=8192, help="largest step of a prefill worker")
+    group.add_argument("--decode-tokens", type=positive_int, default=2048, help="largest step of a decode worker")
+    group.add_argument("--fail", type=_failure, action="append", default=[], metavar="WORKER@AT[+BACK_AFTER]")
+    group.add_argument("--autoscale", type=positive_int, metavar="N", help="the autoscaler decides, up to N workers")
+    group.add_argument("--start-s", type=positive_float, default=60.0, help="that a new worker takes to start")
+    group.add_argument("--spare-workers", type=int, default=0)
+
+
+def _add_goals(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--policy", default="slo", help="one or more, with commas; also: colocated")
+    group.add_argument("--no-local-prefill", action="store_true")
+    group.add_argument("--max-local-prefill-tokens", type=int, default=0)
+    group.add_argument("--ttft-objective-ms", type=positive_float, default=1000.0)
+    group.add_argument("--ttft-stretch", type=positive_float, default=3.0)
+    group.add_argument("--tpot-objective-ms", type=positive_float, default=50.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Models as published: what a token costs to compute, to keep and to read.
+
+Sources: the checkpoints' config.json files for Llama 3.1 8B and 70B; "OPT: Open Pre-trained Transformer Language
+Models" (2022), table 1, for 175B, which has GPT-3's shape; "DeepSeek-V3 Technical Report" (2024), section 4.2, for the
+mixture of experts: 671 B parameters of which a token uses 37 B, FP8 weights, multi-head latent attention with 512 + 64
+values kept for each token and layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...common.errors import ConfigError
+
+
+@dataclass(slots=True, frozen=True)
+class ModelShape:
+    """Figures of the whole model; a worker's GPUs share them evenly."""
+
+    name: str
+    num_params: float
+    num_layers: int
+    kv_bytes_per_token: int  # all layers
+    prefill_flops_per_pair: float  # attention: one query token and one key token, all layers and heads
+    decode_flops_per_pair: float
+    weight_bytes: float = 2.0  # of one parameter
+    num_active_params: float | None = None  # that a token uses; None: all
+    num_experts: int = 0  # routed ones of a layer; 0: dense
+    experts_per_token: int = 0
+    expert_share: float = 0.0  # of the parameters, in routed experts
+    kernels_s: float = 0.0  # of a step, whatever it computes: launches, collectives, sampling
+    mfu: float | None = None  # share of a GPU's peak that its prompts reach; None: the GPU's usual one
+
+    @property
+    def active_params(self) -> float:
+        return self.num_params if self.num_active_params is None else self.num_active_params
+
+    @property
+    def total_bytes(self) -> float:
+        return self.num_params * self.weight_bytes
+
+    def bytes_read(self, num_tokens: int) -> float:
+        """Weights that a step of so many tokens reads: of a layer's experts, those that some token chose."""
+        if not self.num_experts:
+            return self.total_bytes
+        missed = (1 - self.experts_per_token / self.num_experts) ** num_tokens
+        return self.total_bytes * (1 - self.expert_share * missed)
+
+
+def _dense(
+    name: str, num_params: float, num_layers: int, num_heads: int, num_kv_heads: int, head_dim: int, kernels_s: float
+) -> ModelShape:
+    """BF16 weights and cache. A pair costs a product for its score and one for its value: two operations each."""
+    pair = 4.0 * num_layers * num_heads * head_dim
+    kv_bytes = 2 * 2 * num_layers * num_kv_heads * head_dim
+    return ModelShape(name, num_params, num_layers, kv_bytes, pair, pair, kernels_s=kernels_s)
+
+
+# Kernels of a step beside its products and reads are assumed: 30 us a layer on one GPU, 50 us with two all-reduces.
+_DEEPSEEK_LAYERS, _DEEPSEEK_HEADS = 61, 128
+MODELS = {
+    model.name: model
+    for model in (
+        _dense("llama-3.1-8b", 8.03e9, 32, 32, 8, 128, kernels_s=1e-3),
+        _dense("llama-3.1-70b", 70.6e9, 80, 64, 8, 128, kernels_s=4e-3),
+        _dense("opt-175b", 175e9, 96, 96, 96, 128, kernels_s=5e-3),
+        ModelShape(
+            "deepseek-v3",
+            num_params=671e9,
+            num_layers=_DEEPSEEK_LAYERS,
+            kv_bytes_per_token=2 * _DEEPSEEK_LAYERS * (512 + 64),
+            # Prompts expand the latent: 192 values score, 128 are weighed. Decode steps work on the latent itself.
+            prefill_flops_per_pair=2.0 * _DEEPSEEK_LAYERS * _DEEPSEEK_HEADS * (192 + 128),
+            decode_flops_per_pair=2.0 * _DEEPSEEK_LAYERS * _DEEPSEEK_HEADS * (576 + 512),
+            weight_bytes=1.0,
+            num_active_params=37e9,
+            num_experts=256,
+            experts_per_token=8,
+            expert_share=0.97,  # 58 layers x 256 experts x 3 x 7168 x 2048 parameters = 654 B
+            # Assumed: two exchanges between the experts' GPUs a layer, about 60 us each.
+            kernels_s=8e-3,
+            # 52,300 prompt tokens per second on eight H100 (LMSYS, "Deploying DeepSeek with PD Disaggregation and
+            # Large-Scale Expert Parallelism on 96 H100 GPUs", 2025) are a quarter of their FP8 peak.
+            mfu=0.25,
+        ),
+    )
+}
+
+
+_SHORT = {"8b": "llama-3.1-8b", "70b": "llama-3.1-70b", "175b": "opt-175b", "moe": "deepseek-v3"}
+
+
+def model_named(name: str) -> ModelShape:
+    try:
+        return MODELS[_SHORT.get(name.lower(), name.lower())]
+    except KeyError:
+        raise ConfigError(f"model {name}: known are {', '.join((*MODELS, *_SHORT))}") from None

@@ -1,0 +1,130 @@
+"""How long a worker's engine takes for a step: a roofline of published figures, or what a live worker was seen to take.
+
+    a step computes prompt chunks and decode rows together, its kernels one after the other:
+        products     of all tokens with the weights: arithmetic, or reading the weights once, whichever takes longer
+        attention    of prompts: arithmetic on every pair of tokens; of decode rows: reading every attended token's KV
+        launches     a constant
+
+Attention of prompts and of rows are kernels of their own that do not overlap: POD-Attention (ASPLOS'25), section 2,
+shows that of the engines of its time, and builds the one that would.
+
+A run of decode steps with the same rows grows by one token of context a row and step, so its steps' times are an
+arithmetic series (`run`): a thousand steps cost what one costs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ...common.errors import ConfigError
+from .hardware import Gpu
+from .models import ModelShape
+
+_MEMORY_SHARE = 0.9  # of a GPU's memory, as `--gpu-memory-utilization`
+_RESERVE_GB = 4.0  # of a GPU: activations of a full budget, CUDA graphs, the runtime
+
+
+@dataclass(slots=True, frozen=True)
+class StepWork:
+    """What one step computes, as `StepSample` counts it."""
+
+    prefill_tokens: int = 0
+    prefill_pairs: int = 0
+    decode_rows: int = 0
+    decode_context: int = 0
+
+
+class StepModel(Protocol):
+    """Seconds of steps. Pure: noise is the engine's."""
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of a step's time, as a share of it; 0: none."""
+        ...
+
+    def step_s(self, work: StepWork) -> float: ...
+
+    def run(self, rows: int, context: int) -> tuple[float, float]:
+        """Decode steps of `rows`, the first of which attends to `context` tokens in all: its time, and what each later
+        one takes more than the one before it.
+        """
+        ...
+
+
+@dataclass(slots=True)
+class Roofline:
+    """`num_gpus` of one kind share a model by tensor parallelism."""
+
+    gpu: Gpu
+    model: ModelShape
+    num_gpus: int
+    noise: float = 0.0
+    _reads: dict[int, float] = field(default_factory=dict)  # seconds to read the weights, by tokens of a step
+    _s_per_token: float = field(init=False)  # of the products with weights
+    _s_per_pair: float = field(init=False)  # a prompt's token attends to another
+    _s_per_context: float = field(init=False)  # a decode row attends to a token: read its KV, multiply meanwhile
+
+    def __post_init__(self) -> None:
+        if self.cache_bytes <= 0:
+            need, have = self.model.total_bytes / 1e9, self.num_gpus * self.gpu.memory_gb
+            machine = f"{self.num_gpus} x {self.gpu.name}"
+            raise ConfigError(f"{self.model.name} has {need:,.0f} GB of weights; {machine} have {have:,.0f} GB")
+        model = self.model
+        flops = self.num_gpus * self.gpu.flops(model.weight_bytes, model.mfu)
+        attention_flops = self.num_gpus * self.gpu.flops(2.0, None)  # attention computes in BF16
+        self._s_per_token = 2 * model.active_params / flops
+        self._s_per_pair = model.prefill_flops_per_pair / attention_flops
+        read_s = model.kv_bytes_per_token / (self.num_gpus * self.gpu.bytes_per_s)
+        self._s_per_context = max(read_s, model.decode_flops_per_pair / attention_flops)
+
+    @property
+    def cache_bytes(self) -> float:
+        """What the weights leave for KV, on all of the worker's GPUs."""
+        usable = self.num_gpus * (self.gpu.memory_gb * _MEMORY_SHARE - _RESERVE_GB) * 1e9
+        return usable - self.model.total_bytes
+
+    def num_blocks(self, block_tokens: int) -> int:
+        return int(self.cache_bytes // (self.model.kv_bytes_per_token * block_tokens))
+
+    def _read_s(self, num_tokens: int) -> float:
+        read_s = self._reads.get(num_tokens)
+        if read_s is None:
+            read_s = self.model.bytes_read(num_tokens) / (self.num_gpus * self.gpu.bytes_per_s)
+            self._reads[num_tokens] = read_s
+        return read_s
+
+    def _weights_s(self, num_tokens: int) -> float:
+        """Prompts' and rows' tokens share one read of the weights."""
+        return max(num_tokens * self._s_per_token, self._read_s(num_tokens))
+
+    def step_s(self, work: StepWork) -> float:
+        weights_s = self._weights_s(work.prefill_tokens + work.decode_rows)
+        attention_s = work.prefill_pairs * self._s_per_pair + work.decode_context * self._s_per_context
+        return self.model.kernels_s + weights_s + attention_s
+
+    def run(self, rows: int, context: int) -> tuple[float, float]:
+        slope_s = self._s_per_context
+        return self.model.kernels_s + self._weights_s(rows) + context * slope_s, rows * slope_s
+
+
+@dataclass(slots=True, frozen=True)
+class Linear:
+    """Measured: a constant of each kind of step, and so much for each token, pair, row and token of context."""
+
+    step: float
+    mixed: float  # more, where a prompt is computed along
+    per_token: float
+    per_pair: float
+    per_row: float
+    per_context: float
+    noise: float = 0.0
+
+    def step_s(self, work: StepWork) -> float:
+        prefill_s = 0.0
+        if work.prefill_tokens:
+            prefill_s = self.mixed + work.prefill_tokens * self.per_token + work.prefill_pairs * self.per_pair
+        return self.step + prefill_s + work.decode_rows * self.per_row + work.decode_context * self.per_context
+
+    def run(self, rows: int, context: int) -> tuple[float, float]:
+        return self.step + rows * self.per_row + context * self.per_context, rows * self.per_context

@@ -1,0 +1,88 @@
+"""What no router can beat: an upper bound of the goodput of so many GPUs, from perfect knowledge and a fluid.
+
+Prompts cost their arithmetic alone, at the largest step, less what an infinite cache over all workers would have held.
+Answers cost their share of decode steps at the batch that yields the most tokens per second within the objective for
+TPOT and within the worker's memory. Workers are divisible, nothing queues, nothing is shipped, no token comes late.
+
+Of all requests only a share must be served (`share`); the bound takes the cheapest of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..tools.load.traces import TraceRow
+from .costs.steps import StepModel, StepWork
+from .scenario import Scenario
+from .traffic import arrivals
+
+
+@dataclass(slots=True, frozen=True)
+class Bound:
+    """Of one scenario's traffic and fleet."""
+
+    rate_per_s: float  # of arrivals, at which the share of them could still be served
+    goodput_per_s: float  # that share of it
+    prefill_s: float  # worker seconds of a mean request that is served
+    decode_s: float
+    hit_rate: float  # of the infinite cache, over the prompts' tokens
+
+    @property
+    def prefill_share(self) -> float:
+        """Of the workers, those that would compute prompts."""
+        return self.prefill_s / (self.prefill_s + self.decode_s)
+
+
+def bound(scenario: Scenario, *, share: float = 0.9) -> Bound:
+    fleet, steps = scenario.fleet, scenario.fleet.step_model()
+    rows = [row for _, row in arrivals(scenario.traffic)]
+    cached = infinite_cache(rows)
+    block_tokens = fleet.block_tokens or (rows[0].block_tokens if rows[0].block_ids else 64)
+    kv_tokens = fleet.blocks(block_tokens) * block_tokens
+    costs = []
+    for row, hit in zip(rows, cached, strict=True):
+        prefill_s = _prompt_s(steps, row.num_prompt_tokens, hit, fleet.prefill_tokens)
+        context = row.num_prompt_tokens + row.num_output_tokens / 2
+        token_s = _token_s(steps, context, scenario.goals.tpot_s, min(fleet.max_num_seqs, kv_tokens / context))
+        costs.append((prefill_s, (row.num_output_tokens - 1) * token_s))
+    served = sorted(costs, key=sum)[: max(1, round(share * len(costs)))]
+    prefill_s, decode_s = (sum(cost[part] for cost in served) / len(served) for part in (0, 1))
+    goodput = fleet.num_workers / (prefill_s + decode_s)
+    hit_rate = sum(cached) / sum(row.num_prompt_tokens for row in rows)
+    return Bound(goodput / share, goodput, prefill_s, decode_s, hit_rate)
+
+
+def infinite_cache(rows: list[TraceRow]) -> list[int]:
+    """Of each prompt, the tokens that a cache which never forgets would have held at its arrival."""
+    seen: set[int] = set()
+    found = []
+    for row in rows:
+        num_known = next((n for n, block in enumerate(row.block_ids) if block not in seen), len(row.block_ids))
+        # The last token is always computed: its logits choose the first output token.
+        most = (row.num_prompt_tokens - 1) // row.block_tokens
+        found.append(min(num_known, most) * row.block_tokens)
+        seen.update(row.block_ids)
+    return found
+
+
+def _prompt_s(steps: StepModel, num_tokens: int, num_cached: int, step_tokens: int) -> float:
+    """Its share of full steps: the constant of a step is everybody's."""
+    new = num_tokens - num_cached
+    pairs = new * (num_cached + new // 2)
+    constant_s = steps.step_s(StepWork(1, 0))
+    filler = max(0, step_tokens - new)
+    together_s = steps.step_s(StepWork(new + filler, pairs))
+    alone_s = steps.step_s(StepWork(filler, 0)) if filler else constant_s
+    return max(0.0, together_s - alone_s)
+
+
+def _token_s(steps: StepModel, context: float, tpot_s: float, most_rows: float) -> float:
+    """Of a step with as many rows as memory and the objective allow, one row's share."""
+    rows, best = 1, float("inf")
+    while rows <= max(1, int(most_rows)):
+        step_s = steps.step_s(StepWork(0, 0, rows, int(rows * context)))
+        if step_s > tpot_s and rows > 1:
+            break
+        best = min(best, step_s / rows)
+        rows += max(1, rows // 16)
+    return best

@@ -1,0 +1,151 @@
+"""What the router tells of its requests, kept until the end of the run (`router.observer.Observer`)."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+from ..router.state.observer import NullObserver
+from ..router.state.outcome import Outcome as Judged
+from ..router.state.request import RequestStatus, RouterRequest
+from ..tools.load.stats import describe
+from .jobs import Job
+from .outcome import FleetSample, Outcome, RequestOutcome
+from .scenario import Scenario
+
+if TYPE_CHECKING:
+    from .worker import SimWorker
+    from .world import World
+
+
+class Recorder(NullObserver):
+    """One per world."""
+
+    def __init__(self, world: World, scenario: Scenario) -> None:
+        self._world = world
+        self._scenario = scenario
+        self._open: dict[str, tuple[Job, RouterRequest]] = {}
+        self._requests: list[RequestOutcome] = []
+        self._fleet: list[FleetSample] = []
+        self._workers: list[tuple[SimWorker, float]] = []  # ended ones, and when
+        self.num_retries = 0
+        self.router_s = 0.0  # real CPU time in the dispatcher
+        self._submits_s = array("d")
+        self._wasted_s = 0.0  # of workers that nobody wanted any more when they were there
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    # --- requests -------------------------------------------------------------------------------------------
+
+    def open(self, job: Job, request: RouterRequest) -> None:
+        self._open[job.request_id] = (job, request)
+
+    def on_submit_took(self, seconds: float) -> None:
+        """Real CPU time."""
+        self.router_s += seconds
+        self._submits_s.append(seconds)
+
+    def refuse(self, job: Job, request: RouterRequest, error: str) -> None:
+        self._close(job, request, "refused", error)
+
+    def on_finished(self, request: RouterRequest) -> None:
+        job, _ = self._open[request.request_id]
+        if self._world.launcher is not None:
+            self._world.launcher.record.on_finished(request)
+        finished = request.status is RequestStatus.FINISHED
+        self._close(job, request, "finished" if finished else "failed", request.error_code)
+
+    def on_submitted(self, request: RouterRequest) -> None:
+        if self._world.launcher is not None:
+            self._world.launcher.record.on_submitted(request)
+
+    def on_outcome(self, outcome: Judged) -> None:
+        if self._world.launcher is not None:
+            self._world.launcher.record.on_outcome(outcome)
+
+    def on_retry(self, stage: str, reason: str) -> None:
+        self.num_retries += 1
+
+    def _close(self, job: Job, request: RouterRequest, ended: str, error: str = "") -> None:
+        del self._open[job.request_id]
+        self._world.forget(job)
+        self._requests.append(self._outcome_of(job, request, ended, error))
+
+    def _outcome_of(self, job: Job, request: RouterRequest, ended: str, error: str) -> RequestOutcome:
+        stamps, tokens = request.timestamps, request.num_output_tokens
+        first_s, last_s = stamps.get("first_token"), stamps.get("last_token")
+        tpot_s = None
+        if first_s is not None and last_s is not None and tokens > 1:
+            tpot_s = (last_s - first_s) / (tokens - 1)
+        return RequestOutcome(
+            number=job.number,
+            arrival_s=job.arrival_s,
+            num_prompt_tokens=job.num_prompt_tokens,
+            num_output_tokens=tokens,
+            ended=ended,
+            ttft_s=None if first_s is None else first_s - job.arrival_s,
+            tpot_s=tpot_s,
+            end_s=stamps.get("finished"),
+            unloaded_s=self._world.unloaded_s(job.num_prompt_tokens),
+            num_cached_tokens=request.num_cached_tokens,
+            num_attempts=request.attempt + 1,
+            is_local=request.prefill_worker is None,
+            error=error,
+        )
+
+    # --- the fleet ------------------------------------------------------------------------------------------
+
+    def on_worker_ended(self, worker: SimWorker) -> None:
+        self._workers.append((worker, self._world.kernel.now()))
+
+    def on_wasted(self, seconds: float) -> None:
+        self._wasted_s += seconds
+
+    def sample(self) -> None:
+        roles = [worker.role for worker in self._world.workers.values() if not worker.draining]
+        num_queued = self._world.num_queued()
+        self._fleet.append(
+            FleetSample(
+                self._world.kernel.now(),
+                roles.count("prefill"),
+                roles.count("decode"),
+                self._world.launcher.num_pending if self._world.launcher is not None else 0,
+                num_queued,
+                len(self._open),
+            )
+        )
+
+    # --- the end --------------------------------------------------------------------------------------------
+
+    def outcome(self, last_arrival_s: float, cpu_s: float) -> Outcome:
+        for job, request in list(self._open.values()):
+            self._requests.append(self._outcome_of(job, request, "lost", ""))
+        self._requests.sort()
+        now = self._world.kernel.now()
+        workers = self._workers + [(worker, now) for worker in self._world.workers.values()]
+        worker_s = self._wasted_s + sum(
+            max(0.0, min(end_s, last_arrival_s) - worker.wished_s) for worker, end_s in workers
+        )
+        alive_s = sum(end_s - worker.began_s for worker, end_s in workers)
+        fleet = self._scenario.fleet
+        arrivals = [request.arrival_s for request in self._requests]
+        return Outcome(
+            goals=self._scenario.goals,
+            requests=tuple(self._requests),
+            fleet=tuple(self._fleet),
+            span_s=arrivals[-1] - arrivals[0] if arrivals else 0.0,
+            end_s=now,
+            gpu_hours=worker_s * fleet.gpus_per_worker / 3600,
+            usd=worker_s * fleet.usd_per_hour / 3600,
+            num_queries=sum(worker.prefix_queries for worker, _ in workers),
+            num_hits=sum(worker.prefix_hits for worker, _ in workers),
+            num_preemptions=sum(worker.decode.scheduler.num_preemptions for worker, _ in workers),
+            num_retries=self.num_retries,
+            num_events=self._world.kernel.num_events,
+            busy_share=sum(worker.engine.busy_s for worker, _ in workers) / alive_s if alive_s else 0.0,
+            cpu_s=cpu_s,
+            router_s=self.router_s,
+            submit_us=describe(seconds * 1e6 for seconds in self._submits_s),
+        )

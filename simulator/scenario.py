@@ -1,0 +1,182 @@
+"""What is simulated, as plain values: traffic, fleet, router, objectives, and what goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..common.config import AutoscaleConfig, RouterConfig
+from ..common.errors import ConfigError
+from ..common.messages import Labels
+from ..router.placement.policy import RoutingPolicy
+from ..router.state.predictor import Predictor
+from ..tools.load.traces import TraceRow
+from .costs.hardware import gpu_named
+from .costs.models import model_named
+from .costs.network import Link, Network
+from .costs.steps import Roofline, StepModel
+
+PolicyMaker = Callable[[RouterConfig, Predictor], RoutingPolicy]
+
+
+@dataclass(slots=True, frozen=True)
+class Spike:
+    """For a while, `factor` times as many requests."""
+
+    at_s: float
+    duration_s: float
+    factor: float
+
+
+@dataclass(slots=True, frozen=True)
+class Day:
+    """A sinusoidal day: the rate goes from `low` to 1 times the traffic's and back, lowest at the start."""
+
+    period_s: float = 86400.0
+    low: float = 0.2
+
+
+@dataclass(slots=True, frozen=True)
+class Traffic:
+    """Which requests come when. Lengths and shared prefixes are the trace's, in its order."""
+
+    trace: str | tuple[TraceRow, ...] = "mooncake-conversation"  # a name, a path, or the rows
+    part: Literal["whole", "first", "second"] = "whole"  # of its time
+    arrivals: Literal["recorded", "poisson"] = "recorded"
+    rate_per_s: float | None = None  # mean, beside spikes and days; None: as recorded
+    num_requests: int | None = None  # None: all; more than the trace has: it begins anew, sharing nothing with before
+    length_scale: float = 1.0
+    spikes: tuple[Spike, ...] = ()
+    day: Day | None = None
+    seed: int = 0  # of Poisson arrivals
+
+
+@dataclass(slots=True, frozen=True)
+class Fleet:
+    """The workers. With no prefill workers all are colocated: they compute the prompts of their own answers."""
+
+    prefill: int
+    decode: int
+    gpu: str = "H100"
+    model: str = "llama-3.1-70b"
+    gpus_per_worker: int = 4
+    steps: StepModel | None = None  # None: the roofline of the hardware above
+    num_blocks: int | None = None  # of a worker; None: what fits into its memory
+    host_blocks: int = 0  # of a worker, in host memory: below the device's
+    block_tokens: int | None = None  # None: 512 where the trace names blocks of prompts, else 64
+    max_num_seqs: int = 256
+    max_model_len: int = 131072
+    prefill_tokens: int = 8192  # largest step of a prefill worker
+    decode_tokens: int = 2048  # ... of a decode worker, which cuts it by the time it takes
+    tpot_objective_s: float | None = None  # that decode workers pace local prompts by; None: the scenario's
+    can_change_role: bool = True
+    prefix_caching: bool | None = None  # None: where some prefix comes twice
+    # RDMA at 80 % of the port; the end of a shipment costs a post, a completion and a notification.
+    network: Network = Network(Link(40e9, 0.0005))
+    labels: Callable[[int], Labels] | None = field(default=None, compare=False)  # of the worker of a number
+    token_bytes: int | None = None  # of KV on the wire; None: the model's
+
+    @property
+    def num_workers(self) -> int:
+        return self.prefill + self.decode
+
+    def step_model(self) -> StepModel:
+        if self.steps is not None:
+            return self.steps
+        return Roofline(gpu_named(self.gpu), model_named(self.model), self.gpus_per_worker)
+
+    def blocks(self, block_tokens: int) -> int:
+        """Of one worker."""
+        if self.num_blocks is not None:
+            return self.num_blocks
+        model = self.step_model()
+        if not isinstance(model, Roofline):
+            raise ConfigError("num_blocks: a measured step model says nothing about memory")
+        return model.num_blocks(block_tokens)
+
+    @property
+    def host_bytes_per_s(self) -> float:
+        """One way, between a worker's GPUs and host memory."""
+        return gpu_named(self.gpu).host_gb_per_s * 1e9 * self.gpus_per_worker
+
+    @property
+    def kv_token_bytes(self) -> int:
+        return model_named(self.model).kv_bytes_per_token if self.token_bytes is None else self.token_bytes
+
+    @property
+    def usd_per_hour(self) -> float:
+        """Of one worker."""
+        return gpu_named(self.gpu).usd_per_hour * self.gpus_per_worker
+
+
+@dataclass(slots=True, frozen=True)
+class Router:
+    """How requests are placed."""
+
+    policy: str = "least_loaded"
+    make_policy: PolicyMaker | None = field(default=None, compare=False)  # instead of a name: for trials
+    local_prefill: bool = True
+    max_local_prefill_tokens: int = 0
+    max_queue: int = 1_000_000
+    knows_objectives: bool = (
+        True  # as if given by --ttft-objective-ms and --tpot-objective-ms: hopeless ones are refused
+    )
+
+
+@dataclass(slots=True, frozen=True)
+class Goals:
+    """What makes a request good."""
+
+    ttft_s: float = 1.0
+    ttft_stretch: float = 3.0  # a prompt may take so many times what it takes on an empty prefill worker, if longer
+    tpot_s: float = 0.05
+
+    def ttft_limit_s(self, unloaded_s: float) -> float:
+        return max(self.ttft_s, self.ttft_stretch * unloaded_s)
+
+
+@dataclass(slots=True, frozen=True)
+class Failure:
+    """A worker dies, and another life of it may come."""
+
+    worker: str  # prefill-0, decode-3, ...
+    at_s: float
+    back_after_s: float | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class RoleChange:
+    """An operator's SetRole."""
+
+    worker: str
+    at_s: float
+    role: Literal["prefill", "decode"]
+
+
+@dataclass(slots=True, frozen=True)
+class Scaled:
+    """An autoscaler decides, and this is how its decisions come true."""
+
+    config: AutoscaleConfig
+    start_s: float = 60.0  # from the wish for a worker to its first heartbeat
+    week_s: float = 0.0  # time of the week when the run begins
+
+
+@dataclass(slots=True, frozen=True)
+class Scenario:
+    """One run. Equal scenarios have equal outcomes."""
+
+    traffic: Traffic
+    fleet: Fleet
+    router: Router = Router()
+    goals: Goals = Goals()
+    failures: tuple[Failure, ...] = ()
+    role_changes: tuple[RoleChange, ...] = ()
+    scaled: Scaled | None = None
+    max_tokens: int = 4096  # that clients allow: routers do not know where an answer ends
+    message_s: float = 0.0003  # between router and workers, one way
+    router_s: float = 0.0  # of a request in the router before it is queued: tokenizing
+    drain_s: float = 600.0  # after the last arrival, until what is left counts as lost
+    jumps: bool = True  # decode steps between two events in one
+    seed: int = 0  # of step times' noise

@@ -1,0 +1,113 @@
+"""From a scenario to what routers and workers are configured with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..common.config import RouterConfig
+from ..common.messages import StepSample
+from ..kvcache.blocks import KVCacheSpec
+from .costs.models import model_named
+from .costs.steps import StepModel, StepWork
+from .scenario import Scenario
+
+
+@dataclass(slots=True, frozen=True)
+class WorkerSpec:
+    """What all workers of a run have in common."""
+
+    kv: KVCacheSpec
+    steps: StepModel
+    num_blocks: int
+    host_blocks: int
+    copy_s: float  # of one block to host memory, or from there
+    max_num_seqs: int
+    max_model_len: int
+    prefill_tokens: int
+    decode_tokens: int
+    tpot_objective_s: float | None
+    token_bytes: int
+    prefix_caching: bool
+    can_change_role: bool
+    tp_size: int
+    jumps: bool
+
+
+def router_config(scenario: Scenario) -> RouterConfig:
+    """As `kvferry serve` would make it from the flags."""
+    router, goals = scenario.router, scenario.goals
+    objectives: dict[str, float] = {}
+    if router.knows_objectives:
+        objectives = {
+            "ttft_objective_ms": goals.ttft_s * 1e3,
+            "ttft_stretch": goals.ttft_stretch,
+            "tpot_objective_ms": goals.tpot_s * 1e3,
+        }
+    return RouterConfig(
+        model_dir=Path("."),
+        served_model_name="simulated",
+        local_prefill=router.local_prefill,
+        max_local_prefill_tokens=router.max_local_prefill_tokens,
+        expect_prefill=scenario.fleet.prefill > 0,
+        max_queue=router.max_queue,
+        policy=router.policy,
+        seed=scenario.seed,
+        **objectives,
+    )
+
+
+def worker_spec(scenario: Scenario, block_tokens: int, hashed: bool) -> WorkerSpec:
+    fleet = scenario.fleet
+    layers = model_named(fleet.model).num_layers
+    return WorkerSpec(
+        kv=KVCacheSpec(
+            model=fleet.model,
+            num_layers=layers,
+            num_kv_heads=8,
+            head_dim=128,
+            block_size=block_tokens,
+            dtype="bfloat16",
+        ),
+        steps=fleet.step_model(),
+        num_blocks=fleet.blocks(block_tokens),
+        host_blocks=fleet.host_blocks if hashed else 0,
+        copy_s=block_tokens * fleet.kv_token_bytes / fleet.host_bytes_per_s,
+        max_num_seqs=fleet.max_num_seqs,
+        max_model_len=fleet.max_model_len,
+        prefill_tokens=fleet.prefill_tokens,
+        decode_tokens=fleet.decode_tokens,
+        tpot_objective_s=scenario.goals.tpot_s if fleet.tpot_objective_s is None else fleet.tpot_objective_s,
+        token_bytes=fleet.kv_token_bytes,
+        prefix_caching=hashed,
+        can_change_role=fleet.can_change_role,
+        tp_size=fleet.gpus_per_worker,
+        jumps=scenario.jumps,
+    )
+
+
+def unloaded_s(spec: WorkerSpec, num_tokens: int) -> float:
+    """Chunks of the largest step, one after another."""
+    total_s, done = 0.0, 0
+    while done < num_tokens:
+        chunk = min(spec.prefill_tokens, num_tokens - done)
+        total_s += spec.steps.step_s(StepWork(chunk, chunk * (done + chunk // 2)))
+        done += chunk
+    return total_s
+
+
+def calibration(spec: WorkerSpec) -> tuple[StepSample, ...]:
+    """What a worker measures of itself at start-up."""
+    budget = max(spec.prefill_tokens, spec.decode_tokens)
+    works = [
+        StepWork(tokens, tokens * (context + tokens // 2), 0, 0)
+        for tokens in sorted({16, 64, 256, budget})
+        for context in (0, budget)
+    ]
+    works += [StepWork(0, 0, rows, rows * context) for rows in (1, 4, 16) for context in (16, 1024)]
+    return tuple(
+        StepSample(
+            spec.steps.step_s(work), work.prefill_tokens, work.prefill_pairs, work.decode_rows, work.decode_context
+        )
+        for work in works
+    )

@@ -1,0 +1,49 @@
+"""The one call: a scenario in, its outcome out. And the rate at which a share of the requests is still good."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .outcome import Outcome
+from .scenario import Scenario
+from .traffic import mean_rate, rows_of
+from .world import World
+
+
+def simulate(scenario: Scenario) -> Outcome:
+    return World(scenario).run()
+
+
+@dataclass(slots=True, frozen=True)
+class Capacity:
+    """The highest rate at which the wanted share of requests met both objectives, and what was tried."""
+
+    rate_per_s: float
+    goodput_per_s: float  # at that rate
+    outcome: Outcome | None  # None: not even the lowest rate was kept
+    tried: tuple[tuple[float, float], ...]  # (rate, attainment), in the order of trial
+
+
+def at_rate(scenario: Scenario, rate_per_s: float) -> Scenario:
+    return replace(scenario, traffic=replace(scenario.traffic, rate_per_s=rate_per_s))
+
+
+def capacity(
+    scenario: Scenario, *, share: float = 0.9, precision: float = 0.02, start_per_s: float | None = None
+) -> Capacity:
+    """By bisection over the rate, to `precision` of it. `start_per_s`: a guess; None: the trace's own rate."""
+    guess = mean_rate(rows_of(scenario.traffic)) if start_per_s is None else start_per_s
+    tried: list[tuple[float, float]] = []
+    good, bad, best = 0.0, float("inf"), None
+    rate = guess
+    while bad - good > precision * max(good, guess / 256):
+        outcome = simulate(at_rate(scenario, rate))
+        tried.append((rate, outcome.attainment))
+        if outcome.attainment >= share:
+            good, best = rate, outcome
+        else:
+            bad = rate
+        if good == 0.0 and rate < guess / 128:
+            break
+        rate = good * 2 if bad == float("inf") else bad / 2 if good == 0.0 else (good + bad) / 2
+    return Capacity(good, best.goodput_per_s if best is not None else 0.0, best, tuple(tried))

@@ -1,0 +1,108 @@
+"""From a trace to the requests of a run: scaled, spiked, stretched, repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from itertools import count
+from math import cos, pi
+from random import Random
+
+from ..common.errors import ConfigError
+from ..tools.load.traces import TraceRow, read_trace
+from .scenario import Traffic
+from .sources import trace_path
+
+
+@lru_cache(maxsize=8)
+def _read(trace: str) -> tuple[TraceRow, ...]:
+    return _spread(tuple(read_trace(trace_path(trace))))
+
+
+def rows_of(traffic: Traffic) -> tuple[TraceRow, ...]:
+    """The part of the trace that is used, from 0 s on."""
+    rows = _read(traffic.trace) if isinstance(traffic.trace, str) else _spread(traffic.trace)
+    if not rows:
+        raise ConfigError("the trace has no requests")
+    if traffic.part != "whole":
+        half_s = rows[-1].arrival_s / 2
+        rows = tuple(row for row in rows if (row.arrival_s >= half_s) == (traffic.part == "second"))
+        rows = tuple(replace(row, arrival_s=row.arrival_s - rows[0].arrival_s) for row in rows)
+    if traffic.length_scale != 1.0:
+        rows = tuple(row.scaled(length=traffic.length_scale, rate=1.0) for row in rows)
+    return rows
+
+
+def _spread(rows: tuple[TraceRow, ...]) -> tuple[TraceRow, ...]:
+    """Where the recording's clock ticked every few seconds (Mooncake's: three), requests of one tick came in the middle
+    of it and not all at its beginning. Evenly at random until the next tick, in the recorded order."""
+    random, spread, first = Random(0), list[TraceRow](), 0
+    for index in range(1, len(rows) + 1):
+        if index < len(rows) and rows[index].arrival_s == rows[first].arrival_s:
+            continue
+        begin_s, count_here = rows[first].arrival_s, index - first
+        end_s = rows[index].arrival_s if index < len(rows) else begin_s
+        offsets = sorted(random.random() for _ in range(count_here)) if count_here > 1 else [0.0]
+        spread += [
+            replace(row, arrival_s=begin_s + offset * (end_s - begin_s))
+            for row, offset in zip(rows[first:index], offsets, strict=True)
+        ]
+        first = index
+    return tuple(spread)
+
+
+def mean_rate(rows: tuple[TraceRow, ...]) -> float:
+    """Requests per second, as recorded."""
+    span_s = rows[-1].arrival_s
+    return (len(rows) - 1) / span_s if span_s > 0 else float(len(rows))
+
+
+def arrivals(traffic: Traffic) -> Iterator[tuple[float, TraceRow]]:
+    """Requests in order of arrival."""
+    rows = rows_of(traffic)
+    wanted = len(rows) if traffic.num_requests is None else traffic.num_requests
+    rate = mean_rate(rows[:wanted])  # of what is run: a recording's first minutes may be slower than the rest
+    wished = rate if traffic.rate_per_s is None else traffic.rate_per_s
+    gaps = _poisson(wished, traffic.seed) if traffic.arrivals == "poisson" else _recorded(rows, rate / wished)
+    now_s = 0.0
+    for _, gap_s, row in zip(range(wanted), gaps, _repeated(rows), strict=False):
+        now_s += gap_s / _intensity(traffic, now_s)
+        yield now_s, row
+
+
+def _poisson(rate: float, seed: int) -> Iterator[float]:
+    random = Random(seed)
+    while True:
+        yield random.expovariate(rate)
+
+
+def _recorded(rows: tuple[TraceRow, ...], stretch: float) -> Iterator[float]:
+    """Gaps between arrivals; between two rounds the mean one."""
+    mean_s = stretch / mean_rate(rows)
+    yield 0.0
+    while True:
+        for before, after in zip(rows, rows[1:], strict=False):
+            yield (after.arrival_s - before.arrival_s) * stretch
+        yield mean_s
+
+
+def _repeated(rows: tuple[TraceRow, ...]) -> Iterator[TraceRow]:
+    """Round after round, the prefixes of each being other ones."""
+    num_ids = 1 + max((max(row.block_ids, default=0) for row in rows), default=0)
+    yield from rows
+    for number in count(1):
+        for row in rows:
+            yield replace(row, block_ids=tuple(block + number * num_ids for block in row.block_ids))
+
+
+def _intensity(traffic: Traffic, now_s: float) -> float:
+    """How many times as dense arrivals are then."""
+    intensity = 1.0
+    day = traffic.day
+    if day is not None:
+        intensity = day.low + (1 - day.low) * (1 - cos(2 * pi * now_s / day.period_s)) / 2
+    for spike in traffic.spikes:
+        if spike.at_s <= now_s < spike.at_s + spike.duration_s:
+            intensity *= spike.factor
+    return intensity

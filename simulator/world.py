@@ -1,0 +1,223 @@
+"""One simulated cluster: the real dispatcher, simulated workers, and the requests of a scenario.
+
+    arrival ─> Dispatcher.submit ─> messages ─> workers ─> messages ─> Dispatcher.on_message ─> ... ─> outcome
+
+Router and workers talk through the kernel with a constant delay. A worker that dies takes its session with it at once.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from time import process_time
+
+from ..common.errors import CapacityError, RequestError
+from ..common.messages import Goodbye, Message, SetRole, WorkerHello
+from ..router.dispatch.dispatcher import Dispatcher
+from ..router.placement import make_policy
+from ..router.state.predictor import Predictor
+from .costs.network import Link
+from .jobs import Job, any_repeats, make_job, make_request
+from .kernel import Kernel
+from .launcher import SimLauncher
+from .outcome import Outcome
+from .recorder import Recorder
+from .scenario import Scenario
+from .setup import router_config, unloaded_s, worker_spec
+from .traffic import arrivals, rows_of
+from .worker import SimWorker
+
+ROUTER_TICK_S = 0.1
+_SAMPLE_EVERY_S = 1.0
+
+
+class World:
+    """Owns the run. `run` once."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.kernel = Kernel()
+        rows = rows_of(scenario.traffic)
+        hashed = scenario.fleet.prefix_caching
+        self._hashed = any_repeats(rows) if hashed is None else hashed
+        default_tokens = rows[0].block_tokens if rows[0].block_ids else 64
+        self.block_tokens = scenario.fleet.block_tokens or default_tokens
+        self.spec = worker_spec(scenario, self.block_tokens, self._hashed)
+        self._arrivals = arrivals(scenario.traffic)
+        self._jobs: dict[str, Job] = {}
+        self._num_arrived = 0
+        self._is_over = False  # the last one has come
+        self._last_arrival_s = 0.0
+        self.recorder = Recorder(self, scenario)
+        predictor = Predictor()
+        config = router_config(scenario)
+        maker = scenario.router.make_policy or make_policy
+        self.dispatcher = Dispatcher(
+            config,
+            maker(config, predictor),
+            self.kernel,
+            self.recorder,
+            rng=Random(scenario.seed),
+            predictor=predictor,
+        )
+        self._sessions = 0
+        self._lives: dict[str, int] = {}
+        self.workers: dict[str, SimWorker] = {}
+        self._unloaded: dict[int, float] = {}
+        fleet = scenario.fleet
+        for role, number in (("prefill", fleet.prefill), ("decode", fleet.decode)):
+            for index in range(number):
+                self.start(f"{role}-{index}", role)
+        scaled = scenario.scaled
+        self.launcher = SimLauncher(self, scaled, config, predictor) if scaled is not None else None
+
+    # --- workers --------------------------------------------------------------------------------------------
+
+    def next_session(self) -> int:
+        self._sessions += 1
+        return self._sessions
+
+    def start(self, worker_id: str, role: str) -> SimWorker:
+        """A new life of a worker."""
+        life = self._lives[worker_id] = self._lives.get(worker_id, 0) + 1
+        labels = self.scenario.fleet.labels
+        number = len(self._lives) - 1
+        worker = SimWorker(self, self.spec, worker_id, role, life, labels(number) if labels is not None else ())
+        self.workers[worker_id] = worker
+        worker.start()
+        return worker
+
+    def worker(self, worker_id: str) -> SimWorker | None:
+        return self.workers.get(worker_id)
+
+    def link(self, a: SimWorker, b: SimWorker) -> Link:
+        return self.scenario.fleet.network.between(a.labels, b.labels)
+
+    def joined(self, worker: SimWorker, hello: WorkerHello) -> None:
+        self.dispatcher.worker_joined(worker, hello)
+
+    def on_message(self, worker: SimWorker, message: Message) -> None:
+        if not worker.has_left:
+            began_s = process_time()
+            self.dispatcher.on_message(worker, message)
+            self.recorder.router_s += process_time() - began_s
+
+    def leave(self, worker: SimWorker) -> None:
+        """It has drained."""
+        self.on_message(worker, Goodbye())
+        self._end(worker, "drained")
+        if self.launcher is not None:
+            self.launcher.on_left(worker.worker_id)
+
+    def kill(self, worker_id: str, back_after_s: float | None) -> None:
+        worker = self.workers.get(worker_id)
+        if worker is None:
+            return
+        worker.kill()
+        self._end(worker, "connection lost")
+        for other in self.workers.values():
+            other.on_writer_lost(worker)
+        if back_after_s is not None:
+            self.kernel.after(back_after_s, self.start, worker_id, worker.role)
+
+    def dropped(self, worker: SimWorker) -> None:
+        """The router has given it up."""
+        raise AssertionError(f"the router took {worker.worker_id} for hung at {self.kernel.now():.3f} s")
+
+    def _end(self, worker: SimWorker, reason: str) -> None:
+        # What it has said is on its way: it arrives before the end of the session.
+        del self.workers[worker.worker_id]
+        worker.is_dead = worker.engine.is_dead = True
+        self.recorder.on_worker_ended(worker)
+        self.kernel.after(self.scenario.message_s, self._leave, worker, reason)
+
+    def _leave(self, worker: SimWorker, reason: str) -> None:
+        worker.has_left = True
+        self.dispatcher.worker_left(worker, reason)
+
+    # --- requests -------------------------------------------------------------------------------------------
+
+    def job(self, request_id: str) -> Job:
+        return self._jobs[request_id]
+
+    def _next_arrival(self) -> None:
+        """Requests are made when they come: a million of them never exist at once."""
+        for time_s, row in self._arrivals:
+            job = make_job(self._num_arrived, row, time_s, self.block_tokens, hashed=self._hashed)
+            self._num_arrived += 1
+            self._last_arrival_s = time_s
+            self._jobs[job.request_id] = job
+            self.kernel.at(time_s + self.scenario.router_s, self._submit, job)
+            return
+        self._is_over = True
+
+    def _submit(self, job: Job) -> None:
+        self._next_arrival()
+        request = make_request(job, self.scenario.max_tokens, self.block_tokens)
+        self.recorder.open(job, request)
+        began_s = process_time()
+        try:
+            self.dispatcher.submit(request)
+        except (CapacityError, RequestError) as error:
+            self.recorder.refuse(job, request, str(error))
+        self.recorder.on_submit_took(process_time() - began_s)
+
+    def num_queued(self) -> int:
+        """In the central queue."""
+        return self.dispatcher.view().num_queued
+
+    def forget(self, job: Job) -> None:
+        """It has ended. Workers may still hear of it for a moment."""
+        self.kernel.after(10.0, self._jobs.pop, job.request_id)
+
+    def unloaded_s(self, num_tokens: int) -> float:
+        """From an empty prefill worker's receipt of a prompt to its first token."""
+        known = self._unloaded.get(num_tokens)
+        if known is None:
+            known = self._unloaded[num_tokens] = unloaded_s(self.spec, num_tokens)
+        return known
+
+    # --- the run --------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        began_s = process_time()
+        self.kernel.after(1.0, self._next_arrival)  # heartbeats first
+        self.kernel.after(ROUTER_TICK_S, self._tick)
+        self.kernel.after(_SAMPLE_EVERY_S, self._sample)
+        for failure in self.scenario.failures:
+            self.kernel.at(failure.at_s, self.kill, failure.worker, failure.back_after_s)
+        for change in self.scenario.role_changes:
+            self.kernel.at(change.at_s, self.set_role, change.worker, change.role)
+        self.kernel.run(self._has_ended)
+        return self.recorder.outcome(self._last_arrival_s, process_time() - began_s)
+
+    def set_role(self, worker_id: str, role: str) -> None:
+        worker = self.workers.get(worker_id)
+        if worker is not None:
+            worker.send(SetRole(role=role))
+
+    def leftovers(self, after_s: float = 5.0) -> list[str]:
+        """What workers still hold when a run has ended and the last messages have come. Nothing should be left."""
+        end_s = self.kernel.now() + after_s
+        self.kernel.run(lambda: self.kernel.now() >= end_s)
+        left = []
+        for worker in self.workers.values():
+            worker.pool.check()
+            if worker.pool.num_owned_blocks or worker.num_unfinished or worker.engine.is_busy:
+                held = f"{worker.pool.num_owned_blocks} blocks, {worker.num_unfinished} requests"
+                left.append(f"{worker.worker_id}: {held}")
+        return left + self.dispatcher.breaches()
+
+    def _has_ended(self) -> bool:
+        if not self._is_over:
+            return False
+        return not self.recorder.num_open or self.kernel.now() > self._last_arrival_s + self.scenario.drain_s
+
+    def _tick(self) -> None:
+        began_s = process_time()
+        self.dispatcher.tick()
+        self.recorder.router_s += process_time() - began_s
+        self.kernel.after(ROUTER_TICK_S, self._tick)
+
+    def _sample(self) -> None:
+        self.recorder.sample()
+        self.kernel.after(_SAMPLE_EVERY_S, self._sample)

@@ -1,0 +1,347 @@
+"""The native decoder against the torch path: the same logits and pages within bfloat16's rounding."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import structlog
+import torch
+
+from kvferry.common.batch import Batch, BatchRow
+from kvferry.common.config import CoreSlot
+from kvferry.common.cores import CoreBoard, attach
+from kvferry.common.request import SamplingParams, Sequence
+from kvferry.engine.cpu import build as native
+from kvferry.engine.cpu.build import NativeUnavailable
+from kvferry.engine.cpu.runner import Step
+from kvferry.engine.engine import Engine
+from kvferry.models.default import cache_dir
+
+from ...checkpoints import Family, write_checkpoint
+from ...engine_driver import Driver, engine_config, prompts
+
+Shape = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]  # prompt lengths, tokens of each step
+SAMPLING = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
+    "llama": ("llama", {"vocab_size": 515}),
+    "llama tied, wide heads": ("llama", {"tie_embeddings": True, "head_dim": 64, "num_qo_heads": 6}),
+    "llama biases, odd sizes": ("llama", {"biases": True, "hidden_size": 72, "intermediate_size": 100}),
+    "llama without sharing": ("llama", {"num_kv_heads": 4, "head_dim": 48}),
+    "llama, many heads to one": ("llama", {"num_qo_heads": 7, "num_kv_heads": 1, "head_dim": 128}),
+    "mistral window": ("mistral", {"sliding_window": 20}),
+    "qwen2": ("qwen2", {"tie_embeddings": True, "vocab_size": 501}),
+    "qwen2 window": ("qwen2", {"sliding_window": 13, "num_layers": 3}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3, the widest heads": ("qwen3", {"head_dim": 256, "num_qo_heads": 2, "num_kv_heads": 1}),
+    "yarn": (
+        "qwen2",
+        {"config": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}},
+    ),
+}
+LENGTHS = (1, 7, 16, 17, 31, 64, 130, 300)
+LOGIT_TOLERANCE = 0.03  # of the logits' range
+PAGE_TOLERANCE = 0.05  # of the largest entry
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    try:
+        native.load(cache_dir())
+    except NativeUnavailable as reason:
+        pytest.skip(f"no native decode step on this machine: {reason}")
+
+
+class Recorded:
+    """An engine whose logits can be looked at."""
+
+    def __init__(self, model_dir: Path, *, is_native: bool, cores: CoreSlot | None = None, **fields: object) -> None:
+        config = engine_config(model_dir, **({"dtype": "bfloat16"} | fields))
+        self.engine = Engine(config, num_blocks=400, native=is_native, cores=cores)
+        self.driver = Driver(self.engine)
+        self.native_steps = 0
+        self.logits: list[torch.Tensor] = []
+        decoder = self.engine._native if is_native else self.engine._decoder
+        assert decoder is not None
+        self._logits, decoder.logits = decoder.logits, self._record  # type: ignore[method-assign]
+        if self.engine._native is not None:
+            self._forward, self.engine._native.forward = self.engine._native.forward, self._count  # type: ignore
+
+    def _record(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self._logits(hidden)
+        self.logits.append(logits.clone())
+        return logits
+
+    def _count(self, step: Step, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
+        self.native_steps += 1
+        return self._forward(step, on_layer)
+
+    def prefill(self, lengths: tuple[int, ...]) -> list[Sequence]:
+        seqs = [self.driver.add(prompt, SAMPLING) for prompt in prompts(list(lengths), 500)]
+        for seq in seqs:
+            self.driver.grow(seq, seq.num_tokens)
+        long = [seq for seq in seqs if seq.num_tokens > 1]
+        if long:
+            self.driver.step([(seq, seq.num_tokens) for seq in long])
+        return seqs
+
+
+def _decode_beside(native_run: Recorded, torch_run: Recorded, lengths: tuple[int, ...], num_steps: int) -> None:
+    """Both decode the same tokens from the same pages; logits and pages are compared after each step."""
+    ours, theirs = native_run.prefill(lengths), torch_run.prefill(lengths)
+    native_run.engine.kv_pages.copy_(torch_run.engine.kv_pages)
+    native_run.native_steps = 0
+    for step in range(num_steps):
+        for one, other in zip(ours, theirs, strict=True):
+            one.token_ids[:] = other.token_ids
+        native_run.driver.step([(seq, 1) for seq in ours])
+        torch_run.driver.step([(seq, 1) for seq in theirs])
+        _assert_same(native_run, torch_run, len(lengths))
+        assert native_run.native_steps == step + 1
+
+
+def _assert_same(native_run: Recorded, torch_run: Recorded, rows: int, tolerance: float = LOGIT_TOLERANCE) -> None:
+    """The last logits and all pages."""
+    _assert_logits_close(native_run.logits[-1], torch_run.logits[-1][:rows], tolerance)
+    ours_pages, pages = native_run.engine.kv_pages.float(), torch_run.engine.kv_pages.float()
+    assert (ours_pages - pages).abs().max() <= PAGE_TOLERANCE * pages.abs().max()
+    assert torch.equal(ours_pages.any(-1), pages.any(-1)), "a slot was written by one and not by the other"
+
+
+def _assert_logits_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    spread = float(theirs.max() - theirs.min())
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= tolerance * spread
+    best = theirs.topk(2).values
+    clear = best[:, 0] - best[:, 1] > 2 * tolerance * spread
+    assert torch.equal(ours.argmax(-1)[clear], theirs.argmax(-1)[clear])
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name, (family, fields) in VARIANTS.items():
+        shape = {"tokenizer": False, "dtype": "bfloat16"} | fields
+        write_checkpoint(root / name, family, **shape)  # type: ignore[arg-type]
+    return root
+
+
+def _pair(model_dir: Path, *, block_size: int = 16) -> tuple[Recorded, Recorded]:
+    ours, theirs = (Recorded(model_dir, is_native=native, block_size=block_size) for native in (True, False))
+    return ours, theirs
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_native_steps_are_those_of_torch(checkpoints: Path, variant: str) -> None:
+    _decode_beside(*_pair(checkpoints / variant), LENGTHS, 3)
+
+
+@pytest.mark.parametrize("block_size", [8, 32, 128])
+def test_block_size_does_not_matter(checkpoints: Path, block_size: int) -> None:
+    _decode_beside(*_pair(checkpoints / "mistral window", block_size=block_size), (7, 8, 31, 32, 100), 3)
+
+
+def test_contexts_grow_across_blocks(checkpoints: Path) -> None:
+    _decode_beside(*_pair(checkpoints / "llama", block_size=8), (1, 6, 127), 12)
+
+
+MANY_TOKENS = (390, 70, 33, 5), ((300, 40, 33, 5), (90, 30, 1, 1), (1, 1, 1, 1))
+FEW_TOKENS = (50, 20, 9, 5), ((20, 10, 9, 5), (30, 10, 1, 1), (1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("shape", [MANY_TOKENS, FEW_TOKENS], ids=["many tokens", "few tokens"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_native_prompts_are_those_of_torch(checkpoints: Path, variant: str, shape: Shape) -> None:
+    """Chunks of several prompts, first and later ones, beside tokens of running answers."""
+    lengths, steps = shape
+    runs = _pair(checkpoints / variant)
+    ours, theirs = ([run.driver.add(prompt, SAMPLING) for prompt in prompts(list(lengths), 500)] for run in runs)
+    for counts in steps:
+        for run, seqs in zip(runs, (ours, theirs), strict=True):
+            run.driver.step(list(zip(seqs, counts, strict=True)))
+        for one, other in zip(ours, theirs, strict=True):
+            one.token_ids[:] = other.token_ids
+        _assert_same(*runs, len(runs[0].logits[-1]), 2 * LOGIT_TOLERANCE)  # torch is the one further from float32
+    assert runs[0].native_steps == len(steps)
+
+
+def test_every_prompt_token_can_be_asked_for(checkpoints: Path) -> None:
+    """Log-probabilities of a prompt need the last layer of all its tokens, not only of the last one."""
+    runs = _pair(checkpoints / "mistral window")
+    for run in runs:
+        (prompt,) = prompts([150], 500)
+        seq = run.driver.add(prompt, SamplingParams(temperature=0.0, max_tokens=4, prompt_logprobs=1))
+        run.driver.step([(seq, 90), (run.driver.add([3, 4, 5], SAMPLING), 3)])
+        run.driver.step([(seq, 60)])
+    ours, theirs = (run.driver.outputs for run in runs)
+    for one, other in zip(ours, theirs, strict=True):
+        first, second = (
+            [entry.logprob for row in output.rows for entry in row.prompt_logprobs] for output in (one, other)
+        )
+        assert first == pytest.approx(second, abs=0.6) and len(first) in (59, 90)
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_threads_give_the_same_bits(checkpoints: Path, num_threads: int) -> None:
+    alone, together = (
+        Recorded(checkpoints / "qwen3", is_native=True, num_threads=threads) for threads in (1, num_threads)
+    )
+    torch.set_num_threads(1)
+    for run in (alone, together):
+        seqs = run.prefill(LENGTHS[:3])
+        run.logits.clear()
+        for _ in range(5):
+            run.driver.step([(seq, 1) for seq in seqs])
+    assert all(torch.equal(one, other) for one, other in zip(alone.logits, together.logits, strict=True))
+
+
+def test_a_worker_borrows_the_cores_of_those_that_are_idle(checkpoints: Path) -> None:
+    board = CoreBoard(3)
+    slots = [board.slot(index, max_threads=4) for index in range(3)]
+    run = Recorded(checkpoints / "llama", is_native=True, cores=slots[0])
+    others = [attach(slot).memory for slot in slots[1:]]
+    board.close()
+    native = run.engine._native
+    assert native is not None
+    now, long_ago = time.monotonic_ns() + 10**12, time.monotonic_ns() - 10**10  # it stays "now" for a while
+    resting, working = (now, 2, 0), (now, 2, 1)
+    idle, died, absent = (long_ago, 2, 0), (long_ago, 2, 1), (0, 0, 0)
+    for slots_of_others, num_threads in (
+        ((absent, absent), 4),
+        ((working, absent), 2),
+        ((working, resting), 1),
+        ((idle, resting), 2),
+        ((idle, died), 4),
+    ):
+        for other, (memory, slot) in enumerate(zip(others, slots_of_others, strict=True), 1):
+            struct.pack_into("qqq", memory, 64 * other, *slot)
+        for length in (5, 100):
+            run.driver.step([(run.driver.add([1] * length, SAMPLING), length)])
+            assert native.num_threads == num_threads
+    struct.pack_into("qqq", others[0], 64, time.monotonic_ns() - 10**8, 2, 1)  # within a long step
+    struct.pack_into("qqq", others[0], 128, *absent)
+    run.driver.step([(run.driver.add([1] * 5, SAMPLING), 5)])
+    assert native.num_threads == 2
+    assert struct.unpack_from("q", others[0], 0)[0] > 0, "nobody sees this worker compute"
+    assert struct.unpack_from("q", others[0], 16)[0] == 0, "the step is over"
+
+
+def test_without_the_board_a_worker_keeps_to_its_own_threads(checkpoints: Path) -> None:
+    slot = CoreBoard(1).slot(0, max_threads=2).model_copy(update={"path": "/proc/self/fd/9999"})
+    with structlog.testing.capture_logs() as lines:
+        run = Recorded(checkpoints / "llama", is_native=True, cores=slot)
+    assert [line["event"] for line in lines] == ["shared_cores"]
+    run.driver.step([(run.driver.add([1, 2, 3], SAMPLING), 3)])
+    assert run.engine._native is not None and run.engine._native.num_threads == 1
+
+
+def test_a_row_does_not_feel_how_many_others_there_are(checkpoints: Path) -> None:
+    """To the bit, up to the largest batch: rows are summed up in the same order whatever their number."""
+    run = Recorded(checkpoints / "llama", is_native=True)
+    seqs = run.prefill((40, *range(2, 64), 3, *[2] * 10))
+    run.native_steps = 0
+    first = []
+    for count in (1, 2, 3, 6, 7, 8, 13, 64, 74):
+        output = Batch([BatchRow(seq, 1) for seq in seqs[:count]])
+        for row in output.rows:
+            run.driver.grow(row.seq, row.end)
+        run.engine.step(output)
+        first.append(run.logits[-1][0])
+    assert all(torch.equal(logits, first[0]) for logits in first)
+    assert run.native_steps == len(first)
+
+
+def test_what_a_listener_raises_reaches_the_caller(checkpoints: Path) -> None:
+    run = Recorded(checkpoints / "llama", is_native=True)
+    seq = run.driver.add([5, 6, 7], SAMPLING)
+
+    def refuse(layer: int) -> None:
+        raise ValueError(f"layer {layer}")
+
+    with pytest.raises(ValueError, match="layer 0"):
+        run.driver.step([(seq, 3)], refuse)
+
+
+def test_layers_are_reported_and_prompt_logprobs_read(checkpoints: Path) -> None:
+    run = Recorded(checkpoints / "llama", is_native=True)
+    seq = run.driver.add([5, 6, 7], SamplingParams(temperature=0.0, prompt_logprobs=1))
+    for count in (1, 2):
+        layers: list[int] = []
+        run.driver.step([(seq, count)], layers.append)
+        assert layers == [0, 1]
+    assert run.native_steps == 2
+    assert [entry.token_id for entry in run.driver.outputs[0].rows[0].prompt_logprobs] == [6]
+
+
+@pytest.mark.parametrize("fields", [{"dtype": "float32"}, {"native": False}])
+def test_what_native_code_does_not_do_runs_in_torch(checkpoints: Path, fields: dict[str, object]) -> None:
+    config = engine_config(checkpoints / "llama", dtype=fields.get("dtype", "bfloat16"))
+    assert Engine(config, num_blocks=16, native=bool(fields.get("native", True)))._native is None
+
+
+def test_an_engine_without_the_library_says_so_and_runs(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_COMPILERS", ())
+    with structlog.testing.capture_logs() as lines:
+        engine = Engine(engine_config(checkpoints / "llama", dtype="bfloat16"), num_blocks=16)
+    assert [line["event"] for line in lines] == ["cpu_kernels"] and "no C++ compiler" in lines[0]["reason"]
+    assert len(Driver(engine).generate([Driver(engine).add([1, 2, 3])])[0]) == 8
+
+
+def test_short_block_table_and_foreign_token_are_bugs(checkpoints: Path) -> None:
+    run = Recorded(checkpoints / "llama", is_native=True)
+    (seq,) = run.prefill((20,))
+    seq.block_table = seq.block_table[:1]
+    with pytest.raises(AssertionError, match="block table"):
+        run.engine.step(Batch([BatchRow(seq, 1)]))
+    with pytest.raises(AssertionError, match="vocabulary"):
+        run.engine.step(Batch([BatchRow(run.driver.add([515], SAMPLING), 1)]))
+
+
+# --- building ---------------------------------------------------------------------------------------------------
+
+
+def test_concurrent_first_uses_build_one_library(tmp_path: Path) -> None:
+    failures: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            native.load(tmp_path / "new")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_COMPILERS", ("no-such-compiler",))
+    with pytest.raises(NativeUnavailable, match=r"no C\+\+ compiler is installed \(no-such-compiler\)"):
+        native.load(tmp_path)
+
+
+def test_a_processor_without_bfloat16_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_CPU_FLAGS", frozenset({"avx512f", "no_such_flag"}))
+    with pytest.raises(NativeUnavailable, match="the processor lacks no_such_flag"):
+        native.load(tmp_path)
+
+
+def test_a_failing_compiler_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "cxx"
+    compiler.write_text(f"#!{sys.executable}\nimport sys\nif '-o' in sys.argv:\n    sys.exit('no such target')\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(native, "_COMPILERS", (str(compiler),))
+    assert shutil.which(str(compiler))
+    with pytest.raises(NativeUnavailable, match="no such target"):
+        native.load(tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())

@@ -1,0 +1,189 @@
+"""FlashInfer against the CPU backend, on a CUDA device."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvferry.common.errors import ConfigError
+from kvferry.engine.nn.attention.base import AttentionMetadata
+from kvferry.engine.nn.attention.paged_torch import CPUAttention
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+has_flashinfer = importlib.util.find_spec("flashinfer") is not None
+
+
+def _metadata() -> AttentionMetadata:
+    """Two decode rows (20 and 33 tokens) and a chunk of 10 tokens after 7."""
+    i32 = torch.int32
+    return AttentionMetadata(
+        num_decode_rows=2,
+        qo_indptr=torch.tensor([0, 1, 2, 12], dtype=i32),
+        paged_kv_indptr=torch.tensor([0, 2, 5, 7], dtype=i32),
+        paged_kv_indices=torch.tensor([9, 4, 1, 7, 3, 12, 0], dtype=i32),
+        paged_kv_last_page_len=torch.tensor([4, 1, 1], dtype=i32),
+        kv_lens=(20, 33, 17),
+        slot_mapping=torch.tensor([4 * 16 + 3, 3 * 16, *range(12 * 16 + 7, 12 * 16 + 16), 0]),
+    )
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(not has_flashinfer, reason="needs the extra kvferry[gpu]")
+@pytest.mark.parametrize("num_qo_heads", [2, 8, 16])
+@pytest.mark.parametrize("window", [None, 5])
+def test_flashinfer_agrees_with_the_cpu_backend(num_qo_heads: int, window: int | None) -> None:
+    from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
+
+    generator = torch.Generator().manual_seed(0)
+    pages = torch.randn(2, 16, 2, 2, 16, 64, generator=generator).bfloat16()
+    heads = torch.randn(12, num_qo_heads + 4, 64, generator=generator).bfloat16()
+    cpu = CPUAttention(pages.float(), num_qo_heads, [None, window])
+    gpu = FlashInferAttention(pages.cuda(), num_qo_heads, [None, window])
+    cpu.plan(_metadata())
+    gpu.plan(_metadata())
+    on_gpu = heads.cuda()
+    for layer in range(2):
+        q, k, v = torch.split(heads, [num_qo_heads, 2, 2], 1)
+        expected = cpu.forward(q.float(), k.float(), v.float(), layer)
+        ours = torch.split(on_gpu, [num_qo_heads, 2, 2], 1)  # parts of one tensor, as the model gives them
+        out = gpu.forward(ours[0], ours[1], ours[2], layer).cpu().float()
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
+def _e4m3(x: Tensor, scale: float) -> Tensor:
+    return x.float().div(scale).clamp(-448, 448).to(torch.float8_e4m3fn).float().mul(scale)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(not has_flashinfer, reason="needs the extra kvferry[gpu]")
+@pytest.mark.parametrize("num_qo_heads", [2, 8])
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.02, 0.5)])
+def test_pages_in_8_bits_are_attended_to_as_what_they_stand_for(num_qo_heads: int, scales: tuple[float, float]) -> None:
+    from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
+
+    generator = torch.Generator().manual_seed(1)
+    heads = torch.randn(12, num_qo_heads + 4, 64, generator=generator).bfloat16()
+    q, k, v = torch.split(heads, [num_qo_heads, 2, 2], 1)
+    stored = torch.randn(1, 16, 2, 2, 16, 64, generator=generator).to(torch.float8_e4m3fn)
+    factors = torch.tensor(scales).view(1, 1, 2, 1, 1, 1)
+    cpu = CPUAttention(stored.float() * factors, num_qo_heads, [None])
+    pages = stored.cuda()
+    gpu = FlashInferAttention(pages, num_qo_heads, [None], query_dtype=torch.bfloat16, kv_scales=[scales])
+    cpu.plan(_metadata())
+    gpu.plan(_metadata())
+    expected = cpu.forward(q.float(), _e4m3(k, scales[0]), _e4m3(v, scales[1]), 0)
+    out = gpu.forward(q.cuda(), k.cuda(), v.cuda(), 0).cpu().float()
+    torch.testing.assert_close(out, expected, rtol=3e-2, atol=3e-2 * max(1.0, float(expected.abs().max())))
+    written = pages[0, 4, 0, :, 3].float().cpu() * scales[0]  # the first row's token
+    assert torch.equal(written, _e4m3(k[0], scales[0]))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(not has_flashinfer, reason="needs the extra kvferry[gpu]")
+@pytest.mark.parametrize("num_qo_heads", [2, 8])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_captured_decode_follows_new_plans(num_qo_heads: int, window: int | None, dtype: torch.dtype) -> None:
+    """One graph, captured on short rows, replayed on long ones: what a plan changes must not be in the graph."""
+    from kvferry.engine.nn.attention.flashinfer import FlashInferAttention, PageIndex
+
+    size, block, num_blocks, capacity = 4, 16, 600, 2000
+    generator = torch.Generator().manual_seed(2)
+    pages = torch.randn(1, num_blocks, 2, 2, block, 64, generator=generator).cuda().to(dtype)
+    heads = torch.randn(size, num_qo_heads + 4, 64, generator=generator).cuda().bfloat16()
+    attention = FlashInferAttention(pages, num_qo_heads, [window], query_dtype=torch.bfloat16)
+    index = PageIndex(
+        row_of_token=torch.arange(size, dtype=torch.int32, device="cuda"),
+        positions=torch.zeros(size, dtype=torch.int32, device="cuda"),
+        paged_kv_indptr=torch.zeros(size + 1, dtype=torch.int32, device="cuda"),
+        paged_kv_indices=torch.zeros(capacity, dtype=torch.int32, device="cuda"),
+        paged_kv_last_page_len=torch.ones(size, dtype=torch.int32, device="cuda"),
+    )
+    captured = attention.for_graph(index)
+
+    def prepare(lens: list[int]) -> AttentionMetadata:
+        counts = torch.tensor([-(-n // block) for n in lens])
+        indptr = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0))).int()
+        indices = torch.randperm(num_blocks, generator=generator)[: int(indptr[-1])].int()
+        last = torch.tensor([(n - 1) % block + 1 for n in lens], dtype=torch.int32)
+        index.positions.copy_(torch.tensor(lens) - 1)
+        index.paged_kv_indices[: len(indices)].copy_(indices)
+        captured.plan(indptr.pin_memory(), last.pin_memory(), len(indices))
+        return AttentionMetadata(
+            num_decode_rows=size,
+            qo_indptr=torch.arange(size + 1, dtype=torch.int32),
+            paged_kv_indptr=indptr,
+            paged_kv_indices=indices,
+            paged_kv_last_page_len=last,
+            kv_lens=tuple(lens),
+            slot_mapping=indices[indptr[1:] - 1].long() * block + last - 1,
+        )
+
+    q, k, v = torch.split(heads, [num_qo_heads, 2, 2], 1)
+    with torch.inference_mode():
+        prepare([1, 2, 1, 3])
+        captured.forward(q, k, v, 0)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = captured.forward(q, k, v, 0)
+        for lens in ([1, 1, 1, 1], [17, 300, 5, 64], [3000, 2000, 1, 700], [4000, 1, 1, 1], [9, 8, 7, 6]):
+            metadata = prepare(lens)
+            graph.replay()
+            torch.cuda.synchronize()
+            found = out.clone()
+            attention.plan(metadata)
+            torch.testing.assert_close(found, attention.forward(q, k, v, 0), rtol=1e-2, atol=1e-2, msg=str(lens))
+
+
+@pytest.mark.skipif(has_flashinfer, reason="flashinfer is installed")
+def test_missing_flashinfer_names_the_extra() -> None:
+    from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
+
+    with pytest.raises(ConfigError, match="pip install 'flashinfer-python"):
+        FlashInferAttention(torch.zeros(1, 4, 2, 2, 16, 64, dtype=torch.bfloat16), 4, [None])
+
+
+def test_heads_of_another_size_are_refused() -> None:
+    from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
+
+    with pytest.raises(ConfigError, match="heads of \\(64, 128, 256\\), the model's are 80"):
+        FlashInferAttention(torch.zeros(1, 4, 2, 2, 16, 80, dtype=torch.bfloat16), 4, [None])
+
+
+def test_pages_in_8_bits_need_queries_that_are_not() -> None:
+    from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
+
+    pages = torch.zeros(1, 4, 2, 2, 16, 64, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    with pytest.raises(ConfigError, match="does not attend in torch.float8_e4m3fn"):
+        FlashInferAttention(pages, 4, [None])
+
+
+def test_numbers_too_large_for_8_bits_are_cut_off() -> None:
+    from kvferry.engine.nn.attention.flashinfer import to_e4m3
+
+    x = torch.tensor([0.0, 1.0, 450.0, 1e4, -1e30]).bfloat16()
+    assert to_e4m3(x, 1.0).float().tolist() == [0.0, 1.0, 448.0, 448.0, -448.0]
+    assert to_e4m3(x, 100.0).float().tolist() == [0.0, pytest.approx(0.01, rel=0.1), 4.5, 96.0, -448.0]
+
+
+def test_each_token_knows_its_row_and_position() -> None:
+    from kvferry.engine.nn.attention.flashinfer import _page_index
+
+    index = _page_index(_metadata(), torch.device("cpu"))
+    assert index.row_of_token.tolist() == [0, 1] + [2] * 10
+    assert index.positions.tolist() == [19, 32, *range(7, 17)]
+    assert {part.dtype for part in (index.row_of_token, index.positions, index.paged_kv_indptr)} == {torch.int32}
+
+
+def test_float32_is_refused() -> None:
+    from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
+
+    with pytest.raises(ConfigError, match="use --dtype bfloat16"):
+        FlashInferAttention(torch.zeros(1, 4, 2, 2, 16, 64), 4, [None])

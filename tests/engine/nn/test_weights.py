@@ -1,0 +1,147 @@
+"""Checkpoints of one and of many files, ranks' shards, and files that do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kvferry.common.errors import ConfigError
+from kvferry.engine.nn.decoder import Decoder
+from kvferry.engine.nn.weights import load_weights, read_kv_scales
+from kvferry.engine.ranks.group import Communicator
+from kvferry.models.checkpoint import safetensors_files
+from kvferry.models.config import ModelConfig
+
+from ...checkpoints import write_checkpoint
+
+
+class _FakeRank(Communicator):
+    """A rank whose collectives are never used: only its shards matter."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+
+
+def _load(path: Path, *, rank: int = 0, size: int = 1, load_format: str = "auto", seed: int = 0) -> Decoder:
+    decoder = Decoder(
+        ModelConfig.from_dir(path), _FakeRank(rank, size), dtype=torch.float32, device=torch.device("cpu")
+    )
+    load_weights(decoder, path, load_format=load_format, seed=seed)
+    return decoder
+
+
+def test_sharded_and_single_file_load_the_same(tmp_path: Path) -> None:
+    one = _load(write_checkpoint(tmp_path / "one", tokenizer=False))
+    three = _load(write_checkpoint(tmp_path / "three", tokenizer=False, num_files=3))
+    for first, second in zip(one.slots(), three.slots(), strict=True):
+        assert first.name == second.name and torch.equal(first.target, second.target)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_ranks_hold_the_parts_of_the_whole(tmp_path: Path, family: str, load_format: str) -> None:
+    path = write_checkpoint(tmp_path, family, tokenizer=False, vocab_size=511)  # type: ignore[arg-type]
+    whole = {slot.name: slot.target for slot in _load(path, load_format=load_format).slots()}
+    for rank in range(2):
+        for slot in _load(path, rank=rank, size=2, load_format=load_format).slots():
+            part = whole[slot.name].narrow(slot.dim, slot.start, slot.target.shape[slot.dim])
+            assert torch.equal(slot.target, part), slot.name
+
+
+def test_heads_stay_whole_on_a_rank(tmp_path: Path) -> None:
+    """Rank 1 of 2 has the second half of the query heads and of the KV heads in one fused product."""
+    path = write_checkpoint(tmp_path, tokenizer=False)
+    tensors = load_file(path / "model.safetensors")
+    fused = _load(path, rank=1, size=2).layers[0].attention.qkv_proj.weight
+    name = "model.layers.0.self_attn"
+    parts = [tensors[f"{name}.{part}_proj.weight"] for part in "qkv"]
+    assert torch.equal(fused, torch.cat([part[part.shape[0] // 2 :] for part in parts]))
+
+
+def test_progress_ends_at_one(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, tokenizer=False)
+    decoder = Decoder(ModelConfig.from_dir(path), Communicator(), dtype=torch.float32, device=torch.device("cpu"))
+    seen: list[float] = []
+    load_weights(decoder, path, load_format="auto", seed=0, progress=lambda what, fraction: seen.append(fraction))
+    assert seen == sorted(seen) and seen[-1] == 1.0
+
+
+def _change(path: Path, *, drop: str = "", add: str = "", reshape: str = "") -> None:
+    tensors = load_file(path / "model.safetensors")
+    if drop:
+        del tensors[drop]
+    if add:
+        tensors[add] = torch.zeros(3)
+    if reshape:
+        tensors[reshape] = torch.zeros(3, 3)
+    save_file(tensors, path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drop": "model.norm.weight"}, r"1 tensors are missing: model\.norm\.weight"),
+        ({"add": "model.layers.0.extra"}, r"1 tensors are unknown .*: model\.layers\.0\.extra"),
+        ({"reshape": "lm_head.weight"}, r"lm_head\.weight has shape \[3, 3\], config\.json implies \[512, 64\]"),
+    ],
+    ids=str,
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path, change: dict[str, str], message: str) -> None:
+    path = write_checkpoint(tmp_path, tokenizer=False)
+    _change(path, **change)
+    with pytest.raises(ConfigError, match=message):
+        _load(path)
+
+
+def test_a_tied_models_spare_head_and_old_rotary_buffers_are_ignored(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, tokenizer=False, tie_embeddings=True)
+    _change(path, add="lm_head.weight")
+    _change(path, add="model.layers.0.self_attn.rotary_emb.inv_freq")
+    _load(path)
+
+
+def test_a_directory_without_weights_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="convert the checkpoint to safetensors, or use --load-format dummy"):
+        safetensors_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "missing.safetensors", 3])
+def test_an_index_names_only_files_beside_it(tmp_path: Path, name: object) -> None:
+    (tmp_path.parent / "outside.safetensors").touch()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(ConfigError, match="no file beside it"):
+        safetensors_files(tmp_path)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, tokenizer=False)
+    (path / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
+        _load(path)
+
+
+def _with_scales(path: Path, scales: dict[str, float]) -> Path:
+    write_checkpoint(path, tokenizer=False)
+    tensors = load_file(path / "model.safetensors")
+    tensors |= {f"model.layers.{name}": torch.tensor(value) for name, value in scales.items()}
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def test_scales_of_a_cache_in_8_bits_are_read_and_not_taken_for_weights(tmp_path: Path) -> None:
+    names = {"0.self_attn.k_scale": 0.5, "0.self_attn.v_proj.v_scale": 0.25, "1.self_attn.attn.v_scale": 2.0}
+    path = _with_scales(tmp_path, names)
+    _load(path)
+    assert read_kv_scales(path, 2) == [(0.5, 0.25), (1.0, 2.0)]
+
+
+@pytest.mark.parametrize("name", ["0.self_attn.k_scale", "5.self_attn.k_scale"])
+def test_scales_that_cannot_be_meant_are_refused(tmp_path: Path, name: str) -> None:
+    path = _with_scales(tmp_path, {name: 0.0 if name.startswith("0") else 1.0})
+    with pytest.raises(ConfigError, match=f"{name} is no positive number for one of 2 layers"):
+        read_kv_scales(path, 2)

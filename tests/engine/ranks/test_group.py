@@ -1,0 +1,204 @@
+"""Two ranks as real processes: same tokens as one, payloads in order, and no rank outlives another."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.errors import ConfigError, WorkerLost
+from kvferry.common.request import SamplingParams
+from kvferry.engine.engine import Engine
+from kvferry.engine.ranks.group import Communicator, FrameKind, FrameSocket, RankGroup
+
+from ...checkpoints import write_checkpoint
+from ...engine_driver import Driver, engine_config, make_engine, prompts
+from ...kvcache.test_host_slots import swapped_in_the_middle, undisturbed
+
+ANSWER_S = 60.0
+
+
+class EchoHandler:
+    """A follower's handler that sends back what happens to it; payload b"die" ends its process."""
+
+    def __init__(self, engine: Engine, config: bytes, send: Callable[[bytes], None]) -> None:
+        self._send = send
+        heads = engine.kv_pages.shape[3]
+        send(b"made %s with %d heads of %d" % (config, heads, engine.spec.num_kv_heads))
+
+    def on_user(self, payload: bytes) -> None:
+        if payload == b"die":
+            os._exit(3)
+        if payload == b"fail":
+            raise ConfigError("asked to fail")
+        self._send(b"user " + payload)
+
+    def on_layer(self, layer_id: int) -> None:
+        self._send(b"layer %d" % layer_id)
+
+    def close(self) -> None:
+        self._send(b"closed")
+
+
+class _Pair:
+    def __init__(self, model_dir: Path) -> None:
+        self.inbox: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
+        config = engine_config(model_dir, tensor_parallel_size=2, swap_space=1 << 20)
+        self.group = RankGroup.start(
+            config,
+            num_blocks=64,
+            handler="kvferry.tests.engine.ranks.test_group:EchoHandler",
+            handler_config=b"this",
+            on_message=lambda rank, payload: self.inbox.put((rank, payload)),
+        )
+        self.engine = Engine(config, tp_size=2, num_blocks=64, group=self.group)
+
+    def received(self) -> bytes:
+        rank, payload = self.inbox.get(timeout=ANSWER_S)
+        assert rank == 1
+        return payload
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "model", "qwen2", tokenizer=False, vocab_size=511)
+
+
+@pytest.fixture
+def pair(model_dir: Path) -> Iterator[_Pair]:
+    pair = _Pair(model_dir)
+    try:
+        yield pair
+    finally:
+        pair.group.close()
+
+
+def test_two_ranks_give_the_tokens_of_one_and_payloads_keep_their_place(pair: _Pair, model_dir: Path) -> None:
+    assert pair.received() == b"made this with 1 heads of 2"
+    assert pair.engine.kv_pages.shape[3] == 1
+    asked = prompts([1, 20, 33], 511)
+    sampling = [
+        SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, prompt_logprobs=1),
+        SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=1),
+        SamplingParams(temperature=1.0, max_tokens=6, ignore_eos=True, seed=5),
+    ]
+    answers = []
+    for engine in (pair.engine, make_engine(model_dir)):
+        driver = Driver(engine)
+        seqs = [driver.add(prompt, params) for prompt, params in zip(asked, sampling, strict=True)]
+        answers.append(driver.generate(seqs, chunk=16))
+    assert answers[0] == answers[1]
+    assert pair.engine.spec.fingerprint == make_engine(model_dir).spec.fingerprint
+
+    while not pair.inbox.empty():
+        assert pair.received().startswith(b"layer")
+    pair.group.broadcast(b"before")
+    driver = Driver(pair.engine)
+    driver.step([(driver.add(asked[0]), 1)])
+    pair.group.broadcast(b"after")
+    heard = [pair.received() for _ in range(4)]
+    while heard[0].startswith(b"layer"):  # of the steps above
+        heard = [*heard[1:], pair.received()]
+    assert heard == [b"user before", b"layer 0", b"layer 1", b"user after"]
+    pair.group.close()
+    assert pair.received() == b"closed"
+    pair.group.close()
+
+
+def test_every_rank_swaps_its_part_of_the_blocks(pair: _Pair, model_dir: Path) -> None:
+    assert swapped_in_the_middle(pair.engine) == undisturbed(make_engine(model_dir))
+
+
+def test_a_follower_that_dies_is_a_lost_worker(pair: _Pair) -> None:
+    driver = Driver(pair.engine)
+    seq = driver.add(prompts([3])[0])
+    pair.group.broadcast(b"die")
+    with pytest.raises(WorkerLost, match="tensor-parallel"):
+        driver.step([(seq, 3)])
+
+
+def test_a_followers_error_reaches_rank_0(pair: _Pair) -> None:
+    pair.group.broadcast(b"fail")
+    pair.group._readers[0].join(ANSWER_S)
+    with pytest.raises(WorkerLost, match="rank 1: asked to fail"):
+        pair.group.check()
+
+
+def test_followers_end_with_rank_0(model_dir: Path) -> None:
+    """Rank 0 is a process of its own here, and is killed."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, kvferry.tests.engine.ranks.test_group as t, pathlib\n"
+        "pair = t._Pair(pathlib.Path(sys.argv[1]))\n"
+        "print(pair.group._processes[0].pid, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(model_dir)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    ) as rank_0:
+        assert rank_0.stdout is not None
+        follower = int(rank_0.stdout.readline())
+        ended = os.pidfd_open(follower)
+        rank_0.send_signal(signal.SIGKILL)
+        rank_0.wait()
+        _wait_for_end(ended)
+
+
+def _wait_for_end(pidfd: int) -> None:
+    import select
+
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        assert poll.poll(ANSWER_S * 1000), "the follower goes on without rank 0"
+    finally:
+        os.close(pidfd)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (3, r"tensor_parallel_size = 3 does not divide the model's num_attention_heads = 4; these do: \[1, 2\]"),
+        (4, r"num_key_value_heads = 2; these do: \[1, 2\]"),
+    ],
+)
+def test_a_size_that_does_not_divide_the_heads_is_refused(model_dir: Path, size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RankGroup.start(engine_config(model_dir, tensor_parallel_size=size))
+
+
+def test_one_rank_needs_no_group() -> None:
+    import torch
+
+    comm = Communicator()
+    x = torch.ones(2, 2)
+    assert comm.all_reduce(x) is x and comm.all_gather(x) is x and comm.minimum(7, x.device) == 7
+
+
+def test_frames_arrive_whole_and_a_cut_one_ends_the_stream() -> None:
+    ours, theirs = socket.socketpair()
+    sender, receiver = FrameSocket(ours), FrameSocket(theirs)
+    big = bytes(range(256)) * 4000  # more than a socket buffer holds
+    writer = threading.Thread(target=sender.send, args=(FrameKind.USER, big))
+    writer.start()
+    assert receiver.receive() == (FrameKind.USER, big)
+    writer.join()
+    sender.send(FrameKind.CLOSE)
+    assert receiver.receive() == (FrameKind.CLOSE, b"")
+    ours.sendall(b"\x02\x10\x00\x00\x00half")
+    sender.shutdown()
+    assert receiver.receive() is None
+    sender.close()
+    receiver.close()

@@ -1,0 +1,300 @@
+"""The engine against transformers and against itself: same tokens, however a step is cut."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvferry.common.batch import Batch, BatchRow
+from kvferry.common.errors import ConfigError
+from kvferry.common.request import SamplingParams, Sequence
+from kvferry.engine.engine import Engine
+
+from ..checkpoints import Family, write_checkpoint
+from ..engine_driver import GREEDY, Driver, engine_config, make_engine, prompts
+
+NUM_TOKENS = 8
+SURE_GAP = 1e-4  # below it two right implementations may disagree on the best token
+VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
+    "llama": ("llama", {"hidden_size": 96, "num_qo_heads": 6, "num_kv_heads": 2}),
+    "llama tied": ("llama", {"tie_embeddings": True, "num_layers": 3}),
+    "llama3 rope": (
+        "llama",
+        {
+            "config": {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            }
+        },
+    ),
+    "llama linear rope": ("llama", {"config": {"rope_scaling": {"type": "linear", "factor": 4.0}}}),
+    "llama biases": ("llama", {"biases": True}),
+    "mistral": ("mistral", {}),
+    "mistral window": ("mistral", {"sliding_window": 20}),
+    "qwen2": ("qwen2", {"tie_embeddings": True}),
+    "qwen2 window": ("qwen2", {"sliding_window": 13, "num_layers": 3}),
+    "qwen2 yarn": (
+        "qwen2",
+        {
+            "config": {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 5000.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            }
+        },
+    ),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name, (family, fields) in VARIANTS.items():
+        write_checkpoint(root / name, family, tokenizer=False, **fields)  # type: ignore[arg-type]
+    return root
+
+
+@cache
+def _oracle(model_dir: Path) -> torch.nn.Module:
+    import transformers
+
+    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+        model_dir, attn_implementation="eager", dtype=torch.float32
+    )
+    return model.eval()
+
+
+@cache
+def _expected(model_dir: Path, prompt: tuple[int, ...]) -> list[int]:
+    """Greedy tokens of transformers, as far as each leads by more than SURE_GAP."""
+    tokens = list(prompt)
+    with torch.inference_mode():
+        for _ in range(NUM_TOKENS):
+            logits = _oracle(model_dir)(torch.tensor([tokens])).logits[0, -1]
+            best = logits.topk(2).values
+            if best[0] - best[1] < SURE_GAP:
+                break
+            tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]
+
+
+def _assert_as_transformers(model_dir: Path, asked: list[list[int]], answers: list[list[int]]) -> None:
+    compared = 0
+    for prompt, answer in zip(asked, answers, strict=True):
+        expected = _expected(model_dir, tuple(prompt))
+        assert answer[: len(expected)] == expected, f"prompt of {len(prompt)} tokens"
+        compared += len(expected)
+    assert compared > len(asked) * NUM_TOKENS // 2, "the checkpoint leaves too little to compare"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_tokens_are_those_of_transformers(checkpoints: Path, variant: str) -> None:
+    engine = make_engine(checkpoints / variant)
+    asked = prompts([1, 15, 16, 17, 33, 70])
+    for chunk in (10**9, 16, 7):
+        driver = Driver(engine)
+        answers = driver.generate([driver.add(prompt) for prompt in asked], chunk=chunk)
+        _assert_as_transformers(checkpoints / variant, asked, answers)
+
+
+def test_sequences_joining_at_different_steps_do_not_change_each_other(checkpoints: Path) -> None:
+    asked = prompts([5, 40, 23])
+    driver = Driver(make_engine(checkpoints / "llama"))
+    seqs = [driver.add(prompt) for prompt in asked]
+    driver.step([(seqs[0], 5)])
+    driver.step([(seqs[0], 1), (seqs[1], 32)])
+    driver.step([(seqs[0], 1), (seqs[1], 8), (seqs[2], 9)])
+    driver.step([(seqs[0], 1), (seqs[1], 1), (seqs[2], 14)])
+    answers = driver.generate(seqs, chunk=1)
+    _assert_as_transformers(checkpoints / "llama", asked, answers)
+
+
+@pytest.mark.parametrize("block_size", [8, 32])
+def test_block_size_does_not_change_tokens(checkpoints: Path, block_size: int) -> None:
+    asked = prompts([31, 32, 33])
+    driver = Driver(make_engine(checkpoints / "mistral window", block_size=block_size))
+    answers = driver.generate([driver.add(prompt) for prompt in asked])
+    _assert_as_transformers(checkpoints / "mistral window", asked, answers)
+
+
+def test_bfloat16_follows_float32_closely(checkpoints: Path) -> None:
+    (prompt,) = prompts([50])
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1)
+    values = []
+    for dtype in ("float32", "bfloat16"):
+        driver = Driver(make_engine(checkpoints / "llama", dtype=dtype))
+        ((token,),) = driver.step([(driver.add(prompt, sampling), 50)])
+        values.append(token)
+    assert values[0].logprob is not None and values[1].logprob is not None
+    assert abs(values[0].logprob - values[1].logprob) < 0.3
+
+
+def test_blocks_are_copied_before_the_step(checkpoints: Path) -> None:
+    engine = make_engine(checkpoints / "llama")
+    driver = Driver(engine)
+    first = driver.add(prompts([21])[0])
+    driver.step([(first, 21)])
+    forked = driver.step_fork(first)
+    driver.step([(first, 1)])
+    assert forked == first.token_ids[22]
+
+
+def test_on_layer_sees_each_layer_after_its_pages_are_written(checkpoints: Path) -> None:
+    engine = make_engine(checkpoints / "llama tied")
+    driver = Driver(engine)
+    seq = driver.add(prompts([16])[0])
+    driver.grow(seq, 16)
+    written: list[tuple[int, list[bool]]] = []
+
+    def on_layer(layer: int) -> None:
+        written.append((layer, [bool(page.any()) for page in engine.kv_pages[:, seq.block_table[0]]]))
+
+    driver.step([(seq, 16)], on_layer)
+    assert written == [(0, [True, False, False]), (1, [True, True, False]), (2, [True, True, True])]
+
+
+def test_pages_of_one_engine_continue_on_another(checkpoints: Path) -> None:
+    """What a handoff relies on: the same tokens from copied pages, whatever blocks they lie in."""
+    (prompt,) = prompts([37])
+    prefill, decode = Driver(make_engine(checkpoints / "qwen3")), Driver(make_engine(checkpoints / "qwen3"))
+    source = prefill.add(prompt)
+    prefill.step([(source, 37)])
+    target = decode.add(prompt)
+    target.token_ids.append(source.token_ids[-1])
+    decode.grow(target, 1)  # so that block ids differ
+    decode._free.reverse()
+    decode.grow(target, 38)
+    for theirs, ours in zip(source.block_table, target.block_table, strict=False):
+        decode.engine.kv_pages[:, ours] = prefill.engine.kv_pages[:, theirs]
+    target.num_computed_tokens = 37
+    assert prefill.engine.spec.fingerprint == decode.engine.spec.fingerprint
+    assert decode.generate([target]) == prefill.generate([source])
+
+
+def test_each_pending_choice_gets_a_token_of_its_own_draw(checkpoints: Path) -> None:
+    driver = Driver(make_engine(checkpoints / "llama"))
+    seq = driver.add(prompts([12])[0], SamplingParams(temperature=5.0, seed=3))
+    seq.pending_choices = (0, 1, 2, 5)
+    ((*tokens,),) = driver.step([(seq, 12)])
+    assert len(tokens) == 4 and len({token.token_id for token in tokens}) > 1
+    alone = driver.add(prompts([12])[0], SamplingParams(temperature=5.0, seed=3), choice=5)
+    assert driver.step([(alone, 12)])[0] == (tokens[3],)
+
+
+def test_row_that_does_not_sample_yields_nothing(checkpoints: Path) -> None:
+    driver = Driver(make_engine(checkpoints / "llama"))
+    seq = driver.add(prompts([12])[0])
+    seq.samples = False
+    assert driver.step([(seq, 12)]) == [()]
+
+
+def test_prompt_logprobs_do_not_depend_on_chunks(checkpoints: Path) -> None:
+    (prompt,) = prompts([90])
+    sampling = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=2)
+    found = []
+    for chunk in (90, 13):
+        driver = Driver(make_engine(checkpoints / "llama"))
+        driver.generate([driver.add(prompt, sampling)], chunk=chunk)
+        found.append([entry for output in driver.outputs for entry in output.rows[0].prompt_logprobs])
+    with torch.inference_mode():
+        expected = _oracle(checkpoints / "llama")(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    for entries in found:
+        assert [entry.token_id for entry in entries] == prompt[1:]
+        for position, entry in enumerate(entries):
+            assert entry.logprob == pytest.approx(float(expected[position, entry.token_id]), abs=1e-4)
+            assert len(entry.top) == 2 and entry.top[0][1] >= entry.top[1][1]
+
+
+def test_engine_does_not_change_sequences(checkpoints: Path) -> None:
+    driver = Driver(make_engine(checkpoints / "llama"))
+    seq = driver.add(prompts([12])[0])
+    driver.grow(seq, 12)
+    before = (list(seq.token_ids), list(seq.block_table), seq.num_computed_tokens)
+    driver.engine.step(Batch([BatchRow(seq, 12)]))
+    assert (seq.token_ids, seq.block_table, seq.num_computed_tokens) == before
+
+
+def test_dummy_weights_are_the_same_in_every_process(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "llama", tokenizer=False)
+    (tmp_path / "model.safetensors").unlink()
+    engines = [make_engine(tmp_path, load_format="dummy", seed=seed) for seed in (7, 7, 8)]
+    answers = []
+    for engine in engines:
+        driver = Driver(engine)
+        answers.append(driver.generate([driver.add(prompts([20])[0])]))
+    assert answers[0] == answers[1] != answers[2]
+    assert engines[0].spec.fingerprint == engines[1].spec.fingerprint != engines[2].spec.fingerprint
+
+
+def test_length_beyond_the_model_is_refused_unless_rope_scaling_covers_it(checkpoints: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_model_len = 4096 .* 2048 positions"):
+        Engine(engine_config(checkpoints / "llama", max_model_len=4096), num_blocks=4)
+    assert make_engine(checkpoints / "llama linear rope", max_model_len=8192).max_model_len == 8192
+
+
+def test_cache_too_small_to_serve_says_how_many_bytes_are_needed(checkpoints: Path) -> None:
+    with pytest.raises(ConfigError, match=r"10,000 bytes holds 1 blocks of 8,192 bytes.*131,072"):
+        Engine(engine_config(checkpoints / "llama", kv_cache_memory_bytes=10_000))
+
+
+def test_cache_bytes_decide_the_number_of_blocks(checkpoints: Path) -> None:
+    engine = Engine(engine_config(checkpoints / "llama", kv_cache_memory_bytes=1 << 20))
+    assert engine.num_blocks == 128
+    assert engine.kv_pages.shape == (2, 128, 2, 2, 16, 16)
+    assert engine.kv_pages.nbytes == 1 << 20
+
+
+def test_flashinfer_on_a_cpu_is_refused(checkpoints: Path) -> None:
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        make_engine(checkpoints / "llama", attention_backend="flashinfer")
+
+
+def test_a_sequence_without_enough_blocks_is_a_bug(checkpoints: Path) -> None:
+    driver = Driver(make_engine(checkpoints / "llama"))
+    seq: Sequence = driver.add(prompts([20])[0], GREEDY)
+    seq.block_table = [3]
+    with pytest.raises(AssertionError, match="block table"):
+        driver.engine.step(Batch([BatchRow(seq, 20)]))
+
+
+def test_a_decode_row_does_not_feel_its_neighbours(checkpoints: Path) -> None:
+    """Alone, with one or with many others of other lengths: the same log-probability."""
+    engine = make_engine(checkpoints / "llama", num_blocks=256)
+    asked = prompts([50, 3, 200, 90, 51, 49, 16, 17, 400])
+    values = []
+    for count in (1, 2, 3, len(asked)):
+        driver = Driver(engine)
+        sampling = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=0)
+        seqs = [driver.add(prompt, sampling) for prompt in asked[:count]]
+        for seq in seqs:
+            driver.step([(seq, seq.num_tokens)])
+        ((token,), *_) = driver.step([(seq, 1) for seq in seqs])
+        values.append(token)
+    for token in values[1:]:
+        assert token.token_id == values[0].token_id
+        assert token.logprob == pytest.approx(values[0].logprob, abs=1e-6)
+
+
+def test_half_precision_checkpoints_run_in_bfloat16(tmp_path: Path) -> None:
+    engine = make_engine(write_checkpoint(tmp_path, tokenizer=False, dtype="float16"))
+    assert engine.spec.dtype == "bfloat16" and engine.kv_pages.dtype == torch.bfloat16
+
+
+def test_cache_types_that_the_cpu_does_not_attend_in_are_refused(checkpoints: Path) -> None:
+    with pytest.raises(ConfigError, match="kv_cache_dtype = fp8 needs a CUDA device"):
+        make_engine(checkpoints / "llama", kv_cache_dtype="fp8")
+    with pytest.raises(ConfigError, match="kv_cache_dtype = bfloat16 does not go with a model in torch.float32"):
+        make_engine(checkpoints / "llama", kv_cache_dtype="bfloat16")
+    assert make_engine(checkpoints / "llama", kv_cache_dtype="bfloat16", dtype="bfloat16").spec.dtype == "bfloat16"

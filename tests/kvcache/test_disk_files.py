@@ -1,0 +1,168 @@
+"""Blocks on disk: what was written comes back, across processes too; what is not that is a miss, and no error."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.config import EngineConfig
+from kvferry.common.errors import ConfigError
+from kvferry.kvcache.disk_files import DiskFile, DiskThread, open_file
+from kvferry.kvcache.disk_tier import DiskResult, DiskTask
+
+SLOT = 512
+A, B, C = (bytes([n]) * 16 for n in (1, 2, 3))
+
+
+def _config(directory: Path, num_bytes: int = 4 * SLOT) -> EngineConfig:
+    return EngineConfig(
+        model_dir=directory, served_model_name="m", disk_cache_dir=directory / "cache", disk_cache_bytes=num_bytes
+    )
+
+
+def _open(directory: Path, fingerprint: str = "f0", *, slot_bytes: int = SLOT, num_bytes: int = 4 * SLOT) -> DiskFile:
+    config = _config(directory, num_bytes)
+    return open_file(config, fingerprint, slot_bytes=slot_bytes, rank=0, tp_size=1)
+
+
+def _data(number: int) -> memoryview:
+    return memoryview(bytearray((number + i) % 251 for i in range(SLOT)))
+
+
+def _read(file: DiskFile, slot: int, block_hash: bytes) -> memoryview | None:
+    into = memoryview(bytearray(SLOT))
+    return into if file.read(slot, block_hash, into) else None
+
+
+def test_what_was_written_is_read_again_by_the_process_and_by_the_next_one(tmp_path: Path) -> None:
+    file = _open(tmp_path)
+    file.write(1, A, _data(1))
+    file.write(3, B, _data(2))
+    assert _read(file, 1, A) == _data(1) and _read(file, 3, B) == _data(2)
+    assert _read(file, 1, B) is None, "another block's"
+    assert _read(file, 0, A) is None, "never written"
+    file.close()
+    file = _open(tmp_path)
+    assert sorted(file.stored()) == [(A, 1), (B, 3)]
+    assert _read(file, 1, A) == _data(1)
+    file.write(1, C, _data(3))
+    assert sorted(file.stored()) == [(B, 3), (C, 1)] and _read(file, 1, A) is None
+    file.close()
+
+
+def test_a_file_is_private_and_belongs_to_one_model_size_and_process(tmp_path: Path) -> None:
+    first = _open(tmp_path)
+    first.write(0, A, _data(1))
+    (path,) = (tmp_path / "cache").iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
+    second = _open(tmp_path)
+    assert not list(second.stored()), "the first one is in use"
+    second.close()
+    first.close()
+    other = _open(tmp_path, "f1")
+    assert not list(other.stored())
+    other.close()
+    smaller = _open(tmp_path, num_bytes=2 * SLOT)
+    assert not list(smaller.stored()) and smaller.num_slots == 2
+    smaller.close()
+
+
+@pytest.mark.parametrize("offset", [-1, -3 * SLOT - 7])
+def test_a_spoilt_byte_is_a_miss(tmp_path: Path, offset: int) -> None:
+    file = _open(tmp_path)
+    file.write(0, A, _data(1))
+    file.write(3, B, _data(2))
+    (path,) = (tmp_path / "cache").iterdir()
+    with path.open("r+b") as raw:
+        raw.seek(offset, os.SEEK_END)
+        byte = raw.read(1)
+        raw.seek(offset, os.SEEK_END)
+        raw.write(bytes([byte[0] ^ 4]))
+    assert [_read(file, 0, A) is None, _read(file, 3, B) is None] == [offset < -SLOT, offset >= -SLOT]
+    file.close()
+
+
+def test_a_spoilt_row_is_nobodys(tmp_path: Path) -> None:
+    file = _open(tmp_path)
+    file.write(0, A, _data(1))
+    file.write(1, B, _data(2))
+    file.close()
+    (path,) = (tmp_path / "cache").iterdir()
+    with path.open("r+b") as raw:
+        raw.seek(4096)
+        raw.write(C)
+    file = _open(tmp_path)
+    assert list(file.stored()) == [(B, 1)]
+    file.close()
+
+
+def test_a_truncated_file_starts_empty(tmp_path: Path) -> None:
+    file = _open(tmp_path)
+    file.write(0, A, _data(1))
+    file.close()
+    (path,) = (tmp_path / "cache").iterdir()
+    os.truncate(path, path.stat().st_size - 1)
+    file = _open(tmp_path)
+    assert not list(file.stored())
+    file.close()
+
+
+def test_a_directory_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(ConfigError, match="disk_cache_dir: cannot use .*cache"):
+        _open(tmp_path)
+    (tmp_path / "cache").unlink()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o755)
+    with pytest.raises(ConfigError, match="others may look into .*chmod 700"):
+        _open(tmp_path)
+
+
+def test_too_little_room_is_told_with_numbers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"disk_cache_bytes: [\d,]+ bytes are needed .* [\d,]+ are free"):
+        _open(tmp_path, num_bytes=1 << 60, slot_bytes=1 << 50)
+    with pytest.raises(ConfigError, match="less than a block's 512 bytes"):
+        _open(tmp_path, num_bytes=511)
+
+
+def test_a_full_disk_fails_a_write_and_what_lies_there_is_still_read(tmp_path: Path) -> None:
+    """A limit of the process's file size stands for the disk's end."""
+    program = f"""
+import queue, resource, signal
+from pathlib import Path
+from kvferry.kvcache.disk_files import DiskThread
+from kvferry.kvcache.disk_tier import DiskTask
+from kvferry.tests.kvcache.test_disk_files import A, B, _data, _open
+file = _open(Path({str(tmp_path)!r}))
+file.write(0, A, _data(1))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+memory, results = [_data(1), _data(2)], queue.SimpleQueue()
+thread = DiskThread(file, lambda slot: memory[slot], results.put)
+thread.submit(DiskTask(True, B, 1, 1))
+assert "write" in results.get().error
+thread.submit(DiskTask(False, A, 1, 0))
+assert not results.get().error and memory[1] == _data(1)
+thread.close()
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
+def test_the_thread_reads_before_it_writes_and_tells_what_failed(tmp_path: Path) -> None:
+    file = _open(tmp_path)
+    memory = [_data(number) for number in range(4)]
+    results: queue.SimpleQueue[DiskResult] = queue.SimpleQueue()
+    thread = DiskThread(file, lambda slot: memory[slot], results.put)
+    thread.submit(DiskTask(True, A, 0, 2))
+    assert results.get().error == ""
+    thread.submit(DiskTask(False, A, 3, 2))
+    assert results.get().error == "" and memory[3] == _data(0)
+    thread.submit(DiskTask(False, B, 3, 2))
+    assert results.get().error == "not what was written"
+    thread.close()

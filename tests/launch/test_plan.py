@@ -1,0 +1,223 @@
+"""From settings to processes, and how they share a machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.config import RouterConfig
+from kvferry.common.errors import ConfigError
+from kvferry.launch.engine_checks import check_model
+from kvferry.launch.host import Gpu, Host
+from kvferry.launch.plan import Deployment, cache_token_bytes, fit_to_host, plan, weight_bytes
+from kvferry.models.config import ModelConfig, RopeConfig
+from kvferry.settings.fields import PoolSettings, ServeSettings
+
+GIB = 1 << 30
+MODEL = ModelConfig(
+    architecture="llama",
+    num_layers=32,
+    hidden_size=4096,
+    num_qo_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    vocab_size=128256,
+    max_model_len=8192,
+    rope=RopeConfig(),
+    rms_norm_eps=1e-5,
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    tie_embeddings=False,
+    sliding_windows=(None,) * 32,
+    eos_token_ids=frozenset({2}),
+    dtype="bfloat16",
+)
+
+
+def planned(prefill: int = 1, decode: int = 1, **settings: object) -> Deployment:
+    pools = {"prefill": PoolSettings(workers=prefill), "decode": PoolSettings(workers=decode)}
+    return plan(ServeSettings.model_validate({**pools, **settings}), Path("/models/llama"), "llama")
+
+
+def host(num_gpus: int = 0, *, num_cpus: int = 8, free_gib: float = 64) -> Host:
+    gpus = tuple(Gpu(str(index), "H200", 140 * GIB, 139 * GIB) for index in range(num_gpus))
+    return Host(num_cpus, int(free_gib * GIB), gpus)
+
+
+def test_workers_are_named_by_role_and_number() -> None:
+    ids = [worker.config.worker_id for worker in planned(2, 1).workers]
+    assert ids == ["p-0", "p-1", "d-0"]
+
+
+def test_pool_overrides_reach_its_workers_alone() -> None:
+    settings = ServeSettings(max_num_seqs=32, decode=PoolSettings(max_num_seqs=256))
+    prefill, decode = plan(settings, Path("/m"), "m").workers
+    assert (prefill.config.engine.max_num_seqs, decode.config.engine.max_num_seqs) == (32, 256)
+
+
+def test_router_expects_prefill_workers_only_where_there_are_some() -> None:
+    assert planned(1).router.expect_prefill
+    assert not planned(0).router.expect_prefill
+
+
+def test_objectives_reach_the_router_and_the_pace_of_answers_every_worker() -> None:
+    deployment = planned(
+        ttft_objective_ms=900, ttft_stretch=2, tpot_objective_ms=40, classes={"batch": {"priority": 9}}, policy="slo"
+    )
+    router = deployment.router
+    assert (router.ttft_objective_ms, router.ttft_stretch, router.tpot_objective_ms) == (900.0, 2.0, 40.0)
+    assert [(known.name, known.priority) for known in router.classes] == [("batch", 9)] and router.policy == "slo"
+    assert {worker.config.engine.tpot_objective_ms for worker in deployment.workers} == {40.0}
+    assert RouterConfig.model_validate_json(router.model_dump_json()) == router
+
+
+def test_secret_does_not_show_in_a_deployment() -> None:
+    assert "secret" not in repr(planned()).replace("secret_file", "")
+
+
+@pytest.mark.parametrize(("prefill", "decode", "threads"), [(0, 1, 8), (1, 1, 4), (2, 1, 2), (8, 8, 1)])
+def test_cores_are_split_between_workers(prefill: int, decode: int, threads: int) -> None:
+    fitted = fit_to_host(planned(prefill, decode), host())
+    assert {worker.config.engine.num_threads for worker in fitted.workers} == {threads}
+    assert {worker.config.engine.device for worker in fitted.workers} == {"cpu"}
+
+
+def test_a_worker_may_borrow_all_cores_unless_its_threads_are_set() -> None:
+    assert {worker.max_threads for worker in fit_to_host(planned(1, 1), host()).workers} == {8}
+    assert {worker.max_threads for worker in fit_to_host(planned(0, 1), host()).workers} == {None}
+    fitted = fit_to_host(planned(1, 1, num_threads=3), host())
+    assert {(worker.config.engine.num_threads, worker.max_threads) for worker in fitted.workers} == {(3, None)}
+
+
+def test_cpu_cache_is_a_tenth_of_free_memory_up_to_its_bound() -> None:
+    for free_gib, expected in ((10, GIB), (640, 2 * GIB)):
+        fitted = fit_to_host(planned(), host(free_gib=free_gib))
+        assert {worker.config.engine.kv_cache_memory_bytes for worker in fitted.workers} == {expected}
+    fitted = fit_to_host(planned(kv_cache_memory_bytes="64MiB"), host())
+    assert fitted.workers[0].config.engine.kv_cache_memory_bytes == 64 << 20
+
+
+def test_each_worker_gets_gpus_of_its_own_where_there_are_enough() -> None:
+    fitted = fit_to_host(planned(1, 1, tensor_parallel_size=2), host(4), MODEL)
+    assert [worker.gpus for worker in fitted.workers] == [("0", "1"), ("2", "3")]
+    for worker in fitted.workers:
+        engine = worker.config.engine
+        assert (engine.device, engine.gpu_memory_utilization, engine.kv_cache_memory_bytes) == ("cuda", 0.9, None)
+
+
+def test_workers_on_one_gpu_split_its_memory() -> None:
+    fitted = fit_to_host(planned(1, 1), host(1), MODEL)
+    for worker in fitted.workers:
+        engine = worker.config.engine
+        assert worker.gpus == ("0",)
+        assert worker.gpu_share == 0.5
+        assert engine.gpu_memory_utilization == pytest.approx(0.45)
+        assert engine.kv_cache_memory_bytes is not None
+        assert engine.kv_cache_memory_bytes + weight_bytes(engine, MODEL) < 0.45 * 140 * GIB
+
+
+def test_gpus_that_are_shared_unevenly_are_split_by_their_sharers() -> None:
+    fitted = fit_to_host(planned(2, 1), host(2), MODEL)
+    assert [worker.gpus for worker in fitted.workers] == [("0",), ("1",), ("0",)]
+    assert [worker.gpu_share for worker in fitted.workers] == [0.5, 1.0, 0.5]
+
+
+def test_too_many_workers_on_one_gpu_are_refused() -> None:
+    with pytest.raises(ConfigError, match="does not hold the weights"):
+        fit_to_host(planned(8, 8), host(1), MODEL)
+
+
+def test_too_few_gpus_for_one_worker_names_the_command_that_works() -> None:
+    with pytest.raises(
+        ConfigError, match="needs 4 GPUs, this host has 3; what works here: kvferry serve /models/llama"
+    ) as e:
+        fit_to_host(planned(tensor_parallel_size=4), host(3), MODEL)
+    assert str(e.value).endswith("--prefill 1 --decode 1 --tensor-parallel-size 2")
+
+
+def test_cuda_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--device cpu works"):
+        fit_to_host(planned(device="cuda"), host())
+
+
+def test_cpu_is_kept_to_on_a_gpu_host_if_asked_for() -> None:
+    assert fit_to_host(planned(device="cpu"), host(2)).workers[0].gpus == ()
+
+
+def test_heads_that_cannot_be_shared_are_refused_with_what_is_possible() -> None:
+    with pytest.raises(ConfigError, match=r"3 prefill ranks .* possible: 1, 2, 4, 8"):
+        check_model(planned(tensor_parallel_size=3), MODEL)
+    check_model(planned(tensor_parallel_size=8), MODEL)
+
+
+def test_length_beyond_the_models_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_model_len: 32768 is more than the model's 8192"):
+        check_model(planned(max_model_len="32K"), MODEL)
+
+
+def test_sizes_of_llama_3_8b() -> None:
+    engine = planned().workers[0].config.engine
+    assert cache_token_bytes(engine, MODEL) == 128 << 10
+    assert cache_token_bytes(engine.model_copy(update={"kv_cache_dtype": "fp8"}), MODEL) == 64 << 10
+    assert weight_bytes(engine, MODEL) == pytest.approx(8.03e9 * 2, rel=0.01)
+
+
+def test_steps_are_larger_on_gpus_unless_their_size_is_set() -> None:
+    def sizes(host: Host, **settings: object) -> list[int]:
+        workers = fit_to_host(planned(1, 1, **settings), host).workers
+        return [worker.config.engine.max_num_batched_tokens for worker in workers]
+
+    assert sizes(host()) == [512, 512]
+    assert sizes(host(2)) == [8192, 2048]
+    assert sizes(host(2), max_num_batched_tokens=512) == [512, 512]
+
+
+def test_on_shared_cores_every_worker_yields_while_it_decodes_nothing() -> None:
+    fitted = fit_to_host(plan(ServeSettings(), Path("model"), "m"), Host(num_cpus=2, free_memory_bytes=8 << 30))
+    assert [w.config.niceness > 0 for w in fitted.workers] == [True, True]
+
+
+def test_a_cache_in_8_bits_needs_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="kv_cache_dtype: fp8 needs a GPU"):
+        fit_to_host(planned(kv_cache_dtype="fp8"), host())
+    fitted = fit_to_host(planned(kv_cache_dtype="fp8"), host(num_gpus=2))
+    assert {worker.config.engine.kv_cache_dtype for worker in fitted.workers} == {"fp8"}
+
+
+def test_deterministic_reaches_every_process_and_needs_cpus() -> None:
+    deployment = planned(deterministic=True)
+    assert deployment.router.deterministic
+    assert all(worker.config.engine.deterministic for worker in fit_to_host(deployment, host()).workers)
+    with pytest.raises(ConfigError, match="deterministic: only on CPUs"):
+        fit_to_host(deployment, host(num_gpus=2))
+
+
+def test_deterministic_pools_split_the_model_alike() -> None:
+    with pytest.raises(ValueError, match="same tensor_parallel_size, these have 2 and 1"):
+        ServeSettings(deterministic=True, prefill=PoolSettings(tensor_parallel_size=2))
+    ServeSettings(
+        deterministic=True, prefill=PoolSettings(workers=0), decode=PoolSettings(tensor_parallel_size=2)
+    )  # one pool
+
+
+def test_cached_kv_may_go_to_host_memory_and_to_disk_from_every_worker(tmp_path: Path) -> None:
+    engines = [worker.config.engine for worker in planned().workers]
+    assert [(engine.host_cache_memory_bytes, engine.disk_cache_dir) for engine in engines] == [(None, None)] * 2
+    deployment = planned(host_cache_memory_bytes="2GiB", disk_cache_dir=tmp_path, disk_cache_bytes="1GiB")
+    for worker in deployment.workers:
+        engine = worker.config.engine
+        assert (engine.host_cache_memory_bytes, engine.disk_cache_bytes) == (2 * GIB, GIB)
+        assert engine.disk_cache_dir == tmp_path
+    (home, _) = planned(disk_cache_dir="~/kv").workers
+    assert home.config.engine.disk_cache_dir == Path.home() / "kv"
+
+
+def test_only_decode_workers_have_room_for_preempted_kv() -> None:
+    by_default = [worker.config.engine.swap_space for worker in planned().workers]
+    assert by_default == [0, None]
+    assert [worker.config.engine.swap_space for worker in planned(swap_space="2GiB").workers] == [0, 2 * GIB]
+    assert [worker.config.engine.swap_space for worker in planned(swap_space=0).workers] == [0, 0]

@@ -1,0 +1,346 @@
+"""Wrong set-ups that `serve`, `serve --dry-run` and `doctor` all refuse, in the same words, before anything starts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from kvferry.cli import main
+from kvferry.common import extras
+from kvferry.common.config import environment
+from kvferry.launch.host import Host
+from kvferry.launch.preflight import Level, Preflight
+from kvferry.launch.running import socket_of
+from kvferry.models.checkpoint import check_checkpoint, tensor_shapes
+from kvferry.models.config import ModelConfig
+from kvferry.settings.fields import ServeSettings
+
+from ..checkpoints import write_checkpoint
+
+Words = list[str]
+
+
+class Site(NamedTuple):
+    """What a case may spoil."""
+
+    folder: Path
+    model: Path
+    patch: pytest.MonkeyPatch
+    stack: contextlib.ExitStack
+
+    def file(self, name: str, text: str, mode: int = 0o600) -> str:
+        path = self.folder / name
+        path.write_text(text)
+        path.chmod(mode)
+        return str(path)
+
+    def edit_config(self, **changes: object) -> None:
+        path = self.model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+CASES: dict[str, tuple[Callable[[Site], Words], str]] = {}
+
+
+def case(message: str) -> Callable[[Callable[[Site], Words]], Callable[[Site], Words]]:
+    """A wrong set-up: the function spoils something and returns the flags that meet it."""
+
+    def keep(spoil: Callable[[Site], Words]) -> Callable[[Site], Words]:
+        CASES[spoil.__name__] = (spoil, message)
+        return spoil
+
+    return keep
+
+
+@case("no model '/no/such/model'")
+def missing_model(site: Site) -> Words:
+    return ["/no/such/model"]
+
+
+@case(r"has no config\.json")
+def no_config(site: Site) -> Words:
+    (site.model / "config.json").unlink()
+    return []
+
+
+@case("has neither model.safetensors nor")
+def no_weights(site: Site) -> Words:
+    (site.model / "model.safetensors").unlink()
+    return []
+
+
+@case(r"has \d+ bytes where its header tells of \d+")
+def truncated_weights(site: Site) -> Words:
+    path = site.model / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+    return []
+
+
+@case("it is not a safetensors file")
+def no_safetensors(site: Site) -> Words:
+    (site.model / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    return []
+
+
+@case(r"tensor .* has shape \[128, 64\], config.json implies \[96, 64\]")
+def wrong_shape(site: Site) -> Words:
+    site.edit_config(intermediate_size=96)
+    return []
+
+
+@case("9 tensors are missing")
+def missing_layer(site: Site) -> Words:
+    site.edit_config(num_hidden_layers=3)
+    return []
+
+
+@case("architecture 'OddForCausalLM' is not supported")
+def unknown_architecture(site: Site) -> Words:
+    site.edit_config(architectures=["OddForCausalLM"])
+    return []
+
+
+@case("needs Python code from its own repository")
+def code_of_its_own(site: Site) -> Words:
+    site.edit_config(auto_map={"AutoModel": "modeling.Model"})
+    return []
+
+
+@case(r"tokenizer\.json")
+def broken_tokenizer(site: Site) -> Words:
+    (site.model / "tokenizer.json").write_text("{}")
+    return []
+
+
+@case("no/such/template")
+def missing_template(site: Site) -> Words:
+    return ["--chat-template", "/no/such/template"]
+
+
+@case("max_model_len: 4096 is more than the model's 2048")
+def too_long(site: Site) -> Words:
+    return ["--max-model-len", "4096"]
+
+
+@case(r"tensor_parallel_size: 8 prefill ranks cannot share .*possible: 1, 2")
+def ranks_that_do_not_divide(site: Site) -> Words:
+    return ["--tensor-parallel-size", "8"]
+
+
+@case("device: cuda was asked for")
+def no_gpu(site: Site) -> Words:
+    return ["--device", "cuda"]
+
+
+@case("kv_cache_dtype: fp8 needs a GPU")
+def eight_bits_on_a_cpu(site: Site) -> Words:
+    return ["--kv-cache-dtype", "fp8"]
+
+
+@case("attention_backend: flashinfer does not run on cpu")
+def kernels_of_another_device(site: Site) -> Words:
+    return ["--attention-backend", "flashinfer"]
+
+
+@case("kv_cache_memory_bytes: .* holds 0 blocks .* at least 16 are needed")
+def tiny_cache(site: Site) -> Words:
+    return ["--kv-cache-memory-bytes", "1K"]
+
+
+@case(r"memory: 100 ranks take about [\d.]+ of [\d.]+ GiB free; start fewer workers")
+def more_workers_than_memory(site: Site) -> Words:
+    return ["--prefill", "50", "--decode", "50"]
+
+
+@case(r"launcher: ray is not installed: .* -m pip install 'ray>=")
+def no_ray(site: Site) -> Words:
+    site.patch.setattr(extras.RAY.__class__, "is_installed", property(lambda library: library != extras.RAY))
+    return ["--launcher", "ray"]
+
+
+@case(r"transfer: ucxx-cu12 is not installed: .* -m pip install 'ucxx-cu12>=")
+def no_ucxx(site: Site) -> Words:
+    site.patch.setattr(extras.UCXX.__class__, "is_installed", property(lambda library: library != extras.UCXX))
+    return ["--transfer", "ucx"]
+
+
+@case(r"port: cannot listen at 127.0.0.1:\d+: Address already in use")
+def taken_port(site: Site) -> Words:
+    return ["--port", str(_taken(site))]
+
+
+@case(r"admin_port: cannot listen at 127.0.0.1:\d+: Address already in use")
+def taken_admin_port_of_the_second_router(site: Site) -> Words:
+    return ["--routers", "2", "--admin-port", str(_taken(site) - 1)]
+
+
+@case("port: cannot listen at 192.0.2.1:0: Cannot assign requested address")
+def address_of_another_machine(site: Site) -> Words:
+    return ["--host", "192.0.2.1", "--api-key", "key"]
+
+
+@case("host: 0.0.0.0 is reachable from other machines and no API key is set")
+def open_to_all(site: Site) -> Words:
+    return ["--host", "0.0.0.0"]
+
+
+@case("admin_host: 0.0.0.0 is reachable from other machines and no admin key is set")
+def admin_open_to_all(site: Site) -> Words:
+    return ["--admin-host", "0.0.0.0", "--admin-port", "0"]
+
+
+@case(r"allowed_origins: \* lets every web page ask")
+def open_to_every_page(site: Site) -> Words:
+    return ["--allowed-origins", "*"]
+
+
+@case("max_connections: 1000000000 connections need 1000000256 open files")
+def more_connections_than_files(site: Site) -> Words:
+    return ["--max-connections", "1000000000"]
+
+
+@case("secret_file: .* holds a secret of 5 bytes")
+def short_secret(site: Site) -> Words:
+    return ["--secret-file", site.file("secret", "short")]
+
+
+@case(r"secret_file: every user may read or write .*mode 0644")
+def secret_for_everybody(site: Site) -> Words:
+    return ["--secret-file", site.file("secret", "s" * 32, 0o644)]
+
+
+@case(r"api_key_file: .*keys:1: hash: String should match")
+def broken_key_file(site: Site) -> Words:
+    return ["--api-key-file", site.file("keys", "- {id: a, hash: sesame}")]
+
+
+@case("pid_file: cannot write /no/such/folder/pid")
+def pid_file_nowhere(site: Site) -> Words:
+    return ["--pid-file", "/no/such/folder/pid"]
+
+
+@case("pid_file: .* is of process .*, which serves")
+def pid_file_of_a_running_server(site: Site) -> Words:
+    folder = Path(environment()["XDG_RUNTIME_DIR"]) / "kvferry"
+    folder.mkdir()
+    socket_of(folder, os.getpid()).touch()
+    return ["--pid-file", site.file("pid", str(os.getpid()))]
+
+
+@case("disk_cache_dir: .* cannot be made or written to")
+def disk_cache_in_a_file(site: Site) -> Words:
+    return ["--disk-cache-dir", site.file("file", "") + "/cache"]
+
+
+@case("there is no prefix cache to keep there")
+def disk_cache_without_a_prefix_cache(site: Site) -> Words:
+    return ["--disk-cache-dir", str(site.folder / "cache"), "--no-enable-prefix-caching"]
+
+
+def _taken(site: Site) -> int:
+    """A port that somebody listens at until the test ends."""
+    sock = site.stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    return int(sock.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def site(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    for name in [name for name in os.environ if name.startswith("KVFERRY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr("kvferry.launch.doctor._TRIAL", "")  # what it opens is not asked here
+
+    async def started(launcher: object) -> None:
+        raise AssertionError("it was started")
+
+    monkeypatch.setattr("kvferry.launch.LocalLauncher.run", started)
+    monkeypatch.setattr("kvferry.launch.RayLauncher.run", started)
+    model = tmp_path / "tiny"
+    shutil.copytree(checkpoint, model)
+    with contextlib.ExitStack() as stack:
+        yield Site(tmp_path, model, monkeypatch, stack)
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    output = capsys.readouterr()
+    return int(ended.value.code or 0), output.err + output.out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_three_refuse_in_the_same_words(name: str, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, message = CASES[name]
+    words = spoil(site)
+    words = words if words and words[0].startswith("/no") else [str(site.model), *words]
+    if "--port" not in words:
+        words += ["--port", "0"]
+    served, dry = outcome(capsys, "serve", *words), outcome(capsys, "serve", *words, "--dry-run")
+    assert served == dry
+    code, line = served
+    assert code == 2
+    assert re.fullmatch(rf"kvferry: .*{message}.*\n", line), line
+    code, report = outcome(capsys, "doctor", *words)
+    assert code == 1
+    assert f"{line.removeprefix('kvferry: ').strip()}\n" in report, report
+    assert len(re.findall("^fail ", report, re.MULTILINE)) == 1, report
+
+
+def test_what_is_right_is_refused_by_none(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(site.model), "--port", "0", "--pid-file", str(site.folder / "pid")]
+    assert outcome(capsys, "serve", *words, "--dry-run")[0] == 0
+    code, report = outcome(capsys, "doctor", *words)
+    assert code == 0, report
+    with pytest.raises(AssertionError, match="it was started"):
+        main(["serve", *words])
+
+
+def test_a_gpu_without_flashinfer_is_refused_before_weights_are_read(site: Site) -> None:
+    from kvferry.launch.host import Gpu
+
+    host = Host(8, 64 << 30, (Gpu("0", "H200", 140 << 30, 139 << 30),))
+    site.patch.setattr("kvferry.launch.preflight.read_host", lambda env: host)
+    site.patch.setattr(type(extras.FLASHINFER), "is_installed", property(lambda library: library != extras.FLASHINFER))
+    checks = list(Preflight(ServeSettings(model=str(site.model), port=0), environment()).checks())
+    [failed] = [check for check in checks if check.level is Level.FAIL]
+    assert re.search(
+        r"device: a GPU is used, and flashinfer-python is not installed: .* -m pip install 'flash", failed.found
+    )
+
+
+def test_a_model_on_the_hub_is_not_fetched_to_be_looked_at(site: Site) -> None:
+    checks = list(Preflight(ServeSettings(model="some/model", port=0), environment(), fetches=False).checks())
+    assert checks[-1].found == "some/model: looked up on the hub when it is served"
+    assert all(check.level is Level.OK for check in checks)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_shapes_are_those_that_the_decoder_loads(family: str, tied: bool, tmp_path: Path) -> None:
+    import torch
+
+    from kvferry.engine.nn.decoder import Decoder
+    from kvferry.engine.ranks.group import Communicator
+
+    model_dir = write_checkpoint(tmp_path / "m", family, tie_embeddings=tied, biases=family == "llama")  # type: ignore[arg-type]
+    config = ModelConfig.from_dir(model_dir)
+    check_checkpoint(model_dir, config)
+    decoder = Decoder(config, Communicator(), dtype=torch.float32, device=torch.device("cpu"))
+    assert {slot.name: slot.shape for slot in decoder.slots()} == tensor_shapes(config)

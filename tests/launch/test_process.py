@@ -1,0 +1,96 @@
+"""What a launcher takes for hung: silence, or an event loop that stands still for too long; not one that is busy."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from kvferry.common.clock import SystemClock
+from kvferry.launch.process import Child, ChildTimes, Command
+
+WAIT_S = 30.0
+TIMES = ChildTimes(hang_after_s=1.0, grace_s=1.0, first_backoff_s=0.05)
+# Stands still for `sys.argv[1]` seconds, again and again; a long time in steps, as Python code that runs would.
+PROGRAM = """
+import asyncio, sys, time
+from kvferry.common.clock import SystemClock
+from kvferry.common.lifeline import Lifeline
+from kvferry.router.pulse import Pulse
+
+async def main():
+    lifeline = Lifeline.from_fds(int(sys.argv[3]), None)
+    pulse = Pulse(SystemClock())
+    lifeline.ready()
+    lifeline.beat_with(pulse.lag_s)
+    while True:
+        pulse.moved()
+        for _ in range(round(float(sys.argv[1]) / 0.1)):
+            time.sleep(0.1)
+        lifeline.send({"event": "round"})
+        await asyncio.sleep(0)
+
+asyncio.run(main())
+"""
+
+
+class Watched:
+    """A child, and what it told."""
+
+    def __init__(self, still_s: float, times: ChildTimes) -> None:
+        command = Command((sys.executable, "-c", PROGRAM, str(still_s)), os.environ)
+        self.child = Child("it", lambda: command, SystemClock(), times=times, on_event=self._note)
+        self.told: list[dict[str, object]] = []
+        self._changed = asyncio.Event()
+
+    def _note(self, name: str, event: dict[str, object]) -> None:
+        self.told.append(event)
+        self._changed.set()
+
+    async def until(self, kind: str, times: int = 1) -> dict[str, object]:
+        """The last one of so many."""
+        async with asyncio.timeout(WAIT_S):
+            while len(found := [event for event in self.told if event["event"] == kind]) < times:
+                self._changed.clear()
+                await self._changed.wait()
+        return found[times - 1]
+
+
+@asynccontextmanager
+async def _running(still_s: float, times: ChildTimes = TIMES) -> AsyncIterator[Watched]:
+    watched = Watched(still_s, times)
+    task = asyncio.create_task(watched.child.run())
+    try:
+        await watched.until("ready")
+        yield watched
+    finally:
+        task.cancel()
+        await asyncio.wait((task,))
+
+
+async def test_a_loop_that_is_busy_for_less_than_the_patience_goes_on() -> None:
+    async with _running(0.6) as watched:
+        await watched.until("round", 4)
+        assert watched.child.num_restarts == 0
+
+
+async def test_a_loop_that_stands_still_for_longer_is_started_again() -> None:
+    async with _running(600.0) as watched:
+        assert "event loop has stood still" in str((await watched.until("restart"))["reason"])
+        await watched.until("ready", 2)
+
+
+async def test_a_process_that_is_stopped_is_started_again() -> None:
+    async with _running(0.1) as watched:
+        assert watched.child.pid is not None
+        os.kill(watched.child.pid, signal.SIGSTOP)
+        assert "no sign of life" in str((await watched.until("restart"))["reason"])
+        await watched.until("ready", 2)
+
+
+def test_a_router_gets_more_patience_than_a_worker() -> None:
+    times = ChildTimes()
+    assert times.hang_after_s == 3.0 < times.router_hang_after_s == 10.0

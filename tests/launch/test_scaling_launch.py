@@ -1,0 +1,232 @@
+"""Launchers grow and shrink a deployment as routers wish: stub programs that read their wishes from a file."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from kvferry.common.clock import SystemClock
+from kvferry.common.config import Device, environment
+from kvferry.launch import LocalLauncher, RayLauncher
+from kvferry.launch.host import Host
+from kvferry.launch.plan import Deployment, fit_to_host, plan
+from kvferry.launch.process import ChildTimes
+from kvferry.settings.fields import PoolSettings, ServeSettings
+
+from .test_launch import ROUTER, WAIT_S, Recorder, lives, running, until_gone, until_lives
+
+T = TypeVar("T")
+
+
+def deployment(tmp_path: Path, name: str = "fine", *, routers: int = 1, device: Device = "auto") -> Deployment:
+    """One worker of each pool, up to two prefill and three decode workers."""
+    settings = ServeSettings(
+        port=0,
+        prefill=PoolSettings(workers=1, max_workers=2),
+        decode=PoolSettings(workers=1, max_workers=3),
+        routers=routers,
+        autoscale="on",
+        device=device,
+    )
+    return plan(settings, tmp_path, name, (b"s" * 16,))
+
+
+def fitted(tmp_path: Path, name: str = "fine", *, routers: int = 1) -> Deployment:
+    return fit_to_host(deployment(tmp_path, name, routers=routers), Host(num_cpus=4, free_memory_bytes=1 << 30))
+
+
+async def until(condition: Callable[[], T | None]) -> T:
+    """Poll: what is waited for comes through files."""
+    async with asyncio.timeout(WAIT_S):
+        while not (found := condition()):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    return found
+
+
+class Wishes:
+    """What the stub routers say, and what they were told."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seq = 0
+
+    def say(self, **event: object) -> None:
+        with (self._folder / "wishes.jsonl").open("a") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def scale(self, *, prefill: int = 0, decode: int = 0, remove: list[str] | None = None, **more: object) -> int:
+        self._seq += 1
+        add = {"prefill": prefill, "decode": decode}
+        self.say(event="scale", seq=self._seq, add=add, remove=remove or [], reason="a test", **more)
+        return self._seq
+
+    def heard(self) -> list[dict[str, Any]]:
+        path = self._folder / "heard.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    async def until(self, **wanted: object) -> dict[str, Any]:
+        """The latest word about the fleet, once it has these values."""
+
+        def latest() -> dict[str, Any] | None:
+            told = [event for event in self.heard() if event["event"] == "fleet"]
+            return told[-1] if told and all(told[-1][key] == value for key, value in wanted.items()) else None
+
+        return await until(latest)
+
+
+def leaders(wishes: Wishes) -> dict[int | None, bool]:
+    """Which router processes were told last that they decide."""
+    return {event["pid"]: event["leader"] for event in wishes.heard() if event["event"] == "fleet"}
+
+
+@asynccontextmanager
+async def scaling(plan: Deployment, tmp_path: Path) -> AsyncIterator[tuple[LocalLauncher, Wishes, Recorder]]:
+    recorder, wishes = Recorder(), Wishes(tmp_path)
+    async with running(plan, recorder) as launcher:
+        await wishes.until(seq=-1)
+        yield launcher, wishes, recorder
+
+
+async def test_wished_workers_start_under_fresh_names_and_are_drained_when_they_shall_go(tmp_path: Path) -> None:
+    async with scaling(fitted(tmp_path), tmp_path) as (launcher, wishes, recorder):
+        seq = wishes.scale(prefill=1, decode=1)
+        told = await wishes.until(seq=seq)
+        assert told["workers"] == {"p-0": "prefill", "d-0": "decode", "p-1": "prefill", "d-1": "decode"}
+        await recorder.until_ready("d-1", 1)
+        assert "workers +p-1 +d-1: a test" in recorder.notes
+        pid = lives(tmp_path, "d-0")[0]["pid"]
+        seq = wishes.scale(remove=["d-0"])
+        await until_gone([pid])
+        told = await wishes.until(seq=seq, leaving=[])
+        assert "d-0" not in told["workers"]
+        signals = [json.loads(line) for line in (tmp_path / "signals.jsonl").read_text().splitlines()]
+        assert signals == [{"name": "d-0", "signal": 15}]
+        assert not recorder.of("d-0", "restart")
+        assert sorted(child.name for child in launcher.workers) == ["d-1", "p-0", "p-1"]
+        wishes.scale(decode=1)
+        await recorder.until_ready("d-2", 1)
+    await until_gone([life["pid"] for life in lives(tmp_path)])
+
+
+async def test_no_more_than_the_deployments_bound_are_started(tmp_path: Path) -> None:
+    async with scaling(fitted(tmp_path), tmp_path) as (launcher, wishes, _):
+        told = await wishes.until(seq=wishes.scale(prefill=3, decode=5))
+        assert len(told["workers"]) == len(launcher.workers) == 5
+
+
+async def test_a_new_worker_that_cannot_start_is_given_up_and_the_others_serve_on(tmp_path: Path) -> None:
+    async with scaling(fitted(tmp_path), tmp_path) as (launcher, wishes, recorder):
+        (tmp_path / "fault").write_text("unknown model")
+        wishes.scale(decode=1)
+        await recorder.until(lambda: any("d-1 could not start" in note for note in recorder.notes))
+        assert len(launcher.workers) == 2
+        await wishes.until(workers={"p-0": "prefill", "d-0": "decode"})
+        told = await wishes.until(seq=wishes.scale(decode=1))  # not again at once
+        assert set(told["workers"]) == {"p-0", "d-0"}
+
+
+async def test_a_worker_that_drains_by_itself_does_not_come_back_and_gets_no_second_signal(tmp_path: Path) -> None:
+    async with scaling(fitted(tmp_path), tmp_path) as (_, wishes, recorder):
+        await wishes.until(seq=wishes.scale(lost=["d-0"], decode=1), leaving=["d-0"])
+        assert not (tmp_path / "signals.jsonl").exists()
+        pid = lives(tmp_path, "d-0")[0]["pid"]
+        os.kill(pid, 9)
+        await wishes.until(leaving=[])
+        assert not recorder.of("d-0", "restart")
+        await recorder.until_ready("d-1", 1)
+
+
+async def test_one_router_decides_and_all_hear_of_it(tmp_path: Path) -> None:
+    async with scaling(fitted(tmp_path, routers=2), tmp_path) as (launcher, wishes, _):
+        first, second = (child.pid for child in launcher.routers.children)
+        await until(lambda: leaders(wishes) == {first: True, second: False})
+        wishes.say(event="hold", counts=[1, 2], for_s=None)
+        await wishes.until(held=[1, 2, None])
+        wishes.say(event="hold", counts=None)
+        await wishes.until(held=None)
+        # Both stubs say the same: of the wishes, the leader's alone counts.
+        told = await wishes.until(seq=wishes.scale(decode=1, desired=[1, 2]))
+        assert len(told["workers"]) == 3
+        assert told["desired"] == [1, 2]
+        wishes.say(event="load", num_prompts=5)
+        loads = await until(lambda: [event for event in wishes.heard() if event["event"] == "load"])
+        assert {event["pid"] for event in loads} == {first}
+
+
+async def test_the_next_router_decides_when_the_first_has_gone(tmp_path: Path) -> None:
+    async with scaling(fitted(tmp_path, routers=2), tmp_path) as (launcher, wishes, recorder):
+        first, second = (child.pid for child in launcher.routers.children)
+        assert first is not None
+        os.kill(first, 9)
+        await until(lambda: second in leaders(wishes) and leaders(wishes)[second])
+        await recorder.until_ready("router-0", 2)
+
+
+async def test_a_rolling_restart_passes_over_workers_that_leave(tmp_path: Path) -> None:
+    recorder, wishes = Recorder(), Wishes(tmp_path)
+    async with running(fitted(tmp_path), recorder) as launcher:
+        await wishes.until(seq=-1)
+        wishes.scale(decode=1)
+        await recorder.until_ready("d-1", 1)
+        restart = asyncio.create_task(launcher.restart(lambda note: None))
+        wishes.scale(remove=["d-1"])  # not now
+        assert await restart
+        assert len(lives(tmp_path, "d-1")) == 2
+
+
+@pytest.mark.slow
+async def test_ray_adds_workers_when_a_node_comes_and_gives_their_places_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))  # actors find the stubs
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        async with _on_ray(tmp_path, cluster.address) as wishes:
+            told = await wishes.until(seq=wishes.scale(decode=1))  # the only node is full: it waits
+            assert told["workers"]["d-1"] == "decode"
+            assert ray.available_resources().get("CPU", 0) == 0
+            cluster.add_node(num_cpus=1)
+            await until_lives(tmp_path, {"d-1"})
+            wishes.scale(remove=["d-1"])
+            await wishes.until(leaving=[], workers={"p-0": "prefill", "d-0": "decode"})
+            assert any(event["event"] == "drain" and event["worker_id"] == "d-1" for event in wishes.heard())
+            await until(lambda: ray.available_resources().get("CPU", 0) == 1)
+    finally:
+        cluster.shutdown()
+
+
+@asynccontextmanager
+async def _on_ray(tmp_path: Path, address: str) -> AsyncIterator[Wishes]:
+    recorder, wishes = Recorder(), Wishes(tmp_path)
+    launcher = RayLauncher(
+        deployment(tmp_path, device="cpu"),
+        environment(),
+        SystemClock(),
+        recorder,
+        address=address,
+        on_serving=recorder.on_serving,
+        router_program=ROUTER,
+        worker_entry="launch_stubs:serve_worker",
+        times=ChildTimes(hang_after_s=1.0, grace_s=2.0, drain_s=1.0),
+    )
+    task = asyncio.create_task(launcher.run())
+    task.add_done_callback(lambda _: recorder.wake())
+    try:
+        await recorder.until(lambda: bool(recorder.serving) or task.done())
+        await until_lives(tmp_path, {"p-0", "d-0"})
+        yield wishes
+    finally:
+        launcher.stop()
+        await asyncio.wait_for(task, WAIT_S)

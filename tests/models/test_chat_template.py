@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.clock import FakeClock
+from kvferry.common.errors import ConfigError, RequestError
+from kvferry.models import chat_template
+from kvferry.models.chat_template import ChatTemplate, load_chat_template
+
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HELLO: list[dict[str, object]] = [{"role": "user", "content": "hello"}]
+
+
+class SlowClock(FakeClock):
+    """Each look at the clock takes a second."""
+
+    def now(self) -> float:
+        self.advance(1.0)
+        return super().now()
+
+
+def test_messages_are_rendered_with_the_generation_prompt_when_asked_for() -> None:
+    template = ChatTemplate(CHATML)
+    asked = "<|im_start|>user\nhello<|im_end|>\n"
+    assert template.render(HELLO) == asked + "<|im_start|>assistant\n"
+    assert template.render(HELLO, add_generation_prompt=False) == asked
+
+
+def test_text_parts_are_joined_before_the_template_sees_them() -> None:
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    assert ChatTemplate(CHATML).render([{"role": "user", "content": parts}]) == ChatTemplate(CHATML).render(HELLO)
+
+
+@pytest.mark.parametrize("message", [{"role": "assistant", "content": None}, {"role": "assistant"}])
+def test_a_message_without_content_reads_as_empty(message: dict[str, object]) -> None:
+    assert ChatTemplate("[{{ messages[0]['content'] }}]").render([message]) == "[]"
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {}}, {"type": "text"}, "text", None])
+def test_a_part_that_is_no_text_is_refused_by_its_place(part: object) -> None:
+    last: dict[str, object] = {"role": "user", "content": [{"type": "text", "text": "a"}, part]}
+    with pytest.raises(RequestError, match="only parts of the form") as caught:
+        ChatTemplate(CHATML).render([*HELLO, last])
+    assert caught.value.param == "messages[1].content[1]"
+
+
+def test_content_of_another_type_is_refused() -> None:
+    with pytest.raises(RequestError, match="a string or a list"):
+        ChatTemplate(CHATML).render([{"role": "user", "content": 7}])
+
+
+def test_the_callers_messages_stay_as_they_were() -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    ChatTemplate(CHATML).render(messages, continue_final_message=True)
+    assert messages == [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+
+
+@pytest.mark.parametrize("content", ["The capital is", "trailing space ", "", "<|im_end|>"])
+def test_a_continued_message_ends_the_prompt_with_its_own_text(content: str) -> None:
+    last: dict[str, object] = {"role": "assistant", "content": content}
+    prompt = ChatTemplate(CHATML).render([*HELLO, last], continue_final_message=True)
+    assert prompt == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n" + content
+
+
+def test_a_message_that_the_template_hides_cannot_be_continued() -> None:
+    with pytest.raises(RequestError, match="does not print the last message"):
+        ChatTemplate("nothing").render(HELLO, continue_final_message=True)
+    with pytest.raises(RequestError, match="no message to continue"):
+        ChatTemplate(CHATML).render([], continue_final_message=True)
+
+
+def test_special_tokens_and_template_arguments_are_variables() -> None:
+    template = ChatTemplate("{{ bos_token }}{% if enable_thinking %}<think>{% endif %}{{ tools is none }}")
+    assert template.render(HELLO, special_tokens={"bos_token": "<s>"}) == "<s>True"
+    text = template.render(HELLO, special_tokens={"bos_token": "<s>"}, template_kwargs={"enable_thinking": True})
+    assert text == "<s><think>True"
+
+
+@pytest.mark.parametrize("name", ["messages", "range", "raise_exception", "bos_token", "add_generation_prompt"])
+def test_template_arguments_replace_nothing_of_ours(name: str) -> None:
+    with pytest.raises(RequestError, match=f"must not set {name}"):
+        ChatTemplate(CHATML).render(HELLO, special_tokens={"bos_token": "<s>"}, template_kwargs={name: "x"})
+
+
+def test_json_is_not_escaped_for_html_and_keeps_its_order() -> None:
+    template = ChatTemplate("{{ value | tojson }} {{ value | tojson(indent=1) }}")
+    value = {"b": "<é&'>", "a": [1, None]}
+    expected = '{"b": "<é&\'>", "a": [1, null]} ' + json.dumps(value, indent=1, ensure_ascii=False)
+    assert template.render(HELLO, template_kwargs={"value": value}) == expected
+
+
+def test_blocks_are_trimmed_and_loops_have_controls_and_the_generation_tag_prints_its_body() -> None:
+    source = (
+        "{% for message in messages %}\n"
+        "    {% if loop.index > 2 %}\n"
+        "        {% break %}\n"
+        "    {% endif %}\n"
+        "{% generation %}{{ message.content }};{% endgeneration %}\n"
+        "{% endfor %}\n"
+    )
+    messages = [{"role": "user", "content": text} for text in "abc"]
+    assert ChatTemplate(source).render(messages) == "a;b;"
+
+
+def test_the_date_comes_from_the_clock_that_was_passed_in() -> None:
+    template = ChatTemplate("{{ strftime_now('%Y') }}", now=lambda: 86_400 * 365 * 10)
+    assert template.render(HELLO) == "1979"
+
+
+def test_what_the_template_refuses_is_told_to_the_client() -> None:
+    template = ChatTemplate("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(RequestError, match="^roles must alternate$") as caught:
+        template.render(HELLO)
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+
+
+@pytest.mark.parametrize("source", ["{{ messages[0].missing.field }}", "{{ 'a' + 1 }}", "{{ messages[7].role }}"])
+def test_messages_that_break_the_template_are_the_clients_error(source: str) -> None:
+    with pytest.raises(RequestError, match="cannot render these messages: "):
+        ChatTemplate(source).render(HELLO)
+
+
+@pytest.mark.parametrize("source", ["{% for %}", "{{ x | unheard_of }}", "{% if x %}", "{{" + "(" * 5000])
+def test_a_broken_template_is_a_config_error_that_names_the_way_out(source: str) -> None:
+    with pytest.raises(ConfigError, match="--chat-template FILE"):
+        ChatTemplate(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(role='system') }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ 10 ** 10 ** 10 }}",
+    ],
+)
+def test_a_template_cannot_leave_the_sandbox(source: str) -> None:
+    with pytest.raises(ConfigError, match="the sandbox forbids"):
+        ChatTemplate(source).render(HELLO)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'aaaaaaaa' * 1000000000 }}",
+        "{{ 1000000000 * [0] }}",
+        "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(64) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+        "{% for i in range(100) %}{{ 'a' * 1000000 }}{% endfor %}",
+    ],
+)
+def test_a_prompt_that_grows_out_of_bounds_is_refused(source: str) -> None:
+    with pytest.raises(RequestError, match="more than 16777216 characters"):
+        ChatTemplate(source).render(HELLO)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(1000000000) %}{% endfor %}",
+        "{% for i in range(1000) %}{% for j in range(1000) %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_numeric_loops_share_one_limit(source: str) -> None:
+    with pytest.raises(RequestError, match="loops over more than 100000 numbers"):
+        ChatTemplate(source).render(HELLO)
+
+
+def test_rendering_ends_at_its_time_limit() -> None:
+    template = ChatTemplate("{% for i in range(1000) %}{{ i }}{% endfor %}", clock=SlowClock())
+    with pytest.raises(RequestError, match="took more than 5 s"):
+        template.render(HELLO)
+
+
+def test_input_is_bounded_in_size_and_depth_and_type() -> None:
+    template = ChatTemplate(CHATML)
+    big = "a" * (chat_template.MAX_INPUT_CHARS // 2)
+    with pytest.raises(RequestError, match="more than 8388608 characters"):
+        template.render([{"role": "user", "content": big}], template_kwargs={"x": [big]})
+    deep: object = "x"
+    for _ in range(100):
+        deep = [deep]
+    with pytest.raises(RequestError, match="chat_template_kwargs is nested more than 32 deep"):
+        template.render(HELLO, template_kwargs={"x": deep})
+    with pytest.raises(RequestError, match="holds a PosixPath"):
+        template.render(HELLO, template_kwargs={"x": Path()})
+
+
+# ---- where the template comes from
+
+
+def test_a_file_given_by_the_operator_comes_before_the_models_own(tmp_path: Path) -> None:
+    config: dict[str, object] = {"chat_template": "config"}
+
+    def rendered(override: Path | None = None) -> str:
+        template = load_chat_template(tmp_path, config, override=override)
+        assert template is not None
+        return template.render(HELLO)
+
+    assert rendered() == "config"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "json"}))
+    assert rendered() == "json"
+    (tmp_path / "chat_template.jinja").write_text("jinja")
+    assert rendered() == "jinja"
+    (tmp_path / "mine.jinja").write_text("mine")
+    assert rendered(tmp_path / "mine.jinja") == "mine"
+
+
+def test_of_named_templates_the_default_is_taken(tmp_path: Path) -> None:
+    named = [{"name": "rag", "template": "rag"}, {"name": "default", "template": "plain"}]
+    template = load_chat_template(tmp_path, {"chat_template": named})
+    assert template is not None and template.render(HELLO) == "plain"
+    with pytest.raises(ConfigError, match=r"none of the chat templates \['rag'\] is named default"):
+        load_chat_template(tmp_path, {"chat_template": named[:1]})
+
+
+def test_a_model_may_have_no_template(tmp_path: Path) -> None:
+    assert load_chat_template(tmp_path, {}) is None
+
+
+@pytest.mark.parametrize("found", [7, ["x"], {"default": "x"}])
+def test_a_template_of_another_type_is_a_config_error(tmp_path: Path, found: object) -> None:
+    with pytest.raises(ConfigError, match="neither a string nor a list"):
+        load_chat_template(tmp_path, {"chat_template": found})
+
+
+def test_a_missing_template_file_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the chat template .*gone\.jinja"):
+        load_chat_template(tmp_path, {}, override=tmp_path / "gone.jinja")
+
+
+def test_a_template_of_more_than_a_mebibyte_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at most 1048576"):
+        ChatTemplate("a" * 1_048_577)

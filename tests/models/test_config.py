@@ -1,0 +1,170 @@
+"""config.json as the world writes it: what runs is read right, what does not is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.errors import ConfigError
+from kvferry.models.config import ModelConfig
+
+SMOLLM2: dict[str, object] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 2,
+}
+
+
+def _load(path: Path, changes: dict[str, object], generation: dict[str, object] | None = None) -> ModelConfig:
+    config = {key: value for key, value in (SMOLLM2 | changes).items() if value is not ...}
+    (path / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (path / "generation_config.json").write_text(json.dumps(generation))
+    return ModelConfig.from_dir(path)
+
+
+def test_smollm2(tmp_path: Path) -> None:
+    config = _load(tmp_path, {})
+    assert (config.num_layers, config.num_qo_heads, config.num_kv_heads, config.head_dim) == (30, 9, 3, 64)
+    assert config.rope.theta == 100_000 and config.rope.kind == "default"
+    assert config.tie_embeddings and config.dtype == "bfloat16"
+    assert config.eos_token_ids == {2}
+    assert config.max_model_len == config.longest_model_len == 8192
+    assert not (config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm)
+
+
+def test_qwen3_has_head_norms_and_its_own_head_size(tmp_path: Path) -> None:
+    config = _load(tmp_path, {"architectures": ["Qwen3ForCausalLM"], "head_dim": 128})
+    assert config.qk_norm and config.head_dim == 128 and not config.qkv_bias
+
+
+def test_qwen2_has_biases_on_q_k_v_alone(tmp_path: Path) -> None:
+    config = _load(tmp_path, {"architectures": ["Qwen2ForCausalLM"]})
+    assert config.qkv_bias and not config.o_bias and not config.qk_norm
+
+
+def test_generation_config_wins_for_end_tokens(tmp_path: Path) -> None:
+    assert _load(tmp_path, {}, {"eos_token_id": [7, 9]}).eos_token_ids == {7, 9}
+
+
+def test_end_tokens_may_be_absent(tmp_path: Path) -> None:
+    assert _load(tmp_path, {"eos_token_id": None}, {}).eos_token_ids == frozenset()
+
+
+def test_model_type_serves_where_architectures_are_missing(tmp_path: Path) -> None:
+    assert _load(tmp_path, {"architectures": ..., "model_type": "qwen2"}).architecture == "Qwen2ForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"architectures": ["LlamaForCausalLM"], "sliding_window": 5}, [None] * 30),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 5}, [5] * 30),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, [None] * 30),
+        ({"architectures": ["MistralForCausalLM"]}, [4096] * 30),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 5}, [None] * 30),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "sliding_window": 5,
+                "use_sliding_window": True,
+                "max_window_layers": 28,
+            },
+            [None] * 28 + [5] * 2,
+        ),
+        (
+            {
+                "architectures": ["Qwen3ForCausalLM"],
+                "sliding_window": 5,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention"] + ["full_attention"] * 29,
+            },
+            [5] + [None] * 29,
+        ),
+    ],
+    ids=str,
+)
+def test_sliding_windows(tmp_path: Path, changes: dict[str, object], expected: list[int | None]) -> None:
+    assert list(_load(tmp_path, changes).sliding_windows) == expected
+
+
+def test_rotary_parameters_in_the_newer_place(tmp_path: Path) -> None:
+    parameters = {"rope_type": "default", "rope_theta": 500.0}
+    config = _load(tmp_path, {"rope_theta": ..., "rope_scaling": ..., "rope_parameters": parameters})
+    assert config.rope.theta == 500.0
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest"),
+    [
+        ({"type": "linear", "factor": 2.0}, 16384),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 512,
+            },
+            8192,
+        ),
+    ],
+    ids=str,
+)
+def test_rope_scaling_extends_the_longest_length(tmp_path: Path, scaling: dict[str, object], longest: int) -> None:
+    config = _load(tmp_path, {"rope_scaling": scaling})
+    assert config.max_model_len == 8192 and config.longest_model_len == longest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architectures": ["MixtralForCausalLM"]},
+            "'MixtralForCausalLM' is not supported; these are: LlamaForCausalLM",
+        ),
+        ({"architectures": ..., "model_type": "gpt2"}, "'gpt2' is not supported"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never run"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "factor = None"),
+        ({"rope_scaling": 3}, "rope_scaling = 3: must be an object"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "each layer type"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+        ({"hidden_size": "big"}, "hidden_size = 'big'"),
+        ({"vocab_size": True}, "vocab_size = True"),
+        ({"num_key_value_heads": 2}, "must divide num_attention_heads = 9"),
+        ({"head_dim": 7}, "must be even"),
+        ({"torch_dtype": "int8"}, "dtype 'int8'"),
+        ({"eos_token_id": ["a"]}, "eos_token_id"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1"),
+    ],
+    ids=str,
+)
+def test_what_would_run_wrongly_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _load(tmp_path, changes)
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "is missing"), ("{", "as JSON"), ("[1]", "JSON object")])
+def test_unreadable_config_names_the_file(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"config\.json.*{message}"):
+        ModelConfig.from_dir(tmp_path)

@@ -1,0 +1,102 @@
+"""Keys of a file: good until they expire or are taken out, and each its tenant's."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.config import RouterConfig
+from kvferry.common.errors import ConfigError, RequestError
+from kvferry.common.key_file import add_key, revoke_keys
+from kvferry.router.access.credentials import RouterCredentials
+from kvferry.router.access.keys import ApiKeys
+
+NOW = datetime(2026, 11, 21, tzinfo=UTC)
+
+
+class Wall:
+    """A wall clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> float:
+        return self.now.timestamp()
+
+
+def code_of(keys: ApiKeys, key: str) -> str | None:
+    """Why a key is refused; None: it is not."""
+    try:
+        keys.check(f"Bearer {key}".encode())
+    except RequestError as error:
+        assert error.status == 401
+        return error.code
+    return None
+
+
+def test_a_key_is_good_until_it_expires(tmp_path: Path) -> None:
+    path, wall = tmp_path / "keys", Wall()
+    key = add_key(path, "alice", NOW + timedelta(days=1))
+    keys = ApiKeys(file=path, now_s=wall)
+    assert (code_of(keys, key), keys.num_good) == (None, 1)
+    wall.now += timedelta(days=1)
+    assert (code_of(keys, key), keys.num_good) == ("expired_api_key", 0)
+
+
+def test_a_key_that_was_taken_out_is_refused_after_a_reload_and_others_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    alice, bob = add_key(path, "alice", None), add_key(path, "bob", None)
+    keys = ApiKeys(["fixed"], file=path)
+    tenant = keys.check(f"Bearer {bob}".encode())
+    revoke_keys(path, "alice")
+    assert code_of(keys, alice) is None  # not before it is told
+    keys.take(keys.read())
+    assert [code_of(keys, key) for key in (alice, bob, "fixed")] == ["invalid_api_key", None, None]
+    assert keys.check(f"Bearer {bob}".encode()) == tenant
+
+
+def test_without_any_key_in_its_file_nobody_is_served(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.touch(mode=0o600)
+    keys = ApiKeys(file=path)
+    assert keys.are_needed
+    with pytest.raises(RequestError):
+        keys.check(b"")
+
+
+def test_two_keys_of_one_id_are_one_tenant_in_every_router(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    old, new, other = add_key(path, "alice", None), add_key(path, "alice", None), add_key(path, "bob", None)
+
+    def tenants(secret: bytes) -> list[bytes]:
+        keys = ApiKeys(["alice"], file=path, secret=secret)
+        return [keys.check(f"Bearer {key}".encode()) for key in (old, new, other, "alice")]
+
+    first, second, bob, plain = tenants(b"secret")
+    assert first == second
+    assert len({first, bob, plain}) == 3  # a key that is spelled like an id is another tenant
+    assert tenants(b"secret") == [first, second, bob, plain] != tenants(b"another")
+
+
+def test_a_reload_that_fails_changes_nothing(tmp_path: Path) -> None:
+    api, admin, secret = tmp_path / "api", tmp_path / "admin", tmp_path / "secret"
+    key, operator = add_key(api, "alice", None), add_key(admin, "ops", None)
+    secret.write_text("a secret of more than 16 bytes")
+    secret.chmod(0o600)
+    config = RouterConfig(
+        model_dir=tmp_path, served_model_name="m", api_key_file=api, admin_key_file=admin, secret_file=secret
+    )
+    credentials = RouterCredentials.from_config(config, {})
+    api.write_text("")
+    admin.write_text("- broken")
+    secret.write_text("another secret, more than 16 bytes")
+    with pytest.raises(ConfigError, match="admin_key_file"):
+        credentials.reload()
+    assert code_of(credentials.clients, key) is code_of(credentials.operators, operator) is None
+    assert credentials.secret.said.startswith(b"a secret")
+    admin.write_text("")
+    credentials.reload()
+    assert code_of(credentials.clients, key) == code_of(credentials.operators, operator) == "invalid_api_key"
+    assert credentials.secret.said.startswith(b"another")

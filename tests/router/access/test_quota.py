@@ -1,0 +1,68 @@
+"""Quotas over a clock that is moved by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvferry.common.clock import FakeClock
+from kvferry.common.errors import CapacityError
+from kvferry.router.access.quota import QuotaLimits, Quotas
+
+
+def test_without_limits_nothing_is_counted() -> None:
+    quotas = Quotas(QuotaLimits(), FakeClock())
+    for _ in range(1000):
+        allowance = quotas.enter(b"")
+        allowance.charge(10**9)
+        assert allowance.headers == []
+
+
+def test_requests_come_back_evenly() -> None:
+    clock = FakeClock()
+    quotas = Quotas(QuotaLimits(requests_per_minute=60), clock)
+    for _ in range(60):
+        quotas.enter(b"a").leave()
+    with pytest.raises(CapacityError, match="60 requests a minute") as caught:
+        quotas.enter(b"a")
+    assert caught.value.retry_after_s == pytest.approx(1.0)
+    clock.advance(1.0)
+    quotas.enter(b"a").leave()
+    with pytest.raises(CapacityError):
+        quotas.enter(b"a")
+    quotas.enter(b"b").leave()
+
+
+def test_a_minute_of_silence_fills_the_bucket_and_no_more() -> None:
+    clock = FakeClock()
+    quotas = Quotas(QuotaLimits(requests_per_minute=2), clock)
+    clock.advance(3600.0)
+    for _ in range(2):
+        quotas.enter(b"").leave()
+    with pytest.raises(CapacityError):
+        quotas.enter(b"")
+
+
+def test_a_request_larger_than_the_bucket_goes_when_it_is_full_and_leaves_a_debt() -> None:
+    clock = FakeClock()
+    quotas = Quotas(QuotaLimits(tokens_per_minute=60), clock)
+    allowance = quotas.enter(b"")
+    allowance.charge(120)
+    with pytest.raises(CapacityError, match="60 tokens a minute") as caught:
+        quotas.enter(b"").charge(1)
+    assert caught.value.retry_after_s == pytest.approx(61.0)
+    allowance.settle(30)
+    quotas.enter(b"").charge(30)
+    with pytest.raises(CapacityError):
+        quotas.enter(b"").charge(1)
+
+
+def test_what_nobody_settled_comes_back_whole_and_once() -> None:
+    quotas = Quotas(QuotaLimits(max_concurrency=1, tokens_per_minute=10), FakeClock())
+    for _ in range(5):
+        allowance = quotas.enter(b"")
+        allowance.charge(10)
+        with pytest.raises(CapacityError, match="1 requests at once"):
+            quotas.enter(b"")
+        allowance.leave()
+        allowance.leave()
+    assert dict(quotas.enter(b"").headers)[b"x-ratelimit-remaining-tokens"] == b"10"

@@ -1,0 +1,288 @@
+"""Bodies: what is accepted, what is refused and how the refusal reads, what workers are told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvferry.common.errors import ConfigError, RequestError
+from kvferry.router.api.chat_messages import parse_messages
+from kvferry.router.api.defaults import SamplingDefaults
+from kvferry.router.api.fields import IGNORED, UNSUPPORTED
+from kvferry.router.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, validate
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def _completion(**fields: Any) -> CompletionBody:
+    return validate(CompletionBody, {"prompt": "hi", **fields})
+
+
+def _chat(**fields: Any) -> ChatBody:
+    return validate(ChatBody, {"messages": MESSAGES, **fields})
+
+
+def _refusal(**fields: Any) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        _completion(**fields)
+    return caught.value
+
+
+def _chat_refusal(**fields: Any) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        _chat(**fields)
+    return caught.value
+
+
+@pytest.mark.parametrize("prompt", ["a", "", ["a", "b"], [1, 2, 3], [[1], [2, 3]]])
+def test_a_prompt_has_four_forms(prompt: object) -> None:
+    assert _completion(prompt=prompt).prompt == prompt
+
+
+@pytest.mark.parametrize("prompt", [None, 1, [], [[]], [1, "a"], [[1], "a"], [[1.0]], [True], {}, [None], ["a"] * 257])
+def test_other_prompts_are_refused(prompt: object) -> None:
+    assert _refusal(prompt=prompt).param == "prompt"
+
+
+def test_null_means_not_given_for_every_field() -> None:
+    kinds: list[tuple[Any, dict[str, Any]]] = [(CompletionBody, {"prompt": "hi"}), (ChatBody, {"messages": MESSAGES})]
+    for kind, required in kinds:
+        names = [*kind.model_fields, *UNSUPPORTED, *IGNORED]
+        body: dict[str, Any] = {name: None for name in names if name not in required}
+        assert validate(kind, {**body, **required}) == validate(kind, dict(required))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 0), ("n", 17), ("n", "2"), ("n", 1.0), ("n", True),
+        ("stop", ""), ("stop", ["a"] * 17), ("stop", "x" * 257), ("stop", [1]), ("stop", 5),
+        ("seed", 2**63), ("seed", "1"),
+        ("max_tokens", -1), ("max_tokens", 1.5), ("max_tokens", 0),
+        ("temperature", -0.1), ("temperature", 2.1), ("temperature", "1"), ("temperature", True),
+        ("top_p", 0), ("top_p", 1.1),
+        ("presence_penalty", 2.1), ("frequency_penalty", -2.1),
+        ("logit_bias", {"1": 101}), ("logit_bias", {"x": 1}), ("logit_bias", {"-1": 1}),
+        ("logit_bias", {str(i): 1 for i in range(301)}), ("logit_bias", [1]),
+        ("logprobs", 21), ("logprobs", True), ("prompt_logprobs", 21), ("prompt_logprobs", -1),
+        ("top_k", -2), ("min_p", 1.1), ("repetition_penalty", 0), ("min_tokens", -1),
+        ("stop_token_ids", [-1]), ("stop_token_ids", list(range(65))), ("stop_token_ids", ["1"]),
+        ("ignore_eos", 1), ("stream", "true"), ("echo", "yes"), ("stream_options", {}),
+        ("priority", 2**31), ("cache_salt", ""), ("cache_salt", "x" * 257), ("service_tier", "flex"),
+        ("best_of", 2), ("model", 7),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_its_bounds_is_refused_by_name(field: str, value: object) -> None:
+    error = _refusal(**{field: value})
+    assert error.status == 400
+    assert error.param is not None and error.param.split(".")[0] == field
+    assert field in str(error)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("logprobs", 5), ("top_logprobs", 2), ("top_logprobs", 21), ("max_tokens", 0), ("max_completion_tokens", 0),
+        ("chat_template_kwargs", {"messages": "x"}), ("chat_template_kwargs", {"thinking": [1]}),
+        ("chat_template_kwargs", {"thinking": "x" * 257}), ("add_generation_prompt", 1),
+    ],
+)  # fmt: skip
+def test_a_chats_own_fields_are_checked_too(field: str, value: object) -> None:
+    error = _chat_refusal(**{field: value})
+    assert error.param is not None and error.param.split(".")[0] == field
+
+
+def test_a_refusal_says_the_rule_and_what_was_seen() -> None:
+    assert str(_refusal(n=17)) == "'n' should be less than or equal to 16, got 17"
+    assert str(_refusal(stop=["a"] * 17)) == "'stop': at most 16 stop strings, got 17"
+    assert len(str(_refusal(temperature="x" * 10_000))) < 200
+
+
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(RequestError, match="'prompt' is required") as caught:
+        validate(CompletionBody, {})
+    assert (caught.value.param, caught.value.code) == ("prompt", "missing_required_parameter")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("response_format", {"type": "json_object"}), ("tools", [{"type": "function"}]), ("tool_choice", "auto"),
+        ("functions", [{}]), ("structured_outputs", {"choice": ["a"]}), ("guided_json", {}), ("audio", {}),
+        ("modalities", ["audio"]), ("prediction", {}), ("logits_processors", ["x"]), ("use_beam_search", True),
+        ("kv_transfer_params", {}), ("suffix", "x"), ("length_penalty", 2.0),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_by_name(field: str, value: object) -> None:
+    for error in (_refusal(**{field: value}), _chat_refusal(**{field: value})):
+        assert (error.param, error.code) == (field, "unsupported_parameter")
+        assert f"'{field}' is not supported" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("response_format", {"type": "text"}), ("tool_choice", "none"), ("tools", []), ("user", "me"),
+        ("metadata", {"a": "b"}), ("store", True), ("service_tier", "auto"), ("use_beam_search", False),
+        ("parallel_tool_calls", True), ("length_penalty", 1), ("modalities", ["text"]), ("best_of", 1),
+    ],
+)  # fmt: skip
+def test_what_asks_for_nothing_is_accepted(field: str, value: object) -> None:
+    _completion(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("typo", "right"), [("temprature", "temperature"), ("max_token", "max_tokens"), ("usr", "user")]
+)
+def test_an_unknown_field_is_refused_with_the_nearest_known_one(typo: str, right: str) -> None:
+    error = _refusal(**{typo: 1})
+    assert error.code == "unknown_parameter"
+    assert str(error) == f"unknown field '{typo}'; did you mean '{right}'?"
+
+
+def test_an_endless_field_name_does_not_come_back_whole() -> None:
+    error = _refusal(**{"x" * 10_000 + "\r\n": 1})
+    assert len(str(error)) < 200 and "\n" not in str(error)
+
+
+def test_rules_between_fields() -> None:
+    assert _refusal(stream_options={"include_usage": True}).param == "stream_options"
+    assert _refusal(stream=True, prompt_logprobs=1).param == "prompt_logprobs"
+    assert _refusal(n=2, best_of=3).param == "best_of"
+    assert _chat_refusal(top_logprobs=2, logprobs=False).param == "top_logprobs"
+    assert _chat_refusal(max_tokens=2, max_completion_tokens=3).param == "max_completion_tokens"
+    assert _chat_refusal(continue_final_message=True, add_generation_prompt=True).param == "continue_final_message"
+    _chat(max_tokens=3, max_completion_tokens=3)
+    _completion(max_tokens=0, echo=True)
+
+
+def _sampling(body: CompletionBody | ChatBody, defaults: SamplingDefaults | None = None) -> Any:
+    return body.sampling(defaults or SamplingDefaults(), seed=7, max_tokens=20, vocab_size=1000)
+
+
+def test_every_sampling_field_reaches_the_workers() -> None:
+    body = _completion(
+        temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, presence_penalty=0.2, frequency_penalty=0.3,
+        repetition_penalty=1.1, logit_bias={"5": -100, "6": 2.5}, min_tokens=3, stop_token_ids=[9], ignore_eos=True,
+        logprobs=2, prompt_logprobs=4, seed=-1,
+    )  # fmt: skip
+    sampling = _sampling(body)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 40, 0.1)
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (0.2, 0.3, 1.1)
+    assert sampling.logit_bias == {5: -100.0, 6: 2.5}
+    assert (sampling.min_tokens, sampling.max_tokens, sampling.stop_token_ids) == (3, 20, (9,))
+    assert (sampling.ignore_eos, sampling.logprobs, sampling.prompt_logprobs) == (True, 2, 4)
+    assert 0 <= sampling.seed < 2**63
+
+
+def test_what_is_not_given_comes_from_the_models_defaults_then_from_openais() -> None:
+    defaults = SamplingDefaults(temperature=0.6, top_k=20, repetition_penalty=1.05)
+    assert _sampling(_completion(), defaults).temperature == 0.6
+    assert _sampling(_completion(temperature=0), defaults).temperature == 0
+    assert _sampling(_completion(top_k=-1), defaults).top_k == 0
+    assert _sampling(_completion(), defaults).repetition_penalty == 1.05
+    assert _sampling(_completion()).temperature == 1.0
+    assert _sampling(_completion()).seed == 7
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused() -> None:
+    for fields in ({"logit_bias": {"1000": 1}}, {"stop_token_ids": [1000]}):
+        with pytest.raises(RequestError, match="1000 is not below the vocabulary's 1000"):
+            _sampling(_completion(**fields))
+
+
+def test_min_tokens_may_not_pass_max_tokens() -> None:
+    with pytest.raises(RequestError, match="min_tokens 21 is more than max_tokens 20"):
+        _sampling(_completion(min_tokens=21))
+
+
+def test_logprobs_of_the_two_endpoints() -> None:
+    assert _sampling(_completion(logprobs=0)).logprobs == 0
+    assert _sampling(_completion(echo=True, logprobs=2)).prompt_logprobs == 2
+    assert _sampling(_chat(logprobs=True)).logprobs == 0
+    assert _sampling(_chat(logprobs=True, top_logprobs=3)).logprobs == 3
+    assert _sampling(_chat(logprobs=False)).logprobs is None
+
+
+def test_generation_config_gives_defaults(tmp_path: Path) -> None:
+    assert SamplingDefaults.from_dir(tmp_path) == SamplingDefaults()
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"temperature": 0.6, "top_k": 20, "top_p": None, "eos_token_id": 2}))
+    assert SamplingDefaults.from_dir(tmp_path) == SamplingDefaults(temperature=0.6, top_k=20)
+    file.write_text('{"temperature": "warm"}')
+    with pytest.raises(ConfigError, match=r"generation_config\.json"):
+        SamplingDefaults.from_dir(tmp_path)
+
+
+# --- messages ---------------------------------------------------------------------------------------------
+
+
+def test_content_is_a_string_or_text_parts() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert parse_messages([{"role": "user", "content": parts}]) == [{"role": "user", "content": "ab"}]
+
+
+def test_a_developer_message_is_a_system_message() -> None:
+    assert parse_messages([{"role": "developer", "content": "a"}])[0]["role"] == "system"
+
+
+def test_an_answer_dumped_by_the_client_can_be_sent_back() -> None:
+    dumped = {
+        "role": "assistant", "content": "a", "refusal": None, "annotations": None, "audio": None,
+        "function_call": None, "tool_calls": None,
+    }  # fmt: skip
+    assert parse_messages([dumped]) == [{"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ("hi", "messages[0]"),
+        ({"content": "hi"}, "messages[0].role"),
+        ({"role": "robot", "content": "hi"}, "messages[0].role"),
+        ({"role": "user"}, "messages[0].content"),
+        ({"role": "user", "content": 5}, "messages[0].content"),
+        ({"role": "user", "content": ["hi"]}, "messages[0].content[0]"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[0].content[0]"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text"),
+        ({"role": "user", "content": [{"type": "text", "text": "", "x": 1}]}, "messages[0].content[0].x"),
+        ({"role": "user", "content": "hi", "nmae": "x"}, "messages[0].nmae"),
+        ({"role": "user", "content": "hi", "name": "x" * 257}, "messages[0].name"),
+        ({"role": "assistant", "content": "", "tool_calls": [{}]}, "messages[0].tool_calls"),
+    ],
+)
+def test_a_wrong_message_is_refused_at_its_place(message: object, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_messages([message])
+    assert caught.value.param == param
+
+
+def test_other_content_is_refused_by_its_type() -> None:
+    with pytest.raises(RequestError, match="content of type 'input_audio' is not supported, only text"):
+        parse_messages([{"role": "user", "content": [{"type": "input_audio"}]}])
+
+
+def test_no_messages_at_all_are_refused() -> None:
+    with pytest.raises(RequestError, match="must not be empty"):
+        parse_messages([])
+
+
+# --- tokenize ---------------------------------------------------------------------------------------------
+
+
+def test_tokenize_takes_a_prompt_or_messages() -> None:
+    assert validate(TokenizeBody, {"prompt": ""}).prompt == ""
+    assert validate(TokenizeBody, {"messages": MESSAGES}).messages == MESSAGES
+    for fields in ({}, {"prompt": "a", "messages": MESSAGES}):
+        with pytest.raises(RequestError, match="either prompt or messages"):
+            validate(TokenizeBody, dict(fields))
+
+
+def test_detokenize_takes_ids() -> None:
+    assert validate(DetokenizeBody, {"tokens": []}).tokens == []
+    for tokens in ("a", [1.5], [True], None):
+        with pytest.raises(RequestError):
+            validate(DetokenizeBody, {"tokens": tokens})

@@ -1,0 +1,219 @@
+"""The autoscaler's parts: forecast, sizing, sample of lengths, schedule."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvferry.common.errors import ConfigError
+from kvferry.router.autoscaler.forecast import DayProfile, RateForecast
+from kvferry.router.autoscaler.lengths import LengthSample
+from kvferry.router.autoscaler.scale_types import DAY_S, Answer, Bounds, WorkerLimits
+from kvferry.router.autoscaler.schedule import Schedule
+from kvferry.router.autoscaler.sizing import DecodeLoad, PrefillLoad, erlang_c
+from kvferry.router.state.objectives import Objectives
+
+from .scale_world import LIMITS, LinearTimes
+
+OBJECTIVES = Objectives(ttft_s=1.0, tpot_s=0.03)
+FULL_STEPS = WorkerLimits(LIMITS.kv_tokens, LIMITS.max_num_seqs, max_num_batched_tokens=1)  # prompts one by one
+
+
+def lognormal(count: int, seed: int = 0) -> list[Answer]:
+    dice = random.Random(seed)
+    return [
+        Answer(int(dice.lognormvariate(6.5, 1.0)) + 1, 0, int(dice.lognormvariate(5.0, 0.8)) + 1) for _ in range(count)
+    ]
+
+
+# --- forecast ---------------------------------------------------------------------------------------------------
+
+
+def test_noise_moves_a_forecast_little() -> None:
+    dice, forecast = random.Random(1), RateForecast()
+    levels = []
+    for index in range(720):
+        forecast.observe([1.0] * round(dice.gauss(200, 200**0.5)), 5.0, index * 5.0)
+        levels.append(forecast.at(60.0))
+    assert all(36.0 < level < 44.0 for level in levels[60:])
+
+
+@pytest.mark.parametrize("after", [400.0, 4.0])
+def test_a_jump_is_believed_at_once(after: float) -> None:
+    forecast = RateForecast()
+    for _ in range(100):
+        forecast.observe([1.0] * 200, 5.0, 0.0)
+    forecast.observe([1.0] * round(after * 5), 5.0, 0.0)
+    assert forecast.at(60.0) == pytest.approx(after)
+
+
+def test_one_long_prompt_among_many_short_ones_is_no_jump() -> None:
+    dice, forecast = random.Random(2), RateForecast()
+    for _ in range(400):
+        forecast.observe([100_000.0 if dice.random() < 0.002 else 500.0 for _ in range(50)], 5.0, 0.0)
+    level = forecast.level
+    forecast.observe([500.0] * 49 + [100_000.0], 5.0, 0.0)
+    assert forecast.level < 1.5 * level
+
+
+def test_a_trend_is_looked_ahead() -> None:
+    forecast = RateForecast()
+    for index in range(400):
+        forecast.observe([1.0] * (200 + index), 5.0, 0.0)
+    assert 1.5 < forecast.at(60.0) - forecast.level < 2.4  # 0.04 more each second
+
+
+def test_the_day_before_bends_the_forecast() -> None:
+    profile = DayProfile()
+    assert profile.bend(8.9 * 3600, 1800.0) == 1.0
+    for index in range(int(DAY_S / 60)):
+        profile.observe(index * 60.0, 100.0 if 9 <= index / 60 < 17 else 20.0, 60.0)
+    profile.observe(0.0, 20.0, 60.0)
+    assert profile.bend(8.5 * 3600, 3600.0) == 2.0  # five times, bounded
+    assert profile.bend(12 * 3600, 3600.0) == pytest.approx(1.0)
+    assert profile.bend(16.5 * 3600, 3600.0) == 0.5
+
+
+@given(st.lists(st.integers(0, 1000), max_size=60), st.floats(0, 3600))
+def test_a_forecast_is_never_negative(counts: list[int], ahead_s: float) -> None:
+    forecast = RateForecast()
+    for index, count in enumerate(counts):
+        forecast.observe([1.0] * count, 5.0, index * 5.0)
+    assert forecast.at(ahead_s) >= 0.0
+
+
+# --- sizing -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("servers", "offered", "chance"), [(1, 0.5, 0.5), (2, 1.0, 1 / 3), (10, 8.0, 0.4092)])
+def test_erlangs_c_is_the_textbooks(servers: int, offered: float, chance: float) -> None:
+    assert erlang_c(servers, offered) == pytest.approx(chance, abs=1e-3)
+
+
+def simulated(answers: list[Answer], rate: float, num_workers: int, seed: int = 3, count: int = 20_000) -> float:
+    """The share of prompts in time in a queue with so many servers."""
+    dice, times = random.Random(seed), LinearTimes()
+    free, now, kept = [0.0] * num_workers, 0.0, 0
+    for _ in range(count):
+        now += dice.expovariate(rate)
+        service_s = times.prefill_s(dice.choice(answers).num_prompt_tokens, 0)
+        start_s = max(now, heapq.heappop(free))
+        heapq.heappush(free, start_s + service_s)
+        kept += start_s + service_s - now <= max(1.0, 3 * service_s)
+    return kept / count
+
+
+@pytest.mark.parametrize("rate", [5.0, 40.0, 150.0])
+def test_prefill_workers_by_formula_are_those_of_a_simulated_queue(rate: float) -> None:
+    answers = lognormal(400)
+    load = PrefillLoad.of(answers, LinearTimes(), FULL_STEPS, OBJECTIVES)
+    count = load.needed(rate, 0.99)
+    assert simulated(answers, rate, count) >= 0.98
+    assert simulated(answers, rate, count - max(1, count // 3)) < 0.985
+
+
+@given(st.floats(0.1, 500), st.floats(1.0, 2.0), st.floats(0.8, 0.995))
+def test_more_load_or_a_higher_target_never_needs_fewer(rate: float, more: float, target: float) -> None:
+    answers = lognormal(50)
+    prefill = PrefillLoad.of(answers, LinearTimes(), LIMITS, OBJECTIVES)
+    decode = DecodeLoad.of(answers, LinearTimes(), LIMITS, OBJECTIVES)
+    assert prefill.needed(rate * more, target) >= prefill.needed(rate, target)
+    assert decode.needed(rate * more, target) >= decode.needed(rate, target)
+    assert prefill.needed(rate, 0.999) >= prefill.needed(rate, target)
+
+
+def test_the_least_decode_workers_keep_the_objective_and_one_less_does_not() -> None:
+    load = DecodeLoad.of(lognormal(400), LinearTimes(), LIMITS, OBJECTIVES)
+    count = load.needed(80.0, 0.99)
+    assert load.fits(80.0, count, 0.99)
+    assert not load.fits(80.0, count - 1, 0.99)
+
+
+def test_long_contexts_need_decode_workers_for_their_memory() -> None:
+    short = DecodeLoad.of([Answer(100, 0, 200)] * 50, LinearTimes(), LIMITS, OBJECTIVES)
+    long = DecodeLoad.of([Answer(50_000, 0, 200)] * 50, LinearTimes(), LIMITS, OBJECTIVES)
+    assert long.needed(10.0, 0.99) > 3 * short.needed(10.0, 0.99)
+
+
+def test_an_objective_that_no_fleet_can_keep_asks_for_no_fleet_without_end() -> None:
+    hopeless = Objectives(ttft_s=0.001, ttft_stretch=1.0, tpot_s=0.001)
+    answers = lognormal(100)
+    assert DecodeLoad.of(answers, LinearTimes(), LIMITS, hopeless).needed(20.0, 0.99) < 40
+    assert PrefillLoad.of(answers, LinearTimes(), LIMITS, hopeless).needed(20.0, 0.99) < 40
+
+
+def test_cached_tokens_are_no_work() -> None:
+    cold = PrefillLoad.of([Answer(8000, 0, 100)] * 20, LinearTimes(), LIMITS, OBJECTIVES)
+    warm = PrefillLoad.of([Answer(8000, 7000, 100)] * 20, LinearTimes(), LIMITS, OBJECTIVES)
+    assert warm.needed(50.0, 0.99) < cold.needed(50.0, 0.99) / 3
+
+
+# --- lengths ----------------------------------------------------------------------------------------------------
+
+
+def test_the_sample_is_bounded_and_forgets_old_lengths() -> None:
+    sample = LengthSample(size=100, half_life_s=60.0)
+    for second in range(600):
+        sample.add([Answer(1, 0, 1)] * 20, float(second))
+    for second in range(600, 1200):
+        sample.add([Answer(2, 0, 2)] * 20, float(second))
+    assert len(sample) == 100
+    assert sum(answer.num_prompt_tokens == 2 for answer in sample.answers) > 95
+
+
+def test_the_sample_has_the_shares_of_what_came() -> None:
+    sample = LengthSample(size=500, half_life_s=1e9)
+    sample.add([Answer(10 if index % 4 else 1000, 0, 1) for index in range(20_000)], 0.0)
+    share = sum(answer.num_prompt_tokens == 1000 for answer in sample.answers) / 500
+    assert share == pytest.approx(0.25, abs=0.07)
+
+
+# --- schedule ---------------------------------------------------------------------------------------------------
+
+USUAL = Bounds(1, 10)
+
+
+def hours(text: str) -> float:
+    hour, minute = text.split(":")
+    return 3600.0 * int(hour) + 60.0 * int(minute)
+
+
+@pytest.mark.parametrize(
+    ("window", "weekday", "at", "bounds"),
+    [
+        ("08:00-18:00 prefill>=4", 2, "12:00", Bounds(4, 10)),
+        ("08:00-18:00 prefill>=4", 2, "18:00", USUAL),
+        ("22:00-06:00 prefill<=2 decode>=3", 0, "23:30", Bounds(1, 2)),
+        ("22:00-06:00 prefill<=2 decode>=3", 0, "05:59", Bounds(1, 2)),
+        ("mon-fri 08:00-18:00 prefill>=4", 5, "12:00", USUAL),
+        ("fri 22:00-06:00 prefill>=4", 5, "02:00", Bounds(4, 10)),
+        ("sat-mon 08:00-09:00 prefill>=4", 0, "08:00", Bounds(4, 10)),
+        ("08:00-18:00 prefill>=12 prefill<=3", 0, "08:00", Bounds(12, 12)),
+        ("08:00-18:00 decode>=4", 2, "12:00", USUAL),
+    ],
+)
+def test_windows_change_bounds(window: str, weekday: int, at: str, bounds: Bounds) -> None:
+    assert Schedule([window]).bounds("prefill", USUAL, weekday, hours(at)) == bounds
+
+
+def test_a_minimum_is_wished_for_before_its_window_begins() -> None:
+    schedule = Schedule(["mon 00:05-01:00 prefill>=4"])
+    assert schedule.soon("prefill", USUAL, 6, hours("23:59"), 600.0) == Bounds(4, 10)
+    assert schedule.soon("prefill", USUAL, 6, hours("23:59"), 60.0) == USUAL
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8-18 prefill>=4", "08:00-25:00 prefill>=4", "foo 08:00-09:00 decode>=1", "08:00-09:00"]
+)
+def test_a_window_that_says_nothing_clear_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not like|no day has|days are"):
+        Schedule([text])
+
+
+def test_time_of_day_repeats() -> None:
+    assert math.isclose(DayProfile().bend(DAY_S + 5.0, 0.0), 1.0)

@@ -1,0 +1,313 @@
+"""Decisions carried out: roles by message, growth by wishes to the launcher, operators, other routers' loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from kvferry.common.config import AutoscaleConfig, AutoscaleMode, PoolBounds
+from kvferry.common.errors import RequestError
+from kvferry.common.messages import Drain, SetRole, StepSample
+from kvferry.router.access.keys import ApiKeys
+from kvferry.router.admin.admin import Admin, build_admin
+from kvferry.router.admin.scaling import scaling_routes
+from kvferry.router.autoscaler.load_record import LoadRecord, RecordingMetrics, SeenLoad
+from kvferry.router.autoscaler.scale_types import Answer, Counts, Kept
+from kvferry.router.autoscaler.scaling import Scaling
+from kvferry.router.state.objectives import Objectives
+from kvferry.router.state.predictor import Predictor
+
+from ..fleet import Fleet, Link, status
+
+# A prompt token takes 0.1 ms, a decode step 10 ms and 0.5 ms for each row.
+SAMPLES = tuple(
+    [StepSample(0.002 + 1e-4 * n, prefill_tokens=n, prefill_pairs=n * n // 2) for n in (16, 64, 256, 512) * 4]
+    + [StepSample(0.01 + 5e-4 * n, decode_rows=n, decode_context=100 * n) for n in (1, 4, 16, 32) * 4]
+)
+CONFIG = AutoscaleConfig(
+    mode="on",
+    prefill=PoolBounds(at_least=1, at_most=6),
+    decode=PoolBounds(at_least=1, at_most=6),
+    max_workers=8,
+    interval_s=1.0,
+    shrink_after_s=20.0,
+    flip_after_s=2.0,
+)
+
+
+class Site:
+    """A router's scaling beside its dispatcher; what it tells the launcher is kept."""
+
+    def __init__(self, mode: AutoscaleMode = "on", *, launcher: bool = True) -> None:
+        self.fleet = Fleet()
+        self.told: list[dict[str, Any]] = []
+        self.record = LoadRecord()
+        self.links: dict[str, Link] = {}
+        predictor: Predictor = self.fleet.predictor
+        self.scaling = Scaling(
+            CONFIG.model_copy(update={"mode": mode}),
+            Objectives(ttft_s=0.5, tpot_s=0.03),
+            self.fleet.dispatcher,
+            predictor,
+            self.record,
+            self.fleet.clock,
+            lambda: 0.0,
+            launcher=self._tell if launcher else None,
+        )
+
+    def _tell(self, event: Mapping[str, object]) -> None:
+        self.told.append(dict(event))
+
+    def join(self, *names: str) -> None:
+        for name in names:
+            self.links[name] = self.fleet.join(
+                name, samples=SAMPLES, can_change_role=True, num_blocks=4096, max_num_seqs=64
+            )
+
+    def fleet_is(self, *, leader: bool = True, seq: int = -1, leaving: tuple[str, ...] = (), **more: object) -> None:
+        """The launcher's word: who is connected is there, and those in `starting` besides."""
+        starting: Any = more.pop("starting", {})
+        workers = {name: "prefill" if name[0] == "p" else "decode" for name in self.links if name not in leaving}
+        event = {"event": "fleet", "leader": leader, "workers": {**workers, **starting}, "leaving": list(leaving)}
+        self.scaling.on_launcher({**event, "seq": seq, "held": None, "desired": [], "reason": "", **more})
+
+    def load(self, rate: int, *, prompt: int = 500, output: int = 50) -> None:
+        """So many requests in this interval, seen by another router."""
+        seen = SeenLoad((prompt,) * rate, (Answer(prompt, 0, output),) * rate)
+        self.scaling.on_launcher(seen.as_event())
+
+    def interval(self, **statuses: object) -> None:
+        self.fleet.clock.advance(1.0)
+        for name, link in self.links.items():
+            change = statuses.get(name.replace("-", "_"))
+            self.fleet.dispatcher.on_message(
+                link, status(num_blocks=4096, **(change if isinstance(change, dict) else {}))
+            )
+        self.scaling.tick()
+
+    def run(self, seconds: int, rate: int, **lengths: int) -> None:
+        for _ in range(seconds):
+            self.load(rate, **lengths)
+            self.interval()
+
+    def wishes(self) -> list[dict[str, Any]]:
+        return [event for event in self.told if event["event"] == "scale"]
+
+    def roles_given(self) -> dict[str, str]:
+        return {
+            name: message.role
+            for name, link in self.links.items()
+            for message in link.sent
+            if isinstance(message, SetRole)
+        }
+
+
+@pytest.fixture
+def site() -> Site:
+    site = Site()
+    site.join("p-0", "d-0")
+    site.fleet_is()
+    return site
+
+
+def test_more_load_is_a_wish_that_is_said_once_until_it_is_answered(site: Site) -> None:
+    site.run(5, rate=60)
+    [wish] = site.wishes()[-1:]
+    assert wish["add"]["prefill"] >= 2
+    assert wish["desired"][0] == 1 + wish["add"]["prefill"]
+    num_wishes = len(site.wishes())
+    site.run(5, rate=60)
+    assert len(site.wishes()) == num_wishes
+    added = {f"p-{n}": "prefill" for n in range(1, 1 + wish["add"]["prefill"])}
+    added |= {f"d-{n}": "decode" for n in range(1, 1 + wish["add"]["decode"])}
+    site.fleet_is(seq=wish["seq"], starting=added)  # they start: that is enough
+    site.run(10, rate=60)
+    assert not any(wish["add"]["prefill"] for wish in site.wishes()[num_wishes:])
+    assert site.scaling.current().total == 2 + len(added)
+
+
+def test_an_unanswered_wish_is_repeated_after_a_while(site: Site) -> None:
+    site.run(5, rate=60)
+    num_wishes = len(site.wishes())
+    site.run(32, rate=60)
+    assert len(site.wishes()) > num_wishes
+
+
+def test_a_role_is_given_to_the_emptiest_worker(site: Site) -> None:
+    site.join("d-1", "d-2")
+    site.fleet_is()
+    for _ in range(8):
+        site.load(60, output=5)
+        site.interval(d_0={"num_running": 3}, d_1={"num_running": 2}, d_2={"num_running": 0})
+    assert site.roles_given()["d-2"] == "prefill"
+    assert "d-0" not in site.roles_given()
+
+
+def test_a_worker_that_was_given_a_role_counts_in_its_new_pool_at_once(site: Site) -> None:
+    site.join("d-1", "d-2", "d-3")
+    site.fleet_is()
+    site.run(4, rate=40, output=5)
+    given = site.roles_given()
+    assert given
+    assert site.scaling.current().prefill == 1 + len(given)
+    messages = [message for link in site.links.values() for message in link.sent if isinstance(message, SetRole)]
+    assert len(messages) == len(given)  # each was told once
+
+
+def test_advice_changes_nothing() -> None:
+    site = Site("advise")
+    site.join("p-0", "d-0", "d-1", "d-2")
+    site.fleet_is()
+    site.run(8, rate=60)
+    assert not site.roles_given()
+    assert all(not any(wish["add"].values()) and not wish["remove"] for wish in site.wishes())
+    desired = site.scaling.desired
+    assert desired is not None and desired.prefill > 1
+    assert "requests/s" in str(site.scaling.describe()["reason"])
+
+
+def test_switched_off_it_decides_nothing_but_an_operators_counts_hold() -> None:
+    site = Site("off")
+    site.join("p-0", "d-0")
+    site.fleet_is()
+    site.run(5, rate=60)
+    assert not site.wishes()
+    assert site.scaling.desired is None
+    site.scaling.hold(Counts(2, 2), None)
+    assert site.told[-1] == {"event": "hold", "counts": [2, 2], "for_s": None}
+    site.fleet_is(held=[2, 2, None])
+    site.run(2, rate=60)
+    assert site.wishes()[-1]["add"] == {"prefill": 1, "decode": 1}
+
+
+def test_fewer_workers_are_a_wish_too_and_name_who_leaves(site: Site) -> None:
+    site.join("d-1", "d-2")
+    site.fleet_is()
+    site.run(30, rate=1)
+    removed = {name for wish in site.wishes() for name in wish["remove"]}
+    assert removed and removed <= {"d-0", "d-1", "d-2"}
+
+
+def test_a_worker_that_drains_is_not_counted_and_shall_not_come_back(site: Site) -> None:
+    site.join("d-1")
+    site.fleet_is()
+    site.load(1)
+    site.interval(d_1={"state": "draining"})
+    assert site.wishes()[-1]["lost"] == ["d-1"]
+    assert site.scaling.current() == Counts(1, 1)
+
+
+def test_one_that_the_launcher_retires_is_no_loss(site: Site) -> None:
+    site.join("d-1")
+    site.fleet_is(leaving=("d-1",))
+    site.load(1)
+    site.interval(d_1={"state": "draining"})
+    assert all(not wish["lost"] for wish in site.wishes())
+
+
+def test_a_router_that_does_not_decide_sends_its_load_and_shows_the_leaders_decision(site: Site) -> None:
+    site.fleet_is(leader=False, desired=[3, 2], reason="as it was told")
+    site.fleet.submit(20)
+    site.interval()
+    [load] = [event for event in site.told if event["event"] == "load"]
+    assert SeenLoad.from_event(load).num_queued == load["num_queued"]
+    assert not site.wishes()
+    assert site.scaling.desired == Counts(3, 2)
+    assert site.scaling.describe()["decides_here"] is False
+
+
+def test_without_a_launcher_roles_change_and_the_rest_is_a_metric() -> None:
+    site = Site(launcher=False)
+    site.join("p-0", "d-0", "d-1", "d-2")
+    site.run(8, rate=60, output=5)
+    assert site.roles_given()
+    assert not site.told
+    metrics = RecordingMetrics("m", site.record)
+    metrics.replicas = site.scaling.replicas
+    text = metrics.render(site.fleet.dispatcher.view(), num_in_flight=0)[0].decode()
+    desired = site.scaling.desired
+    assert desired is not None
+    assert f'kvferry_desired_replicas{{pool="prefill"}} {desired.prefill}.0' in text
+    assert 'kvferry_current_replicas{pool="decode"}' in text
+
+
+def test_the_launcher_has_a_worker_drained(site: Site) -> None:
+    site.scaling.on_launcher({"event": "drain", "worker_id": "d-0", "limit_s": 7.0})
+    [message] = [message for message in site.links["d-0"].sent if isinstance(message, Drain)]
+    assert message.deadline_s == 7.0
+
+
+def test_nothing_is_decided_while_no_step_times_are_known() -> None:
+    site = Site()
+    site.links["d-0"] = site.fleet.join("d-0")
+    site.fleet_is()
+    site.run(5, rate=60)
+    assert not site.wishes()
+
+
+def test_a_load_comes_through_an_event_as_it_was() -> None:
+    seen = SeenLoad(
+        tuple(range(1000)), tuple(Answer(n, 0, n) for n in range(1000)), Kept(9, 10), Kept(5, 6), num_queued=3
+    )
+    again = SeenLoad.from_event(msgspec.json.decode(msgspec.json.encode(seen.as_event())))
+    assert len(again.prompts) == 1000
+    assert sum(again.prompts) == pytest.approx(sum(seen.prompts), rel=0.05)
+    assert len(again.answers) == 256 and again.answers[-1].num_output_tokens > 950
+    assert (again.ttft, again.tpot, again.num_queued) == (seen.ttft, seen.tpot, 3)
+
+
+# --- over the admin listener ------------------------------------------------------------------------------------
+
+
+def admin(site: Site) -> httpx.AsyncClient:
+    operations = site.fleet.dispatcher
+    app = build_admin(
+        Admin(operations, lambda: (b"", "text/plain"), 30.0, None), ApiKeys(), scaling_routes(site.scaling)
+    )
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:9")
+
+
+async def test_scaling_is_shown_held_and_released(site: Site) -> None:
+    site.run(5, rate=10)
+    async with admin(site) as client:
+        told = (await client.get("/admin/scaling")).json()
+        assert told["mode"] == "on" and told["decides_here"] and told["current"] == {"prefill": 1, "decode": 1}
+        assert told["forecast"]["requests_per_s"] > 5
+        assert (await client.post("/admin/scaling", json={"prefill": 2, "decode": 3, "for_s": 60})).status_code == 202
+        assert site.told[-1] == {"event": "hold", "counts": [2, 3], "for_s": 60}
+        assert (await client.delete("/admin/scaling")).status_code == 202
+        assert site.told[-1] == {"event": "hold", "counts": None}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prefill": 1}, "decode"),
+        ({"prefill": -1, "decode": 1}, "prefill"),
+        ({"prefill": 1, "decode": True}, "decode"),
+        ({"prefill": 1, "decode": 0}, "decode"),
+        ({"prefill": 5, "decode": 5}, "decode"),
+        ({"prefill": 1, "decode": 1, "for_s": -1}, "for_s"),
+        ({"prefill": 1, "decode": 1, "x": 1}, "x"),
+    ],
+)
+async def test_counts_that_make_no_sense_are_refused(site: Site, body: dict[str, object], param: str) -> None:
+    async with admin(site) as client:
+        answer = await client.post("/admin/scaling", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+    assert not site.told
+
+
+def test_a_router_refuses_prefill_workers_where_there_is_no_such_pool() -> None:
+    site = Site()
+    config = CONFIG.model_copy(update={"prefill": PoolBounds(at_least=0, at_most=0)})
+    scaling = Scaling(
+        config, Objectives(), site.fleet.dispatcher, site.fleet.predictor, LoadRecord(), site.fleet.clock, lambda: 0.0
+    )
+    with pytest.raises(RequestError, match="no prefill workers"):
+        scaling.hold(Counts(1, 1), None)

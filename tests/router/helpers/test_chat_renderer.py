@@ -1,0 +1,155 @@
+"""Chats are rendered elsewhere, with the same prompts and the same errors, and what does not end is ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.errors import CapacityError, ConfigError, RequestError
+from kvferry.models.chat_template import ChatTemplate, RenderLimits
+from kvferry.models.tokenizer import Tokenizer
+from kvferry.router.helpers import chat_renderer
+from kvferry.router.helpers.chat_renderer import QUICK_BYTES, Chat, ChatRenderer
+
+from ..fakes import Script, serve, write_model_dir
+
+PATH = "/v1/chat/completions"
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}{{ date_string }}"
+)
+SPECIAL = {"bos_token": "<s>"}
+
+
+@asynccontextmanager
+async def _rendering(source: str) -> AsyncIterator[ChatRenderer]:
+    renderer = ChatRenderer(ChatTemplate(source, origin="the model's"), SPECIAL)
+    try:
+        yield renderer
+    finally:
+        renderer.close()
+
+
+def _chat(content: str = "hi", kwargs: Mapping[str, object] | None = None, *, continues: bool = False) -> Chat:
+    role = "assistant" if continues else "user"
+    return Chat([{"role": role, "content": content}], kwargs or {}, not continues, continues)
+
+
+def _here(source: str, chat: Chat) -> str:
+    return ChatTemplate(source).render(
+        chat.messages,
+        special_tokens=SPECIAL,
+        add_generation_prompt=chat.add_generation_prompt,
+        continue_final_message=chat.continue_final_message,
+        template_kwargs=chat.template_kwargs,
+    )
+
+
+async def test_prompts_are_the_same_as_here_whichever_process_makes_them() -> None:
+    chats = [
+        _chat(), _chat("ä 🙂\n</x>\t\x00 \U00100000"), _chat("x" * QUICK_BYTES), _chat("", continues=True),
+        _chat("to be continued", continues=True), _chat("hi", {"date_string": "today"}),
+    ]  # fmt: skip
+    async with _rendering(CHATML) as renderer:
+        assert [await renderer.render(chat) for chat in chats] == [_here(CHATML, chat) for chat in chats]
+        assert renderer.quick.pid and renderer.long.pid and renderer.quick.pid != renderer.long.pid
+
+
+@pytest.mark.parametrize(
+    ("source", "kwargs", "error", "match"),
+    [("{{ raise_exception('roles must alternate') }}", {}, RequestError, "roles must alternate"),
+     ("{{ messages[7].content }}", {}, RequestError, "cannot render these messages"),
+     ("{{ '%1000000000d' % 1 }}", {}, ConfigError, "the model's does what the sandbox forbids"),
+     ("{{ messages[0].content }}", {"messages": 1}, RequestError, "must not set messages"),
+     ("{{ '\ud800' }}", {}, RequestError, "lone surrogate")],
+)  # fmt: skip
+async def test_errors_are_what_they_are_here(
+    source: str, kwargs: Mapping[str, object], error: type[Exception], match: str
+) -> None:
+    source = source.encode("ascii", "backslashreplace").decode()
+    async with _rendering(source) as renderer:
+        with pytest.raises(error, match=match):
+            await renderer.render(_chat("hi", kwargs))
+
+
+async def test_what_is_too_much_for_the_quick_process_gets_its_time_in_the_other_one() -> None:
+    source = "{% for i in range(60000) %}{% if loop.last %}{{ i }}{% endif %}{% endfor %}"
+    async with _rendering(source) as renderer:
+        assert await renderer.render(_chat()) == "59999"
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "match"),
+    [("{% for i in range(200000) %}{% endfor %}", 400, "loops over more than 100000 numbers"),
+     ("{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}", 413, "more than 16777216 characters")],
+)  # fmt: skip
+async def test_what_is_too_much_for_both_is_the_clients_to_mend(source: str, status: int, match: str) -> None:
+    async with _rendering(source) as renderer:
+        with pytest.raises(RequestError, match=match) as caught:
+            await renderer.render(_chat("x" * 1000))
+        assert (caught.value.status, caught.value.param) == (status, "messages")
+
+
+# Comparing equal texts of megabytes a million times, in one call: within every bound of the sandbox.
+HOLE = (
+    "{% if messages[0].content == 'bomb' %}"
+    "{{ ([{'a': 'a' * 4000000}] * 1000000)|groupby('a', case_sensitive=true)|length }}{% endif %}ok"
+)
+
+
+async def test_what_the_sandbox_cannot_end_is_killed_and_the_next_chat_is_rendered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chat_renderer, "QUICK", RenderLimits(max_s=0.2))
+    monkeypatch.setattr(chat_renderer, "LONG", RenderLimits(max_s=0.2))
+    async with _rendering(HOLE) as renderer:
+        assert await renderer.render(_chat()) == "ok"
+        bombs = [asyncio.create_task(renderer.render(_chat("bomb"))) for _ in range(2)]
+        async with asyncio.timeout(20):  # each of them would take a minute
+            assert await renderer.render(_chat()) == "ok"
+            for bomb in bombs:
+                with pytest.raises(RequestError, match="took more than 0.2 s") as caught:
+                    await bomb
+                assert caught.value.status == 400
+        assert await renderer.render(_chat()) == "ok"
+
+
+async def test_a_process_that_ends_is_the_servers_fault() -> None:
+    async with _rendering(CHATML) as renderer:
+        await renderer.render(_chat("x" * QUICK_BYTES))
+        os.kill(renderer.long.pid or 0, signal.SIGSTOP)
+        rendering = asyncio.create_task(renderer.render(_chat("x" * QUICK_BYTES)))
+        await asyncio.sleep(0)
+        os.kill(renderer.long.pid or 0, signal.SIGKILL)
+        with pytest.raises(CapacityError) as caught:
+            await rendering
+        assert caught.value.status == 503
+
+
+async def test_a_bomb_holds_up_nobody_else(tmp_path: Path) -> None:
+    """Over HTTP: chats of others are answered, and so is /live."""
+    tokenizer = Tokenizer.from_dir(write_model_dir(tmp_path))
+    template = tmp_path / "hole.jinja"
+    template.write_text(HOLE)
+    tokenizer = Tokenizer.from_dir(tmp_path, template)
+    assert tokenizer.chat_template is not None
+    renderer = ChatRenderer(tokenizer.chat_template, {})
+    served = serve(Script("ab"), renderer=renderer)
+    try:
+        async with served.client() as client:
+            bomb = asyncio.create_task(client.post(PATH, json={"messages": [{"role": "user", "content": "bomb"}]}))
+            while renderer.quick.pid is None:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            assert (await client.get("/live")).status_code == 200
+            answer = await client.post(PATH, json={"messages": [{"role": "user", "content": "hi"}]})
+            assert answer.status_code == 200 and not bomb.done()
+            bomb.cancel()
+    finally:
+        renderer.close()

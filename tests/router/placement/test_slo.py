@@ -1,0 +1,253 @@
+"""The joint decision: which pair, or which decode worker alone, and when to wait."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvferry.common.messages import TransferReport
+from kvferry.router.placement.policy import Demand, Lack, Placement, Reason, Wait
+from kvferry.router.placement.slo import Slo
+from kvferry.router.state.objectives import Objectives
+from kvferry.router.state.predictor import Predictor, Way
+from kvferry.router.state.views import PoolView, WorkerView
+
+from ..fleet import hello, status
+from ..state.test_predictor import BASE_S, CALIBRATION, ROW_S, TOKEN_S
+
+LENGTH = 200
+DEMAND = Demand(
+    num_prompt_tokens=LENGTH, num_tokens=LENGTH, max_num_tokens=LENGTH + 20, num_choices=1, expected_output=10
+)
+PROMPT_S = LENGTH * TOKEN_S
+
+
+def worker(worker_id: str, session: int, **changes: object) -> WorkerView:
+    role = "prefill" if worker_id.startswith("p") else "decode"
+    known = hello(worker_id, role, samples=CALIBRATION, num_blocks=4096, max_num_seqs=256, max_num_batched_tokens=512)
+    view = WorkerView(
+        worker_id=worker_id,
+        role=role,
+        session=session,
+        hello=known,
+        status=status(),
+        status_age_s=0.0,
+        is_ready=True,
+        num_bound=0,
+        ahead_tokens=0,
+        unstarted_tokens=0,
+        num_running=0,
+        num_free_blocks=4096,
+        s_per_token=TOKEN_S,
+        step_s=0.05,
+    )
+    return replace(view, **changes)  # type: ignore[arg-type]
+
+
+P0, P1, D0, D1 = worker("p-0", 1), worker("p-1", 2), worker("d-0", 3), worker("d-1", 4)
+STREAMING = replace(D0, num_running=4, num_bound=4, context=400)
+BEHIND = replace(P0, ahead_tokens=400, unstarted_tokens=400, num_bound=2, backlog_s=0.4)
+
+
+def policy(**options: object) -> Slo:
+    predictor = Predictor()
+    for view in (P0, P1, D0, D1):
+        predictor.on_hello(view.session, view.hello)
+    return Slo(predictor, **options)  # type: ignore[arg-type]
+
+
+def place(demand: Demand, *workers: WorkerView, **options: object) -> Placement | Wait:
+    return policy(**options).place(PoolView(workers), demand)
+
+
+def test_an_idle_decode_worker_computes_the_prompt_itself() -> None:
+    assert place(DEMAND, P0, D0) == Placement(None, "d-0", Reason.SOONER)
+
+
+@pytest.mark.parametrize(("share", "prefill"), [(0.02, None), (0.2, "p-0")])
+def test_a_hair_does_not_move_a_prompt_away_from_an_idle_decode_worker(share: float, prefill: str | None) -> None:
+    slo, view = policy(), PoolView((P0, D0))
+    slo._predictor.biases[Way.LOCAL].seconds = share * slo.explain(view, DEMAND)[0].prefill_s
+    placement = slo.place(view, DEMAND)
+    assert isinstance(placement, Placement) and placement.prefill_worker == prefill
+
+
+@pytest.mark.parametrize("way", list(Way))
+def test_no_way_looks_free_whatever_was_learned_of_longer_prompts(way: Way) -> None:
+    slo = policy()
+    slo._predictor.biases[way].seconds = -10.0
+    found = slo.explain(PoolView((P0, D0)), DEMAND)
+    assert len(found) == 2
+    for one in found:
+        assert one.ttft_s >= one.bare_s / 4 > 0
+
+
+def test_streams_are_not_disturbed_while_a_prefill_worker_is_idle() -> None:
+    assert place(DEMAND, P0, STREAMING) == Placement("p-0", "d-0", Reason.HANDOFF)
+
+
+def test_what_the_streams_leave_of_their_objective_is_used_when_prefill_workers_are_behind() -> None:
+    with_room = replace(DEMAND, objectives=Objectives(ttft_s=1.0, tpot_s=0.05))
+    assert place(with_room, BEHIND, STREAMING) == Placement(None, "d-0", Reason.SOONER)
+    tight = replace(DEMAND, objectives=Objectives(ttft_s=1.0, tpot_s=BASE_S + 10 * ROW_S))
+    assert place(tight, BEHIND, STREAMING) == Placement("p-0", "d-0", Reason.HANDOFF)
+
+
+def test_two_steps_of_prompts_at_most_are_bound_to_a_worker_that_has_streams() -> None:
+    demand = replace(DEMAND, objectives=Objectives(ttft_s=1.0, tpot_s=0.02))
+    room = round((0.85 * 0.02 - BASE_S - 4 * ROW_S) / TOKEN_S)  # prompt tokens in one of its steps
+    few, many = (replace(STREAMING, ahead_tokens=n, unstarted_tokens=n) for n in (2 * room - 10, 2 * room + 10))
+    assert place(demand, few, expect_prefill=False) == Placement(None, "d-0", Reason.COLOCATED)
+    assert isinstance(place(demand, many, expect_prefill=False), Wait)
+    # Alone with prompts it computes them in whole steps.
+    assert isinstance(place(demand, replace(many, num_running=0), expect_prefill=False), Placement)
+
+
+def test_a_request_waits_for_a_prefill_worker_rather_than_coming_late_beside_streams() -> None:
+    demand = replace(DEMAND, objectives=Objectives(ttft_s=0.1, tpot_s=0.02), ttft_limit_s=0.1)
+    full = replace(P0, ahead_tokens=600, unstarted_tokens=600, num_bound=3, backlog_s=0.06)
+    assert place(demand, full, STREAMING) == Placement(None, "d-0", Reason.SOONER)
+    late = replace(demand, waited_s=0.08)
+    assert place(late, full, STREAMING) == Wait(Lack.PREFILL_ROOM)
+    assert isinstance(place(late, STREAMING), Placement)  # there is none to wait for
+    assert isinstance(place(replace(late, may_miss=True), full, STREAMING), Placement)  # it is too late anyway
+
+
+def test_local_prompts_can_be_forbidden() -> None:
+    assert place(DEMAND, P0, D0, local_prefill=False) == Placement("p-0", "d-0", Reason.HANDOFF)
+    assert place(DEMAND, D0, local_prefill=False) == Wait(Lack.PREFILL_WORKER)
+
+
+def test_a_request_waits_rather_than_breaking_the_pace_of_others_but_not_for_ever() -> None:
+    objectives = Objectives(ttft_s=1.0, tpot_s=BASE_S + 4.5 * ROW_S)
+    demand = replace(DEMAND, objectives=objectives, ttft_limit_s=1.0)
+    assert place(demand, P0, STREAMING) == Wait(Lack.DECODE_ROOM)
+    assert isinstance(place(replace(demand, waited_s=3.5), P0, STREAMING), Placement)
+    assert isinstance(place(demand, P0, STREAMING, D1), Placement)  # the other one is idle
+
+
+def test_the_pair_is_chosen_for_both_objectives() -> None:
+    fuller = replace(STREAMING, num_running=200, num_bound=200)
+    demand = replace(DEMAND, objectives=Objectives(ttft_s=1.0, tpot_s=0.01))
+    assert place(demand, P0, fuller, replace(D1, num_running=8, num_bound=8)) == Placement("p-0", "d-1", Reason.HANDOFF)
+    assert place(demand, BEHIND, P1, STREAMING) == Placement("p-1", "d-0", Reason.HANDOFF)
+
+
+def test_a_prompt_goes_where_its_beginning_lies() -> None:
+    demand = replace(DEMAND, cached={2: 180})
+    assert place(demand, P0, P1, STREAMING) == Placement("p-1", "d-0", Reason.HANDOFF)
+    # unless the wait there costs more than computing it
+    busy = replace(P1, backlog_s=2 * PROMPT_S, ahead_tokens=100, num_bound=1)
+    assert place(demand, P0, busy, STREAMING) == Placement("p-0", "d-0", Reason.HANDOFF)
+
+
+def test_a_beginning_is_fetched_where_that_beats_computing_it() -> None:
+    demand = replace(DEMAND, num_prompt_tokens=2000, num_tokens=2000, max_num_tokens=2020, cached={3: 1900})
+    chooser = policy(fetches=True, local_prefill=False)
+    view = PoolView((P0, STREAMING))
+    assert chooser.place(view, demand) == Placement("p-0", "d-0", Reason.HANDOFF)  # nothing is known of the path
+    report = TransferReport(
+        request_id="r",
+        attempt=0,
+        decode_worker="d-0",
+        num_bytes=10**9,
+        num_blocks=1,
+        transfer_s=0.1,
+        exposed_s=0,
+        clean=True,
+    )
+    chooser._predictor.on_transfer(report, "apart", 1)
+    assert chooser.place(view, demand) == Placement("p-0", "d-0", Reason.HANDOFF, fetch_from="d-0")
+
+
+def test_where_nothing_is_known_the_least_loaded_is_taken() -> None:
+    busy_p, busy_d = replace(P0, ahead_tokens=30, num_bound=1), replace(D0, num_running=1, num_bound=1)
+    chooser = Slo(Predictor())
+    assert chooser.place(PoolView((busy_p, P1, busy_d, D1)), DEMAND) == Placement("p-1", "d-1", Reason.HANDOFF)
+
+
+def test_failed_and_avoided_pairs_are_respected() -> None:
+    failed = replace(DEMAND, failed_pairs=frozenset({(1, 3)}))
+    assert place(failed, P0, P1, STREAMING) == Placement("p-1", "d-0", Reason.HANDOFF)
+    view = PoolView((P0, P1, STREAMING), avoided_pairs=frozenset({(1, 3)}))
+    assert policy().place(view, DEMAND) == Placement("p-1", "d-0", Reason.HANDOFF)
+    alone = policy().place(PoolView((P0, STREAMING)), failed)
+    assert isinstance(alone, Placement) and alone.reason is Reason.FAILED_HANDOFF
+
+
+def test_a_prediction_says_what_it_is_made_of() -> None:
+    placement = place(DEMAND, P0, STREAMING)
+    assert isinstance(placement, Placement) and placement.prediction is not None
+    assert placement.prediction.prefill_s == pytest.approx(BASE_S + PROMPT_S, rel=0.1)
+    assert placement.prediction.ttft_s == pytest.approx(placement.prediction.prefill_s + placement.prediction.wait_s)
+
+
+def test_every_candidate_can_be_shown_the_chosen_one_first() -> None:
+    chooser, view = policy(), PoolView((BEHIND, P1, STREAMING, D1))
+    candidates = chooser.explain(view, DEMAND)
+    placement = chooser.place(view, DEMAND)
+    assert isinstance(placement, Placement) and len(candidates) > 2
+    best = candidates[0]
+    assert placement.decode_worker == best.decode.worker_id
+    assert placement.prefill_worker == (best.prefill.worker_id if best.prefill is not None else None)
+
+
+loads = st.builds(
+    lambda ready, tokens, running, free, context, backlog: {
+        "is_ready": ready,
+        "ahead_tokens": tokens,
+        "num_bound": min(running, 9) + (tokens > 0),
+        "num_running": running,
+        "num_free_blocks": free,
+        "context": context,
+        "backlog_s": backlog,
+    },
+    st.booleans(),
+    st.integers(0, 2000),
+    st.integers(0, 256),
+    st.integers(0, 4096),
+    st.integers(0, 10**6),
+    st.floats(0, 5),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(loads, min_size=1, max_size=20),
+    st.lists(loads, min_size=1, max_size=20),
+    st.integers(1, 4000),
+    st.floats(0, 20),
+    st.one_of(st.none(), st.floats(0.001, 0.2)),
+)
+def test_whatever_the_load_workers_are_ready_and_have_room(
+    prefills: list[dict[str, object]],
+    decodes: list[dict[str, object]],
+    length: int,
+    waited_s: float,
+    tpot_s: float | None,
+) -> None:
+    views = [worker(f"p-{n}", n, **load) for n, load in enumerate(prefills)]
+    views += [worker(f"d-{n}", 100 + n, **load) for n, load in enumerate(decodes)]
+    predictor = Predictor()
+    for view in views:
+        predictor.on_hello(view.session, view.hello)
+    demand = replace(
+        DEMAND,
+        num_prompt_tokens=length,
+        num_tokens=length,
+        max_num_tokens=length + 50,
+        waited_s=waited_s,
+        objectives=Objectives(ttft_s=1.0, tpot_s=tpot_s),
+    )
+    answer = Slo(predictor).place(PoolView(views), demand)
+    by_name = {view.worker_id: view for view in views}
+    if isinstance(answer, Placement):
+        chosen = by_name[answer.decode_worker]
+        assert chosen.is_ready and (not chosen.num_running or chosen.num_free_blocks >= chosen.num_running)
+        if answer.prefill_worker is not None:
+            assert by_name[answer.prefill_worker].is_ready
+    elif not any(view.is_ready for view in views if view.role == "decode"):
+        assert answer == Wait(Lack.DECODE_WORKER)

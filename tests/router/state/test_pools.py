@@ -1,0 +1,171 @@
+"""What the router believes of a worker between two heartbeats, and when it takes it for hung."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvferry.router.state.pools import Pools
+from kvferry.router.state.views import Load
+from kvferry.router.state.worker import Worker
+
+from ..fleet import Link, hello, status
+
+
+def make(role: str = "prefill", **changes: object) -> Worker:
+    worker = Pools().join(Link(f"{role[0]}-0", 1), hello(f"{role[0]}-0", role, **changes), 0.0)
+    worker.on_status(status(), 0.0)
+    return worker
+
+
+def test_a_worker_is_ready_from_its_first_ready_heartbeat_until_it_drains() -> None:
+    worker = Pools().join(Link("p-0", 1), hello("p-0", "prefill"), 0.0)
+    assert not worker.view(0.0).is_ready
+    worker.on_status(status(state="starting"), 0.1)
+    assert not worker.view(0.1).is_ready
+    worker.on_status(status(), 0.2)
+    assert worker.view(0.5).is_ready and worker.view(0.5).status_age_s == pytest.approx(0.3)
+    worker.on_status(status(state="draining"), 0.3)
+    assert not worker.view(0.5).is_ready
+
+
+def test_tokens_bound_since_the_heartbeat_count_at_once() -> None:
+    worker = make()
+    worker.bind("a", Load(100, 1, 7, at_s=0.5))
+    assert worker.view(0.5).ahead_tokens == worker.view(0.5).unstarted_tokens == 100
+    worker.on_status(status(waiting_tokens=36, num_running=1), 1.0)
+    assert worker.view(1.0).ahead_tokens == 36 and worker.view(1.0).unstarted_tokens == 0
+    worker.bind("b", Load(50, 1, 4, at_s=1.05))
+    assert worker.view(1.1).ahead_tokens == 86 and worker.view(1.1).unstarted_tokens == 50
+
+
+def test_a_prompt_that_is_done_is_not_ahead_though_the_heartbeat_says_so() -> None:
+    worker = make()
+    worker.bind("a", Load(100, 1, 7, at_s=0.5))
+    worker.on_status(status(waiting_tokens=100), 1.0)
+    worker.release("a")
+    worker.release("a")
+    assert worker.view(1.0).ahead_tokens == 0 and worker.view(1.0).num_bound == 0
+
+
+def test_another_routers_tokens_stay_ahead() -> None:
+    worker = make()
+    worker.bind("a", Load(100, 1, 7, at_s=0.5))
+    worker.on_status(status(waiting_tokens=300), 1.0)
+    worker.release("a")
+    assert worker.view(1.0).ahead_tokens == 200
+
+
+def test_a_task_that_crossed_the_heartbeat_is_not_lost_from_the_count() -> None:
+    worker = make()
+    worker.bind("a", Load(100, 1, 7, at_s=0.99))
+    worker.on_status(status(waiting_tokens=0), 1.0)
+    assert worker.view(1.0).ahead_tokens == 100
+
+
+def test_blocks_and_rows_follow_what_the_router_does() -> None:
+    worker = make("decode")
+    worker.on_status(status(num_free_blocks=10, num_running=2), 1.0)
+    worker.bind("a", Load(0, 2, 4, at_s=1.5))
+    assert (worker.view(1.5).num_free_blocks, worker.view(1.5).num_running) == (6, 4)
+    worker.on_status(status(num_free_blocks=6, num_running=4), 2.0)
+    assert (worker.view(2.0).num_free_blocks, worker.view(2.0).num_running) == (6, 4)
+    worker.release("a")
+    assert (worker.view(2.0).num_free_blocks, worker.view(2.0).num_running) == (10, 2)
+
+
+def test_free_blocks_stay_within_the_pool() -> None:
+    worker = make("decode", num_blocks=8)
+    worker.on_status(status(num_free_blocks=3), 1.0)
+    worker.bind("a", Load(0, 1, 5, at_s=2.0))
+    assert worker.view(2.0).num_free_blocks == 0
+    worker.on_status(status(num_free_blocks=7), 3.0)
+    worker.release("a")
+    assert worker.view(3.0).num_free_blocks == 8
+
+
+def test_silence_is_a_hang() -> None:
+    worker = make()
+    assert worker.hang(3.0) is None
+    assert "no heartbeat" in str(worker.hang(3.1))
+
+
+def test_a_worker_that_never_reported_hangs_too() -> None:
+    worker = Pools().join(Link("p-0", 1), hello("p-0", "prefill"), 10.0)
+    assert worker.hang(12.0) is None and worker.hang(13.5) is not None
+
+
+def test_a_step_may_take_five_times_a_full_steps_time() -> None:
+    worker = make()  # 64 tokens a step
+    worker.on_status(status(steps=1, step_tokens=32, step_s=1.0), 1.0)
+    worker.on_status(status(steps=1, num_running=1, step_tokens=32, step_s=1.0, busy_for_s=9.0), 2.0)
+    assert worker.hang(2.0) is None
+    worker.on_status(status(steps=1, num_running=1, step_tokens=32, step_s=1.0, busy_for_s=10.5), 3.0)
+    assert "step runs for 10.5 s, the limit is 10.0 s" in str(worker.hang(3.0))
+
+
+def test_small_steps_do_not_make_the_limit_shorter_than_a_large_one_needs() -> None:
+    worker = make()
+    worker.on_status(status(steps=1, step_tokens=64, step_s=2.0), 1.0)
+    worker.on_status(status(steps=2, step_tokens=1, step_s=0.01), 2.0)
+    worker.on_status(status(steps=2, num_running=1, busy_for_s=9.0), 3.0)
+    assert worker.hang(3.0) is None
+
+
+def test_the_first_step_may_take_long() -> None:
+    worker = make()
+    for second in range(1, 60):
+        worker.on_status(status(num_running=1, busy_for_s=float(second)), float(second))
+        assert worker.hang(float(second)) is None
+    worker.on_status(status(num_running=1, busy_for_s=61.0), 61.0)
+    assert worker.hang(61.0) is not None
+
+
+def test_running_work_without_finished_steps_is_a_hang() -> None:
+    worker = make()
+    worker.on_status(status(steps=5, step_tokens=64, step_s=0.1), 1.0)
+    for tenth in range(1, 31):
+        worker.on_status(status(steps=5, num_running=1), 1.0 + tenth / 10)
+        assert worker.hang(1.0 + tenth / 10) is None
+    worker.on_status(status(steps=5, num_running=1), 4.1)
+    assert "no step has finished" in str(worker.hang(4.1))
+
+
+def test_work_that_only_waits_may_wait_for_a_fence() -> None:
+    worker = make()
+    worker.on_status(status(steps=5, step_tokens=64, step_s=0.1), 1.0)
+    for second in range(2, 17):
+        worker.on_status(status(steps=5, num_waiting=1), float(second))
+        assert worker.hang(float(second)) is None
+    worker.on_status(status(steps=5, num_waiting=1), 17.0)
+    assert worker.hang(17.0) is not None
+
+
+def test_an_idle_worker_does_not_hang_however_long_it_idles() -> None:
+    worker = make()
+    for second in range(1, 100):
+        worker.on_status(status(steps=5), float(second))
+    worker.on_status(status(steps=5, num_running=1), 100.0)
+    assert worker.hang(101.0) is None
+
+
+def test_a_failed_pair_is_avoided_longer_each_time_and_forgiven_on_success() -> None:
+    pools = Pools()
+    p = pools.join(Link("p-0", 1), hello("p-0", "prefill"), 0.0)
+    d = pools.join(Link("d-0", 2), hello("d-0", "decode"), 0.0)
+    pools.on_handoff(p, d, 0.0, failed=True)
+    assert pools.view(0.9).avoided_pairs == {(1, 2)} and not pools.view(1.1).avoided_pairs
+    pools.on_handoff(p, d, 2.0, failed=True)
+    assert pools.view(3.9).avoided_pairs and not pools.view(4.1).avoided_pairs
+    pools.on_handoff(p, d, 5.0, failed=False)
+    pools.on_handoff(p, d, 5.0, failed=True)
+    assert not pools.view(6.1).avoided_pairs
+
+
+def test_what_is_known_of_a_pair_ends_with_a_session() -> None:
+    pools = Pools()
+    p = pools.join(Link("p-0", 1), hello("p-0", "prefill"), 0.0)
+    d = pools.join(Link("d-0", 2), hello("d-0", "decode"), 0.0)
+    pools.on_handoff(p, d, 0.0, failed=True)
+    assert pools.leave(p.link) is p and pools.leave(p.link) is None
+    pools.on_handoff(p, d, 0.0, failed=True)
+    assert not pools.view(0.1).avoided_pairs

@@ -1,0 +1,232 @@
+"""Layers of settings, and that a mistake is told with its place, its rule and the nearest right name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvferry.common.config import RequestClass
+from kvferry.common.errors import ConfigError
+from kvferry.settings.fields import ServeSettings, parse_number, setting_keys
+from kvferry.settings.load import DEFAULT, Loaded, Raw, load, value_of
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    return path
+
+
+def load_text(tmp_path: Path, text: str) -> Loaded:
+    return load(flags={}, env={}, file=write(tmp_path, text))
+
+
+def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path) -> None:
+    file = write(tmp_path, "port: 1\nseed: 1\nhost: from-file\n")
+    env = {"KVFERRY_PORT": "2", "KVFERRY_SEED": "2", "HOME": "/"}
+    loaded = load(flags={"port": Raw("3", "--port")}, env=env, file=file)
+    assert (loaded.settings.port, loaded.settings.seed, loaded.settings.host) == (3, 2, "from-file")
+    assert loaded.settings.block_size == 16
+    assert loaded.origins["port"] == "--port"
+    assert loaded.origins["seed"] == "KVFERRY_SEED"
+    assert loaded.origins["host"] == f"{file}:3"
+    assert loaded.origins["block_size"] == DEFAULT
+
+
+def test_pool_is_a_number_or_a_section(tmp_path: Path) -> None:
+    settings = load_text(tmp_path, "prefill: 2\ndecode:\n  workers: 3\n  max_num_seqs: 1K\n").settings
+    assert settings.prefill.workers == 2
+    assert settings.decode.workers == 3
+    assert settings.decode.overrides() == {"max_num_seqs": 1024}
+
+
+def test_flag_overrules_one_value_of_a_pool_and_keeps_the_rest(tmp_path: Path) -> None:
+    file = write(tmp_path, "prefill:\n  workers: 4\n  tensor_parallel_size: 2\n")
+    settings = load(flags={"prefill.workers": Raw("1", "--prefill")}, env={}, file=file).settings
+    assert settings.prefill.workers == 1
+    assert settings.prefill.tensor_parallel_size == 2
+
+
+def test_environment_reaches_pools_lists_and_switches() -> None:
+    env = {
+        "KVFERRY_DECODE": "2",
+        "KVFERRY_DECODE_MAX_NUM_SEQS": "8",
+        "KVFERRY_API_KEY": "a, b",
+        "KVFERRY_LOCAL_PREFILL": "false",
+        "KVFERRY_SECRET": "no setting",
+        "KVFERRY_CACHE": "/no/setting",
+    }
+    settings = load(flags={}, env=env, file=None).settings
+    assert settings.decode.workers == 2
+    assert settings.decode.max_num_seqs == 8
+    assert settings.api_key == ("a", "b")
+    assert settings.local_prefill is False
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1k", 1000),
+        ("1K", 1024),
+        ("32K", 32768),
+        ("1.5k", 1500),
+        ("2GiB", 2 << 30),
+        ("512MiB", 512 << 20),
+        ("1GB", 10**9),
+        ("7", 7),
+        (" 8 ", 8),
+    ],
+)
+def test_numbers_take_units(text: str, number: int) -> None:
+    assert parse_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["1.0001k", "k", "1X", "1e3", "0x10", ""])
+def test_what_is_no_whole_number_is_refused_with_the_rule(text: str) -> None:
+    with pytest.raises(ValueError, match="must be a whole number, perhaps with a unit"):
+        parse_number(text)
+
+
+MISTAKES = [
+    ("portt: 3", ":1: portt: unknown key; did you mean port?"),
+    ("seed: 1\nprefil: 3", ":2: prefil: unknown key; did you mean prefill?"),
+    (
+        "decode:\n  workers: 1\n  max_num_seq: 3",
+        ":3: decode.max_num_seq: unknown key; did you mean decode.max_num_seqs?",
+    ),
+    ("port: 99999", ":1: port: must be less than or equal to 65535, not 99999"),
+    ("port: here", ":1: port: must be a whole number"),
+    ("\n\ntransfer: nixel", ":3: transfer: must be 'nixl' or 'ucx', not 'nixel'; did you mean nixl?"),
+    ("dtype: bflot16", "did you mean bfloat16?"),
+    ("block_size: 17", ":1: block_size: must be 8, 16, 32, 64 or 128, not 17"),
+    ("gpu_memory_utilization: 90", ":1: gpu_memory_utilization: must be less than or equal to 1, not 90"),
+    ("max_num_seqs: 0", ":1: max_num_seqs: must be greater than 0, not 0"),
+    (
+        "max_num_seqs: many",
+        ":1: max_num_seqs: must be a whole number, perhaps with a unit such as 32K or 2GiB, not 'many'",
+    ),
+    ("max_model_len: 1", ":1: max_model_len: must hold a prompt token and an answer token"),
+    ("prefill:\n  workers: -1", ":2: prefill.workers: must be greater than or equal to 0, not -1"),
+    ("decode: 0", ":1: decode.workers: at least one decode worker is needed; for one pool that does both: --prefill 0"),
+    ("prefill: 0\nlocal_prefill: false", ":2: local_prefill: without prefill workers every prompt is local"),
+    ("ray_address: auto", ":1: ray_address: only with --launcher ray"),
+    ("api_key: ['a,b']", ":1: api_key: a key has"),
+    ("port: 3\nport: 4", ":2: port: given twice, first at"),
+    ("prefill: 2\nprefill:\n  workers: 3", ":3: prefill.workers: given twice, first at"),
+    ("- port", ":1: a mapping of settings is needed"),
+    ("port: [", ":1: not YAML"),
+    ("a: 1\n\tb: 2", ":2: not YAML"),
+    ("port: !!python/object/apply:os.getpid []", ":1: could not determine a constructor"),
+    ("served_model_name: [a]", ":1: served_model_name: must be a valid string"),
+    ("seed: 2020-99-99", ":1: "),
+    ("classes:\n  batch:\n    prio: 3", ":1: classes: batch.prio: is not known here"),
+    ("classes: {Batch: {}}", ":1: classes: Batch.name: String should match pattern"),
+    ("classes: {default: {priority: 1}}", ":1: classes: 'default' is what the other settings"),
+    ("classes: [batch, 'batch:priority=3']", ":1: classes: each name once"),
+    ("ttft_stretch: 0.5", ":1: ttft_stretch: must be greater than or equal to 1, not 0.5"),
+    (
+        "policy: slow",
+        ":1: policy: must be 'slo', 'least_loaded', 'kv_cost' or 'round_robin', not 'slow'; did you mean slo?",
+    ),
+    ("launcher: kubernetes", ":1: launcher: must be 'local' or 'ray', not 'kubernetes'"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), MISTAKES)
+def test_mistake_in_a_file_is_told_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_text(tmp_path, text)
+    assert str(tmp_path / "cluster.yaml") + ":" in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_text(tmp_path, "port: -1\nseed: x\nmax_num_seqs: 0\n")
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_request_classes_come_from_a_file_from_flags_or_from_a_variable(tmp_path: Path) -> None:
+    text = "classes:\n  interactive: {ttft_objective_ms: 500, tpot_objective_ms: 40}\n  batch: {priority: 10}\n"
+    wanted = (
+        RequestClass(name="interactive", ttft_objective_ms=500, tpot_objective_ms=40),
+        RequestClass(name="batch", priority=10),
+    )
+    assert load_text(tmp_path, text).settings.classes == wanted
+    flags = ["interactive:ttft_objective_ms=500,tpot_objective_ms=40", "batch:priority=10"]
+    assert load(flags={"classes": Raw(flags, "--classes")}, env={}, file=None).settings.classes == wanted
+    assert load(flags={}, env={"KVFERRY_CLASSES": " ".join(flags)}, file=None).settings.classes == wanted
+
+
+def test_unknown_variable_is_refused() -> None:
+    with pytest.raises(ConfigError, match="KVFERRY_PREFIL: unknown variable; did you mean KVFERRY_PREFILL?"):
+        load(flags={}, env={"KVFERRY_PREFIL": "2"}, file=None)
+
+
+def test_bad_flag_is_told_by_its_name() -> None:
+    with pytest.raises(ConfigError, match="^--port: must be less than"):
+        load(flags={"port": Raw("70000", "--port")}, env={}, file=None)
+
+
+def test_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(flags={}, env={}, file=tmp_path / "none.yaml")
+
+
+def test_rule_between_settings_names_the_flag_that_breaks_it() -> None:
+    with pytest.raises(ConfigError, match="^--ray-address: only with --launcher ray$"):
+        load(flags={"ray_address": Raw("auto", "--ray-address")}, env={}, file=None)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configs_are_right(path: Path) -> None:
+    load(flags={}, env={}, file=path)
+
+
+def test_every_setting_has_one_key_and_a_default() -> None:
+    keys = setting_keys()
+    assert len(set(keys.values())) == len(keys)
+    for key in keys.values():
+        value_of(ServeSettings(), key)
+
+
+@given(st.text(max_size=200))
+def test_any_text_loads_or_is_refused_with_a_place(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    try:
+        load(flags={}, env={}, file=path)
+    except ConfigError as error:
+        assert str(path) in str(error)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(ServeSettings.model_fields)), st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4,
+), max_size=4))  # fmt: skip
+def test_any_values_load_or_are_refused(tmp_path_factory: pytest.TempPathFactory, values: dict[str, object]) -> None:
+    path = tmp_path_factory.getbasetemp() / "values.yaml"
+    path.write_text(yaml.safe_dump(values))
+    try:
+        load(flags={}, env={}, file=path)
+    except ConfigError as error:
+        assert str(path) in str(error)
+
+
+@pytest.mark.parametrize(("text", "mode"), [("on", "on"), ("off", "off"), ("advise", "advise"), ('"on"', "on")])
+def test_a_scaling_mode_may_be_a_bare_word(tmp_path: Path, text: str, mode: str) -> None:
+    assert load_text(tmp_path, f"autoscale: {text}\n").settings.autoscale == mode
+
+
+def test_a_schedule_is_checked_before_anything_starts(tmp_path: Path) -> None:
+    good = load_text(tmp_path, "scale_schedule: mon-fri 08:00-18:00 decode>=2\n")
+    assert good.settings.scale_schedule == ("mon-fri 08:00-18:00 decode>=2",)
+    with pytest.raises(ConfigError, match="cluster.yaml:1: scale_schedule: .* no day has"):
+        load_text(tmp_path, "scale_schedule: 25:00-26:00 decode>=2\n")

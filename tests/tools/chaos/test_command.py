@@ -1,0 +1,369 @@
+"""A chaos run's parts: its requests, what its client tells, what it does to workers, and the tally."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import subprocess
+import sys
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.errors import ConfigError
+from kvferry.tools.chaos import command as chaos
+from kvferry.tools.chaos.client import send
+from kvferry.tools.chaos.events import ChoiceAnswer, Cut, Delta, Done, Event, Failed, Note, Request, Sent, Usage
+from kvferry.tools.chaos.history import Counted, Verdict
+from kvferry.tools.chaos.load import Load, Result, collect
+from kvferry.tools.chaos.requests import Ask, plan_asks
+from kvferry.tools.chaos.serve_system import parse_metrics
+from kvferry.tools.chaos.system import Books, LogTail, balance
+from kvferry.tools.chaos.tally import Tally, find_gaps, print_tally, tally
+from kvferry.tools.chaos.workers import KINDS, Strike, Workers
+from kvferry.tools.load.http_client import HttpClient
+from kvferry.tools.load.report import report_console
+
+from ...benchmarks.scripted_server import DONE, Received, Script, event, scripted_server, usage
+
+ASK = Ask(7, "greedy", "/v1/completions", {"prompt": [1]}, 1, 4, True)
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_same_requests_again_and_another_one_others() -> None:
+    first, again, other = (plan_asks(44, seed, model="m", vocab_size=400) for seed in (1, 1, 2))
+    assert first == again != other
+    assert len({str(ask.body) for ask in first}) == 44
+
+
+def test_every_way_to_ask_is_among_them() -> None:
+    bodies = [ask.body for ask in plan_asks(110, 0, model="m", vocab_size=400)]
+    for field in ("logprobs", "top_logprobs", "n", "presence_penalty", "repetition_penalty", "messages", "prompt"):
+        assert any(field in body for body in bodies), field
+    assert {body["stream"] for body in bodies} == {True, False}
+    assert all("seed" in body and body["return_token_ids"] for body in bodies)
+
+
+def test_a_stop_string_is_taken_from_the_middle_of_the_answer() -> None:
+    body = replace(ASK, wants_stop=True).with_stop(ChoiceAnswer(text="abcdefgh")).body
+    assert body["stop"] == ["def", "no such text"]
+    assert "stop" not in ASK.with_stop(ChoiceAnswer(text="")).body
+
+
+def test_what_is_added_when_it_is_sent_does_not_touch_the_answer() -> None:
+    source = random.Random(0)
+    bodies = [ASK.send_body(source) for _ in range(50)]
+    assert all(body.keys() <= {*ASK.body, "priority", "cache_salt"} for body in bodies)
+    assert {"cache_salt" in body for body in bodies} == {True, False}
+
+
+# --- client -----------------------------------------------------------------------------------------------------------
+
+
+def _chunk(text: str, ids: list[int], finish: str | None = None, index: int = 0) -> bytes:
+    choice = {"index": index, "text": text, "token_ids": ids, "finish_reason": finish, "logprobs": None}
+    return event(id="cmpl-abc", object="text_completion", choices=[choice])
+
+
+async def _ask(script: Script, ask: Ask = ASK) -> Request:
+    events: list[Event] = []
+    async with scripted_server(lambda _: script) as server:
+        client = HttpClient(server.base_url)
+        await send(client, 3, ask, ask.body, events.append, began_s=0.0)
+        client.close()
+    return collect(events)  # type: ignore[arg-type]  # no notes come from a client
+
+
+async def test_a_stream_is_told_chunk_by_chunk() -> None:
+    pieces = [_chunk("ab", [1, 2]), _chunk("", [], "length"), usage(3, 2), DONE]
+    request = await _ask(Script(pieces))
+    assert [type(told) for told in request.events] == [Delta, Delta, Usage, Done]
+    assert request.answer() == [ChoiceAnswer("ab", [1, 2], [], "length")]
+    assert request.answer_id == "abc"
+
+
+async def test_log_probabilities_come_token_by_token() -> None:
+    logprobs = {"tokens": ["a", "b"], "token_logprobs": [-1.0, -2.0], "top_logprobs": None, "text_offset": [0, 1]}
+    choice = {"index": 0, "text": "ab", "token_ids": [1, 2], "logprobs": logprobs}
+    request = await _ask(Script([event(id="cmpl-abc", choices=[choice]), usage(3, 2), DONE]))
+    assert request.answer()[0].logprobs == [["a", -1.0, None], ["b", -2.0, None]]
+
+
+async def test_an_answer_that_is_no_stream_is_one_chunk() -> None:
+    choice = {"index": 0, "text": "ab", "token_ids": [1, 2], "finish_reason": "stop"}
+    body = {"id": "cmpl-abc", "choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
+    script = Script([json.dumps(body).encode()], content_type="application/json")
+    request = await _ask(script, replace(ASK, is_stream=False))
+    assert [type(told) for told in request.events] == [Delta, Usage, Done]
+
+
+async def test_an_error_in_the_middle_of_a_stream_is_told_with_its_code() -> None:
+    error = {"message": "lost", "type": "server_error", "code": "worker_lost", "param": None}
+    request = await _ask(Script([_chunk("ab", [1, 2]), event(error=error)]))
+    failure = request.failure
+    assert failure is not None and (failure.status, failure.code, failure.answer_id) == (200, "worker_lost", "abc")
+
+
+@pytest.mark.parametrize(
+    ("script", "kind"),
+    [
+        (Script([_chunk("ab", [1, 2])]), Cut),
+        (Script([_chunk("ab", [1, 2])], is_cut=True), Cut),
+        (Script([b"<html>502</html>"], status=502, content_type="text/html"), Failed),
+        (Script([b"data: no json\n\n"]), Failed),
+    ],
+    ids=["no [DONE]", "cut off", "no proper error", "unreadable"],
+)
+async def test_an_end_that_a_client_cannot_make_sense_of_is_told_as_one(script: Script, kind: type) -> None:
+    request = await _ask(script)
+    last = request.events[-1]
+    assert isinstance(last, kind) and not getattr(last, "code", "")
+
+
+async def test_an_answer_that_differs_from_its_reference_is_counted() -> None:
+    def script(received: Received) -> Script:
+        is_reference = "priority" not in received.body
+        ids = [1, 2] if is_reference else [1, 3]
+        return Script([_chunk("ab", ids, "length"), usage(1, 2), DONE])
+
+    async with scripted_server(script) as server:
+        over = asyncio.Event()
+        load = Load(server.base_url, 0.0, lambda told: over.set() if isinstance(told, Done) else None)
+        asks = await load.compute_references([ASK], 1)
+        await load.run(asks, 1, 0, over)
+        assert load.results == []  # it was over before it began
+        over.clear()
+        await load.run(asks, 1, 0, over)
+        load.close()
+    assert load.results[0].verdict.num_changed == 1 and load.results[0].failure == ""
+
+
+async def test_a_wrong_answer_before_anything_was_disturbed_ends_the_run() -> None:
+    async with scripted_server(lambda _: Script([_chunk("ab", [1, 2], "length"), usage(1, 3), DONE])) as server:
+        load = Load(server.base_url, 0.0, lambda event: None)
+        with pytest.raises(ConfigError, match="I9"):
+            await load.compute_references([ASK], 1)
+        load.close()
+
+
+# --- workers and log --------------------------------------------------------------------------------------------------
+
+
+def _joined(process: subprocess.Popen[bytes], at_s: float) -> Note:
+    return Note(at_s=at_s, what="worker_joined", worker_id="d-0", detail={"pid": process.pid, "role": "decode"})
+
+
+@contextmanager
+def _sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _strike(workers: Workers, kind: str) -> Strike:
+    """The first seed that brings this kind."""
+    for seed in range(100):
+        source = random.Random(seed)
+        source.choice(workers.up)
+        if source.choice(KINDS) == kind:
+            strike = workers.strike(random.Random(seed))
+            assert strike is not None and strike.kind == kind
+            return strike
+    raise AssertionError(kind)
+
+
+async def test_a_killed_worker_is_followed_from_the_blow_to_its_successor() -> None:
+    told: list[str] = []
+    is_dead = asyncio.Event()
+
+    def tell(event: Event) -> None:
+        assert isinstance(event, Note)
+        told.append(event.what)
+        if event.what == "death":
+            is_dead.set()
+
+    workers = Workers(0.0, tell)
+    with _sleeper() as first, _sleeper() as second:
+        workers.on_note(_joined(first, 0.0))
+        strike = _strike(workers, "kill")
+        await is_dead.wait()
+        assert strike.died_s is not None
+        workers.on_note(Note(at_s=strike.at_s + 0.1, what="worker_lost", worker_id="d-0"))
+        workers.on_note(_joined(second, strike.died_s + 2.0))
+        assert strike.notice_s == pytest.approx(0.1) and strike.absence_s == pytest.approx(2.0)
+        assert [life.pid for life in workers.up] == [second.pid] and workers.num_joined == 2
+        workers.close()
+    assert told == ["kill", "death"]
+
+
+async def test_a_stopped_worker_is_struck_no_more_and_goes_on_when_the_run_is_over() -> None:
+    workers = Workers(0.0, lambda event: None)
+    with _sleeper() as process:
+        workers.on_note(_joined(process, 0.0))
+        strike = _strike(workers, "hang")
+        assert workers.up == [] and workers.strike(random.Random(0)) is None and strike.died_s is None
+        workers.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == -signal.SIGTERM  # a stopped one would not end
+
+
+async def test_a_new_session_of_the_same_process_is_no_restart() -> None:
+    workers = Workers(0.0, lambda event: None)
+    with _sleeper() as process:
+        workers.on_note(_joined(process, 0.0))
+        workers.on_note(_joined(process, 4.0))
+        assert workers.num_joined == 1
+        workers.close()
+
+
+def test_a_growing_log_is_read_line_by_line(tmp_path: Path) -> None:
+    log, notes = tmp_path / "log", list[Note]()
+    tail = LogTail(log, 1_700_000_000.0, notes.append)
+    line = (
+        '{"worker_id": "d-0", "pid": 5, "role": "decode", "event": "worker_joined", "timestamp": '
+        '"2023-11-14T22:13:21.5+00:00"}\n'
+    )
+    log.write_text("d-0: ready\n" + line[:40])
+    tail.read()
+    assert notes == []
+    log.write_text("d-0: ready\n" + line + '{"event": "other", "timestamp": "2023-11-14T22:13:20+00:00"}\n')
+    tail.read()
+    tail.read()
+    [note] = notes
+    assert (note.what, note.worker_id, note.at_s, note.detail["pid"]) == ("worker_joined", "d-0", 1.5, 5)
+
+
+def test_blocks_are_counted_by_what_holds_them() -> None:
+    states = {"free": 10, "cached": 3, "active": 2, "granted": 1, "quarantined": 4}
+    lines = [f'kvferry_blocks{{pool="decode",state="{name}",worker="d-0"}} {count}.0' for name, count in states.items()]
+    books = balance(parse_metrics("\n".join([*lines, "kvferry_queued_requests 2.0"])))
+    assert books == Books(num_workers=1, num_blocks=20, num_held=3, num_quarantined=4, num_requests=2)
+    assert not books.is_quiet
+
+
+# --- tally ------------------------------------------------------------------------------------------------------------
+
+QUIET = Books(num_workers=4, num_blocks=100, num_held=0, num_quarantined=0, num_requests=0)
+
+
+def _result(number: int, times_s: list[float], verdict: Verdict | None = None, failure: str = "") -> Result:
+    answered = None if failure else Counted(number, f"id{number}", 3)
+    return Result(
+        number, 7, "greedy", 0.0, 20.0, f"id{number}", verdict or Verdict(num_tokens=3), answered, failure,
+        array("d", times_s),
+    )  # fmt: skip
+
+
+def _row(number: int) -> Note:
+    return Note(at_s=20.0, what="request_finished", answer_id=f"id{number}", detail={"completion_tokens": 3})
+
+
+def _failed(number: int, at_s: float) -> Note:
+    reason = "decode worker d-0 lost: connection ended"
+    return Note(at_s=at_s, what="attempt_failed", answer_id=f"id{number}", detail={"stage": "decode", "reason": reason})
+
+
+def _reference() -> Request:
+    events: list[Event] = [Sent(request=1, ask=7, kind="greedy", at_s=0.0, num_choices=1, max_tokens=3)]
+    events += [Delta(request=1, at_s=at_s, choice=0, text="x", token_ids=[1]) for at_s in (0.1, 0.2, 0.3)]
+    return collect(events)  # type: ignore[arg-type]  # no notes among them
+
+
+def _tally(results: list[Result], books: Books = QUIET, notes: list[Note] | None = None) -> Tally:
+    rows = [_row(result.number) for result in results]
+    return tally(
+        results, {7: _reference()}, notes if notes is not None else rows, [], books,
+        settled_s=0.5, num_workers=4, num_joined=4,
+    )  # fmt: skip
+
+
+def test_a_pause_is_measured_from_the_blow_to_the_first_chunk_after_the_stream_was_placed_anew() -> None:
+    strike = Strike("kill", "d-0", "decode", 1, at_s=10.0)
+    results = [_result(1, [9.9, 10.01, 10.6]), _result(2, [9.0, 9.5, 10.7])]
+    [gap] = find_gaps(results, {7: _reference()}, [_failed(1, 10.2)], [strike])
+    assert gap.gap_s == pytest.approx(0.6)  # the chunk at 10.01 was on its way
+    assert gap.recompute_s == pytest.approx(0.1)
+
+
+def test_a_stream_that_had_not_begun_or_ended_there_has_no_pause() -> None:
+    strike = Strike("kill", "d-0", "decode", 1, at_s=10.0)
+    results = [_result(1, [10.6]), _result(2, [9.0, 10.1])]
+    assert list(find_gaps(results, {}, [_failed(1, 10.2), _failed(2, 10.2)], [strike])) == []
+
+
+def test_a_run_in_which_nothing_broke_is_good() -> None:
+    found = _tally([_result(1, [1.0]), _result(2, [1.0])])
+    assert found.is_good and not any(found.broken.values())
+    assert found.as_json()["is_good"] is True
+    print_tally(found, "a run", report_console())
+
+
+def test_a_run_without_an_answer_is_not_good() -> None:
+    assert not _tally([]).is_good
+
+
+@pytest.mark.parametrize(
+    ("verdict", "what"),
+    [
+        (Verdict(is_lost=True), "requests lost"),
+        (Verdict(num_missing=1), "tokens missing"),
+        (Verdict(num_repeated=1), "tokens repeated"),
+        (Verdict(num_changed=1), "tokens changed"),
+    ],
+)
+def test_whatever_a_client_saw_of_it_makes_a_run_bad(verdict: Verdict, what: str) -> None:
+    found = _tally([_result(1, [1.0], verdict), _result(2, [1.0])])
+    assert found.broken[what] == 1 and not found.is_good
+
+
+@pytest.mark.parametrize(
+    ("books", "what"),
+    [
+        (replace(QUIET, num_held=2), "blocks leaked"),
+        (replace(QUIET, num_quarantined=2), "blocks left in quarantine"),
+        (replace(QUIET, num_requests=2), "requests left over"),
+        (replace(QUIET, num_workers=2), "workers not back"),
+    ],
+)
+def test_whatever_is_left_over_makes_a_run_bad(books: Books, what: str) -> None:
+    found = _tally([_result(1, [1.0])], books)
+    assert found.broken[what] == 2 and not found.is_good
+
+
+def test_an_answer_without_a_row_in_the_routers_log_makes_a_run_bad() -> None:
+    found = _tally([_result(1, [1.0])], notes=[])
+    assert found.broken["histories with a breach"] == 1
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def test_flags_of_the_system_are_handed_through(tmp_path: Path) -> None:
+    options = chaos.parse_options(["--decode", "3", "--serve-flags", "--dtype bfloat16", "--log-dir", str(tmp_path)])
+    assert options.num_workers == 5
+    assert options.flags[:7] == ["--policy", "least_loaded", "--prefill", "2", "--decode", "3", "--deterministic"]
+    assert options.flags[-2:] == ["--dtype", "bfloat16"]
+
+
+@pytest.mark.parametrize("flag", ["--minutes", "--every", "--concurrency"])
+def test_a_number_that_is_not_above_zero_is_refused(flag: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        chaos.parse_options([flag, "0"])
+    assert ended.value.code == 2
+
+
+def test_a_folder_that_is_not_there_is_said_before_anything_is_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chaos.main(["--json", str(tmp_path / "none" / "run.json")]) == 2
+    assert "there is no directory" in capsys.readouterr().err

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.errors import ConfigError
+from kvferry.tools.load.client import main, parse_options, plan_requests, run_bench
+from kvferry.tools.load.stats import Slo
+
+from ...benchmarks.scripted_server import (
+    DONE,
+    Received,
+    Script,
+    ScriptedServer,
+    answer,
+    event,
+    scripted_server,
+    text_chunk,
+    usage,
+)
+
+
+def serve_well(request: Received) -> Script:
+    if request.path == "/v1/models":
+        return Script([json.dumps({"object": "list", "data": [{"id": "tiny"}]}).encode()])
+    num_tokens = request.body["max_tokens"]
+    prompt = request.body.get("prompt", "")
+    assert isinstance(num_tokens, int)
+    assert isinstance(prompt, list | str)
+    return Script(answer(num_tokens, num_prompt_tokens=len(prompt)))
+
+
+async def bench(server: ScriptedServer, *argv: str) -> int:
+    """The command in a thread of its own, as it brings its own event loop."""
+    return await asyncio.to_thread(main, ["--base-url", server.base_url, *argv])
+
+
+async def test_run_sends_what_was_asked_for_and_writes_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    json_path, plot_path = tmp_path / "run.json", tmp_path / "run.svg"
+    flags = "--input-len 9 --output-len 3 --num-requests 6 --max-concurrency 2 --num-warmups 1 --ttft-slo-ms 60000"
+    async with scripted_server(serve_well) as server:
+        code = await bench(server, *flags.split(), "--json", str(json_path), "--plot", str(plot_path))
+    assert code == 0
+    bodies = [request.body for request in server.requests if request.path == "/v1/completions"]
+    assert len(bodies) == 1 + 1 + 6  # probe, warm-up, run
+    assert all(body["model"] == "tiny" for body in bodies)
+    prompts = [body["prompt"] for body in bodies[1:]]
+    assert len({json.dumps(prompt) for prompt in prompts}) == 7
+    assert all(isinstance(prompt, list) and len(prompt) == 9 for prompt in prompts)
+
+    saved = json.loads(json_path.read_text())
+    assert saved["load"] == "closed loop, 2 in flight"
+    assert (saved["summary"]["num_ok"], saved["summary"]["num_output_tokens"]) == (6, 18)
+    assert saved["summary"]["num_good"] == 6
+    assert saved["summary"]["counted_by"] == {"token_ids": 6}
+    assert [request["num_prompt_tokens"] for request in saved["requests"]] == [9] * 6
+    assert saved["environment"]["command"].startswith("kvferry bench --base-url http://127.0.0.1:")
+    assert saved["environment"]["kvferry_version"]
+
+    assert plot_path.read_text().startswith("<?xml")
+    table = capsys.readouterr().out
+    for word in ("TTFT", "TPOT", "ITL", "e2e", "p99", "goodput (TTFT <= 60000 ms)", "6 / 0"):
+        assert word in table
+
+
+async def test_failed_requests_are_counted_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    num_asked = 0
+
+    def fail_every_other(request: Received) -> Script:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked > 2 and num_asked % 2:
+            return Script([b'{"error": {"message": "no room for [b]it"}}'], status=429)
+        return serve_well(request)
+
+    async with scripted_server(fail_every_other) as server:
+        code = await bench(server, "--model", "m", "--num-requests", "4", "--num-warmups", "1")
+    assert code == 0
+    output = capsys.readouterr().out
+    assert "2 / 2" in output
+    assert "2 failed: HTTP 429: no room for [b]it" in output
+
+
+async def test_run_without_a_single_answer_is_told_by_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    is_probe = True
+
+    def fail_later(request: Received) -> Script:
+        nonlocal is_probe
+        was_probe, is_probe = is_probe, False
+        return serve_well(request) if was_probe else Script(answer(2)[:1], is_cut=True)
+
+    async with scripted_server(fail_later) as server:
+        code = await bench(server, "--model", "m", "--num-requests", "3", "--num-warmups", "0")
+    assert code == 1
+    assert "3 failed: connection closed before the end of the answer" in capsys.readouterr().out
+
+
+async def test_server_without_return_token_ids_is_asked_without_them() -> None:
+    def refuse_the_field(request: Received) -> Script:
+        if "return_token_ids" in request.body:
+            return Script([b'{"error": {"message": "unknown field: return_token_ids"}}'], status=400)
+        return Script([text_chunk("two words"), usage(5, 2), DONE])
+
+    async with scripted_server(refuse_the_field) as server:
+        argv = ["--base-url", server.base_url, "--model", "m", "--num-requests", "2"]
+        report = await run_bench(parse_options(argv), argv)
+    assert report.summary.counted_by == {"usage": 2}
+    assert report.summary.num_output_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (Script([b'{"error": {"message": "no such model"}}'], status=404), "HTTP 404: no such model"),
+        (Script([event(error="broken"), DONE]), "error event: broken"),
+    ],
+)
+async def test_server_that_answers_no_probe_is_a_wrong_setting(
+    script: Script, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with scripted_server(lambda _: script) as server:
+        assert await bench(server, "--model", "m") == 2
+    assert message in capsys.readouterr().err
+
+
+async def test_several_models_must_be_chosen_from(capsys: pytest.CaptureFixture[str]) -> None:
+    listing = Script([b'{"data": [{"id": "a"}, {"id": "b"}]}'])
+    async with scripted_server(lambda _: listing) as server:
+        assert await bench(server) == 2
+    assert "2 models (a, b): choose one with --model" in capsys.readouterr().err
+
+
+async def test_open_loop_sends_at_poisson_times() -> None:
+    async with scripted_server(serve_well) as server:
+        argv = ["--base-url", server.base_url, "--request-rate", "500", "--num-requests", "10", "--output-len", "2"]
+        report = await run_bench(parse_options(argv), argv)
+    assert report.load == "open loop, Poisson 500/s"
+    assert (report.summary.num_ok, report.summary.late_ms.count) == (10, 10)
+    assert [record.index for record in report.records] == list(range(10))
+
+
+TRACE = """\
+{"timestamp": 0, "input_length": 40, "output_length": 4}
+{"timestamp": 100, "input_length": 80, "output_length": 6}
+"""
+
+
+async def test_trace_is_replayed_with_its_lengths_and_times(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(TRACE)
+    async with scripted_server(serve_well) as server:
+        argv = ["--base-url", server.base_url, "--trace", str(path), "--trace-scale", "0.5", "--trace-rate-scale", "10"]
+        report = await run_bench(parse_options(argv), argv)
+    assert [(record.num_prompt_tokens, record.num_output_tokens) for record in report.records] == [(20, 2), (40, 3)]
+    assert report.load == "open loop, the trace's arrivals at 10 times its rate"
+    assert report.workload == "lengths of trace.jsonl times 0.5"
+
+
+def test_trace_can_give_lengths_alone(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(TRACE)
+    planned = list(plan_requests(parse_options(["--trace", str(path), "--request-rate", "inf"])))
+    assert [(len(request.prompt), request.arrival_s) for request in planned] == [(40, 0.0), (80, 0.0)]
+
+
+def test_load_is_one_in_flight_and_100_requests_unless_told() -> None:
+    options = parse_options([])
+    assert (options.max_concurrency, options.num_requests, options.prompt) == (1, 100, "ids")
+    timed = parse_options(["--duration", "5", "--endpoint", "chat", "--tpot-slo-ms", "50"])
+    assert (timed.num_requests, timed.duration_s, timed.prompt, timed.slo) == (None, 5.0, "text", Slo(None, 50.0))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--request-rate 1 --max-concurrency 1", "give one of them"),
+        ("--endpoint chat --prompt ids", "chat takes text"),
+        ("--json absent/run.json", "there is no directory absent"),
+        ("--plot run.jpg", "must end in .svg or .png"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_options(flags.split())
+
+
+@pytest.mark.parametrize("flags", ["--request-rate 0", "--input-len -1", "--duration nan", "--endpoint images"])
+def test_senseless_values_end_with_the_usage(flags: str) -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse_options(flags.split())
+    assert raised.value.code == 2

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.errors import ConfigError
+from kvferry.tools.load.cores import process_tree, processes
+from kvferry.tools.load.server_process import free_port, running
+
+HEALTHY = """
+import http.server, sys
+http.server.test(http.server.SimpleHTTPRequestHandler, port=int(sys.argv[1]), bind="127.0.0.1")
+"""
+# A server that ignores the request to end and has a child that does so too.
+STUBBORN = """
+import signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if len(sys.argv) > 1:
+    child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+    child.stdout.read(1)
+print("x", flush=True)
+signal.pause()
+"""
+
+
+def test_healthy_server_is_awaited_and_ended(tmp_path: Path) -> None:
+    port = free_port()
+    with running("web", [sys.executable, "-c", HEALTHY, str(port)], tmp_path) as server:
+        server.wait_until_healthy(f"http://127.0.0.1:{port}/", timeout_s=30)
+        assert server.pid in processes()
+    assert server.pid not in processes()
+    assert "GET /" in (tmp_path / "web.log").read_text()
+
+
+def test_server_that_ends_early_is_reported_with_its_log(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; sys.exit('no such model')"]
+    with (
+        running("bad", command, tmp_path) as server,
+        pytest.raises(ConfigError, match="bad ended with 1:\nno such model"),
+    ):
+        server.wait_until_healthy("http://127.0.0.1:1/", timeout_s=30)
+
+
+def test_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
+    with (
+        running("deaf", [sys.executable, "-c", "input()"], tmp_path, {"X": "y"}) as server,
+        pytest.raises(ConfigError, match="deaf"),
+    ):
+        server.wait_until_healthy("http://127.0.0.1:1/", timeout_s=0)
+
+
+def test_whole_tree_is_killed_when_it_does_not_end(tmp_path: Path) -> None:
+    with running("stubborn", [sys.executable, "-c", STUBBORN, STUBBORN], tmp_path, term_s=0.2) as server:
+        while not server.log_path.read_bytes():
+            pass
+        tree = process_tree([server.pid], processes())
+        assert len(tree) == 2
+    left = processes()
+    assert not [process for process in tree if process.pid in left and not left[process.pid].is_zombie]

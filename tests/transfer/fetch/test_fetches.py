@@ -1,0 +1,286 @@
+"""Prefixes are read from elsewhere, or not, and nothing that was not asked for is ever found in the cache."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvferry.common.messages import KVFetch, KVFetchable, KVFetchDone, KVFetchRefused
+from kvferry.transfer.backends.local import LocalFault
+from kvferry.transfer.fetch import fetches, reader
+
+from .fetch_hosts import HASHES, LEASE_S, SPEC, Pair
+
+
+@pytest.fixture(params=[False, True], ids=["unchecked", "checksums"])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return Pair(checksums=request.param)
+
+
+def _num_held(pair: Pair, count: int) -> int:
+    return len(pair.fetcher.pool.match_prefix(HASHES[:count]))
+
+
+def test_what_lies_elsewhere_is_found_here_afterwards(pair: Pair) -> None:
+    pair.lender.store(HASHES[:3])
+    assert pair.begin(HASHES[:3])
+    pair.settle()
+    assert pair.ended == ["q"]
+    assert _num_held(pair, 3) == 3
+    pair.check()
+    assert (pair.fetches.num_fetches, pair.fetches.num_failures) == (1, 0)
+    assert pair.fetches.num_bytes == 3 * SPEC.block_bytes()
+    assert not len(pair.fetches) and not len(pair.lending)
+    assert pair.lender.pool.num_owned_blocks == pair.fetcher.pool.num_owned_blocks == 0
+
+
+def test_only_what_is_missing_is_asked_for(pair: Pair) -> None:
+    pair.lender.store(HASHES[:4])
+    pair.fetcher.store(HASHES[:2])
+    assert pair.begin(HASHES[:4])
+    question = pair.to_lender[0]
+    assert isinstance(question, KVFetch)
+    assert question.hashes == b"".join(HASHES[2:4])
+    pair.settle()
+    assert _num_held(pair, 4) == 4
+
+
+def test_nothing_is_begun_where_nothing_is_missing_or_nothing_has_room(pair: Pair) -> None:
+    pair.fetcher.store(HASHES[:2])
+    assert not pair.begin(HASHES[:2])
+    pair.fetcher.pool.allocate(pair.fetcher.pool.num_free_blocks)
+    assert not pair.begin(HASHES[:3])
+    assert not pair.to_lender and not pair.ended
+    assert not pair.fetches.references()
+
+
+def test_a_long_prefix_comes_in_parts() -> None:
+    pair = Pair(num_blocks=24, part_blocks=2)
+    pair.lender.store(HASHES[:5])
+    pair.begin(HASHES[:5])
+    pair.settle()
+    assert _num_held(pair, 5) == 5
+    assert pair.ended == ["q"] and pair.fetches.num_failures == 0
+
+
+def test_what_is_here_of_a_prefix_stays_when_the_rest_fails() -> None:
+    pair = Pair(num_blocks=24, part_blocks=2)
+    pair.lender.store(HASHES[:3])  # and no more
+    pair.begin(HASHES[:5])
+    pair.settle()
+    assert pair.ended == ["q"]
+    assert _num_held(pair, 5) == 3
+    assert pair.fetches.num_failures == 1
+    assert pair.fetches.num_bytes == 3 * SPEC.block_bytes()
+
+
+def test_what_the_lender_has_evicted_is_refused(pair: Pair) -> None:
+    assert pair.begin(HASHES[:3])
+    pair.deliver(to_lender=True)
+    refused = pair.to_fetcher[0]
+    assert isinstance(refused, KVFetchRefused) and refused.reason == "gone"
+    pair.settle()
+    assert pair.ended == ["q"] and pair.fetches.num_failures == 1
+    assert not pair.fetches.references()
+
+
+def test_lent_blocks_are_not_evicted_while_the_lease_lasts(pair: Pair) -> None:
+    blocks = pair.lender.store(HASHES[:3])
+    pair.begin(HASHES[:3])
+    pair.deliver(to_lender=True)
+    assert all(pair.lender.pool.ref_count(block) == 1 for block in blocks)
+    assert pair.lender.pool.num_free_blocks == 9
+    pair.cut()  # the reader may read on: only time ends it
+    pair.advance(LEASE_S - 0.01)
+    pair.tick()
+    assert len(pair.lending) == 1
+    pair.advance(0.02)
+    pair.tick()
+    assert not len(pair.lending) and pair.lender.pool.num_owned_blocks == 0
+
+
+def test_more_than_a_share_of_the_pool_is_not_lent(pair: Pair) -> None:
+    pair.lender.store(HASHES[:4])
+    pair.begin(HASHES[:4])
+    pair.deliver(to_lender=True)
+    assert isinstance(pair.to_fetcher[-1], KVFetchRefused)
+    assert not len(pair.lending)
+
+
+def test_blocks_that_the_lender_needs_for_its_own_are_not_lent() -> None:
+    pair = Pair()
+    pair.lending._reserve = lambda: 11
+    pair.lender.store(HASHES[:2])
+    pair.begin(HASHES[:2])
+    pair.settle()
+    assert pair.fetches.num_failures == 1 and not len(pair.lending)
+
+
+def test_a_lease_that_is_over_before_the_read_has_ended_brings_nothing(pair: Pair) -> None:
+    pair.lender.store(HASHES[:2])
+    pair.begin(HASHES[:2])
+    pair.deliver(to_lender=True)
+    pair.network.set_fault(pair.lender.region.agent, LocalFault.HOLD)
+    pair.deliver(to_lender=False)
+    pair.reader.step()
+    pair.advance(LEASE_S)
+    pair.lending.tick()
+    pair.lender.store(HASHES[5:17])  # everything there is another's now
+    pair.network.clear_fault(pair.lender.region.agent)
+    pair.settle()
+    assert pair.ended == ["q"] and pair.fetches.num_failures == 1
+    assert _num_held(pair, 2) == 0
+    assert pair.fetcher.pool.num_owned_blocks == 0
+    pair.check()
+
+
+def test_the_lease_counts_from_the_question_and_not_from_the_answer(pair: Pair) -> None:
+    pair.lender.store(HASHES[:2])
+    pair.begin(HASHES[:2])
+    pair.advance(1.0)
+    pair.deliver(to_lender=True)
+    pair.advance(LEASE_S - 1.0)  # the lender still has 1 s
+    pair.settle()
+    assert pair.fetches.num_failures == 1
+
+
+def test_an_answer_that_does_not_come_is_not_waited_for(pair: Pair) -> None:
+    pair.begin(HASHES[:2])
+    pair.advance(fetches.ANSWER_WITHIN_S)
+    pair.tick()
+    assert pair.ended == ["q"] and not pair.fetches.references()
+    pair.lender.store(HASHES[:2])
+    pair.settle()  # the question and its end arrive after all
+    assert not len(pair.lending)
+    assert pair.fetches.stale_messages >= 1
+
+
+def test_a_prompt_waits_for_no_longer_than_the_router_said(pair: Pair) -> None:
+    pair.lender.store(HASHES[:2])
+    pair.network.set_fault(pair.lender.region.agent, LocalFault.HOLD)
+    pair.begin(HASHES[:2], within_s=0.2)
+    pair.settle()
+    pair.advance(0.2)
+    pair.tick()
+    assert pair.ended == ["q"]
+
+
+def test_blocks_of_a_read_that_was_given_up_stay_out_of_use_until_it_ends(pair: Pair) -> None:
+    pair.lender.store(HASHES[:2])
+    pair.network.set_fault(pair.lender.region.agent, LocalFault.HOLD)
+    pair.begin(HASHES[:2], within_s=0.2)
+    pair.settle()
+    pair.advance(0.3)
+    pair.tick()
+    pair.settle()
+    assert pair.ended == ["q"]
+    assert pair.fetches.num_given_up_blocks == pair.fetcher.pool.num_owned_blocks == 2
+    pair.fetcher.store(HASHES[5:15])  # all that is left
+    pair.network.clear_fault(pair.lender.region.agent)  # it lands
+    pair.settle()
+    assert pair.fetcher.pool.num_owned_blocks == 0
+    pair.check()
+
+
+def test_blocks_of_a_failed_read_stay_out_of_use_until_our_agent_is_replaced(pair: Pair) -> None:
+    pair.lender.store(HASHES[:2])
+    pair.network.set_fault(pair.lender.region.agent, LocalFault.FAIL)
+    pair.begin(HASHES[:2])
+    pair.settle()
+    assert pair.ended == ["q"] and pair.fetches.num_given_up_blocks == 2
+    assert not pair.reader.wants_new_agent(pair.fetcher.clock.now())
+    pair.advance(reader.FAILED_AFTER_S)
+    assert pair.reader.wants_new_agent(pair.fetcher.clock.now())
+    pair.fetcher.rotate()
+    pair.reader.agent_replaced(pair.fetcher.clock.now())
+    pair.settle()
+    assert not pair.fetches.references() and not pair.reader.num_unfinished
+    pair.fetcher.store(HASHES[3:15])
+    pair.network.clear_fault(pair.lender.region.agent)
+    pair.check()
+
+
+def test_a_lender_that_is_gone_is_an_ordinary_failure(pair: Pair) -> None:
+    pair.lender.store(HASHES[:2])
+    pair.begin(HASHES[:2])
+    pair.deliver(to_lender=True)
+    pair.lender.backend.close()
+    pair.settle()
+    assert pair.ended == ["q"] and not pair.fetches.references()
+    assert _num_held(pair, 2) == 0
+
+
+def test_a_broken_connection_ends_the_fetches_from_there(pair: Pair) -> None:
+    pair.lender.store(HASHES[:2])
+    pair.begin(HASHES[:2])
+    pair.deliver(to_lender=True)
+    pair.deliver(to_lender=False)
+    pair.cut()
+    pair.settle()
+    assert pair.ended == ["q"] and not pair.fetches.references()
+
+
+def test_other_bytes_than_the_lender_has_are_found_by_their_checksum() -> None:
+    pair = Pair(checksums=True)
+    pair.lender.store(HASHES[:2])
+    pair.begin(HASHES[:2])
+    pair.deliver(to_lender=True)  # pinned, and summed
+    pair.lender.pages[1, pair.lender.pool.match_prefix(HASHES[:1])[0], 0, 0, 0, 0] += 1
+    pair.settle()
+    assert pair.fetches.num_failures == 1 and _num_held(pair, 2) == 0
+    assert pair.fetcher.pool.num_owned_blocks == 0
+
+
+def test_checksums_that_are_required_and_not_made_refuse_the_fetch() -> None:
+    pair = Pair()
+    pair.lending._needs_checksums = True
+    pair.lender.store(HASHES[:2])
+    pair.begin(HASHES[:2])
+    pair.settle()
+    assert pair.fetches.num_failures == 1
+    pair.lending._needs_checksums, pair.fetches._needs_checksums = False, True
+    pair.begin(HASHES[:2])
+    pair.settle()
+    assert pair.fetches.num_failures == 2 and _num_held(pair, 2) == 0
+
+
+def test_a_cancelled_prompt_is_not_called_and_its_blocks_come_back(pair: Pair) -> None:
+    pair.lender.store(HASHES[:2])
+    pair.begin(HASHES[:2])
+    pair.deliver(to_lender=True)
+    pair.deliver(to_lender=False)
+    pair.fetches.cancel("q")
+    pair.fetches.cancel("q")
+    pair.settle()
+    assert not pair.ended and not pair.fetches.references() and not len(pair.lending)
+
+
+def test_answers_that_no_lender_gives_are_refused(pair: Pair) -> None:
+    pair.lender.store(HASHES[:3])
+    region = pair.lender.region
+    for answer in (
+        {"block_ids": (1, 1)},
+        {"block_ids": (0, 99)},
+        {"block_ids": (0, 1, 2, 3)},
+        {"block_ids": ()},
+        {"ranks": ()},
+        {"ranks": (region, region)},
+    ):
+        pair.begin(HASHES[:3])
+        question = pair.to_lender.popleft()
+        assert isinstance(question, KVFetch)
+        fields = {"block_ids": (0, 1, 2), "ranks": (region,)} | answer
+        pair.fetches.on_message(KVFetchable(fetch_id=question.fetch_id, lease_s=LEASE_S, **fields))  # type: ignore[arg-type]
+        assert pair.ended.pop() == "q"
+        assert isinstance(pair.to_lender.popleft(), KVFetchDone)
+        assert not pair.fetches.references()
+
+
+def test_two_prompts_fetch_the_same_prefix_and_one_copy_stays(pair: Pair) -> None:
+    pair.lender.store(HASHES[:1])
+    pair.begin(HASHES[:1], "one")
+    pair.begin(HASHES[:1], "two")
+    pair.settle()
+    assert sorted(pair.ended) == ["one", "two"]
+    assert pair.fetcher.pool.num_cached_blocks == 1
+    assert pair.fetcher.pool.num_owned_blocks == 0
+    pair.check()

@@ -1,0 +1,168 @@
+"""Two workers agree on what fits, whose heads go where, and what a grant promises."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from kvferry.common.messages import GrantId, GrantInfo, RegionInfo
+from kvferry.kvcache.blocks import KVCacheSpec
+from kvferry.transfer.backends.base import Piece
+from kvferry.transfer.protocol.handoff import (
+    Endpoint,
+    check_compatible,
+    check_grant,
+    expected_pairs,
+    is_minted,
+    mint_grant,
+    open_mac,
+    page_indices,
+    pieces,
+    targets_of,
+)
+
+SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=4, head_dim=8, block_size=4, dtype="float32")
+HEAD_BYTES = 4 * 8 * 4
+HERE = Endpoint(SPEC, "0.1.0", "nixl", 1)
+
+
+def _region(rank: int, tp_size: int) -> RegionInfo:
+    return RegionInfo(
+        rank=rank,
+        tp_size=tp_size,
+        agent=f"d-0.1.0.{rank}",
+        generation=0,
+        agent_metadata=b"",
+        base_addr=0,
+        num_blocks=8,
+        page_bytes=SPEC.page_bytes(tp_size),
+        device="DRAM",
+        device_id=0,
+        transport="nixl",
+    )
+
+
+def _grant(tp_size: int = 1) -> GrantInfo:
+    return GrantInfo(
+        grant_id=GrantId("d-0", 1, 1),
+        spec=SPEC,
+        kv_address="127.0.0.1:1",
+        block_ids=(5, 2),
+        num_tokens=11,
+        num_computed_tokens=4,
+        ranks=tuple(_region(rank, tp_size) for rank in range(tp_size)),
+        open_within_s=2.0,
+        mac=b"",
+    )
+
+
+def _spec(**change: object) -> KVCacheSpec:
+    return msgspec.structs.replace(SPEC, **change)
+
+
+@pytest.mark.parametrize(
+    ("remote", "words"),
+    [
+        (Endpoint(_spec(block_size=8), "0.1.0", "nixl", 1), "block_size 4 here, 8 there"),
+        (Endpoint(_spec(dtype="bfloat16"), "0.1.0", "nixl", 1), "dtype 'float32' here, 'bfloat16' there"),
+        (Endpoint(_spec(model="n"), "0.1.0", "nixl", 1), "model 'm' here, 'n' there"),
+        (Endpoint(SPEC, "0.2.0", "nixl", 1), "kvferry 0.1.0 here, 0.2.0 there"),
+        (Endpoint(SPEC, "0.1.0", "ucx", 1), "transport 'nixl' here, 'ucx' there"),
+        (Endpoint(SPEC, "0.1.0", "nixl", 3), "4 KV heads cannot be split over 3 ranks there"),
+        (Endpoint(SPEC, "0.1.0", "nixl", 0), "over 0 ranks there"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_both_values(remote: Endpoint, words: str) -> None:
+    assert words in (check_compatible(HERE, remote) or "")
+
+
+def test_equal_workers_and_other_tp_sizes_fit() -> None:
+    assert check_compatible(HERE, Endpoint(SPEC, "0.1.0", "nixl", 4)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"block_ids": (5, 8)}, "distinct ids below 8"),
+        ({"block_ids": (5, 5)}, "distinct ids below 8"),
+        ({"block_ids": (5,)}, "1 blocks granted for tokens 4 to 11"),
+        ({"num_computed_tokens": 3}, "granted for tokens 3 to 11"),
+        ({"ranks": ()}, "names no rank"),
+        ({"ranks": (_region(1, 1),)}, "ranks [1] in the grant"),
+        ({"ranks": (msgspec.structs.replace(_region(0, 1), page_bytes=7),)}, "7 at d-0.1.0.0"),
+        ({"spec": _spec(head_dim=16)}, "head_dim 8 here, 16 there"),
+    ],
+)
+def test_a_grant_that_cannot_be_shipped_under_is_named(change: dict[str, object], words: str) -> None:
+    assert check_grant(HERE, _grant(2)) is None
+    assert words in (check_grant(HERE, msgspec.structs.replace(_grant(), **change)) or "")
+
+
+def test_pages_are_counted_layer_by_layer() -> None:
+    assert [page_indices(layer, (0, 7), 8).tolist() for layer in (0, 1)] == [[0, 7], [8, 15]]
+
+
+def test_equal_tp_sizes_ship_whole_pages_to_the_same_rank() -> None:
+    assert pieces(1, 2, 1, 2, SPEC) == (Piece(0, 0, SPEC.page_bytes(2)),)
+    assert pieces(1, 2, 0, 2, SPEC) is None
+
+
+@pytest.mark.parametrize(("source", "decode"), [(1, 2), (2, 1), (1, 4), (4, 2)])
+def test_pieces_of_all_pairs_cover_every_decode_page_exactly_once(source: int, decode: int) -> None:
+    for target in range(decode):
+        covered: list[int] = []
+        for rank in range(source):
+            for run in pieces(rank, source, target, decode, SPEC) or ():
+                assert run.local_offset + run.num_bytes <= SPEC.page_bytes(source)
+                covered += range(run.remote_offset, run.remote_offset + run.num_bytes)
+        assert sorted(covered) == list(range(SPEC.page_bytes(decode)))
+
+
+def test_a_head_range_is_one_run_in_k_and_one_in_v() -> None:
+    assert pieces(0, 1, 1, 2, SPEC) == (
+        Piece(2 * HEAD_BYTES, 0, 2 * HEAD_BYTES),
+        Piece(6 * HEAD_BYTES, 2 * HEAD_BYTES, 2 * HEAD_BYTES),
+    )
+
+
+def test_expected_pairs_are_those_with_heads_in_common() -> None:
+    assert expected_pairs(1, 2, SPEC) == {(0, 0), (0, 1)}
+    assert expected_pairs(2, 1, SPEC) == {(0, 0), (1, 0)}
+    assert expected_pairs(2, 2, SPEC) == {(0, 0), (1, 1)}
+    assert expected_pairs(4, 2, SPEC) == {(0, 0), (1, 0), (2, 1), (3, 1)}
+    assert [region.rank for region, _ in targets_of(3, 4, _grant(2))] == [1]
+
+
+def test_a_mac_is_good_for_its_own_key_grant_and_attempt_alone() -> None:
+    key = b"k" * 32
+    grant = mint_grant(key, _grant(), "a", 2)
+    mac = open_mac(grant, "a", 2)
+    assert is_minted(key, grant, "a", 2, mac)
+    assert not is_minted(b"j" * 32, grant, "a", 2, mac)
+    assert not is_minted(key, grant, "b", 2, mac)
+    assert not is_minted(key, grant, "a", 3, mac)
+    assert not is_minted(key, grant, "a", 2, b"")
+    assert not is_minted(key, grant, "a", 2, grant.mac)  # it alone does not tell what its holder reads in it
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grant_id": GrantId("d-0", 1, 2)},
+        {"grant_id": GrantId("d-0", 2, 1)},
+        {"block_ids": (5, 3)},
+        {"num_tokens": 12},
+        {"num_computed_tokens": 0},
+        {"open_within_s": 60.0},
+        {"kv_address": "127.0.0.1:2"},
+        {"ranks": (msgspec.structs.replace(_region(0, 1), base_addr=4096),)},
+        {"mac": b"forged"},
+    ],
+)
+def test_a_grant_that_is_altered_on_its_way_opens_nothing(change: dict[str, object]) -> None:
+    key = b"k" * 32
+    grant = mint_grant(key, _grant(), "a", 0)
+    altered = msgspec.structs.replace(grant, **change)
+    assert not is_minted(key, grant, "a", 0, open_mac(altered, "a", 0))
+    if "mac" not in change:
+        assert not is_minted(key, altered, "a", 0, open_mac(altered, "a", 0))

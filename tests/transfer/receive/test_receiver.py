@@ -1,0 +1,657 @@
+"""Every row of the decode side's table, and the messages that must change nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+import pytest
+
+from kvferry.common.clock import FakeClock
+from kvferry.common.config import TransferConfig
+from kvferry.common.errors import InvalidTransition
+from kvferry.common.messages import (
+    CancelKV,
+    ChoiceTokens,
+    Grant,
+    GrantId,
+    GrantInfo,
+    HandoffDone,
+    HandoffFailed,
+    KVArrived,
+    KVClosed,
+    KVDone,
+    KVOpen,
+    KVOpened,
+    KVRefused,
+    KVRenew,
+    KVRenewed,
+    Message,
+    NoCapacity,
+    RegionInfo,
+)
+from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
+from kvferry.kvcache.blocks import BlockPool, KVCacheSpec, hash_blocks, prefix_salt
+from kvferry.transfer.protocol.handoff import open_mac
+from kvferry.transfer.receive.opens import Watch
+from kvferry.transfer.receive.processes import watch as watch_processes
+from kvferry.transfer.receive.receiver import KVReceiver, Reservation, ReservationState, Verdict
+from kvferry.transfer.receive.reservation import _NEXT
+
+SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=4, head_dim=8, block_size=4, dtype="float32")
+P, D, R = "p-0#1", "d-0", "r-0"
+FIRST = (ChoiceTokens(0, 0, (SampledToken(7),)),)
+M = TypeVar("M", bound=Message)
+
+
+def _regions(tp_size: int) -> tuple[RegionInfo, ...]:
+    return tuple(
+        RegionInfo(
+            rank=rank,
+            tp_size=tp_size,
+            agent=f"d-0.1.0.{rank}",
+            generation=0,
+            agent_metadata=b"",
+            base_addr=0,
+            num_blocks=64,
+            page_bytes=SPEC.page_bytes(tp_size),
+            device="DRAM",
+            device_id=0,
+            transport="local",
+        )
+        for rank in range(tp_size)
+    )
+
+
+class Decode:
+    """A receiver, its pool, and everything that it said."""
+
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        tp_size: int = 1,
+        *,
+        config: TransferConfig | None = None,
+        checks_bytes: bool = False,
+        rotate: Callable[[int], None] | None = None,
+        watch: Watch = watch_processes,
+    ) -> None:
+        self.first_regions = _regions(tp_size)
+        self.clock = FakeClock(100.0)
+        self.pool = BlockPool(num_blocks, SPEC.block_size)
+        self.to_router: list[Message] = []
+        self.to_peer: list[tuple[str, Message]] = []
+        self.open_ids = itertools.count(1000)
+        self.granted_to: dict[int, tuple[str, int]] = {}  # by epoch
+        self.receiver = KVReceiver(
+            worker_id=D,
+            incarnation=1,
+            spec=SPEC,
+            tp_size=tp_size,
+            pool=self.pool,
+            regions=self.first_regions,
+            kv_address="127.0.0.1:1",
+            config=config or TransferConfig(),
+            clock=self.clock,
+            version="0.1.0",
+            transport="local",
+            to_router=lambda router, message: self.to_router.append(message),
+            to_peer=lambda session, message: self.to_peer.append((session, message)),
+            rotate=rotate,
+            watch=watch,
+            checks_bytes=checks_bytes,
+        )
+
+    def reserve(
+        self,
+        request_id: str = "a",
+        attempt: int = 0,
+        *,
+        num_tokens: int = 10,
+        choices: tuple[int, ...] = (0,),
+        first: int = 0,
+        max_local_tokens: int = 0,
+        growth_reserve: int = 0,
+    ) -> Grant | NoCapacity:
+        spec = RequestSpec(
+            request_id=request_id,
+            attempt=attempt,
+            prompt=pack_ids(list(range(first, first + num_tokens))),
+            sampling=SamplingParams(),
+            choices=choices,
+        )
+        answer = self.receiver.reserve(spec, R, max_local_tokens=max_local_tokens, growth_reserve=growth_reserve)
+        self.receiver.check()
+        if isinstance(answer, Grant):
+            self.granted_to[answer.grant.grant_id.epoch] = (request_id, attempt)
+        return answer
+
+    def grant(self, request_id: str = "a", attempt: int = 0, *, num_tokens: int = 10, first: int = 0) -> GrantInfo:
+        answer = self.reserve(request_id, attempt, num_tokens=num_tokens, first=first)
+        assert isinstance(answer, Grant), answer
+        return answer.grant
+
+    def open(
+        self, grant: GrantInfo, *, session: str = P, tp_size: int = 1, change: dict[str, object] | None = None
+    ) -> int:
+        """Deliver a KVOpen, with its fields changed as asked; the open id of the unchanged one."""
+        request_id, attempt = self.granted_to.get(grant.grant_id.epoch, ("a", 0))
+        message = KVOpen(
+            grant_id=grant.grant_id,
+            open_id=next(self.open_ids),
+            mac=open_mac(grant, request_id, attempt),
+            worker_id="p-0",
+            incarnation=7,
+            spec=SPEC,
+            version="0.1.0",
+            transport="local",
+            tp_size=tp_size,
+        )
+        self.receiver.on_message(session, msgspec.structs.replace(message, **(change or {})))
+        return message.open_id
+
+    def opened(self, request_id: str = "a", *, num_tokens: int = 10, tp_size: int = 1) -> tuple[GrantInfo, int]:
+        grant = self.grant(request_id, num_tokens=num_tokens)
+        open_id = self.open(grant, tp_size=tp_size)
+        assert isinstance(self.said_to_peer()[-1], KVOpened)
+        return grant, open_id
+
+    def arrive(
+        self,
+        grant: GrantInfo,
+        open_id: int,
+        *,
+        source_rank: int = 0,
+        decode_rank: int = 0,
+        num_tokens: int | None = None,
+        first_tokens: tuple[ChoiceTokens, ...] = FIRST,
+        verdict: Verdict = Verdict.UNCHECKED,
+        block_ids: tuple[int, ...] = (),
+    ) -> None:
+        self.receiver.on_arrived(
+            decode_rank,
+            KVArrived(
+                grant_id=grant.grant_id,
+                open_id=open_id,
+                source_rank=source_rank,
+                num_tokens=grant.num_tokens if num_tokens is None else num_tokens,
+                first_tokens=first_tokens if source_rank == 0 else (),
+                block_ids=block_ids,
+            ),
+            verdict,
+        )
+        self.receiver.check()
+
+    def close(self, grant: GrantInfo, open_id: int, *, clean: bool = True, source_rank: int = 0) -> None:
+        self.receiver.on_message(
+            P, KVClosed(grant_id=grant.grant_id, open_id=open_id, source_rank=source_rank, clean=clean)
+        )
+        self.receiver.check()
+
+    def said_to_peer(self) -> list[Message]:
+        said, self.to_peer = [message for _, message in self.to_peer], []
+        return said
+
+    def said_to_router(self) -> list[Message]:
+        said, self.to_router = self.to_router, []
+        return said
+
+    def wait(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        self.receiver.tick()
+        self.receiver.check()
+
+    def holds_nothing(self) -> bool:
+        return self.receiver.num_live == 0 and self.pool.num_owned_blocks == self.pool.num_quarantined_blocks == 0
+
+
+def only(messages: list[Message], kind: type[M]) -> M:
+    found = [message for message in messages if isinstance(message, kind)]
+    assert len(found) == 1, messages
+    return found[0]
+
+
+@pytest.fixture
+def decode() -> Decode:
+    return Decode()
+
+
+# --- reserving -------------------------------------------------------------------------------------------------
+
+
+def test_a_grant_names_blocks_for_the_prompt_and_holds_copies_back(decode: Decode) -> None:
+    answer = decode.reserve(num_tokens=10, choices=(0, 1, 2))
+    assert isinstance(answer, Grant)
+    assert len(answer.grant.block_ids) == 3
+    assert answer.grant.num_tokens == 10 and answer.grant.num_computed_tokens == 0
+    assert decode.pool.num_owned_blocks == decode.receiver.num_granted_blocks == 5
+    assert not decode.receiver.has_open
+
+
+def test_full_last_blocks_need_no_copies(decode: Decode) -> None:
+    assert isinstance(decode.reserve(num_tokens=12, choices=(0, 1)), Grant)
+    assert decode.receiver.num_granted_blocks == 3
+
+
+def _adopted(decode: Decode, request_id: str, num_tokens: int) -> list[int]:
+    """Take a prompt all the way and end its sequence: its blocks are cached."""
+    grant, open_id = decode.opened(request_id, num_tokens=num_tokens)
+    decode.arrive(grant, open_id)
+    blocks, copies = decode.receiver.adopt(decode.receiver.arrived[0])
+    decode.pool.free(blocks + copies)
+    return blocks
+
+
+def test_whole_blocks_that_are_held_are_pinned_and_not_shipped(decode: Decode) -> None:
+    blocks = _adopted(decode, "a", 10)
+    grant = decode.grant("b", num_tokens=11)
+    assert grant.num_computed_tokens == 8
+    assert len(grant.block_ids) == 1 and not set(grant.block_ids) & set(blocks[:2])
+    assert [decode.pool.ref_count(block) for block in blocks[:2]] == [1, 1]
+    decode.receiver.abort("b", 0)
+    assert [decode.pool.ref_count(block) for block in blocks[:2]] == [0, 0]
+
+
+def test_another_tenants_blocks_are_no_hits(decode: Decode) -> None:
+    _adopted(decode, "a", 10)
+    prompt = pack_ids(list(range(11)))
+    spec = RequestSpec(request_id="b", attempt=0, prompt=prompt, sampling=SamplingParams(), cache_salt=b"x")
+    answer = decode.receiver.reserve(spec, R)
+    assert isinstance(answer, Grant) and answer.grant.num_computed_tokens == 0
+
+
+@pytest.mark.parametrize(("num_tokens", "max_local_tokens", "cached"), [(8, 0, 8), (11, 3, 8), (2, 2, 0)])
+def test_a_prompt_of_which_little_is_missing_is_held(
+    decode: Decode, num_tokens: int, max_local_tokens: int, cached: int
+) -> None:
+    _adopted(decode, "a", 10)
+    answer = decode.reserve("b", num_tokens=num_tokens, max_local_tokens=max_local_tokens)
+    assert isinstance(answer, NoCapacity)
+    assert (answer.reason, answer.num_cached_tokens) == ("held", cached)
+    assert decode.holds_nothing()
+
+
+def test_shortage_says_what_is_short() -> None:
+    decode = Decode(num_blocks=8)
+    assert _refused(decode.reserve(num_tokens=33)) == "never_fits"
+    assert _refused(decode.reserve(num_tokens=12, growth_reserve=6)) == "growth"
+    decode.pool.allocate(6)
+    assert _refused(decode.reserve(num_tokens=12)) == "blocks"
+
+
+def _refused(answer: Grant | NoCapacity) -> str:
+    assert isinstance(answer, NoCapacity), answer
+    return answer.reason
+
+
+def test_promises_stay_below_half_of_the_pool_but_one_passes() -> None:
+    decode = Decode(num_blocks=16)
+    decode.grant("a", num_tokens=40)  # alone, it may take more than half
+    assert _refused(decode.reserve("b", num_tokens=4, first=500)) == "growth"
+    decode.receiver.abort("a", 0)
+    decode.grant("c", num_tokens=16)
+    decode.grant("d", num_tokens=16, first=100)
+    assert _refused(decode.reserve("e", num_tokens=4, first=200)) == "growth"
+
+
+def test_quarantine_counts_as_promised() -> None:
+    decode = Decode(num_blocks=16)
+    _, _ = decode.opened("a", num_tokens=24)
+    decode.receiver.abort("a", 0)
+    decode.grant("b", num_tokens=8, first=100)
+    assert _refused(decode.reserve("c", num_tokens=4, first=200)) == "growth"
+
+
+def test_the_same_reserve_again_gets_the_same_grant(decode: Decode) -> None:
+    assert decode.grant() == decode.grant()
+
+
+def test_a_higher_attempt_ends_the_lower_one(decode: Decode) -> None:
+    first = decode.grant("a", 0)
+    second = decode.grant("a", 1)
+    assert first.grant_id != second.grant_id
+    assert decode.receiver.num_granted_blocks == 3
+    decode.open(first)
+    assert isinstance(decode.said_to_peer()[-1], KVRefused)
+    decode.open(second)
+    decode.grant("a", 2)  # the opened one goes into quarantine
+    assert decode.receiver.num_quarantined_blocks == 3
+
+
+def test_an_attempt_that_ended_gets_nothing(decode: Decode) -> None:
+    decode.grant("a", 3)
+    decode.receiver.abort("a", 3)
+    assert _refused(decode.reserve("a", 3)) == "stale"
+    assert _refused(decode.reserve("a", 2)) == "stale"
+    assert isinstance(decode.reserve("a", 4), Grant)
+    assert _refused(decode.reserve("a", 2)) == "stale"
+
+
+def test_a_draining_worker_grants_and_opens_nothing(decode: Decode) -> None:
+    grant = decode.grant()
+    decode.receiver.draining = True
+    assert _refused(decode.reserve("b")) == "draining"
+    decode.open(grant)
+    assert only(decode.said_to_peer(), KVRefused).reason == "draining"
+
+
+# --- GRANTED -----------------------------------------------------------------------------------------------------
+
+
+def test_a_granted_reservation_that_is_aborted_is_free_at_once(decode: Decode) -> None:
+    grant = decode.grant()
+    decode.receiver.abort("a", 0)
+    assert decode.holds_nothing()
+    decode.open(grant)
+    assert isinstance(decode.said_to_peer()[-1], KVRefused)
+    assert decode.said_to_router() == []
+
+
+def test_a_grant_that_nobody_opens_lapses_and_its_router_hears_so(decode: Decode) -> None:
+    decode.grant()
+    decode.wait(1.9)
+    assert not decode.holds_nothing()
+    decode.wait(0.2)
+    assert decode.holds_nothing()
+    assert only(decode.said_to_router(), HandoffFailed).blame == "expired"
+
+
+def test_a_lost_router_frees_its_grants(decode: Decode) -> None:
+    decode.grant()
+    decode.receiver.on_router_lost("r-1")
+    assert not decode.holds_nothing()
+    decode.receiver.on_router_lost(R)
+    assert decode.holds_nothing()
+
+
+def test_a_router_that_comes_back_keeps_what_it_names(decode: Decode) -> None:
+    decode.grant("a")
+    decode.grant("b", 1, first=100)
+    decode.receiver.keep_only(R, frozenset({("b", 1), ("a", 1)}))
+    assert decode.receiver.num_granted_blocks == 3
+
+
+# --- KVOpen -------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_open_binds_and_the_same_again_is_answered_again(decode: Decode) -> None:
+    grant = decode.grant()
+    open_id = decode.open(grant)
+    decode.open(grant, change={"open_id": open_id})
+    assert [type(message) for message in decode.said_to_peer()] == [KVOpened, KVOpened]
+    assert decode.receiver.has_open
+
+
+@pytest.mark.parametrize(
+    ("session", "change"),
+    [(P, {"open_id": 5}), ("p-0#2", {}), (P, {"incarnation": 8})],
+)
+def test_another_writer_is_refused(decode: Decode, session: str, change: dict[str, object]) -> None:
+    grant, open_id = decode.opened()
+    decode.open(grant, session=session, change={"open_id": open_id, **change})
+    assert only(decode.said_to_peer(), KVRefused).reason == "the grant was opened before"
+    decode.arrive(grant, open_id)
+    assert decode.receiver.arrived
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mac": b"forged"}, "mac"),
+        ({"grant_id": GrantId(D, 1, 99)}, "never given"),
+        ({"grant_id": GrantId(D, 2, 1)}, "never given"),
+        ({"grant_id": GrantId("d-1", 1, 1)}, "never given"),
+        ({"version": "0.0.9"}, "0.1.0 here, 0.0.9 there"),
+        ({"tp_size": 3}, "split over 3 ranks there"),
+        ({"tp_size": 2**40}, "ranks there"),
+        ({"spec": msgspec.structs.replace(SPEC, block_size=8)}, "block_size 4 here, 8 there"),
+    ],
+)
+def test_an_open_that_does_not_fit_is_refused(decode: Decode, change: dict[str, object], words: str) -> None:
+    grant = decode.grant()
+    decode.open(grant, change=change)
+    assert words in only(decode.said_to_peer(), KVRefused).reason
+    assert not decode.receiver.has_open
+    assert decode.receiver.stale_messages == 1
+
+
+def test_a_peer_with_an_old_quarantine_opens_nothing_more(decode: Decode) -> None:
+    decode.opened("a")
+    decode.receiver.on_session_lost(P)
+    decode.open(decode.grant("b", first=100))
+    assert isinstance(decode.said_to_peer()[-1], KVOpened)  # a young one may still end cleanly
+    decode.wait(1.1)
+    decode.open(decode.grant("c", first=200))
+    assert only(decode.said_to_peer(), KVRefused).reason == "fenced_peer"
+    decode.open(decode.grant("d", first=300), change={"incarnation": 8})
+    assert isinstance(decode.said_to_peer()[-1], KVOpened)
+
+
+# --- OPEN ----------------------------------------------------------------------------------------------------------
+
+
+def test_renewals_keep_the_lease_and_silence_ends_it(decode: Decode) -> None:
+    grant, open_id = decode.opened()
+    for _ in range(5):
+        decode.wait(2.5)
+        decode.receiver.on_message(P, KVRenew(opens=((grant.grant_id, open_id),)))
+        assert only(decode.said_to_peer(), KVRenewed).opens == ((grant.grant_id, open_id, 3.0),)
+    decode.wait(3.1)
+    assert only(decode.said_to_peer(), CancelKV).open_id == open_id
+    failed = only(decode.said_to_router(), HandoffFailed)
+    assert (failed.blame, failed.worker_id) == ("expired", "p-0")
+    assert decode.receiver.num_quarantined_blocks == 3  # a lease that runs out frees nothing
+    decode.wait(1000)
+    assert decode.receiver.num_quarantined_blocks == 3
+
+
+def test_an_arrival_hands_over_and_tells_everybody(decode: Decode) -> None:
+    grant, open_id = decode.opened()
+    decode.arrive(grant, open_id)
+    assert only(decode.said_to_router(), HandoffDone).num_bytes == 3 * SPEC.block_bytes()
+    assert only(decode.said_to_peer(), KVDone).open_id == open_id
+    reservation = decode.receiver.arrived[0]
+    assert reservation.first_tokens == FIRST and reservation.num_tokens == 10
+    assert not decode.receiver.has_open
+    blocks, copies = decode.receiver.adopt(reservation)
+    assert tuple(blocks) == grant.block_ids and copies == []
+    hashes = hash_blocks(list(range(10)), 4, prefix_salt(SPEC, b""))
+    assert decode.pool.match_prefix(hashes) == blocks[:2]
+    assert decode.receiver.num_live == 0 and decode.pool.num_owned_blocks == 3
+
+
+def test_arrived_reservations_wait_in_the_order_of_arrival(decode: Decode) -> None:
+    opens = [decode.opened(name, num_tokens=10) for name in "abc"]
+    for index in (2, 0, 1):
+        decode.arrive(*opens[index])
+    assert [reservation.spec.request_id for reservation in decode.receiver.arrived] == ["c", "a", "b"]
+
+
+def test_only_the_full_set_of_rank_pairs_is_an_arrival() -> None:
+    decode = Decode(tp_size=2)
+    grant, open_id = decode.opened(tp_size=4)
+    for source in range(4):
+        assert not decode.receiver.arrived
+        decode.arrive(grant, open_id, source_rank=source, decode_rank=1 - source // 2)  # no such pair
+        decode.arrive(grant, open_id, source_rank=source, decode_rank=source // 2)
+        decode.arrive(grant, open_id, source_rank=source, decode_rank=source // 2)
+    assert decode.receiver.arrived[0].first_tokens == FIRST
+    assert only(decode.said_to_router(), HandoffDone)
+
+
+@pytest.mark.parametrize(("num_tokens", "first_tokens"), [(9, FIRST), (10, (ChoiceTokens(3, 0, (SampledToken(1),)),))])
+def test_a_wrong_arrival_is_not_adopted(
+    decode: Decode, num_tokens: int, first_tokens: tuple[ChoiceTokens, ...]
+) -> None:
+    grant, open_id = decode.opened()
+    decode.arrive(grant, open_id, num_tokens=num_tokens, first_tokens=first_tokens)
+    assert only(decode.said_to_router(), HandoffFailed).blame == "peer"
+    assert not decode.receiver.arrived
+    assert decode.holds_nothing()  # its one rank said that it writes no more
+
+
+@pytest.mark.parametrize(("clean", "blame"), [(True, "ended"), (False, "link")])
+def test_a_close_dooms_and_a_clean_one_ends(decode: Decode, clean: bool, blame: str) -> None:
+    grant, open_id = decode.opened()
+    decode.close(grant, open_id, clean=clean)
+    assert only(decode.said_to_router(), HandoffFailed).blame == blame
+    assert decode.holds_nothing() is clean
+    decode.close(grant, open_id, clean=clean)
+    assert decode.holds_nothing() is clean
+
+
+def test_a_lost_connection_dooms_the_opens_of_that_session_alone(decode: Decode) -> None:
+    grant, open_id = decode.opened()
+    decode.receiver.on_session_lost("p-0#2")
+    assert decode.said_to_router() == []
+    decode.receiver.on_session_lost(P)
+    assert only(decode.said_to_router(), HandoffFailed).blame == "peer"
+    assert decode.receiver.num_quarantined_blocks == 3
+    decode.arrive(grant, open_id)
+    assert decode.holds_nothing() and not decode.receiver.arrived
+
+
+def test_an_abort_of_an_open_quarantines_and_says_nothing_to_the_router(decode: Decode) -> None:
+    answer = decode.reserve(num_tokens=10, choices=(0, 1))
+    assert isinstance(answer, Grant)
+    decode.open(answer.grant)
+    decode.receiver.abort("a", 0)
+    assert decode.said_to_router() == []
+    assert isinstance(decode.said_to_peer()[-1], CancelKV)
+    assert decode.pool.num_quarantined_blocks == 3  # the copy, which the writer never knew, is free
+    assert decode.pool.num_owned_blocks == 0
+
+
+# --- DOOMED -------------------------------------------------------------------------------------------------------
+
+
+def test_a_doomed_reservation_ends_with_its_last_rank_and_is_not_published() -> None:
+    decode = Decode(tp_size=1)
+    grant, open_id = decode.opened(tp_size=2)
+    decode.receiver.abort("a", 0)
+    decode.close(grant, open_id, source_rank=0, clean=True)
+    decode.close(grant, open_id, source_rank=1, clean=False)
+    assert decode.receiver.num_quarantined_blocks == 3
+    decode.close(grant, open_id, source_rank=2, clean=True)  # no such rank
+    assert decode.receiver.num_quarantined_blocks == 3
+    decode.arrive(grant, open_id, source_rank=1)
+    assert decode.holds_nothing() and decode.pool.num_cached_blocks == 0
+    assert only(decode.said_to_peer(), KVDone)
+
+
+def test_an_arrival_under_way_when_it_was_aborted_ends_it(decode: Decode) -> None:
+    grant, open_id = decode.opened()
+    decode.receiver.abort("a", 0)
+    decode.arrive(grant, open_id)
+    assert decode.holds_nothing()
+
+
+def test_a_renewal_of_a_doomed_one_repeats_the_cancel(decode: Decode) -> None:
+    grant, open_id = decode.opened()
+    decode.receiver.abort("a", 0)
+    decode.said_to_peer()
+    decode.receiver.on_message("p-0#2", KVRenew(opens=((grant.grant_id, open_id),)))
+    assert [type(message) for message in decode.said_to_peer()] == [CancelKV, KVRenewed]
+
+
+def test_a_fence_frees_what_one_writer_left(decode: Decode) -> None:
+    decode.opened("a")
+    grant = decode.grant("b", first=100)
+    decode.open(grant, change={"incarnation": 8})
+    decode.receiver.abort("a", 0)
+    assert decode.receiver.fence(8) == 3  # open ones of a dead writer too
+    assert only(decode.said_to_router(), HandoffFailed).request_id == "b"
+    assert decode.receiver.num_quarantined_blocks == 3
+    decode.wait(2.0)
+    assert decode.receiver.quarantine_s() == decode.receiver.quarantine_s(7) == 2.0
+    assert decode.receiver.quarantine_s(8) == 0.0
+    assert decode.receiver.fence(7) == 3
+    assert decode.holds_nothing()
+
+
+# --- ARRIVED, ADOPTED ------------------------------------------------------------------------------------------------
+
+
+def test_an_abort_after_the_arrival_frees(decode: Decode) -> None:
+    decode.arrive(*decode.opened())
+    decode.receiver.abort("a", 0)
+    assert decode.holds_nothing() and not decode.receiver.arrived
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_an_abort_unless_arrived_keeps_what_has_arrived(decode: Decode, adopted: bool) -> None:
+    decode.arrive(*decode.opened())
+    if adopted:
+        decode.receiver.adopt(decode.receiver.arrived[0])
+    decode.said_to_router()
+    decode.receiver.abort("a", 0, unless_arrived=True)
+    assert isinstance(decode.said_to_router()[0], HandoffDone)
+    assert decode.pool.num_owned_blocks == 3
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_an_abort_unless_arrived_ends_what_has_not(decode: Decode, is_open: bool) -> None:
+    grant = decode.grant()
+    if is_open:
+        decode.open(grant)
+    decode.receiver.abort("a", 0, unless_arrived=True)
+    decode.receiver.abort("a", 0, unless_arrived=True)
+    answers = decode.said_to_router()
+    assert [type(answer) for answer in answers] == [HandoffFailed, HandoffFailed]
+    assert not decode.receiver.arrived and decode.receiver.num_granted_blocks == 0
+
+
+def test_an_abort_of_an_unknown_request_is_answered_where_the_router_is_known(decode: Decode) -> None:
+    decode.receiver.abort("x", 0, unless_arrived=True)
+    assert decode.said_to_router() == [] and decode.receiver.stale_messages == 1
+    decode.receiver.abort("x", 0, unless_arrived=True, router_id=R)
+    assert only(decode.said_to_router(), HandoffFailed).blame == "unknown"
+
+
+def test_an_abort_of_an_older_attempt_changes_nothing(decode: Decode) -> None:
+    decode.grant("a", 2)
+    decode.receiver.abort("a", 1)
+    assert decode.receiver.num_granted_blocks == 3
+
+
+# --- latecomers ------------------------------------------------------------------------------------------------
+
+
+def test_messages_of_an_ended_open_are_counted_and_a_repeated_arrival_is_answered(decode: Decode) -> None:
+    grant, open_id = decode.opened()
+    decode.arrive(grant, open_id)
+    decode.receiver.adopt(decode.receiver.arrived[0])
+    decode.said_to_peer()
+    decode.arrive(grant, open_id)
+    assert only(decode.said_to_peer(), KVDone).open_id == open_id
+    decode.close(grant, open_id)
+    decode.receiver.on_message(P, KVRenew(opens=((grant.grant_id, open_id),)))
+    assert only(decode.said_to_peer(), KVRenewed).opens == ((grant.grant_id, open_id, 0.0),)
+    assert decode.receiver.stale_messages == 3
+    assert decode.pool.num_owned_blocks == 3
+
+
+def test_messages_with_another_open_id_change_nothing(decode: Decode) -> None:
+    grant, open_id = decode.opened()
+    decode.arrive(grant, open_id + 1)
+    decode.close(grant, open_id + 1)
+    decode.receiver.on_message(P, KVRenew(opens=((grant.grant_id, open_id + 1),)))
+    assert only(decode.said_to_peer(), KVRenewed).opens[0][2] == 0.0
+    assert decode.receiver.has_open and decode.receiver.stale_messages == 3
+
+
+@pytest.mark.parametrize("state", ReservationState)
+@pytest.mark.parametrize("to", ReservationState)
+def test_only_the_drawn_edges_exist(decode: Decode, state: ReservationState, to: ReservationState) -> None:
+    decode.grant()
+    reservation = next(iter(decode.receiver.ledger.live.values()))
+    assert isinstance(reservation, Reservation)
+    reservation.state = state
+    if to in _NEXT[state]:
+        reservation.advance(to, 0.0)
+        assert reservation.state is to
+    else:
+        with pytest.raises(InvalidTransition, match=f"{state.value} to {to.value}"):
+            reservation.advance(to, 0.0)

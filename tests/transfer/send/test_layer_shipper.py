@@ -1,0 +1,110 @@
+"""The hook into an engine: what is told of a layer, and what of a GPU's work that waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from kvferry.common.batch import Fence
+from kvferry.common.clock import FakeClock
+from kvferry.common.config import TransferConfig
+from kvferry.kvcache.blocks import KVCacheSpec
+from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
+from kvferry.transfer.send.plan import ShipPlan
+from kvferry.transfer.send.ranks import LayerShipper
+from kvferry.transfer.send.sender import KVSender
+
+NUM_LAYERS = 3
+SPEC = KVCacheSpec(model="m", num_layers=NUM_LAYERS, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32")
+
+
+class _Layer:
+    """A fence that never passes."""
+
+    def query(self) -> bool:
+        return False
+
+
+class _Calls:
+    """Keeps what the transfer thread is asked for."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[Fence | None, str]] = []
+
+    def call(self, function: Callable[..., None], *args: object) -> None:
+        raise AssertionError("everything about pages is in the order of the GPU's work")
+
+    def call_after(self, fence: Fence | None, function: Callable[..., None], *args: object) -> None:
+        self.made.append((fence, function.__name__))
+
+
+def _sender() -> KVSender:
+    return KVSender(
+        rank=0,
+        tp_size=1,
+        worker_id="p-0",
+        incarnation=1,
+        version="1",
+        backend=LocalBackend("p", LocalNetwork()),
+        spec=SPEC,
+        num_blocks=8,
+        clock=FakeClock(),
+        config=TransferConfig(),
+        to_peer=lambda address, message: None,
+        report=lambda report: None,
+        source_free=lambda open_id: None,
+    )
+
+
+def _shipper() -> tuple[LayerShipper, _Calls, list[_Layer]]:
+    calls, fences = _Calls(), list[_Layer]()
+
+    def layer_fence() -> Fence:
+        fences.append(_Layer())
+        return fences[-1]
+
+    return LayerShipper(calls, _sender(), NUM_LAYERS, layer_fence), calls, fences
+
+
+def test_layers_of_two_shipments_wait_for_one_fence_each() -> None:
+    shipper, calls, fences = _shipper()
+    shipper.begin_step([ShipPlan(1, (4,), (9,), last=True), ShipPlan(2, (5, 6), (1, 2))])
+    for layer in range(NUM_LAYERS):
+        shipper.on_layer(layer)
+    assert len(fences) == NUM_LAYERS
+    told = [(fence, "pages_ready") for fence in fences for _ in range(2)]
+    told.insert(5, (fences[-1], "layers_done"))
+    assert calls.made == told
+
+
+@pytest.mark.parametrize("plans", [[], [ShipPlan(1, (), ())]])
+def test_a_step_that_completes_nothing_asks_nothing_of_the_gpu(plans: list[ShipPlan]) -> None:
+    shipper, calls, fences = _shipper()
+    shipper.begin_step(plans)
+    for layer in range(NUM_LAYERS):
+        shipper.on_layer(layer)
+    assert not calls.made and not fences
+
+
+def test_blocks_of_earlier_steps_wait_for_nothing() -> None:
+    shipper, calls, fences = _shipper()
+    shipper.begin_step([ShipPlan(1, (4,), (9,), all_layers=True)])
+    assert calls.made == [(None, "pages_ready")] * NUM_LAYERS and not fences
+
+
+def test_the_end_of_a_prompt_whose_blocks_are_all_held_is_told_behind_its_last_layer() -> None:
+    shipper, calls, fences = _shipper()
+    shipper.begin_step([ShipPlan(1, (), (), last=True)])
+    for layer in range(NUM_LAYERS):
+        shipper.on_layer(layer)
+    assert calls.made == [(fences[-1], "layers_done")]
+
+
+def test_a_step_that_is_not_the_shipments_ships_nothing_a_second_time() -> None:
+    shipper, calls, fences = _shipper()
+    shipper.begin_step([ShipPlan(1, (4,), (9,))])
+    for _ in range(2):  # the second one is of answers: nobody begins it here
+        for layer in range(NUM_LAYERS):
+            shipper.on_layer(layer)
+    assert calls.made == [(fence, "pages_ready") for fence in fences] and len(fences) == NUM_LAYERS

@@ -1,0 +1,87 @@
+"""A decode worker's agents are replaced together: one rank's answer is not enough, an old try's counts for nothing."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kvferry.common.messages import Decoder, KVArrived, RegionInfo, encode
+from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
+from kvferry.transfer.protocol.rank_messages import Rotate
+from kvferry.transfer.thread import TransferThread
+from kvferry.worker.agents import Agents, rotated
+
+from ..transfer.test_thread import ARRIVED
+
+WAIT_S = 20.0
+_commands: Decoder[Rotate] = Decoder(Rotate)
+
+
+class Ranks:
+    """Rank 0 with its thread; what the others would do is said by hand."""
+
+    def __init__(self, tp_size: int) -> None:
+        self.network = LocalNetwork()
+        self.backend = LocalBackend("d-0.1.0.0", self.network)
+        self.backend.register(torch.zeros(1, 2, 2, 1, 1, 1), rank=0, tp_size=tp_size, generation=0)
+        self.others = [LocalBackend(f"d-0.1.0.{rank}", self.network) for rank in range(1, tp_size)]
+        for rank, other in enumerate(self.others, start=1):
+            other.register(torch.zeros(1, 2, 2, 1, 1, 1), rank=rank, tp_size=tp_size, generation=0)
+        self.arrived: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self.told: list[Rotate] = []
+        self.done: queue.SimpleQueue[tuple[RegionInfo, ...] | None] = queue.SimpleQueue()
+        self.thread = TransferThread(
+            self.backend, on_arrived=lambda agent, message: self.arrived.put(message), on_failure=self.arrived.put
+        )
+        self.agents = Agents(
+            self.thread,
+            tp_size,
+            broadcast=lambda payload: self.told.append(_commands.decode(payload)),
+            done=self.done.put,
+        )
+        self.thread.start()
+
+    def answer(self, rank: int, generation: int) -> None:
+        self.agents.on_rank(rotated(rank, generation, self.others[rank - 1].rotate(generation)))
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.thread.close()
+
+
+def test_only_the_answers_of_all_ranks_end_a_rotation(ranks: Ranks) -> None:
+    ranks.agents.start(1)
+    assert ranks.told == [Rotate(generation=1)]
+    ranks.answer(1, 1)
+    regions = ranks.done.get(timeout=WAIT_S)
+    assert regions is not None
+    assert [(region.rank, region.agent) for region in regions] == [(0, "d-0.1.1.0"), (1, "d-0.1.1.1")]
+
+
+def test_one_rank_without_an_agent_means_that_it_failed_and_its_late_answers_do_not_count(ranks: Ranks) -> None:
+    ranks.network.can_make_agents = False
+    ranks.agents.start(1)
+    ranks.agents.on_rank(rotated(1, 1, ranks.others[0]._region(1)))
+    assert ranks.done.get(timeout=WAIT_S) is None
+    ranks.network.can_make_agents = True
+    ranks.agents.start(2)
+    ranks.agents.on_rank(rotated(1, 1, ranks.others[0]._region(1)))
+    ranks.answer(1, 2)
+    regions = ranks.done.get(timeout=WAIT_S)
+    assert regions is not None and {region.generation for region in regions} == {2}
+
+
+def test_what_has_arrived_is_handed_out_before_the_agent_goes(ranks: Ranks) -> None:
+    writer = LocalBackend("p-0.1.0.0", ranks.network)
+    writer.register(torch.zeros(1, 2, 2, 1, 1, 1), rank=0, tp_size=1, generation=0)
+    writer.notify("d-0.1.0.0", encode(ARRIVED))
+    ranks.agents.start(1)
+    assert isinstance(ranks.arrived.get(timeout=WAIT_S), KVArrived)
+    ranks.answer(1, 1)
+    assert ranks.done.get(timeout=WAIT_S) is not None

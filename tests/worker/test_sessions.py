@@ -1,0 +1,97 @@
+"""A worker's sessions: each router gets its own heartbeats, and what was sent is written before what comes after."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+from kvferry.common.channel import Address, Channel, serve, server_address
+from kvferry.common.credentials import NO_SECRET
+from kvferry.common.messages import Decoder, HandoffDone, WorkerHello, WorkerStatus, WorkerToRouter, encode
+from kvferry.worker.sessions import RouterSessions
+
+from ..router.fleet import hello, status
+
+_decoder: Decoder[WorkerHello | WorkerStatus] = Decoder(WorkerToRouter)
+
+
+async def test_each_router_gets_the_heartbeat_that_is_made_for_it() -> None:
+    heard: dict[str, list[str]] = {"a": [], "b": []}
+    is_done = asyncio.Event()
+
+    async def listen(name: str) -> tuple[asyncio.Server, str]:
+        async def on_channel(channel: Channel) -> None:
+            assert isinstance(_decoder.decode(await channel.recv()), WorkerHello)
+            while True:
+                message = _decoder.decode(await channel.recv())
+                assert isinstance(message, WorkerStatus)
+                heard[name].append(message.state)
+                if all(len(states) >= 2 for states in heard.values()):
+                    is_done.set()
+                elif len(heard[name]) == 1:
+                    sessions.send_status()
+
+        server = await serve(Address("127.0.0.1", 0), name, on_channel)
+        return server, str(server_address(server, "127.0.0.1"))
+
+    servers = [await listen(name) for name in heard]
+    sessions = RouterSessions(
+        tuple(address for _, address in servers),
+        hello("w", "decode"),
+        secret=NO_SECRET,
+        max_frame_bytes=1 << 20,
+        on_message=lambda router, message: None,
+        on_lost=lambda router: None,
+        status=lambda router: status(state=f"for {router}"),
+    )
+    sessions.start()
+    async with asyncio.timeout(10):
+        await is_done.wait()
+    await sessions.close()
+    for server, _ in servers:
+        server.close()
+    assert {name: set(states) for name, states in heard.items()} == {"a": {"for a"}, "b": {"for b"}}
+
+
+async def test_what_the_loop_is_asked_for_after_a_message_finds_it_written() -> None:
+    """In the kernel's hands, so that it outlives this process: a step that may be the last one waits for that."""
+    loop, joined, looked = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+    found: list[int] = []
+
+    async def on_channel(channel: Channel) -> None:
+        for _ in range(2):  # hello and first heartbeat: from here on nothing is under way
+            await channel.recv()
+        accepted = channel._writer.get_extra_info("socket").fileno()
+
+        def look() -> None:
+            with (
+                socket.fromfd(accepted, socket.AF_INET, socket.SOCK_STREAM) as peer,
+                contextlib.suppress(BlockingIOError),
+            ):
+                found.append(len(peer.recv(1 << 16, socket.MSG_PEEK | socket.MSG_DONTWAIT)))
+            looked.set()
+
+        sessions.send("r", HandoffDone(request_id="a", attempt=0))
+        sessions.send("r", HandoffDone(request_id="b", attempt=0))
+        loop.call_soon_threadsafe(look)
+        await looked.wait()
+        joined.set()
+
+    server = await serve(Address("127.0.0.1", 0), "r", on_channel)
+    sessions = RouterSessions(
+        (str(server_address(server, "127.0.0.1")),),
+        hello("w", "decode"),
+        secret=NO_SECRET,
+        max_frame_bytes=1 << 20,
+        on_message=lambda router, message: None,
+        on_lost=lambda router: None,
+        status=lambda router: status(),
+    )
+    sessions.start()
+    async with asyncio.timeout(10):
+        await joined.wait()
+    await sessions.close()
+    server.close()
+    size = 4 + len(encode(HandoffDone(request_id="a", attempt=0)))
+    assert found == [2 * size]

@@ -1,0 +1,283 @@
+"""`kvferry chaos`: workers die under load, and every answer is held against an undisturbed one.
+
+    a deployment that nobody disturbs answers each distinct request once: the answers that are right
+    -> a fresh one of the same kind under load; every few seconds a random worker gets SIGKILL or SIGSTOP
+    -> quiet: nothing is sent or struck, all workers come back -> books, histories, tally
+
+Everything is real: processes, signals, NIXL. In deterministic mode a token depends on the tokens before it alone, so a
+stream that was resumed twice must equal the undisturbed one to the byte, log probabilities included. What a client may
+never see is in `history.py`; the exit code is 1 if a run shows any of it, or loses a request or a block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from time import perf_counter
+
+from rich.console import Console
+
+from ...common.errors import ConfigError
+from ...models.config import ModelConfig
+from ..load.arguments import positive_float, positive_int
+from ..load.environment import describe_environment
+from ..load.http_client import HttpError
+from ..load.json_file import save_json
+from ..load.report import report_console
+from ..load.tiny_model import write_tiny_model
+from .events import Event, Note, encode_event
+from .load import Load
+from .requests import Ask, plan_asks
+from .serve_system import System, serving
+from .system import LogTail, settle
+from .tally import Tally, print_tally, tally
+from .workers import Workers
+
+_ALL_UP_WITHIN_S = 60.0
+_QUIET_WITHIN_S = 60.0
+_FIRST_BLOW_AFTER_S = 2.0
+_TINY_CACHE = "6MiB"  # 384 blocks: with one decode worker left, answers have to wait for blocks
+
+
+@dataclass(slots=True, frozen=True)
+class Options:
+    """The command line, parsed."""
+
+    model: Path | None
+    num_prefill: int
+    num_decode: int
+    minutes: float
+    every_s: float
+    concurrency: int
+    num_asks: int
+    seed: int
+    serve_flags: tuple[str, ...]
+    json_path: Path | None
+    history_path: Path | None
+    log_dir: Path
+
+    @property
+    def num_workers(self) -> int:
+        return self.num_prefill + self.num_decode
+
+    @property
+    def flags(self) -> list[str]:
+        # A policy that hands every prompt over: handoffs are what is shot at.
+        flags = ["--policy", "least_loaded", "--prefill", str(self.num_prefill), "--decode", str(self.num_decode)]
+        flags += ["--deterministic"]
+        if self.model is None:
+            flags += ["--kv-cache-memory-bytes", _TINY_CACHE]
+        return [*flags, *self.serve_flags]
+
+    def __str__(self) -> str:
+        return (
+            f"1 router, {self.num_prefill} prefill, {self.num_decode} decode workers; a blow every {self.every_s:g} s "
+            f"for {self.minutes:g} min under {self.concurrency} requests in flight; seed {self.seed}"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: nothing was lost, leaked or changed; 1: something was; 2: the run could not be made; 130: interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    errors = Console(stderr=True)
+    try:
+        options = parse_options(argv)
+        found = run(options, errors)
+    except (ConfigError, HttpError) as error:
+        errors.print(f"kvferry chaos: {error}", markup=False, style="red", soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("kvferry chaos: interrupted, nothing is known", style="red")
+        return 130
+    print_tally(found, str(options), report_console())
+    if options.json_path is not None:
+        environment = describe_environment("kvferry chaos", argv)
+        save_json({"environment": asdict(environment), "run": str(options), **found.as_json()}, options.json_path)
+    errors.print(f"logs of the system: {options.log_dir}", style="dim")
+    return 0 if found.is_good else 1
+
+
+def run(options: Options, console: Console) -> Tally:
+    """Both deployments, one after the other."""
+    with ExitStack() as stack:
+        model_dir = options.model
+        if model_dir is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
+            model_dir = write_tiny_model(folder / "tiny")
+        asks = plan_asks(
+            options.num_asks, options.seed, model=model_dir.name, vocab_size=ModelConfig.from_dir(model_dir).vocab_size
+        )
+        tell = stack.enter_context(_history(options.history_path))
+        chaos = _Chaos(options, model_dir, tell, console)
+        asks = chaos.learn(asks)
+        return chaos.disturb(asks)
+
+
+@contextmanager
+def _history(path: Path | None) -> Iterator[Callable[[Event], None]]:
+    if path is None:
+        yield lambda event: None
+        return
+    with path.open("wb") as file:
+        yield lambda event: _write(file.write, event)
+
+
+def _write(write: Callable[[bytes], object], event: Event) -> None:
+    write(encode_event(event))
+
+
+class _Chaos:
+    """One run. Times are seconds since it was made."""
+
+    def __init__(self, options: Options, model_dir: Path, tell: Callable[[Event], None], console: Console) -> None:
+        self._options = options
+        self._model_dir = model_dir
+        self._tell = tell
+        self._console = console
+        self._began_s, self._wall_began_s = perf_counter(), time.time()
+        self._numbers = count(1)  # of requests, disturbed or not
+        self._references: Load | None = None
+
+    @contextmanager
+    def _serving(self, name: str) -> Iterator[System]:
+        self._console.print(f"{name}: starting", style="dim")
+        with serving(name, self._model_dir, self._options.flags, self._options.log_dir) as system:
+            yield system
+
+    def learn(self, asks: Sequence[Ask]) -> list[Ask]:
+        """The right answers. Returns the asks as they are sent from then on."""
+        with self._serving("undisturbed") as system:
+            return asyncio.run(self._learn(system, asks))
+
+    async def _learn(self, system: System, asks: Sequence[Ask]) -> list[Ask]:
+        await self._until_up(system)
+        self._references = load = Load(system.base_url, self._began_s, self._tell, self._numbers)
+        self._console.print(f"undisturbed: {len(asks)} distinct requests", style="dim")
+        try:
+            return await load.compute_references(asks, self._options.concurrency)
+        finally:
+            load.close()
+
+    def disturb(self, asks: Sequence[Ask]) -> Tally:
+        with self._serving("disturbed") as system:
+            return asyncio.run(self._disturb(system, asks))
+
+    async def _disturb(self, system: System, asks: Sequence[Ask]) -> Tally:
+        assert self._references is not None
+        options, notes = self._options, list[Note]()
+        workers = Workers(self._began_s, self._tell)
+
+        def on_note(note: Note) -> None:
+            notes.append(note)
+            self._tell(note)
+            workers.on_note(note)
+
+        tail = LogTail(system.process.log_path, self._wall_began_s, on_note)
+        following = asyncio.create_task(tail.follow())
+        load = Load(system.base_url, self._began_s, self._tell, self._numbers)
+        load.references = self._references.references
+        try:
+            await self._until_up(system)
+            tail.read()
+            await self._strike_under_load(load, workers, asks)
+            self._console.print("disturbed: waiting for quiet", style="dim")
+            books, settled_s = await settle(system, options.num_workers, _QUIET_WITHIN_S)
+            tail.read()
+        finally:
+            following.cancel()
+            with suppress(asyncio.CancelledError):
+                await following
+            load.close()
+            workers.close()
+        return tally(
+            load.results,
+            load.references,
+            notes,
+            workers.strikes,
+            books,
+            settled_s=settled_s,
+            num_workers=options.num_workers,
+            num_joined=workers.num_joined,
+        )
+
+    async def _strike_under_load(self, load: Load, workers: Workers, asks: Sequence[Ask]) -> None:
+        options, over = self._options, asyncio.Event()
+        source = random.Random(options.seed)
+        loading = asyncio.create_task(load.run(asks, options.concurrency, options.seed, over))
+        loop = asyncio.get_running_loop()
+        end_s, next_s = loop.time() + 60 * options.minutes, loop.time() + _FIRST_BLOW_AFTER_S
+        while next_s < end_s:
+            await asyncio.sleep(next_s - loop.time())
+            next_s += options.every_s
+            if loading.done():
+                break  # it raised: see below
+            strike = workers.strike(source)
+            if strike is not None:
+                what = f"{strike.at_s:6.1f} s  {strike.kind:5} {strike.worker_id}"
+                self._console.print(f"{what}, {len(load.results)} requests so far", style="dim", highlight=False)
+        await asyncio.sleep(max(0.0, end_s - loop.time()))
+        over.set()
+        await loading
+
+    async def _until_up(self, system: System) -> None:
+        books, _ = await settle(system, self._options.num_workers, _ALL_UP_WITHIN_S)
+        if books.num_workers != self._options.num_workers:
+            raise ConfigError(
+                f"{books.num_workers} of {self._options.num_workers} workers came up:\n{system.process.log_tail()}"
+            )
+
+
+def parse_options(argv: Sequence[str]) -> Options:
+    parsed = make_parser().parse_args(argv)
+    for flag, path in (("--json", parsed.json), ("--history", parsed.history)):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{flag} {path}: there is no directory {path.parent}")
+    return Options(
+        model=parsed.model,
+        num_prefill=parsed.prefill,
+        num_decode=parsed.decode,
+        minutes=parsed.minutes,
+        every_s=parsed.every,
+        concurrency=parsed.concurrency,
+        num_asks=parsed.num_requests,
+        seed=parsed.seed,
+        serve_flags=tuple(shlex.split(parsed.serve_flags)),
+        json_path=parsed.json,
+        history_path=parsed.history,
+        log_dir=parsed.log_dir or Path(tempfile.mkdtemp(prefix="chaos-logs-")),
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvferry chaos",
+        description="Kill workers of a deployment of its own under load; exit code 1 if anything is lost or changed.",
+    )
+    add = parser.add_argument
+    add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: a tiny random model)")
+    add("--prefill", type=positive_int, default=2, metavar="N", help="prefill workers (default: %(default)s)")
+    add("--decode", type=positive_int, default=2, metavar="N", help="decode workers (default: %(default)s)")
+    add("--minutes", type=positive_float, default=10.0, metavar="M", help="under load (default: %(default)g)")
+    add("--every", type=positive_float, default=5.0, metavar="S", help="between two blows (default: %(default)g)")
+    add("--concurrency", type=positive_int, default=8, metavar="N", help="requests in flight (default: %(default)s)")
+    add("--num-requests", type=positive_int, default=330, metavar="N", help="distinct ones (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of requests, victims and signals (default: %(default)s)")
+    add("--serve-flags", default="", metavar="FLAGS", help="for `kvferry serve`, in one word: '--dtype bfloat16'")
+    add("--json", type=Path, metavar="FILE", help="write all figures here")
+    add("--history", type=Path, metavar="FILE", help="write every event here, a JSON line each")
+    add("--log-dir", type=Path, metavar="DIR", help="for the system's output (default: a new temporary directory)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""What clients saw of a run, and whether a server that loses nothing may have shown them that. Pure.
+
+    python -m kvferry.tools.chaos.history FILE      checks the file that `kvferry chaos --history FILE` wrote
+
+Requests that were sent while nobody was disturbed are references; the others repeat one of them and must get the same
+answer.
+
+I6  tokens of a choice come once, in order, without a gap; nothing after the finish reason
+I8  every request ends once, and in a way that its client can tell: all finish reasons and [DONE], or a proper error
+I9  usage counts the tokens that were delivered, and the router has exactly one row for the request which says the same
+EQ  text, tokens, log probabilities, finish and stop reasons equal the reference's
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from .events import Cut, Delta, Done, Failed, History, Note, Request, Usage, read_history
+
+NATURAL_ENDS = ("stop", "length")
+_ENDS = (Done, Failed, Cut)
+
+
+@dataclass(slots=True, frozen=True)
+class Breach:
+    """One promise that was broken."""
+
+    rule: str
+    request: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.rule} request {self.request}: {self.text}"
+
+
+@dataclass(slots=True)
+class Verdict:
+    """Of one request."""
+
+    breaches: list[Breach] = field(default_factory=list)
+    is_lost: bool = False  # ended without finish reason or proper error, or not at all
+    num_repeated: int = 0  # tokens that the reference does not have at that place
+    num_missing: int = 0
+    num_changed: int = 0
+    num_tokens: int = 0
+
+
+def judge(request: Request, reference: Request | None = None) -> Verdict:
+    """Check one request that is over; `reference`: the same one undisturbed."""
+    verdict = Verdict(num_tokens=sum(len(choice.token_ids) for choice in request.answer()))
+    found = verdict.breaches
+    for rule, text in (*_check_order(request), *_check_end(request), *_check_usage(request)):
+        found.append(Breach(rule, request.number, text))
+    failure = request.failure
+    verdict.is_lost = not request.is_done and (failure is None or not failure.code)
+    if reference is not None and request.is_done:
+        for text in _compare(request, reference, verdict):
+            found.append(Breach("EQ", request.number, text))
+    return verdict
+
+
+def _check_order(request: Request) -> Iterable[tuple[str, str]]:
+    ended: set[int] = set()
+    num_tokens: Counter[int] = Counter()
+    last_offset: dict[int, int] = {}
+    for event in request.events:
+        if not isinstance(event, Delta):
+            continue
+        if not 0 <= event.choice < request.sent.num_choices:
+            yield "I6", f"choice {event.choice} of {request.sent.num_choices}"
+        if event.choice in ended:
+            yield "I6", f"choice {event.choice} goes on after its finish reason: {event.text!r} {event.token_ids}"
+        for offset in event.offsets:
+            if offset < last_offset.setdefault(event.choice, 0):
+                yield "I6", f"choice {event.choice} goes back from character {last_offset[event.choice]} to {offset}"
+            last_offset[event.choice] = offset
+        num_tokens[event.choice] += len(event.token_ids)
+        if event.finish is not None:
+            ended.add(event.choice)
+    for choice, count in num_tokens.items():
+        if count > request.sent.max_tokens:
+            yield "I6", f"choice {choice} has {count} tokens, {request.sent.max_tokens} were asked for"
+
+
+def _check_end(request: Request) -> Iterable[tuple[str, str]]:
+    ends = [event for event in request.events if isinstance(event, _ENDS)]
+    if not ends:
+        yield "I8", "never ended"
+        return
+    if len(ends) > 1:
+        yield "I8", f"ended {len(ends)} times: {', '.join(type(end).__name__ for end in ends)}"
+    if request.events[-1] is not ends[-1]:
+        yield "I8", f"{type(request.events[-1]).__name__} after its end"
+    match ends[0]:
+        case Cut(why=why):
+            yield "I8", f"cut off: {why}"
+        case Failed(code="", status=status, message=message):
+            yield "I8", f"ended with no proper error: {status} {message[:200]}"
+        case Done():
+            yield from _check_finishes(request)
+
+
+def _check_finishes(request: Request) -> Iterable[tuple[str, str]]:
+    finishes: Counter[int] = Counter()
+    for event in request.events:
+        if isinstance(event, Delta) and event.finish is not None:
+            finishes[event.choice] += 1
+            if event.finish not in NATURAL_ENDS:
+                yield "I8", f"choice {event.choice} ended by {event.finish!r}"
+    for choice in range(request.sent.num_choices):
+        if finishes[choice] != 1:
+            yield "I8", f"[DONE], and choice {choice} has {finishes[choice]} finish reasons"
+
+
+def _check_usage(request: Request) -> Iterable[tuple[str, str]]:
+    if not request.is_done:
+        return
+    usages = [event for event in request.events if isinstance(event, Usage)]
+    if len(usages) != 1:
+        yield "I9", f"{len(usages)} reports of usage"
+        return
+    delivered = sum(len(event.token_ids) for event in request.events if isinstance(event, Delta))
+    if usages[0].num_completion_tokens != delivered:
+        yield "I9", f"usage says {usages[0].num_completion_tokens} tokens, {delivered} were delivered"
+
+
+def _compare(request: Request, reference: Request, verdict: Verdict) -> Iterable[str]:
+    for number, (got, wanted) in enumerate(zip(request.answer(), reference.answer(), strict=True)):
+        if got.token_ids != wanted.token_ids:
+            yield f"choice {number}: {_count_difference(got.token_ids, wanted.token_ids, verdict)}"
+        for name in ("text", "logprobs", "finish", "stop_reason"):
+            ours, theirs = getattr(got, name), getattr(wanted, name)
+            if ours != theirs:
+                yield f"choice {number}: {name} {_first_difference(ours, theirs)}"
+    if request.usage is not None and reference.usage is not None:
+        for name in ("num_prompt_tokens", "num_completion_tokens"):
+            ours, theirs = getattr(request.usage, name), getattr(reference.usage, name)
+            if ours != theirs:
+                yield f"{name} {ours} is not {theirs}"
+
+
+def _count_difference(got: Sequence[int], wanted: Sequence[int], verdict: Verdict) -> str:
+    missing = repeated = changed = 0
+    for what, i, j, k, m in difflib.SequenceMatcher(None, wanted, got, autojunk=False).get_opcodes():
+        missing += j - i if what == "delete" else max(0, (j - i) - (m - k)) if what == "replace" else 0
+        repeated += m - k if what == "insert" else max(0, (m - k) - (j - i)) if what == "replace" else 0
+        changed += min(j - i, m - k) if what == "replace" else 0
+    verdict.num_missing += missing
+    verdict.num_repeated += repeated
+    verdict.num_changed += changed
+    first = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted)))
+    return f"{missing} tokens missing, {repeated} too many, {changed} changed, from token {first} of {len(wanted)} on"
+
+
+def _first_difference(got: object, wanted: object) -> str:
+    if isinstance(got, str | list) and isinstance(wanted, str | list):
+        first = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), None)
+        if first is not None:
+            return f"differs at {first} of {len(wanted)}: {got[first]!r} is not {wanted[first]!r}"
+    return f"{str(got)[-60:]!r} is not {str(wanted)[-60:]!r}"
+
+
+class Counted(NamedTuple):
+    """What a client counted of an answer."""
+
+    request: int
+    answer_id: str
+    num_completion_tokens: int
+
+
+def counted(request: Request) -> Counted | None:
+    """None: it was not answered."""
+    usage = request.usage
+    return (
+        Counted(request.number, request.answer_id, usage.num_completion_tokens) if usage and request.is_done else None
+    )
+
+
+def check_rows(answers: Iterable[Counted], notes: Iterable[Note]) -> list[Breach]:
+    """Each answer has one `request_finished` row of the router, with the tokens that its client counted."""
+    rows: dict[str, list[object]] = {}
+    for note in notes:
+        if note.what == "request_finished":
+            rows.setdefault(note.answer_id, []).append(note.detail.get("completion_tokens"))
+    found = []
+    for answer in answers:
+        mine = rows.get(answer.answer_id, [])
+        if len(mine) != 1:
+            found.append(Breach("I8", answer.request, f"the router has {len(mine)} rows for {answer.answer_id}"))
+        elif mine[0] != answer.num_completion_tokens:
+            text = f"the router counts {mine[0]} tokens, usage {answer.num_completion_tokens}"
+            found.append(Breach("I9", answer.request, text))
+    return found
+
+
+def judge_all(history: History) -> dict[int, Verdict]:
+    """Of every request that was sent while workers died."""
+    references = history.references()
+    return {
+        number: judge(request, references.get(request.sent.ask))
+        for number, request in history.requests.items()
+        if not request.sent.is_reference
+    }
+
+
+def breaches_of(history: History) -> list[Breach]:
+    found = [breach for verdict in judge_all(history).values() for breach in verdict.breaches]
+    disturbed = (request for request in history.requests.values() if not request.sent.is_reference)
+    return found + check_rows(filter(None, map(counted, disturbed)), history.notes)
+
+
+def main(argv: Sequence[str]) -> int:
+    """0: nothing was broken; 1: something was; 2: no such file."""
+    if len(argv) != 1 or not Path(argv[0]).is_file():
+        print("usage: python -m kvferry.tools.chaos.history FILE", file=sys.stderr)
+        return 2
+    history = read_history(Path(argv[0]))
+    breaches = breaches_of(history)
+    for breach in breaches:
+        print(breach)
+    print(f"{len(history.requests)} requests, {len(breaches)} breaches")
+    return 1 if breaches else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

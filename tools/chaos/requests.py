@@ -1,0 +1,116 @@
+"""The requests of a chaos run: every way in which an answer can be asked for, drawn from a seed.
+
+Each has a seed of its own, so that its answer is one and the same whenever and wherever it is computed. What may differ
+between two sendings without touching the answer (priority, cache salt) is added when it is sent.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .events import ChoiceAnswer
+
+Body = dict[str, object]
+
+_PROMPT_LENS = (1, 5, 16, 17, 60, 150, 400)
+_MIN_ANSWER, _MAX_ANSWER = 4, 160
+_FIRST_ID = 4  # below are special tokens
+_WORDS = "the a worker block stream token dies goes on 42 again never once in order elsewhere Zwerg".split()
+
+
+@dataclass(slots=True, frozen=True)
+class Ask:
+    """One distinct request."""
+
+    number: int
+    kind: str
+    path: str
+    body: Body
+    num_choices: int
+    max_tokens: int
+    is_stream: bool
+    wants_stop: bool = False  # a stop string is taken from its own answer once that is known
+
+    def with_stop(self, answer: ChoiceAnswer) -> Ask:
+        """The same with a stop string of three characters from the middle of the answer, wherever tokens begin."""
+        middle = max(0, len(answer.text) // 2 - 1)
+        stop = answer.text[middle : middle + 3]
+        return replace(self, body={**self.body, "stop": [stop, "no such text"]} if stop else self.body)
+
+    def send_body(self, source: random.Random) -> Body:
+        """With what does not touch the answer: half of the prompts are in no prefix cache."""
+        extra: Body = {"priority": source.choice((-1, 0, 0, 0, 1))}
+        if source.random() < 0.5:
+            extra["cache_salt"] = f"{source.getrandbits(64):x}"
+        return self.body | extra
+
+
+def plan_asks(count: int, seed: int, *, model: str, vocab_size: int) -> list[Ask]:
+    """`count` distinct requests, all kinds in turn."""
+    source = random.Random(seed)
+    makers = list(_KINDS.items())
+    return [_make(number, *makers[number % len(makers)], source, model, vocab_size) for number in range(count)]
+
+
+def _make(
+    number: int,
+    kind: str,
+    more: Callable[[random.Random], Body],
+    source: random.Random,
+    model: str,
+    vocab_size: int,
+) -> Ask:
+    is_chat, is_stream = kind.startswith("chat"), not kind.startswith("whole")
+    length = source.choice(_PROMPT_LENS)
+    max_tokens = source.randint(_MIN_ANSWER, _MAX_ANSWER)
+    body: Body = {
+        "model": model,
+        "max_tokens": max_tokens,
+        "seed": source.getrandbits(31),
+        "stream": is_stream,
+        "return_token_ids": True,
+        "ignore_eos": source.random() < 0.8,
+        **more(source),
+    }
+    if is_stream:
+        body["stream_options"] = {"include_usage": True}
+    if is_chat:
+        text = " ".join(source.choices(_WORDS, k=max(1, length // 3)))
+        body["messages"] = [{"role": "user", "content": text}]
+    else:
+        body["prompt"] = [source.randrange(_FIRST_ID, vocab_size) for _ in range(length)]
+    num_choices = body.get("n", 1)
+    assert isinstance(num_choices, int)
+    path = "/v1/chat/completions" if is_chat else "/v1/completions"
+    return Ask(number, kind, path, body, num_choices, max_tokens, is_stream, wants_stop="stop" in kind)
+
+
+def _warm(source: random.Random) -> Body:
+    return {"temperature": round(source.uniform(0.5, 1.3), 2), "top_p": source.choice((1.0, 0.95, 0.8))}
+
+
+def _penalties(source: random.Random) -> Body:
+    return {
+        **_warm(source),
+        "presence_penalty": round(source.uniform(-1, 1), 2),
+        "frequency_penalty": round(source.uniform(-1, 1), 2),
+        "repetition_penalty": round(source.uniform(1, 1.3), 2),
+        "top_k": source.choice((0, 40)),
+    }
+
+
+_KINDS: dict[str, Callable[[random.Random], Body]] = {
+    "greedy": lambda source: {"temperature": 0},
+    "seeded": _warm,
+    "choices": lambda source: {**_warm(source), "n": source.choice((2, 3))},
+    "stop": lambda source: {"temperature": 0},
+    "stop seeded": lambda source: {**_warm(source), "include_stop_str_in_output": source.random() < 0.5},
+    "logprobs": lambda source: {**_warm(source), "logprobs": 3},
+    "penalties": _penalties,
+    "chat": _warm,
+    "chat logprobs": lambda source: {"temperature": 0, "logprobs": True, "top_logprobs": 2},
+    "whole": _warm,
+    "whole choices": lambda source: {**_warm(source), "n": 2, "logprobs": 1},
+}

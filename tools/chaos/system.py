@@ -1,0 +1,107 @@
+"""The system of a chaos run as its log and its metrics show it: lines as notes, blocks by what they hold."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..load.http_client import HttpClient
+from .events import Note
+from .serve_system import Sample, System, parse_log_line
+
+_POLL_S = 0.05
+_KEPT = ("worker_joined", "worker_lost", "attempt_failed", "request_failed", "request_finished")
+_DETAILS = ("pid", "role", "reason", "stage", "attempt", "attempts", "code", "error", "status", "completion_tokens")
+
+
+class LogTail:
+    """Reads a log that grows."""
+
+    def __init__(self, path: Path, wall_began_s: float, on_note: Callable[[Note], None]) -> None:
+        """`wall_began_s`: the run's beginning as the log's clock shows it."""
+        self._path = path
+        self._wall_began_s = wall_began_s
+        self._on_note = on_note
+        self._offset = 0
+
+    async def follow(self) -> None:
+        while True:
+            self.read()
+            await asyncio.sleep(_POLL_S)
+
+    def read(self) -> None:
+        """Tell what was written since."""
+        with self._path.open("rb") as log:
+            log.seek(self._offset)
+            text = log.read()
+        whole = text.rfind(b"\n") + 1
+        self._offset += whole
+        for line in text[:whole].splitlines():
+            parsed = parse_log_line(line) if line.startswith(b"{") else None
+            if parsed is None or parsed.event not in _KEPT:
+                continue
+            fields = parsed.fields
+            self._on_note(
+                Note(
+                    at_s=parsed.at_s - self._wall_began_s,
+                    what=parsed.event,
+                    worker_id=str(fields.get("worker_id", "")),
+                    answer_id=str(fields.get("request_id", "")).partition("-")[0],  # of a call's prompts: which one
+                    detail={name: fields[name] for name in _DETAILS if name in fields},
+                )
+            )
+
+
+@dataclass(slots=True)
+class Books:
+    """The end of a run, as the workers' blocks tell it."""
+
+    num_workers: int
+    num_blocks: int
+    num_held: int  # neither free nor cached nor quarantined
+    num_quarantined: int
+    num_requests: int  # still in the router or on a worker
+
+    @property
+    def is_quiet(self) -> bool:
+        return not (self.num_held or self.num_quarantined or self.num_requests)
+
+
+async def read_books(system: System, client: HttpClient) -> Books:
+    return balance(await system.samples(client))
+
+
+def balance(samples: list[Sample]) -> Books:
+    blocks = [sample for sample in samples if sample.name == "kvferry_blocks"]
+    by_state: dict[str, float] = {}
+    for sample in blocks:
+        state = sample.labels["state"]
+        by_state[state] = by_state.get(state, 0) + sample.value
+    busy = ("kvferry_queued_requests", "kvferry_num_requests_running", "kvferry_num_requests_waiting")
+    quarantined = by_state.pop("quarantined", 0)
+    total = sum(by_state.values()) + quarantined
+    return Books(
+        num_workers=len({sample.labels["worker"] for sample in blocks}),
+        num_blocks=int(total),
+        num_held=int(total - quarantined - by_state.get("free", 0) - by_state.get("cached", 0)),
+        num_quarantined=int(quarantined),
+        num_requests=int(sum(sample.value for sample in samples if sample.name in busy)),
+    )
+
+
+async def settle(system: System, num_workers: int, timeout_s: float) -> tuple[Books, float]:
+    """Wait until every worker is there and no block is held, or the time is over. The books, and how long it took."""
+    client = HttpClient(system.base_url)
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    try:
+        while True:
+            books = await read_books(system, client)
+            elapsed_s = loop.time() - began_s
+            if elapsed_s > timeout_s or (books.is_quiet and books.num_workers == num_workers):
+                return books, elapsed_s
+            await asyncio.sleep(_POLL_S)
+    finally:
+        client.close()

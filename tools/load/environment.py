@@ -1,0 +1,100 @@
+"""Where a figure was measured: the machine, the versions, the commit, the exact command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import kvferry
+
+from ...common.clock import wall_time_s
+
+_PACKAGES = ("torch", "nixl-cu12", "uvicorn", "msgspec")
+_SECRET_FLAGS = ("--api-key",)
+
+
+@dataclass(slots=True, frozen=True)
+class Environment:
+    """Goes into every JSON record as it stands."""
+
+    date: str
+    command: str
+    kvferry_version: str
+    git_commit: str | None  # None: not run from a checkout; ends with +dirty when files differ from it
+    python: str
+    packages: dict[str, str]
+    os: str
+    cpu: str
+    num_cores: int  # usable by this process
+    memory_gib: float
+    gpus: tuple[str, ...]
+
+
+def describe_environment(program: str, argv: Sequence[str]) -> Environment:
+    return Environment(
+        date=datetime.fromtimestamp(wall_time_s(), UTC).isoformat(),
+        command=shlex.join([*program.split(), *_without_secrets(argv)]),
+        kvferry_version=kvferry.__version__,
+        git_commit=_git_commit(),
+        python=platform.python_version(),
+        packages={name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        os=f"{platform.system()} {platform.release()}",
+        cpu=_cpu_name(),
+        num_cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        gpus=_gpus(),
+    )
+
+
+def _without_secrets(argv: Sequence[str]) -> list[str]:
+    shown: list[str] = []
+    for previous, word in zip(["", *argv], argv, strict=False):
+        flag, _, value = word.partition("=")
+        if flag in _SECRET_FLAGS and value:
+            word = f"{flag}=***"
+        shown.append("***" if previous in _SECRET_FLAGS else word)
+    return shown
+
+
+def _git_commit() -> str | None:
+    root = Path(kvferry.__file__).resolve().parent
+    if not (root / ".git").exists():
+        return None
+    commit = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    if commit is None:
+        return None
+    return commit + ("+dirty" if _output("git", "-C", str(root), "status", "--porcelain", "-uno") else "")
+
+
+def _gpus() -> tuple[str, ...]:
+    listing = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    return tuple(listing.splitlines()) if listing else ()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _output(*command: str) -> str | None:
+    """None: no such program, or it failed."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

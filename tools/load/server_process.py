@@ -1,0 +1,135 @@
+"""A server under test as a child process: started with a log file, awaited, and ended with all that it started.
+
+Every child leads a process group of its own. Its descendants are noted before it is asked to end, and those that
+outlive it are killed one by one: a server that is left over would spoil every later measurement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...common.errors import ConfigError
+from .cores import Process, process_tree, processes
+
+_POLL_S = 0.25
+_TERM_S = 30.0
+_KILL_S = 10.0
+_LOG_TAIL_CHARS = 1500
+
+
+class ServerProcess:
+    """One running child."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], log_path: Path, env: Mapping[str, str], term_s: float = _TERM_S
+    ) -> None:
+        self.name = name
+        self.log_path = log_path
+        self._term_s = term_s
+        with log_path.open("wb") as log:
+            try:
+                self._child = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **env},
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise ConfigError(f"{name}: cannot start {command[0]}: {error.strerror}") from error
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def wait_until_healthy(self, url: str, timeout_s: float) -> None:
+        """Returns once the URL answers 200. A child that ends before is an error with the tail of its log."""
+        deadline_s = time.perf_counter() + timeout_s
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine
+        while time.perf_counter() < deadline_s:
+            if self._child.poll() is not None:
+                raise ConfigError(f"{self.name} ended with {self._child.returncode}:\n{self.log_tail()}")
+            with contextlib.suppress(OSError):  # not up, or not healthy: both are errors there
+                with opener.open(url, timeout=5.0):
+                    return
+            time.sleep(_POLL_S)
+        raise ConfigError(f"{self.name} was not healthy within {timeout_s:g} s:\n{self.log_tail()}")
+
+    def wait(self, timeout_s: float) -> int | None:
+        """The child's exit code; None: it still runs."""
+        try:
+            return self._child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def stop(self) -> None:
+        """Ends the child and every process below it."""
+        tree = process_tree([self.pid], processes())
+        if self._child.poll() is None:
+            self._child.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(self._term_s)
+        deadline_s = time.perf_counter() + _KILL_S
+        while left := _alive(tree):
+            if time.perf_counter() > deadline_s:
+                raise ConfigError(f"{self.name}: processes {[process.pid for process in left]} do not end")
+            for process in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+            time.sleep(_POLL_S)
+        self._child.wait(_KILL_S)
+
+    def log_tail(self) -> str:
+        return self.log_path.read_text(errors="replace")[-_LOG_TAIL_CHARS:]
+
+
+@contextmanager
+def running(
+    name: str, command: Sequence[str], log_dir: Path, env: Mapping[str, str] | None = None, *, term_s: float = _TERM_S
+) -> Iterator[ServerProcess]:
+    """The child while the block runs; at its end it has `term_s` before it is killed."""
+    log_dir.mkdir(parents=True, exist_ok=True)
+    with _ended_by_sigterm():
+        process = ServerProcess(name, command, log_dir / f"{name}.log", env or {}, term_s)
+        try:
+            yield process
+        finally:
+            process.stop()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds the stack, so that no server outlives whoever measures it. Where it has a handler: that one."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _alive(tree: Sequence[Process]) -> list[Process]:
+    """Those that still run; the name guards against a number that was given to another process meanwhile."""
+    now = processes()
+    return [old for old in tree if old.pid in now and now[old.pid].name == old.name and not now[old.pid].is_zombie]
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

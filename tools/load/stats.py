@@ -1,0 +1,135 @@
+"""From request records to the figures: percentiles, throughput, goodput. Pure.
+
+TTFT       sent -> first chunk with a token
+TPOT       mean time of an output token after the first, one figure for each request
+ITL        gap between two neighbouring tokens, all requests together (0 inside a chunk of several tokens)
+chunk gap  gap between two chunks: what a reader waits, whatever a chunk holds
+e2e        sent -> end of the answer
+goodput    requests per second that kept every limit given
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .endpoint import RequestRecord
+
+
+@dataclass(slots=True, frozen=True)
+class Distribution:
+    """Of one figure over all its samples; `count` of 0 leaves the rest None."""
+
+    count: int
+    mean: float | None = None
+    p50: float | None = None
+    p90: float | None = None
+    p99: float | None = None
+    max: float | None = None
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """Linear between the two nearest ranks; the samples are sorted already."""
+    if not ordered:
+        raise ValueError("no samples")
+    position = (len(ordered) - 1) * percent / 100
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def describe(samples: Iterable[float]) -> Distribution:
+    ordered = sorted(samples)
+    if not ordered:
+        return Distribution(0)
+    return Distribution(
+        count=len(ordered),
+        mean=sum(ordered) / len(ordered),
+        p50=percentile(ordered, 50),
+        p90=percentile(ordered, 90),
+        p99=percentile(ordered, 99),
+        max=ordered[-1],
+    )
+
+
+@dataclass(slots=True, frozen=True)
+class Slo:
+    """Limits that make a request good. None: no such limit."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+    def is_met(self, record: RequestRecord) -> bool:
+        """A single-token answer has no TPOT and cannot miss its limit."""
+        ttft_s, tpot_s = record.ttft_s, record.tpot_s
+        if not record.is_ok or ttft_s is None:
+            return False
+        if self.ttft_ms is not None and ttft_s * 1e3 > self.ttft_ms:
+            return False
+        return self.tpot_ms is None or tpot_s is None or tpot_s * 1e3 <= self.tpot_ms
+
+
+@dataclass(slots=True, frozen=True)
+class Summary:
+    """One run's figures. Latencies over the requests that succeeded; milliseconds."""
+
+    num_requests: int
+    num_ok: int
+    num_failed: int
+    num_short: int  # answered with fewer tokens than asked for
+    errors: dict[str, int]  # message -> how often
+    duration_s: float
+    ttft_ms: Distribution
+    tpot_ms: Distribution
+    itl_ms: Distribution
+    chunk_gap_ms: Distribution
+    e2e_ms: Distribution
+    num_prompt_tokens: int
+    num_output_tokens: int
+    requests_per_s: float
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    num_good: int | None  # None: no limit was given
+    goodput_per_s: float | None
+    counted_by: dict[str, int]  # how a request's tokens were counted -> requests
+    late_ms: Distribution  # open loop: sent after the planned time
+    client_cpu_s: float
+    client_cpu_us_per_token: float | None
+
+
+def summarize(records: Sequence[RequestRecord], *, duration_s: float, client_cpu_s: float, slo: Slo) -> Summary:
+    """`duration_s`: from the first request sent to the last answer's end."""
+    ok = [record for record in records if record.is_ok]
+    num_output_tokens = sum(record.num_output_tokens for record in ok)
+    num_prompt_tokens = sum(record.num_prompt_tokens for record in ok)
+    num_good = None if slo == Slo() else sum(slo.is_met(record) for record in records)
+    per_s = 1 / duration_s if duration_s > 0 else 0.0
+    return Summary(
+        num_requests=len(records),
+        num_ok=len(ok),
+        num_failed=len(records) - len(ok),
+        num_short=sum(record.num_output_tokens < record.num_asked_tokens for record in ok),
+        errors=dict(Counter(record.error or "not finished" for record in records if not record.is_ok).most_common()),
+        duration_s=duration_s,
+        ttft_ms=_describe_ms(record.ttft_s for record in ok),
+        tpot_ms=_describe_ms(record.tpot_s for record in ok),
+        itl_ms=_describe_ms(gap for record in ok for gap in record.token_gaps_s()),
+        chunk_gap_ms=_describe_ms(gap for record in ok for gap in record.chunk_gaps_s()),
+        e2e_ms=_describe_ms(record.e2e_s for record in ok),
+        num_prompt_tokens=num_prompt_tokens,
+        num_output_tokens=num_output_tokens,
+        requests_per_s=len(ok) * per_s,
+        prompt_tokens_per_s=num_prompt_tokens * per_s,
+        output_tokens_per_s=num_output_tokens * per_s,
+        num_good=num_good,
+        goodput_per_s=None if num_good is None else num_good * per_s,
+        counted_by=dict(Counter(record.counted_by for record in ok)),
+        late_ms=_describe_ms(record.late_s for record in records),
+        client_cpu_s=client_cpu_s,
+        client_cpu_us_per_token=client_cpu_s * 1e6 / num_output_tokens if num_output_tokens else None,
+    )
+
+
+def _describe_ms(samples_s: Iterable[float | None]) -> Distribution:
+    return describe(sample * 1e3 for sample in samples_s if sample is not None)

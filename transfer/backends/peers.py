@@ -1,0 +1,59 @@
+"""The agents that one agent of ours is connected to, and when they may be forgotten.
+
+    connect ─> ... peer_lost, replaced ─> forget_lost, once nobody needs the agent any more
+
+What is written there and what is read from there share a connection, so neither may end it for the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+from ...common.errors import TransferError
+from ...common.messages import RegionInfo
+from .base import Piece, TransferBackend
+
+
+class Peers:
+    """Owns the backend's connections. Lives on its transfer thread."""
+
+    def __init__(self, backend: TransferBackend) -> None:
+        self._backend = backend
+        self._addresses: dict[str, str] = {}  # connected agent -> control address of its worker
+        self._lost: set[str] = set()  # agents that are to be forgotten
+        self._users: list[Callable[[], Iterable[str]]] = []
+
+    def needs(self, agents: Callable[[], Iterable[str]]) -> None:
+        """`agents()` names those that somebody needs now: they are not forgotten."""
+        self._users.append(agents)
+
+    def connect(self, kv_address: str, region: RegionInfo, pieces: tuple[Piece, ...]) -> None:
+        """Raises TransferError."""
+        self._backend.connect(region, pieces)
+        self._addresses[region.agent] = kv_address
+        self._lost.discard(region.agent)
+
+    def peer_lost(self, kv_address: str) -> None:
+        """A worker may be gone for good. One that comes back is connected anew."""
+        self._lost.update(agent for agent, address in self._addresses.items() if address == kv_address)
+
+    def replaced(self, agents: Iterable[str]) -> None:
+        """Their worker has others now: these are gone."""
+        self._lost.update(self._addresses.keys() & set(agents))
+
+    def clear(self) -> None:
+        """Our own agent is about to go: it has no connections afterwards."""
+        self._addresses.clear()
+        self._lost.clear()
+
+    def forget_lost(self) -> None:
+        """Disconnect from the agents of lost workers that nobody needs any more."""
+        if not self._lost:
+            return
+        needed = {agent for agents in self._users for agent in agents()}
+        for agent in self._lost - needed:
+            self._lost.remove(agent)
+            del self._addresses[agent]
+            with suppress(TransferError):  # what it still holds of a dead peer is its own
+                self._backend.disconnect(agent)

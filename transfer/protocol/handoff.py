@@ -1,0 +1,169 @@
+"""What both sides of a handoff must agree on: fit, page addresses, head slices, who writes to whom, grants.
+
+    decode worker   mint_grant ─> Grant ─> router ─> PrefillTask ─> check_grant, open_mac   prefill worker
+                    check_compatible, is_minted <─ KVOpen <──────────────────────────┘
+
+A grant's mac covers everything in it and the (request, attempt) that it is for. The mac of a KVOpen is made from it and
+from what the prefill worker read: a grant that was forged, altered on its way or meant for another opens nothing.
+
+Pure functions; the protocol's states are in `receiver.py` and `sender.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ...common.messages import GrantInfo, RegionInfo
+from ...kvcache.blocks import KVCacheSpec
+from ..backends.base import Indices, Piece
+
+# Why a KVOpen is refused, as it is counted:
+REJECTS = (
+    "ended",  # the grant is over, of another life of the worker, or was never given
+    "mac",  # it was forged, altered, or is another request's
+    "reused",  # somebody opened it before
+    "draining",
+    "fenced_peer",  # what this prefill worker left in quarantine is older than a second
+    "checksum",  # it makes none, and they are required
+    "incompatible",
+    "process",  # its processes are said to be of this host and are not found
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What of a worker must fit its peer."""
+
+    spec: KVCacheSpec
+    version: str
+    transport: str
+    tp_size: int
+
+
+def check_compatible(local: Endpoint, remote: Endpoint) -> str | None:
+    """Why KV cannot move between the two, with both values; None if it can."""
+    if local.version != remote.version:
+        return f"kvferry {local.version} here, {remote.version} there"
+    if local.transport != remote.transport:
+        return f"transport {local.transport!r} here, {remote.transport!r} there"
+    for name in KVCacheSpec.__struct_fields__:
+        ours, theirs = getattr(local.spec, name), getattr(remote.spec, name)
+        if ours != theirs:
+            return f"KV cache {name} {ours!r} here, {theirs!r} there"
+    for side, tp_size in (("here", local.tp_size), ("there", remote.tp_size)):
+        if tp_size < 1 or local.spec.num_kv_heads % tp_size:
+            return f"{local.spec.num_kv_heads} KV heads cannot be split over {tp_size} ranks {side}"
+    return None
+
+
+def check_grant(local: Endpoint, grant: GrantInfo) -> str | None:
+    """Why nothing can be shipped under the grant; None if it can. Its worker's version is checked at KVOpen."""
+    spec, ranks = grant.spec, grant.ranks
+    if not ranks:
+        return "the grant names no rank"
+    for region in ranks:
+        reason = check_compatible(local, Endpoint(spec, local.version, region.transport, len(ranks)))
+        if reason is not None:
+            return reason
+        if region.page_bytes != spec.page_bytes(len(ranks)):
+            return f"page_bytes {spec.page_bytes(len(ranks))} by the spec, {region.page_bytes} at {region.agent}"
+    if [region.rank for region in ranks] != list(range(len(ranks))):
+        return f"ranks {[region.rank for region in ranks]} in the grant, want 0 to {len(ranks) - 1}"
+    return _check_blocks(grant)
+
+
+def _check_blocks(grant: GrantInfo) -> str | None:
+    num_blocks = min(region.num_blocks for region in grant.ranks)
+    if any(block >= num_blocks for block in grant.block_ids) or len(set(grant.block_ids)) != len(grant.block_ids):
+        return f"the grant's block ids are not distinct ids below {num_blocks}"
+    held, rest = divmod(grant.num_computed_tokens, grant.spec.block_size)
+    if rest or held + len(grant.block_ids) != grant.spec.num_blocks_for(grant.num_tokens):
+        return (
+            f"{len(grant.block_ids)} blocks granted for tokens {grant.num_computed_tokens} to {grant.num_tokens} "
+            f"at {grant.spec.block_size} a block"
+        )
+    return None
+
+
+def page_indices(layer: int, blocks: Indices, num_blocks: int) -> npt.NDArray[np.int32]:
+    """The pages of these blocks in a layer of a pool of `num_blocks`."""
+    return np.asarray(blocks, dtype=np.int32) + np.int32(layer * num_blocks)
+
+
+def pieces(
+    local_rank: int, local_tp_size: int, remote_rank: int, remote_tp_size: int, spec: KVCacheSpec
+) -> tuple[Piece, ...] | None:
+    """The runs of a local page that belong into the remote rank's page; None: no heads in common.
+
+    A rank's page is [2, heads, block_size, head_dim]: heads [lo, hi) are one run in K and one in V.
+    """
+    num_local = spec.num_kv_heads // local_tp_size
+    num_remote = spec.num_kv_heads // remote_tp_size
+    lo = max(local_rank * num_local, remote_rank * num_remote)
+    hi = min((local_rank + 1) * num_local, (remote_rank + 1) * num_remote)
+    if lo >= hi:
+        return None
+    if num_local == num_remote:
+        return (Piece(0, 0, spec.page_bytes(local_tp_size)),)
+    head_bytes = spec.page_bytes(local_tp_size) // (2 * num_local)
+    return tuple(
+        Piece(
+            (half * num_local + lo - local_rank * num_local) * head_bytes,
+            (half * num_remote + lo - remote_rank * num_remote) * head_bytes,
+            (hi - lo) * head_bytes,
+        )
+        for half in (0, 1)
+    )
+
+
+def expected_pairs(source_tp_size: int, decode_tp_size: int, spec: KVCacheSpec) -> frozenset[tuple[int, int]]:
+    """The (source rank, decode rank) pairs with heads in common: each must report that it has arrived."""
+    return frozenset(
+        (source, target)
+        for source in range(source_tp_size)
+        for target in range(decode_tp_size)
+        if pieces(source, source_tp_size, target, decode_tp_size, spec) is not None
+    )
+
+
+def targets_of(rank: int, tp_size: int, grant: GrantInfo) -> list[tuple[RegionInfo, tuple[Piece, ...]]]:
+    """The decode ranks that a source rank writes to, and what of each page."""
+    found = []
+    for region in grant.ranks:
+        runs = pieces(rank, tp_size, region.rank, len(grant.ranks), grant.spec)
+        if runs is not None:
+            found.append((region, runs))
+    return found
+
+
+def _digest(grant: GrantInfo, request_id: str, attempt: int) -> bytes:
+    """All that a grant promises, and to whom: its incarnation and epoch, its blocks, tokens, regions and expiry."""
+    named = (request_id, attempt, msgspec.structs.replace(grant, mac=b""))
+    return hashlib.blake2b(msgspec.msgpack.encode(named)).digest()
+
+
+def mint_grant(key: bytes, grant: GrantInfo, request_id: str, attempt: int) -> GrantInfo:
+    """The grant with its mac; `key` never leaves the decode worker's process."""
+    mac = hashlib.blake2b(_digest(grant, request_id, attempt), key=key).digest()
+    return msgspec.structs.replace(grant, mac=mac)
+
+
+def open_mac(grant: GrantInfo, request_id: str, attempt: int) -> bytes:
+    """Shows that we hold a minted grant, and that we read in it, and ship under it, what the decode worker meant."""
+    return hashlib.blake2b(_digest(grant, request_id, attempt), key=grant.mac).digest()
+
+
+def is_minted(key: bytes, grant: GrantInfo, request_id: str, attempt: int, mac: bytes) -> bool:
+    """Whether `mac` is the `open_mac` of this very grant as it was minted with `key` for this attempt."""
+    return hmac.compare_digest(open_mac(mint_grant(key, grant, request_id, attempt), request_id, attempt), mac)
+
+
+def moved_grant(grant: GrantInfo, ranks: tuple[RegionInfo, ...]) -> GrantInfo:
+    """The grant with the regions that a KVOpened names; they are those of the grant where it names none."""
+    return msgspec.structs.replace(grant, ranks=ranks) if ranks else grant

@@ -1,0 +1,127 @@
+"""What tensor-parallel followers and rank 0 say to each other about transfers.
+
+    rank 0 -> follower   FollowerSetup at the start; then, behind a mark of the role that they are for, Watch, Rotate
+                         (decode) and the commands of `prefill.shipping`
+    follower -> rank 0   FollowerRegion once; then PeerMessage, SourceFree (prefill), RankArrived, Rotated (decode)
+
+Bytes of msgspec over the rank group's own socket pair; each rank has agents and transfer threads of its own.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from ...common.messages import BlockIds, Decoder, KVArrived, KVClosed, Message, ProcessMark, RegionInfo, Regions
+from ..receive.arrivals import Verdict
+
+TO_PREFILL, TO_DECODE = b"p", b"d"  # whom a broadcast is for, before the message
+
+
+class FollowerSetup(Message):
+    """Who the worker is, for its other ranks."""
+
+    worker_id: str
+    incarnation: int
+    version: str
+    transfer: str  # TransferConfig as JSON
+
+
+class FollowerRegion(Message):
+    region: RegionInfo
+    process: ProcessMark | None = None  # whose end is to be seen: it may copy into other processes' memory
+
+
+class PeerMessage(Message):
+    """To be sent over rank 0's control connection."""
+
+    kv_address: str
+    message: KVClosed
+
+
+class SourceFree(Message):
+    open_id: int
+
+
+class RankArrived(Message):
+    rank: int
+    message: KVArrived
+    verdict: Verdict = Verdict.UNCHECKED
+
+
+class Watch(Message):
+    on: bool
+
+
+class Rotate(Message):
+    """Replace the agent, answered by Rotated."""
+
+    generation: int
+
+
+class Rotated(Message):
+    rank: int
+    generation: int
+    region: RegionInfo | None = None  # None: there is no agent now
+    reason: str = ""
+
+
+class ReadOutcome(Enum):
+    """What a rank tells of a read. The last word is `DONE` or `OVER`."""
+
+    DONE = "done"  # every page is here, and nothing is on its way
+    FAILED = "failed"  # it will not be done; something may still land
+    OVER = "over"  # nothing lands any more
+
+
+class ReadBlocks(Message):
+    """Read blocks of another worker, each rank from the one with its number. Answered by RankRead."""
+
+    fetch_id: int
+    kv_address: str
+    ranks: Regions
+    ours: BlockIds
+    theirs: BlockIds
+    wants_sums: bool
+
+
+class GiveUpRead(Message):
+    """Nobody wants it any more; answered by RankRead(OVER) where it is not done."""
+
+    fetch_id: int
+
+
+class RankRead(Message):
+    rank: int
+    fetch_id: int
+    outcome: ReadOutcome
+    sums: bytes = b""
+
+
+class SumBlocks(Message):
+    """Make checksums of lent blocks, answered by RankSums."""
+
+    fetch_id: int
+    blocks: BlockIds
+
+
+class RankSums(Message):
+    rank: int
+    fetch_id: int
+    checksum: bytes
+
+
+class TransferBroke(Message):
+    """The follower's transfer thread ended."""
+
+    reason: str
+
+
+FollowerMessage = (
+    FollowerRegion | PeerMessage | SourceFree | RankRead | RankArrived | Rotated | RankSums | TransferBroke
+)
+follower_messages: Decoder[FollowerMessage] = Decoder(FollowerMessage)
+
+
+def agent_name(worker_id: str, incarnation: int, generation: int, rank: int, *, is_outgoing: bool = False) -> str:
+    """A transfer agent's name. Never reused: every life of a worker has an incarnation of its own."""
+    return f"{worker_id}.{incarnation:x}{'-out' if is_outgoing else ''}.{generation}.{rank}"

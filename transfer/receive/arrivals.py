@@ -1,0 +1,81 @@
+"""Arrivals: a handoff is over when every source rank has told every decode rank that it wrote to.
+
+Adoption waits for the full set of (source rank, decode rank) pairs. Where checksums were promised, each pair's blocks
+must be those of the grant and were looked at by the rank that they came to, before this is called.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from ...common.clock import Clock
+from ...common.messages import KVArrived
+from .endings import Counters, Endings
+from .reservation import Reservation, ReservationState, Writer
+from .reservations import Ledger
+
+
+class Verdict(Enum):
+    """Of the bytes that an arrival is about, as the rank found them that they came to."""
+
+    UNCHECKED = "unchecked"
+    INTACT = "intact"
+    CORRUPT = "corrupt"
+
+
+class Arrivals:
+    """Moves reservations to ARRIVED, or dooms them."""
+
+    def __init__(
+        self, *, ledger: Ledger, endings: Endings, clock: Clock, counters: Counters, checks_bytes: bool
+    ) -> None:
+        self._ledger = ledger
+        self._endings = endings
+        self._clock = clock
+        self._counters = counters
+        self._checks_bytes = checks_bytes
+
+    def on_arrived(self, reservation: Reservation, decode_rank: int, message: KVArrived, verdict: Verdict) -> None:
+        """From the writer of the reservation: one source rank's word to one decode rank."""
+        writer = reservation.writer
+        assert writer is not None
+        pair = (message.source_rank, decode_rank)
+        if pair not in writer.expected:
+            self._counters.stale_messages += 1
+        elif reservation.state is ReservationState.OPEN:
+            writer.ended_ranks.add(message.source_rank)
+            fault = self._fault(reservation, writer, message, verdict)
+            if fault is None:
+                self._on_pair(reservation, writer, pair, message)
+            else:
+                self._endings.doom(reservation, *fault)
+                self._endings.release_if_ended(reservation)
+        elif reservation.state is ReservationState.DOOMED:
+            self._endings.rank_ended(reservation, message.source_rank)
+        else:
+            self._endings.tell_needless(reservation)
+
+    def _fault(
+        self, reservation: Reservation, writer: Writer, message: KVArrived, verdict: Verdict
+    ) -> tuple[str, str] | None:
+        """Why what has arrived is not what was granted, and whom to blame."""
+        first_choices = {choice.choice for choice in message.first_tokens}
+        if message.num_tokens != reservation.num_tokens or not first_choices <= set(reservation.spec.choices):
+            found = f"{message.num_tokens} tokens of choices {sorted(first_choices)}"
+            return f"{found} arrived, want {reservation.num_tokens}", "peer"
+        if not self._checks_bytes or not writer.has_checksums:
+            return None
+        if verdict is Verdict.INTACT and message.block_ids == reservation.grant.block_ids:
+            return None
+        self._counters.checksum_failures += 1
+        return f"what rank {message.source_rank} of {writer.worker_id} wrote has another checksum here", "checksum"
+
+    def _on_pair(self, reservation: Reservation, writer: Writer, pair: tuple[int, int], message: KVArrived) -> None:
+        writer.arrived.add(pair)
+        if message.source_rank == 0:
+            reservation.first_tokens = message.first_tokens
+        if writer.arrived == writer.expected:
+            reservation.advance(ReservationState.ARRIVED, self._clock.now())
+            self._ledger.arrived.append(reservation)
+            self._endings.tell_arrived(reservation)
+            self._endings.tell_needless(reservation)

@@ -1,0 +1,382 @@
+"""The decode side of handoffs: reserves blocks, lets one prefill worker write them, and takes them over or gives up.
+
+    reserve ─> GRANTED ─KVOpen─> OPEN ─KVArrived from every (source, decode) rank pair─> ARRIVED ─adopt─> ADOPTED
+
+A grant lets a prefill worker ask, an open lets it write. An open that fails is DOOMED: its blocks stay out of use
+until every source rank said that it ended cleanly, or until the writer is fenced. A lease that runs out never frees.
+The states are drawn in `reservation.py`. Its parts: `grants.py` promises, `opens.py` says who may write, `arrivals.py`
+when it is all there, `endings.py` how it ends, `fencing.py` what stops a writer that does not say so; `ledger.py` keeps
+the books.
+
+Pure over BlockPool and Clock: no thread, no socket, no tensor. Rank 0 decides for all ranks. The caller holds one
+lock around the receiver, the pool and the scheduler.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+
+from ...common.clock import Clock
+from ...common.config import TransferConfig
+from ...common.messages import (
+    Grant,
+    GrantId,
+    KVArrived,
+    KVClosed,
+    KVDone,
+    KVOpen,
+    KVRenew,
+    Message,
+    NoCapacity,
+    RegionInfo,
+)
+from ...common.request import BlockId, RequestSpec
+from ...kvcache.blocks import BlockPool, KVCacheSpec
+from ..protocol.handoff import Endpoint
+from .arrivals import Arrivals, Verdict
+from .endings import Counters, Endings
+from .fencing import Fencing
+from .grants import Grants
+from .opens import Opens, Watch
+from .processes import watch as watch_processes
+from .reservation import Reservation, ReservationState
+from .reservations import Ledger
+
+_WRITABLE = (ReservationState.OPEN, ReservationState.DOOMED)
+
+__all__ = ["KVReceiver", "Reservation", "ReservationState", "Verdict"]
+
+
+class KVReceiver:
+    """Owner of the decode worker's reservations."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: str,
+        incarnation: int,
+        spec: KVCacheSpec,
+        tp_size: int,
+        pool: BlockPool,
+        regions: tuple[RegionInfo, ...],
+        kv_address: str,
+        config: TransferConfig,
+        clock: Clock,
+        version: str,
+        transport: str,
+        to_router: Callable[[str, Message], None],
+        to_peer: Callable[[str, Message], None],
+        rotate: Callable[[int], None] | None = None,
+        watch: Watch = watch_processes,
+        checks_bytes: bool = False,
+    ) -> None:
+        """`rotate(generation)`: begin to replace the agents of all ranks, answered by `rotated` or `rotation_failed`.
+
+        Without it the blocks of a writer that gives no clean end stay in quarantine. `checks_bytes`: arrivals that
+        carry checksums come with a verdict.
+        """
+        key = secrets.token_bytes(32)
+        self._pool = pool
+        self._config = config
+        self._clock = clock
+        self._to_peer = to_peer
+        self.ledger = Ledger(pool, worker_id, incarnation)
+        self.counters = Counters()
+        self.endings = Endings(
+            ledger=self.ledger,
+            pool=pool,
+            spec=spec,
+            clock=clock,
+            counters=self.counters,
+            to_router=to_router,
+            to_peer=to_peer,
+        )
+        self.opens = Opens(
+            ledger=self.ledger,
+            spec=spec,
+            endpoint=Endpoint(spec, version, transport, tp_size),
+            key=key,
+            config=config,
+            clock=clock,
+            counters=self.counters,
+            watch=watch,
+            to_peer=to_peer,
+        )
+        self.fencing = Fencing(
+            ledger=self.ledger,
+            endings=self.endings,
+            clock=clock,
+            num_blocks=pool.num_blocks,
+            regions=regions,
+            rotate=rotate,
+        )
+        self._grants = Grants(
+            worker_id=worker_id,
+            incarnation=incarnation,
+            spec=spec,
+            pool=pool,
+            ledger=self.ledger,
+            endings=self.endings,
+            fencing=self.fencing,
+            counters=self.counters,
+            kv_address=kv_address,
+            key=key,
+            config=config,
+            clock=clock,
+        )
+        self._arrivals = Arrivals(
+            ledger=self.ledger,
+            endings=self.endings,
+            clock=clock,
+            counters=self.counters,
+            checks_bytes=checks_bytes,
+        )
+        self.draining = False  # grants and opens nothing more
+        self.offered = True  # False: grants nothing more; what was granted is opened, arrives and is adopted
+
+    # --- what it holds ------------------------------------------------------------------------------------
+
+    @property
+    def arrived(self) -> list[Reservation]:
+        """Those that wait for room in the batch, in the order of arrival."""
+        return self.ledger.arrived
+
+    @property
+    def has_open(self) -> bool:
+        """Somebody may write or report an end: notifications must be polled."""
+        return bool(self.ledger.in_state(*_WRITABLE))
+
+    def holds(self, request_id: str) -> bool:
+        """There is a reservation of the request that may still be adopted."""
+        return self.ledger.of_request(request_id) is not None
+
+    @property
+    def num_granted_blocks(self) -> int:
+        """Blocks of promises that may still be filled."""
+        return self.ledger.num_granted_blocks
+
+    @property
+    def num_quarantined_blocks(self) -> int:
+        return self.ledger.num_quarantined_blocks
+
+    @property
+    def num_live(self) -> int:
+        return len(self.ledger.live)
+
+    @property
+    def stale_messages(self) -> int:
+        return self.counters.stale_messages
+
+    @property
+    def num_failures(self) -> int:
+        """Opens that were doomed by something else than an abort."""
+        return self.counters.num_failures
+
+    @property
+    def prefix_queries(self) -> int:
+        """Tokens looked up."""
+        return self._grants.prefix_queries
+
+    @property
+    def prefix_hits(self) -> int:
+        return self._grants.prefix_hits
+
+    def quarantine_s(self, incarnation: int | None = None) -> float:
+        """Age of the oldest quarantine (of one prefill worker's incarnation); 0 where there is none."""
+        return self.ledger.quarantine_s(self._clock.now(), incarnation)
+
+    def check(self) -> None:
+        """Assert that the reservations' books and the pool's agree."""
+        self.ledger.check()
+
+    # --- reserving ----------------------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        spec: RequestSpec,
+        router_id: str,
+        *,
+        max_local_tokens: int = 0,
+        growth_reserve: int = 0,
+        keeps: bool = True,
+    ) -> Grant | NoCapacity:
+        """Blocks for a prompt and for the copies that its choices need; `growth_reserve` blocks stay available.
+
+        A lower attempt of the request ends with it. "held": so little of the prompt is missing here (at most
+        `max_local_tokens`, or nothing) that it should be computed here. `keeps`: the prompt's KV is cached for others
+        here, and not where it comes from.
+        """
+        answer = self._grants.reserve(
+            spec,
+            router_id,
+            max_local_tokens=max_local_tokens,
+            growth_reserve=growth_reserve,
+            refusal="draining" if self.draining else "" if self.offered else "wrong_role",
+        )
+        reservation = self.ledger.of_request(spec.request_id) if isinstance(answer, Grant) else None
+        if reservation is not None:
+            reservation.keeps = keeps
+        return answer
+
+    # --- the prefill worker's messages -----------------------------------------------------------------------
+
+    def on_message(self, session: str, message: KVOpen | KVRenew | KVClosed) -> None:
+        """From the connection `session`, a new name for each connection."""
+        match message:
+            case KVOpen():
+                if self.fencing.fence.is_idle:
+                    self.opens.open(session, message, self.fencing.regions, self.draining)
+                else:
+                    self.opens.hold(session, message)
+            case KVRenew():
+                self.opens.renew(session, message)
+            case KVClosed():
+                self._on_closed(session, message)
+        self._step_fencing()
+
+    def _opened(self, grant_id: GrantId, open_id: int) -> Reservation | None:
+        """The reservation whose writer speaks; counts the message where there is none."""
+        reservation = self.ledger.find(grant_id)
+        if reservation is None or reservation.writer is None or reservation.writer.open_id != open_id:
+            self.counters.stale_messages += 1
+            return None
+        return reservation
+
+    def _on_closed(self, session: str, message: KVClosed) -> None:
+        reservation = self._opened(message.grant_id, message.open_id)
+        writer = reservation.writer if reservation is not None else None
+        if reservation is None or writer is None or reservation.state not in _WRITABLE:
+            # It is told until somebody answers. Its KVOpen may be held, or come late.
+            self.ledger.remember_open(message.open_id, session)
+            self._to_peer(session, KVDone(grant_id=message.grant_id, open_id=message.open_id))
+            return
+        if message.source_rank >= writer.tp_size:
+            self.counters.stale_messages += 1
+            return
+        if reservation.state is ReservationState.OPEN:
+            reason = message.reason or "the prefill worker closed the handoff"
+            self.endings.doom(reservation, reason, "ended" if message.clean else "link")
+        if reservation.state is ReservationState.DOOMED:
+            writer.session = session  # an end may be told over a newer connection: answer there
+            if message.detached:
+                writer.detached_ranks.add(message.source_rank)
+            if message.clean:
+                self.endings.rank_ended(reservation, message.source_rank)
+
+    def on_session_lost(self, session: str) -> None:
+        """A prefill worker's connection ended. Its word may have been lost with it, its writes may not."""
+        self.opens.drop_held(session)
+        for reservation in self.ledger.in_state(ReservationState.OPEN):
+            if reservation.writer and reservation.writer.session == session:
+                self.endings.doom(reservation, f"connection to {reservation.writer.worker_id} lost", "peer")
+
+    def on_arrived(self, decode_rank: int, message: KVArrived, verdict: Verdict = Verdict.UNCHECKED) -> None:
+        """A source rank's notification to one of our ranks: all its writes are in our memory."""
+        reservation = self._opened(message.grant_id, message.open_id)
+        if reservation is None:
+            session = self.ledger.session_of_ended(message.open_id)
+            if session is not None:
+                self._to_peer(session, KVDone(grant_id=message.grant_id, open_id=message.open_id))
+            return
+        self._arrivals.on_arrived(reservation, decode_rank, message, verdict)
+        self._step_fencing()
+
+    # --- taking over, giving up ---------------------------------------------------------------------------------
+
+    def adopt(self, reservation: Reservation) -> tuple[list[BlockId], list[BlockId]]:
+        """Hand the blocks to the caller: the prompt's, in token order, and the copies. Full ones are published."""
+        reservation.advance(ReservationState.ADOPTED, self._clock.now())
+        self.endings.forget(reservation, arrived=True)
+        blocks = reservation.hit_blocks + reservation.block_ids
+        for block, block_hash in zip(blocks, reservation.block_hashes, strict=False):  # a partial last one has none
+            self._pool.publish(block, block_hash, spare=not reservation.keeps)
+        if reservation.keeps:
+            self._pool.keep(reservation.hit_blocks)
+        return blocks, list(reservation.copy_blocks)
+
+    def release(self, reservation: Reservation) -> None:
+        """ARRIVED: the blocks go back. ADOPTED: the sequence has given them back itself."""
+        self.endings.release(reservation)
+
+    def abort(
+        self, request_id: str, attempt: int, *, unless_arrived: bool = False, router_id: str | None = None
+    ) -> None:
+        """End the request's reservation. `unless_arrived`: keep it if it has arrived, and tell the router which."""
+        reservation = self.ledger.of_request(request_id)
+        if reservation is not None and reservation.spec.attempt <= attempt:
+            if not unless_arrived:
+                self.endings.drop(reservation, "aborted")
+            elif reservation.state is ReservationState.ARRIVED:
+                self.endings.tell_arrived(reservation)
+            else:
+                self.endings.drop(reservation, "aborted")
+                reason = "aborted before it arrived"
+                self.endings.tell_failed(reservation.router_id, reservation.spec, reason, "abort", reservation)
+        elif unless_arrived:
+            self.endings.tell_what_became(request_id, attempt, router_id)
+
+    def on_router_lost(self, router_id: str) -> None:
+        """The router has been away for too long: nobody waits for its requests."""
+        self.keep_only(router_id, frozenset())
+
+    def keep_only(self, router_id: str, live: frozenset[tuple[str, int]]) -> None:
+        """Drop the router's reservations but those of the (request id, attempt) pairs in `live`."""
+        for reservation in self.ledger.of_router(router_id):
+            if (reservation.spec.request_id, reservation.spec.attempt) not in live:
+                self.endings.drop(reservation, "the router no longer knows the request")
+
+    # --- time and fences ------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Act on deadlines and on writers' ends; some ten times a second."""
+        now = self._clock.now()
+        for reservation in self.ledger.in_state(ReservationState.GRANTED, ReservationState.OPEN):
+            writer = reservation.writer
+            if writer is not None and writer.is_dead:
+                self.endings.doom(reservation, f"{writer.worker_id} has ended", "peer")
+            elif now < reservation.deadline:
+                continue
+            elif reservation.state is ReservationState.GRANTED:
+                self.endings.drop(reservation, "expired")
+                reason = f"no prefill worker opened the grant within {self._config.open_within_s} s"
+                self.endings.tell_failed(reservation.router_id, reservation.spec, reason, "expired", None)
+            else:
+                self.endings.doom(reservation, f"no renewal within {self._config.lease_s} s", "expired")
+        self.opens.forget_lives()
+        self.fencing.step()
+        self._answer_held()
+
+    def _step_fencing(self) -> None:
+        """A fence that waits may have nothing to wait for any more."""
+        if not self.fencing.fence.is_idle:
+            self.fencing.step()
+            self._answer_held()
+
+    def _answer_held(self) -> None:
+        if self.fencing.fence.is_idle:
+            self.opens.flush(self.fencing.regions, self.draining)
+
+    def rotated(self, regions: tuple[RegionInfo, ...]) -> int:
+        """Every rank has the agent that `rotate` asked for: what only the old ones could reach is free. Blocks."""
+        count = self.fencing.rotated(regions)
+        self._answer_held()
+        return count
+
+    def rotation_failed(self) -> None:
+        """Some rank could not make a new agent. `rotate` is called again after a while."""
+        self.fencing.failed()
+
+    def fence(self, incarnation: int) -> int:
+        """That prefill worker can write nothing more, for certain: free what it left in quarantine. How many blocks.
+
+        Certain is: its process is dead and it wrote through memory of this host, or the agents it wrote to are gone.
+        """
+        count = 0
+        for reservation in self.ledger.in_state(*_WRITABLE):
+            if reservation.writer and reservation.writer.incarnation == incarnation:
+                if reservation.state is ReservationState.OPEN:
+                    self.endings.doom(reservation, f"{reservation.writer.worker_id} was fenced", "peer")
+                count += len(reservation.block_ids)
+                self.endings.end_doomed(reservation)
+        return count

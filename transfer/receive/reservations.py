@@ -1,0 +1,160 @@
+"""A decode worker's books of its reservations: by epoch, by request, and what is remembered of those that ended.
+
+    add ─> live and found by its request ─> end_attempt: not waited for any more ─> remove: nobody writes any more
+
+A doomed reservation has ended for its request and is live until its writer has ended; an adopted one leaves both
+books at once. Late messages are answered from what is remembered, a bounded number of attempts and opens.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple, TypeVar
+
+from ...common.messages import GrantId
+from ...common.request import BlockId
+from ...kvcache.blocks import BlockPool
+from .reservation import Reservation, ReservationState
+
+MAX_PROMISED_SHARE = 0.5  # of the pool, for blocks that are granted, open or in quarantine
+_MAX_REMEMBERED = 8192
+
+
+class EndedAttempt(NamedTuple):
+    """The last attempt of a request that ended here."""
+
+    attempt: int
+    arrived: bool
+    router_id: str
+
+
+class Ledger:
+    """Knows what is promised, waits and lies in quarantine. Owns no block and decides nothing but `shortage`."""
+
+    def __init__(self, pool: BlockPool, worker_id: str, incarnation: int) -> None:
+        self._pool = pool
+        self._worker = (worker_id, incarnation)
+        self.live: dict[int, Reservation] = {}  # by epoch: GRANTED, OPEN, ARRIVED and DOOMED
+        self.arrived: list[Reservation] = []  # in the order of arrival
+        self._by_request: dict[str, Reservation] = {}  # by request id: GRANTED, OPEN and ARRIVED
+        self._ended_attempts: OrderedDict[str, EndedAttempt] = OrderedDict()  # by request id
+        self._ended_opens: OrderedDict[int, str] = OrderedDict()  # open id -> session
+
+    def add(self, reservation: Reservation) -> None:
+        self.live[reservation.grant.grant_id.epoch] = reservation
+        self._by_request[reservation.spec.request_id] = reservation
+
+    def end_attempt(self, reservation: Reservation, *, arrived: bool) -> None:
+        """The request no longer waits for it."""
+        spec = reservation.spec
+        del self._by_request[spec.request_id]
+        if reservation in self.arrived:
+            self.arrived.remove(reservation)
+        ended = EndedAttempt(spec.attempt, arrived, reservation.router_id)
+        _remember(self._ended_attempts, spec.request_id, ended)
+
+    def remove(self, reservation: Reservation) -> None:
+        """Nothing of it is left that a writer could touch."""
+        del self.live[reservation.grant.grant_id.epoch]
+        if reservation.writer is not None:
+            self.remember_open(reservation.writer.open_id, reservation.writer.session)
+
+    def remember_open(self, open_id: int, session: str) -> None:
+        """It is over, or never was."""
+        _remember(self._ended_opens, open_id, session)
+
+    # --- looking up ---------------------------------------------------------------------------------------
+
+    def find(self, grant_id: GrantId) -> Reservation | None:
+        """By a grant of ours that has not ended."""
+        return self.live.get(grant_id.epoch) if (grant_id.worker_id, grant_id.incarnation) == self._worker else None
+
+    def of_request(self, request_id: str) -> Reservation | None:
+        """The reservation of the request that may still be adopted."""
+        return self._by_request.get(request_id)
+
+    def of_router(self, router_id: str) -> list[Reservation]:
+        return [reservation for reservation in self._by_request.values() if reservation.router_id == router_id]
+
+    def in_state(self, *states: ReservationState) -> list[Reservation]:
+        return [reservation for reservation in self.live.values() if reservation.state in states]
+
+    def ended_attempt(self, request_id: str) -> EndedAttempt | None:
+        return self._ended_attempts.get(request_id)
+
+    def session_of_ended(self, open_id: int) -> str | None:
+        """Where the writer of an open that is over was last heard."""
+        return self._ended_opens.get(open_id)
+
+    def is_stale(self, request_id: str, attempt: int) -> bool:
+        """The request is past that attempt, or in it."""
+        ended, known = self._ended_attempts.get(request_id), self._by_request.get(request_id)
+        return (ended is not None and attempt <= ended.attempt) or (known is not None and attempt <= known.spec.attempt)
+
+    def quarantine_s(self, now: float, incarnation: int | None = None) -> float:
+        """Age of the oldest quarantine (of one prefill worker's incarnation); 0 where there is none."""
+        since = [
+            reservation.since
+            for reservation in self.in_state(ReservationState.DOOMED)
+            if reservation.writer and incarnation in (None, reservation.writer.incarnation)
+        ]
+        return now - min(since) if since else 0.0
+
+    # --- counting -----------------------------------------------------------------------------------------
+
+    @property
+    def num_granted_blocks(self) -> int:
+        """Blocks of promises that may still be filled."""
+        return sum(reservation.num_new_blocks for reservation in self.live.values() if reservation.is_promise)
+
+    @property
+    def num_quarantined_blocks(self) -> int:
+        return sum(len(reservation.block_ids) for reservation in self.in_state(ReservationState.DOOMED))
+
+    def shortage(
+        self, num_total: int, hits: list[BlockId], growth_reserve: int, *, without_quarantine: bool = False
+    ) -> str | None:
+        """Why `num_total` blocks, of which `hits` are here, cannot be promised now; None if they can.
+
+        `without_quarantine`: as if what lies in quarantine were free.
+        """
+        num_new = num_total - len(hits)
+        num_quarantined = self.num_quarantined_blocks
+        num_free = self._pool.num_free_blocks - self._pool.num_evictable(hits)
+        if without_quarantine:
+            num_free, num_quarantined = num_free + num_quarantined, 0
+        if num_total > self._pool.num_blocks:
+            return "never_fits"
+        if num_new > num_free:
+            return "blocks"
+        if num_new + growth_reserve > num_free:
+            return "growth"
+        num_promised = self.num_granted_blocks + num_quarantined
+        if num_promised + num_new > MAX_PROMISED_SHARE * self._pool.num_blocks:
+            # One promise may be larger than the share: else a long prompt could never pass.
+            return "growth" if any(reservation.is_promise for reservation in self.live.values()) else None
+        return None
+
+    def check(self) -> None:
+        """Assert that these books and the pool's agree."""
+        self._pool.check()
+        assert self.num_quarantined_blocks == self._pool.num_quarantined_blocks
+        named = [block for reservation in self.live.values() for block in reservation.block_ids]
+        assert len(named) == len(set(named)), "a block is granted twice"
+        for reservation in self.live.values():
+            assert reservation.state not in (ReservationState.ADOPTED, ReservationState.RELEASED)
+            if reservation.state is not ReservationState.DOOMED:
+                assert all(self._pool.ref_count(block) == 1 for block in reservation.block_ids)
+                assert all(self._pool.ref_count(block) >= 1 for block in reservation.hit_blocks)
+
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+def _remember(book: OrderedDict[_Key, _Value], key: _Key, value: _Value) -> None:
+    """Write into a book that forgets its oldest entries."""
+    book.pop(key, None)
+    book[key] = value
+    if len(book) > _MAX_REMEMBERED:
+        book.popitem(last=False)

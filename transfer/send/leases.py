@@ -1,0 +1,71 @@
+"""Leases seen from the prefill side: one KVRenew per decode worker for all of its shipments, some times in a lease.
+
+A lease counts from the time at which the message was sent that it answers, so that we end before the decode worker
+does. The next KVRenew to a worker waits for the answer to the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ...common.messages import KVRenew, Message
+from .shipment import Shipment, ShipmentState
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    """A decode worker with shipments."""
+
+    kv_address: str
+    renew_at: float
+    sent_at: float | None = None  # of the KVRenew that waits for its answer
+
+
+class Renewals:
+    """Knows the decode workers that shipments go to, by worker id and incarnation."""
+
+    def __init__(self, every_s: float, to_peer: Callable[[str, Message], None]) -> None:
+        self._every_s = every_s
+        self._to_peer = to_peer
+        self._peers: dict[tuple[str, int], _Peer] = {}
+
+    def add(self, shipment: Shipment, now: float) -> None:
+        self._peers.setdefault(shipment.peer, _Peer(shipment.grant.kv_address, renew_at=now + self._every_s))
+
+    def remove(self, peer: tuple[str, int]) -> None:
+        """Its last shipment has ended."""
+        del self._peers[peer]
+
+    def renew(self, shipments: Iterable[Shipment], now: float) -> None:
+        """Ask for those whose time has come."""
+        for key, peer in self._peers.items():
+            if now < peer.renew_at or peer.sent_at is not None:
+                continue
+            peer.renew_at = now + self._every_s
+            opens = tuple(
+                (shipment.grant.grant_id, shipment.open_id)
+                for shipment in shipments
+                if shipment.peer == key and shipment.state in (ShipmentState.SHIPPING, ShipmentState.TOLD)
+            )
+            if opens:
+                peer.sent_at = now
+                self._to_peer(peer.kv_address, KVRenew(opens=opens))
+
+    def asked_at(self, peer: tuple[str, int]) -> float | None:
+        """When the KVRenew was sent that is answered now."""
+        return self._peers[peer].sent_at
+
+    def answered(self, peer: tuple[str, int]) -> None:
+        if peer in self._peers:
+            self._peers[peer].sent_at = None
+
+    def peer_lost(self, kv_address: str) -> None:
+        """An answer that was under way is lost."""
+        for peer in self._peers.values():
+            if peer.kv_address == kv_address:
+                peer.sent_at = None
+
+    def next_times(self) -> list[float]:
+        """When `renew` has something to do, unless an answer is waited for."""
+        return [peer.renew_at for peer in self._peers.values() if peer.sent_at is None]

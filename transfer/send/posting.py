@@ -1,0 +1,114 @@
+"""From a shipment's pages to writes and, at the end, notifications: where they go, in what pieces, with what checksums.
+
+    targets, connect ─> (KVOpened) move ─> post, piece by piece ─> tell
+
+Whether and when anything may be posted is the sender's decision.
+"""
+
+from __future__ import annotations
+
+from array import array
+from contextlib import suppress
+
+import numpy as np
+import numpy.typing as npt
+
+from ...common import failpoints
+from ...common.errors import TransferError
+from ...common.messages import GrantInfo, KVArrived, KVOpened, encode
+from ..backends.base import TransferBackend
+from ..protocol.checksums import PageSums, ShipmentSums
+from ..protocol.handoff import Endpoint, check_grant, moved_grant, targets_of
+from .shipment import Shipment, Target
+from .writes import Writes
+
+
+class Posting:
+    """One source rank's way to decode workers."""
+
+    def __init__(
+        self,
+        backend: TransferBackend,
+        writes: Writes,
+        endpoint: Endpoint,
+        *,
+        rank: int,
+        sums: PageSums | None,
+        max_write_bytes: int,
+    ) -> None:
+        self._backend = backend
+        self._writes = writes
+        self._endpoint = endpoint
+        self._rank = rank
+        self._sums = sums
+        self._max_write_bytes = max_write_bytes
+        self._generation = 0  # of our agent
+
+    def targets(self, grant: GrantInfo) -> list[Target]:
+        """The decode ranks that this rank writes to."""
+        return [
+            Target(region, runs, ShipmentSums(grant.block_ids, region.num_blocks) if self._sums is not None else None)
+            for region, runs in targets_of(self._rank, self._endpoint.tp_size, grant)
+        ]
+
+    def connect(self, shipment: Shipment) -> None:
+        """Raises TransferError."""
+        for target in shipment.targets:
+            self._writes.connect(shipment.grant.kv_address, target)
+
+    def move(self, shipment: Shipment, message: KVOpened) -> str | None:
+        """Go by the regions that the answer names. Why it cannot be; None: it can."""
+        grant = moved_grant(shipment.grant, message.ranks)
+        if message.generation != grant.ranks[0].generation:
+            return f"the decode worker's agents are generation {message.generation}"
+        if not message.ranks:
+            return None
+        reason = check_grant(self._endpoint, grant)
+        if reason is None and {region.num_blocks for region in grant.ranks} != {shipment.remote_num_blocks}:
+            reason = f"a pool of {grant.ranks[0].num_blocks} blocks, granted were {shipment.remote_num_blocks}"
+        if reason is None:
+            self._writes.replaced(shipment.targets)
+            shipment.targets = self.targets(grant)
+        return reason
+
+    def next_piece(self, shipment: Shipment, target: Target) -> int | None:
+        """The end of the next write's pages; None: the peer has too much in flight."""
+        start = target.num_posted
+        end = min(len(shipment.local_pages), start + max(1, self._max_write_bytes // target.page_bytes))
+        return end if self._writes.has_room(shipment.peer, (end - start) * target.page_bytes) else None
+
+    def post(self, shipment: Shipment, target: Target, end: int, now: float) -> None:
+        """One write of the pages up to `end`, which are written once. Raises TransferError."""
+        start, target.num_posted = target.num_posted, end
+        local, remote = shipment.local_pages[start:end], shipment.remote_pages[start:end]
+        self._writes.post(shipment, target, local, remote, now)
+        if self._sums is not None and target.sums is not None:
+            target.sums.add(self._sums, _as_pages(local), _as_pages(remote), target.pieces)
+
+    def tell(self, shipment: Shipment) -> None:
+        """KVArrived to every decode rank that this rank wrote to."""
+        if failpoints.armed:
+            failpoints.hit("transfer.arrived")
+        for target in shipment.targets:
+            arrived = KVArrived(
+                grant_id=shipment.grant.grant_id,
+                open_id=shipment.open_id,
+                source_rank=self._rank,
+                num_tokens=shipment.grant.num_tokens,
+                first_tokens=shipment.first_tokens if self._rank == 0 else (),
+                tp_size=self._endpoint.tp_size,
+                block_ids=shipment.grant.block_ids if target.sums is not None else (),
+                checksum=target.sums.to_bytes() if target.sums is not None else b"",
+            )
+            with suppress(TransferError):  # told again until the lease is over; who lives lets it run out as well
+                self._backend.notify(target.region.agent, encode(arrived))
+
+    def replace_agent(self) -> None:
+        """Everything that ours still does ends with it, and all connections. Raises TransferError: there is none."""
+        self._generation += 1
+        self._writes.clear()
+        self._backend.rotate(self._generation)
+
+
+def _as_pages(pages: array[int]) -> npt.NDArray[np.int32]:
+    return np.frombuffer(pages, dtype=np.int32)

@@ -1,0 +1,228 @@
+"""Shipping seen from rank 0: every call reaches the sender of every rank, each on its own transfer thread.
+
+    role ──open, begin_step, on_layer, finish, cancel──> RankShipping ──> our TransferThread ──> our KVSender
+                                                             └─(bytes)──> follower: `apply` ──> its KVSender
+
+A follower's engine computes the same step, so its layers are its own: it gets the plans of a step before the step
+and calls `LayerShipper.on_layer` itself. Blocks may be reused when every rank has stopped reading them.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ...common.batch import Fence
+from ...common.messages import (
+    CancelKV,
+    ChoiceTokens,
+    Decoder,
+    GrantInfo,
+    KVDone,
+    KVOpened,
+    KVRefused,
+    KVRenewed,
+    Message,
+    encode,
+)
+from ..fetch.ranks import apply_read
+from ..protocol.rank_messages import GiveUpRead, ReadBlocks
+from .plan import ShipPlan
+from .sender import KVSender
+
+
+class Calls(Protocol):
+    """The transfer thread, as far as it is needed here."""
+
+    def call(self, function: Callable[..., None], *args: object) -> None:
+        """Run `function(*args)` on the transfer thread, in order."""
+        ...
+
+    def call_after(self, fence: Fence | None, function: Callable[..., None], *args: object) -> None:
+        """The same once `fence` has passed, in the order of these calls."""
+        ...
+
+
+class ShipOpen(Message):
+    open_id: int
+    request_id: str
+    attempt: int
+    grant: GrantInfo
+
+
+class ShipStep(Message):
+    plans: tuple[ShipPlan, ...]
+
+
+class ShipFinish(Message):
+    open_id: int
+
+
+class ShipCancel(Message):
+    open_id: int
+    reason: str
+
+
+class ShipAnswer(Message):
+    """A decode worker's message, which concerns the senders of all ranks."""
+
+    message: KVOpened | KVRefused | KVRenewed | CancelKV | KVDone
+
+
+class ShipPeerLost(Message):
+    kv_address: str
+
+
+ShipCommand = ShipOpen | ShipStep | ShipFinish | ShipCancel | ShipAnswer | ShipPeerLost | ReadBlocks | GiveUpRead
+ship_commands: Decoder[ShipCommand] = Decoder(ShipCommand)
+
+
+class _Blocks(NamedTuple):
+    """A plan's blocks, once for all layers of the step: in the order of ours, so that neighbours merge into one write.
+
+    A pool that is full gives its blocks in the order in which they are evicted, of a sequence the last one first.
+    """
+
+    open_id: int
+    local: npt.NDArray[np.int32]
+    remote: npt.NDArray[np.int32]
+    last: bool
+
+    @classmethod
+    def of(cls, plan: ShipPlan) -> _Blocks:
+        local = np.array(plan.local_blocks, dtype=np.int32)
+        order = np.argsort(local)
+        return cls(plan.open_id, local[order], np.array(plan.remote_blocks, dtype=np.int32)[order], plan.last)
+
+
+class LayerShipper:
+    """One rank's hook into its engine: tells its sender which pages have become complete.
+
+    On a GPU a layer is told of when its kernels are queued: the sender hears of it once a fence behind them has
+    passed. `layer_fence` sets one up; None where the pages are written by then. Without a shipment there is none.
+    """
+
+    def __init__(
+        self, thread: Calls, sender: KVSender, num_layers: int, layer_fence: Callable[[], Fence | None]
+    ) -> None:
+        self._thread = thread
+        self._sender = sender
+        self._num_layers = num_layers
+        self._layer_fence = layer_fence
+        self._blocks: list[_Blocks] = []
+
+    def begin_step(self, plans: list[ShipPlan]) -> None:
+        self._blocks = []
+        for plan in plans:
+            blocks = _Blocks.of(plan)
+            if not plan.all_layers:
+                if len(blocks.local) or blocks.last:
+                    self._blocks.append(blocks)
+                continue
+            for layer in range(self._num_layers):
+                self._ready(blocks, layer, None)  # earlier steps wrote them, and those have ended
+
+    def on_layer(self, layer: int) -> None:
+        if not self._blocks:
+            return
+        fence = self._layer_fence()
+        is_last = layer == self._num_layers - 1
+        for blocks in self._blocks:
+            self._ready(blocks, layer, fence)
+            if blocks.last and is_last:
+                self._thread.call_after(fence, self._sender.layers_done, blocks.open_id)
+        if is_last:
+            self._blocks = []  # the next step may be another role's
+
+    def _ready(self, blocks: _Blocks, layer: int, fence: Fence | None) -> None:
+        if len(blocks.local):
+            self._thread.call_after(fence, self._sender.pages_ready, blocks.open_id, layer, blocks.local, blocks.remote)
+
+
+def apply(command: ShipCommand, thread: Calls, sender: KVSender, layers: LayerShipper) -> None:
+    """Carry out rank 0's command on this rank."""
+    match command:
+        case ShipOpen():
+            thread.call(sender.open, command.open_id, command.request_id, command.attempt, command.grant)
+        case ShipStep():
+            layers.begin_step(list(command.plans))
+        case ShipFinish():
+            thread.call_after(None, sender.finish, command.open_id, ())  # behind its pages
+        case ShipCancel():
+            thread.call(sender.cancel, command.open_id, command.reason)
+        case ShipAnswer():
+            thread.call(sender.on_message, command.message)
+        case ShipPeerLost():
+            thread.call(sender.on_peer_lost, command.kv_address)
+        case ReadBlocks() | GiveUpRead():
+            assert sender.reader is not None
+            apply_read(command, thread, sender.reader)
+
+
+class RankShipping:
+    """Implements `prefill.shipments.Shipping` on rank 0. `broadcast` reaches the followers; None without any."""
+
+    def __init__(
+        self,
+        thread: Calls,
+        sender: KVSender,
+        *,
+        num_layers: int,
+        tp_size: int,
+        broadcast: Callable[[bytes], None] | None,
+        layer_fence: Callable[[], Fence | None],
+        on_source_free: Callable[[int], None],
+    ) -> None:
+        self._thread = thread
+        self._sender = sender
+        self._layers = LayerShipper(thread, sender, num_layers, layer_fence)
+        self._tp_size = tp_size
+        self._broadcast = broadcast
+        self._on_source_free = on_source_free
+        self._free_ranks: dict[int, int] = {}  # open id -> ranks that read its source blocks no more
+
+    def _tell(self, command: ShipCommand) -> None:
+        if self._broadcast is not None:
+            self._broadcast(encode(command))
+
+    def open(self, request_id: str, attempt: int, grant: GrantInfo) -> int:
+        open_id = secrets.randbits(63)
+        self._tell(ShipOpen(open_id=open_id, request_id=request_id, attempt=attempt, grant=grant))
+        self._thread.call(self._sender.open, open_id, request_id, attempt, grant)
+        return open_id
+
+    def begin_step(self, plans: list[ShipPlan]) -> None:
+        self._tell(ShipStep(plans=tuple(plans)))
+        self._layers.begin_step(plans)
+
+    def on_layer(self, layer: int) -> None:
+        self._layers.on_layer(layer)
+
+    def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...]) -> None:
+        self._tell(ShipFinish(open_id=open_id))
+        self._thread.call_after(None, self._sender.finish, open_id, first_tokens)  # behind its pages
+
+    def cancel(self, open_id: int, reason: str) -> None:
+        self._tell(ShipCancel(open_id=open_id, reason=reason))
+        self._thread.call(self._sender.cancel, open_id, reason)
+
+    def on_answer(self, message: KVOpened | KVRefused | KVRenewed | CancelKV | KVDone) -> None:
+        """A decode worker's message."""
+        self._tell(ShipAnswer(message=message))
+        self._thread.call(self._sender.on_message, message)
+
+    def on_peer_lost(self, kv_address: str) -> None:
+        self._tell(ShipPeerLost(kv_address=kv_address))
+        self._thread.call(self._sender.on_peer_lost, kv_address)
+
+    def on_rank_free(self, open_id: int) -> None:
+        """One rank reads the shipment's source blocks no more. The caller holds the worker's lock."""
+        count = self._free_ranks.pop(open_id, 0) + 1
+        if count < self._tp_size:
+            self._free_ranks[open_id] = count
+        else:
+            self._on_source_free(open_id)

@@ -1,0 +1,143 @@
+"""One shipment of one source rank: what is to be written where, how far it is, and the states it passes through.
+
+    OPENING ──KVOpened──> SHIPPING ──all written, first tokens known──> TOLD ──KVDone──> ENDED
+       │                     │                                                            ^ ^
+       │                     ├──abort, lease over, connection lost──> CLOSING ──written───┘ │
+       └──refused, late──────┴──a write failed──────────────────────────────────────────────┘
+
+Pages are appended as they are computed; every decode rank has a cursor of its own into the same list.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+from ...common.errors import InvalidTransition
+from ...common.messages import ChoiceTokens, GrantInfo, RegionInfo, TransferReport
+from ..backends.base import Piece
+from ..protocol.checksums import ShipmentSums
+
+
+class ShipmentState(Enum):
+    OPENING = "opening"  # KVOpen is under way; nothing may be posted
+    SHIPPING = "shipping"  # posts what is complete while the lease lasts
+    TOLD = "told"  # all is written, KVArrived is repeated until somebody answers
+    CLOSING = "closing"  # posts nothing more, waits for what was posted
+    ENDED = "ended"  # over
+
+
+_NEXT: dict[ShipmentState, frozenset[ShipmentState]] = {
+    ShipmentState.OPENING: frozenset({ShipmentState.SHIPPING, ShipmentState.ENDED}),
+    ShipmentState.SHIPPING: frozenset({ShipmentState.TOLD, ShipmentState.CLOSING, ShipmentState.ENDED}),
+    ShipmentState.TOLD: frozenset({ShipmentState.ENDED}),
+    ShipmentState.CLOSING: frozenset({ShipmentState.ENDED}),
+    ShipmentState.ENDED: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Target:
+    """One decode rank that this rank writes to."""
+
+    region: RegionInfo
+    pieces: tuple[Piece, ...]
+    sums: ShipmentSums | None = None  # of what was posted there; None: no checksums are made
+    num_posted: int = 0  # pages; those before it in the shipment's list were written here, once
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page that this rank writes there."""
+        return sum(piece.num_bytes for piece in self.pieces)
+
+
+@dataclass(slots=True, eq=False)
+class Shipment:
+    """The pages of one prompt under one open."""
+
+    open_id: int
+    request_id: str
+    attempt: int
+    grant: GrantInfo
+    targets: list[Target]
+    answered_at: float  # when the lease was last heard of, or KVOpen was sent
+    deadline: float  # nothing is posted from then on
+    since: float  # when the state was entered
+    state: ShipmentState = ShipmentState.OPENING
+    local_pages: array[int] = field(default_factory=lambda: array("i"))
+    remote_pages: array[int] = field(default_factory=lambda: array("i"))  # pairwise; the same on every decode rank
+    num_writes: int = 0  # posted and not ended
+    finished: bool = False  # every page is complete and the first tokens are known
+    first_tokens: tuple[ChoiceTokens, ...] = ()
+    told_at: float = 0.0
+    reason: str = ""  # why it closes
+    num_bytes: int = 0  # written
+    first_post_at: float | None = None
+    last_done_at: float | None = None
+    computed_at: float | None = None  # the last layer's
+    is_known: npt.NDArray[np.bool_] = field(init=False)  # of each remote page: was given, and is so once per open
+
+    def __post_init__(self) -> None:
+        self.is_known = np.zeros(self.grant.spec.num_layers * self.remote_num_blocks, dtype=np.bool_)
+
+    def add_pages(self, local: npt.NDArray[np.int32], remote: npt.NDArray[np.int32]) -> None:
+        """Complete from now on: to be written, pairwise."""
+        assert len(local) == len(remote), f"{len(local)} pages for {len(remote)}"
+        assert not self.is_known[remote].any(), f"page {remote[self.is_known[remote]][0]} was shipped before"
+        self.is_known[remote] = True
+        self.local_pages.frombytes(local.tobytes())
+        self.remote_pages.frombytes(remote.tobytes())
+
+    def advance(self, to: ShipmentState, now: float) -> None:
+        if to not in _NEXT[self.state]:
+            raise InvalidTransition(f"shipment {self.open_id:x}: {self.state.value} to {to.value}")
+        self.state, self.since = to, now
+
+    @property
+    def peer(self) -> tuple[str, int]:
+        """The decode worker: id and incarnation."""
+        return (self.grant.grant_id.worker_id, self.grant.grant_id.incarnation)
+
+    @property
+    def remote_num_blocks(self) -> int:
+        """Of the decode worker's pool, on each of its ranks."""
+        return self.grant.ranks[0].num_blocks
+
+    @property
+    def is_live(self) -> bool:
+        """It holds or wants the right to write; the source pages are read."""
+        return self.state in (ShipmentState.OPENING, ShipmentState.SHIPPING)
+
+    @property
+    def is_posted(self) -> bool:
+        """Every page that is complete so far was posted to every target."""
+        return all(target.num_posted == len(self.local_pages) for target in self.targets)
+
+    @property
+    def wants_turn(self) -> bool:
+        """It has something to post or to tell, or its last word may still need progress to leave."""
+        if self.state is ShipmentState.SHIPPING:
+            return not self.is_posted or self.finished
+        return self.state in (ShipmentState.TOLD, ShipmentState.CLOSING)
+
+    @property
+    def num_expected_pages(self) -> int:
+        return self.grant.spec.num_layers * len(self.grant.block_ids)
+
+    def report(self, clean: bool) -> TransferReport:
+        """What crossed, and how long its reader waited for it."""
+        first, last, computed = self.first_post_at, self.last_done_at, self.computed_at
+        return TransferReport(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            decode_worker=self.grant.grant_id.worker_id,
+            num_bytes=self.num_bytes,
+            num_blocks=len(self.grant.block_ids),
+            transfer_s=last - first if first is not None and last is not None else 0.0,
+            exposed_s=max(0.0, last - computed) if last is not None and computed is not None else 0.0,
+            clean=clean,
+        )

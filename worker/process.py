@@ -1,0 +1,459 @@
+"""The one worker program: an engine, transfer agents, sockets, and both roles, of which it offers one.
+
+    network thread (asyncio)   sessions with routers, handoff control sockets, heartbeats
+    engine thread              `common.loop`: schedule, compute, hand out
+    transfer threads           `transfer.thread`: one posts writes and polls them, one takes arrivals
+
+They meet under one lock (`worker/worker.py`), which nobody holds while computing, copying or waiting. With tensor
+parallelism this process is rank 0, and the other ranks are its children.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+import structlog
+
+from .. import __version__
+from ..common import failpoints
+from ..common.channel import Address
+from ..common.clock import SystemClock
+from ..common.config import FAILPOINTS_VARIABLE, WorkerConfig, environment
+from ..common.credentials import SharedSecret, read_secrets
+from ..common.errors import ConfigError, KVFerryError
+from ..common.lifeline import Lifeline
+from ..common.logs import configure_logging
+from ..common.messages import Decoder, Drain, Message, SetRole, WorkerHello, encode
+from ..launch.host import Courtesy
+from ..transfer.protocol.rank_messages import (
+    FollowerRegion,
+    FollowerSetup,
+    TransferBroke,
+    agent_name,
+    follower_messages,
+)
+from .sessions import RouterSessions, max_frame_bytes
+
+if TYPE_CHECKING:
+    from ..engine.engine import Engine
+    from ..engine.follower import FollowerHandler
+    from ..engine.ranks.group import RankGroup
+    from .parts import WorkerParts
+    from .worker import WorkerUnit
+
+TICK_S = 0.1  # deadlines, and heartbeats of a busy worker
+IDLE_TICKS = 10  # an idle worker sends every tenth heartbeat
+LIFELINE_TICKS = 5
+STEP_LIMIT_S = 60.0  # a step that takes longer, and longer than ten times the one before, hangs
+REGION_TIMEOUT_S = 60.0  # from our engine's start to the last rank's registered memory
+
+log = structlog.get_logger(__name__)
+
+
+class Worker:
+    """Builds the parts, keeps the sessions, runs until it is told to end."""
+
+    def __init__(self, config: WorkerConfig, secret: SharedSecret, lifeline: Lifeline | None) -> None:
+        self._config = config
+        self._secret = secret
+        self._lifeline = lifeline
+        self._clock = SystemClock()
+        self._incarnation = secrets.randbits(63)
+        self._follower_regions: dict[int, FollowerRegion] = {}
+        self._followers_ready = threading.Event()
+        self._group: RankGroup | None = None
+        self._unit: WorkerUnit | None = None
+        self._sessions: RouterSessions | None = None
+        self._drains_until: float | None = None
+
+    async def run(self) -> int:
+        """Until it has drained (SIGTERM, or a router's Drain), SIGINT or a failure.
+
+        The exit code: 0, 1 (failure) or 2 (configuration).
+        """
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[int] = self._loop.create_future()
+        with contextlib.suppress(RuntimeError, ValueError):  # not the main thread: whoever runs us cancels instead
+            self._loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
+            self._loop.add_signal_handler(signal.SIGINT, self._end_now)
+            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+        if self._lifeline is not None:
+            self._lifeline.listen(self._on_launcher)
+        try:
+            parts = await asyncio.to_thread(self._build)
+            await self._serve(parts)
+            code = await self._ended
+            if code == 0:
+                self._say_goodbye()
+            return code
+        except asyncio.CancelledError:
+            self._say_goodbye()
+            raise
+        except KVFerryError as error:
+            return _refuse(self._config, self._lifeline, error)
+        finally:
+            await self._close()
+
+    def _say_goodbye(self) -> None:
+        if self._sessions is not None:
+            self._sessions.say_goodbye()
+
+    def _end(self, code: int) -> None:
+        if not self._ended.done():
+            self._ended.set_result(code)
+
+    def _end_now(self) -> None:
+        if self._sessions is None:  # the thread that loads cannot be stopped, and nothing is to be put in order
+            os._exit(0)
+        self._end(0)
+
+    def _on_sigterm(self) -> None:
+        """Drain; the second one ends at once."""
+        if self._sessions is None or self._drains_until is not None:
+            self._end_now()
+        else:
+            self._drain(self._config.drain_timeout_s)
+
+    def _on_launcher(self, event: dict[str, object]) -> None:
+        """On the lifeline's thread."""
+        if event["event"] == "reload":
+            self._call_soon(self._reload)
+        elif event["event"] == "stopping" and self._sessions is not None:
+            self._sessions.are_ending = True
+
+    def _reload(self) -> None:
+        """Read the secret file again. What cannot be used leaves all as it was, and is told."""
+        file = self._config.secret_file
+        try:
+            if file is not None:
+                self._secret.replace(read_secrets(file, {}))
+        except ConfigError as error:
+            log.error("reload_failed", worker_id=self._config.worker_id, error=str(error))
+            failure = str(error)
+        else:
+            log.info("reloaded", worker_id=self._config.worker_id)
+            failure = ""
+        if self._lifeline is not None:
+            self._lifeline.send({"event": "reloaded", "error": failure})
+
+    def _drain(self, limit_s: float) -> None:
+        """Take nothing new, and say so at once. What is left after `limit_s` goes on elsewhere."""
+        assert self._unit is not None and self._sessions is not None
+        log.info("worker_drains", worker_id=self._config.worker_id, limit_s=limit_s)
+        self._drains_until = self._clock.now() + limit_s
+        self._unit.drain()
+        self._sessions.send_status()
+
+    def _set_role(self, role: str) -> None:
+        """Offer it from now on, and say so at once."""
+        assert self._unit is not None and self._sessions is not None
+        before = self._unit.offer
+        self._unit.set_role(role)
+        self._sessions.send_status()
+        self._yield_cores()
+        log.info(
+            "role_set",
+            worker_id=self._config.worker_id,
+            role=role,
+            before=before,
+            num_unfinished=self._unit.num_unfinished,
+            niceness=os.getpriority(os.PRIO_PROCESS, 0),
+        )
+
+    def _yield_cores(self) -> None:
+        """To those who decode, while this worker does not."""
+        assert self._unit is not None
+        yields = not self._unit.decodes
+        if yields and self._unit.offer != self._config.role and not self._courtesy.is_revocable:
+            return  # it would stay so
+        self._courtesy.set(yields)
+
+    def _call_soon(self, function: Callable[[], None]) -> None:
+        """Onto the network thread, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has closed: the worker is ending anyway
+            self._loop.call_soon_threadsafe(function)
+
+    def _on_failure(self, error: BaseException) -> None:
+        """The engine's or the transfer's thread has ended: nothing works any more. Called on that thread."""
+        log.error("worker_failed", worker_id=self._config.worker_id, error=f"{type(error).__name__}: {error}")
+        self._call_soon(lambda: self._end(1))
+
+    # --- parts --------------------------------------------------------------------------------------------
+
+    def _build(self) -> WorkerParts:
+        """Load the model and register the KV pool. Beside the event loop: it takes seconds."""
+        from ..engine.calibrate import calibrate
+        from ..engine.disk import open_prefix_cache
+        from ..engine.engine import Engine
+        from ..kvcache.blocks import BlockPool
+        from ..transfer.backends.choose import open_backend, set_ucx_defaults
+        from ..transfer.receive.processes import own_mark
+        from .parts import WorkerParts
+
+        config = self._config
+        failpoints.arm(environment().get(FAILPOINTS_VARIABLE, ""), config.worker_id)
+        if failpoints.armed:
+            log.warning("failpoints_armed", worker_id=config.worker_id)
+        set_ucx_defaults(config.host)
+        self._warn_of_open_ports()
+        self._group = self._start_followers()
+        engine: Engine = Engine(
+            config.engine,
+            tp_size=config.engine.tensor_parallel_size,
+            group=self._group,
+            progress=self._progress,
+            cores=config.cores,
+        )
+        backend, outgoing = (
+            open_backend(
+                config.transfer.backend,
+                agent_name(config.worker_id, self._incarnation, 0, 0, is_outgoing=is_outgoing),
+            )
+            for is_outgoing in (False, True)
+        )
+        region, _ = (
+            one.register(engine.kv_pages, rank=0, tp_size=engine.tp_size, generation=0) for one in (backend, outgoing)
+        )
+        if self._group is not None and not self._followers_ready.wait(REGION_TIMEOUT_S):
+            raise ConfigError(f"{engine.tp_size - 1} other ranks did not register within {REGION_TIMEOUT_S} s")
+        if failpoints.armed:
+            failpoints.hit("worker.start")
+        processes = [own_mark()] if outgoing.copies_itself else []
+        processes += [found.process for _, found in sorted(self._follower_regions.items()) if found.process is not None]
+        pool = BlockPool(
+            engine.num_blocks, config.engine.block_size, enable_prefix_caching=config.engine.enable_prefix_caching
+        )
+        return WorkerParts(
+            config=config,
+            secret=self._secret,
+            version=__version__,
+            incarnation=self._incarnation,
+            clock=self._clock,
+            engine=engine,
+            group=self._group,
+            pool=pool,
+            cache=open_prefix_cache(engine, pool, self._clock, self._group),
+            backend=backend,
+            outgoing=outgoing,
+            regions=(region, *(found.region for _, found in sorted(self._follower_regions.items()))),
+            to_router=self._to_router,
+            call_soon=self._call_soon,
+            on_failure=self._on_failure,
+            processes=tuple(processes),
+            samples=calibrate(engine, pool) if config.calibrate else (),
+        )
+
+    def _warn_of_open_ports(self) -> None:
+        """Say once what no secret guards."""
+        if not Address(self._config.host, 0).is_loopback:
+            log.warning(
+                "open_data_plane",
+                worker_id=self._config.worker_id,
+                devices=environment().get("UCX_NET_DEVICES", "all"),
+                reason="whoever reaches these devices can read and write this worker's memory: keep them on a network "
+                "of your own",
+            )
+
+    def _progress(self, what: str, fraction: float) -> None:
+        if self._lifeline is not None:
+            self._lifeline.progress(what, fraction)
+
+    def _start_followers(self) -> RankGroup | None:
+        config = self._config
+        if config.engine.tensor_parallel_size == 1:
+            return None
+        from ..engine.ranks.group import RankGroup
+
+        setup = FollowerSetup(
+            worker_id=config.worker_id,
+            incarnation=self._incarnation,
+            version=__version__,
+            transfer=config.transfer.model_dump_json(),
+        )
+        return RankGroup.start(
+            config.engine,
+            handler="kvferry.worker.process:make_follower",
+            handler_config=encode(setup),
+            on_message=self._on_follower,
+        )
+
+    def _on_follower(self, rank: int, payload: bytes) -> None:
+        """On the rank group's thread."""
+        message = follower_messages.decode(payload)
+        if isinstance(message, FollowerRegion):
+            self._follower_regions[rank] = message
+            if len(self._follower_regions) == self._config.engine.tensor_parallel_size - 1:
+                self._followers_ready.set()
+        elif isinstance(message, TransferBroke):
+            self._on_failure(KVFerryError(f"rank {rank}: {message.reason}"))
+        elif self._unit is not None:
+            self._unit.on_follower(rank, message)
+
+    # --- serving ------------------------------------------------------------------------------------------
+
+    async def _serve(self, parts: WorkerParts) -> None:
+        from .worker import WorkerUnit
+
+        unit = WorkerUnit(parts)
+        await unit.start()
+        self._unit = unit
+        self._sessions = RouterSessions(
+            self._config.routers,
+            self._hello(parts, unit.kv_address),
+            secret=self._secret,
+            max_frame_bytes=max_frame_bytes(parts.engine.model_config.max_model_len),
+            on_message=self._on_router_message,
+            on_lost=unit.on_router_lost,
+            status=unit.status,
+            on_joined=unit.on_router_joined,
+        )
+        self._sessions.refused.add_done_callback(self._on_refused)
+        self._sessions.start()
+        self._ticking = self._loop.create_task(self._tick())
+        # Not before: whoever waits for this worker waits for its start.
+        pids = self._group.pids if self._group is not None else ()
+        self._courtesy = Courtesy(self._config.niceness, os.getpid(), *pids)
+        self._yield_cores()
+        log.info("worker_ready", worker_id=self._config.worker_id, blocks=parts.engine.num_blocks)
+        if self._lifeline is not None:
+            self._lifeline.ready(worker_id=self._config.worker_id, incarnation=self._incarnation)
+
+    def _hello(self, parts: WorkerParts, kv_address: str) -> WorkerHello:
+        engine = self._config.engine
+        return WorkerHello(
+            worker_id=self._config.worker_id,
+            role=self._config.role,
+            incarnation=self._incarnation,
+            version=__version__,
+            model=engine.served_model_name,
+            spec=parts.engine.spec,
+            tp_size=engine.tensor_parallel_size,
+            num_blocks=parts.engine.num_blocks,
+            max_model_len=parts.engine.model_config.max_model_len,
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            kv_address=kv_address,
+            pid=os.getpid(),
+            transport=parts.backend.name,
+            can_change_role=True,
+            labels=self._config.labels or (("host", socket.gethostname()),),
+            samples=parts.samples,
+        )
+
+    def _to_router(self, router_id: str, message: Message) -> None:
+        """From any thread."""
+        if self._sessions is not None:
+            self._sessions.send(router_id, message)
+
+    def _on_router_message(self, router_id: str, message: Message) -> None:
+        assert self._unit is not None
+        if isinstance(message, Drain):
+            self._drain(message.deadline_s)
+        elif isinstance(message, SetRole):
+            self._set_role(message.role)
+        else:
+            self._unit.on_router_message(router_id, message)
+
+    def _on_refused(self, refused: asyncio.Future[str]) -> None:
+        if not refused.cancelled():
+            self._end(_refuse(self._config, self._lifeline, KVFerryError(refused.result())))
+
+    async def _tick(self) -> None:
+        """Deadlines, heartbeats to the routers and to the launcher."""
+        assert self._unit is not None and self._sessions is not None
+        ticks, was_busy = 0, False
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._unit.tick()
+            for router_id, change in self._unit.cache_changes():
+                self._sessions.send(router_id, change)
+            is_busy = self._unit.is_busy
+            if is_busy or was_busy or ticks % IDLE_TICKS == 0:
+                self._sessions.send_status()
+            was_busy = is_busy
+            self._yield_cores()
+            if ticks % LIFELINE_TICKS == 0 and self._lifeline is not None and not self._hangs():
+                self._lifeline.beat()
+            if self._drains_until is not None:
+                self._check_drained(self._drains_until)
+            ticks += 1
+
+    def _check_drained(self, until: float) -> None:
+        assert self._unit is not None
+        num_left, is_over = self._unit.num_unfinished, self._clock.now() >= until
+        if (not num_left or is_over) and not self._ended.done():
+            log.info("worker_drained", worker_id=self._config.worker_id, num_left=num_left)
+            self._end(0)
+
+    def _hangs(self) -> bool:
+        """The running step takes so long that it will not end: the launcher shall hear nothing more of us."""
+        assert self._unit is not None
+        loop = self._unit.loop
+        return loop.busy_for_s > max(STEP_LIMIT_S, 10 * loop.last_step_s)
+
+    async def _close(self) -> None:
+        if self._sessions is not None:
+            self._ticking.cancel()
+            await self._sessions.close()
+        if self._unit is not None:
+            await self._unit.close()
+        if self._group is not None:
+            await asyncio.to_thread(self._group.close)
+
+
+def make_follower(engine: Engine, config: bytes, send: Callable[[bytes], None]) -> FollowerHandler:
+    """What another tensor-parallel rank of a worker runs beside its engine."""
+    setups: Decoder[FollowerSetup] = Decoder(FollowerSetup)
+    setup = setups.decode(config)
+    from .follower import BothFollowers
+
+    return BothFollowers(engine, setup, send)
+
+
+async def serve_worker(config: WorkerConfig, secret: SharedSecret, lifeline: Lifeline | None) -> int:
+    """Run a worker until it ends; cancelling ends it too. The exit code of the process that it deserves."""
+    return await Worker(config, secret, lifeline).run()
+
+
+def main() -> int:
+    """Run `python -m kvferry.worker`, as the launcher starts it. The secret is in a file or in the environment."""
+    parser = argparse.ArgumentParser(prog="kvferry.worker")
+    parser.add_argument("--config-json", required=True)
+    parser.add_argument("--lifeline-fd", type=int)
+    parser.add_argument("--stderr-fd", type=int)
+    args = parser.parse_args()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a reload before there is anything to read again
+    config = WorkerConfig.model_validate_json(args.config_json)
+    lifeline = Lifeline.from_fds(args.lifeline_fd, args.stderr_fd)
+    configure_logging(config.log_level, log_format=config.log_format, worker_id=config.worker_id)
+    try:
+        secret = SharedSecret(*read_secrets(config.secret_file, environment()))
+    except ConfigError as error:
+        return _refuse(config, lifeline, error)
+    return asyncio.run(serve_worker(config, secret, lifeline))
+
+
+def _refuse(config: WorkerConfig, lifeline: Lifeline | None, error: KVFerryError) -> int:
+    """Say why the worker cannot start: to the launcher where there is one, which tells it, else to the log."""
+    if lifeline is not None:
+        lifeline.failed(str(error))
+    else:
+        log.error("worker_cannot_start", worker_id=config.worker_id, error=str(error))
+    return 2
+
+
+def exit_process(code: int) -> NoReturn:
+    """Everything is closed: the interpreter's own end would take a second to take the libraries apart."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

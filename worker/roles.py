@@ -1,0 +1,181 @@
+"""A prefill role and a decode role over one engine and one pool of blocks. Which of them is offered may change.
+
+    offer      new work of one kind is taken, of the other kind refused ("wrong_role"), from one message to the next
+    started    work of both kinds ends where it is: prompts under way are shipped, reservations arrive and are adopted,
+               answers stream on
+    steps      while both have work they take turns, the decode role first; a prompt's steps are then cut as its own
+               chunks would be, so that no answer stands still
+
+The two know nothing of each other: what they share is the pool, and whoever drives them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Literal
+
+from ..common.batch import Batch, StepOutput
+from ..common.messages import LocalTask, Message, PrefillTask, ReserveKV, StepSample
+from ..decode.role import DecodeRole
+from ..kvcache.blocks import BlockPool
+from ..prefill.role import PrefillRole
+from ..prefill.scheduler import MAX_STEP_S, MIN_CHUNK_TOKENS
+
+RoleName = Literal["prefill", "decode"]
+
+
+class BothRoles:
+    """Implements `common.loop.Steps`. All methods but begin_step and on_layer are called with the lock held."""
+
+    def __init__(self, prefill: PrefillRole, decode: DecodeRole, pool: BlockPool, offer: RoleName) -> None:
+        self.prefill = prefill
+        self.decode = decode
+        self._pool = pool
+        self._stepping: PrefillRole | DecodeRole = decode  # had the last turn
+        self._was_idle = True
+        self.offer: RoleName = offer
+        self.set_role(offer)
+        # A preempted answer gets the blocks that come free, not the prompts that come.
+        prefill.scheduler.reserve = lambda: decode.scheduler.growth_reserve
+
+    def set_role(self, role: RoleName) -> None:
+        """Offer this one from now on."""
+        self.offer = role
+        self.prefill.offered, self.decode.offered = role == "prefill", role == "decode"
+
+    def learn(self, samples: Iterable[StepSample]) -> None:
+        """How long steps take here, before the first one."""
+        for sample in samples:
+            tokens, rows = sample.prefill_tokens, sample.decode_rows
+            self.decode.scheduler.pace.learn(sample.step_s, num_chunk_tokens=tokens, num_rows=rows)
+            if tokens >= MIN_CHUNK_TOKENS and not rows:
+                self.prefill.scheduler.observe(sample.step_s, tokens)
+
+    # --- messages ---------------------------------------------------------------------------------------
+
+    def on_router_message(self, router_id: str, message: Message) -> None:
+        match message:
+            case PrefillTask():
+                self.prefill.on_router_message(router_id, message)
+            case ReserveKV() | LocalTask():
+                self.decode.on_router_message(router_id, message)
+            case _:  # about requests, of which either may have some
+                self.prefill.on_router_message(router_id, message)
+                self.decode.on_router_message(router_id, message)
+
+    def on_router_lost(self, router_id: str) -> None:
+        """The router has been away for too long: nobody waits for its requests."""
+        self.prefill.on_router_lost(router_id)
+        self.decode.on_router_lost(router_id)
+
+    # --- steps ------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Batch | None:
+        self.prefill.scheduler.max_step_s = self._prefill_step_s()
+        prefill_first = self._stepping is self.decode and not self._was_idle
+        for role in (self.prefill, self.decode) if prefill_first else (self.decode, self.prefill):
+            batch = role.schedule()
+            if batch is not None:
+                self._stepping, self._was_idle = role, False
+                return batch
+        self._was_idle = True
+        copies = self.decode.scheduler.blocks.cache.idle()
+        if copies is not None:
+            self._stepping = self.decode  # whose completion knows steps of copies alone
+        return copies
+
+    def _prefill_step_s(self) -> float:
+        """What a step of prompts may take."""
+        decode = self.decode.scheduler
+        return min(MAX_STEP_S, decode.pace.room_s) if decode.num_running else MAX_STEP_S
+
+    def begin_step(self, batch: Batch) -> None:
+        self._stepping.begin_step(batch)
+
+    def on_layer(self, layer: int) -> None:
+        self._stepping.on_layer(layer)
+
+    def complete(self, batch: Batch, output: StepOutput) -> None:
+        self._stepping.complete(batch, output)
+
+    def tick(self) -> None:
+        self.prefill.tick()
+        self.decode.tick()
+
+    # --- what others see --------------------------------------------------------------------------------
+
+    @property
+    def stepping(self) -> str:
+        """Whose step runs, or ran last."""
+        return self._stepping.name
+
+    @property
+    def draining(self) -> bool:
+        """Nothing new of either kind."""
+        return self.decode.draining
+
+    @draining.setter
+    def draining(self, on: bool) -> None:
+        self.prefill.draining = self.decode.draining = on
+
+    @property
+    def num_running(self) -> int:
+        return self.prefill.scheduler.num_running + self.decode.scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self.prefill.scheduler.num_waiting + self.decode.scheduler.num_waiting
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self.prefill.scheduler.waiting_tokens + self.decode.scheduler.waiting_tokens
+
+    @property
+    def num_preemptions(self) -> int:
+        return self.prefill.scheduler.num_preemptions + self.decode.scheduler.num_preemptions
+
+    @property
+    def prefix_queries(self) -> int:
+        return self.prefill.prefix_queries + self.decode.prefix_queries
+
+    @property
+    def prefix_hits(self) -> int:
+        return self.prefill.prefix_hits + self.decode.prefix_hits
+
+    @property
+    def num_nonfinite_rows(self) -> int:
+        return self.prefill.num_nonfinite_rows + self.decode.num_nonfinite_rows
+
+    @property
+    def stale_messages(self) -> int:
+        return self.prefill.stale_messages + self.decode.stale_messages
+
+    @property
+    def num_unfinished(self) -> int:
+        return self.prefill.num_unfinished + self.decode.num_unfinished
+
+    @property
+    def num_granted_blocks(self) -> int:
+        return self.prefill.num_granted_blocks + self.decode.num_granted_blocks
+
+    @property
+    def routers(self) -> set[str]:
+        """Those that have work here."""
+        return self.prefill.routers | self.decode.routers
+
+    @property
+    def is_quiet(self) -> bool:
+        """Nothing is left of any request."""
+        return self.prefill.is_quiet and self.decode.is_quiet
+
+    def references(self) -> list[list[int]]:
+        """All references to blocks of the pool."""
+        return self.prefill.references() + self.decode.references()
+
+    def check(self) -> None:
+        """Assert that the books of both agree, and that every reference to a block has a holder in one of them."""
+        self.prefill.check_tasks()
+        self.decode.check()
+        held = Counter(block for blocks in self.references() for block in blocks)
+        assert all(self._pool.ref_count(block) == held[block] for block in range(self._pool.num_blocks))

@@ -1,0 +1,168 @@
+"""A worker's sessions with its routers: one connection each, kept up, opened again when it breaks.
+
+    connect ─> WorkerHello ─> status ... messages both ways ... ─> broken ─> connect again (back-off)
+                                                                    │
+                                        away for ROUTER_GONE_S ─────┴──> on_lost: its requests are aborted
+
+What was queued in a broken session is gone with it: the router learned from the break that it has to act.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import structlog
+
+from ..common.channel import DEFAULT_MAX_FRAME_BYTES, Address, Channel, connect
+from ..common.credentials import SharedSecret
+from ..common.errors import ProtocolError, WorkerLost
+from ..common.messages import Decoder, Goodbye, Message, Refused, RouterToWorker, WorkerHello, WorkerStatus
+from ..common.request import MAX_CHOICES
+
+ROUTER_GONE_S = 5.0
+_BACKOFF_S = (0.1, 0.2, 0.5, 1.0)
+
+_from_router: Decoder[RouterToWorker] = Decoder(RouterToWorker)
+
+_FRAME_SLACK_BYTES = 1 << 16  # everything else that a message says
+
+log = structlog.get_logger(__name__)
+
+
+def max_frame_bytes(max_model_len: int) -> int:
+    """The largest frame between router and worker: prompt and accepted tokens of every choice, 4 bytes each."""
+    return max(DEFAULT_MAX_FRAME_BYTES, 4 * max_model_len * (1 + MAX_CHOICES) + _FRAME_SLACK_BYTES)
+
+
+class RouterSessions:
+    """Lives on the network thread; `send` may be called from any thread."""
+
+    def __init__(
+        self,
+        addresses: tuple[str, ...],
+        hello: WorkerHello,
+        *,
+        secret: SharedSecret,
+        max_frame_bytes: int,
+        on_message: Callable[[str, Message], None],
+        on_lost: Callable[[str], None],
+        status: Callable[[str], WorkerStatus],
+        on_joined: Callable[[str], None] = lambda router_id: None,
+    ) -> None:
+        self._addresses = addresses
+        self._hello = hello
+        self._secret = secret
+        self._max_frame_bytes = max_frame_bytes
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._on_joined = on_joined
+        self._status = status
+        self._channels: dict[str, Channel] = {}
+        self._outbox: list[tuple[str, Message]] = []
+        self._outbox_lock = threading.Lock()
+        self._loop = asyncio.get_running_loop()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._gone: dict[str, asyncio.TimerHandle] = {}
+        self.are_ending = False  # the whole deployment stops: a session's end is no trouble
+        self.refused: asyncio.Future[str] = self._loop.create_future()  # a router will not have this worker
+
+    def start(self) -> None:
+        self._tasks = [self._loop.create_task(self._keep(address)) for address in self._addresses]
+
+    def send(self, router_id: str, message: Message) -> None:
+        """Queue a message to a router; dropped if its session has ended."""
+        with self._outbox_lock:
+            self._outbox.append((router_id, message))
+            first = len(self._outbox) == 1
+        if first:
+            self._loop.call_soon_threadsafe(self._flush)
+
+    def _flush(self) -> None:
+        """Write what other threads have sent. What they have the loop call after it finds it written."""
+        with self._outbox_lock:
+            messages, self._outbox = self._outbox, []
+        channels = {}
+        for router_id, message in messages:
+            channel = self._channels.get(router_id)
+            if channel is not None:
+                channel.send(message)
+                channels[router_id] = channel
+        for channel in channels.values():
+            channel.flush()
+
+    def say_goodbye(self) -> None:
+        """To every router: the end that comes is nobody's failure. `close` follows."""
+        self._flush()
+        for channel in self._channels.values():
+            channel.send(Goodbye())
+            channel.flush()
+
+    def send_status(self) -> None:
+        """A heartbeat to every router."""
+        for router_id, channel in self._channels.items():
+            channel.send(self._status(router_id))
+
+    async def _keep(self, address: str) -> None:
+        failures = 0
+        while True:
+            try:
+                channel = await connect(
+                    Address.parse(address),
+                    self._hello.worker_id,
+                    secret=self._secret,
+                    max_frame_bytes=self._max_frame_bytes,
+                )
+            except WorkerLost:
+                failures += 1
+            except ProtocolError as error:
+                self._refuse(f"router {address}: {error}")
+                return
+            else:
+                failures = 0
+                await self._converse(channel)
+                if self.refused.done():
+                    return
+            await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+
+    def _refuse(self, reason: str) -> None:
+        if not self.refused.done():
+            self.refused.set_result(reason)
+
+    async def _converse(self, channel: Channel) -> None:
+        router_id = channel.peer_id
+        if (timer := self._gone.pop(router_id, None)) is not None:
+            timer.cancel()
+        channel.send(self._hello)
+        channel.send(self._status(router_id))
+        self._channels[router_id] = channel
+        self._on_joined(router_id)
+        log.info("router_joined", router=router_id)
+        try:
+            while True:
+                message = _from_router.decode(await channel.recv())
+                if isinstance(message, Refused):
+                    self._refuse(f"router {router_id}: {message.reason}")
+                    return
+                self._on_message(router_id, message)
+        except WorkerLost:
+            (log.debug if self.are_ending else log.warning)("router_session_ended", router=router_id)
+        except ProtocolError as error:
+            log.error("router_session_refused", router=router_id, error=str(error))
+        finally:
+            channel.abort()
+            if self._channels.get(router_id) is channel:
+                del self._channels[router_id]
+            self._gone[router_id] = self._loop.call_later(ROUTER_GONE_S, self._on_lost, router_id)
+
+    async def close(self) -> None:
+        """Send what is queued and end all sessions."""
+        self._flush()
+        for task in self._tasks:
+            task.cancel()
+        for channel in list(self._channels.values()):
+            await channel.close()
+        for timer in self._gone.values():
+            timer.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,0 +1,30 @@
+"""How several routers share a worker: each that has work here, or has sent some lately, may use an equal part.
+
+What a router does not use flows back to the others with the next heartbeat, which tells each of them its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ..common.clock import Clock
+
+LATELY_S = 1.0
+
+
+class RouterShares:
+    """Kept by a worker."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._heard_s: dict[str, float] = {}  # when each sent work
+
+    def heard(self, router_id: str) -> None:
+        """It has sent work, whether that is taken or not."""
+        self._heard_s[router_id] = self._clock.now()
+
+    def share(self, router_id: str, working: Collection[str]) -> float:
+        """Of the worker, for this router, whether it uses it now or begins to. `working`: those that have work here."""
+        since = self._clock.now() - LATELY_S
+        self._heard_s = {other: at_s for other, at_s in self._heard_s.items() if at_s > since}
+        return 1.0 / len({router_id, *working, *self._heard_s})
