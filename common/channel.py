@@ -29,10 +29,12 @@ from dataclasses import dataclass
 from .credentials import NO_SECRET, SharedSecret
 from .errors import ConfigError, ProtocolError, WorkerLost
 from .messages import PROTOCOL_VERSION, Challenge, Decoder, Hello, Message, Refused, Welcome, encode
+from .request import MAX_CHOICES
 
 HELLO_MAX_BYTES = 4096
 HELLO_TIMEOUT_S = 5.0
 DEFAULT_MAX_FRAME_BYTES = 1 << 20
+_FRAME_SLACK_BYTES = 1 << 16  # everything else that a message says
 SEAL_BYTES = 16
 MAX_PENDING_HELLOS = 64  # connections that have not proved anything yet; more are closed unheard
 _READ_BUFFER_BYTES = 1 << 18  # asyncio stops reading a connection at twice as much
@@ -351,3 +353,8 @@ async def serve(
 def server_address(server: asyncio.Server, host: str) -> Address:
     """Where a server that was started on port 0 listens."""
     return Address(host, server.sockets[0].getsockname()[1])
+
+
+def max_frame_bytes(max_model_len: int) -> int:
+    """The largest frame between router and worker: prompt and accepted tokens of every choice, 4 bytes each."""
+    return max(DEFAULT_MAX_FRAME_BYTES, 4 * max_model_len * (1 + MAX_CHOICES) + _FRAME_SLACK_BYTES)

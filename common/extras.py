@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from pathlib import Path
 from typing import NamedTuple
-
-from ..launch.host import torch_cuda_version
 
 
 class Library(NamedTuple):
@@ -51,3 +50,16 @@ def nixl() -> Library:
 def has_cuda_13(version: str | None) -> bool:
     """Whether it is CUDA 13 or later: NIXL's UCX looks for the CUDA runtime of the version that it was built for."""
     return version is not None and int(version.partition(".")[0]) >= 13
+
+
+def torch_cuda_version() -> str | None:
+    """The CUDA version that the installed torch was built for, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        version = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    match = re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", version, re.MULTILINE)
+    return match[1] if match else None

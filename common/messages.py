@@ -15,8 +15,8 @@ from typing import Annotated, Generic, TypeVar
 
 import msgspec
 
-from ..kvcache.blocks import KVCacheSpec
 from .errors import ProtocolError
+from .kv_spec import KVCacheSpec
 from .request import MAX_CHOICES, RequestSpec, SampledToken, Sequence
 
 PROTOCOL_VERSION = 3

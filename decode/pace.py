@@ -10,11 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..common.batch import Batch, StepOutput
+from ..common.pacing import MIN_CHUNK_TOKENS, longest_step_s
 
-MIN_CHUNK_TOKENS = 32  # a prompt moves on, whatever the objective
-_OBJECTIVE_SHARE = 0.85  # of it, for the step: results are handed out and sent in the rest
-_STRETCH = 4.0  # without an objective a step may take so many times what its answers alone would
-_MIN_STEP_S = 0.05  # ... and this much in any case: nobody reads faster
 _INITIAL_TOKEN_S = 1e-3  # until chunks have been seen
 _SMOOTHING = 0.3
 _WHOLE_CHUNK = 64  # tokens: what fewer take says more of the step than of them
@@ -52,8 +49,3 @@ class Pace:
     def chunk_tokens(self) -> int:
         """Prompt tokens for a step that has rows of running answers."""
         return max(MIN_CHUNK_TOKENS, int(self.room_s / self.token_s))
-
-
-def longest_step_s(objective_s: float | None, decode_s: float) -> float:
-    """Of a step that computes prompts beside running answers, whose own step takes `decode_s`."""
-    return _OBJECTIVE_SHARE * objective_s if objective_s is not None else max(_MIN_STEP_S, _STRETCH * decode_s)

@@ -16,6 +16,7 @@ from ..common import failpoints
 from ..common.batch import Batch, StepOutput
 from ..common.clock import Clock
 from ..common.errors import CapacityError
+from ..common.kv_spec import KVCacheSpec
 from ..common.messages import (
     Abort,
     FetchFrom,
@@ -32,7 +33,7 @@ from ..common.messages import (
     WorkerFailure,
 )
 from ..common.request import RequestSpec, Sequence
-from ..kvcache.blocks import BlockPool, KVCacheSpec
+from ..kvcache.blocks import BlockPool
 from ..kvcache.prefix_cache import PrefixCache
 from ..transfer.fetch.fetches import Fetches
 from ..transfer.receive.receiver import KVReceiver, ReservationState

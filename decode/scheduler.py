@@ -25,8 +25,9 @@ from heapq import merge
 
 from ..common.batch import Batch, BatchRow, StepOutput
 from ..common.errors import CapacityError
+from ..common.kv_spec import KVCacheSpec
 from ..common.request import BlockId, Sequence
-from ..kvcache.blocks import BlockPool, KVCacheSpec
+from ..kvcache.blocks import BlockPool
 from ..kvcache.prefix_cache import PrefixCache
 from .pace import Pace
 from .sequence_blocks import SequenceBlocks

@@ -13,8 +13,9 @@ copies out first: they are `_outgoing`.
 from __future__ import annotations
 
 from ..common.batch import Batch, BatchRow
+from ..common.kv_spec import KVCacheSpec
 from ..common.request import BlockId, Sequence
-from ..kvcache.blocks import BlockPool, KVCacheSpec, hash_blocks, prefix_salt
+from ..kvcache.blocks import BlockPool, hash_blocks, prefix_salt
 from ..kvcache.prefix_cache import Found, PrefixCache
 from ..kvcache.swap import SwapSpace
 

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..common.clock import Clock
+from ..common.kv_spec import KVCacheSpec
 from ..common.messages import Grant, NoCapacity, ReserveKV
 from ..common.request import RequestSpec
-from ..kvcache.blocks import BlockPool, KVCacheSpec
+from ..kvcache.blocks import BlockPool
 from ..transfer.receive.receiver import KVReceiver
 
 MAX_WAIT_S = 2.0

@@ -28,8 +28,8 @@ from ..common.batch import Batch, BatchRow, Fence, RowOutput, StepOutput, row_ou
 from ..common.config import NO_DETERMINISTIC_CUDA, CoreSlot, EngineConfig
 from ..common.cores import SharedCores, attach
 from ..common.errors import ConfigError
+from ..common.kv_spec import KVCacheSpec
 from ..common.request import SampledToken
-from ..kvcache.blocks import KVCacheSpec
 from ..kvcache.host_slots import SwapPages, num_host_blocks, num_swap_blocks
 from ..kvcache.pages import allocate_pages, cache_dtype, copy_blocks, num_blocks_for_memory, num_spare_blocks
 from ..models.config import ModelConfig

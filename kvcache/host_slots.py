@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
-from .blocks import KVCacheSpec
+from ..common.kv_spec import KVCacheSpec
 from .pages import free_memory_bytes
 
 _CUDA_BYTES = 4 << 30

@@ -14,7 +14,8 @@ import torch
 
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
-from .blocks import MIN_CACHE_TOKENS, KVCacheSpec, too_small_a_cache
+from ..common.kv_spec import KVCacheSpec
+from .blocks import MIN_CACHE_TOKENS, too_small_a_cache
 
 _HUGE_PAGE_BYTES = 2 << 20
 _CPU_BYTES = 2 << 30

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..common.extras import FLASHINFER, nixl
+from ..common.extras import FLASHINFER, nixl, torch_cuda_version
 from ..settings.fields import ServeSettings
-from .host import find_gpus, free_memory_bytes, torch_cuda_version
+from .host import find_gpus, free_memory_bytes
 from .preflight import Check, Level, Preflight
 
 _TRIAL = "from kvferry.transfer.backends.nixl import NixlBackend; NixlBackend('doctor').close()"

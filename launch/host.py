@@ -6,11 +6,8 @@ group's limits stand in for the machine's.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import os
 import re
-import resource
 import shutil
 import socket
 import subprocess
@@ -18,15 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.channel import Address
-from ..common.errors import ConfigError
+from ..common.extras import torch_cuda_version
 
 _NVIDIA_SMI_TIMEOUT_S = 10.0
-_BACKLOG = 2048
-_MAX_NICENESS = 19
-_NICENESS_OF_LIMIT = 20  # RLIMIT_NICE counts down from it
-_CAP_SYS_NICE = 23
-_SEND_BUFFER_BYTES = 128 * 2**10  # in the kernel for each connection: a client that does not read is noticed
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +60,6 @@ def free_memory_bytes(root: Path = Path("/")) -> int:
     return max(free, 0)
 
 
-def torch_cuda_version() -> str | None:
-    """The CUDA version that the installed torch was built for, without importing it."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    version = _read(Path(spec.origin).parent / "version.py")
-    match = re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", version, re.MULTILINE)
-    return match[1] if match else None
-
-
 def find_gpus(env: Mapping[str, str]) -> tuple[Gpu, ...]:
     """The NVIDIA devices that CUDA_VISIBLE_DEVICES leaves visible."""
     tool = shutil.which("nvidia-smi")
@@ -115,56 +96,8 @@ def why_not_bindable(host: str, port: int) -> str | None:
     return None
 
 
-def listen(address: Address, *, setting: str = "port") -> socket.socket:
-    """A listening socket for HTTP; port 0 takes a free one. Raises ConfigError that names `setting`."""
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)  # accepted sockets inherit it
-        sock.bind((address.host, address.port))
-        sock.listen(_BACKLOG)
-    except OSError as error:
-        sock.close()
-        flag = "--" + setting.replace("_", "-")
-        text = f"{setting}: cannot listen on {address}: {error.strerror or error}; set another {flag}"
-        raise ConfigError(text) from error
-    return sock
-
-
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
-
-
-class Courtesy:
-    """Lets others compute first, or not: every thread of some processes. Linux; elsewhere nothing happens."""
-
-    def __init__(self, niceness: int, *pids: int) -> None:
-        """`niceness`: on top of what this process has now."""
-        self._pids = pids
-        self._own = os.getpriority(os.PRIO_PROCESS, 0)
-        self._polite = min(_MAX_NICENESS, self._own + niceness)
-        self._now = self._own
-        self.is_revocable = self._may_return()
-
-    def _may_return(self) -> bool:
-        """Who has become polite may become as before: for most users that is denied."""
-        limit = resource.getrlimit(resource.RLIMIT_NICE)[0]
-        status = _read(Path("/proc/self/status"))
-        match = re.search(r"^CapEff:\s+([0-9a-f]+)", status, re.MULTILINE)
-        is_capable = match is not None and bool(int(match[1], 16) >> _CAP_SYS_NICE & 1)
-        return is_capable or limit == resource.RLIM_INFINITY or _NICENESS_OF_LIMIT - limit <= self._own
-
-    def set(self, on: bool) -> None:
-        """Or leave it, where the way back is denied."""
-        wanted = self._polite if on else self._own
-        if wanted == self._now or (wanted < self._now and not self.is_revocable):
-            return
-        self._now = wanted
-        for pid in self._pids:
-            for task in Path(f"/proc/{pid}/task").glob("[0-9]*"):
-                with contextlib.suppress(OSError):  # it ended meanwhile
-                    os.setpriority(os.PRIO_PROCESS, int(task.name), wanted)

@@ -3,9 +3,9 @@
 A prompt gets the blocks of its whole length when its first chunk is scheduled: prompts that hold a part and wait
 for the rest of each other's blocks cannot happen. Chunks of several prompts share a step up to the token budget.
 
-Order: higher classes first; within one, earliest due first, where a prompt is due `STRETCH` times its own predicted
-compute time after it came. A short prompt overtakes a long one that has time left, and a long one cannot starve: its
-due time stands still while newcomers' due times move on.
+Order: higher classes first; within one, earliest due first, where a prompt is due `PROMPT_DUE_STRETCH` times its own
+predicted compute time after it came. A short prompt overtakes a long one that has time left, and a long one cannot
+starve: its due time stands still while newcomers' due times move on.
 
 A prompt that has begun is never preempted: its KV is under way to a decode worker. Whoever waits for its blocks
 waits for its end, so it goes on behind them.
@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from ..common.batch import Batch, BatchRow
 from ..common.clock import Clock
 from ..common.errors import CapacityError
+from ..common.pacing import PROMPT_DUE_STRETCH
 from ..common.request import Sequence
 from ..kvcache.blocks import BlockPool, hash_blocks
 from ..kvcache.prefix_cache import PrefixCache
 
-STRETCH = 3.0
 # A step is cut to about this: who comes while it runs waits for its end, and grants lapse in seconds. A GPU does a
 # whole token budget in less; a single core at the end of a long context does not.
 MAX_STEP_S = 0.5
@@ -90,7 +90,7 @@ class PrefillScheduler:
                 f"the prompt needs {self._num_blocks(seq)} blocks, the pool has {self._pool.num_blocks}"
             )
         now = self._clock.now()
-        due_s = now + STRETCH * self._s_per_token * seq.num_tokens
+        due_s = now + PROMPT_DUE_STRETCH * self._s_per_token * seq.num_tokens
         prompt = Prompt(seq, salt, now, due_s, now + remaining_s if remaining_s is not None else None)
         self.prompts.append(prompt)
         self.prompts.sort(key=lambda p: (p.seq.priority, p.due_s))

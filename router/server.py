@@ -23,17 +23,16 @@ import structlog
 from fastapi import FastAPI
 
 from .. import __version__
-from ..common.channel import Address
+from ..common.channel import Address, max_frame_bytes
 from ..common.clock import Clock, SystemClock, wall_time_us, week_s
 from ..common.config import RouterConfig
 from ..common.credentials import SharedSecret
 from ..common.errors import ConfigError
 from ..common.exposure import check_exposure
 from ..common.open_files import MAX_CONNECTIONS, room_for_connections
-from ..launch.host import listen
+from ..common.sockets import listen
 from ..models.config import ModelConfig
 from ..models.tokenizer import Tokenizer
-from ..worker.sessions import max_frame_bytes
 from .access.credentials import RouterCredentials
 from .access.keys import ApiKeys
 from .access.quota import QuotaLimits

@@ -16,6 +16,7 @@ from typing import cast
 from ..common.batch import Batch, StepOutput
 from ..common.clock import Clock
 from ..common.errors import CapacityError
+from ..common.kv_spec import KVCacheSpec
 from ..common.messages import (
     Abort,
     ChoiceTokens,
@@ -34,7 +35,7 @@ from ..common.messages import (
 from ..common.request import FinishReason, RequestSpec, Sequence
 from ..decode.scheduler import DecodeScheduler
 from ..decode.waiting import WaitingReservations
-from ..kvcache.blocks import BlockPool, KVCacheSpec
+from ..kvcache.blocks import BlockPool
 from ..kvcache.prefix_cache import PrefixCache
 from ..transfer.receive.receiver import KVReceiver
 from .fetches import SimFetches

@@ -13,6 +13,7 @@ from typing import Protocol
 from ..common.batch import Batch, StepOutput
 from ..common.clock import Clock
 from ..common.errors import CapacityError
+from ..common.kv_spec import KVCacheSpec
 from ..common.messages import (
     Abort,
     ChoiceTokens,
@@ -24,7 +25,7 @@ from ..common.messages import (
     TransferReport,
 )
 from ..common.request import FinishReason, RequestSpec
-from ..kvcache.blocks import BlockPool, KVCacheSpec
+from ..kvcache.blocks import BlockPool
 from ..kvcache.prefix_cache import PrefixCache
 from ..prefill.scheduler import PrefillScheduler, Prompt
 from .costs.network import Link, Port

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..common.clock import Clock
+from ..common.kv_spec import KVCacheSpec
 from ..common.messages import Grant, GrantId, GrantInfo, NoCapacity
 from ..common.request import BlockId, RequestSpec
-from ..kvcache.blocks import BlockPool, KVCacheSpec
+from ..kvcache.blocks import BlockPool
 from ..transfer.receive.reservations import MAX_PROMISED_SHARE
 from .jobs import Job
 

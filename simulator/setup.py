@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.config import RouterConfig
+from ..common.kv_spec import KVCacheSpec
 from ..common.messages import StepSample
-from ..kvcache.blocks import KVCacheSpec
 from .costs.models import model_named
 from .costs.steps import StepModel, StepWork
 from .scenario import Scenario

@@ -15,6 +15,7 @@ from ..engine.engine import Engine
 from ..transfer.backends.choose import open_backend
 from ..transfer.fetch.reader import open_block_sums
 from ..transfer.protocol.checksums import open_check
+from ..transfer.protocol.handoff import Verdict
 from ..transfer.protocol.rank_messages import (
     FollowerSetup,
     RankArrived,
@@ -25,7 +26,6 @@ from ..transfer.protocol.rank_messages import (
     Watch,
     agent_name,
 )
-from ..transfer.receive.arrivals import Verdict
 from ..transfer.thread import TransferThread
 from .agents import rotated
 

@@ -26,7 +26,7 @@ import structlog
 
 from .. import __version__
 from ..common import failpoints
-from ..common.channel import Address
+from ..common.channel import Address, max_frame_bytes
 from ..common.clock import SystemClock
 from ..common.config import FAILPOINTS_VARIABLE, WorkerConfig, environment
 from ..common.credentials import SharedSecret, read_secrets
@@ -34,7 +34,6 @@ from ..common.errors import ConfigError, KVFerryError
 from ..common.lifeline import Lifeline
 from ..common.logs import configure_logging
 from ..common.messages import Decoder, Drain, Message, SetRole, WorkerHello, encode
-from ..launch.host import Courtesy
 from ..transfer.protocol.rank_messages import (
     FollowerRegion,
     FollowerSetup,
@@ -42,7 +41,8 @@ from ..transfer.protocol.rank_messages import (
     agent_name,
     follower_messages,
 )
-from .sessions import RouterSessions, max_frame_bytes
+from .courtesy import Courtesy
+from .sessions import RouterSessions
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine

@@ -15,25 +15,18 @@ from collections.abc import Callable
 
 import structlog
 
-from ..common.channel import DEFAULT_MAX_FRAME_BYTES, Address, Channel, connect
+from ..common.channel import Address, Channel, connect
 from ..common.credentials import SharedSecret
 from ..common.errors import ProtocolError, WorkerLost
 from ..common.messages import Decoder, Goodbye, Message, Refused, RouterToWorker, WorkerHello, WorkerStatus
-from ..common.request import MAX_CHOICES
 
 ROUTER_GONE_S = 5.0
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0)
 
 _from_router: Decoder[RouterToWorker] = Decoder(RouterToWorker)
 
-_FRAME_SLACK_BYTES = 1 << 16  # everything else that a message says
 
 log = structlog.get_logger(__name__)
-
-
-def max_frame_bytes(max_model_len: int) -> int:
-    """The largest frame between router and worker: prompt and accepted tokens of every choice, 4 bytes each."""
-    return max(DEFAULT_MAX_FRAME_BYTES, 4 * max_model_len * (1 + MAX_CHOICES) + _FRAME_SLACK_BYTES)
 
 
 class RouterSessions:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
     Abort,
     CacheChange,
@@ -70,7 +71,6 @@ from kvferry.common.messages import (
     encode,
 )
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
-from kvferry.kvcache.blocks import KVCacheSpec
 
 SPEC = KVCacheSpec(model="fuzz", num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32")
 DECODERS: tuple[Decoder[Message], ...] = (

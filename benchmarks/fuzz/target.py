@@ -22,7 +22,7 @@ import msgspec
 
 from kvferry import __version__
 from kvferry.benchmarks.fuzz.corpus import hello, status
-from kvferry.common.channel import Address, Channel, connect
+from kvferry.common.channel import Address, Channel, connect, max_frame_bytes
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import API_KEY_VARIABLE, SECRET_VARIABLE, RouterConfig
 from kvferry.common.credentials import SharedSecret
@@ -45,7 +45,6 @@ from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.tools.load.server_process import ServerProcess, free_port, running
-from kvferry.worker.sessions import max_frame_bytes
 
 API_KEY = "fuzz-key"
 VICTIM_KEY = "victim-key"  # of a tenant that attacks nobody

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from kvferry.launch.host import find_gpus, torch_cuda_version
+from kvferry.common.extras import torch_cuda_version
+from kvferry.launch.host import find_gpus
 
 OWN_NEEDS = ("rich", "httpx", "msgspec", "pydantic")  # of the program that runs the parts
 NIXL_WHEELS = ("nixl-cu13", "nixl-cu12", "nixl")

@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
+from kvferry.common.kv_spec import KVCacheSpec
+from kvferry.kvcache.blocks import BlockPool
 from kvferry.transfer.backends.base import Piece
 from kvferry.transfer.backends.host_memory import PageArea, Runs, paired_runs
 from kvferry.transfer.send.sender import MAX_WRITE_BYTES

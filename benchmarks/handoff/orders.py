@@ -20,8 +20,8 @@ from kvferry.benchmarks.handoff.cases import Table
 from kvferry.common.config import TransferConfig
 from kvferry.common.credentials import SharedSecret
 from kvferry.common.errors import ConfigError
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import Count, Decoder, GrantInfo, Message, RegionInfo, encode
-from kvferry.kvcache.blocks import KVCacheSpec
 from kvferry.transfer.backends.host_memory import HostMark
 
 CONFIG = TransferConfig(open_within_s=20.0)  # orders, unlike a router's tasks, may wait for a checksum

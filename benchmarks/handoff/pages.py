@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvferry.kvcache.blocks import KVCacheSpec
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.kvcache.pages import allocate_pages
 
 

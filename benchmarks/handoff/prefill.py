@@ -22,6 +22,7 @@ from kvferry.benchmarks.handoff.orders import CONFIG, SECRET
 from kvferry.benchmarks.handoff.pages import make_pages
 from kvferry.common.clock import SystemClock
 from kvferry.common.errors import ConfigError
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
     CancelKV,
     GrantInfo,
@@ -33,7 +34,6 @@ from kvferry.common.messages import (
     RegionInfo,
     TransferReport,
 )
-from kvferry.kvcache.blocks import KVCacheSpec
 from kvferry.transfer.backends.base import Piece, TransferBackend, TransferHandle, TransferState
 from kvferry.transfer.backends.choose import open_backend
 from kvferry.transfer.links import KVLinks

@@ -24,10 +24,11 @@ import uvloop
 
 from kvferry import __version__
 from kvferry.benchmarks.overhead.steps import Records, Steps, StubStream
-from kvferry.common.channel import Address, Channel, connect
+from kvferry.common.channel import Address, Channel, connect, max_frame_bytes
 from kvferry.common.config import environment
 from kvferry.common.credentials import SharedSecret, read_secrets
 from kvferry.common.errors import WorkerLost
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
     Abort,
     ChoiceTokens,
@@ -49,8 +50,6 @@ from kvferry.common.messages import (
     WorkerStatus,
 )
 from kvferry.common.request import FinishReason, RequestSpec, SampledToken
-from kvferry.kvcache.blocks import KVCacheSpec
-from kvferry.worker.sessions import max_frame_bytes
 
 MODEL = "overhead"
 _SPEC = KVCacheSpec(model=MODEL, num_layers=32, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")

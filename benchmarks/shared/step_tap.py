@@ -18,8 +18,8 @@ from typing import TextIO
 import msgspec
 
 from kvferry import cli
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import StepSample, TransferReport, WorkerHello, WorkerStatus
-from kvferry.kvcache.blocks import KVCacheSpec
 from kvferry.launch import LocalLauncher
 from kvferry.router import __main__ as router_program
 from kvferry.router import server

@@ -20,7 +20,8 @@ from typing import Protocol
 from ...common.clock import Clock
 from ...common.request import SampledToken
 from ...models.tokenizer import Detokenizer, Tokenizer
-from ..state.request import ChoiceUpdate, RouterRequest, StreamError, TokenStream, is_natural
+from ..state.errors import StreamError
+from ..state.request import ChoiceUpdate, RouterRequest, TokenStream, is_natural
 from .choice import ChoiceText, Piece, TextOptions
 
 _TOKENS_AT_ONCE = 64  # what has piled up, in many choices or for a client that reads slowly, is not told in one go

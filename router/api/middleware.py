@@ -25,15 +25,13 @@ from ..access.cors import Cors, Headers
 from ..access.hosts import HostNames
 from ..access.keys import ApiKeys
 from ..access.quota import Allowance, QuotaExceeded
-from ..http.stream_writer import Chunks
-from ..state.errors import Failure, failure_of
+from ..http.stream_writer import CHUNKS, Chunks
+from ..state.errors import Failure, StreamError, failure_of
 from ..state.objectives import DEFAULT_CLASS
-from ..state.request import StreamError
 from .body import ClientGone
 
 OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
 CLIENT_CLOSED = 499  # for counts and logs: no one is there to read a status
-CHUNKS = "kvferry.chunks"  # where the server lends its own way, in the scope
 _CALL = "kvferry.call"
 _ONCE = (b"host", b"authorization", b"content-type", b"content-encoding", b"origin")
 _NOT_IN_AN_ID = re.compile(rb"[^A-Za-z0-9._:/+=@-]+")

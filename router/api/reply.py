@@ -21,8 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from ...common.errors import CapacityError, RequestError
 from ...common.request import FinishReason
-from ..state.errors import failure_of
-from ..state.request import StreamError
+from ..state.errors import StreamError, failure_of
 from .answer import Answer
 from .choice import Piece
 from .events import DONE, EventWriter, encode_events

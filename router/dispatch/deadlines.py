@@ -13,17 +13,19 @@ from __future__ import annotations
 from enum import Enum
 
 from ..state.attempt import Live
+from ..state.errors import StreamError
 from ..state.failures import Blame
 from ..state.pools import Pools
-from ..state.request import RequestStatus, StreamError
+from ..state.request import RequestStatus
 from ..state.worker import Worker
-from .relay import GAP_LIMIT_S, HELD_LIMIT_S
 
 WORKER_WAIT_S = 30.0  # for a worker to come, or to come back
 PAIR_WAIT_S = 1.0  # a handoff failed with every pair: a worker of one may just be found dead, and come back
 FORGOTTEN_S = 3.5  # no message, and a heartbeat after that says that the worker is idle
 QUEUE_LOOK_S = 1.0  # a queued request is looked at so often at least
 LOOK_AGAIN_S = 0.1  # after a limit that has passed and decides nothing yet
+GAP_LIMIT_S = 1.0  # then a missing token does not come any more
+HELD_LIMIT_S = 1.0  # prompt logprobs that have not come by then do not hold back tokens any longer
 ARRIVAL_LIMIT_S = 30.0  # from the last news of a computed prompt to its KV's arrival
 
 

@@ -48,13 +48,14 @@ from ..placement.policy import RoutingPolicy
 from ..queue.admission import Admission
 from ..state.attempt import Live
 from ..state.classes import RequestClasses
+from ..state.errors import StreamError
 from ..state.failures import OTHERS_FIRST_S, Blame, Life
 from ..state.history import Kind, Record, is_named
 from ..state.objectives import NO_OBJECTIVES
 from ..state.observer import NullObserver, Observer
 from ..state.pools import Pools
 from ..state.predictor import Predictor, distance
-from ..state.request import RequestStatus, RouterRequest, StreamError, TokenStream
+from ..state.request import RequestStatus, RouterRequest, TokenStream
 from ..state.views import PoolView
 from ..state.worker import Worker, WorkerLink
 from .deadlines import LOOK_AGAIN_S, Verdict, Watch

@@ -18,13 +18,14 @@ import structlog
 from ...common.clock import Clock
 from ..queue.request_queue import RequestQueue
 from ..state.attempt import Live
-from ..state.failures import DRAINED, MAX_STRIKES, WORKER_LOST, Blame, Life
+from ..state.errors import StreamError
+from ..state.failures import DRAINED, MAX_STRIKES, NOTICE_S, WORKER_LOST, Blame, Life
 from ..state.history import History
 from ..state.observer import Observer
-from ..state.request import RequestStatus, StreamError
+from ..state.request import RequestStatus
 from ..state.worker import Worker
 from .due_times import Looks
-from .retries import NOTICE_S, RetryBudget
+from .retries import RetryBudget
 
 log = structlog.get_logger(__name__)
 

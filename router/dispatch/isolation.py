@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..placement.policy import Demand, Placement, Reason, fits_decode, fits_prefill
+from ..placement.policy import fits_decode, fits_prefill
 from ..state.attempt import Live
+from ..state.demand import Demand, Placement, Reason
 from ..state.pools import Pools
 from ..state.request import RequestStatus
 from ..state.worker import Worker

@@ -11,13 +11,15 @@ import structlog
 from ...common.config import RouterConfig
 from ...common.errors import RequestError
 from ..placement.candidates import EXPLAIN_EVERY, candidates
-from ..placement.policy import Demand, Lack, Placement, Reason, RoutingPolicy, Wait, fits_decode, fits_prefill
+from ..placement.policy import RoutingPolicy, fits_decode, fits_prefill
 from ..queue.admission import Admission
 from ..state.attempt import Live, max_num_tokens
 from ..state.decisions import Candidate, Decision, note
+from ..state.demand import Demand, Lack, Placement, Reason, Wait
+from ..state.errors import StreamError
 from ..state.observer import Observer
 from ..state.pools import Pools
-from ..state.request import RequestStatus, RouterRequest, StreamError
+from ..state.request import RequestStatus, RouterRequest
 from ..state.views import PoolView, WorkerView
 from ..state.worker import Worker
 from .in_flight import Ledger

@@ -14,10 +14,8 @@ from ...common.messages import ChoiceTokens, PromptLogprobs
 from ..state.attempt import Live
 from ..state.observer import Observer
 from ..state.request import NO_DROPS, Drops, is_natural
+from .deadlines import GAP_LIMIT_S, HELD_LIMIT_S
 from .due_times import Looks
-
-GAP_LIMIT_S = 1.0  # then a missing token does not come any more
-HELD_LIMIT_S = 1.0  # prompt logprobs that have not come by then do not hold back tokens any longer
 
 
 @dataclass(slots=True)

@@ -12,29 +12,14 @@ NOTICE_S. For so long a retry without a token waits for that news.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
-from ..state.failures import Life
+from ..state.failures import Charge, Life
 
 SHARE_OF_ADMITTED = 0.1
 REFILL_PER_S = 1.0
 BURST = 64.0  # failures at one moment, such as the open handoffs of a link that breaks, are no storm
-NOTICE_S = 1.5  # from an error to the loss that explains it; a hung peer's leases end about so long before its verdict
 _FIRST_PAUSE_S = 0.05
 _MAX_PAUSE_S = 1.0
-
-
-@dataclass(slots=True)
-class Charge:
-    """What one retry costs."""
-
-    sessions: frozenset[int]  # of the workers that took part in the failure
-    at_s: float
-    is_paid: bool
-    suspect: Life | None = None  # the worker that computed the request then
-
-    def is_explained_by(self, session: int, now_s: float) -> bool:
-        return session in self.sessions and now_s - self.at_s <= NOTICE_S
 
 
 class RetryBudget:

@@ -26,10 +26,11 @@ from ...common.messages import (
 )
 from ..queue.admission import Admission
 from ..state.attempt import Live, RequestMessage
+from ..state.errors import StreamError
 from ..state.failures import Blame
 from ..state.observer import Observer
 from ..state.pools import Pools
-from ..state.request import RequestStatus, StreamError
+from ..state.request import RequestStatus
 from ..state.worker import Worker
 from .in_flight import Ledger
 from .placer import Placer

@@ -25,11 +25,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from ...common.errors import CapacityError, RequestError
-from ..api.middleware import CHUNKS
 from ..state.errors import failure_of
 from .connection_limits import Connections
 from .intake import PIECE_BYTES, HeldFlow, Intake, MessageBytes, Sink
-from .stream_writer import Chunks, Outlet, Turn
+from .stream_writer import CHUNKS, Chunks, Outlet, Turn
 
 HEAD_LIMIT_S = 5.0
 WRITE_LIMIT_S = 30.0

@@ -14,6 +14,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
+CHUNKS = "kvferry.chunks"  # where the server lends its own way, in the scope
+
 _HELD_BYTES = 64 * 2**10  # more is written at once, so that the transport can say that it is full
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from ..state.decisions import Candidate
+from ..state.demand import Demand
 from ..state.views import PoolView, WorkerView
 from .policy import (
     MAX_BIND_WAIT_S,
-    Demand,
     RoutingPolicy,
     fits_decode,
     fits_prefill,

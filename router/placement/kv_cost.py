@@ -9,9 +9,9 @@ ai-dynamo/dynamo, docs/components/router/router-concepts.md and router-disaggreg
 
 from __future__ import annotations
 
+from ..state.demand import Demand
 from ..state.views import WorkerView
 from .least_loaded import Key, LeastLoaded
-from .policy import Demand
 
 _PREFILL_LOAD_SCALE = 1.0
 _OVERLAP_CREDIT = 1.0

@@ -11,15 +11,11 @@ from __future__ import annotations
 
 import math
 
+from ..state.demand import Demand, Lack, Placement, Reason, Wait
 from ..state.views import PoolView, WorkerView
 from .policy import (
     BOUND_SHARE_OF_OBJECTIVE,
     MAX_BIND_WAIT_S,
-    Demand,
-    Lack,
-    Placement,
-    Reason,
-    Wait,
     fits_decode,
     fits_prefill,
     has_decode_room,

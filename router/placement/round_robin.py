@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from itertools import count
 
+from ..state.demand import Demand, Placement
 from ..state.views import WorkerView
 from .least_loaded import Key, LeastLoaded
-from .policy import Demand, Placement
 
 
 class RoundRobin(LeastLoaded):

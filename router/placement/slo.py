@@ -18,19 +18,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...decode.pace import MIN_CHUNK_TOKENS, longest_step_s
-from ...prefill.scheduler import STRETCH
+from ...common.pacing import MIN_CHUNK_TOKENS, PROMPT_DUE_STRETCH, longest_step_s
+from ..state.demand import Demand, Lack, Placement, Prediction, Reason, Wait
 from ..state.predictor import Predictor, Way, distance
 from ..state.views import PoolView, Rank, WorkerView
 from .policy import (
     BOUND_SHARE_OF_OBJECTIVE,
     MAX_BIND_WAIT_S,
-    Demand,
-    Lack,
-    Placement,
-    Prediction,
-    Reason,
-    Wait,
     fits_decode,
     fits_prefill,
     has_decode_room,
@@ -210,7 +204,7 @@ class Slo:
 
     def _cost(self, worker: WorkerView, demand: Demand, sources: list[WorkerView], now_s: float) -> _Prefill:
         seconds, fetch = self._prefill_s(worker, demand, sources)
-        return _Prefill(worker, seconds, fetch, worker.wait_s(now_s + STRETCH * seconds))
+        return _Prefill(worker, seconds, fetch, worker.wait_s(now_s + PROMPT_DUE_STRETCH * seconds))
 
     def _handoff(
         self, view: PoolView, demand: Demand, cost: _Prefill, decode: WorkerView, path: str, tpot_s: float

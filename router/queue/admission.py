@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from ...common.errors import CapacityError
 from ..state.attempt import Live
+from ..state.demand import Promise
+from ..state.errors import StreamError
 from ..state.observer import Observer
-from ..state.request import RouterRequest, StreamError
+from ..state.request import RouterRequest
 from .arrival_load import OfferedLoad
-from .forecast import Forecast, Promise
+from .forecast import Forecast
 from .request_queue import RequestQueue
 
 # Of its limit, waited before a request is sent away: where even the fastest first token came too late lately, somebody

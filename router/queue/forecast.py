@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import NamedTuple
+
+from ..state.demand import Promise
 
 _WINDOW_S = 10.0  # of waiting time
 _MIN_SAMPLES = 8  # until then the rate of before is believed
@@ -32,14 +33,6 @@ _MIN_CAUTION = 1.0
 _MAX_CAUTION = 2.0
 _FIRST_CAUTION = 1.25
 _TELLING_SHARE = 0.5  # of its limit: a shorter expectation says nothing about those at the limit
-
-
-class Promise(NamedTuple):
-    """What was expected of a request when it was admitted."""
-
-    at_s: float
-    expected_s: float
-    limit_s: float | None  # within which it had to be
 
 
 class DrainRate:

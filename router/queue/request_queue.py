@@ -2,8 +2,8 @@
 
     priority    lower first, strictly
     lateness    what can still meet its objective comes before what cannot, and before what makes way so that as few
-                as possible miss theirs (triage.py, arrival_load.py); but an eighth of the service is for those, if there
-                are any: one goes when LATE_EVERY - 1 others have gone, and so many times its own predicted time
+                as possible miss theirs (triage.py, arrival_load.py); but an eighth of the service is for those, if
+                there are any: one goes when LATE_EVERY - 1 others have gone, and so many times its own predicted time
     tenants     fair shares of both (fair_order.py)
     due time    inside a tenant: arrival + objective. A long prompt's objective is a multiple of its own time, so short
                 ones overtake it while it has time left; as its due time stands still, nobody is overtaken for ever

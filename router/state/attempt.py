@@ -29,10 +29,8 @@ from ...common.messages import (
     TaskRefused,
     WorkerFailure,
 )
-from ..dispatch.retries import Charge
-from ..placement.policy import Demand, Placement, Prediction
-from ..queue.forecast import Promise
-from .failures import STRIKES_UNTIL_ALONE, Blame, Life
+from .demand import Demand, Placement, Prediction, Promise
+from .failures import STRIKES_UNTIL_ALONE, Blame, Charge, Life
 from .pools import Pools
 from .predictor import Way
 from .request import RequestStatus, RouterRequest, TokenStream

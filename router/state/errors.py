@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import msgspec
 
 from ...common.errors import CapacityError, KVFerryError, RequestError
-from .request import StreamError
 
 MAX_RETRY_AFTER_S = 60.0
 RETRYABLE = frozenset({429, 503})
@@ -102,3 +101,13 @@ def clip(text: str, limit: int = 64) -> str:
     """`text` as it may stand in a message: quoted, control characters escaped, not longer than about `limit`."""
     quoted = ascii(text if len(text) <= limit else text[:limit] + "...")
     return quoted
+
+
+class StreamError(KVFerryError):
+    """A request failed after it was accepted: `status` if nothing was sent yet, else an error event with `code`."""
+
+    def __init__(self, message: str, code: str, status: int, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = status
+        self.retry_after_s = retry_after_s  # a hint for the client, where another try may succeed

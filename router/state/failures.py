@@ -20,6 +20,7 @@ have OTHERS_FIRST_S.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 WORKER_LOST = "worker_lost"
@@ -45,3 +46,19 @@ class Blame(NamedTuple):
     @property
     def is_charged(self) -> bool:
         return self.is_counted and self.reason != WORKER_LOST
+
+
+NOTICE_S = 1.5  # from an error to the loss that explains it; a hung peer's leases end about so long before its verdict
+
+
+@dataclass(slots=True)
+class Charge:
+    """What one retry costs."""
+
+    sessions: frozenset[int]  # of the workers that took part in the failure
+    at_s: float
+    is_paid: bool
+    suspect: Life | None = None  # the worker that computed the request then
+
+    def is_explained_by(self, session: int, now_s: float) -> bool:
+        return session in self.sessions and now_s - self.at_s <= NOTICE_S

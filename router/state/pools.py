@@ -12,8 +12,8 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ...common.kv_spec import KVCacheSpec
 from ...common.messages import WorkerHello, WorkerStatus
-from ...kvcache.blocks import KVCacheSpec
 from .predictor import Predictor
 from .prefix_index import PrefixIndex
 from .views import RANKS, PoolView, Rank, WorkerView, has_gained

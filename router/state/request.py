@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from ...common.errors import InvalidTransition, KVFerryError
+from ...common.errors import InvalidTransition
 from ...common.messages import ChoiceTokens
 from ...common.request import FinishReason, RequestSpec, SampledToken, SamplingParams, pack_ids
 from .decisions import Decision
+from .errors import StreamError
 from .objectives import DEFAULT_CLASS, NO_OBJECTIVES, Objectives
 
 MAX_TOKENS_AT_ONCE = 2**20  # in one update: more than an answer has
@@ -57,16 +58,6 @@ _STAMP = {
     RequestStatus.PREFILLING: "prefill_start",
     RequestStatus.DECODING: "arrived",
 }
-
-
-class StreamError(KVFerryError):
-    """A request failed after it was accepted: `status` if nothing was sent yet, else an error event with `code`."""
-
-    def __init__(self, message: str, code: str, status: int, *, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.code = code
-        self.status = status
-        self.retry_after_s = retry_after_s  # a hint for the client, where another try may succeed
 
 
 @dataclass(slots=True)

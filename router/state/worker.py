@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ...common.messages import Message, StepTokens, WorkerHello, WorkerStatus
-from ...prefill.scheduler import STRETCH
+from ...common.pacing import PROMPT_DUE_STRETCH
 from .failures import Life
 from .views import Load, WorkerView
 
@@ -253,7 +253,9 @@ class Worker:
             return ahead_tokens * s_per_token, ()
         left = min(ahead_tokens, own)
         line = sorted(
-            (load.at_s + STRETCH * load.work_s, load.work_s) for load in self.loads.values() if load.num_tokens
+            (load.at_s + PROMPT_DUE_STRETCH * load.work_s, load.work_s)
+            for load in self.loads.values()
+            if load.num_tokens
         )
         done_s = sum(work_s for _, work_s in line) * (1 - left / own)
         waiting = []

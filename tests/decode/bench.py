@@ -8,6 +8,7 @@ from collections.abc import Callable
 from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
     ChoiceTokens,
     Grant,
@@ -21,7 +22,7 @@ from kvferry.common.messages import (
 )
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
 from kvferry.decode.role import DecodeRole
-from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
+from kvferry.kvcache.blocks import BlockPool
 from kvferry.transfer.protocol.handoff import open_mac
 from kvferry.transfer.receive.receiver import KVReceiver, ReservationState
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.clock import FakeClock
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.decode.scheduler import DecodeScheduler
-from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
+from kvferry.kvcache.blocks import BlockPool
 from kvferry.kvcache.disk_tier import DiskTier
 from kvferry.kvcache.prefix_cache import PrefixCache
 from kvferry.kvcache.tiers import Shelf

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from kvferry.common.batch import Batch
+from kvferry.common.pacing import MIN_CHUNK_TOKENS
 from kvferry.common.request import RequestId, SamplingParams, Sequence
-from kvferry.decode.pace import MIN_CHUNK_TOKENS, Pace
+from kvferry.decode.pace import Pace
 from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.kvcache.blocks import BlockPool
 

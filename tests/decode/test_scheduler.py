@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from kvferry.common.batch import Batch
 from kvferry.common.errors import CapacityError
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.decode.scheduler import DecodeScheduler
-from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
+from kvferry.kvcache.blocks import BlockPool
 
 BLOCK = 4
 SPEC = KVCacheSpec(model="m", num_layers=1, num_kv_heads=1, head_dim=8, block_size=BLOCK, dtype="float32")

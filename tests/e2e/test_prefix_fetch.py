@@ -27,7 +27,7 @@ from kvferry.common.messages import WorkerStatus
 from kvferry.common.request import SamplingParams
 from kvferry.router.dispatch.control import ControlServer, Expected
 from kvferry.router.dispatch.dispatcher import Dispatcher
-from kvferry.router.placement.policy import Demand, Lack, Placement, Reason, Wait
+from kvferry.router.state.demand import Demand, Lack, Placement, Reason, Wait
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.views import PoolView, WorkerView
 from kvferry.router.state.worker import Worker

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvferry.common.errors import CapacityError
-from kvferry.kvcache.blocks import BlockPool, KVCacheSpec, hash_blocks
+from kvferry.common.kv_spec import KVCacheSpec
+from kvferry.kvcache.blocks import BlockPool, hash_blocks
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=4, head_dim=8, block_size=4, dtype="float32")
 

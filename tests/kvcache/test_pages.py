@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvferry.kvcache.blocks import KVCacheSpec
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.kvcache.pages import allocate_pages, copy_blocks
 
 CPU = torch.device("cpu")

@@ -9,6 +9,7 @@ import msgspec
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.clock import FakeClock
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
     Abort,
     ChoiceTokens,
@@ -24,7 +25,7 @@ from kvferry.common.messages import (
     WorkerFailure,
 )
 from kvferry.common.request import FinishReason, RequestSpec, SampledToken, SamplingParams, pack_ids
-from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
+from kvferry.kvcache.blocks import BlockPool
 from kvferry.prefill.role import PrefillRole
 from kvferry.transfer.protocol.handoff import Endpoint
 from kvferry.transfer.send.plan import ShipPlan

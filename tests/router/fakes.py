@@ -24,7 +24,7 @@ from kvferry.common.channel import Address
 from kvferry.common.clock import FakeClock
 from kvferry.common.messages import ChoiceTokens
 from kvferry.common.request import SampledToken
-from kvferry.launch.host import listen
+from kvferry.common.sockets import listen
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.api.app import build_app
@@ -33,7 +33,8 @@ from kvferry.router.helpers.chat_renderer import Chat
 from kvferry.router.http.http_server import HttpServer
 from kvferry.router.http.protocol import DeadlineProtocol
 from kvferry.router.metrics.metrics import RouterMetrics
-from kvferry.router.state.request import RequestStatus, RouterRequest, StreamError, TokenStream
+from kvferry.router.state.errors import StreamError
+from kvferry.router.state.request import RequestStatus, RouterRequest, TokenStream
 from kvferry.router.state.views import PoolView
 
 MODEL = "toy"

@@ -11,6 +11,7 @@ import msgspec
 
 from kvferry.common.clock import FakeClock
 from kvferry.common.config import RouterConfig
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
     ChoiceTokens,
     FirstToken,
@@ -31,7 +32,6 @@ from kvferry.common.messages import (
     WorkerStatus,
 )
 from kvferry.common.request import SampledToken, SamplingParams
-from kvferry.kvcache.blocks import KVCacheSpec
 from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.placement import make_policy
 from kvferry.router.placement.least_loaded import LeastLoaded

@@ -21,7 +21,7 @@ from kvferry.common.channel import Address
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import RouterConfig
 from kvferry.common.credentials import SharedSecret
-from kvferry.launch.host import listen
+from kvferry.common.sockets import listen
 from kvferry.router.api.app import build_app
 from kvferry.router.api.prompts import ServedModel
 from kvferry.router.dispatch.control import ControlServer, Expected

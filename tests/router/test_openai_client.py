@@ -12,7 +12,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from kvferry.common.errors import CapacityError
-from kvferry.router.state.request import StreamError
+from kvferry.router.state.errors import StreamError
 
 from .fakes import MODEL, Script, Served, ids_of, listening, serve
 

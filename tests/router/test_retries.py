@@ -7,8 +7,10 @@ import random
 import pytest
 
 from kvferry.common.messages import Abort, LocalTask, PrefillTask, ReserveKV, WorkerFailure
-from kvferry.router.dispatch.retries import BURST, NOTICE_S, RetryBudget
-from kvferry.router.state.request import RequestStatus, StreamError, TokenStream
+from kvferry.router.dispatch.retries import BURST, RetryBudget
+from kvferry.router.state.errors import StreamError
+from kvferry.router.state.failures import NOTICE_S
+from kvferry.router.state.request import RequestStatus, TokenStream
 
 from .fleet import Fleet, Link, config, text, tokens
 

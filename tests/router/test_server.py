@@ -19,8 +19,8 @@ from kvferry.common.clock import SystemClock
 from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError
 from kvferry.common.exposure import check_exposure
+from kvferry.common.sockets import listen
 from kvferry.launch.children import RouterChild
-from kvferry.launch.host import listen
 from kvferry.launch.process import ChildTimes
 from kvferry.router.__main__ import main, parse_config
 from kvferry.router.access.credentials import RouterCredentials

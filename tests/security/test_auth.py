@@ -11,7 +11,8 @@ from fastapi.routing import APIRoute
 from starlette.routing import Route
 
 from kvferry.common.errors import RequestError
-from kvferry.kvcache.blocks import BlockPool, KVCacheSpec, hash_blocks, prefix_salt
+from kvferry.common.kv_spec import KVCacheSpec
+from kvferry.kvcache.blocks import BlockPool, hash_blocks, prefix_salt
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.access.quota import QuotaLimits
 from kvferry.router.api.middleware import OPEN_PATHS

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import Grant, KVOpen, NoCapacity
 from kvferry.common.request import RequestSpec, SampledToken, Sequence
 from kvferry.decode import sequence_blocks
 from kvferry.decode.sequence_blocks import SequenceBlocks
-from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
+from kvferry.kvcache.blocks import BlockPool
 from kvferry.prefill import role as prefill_role
 from kvferry.prefill.shipments import Shipments
 from kvferry.router.dispatch.deadlines import Watch

@@ -12,8 +12,8 @@ from pathlib import Path
 from random import Random
 
 from kvferry.common.config import RouterConfig, TransferConfig
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import SamplingParams
-from kvferry.kvcache.blocks import KVCacheSpec
 
 from .clients import Manners
 

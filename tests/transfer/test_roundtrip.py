@@ -7,6 +7,7 @@ import torch
 
 from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
     CancelKV,
     Decoder,
@@ -22,7 +23,7 @@ from kvferry.common.messages import (
     Message,
 )
 from kvferry.common.request import RequestSpec, SamplingParams, pack_ids
-from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
+from kvferry.kvcache.blocks import BlockPool
 from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
 from kvferry.transfer.receive.receiver import KVReceiver
 from kvferry.transfer.send.sender import KVSender

@@ -16,6 +16,7 @@ import torch
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.errors import TransferError
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
     CancelKV,
     ChoiceTokens,
@@ -35,7 +36,7 @@ from kvferry.common.messages import (
     encode,
 )
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
-from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
+from kvferry.kvcache.blocks import BlockPool
 from kvferry.transfer.backends.base import TransferBackend
 from kvferry.transfer.backends.choose import open_backend, set_ucx_defaults
 from kvferry.transfer.backends.local import LocalBackend, LocalNetwork

@@ -18,6 +18,7 @@ import torch
 from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.errors import TransferError
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
     CancelKV,
     Decoder,
@@ -37,7 +38,7 @@ from kvferry.common.messages import (
     ProcessMark,
 )
 from kvferry.common.request import RequestSpec, SamplingParams, pack_ids
-from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
+from kvferry.kvcache.blocks import BlockPool
 from kvferry.transfer.backends.base import TransferHandle, TransferState
 from kvferry.transfer.backends.local import LocalBackend, LocalFault, LocalHandle, LocalNetwork
 from kvferry.transfer.protocol.checksums import ArrivalCheck, PageSums

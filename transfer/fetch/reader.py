@@ -22,8 +22,8 @@ from ...common import failpoints
 from ...common.clock import Clock
 from ...common.config import TransferConfig
 from ...common.errors import TransferError
+from ...common.kv_spec import KVCacheSpec
 from ...common.messages import RegionInfo
-from ...kvcache.blocks import KVCacheSpec
 from ..backends.base import Piece, TransferBackend, TransferHandle, TransferState
 from ..backends.peers import Peers
 from ..protocol.checksums import PageSums, open_sums

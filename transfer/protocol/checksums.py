@@ -19,11 +19,10 @@ import xxhash
 from ...common import failpoints
 from ...common.config import TransferConfig
 from ...common.errors import ConfigError
+from ...common.kv_spec import KVCacheSpec
 from ...common.messages import KVArrived
-from ...kvcache.blocks import KVCacheSpec
 from ..backends.base import Piece, page_rows
-from ..receive.arrivals import Verdict
-from .handoff import page_indices, pieces
+from .handoff import Verdict, page_indices, pieces
 
 _Sums = npt.NDArray[np.uint64]  # one for each shipped block
 _Pages = npt.NDArray[np.int32]

@@ -14,13 +14,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 from dataclasses import dataclass
+from enum import Enum
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from ...common.kv_spec import KVCacheSpec
 from ...common.messages import GrantInfo, RegionInfo
-from ...kvcache.blocks import KVCacheSpec
 from ..backends.base import Indices, Piece
 
 # Why a KVOpen is refused, as it is counted:
@@ -167,3 +168,11 @@ def is_minted(key: bytes, grant: GrantInfo, request_id: str, attempt: int, mac: 
 def moved_grant(grant: GrantInfo, ranks: tuple[RegionInfo, ...]) -> GrantInfo:
     """The grant with the regions that a KVOpened names; they are those of the grant where it names none."""
     return msgspec.structs.replace(grant, ranks=ranks) if ranks else grant
+
+
+class Verdict(Enum):
+    """Of the bytes that an arrival is about, as the rank found them that they came to."""
+
+    UNCHECKED = "unchecked"
+    INTACT = "intact"
+    CORRUPT = "corrupt"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from enum import Enum
 
 from ...common.messages import BlockIds, Decoder, KVArrived, KVClosed, Message, ProcessMark, RegionInfo, Regions
-from ..receive.arrivals import Verdict
+from .handoff import Verdict
 
 TO_PREFILL, TO_DECODE = b"p", b"d"  # whom a broadcast is for, before the message
 

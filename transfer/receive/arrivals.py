@@ -6,21 +6,12 @@ must be those of the grant and were looked at by the rank that they came to, bef
 
 from __future__ import annotations
 
-from enum import Enum
-
 from ...common.clock import Clock
 from ...common.messages import KVArrived
+from ..protocol.handoff import Verdict
 from .endings import Counters, Endings
 from .reservation import Reservation, ReservationState, Writer
 from .reservations import Ledger
-
-
-class Verdict(Enum):
-    """Of the bytes that an arrival is about, as the rank found them that they came to."""
-
-    UNCHECKED = "unchecked"
-    INTACT = "intact"
-    CORRUPT = "corrupt"
 
 
 class Arrivals:

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...common.clock import Clock
+from ...common.kv_spec import KVCacheSpec
 from ...common.messages import CancelKV, HandoffDone, HandoffFailed, KVDone, Message
 from ...common.request import RequestSpec
-from ...kvcache.blocks import BlockPool, KVCacheSpec
+from ...kvcache.blocks import BlockPool
 from .reservation import Reservation, ReservationState
 from .reservations import Ledger
 

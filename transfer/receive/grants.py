@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from ...common.clock import Clock
 from ...common.config import TransferConfig
+from ...common.kv_spec import KVCacheSpec
 from ...common.messages import Grant, GrantId, GrantInfo, NoCapacity
 from ...common.request import BlockId, RequestSpec
-from ...kvcache.blocks import BlockPool, KVCacheSpec, hash_blocks, prefix_salt
+from ...kvcache.blocks import BlockPool, hash_blocks, prefix_salt
 from ..protocol.handoff import mint_grant
 from .endings import Counters, Endings
 from .fencing import Fencing

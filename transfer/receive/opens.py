@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ...common.clock import Clock
 from ...common.config import TransferConfig
+from ...common.kv_spec import KVCacheSpec
 from ...common.messages import (
     CancelKV,
     GrantId,
@@ -25,7 +26,6 @@ from ...common.messages import (
     ProcessMark,
     RegionInfo,
 )
-from ...kvcache.blocks import KVCacheSpec
 from ..protocol.handoff import Endpoint, check_compatible, expected_pairs, is_minted
 from .endings import Counters
 from .processes import Life

@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 from ...common.clock import Clock
 from ...common.config import TransferConfig
+from ...common.kv_spec import KVCacheSpec
 from ...common.messages import (
     Grant,
     GrantId,
@@ -32,9 +33,9 @@ from ...common.messages import (
     RegionInfo,
 )
 from ...common.request import BlockId, RequestSpec
-from ...kvcache.blocks import BlockPool, KVCacheSpec
-from ..protocol.handoff import Endpoint
-from .arrivals import Arrivals, Verdict
+from ...kvcache.blocks import BlockPool
+from ..protocol.handoff import Endpoint, Verdict
+from .arrivals import Arrivals
 from .endings import Counters, Endings
 from .fencing import Fencing
 from .grants import Grants

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from ...common.clock import Clock
 from ...common.config import TransferConfig
 from ...common.errors import TransferError
+from ...common.kv_spec import KVCacheSpec
 from ...common.messages import (
     CancelKV,
     ChoiceTokens,
@@ -33,7 +34,6 @@ from ...common.messages import (
     ProcessMark,
     TransferReport,
 )
-from ...kvcache.blocks import KVCacheSpec
 from ..backends.base import Indices, TransferBackend, TransferState
 from ..backends.peers import Peers
 from ..fetch.reader import KVReader, Tell

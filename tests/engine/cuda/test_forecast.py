@@ -6,10 +6,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.engine.cuda.rows import BlockTables, Forecast, StepArrays, fill, foretell, rows_of
-from kvferry.kvcache.blocks import BlockPool, KVCacheSpec
+from kvferry.kvcache.blocks import BlockPool
 
 BLOCK, SPARE, LONGEST = 4, 999, 200
 SPEC = KVCacheSpec(model="m", num_layers=1, num_kv_heads=1, head_dim=8, block_size=BLOCK, dtype="float32")

@@ -14,7 +14,8 @@ from kvferry.common.request import SamplingParams
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.api.answer import Answer, PromptText
 from kvferry.router.api.choice import ChoiceText, TextOptions
-from kvferry.router.state.request import RouterRequest, StreamError, TokenStream
+from kvferry.router.state.errors import StreamError
+from kvferry.router.state.request import RouterRequest, TokenStream
 
 from ..fakes import ids_of, token, write_model_dir
 

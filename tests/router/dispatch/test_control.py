@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 
-from kvferry.common.channel import DEFAULT_MAX_FRAME_BYTES, Address, Channel, connect
+from kvferry.common.channel import DEFAULT_MAX_FRAME_BYTES, Address, Channel, connect, max_frame_bytes
 from kvferry.common.clock import SystemClock
 from kvferry.common.credentials import SharedSecret
 from kvferry.common.errors import ProtocolError, WorkerLost
@@ -30,7 +30,6 @@ from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.worker import WorkerLink
-from kvferry.worker.sessions import max_frame_bytes
 
 from ..fleet import SPEC, config, hello, status, tokens
 

@@ -22,7 +22,8 @@ from kvferry.common.messages import (
     WorkerFailure,
 )
 from kvferry.common.request import SampledToken, unpack_ids
-from kvferry.router.state.request import RequestStatus, StreamError, TokenStream
+from kvferry.router.state.errors import StreamError
+from kvferry.router.state.request import RequestStatus, TokenStream
 
 from ..fleet import BLOCK_SIZE, Fleet, Link, config, hello, received, status, text, tokens
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kvferry.common.messages import Abort, Goodbye, LiveRequests, LocalTask, PrefillTask, ReserveKV, WorkerStatus
-from kvferry.router.state.request import RequestStatus, StreamError, TokenStream
+from kvferry.router.state.errors import StreamError
+from kvferry.router.state.request import RequestStatus, TokenStream
 
 from ..fleet import Fleet, Link, config, hello, status, text, tokens
 

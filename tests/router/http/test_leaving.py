@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from kvferry.common.channel import Address
-from kvferry.launch.host import listen
+from kvferry.common.sockets import listen
 from kvferry.router.http.http_server import HttpServer
 
 from ..fakes import MODEL, Script, Served, serve

@@ -11,8 +11,8 @@ from kvferry.common.messages import LocalTask, PrefillTask, StepSample
 from kvferry.common.request import SamplingParams
 from kvferry.router.dispatch.placer import ISOLATION
 from kvferry.router.metrics.metrics import RouterMetrics
-from kvferry.router.placement.policy import Reason
 from kvferry.router.state.decisions import MAX_DECISIONS, Decision, note
+from kvferry.router.state.demand import Reason
 from kvferry.router.state.history import MAX_FAILED, MAX_RECENT, MAX_SLOWEST, History
 from kvferry.router.state.objectives import Objectives
 from kvferry.router.state.outcome import FAILED, TPOT_STAGES, TTFT_STAGES, judge

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvferry.router.placement.least_loaded import LeastLoaded
-from kvferry.router.placement.policy import Demand, Lack, Placement, Reason, Wait
+from kvferry.router.state.demand import Demand, Lack, Placement, Reason, Wait
 from kvferry.router.state.views import PoolView, WorkerView
 
 from ..fleet import SPEC, hello, status

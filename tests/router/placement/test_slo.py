@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.common.messages import TransferReport
-from kvferry.router.placement.policy import Demand, Lack, Placement, Reason, Wait
 from kvferry.router.placement.slo import Slo
+from kvferry.router.state.demand import Demand, Lack, Placement, Reason, Wait
 from kvferry.router.state.objectives import Objectives
 from kvferry.router.state.predictor import Predictor, Way
 from kvferry.router.state.views import PoolView, WorkerView

@@ -6,8 +6,10 @@ import pytest
 
 from kvferry.common.errors import CapacityError
 from kvferry.common.messages import LocalTask, StepSample
-from kvferry.router.queue.forecast import Forecast, Promise
-from kvferry.router.state.request import RequestStatus, StreamError, TokenStream
+from kvferry.router.queue.forecast import Forecast
+from kvferry.router.state.demand import Promise
+from kvferry.router.state.errors import StreamError
+from kvferry.router.state.request import RequestStatus, TokenStream
 
 from ..fleet import Fleet, config, tokens
 from ..overload import simulate

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from kvferry.common.clock import FakeClock
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
     FetchFrom,
     KVFetch,
@@ -21,7 +22,7 @@ from kvferry.common.messages import (
     Message,
     RegionInfo,
 )
-from kvferry.kvcache.blocks import BlockPool, KVCacheSpec, hash_blocks
+from kvferry.kvcache.blocks import BlockPool, hash_blocks
 from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
 from kvferry.transfer.backends.peers import Peers
 from kvferry.transfer.fetch.fetches import Fetches

@@ -12,8 +12,8 @@ import torch
 from kvferry.common import failpoints
 from kvferry.common.config import TransferConfig
 from kvferry.common.errors import ConfigError
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import GrantId, HandoffFailed, KVArrived, KVRefused
-from kvferry.kvcache.blocks import KVCacheSpec
 from kvferry.transfer.backends.base import page_rows
 from kvferry.transfer.protocol.checksums import ArrivalCheck, PageSums, ShipmentSums, open_check, open_sums
 from kvferry.transfer.protocol.handoff import page_indices, pieces

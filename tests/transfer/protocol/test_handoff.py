@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import GrantId, GrantInfo, RegionInfo
-from kvferry.kvcache.blocks import KVCacheSpec
 from kvferry.transfer.backends.base import Piece
 from kvferry.transfer.protocol.handoff import (
     Endpoint,

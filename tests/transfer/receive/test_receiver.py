@@ -12,6 +12,7 @@ import pytest
 from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.errors import InvalidTransition
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
     CancelKV,
     ChoiceTokens,
@@ -33,7 +34,7 @@ from kvferry.common.messages import (
     RegionInfo,
 )
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
-from kvferry.kvcache.blocks import BlockPool, KVCacheSpec, hash_blocks, prefix_salt
+from kvferry.kvcache.blocks import BlockPool, hash_blocks, prefix_salt
 from kvferry.transfer.protocol.handoff import open_mac
 from kvferry.transfer.receive.opens import Watch
 from kvferry.transfer.receive.processes import watch as watch_processes

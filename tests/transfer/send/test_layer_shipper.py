@@ -9,7 +9,7 @@ import pytest
 from kvferry.common.batch import Fence
 from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
-from kvferry.kvcache.blocks import KVCacheSpec
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
 from kvferry.transfer.send.plan import ShipPlan
 from kvferry.transfer.send.ranks import LayerShipper

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import GrantId, GrantInfo
 from kvferry.common.request import RequestId, SamplingParams, Sequence
-from kvferry.kvcache.blocks import KVCacheSpec
 from kvferry.transfer.send.plan import plan_chunk, plan_hits
 
 BLOCK = 4

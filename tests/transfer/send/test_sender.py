@@ -12,6 +12,7 @@ import torch
 from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.errors import InvalidTransition
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
     CancelKV,
     ChoiceTokens,
@@ -31,7 +32,6 @@ from kvferry.common.messages import (
     TransferReport,
 )
 from kvferry.common.request import SampledToken
-from kvferry.kvcache.blocks import KVCacheSpec
 from kvferry.transfer.backends.local import LocalBackend, LocalFault, LocalNetwork
 from kvferry.transfer.protocol.checksums import PageSums
 from kvferry.transfer.protocol.handoff import open_mac
