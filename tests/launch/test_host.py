@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 from kvferry.launch.host import free_memory_bytes, parse_gpus, read_host, usable_cpus, why_not_bindable
@@ -72,20 +69,3 @@ def test_this_machine_can_be_read() -> None:
     host = read_host({})
     assert host.num_cpus >= 1
     assert host.free_memory_bytes > 0
-
-
-def test_every_thread_that_runs_yields_and_takes_it_back_where_that_is_permitted() -> None:
-    program = (
-        "import os, threading; from kvferry.launch.host import Courtesy\n"
-        "stop = threading.Event(); other = threading.Thread(target=stop.wait); other.start()\n"
-        "now = lambda: [os.getpriority(os.PRIO_PROCESS, thread) for thread in (os.getpid(), other.native_id)]\n"
-        "courtesy = Courtesy(3, os.getpid())\n"
-        "courtesy.set(True); polite = now(); courtesy.set(False)\n"
-        "print('[%s, %s, %d]' % (polite, now(), courtesy.is_revocable))\n"
-        "stop.set()"
-    )
-    base = os.getpriority(os.PRIO_PROCESS, 0)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    polite, after, is_revocable = json.loads(done.stdout)
-    assert polite == [min(19, base + 3)] * 2
-    assert after == ([base] * 2 if is_revocable else polite)
