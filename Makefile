@@ -1,5 +1,6 @@
 # make serve   install on the first run, then serve the built-in model        ARGS="MODEL --prefill 2 …"
-# make test    lint and every test
+# make test    lint and every test             ROOM=router/queue: those of one room
+# make quick   lint and the fast tests
 # make help    the other targets
 
 SHELL := /bin/bash
@@ -16,8 +17,10 @@ LINT_ROOT := $(VENV)/lint
 # TORCH=any takes the torch of pip's index unchecked: an index of your own may have a build that no lock knows.
 INSTALL_FLAGS := $(if $(filter any,$(TORCH)),--any-torch)
 ARGS ?=
+ROOM ?=
+PYTEST := $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: help install install-dev serve lock lint format test clean
+.PHONY: help install install-dev serve lock lint format test quick coverage clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -56,8 +59,14 @@ format: install-dev ## Put the code into shape
 	@$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-test: lint ## Lint, then every test
-	@$(VENV)/bin/python -m pytest
+test: lint ## Lint, then every test (ROOM=router/queue: those of one room)
+	@$(PYTEST) tests/$(ROOM)
+
+quick: lint ## Lint, then the fast tests: no servers, simulations or benchmarks
+	@$(PYTEST) -m "not slow" tests $(addprefix --ignore tests/,e2e security simulation simulator benchmarks)
+
+coverage: install-dev ## Every test, and which lines of the product it ran
+	@$(PYTEST) --cov --cov-report term:skip-covered tests
 
 clean: ## Remove what was installed and built
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

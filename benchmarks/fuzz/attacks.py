@@ -27,7 +27,7 @@ _CHAT_PATH = "/v1/chat/completions"
 _PROMPT_PATH = "/v1/completions"
 _TRICKLE_S = 1.0
 _AUTH = f"authorization: Bearer {API_KEY}\r\n".encode()
-_HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + _AUTH + b"content-type: application/json\r\n"
+_HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n" + _AUTH + b"content-type: application/json\r\n"
 
 
 # --- slow ones: many sockets that do almost nothing ---------------------------------------------------------

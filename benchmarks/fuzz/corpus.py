@@ -255,7 +255,7 @@ def attack_frames() -> dict[str, bytes]:
         "a field more": b"\x83" + step[1:] + b"\xa4more\x01",
         "not UTF-8": b"\x83\xa4type\xa5Abort\xaarequest_id\xa2\xff\xfe\xa7attempt\x00",
         "a pickle": b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
-        "http": b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
+        "http": b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n",
         "a name too long": msgspec.msgpack.encode({"type": "Abort", "request_id": "r" * 100_000, "attempt": 0}),
         "a number too large": msgspec.msgpack.encode({"type": "Abort", "request_id": "r", "attempt": 2**63}),
         "not a number": msgspec.msgpack.encode({"type": "Abort", "request_id": "r", "attempt": float("nan")}),

@@ -28,7 +28,7 @@ POLL_EVERY_S = 0.01
 POLL_LIMIT_S = 5.0
 _STREAM_TOKENS = 100  # a second of the worker's steps
 _STREAM_LIMIT_S = 60.0
-_REQUEST = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"
+_REQUEST = b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
 
 @dataclass(slots=True)

@@ -44,13 +44,13 @@ class Answer:
 
 def post(path: str, body: bytes, *, key: str | None = API_KEY, more: str = "") -> bytes:
     auth = f"authorization: Bearer {key}\r\n" if key is not None else ""
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\n{auth}content-type: application/json\r\n{more}"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\n{auth}content-type: application/json\r\n{more}"
     return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
 def get(path: str, *, key: str | None = API_KEY, method: str = "GET") -> bytes:
     auth = f"authorization: Bearer {key}\r\n" if key is not None else ""
-    return f"{method} {path} HTTP/1.1\r\nhost: x\r\n{auth}\r\n".encode()
+    return f"{method} {path} HTTP/1.1\r\nhost: localhost\r\n{auth}\r\n".encode()
 
 
 class RawClient:

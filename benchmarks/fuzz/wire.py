@@ -15,7 +15,7 @@ from kvferry.benchmarks.fuzz.target import API_KEY
 NUM_CONNECTIONS = 20
 _BLOCK_BYTES = 64 * 2**10
 _BODY = json.dumps({"prompt": "hi", "max_tokens": 2}).encode()
-_START = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+_START = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 _KEY = f"authorization: Bearer {API_KEY}\r\n".encode()
 _CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
 _END = b"%x\r\n%b\r\n0\r\n" % (len(_BODY), _BODY)
@@ -78,7 +78,7 @@ async def a_chunk_extension_without_end(strike: Strike) -> None:
 
 
 async def heads_of_many_fields(strike: Strike) -> None:
-    head = b"GET /live HTTP/1.1\r\nhost: x\r\n" + b"a:b\r\n" * 250 + b"\r\n"
+    head = b"GET /live HTTP/1.1\r\nhost: localhost\r\n" + b"a:b\r\n" * 250 + b"\r\n"
     await _pour(strike, b"", head * (_BLOCK_BYTES // len(head)))
 
 
