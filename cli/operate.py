@@ -99,16 +99,23 @@ def _one(port: int | None, pid_file: Path | None) -> Mapping[str, Any]:
 
 
 def _running(port: int | None, pid_file: Path | None) -> list[dict[str, Any]]:
-    """The status of each deployment that answers."""
+    """Return the status of each deployment that answers. Raises ConfigError where none does, but one should."""
     from ..launch.running import read_pid, running_pids, runtime_dir
 
     wanted = read_pid(pid_file) if pid_file is not None else None
-    found = []
+    found, silent = [], list[ConfigError]()
     for pid in running_pids(runtime_dir(environment())):
-        if wanted in (None, pid):
+        if wanted not in (None, pid):
+            continue
+        try:
             answer = _last(_say({"pid": pid}, {"command": "status"}, limit_s=_STATUS_LIMIT_S))
-            if port is None or str(answer["http"]).endswith(f":{port}"):
-                found.append(answer)
+        except ConfigError as error:  # it hangs, or is just ending: none of ours if another one is found
+            silent.append(error)
+            continue
+        if port is None or str(answer["http"]).endswith(f":{port}"):
+            found.append(answer)
+    if silent and not found:
+        raise silent[0]
     return found
 
 

@@ -31,8 +31,7 @@ SMALL_POOL = str(115 * BLOCK_BYTES)
 @dataclass(frozen=True)
 class Model:
     path: Path
-    references: list[reference.Reference]
-    growing: list[reference.Reference]
+    teacher: reference.Teacher
 
 
 def _prompts(lengths: list[int]) -> list[list[int]]:
@@ -42,6 +41,9 @@ def _prompts(lengths: list[int]) -> list[list[int]]:
     ]
 
 
+PROMPTS, GROWING = _prompts(LENGTHS), _prompts(GROWING_LENGTHS)
+
+
 @pytest.fixture(scope="module", params=["llama", "mistral", "qwen2", "qwen3"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     family: Family = request.param
@@ -49,22 +51,18 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     path = write_checkpoint(
         tmp_path_factory.mktemp("models") / family, family, max_model_len=MAX_MODEL_LEN, sliding_window=window
     )
-    return Model(
-        path,
-        reference.greedy(path, _prompts(LENGTHS), NUM_TOKENS),
-        reference.greedy(path, _prompts(GROWING_LENGTHS), NUM_GROWING_TOKENS),
-    )
+    return Model(path, reference.Teacher(path))
 
 
-async def _complete(cluster: Cluster, references: list[reference.Reference]) -> list[list[int]]:
+async def _complete(cluster: Cluster, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
     """All prompts at once: the answers' token ids."""
     async with httpx.AsyncClient(base_url=cluster.base_url, timeout=300.0) as client:
 
-        async def one(wanted: reference.Reference) -> list[int]:
+        async def one(prompt: list[int]) -> list[int]:
             body = {
                 "model": "tiny",
-                "prompt": wanted.prompt,
-                "max_tokens": len(wanted.tokens),
+                "prompt": prompt,
+                "max_tokens": num_tokens,
                 "temperature": 0,
                 "ignore_eos": True,
                 "return_token_ids": True,
@@ -72,13 +70,16 @@ async def _complete(cluster: Cluster, references: list[reference.Reference]) -> 
             answer = await client.post("/v1/completions", json=body)
             assert answer.status_code == 200, answer.text
             tokens: list[int] = answer.json()["choices"][0]["token_ids"]
+            assert len(tokens) == num_tokens
             return tokens
 
-        return list(await asyncio.gather(*map(one, references)))
+        return list(await asyncio.gather(*map(one, prompts)))
 
 
-def _check(cluster: Cluster, references: list[reference.Reference], mode: str) -> None:
-    reference.assert_equal(asyncio.run(_complete(cluster, references)), references, mode)
+def _check(
+    cluster: Cluster, model: Model, mode: str, prompts: list[list[int]] = PROMPTS, num: int = NUM_TOKENS
+) -> None:
+    model.teacher.assert_greedy(prompts, asyncio.run(_complete(cluster, prompts, num)), mode)
 
 
 def _wait_for_hits(cluster: Cluster, worker: str) -> None:
@@ -93,8 +94,8 @@ COMMON = ("--served-model-name", "tiny", "--dtype", "float32", "--log-level", "w
 def test_disaggregated_and_prefix_hits_on_the_prefill_side(model: Model, tmp_path: Path) -> None:
     env = {"KVFERRY_DECODE_ENABLE_PREFIX_CACHING": "false"}
     with serve(model.path, tmp_path / "log", *COMMON, "--kv-cache-memory-bytes", "64MiB", env=env) as cluster:
-        _check(cluster, model.references, "disaggregated")
-        _check(cluster, model.references, "prefill-side hits")
+        _check(cluster, model, "disaggregated")
+        _check(cluster, model, "prefill-side hits")
         _wait_for_hits(cluster, "p-0")
         assert cluster.metric("kvferry_prefix_cache_hits_total", 'worker="d-0"') == 0
         assert cluster.metric("kvferry_fallback_total") == 0
@@ -103,8 +104,8 @@ def test_disaggregated_and_prefix_hits_on_the_prefill_side(model: Model, tmp_pat
 def test_prefix_hits_on_the_decode_side(model: Model, tmp_path: Path) -> None:
     env = {"KVFERRY_PREFILL_ENABLE_PREFIX_CACHING": "false"}
     with serve(model.path, tmp_path / "log", *COMMON, "--kv-cache-memory-bytes", "64MiB", env=env) as cluster:
-        _check(cluster, model.references, "disaggregated")
-        _check(cluster, model.references, "decode-side hits")
+        _check(cluster, model, "disaggregated")
+        _check(cluster, model, "decode-side hits")
         _wait_for_hits(cluster, "d-0")
         assert cluster.metric("kvferry_prefix_cache_hits_total", 'worker="p-0"') == 0
 
@@ -112,8 +113,8 @@ def test_prefix_hits_on_the_decode_side(model: Model, tmp_path: Path) -> None:
 def test_colocated(model: Model, tmp_path: Path) -> None:
     flags = ("--prefill", "0", "--kv-cache-memory-bytes", "64MiB")
     with serve(model.path, tmp_path / "log", *COMMON, *flags) as cluster:
-        _check(cluster, model.references, "colocated")
-        _check(cluster, model.references, "colocated hits")
+        _check(cluster, model, "colocated")
+        _check(cluster, model, "colocated hits")
 
 
 @pytest.mark.parametrize("num_prefill", ["0", "1"])
@@ -121,7 +122,7 @@ def test_preempted(model: Model, tmp_path: Path, num_prefill: str) -> None:
     flags = ("--prefill", num_prefill, "--kv-cache-memory-bytes", "64MiB")
     env = {"KVFERRY_DECODE_KV_CACHE_MEMORY_BYTES": SMALL_POOL}
     with serve(model.path, tmp_path / "log", *COMMON, *flags, env=env) as cluster:
-        _check(cluster, model.growing, f"preempted, {num_prefill} prefill workers")
+        _check(cluster, model, f"preempted, {num_prefill} prefill workers", GROWING, NUM_GROWING_TOKENS)
         wait_until(lambda: cluster.metric("kvferry_preemptions_total") > 0, "a preemption")
         wait_until(lambda: cluster.metric("kvferry_blocks", 'state="active"') == 0, "every block given back")
 
@@ -133,5 +134,5 @@ def test_tensor_parallel(model: Model, tmp_path: Path, prefill_ranks: int, decod
         "KVFERRY_DECODE_TENSOR_PARALLEL_SIZE": str(decode_ranks),
     }
     with serve(model.path, tmp_path / "log", *COMMON, "--kv-cache-memory-bytes", "64MiB", env=env) as cluster:
-        _check(cluster, model.references, f"tensor parallel {prefill_ranks} to {decode_ranks}")
+        _check(cluster, model, f"tensor parallel {prefill_ranks} to {decode_ranks}")
         assert cluster.metric("kvferry_fallback_total") == 0

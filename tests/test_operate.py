@@ -1,0 +1,84 @@
+"""Commands find the deployment that is meant, whatever else runs or is just ending."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import typer
+
+from kvferry.cli.operate import status
+from kvferry.common.errors import ConfigError
+from kvferry.launch.running import runtime_dir, socket_of
+
+STATUS = {
+    "ok": True,
+    "pid": 1,
+    "http": "http://127.0.0.1:8001",
+    "admin": [],
+    "model": "tiny",
+    "state": "serving",
+    "processes": [],
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    found = runtime_dir({"XDG_RUNTIME_DIR": str(tmp_path)})
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def listen(path: Path, answer: bytes) -> Iterator[None]:
+    """Take one command at a time and say this, or nothing, before the connection ends."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with closing(connection):
+                    connection.recv(4096)
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@pytest.fixture
+def ending(folder: Path) -> Iterator[None]:
+    """A deployment that closes its socket without an answer."""
+    yield from listen(socket_of(folder, os.getppid()), b"")
+
+
+@pytest.fixture
+def serving(folder: Path) -> Iterator[None]:
+    yield from listen(socket_of(folder, os.getpid()), json.dumps(STATUS).encode() + b"\n")
+
+
+@pytest.mark.usefixtures("ending", "serving")
+def test_a_deployment_that_is_just_ending_hides_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as end:
+        status(port=8001)
+    assert end.value.exit_code == 0
+    assert "http://127.0.0.1:8001: serving" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("ending")
+def test_one_that_does_not_answer_is_told_where_there_is_no_other() -> None:
+    with pytest.raises(ConfigError, match="ended before it had answered"):
+        status()
