@@ -104,7 +104,7 @@ async def _run(launcher: Launcher, pid_path: Path | None, display: Display) -> N
 
 
 def _greeting(settings: ServeSettings, deployment: Deployment, http: Address) -> tuple[str, dict[str, object]]:
-    """What people read when requests can come, and the same for programs."""
+    """Return what people read when requests can come, and the same for programs."""
     from ..launch.children import reachable
 
     name = deployment.router.served_model_name

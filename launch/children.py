@@ -57,19 +57,19 @@ class RouterChild:
 
     @property
     def control(self) -> Address:
-        """Where workers connect. Known once the child was ready."""
+        """Return where workers connect. Known once the child was ready."""
         return Address.parse(str(self.child.ready_event["control"]))
 
     @property
     def lacks(self) -> list[str]:
-        """Why it is not ready for requests; empty: it is."""
+        """Say why the router is not ready for requests; empty: it is."""
         if self._pools is None:
             return ["it starts"]
         reasons = self._pools["reasons"]
         return [str(reason) for reason in reasons] if isinstance(reasons, list) else []
 
     def sees(self, workers: Sequence[Child]) -> bool:
-        """It has the present lives of all of these as ready, but for those that leave."""
+        """Say whether the router has the present lives of these workers as ready; those that leave do not count."""
         if self._pools is None:
             return False
         pids = self._pools["workers"]
@@ -79,7 +79,7 @@ class RouterChild:
         )
 
     def names(self, worker_id: str) -> bool:
-        """It has this worker as ready."""
+        """Say whether the router has this worker as ready."""
         pids = self._pools["workers"] if self._pools is not None else None
         return isinstance(pids, dict) and worker_id in pids
 
@@ -155,5 +155,5 @@ def worker_environment(base: Mapping[str, str], worker: WorkerPlan) -> dict[str,
 
 
 def reachable(address: Address) -> Address:
-    """Where this machine reaches a server that listens at `address`."""
+    """Return where this machine reaches a server that listens at `address`."""
     return Address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host), address.port)

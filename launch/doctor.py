@@ -1,4 +1,4 @@
-"""What `kvferry doctor` shows: the checks of a start (preflight.py), and what makes a start work worse than it could.
+"""`kvferry doctor` shows the checks of a start (preflight.py), and what makes a start work worse than it could.
 
 Nothing is started or changed. The one check that opens the transfer library runs in a process of its own, beside the
 others: a broken driver may end it.

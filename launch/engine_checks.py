@@ -1,4 +1,4 @@
-"""What no worker could load or run, found from the plan and the model's shape alone: before anything starts.
+"""Checks that find what no worker could load or run from the plan and the model's shape alone, before a start.
 
 The engine refuses the same things, in the same words where it can; that costs seconds, and a process.
 """
@@ -63,7 +63,7 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
 
 
 def check_memory(deployment: Deployment, host: Host, model: ModelConfig) -> str:
-    """What the workers of this host will take of its main memory. Raises ConfigError where it is not there."""
+    """Say what the workers of this host will take of its main memory. Raises ConfigError where it is not there."""
     taken = sum(worker.num_ranks * _rank_memory(worker.config.engine, model) for worker in deployment.workers)
     found = f"{taken / _GIB:.1f} of {host.free_memory_bytes / _GIB:.1f} GiB free"
     if taken > host.free_memory_bytes:

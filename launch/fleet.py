@@ -1,4 +1,4 @@
-"""Which workers a deployment has at the moment: their plans, fresh ids, what of the host they take.
+"""The workers that a deployment has at the moment: their plans, fresh ids, what of the host they take.
 
     templates ─(add)─> plan: an id of its own, free GPUs, a place on the core board ─(leave)─> ─(gone)─> free again
 
@@ -33,7 +33,7 @@ class Fleet:
             self._keep(worker)
 
     def __len__(self) -> int:
-        """Without those that leave."""
+        """Count the workers, without those that leave."""
         return len(self._plans) - len(self._leaving)
 
     @property
@@ -66,7 +66,7 @@ class Fleet:
         return self._keep(replace(template, config=config, gpus=gpus))
 
     def leave(self, worker_id: str) -> bool:
-        """It is to go. False: it is not here, or it was told already."""
+        """Mark a worker as one that is to go. False: it is not here, or it was told already."""
         if worker_id not in self._plans or worker_id in self._leaving:
             return False
         self._leaving.add(worker_id)

@@ -1,4 +1,4 @@
-"""What this machine has: cores, free memory and GPUs, as far as this process may use them.
+"""A machine's cores, free memory and GPUs, as far as this process may use them.
 
 Read from the kernel and the driver's own tool, so that the launcher needs no torch. Containers count: a control
 group's limits stand in for the machine's.
@@ -85,7 +85,7 @@ def parse_gpus(csv: str, visible: str | None) -> tuple[Gpu, ...]:
 
 
 def why_not_bindable(host: str, port: int) -> str | None:
-    """Why a server cannot listen at host:port; None if it can."""
+    """Say why a server cannot listen at host:port; None if it can."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:

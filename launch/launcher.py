@@ -1,4 +1,4 @@
-"""What every launcher does, and what both share."""
+"""The interface of launchers, and what both share."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ class LocalLauncher:
             self._wishes.serve(self.routers)
 
     async def _keep(self, worker: Child, *, is_extra: bool = False) -> None:
-        """Until it is retired. One of the first workers that cannot start ends the launch."""
+        """Keep a worker running until it is retired. One of the first workers that cannot start ends the launch."""
         error: str | None = None
         try:
             await worker.run()

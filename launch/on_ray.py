@@ -94,7 +94,7 @@ class RayLauncher:
 
     @property
     def actors(self) -> dict[str, ActorHandle[WorkerActor]]:
-        """By worker id."""
+        """Return the actors by worker id."""
         return {name: worker.actor for name, worker in self._workers.items() if worker.actor is not None}
 
     # --- from outside ---------------------------------------------------------------------------------------------
@@ -221,13 +221,13 @@ class RayLauncher:
         self._tasks.create_task(self._keep(worker))
 
     def _retire_worker(self, worker_id: str, drains: bool) -> None:
-        """Whether it `drains` already or not: it is told, perhaps again."""
+        """Tell a worker to end, perhaps again: whether it `drains` already or not."""
         worker = self._workers.get(worker_id)
         if worker is not None:
             worker.retired.set()
 
     async def _keep(self, worker: _Worker) -> None:
-        """From the wish for a place until it is retired and nothing of it is left."""
+        """Keep a worker, from the wish for a place until it is retired and nothing of it is left."""
         assert self._routers is not None and self._wishes is not None
         placed = asyncio.ensure_future(_ready(worker.place))
         retired = asyncio.create_task(worker.retired.wait())
@@ -329,7 +329,7 @@ async def _ready(place: PlacementGroup) -> None:
 
 
 async def _within_limit(call: Awaitable[object]) -> bool:
-    """Whether an actor answered in time."""
+    """Say whether an actor answered in time."""
     from ray.exceptions import RayError
 
     try:

@@ -1,4 +1,4 @@
-"""From settings to the processes of a deployment, and from there to what one machine can hold.
+"""Plans: settings become the processes of a deployment, and those what one machine can hold.
 
     ServeSettings -> plan -> Deployment -> fit_to_host -> Deployment with threads, GPUs, cache sizes
 
@@ -104,7 +104,7 @@ def plan(settings: ServeSettings, model_dir: Path, served_name: str, secrets: tu
 
 
 def plan_autoscale(settings: ServeSettings) -> AutoscaleConfig:
-    """Without a maximum the fleet stays as large as it starts, and the pools may share it in another way."""
+    """Return the bounds of the fleet. Without a maximum it stays as large as it starts, and the pools share it anew."""
     prefill, decode = settings.prefill, settings.decode
     most = [pool.workers if pool.max_workers is None else pool.max_workers for pool in (prefill, decode)]
     least = [min(1, pool.workers) if pool.min_workers is None else pool.min_workers for pool in (prefill, decode)]
@@ -201,12 +201,12 @@ def absolute(path: Path | None) -> Path | None:
 
 
 def item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
-    """Of a weight."""
+    """Return the bytes of a weight."""
     return _ITEM_BYTES[model.dtype if engine.dtype == "auto" else engine.dtype]
 
 
 def cache_item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
-    """Of a number in the KV cache."""
+    """Return the bytes of a number in the KV cache."""
     return item_bytes(engine, model) if engine.kv_cache_dtype == "auto" else _ITEM_BYTES[engine.kv_cache_dtype]
 
 

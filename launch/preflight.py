@@ -1,4 +1,4 @@
-"""What is looked at before anything starts: `serve`, `serve --dry-run` and `doctor` go through the same checks.
+"""Checks before anything starts: `serve`, `serve --dry-run` and `doctor` go through the same ones.
 
     platform ─> ports, files ─> credentials ─> model's files ─> plan ─> device ─> memory, kernels, libraries
 
@@ -156,7 +156,7 @@ class Preflight:
         return f"{len(self.deployment.workers)} workers"
 
     def _check_credentials(self) -> str:
-        """Without a secret of the operator's this deployment draws one for itself."""
+        """Read keys and secrets. A deployment without a secret of the operator's draws one for itself."""
         router = self.deployment.router
         values = read_credentials(router, self._env)
         check_exposure(router, has_secret=True)
@@ -203,7 +203,7 @@ def check_platform() -> str:
 
 
 def check_kernels(deployment: Deployment) -> str | Check:
-    """What the fitted workers compute with. Raises ConfigError for a GPU without FlashInfer."""
+    """Say what the fitted workers compute with. Raises ConfigError for a GPU without FlashInfer."""
     if deployment.workers[0].config.engine.device == "cuda":
         if not FLASHINFER.is_installed:
             raise ConfigError(f"device: a GPU is used, and {FLASHINFER.missing}; or use --device cpu")

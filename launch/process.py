@@ -49,10 +49,10 @@ class Command(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ChildTimes:
-    """How patient a launcher is (seconds)."""
+    """A launcher's patience with its children (seconds)."""
 
     hang_after_s: float = 3.0  # without a beat, or with a loop that stands still, once ready
-    router_hang_after_s: float = 10.0  # the same of a router: its end costs every stream that it holds
+    router_hang_after_s: float = 10.0  # a router gets more time than a worker: its end costs every stream that it holds
     grace_s: float = 5.0  # between SIGINT and SIGKILL
     drain_s: float = 40.0  # between SIGTERM and SIGKILL: longer than a child's own limit
     first_backoff_s: float = 0.5
@@ -107,7 +107,7 @@ class Child:
         return self._process.pid if self._process is not None else None
 
     async def run(self) -> None:
-        """Until cancelled or retired; then the process and its session are gone. Raises if it cannot start at all."""
+        """Keep the process running until cancelled or retired; then its session is gone. Raises if it cannot start."""
         try:
             while not self._retired.is_set():
                 reason = await self._live()
@@ -166,11 +166,11 @@ class Child:
 
     @property
     def is_ending(self) -> bool:
-        """It was asked to end, and has not yet."""
+        """Say whether the process was asked to end and has not yet."""
         return self._drains_until is not None and self.state is ChildState.READY
 
     def show_stderr(self) -> None:
-        """From here on it writes where this process does."""
+        """Let the child write where this process does, from here on."""
         self.stderr_fd = None
         self.send({"event": "stderr"})
 
@@ -329,7 +329,7 @@ class Child:
 
 
 async def _within(seconds: float, work: Awaitable[object]) -> bool:
-    """Whether `work` ended in time. Unlike `wait_for` of Python 3.11, never swallows a cancellation."""
+    """Say whether `work` ended in time. Unlike `wait_for` of Python 3.11, never swallows a cancellation."""
     try:
         async with asyncio.timeout(seconds):
             await work
@@ -365,7 +365,7 @@ class Stopper:
 
 
 def _first_error(error: BaseException) -> BaseException:
-    """Of the errors of a task group, one that kvferry raised on purpose if there is any."""
+    """Return one error of a task group: one that kvferry raised on purpose if there is any."""
     while isinstance(error, BaseExceptionGroup):
         ours, _ = error.split(KVFerryError)
         error = (ours or error).exceptions[0]

@@ -1,4 +1,4 @@
-"""What an operator sees of a launcher: a deployment starts, serves, restarts a child, ends.
+"""The display of a launcher: a deployment starts, serves, restarts a child, ends.
 
 On a terminal: one bar for each process until all is up; what the children say meanwhile is printed above the bars, and
 only if it is a warning; then the greeting, and lines from then on. Elsewhere every step is a log line.
@@ -29,7 +29,7 @@ class Display(Protocol):
 
     @property
     def children_stderr(self) -> int | None:
-        """Where children write until `done`; None: where the launcher itself does."""
+        """Return where children write until `done`; None: where the launcher itself does."""
         ...
 
     def on_event(self, name: str, event: dict[str, object]) -> None: ...

@@ -80,7 +80,7 @@ def connect(address: str | None, num_ranks: int) -> None:
 
 
 async def in_thread(function: Callable[[], None], limit_s: float) -> bool:
-    """Whether it ended within the limit. One that does not is left to the end of this process."""
+    """Say whether a call ended within the limit. One that does not is left to the end of this process."""
     from ray.exceptions import RayError
 
     ended, loop = asyncio.Event(), asyncio.get_running_loop()

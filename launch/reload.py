@@ -38,7 +38,7 @@ class Reload:
             answer.set_result(str(event.get("error", "")))
 
     async def ask(self, children: Sequence[Child]) -> list[str]:
-        """Why some could not reload; empty: all have. Those that start read the files anyway."""
+        """Let each child reload and say why some could not; empty: all have. Those that start read the files anyway."""
         asked = [child for child in children if child.state is ChildState.READY]
         loop = asyncio.get_running_loop()
         self._waiting = {child.name: loop.create_future() for child in asked}

@@ -101,11 +101,11 @@ class RouterGroup:
 
     @property
     def controls(self) -> tuple[str, ...]:
-        """Where workers connect. Known once every router was ready."""
+        """Return where workers connect. Known once every router was ready."""
         return tuple(str(router.control) for router in self.routers)
 
     async def run(self) -> None:
-        """Until cancelled; then the processes are gone."""
+        """Keep the routers running until cancelled; then the processes are gone."""
         config = self._config
         with contextlib.ExitStack() as stack:
             self._http = stack.enter_context(listen(Address(config.host, config.port)))
@@ -117,7 +117,7 @@ class RouterGroup:
                     tasks.create_task(child.run())
 
     def _sockets_of(self, index: int) -> dict[str, socket.socket]:
-        """By the flag that hands each over."""
+        """Return a router's sockets by the flag that hands each over."""
         assert self._http is not None
         own = {"--admin-fd": self._admin[index]} if self._admin else {}
         return {"--http-fd": self._http, **own}
@@ -163,7 +163,7 @@ class RouterGroup:
             await self._changed.wait()
 
     def on_event(self, name: str, event: dict[str, object]) -> None:
-        """What a child reports, workers too: it may be what somebody waits for."""
+        """Take what a child reports, workers too: it may be what somebody waits for."""
         match event["event"]:
             case "restart_all":
                 self._on_restart_wanted()

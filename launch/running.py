@@ -1,4 +1,4 @@
-"""How a running deployment is found: a Unix socket in this user's runtime folder, and a pid file if it has one.
+"""A running deployment is found by a Unix socket in this user's runtime folder, and by a pid file if it has one.
 
 $XDG_RUNTIME_DIR/kvferry/PID.sock, else /tmp/kvferry-UID/PID.sock; nobody else may enter the folder
 """

@@ -1,4 +1,4 @@
-"""What routers wish the fleet to be like, and what they are told about it.
+"""Routers' requests for a larger or smaller fleet, and what they are told about it.
 
     router  scale {add, remove, lost, desired, reason}  from the leader alone  ->  workers start, drain and end
     router  hold {counts, for_s}                   an operator's edit, from any  ->  kept here, told to all
@@ -52,12 +52,12 @@ class Wishes:
         self._fails_until = 0.0
 
     def serve(self, routers: RouterGroup) -> None:
-        """From here on wishes are carried out."""
+        """Carry out requests from here on."""
         self._routers = routers
         self.tell()
 
     def on_event(self, name: str, event: dict[str, object]) -> None:
-        """From a router. Before everything serves nothing is carried out."""
+        """Take a request of a router. Before everything serves nothing is carried out."""
         if self._routers is None:
             return
         leader = self._routers.leader
@@ -76,7 +76,7 @@ class Wishes:
         self.tell()
 
     def gone(self, worker_id: str, error: str | None = None) -> None:
-        """It has ended for good. `error`: it could not start."""
+        """Note that a worker has ended for good. `error`: it could not start."""
         if error is not None:
             self._fails_until = self._clock.now() + _AFTER_FAILURE_S
             self._note(f"{worker_id} could not start, none is added for {_AFTER_FAILURE_S:g} s: {error}")

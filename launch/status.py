@@ -1,4 +1,4 @@
-"""What `kvferry status` shows of a deployment: its address, and each process with its state."""
+"""`kvferry status` shows a deployment's address, and each process with its state."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ class DecodePart:
         )
 
     def _forget(self, request_id: str, attempt: int) -> None:
-        """Of a request whose prompt has not been taken over."""
+        """Forget a request whose prompt has not been taken over."""
         reservation = self.reservations.get(request_id)
         if reservation is not None and reservation.spec.attempt <= attempt:
             self.reservations.drop(reservation)
@@ -285,7 +285,7 @@ class DecodePart:
             self.to_router(StepTokens(updates=tuple(updates)))
 
     def tell(self, answer: Answer, *, finished: bool = False, beyond: int = 0) -> RequestTokens:
-        """What the router does not have yet, with `beyond` tokens that running steps are known to have yielded."""
+        """Return what the router does not have yet, with `beyond` tokens that running steps have surely yielded."""
         count = answer.num_outputs + beyond - answer.num_told
         reason = FinishReason.STOP if finished else None
         # The first one that was decoded repeats the one before it: the prefill worker's message may be lost.

@@ -101,7 +101,7 @@ class Engine:
             self._start(self._decode, copies)
 
     def _turns(self) -> tuple[PrefillPart | DecodePart, PrefillPart | DecodePart]:
-        """Who is asked first: as `roles.both` has it."""
+        """Return the sides in the order in which they are asked, as in `worker/roles.py`."""
         if self._had_turn is self._decode and not self._was_idle:
             return self._prefill, self._decode
         return self._decode, self._prefill
@@ -141,7 +141,7 @@ class Engine:
         return exp(self._random.gauss(0.0, spread) - spread * spread / 2)
 
     def _steps_to_jump(self, batch: Batch, work: StepWork) -> int:
-        """How many steps pass before anything but their number changes."""
+        """Count the steps that pass before anything but their number changes."""
         if not self._jumps or work.prefill_tokens or batch.block_copies or batch.swap_out or batch.swap_in:
             return 1
         if self._prefill.scheduler.prompts or len(batch.rows) < len(self._decode.scheduler.running):
@@ -155,7 +155,7 @@ class Engine:
         return min(longest, _MAX_JUMP)
 
     def _steps_with_blocks(self, step: Step) -> int:
-        """As many of the jump's steps as there are blocks for; with another tier, as none takes a block for."""
+        """Count the jump's steps that there are blocks for; with another tier, those for which none takes a block."""
         free, size = self._pool.num_free_blocks if not self._cache.has_tiers else 0, self._pool.block_size
         had = step.growth(step.done, size)
         if step.growth(step.num_steps - 1, size) - had <= free:
@@ -255,7 +255,7 @@ class Engine:
         return self._step is not None
 
     def figures(self) -> Figures:
-        """As of now, in closed form: nothing is brought up to date."""
+        """Return the figures as of now, in closed form: nothing is brought up to date."""
         step, decode = self._step, self._decode.scheduler
         free = self._pool.num_free_blocks
         if step is None or step.num_steps == 1:
@@ -273,7 +273,7 @@ class Engine:
         return Figures(self._num_steps + over, busy_s, *last, free, context, waiting)
 
     def _take_samples(self, step: Step, until: int) -> None:
-        """Of steps that have ended: every one with prompts, every eighth of the others."""
+        """Sample steps that have ended: every one with prompts, every eighth without."""
         if not step.batch.rows:
             return
         work, every = step.work, 1 if step.work.prefill_tokens else _EVERY_DECODE_STEP
@@ -287,7 +287,7 @@ class Engine:
         step.sampled = max(step.sampled, until)
 
     def take_samples(self) -> tuple[StepSample, ...]:
-        """Since the last heartbeat; where there were more, an even choice."""
+        """Return the samples since the last heartbeat; where there were more, an even choice."""
         samples = list(self._samples)
         self._samples.clear()
         if len(samples) <= _SAMPLES_PER_STATUS:

@@ -31,7 +31,7 @@ class Lenders(Protocol):
 
 
 class SimFetches:
-    """Of one worker life."""
+    """The prefix fetches of one worker's life."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a simulated worker's heartbeat says, in the words of a real one's."""
+"""A simulated worker's heartbeat, in the words of a real one's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def status_of(worker: SimWorker, number: int) -> WorkerStatus:
-    """As of now; a jump under way is looked at, not disturbed."""
+    """Return the status as of now; a jump under way is looked at, not disturbed."""
     figures = worker.engine.figures()
     prefill, decode, pool = worker.prefill, worker.decode, worker.pool
     return WorkerStatus(

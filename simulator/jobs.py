@@ -123,7 +123,7 @@ def _sampling(max_tokens: int) -> SamplingParams:
 
 
 def any_repeats(rows: Iterable[TraceRow]) -> bool:
-    """Whether some prefix comes twice."""
+    """Say whether some prefix comes twice."""
     seen: set[int] = set()
     for row in rows:
         if not seen.isdisjoint(row.block_ids):
@@ -133,6 +133,6 @@ def any_repeats(rows: Iterable[TraceRow]) -> bool:
 
 
 def mean_tokens(jobs: Sequence[Job]) -> tuple[float, float]:
-    """Of prompts and of answers."""
+    """Return the mean lengths of prompts and of answers (tokens)."""
     count = max(1, len(jobs))
     return sum(job.num_prompt_tokens for job in jobs) / count, sum(job.num_output_tokens for job in jobs) / count

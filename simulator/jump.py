@@ -1,4 +1,4 @@
-"""What an engine runs: one step, or many decode steps of the same rows whose times are an arithmetic series."""
+"""A run of an engine is one step, or many decode steps of the same rows whose times are an arithmetic series."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .prefill import PrefillPart
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """What runs: one step, or a jump of `num_steps` equal ones. Steps `done` of them are in the books."""
+    """One step that runs, or a jump of `num_steps` equal ones of which `done` are in the books."""
 
     part: PrefillPart | DecodePart
     batch: Batch
@@ -30,7 +30,7 @@ class Step:
     fills: list[int] | None = None  # of a jump: after how many steps each row's blocks are full, in order
 
     def seconds(self, num_steps: int) -> float:
-        """Of the first so many."""
+        """Return how long the first `num_steps` steps take."""
         return num_steps * (self.first_s + self.slope_s * (num_steps - 1) / 2)
 
     def end_s(self, num_steps: int) -> float:
@@ -80,7 +80,7 @@ class Figures:
 
 
 def work_of(batch: Batch) -> StepWork:
-    """What a batch computes, as `StepSample` counts it."""
+    """Return the work of a batch, as `StepSample` counts it."""
     tokens = pairs = rows = context = 0
     for row in batch.rows:
         count = row.num_scheduled_tokens

@@ -1,4 +1,4 @@
-"""What an autoscaled fleet is to its router: the real `router.scaling.Scaling` asks, workers start and drain.
+"""The launcher of an autoscaled fleet: the real `Scaling` of the router asks, workers start and drain.
 
     scale {add, remove} ─> a worker that joins after `start_s`, or one that drains and leaves ─> fleet {...}
 
@@ -97,7 +97,7 @@ class SimLauncher:
             self.scaling.on_launcher({"event": "drain", "worker_id": name, "limit_s": _DRAIN_S})
 
     def on_left(self, name: str) -> None:
-        """It has drained."""
+        """Take note that a worker has drained."""
         self._forget(name)
         self._tell()
 

@@ -1,4 +1,4 @@
-"""What no router can beat: an upper bound of the goodput of so many GPUs, from perfect knowledge and a fluid.
+"""An upper bound of the goodput of so many GPUs, which no router can beat: from perfect knowledge and a fluid.
 
 Prompts cost their arithmetic alone, at the largest step, less what an infinite cache over all workers would have held.
 Answers cost their share of decode steps at the batch that yields the most tokens per second within the objective for
@@ -19,7 +19,7 @@ from .traffic import arrivals
 
 @dataclass(slots=True, frozen=True)
 class Bound:
-    """Of one scenario's traffic and fleet."""
+    """The bound of one scenario's traffic and fleet."""
 
     rate_per_s: float  # of arrivals, at which the share of them could still be served
     goodput_per_s: float  # that share of it
@@ -29,7 +29,7 @@ class Bound:
 
     @property
     def prefill_share(self) -> float:
-        """Of the workers, those that would compute prompts."""
+        """Return the share of the workers that would compute prompts."""
         return self.prefill_s / (self.prefill_s + self.decode_s)
 
 
@@ -53,7 +53,7 @@ def bound(scenario: Scenario, *, share: float = 0.9) -> Bound:
 
 
 def infinite_cache(rows: list[TraceRow]) -> list[int]:
-    """Of each prompt, the tokens that a cache which never forgets would have held at its arrival."""
+    """Return, of each prompt, the tokens that a cache which never forgets would have held at its arrival."""
     seen: set[int] = set()
     found = []
     for row in rows:
@@ -66,7 +66,7 @@ def infinite_cache(rows: list[TraceRow]) -> list[int]:
 
 
 def _prompt_s(steps: StepModel, num_tokens: int, num_cached: int, step_tokens: int) -> float:
-    """Its share of full steps: the constant of a step is everybody's."""
+    """Return a prompt's share of full steps (seconds): all of a step's prompts share its constant."""
     new = num_tokens - num_cached
     pairs = new * (num_cached + new // 2)
     constant_s = steps.step_s(StepWork(1, 0))
@@ -77,7 +77,7 @@ def _prompt_s(steps: StepModel, num_tokens: int, num_cached: int, step_tokens: i
 
 
 def _token_s(steps: StepModel, context: float, tpot_s: float, most_rows: float) -> float:
-    """Of a step with as many rows as memory and the objective allow, one row's share."""
+    """Return one row's share of a step with as many rows as memory and the objective allow (seconds)."""
     rows, best = 1, float("inf")
     while rows <= max(1, int(most_rows)):
         step_s = steps.step_s(StepWork(0, 0, rows, int(rows * context)))

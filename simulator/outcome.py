@@ -1,4 +1,4 @@
-"""What a run has shown: one row for each request, and the figures that are made of them."""
+"""The outcome of a run: one row for each request, and the figures that are made of them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Outcome:
 
     @property
     def hit_rate(self) -> float:
-        """Of the prompt tokens of finished requests, those that were not computed anew."""
+        """Return the share of finished requests' prompt tokens that were not computed anew."""
         total = sum(request.num_prompt_tokens for request in self.finished)
         return sum(request.num_cached_tokens for request in self.finished) / total if total else 0.0
 
@@ -105,7 +105,7 @@ class Outcome:
 
     @property
     def missed(self) -> dict[str, int]:
-        """Of the requests that finished, how many missed which objective."""
+        """Count the finished requests that missed each objective."""
         late = sum(r.ttft_s is None or r.ttft_s > self.goals.ttft_limit_s(r.unloaded_s) for r in self.finished)
         slow = sum(r.tpot_s is not None and r.tpot_s > self.goals.tpot_s for r in self.finished)
         return {"ttft": late, "tpot": slow}
@@ -123,5 +123,5 @@ class Outcome:
         return describe(float(sample.num_queued) for sample in self.fleet)
 
     def between(self, begin_s: float, end_s: float) -> Sequence[RequestOutcome]:
-        """Those that arrived then."""
+        """Return the requests that arrived between two times."""
         return [request for request in self.requests if begin_s <= request.arrival_s < end_s]

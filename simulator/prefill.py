@@ -74,7 +74,7 @@ class Task:
 
 @dataclass(slots=True)
 class _Flow:
-    """What one step ships."""
+    """The pages that one step ships."""
 
     ends_s: dict[str, float] = field(default_factory=dict)  # by request id: when its bytes of this step are across
 
@@ -155,7 +155,7 @@ class PrefillPart:
             self._end(task)
 
     def _end(self, task: Task) -> None:
-        """Its blocks go when the running step does not use them."""
+        """End a task; its blocks go when the running step does not use them."""
         del self._tasks[task.spec.request_id]
         self.scheduler.remove(task.prompt)
         task.dead = True
@@ -198,7 +198,7 @@ class PrefillPart:
         task.shipment = Shipment(reservation, link, port, now)
 
     def _ship_hits(self, task: Task) -> None:
-        """What the prefix cache had, and the decode worker has not."""
+        """Ship what the prefix cache had and the decode worker has not."""
         task.has_begun, shipment = True, task.shipment
         hits = max(0, task.prompt.seq.num_cached_tokens - task.grant.num_computed_tokens)
         if hits and shipment is not None:

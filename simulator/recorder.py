@@ -1,4 +1,4 @@
-"""What the router tells of its requests, kept until the end of the run (`router.observer.Observer`)."""
+"""A recorder keeps what the router tells of its requests until the end of the run (`Observer`)."""
 
 from __future__ import annotations
 

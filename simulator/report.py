@@ -1,4 +1,4 @@
-"""How runs are shown: a table on the terminal, JSON, a plot."""
+"""Runs are shown as a table on the terminal, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def save_runs(runs: Sequence[Run], environment: Environment, path: Path) -> None
 
 
 def plot_runs(runs: Sequence[Run], path: Path) -> None:
-    """Of each run: both latencies' distributions, and over time the share of good requests and the fleet."""
+    """Plot, of each run, both latencies' distributions, and over time the share of good requests and the fleet."""
     figure, (ttft, tpot, good, fleet) = new_figure(18, 4.5, 4)
     for (name, _, outcome), colour in zip(runs, COLOURS * len(runs), strict=False):
         _cumulative(ttft, [r.ttft_s * 1e3 for r in outcome.requests if r.ttft_s is not None], name, colour)

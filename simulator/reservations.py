@@ -77,7 +77,7 @@ class Reservations:
         growth_reserve: int = 0,
         keeps: bool = True,
     ) -> Grant | NoCapacity:
-        """As `KVReceiver.reserve`."""
+        """Reserve blocks as `KVReceiver.reserve` does."""
         known = self._live.get(spec.request_id)
         if known is not None and known.spec.attempt >= spec.attempt:
             return self._refusal(spec, "stale")
@@ -187,7 +187,7 @@ class Reservations:
             self.num_granted_blocks -= len(reservation.blocks)
 
     def lapsed(self) -> list[Reservation]:
-        """Not opened in time."""
+        """Return the reservations that nobody opened in time."""
         now = self._clock.now()
         return [r for r in self._live.values() if r.writer is None and now >= r.deadline_s]
 

@@ -1,4 +1,4 @@
-"""What is simulated, as plain values: traffic, fleet, router, objectives, and what goes wrong."""
+"""A scenario says what is simulated, as plain values: traffic, fleet, router, objectives, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PolicyMaker = Callable[[RouterConfig, Predictor], RoutingPolicy]
 
 @dataclass(slots=True, frozen=True)
 class Spike:
-    """For a while, `factor` times as many requests."""
+    """A while with `factor` times as many requests."""
 
     at_s: float
     duration_s: float
@@ -39,7 +39,7 @@ class Day:
 
 @dataclass(slots=True, frozen=True)
 class Traffic:
-    """Which requests come when. Lengths and shared prefixes are the trace's, in its order."""
+    """The requests that come, and when. Lengths and shared prefixes are the trace's, in its order."""
 
     trace: str | tuple[TraceRow, ...] = "mooncake-conversation"  # a name, a path, or the rows
     part: Literal["whole", "first", "second"] = "whole"  # of its time
@@ -68,7 +68,7 @@ class Fleet:
     max_num_seqs: int = 256
     max_model_len: int = 131072
     prefill_tokens: int = 8192  # largest step of a prefill worker
-    decode_tokens: int = 2048  # ... of a decode worker, which cuts it by the time it takes
+    decode_tokens: int = 2048  # step budget of a decode worker, which cuts it by the time it takes
     tpot_objective_s: float | None = None  # that decode workers pace local prompts by; None: the scenario's
     can_change_role: bool = True
     prefix_caching: bool | None = None  # None: where some prefix comes twice
@@ -87,7 +87,7 @@ class Fleet:
         return Roofline(gpu_named(self.gpu), model_named(self.model), self.gpus_per_worker)
 
     def blocks(self, block_tokens: int) -> int:
-        """Of one worker."""
+        """Return the blocks of one worker."""
         if self.num_blocks is not None:
             return self.num_blocks
         model = self.step_model()
@@ -106,13 +106,13 @@ class Fleet:
 
     @property
     def usd_per_hour(self) -> float:
-        """Of one worker."""
+        """Return the price of one worker."""
         return gpu_named(self.gpu).usd_per_hour * self.gpus_per_worker
 
 
 @dataclass(slots=True, frozen=True)
 class Router:
-    """How requests are placed."""
+    """The router's settings: how requests are placed."""
 
     policy: str = "least_loaded"
     make_policy: PolicyMaker | None = field(default=None, compare=False)  # instead of a name: for trials
@@ -126,7 +126,7 @@ class Router:
 
 @dataclass(slots=True, frozen=True)
 class Goals:
-    """What makes a request good."""
+    """The objectives that make a request good."""
 
     ttft_s: float = 1.0
     ttft_stretch: float = 3.0  # a prompt may take so many times what it takes on an empty prefill worker, if longer

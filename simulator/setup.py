@@ -1,4 +1,4 @@
-"""From a scenario to what routers and workers are configured with."""
+"""Configurations of routers and workers, made from a scenario."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .scenario import Scenario
 
 @dataclass(slots=True, frozen=True)
 class WorkerSpec:
-    """What all workers of a run have in common."""
+    """The settings that all workers of a run have in common."""
 
     kv: KVCacheSpec
     steps: StepModel
@@ -35,7 +35,7 @@ class WorkerSpec:
 
 
 def router_config(scenario: Scenario) -> RouterConfig:
-    """As `kvferry serve` would make it from the flags."""
+    """Return the config that `kvferry serve` would make from the flags."""
     router, goals = scenario.router, scenario.goals
     objectives: dict[str, float] = {}
     if router.knows_objectives:
@@ -97,7 +97,7 @@ def unloaded_s(spec: WorkerSpec, num_tokens: int) -> float:
 
 
 def calibration(spec: WorkerSpec) -> tuple[StepSample, ...]:
-    """What a worker measures of itself at start-up."""
+    """Return the samples that a worker measures of itself at start-up."""
     budget = max(spec.prefill_tokens, spec.decode_tokens)
     works = [
         StepWork(tokens, tokens * (context + tokens // 2), 0, 0)

@@ -31,7 +31,7 @@ def at_rate(scenario: Scenario, rate_per_s: float) -> Scenario:
 def capacity(
     scenario: Scenario, *, share: float = 0.9, precision: float = 0.02, start_per_s: float | None = None
 ) -> Capacity:
-    """By bisection over the rate, to `precision` of it. `start_per_s`: a guess; None: the trace's own rate."""
+    """Bisect over the rate, to `precision` of it. `start_per_s`: a guess; None: the trace's own rate."""
     guess = mean_rate(rows_of(scenario.traffic)) if start_per_s is None else start_per_s
     tried: list[tuple[float, float]] = []
     good, bad, best = 0.0, float("inf"), None

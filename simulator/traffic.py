@@ -1,4 +1,4 @@
-"""From a trace to the requests of a run: scaled, spiked, stretched, repeated."""
+"""Traffic turns a trace into the requests of a run: scaled, spiked, stretched, repeated."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def rows_of(traffic: Traffic) -> tuple[TraceRow, ...]:
 
 
 def _spread(rows: tuple[TraceRow, ...]) -> tuple[TraceRow, ...]:
-    """Where the recording's clock ticked every few seconds (Mooncake's: three), requests of one tick came in the middle
-    of it and not all at its beginning. Evenly at random until the next tick, in the recorded order."""
+    """Spread the arrivals of one tick of the recording's clock (Mooncake's ticks every three seconds) evenly at random
+    until the next one, in the recorded order: they did not all come at its beginning."""
     random, spread, first = Random(0), list[TraceRow](), 0
     for index in range(1, len(rows) + 1):
         if index < len(rows) and rows[index].arrival_s == rows[first].arrival_s:
@@ -97,7 +97,7 @@ def _repeated(rows: tuple[TraceRow, ...]) -> Iterator[TraceRow]:
 
 
 def _intensity(traffic: Traffic, now_s: float) -> float:
-    """How many times as dense arrivals are then."""
+    """Return how many times as dense arrivals are at a time."""
     intensity = 1.0
     day = traffic.day
     if day is not None:

@@ -49,7 +49,7 @@ VERSION = "simulated"
 
 
 class SimWorker:
-    """Also its own `WorkerLink`: the router sends through it."""
+    """A simulated worker, which is its own `WorkerLink` too: the router sends through it."""
 
     def __init__(self, world: World, spec: WorkerSpec, worker_id: str, role: str, life: int, labels: Labels) -> None:
         kernel = world.kernel
@@ -137,7 +137,7 @@ class SimWorker:
     # --- session --------------------------------------------------------------------------------------------
 
     def send(self, message: Message) -> None:
-        """From the router."""
+        """Take a message from the router."""
         self.world.kernel.after(self.world.scenario.message_s, self._on_message, message)
 
     def drop(self, reason: str) -> None:
@@ -321,6 +321,6 @@ class SimWorker:
         return self.prefill.scheduler.prefix_hits + self.decode.prefix_hits
 
     def kill(self) -> None:
-        """What it has streamed is with the router; everything else is lost."""
+        """End the worker: what it has streamed is with the router, everything else is lost."""
         self.engine.flush()
         self.is_dead = self.engine.is_dead = True

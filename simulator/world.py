@@ -102,7 +102,7 @@ class World:
             self.recorder.router_s += process_time() - began_s
 
     def leave(self, worker: SimWorker) -> None:
-        """It has drained."""
+        """Take away a worker that has drained."""
         self.on_message(worker, Goodbye())
         self._end(worker, "drained")
         if self.launcher is not None:
@@ -162,15 +162,15 @@ class World:
         self.recorder.on_submit_took(process_time() - began_s)
 
     def num_queued(self) -> int:
-        """In the central queue."""
+        """Count the requests in the central queue."""
         return self.dispatcher.view().num_queued
 
     def forget(self, job: Job) -> None:
-        """It has ended. Workers may still hear of it for a moment."""
+        """Forget a job that has ended. Workers may still hear of it for a moment."""
         self.kernel.after(10.0, self._jobs.pop, job.request_id)
 
     def unloaded_s(self, num_tokens: int) -> float:
-        """From an empty prefill worker's receipt of a prompt to its first token."""
+        """Return the time from an empty prefill worker's receipt of a prompt to its first token (seconds)."""
         known = self._unloaded.get(num_tokens)
         if known is None:
             known = self._unloaded[num_tokens] = unloaded_s(self.spec, num_tokens)
@@ -196,7 +196,7 @@ class World:
             worker.send(SetRole(role=role))
 
     def leftovers(self, after_s: float = 5.0) -> list[str]:
-        """What workers still hold when a run has ended and the last messages have come. Nothing should be left."""
+        """Say what workers still hold when a run has ended and the last messages have come: nothing should be left."""
         end_s = self.kernel.now() + after_s
         self.kernel.run(lambda: self.kernel.now() >= end_s)
         left = []

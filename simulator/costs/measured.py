@@ -61,7 +61,7 @@ def fit(samples: Sequence[StepSample], *, noise: bool = True) -> Linear:
 
 
 def _features(sample: StepSample) -> tuple[float, ...]:
-    """In the order of `Linear`'s fields."""
+    """Return a sample's features in the order of `Linear`'s fields."""
     return (
         1.0,
         float(sample.prefill_tokens > 0),

@@ -1,4 +1,4 @@
-"""How long a worker's engine takes for a step: a roofline of published figures, or what a live worker was seen to take.
+"""Step times of a worker's engine: a roofline of published figures, or what a live worker was seen to take.
 
     a step computes prompt chunks and decode rows together, its kernels one after the other:
         products     of all tokens with the weights: arithmetic, or reading the weights once, whichever takes longer
@@ -27,7 +27,7 @@ _RESERVE_GB = 4.0  # of a GPU: activations of a full budget, CUDA graphs, the ru
 
 @dataclass(slots=True, frozen=True)
 class StepWork:
-    """What one step computes, as `StepSample` counts it."""
+    """The work of one step, as `StepSample` counts it."""
 
     prefill_tokens: int = 0
     prefill_pairs: int = 0
@@ -80,7 +80,7 @@ class Roofline:
 
     @property
     def cache_bytes(self) -> float:
-        """What the weights leave for KV, on all of the worker's GPUs."""
+        """Return the bytes that the weights leave for KV, on all of the worker's GPUs."""
         usable = self.num_gpus * (self.gpu.memory_gb * _MEMORY_SHARE - _RESERVE_GB) * 1e9
         return usable - self.model.total_bytes
 

@@ -27,7 +27,7 @@ class Sent(_Event):
 
 
 class Delta(_Event):
-    """What one chunk added to one choice; of an answer that is no stream, all of it."""
+    """The text that one chunk added to one choice; of an answer that is no stream, all of it."""
 
     request: int
     choice: int
@@ -135,7 +135,7 @@ class Request:
         return choices
 
     def chunk_times_s(self) -> list[float]:
-        """When something was delivered, chunk by chunk."""
+        """Return the times at which something was delivered, chunk by chunk."""
         return [event.at_s for event in self.events if isinstance(event, Delta) and (event.token_ids or event.text)]
 
 
@@ -156,7 +156,7 @@ class History:
                 self.requests[event.request].add(event)
 
     def references(self) -> dict[int, Request]:
-        """By ask: those that were answered undisturbed."""
+        """Return, by ask, the requests that were answered undisturbed."""
         return {r.sent.ask: r for r in self.requests.values() if r.sent.is_reference and r.is_done}
 
 

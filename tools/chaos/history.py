@@ -1,4 +1,4 @@
-"""What clients saw of a run, and whether a server that loses nothing may have shown them that. Pure.
+"""A history is what clients saw of a run; the checker says whether a server that loses nothing may show that. Pure.
 
     python -m kvferry.tools.chaos.history FILE      checks the file that `kvferry chaos --history FILE` wrote
 
@@ -41,7 +41,7 @@ class Breach:
 
 @dataclass(slots=True)
 class Verdict:
-    """Of one request."""
+    """The judgement of one request."""
 
     breaches: list[Breach] = field(default_factory=list)
     is_lost: bool = False  # ended without finish reason or proper error, or not at all
@@ -167,7 +167,7 @@ def _first_difference(got: object, wanted: object) -> str:
 
 
 class Counted(NamedTuple):
-    """What a client counted of an answer."""
+    """The tokens and texts that a client counted of an answer."""
 
     request: int
     answer_id: str
@@ -200,7 +200,7 @@ def check_rows(answers: Iterable[Counted], notes: Iterable[Note]) -> list[Breach
 
 
 def judge_all(history: History) -> dict[int, Verdict]:
-    """Of every request that was sent while workers died."""
+    """Judge every request that was sent while workers died."""
     references = history.references()
     return {
         number: judge(request, references.get(request.sent.ask))

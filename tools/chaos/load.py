@@ -74,7 +74,7 @@ class Load:
         return [complete[number] for number in sorted(complete)]
 
     async def run(self, asks: Sequence[Ask], concurrency: int, seed: int, stop: asyncio.Event) -> None:
-        """Until `stop` is set and the last request has ended."""
+        """Send requests until `stop` is set and the last one has ended."""
         source = random.Random(seed)
 
         async def lane() -> None:

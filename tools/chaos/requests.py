@@ -40,7 +40,7 @@ class Ask:
         return replace(self, body={**self.body, "stop": [stop, "no such text"]} if stop else self.body)
 
     def send_body(self, source: random.Random) -> Body:
-        """With what does not touch the answer: half of the prompts are in no prefix cache."""
+        """Return the body with what does not touch the answer: half of the prompts are in no prefix cache."""
         extra: Body = {"priority": source.choice((-1, 0, 0, 0, 1))}
         if source.random() < 0.5:
             extra["cache_salt"] = f"{source.getrandbits(64):x}"

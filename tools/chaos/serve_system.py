@@ -61,7 +61,7 @@ class System:
         return parse_metrics(body.decode())
 
     async def held_blocks(self, client: HttpClient) -> dict[str, float]:
-        """By worker: blocks that are neither free nor cached."""
+        """Return, by worker, the blocks that are neither free nor cached."""
         held: dict[str, float] = {}
         for sample in await self.samples(client):
             if sample.name == "kvferry_blocks" and sample.labels["state"] not in ("free", "cached"):
@@ -114,7 +114,7 @@ class System:
         raise ConfigError(f"no process of worker {worker_id}")
 
     def resident_mib(self) -> float:
-        """Of all processes of the system together; shared pages count in each."""
+        """Return the memory of all processes of the system together; shared pages count in each."""
         total = 0
         for process in process_tree([self.process.pid], processes()):
             try:

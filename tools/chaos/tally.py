@@ -1,4 +1,4 @@
-"""What a chaos run comes to: promises kept or broken, and how long things took. Pure, and the table of it.
+"""A tally of a chaos run: promises kept or broken, and how long things took. Pure, with its table.
 
 stream gap   of a stream whose decode worker died: from the blow to the first chunk after the router placed it anew.
 recompute    what the same request, undisturbed, took to its first token: the prompt is computed and shipped again.
@@ -64,7 +64,7 @@ class Tally:
 
     @property
     def broken(self) -> dict[str, int]:
-        """What must be 0."""
+        """Return the counts that must be 0."""
         return {
             "requests lost": self.num_lost,
             "requests failed": self.num_failed,
@@ -164,7 +164,7 @@ def find_gaps(
     failed: Iterable[Note],
     strikes: Sequence[Strike],
 ) -> Iterable[Gap]:
-    """Of streams that had begun, were decoding on a worker that was struck, and went on."""
+    """Find the gaps of streams that had begun, were decoding on a worker that was struck, and went on."""
     by_answer = {result.answer_id: result for result in results if result.answer_id}
     for note in failed:
         result, strike = by_answer.get(note.answer_id), _cause(note, strikes)

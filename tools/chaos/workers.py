@@ -42,7 +42,7 @@ class Life:
 
 @dataclass(slots=True)
 class Strike:
-    """What was done to a worker, and what came of it."""
+    """A blow to a worker, and what came of it."""
 
     kind: Kind
     worker_id: str
@@ -59,7 +59,7 @@ class Strike:
 
     @property
     def absence_s(self) -> float | None:
-        """From its death until the router had a new one."""
+        """Return the time from the death until the router had a new one (seconds)."""
         return None if self.died_s is None or self.back_s is None else self.back_s - self.died_s
 
 
@@ -115,7 +115,7 @@ class Workers:
 
     @property
     def up(self) -> list[Life]:
-        """Those that run, by name."""
+        """Return the workers that run, by name."""
         alive = (life for life in self._lives.values() if life.died_s is None and not life.is_stopped)
         return sorted(alive, key=lambda life: life.worker_id)
 

@@ -1,4 +1,4 @@
-"""Who used the cores during a run: the client, the servers under test, or programs that have nothing to do with it.
+"""The use of cores during a run: by the client, the servers under test, or programs that have nothing to do with it.
 
 A latency from a machine that others share says little, so each phase counts the cores that neither the client nor
 the server under test kept busy. Read from /proc (Linux), a few milliseconds for each sample.
@@ -80,7 +80,7 @@ def pin_to_cores(num_cores: int) -> tuple[int, ...]:
 
 @dataclass(slots=True, frozen=True)
 class QuietWait:
-    """How long the machine was watched, and how many cores were busy in the last second of it."""
+    """A wait for a quiet machine: how long it was watched, and how many cores were busy in its last second."""
 
     waited_s: float
     busy_cores: float

@@ -70,7 +70,7 @@ class StreamFailure(KVFerryError):
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What was seen of one request. Times are perf_counter seconds."""
+    """The record of one request. Times are perf_counter seconds."""
 
     index: int
     sent_s: float
@@ -187,7 +187,7 @@ def _count_tokens(choice: _Choice) -> int:
 
 
 class Endpoint:
-    """Where requests go and what all of them have in common."""
+    """The address that requests go to, and what all of them have in common."""
 
     def __init__(
         self,
@@ -237,7 +237,7 @@ class Endpoint:
         return record
 
     async def model_names(self) -> list[str]:
-        """What the server serves, by its own list."""
+        """Return the models that the server serves, by its own list."""
         head, body = await self._client.read("GET", "/v1/models", headers=self._headers)
         if head.status != 200:
             raise ConfigError(f"/v1/models answered {head.status}: name the model with --model")

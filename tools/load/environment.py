@@ -1,4 +1,4 @@
-"""Where a figure was measured: the machine, the versions, the commit, the exact command."""
+"""The environment of a figure: the machine, the versions, the commit, the exact command."""
 
 from __future__ import annotations
 

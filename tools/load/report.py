@@ -1,4 +1,4 @@
-"""How a run is shown: a table on the terminal, a JSON file, a plot."""
+"""A run is shown as a table on the terminal, a JSON file and a plot."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _alive(tree: Sequence[Process]) -> list[Process]:
-    """Those that still run; the name guards against a number that was given to another process meanwhile."""
+    """Return those that still run; the name guards against a number that another process was given meanwhile."""
     now = processes()
     return [old for old in tree if old.pid in now and now[old.pid].name == old.name and not now[old.pid].is_zombie]
 

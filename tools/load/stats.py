@@ -1,4 +1,4 @@
-"""From request records to the figures: percentiles, throughput, goodput. Pure.
+"""Figures made from request records: percentiles, throughput, goodput. Pure.
 
 TTFT       sent -> first chunk with a token
 TPOT       mean time of an output token after the first, one figure for each request
@@ -19,7 +19,7 @@ from .endpoint import RequestRecord
 
 @dataclass(slots=True, frozen=True)
 class Distribution:
-    """Of one figure over all its samples; `count` of 0 leaves the rest None."""
+    """The distribution of one figure over all its samples; a `count` of 0 leaves the rest None."""
 
     count: int
     mean: float | None = None

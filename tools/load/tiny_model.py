@@ -94,7 +94,7 @@ def _write_weights(path: Path, vocab_size: int, dtype: str, seed: int) -> None:
 
 
 def _write_tokenizer(path: Path) -> int:
-    """How many tokens there are."""
+    """Write the tokenizer and return how many tokens there are."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
