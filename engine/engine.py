@@ -35,7 +35,7 @@ from ..kvcache.pages import allocate_pages, cache_dtype, copy_blocks, num_blocks
 from ..models.config import ModelConfig
 from ..models.digest import ModelDigest
 from .cpu.build import NativeUnavailable
-from .cpu.runner import NativeDecoder, Step
+from .cpu.decoder import NativeDecoder, Step
 from .cpu.tiled import TiledDecoder
 from .nn.attention.base import AttentionMetadata
 from .nn.attention.choose import make_attention

@@ -2,7 +2,7 @@
 
 No autograd and no torch modules: a layer is a few tensors and a call. Each yields its `WeightSlot`s, which say
 which part of which checkpoint tensor goes where; `weights.py` fills them. `pack` afterwards trades a linear's
-weight for the processor's own blocked form, which is what makes small batches fast there; `engine/cpu/runner.py` reads
+weight for the processor's own blocked form, which is what makes small batches fast there; `engine/cpu/decoder.py` reads
 that form too.
 """
 

@@ -9,7 +9,7 @@
 #include "linear.hpp"
 #include "vectors.hpp"
 
-// Layer and Model are declared once more in engine/cpu/runner.py, field by field.
+// Layer and Model are declared once more in engine/cpu/decoder.py, field by field.
 struct Layer {
     const bf16 *qkv, *o, *gate_up, *down;                        // tiles
     const bf16 *qkv_bias, *o_bias, *gate_up_bias, *down_bias;    // null: none

@@ -20,7 +20,7 @@ from kvferry.common.cores import CoreBoard, attach
 from kvferry.common.request import SamplingParams, Sequence
 from kvferry.engine.cpu import build as native
 from kvferry.engine.cpu.build import NativeUnavailable
-from kvferry.engine.cpu.runner import Step
+from kvferry.engine.cpu.decoder import Step
 from kvferry.engine.engine import Engine
 from kvferry.models.default import cache_dir
 
