@@ -69,6 +69,7 @@ class NativeDecoder:
         """
         if pages.dtype != torch.bfloat16 or pages.device.type != "cpu" or decoder.head.rows.comm.size != 1:
             raise NativeUnavailable("only for a whole model in bfloat16 on a CPU")
+        self.is_exact = is_exact
         self._model = _describe(decoder, pages)
         self._keep = (decoder, pages, cores)
         self._vocab_size = decoder.config.vocab_size

@@ -8,16 +8,21 @@ those of the `Decoder`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.errors import ConfigError
+from ...common.request import SampledToken
 from ..nn.attention.base import AttentionBackend
 from ..nn.decoder import Decoder, DecoderLayer
+from ..nn.deterministic import one_thread, torch_results
 from ..nn.layers import Linear
+from ..nn.sampling import SampleRow, prompt_logprobs_each, sample_each
+from ..nn.torch_runner import TorchRunner
 
 _ROWS = 16
 
@@ -55,6 +60,26 @@ class TiledDecoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows of `forward` -> [rows padded to 16, vocab_size] float32."""
         return torch.cat([self._decoder.logits(part) for part in _tiles(_padded(hidden))])
+
+
+class TiledRunner(TorchRunner):
+    """Implements `Runner`, to the bit: tiles of tokens, one torch thread, and every row sampled for itself."""
+
+    def __init__(self, decoder: Decoder, attention: AttentionBackend, *, block_size: int) -> None:
+        """`attention` is one that keeps one order, too. Raises ConfigError."""
+        with one_thread():
+            tiled = TiledDecoder(decoder)
+        super().__init__(decoder, attention, block_size=block_size, model=tiled)
+        self.results = torch_results(decoder.dtype, decoder.head.rows.comm.size)
+
+    def calculating(self) -> AbstractContextManager[None]:
+        return one_thread()
+
+    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sequence[tuple[SampledToken, ...]]:
+        return sample_each(logits, rows, self._eos_token_ids)
+
+    def prompt_logprobs(self, logits: Tensor, targets: Sequence[tuple[int, int]]) -> list[SampledToken]:
+        return prompt_logprobs_each(logits, targets)
 
 
 def _tiles(x: Tensor) -> tuple[Tensor, ...]:

@@ -22,7 +22,7 @@ _WARM_UPS = 2  # before a capture: kernels are compiled and libraries take their
 
 
 class CudaDecodeDevice:
-    """Implements `decode_runner.DecodeDevice`. Owned by the engine's thread."""
+    """Implements `pipeline.DecodeDevice`. Owned by the engine's thread."""
 
     def __init__(
         self,

@@ -13,14 +13,14 @@ that. What a forecast that did not fit has uploaded is uploaded over. The device
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from ...common.batch import Batch, BatchRow, RowOutput, row_output
+from ...common.batch import Batch, RowOutput, row_output
 from ...kvcache.pages import copy_blocks
-from ..nn.sampling import SampleRow
+from ..nn.sampling import sample_rows
 from .rows import BlockTables, DecodeRow, Forecast, StepArrays, fill, foretell, padded_size, put_token_ids, rows_of
 from .sampling import DeviceSampler, Draws
 
@@ -149,11 +149,4 @@ class DecodeRunner:
             return None
         if len(sampling) < len(batch.rows):
             logits = logits[sampling]
-        return self._sampler.launch(logits, list(sample_rows(batch.rows)))
-
-
-def sample_rows(rows: Sequence[BatchRow]) -> Iterator[SampleRow]:
-    """What is drawn from the logits of each row that samples."""
-    for row in rows:
-        if row.samples:
-            yield SampleRow(row.seq.sampling, row.choices, row.seq.token_ids, row.seq.num_prompt_tokens)
+        return self._sampler.launch(logits, sample_rows(batch.rows))

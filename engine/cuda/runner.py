@@ -1,6 +1,6 @@
-"""A rank's model on CUDA: fused kernels for every batch, graphs and forecasts for decode steps of one rank.
+"""Steps on CUDA: fused kernels for every batch, graphs and forecasts for decode steps of one rank.
 
-    decode    rows of one token, tp 1: `decode_runner` over `cuda_graphs`; None where the batch is another
+    decode    rows of one token, one rank: `pipeline` over `graphs`; None where the batch is another
     forward   any batch, on every rank: kernels launched one by one
     sample    on the device, then wait for the tokens
 
@@ -12,6 +12,7 @@ A step has ended when its call returns: whoever ships or publishes pages of earl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import structlog
 import torch
@@ -20,10 +21,11 @@ from torch import Tensor
 from ...common.batch import Batch, Fence, RowOutput
 from ...common.config import EngineConfig
 from ...common.request import SampledToken, SamplingParams
-from ..nn.attention.base import AttentionMetadata
 from ..nn.attention.flashinfer import FlashInferAttention
 from ..nn.decoder import Decoder
-from ..nn.sampling import SampleRow
+from ..nn.plan import StepPlan, logit_rows, step_tensors
+from ..nn.runner import OnLayer
+from ..nn.sampling import SampleRow, prompt_logprobs
 from ..nn.weights import Progress
 from .decoder import FusedDecoder
 from .graphs import CudaDecodeDevice
@@ -36,7 +38,9 @@ log = structlog.get_logger(__name__)
 
 
 class CudaRunner:
-    """Owned by the engine's thread; everything is queued on its current stream."""
+    """Implements `nn.runner.Runner`; everything is queued on the current stream of the engine's thread."""
+
+    results = ""
 
     def __init__(
         self,
@@ -44,15 +48,13 @@ class CudaRunner:
         decoder: Decoder,
         attention: FlashInferAttention,
         pages: Tensor,
-        *,
-        tp_size: int,
         progress: Progress | None = None,
     ) -> None:
         """Compiles kernels and captures graphs: minutes where nothing is in FlashInfer's cache.
 
         The last block of `pages` is owned by no sequence: padding rows and warm-ups write there.
         """
-        model = decoder.config
+        model, tp_size = decoder.config, decoder.head.rows.comm.size
         self._device = pages.device
         self._pages = pages
         self._attention = attention
@@ -97,41 +99,43 @@ class CudaRunner:
             device.capture(progress)
         return DecodeRunner(device, self._sampler, self._pages, spare_block=spare_block, max_model_len=max_model_len)
 
-    def decode(self, batch: Batch, on_layer: Callable[[int], None] | None) -> list[RowOutput] | None:
-        """The whole step, if it is one of single tokens and this is the only rank."""
+    def calculating(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def decode(self, batch: Batch, on_layer: OnLayer | None) -> list[RowOutput] | None:
+        """Run the whole step, if it is one of single tokens and this is the only rank."""
         return self.decode_runner.step(batch, on_layer) if self.decode_runner is not None else None
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        metadata: AttentionMetadata,
-        on_layer: Callable[[int], None] | None,
-    ) -> Tensor:
-        """Hidden states behind the final norm, queued. The arguments are the host's."""
+    def forward(self, plan: StepPlan, on_layer: OnLayer | None) -> Iterator[Tensor]:
+        """Queue everything; logits are of hidden states behind the final norm."""
+        input_ids, positions, metadata = step_tensors(plan, self._pages.shape[4])
         self._attention.plan(metadata)
-        return self._decoder.forward(
+        hidden = self._decoder.forward(
             input_ids.to(self._device, torch.int64, non_blocking=True),
             positions.to(self._device, torch.int32, non_blocking=True),
             self._attention,
             on_layer,
         )
+        return (self._logits(hidden, part) for part in logit_rows(plan))
 
-    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Of the tokens `rows` [n], which are the host's. A collective with several ranks."""
+    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Queue the logits of the packed tokens `rows` [n], which are the host's."""
         return self._decoder.logits(hidden[rows.to(self._device, torch.int64, non_blocking=True)])
 
-    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Iterator[tuple[SampledToken, ...]]:
+    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sequence[tuple[SampledToken, ...]]:
         draws = self._sampler.launch(logits, rows)
         self.wait()
-        return iter(draws.read())
+        return draws.read()
+
+    def prompt_logprobs(self, logits: Tensor, targets: Sequence[tuple[int, int]]) -> list[SampledToken]:
+        return prompt_logprobs(logits, targets)
 
     def wait(self) -> None:
-        """Return when everything queued so far is done."""
+        """Return when everything queued so far is done: copies, and chunks without a sample, have not waited yet."""
         torch.cuda.current_stream(self._device).synchronize()
 
     def layer_fence(self) -> Fence:
-        """Passed, by its `query`, when what is queued now is done."""
+        """Return an event that has passed when what is queued now is done."""
         fence = torch.cuda.Event()  # type: ignore[no-untyped-call]
         fence.record()
         passed: Fence = fence

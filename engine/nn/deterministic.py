@@ -1,4 +1,4 @@
-"""What the deterministic mode needs beside kernels that keep one order: one torch thread, and a name for its results.
+"""The deterministic mode needs, beside kernels that keep one order, one torch thread and a name for its results.
 
     same prompt, same tokens so far  ->  the same next token and log-probabilities, to the bit
 
@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 
 @contextmanager
@@ -28,11 +27,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def each_row(parts: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Rows one by one, each in memory of its own."""
-    return (row.clone() for part in parts for row in torch.split(part, 1))
 
 
 def torch_results(dtype: torch.dtype, tp_size: int) -> str:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...common.batch import BatchRow
 from ...common.request import SampledToken, SamplingParams
 
 _TOP_P_CANDIDATES = 1024  # looked at before a full sort, which is needed only for nearly flat distributions
@@ -61,6 +62,15 @@ class SampleRow:
     def is_plain(self) -> bool:
         """The best token and nothing else."""
         return self.params.is_greedy and self.params.logprobs is None and not self.edits_logits
+
+
+def sample_rows(rows: Sequence[BatchRow]) -> list[SampleRow]:
+    """List what is drawn from the logits of each row that samples."""
+    return [
+        SampleRow(row.seq.sampling, row.choices, row.seq.token_ids, row.seq.num_prompt_tokens)
+        for row in rows
+        if row.samples
+    ]
 
 
 def sample_each(
@@ -130,6 +140,12 @@ def prompt_logprobs(logits: Tensor, wanted: Sequence[tuple[int, int]]) -> list[S
     """Row i of `logits` [n, vocab] is about `wanted[i]`: the prompt token that follows, and how many best to report."""
     logprobs = Logprobs(logits, [count for _, count in wanted])
     return [logprobs.tokens(row, (token_id,))[0] for row, (token_id, _) in enumerate(wanted)]
+
+
+def prompt_logprobs_each(logits: Tensor, wanted: Sequence[tuple[int, int]]) -> list[SampledToken]:
+    """Do as `prompt_logprobs` does, each row for itself and in memory of its own: the same bits in any company."""
+    rows = torch.split(logits, 1)
+    return [prompt_logprobs(row.clone(), [target])[0] for row, target in zip(rows, wanted, strict=True)]
 
 
 def _report_logprobs(logits: Tensor, rows: Sequence[SampleRow]) -> Logprobs | None:

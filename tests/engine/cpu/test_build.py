@@ -20,8 +20,10 @@ from kvferry.common.cores import CoreBoard, attach
 from kvferry.common.request import SamplingParams, Sequence
 from kvferry.engine.cpu import build as native
 from kvferry.engine.cpu.build import NativeUnavailable
-from kvferry.engine.cpu.decoder import Step
+from kvferry.engine.cpu.decoder import NativeDecoder, Step
+from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.engine import Engine
+from kvferry.engine.nn.torch_runner import TorchRunner
 from kvferry.models.default import cache_dir
 
 from ...checkpoints import Family, write_checkpoint
@@ -67,11 +69,12 @@ class Recorded:
         self.driver = Driver(self.engine)
         self.native_steps = 0
         self.logits: list[torch.Tensor] = []
-        decoder = self.engine._native if is_native else self.engine._decoder
-        assert decoder is not None
+        runner = self.engine.runner
+        assert isinstance(runner, NativeRunner if is_native else TorchRunner)
+        decoder = runner.decoder
         self._logits, decoder.logits = decoder.logits, self._record  # type: ignore[method-assign]
-        if self.engine._native is not None:
-            self._forward, self.engine._native.forward = self.engine._native.forward, self._count  # type: ignore
+        if isinstance(decoder, NativeDecoder):
+            self._forward, decoder.forward = decoder.forward, self._count  # type: ignore[method-assign]
 
     def _record(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self._logits(hidden)
@@ -207,8 +210,8 @@ def test_a_worker_borrows_the_cores_of_those_that_are_idle(checkpoints: Path) ->
     run = Recorded(checkpoints / "llama", is_native=True, cores=slots[0])
     others = [attach(slot).memory for slot in slots[1:]]
     board.close()
-    native = run.engine._native
-    assert native is not None
+    assert isinstance(run.engine.runner, NativeRunner)
+    native = run.engine.runner.decoder
     now, long_ago = time.monotonic_ns() + 10**12, time.monotonic_ns() - 10**10  # it stays "now" for a while
     resting, working = (now, 2, 0), (now, 2, 1)
     idle, died, absent = (long_ago, 2, 0), (long_ago, 2, 1), (0, 0, 0)
@@ -238,7 +241,7 @@ def test_without_the_board_a_worker_keeps_to_its_own_threads(checkpoints: Path) 
         run = Recorded(checkpoints / "llama", is_native=True, cores=slot)
     assert [line["event"] for line in lines] == ["shared_cores"]
     run.driver.step([(run.driver.add([1, 2, 3], SAMPLING), 3)])
-    assert run.engine._native is not None and run.engine._native.num_threads == 1
+    assert isinstance(run.engine.runner, NativeRunner) and run.engine.runner.decoder.num_threads == 1
 
 
 def test_a_row_does_not_feel_how_many_others_there_are(checkpoints: Path) -> None:
@@ -282,7 +285,8 @@ def test_layers_are_reported_and_prompt_logprobs_read(checkpoints: Path) -> None
 @pytest.mark.parametrize("fields", [{"dtype": "float32"}, {"native": False}])
 def test_what_native_code_does_not_do_runs_in_torch(checkpoints: Path, fields: dict[str, object]) -> None:
     config = engine_config(checkpoints / "llama", dtype=fields.get("dtype", "bfloat16"))
-    assert Engine(config, num_blocks=16, native=bool(fields.get("native", True)))._native is None
+    engine = Engine(config, num_blocks=16, native=bool(fields.get("native", True)))
+    assert isinstance(engine.runner, TorchRunner)
 
 
 def test_an_engine_without_the_library_says_so_and_runs(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:

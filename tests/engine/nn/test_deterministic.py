@@ -19,7 +19,8 @@ from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
 from kvferry.common.request import SampledToken, SamplingParams, Sequence
-from kvferry.engine.cpu.tiled import TiledDecoder
+from kvferry.engine.cpu.runner import NativeRunner
+from kvferry.engine.cpu.tiled import TiledDecoder, TiledRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.layers import Linear
 from kvferry.engine.nn.sampling import SampleRow, sample_each
@@ -65,7 +66,7 @@ def make(model_dirs: Path) -> EngineMaker:
         dtype = "bfloat16" if is_native else kind
         config = engine_config(model_dirs / model, **({"dtype": dtype, "deterministic": True} | fields))
         engine = Engine(config, num_blocks=NUM_BLOCKS, native=is_native)
-        if is_native and engine._native is None:
+        if is_native and not isinstance(engine.runner, NativeRunner):
             pytest.skip("no native decoder on this machine")
         return engine
 
@@ -281,8 +282,9 @@ def test_products_that_tell_a_rows_place_are_refused(make: EngineMaker, monkeypa
         return y
 
     monkeypatch.setattr(Linear, "__call__", favour_the_last)
+    assert isinstance(engine.runner, TiledRunner)
     with pytest.raises(ConfigError, match="qkv_proj.*depends on its place"):
-        TiledDecoder(engine._decoder)
+        TiledDecoder(engine.runner.decoder)
 
 
 def test_a_gpu_is_refused_with_what_helps(model_dirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

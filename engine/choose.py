@@ -1,0 +1,137 @@
+"""What a rank computes on and with, chosen once when its engine starts: device, weights' type, and the runner.
+
+on CUDA                                                           CudaRunner
+on a CPU, a whole model in bfloat16, where C++ can be compiled    NativeRunner, exact or not
+else, exact results                                               TiledRunner
+else                                                              TorchRunner
+"""
+
+from __future__ import annotations
+
+import structlog
+import torch
+from torch import Tensor
+
+from ..common.config import NO_DETERMINISTIC_CUDA, CoreSlot, EngineConfig
+from ..common.cores import SharedCores, attach
+from ..common.errors import ConfigError
+from ..models.config import ModelConfig
+from .cpu.build import NativeUnavailable
+from .cpu.decoder import NativeDecoder
+from .cpu.runner import NativeRunner
+from .cpu.tiled import TiledRunner
+from .nn.attention.base import AttentionBackend
+from .nn.attention.choose import make_attention
+from .nn.decoder import Decoder
+from .nn.runner import Runner
+from .nn.torch_runner import TorchRunner
+from .nn.weights import Progress, read_kv_scales
+
+log = structlog.get_logger(__name__)
+
+
+def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
+    """Raises ConfigError."""
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cpu" or (config.device == "auto" and not has_cuda):
+        return torch.device("cpu")
+    if config.deterministic:
+        raise ConfigError(NO_DETERMINISTIC_CUDA)
+    if not has_cuda:
+        raise ConfigError("device = cuda: torch finds no CUDA device; use --device cpu")
+    if tp_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"tensor-parallel rank {tp_rank} has no device: torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    device = torch.device("cuda", tp_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def choose_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
+    name = config.dtype
+    if name == "auto":  # float16 weights run in bfloat16: no half-precision products on CPUs, no overflow anywhere
+        name = "float32" if model.dtype == "float32" else "bfloat16"
+    return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def choose_runner(
+    config: EngineConfig,
+    decoder: Decoder,  # loaded, and packed on a CPU
+    pages: Tensor,  # as `kvcache.pages.allocate_pages` makes them
+    *,
+    native: bool = True,
+    cores: CoreSlot | None = None,
+    progress: Progress | None = None,
+) -> Runner:
+    """Make this rank's runner; it compiles now what the first request would wait for. `native` False: no C++.
+
+    Raises ConfigError.
+    """
+    attention = _attention(config, decoder, pages)
+    if pages.device.type == "cuda":
+        return _cuda_runner(config, decoder, attention, pages, progress)
+    if native and (runner := _native_runner(config, decoder, pages, cores)) is not None:
+        return runner
+    with torch.inference_mode():
+        make = TiledRunner if config.deterministic else TorchRunner
+        return make(decoder, attention, block_size=config.block_size)
+
+
+def _attention(config: EngineConfig, decoder: Decoder, pages: Tensor) -> AttentionBackend:
+    model = decoder.config
+    has_scales = pages.dtype.itemsize == 1 and config.load_format != "dummy"
+    return make_attention(
+        config.attention_backend,
+        pages,
+        model.num_qo_heads // decoder.head.rows.comm.size,
+        model.sliding_windows,
+        query_dtype=decoder.dtype,
+        kv_scales=read_kv_scales(config.model_dir, model.num_layers) if has_scales else None,
+        deterministic=config.deterministic,
+    )
+
+
+def _cuda_runner(
+    config: EngineConfig, decoder: Decoder, attention: AttentionBackend, pages: Tensor, progress: Progress | None
+) -> Runner:
+    from .cuda.runner import CudaRunner
+    from .nn.attention.flashinfer import FlashInferAttention
+
+    assert isinstance(attention, FlashInferAttention)
+    with torch.inference_mode():
+        return CudaRunner(config, decoder, attention, pages, progress)
+
+
+def _native_runner(
+    config: EngineConfig, decoder: Decoder, pages: Tensor, cores: CoreSlot | None
+) -> NativeRunner | None:
+    """Return None where the model is not for C++ and, with a line in the log, where this machine is not."""
+    if decoder.dtype != torch.bfloat16 or decoder.head.rows.comm.size > 1:
+        return None
+    from ..models.default import cache_dir
+
+    shared = _shared_cores(cores)
+    try:
+        native = NativeDecoder(
+            decoder,
+            pages,
+            num_threads=config.num_threads or torch.get_num_threads(),
+            cache=cache_dir(),
+            cores=shared,
+            is_exact=config.deterministic,
+        )
+    except NativeUnavailable as reason:
+        log.warning("cpu_kernels", used=False, reason=str(reason))
+        return None
+    return NativeRunner(native, num_layers=decoder.config.num_layers, eos_token_ids=decoder.config.eos_token_ids)
+
+
+def _shared_cores(slot: CoreSlot | None) -> SharedCores | None:
+    if slot is None:
+        return None
+    try:
+        return attach(slot)
+    except OSError as error:
+        log.warning("shared_cores", used=False, reason=f"{slot.path}: {error.strerror}")
+        return None

@@ -1,0 +1,59 @@
+"""Steps in C++: a whole model in bfloat16 on a CPU, its logits sampled in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from ...common.batch import Batch
+from ...common.request import SampledToken
+from ..nn.deterministic import one_thread
+from ..nn.plan import StepPlan, logit_rows
+from ..nn.runner import OnLayer
+from ..nn.sampling import SampleRow, prompt_logprobs, prompt_logprobs_each, sample, sample_each
+from .decoder import NativeDecoder, Step
+
+
+class NativeRunner:
+    """Implements `Runner`. An exact decoder's results are named after the library: source, compiler and processor."""
+
+    def __init__(self, decoder: NativeDecoder, *, num_layers: int, eos_token_ids: frozenset[int]) -> None:
+        self.decoder = decoder
+        self.results = decoder.build if decoder.is_exact else ""
+        self._num_layers = num_layers
+        self._eos_token_ids = eos_token_ids
+        self._one_thread = one_thread if decoder.is_exact else nullcontext
+        self._sample = sample_each if decoder.is_exact else sample
+        self._prompt_logprobs = prompt_logprobs_each if decoder.is_exact else prompt_logprobs
+
+    def calculating(self) -> AbstractContextManager[None]:
+        return self._one_thread()
+
+    def decode(self, batch: Batch, on_layer: OnLayer | None) -> None:
+        return None
+
+    def forward(self, plan: StepPlan, on_layer: OnLayer | None) -> Iterator[Tensor]:
+        wanted = plan.sample_rows + plan.prompt_rows
+        step = Step(plan.input_ids, plan.starts, plan.lengths, plan.block_ids, wanted)
+        if len(plan.input_ids) > len(plan.lengths) or on_layer is None:
+            hidden = self.decoder.forward(step, on_layer)
+        else:
+            hidden = self.decoder.forward(step)  # tokens of running answers: too quick to interrupt for each layer
+            for layer in range(self._num_layers):
+                on_layer(layer)
+        return map(self.decoder.logits, torch.split(hidden, [len(rows) for rows in logit_rows(plan)]))
+
+    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sequence[tuple[SampledToken, ...]]:
+        return self._sample(logits, rows, self._eos_token_ids)
+
+    def prompt_logprobs(self, logits: Tensor, targets: Sequence[tuple[int, int]]) -> list[SampledToken]:
+        return self._prompt_logprobs(logits, targets)
+
+    def layer_fence(self) -> None:
+        return None
+
+    def wait(self) -> None:
+        """The library has returned when its call has."""

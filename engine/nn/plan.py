@@ -1,0 +1,110 @@
+"""A batch as plain arrays, the same on every rank, and as the tensors that torch and its kernels take.
+
+Rows stand packed in a line, one after another; a packed token is an index into that line.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+
+import msgspec
+import torch
+from torch import Tensor
+
+from ...common.batch import Batch, BatchRow
+from .attention.base import AttentionMetadata
+
+_LOGIT_ROWS = 64  # logits made at once: 64 x 128,256 in float32 is 33 MB
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A batch as arrays. Bytes hold int32 in this machine's order."""
+
+    input_ids: bytes  # [num_tokens]
+    starts: bytes  # [rows] tokens whose KV exists
+    lengths: bytes  # [rows] tokens fed
+    block_ids: bytes  # [num_pages] of each row as many as its tokens need, row after row
+    sample_rows: bytes  # packed tokens whose logits choose the next token
+    prompt_rows: bytes  # packed tokens whose logits tell the next prompt token's log-probability
+    block_copies: tuple[tuple[int, int], ...]
+    swap_out: tuple[tuple[int, int], ...] = ()
+    swap_in: tuple[tuple[int, int], ...] = ()
+
+
+def plan_step(batch: Batch, block_size: int) -> StepPlan:
+    input_ids, starts, lengths, block_ids, sample_rows, prompt_rows = (array("i") for _ in range(6))
+    for row in batch.rows:
+        token = len(input_ids)
+        prompt_rows.extend(range(token, token + _num_prompt_logprobs(row)))
+        input_ids.extend(row.seq.token_ids[row.start : row.end])
+        starts.append(row.start)
+        lengths.append(row.num_scheduled_tokens)
+        block_ids.extend(row.seq.block_table[: -(-row.end // block_size)])
+        if row.samples:
+            sample_rows.append(len(input_ids) - 1)
+    return StepPlan(
+        input_ids=input_ids.tobytes(),
+        starts=starts.tobytes(),
+        lengths=lengths.tobytes(),
+        block_ids=block_ids.tobytes(),
+        sample_rows=sample_rows.tobytes(),
+        prompt_rows=prompt_rows.tobytes(),
+        block_copies=tuple(batch.block_copies),
+        swap_out=tuple(batch.swap_out),
+        swap_in=tuple(batch.swap_in),
+    )
+
+
+def logit_rows(plan: StepPlan) -> list[Tensor]:
+    """The packed tokens whose logits are needed: the sample rows, if any, then the prompt rows in parts."""
+    prompt_rows = _int32(plan.prompt_rows)
+    parts = [prompt_rows[i : i + _LOGIT_ROWS] for i in range(0, len(prompt_rows), _LOGIT_ROWS)]
+    return [part for part in (_int32(plan.sample_rows), *parts) if len(part)]
+
+
+def prompt_targets(batch: Batch) -> Iterator[list[tuple[int, int]]]:
+    """Yield for each row, for each of its tokens in `prompt_rows`, the prompt token that follows it, and how many
+    best ones its request wants to be told.
+    """
+    for row in batch.rows:
+        num_best = row.seq.sampling.prompt_logprobs or 0
+        targets = range(row.start + 1, row.start + 1 + _num_prompt_logprobs(row))
+        yield [(row.seq.token_ids[position], num_best) for position in targets]
+
+
+def _num_prompt_logprobs(row: BatchRow) -> int:
+    """Count the fed prompt tokens that a prompt token follows, where log-probabilities of the prompt are asked for."""
+    if row.seq.sampling.prompt_logprobs is None:
+        return 0
+    return max(0, min(row.end, row.seq.num_prompt_tokens - 1) - row.start)
+
+
+def _int32(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.int32) if data else torch.empty(0, dtype=torch.int32)
+
+
+def step_tensors(plan: StepPlan, block_size: int) -> tuple[Tensor, Tensor, AttentionMetadata]:
+    """input_ids [num_tokens] int32, positions [num_tokens] int64, and what attention is planned with; on the host."""
+    input_ids, starts, lengths, block_ids = map(_int32, (plan.input_ids, plan.starts, plan.lengths, plan.block_ids))
+    ends = starts + lengths
+    qo_indptr, kv_indptr = _indptr(lengths), _indptr((ends + block_size - 1) // block_size)
+    assert kv_indptr[-1] == len(block_ids), "a block table is shorter than its sequence"
+    row_of_token = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    positions = torch.arange(len(input_ids)) - (qo_indptr[:-1] - starts)[row_of_token]
+    blocks = block_ids[kv_indptr[:-1][row_of_token] + positions // block_size].long()
+    metadata = AttentionMetadata(
+        num_decode_rows=int((lengths == 1).long().cumprod(0).sum()),
+        qo_indptr=qo_indptr,
+        paged_kv_indptr=kv_indptr,
+        paged_kv_indices=block_ids,
+        paged_kv_last_page_len=(ends - 1) % block_size + 1,
+        kv_lens=tuple(ends.tolist()),
+        slot_mapping=blocks * block_size + positions % block_size,
+    )
+    return input_ids, positions, metadata
+
+
+def _indptr(counts: Tensor) -> Tensor:
+    """[rows] -> [rows + 1] int32: where each row's part starts, and the end."""
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)))

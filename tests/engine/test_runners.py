@@ -1,0 +1,213 @@
+"""One contract for every runner that works on this machine: the same batches, judged by transformers in float32."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvferry.common.batch import Batch, BatchRow, Fence
+from kvferry.common.request import SampledToken, SamplingParams, Sequence
+from kvferry.engine.engine import Engine
+from kvferry.engine.nn.plan import plan_step
+
+from ..checkpoints import Shape, write_checkpoint
+from ..engine_driver import Driver, engine_config, prompts
+from .cuda.emulation import LookingAhead
+
+FLOAT32, BFLOAT16 = 1e-5, 0.025  # how far a log-probability may be from the reference's, as a part of their range
+SURE = 2.0  # times that: by so much the reference's best token leads where the runner's must be the same
+VOCAB_SIZE = 515
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Kind:
+    runner: str
+    tolerance: float
+    fields: dict[str, object]
+    native: bool = True
+    marks: tuple[pytest.MarkDecorator, ...] = ()
+
+
+GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="needs the extra kvferry[gpu]"),
+)
+KINDS = {
+    "torch float32": Kind("TorchRunner", FLOAT32, {"dtype": "float32"}),
+    "torch bfloat16": Kind("TorchRunner", BFLOAT16, {"dtype": "bfloat16"}, native=False),
+    "tiled float32": Kind("TiledRunner", FLOAT32, {"dtype": "float32", "deterministic": True}),
+    "tiled bfloat16": Kind("TiledRunner", BFLOAT16, {"dtype": "bfloat16", "deterministic": True}, native=False),
+    "native": Kind("NativeRunner", BFLOAT16, {"dtype": "bfloat16"}),
+    "native exact": Kind("NativeRunner", BFLOAT16, {"dtype": "bfloat16", "deterministic": True}),
+    "cuda's decode steps, emulated": Kind("AheadRunner", FLOAT32, {"dtype": "float32"}),
+    "cuda": Kind("CudaRunner", BFLOAT16, {"dtype": "bfloat16", "device": "cuda", "max_num_seqs": 16}, marks=GPU),
+}
+every_kind = pytest.mark.parametrize("name", [pytest.param(name, marks=kind.marks) for name, kind in KINDS.items()])
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = Shape(hidden_size=256, head_dim=64, num_qo_heads=4, num_kv_heads=2, vocab_size=VOCAB_SIZE)
+    return write_checkpoint(tmp_path_factory.mktemp("model"), tokenizer=False, dtype="bfloat16", shape=shape)
+
+
+def _engine(model_dir: Path, name: str) -> Engine:
+    kind = KINDS[name]
+    fields = {"block_size": BLOCK_SIZE, "max_model_len": 512} | kind.fields
+    if kind.runner == "AheadRunner":
+        return LookingAhead(model_dir, **fields)
+    engine = Engine(engine_config(model_dir, **fields), num_blocks=128, native=kind.native)
+    if kind.runner == "NativeRunner" and type(engine.runner).__name__ != kind.runner:
+        pytest.skip("no native code on this machine")
+    assert type(engine.runner).__name__ == kind.runner
+    return engine
+
+
+@cache
+def _reference(model_dir: Path, token_ids: tuple[int, ...]) -> Tensor:
+    """Return log-probabilities of what follows each token, [num_tokens, vocab_size] float32."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        model_dir, attn_implementation="eager", dtype=torch.float32
+    )
+    with torch.inference_mode():
+        logits: Tensor = model(torch.tensor([token_ids])).logits[0]
+    return logits.log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A token that a runner chose or judged, and those that it had been told before."""
+
+    before: tuple[int, ...]
+    token: SampledToken
+
+
+def _greedy(**fields: object) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, logprobs=2, **fields)  # type: ignore[arg-type]
+
+
+def _scripted(engine: Engine) -> Iterator[Found]:
+    """Run chunks beside answers, answers alone, choices and prompts to be judged; the answers are given, not chosen."""
+    driver = Driver(engine)
+    first, judged, short, late = (
+        driver.add(prompt, sampling)
+        for prompt, sampling in zip(
+            prompts([40, 100, 5, 30], 500), (_greedy(), _greedy(prompt_logprobs=1), _greedy(), _greedy()), strict=True
+        )
+    )
+    late.pending_choices = (0, 1)
+    for rows in (
+        [(first, 17), (judged, 30)],
+        [(short, 5), (first, 23), (judged, 70)],
+        [(first, 1), (judged, 1), (short, 1)],
+        [(first, 1), (judged, 1), (short, 1)],
+        [(short, 1), (first, 1), (late, 30)],
+        [(judged, 1)],
+    ):
+        starts = {id(seq): seq.num_computed_tokens for seq, _ in rows}
+        known = {id(seq): tuple(seq.token_ids) for seq, _ in rows}
+        of_rows = driver.step(rows)
+        for (seq, _), tokens in zip(rows, of_rows, strict=True):
+            yield from (Found(known[id(seq)], token) for token in tokens)
+            if tokens:
+                seq.token_ids[-1] = (31 * seq.num_tokens) % 500
+        entries = [entry for output in driver.outputs[-1].rows for entry in output.prompt_logprobs]
+        for position, entry in enumerate(entries, starts.get(id(judged), 0) + 1):
+            assert entry.token_id == judged.token_ids[position]
+            yield Found(tuple(judged.token_ids[:position]), entry)
+
+
+@every_kind
+def test_log_probabilities_are_those_of_transformers(model_dir: Path, name: str) -> None:
+    found, sure = list(_scripted(_engine(model_dir, name))), 0
+    longest = {each.before[0]: each.before for each in sorted(found, key=lambda each: len(each.before))}
+    for each in found:
+        expected = _reference(model_dir, longest[each.before[0]])[len(each.before) - 1]
+        tolerance = KINDS[name].tolerance * float(expected.max() - expected.min())
+        assert each.token.logprob == pytest.approx(float(expected[each.token.token_id]), abs=tolerance)
+        best = expected.topk(2)
+        if best.values[0] - best.values[1] > SURE * tolerance:
+            assert each.token.top[0][0] == best.indices[0]
+            sure += 1
+    assert len(found) == 99 + 14 and sure > 10
+
+
+@every_kind
+def test_layers_are_told_of_in_order_and_are_written_by_then(model_dir: Path, name: str) -> None:
+    engine = _engine(model_dir, name)
+    driver, events, layers = Driver(engine), list[Fence | None](), list[int]()
+    seq = driver.add(prompts([40], 500)[0], _greedy())
+
+    def on_layer(layer: int) -> None:
+        layers.append(layer)
+        events.append(engine.layer_fence())
+
+    for count in (40, 1):
+        layers.clear()
+        driver.step([(seq, count)], on_layer)
+        assert layers == list(range(engine.model_config.num_layers))
+    assert all(event is None or event.query() for event in events), "a step has ended when its call returns"
+    written = engine.kv_pages[:, seq.block_table].transpose(2, 4).flatten(1, 2)[:, :41]  # [layers, tokens, ...]
+    assert bool(written.flatten(2).any(-1).all())
+
+
+@every_kind
+def test_logits_come_in_parts(model_dir: Path, name: str) -> None:
+    """Those of the rows that sample, together, then at most 64 of a prompt's at once."""
+    engine = _engine(model_dir, name)
+    driver = Driver(engine)
+    rows = [
+        (driver.add([3, 4, 5], _greedy()), 3),
+        (driver.add(prompts([100], 500)[0], _greedy(prompt_logprobs=0)), 90),
+        (driver.add([6, 7], _greedy()), 2),
+    ]
+    for seq, count in rows:
+        driver.grow(seq, count)
+    plan = plan_step(Batch([BatchRow(seq, count) for seq, count in rows]), BLOCK_SIZE)
+    with torch.inference_mode(), engine.runner.calculating():
+        parts = [part.clone() for part in engine.runner.forward(plan, None)]
+        engine.runner.wait()
+    assert [tuple(part.shape) for part in parts] == [(2, VOCAB_SIZE), (64, VOCAB_SIZE), (26, VOCAB_SIZE)]
+    assert all(part.dtype == torch.float32 for part in parts)
+
+
+@every_kind
+def test_blocks_are_copied_and_rows_that_do_not_sample_yield_nothing(model_dir: Path, name: str) -> None:
+    engine = _engine(model_dir, name)
+    driver = Driver(engine)
+    first, silent = (driver.add(prompt, _greedy()) for prompt in prompts([21, 12], 500))
+    silent.samples = False
+    assert [len(tokens) for tokens in driver.step([(first, 21), (silent, 12)])] == [1, 0]
+    forked = driver.step_fork(first)
+    driver.step([(first, 1)])
+    assert forked == first.token_ids[22]
+
+
+def _alone(engine: Engine, prompt: list[int]) -> tuple[SampledToken, ...]:
+    driver = Driver(engine)
+    seq: Sequence = driver.add(prompt, _greedy())
+    return driver.step([(seq, len(prompt))])[0]
+
+
+@every_kind
+def test_a_promise_of_equal_bits_has_a_name_and_is_kept(model_dir: Path, name: str) -> None:
+    engine = _engine(model_dir, name)
+    assert bool(engine.runner.results) == bool(KINDS[name].fields.get("deterministic"))
+    assert engine.spec.results == engine.runner.results
+    if engine.runner.results:
+        asked = prompts([7, 40, 33, 1], 500)
+        driver = Driver(engine)
+        seqs = [driver.add(prompt, _greedy()) for prompt in asked]
+        together = driver.step([(seq, seq.num_tokens) for seq in seqs])
+        assert together == [_alone(engine, prompt) for prompt in asked]
