@@ -81,7 +81,7 @@ class StepOutput:
     swap_s: float = 0.0  # of them, for copies from and to host memory
 
 
-class Fence(Protocol):
+class GpuEvent(Protocol):
     """A point in a GPU's work: a layer's kernels are queued when the host says that it is done."""
 
     def query(self) -> bool:

@@ -21,7 +21,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..common.batch import Batch, Fence, RowOutput, StepOutput, row_output
+from ..common.batch import Batch, GpuEvent, RowOutput, StepOutput, row_output
 from ..common.config import CoreSlot, EngineConfig
 from ..common.errors import ConfigError
 from ..common.kv_spec import KVCacheSpec
@@ -184,12 +184,12 @@ class Engine:
             self.host_slots.settle()
             self._comm.minimum(0, self._device)
 
-    def layer_fence(self) -> Fence | None:
+    def layer_event(self) -> GpuEvent | None:
         """Called from `on_layer`: passed, by its `query` from any thread, when that layer's pages are written.
 
         None where they are by then, as on a CPU.
         """
-        return self.runner.layer_fence()
+        return self.runner.layer_event()
 
     @torch.inference_mode()
     def follow(self, plan: bytes, on_layer: OnLayer | None = None) -> None:

@@ -1,11 +1,11 @@
 """The transfer thread: the only one that touches a backend and its sender.
 
     call(fn, *args)                from any thread, in order ─────┐
-    call_after(fence, fn, *args)   once a GPU has come so far ────┼─> thread: run calls ─> sender.step
+    call_after(event, fn, *args)   once a GPU has come so far ────┼─> thread: run calls ─> sender.step
     watch(True)                    poll for arrivals ─────────────┘                          ─> notifications ─> wait
     rotate(generation, done)       arrivals, then a new agent
 
-Calls behind fences keep an order of their own: a GPU may lag by a whole step, and leases do not wait for it.
+Calls behind events keep an order of their own: a GPU may lag by a whole step, and leases do not wait for it.
 While something is under way it polls: at once after a write that has ended, else with short sleeps of 0.2 ms, and up
 to 1 ms when nothing comes; a spinning thread would take a core from the model. With nothing to do it blocks until
 the next call, but for one look a second: UCX lets go of connections that strangers opened and left only when it is
@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..common.batch import Fence
+from ..common.batch import GpuEvent
 from ..common.errors import ProtocolError, TransferError
 from ..common.messages import Decoder, KVArrived, RegionInfo
 from .backends.base import TransferBackend
@@ -37,7 +37,7 @@ _Call = tuple[Callable[..., object], tuple[object, ...]]
 
 
 class _Deferred(NamedTuple):
-    fence: Fence | None
+    event: GpuEvent | None
     function: Callable[..., object]
     args: tuple[object, ...]
 
@@ -74,16 +74,16 @@ class TransferThread:
         """Run `function(*args)` on the transfer thread, in the order of the calls."""
         self._calls.put((function, args))
 
-    def call_after(self, fence: Fence | None, function: Callable[..., object], *args: object) -> None:
-        """As `call`, once `fence` has passed and in the order of these calls. None: nothing of its own to wait for."""
-        self.call(self._defer, _Deferred(fence, function, args))
+    def call_after(self, event: GpuEvent | None, function: Callable[..., object], *args: object) -> None:
+        """As `call`, once `event` has passed and in the order of these calls. None: nothing of its own to wait for."""
+        self.call(self._defer, _Deferred(event, function, args))
 
     def _defer(self, deferred: _Deferred) -> None:
         self._deferred.append(deferred)
         self._run_deferred()
 
     def _run_deferred(self) -> None:
-        while self._deferred and (self._deferred[0].fence is None or self._deferred[0].fence.query()):
+        while self._deferred and (self._deferred[0].event is None or self._deferred[0].event.query()):
             _, function, args = self._deferred.popleft()
             function(*args)
             self._poll_s = MIN_POLL_S

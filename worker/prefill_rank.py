@@ -55,7 +55,7 @@ class PrefillFollower:
             processes=() if self.process is None else (self.process,),
         )
         self._thread = TransferThread(backend, sender=self._sender, on_failure=self._on_failure)
-        self._layers = LayerShipper(self._thread, self._sender, engine.spec.num_layers, engine.layer_fence)
+        self._layers = LayerShipper(self._thread, self._sender, engine.spec.num_layers, engine.layer_event)
         self._thread.start()
 
     def _to_peer(self, kv_address: str, message: Message) -> None:

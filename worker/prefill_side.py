@@ -68,7 +68,7 @@ class PrefillUnit:
             num_layers=engine.spec.num_layers,
             tp_size=engine.tp_size,
             broadcast=self._broadcast if parts.group is not None else None,
-            layer_fence=engine.layer_fence,
+            layer_event=engine.layer_event,
             on_source_free=self._on_source_free,
         )
         endpoint = Endpoint(engine.spec, parts.version, parts.outgoing.name, engine.tp_size)

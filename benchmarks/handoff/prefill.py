@@ -161,7 +161,7 @@ class PrefillEnd:
             num_layers=spec.num_layers,
             tp_size=1,
             broadcast=None,
-            layer_fence=lambda: None,  # what is shipped was there before
+            layer_event=lambda: None,  # what is shipped was there before
             on_source_free=lambda open_id: None,
         )
         self._thread.start()

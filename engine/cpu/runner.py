@@ -52,7 +52,7 @@ class NativeRunner:
     def prompt_logprobs(self, logits: Tensor, targets: Sequence[tuple[int, int]]) -> list[SampledToken]:
         return self._prompt_logprobs(logits, targets)
 
-    def layer_fence(self) -> None:
+    def layer_event(self) -> None:
         return None
 
     def wait(self) -> None:

@@ -58,7 +58,7 @@ class DecodeDevice(Protocol):
         ...
 
 
-class DecodeRunner:
+class DecodePipeline:
     """Owned by the engine's thread."""
 
     def __init__(

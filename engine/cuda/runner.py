@@ -1,6 +1,6 @@
 """Steps on CUDA: fused kernels for every batch, graphs and forecasts for decode steps of one rank.
 
-    decode    rows of one token, one rank: `pipeline` over `graphs`; None where the batch is another
+    decode    rows of one token, one rank: `DecodePipeline` over `graphs`; None where the batch is another
     forward   any batch, on every rank: kernels launched one by one
     sample    on the device, then wait for the tokens
 
@@ -18,7 +18,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from ...common.batch import Batch, Fence, RowOutput
+from ...common.batch import Batch, GpuEvent, RowOutput
 from ...common.config import EngineConfig
 from ...common.request import SampledToken, SamplingParams
 from ..nn.attention.flashinfer import FlashInferAttention
@@ -30,7 +30,7 @@ from ..nn.weights import Progress
 from .decoder import FusedDecoder
 from .graphs import CudaDecodeDevice
 from .kernels import FusedKernels
-from .pipeline import DecodeRunner
+from .pipeline import DecodePipeline
 from .rows import graph_sizes
 from .sampling import DeviceSampler
 
@@ -62,7 +62,7 @@ class CudaRunner:
         self._decoder = FusedDecoder(decoder, kernels)
         self._sampler = DeviceSampler(self._device, kernels, model.eos_token_ids)
         self._warm_up(progress)
-        self.decode_runner = self._decode_runner(config, model.max_model_len, progress) if tp_size == 1 else None
+        self.decode_pipeline = self._decode_pipeline(config, model.max_model_len, progress) if tp_size == 1 else None
         if tp_size > 1 and not config.enforce_eager:
             log.info("cuda_graphs", used=False, reason=f"{tp_size} tensor-parallel ranks launch every kernel")
 
@@ -85,7 +85,7 @@ class CudaRunner:
         rows = [SampleRow(params, (0,), [0, 1], 1)]
         self._sampler.launch(torch.zeros(1, 1024, device=self._device), rows)
 
-    def _decode_runner(self, config: EngineConfig, max_model_len: int, progress: Progress | None) -> DecodeRunner:
+    def _decode_pipeline(self, config: EngineConfig, max_model_len: int, progress: Progress | None) -> DecodePipeline:
         spare_block = self._pages.shape[1] - 1
         device = CudaDecodeDevice(
             self._decoder,
@@ -97,14 +97,14 @@ class CudaRunner:
         )
         if not config.enforce_eager:
             device.capture(progress)
-        return DecodeRunner(device, self._sampler, self._pages, spare_block=spare_block, max_model_len=max_model_len)
+        return DecodePipeline(device, self._sampler, self._pages, spare_block=spare_block, max_model_len=max_model_len)
 
     def calculating(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def decode(self, batch: Batch, on_layer: OnLayer | None) -> list[RowOutput] | None:
         """Run the whole step, if it is one of single tokens and this is the only rank."""
-        return self.decode_runner.step(batch, on_layer) if self.decode_runner is not None else None
+        return self.decode_pipeline.step(batch, on_layer) if self.decode_pipeline is not None else None
 
     def forward(self, plan: StepPlan, on_layer: OnLayer | None) -> Iterator[Tensor]:
         """Queue everything; logits are of hidden states behind the final norm."""
@@ -134,9 +134,9 @@ class CudaRunner:
         """Return when everything queued so far is done: copies, and chunks without a sample, have not waited yet."""
         torch.cuda.current_stream(self._device).synchronize()
 
-    def layer_fence(self) -> Fence:
+    def layer_event(self) -> GpuEvent:
         """Return an event that has passed when what is queued now is done."""
-        fence = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        fence.record()
-        passed: Fence = fence
-        return passed
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        queued: GpuEvent = event
+        return queued

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ...common.batch import Batch, Fence, RowOutput
+from ...common.batch import Batch, GpuEvent, RowOutput
 from ...common.request import SampledToken
 from .plan import StepPlan
 from .sampling import SampleRow
@@ -56,7 +56,7 @@ class Runner(Protocol):
         """Judge by row i of `logits` the token targets[i][0], and report the targets[i][1] best ones."""
         ...
 
-    def layer_fence(self) -> Fence | None:
+    def layer_event(self) -> GpuEvent | None:
         """Return, within `on_layer`, what tells when that layer's pages are written; None where they are by then."""
         ...
 

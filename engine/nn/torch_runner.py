@@ -68,7 +68,7 @@ class TorchRunner:
     def prompt_logprobs(self, logits: Tensor, targets: Sequence[tuple[int, int]]) -> list[SampledToken]:
         return prompt_logprobs(logits, targets)
 
-    def layer_fence(self) -> None:
+    def layer_event(self) -> None:
         return None
 
     def wait(self) -> None:

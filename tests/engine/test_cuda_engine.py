@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvferry.common.batch import Fence
+from kvferry.common.batch import GpuEvent
 from kvferry.common.request import SampledToken, SamplingParams, Sequence
 from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.engine import Engine
@@ -106,7 +106,7 @@ def test_greedy_tokens_are_those_of_the_cpu_where_they_are_sure(checkpoints: Pat
 
 def test_steps_prepared_ahead_yield_what_others_do(checkpoints: Path) -> None:
     engine = _engine(checkpoints / "llama")
-    assert isinstance(engine.runner, CudaRunner) and (runner := engine.runner.decode_runner) is not None
+    assert isinstance(engine.runner, CudaRunner) and (runner := engine.runner.decode_pipeline) is not None
     ahead = _generate(engine, _mixed())
     # One step does not fit: rows of one token are sorted to the front, but the order of joining stays.
     assert runner.num_forecasts >= runner.num_steps - 2 > NUM_TOKENS // 2
@@ -171,20 +171,20 @@ def test_pages_of_a_layer_are_there_when_its_fence_has_passed(checkpoints: Path)
     engine = _engine(checkpoints / "qwen2 window")
     driver = Driver(engine)
     seq: Sequence = driver.add(prompts([600])[0], _greedy())
-    fences: list[Fence] = []
+    events: list[GpuEvent] = []
 
     def on_layer(layer: int) -> None:
-        assert layer == len(fences)
-        fence = engine.layer_fence()
-        assert fence is not None
-        fences.append(fence)
+        assert layer == len(events)
+        event = engine.layer_event()
+        assert event is not None
+        events.append(event)
 
     driver.step([(seq, 600)], on_layer)
-    assert len(fences) == 3 and all(fence.query() for fence in fences), "a step has ended when its call returns"
+    assert len(events) == 3 and all(event.query() for event in events), "a step has ended when its call returns"
     assert bool(engine.kv_pages[:, seq.block_table[:37]].any(-1).all())
-    fences.clear()
+    events.clear()
     driver.step([(seq, 1)], on_layer)  # inside a graph: told of after all layers
-    assert len(fences) == 3 and all(fence.query() for fence in fences)
+    assert len(events) == 3 and all(event.query() for event in events)
 
 
 def test_a_stream_goes_on_the_same_on_another_engine(checkpoints: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvferry.common.batch import Batch, BatchRow, Fence
+from kvferry.common.batch import Batch, BatchRow, GpuEvent
 from kvferry.common.request import SampledToken, SamplingParams, Sequence
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.plan import plan_step
@@ -146,12 +146,12 @@ def test_log_probabilities_are_those_of_transformers(model_dir: Path, name: str)
 @every_kind
 def test_layers_are_told_of_in_order_and_are_written_by_then(model_dir: Path, name: str) -> None:
     engine = _engine(model_dir, name)
-    driver, events, layers = Driver(engine), list[Fence | None](), list[int]()
+    driver, events, layers = Driver(engine), list[GpuEvent | None](), list[int]()
     seq = driver.add(prompts([40], 500)[0], _greedy())
 
     def on_layer(layer: int) -> None:
         layers.append(layer)
-        events.append(engine.layer_fence())
+        events.append(engine.layer_event())
 
     for count in (40, 1):
         layers.clear()

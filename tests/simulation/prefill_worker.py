@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvferry.common.batch import Fence
+from kvferry.common.batch import GpuEvent
 from kvferry.common.messages import Message, TransferReport
 from kvferry.prefill.role import PrefillRole
 from kvferry.transfer.protocol.handoff import Endpoint
@@ -58,7 +58,7 @@ class PrefillWorker(Worker):
             num_layers=scenario.spec.num_layers,
             tp_size=1,
             broadcast=None,
-            layer_fence=lambda: None,
+            layer_event=lambda: None,
             on_source_free=self._on_source_free,
         )
         self.role = parts.prefill_role(
@@ -90,7 +90,7 @@ class PrefillWorker(Worker):
         self._calls.append((function, args))
         self.poke()
 
-    def call_after(self, fence: Fence | None, function: Callable[..., object], *args: object) -> None:
+    def call_after(self, event: GpuEvent | None, function: Callable[..., object], *args: object) -> None:
         self.call(function, *args)
 
     def poke(self) -> None:

@@ -72,7 +72,7 @@ def test_calls_run_in_order_on_the_one_thread() -> None:
 
 
 class _Gpu:
-    """A fence that passes when it is told to."""
+    """An event that passes when it is told to."""
 
     def __init__(self) -> None:
         self._passed = threading.Event()
@@ -86,17 +86,17 @@ class _Gpu:
         self._passed.set()
 
 
-def test_calls_behind_fences_wait_for_them_in_order_and_others_do_not() -> None:
+def test_calls_behind_events_wait_for_them_in_order_and_others_do_not() -> None:
     thread = TransferThread(LocalBackend("a", LocalNetwork()), on_failure=_fail)
     thread.start()
     ran: queue.SimpleQueue[str] = queue.SimpleQueue()
     first, second = _Gpu(), _Gpu()
-    thread.call_after(None, ran.put, "no fence before it")
+    thread.call_after(None, ran.put, "no event before it")
     thread.call_after(first, ran.put, "first layer")
     thread.call_after(second, ran.put, "second layer")
     thread.call_after(None, ran.put, "finish")
     thread.call(ran.put, "an answer")
-    assert [ran.get(timeout=WAIT_S) for _ in range(2)] == ["no fence before it", "an answer"]
+    assert [ran.get(timeout=WAIT_S) for _ in range(2)] == ["no event before it", "an answer"]
     second.arrive()
     assert first.asked.wait(WAIT_S) and ran.empty()
     first.arrive()

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ...common.batch import Fence
+from ...common.batch import GpuEvent
 from ...common.messages import (
     CancelKV,
     ChoiceTokens,
@@ -42,8 +42,8 @@ class Calls(Protocol):
         """Run `function(*args)` on the transfer thread, in order."""
         ...
 
-    def call_after(self, fence: Fence | None, function: Callable[..., None], *args: object) -> None:
-        """The same once `fence` has passed, in the order of these calls."""
+    def call_after(self, event: GpuEvent | None, function: Callable[..., None], *args: object) -> None:
+        """The same once `event` has passed, in the order of these calls."""
         ...
 
 
@@ -102,17 +102,17 @@ class _Blocks(NamedTuple):
 class LayerShipper:
     """One rank's hook into its engine: tells its sender which pages have become complete.
 
-    On a GPU a layer is told of when its kernels are queued: the sender hears of it once a fence behind them has
-    passed. `layer_fence` sets one up; None where the pages are written by then. Without a shipment there is none.
+    On a GPU a layer is told of when its kernels are queued: the sender hears of it once an event behind them has
+    passed. `layer_event` sets one up; None where the pages are written by then. Without a shipment there is none.
     """
 
     def __init__(
-        self, thread: Calls, sender: KVSender, num_layers: int, layer_fence: Callable[[], Fence | None]
+        self, thread: Calls, sender: KVSender, num_layers: int, layer_event: Callable[[], GpuEvent | None]
     ) -> None:
         self._thread = thread
         self._sender = sender
         self._num_layers = num_layers
-        self._layer_fence = layer_fence
+        self._layer_event = layer_event
         self._blocks: list[_Blocks] = []
 
     def begin_step(self, plans: list[ShipPlan]) -> None:
@@ -129,18 +129,18 @@ class LayerShipper:
     def on_layer(self, layer: int) -> None:
         if not self._blocks:
             return
-        fence = self._layer_fence()
+        event = self._layer_event()
         is_last = layer == self._num_layers - 1
         for blocks in self._blocks:
-            self._ready(blocks, layer, fence)
+            self._ready(blocks, layer, event)
             if blocks.last and is_last:
-                self._thread.call_after(fence, self._sender.layers_done, blocks.open_id)
+                self._thread.call_after(event, self._sender.layers_done, blocks.open_id)
         if is_last:
             self._blocks = []  # the next step may be another role's
 
-    def _ready(self, blocks: _Blocks, layer: int, fence: Fence | None) -> None:
+    def _ready(self, blocks: _Blocks, layer: int, event: GpuEvent | None) -> None:
         if len(blocks.local):
-            self._thread.call_after(fence, self._sender.pages_ready, blocks.open_id, layer, blocks.local, blocks.remote)
+            self._thread.call_after(event, self._sender.pages_ready, blocks.open_id, layer, blocks.local, blocks.remote)
 
 
 def apply(command: ShipCommand, thread: Calls, sender: KVSender, layers: LayerShipper) -> None:
@@ -174,12 +174,12 @@ class RankShipping:
         num_layers: int,
         tp_size: int,
         broadcast: Callable[[bytes], None] | None,
-        layer_fence: Callable[[], Fence | None],
+        layer_event: Callable[[], GpuEvent | None],
         on_source_free: Callable[[int], None],
     ) -> None:
         self._thread = thread
         self._sender = sender
-        self._layers = LayerShipper(thread, sender, num_layers, layer_fence)
+        self._layers = LayerShipper(thread, sender, num_layers, layer_event)
         self._tp_size = tp_size
         self._broadcast = broadcast
         self._on_source_free = on_source_free

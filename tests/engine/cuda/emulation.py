@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvferry.common.batch import Batch, RowOutput
 from kvferry.engine.cuda.kernels import TorchKernels
-from kvferry.engine.cuda.pipeline import DecodeRunner
+from kvferry.engine.cuda.pipeline import DecodePipeline
 from kvferry.engine.cuda.rows import StepArrays, graph_sizes
 from kvferry.engine.cuda.sampling import DeviceSampler
 from kvferry.engine.engine import Engine
@@ -120,7 +120,9 @@ class AheadRunner(TorchRunner):
         super().__init__(decoder, attention, block_size=pages.shape[4])
         self.device = LateDevice(decoder, pages)
         sampler = DeviceSampler(torch.device("cpu"), TorchKernels(), model.eos_token_ids)
-        self.pipeline = DecodeRunner(self.device, sampler, pages, spare_block=SPARE, max_model_len=model.max_model_len)
+        self.pipeline = DecodePipeline(
+            self.device, sampler, pages, spare_block=SPARE, max_model_len=model.max_model_len
+        )
 
     def decode(self, batch: Batch, on_layer: OnLayer | None) -> list[RowOutput] | None:
         return self.pipeline.step(batch, on_layer)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvferry.common.batch import Fence
+from kvferry.common.batch import GpuEvent
 from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.kv_spec import KVCacheSpec
@@ -20,7 +20,7 @@ SPEC = KVCacheSpec(model="m", num_layers=NUM_LAYERS, num_kv_heads=1, head_dim=8,
 
 
 class _Layer:
-    """A fence that never passes."""
+    """A event that never passes."""
 
     def query(self) -> bool:
         return False
@@ -30,13 +30,13 @@ class _Calls:
     """Keeps what the transfer thread is asked for."""
 
     def __init__(self) -> None:
-        self.made: list[tuple[Fence | None, str]] = []
+        self.made: list[tuple[GpuEvent | None, str]] = []
 
     def call(self, function: Callable[..., None], *args: object) -> None:
         raise AssertionError("everything about pages is in the order of the GPU's work")
 
-    def call_after(self, fence: Fence | None, function: Callable[..., None], *args: object) -> None:
-        self.made.append((fence, function.__name__))
+    def call_after(self, event: GpuEvent | None, function: Callable[..., None], *args: object) -> None:
+        self.made.append((event, function.__name__))
 
 
 def _sender() -> KVSender:
@@ -58,53 +58,53 @@ def _sender() -> KVSender:
 
 
 def _shipper() -> tuple[LayerShipper, _Calls, list[_Layer]]:
-    calls, fences = _Calls(), list[_Layer]()
+    calls, events = _Calls(), list[_Layer]()
 
-    def layer_fence() -> Fence:
-        fences.append(_Layer())
-        return fences[-1]
+    def layer_event() -> GpuEvent:
+        events.append(_Layer())
+        return events[-1]
 
-    return LayerShipper(calls, _sender(), NUM_LAYERS, layer_fence), calls, fences
+    return LayerShipper(calls, _sender(), NUM_LAYERS, layer_event), calls, events
 
 
 def test_layers_of_two_shipments_wait_for_one_fence_each() -> None:
-    shipper, calls, fences = _shipper()
+    shipper, calls, events = _shipper()
     shipper.begin_step([ShipPlan(1, (4,), (9,), last=True), ShipPlan(2, (5, 6), (1, 2))])
     for layer in range(NUM_LAYERS):
         shipper.on_layer(layer)
-    assert len(fences) == NUM_LAYERS
-    told = [(fence, "pages_ready") for fence in fences for _ in range(2)]
-    told.insert(5, (fences[-1], "layers_done"))
+    assert len(events) == NUM_LAYERS
+    told = [(event, "pages_ready") for event in events for _ in range(2)]
+    told.insert(5, (events[-1], "layers_done"))
     assert calls.made == told
 
 
 @pytest.mark.parametrize("plans", [[], [ShipPlan(1, (), ())]])
 def test_a_step_that_completes_nothing_asks_nothing_of_the_gpu(plans: list[ShipPlan]) -> None:
-    shipper, calls, fences = _shipper()
+    shipper, calls, events = _shipper()
     shipper.begin_step(plans)
     for layer in range(NUM_LAYERS):
         shipper.on_layer(layer)
-    assert not calls.made and not fences
+    assert not calls.made and not events
 
 
 def test_blocks_of_earlier_steps_wait_for_nothing() -> None:
-    shipper, calls, fences = _shipper()
+    shipper, calls, events = _shipper()
     shipper.begin_step([ShipPlan(1, (4,), (9,), all_layers=True)])
-    assert calls.made == [(None, "pages_ready")] * NUM_LAYERS and not fences
+    assert calls.made == [(None, "pages_ready")] * NUM_LAYERS and not events
 
 
 def test_the_end_of_a_prompt_whose_blocks_are_all_held_is_told_behind_its_last_layer() -> None:
-    shipper, calls, fences = _shipper()
+    shipper, calls, events = _shipper()
     shipper.begin_step([ShipPlan(1, (), (), last=True)])
     for layer in range(NUM_LAYERS):
         shipper.on_layer(layer)
-    assert calls.made == [(fences[-1], "layers_done")]
+    assert calls.made == [(events[-1], "layers_done")]
 
 
 def test_a_step_that_is_not_the_shipments_ships_nothing_a_second_time() -> None:
-    shipper, calls, fences = _shipper()
+    shipper, calls, events = _shipper()
     shipper.begin_step([ShipPlan(1, (4,), (9,))])
     for _ in range(2):  # the second one is of answers: nobody begins it here
         for layer in range(NUM_LAYERS):
             shipper.on_layer(layer)
-    assert calls.made == [(fence, "pages_ready") for fence in fences] and len(fences) == NUM_LAYERS
+    assert calls.made == [(event, "pages_ready") for event in events] and len(events) == NUM_LAYERS
