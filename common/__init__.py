@@ -1,1 +1,1 @@
-"""What every process shares: configuration, messages, the KV block pool, the model and its engine."""
+"""Words and wire that every process shares: requests, batches, messages, channels, process configs."""

@@ -56,7 +56,7 @@ class Batch:
 
 
 class RowOutput(NamedTuple):
-    """What one row yielded: a token for each of `BatchRow.choices`, empty where the row does not sample."""
+    """The result of one row: a token for each of `BatchRow.choices`, none where the row does not sample."""
 
     tokens: tuple[SampledToken, ...]
     # Entry i is about prompt token start + i + 1 (given the tokens before it); only where prompt_logprobs was asked.
@@ -67,7 +67,7 @@ class RowOutput(NamedTuple):
 def row_output(
     row: BatchRow, tokens: tuple[SampledToken, ...], prompt_logprobs: tuple[SampledToken, ...] = ()
 ) -> RowOutput:
-    """Of what the samplers found: no token where logits were no distribution, NaN for such a prompt token."""
+    """Make a row's output of what the samplers found: logits that are no distribution yield no token, or NaN."""
     if (row.samples and not tokens) or any(token.is_nan for token in prompt_logprobs):
         return RowOutput((), is_finite=False)
     return RowOutput(tokens, prompt_logprobs)
@@ -78,7 +78,7 @@ class StepOutput:
     rows: list[RowOutput]  # as Batch.rows
     step_s: float  # seconds of the whole step
     num_tokens: int
-    swap_s: float = 0.0  # of them, for copies from and to host memory
+    swap_s: float = 0.0  # seconds of the step that copies from and to host memory took
 
 
 class GpuEvent(Protocol):

@@ -64,7 +64,7 @@ class Address:
 
     @property
     def is_loopback(self) -> bool:
-        """Only this machine can reach it. Of names, localhost alone is believed."""
+        """Tell whether only this machine can reach the address. Of names, localhost alone is believed."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -103,7 +103,7 @@ class Seals:
 
 @dataclass(slots=True)
 class SealPair:
-    """Of one end of a session."""
+    """The seals of one end of a session."""
 
     outgoing: Seals
     incoming: Seals
@@ -351,7 +351,7 @@ async def serve(
 
 
 def server_address(server: asyncio.Server, host: str) -> Address:
-    """Where a server that was started on port 0 listens."""
+    """Return where a server that was started on port 0 listens."""
     return Address(host, server.sockets[0].getsockname()[1])
 
 

@@ -42,7 +42,7 @@ class Settings(BaseModel):
 
 
 class EngineConfig(Settings):
-    """What one worker's engine needs."""
+    """Settings of one worker's engine."""
 
     model_dir: Path  # a local Hugging Face directory
     served_model_name: str
@@ -73,7 +73,7 @@ class EngineConfig(Settings):
 
 
 class TransferConfig(Settings):
-    """How KV moves, and the handoff's times (seconds). Lease arithmetic: transfer/send/sender.py."""
+    """Settings of the handoff, with its times in seconds. Lease arithmetic: transfer/send/sender.py."""
 
     backend: TransferName = "nixl"
     lease_s: float = Field(3.0, gt=0)
@@ -115,7 +115,7 @@ class WorkerConfig(Settings):
 
 
 class RequestClass(Settings):
-    """What requests are to get that name this class (header x-request-class)."""
+    """Objectives and rank of the requests that name this class (header x-request-class)."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
     ttft_objective_ms: float | None = Field(None, gt=0)  # to the first token; None: none
@@ -127,14 +127,14 @@ class RequestClass(Settings):
 
 
 class PoolBounds(Settings):
-    """How many workers a pool may have."""
+    """Bounds of a pool's number of workers."""
 
     at_least: int = Field(ge=0)
     at_most: int = Field(ge=0)
 
 
 class AutoscaleConfig(Settings):
-    """How pools grow, shrink and lend each other workers (router/autoscaler/autoscaler.py). Times in seconds."""
+    """Settings by which pools grow, shrink and lend workers (router/autoscaler/autoscaler.py). Times in seconds."""
 
     mode: AutoscaleMode = "off"
     prefill: PoolBounds = PoolBounds(at_least=1, at_most=1)

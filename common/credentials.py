@@ -22,7 +22,7 @@ _MAX_FILE_BYTES = 1 << 20
 
 
 class SharedSecret:
-    """What router and workers prove to each other that they know. Its value may be replaced at any time.
+    """A secret that router and workers prove to each other to know. Its value may be replaced at any time.
 
     Read on the network thread alone.
     """
@@ -46,7 +46,7 @@ class SharedSecret:
 
     @property
     def believed(self) -> tuple[bytes, ...]:
-        """Those of which a peer may prove that it knows one."""
+        """Return the values of which a peer may prove that it knows one."""
         return self._values or (b"",)
 
     def replace(self, values: tuple[bytes, ...]) -> None:

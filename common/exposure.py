@@ -1,4 +1,4 @@
-"""Who reaches a router's sockets, and what they must prove."""
+"""Names for who reaches a router's sockets, and what they must prove."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Library(NamedTuple):
 
     @property
     def missing(self) -> str:
-        """What an error says."""
+        """Say how the extra is installed, for an error."""
         line = f"{sys.executable} -m pip install '{self.requirement}'"
         return f"{self.name} is not installed: {line} ({self.size})"
 
@@ -48,7 +48,7 @@ def nixl() -> Library:
 
 
 def has_cuda_13(version: str | None) -> bool:
-    """Whether it is CUDA 13 or later: NIXL's UCX looks for the CUDA runtime of the version that it was built for."""
+    """Tell CUDA 13 and later from earlier ones: NIXL's UCX looks for the runtime that it was built for."""
     return version is not None and int(version.partition(".")[0]) >= 13
 
 

@@ -52,7 +52,7 @@ _ENTRY = re.compile(
 
 
 class Failpoint(KVFerryError):
-    """What the action `raise` raises."""
+    """The action `raise` raises this error."""
 
 
 def _kill() -> None:
@@ -123,7 +123,7 @@ class _Armed:
     num_hits: int = 0
 
     def counts(self, values: Iterable[int]) -> bool:
-        """Whether this hit is one that it acts at."""
+        """Count this hit, and tell whether the failpoint acts at it."""
         if self.entry.value is not None and self.entry.value not in values:
             return False
         self.num_hits += 1
@@ -166,7 +166,7 @@ class Failpoints:
         self._read_version = version
 
     def _claim(self) -> bool:
-        """Of all processes that share a file, one acts."""
+        """Win or lose the turn: of all processes that share a file, one acts."""
         if self._file is not None:
             try:
                 self._file.unlink()

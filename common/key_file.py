@@ -56,7 +56,7 @@ class KeyEntry(Settings):
 
 
 def digest_of(key: bytes) -> bytes:
-    """What a file keeps of a key. Keys are drawn with 256 bits, so a quick hash cannot be searched."""
+    """Hash a key as a file keeps it. Keys are drawn with 256 bits, so a quick hash cannot be searched."""
     return hashlib.blake2b(key, digest_size=_DIGEST_BYTES, person=_PERSON).digest()
 
 
@@ -134,7 +134,7 @@ def _entry(node: yaml.Node, origin: str) -> KeyEntry:
 
 
 def _write(path: Path, text: str) -> None:
-    """In one rename, for nobody else to read: who reads the file meanwhile sees the old one or the new one."""
+    """Replace the file in one rename, for nobody else to read: readers see the old one or the new one."""
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:

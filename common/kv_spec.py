@@ -1,4 +1,4 @@
-"""What a page of KV cache holds: two workers exchange pages only where this is the same."""
+"""The contents of a page of KV cache: two workers exchange pages only where these are equal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 
 
 class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a page holds. Two workers exchange KV only if their fingerprints are equal."""
+    """The contents of a page. Two workers exchange KV only if their fingerprints are equal."""
 
     model: str  # digest of the checkpoint
     num_layers: Size

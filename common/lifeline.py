@@ -89,7 +89,7 @@ class Lifeline:
             self._sock.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     def listen(self, on_event: Callable[[dict[str, object]], None]) -> None:
-        """What the launcher says, from the first event on; called on the lifeline's thread, one at a time."""
+        """Call `on_event`, on the lifeline's thread, with all that the launcher says and has said, one by one."""
         with self._listening:
             self._on_event = on_event
             for event in self._unheard:
@@ -104,7 +104,7 @@ class Lifeline:
         self.send({"event": "beat"})
 
     def beat_with(self, lag_s: Callable[[], float]) -> None:
-        """From here on the lifeline's thread beats, with what this says on that thread (seconds)."""
+        """Begin to beat on the lifeline's thread, each time with what `lag_s` says there (seconds)."""
         self._lag_s = lag_s
 
     def progress(self, what: str, fraction: float) -> None:

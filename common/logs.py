@@ -70,7 +70,7 @@ def resolve_format(log_format: LogFormat, stream: TextIO) -> Literal["text", "js
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What ends the process is a line like any other; Ctrl-C is none."""
+    """Log what ends the process as a line like any other; Ctrl-C is none."""
     if not issubclass(kind, KeyboardInterrupt):
         structlog.get_logger().critical("uncaught_exception", exc_info=(kind, error, trace))
 

@@ -84,7 +84,9 @@ class StepSample(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
     step_s: float
     prefill_tokens: Count = 0  # prompt tokens computed, of all rows with more than one
-    prefill_pairs: Count = 0  # of these rows: tokens x (context before the chunk + half of the chunk)
+    prefill_pairs: Count = (
+        0  # sum over rows with several tokens: tokens x (context before the chunk + half of the chunk)
+    )
     decode_rows: Count = 0  # rows that feed one token
     decode_context: Count = 0  # tokens that these attend to, summed over the rows
 
@@ -136,7 +138,7 @@ class WorkerStatus(Message):
     prefix_queries: Count = 0  # tokens looked up, since start
     prefix_hits: Count = 0  # tokens found
     transfer_bytes: Count = 0  # written (prefill) since start, by our own count
-    wire_bytes: Count = 0  # the same by the transport's count; 0 where it has none
+    wire_bytes: Count = 0  # written since start by the transport's count; 0 where it has none
     transfer_failures: Count = 0
     stale_messages: Count = 0  # messages about ended grants, opens or attempts, dropped
     num_fences: Count = 0  # times that this worker replaced its transfer agents, to be sure that nobody writes
@@ -148,13 +150,13 @@ class WorkerStatus(Message):
     decode_context: Count = 0  # tokens of all running sequences
     samples: Samples = ()  # steps since the last heartbeat to this router; where there were more, an even choice
     host_blocks: Count = 0  # cached in host memory
-    disk_blocks: Count = 0  # ... and on disk
+    disk_blocks: Count = 0  # cached on disk
     promoted_blocks: Count = 0  # copied from host memory to the device for a hit, since start
-    demoted_blocks: Count = 0  # ... from the device, before they were evicted
+    demoted_blocks: Count = 0  # copied from the device to host memory before they were evicted, since start
     tier_failures: Count = 0  # reads and writes of the disk cache that failed, were spoilt or took too long
     share: float = 1.0  # of its credit and its free blocks that is this router's, beside what it holds
     num_fetches: Count = 0  # of prefixes from other workers, begun since start
-    failed_fetches: Count = 0  # of these, those that did not bring all that was asked for: the rest was computed
+    failed_fetches: Count = 0  # fetches that did not bring all that was asked for: the rest was computed
     fetched_bytes: Count = 0  # of blocks that were used
     fetch_s: float = 0.0  # how long these fetches took, from the first question to the last block
     nonfinite_rows: Count = 0  # of steps, whose logits were no distribution: their requests ended
@@ -187,7 +189,7 @@ Regions = Annotated[tuple[RegionInfo, ...], msgspec.Meta(max_length=1024)]
 
 
 class ProcessMark(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Which process of which host: enough for another one there to be sure of it, and to see it end."""
+    """A process and its host: enough for another one there to be sure of it, and to see it end."""
 
     host: Name  # boot, network and process namespace; "" where processes cannot be told apart
     pid: Count
@@ -218,7 +220,7 @@ class GrantInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class ReserveKV(Message):
-    """To a decode worker: room for this request's prompt (and its choices' first block)."""
+    """Asks a decode worker for room for this request's prompt (and its choices' first block)."""
 
     spec: RequestSpec
     max_local_tokens: Count = 0  # at most so many uncached tokens: answer NoCapacity("held") and run it locally
@@ -227,7 +229,7 @@ class ReserveKV(Message):
 
 
 class FetchFrom(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Where leading blocks of a prompt are said to lie: worth reading from there rather than computing them."""
+    """A worker that is said to hold leading blocks of a prompt: reading them there beats computing them."""
 
     worker_id: Name
     kv_address: Name
@@ -236,14 +238,14 @@ class FetchFrom(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class LocalTask(Message):
-    """To a decode worker: compute the prompt yourself. Replaces a reservation of the same request."""
+    """Has a decode worker compute the prompt itself. Replaces a reservation of the same request."""
 
     spec: RequestSpec
     fetch: FetchFrom | None = None
 
 
 class PrefillTask(Message):
-    """To a prefill worker: compute the prompt, ship it under the grant, sample the first tokens."""
+    """Has a prefill worker compute the prompt, ship it under the grant and sample the first tokens."""
 
     spec: RequestSpec
     grant: GrantInfo
@@ -253,7 +255,7 @@ class PrefillTask(Message):
 
 
 class Abort(Message):
-    """To both workers. Idempotent; a decode worker answers HandoffDone or HandoffFailed where it had a handoff."""
+    """Ends a request on both workers. Idempotent; a decode worker that had a handoff answers HandoffDone or -Failed."""
 
     request_id: Name
     attempt: Count
@@ -301,7 +303,7 @@ class NoCapacity(Message):
 
 
 class TaskRefused(Message):
-    """This task was not begun. `reason`: blocks, never_fits, draining, incompatible, stale, expired, wrong_role."""
+    """A task was not begun. `reason`: blocks, never_fits, draining, incompatible, stale, expired, wrong_role."""
 
     request_id: Name
     attempt: Count
@@ -343,7 +345,7 @@ ChoiceList = Annotated[tuple[ChoiceTokens, ...], msgspec.Meta(max_length=MAX_CHO
 
 
 class FirstToken(Message):
-    """From the prefill worker (or a decode worker's local prefill never: it sends StepTokens)."""
+    """The prefill worker's first tokens; a decode worker that computed the prompt itself sends StepTokens."""
 
     request_id: Name
     attempt: Count
@@ -398,7 +400,7 @@ class CacheChange(Message):
 
 
 class TransferReport(Message):
-    """From the prefill worker when a shipment ended: what crossed and what of it was exposed after the last layer."""
+    """A prefill worker's account of a shipment that ended: what crossed, and what of it came after the last layer."""
 
     request_id: Name
     attempt: Count
@@ -463,7 +465,7 @@ class KVRenew(Message):
 
 
 class KVRenewed(Message):
-    """For each of KVRenew: the lease in seconds, or 0 where it is gone."""
+    """Answers KVRenew: for each open its lease in seconds, or 0 where it is gone."""
 
     opens: Annotated[tuple[tuple[GrantId, U64, float], ...], msgspec.Meta(max_length=16384)]
 
@@ -503,7 +505,7 @@ class KVFetch(Message):
 
 
 class KVFetchable(Message):
-    """They stay what they are for `lease_s` from the receipt of the question on; longer for nobody."""
+    """Lent blocks, which stay what they are for `lease_s` from the receipt of the question on; longer for nobody."""
 
     fetch_id: U64
     lease_s: float
@@ -513,7 +515,7 @@ class KVFetchable(Message):
 
 
 class KVFetchSums(Message):
-    """What one rank's pages of the lent blocks are."""
+    """Checksums of one rank's pages of the lent blocks."""
 
     fetch_id: U64
     rank: Count
@@ -528,7 +530,7 @@ class KVFetchRefused(Message):
 
 
 class KVFetchDone(Message):
-    """What is read from them now will not be used: the lease is over."""
+    """Ends the lease: what is read from the blocks from now on will not be used."""
 
     fetch_id: U64
 

@@ -1,4 +1,4 @@
-"""How many connections the limit of open files leaves room for."""
+"""The limit of open files, and the connections that it leaves room for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OTHER_FILES = 256  # what the process has open besides
 
 
 def room_for_connections(asked: int | None) -> int:
-    """How many connections there may be; this process's limit of open files is raised for them as far as it may be.
+    """Count the connections that there may be, and raise this process's limit of open files for them if it can be.
 
     None: MAX_CONNECTIONS, or as many as the limit allows. Raises ConfigError where those that are asked for do not fit.
     """
@@ -29,7 +29,7 @@ def room_for_connections(asked: int | None) -> int:
 
 
 def _raise_file_limit(wanted: int) -> int:
-    """Of open files, to `wanted` or the hard limit; returns what it is, at most `wanted`."""
+    """Raise the limit of open files to `wanted` or the hard limit; return what it is, at most `wanted`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft == resource.RLIM_INFINITY or soft >= most:

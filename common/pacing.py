@@ -1,4 +1,4 @@
-"""How prompts and running answers share a worker's time: what workers hold to, and the router reckons with."""
+"""Prompts and running answers share a worker's time by rules that workers hold to and the router reckons with."""
 
 from __future__ import annotations
 

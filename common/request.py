@@ -1,4 +1,4 @@
-"""What is asked (`SamplingParams`, `RequestSpec`) and the token state of one answer (`Sequence`).
+"""A request as it was asked (`SamplingParams`, `RequestSpec`) and the token state of one answer (`Sequence`).
 
 A *request* is one client call for one prompt; it has `n` *choices*. A worker holds one `Sequence` for each
 choice that it runs, except while the prompt is computed: then choice 0 stands for all of them, and the rest
@@ -38,7 +38,7 @@ class FinishReason(StrEnum):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How the tokens of one request are chosen and when they end. Stop *strings* are the router's.
+    """Rules by which the tokens of one request are chosen, and when they end. Stop *strings* are the router's.
 
     What is too small to divide logits by is raised here, for every way in: bodies, a model's defaults, the wire.
     """
@@ -84,7 +84,7 @@ class RequestSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     remaining_s: float | None = None  # until the request's deadline
 
     def __post_init__(self) -> None:
-        """What the types cannot say. From the wire, a ValueError here is a refused frame."""
+        """Check what the types cannot say. From the wire, a ValueError here is a refused frame."""
         if any(len(ids) % 4 for ids in (self.prompt, *self.outputs)):
             raise ValueError("token ids are 4 bytes each")
         if self.outputs and len(self.outputs) != len(self.choices):
@@ -147,9 +147,9 @@ class Sequence:
     pending_choices: tuple[int, ...] = ()  # choices forked from this one when its prompt is done
     samples: bool = True  # False: the prompt is computed for its KV alone (resume through prefill)
     num_computed_tokens: int = 0  # tokens whose KV exists in block_table
-    num_cached_tokens: int = 0  # of these, how many came from the prefix cache
+    num_cached_tokens: int = 0  # computed tokens that came from the prefix cache
     is_fetching: bool = False  # KV of it is on its way from another worker: it is not begun
-    num_promoted_tokens: int = 0  # of these, the last ones, which are not there before the first step has begun
+    num_promoted_tokens: int = 0  # the last cached tokens, whose KV is not there before the first step has begun
     block_table: list[BlockId] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks hashed so far
     num_published_blocks: int = 0

@@ -45,7 +45,7 @@ class Probe:
 
 
 def probes(max_num_batched_tokens: int, max_num_seqs: int) -> list[Probe]:
-    """What says most first: the last ones are left out where time runs out."""
+    """List the steps to measure, those that say most first: the last ones are left out where time runs out."""
     short, long = 32, _CONTEXT_TOKENS
     largest = min(max_num_batched_tokens, _MAX_CHUNK_TOKENS)
     wanted = [
@@ -102,7 +102,7 @@ class _Bench:
         return longest < self._engine.max_model_len and self._num_blocks(probe) <= _POOL_SHARE * self._pool.num_blocks
 
     def expected_s(self, probe: Probe) -> float:
-        """Of one run; 0: nothing is known."""
+        """Return how long one run will take; 0: nothing is known."""
         return self._token_s * probe.chunk
 
     def measure(self, probe: Probe) -> Iterator[StepSample]:

@@ -1,4 +1,4 @@
-"""What a rank computes on and with, chosen once when its engine starts: device, weights' type, and the runner.
+"""The choice, once when an engine starts, of what its rank computes on and with: device, weights' type, runner.
 
 on CUDA                                                           CudaRunner
 on a CPU, a whole model in bfloat16, where C++ can be compiled    NativeRunner, exact or not

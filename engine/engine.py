@@ -58,7 +58,7 @@ class Engine:
         native: bool = True,
         cores: CoreSlot | None = None,
     ) -> None:
-        """With tp_size > 1 rank 0 gets its `group`, the others the `store` to meet it at. `native` False: torch alone.
+        """Rank 0 of several gets its `group`, the others the `store` to meet it at. `native` False: no C++.
 
         Raises ConfigError.
         """

@@ -28,7 +28,7 @@ from .ranks.group import FrameKind, FrameSocket, StartFollower, describe, join_s
 
 
 class FollowerHandler(Protocol):
-    """What the owner runs beside a follower's engine. All calls come from the thread that runs the steps."""
+    """The owner's part beside a follower's engine. All calls come from the thread that runs the steps."""
 
     def on_user(self, payload: bytes) -> None:
         """A payload of `RankGroup.broadcast`, in order with the steps."""

@@ -24,7 +24,7 @@ from .samples import step_sample
 
 
 class Steps(Protocol):
-    """What the loop drives: a role."""
+    """A role, as the loop drives it."""
 
     def schedule(self) -> Batch | None:
         """The next step's work; None when there is none. Called with the lock held."""

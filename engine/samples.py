@@ -1,4 +1,4 @@
-"""What engine steps did and how long they took, on its way to the routers: a bounded, even choice for each of them.
+"""Samples of engine steps on their way to the routers: for each of these a bounded, even choice.
 
 loop ─ add ─> one buffer for each router ─ take ─> its next heartbeat
 """
@@ -14,7 +14,7 @@ MAX_SAMPLES = 64  # of one heartbeat, as the wire bounds them
 
 
 def step_sample(batch: Batch, step_s: float = 0.0) -> StepSample:
-    """Of a step whose tokens are not counted as computed yet."""
+    """Describe a step whose tokens are not counted as computed yet."""
     chunks = [row for row in batch.rows if row.num_scheduled_tokens > 1]
     rows = [row for row in batch.rows if row.num_scheduled_tokens == 1]
     return StepSample(
@@ -43,14 +43,14 @@ class EvenSamples:
         self._num_added += 1
 
     def take(self) -> tuple[StepSample, ...]:
-        """What is kept; from here on anew."""
+        """Take what is kept, and begin anew."""
         kept, self._kept = tuple(self._kept), []
         self._num_added, self._stride = 0, 1
         return kept
 
 
 class SampleBooks:
-    """For all routers that hear this worker's heartbeats."""
+    """`SampleBooks` keeps one choice for each router that hears this worker's heartbeats."""
 
     def __init__(self) -> None:
         self._books: dict[str, EvenSamples] = {}
@@ -60,9 +60,9 @@ class SampleBooks:
             book.add(sample)
 
     def take(self, router_id: str) -> tuple[StepSample, ...]:
-        """Since its last heartbeat; a router's first one begins its book."""
+        """Take what was kept since the router's last heartbeat; its first one begins its book."""
         return self._books.setdefault(router_id, EvenSamples()).take()
 
     def forget(self, router_id: str) -> None:
-        """It is gone."""
+        """Drop the book of a router that is gone."""
         self._books.pop(router_id, None)

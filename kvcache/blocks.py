@@ -32,7 +32,7 @@ MIN_CACHE_TOKENS = 256
 
 
 def too_small_a_cache(num_bytes: int, block_bytes: int, needed: int) -> str:
-    """Why a cache that holds fewer than `needed` blocks cannot serve; empty: it can."""
+    """Say why a cache that holds fewer than `needed` blocks cannot serve; empty: it can."""
     if num_bytes // block_bytes >= needed:
         return ""
     return (
@@ -55,7 +55,7 @@ def hash_blocks(token_ids: Sequence[int], block_size: int, salt: bytes, known: S
 
 
 def prefix_salt(spec: KVCacheSpec, cache_salt: bytes) -> bytes:
-    """What a chain of block hashes begins with: the model and layout, and the tenant's own salt."""
+    """Return the bytes that a chain of block hashes begins with: the model and layout, and the tenant's own salt."""
     return spec.fingerprint.encode() + b"\0" + cache_salt
 
 
@@ -107,7 +107,7 @@ class BlockPool:
 
     @property
     def num_leaving_blocks(self) -> int:
-        """Those that nobody holds."""
+        """Count the blocks that are leaving and that nobody holds."""
         return sum(self._ref_counts[block] == 0 for block in self._leaving)
 
     @property
@@ -159,7 +159,7 @@ class BlockPool:
         return blocks
 
     def num_evictable(self, blocks: Iterable[BlockId]) -> int:
-        """How many of `blocks` count as free now and would not once pinned."""
+        """Count those of `blocks` that are free now and would not be once pinned."""
         return sum(block in self._cached or block in self._resting for block in blocks)
 
     def pin(self, blocks: Iterable[BlockId]) -> None:
@@ -202,7 +202,7 @@ class BlockPool:
         return block if block in self._cached else None
 
     def hold(self, blocks: Iterable[BlockId]) -> None:
-        """These cached blocks are being copied: they are not evicted until `unhold`."""
+        """Keep these cached blocks, which are being copied, from being evicted until `unhold`."""
         for block in blocks:
             del self._cached[block]
             self._leaving[block] = None
@@ -220,7 +220,7 @@ class BlockPool:
                     self._free.append(block)
 
     def is_published(self, block_id: BlockId) -> bool:
-        """Whether `match_prefix` may find it."""
+        """Tell whether `match_prefix` may find the block."""
         return block_id in self._hash_of
 
     def publish(self, block_id: BlockId, block_hash: bytes, *, spare: bool = False) -> None:
@@ -237,12 +237,12 @@ class BlockPool:
             self.listener.stored(block_hash)
 
     def keep(self, blocks: Iterable[BlockId]) -> None:
-        """These owned blocks are spare no more: it is here that they are kept."""
+        """Make these owned blocks spare no more: this worker is the one that keeps them."""
         if self._spare:
             self._spare.difference_update(blocks)
 
     def is_spare(self, block_id: BlockId) -> bool:
-        """Whether it is published, and kept by another worker."""
+        """Tell whether the block is published here and kept by another worker."""
         return block_id in self._spare
 
     def is_known(self, block_id: BlockId) -> bool:

@@ -1,4 +1,4 @@
-"""What steps have shown: how long a block's copy to or from host memory takes, and computing a prompt token."""
+"""Costs as steps have shown them: seconds for a block's copy to or from host memory, and for a prompt token."""
 
 from __future__ import annotations
 

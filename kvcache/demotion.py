@@ -25,7 +25,7 @@ Copies = list[tuple[BlockId, int]]  # from a block to a slot
 
 
 class Demotion:
-    """From a block pool to a shelf."""
+    """Plans the copies from a block pool to a shelf."""
 
     def __init__(self, pool: BlockPool, host: Shelf, costs: CopyCosts) -> None:
         self._pool = pool
@@ -41,7 +41,7 @@ class Demotion:
             pool.on_evicted = self._on_evicted
 
     def allocate(self, count: int) -> list[BlockId]:
-        """As `PrefixCache.allocate`."""
+        """Implement `PrefixCache.allocate`."""
         self._is_capturing = self._host.num_slots > 0
         try:
             return self._pool.allocate(count)
@@ -57,11 +57,11 @@ class Demotion:
     # --- a step's copies -----------------------------------------------------------------------------------------
 
     def copies(self, num_tokens: int) -> Copies:
-        """Of a step that computes so many tokens."""
+        """Return the copies that a step of so many tokens makes beside computing."""
         return self._copies(_MIN_COPIES + 2 * num_tokens // self._pool.block_size if num_tokens else 0)
 
     def idle_copies(self) -> Copies:
-        """Of a step that does nothing else."""
+        """Return the copies that a step makes that does nothing else."""
         block_s, pool, host = self._costs.block_s, self._pool, self._host
         count = _IDLE_COPIES if not block_s else max(1, int(_IDLE_COPY_S / block_s))
         window = self._window
@@ -72,7 +72,7 @@ class Demotion:
 
     @property
     def _window(self) -> int:
-        """How many of the next to be evicted shall have a copy: a quarter of the pool, less what is free."""
+        """Count how many of the next to be evicted shall have a copy: a quarter of the pool, less what is free."""
         pool = self._pool
         return min(pool.num_blocks, self._host.num_slots) // 4 - (pool.num_free_blocks - pool.num_cached_blocks)
 
@@ -92,7 +92,7 @@ class Demotion:
         return evicted + ahead
 
     def _of_evicted(self) -> Copies:
-        """What this step's sequences took, and still have."""
+        """Return the copies of what this step's sequences took, and still have."""
         evicted, self._evicted = self._evicted, {}
         if not self._pays:
             return []
@@ -103,7 +103,7 @@ class Demotion:
         ]
 
     def _ahead(self, count: int) -> Copies:
-        """What is next to be evicted and has no copy."""
+        """Return the copies of what is next to be evicted and has none."""
         if count <= 0:
             return []
         pool, is_kept = self._pool, self._host.__contains__

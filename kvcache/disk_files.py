@@ -106,7 +106,7 @@ def open_file(config: EngineConfig, fingerprint: str, *, slot_bytes: int, rank: 
 
 
 def _private_directory(directory: Path) -> Path:
-    """It holds what users wrote: nobody else may look into it."""
+    """Make the directory, or check that nobody else may look into it: it holds what users wrote."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = directory.stat()
@@ -139,7 +139,7 @@ def _lock_one(directory: Path, name: str) -> int:
 
 
 def _make(fd: int, head: bytes, num_bytes: int, directory: Path) -> None:
-    """Of whatever it was. All of its room is taken now, so that a disk that fills up later is not our concern."""
+    """Make an empty cache of whatever the file was, and take all of its room now: a disk may fill up later."""
     try:
         os.ftruncate(fd, 0)
         room = os.fstatvfs(fd)
@@ -185,7 +185,7 @@ class DiskThread:
             self._on_result(DiskResult(task, error, time.perf_counter() - began))
 
     def _carry_out(self, task: DiskTask) -> str:
-        """Why it failed; empty: it has not."""
+        """Carry the task out and say why it failed; empty: it has not."""
         data = self._slot_bytes(task.host_slot)
         try:
             if task.is_write:
@@ -197,7 +197,7 @@ class DiskThread:
         return ""
 
     def close(self) -> None:
-        """After the task that runs."""
+        """End after the task that runs."""
         self._put(-1, None)
         self._thread.join()
         self._file.close()

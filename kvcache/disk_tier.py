@@ -44,19 +44,19 @@ class DiskResult(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 
 class Disk(Protocol):
-    """What carries out tasks, one after the other, on all ranks."""
+    """A `Disk` carries out tasks, one after the other, on all ranks."""
 
     num_slots: int
     wake: Callable[[], None]  # called when there is a result, from any thread
 
     def stored(self) -> Iterable[tuple[bytes, int]]:
-        """What an earlier process left: hash and slot. Whether it is intact shows when it is read."""
+        """Return what an earlier process left: hash and slot. Whether it is intact shows when it is read."""
         ...
 
     def submit(self, task: DiskTask) -> None: ...
 
     def results(self) -> list[DiskResult]:
-        """Of tasks that have ended since the last call."""
+        """Take the results of tasks that have ended since the last call."""
         ...
 
     def close(self) -> None: ...
@@ -64,7 +64,7 @@ class Disk(Protocol):
 
 @dataclass(slots=True)
 class _Ticket:
-    """What a waiting sequence has asked for."""
+    """The blocks that a waiting sequence has asked for."""
 
     hashes: list[bytes]  # pinned in host memory, read already or being read
     until_s: float
@@ -72,10 +72,10 @@ class _Ticket:
 
 
 class DiskTier:
-    """Under the worker's lock. Owns the shelf of host memory together with the prefix cache."""
+    """`DiskTier` owns the shelf of host memory together with the prefix cache. Calls hold the worker's lock."""
 
     def __init__(self, disk: Disk, host: Shelf, clock: Clock, report: Callable[[DiskResult], None]) -> None:
-        """`report`: a task has failed."""
+        """`report` is called with each task that has failed."""
         self.disk = disk
         self.host = host
         self.shelf = Shelf(disk.num_slots)
@@ -121,7 +121,7 @@ class DiskTier:
         ticket.until_s += _MAX_WAIT_S if within_s is None else within_s
 
     def _expected_s(self, num_blocks: int) -> float:
-        """Until that many more are read. The one that was asked for first is read first, writes in between."""
+        """Return how long it takes to read that many more: first come, first read, with writes in between."""
         return (self._block_s or 0.0) * (num_blocks + self._num_reads + self._num_writes)
 
     def _read(self, block_hash: bytes) -> bool:
@@ -150,7 +150,7 @@ class DiskTier:
         return False
 
     def forget(self, seq: TokenSequence) -> None:
-        """It waits no longer. Idempotent; what is being read still comes, for others."""
+        """Let go of what the sequence waits for. Idempotent; what is being read still comes, for others."""
         ticket = self._tickets.pop(seq, None)
         for block_hash in ticket.hashes if ticket is not None else ():
             self.host.unpin(block_hash)

@@ -87,7 +87,7 @@ class SwapPages:
 
     @property
     def slot_bytes(self) -> int:
-        """Of one slot."""
+        """Return the size of one slot."""
         return self._slot_bytes
 
     def slot(self, slot: int) -> memoryview:

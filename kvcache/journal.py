@@ -1,4 +1,4 @@
-"""What a worker's caches have gained and lost, told to its routers ten times a second.
+"""A journal of what a worker's caches have gained and lost, sent to its routers ten times a second.
 
     BlockPool, tiers ─ stored, evicted ─> CacheJournal ─ drain ─> CacheChange messages, numbered for each session
 
@@ -22,7 +22,7 @@ _MAX_CHANGES = 1 << 17  # between two drains; beyond it, everything is told anew
 
 
 class CacheJournal:
-    """Not thread-safe: its owner holds the worker's lock."""
+    """`CacheJournal` is not thread-safe: its owner holds the worker's lock."""
 
     def __init__(self, max_changes: int = _MAX_CHANGES) -> None:
         self._max_changes = max_changes
@@ -60,7 +60,7 @@ class CacheJournal:
         self._next_seq.pop(router_id, None)
 
     def drain(self) -> Iterator[tuple[str, CacheChange]]:
-        """What each router is to be told, in this order. Taken as a whole before anything else changes."""
+        """Yield what each router is to be told, in this order. Taken as a whole before anything else changes."""
         changes = list(self._take())
         everything = None
         for router_id, seq in self._next_seq.items():
@@ -83,7 +83,7 @@ class CacheJournal:
         self._num_changes, self._has_overflown = 0, False
 
     def _all(self) -> Iterator[tuple[str, bytes, bytes]]:
-        """In messages, of which there is always a first."""
+        """Yield all that is stored, in messages, of which there is always a first."""
         yield DEVICE, b"", b""
         for tier, stored in self._tiers.items():
             hashes = iter(list(stored()))
@@ -92,7 +92,7 @@ class CacheJournal:
 
 
 def open_journal(pool: BlockPool, cache: PrefixCache) -> CacheJournal:
-    """Of what a worker's pool and the tiers below it hold from now on."""
+    """Begin a journal of what a worker's pool and the tiers below it hold."""
     journal = CacheJournal()
     journal.add_tier(DEVICE, pool.published)
     pool.listener = journal

@@ -26,7 +26,7 @@ from .tiers import Journal, Shelf
 
 @dataclass(slots=True)
 class Found:
-    """Of a prompt's leading blocks, by place: those on the device, and the hashes of those in host memory."""
+    """A prompt's leading blocks by place: those on the device, and the hashes of those in host memory."""
 
     hits: dict[int, BlockId] = field(default_factory=dict)
     promoted: dict[int, bytes] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class PrefixCache:
         return self.host.num_slots > 0
 
     def tell(self, journal: Journal) -> None:
-        """What comes and goes in the tiers below the device."""
+        """Report to `journal` what comes and goes in the tiers below the device."""
         self.host.tell(journal, "host")
         if self.disk is not None:
             self.disk.shelf.tell(journal, "disk")
@@ -99,7 +99,7 @@ class PrefixCache:
         return self.worthwhile(found)
 
     def worthwhile(self, found: Found) -> Found:
-        """Without what is computed sooner than it is copied in."""
+        """Leave out what is computed sooner than it is copied in."""
         num_tokens = (len(found) - found.num_ready) * self._pool.block_size
         if found.promoted and not self.costs.copying_pays(len(found.promoted), num_tokens):
             ready = found.num_ready
@@ -107,7 +107,7 @@ class PrefixCache:
         return found
 
     def has_below(self, block_hash: bytes) -> bool:
-        """In a tier below the device, from where a hit promotes it."""
+        """Tell whether a tier below the device has the block, from where a hit promotes it."""
         return block_hash in self.host or (self.disk is not None and block_hash in self.disk.shelf)
 
     def has_in_host(self, block_hash: bytes) -> bool:
@@ -128,7 +128,7 @@ class PrefixCache:
         return bool(self._into) and any(block in self._into for block in blocks)
 
     def cancel(self, blocks: Iterable[BlockId]) -> None:
-        """They are given back before that step."""
+        """Forget the copies into blocks that are given back before their step."""
         if self._into:
             for block in blocks:
                 if (block_hash := self._into.pop(block, None)) is not None:
@@ -163,7 +163,7 @@ class PrefixCache:
         return self.disk.awaits(seq)
 
     def _missing(self, hashes: Sequence[bytes]) -> list[bytes]:
-        """Of the longest prefix that any tier has, what neither the device nor host memory has."""
+        """List the blocks of the longest prefix in any tier that neither the device nor host memory has."""
         assert self.disk is not None
         missing = []
         for place in range(len(self._pool.match_prefix(hashes)), len(hashes)):
@@ -175,14 +175,14 @@ class PrefixCache:
         return missing
 
     def _limit_s(self, num_blocks: int) -> float | None:
-        """How long to wait at most for so many blocks: until they would be computed, less the copies. None: unknown."""
+        """Return how long so many blocks are worth a wait: as long as computing takes, less copies. None: unknown."""
         costs = self.costs
         if costs.token_s is None:
             return None
         return num_blocks * (self._pool.block_size * costs.token_s - (costs.block_s or 0.0))
 
     def forget(self, seq: TokenSequence) -> None:
-        """It waits no longer: it has its blocks, or it ended."""
+        """Let go of what the sequence waits for: it has its blocks, or it ended."""
         if self.disk is not None:
             self.disk.forget(seq)
 

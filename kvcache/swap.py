@@ -88,7 +88,7 @@ class SwapSpace:
         return True
 
     def drop(self, seq: Sequence) -> None:
-        """Its slots are not needed any more. Idempotent."""
+        """Give the sequence's slots back. Idempotent."""
         saved = self._saved.pop(seq, None)
         if saved is not None:
             self._pool.free(list(saved.slots.values()))

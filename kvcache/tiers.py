@@ -1,4 +1,4 @@
-"""What lies in which tier below the device, by block hash. Pure: the bytes are copied by others.
+"""Books of what lies in which tier below the device, by block hash. Pure: the bytes are copied by others.
 
     device ── copied out before or while it is evicted ──> host ── written ahead ──> disk
        ^                                                   │  ^                        │
@@ -18,7 +18,7 @@ from typing import Protocol
 
 
 class Journal(Protocol):
-    """Who tells others what a tier holds."""
+    """A `Journal` tells others what a tier holds."""
 
     def stored(self, block_hash: bytes, tier: str) -> None: ...
     def evicted(self, block_hash: bytes, tier: str) -> None: ...
@@ -39,7 +39,7 @@ class Shelf:
         self._tier = ""
 
     def tell(self, journal: Journal, tier: str) -> None:
-        """What comes and goes from now on."""
+        """Report to `journal` what comes and goes from now on."""
         self._journal, self._tier = journal, tier
 
     def __len__(self) -> int:
@@ -51,7 +51,7 @@ class Shelf:
         return block_hash in self._slot_of or block_hash in self._filling
 
     def __iter__(self) -> Iterator[bytes]:
-        """What can be found, the next to be evicted first."""
+        """Yield the hashes that can be found, the next to be evicted first."""
         return iter(self._slot_of)
 
     @property
@@ -117,7 +117,7 @@ class Shelf:
         self._free.append(slot)
 
     def pin(self, block_hash: bytes) -> None:
-        """It is being read, or is about to be: not to be evicted."""
+        """Keep a block that is being read, or is about to be, from being evicted."""
         assert block_hash in self, block_hash
         self._pins[block_hash] = self._pins.get(block_hash, 0) + 1
 
@@ -127,7 +127,7 @@ class Shelf:
             del self._pins[block_hash]
 
     def keep_longest(self, block_hash: bytes) -> None:
-        """It was used, or nobody else has it any more."""
+        """Make the block the last to be evicted: it was used, or nobody else has it any more."""
         if block_hash in self._slot_of:
             self._slot_of.move_to_end(block_hash)
             self.version += 1
@@ -164,13 +164,13 @@ class Lookahead:
     def take(
         self, count: int, *, order: Iterable[bytes], window: int, version: int, is_kept: Callable[[bytes], bool]
     ) -> list[bytes]:
-        """Up to `count` of the first `window` in `order`. They may have gone meanwhile: the caller looks."""
+        """Take up to `count` of the first `window` in `order`. They may have gone meanwhile: the caller looks."""
         if self.would_look(window, version):
             self.look(order, window=window, version=version, is_kept=is_kept)
         return [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
 
     def look(self, order: Iterable[bytes], *, window: int, version: int, is_kept: Callable[[bytes], bool]) -> None:
-        """At once."""
+        """Look for candidates now, unless some are left or nothing has changed."""
         if not self._queue and window > 0 and version != self._seen_version:
             self._queue.extend(known for known in islice(order, window) if not is_kept(known))
             self._seen_version = version

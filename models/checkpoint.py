@@ -118,7 +118,7 @@ def _some(names: list[str], limit: int = 5) -> str:
 
 
 def read_header(path: Path) -> tuple[int, dict[str, dict[str, object]]]:
-    """Where the tensors' bytes begin, and each tensor's entry. Raises ConfigError for what is no safetensors file."""
+    """Return where the tensors' bytes begin, and each tensor's entry. Raises ConfigError for any other file."""
     try:
         with path.open("rb") as file:
             prefix = file.read(8)

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its model: `config.json` and `generation_config.json`, read once and checked.
+"""A checkpoint's word about its model: `config.json` and `generation_config.json`, read once and checked.
 
 Four families run, all of one decoder shape and told apart by flags: Llama (and SmolLM2), Mistral, Qwen2, Qwen3.
 Anything that this engine would compute wrongly is refused here by name, before a weight is read.
@@ -82,7 +82,7 @@ class ModelConfig:
         return max(self.max_model_len, scaled)
 
     def check_tp_size(self, tp_size: int) -> None:
-        """What is split over ranks must split evenly. Raises ConfigError naming the first count that does not."""
+        """Check that ranks can share each count evenly. Raises ConfigError naming the first one that they cannot."""
         counts = {
             "num_attention_heads": self.num_qo_heads,
             "num_key_value_heads": self.num_kv_heads,

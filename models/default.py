@@ -33,7 +33,7 @@ _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokeniz
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where kvferry keeps what it made itself."""
+    """Return the directory in which kvferry keeps what it made itself."""
     if own := environ.get("KVFERRY_CACHE"):
         return Path(own).expanduser()
     if xdg := environ.get("XDG_CACHE_HOME"):

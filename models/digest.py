@@ -1,4 +1,4 @@
-"""Which model a worker serves: one digest over every byte of its weights, and over what else decides its tokens.
+"""The identity of a model: one digest over every byte of its weights, and over what else decides its tokens.
 
     config.json, the ids that end an answer, each weight file's BLAKE3  ->  ModelDigest.result()
 
@@ -80,7 +80,7 @@ def model_digest(model_dir: Path, load_format: str, seed: int) -> str:
 
 
 class _Marks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """By what a change of a file shows without reading it."""
+    """Marks of a file by which a change shows without reading it."""
 
     size: int
     mtime_ns: int
@@ -133,7 +133,7 @@ def _known(places: tuple[Path, ...], marks: _Marks) -> bytes | None:
 
 
 def _keep(places: tuple[Path, ...], kept: _Kept) -> None:
-    """In the first place that can be written to, by one rename. Where there is none it is hashed at each start."""
+    """Write to the first place that allows it, by one rename. Where none does, the file is hashed at each start."""
     for place in places:
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""From what the user named to a local model directory, and the small JSON files in it.
+"""Resolves what the user named to a local model directory, and reads the small JSON files in it.
 
 A model is named in one of three ways: not at all (the embedded default), by a directory, or by a hub id `org/name`,
 whose snapshot is downloaded once and then found in the hub's cache, without a network too. Only data is ever fetched
@@ -45,7 +45,7 @@ class GenerationDefaults:
 
 
 def is_on_hub(name: str | None) -> bool:
-    """Whether this names a model of the hub: it may be here already, or still has to be downloaded."""
+    """Tell whether this names a model of the hub: it may be here already, or still has to be downloaded."""
     return name is not None and not Path(name).expanduser().exists() and _HUB_ID.fullmatch(name) is not None
 
 

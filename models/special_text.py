@@ -26,7 +26,7 @@ _MARK = "\U000ffffd"
 
 
 class SpecialText:
-    """Of one tokenizer. Safe to use from several threads at once."""
+    """`SpecialText` belongs to one tokenizer. Safe to use from several threads at once."""
 
     def __init__(self, backend: Backend) -> None:
         tokens = {token_id: token for token_id, token in backend.get_added_tokens_decoder().items() if token.special}

@@ -1,4 +1,4 @@
-"""Where chat templates run: Jinja's immutable sandbox, in which every way to spend time or memory has a price.
+"""The sandbox of chat templates: Jinja's immutable one, in which every way to spend time or memory has a price.
 
     each pass of a loop, each call of a macro   one step, and a look at the clock
     + * % ~, {% set %} blocks, filters,
@@ -65,7 +65,7 @@ class TemplateOverrun(Exception):
 
 @dataclass(slots=True, frozen=True)
 class RenderLimits:
-    """What one rendering may spend."""
+    """Limits of what one rendering may spend."""
 
     max_s: float = 5.0
     max_steps: int = 100_000
@@ -74,7 +74,7 @@ class RenderLimits:
 
 
 class Budget:
-    """What one rendering has spent."""
+    """An account of what one rendering has spent."""
 
     __slots__ = ("_clock", "_end_s", "_num_items", "_num_made", "_num_numbers", "_num_steps", "limits")
 
@@ -105,14 +105,14 @@ class Budget:
             raise TemplateOverrun(f"rendering the chat took more than {self.limits.max_s:g} s")
 
     def check_length(self, num_chars: int) -> None:
-        """Before so much is made at once."""
+        """Refuse to make so many characters at once: called before they are made."""
         if num_chars > self.limits.max_chars:
             raise TemplateOverrun(
                 f"the rendered chat would have more than {self.limits.max_chars} characters", is_size=True
             )
 
     def spend(self, value: object) -> object:
-        """After it was made."""
+        """Charge for a value that was made."""
         if isinstance(value, str):
             self.check_length(len(value))
             self._num_made += len(value)
@@ -144,7 +144,7 @@ _active = threading.local()
 
 @contextmanager
 def spending(budget: Budget) -> Iterator[None]:
-    """What this thread renders in the block is paid from `budget`."""
+    """Charge what this thread renders in the block to `budget`."""
     _active.budget = budget
     try:
         yield
@@ -214,7 +214,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
-        """Of `{% set %}` blocks, macros and the like."""
+        """Join the parts of `{% set %}` blocks, macros and the like, and charge for the text."""
         known = list(parts)
         _budget().check_length(sum(map(len, known)))
         text = "".join(known)
@@ -293,7 +293,7 @@ def _check_method(budget: Budget, text: str, method: str, args: list[object]) ->
 
 
 def _counted_join(budget: Budget, method: str, args: tuple[object, ...]) -> tuple[object, ...]:
-    """What a string is to join, as a list whose sizes can be seen."""
+    """Return what a string is to join as a list whose sizes can be seen."""
     if method == "join" and args and isinstance(args[0], Iterable) and not isinstance(args[0], (str, list, tuple)):
         return (list(budget.counted(args[0])), *args[1:])
     return args
@@ -312,7 +312,7 @@ def _check_join(budget: Budget, separator: str, items: object) -> None:
 
 
 def _check_pattern(budget: Budget, text: str, width: re.Pattern[str], sign: str, args: list[object]) -> None:
-    """Of a format that is filled in."""
+    """Check the length of a format that is filled in."""
     if width.search(text):
         raise SecurityError("a format with a width of four digits, or of a variable")
     budget.check_length(len(text) + text.count(sign) * max(map(_text_size, args), default=0))
@@ -362,13 +362,13 @@ def _guarded(name: str, function: Callable[..., object]) -> Callable[..., object
 
 
 def _check_sum(given: list[object]) -> None:
-    """Only numbers: lists are copied for each that is added. What is no number without a start fails by itself."""
+    """Refuse a sum that starts with a list: lists are copied for each that is added. Without a start, lists fail."""
     if any(isinstance(start, Iterable) and not isinstance(start, str) for start in given):
         raise SecurityError("a sum of lists")
 
 
 def _priced(budget: Budget, value: object) -> object:
-    """What a filter is to go through."""
+    """Charge for what a filter is to go through, at once or as it is gone through."""
     if isinstance(value, (str, list, tuple, range, Mapping, MappingView)):
         budget.go_through(len(value))
     elif isinstance(value, Iterator):

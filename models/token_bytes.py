@@ -1,4 +1,4 @@
-"""What each token stands for: the decoder of a `tokenizer.json`, reduced to bytes per token.
+"""Bytes that each token stands for: the decoder of a `tokenizer.json`, reduced to bytes per token.
 
 Every decoder of the supported model families says, for each token by itself, which bytes it adds to the text; what
 depends on the place in the text is at most the first token (Metaspace), a space between tokens (no decoder) or
@@ -24,7 +24,7 @@ _STEP_ORDER = {"Replace": 0, "ByteFallback": 1, "ByteLevel": 1, "Fuse": 2, "Stri
 
 @dataclass(frozen=True, slots=True)
 class DecoderRules:
-    """How tokens become bytes, and bytes text."""
+    """Rules by which tokens become bytes, and bytes text."""
 
     byte_level: bool = False  # each character of a token is a byte (GPT-2's alphabet)
     byte_fallback: bool = False  # a token `<0xE2>` is that byte

@@ -99,11 +99,11 @@ class Tokenizer:
         return detokenizer.push(ids) + detokenizer.flush()
 
     def special_text(self) -> SpecialText:
-        """What keeps special tokens in users' text apart from the template's: made anew, in up to a second."""
+        """Make what keeps special tokens in users' text apart from the template's; takes up to a second."""
         return SpecialText(self._backend)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token adds to a text, after the first token; empty for an id without a token."""
+        """Return what the token adds to a text, after the first token; empty for an id without a token."""
         if (piece := self._pieces.get(token_id)) is not None:
             return piece
         if (token := self._token(token_id)) is None:
@@ -111,7 +111,7 @@ class Tokenizer:
         return self._pieces.setdefault(token_id, self.decoder.token_bytes(token))
 
     def added_bytes(self, skip_special_tokens: bool) -> Mapping[int, bytes]:
-        """What each id adds to a text that has begun."""
+        """Return the bytes that each id adds to a text that has begun."""
         return self._added[skip_special_tokens]
 
     def token_text(self, token_id: int) -> str:
@@ -119,7 +119,7 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def first_token_bytes(self, token_id: int) -> bytes:
-        """What the token adds at the start of a text."""
+        """Return the bytes that the token adds at the start of a text."""
         token = self._token(token_id)
         return b"" if token is None else self.decoder.token_bytes(token, is_first=True)
 
@@ -187,11 +187,11 @@ class Detokenizer:
         return self._strip(text) if self._to_strip else text
 
     def flush(self) -> str:
-        """What an unfinished character leaves behind: call once, after the last id."""
+        """Return what an unfinished character leaves behind: call once, after the last id."""
         return self._strip(utf_8_decode(self._rest, "replace", True)[0])
 
     def _first_piece(self, token_id: int) -> bytes:
-        """Of the ids until one has bytes, and of the others that were pushed with it."""
+        """Return an id's bytes until one has some, and then those of the others that were pushed with it."""
         if self._piece == self._added:
             return self._added(token_id)
         if token_id in self._skipped or not self._tokenizer.has_token(token_id):
@@ -210,7 +210,7 @@ class Detokenizer:
         return text[start:]
 
     def _feed_prompt(self, prompt_ids: Sequence[int]) -> None:
-        """Only the prompt's end can matter: the bytes of one character, and whether anything came before."""
+        """Push the prompt's end, the only part that can matter: one character's bytes, and whether any came before."""
         start, num_bytes = len(prompt_ids), 0
         while start and num_bytes < _UTF8_MAX_BYTES + self._to_strip:
             start -= 1

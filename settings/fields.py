@@ -1,4 +1,4 @@
-"""What an operator can set: every flag, environment variable and YAML key of kvferry, declared once.
+"""Everything that an operator can set: flags, environment variables and YAML keys of kvferry, declared once.
 
 A field is a YAML key; `KVFERRY_` + upper case is its environment variable; `--` + dashes is its flag, where a
 command has one. A pool's own values stand under `prefill:` and `decode:`. One file serves every command of a cluster:
@@ -115,7 +115,7 @@ Objective = Annotated[float, Field(gt=0)] | None
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """How a setting shows on the command line: its group, its help (of a switch: what --no- does), who takes it."""
+    """A setting's looks on the command line: its group, its help (of a switch: what --no- does), who takes it."""
 
     panel: str
     help: str

@@ -1,4 +1,4 @@
-"""Where a setting comes from: command line over environment over YAML file over default.
+"""Loads settings and knows where each comes from: command line over environment over YAML file over default.
 
     raw values with their origin, by layer  ->  the highest of each key  ->  ServeSettings, or one line per mistake
 
@@ -174,7 +174,7 @@ def _explain(error: ValidationError, merged: Mapping[str, Raw]) -> Iterator[str]
 
 
 def _inside(value: object, names: list[str]) -> str:
-    """Where in a value with parts: `batch.weight` for the part `weight` of the class `batch`."""
+    """Name a place in a value with parts: `batch.weight` for the part `weight` of the class `batch`."""
     first, *rest = names
     entries = parse_classes(value)
     if first.isdigit() and isinstance(entries, list) and int(first) < len(entries):

@@ -25,7 +25,7 @@ _BUILD_TIMEOUT_S = 120.0
 
 
 class NativeUnavailable(Exception):
-    """Why this machine, or this model, does without."""
+    """The reason why this machine, or this model, does without C++."""
 
 
 def find_compiler() -> str:
@@ -51,7 +51,7 @@ def load(folder: Path) -> ctypes.CDLL:
 
 
 def _cpu_flags() -> frozenset[str]:
-    """As Linux names them; none where it is not x86."""
+    """Return the processor's features by Linux's names; none where it is not x86."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             for line in file:
@@ -85,7 +85,7 @@ def _build(compiler: str, library: Path) -> None:
 
 
 def _run(command: list[str]) -> str:
-    """Its output. Raises NativeUnavailable."""
+    """Run the command and return its output. Raises NativeUnavailable."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=True)
     except subprocess.CalledProcessError as error:

@@ -97,7 +97,7 @@ class NativeDecoder:
 
     @property
     def num_threads(self) -> int:
-        """On which the last part of the last step ran."""
+        """Return on how many threads the last part of the last step ran."""
         return int(self._num_threads(self._handle))
 
     def forward(self, step: Step, on_layer: Callable[[int], None] | None = None) -> Tensor:
@@ -127,7 +127,7 @@ class NativeDecoder:
         return hidden
 
     def _check(self, step: Step) -> None:
-        """What torch would refuse, and the library would read or write out of bounds."""
+        """Assert what torch would refuse, and the library would read or write out of bounds."""
         tokens, starts, lengths, wanted = map(_ints, (step.input_ids, step.starts, step.lengths, step.wanted))
         size = self._model.block_size
         num_blocks = sum((start + count - 1) // size + 1 for start, count in zip(starts, lengths, strict=True))

@@ -27,7 +27,7 @@ class PagedAttention(Protocol):
     """Attention that was planned for the step."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
-        """As `attention.base.AttentionBackend.forward`."""
+        """Do as `attention.base.AttentionBackend.forward` does."""
         ...
 
 

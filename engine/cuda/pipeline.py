@@ -130,7 +130,7 @@ class DecodePipeline:
         )
 
     def _look_ahead(self, batch: Batch, draws: Draws | None) -> None:
-        """While the device computes: the next step, if it can be told."""
+        """Prepare the next step while the device computes, if it can be told."""
         forecast = foretell(batch, self._block_size, self._max_model_len)
         if forecast is None or draws is None:
             return

@@ -54,7 +54,7 @@ class DecodeRow(NamedTuple):
 
 @dataclass(slots=True, frozen=True)
 class StepArrays:
-    """What the device reads of a step, in host memory of fixed size. Padding rows feed token 0 into the spare block."""
+    """A step as the device reads it, in host memory of fixed size. Padding rows feed token 0 into the spare block."""
 
     input_ids: Int64  # [max rows]
     positions: Int32  # [max rows]
@@ -170,7 +170,7 @@ class Forecast:
 
 
 def foretell(batch: Batch, block_size: int, max_model_len: int) -> Forecast | None:
-    """What follows a step of one-token rows; None if nothing can be said."""
+    """Return what follows a step of one-token rows; None if nothing can be said."""
     rows, sources = [], []
     for index, row in enumerate(batch.rows):
         seq, position = row.seq, row.start + 1

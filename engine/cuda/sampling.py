@@ -1,4 +1,4 @@
-"""From logits to tokens where the logits are on a GPU: the rules of `sampling`, without waiting for the device.
+"""Turns logits into tokens on a GPU: the rules of `nn/sampling.py`, without waiting for the device.
 
     launch: edits -> best and drawn tokens, log-probabilities -> one array of int32 on its way to the host
     Draws.read, once that has come: SampledTokens
@@ -33,7 +33,7 @@ _MIN_TOP_P = 1e-6  # keeps the best token
 
 
 class Draws(NamedTuple):
-    """What one launch yields. `token_ids` is on the device, `packed` is on its way to the host."""
+    """One launch's yield. `token_ids` is on the device, `packed` is on its way to the host."""
 
     token_ids: Tensor  # [rows, most choices] int64
     # [n] int32 on the host: token ids, whose logits are a distribution, log-probabilities, best ids, log-probabilities
@@ -109,7 +109,7 @@ class DeviceSampler:
     # --- to and from the device -------------------------------------------------------------------------------
 
     def _upload(self, array: NDArray[np.generic]) -> Tensor:
-        """From pinned memory, which torch keeps for the copy until it is done."""
+        """Copy from pinned memory, which torch keeps for the copy until it is done."""
         tensor = torch.from_numpy(array)
         if self._device.type != "cuda":
             return tensor.to(self._device)
@@ -165,7 +165,7 @@ class DeviceSampler:
         return best.index_copy(0, index, drawn), largest.isfinite().index_copy(0, index, is_finite)
 
     def _draw(self, logits: Tensor, largest: Tensor, rows: Sequence[SampleRow], most: int) -> tuple[Tensor, Tensor]:
-        """As `_choose`. `largest` [rows, 1]: of each row's logits."""
+        """Choose tokens as `nn.sampling._draw` does. `largest` [rows, 1]: of each row's logits."""
         params, vocab_size = [row.params for row in rows], logits.shape[1]
         min_p = torch.tensor([p.min_p for p in params]).log().numpy()  # min_p = 0: -inf, keeps all
         top_p = [min(max(p.top_p, _MIN_TOP_P), 1.0) for p in params]

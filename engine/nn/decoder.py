@@ -189,7 +189,7 @@ class Decoder:
             yield from self.head.rows.slots("lm_head")
 
     def pack(self) -> None:
-        """After loading, on a CPU: blocked weights, one linear at a time so that memory never holds two models."""
+        """Block the loaded weights for a CPU, one linear at a time so that memory never holds two models."""
         for layer in self.layers:
             for linear in (layer.attention.qkv_proj, layer.attention.o_proj, layer.gate_up_proj, layer.down_proj):
                 linear.pack()

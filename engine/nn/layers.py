@@ -71,8 +71,8 @@ def _can_pack(dtype: torch.dtype) -> bool:
 
 
 def _address_of_tiles(packed: Tensor, weight: Tensor) -> int | None:
-    """Where `packed` lies if it is [out / 64, in / 2, 64, 2] in bfloat16, padded with zeros, as on processors that
-    multiply pairs of bfloat16. oneDNN chooses and does not tell: the first and the last tile are compared.
+    """Return the address of `packed` if it is [out / 64, in / 2, 64, 2] in bfloat16, padded with zeros, as where
+    processors multiply pairs of bfloat16. oneDNN chooses and does not tell: the first and the last tile are compared.
     """
     columns, inputs = weight.shape
     shape = (-(-columns // 64), -(-inputs // 32) * 16, 64, 2)
@@ -162,7 +162,7 @@ class RowParallelLinear(Linear):
 
 
 class VocabParallel:
-    """What embedding and head share: rank r holds the vocabulary's rows [start, stop), the last rank fewer."""
+    """The base of embedding and head: rank r holds the vocabulary's rows [start, stop), the last rank fewer."""
 
     def __init__(
         self, vocab_size: int, hidden_size: int, comm: Communicator, *, dtype: torch.dtype, device: torch.device
@@ -229,7 +229,7 @@ class RMSNorm:
         self.weight = torch.empty(size, dtype=dtype, device=device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """In the weight's type, whatever the type of `x`."""
+        """Return the norm of `x`, whatever its type, in the weight's type."""
         return self.in_type_of(x).to(self.weight.dtype)
 
     def in_type_of(self, x: Tensor) -> Tensor:

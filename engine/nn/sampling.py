@@ -1,4 +1,4 @@
-"""From logits to tokens, for a whole step at once.
+"""Turns logits into tokens, for a whole step at once.
 
 The order is the field's (vLLM's): raw log-probabilities are reported as the model gives them; then logit bias, the
 ban on ending before min_tokens, repetition, frequency and presence penalties, temperature, min-p, top-k, top-p.
@@ -76,7 +76,7 @@ def sample_rows(rows: Sequence[BatchRow]) -> list[SampleRow]:
 def sample_each(
     logits: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[int]
 ) -> list[tuple[SampledToken, ...]]:
-    """As `sample`, each row for itself: its results are the same to the bit whatever rows stand beside it. On a CPU."""
+    """Do as `sample` does, each row for itself, on a CPU: its results are the same to the bit in any company."""
     best = _best(logits)
     return [
         tuple([SampledToken(token_id) for token_id in best[index] * len(row.choices)])

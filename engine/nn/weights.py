@@ -86,7 +86,7 @@ def _fill_from_file(slot: WeightSlot, file: _TensorFile) -> None:
 
 
 def read_kv_scales(model_dir: Path, num_layers: int) -> list[tuple[float, float]]:
-    """For each layer k_scale and v_scale of a cache in 8 bits; 1 where the checkpoint has none. Raises ConfigError."""
+    """Return each layer's k_scale and v_scale of a cache in 8 bits; 1 where there is none. Raises ConfigError."""
     scales = [[1.0, 1.0] for _ in range(num_layers)]
     for name, file in _open_files(model_dir).items():
         match = KV_SCALE.fullmatch(name)

@@ -72,7 +72,7 @@ class FrameSocket:
         self._send_lock = threading.Lock()
 
     def set_timeout(self, seconds: float | None) -> None:
-        """How long `receive` waits within a frame before it takes the other side for gone."""
+        """Set how long `receive` waits within a frame before it takes the other side for gone."""
         self._sock.settimeout(seconds)
 
     def send(self, kind: FrameKind, payload: bytes = b"") -> None:
@@ -114,7 +114,7 @@ class FrameSocket:
 
 
 class _Collectives(Protocol):
-    """What is used of torch's process groups."""
+    """The part of torch's process groups that is used."""
 
     def allreduce(self, tensors: list[Tensor], options: AllreduceOptions = ..., /) -> Work: ...
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], /) -> Work: ...
@@ -253,7 +253,7 @@ class RankGroup:
 
     @property
     def pids(self) -> list[int]:
-        """Of the other ranks."""
+        """Return the process ids of the other ranks."""
         return [process.pid for process in self._processes]
 
     @classmethod

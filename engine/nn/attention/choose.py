@@ -1,4 +1,4 @@
-"""Which attention backend runs on a device."""
+"""The choice of the attention backend that runs on a device."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ KVScales = Sequence[tuple[float, float]]  # of each layer: k_scale, v_scale
 
 @dataclass(slots=True, frozen=True)
 class PageIndex:
-    """On the device: which pages each row has, and which row and position each of the step's tokens is."""
+    """An index on the device: the pages of each row, and the row and position of each of the step's tokens."""
 
     row_of_token: Tensor  # [num_tokens] int32
     positions: Tensor  # [num_tokens] int32
@@ -233,7 +233,7 @@ class FlashInferAttention:
 
 
 class DecodeGraphAttention:
-    """What is captured: `forward`. What is done before each replay, outside of it: `plan`."""
+    """Attention within a graph: `forward` is captured, `plan` is called before each replay, outside of it."""
 
     def __init__(self, attention: FlashInferAttention, index: PageIndex) -> None:
         self._attention = attention

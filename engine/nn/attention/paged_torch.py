@@ -55,7 +55,7 @@ class _PrefillRow:
 
 @dataclass(slots=True, frozen=True)
 class _WindowPlan:
-    """What the layers of one sliding window share in a step."""
+    """The part of a step's plan that layers of one sliding window share."""
 
     window: int | None
     groups: list[_DecodeGroup]
