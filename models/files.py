@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -33,17 +33,6 @@ class ResolvedModel:
     served_name: str  # what clients call it
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationDefaults:
-    """Sampling that the model's authors recommend. None: they say nothing."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-
-
 def is_on_hub(name: str | None) -> bool:
     """Tell whether this names a model of the hub: it may be here already, or still has to be downloaded."""
     return name is not None and not Path(name).expanduser().exists() and _HUB_ID.fullmatch(name) is not None
@@ -58,19 +47,6 @@ def resolve_model(name: str | None, revision: str | None = None, progress: Progr
     if name is None:
         return ResolvedModel(default_model_dir(progress), DEFAULT_MODEL_NAME)
     return _checked(_local(name))
-
-
-def generation_defaults(path: Path) -> GenerationDefaults:
-    """The defaults in a model directory's generation_config.json, if it has one."""
-    config = read_json(path / "generation_config.json", default={})
-    top_k = _number(config, "top_k", path)
-    return GenerationDefaults(
-        temperature=_number(config, "temperature", path),
-        top_p=_number(config, "top_p", path),
-        top_k=None if top_k is None else int(top_k),
-        min_p=_number(config, "min_p", path),
-        repetition_penalty=_number(config, "repetition_penalty", path),
-    )
 
 
 def read_json(path: Path, *, default: dict[str, object] | None = None) -> dict[str, object]:
@@ -207,12 +183,3 @@ def _bars(num_bytes: int, tell: Callable[[float], None]) -> type:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no details"])[0]
-
-
-def _number(config: Mapping[str, object], key: str, path: Path) -> float | None:
-    value = config.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{path / 'generation_config.json'}: {key} is {value!r}, not a number")
-    return float(value)

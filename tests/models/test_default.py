@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import cache_dir, default_model_dir, find_gguf
-from kvferry.models.files import generation_defaults
 from kvferry.models.gguf import convert_gguf, to_bfloat16
 from kvferry.models.token_bytes import _BYTE_ALPHABET
 from kvferry.models.tokenizer import Tokenizer
@@ -228,8 +227,8 @@ def test_the_default_model_is_smollm2(smollm2: Path) -> None:
     assert len(weights) == 272
     assert sum(tensor.numel() for tensor in weights.values()) == 134_515_008
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-    defaults = generation_defaults(smollm2)
-    assert (defaults.temperature, defaults.top_p) == (0.2, 0.9)
+    generation = json.loads((smollm2 / "generation_config.json").read_text())
+    assert (generation["temperature"], generation["top_p"]) == (0.2, 0.9)
 
 
 def test_the_default_tokenizer_renders_and_encodes_a_chat_as_the_model_was_trained(smollm2: Path) -> None:

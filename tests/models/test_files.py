@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvferry.common.errors import ConfigError
-from kvferry.models.files import GenerationDefaults, generation_defaults, read_json, resolve_model
+from kvferry.models.files import read_json, resolve_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORIES: dict[str, dict[str, bytes]] = {
@@ -204,20 +204,6 @@ def test_a_revision_goes_with_a_hub_id_only(tmp_path: Path) -> None:
     for name in (None, str(tmp_path)):
         with pytest.raises(ConfigError, match="goes with a hub id"):
             resolve_model(name, revision="main")
-
-
-def test_generation_defaults_are_what_the_authors_wrote(tmp_path: Path) -> None:
-    assert generation_defaults(tmp_path) == GenerationDefaults()
-    config = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_new_tokens": 9, "repetition_penalty": 1}
-    (tmp_path / "generation_config.json").write_text(json.dumps(config))
-    assert generation_defaults(tmp_path) == GenerationDefaults(0.6, 0.95, 20, None, 1.0)
-
-
-@pytest.mark.parametrize("value", ["0.6", True, [1]])
-def test_a_default_that_is_no_number_is_a_config_error(tmp_path: Path, value: object) -> None:
-    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": value}))
-    with pytest.raises(ConfigError, match="temperature is .*, not a number"):
-        generation_defaults(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\udcff", "[" * 100_000])
