@@ -54,7 +54,7 @@ from .placement import make_policy
 from .pulse import Pulse
 from .shutdown import Stop, wind_down
 from .state.classes import RequestClasses
-from .state.failures import Life
+from .state.failures import WorkerLife
 from .state.objectives import DEFAULT_CLASS
 from .state.predictor import Predictor
 
@@ -196,7 +196,7 @@ async def _until_stopped(stop: Stop, control: ControlServer) -> None:
             task.cancel()
 
 
-def _tell_blameless(lifeline: Reporter | None, life: Life) -> None:
+def _tell_blameless(lifeline: Reporter | None, life: WorkerLife) -> None:
     if lifeline is not None:
         worker_id, incarnation = life
         lifeline.send({"event": "blameless", "worker_id": worker_id, "incarnation": incarnation})
@@ -215,15 +215,15 @@ async def _report(
     if lifeline is not None:
         lifeline.ready(http=str(http), control=str(control))
         lifeline.beat_with(pulse.lag_s)
-    told: object = None
+    reported: object = None
     while True:
         pulse.moved()
         due_s = clock.now() + REPORT_EVERY_S
         ready = {worker.worker_id: worker.hello.pid for worker in dispatcher.view().workers if worker.is_ready}
         pools = {"event": "pools", "reasons": dispatcher.ready(), "workers": ready}
-        if lifeline is not None and pools != told:
+        if lifeline is not None and pools != reported:
             lifeline.send(pools)
-            told = pools
+            reported = pools
         await asyncio.sleep(due_s - clock.now())
         metrics.on_loop_lag(max(0.0, clock.now() - due_s))
 

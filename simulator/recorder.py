@@ -6,7 +6,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 from ..router.state.observer import NullObserver
-from ..router.state.outcome import Outcome as Judged
+from ..router.state.outcome import ServiceOutcome
 from ..router.state.request import RequestStatus, RouterRequest
 from ..tools.load.stats import describe
 from .jobs import Job
@@ -61,7 +61,7 @@ class Recorder(NullObserver):
         if self._world.launcher is not None:
             self._world.launcher.record.on_submitted(request)
 
-    def on_outcome(self, outcome: Judged) -> None:
+    def on_outcome(self, outcome: ServiceOutcome) -> None:
         if self._world.launcher is not None:
             self._world.launcher.record.on_outcome(outcome)
 

@@ -78,8 +78,21 @@ LEFT: dict[str, int] = {
 # Replaced words, whole identifiers: what stands for them now is in docs/architecture.md.
 RETIRED: set[str] = {
     "DecodeRunner",
+    "Exchange",
+    "FrameMiddleware",
+    "KNOCK_AFTER_S",
+    "Keepers",
+    "OfferedLoad",
+    "Outlet",
+    "Spout",
+    "call_of",
+    "decode_keeps",
     "decode_runner",
+    "knocks",
     "layer_fence",
+    "look_s",
+    "next_look_s",
+    "pour_into",
 }
 
 

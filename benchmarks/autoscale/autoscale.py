@@ -25,7 +25,7 @@ from kvferry.benchmarks.autoscale.fleet import FILL_TOKENS, SETTLED_S, FleetRun,
 from kvferry.benchmarks.autoscale.oracle import Oracle
 from kvferry.common.errors import ConfigError
 from kvferry.router.autoscaler.autoscaler import Autoscaler
-from kvferry.router.autoscaler.scale_types import Answer, AutoscalerSettings, Bounds, Counts, WorkerLimits
+from kvferry.router.autoscaler.scale_types import AnswerLengths, AutoscalerSettings, Bounds, Counts, WorkerLimits
 from kvferry.router.autoscaler.sizing import DecodeLoad, PrefillLoad
 from kvferry.router.state.objectives import Objectives
 from kvferry.simulator.costs.hardware import gpu_named
@@ -124,11 +124,11 @@ def _begin(
     day: Day, rows: Sequence[TraceRow], times: ModelTimes, limits: WorkerLimits, objectives: Objectives, target: float
 ) -> Counts:
     """A fleet that fits the first minute, by the same formulas."""
-    answers = [Answer(row.num_prompt_tokens, 0, row.num_output_tokens) for row in rows[:2000]]
+    answers = [AnswerLengths(row.num_prompt_tokens, 0, row.num_output_tokens) for row in rows[:2000]]
     rate = day.rate(day.begin_s - _WARM_UP_S)
     return Counts(
-        PrefillLoad.of(answers, times, limits, objectives).needed(rate, target),
-        DecodeLoad.of(answers, times, limits, objectives).needed(rate, target),
+        PrefillLoad.from_answers(answers, times, limits, objectives).needed(rate, target),
+        DecodeLoad.from_answers(answers, times, limits, objectives).needed(rate, target),
     )
 
 

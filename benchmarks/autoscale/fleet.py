@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from kvferry.router.autoscaler.autoscaler import Autoscaler
 from kvferry.router.autoscaler.scale_types import (
-    Answer,
+    AnswerLengths,
     Kept,
     LoadSnapshot,
     Member,
@@ -131,7 +131,7 @@ class FleetRun:
         self._computing: list[tuple[float, int, Worker, list[Request]]] = []  # heap of batches by their end
         self._waiting: deque[Request] = deque()  # for room on a decode worker
         self._prompts: list[int] = []
-        self._answers: list[Answer] = []
+        self._answers: list[AnswerLengths] = []
         self._kept = {"prefill": [0, 0], "decode": [0, 0]}  # met, seen
         self.minutes: list[Minute] = []
         self.changes = Changes()
@@ -263,7 +263,7 @@ class FleetRun:
             self._count("decode", met=met)
             minute = self._minute(request.arrival_s)
             minute.num_kept += met and request.first_s - request.arrival_s <= request.limit_s
-            self._answers.append(Answer(request.num_prompt_tokens, 0, request.num_output_tokens))
+            self._answers.append(AnswerLengths(request.num_prompt_tokens, 0, request.num_output_tokens))
 
     def _adopt(self, request: Request) -> bool:
         able = [w for w in self._workers if w.pool == "decode" and not w.is_leaving and w.ready_s <= self._now]

@@ -17,7 +17,7 @@ from ...common.errors import RequestError
 from ...common.key_file import KeyEntry, digest_of, read_key_file
 
 
-class _Known(NamedTuple):
+class _KnownKey(NamedTuple):
     tenant: bytes
     expires_s: float | None  # seconds since 1970
 
@@ -44,7 +44,9 @@ class ApiKeys:
         self._now_s = now_s
         self._salt = secrets.token_bytes(32)
         self._tenants_key = hashlib.blake2b(secret, digest_size=32, person=b"kvferry-tenants").digest()
-        self._fixed = {self._salted(digest_of(key)): _Known(self._tenant(key), None) for key in map(str.encode, keys)}
+        self._fixed = {
+            self._salted(digest_of(key)): _KnownKey(self._tenant(key), None) for key in map(str.encode, keys)
+        }
         self._known = self._fixed
         self.are_needed = file is not None or bool(self._fixed)
         self.take(self.read())
@@ -75,8 +77,8 @@ class ApiKeys:
             raise RequestError("the API key has expired", code="expired_api_key", status=401)
         return known.tenant
 
-    def _of_entry(self, entry: KeyEntry) -> _Known:
-        return _Known(self._tenant(entry.id.encode(), b"kvferry-key-id"), entry.expires_s)
+    def _of_entry(self, entry: KeyEntry) -> _KnownKey:
+        return _KnownKey(self._tenant(entry.id.encode(), b"kvferry-key-id"), entry.expires_s)
 
     def _salted(self, digest: bytes) -> bytes:
         return hashlib.blake2b(digest, digest_size=32, key=self._salt).digest()

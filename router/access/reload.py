@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 Event = dict[str, object]
 
 
-class Launcher(Protocol):
+class ReloadLauncher(Protocol):
     """The launcher's end of the lifeline."""
 
     def send(self, event: Mapping[str, object]) -> None: ...
@@ -29,7 +29,7 @@ class Launcher(Protocol):
 
 @contextlib.contextmanager
 def reloading(
-    credentials: RouterCredentials, launcher: Launcher | None, on_other: Callable[[Event], None]
+    credentials: RouterCredentials, launcher: ReloadLauncher | None, on_other: Callable[[Event], None]
 ) -> Iterator[None]:
     """Reload when asked to, while the block runs. What else the launcher says goes to `on_other`, on the event loop."""
     loop, context = asyncio.get_running_loop(), contextvars.copy_context()
@@ -51,7 +51,7 @@ def reloading(
         loop.remove_signal_handler(signal.SIGHUP)
 
 
-def _reload(credentials: RouterCredentials, launcher: Launcher | None) -> None:
+def _reload(credentials: RouterCredentials, launcher: ReloadLauncher | None) -> None:
     """Read all files again. What cannot be used leaves everything as it was, and is told."""
     failure = ""
     try:

@@ -38,7 +38,7 @@ _MAX_DRAIN_S = 86400.0
 _MAX_BODY_BYTES = 4096
 
 
-class Operations(Protocol):
+class AdminOperations(Protocol):
     """What it needs of the dispatcher."""
 
     def view(self) -> PoolView: ...
@@ -50,7 +50,7 @@ class Operations(Protocol):
     def request(self, request_id: str) -> dict[str, object] | None: ...
 
 
-class Launcher(Protocol):
+class AdminLauncher(Protocol):
     """The way to who started this router."""
 
     def send(self, event: Mapping[str, object]) -> None: ...
@@ -97,10 +97,10 @@ class _Guard:
 class Admin:
     """The endpoints."""
 
-    dispatcher: Operations
+    dispatcher: AdminOperations
     render: Callable[[], tuple[bytes, str]]  # (text, media type) of the metrics
     drain_s: float  # a drained worker's limit where the caller gives none
-    launcher: Launcher | None
+    launcher: AdminLauncher | None
 
     async def workers(self, request: Request) -> Response:
         view = self.dispatcher.view()

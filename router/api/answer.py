@@ -3,7 +3,7 @@
     prompt i, choice j  ->  index i * n + j
 
     next ─> pieces        for every answer
-    pour_into ─> text     for one plain choice in its middle: at the end of the loop's turn, and `next` goes on waiting
+    write_to ─> text      for one plain choice in its middle: at the end of the loop's turn, and `next` goes on waiting
 
 Whoever reads asks for what is `next` until there is nothing more. That is so after every choice has a finish reason;
 every other end raises: no answer ends in silence. This module knows no HTTP and no format.
@@ -22,7 +22,7 @@ from ...common.request import SampledToken
 from ...models.tokenizer import Detokenizer, Tokenizer
 from ..state.errors import StreamError
 from ..state.request import ChoiceUpdate, RouterRequest, TokenStream, is_natural
-from .choice import ChoiceText, Piece, TextOptions
+from .choice import ChoiceText, TextOptions, TextPiece
 
 _TOKENS_AT_ONCE = 64  # what has piled up, in many choices or for a client that reads slowly, is not told in one go
 
@@ -41,7 +41,7 @@ class GapObserver(Protocol):
         ...
 
 
-class Spout(Protocol):
+class FastWriter(Protocol):
     """Where text leaves by itself."""
 
     @property
@@ -51,7 +51,7 @@ class Spout(Protocol):
         """Call this at the end of the loop's turn."""
         ...
 
-    def pour(self, text: str) -> None: ...
+    def write(self, text: str) -> None: ...
 
 
 class Answer:
@@ -80,8 +80,8 @@ class Answer:
         self._error: StreamError | None = None  # after the pieces that were told last
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None  # for a change
-        self._spout: Spout | None = None
-        self._is_pouring = False  # at the end of this turn
+        self._fast_writer: FastWriter | None = None
+        self._is_write_due = False  # at the end of this turn
         for position, stream in enumerate(streams):
             stream.listen(partial(self._on_change, position))
         self._clock = clock
@@ -101,7 +101,7 @@ class Answer:
     def is_finished(self) -> bool:
         return all(choice.finish is not None for choice in self.choices)
 
-    async def next(self) -> list[tuple[int, Piece]]:
+    async def next(self) -> list[tuple[int, TextPiece]]:
         """(index, piece) of what has come; waits until something has. Empty: the answer has ended.
 
         The first piece of each choice may be empty, as a sign of life; no other is.
@@ -121,33 +121,33 @@ class Answer:
             raise StreamError("the answer ended before all of its choices had", "internal_error", 500)
         return []
 
-    def pour_into(self, spout: Spout) -> None:
+    def write_to(self, fast_writer: FastWriter) -> None:
         """From now on, while `next` waits, the text of the one choice goes there. Before: its first piece was told."""
         if len(self.choices) == 1 and self.choices[0].is_plain:
-            self._spout = spout
+            self._fast_writer = fast_writer
 
     def _on_change(self, position: int) -> None:
         self._changed[position] = None
-        if self._waiter is None or self._waiter.done() or self._is_pouring:
+        if self._waiter is None or self._waiter.done() or self._is_write_due:
             return
-        if self._spout is not None:
-            self._is_pouring = True
-            self._spout.before_end(self._pour)
+        if self._fast_writer is not None:
+            self._is_write_due = True
+            self._fast_writer.before_end(self._write_middle)
         else:
             self._waiter.set_result(None)
 
-    def _pour(self) -> None:
+    def _write_middle(self) -> None:
         """What is not the plain middle of an answer is left to who waits, and so is what goes wrong."""
-        self._is_pouring = False
-        waiter, spout = self._waiter, self._spout
-        assert waiter is not None and spout is not None
+        self._is_write_due = False
+        waiter, fast_writer = self._waiter, self._fast_writer
+        assert waiter is not None and fast_writer is not None
         if waiter.done():
             return
-        tokens = () if spout.is_full else self.streams[0].middle(_TOKENS_AT_ONCE)
-        if not tokens or not self._has_poured(spout, tokens):
+        tokens = () if fast_writer.is_full else self.streams[0].middle(_TOKENS_AT_ONCE)
+        if not tokens or not self._has_written(fast_writer, tokens):
             waiter.set_result(None)
 
-    def _has_poured(self, spout: Spout, tokens: Sequence[SampledToken]) -> bool:
+    def _has_written(self, fast_writer: FastWriter, tokens: Sequence[SampledToken]) -> bool:
         try:
             text = self.choices[0].push(tokens, None).text
         except Exception:  # whoever waits gets it again
@@ -156,12 +156,12 @@ class Answer:
         self._changed.clear()
         self._note_gap(0, self._clock.now())
         if text:
-            spout.pour(text)
+            fast_writer.write(text)
         return True
 
-    def _take_ready(self) -> list[tuple[int, Piece]]:
+    def _take_ready(self) -> list[tuple[int, TextPiece]]:
         """Of the streams that have changed, in that order, so many tokens in all."""
-        pieces: list[tuple[int, Piece]] = []
+        pieces: list[tuple[int, TextPiece]] = []
         now_s, most = self._clock.now(), _TOKENS_AT_ONCE
         try:
             while self._changed and most > 0:
@@ -174,7 +174,7 @@ class Answer:
                         pieces.append(item)
                 if most > 0:
                     del self._changed[position]
-                    if stream.is_over():
+                    if stream.is_exhausted():
                         self._open.discard(position)
         except StreamError as error:
             if not pieces:
@@ -183,7 +183,7 @@ class Answer:
         self._is_behind = most <= 0
         return pieces
 
-    def _take(self, position: int, update: ChoiceUpdate, now_s: float) -> tuple[int, Piece] | None:
+    def _take(self, position: int, update: ChoiceUpdate, now_s: float) -> tuple[int, TextPiece] | None:
         """What an update adds; None where there is nothing to tell."""
         index = position * self.num_choices + update.choice
         choice = self.choices[index]

@@ -1,7 +1,7 @@
 """The HTTP application: routes, and the small endpoints beside the two that generate.
 
-    frame (id, key, errors) ─> route ─> generation.py ─> reply.py
-                                  └──> models, tokenize, health, metrics, version
+    middleware (id, key, errors) ─> route ─> generation.py ─> reply.py
+                                       └──> models, tokenize, health, metrics, version
 
 It starts nothing and listens nowhere; `server.py` does.
 """
@@ -32,7 +32,7 @@ from ..state.classes import RequestClasses
 from ..state.errors import failure_of, unknown_path
 from .body import MAX_BODY_BYTES
 from .generation import Api, Backend
-from .middleware import Endpoint, Frame, FrameMiddleware
+from .middleware import Endpoint, MiddlewareAdapter, RequestMiddleware
 from .openai_types import Detokenized, Model, ModelList, PoolCounts, Struct, Tokenized
 from .prompts import PromptReader, ServedModel
 from .reply import Reply
@@ -91,7 +91,7 @@ def build_app(
         max_body_bytes=max_body_bytes,
     )
     keys = keys or ApiKeys()
-    frame = Frame(
+    middleware = RequestMiddleware(
         keys=keys,
         clock=clock,
         observer=metrics,
@@ -99,7 +99,7 @@ def build_app(
         cors=Cors(allowed_origins),
     )
     routes = _Routes(api, metrics)
-    app = _Application(frame, routes)
+    app = _Application(middleware, routes)
     app.state.api = api
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_routes(app, routes)
@@ -109,19 +109,19 @@ def build_app(
 class _Application(FastAPI):
     """FastAPI, but for the two endpoints that are called all day: its layers and routes would cost them 40 us."""
 
-    def __init__(self, frame: Frame, routes: _Routes) -> None:
+    def __init__(self, middleware: RequestMiddleware, routes: _Routes) -> None:
         super().__init__(title="kvferry", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-        self._frame = frame
+        self._middleware = middleware
         self._shortcuts: dict[tuple[str, str], Endpoint] = {
             ("POST", "/v1/completions"): routes.completions,
             ("POST", "/v1/chat/completions"): routes.chat_completions,
         }
-        self.add_middleware(FrameMiddleware, frame)
+        self.add_middleware(MiddlewareAdapter, middleware)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._shortcuts.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
         if endpoint is not None:
-            await self._frame.serve(endpoint, scope, receive, send)
+            await self._middleware.serve(endpoint, scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
 

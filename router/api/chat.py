@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from msgspec import UNSET, UnsetType
 
-from .choice import Piece
+from .choice import TextPiece
 from .form import FormContext
 from .logprobs import chat_logprobs, prompt_logprobs
 from .openai_types import (
@@ -35,7 +35,7 @@ class ChatForm:
     def has_plain_chunks(self) -> bool:
         return self._options.has_plain_chunks
 
-    def chunks(self, index: int, piece: Piece, *, is_first: bool) -> list[Struct]:
+    def chunks(self, index: int, piece: TextPiece, *, is_first: bool) -> list[Struct]:
         chunks: list[Struct] = []
         if is_first:
             chunks.append(self._opening(index))
@@ -46,7 +46,7 @@ class ChatForm:
     def usage_chunk(self) -> Struct:
         return self._body([], self._context.usage())
 
-    def whole(self, pieces: Sequence[Piece]) -> Struct:
+    def whole(self, pieces: Sequence[TextPiece]) -> Struct:
         context = self._context
         return ChatCompletion(
             id=context.answer_id,
@@ -76,7 +76,7 @@ class ChatForm:
         chunk.prompt_token_ids = self._prompt_ids()
         return chunk
 
-    def _choice(self, index: int, piece: Piece) -> ChatChunkChoice:
+    def _choice(self, index: int, piece: TextPiece) -> ChatChunkChoice:
         return ChatChunkChoice(
             index=index,
             delta=ChatDelta(content=piece.text) if piece.text else ChatDelta(),
@@ -100,13 +100,13 @@ class ChatForm:
             usage=usage,
         )
 
-    def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
+    def _logprobs(self, piece: TextPiece) -> ChatLogprobs | None:
         if self._options.num_logprobs is None:
             return None
         context, num_top = self._context, self._options.num_logprobs
         return chat_logprobs(piece.tokens, context.tokenizer, context.token_name, num_top)
 
-    def _token_ids(self, piece: Piece) -> list[int] | UnsetType:
+    def _token_ids(self, piece: TextPiece) -> list[int] | UnsetType:
         return [token.token_id for token in piece.tokens] if self._options.return_token_ids else UNSET
 
     def _prompt_ids(self) -> list[int] | UnsetType:

@@ -1,9 +1,9 @@
 """One choice's tokens on their way to text: detokenized, cut at stop strings, counted.
 
-Tokens go in as the dispatcher yields them, `Piece`s come out: text that can no longer change, with the tokens behind
-it. What may be the beginning of a stop string, and half a character, stays here; so do the tokens of a piece without
-text, until there is text or an end. `num_tokens` counts what the client gets, the token that completed a stop string
-included.
+Tokens go in as the dispatcher yields them, `TextPiece`s come out: text that can no longer change, with the tokens
+behind it. What may be the beginning of a stop string, and half a character, stays here; so do the tokens of a piece
+without text, until there is text or an end. `num_tokens` counts what the client gets, the token that completed a stop
+string included.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TextOptions:
 
 
 @dataclass(slots=True)
-class Piece:
+class TextPiece:
     """What one update adds to a choice."""
 
     text: str
@@ -40,7 +40,7 @@ class Piece:
     offsets: Sequence[int] = ()  # where each of them begins in the choice's text
 
     @classmethod
-    def joined(cls, pieces: Sequence[Piece]) -> Piece:
+    def joined(cls, pieces: Sequence[TextPiece]) -> TextPiece:
         """All of a choice's pieces as one."""
         return cls(
             "".join([piece.text for piece in pieces]),
@@ -79,18 +79,18 @@ class ChoiceText:
         self.num_tokens = 0
         self.finish: str | None = None
 
-    def push(self, tokens: Sequence[SampledToken], finish: str | None) -> Piece:
+    def push(self, tokens: Sequence[SampledToken], finish: str | None) -> TextPiece:
         """Take new tokens; `finish` as the worker says. The piece is empty where nothing can be shown yet."""
         if self.is_plain:
             text = self._push_plain(tokens, finish)
-            return Piece(text) if finish is None else Piece(text, finish, self._stop_reason)
+            return TextPiece(text) if finish is None else TextPiece(text, finish, self._stop_reason)
         if self._options.max_tokens == 0:  # echo alone: the token that was computed is not the client's
             self.finish = FinishReason.LENGTH
-            return Piece("", self.finish)
+            return TextPiece("", self.finish)
         text = self._push_each(tokens, finish)
         if not self._tokens or not (text or self.finish):
-            return Piece(text, self.finish, self._stop_reason)
-        reported = Piece(text, self.finish, self._stop_reason, self._tokens, self._offsets)
+            return TextPiece(text, self.finish, self._stop_reason)
+        reported = TextPiece(text, self.finish, self._stop_reason, self._tokens, self._offsets)
         self._tokens, self._offsets = [], []
         return reported
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from msgspec import UNSET, UnsetType
 
-from .choice import Piece
+from .choice import TextPiece
 from .form import FormContext
 from .logprobs import completion_logprobs, echoed_logprobs, joined, prompt_logprobs
 from .openai_types import Completion, CompletionChoice, CompletionLogprobs, PromptLogprobs, Struct, Usage
@@ -22,7 +22,7 @@ class CompletionForm:
     def has_plain_chunks(self) -> bool:
         return self._options.has_plain_chunks
 
-    def chunks(self, index: int, piece: Piece, *, is_first: bool) -> list[Struct]:
+    def chunks(self, index: int, piece: TextPiece, *, is_first: bool) -> list[Struct]:
         chunks: list[Struct] = []
         if is_first and (self._options.echo or self._options.return_token_ids):
             chunks.append(self._chunk(self._prompt_choice(index)))
@@ -33,7 +33,7 @@ class CompletionForm:
     def usage_chunk(self) -> Struct:
         return self._body([], self._context.usage())
 
-    def whole(self, pieces: Sequence[Piece]) -> Struct:
+    def whole(self, pieces: Sequence[TextPiece]) -> Struct:
         choices = []
         for index, piece in enumerate(pieces):
             choice = self._choice(index, piece)
@@ -47,7 +47,7 @@ class CompletionForm:
             choices.append(choice)
         return self._body(choices, self._context.usage())
 
-    def _choice(self, index: int, piece: Piece) -> CompletionChoice:
+    def _choice(self, index: int, piece: TextPiece) -> CompletionChoice:
         return CompletionChoice(
             index=index,
             text=piece.text,
@@ -80,7 +80,7 @@ class CompletionForm:
             usage=usage,
         )
 
-    def _logprobs(self, index: int, piece: Piece) -> CompletionLogprobs | None:
+    def _logprobs(self, index: int, piece: TextPiece) -> CompletionLogprobs | None:
         if self._options.num_logprobs is None:
             return None
         base = len(self._echoed_text(index)) if self._options.echo else 0

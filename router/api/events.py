@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from ..http.stream_writer import Chunks
-from .answer import Spout
-from .choice import Piece
+from ..http.stream_writer import ChunkEncoder
+from .answer import FastWriter
+from .choice import TextPiece
 from .form import Form
 from .openai_types import Struct
 
@@ -32,16 +32,16 @@ class EventWriter:
         self._around: dict[int, tuple[bytes, bytes]] = {}  # by choice: a plain chunk's bytes before and after its text
         self._seen: set[int] = set()
 
-    def events(self, pieces: Sequence[tuple[int, Piece]]) -> bytes:
+    def events(self, pieces: Sequence[tuple[int, TextPiece]]) -> bytes:
         events = [self._event(index, piece) for index, piece in pieces]
         return events[0] if len(events) == 1 else b"".join(events)
 
-    def spout(self, chunks: Chunks) -> Spout | None:
+    def fast_writer(self, encoder: ChunkEncoder) -> FastWriter | None:
         """For the middle of a lone choice whose first piece was written; None where it is more than text."""
         around = self._around.get(0)
-        return None if around is None else _PlainChunks(*around, chunks)
+        return None if around is None else _PlainChunkWriter(*around, encoder)
 
-    def _event(self, index: int, piece: Piece) -> bytes:
+    def _event(self, index: int, piece: TextPiece) -> bytes:
         if piece.finish is None and index in self._around:
             before, after = self._around[index]
             return before + _encode(piece.text) + after
@@ -53,28 +53,28 @@ class EventWriter:
         return encode_events(self._form.chunks(index, piece, is_first=is_first))
 
     def _split(self, index: int) -> tuple[bytes, bytes]:
-        event = encode_events(self._form.chunks(index, Piece(_MARK), is_first=False))
+        event = encode_events(self._form.chunks(index, TextPiece(_MARK), is_first=False))
         before, _, after = event.partition(_encode(_MARK))
         return before, after
 
 
-class _PlainChunks:
+class _PlainChunkWriter:
     """Each text as an event of its own."""
 
-    __slots__ = ("_after", "_before", "_chunks", "before_end")
+    __slots__ = ("_after", "_before", "_encoder", "before_end")
 
-    def __init__(self, before: bytes, after: bytes, chunks: Chunks) -> None:
+    def __init__(self, before: bytes, after: bytes, encoder: ChunkEncoder) -> None:
         self._before = before
         self._after = after
-        self._chunks = chunks
-        self.before_end = chunks.before_end
+        self._encoder = encoder
+        self.before_end = encoder.before_end
 
     @property
     def is_full(self) -> bool:
-        return self._chunks.is_full
+        return self._encoder.is_full
 
-    def pour(self, text: str) -> None:
-        self._chunks.write(self._before + _encode(text) + self._after)
+    def write(self, text: str) -> None:
+        self._encoder.write(self._before + _encode(text) + self._after)
 
 
 def encode_events(chunks: Sequence[Struct]) -> bytes:

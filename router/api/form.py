@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType
 
 from ...models.tokenizer import Tokenizer
 from .answer import Answer
-from .choice import Piece
+from .choice import TextPiece
 from .logprobs import Name, token_names
 from .openai_types import PromptTokensDetails, Struct, Usage
 
@@ -78,8 +78,8 @@ class Form(Protocol):
     @property
     def has_plain_chunks(self) -> bool: ...
 
-    def chunks(self, index: int, piece: Piece, *, is_first: bool) -> list[Struct]: ...
+    def chunks(self, index: int, piece: TextPiece, *, is_first: bool) -> list[Struct]: ...
 
     def usage_chunk(self) -> Struct: ...
 
-    def whole(self, pieces: Sequence[Piece]) -> Struct: ...
+    def whole(self, pieces: Sequence[TextPiece]) -> Struct: ...

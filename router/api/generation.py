@@ -34,7 +34,7 @@ from .chat import ChatForm
 from .choice import TextOptions
 from .completions import CompletionForm
 from .form import Form, FormContext, FormOptions
-from .middleware import Call, ResponseObserver, call_of
+from .middleware import RequestContext, ResponseObserver, context_of
 from .prompts import PromptReader, ServedModel, max_chat_tokens, max_completion_tokens
 from .reply import AnswerObserver, InFlight, Reply
 from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
@@ -82,9 +82,9 @@ class Api:
 
     async def body(self, request: Request, held: HeldBody, kind: type[Body]) -> Body:
         """Raises CapacityError (429) before anything is read where the caller's quota is used up."""
-        call = call_of(request.scope)
-        call.allowance = self.quotas.enter(call.tenant)
-        data = await read_body(call.headers, request.receive, held, max_bytes=self.max_body_bytes)
+        context = context_of(request.scope)
+        context.allowance = self.quotas.enter(context.tenant)
+        data = await read_body(context.headers, request.receive, held, max_bytes=self.max_body_bytes)
         max_commas = max(MAX_COMMAS, 2 * self.model.max_model_len)
         raw = await self.json.parse(data, max_commas)
         body = await self.prompts.run(len(data) // _CHECKED_BYTES_PER_CHAR, validate, kind, raw)
@@ -106,63 +106,63 @@ class Api:
         self.json.close()
 
     async def complete(self, request: Request) -> Reply:
-        call = self._begin(request)
+        context = self._begin(request)
         with self.body_room.held() as held:
             body = await self.body(request, held, CompletionBody)
-            call.marks["read"] = self.clock.now()
+            context.marks["read"] = self.clock.now()
             prompts = await self.prompts.completion(body, held.num_bytes)
-        call.marks["tokenize"] = self.clock.now()
+        context.marks["tokenize"] = self.clock.now()
         limits = [max_completion_tokens(body, prompt, self.model.max_model_len) for prompt in prompts]
-        answer = await self._submit(call, body, prompts, limits)
-        return self._reply(body, answer, CompletionForm(self._context(f"cmpl-{call.request_id}", body, answer)))
+        answer = await self._submit(context, body, prompts, limits)
+        return self._reply(body, answer, CompletionForm(self._form_context(f"cmpl-{context.request_id}", body, answer)))
 
     async def chat(self, request: Request) -> Reply:
-        call = self._begin(request)
+        context = self._begin(request)
         with self.body_room.held() as held:
             body = await self.body(request, held, ChatBody)
-            call.marks["read"] = self.clock.now()
+            context.marks["read"] = self.clock.now()
             messages, prompt = await self.prompts.chat(body, held.num_bytes)
-        call.marks["tokenize"] = self.clock.now()
+        context.marks["tokenize"] = self.clock.now()
         limit = max_chat_tokens(body, prompt, self.model.max_model_len)
-        answer = await self._submit(call, body, [prompt], [limit])
-        context = self._context(f"chatcmpl-{call.request_id}", body, answer)
+        answer = await self._submit(context, body, [prompt], [limit])
+        form_context = self._form_context(f"chatcmpl-{context.request_id}", body, answer)
         continued = messages[-1] if body.echo and messages[-1]["role"] == "assistant" else None
-        return self._reply(body, answer, ChatForm(context, echoed=str(continued["content"]) if continued else ""))
+        return self._reply(body, answer, ChatForm(form_context, echoed=str(continued["content"]) if continued else ""))
 
-    def _begin(self, request: Request) -> Call:
+    def _begin(self, request: Request) -> RequestContext:
         self.in_flight.check_open()
-        call = call_of(request.scope)
-        named = call.headers.get(CLASS_HEADER.encode())
-        call.request_class = DEFAULT_CLASS if named is None else named.decode("latin-1")
-        timeout = call.headers.get(TIMEOUT_HEADER.encode())
+        context = context_of(request.scope)
+        named = context.headers.get(CLASS_HEADER.encode())
+        context.request_class = DEFAULT_CLASS if named is None else named.decode("latin-1")
+        timeout = context.headers.get(TIMEOUT_HEADER.encode())
         timeout_s = None if timeout is None else parse_timeout(timeout.decode("latin-1"))
-        limits = (timeout_s, self.classes.named(call.request_class).deadline_s)
-        call.timeout_s = min((limit for limit in limits if limit is not None), default=None)
-        return call
+        limits = (timeout_s, self.classes.named(context.request_class).deadline_s)
+        context.timeout_s = min((limit for limit in limits if limit is not None), default=None)
+        return context
 
-    def _remaining_s(self, call: Call) -> float | None:
+    def _remaining_s(self, context: RequestContext) -> float | None:
         """Of the time that the client gave: what reading its body has taken is off."""
-        if call.timeout_s is None:
+        if context.timeout_s is None:
             return None
-        return max(0.0, call.timeout_s - (self.clock.now() - call.started_s))
+        return max(0.0, context.timeout_s - (self.clock.now() - context.started_s))
 
     async def _submit(
-        self, call: Call, body: GenerationBody, prompts: Sequence[PromptText], limits: Sequence[int]
+        self, context: RequestContext, body: GenerationBody, prompts: Sequence[PromptText], limits: Sequence[int]
     ) -> Answer:
         sampling = [self._sampling(body, limit) for limit in limits]
         self.in_flight.check_open()
-        if call.allowance is not None:
+        if context.allowance is not None:
             tokens = zip(prompts, limits, strict=True)
-            call.allowance.charge(sum(len(prompt.token_ids) + body.num_choices * limit for prompt, limit in tokens))
-        salt = self._cache_salt(call, body)
+            context.allowance.charge(sum(len(prompt.token_ids) + body.num_choices * limit for prompt, limit in tokens))
+        salt = self._cache_salt(context, body)
         streams: list[TokenStream] = []
         try:
             for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
                 if index % _BATCH_STEP == _BATCH_STEP - 1:
                     await asyncio.sleep(0)  # a large batch does not hold up everybody else
-                request_id = f"{call.request_id}-{index}"
-                prompt_request = self._request(request_id, call, body, prompt, params, salt)
-                prompt_request.timeout_s = self._remaining_s(call)
+                request_id = f"{context.request_id}-{index}"
+                prompt_request = self._request(request_id, context, body, prompt, params, salt)
+                prompt_request.timeout_s = self._remaining_s(context)
                 streams.append(self.backend.submit(prompt_request))
         except BaseException:
             for stream in streams:
@@ -179,21 +179,21 @@ class Api:
             vocab_size=self.model.vocab_size,
         )
 
-    def _cache_salt(self, call: Call, body: GenerationBody) -> bytes:
+    def _cache_salt(self, context: RequestContext, body: GenerationBody) -> bytes:
         """Who may find the KV of this prompt: who sends the same salt, and, unless keys share, with the same key."""
         own = (body.cache_salt or "").encode()
-        return own if self.shares_prefixes or not call.tenant else call.tenant + own
+        return own if self.shares_prefixes or not context.tenant else context.tenant + own
 
     def _request(
         self,
         request_id: str,
-        call: Call,
+        context: RequestContext,
         body: GenerationBody,
         prompt: PromptText,
         sampling: SamplingParams,
         salt: bytes,
     ) -> RouterRequest:
-        objectives = self.classes.named(call.request_class)
+        objectives = self.classes.named(context.request_class)
         return RouterRequest(
             request_id,
             prompt.token_ids,
@@ -201,12 +201,12 @@ class Api:
             n=body.num_choices,
             priority=objectives.priority if body.priority is None else body.priority,
             cache_salt=salt,
-            request_class=call.request_class,
+            request_class=context.request_class,
             objectives=objectives,
-            tenant=_tenant_of(call, body),
+            tenant=_tenant_of(context, body),
         )
 
-    def _context(self, answer_id: str, body: GenerationBody, answer: Answer) -> FormContext:
+    def _form_context(self, answer_id: str, body: GenerationBody, answer: Answer) -> FormContext:
         streamed = body.stream_options
         continuous = streamed is not None and bool(streamed.continuous_usage_stats)
         options = FormOptions(
@@ -233,10 +233,10 @@ class Api:
         )
 
 
-def _tenant_of(call: Call, body: GenerationBody) -> str:
+def _tenant_of(context: RequestContext, body: GenerationBody) -> str:
     """Whose share of the service it counts for: its key's; where there are no keys, whom it names."""
-    if call.tenant:
-        return call.tenant.hex()
+    if context.tenant:
+        return context.tenant.hex()
     named = body.user if isinstance(body.user, str) and body.user else body.cache_salt
     return hashlib.blake2b(named.encode(errors="surrogatepass"), digest_size=16).hexdigest() if named else ""
 

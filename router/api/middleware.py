@@ -25,14 +25,14 @@ from ..access.cors import Cors, Headers
 from ..access.hosts import HostNames
 from ..access.keys import ApiKeys
 from ..access.quota import Allowance, QuotaExceeded
-from ..http.stream_writer import CHUNKS, Chunks
-from ..state.errors import Failure, StreamError, failure_of
+from ..http.stream_writer import CHUNK_ENCODER, ChunkEncoder
+from ..state.errors import HttpFailure, StreamError, failure_of
 from ..state.objectives import DEFAULT_CLASS
 from .body import ClientGone
 
 OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
 CLIENT_CLOSED = 499  # for counts and logs: no one is there to read a status
-_CALL = "kvferry.call"
+_CONTEXT = "kvferry.context"
 _ONCE = (b"host", b"authorization", b"content-type", b"content-encoding", b"origin")
 _NOT_IN_AN_ID = re.compile(rb"[^A-Za-z0-9._:/+=@-]+")
 
@@ -43,15 +43,15 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
-class Call:
-    """One HTTP request. Times are of the frame's clock."""
+class RequestContext:
+    """One HTTP request. Times are of the middleware's clock."""
 
     request_id: str
     shown_id: str  # what x-request-id says: the client's own where it sent one
     started_s: float
     send: Send
     write: WritePart  # a part of a stream
-    chunks: Chunks | None = None  # the server's own way for them, where it lends one
+    chunk_encoder: ChunkEncoder | None = None  # the server's own way for them, where it lends one
     headers: Mapping[bytes, bytes] = field(default_factory=dict)  # by name in lower case
     tenant: bytes = b""  # whose key it came with; empty: there are no keys
     allowance: Allowance | None = None  # what it holds of the tenant's quota
@@ -62,10 +62,10 @@ class Call:
     status: int | None = None  # sent
 
 
-def call_of(scope: Scope) -> Call:
-    call = scope[_CALL]
-    assert isinstance(call, Call)
-    return call
+def context_of(scope: Scope) -> RequestContext:
+    context = scope[_CONTEXT]
+    assert isinstance(context, RequestContext)
+    return context
 
 
 def check_head(scope: Scope, headers: Mapping[bytes, bytes]) -> None:
@@ -98,8 +98,8 @@ class ResponseObserver(Protocol):
         ...
 
 
-class Frame:
-    """What is around every request. `FrameMiddleware` puts it around a framework's application."""
+class RequestMiddleware:
+    """What is around every request. `MiddlewareAdapter` puts it around a framework's application."""
 
     def __init__(
         self,
@@ -120,63 +120,63 @@ class Frame:
     async def serve(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
         """Have an HTTP request answered by this endpoint."""
         headers = dict(scope["headers"])
-        call = self._open(headers, scope, send)
-        scope[_CALL] = call
+        context = self._open(headers, scope, send)
+        scope[_CONTEXT] = context
 
-        async def send_framed(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                call.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *self._headers(call)]
+                context.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *self._headers(context)]
             await send(message)
 
         try:
             check_head(scope, headers)
             preflight = self._cors.preflight(scope["method"], headers)
             if preflight is not None:
-                await _send_preflight(send_framed, preflight)
+                await _send_preflight(send_with_headers, preflight)
             else:
-                self._admit(call, scope["path"])
+                self._admit(context, scope["path"])
                 answer = await endpoint(Request(scope, receive))
-                await answer(scope, receive, send_framed)
+                await answer(scope, receive, send_with_headers)
         except ClientGone:
-            call.status = CLIENT_CLOSED
+            context.status = CLIENT_CLOSED
         except Exception as error:
-            await self._refuse(call, error, send_framed)
+            await self._refuse(context, error, send_with_headers)
         finally:
-            self._observer.on_response(call.status or CLIENT_CLOSED)
-            if call.allowance is not None:
-                call.allowance.leave()
-            del scope[_CALL]  # it leads back to the scope
+            self._observer.on_response(context.status or CLIENT_CLOSED)
+            if context.allowance is not None:
+                context.allowance.leave()
+            del scope[_CONTEXT]  # it leads back to the scope
 
-    def _admit(self, call: Call, path: str) -> None:
+    def _admit(self, context: RequestContext, path: str) -> None:
         """The one place that says what a path needs. Raises RequestError (401, 403)."""
         if path not in OPEN_PATHS:
             if self._hosts is not None:
-                self._hosts.check(call.headers.get(b"host", b""))
-            call.tenant = self._keys.check(call.headers.get(b"authorization", b""))
+                self._hosts.check(context.headers.get(b"host", b""))
+            context.tenant = self._keys.check(context.headers.get(b"authorization", b""))
 
-    def _open(self, headers: dict[bytes, bytes], scope: Scope, send: Send) -> Call:
+    def _open(self, headers: dict[bytes, bytes], scope: Scope, send: Send) -> RequestContext:
         request_id = secrets.token_hex(16)
         shown = _NOT_IN_AN_ID.sub(b"", headers.get(b"x-request-id", b"")[:1024])[:128].decode()
-        chunks: Chunks | None = scope.get(CHUNKS)
-        write: WritePart = partial(send_part, send) if chunks is None else chunks.send
-        return Call(request_id, shown or request_id, self._clock.now(), send, write, chunks, headers)
+        chunk_encoder: ChunkEncoder | None = scope.get(CHUNK_ENCODER)
+        write: WritePart = partial(send_part, send) if chunk_encoder is None else chunk_encoder.send
+        return RequestContext(request_id, shown or request_id, self._clock.now(), send, write, chunk_encoder, headers)
 
-    def _headers(self, call: Call) -> list[tuple[bytes, bytes]]:
-        elapsed_ms = int((self._clock.now() - call.started_s) * 1000)
-        headers = [(b"x-request-id", call.shown_id.encode()), (b"openai-processing-ms", b"%d" % elapsed_ms)]
-        if b"origin" in call.headers:
-            headers += self._cors.headers(call.headers)
-        return headers if call.allowance is None else headers + call.allowance.headers
+    def _headers(self, context: RequestContext) -> list[tuple[bytes, bytes]]:
+        elapsed_ms = int((self._clock.now() - context.started_s) * 1000)
+        headers = [(b"x-request-id", context.shown_id.encode()), (b"openai-processing-ms", b"%d" % elapsed_ms)]
+        if b"origin" in context.headers:
+            headers += self._cors.headers(context.headers)
+        return headers if context.allowance is None else headers + context.allowance.headers
 
-    async def _refuse(self, call: Call, error: Exception, send: Send) -> None:
+    async def _refuse(self, context: RequestContext, error: Exception, send: Send) -> None:
         self._count(error)
         if not isinstance(error, (RequestError, CapacityError, StreamError)):
-            log.exception("request_error", request_id=call.request_id)
-        if call.status is not None:  # the head is out: a broken connection is the only honest end
+            log.exception("request_error", request_id=context.request_id)
+        if context.status is not None:  # the head is out: a broken connection is the only honest end
             raise error
         failure = failure_of(error)
-        if isinstance(error, QuotaExceeded) and call.allowance is None:
+        if isinstance(error, QuotaExceeded) and context.allowance is None:
             failure = replace(failure, more_headers=tuple(error.allowance.headers))
         await send_failure(send, failure)
 
@@ -190,16 +190,16 @@ class Frame:
                 self._observer.on_rejected("quota")
 
 
-class FrameMiddleware:
+class MiddlewareAdapter:
     """ASGI middleware; the outermost of ours."""
 
-    def __init__(self, app: ASGIApp, frame: Frame) -> None:
+    def __init__(self, app: ASGIApp, middleware: RequestMiddleware) -> None:
         self._app = app
-        self._frame = frame
+        self._middleware = middleware
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":  # nothing else is served: no web sockets
-            await self._frame.serve(self._endpoint, scope, receive, send)
+            await self._middleware.serve(self._endpoint, scope, receive, send)
 
     async def _endpoint(self, request: Request) -> ASGIApp:
         return self._app
@@ -214,7 +214,7 @@ async def _send_preflight(send: Send, headers: Headers) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def send_failure(send: Send, failure: Failure) -> None:
+async def send_failure(send: Send, failure: HttpFailure) -> None:
     body = failure.body
     headers = [*failure.headers, (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": failure.status, "headers": headers})

@@ -23,10 +23,10 @@ from ...common.errors import CapacityError, RequestError
 from ...common.request import FinishReason
 from ..state.errors import StreamError, failure_of
 from .answer import Answer
-from .choice import Piece
+from .choice import TextPiece
 from .events import DONE, EventWriter, encode_events
 from .form import Form
-from .middleware import CLIENT_CLOSED, Call, WritePart, call_of, send_failure, send_part
+from .middleware import CLIENT_CLOSED, RequestContext, WritePart, context_of, send_failure, send_part
 from .timing import phases_ms, server_timing
 
 _WRITE_BYTES = 64 * 2**10  # handed to the connection at a time: it waits before the next when it is full
@@ -113,29 +113,29 @@ class Reply(Response):
         self._is_cut = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = call_of(scope)
+        context = context_of(scope)
         try:
-            await self._serve(call, send)
+            await self._serve(context, send)
         finally:
             self._in_flight.discard(self)
             self._answer.close()
-            self._record(call, str(scope["path"]))
+            self._record(context, str(scope["path"]))
 
-    async def _serve(self, call: Call, send: Send) -> None:
-        if call.chunks is not None:
-            call.chunks.watch(self._cut)
-        error = self._ended_by if self._is_cut else await self._write(call, send)
+    async def _serve(self, context: RequestContext, send: Send) -> None:
+        if context.chunk_encoder is not None:
+            context.chunk_encoder.watch(self._cut)
+        error = self._ended_by if self._is_cut else await self._write(context, send)
         if error is not None:
-            await self._fail(call, send, error)
+            await self._fail(context, send, error)
         elif self._is_cut:
-            call.status = CLIENT_CLOSED
+            context.status = CLIENT_CLOSED
 
-    async def _write(self, call: Call, send: Send) -> Exception | None:
+    async def _write(self, context: RequestContext, send: Send) -> Exception | None:
         """Return what went wrong: nothing also where it was cut because the client left."""
         self._task = asyncio.current_task()
         assert self._task is not None
         try:
-            await (self._send_stream(call, send) if self._stream else self._send_whole(call, send))
+            await (self._send_stream(context, send) if self._stream else self._send_whole(context, send))
         except asyncio.CancelledError:
             if not self._is_cut:
                 raise
@@ -145,40 +145,40 @@ class Reply(Response):
             return error
         finally:
             self._task = None
-            if call.chunks is not None:
-                call.chunks.watch(None)
+            if context.chunk_encoder is not None:
+                context.chunk_encoder.watch(None)
         return None
 
-    async def _send_whole(self, call: Call, send: Send) -> None:
-        pieces: list[list[Piece]] = [[] for _ in self._answer.choices]
-        while told := await self._answer.next():
-            for index, piece in told:
+    async def _send_whole(self, context: RequestContext, send: Send) -> None:
+        pieces: list[list[TextPiece]] = [[] for _ in self._answer.choices]
+        while batch := await self._answer.next():
+            for index, piece in batch:
                 pieces[index].append(piece)
         body = await self._whole(pieces)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
-            (b"server-timing", server_timing(call, self._answer.requests)),
+            (b"server-timing", server_timing(context, self._answer.requests)),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await _write_in_parts(partial(send_part, call.send), body)
+        await _write_in_parts(partial(send_part, context.send), body)
         await send({"type": "http.response.body", "body": b""})
 
-    async def _whole(self, pieces: list[list[Piece]]) -> bytes:
-        num_named = sum(1 + len(token.top) for told in pieces for piece in told for token in piece.tokens)
+    async def _whole(self, pieces: list[list[TextPiece]]) -> bytes:
+        num_named = sum(1 + len(token.top) for batch in pieces for piece in batch for token in piece.tokens)
         if num_named > _NAMED_INLINE or len(pieces) > _CHOICES_INLINE:
             return await asyncio.to_thread(self._encode, pieces)
         return self._encode(pieces)
 
-    def _encode(self, pieces: list[list[Piece]]) -> bytes:
-        return msgspec.json.encode(self._form.whole(list(map(Piece.joined, pieces))))
+    def _encode(self, pieces: list[list[TextPiece]]) -> bytes:
+        return msgspec.json.encode(self._form.whole(list(map(TextPiece.joined, pieces))))
 
-    async def _send_stream(self, call: Call, send: Send) -> None:
-        writer, write = EventWriter(self._form), call.write
+    async def _send_stream(self, context: RequestContext, send: Send) -> None:
+        writer, write = EventWriter(self._form), context.write
         while pieces := await self._answer.next():
-            is_first = call.status is None
+            is_first = context.status is None
             if is_first:
-                timing = (b"server-timing", server_timing(call, self._answer.requests))
+                timing = (b"server-timing", server_timing(context, self._answer.requests))
                 await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS, timing]})
             events = writer.events(pieces)
             if len(events) > _WRITE_BYTES:
@@ -186,42 +186,42 @@ class Reply(Response):
             elif events:
                 await write(events)
             if is_first:
-                self._let_pour(call, writer)
+                self._write_middle(context, writer)
         tail = encode_events([self._form.usage_chunk()]) + DONE if self._include_usage else DONE
         await send({"type": "http.response.body", "body": tail})
 
-    def _let_pour(self, call: Call, writer: EventWriter) -> None:
-        if call.chunks is not None and (spout := writer.spout(call.chunks)) is not None:
-            self._answer.pour_into(spout)
+    def _write_middle(self, context: RequestContext, writer: EventWriter) -> None:
+        if context.chunk_encoder is not None and (fast_writer := writer.fast_writer(context.chunk_encoder)) is not None:
+            self._answer.write_to(fast_writer)
 
-    async def _fail(self, call: Call, send: Send, error: Exception) -> None:
+    async def _fail(self, context: RequestContext, send: Send, error: Exception) -> None:
         if not isinstance(error, (RequestError, CapacityError, StreamError)):
-            log.error("request_error", request_id=call.request_id, exc_info=error)
+            log.error("request_error", request_id=context.request_id, exc_info=error)
         failure = failure_of(error)
-        if call.status is None:
+        if context.status is None:
             await send_failure(send, failure)
         elif self._stream:
             await send({"type": "http.response.body", "body": b"data: " + failure.body + b"\n\n"})
         else:
             raise error
-        call.status = failure.status
+        context.status = failure.status
 
-    def _record(self, call: Call, path: str) -> None:
+    def _record(self, context: RequestContext, path: str) -> None:
         """The line of a finished request. Neither prompt nor answer is in it."""
         answer = self._answer
-        finishes = [choice.finish or self._unfinished_reason(call) for choice in answer.choices]
+        finishes = [choice.finish or self._unfinished_reason(context) for choice in answer.choices]
         num_prompt = sum(len(prompt.token_ids) for prompt in answer.prompts)
         num_completion = sum(choice.num_tokens for choice in answer.choices)
         self._observer.on_answer(num_prompt, num_completion, finishes)
-        if call.allowance is not None:
-            call.allowance.settle(num_prompt + num_completion)
+        if context.allowance is not None:
+            context.allowance.settle(num_prompt + num_completion)
         requests = answer.requests
         log.info(
             "request_finished",
-            request_id=call.request_id,
-            client_request_id=call.shown_id if call.shown_id != call.request_id else None,
+            request_id=context.request_id,
+            client_request_id=context.shown_id if context.shown_id != context.request_id else None,
             path=path,
-            status=call.status,
+            status=context.status,
             finish=sorted({str(finish) for finish in finishes}),
             prompt_tokens=num_prompt,
             cached_tokens=sum(request.num_cached_tokens for request in requests),
@@ -229,11 +229,11 @@ class Reply(Response):
             attempts=max(request.attempt for request in requests),
             prefill_workers=sorted({request.prefill_worker or "-" for request in requests}),
             decode_workers=sorted({request.decode_worker or "-" for request in requests}),
-            **phases_ms(call, requests),
+            **phases_ms(context, requests),
         )
 
-    def _unfinished_reason(self, call: Call) -> str:
-        return FinishReason.ABORT if call.status in (None, CLIENT_CLOSED) else FinishReason.ERROR
+    def _unfinished_reason(self, context: RequestContext) -> str:
+        return FinishReason.ABORT if context.status in (None, CLIENT_CLOSED) else FinishReason.ERROR
 
 
 async def _write_in_parts(write: WritePart, body: bytes) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..state.request import RouterRequest
-from .middleware import Call
+from .middleware import RequestContext
 
 # Phase -> the stamps between which it lies. A phase whose end is not stamped yet is not known yet.
 _PHASES = {
@@ -21,11 +21,11 @@ _PHASES = {
 }
 
 
-def phases_ms(call: Call, requests: Sequence[RouterRequest]) -> dict[str, float]:
+def phases_ms(context: RequestContext, requests: Sequence[RouterRequest]) -> dict[str, float]:
     """Milliseconds of each phase that is known; of a batch of prompts, the slowest one's."""
     phases: dict[str, float] = {}
-    previous_s = call.started_s
-    for name, mark_s in call.marks.items():
+    previous_s = context.started_s
+    for name, mark_s in context.marks.items():
         phases[f"{name}_ms"] = _ms(mark_s - previous_s)
         previous_s = mark_s
     for name, (begin, end) in _PHASES.items():
@@ -39,9 +39,9 @@ def phases_ms(call: Call, requests: Sequence[RouterRequest]) -> dict[str, float]
     return phases
 
 
-def server_timing(call: Call, requests: Sequence[RouterRequest]) -> bytes:
+def server_timing(context: RequestContext, requests: Sequence[RouterRequest]) -> bytes:
     """The header's value, such as `tokenize;dur=0.8, queue;dur=1.2, prefill;dur=31.0`."""
-    phases = phases_ms(call, requests).items()
+    phases = phases_ms(context, requests).items()
     return ", ".join(f"{name.removesuffix('_ms')};dur={value}" for name, value in phases).encode()
 
 

@@ -102,7 +102,7 @@ class Autoscaler:
         ready = _counts(member for member in load.members if member.state is MemberState.READY)
         for pool in POOLS:
             kept = load.ttft if pool == "prefill" else load.tpot
-            counts = settled and ready.of(pool) >= forecast.needed.of(pool) > 0
+            counts = settled and ready.in_pool(pool) >= forecast.needed.in_pool(pool) > 0
             self._corrections[pool].observe(kept, load.interval_s, counts=counts)
 
     def _look_ahead(self, load: LoadSnapshot, have: Counts) -> ScaleForecast:
@@ -115,8 +115,8 @@ class Autoscaler:
         settings = self._settings
         ahead_s = load.start_s + load.interval_s
         requests, tokens = self._requests.at(ahead_s), self._tokens.at(ahead_s)
-        prompts = PrefillLoad.of(answers, self._times, load.limits, settings.objectives)
-        crowd = DecodeLoad.of(answers, self._times, load.limits, settings.objectives)
+        prompts = PrefillLoad.from_answers(answers, self._times, load.limits, settings.objectives)
+        crowd = DecodeLoad.from_answers(answers, self._times, load.limits, settings.objectives)
         factor = {pool: self._corrections[pool].factor for pool in POOLS}
 
         def need(tokens_per_s: float, requests_per_s: float) -> Counts:
@@ -133,7 +133,7 @@ class Autoscaler:
         if load.now_s - self._shrunk_s >= settings.shrink_after_s:  # else only what is clear: no back and forth
             needed = _at_least(needed, self._lasting(load.now_s))
         roomy = needed
-        if any(needed.of(pool) > settings.jump * have.of(pool) for pool in POOLS):
+        if any(needed.in_pool(pool) > settings.jump * have.in_pool(pool) for pool in POOLS):
             more = 1.0 + settings.jump_headroom
             roomy = need((tokens + backlog) * more, requests * more)
         more = 1.0 + settings.headroom
@@ -174,12 +174,14 @@ class Autoscaler:
             return self._within(have, bounds, have), "no lengths known yet"
         may_shrink = self._since_s is not None and load.now_s - self._since_s >= self._settings.shrink_after_s
         sizes = {
-            pool: _size(have.of(pool), needed.of(pool), enough.of(pool), bounds[pool], may_shrink=may_shrink)
+            pool: _size(
+                have.in_pool(pool), needed.in_pool(pool), enough.in_pool(pool), bounds[pool], may_shrink=may_shrink
+            )
             for pool in POOLS
         }
         for pool in POOLS:
-            if needed.of(pool) > self._settings.jump * have.of(pool):
-                sizes[pool] = bounds[pool].clamp(roomy.of(pool))
+            if needed.in_pool(pool) > self._settings.jump * have.in_pool(pool):
+                sizes[pool] = bounds[pool].clamp(roomy.in_pool(pool))
         wanted = Counts(sizes["prefill"], sizes["decode"])
         lately = _largest(self._most_needed(load.now_s - self._settings.flip_after_s), self._settings.spare_workers)
         wanted = _lend(wanted, have, lately, bounds, fleet)
@@ -228,7 +230,11 @@ def _largest(counts: Counts, num_spares: int) -> Counts:
 
 def _poorest(split: Counts, needed: Counts) -> float:
     """What part of its need the poorer pool has."""
-    return min(split.of(pool) / needed.of(pool) for pool in POOLS if needed.of(pool)) if needed.total else 1.0
+    return (
+        min(split.in_pool(pool) / needed.in_pool(pool) for pool in POOLS if needed.in_pool(pool))
+        if needed.total
+        else 1.0
+    )
 
 
 def _size(have: int, needed: int, enough: int, bounds: Bounds, *, may_shrink: bool) -> int:
@@ -244,12 +250,12 @@ def _size(have: int, needed: int, enough: int, bounds: Bounds, *, may_shrink: bo
 def _lend(wanted: Counts, have: Counts, lately: Counts, bounds: dict[Pool, Bounds], fleet: list[Member]) -> Counts:
     """A pool with more than it needed lately, with headroom, gives to one that lacks."""
     for gives, lacks in _WAYS:
-        missing = wanted.of(lacks) - have.of(lacks)
-        least = max(lately.of(gives), bounds[gives].at_least)
-        spare = min(have.of(gives) - least, len(_flippable(fleet, gives)))
+        missing = wanted.in_pool(lacks) - have.in_pool(lacks)
+        least = max(lately.in_pool(gives), bounds[gives].at_least)
+        spare = min(have.in_pool(gives) - least, len(_flippable(fleet, gives)))
         count = min(missing, spare)
         if count > 0:
-            left = min(wanted.of(gives), have.of(gives) - count)
+            left = min(wanted.in_pool(gives), have.in_pool(gives) - count)
             wanted = Counts(wanted.prefill, left) if gives == "decode" else Counts(left, wanted.decode)
     return wanted
 
@@ -264,7 +270,7 @@ def _way(wanted: Counts, have: Counts, fleet: list[Member], forecast: ScaleForec
     """From the fleet as it is to the wanted one."""
     flips: list[tuple[str, Pool]] = []
     removals: list[str] = []
-    missing = {pool: wanted.of(pool) - have.of(pool) for pool in POOLS}
+    missing = {pool: wanted.in_pool(pool) - have.in_pool(pool) for pool in POOLS}
     for gives, takes in _WAYS:
         count = min(-missing[gives], missing[takes])
         chosen = _flippable(fleet, gives)[: max(0, count)]
@@ -294,13 +300,13 @@ def _explain(forecast: ScaleForecast, have: Counts, wanted: Counts) -> str:
     )
     if wanted == have:
         return rates
-    told = []
+    lines = []
     for pool in POOLS:
-        now, then = have.of(pool), wanted.of(pool)
+        now, then = have.in_pool(pool), wanted.in_pool(pool)
         if then > now:
-            told.append(f"{pool} grows from {now} to {then}")
+            lines.append(f"{pool} grows from {now} to {then}")
         elif then < now:
-            told.append(
-                f"{pool} shrinks from {now} to {then}: {forecast.with_headroom.of(pool)} were enough for a while"
+            lines.append(
+                f"{pool} shrinks from {now} to {then}: {forecast.with_headroom.in_pool(pool)} were enough for a while"
             )
-    return f"{rates}; {'; '.join(told)}"
+    return f"{rates}; {'; '.join(lines)}"

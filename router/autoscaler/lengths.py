@@ -16,7 +16,7 @@ import random
 from collections.abc import Sequence
 from itertools import count
 
-from .scale_types import Answer
+from .scale_types import AnswerLengths
 
 _USUAL_GAIN = 0.02
 
@@ -28,7 +28,7 @@ class LengthSample:
         self._size = size
         self._fade_s = half_life_s / math.log(2)
         self._random = random.Random(seed)
-        self._heap: list[tuple[float, int, Answer]] = []  # the smallest key leaves first
+        self._heap: list[tuple[float, int, AnswerLengths]] = []  # the smallest key leaves first
         self._numbers = count()
         self._usual = 0.0  # answers in one `add`
 
@@ -36,10 +36,10 @@ class LengthSample:
         return len(self._heap)
 
     @property
-    def answers(self) -> list[Answer]:
+    def answers(self) -> list[AnswerLengths]:
         return [answer for _, _, answer in self._heap]
 
-    def add(self, answers: Sequence[Answer], now_s: float) -> None:
+    def add(self, answers: Sequence[AnswerLengths], now_s: float) -> None:
         """Those of one interval."""
         if not answers:
             return

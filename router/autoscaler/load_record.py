@@ -14,9 +14,9 @@ from prometheus_client.metrics_core import Metric
 
 from ..metrics.metrics import PoolGauges, RouterMetrics
 from ..metrics.workers import gauge
-from ..state.outcome import Outcome
+from ..state.outcome import ServiceOutcome
 from ..state.request import RouterRequest
-from .scale_types import POOLS, Answer, Counts, Kept
+from .scale_types import POOLS, AnswerLengths, Counts, Kept
 
 _T = TypeVar("_T")
 _MOST = 100_000  # requests in one interval
@@ -28,7 +28,7 @@ class SeenLoad:
     """One interval's."""
 
     prompts: tuple[int, ...] = ()
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[AnswerLengths, ...] = ()
     ttft: Kept = Kept()
     tpot: Kept = Kept()
     num_queued: int = 0
@@ -67,7 +67,7 @@ class SeenLoad:
         queued = event.get("num_queued")
         return cls(
             tuple(prompts),
-            tuple(Answer(*_ints(lengths)) for lengths in answers) if isinstance(answers, list) else (),
+            tuple(AnswerLengths(*_ints(lengths)) for lengths in answers) if isinstance(answers, list) else (),
             Kept(*kept[0]),
             Kept(*kept[1]),
             queued if isinstance(queued, int) else 0,
@@ -92,7 +92,7 @@ class LoadRecord:
     """Filled by the dispatcher's observer; `take` empties it."""
 
     _prompts: list[int] = field(default_factory=list)
-    _answers: list[Answer] = field(default_factory=list)
+    _answers: list[AnswerLengths] = field(default_factory=list)
     _ttft: list[bool] = field(default_factory=list)  # met?
     _tpot: list[bool] = field(default_factory=list)
 
@@ -103,10 +103,10 @@ class LoadRecord:
     def on_finished(self, request: RouterRequest) -> None:
         if request.num_output_tokens and len(self._answers) < _MOST:
             self._answers.append(
-                Answer(request.num_prompt_tokens, request.num_cached_tokens, request.num_output_tokens)
+                AnswerLengths(request.num_prompt_tokens, request.num_cached_tokens, request.num_output_tokens)
             )
 
-    def on_outcome(self, outcome: Outcome) -> None:
+    def on_outcome(self, outcome: ServiceOutcome) -> None:
         if outcome.ttft_s is not None and outcome.ttft_limit_s is not None:
             self._ttft.append(outcome.ttft_s <= outcome.ttft_limit_s)
         if outcome.tpot_s is not None and outcome.tpot_limit_s is not None:
@@ -149,7 +149,7 @@ class RecordingMetrics(RouterMetrics):
             ("current", "Workers that a pool has, with those that start", replicas.current),
         ):
             if counts is not None:
-                samples = [((pool,), float(counts.of(pool))) for pool in POOLS]
+                samples = [((pool,), float(counts.in_pool(pool))) for pool in POOLS]
                 yield gauge(f"kvferry_{name}_replicas", text, ["pool"], samples)
 
     def on_submitted(self, request: object) -> None:
@@ -160,6 +160,6 @@ class RecordingMetrics(RouterMetrics):
         super().on_finished(request)
         self._record.on_finished(request)
 
-    def on_outcome(self, outcome: Outcome) -> None:  # type: ignore[override]
+    def on_outcome(self, outcome: ServiceOutcome) -> None:  # type: ignore[override]
         super().on_outcome(outcome)
         self._record.on_outcome(outcome)

@@ -48,7 +48,7 @@ class Member:
     can_change_role: bool = True
 
 
-class Answer(NamedTuple):
+class AnswerLengths(NamedTuple):
     """The lengths of one finished request, in tokens."""
 
     num_prompt_tokens: int
@@ -81,7 +81,7 @@ class LoadSnapshot:
     interval_s: float  # since the snapshot before
     week_s: float  # since Monday's midnight, in the operator's zone
     prompts: tuple[int, ...]  # tokens of each request that came, refused ones included
-    answers: tuple[Answer, ...]  # of requests that ended; an even choice of them is enough
+    answers: tuple[AnswerLengths, ...]  # of requests that ended; an even choice of them is enough
     members: tuple[Member, ...]
     limits: WorkerLimits
     queued_tokens: int = 0  # prompt tokens that wait in the central queue
@@ -121,7 +121,7 @@ class Counts:
     def total(self) -> int:
         return self.prefill + self.decode
 
-    def of(self, pool: Pool) -> int:
+    def in_pool(self, pool: Pool) -> int:
         return self.prefill if pool == "prefill" else self.decode
 
     def __str__(self) -> str:

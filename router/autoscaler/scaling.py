@@ -35,7 +35,7 @@ _MOST_SEEN = 64  # reports of other routers that wait for the next decision
 log = structlog.get_logger(__name__)
 
 
-class Operations(Protocol):
+class ScaleOperations(Protocol):
     """What it needs of the dispatcher."""
 
     def view(self) -> PoolView: ...
@@ -61,7 +61,7 @@ class Scaling:
         self,
         config: AutoscaleConfig,
         objectives: Objectives,
-        dispatcher: Operations,
+        dispatcher: ScaleOperations,
         predictor: Predictor,
         record: LoadRecord,
         clock: Clock,
@@ -173,7 +173,7 @@ class Scaling:
         """For the admin listener."""
         held = self._autoscaler.held
         now = self._clock.now()
-        told: dict[str, object] = {
+        described: dict[str, object] = {
             "mode": self._config.mode,
             "decides_here": self._is_leader,
             "current": _as_json(self.current()),
@@ -185,10 +185,10 @@ class Scaling:
         }
         if held is not None:
             until = held[1]
-            told["held"] = {**_as_json(held[0]), "for_s": None if until is None else round(until - now, 1)}
+            described["held"] = {**_as_json(held[0]), "for_s": None if until is None else round(until - now, 1)}
         if self._decision is not None:
-            told["forecast"] = _forecast(self._decision)
-        return told
+            described["forecast"] = _forecast(self._decision)
+        return described
 
     # --- once per interval ------------------------------------------------------------------------------------------
 
@@ -233,8 +233,8 @@ class Scaling:
                 self._given[worker_id] = (pool, now + _OBEY_S)
                 log.info("role_change", worker_id=worker_id, role=pool, reason=decision.reason)
         # One that drains although nobody here asked for it will not be counted on again: its place is given to another.
-        gone = [m.worker_id for m in self._members(view) if m.state is MemberState.DRAINING]
-        lost = [name for name in gone if name in self._fleet.workers]
+        drained = [m.worker_id for m in self._members(view) if m.state is MemberState.DRAINING]
+        lost = [name for name in drained if name in self._fleet.workers]
         is_wish = bool(is_news or decision.removals or lost or decision.additions.total)
         if self._launcher is not None and is_wish and not waits:
             self._wish(decision, decision.additions, decision.removals, now, lost=lost)

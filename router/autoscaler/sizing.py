@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from ..state.objectives import Objectives
-from .scale_types import Answer, StepTimes, WorkerLimits
+from .scale_types import AnswerLengths, StepTimes, WorkerLimits
 
 MOST_WORKERS = 4096
 _MAX_UTILIZATION = 0.97
@@ -51,8 +51,8 @@ class PrefillLoad:
     mean_tokens: float  # of whole prompts, cached tokens included
 
     @classmethod
-    def of(
-        cls, answers: Sequence[Answer], times: StepTimes, limits: WorkerLimits, objectives: Objectives
+    def from_answers(
+        cls, answers: Sequence[AnswerLengths], times: StepTimes, limits: WorkerLimits, objectives: Objectives
     ) -> PrefillLoad:
         ttft_s = objectives.ttft_s if objectives.ttft_s is not None else _DEFAULT_TTFT_S
         prompts = [(max(1, a.num_prompt_tokens - a.num_cached_tokens), a.num_cached_tokens) for a in answers]
@@ -104,8 +104,8 @@ class DecodeLoad:
     tpot_s: float
 
     @classmethod
-    def of(
-        cls, answers: Sequence[Answer], times: StepTimes, limits: WorkerLimits, objectives: Objectives
+    def from_answers(
+        cls, answers: Sequence[AnswerLengths], times: StepTimes, limits: WorkerLimits, objectives: Objectives
     ) -> DecodeLoad:
         count = max(1, len(answers))
         outputs = [a.num_output_tokens for a in answers]

@@ -17,23 +17,23 @@ from ..state.errors import StreamError
 from ..state.failures import Blame
 from ..state.pools import Pools
 from ..state.request import RequestStatus
-from ..state.worker import Worker
+from ..state.worker import RouterWorker
 
 WORKER_WAIT_S = 30.0  # for a worker to come, or to come back
 PAIR_WAIT_S = 1.0  # a handoff failed with every pair: a worker of one may just be found dead, and come back
 FORGOTTEN_S = 3.5  # no message, and a heartbeat after that says that the worker is idle
-QUEUE_LOOK_S = 1.0  # a queued request is looked at so often at least
-LOOK_AGAIN_S = 0.1  # after a limit that has passed and decides nothing yet
+QUEUE_CHECK_S = 1.0  # a queued request is looked at so often at least
+CHECK_AGAIN_S = 0.1  # after a limit that has passed and decides nothing yet
 GAP_LIMIT_S = 1.0  # then a missing token does not come any more
 HELD_LIMIT_S = 1.0  # prompt logprobs that have not come by then do not hold back tokens any longer
 ARRIVAL_LIMIT_S = 30.0  # from the last news of a computed prompt to its KV's arrival
 
 
-class Verdict(Enum):
+class DeadlineVerdict(Enum):
     ASK = "ask"  # the decode worker, whether the KV has arrived
 
 
-class Watch:
+class Deadlines:
     """Knows since when a role has had no worker."""
 
     def __init__(self, pools: Pools, *, must_prefill_remotely: bool) -> None:
@@ -41,14 +41,14 @@ class Watch:
         self._roles = ("decode", "prefill") if must_prefill_remotely else ("decode",)
         self._absent_s: dict[str, float] = {}
 
-    def look_at_pools(self, now_s: float) -> None:
+    def check_pools(self, now_s: float) -> None:
         for role in self._roles:
             if self._pools.has_ready(role):
                 self._absent_s.pop(role, None)
             else:
                 self._absent_s.setdefault(role, now_s)
 
-    def judge(self, live: Live, now_s: float) -> StreamError | Blame | Verdict | None:
+    def judge_deadline(self, live: Live, now_s: float) -> StreamError | Blame | DeadlineVerdict | None:
         if live.deadline_s is not None and now_s >= live.deadline_s:
             text = f"the request's {live.request.timeout_s:g} s are over, it was {live.request.status.value}"
             return StreamError(text, "deadline_exceeded", 504)
@@ -56,22 +56,22 @@ class Watch:
             return self._judge_queued(live, now_s)
         return _missing_answer(live, now_s) or _missing_token(live, now_s) or _forgotten(live, now_s)
 
-    def next_look_s(self, live: Live, now_s: float) -> float:
-        """When `judge` may have something to say, if nothing happens before that."""
-        at_s = self._attempt_look_s(live, now_s)
+    def next_check_s(self, live: Live, now_s: float) -> float:
+        """When `judge_deadline` may have something to say, if nothing happens before that."""
+        at_s = self._attempt_check_s(live, now_s)
         if live.deadline_s is not None:
             at_s = min(at_s, live.deadline_s)
         if live.gap_s is not None:
             at_s = min(at_s, live.gap_s + GAP_LIMIT_S)
         if live.stream.is_held:
             at_s = min(at_s, live.request.timestamps.get("first_token", now_s) + HELD_LIMIT_S)
-        return at_s if at_s > now_s else now_s + LOOK_AGAIN_S
+        return at_s if at_s > now_s else now_s + CHECK_AGAIN_S
 
-    def _attempt_look_s(self, live: Live, now_s: float) -> float:
+    def _attempt_check_s(self, live: Live, now_s: float) -> float:
         if live.charge is not None and not live.charge.is_paid:
-            return now_s + LOOK_AGAIN_S
+            return now_s + CHECK_AGAIN_S
         if live.request.status is RequestStatus.QUEUED:
-            at_s = now_s + QUEUE_LOOK_S
+            at_s = now_s + QUEUE_CHECK_S
             if live.lacks_s is not None:
                 at_s = min(at_s, live.lacks_s + PAIR_WAIT_S)
             return min([at_s, *(max(since_s, live.event_s) + WORKER_WAIT_S for since_s in self._absent_s.values())])
@@ -106,18 +106,18 @@ def _missing_token(live: Live, now_s: float) -> Blame | None:
     return Blame("gap", f"a token of {live.pair} is missing")
 
 
-def _forgotten(live: Live, now_s: float) -> Blame | Verdict | None:
+def _forgotten(live: Live, now_s: float) -> Blame | DeadlineVerdict | None:
     if live.answer_due_s is not None or live.request.status is RequestStatus.RESERVED:
         return None
     assert live.decode is not None
     if live.is_prefilling_remotely:
         assert live.prefill is not None
         is_late = live.prompt_computed and now_s - live.event_s > ARRIVAL_LIMIT_S
-        return Verdict.ASK if is_late or _is_idle_since(live.prefill, live.event_s) else None
+        return DeadlineVerdict.ASK if is_late or _is_idle_since(live.prefill, live.event_s) else None
     if _is_idle_since(live.decode, live.event_s):
         return Blame("forgotten", f"decode worker {live.decode.worker_id} is idle and said nothing of the request")
     return None
 
 
-def _is_idle_since(worker: Worker, event_s: float) -> bool:
+def _is_idle_since(worker: RouterWorker, event_s: float) -> bool:
     return worker.is_idle and worker.status_s > event_s + FORGOTTEN_S

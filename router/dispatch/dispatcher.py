@@ -7,10 +7,10 @@
 Everything happens in reaction to an arrival, a message or a tick, on one asyncio loop; nothing here waits. A worker
 learns of an attempt's end by Abort, and what it still sends about it is dropped.
 
-    admission   who may wait            exchange    what workers say about requests     live     an attempt's messages
-    placer      who goes next           losses      what a lost worker means            relay    tokens, once, in order
-    policy      where to                ledger      how attempts and requests end       watch    time limits
-    isolation   who runs alone          budget      how much is tried again
+    admission  who may wait      in_flight        how attempts and requests end     attempt    an attempt's messages
+    placer     who goes next     worker_messages  what workers say about requests   relay      tokens, once, in order
+    policy     where to          losses           what a lost worker means          deadlines  time limits
+    isolation  who runs alone    retries          how much is tried again           due_times  when they are checked
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from ..queue.admission import Admission
 from ..state.attempt import Live
 from ..state.classes import RequestClasses
 from ..state.errors import StreamError
-from ..state.failures import OTHERS_FIRST_S, Blame, Life
+from ..state.failures import OTHERS_FIRST_S, Blame, WorkerLife
 from ..state.history import Kind, Record, is_named
 from ..state.objectives import NO_OBJECTIVES
 from ..state.observer import NullObserver, Observer
@@ -57,16 +57,16 @@ from ..state.pools import Pools
 from ..state.predictor import Predictor, distance
 from ..state.request import RequestStatus, RouterRequest, TokenStream
 from ..state.views import PoolView
-from ..state.worker import Worker, WorkerLink
-from .deadlines import LOOK_AGAIN_S, Verdict, Watch
-from .in_flight import Ledger
+from ..state.worker import RouterWorker, WorkerLink
+from .deadlines import CHECK_AGAIN_S, Deadlines, DeadlineVerdict
+from .in_flight import InFlightRequests
 from .invariants import breaches
 from .isolation import Isolation
 from .losses import Losses
 from .placer import Placer
 from .prefix_fetch import hash_prompt
 from .retries import RetryBudget
-from .worker_messages import Exchange
+from .worker_messages import WorkerMessages
 
 __all__ = ["Dispatcher", "NullObserver", "Observer"]
 
@@ -84,7 +84,7 @@ class Dispatcher:
         rng: random.Random | None = None,
         time_us: Callable[[], int] | None = None,
         predictor: Predictor | None = None,
-        on_blameless: Callable[[Life], None] = lambda life: None,
+        on_blameless: Callable[[WorkerLife], None] = lambda life: None,
     ) -> None:
         """`rng`: for the pauses before retries; seeded with the config's seed if there is none.
 
@@ -101,7 +101,7 @@ class Dispatcher:
         is_local = config.local_prefill or not config.expect_prefill
         self._pools = Pools(predictor)
         budget = RetryBudget(rng if rng is not None else random.Random(config.seed))
-        self._ledger = Ledger(
+        self._in_flight = InFlightRequests(
             clock,
             self._observer,
             budget,
@@ -110,16 +110,16 @@ class Dispatcher:
             by_arrival=not policy.predicts,
             on_blameless=on_blameless,
         )
-        self._admission = Admission(self._ledger.queue, self._observer)
+        self._admission = Admission(self._in_flight.queue, self._observer)
         self._isolation = Isolation(self._pools, may_prefill_locally=is_local)
         self._placer = Placer(
-            config, policy, self._pools, self._ledger, self._admission, self._isolation, self._observer
+            config, policy, self._pools, self._in_flight, self._admission, self._isolation, self._observer
         )
-        self._exchange = Exchange(
-            self._pools, self._ledger, self._placer, self._admission, self._observer, may_prefill_locally=is_local
+        self._worker_messages = WorkerMessages(
+            self._pools, self._in_flight, self._placer, self._admission, self._observer, may_prefill_locally=is_local
         )
-        self._losses = Losses(self._ledger)
-        self._watch = Watch(self._pools, must_prefill_remotely=not is_local)
+        self._losses = Losses(self._in_flight)
+        self._deadlines = Deadlines(self._pools, must_prefill_remotely=not is_local)
         self._incarnations: dict[str, int] = {}  # the last one seen of each worker
         self._time_us = time_us
         self._last_arrival = 0
@@ -142,7 +142,7 @@ class Dispatcher:
         request.unloaded_s = self._pools.predictor.unloaded_s(request.num_prompt_tokens)
         victim = self._admission.check(request, now)
         if victim is not None:
-            self._ledger.fail(victim, self._admission.displaced(now))
+            self._in_flight.fail(victim, self._admission.displaced(now))
         self._last_arrival = max(self._last_arrival + 1, self._time_us() if self._time_us is not None else 0)
         request.arrival = self._last_arrival
         request.timestamps["queued"] = now
@@ -150,9 +150,9 @@ class Dispatcher:
         stream = TokenStream(request, partial(self._reader_left, name), partial(self._reader_ended, name))
         deadline = None if request.timeout_s is None else now + request.timeout_s
         live = Live(request, stream, deadline, event_s=now)
-        self._exchange.relay.hold(live)
+        self._worker_messages.relay.hold(live)
         self._admission.on_admitted(live, now)
-        self._ledger.add(live)
+        self._in_flight.add(live)
         self._placer.run(now)
         return stream
 
@@ -169,8 +169,8 @@ class Dispatcher:
 
     def view(self) -> PoolView:
         now = self._clock.now()
-        view = self._pools.view(now, num_queued=len(self._ledger.queue), num_live=len(self._ledger))
-        view.queued_by_class = dict(self._ledger.queue.num_by_class)
+        view = self._pools.view(now, num_queued=len(self._in_flight.queue), num_live=len(self._in_flight))
+        view.queued_by_class = dict(self._in_flight.queue.num_by_class)
         return view
 
     # --- for operators ----------------------------------------------------------------------------------------
@@ -178,33 +178,33 @@ class Dispatcher:
     def requests(self, kind: Kind, request_class: str | None, limit: int) -> list[dict[str, object]]:
         """Of those that have ended lately; `limit` of them at most."""
         now = self._clock.now()
-        return [record.summary(now) for record in self._ledger.history.list(kind, request_class, limit)]
+        return [record.summary(now) for record in self._in_flight.history.list(kind, request_class, limit)]
 
     def request(self, request_id: str) -> dict[str, object] | None:
         """All that is known of a request that lives or has ended lately."""
-        alive = (live.request for live in self._ledger if is_named(live.request.request_id, request_id))
-        record = next(map(Record.of, alive), None) or self._ledger.history.find(request_id)
+        alive = (live.request for live in self._in_flight if is_named(live.request.request_id, request_id))
+        record = next(map(Record.from_request, alive), None) or self._in_flight.history.find(request_id)
         return None if record is None else record.details(self._clock.now())
 
     def breaches(self) -> list[str]:
         """What must hold between any two events and does not: for simulations and tests."""
-        return breaches(self._ledger, self._pools, self._isolation)
+        return breaches(self._in_flight, self._pools, self._isolation)
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new and wait for what runs; what is left at the end fails."""
         self._is_draining = True
         try:
             async with asyncio.timeout(timeout_s):
-                await self._ledger.wait_idle()
+                await self._in_flight.wait_idle()
         except TimeoutError:
-            for live in self._ledger:
-                self._ledger.fail(live, StreamError("the router stops", "router_stopping", 503))
+            for live in self._in_flight:
+                self._in_flight.fail(live, StreamError("the router stops", "router_stopping", 503))
 
     def drain_worker(self, worker_id: str, deadline_s: float) -> bool:
         """No new work for this worker; it exits when what it has is done, or after `deadline_s`."""
         worker = self._pools.named(worker_id)
         if worker is not None:
-            self._exchange.note_drain(worker)
+            self._worker_messages.note_drain(worker)
             worker.link.send(Drain(deadline_s=deadline_s))
         return worker is not None
 
@@ -233,7 +233,7 @@ class Dispatcher:
         is_only = not self._pools.has_ready(hello.role)
         self._pools.join(link, hello, now)
         if is_only:
-            self._ledger.let_others_first(now + OTHERS_FIRST_S)
+            self._in_flight.let_others_first(now + OTHERS_FIRST_S)
         self._admission.forecast.on_workers_changed()
 
     def worker_left(self, link: WorkerLink, reason: str) -> None:
@@ -255,13 +255,13 @@ class Dispatcher:
         now = self._clock.now()
         match message:
             case StepTokens():
-                self._exchange.on_steps(worker, message, now)
+                self._worker_messages.on_steps(worker, message, now)
             case WorkerStatus():
                 has_gained = self._pools.on_status(worker, message, now)
                 self._pools.predictor.on_status(link.number, message)
                 if message.state == "draining":
-                    self._exchange.note_drain(worker)
-                self._ledger.is_due = self._ledger.is_due or has_gained
+                    self._worker_messages.note_drain(worker)
+                self._in_flight.is_due = self._in_flight.is_due or has_gained
             case Goodbye():
                 worker.has_said_goodbye = True
                 return
@@ -272,9 +272,9 @@ class Dispatcher:
                 self._observer.on_transfer(message)
                 self._learn_path(worker, message)
             case Grant() | NoCapacity() | TaskRefused() | HandoffDone() | HandoffFailed():
-                self._exchange.on_request_message(worker, message, now)
+                self._worker_messages.on_request_message(worker, message, now)
             case FirstToken() | PromptLogprobs() | WorkerFailure():
-                self._exchange.on_request_message(worker, message, now)
+                self._worker_messages.on_request_message(worker, message, now)
             case _:
                 raise ProtocolError(f"{type(message).__name__} from {worker.worker_id} in the middle of its session")
         self._placer.run(now)
@@ -287,35 +287,35 @@ class Dispatcher:
             if reason is not None:
                 self.worker_left(worker.link, reason)
                 worker.link.drop(reason)
-        self._watch.look_at_pools(now)
+        self._deadlines.check_pools(now)
         self._admission.observe(now)
-        for live in self._ledger.looks.due(now):
-            self._look_at(live, now)
+        for live in self._in_flight.due_times.due(now):
+            self._check_deadline(live, now)
             if not live.request.is_finished:
-                self._ledger.looks.by(live, self._next_look_s(live, now))
-        self._ledger.is_due = True
+                self._in_flight.due_times.schedule(live, self._next_check_s(live, now))
+        self._in_flight.is_due = True
         self._placer.run(now)
 
-    def _look_at(self, live: Live, now: float) -> None:
-        self._exchange.relay.check_held(live, now)
-        match self._watch.judge(live, now):
+    def _check_deadline(self, live: Live, now: float) -> None:
+        self._worker_messages.relay.check_held(live, now)
+        match self._deadlines.judge_deadline(live, now):
             case StreamError() as error:
-                self._ledger.fail(live, error)
+                self._in_flight.fail(live, error)
             case Blame() as blame:
-                self._ledger.retry(live, blame)
-            case Verdict.ASK:
+                self._in_flight.retry(live, blame)
+            case DeadlineVerdict.ASK:
                 live.ask_if_arrived(now)
             case None:
-                self._ledger.settle(live, now)
+                self._in_flight.settle(live, now)
                 if live.request.status is RequestStatus.QUEUED:
                     self._placer.is_too_late(live, now)
 
-    def _next_look_s(self, live: Live, now: float) -> float:
-        at_s = self._watch.next_look_s(live, now)
+    def _next_check_s(self, live: Live, now: float) -> float:
+        at_s = self._deadlines.next_check_s(live, now)
         late_s = self._admission.late_s(live) if live.request.status is RequestStatus.QUEUED else None
-        return at_s if late_s is None else min(at_s, max(late_s, now + LOOK_AGAIN_S))
+        return at_s if late_s is None else min(at_s, max(late_s, now + CHECK_AGAIN_S))
 
-    def _learn_path(self, source: Worker, report: TransferReport) -> None:
+    def _learn_path(self, source: RouterWorker, report: TransferReport) -> None:
         target = self._pools.named(report.decode_worker)
         if target is not None:
             path = distance(source.hello, target.hello)
@@ -324,15 +324,15 @@ class Dispatcher:
     # --- readers ----------------------------------------------------------------------------------------------
 
     def _reader_left(self, request_id: str) -> None:
-        if (live := self._ledger.get(request_id)) is not None:
+        if (live := self._in_flight.get(request_id)) is not None:
             self._on_client_left(live)
 
     def _reader_ended(self, request_id: str, choice: int) -> None:
-        if (live := self._ledger.get(request_id)) is not None:
+        if (live := self._in_flight.get(request_id)) is not None:
             self._on_choice_ended(live, choice)
 
     def _on_client_left(self, live: Live) -> None:
-        self._ledger.abort(live)
+        self._in_flight.abort(live)
         self._placer.run(self._clock.now())
 
     def _on_choice_ended(self, live: Live, choice: int) -> None:
@@ -345,5 +345,5 @@ class Dispatcher:
         if live.request.unfinished:
             live.drop_choice(choice)
         else:
-            self._ledger.finish(live)
+            self._in_flight.finish(live)
             self._placer.run(self._clock.now())

@@ -1,6 +1,6 @@
 """When each live request is to be looked at for what only time can tell: a heap of due times.
 
-    add, enqueue ─> by(...) ─> due ─> judged, settled, sent away ─> by(its next limit) ─> due ...
+    add, enqueue ─> schedule(...) ─> due ─> judged, settled, sent away ─> schedule(its next limit) ─> due ...
 
 A tick costs what is due and not what lives. Who changes a request so that one of its limits comes sooner than it is
 looked at asks for an earlier look; what is left of the later one is dropped when it comes up.
@@ -16,8 +16,8 @@ from ..state.attempt import Live
 MOST_AT_ONCE = 1000  # where more are due, such as all that a lost worker had, the rest waits for the next tick
 
 
-class Looks:
-    """One router's. Every live request has one that counts: `Live.look_s`."""
+class DueTimes:
+    """One router's. Every live request has one that counts: `Live.check_at_s`."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Live]] = []
@@ -26,10 +26,10 @@ class Looks:
     def __len__(self) -> int:
         return len(self._heap)
 
-    def by(self, live: Live, at_s: float) -> None:
+    def schedule(self, live: Live, at_s: float) -> None:
         """Look at it then, if not before."""
-        if at_s < live.look_s:
-            live.look_s = at_s
+        if at_s < live.check_at_s:
+            live.check_at_s = at_s
             heappush(self._heap, (at_s, next(self._numbers), live))
 
     def due(self, now_s: float) -> list[Live]:
@@ -37,7 +37,7 @@ class Looks:
         found: list[Live] = []
         while self._heap and self._heap[0][0] <= now_s and len(found) < MOST_AT_ONCE:
             at_s, _, live = heappop(self._heap)
-            if at_s == live.look_s and not live.request.is_finished:
-                live.look_s = float("inf")
+            if at_s == live.check_at_s and not live.request.is_finished:
+                live.check_at_s = float("inf")
                 found.append(live)
         return found

@@ -19,19 +19,19 @@ from ...common.clock import Clock
 from ..queue.request_queue import RequestQueue
 from ..state.attempt import Live
 from ..state.errors import StreamError
-from ..state.failures import DRAINED, MAX_STRIKES, NOTICE_S, WORKER_LOST, Blame, Life
-from ..state.history import History
+from ..state.failures import DRAINED, MAX_STRIKES, NOTICE_S, WORKER_LOST, Blame, WorkerLife
+from ..state.history import RequestHistory
 from ..state.observer import Observer
 from ..state.request import RequestStatus
-from ..state.worker import Worker
-from .due_times import Looks
+from ..state.worker import RouterWorker
+from .due_times import DueTimes
 from .retries import RetryBudget
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
-class Tally:
+class RequestTally:
     """Requests since the start: admitted = running + finished + failed + aborted."""
 
     admitted: int = 0
@@ -40,7 +40,7 @@ class Tally:
     aborted: int = 0
 
 
-class Ledger:
+class InFlightRequests:
     """Owns the live requests and the queue."""
 
     def __init__(
@@ -52,7 +52,7 @@ class Ledger:
         max_queue: int,
         max_attempts: int,
         by_arrival: bool = False,
-        on_blameless: Callable[[Life], None] = lambda life: None,
+        on_blameless: Callable[[WorkerLife], None] = lambda life: None,
     ) -> None:
         """`by_arrival`: the order in which requests are served (`RequestQueue`).
 
@@ -60,9 +60,9 @@ class Ledger:
         """
         self.queue = RequestQueue(max_queue, by_arrival=by_arrival)
         self.is_due = False  # something changed that may let a queued request go
-        self.tally = Tally()
-        self.history = History()
-        self.looks = Looks()
+        self.tally = RequestTally()
+        self.history = RequestHistory()
+        self.due_times = DueTimes()
         self.max_attempts = max_attempts
         self._clock = clock
         self._observer = observer
@@ -93,7 +93,7 @@ class Ledger:
     def enqueue(self, live: Live) -> None:
         now = self._clock.now()
         self.queue.add(live, apart=live.must_run_alone or live.is_put_off(now))
-        self.looks.by(live, now)
+        self.due_times.schedule(live, now)
         self.is_due = True
 
     # --- an attempt fails -----------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class Ledger:
         request.advance(RequestStatus.QUEUED, now)
         self.enqueue(live)
 
-    def _strike(self, live: Live, life: Life) -> None:
+    def _strike(self, live: Live, life: WorkerLife) -> None:
         if live.strikes - {life}:
             self._on_blameless(life)
         live.strikes.add(life)
@@ -163,7 +163,7 @@ class Ledger:
         live.not_before_s = now_s + self._budget.pause_s(live.num_same)
         live.charge = self._budget.charge(sessions, now_s, blame.suspect)
 
-    def explain(self, worker: Worker) -> None:
+    def explain(self, worker: RouterWorker) -> None:
         """The worker is lost: errors that its peers reported a moment ago were this loss."""
         now, session = self._clock.now(), worker.link.number
         for live in self:

@@ -14,32 +14,32 @@ from ..state.attempt import Live
 from ..state.failures import MAX_STRIKES
 from ..state.pools import Pools
 from ..state.request import RequestStatus
-from .in_flight import Ledger
+from .in_flight import InFlightRequests
 from .isolation import Isolation
 
 
-def breaches(ledger: Ledger, pools: Pools, isolation: Isolation) -> list[str]:
+def breaches(in_flight: InFlightRequests, pools: Pools, isolation: Isolation) -> list[str]:
     """One line for each that is broken; empty: all is well."""
-    found = [*_of_requests(ledger), *_of_workers(ledger, pools), *_of_claims(isolation)]
-    for live in ledger:
-        found += _of_request(live, ledger)
+    found = [*_of_requests(in_flight), *_of_workers(in_flight, pools), *_of_claims(isolation)]
+    for live in in_flight:
+        found += _of_request(live, in_flight)
     return found
 
 
-def _of_requests(ledger: Ledger) -> Iterator[str]:
-    tally = ledger.tally
+def _of_requests(in_flight: InFlightRequests) -> Iterator[str]:
+    tally = in_flight.tally
     ended = tally.finished + tally.failed + tally.aborted
-    if tally.admitted != len(ledger) + ended:
-        yield f"{tally.admitted} admitted, {len(ledger)} live and {ended} ended: {tally}"
-    queued = [live for live in ledger if live.request.status is RequestStatus.QUEUED]
-    members = list(ledger.queue)
+    if tally.admitted != len(in_flight) + ended:
+        yield f"{tally.admitted} admitted, {len(in_flight)} live and {ended} ended: {tally}"
+    queued = [live for live in in_flight if live.request.status is RequestStatus.QUEUED]
+    members = list(in_flight.queue)
     if set(queued) != set(members) or len(members) != len(set(members)):
         yield f"{len(queued)} requests are queued, the queue has {len(members)}"
-    if ledger.queue.num_waiting < 0 or ledger.queue.num_waiting > len(members):
-        yield f"{ledger.queue.num_waiting} of {len(members)} wait"
+    if in_flight.queue.num_waiting < 0 or in_flight.queue.num_waiting > len(members):
+        yield f"{in_flight.queue.num_waiting} of {len(members)} wait"
 
 
-def _of_request(live: Live, ledger: Ledger) -> Iterator[str]:
+def _of_request(live: Live, in_flight: InFlightRequests) -> Iterator[str]:
     request = live.request
     name = f"request {request.request_id}, {request.status.value}"
     if request.is_finished:
@@ -48,23 +48,23 @@ def _of_request(live: Live, ledger: Ledger) -> Iterator[str]:
         yield f"{name}: decode worker {live.decode and live.decode.worker_id}"
     if live.decode is not None and request.request_id not in live.decode.loads:
         yield f"{name}: not bound to {live.decode.worker_id}"
-    if request.num_failures >= ledger.max_attempts:
+    if request.num_failures >= in_flight.max_attempts:
         yield f"{name}: {request.num_failures} attempts failed"
     if len(live.strikes) >= MAX_STRIKES:
         yield f"{name}: {len(live.strikes)} strikes"
 
 
-def _of_workers(ledger: Ledger, pools: Pools) -> Iterator[str]:
+def _of_workers(in_flight: InFlightRequests, pools: Pools) -> Iterator[str]:
     for worker in pools:
         for request_id in worker.loads:
-            live = ledger.get(request_id)
+            live = in_flight.get(request_id)
             if live is None or worker not in (live.prefill, live.decode):
                 yield f"{worker.worker_id}: bound to {request_id}, which has nothing there"
 
 
 def _of_claims(isolation: Isolation) -> Iterator[str]:
     for claim in isolation.claims:
-        if claim.attempt is None or claim.is_over:
+        if claim.attempt is None or claim.is_finished:
             continue
         for worker in claim.workers:
             if others := worker.loads.keys() - {claim.live.request.request_id}:

@@ -16,7 +16,7 @@ from ..state.attempt import Live
 from ..state.demand import Demand, Placement, Reason
 from ..state.pools import Pools
 from ..state.request import RequestStatus
-from ..state.worker import Worker
+from ..state.worker import RouterWorker
 
 PATIENCE_S = 10.0  # for another router's work on a claimed worker: then it is as alone as can be had
 _MAX_SHARE = 2  # at most one in so many decode workers is claimed, if there is more than one
@@ -27,12 +27,12 @@ class Claim:
     """Workers that are kept for one request."""
 
     live: Live
-    workers: tuple[Worker, ...]  # the decode worker first
+    workers: tuple[RouterWorker, ...]  # the decode worker first
     since_s: float
     attempt: int | None = None  # that runs there; None: they are not empty yet
 
     @property
-    def is_over(self) -> bool:
+    def is_finished(self) -> bool:
         """Its attempt has ended, or the request needs it no more. A refused reservation is the same attempt."""
         request = self.live.request
         if request.is_finished or not self.live.must_run_alone:
@@ -53,7 +53,7 @@ class Isolation:
         """Give back what is claimed in vain."""
         for claim in list(self.claims):
             is_waiting = claim.live.request.status is RequestStatus.QUEUED
-            if claim.is_over or (is_waiting and not all(self._is_there(worker) for worker in claim.workers)):
+            if claim.is_finished or (is_waiting and not all(self._is_there(worker) for worker in claim.workers)):
                 self._release(claim, now_s)
 
     def place(self, live: Live, now_s: float, *, has_others: bool) -> Placement | None:
@@ -88,12 +88,12 @@ class Isolation:
         self.claims.append(claim)
         return claim
 
-    def _open(self, role: str) -> list[Worker]:
+    def _open(self, role: str) -> list[RouterWorker]:
         return [worker for worker in self._pools.with_role(role) if worker.is_ready and not worker.is_claimed]
 
     def _emptiest(
-        self, workers: list[Worker], demand: Demand, now_s: float, *, beside: Worker | None = None
-    ) -> Worker | None:
+        self, workers: list[RouterWorker], demand: Demand, now_s: float, *, beside: RouterWorker | None = None
+    ) -> RouterWorker | None:
         """The one that is likely to be empty first. `beside`: the decode worker of the pair."""
         views = [worker.view(now_s) for worker in workers]
         if beside is None:
@@ -107,10 +107,10 @@ class Isolation:
         best = min(views, key=lambda view: (view.num_running, view.ahead_tokens, view.worker_id), default=None)
         return None if best is None else self._pools.named(best.worker_id)
 
-    def _is_there(self, worker: Worker) -> bool:
+    def _is_there(self, worker: RouterWorker) -> bool:
         return self._pools.find(worker.link) is worker and worker.is_ready
 
-    def _is_empty(self, worker: Worker, claim: Claim, now_s: float) -> bool:
+    def _is_empty(self, worker: RouterWorker, claim: Claim, now_s: float) -> bool:
         if worker.loads:
             return False
         view = worker.view(now_s)

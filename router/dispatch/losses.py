@@ -14,10 +14,10 @@ from __future__ import annotations
 import structlog
 
 from ..state.attempt import Live
-from ..state.failures import DRAINED, ROUTER_STOPS, WORKER_LOST, Blame, Life
+from ..state.failures import DRAINED, ROUTER_STOPS, WORKER_LOST, Blame, WorkerLife
 from ..state.request import RequestStatus
-from ..state.worker import HEARTBEAT_LIMIT_S, Worker
-from .in_flight import Ledger
+from ..state.worker import HEARTBEAT_LIMIT_S, RouterWorker
+from .in_flight import InFlightRequests
 
 _TRANSIT_S = 0.002  # a task sent so shortly before the end was never read
 
@@ -25,42 +25,42 @@ log = structlog.get_logger(__name__)
 
 
 class Losses:
-    """Carries out what a loss means for the ledger."""
+    """`Losses` carries out what a loss means for the requests in flight."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, in_flight: InFlightRequests) -> None:
+        self._in_flight = in_flight
 
-    def on_left(self, worker: Worker, reason: str, now_s: float) -> None:
+    def on_left(self, worker: RouterWorker, reason: str, now_s: float) -> None:
         what = f"{worker.role} worker {worker.worker_id} lost: {reason}"
         tell = log.debug if reason == ROUTER_STOPS else log.info if worker.has_said_goodbye else log.warning
         tell("worker_lost", worker_id=worker.worker_id, role=worker.role, reason=reason)
-        self._ledger.explain(worker)
+        self._in_flight.explain(worker)
         # All blames before the first consequence, which would change what the worker is known to have had.
         blames = {
-            live: _blame(live, worker, what, now_s) for live in self._ledger if worker in (live.decode, live.prefill)
+            live: _blame(live, worker, what, now_s) for live in self._in_flight if worker in (live.decode, live.prefill)
         }
         for live, blame in blames.items():
             if live.decode is worker:
-                self._ledger.retry(live, blame)
+                self._in_flight.retry(live, blame)
             elif live.is_prefilling_remotely:
                 live.lost_prefill = blame
                 live.ask_if_arrived(now_s)
 
-    def on_returned(self, life: Life) -> None:
+    def on_returned(self, life: WorkerLife) -> None:
         """The same process is back: it was away, not dead, and no request had ended it."""
-        for live in self._ledger:
+        for live in self._in_flight:
             live.strikes.discard(life)
             if live.lost_prefill is not None and live.lost_prefill.strike == life:
                 live.lost_prefill = live.lost_prefill._replace(strike=None)
 
 
-def _blame(live: Live, worker: Worker, what: str, now_s: float) -> Blame:
+def _blame(live: Live, worker: RouterWorker, what: str, now_s: float) -> Blame:
     if worker.has_said_goodbye:
         return Blame(DRAINED, what, is_counted=False)
     return Blame(WORKER_LOST, what, strike=worker.life if was_computing(live, worker, now_s) else None)
 
 
-def was_computing(live: Live, worker: Worker, now_s: float) -> bool:
+def was_computing(live: Live, worker: RouterWorker, now_s: float) -> bool:
     """Did the step that `worker` ran at its end have a row of this request?"""
     end_s = now_s
     if worker.silent_s(now_s) > HEARTBEAT_LIMIT_S:
@@ -79,7 +79,7 @@ def was_computing(live: Live, worker: Worker, now_s: float) -> bool:
     return _has_joined(live, worker)
 
 
-def _has_joined(live: Live, worker: Worker) -> bool:
+def _has_joined(live: Live, worker: RouterWorker) -> bool:
     """The KV has arrived and no token came: does the request wait for the batch, or is its first step under way?
 
     It joins when the step that runs at its arrival is over, and not before the worker's word of the arrival has left

@@ -21,11 +21,11 @@ from ..state.observer import Observer
 from ..state.pools import Pools
 from ..state.request import RequestStatus, RouterRequest
 from ..state.views import PoolView, WorkerView
-from ..state.worker import Worker
-from .in_flight import Ledger
+from ..state.worker import RouterWorker
+from .in_flight import InFlightRequests
 from .isolation import Isolation
 from .prefix_fetch import fetch_from
-from .prefix_homes import Keepers
+from .prefix_homes import PrefixHomes
 
 ISOLATION = "isolation"  # who decides on requests that run alone
 LOOK_AHEAD = 8  # requests that may be passed over in one round
@@ -35,24 +35,24 @@ log = structlog.get_logger(__name__)
 
 
 class Placer:
-    """Moves requests from the ledger's queue to workers."""
+    """`Placer` moves requests from the queue to workers."""
 
     def __init__(
         self,
         config: RouterConfig,
         policy: RoutingPolicy,
         pools: Pools,
-        ledger: Ledger,
+        in_flight: InFlightRequests,
         admission: Admission,
         isolation: Isolation,
         observer: Observer,
     ) -> None:
-        self._ledger = ledger
+        self._in_flight = in_flight
         self._admission = admission
         self._isolation = isolation
         self._policy = policy
         self._pools = pools
-        self._keepers = Keepers(pools)
+        self._prefix_homes = PrefixHomes(pools)
         self._observer = observer
         self._max_local_tokens = config.max_local_prefill_tokens if config.local_prefill else 0
         self._needs_prefill_worker = config.expect_prefill and not config.local_prefill
@@ -67,10 +67,10 @@ class Placer:
             return
         self._is_running = True
         try:
-            while self._ledger.is_due:
-                self._ledger.is_due = False
+            while self._in_flight.is_due:
+                self._in_flight.is_due = False
                 self._place_alone(now_s)
-                if len(self._ledger.queue):
+                if len(self._in_flight.queue):
                     self._run_round(now_s)
         finally:
             self._is_running = False
@@ -81,8 +81,8 @@ class Placer:
         if self._policy.predicts:
             num_workers = self._pools.num_ready("prefill") or self._pools.num_ready("decode")
             rate = self._admission.forecast.work_rate(num_workers)
-            self._ledger.queue.triage(now_s, rate, self._admission.offered)
-        queue = self._ledger.queue
+            self._in_flight.queue.triage(now_s, rate, self._admission.arrivals)
+        queue = self._in_flight.queue
         while len(queue) > len(passed) and (
             next_ones := [live for live in queue.first(LOOK_AHEAD, now_s) if live not in passed]
         ):
@@ -94,7 +94,7 @@ class Placer:
                 answer = self._policy.place(view, demand)
                 if isinstance(answer, Placement):
                     seen = candidates(self._policy, view, demand) if self._is_explained(live) else ()
-                    self._place(live, answer, now_s, by=self._policy.name, seen=seen)
+                    self._place(live, answer, now_s, decided_by=self._policy.name, seen=seen)
                     view = None
                     continue
                 if live.waits_s is None:
@@ -109,11 +109,11 @@ class Placer:
     def _place_alone(self, now_s: float) -> None:
         """Those that may kill workers wait for one of their own. Nobody behind them in the queue waits for that."""
         self._isolation.sweep(now_s)
-        for live in self._ledger.queue.alone(now_s):
-            has_others = any(not other.must_run_alone for other in self._ledger)
+        for live in self._in_flight.queue.alone(now_s):
+            has_others = any(not other.must_run_alone for other in self._in_flight)
             placement = self._isolation.place(live, now_s, has_others=has_others)
             if placement is not None:
-                self._place(live, placement, now_s, by=ISOLATION)
+                self._place(live, placement, now_s, decided_by=ISOLATION)
             elif not self._isolation.claims:
                 self._note_hopeless(live, now_s)
 
@@ -127,19 +127,19 @@ class Placer:
         """Whether its first token could not come in time any more: then it is sent away."""
         error = self._admission.too_late(live, now_s)
         if error is not None:
-            self._ledger.fail(live, error)
+            self._in_flight.fail(live, error)
         return error is not None
 
     def _is_explained(self, live: Live) -> bool:
         return self._explains_all or live.request.arrival % EXPLAIN_EVERY == 0
 
     def _place(
-        self, live: Live, placement: Placement, now_s: float, *, by: str, seen: tuple[Candidate, ...] = ()
+        self, live: Live, placement: Placement, now_s: float, *, decided_by: str, seen: tuple[Candidate, ...] = ()
     ) -> None:
-        self._note_decision(live.request, placement, now_s, by, seen)
+        self._note_decision(live.request, placement, now_s, decided_by, seen)
         decode = self._pools.named(placement.decode_worker)
         assert decode is not None
-        self._ledger.queue.take(live)
+        self._in_flight.queue.take(live)
         live.lacks_s = None
         live.note_placement(placement, now_s)
         computing = self._pools.named(placement.prefill_worker or placement.decode_worker)
@@ -148,22 +148,22 @@ class Placer:
         if placement.prefill_worker is None:
             if placement.reason.is_fallback:
                 self._note_fallback(live, decode, placement.reason, now_s)
-            self._keepers.note_local(live, decode)
+            self._prefix_homes.note_local(live, decode)
             live.run_locally(decode, now_s)
             return
         prefill = self._pools.named(placement.prefill_worker)
         assert prefill is not None
-        live.decode_keeps = self._keepers.decode_keeps(live, prefill, decode)
+        live.decode_retains = self._prefix_homes.decode_retains(live, prefill, decode)
         live.reserve(prefill, decode, self._max_local_tokens, now_s)
 
     def _note_decision(
-        self, request: RouterRequest, placement: Placement, now_s: float, by: str, seen: tuple[Candidate, ...]
+        self, request: RouterRequest, placement: Placement, now_s: float, decided_by: str, seen: tuple[Candidate, ...]
     ) -> None:
         expected = placement.prediction
         decision = Decision(
             attempt=request.attempt,
             at_s=now_s,
-            policy=by,
+            policy=decided_by,
             prefill_worker=placement.prefill_worker,
             decode_worker=placement.decode_worker,
             reason=placement.reason.value,
@@ -174,20 +174,20 @@ class Placer:
         )
         note(request.decisions, decision)
         request.waiting_for = ""
-        self._observer.on_placed(by, decision.reason)
+        self._observer.on_placed(decided_by, decision.reason)
 
     def _note_lack(self, live: Live, wait: Wait, now_s: float) -> None:
         live.request.waiting_for = wait.lack.value
         if wait.lack is Lack.FIT:
             request = live.request
             text = f"no worker can hold {request.num_prompt_tokens} prompt tokens and the answer of {request.n} choices"
-            self._ledger.fail(live, StreamError(text, "context_length_exceeded", 400))
+            self._in_flight.fail(live, StreamError(text, "context_length_exceeded", 400))
         elif wait.lack is not Lack.PAIR:
             live.lacks_s = None
         elif live.lacks_s is None:
             live.lacks_s = now_s
 
-    def _note_fallback(self, live: Live, decode: Worker, reason: Reason, now_s: float) -> None:
+    def _note_fallback(self, live: Live, decode: RouterWorker, reason: Reason, now_s: float) -> None:
         """Count each; log the first, and then one a second at most."""
         self._observer.on_fallback("local_prefill")
         self._fallbacks_unlogged += 1
@@ -202,7 +202,7 @@ class Placer:
             )
             self._fallback_logged_s, self._fallbacks_unlogged = now_s, 0
 
-    def prefill_for_grant(self, live: Live, now_s: float) -> Worker | None:
+    def prefill_for_grant(self, live: Live, now_s: float) -> RouterWorker | None:
         """Another prefill worker for the unopened grant that the request holds, while it is fresh."""
         assert live.grant is not None and live.decode is not None
         if now_s - live.grant_s >= live.grant.open_within_s / 2:

@@ -10,12 +10,12 @@ from ...common.messages import FetchFrom
 from ...kvcache.blocks import hash_blocks, prefix_salt
 from ..state.pools import Pools
 from ..state.request import RouterRequest
-from ..state.worker import Worker
+from ..state.worker import RouterWorker
 
 MAX_FETCH_S = 2.0  # for a worker that was slower than expected: the rest of the prefix is computed
 
 
-def may_fetch(source: Worker, reader: Worker) -> bool:
+def may_fetch(source: RouterWorker, reader: RouterWorker) -> bool:
     """Can the one read from the other?"""
     return (
         source is not reader
@@ -25,7 +25,7 @@ def may_fetch(source: Worker, reader: Worker) -> bool:
     )
 
 
-def fetch_from(pools: Pools, request: RouterRequest, source_id: str | None, reader: Worker) -> FetchFrom | None:
+def fetch_from(pools: Pools, request: RouterRequest, source_id: str | None, reader: RouterWorker) -> FetchFrom | None:
     """For the task; None: nothing is to be read, or the source has gone or lost it meanwhile."""
     source = pools.named(source_id) if source_id is not None else None
     if source is None or not may_fetch(source, reader):

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 
 from ..state.attempt import Live
 from ..state.pools import Pools
-from ..state.worker import Worker
+from ..state.worker import RouterWorker
 
 _MAX_PROMPTS = 1 << 17
-_MAX_LOOKS = 256  # blocks of a prompt's known beginning, from its end
+_MAX_LOOKUPS = 256  # blocks of a prompt's known beginning, from its end
 
 
-class Keepers:
+class PrefixHomes:
     """Of one router: who keeps what ends with a block. What it forgets, it decides anew."""
 
     def __init__(self, pools: Pools, max_prompts: int = _MAX_PROMPTS) -> None:
@@ -29,7 +29,7 @@ class Keepers:
         self._max_prompts = max_prompts
         self._kept: dict[int, float] = {}  # by session: room that was filled of late, as a share of all
 
-    def decode_keeps(self, live: Live, prefill: Worker, decode: Worker) -> bool | None:
+    def decode_retains(self, live: Live, prefill: RouterWorker, decode: RouterWorker) -> bool | None:
         """None: there is nothing to keep."""
         hashes = live.request.block_hashes
         if not hashes:
@@ -37,13 +37,13 @@ class Keepers:
         found = self._pools.prefix_index.match(hashes)
         mine, theirs = prefill.link.number, decode.link.number
         held = max(found.get(mine, 0), found.get(theirs, 0))
-        keeper = self._known(hashes[max(0, held - _MAX_LOOKS) : held], (mine, theirs))
-        if keeper is None:
-            keeper = min(mine, theirs, key=lambda session: self._kept.get(session, 0.0))
-        self._count(prefill if keeper == mine else decode, hashes, found.get(keeper, 0))
-        return keeper == theirs
+        home = self._known(hashes[max(0, held - _MAX_LOOKUPS) : held], (mine, theirs))
+        if home is None:
+            home = min(mine, theirs, key=lambda session: self._kept.get(session, 0.0))
+        self._count(prefill if home == mine else decode, hashes, found.get(home, 0))
+        return home == theirs
 
-    def note_local(self, live: Live, decode: Worker) -> None:
+    def note_local(self, live: Live, decode: RouterWorker) -> None:
         """The decode worker computes the prompt: there is no other copy."""
         hashes = live.request.block_hashes
         if hashes:
@@ -57,18 +57,18 @@ class Keepers:
                 return session if session in sessions else None
         return None
 
-    def _count(self, keeper: Worker, hashes: Sequence[bytes], num_held: int) -> None:
-        session, kept = keeper.link.number, self._kept
+    def _count(self, home: RouterWorker, hashes: Sequence[bytes], num_held: int) -> None:
+        session, kept = home.link.number, self._kept
         self._session_of[hashes[-1]] = session
         self._session_of.move_to_end(hashes[-1])
         if len(self._session_of) > self._max_prompts:
             self._session_of.popitem(last=False)
-        kept[session] = kept.get(session, 0.0) + (len(hashes) - num_held) / _room(keeper)
+        kept[session] = kept.get(session, 0.0) + (len(hashes) - num_held) / _room(home)
         if kept[session] > 1.0:  # what was before is evicted by and by
             self._kept = {one: share / 2 for one, share in kept.items() if self._pools.at(one) is not None}
 
 
-def _room(worker: Worker) -> int:
+def _room(worker: RouterWorker) -> int:
     """Blocks that hold, or may hold, what nobody uses now; in host memory those that do."""
     status = worker.status
     return max(1, status.num_free_blocks + status.host_blocks if status is not None else worker.hello.num_blocks)

@@ -15,7 +15,7 @@ from ..state.attempt import Live
 from ..state.observer import Observer
 from ..state.request import NO_DROPS, Drops, is_natural
 from .deadlines import GAP_LIMIT_S, HELD_LIMIT_S
-from .due_times import Looks
+from .due_times import DueTimes
 
 
 @dataclass(slots=True)
@@ -32,9 +32,9 @@ class Accepted:
 class Relay:
     """Changes accepted tokens and nothing else of a request."""
 
-    def __init__(self, observer: Observer, looks: Looks) -> None:
+    def __init__(self, observer: Observer, due_times: DueTimes) -> None:
         self._observer = observer
-        self._looks = looks
+        self._due_times = due_times
 
     def accept(self, live: Live, updates: tuple[ChoiceTokens, ...], now_s: float) -> Accepted:
         request = live.request
@@ -72,7 +72,7 @@ class Relay:
         if any(choice.has_gap for choice in live.request.choices):
             if live.gap_s is None:
                 live.gap_s = now_s
-            self._looks.by(live, live.gap_s + GAP_LIMIT_S)
+            self._due_times.schedule(live, live.gap_s + GAP_LIMIT_S)
 
     def _count(self, drops: Drops) -> None:
         for kind, number in (

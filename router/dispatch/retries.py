@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 
-from ..state.failures import Charge, Life
+from ..state.failures import Charge, WorkerLife
 
 SHARE_OF_ADMITTED = 0.1
 REFILL_PER_S = 1.0
@@ -33,7 +33,7 @@ class RetryBudget:
     def on_admitted(self) -> None:
         self._add(SHARE_OF_ADMITTED)
 
-    def charge(self, sessions: frozenset[int], now_s: float, suspect: Life | None = None) -> Charge:
+    def charge(self, sessions: frozenset[int], now_s: float, suspect: WorkerLife | None = None) -> Charge:
         return Charge(sessions, now_s, self._take(now_s), suspect)
 
     def pay(self, charge: Charge, now_s: float) -> bool:

@@ -31,36 +31,36 @@ from ..state.failures import Blame
 from ..state.observer import Observer
 from ..state.pools import Pools
 from ..state.request import RequestStatus
-from ..state.worker import Worker
-from .in_flight import Ledger
+from ..state.worker import RouterWorker
+from .in_flight import InFlightRequests
 from .placer import Placer
 from .relay import Relay
 
 
-class Exchange:
-    """One router's. Carries out what a message means; the ledger ends attempts, the placer chooses workers."""
+class WorkerMessages:
+    """One router's. Carries out what a message means; `InFlightRequests` ends attempts, the placer chooses workers."""
 
     def __init__(
         self,
         pools: Pools,
-        ledger: Ledger,
+        in_flight: InFlightRequests,
         placer: Placer,
         admission: Admission,
         observer: Observer,
         *,
         may_prefill_locally: bool,
     ) -> None:
-        self.relay = Relay(observer, ledger.looks)
+        self.relay = Relay(observer, in_flight.due_times)
         self._pools = pools
-        self._ledger = ledger
+        self._in_flight = in_flight
         self._placer = placer
         self._admission = admission
         self._observer = observer
         self._may_prefill_locally = may_prefill_locally
 
-    def _current(self, worker: Worker, request_id: str, attempt: int) -> Live | None:
+    def _current(self, worker: RouterWorker, request_id: str, attempt: int) -> Live | None:
         """The request, if this message is about its current attempt and from a worker that has to do with it."""
-        live = self._ledger.get(request_id)
+        live = self._in_flight.get(request_id)
         if live is None:
             self._observer.on_dropped("unknown_request")
         elif live.request.attempt != attempt:
@@ -71,8 +71,8 @@ class Exchange:
             return live
         return None
 
-    def on_request_message(self, worker: Worker, message: RequestMessage, now: float) -> None:
-        if isinstance(message, HandoffDone | HandoffFailed) and message.request_id not in self._ledger:
+    def on_request_message(self, worker: RouterWorker, message: RequestMessage, now: float) -> None:
+        if isinstance(message, HandoffDone | HandoffFailed) and message.request_id not in self._in_flight:
             return  # the answer to our last Abort
         live = self._current(worker, message.request_id, message.attempt)
         if live is None:
@@ -100,9 +100,9 @@ class Exchange:
                 self.relay.accept_prompt_logprobs(live, message)
             case WorkerFailure(code=""):
                 text = f"worker {worker.worker_id} failed: {message.reason}"
-                self._ledger.retry(live, Blame("worker_failure", text))
+                self._in_flight.retry(live, Blame("worker_failure", text))
             case WorkerFailure():  # no worker is to blame
-                self._ledger.fail(live, StreamError(message.reason, message.code, 500))
+                self._in_flight.fail(live, StreamError(message.reason, message.code, 500))
 
     # --- reservations and tasks -----------------------------------------------------------------------------
 
@@ -120,15 +120,15 @@ class Exchange:
         if other is not None:
             live.send_task(now, other)
         else:
-            self._ledger.retry(live, Blame("refused", why, is_counted=False))
+            self._in_flight.retry(live, Blame("refused", why, is_counted=False))
 
-    def _on_no_capacity(self, live: Live, worker: Worker, message: NoCapacity, now: float) -> None:
+    def _on_no_capacity(self, live: Live, worker: RouterWorker, message: NoCapacity, now: float) -> None:
         if message.reason == "held":
             live.run_locally(worker, now)
             return
         if message.reason in ("stale", "incarnation"):
             text = f"decode worker {worker.worker_id} refused a reservation: {message.reason}"
-            self._ledger.retry(live, Blame("refused", text))
+            self._in_flight.retry(live, Blame("refused", text))
             return
         if message.reason == "never_fits":
             (live.ungranted if self._may_prefill_locally else live.unfit).add(worker.link.number)
@@ -140,9 +140,9 @@ class Exchange:
             live.note_refusal(worker, message.retry_after_s, now)
         live.leave(tell=False)  # nothing was reserved: the same attempt goes on
         live.request.advance(RequestStatus.QUEUED, now)
-        self._ledger.enqueue(live)
+        self._in_flight.enqueue(live)
 
-    def _on_task_refused(self, live: Live, worker: Worker, message: TaskRefused, now: float) -> None:
+    def _on_task_refused(self, live: Live, worker: RouterWorker, message: TaskRefused, now: float) -> None:
         text = f"{worker.role} worker {worker.worker_id} refused a task: {message.reason} {message.detail}".rstrip()
         match message.reason:
             case "draining":
@@ -157,22 +157,22 @@ class Exchange:
                 return  # its deadline is ours, which came first: the next tick ends it
             case _:
                 live.note_failed_pair(text)
-                self._ledger.retry(live, Blame("refused", text))
+                self._in_flight.retry(live, Blame("refused", text))
                 return
         if live.grant is not None:
             live.return_credit()
             self._send_elsewhere(live, text, now)
         else:
-            self._ledger.retry(live, Blame("refused", text, is_counted=False))
+            self._in_flight.retry(live, Blame("refused", text, is_counted=False))
 
-    def _note_role(self, live: Live, worker: Worker, role: str, now: float) -> None:
+    def _note_role(self, live: Live, worker: RouterWorker, role: str, now: float) -> None:
         """It changed its role a moment ago, and its next heartbeat will say so."""
         if worker.hello.can_change_role and worker.role != role:
             worker.set_role(role, now)
         else:  # what was asked of it is wrong in whatever role
             live.unfit.add(worker.link.number)
 
-    def note_drain(self, worker: Worker) -> None:
+    def note_drain(self, worker: RouterWorker) -> None:
         """It says so in a heartbeat or, before the next one, in answer to a request."""
         if worker.begin_drain():
             self._observer.on_drain()
@@ -184,7 +184,7 @@ class Exchange:
         if live.prefill is not None:
             self._pools.on_handoff(live.prefill, live.decode, now, failed=False)
         live.arrive(now)
-        self._ledger.is_due = True
+        self._in_flight.is_due = True
 
     def _on_handoff_failed(self, live: Live, message: HandoffFailed, now: float) -> None:
         assert live.prefill is not None and live.decode is not None
@@ -193,13 +193,13 @@ class Exchange:
         live.prompt_begun = bool(message.worker_id)  # who opened the grant had begun to compute
         if message.blame == "draining":  # its decode worker gives up what was not opened: nobody failed
             self.note_drain(live.decode)
-            self._ledger.retry(live, Blame("refused", text, is_counted=False))
+            self._in_flight.retry(live, Blame("refused", text, is_counted=False))
             return
         if live.lost_prefill is not None:
-            self._ledger.retry(live, live.lost_prefill)
+            self._in_flight.retry(live, live.lost_prefill)
             return
         if message.blame == "fenced":  # the decode worker replaced its agents because of another: the pair is well
-            self._ledger.retry(live, Blame("refused", text, is_counted=False))
+            self._in_flight.retry(live, Blame("refused", text, is_counted=False))
             return
         is_computing = not live.prompt_computed and prefill.computes_prompt_of(request_id)
         was_opened = bool(message.worker_id) or live.prompt_computed  # by what it said, whether it came or not
@@ -207,19 +207,19 @@ class Exchange:
             self._pools.on_handoff(live.prefill, live.decode, now, failed=True)
             live.note_failed_pair(text)
         # else nobody opened the grant in time: the prefill worker was late, which says nothing of the pair
-        self._ledger.retry(live, Blame("handoff_failed", text, suspect=prefill.life if is_computing else None))
+        self._in_flight.retry(live, Blame("handoff_failed", text, suspect=prefill.life if is_computing else None))
 
     # --- tokens ---------------------------------------------------------------------------------------------
 
-    def on_steps(self, worker: Worker, message: StepTokens, now: float) -> None:
+    def on_steps(self, worker: RouterWorker, message: StepTokens, now: float) -> None:
         worker.note_step(message, now)
         for update in message.updates:
             self._on_step(worker, update, now)
 
-    def _on_step(self, worker: Worker, update: RequestTokens, now: float) -> None:
+    def _on_step(self, worker: RouterWorker, update: RequestTokens, now: float) -> None:
         live = self._current(worker, update.request_id, update.attempt)
         if live is None:
-            if update.request_id not in self._ledger:
+            if update.request_id not in self._in_flight:
                 # It goes on with something that has ended here: an Abort crossed, or was for single choices.
                 worker.link.send(Abort(request_id=update.request_id, attempt=update.attempt))
             return
@@ -242,7 +242,7 @@ class Exchange:
         request = live.request
         live.return_credit()
         live.prompt_computed = True
-        self._ledger.is_due = True
+        self._in_flight.is_due = True
         if not request.is_resume:
             request.num_cached_tokens = max(request.num_cached_tokens, message.num_cached_tokens)
             request.prefill_s, request.prefill_wait_s = message.prefill_s, message.queue_s
@@ -254,10 +254,10 @@ class Exchange:
         if accepted.num_new:
             self._on_progress(live, is_first=accepted.is_first, now=now)
         if accepted.has_end and not live.request.unfinished:
-            self._ledger.finish(live)
+            self._in_flight.finish(live)
         elif accepted.given_up is not None:
             text = f"{live.pair} gave up a choice: {accepted.given_up}"
-            self._ledger.retry(live, Blame("worker_failure", text))
+            self._in_flight.retry(live, Blame("worker_failure", text))
         return accepted.num_new
 
     def _on_progress(self, live: Live, *, is_first: bool, now: float) -> None:

@@ -18,7 +18,7 @@ import msgspec
 from ...common.errors import CapacityError, ConfigError, RequestError
 from ...models.chat_template import ChatTemplate, RenderLimits
 from .helper import Helper, HelperLost
-from .wire import REFUSAL, RENDER_CHAT, SET_TEMPLATE, ChatSpec, Refusal, TemplateSetup
+from .wire import REFUSAL, RENDER_CHAT, SET_TEMPLATE, ChatSpec, HelperRefusal, TemplateSetup
 
 QUICK_BYTES = 16 * 2**10
 QUICK = RenderLimits(max_s=0.1, max_steps=10_000, max_chars=2**18, max_items=100_000)
@@ -50,7 +50,7 @@ class Renderer(Protocol):
     def close(self) -> None: ...
 
 
-class _Overrun(Exception):
+class _RenderOverrun(Exception):
     """A rendering reached a limit."""
 
     def __init__(self, message: str, *, is_size: bool = False) -> None:
@@ -71,11 +71,11 @@ class ChatRenderer:
         if len(payload) <= QUICK_BYTES:
             try:
                 return await _ask(self.quick, payload, QUICK)
-            except _Overrun:
+            except _RenderOverrun:
                 pass
         try:
             return await _ask(self.long, _encoded(chat, LONG), LONG)
-        except _Overrun as error:
+        except _RenderOverrun as error:
             raise RequestError(str(error), param="messages", status=413 if error.is_size else 400) from None
 
     def start(self) -> None:
@@ -106,14 +106,14 @@ async def _ask(helper: Helper, payload: bytes, limits: RenderLimits) -> str:
         kind, answer = await helper.ask(RENDER_CHAT, payload, limits.max_s + _SLACK_S)
     except HelperLost as error:
         if error.is_late:
-            raise _Overrun(f"rendering the chat took more than {limits.max_s:g} s") from None
+            raise _RenderOverrun(f"rendering the chat took more than {limits.max_s:g} s") from None
         raise CapacityError(f"the chat could not be rendered: {error}", status=503) from None
     if kind != REFUSAL:
         return answer.decode()
-    refusal = msgspec.msgpack.decode(answer, type=Refusal)
+    refusal = msgspec.msgpack.decode(answer, type=HelperRefusal)
     match refusal.kind:
         case "overrun":
-            raise _Overrun(refusal.message, is_size=refusal.is_size)
+            raise _RenderOverrun(refusal.message, is_size=refusal.is_size)
         case "model":
             raise ConfigError(refusal.message)
         case "request":

@@ -7,7 +7,7 @@ import msgspec
 from ...common.errors import CapacityError, RequestError
 from .helper import Helper, HelperLost
 from .strict_json import MAX_COMMAS, parse_json
-from .wire import COMMAS, PARSE_JSON, REFUSAL, Refusal
+from .wire import COMMAS, PARSE_JSON, REFUSAL, HelperRefusal
 
 INLINE_BYTES = 32 * 2**10  # parsed where they are: a fraction of a millisecond
 TIME_LIMIT_S = 10.0
@@ -28,7 +28,7 @@ class JsonParser:
         except HelperLost:
             raise CapacityError(f"a body of {len(data)} bytes could not be parsed", status=503) from None
         if kind == REFUSAL:
-            refusal = msgspec.msgpack.decode(payload, type=Refusal)
+            refusal = msgspec.msgpack.decode(payload, type=HelperRefusal)
             raise RequestError(refusal.message, code=refusal.code, status=refusal.status)
         return msgspec.msgpack.decode(payload, type=dict[str, object])
 

@@ -23,7 +23,7 @@ from .wire import (
     SET_TEMPLATE,
     VALUE,
     ChatSpec,
-    Refusal,
+    HelperRefusal,
     TemplateSetup,
 )
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MEMORY_BYTES = 4 * 2**30
 
 
-class _Overrun(Exception):
+class _ProgramOverrun(Exception):
     """A TemplateOverrun, past the imports that only rendering needs."""
 
     def __init__(self, message: str, *, is_size: bool) -> None:
@@ -52,14 +52,14 @@ class _Program:
         try:
             return VALUE, {PARSE_JSON: self._parse, RENDER_CHAT: self._render}[kind](payload)
         except RequestError as error:
-            refusal = Refusal("request", str(error), error.param, error.code, error.status)
+            refusal = HelperRefusal("request", str(error), error.param, error.code, error.status)
         except ConfigError as error:
-            refusal = Refusal("model", str(error))
-        except _Overrun as error:
-            refusal = Refusal("overrun", str(error), is_size=error.is_size)
+            refusal = HelperRefusal("model", str(error))
+        except _ProgramOverrun as error:
+            refusal = HelperRefusal("overrun", str(error), is_size=error.is_size)
         except (OverflowError, MemoryError) as error:
             what = "a number out of range" if isinstance(error, OverflowError) else "more than there is memory for"
-            refusal = Refusal("request", f"the body has {what}", code="invalid_json")
+            refusal = HelperRefusal("request", f"the body has {what}", code="invalid_json")
         return REFUSAL, msgspec.msgpack.encode(refusal)
 
     def _parse(self, payload: bytes) -> bytes:
@@ -91,9 +91,9 @@ class _Program:
             )
             return text.encode()
         except TemplateOverrun as error:
-            raise _Overrun(str(error), is_size=error.is_size) from None
+            raise _ProgramOverrun(str(error), is_size=error.is_size) from None
         except MemoryError:
-            raise _Overrun("rendering the chat takes more memory than it may", is_size=True) from None
+            raise _ProgramOverrun("rendering the chat takes more memory than it may", is_size=True) from None
         except UnicodeEncodeError:
             raise RequestError("the rendered chat has a lone surrogate and is not valid Unicode") from None
 

@@ -3,7 +3,7 @@
 "j" the bound of commas, a body              ─> "v" the value
 "t" a `TemplateSetup`, once, at the start       no answer
 "c" a `ChatSpec`                             ─> "v" the prompt, as UTF-8
-any of them                                  ─> "e" a `Refusal`: why not
+any of them                                  ─> "e" a `HelperRefusal`: why not
                                                 "!" once, at the start: it is ready
 """
 
@@ -20,7 +20,7 @@ PARSE_JSON, SET_TEMPLATE, RENDER_CHAT = b"j", b"t", b"c"
 VALUE, REFUSAL, READY = b"v", b"e", b"!"
 
 
-class Refusal(msgspec.Struct):
+class HelperRefusal(msgspec.Struct):
     """An error on its way. `kind`: the client's, a limit of the template's that was reached, the model's own."""
 
     kind: Literal["request", "overrun", "model"]

@@ -19,7 +19,7 @@ MAX_CONNECTIONS_PER_ADDRESS = 1024
 _IPV6_SITE_BITS = 64  # one customer's network: its addresses cost nothing
 
 
-class Connection(Protocol):
+class LimitedConnection(Protocol):
     """What the books need of one."""
 
     def evict(self) -> None:
@@ -57,15 +57,15 @@ class Connections:
         self.max_total = max_total
         self.max_per_address = max_per_address
         self.observer: ConnectionObserver = observer or NullConnectionObserver()
-        self._site_of: dict[Connection, str] = {}
+        self._site_of: dict[LimitedConnection, str] = {}
         self._num_from: Counter[str] = Counter()
-        self._waiting: OrderedDict[Connection, None] = OrderedDict()
-        self._waiting_from: dict[str, OrderedDict[Connection, None]] = {}
+        self._waiting: OrderedDict[LimitedConnection, None] = OrderedDict()
+        self._waiting_from: dict[str, OrderedDict[LimitedConnection, None]] = {}
 
     def __len__(self) -> int:
         return len(self._site_of)
 
-    def open(self, connection: Connection, host: str) -> str:
+    def open(self, connection: LimitedConnection, host: str) -> str:
         """Let it in, to wait. Else why not: "total" or "address"."""
         site = _site(host)
         full = ""
@@ -81,7 +81,7 @@ class Connections:
         self.wait(connection)
         return ""
 
-    def wait(self, connection: Connection) -> None:
+    def wait(self, connection: LimitedConnection) -> None:
         """It has no request. Since now: again moves it to the end."""
         site = self._site_of.get(connection)
         if site is not None:
@@ -89,7 +89,7 @@ class Connections:
                 waiting[connection] = None
                 waiting.move_to_end(connection)
 
-    def work(self, connection: Connection) -> None:
+    def work(self, connection: LimitedConnection) -> None:
         """A request's head has come."""
         site = self._site_of.get(connection)
         if site is not None:
@@ -97,7 +97,7 @@ class Connections:
             if site in self._waiting_from:
                 self._waiting_from[site].pop(connection, None)
 
-    def close(self, connection: Connection) -> None:
+    def close(self, connection: LimitedConnection) -> None:
         """It has ended. Idempotent."""
         self.work(connection)
         site = self._site_of.pop(connection, None)
@@ -108,7 +108,7 @@ class Connections:
             del self._num_from[site]
             self._waiting_from.pop(site, None)
 
-    def _evict(self, waiting: OrderedDict[Connection, None] | None) -> bool:
+    def _evict(self, waiting: OrderedDict[LimitedConnection, None] | None) -> bool:
         if not waiting:
             return False
         oldest = next(iter(waiting))

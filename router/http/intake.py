@@ -144,7 +144,7 @@ class MessageBytes:
     _num_head: int = 0
     _num_headers: int = 0
     _num_content: int = 0
-    _num_told: int = 0  # of the content, in earlier pieces
+    _num_counted: int = 0  # of the content, in earlier pieces
     _num_framing: int = 0
     _num_bare: int = 0  # framing since the last content
     _is_heads: bool = False  # the piece has bytes of a head
@@ -170,12 +170,12 @@ class MessageBytes:
         elif self._is_heads:
             self._is_heads = False
         else:
-            self._add_framing(num_bytes - (self._num_content - self._num_told))
-        self._num_told = self._num_content
+            self._add_framing(num_bytes - (self._num_content - self._num_counted))
+        self._num_counted = self._num_content
 
     def _add_framing(self, num_bytes: int) -> None:
         self._num_framing += num_bytes
-        self._num_bare = num_bytes + (self._num_bare if self._num_content == self._num_told else 0)
+        self._num_bare = num_bytes + (self._num_bare if self._num_content == self._num_counted else 0)
         if self._num_bare > MAX_FRAMING_BYTES or self._num_framing > self._num_content + MAX_FRAMING_BYTES:
             raise RequestError(
                 f"chunks and trailers take {self._num_framing} bytes beside {self._num_content} of content; "
@@ -184,7 +184,7 @@ class MessageBytes:
             )
 
     @classmethod
-    def of_head(cls) -> MessageBytes:
+    def begin(cls) -> MessageBytes:
         """A message begins."""
         return cls(is_in_head=True, _is_heads=True)
 

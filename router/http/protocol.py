@@ -28,7 +28,7 @@ from ...common.errors import CapacityError, RequestError
 from ..state.errors import failure_of
 from .connection_limits import Connections
 from .intake import PIECE_BYTES, HeldFlow, Intake, MessageBytes, Sink
-from .stream_writer import CHUNKS, Chunks, Outlet, Turn
+from .stream_writer import CHUNK_ENCODER, ChunkEncoder, StreamWriter, WriteCoalescer
 
 HEAD_LIMIT_S = 5.0
 WRITE_LIMIT_S = 30.0
@@ -56,7 +56,7 @@ class DeadlineProtocol(HttpToolsProtocol):
     write_limit_s = WRITE_LIMIT_S
     linger_s = LINGER_S
     books: Connections
-    turn: Turn
+    coalescer: WriteCoalescer
     intake: Intake
     sink: Sink
     flow: HeldFlow
@@ -76,20 +76,22 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._unparsed = memoryview(b"")
         self._message = MessageBytes()
         self._fault: RequestError | None = None  # why the parser was stopped
-        self._chunks: Chunks | None = None  # of the latest request
+        self._chunk_encoder: ChunkEncoder | None = None  # of the latest request
         self._num_discarded: int | None = None  # None: what comes is parsed
 
     @classmethod
     def keeping(cls, books: Connections) -> type[Self]:
         """The protocol of a server whose connections are in these books."""
-        return type(cls.__name__, (cls,), {"books": books, "turn": Turn(), "intake": Intake(), "sink": Sink()})
+        return type(
+            cls.__name__, (cls,), {"books": books, "coalescer": WriteCoalescer(), "intake": Intake(), "sink": Sink()}
+        )
 
     # --- the connection ---------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = HeldFlow(transport)
-        self.outlet = Outlet(transport, self.turn)
+        self.stream_writer = StreamWriter(transport, self.coalescer)
         full = self.books.open(self, self.client[0] if self.client else "")
         if full:
             whose = "from this address" if full == "address" else "to this server"
@@ -105,8 +107,8 @@ class DeadlineProtocol(HttpToolsProtocol):
             self._end_timer.cancel()
         self.resume_writing()
         super().connection_lost(exc)
-        if self._chunks is not None:
-            self._chunks.lose()
+        if self._chunk_encoder is not None:
+            self._chunk_encoder.lose()
         self.cycle = None  # type: ignore[assignment]  # it leads back here
 
     def data_received(self, data: bytes) -> None:
@@ -161,7 +163,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._await_nothing()
         if self.transport.is_closing() or self._end_timer is not None:
             return
-        self.outlet.flush()
+        self.stream_writer.flush()
         if self.cycle is not None and self.cycle.more_body:
             self._linger()
         else:
@@ -188,7 +190,7 @@ class DeadlineProtocol(HttpToolsProtocol):
             self._discard()
             raise _Unwanted
         super().on_message_begin()
-        self._message = MessageBytes.of_head()
+        self._message = MessageBytes.begin()
         self._set_wait_timer(self.head_limit_s, "head")
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -206,7 +208,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._await_nothing()
         self.books.work(self)
         self.cycle.transport = _Closer(self)  # type: ignore[assignment]
-        self._chunks = self.scope[CHUNKS] = Chunks(self.outlet, self.flow)  # type: ignore[literal-required]
+        self._chunk_encoder = self.scope[CHUNK_ENCODER] = ChunkEncoder(self.stream_writer, self.flow)  # type: ignore[literal-required]
 
     def on_body(self, body: bytes) -> None:
         self._message.add_content(len(body))
@@ -246,7 +248,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         head += [name + b": " + value for name, value in failure.headers]
         self._await_nothing()
         self._discard()
-        self.outlet.flush()
+        self.stream_writer.flush()
         self.transport.write(b"\r\n".join([*head, b"", failure.body]))
 
     # --- time limits ------------------------------------------------------------------------------------------
@@ -285,13 +287,13 @@ class DeadlineProtocol(HttpToolsProtocol):
 
 
 class _Closer:
-    """A request's way to its transport: it writes to the outlet, and leaves the end to the protocol."""
+    """A request's way to its transport: it writes to the stream writer, and leaves the end to the protocol."""
 
     __slots__ = ("_protocol", "is_closing", "write")
 
     def __init__(self, protocol: DeadlineProtocol) -> None:
         self._protocol = protocol
-        self.write = protocol.outlet.write
+        self.write = protocol.stream_writer.write
         self.is_closing = protocol.transport.is_closing
 
     def close(self) -> None:

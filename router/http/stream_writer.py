@@ -1,8 +1,8 @@
 """The ends of the connections at which answers leave: written together, at the end of the event loop's turn.
 
-    a step's tokens ─> each stream's events ─> Outlet.write: kept ─┐
-                                               ... of every stream ┴─> Turn: one write after the other
-    ... of a plain stream ─> Turn.before_end: its events are made then, and no task is woken for them
+    a step's tokens ─> each stream's events ─> StreamWriter.write: kept ─┐
+                                         ... of every stream ┴─> WriteCoalescer: one write after the other
+    ... of a plain stream ─> WriteCoalescer.before_end: its events are made then, and no task is woken for them
 
 What one connection gets in a turn goes out in one write, and the writes of many follow each other closely: a reader
 on the same machine is woken once for all of them, not once for each. Nothing waits longer than the turn.
@@ -14,21 +14,21 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-CHUNKS = "kvferry.chunks"  # where the server lends its own way, in the scope
+CHUNK_ENCODER = "kvferry.chunk_encoder"  # where the server lends its own way, in the scope
 
 _HELD_BYTES = 64 * 2**10  # more is written at once, so that the transport can say that it is full
 
 
-class Turn:
+class WriteCoalescer:
     """Of one server. Knows which of its connections have something to write."""
 
     def __init__(self) -> None:
-        self._outlets: list[Outlet] = []
+        self._writers: list[StreamWriter] = []
         self._calls: list[Callable[[], None]] = []
         self._is_due = False
 
-    def add(self, outlet: Outlet) -> None:
-        self._outlets.append(outlet)
+    def add(self, writer: StreamWriter) -> None:
+        self._writers.append(writer)
         self._schedule()
 
     def before_end(self, call: Callable[[], None]) -> None:
@@ -45,28 +45,28 @@ class Turn:
         calls, self._calls = self._calls, []
         for call in calls:
             call()
-        outlets, self._outlets = self._outlets, []
+        writers, self._writers = self._writers, []
         self._is_due = False
         if self._calls:
             self._schedule()
-        for outlet in outlets:
-            outlet.flush()
+        for writer in writers:
+            writer.flush()
 
 
-class Outlet:
+class StreamWriter:
     """One connection's. `flush` comes before anything is written by another way, and before the end."""
 
-    __slots__ = ("_parts", "_size", "_transport", "turn")
+    __slots__ = ("_parts", "_size", "_transport", "coalescer")
 
-    def __init__(self, transport: asyncio.Transport, turn: Turn) -> None:
+    def __init__(self, transport: asyncio.Transport, coalescer: WriteCoalescer) -> None:
         self._transport = transport
-        self.turn = turn
+        self.coalescer = coalescer
         self._parts: list[bytes] = []
         self._size = 0
 
     def write(self, data: bytes) -> None:
         if not self._parts:
-            self.turn.add(self)
+            self.coalescer.add(self)
         self._parts.append(data)
         self._size += len(data)
         if self._size > _HELD_BYTES:
@@ -92,18 +92,18 @@ class Flow(Protocol):
     def resume_reading(self) -> None: ...
 
 
-class Chunks:
+class ChunkEncoder:
     """One answer's own way out, past all that stands between: the parts of a body whose length was not announced; and
     the news that its client has left."""
 
-    __slots__ = ("_flow", "_is_lost", "_on_lost", "_outlet", "before_end")
+    __slots__ = ("_flow", "_is_lost", "_on_lost", "_writer", "before_end")
 
-    def __init__(self, outlet: Outlet, flow: Flow) -> None:
-        self._outlet = outlet
+    def __init__(self, writer: StreamWriter, flow: Flow) -> None:
+        self._writer = writer
         self._flow = flow
         self._is_lost = False
         self._on_lost: Callable[[], None] | None = None
-        self.before_end = outlet.turn.before_end
+        self.before_end = writer.coalescer.before_end
 
     @property
     def is_full(self) -> bool:
@@ -111,7 +111,7 @@ class Chunks:
         return self._flow.write_paused
 
     def write(self, part: bytes) -> None:
-        self._outlet.write(b"%x\r\n%b\r\n" % (len(part), part))
+        self._writer.write(b"%x\r\n%b\r\n" % (len(part), part))
 
     async def send(self, part: bytes) -> None:
         """The same, when there is room."""

@@ -89,7 +89,7 @@ class FinishedRequest(Protocol):
     def num_cached_tokens(self) -> int: ...
 
 
-class RequestOutcome(Protocol):
+class CountedOutcome(Protocol):
     """What became of a request beside what it was to get. Ratios are of what came to what was predicted."""
 
     @property
@@ -214,7 +214,7 @@ class RouterMetrics:
         if tokens_after_first > 0 and "last_token" in stamps and "first_token" in stamps:
             self._tpot.observe((stamps["last_token"] - stamps["first_token"]) / tokens_after_first)
 
-    def on_outcome(self, outcome: RequestOutcome) -> None:
+    def on_outcome(self, outcome: CountedOutcome) -> None:
         for histogram, value in (
             (self._predicted_ttft, outcome.predicted_ttft_s),
             (self._predicted_tpot, outcome.predicted_tpot_s),

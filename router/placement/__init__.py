@@ -8,7 +8,7 @@ from .kv_cost import KVCost
 from .least_loaded import LeastLoaded
 from .policy import RoutingPolicy
 from .round_robin import RoundRobin
-from .slo import Slo
+from .slo import SloPolicy
 
 _SIMPLE = {policy.name: policy for policy in (LeastLoaded, RoundRobin, KVCost)}
 
@@ -21,6 +21,6 @@ def make_policy(config: RouterConfig, predictor: Predictor) -> RoutingPolicy:
         "expect_prefill": config.expect_prefill,
         "ttft_objective_s": config.ttft_objective_ms / 1e3 if config.ttft_objective_ms is not None else None,
     }
-    if config.policy == Slo.name:
-        return Slo(predictor, fetches=True, **options)  # type: ignore[arg-type]
+    if config.policy == SloPolicy.name:
+        return SloPolicy(predictor, fetches=True, **options)  # type: ignore[arg-type]
     return _SIMPLE[config.policy](**options)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ _MAX_REJECTED = 16
 _NO_WAY = "not_chosen"  # it could, and the policy did not come to it, or its handoffs with all others have failed
 
 
-class Way(Protocol):
+class CandidateWay(Protocol):
     """A way to serve a request as a predicting policy sees it."""
 
     @property
@@ -57,7 +57,7 @@ class Way(Protocol):
 class Explaining(Protocol):
     """A policy that says what it has looked at, the best first."""
 
-    def explain(self, view: PoolView, demand: Demand) -> Sequence[Way]: ...
+    def explain(self, view: PoolView, demand: Demand) -> Sequence[CandidateWay]: ...
 
 
 def candidates(policy: RoutingPolicy, view: PoolView, demand: Demand) -> tuple[Candidate, ...]:
@@ -73,7 +73,7 @@ def candidates(policy: RoutingPolicy, view: PoolView, demand: Demand) -> tuple[C
     return (*ways[:_MAX_WAYS], *rejected[:_MAX_REJECTED])
 
 
-def _candidate(way: Way) -> Candidate:
+def _candidate(way: CandidateWay) -> Candidate:
     return Candidate(
         prefill_worker=way.prefill.worker_id if way.prefill is not None else None,
         decode_worker=way.decode.worker_id,

@@ -47,7 +47,7 @@ def has_decode_room(worker: WorkerView, demand: Demand) -> bool:
         return False
     if worker.num_running == 0:
         return True  # nothing of ours is there to wait for: let the worker decide
-    if demand.knocks and (worker.num_bound == 0 or worker.num_others):
+    if demand.queue_if_full and (worker.num_bound == 0 or worker.num_others):
         return True  # another router may fill it for ever, unless the worker keeps blocks for this request
     if worker.num_running + demand.num_choices > worker.hello.max_num_seqs:
         return False
@@ -61,7 +61,7 @@ def has_prefill_room(worker: WorkerView, demand: Demand, max_wait_s: float) -> b
     if worker.num_bound == 0 and worker.ahead_tokens == 0:
         return True
     budget = worker.hello.max_num_batched_tokens
-    if worker.ahead_tokens <= budget or (demand.knocks and worker.num_bound == 0):
+    if worker.ahead_tokens <= budget or (demand.queue_if_full and worker.num_bound == 0):
         wait_s = worker.ahead_tokens * worker.s_per_token
     elif demand.num_prompt_tokens + worker.unstarted_tokens <= budget:
         wait_s = worker.step_s  # one chunk of the long one

@@ -50,7 +50,7 @@ _NOBODY: Rank = (0.0, 0, 0, 0)
 
 
 @dataclass(slots=True, frozen=True)
-class Candidate:
+class SloCandidate:
     """One way to serve a request, and what is expected of it."""
 
     prefill: WorkerView | None
@@ -74,7 +74,7 @@ class Candidate:
 
 
 @dataclass(slots=True, frozen=True)
-class _Fetch:
+class _PrefixFetch:
     source: WorkerView
     tokens: int  # more than the worker holds itself
     seconds: float
@@ -86,11 +86,11 @@ class _Prefill:
 
     worker: WorkerView
     seconds: float
-    fetch: _Fetch | None
+    fetch: _PrefixFetch | None
     wait_s: float  # for what the worker serves first
 
 
-class Slo:
+class SloPolicy:
     """Implements `RoutingPolicy`."""
 
     name = "slo"
@@ -149,7 +149,7 @@ class Slo:
         ]
         return min(able, key=lambda worker: self._prefill_s(worker, demand)[0] + worker.backlog_s, default=None)
 
-    def explain(self, view: PoolView, demand: Demand) -> list[Candidate]:
+    def explain(self, view: PoolView, demand: Demand) -> list[SloCandidate]:
         """Every way that is looked at for this request, the best first."""
         holders = _holders(demand)
         decodes = [worker for worker in view.nearest("decode", _NEAR, holders) if fits_decode(worker, demand)]
@@ -182,7 +182,7 @@ class Slo:
 
     def _candidates(
         self, view: PoolView, demand: Demand, prefills: list[WorkerView], roomy: list[WorkerView]
-    ) -> Iterator[Candidate]:
+    ) -> Iterator[SloCandidate]:
         able = [worker for worker in prefills if has_prefill_room(worker, demand, self._max_bind_wait_s)]
         sources = [found for session in _holders(demand) if (found := view.find(session)) is not None]
         costs = [self._cost(worker, demand, sources, view.now_s) for worker in able]
@@ -208,13 +208,13 @@ class Slo:
 
     def _handoff(
         self, view: PoolView, demand: Demand, cost: _Prefill, decode: WorkerView, path: str, tpot_s: float
-    ) -> Candidate:
+    ) -> SloCandidate:
         prefill, prefill_s, fetch = cost.worker, cost.seconds, cost.fetch
         predictor = self._predictor
         num_bytes = _block_bytes(demand.num_prompt_tokens - _cached(decode, demand), decode)
         # The first token does not wait for the transfer, the second does.
         exposed_s = predictor.exposed_s(path, num_bytes, prefill_s)
-        return Candidate(
+        return SloCandidate(
             prefill=prefill,
             decode=decode,
             ttft_s=predictor.first_token_s(Way.HANDOFF, prefill_s, cost.wait_s),
@@ -229,7 +229,9 @@ class Slo:
             fetch_from=fetch.source.worker_id if fetch is not None else None,
         )
 
-    def _local(self, decode: WorkerView, demand: Demand, tpot_s: float, sources: list[WorkerView]) -> Candidate | None:
+    def _local(
+        self, decode: WorkerView, demand: Demand, tpot_s: float, sources: list[WorkerView]
+    ) -> SloCandidate | None:
         """The decode worker computes the prompt: at once if it is idle, else in what its steps have left."""
         alone_s, fetch = self._prefill_s(decode, demand, sources)
         cached = _cached(decode, demand) + (fetch.tokens if fetch is not None else 0)
@@ -253,7 +255,7 @@ class Slo:
             budget = min(budget, _STEPS_AHEAD * tokens)
         if is_behind(decode, demand, budget):
             return None
-        return Candidate(
+        return SloCandidate(
             prefill=None,
             decode=decode,
             ttft_s=self._predictor.first_token_s(Way.LOCAL, took_s, wait_s),
@@ -268,11 +270,11 @@ class Slo:
 
     def _prefill_s(
         self, worker: WorkerView, demand: Demand, sources: list[WorkerView] | None = None
-    ) -> tuple[float, _Fetch | None]:
+    ) -> tuple[float, _PrefixFetch | None]:
         """To compute what the worker does not hold, or to fetch some of that and compute the rest."""
         cached = _cached(worker, demand)
         seconds = self._predictor.prefill_s(worker.session, max(1, demand.num_prompt_tokens - cached), cached)
-        best: _Fetch | None = None
+        best: _PrefixFetch | None = None
         for source in sources or () if self._fetches else ():
             fetch = self._fetch(worker, source, demand, cached)
             if fetch is None:
@@ -283,12 +285,12 @@ class Slo:
                 seconds, best = fetch.seconds + rest_s, fetch
         return seconds, best
 
-    def _fetch(self, worker: WorkerView, source: WorkerView, demand: Demand, cached: int) -> _Fetch | None:
+    def _fetch(self, worker: WorkerView, source: WorkerView, demand: Demand, cached: int) -> _PrefixFetch | None:
         more = _cached(source, demand) - cached
         if source.session == worker.session or more < _MIN_FETCH_TOKENS or source.hello.tp_size != worker.hello.tp_size:
             return None
         seconds = self._predictor.transfer_s(distance(source.hello, worker.hello), _block_bytes(more, worker))
-        return _Fetch(source, more, seconds) if seconds else None
+        return _PrefixFetch(source, more, seconds) if seconds else None
 
     def _tpot_s(self, decode: WorkerView, demand: Demand) -> float:
         """Of a step in the middle of the answer, with all that runs there now."""
@@ -298,31 +300,31 @@ class Slo:
 
     # --- which one ------------------------------------------------------------------------------------------
 
-    def _order(self, one: Candidate, demand: Demand) -> tuple[bool, bool, float, bool, Rank, Rank]:
+    def _order(self, one: SloCandidate, demand: Demand) -> tuple[bool, bool, float, bool, Rank, Rank]:
         is_elsewhere = one.prefill is None or one.prefill.session != demand.computed_on
         rank = one.prefill.prefill_rank if one.prefill is not None else _NOBODY
         return (one.is_avoided, self._misses(one, demand), one.cost_s, is_elsewhere, one.decode.decode_rank, rank)
 
-    def _misses(self, one: Candidate, demand: Demand) -> bool:
+    def _misses(self, one: SloCandidate, demand: Demand) -> bool:
         return self._comes_late(one, demand) or self._breaks_pace(one, demand)
 
-    def _comes_late(self, one: Candidate, demand: Demand) -> bool:
+    def _comes_late(self, one: SloCandidate, demand: Demand) -> bool:
         """Its first token would, and need not."""
         limit_s = demand.ttft_limit_s
         return limit_s is not None and not demand.may_miss and demand.waited_s + one.ttft_s > limit_s
 
-    def _breaks_pace(self, one: Candidate, demand: Demand) -> bool:
+    def _breaks_pace(self, one: SloCandidate, demand: Demand) -> bool:
         limit_s = demand.objectives.tpot_s
         return limit_s is not None and one.tpot_s > _TPOT_MARGIN * limit_s
 
-    def _is_better_off_waiting(self, one: Candidate, demand: Demand) -> bool:
+    def _is_better_off_waiting(self, one: SloCandidate, demand: Demand) -> bool:
         """Streams would lose their pace, and the request has time, or had its chance: it does not wait for ever."""
         if not self._breaks_pace(one, demand) or not one.decode.num_running:
             return False
         patience_s = _DEFAULT_PATIENCE_S if demand.ttft_limit_s is None else _PATIENCE * demand.ttft_limit_s
         return demand.waited_s < patience_s
 
-    def _placement(self, one: Candidate, prefills: list[WorkerView], demand: Demand) -> Placement:
+    def _placement(self, one: SloCandidate, prefills: list[WorkerView], demand: Demand) -> Placement:
         prediction = Prediction(one.ttft_s, one.tpot_s, one.prefill_s, one.wait_s, one.cached_tokens, one.bare_s)
         if one.prefill is not None:
             return Placement(
@@ -331,7 +333,7 @@ class Slo:
         reason = self._local_reason(prefills, one, demand)
         return Placement(None, one.decode.worker_id, reason, one.fetch_from, prediction=prediction)
 
-    def _local_reason(self, prefills: list[WorkerView], one: Candidate, demand: Demand) -> Reason:
+    def _local_reason(self, prefills: list[WorkerView], one: SloCandidate, demand: Demand) -> Reason:
         if not self._expect_prefill:
             return Reason.COLOCATED
         if demand.num_prompt_tokens <= self._max_local_prefill_tokens:

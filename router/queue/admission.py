@@ -17,8 +17,8 @@ from ..state.demand import Promise
 from ..state.errors import StreamError
 from ..state.observer import Observer
 from ..state.request import RouterRequest
-from .arrival_load import OfferedLoad
-from .forecast import Forecast
+from .arrival_load import ArrivalLoad
+from .forecast import QueueForecast
 from .request_queue import RequestQueue
 
 # Of its limit, waited before a request is sent away: where even the fastest first token came too late lately, somebody
@@ -31,8 +31,8 @@ class Admission:
     """Decides at submit and before placement; learns from first tokens."""
 
     def __init__(self, queue: RequestQueue, observer: Observer) -> None:
-        self.forecast = Forecast()
-        self.offered = OfferedLoad()
+        self.forecast = QueueForecast()
+        self.arrivals = ArrivalLoad()
         self._queue = queue
         self._observer = observer
         self._admitted_s: dict[int, float] = {}  # the latest, by priority
@@ -40,7 +40,7 @@ class Admission:
     def check(self, request: RouterRequest, now_s: float) -> Live | None:
         """Raises CapacityError (429) if it has to go. Returns the queued request that goes in its stead, if any."""
         self.observe(now_s)
-        self.offered.add(request.priority, request.unloaded_s, now_s)
+        self.arrivals.add(request.priority, request.unloaded_s, now_s)
         victim = None
         if self._queue.is_full:
             victim = self._queue.victim_for(request)

@@ -23,7 +23,7 @@ _REBASE_S = 50 * _MEMORY_S  # weights grow with time and are made small again
 _EDGES = tuple(_LEAST_S * 2 ** (number / _PER_OCTAVE) for number in range(_NUM_LENGTHS))
 
 
-class OfferedLoad:
+class ArrivalLoad:
     """Of one router. Time is the caller's."""
 
     def __init__(self) -> None:

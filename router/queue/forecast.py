@@ -71,7 +71,7 @@ class DrainRate:
         self._num_tokens, self._work_s, self._began_s = 0, 0.0, self._waiting_s
 
 
-class Forecast:
+class QueueForecast:
     """One router's. Time is the caller's."""
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ from itertools import islice
 
 from ..state.attempt import Live
 from ..state.request import RouterRequest
-from .arrival_load import OfferedLoad
+from .arrival_load import ArrivalLoad
 from .fair_order import FairOrder, Ticket
 from .triage import Waiting, put_off
 
@@ -204,12 +204,12 @@ class RequestQueue:
                 found += self._first_of(level, number - len(found), now_s)
         return found
 
-    def triage(self, now_s: float, rate: float, offered: OfferedLoad) -> None:
+    def triage(self, now_s: float, rate: float, arrivals: ArrivalLoad) -> None:
         """Who makes way so that the fewest miss their objectives, now and of those that will have come in a moment.
         `rate`: seconds of work that are done in a second.
         """
         for priority, level in self._levels.items():
-            if len(level.timely) and (longest_s := offered.longest_s(priority, now_s, rate)) != float("inf"):
+            if len(level.timely) and (longest_s := arrivals.longest_s(priority, now_s, rate)) != float("inf"):
                 line = self._line(level)
                 level.move_to_late(place for place, one in line if one.work_s >= longest_s and one.can_wait(now_s))
             if len(level.timely) > 1:

@@ -30,15 +30,15 @@ from ...common.messages import (
     WorkerFailure,
 )
 from .demand import Demand, Placement, Prediction, Promise
-from .failures import STRIKES_UNTIL_ALONE, Blame, Charge, Life
+from .failures import STRIKES_UNTIL_ALONE, Blame, Charge, WorkerLife
 from .pools import Pools
 from .predictor import Way
 from .request import RequestStatus, RouterRequest, TokenStream
-from .views import Load
-from .worker import Worker
+from .views import RequestLoad
+from .worker import RouterWorker
 
 ANSWER_WITHIN_S = 3.5  # a decode worker's answer to ReserveKV, or to an Abort that asks
-KNOCK_AFTER_S = 0.25  # then a worker is asked that another router keeps full
+QUEUE_IF_FULL_AFTER_S = 0.25  # then a worker is asked that another router keeps full
 _STALE_REFUSAL_S = 0.5  # ask again after this, though no new heartbeat came
 
 RequestMessage = (
@@ -46,7 +46,7 @@ RequestMessage = (
 )
 
 
-class Refusal(NamedTuple):
+class WorkerRefusal(NamedTuple):
     """A worker had no room."""
 
     at_s: float
@@ -60,8 +60,8 @@ class Live:
     request: RouterRequest
     stream: TokenStream
     deadline_s: float | None
-    prefill: Worker | None = None
-    decode: Worker | None = None
+    prefill: RouterWorker | None = None
+    decode: RouterWorker | None = None
     prefill_over: bool = True  # the prefill worker's loss would not matter
     prompt_computed: bool = False  # its first tokens came in this attempt
     prompt_begun: bool = False  # some of it was shipped
@@ -77,7 +77,7 @@ class Live:
     lacks_s: float | None = None  # since when every pair has failed
     waits_s: float | None = None  # since when it has found no room
     sent_choices: tuple[int, ...] = ()  # of this attempt
-    look_s: float = float("inf")  # when its time limits are looked at next (due_times.py)
+    check_at_s: float = float("inf")  # when its time limits are looked at next (due_times.py)
     # --- of all attempts
     promise: Promise | None = None  # when its first token was expected, at its admission
     is_charged: bool = False  # its tenant was: it has left the queue for an attempt
@@ -85,8 +85,8 @@ class Live:
     fetch: FetchFrom | None = None  # the same: what whoever computes the prompt reads from another worker
     placed_s: float = 0.0
     num_cached: int = 0  # prompt tokens that some worker held when places were last looked for
-    decode_keeps: bool | None = None  # which of the two caches the prompt's KV for others; None: both do
-    strikes: set[Life] = field(default_factory=set)  # workers that were lost while they computed it
+    decode_retains: bool | None = None  # which of the two caches the prompt's KV for others; None: both do
+    strikes: set[WorkerLife] = field(default_factory=set)  # workers that were lost while they computed it
     computed_on: int | None = None  # the prefill session that has the prompt's KV in its cache
     computed_whole: bool = False  # all of it
     is_resuming: bool = False  # its stream has paused: tokens came, and the worker was lost
@@ -96,7 +96,7 @@ class Live:
     num_same: int = 0  # failures in a row for that reason
     failed_pairs: dict[tuple[int, int], str] = field(default_factory=dict)  # sessions: what happened
     late_pairs: set[tuple[int, int]] = field(default_factory=set)  # whose grant was not opened in time
-    refusals: dict[int, Refusal] = field(default_factory=dict)
+    refusals: dict[int, WorkerRefusal] = field(default_factory=dict)
     unfit: set[int] = field(default_factory=set)
     ended_here: set[int] = field(default_factory=set)  # choices whose stop string was found
     ungranted: set[int] = field(default_factory=set)
@@ -119,7 +119,7 @@ class Live:
             ungranted=frozenset(self.ungranted),
             failed_pairs=frozenset(self.failed_pairs),
             computed_on=self.computed_on,
-            knocks=self.knocks(now_s),
+            queue_if_full=self.queue_if_full(now_s),
             cached=cached,
             objectives=request.objectives,
             ttft_limit_s=limit_s,
@@ -158,14 +158,14 @@ class Live:
         ]
         return claimed.union(refusing, pools.claimed) if refusing or pools.claimed else claimed
 
-    def is_refused_by(self, worker: Worker, now_s: float) -> bool:
+    def is_refused_by(self, worker: RouterWorker, now_s: float) -> bool:
         refusal = self.refusals.get(worker.link.number)
         if refusal is None or now_s >= max(refusal.retry_s, refusal.at_s + _STALE_REFUSAL_S):
             return False
         return now_s < refusal.retry_s or worker.status_s <= refusal.at_s
 
-    def note_refusal(self, worker: Worker, retry_after_s: float, now_s: float) -> None:
-        self.refusals[worker.link.number] = Refusal(now_s, now_s + retry_after_s)
+    def note_refusal(self, worker: RouterWorker, retry_after_s: float, now_s: float) -> None:
+        self.refusals[worker.link.number] = WorkerRefusal(now_s, now_s + retry_after_s)
         worker.has_refused = True
 
     def note_failed_pair(self, what: str) -> None:
@@ -185,9 +185,9 @@ class Live:
         """It was in the running step of two workers when they were lost."""
         return len(self.strikes) >= STRIKES_UNTIL_ALONE
 
-    def knocks(self, now_s: float) -> bool:
+    def queue_if_full(self, now_s: float) -> bool:
         """It has waited for room: now workers are asked that other routers seem to fill."""
-        return self.waits_s is not None and now_s - self.waits_s >= KNOCK_AFTER_S
+        return self.waits_s is not None and now_s - self.waits_s >= QUEUE_IF_FULL_AFTER_S
 
     def is_put_off(self, now_s: float) -> bool:
         """Its retry waits: for the end of a pause, or for a token of the retry budget."""
@@ -216,7 +216,7 @@ class Live:
     def remaining_s(self, now_s: float) -> float | None:
         return None if self.deadline_s is None else max(0.0, self.deadline_s - now_s)
 
-    def expects(self, worker: Worker, message: RequestMessage) -> bool:
+    def expects(self, worker: RouterWorker, message: RequestMessage) -> bool:
         """Do the sender's part in this attempt, and the attempt's state, allow the message?"""
         status = self.request.status
         match message:
@@ -245,9 +245,9 @@ class Live:
     def way(self) -> Way:
         return Way.LOCAL if self.prefill is None else Way.HANDOFF
 
-    def reserve(self, prefill: Worker, decode: Worker, max_local_tokens: int, now_s: float) -> None:
+    def reserve(self, prefill: RouterWorker, decode: RouterWorker, max_local_tokens: int, now_s: float) -> None:
         """Take the prefill worker's credit, then ask the decode worker for blocks."""
-        queue_if_full = self.knocks(now_s)
+        queue_if_full = self.queue_if_full(now_s)
         self._begin(decode, num_tokens=0, now_s=now_s)
         self._bind_prefill(prefill, now_s)
         self.request.advance(RequestStatus.RESERVED, now_s)
@@ -257,11 +257,11 @@ class Live:
             spec=spec,
             max_local_tokens=max_local_tokens,
             queue_if_full=queue_if_full,
-            keeps=self.decode_keeps is not False,
+            keeps=self.decode_retains is not False,
         )
         decode.link.send(message)
 
-    def run_locally(self, decode: Worker, now_s: float) -> None:
+    def run_locally(self, decode: RouterWorker, now_s: float) -> None:
         """Let the decode worker compute the prompt. It may hold this attempt's grant, or say that it has the KV."""
         self.return_credit()
         self.prefill = self.request.prefill_worker = None
@@ -273,7 +273,7 @@ class Live:
         self.request.advance(RequestStatus.PREFILLING, now_s)
         decode.link.send(LocalTask(spec=self.request.spec(self.remaining_s(now_s)), fetch=self.fetch))
 
-    def send_task(self, now_s: float, other: Worker | None = None) -> None:
+    def send_task(self, now_s: float, other: RouterWorker | None = None) -> None:
         """Hand the grant to the prefill worker, or to `other` if that one cannot."""
         assert self.grant is not None
         if other is not None:
@@ -288,7 +288,7 @@ class Live:
             grant=self.grant,
             sample=not self.request.is_resume,
             fetch=self.fetch,
-            keeps=self.decode_keeps is not True,
+            keeps=self.decode_retains is not True,
         )
         self.prefill.link.send(task)
 
@@ -337,7 +337,7 @@ class Live:
         if self.prefill is not None:
             self.prefill.release(self.request.request_id)
 
-    def _begin(self, decode: Worker, *, num_tokens: int, now_s: float) -> None:
+    def _begin(self, decode: RouterWorker, *, num_tokens: int, now_s: float) -> None:
         request = self.request
         self.event_s = now_s
         self.arrived_s = None
@@ -348,9 +348,9 @@ class Live:
         blocks = decode.hello.spec.num_blocks_for(request.num_prompt_tokens + longest) + len(self.sent_choices) - 1
         context = len(self.sent_choices) * (request.num_prompt_tokens + longest)
         work_s = self._work_s() if num_tokens else 0.0
-        decode.bind(request.request_id, Load(num_tokens, len(self.sent_choices), blocks, now_s, work_s, context))
+        decode.bind(request.request_id, RequestLoad(num_tokens, len(self.sent_choices), blocks, now_s, work_s, context))
 
-    def _bind_prefill(self, prefill: Worker, now_s: float) -> None:
+    def _bind_prefill(self, prefill: RouterWorker, now_s: float) -> None:
         request = self.request
         self.prefill, request.prefill_worker = prefill, prefill.worker_id
         self.prefill_over = False
@@ -358,13 +358,15 @@ class Live:
         blocks = spec.num_blocks_for(num_tokens)
         if prefill.link.number == self.computed_on and self.computed_whole:
             num_tokens = min(num_tokens, spec.block_size)  # the rest is in its prefix cache
-        prefill.bind(request.request_id, Load(num_tokens, len(request.unfinished), blocks, now_s, self._work_s()))
+        prefill.bind(
+            request.request_id, RequestLoad(num_tokens, len(request.unfinished), blocks, now_s, self._work_s())
+        )
 
     def _work_s(self) -> float:
         """To compute the prompt, where the policy has said it."""
         return self.prediction.prefill_s if self.prediction is not None else self.request.unloaded_s
 
-    def _holders(self) -> list[Worker]:
+    def _holders(self) -> list[RouterWorker]:
         prefill = None if self.prefill_over else self.prefill
         return [worker for worker in (prefill, self.decode) if worker is not None]
 

@@ -80,7 +80,7 @@ class Demand:
     ungranted: frozenset[int] = frozenset()  # decode workers that can only compute it themselves
     failed_pairs: frozenset[tuple[int, int]] = frozenset()  # (prefill, decode)
     computed_on: int | None = None  # the prefill worker that has the prompt's KV in its cache
-    knocks: bool = False  # it has waited: a worker that others fill is asked all the same
+    queue_if_full: bool = False  # it has waited: a worker that others fill is asked all the same
     cached: Mapping[int, int] = field(default_factory=dict)  # session: tokens of the prompt's beginning that it holds
     objectives: Objectives = NO_OBJECTIVES
     ttft_limit_s: float | None = None  # of its objectives, for a prompt as long as this

@@ -1,6 +1,6 @@
 """Every refusal in one shape: {"error": {"message", "type", "param", "code"}}.
 
-An exception becomes a `Failure` here and nowhere else. Before a stream's head is sent it is an HTTP status with
+An exception becomes a `HttpFailure` here and nowhere else. Before a stream's head is sent it is an HTTP status with
 headers; after that it is one server-sent event (`sse.py`). Retryable statuses carry Retry-After (never more than
 a minute: the openai client gives up at once above two); those that a retry cannot help say `x-should-retry: false`.
 """
@@ -26,7 +26,7 @@ _TYPES = {
 
 
 @dataclass(slots=True, frozen=True)
-class Failure:
+class HttpFailure:
     """One error as the client will see it."""
 
     status: int
@@ -60,25 +60,25 @@ class Failure:
         return [*headers, *self.more_headers]
 
 
-def failure_of(error: BaseException) -> Failure:
+def failure_of(error: BaseException) -> HttpFailure:
     """Map an exception; what is not ours is a 500 that tells the client nothing of the inside."""
     match error:
         case RequestError():
             kind = _TYPES.get(error.status, error.kind) if error.kind == "invalid_request_error" else error.kind
             close = error.status in (408, 413, 505)
-            return Failure(error.status, str(error), kind, error.param, error.code, close=close)
+            return HttpFailure(error.status, str(error), kind, error.param, error.code, close=close)
         case CapacityError():
             kind, code = ("rate_limit_error", "rate_limit_exceeded")
             if error.status != 429:
                 kind, code = ("server_error", "overloaded")
-            return Failure(error.status, str(error), kind, None, code, retry_after_s=error.retry_after_s)
+            return HttpFailure(error.status, str(error), kind, None, code, retry_after_s=error.retry_after_s)
         case StreamError():
             kind = _TYPES.get(error.status, "server_error")
-            return Failure(error.status, str(error), kind, None, error.code, retry_after_s=error.retry_after_s)
+            return HttpFailure(error.status, str(error), kind, None, error.code, retry_after_s=error.retry_after_s)
         case KVFerryError():
-            return Failure(500, str(error), "server_error", None, "internal_error")
+            return HttpFailure(500, str(error), "server_error", None, "internal_error")
         case _:
-            return Failure(500, "internal error; the server's log has more", "server_error", None, "internal_error")
+            return HttpFailure(500, "internal error; the server's log has more", "server_error", None, "internal_error")
 
 
 def unknown_path(path: str) -> RequestError:

@@ -31,7 +31,7 @@ STRIKES_UNTIL_ALONE = 2
 MAX_STRIKES = 3
 OTHERS_FIRST_S = 2.0  # the answers of most
 
-Life = tuple[str, int]  # a worker's id and incarnation
+WorkerLife = tuple[str, int]  # a worker's id and incarnation
 
 
 class Blame(NamedTuple):
@@ -40,8 +40,8 @@ class Blame(NamedTuple):
     reason: str  # metric label
     text: str  # names the peer
     is_counted: bool = True  # False: nobody failed, there was no room or the worker had said goodbye
-    strike: Life | None = None  # the worker that was lost while it computed the request
-    suspect: Life | None = None  # the worker that computed it, should the failure turn out to be its loss
+    strike: WorkerLife | None = None  # the worker that was lost while it computed the request
+    suspect: WorkerLife | None = None  # the worker that computed it, should the failure turn out to be its loss
 
     @property
     def is_charged(self) -> bool:
@@ -58,7 +58,7 @@ class Charge:
     sessions: frozenset[int]  # of the workers that took part in the failure
     at_s: float
     is_paid: bool
-    suspect: Life | None = None  # the worker that computed the request then
+    suspect: WorkerLife | None = None  # the worker that computed the request then
 
     def is_explained_by(self, session: int, now_s: float) -> bool:
         return session in self.sessions and now_s - self.at_s <= NOTICE_S

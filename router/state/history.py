@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from .decisions import Decision
-from .outcome import Outcome, judge
+from .outcome import ServiceOutcome, judge
 from .request import RouterRequest
 
 MAX_RECENT = 1000
@@ -48,10 +48,10 @@ class Record:
     queued_s: float  # the dispatcher's clock
     ended_s: float | None
     decisions: tuple[Decision, ...]
-    outcome: Outcome
+    outcome: ServiceOutcome
 
     @classmethod
-    def of(cls, request: RouterRequest) -> Record:
+    def from_request(cls, request: RouterRequest) -> Record:
         return cls(
             request_id=request.request_id,
             tenant=request.tenant[:_TENANT_DIGITS],
@@ -111,7 +111,7 @@ class Record:
         }
 
 
-class History:
+class RequestHistory:
     """One router's. Records are made where a request ends, and read where somebody asks."""
 
     def __init__(self) -> None:
@@ -119,9 +119,9 @@ class History:
         self._failed: deque[Record] = deque(maxlen=MAX_FAILED)
         self._slowest: list[Record] = []  # by time to first token, the slowest first
 
-    def add(self, request: RouterRequest) -> Outcome:
+    def add(self, request: RouterRequest) -> ServiceOutcome:
         """A request that has ended."""
-        record = Record.of(request)
+        record = Record.from_request(request)
         self._recent.append(record)
         if record.status == "failed":
             self._failed.append(record)

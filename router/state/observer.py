@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from ...common.messages import TransferReport
-from .outcome import Outcome
+from .outcome import ServiceOutcome
 from .request import RouterRequest
 
 
@@ -20,7 +20,7 @@ class Observer(Protocol):
         """The request has reached its one terminal state (`request.status`)."""
         ...
 
-    def on_outcome(self, outcome: Outcome) -> None:
+    def on_outcome(self, outcome: ServiceOutcome) -> None:
         """The same, judged by what the request was to get."""
         ...
 
@@ -72,7 +72,7 @@ class NullObserver:
 
     def on_finished(self, request: RouterRequest) -> None: ...
 
-    def on_outcome(self, outcome: Outcome) -> None: ...
+    def on_outcome(self, outcome: ServiceOutcome) -> None: ...
 
     def on_placed(self, policy: str, reason: str) -> None: ...
 

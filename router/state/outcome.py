@@ -22,7 +22,7 @@ TPOT_STAGES = ("transfer", "decode")
 
 
 @dataclass(slots=True, frozen=True)
-class Outcome:
+class ServiceOutcome:
     """Of one request, as far as it has got."""
 
     request_class: str
@@ -39,7 +39,7 @@ class Outcome:
     phases_s: Mapping[str, float] = field(default_factory=dict)
 
 
-def judge(request: RouterRequest) -> Outcome:
+def judge(request: RouterRequest) -> ServiceOutcome:
     """Pure: from the request's stamps, its decisions and its objectives."""
     stamps, objectives = request.timestamps, request.objectives
     ttft_s, tpot_s = _between(stamps, "queued", "first_token"), _tpot_s(request)
@@ -50,7 +50,7 @@ def judge(request: RouterRequest) -> Outcome:
     expected_s = placed.ttft_s if placed is not None else None
     predicted_tpot_s = placed.tpot_s if placed is not None else None
     actual_s = stamps["first_token"] - placed.at_s if placed is not None and "first_token" in stamps else None
-    return Outcome(
+    return ServiceOutcome(
         request_class=request.request_class,
         is_good=None if stage is None else not stage,
         missed_stage=stage or "",

@@ -1,6 +1,6 @@
 """The router's picture of all of its workers.
 
-    hello ─> Worker joins ─> heartbeats, requests come and go (worker.py) ─> lost or hung: removed
+    hello ─> the worker joins ─> heartbeats, requests come and go (worker.py) ─> lost or hung: removed
 
 Policies see frozen `WorkerView`s in a `PoolView` and nothing that changes; a picture is made anew when its worker has
 changed, so a placement costs what has changed and not what there is.
@@ -17,7 +17,7 @@ from ...common.messages import WorkerHello, WorkerStatus
 from .predictor import Predictor
 from .prefix_index import PrefixIndex
 from .views import RANKS, PoolView, Rank, WorkerView, has_gained
-from .worker import Worker, WorkerLink
+from .worker import RouterWorker, WorkerLink
 
 _PAIR_PENALTY_S = 1.0
 _MAX_PAIR_PENALTY_S = 30.0
@@ -34,8 +34,8 @@ class Pools:
 
     def __init__(self, predictor: Predictor | None = None) -> None:
         self.predictor = predictor if predictor is not None else Predictor()
-        self._workers: dict[int, Worker] = {}  # by session number
-        self._by_name: dict[str, Worker] = {}
+        self._workers: dict[int, RouterWorker] = {}  # by session number
+        self._by_name: dict[str, RouterWorker] = {}
         self._pairs: dict[tuple[int, int], _PairFailure] = {}
         self._changed: set[int] = set()  # sessions whose pictures are out of date
         self._views: dict[int, WorkerView] = {}
@@ -48,14 +48,14 @@ class Pools:
         self.block_size = 0  # of all workers; 0: none has joined yet
         self.spec: KVCacheSpec | None = None  # the same
 
-    def __iter__(self) -> Iterator[Worker]:
+    def __iter__(self) -> Iterator[RouterWorker]:
         return iter(list(self._workers.values()))
 
     def __len__(self) -> int:
         return len(self._workers)
 
-    def join(self, link: WorkerLink, hello: WorkerHello, now_s: float) -> Worker:
-        worker = Worker(link, hello, now_s, on_change=self._on_change)
+    def join(self, link: WorkerLink, hello: WorkerHello, now_s: float) -> RouterWorker:
+        worker = RouterWorker(link, hello, now_s, on_change=self._on_change)
         self._workers[link.number] = self._by_name[worker.worker_id] = worker
         self.predictor.on_hello(link.number, hello)
         self.block_size, self.spec = hello.spec.block_size, hello.spec
@@ -63,7 +63,7 @@ class Pools:
         self._on_change(worker)
         return worker
 
-    def leave(self, link: WorkerLink) -> Worker | None:
+    def leave(self, link: WorkerLink) -> RouterWorker | None:
         worker = self._workers.pop(link.number, None)
         self._pairs = {pair: state for pair, state in self._pairs.items() if link.number not in pair}
         if worker is not None:
@@ -75,16 +75,16 @@ class Pools:
             self._on_change(worker)
         return worker
 
-    def find(self, link: WorkerLink) -> Worker | None:
+    def find(self, link: WorkerLink) -> RouterWorker | None:
         return self._workers.get(link.number)
 
-    def at(self, session: int) -> Worker | None:
+    def at(self, session: int) -> RouterWorker | None:
         return self._workers.get(session)
 
-    def named(self, worker_id: str) -> Worker | None:
+    def named(self, worker_id: str) -> RouterWorker | None:
         return self._by_name.get(worker_id)
 
-    def with_role(self, role: str) -> list[Worker]:
+    def with_role(self, role: str) -> list[RouterWorker]:
         return [worker for worker in self._workers.values() if worker.role == role]
 
     def has_ready(self, role: str) -> bool:
@@ -104,12 +104,12 @@ class Pools:
             self._least_blocks = min((worker.hello.num_blocks for worker in self._workers.values()), default=0)
         return self._least_blocks
 
-    def claim(self, worker: Worker) -> None:
+    def claim(self, worker: RouterWorker) -> None:
         """Keep it for a request that runs alone."""
         worker.is_claimed = True
         self.claimed |= {worker.link.number}
 
-    def unclaim(self, worker: Worker) -> None:
+    def unclaim(self, worker: RouterWorker) -> None:
         worker.is_claimed = False
         self.claimed -= {worker.link.number}
 
@@ -117,7 +117,7 @@ class Pools:
         """As of the latest picture."""
         return len(self._order[role])
 
-    def on_status(self, worker: Worker, status: WorkerStatus, now_s: float) -> bool:
+    def on_status(self, worker: RouterWorker, status: WorkerStatus, now_s: float) -> bool:
         """A heartbeat. True if a request that has found no room may find some now."""
         before, has_refused = self._views.get(worker.link.number), worker.has_refused
         worker.on_status(status, now_s)
@@ -125,7 +125,7 @@ class Pools:
         self._refresh(now_s)
         return before is None or has_refused or has_gained(before, self._views[worker.link.number])
 
-    def on_handoff(self, prefill: Worker, decode: Worker, now_s: float, *, failed: bool) -> None:
+    def on_handoff(self, prefill: RouterWorker, decode: RouterWorker, now_s: float, *, failed: bool) -> None:
         """Remember how the pair's last handoff went: after a failure others are preferred for a while."""
         pair = (prefill.link.number, decode.link.number)
         known = self._pairs.pop(pair, None)
@@ -157,7 +157,7 @@ class Pools:
 
     # --- pictures -------------------------------------------------------------------------------------------
 
-    def _on_change(self, worker: Worker) -> None:
+    def _on_change(self, worker: RouterWorker) -> None:
         self._changed.add(worker.link.number)
 
     def _refresh(self, now_s: float) -> None:

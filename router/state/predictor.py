@@ -53,7 +53,7 @@ class _Kind:
 
 
 @dataclass(slots=True)
-class _Known:
+class _KnownWorker:
     """One session's worker."""
 
     kind: _Kind
@@ -87,7 +87,7 @@ class Predictor:
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[object, ...], _Kind] = {}
-        self._workers: dict[int, _Known] = {}
+        self._workers: dict[int, _KnownWorker] = {}
         self._paths: dict[str, _Path] = {}
         self.biases: dict[Way, Bias] = {way: Bias() for way in Way}
         self.ttft_errors: deque[float] = deque(maxlen=_KEPT_ERRORS)  # actual / predicted
@@ -100,7 +100,7 @@ class Predictor:
     def on_hello(self, session: int, hello: WorkerHello) -> None:
         key = (hello.spec.fingerprint, hello.tp_size, hello.transport, hello.model)
         kind = self._kinds.setdefault(key, _Kind())
-        self._workers[session] = _Known(kind, hello)
+        self._workers[session] = _KnownWorker(kind, hello)
         kind.num_workers += 1
         for sample in hello.samples if kind.num_workers <= _FEW_WORKERS else ():
             kind.fit_of(sample).observe(sample)

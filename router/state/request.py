@@ -282,7 +282,7 @@ class TokenStream:
             update = self.next_nowait()
             if update is not None:
                 return update
-            if self.is_over():
+            if self.is_exhausted():
                 raise StopAsyncIteration
             await self._wake.wait()
 
@@ -322,7 +322,7 @@ class TokenStream:
         """So many tokens of the one choice, as `middle` gave them, have been read."""
         self._sent[0] += num_tokens
 
-    def is_over(self) -> bool:
+    def is_exhausted(self) -> bool:
         """Whether no update comes any more, where none is there now. Raises StreamError if the request failed."""
         if self._error is not None:
             raise self._error

@@ -15,7 +15,7 @@ Rank = tuple[float, int, int, int]
 
 
 @dataclass(slots=True, frozen=True)
-class Load:
+class RequestLoad:
     """What one request puts on a worker."""
 
     num_tokens: int  # to prefill, cached ones included; 0 where the worker prefills nothing

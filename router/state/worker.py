@@ -15,8 +15,8 @@ from typing import Protocol
 
 from ...common.messages import Message, StepTokens, WorkerHello, WorkerStatus
 from ...common.pacing import PROMPT_DUE_STRETCH
-from .failures import Life
-from .views import Load, WorkerView
+from .failures import WorkerLife
+from .views import RequestLoad, WorkerView
 
 HEARTBEAT_LIMIT_S = 3.0  # without one for so long, a worker hangs
 STEP_LIMIT_S = 3.0  # a step may take this, or five times what it should
@@ -43,7 +43,7 @@ class WorkerLink(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Worker:
+class RouterWorker:
     """One session's worker. `bind` and `release` are the dispatcher's, once each per request and attempt."""
 
     link: WorkerLink
@@ -55,15 +55,19 @@ class Worker:
     has_said_goodbye: bool = False  # the end of its session is no loss
     stepped_s: float = 0.0  # when tokens came
     is_claimed: bool = False  # for a request that runs alone: it gets nothing else
-    loads: dict[str, Load] = field(default_factory=dict)  # by request id, in the order of binding
-    on_change: Callable[[Worker], None] = field(default=lambda worker: None, repr=False)  # its picture is out of date
+    loads: dict[str, RequestLoad] = field(default_factory=dict)  # by request id, in the order of binding
+    on_change: Callable[[RouterWorker], None] = field(
+        default=lambda worker: None, repr=False
+    )  # its picture is out of date
     has_refused: bool = False  # something, since the last heartbeat
     named_role: str = ""  # a role that it has told before a heartbeat did
     role_s: float = float("-inf")  # when its role changed
     # Of the loads, kept as they come and go: a view must not cost what a worker holds.
     _own_tokens: int = 0
     _own_choices: int = 0
-    _recent: dict[str, Load] = field(default_factory=dict)  # bound since the heartbeat, which cannot know of them
+    _recent: dict[str, RequestLoad] = field(
+        default_factory=dict
+    )  # bound since the heartbeat, which cannot know of them
     _arriving: dict[str, int] = field(default_factory=dict)  # context of requests that do not decode yet
     _arrived: set[str] = field(default_factory=set)  # of those, the ones that the next heartbeat counts
     _tokens_at_status: int = 0
@@ -91,7 +95,7 @@ class Worker:
             self.on_change(self)
 
     @property
-    def life(self) -> Life:
+    def life(self) -> WorkerLife:
         return (self.worker_id, self.hello.incarnation)
 
     def begin_drain(self) -> bool:
@@ -110,7 +114,7 @@ class Worker:
         status = self.status
         return status is not None and not (status.num_running or status.num_waiting or status.num_granted_blocks)
 
-    def bind(self, request_id: str, load: Load) -> None:
+    def bind(self, request_id: str, load: RequestLoad) -> None:
         assert request_id not in self.loads, request_id
         self.loads[request_id] = self._recent[request_id] = load
         self._own_tokens += load.num_tokens

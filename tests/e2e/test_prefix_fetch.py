@@ -30,7 +30,7 @@ from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.state.demand import Demand, Lack, Placement, Reason, Wait
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.views import PoolView, WorkerView
-from kvferry.router.state.worker import Worker
+from kvferry.router.state.worker import RouterWorker
 
 from ..checkpoints import write_checkpoint
 from . import reference
@@ -67,7 +67,7 @@ class Fleet:
     policy: Fixed
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def worker(self, worker_id: str) -> Worker:
+    def worker(self, worker_id: str) -> RouterWorker:
         found = self.dispatcher._pools.named(worker_id)
         assert found is not None, worker_id
         return found

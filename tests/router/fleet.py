@@ -36,7 +36,7 @@ from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.placement import make_policy
 from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.router.placement.policy import RoutingPolicy
-from kvferry.router.state.outcome import Outcome
+from kvferry.router.state.outcome import ServiceOutcome
 from kvferry.router.state.predictor import Predictor
 from kvferry.router.state.request import ChoiceUpdate, RouterRequest, TokenStream
 
@@ -104,7 +104,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.finished: list[RouterRequest] = []
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[ServiceOutcome] = []
         self.placed: Counter[tuple[str, str]] = Counter()
         self.transfers: list[TransferReport] = []
         self.fallbacks: Counter[str] = Counter()
@@ -122,7 +122,7 @@ class Recorder:
     def on_submitted(self, request: RouterRequest) -> None:
         pass
 
-    def on_outcome(self, outcome: Outcome) -> None:
+    def on_outcome(self, outcome: ServiceOutcome) -> None:
         self.outcomes.append(outcome)
 
     def on_placed(self, policy: str, reason: str) -> None:

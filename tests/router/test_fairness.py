@@ -81,7 +81,7 @@ class Router:
         served = []
         for _ in range(number):
             task = self.worker.take(LocalTask)
-            live = self.fleet.dispatcher._ledger.get(task.spec.request_id)
+            live = self.fleet.dispatcher._in_flight.get(task.spec.request_id)
             assert live is not None
             served.append(live.request.tenant)
             self.fleet.clock.advance(0.1)

@@ -182,7 +182,7 @@ def test_the_cache_outweighs_a_little_load() -> None:
     fleet.beat(p0, num_running=1, waiting_tokens=30)  # another router's
     fleet.failed(d0, task, "link")
     again = next(m for link in (d0, d1) for m in link.sent if isinstance(m, ReserveKV) and m.spec.attempt == 1)
-    live = fleet.dispatcher._ledger.get(again.spec.request_id)
+    live = fleet.dispatcher._in_flight.get(again.spec.request_id)
     assert live is not None and live.prefill is not None and live.prefill.worker_id == "p-0"
     assert p1.worker_id != live.prefill.worker_id
 
@@ -217,5 +217,5 @@ def test_a_grant_that_nobody_opened_says_nothing_of_a_cache() -> None:
     fleet.clock.advance(0.1)
     fleet.beat(p0, num_waiting=1, waiting_tokens=20)
     fleet.failed(d, task, "expired", peer="")
-    live = fleet.dispatcher._ledger.get(stream.request.request_id)
+    live = fleet.dispatcher._in_flight.get(stream.request.request_id)
     assert live is not None and live.computed_on is None

@@ -158,7 +158,7 @@ class SharedWorker:
             if end_s <= now:
                 self.forget(key)
                 router, request_id = key
-                live = self.fleets[router].dispatcher._ledger.get(request_id)
+                live = self.fleets[router].dispatcher._in_flight.get(request_id)
                 attempt = live.request.attempt if live is not None else 0
                 self.steps += 1
                 self.tell(router, request_id, attempt, ChoiceTokens(0, 1, (token(0, 1),), "stop"))
@@ -191,7 +191,7 @@ class Cluster:
         for fleet in self.fleets:
             fleet.clock = self.clock
             fleet.dispatcher._clock = self.clock  # one time for both
-            fleet.dispatcher._ledger._clock = self.clock
+            fleet.dispatcher._in_flight._clock = self.clock
             fleet.dispatcher._time_us = lambda: round(self.clock.now() * 1e6)
         names = [f"p-{i}" for i in range(prefill)] + [f"d-{i}" for i in range(decode)]
         self.workers = {

@@ -101,13 +101,13 @@ async def test_a_large_head_within_the_limits_is_answered() -> None:
 
 
 def test_content_pays_for_as_much_framing() -> None:
-    message = MessageBytes.of_head()
+    message = MessageBytes.begin()
     message.end_head()
     message.add_piece(4096)
     for _ in range(1000):
         message.add_content(2048)
         message.add_piece(4096)
-    message = MessageBytes.of_head()
+    message = MessageBytes.begin()
     message.end_head()
     message.add_piece(4096)
     with pytest.raises(RequestError, match="send larger chunks"):
@@ -117,7 +117,7 @@ def test_content_pays_for_as_much_framing() -> None:
 
 
 def test_content_does_not_pay_for_trailers() -> None:
-    message = MessageBytes.of_head()
+    message = MessageBytes.begin()
     message.end_head()
     message.add_piece(4096)
     message.add_content(10 * 2**20)

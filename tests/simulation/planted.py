@@ -18,11 +18,11 @@ from kvferry.decode.sequence_blocks import SequenceBlocks
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.prefill import role as prefill_role
 from kvferry.prefill.shipments import Shipments
-from kvferry.router.dispatch.deadlines import Watch
+from kvferry.router.dispatch.deadlines import Deadlines
 from kvferry.router.dispatch.dispatcher import Dispatcher
-from kvferry.router.dispatch.in_flight import Ledger as RouterLedger
+from kvferry.router.dispatch.in_flight import InFlightRequests
 from kvferry.router.dispatch.losses import Losses
-from kvferry.router.dispatch.worker_messages import Exchange
+from kvferry.router.dispatch.worker_messages import WorkerMessages
 from kvferry.router.state.request import ChoiceState, Drops, RouterRequest, TokenStream
 from kvferry.transfer.receive import grants
 from kvferry.transfer.receive import reservations as transfer_ledger
@@ -209,9 +209,9 @@ class _NoDedupe(Dispatcher):
         return super().submit(request)
 
 
-def _current_of_any_attempt(self: Exchange, worker: Any, request_id: str, attempt: int) -> Any:
+def _current_of_any_attempt(self: WorkerMessages, worker: Any, request_id: str, attempt: int) -> Any:
     """Whoever speaks of a request that lives is believed."""
-    return self._ledger.get(request_id)
+    return self._in_flight.get(request_id)
 
 
 class _EndsTwice(Dispatcher):
@@ -237,22 +237,22 @@ def _counts_one_more(request: RouterRequest) -> int:
     return sum(len(choice.tokens) for choice in request.choices) + request.is_finished
 
 
-def _judge_without_deadline(self: Watch, live: Any, now_s: float) -> Any:
+def _judge_without_deadline(self: Deadlines, live: Any, now_s: float) -> Any:
     deadline_s, live.deadline_s = live.deadline_s, None
     try:
-        return _judge(self, live, now_s)
+        return _judge_deadline(self, live, now_s)
     finally:
         live.deadline_s = deadline_s
 
 
-_judge = Watch.judge
+_judge_deadline = Deadlines.judge_deadline
 
 
 def _forget_the_lost(self: Losses, worker: Any, reason: str, now_s: float) -> None:
     """Nobody goes on with what a lost worker had."""
 
 
-def _no_last_straw(self: RouterLedger, live: Any, blame: Any) -> None:
+def _no_last_straw(self: InFlightRequests, live: Any, blame: Any) -> None:
     """There is always a next attempt."""
 
 
@@ -288,7 +288,9 @@ PLANTED = (
     Planted("a block is lost", frozenset({"I1"}), Parts(pool=_LosingPool)),
     Planted("a block is freed twice", frozenset({"I2"}), Parts(pool=_DoubleFreePool)),
     Planted("repeated tokens are taken", frozenset({"I6"}), Parts(dispatcher=_NoDedupe)),
-    Planted("any attempt may speak", frozenset({"I7"}), patches=((Exchange, "_current", _current_of_any_attempt),)),
+    Planted(
+        "any attempt may speak", frozenset({"I7"}), patches=((WorkerMessages, "_current", _current_of_any_attempt),)
+    ),
     Planted("a request ends twice", frozenset({"I8"}), Parts(dispatcher=_EndsTwice)),
     Planted("draining is ignored", frozenset({"I12"}), Parts(dispatcher=_IgnoresDrain)),
     Planted(
@@ -296,8 +298,10 @@ PLANTED = (
         frozenset({"I9"}),
         patches=((RouterRequest, "num_output_tokens", property(_counts_one_more)),),
     ),
-    Planted("deadlines do not matter", frozenset({"I10"}), patches=((Watch, "judge", _judge_without_deadline),)),
-    Planted("attempts without end", frozenset({"I11"}), patches=((RouterLedger, "_last_straw", _no_last_straw),)),
+    Planted(
+        "deadlines do not matter", frozenset({"I10"}), patches=((Deadlines, "judge_deadline", _judge_without_deadline),)
+    ),
+    Planted("attempts without end", frozenset({"I11"}), patches=((InFlightRequests, "_last_straw", _no_last_straw),)),
     Planted("lost workers do not matter", frozenset({"I16"}), patches=((Losses, "on_left", _forget_the_lost),)),
     Planted("choices share a partial block", frozenset({"I3"}), patches=((SequenceBlocks, "share", _share_all),)),
     Planted("source blocks are kept", frozenset({"I15", "I16"}), patches=((Shipments, "source_free", _keep_source),)),

@@ -34,8 +34,8 @@ class Gaps:
 
 
 @dataclass
-class Basin:
-    """A spout that a test looks at. The turn ends when the test says so."""
+class FakeFastWriter:
+    """A fast writer that a test looks at. The turn ends when the test says so."""
 
     is_full: bool = False
     texts: list[str] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Basin:
     def before_end(self, call: Callable[[], None]) -> None:
         self.calls.append(call)
 
-    def pour(self, text: str) -> None:
+    def write(self, text: str) -> None:
         self.texts.append(text)
 
     def end_turn(self) -> None:
@@ -68,7 +68,7 @@ class Scene:
             clock=FakeClock(),
             observer=self.gaps,
         )
-        self.basin = Basin()
+        self.fast_writer = FakeFastWriter()
         self.told: list[str] = []
 
     def send(self, text: str | bytes, finish: str | None = None, choice: int = 0) -> None:
@@ -80,7 +80,7 @@ class Scene:
     async def read(self) -> None:
         while pieces := await self.answer.next():
             self.told += [piece.text for _, piece in pieces]
-            self.answer.pour_into(self.basin)
+            self.answer.write_to(self.fast_writer)
 
 
 async def turns(count: int = 5) -> None:
@@ -104,13 +104,13 @@ async def test_the_middle_of_a_plain_answer_pours_once_a_turn_and_wakes_nobody(t
     scene.send("b")
     scene.send("c")
     await turns()
-    assert (scene.told, scene.basin.texts, len(scene.basin.calls)) == (["a"], [], 1)
-    scene.basin.end_turn()
+    assert (scene.told, scene.fast_writer.texts, len(scene.fast_writer.calls)) == (["a"], [], 1)
+    scene.fast_writer.end_turn()
     scene.send("d")
-    scene.basin.end_turn()
-    assert scene.basin.texts == ["bc", "d"]
+    scene.fast_writer.end_turn()
+    assert scene.fast_writer.texts == ["bc", "d"]
     scene.send("e", "length")
-    scene.basin.end_turn()
+    scene.fast_writer.end_turn()
     await reader
     assert scene.told == ["a", "e"]
     assert scene.answer.choices[0].num_tokens == 5 and scene.gaps.num == 3
@@ -121,10 +121,10 @@ async def test_half_a_character_waits_for_its_rest(tokenizer: Tokenizer) -> None
     reader = await begun(scene)
     for part in (b"\xe2", b"\x82", b"\xac"):
         scene.send(part)
-        scene.basin.end_turn()
-    assert scene.basin.texts == ["\u20ac"]
+        scene.fast_writer.end_turn()
+    assert scene.fast_writer.texts == ["\u20ac"]
     scene.send("", "length")
-    scene.basin.end_turn()
+    scene.fast_writer.end_turn()
     await reader
     assert scene.told == ["a", ""]
 
@@ -132,15 +132,15 @@ async def test_half_a_character_waits_for_its_rest(tokenizer: Tokenizer) -> None
 async def test_a_full_connection_is_left_to_who_waits_for_it(tokenizer: Tokenizer) -> None:
     scene = Scene(tokenizer)
     reader = await begun(scene)
-    scene.basin.is_full = True
+    scene.fast_writer.is_full = True
     scene.send("b")
-    scene.basin.end_turn()
+    scene.fast_writer.end_turn()
     await turns()
-    assert (scene.told, scene.basin.texts) == (["a", "b"], [])
-    scene.basin.is_full = False
+    assert (scene.told, scene.fast_writer.texts) == (["a", "b"], [])
+    scene.fast_writer.is_full = False
     scene.send("c")
-    scene.basin.end_turn()
-    assert scene.basin.texts == ["c"]
+    scene.fast_writer.end_turn()
+    assert scene.fast_writer.texts == ["c"]
     reader.cancel()
 
 
@@ -149,10 +149,10 @@ async def test_a_failure_comes_after_what_was_there_before_it(tokenizer: Tokeniz
     reader = await begun(scene)
     scene.send("b")
     scene.stream.fail(StreamError("lost", "worker_lost", 503))
-    scene.basin.end_turn()
+    scene.fast_writer.end_turn()
     with pytest.raises(StreamError, match="lost"):
         await reader
-    assert (scene.told, scene.basin.texts) == (["a", "b"], [])
+    assert (scene.told, scene.fast_writer.texts) == (["a", "b"], [])
 
 
 async def test_what_cannot_be_shown_fails_its_reader_and_not_the_turn(
@@ -166,7 +166,7 @@ async def test_what_cannot_be_shown_fails_its_reader_and_not_the_turn(
 
     monkeypatch.setattr(ChoiceText, "push", broken)
     scene.send("b")
-    scene.basin.end_turn()
+    scene.fast_writer.end_turn()
     with pytest.raises(LookupError):
         await reader
 
@@ -183,5 +183,5 @@ async def test_an_answer_that_is_not_plain_never_pours(
     reader = await begun(scene)
     scene.send("b")
     await turns()
-    assert (scene.told, scene.basin.calls) == (["a", "b"], [])
+    assert (scene.told, scene.fast_writer.calls) == (["a", "b"], [])
     reader.cancel()

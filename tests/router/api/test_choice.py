@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvferry.common.request import SampledToken
 from kvferry.models.tokenizer import Detokenizer
-from kvferry.router.api.choice import ChoiceText, Piece, TextOptions
+from kvferry.router.api.choice import ChoiceText, TextOptions, TextPiece
 
 from ..fakes import EOS, ids_of, toy_tokenizer
 
@@ -24,35 +24,35 @@ def _tokens(text: str) -> tuple[SampledToken, ...]:
 def test_half_a_character_waits_for_its_other_half() -> None:
     choice = _choice()
     first, second = _tokens("\u00e9")
-    assert choice.push((first,), None) == Piece("")
-    assert choice.push((second,), None) == Piece("\u00e9")
+    assert choice.push((first,), None) == TextPiece("")
+    assert choice.push((second,), None) == TextPiece("\u00e9")
     assert choice.num_tokens == 2
 
 
 def test_half_a_character_at_the_end_becomes_a_replacement_character() -> None:
     choice = _choice()
-    assert choice.push((_tokens("\u00e9")[0],), "length") == Piece("\ufffd", finish="length")
+    assert choice.push((_tokens("\u00e9")[0],), "length") == TextPiece("\ufffd", finish="length")
 
 
 def test_the_end_token_is_counted_but_not_shown_even_with_special_tokens() -> None:
     choice = _choice(skip_special_tokens=False)
-    assert choice.push((*_tokens("ab"), SampledToken(EOS)), "stop") == Piece("ab", finish="stop")
+    assert choice.push((*_tokens("ab"), SampledToken(EOS)), "stop") == TextPiece("ab", finish="stop")
     assert choice.num_tokens == 3
 
 
 def test_a_stop_token_is_named_as_the_reason() -> None:
     choice = _choice(stop_token_ids=(ord("b"),))
-    assert choice.push(_tokens("ab"), "stop") == Piece("a", finish="stop", stop_reason=ord("b"))
+    assert choice.push(_tokens("ab"), "stop") == TextPiece("a", finish="stop", stop_reason=ord("b"))
 
 
 def test_a_stop_token_is_shown_on_request() -> None:
     choice = _choice(stop_token_ids=(ord("b"),), include_stop=True)
-    assert choice.push(_tokens("ab"), "stop") == Piece("ab", finish="stop", stop_reason=ord("b"))
+    assert choice.push(_tokens("ab"), "stop") == TextPiece("ab", finish="stop", stop_reason=ord("b"))
 
 
 def test_tokens_behind_a_stop_string_are_neither_shown_nor_counted() -> None:
     choice = _choice(stops=("c",))
-    assert choice.push(_tokens("abcdef"), "length") == Piece("ab", finish="stop", stop_reason="c")
+    assert choice.push(_tokens("abcdef"), "length") == TextPiece("ab", finish="stop", stop_reason="c")
     assert choice.num_tokens == 3
 
 
@@ -60,31 +60,31 @@ def test_a_stop_string_may_straddle_updates() -> None:
     choice = _choice(stops=("lo, w",))
     assert choice.push(_tokens("Hel"), None).text == "He"
     assert choice.push(_tokens("lo"), None).text == "l"
-    assert choice.push(_tokens(", wor"), None) == Piece("", finish="stop", stop_reason="lo, w")
+    assert choice.push(_tokens(", wor"), None) == TextPiece("", finish="stop", stop_reason="lo, w")
 
 
 def test_stop_strings_before_min_tokens_do_not_count() -> None:
     choice = _choice(stops=("ab",), min_tokens=5)
-    assert choice.push(_tokens("abab"), None) == Piece("abab")
-    assert choice.push(_tokens("xab"), None) == Piece("x", finish="stop", stop_reason="ab")
+    assert choice.push(_tokens("abab"), None) == TextPiece("abab")
+    assert choice.push(_tokens("xab"), None) == TextPiece("x", finish="stop", stop_reason="ab")
 
 
 def test_held_text_comes_out_at_the_end() -> None:
     choice = _choice(stops=("END",))
-    assert choice.push(_tokens("EN"), None) == Piece("")
-    assert choice.push((SampledToken(EOS),), "stop") == Piece("EN", finish="stop")
+    assert choice.push(_tokens("EN"), None) == TextPiece("")
+    assert choice.push((SampledToken(EOS),), "stop") == TextPiece("EN", finish="stop")
 
 
 def test_tokens_of_held_text_are_reported_with_it() -> None:
     choice = _choice(stops=("END",), keep_tokens=True)
-    assert choice.push(_tokens("E"), None) == Piece("")
+    assert choice.push(_tokens("E"), None) == TextPiece("")
     piece = choice.push(_tokens("x"), None)
     assert (piece.text, piece.tokens, piece.offsets) == ("Ex", list(_tokens("Ex")), [0, 1])
 
 
 def test_nothing_is_delivered_of_a_call_that_wants_no_tokens() -> None:
     choice = _choice(max_tokens=0)
-    assert choice.push(_tokens("a"), "length") == Piece("", finish="length")
+    assert choice.push(_tokens("a"), "length") == TextPiece("", finish="length")
     assert choice.num_tokens == 0
 
 
@@ -104,7 +104,7 @@ def test_the_answer_does_not_depend_on_how_tokens_arrive(
             update, rest = rest[:size], rest[size:]
             if update and choice.finish is None:
                 pieces.append(choice.push(update, None if rest else "length"))
-        whole = Piece.joined(pieces)
+        whole = TextPiece.joined(pieces)
         assert len(whole.tokens) == (choice.num_tokens if keep_tokens else 0)
         return whole.text, whole.stop_reason, choice.num_tokens
 

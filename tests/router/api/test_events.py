@@ -7,7 +7,7 @@ import json
 import msgspec
 import pytest
 
-from kvferry.router.api.choice import Piece
+from kvferry.router.api.choice import TextPiece
 from kvferry.router.api.events import EventWriter
 from kvferry.router.api.openai_types import Completion, CompletionChoice, Struct
 
@@ -19,7 +19,7 @@ class Form:
         self.has_plain_chunks = has_plain_chunks
         self.num_asked = 0
 
-    def chunks(self, index: int, piece: Piece, *, is_first: bool) -> list[Struct]:
+    def chunks(self, index: int, piece: TextPiece, *, is_first: bool) -> list[Struct]:
         self.num_asked += 1
         choice = CompletionChoice(index=index, text=piece.text, finish_reason=piece.finish)
         chunk = Completion(id="cmpl-1", created=1, model='a "model"', system_fingerprint="f", choices=[choice])
@@ -38,9 +38,9 @@ TEXTS = ["Hello", "", ' "quoted" \\ and \n new', "\u00e4\u20ac\U0001f600", "\0",
 def written(*, has_plain_chunks: bool) -> tuple[bytes, int]:
     form = Form(has_plain_chunks=has_plain_chunks)
     writer = EventWriter(form)
-    steps = [[(index, Piece(text)) for index in (0, 1)] for text in TEXTS if text]
+    steps = [[(index, TextPiece(text)) for index in (0, 1)] for text in TEXTS if text]
     data = b"".join([writer.events(pieces) for pieces in steps])
-    return data + writer.events([(0, Piece("end", "stop")), (1, Piece("", "length"))]), form.num_asked
+    return data + writer.events([(0, TextPiece("end", "stop")), (1, TextPiece("", "length"))]), form.num_asked
 
 
 def test_chunks_that_differ_in_their_text_alone_are_the_same_bytes_as_built_ones() -> None:
@@ -57,7 +57,7 @@ def test_chunks_that_differ_in_their_text_alone_are_the_same_bytes_as_built_ones
 
 @pytest.mark.parametrize("has_plain_chunks", [False, True])
 def test_a_first_piece_without_text_writes_nothing(has_plain_chunks: bool) -> None:
-    assert EventWriter(Form(has_plain_chunks=has_plain_chunks)).events([(0, Piece(""))]) == b""
+    assert EventWriter(Form(has_plain_chunks=has_plain_chunks)).events([(0, TextPiece(""))]) == b""
 
 
 def test_every_event_is_one_json_object() -> None:

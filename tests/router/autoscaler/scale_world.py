@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from kvferry.router.autoscaler.autoscaler import Autoscaler
 from kvferry.router.autoscaler.scale_types import (
-    Answer,
+    AnswerLengths,
     AutoscalerSettings,
     Bounds,
     Counts,
@@ -95,7 +95,7 @@ class World:
             interval_s=INTERVAL_S,
             week_s=self.week_s + now,
             prompts=tuple(prompts),
-            answers=tuple(Answer(prompt, 0, self.output(dice, now)) for prompt in prompts),
+            answers=tuple(AnswerLengths(prompt, 0, self.output(dice, now)) for prompt in prompts),
             members=tuple(self._member(name) for name in self.members),
             limits=LIMITS,
             start_s=self.start_s,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvferry.common.errors import ConfigError
 from kvferry.router.autoscaler.forecast import DayProfile, RateForecast
 from kvferry.router.autoscaler.lengths import LengthSample
-from kvferry.router.autoscaler.scale_types import DAY_S, Answer, Bounds, WorkerLimits
+from kvferry.router.autoscaler.scale_types import DAY_S, AnswerLengths, Bounds, WorkerLimits
 from kvferry.router.autoscaler.schedule import Schedule
 from kvferry.router.autoscaler.sizing import DecodeLoad, PrefillLoad, erlang_c
 from kvferry.router.state.objectives import Objectives
@@ -24,10 +24,11 @@ OBJECTIVES = Objectives(ttft_s=1.0, tpot_s=0.03)
 FULL_STEPS = WorkerLimits(LIMITS.kv_tokens, LIMITS.max_num_seqs, max_num_batched_tokens=1)  # prompts one by one
 
 
-def lognormal(count: int, seed: int = 0) -> list[Answer]:
+def lognormal(count: int, seed: int = 0) -> list[AnswerLengths]:
     dice = random.Random(seed)
     return [
-        Answer(int(dice.lognormvariate(6.5, 1.0)) + 1, 0, int(dice.lognormvariate(5.0, 0.8)) + 1) for _ in range(count)
+        AnswerLengths(int(dice.lognormvariate(6.5, 1.0)) + 1, 0, int(dice.lognormvariate(5.0, 0.8)) + 1)
+        for _ in range(count)
     ]
 
 
@@ -95,7 +96,7 @@ def test_erlangs_c_is_the_textbooks(servers: int, offered: float, chance: float)
     assert erlang_c(servers, offered) == pytest.approx(chance, abs=1e-3)
 
 
-def simulated(answers: list[Answer], rate: float, num_workers: int, seed: int = 3, count: int = 20_000) -> float:
+def simulated(answers: list[AnswerLengths], rate: float, num_workers: int, seed: int = 3, count: int = 20_000) -> float:
     """The share of prompts in time in a queue with so many servers."""
     dice, times = random.Random(seed), LinearTimes()
     free, now, kept = [0.0] * num_workers, 0.0, 0
@@ -111,7 +112,7 @@ def simulated(answers: list[Answer], rate: float, num_workers: int, seed: int = 
 @pytest.mark.parametrize("rate", [5.0, 40.0, 150.0])
 def test_prefill_workers_by_formula_are_those_of_a_simulated_queue(rate: float) -> None:
     answers = lognormal(400)
-    load = PrefillLoad.of(answers, LinearTimes(), FULL_STEPS, OBJECTIVES)
+    load = PrefillLoad.from_answers(answers, LinearTimes(), FULL_STEPS, OBJECTIVES)
     count = load.needed(rate, 0.99)
     assert simulated(answers, rate, count) >= 0.98
     assert simulated(answers, rate, count - max(1, count // 3)) < 0.985
@@ -120,36 +121,36 @@ def test_prefill_workers_by_formula_are_those_of_a_simulated_queue(rate: float) 
 @given(st.floats(0.1, 500), st.floats(1.0, 2.0), st.floats(0.8, 0.995))
 def test_more_load_or_a_higher_target_never_needs_fewer(rate: float, more: float, target: float) -> None:
     answers = lognormal(50)
-    prefill = PrefillLoad.of(answers, LinearTimes(), LIMITS, OBJECTIVES)
-    decode = DecodeLoad.of(answers, LinearTimes(), LIMITS, OBJECTIVES)
+    prefill = PrefillLoad.from_answers(answers, LinearTimes(), LIMITS, OBJECTIVES)
+    decode = DecodeLoad.from_answers(answers, LinearTimes(), LIMITS, OBJECTIVES)
     assert prefill.needed(rate * more, target) >= prefill.needed(rate, target)
     assert decode.needed(rate * more, target) >= decode.needed(rate, target)
     assert prefill.needed(rate, 0.999) >= prefill.needed(rate, target)
 
 
 def test_the_least_decode_workers_keep_the_objective_and_one_less_does_not() -> None:
-    load = DecodeLoad.of(lognormal(400), LinearTimes(), LIMITS, OBJECTIVES)
+    load = DecodeLoad.from_answers(lognormal(400), LinearTimes(), LIMITS, OBJECTIVES)
     count = load.needed(80.0, 0.99)
     assert load.fits(80.0, count, 0.99)
     assert not load.fits(80.0, count - 1, 0.99)
 
 
 def test_long_contexts_need_decode_workers_for_their_memory() -> None:
-    short = DecodeLoad.of([Answer(100, 0, 200)] * 50, LinearTimes(), LIMITS, OBJECTIVES)
-    long = DecodeLoad.of([Answer(50_000, 0, 200)] * 50, LinearTimes(), LIMITS, OBJECTIVES)
+    short = DecodeLoad.from_answers([AnswerLengths(100, 0, 200)] * 50, LinearTimes(), LIMITS, OBJECTIVES)
+    long = DecodeLoad.from_answers([AnswerLengths(50_000, 0, 200)] * 50, LinearTimes(), LIMITS, OBJECTIVES)
     assert long.needed(10.0, 0.99) > 3 * short.needed(10.0, 0.99)
 
 
 def test_an_objective_that_no_fleet_can_keep_asks_for_no_fleet_without_end() -> None:
     hopeless = Objectives(ttft_s=0.001, ttft_stretch=1.0, tpot_s=0.001)
     answers = lognormal(100)
-    assert DecodeLoad.of(answers, LinearTimes(), LIMITS, hopeless).needed(20.0, 0.99) < 40
-    assert PrefillLoad.of(answers, LinearTimes(), LIMITS, hopeless).needed(20.0, 0.99) < 40
+    assert DecodeLoad.from_answers(answers, LinearTimes(), LIMITS, hopeless).needed(20.0, 0.99) < 40
+    assert PrefillLoad.from_answers(answers, LinearTimes(), LIMITS, hopeless).needed(20.0, 0.99) < 40
 
 
 def test_cached_tokens_are_no_work() -> None:
-    cold = PrefillLoad.of([Answer(8000, 0, 100)] * 20, LinearTimes(), LIMITS, OBJECTIVES)
-    warm = PrefillLoad.of([Answer(8000, 7000, 100)] * 20, LinearTimes(), LIMITS, OBJECTIVES)
+    cold = PrefillLoad.from_answers([AnswerLengths(8000, 0, 100)] * 20, LinearTimes(), LIMITS, OBJECTIVES)
+    warm = PrefillLoad.from_answers([AnswerLengths(8000, 7000, 100)] * 20, LinearTimes(), LIMITS, OBJECTIVES)
     assert warm.needed(50.0, 0.99) < cold.needed(50.0, 0.99) / 3
 
 
@@ -159,16 +160,16 @@ def test_cached_tokens_are_no_work() -> None:
 def test_the_sample_is_bounded_and_forgets_old_lengths() -> None:
     sample = LengthSample(size=100, half_life_s=60.0)
     for second in range(600):
-        sample.add([Answer(1, 0, 1)] * 20, float(second))
+        sample.add([AnswerLengths(1, 0, 1)] * 20, float(second))
     for second in range(600, 1200):
-        sample.add([Answer(2, 0, 2)] * 20, float(second))
+        sample.add([AnswerLengths(2, 0, 2)] * 20, float(second))
     assert len(sample) == 100
     assert sum(answer.num_prompt_tokens == 2 for answer in sample.answers) > 95
 
 
 def test_the_sample_has_the_shares_of_what_came() -> None:
     sample = LengthSample(size=500, half_life_s=1e9)
-    sample.add([Answer(10 if index % 4 else 1000, 0, 1) for index in range(20_000)], 0.0)
+    sample.add([AnswerLengths(10 if index % 4 else 1000, 0, 1) for index in range(20_000)], 0.0)
     share = sum(answer.num_prompt_tokens == 1000 for answer in sample.answers) / 500
     assert share == pytest.approx(0.25, abs=0.07)
 

@@ -16,7 +16,7 @@ from kvferry.router.access.keys import ApiKeys
 from kvferry.router.admin.admin import Admin, build_admin
 from kvferry.router.admin.scaling import scaling_routes
 from kvferry.router.autoscaler.load_record import LoadRecord, RecordingMetrics, SeenLoad
-from kvferry.router.autoscaler.scale_types import Answer, Counts, Kept
+from kvferry.router.autoscaler.scale_types import AnswerLengths, Counts, Kept
 from kvferry.router.autoscaler.scaling import Scaling
 from kvferry.router.state.objectives import Objectives
 from kvferry.router.state.predictor import Predictor
@@ -77,7 +77,7 @@ class Site:
 
     def load(self, rate: int, *, prompt: int = 500, output: int = 50) -> None:
         """So many requests in this interval, seen by another router."""
-        seen = SeenLoad((prompt,) * rate, (Answer(prompt, 0, output),) * rate)
+        seen = SeenLoad((prompt,) * rate, (AnswerLengths(prompt, 0, output),) * rate)
         self.scaling.on_launcher(seen.as_event())
 
     def interval(self, **statuses: object) -> None:
@@ -251,7 +251,7 @@ def test_nothing_is_decided_while_no_step_times_are_known() -> None:
 
 def test_a_load_comes_through_an_event_as_it_was() -> None:
     seen = SeenLoad(
-        tuple(range(1000)), tuple(Answer(n, 0, n) for n in range(1000)), Kept(9, 10), Kept(5, 6), num_queued=3
+        tuple(range(1000)), tuple(AnswerLengths(n, 0, n) for n in range(1000)), Kept(9, 10), Kept(5, 6), num_queued=3
     )
     again = SeenLoad.from_event(msgspec.json.decode(msgspec.json.encode(seen.as_event())))
     assert len(again.prompts) == 1000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvferry.common.request import SamplingParams
-from kvferry.router.dispatch.due_times import MOST_AT_ONCE, Looks
+from kvferry.router.dispatch.due_times import MOST_AT_ONCE, DueTimes
 from kvferry.router.state.attempt import Live
 from kvferry.router.state.request import RequestStatus, RouterRequest, TokenStream
 
@@ -14,34 +14,34 @@ def live(name: str = "r-0") -> Live:
 
 
 def test_the_earliest_look_counts_and_the_later_ones_are_dropped() -> None:
-    looks, one = Looks(), live()
-    looks.by(one, 5.0)
-    looks.by(one, 3.0)
-    looks.by(one, 4.0)
-    assert looks.due(2.9) == []
-    assert looks.due(3.0) == [one]
-    assert looks.due(10.0) == [] and len(looks) == 0
+    due_times, one = DueTimes(), live()
+    due_times.schedule(one, 5.0)
+    due_times.schedule(one, 3.0)
+    due_times.schedule(one, 4.0)
+    assert due_times.due(2.9) == []
+    assert due_times.due(3.0) == [one]
+    assert due_times.due(10.0) == [] and len(due_times) == 0
 
 
 def test_requests_come_up_in_the_order_of_their_due_times() -> None:
-    looks, first, second, third = Looks(), live("a"), live("b"), live("c")
-    looks.by(second, 2.0)
-    looks.by(third, 2.0)
-    looks.by(first, 1.0)
-    assert looks.due(2.0) == [first, second, third]
+    due_times, first, second, third = DueTimes(), live("a"), live("b"), live("c")
+    due_times.schedule(second, 2.0)
+    due_times.schedule(third, 2.0)
+    due_times.schedule(first, 1.0)
+    assert due_times.due(2.0) == [first, second, third]
 
 
 def test_a_request_that_has_ended_is_not_looked_at() -> None:
-    looks, one = Looks(), live()
-    looks.by(one, 1.0)
+    due_times, one = DueTimes(), live()
+    due_times.schedule(one, 1.0)
     one.request.advance(RequestStatus.ABORTED, 0.5)
-    assert looks.due(1.0) == []
+    assert due_times.due(1.0) == []
 
 
 def test_the_most_overdue_ones_come_first_where_there_are_too_many() -> None:
-    looks = Looks()
+    due_times = DueTimes()
     for number in range(MOST_AT_ONCE + 5):
-        looks.by(live(f"r-{number}"), 100.0 - number / 1e6)
-    first = looks.due(200.0)
+        due_times.schedule(live(f"r-{number}"), 100.0 - number / 1e6)
+    first = due_times.due(200.0)
     assert len(first) == MOST_AT_ONCE and first[0].request.request_id == f"r-{MOST_AT_ONCE + 4}"
-    assert [each.request.request_id for each in looks.due(200.0)] == [f"r-{number}" for number in (4, 3, 2, 1, 0)]
+    assert [each.request.request_id for each in due_times.due(200.0)] == [f"r-{number}" for number in (4, 3, 2, 1, 0)]

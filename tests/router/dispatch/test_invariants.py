@@ -7,7 +7,7 @@ import pytest
 from kvferry.common.messages import LocalTask
 from kvferry.router.dispatch.isolation import Claim
 from kvferry.router.state.request import RequestStatus, TokenStream
-from kvferry.router.state.views import Load
+from kvferry.router.state.views import RequestLoad
 
 from ..fleet import Fleet, config, tokens
 
@@ -33,27 +33,27 @@ def test_nothing_is_found_where_all_is_well(fleet: Fleet) -> None:
     assert found(fleet) == ""
     for stream in streams:
         stream.abort()
-    tally = fleet.dispatcher._ledger.tally
+    tally = fleet.dispatcher._in_flight.tally
     assert found(fleet) == "" and (tally.admitted, tally.aborted) == (3, 3)
 
 
 def test_a_request_that_vanishes(fleet: Fleet) -> None:
     stream = running(fleet)
-    del fleet.dispatcher._ledger._live[stream.request.request_id]
+    del fleet.dispatcher._in_flight._live[stream.request.request_id]
     assert "1 admitted, 0 live and 0 ended" in found(fleet) and "which has nothing there" in found(fleet)
 
 
 def test_a_request_that_ends_twice(fleet: Fleet) -> None:
     running(fleet)
-    fleet.dispatcher._ledger.tally.finished += 1
+    fleet.dispatcher._in_flight.tally.finished += 1
     assert "1 admitted, 1 live and 1 ended" in found(fleet)
 
 
 def test_a_request_that_is_queued_and_in_no_queue(fleet: Fleet) -> None:
     stream = fleet.submit()
-    live = fleet.dispatcher._ledger.get(stream.request.request_id)
+    live = fleet.dispatcher._in_flight.get(stream.request.request_id)
     assert live is not None
-    fleet.dispatcher._ledger.queue.remove(live)
+    fleet.dispatcher._in_flight.queue.remove(live)
     assert "1 requests are queued, the queue has 0" in found(fleet)
 
 
@@ -61,14 +61,14 @@ def test_a_load_that_is_never_released(fleet: Fleet) -> None:
     fleet.join("d-0")
     worker = fleet.dispatcher._pools.named("d-0")
     assert worker is not None
-    worker.bind("ghost", Load(1, 1, 1))
+    worker.bind("ghost", RequestLoad(1, 1, 1))
     assert "bound to ghost" in found(fleet)
 
 
 def test_company_where_a_request_should_be_alone(fleet: Fleet) -> None:
     stream = running(fleet)
     fleet.submit()
-    live = fleet.dispatcher._ledger.get(stream.request.request_id)
+    live = fleet.dispatcher._in_flight.get(stream.request.request_id)
     assert live is not None and live.decode is not None and stream.request.status is RequestStatus.DECODING
     live.strikes |= {("d-8", 1), ("d-9", 1)}
     fleet.dispatcher._isolation.claims.append(Claim(live, (live.decode,), 0.0, attempt=0))
@@ -77,7 +77,7 @@ def test_company_where_a_request_should_be_alone(fleet: Fleet) -> None:
 
 def test_a_third_strike_that_nobody_noticed(fleet: Fleet) -> None:
     stream = running(fleet)
-    live = fleet.dispatcher._ledger.get(stream.request.request_id)
+    live = fleet.dispatcher._in_flight.get(stream.request.request_id)
     assert live is not None
     live.strikes |= {("a", 1), ("b", 1), ("c", 1)}
     assert "3 strikes" in found(fleet)

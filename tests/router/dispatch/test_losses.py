@@ -34,7 +34,7 @@ def kill(fleet: Fleet, link: Link) -> None:
 
 
 def strikes(fleet: Fleet, stream: TokenStream) -> int:
-    live = fleet.dispatcher._ledger.get(stream.request.request_id)
+    live = fleet.dispatcher._in_flight.get(stream.request.request_id)
     assert live is not None
     return len(live.strikes)
 

@@ -21,7 +21,7 @@ import pytest
 
 from kvferry.router.helpers.helper import Helper, HelperLost
 from kvferry.router.helpers.program import MEMORY_BYTES
-from kvferry.router.helpers.wire import COMMAS, PARSE_JSON, REFUSAL, VALUE, Refusal
+from kvferry.router.helpers.wire import COMMAS, PARSE_JSON, REFUSAL, VALUE, HelperRefusal
 
 LIMIT_S = 60.0
 
@@ -55,7 +55,7 @@ async def test_many_ask_at_once_and_each_gets_its_own_answer() -> None:
         assert [msgspec.msgpack.decode(payload)["n"] for _, payload in answers] == list(range(50))
         assert {kind for kind, _ in answers} == {VALUE}
         kind, payload = await helper.ask(PARSE_JSON, _body("{"), LIMIT_S)
-        assert kind == REFUSAL and msgspec.msgpack.decode(payload, type=Refusal).status == 400
+        assert kind == REFUSAL and msgspec.msgpack.decode(payload, type=HelperRefusal).status == 400
 
 
 async def test_an_answer_of_megabytes_comes_whole() -> None:

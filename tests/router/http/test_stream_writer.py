@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from kvferry.router.http.stream_writer import Outlet, Turn
+from kvferry.router.http.stream_writer import StreamWriter, WriteCoalescer
 
 
 class Transport(asyncio.Transport):
@@ -21,15 +21,15 @@ class Transport(asyncio.Transport):
         return self.is_gone
 
 
-def outlets(*names: str) -> tuple[list[tuple[str, bytes]], dict[str, Transport], dict[str, Outlet]]:
+def writers(*names: str) -> tuple[list[tuple[str, bytes]], dict[str, Transport], dict[str, StreamWriter]]:
     log: list[tuple[str, bytes]] = []
-    turn = Turn()
+    coalescer = WriteCoalescer()
     transports = {name: Transport(log, name) for name in names}
-    return log, transports, {name: Outlet(transport, turn) for name, transport in transports.items()}
+    return log, transports, {name: StreamWriter(transport, coalescer) for name, transport in transports.items()}
 
 
 async def test_what_a_connection_gets_in_a_turn_goes_out_in_one_write_at_its_end() -> None:
-    log, _, out = outlets("a", "b")
+    log, _, out = writers("a", "b")
     out["a"].write(b"1")
     out["b"].write(b"2")
     out["a"].write(b"3")
@@ -42,7 +42,7 @@ async def test_what_a_connection_gets_in_a_turn_goes_out_in_one_write_at_its_end
 
 
 async def test_a_flush_comes_before_the_turn_ends_and_nothing_is_written_twice() -> None:
-    log, _, out = outlets("a")
+    log, _, out = writers("a")
     out["a"].write(b"1")
     out["a"].flush()
     assert log == [("a", b"1")]
@@ -53,28 +53,28 @@ async def test_a_flush_comes_before_the_turn_ends_and_nothing_is_written_twice()
 
 
 async def test_much_is_written_at_once_so_that_the_transport_can_say_that_it_is_full() -> None:
-    log, _, out = outlets("a")
+    log, _, out = writers("a")
     out["a"].write(b"x" * 100_000)
     assert len(log) == 1
 
 
 async def test_a_connection_that_is_gone_gets_nothing_and_keeps_nobody_else_from_it() -> None:
-    log, transports, out = outlets("a", "b")
-    for outlet in out.values():
-        outlet.write(b"1")
+    log, transports, out = writers("a", "b")
+    for writer in out.values():
+        writer.write(b"1")
     transports["a"].is_gone = True
     await asyncio.sleep(0)
     assert log == [("b", b"1")]
 
 
 async def test_what_is_called_before_a_turns_end_writes_with_that_turn() -> None:
-    log, _, out = outlets("a", "b")
-    turn = out["a"].turn
-    turn.before_end(lambda: out["b"].write(b"2"))
+    log, _, out = writers("a", "b")
+    coalescer = out["a"].coalescer
+    coalescer.before_end(lambda: out["b"].write(b"2"))
     out["a"].write(b"1")
     await asyncio.sleep(0)
     assert log == [("a", b"1"), ("b", b"2")]
-    turn.before_end(lambda: turn.before_end(lambda: out["a"].write(b"3")))
+    coalescer.before_end(lambda: coalescer.before_end(lambda: out["a"].write(b"3")))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert log[2:] == [("a", b"3")]

@@ -13,7 +13,7 @@ from kvferry.router.dispatch.placer import ISOLATION
 from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.state.decisions import MAX_DECISIONS, Decision, note
 from kvferry.router.state.demand import Reason
-from kvferry.router.state.history import MAX_FAILED, MAX_RECENT, MAX_SLOWEST, History
+from kvferry.router.state.history import MAX_FAILED, MAX_RECENT, MAX_SLOWEST, RequestHistory
 from kvferry.router.state.objectives import Objectives
 from kvferry.router.state.outcome import FAILED, TPOT_STAGES, TTFT_STAGES, judge
 from kvferry.router.state.predictor import Way
@@ -264,12 +264,12 @@ def ended(name: str, ttft_s: float = 1.0, *, at_s: float = 0.0, failed: bool = F
     return request
 
 
-def ids(history: History, *asked: Any) -> list[str]:
+def ids(history: RequestHistory, *asked: Any) -> list[str]:
     return [record.request_id for record in history.list(*asked)]
 
 
 def test_the_last_ones_the_slowest_and_the_failed_are_kept_in_bounds() -> None:
-    history = History()
+    history = RequestHistory()
     for number in range(2 * MAX_RECENT):
         history.add(ended(f"r-{number}", ttft_s=float(number % 100), failed=number % 4 == 0))
     assert len(ids(history, "recent", None, 10**6)) == MAX_RECENT
@@ -281,14 +281,14 @@ def test_the_last_ones_the_slowest_and_the_failed_are_kept_in_bounds() -> None:
 
 
 def test_what_was_slow_an_hour_ago_makes_room() -> None:
-    history = History()
+    history = RequestHistory()
     history.add(ended("old", ttft_s=50.0))
     history.add(ended("new", ttft_s=1.0, at_s=5000.0))
     assert ids(history, "slowest") == ["new"]
 
 
 def test_records_are_found_by_class_and_by_the_id_that_a_client_has() -> None:
-    history = History()
+    history = RequestHistory()
     history.add(ended("a1b2-0", class_="batch"))
     history.add(ended("a1b2-1"))
     assert ids(history, "recent", "batch") == ["a1b2-0"]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.common.messages import TransferReport
-from kvferry.router.placement.slo import Slo
+from kvferry.router.placement.slo import SloPolicy
 from kvferry.router.state.demand import Demand, Lack, Placement, Reason, Wait
 from kvferry.router.state.objectives import Objectives
 from kvferry.router.state.predictor import Predictor, Way
@@ -52,11 +52,11 @@ STREAMING = replace(D0, num_running=4, num_bound=4, context=400)
 BEHIND = replace(P0, ahead_tokens=400, unstarted_tokens=400, num_bound=2, backlog_s=0.4)
 
 
-def policy(**options: object) -> Slo:
+def policy(**options: object) -> SloPolicy:
     predictor = Predictor()
     for view in (P0, P1, D0, D1):
         predictor.on_hello(view.session, view.hello)
-    return Slo(predictor, **options)  # type: ignore[arg-type]
+    return SloPolicy(predictor, **options)  # type: ignore[arg-type]
 
 
 def place(demand: Demand, *workers: WorkerView, **options: object) -> Placement | Wait:
@@ -165,7 +165,7 @@ def test_a_beginning_is_fetched_where_that_beats_computing_it() -> None:
 
 def test_where_nothing_is_known_the_least_loaded_is_taken() -> None:
     busy_p, busy_d = replace(P0, ahead_tokens=30, num_bound=1), replace(D0, num_running=1, num_bound=1)
-    chooser = Slo(Predictor())
+    chooser = SloPolicy(Predictor())
     assert chooser.place(PoolView((busy_p, P1, busy_d, D1)), DEMAND) == Placement("p-1", "d-1", Reason.HANDOFF)
 
 
@@ -242,7 +242,7 @@ def test_whatever_the_load_workers_are_ready_and_have_room(
         waited_s=waited_s,
         objectives=Objectives(ttft_s=1.0, tpot_s=tpot_s),
     )
-    answer = Slo(predictor).place(PoolView(views), demand)
+    answer = SloPolicy(predictor).place(PoolView(views), demand)
     by_name = {view.worker_id: view for view in views}
     if isinstance(answer, Placement):
         chosen = by_name[answer.decode_worker]

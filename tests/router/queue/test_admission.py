@@ -6,7 +6,7 @@ import pytest
 
 from kvferry.common.errors import CapacityError
 from kvferry.common.messages import LocalTask, StepSample
-from kvferry.router.queue.forecast import Forecast
+from kvferry.router.queue.forecast import QueueForecast
 from kvferry.router.state.demand import Promise
 from kvferry.router.state.errors import StreamError
 from kvferry.router.state.request import RequestStatus, TokenStream
@@ -184,8 +184,8 @@ def test_an_urgent_request_waits_for_urgent_ones_only() -> None:
 # --- the forecast ----------------------------------------------------------------------------------------------------
 
 
-def measured(prompts_per_s: float) -> Forecast:
-    forecast = Forecast()
+def measured(prompts_per_s: float) -> QueueForecast:
+    forecast = QueueForecast()
     forecast.observe(0.0, somebody_waits=True)
     for index in range(1, 41):
         forecast.observe(index / prompts_per_s, somebody_waits=True)
@@ -194,7 +194,7 @@ def measured(prompts_per_s: float) -> Forecast:
 
 
 def test_nothing_is_expected_to_wait_before_anything_was_measured() -> None:
-    assert Forecast().first_token_s(100, 10_000, 100) == 0.0
+    assert QueueForecast().first_token_s(100, 10_000, 100) == 0.0
 
 
 def test_the_rate_is_that_of_the_time_in_which_somebody_waited() -> None:
@@ -218,7 +218,7 @@ def test_a_longer_prompt_takes_longer_once_it_is_placed() -> None:
 
 
 def test_caution_grows_with_what_came_later_than_expected_and_shrinks_slowly() -> None:
-    forecast = Forecast()
+    forecast = QueueForecast()
     before = forecast.caution
     forecast.on_kept(Promise(0.0, 0.1, 1.0), 9.0)  # far from its limit: it says nothing of those near it
     assert forecast.caution == before

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvferry.router.queue.arrival_load import OfferedLoad
+from kvferry.router.queue.arrival_load import ArrivalLoad
 
 RATE = 1.0
 
 
-def offered(*loads: tuple[int, float, float], seconds: float = 60.0) -> OfferedLoad:
+def arrivals(*loads: tuple[int, float, float], seconds: float = 60.0) -> ArrivalLoad:
     """Of each (priority, seconds of work, requests a second), evenly."""
-    load = OfferedLoad()
+    load = ArrivalLoad()
     for step in range(round(seconds * 10)):
         for priority, work_s, per_s in loads:
             if step * per_s // 10 != (step + 1) * per_s // 10:
@@ -24,18 +24,18 @@ def offered(*loads: tuple[int, float, float], seconds: float = 60.0) -> OfferedL
 
 
 def test_nothing_is_too_long_while_all_can_be_done() -> None:
-    assert offered((0, 0.1, 2.0), (0, 1.0, 0.3)).longest_s(0, 60.0, RATE) == math.inf
-    assert OfferedLoad().longest_s(0, 0.0, RATE) == math.inf
+    assert arrivals((0, 0.1, 2.0), (0, 1.0, 0.3)).longest_s(0, 60.0, RATE) == math.inf
+    assert ArrivalLoad().longest_s(0, 0.0, RATE) == math.inf
 
 
 def test_under_lasting_overload_the_longest_have_no_room_beside_the_shorter_ones() -> None:
-    load = offered((0, 0.1, 5.0), (0, 5.0, 0.5))  # 0.5 and 2.5 seconds of work a second
+    load = arrivals((0, 0.1, 5.0), (0, 5.0, 0.5))  # 0.5 and 2.5 seconds of work a second
     assert 0.1 < load.longest_s(0, 60.0, RATE) <= 5.0
     assert load.longest_s(0, 60.0, 4 * RATE) == math.inf  # with four times the workers all have
 
 
 def test_more_urgent_work_takes_its_room_first() -> None:
-    load = offered((-1, 0.1, 9.0), (0, 0.2, 1.0))
+    load = arrivals((-1, 0.1, 9.0), (0, 0.2, 1.0))
     assert load.longest_s(0, 60.0, RATE) <= 0.2
     assert load.longest_s(-1, 60.0, RATE) <= 0.1  # 0.9 is beyond what is given away
     assert load.longest_s(-1, 60.0, 2 * RATE) == math.inf
@@ -43,28 +43,28 @@ def test_more_urgent_work_takes_its_room_first() -> None:
 
 
 def test_what_was_long_ago_counts_no_more() -> None:
-    load = offered((0, 5.0, 1.0))
+    load = arrivals((0, 5.0, 1.0))
     assert load.longest_s(0, 60.0, RATE) <= 5.0
     assert load.longest_s(0, 160.0, RATE) == math.inf
 
 
 def test_a_day_without_a_request_is_no_trouble() -> None:
-    load = offered((0, 5.0, 1.0))
+    load = arrivals((0, 5.0, 1.0))
     assert load.longest_s(0, 100_000.0, RATE) == math.inf
-    load = offered((0, 5.0, 1.0))
+    load = arrivals((0, 5.0, 1.0))
     load.add(0, 5.0, 100_000.0)
     assert load.longest_s(0, 100_000.0, RATE) == math.inf
 
 
 def test_a_first_burst_says_nothing_of_the_load() -> None:
-    load = OfferedLoad()
+    load = ArrivalLoad()
     for _ in range(100):
         load.add(0, 1.0, 0.0)
     assert load.longest_s(0, 1.0, RATE) == math.inf
 
 
 def test_clients_may_name_any_number_of_priorities() -> None:
-    load = OfferedLoad()
+    load = ArrivalLoad()
     for priority in range(10_000):
         load.add(priority, 1.0, 0.0)
     assert len(load._levels) <= 64
@@ -73,7 +73,7 @@ def test_clients_may_name_any_number_of_priorities() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(0.001, 20.0), min_size=1, max_size=40), st.floats(0.5, 16.0))
 def test_the_load_below_the_limit_fits(works: list[float], rate: float) -> None:
-    load = OfferedLoad()
+    load = ArrivalLoad()
     for step in range(4000):  # far longer than it remembers, across many rebasings
         load.add(0, works[step % len(works)], step * 1.0)
     longest_s = load.longest_s(0, 4000.0, rate)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvferry.common.request import SamplingParams
-from kvferry.router.queue.arrival_load import OfferedLoad
+from kvferry.router.queue.arrival_load import ArrivalLoad
 from kvferry.router.queue.request_queue import LATE_EVERY, RequestQueue, due_s
 from kvferry.router.state.attempt import Live
 from kvferry.router.state.objectives import Objectives
@@ -353,16 +353,16 @@ def _looks(number: int) -> int:
 
 
 def test_prompts_too_long_for_the_load_make_way_if_they_have_time_for_a_lull() -> None:
-    offered = OfferedLoad()
+    arrivals = ArrivalLoad()
     for step in range(600):
-        offered.add(0, 0.1, step / 10)  # a second of work a second
-        offered.add(0, 2.0, step / 10)
+        arrivals.add(0, 0.1, step / 10)  # a second of work a second
+        arrivals.add(0, 2.0, step / 10)
     long = live(45.0, unloaded_s=10.0, ttft_s=1.0)  # due at 75 s: it may wait for five
     hasty = live(58.5, unloaded_s=2.0, ttft_s=1.0)  # due at 64.5 s: it has no time for that
     short = live(60.0, unloaded_s=0.1, ttft_s=20.0)
     queue = queue_of(long, hasty, short)
-    for rate, load in ((100.0, OfferedLoad()), (100.0, offered)):  # nothing is known of the load, all of it fits
+    for rate, load in ((100.0, ArrivalLoad()), (100.0, arrivals)):  # nothing is known of the load, all of it fits
         queue.triage(60.0, rate, load)
         assert queue.first(3, 60.0) == [hasty, long, short]
-    queue.triage(60.0, 10.0, offered)
+    queue.triage(60.0, 10.0, arrivals)
     assert queue.first(3, 60.0) == [hasty, short, long]

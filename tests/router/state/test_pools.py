@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from kvferry.router.state.pools import Pools
-from kvferry.router.state.views import Load
-from kvferry.router.state.worker import Worker
+from kvferry.router.state.views import RequestLoad
+from kvferry.router.state.worker import RouterWorker
 
 from ..fleet import Link, hello, status
 
 
-def make(role: str = "prefill", **changes: object) -> Worker:
+def make(role: str = "prefill", **changes: object) -> RouterWorker:
     worker = Pools().join(Link(f"{role[0]}-0", 1), hello(f"{role[0]}-0", role, **changes), 0.0)
     worker.on_status(status(), 0.0)
     return worker
@@ -30,17 +30,17 @@ def test_a_worker_is_ready_from_its_first_ready_heartbeat_until_it_drains() -> N
 
 def test_tokens_bound_since_the_heartbeat_count_at_once() -> None:
     worker = make()
-    worker.bind("a", Load(100, 1, 7, at_s=0.5))
+    worker.bind("a", RequestLoad(100, 1, 7, at_s=0.5))
     assert worker.view(0.5).ahead_tokens == worker.view(0.5).unstarted_tokens == 100
     worker.on_status(status(waiting_tokens=36, num_running=1), 1.0)
     assert worker.view(1.0).ahead_tokens == 36 and worker.view(1.0).unstarted_tokens == 0
-    worker.bind("b", Load(50, 1, 4, at_s=1.05))
+    worker.bind("b", RequestLoad(50, 1, 4, at_s=1.05))
     assert worker.view(1.1).ahead_tokens == 86 and worker.view(1.1).unstarted_tokens == 50
 
 
 def test_a_prompt_that_is_done_is_not_ahead_though_the_heartbeat_says_so() -> None:
     worker = make()
-    worker.bind("a", Load(100, 1, 7, at_s=0.5))
+    worker.bind("a", RequestLoad(100, 1, 7, at_s=0.5))
     worker.on_status(status(waiting_tokens=100), 1.0)
     worker.release("a")
     worker.release("a")
@@ -49,7 +49,7 @@ def test_a_prompt_that_is_done_is_not_ahead_though_the_heartbeat_says_so() -> No
 
 def test_another_routers_tokens_stay_ahead() -> None:
     worker = make()
-    worker.bind("a", Load(100, 1, 7, at_s=0.5))
+    worker.bind("a", RequestLoad(100, 1, 7, at_s=0.5))
     worker.on_status(status(waiting_tokens=300), 1.0)
     worker.release("a")
     assert worker.view(1.0).ahead_tokens == 200
@@ -57,7 +57,7 @@ def test_another_routers_tokens_stay_ahead() -> None:
 
 def test_a_task_that_crossed_the_heartbeat_is_not_lost_from_the_count() -> None:
     worker = make()
-    worker.bind("a", Load(100, 1, 7, at_s=0.99))
+    worker.bind("a", RequestLoad(100, 1, 7, at_s=0.99))
     worker.on_status(status(waiting_tokens=0), 1.0)
     assert worker.view(1.0).ahead_tokens == 100
 
@@ -65,7 +65,7 @@ def test_a_task_that_crossed_the_heartbeat_is_not_lost_from_the_count() -> None:
 def test_blocks_and_rows_follow_what_the_router_does() -> None:
     worker = make("decode")
     worker.on_status(status(num_free_blocks=10, num_running=2), 1.0)
-    worker.bind("a", Load(0, 2, 4, at_s=1.5))
+    worker.bind("a", RequestLoad(0, 2, 4, at_s=1.5))
     assert (worker.view(1.5).num_free_blocks, worker.view(1.5).num_running) == (6, 4)
     worker.on_status(status(num_free_blocks=6, num_running=4), 2.0)
     assert (worker.view(2.0).num_free_blocks, worker.view(2.0).num_running) == (6, 4)
@@ -76,7 +76,7 @@ def test_blocks_and_rows_follow_what_the_router_does() -> None:
 def test_free_blocks_stay_within_the_pool() -> None:
     worker = make("decode", num_blocks=8)
     worker.on_status(status(num_free_blocks=3), 1.0)
-    worker.bind("a", Load(0, 1, 5, at_s=2.0))
+    worker.bind("a", RequestLoad(0, 1, 5, at_s=2.0))
     assert worker.view(2.0).num_free_blocks == 0
     worker.on_status(status(num_free_blocks=7), 3.0)
     worker.release("a")
