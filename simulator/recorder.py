@@ -90,7 +90,7 @@ class Recorder(NullObserver):
             end_s=stamps.get("finished"),
             unloaded_s=self._world.unloaded_s(job.num_prompt_tokens),
             num_cached_tokens=request.num_cached_tokens,
-            num_attempts=request.attempt + 1,
+            num_attempts=request.attempt_number + 1,
             is_local=request.prefill_worker is None,
             error=error,
         )

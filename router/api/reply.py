@@ -226,7 +226,7 @@ class Reply(Response):
             prompt_tokens=num_prompt,
             cached_tokens=sum(request.num_cached_tokens for request in requests),
             completion_tokens=num_completion,
-            attempts=max(request.attempt for request in requests),
+            attempts=max(request.attempt_number for request in requests),
             prefill_workers=sorted({request.prefill_worker or "-" for request in requests}),
             decode_workers=sorted({request.decode_worker or "-" for request in requests}),
             **phases_ms(context, requests),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from ..state.attempt import Live
+from ..state.attempt import TrackedRequest
 from ..state.errors import StreamError
 from ..state.failures import Blame
 from ..state.pools import Pools
@@ -48,74 +48,74 @@ class Deadlines:
             else:
                 self._absent_s.setdefault(role, now_s)
 
-    def judge_deadline(self, live: Live, now_s: float) -> StreamError | Blame | DeadlineVerdict | None:
-        if live.deadline_s is not None and now_s >= live.deadline_s:
-            text = f"the request's {live.request.timeout_s:g} s are over, it was {live.request.status.value}"
+    def judge_deadline(self, tracked: TrackedRequest, now_s: float) -> StreamError | Blame | DeadlineVerdict | None:
+        if tracked.deadline_s is not None and now_s >= tracked.deadline_s:
+            text = f"the request's {tracked.request.timeout_s:g} s are over, it was {tracked.request.status.value}"
             return StreamError(text, "deadline_exceeded", 504)
-        if live.request.status is RequestStatus.QUEUED:
-            return self._judge_queued(live, now_s)
-        return _missing_answer(live, now_s) or _missing_token(live, now_s) or _forgotten(live, now_s)
+        if tracked.request.status is RequestStatus.QUEUED:
+            return self._judge_queued(tracked, now_s)
+        return _missing_answer(tracked, now_s) or _missing_token(tracked, now_s) or _forgotten(tracked, now_s)
 
-    def next_check_s(self, live: Live, now_s: float) -> float:
+    def next_check_s(self, tracked: TrackedRequest, now_s: float) -> float:
         """When `judge_deadline` may have something to say, if nothing happens before that."""
-        at_s = self._attempt_check_s(live, now_s)
-        if live.deadline_s is not None:
-            at_s = min(at_s, live.deadline_s)
-        if live.gap_s is not None:
-            at_s = min(at_s, live.gap_s + GAP_LIMIT_S)
-        if live.stream.is_held:
-            at_s = min(at_s, live.request.timestamps.get("first_token", now_s) + HELD_LIMIT_S)
+        at_s = self._attempt_check_s(tracked, now_s)
+        if tracked.deadline_s is not None:
+            at_s = min(at_s, tracked.deadline_s)
+        if tracked.gap_s is not None:
+            at_s = min(at_s, tracked.gap_s + GAP_LIMIT_S)
+        if tracked.stream.is_held:
+            at_s = min(at_s, tracked.request.timestamps.get("first_token", now_s) + HELD_LIMIT_S)
         return at_s if at_s > now_s else now_s + CHECK_AGAIN_S
 
-    def _attempt_check_s(self, live: Live, now_s: float) -> float:
-        if live.charge is not None and not live.charge.is_paid:
+    def _attempt_check_s(self, tracked: TrackedRequest, now_s: float) -> float:
+        if tracked.charge is not None and not tracked.charge.is_paid:
             return now_s + CHECK_AGAIN_S
-        if live.request.status is RequestStatus.QUEUED:
+        if tracked.request.status is RequestStatus.QUEUED:
             at_s = now_s + QUEUE_CHECK_S
-            if live.lacks_s is not None:
-                at_s = min(at_s, live.lacks_s + PAIR_WAIT_S)
-            return min([at_s, *(max(since_s, live.event_s) + WORKER_WAIT_S for since_s in self._absent_s.values())])
-        return live.event_s + FORGOTTEN_S if live.answer_due_s is None else live.answer_due_s
+            if tracked.lacks_s is not None:
+                at_s = min(at_s, tracked.lacks_s + PAIR_WAIT_S)
+            return min([at_s, *(max(since_s, tracked.event_s) + WORKER_WAIT_S for since_s in self._absent_s.values())])
+        return tracked.event_s + FORGOTTEN_S if tracked.answer_due_s is None else tracked.answer_due_s
 
-    def _judge_queued(self, live: Live, now_s: float) -> StreamError | None:
+    def _judge_queued(self, tracked: TrackedRequest, now_s: float) -> StreamError | None:
         for role, since_s in self._absent_s.items():
-            waited_s = now_s - max(since_s, live.event_s)
+            waited_s = now_s - max(since_s, tracked.event_s)
             if waited_s >= WORKER_WAIT_S:
                 return StreamError(f"no {role} worker for {waited_s:.0f} s", f"no_{role}_capacity", 503)
-        if live.lacks_s is not None and now_s - live.lacks_s >= PAIR_WAIT_S:
-            failures = "; ".join(live.failed_pairs.values())
+        if tracked.lacks_s is not None and now_s - tracked.lacks_s >= PAIR_WAIT_S:
+            failures = "; ".join(tracked.failed_pairs.values())
             return StreamError(f"no other pair of workers to try: {failures}", "handoff_failed", 500)
         return None
 
 
-def _missing_answer(live: Live, now_s: float) -> Blame | None:
-    if live.answer_due_s is None or now_s < live.answer_due_s:
+def _missing_answer(tracked: TrackedRequest, now_s: float) -> Blame | None:
+    if tracked.answer_due_s is None or now_s < tracked.answer_due_s:
         return None
-    assert live.decode is not None
-    if live.lost_prefill is not None:
-        return live.lost_prefill
-    return Blame("no_answer", f"decode worker {live.decode.worker_id} did not answer in time")
+    assert tracked.decode is not None
+    if tracked.lost_prefill is not None:
+        return tracked.lost_prefill
+    return Blame("no_answer", f"decode worker {tracked.decode.worker_id} did not answer in time")
 
 
-def _missing_token(live: Live, now_s: float) -> Blame | None:
-    if live.gap_s is None or now_s - live.gap_s < GAP_LIMIT_S:
+def _missing_token(tracked: TrackedRequest, now_s: float) -> Blame | None:
+    if tracked.gap_s is None or now_s - tracked.gap_s < GAP_LIMIT_S:
         return None
-    if not any(choice.has_gap for choice in live.request.choices):
-        live.gap_s = None
+    if not any(choice.has_gap for choice in tracked.request.choices):
+        tracked.gap_s = None
         return None
-    return Blame("gap", f"a token of {live.pair} is missing")
+    return Blame("gap", f"a token of {tracked.pair} is missing")
 
 
-def _forgotten(live: Live, now_s: float) -> Blame | DeadlineVerdict | None:
-    if live.answer_due_s is not None or live.request.status is RequestStatus.RESERVED:
+def _forgotten(tracked: TrackedRequest, now_s: float) -> Blame | DeadlineVerdict | None:
+    if tracked.answer_due_s is not None or tracked.request.status is RequestStatus.RESERVED:
         return None
-    assert live.decode is not None
-    if live.is_prefilling_remotely:
-        assert live.prefill is not None
-        is_late = live.prompt_computed and now_s - live.event_s > ARRIVAL_LIMIT_S
-        return DeadlineVerdict.ASK if is_late or _is_idle_since(live.prefill, live.event_s) else None
-    if _is_idle_since(live.decode, live.event_s):
-        return Blame("forgotten", f"decode worker {live.decode.worker_id} is idle and said nothing of the request")
+    assert tracked.decode is not None
+    if tracked.is_prefilling_remotely:
+        assert tracked.prefill is not None
+        is_late = tracked.prompt_computed and now_s - tracked.event_s > ARRIVAL_LIMIT_S
+        return DeadlineVerdict.ASK if is_late or _is_idle_since(tracked.prefill, tracked.event_s) else None
+    if _is_idle_since(tracked.decode, tracked.event_s):
+        return Blame("forgotten", f"decode worker {tracked.decode.worker_id} is idle and said nothing of the request")
     return None
 
 

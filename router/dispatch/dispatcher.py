@@ -46,7 +46,7 @@ from ...common.messages import (
 from ...common.request import FinishReason
 from ..placement.policy import RoutingPolicy
 from ..queue.admission import Admission
-from ..state.attempt import Live
+from ..state.attempt import TrackedRequest
 from ..state.classes import RequestClasses
 from ..state.errors import StreamError
 from ..state.failures import OTHERS_FIRST_S, Blame, WorkerLife
@@ -149,10 +149,10 @@ class Dispatcher:
         name = request.request_id  # not the live request itself: it holds the stream, and should end with its last user
         stream = TokenStream(request, partial(self._reader_left, name), partial(self._reader_ended, name))
         deadline = None if request.timeout_s is None else now + request.timeout_s
-        live = Live(request, stream, deadline, event_s=now)
-        self._worker_messages.relay.hold(live)
-        self._admission.on_admitted(live, now)
-        self._in_flight.add(live)
+        tracked = TrackedRequest(request, stream, deadline, event_s=now)
+        self._worker_messages.relay.hold(tracked)
+        self._admission.on_admitted(tracked, now)
+        self._in_flight.add(tracked)
         self._placer.run(now)
         return stream
 
@@ -182,7 +182,7 @@ class Dispatcher:
 
     def request(self, request_id: str) -> dict[str, object] | None:
         """All that is known of a request that lives or has ended lately."""
-        alive = (live.request for live in self._in_flight if is_named(live.request.request_id, request_id))
+        alive = (tracked.request for tracked in self._in_flight if is_named(tracked.request.request_id, request_id))
         record = next(map(Record.from_request, alive), None) or self._in_flight.history.find(request_id)
         return None if record is None else record.details(self._clock.now())
 
@@ -197,8 +197,8 @@ class Dispatcher:
             async with asyncio.timeout(timeout_s):
                 await self._in_flight.wait_idle()
         except TimeoutError:
-            for live in self._in_flight:
-                self._in_flight.fail(live, StreamError("the router stops", "router_stopping", 503))
+            for tracked in self._in_flight:
+                self._in_flight.fail(tracked, StreamError("the router stops", "router_stopping", 503))
 
     def drain_worker(self, worker_id: str, deadline_s: float) -> bool:
         """No new work for this worker; it exits when what it has is done, or after `deadline_s`."""
@@ -289,30 +289,30 @@ class Dispatcher:
                 worker.link.drop(reason)
         self._deadlines.check_pools(now)
         self._admission.observe(now)
-        for live in self._in_flight.due_times.due(now):
-            self._check_deadline(live, now)
-            if not live.request.is_finished:
-                self._in_flight.due_times.schedule(live, self._next_check_s(live, now))
+        for tracked in self._in_flight.due_times.due(now):
+            self._check_deadline(tracked, now)
+            if not tracked.request.is_finished:
+                self._in_flight.due_times.schedule(tracked, self._next_check_s(tracked, now))
         self._in_flight.is_due = True
         self._placer.run(now)
 
-    def _check_deadline(self, live: Live, now: float) -> None:
-        self._worker_messages.relay.check_held(live, now)
-        match self._deadlines.judge_deadline(live, now):
+    def _check_deadline(self, tracked: TrackedRequest, now: float) -> None:
+        self._worker_messages.relay.check_held(tracked, now)
+        match self._deadlines.judge_deadline(tracked, now):
             case StreamError() as error:
-                self._in_flight.fail(live, error)
+                self._in_flight.fail(tracked, error)
             case Blame() as blame:
-                self._in_flight.retry(live, blame)
+                self._in_flight.retry(tracked, blame)
             case DeadlineVerdict.ASK:
-                live.ask_if_arrived(now)
+                tracked.ask_if_arrived(now)
             case None:
-                self._in_flight.settle(live, now)
-                if live.request.status is RequestStatus.QUEUED:
-                    self._placer.is_too_late(live, now)
+                self._in_flight.settle(tracked, now)
+                if tracked.request.status is RequestStatus.QUEUED:
+                    self._placer.is_too_late(tracked, now)
 
-    def _next_check_s(self, live: Live, now: float) -> float:
-        at_s = self._deadlines.next_check_s(live, now)
-        late_s = self._admission.late_s(live) if live.request.status is RequestStatus.QUEUED else None
+    def _next_check_s(self, tracked: TrackedRequest, now: float) -> float:
+        at_s = self._deadlines.next_check_s(tracked, now)
+        late_s = self._admission.late_s(tracked) if tracked.request.status is RequestStatus.QUEUED else None
         return at_s if late_s is None else min(at_s, max(late_s, now + CHECK_AGAIN_S))
 
     def _learn_path(self, source: RouterWorker, report: TransferReport) -> None:
@@ -324,26 +324,26 @@ class Dispatcher:
     # --- readers ----------------------------------------------------------------------------------------------
 
     def _reader_left(self, request_id: str) -> None:
-        if (live := self._in_flight.get(request_id)) is not None:
-            self._on_client_left(live)
+        if (tracked := self._in_flight.get(request_id)) is not None:
+            self._on_client_left(tracked)
 
     def _reader_ended(self, request_id: str, choice: int) -> None:
-        if (live := self._in_flight.get(request_id)) is not None:
-            self._on_choice_ended(live, choice)
+        if (tracked := self._in_flight.get(request_id)) is not None:
+            self._on_choice_ended(tracked, choice)
 
-    def _on_client_left(self, live: Live) -> None:
-        self._in_flight.abort(live)
+    def _on_client_left(self, tracked: TrackedRequest) -> None:
+        self._in_flight.abort(tracked)
         self._placer.run(self._clock.now())
 
-    def _on_choice_ended(self, live: Live, choice: int) -> None:
+    def _on_choice_ended(self, tracked: TrackedRequest, choice: int) -> None:
         """The API found a stop string. What the choice still yields is dropped."""
-        state = live.request.choices[choice]
-        if live.request.is_finished or state.finish is not None:
+        state = tracked.request.choices[choice]
+        if tracked.request.is_finished or state.finish is not None:
             return
         state.end_now(FinishReason.STOP)
-        live.ended_here.add(choice)
-        if live.request.unfinished:
-            live.drop_choice(choice)
+        tracked.ended_here.add(choice)
+        if tracked.request.unfinished:
+            tracked.drop_choice(choice)
         else:
-            self._in_flight.finish(live)
+            self._in_flight.finish(tracked)
             self._placer.run(self._clock.now())

@@ -11,33 +11,33 @@ from __future__ import annotations
 from heapq import heappop, heappush
 from itertools import count
 
-from ..state.attempt import Live
+from ..state.attempt import TrackedRequest
 
 MOST_AT_ONCE = 1000  # where more are due, such as all that a lost worker had, the rest waits for the next tick
 
 
 class DueTimes:
-    """One router's. Every live request has one that counts: `Live.check_at_s`."""
+    """One router's. Every live request has one that counts: `TrackedRequest.check_at_s`."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Live]] = []
+        self._heap: list[tuple[float, int, TrackedRequest]] = []
         self._numbers = count()
 
     def __len__(self) -> int:
         return len(self._heap)
 
-    def schedule(self, live: Live, at_s: float) -> None:
+    def schedule(self, tracked: TrackedRequest, at_s: float) -> None:
         """Look at it then, if not before."""
-        if at_s < live.check_at_s:
-            live.check_at_s = at_s
-            heappush(self._heap, (at_s, next(self._numbers), live))
+        if at_s < tracked.check_at_s:
+            tracked.check_at_s = at_s
+            heappush(self._heap, (at_s, next(self._numbers), tracked))
 
-    def due(self, now_s: float) -> list[Live]:
+    def due(self, now_s: float) -> list[TrackedRequest]:
         """Those to look at now, the most overdue ones first. Each that goes on needs its next look."""
-        found: list[Live] = []
+        found: list[TrackedRequest] = []
         while self._heap and self._heap[0][0] <= now_s and len(found) < MOST_AT_ONCE:
-            at_s, _, live = heappop(self._heap)
-            if at_s == live.check_at_s and not live.request.is_finished:
-                live.check_at_s = float("inf")
-                found.append(live)
+            at_s, _, tracked = heappop(self._heap)
+            if at_s == tracked.check_at_s and not tracked.request.is_finished:
+                tracked.check_at_s = float("inf")
+                found.append(tracked)
         return found

@@ -17,7 +17,7 @@ import structlog
 
 from ...common.clock import Clock
 from ..queue.request_queue import RequestQueue
-from ..state.attempt import Live
+from ..state.attempt import TrackedRequest
 from ..state.errors import StreamError
 from ..state.failures import DRAINED, MAX_STRIKES, NOTICE_S, WORKER_LOST, Blame, WorkerLife
 from ..state.history import RequestHistory
@@ -68,170 +68,170 @@ class InFlightRequests:
         self._observer = observer
         self._budget = budget
         self._on_blameless = on_blameless
-        self._live: dict[str, Live] = {}
+        self._tracked: dict[str, TrackedRequest] = {}
         self._idle = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self._tracked)
 
-    def __iter__(self) -> Iterator[Live]:
-        return iter(list(self._live.values()))
+    def __iter__(self) -> Iterator[TrackedRequest]:
+        return iter(list(self._tracked.values()))
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._live
+        return request_id in self._tracked
 
-    def get(self, request_id: str) -> Live | None:
-        return self._live.get(request_id)
+    def get(self, request_id: str) -> TrackedRequest | None:
+        return self._tracked.get(request_id)
 
-    def add(self, live: Live) -> None:
-        assert live.request.request_id not in self._live, live.request.request_id
-        self._live[live.request.request_id] = live
+    def add(self, tracked: TrackedRequest) -> None:
+        assert tracked.request.request_id not in self._tracked, tracked.request.request_id
+        self._tracked[tracked.request.request_id] = tracked
         self.tally.admitted += 1
         self._budget.on_admitted()
-        self.enqueue(live)
+        self.enqueue(tracked)
 
-    def enqueue(self, live: Live) -> None:
+    def enqueue(self, tracked: TrackedRequest) -> None:
         now = self._clock.now()
-        self.queue.add(live, apart=live.must_run_alone or live.is_put_off(now))
-        self.due_times.schedule(live, now)
+        self.queue.add(tracked, apart=tracked.must_run_alone or tracked.is_put_off(now))
+        self.due_times.schedule(tracked, now)
         self.is_due = True
 
     # --- an attempt fails -----------------------------------------------------------------------------------
 
-    def retry(self, live: Live, blame: Blame) -> None:
+    def retry(self, tracked: TrackedRequest, blame: Blame) -> None:
         """End the attempt everywhere; queue the next one, or give up."""
-        request, stage, attempt, now = live.request, live.stage, live.request.attempt, self._clock.now()
-        sessions = frozenset(worker.link.number for worker in (live.prefill, live.decode) if worker is not None)
-        live.note_cache()
-        self._leave(live)
+        request, stage, attempt, now = tracked.request, tracked.stage, tracked.request.attempt_number, self._clock.now()
+        sessions = frozenset(worker.link.number for worker in (tracked.prefill, tracked.decode) if worker is not None)
+        tracked.note_cache()
+        self._leave(tracked)
         log.warning("attempt_failed", request_id=request.request_id, attempt=attempt, stage=stage, reason=blame.text)
         self._observer.on_retry(stage, blame.reason)
         request.num_failures += blame.is_counted
         if blame.strike is not None:
-            self._strike(live, blame.strike)
-        error = self._poison(live) or self._last_straw(live, blame)
+            self._strike(tracked, blame.strike)
+        error = self._poison(tracked) or self._last_straw(tracked, blame)
         if error is not None:
-            self.fail(live, error)
+            self.fail(tracked, error)
             return
-        live.is_resuming = live.is_resuming or (request.is_resume and blame.reason in (WORKER_LOST, DRAINED))
-        self._put_off(live, blame, sessions, now)
-        request.attempt += 1
+        tracked.is_resuming = tracked.is_resuming or (request.is_resume and blame.reason in (WORKER_LOST, DRAINED))
+        self._put_off(tracked, blame, sessions, now)
+        request.attempt_number += 1
         for choice in request.choices:
             choice.forget_early()
-        live.event_s = now
+        tracked.event_s = now
         request.advance(RequestStatus.QUEUED, now)
-        self.enqueue(live)
+        self.enqueue(tracked)
 
-    def _strike(self, live: Live, life: WorkerLife) -> None:
-        if live.strikes - {life}:
+    def _strike(self, tracked: TrackedRequest, life: WorkerLife) -> None:
+        if tracked.strikes - {life}:
             self._on_blameless(life)
-        live.strikes.add(life)
+        tracked.strikes.add(life)
 
     def let_others_first(self, until_s: float) -> None:
         """Suspects that are queued wait until then, if anybody else is here."""
-        if all(live.strikes for live in self):
+        if all(tracked.strikes for tracked in self):
             return
-        for live in self:
-            if live.strikes and live.request.status is RequestStatus.QUEUED:
-                live.not_before_s = max(live.not_before_s, until_s)
-                self.queue.remove(live)
-                self.enqueue(live)
+        for tracked in self:
+            if tracked.strikes and tracked.request.status is RequestStatus.QUEUED:
+                tracked.not_before_s = max(tracked.not_before_s, until_s)
+                self.queue.remove(tracked)
+                self.enqueue(tracked)
 
-    def _poison(self, live: Live) -> StreamError | None:
-        if len(live.strikes) < MAX_STRIKES:
+    def _poison(self, tracked: TrackedRequest) -> StreamError | None:
+        if len(tracked.strikes) < MAX_STRIKES:
             return None
         self._observer.on_poisoned()
-        names = ", ".join(sorted({worker_id for worker_id, _ in live.strikes}))
-        text = f"{len(live.strikes)} workers were lost while they computed this request, the last one alone: {names}"
+        names = ", ".join(sorted({worker_id for worker_id, _ in tracked.strikes}))
+        text = f"{len(tracked.strikes)} workers were lost while they computed this request, the last one alone: {names}"
         return StreamError(text, "poison_request", 500)
 
-    def _last_straw(self, live: Live, blame: Blame) -> StreamError | None:
+    def _last_straw(self, tracked: TrackedRequest, blame: Blame) -> StreamError | None:
         """Why there is no next attempt."""
-        failures = live.request.num_failures
+        failures = tracked.request.num_failures
         if failures < self.max_attempts:
             return None
         status = 503 if blame.reason in (WORKER_LOST, "no_answer") else 500
         return StreamError(f"{failures} attempts failed; the last one: {blame.text}", blame.reason, status)
 
-    def _put_off(self, live: Live, blame: Blame, sessions: frozenset[int], now_s: float) -> None:
+    def _put_off(self, tracked: TrackedRequest, blame: Blame, sessions: frozenset[int], now_s: float) -> None:
         """What the retry costs, and when it may begin."""
-        live.charge = None
+        tracked.charge = None
         if not blame.is_charged:
             return
-        live.num_same = live.num_same + 1 if live.last_reason == blame.reason else 1
-        live.last_reason = blame.reason
-        live.not_before_s = now_s + self._budget.pause_s(live.num_same)
-        live.charge = self._budget.charge(sessions, now_s, blame.suspect)
+        tracked.num_same = tracked.num_same + 1 if tracked.last_reason == blame.reason else 1
+        tracked.last_reason = blame.reason
+        tracked.not_before_s = now_s + self._budget.pause_s(tracked.num_same)
+        tracked.charge = self._budget.charge(sessions, now_s, blame.suspect)
 
     def explain(self, worker: RouterWorker) -> None:
         """The worker is lost: errors that its peers reported a moment ago were this loss."""
         now, session = self._clock.now(), worker.link.number
-        for live in self:
-            charge = live.charge
+        for tracked in self:
+            charge = tracked.charge
             if charge is None or not charge.is_explained_by(session, now):
                 continue
             if charge.is_paid:
                 self._budget.give_back()
-            live.charge, live.not_before_s, self.is_due = None, now, True
+            tracked.charge, tracked.not_before_s, self.is_due = None, now, True
             if charge.suspect == worker.life and not worker.has_said_goodbye:
-                self._strike(live, worker.life)
-                if (error := self._poison(live)) is not None:
-                    self.fail(live, error)
-                elif live.request.status is RequestStatus.QUEUED:  # from now on it may wait for a worker of its own
-                    self.queue.remove(live)
-                    self.enqueue(live)
+                self._strike(tracked, worker.life)
+                if (error := self._poison(tracked)) is not None:
+                    self.fail(tracked, error)
+                elif tracked.request.status is RequestStatus.QUEUED:  # from now on it may wait for a worker of its own
+                    self.queue.remove(tracked)
+                    self.enqueue(tracked)
 
-    def settle(self, live: Live, now_s: float) -> None:
+    def settle(self, tracked: TrackedRequest, now_s: float) -> None:
         """A retry without a token gets one now, waits on, or is given up."""
-        if live.charge is None or live.charge.is_paid or self._budget.pay(live.charge, now_s):
+        if tracked.charge is None or tracked.charge.is_paid or self._budget.pay(tracked.charge, now_s):
             return
-        if now_s - live.charge.at_s >= NOTICE_S:
+        if now_s - tracked.charge.at_s >= NOTICE_S:
             self._observer.on_budget_exhausted()
-            text = f"too many retries for now; this request's last attempt failed: {live.last_reason}"
-            self.fail(live, StreamError(text, "retry_budget_exhausted", 503))
+            text = f"too many retries for now; this request's last attempt failed: {tracked.last_reason}"
+            self.fail(tracked, StreamError(text, "retry_budget_exhausted", 503))
 
     # --- a request ends -------------------------------------------------------------------------------------
 
-    def finish(self, live: Live) -> None:
+    def finish(self, tracked: TrackedRequest) -> None:
         """Every choice has ended. The decode worker knows it, unless one ended elsewhere."""
-        self._leave(live, tell=live.request.status is not RequestStatus.DECODING or bool(live.ended_here))
+        self._leave(tracked, tell=tracked.request.status is not RequestStatus.DECODING or bool(tracked.ended_here))
         self.tally.finished += 1
-        self._close(live, RequestStatus.FINISHED, "ok")
+        self._close(tracked, RequestStatus.FINISHED, "ok")
 
-    def fail(self, live: Live, error: StreamError) -> None:
+    def fail(self, tracked: TrackedRequest, error: StreamError) -> None:
         """The client gets what was accepted, then the error."""
-        self._leave(live)
-        live.request.error_code = error.code
-        log.error("request_failed", request_id=live.request.request_id, code=error.code, error=str(error))
+        self._leave(tracked)
+        tracked.request.error_code = error.code
+        log.error("request_failed", request_id=tracked.request.request_id, code=error.code, error=str(error))
         self.tally.failed += 1
-        self._close(live, RequestStatus.FAILED, "failed")
-        live.stream.fail(error)
+        self._close(tracked, RequestStatus.FAILED, "failed")
+        tracked.stream.fail(error)
 
-    def abort(self, live: Live) -> None:
+    def abort(self, tracked: TrackedRequest) -> None:
         """The client left. Idempotent."""
-        if not live.request.is_finished:
-            self._leave(live)
+        if not tracked.request.is_finished:
+            self._leave(tracked)
             self.tally.aborted += 1
-            self._close(live, RequestStatus.ABORTED, "aborted")
+            self._close(tracked, RequestStatus.ABORTED, "aborted")
 
     async def wait_idle(self) -> None:
         """Until no request lives."""
-        while self._live:
+        while self._tracked:
             self._idle.clear()
             await self._idle.wait()
 
-    def _leave(self, live: Live, *, tell: bool = True) -> None:
-        live.leave(tell=tell)
+    def _leave(self, tracked: TrackedRequest, *, tell: bool = True) -> None:
+        tracked.leave(tell=tell)
         self.is_due = True
 
-    def _close(self, live: Live, status: RequestStatus, resume_result: str) -> None:
-        self.queue.remove(live)
-        if live.is_resuming:
+    def _close(self, tracked: TrackedRequest, status: RequestStatus, resume_result: str) -> None:
+        self.queue.remove(tracked)
+        if tracked.is_resuming:
             self._observer.on_resumed(resume_result)
-        live.request.advance(status, self._clock.now())
-        self._observer.on_outcome(self.history.add(live.request))
-        del self._live[live.request.request_id]
-        live.stream.wake()
-        self._observer.on_finished(live.request)
-        if not self._live:
+        tracked.request.advance(status, self._clock.now())
+        self._observer.on_outcome(self.history.add(tracked.request))
+        del self._tracked[tracked.request.request_id]
+        tracked.stream.wake()
+        self._observer.on_finished(tracked.request)
+        if not self._tracked:
             self._idle.set()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..state.attempt import Live
+from ..state.attempt import TrackedRequest
 from ..state.failures import MAX_STRIKES
 from ..state.pools import Pools
 from ..state.request import RequestStatus
@@ -21,8 +21,8 @@ from .isolation import Isolation
 def breaches(in_flight: InFlightRequests, pools: Pools, isolation: Isolation) -> list[str]:
     """One line for each that is broken; empty: all is well."""
     found = [*_of_requests(in_flight), *_of_workers(in_flight, pools), *_of_claims(isolation)]
-    for live in in_flight:
-        found += _of_request(live, in_flight)
+    for tracked in in_flight:
+        found += _of_request(tracked, in_flight)
     return found
 
 
@@ -31,7 +31,7 @@ def _of_requests(in_flight: InFlightRequests) -> Iterator[str]:
     ended = tally.finished + tally.failed + tally.aborted
     if tally.admitted != len(in_flight) + ended:
         yield f"{tally.admitted} admitted, {len(in_flight)} live and {ended} ended: {tally}"
-    queued = [live for live in in_flight if live.request.status is RequestStatus.QUEUED]
+    queued = [tracked for tracked in in_flight if tracked.request.status is RequestStatus.QUEUED]
     members = list(in_flight.queue)
     if set(queued) != set(members) or len(members) != len(set(members)):
         yield f"{len(queued)} requests are queued, the queue has {len(members)}"
@@ -39,26 +39,26 @@ def _of_requests(in_flight: InFlightRequests) -> Iterator[str]:
         yield f"{in_flight.queue.num_waiting} of {len(members)} wait"
 
 
-def _of_request(live: Live, in_flight: InFlightRequests) -> Iterator[str]:
-    request = live.request
+def _of_request(tracked: TrackedRequest, in_flight: InFlightRequests) -> Iterator[str]:
+    request = tracked.request
     name = f"request {request.request_id}, {request.status.value}"
     if request.is_finished:
         yield f"{name}: it has ended and lives"
-    if (request.status is RequestStatus.QUEUED) != (live.decode is None):
-        yield f"{name}: decode worker {live.decode and live.decode.worker_id}"
-    if live.decode is not None and request.request_id not in live.decode.loads:
-        yield f"{name}: not bound to {live.decode.worker_id}"
+    if (request.status is RequestStatus.QUEUED) != (tracked.decode is None):
+        yield f"{name}: decode worker {tracked.decode and tracked.decode.worker_id}"
+    if tracked.decode is not None and request.request_id not in tracked.decode.loads:
+        yield f"{name}: not bound to {tracked.decode.worker_id}"
     if request.num_failures >= in_flight.max_attempts:
         yield f"{name}: {request.num_failures} attempts failed"
-    if len(live.strikes) >= MAX_STRIKES:
-        yield f"{name}: {len(live.strikes)} strikes"
+    if len(tracked.strikes) >= MAX_STRIKES:
+        yield f"{name}: {len(tracked.strikes)} strikes"
 
 
 def _of_workers(in_flight: InFlightRequests, pools: Pools) -> Iterator[str]:
     for worker in pools:
         for request_id in worker.loads:
-            live = in_flight.get(request_id)
-            if live is None or worker not in (live.prefill, live.decode):
+            tracked = in_flight.get(request_id)
+            if tracked is None or worker not in (tracked.prefill, tracked.decode):
                 yield f"{worker.worker_id}: bound to {request_id}, which has nothing there"
 
 
@@ -67,5 +67,5 @@ def _of_claims(isolation: Isolation) -> Iterator[str]:
         if claim.attempt is None or claim.is_finished:
             continue
         for worker in claim.workers:
-            if others := worker.loads.keys() - {claim.live.request.request_id}:
-                yield f"{worker.worker_id}: {claim.live.request.request_id} runs alone beside {sorted(others)}"
+            if others := worker.loads.keys() - {claim.tracked.request.request_id}:
+                yield f"{worker.worker_id}: {claim.tracked.request.request_id} runs alone beside {sorted(others)}"

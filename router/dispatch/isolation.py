@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..placement.policy import fits_decode, fits_prefill
-from ..state.attempt import Live
+from ..state.attempt import TrackedRequest
 from ..state.demand import Demand, Placement, Reason
 from ..state.pools import Pools
 from ..state.request import RequestStatus
@@ -26,7 +26,7 @@ _MAX_SHARE = 2  # at most one in so many decode workers is claimed, if there is 
 class Claim:
     """Workers that are kept for one request."""
 
-    live: Live
+    tracked: TrackedRequest
     workers: tuple[RouterWorker, ...]  # the decode worker first
     since_s: float
     attempt: int | None = None  # that runs there; None: they are not empty yet
@@ -34,10 +34,10 @@ class Claim:
     @property
     def is_finished(self) -> bool:
         """Its attempt has ended, or the request needs it no more. A refused reservation is the same attempt."""
-        request = self.live.request
-        if request.is_finished or not self.live.must_run_alone:
+        request = self.tracked.request
+        if request.is_finished or not self.tracked.must_run_alone:
             return True
-        return self.attempt is not None and request.attempt != self.attempt
+        return self.attempt is not None and request.attempt_number != self.attempt
 
 
 class Isolation:
@@ -52,24 +52,24 @@ class Isolation:
     def sweep(self, now_s: float) -> None:
         """Give back what is claimed in vain."""
         for claim in list(self.claims):
-            is_waiting = claim.live.request.status is RequestStatus.QUEUED
+            is_waiting = claim.tracked.request.status is RequestStatus.QUEUED
             if claim.is_finished or (is_waiting and not all(self._is_there(worker) for worker in claim.workers)):
                 self._release(claim, now_s)
 
-    def place(self, live: Live, now_s: float, *, has_others: bool) -> Placement | None:
+    def place(self, tracked: TrackedRequest, now_s: float, *, has_others: bool) -> Placement | None:
         """Where to run it, as soon as its workers are empty."""
-        demand = live.demand(self._pools, frozenset(), now_s)
-        claim = next((claim for claim in self.claims if claim.live is live), None)
-        claim = claim or self._claim(live, demand, now_s, has_others)
+        demand = tracked.demand(self._pools, frozenset(), now_s)
+        claim = next((claim for claim in self.claims if claim.tracked is tracked), None)
+        claim = claim or self._claim(tracked, demand, now_s, has_others)
         if claim is None or not all(self._is_empty(worker, claim, now_s) for worker in claim.workers):
             return None
-        if any(live.is_refused_by(worker, now_s) for worker in claim.workers):
+        if any(tracked.is_refused_by(worker, now_s) for worker in claim.workers):
             return None
-        claim.attempt = live.request.attempt
+        claim.attempt = tracked.request.attempt_number
         decode, *prefill = claim.workers
         return Placement(prefill[0].worker_id if prefill else None, decode.worker_id, Reason.ALONE)
 
-    def _claim(self, live: Live, demand: Demand, now_s: float, has_others: bool) -> Claim | None:
+    def _claim(self, tracked: TrackedRequest, demand: Demand, now_s: float, has_others: bool) -> Claim | None:
         open_decodes = self._open("decode")
         num_decodes = len(open_decodes) + len(self.claims)
         if len(self.claims) >= max(1, num_decodes // _MAX_SHARE):
@@ -82,7 +82,7 @@ class Isolation:
         workers = tuple(worker for worker in chosen if worker is not None)
         if len(workers) < len(chosen):
             return None
-        claim = Claim(live, workers, now_s)
+        claim = Claim(tracked, workers, now_s)
         for worker in workers:
             self._pools.claim(worker)
         self.claims.append(claim)

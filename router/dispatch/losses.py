@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import structlog
 
-from ..state.attempt import Live
+from ..state.attempt import TrackedRequest
 from ..state.failures import DRAINED, ROUTER_STOPS, WORKER_LOST, Blame, WorkerLife
 from ..state.request import RequestStatus
 from ..state.worker import HEARTBEAT_LIMIT_S, RouterWorker
@@ -37,57 +37,59 @@ class Losses:
         self._in_flight.explain(worker)
         # All blames before the first consequence, which would change what the worker is known to have had.
         blames = {
-            live: _blame(live, worker, what, now_s) for live in self._in_flight if worker in (live.decode, live.prefill)
+            tracked: _blame(tracked, worker, what, now_s)
+            for tracked in self._in_flight
+            if worker in (tracked.decode, tracked.prefill)
         }
-        for live, blame in blames.items():
-            if live.decode is worker:
-                self._in_flight.retry(live, blame)
-            elif live.is_prefilling_remotely:
-                live.lost_prefill = blame
-                live.ask_if_arrived(now_s)
+        for tracked, blame in blames.items():
+            if tracked.decode is worker:
+                self._in_flight.retry(tracked, blame)
+            elif tracked.is_prefilling_remotely:
+                tracked.lost_prefill = blame
+                tracked.ask_if_arrived(now_s)
 
     def on_returned(self, life: WorkerLife) -> None:
         """The same process is back: it was away, not dead, and no request had ended it."""
-        for live in self._in_flight:
-            live.strikes.discard(life)
-            if live.lost_prefill is not None and live.lost_prefill.strike == life:
-                live.lost_prefill = live.lost_prefill._replace(strike=None)
+        for tracked in self._in_flight:
+            tracked.strikes.discard(life)
+            if tracked.lost_prefill is not None and tracked.lost_prefill.strike == life:
+                tracked.lost_prefill = tracked.lost_prefill._replace(strike=None)
 
 
-def _blame(live: Live, worker: RouterWorker, what: str, now_s: float) -> Blame:
+def _blame(tracked: TrackedRequest, worker: RouterWorker, what: str, now_s: float) -> Blame:
     if worker.has_said_goodbye:
         return Blame(DRAINED, what, is_counted=False)
-    return Blame(WORKER_LOST, what, strike=worker.life if was_computing(live, worker, now_s) else None)
+    return Blame(WORKER_LOST, what, strike=worker.life if was_computing(tracked, worker, now_s) else None)
 
 
-def was_computing(live: Live, worker: RouterWorker, now_s: float) -> bool:
+def was_computing(tracked: TrackedRequest, worker: RouterWorker, now_s: float) -> bool:
     """Did the step that `worker` ran at its end have a row of this request?"""
     end_s = now_s
     if worker.silent_s(now_s) > HEARTBEAT_LIMIT_S:
         end_s -= worker.silent_s(now_s)  # it stood still from there on
     if (
-        live.request.status not in (RequestStatus.PREFILLING, RequestStatus.DECODING)
-        or live.task_s > end_s - _TRANSIT_S
+        tracked.request.status not in (RequestStatus.PREFILLING, RequestStatus.DECODING)
+        or tracked.task_s > end_s - _TRANSIT_S
     ):
         return False
-    if worker is live.prefill:
-        return not live.prompt_computed and worker.computes_prompt_of(live.request.request_id)
-    if live.request.status is RequestStatus.PREFILLING:
-        return live.prefill is None and worker.computes_prompt_of(live.request.request_id)
-    if live.has_stepped:
-        return worker.decodes(live.request.request_id)
-    return _has_joined(live, worker)
+    if worker is tracked.prefill:
+        return not tracked.prompt_computed and worker.computes_prompt_of(tracked.request.request_id)
+    if tracked.request.status is RequestStatus.PREFILLING:
+        return tracked.prefill is None and worker.computes_prompt_of(tracked.request.request_id)
+    if tracked.has_stepped:
+        return worker.decodes(tracked.request.request_id)
+    return _has_joined(tracked, worker)
 
 
-def _has_joined(live: Live, worker: RouterWorker) -> bool:
+def _has_joined(tracked: TrackedRequest, worker: RouterWorker) -> bool:
     """The KV has arrived and no token came: does the request wait for the batch, or is its first step under way?
 
     It joins when the step that runs at its arrival is over, and not before the worker's word of the arrival has left
     it. A resumed one then feeds what was accepted before, which yields no tokens; of any other the first message may
     be lost with the worker.
     """
-    if live.arrived_s is None:
+    if tracked.arrived_s is None:
         return False
     if worker.status is not None and worker.status.num_running >= worker.hello.max_num_seqs:
         return False
-    return worker.stepped_s > live.arrived_s or worker.has_only(live.request.request_id)
+    return worker.stepped_s > tracked.arrived_s or worker.has_only(tracked.request.request_id)

@@ -13,7 +13,7 @@ from ...common.errors import RequestError
 from ..placement.candidates import EXPLAIN_EVERY, candidates
 from ..placement.policy import RoutingPolicy, fits_decode, fits_prefill
 from ..queue.admission import Admission
-from ..state.attempt import Live, max_num_tokens
+from ..state.attempt import TrackedRequest, max_num_tokens
 from ..state.decisions import Candidate, Decision, note
 from ..state.demand import Demand, Lack, Placement, Reason, Wait
 from ..state.errors import StreamError
@@ -77,91 +77,97 @@ class Placer:
 
     def _run_round(self, now_s: float) -> None:
         view: PoolView | None = self._pools.picture(now_s)
-        claimed, passed = frozenset[int](), set[Live]()
+        claimed, passed = frozenset[int](), set[TrackedRequest]()
         if self._policy.predicts:
             num_workers = self._pools.num_ready("prefill") or self._pools.num_ready("decode")
             rate = self._admission.forecast.work_rate(num_workers)
             self._in_flight.queue.triage(now_s, rate, self._admission.arrivals)
         queue = self._in_flight.queue
         while len(queue) > len(passed) and (
-            next_ones := [live for live in queue.first(LOOK_AHEAD, now_s) if live not in passed]
+            next_ones := [tracked for tracked in queue.first(LOOK_AHEAD, now_s) if tracked not in passed]
         ):
-            for live in next_ones:
-                if live.request.status is not RequestStatus.QUEUED or self.is_too_late(live, now_s):
+            for tracked in next_ones:
+                if tracked.request.status is not RequestStatus.QUEUED or self.is_too_late(tracked, now_s):
                     continue  # placing an earlier one has ended it, or it ends now
-                demand = live.demand(self._pools, claimed, now_s)
+                demand = tracked.demand(self._pools, claimed, now_s)
                 view = view or self._pools.picture(now_s)
                 answer = self._policy.place(view, demand)
                 if isinstance(answer, Placement):
-                    seen = candidates(self._policy, view, demand) if self._is_explained(live) else ()
-                    self._place(live, answer, now_s, decided_by=self._policy.name, seen=seen)
+                    seen = candidates(self._policy, view, demand) if self._is_explained(tracked) else ()
+                    self._place(tracked, answer, now_s, decided_by=self._policy.name, seen=seen)
                     view = None
                     continue
-                if live.waits_s is None:
-                    live.waits_s = now_s
-                self._note_lack(live, answer, now_s)
+                if tracked.waits_s is None:
+                    tracked.waits_s = now_s
+                self._note_lack(tracked, answer, now_s)
                 if answer.claim is not None:
                     claimed |= {answer.claim}
-                passed.add(live)
+                passed.add(tracked)
                 if len(passed) == LOOK_AHEAD or answer.lack in (Lack.DECODE_WORKER, Lack.PREFILL_WORKER):
                     return
 
     def _place_alone(self, now_s: float) -> None:
         """Those that may kill workers wait for one of their own. Nobody behind them in the queue waits for that."""
         self._isolation.sweep(now_s)
-        for live in self._in_flight.queue.alone(now_s):
+        for tracked in self._in_flight.queue.alone(now_s):
             has_others = any(not other.must_run_alone for other in self._in_flight)
-            placement = self._isolation.place(live, now_s, has_others=has_others)
+            placement = self._isolation.place(tracked, now_s, has_others=has_others)
             if placement is not None:
-                self._place(live, placement, now_s, decided_by=ISOLATION)
+                self._place(tracked, placement, now_s, decided_by=ISOLATION)
             elif not self._isolation.claims:
-                self._note_hopeless(live, now_s)
+                self._note_hopeless(tracked, now_s)
 
-    def _note_hopeless(self, live: Live, now_s: float) -> None:
+    def _note_hopeless(self, tracked: TrackedRequest, now_s: float) -> None:
         """No worker is kept for it, and none can be where every pair has failed or nothing can hold it."""
-        answer = self._policy.place(self._pools.picture(now_s), live.demand(self._pools, frozenset(), now_s))
+        answer = self._policy.place(self._pools.picture(now_s), tracked.demand(self._pools, frozenset(), now_s))
         if isinstance(answer, Wait) and answer.lack in (Lack.PAIR, Lack.FIT):
-            self._note_lack(live, answer, now_s)
+            self._note_lack(tracked, answer, now_s)
 
-    def is_too_late(self, live: Live, now_s: float) -> bool:
+    def is_too_late(self, tracked: TrackedRequest, now_s: float) -> bool:
         """Whether its first token could not come in time any more: then it is sent away."""
-        error = self._admission.too_late(live, now_s)
+        error = self._admission.too_late(tracked, now_s)
         if error is not None:
-            self._in_flight.fail(live, error)
+            self._in_flight.fail(tracked, error)
         return error is not None
 
-    def _is_explained(self, live: Live) -> bool:
-        return self._explains_all or live.request.arrival % EXPLAIN_EVERY == 0
+    def _is_explained(self, tracked: TrackedRequest) -> bool:
+        return self._explains_all or tracked.request.arrival % EXPLAIN_EVERY == 0
 
     def _place(
-        self, live: Live, placement: Placement, now_s: float, *, decided_by: str, seen: tuple[Candidate, ...] = ()
+        self,
+        tracked: TrackedRequest,
+        placement: Placement,
+        now_s: float,
+        *,
+        decided_by: str,
+        seen: tuple[Candidate, ...] = (),
     ) -> None:
-        self._note_decision(live.request, placement, now_s, decided_by, seen)
+        self._note_decision(tracked.request, placement, now_s, decided_by, seen)
         decode = self._pools.named(placement.decode_worker)
         assert decode is not None
-        self._in_flight.queue.take(live)
-        live.lacks_s = None
-        live.note_placement(placement, now_s)
+        self._in_flight.queue.take(tracked)
+        tracked.lacks_s = None
+        tracked.note_placement(placement, now_s)
         computing = self._pools.named(placement.prefill_worker or placement.decode_worker)
         assert computing is not None
-        live.fetch = fetch_from(self._pools, live.request, placement.fetch_from, computing)
+        tracked.fetch = fetch_from(self._pools, tracked.request, placement.fetch_from, computing)
         if placement.prefill_worker is None:
             if placement.reason.is_fallback:
-                self._note_fallback(live, decode, placement.reason, now_s)
-            self._prefix_homes.note_local(live, decode)
-            live.run_locally(decode, now_s)
+                self._note_fallback(tracked, decode, placement.reason, now_s)
+            self._prefix_homes.note_local(tracked, decode)
+            tracked.run_locally(decode, now_s)
             return
         prefill = self._pools.named(placement.prefill_worker)
         assert prefill is not None
-        live.decode_retains = self._prefix_homes.decode_retains(live, prefill, decode)
-        live.reserve(prefill, decode, self._max_local_tokens, now_s)
+        tracked.decode_retains = self._prefix_homes.decode_retains(tracked, prefill, decode)
+        tracked.reserve(prefill, decode, self._max_local_tokens, now_s)
 
     def _note_decision(
         self, request: RouterRequest, placement: Placement, now_s: float, decided_by: str, seen: tuple[Candidate, ...]
     ) -> None:
         expected = placement.prediction
         decision = Decision(
-            attempt=request.attempt,
+            attempt=request.attempt_number,
             at_s=now_s,
             policy=decided_by,
             prefill_worker=placement.prefill_worker,
@@ -176,39 +182,39 @@ class Placer:
         request.waiting_for = ""
         self._observer.on_placed(decided_by, decision.reason)
 
-    def _note_lack(self, live: Live, wait: Wait, now_s: float) -> None:
-        live.request.waiting_for = wait.lack.value
+    def _note_lack(self, tracked: TrackedRequest, wait: Wait, now_s: float) -> None:
+        tracked.request.waiting_for = wait.lack.value
         if wait.lack is Lack.FIT:
-            request = live.request
+            request = tracked.request
             text = f"no worker can hold {request.num_prompt_tokens} prompt tokens and the answer of {request.n} choices"
-            self._in_flight.fail(live, StreamError(text, "context_length_exceeded", 400))
+            self._in_flight.fail(tracked, StreamError(text, "context_length_exceeded", 400))
         elif wait.lack is not Lack.PAIR:
-            live.lacks_s = None
-        elif live.lacks_s is None:
-            live.lacks_s = now_s
+            tracked.lacks_s = None
+        elif tracked.lacks_s is None:
+            tracked.lacks_s = now_s
 
-    def _note_fallback(self, live: Live, decode: RouterWorker, reason: Reason, now_s: float) -> None:
+    def _note_fallback(self, tracked: TrackedRequest, decode: RouterWorker, reason: Reason, now_s: float) -> None:
         """Count each; log the first, and then one a second at most."""
         self._observer.on_fallback("local_prefill")
         self._fallbacks_unlogged += 1
         if now_s - self._fallback_logged_s >= FALLBACK_LOG_EVERY_S:
             log.warning(
                 "local_prefill_fallback",
-                request_id=live.request.request_id,
+                request_id=tracked.request.request_id,
                 worker_id=decode.worker_id,
                 reason=reason.value,
-                failed=list(live.failed_pairs.values()),
+                failed=list(tracked.failed_pairs.values()),
                 count=self._fallbacks_unlogged,
             )
             self._fallback_logged_s, self._fallbacks_unlogged = now_s, 0
 
-    def prefill_for_grant(self, live: Live, now_s: float) -> RouterWorker | None:
+    def prefill_for_grant(self, tracked: TrackedRequest, now_s: float) -> RouterWorker | None:
         """Another prefill worker for the unopened grant that the request holds, while it is fresh."""
-        assert live.grant is not None and live.decode is not None
-        if now_s - live.grant_s >= live.grant.open_within_s / 2:
+        assert tracked.grant is not None and tracked.decode is not None
+        if now_s - tracked.grant_s >= tracked.grant.open_within_s / 2:
             return None
-        demand = live.demand(self._pools, frozenset(), now_s)
-        other = self._policy.prefill_for(self._pools.picture(now_s), demand, live.decode.link.number)
+        demand = tracked.demand(self._pools, frozenset(), now_s)
+        other = self._policy.prefill_for(self._pools.picture(now_s), demand, tracked.decode.link.number)
         return None if other is None else self._pools.named(other.worker_id)
 
     def check_fits(self, request: RouterRequest) -> None:

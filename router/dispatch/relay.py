@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ...common.messages import ChoiceTokens, PromptLogprobs
-from ..state.attempt import Live
+from ..state.attempt import TrackedRequest
 from ..state.observer import Observer
 from ..state.request import NO_DROPS, Drops, is_natural
 from .deadlines import GAP_LIMIT_S, HELD_LIMIT_S
@@ -36,11 +36,11 @@ class Relay:
         self._observer = observer
         self._due_times = due_times
 
-    def accept(self, live: Live, updates: tuple[ChoiceTokens, ...], now_s: float) -> Accepted:
-        request = live.request
+    def accept(self, tracked: TrackedRequest, updates: tuple[ChoiceTokens, ...], now_s: float) -> Accepted:
+        request = tracked.request
         accepted = Accepted()
         for update in updates:
-            if update.choice not in live.sent_choices:
+            if update.choice not in tracked.sent_choices:
                 self._observer.on_dropped("unknown_choice")
                 continue
             if update.finish is not None and not is_natural(update.finish):
@@ -60,19 +60,19 @@ class Relay:
                 stamps["first_token"] = now_s
                 accepted.is_first = True
             stamps["last_token"] = now_s
-        if accepted.is_odd or live.gap_s is not None:
-            self._note_gap(live, accepted, now_s)
-        live.stream.wake()
+        if accepted.is_odd or tracked.gap_s is not None:
+            self._note_gap(tracked, accepted, now_s)
+        tracked.stream.wake()
         return accepted
 
-    def _note_gap(self, live: Live, accepted: Accepted, now_s: float) -> None:
+    def _note_gap(self, tracked: TrackedRequest, accepted: Accepted, now_s: float) -> None:
         """Since when a token is missing before others that have come: since the last progress."""
         if accepted.num_new:
-            live.gap_s = None
-        if any(choice.has_gap for choice in live.request.choices):
-            if live.gap_s is None:
-                live.gap_s = now_s
-            self._due_times.schedule(live, live.gap_s + GAP_LIMIT_S)
+            tracked.gap_s = None
+        if any(choice.has_gap for choice in tracked.request.choices):
+            if tracked.gap_s is None:
+                tracked.gap_s = now_s
+            self._due_times.schedule(tracked, tracked.gap_s + GAP_LIMIT_S)
 
     def _count(self, drops: Drops) -> None:
         for kind, number in (
@@ -83,9 +83,9 @@ class Relay:
             for _ in range(number):
                 self._observer.on_dropped(kind)
 
-    def accept_prompt_logprobs(self, live: Live, message: PromptLogprobs) -> None:
+    def accept_prompt_logprobs(self, tracked: TrackedRequest, message: PromptLogprobs) -> None:
         """Prompt token 0 has none: the list begins with token 1."""
-        request = live.request
+        request = tracked.request
         known = request.prompt_logprobs
         skip = len(known) + 1 - message.start
         room = request.num_prompt_tokens - 1 - len(known)
@@ -94,17 +94,19 @@ class Relay:
             return
         known.extend(message.tokens[skip:][: max(0, room)])
         if len(known) >= request.num_prompt_tokens - 1:
-            self.release(live)
+            self.release(tracked)
 
-    def hold(self, live: Live) -> None:
+    def hold(self, tracked: TrackedRequest) -> None:
         """Prompt logprobs were asked for: they come before the first update."""
-        live.stream.is_held = live.request.sampling.prompt_logprobs is not None and live.request.num_prompt_tokens > 1
+        tracked.stream.is_held = (
+            tracked.request.sampling.prompt_logprobs is not None and tracked.request.num_prompt_tokens > 1
+        )
 
-    def release(self, live: Live) -> None:
-        live.stream.is_held = False
-        live.stream.wake()
+    def release(self, tracked: TrackedRequest) -> None:
+        tracked.stream.is_held = False
+        tracked.stream.wake()
 
-    def check_held(self, live: Live, now_s: float) -> None:
-        first_token_s = live.request.timestamps.get("first_token")
-        if live.stream.is_held and first_token_s is not None and now_s - first_token_s > HELD_LIMIT_S:
-            self.release(live)
+    def check_held(self, tracked: TrackedRequest, now_s: float) -> None:
+        first_token_s = tracked.request.timestamps.get("first_token")
+        if tracked.stream.is_held and first_token_s is not None and now_s - first_token_s > HELD_LIMIT_S:
+            self.release(tracked)

@@ -25,7 +25,7 @@ from ...common.messages import (
     WorkerFailure,
 )
 from ..queue.admission import Admission
-from ..state.attempt import Live, RequestMessage
+from ..state.attempt import RequestMessage, TrackedRequest
 from ..state.errors import StreamError
 from ..state.failures import Blame
 from ..state.observer import Observer
@@ -58,119 +58,119 @@ class WorkerMessages:
         self._observer = observer
         self._may_prefill_locally = may_prefill_locally
 
-    def _current(self, worker: RouterWorker, request_id: str, attempt: int) -> Live | None:
+    def _current(self, worker: RouterWorker, request_id: str, attempt: int) -> TrackedRequest | None:
         """The request, if this message is about its current attempt and from a worker that has to do with it."""
-        live = self._in_flight.get(request_id)
-        if live is None:
+        tracked = self._in_flight.get(request_id)
+        if tracked is None:
             self._observer.on_dropped("unknown_request")
-        elif live.request.attempt != attempt:
+        elif tracked.request.attempt_number != attempt:
             self._observer.on_dropped("stale_attempt")
-        elif worker is not live.prefill and worker is not live.decode:
+        elif worker is not tracked.prefill and worker is not tracked.decode:
             self._observer.on_dropped("wrong_worker")
         else:
-            return live
+            return tracked
         return None
 
     def on_request_message(self, worker: RouterWorker, message: RequestMessage, now: float) -> None:
         if isinstance(message, HandoffDone | HandoffFailed) and message.request_id not in self._in_flight:
             return  # the answer to our last Abort
-        live = self._current(worker, message.request_id, message.attempt)
-        if live is None:
+        tracked = self._current(worker, message.request_id, message.attempt)
+        if tracked is None:
             if isinstance(message, Grant):  # nobody will use it: it need not wait until it lapses
                 worker.link.send(Abort(request_id=message.request_id, attempt=message.attempt))
             return
-        if not live.expects(worker, message):
+        if not tracked.expects(worker, message):
             self._observer.on_dropped("out_of_turn")
             return
-        live.event_s = now
+        tracked.event_s = now
         match message:
             case Grant():
-                self._on_grant(live, message, now)
+                self._on_grant(tracked, message, now)
             case NoCapacity():
-                self._on_no_capacity(live, worker, message, now)
+                self._on_no_capacity(tracked, worker, message, now)
             case TaskRefused():
-                self._on_task_refused(live, worker, message, now)
+                self._on_task_refused(tracked, worker, message, now)
             case HandoffDone():
-                self._on_arrived(live, now)
+                self._on_arrived(tracked, now)
             case HandoffFailed():
-                self._on_handoff_failed(live, message, now)
+                self._on_handoff_failed(tracked, message, now)
             case FirstToken():
-                self._on_first_token(live, message, now)
+                self._on_first_token(tracked, message, now)
             case PromptLogprobs():
-                self.relay.accept_prompt_logprobs(live, message)
+                self.relay.accept_prompt_logprobs(tracked, message)
             case WorkerFailure(code=""):
                 text = f"worker {worker.worker_id} failed: {message.reason}"
-                self._in_flight.retry(live, Blame("worker_failure", text))
+                self._in_flight.retry(tracked, Blame("worker_failure", text))
             case WorkerFailure():  # no worker is to blame
-                self._in_flight.fail(live, StreamError(message.reason, message.code, 500))
+                self._in_flight.fail(tracked, StreamError(message.reason, message.code, 500))
 
     # --- reservations and tasks -----------------------------------------------------------------------------
 
-    def _on_grant(self, live: Live, message: Grant, now: float) -> None:
-        live.grant, live.grant_s, live.answer_due_s = message.grant, now, None
-        assert live.prefill is not None
-        if self._pools.find(live.prefill.link) is live.prefill:
-            live.send_task(now)
+    def _on_grant(self, tracked: TrackedRequest, message: Grant, now: float) -> None:
+        tracked.grant, tracked.grant_s, tracked.answer_due_s = message.grant, now, None
+        assert tracked.prefill is not None
+        if self._pools.find(tracked.prefill.link) is tracked.prefill:
+            tracked.send_task(now)
         else:
-            self._send_elsewhere(live, f"prefill worker {live.prefill.worker_id} lost before its task", now)
+            self._send_elsewhere(tracked, f"prefill worker {tracked.prefill.worker_id} lost before its task", now)
 
-    def _send_elsewhere(self, live: Live, why: str, now: float) -> None:
+    def _send_elsewhere(self, tracked: TrackedRequest, why: str, now: float) -> None:
         """The grant is unopened: another prefill worker may use it while it lasts."""
-        other = None if live.must_run_alone else self._placer.prefill_for_grant(live, now)
+        other = None if tracked.must_run_alone else self._placer.prefill_for_grant(tracked, now)
         if other is not None:
-            live.send_task(now, other)
+            tracked.send_task(now, other)
         else:
-            self._in_flight.retry(live, Blame("refused", why, is_counted=False))
+            self._in_flight.retry(tracked, Blame("refused", why, is_counted=False))
 
-    def _on_no_capacity(self, live: Live, worker: RouterWorker, message: NoCapacity, now: float) -> None:
+    def _on_no_capacity(self, tracked: TrackedRequest, worker: RouterWorker, message: NoCapacity, now: float) -> None:
         if message.reason == "held":
-            live.run_locally(worker, now)
+            tracked.run_locally(worker, now)
             return
         if message.reason in ("stale", "incarnation"):
             text = f"decode worker {worker.worker_id} refused a reservation: {message.reason}"
-            self._in_flight.retry(live, Blame("refused", text))
+            self._in_flight.retry(tracked, Blame("refused", text))
             return
         if message.reason == "never_fits":
-            (live.ungranted if self._may_prefill_locally else live.unfit).add(worker.link.number)
+            (tracked.ungranted if self._may_prefill_locally else tracked.unfit).add(worker.link.number)
         elif message.reason == "draining":
             self.note_drain(worker)
         elif message.reason == "wrong_role":
-            self._note_role(live, worker, "prefill", now)
+            self._note_role(tracked, worker, "prefill", now)
         else:
-            live.note_refusal(worker, message.retry_after_s, now)
-        live.leave(tell=False)  # nothing was reserved: the same attempt goes on
-        live.request.advance(RequestStatus.QUEUED, now)
-        self._in_flight.enqueue(live)
+            tracked.note_refusal(worker, message.retry_after_s, now)
+        tracked.leave(tell=False)  # nothing was reserved: the same attempt goes on
+        tracked.request.advance(RequestStatus.QUEUED, now)
+        self._in_flight.enqueue(tracked)
 
-    def _on_task_refused(self, live: Live, worker: RouterWorker, message: TaskRefused, now: float) -> None:
+    def _on_task_refused(self, tracked: TrackedRequest, worker: RouterWorker, message: TaskRefused, now: float) -> None:
         text = f"{worker.role} worker {worker.worker_id} refused a task: {message.reason} {message.detail}".rstrip()
         match message.reason:
             case "draining":
                 self.note_drain(worker)
             case "never_fits":
-                live.unfit.add(worker.link.number)
+                tracked.unfit.add(worker.link.number)
             case "wrong_role":
-                self._note_role(live, worker, "prefill" if worker is live.decode else "decode", now)
+                self._note_role(tracked, worker, "prefill" if worker is tracked.decode else "decode", now)
             case "blocks":
-                live.note_refusal(worker, 0.0, now)
+                tracked.note_refusal(worker, 0.0, now)
             case "expired":
                 return  # its deadline is ours, which came first: the next tick ends it
             case _:
-                live.note_failed_pair(text)
-                self._in_flight.retry(live, Blame("refused", text))
+                tracked.note_failed_pair(text)
+                self._in_flight.retry(tracked, Blame("refused", text))
                 return
-        if live.grant is not None:
-            live.return_credit()
-            self._send_elsewhere(live, text, now)
+        if tracked.grant is not None:
+            tracked.return_credit()
+            self._send_elsewhere(tracked, text, now)
         else:
-            self._in_flight.retry(live, Blame("refused", text, is_counted=False))
+            self._in_flight.retry(tracked, Blame("refused", text, is_counted=False))
 
-    def _note_role(self, live: Live, worker: RouterWorker, role: str, now: float) -> None:
+    def _note_role(self, tracked: TrackedRequest, worker: RouterWorker, role: str, now: float) -> None:
         """It changed its role a moment ago, and its next heartbeat will say so."""
         if worker.hello.can_change_role and worker.role != role:
             worker.set_role(role, now)
         else:  # what was asked of it is wrong in whatever role
-            live.unfit.add(worker.link.number)
+            tracked.unfit.add(worker.link.number)
 
     def note_drain(self, worker: RouterWorker) -> None:
         """It says so in a heartbeat or, before the next one, in answer to a request."""
@@ -179,35 +179,35 @@ class WorkerMessages:
 
     # --- the handoff ----------------------------------------------------------------------------------------
 
-    def _on_arrived(self, live: Live, now: float) -> None:
-        assert live.decode is not None
-        if live.prefill is not None:
-            self._pools.on_handoff(live.prefill, live.decode, now, failed=False)
-        live.arrive(now)
+    def _on_arrived(self, tracked: TrackedRequest, now: float) -> None:
+        assert tracked.decode is not None
+        if tracked.prefill is not None:
+            self._pools.on_handoff(tracked.prefill, tracked.decode, now, failed=False)
+        tracked.arrive(now)
         self._in_flight.is_due = True
 
-    def _on_handoff_failed(self, live: Live, message: HandoffFailed, now: float) -> None:
-        assert live.prefill is not None and live.decode is not None
-        text = f"handoff {live.pair} failed: {message.reason} (blame: {message.blame} {message.worker_id})"
-        prefill, request_id = live.prefill, live.request.request_id
-        live.prompt_begun = bool(message.worker_id)  # who opened the grant had begun to compute
+    def _on_handoff_failed(self, tracked: TrackedRequest, message: HandoffFailed, now: float) -> None:
+        assert tracked.prefill is not None and tracked.decode is not None
+        text = f"handoff {tracked.pair} failed: {message.reason} (blame: {message.blame} {message.worker_id})"
+        prefill, request_id = tracked.prefill, tracked.request.request_id
+        tracked.prompt_begun = bool(message.worker_id)  # who opened the grant had begun to compute
         if message.blame == "draining":  # its decode worker gives up what was not opened: nobody failed
-            self.note_drain(live.decode)
-            self._in_flight.retry(live, Blame("refused", text, is_counted=False))
+            self.note_drain(tracked.decode)
+            self._in_flight.retry(tracked, Blame("refused", text, is_counted=False))
             return
-        if live.lost_prefill is not None:
-            self._in_flight.retry(live, live.lost_prefill)
+        if tracked.lost_prefill is not None:
+            self._in_flight.retry(tracked, tracked.lost_prefill)
             return
         if message.blame == "fenced":  # the decode worker replaced its agents because of another: the pair is well
-            self._in_flight.retry(live, Blame("refused", text, is_counted=False))
+            self._in_flight.retry(tracked, Blame("refused", text, is_counted=False))
             return
-        is_computing = not live.prompt_computed and prefill.computes_prompt_of(request_id)
-        was_opened = bool(message.worker_id) or live.prompt_computed  # by what it said, whether it came or not
-        if message.blame != "expired" or was_opened or live.is_late_again():
-            self._pools.on_handoff(live.prefill, live.decode, now, failed=True)
-            live.note_failed_pair(text)
+        is_computing = not tracked.prompt_computed and prefill.computes_prompt_of(request_id)
+        was_opened = bool(message.worker_id) or tracked.prompt_computed  # by what it said, whether it came or not
+        if message.blame != "expired" or was_opened or tracked.is_late_again():
+            self._pools.on_handoff(tracked.prefill, tracked.decode, now, failed=True)
+            tracked.note_failed_pair(text)
         # else nobody opened the grant in time: the prefill worker was late, which says nothing of the pair
-        self._in_flight.retry(live, Blame("handoff_failed", text, suspect=prefill.life if is_computing else None))
+        self._in_flight.retry(tracked, Blame("handoff_failed", text, suspect=prefill.life if is_computing else None))
 
     # --- tokens ---------------------------------------------------------------------------------------------
 
@@ -217,57 +217,57 @@ class WorkerMessages:
             self._on_step(worker, update, now)
 
     def _on_step(self, worker: RouterWorker, update: RequestTokens, now: float) -> None:
-        live = self._current(worker, update.request_id, update.attempt)
-        if live is None:
+        tracked = self._current(worker, update.request_id, update.attempt)
+        if tracked is None:
             if update.request_id not in self._in_flight:
                 # It goes on with something that has ended here: an Abort crossed, or was for single choices.
                 worker.link.send(Abort(request_id=update.request_id, attempt=update.attempt))
             return
-        request = live.request
-        if worker is not live.decode or request.status is RequestStatus.RESERVED:
+        request = tracked.request
+        if worker is not tracked.decode or request.status is RequestStatus.RESERVED:
             self._observer.on_dropped("out_of_turn")
             return
-        live.event_s, live.has_stepped = now, True
+        tracked.event_s, tracked.has_stepped = now, True
         if request.status is RequestStatus.PREFILLING:
-            self._on_arrived(live, now)
-        if live.prefill is None and not request.is_resume:
+            self._on_arrived(tracked, now)
+        if tracked.prefill is None and not request.is_resume:
             request.num_cached_tokens = update.num_cached_tokens
-        if live.ended_here:
-            for choice in {tokens.choice for tokens in update.choices} & live.ended_here:
-                live.drop_choice(choice)  # it was still on its way to the decode worker when the stop string was found
-        if self._take(live, update.choices, now) and "first_decode" not in request.timestamps:
+        if tracked.ended_here:
+            for choice in {tokens.choice for tokens in update.choices} & tracked.ended_here:
+                tracked.drop_choice(choice)  # its end was still on the way to the decode worker
+        if self._take(tracked, update.choices, now) and "first_decode" not in request.timestamps:
             request.timestamps["first_decode"] = now
 
-    def _on_first_token(self, live: Live, message: FirstToken, now: float) -> None:
-        request = live.request
-        live.return_credit()
-        live.prompt_computed = True
+    def _on_first_token(self, tracked: TrackedRequest, message: FirstToken, now: float) -> None:
+        request = tracked.request
+        tracked.return_credit()
+        tracked.prompt_computed = True
         self._in_flight.is_due = True
         if not request.is_resume:
             request.num_cached_tokens = max(request.num_cached_tokens, message.num_cached_tokens)
             request.prefill_s, request.prefill_wait_s = message.prefill_s, message.queue_s
-        self._take(live, message.choices, now)
+        self._take(tracked, message.choices, now)
 
-    def _take(self, live: Live, updates: tuple[ChoiceTokens, ...], now: float) -> int:
+    def _take(self, tracked: TrackedRequest, updates: tuple[ChoiceTokens, ...], now: float) -> int:
         """The number of tokens that are new."""
-        accepted = self.relay.accept(live, updates, now)
+        accepted = self.relay.accept(tracked, updates, now)
         if accepted.num_new:
-            self._on_progress(live, is_first=accepted.is_first, now=now)
-        if accepted.has_end and not live.request.unfinished:
-            self._in_flight.finish(live)
+            self._on_progress(tracked, is_first=accepted.is_first, now=now)
+        if accepted.has_end and not tracked.request.unfinished:
+            self._in_flight.finish(tracked)
         elif accepted.given_up is not None:
-            text = f"{live.pair} gave up a choice: {accepted.given_up}"
-            self._in_flight.retry(live, Blame("worker_failure", text))
+            text = f"{tracked.pair} gave up a choice: {accepted.given_up}"
+            self._in_flight.retry(tracked, Blame("worker_failure", text))
         return accepted.num_new
 
-    def _on_progress(self, live: Live, *, is_first: bool, now: float) -> None:
-        live.num_same = 0
+    def _on_progress(self, tracked: TrackedRequest, *, is_first: bool, now: float) -> None:
+        tracked.num_same = 0
         if is_first:
-            self._admission.on_first_token(live, now)
-            if (said := live.prediction) is not None and not live.request.attempt:
+            self._admission.on_first_token(tracked, now)
+            if (said := tracked.prediction) is not None and not tracked.request.attempt_number:
                 self._pools.predictor.on_first_token(
-                    live.way, said.ttft_s, now - live.placed_s, bare_s=said.bare_s, wait_s=said.wait_s
+                    tracked.way, said.ttft_s, now - tracked.placed_s, bare_s=said.bare_s, wait_s=said.wait_s
                 )
-        if live.is_resuming:
-            live.is_resuming = False
+        if tracked.is_resuming:
+            tracked.is_resuming = False
             self._observer.on_resumed("ok")

@@ -12,7 +12,7 @@ would leave the workers idle. Retries are not judged again, they were admitted o
 from __future__ import annotations
 
 from ...common.errors import CapacityError
-from ..state.attempt import Live
+from ..state.attempt import TrackedRequest
 from ..state.demand import Promise
 from ..state.errors import StreamError
 from ..state.observer import Observer
@@ -37,7 +37,7 @@ class Admission:
         self._observer = observer
         self._admitted_s: dict[int, float] = {}  # the latest, by priority
 
-    def check(self, request: RouterRequest, now_s: float) -> Live | None:
+    def check(self, request: RouterRequest, now_s: float) -> TrackedRequest | None:
         """Raises CapacityError (429) if it has to go. Returns the queued request that goes in its stead, if any."""
         self.observe(now_s)
         self.arrivals.add(request.priority, request.unloaded_s, now_s)
@@ -64,48 +64,48 @@ class Admission:
         text = f"{prompts} requests wait: the first token is expected in {expected_s:.2f} s, the limit is {limit_s:g} s"
         raise CapacityError(text, retry_after_s=self._retry_after_s(excess_s, now_s))
 
-    def on_admitted(self, live: Live, now_s: float) -> None:
+    def on_admitted(self, tracked: TrackedRequest, now_s: float) -> None:
         """Before it is queued."""
-        request = live.request
+        request = tracked.request
         tokens, prompts = self._queue.ahead_of(request, now_s)
         expected_s = self.forecast.first_token_s(request.num_prompt_tokens, tokens, prompts, request.unloaded_s)
-        live.promise = Promise(now_s, expected_s, self._limit_s(request))
+        tracked.promise = Promise(now_s, expected_s, self._limit_s(request))
         self._admitted_s.pop(request.priority, None)
         self._admitted_s[request.priority] = now_s
         if len(self._admitted_s) > _MAX_URGENCIES:
             del self._admitted_s[next(iter(self._admitted_s))]
 
-    def on_first_token(self, live: Live, now_s: float) -> None:
+    def on_first_token(self, tracked: TrackedRequest, now_s: float) -> None:
         """The request's first one ever."""
-        stamps = live.request.timestamps
+        stamps = tracked.request.timestamps
         self.observe(now_s)
-        request, service_s = live.request, now_s - stamps.get("prefill_start", now_s)
+        request, service_s = tracked.request, now_s - stamps.get("prefill_start", now_s)
         self.forecast.on_first_token(request.num_prompt_tokens, service_s, request.unloaded_s)
-        if live.promise is not None and not live.request.attempt and not self._was_overtaken(live):
-            self.forecast.on_kept(live.promise, now_s - live.promise.at_s)
+        if tracked.promise is not None and not tracked.request.attempt_number and not self._was_overtaken(tracked):
+            self.forecast.on_kept(tracked.promise, now_s - tracked.promise.at_s)
 
     def observe(self, now_s: float) -> None:
         """The queue may have changed, or time has passed."""
         self.forecast.observe(now_s, somebody_waits=self._queue.num_waiting > 0)
 
-    def too_late(self, live: Live, now_s: float) -> StreamError | None:
+    def too_late(self, tracked: TrackedRequest, now_s: float) -> StreamError | None:
         """Why a queued request need not be placed any more: not even the fastest worker would make it."""
-        late_s, limit_s = self.late_s(live), self._limit_s(live.request)
+        late_s, limit_s = self.late_s(tracked), self._limit_s(tracked.request)
         if late_s is None or limit_s is None or now_s < late_s:
             return None
-        if live.deadline_s is not None and now_s >= live.deadline_s:
+        if tracked.deadline_s is not None and now_s >= tracked.deadline_s:
             return None  # it has run out, which `router/dispatch/deadlines.py` says
-        waited_s = now_s - live.request.timestamps["queued"]
+        waited_s = now_s - tracked.request.timestamps["queued"]
         self._observer.on_rejected("late")
         text = f"after {waited_s:.2f} s in the queue a first token within {limit_s:g} s is out of reach"
         return StreamError(text, "deadline_exceeded", 503, retry_after_s=self._retry_after_s(0.0, now_s))
 
-    def late_s(self, live: Live) -> float | None:
+    def late_s(self, tracked: TrackedRequest) -> float | None:
         """From when on a queued request is too late, as it looks now. None: never."""
-        limit_s, request = self._limit_s(live.request), live.request
+        limit_s, request = self._limit_s(tracked.request), tracked.request
         if limit_s is None or request.num_failures or request.is_resume:
             return None
-        fastest_s = max(self.forecast.fastest_s, live.fastest_s)
+        fastest_s = max(self.forecast.fastest_s, tracked.fastest_s)
         return request.timestamps["queued"] + max(limit_s - fastest_s, _LEAST_WAIT_SHARE * limit_s)
 
     def displaced(self, now_s: float) -> StreamError:
@@ -122,8 +122,8 @@ class Admission:
         objective_s = request.objectives.ttft_limit_s(request.unloaded_s)
         return min((limit for limit in (objective_s, request.timeout_s) if limit is not None), default=None)
 
-    def _was_overtaken(self, live: Live) -> bool:
+    def _was_overtaken(self, tracked: TrackedRequest) -> bool:
         """More urgent requests came later: its expectation was not about them."""
-        assert live.promise is not None
-        priority, since_s = live.request.priority, live.promise.at_s
+        assert tracked.promise is not None
+        priority, since_s = tracked.request.priority, tracked.promise.at_s
         return any(other < priority and at_s >= since_s for other, at_s in self._admitted_s.items())

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from ..state.attempt import Live
+from ..state.attempt import TrackedRequest
 from ..state.request import RouterRequest
 from .arrival_load import ArrivalLoad
 from .fair_order import FairOrder, Ticket
@@ -35,7 +35,7 @@ _MAX_MOVES = 32  # requests that are found to be late in one look at the order: 
 _MAX_TRIAGED = 256  # of a priority, the first ones
 _MAX_IDLE_LEVELS = 64  # priorities that nobody has now, kept because they will come again
 
-_Ticket = Ticket[Live]
+_Ticket = Ticket[TrackedRequest]
 
 
 @dataclass(slots=True, eq=False)
@@ -51,15 +51,15 @@ class _Place:
 class _Level:
     """The requests of one priority."""
 
-    timely: FairOrder[Live] = field(default_factory=FairOrder)
-    late: FairOrder[Live] = field(default_factory=FairOrder)
+    timely: FairOrder[TrackedRequest] = field(default_factory=FairOrder)
+    late: FairOrder[TrackedRequest] = field(default_factory=FairOrder)
     num_since_late: int = 0  # timely ones served while a late one waited
     work_since_late_s: float = 0.0  # theirs
 
     def __len__(self) -> int:
         return len(self.timely) + len(self.late)
 
-    def order_of(self, place: _Place) -> FairOrder[Live]:
+    def order_of(self, place: _Place) -> FairOrder[TrackedRequest]:
         return self.late if place.is_late else self.timely
 
     def take(self, place: _Place) -> None:
@@ -110,15 +110,15 @@ class RequestQueue:
         self.max_size = max_size
         self._by_arrival = by_arrival
         self.num_by_class: Counter[str] = Counter()
-        self._places: dict[Live, _Place] = {}
+        self._places: dict[TrackedRequest, _Place] = {}
         self._levels: dict[int, _Level] = {}
         self._priorities: list[int] = []  # of the levels, sorted
-        self._apart: dict[Live, None] = {}  # they wait for something else
+        self._apart: dict[TrackedRequest, None] = {}  # they wait for something else
 
     def __len__(self) -> int:
         return len(self._places) + len(self._apart)
 
-    def __iter__(self) -> Iterator[Live]:
+    def __iter__(self) -> Iterator[TrackedRequest]:
         """In no order. A copy: placing and failing change the queue."""
         return iter([*self._places, *self._apart])
 
@@ -134,45 +134,46 @@ class RequestQueue:
 
     # --- changes --------------------------------------------------------------------------------------------
 
-    def add(self, live: Live, *, apart: bool = False) -> None:
-        self.num_by_class[live.request.request_class] += 1
+    def add(self, tracked: TrackedRequest, *, apart: bool = False) -> None:
+        self.num_by_class[tracked.request.request_class] += 1
         if apart:
-            self._apart[live] = None
+            self._apart[tracked] = None
         else:
-            self._line_up(live)
+            self._line_up(tracked)
 
-    def take(self, live: Live) -> None:
+    def take(self, tracked: TrackedRequest) -> None:
         """It is placed: its tenant has got its turn. If it comes back unserved, it gets that again."""
-        place = self._places.pop(live, None)
+        place = self._places.pop(tracked, None)
         if place is None:
-            self.remove(live)
+            self.remove(tracked)
             return
-        self.num_by_class[live.request.request_class] -= 1
-        self._levels[live.request.priority].take(place)
-        live.is_charged = not place.is_late
-        self._tidy(live.request.priority)
+        self.num_by_class[tracked.request.request_class] -= 1
+        self._levels[tracked.request.priority].take(place)
+        tracked.is_charged = not place.is_late
+        self._tidy(tracked.request.priority)
 
-    def remove(self, live: Live) -> None:
+    def remove(self, tracked: TrackedRequest) -> None:
         """It has ended, or is to stand in another place. Idempotent."""
-        place = self._places.pop(live, None)
+        place = self._places.pop(tracked, None)
         if place is not None:
-            self._levels[live.request.priority].order_of(place).remove(place.ticket)
-            self._tidy(live.request.priority)
-        elif live in self._apart:
-            del self._apart[live]
+            self._levels[tracked.request.priority].order_of(place).remove(place.ticket)
+            self._tidy(tracked.request.priority)
+        elif tracked in self._apart:
+            del self._apart[tracked]
         else:
             return
-        self.num_by_class[live.request.request_class] -= 1
+        self.num_by_class[tracked.request.request_class] -= 1
 
-    def _line_up(self, live: Live) -> None:
-        request = live.request
-        ticket = _ticket_of(live, by_arrival=self._by_arrival)
-        has_objective = request.objectives.ttft_s is not None or live.deadline_s is not None
-        must_hurry = has_objective and not request.attempt and not request.is_resume  # else its delay is our doing
+    def _line_up(self, tracked: TrackedRequest) -> None:
+        request = tracked.request
+        ticket = _ticket_of(tracked, by_arrival=self._by_arrival)
+        has_objective = request.objectives.ttft_s is not None or tracked.deadline_s is not None
+        is_new = not request.attempt_number and not request.is_resume  # else its delay is our doing
+        must_hurry = has_objective and is_new
         start_by_s = ticket.due_s - request.unloaded_s if must_hurry else float("inf")
-        self._places[live] = _Place(ticket, start_by_s)
-        self._level(request.priority).timely.add(ticket, refund=live.is_charged)
-        live.is_charged = False
+        self._places[tracked] = _Place(ticket, start_by_s)
+        self._level(request.priority).timely.add(ticket, refund=tracked.is_charged)
+        tracked.is_charged = False
 
     def _level(self, priority: int) -> _Level:
         level = self._levels.get(priority)
@@ -191,12 +192,12 @@ class RequestQueue:
 
     # --- who is next ----------------------------------------------------------------------------------------
 
-    def first(self, number: int, now_s: float) -> list[Live]:
+    def first(self, number: int, now_s: float) -> list[TrackedRequest]:
         """The next ones to serve, in order. None of them stands apart."""
-        for live in [live for live in self._apart if not (live.must_run_alone or live.is_put_off(now_s))]:
-            del self._apart[live]
-            self._line_up(live)
-        found: list[Live] = []
+        for tracked in [one for one in self._apart if not (one.must_run_alone or one.is_put_off(now_s))]:
+            del self._apart[tracked]
+            self._line_up(tracked)
+        found: list[TrackedRequest] = []
         for priority in self._priorities:
             if len(found) >= number:
                 break
@@ -220,11 +221,11 @@ class RequestQueue:
         places = [self._places[ticket.item] for ticket in islice(level.timely, _MAX_TRIAGED)]
         return [(place, Waiting(place.start_by_s, place.ticket.item.request.unloaded_s)) for place in places]
 
-    def _first_of(self, level: _Level, number: int, now_s: float) -> list[Live]:
+    def _first_of(self, level: _Level, number: int, now_s: float) -> list[TrackedRequest]:
         """Who is found to be late on the way is late from now on."""
         moves = _MAX_MOVES
         while True:
-            found: list[Live] = []
+            found: list[TrackedRequest] = []
             late: list[_Place] = []
             for ticket in level.in_order():
                 place = self._places[ticket.item]
@@ -239,10 +240,10 @@ class RequestQueue:
             level.move_to_late(late)
             moves -= len(late)
 
-    def alone(self, now_s: float) -> list[Live]:
+    def alone(self, now_s: float) -> list[TrackedRequest]:
         """Those that wait for a worker of their own."""
-        alone = [live for live in self._apart if live.must_run_alone and not live.is_put_off(now_s)]
-        return sorted(alone, key=lambda live: (live.request.priority, live.request.arrival))
+        alone = [tracked for tracked in self._apart if tracked.must_run_alone and not tracked.is_put_off(now_s)]
+        return sorted(alone, key=lambda tracked: (tracked.request.priority, tracked.request.arrival))
 
     # --- for newcomers --------------------------------------------------------------------------------------
 
@@ -263,7 +264,7 @@ class RequestQueue:
                 tokens, number = tokens + own_tokens, number + own_number
         return tokens, number
 
-    def victim_for(self, request: RouterRequest) -> Live | None:
+    def victim_for(self, request: RouterRequest) -> TrackedRequest | None:
         """Who makes room for it in a full queue: of the lowest priority below its own, or, where its own tenant has
         fewer requests here than another one, of those. The last one due whose client has got nothing yet."""
         for priority in reversed(self._priorities):
@@ -286,7 +287,7 @@ def _num_of(level: _Level, tenant: str) -> int:
     return level.timely.num_of(tenant) + level.late.num_of(tenant)
 
 
-def _last_of(level: _Level, tenant: str) -> Live | None:
+def _last_of(level: _Level, tenant: str) -> TrackedRequest | None:
     for order in (level.late, level.timely):
         for ticket in order.backwards(tenant):
             if not ticket.item.request.is_resume:
@@ -302,8 +303,8 @@ def due_s(request: RouterRequest, queued_s: float, deadline_s: float | None, *, 
     return due if deadline_s is None else min(due, deadline_s)
 
 
-def _ticket_of(live: Live, *, by_arrival: bool) -> _Ticket:
-    request = live.request
-    due = due_s(request, request.timestamps["queued"], live.deadline_s, by_arrival=by_arrival)
+def _ticket_of(tracked: TrackedRequest, *, by_arrival: bool) -> _Ticket:
+    request = tracked.request
+    due = due_s(request, request.timestamps["queued"], tracked.deadline_s, by_arrival=by_arrival)
     cost = request.num_prompt_tokens / request.objectives.weight
-    return Ticket(live, request.tenant, request.arrival, due, request.num_prompt_tokens, cost)
+    return Ticket(tracked, request.tenant, request.arrival, due, request.num_prompt_tokens, cost)

@@ -4,8 +4,8 @@
     run_locally ─ LocalTask ─> decode worker
     leave ─ Abort ─> whoever may hold something
 
-`Live` sends and keeps the books (bound loads, awaited answers, what was learned about workers); the decisions are
-the dispatcher's.
+`TrackedRequest` sends and keeps the books (bound loads, awaited answers, what was learned about workers); the
+decisions are the dispatcher's.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class WorkerRefusal(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Live:
+class TrackedRequest:
     """A request that is not terminal."""
 
     request: RouterRequest
@@ -373,7 +373,10 @@ class Live:
     def _abort(self, *, unless_arrived: bool = False, choices: tuple[int, ...] = ()) -> Abort:
         request = self.request
         return Abort(
-            request_id=request.request_id, attempt=request.attempt, unless_arrived=unless_arrived, choices=choices
+            request_id=request.request_id,
+            attempt=request.attempt_number,
+            unless_arrived=unless_arrived,
+            choices=choices,
         )
 
 

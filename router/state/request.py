@@ -165,7 +165,7 @@ class RouterRequest:
     status: RequestStatus = RequestStatus.QUEUED
     timestamps: dict[str, float] = field(default_factory=dict)
     arrival: int = 0  # the router's counter
-    attempt: int = 0  # placements of this request, in every message
+    attempt_number: int = 0  # placements of this request, in every message
     num_failures: int = 0  # attempts that failed: bounded
     num_cached_tokens: int = 0  # prompt tokens that came from a prefix cache
     prefill_worker: str | None = None  # of the latest attempt; None: the decode worker computes the prompt
@@ -226,7 +226,7 @@ class RouterRequest:
             outputs = tuple(pack_ids([token.token_id for token in self.choices[c].tokens]) for c in choices)
         return RequestSpec(
             request_id=self.request_id,
-            attempt=self.attempt,
+            attempt=self.attempt_number,
             prompt=self._prompt,
             sampling=self.sampling,
             choices=choices,

@@ -81,9 +81,9 @@ class Router:
         served = []
         for _ in range(number):
             task = self.worker.take(LocalTask)
-            live = self.fleet.dispatcher._in_flight.get(task.spec.request_id)
-            assert live is not None
-            served.append(live.request.tenant)
+            tracked = self.fleet.dispatcher._in_flight.get(task.spec.request_id)
+            assert tracked is not None
+            served.append(tracked.request.tenant)
             self.fleet.clock.advance(0.1)
             self.fleet.step(self.worker, task, tokens(0, 0, 1, "stop"))
             self.fleet.beat(self.worker)

@@ -25,7 +25,7 @@ async def failure(stream: TokenStream) -> StreamError:
 
 def fails(fleet: Fleet, worker: Link, stream: TokenStream) -> None:
     request = stream.request
-    message = WorkerFailure(request_id=request.request_id, attempt=request.attempt, reason="out of memory")
+    message = WorkerFailure(request_id=request.request_id, attempt=request.attempt_number, reason="out of memory")
     fleet.dispatcher.on_message(worker, message)
 
 
@@ -182,9 +182,9 @@ def test_the_cache_outweighs_a_little_load() -> None:
     fleet.beat(p0, num_running=1, waiting_tokens=30)  # another router's
     fleet.failed(d0, task, "link")
     again = next(m for link in (d0, d1) for m in link.sent if isinstance(m, ReserveKV) and m.spec.attempt == 1)
-    live = fleet.dispatcher._in_flight.get(again.spec.request_id)
-    assert live is not None and live.prefill is not None and live.prefill.worker_id == "p-0"
-    assert p1.worker_id != live.prefill.worker_id
+    tracked = fleet.dispatcher._in_flight.get(again.spec.request_id)
+    assert tracked is not None and tracked.prefill is not None and tracked.prefill.worker_id == "p-0"
+    assert p1.worker_id != tracked.prefill.worker_id
 
 
 def test_a_stream_whose_decode_worker_is_lost_resumes_from_the_prefill_workers_cache() -> None:
@@ -217,5 +217,5 @@ def test_a_grant_that_nobody_opened_says_nothing_of_a_cache() -> None:
     fleet.clock.advance(0.1)
     fleet.beat(p0, num_waiting=1, waiting_tokens=20)
     fleet.failed(d, task, "expired", peer="")
-    live = fleet.dispatcher._in_flight.get(stream.request.request_id)
-    assert live is not None and live.computed_on is None
+    tracked = fleet.dispatcher._in_flight.get(stream.request.request_id)
+    assert tracked is not None and tracked.computed_on is None

@@ -158,8 +158,8 @@ class SharedWorker:
             if end_s <= now:
                 self.forget(key)
                 router, request_id = key
-                live = self.fleets[router].dispatcher._in_flight.get(request_id)
-                attempt = live.request.attempt if live is not None else 0
+                tracked = self.fleets[router].dispatcher._in_flight.get(request_id)
+                attempt = tracked.request.attempt_number if tracked is not None else 0
                 self.steps += 1
                 self.tell(router, request_id, attempt, ChoiceTokens(0, 1, (token(0, 1),), "stop"))
 

@@ -52,7 +52,7 @@ class _State(NamedTuple):
 
 def _state(request: RouterRequest) -> _State:
     finishes = tuple(choice.finish for choice in request.choices)
-    return _State(request.status, request.attempt, request.num_failures, request.num_output_tokens, finishes)
+    return _State(request.status, request.attempt_number, request.num_failures, request.num_output_tokens, finishes)
 
 
 class _Stale(NamedTuple):
@@ -85,7 +85,7 @@ class RouterRules:
             attempt = getattr(part, "attempt", None)
             if attempt is not None:
                 call = calls.get(part.request_id)  # type: ignore[attr-defined]
-                if call is not None and (call.request.attempt != attempt or call.request.is_finished):
+                if call is not None and (call.request.attempt_number != attempt or call.request.is_finished):
                     before.append((call.request, _state(call.request)))
         return _Stale(message, before) if before else None
 

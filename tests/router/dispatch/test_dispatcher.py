@@ -431,7 +431,7 @@ def test_a_worker_that_fails_a_request_is_retried() -> None:
     stream, _ = fleet.decode(p, d)
     message = WorkerFailure(request_id=stream.request.request_id, attempt=0, reason="out of memory")
     fleet.dispatcher.on_message(d, message)
-    assert stream.request.attempt == 1 and fleet.observer.retries == {("decode", "worker_failure"): 1}
+    assert stream.request.attempt_number == 1 and fleet.observer.retries == {("decode", "worker_failure"): 1}
 
 
 def test_a_choice_that_a_worker_gives_up_is_resumed_not_ended() -> None:
@@ -449,9 +449,9 @@ def test_a_request_that_an_idle_decode_worker_has_forgotten_is_retried() -> None
     p, d = fleet.join("p-0"), fleet.join("d-0")
     stream, _ = fleet.decode(p, d)
     fleet.wait(3.0, p, d)
-    assert stream.request.attempt == 0
+    assert stream.request.attempt_number == 0
     fleet.wait(1.0, p, d)
-    assert stream.request.attempt == 1 and fleet.observer.retries == {("decode", "forgotten"): 1}
+    assert stream.request.attempt_number == 1 and fleet.observer.retries == {("decode", "forgotten"): 1}
 
 
 def test_a_handoff_that_an_idle_prefill_worker_has_forgotten_is_asked_for() -> None:
@@ -473,7 +473,7 @@ def test_a_busy_worker_is_not_taken_for_forgetful() -> None:
         fleet.clock.advance(0.1)
         fleet.beat(p, d, num_running=1, steps=steps)
         fleet.dispatcher.tick()
-    assert stream.request.attempt == 0 and not d.sent
+    assert stream.request.attempt_number == 0 and not d.sent
 
 
 # --- loss of decode workers and resuming -----------------------------------------------------------------------------
@@ -906,6 +906,6 @@ async def test_an_error_that_every_worker_would_meet_is_the_last_word_and_nobody
     assert (error.code, error.status, str(error)) == ("nonfinite_logits", 500, reason)
     for worker in [d] if is_decoding else [p, d]:
         assert not worker.take(Abort).unless_arrived and not worker.sent
-    assert not fleet.observer.retries and not fleet.observer.num_poisoned and stream.request.attempt == 0
+    assert not fleet.observer.retries and not fleet.observer.num_poisoned and stream.request.attempt_number == 0
     _, again = fleet.decode(p, d)  # no pair is avoided
     assert again.spec.attempt == 0 and not fleet.dispatcher.view().avoided_pairs

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from kvferry.common.request import SamplingParams
 from kvferry.router.dispatch.due_times import MOST_AT_ONCE, DueTimes
-from kvferry.router.state.attempt import Live
+from kvferry.router.state.attempt import TrackedRequest
 from kvferry.router.state.request import RequestStatus, RouterRequest, TokenStream
 
 
-def live(name: str = "r-0") -> Live:
+def tracked(name: str = "r-0") -> TrackedRequest:
     request = RouterRequest(name, [1], SamplingParams())
-    return Live(request, TokenStream(request, lambda: None, lambda choice: None), None)
+    return TrackedRequest(request, TokenStream(request, lambda: None, lambda choice: None), None)
 
 
 def test_the_earliest_look_counts_and_the_later_ones_are_dropped() -> None:
-    due_times, one = DueTimes(), live()
+    due_times, one = DueTimes(), tracked()
     due_times.schedule(one, 5.0)
     due_times.schedule(one, 3.0)
     due_times.schedule(one, 4.0)
@@ -24,7 +24,7 @@ def test_the_earliest_look_counts_and_the_later_ones_are_dropped() -> None:
 
 
 def test_requests_come_up_in_the_order_of_their_due_times() -> None:
-    due_times, first, second, third = DueTimes(), live("a"), live("b"), live("c")
+    due_times, first, second, third = DueTimes(), tracked("a"), tracked("b"), tracked("c")
     due_times.schedule(second, 2.0)
     due_times.schedule(third, 2.0)
     due_times.schedule(first, 1.0)
@@ -32,7 +32,7 @@ def test_requests_come_up_in_the_order_of_their_due_times() -> None:
 
 
 def test_a_request_that_has_ended_is_not_looked_at() -> None:
-    due_times, one = DueTimes(), live()
+    due_times, one = DueTimes(), tracked()
     due_times.schedule(one, 1.0)
     one.request.advance(RequestStatus.ABORTED, 0.5)
     assert due_times.due(1.0) == []
@@ -41,7 +41,7 @@ def test_a_request_that_has_ended_is_not_looked_at() -> None:
 def test_the_most_overdue_ones_come_first_where_there_are_too_many() -> None:
     due_times = DueTimes()
     for number in range(MOST_AT_ONCE + 5):
-        due_times.schedule(live(f"r-{number}"), 100.0 - number / 1e6)
+        due_times.schedule(tracked(f"r-{number}"), 100.0 - number / 1e6)
     first = due_times.due(200.0)
     assert len(first) == MOST_AT_ONCE and first[0].request.request_id == f"r-{MOST_AT_ONCE + 4}"
     assert [each.request.request_id for each in due_times.due(200.0)] == [f"r-{number}" for number in (4, 3, 2, 1, 0)]

@@ -39,7 +39,7 @@ def test_nothing_is_found_where_all_is_well(fleet: Fleet) -> None:
 
 def test_a_request_that_vanishes(fleet: Fleet) -> None:
     stream = running(fleet)
-    del fleet.dispatcher._in_flight._live[stream.request.request_id]
+    del fleet.dispatcher._in_flight._tracked[stream.request.request_id]
     assert "1 admitted, 0 live and 0 ended" in found(fleet) and "which has nothing there" in found(fleet)
 
 
@@ -51,9 +51,9 @@ def test_a_request_that_ends_twice(fleet: Fleet) -> None:
 
 def test_a_request_that_is_queued_and_in_no_queue(fleet: Fleet) -> None:
     stream = fleet.submit()
-    live = fleet.dispatcher._in_flight.get(stream.request.request_id)
-    assert live is not None
-    fleet.dispatcher._in_flight.queue.remove(live)
+    tracked = fleet.dispatcher._in_flight.get(stream.request.request_id)
+    assert tracked is not None
+    fleet.dispatcher._in_flight.queue.remove(tracked)
     assert "1 requests are queued, the queue has 0" in found(fleet)
 
 
@@ -68,16 +68,16 @@ def test_a_load_that_is_never_released(fleet: Fleet) -> None:
 def test_company_where_a_request_should_be_alone(fleet: Fleet) -> None:
     stream = running(fleet)
     fleet.submit()
-    live = fleet.dispatcher._in_flight.get(stream.request.request_id)
-    assert live is not None and live.decode is not None and stream.request.status is RequestStatus.DECODING
-    live.strikes |= {("d-8", 1), ("d-9", 1)}
-    fleet.dispatcher._isolation.claims.append(Claim(live, (live.decode,), 0.0, attempt=0))
+    tracked = fleet.dispatcher._in_flight.get(stream.request.request_id)
+    assert tracked is not None and tracked.decode is not None and stream.request.status is RequestStatus.DECODING
+    tracked.strikes |= {("d-8", 1), ("d-9", 1)}
+    fleet.dispatcher._isolation.claims.append(Claim(tracked, (tracked.decode,), 0.0, attempt=0))
     assert "runs alone beside ['r-1']" in found(fleet)
 
 
 def test_a_third_strike_that_nobody_noticed(fleet: Fleet) -> None:
     stream = running(fleet)
-    live = fleet.dispatcher._in_flight.get(stream.request.request_id)
-    assert live is not None
-    live.strikes |= {("a", 1), ("b", 1), ("c", 1)}
+    tracked = fleet.dispatcher._in_flight.get(stream.request.request_id)
+    assert tracked is not None
+    tracked.strikes |= {("a", 1), ("b", 1), ("c", 1)}
     assert "3 strikes" in found(fleet)

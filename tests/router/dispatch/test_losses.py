@@ -34,9 +34,9 @@ def kill(fleet: Fleet, link: Link) -> None:
 
 
 def strikes(fleet: Fleet, stream: TokenStream) -> int:
-    live = fleet.dispatcher._in_flight.get(stream.request.request_id)
-    assert live is not None
-    return len(live.strikes)
+    tracked = fleet.dispatcher._in_flight.get(stream.request.request_id)
+    assert tracked is not None
+    return len(tracked.strikes)
 
 
 # --- who was in the running step -------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_the_loss_of_the_decode_worker_before_the_kv_is_there_is_no_strike(stage
         if stage == "transferring":
             fleet.first_token(p, task)
     kill(fleet, d)
-    assert strikes(fleet, stream) == 0 and stream.request.attempt == 1
+    assert strikes(fleet, stream) == 0 and stream.request.attempt_number == 1
 
 
 def test_the_prompt_that_a_prefill_worker_computed_gets_a_strike_and_those_behind_it_do_not() -> None:
@@ -138,7 +138,7 @@ def test_a_prompt_that_is_done_and_on_its_way_gets_none() -> None:
     fleet.first_token(p, task)
     kill(fleet, p)
     fleet.failed(d, task, "peer")
-    assert stream.request.attempt == 1 and strikes(fleet, stream) == 0
+    assert stream.request.attempt_number == 1 and strikes(fleet, stream) == 0
 
 
 def test_a_prompt_that_the_decode_worker_computes_itself_gets_one() -> None:
@@ -176,7 +176,7 @@ def test_a_peer_that_sees_the_death_first_does_not_hide_the_strike() -> None:
     stream, task = fleet.start(p0, d)
     fleet.clock.advance(DEATH_S)
     fleet.failed(d, task, "peer")
-    assert stream.request.attempt == 1 and strikes(fleet, stream) == 0
+    assert stream.request.attempt_number == 1 and strikes(fleet, stream) == 0
     kill(fleet, p0)
     assert strikes(fleet, stream) == 1
     assert p1.worker_id == stream.request.prefill_worker  # and nothing had to wait for that

@@ -11,14 +11,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvferry.common.request import SamplingParams
 from kvferry.router.queue.arrival_load import ArrivalLoad
 from kvferry.router.queue.request_queue import LATE_EVERY, RequestQueue, due_s
-from kvferry.router.state.attempt import Live
+from kvferry.router.state.attempt import TrackedRequest
 from kvferry.router.state.objectives import Objectives
 from kvferry.router.state.request import RouterRequest, TokenStream
 
 _arrivals = count(1)
 
 
-def live(
+def tracked(
     at_s: float = 0.0,
     *,
     tenant: str = "",
@@ -27,7 +27,7 @@ def live(
     deadline_s: float | None = None,
     tokens: int = 10,
     **changes: object,
-) -> Live:
+) -> TrackedRequest:
     request = RouterRequest(
         f"r-{next(_arrivals)}",
         list(range(tokens)),
@@ -39,17 +39,17 @@ def live(
     request.unloaded_s, request.arrival = unloaded_s, next(_arrivals)
     request.timestamps["queued"] = at_s
     stream = TokenStream(request, lambda: None, lambda choice: None)
-    return Live(request, stream, deadline_s)
+    return TrackedRequest(request, stream, deadline_s)
 
 
-def queue_of(*lives: Live, max_size: int = 100_000) -> RequestQueue:
+def queue_of(*lives: TrackedRequest, max_size: int = 100_000) -> RequestQueue:
     queue = RequestQueue(max_size)
     for each in lives:
         queue.add(each)
     return queue
 
 
-def served(queue: RequestQueue, number: int, now_s: float = 0.0) -> list[Live]:
+def served(queue: RequestQueue, number: int, now_s: float = 0.0) -> list[TrackedRequest]:
     taken = []
     for _ in range(number):
         [first] = queue.first(1, now_s)
@@ -62,16 +62,16 @@ def served(queue: RequestQueue, number: int, now_s: float = 0.0) -> list[Live]:
 
 
 def test_without_objectives_the_due_time_is_a_multiple_of_the_unloaded_time() -> None:
-    assert due_s(live(unloaded_s=2.0).request, 10.0, None) == 16.0
-    assert due_s(live(unloaded_s=2.0, ttft_s=1.0).request, 10.0, None) == 16.0  # a long prompt has more time
-    assert due_s(live(unloaded_s=0.1, ttft_s=1.0).request, 10.0, None) == 11.0
-    assert due_s(live(unloaded_s=0.1, ttft_s=1.0).request, 10.0, 10.5) == 10.5
+    assert due_s(tracked(unloaded_s=2.0).request, 10.0, None) == 16.0
+    assert due_s(tracked(unloaded_s=2.0, ttft_s=1.0).request, 10.0, None) == 16.0  # a long prompt has more time
+    assert due_s(tracked(unloaded_s=0.1, ttft_s=1.0).request, 10.0, None) == 11.0
+    assert due_s(tracked(unloaded_s=0.1, ttft_s=1.0).request, 10.0, 10.5) == 10.5
 
 
 def test_short_prompts_overtake_a_long_one_while_it_has_time_left() -> None:
-    long = live(0.0, unloaded_s=10.0, ttft_s=1.0)
-    early = live(1.0, unloaded_s=0.1, ttft_s=1.0)
-    late = live(29.5, unloaded_s=0.1, ttft_s=1.0)
+    long = tracked(0.0, unloaded_s=10.0, ttft_s=1.0)
+    early = tracked(1.0, unloaded_s=0.1, ttft_s=1.0)
+    late = tracked(29.5, unloaded_s=0.1, ttft_s=1.0)
     assert queue_of(long, early, late).first(3, 1.0) == [early, long, late]
 
 
@@ -81,10 +81,10 @@ def test_nobody_is_overtaken_after_its_due_time(asked: list[tuple[float, float]]
     """Whatever comes: what arrives after the due time of one that waits is served after it."""
     arrivals = sorted(asked)
     queue, position, now_s = RequestQueue(100), 0, 0.0
-    served_after: list[Live] = []
+    served_after: list[TrackedRequest] = []
     while position < len(arrivals) or len(queue):
         while position < len(arrivals) and arrivals[position][0] <= now_s:
-            queue.add(live(arrivals[position][0], unloaded_s=arrivals[position][1]))
+            queue.add(tracked(arrivals[position][0], unloaded_s=arrivals[position][1]))
             position += 1
         if len(queue):
             [first] = served(queue, 1, now_s)
@@ -97,7 +97,9 @@ def test_nobody_is_overtaken_after_its_due_time(asked: list[tuple[float, float]]
 
 
 def test_priorities_come_before_everything_else() -> None:
-    lives = [live(priority=priority, tenant=tenant) for priority, tenant in ((1, "a"), (0, "b"), (-5, "c"), (0, "b"))]
+    lives = [
+        tracked(priority=priority, tenant=tenant) for priority, tenant in ((1, "a"), (0, "b"), (-5, "c"), (0, "b"))
+    ]
     assert queue_of(*lives).first(9, 0.0) == [lives[2], lives[1], lives[3], lives[0]]
 
 
@@ -105,8 +107,8 @@ def test_priorities_come_before_everything_else() -> None:
 
 
 def test_what_cannot_meet_its_objective_any_more_comes_after_what_can() -> None:
-    lost = live(0.0, ttft_s=1.0, unloaded_s=0.2)
-    fresh = [live(1.5, ttft_s=1.0, unloaded_s=0.2) for _ in range(3)]
+    lost = tracked(0.0, ttft_s=1.0, unloaded_s=0.2)
+    fresh = [tracked(1.5, ttft_s=1.0, unloaded_s=0.2) for _ in range(3)]
     queue = queue_of(lost, *fresh)
     assert queue.first(9, 0.7) == [lost, *fresh]
     assert queue.first(9, 1.5) == [*fresh, lost]
@@ -115,13 +117,13 @@ def test_what_cannot_meet_its_objective_any_more_comes_after_what_can() -> None:
 def test_a_late_request_is_served_after_a_bounded_number_of_others_though_they_never_end() -> None:
     """The bound of the queue's docstring, under a stream of newcomers that are always in time."""
     queue = RequestQueue(10_000)
-    late = [live(0.1 * index, ttft_s=1.0) for index in range(5)]
+    late = [tracked(0.1 * index, ttft_s=1.0) for index in range(5)]
     for each in late:
         queue.add(each)
     waits = {}
     for number in range(60):
         for _ in range(2):
-            queue.add(live(10.0 + number * 0.01, ttft_s=1.0))
+            queue.add(tracked(10.0 + number * 0.01, ttft_s=1.0))
         [first] = served(queue, 1, 10.0 + number * 0.01)
         if first in late:
             waits[late.index(first)] = number
@@ -131,24 +133,24 @@ def test_a_late_request_is_served_after_a_bounded_number_of_others_though_they_n
 
 
 def test_late_requests_fill_what_others_leave() -> None:
-    late = [live(0.0, ttft_s=1.0) for _ in range(4)]
+    late = [tracked(0.0, ttft_s=1.0) for _ in range(4)]
     queue = queue_of(*late)
     assert served(queue, 4, 9.0) == late
 
 
 def test_retries_and_streams_that_go_on_are_never_late() -> None:
-    retry, fresh = live(0.0, ttft_s=1.0), live(8.9, ttft_s=1.0)
-    retry.request.attempt = 1
+    retry, fresh = tracked(0.0, ttft_s=1.0), tracked(8.9, ttft_s=1.0)
+    retry.request.attempt_number = 1
     assert queue_of(fresh, retry).first(2, 9.0) == [retry, fresh]
 
 
 def test_a_deadline_counts_as_an_objective() -> None:
-    lost, fresh = live(0.0, deadline_s=5.0, unloaded_s=1.0), live(4.5)
+    lost, fresh = tracked(0.0, deadline_s=5.0, unloaded_s=1.0), tracked(4.5)
     assert queue_of(lost, fresh).first(2, 4.5) == [fresh, lost]
 
 
 def test_many_that_become_late_at_once_are_moved_in_parts() -> None:
-    lives = [live(0.0, ttft_s=1.0) for _ in range(200)]
+    lives = [tracked(0.0, ttft_s=1.0) for _ in range(200)]
     queue = queue_of(*lives)
     found = queue.first(16, 9.0)
     assert len(found) == 16 == len(set(found))
@@ -159,21 +161,21 @@ def test_many_that_become_late_at_once_are_moved_in_parts() -> None:
 
 
 def test_a_flood_does_not_delay_another_tenant() -> None:
-    queue = queue_of(*[live(0.0, tenant="a", ttft_s=1.0) for _ in range(500)])
+    queue = queue_of(*[tracked(0.0, tenant="a", ttft_s=1.0) for _ in range(500)])
     served(queue, 20)
-    other = live(0.5, tenant="b", ttft_s=1.0)
+    other = tracked(0.5, tenant="b", ttft_s=1.0)
     queue.add(other)
     assert other in queue.first(2, 0.5)
 
 
 def test_tenants_share_what_is_late_too() -> None:
-    queue = queue_of(*[live(0.0, tenant="a", ttft_s=1.0) for _ in range(50)], live(0.1, tenant="b", ttft_s=1.0))
+    queue = queue_of(*[tracked(0.0, tenant="a", ttft_s=1.0) for _ in range(50)], tracked(0.1, tenant="b", ttft_s=1.0))
     queue.first(50, 60.0)
     assert "b" in {each.request.tenant for each in served(queue, 2, 60.0)}
 
 
 def test_a_placement_that_found_no_room_keeps_its_turn() -> None:
-    first, other, more = live(0.0, tenant="a"), live(1.0, tenant="b"), live(0.5, tenant="a")
+    first, other, more = tracked(0.0, tenant="a"), tracked(1.0, tenant="b"), tracked(0.5, tenant="a")
     queue = queue_of(first, other, more)
     assert served(queue, 1) == [first]
     queue.add(first)
@@ -184,7 +186,7 @@ def test_a_placement_that_found_no_room_keeps_its_turn() -> None:
 @settings(max_examples=50, deadline=None)
 def test_no_tenant_gets_ahead_by_more_than_its_turn(tenants: list[str], tokens: int) -> None:
     """While all wait, what two tenants have got differs by a few requests, however many each has here."""
-    queue = queue_of(*[live(0.0, tenant=tenant, tokens=tokens * (1 + "abc".index(tenant))) for tenant in tenants])
+    queue = queue_of(*[tracked(0.0, tenant=tenant, tokens=tokens * (1 + "abc".index(tenant))) for tenant in tenants])
     got = dict.fromkeys("abc", 0)
     while all(any(each.request.tenant == tenant for each in queue) for tenant in set(tenants)):
         [each] = served(queue, 1)
@@ -200,8 +202,8 @@ class QueueMachine(RuleBasedStateMachine):
         super().__init__()
         self.queue = RequestQueue(1000)
         self.now_s = 0.0
-        self.here: list[Live] = []
-        self.served: list[Live] = []
+        self.here: list[TrackedRequest] = []
+        self.served: list[TrackedRequest] = []
 
     @rule(
         tenant=st.sampled_from("ab"),
@@ -211,7 +213,7 @@ class QueueMachine(RuleBasedStateMachine):
         wait_s=st.sampled_from([0.0, 0.0, 1.0]),
     )
     def come(self, tenant: str, priority: int, ttft_s: float | None, unloaded_s: float, wait_s: float) -> None:
-        each = live(self.now_s, tenant=tenant, priority=priority, ttft_s=ttft_s, unloaded_s=unloaded_s)
+        each = tracked(self.now_s, tenant=tenant, priority=priority, ttft_s=ttft_s, unloaded_s=unloaded_s)
         each.not_before_s = self.now_s + wait_s
         self.queue.add(each, apart=wait_s > 0)
         self.here.append(each)
@@ -264,7 +266,7 @@ TestQueue.settings = settings(max_examples=60, stateful_step_count=40, deadline=
 
 
 def test_those_put_off_join_when_their_time_has_come() -> None:
-    put_off = live(0.0)
+    put_off = tracked(0.0)
     put_off.not_before_s = 2.0
     queue = RequestQueue(10)
     queue.add(put_off, apart=True)
@@ -273,7 +275,7 @@ def test_those_put_off_join_when_their_time_has_come() -> None:
 
 
 def test_who_runs_alone_is_in_nobodys_way() -> None:
-    alone, other = live(0.0), live(1.0)
+    alone, other = tracked(0.0), tracked(1.0)
     alone.strikes = {("d-0", 1), ("d-1", 1)}
     queue = RequestQueue(10)
     queue.add(alone, apart=True)
@@ -289,33 +291,33 @@ def test_who_runs_alone_is_in_nobodys_way() -> None:
 
 def test_what_is_ahead_is_what_is_more_urgent_or_due_before() -> None:
     queue = queue_of(
-        live(0.0, ttft_s=1.0, tokens=7),
-        live(0.0, ttft_s=1.0, unloaded_s=50.0, tokens=1000),  # a long one: a short newcomer overtakes it
-        live(0.0, ttft_s=1.0, priority=-1, tokens=20),
-        live(0.0, ttft_s=1.0, priority=5, tokens=5000),
+        tracked(0.0, ttft_s=1.0, tokens=7),
+        tracked(0.0, ttft_s=1.0, unloaded_s=50.0, tokens=1000),  # a long one: a short newcomer overtakes it
+        tracked(0.0, ttft_s=1.0, priority=-1, tokens=20),
+        tracked(0.0, ttft_s=1.0, priority=5, tokens=5000),
     )
-    assert queue.ahead_of(live(ttft_s=1.0).request, 0.5) == (27, 2)
-    assert queue.ahead_of(live(ttft_s=1.0, priority=-9).request, 0.5) == (0, 0)
-    assert queue.ahead_of(live(ttft_s=1.0, priority=9).request, 0.5) == (6027, 4)
+    assert queue.ahead_of(tracked(ttft_s=1.0).request, 0.5) == (27, 2)
+    assert queue.ahead_of(tracked(ttft_s=1.0, priority=-9).request, 0.5) == (0, 0)
+    assert queue.ahead_of(tracked(ttft_s=1.0, priority=9).request, 0.5) == (6027, 4)
 
 
 def test_a_flood_is_not_ahead_of_another_tenant() -> None:
-    queue = queue_of(*[live(0.0, tenant="a") for _ in range(500)])
-    assert queue.ahead_of(live(tenant="b").request, 1.0) == (10, 1)
-    assert queue.ahead_of(live(tenant="a").request, 1.0) == (5000, 500)
+    queue = queue_of(*[tracked(0.0, tenant="a") for _ in range(500)])
+    assert queue.ahead_of(tracked(tenant="b").request, 1.0) == (10, 1)
+    assert queue.ahead_of(tracked(tenant="a").request, 1.0) == (5000, 500)
 
 
 def test_a_full_queue_makes_room_at_the_cost_of_who_floods_it() -> None:
-    flood = [live(0.0, tenant="a") for _ in range(3)]
+    flood = [tracked(0.0, tenant="a") for _ in range(3)]
     queue = queue_of(*flood, max_size=3)
     assert queue.is_full
-    assert queue.victim_for(live(tenant="b").request) is flood[-1]
-    assert queue.victim_for(live(tenant="a").request) is None
-    assert queue.victim_for(live(tenant="b", priority=1).request) is None
+    assert queue.victim_for(tracked(tenant="b").request) is flood[-1]
+    assert queue.victim_for(tracked(tenant="a").request) is None
+    assert queue.victim_for(tracked(tenant="b", priority=1).request) is None
 
 
 def test_requests_are_counted_by_class() -> None:
-    first, other = live(request_class="batch"), live()
+    first, other = tracked(request_class="batch"), tracked()
     queue = queue_of(first, other)
     assert queue.num_by_class == {"batch": 1, "default": 1}
     queue.take(first)
@@ -333,11 +335,11 @@ def test_a_long_queue_is_as_cheap_to_look_at_as_a_short_one() -> None:
 
 
 def _looks(number: int) -> int:
-    queue = queue_of(*[live(index * 1e-3, tenant=f"t{index % 50}", ttft_s=100.0) for index in range(number)])
+    queue = queue_of(*[tracked(index * 1e-3, tenant=f"t{index % 50}", ttft_s=100.0) for index in range(number)])
     calls = 0
 
-    class Counting(dict[Live, object]):
-        def __getitem__(self, key: Live) -> object:
+    class Counting(dict[TrackedRequest, object]):
+        def __getitem__(self, key: TrackedRequest) -> object:
             nonlocal calls
             calls += 1
             return super().__getitem__(key)
@@ -357,9 +359,9 @@ def test_prompts_too_long_for_the_load_make_way_if_they_have_time_for_a_lull() -
     for step in range(600):
         arrivals.add(0, 0.1, step / 10)  # a second of work a second
         arrivals.add(0, 2.0, step / 10)
-    long = live(45.0, unloaded_s=10.0, ttft_s=1.0)  # due at 75 s: it may wait for five
-    hasty = live(58.5, unloaded_s=2.0, ttft_s=1.0)  # due at 64.5 s: it has no time for that
-    short = live(60.0, unloaded_s=0.1, ttft_s=20.0)
+    long = tracked(45.0, unloaded_s=10.0, ttft_s=1.0)  # due at 75 s: it may wait for five
+    hasty = tracked(58.5, unloaded_s=2.0, ttft_s=1.0)  # due at 64.5 s: it has no time for that
+    short = tracked(60.0, unloaded_s=0.1, ttft_s=20.0)
     queue = queue_of(long, hasty, short)
     for rate, load in ((100.0, ArrivalLoad()), (100.0, arrivals)):  # nothing is known of the load, all of it fits
         queue.triage(60.0, rate, load)

@@ -121,7 +121,7 @@ def test_a_spec_holds_the_unfinished_choices_with_their_tokens() -> None:
     assert request.spec(None).outputs == () and request.spec(2.5).remaining_s == 2.5
     request.choices[0].accept(update(0, 1, "stop"))
     request.choices[2].accept(update(0, 2))
-    request.attempt = 4
+    request.attempt_number = 4
     spec = request.spec(None)
     assert spec.choices == (1, 2) and spec.attempt == 4 and unpack_ids(spec.prompt) == [1, 2, 3]
     assert [spec.output_token_ids(i) for i in range(2)] == [[], [100, 101]]
