@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from enum import Enum
 
-from ..state.attempt import TrackedRequest
+from ..state.attempt import Attempt, AttemptState
 from ..state.errors import StreamError
 from ..state.failures import Blame
 from ..state.pools import Pools
 from ..state.request import RequestStatus
+from ..state.tracked_request import TrackedRequest
 from ..state.worker import RouterWorker
 
 WORKER_WAIT_S = 30.0  # for a worker to come, or to come back
@@ -52,17 +53,19 @@ class Deadlines:
         if tracked.deadline_s is not None and now_s >= tracked.deadline_s:
             text = f"the request's {tracked.request.timeout_s:g} s are over, it was {tracked.request.status.value}"
             return StreamError(text, "deadline_exceeded", 504)
-        if tracked.request.status is RequestStatus.QUEUED:
+        attempt = tracked.attempt
+        if attempt is None:
             return self._judge_queued(tracked, now_s)
-        return _missing_answer(tracked, now_s) or _missing_token(tracked, now_s) or _forgotten(tracked, now_s)
+        missing = _missing_answer(attempt, now_s) or _missing_token(attempt, now_s)
+        return missing or _forgotten(attempt, tracked.event_s, now_s)
 
     def next_check_s(self, tracked: TrackedRequest, now_s: float) -> float:
         """When `judge_deadline` may have something to say, if nothing happens before that."""
         at_s = self._attempt_check_s(tracked, now_s)
         if tracked.deadline_s is not None:
             at_s = min(at_s, tracked.deadline_s)
-        if tracked.gap_s is not None:
-            at_s = min(at_s, tracked.gap_s + GAP_LIMIT_S)
+        if tracked.attempt is not None and tracked.attempt.gap_s is not None:
+            at_s = min(at_s, tracked.attempt.gap_s + GAP_LIMIT_S)
         if tracked.stream.is_held:
             at_s = min(at_s, tracked.request.timestamps.get("first_token", now_s) + HELD_LIMIT_S)
         return at_s if at_s > now_s else now_s + CHECK_AGAIN_S
@@ -70,52 +73,52 @@ class Deadlines:
     def _attempt_check_s(self, tracked: TrackedRequest, now_s: float) -> float:
         if tracked.charge is not None and not tracked.charge.is_paid:
             return now_s + CHECK_AGAIN_S
-        if tracked.request.status is RequestStatus.QUEUED:
+        if tracked.attempt is None:
             at_s = now_s + QUEUE_CHECK_S
-            if tracked.lacks_s is not None:
-                at_s = min(at_s, tracked.lacks_s + PAIR_WAIT_S)
+            if tracked.search.lacks_s is not None:
+                at_s = min(at_s, tracked.search.lacks_s + PAIR_WAIT_S)
             return min([at_s, *(max(since_s, tracked.event_s) + WORKER_WAIT_S for since_s in self._absent_s.values())])
-        return tracked.event_s + FORGOTTEN_S if tracked.answer_due_s is None else tracked.answer_due_s
+        answer_due_s = tracked.attempt.answer_due_s
+        return tracked.event_s + FORGOTTEN_S if answer_due_s is None else answer_due_s
 
     def _judge_queued(self, tracked: TrackedRequest, now_s: float) -> StreamError | None:
         for role, since_s in self._absent_s.items():
             waited_s = now_s - max(since_s, tracked.event_s)
             if waited_s >= WORKER_WAIT_S:
                 return StreamError(f"no {role} worker for {waited_s:.0f} s", f"no_{role}_capacity", 503)
-        if tracked.lacks_s is not None and now_s - tracked.lacks_s >= PAIR_WAIT_S:
-            failures = "; ".join(tracked.failed_pairs.values())
+        search = tracked.search
+        if search.lacks_s is not None and now_s - search.lacks_s >= PAIR_WAIT_S:
+            failures = "; ".join(search.failed_pairs.values())
             return StreamError(f"no other pair of workers to try: {failures}", "handoff_failed", 500)
         return None
 
 
-def _missing_answer(tracked: TrackedRequest, now_s: float) -> Blame | None:
-    if tracked.answer_due_s is None or now_s < tracked.answer_due_s:
+def _missing_answer(attempt: Attempt, now_s: float) -> Blame | None:
+    if attempt.answer_due_s is None or now_s < attempt.answer_due_s:
         return None
-    assert tracked.decode is not None
-    if tracked.lost_prefill is not None:
-        return tracked.lost_prefill
-    return Blame("no_answer", f"decode worker {tracked.decode.worker_id} did not answer in time")
+    if attempt.lost_prefill is not None:
+        return attempt.lost_prefill
+    return Blame("no_answer", f"decode worker {attempt.decode.worker_id} did not answer in time")
 
 
-def _missing_token(tracked: TrackedRequest, now_s: float) -> Blame | None:
-    if tracked.gap_s is None or now_s - tracked.gap_s < GAP_LIMIT_S:
+def _missing_token(attempt: Attempt, now_s: float) -> Blame | None:
+    if attempt.gap_s is None or now_s - attempt.gap_s < GAP_LIMIT_S:
         return None
-    if not any(choice.has_gap for choice in tracked.request.choices):
-        tracked.gap_s = None
+    if not any(choice.has_gap for choice in attempt.request.choices):
+        attempt.gap_s = None
         return None
-    return Blame("gap", f"a token of {tracked.pair} is missing")
+    return Blame("gap", f"a token of {attempt.pair} is missing")
 
 
-def _forgotten(tracked: TrackedRequest, now_s: float) -> Blame | DeadlineVerdict | None:
-    if tracked.answer_due_s is not None or tracked.request.status is RequestStatus.RESERVED:
+def _forgotten(attempt: Attempt, event_s: float, now_s: float) -> Blame | DeadlineVerdict | None:
+    if attempt.answer_due_s is not None or attempt.request.status is RequestStatus.RESERVED:
         return None
-    assert tracked.decode is not None
-    if tracked.is_prefilling_remotely:
-        assert tracked.prefill is not None
-        is_late = tracked.prompt_computed and now_s - tracked.event_s > ARRIVAL_LIMIT_S
-        return DeadlineVerdict.ASK if is_late or _is_idle_since(tracked.prefill, tracked.event_s) else None
-    if _is_idle_since(tracked.decode, tracked.event_s):
-        return Blame("forgotten", f"decode worker {tracked.decode.worker_id} is idle and said nothing of the request")
+    if attempt.is_prefilling_remotely:
+        assert attempt.prefill is not None
+        is_late = attempt.state >= AttemptState.COMPUTED and now_s - event_s > ARRIVAL_LIMIT_S
+        return DeadlineVerdict.ASK if is_late or _is_idle_since(attempt.prefill, event_s) else None
+    if _is_idle_since(attempt.decode, event_s):
+        return Blame("forgotten", f"decode worker {attempt.decode.worker_id} is idle and said nothing of the request")
     return None
 
 

@@ -46,7 +46,6 @@ from ...common.messages import (
 from ...common.request import FinishReason
 from ..placement.policy import RoutingPolicy
 from ..queue.admission import Admission
-from ..state.attempt import TrackedRequest
 from ..state.classes import RequestClasses
 from ..state.errors import StreamError
 from ..state.failures import OTHERS_FIRST_S, Blame, WorkerLife
@@ -56,6 +55,7 @@ from ..state.observer import NullObserver, Observer
 from ..state.pools import Pools
 from ..state.predictor import Predictor, distance
 from ..state.request import RequestStatus, RouterRequest, TokenStream
+from ..state.tracked_request import TrackedRequest
 from ..state.views import PoolView
 from ..state.worker import RouterWorker, WorkerLink
 from .deadlines import CHECK_AGAIN_S, Deadlines, DeadlineVerdict
@@ -304,7 +304,8 @@ class Dispatcher:
             case Blame() as blame:
                 self._in_flight.retry(tracked, blame)
             case DeadlineVerdict.ASK:
-                tracked.ask_if_arrived(now)
+                assert tracked.attempt is not None
+                tracked.attempt.ask_if_arrived(now)
             case None:
                 self._in_flight.settle(tracked, now)
                 if tracked.request.status is RequestStatus.QUEUED:
@@ -343,7 +344,8 @@ class Dispatcher:
         state.end_now(FinishReason.STOP)
         tracked.ended_here.add(choice)
         if tracked.request.unfinished:
-            tracked.drop_choice(choice)
+            if tracked.attempt is not None:
+                tracked.attempt.drop_choice(choice)
         else:
             self._in_flight.finish(tracked)
             self._placer.run(self._clock.now())

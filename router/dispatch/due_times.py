@@ -11,7 +11,7 @@ from __future__ import annotations
 from heapq import heappop, heappush
 from itertools import count
 
-from ..state.attempt import TrackedRequest
+from ..state.tracked_request import TrackedRequest
 
 MOST_AT_ONCE = 1000  # where more are due, such as all that a lost worker had, the rest waits for the next tick
 

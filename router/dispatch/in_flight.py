@@ -17,12 +17,12 @@ import structlog
 
 from ...common.clock import Clock
 from ..queue.request_queue import RequestQueue
-from ..state.attempt import TrackedRequest
 from ..state.errors import StreamError
 from ..state.failures import DRAINED, MAX_STRIKES, NOTICE_S, WORKER_LOST, Blame, WorkerLife
 from ..state.history import RequestHistory
 from ..state.observer import Observer
 from ..state.request import RequestStatus
+from ..state.tracked_request import TrackedRequest
 from ..state.worker import RouterWorker
 from .due_times import DueTimes
 from .retries import RetryBudget
@@ -100,11 +100,14 @@ class InFlightRequests:
 
     def retry(self, tracked: TrackedRequest, blame: Blame) -> None:
         """End the attempt everywhere; queue the next one, or give up."""
-        request, stage, attempt, now = tracked.request, tracked.stage, tracked.request.attempt_number, self._clock.now()
-        sessions = frozenset(worker.link.number for worker in (tracked.prefill, tracked.decode) if worker is not None)
-        tracked.note_cache()
+        request, attempt, now = tracked.request, tracked.attempt, self._clock.now()
+        assert attempt is not None, request.request_id
+        number, stage, cache = request.attempt_number, attempt.stage, attempt.prompt_cache()
+        sessions = frozenset(worker.link.number for worker in attempt.workers)
+        if cache is not None:
+            tracked.search.computed_on, tracked.search.computed_whole = cache
         self._leave(tracked)
-        log.warning("attempt_failed", request_id=request.request_id, attempt=attempt, stage=stage, reason=blame.text)
+        log.warning("attempt_failed", request_id=request.request_id, attempt=number, stage=stage, reason=blame.text)
         self._observer.on_retry(stage, blame.reason)
         request.num_failures += blame.is_counted
         if blame.strike is not None:
@@ -221,7 +224,7 @@ class InFlightRequests:
             await self._idle.wait()
 
     def _leave(self, tracked: TrackedRequest, *, tell: bool = True) -> None:
-        tracked.leave(tell=tell)
+        tracked.end_attempt(tell=tell)
         self.is_due = True
 
     def _close(self, tracked: TrackedRequest, status: RequestStatus, resume_result: str) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..state.attempt import TrackedRequest
 from ..state.failures import MAX_STRIKES
 from ..state.pools import Pools
 from ..state.request import RequestStatus
+from ..state.tracked_request import TrackedRequest
 from .in_flight import InFlightRequests
 from .isolation import Isolation
 
@@ -44,10 +44,11 @@ def _of_request(tracked: TrackedRequest, in_flight: InFlightRequests) -> Iterato
     name = f"request {request.request_id}, {request.status.value}"
     if request.is_finished:
         yield f"{name}: it has ended and lives"
-    if (request.status is RequestStatus.QUEUED) != (tracked.decode is None):
-        yield f"{name}: decode worker {tracked.decode and tracked.decode.worker_id}"
-    if tracked.decode is not None and request.request_id not in tracked.decode.loads:
-        yield f"{name}: not bound to {tracked.decode.worker_id}"
+    attempt = tracked.attempt
+    if (request.status is RequestStatus.QUEUED) != (attempt is None):
+        yield f"{name}: decode worker {attempt and attempt.decode.worker_id}"
+    if attempt is not None and request.request_id not in attempt.decode.loads:
+        yield f"{name}: not bound to {attempt.decode.worker_id}"
     if request.num_failures >= in_flight.max_attempts:
         yield f"{name}: {request.num_failures} attempts failed"
     if len(tracked.strikes) >= MAX_STRIKES:
@@ -58,13 +59,13 @@ def _of_workers(in_flight: InFlightRequests, pools: Pools) -> Iterator[str]:
     for worker in pools:
         for request_id in worker.loads:
             tracked = in_flight.get(request_id)
-            if tracked is None or worker not in (tracked.prefill, tracked.decode):
+            if tracked is None or tracked.attempt is None or not tracked.attempt.has_part(worker):
                 yield f"{worker.worker_id}: bound to {request_id}, which has nothing there"
 
 
 def _of_claims(isolation: Isolation) -> Iterator[str]:
     for claim in isolation.claims:
-        if claim.attempt is None or claim.is_finished:
+        if claim.attempt_number is None or claim.is_finished:
             continue
         for worker in claim.workers:
             if others := worker.loads.keys() - {claim.tracked.request.request_id}:

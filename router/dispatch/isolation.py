@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..placement.policy import fits_decode, fits_prefill
-from ..state.attempt import TrackedRequest
 from ..state.demand import Demand, Placement, Reason
 from ..state.pools import Pools
 from ..state.request import RequestStatus
+from ..state.tracked_request import TrackedRequest
 from ..state.worker import RouterWorker
 
 PATIENCE_S = 10.0  # for another router's work on a claimed worker: then it is as alone as can be had
@@ -29,7 +29,7 @@ class Claim:
     tracked: TrackedRequest
     workers: tuple[RouterWorker, ...]  # the decode worker first
     since_s: float
-    attempt: int | None = None  # that runs there; None: they are not empty yet
+    attempt_number: int | None = None  # of the attempt that runs there; None: they are not empty yet
 
     @property
     def is_finished(self) -> bool:
@@ -37,7 +37,7 @@ class Claim:
         request = self.tracked.request
         if request.is_finished or not self.tracked.must_run_alone:
             return True
-        return self.attempt is not None and request.attempt_number != self.attempt
+        return self.attempt_number is not None and request.attempt_number != self.attempt_number
 
 
 class Isolation:
@@ -58,14 +58,14 @@ class Isolation:
 
     def place(self, tracked: TrackedRequest, now_s: float, *, has_others: bool) -> Placement | None:
         """Where to run it, as soon as its workers are empty."""
-        demand = tracked.demand(self._pools, frozenset(), now_s)
+        demand = tracked.search.demand(self._pools, frozenset(), now_s)
         claim = next((claim for claim in self.claims if claim.tracked is tracked), None)
         claim = claim or self._claim(tracked, demand, now_s, has_others)
         if claim is None or not all(self._is_empty(worker, claim, now_s) for worker in claim.workers):
             return None
-        if any(tracked.is_refused_by(worker, now_s) for worker in claim.workers):
+        if any(tracked.search.is_refused_by(worker, now_s) for worker in claim.workers):
             return None
-        claim.attempt = tracked.request.attempt_number
+        claim.attempt_number = tracked.request.attempt_number
         decode, *prefill = claim.workers
         return Placement(prefill[0].worker_id if prefill else None, decode.worker_id, Reason.ALONE)
 

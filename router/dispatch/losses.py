@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import structlog
 
-from ..state.attempt import TrackedRequest
+from ..state.attempt import Attempt, AttemptState
 from ..state.failures import DRAINED, ROUTER_STOPS, WORKER_LOST, Blame, WorkerLife
 from ..state.request import RequestStatus
 from ..state.worker import HEARTBEAT_LIMIT_S, RouterWorker
@@ -37,59 +37,60 @@ class Losses:
         self._in_flight.explain(worker)
         # All blames before the first consequence, which would change what the worker is known to have had.
         blames = {
-            tracked: _blame(tracked, worker, what, now_s)
+            tracked: (attempt, _blame(attempt, worker, what, now_s))
             for tracked in self._in_flight
-            if worker in (tracked.decode, tracked.prefill)
+            if (attempt := tracked.attempt) is not None and attempt.has_part(worker)
         }
-        for tracked, blame in blames.items():
-            if tracked.decode is worker:
+        for tracked, (attempt, blame) in blames.items():
+            if attempt.decode is worker:
                 self._in_flight.retry(tracked, blame)
-            elif tracked.is_prefilling_remotely:
-                tracked.lost_prefill = blame
-                tracked.ask_if_arrived(now_s)
+            elif attempt.is_prefilling_remotely:
+                attempt.lost_prefill = blame
+                attempt.ask_if_arrived(now_s)
 
     def on_returned(self, life: WorkerLife) -> None:
         """The same process is back: it was away, not dead, and no request had ended it."""
         for tracked in self._in_flight:
             tracked.strikes.discard(life)
-            if tracked.lost_prefill is not None and tracked.lost_prefill.strike == life:
-                tracked.lost_prefill = tracked.lost_prefill._replace(strike=None)
+            attempt = tracked.attempt
+            if attempt is not None and attempt.lost_prefill is not None and attempt.lost_prefill.strike == life:
+                attempt.lost_prefill = attempt.lost_prefill._replace(strike=None)
 
 
-def _blame(tracked: TrackedRequest, worker: RouterWorker, what: str, now_s: float) -> Blame:
+def _blame(attempt: Attempt, worker: RouterWorker, what: str, now_s: float) -> Blame:
     if worker.has_said_goodbye:
         return Blame(DRAINED, what, is_counted=False)
-    return Blame(WORKER_LOST, what, strike=worker.life if was_computing(tracked, worker, now_s) else None)
+    return Blame(WORKER_LOST, what, strike=worker.life if was_computing(attempt, worker, now_s) else None)
 
 
-def was_computing(tracked: TrackedRequest, worker: RouterWorker, now_s: float) -> bool:
+def was_computing(attempt: Attempt, worker: RouterWorker, now_s: float) -> bool:
     """Did the step that `worker` ran at its end have a row of this request?"""
     end_s = now_s
     if worker.silent_s(now_s) > HEARTBEAT_LIMIT_S:
         end_s -= worker.silent_s(now_s)  # it stood still from there on
     if (
-        tracked.request.status not in (RequestStatus.PREFILLING, RequestStatus.DECODING)
-        or tracked.task_s > end_s - _TRANSIT_S
+        attempt.request.status not in (RequestStatus.PREFILLING, RequestStatus.DECODING)
+        or attempt.task_s > end_s - _TRANSIT_S
     ):
         return False
-    if worker is tracked.prefill:
-        return not tracked.prompt_computed and worker.computes_prompt_of(tracked.request.request_id)
-    if tracked.request.status is RequestStatus.PREFILLING:
-        return tracked.prefill is None and worker.computes_prompt_of(tracked.request.request_id)
-    if tracked.has_stepped:
-        return worker.decodes(tracked.request.request_id)
-    return _has_joined(tracked, worker)
+    if worker is attempt.prefill:
+        return attempt.state < AttemptState.COMPUTED and worker.computes_prompt_of(attempt.request.request_id)
+    if attempt.request.status is RequestStatus.PREFILLING:
+        return attempt.prefill is None and worker.computes_prompt_of(attempt.request.request_id)
+    if attempt.state is AttemptState.STEPPED:
+        return worker.decodes(attempt.request.request_id)
+    return _has_joined(attempt, worker)
 
 
-def _has_joined(tracked: TrackedRequest, worker: RouterWorker) -> bool:
+def _has_joined(attempt: Attempt, worker: RouterWorker) -> bool:
     """The KV has arrived and no token came: does the request wait for the batch, or is its first step under way?
 
     It joins when the step that runs at its arrival is over, and not before the worker's word of the arrival has left
     it. A resumed one then feeds what was accepted before, which yields no tokens; of any other the first message may
     be lost with the worker.
     """
-    if tracked.arrived_s is None:
+    if attempt.arrived_s is None:
         return False
     if worker.status is not None and worker.status.num_running >= worker.hello.max_num_seqs:
         return False
-    return worker.stepped_s > tracked.arrived_s or worker.has_only(tracked.request.request_id)
+    return worker.stepped_s > attempt.arrived_s or worker.has_only(attempt.request.request_id)

@@ -13,13 +13,15 @@ from ...common.errors import RequestError
 from ..placement.candidates import EXPLAIN_EVERY, candidates
 from ..placement.policy import RoutingPolicy, fits_decode, fits_prefill
 from ..queue.admission import Admission
-from ..state.attempt import TrackedRequest, max_num_tokens
+from ..state.attempt import Attempt
 from ..state.decisions import Candidate, Decision, note
 from ..state.demand import Demand, Lack, Placement, Reason, Wait
 from ..state.errors import StreamError
 from ..state.observer import Observer
 from ..state.pools import Pools
 from ..state.request import RequestStatus, RouterRequest
+from ..state.search import max_num_tokens
+from ..state.tracked_request import TrackedRequest
 from ..state.views import PoolView, WorkerView
 from ..state.worker import RouterWorker
 from .in_flight import InFlightRequests
@@ -89,7 +91,7 @@ class Placer:
             for tracked in next_ones:
                 if tracked.request.status is not RequestStatus.QUEUED or self.is_too_late(tracked, now_s):
                     continue  # placing an earlier one has ended it, or it ends now
-                demand = tracked.demand(self._pools, claimed, now_s)
+                demand = tracked.search.demand(self._pools, claimed, now_s)
                 view = view or self._pools.picture(now_s)
                 answer = self._policy.place(view, demand)
                 if isinstance(answer, Placement):
@@ -97,8 +99,8 @@ class Placer:
                     self._place(tracked, answer, now_s, decided_by=self._policy.name, seen=seen)
                     view = None
                     continue
-                if tracked.waits_s is None:
-                    tracked.waits_s = now_s
+                if tracked.search.waits_s is None:
+                    tracked.search.waits_s = now_s
                 self._note_lack(tracked, answer, now_s)
                 if answer.claim is not None:
                     claimed |= {answer.claim}
@@ -119,7 +121,7 @@ class Placer:
 
     def _note_hopeless(self, tracked: TrackedRequest, now_s: float) -> None:
         """No worker is kept for it, and none can be where every pair has failed or nothing can hold it."""
-        answer = self._policy.place(self._pools.picture(now_s), tracked.demand(self._pools, frozenset(), now_s))
+        answer = self._policy.place(self._pools.picture(now_s), tracked.search.demand(self._pools, frozenset(), now_s))
         if isinstance(answer, Wait) and answer.lack in (Lack.PAIR, Lack.FIT):
             self._note_lack(tracked, answer, now_s)
 
@@ -146,21 +148,28 @@ class Placer:
         decode = self._pools.named(placement.decode_worker)
         assert decode is not None
         self._in_flight.queue.take(tracked)
-        tracked.lacks_s = None
-        tracked.note_placement(placement, now_s)
+        tracked.search.lacks_s = None
         computing = self._pools.named(placement.prefill_worker or placement.decode_worker)
         assert computing is not None
-        tracked.fetch = fetch_from(self._pools, tracked.request, placement.fetch_from, computing)
+        attempt = Attempt(
+            tracked.request,
+            decode,
+            tracked.deadline_s,
+            now_s,
+            prediction=placement.prediction,
+            fetch=fetch_from(self._pools, tracked.request, placement.fetch_from, computing),
+            whole_prompt_on=tracked.search.whole_prompt_on,
+        )
+        tracked.begin(attempt)
         if placement.prefill_worker is None:
             if placement.reason.is_fallback:
                 self._note_fallback(tracked, decode, placement.reason, now_s)
-            self._prefix_homes.note_local(tracked, decode)
-            tracked.run_locally(decode, now_s)
+            self._prefix_homes.note_local(tracked.request, decode)
+            tracked.run_locally(now_s)
             return
-        prefill = self._pools.named(placement.prefill_worker)
-        assert prefill is not None
-        tracked.decode_retains = self._prefix_homes.decode_retains(tracked, prefill, decode)
-        tracked.reserve(prefill, decode, self._max_local_tokens, now_s)
+        attempt.decode_retains = self._prefix_homes.decode_retains(tracked.request, computing, decode)
+        queue_if_full = tracked.search.queue_if_full(now_s)
+        attempt.reserve(computing, max_local_tokens=self._max_local_tokens, queue_if_full=queue_if_full)
 
     def _note_decision(
         self, request: RouterRequest, placement: Placement, now_s: float, decided_by: str, seen: tuple[Candidate, ...]
@@ -189,9 +198,9 @@ class Placer:
             text = f"no worker can hold {request.num_prompt_tokens} prompt tokens and the answer of {request.n} choices"
             self._in_flight.fail(tracked, StreamError(text, "context_length_exceeded", 400))
         elif wait.lack is not Lack.PAIR:
-            tracked.lacks_s = None
-        elif tracked.lacks_s is None:
-            tracked.lacks_s = now_s
+            tracked.search.lacks_s = None
+        elif tracked.search.lacks_s is None:
+            tracked.search.lacks_s = now_s
 
     def _note_fallback(self, tracked: TrackedRequest, decode: RouterWorker, reason: Reason, now_s: float) -> None:
         """Count each; log the first, and then one a second at most."""
@@ -203,18 +212,19 @@ class Placer:
                 request_id=tracked.request.request_id,
                 worker_id=decode.worker_id,
                 reason=reason.value,
-                failed=list(tracked.failed_pairs.values()),
+                failed=list(tracked.search.failed_pairs.values()),
                 count=self._fallbacks_unlogged,
             )
             self._fallback_logged_s, self._fallbacks_unlogged = now_s, 0
 
     def prefill_for_grant(self, tracked: TrackedRequest, now_s: float) -> RouterWorker | None:
         """Another prefill worker for the unopened grant that the request holds, while it is fresh."""
-        assert tracked.grant is not None and tracked.decode is not None
-        if now_s - tracked.grant_s >= tracked.grant.open_within_s / 2:
+        attempt = tracked.attempt
+        assert attempt is not None and attempt.grant is not None
+        if now_s - attempt.grant_s >= attempt.grant.open_within_s / 2:
             return None
-        demand = tracked.demand(self._pools, frozenset(), now_s)
-        other = self._policy.prefill_for(self._pools.picture(now_s), demand, tracked.decode.link.number)
+        demand = tracked.search.demand(self._pools, frozenset(), now_s)
+        other = self._policy.prefill_for(self._pools.picture(now_s), demand, attempt.decode.link.number)
         return None if other is None else self._pools.named(other.worker_id)
 
     def check_fits(self, request: RouterRequest) -> None:

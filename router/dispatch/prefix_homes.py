@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from ..state.attempt import TrackedRequest
 from ..state.pools import Pools
+from ..state.request import RouterRequest
 from ..state.worker import RouterWorker
 
 _MAX_PROMPTS = 1 << 17
@@ -29,9 +29,9 @@ class PrefixHomes:
         self._max_prompts = max_prompts
         self._kept: dict[int, float] = {}  # by session: room that was filled of late, as a share of all
 
-    def decode_retains(self, tracked: TrackedRequest, prefill: RouterWorker, decode: RouterWorker) -> bool | None:
+    def decode_retains(self, request: RouterRequest, prefill: RouterWorker, decode: RouterWorker) -> bool | None:
         """None: there is nothing to keep."""
-        hashes = tracked.request.block_hashes
+        hashes = request.block_hashes
         if not hashes:
             return None
         found = self._pools.prefix_index.match(hashes)
@@ -43,9 +43,9 @@ class PrefixHomes:
         self._count(prefill if home == mine else decode, hashes, found.get(home, 0))
         return home == theirs
 
-    def note_local(self, tracked: TrackedRequest, decode: RouterWorker) -> None:
+    def note_local(self, request: RouterRequest, decode: RouterWorker) -> None:
         """The decode worker computes the prompt: there is no other copy."""
-        hashes = tracked.request.block_hashes
+        hashes = request.block_hashes
         if hashes:
             self._count(decode, hashes, self._pools.prefix_index.match(hashes).get(decode.link.number, 0))
 

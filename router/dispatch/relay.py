@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import msgspec
 
 from ...common.messages import ChoiceTokens, PromptLogprobs
-from ..state.attempt import TrackedRequest
+from ..state.attempt import Attempt
 from ..state.observer import Observer
 from ..state.request import NO_DROPS, Drops, is_natural
+from ..state.tracked_request import TrackedRequest
 from .deadlines import GAP_LIMIT_S, HELD_LIMIT_S
 from .due_times import DueTimes
 
@@ -36,11 +37,14 @@ class Relay:
         self._observer = observer
         self._due_times = due_times
 
-    def accept(self, tracked: TrackedRequest, updates: tuple[ChoiceTokens, ...], now_s: float) -> Accepted:
+    def accept(
+        self, tracked: TrackedRequest, attempt: Attempt, updates: tuple[ChoiceTokens, ...], now_s: float
+    ) -> Accepted:
+        """Take what is new of the current attempt's tokens."""
         request = tracked.request
         accepted = Accepted()
         for update in updates:
-            if update.choice not in tracked.sent_choices:
+            if update.choice not in attempt.choices:
                 self._observer.on_dropped("unknown_choice")
                 continue
             if update.finish is not None and not is_natural(update.finish):
@@ -60,19 +64,19 @@ class Relay:
                 stamps["first_token"] = now_s
                 accepted.is_first = True
             stamps["last_token"] = now_s
-        if accepted.is_odd or tracked.gap_s is not None:
-            self._note_gap(tracked, accepted, now_s)
+        if accepted.is_odd or attempt.gap_s is not None:
+            self._note_gap(tracked, attempt, accepted, now_s)
         tracked.stream.wake()
         return accepted
 
-    def _note_gap(self, tracked: TrackedRequest, accepted: Accepted, now_s: float) -> None:
-        """Since when a token is missing before others that have come: since the last progress."""
+    def _note_gap(self, tracked: TrackedRequest, attempt: Attempt, accepted: Accepted, now_s: float) -> None:
+        """Note since when a token is missing before others that have come: since the last progress."""
         if accepted.num_new:
-            tracked.gap_s = None
+            attempt.gap_s = None
         if any(choice.has_gap for choice in tracked.request.choices):
-            if tracked.gap_s is None:
-                tracked.gap_s = now_s
-            self._due_times.schedule(tracked, tracked.gap_s + GAP_LIMIT_S)
+            if attempt.gap_s is None:
+                attempt.gap_s = now_s
+            self._due_times.schedule(tracked, attempt.gap_s + GAP_LIMIT_S)
 
     def _count(self, drops: Drops) -> None:
         for kind, number in (

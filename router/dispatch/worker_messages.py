@@ -25,12 +25,13 @@ from ...common.messages import (
     WorkerFailure,
 )
 from ..queue.admission import Admission
-from ..state.attempt import RequestMessage, TrackedRequest
+from ..state.attempt import Attempt, AttemptState, RequestMessage
 from ..state.errors import StreamError
 from ..state.failures import Blame
 from ..state.observer import Observer
 from ..state.pools import Pools
 from ..state.request import RequestStatus
+from ..state.tracked_request import TrackedRequest
 from ..state.worker import RouterWorker
 from .in_flight import InFlightRequests
 from .placer import Placer
@@ -58,14 +59,14 @@ class WorkerMessages:
         self._observer = observer
         self._may_prefill_locally = may_prefill_locally
 
-    def _current(self, worker: RouterWorker, request_id: str, attempt: int) -> TrackedRequest | None:
-        """The request, if this message is about its current attempt and from a worker that has to do with it."""
+    def _current(self, worker: RouterWorker, request_id: str, attempt_number: int) -> TrackedRequest | None:
+        """Return the request if this message is about its current attempt and from a worker that takes part in it."""
         tracked = self._in_flight.get(request_id)
         if tracked is None:
             self._observer.on_dropped("unknown_request")
-        elif tracked.request.attempt_number != attempt:
+        elif tracked.request.attempt_number != attempt_number:
             self._observer.on_dropped("stale_attempt")
-        elif worker is not tracked.prefill and worker is not tracked.decode:
+        elif tracked.attempt is None or not tracked.attempt.has_part(worker):
             self._observer.on_dropped("wrong_worker")
         else:
             return tracked
@@ -79,23 +80,24 @@ class WorkerMessages:
             if isinstance(message, Grant):  # nobody will use it: it need not wait until it lapses
                 worker.link.send(Abort(request_id=message.request_id, attempt=message.attempt))
             return
-        if not tracked.expects(worker, message):
+        attempt = tracked.attempt
+        if attempt is None or not attempt.expects(worker, message):
             self._observer.on_dropped("out_of_turn")
             return
         tracked.event_s = now
         match message:
             case Grant():
-                self._on_grant(tracked, message, now)
+                self._on_grant(tracked, attempt, message, now)
             case NoCapacity():
                 self._on_no_capacity(tracked, worker, message, now)
             case TaskRefused():
-                self._on_task_refused(tracked, worker, message, now)
+                self._on_task_refused(tracked, attempt, worker, message, now)
             case HandoffDone():
-                self._on_arrived(tracked, now)
+                self._on_arrived(attempt, now)
             case HandoffFailed():
-                self._on_handoff_failed(tracked, message, now)
+                self._on_handoff_failed(tracked, attempt, message, now)
             case FirstToken():
-                self._on_first_token(tracked, message, now)
+                self._on_first_token(tracked, attempt, message, now)
             case PromptLogprobs():
                 self.relay.accept_prompt_logprobs(tracked, message)
             case WorkerFailure(code=""):
@@ -106,16 +108,17 @@ class WorkerMessages:
 
     # --- reservations and tasks -----------------------------------------------------------------------------
 
-    def _on_grant(self, tracked: TrackedRequest, message: Grant, now: float) -> None:
-        tracked.grant, tracked.grant_s, tracked.answer_due_s = message.grant, now, None
-        assert tracked.prefill is not None
-        if self._pools.find(tracked.prefill.link) is tracked.prefill:
+    def _on_grant(self, tracked: TrackedRequest, attempt: Attempt, message: Grant, now: float) -> None:
+        attempt.take_grant(message.grant, now)
+        prefill = attempt.prefill
+        assert prefill is not None
+        if self._pools.find(prefill.link) is prefill:
             tracked.send_task(now)
         else:
-            self._send_elsewhere(tracked, f"prefill worker {tracked.prefill.worker_id} lost before its task", now)
+            self._send_elsewhere(tracked, f"prefill worker {prefill.worker_id} lost before its task", now)
 
     def _send_elsewhere(self, tracked: TrackedRequest, why: str, now: float) -> None:
-        """The grant is unopened: another prefill worker may use it while it lasts."""
+        """Let another prefill worker use the grant, which nobody has opened, while it lasts."""
         other = None if tracked.must_run_alone else self._placer.prefill_for_grant(tracked, now)
         if other is not None:
             tracked.send_task(now, other)
@@ -124,43 +127,45 @@ class WorkerMessages:
 
     def _on_no_capacity(self, tracked: TrackedRequest, worker: RouterWorker, message: NoCapacity, now: float) -> None:
         if message.reason == "held":
-            tracked.run_locally(worker, now)
+            tracked.run_locally(now)
             return
         if message.reason in ("stale", "incarnation"):
             text = f"decode worker {worker.worker_id} refused a reservation: {message.reason}"
             self._in_flight.retry(tracked, Blame("refused", text))
             return
         if message.reason == "never_fits":
-            (tracked.ungranted if self._may_prefill_locally else tracked.unfit).add(worker.link.number)
+            (tracked.search.ungranted if self._may_prefill_locally else tracked.search.unfit).add(worker.link.number)
         elif message.reason == "draining":
             self.note_drain(worker)
         elif message.reason == "wrong_role":
             self._note_role(tracked, worker, "prefill", now)
         else:
-            tracked.note_refusal(worker, message.retry_after_s, now)
-        tracked.leave(tell=False)  # nothing was reserved: the same attempt goes on
+            tracked.search.note_refusal(worker, message.retry_after_s, now)
+        tracked.end_attempt(tell=False)  # nothing was reserved: the next one has its number
         tracked.request.advance(RequestStatus.QUEUED, now)
         self._in_flight.enqueue(tracked)
 
-    def _on_task_refused(self, tracked: TrackedRequest, worker: RouterWorker, message: TaskRefused, now: float) -> None:
+    def _on_task_refused(
+        self, tracked: TrackedRequest, attempt: Attempt, worker: RouterWorker, message: TaskRefused, now: float
+    ) -> None:
         text = f"{worker.role} worker {worker.worker_id} refused a task: {message.reason} {message.detail}".rstrip()
         match message.reason:
             case "draining":
                 self.note_drain(worker)
             case "never_fits":
-                tracked.unfit.add(worker.link.number)
+                tracked.search.unfit.add(worker.link.number)
             case "wrong_role":
-                self._note_role(tracked, worker, "prefill" if worker is tracked.decode else "decode", now)
+                self._note_role(tracked, worker, "prefill" if worker is attempt.decode else "decode", now)
             case "blocks":
-                tracked.note_refusal(worker, 0.0, now)
+                tracked.search.note_refusal(worker, 0.0, now)
             case "expired":
                 return  # its deadline is ours, which came first: the next tick ends it
             case _:
-                tracked.note_failed_pair(text)
+                tracked.search.note_failed_pair(attempt.pair_sessions, text)
                 self._in_flight.retry(tracked, Blame("refused", text))
                 return
-        if tracked.grant is not None:
-            tracked.return_credit()
+        if attempt.grant is not None:
+            attempt.return_credit()
             self._send_elsewhere(tracked, text, now)
         else:
             self._in_flight.retry(tracked, Blame("refused", text, is_counted=False))
@@ -170,7 +175,7 @@ class WorkerMessages:
         if worker.hello.can_change_role and worker.role != role:
             worker.set_role(role, now)
         else:  # what was asked of it is wrong in whatever role
-            tracked.unfit.add(worker.link.number)
+            tracked.search.unfit.add(worker.link.number)
 
     def note_drain(self, worker: RouterWorker) -> None:
         """It says so in a heartbeat or, before the next one, in answer to a request."""
@@ -179,33 +184,34 @@ class WorkerMessages:
 
     # --- the handoff ----------------------------------------------------------------------------------------
 
-    def _on_arrived(self, tracked: TrackedRequest, now: float) -> None:
-        assert tracked.decode is not None
-        if tracked.prefill is not None:
-            self._pools.on_handoff(tracked.prefill, tracked.decode, now, failed=False)
-        tracked.arrive(now)
+    def _on_arrived(self, attempt: Attempt, now: float) -> None:
+        if attempt.prefill is not None:
+            self._pools.on_handoff(attempt.prefill, attempt.decode, now, failed=False)
+        attempt.arrive(now)
         self._in_flight.is_due = True
 
-    def _on_handoff_failed(self, tracked: TrackedRequest, message: HandoffFailed, now: float) -> None:
-        assert tracked.prefill is not None and tracked.decode is not None
-        text = f"handoff {tracked.pair} failed: {message.reason} (blame: {message.blame} {message.worker_id})"
-        prefill, request_id = tracked.prefill, tracked.request.request_id
-        tracked.prompt_begun = bool(message.worker_id)  # who opened the grant had begun to compute
+    def _on_handoff_failed(self, tracked: TrackedRequest, attempt: Attempt, message: HandoffFailed, now: float) -> None:
+        prefill, pair = attempt.prefill, attempt.pair_sessions
+        assert prefill is not None and pair is not None
+        text = f"handoff {attempt.pair} failed: {message.reason} (blame: {message.blame} {message.worker_id})"
+        if message.worker_id:  # who opened the grant had begun to compute
+            attempt.note(AttemptState.BEGUN)
         if message.blame == "draining":  # its decode worker gives up what was not opened: nobody failed
-            self.note_drain(tracked.decode)
+            self.note_drain(attempt.decode)
             self._in_flight.retry(tracked, Blame("refused", text, is_counted=False))
             return
-        if tracked.lost_prefill is not None:
-            self._in_flight.retry(tracked, tracked.lost_prefill)
+        if attempt.lost_prefill is not None:
+            self._in_flight.retry(tracked, attempt.lost_prefill)
             return
         if message.blame == "fenced":  # the decode worker replaced its agents because of another: the pair is well
             self._in_flight.retry(tracked, Blame("refused", text, is_counted=False))
             return
-        is_computing = not tracked.prompt_computed and prefill.computes_prompt_of(request_id)
-        was_opened = bool(message.worker_id) or tracked.prompt_computed  # by what it said, whether it came or not
-        if message.blame != "expired" or was_opened or tracked.is_late_again():
-            self._pools.on_handoff(tracked.prefill, tracked.decode, now, failed=True)
-            tracked.note_failed_pair(text)
+        is_computed = attempt.state >= AttemptState.COMPUTED
+        is_computing = not is_computed and prefill.computes_prompt_of(tracked.request.request_id)
+        was_opened = bool(message.worker_id) or is_computed  # by what it said, whether it came or not
+        if message.blame != "expired" or was_opened or tracked.search.note_late(pair):
+            self._pools.on_handoff(prefill, attempt.decode, now, failed=True)
+            tracked.search.note_failed_pair(pair, text)
         # else nobody opened the grant in time: the prefill worker was late, which says nothing of the pair
         self._in_flight.retry(tracked, Blame("handoff_failed", text, suspect=prefill.life if is_computing else None))
 
@@ -223,50 +229,51 @@ class WorkerMessages:
                 # It goes on with something that has ended here: an Abort crossed, or was for single choices.
                 worker.link.send(Abort(request_id=update.request_id, attempt=update.attempt))
             return
-        request = tracked.request
-        if worker is not tracked.decode or request.status is RequestStatus.RESERVED:
+        request, attempt = tracked.request, tracked.attempt
+        if attempt is None or worker is not attempt.decode or request.status is RequestStatus.RESERVED:
             self._observer.on_dropped("out_of_turn")
             return
-        tracked.event_s, tracked.has_stepped = now, True
+        tracked.event_s = now
         if request.status is RequestStatus.PREFILLING:
-            self._on_arrived(tracked, now)
-        if tracked.prefill is None and not request.is_resume:
+            self._on_arrived(attempt, now)
+        attempt.state = AttemptState.STEPPED
+        if attempt.prefill is None and not request.is_resume:
             request.num_cached_tokens = update.num_cached_tokens
         if tracked.ended_here:
             for choice in {tokens.choice for tokens in update.choices} & tracked.ended_here:
-                tracked.drop_choice(choice)  # its end was still on the way to the decode worker
-        if self._take(tracked, update.choices, now) and "first_decode" not in request.timestamps:
+                attempt.drop_choice(choice)  # its end was still on the way to the decode worker
+        if self._take(tracked, attempt, update.choices, now) and "first_decode" not in request.timestamps:
             request.timestamps["first_decode"] = now
 
-    def _on_first_token(self, tracked: TrackedRequest, message: FirstToken, now: float) -> None:
+    def _on_first_token(self, tracked: TrackedRequest, attempt: Attempt, message: FirstToken, now: float) -> None:
         request = tracked.request
-        tracked.return_credit()
-        tracked.prompt_computed = True
+        attempt.return_credit()
+        attempt.note(AttemptState.COMPUTED)
         self._in_flight.is_due = True
         if not request.is_resume:
             request.num_cached_tokens = max(request.num_cached_tokens, message.num_cached_tokens)
             request.prefill_s, request.prefill_wait_s = message.prefill_s, message.queue_s
-        self._take(tracked, message.choices, now)
+        self._take(tracked, attempt, message.choices, now)
 
-    def _take(self, tracked: TrackedRequest, updates: tuple[ChoiceTokens, ...], now: float) -> int:
-        """The number of tokens that are new."""
-        accepted = self.relay.accept(tracked, updates, now)
+    def _take(self, tracked: TrackedRequest, attempt: Attempt, updates: tuple[ChoiceTokens, ...], now: float) -> int:
+        """Take an attempt's tokens, and return the number of those that are new."""
+        accepted = self.relay.accept(tracked, attempt, updates, now)
         if accepted.num_new:
-            self._on_progress(tracked, is_first=accepted.is_first, now=now)
+            self._on_progress(tracked, attempt, is_first=accepted.is_first, now=now)
         if accepted.has_end and not tracked.request.unfinished:
             self._in_flight.finish(tracked)
         elif accepted.given_up is not None:
-            text = f"{tracked.pair} gave up a choice: {accepted.given_up}"
+            text = f"{attempt.pair} gave up a choice: {accepted.given_up}"
             self._in_flight.retry(tracked, Blame("worker_failure", text))
         return accepted.num_new
 
-    def _on_progress(self, tracked: TrackedRequest, *, is_first: bool, now: float) -> None:
+    def _on_progress(self, tracked: TrackedRequest, attempt: Attempt, *, is_first: bool, now: float) -> None:
         tracked.num_same = 0
         if is_first:
             self._admission.on_first_token(tracked, now)
-            if (said := tracked.prediction) is not None and not tracked.request.attempt_number:
+            if (said := attempt.prediction) is not None and not tracked.request.attempt_number:
                 self._pools.predictor.on_first_token(
-                    tracked.way, said.ttft_s, now - tracked.placed_s, bare_s=said.bare_s, wait_s=said.wait_s
+                    attempt.way, said.ttft_s, now - attempt.placed_s, bare_s=said.bare_s, wait_s=said.wait_s
                 )
         if tracked.is_resuming:
             tracked.is_resuming = False

@@ -12,11 +12,11 @@ would leave the workers idle. Retries are not judged again, they were admitted o
 from __future__ import annotations
 
 from ...common.errors import CapacityError
-from ..state.attempt import TrackedRequest
 from ..state.demand import Promise
 from ..state.errors import StreamError
 from ..state.observer import Observer
 from ..state.request import RouterRequest
+from ..state.tracked_request import TrackedRequest
 from .arrival_load import ArrivalLoad
 from .forecast import QueueForecast
 from .request_queue import RequestQueue
@@ -105,7 +105,7 @@ class Admission:
         limit_s, request = self._limit_s(tracked.request), tracked.request
         if limit_s is None or request.num_failures or request.is_resume:
             return None
-        fastest_s = max(self.forecast.fastest_s, tracked.fastest_s)
+        fastest_s = max(self.forecast.fastest_s, tracked.search.fastest_s)
         return request.timestamps["queued"] + max(limit_s - fastest_s, _LEAST_WAIT_SHARE * limit_s)
 
     def displaced(self, now_s: float) -> StreamError:

@@ -24,8 +24,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from ..state.attempt import TrackedRequest
 from ..state.request import RouterRequest
+from ..state.tracked_request import TrackedRequest
 from .arrival_load import ArrivalLoad
 from .fair_order import FairOrder, Ticket
 from .triage import Waiting, put_off

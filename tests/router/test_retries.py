@@ -183,8 +183,9 @@ def test_the_cache_outweighs_a_little_load() -> None:
     fleet.failed(d0, task, "link")
     again = next(m for link in (d0, d1) for m in link.sent if isinstance(m, ReserveKV) and m.spec.attempt == 1)
     tracked = fleet.dispatcher._in_flight.get(again.spec.request_id)
-    assert tracked is not None and tracked.prefill is not None and tracked.prefill.worker_id == "p-0"
-    assert p1.worker_id != tracked.prefill.worker_id
+    assert tracked is not None and tracked.attempt is not None and tracked.attempt.prefill is not None
+    assert tracked.attempt.prefill.worker_id == "p-0"
+    assert p1.worker_id != tracked.attempt.prefill.worker_id
 
 
 def test_a_stream_whose_decode_worker_is_lost_resumes_from_the_prefill_workers_cache() -> None:
@@ -218,4 +219,4 @@ def test_a_grant_that_nobody_opened_says_nothing_of_a_cache() -> None:
     fleet.beat(p0, num_waiting=1, waiting_tokens=20)
     fleet.failed(d, task, "expired", peer="")
     tracked = fleet.dispatcher._in_flight.get(stream.request.request_id)
-    assert tracked is not None and tracked.computed_on is None
+    assert tracked is not None and tracked.search.computed_on is None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kvferry.common.request import SamplingParams
 from kvferry.router.dispatch.due_times import MOST_AT_ONCE, DueTimes
-from kvferry.router.state.attempt import TrackedRequest
 from kvferry.router.state.request import RequestStatus, RouterRequest, TokenStream
+from kvferry.router.state.tracked_request import TrackedRequest
 
 
 def tracked(name: str = "r-0") -> TrackedRequest:

@@ -69,9 +69,9 @@ def test_company_where_a_request_should_be_alone(fleet: Fleet) -> None:
     stream = running(fleet)
     fleet.submit()
     tracked = fleet.dispatcher._in_flight.get(stream.request.request_id)
-    assert tracked is not None and tracked.decode is not None and stream.request.status is RequestStatus.DECODING
+    assert tracked is not None and tracked.attempt is not None and stream.request.status is RequestStatus.DECODING
     tracked.strikes |= {("d-8", 1), ("d-9", 1)}
-    fleet.dispatcher._isolation.claims.append(Claim(tracked, (tracked.decode,), 0.0, attempt=0))
+    fleet.dispatcher._isolation.claims.append(Claim(tracked, (tracked.attempt.decode,), 0.0, attempt_number=0))
     assert "runs alone beside ['r-1']" in found(fleet)
 
 

@@ -11,9 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvferry.common.request import SamplingParams
 from kvferry.router.queue.arrival_load import ArrivalLoad
 from kvferry.router.queue.request_queue import LATE_EVERY, RequestQueue, due_s
-from kvferry.router.state.attempt import TrackedRequest
 from kvferry.router.state.objectives import Objectives
 from kvferry.router.state.request import RouterRequest, TokenStream
+from kvferry.router.state.tracked_request import TrackedRequest
 
 _arrivals = count(1)
 
