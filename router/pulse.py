@@ -1,4 +1,4 @@
-"""Whether the router's event loop moves: it says so all the time, and the lifeline's thread looks.
+"""The router's event loop says all the time that it moves, and the lifeline's thread looks whether it does.
 
 A loop that is held up for a while is busy, and the launcher waits; one that stands still for longer is ended by it.
 Either way the log says where it stands: that is what somebody has to mend.
@@ -21,7 +21,7 @@ log = structlog.get_logger(__name__)
 
 
 class Pulse:
-    """Of the loop that runs on the thread that makes this."""
+    """The pulse of the loop that runs on the thread that makes this."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -34,7 +34,7 @@ class Pulse:
         self._moved_s = self._clock.now()
 
     def lag_s(self) -> float:
-        """Since it moved. From any other thread."""
+        """Return the seconds since the loop moved. From any other thread."""
         moved_s = self._moved_s
         lag_s = self._clock.now() - moved_s
         if lag_s > SLOW_S and self._told_s != moved_s:

@@ -81,7 +81,7 @@ class Reporter(Protocol):
 
 @dataclass(slots=True, frozen=True)
 class LoadedModel:
-    """What the router reads from the model's directory."""
+    """The model, as the router reads it from its directory."""
 
     model: ServedModel
     tokenizer: Tokenizer
@@ -177,8 +177,8 @@ async def serve_router(
 
 
 def collect_rarely() -> None:
-    """For a process that is a router: what is loaded stays, so that a collection of garbage need not go through it, nor
-    hold up a burst of tokens."""
+    """Tune garbage collection for a process that is a router: what is loaded stays, so that a collection need not go
+    through it, nor hold up a burst of tokens."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
@@ -210,7 +210,7 @@ async def _report(
     http: Address,
     control: Address,
 ) -> None:
-    """That the event loop moves, how late it is, and who is ready whenever that changes."""
+    """Report that the event loop moves, how late it is, and who is ready whenever that changes."""
     pulse = Pulse(clock)
     if lifeline is not None:
         lifeline.ready(http=str(http), control=str(control))
@@ -237,7 +237,7 @@ def _scaling(
     clock: Clock,
     lifeline: Reporter | None,
 ) -> Scaling:
-    """With a launcher: it is told on our loop what that says."""
+    """Make what scales the fleet: its decisions go to the launcher, if there is one."""
     return Scaling(
         config.autoscale,
         classes.named(DEFAULT_CLASS),

@@ -1,4 +1,4 @@
-"""How the router process ends: who may finish what, and for how long.
+"""The router process ends in steps: who may finish what, and for how long.
 
 SIGTERM          running answers get the drain limit; each open connection may ask once more
 SIGINT           they get a few seconds
@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 
 
 class Stop:
-    """What the signals ask for: SIGTERM to drain, SIGINT to end soon; after either, another one to end at once."""
+    """The signals' wish: SIGTERM to drain, SIGINT to end soon; after either, another one to end at once."""
 
     def __init__(self, drain_s: float) -> None:
         self.asked = asyncio.Event()
@@ -36,7 +36,7 @@ class Stop:
 
     @property
     def limit_s(self) -> float:
-        """For running answers."""
+        """The limit for running answers."""
         return self._drain_s if self.is_patient else INTERRUPT_LIMIT_S
 
     def _on_signal(self, number: int) -> None:
@@ -59,7 +59,7 @@ class Stop:
 
 
 async def wind_down(front: HttpServer, dispatcher: Dispatcher, in_flight: InFlight, stop: Stop) -> None:
-    """What runs may finish within the limit, and each open connection may ask once more; then all get an error."""
+    """Let what runs finish within the limit, and each open connection ask once more; then all get an error."""
     log.info("router_drains", in_flight=len(in_flight), limit_s=stop.limit_s)
     in_flight.is_leaving = True
     front.leave(IDLE_S if stop.is_patient else 0.0)
@@ -73,7 +73,7 @@ async def wind_down(front: HttpServer, dispatcher: Dispatcher, in_flight: InFlig
 
 
 async def _first(*work: Coroutine[object, object, object]) -> None:
-    """Until one of them ends."""
+    """Wait until one of them ends."""
     tasks = [asyncio.create_task(each) for each in work]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

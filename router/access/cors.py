@@ -1,4 +1,4 @@
-"""What web pages of other origins may do (CORS): nothing, unless an operator names their origins.
+"""Web pages of other origins may do nothing (CORS), unless an operator names their origins.
 
     preflight (OPTIONS, Origin, Access-Control-Request-Method)   answered before keys are looked at: it carries none
     any other request with an allowed Origin                     its answer says so, errors too
@@ -34,7 +34,7 @@ class Cors:
         self._origins = frozenset(origin.encode() for origin in origins)
 
     def preflight(self, method: str, headers: Mapping[bytes, bytes]) -> Headers | None:
-        """What its answer has beside `headers`; None: the request asks something else. Raises RequestError (403)."""
+        """Return what a preflight's answer has beside `headers`; None: it is none. Raises RequestError (403)."""
         if not self._origins or method != "OPTIONS" or b"access-control-request-method" not in headers:
             return None
         if not self.headers(headers):
@@ -48,7 +48,7 @@ class Cors:
         ]
 
     def headers(self, headers: Mapping[bytes, bytes]) -> Headers:
-        """What an answer carries for the page that asked."""
+        """Return what an answer carries for the page that asked."""
         origin = headers.get(b"origin")
         if origin is None or not (self._allows_all or origin in self._origins):
             return []

@@ -1,4 +1,4 @@
-"""What clients, operators and workers prove to a router: read together at start, and again at each reload."""
+"""Clients, operators and workers prove who they are: their secrets are read at start, and again at each reload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which names a server goes by: a web page may have a name of its own point at this machine (DNS rebinding), and its
+"""A server goes by known names: a web page may have a name of its own point at this machine (DNS rebinding), and its
 requests then carry that name.
 
 Only a server without keys needs to look: a page knows no key.
@@ -46,7 +46,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _without_port(host: str) -> str:
-    """Of `name:port`, `[::1]:port` and either without a port."""
+    """Return the host of `name:port`, `[::1]:port` and either without a port."""
     if host.startswith("["):
         address, bracket, _ = host[1:].partition("]")
         return address if bracket else host

@@ -52,11 +52,11 @@ class ApiKeys:
         self.take(self.read())
 
     def read(self) -> tuple[KeyEntry, ...]:
-        """What the file says now. Raises ConfigError."""
+        """Return what the file says now. Raises ConfigError."""
         return read_key_file(self._file, self._setting) if self._file is not None else ()
 
     def take(self, entries: tuple[KeyEntry, ...]) -> None:
-        """These keys of the file are good from now on, and no others of it."""
+        """Let these keys of the file be good from now on, and no others of it."""
         self._known = self._fixed | {self._salted(entry.digest): self._of_entry(entry) for entry in entries}
 
     @property

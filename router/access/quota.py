@@ -1,4 +1,4 @@
-"""What one key may use: requests at once, requests a minute, tokens a minute. All are optional.
+"""One key may use so many requests at once, requests a minute, tokens a minute. All are optional.
 
     enter   a request begins          a place and a request are taken, before its body is read
     charge  its prompt is known       prompt and longest answer are taken
@@ -23,7 +23,7 @@ _BUSY_RETRY_S = 1.0
 
 @dataclass(slots=True, frozen=True)
 class QuotaLimits:
-    """Of each key. None: no limit."""
+    """The limits of each key. None: no limit."""
 
     max_concurrency: int | None = None
     requests_per_minute: int | None = None
@@ -46,11 +46,11 @@ class Bucket:
         return self._level
 
     def wait_s(self, amount: int, now_s: float) -> float:
-        """Until `amount` can be taken; 0: now."""
+        """Return the time until `amount` can be taken; 0: now."""
         return self._until(min(amount, self.capacity), now_s)
 
     def reset_s(self, now_s: float) -> float:
-        """Until it is full."""
+        """Return the time until it is full."""
         return self._until(self.capacity, now_s)
 
     def _until(self, level: float, now_s: float) -> float:
@@ -64,7 +64,7 @@ class Bucket:
 
 
 class Account:
-    """What one tenant uses now."""
+    """An account of what one tenant uses now."""
 
     __slots__ = ("num_running", "requests", "tokens")
 
@@ -133,7 +133,7 @@ class Allowance:
         self._charged = 0
 
     def leave(self) -> None:
-        """Idempotent."""
+        """End the request's part. Idempotent."""
         if not self._has_left:
             self._has_left = True
             self._account.num_running -= 1
@@ -142,7 +142,7 @@ class Allowance:
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """What is left, under the names that OpenAI's clients know."""
+        """The amounts that are left, under the names that OpenAI's clients know."""
         now = self._clock.now()
         found = []
         for name, bucket in ((b"requests", self._account.requests), (b"tokens", self._account.tokens)):

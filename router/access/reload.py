@@ -1,4 +1,4 @@
-"""When a router reads its keys and secrets again: on SIGHUP, and when its launcher says so."""
+"""A router reads its keys and secrets again on SIGHUP, and when its launcher says so."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ _MAX_BODY_BYTES = 4096
 
 
 class AdminOperations(Protocol):
-    """What it needs of the dispatcher."""
+    """The admin listener needs this of the dispatcher."""
 
     def view(self) -> PoolView: ...
 

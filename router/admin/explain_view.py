@@ -21,7 +21,7 @@ _Row = Mapping[str, Any]
 
 
 def fetch(admin: str, path: str, key: str) -> dict[str, Any]:
-    """What GET `path` answers. Raises KVFerryError with the listener's own words."""
+    """Return what GET `path` answers. Raises KVFerryError with the listener's own words."""
     base = admin if "://" in admin else f"http://{admin}"
     request = urllib.request.Request(base.rstrip("/") + path)
     if not base.startswith(("http://", "https://")):

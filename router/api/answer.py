@@ -42,7 +42,7 @@ class GapObserver(Protocol):
 
 
 class FastWriter(Protocol):
-    """Where text leaves by itself."""
+    """A way on which text leaves by itself."""
 
     @property
     def is_full(self) -> bool: ...
@@ -55,7 +55,7 @@ class FastWriter(Protocol):
 
 
 class Answer:
-    """Owns the streams until they have ended or `abort` is called."""
+    """`Answer` owns the streams until they have ended or `close` is called."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class Answer:
         return []
 
     def write_to(self, fast_writer: FastWriter) -> None:
-        """From now on, while `next` waits, the text of the one choice goes there. Before: its first piece was told."""
+        """Let the text of the one choice go there while `next` waits, from now on: its first piece was told."""
         if len(self.choices) == 1 and self.choices[0].is_plain:
             self._fast_writer = fast_writer
 
@@ -137,7 +137,7 @@ class Answer:
             self._waiter.set_result(None)
 
     def _write_middle(self) -> None:
-        """What is not the plain middle of an answer is left to who waits, and so is what goes wrong."""
+        """Write the plain middle of an answer; all else is left to who waits, and so is what goes wrong."""
         self._is_write_due = False
         waiter, fast_writer = self._waiter, self._fast_writer
         assert waiter is not None and fast_writer is not None
@@ -160,7 +160,7 @@ class Answer:
         return True
 
     def _take_ready(self) -> list[tuple[int, TextPiece]]:
-        """Of the streams that have changed, in that order, so many tokens in all."""
+        """Take what the changed streams have, in the order of their changes, up to so many tokens in all."""
         pieces: list[tuple[int, TextPiece]] = []
         now_s, most = self._clock.now(), _TOKENS_AT_ONCE
         try:
@@ -184,7 +184,7 @@ class Answer:
         return pieces
 
     def _take(self, position: int, update: ChoiceUpdate, now_s: float) -> tuple[int, TextPiece] | None:
-        """What an update adds; None where there is nothing to tell."""
+        """Return what an update adds; None where there is nothing to tell."""
         index = position * self.num_choices + update.choice
         choice = self.choices[index]
         if choice.finish is not None:
@@ -204,7 +204,7 @@ class Answer:
                 stream.abort()
 
     def _note_gap(self, index: int, now_s: float) -> bool:
-        """Whether it is the choice's first update."""
+        """Note the time since a choice's last update, and return whether this is its first one."""
         last_s, self._last_update_s[index] = self._last_update_s[index], now_s
         if last_s is None:
             return True

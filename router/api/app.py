@@ -174,7 +174,7 @@ class _Routes:
             return _json(Detokenized(prompt=await self._api.prompts.decode(body.tokens)))
 
     async def root(self) -> Response:
-        """What there is."""
+        """List what there is."""
         return Response(_PATHS, media_type="application/json")
 
     async def live(self) -> Response:
@@ -230,7 +230,7 @@ def _json(value: Struct) -> Response:
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses: a path or a method that does not exist."""
+    """Answer what Starlette itself refuses: a path or a method that does not exist."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         failure = failure_of(unknown_path(request.url.path))

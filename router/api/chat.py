@@ -70,7 +70,7 @@ class ChatForm:
         )
 
     def _opening(self, index: int) -> ChatChunk:
-        """Who speaks, before what is said."""
+        """Return the chunk that says who speaks, before what is said."""
         delta = ChatDelta(role="assistant", content=self._echoed)
         chunk = self._chunk(ChatChunkChoice(index=index, delta=delta))
         chunk.prompt_token_ids = self._prompt_ids()

@@ -18,7 +18,7 @@ from .stops import StopMatcher
 
 @dataclass(slots=True, frozen=True)
 class TextOptions:
-    """What a client asked about the text of its choices."""
+    """The client's wishes for the text of its choices."""
 
     stops: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -31,7 +31,7 @@ class TextOptions:
 
 @dataclass(slots=True)
 class TextPiece:
-    """What one update adds to a choice."""
+    """A piece of text: what one update adds to a choice."""
 
     text: str
     finish: str | None = None
@@ -128,7 +128,7 @@ class ChoiceText:
         return not self._options.include_stop
 
     def _show(self, text: str) -> str:
-        """What of `text` may be seen now; ends the choice where a stop string is complete."""
+        """Return what of `text` may be seen now, and end the choice where a stop string is complete."""
         self._length += len(text)
         if self._stops is None or self.num_tokens < self._options.min_tokens:
             return text

@@ -58,7 +58,7 @@ class CompletionForm:
         )
 
     def _prompt_choice(self, index: int) -> CompletionChoice:
-        """What a stream says of the prompt before the first token of a choice."""
+        """Return what a stream says of the prompt before the first token of a choice."""
         return CompletionChoice(
             index=index,
             text=self._echoed_text(index) if self._options.echo else "",

@@ -1,4 +1,4 @@
-"""What the model's authors recommend where a client gives nothing: generation_config.json."""
+"""The model's authors recommend values where a client gives none: generation_config.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...common.errors import ConfigError
 
 @dataclass(slots=True, frozen=True)
 class SamplingDefaults:
-    """Of the fields that a client may leave out; OpenAI's own where the file says nothing."""
+    """The defaults of fields that a client may leave out; OpenAI's own where the file says nothing."""
 
     temperature: float = 1.0
     top_p: float = 1.0

@@ -25,7 +25,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class EventWriter:
-    """One answer's. Pieces of a choice come in order."""
+    """`EventWriter` writes one answer. Pieces of a choice come in order."""
 
     def __init__(self, form: Form) -> None:
         self._form = form
@@ -37,7 +37,7 @@ class EventWriter:
         return events[0] if len(events) == 1 else b"".join(events)
 
     def fast_writer(self, encoder: ChunkEncoder) -> FastWriter | None:
-        """For the middle of a lone choice whose first piece was written; None where it is more than text."""
+        """Return a writer for the middle of a lone choice, once its first piece is written; None: not mere text."""
         around = self._around.get(0)
         return None if around is None else _PlainChunkWriter(*around, encoder)
 
@@ -59,7 +59,7 @@ class EventWriter:
 
 
 class _PlainChunkWriter:
-    """Each text as an event of its own."""
+    """A fast writer that writes each text as an event of its own."""
 
     __slots__ = ("_after", "_before", "_encoder", "before_end")
 

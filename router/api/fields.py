@@ -1,4 +1,4 @@
-"""Which fields a body may have: known, known elsewhere but not supported here, or a slip of the pen.
+"""A body's field is known here, known elsewhere but not supported here, or a slip of the pen.
 
 Nothing is ever ignored in silence: a field that would change the answer and is not supported is a 400 that names
 it, unless its value asks for what happens anyway. `IGNORED` are labels for the caller's own book-keeping.

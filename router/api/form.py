@@ -1,4 +1,4 @@
-"""What the two endpoints have in common when they put an answer into OpenAI's words."""
+"""The two endpoints have this in common when they put an answer into OpenAI's words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .openai_types import PromptTokensDetails, Struct, Usage
 
 @dataclass(slots=True, frozen=True)
 class FormOptions:
-    """What the client asked to see."""
+    """The things that a client asked to see."""
 
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
@@ -29,7 +29,7 @@ class FormOptions:
 
     @property
     def has_plain_chunks(self) -> bool:
-        """Between the first chunk of a choice and the last, nothing changes but the text."""
+        """True where nothing but the text changes between a choice's first chunk and its last."""
         return not self.continuous_usage and self.num_logprobs is None and not self.return_token_ids
 
 
@@ -47,11 +47,11 @@ class FormContext:
 
     @property
     def token_name(self) -> Name:
-        """What a token is called where log probabilities are reported."""
+        """The function that names tokens where log probabilities are reported."""
         return token_names(self.tokenizer, as_ids=self.options.names_tokens_by_id)
 
     def usage(self) -> Usage:
-        """Of the whole call, as far as it has got."""
+        """Return the usage of the whole call, as far as it has got."""
         num_prompt = sum(len(prompt.token_ids) for prompt in self.answer.prompts)
         num_completion = sum(choice.num_tokens for choice in self.answer.choices)
         num_cached = sum(request.num_cached_tokens for request in self.answer.requests)
@@ -63,7 +63,7 @@ class FormContext:
         )
 
     def chunk_usage(self) -> Usage | None | UnsetType:
-        """Of a stream's chunk: as asked for, null where only the last chunk tells, else not there at all."""
+        """Return the usage in a stream's chunk: as asked for, null where only the last one tells, else absent."""
         if self.options.continuous_usage:
             return self.usage()
         return None if self.options.include_usage else UNSET

@@ -47,7 +47,7 @@ _CHECKED_BYTES_PER_CHAR = 8  # checking fields is so much faster than tokenizing
 
 
 class Backend(Protocol):
-    """What the API needs of the dispatcher."""
+    """The API needs this of the dispatcher."""
 
     def submit(self, request: RouterRequest) -> TokenStream: ...
 
@@ -57,12 +57,12 @@ class Backend(Protocol):
 
 
 class ApiObserver(AnswerObserver, GapObserver, ResponseObserver, Protocol):
-    """What the API tells whoever counts."""
+    """The API tells an observer what happens."""
 
 
 @dataclass(slots=True)
 class Api:
-    """What every endpoint works with."""
+    """The parts that every endpoint works with."""
 
     model: ServedModel
     backend: Backend
@@ -141,7 +141,7 @@ class Api:
         return context
 
     def _remaining_s(self, context: RequestContext) -> float | None:
-        """Of the time that the client gave: what reading its body has taken is off."""
+        """Return what is left of the client's time: what reading its body has taken is off."""
         if context.timeout_s is None:
             return None
         return max(0.0, context.timeout_s - (self.clock.now() - context.started_s))
@@ -180,7 +180,7 @@ class Api:
         )
 
     def _cache_salt(self, context: RequestContext, body: GenerationBody) -> bytes:
-        """Who may find the KV of this prompt: who sends the same salt, and, unless keys share, with the same key."""
+        """Return the salt for the prompt's KV: the client's own and, unless keys share, its key's."""
         own = (body.cache_salt or "").encode()
         return own if self.shares_prefixes or not context.tenant else context.tenant + own
 
@@ -234,7 +234,7 @@ class Api:
 
 
 def _tenant_of(context: RequestContext, body: GenerationBody) -> str:
-    """Whose share of the service it counts for: its key's; where there are no keys, whom it names."""
+    """Return whose share of the service it counts for: its key's; where there are no keys, whom it names."""
     if context.tenant:
         return context.tenant.hex()
     named = body.user if isinstance(body.user, str) and body.user else body.cache_salt

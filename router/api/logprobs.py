@@ -24,7 +24,7 @@ Name = Callable[[int], str]
 
 
 def token_names(tokenizer: Tokenizer, *, as_ids: bool) -> Name:
-    """By its id: `token_id:123`, as vLLM writes it."""
+    """Return what names a token: its text, or its id as vLLM writes it (`token_id:123`)."""
     return "token_id:{}".format if as_ids else tokenizer.token_text
 
 

@@ -69,7 +69,7 @@ def context_of(scope: Scope) -> RequestContext:
 
 
 def check_head(scope: Scope, headers: Mapping[bytes, bytes]) -> None:
-    """What a server must not guess about: which version of HTTP this is, for whom, from whom."""
+    """Refuse what a server must not guess about: which version of HTTP this is, for whom, from whom."""
     version = scope.get("http_version", "1.1")
     if version not in ("1.0", "1.1"):
         raise RequestError(f"HTTP/{version} is not spoken here", code="unsupported_http_version", status=505)
@@ -99,7 +99,7 @@ class ResponseObserver(Protocol):
 
 
 class RequestMiddleware:
-    """What is around every request. `MiddlewareAdapter` puts it around a framework's application."""
+    """`RequestMiddleware` is around every request; `MiddlewareAdapter` puts it around a framework's application."""
 
     def __init__(
         self,

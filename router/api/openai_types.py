@@ -47,7 +47,7 @@ class CompletionLogprobs(Struct, kw_only=True):
 
 
 class CompletionChoice(Struct, kw_only=True):
-    """Of a whole answer and of a chunk."""
+    """A choice of a whole answer or of a chunk."""
 
     index: int
     text: str

@@ -1,4 +1,4 @@
-"""From a body to token ids that fit the model: template, tokenizer, length.
+"""A body becomes token ids that fit the model: template, tokenizer, length.
 
 Long bodies are checked and tokenized on threads (the tokenizer releases the GIL), so that the streams under way do not
 wait for them; for short ones the hop would cost more than the work. Chats are rendered in another process.
@@ -33,7 +33,7 @@ R = TypeVar("R")
 
 @dataclass(slots=True, frozen=True)
 class ServedModel:
-    """What the API knows of the model."""
+    """The model, as the API knows it."""
 
     name: str
     max_model_len: int
@@ -44,7 +44,7 @@ class ServedModel:
 
     @property
     def fingerprint(self) -> str:
-        """What answers carry: with equal ones that end in `exact`, equal requests with a seed have equal answers."""
+        """The fingerprint in answers: if equal and ending in `exact`, equal requests with a seed have equal answers."""
         return f"kvferry-{__version__}-{'exact' if self.deterministic else 'fast'}"
 
 
@@ -62,7 +62,7 @@ class PromptReader:
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
 
     def start(self) -> None:
-        """What would make the first client wait, now."""
+        """Do now what would make the first client wait."""
         if self._renderer is not None:
             self._renderer.start()
 
@@ -104,7 +104,7 @@ class PromptReader:
         return await self.run(len(token_ids), self._decode, token_ids)
 
     async def run(self, size: int, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """On a thread, unless it is little."""
+        """Run the work on a thread, unless it is little."""
         if size <= INLINE_CHARS:
             return work(*args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(work, *args, **kwargs))
@@ -152,7 +152,7 @@ class PromptReader:
         return PromptText(self._special.encode(text, hidden, add_special_tokens), shown)
 
     def _spells_special(self, messages: list[dict[str, object]], kwargs: dict[str, object]) -> bool:
-        """Whether a client's text has a special token. Raises RequestError where it must not."""
+        """Return whether a client's text has a special token. Raises RequestError where it must not."""
         assert self._special is not None
         named = [
             (f"messages[{index}].{name}", value) for index, each in enumerate(messages) for name, value in each.items()
@@ -189,13 +189,13 @@ class PromptReader:
 
 
 def max_completion_tokens(body: CompletionBody, prompt: PromptText, max_model_len: int) -> int:
-    """What is asked for, else OpenAI's 16 as far as they fit."""
+    """Return what is asked for, else OpenAI's 16 as far as they fit."""
     rest = _rest(prompt, body.max_tokens, max_model_len)
     return min(DEFAULT_COMPLETION_TOKENS, rest) if body.max_tokens is None else body.max_tokens
 
 
 def max_chat_tokens(body: ChatBody, prompt: PromptText, max_model_len: int) -> int:
-    """What is asked for, else what is left of the context."""
+    """Return what is asked for, else what is left of the context."""
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     rest = _rest(prompt, asked, max_model_len)
     return rest if asked is None else asked

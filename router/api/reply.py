@@ -31,7 +31,7 @@ from .timing import phases_ms, server_timing
 
 _WRITE_BYTES = 64 * 2**10  # handed to the connection at a time: it waits before the next when it is full
 _NAMED_INLINE = 2048  # tokens and alternatives whose texts are looked up where they are: some milliseconds
-_CHOICES_INLINE = 256  # the same for an answer without them
+_CHOICES_INLINE = 256  # choices up to which any other answer is encoded where it is
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -77,7 +77,7 @@ class InFlight:
 
 
 class Reply(Response):
-    """Owns `answer` from its construction on; Starlette calls it as an ASGI application."""
+    """`Reply` owns `answer` from its construction on; Starlette calls it as an ASGI application."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ class StreamOptions(BaseModel):
 
 
 class GenerationBody(BaseModel):
-    """What /v1/completions and /v1/chat/completions share."""
+    """The fields that /v1/completions and /v1/chat/completions share."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
@@ -73,7 +73,7 @@ class GenerationBody(BaseModel):
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many alternatives to report for each token; None: no logprobs at all."""
+        """The number of alternatives to report for each token; None: no logprobs at all."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -84,7 +84,7 @@ class GenerationBody(BaseModel):
             raise RequestError("prompt_logprobs is not available with stream: true", param="prompt_logprobs")
 
     def sampling(self, defaults: SamplingDefaults, *, seed: int, max_tokens: int, vocab_size: int) -> SamplingParams:
-        """What the workers are told. `max_tokens` is what fits; `seed` is used where the client gave none."""
+        """Return what the workers are told. `max_tokens` is what fits; `seed` is used where the client gave none."""
         min_tokens = self.min_tokens or 0
         if min_tokens > max_tokens:
             raise RequestError(f"min_tokens {min_tokens} is more than max_tokens {max_tokens}", param="min_tokens")

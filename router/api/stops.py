@@ -36,7 +36,7 @@ class StopMatcher:
         return text[:keep_from]
 
     def release(self) -> str:
-        """What was held back, where the text ends without a match or must not be matched yet."""
+        """Return what was held back, where the text ends without a match or must not be matched yet."""
         held, self._held = self._held, ""
         return held
 
@@ -45,7 +45,7 @@ class StopMatcher:
         return min(((start + len(stop), start, stop) for start, stop in matches if start >= 0), default=None)
 
     def _first_beginning(self, text: str) -> int:
-        """Where the earliest suffix of `text` starts that is the beginning of a stop string; else its end."""
+        """Return where the earliest suffix of `text` starts that is the beginning of a stop string; else its end."""
         earliest = len(text)
         for stop in self._stops:
             start = text.find(stop[0], max(0, len(text) - len(stop) + 1), earliest)

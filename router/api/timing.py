@@ -1,4 +1,4 @@
-"""Where an answer's time went: phases of the request as durations, for the Server-Timing header and the log.
+"""An answer's time is told by phases of its request, as durations, in the Server-Timing header and the log.
 
 Every phase is a difference of two stamps of one clock (the API and the dispatcher share it).
 """

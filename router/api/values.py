@@ -43,7 +43,7 @@ def _stops(value: object) -> object:
 
 
 def _prompt(value: object) -> object:
-    """Only the kinds of elements: a JSON array of a million ids is checked without a pydantic error for each."""
+    """Check only the kinds of elements: a JSON array of a million ids has no pydantic error for each."""
     rule = "must be a string, a list of strings, a list of token ids or a list of token-id lists, and not be empty"
     if isinstance(value, str):
         return value

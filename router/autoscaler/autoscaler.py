@@ -60,7 +60,7 @@ class Autoscaler:
     # --- operators ----------------------------------------------------------------------------------------------
 
     def hold(self, counts: Counts, until_s: float | None = None) -> None:
-        """These counts and no others, until `release` or that time."""
+        """Want these counts and no others, until `release` or that time."""
         self._held = (counts, until_s)
 
     def release(self) -> None:
@@ -106,7 +106,7 @@ class Autoscaler:
             self._corrections[pool].observe(kept, load.interval_s, counts=counts)
 
     def _look_ahead(self, load: LoadSnapshot, have: Counts) -> ScaleForecast:
-        """What the load will be when a worker that is wished for now takes work, and what it needs."""
+        """Return the load by the time that a worker wished for now takes work, and what that load needs."""
         answers = self._lengths.answers
         if len(answers) < _FEW and self._requests.level > 0:
             return ScaleForecast(self._requests.level, self._tokens.level)
@@ -152,7 +152,7 @@ class Autoscaler:
         )
 
     def _lasting(self, now_s: float) -> Counts:
-        """What was needed all the time lately."""
+        """Return what was needed all the time lately."""
         while self._needs[0][0] < now_s - self._settings.confirm_s:
             self._needs.popleft()
         return Counts(min(n.prefill for _, n in self._needs), min(n.decode for _, n in self._needs))
@@ -219,7 +219,7 @@ def _at_least(one: Counts, other: Counts) -> Counts:
 
 
 def _largest(counts: Counts, num_spares: int) -> Counts:
-    """With the spares, each where it is the larger part."""
+    """Return the counts with the spares, each in the pool where it is the larger part."""
     for _ in range(num_spares):
         if 0 < counts.prefill < counts.decode:
             counts = Counts(counts.prefill + 1, counts.decode)
@@ -229,7 +229,7 @@ def _largest(counts: Counts, num_spares: int) -> Counts:
 
 
 def _poorest(split: Counts, needed: Counts) -> float:
-    """What part of its need the poorer pool has."""
+    """Return what part of its need the poorer pool has."""
     return (
         min(split.in_pool(pool) / needed.in_pool(pool) for pool in POOLS if needed.in_pool(pool))
         if needed.total
@@ -238,7 +238,7 @@ def _poorest(split: Counts, needed: Counts) -> float:
 
 
 def _size(have: int, needed: int, enough: int, bounds: Bounds, *, may_shrink: bool) -> int:
-    """Of one pool alone."""
+    """Return the size of one pool, without a look at the other."""
     if needed > have:
         return bounds.clamp(needed)
     if may_shrink and enough < have:
@@ -261,13 +261,13 @@ def _lend(wanted: Counts, have: Counts, lately: Counts, bounds: dict[Pool, Bound
 
 
 def _flippable(fleet: Iterable[Member], pool: Pool) -> list[Member]:
-    """The emptiest first."""
+    """Return the workers that may change their role, the emptiest first."""
     able = [m for m in fleet if m.pool == pool and m.can_change_role and m.state is MemberState.READY]
     return sorted(able, key=lambda member: (member.load, member.worker_id))
 
 
 def _way(wanted: Counts, have: Counts, fleet: list[Member], forecast: ScaleForecast, why: str) -> ScaleDecision:
-    """From the fleet as it is to the wanted one."""
+    """Return the way from the fleet as it is to the wanted one."""
     flips: list[tuple[str, Pool]] = []
     removals: list[str] = []
     missing = {pool: wanted.in_pool(pool) - have.in_pool(pool) for pool in POOLS}

@@ -20,7 +20,7 @@ _SIGMAS = 2.0
 
 
 class Correction:
-    """Of one objective."""
+    """The correction of the load for one objective."""
 
     def __init__(self, target: float) -> None:
         self._target = target

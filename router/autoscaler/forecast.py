@@ -65,7 +65,7 @@ class DayProfile:
 
 
 class RateForecast:
-    """Of one rate, in units per second. `memory_s`: about how long an ordinary observation counts."""
+    """The forecast of one rate, in units per second. `memory_s`: about how long an ordinary observation counts."""
 
     def __init__(self, memory_s: float = 60.0) -> None:
         self._memory_s = memory_s
@@ -80,7 +80,7 @@ class RateForecast:
         return self._level or 0.0
 
     def observe(self, parts: Sequence[float], interval_s: float, day_s: float) -> None:
-        """What came in the last `interval_s` seconds, a number for each request."""
+        """Take what came in the last `interval_s` seconds, a number for each request."""
         if interval_s <= 0:
             return
         rate = sum(parts) / interval_s

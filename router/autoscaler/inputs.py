@@ -1,4 +1,4 @@
-"""What the autoscaler is given: settings, step times of a typical worker, what workers hold at most."""
+"""The autoscaler is given settings, step times of a typical worker, and what workers hold at most."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TypicalTimes:
         self._session: int | None = None
 
     def choose(self, workers: Sequence[WorkerView]) -> bool:
-        """Whether any worker's steps are known."""
+        """Choose the typical worker, and return whether any worker's steps are known."""
         known = [worker.session for worker in workers[:_TYPICAL] if self._predictor.is_known(worker.session)]
         known.sort(key=lambda session: (self._predictor.prefill_s(session, 512, 0), session))
         self._session = known[len(known) // 2] if known else None

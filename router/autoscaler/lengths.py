@@ -22,7 +22,7 @@ _USUAL_GAIN = 0.02
 
 
 class LengthSample:
-    """At most `size` answers."""
+    """A sample of at most `size` answers."""
 
     def __init__(self, size: int = 512, half_life_s: float = 600.0, seed: int = 0) -> None:
         self._size = size
@@ -40,7 +40,7 @@ class LengthSample:
         return [answer for _, _, answer in self._heap]
 
     def add(self, answers: Sequence[AnswerLengths], now_s: float) -> None:
-        """Those of one interval."""
+        """Take the answers of one interval."""
         if not answers:
             return
         self._usual += _USUAL_GAIN * (len(answers) - self._usual) if self._usual else len(answers)

@@ -1,4 +1,4 @@
-"""What a router saw of its load since it was last asked: the autoscaler's food.
+"""A router records what it saw of its load since it was last asked: the autoscaler's food.
 
 dispatcher ─> on_submitted, on_finished, on_outcome ─> LoadRecord ─(take, once per interval)─> SeenLoad
 several routers: those that do not decide send theirs, a sample of it, to the one that does
@@ -25,7 +25,7 @@ _MOST_SENT = 256  # of each kind, to another router
 
 @dataclass(slots=True, frozen=True)
 class SeenLoad:
-    """One interval's."""
+    """The load that was seen in one interval."""
 
     prompts: tuple[int, ...] = ()
     answers: tuple[AnswerLengths, ...] = ()
@@ -34,7 +34,7 @@ class SeenLoad:
     num_queued: int = 0
 
     def joined(self, others: Iterable[SeenLoad]) -> SeenLoad:
-        """With what other routers saw."""
+        """Return this together with what other routers saw."""
         seen = [self, *others]
         return SeenLoad(
             tuple(prompt for one in seen for prompt in one.prompts),
@@ -45,7 +45,7 @@ class SeenLoad:
         )
 
     def as_event(self) -> dict[str, object]:
-        """For the launcher, who passes it on: an even choice of the lengths, and how many there were."""
+        """Return it for the launcher, who passes it on: an even choice of the lengths, and how many there were."""
         return {
             "event": "load",
             "num_prompts": len(self.prompts),
@@ -127,7 +127,7 @@ class LoadRecord:
 
 @dataclass(slots=True, frozen=True)
 class Replicas:
-    """What others may scale by. None: nothing is decided here."""
+    """The numbers that others may scale by. None: nothing is decided here."""
 
     desired: Counts | None = None
     current: Counts | None = None

@@ -1,4 +1,4 @@
-"""What the autoscaler reads and what it says: values only.
+"""The autoscaler reads and says these values.
 
     LoadSnapshot (one per interval) ─> Autoscaler.decide ─> ScaleDecision
 
@@ -20,14 +20,14 @@ DAY_S = 86400.0
 
 
 class StepTimes(Protocol):
-    """How long an engine step takes on a typical worker of the fleet."""
+    """The time of an engine step on a typical worker of the fleet."""
 
     def prefill_s(self, new_tokens: int, context: int) -> float:
-        """To compute `new_tokens` of a prompt whose first `context` tokens have their KV, alone on a worker."""
+        """Return the time to compute `new_tokens` behind `context` tokens that have their KV, alone on a worker."""
         ...
 
     def decode_step_s(self, rows: int, context: int) -> float:
-        """One token for each of `rows` sequences that hold `context` tokens together."""
+        """Return the time of one token for each of `rows` sequences that hold `context` tokens together."""
         ...
 
 
@@ -52,13 +52,13 @@ class AnswerLengths(NamedTuple):
     """The lengths of one finished request, in tokens."""
 
     num_prompt_tokens: int
-    num_cached_tokens: int  # of these, from a prefix cache
+    num_cached_tokens: int  # of the prompt: from a prefix cache
     num_output_tokens: int  # of all its choices
 
 
 @dataclass(slots=True, frozen=True)
 class Kept:
-    """How many of the requests that ended met an objective."""
+    """The number of requests that met an objective, of those that ended."""
 
     num_met: int = 0
     num_seen: int = 0
@@ -66,7 +66,7 @@ class Kept:
 
 @dataclass(slots=True, frozen=True)
 class WorkerLimits:
-    """What one worker holds at most."""
+    """The most that one worker holds."""
 
     kv_tokens: int  # in its KV cache
     max_num_seqs: int
@@ -75,7 +75,7 @@ class WorkerLimits:
 
 @dataclass(slots=True, frozen=True)
 class LoadSnapshot:
-    """What happened since the snapshot before, and what is there now."""
+    """The load since the snapshot before, and the fleet as it is now."""
 
     now_s: float
     interval_s: float  # since the snapshot before
@@ -101,7 +101,7 @@ class LoadSnapshot:
 
 @dataclass(slots=True, frozen=True)
 class Bounds:
-    """How many workers a pool may have."""
+    """The least and the most workers that a pool may have."""
 
     at_least: int
     at_most: int
@@ -130,7 +130,7 @@ class Counts:
 
 @dataclass(slots=True, frozen=True)
 class AutoscalerSettings:
-    """What an operator decides. `total` bounds both pools together."""
+    """The settings that an operator decides. `total` bounds both pools together."""
 
     prefill: Bounds
     decode: Bounds
@@ -143,7 +143,9 @@ class AutoscalerSettings:
     jump: float = 1.3  # a need so many times a pool is a jump: known less well than a slow rise, and with a backlog
     jump_headroom: float = 0.20  # so it is answered with this much more
     shrink_after_s: float = 300.0  # the smaller fleet must have been enough for so long
-    flip_after_s: float = 15.0  # the same before a worker is taken for the other pool
+    flip_after_s: float = (
+        15.0  # a smaller pool must have been enough for so long before a worker is taken for the other
+    )
     settle_s: float = 30.0  # after a change, what is measured tells nothing about the fleet as it is
     confirm_s: float = 30.0  # a need little above the fleet must last so long, else it is noise
     clear: float = 0.15  # a need that even so much less load would have is no noise
@@ -152,20 +154,20 @@ class AutoscalerSettings:
 
 @dataclass(slots=True, frozen=True)
 class ScaleForecast:
-    """What the decision rests on."""
+    """The figures that a decision rests on."""
 
     requests_per_s: float = 0.0
     prompt_tokens_per_s: float = 0.0
     output_tokens_per_s: float = 0.0
     needed: Counts = Counts(0, 0)  # for the forecast load, noise left out
     after_jump: Counts = Counts(0, 0)  # with more room, for a pool that is far too small
-    with_headroom: Counts = Counts(0, 0)  # the same with headroom, largest of the time before a shrink
+    with_headroom: Counts = Counts(0, 0)  # for the load with headroom, largest of the time before a shrink
     correction: tuple[float, float] = (1.0, 1.0)  # of prefill and decode load, from missed objectives
 
 
 @dataclass(slots=True, frozen=True)
 class ScaleDecision:
-    """How many workers each pool should have, and the way there: flips, then additions and removals."""
+    """The number of workers that each pool should have, and the way there: flips, then additions and removals."""
 
     prefill: int
     decode: int

@@ -36,7 +36,7 @@ log = structlog.get_logger(__name__)
 
 
 class ScaleOperations(Protocol):
-    """What it needs of the dispatcher."""
+    """Scaling needs this of the dispatcher."""
 
     def view(self) -> PoolView: ...
 
@@ -47,7 +47,7 @@ class ScaleOperations(Protocol):
 
 @dataclass(slots=True)
 class KnownFleet:
-    """What the launcher said last. Without a launcher it stays empty."""
+    """The launcher's last word. Without a launcher it stays empty."""
 
     workers: dict[str, Pool] = field(default_factory=dict)  # that should be there, by the pool they began in
     leaving: frozenset[str] = frozenset()
@@ -55,7 +55,7 @@ class KnownFleet:
 
 
 class Scaling:
-    """One router's. Everything on its event loop."""
+    """`Scaling` decides for one router, on its event loop."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class Scaling:
         return self._shown[0] if self._shown is not None else None
 
     def replicas(self) -> Replicas:
-        """For the metrics. Nothing is desired while nobody decides."""
+        """Return the counts for the metrics. Nothing is desired while nobody decides."""
         return Replicas(self.desired, self.current() if self.desired is not None else None)
 
     def current(self) -> Counts:
@@ -170,7 +170,7 @@ class Scaling:
         return Counts(pools.count("prefill"), pools.count("decode"))
 
     def describe(self) -> dict[str, object]:
-        """For the admin listener."""
+        """Return what the admin listener shows."""
         held = self._autoscaler.held
         now = self._clock.now()
         described: dict[str, object] = {
@@ -279,7 +279,7 @@ class Scaling:
         )
 
     def _members(self, view: PoolView) -> list[Member]:
-        """Those that are connected, and those that the launcher is starting."""
+        """Return the workers that are connected, and those that the launcher is starting."""
         now = self._clock.now()
         self._given = {name: given for name, given in self._given.items() if given[1] > now}
         known = {worker.worker_id: worker for worker in view.workers}
@@ -299,7 +299,7 @@ class Scaling:
         return Member(worker.worker_id, pool, state, load, worker.hello.can_change_role)
 
     def _measure_starts(self, view: PoolView, now: float) -> None:
-        """From the launcher's word of a new worker until it is ready here."""
+        """Measure how long new workers take, from the launcher's word until they are ready here."""
         for worker in view.workers:
             began_s = self._first_seen.get(worker.worker_id)
             if worker.is_ready and began_s is not None and began_s >= 0:

@@ -20,14 +20,14 @@ class Schedule:
         self._windows: Sequence[Window] = [Window.parse(text) for text in texts]
 
     def bounds(self, pool: Pool, usual: Bounds, weekday: int, day_s: float) -> Bounds:
-        """What holds at this time."""
+        """Return the bounds that hold at this time."""
         now = [window for window in self._windows if window.holds(weekday, day_s % DAY_S)]
         least = max([usual.at_least, *(n for window in now for name, n in window.at_least if name == pool)])
         most = min([usual.at_most, *(n for window in now for name, n in window.at_most if name == pool)])
         return replace(usual, at_least=least, at_most=max(least, most))
 
     def soon(self, pool: Pool, usual: Bounds, weekday: int, day_s: float, ahead_s: float) -> Bounds:
-        """What must hold by the time that a worker wished for now is there: a minimum is met when it begins."""
+        """Return the bounds by the time that a worker wished for now is there: a minimum is met when it begins."""
         now = self.bounds(pool, usual, weekday, day_s)
         days, later_s = divmod(day_s + ahead_s, DAY_S)
         then = self.bounds(pool, usual, (weekday + int(days)) % 7, later_s)

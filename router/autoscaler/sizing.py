@@ -1,4 +1,4 @@
-"""How many workers a load needs, from the distribution of its lengths and the fleet's step times.
+"""Sizing says how many workers a load needs, from the distribution of its lengths and the fleet's step times.
 
 Prefill is a queue of N servers. Its service times are those of the sampled prompts, so a few long ones among many
 short ones count as what they are: by their variance (Pollaczek and Khinchine, with Erlang's C for N servers, as Allen
@@ -86,7 +86,7 @@ class PrefillLoad:
 
 
 def _saved_s(mean_new: int, times: StepTimes, limits: WorkerLimits) -> float:
-    """What a prompt does not take because a busy worker fills its steps: the fixed part of a step, shared."""
+    """Return what a prompt saves because a busy worker fills its steps: the fixed part of a step, shared."""
     together = limits.max_num_batched_tokens / max(1, mean_new)
     fixed_s = 2.0 * times.prefill_s(mean_new, 0) - times.prefill_s(2 * mean_new, 0)
     return max(0.0, fixed_s) * (1.0 - 1.0 / together) if together > 1.0 else 0.0
@@ -117,7 +117,7 @@ class DecodeLoad:
         return cls(sum(outputs) / count, sum(held) / count, sum(squares) / count, times, limits, max(wanted, possible))
 
     def fits(self, rate: float, num_workers: int, target: float) -> bool:
-        """Whether a step keeps the objective, and the KV its cache, in all but 1 - `target` of the time."""
+        """Return whether a step keeps the objective, and the KV fits the cache, in all but 1 - `target` of the time."""
         step_s = self.times.decode_step_s(1, 0)
         for _ in range(_ROUNDS):
             rows, context = rate * self.mean_output * step_s, rate * self.mean_held * step_s

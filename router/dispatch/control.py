@@ -33,7 +33,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True, frozen=True)
 class Expected:
-    """What every worker must be. The KV cache's layout is the first worker's."""
+    """The properties that every worker must have. The KV cache's layout is the first worker's."""
 
     version: str
     model: str  # the served name
@@ -63,7 +63,7 @@ class WorkerSession:
 
 
 def mismatch(hello: WorkerHello, expected: Expected, peer: WorkerHello | None) -> str:
-    """Why this worker cannot join: what differs, both values. Empty: it can. `peer` is a worker that has joined."""
+    """Return why this worker cannot join: what differs, both values. Empty: it can. `peer` has joined before."""
     if hello.role not in ROLES:
         return f"role {hello.role!r} of worker {hello.worker_id} is not one of {', '.join(ROLES)}"
     checks: list[tuple[str, object, object, str]] = [
@@ -123,7 +123,7 @@ class ControlServer:
         return server_address(self._server, address.host)
 
     async def wait(self) -> None:
-        """Until `close`. Raises what the ticker raised: a router that does not tick must not go on."""
+        """Wait until `close`. Raises what the ticker raised: a router that does not tick must not go on."""
         assert self._ticker is not None
         await asyncio.wait([self._ticker])
         if not self._ticker.cancelled():
@@ -154,7 +154,7 @@ class ControlServer:
                 self._dispatcher.tick()
 
     async def _on_channel(self, channel: Channel) -> None:
-        """One worker's session, from its hello to its end."""
+        """Hold one worker's session, from its hello to its end."""
         hello = await self._receive_hello(channel)
         session = WorkerSession(channel, hello, next(self._numbers))
         self._replace(hello.worker_id)
@@ -171,7 +171,7 @@ class ControlServer:
             self._end(session, reason)
 
     async def _converse(self, session: WorkerSession, channel: Channel) -> None:
-        """Until the session ends. Where much has come at once, others have their turn in between."""
+        """Take messages until the session ends. Where much has come at once, others have their turn in between."""
         num_bytes = 0
         while True:
             frame = await channel.recv()
@@ -206,7 +206,7 @@ class ControlServer:
             old.abort()
 
     def _end(self, session: WorkerSession, reason: str) -> None:
-        """Idempotent."""
+        """End a session. Idempotent."""
         if self._sessions.get(session.worker_id) is session:
             del self._sessions[session.worker_id]
         self._dispatcher.worker_left(session, reason)

@@ -31,11 +31,11 @@ ARRIVAL_LIMIT_S = 30.0  # from the last news of a computed prompt to its KV's ar
 
 
 class DeadlineVerdict(Enum):
-    ASK = "ask"  # the decode worker, whether the KV has arrived
+    ASK = "ask"  # ask the decode worker whether the KV has arrived
 
 
 class Deadlines:
-    """Knows since when a role has had no worker."""
+    """`Deadlines` knows since when a role has had no worker, and judges requests."""
 
     def __init__(self, pools: Pools, *, must_prefill_remotely: bool) -> None:
         self._pools = pools
@@ -60,7 +60,7 @@ class Deadlines:
         return missing or _forgotten(attempt, tracked.event_s, now_s)
 
     def next_check_s(self, tracked: TrackedRequest, now_s: float) -> float:
-        """When `judge_deadline` may have something to say, if nothing happens before that."""
+        """Return when `judge_deadline` may have something to say, if nothing happens before that."""
         at_s = self._attempt_check_s(tracked, now_s)
         if tracked.deadline_s is not None:
             at_s = min(at_s, tracked.deadline_s)

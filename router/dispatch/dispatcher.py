@@ -72,7 +72,7 @@ __all__ = ["Dispatcher", "NullObserver", "Observer"]
 
 
 class Dispatcher:
-    """Not thread-safe: one asyncio loop. `tick` is called about ten times a second."""
+    """`Dispatcher` belongs to one asyncio loop. `tick` is called about ten times a second."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class Dispatcher:
         return stream
 
     def ready(self) -> list[str]:
-        """Why this router cannot serve as configured; empty: it can."""
+        """Return why this router cannot serve as configured; empty: it can."""
         reasons = []
         if not self._pools.has_ready("decode"):
             reasons.append("no decode worker is ready")
@@ -176,18 +176,18 @@ class Dispatcher:
     # --- for operators ----------------------------------------------------------------------------------------
 
     def requests(self, kind: Kind, request_class: str | None, limit: int) -> list[dict[str, object]]:
-        """Of those that have ended lately; `limit` of them at most."""
+        """Return the summaries of requests that have ended lately; `limit` of them at most."""
         now = self._clock.now()
         return [record.summary(now) for record in self._in_flight.history.list(kind, request_class, limit)]
 
     def request(self, request_id: str) -> dict[str, object] | None:
-        """All that is known of a request that lives or has ended lately."""
+        """Return all that is known of a request that lives or has ended lately."""
         alive = (tracked.request for tracked in self._in_flight if is_named(tracked.request.request_id, request_id))
         record = next(map(Record.from_request, alive), None) or self._in_flight.history.find(request_id)
         return None if record is None else record.details(self._clock.now())
 
     def breaches(self) -> list[str]:
-        """What must hold between any two events and does not: for simulations and tests."""
+        """Return what must hold between any two events and does not: for simulations and tests."""
         return breaches(self._in_flight, self._pools, self._isolation)
 
     async def drain(self, timeout_s: float) -> None:

@@ -1,9 +1,9 @@
-"""When each live request is to be looked at for what only time can tell: a heap of due times.
+"""Each tracked request has a due time, at which it is checked for what only time can tell: a heap of due times.
 
     add, enqueue ─> schedule(...) ─> due ─> judged, settled, sent away ─> schedule(its next limit) ─> due ...
 
-A tick costs what is due and not what lives. Who changes a request so that one of its limits comes sooner than it is
-looked at asks for an earlier look; what is left of the later one is dropped when it comes up.
+A tick costs what is due and not what lives. Whoever changes a request so that one of its limits comes sooner than its
+check schedules an earlier one; what is left of the later one is dropped when it comes up.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MOST_AT_ONCE = 1000  # where more are due, such as all that a lost worker had, t
 
 
 class DueTimes:
-    """One router's. Every live request has one that counts: `TrackedRequest.check_at_s`."""
+    """`DueTimes` has an entry that counts for each tracked request of a router: `TrackedRequest.check_at_s`."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, TrackedRequest]] = []
@@ -27,13 +27,13 @@ class DueTimes:
         return len(self._heap)
 
     def schedule(self, tracked: TrackedRequest, at_s: float) -> None:
-        """Look at it then, if not before."""
+        """Have the request checked then, if not before."""
         if at_s < tracked.check_at_s:
             tracked.check_at_s = at_s
             heappush(self._heap, (at_s, next(self._numbers), tracked))
 
     def due(self, now_s: float) -> list[TrackedRequest]:
-        """Those to look at now, the most overdue ones first. Each that goes on needs its next look."""
+        """Return the requests to check now, the most overdue ones first. Each that goes on needs its next time."""
         found: list[TrackedRequest] = []
         while self._heap and self._heap[0][0] <= now_s and len(found) < MOST_AT_ONCE:
             at_s, _, tracked = heappop(self._heap)

@@ -41,7 +41,7 @@ class RequestTally:
 
 
 class InFlightRequests:
-    """Owns the live requests and the queue."""
+    """`InFlightRequests` owns the requests that are not terminal, and the queue."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class InFlightRequests:
         return StreamError(text, "poison_request", 500)
 
     def _last_straw(self, tracked: TrackedRequest, blame: Blame) -> StreamError | None:
-        """Why there is no next attempt."""
+        """Return why there is no next attempt, or None."""
         failures = tracked.request.num_failures
         if failures < self.max_attempts:
             return None
@@ -157,7 +157,7 @@ class InFlightRequests:
         return StreamError(f"{failures} attempts failed; the last one: {blame.text}", blame.reason, status)
 
     def _put_off(self, tracked: TrackedRequest, blame: Blame, sessions: frozenset[int], now_s: float) -> None:
-        """What the retry costs, and when it may begin."""
+        """Charge the retry, and decide when it may begin."""
         tracked.charge = None
         if not blame.is_charged:
             return
@@ -218,7 +218,7 @@ class InFlightRequests:
             self._close(tracked, RequestStatus.ABORTED, "aborted")
 
     async def wait_idle(self) -> None:
-        """Until no request lives."""
+        """Wait until no request lives."""
         while self._tracked:
             self._idle.clear()
             await self._idle.wait()

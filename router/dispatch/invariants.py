@@ -1,4 +1,4 @@
-"""What holds in a router between any two events, as predicates for simulations and tests.
+"""Predicates for simulations and tests say what holds in a router between any two events.
 
 requests   admitted = running + finished + failed + aborted; a queued request is on no worker, any other on its own
 attempts   no more failures than allowed, no third strike that lives

@@ -33,7 +33,7 @@ class Claim:
 
     @property
     def is_finished(self) -> bool:
-        """Its attempt has ended, or the request needs it no more. A refused reservation is the same attempt."""
+        """True once its attempt has ended or nobody needs it. A refused reservation is the same attempt."""
         request = self.tracked.request
         if request.is_finished or not self.tracked.must_run_alone:
             return True
@@ -57,7 +57,7 @@ class Isolation:
                 self._release(claim, now_s)
 
     def place(self, tracked: TrackedRequest, now_s: float, *, has_others: bool) -> Placement | None:
-        """Where to run it, as soon as its workers are empty."""
+        """Return where to run it, as soon as its workers are empty."""
         demand = tracked.search.demand(self._pools, frozenset(), now_s)
         claim = next((claim for claim in self.claims if claim.tracked is tracked), None)
         claim = claim or self._claim(tracked, demand, now_s, has_others)

@@ -49,7 +49,7 @@ class Losses:
                 attempt.ask_if_arrived(now_s)
 
     def on_returned(self, life: WorkerLife) -> None:
-        """The same process is back: it was away, not dead, and no request had ended it."""
+        """Take back the strikes of a process that is back: it was away, not dead, and no request had ended it."""
         for tracked in self._in_flight:
             tracked.strikes.discard(life)
             attempt = tracked.attempt
@@ -64,7 +64,7 @@ def _blame(attempt: Attempt, worker: RouterWorker, what: str, now_s: float) -> B
 
 
 def was_computing(attempt: Attempt, worker: RouterWorker, now_s: float) -> bool:
-    """Did the step that `worker` ran at its end have a row of this request?"""
+    """Return whether the step that `worker` ran at its end had a row of this request."""
     end_s = now_s
     if worker.silent_s(now_s) > HEARTBEAT_LIMIT_S:
         end_s -= worker.silent_s(now_s)  # it stood still from there on
@@ -83,7 +83,7 @@ def was_computing(attempt: Attempt, worker: RouterWorker, now_s: float) -> bool:
 
 
 def _has_joined(attempt: Attempt, worker: RouterWorker) -> bool:
-    """The KV has arrived and no token came: does the request wait for the batch, or is its first step under way?
+    """Return whether a request whose KV has arrived, and of which no token came, has joined the batch.
 
     It joins when the step that runs at its arrival is over, and not before the worker's word of the arrival has left
     it. A resumed one then feeds what was accepted before, which yields no tokens; of any other the first message may

@@ -1,4 +1,4 @@
-"""Who waits, and who goes where next: the central queue against the policy.
+"""The placer matches the central queue with the policy: who goes where next, and who waits.
 
 A round of placing walks the queue in order. A request that finds no room keeps the decode worker that it waits for,
 so nothing smaller starves it; a few may be passed over, and then the round ends.
@@ -109,7 +109,7 @@ class Placer:
                     return
 
     def _place_alone(self, now_s: float) -> None:
-        """Those that may kill workers wait for one of their own. Nobody behind them in the queue waits for that."""
+        """Place requests that may kill workers, each on workers of its own. Nobody behind them waits for that."""
         self._isolation.sweep(now_s)
         for tracked in self._in_flight.queue.alone(now_s):
             has_others = any(not other.must_run_alone for other in self._in_flight)
@@ -120,13 +120,13 @@ class Placer:
                 self._note_hopeless(tracked, now_s)
 
     def _note_hopeless(self, tracked: TrackedRequest, now_s: float) -> None:
-        """No worker is kept for it, and none can be where every pair has failed or nothing can hold it."""
+        """Note why no worker is kept for it, where every pair has failed or nothing can hold it."""
         answer = self._policy.place(self._pools.picture(now_s), tracked.search.demand(self._pools, frozenset(), now_s))
         if isinstance(answer, Wait) and answer.lack in (Lack.PAIR, Lack.FIT):
             self._note_lack(tracked, answer, now_s)
 
     def is_too_late(self, tracked: TrackedRequest, now_s: float) -> bool:
-        """Whether its first token could not come in time any more: then it is sent away."""
+        """Send the request away if its first token cannot come in time any more, and return whether that was so."""
         error = self._admission.too_late(tracked, now_s)
         if error is not None:
             self._in_flight.fail(tracked, error)

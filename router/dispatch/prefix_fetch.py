@@ -1,4 +1,4 @@
-"""What a placement's `fetch_from` becomes on its way to the worker that computes the prompt.
+"""A placement's `fetch_from` becomes an order to the worker that computes the prompt.
 
 A prefix is read only between workers whose ranks hold the same heads: equal tensor-parallel sizes. Everything else that
 must fit does, as all workers of a router have one KV layout; whoever lends says no where it does not.
@@ -16,7 +16,7 @@ MAX_FETCH_S = 2.0  # for a worker that was slower than expected: the rest of the
 
 
 def may_fetch(source: RouterWorker, reader: RouterWorker) -> bool:
-    """Can the one read from the other?"""
+    """Return whether the reader can read from the source."""
     return (
         source is not reader
         and bool(source.hello.kv_address)
@@ -26,7 +26,7 @@ def may_fetch(source: RouterWorker, reader: RouterWorker) -> bool:
 
 
 def fetch_from(pools: Pools, request: RouterRequest, source_id: str | None, reader: RouterWorker) -> FetchFrom | None:
-    """For the task; None: nothing is to be read, or the source has gone or lost it meanwhile."""
+    """Return the task's fetch; None: nothing is to be read, or the source has gone or lost it meanwhile."""
     source = pools.named(source_id) if source_id is not None else None
     if source is None or not may_fetch(source, reader):
         return None
@@ -43,7 +43,7 @@ def fetch_from(pools: Pools, request: RouterRequest, source_id: str | None, read
 
 
 def hash_prompt(pools: Pools, request: RouterRequest) -> None:
-    """Once for each request, as its workers will: how the index knows its blocks. None while there is no worker."""
+    """Hash a request's prompt once a worker is there, as its workers will, so that the index knows its blocks."""
     if pools.spec is not None and not request.block_hashes and request.sampling.prompt_logprobs is None:
         salt = prefix_salt(pools.spec, request.cache_salt)
         request.block_hashes = hash_blocks(request.prompt_token_ids, pools.spec.block_size, salt)

@@ -1,9 +1,9 @@
-"""Which of a request's two workers keeps its prompt's KV for the requests to come, so that memory holds it once.
+"""One of a request's two workers retains its prompt's KV for the requests to come, so that memory holds it once.
 
-    placed ─> held by one of the two for an earlier turn: that one keeps it
-              else: the one that has kept less of late, for the room that it has
+    placed ─> held by one of the two for an earlier turn: that one retains it
+              else: the one that has retained less of late, for the room that it has
 
-After a handoff both have the whole prompt. The one that does not keep it evicts its copy before all else, and takes
+After a handoff both have the whole prompt. The one that does not retain it evicts its copy before all else, and takes
 it to no lower tier; until then the copy is a hit as any other. Nothing depends on it but the time that prompts take.
 """
 
@@ -21,7 +21,7 @@ _MAX_LOOKUPS = 256  # blocks of a prompt's known beginning, from its end
 
 
 class PrefixHomes:
-    """Of one router: who keeps what ends with a block. What it forgets, it decides anew."""
+    """`PrefixHomes` knows the session that retains each prompt, by its last block. What it forgets, it decides anew."""
 
     def __init__(self, pools: Pools, max_prompts: int = _MAX_PROMPTS) -> None:
         self._pools = pools
@@ -30,7 +30,7 @@ class PrefixHomes:
         self._kept: dict[int, float] = {}  # by session: room that was filled of late, as a share of all
 
     def decode_retains(self, request: RouterRequest, prefill: RouterWorker, decode: RouterWorker) -> bool | None:
-        """None: there is nothing to keep."""
+        """Return whether the decode worker retains the prompt. None: there is nothing to retain."""
         hashes = request.block_hashes
         if not hashes:
             return None
@@ -44,13 +44,13 @@ class PrefixHomes:
         return home == theirs
 
     def note_local(self, request: RouterRequest, decode: RouterWorker) -> None:
-        """The decode worker computes the prompt: there is no other copy."""
+        """Note that the decode worker computes the prompt: there is no other copy."""
         hashes = request.block_hashes
         if hashes:
             self._count(decode, hashes, self._pools.prefix_index.match(hashes).get(decode.link.number, 0))
 
     def _known(self, hashes: Sequence[bytes], sessions: tuple[int, int]) -> int | None:
-        """Who keeps the longest of the prompts that this one goes on from."""
+        """Return the session that retains the longest of the prompts that this one goes on from."""
         for block_hash in reversed(hashes):
             session = self._session_of.get(block_hash)
             if session is not None:
@@ -69,6 +69,6 @@ class PrefixHomes:
 
 
 def _room(worker: RouterWorker) -> int:
-    """Blocks that hold, or may hold, what nobody uses now; in host memory those that do."""
+    """Return the blocks that hold, or may hold, what nobody uses now; in host memory those that do."""
     status = worker.status
     return max(1, status.num_free_blocks + status.host_blocks if status is not None else worker.hello.num_blocks)

@@ -21,7 +21,7 @@ from .due_times import DueTimes
 
 @dataclass(slots=True)
 class Accepted:
-    """What a message has brought."""
+    """The news of one message."""
 
     num_new: int = 0  # tokens
     is_first: bool = False  # the request's first ones

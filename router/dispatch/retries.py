@@ -1,4 +1,4 @@
-"""How much may be tried again: a token bucket for the whole router, and the pause before a repeated failure.
+"""Retries have a budget: a token bucket for the whole router, and a pause before a repeated failure.
 
     each admitted request   + 0.1      a storm of errors adds a tenth to the load, not a multiple of it
     each second             + 1        so that a quiet router can retry at all
@@ -45,7 +45,7 @@ class RetryBudget:
         self._add(1.0)
 
     def pause_s(self, num_same: int) -> float:
-        """Before a retry: none at first, then doubling with each failure of the same kind in a row."""
+        """Return the pause before a retry: none at first, then doubling with each failure of the same kind in a row."""
         if num_same < 2:
             return 0.0
         pause_s = min(_MAX_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** (num_same - 2))

@@ -1,4 +1,4 @@
-"""What workers say about requests: each message to the request and the attempt that it is about, or dropped.
+"""Messages of workers go to the request and the attempt that each is about, or are dropped.
 
     Grant ─> PrefillTask      NoCapacity ─> queue, or local prefill      TaskRefused ─> another prefill worker, or retry
     FirstToken, StepTokens ─> relay      HandoffDone ─> decoding      HandoffFailed ─> retry
@@ -39,7 +39,7 @@ from .relay import Relay
 
 
 class WorkerMessages:
-    """One router's. Carries out what a message means; `InFlightRequests` ends attempts, the placer chooses workers."""
+    """`WorkerMessages` carries out what a message means; `InFlightRequests` ends attempts, `Placer` finds workers."""
 
     def __init__(
         self,
@@ -171,14 +171,14 @@ class WorkerMessages:
             self._in_flight.retry(tracked, Blame("refused", text, is_counted=False))
 
     def _note_role(self, tracked: TrackedRequest, worker: RouterWorker, role: str, now: float) -> None:
-        """It changed its role a moment ago, and its next heartbeat will say so."""
+        """Note that the worker changed its role a moment ago: its next heartbeat will say so."""
         if worker.hello.can_change_role and worker.role != role:
             worker.set_role(role, now)
         else:  # what was asked of it is wrong in whatever role
             tracked.search.unfit.add(worker.link.number)
 
     def note_drain(self, worker: RouterWorker) -> None:
-        """It says so in a heartbeat or, before the next one, in answer to a request."""
+        """Note that the worker drains: it says so in a heartbeat or, before the next one, in answer to a request."""
         if worker.begin_drain():
             self._observer.on_drain()
 

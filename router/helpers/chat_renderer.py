@@ -28,7 +28,7 @@ _SLACK_S = 0.5  # from the end that a rendering sees itself to its process's
 
 @dataclass(slots=True, frozen=True)
 class Chat:
-    """What is to be rendered."""
+    """A chat that is to be rendered."""
 
     messages: Sequence[Mapping[str, object]]
     template_kwargs: Mapping[str, object]
@@ -37,7 +37,7 @@ class Chat:
 
 
 class Renderer(Protocol):
-    """What makes prompts of chats."""
+    """A renderer makes prompts of chats."""
 
     async def render(self, chat: Chat) -> str:
         """Raises RequestError for what the template does not take, or takes too long over."""
@@ -59,7 +59,7 @@ class _RenderOverrun(Exception):
 
 
 class ChatRenderer:
-    """Of one model. Belongs to one loop."""
+    """`ChatRenderer` renders the chats of one model. Belongs to one loop."""
 
     def __init__(self, template: ChatTemplate, special_tokens: Mapping[str, str]) -> None:
         setup = TemplateSetup(template.source, template.origin, dict(special_tokens))

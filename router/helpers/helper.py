@@ -227,7 +227,7 @@ class _Process:
 
 
 def _kill(process: subprocess.Popen[bytes], sock: socket.socket) -> None:
-    """Of a helper that nobody closed."""
+    """Kill the process of a helper that nobody closed."""
     process.kill()
     sock.close()
     process.wait()

@@ -20,7 +20,7 @@ class JsonParser:
         self.helper = Helper()
 
     async def parse(self, data: bytes, max_commas: int = MAX_COMMAS) -> dict[str, object]:
-        """As `parse_json`. Raises CapacityError where the process failed."""
+        """Parse as `parse_json` does. Raises CapacityError where the process failed."""
         if len(data) <= INLINE_BYTES:
             return parse_json(data, max_commas)
         try:

@@ -42,7 +42,7 @@ class _ProgramOverrun(Exception):
 
 
 class _Program:
-    """What is asked, done."""
+    """The program does what it is asked."""
 
     def __init__(self) -> None:
         self._template: ChatTemplate | None = None
@@ -99,7 +99,7 @@ class _Program:
 
 
 def _serve(requests: IO[bytes], replies: socket.socket) -> None:
-    """Until the router is gone."""
+    """Serve until the router has ended."""
     program = _Program()
     replies.sendall(FRAME.pack(READY, 0))
     while len(head := requests.read(FRAME.size)) == FRAME.size:

@@ -1,4 +1,4 @@
-"""What the router and its helper processes say to each other: frames, and what is in them as MessagePack.
+"""The router and its helper processes talk in frames, with MessagePack in them.
 
 "j" the bound of commas, a body              ─> "v" the value
 "t" a `TemplateSetup`, once, at the start       no answer
@@ -32,7 +32,7 @@ class HelperRefusal(msgspec.Struct):
 
 
 class TemplateSetup(msgspec.Struct):
-    """What all chats of a model have in common."""
+    """The setup that all chats of a model have in common."""
 
     source: str
     origin: str

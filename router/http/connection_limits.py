@@ -1,4 +1,4 @@
-"""How many connections there may be, in all and from one address, and which one goes for a newcomer.
+"""Connections are limited, in all and from one address, and an idle one goes for a newcomer.
 
     open ─> waits for a request ─> works on one ─> waits ... ─> close
                └─ may be closed for a newcomer      └─ may not: then the newcomer is refused
@@ -20,7 +20,7 @@ _IPV6_SITE_BITS = 64  # one customer's network: its addresses cost nothing
 
 
 class LimitedConnection(Protocol):
-    """What the books need of one."""
+    """The books need this of a connection."""
 
     def evict(self) -> None:
         """End at once, for another one."""
@@ -82,7 +82,7 @@ class Connections:
         return ""
 
     def wait(self, connection: LimitedConnection) -> None:
-        """It has no request. Since now: again moves it to the end."""
+        """Note that it has no request from now on: a second time moves it to the end."""
         site = self._site_of.get(connection)
         if site is not None:
             for waiting in (self._waiting, self._waiting_from.setdefault(site, OrderedDict())):
@@ -90,7 +90,7 @@ class Connections:
                 waiting.move_to_end(connection)
 
     def work(self, connection: LimitedConnection) -> None:
-        """A request's head has come."""
+        """Note that a request's head has come."""
         site = self._site_of.get(connection)
         if site is not None:
             self._waiting.pop(connection, None)
@@ -98,7 +98,7 @@ class Connections:
                 self._waiting_from[site].pop(connection, None)
 
     def close(self, connection: LimitedConnection) -> None:
-        """It has ended. Idempotent."""
+        """Note that it has ended. Idempotent."""
         self.work(connection)
         site = self._site_of.pop(connection, None)
         if site is None:
@@ -119,7 +119,7 @@ class Connections:
 
 
 def _site(host: str) -> str:
-    """Whose address it is: the address, of IPv6 its network."""
+    """Return whose address it is: the address, of IPv6 its network."""
     if ":" not in host:
         return host
     try:

@@ -64,7 +64,7 @@ class HttpServer:
         return [each for each in self._server.server_state.connections if isinstance(each, DeadlineProtocol)]
 
     async def left(self) -> None:
-        """Until no connection is left."""
+        """Wait until no connection is left."""
         while self._server.server_state.connections:  # noqa: ASYNC110  # uvicorn's set tells nobody
             await asyncio.sleep(_LEFT_POLL_S)
 

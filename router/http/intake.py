@@ -46,7 +46,7 @@ class Reader(Protocol):
 
 
 class Intake:
-    """Of one server. Belongs to its loop."""
+    """`Intake` parses what the connections of one server received. Belongs to its loop."""
 
     def __init__(self, clock: Clock | None = None) -> None:
         self._now = (clock or SystemClock()).now
@@ -55,7 +55,7 @@ class Intake:
         self._is_counting = False
 
     def offer(self, reader: Reader) -> None:
-        """It has received something: parsed at once if the turn has time left."""
+        """Take a reader that has received something: it is parsed at once if the turn has time left."""
         if reader not in self._waiting:
             self._waiting.append(reader)
         self._parse()
@@ -112,7 +112,7 @@ class HeldFlow(FlowControl):
 
 
 class Sink:
-    """What nobody wants any more is read a little at a time: of all connections together half a gigabyte a second."""
+    """A sink reads what nobody wants a little at a time: half a gigabyte a second of all connections together."""
 
     def __init__(self) -> None:
         self._waiting: deque[HeldFlow] = deque()
@@ -138,7 +138,7 @@ class Sink:
 
 @dataclass(slots=True)
 class MessageBytes:
-    """Of the message that a connection is reading: its head, its content, and what stands between and behind."""
+    """The bytes of the message that a connection is reading: head, content, and what stands between and behind."""
 
     is_in_head: bool = False
     _num_head: int = 0

@@ -1,4 +1,4 @@
-"""How HTTP connections end when a router stops: none that is in use is cut, none that is idle is waited for.
+"""HTTP connections end when a router stops: none that is in use is cut, none that is idle is waited for.
 
     an answer is under way, its head not sent   ->  its head says `connection: close`
     its head was sent before                    ->  it ends as it began; then the connection is idle

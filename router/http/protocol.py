@@ -140,7 +140,7 @@ class DeadlineProtocol(HttpToolsProtocol):
 
     @property
     def _is_wanted(self) -> bool:
-        """What was received is to be parsed."""
+        """True while what was received is to be parsed."""
         return self._num_discarded is None and self.parser is not None
 
     def hold(self) -> None:
@@ -234,7 +234,7 @@ class DeadlineProtocol(HttpToolsProtocol):
             self._stop_reading(self._fault or RequestError("this is not HTTP/1.1", code="invalid_http"))
 
     def _stop_reading(self, error: RequestError) -> None:
-        """Of a request that is not whole: what waits for the rest of it is told that the client is gone."""
+        """Refuse a request that is not whole: what waits for the rest of it is told that the client is gone."""
         self._refuse(error)
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True

@@ -20,7 +20,7 @@ _HELD_BYTES = 64 * 2**10  # more is written at once, so that the transport can s
 
 
 class WriteCoalescer:
-    """Of one server. Knows which of its connections have something to write."""
+    """`WriteCoalescer` knows which connections of a server have something to write."""
 
     def __init__(self) -> None:
         self._writers: list[StreamWriter] = []
@@ -54,7 +54,10 @@ class WriteCoalescer:
 
 
 class StreamWriter:
-    """One connection's. `flush` comes before anything is written by another way, and before the end."""
+    """`StreamWriter` keeps what a connection writes in a turn.
+
+    `flush` comes before anything is written by another way, and before the end.
+    """
 
     __slots__ = ("_parts", "_size", "_transport", "coalescer")
 
@@ -83,7 +86,7 @@ class StreamWriter:
 
 
 class Flow(Protocol):
-    """Of a connection: whether its reader is behind."""
+    """A connection's flow: whether its reader is behind."""
 
     write_paused: bool
 
@@ -93,8 +96,10 @@ class Flow(Protocol):
 
 
 class ChunkEncoder:
-    """One answer's own way out, past all that stands between: the parts of a body whose length was not announced; and
-    the news that its client has left."""
+    """`ChunkEncoder` is an answer's own way out, past all that stands between.
+
+    It writes the parts of a body whose length was not announced, and hears that the client has left.
+    """
 
     __slots__ = ("_flow", "_is_lost", "_on_lost", "_writer", "before_end")
 
@@ -107,14 +112,14 @@ class ChunkEncoder:
 
     @property
     def is_full(self) -> bool:
-        """What is written now would pile up."""
+        """True while what is written would pile up."""
         return self._flow.write_paused
 
     def write(self, part: bytes) -> None:
         self._writer.write(b"%x\r\n%b\r\n" % (len(part), part))
 
     async def send(self, part: bytes) -> None:
-        """The same, when there is room."""
+        """Write the part when there is room."""
         if self._flow.write_paused:
             await self._flow.drain()
         self.write(part)

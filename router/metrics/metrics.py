@@ -90,7 +90,7 @@ class FinishedRequest(Protocol):
 
 
 class CountedOutcome(Protocol):
-    """What became of a request beside what it was to get. Ratios are of what came to what was predicted."""
+    """The outcome of a request, held against its objectives. Ratios are of what came to what was predicted."""
 
     @property
     def request_class(self) -> str: ...

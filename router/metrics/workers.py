@@ -1,4 +1,4 @@
-"""What heartbeats say about workers, as metrics with the labels worker and pool.
+"""Heartbeats become metrics with the labels worker and pool.
 
 Every number of a `WorkerStatus` is exported: those named here under a name of their own, any other as
 `kvferry_worker_<field>`, so that a counter which a worker begins to report is on the boards at once.

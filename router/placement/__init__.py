@@ -1,4 +1,4 @@
-"""Who serves a request, in one file for each way to decide it. The interface is `router.policy.RoutingPolicy`."""
+"""Policies decide who serves a request, in one file each. The interface is `policy.RoutingPolicy`."""
 
 from __future__ import annotations
 

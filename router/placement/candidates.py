@@ -1,4 +1,4 @@
-"""Why a request goes where it goes: every way that the policy saw, with what it expects of each, and the others' lack.
+"""Candidates explain a placement: every way that the policy saw, what it expects of each, and the others' lack.
 
 A policy that predicts lists its own candidates (`Explaining`). Of any other the pairs are listed that it chose from.
 Workers that could not take the request are listed with the reason. This is for people: called for one request in
@@ -88,7 +88,7 @@ def _candidate(way: CandidateWay) -> Candidate:
 
 
 def _pairs(decodes: list[WorkerView], prefills: list[WorkerView], demand: Demand) -> Iterator[Candidate]:
-    """What there is to choose from, for a policy that has no more to say."""
+    """Yield what there is to choose from, for a policy that has no more to say."""
     able = [worker for worker in prefills if not _prefill_lack(worker, demand)]
     for decode in decodes:
         if _decode_lack(decode, demand):
@@ -105,7 +105,7 @@ def _pairs(decodes: list[WorkerView], prefills: list[WorkerView], demand: Demand
 def _rejected(
     decodes: Iterable[WorkerView], prefills: Iterable[WorkerView], demand: Demand, seen: set[str | None]
 ) -> Iterator[Candidate]:
-    """Those in none of the ways."""
+    """Yield the workers that are in none of the ways."""
     for worker in decodes:
         if worker.worker_id not in seen:
             yield Candidate(None, worker.worker_id, rejected=_decode_lack(worker, demand) or _NO_WAY)

@@ -44,7 +44,7 @@ class LeastLoaded:
         expect_prefill: bool = True,
         ttft_objective_s: float | None = None,
     ) -> None:
-        """With an objective, little of its time is spent waiting on a worker, where nothing can be refused any more."""
+        """Make a policy; of an objective little is spent on a worker, where nothing can be refused any more."""
         self._max_bind_wait_s = min(MAX_BIND_WAIT_S, (ttft_objective_s or math.inf) * BOUND_SHARE_OF_OBJECTIVE)
         self._local_prefill = local_prefill or not expect_prefill
         self._max_local_prefill_tokens = max_local_prefill_tokens
@@ -58,7 +58,7 @@ class LeastLoaded:
         return (worker.num_running, worker.ahead_tokens, -worker.num_free_blocks, worker.worker_id)
 
     def on_placed(self, placement: Placement) -> None:
-        """For policies that remember."""
+        """Note a placement, for policies that remember."""
 
     def place(self, view: PoolView, demand: Demand) -> Placement | Wait:
         placement = self._choose(view, demand)

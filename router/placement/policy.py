@@ -1,4 +1,4 @@
-"""Where a request runs: a function of a `PoolView` and of what the request needs. The policies are in `policies/`.
+"""A policy says where a request runs: a function of a `PoolView` and of what the request needs.
 
 No I/O and no clock: the dispatcher asks again at every event and does what the answer says. What every policy has to
 respect is here: who can hold a request at all, who has room for it now, and how little is bound ahead.
@@ -79,7 +79,7 @@ def is_behind(worker: WorkerView, demand: Demand, budget: int | None = None) -> 
 
 
 def has_pair(prefills: list[WorkerView], decodes: list[WorkerView], demand: Demand) -> bool:
-    """Of these, some may hand the request over."""
+    """Return whether some prefill worker may hand the request over to some decode worker."""
     return any(may_hand_over(prefill, decode, demand) for prefill in prefills for decode in decodes)
 
 

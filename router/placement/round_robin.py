@@ -10,7 +10,7 @@ from .least_loaded import Key, LeastLoaded
 
 
 class RoundRobin(LeastLoaded):
-    """Who was taken longest ago."""
+    """The policy that takes the workers that were taken longest ago."""
 
     name = "round_robin"
 

@@ -34,18 +34,19 @@ from .policy import (
     wait_for_room,
 )
 
-_NEAR = 6  # workers of each pool that are looked at, beside those that hold some of the prompt
-_MAX_HOLDERS = 3
-_BEST_PREFILLS = 4  # of these, for every decode worker
-_TPOT_MARGIN = 0.92  # of the objective, up to which a step is filled
-_EVEN = 0.03  # an idle decode worker that is so much worse is as good: nobody is disturbed, nothing shipped
-_HARM = 0.2  # of a second to the first token, for a second by which a stream is delayed
-_WORK = 1.0  # for a second of compute: what is cached need not be computed
-_STEPS_AHEAD = 2  # of prompts, at most, bound to a decode worker that has streams
-_PATIENCE = 3.0  # TTFT objectives that a request waits for decode workers with room for its pace
-_DEFAULT_PATIENCE_S = 10.0
-_FETCH_GAIN = 1.5  # a fetch must be so many times faster than computing
-_MIN_FETCH_TOKENS = 256
+# None of these numbers is derived. Who changes one measures it with benchmarks.goodput and benchmarks.placement_live.
+_NEAR = 6  # workers of each pool looked at, beside holders; more find better pairs, and each placement takes longer
+_MAX_HOLDERS = 3  # workers looked at because they hold most of the prompt; with fewer, busy ones hide a cache
+_BEST_PREFILLS = 4  # prefill workers tried with every decode worker; with fewer, one that is near may be missed
+_TPOT_MARGIN = 0.92  # share of the objective up to which a step is filled; above it noise breaks the pace of streams
+_EVEN = 0.03  # share by which an idle decode worker may be worse, as nobody is disturbed; larger: fewer handoffs
+_HARM = 0.2  # seconds of first token that a second of delayed streams is worth; larger: fewer prompts beside streams
+_WORK = 1.0  # seconds of first token that a second of compute is worth; larger: prompts rather go where they are cached
+_STEPS_AHEAD = 2  # steps of prompts bound to a decode worker with streams; what is bound is not decided anew
+_PATIENCE = 3.0  # TTFT objectives that a request waits for room in the streams' pace; after that it breaks the pace
+_DEFAULT_PATIENCE_S = 10.0  # seconds that a request without an objective waits for room in the streams' pace
+_FETCH_GAIN = 1.5  # times that a fetch must be faster than computing; nearer to 1 a late fetch loses time
+_MIN_FETCH_TOKENS = 256  # fewer are computed: their fetch costs messages and saves little
 _NOBODY: Rank = (0.0, 0, 0, 0)
 
 
@@ -163,7 +164,7 @@ class SloPolicy:
     def _lack(
         self, prefills: list[WorkerView], decodes: list[WorkerView], demand: Demand, view: PoolView
     ) -> Wait | None:
-        """Why nothing can serve the request at all, where decode workers may not compute prompts."""
+        """Return why nothing can serve the request at all, where decode workers may not compute prompts."""
         if self._may_prefill_locally:
             return None
         if not prefills:
@@ -173,7 +174,7 @@ class SloPolicy:
         return None
 
     def _usable(self, prefills: list[WorkerView], decodes: list[WorkerView], demand: Demand) -> list[WorkerView]:
-        """Those that may hand the request over to somebody; none for a prompt as short as configured."""
+        """Return the prefill workers that may hand the request over; none for a prompt as short as configured."""
         if self._may_prefill_locally and demand.num_prompt_tokens <= self._max_local_prefill_tokens:
             return []
         if not demand.failed_pairs and not demand.ungranted:
@@ -271,7 +272,7 @@ class SloPolicy:
     def _prefill_s(
         self, worker: WorkerView, demand: Demand, sources: list[WorkerView] | None = None
     ) -> tuple[float, _PrefixFetch | None]:
-        """To compute what the worker does not hold, or to fetch some of that and compute the rest."""
+        """Return the time to compute what the worker does not hold, or to fetch some of that and compute the rest."""
         cached = _cached(worker, demand)
         seconds = self._predictor.prefill_s(worker.session, max(1, demand.num_prompt_tokens - cached), cached)
         best: _PrefixFetch | None = None
@@ -293,7 +294,7 @@ class SloPolicy:
         return _PrefixFetch(source, more, seconds) if seconds else None
 
     def _tpot_s(self, decode: WorkerView, demand: Demand) -> float:
-        """Of a step in the middle of the answer, with all that runs there now."""
+        """Return the time of a step in the middle of the answer, with all that runs there now."""
         context = demand.num_choices * (demand.num_tokens + demand.expected_output // 2)
         rows = decode.num_running + demand.num_choices
         return self._predictor.decode_step_s(decode.session, rows, decode.context + context)
@@ -309,7 +310,7 @@ class SloPolicy:
         return self._comes_late(one, demand) or self._breaks_pace(one, demand)
 
     def _comes_late(self, one: SloCandidate, demand: Demand) -> bool:
-        """Its first token would, and need not."""
+        """Return whether its first token would come late, and need not."""
         limit_s = demand.ttft_limit_s
         return limit_s is not None and not demand.may_miss and demand.waited_s + one.ttft_s > limit_s
 

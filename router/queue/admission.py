@@ -1,4 +1,4 @@
-"""Who may wait: requests that cannot be answered in time are refused at once, with the time after which to try again.
+"""Requests that cannot be answered in time are refused at once, with the time after which to try again.
 
     submit ─> room in the queue? ─> expected first token within its limit? ─> queue ─> too late by now? ─> placed
                  │ 429, or the youngest              │ 429                                │ 503
@@ -65,7 +65,7 @@ class Admission:
         raise CapacityError(text, retry_after_s=self._retry_after_s(excess_s, now_s))
 
     def on_admitted(self, tracked: TrackedRequest, now_s: float) -> None:
-        """Before it is queued."""
+        """Note a request that is about to be queued."""
         request = tracked.request
         tokens, prompts = self._queue.ahead_of(request, now_s)
         expected_s = self.forecast.first_token_s(request.num_prompt_tokens, tokens, prompts, request.unloaded_s)
@@ -89,7 +89,7 @@ class Admission:
         self.forecast.observe(now_s, somebody_waits=self._queue.num_waiting > 0)
 
     def too_late(self, tracked: TrackedRequest, now_s: float) -> StreamError | None:
-        """Why a queued request need not be placed any more: not even the fastest worker would make it."""
+        """Return why a queued request need not be placed any more: not even the fastest worker would make it."""
         late_s, limit_s = self.late_s(tracked), self._limit_s(tracked.request)
         if late_s is None or limit_s is None or now_s < late_s:
             return None
@@ -101,7 +101,7 @@ class Admission:
         return StreamError(text, "deadline_exceeded", 503, retry_after_s=self._retry_after_s(0.0, now_s))
 
     def late_s(self, tracked: TrackedRequest) -> float | None:
-        """From when on a queued request is too late, as it looks now. None: never."""
+        """Return from when on a queued request is too late, by what is known now. None: never."""
         limit_s, request = self._limit_s(tracked.request), tracked.request
         if limit_s is None or request.num_failures or request.is_resume:
             return None
@@ -109,7 +109,7 @@ class Admission:
         return request.timestamps["queued"] + max(limit_s - fastest_s, _LEAST_WAIT_SHARE * limit_s)
 
     def displaced(self, now_s: float) -> StreamError:
-        """What a queued request is told that made room for a more urgent one."""
+        """Return the error of a queued request that made room for a more urgent one."""
         self._observer.on_rejected("displaced")
         text = "the queue is full, and a more urgent request came"
         return StreamError(text, "rate_limit_exceeded", 429, retry_after_s=self._retry_after_s(0.0, now_s))

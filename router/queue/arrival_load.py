@@ -1,4 +1,4 @@
-"""How much work is offered, by the length of prompts: under lasting overload the longest ones make way.
+"""Arriving work is measured by the length of prompts: under lasting overload the longest ones make way.
 
     arrivals ─> seconds of work per second, by quarters of octaves of a prompt's own time ─> what fits, shortest first
 
@@ -24,7 +24,7 @@ _EDGES = tuple(_LEAST_S * 2 ** (number / _PER_OCTAVE) for number in range(_NUM_L
 
 
 class ArrivalLoad:
-    """Of one router. Time is the caller's."""
+    """`ArrivalLoad` is what arrives at one router. Time is the caller's."""
 
     def __init__(self) -> None:
         self._levels: dict[int, list[float]] = {}  # priority: weighted seconds of work, by length

@@ -105,14 +105,14 @@ class FairOrder(Generic[Item]):
         self._list(tenant)
 
     def remove(self, ticket: Ticket[Item]) -> None:
-        """It leaves unserved."""
+        """Take out a ticket that leaves unserved."""
         tenant = self._tenants[ticket.tenant]
         self._unlist(tenant)
         self._drop(tenant, ticket)
         self._let_in()
 
     def take(self, ticket: Ticket[Item]) -> None:
-        """It is served: its tenant is charged."""
+        """Take out a ticket that is served: its tenant is charged."""
         tenant = self._tenants[ticket.tenant]
         self._unlist(tenant)
         tenant.start += ticket.cost
@@ -150,7 +150,7 @@ class FairOrder(Generic[Item]):
         (self._eligible if tenant.is_eligible else self._ahead).remove((*tenant.key, tenant))
 
     def _let_in(self) -> None:
-        """Those whose turn it is by now. If it is nobody's, virtual time goes on to who is least ahead."""
+        """Let in those whose turn it is by now. If it is nobody's, virtual time goes on to who is least ahead."""
         if not len(self._eligible) and len(self._ahead):
             self._virtual = max(self._virtual, self._ahead.first[0])
         while len(self._ahead) and self._ahead.first[0] <= self._virtual:
@@ -165,7 +165,7 @@ class FairOrder(Generic[Item]):
     # --- reading --------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Ticket[Item]]:
-        """In the order in which they are served if nobody comes. Costs what is read; ends with any change."""
+        """Yield tickets in the order of service if nobody comes. Costs what is read; ends with any change."""
         virtual, num_waiting = self._virtual, len(self._tenants)
         listed = iter(self._eligible)
         resting = iter(self._ahead)
@@ -200,7 +200,7 @@ class FairOrder(Generic[Item]):
                 heappush(ahead, (turn.start, turn.ticket.number, turn))
 
     def all(self) -> Iterator[Ticket[Item]]:
-        """In no order."""
+        """Yield all tickets, in no order."""
         for tenant in self._tenants.values():
             for _, _, ticket in tenant.tickets:
                 yield ticket
@@ -223,7 +223,7 @@ class FairOrder(Generic[Item]):
         return 0 if known is None else len(known.tickets)
 
     def tenants(self) -> Iterator[tuple[str, int]]:
-        """Who waits, with how many tickets."""
+        """Yield each tenant that waits, with the number of its tickets."""
         return ((tenant.name, len(tenant.tickets)) for tenant in self._tenants.values())
 
     def backwards(self, tenant: str) -> Iterator[Ticket[Item]]:

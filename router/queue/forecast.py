@@ -1,4 +1,4 @@
-"""When a request that joins the queue now would get its first token: measured, never configured.
+"""The forecast says when a request that joins the queue now would get its first token: measured, never configured.
 
     work ahead of it / drain rate  +  time from placement to first token  =  expected
 
@@ -72,7 +72,7 @@ class DrainRate:
 
 
 class QueueForecast:
-    """One router's. Time is the caller's."""
+    """`QueueForecast` learns from one router's queue. Time is the caller's."""
 
     def __init__(self) -> None:
         self.caution = _FIRST_CAUTION
@@ -103,7 +103,7 @@ class QueueForecast:
         self._service_tokens += weight * (num_tokens - self._service_tokens)
 
     def on_kept(self, promise: Promise, took_s: float) -> None:
-        """What became of an expectation."""
+        """Learn how long it took where something else was expected."""
         if promise.limit_s is None or promise.expected_s < _TELLING_SHARE * promise.limit_s:
             return
         missed = took_s > promise.expected_s * self.caution
@@ -129,7 +129,7 @@ class QueueForecast:
         return self._wait_s(tokens_ahead, prompts_ahead) + (unloaded_s or self.service_s(num_tokens))
 
     def service_s(self, num_tokens: int) -> float:
-        """From placement to first token; longer for a prompt that is longer than those that were seen."""
+        """Return the time from placement to first token; longer for a prompt longer than those that were seen."""
         return self._service_s * max(1.0, num_tokens / max(1.0, self._service_tokens))
 
     @property
@@ -138,7 +138,7 @@ class QueueForecast:
         return min(self._services, default=0.0)
 
     def retry_after_s(self, excess_s: float, now_s: float) -> float:
-        """When another try may succeed: the work in excess is done, and the work of all who were refused lately."""
+        """Return when another try may succeed: the work in excess is done, and that of all who were refused lately."""
         rate = self._rate.prompts_per_s
         return excess_s + self._refused_now(now_s) / rate if rate else _UNMEASURED_RETRY_S
 

@@ -49,7 +49,7 @@ class Ordered(Generic[Entry]):
 
     @property
     def weight(self) -> int:
-        """Of all entries."""
+        """The weight of all entries."""
         return sum(self._sums)
 
     def add(self, entry: Entry) -> None:
@@ -66,7 +66,7 @@ class Ordered(Generic[Entry]):
             self._split(index)
 
     def remove(self, entry: Entry) -> None:
-        """It must be there."""
+        """Take out an entry, which must be there."""
         index = bisect_left(self._lasts, entry)
         run = self._runs[index]
         place = bisect_left(run, entry)

@@ -40,7 +40,7 @@ _Ticket = Ticket[TrackedRequest]
 
 @dataclass(slots=True, eq=False)
 class _Place:
-    """Where a queued request is."""
+    """The place of a queued request."""
 
     ticket: _Ticket
     start_by_s: float  # it misses its objective if it starts later; infinity where it has none, or need not hurry
@@ -119,12 +119,12 @@ class RequestQueue:
         return len(self._places) + len(self._apart)
 
     def __iter__(self) -> Iterator[TrackedRequest]:
-        """In no order. A copy: placing and failing change the queue."""
+        """Iterate over a copy, in no order: placing and failing change the queue."""
         return iter([*self._places, *self._apart])
 
     @property
     def num_waiting(self) -> int:
-        """For room."""
+        """The number of requests that wait for room."""
         return len(self._places)
 
     @property
@@ -142,7 +142,7 @@ class RequestQueue:
             self._line_up(tracked)
 
     def take(self, tracked: TrackedRequest) -> None:
-        """It is placed: its tenant has got its turn. If it comes back unserved, it gets that again."""
+        """Take out a request that is placed: its tenant has had a turn, and has it again if it comes back unserved."""
         place = self._places.pop(tracked, None)
         if place is None:
             self.remove(tracked)
@@ -153,7 +153,7 @@ class RequestQueue:
         self._tidy(tracked.request.priority)
 
     def remove(self, tracked: TrackedRequest) -> None:
-        """It has ended, or is to stand in another place. Idempotent."""
+        """Take out a request that has ended, or is to stand in another place. Idempotent."""
         place = self._places.pop(tracked, None)
         if place is not None:
             self._levels[tracked.request.priority].order_of(place).remove(place.ticket)
@@ -206,7 +206,8 @@ class RequestQueue:
         return found
 
     def triage(self, now_s: float, rate: float, arrivals: ArrivalLoad) -> None:
-        """Who makes way so that the fewest miss their objectives, now and of those that will have come in a moment.
+        """Decide who makes way so that the fewest miss their objectives, those of the next moment included.
+
         `rate`: seconds of work that are done in a second.
         """
         for priority, level in self._levels.items():
@@ -222,7 +223,7 @@ class RequestQueue:
         return [(place, Waiting(place.start_by_s, place.ticket.item.request.unloaded_s)) for place in places]
 
     def _first_of(self, level: _Level, number: int, now_s: float) -> list[TrackedRequest]:
-        """Who is found to be late on the way is late from now on."""
+        """Return the next requests of a level; who is found to be late on the way is late from now on."""
         moves = _MAX_MOVES
         while True:
             found: list[TrackedRequest] = []
@@ -241,7 +242,7 @@ class RequestQueue:
             moves -= len(late)
 
     def alone(self, now_s: float) -> list[TrackedRequest]:
-        """Those that wait for a worker of their own."""
+        """Return the requests that wait for a worker of their own."""
         alone = [tracked for tracked in self._apart if tracked.must_run_alone and not tracked.is_put_off(now_s)]
         return sorted(alone, key=lambda tracked: (tracked.request.priority, tracked.request.arrival))
 
@@ -265,8 +266,11 @@ class RequestQueue:
         return tokens, number
 
     def victim_for(self, request: RouterRequest) -> TrackedRequest | None:
-        """Who makes room for it in a full queue: of the lowest priority below its own, or, where its own tenant has
-        fewer requests here than another one, of those. The last one due whose client has got nothing yet."""
+        """Return who makes room for it in a full queue: the last one due whose client has got nothing yet.
+
+        Looked at are those of the lowest priority below its own, or, where its own tenant has fewer requests here than
+        another one, those of the other one.
+        """
         for priority in reversed(self._priorities):
             level = self._levels[priority]
             if priority < request.priority:
@@ -296,7 +300,7 @@ def _last_of(level: _Level, tenant: str) -> TrackedRequest | None:
 
 
 def due_s(request: RouterRequest, queued_s: float, deadline_s: float | None, *, by_arrival: bool = False) -> float:
-    """When its first token is due. Without an objective, long prompts may wait for longer all the same."""
+    """Return when its first token is due. Without an objective, long prompts may wait for longer all the same."""
     objectives, unloaded_s = request.objectives, 0.0 if by_arrival else request.unloaded_s
     limit_s = objectives.ttft_limit_s(unloaded_s)
     due = queued_s + (limit_s if limit_s is not None else objectives.ttft_stretch * unloaded_s)

@@ -1,4 +1,4 @@
-"""Which waiting requests to give up on when not all can be served in time: as few as possible.
+"""Triage gives up on waiting requests where not all can be served in time: on as few as possible.
 
     in order of service, each adds its work     somebody would start too late     the longest so far is put off
 
@@ -33,12 +33,12 @@ class Waiting(NamedTuple):
         return self.start_by_s != float("inf")
 
     def can_wait(self, now_s: float) -> bool:
-        """For a moment in which few others come, and be in time all the same."""
+        """Return whether it can wait for a moment in which few others come, and be in time all the same."""
         return self.can_miss and self.start_by_s - now_s >= _LULL_S
 
 
 def put_off(waiting: Iterable[tuple[Item, Waiting]], now_s: float, rate: float) -> list[Item]:
-    """Who of those that wait, in order of service, makes way for the others."""
+    """Return who of those that wait, in order of service, makes way for the others."""
     off: list[Item] = []
     kept: list[tuple[float, int, Item]] = []  # the longest first
     numbers, work_s = count(), 0.0

@@ -18,7 +18,7 @@ CLASS_HEADER = "x-request-class"
 
 
 class RequestClasses:
-    """One router's: the default one and those that its configuration names."""
+    """The classes of one router: the default one and those that its configuration names."""
 
     def __init__(self, default: Objectives = NO_OBJECTIVES, others: Mapping[str, Objectives] | None = None) -> None:
         self._by_name = {DEFAULT_CLASS: default, **(others or {})}

@@ -1,4 +1,4 @@
-"""What was decided about a request, kept for those who ask why: no worker, no policy and no prompt in it.
+"""A router keeps what it decided about a request, for those who ask why: no worker, no policy and no prompt in it.
 
 Decision    one attempt's placement: where, by which rule, what was expected of it
 Candidate   one of the ways that were looked at; listed where the request is explained

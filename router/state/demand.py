@@ -1,4 +1,4 @@
-"""What a request needs of workers, and where it was placed or what it waits for: the words of placement policies."""
+"""Placement policies speak these words: what a request needs of workers, where it is placed, or what it waits for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .objectives import NO_OBJECTIVES, Objectives
 
 
 class Reason(Enum):
-    """Why a placement has, or has not, a prefill worker."""
+    """The reason why a placement has, or has not, a prefill worker."""
 
     HANDOFF = "handoff"
     SHORT_PROMPT = "short_prompt"  # its handoff would cost more than its prefill
@@ -28,7 +28,7 @@ class Reason(Enum):
 
 
 class Lack(Enum):
-    """What a request that cannot be placed waits for."""
+    """The thing that a request that cannot be placed waits for."""
 
     DECODE_WORKER = "decode_worker"  # none is ready
     PREFILL_WORKER = "prefill_worker"  # none is ready, and the decode workers may not stand in
@@ -40,7 +40,7 @@ class Lack(Enum):
 
 @dataclass(slots=True, frozen=True)
 class Prediction:
-    """What a policy expects of a placement."""
+    """A policy's expectation of a placement."""
 
     ttft_s: float  # from the placement on
     tpot_s: float
@@ -69,7 +69,7 @@ class Wait:
 
 @dataclass(slots=True, frozen=True)
 class Demand:
-    """What one request needs, and what it has learned about workers (session numbers)."""
+    """One request's needs, and what it has learned about workers (session numbers)."""
 
     num_prompt_tokens: int
     num_tokens: int  # prompt and the longest choice's accepted tokens
@@ -89,7 +89,7 @@ class Demand:
     may_miss: bool = False  # its first token comes too late whatever is done, or it has got one: no hurry for it
 
     def blocks_now(self, spec: KVCacheSpec) -> int:
-        """For the prompt, and a first block of its own for each choice after the first."""
+        """Return the blocks for the prompt, and a first block of its own for each choice after the first."""
         return spec.num_blocks_for(self.num_tokens) + self.num_choices - 1
 
     def blocks_to_end(self, spec: KVCacheSpec) -> int:
@@ -99,7 +99,7 @@ class Demand:
 
 
 class Promise(NamedTuple):
-    """What was expected of a request when it was admitted."""
+    """The expectation with which a request was admitted."""
 
     at_s: float
     expected_s: float

@@ -1,4 +1,4 @@
-"""Why an attempt failed, and what that costs the request: one value, made by whoever sees the failure.
+"""A failed attempt has a reason and costs the request something: one value, made by whoever sees the failure.
 
     counted   towards the request's attempts: something went wrong while it was tried
     charged   to the router's retry budget: a worker that lives reported an error, so a retry may meet it again
@@ -35,7 +35,7 @@ WorkerLife = tuple[str, int]  # a worker's id and incarnation
 
 
 class Blame(NamedTuple):
-    """Why an attempt failed, for the retry's log line and for the client if there is no other."""
+    """The reason why an attempt failed, for the retry's log line and for the client if there is no other."""
 
     reason: str  # metric label
     text: str  # names the peer
@@ -53,7 +53,7 @@ NOTICE_S = 1.5  # from an error to the loss that explains it; a hung peer's leas
 
 @dataclass(slots=True)
 class Charge:
-    """What one retry costs."""
+    """The cost of one retry."""
 
     sessions: frozenset[int]  # of the workers that took part in the failure
     at_s: float

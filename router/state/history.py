@@ -74,7 +74,7 @@ class Record:
         )
 
     def summary(self, now_s: float) -> dict[str, object]:
-        """A line of a list."""
+        """Return it as a line of a list."""
         outcome = self.outcome
         return {
             "request_id": self.request_id,
@@ -94,7 +94,7 @@ class Record:
         }
 
     def details(self, now_s: float) -> dict[str, object]:
-        """All of it."""
+        """Return all of it."""
         outcome = self.outcome
         return self.summary(now_s) | {
             "tenant": self.tenant,
@@ -112,7 +112,7 @@ class Record:
 
 
 class RequestHistory:
-    """One router's. Records are made where a request ends, and read where somebody asks."""
+    """`RequestHistory` keeps one router's records. They are made where a request ends, and read where somebody asks."""
 
     def __init__(self) -> None:
         self._recent: deque[Record] = deque(maxlen=MAX_RECENT)

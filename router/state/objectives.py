@@ -1,4 +1,4 @@
-"""What a request is to get: times to its first and between its later tokens, and how urgent it is.
+"""Objectives say what a request is to get: times to its first and between its later tokens, and how urgent it is.
 
 A long prompt takes long on an empty machine too, so an objective for first tokens is the larger of a constant and a
 multiple of the prompt's own unloaded time.
@@ -17,7 +17,7 @@ DEFAULT_STRETCH = 3.0
 
 @dataclass(slots=True, frozen=True)
 class Objectives:
-    """Of one class of requests. None: no limit of that kind."""
+    """The objectives of one class of requests. None: no limit of that kind."""
 
     ttft_s: float | None = None  # from arrival to the first token
     ttft_stretch: float = DEFAULT_STRETCH  # a first token may take so many times what it takes on empty workers

@@ -1,4 +1,4 @@
-"""What the dispatcher tells whoever counts: metrics and logs live elsewhere."""
+"""The dispatcher tells an observer what happens: metrics and logs live elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Observer(Protocol):
         ...
 
     def on_outcome(self, outcome: ServiceOutcome) -> None:
-        """The same, judged by what the request was to get."""
+        """Note the end of a request, held against its objectives."""
         ...
 
     def on_placed(self, policy: str, reason: str) -> None:
@@ -57,7 +57,7 @@ class Observer(Protocol):
         ...
 
     def on_resumed(self, result: str) -> None:
-        """What became of a stream that had lost its worker: "ok", its next token came; "failed"; "aborted"."""
+        """Note how a stream's pause for a lost worker ended: "ok", its next token came; "failed"; "aborted"."""
         ...
 
     def on_drain(self) -> None:

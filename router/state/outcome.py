@@ -1,4 +1,4 @@
-"""What became of a request beside what it was to get: were its objectives met, and which stage spent the time?
+"""A request's outcome is held against its objectives: were they met, and which stage spent the time?
 
     queued ─ queue ─> placed ─ retry, reserve ─> task sent ─ prefill_wait, prefill, reply ─> first token
     first token ─ transfer ─> KV there ─ first_decode ─> second token ─ decode ─> last token
@@ -23,7 +23,7 @@ TPOT_STAGES = ("transfer", "decode")
 
 @dataclass(slots=True, frozen=True)
 class ServiceOutcome:
-    """Of one request, as far as it has got."""
+    """The outcome of one request, as far as it has got."""
 
     request_class: str
     is_good: bool | None  # it got what it was to get; None: not known, or its client left

@@ -46,7 +46,7 @@ class Pools:
         self.prefix_index = PrefixIndex()
         self.claimed: frozenset[int] = frozenset()  # sessions that are kept for requests that run alone
         self.block_size = 0  # of all workers; 0: none has joined yet
-        self.spec: KVCacheSpec | None = None  # the same
+        self.spec: KVCacheSpec | None = None  # of all workers; None: none has joined yet
 
     def __iter__(self) -> Iterator[RouterWorker]:
         return iter(list(self._workers.values()))
@@ -92,14 +92,14 @@ class Pools:
 
     @property
     def least_model_len(self) -> int | None:
-        """Of all workers."""
+        """The smallest context limit of all workers."""
         if self._least_model_len is None and self._workers:
             self._least_model_len = min(worker.hello.max_model_len for worker in self._workers.values())
         return self._least_model_len
 
     @property
     def least_blocks(self) -> int:
-        """Of all workers: what needs no more fits everywhere."""
+        """The smallest pool of all workers: what needs no more blocks fits everywhere."""
         if self._least_blocks is None:
             self._least_blocks = min((worker.hello.num_blocks for worker in self._workers.values()), default=0)
         return self._least_blocks
@@ -114,7 +114,7 @@ class Pools:
         self.claimed -= {worker.link.number}
 
     def num_ready(self, role: str) -> int:
-        """As of the latest picture."""
+        """Return the number of ready workers in the latest picture."""
         return len(self._order[role])
 
     def on_status(self, worker: RouterWorker, status: WorkerStatus, now_s: float) -> bool:
@@ -134,7 +134,7 @@ class Pools:
             self._pairs[pair] = _PairFailure(penalty_s, now_s + penalty_s)
 
     def view(self, now_s: float, *, num_queued: int = 0, num_live: int = 0) -> PoolView:
-        """For those who look at every worker: the ages of heartbeats are right in it."""
+        """Return a view for those who look at every worker: the ages of heartbeats are right in it."""
         return PoolView(
             workers=tuple(worker.view(now_s) for worker in self._workers.values()),
             avoided_pairs=self._avoided(now_s),
@@ -144,7 +144,7 @@ class Pools:
         )
 
     def picture(self, now_s: float) -> PoolView:
-        """For placing: pictures of before stay where nothing has changed. Until the next change of a worker."""
+        """Return a view for placing, good until the next change of a worker: unchanged workers keep their pictures."""
         self._refresh(now_s)
         view = PoolView(list(self._views.values()), self._avoided(now_s), now_s=now_s)
         view.show(self._order, self._views)

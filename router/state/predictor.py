@@ -1,4 +1,4 @@
-"""How long things take on each worker: prefill, decode steps, transfers. Measured, never configured.
+"""The predictor says how long things take on each worker: prefill, decode steps, transfers; all measured, none set.
 
     WorkerHello.samples (self-calibration) ──┐
     WorkerStatus.samples (each heartbeat) ───┴─> fits of the worker's kind ─> x the worker's own factor ─> seconds
@@ -34,7 +34,7 @@ _TINY_S = 1e-9
 
 
 class Way(StrEnum):
-    """How a prompt is computed."""
+    """A way in which a prompt is computed."""
 
     HANDOFF = "handoff"
     LOCAL = "local"
@@ -54,7 +54,7 @@ class _Kind:
 
 @dataclass(slots=True)
 class _KnownWorker:
-    """One session's worker."""
+    """A worker, as one session knows it."""
 
     kind: _Kind
     hello: WorkerHello
@@ -71,7 +71,7 @@ class _Path:
 
 @dataclass(slots=True)
 class Bias:
-    """What came beyond the prediction: messages, scheduling, everything that no step shows."""
+    """The time beyond what steps predict: messages, scheduling, everything that no step shows."""
 
     seconds: float = 0.0
     num_seen: int = 0
@@ -83,7 +83,7 @@ class Bias:
 
 
 class Predictor:
-    """One router's. Sessions are numbers, as everywhere in the router."""
+    """`Predictor` learns of one router's workers. Sessions are numbers, as everywhere in the router."""
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[object, ...], _Kind] = {}
@@ -173,7 +173,7 @@ class Predictor:
         return known is not None and known.kind.prompts.is_known
 
     def prefill_s(self, session: int, new_tokens: int, context: int) -> float:
-        """To compute `new_tokens` of a prompt behind `context` that have KV, alone on the worker."""
+        """Return the time to compute `new_tokens` behind `context` tokens that have KV, alone on the worker."""
         known = self._workers.get(session)
         if known is None or new_tokens <= 0:
             return 0.0
@@ -189,8 +189,11 @@ class Predictor:
         return 0.0
 
     def first_token_s(self, way: Way, bare_s: float, wait_s: float = 0.0) -> float:
-        """From the placement on: `wait_s` for prompts ahead, `bare_s` for the prompt's own steps, and what comes beyond
-        them; or less, where steps were measured while the machine was busier. Never next to nothing."""
+        """Return the time from the placement to the first token, never next to nothing.
+
+        Added up are `wait_s` for prompts ahead, `bare_s` for the prompt's own steps, and what comes beyond them; or
+        less, where steps were measured while the machine was busier.
+        """
         return wait_s + max(_LEAST_SHARE * bare_s, bare_s + self.biases[way].seconds)
 
     def decode_step_s(self, session: int, rows: int, context: int) -> float:
@@ -216,7 +219,7 @@ class Predictor:
         return int(min(known.hello.max_num_batched_tokens, max(0.0, room_s / max(_TINY_S, token_s))))
 
     def transfer_s(self, path: str, num_bytes: int) -> float:
-        """All of it, nothing hidden; 0 while the path is unknown."""
+        """Return the time of a whole transfer, nothing hidden; 0 while the path is unknown."""
         known = self._paths.get(path)
         if known is None or not known.least_bytes_per_s:
             return 0.0
@@ -224,14 +227,14 @@ class Predictor:
         return num_bytes * (min(known.s_per_byte, longest_s) or longest_s)
 
     def exposed_s(self, path: str, num_bytes: int, prefill_s: float) -> float:
-        """What of a layer-wise transfer is left when the prompt is computed."""
+        """Return how much of a layer-wise transfer is left when the prompt is computed."""
         known = self._paths.get(path)
         if known is None:
             return 0.0
         return max(known.exposed_s, self.transfer_s(path, num_bytes) - prefill_s)
 
     def prompt_costs(self, session: int) -> StepCosts:
-        """For those that show them."""
+        """Return the costs of steps with prompt tokens, for those that show them."""
         known = self._workers.get(session)
         return known.kind.prompts.costs if known is not None else StepCosts()
 

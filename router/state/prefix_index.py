@@ -1,4 +1,4 @@
-"""Which sessions hold which blocks, by chained hash: what their workers have told, in the order in which they did.
+"""The index knows which sessions hold which blocks, by chained hash, from what their workers have told in order.
 
     CacheChange ─> on_change        worker lost ─> forget        a prompt's hashes ─> match: leading blocks by session
 
@@ -33,7 +33,7 @@ _MAX_MASKS = 1 << 16
 
 @dataclass(slots=True, eq=False)
 class _Session:
-    """What one worker's session has told."""
+    """The blocks of one worker's session, as it has told of them."""
 
     slot: int
     bit: int  # 1 << slot: the mask of blocks that nobody else has
@@ -44,7 +44,7 @@ class _Session:
 
 
 class PrefixIndex:
-    """One router's. Not thread-safe: it lives on the router's loop."""
+    """`PrefixIndex` knows one router's workers. Not thread-safe: it lives on the router's loop."""
 
     def __init__(self, num_shards: int = _NUM_SHARDS) -> None:
         """`num_shards`: a power of two."""
@@ -61,7 +61,7 @@ class PrefixIndex:
         self.num_gaps = 0
 
     def on_change(self, session: int, change: CacheChange) -> None:
-        """From a worker's session, in the order in which it was sent."""
+        """Take a change from a worker's session, in the order in which it was sent."""
         if change.seq == 0:
             self.forget(session)
             self._sessions[session] = self._new_session(session)
@@ -92,7 +92,7 @@ class PrefixIndex:
             self._dead.append((state.slot, self._num_wiped))
 
     def match(self, hashes: Sequence[bytes]) -> Mapping[int, int]:
-        """How many leading blocks each session holds, of those that hold the first; in any tier."""
+        """Return how many leading blocks each session holds, in any tier; those that lack the first are left out."""
         found: dict[int, int] = {}
         shards, which, held, depth = self._shards, self._which, self._alive, 0
         for start in range(0, len(hashes), _CHUNK):

@@ -171,7 +171,7 @@ class RouterRequest:
     prefill_worker: str | None = None  # of the latest attempt; None: the decode worker computes the prompt
     decode_worker: str | None = None
     prefill_s: float = 0.0  # the prefill worker's own measure: first chunk to first token
-    prefill_wait_s: float = 0.0  # the same: receipt of the task to first chunk
+    prefill_wait_s: float = 0.0  # the prefill worker's measure: receipt of the task to first chunk
     unloaded_s: float = 0.0  # predicted time to its first token on empty workers
     block_hashes: list[bytes] = field(default_factory=list)  # of the prompt's full blocks, as workers know them
     decisions: list[Decision] = field(default_factory=list)  # where its attempts were placed, and why
@@ -219,7 +219,7 @@ class RouterRequest:
             self.timestamps[_STAMP[to]] = now_s
 
     def spec(self, remaining_s: float | None) -> RequestSpec:
-        """This attempt as workers get it: the unfinished choices with their accepted tokens."""
+        """Return this attempt as workers get it: the unfinished choices with their accepted tokens."""
         choices = self.unfinished
         outputs: tuple[bytes, ...] = ()
         if self.is_resume:
@@ -247,7 +247,7 @@ class ChoiceUpdate(NamedTuple):
 
 
 class TokenStream:
-    """What one request yields, for one reader. Belongs to the dispatcher's loop.
+    """A stream yields what one request gets, to one reader. Belongs to the dispatcher's loop.
 
     Nothing is stored twice: the stream reads the request's accepted tokens, so a slow reader costs at most
     `n * max_tokens` tokens, which the request holds anyway.
@@ -299,7 +299,7 @@ class TokenStream:
         self.wake = on_change
 
     def take(self, most: int) -> list[ChoiceUpdate]:
-        """What is there already: an update of each choice at most, of so many tokens in all."""
+        """Take what is there already: an update of each choice at most, of so many tokens in all."""
         updates = []
         for choice in self._in_turn():
             update = self._take(choice, most)
@@ -323,7 +323,7 @@ class TokenStream:
         self._sent[0] += num_tokens
 
     def is_exhausted(self) -> bool:
-        """Whether no update comes any more, where none is there now. Raises StreamError if the request failed."""
+        """Return whether no update comes any more, where none is there now. Raises StreamError after a failure."""
         if self._error is not None:
             raise self._error
         return all(self._closed) or self.request.is_finished

@@ -31,7 +31,7 @@ class WorkerRefusal(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Search:
-    """One request's. The first two fields begin anew with each search, the others are what it has learned."""
+    """`Search` is one request's. Two fields begin anew with each search, the others are what it has learned."""
 
     request: RouterRequest
     waits_s: float | None = None  # since when it has found no room

@@ -129,7 +129,7 @@ class StepFit:
 
 
 def step_s(costs: StepCosts, sample: StepSample) -> float:
-    """What the model says of a step like this."""
+    """Return how long a step like this takes by the model."""
     return costs.step_s(
         tokens=sample.prefill_tokens,
         pairs=sample.prefill_pairs,

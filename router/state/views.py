@@ -1,4 +1,4 @@
-"""What policies see of the workers: frozen pictures, made anew when something about a worker has changed.
+"""Policies see workers as frozen pictures, which are made anew when something about a worker has changed.
 
 A `PoolView` costs nothing to make: it shows the pictures that `Pools` keeps. `nearest` is how a policy looks at a
 thousand workers without looking at each: the few that would serve a request soonest.
@@ -16,7 +16,7 @@ Rank = tuple[float, int, int, int]
 
 @dataclass(slots=True, frozen=True)
 class RequestLoad:
-    """What one request puts on a worker."""
+    """The load that one request puts on a worker."""
 
     num_tokens: int  # to prefill, cached ones included; 0 where the worker prefills nothing
     num_choices: int
@@ -39,7 +39,7 @@ class WorkerView:
     is_ready: bool  # takes new work
     num_bound: int  # requests of this router
     ahead_tokens: int  # prompt tokens bound and not computed
-    unstarted_tokens: int  # of these, in prompts that have not begun
+    unstarted_tokens: int  # of `ahead_tokens`: in prompts that have not begun
     num_running: int  # choices, waiting ones included
     num_free_blocks: int  # for this router
     s_per_token: float  # of the latest step that prefilled; 0 until one was seen
@@ -50,7 +50,7 @@ class WorkerView:
     context: int = 0  # tokens that a decode step attends to, those on their way included
 
     def wait_s(self, due_s: float) -> float:
-        """For the prompts that are served before one that is due then; others' are, as far as is known."""
+        """Return the wait for prompts served before one that is due then; others' are, as far as is known."""
         before_s = sum(left_s for due, left_s in self.line if due <= due_s)
         unknown_s = self.backlog_s - sum(left_s for _, left_s in self.line)
         is_stepping = self.backlog_s > before_s + unknown_s
@@ -81,11 +81,11 @@ class PoolView:
     _by_session: Mapping[int, WorkerView] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def show(self, order: dict[str, list[Rank]], by_session: Mapping[int, WorkerView]) -> None:
-        """What `Pools` has worked out already: the ready workers of each role in order of rank."""
+        """Take over what `Pools` has worked out: the ready workers of each role in order of rank."""
         self._order, self._by_session = order, by_session
 
     def ready(self, role: str) -> list[WorkerView]:
-        """In order of rank."""
+        """Return the ready workers in order of rank."""
         return [self._by_session[rank[-1]] for rank in self._ranks(role)]
 
     def num_ready(self, role: str) -> int:
@@ -118,8 +118,11 @@ class PoolView:
 
 
 def has_gained(before: WorkerView, now: WorkerView) -> bool:
-    """It may take a request now that it could not take before. Progress alone is no gain: a thousand workers that
-    compute would else have the queue walked ten thousand times a second."""
+    """Return whether the worker may take a request now that it could not take before.
+
+    Progress alone is no gain: a thousand workers that compute would else have the queue walked ten thousand times a
+    second.
+    """
     if before.role != now.role or before.is_ready != now.is_ready or before.status is None:
         return True
     budget = now.hello.max_num_batched_tokens

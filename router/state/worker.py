@@ -28,7 +28,7 @@ _CROSSING_S = 0.02  # what was bound this shortly before a heartbeat came may no
 
 
 class WorkerLink(Protocol):
-    """One session with one life of a worker."""
+    """A session with one life of a worker."""
 
     worker_id: str
     number: int  # of the session, unique in this router
@@ -44,7 +44,7 @@ class WorkerLink(Protocol):
 
 @dataclass(slots=True, eq=False)
 class RouterWorker:
-    """One session's worker. `bind` and `release` are the dispatcher's, once each per request and attempt."""
+    """A worker, as one session knows it. The dispatcher calls `bind` and `release`, once each per attempt."""
 
     link: WorkerLink
     hello: WorkerHello
@@ -85,11 +85,11 @@ class RouterWorker:
 
     @property
     def role(self) -> str:
-        """That it offers now."""
+        """The role that it offers now."""
         return self.named_role or self.hello.role
 
     def set_role(self, role: str, now_s: float) -> None:
-        """It says, in whatever message, that it offers this role now."""
+        """Note the role that it offers now, in whatever message it said so."""
         if role and role != self.role:
             self.named_role, self.role_s = role, now_s
             self.on_change(self)
@@ -110,7 +110,7 @@ class RouterWorker:
 
     @property
     def is_idle(self) -> bool:
-        """It holds no work of anybody, by its last heartbeat."""
+        """True if it holds no work of anybody, by its last heartbeat."""
         status = self.status
         return status is not None and not (status.num_running or status.num_waiting or status.num_granted_blocks)
 
@@ -124,7 +124,7 @@ class RouterWorker:
         self.on_change(self)
 
     def release(self, request_id: str) -> None:
-        """Idempotent: the request's part on this worker is over."""
+        """Take the request's load off: its part on this worker has ended. Idempotent."""
         load = self.loads.pop(request_id, None)
         if load is not None:
             self._freed_blocks += load.num_blocks
@@ -136,7 +136,7 @@ class RouterWorker:
             self.on_change(self)
 
     def note_prefilled(self, request_id: str) -> None:
-        """It decodes from here on: no prompt of its is waiting any more."""
+        """Note that the request decodes from here on: no prompt of its is waiting any more."""
         load = self.loads.get(request_id)
         if load is None:
             return
@@ -156,7 +156,7 @@ class RouterWorker:
         self._stepping.append(frozenset(update.request_id for update in message.updates))
 
     def decodes(self, request_id: str) -> bool:
-        """Its latest steps had a row of the request: a preempted or finished one is in them no more."""
+        """Return whether its latest steps had a row of the request: a preempted or finished one is in them no more."""
         return any(request_id in step for step in self._stepping)
 
     def computes_prompt_of(self, request_id: str) -> bool:
@@ -195,11 +195,11 @@ class RouterWorker:
         self.on_change(self)
 
     def silent_s(self, now_s: float) -> float:
-        """Since the last heartbeat."""
+        """Return the seconds since the last heartbeat."""
         return now_s - (self.status_s if self.status is not None else self.joined_s)
 
     def hang(self, now_s: float) -> str | None:
-        """Why this worker counts as hung, or None."""
+        """Return why this worker counts as hung, or None."""
         status = self.status
         if self.silent_s(now_s) > HEARTBEAT_LIMIT_S:
             return f"no heartbeat for {self.silent_s(now_s):.1f} s"
