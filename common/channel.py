@@ -36,6 +36,7 @@ HELLO_TIMEOUT_S = 5.0
 DEFAULT_MAX_FRAME_BYTES = 1 << 20
 _FRAME_SLACK_BYTES = 1 << 16  # everything else that a message says
 SEAL_BYTES = 16
+_SIZE_BYTES = 4  # of a frame's size, before it
 MAX_PENDING_HELLOS = 64  # connections that have not proved anything yet; more are closed unheard
 _READ_BUFFER_BYTES = 1 << 18  # asyncio stops reading a connection at twice as much
 _DEAD_LINK_S = 5  # a peer's machine acknowledges nothing for so long
@@ -127,6 +128,8 @@ class Channel:
         self._seals = seals  # None: there is no secret
         self._unsent: list[bytes] = []  # of this turn of the event loop: they leave in one write at its end
         self._num_unsent_bytes = 0
+        self._received = b""  # what has come of frames that `recv` has not returned, and before that what it has
+        self._begin = 0  # of the next frame in it
 
     def send(self, message: Message) -> None:
         """Queue a message. One that is larger than the peer's bound is our bug and raises at once."""
@@ -155,11 +158,40 @@ class Channel:
         self._num_unsent_bytes = 0
 
     async def recv(self) -> bytes:
-        """The next frame, undecoded. Raises ProtocolError for one that is too large or not the peer's."""
-        if self._seals is None:
-            return await _read_frame(self._reader, self._max_frame_bytes, self.peer_id)
-        sealed = await _read_frame(self._reader, self._max_frame_bytes + SEAL_BYTES, self.peer_id)
-        return self._seals.incoming.open(sealed, self.peer_id)
+        """Return the next frame, undecoded. Raises ProtocolError for one that is too large or not the peer's."""
+        while (num_bytes := self._num_missing()) > 0:
+            await self._receive(num_bytes)
+        begin, end = self._begin + _SIZE_BYTES, self._end()
+        frame, self._begin = self._received[begin:end], end
+        return frame if self._seals is None else self._seals.incoming.open(frame, self.peer_id)
+
+    def _end(self) -> int:
+        """Return where the next frame ends in what was received, or will."""
+        begin = self._begin + _SIZE_BYTES
+        return begin + int.from_bytes(self._received[self._begin : begin], "big")
+
+    def _num_missing(self) -> int:
+        """Count the bytes that the next frame, or the size before it, lacks; negative: more has come."""
+        if len(self._received) - self._begin < _SIZE_BYTES:
+            return self._begin + _SIZE_BYTES - len(self._received)
+        end = self._end()
+        limit = self._max_frame_bytes + (SEAL_BYTES if self._seals is not None else 0)
+        if (size := end - self._begin - _SIZE_BYTES) > limit:
+            raise _too_large(self.peer_id, size, limit)
+        return end - len(self._received)
+
+    async def _receive(self, num_bytes: int) -> None:
+        """Take what has come: of a small frame perhaps many more, of a large one the rest of it."""
+        try:
+            if num_bytes > _READ_BUFFER_BYTES:
+                data = await self._reader.readexactly(num_bytes)
+            else:
+                data = await self._reader.read(_READ_BUFFER_BYTES)
+                if not data:
+                    raise asyncio.IncompleteReadError(data, num_bytes)
+        except (asyncio.IncompleteReadError, OSError) as error:
+            raise WorkerLost(f"connection to {self.peer_id} ended: {error}") from error
+        self._received, self._begin = self._received[self._begin :] + data, 0
 
     def abort(self) -> None:
         """End the connection now, unsent frames included."""
@@ -173,11 +205,15 @@ class Channel:
             await asyncio.wait_for(self._writer.wait_closed(), 1.0)
 
 
+def _too_large(peer: str, size: int, limit: int) -> ProtocolError:
+    return ProtocolError(f"{peer} announced a frame of {size} bytes, the bound is {limit}", kind="size")
+
+
 async def _read_frame(reader: asyncio.StreamReader, max_bytes: int, peer: str) -> bytes:
     try:
-        size = int.from_bytes(await reader.readexactly(4), "big")
+        size = int.from_bytes(await reader.readexactly(_SIZE_BYTES), "big")
         if size > max_bytes:
-            raise ProtocolError(f"{peer} announced a frame of {size} bytes, the bound is {max_bytes}", kind="size")
+            raise _too_large(peer, size, max_bytes)
         return await reader.readexactly(size)
     except (asyncio.IncompleteReadError, OSError) as error:
         raise WorkerLost(f"connection to {peer} ended: {error}") from error
