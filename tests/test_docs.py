@@ -1,0 +1,30 @@
+"""The documents name what is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import kvferry
+
+ROOT = Path(kvferry.__file__).resolve().parent
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+FILE = re.compile(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|md|toml|yaml))`")
+
+
+def missing(page: Path) -> Iterator[str]:
+    """Yield links and names of files that lead nowhere, from the page or from the repository's root."""
+    text = page.read_text(encoding="utf-8")
+    for target in LINK.findall(text):
+        if "://" not in target and not (page.parent / target).exists():
+            yield f"{page.relative_to(ROOT)}: {target}"
+    for name in FILE.findall(text):
+        if not any((place / name).exists() for place in (ROOT, page.parent, ROOT / "router")):
+            yield f"{page.relative_to(ROOT)}: {name}"
+
+
+def test_every_link_and_file_name_leads_somewhere() -> None:
+    assert PAGES
+    assert [line for page in PAGES for line in missing(page)] == []
