@@ -190,7 +190,7 @@ def router(loaded: Loaded) -> None:
     secrets = read_credentials(config, environment())
     _check_secret(settings, secrets, [Address(settings.control_host, settings.control_port)])
     check_exposure(config, has_secret=bool(secrets))
-    keyless = config.model_copy(update={"api_keys": (), "admin_keys": ()})
+    keyless = config.model_copy(update={"api_key": (), "admin_key": ()})
     _become(ROUTER_PROGRAM, keyless, secrets, api_keys=settings.api_key, admin_keys=settings.admin_key)
 
 

@@ -80,7 +80,7 @@ class TransferConfig(Settings):
     renew_every_s: float = Field(1.0, gt=0)
     open_within_s: float = Field(2.0, gt=0)
     write_timeout_s: float = Field(2.0, gt=0)
-    checksum: Checksum = "auto"  # of shipped blocks; auto: where the pages are host memory
+    kv_checksum: Checksum = "auto"  # of shipped blocks; auto: where the pages are host memory
 
 
 class CoreSlot(Settings):
@@ -108,7 +108,7 @@ class WorkerConfig(Settings):
     )  # of the process while it decodes nothing: it yields the cores to those who do
     labels: tuple[tuple[str, str], ...] = ()  # where it is, from wide to narrow; empty: its host's name
     calibrate: bool = True  # measure a few steps at start-up
-    drain_timeout_s: float = Field(30.0, ge=0)  # from SIGTERM until what still runs is left to other workers
+    drain_timeout: float = Field(30.0, ge=0)  # from SIGTERM until what still runs is left to other workers
     secret_file: Path | None = None  # read at start and at each reload; None: the secret is in the environment
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"  # text on a terminal, else JSON
@@ -141,11 +141,11 @@ class AutoscaleConfig(Settings):
     decode: PoolBounds = PoolBounds(at_least=1, at_most=1)
     max_workers: PositiveInt = 2  # of both pools
     spare_workers: int = Field(0, ge=0)
-    schedule: tuple[str, ...] = ()
-    target: float = Field(0.99, gt=0.5, lt=1)
-    interval_s: float = Field(5.0, gt=0)
-    shrink_after_s: float = Field(300.0, ge=0)
-    flip_after_s: float = Field(15.0, ge=0)
+    scale_schedule: tuple[str, ...] = ()
+    scale_target: float = Field(0.99, gt=0.5, lt=1)
+    scale_interval: float = Field(5.0, gt=0)
+    scale_down_after: float = Field(300.0, ge=0)
+    role_change_after: float = Field(15.0, ge=0)
 
 
 class RouterConfig(Settings):
@@ -160,7 +160,7 @@ class RouterConfig(Settings):
     max_model_len: PositiveInt | None = None
     chat_template: Path | None = None
     special_tokens_in_messages: SpecialTokens = "allow"  # as what they are, as ordinary text, or not at all
-    api_keys: tuple[str, ...] = ()
+    api_key: tuple[str, ...] = ()
     api_key_file: Path | None = None  # further keys; read at start and at each reload
     secret_file: Path | None = None  # as a worker's
     local_prefill: bool = True  # False (--no-local-prefill): a prompt is never computed on a decode worker
@@ -183,10 +183,10 @@ class RouterConfig(Settings):
     tpot_objective_ms: float | None = Field(None, gt=0)
     classes: tuple[RequestClass, ...] = ()  # besides the one of requests that name none
     explain: bool = False  # keep the candidates of every placement, not only of some
-    drain_timeout_s: float = Field(30.0, ge=0)  # from SIGTERM until running answers are told an error
+    drain_timeout: float = Field(30.0, ge=0)  # from SIGTERM until running answers are told an error
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None  # None: no admin listener; 0: any free port
-    admin_keys: tuple[str, ...] = ()
+    admin_key: tuple[str, ...] = ()
     admin_key_file: Path | None = None
     autoscale: AutoscaleConfig = AutoscaleConfig()
     seed: int = 0
@@ -195,7 +195,7 @@ class RouterConfig(Settings):
 
     @property
     def needs_api_keys(self) -> bool:
-        return bool(self.api_keys) or self.api_key_file is not None
+        return bool(self.api_key) or self.api_key_file is not None
 
 
 def environment() -> dict[str, str]:

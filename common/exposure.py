@@ -19,7 +19,7 @@ def check_exposure(config: RouterConfig, *, has_secret: bool) -> None:
             "allowed_origins: * lets every web page ask a server that needs no key; "
             "name the origins, or set --api-key-file"
         )
-    has_admin_keys = bool(config.admin_keys or config.admin_key_file)
+    has_admin_keys = bool(config.admin_key or config.admin_key_file)
     if config.admin_port is not None and not has_admin_keys and not _is_loopback(config.admin_host):
         raise ConfigError(
             f"admin_host: {config.admin_host} is reachable from other machines and no admin key is set; "

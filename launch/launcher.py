@@ -43,4 +43,4 @@ class Launcher(Protocol):
 
 
 def child_times(deployment: Deployment) -> ChildTimes:
-    return ChildTimes(drain_s=deployment.router.drain_timeout_s + _DRAIN_SLACK_S)
+    return ChildTimes(drain_s=deployment.router.drain_timeout + _DRAIN_SLACK_S)

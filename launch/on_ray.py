@@ -254,7 +254,7 @@ class RayLauncher:
                 if task.done():
                     task.result()
             assert self._routers is not None
-            limit_s = self._deployment.router.drain_timeout_s
+            limit_s = self._deployment.router.drain_timeout
             drain = {"event": "drain", "worker_id": worker.worker_id, "limit_s": limit_s}
             self._routers.tell(drain, to=self._routers.leader)
             await asyncio.wait((running,), timeout=self._times.drain_s)

@@ -20,6 +20,7 @@ from ..common.config import (
     EngineConfig,
     PoolBounds,
     RouterConfig,
+    Settings,
     TransferConfig,
     WorkerConfig,
 )
@@ -43,6 +44,7 @@ _GIB = 1 << 30
 _GPU_RESERVE_BYTES = 2 << 30  # of each worker: the CUDA context, workspaces, graphs
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 _ENGINE_FIELDS = EngineConfig.model_fields.keys() & ServeSettings.model_fields.keys()
+_OF_ONE_PROCESS = {"control_host", "control_port"}  # of a router that is started by hand; a launcher's picks free ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,60 +113,31 @@ def plan_autoscale(settings: ServeSettings) -> AutoscaleConfig:
     total = sum(most)
     prefill_most = prefill.max_workers if prefill.max_workers is not None else most[0] and total - least[1]
     decode_most = decode.max_workers if decode.max_workers is not None else total - least[0]
-    return AutoscaleConfig(
-        mode=settings.autoscale,
-        prefill=PoolBounds(at_least=least[0], at_most=prefill_most),
-        decode=PoolBounds(at_least=least[1], at_most=decode_most),
-        max_workers=total,
-        spare_workers=settings.spare_workers,
-        schedule=settings.scale_schedule,
-        target=settings.scale_target,
-        interval_s=settings.scale_interval,
-        shrink_after_s=settings.scale_down_after,
-        flip_after_s=settings.role_change_after,
-    )
+    values = _shared(settings, AutoscaleConfig) | {
+        "mode": settings.autoscale,
+        "prefill": PoolBounds(at_least=least[0], at_most=prefill_most),
+        "decode": PoolBounds(at_least=least[1], at_most=decode_most),
+        "max_workers": total,
+    }
+    return AutoscaleConfig.model_validate(values)
 
 
 def plan_router(settings: ServeSettings, model_dir: Path, served_name: str) -> RouterConfig:
-    return RouterConfig(
-        host=settings.host,
-        port=settings.port,
-        model_dir=model_dir,
-        served_model_name=served_name,
-        max_model_len=settings.max_model_len,
-        chat_template=settings.chat_template,
-        special_tokens_in_messages=settings.special_tokens_in_messages,
-        api_keys=settings.api_key,
-        api_key_file=absolute(settings.api_key_file),
-        secret_file=absolute(settings.secret_file),
-        local_prefill=settings.local_prefill,
-        max_local_prefill_tokens=settings.max_local_prefill_tokens,
-        expect_prefill=settings.prefill.workers > 0,
-        policy=settings.policy,
-        ttft_objective_ms=settings.ttft_objective_ms,
-        ttft_stretch=settings.ttft_stretch,
-        tpot_objective_ms=settings.tpot_objective_ms,
-        classes=settings.classes,
-        explain=settings.explain,
-        deterministic=settings.deterministic,
-        allowed_hosts=settings.allowed_hosts,
-        allowed_origins=settings.allowed_origins,
-        max_connections=settings.max_connections,
-        max_connections_per_address=settings.max_connections_per_address,
-        max_concurrency_per_key=settings.max_concurrency_per_key,
-        requests_per_minute_per_key=settings.requests_per_minute_per_key,
-        tokens_per_minute_per_key=settings.tokens_per_minute_per_key,
-        share_prefix_cache=settings.share_prefix_cache,
-        drain_timeout_s=settings.drain_timeout,
-        admin_host=settings.admin_host,
-        admin_port=settings.admin_port,
-        admin_keys=settings.admin_key,
-        admin_key_file=absolute(settings.admin_key_file),
-        autoscale=plan_autoscale(settings),
-        seed=settings.seed,
-        log_level=settings.log_level,
-        log_format=settings.log_format,
-    )
+    """Return the config of every router: settings by their names, and what follows from others."""
+    values = _shared(settings, RouterConfig) | {
+        "model_dir": model_dir,
+        "served_model_name": served_name,
+        "expect_prefill": settings.prefill.workers > 0,
+        "autoscale": plan_autoscale(settings),
+    }
+    return RouterConfig.model_validate(values)
+
+
+def _shared(settings: ServeSettings, config: type[Settings]) -> dict[str, object]:
+    """Return the settings that a config has under the same name; files are the same whatever folder a child runs in."""
+    names = config.model_fields.keys() & ServeSettings.model_fields.keys() - _OF_ONE_PROCESS
+    values = {name: getattr(settings, name) for name in names}
+    return {name: absolute(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def plan_worker(
@@ -186,9 +159,9 @@ def plan_worker(
         worker_id=worker_id,
         role=role,
         engine=EngineConfig.model_validate(values),
-        transfer=TransferConfig(backend=settings.transfer, checksum=settings.kv_checksum),
+        transfer=TransferConfig(backend=settings.transfer, kv_checksum=settings.kv_checksum),
         routers=settings.router,
-        drain_timeout_s=settings.drain_timeout,
+        drain_timeout=settings.drain_timeout,
         secret_file=absolute(settings.secret_file),
         log_level=settings.log_level,
         log_format=settings.log_format,
@@ -274,7 +247,7 @@ def _device(deployment: Deployment, host: Host) -> Literal["cpu", "cuda"]:
         raise ConfigError(NO_DETERMINISTIC_CUDA)
     if device == "cpu" and deployment.workers[0].config.engine.kv_cache_dtype == "fp8":
         raise ConfigError("kv_cache_dtype: fp8 needs a GPU: the CPU's attention reads no 8-bit floats; use auto")
-    if device == "cuda" and deployment.workers[0].config.transfer.checksum == "on":
+    if device == "cuda" and deployment.workers[0].config.transfer.kv_checksum == "on":
         raise ConfigError("kv_checksum: on needs KV pages in host memory, and these are a GPU's; use auto or off")
     return device
 

@@ -161,7 +161,7 @@ class Preflight:
         values = read_credentials(router, self._env)
         check_exposure(router, has_secret=True)
         self.deployment = self.deployment.with_secrets(values or (secrets.token_hex(16).encode(),))
-        keys = "API keys are asked for" if router.api_keys or router.api_key_file else "no API key is asked for"
+        keys = "API keys are asked for" if router.api_key or router.api_key_file else "no API key is asked for"
         return f"{keys}, {'the given' if values else 'a random'} secret"
 
     # --- of what runs it ------------------------------------------------------------------------------------------

@@ -63,9 +63,9 @@ class RouterGroup:
         self._changed = asyncio.Event()
         self._http: socket.socket | None = None
         self._admin: list[socket.socket] = []  # one for each router, or none
-        secrets = {API_KEY_VARIABLE: ",".join(config.api_keys), ADMIN_KEY_VARIABLE: ",".join(config.admin_keys)}
+        secrets = {API_KEY_VARIABLE: ",".join(config.api_key), ADMIN_KEY_VARIABLE: ",".join(config.admin_key)}
         env = {**env, **secrets}
-        config = config.model_copy(update={"api_keys": (), "admin_keys": ()})
+        config = config.model_copy(update={"api_key": (), "admin_key": ()})
         self.routers = [
             RouterChild(
                 "router" if num_routers == 1 else f"router-{index}",

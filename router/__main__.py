@@ -67,7 +67,7 @@ def parse_config(text: str, env: Mapping[str, str]) -> RouterConfig:
         raise ConfigError(f"--config-json: {error.errors(include_url=False, include_input=False)}") from None
     api_keys, admin_keys = _keys(env, API_KEY_VARIABLE), _keys(env, ADMIN_KEY_VARIABLE)
     return config.model_copy(
-        update={"api_keys": (*config.api_keys, *api_keys), "admin_keys": (*config.admin_keys, *admin_keys)}
+        update={"api_key": (*config.api_key, *api_keys), "admin_key": (*config.admin_key, *admin_keys)}
     )
 
 

@@ -1,7 +1,7 @@
 """The router process: HTTP for clients and the control socket for workers, on one event loop.
 
     bind, load the tokenizer -> control socket -> HTTP -> ready, beats
-    SIGTERM  -> no new connection; what runs gets `drain_timeout_s`, then an error event -> 0
+    SIGTERM  -> no new connection; what runs gets `drain_timeout`, then an error event -> 0
     SIGINT   -> the same with a few seconds; a second signal: the error event at once
 
 What cannot work is found before anything listens: a ConfigError with one line that names the setting.
@@ -149,14 +149,14 @@ async def serve_router(
         control_address = await _start_control(control, Address(config.control_host, config.control_port))
         try:
             async with contextlib.AsyncExitStack() as serving:
-                stop = serving.enter_context(Stop(config.drain_timeout_s).listening())
+                stop = serving.enter_context(Stop(config.drain_timeout).listening())
                 serving.enter_context(reloading(credentials, lifeline, scaling.on_launcher))
                 books = Connections(room, config.max_connections_per_address, metrics)
                 front = await serving.enter_async_context(HttpServer(app, books=books).serving(sock))
                 if admin_socket is not None:
                     render = partial(_render, app.state.api, metrics)
                     admin = build_admin(
-                        Admin(dispatcher, render, config.drain_timeout_s, lifeline),
+                        Admin(dispatcher, render, config.drain_timeout, lifeline),
                         credentials.operators,
                         scaling_routes(scaling),
                     )

@@ -120,7 +120,7 @@ class DecodeUnit:
             regions=lambda: self.receiver.fencing.regions,
             to_peer=self._to_prefill,
             sum_blocks=summing.start if summing is not None else None,
-            needs_checksums=config.transfer.checksum == "on",
+            needs_checksums=config.transfer.kv_checksum == "on",
             reserve=lambda: self.role.scheduler.growth_reserve,
             lift=lambda hashes, done: parts.cache.lift(hashes, done, reserve=self.role.scheduler.growth_reserve),
         )

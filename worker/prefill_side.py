@@ -81,7 +81,7 @@ class PrefillUnit:
             reading=RankReading(self._thread, self._sender.reader, broadcast),
             to_peer=self._to_decode,
             has_checksums=sums is not None,
-            needs_checksums=config.transfer.checksum == "on",
+            needs_checksums=config.transfer.kv_checksum == "on",
             also_held=parts.cache.has_below,
         )
         self.role = PrefillRole(

@@ -122,7 +122,7 @@ class Worker:
         if self._sessions is None or self._drains_until is not None:
             self._end_now()
         else:
-            self._drain(self._config.drain_timeout_s)
+            self._drain(self._config.drain_timeout)
 
     def _on_launcher(self, event: dict[str, object]) -> None:
         """On the lifeline's thread."""

@@ -26,8 +26,8 @@ class RouterCredentials:
         """Read all files. Raises ConfigError."""
         secret = SharedSecret(*read_secrets(config.secret_file, env))
         return cls(
-            ApiKeys(config.api_keys, file=config.api_key_file, secret=secret.said),
-            ApiKeys(config.admin_keys, file=config.admin_key_file, setting="admin_key_file"),
+            ApiKeys(config.api_key, file=config.api_key_file, secret=secret.said),
+            ApiKeys(config.admin_key, file=config.admin_key_file, setting="admin_key_file"),
             secret,
             config.secret_file,
         )

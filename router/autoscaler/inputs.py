@@ -42,11 +42,11 @@ def settings_of(config: AutoscaleConfig, objectives: Objectives) -> AutoscalerSe
         decode=Bounds(config.decode.at_least, config.decode.at_most),
         total=config.max_workers,
         objectives=objectives,
-        schedule=config.schedule,
+        schedule=config.scale_schedule,
         spare_workers=config.spare_workers,
-        target=config.target,
-        shrink_after_s=config.shrink_after_s,
-        flip_after_s=config.flip_after_s,
+        target=config.scale_target,
+        shrink_after_s=config.scale_down_after,
+        flip_after_s=config.role_change_after,
     )
 
 

@@ -148,7 +148,7 @@ class Scaling:
             self._launcher({"event": "hold", "counts": [counts.prefill, counts.decode], "for_s": for_s})
         else:
             self._autoscaler.hold(counts, None if for_s is None else self._clock.now() + for_s)
-        self._decided_s = -self._config.interval_s  # at the next tick
+        self._decided_s = -self._config.scale_interval  # at the next tick
 
     def release(self) -> None:
         if self._launcher is not None:
@@ -195,9 +195,9 @@ class Scaling:
     def tick(self) -> None:
         """Called several times a second."""
         now = self._clock.now()
-        if now - self._decided_s < self._config.interval_s:
+        if now - self._decided_s < self._config.scale_interval:
             return
-        interval_s, self._decided_s = min(now - self._decided_s, 2 * self._config.interval_s), now
+        interval_s, self._decided_s = min(now - self._decided_s, 2 * self._config.scale_interval), now
         view = self._dispatcher.view()
         seen = self._record.take(view.num_queued)
         if not self._is_leader and self._launcher is not None:

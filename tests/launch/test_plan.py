@@ -221,3 +221,51 @@ def test_only_decode_workers_have_room_for_preempted_kv() -> None:
     assert by_default == [0, None]
     assert [worker.config.engine.swap_space for worker in planned(swap_space="2GiB").workers] == [0, 2 * GIB]
     assert [worker.config.engine.swap_space for worker in planned(swap_space=0).workers] == [0, 0]
+
+
+# What a launcher uses itself, and what is for a process that is started by hand.
+OF_THE_LAUNCHER = {"model", "revision", "routers", "launcher", "ray_address", "pid_file"}
+BY_HAND = {"control_host", "control_port", "router", "handoff_host", "handoff_port", "worker_id", "insecure_loopback"}
+OTHER_VALUES: dict[str, object] = {
+    "dtype": "bfloat16",
+    "load_format": "dummy",
+    "special_tokens_in_messages": "text",
+    "allowed_origins": ["https://chat.example"],
+    "policy": "round_robin",
+    "autoscale": "on",
+    "scale_schedule": ["mon-fri 08:00-18:00 prefill>=1"],
+    "scale_target": 0.9,
+    "classes": ["fast:ttft_objective_ms=200"],
+    "device": "cpu",
+    "block_size": 32,
+    "gpu_memory_utilization": 0.5,
+    "kv_cache_dtype": "bfloat16",
+    "attention_backend": "cpu",
+    "transfer": "ucx",
+    "kv_checksum": "off",
+    "log_level": "debug",
+    "log_format": "json",
+    "prefill": {"workers": 2},
+    "decode": {"workers": 2},
+}
+
+
+@pytest.mark.parametrize("name", sorted(ServeSettings.model_fields.keys() - OF_THE_LAUNCHER - BY_HAND))
+def test_every_setting_reaches_a_process(name: str) -> None:
+    if name == "served_model_name":  # comes resolved
+        assert plan(ServeSettings(), Path("/models/m"), "other").router.served_model_name == "other"
+        return
+    default = getattr(ServeSettings(), name)
+    other = OTHER_VALUES.get(name, _other(default))
+    changed = ServeSettings.model_validate({name: other})
+    assert plan(changed, Path("/models/m"), "m") != plan(ServeSettings(), Path("/models/m"), "m")
+
+
+def _other(default: object) -> object:
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, int | float):
+        return default + 1
+    if isinstance(default, tuple):
+        return ["x"]
+    return "x" if isinstance(default, str) else "7"

@@ -136,7 +136,7 @@ async def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_other_machines_are_served_only_with_credentials(model_dir: Path, host: str) -> None:
     with pytest.raises(ConfigError, match=r"^host: .*API key.*--api-key-file"):
         check_exposure(_config(model_dir, host=host), has_secret=True)
-    check_exposure(_config(model_dir, host=host, api_keys=("k",)), has_secret=False)
+    check_exposure(_config(model_dir, host=host, api_key=("k",)), has_secret=False)
     with pytest.raises(ConfigError, match=r"^control_host: .*secret.*--secret-file"):
         check_exposure(_config(model_dir, control_host=host), has_secret=False)
     check_exposure(_config(model_dir, control_host=host), has_secret=True)
@@ -148,9 +148,9 @@ def test_this_machine_is_served_without(model_dir: Path, host: str) -> None:
 
 
 def test_api_keys_come_from_the_environment_too(model_dir: Path) -> None:
-    text = _config(model_dir, api_keys=("a",)).model_dump_json()
-    assert parse_config(text, {"KVFERRY_API_KEY": "b, c,,"}).api_keys == ("a", "b", "c")
-    assert parse_config(text, {}).api_keys == ("a",)
+    text = _config(model_dir, api_key=("a",)).model_dump_json()
+    assert parse_config(text, {"KVFERRY_API_KEY": "b, c,,"}).api_key == ("a", "b", "c")
+    assert parse_config(text, {}).api_key == ("a",)
 
 
 def test_a_broken_configuration_ends_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,7 +132,7 @@ async def test_what_a_preflight_asks_for_is_repeated_only_where_it_is_names(name
 def test_all_origins_need_keys_and_an_origin_has_no_path(model: RouterConfig) -> None:
     with pytest.raises(ConfigError, match=r"^allowed_origins: \*"):
         check_exposure(model.model_copy(update={"allowed_origins": ("*",)}), has_secret=True)
-    check_exposure(model.model_copy(update={"allowed_origins": ("*",), "api_keys": ("k",)}), has_secret=True)
+    check_exposure(model.model_copy(update={"allowed_origins": ("*",), "api_key": ("k",)}), has_secret=True)
     for wrong in ("chat.example", "https://chat.example/", "https://", "**", "https://a b"):
         with pytest.raises(ValueError, match="is no origin"):
             ServeSettings.model_validate({"allowed_origins": [wrong]})

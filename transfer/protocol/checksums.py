@@ -55,7 +55,7 @@ class PageSums:
 
 def open_sums(config: TransferConfig, pages: torch.Tensor) -> PageSums | None:
     """What the setting asks for over these pages; None: no checksums. Raises ConfigError."""
-    if config.checksum == "off" or (config.checksum == "auto" and pages.is_cuda):
+    if config.kv_checksum == "off" or (config.kv_checksum == "auto" and pages.is_cuda):
         return None
     if pages.is_cuda:
         raise ConfigError("kv_checksum: on needs KV pages in host memory, and these are a GPU's; use auto or off")

@@ -131,7 +131,7 @@ class Opens:
             return Refusal("draining", "draining")
         if self._ledger.quarantine_s(self._clock.now(), message.incarnation) > FENCE_AFTER_S:
             return Refusal("fenced_peer", "fenced_peer")
-        if self._config.checksum == "on" and not message.has_checksums:
+        if self._config.kv_checksum == "on" and not message.has_checksums:
             return Refusal("checksum", "checksums are required here (kv_checksum: on) and not made there")
         theirs = Endpoint(message.spec, message.version, message.transport, message.tp_size)
         reason = check_compatible(self._endpoint, theirs)

@@ -33,9 +33,9 @@ CONFIG = AutoscaleConfig(
     prefill=PoolBounds(at_least=1, at_most=6),
     decode=PoolBounds(at_least=1, at_most=6),
     max_workers=8,
-    interval_s=1.0,
-    shrink_after_s=20.0,
-    flip_after_s=2.0,
+    scale_interval=1.0,
+    scale_down_after=20.0,
+    role_change_after=2.0,
 )
 
 

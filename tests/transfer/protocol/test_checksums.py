@@ -148,12 +148,12 @@ class _CudaPages(torch.Tensor):
 def test_the_setting_says_where_checksums_are_made() -> None:
     here, gpu = _pages(1), _pages(1).as_subclass(_CudaPages)
     assert open_sums(TransferConfig(), here) is not None
-    assert open_sums(TransferConfig(checksum="on"), here) is not None
-    assert open_sums(TransferConfig(checksum="off"), here) is None
-    assert open_check(TransferConfig(checksum="off"), here, SPEC, rank=0, tp_size=1) is None
+    assert open_sums(TransferConfig(kv_checksum="on"), here) is not None
+    assert open_sums(TransferConfig(kv_checksum="off"), here) is None
+    assert open_check(TransferConfig(kv_checksum="off"), here, SPEC, rank=0, tp_size=1) is None
     assert open_sums(TransferConfig(), gpu) is None
     with pytest.raises(ConfigError, match="kv_checksum: on needs KV pages in host memory"):
-        open_sums(TransferConfig(checksum="on"), gpu)
+        open_sums(TransferConfig(kv_checksum="on"), gpu)
 
 
 def test_one_pass_over_a_block_costs_no_copy() -> None:
@@ -210,7 +210,7 @@ def test_a_peer_that_makes_none_is_accepted_unless_they_are_required() -> None:
     grant, open_id = decode.opened()
     decode.arrive(grant, open_id)
     assert decode.receiver.arrived
-    strict = Decode(checks_bytes=True, config=TransferConfig(checksum="on"))
+    strict = Decode(checks_bytes=True, config=TransferConfig(kv_checksum="on"))
     strict.open(strict.grant())
     assert "kv_checksum: on" in only(strict.said_to_peer(), KVRefused).reason
     assert strict.receiver.counters.grant_rejects == {"checksum": 1}
