@@ -12,7 +12,8 @@ from typing import cast
 
 from ..common.request import RequestId, RequestSpec, SampledToken, SamplingParams
 from ..common.request import Sequence as TokenSequence
-from ..router.state.request import ChoiceState, RouterRequest
+from ..router.state.choice_state import ChoiceState
+from ..router.state.request import RouterRequest
 from ..tools.load.traces import TraceRow
 
 TOKEN = SampledToken(0)

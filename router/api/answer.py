@@ -20,8 +20,10 @@ from typing import Protocol
 from ...common.clock import Clock
 from ...common.request import SampledToken
 from ...models.tokenizer import Detokenizer, Tokenizer
+from ..state.choice_state import is_natural
 from ..state.errors import StreamError
-from ..state.request import ChoiceUpdate, RouterRequest, TokenStream, is_natural
+from ..state.request import RouterRequest
+from ..state.token_stream import ChoiceUpdate, TokenStream
 from .choice import ChoiceText, TextOptions, TextPiece
 
 _TOKENS_AT_ONCE = 64  # what has piled up, in many choices or for a client that reads slowly, is not told in one go

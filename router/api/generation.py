@@ -26,7 +26,8 @@ from ..helpers.strict_json import MAX_COMMAS
 from ..state.classes import CLASS_HEADER, RequestClasses
 from ..state.errors import clip
 from ..state.objectives import DEFAULT_CLASS
-from ..state.request import RouterRequest, TokenStream
+from ..state.request import RouterRequest
+from ..state.token_stream import TokenStream
 from ..state.views import PoolView
 from .answer import Answer, GapObserver, PromptText
 from .body import MAX_BODY_BYTES, BodyRoom, HeldBody, read_body

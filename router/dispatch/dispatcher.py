@@ -54,7 +54,8 @@ from ..state.objectives import NO_OBJECTIVES
 from ..state.observer import NullObserver, Observer
 from ..state.pools import Pools
 from ..state.predictor import Predictor, distance
-from ..state.request import RequestStatus, RouterRequest, TokenStream
+from ..state.request import RequestStatus, RouterRequest
+from ..state.token_stream import TokenStream
 from ..state.tracked_request import TrackedRequest
 from ..state.views import PoolView
 from ..state.worker import RouterWorker, WorkerLink

@@ -12,8 +12,8 @@ import msgspec
 
 from ...common.messages import ChoiceTokens, PromptLogprobs
 from ..state.attempt import Attempt
+from ..state.choice_state import NO_DROPS, Drops, is_natural
 from ..state.observer import Observer
-from ..state.request import NO_DROPS, Drops, is_natural
 from ..state.tracked_request import TrackedRequest
 from .deadlines import GAP_LIMIT_S, HELD_LIMIT_S
 from .due_times import DueTimes

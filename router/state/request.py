@@ -1,4 +1,4 @@
-"""One client call in the router: its state, its accepted tokens, and the stream that the API reads.
+"""One client call in the router: its state and its accepted tokens.
 
     QUEUED ──> RESERVED ──> PREFILLING ──> DECODING ──> FINISHED
        │ ^         │            │  ^           │           ^
@@ -6,28 +6,20 @@
        └────────────────────────┼──┘ (local prefill)       │
                                 └──────────────────────────┘     ABORTED, FAILED: from every live state
 
-Tokens have an index in their choice. Index n is accepted after n-1 and once; what comes early is kept (bounded),
-what comes again is dropped. The accepted tokens are what a resumed attempt starts from, and the only ones that
+The accepted tokens of its choices (`choice_state.py`) are what a resumed attempt starts from, and the only ones that
 `TokenStream` yields. This module knows no worker, no socket and no placement.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
 
 from ...common.errors import InvalidTransition
-from ...common.messages import ChoiceTokens
-from ...common.request import FinishReason, RequestSpec, SampledToken, SamplingParams, pack_ids
+from ...common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
+from .choice_state import ChoiceState
 from .decisions import Decision
-from .errors import StreamError
 from .objectives import DEFAULT_CLASS, NO_OBJECTIVES, Objectives
-
-MAX_TOKENS_AT_ONCE = 2**20  # in one update: more than an answer has
-MAX_EARLY_TOKENS = 64  # kept for each choice while an earlier one is missing
 
 
 class RequestStatus(Enum):
@@ -58,89 +50,6 @@ _STAMP = {
     RequestStatus.PREFILLING: "prefill_start",
     RequestStatus.DECODING: "arrived",
 }
-
-
-@dataclass(slots=True)
-class Drops:
-    """Tokens of one message that were not accepted, by cause."""
-
-    duplicate: int = 0  # had it already
-    mismatch: int = 0  # had another token at that index
-    overflow: int = 0  # too far ahead, or past the end
-
-
-NO_DROPS = Drops()  # of nearly every message; not to be changed
-
-
-@dataclass(slots=True)
-class ChoiceState:
-    """The answer of one choice so far. `tokens` only grows, and not after `finish` is set."""
-
-    max_tokens: int
-    tokens: list[SampledToken] = field(default_factory=list)
-    finish: str | None = None
-    early: dict[int, SampledToken] = field(default_factory=dict)
-    end: tuple[int, str] | None = None  # (count, reason): finish once so many are accepted
-
-    def accept(self, update: ChoiceTokens) -> Drops:
-        """Take what continues `tokens`, keep what comes early, drop the rest."""
-        if self._is_next(update):
-            self.tokens.extend(update.tokens)
-            self.finish = update.finish
-            return NO_DROPS
-        drops = Drops()
-        for index, token in enumerate(update.tokens, update.first_index):
-            self._accept_one(index, token, drops)
-        if update.finish is not None and self.finish is None:
-            self.end = (update.first_index + len(update.tokens), update.finish)
-        self._close_gap()
-        return drops
-
-    def _is_next(self, update: ChoiceTokens) -> bool:
-        """Nothing is missing before it, nothing waits for it, and there is room for all of it."""
-        start = len(self.tokens)
-        is_in_turn = update.first_index == start and start + len(update.tokens) <= self.max_tokens
-        return is_in_turn and self.finish is None and self.end is None and not self.early
-
-    def _accept_one(self, index: int, token: SampledToken, drops: Drops) -> None:
-        known = self.tokens[index] if index < len(self.tokens) else self.early.get(index)
-        if known is not None:
-            drops.duplicate += known.token_id == token.token_id
-            drops.mismatch += known.token_id != token.token_id
-        elif self.finish is not None or index >= self.max_tokens:
-            drops.overflow += 1
-        elif index == len(self.tokens):
-            self.tokens.append(token)
-            self._close_gap()
-        elif len(self.early) < MAX_EARLY_TOKENS:
-            self.early[index] = token
-        else:
-            drops.overflow += 1
-
-    def _close_gap(self) -> None:
-        while self.finish is None:
-            if self.end is not None and len(self.tokens) >= self.end[0]:
-                self.finish = self.end[1]
-                self.early.clear()
-            elif (token := self.early.pop(len(self.tokens), None)) is not None:
-                self.tokens.append(token)
-            else:
-                return
-
-    @property
-    def has_gap(self) -> bool:
-        """Something came that cannot be accepted yet."""
-        return self.finish is None and (bool(self.early) or self.end is not None)
-
-    def end_now(self, reason: str) -> None:
-        """The router itself ends the choice."""
-        self.finish = reason
-        self.forget_early()
-
-    def forget_early(self) -> None:
-        """A new attempt begins: only accepted tokens carry over."""
-        self.early.clear()
-        self.end = None
 
 
 @dataclass(slots=True, eq=False)
@@ -236,136 +145,3 @@ class RouterRequest:
             arrival=self.arrival,
             remaining_s=remaining_s,
         )
-
-
-class ChoiceUpdate(NamedTuple):
-    """New tokens of one choice, in order. With `finish` they are its last."""
-
-    choice: int
-    tokens: tuple[SampledToken, ...]
-    finish: str | None
-
-
-class TokenStream:
-    """A stream yields what one request gets, to one reader. Belongs to the dispatcher's loop.
-
-    Nothing is stored twice: the stream reads the request's accepted tokens, so a slow reader costs at most
-    `n * max_tokens` tokens, which the request holds anyway.
-    """
-
-    def __init__(
-        self, request: RouterRequest, on_abort: Callable[[], None], on_finish_choice: Callable[[int], None]
-    ) -> None:
-        self.request = request
-        self.is_held = False  # by the dispatcher: something must come before the first update
-        self._on_abort = on_abort
-        self._on_finish_choice = on_finish_choice
-        self._sent = [0] * request.n  # tokens yielded of each choice
-        self._closed = [False] * request.n  # the finish reason was yielded, or the reader set it
-        self._next_choice = 0
-        self._error: StreamError | None = None
-        self._wake = asyncio.Event()
-        self.wake: Callable[[], object] = self._wake.set  # for the dispatcher: there is something new
-
-    @property
-    def prompt_logprobs(self) -> list[SampledToken]:
-        """Complete when the first update is yielded, if they were asked for."""
-        return self.request.prompt_logprobs
-
-    def __aiter__(self) -> TokenStream:
-        return self
-
-    async def __anext__(self) -> ChoiceUpdate:
-        """The next update; ends after every choice has ended, raises StreamError after the last accepted token."""
-        while True:
-            self._wake.clear()
-            update = self.next_nowait()
-            if update is not None:
-                return update
-            if self.is_exhausted():
-                raise StopAsyncIteration
-            await self._wake.wait()
-
-    def next_nowait(self) -> ChoiceUpdate | None:
-        """An update that is there already, or None. Choices take turns."""
-        for choice in self._in_turn():
-            update = self._take(choice)
-            if update is not None:
-                return update
-        return None
-
-    def listen(self, on_change: Callable[[], object]) -> None:
-        """Call this at every change from now on, instead of waking who iterates; `take` tells what there is."""
-        self.wake = on_change
-
-    def take(self, most: int) -> list[ChoiceUpdate]:
-        """Take what is there already: an update of each choice at most, of so many tokens in all."""
-        updates = []
-        for choice in self._in_turn():
-            update = self._take(choice, most)
-            if update is not None:
-                updates.append(update)
-                most -= len(update.tokens)
-                if most <= 0:
-                    break
-        return updates
-
-    def middle(self, most: int) -> Sequence[SampledToken]:
-        """New tokens of the one choice that neither begin nor end it, unread. None where there is anything else."""
-        state, start = self.request.choices[0], self._sent[0]
-        if state.finish is not None or self._error is not None or self.is_held or self.request.is_finished:
-            return ()
-        tokens = state.tokens[start:]
-        return tokens if len(tokens) <= most else ()
-
-    def skip(self, num_tokens: int) -> None:
-        """So many tokens of the one choice, as `middle` gave them, have been read."""
-        self._sent[0] += num_tokens
-
-    def is_exhausted(self) -> bool:
-        """Return whether no update comes any more, where none is there now. Raises StreamError after a failure."""
-        if self._error is not None:
-            raise self._error
-        return all(self._closed) or self.request.is_finished
-
-    def _in_turn(self) -> Sequence[int]:
-        num_choices, first = self.request.n, self._next_choice
-        if self.is_held and not self.request.is_finished:
-            return ()
-        if num_choices == 1:
-            return (0,)
-        return [(first + offset) % num_choices for offset in range(num_choices)]
-
-    def _take(self, choice: int, most: int = MAX_TOKENS_AT_ONCE) -> ChoiceUpdate | None:
-        state, start = self.request.choices[choice], self._sent[choice]
-        end = len(state.tokens)
-        finish = state.finish
-        if self._closed[choice] or (start == end and finish is None):
-            return None
-        if end - start > most:
-            end, finish = start + most, None
-        elif finish is not None:
-            self._closed[choice] = True
-        self._sent[choice] = end
-        self._next_choice = choice + 1
-        return ChoiceUpdate(choice, tuple(state.tokens[start:end]), finish)
-
-    def finish_choice(self, choice: int) -> None:
-        """The reader found a stop string: the choice has ended and nothing more of it is yielded. Idempotent."""
-        if not self._closed[choice]:
-            self._closed[choice] = True
-            self._on_finish_choice(choice)
-
-    def abort(self) -> None:
-        """The client left: everything that the request holds is given back. Idempotent."""
-        self._on_abort()
-
-    def fail(self, error: StreamError) -> None:
-        """Dispatcher: the request failed; accepted tokens are yielded before the error."""
-        self._error = error
-        self.wake()
-
-
-def is_natural(finish: str | None) -> bool:
-    """An end that the client asked for, not one that a worker was forced to."""
-    return finish in (FinishReason.STOP, FinishReason.LENGTH)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from .attempt import Attempt
 from .demand import Promise
 from .failures import STRIKES_UNTIL_ALONE, Charge, WorkerLife
-from .request import RouterRequest, TokenStream
+from .request import RouterRequest
 from .search import Search
+from .token_stream import TokenStream
 from .worker import RouterWorker
 
 

@@ -34,7 +34,8 @@ from kvferry.router.http.http_server import HttpServer
 from kvferry.router.http.protocol import DeadlineProtocol
 from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.state.errors import StreamError
-from kvferry.router.state.request import RequestStatus, RouterRequest, TokenStream
+from kvferry.router.state.request import RequestStatus, RouterRequest
+from kvferry.router.state.token_stream import TokenStream
 from kvferry.router.state.views import PoolView
 
 MODEL = "toy"

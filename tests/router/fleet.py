@@ -38,7 +38,8 @@ from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.router.placement.policy import RoutingPolicy
 from kvferry.router.state.outcome import ServiceOutcome
 from kvferry.router.state.predictor import Predictor
-from kvferry.router.state.request import ChoiceUpdate, RouterRequest, TokenStream
+from kvferry.router.state.request import RouterRequest
+from kvferry.router.state.token_stream import ChoiceUpdate, TokenStream
 
 BLOCK_SIZE = 16
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=2, head_dim=8, block_size=BLOCK_SIZE, dtype="float32")

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from kvferry.common.errors import CapacityError
 from kvferry.common.messages import LocalTask
-from kvferry.router.state.request import RequestStatus, TokenStream
+from kvferry.router.state.request import RequestStatus
+from kvferry.router.state.token_stream import TokenStream
 
 from .fleet import Fleet, Link, config, received, tokens
 

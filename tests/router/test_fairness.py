@@ -15,7 +15,8 @@ from kvferry.router.api.app import build_app
 from kvferry.router.api.prompts import ServedModel
 from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.state.classes import RequestClasses
-from kvferry.router.state.request import RouterRequest, TokenStream
+from kvferry.router.state.request import RouterRequest
+from kvferry.router.state.token_stream import TokenStream
 from kvferry.router.state.views import PoolView
 
 from .fakes import MAX_MODEL_LEN, MODEL, VOCAB_SIZE, toy_tokenizer

@@ -34,8 +34,8 @@ from kvferry.router.state.predictor import Predictor
 from .fakes import MAX_MODEL_LEN, VOCAB_SIZE, toy_tokenizer
 
 OF_A_REQUEST = {
-    "Answer", "ChunkEncoder", "Connection", "Reply", "RequestContext", "RequestResponseCycle", "RouterRequest",
-    "TokenStream", "TrackedRequest",
+    "Answer", "Attempt", "ChunkEncoder", "Connection", "Reply", "RequestContext", "RequestResponseCycle",
+    "RouterRequest", "Search", "TokenStream", "TrackedRequest",
 }  # fmt: skip
 STREAM = {"prompt": "hi", "stream": True}
 LONG = {"prompt": "hi", "stream": True, "max_tokens": 400, "ignore_eos": True}

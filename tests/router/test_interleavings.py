@@ -36,7 +36,8 @@ from kvferry.common.messages import (
     WorkerFailure,
 )
 from kvferry.common.request import RequestSpec
-from kvferry.router.state.request import RequestStatus, TokenStream
+from kvferry.router.state.request import RequestStatus
+from kvferry.router.state.token_stream import TokenStream
 
 from .fleet import SPEC, Fleet, Link, config, received, token
 

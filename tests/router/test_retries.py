@@ -10,7 +10,8 @@ from kvferry.common.messages import Abort, LocalTask, PrefillTask, ReserveKV, Wo
 from kvferry.router.dispatch.retries import BURST, RetryBudget
 from kvferry.router.state.errors import StreamError
 from kvferry.router.state.failures import NOTICE_S
-from kvferry.router.state.request import RequestStatus, TokenStream
+from kvferry.router.state.request import RequestStatus
+from kvferry.router.state.token_stream import TokenStream
 
 from .fleet import Fleet, Link, config, text, tokens
 

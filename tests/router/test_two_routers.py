@@ -24,7 +24,8 @@ from kvferry.common.messages import (
     StepTokens,
 )
 from kvferry.common.request import RequestSpec
-from kvferry.router.state.request import RequestStatus, TokenStream
+from kvferry.router.state.request import RequestStatus
+from kvferry.router.state.token_stream import TokenStream
 
 from .fleet import SPEC, Fleet, Link, config, status, token
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvferry.common.errors import CapacityError, KVFerryError
-from kvferry.router.state.request import ChoiceUpdate, RequestStatus, RouterRequest, TokenStream
+from kvferry.router.state.request import RequestStatus, RouterRequest
+from kvferry.router.state.token_stream import ChoiceUpdate, TokenStream
 
 from .breach import Breach
 from .kernel import Kernel

@@ -14,7 +14,8 @@ from kvferry.common.config import RouterConfig
 from kvferry.common.messages import LocalTask, Message, PrefillTask, ReserveKV, StepTokens
 from kvferry.common.request import BlockId
 from kvferry.kvcache.blocks import BlockPool
-from kvferry.router.state.request import MAX_EARLY_TOKENS, RequestStatus, RouterRequest
+from kvferry.router.state.choice_state import MAX_EARLY_TOKENS
+from kvferry.router.state.request import RequestStatus, RouterRequest
 from kvferry.transfer.receive.receiver import KVReceiver
 from kvferry.transfer.receive.reservation import ReservationState
 from kvferry.transfer.receive.reservations import MAX_PROMISED_SHARE

@@ -23,7 +23,9 @@ from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.dispatch.in_flight import InFlightRequests
 from kvferry.router.dispatch.losses import Losses
 from kvferry.router.dispatch.worker_messages import WorkerMessages
-from kvferry.router.state.request import ChoiceState, Drops, RouterRequest, TokenStream
+from kvferry.router.state.choice_state import ChoiceState, Drops
+from kvferry.router.state.request import RouterRequest
+from kvferry.router.state.token_stream import TokenStream
 from kvferry.transfer.receive import grants
 from kvferry.transfer.receive import reservations as transfer_ledger
 from kvferry.transfer.receive.fencing import Fencing

@@ -15,7 +15,8 @@ from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.api.answer import Answer, PromptText
 from kvferry.router.api.choice import ChoiceText, TextOptions
 from kvferry.router.state.errors import StreamError
-from kvferry.router.state.request import RouterRequest, TokenStream
+from kvferry.router.state.request import RouterRequest
+from kvferry.router.state.token_stream import TokenStream
 
 from ..fakes import ids_of, token, write_model_dir
 

@@ -23,7 +23,8 @@ from kvferry.common.messages import (
 )
 from kvferry.common.request import SampledToken, unpack_ids
 from kvferry.router.state.errors import StreamError
-from kvferry.router.state.request import RequestStatus, TokenStream
+from kvferry.router.state.request import RequestStatus
+from kvferry.router.state.token_stream import TokenStream
 
 from ..fleet import BLOCK_SIZE, Fleet, Link, config, hello, received, status, text, tokens
 

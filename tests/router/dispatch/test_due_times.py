@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kvferry.common.request import SamplingParams
 from kvferry.router.dispatch.due_times import MOST_AT_ONCE, DueTimes
-from kvferry.router.state.request import RequestStatus, RouterRequest, TokenStream
+from kvferry.router.state.request import RequestStatus, RouterRequest
+from kvferry.router.state.token_stream import TokenStream
 from kvferry.router.state.tracked_request import TrackedRequest
 
 

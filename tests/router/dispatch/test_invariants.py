@@ -6,7 +6,8 @@ import pytest
 
 from kvferry.common.messages import LocalTask
 from kvferry.router.dispatch.isolation import Claim
-from kvferry.router.state.request import RequestStatus, TokenStream
+from kvferry.router.state.request import RequestStatus
+from kvferry.router.state.token_stream import TokenStream
 from kvferry.router.state.views import RequestLoad
 
 from ..fleet import Fleet, config, tokens

@@ -6,7 +6,8 @@ import pytest
 
 from kvferry.common.messages import Abort, Goodbye, LiveRequests, LocalTask, PrefillTask, ReserveKV, WorkerStatus
 from kvferry.router.state.errors import StreamError
-from kvferry.router.state.request import RequestStatus, TokenStream
+from kvferry.router.state.request import RequestStatus
+from kvferry.router.state.token_stream import TokenStream
 
 from ..fleet import Fleet, Link, config, hello, status, text, tokens
 

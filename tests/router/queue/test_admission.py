@@ -9,7 +9,8 @@ from kvferry.common.messages import LocalTask, StepSample
 from kvferry.router.queue.forecast import QueueForecast
 from kvferry.router.state.demand import Promise
 from kvferry.router.state.errors import StreamError
-from kvferry.router.state.request import RequestStatus, TokenStream
+from kvferry.router.state.request import RequestStatus
+from kvferry.router.state.token_stream import TokenStream
 
 from ..fleet import Fleet, config, tokens
 from ..overload import simulate

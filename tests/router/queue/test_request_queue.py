@@ -12,7 +12,8 @@ from kvferry.common.request import SamplingParams
 from kvferry.router.queue.arrival_load import ArrivalLoad
 from kvferry.router.queue.request_queue import LATE_EVERY, RequestQueue, due_s
 from kvferry.router.state.objectives import Objectives
-from kvferry.router.state.request import RouterRequest, TokenStream
+from kvferry.router.state.request import RouterRequest
+from kvferry.router.state.token_stream import TokenStream
 from kvferry.router.state.tracked_request import TrackedRequest
 
 _arrivals = count(1)
