@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ...common.messages import StepSample, TransferReport, WorkerHello, WorkerStatus
-from .step_fit import StepCosts, StepFit, step_s
+from .step_fit import StepFit, step_s
 
 _COLD_STEPS = 4  # of a worker's life without a calibration: they load code and warm caches
 _MAX_SAMPLES_PER_STATUS = 4
@@ -93,7 +93,6 @@ class Predictor:
         self.ttft_errors: deque[float] = deque(maxlen=_KEPT_ERRORS)  # actual / predicted
         self._answer_tokens = 0.0
         self._num_answers = 0
-        self.tpot_errors: deque[float] = deque(maxlen=_KEPT_ERRORS)
 
     # --- what is seen ---------------------------------------------------------------------------------------
 
@@ -160,10 +159,6 @@ class Predictor:
     def expected_output(self, max_tokens: int) -> int:
         """Tokens of an answer that may have `max_tokens`."""
         return min(max_tokens, round(self._answer_tokens) if self._num_answers else _UNKNOWN_ANSWER_TOKENS)
-
-    def on_tpot(self, predicted_s: float, actual_s: float) -> None:
-        if predicted_s > 0:
-            self.tpot_errors.append(actual_s / predicted_s)
 
     # --- what is expected -----------------------------------------------------------------------------------
 
@@ -232,11 +227,6 @@ class Predictor:
         if known is None:
             return 0.0
         return max(known.exposed_s, self.transfer_s(path, num_bytes) - prefill_s)
-
-    def prompt_costs(self, session: int) -> StepCosts:
-        """Return the costs of steps with prompt tokens, for those that show them."""
-        known = self._workers.get(session)
-        return known.kind.prompts.costs if known is not None else StepCosts()
 
 
 def distance(source: WorkerHello, target: WorkerHello) -> str:
