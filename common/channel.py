@@ -318,7 +318,7 @@ async def _accept_hello(
         raise ProtocolError("the peer did not answer the challenge")
     proven = [
         value
-        for value in secret.believed
+        for value in secret.accepted
         if hmac.compare_digest(hello.mac, _mac(value, b"hello", nonce, hello.nonce, hello.id))
     ]
     if hello.protocol != PROTOCOL_VERSION:

@@ -45,7 +45,7 @@ class SharedSecret:
         return self._values[0] if self._values else b""
 
     @property
-    def believed(self) -> tuple[bytes, ...]:
+    def accepted(self) -> tuple[bytes, ...]:
         """Return the values of which a peer may prove that it knows one."""
         return self._values or (b"",)
 

@@ -47,7 +47,7 @@ from .waiting import WaitingReservations
 
 
 class DecodeRole:
-    """Implements `common.loop.Steps`. All methods but begin_step and on_layer are called with the lock held."""
+    """Implements `engine.loop.StepRole`. All methods but begin_step and on_layer are called with the lock held."""
 
     name = "decode"
 

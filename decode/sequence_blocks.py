@@ -16,7 +16,7 @@ from ..common.batch import Batch, BatchRow
 from ..common.kv_spec import KVCacheSpec
 from ..common.request import BlockId, Sequence
 from ..kvcache.blocks import BlockPool, hash_blocks, prefix_salt
-from ..kvcache.prefix_cache import Found, PrefixCache
+from ..kvcache.prefix_cache import PrefixCache, PrefixHit
 from ..kvcache.swap import SwapSpace
 
 
@@ -211,7 +211,7 @@ class SequenceBlocks:
             self.swap.drop(seq)
         return True
 
-    def _count_computed(self, seq: Sequence, found: Found, slots: list[int]) -> None:
+    def _count_computed(self, seq: Sequence, found: PrefixHit, slots: list[int]) -> None:
         num_found, num_hit_tokens = len(found) + len(slots), len(found) * self._pool.block_size
         seq.num_computed_tokens = num_found * self._pool.block_size
         if slots and slots[-1] == num_found - 1:  # it may be partial
@@ -234,12 +234,12 @@ class SequenceBlocks:
             num_hashed = 0  # they need the logits of every prompt token
         return seq.block_hashes[:num_hashed]
 
-    def _find(self, seq: Sequence) -> tuple[Found, list[int]]:
+    def _find(self, seq: Sequence) -> tuple[PrefixHit, list[int]]:
         """Of the leading blocks, those in the prefix cache, and the places of those that swapping has saved."""
         hashes, saved = self.reusable_hashes(seq), self.swap.saved(seq)
         if saved is None:
             return self.cache.find(hashes), []
-        found, loads = Found(dict(enumerate(self._pool.match_prefix(hashes)))), []
+        found, loads = PrefixHit(dict(enumerate(self._pool.match_prefix(hashes)))), []
         place, is_whole = len(found), True
         while is_whole:
             block = self._pool.match_prefix(hashes[place : place + 1])

@@ -19,7 +19,7 @@ from ..kvcache.blocks import BlockPool
 from ..kvcache.disk_files import DiskThread, open_file
 from ..kvcache.disk_tier import DiskResult, DiskTask, DiskTier
 from ..kvcache.prefix_cache import PrefixCache
-from ..kvcache.tiers import Shelf
+from ..kvcache.tiers import TierIndex
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -86,7 +86,7 @@ def open_disk(engine: Engine, on_result: Callable[[DiskResult], None]) -> tuple[
 
 def open_prefix_cache(engine: Engine, pool: BlockPool, clock: Clock, group: RankGroup | None) -> PrefixCache:
     """Around the pool, with the tiers that the engine has memory for and the settings ask for. Raises ConfigError."""
-    host = Shelf(engine.num_host_blocks, engine.num_swap_blocks)
+    host = TierIndex(engine.num_host_blocks, engine.num_swap_blocks)
     if engine.config.disk_cache_dir is None:
         return PrefixCache(pool, host=host)
     disk = RankDisk(engine, group)
@@ -95,7 +95,7 @@ def open_prefix_cache(engine: Engine, pool: BlockPool, clock: Clock, group: Rank
         "disk_cache",
         directory=str(engine.config.disk_cache_dir),
         blocks=disk.num_slots,
-        found_blocks=len(tier.shelf),
+        found_blocks=len(tier.index),
         host_blocks=host.num_slots,
     )
     return PrefixCache(pool, host=host, disk=tier)

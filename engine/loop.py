@@ -23,7 +23,7 @@ from ..common.messages import StepSample
 from .samples import step_sample
 
 
-class Steps(Protocol):
+class StepRole(Protocol):
     """A role, as the loop drives it."""
 
     def schedule(self) -> Batch | None:
@@ -51,7 +51,7 @@ class EngineLoop:
 
     def __init__(
         self,
-        role: Steps,
+        role: StepRole,
         step: StepFunction,
         on_failure: Callable[[BaseException], None],
         *,

@@ -49,8 +49,8 @@ class EvenSamples:
         return kept
 
 
-class SampleBooks:
-    """`SampleBooks` keeps one choice for each router that hears this worker's heartbeats."""
+class RouterSamples:
+    """`RouterSamples` keeps one choice for each router that hears this worker's heartbeats."""
 
     def __init__(self) -> None:
         self._books: dict[str, EvenSamples] = {}

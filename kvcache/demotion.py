@@ -13,7 +13,7 @@ from __future__ import annotations
 from ..common.request import BlockId
 from .blocks import BlockPool
 from .copy_costs import CopyCosts
-from .tiers import Lookahead, Shelf
+from .tiers import Lookahead, TierIndex
 
 _IDLE_COPY_S = 0.005  # a prompt that comes meanwhile waits for so long
 _IDLE_COPIES = 16  # until the cost of one is known
@@ -25,9 +25,9 @@ Copies = list[tuple[BlockId, int]]  # from a block to a slot
 
 
 class Demotion:
-    """Plans the copies from a block pool to a shelf."""
+    """`Demotion` plans the copies from a block pool to host memory."""
 
-    def __init__(self, pool: BlockPool, host: Shelf, costs: CopyCosts) -> None:
+    def __init__(self, pool: BlockPool, host: TierIndex, costs: CopyCosts) -> None:
         self._pool = pool
         self._host = host
         self._costs = costs

@@ -19,7 +19,7 @@ import msgspec
 from ..common.clock import Clock
 from ..common.request import Sequence as TokenSequence
 from .copy_costs import smooth
-from .tiers import Lookahead, Shelf
+from .tiers import Lookahead, TierIndex
 
 _MAX_WRITES = 32  # under way: a slow disk keeps so many slots of host memory busy
 _IDLE_WINDOW = 2048  # looked at whenever the engine gets idle
@@ -72,13 +72,13 @@ class _Ticket:
 
 
 class DiskTier:
-    """`DiskTier` owns the shelf of host memory together with the prefix cache. Calls hold the worker's lock."""
+    """`DiskTier` owns the index of host memory together with the prefix cache. Calls hold the worker's lock."""
 
-    def __init__(self, disk: Disk, host: Shelf, clock: Clock, report: Callable[[DiskResult], None]) -> None:
+    def __init__(self, disk: Disk, host: TierIndex, clock: Clock, report: Callable[[DiskResult], None]) -> None:
         """`report` is called with each task that has failed."""
         self.disk = disk
         self.host = host
-        self.shelf = Shelf(disk.num_slots)
+        self.index = TierIndex(disk.num_slots)
         self._clock = clock
         self._report = report
         self._tickets: dict[TokenSequence, _Ticket] = {}
@@ -92,12 +92,12 @@ class DiskTier:
         self.num_read_blocks = 0
         self.num_written_blocks = 0
         for block_hash, slot in disk.stored():
-            self.shelf.put(block_hash, slot)
+            self.index.put(block_hash, slot)
 
     # --- reading -------------------------------------------------------------------------------------------------
 
     def has(self, block_hash: bytes) -> bool:
-        return self.shelf.find(block_hash) is not None or self.host.is_filling(block_hash)
+        return self.index.find(block_hash) is not None or self.host.is_filling(block_hash)
 
     def knows(self, seq: TokenSequence) -> bool:
         return seq in self._tickets
@@ -125,13 +125,13 @@ class DiskTier:
         return (self._block_s or 0.0) * (num_blocks + self._num_reads + self._num_writes)
 
     def _read(self, block_hash: bytes) -> bool:
-        disk_slot = self.shelf.find(block_hash)
+        disk_slot = self.index.find(block_hash)
         if disk_slot is None:
             return False
         host_slot = self.host.reserve(block_hash)
         if host_slot is None:
             return False
-        self.shelf.pin(block_hash)
+        self.index.pin(block_hash)
         self._num_reads += 1
         self.disk.submit(DiskTask(False, block_hash, host_slot, disk_slot))
         return True
@@ -169,11 +169,11 @@ class DiskTier:
         if task.is_write:
             self._num_writes -= 1
             self.host.unpin(task.block_hash)
-            (self.shelf.discard if result.error else self.shelf.fill)(task.block_hash)
+            (self.index.discard if result.error else self.index.fill)(task.block_hash)
             self.num_written_blocks += not result.error
         else:
             self._num_reads -= 1
-            self.shelf.unpin(task.block_hash)
+            self.index.unpin(task.block_hash)
             self._take_read(result)
         self._count(result)
 
@@ -181,7 +181,7 @@ class DiskTier:
         block_hash = result.task.block_hash
         if not result.error:
             self.host.fill(block_hash)
-            self.shelf.keep_longest(block_hash)
+            self.index.keep_longest(block_hash)
             self._block_s = smooth(self._block_s, result.took_s)
             self.num_read_blocks += 1
             return
@@ -190,7 +190,7 @@ class DiskTier:
                 ticket.hashes.remove(block_hash)
                 self.host.unpin(block_hash)
         self.host.discard(block_hash)
-        self.shelf.discard(block_hash)
+        self.index.discard(block_hash)
 
     def _count(self, result: DiskResult) -> None:
         if not result.error:
@@ -210,25 +210,25 @@ class DiskTier:
 
     def _write_ahead(self, is_idle: bool) -> None:
         """Host memory's next to be evicted, before they are."""
-        host, shelf = self.host, self.shelf
-        window = min(host.num_slots, shelf.num_slots) // 2 - host.num_free
-        if is_idle and shelf.num_free:
+        host, index = self.host, self.index
+        window = min(host.num_slots, index.num_slots) // 2 - host.num_free
+        if is_idle and index.num_free:
             window = max(window, _IDLE_WINDOW)
-            self._lookahead.look(host, window=window, version=host.version, is_kept=shelf.__contains__)
+            self._lookahead.look(host, window=window, version=host.version, is_kept=index.__contains__)
         for block_hash in self._lookahead.take(
             _MAX_WRITES - self._num_writes,
             order=host,
             window=window,
             version=host.version,
-            is_kept=shelf.__contains__,
+            is_kept=index.__contains__,
         ):
             self._write(block_hash)
 
     def _write(self, block_hash: bytes) -> None:
         host_slot = self.host.find(block_hash)
-        if host_slot is None or block_hash in self.shelf:
+        if host_slot is None or block_hash in self.index:
             return
-        disk_slot = self.shelf.reserve(block_hash)
+        disk_slot = self.index.reserve(block_hash)
         if disk_slot is None:
             return
         self.host.pin(block_hash)
@@ -237,5 +237,5 @@ class DiskTier:
 
     def check(self) -> None:
         """Assert that the books agree."""
-        self.shelf.check()
+        self.index.check()
         assert self._num_writes >= 0 and self._num_reads >= 0

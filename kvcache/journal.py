@@ -96,8 +96,8 @@ def open_journal(pool: BlockPool, cache: PrefixCache) -> CacheJournal:
     journal = CacheJournal()
     journal.add_tier(DEVICE, pool.published)
     pool.listener = journal
-    tiers = {"host": cache.host} | ({"disk": cache.disk.shelf} if cache.disk is not None else {})
-    for tier, shelf in tiers.items():
-        journal.add_tier(tier, shelf.__iter__)
-    cache.tell(journal)
+    tiers = {"host": cache.host} | ({"disk": cache.disk.index} if cache.disk is not None else {})
+    for tier, index in tiers.items():
+        journal.add_tier(tier, index.__iter__)
+    cache.report_to(journal)
     return journal

@@ -21,11 +21,11 @@ from .blocks import BlockPool
 from .copy_costs import CopyCosts
 from .demotion import Demotion
 from .disk_tier import DiskTier
-from .tiers import Journal, Shelf
+from .tiers import TierIndex, TierListener
 
 
 @dataclass(slots=True)
-class Found:
+class PrefixHit:
     """A prompt's leading blocks by place: those on the device, and the hashes of those in host memory."""
 
     hits: dict[int, BlockId] = field(default_factory=dict)
@@ -55,13 +55,13 @@ class PrefixCache:
         self,
         pool: BlockPool,
         *,
-        host: Shelf | None = None,
+        host: TierIndex | None = None,
         disk: DiskTier | None = None,
         costs: CopyCosts | None = None,
     ) -> None:
         """`host`: its slots are the engine's; with a disk, the one that reads from there come into."""
         self._pool = pool
-        self.host = host if host is not None else Shelf(0)
+        self.host = host if host is not None else TierIndex(0)
         self.disk = disk
         self.costs = costs if costs is not None else CopyCosts()
         self._demotion = Demotion(pool, self.host, self.costs)
@@ -75,17 +75,17 @@ class PrefixCache:
     def has_tiers(self) -> bool:
         return self.host.num_slots > 0
 
-    def tell(self, journal: Journal) -> None:
-        """Report to `journal` what comes and goes in the tiers below the device."""
-        self.host.tell(journal, "host")
+    def report_to(self, listener: TierListener) -> None:
+        """Report to `listener` what comes and goes in the tiers below the device."""
+        self.host.report_to(listener, "host")
         if self.disk is not None:
-            self.disk.shelf.tell(journal, "disk")
+            self.disk.index.report_to(listener, "disk")
 
     # --- a sequence's blocks -------------------------------------------------------------------------------------
 
-    def find(self, hashes: Sequence[bytes]) -> Found:
+    def find(self, hashes: Sequence[bytes]) -> PrefixHit:
         """The longest known prefix, as far as promoting is quicker than computing."""
-        pool, found = self._pool, Found()
+        pool, found = self._pool, PrefixHit()
         found.hits.update(enumerate(pool.match_prefix(hashes)))
         if not self.has_tiers or not pool.enable_prefix_caching:
             return found
@@ -98,17 +98,17 @@ class PrefixCache:
                 break
         return self.worthwhile(found)
 
-    def worthwhile(self, found: Found) -> Found:
+    def worthwhile(self, found: PrefixHit) -> PrefixHit:
         """Leave out what is computed sooner than it is copied in."""
         num_tokens = (len(found) - found.num_ready) * self._pool.block_size
         if found.promoted and not self.costs.copying_pays(len(found.promoted), num_tokens):
             ready = found.num_ready
-            return Found({place: block for place, block in found.hits.items() if place < ready})
+            return PrefixHit({place: block for place, block in found.hits.items() if place < ready})
         return found
 
     def has_below(self, block_hash: bytes) -> bool:
         """Tell whether a tier below the device has the block, from where a hit promotes it."""
-        return block_hash in self.host or (self.disk is not None and block_hash in self.disk.shelf)
+        return block_hash in self.host or (self.disk is not None and block_hash in self.disk.index)
 
     def has_in_host(self, block_hash: bytes) -> bool:
         return self.host.find(block_hash) is not None
@@ -117,7 +117,7 @@ class PrefixCache:
         """Blocks that nobody writes to before the next step computes, and whose owner keeps them until then."""
         return self._demotion.allocate(count)
 
-    def promote(self, found: Found, table: Sequence[BlockId]) -> None:
+    def promote(self, found: PrefixHit, table: Sequence[BlockId]) -> None:
         """Copy what lies in host memory into its places of a block table, with the next step."""
         for place, block_hash in found.promoted.items():
             self.host.pin(block_hash)
@@ -256,7 +256,7 @@ class PrefixCache:
 
     @property
     def num_disk_blocks(self) -> int:
-        return len(self.disk.shelf) if self.disk is not None else 0
+        return len(self.disk.index) if self.disk is not None else 0
 
     @property
     def num_failures(self) -> int:

@@ -4,8 +4,8 @@
        ^                                                   │  ^                        │
        └──────────────── promoted on a hit ────────────────┘  └──── read on a hit ─────┘
 
-A `Shelf` is one tier: slots by hash, the least recently used one is evicted. A slot is filled before it is found, and
-what is being read or written is pinned. `Lookahead` finds what is next to be evicted above and not kept below, so
+A `TierIndex` is one tier: slots by hash, the least recently used one is evicted. A slot is filled before it is found,
+and what is being read or written is pinned. `Lookahead` finds what is next to be evicted above and not kept below, so
 that evicting costs nothing when it happens.
 """
 
@@ -17,14 +17,14 @@ from itertools import islice
 from typing import Protocol
 
 
-class Journal(Protocol):
-    """A `Journal` tells others what a tier holds."""
+class TierListener(Protocol):
+    """A `TierListener` hears what a tier gains and loses."""
 
     def stored(self, block_hash: bytes, tier: str) -> None: ...
     def evicted(self, block_hash: bytes, tier: str) -> None: ...
 
 
-class Shelf:
+class TierIndex:
     """The slots of one tier."""
 
     def __init__(self, num_slots: int, first_slot: int = 0) -> None:
@@ -35,12 +35,12 @@ class Shelf:
         self._slot_of: OrderedDict[bytes, int] = OrderedDict()  # filled; least recently used first
         self._filling: dict[bytes, int] = {}
         self._pins: dict[bytes, int] = {}
-        self._journal: Journal | None = None
+        self._listener: TierListener | None = None
         self._tier = ""
 
-    def tell(self, journal: Journal, tier: str) -> None:
-        """Report to `journal` what comes and goes from now on."""
-        self._journal, self._tier = journal, tier
+    def report_to(self, listener: TierListener, tier: str) -> None:
+        """Report to `listener` what comes and goes from now on."""
+        self._listener, self._tier = listener, tier
 
     def __len__(self) -> int:
         """Blocks that can be found."""
@@ -92,13 +92,13 @@ class Shelf:
         """The slot holds the block now."""
         self._slot_of[block_hash] = self._filling.pop(block_hash)
         self.version += 1
-        if self._journal is not None:
-            self._journal.stored(block_hash, self._tier)
+        if self._listener is not None:
+            self._listener.stored(block_hash, self._tier)
 
     def _gone(self, block_hash: bytes) -> None:
         self.version += 1
-        if self._journal is not None:
-            self._journal.evicted(block_hash, self._tier)
+        if self._listener is not None:
+            self._listener.evicted(block_hash, self._tier)
 
     def put(self, block_hash: bytes, slot: int) -> None:
         """A slot that held the block when we came."""

@@ -44,7 +44,7 @@ from .task import Task, first_token_message, first_tokens
 
 
 class PrefillRole:
-    """Implements `common.loop.Steps`. All methods but begin_step and on_layer are called with the lock held."""
+    """Implements `engine.loop.StepRole`. All methods but begin_step and on_layer are called with the lock held."""
 
     name = "prefill"
 

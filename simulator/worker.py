@@ -29,7 +29,7 @@ from ..decode.waiting import MAX_WAIT_S
 from ..kvcache.blocks import BlockPool
 from ..kvcache.journal import open_journal
 from ..kvcache.prefix_cache import PrefixCache
-from ..kvcache.tiers import Shelf
+from ..kvcache.tiers import TierIndex
 from ..transfer.fetch.lending import MAX_LENT_SHARE
 from .costs.network import Link, Port
 from .decode import DecodePart
@@ -66,7 +66,7 @@ class SimWorker:
         self.began_s = self.wished_s = kernel.now()
         self.pool = BlockPool(spec.num_blocks, spec.kv.block_size, enable_prefix_caching=spec.prefix_caching)
         self.port = Port()  # receiving
-        self.cache = PrefixCache(self.pool, host=Shelf(spec.host_blocks))
+        self.cache = PrefixCache(self.pool, host=TierIndex(spec.host_blocks))
         if spec.prefix_caching:
             self.journal = open_journal(self.pool, self.cache)
             self.journal.router_joined("")

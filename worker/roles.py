@@ -26,7 +26,7 @@ RoleName = Literal["prefill", "decode"]
 
 
 class BothRoles:
-    """Implements `common.loop.Steps`. All methods but begin_step and on_layer are called with the lock held."""
+    """Implements `engine.loop.StepRole`. All methods but begin_step and on_layer are called with the lock held."""
 
     def __init__(self, prefill: PrefillRole, decode: DecodeRole, pool: BlockPool, offer: RoleName) -> None:
         self.prefill = prefill

@@ -10,7 +10,7 @@ import threading
 from ..common.errors import ProtocolError
 from ..common.messages import CacheChange, LocalTask, Message, PrefillTask, ReserveKV, WorkerStatus
 from ..engine.loop import EngineLoop
-from ..engine.samples import SampleBooks
+from ..engine.samples import RouterSamples
 from ..kvcache.journal import open_journal
 from ..transfer.protocol.rank_messages import PeerMessage, RankArrived, RankRead, RankSums, Rotated, SourceFree
 from .decode_side import DecodeUnit
@@ -30,7 +30,7 @@ class WorkerUnit:
         self._lock = threading.Condition()
         self._prefill = PrefillUnit(parts, self._lock)
         self._decode = DecodeUnit(parts, self._lock)
-        self._samples = SampleBooks()
+        self._samples = RouterSamples()
         self._shares = RouterShares(parts.clock)
         self._num_heartbeats = 0
         self._journal = open_journal(parts.pool, parts.cache)

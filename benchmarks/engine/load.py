@@ -23,7 +23,7 @@ from kvferry.common.clock import SystemClock
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.engine.engine import Engine
-from kvferry.engine.loop import EngineLoop, Steps
+from kvferry.engine.loop import EngineLoop, StepRole
 from kvferry.kvcache.blocks import BlockPool, prefix_salt
 from kvferry.prefill.scheduler import PrefillScheduler, Prompt
 
@@ -127,10 +127,10 @@ class _Idle:
 
 
 class _Relay:
-    """Implements `Steps` for the loop, which runs as long as the engine: one load after another."""
+    """Implements `StepRole` for the loop, which runs as long as the engine: one load after another."""
 
     def __init__(self) -> None:
-        self.load: Steps = _Idle()
+        self.load: StepRole = _Idle()
 
     def schedule(self) -> Batch | None:
         return self.load.schedule()
@@ -214,7 +214,7 @@ class LoadedEngine:
     def _token_id(self) -> int:
         return self._random.randrange(self.engine.model_config.vocab_size)
 
-    def _run(self, load: Steps, ended: threading.Event) -> None:
+    def _run(self, load: StepRole, ended: threading.Event) -> None:
         self._ended = ended
         with self._loop.lock:
             self._relay.load = load

@@ -14,7 +14,7 @@ from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.kvcache.disk_tier import DiskTier
 from kvferry.kvcache.prefix_cache import PrefixCache
-from kvferry.kvcache.tiers import Shelf
+from kvferry.kvcache.tiers import TierIndex
 
 from ..kvcache.fake_disk import FakeDisk
 
@@ -39,7 +39,7 @@ class TaggedScheduler:
     ) -> None:
         self.pool = BlockPool(num_blocks, BLOCK, enable_prefix_caching=enable_prefix_caching)
         self._slots = [[0] * BLOCK for _ in range(num_swap_blocks + num_host_blocks)]
-        host = Shelf(num_host_blocks, num_swap_blocks)
+        host = TierIndex(num_host_blocks, num_swap_blocks)
         self.clock = FakeClock()
         self.disk = FakeDisk(num_disk_blocks, self._slots)
         tier = DiskTier(self.disk, host, self.clock, lambda result: None) if num_disk_blocks else None

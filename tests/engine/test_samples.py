@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.messages import StepSample
 from kvferry.common.request import RequestId, SamplingParams, Sequence
-from kvferry.engine.samples import MAX_SAMPLES, EvenSamples, SampleBooks, step_sample
+from kvferry.engine.samples import MAX_SAMPLES, EvenSamples, RouterSamples, step_sample
 
 
 def _row(num_tokens: int, num_computed: int, num_scheduled: int) -> BatchRow:
@@ -38,7 +38,7 @@ def test_few_are_all_kept_and_many_are_chosen_evenly() -> None:
 
 
 def test_each_router_gets_those_since_its_own_last_heartbeat() -> None:
-    books = SampleBooks()
+    books = RouterSamples()
     books.add(StepSample(1.0))
     assert books.take("a") == (), "nobody listened"
     books.add(StepSample(2.0))

@@ -7,21 +7,21 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvferry.kvcache.tiers import Lookahead, Shelf
+from kvferry.kvcache.tiers import Lookahead, TierIndex
 
 
 def _key(number: int) -> bytes:
     return number.to_bytes(16, "little")
 
 
-def _filled(shelf: Shelf, *numbers: int) -> None:
+def _filled(index: TierIndex, *numbers: int) -> None:
     for number in numbers:
-        assert shelf.reserve(_key(number)) is not None
-        shelf.fill(_key(number))
+        assert index.reserve(_key(number)) is not None
+        index.fill(_key(number))
 
 
-def _held(shelf: Shelf) -> list[int]:
-    return [int.from_bytes(known, "little") for known in shelf]
+def _held(index: TierIndex) -> list[int]:
+    return [int.from_bytes(known, "little") for known in index]
 
 
 class _Told:
@@ -38,68 +38,68 @@ class _Told:
 
 
 def test_a_slot_is_found_once_it_is_filled() -> None:
-    shelf = Shelf(2, first_slot=5)
-    slot = shelf.reserve(_key(1))
-    assert slot in (5, 6) and shelf.find(_key(1)) is None and _key(1) in shelf
-    shelf.fill(_key(1))
-    assert shelf.find(_key(1)) == slot
-    other = shelf.reserve(_key(2))
-    shelf.discard(_key(2))
-    assert _key(2) not in shelf and shelf.reserve(_key(3)) == other
+    index = TierIndex(2, first_slot=5)
+    slot = index.reserve(_key(1))
+    assert slot in (5, 6) and index.find(_key(1)) is None and _key(1) in index
+    index.fill(_key(1))
+    assert index.find(_key(1)) == slot
+    other = index.reserve(_key(2))
+    index.discard(_key(2))
+    assert _key(2) not in index and index.reserve(_key(3)) == other
 
 
 def test_the_least_recently_used_is_evicted_and_what_is_read_is_passed_over() -> None:
-    shelf = Shelf(3)
-    _filled(shelf, 1, 2, 3)
-    shelf.keep_longest(_key(1))
-    assert _held(shelf) == [2, 3, 1]
-    shelf.pin(_key(2))
-    _filled(shelf, 4)
-    assert _held(shelf) == [2, 1, 4]
-    shelf.keep_shortest(_key(4))
-    _filled(shelf, 5)
-    assert _held(shelf) == [2, 1, 5]
+    index = TierIndex(3)
+    _filled(index, 1, 2, 3)
+    index.keep_longest(_key(1))
+    assert _held(index) == [2, 3, 1]
+    index.pin(_key(2))
+    _filled(index, 4)
+    assert _held(index) == [2, 1, 4]
+    index.keep_shortest(_key(4))
+    _filled(index, 5)
+    assert _held(index) == [2, 1, 5]
     for number in (1, 5):
-        shelf.pin(_key(number))
-    assert shelf.reserve(_key(6)) is None, "all are being read"
-    shelf.unpin(_key(2))
-    assert shelf.reserve(_key(6)) is not None
+        index.pin(_key(number))
+    assert index.reserve(_key(6)) is None, "all are being read"
+    index.unpin(_key(2))
+    assert index.reserve(_key(6)) is not None
 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), num_slots=st.integers(0, 6))
 def test_no_slot_is_lost_and_a_block_keeps_the_slot_that_it_was_filled_into(seed: int, num_slots: int) -> None:
-    random, shelf, told = Random(seed), Shelf(num_slots, 3), _Told()
-    shelf.tell(told, "host")
+    random, index, told = Random(seed), TierIndex(num_slots, 3), _Told()
+    index.report_to(told, "host")
     filling: dict[bytes, int] = {}
     content: dict[int, bytes] = {}
     pinned: list[bytes] = []
     for _ in range(300):
         key = _key(random.randint(0, 10))
         action = random.randint(0, 5)
-        if action == 0 and key not in shelf and (slot := shelf.reserve(key)) is not None:
+        if action == 0 and key not in index and (slot := index.reserve(key)) is not None:
             assert slot not in filling.values() and content.get(slot) not in pinned
             filling[key] = slot
             content.pop(slot, None)
         elif action == 1 and filling:
             key = random.choice(list(filling))
             content[filling.pop(key)] = key
-            shelf.fill(key)
-        elif action == 2 and key in shelf and key not in pinned:
+            index.fill(key)
+        elif action == 2 and key in index and key not in pinned:
             if key in filling:
                 del filling[key]
             else:
-                del content[shelf.find(key) or 0]
-            shelf.discard(key)
-        elif action == 3 and key in shelf and key not in filling:
-            shelf.pin(key)
+                del content[index.find(key) or 0]
+            index.discard(key)
+        elif action == 3 and key in index and key not in filling:
+            index.pin(key)
             pinned.append(key)
         elif action == 4 and pinned:
-            shelf.unpin(pinned.pop())
+            index.unpin(pinned.pop())
         elif action == 5:
-            random.choice([shelf.keep_longest, shelf.keep_shortest])(key)
-        shelf.check()
-        assert {slot: known for known in shelf if (slot := shelf.find(known)) is not None} == content
+            random.choice([index.keep_longest, index.keep_shortest])(key)
+        index.check()
+        assert {slot: known for known in index if (slot := index.find(known)) is not None} == content
         assert told.stored_now == set(content.values())
 
 
