@@ -28,12 +28,12 @@ class BatchRow:
 
     @property
     def samples(self) -> bool:
-        """The row feeds the last known token, so its logits choose the next one."""
+        """Tell whether the row feeds the last known token, so that its logits choose the next one."""
         return self.seq.samples and self.end == self.seq.num_tokens
 
     @property
     def choices(self) -> tuple[int, ...]:
-        """The choices that are sampled from this row's logits."""
+        """Return the choices that are sampled from this row's logits."""
         return self.seq.pending_choices or (self.seq.choice,)
 
 

@@ -14,7 +14,7 @@ class Clock(Protocol):
     """A source of seconds that only grows. Values of two clocks are never compared."""
 
     def now(self) -> float:
-        """Seconds since an arbitrary start."""
+        """Return seconds since an arbitrary start."""
         ...
 
 
@@ -47,16 +47,16 @@ class FakeClock:
 
 
 def wall_time_us() -> int:
-    """Microseconds since 1970: several routers order their requests by it, and nothing but that order rests on it."""
+    """Return microseconds since 1970: routers order their requests by it, and nothing but that order rests on it."""
     return time.time_ns() // 1000
 
 
 def wall_time_s() -> int:
-    """Seconds since 1970, for the `created` field of API answers only."""
+    """Return seconds since 1970, for the `created` field of API answers only."""
     return int(time.time())
 
 
 def week_s() -> float:
-    """Seconds since Monday's midnight in this machine's zone: for schedules and what is learned about days only."""
+    """Return seconds since Monday's midnight in this machine's zone: for schedules and what is learned about days."""
     now = time.localtime()
     return float(((now.tm_wday * 24 + now.tm_hour) * 60 + now.tm_min) * 60 + now.tm_sec)

@@ -199,5 +199,5 @@ class RouterConfig(Settings):
 
 
 def environment() -> dict[str, str]:
-    """A copy of the process's environment: nothing else reads it."""
+    """Return a copy of the process's environment: nothing else reads it."""
     return dict(os.environ)

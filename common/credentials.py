@@ -41,7 +41,7 @@ class SharedSecret:
 
     @property
     def said(self) -> bytes:
-        """The one that this process proves that it knows; empty where there is none."""
+        """Return the value that this process proves to know; empty where there is none."""
         return self._values[0] if self._values else b""
 
     @property
@@ -59,7 +59,7 @@ NO_SECRET = SharedSecret()
 
 
 def read_secrets(secret_file: Path | None, env: Mapping[str, str]) -> tuple[bytes, ...]:
-    """The secrets of the file, else of the environment's variable; empty where neither is set. Raises ConfigError."""
+    """Read the file's secrets, else the environment variable's; empty where neither is set. Raises ConfigError."""
     if secret_file is not None:
         return _parse_secrets(read_private(secret_file, "secret_file"), f"secret_file: {secret_file}")
     text = env.get(SECRET_VARIABLE, "")
@@ -77,7 +77,7 @@ def _parse_secrets(text: bytes, origin: str) -> tuple[bytes, ...]:
 
 
 def read_private(path: Path, setting: str) -> bytes:
-    """A file of credentials. Raises ConfigError where it cannot be read, or where every user of this machine can."""
+    """Read a file of credentials. Raises ConfigError where it cannot be read, or where every user here can."""
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(path.stat().st_mode)

@@ -18,7 +18,7 @@ class Library(NamedTuple):
 
     @property
     def is_installed(self) -> bool:
-        """Looked up without importing it."""
+        """Look the package up without importing it."""
         return any(importlib.util.find_spec(module) is not None for module in self.modules)
 
     @property
@@ -29,7 +29,7 @@ class Library(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The distribution's."""
+        """Return the distribution's name."""
         return re.split("[<>=]", self.requirement)[0]
 
 
@@ -41,7 +41,7 @@ NIXL_VERSION = "1.5.1"
 
 
 def nixl() -> Library:
-    """The build for the CUDA of the installed torch first; without CUDA either does."""
+    """Return NIXL's build for the CUDA of the installed torch first; without CUDA either does."""
     wanted, other = ("cu13", "cu12") if has_cuda_13(torch_cuda_version()) else ("cu12", "cu13")
     modules = (f"nixl_{wanted}", f"nixl_{other}", "nixl")
     return Library(modules, f"nixl-{wanted}=={NIXL_VERSION}", "60 MB")
@@ -53,7 +53,7 @@ def has_cuda_13(version: str | None) -> bool:
 
 
 def torch_cuda_version() -> str | None:
-    """The CUDA version that the installed torch was built for, without importing it."""
+    """Return the CUDA version that the installed torch was built for, without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None

@@ -187,6 +187,6 @@ def arm(text: str, worker_id: str) -> None:
 
 
 def hit(point: str, values: Iterable[int] = ()) -> bool:
-    """The process has come to `point`. True: spoil what is in hand (`flip`)."""
+    """Tell the armed points that the process has come to `point`. True: spoil what is in hand (`flip`)."""
     assert point in POINTS, point
     return _failpoints.hit(point, values)

@@ -51,7 +51,7 @@ class KeyEntry(Settings):
 
     @property
     def expires_s(self) -> float | None:
-        """Seconds since 1970."""
+        """Return when the key expires, in seconds since 1970."""
         return self.expires.timestamp() if isinstance(self.expires, datetime) else None
 
 
@@ -61,7 +61,7 @@ def digest_of(key: bytes) -> bytes:
 
 
 def read_key_file(path: Path, setting: str) -> tuple[KeyEntry, ...]:
-    """The entries of a file, each checked. Raises ConfigError that names the line."""
+    """Read the entries of a file, each checked. Raises ConfigError that names the line."""
     return tuple(entry for entry, _ in _read(path, setting))
 
 
@@ -95,7 +95,7 @@ def revoke_keys(path: Path, key_id: str) -> int:
 
 
 def _read(path: Path, setting: str) -> list[tuple[KeyEntry, tuple[int, int]]]:
-    """Each entry with its lines: the first, and the one after the last."""
+    """Yield each entry with its lines: the first, and the one after the last."""
     try:
         root = yaml.compose(read_private(path, setting).decode(), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

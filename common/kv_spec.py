@@ -26,7 +26,7 @@ class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     results: str = ""  # what made it, where all workers must compute the same bits (deterministic); empty: anything
 
     def page_bytes(self, tp_size: int = 1) -> int:
-        """Bytes of one block in one layer on one rank: K and V."""
+        """Return the bytes of one block in one layer on one rank: K and V."""
         heads = self.num_kv_heads // tp_size
         return 2 * heads * self.block_size * self.head_dim * _ITEM_BYTES[self.dtype]
 

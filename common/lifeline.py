@@ -36,14 +36,14 @@ Event = Mapping[str, object]
 
 
 def lifeline_pair() -> tuple[socket.socket, socket.socket]:
-    """The launcher's end (non-blocking) and the child's, whose descriptor the child inherits."""
+    """Make the launcher's end (non-blocking) and the child's, whose descriptor the child inherits."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
     return ours, theirs
 
 
 def decode_event(packet: bytes) -> dict[str, object] | None:
-    """The event in a packet, None if it is none."""
+    """Return the event in a packet, None if it is none."""
     try:
         event = json.loads(packet)
     except ValueError:
@@ -73,7 +73,7 @@ class Lifeline:
 
     @classmethod
     def from_fds(cls, fd: int | None, stderr_fd: int | None) -> Lifeline | None:
-        """The lifeline that the launcher handed down; None where there is no launcher."""
+        """Open the lifeline that the launcher handed down; None where there is no launcher."""
         if fd is None:
             return None
         for own in (fd, stderr_fd):  # a grandchild that held it would hide our end from the launcher
@@ -97,7 +97,7 @@ class Lifeline:
             self._unheard.clear()
 
     def ready(self, **details: object) -> None:
-        """The process serves. From here on it must beat."""
+        """Say that the process serves. From here on it must beat."""
         self.send({"event": "ready", **details})
 
     def beat(self) -> None:
@@ -111,7 +111,7 @@ class Lifeline:
         self.send({"event": "progress", "what": what, "fraction": fraction})
 
     def failed(self, error: str) -> None:
-        """The process ends because of `error`, which a restart would meet again."""
+        """Say that the process ends because of `error`, which a restart would meet again."""
         self.send({"event": "failed", "error": error})
 
     def _run(self) -> None:

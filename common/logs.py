@@ -76,7 +76,7 @@ def _log_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
 
 
 def clean(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """The line with every text of it harmless."""
+    """Return the line with every text of it harmless."""
     for name, value in event.items():
         if isinstance(value, str):
             event[name] = _harmless(value)

@@ -367,7 +367,7 @@ class PromptLogprobs(Message):
 def in_pieces(
     spec: RequestSpec, first: int, tokens: tuple[SampledToken, ...], size: int = 256
 ) -> Iterator[PromptLogprobs]:
-    """Prompt logprobs from prompt token `first` on, in messages that stay small whatever the prompt's length."""
+    """Yield prompt logprobs from prompt token `first` on, in messages that stay small whatever the prompt's length."""
     for offset in range(0, len(tokens), size):
         yield PromptLogprobs(
             request_id=spec.request_id,
@@ -422,7 +422,7 @@ class WorkerFailure(Message):
 
 
 def nonfinite_logits(seq: Sequence) -> WorkerFailure:
-    """Model and prompt are the reason, or what the request asks to be done to the logits."""
+    """Report logits that are no distribution: by model and prompt, or by what the request does to the logits."""
     reason = f"the logits that follow token {seq.num_tokens} are NaN or infinite: there is no token to choose"
     return WorkerFailure(request_id=seq.request_id, attempt=seq.attempt, reason=reason, code="nonfinite_logits")
 

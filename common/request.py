@@ -96,7 +96,7 @@ class RequestSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return unpack_ids(self.prompt)
 
     def output_token_ids(self, index: int) -> list[int]:
-        """Accepted tokens of the choice at `index` of `choices`."""
+        """Return the accepted tokens of the choice at `index` of `choices`."""
         return unpack_ids(self.outputs[index]) if self.outputs else []
 
     @property
@@ -127,7 +127,7 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
     @property
     def is_nan(self) -> bool:
-        """The model's logits were no distribution: it has no log-probability."""
+        """Tell whether the model's logits were no distribution: the token has no log-probability."""
         return self.logprob is not None and math.isnan(self.logprob)
 
 
@@ -157,7 +157,7 @@ class Sequence:
 
     @classmethod
     def of(cls, spec: RequestSpec, choice: int, outputs: Iterable[int] = ()) -> Sequence:
-        """A choice of a request, with the tokens of its answer that are known. It holds no blocks."""
+        """Make a choice of a request, with the tokens of its answer that are known. It holds no blocks."""
         return cls(
             request_id=RequestId(spec.request_id),
             attempt=spec.attempt,
@@ -188,7 +188,7 @@ class Sequence:
 
     @property
     def age_key(self) -> tuple[int, int, str, int]:
-        """Total order: the smallest is served first and preempted last."""
+        """Return the key of a total order: the smallest is served first and preempted last."""
         return (self.priority, self.arrival, self.request_id, self.choice)
 
 

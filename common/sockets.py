@@ -13,7 +13,7 @@ _SEND_BUFFER_BYTES = 128 * 2**10  # in the kernel for each connection: a client 
 
 
 def listen(address: Address, *, setting: str = "port") -> socket.socket:
-    """A listening socket for HTTP; port 0 takes a free one. Raises ConfigError that names `setting`."""
+    """Open a listening socket for HTTP; port 0 takes a free one. Raises ConfigError that names `setting`."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:

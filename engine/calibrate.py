@@ -19,13 +19,14 @@ from ..kvcache.blocks import BlockPool
 from .engine import Engine
 from .samples import MAX_SAMPLES, step_sample
 
+# A longer calibration gives the router a better first guess and makes every start longer; real steps teach it anyway.
 LIMIT_S = 1.2  # of the whole; a step that would probably take longer than what is left is not begun
 _CONTEXT_TOKENS = 1024  # of what is called long
-_NUM_MEASURED = 2
+_NUM_MEASURED = 2  # runs of each kind of step, after one for warmth
 _LONG_S = 0.05  # a step that takes longer is measured once, and at once if it takes what was expected
-_SLACK = 1.5
+_SLACK = 1.5  # times what was expected: within it a long first run counts as warm
 _POOL_SHARE = 0.5  # of the pool at most: a small one is not for long contexts
-_MAX_CHUNK_TOKENS = 2048
+_MAX_CHUNK_TOKENS = 2048  # of the longest chunk that is measured
 
 log = structlog.get_logger(__name__)
 
@@ -68,7 +69,7 @@ def probes(max_num_batched_tokens: int, max_num_seqs: int) -> list[Probe]:
 
 
 def calibrate(engine: Engine, pool: BlockPool) -> tuple[StepSample, ...]:
-    """Measured steps, in the order in which they ran. The pool is as before."""
+    """Measure steps and return them in the order in which they ran. The pool is as before."""
     began = time.perf_counter()
     config = engine.config
     bench = _Bench(engine, pool)
@@ -106,7 +107,7 @@ class _Bench:
         return self._token_s * probe.chunk
 
     def measure(self, probe: Probe) -> Iterator[StepSample]:
-        """The first run is for warmth, but where it is long and not longer than expected."""
+        """Run the step and yield what was measured: no first run, unless it is long and not longer than expected."""
         self._borrow(self._num_blocks(probe))
         rows = self._answers(probe)
         for run in range(_NUM_MEASURED + 1):
@@ -124,7 +125,7 @@ class _Bench:
             self._token_s = output.step_s / probe.chunk
 
     def _borrow(self, count: int) -> None:
-        """More blocks, with something in them: memory that was never written is read faster than any other."""
+        """Borrow more blocks and write to them: memory that was never written is read faster than any other."""
         fresh = self._pool.allocate(max(0, count - len(self._blocks)))
         if not self._engine.kv_pages.is_cuda:
             for block in fresh:

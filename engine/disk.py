@@ -45,7 +45,7 @@ class RankDisk:
         self._stored = stored
 
     def stored(self) -> Iterable[tuple[bytes, int]]:
-        """Rank 0's: what another rank lacks is found out when it is read."""
+        """Return rank 0's blocks: what another rank lacks is found out when it is read."""
         return self._stored
 
     def submit(self, task: DiskTask) -> None:
@@ -75,7 +75,7 @@ class RankDisk:
 
 
 def open_disk(engine: Engine, on_result: Callable[[DiskResult], None]) -> tuple[DiskThread, list[tuple[bytes, int]]]:
-    """One rank's disk, and what lies there. Raises ConfigError."""
+    """Open one rank's disk and return what lies there. Raises ConfigError."""
     slots = engine.host_slots
     file = open_file(
         engine.config, engine.spec.fingerprint, slot_bytes=slots.slot_bytes, rank=engine.tp_rank, tp_size=engine.tp_size
@@ -85,7 +85,7 @@ def open_disk(engine: Engine, on_result: Callable[[DiskResult], None]) -> tuple[
 
 
 def open_prefix_cache(engine: Engine, pool: BlockPool, clock: Clock, group: RankGroup | None) -> PrefixCache:
-    """Around the pool, with the tiers that the engine has memory for and the settings ask for. Raises ConfigError."""
+    """Make the pool's cache, with the tiers that settings ask for and the engine has memory for. Raises ConfigError."""
     host = TierIndex(engine.num_host_blocks, engine.num_swap_blocks)
     if engine.config.disk_cache_dir is None:
         return PrefixCache(pool, host=host)

@@ -175,7 +175,7 @@ class Engine:
 
     @property
     def num_disk_slots(self) -> int:
-        """One rank's disk cache has this many; all ranks have equally many."""
+        """Count the slots of one rank's disk cache; all ranks have equally many."""
         return self.config.disk_cache_bytes // self.host_slots.slot_bytes if self.config.disk_cache_dir else 0
 
     def _meet(self) -> None:
@@ -185,7 +185,7 @@ class Engine:
             self._comm.minimum(0, self._device)
 
     def layer_event(self) -> GpuEvent | None:
-        """Called from `on_layer`: passed, by its `query` from any thread, when that layer's pages are written.
+        """Return, from within `on_layer`, an event that has passed when that layer's pages are written.
 
         None where they are by then, as on a CPU.
         """

@@ -31,15 +31,15 @@ class FollowerHandler(Protocol):
     """The owner's part beside a follower's engine. All calls come from the thread that runs the steps."""
 
     def on_user(self, payload: bytes) -> None:
-        """A payload of `RankGroup.broadcast`, in order with the steps."""
+        """Take a payload of `RankGroup.broadcast`, in order with the steps."""
         ...
 
     def on_layer(self, layer_id: int) -> None:
-        """Layer `layer_id` of the running step has written its K and V."""
+        """Take in that layer `layer_id` of the running step has written its K and V."""
         ...
 
     def close(self) -> None:
-        """The last call."""
+        """End: the last call."""
         ...
 
 

@@ -27,19 +27,19 @@ class StepRole(Protocol):
     """A role, as the loop drives it."""
 
     def schedule(self) -> Batch | None:
-        """The next step's work; None when there is none. Called with the lock held."""
+        """Return the next step's work; None when there is none. Called with the lock held."""
         ...
 
     def begin_step(self, batch: Batch) -> None:
-        """Right before the step, without the lock."""
+        """Prepare what the step needs, right before it and without the lock."""
         ...
 
     def on_layer(self, layer: int) -> None:
-        """A layer's keys and values of this step are in the pages. Without the lock."""
+        """Take in that a layer's keys and values of this step are in the pages. Without the lock."""
         ...
 
     def complete(self, batch: Batch, output: StepOutput) -> None:
-        """The step is over. Called with the lock held."""
+        """Take in the finished step. Called with the lock held."""
         ...
 
 
@@ -76,7 +76,7 @@ class EngineLoop:
         self._thread.start()
 
     def wake(self) -> None:
-        """There may be work. The caller holds the lock."""
+        """Wake the loop, for which there may be work. The caller holds the lock."""
         self.lock.notify()
 
     def stop(self) -> None:
@@ -89,7 +89,7 @@ class EngineLoop:
 
     @property
     def busy_for_s(self) -> float:
-        """Seconds since the running step began; 0 when none runs."""
+        """Return the seconds since the running step began; 0 when none runs."""
         began = self._step_began
         return 0.0 if began is None else time.perf_counter() - began
 

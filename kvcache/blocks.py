@@ -43,7 +43,7 @@ def too_small_a_cache(num_bytes: int, block_bytes: int, needed: int) -> str:
 
 
 def hash_blocks(token_ids: Sequence[int], block_size: int, salt: bytes, known: Sequence[bytes] = ()) -> list[bytes]:
-    """Chained hashes of the full blocks of `token_ids`, going on from the `known` leading ones."""
+    """Return chained hashes of the full blocks of `token_ids`, going on from the `known` leading ones."""
     hashes = list(known)
     previous = hashes[-1] if hashes else hashlib.blake2b(salt, digest_size=16, person=b"kvferry-prefix").digest()
     content = array("i", token_ids[len(hashes) * block_size :]).tobytes()
@@ -98,7 +98,7 @@ class BlockPool:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that `allocate` can hand out now: free ones and evictable ones."""
+        """Count the blocks that `allocate` can hand out now: free ones and evictable ones."""
         return len(self._free) + len(self._cached) + len(self._resting)
 
     @property
@@ -122,7 +122,7 @@ class BlockPool:
         return self._ref_counts[block_id]
 
     def allocate(self, count: int) -> list[BlockId]:
-        """`count` blocks with one reference each; evicts the least recently used cached ones if it must."""
+        """Take `count` blocks with one reference each; evict the least recently used cached ones if it must."""
         if count > self.num_free_blocks:
             raise CapacityError(f"need {count} blocks, {self.num_free_blocks} of {self.num_blocks} are free")
         blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
@@ -144,11 +144,11 @@ class BlockPool:
         return block
 
     def published(self) -> Iterable[bytes]:
-        """The hashes of all blocks that `match_prefix` may find."""
+        """Return the hashes of all blocks that `match_prefix` may find."""
         return self._block_of.keys()
 
     def match_prefix(self, hashes: Sequence[bytes]) -> list[BlockId]:
-        """The blocks that hold the longest known prefix of `hashes`. Takes no reference: see `pin`."""
+        """Return the blocks that hold the longest known prefix of `hashes`. Takes no reference: see `pin`."""
         blocks: list[BlockId] = []
         if self.enable_prefix_caching:
             for value in hashes:
@@ -163,7 +163,7 @@ class BlockPool:
         return sum(block in self._cached or block in self._resting for block in blocks)
 
     def pin(self, blocks: Iterable[BlockId]) -> None:
-        """One more reference to each of `blocks`, which are cached or owned."""
+        """Add a reference to each of `blocks`, which are cached or owned."""
         for block in blocks:
             if self._ref_counts[block] == 0:
                 if block not in self._leaving:
@@ -183,7 +183,7 @@ class BlockPool:
                 self._rest(block)
 
     def _rest(self, block: BlockId) -> None:
-        """Nobody holds it any more."""
+        """Put away a block that nobody holds any more."""
         if block in self._hash_of:
             (self._resting if block in self._spare else self._cached)[block] = None
             self.version += 1
@@ -193,11 +193,11 @@ class BlockPool:
     # --- copies to other tiers -----------------------------------------------------------------------------------
 
     def coldest(self) -> Iterator[bytes]:
-        """Hashes of the cached blocks, the next to be evicted first."""
+        """Yield the hashes of the cached blocks, the next to be evicted first."""
         return (self._hash_of[block] for block in self._cached)
 
     def cached_block(self, block_hash: bytes) -> BlockId | None:
-        """The block of this content, if it is cached: held by nobody, evicted when room is needed."""
+        """Return the block of this content, if it is cached: held by nobody, evicted when room is needed."""
         block = self._block_of.get(block_hash)
         return block if block in self._cached else None
 
@@ -208,7 +208,7 @@ class BlockPool:
             self._leaving[block] = None
 
     def unhold(self) -> None:
-        """The copies have ended: what nobody holds is where it was in the order of eviction."""
+        """Let go of the blocks whose copies have ended: each is where it was in the order of eviction."""
         leaving, self._leaving = self._leaving, {}
         for block in reversed(leaving):
             if self._ref_counts[block] == 0:
@@ -246,11 +246,11 @@ class BlockPool:
         return block_id in self._spare
 
     def is_known(self, block_id: BlockId) -> bool:
-        """`match_prefix` finds it."""
+        """Tell whether `match_prefix` finds the block."""
         return block_id in self._hash_of
 
     def forget(self, block_id: BlockId) -> None:
-        """An owned block gets another content: `match_prefix` finds it no more."""
+        """Unpublish an owned block that gets another content: `match_prefix` finds it no more."""
         block_hash = self._hash_of.pop(block_id, None)
         if block_hash is not None:
             del self._block_of[block_hash]
@@ -265,7 +265,7 @@ class BlockPool:
             self._quarantined.add(block)
 
     def release_quarantine(self, blocks: Iterable[BlockId]) -> None:
-        """The writer ended cleanly or is fenced: the blocks are free."""
+        """Free blocks whose writer has ended cleanly or is fenced."""
         for block in blocks:
             self._quarantined.remove(block)
             self._free.append(block)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..common.batch import Batch, StepOutput
 
-_SMOOTHING = 0.3
+_SMOOTHING = 0.3  # weight of the newest step: larger follows a change sooner, smaller is moved less by an outlier
 
 
 @dataclass(slots=True)

@@ -15,11 +15,12 @@ from .blocks import BlockPool
 from .copy_costs import CopyCosts
 from .tiers import Lookahead, TierIndex
 
-_IDLE_COPY_S = 0.005  # a prompt that comes meanwhile waits for so long
-_IDLE_COPIES = 16  # until the cost of one is known
-_IDLE_WINDOW = 2048  # looked at whenever the engine gets idle
-_MIN_COPIES = 8  # of a step; beside these, what it can evict twice over
-_MAX_COPIES = 1024
+# More copies in a step keep more of what is evicted, and make the step, or the prompt behind it, wait for longer.
+_IDLE_COPY_S = 0.005  # a step of copies alone takes about so long: a prompt that comes meanwhile waits for it
+_IDLE_COPIES = 16  # of such a step, until the cost of a copy is known
+_MIN_COPIES = 8  # of a step that computes, and beside these twice what its tokens can evict
+_MAX_COPIES = 1024  # of any step
+_IDLE_WINDOW = 2048  # blocks looked at when the engine gets idle: more are found, for a longer look with the lock held
 
 Copies = list[tuple[BlockId, int]]  # from a block to a slot
 
@@ -125,7 +126,7 @@ class Demotion:
         return slot
 
     def end(self) -> None:
-        """The step has ended: what it copied out is found."""
+        """Take in the end of the step: what it copied out is found from now on."""
         for block_hash in self._filling:
             self._host.fill(block_hash)
         self._pool.free(self.pinned)
@@ -134,7 +135,7 @@ class Demotion:
 
     @property
     def is_settled(self) -> bool:
-        """No step copies anything before blocks have changed hands."""
+        """Tell whether no step copies anything before blocks have changed hands."""
         if self._evicted or len(self._lookahead):
             return False
         window = self._window
@@ -142,5 +143,5 @@ class Demotion:
 
     @property
     def is_quiet(self) -> bool:
-        """No copy is planned or under way."""
+        """Tell whether no copy is planned or under way."""
         return not (self._evicted or self._filling or self.pinned)

@@ -61,7 +61,7 @@ class DiskFile:
         _write_all(self._fd, memoryview(row.tobytes()), _ALIGN + slot * _ROW.itemsize)
 
     def read(self, slot: int, block_hash: bytes, into: memoryview) -> bool:
-        """False: it is not the block that was written there."""
+        """Read a slot. False: it is not the block that was written there."""
         row = self._rows[slot]
         if row["hash"].tobytes() != block_hash:
             return False
@@ -87,7 +87,7 @@ def _data_start(num_slots: int) -> int:
 
 
 def open_file(config: EngineConfig, fingerprint: str, *, slot_bytes: int, rank: int, tp_size: int) -> DiskFile:
-    """A rank's file as the settings ask for it, with all the room that it needs. Raises ConfigError."""
+    """Open a rank's file as the settings ask for it, with all the room that it needs. Raises ConfigError."""
     assert config.disk_cache_dir is not None
     num_slots = config.disk_cache_bytes // slot_bytes
     if num_slots < 1:
@@ -123,7 +123,7 @@ def _private_directory(directory: Path) -> Path:
 
 
 def _lock_one(directory: Path, name: str) -> int:
-    """The first file of this name that no other process has: a worker finds its own again."""
+    """Lock the first file of this name that no other process has: a worker finds its own again."""
     for number in range(_MAX_FILES):
         path = directory / f"{name}.{number}.kv"
         try:
@@ -171,7 +171,7 @@ class DiskThread:
         self._thread.start()
 
     def submit(self, task: DiskTask) -> None:
-        """Reads overtake writes: somebody waits for them."""
+        """Queue a task. Reads overtake writes: somebody waits for them."""
         self._put(1 if task.is_write else 0, task)
 
     def _put(self, order: int, task: DiskTask | None) -> None:

@@ -22,9 +22,11 @@ from .copy_costs import smooth
 from .tiers import Lookahead, TierIndex
 
 _MAX_WRITES = 32  # under way: a slow disk keeps so many slots of host memory busy
-_IDLE_WINDOW = 2048  # looked at whenever the engine gets idle
-_MAX_WAIT_S = 1.0  # for a disk whose speed, or ours, is not known yet
-_MAX_FAILURES = 4  # in a row
+_IDLE_WINDOW = 2048  # blocks looked at when the engine gets idle: more are found, for a longer look with the lock held
+_MAX_WAIT_S = 1.0  # for a disk whose speed, or ours, is not known yet; longer risks a first token for a hit
+# So many failures in a row turn the disk off for so long: fewer and longer lose hits to a hiccup, more and shorter have
+# sequences wait for a disk that is broken.
+_MAX_FAILURES = 4
 _PAUSE_S = 30.0
 
 
@@ -209,7 +211,7 @@ class DiskTier:
         return self._paused_until_s is not None
 
     def _write_ahead(self, is_idle: bool) -> None:
-        """Host memory's next to be evicted, before they are."""
+        """Write what host memory evicts next before it is evicted."""
         host, index = self.host, self.index
         window = min(host.num_slots, index.num_slots) // 2 - host.num_free
         if is_idle and index.num_free:

@@ -19,19 +19,21 @@ from ..common.errors import ConfigError
 from ..common.kv_spec import KVCacheSpec
 from .pages import free_memory_bytes
 
-_CUDA_BYTES = 4 << 30
-_CUDA_CACHE_BYTES = 8 << 30
-_CUDA_CACHE_SHARE = 0.1  # of the machine's free memory
+# Defaults of a rank's host memory, where settings give no sizes. More keeps more preempted sequences, or prefixes, from
+# being computed again, and takes memory, pinned on CUDA, from everything else on the machine.
+_CUDA_BYTES = 4 << 30  # for swapping
+_CUDA_CACHE_BYTES = 8 << 30  # for the prefix cache, at most
+_CUDA_CACHE_SHARE = 0.1  # of the machine's free memory, for the prefix cache, at most
 _STAGING_SHARE = 0.25  # of a CPU's KV cache: what is read from disk comes there first
-_MIN_STAGING_BLOCKS = 64
-_CPU_SHARE = 0.1  # of the KV cache
+_MIN_STAGING_BLOCKS = 64  # fewer would leave a long prompt's reads waiting for one another
+_CPU_SHARE = 0.1  # of the KV cache, for swapping: a copy there only moves blocks within the same memory
 _BLOCKS_AT_ONCE = 16  # gathered on a GPU in one piece: memory is scarce where blocks are swapped
 
 
 def num_swap_blocks(
     config: EngineConfig, spec: KVCacheSpec, device: torch.device, *, num_blocks: int, tp_size: int
 ) -> int:
-    """Slots of one rank; the same on every rank."""
+    """Count one rank's slots for swapping; every rank has as many."""
     if config.swap_space is not None:
         return config.swap_space // spec.block_bytes(tp_size)
     return _CUDA_BYTES // spec.block_bytes(tp_size) if device.type == "cuda" else int(_CPU_SHARE * num_blocks)
@@ -40,7 +42,7 @@ def num_swap_blocks(
 def num_host_blocks(
     config: EngineConfig, spec: KVCacheSpec, device: torch.device, *, num_blocks: int, tp_size: int
 ) -> int:
-    """Slots of one rank for the prefix cache. Raises ConfigError."""
+    """Count one rank's slots for the prefix cache. Raises ConfigError."""
     has_disk = config.disk_cache_dir is not None
     if not config.enable_prefix_caching:
         if has_disk or config.host_cache_memory_bytes:
@@ -91,7 +93,7 @@ class SwapPages:
         return self._slot_bytes
 
     def slot(self, slot: int) -> memoryview:
-        """A slot's bytes, from any thread. Whoever reads or writes them keeps copies off the slot meanwhile."""
+        """Return a slot's bytes, from any thread. Whoever reads or writes them keeps copies off the slot meanwhile."""
         return self._bytes[slot * self._slot_bytes : (slot + 1) * self._slot_bytes]
 
     def settle(self) -> None:
@@ -100,7 +102,7 @@ class SwapPages:
             torch.cuda.current_stream(self._pages.device).synchronize()
 
     def copy(self, swap_out: Sequence[tuple[int, int]], swap_in: Sequence[tuple[int, int]]) -> None:
-        """(block, slot) pairs out to the host, then (slot, block) pairs in from it."""
+        """Copy (block, slot) pairs out to the host, then (slot, block) pairs in from it."""
         self._times, self._copy_s = None, 0.0
         if not swap_out and not swap_in:
             return
@@ -133,7 +135,7 @@ class SwapPages:
 
     @property
     def copy_s(self) -> float:
-        """Seconds of the last `copy`. On a GPU: once the step has ended."""
+        """Return the seconds that the last `copy` took. On a GPU: once the step has ended."""
         if self._times is not None:
             start, end = self._times
             return float(start.elapsed_time(end)) / 1000

@@ -33,16 +33,16 @@ class CacheJournal:
         self._next_seq: dict[str, int] = {}  # by router; 0: it is told everything
 
     def add_tier(self, tier: str, stored: Callable[[], Iterable[bytes]]) -> None:
-        """`stored()` names all that the tier holds, whenever a router has to be told everything."""
+        """Add a tier; `stored()` names all that the tier holds, whenever a router has to be told everything."""
         self._tiers[tier] = stored
         self._changes[tier] = {}
 
     def stored(self, block_hash: bytes, tier: str = DEVICE) -> None:
-        """The tier has this block from now on."""
+        """Note that the tier has this block from now on."""
         self._note(tier, block_hash, True)
 
     def evicted(self, block_hash: bytes, tier: str = DEVICE) -> None:
-        """The tier has it no more."""
+        """Note that the tier has the block no more."""
         self._note(tier, block_hash, False)
 
     def _note(self, tier: str, block_hash: bytes, is_stored: bool) -> None:
@@ -53,7 +53,7 @@ class CacheJournal:
             self._has_overflown = True
 
     def router_joined(self, router_id: str) -> None:
-        """A session has begun: its first message tells everything."""
+        """Begin the session of a router: its first message tells everything."""
         self._next_seq[router_id] = 0
 
     def router_left(self, router_id: str) -> None:

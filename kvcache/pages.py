@@ -18,15 +18,17 @@ from ..common.kv_spec import KVCacheSpec
 from .blocks import MIN_CACHE_TOKENS, too_small_a_cache
 
 _HUGE_PAGE_BYTES = 2 << 20
+# A CPU's KV cache where settings give no size: the smaller of both. More holds more sequences and prefixes, but the
+# machine is not ours alone, and each of its workers takes as much.
 _CPU_BYTES = 2 << 30
-_CPU_SHARE = 0.1  # of free memory: the machine is not ours alone
+_CPU_SHARE = 0.1  # of free memory
 _CACHE_DTYPES = {"bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
 def num_blocks_for_memory(
     config: EngineConfig, spec: KVCacheSpec, device: torch.device, *, tp_size: int, max_model_len: int
 ) -> int:
-    """Blocks that fit into the memory granted to one rank's cache. Raises ConfigError if that is too few to serve."""
+    """Count blocks that fit into the memory of one rank's cache. Raises ConfigError if those are too few to serve."""
     num_bytes = config.kv_cache_memory_bytes or _default_bytes(config, device)
     block_bytes = spec.block_bytes(tp_size)
     if why := too_small_a_cache(num_bytes, block_bytes, spec.num_blocks_for(min(max_model_len, MIN_CACHE_TOKENS))):
@@ -35,7 +37,7 @@ def num_blocks_for_memory(
 
 
 def cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type of keys and values in the pages of a model that computes in `dtype`. Raises ConfigError."""
+    """Return the type of keys and values in the pages of a model that computes in `dtype`. Raises ConfigError."""
     wanted = _CACHE_DTYPES.get(config.kv_cache_dtype, dtype)
     if wanted == torch.float8_e4m3fn and device.type != "cuda":
         raise ConfigError("kv_cache_dtype = fp8 needs a CUDA device: the CPU's attention reads no 8-bit floats")
@@ -45,7 +47,7 @@ def cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) 
 
 
 def num_spare_blocks(device: torch.device) -> int:
-    """Blocks of the allocation behind those that the pool hands out. Padding rows on a GPU write there."""
+    """Count the blocks of the allocation behind those that the pool hands out. Padding rows on a GPU write there."""
     return 1 if device.type == "cuda" else 0
 
 
@@ -65,7 +67,7 @@ def allocate_pages(
 
 
 def _huge_zeros(num_bytes: int) -> torch.Tensor:
-    """Bytes in pages of 2 MiB where the kernel has them, each made when it is first written.
+    """Map bytes in pages of 2 MiB where the kernel has them, each made when it is first written.
 
     A worker starts without waiting for memory that it may never use. And a process that dies gives its memory back
     before it closes its sockets: 2 GiB take 0.2 s in small pages, and for so long nobody can notice.
@@ -97,7 +99,7 @@ def _default_bytes(config: EngineConfig, device: torch.device) -> int:
 
 
 def free_memory_bytes() -> int:
-    """MemAvailable of Linux: free, and what the page cache would give back."""
+    """Return MemAvailable of Linux: free, and what the page cache would give back."""
     with open("/proc/meminfo", encoding="ascii") as file:
         for line in file:
             if line.startswith("MemAvailable:"):

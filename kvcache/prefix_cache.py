@@ -36,7 +36,7 @@ class PrefixHit:
 
     @property
     def num_ready(self) -> int:
-        """Leading blocks whose KV is on the device already."""
+        """Count the leading blocks whose KV is on the device already."""
         return min(self.promoted, default=len(self.hits))
 
 
@@ -84,7 +84,7 @@ class PrefixCache:
     # --- a sequence's blocks -------------------------------------------------------------------------------------
 
     def find(self, hashes: Sequence[bytes]) -> PrefixHit:
-        """The longest known prefix, as far as promoting is quicker than computing."""
+        """Find the longest known prefix, as far as promoting is quicker than computing."""
         pool, found = self._pool, PrefixHit()
         found.hits.update(enumerate(pool.match_prefix(hashes)))
         if not self.has_tiers or not pool.enable_prefix_caching:
@@ -114,7 +114,7 @@ class PrefixCache:
         return self.host.find(block_hash) is not None
 
     def allocate(self, count: int) -> list[BlockId]:
-        """Blocks that nobody writes to before the next step computes, and whose owner keeps them until then."""
+        """Take blocks that nobody writes to before the next step computes, and whose owner keeps them until then."""
         return self._demotion.allocate(count)
 
     def promote(self, found: PrefixHit, table: Sequence[BlockId]) -> None:
@@ -187,7 +187,7 @@ class PrefixCache:
             self.disk.forget(seq)
 
     def wake_with(self, wake: Callable[[], None]) -> None:
-        """Called from other threads when the disk has answered: whoever waits for it may be scheduled then."""
+        """Have `wake` called, from other threads, when the disk has answered: its waiters may be scheduled then."""
         if self.disk is not None:
             self.disk.disk.wake = wake
 
@@ -198,7 +198,7 @@ class PrefixCache:
     # --- steps ---------------------------------------------------------------------------------------------------
 
     def begin(self, batch: Batch | None) -> Batch | None:
-        """The next step with the copies that it begins with. None: there is nothing to do."""
+        """Return the next step with the copies that it begins with. None: there is nothing to do."""
         if not self.has_tiers:
             return batch
         if self.disk is not None:
@@ -206,7 +206,7 @@ class PrefixCache:
         return self._with_copies(batch, self._demotion.copies(batch.num_tokens if batch is not None else 0))
 
     def idle(self) -> Batch | None:
-        """A step of copies alone, for an engine that has nothing else to do."""
+        """Return a step of copies alone, for an engine that has nothing else to do."""
         if not self.has_tiers:
             return None
         if self.disk is not None:
@@ -230,7 +230,7 @@ class PrefixCache:
         return batch
 
     def end(self) -> None:
-        """The step has ended: what it copied out is found, what it copied in lies on the device as well."""
+        """Take in the end of the step: what it copied out is found, what it copied in lies on the device as well."""
         self._demotion.end()
         for block_hash in self._reading:
             self.host.unpin(block_hash)
@@ -264,16 +264,16 @@ class PrefixCache:
 
     @property
     def is_quiet(self) -> bool:
-        """No copy is planned or under way."""
+        """Tell whether no copy is planned or under way."""
         return not (self._into or self._reading or self._lifting) and self._demotion.is_quiet
 
     @property
     def is_settled(self) -> bool:
-        """No step copies anything before blocks have changed hands."""
+        """Tell whether no step copies anything before blocks have changed hands."""
         return not self.has_tiers or not (self._into or self._lifts) and self._demotion.is_settled
 
     def references(self) -> list[BlockId]:
-        """Blocks that a step copies out while others own them, or into for nobody who is here."""
+        """List the blocks that a step copies out while others own them, or into for nobody who is here."""
         return [*self._demotion.pinned, *(block for lift in (*self._lifts, *self._lifting) for block in lift.hashes)]
 
     def check(self) -> None:

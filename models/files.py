@@ -39,7 +39,7 @@ def is_on_hub(name: str | None) -> bool:
 
 
 def resolve_model(name: str | None, revision: str | None = None, progress: Progress | None = None) -> ResolvedModel:
-    """Finds the model, fetching or converting it when it is not here yet. Raises ConfigError."""
+    """Find the model, fetching or converting it when it is not here yet. Raises ConfigError."""
     if name is not None and is_on_hub(name):
         return _checked(ResolvedModel(_download(name, revision, progress), name))
     if revision is not None:
@@ -50,7 +50,7 @@ def resolve_model(name: str | None, revision: str | None = None, progress: Progr
 
 
 def read_json(path: Path, *, default: dict[str, object] | None = None) -> dict[str, object]:
-    """The JSON object in a file; `default` where there is no such file. Raises ConfigError."""
+    """Read the JSON object in a file; `default` where there is no such file. Raises ConfigError."""
     if default is not None and not path.is_file():
         return default
     try:
@@ -114,7 +114,7 @@ def _download(name: str, revision: str | None, progress: Progress | None) -> Pat
 
 
 def _snapshot(name: str, revision: str | None, progress: Progress | None) -> Path:
-    """The hub's snapshot of the model; each way to fail as one line that says what to do."""
+    """Return the hub's snapshot of the model; each way to fail as one line that says what to do."""
     from huggingface_hub import errors, snapshot_download
 
     what = f"downloading {name}"
@@ -150,7 +150,7 @@ def _snapshot(name: str, revision: str | None, progress: Progress | None) -> Pat
 
 
 def _size_on_hub(name: str, revision: str | None) -> int:
-    """Bytes of the files that are wanted; 0 where the hub does not tell: whoever downloads them will say why."""
+    """Return the bytes of the wanted files; 0 where the hub does not tell: whoever downloads them will say why."""
     from huggingface_hub import HfApi
 
     try:
@@ -165,7 +165,7 @@ def _is_wanted(name: str) -> bool:
 
 
 def _bars(num_bytes: int, tell: Callable[[float], None]) -> type:
-    """A class for the hub's progress bars that shows none, and tells which share of all bytes is here."""
+    """Make a class for the hub's progress bars that shows none, and tells which share of all bytes is here."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class Told(tqdm):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from gguf import GGUFReader, ReaderTensor
 
-_ROWS_AT_ONCE = 4096
+_ROWS_AT_ONCE = 4096  # of a tensor, dequantized to float32: bounds the memory that a conversion takes
 # What SmolLM2's model card recommends; at temperature 1 so small a model rambles.
 _SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
 _SPECIAL_TOKEN_TYPE = 3  # GGUF: a control token
@@ -45,7 +45,7 @@ _LAYER_TENSOR_NAMES = {
 
 
 def convert_gguf(source: Path, target: Path, progress: Callable[[float], None]) -> None:
-    """Writes the Llama model in the GGUF file `source` into the existing directory `target`."""
+    """Write the Llama model in the GGUF file `source` into the existing directory `target`."""
     from gguf import GGUFReader
 
     progress(0.0)
@@ -88,7 +88,7 @@ class _Fields:
         return value
 
     def number(self, key: str) -> float:
-        """A float32 field as the decimal that was meant: 9.99999e-06 is 1e-05."""
+        """Read a float32 field as the decimal that was meant: 9.99999e-06 is 1e-05."""
         value = self._get(key)
         if not isinstance(value, float):
             raise ValueError(f"field {key} is {value!r}, not a number")
@@ -155,7 +155,7 @@ def _tokenizer_config(fields: _Fields) -> dict[str, object]:
 
 
 def _write_tokenizer(path: Path, fields: _Fields) -> None:
-    """Byte-level BPE; digits stand alone, and no space is put before the text."""
+    """Write byte-level BPE; digits stand alone, and no space is put before the text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     if (rules := fields.text("tokenizer.ggml.pre")) != "smollm":
@@ -209,7 +209,7 @@ class _Tensor:
         return 2 * int(self.source.n_elements)
 
     def pieces(self) -> Iterator[npt.NDArray[np.uint16]]:
-        """The tensor's bfloat16 bits in row order. Quantisation is by row, so rows can be moved before it is undone."""
+        """Yield the tensor's bfloat16 bits by rows. Quantisation is by row: rows can be moved before it is undone."""
         from gguf import quants
 
         rows = self.source.data
@@ -227,7 +227,7 @@ def _undo_permutation(rows: npt.NDArray[np.uint8], num_heads: int) -> npt.NDArra
 
 
 def to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """Bits of the nearest bfloat16, ties to even, of finite values."""
+    """Return the bits of the nearest bfloat16, ties to even, of finite values."""
     import numpy as np
 
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
@@ -236,7 +236,7 @@ def to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 
 
 def _write_safetensors(path: Path, tensors: list[_Tensor], progress: Callable[[float], None]) -> None:
-    """The safetensors format, written piece by piece: header length, JSON header, tensors one after the other."""
+    """Write the safetensors format piece by piece: header length, JSON header, tensors one after the other."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:

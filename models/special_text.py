@@ -62,12 +62,12 @@ class SpecialText:
         return twin
 
     def find(self, text: str) -> str | None:
-        """The first special token that it spells."""
+        """Find the first special token that the text spells."""
         found = self._spelled.search(text)
         return found[0] if found else None
 
     def hide(self, objects: Sequence[Mapping[str, object]]) -> tuple[list[dict[str, object]], dict[str, str]]:
-        """The same with every spelled token as one character, and which token each of these characters stands for.
+        """Return the objects with every spelled token as one character, and the token that each character stands for.
 
         Their values are JSON's; the names in them stay as they are.
         """
@@ -92,11 +92,11 @@ class SpecialText:
         return shown, {char: token for token, char in hiding.items()}
 
     def shown(self, text: str, hidden: Mapping[str, str]) -> str:
-        """A rendered text with what was hidden."""
+        """Return a rendered text with what was hidden."""
         return text.translate({ord(char): token for char, token in hidden.items()})
 
     def encode(self, text: str, hidden: Mapping[str, str], add_special_tokens: bool) -> list[int]:
-        """The ids of a rendered text: special tokens that stand in it are the template's, hidden ones are text."""
+        """Return a rendered text's ids: special tokens that stand in it are the template's, hidden ones are text."""
         marked = self._spelled.sub(lambda found: self._marks[found[0]], text)
         (encoding,) = self._plain.encode_batch_fast([self.shown(marked, hidden)], add_special_tokens=add_special_tokens)
         return [self._ids.get(token_id, token_id) for token_id in encoding.ids]

@@ -130,7 +130,7 @@ class Budget:
             raise TemplateOverrun(f"the chat template goes through more than {self.limits.max_items} items")
 
     def counted(self, items: Iterable[object]) -> Iterator[object]:
-        """Each as it is asked for."""
+        """Yield each item, charged for as it is asked for."""
         for index, item in enumerate(items):
             _check_items(self, index)
             self.go_through(1)
@@ -222,7 +222,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return text
 
     def join(self, *parts: object) -> str:
-        """The `~` operator."""
+        """Join as the `~` operator does."""
         return self.concat([str(part) for part in parts])
 
     def step(self) -> str:
@@ -319,7 +319,7 @@ def _check_pattern(budget: Budget, text: str, width: re.Pattern[str], sign: str,
 
 
 def _text_size(value: object, depth: int = 0) -> int:
-    """About how long it is once it is printed."""
+    """Return about how long a value is once it is printed."""
     if isinstance(value, str):
         return len(value)
     if depth > 8 or not isinstance(value, (list, tuple, Mapping)):
@@ -329,7 +329,7 @@ def _text_size(value: object, depth: int = 0) -> int:
 
 
 def _guarded(name: str, function: Callable[..., object]) -> Callable[..., object]:
-    """The filter under the budget. It takes the context, so that nothing of it is computed while compiling."""
+    """Put the filter under the budget. It takes the context, so that nothing of it is computed while compiling."""
     kind = getattr(function, "jinja_pass_arg", None)
 
     @pass_context
@@ -377,7 +377,7 @@ def _priced(budget: Budget, value: object) -> object:
 
 
 def compile_environment(filters: Mapping[str, Callable[..., str]], values: Mapping[str, object]) -> Environment:
-    """A sandbox with more filters and global values."""
+    """Make a sandbox with more filters and global values."""
     sandbox = TemplateSandbox()
     sandbox.filters.update(filters)
     sandbox.globals.update(values)

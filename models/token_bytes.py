@@ -47,7 +47,7 @@ class DecoderRules:
 
 
 def decoder_rules(decoder: Mapping[str, object] | None) -> DecoderRules:
-    """The rules in the `decoder` of a tokenizer.json. Raises ConfigError for one that cannot be followed exactly."""
+    """Read the rules in the `decoder` of a tokenizer.json. Raises ConfigError for what cannot be followed exactly."""
     if decoder is None:
         return DecoderRules(separator=" ")
     kind = decoder.get("type")
@@ -104,7 +104,7 @@ def _fallback_byte(token: str) -> bytes | None:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
+    """Return GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if chr(byte) not in alphabet]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # More bytes per token than any prompt has on average. A text beyond it is refused before work is spent on it.
 MAX_BYTES_PER_TOKEN = 16
-_SLACK_BYTES = 4096
+_SLACK_BYTES = 4096  # beside them, so that short limits refuse no short text
 _UTF8_MAX_BYTES = 4  # of one character
 
 
@@ -57,7 +57,7 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: Path, chat_template: Path | str | None = None) -> Tokenizer:
-        """Reads a model directory. `chat_template`: a file that replaces the model's own template.
+        """Read a model directory. `chat_template`: a file that replaces the model's own template.
 
         Raises ConfigError for a missing or broken file.
         """
@@ -73,13 +73,13 @@ class Tokenizer:
         )
 
     def encode(self, text: str, add_special_tokens: bool = True, *, max_tokens: int | None = None) -> list[int]:
-        """The text's ids, as `encode_all` gives them."""
+        """Return the text's ids, as `encode_all` gives them."""
         return self.encode_all([text], add_special_tokens, max_tokens=max_tokens)[0]
 
     def encode_all(
         self, texts: Sequence[str], add_special_tokens: bool = True, *, max_tokens: int | None = None
     ) -> list[list[int]]:
-        """The ids of each text, with what the model puts around a text (a BOS token) if `add_special_tokens`.
+        """Return the ids of each text, with what the model puts around a text (a BOS token) if `add_special_tokens`.
 
         A text that cannot fit into `max_tokens` is refused by its size alone, before any is tokenized; the exact
         count is still the caller's to check.
@@ -115,7 +115,7 @@ class Tokenizer:
         return self._added[skip_special_tokens]
 
     def token_text(self, token_id: int) -> str:
-        """`token_bytes` as text, with U+FFFD for the part of a character."""
+        """Return `token_bytes` as text, with U+FFFD for the part of a character."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def first_token_bytes(self, token_id: int) -> bytes:
@@ -172,7 +172,7 @@ class Detokenizer:
         self._feed_prompt(prompt_ids)
 
     def fork(self) -> Detokenizer:
-        """Another one at the same place: for one more answer to the same prompt."""
+        """Make another one at the same place: for one more answer to the same prompt."""
         twin = Detokenizer.__new__(Detokenizer)
         twin._tokenizer, twin._skipped, twin._added = self._tokenizer, self._skipped, self._added
         twin._rest, twin._to_strip = self._rest, self._to_strip
@@ -180,7 +180,7 @@ class Detokenizer:
         return twin
 
     def push(self, ids: Iterable[int]) -> str:
-        """Takes the next ids; returns the text that is complete with them and was not returned before."""
+        """Take the next ids; return the text that is complete with them and was not returned before."""
         data = self._rest + b"".join(map(self._piece, ids))
         text, num_used = utf_8_decode(data, "replace", False)
         self._rest = data[num_used:]
@@ -222,7 +222,7 @@ class Detokenizer:
 
 
 def check_text_size(text: str, max_tokens: int) -> None:
-    """Refuses a text with so many bytes that it cannot be a prompt of at most `max_tokens`."""
+    """Refuse a text with so many bytes that it cannot be a prompt of at most `max_tokens`."""
     check_num_bytes(len(text), max_tokens)  # a character has at least one: an enormous text is not even encoded
     check_num_bytes(len(text.encode("utf-8", "surrogatepass")), max_tokens)
 
@@ -263,7 +263,7 @@ def _missing_tokenizer(path: Path) -> str:
 
 
 def _special_tokens(config: Mapping[str, object]) -> dict[str, str]:
-    """`bos_token` and its like, which stand as a string or as an object with its `content`."""
+    """Read `bos_token` and its like, which stand as a string or as an object with its `content`."""
     found: dict[str, str] = {}
     for role, value in config.items():
         token = value.get("content") if isinstance(value, dict) else value

@@ -50,7 +50,7 @@ for _power, _letter in enumerate("kmgt", start=1):
 
 
 def parse_number(value: object) -> object:
-    """`32K`, `1.5k` and `2GiB` as whole numbers; what is no text goes on to pydantic as it is."""
+    """Read `32K`, `1.5k` and `2GiB` as whole numbers; what is no text goes on to pydantic as it is."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
@@ -61,12 +61,12 @@ def parse_number(value: object) -> object:
 
 
 def _split(value: object) -> object:
-    """`a,b` (from the environment) and a lone value (from YAML) as a list."""
+    """Read `a,b` (from the environment) and a lone value (from YAML) as a list."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 def parse_classes(value: object) -> object:
-    """Request classes: a mapping by name (YAML), or texts `name:key=value,key=value` (flags, variable)."""
+    """Read request classes: a mapping by name (YAML), or texts `name:key=value,key=value` (flags, variable)."""
     if isinstance(value, Mapping):
         entries = [(name, {} if own is None else own) for name, own in value.items()]
         return [{**own, "name": name} if isinstance(own, Mapping) else own for name, own in entries]
@@ -419,7 +419,7 @@ class ServeSettings(Settings):
 
 
 def option_of(field_name: str) -> Option:
-    """The `Option` that a field of ServeSettings carries."""
+    """Return the `Option` that a field of ServeSettings carries."""
     return next(item for item in ServeSettings.model_fields[field_name].metadata if isinstance(item, Option))
 
 

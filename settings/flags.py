@@ -105,7 +105,7 @@ def _value_flag(name: str, help_text: str, option: Option, text: str, metavar: s
 
 
 def _switches(field: str, option: Option) -> Iterator[_Flag]:
-    """`--no-x` where x is on by default, else `--x`; and the other one, hidden, that overrules a file."""
+    """Name `--no-x` where x is on by default, else `--x`; and the other one, hidden, that overrules a file."""
     default = value_of(_DEFAULTS, field)
     for name, value in ((f"no_{field}", False), (field, True)):
         kind = Annotated[
@@ -138,7 +138,7 @@ def _dashed(name: str) -> str:
 
 
 def _kinds(field: str) -> Iterator[object]:
-    """The types that a field may have, without Annotated and Optional around them."""
+    """Return the types that a field may have, without Annotated and Optional around them."""
     annotation = ServeSettings.model_fields[field].annotation
     for kind in (annotation, *get_args(annotation)):
         while get_origin(kind) is Annotated:

@@ -67,7 +67,7 @@ def value_of(settings: BaseModel, dotted_key: str) -> object:
 
 
 def read_environment(env: Mapping[str, str], mistakes: list[str]) -> dict[str, Raw]:
-    """Every KVFERRY_ variable but the three that are no settings; an unknown one is added to the mistakes."""
+    """Read every KVFERRY_ variable but the three that are no settings; an unknown one is added to the mistakes."""
     keys = {ENV_PREFIX + name.upper(): key for name, key in setting_keys().items()}
     found: dict[str, Raw] = {}
     for name, value in env.items():
@@ -81,7 +81,7 @@ def read_environment(env: Mapping[str, str], mistakes: list[str]) -> dict[str, R
 
 
 def read_yaml(path: Path, mistakes: list[str]) -> dict[str, Raw]:
-    """Dotted keys of a YAML file, each with its line; what is wrong with a key is added to the mistakes.
+    """Read dotted keys of a YAML file, each with its line; what is wrong with a key is added to the mistakes.
 
     Raises ConfigError for a file that cannot be read at all.
     """
@@ -150,7 +150,7 @@ def _nested(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def _explain(error: ValidationError, merged: Mapping[str, Raw]) -> Iterator[str]:
-    """One line for each mistake, with the origin of the value."""
+    """Make one line for each mistake, with the origin of the value."""
     for item in error.errors(include_url=False):
         names = [str(part) for part in item["loc"]]
         message = _RULES.get(item["type"], item["msg"]).removeprefix("Value error, ")

@@ -21,7 +21,7 @@ _SOURCE = Path(__file__).parent / "native"
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-w")
 _CPU_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"})
-_BUILD_TIMEOUT_S = 120.0
+_BUILD_TIMEOUT_S = 120.0  # a compiler that hangs keeps a start waiting for so long
 
 
 class NativeUnavailable(Exception):
@@ -29,7 +29,7 @@ class NativeUnavailable(Exception):
 
 
 def find_compiler() -> str:
-    """The compiler that builds for this machine. Raises NativeUnavailable where there is none, or no use for it."""
+    """Find the compiler that builds for this machine. Raises NativeUnavailable where there is none or no use."""
     if missing := sorted(_CPU_FLAGS - _cpu_flags()):
         raise NativeUnavailable(f"the processor lacks {', '.join(missing)}")
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
@@ -39,7 +39,7 @@ def find_compiler() -> str:
 
 
 def load(folder: Path) -> ctypes.CDLL:
-    """The library. Calls release the interpreter's lock. Raises NativeUnavailable."""
+    """Load the library, built if need be. Its calls release the interpreter's lock. Raises NativeUnavailable."""
     compiler, cpu = find_compiler(), _cpu_flags()
     library = folder / f"kernels-{_fingerprint(compiler, cpu)}.so"
     try:

@@ -101,7 +101,7 @@ class NativeDecoder:
         return int(self._num_threads(self._handle))
 
     def forward(self, step: Step, on_layer: Callable[[int], None] | None = None) -> Tensor:
-        """Hidden states of the wanted tokens before the final norm, [wanted, hidden_size padded to 64] float32.
+        """Return hidden states of the wanted tokens before the final norm, [wanted, hidden_size padded to 64] float32.
 
         `on_layer(i)` is called from within, when layer i's keys and values are in the pages. What it raises is raised
         here after the step.
@@ -137,7 +137,7 @@ class NativeDecoder:
         assert all(0 <= token < len(tokens) for token in wanted), "a wanted token is not in the step"
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Rows of `forward` -> [rows, vocab_size] float32."""
+        """Turn rows of `forward` into [rows, vocab_size] float32."""
         hidden = hidden.contiguous()
         logits = torch.empty(len(hidden), _padded(self._vocab_size))
         self._logits(self._handle, len(hidden), hidden.data_ptr(), logits.data_ptr())

@@ -24,7 +24,7 @@ from ..nn.layers import Linear
 from ..nn.sampling import SampleRow, prompt_logprobs_each, sample_each
 from ..nn.torch_runner import TorchRunner
 
-_ROWS = 16
+_ROWS = 16  # of a product: more pads a lone token with more that is computed for nothing, fewer slow down prompts
 
 
 class TiledDecoder:
@@ -43,7 +43,7 @@ class TiledDecoder:
         backend: AttentionBackend,
         on_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Hidden states before the final norm, [num_tokens padded to 16, hidden_size]; padding is anything."""
+        """Return hidden states before the final norm, [num_tokens padded to 16, hidden_size]; padding is anything."""
         decoder = self._decoder
         x = decoder.embedding(_padded(input_ids)).float()
         ropes = [decoder.rotary(part, decoder.dtype) for part in _tiles(_padded(positions))]
@@ -58,7 +58,7 @@ class TiledDecoder:
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Rows of `forward` -> [rows padded to 16, vocab_size] float32."""
+        """Turn rows of `forward` into [rows padded to 16, vocab_size] float32."""
         return torch.cat([self._decoder.logits(part) for part in _tiles(_padded(hidden))])
 
 
@@ -87,12 +87,12 @@ def _tiles(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _padded(x: Tensor) -> Tensor:
-    """Zero rows up to a multiple of _ROWS."""
+    """Add zero rows up to a multiple of _ROWS."""
     return F.pad(x, (*(0, 0) * (x.dim() - 1), 0, -len(x) % _ROWS))
 
 
 def _linears(decoder: Decoder) -> Iterator[tuple[str, Linear]]:
-    """One of each shape: a product's kernel follows from that."""
+    """Yield a linear of each shape: a product's kernel follows from that."""
     layer: DecoderLayer = decoder.layers[0]
     yield "qkv_proj", layer.attention.qkv_proj
     yield "o_proj", layer.attention.o_proj
@@ -102,7 +102,7 @@ def _linears(decoder: Decoder) -> Iterator[tuple[str, Linear]]:
 
 
 def _check_places(name: str, linear: Linear) -> None:
-    """A row one place further gives the same bits there: so for every place, and from there for any two.
+    """Check that a row one place further gives the same bits there: so for every place, and hence for any two.
 
     NaN among the weights is not the processor's fault: each request will be told.
     """

@@ -46,7 +46,7 @@ class FusedDecoder:
         attention: PagedAttention,
         on_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Hidden states behind the final norm, [num_tokens, hidden_size]."""
+        """Return hidden states behind the final norm, [num_tokens, hidden_size]."""
         decoder, kernels = self._decoder, self._kernels
         residual = decoder.embedding(input_ids)
         first = decoder.layers[0].input_norm
@@ -81,14 +81,14 @@ class FusedDecoder:
         return projected
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden_size] of `forward` -> [rows, vocab_size] float32; a collective with several ranks."""
+        """Turn [rows, hidden_size] of `forward` into [rows, vocab_size] float32; a collective with several ranks."""
         rows = self._decoder.head.rows
         local = self._kernels.logits(hidden, rows.weight)
         return rows.comm.all_gather(local)[:, : rows.vocab_size]
 
 
 def cos_sin_table(rotary: RotaryEmbedding, num_positions: int, dtype: torch.dtype) -> Tensor:
-    """[num_positions, head_dim] float32: cosines of half a head, then its sines, each rounded to `dtype`."""
+    """Return [num_positions, head_dim] float32: cosines of half a head, then its sines, each rounded to `dtype`."""
     device = rotary.inv_freq.device
     table = torch.empty(num_positions, 2 * len(rotary.inv_freq), device=device)
     for start in range(0, num_positions, _TABLE_ROWS):

@@ -81,7 +81,7 @@ class CudaDecodeDevice:
         torch.cuda.synchronize(self._device)
 
     def _upload_padding(self, size: int) -> None:
-        """A step of padding rows alone."""
+        """Upload a step of padding rows alone."""
         self.reuse_arrays()
         arrays = self.arrays
         arrays.input_ids[:size] = arrays.positions[:size] = 0
@@ -156,7 +156,7 @@ class _Buffers:
         self.paged_kv_indices = zeros(num_pages)
 
     def arrays(self) -> StepArrays:
-        """The same memory."""
+        """Return the buffers as arrays over the same memory."""
         return StepArrays(
             input_ids=self.input_ids.numpy(),
             positions=self.positions.numpy(),

@@ -46,7 +46,7 @@ class DecodeDevice(Protocol):
     def upload_token_ids(self, size: int) -> None: ...
 
     def feed(self, token_ids: Tensor, sources: Sequence[int]) -> None:
-        """Row i feeds the token in row sources[i], column 0, of `token_ids`, which is on the device."""
+        """Have row i feed the token in row sources[i], column 0, of `token_ids`, which is on the device."""
         ...
 
     def launch(self, size: int, num_rows: int) -> Tensor:
@@ -79,7 +79,7 @@ class DecodePipeline:
         self.num_steps = 0
 
     def step(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[RowOutput] | None:
-        """None: the batch is not for this runner. Layers are told of when all of them are queued."""
+        """Run the step. None: the batch is not for this pipeline. Layers are told of when all of them are queued."""
         size = padded_size(self._device.sizes, len(batch.rows))
         rows = rows_of(batch, self._block_size) if size is not None else None
         if size is None or rows is None:
@@ -143,7 +143,7 @@ class DecodePipeline:
         self._forecast = forecast
 
     def _sample(self, batch: Batch, logits: Tensor) -> Draws | None:
-        """Rows that do not sample are computed for their KV alone."""
+        """Queue sampling; rows that do not sample are computed for their KV alone."""
         sampling = [index for index, row in enumerate(batch.rows) if row.samples]
         if not sampling:
             return None

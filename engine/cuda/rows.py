@@ -31,14 +31,14 @@ Int64 = NDArray[np.int64]
 
 
 def graph_sizes(max_num_rows: int) -> tuple[int, ...]:
-    """Padded numbers of rows: 1, 2, 4, then every eighth; past 256 every sixteenth; the last one is `max_num_rows`."""
+    """List padded numbers of rows: 1, 2, 4, then every eighth; past 256 every sixteenth; the last is `max_num_rows`."""
     sizes = [size for size in (1, 2, 4, *range(8, 257, 8)) if size < max_num_rows]
     sizes += range(272, max_num_rows, 16)
     return (*sizes, max_num_rows)
 
 
 def padded_size(sizes: Seq[int], num_rows: int) -> int | None:
-    """The smallest of `sizes` with room for the rows; None if there is none."""
+    """Return the smallest of `sizes` with room for the rows; None if there is none."""
     index = bisect_left(sizes, num_rows)
     return sizes[index] if index < len(sizes) else None
 
@@ -70,7 +70,7 @@ class BlockTables:
         self._known: dict[int, tuple[list[int], Int32, int]] = {}  # by id(table): table, array, entries in use
 
     def array(self, table: list[int], num_pages: int) -> Int32:
-        """The first `num_pages` entries, or as many as there are."""
+        """Return the first `num_pages` entries, or as many as there are."""
         wanted = min(num_pages, len(table))
         _, array, known = self._known.get(id(table), (table, np.empty(0, np.int32), 0))
         if known < wanted:
@@ -88,7 +88,7 @@ class BlockTables:
 
 
 def rows_of(batch: Batch, block_size: int) -> list[DecodeRow] | None:
-    """The batch as rows of one token; None if it is not one, or if more than next tokens is asked of it."""
+    """Return the batch as rows of one token; None if it is not one, or if more than next tokens is asked of it."""
     rows = []
     for row in batch.rows:
         seq, position = row.seq, row.start
@@ -146,7 +146,7 @@ class Forecast:
     missing: list[tuple[int, DecodeRow]]  # filled in by whoever calls `fill`
 
     def fits(self, batch: Batch, sampled: Seq[int]) -> bool:
-        """Is the batch the one foretold? `sampled` are the token ids that the step before yielded, by row."""
+        """Tell whether the batch is the one foretold. `sampled`: the token ids that the step before yielded, by row."""
         if batch.block_copies or batch.swap_out or batch.swap_in or len(batch.rows) != len(self.rows):
             return False
         for row, wanted, source in zip(batch.rows, self.rows, self.sources, strict=True):

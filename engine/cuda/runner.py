@@ -50,7 +50,7 @@ class CudaRunner:
         pages: Tensor,
         progress: Progress | None = None,
     ) -> None:
-        """Compiles kernels and captures graphs: minutes where nothing is in FlashInfer's cache.
+        """Compile kernels and capture graphs: minutes where nothing is in FlashInfer's cache.
 
         The last block of `pages` is owned by no sequence: padding rows and warm-ups write there.
         """
@@ -67,7 +67,7 @@ class CudaRunner:
             log.info("cuda_graphs", used=False, reason=f"{tp_size} tensor-parallel ranks launch every kernel")
 
     def _warm_up(self, progress: Progress | None) -> None:
-        """Everything that is compiled at first use, in the order in which all ranks do it."""
+        """Run everything that is compiled at first use, in the order in which all ranks do it."""
         steps: list[Callable[[], None]] = [self._attention.warm_up, self._warm_up_model, self._warm_up_sampling]
         for count, step in enumerate(steps):
             if progress is not None:
@@ -76,7 +76,7 @@ class CudaRunner:
         torch.cuda.synchronize(self._device)
 
     def _warm_up_model(self) -> None:
-        """Attention is still planned for its own warm-up: three tokens on the spare block."""
+        """Run the model while attention is still planned for its own warm-up: three tokens on the spare block."""
         tokens = torch.zeros(3, dtype=torch.int64, device=self._device)
         self._decoder.logits(self._decoder.forward(tokens, tokens.int(), self._attention))
 

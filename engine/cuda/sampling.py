@@ -43,7 +43,7 @@ class Draws(NamedTuple):
     num_best: int
 
     def read(self) -> list[tuple[SampledToken, ...]]:
-        """Each row's tokens, none where its logits are no distribution. The caller has waited for the device."""
+        """Return each row's tokens, none where its logits are no distribution. The caller has waited for the device."""
         num_rows, most = self.token_ids.shape
         count, best = len(self.reported), self.num_best
         sizes = [num_rows * most, num_rows, count * most, count * best, count * best]
@@ -187,7 +187,7 @@ class DeviceSampler:
 
 
 def invert(probs: Tensor, draws: Tensor) -> Tensor:
-    """The first token whose cumulative weight exceeds u * total: never one of weight zero.
+    """Return the first token whose cumulative weight exceeds u * total: never one of weight zero.
 
     probs [rows, vocab], draws [rows, n] float64 -> [rows, n] int64. Sums of chunks are searched, then one chunk.
     """

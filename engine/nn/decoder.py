@@ -72,7 +72,7 @@ class Attention:
         return self.o_proj(out.view(x.shape[0], self.num_qo_heads * self.head_dim))
 
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Queries, keys and values as attention takes them, [num_tokens, heads of all three, head_dim]."""
+        """Return queries, keys and values as attention takes them, [num_tokens, heads of all three, head_dim]."""
         num_q, num_kv = self.num_qo_heads, self.num_kv_heads
         heads = self.qkv_proj(x).view(x.shape[0], num_q + 2 * num_kv, self.head_dim)
         if self.head_norms:
@@ -83,7 +83,7 @@ class Attention:
         return heads
 
     def attend(self, heads: Tensor, backend: AttentionBackend, on_layer: Callable[[int], None] | None) -> Tensor:
-        """[num_tokens, num_qo_heads, head_dim]"""
+        """Return attention's output, [num_tokens, num_qo_heads, head_dim]."""
         num_q, num_kv = self.num_qo_heads, self.num_kv_heads
         q, k, v = torch.split(heads, [num_q, num_kv, num_kv], 1)
         out = backend.forward(q, k, v, self.layer_id)
@@ -163,7 +163,7 @@ class Decoder:
         backend: AttentionBackend,
         on_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Hidden states before the final norm, [num_tokens, hidden_size]. The backend is planned for this batch.
+        """Return hidden states before the final norm, [num_tokens, hidden_size]. The backend is planned for this batch.
 
         On a CPU the residual stream is float32 whatever the weights are: it costs next to nothing there, and sixty
         additions rounded to bfloat16 are where most of a small model's error comes from.
@@ -177,7 +177,7 @@ class Decoder:
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden_size] of `forward` -> [rows, vocab_size] float32."""
+        """Turn [rows, hidden_size] of `forward` into [rows, vocab_size] float32."""
         return self.head(self.final_norm.in_type_of(hidden))
 
     def slots(self) -> Iterator[WeightSlot]:

@@ -17,7 +17,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch uses the calling thread alone."""
+    """Have torch use the calling thread alone."""
     before = torch.get_num_threads()
     if before == 1:
         yield
@@ -30,6 +30,6 @@ def one_thread() -> Iterator[None]:
 
 
 def torch_results(dtype: torch.dtype, tp_size: int) -> str:
-    """Names what torch's results depend on: equal names, equal results."""
+    """Name what torch's results depend on: equal names, equal results."""
     capability = torch.backends.cpu.get_cpu_capability()
     return f"torch {torch.__version__} {capability} {str(dtype).removeprefix('torch.')} tp {tp_size}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...models.config import RopeConfig
 from ..ranks.group import Communicator
 
-_REFINED_LOGITS = 16
+_REFINED_LOGITS = 16  # best of a row, made once more in float32: more take time, fewer leave rounded ones that tie
 
 # oneDNN reads this once, before its first product. With AMX it would block weights in a way that native code cannot
 # read, and the same steps in torch take several times as long.
@@ -56,7 +56,7 @@ class Linear:
         return y
 
     def pack(self) -> None:
-        """CPU: reorder the weight once, so that no call has to. Its plain form is given up."""
+        """Reorder the weight once, on a CPU, so that no call has to. Its plain form is given up."""
         if self._packed is None and self.weight.device.type == "cpu" and _can_pack(self.weight.dtype):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
             self.tiles = _address_of_tiles(self._packed, self.weight)
@@ -64,7 +64,7 @@ class Linear:
 
 
 def _can_pack(dtype: torch.dtype) -> bool:
-    """oneDNN's linear exists in this build, and this processor has its bfloat16."""
+    """Tell whether oneDNN's linear exists in this build, and this processor has its bfloat16."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -200,7 +200,7 @@ class ParallelHead:
         self.linear.weight, self.linear.num_inputs = rows.weight, rows.weight.shape[1]
 
     def pack(self, *, tied: bool) -> None:
-        """A tied head keeps the plain weight for lookups: packing costs it a second copy of this one tensor."""
+        """Pack the head. A tied one keeps the plain weight for lookups: packing makes a second copy of this tensor."""
         self.linear.pack()
         if not tied:
             self.rows.weight = self.linear.weight
@@ -212,7 +212,7 @@ class ParallelHead:
         return self.rows.comm.all_gather(logits)[:, : self.rows.vocab_size]
 
     def _refine(self, logits: Tensor, hidden: Tensor) -> None:
-        """The best logits once more in float32: a product rounded to bfloat16 moves in steps of 1/8 near 25, so
+        """Make the best logits once more in float32: a product rounded to bfloat16 moves in steps of 1/8 near 25, so
         that the first two tie more often than not. Where the plain weight is kept.
         """
         best = logits.topk(min(_REFINED_LOGITS, logits.shape[1])).indices  # [rows, k]
@@ -281,7 +281,7 @@ def _inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:  # [head_di
 
 
 def _llama3_frequencies(rope: RopeConfig, inv_freq: Tensor) -> Tensor:
-    """Slow turns are stretched by `factor`, fast ones kept, those between blended (Llama 3.1 release notes)."""
+    """Stretch slow turns by `factor`, fast ones kept, those between blended (Llama 3.1 release notes)."""
     turns = rope.original_max_len * inv_freq / (2 * math.pi)  # over the original context
     keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     keep = keep.clamp(0.0, 1.0)
@@ -289,7 +289,7 @@ def _llama3_frequencies(rope: RopeConfig, inv_freq: Tensor) -> Tensor:
 
 
 def _yarn_frequencies(rope: RopeConfig, inv_freq: Tensor, head_dim: int) -> Tensor:
-    """Blend of stretched and kept frequencies by turns over the original context (Peng et al. 2023, section 3.2)."""
+    """Blend stretched and kept frequencies by turns over the original context (Peng et al. 2023, section 3.2)."""
 
     def dimension(turns: float) -> float:  # whose frequency makes so many turns
         return head_dim * math.log(rope.original_max_len / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))

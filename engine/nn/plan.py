@@ -57,7 +57,7 @@ def plan_step(batch: Batch, block_size: int) -> StepPlan:
 
 
 def logit_rows(plan: StepPlan) -> list[Tensor]:
-    """The packed tokens whose logits are needed: the sample rows, if any, then the prompt rows in parts."""
+    """List the packed tokens whose logits are needed: the sample rows, if any, then the prompt rows in parts."""
     prompt_rows = _int32(plan.prompt_rows)
     parts = [prompt_rows[i : i + _LOGIT_ROWS] for i in range(0, len(prompt_rows), _LOGIT_ROWS)]
     return [part for part in (_int32(plan.sample_rows), *parts) if len(part)]
@@ -85,7 +85,7 @@ def _int32(data: bytes) -> Tensor:
 
 
 def step_tensors(plan: StepPlan, block_size: int) -> tuple[Tensor, Tensor, AttentionMetadata]:
-    """input_ids [num_tokens] int32, positions [num_tokens] int64, and what attention is planned with; on the host."""
+    """Return input_ids [num_tokens] int32, positions [num_tokens] int64 and attention's metadata, all on the host."""
     input_ids, starts, lengths, block_ids = map(_int32, (plan.input_ids, plan.starts, plan.lengths, plan.block_ids))
     ends = starts + lengths
     qo_indptr, kv_indptr = _indptr(lengths), _indptr((ends + block_size - 1) // block_size)

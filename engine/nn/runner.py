@@ -7,7 +7,7 @@
 
 Implementations: `TorchRunner` (any device's torch, used on CPUs), `TiledRunner` (exact, in torch), `NativeRunner` (C++,
 exact or not) and `CudaRunner`. `engine/choose.py` chooses one when the engine starts; nothing else asks which it is.
-A runner keeps no state of a request: what a sequence was is in the pages.
+A runner keeps nothing of a request that a step needs: what a sequence was is in the pages.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Runner(Protocol):
         """Run the layers at once; `on_layer(i)` is called when layer i's keys and values are in the pages or, on a
         GPU, when the kernels that write them are queued.
 
-        Yields logits, [rows, vocab_size] float32, for each part of `logit_rows(plan)`. With several ranks all of them
-        take every part, for each is a collective.
+        The plan's blocks have been copied. Yields logits, [rows, vocab_size] float32, for each part of
+        `logit_rows(plan)`. With several ranks all of them take every part, for each is a collective.
         """
         ...
 

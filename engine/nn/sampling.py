@@ -42,7 +42,7 @@ class SampleRow:
 
     @property
     def output_index(self) -> int:
-        """Index in the output of the token that is drawn."""
+        """Return the index in the output of the token that is drawn."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
@@ -60,7 +60,7 @@ class SampleRow:
 
     @property
     def is_plain(self) -> bool:
-        """The best token and nothing else."""
+        """Tell whether the best token is asked for and nothing else."""
         return self.params.is_greedy and self.params.logprobs is None and not self.edits_logits
 
 
@@ -87,7 +87,7 @@ def sample_each(
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[int]) -> list[tuple[SampledToken, ...]]:
-    """Tokens of each row's choices, none where its logits are no distribution.
+    """Return the tokens of each row's choices, none where its logits are no distribution.
 
     `logits` [rows, vocab] float32 is overwritten where rows edit it.
     """
@@ -103,7 +103,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[i
 
 
 def uniform(seed: int, choice: int, output_index: int) -> float:
-    """A number in [0, 1), 53 bits of BLAKE2b over the three counters (as in counter-based generators, Salmon 2011)."""
+    """Return a number in [0, 1): 53 bits of BLAKE2b over the counters (as counter-based generators do, Salmon 2011)."""
     counters = struct.pack("<Qqq", seed & (2**64 - 1), choice, output_index)
     digest = hashlib.blake2b(counters, digest_size=8, person=b"kvferry-draw").digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
@@ -137,7 +137,7 @@ class Logprobs:
 
 
 def prompt_logprobs(logits: Tensor, wanted: Sequence[tuple[int, int]]) -> list[SampledToken]:
-    """Row i of `logits` [n, vocab] is about `wanted[i]`: the prompt token that follows, and how many best to report."""
+    """Judge by row i of `logits` [n, vocab] the prompt token `wanted[i][0]`, and report the `wanted[i][1]` best."""
     logprobs = Logprobs(logits, [count for _, count in wanted])
     return [logprobs.tokens(row, (token_id,))[0] for row, (token_id, _) in enumerate(wanted)]
 
@@ -170,7 +170,7 @@ def _edit(logits: Tensor, row: SampleRow, eos_token_ids: frozenset[int]) -> None
 
 
 def _penalize(logits: Tensor, row: SampleRow) -> None:
-    """Repetition looks at prompt and output, frequency and presence at the output alone."""
+    """Penalize seen tokens: repetition looks at prompt and output, frequency and presence at the output alone."""
     params = row.params
     tokens = torch.tensor(row.token_ids, dtype=torch.int64, device=logits.device)
     if params.repetition_penalty != 1:
@@ -200,7 +200,7 @@ def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
 
 
 def _best(logits: Tensor) -> list[list[int]]:
-    """Each row's best token, or nothing where its logits are no distribution. On a CPU."""
+    """Return each row's best token, or nothing where its logits are no distribution. On a CPU."""
     values = logits.numpy()  # whose argmax is ten times quicker than torch's
     best = values.argmax(-1)
     largest: list[float] = values[np.arange(len(best)), best].tolist()
@@ -222,7 +222,7 @@ def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
 
 
 def _invert(cumulative: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
-    """The first token whose cumulative weight exceeds u * total: never one of weight zero. None where that is NaN."""
+    """Return the first token whose cumulative weight exceeds u * total: never one of weight zero; none where NaN."""
     most = max(len(row.choices) for row in rows)
     draws = [
         [uniform(row.params.seed, choice, row.output_index) for choice in row.choices]

@@ -61,7 +61,7 @@ def load_weights(
 
 
 def _open_files(model_dir: Path) -> dict[str, _TensorFile]:
-    """Tensor name -> the open (mapped, not read) file that holds it."""
+    """Return tensor name -> the open (mapped, not read) file that holds it."""
     from safetensors import SafetensorError, safe_open
 
     by_name: dict[str, _TensorFile] = {}
@@ -100,7 +100,7 @@ def read_kv_scales(model_dir: Path, num_layers: int) -> list[tuple[float, float]
 
 
 def _fill_random(slot: WeightSlot, seed: int) -> None:
-    """Variance 1 / fan_in for matrices, small biases, norms of 1; the whole tensor is drawn, then this rank's part."""
+    """Draw variance 1 / fan_in for matrices, small biases, norms of 1; of the whole tensor, then this rank's part."""
     if slot.name.endswith("norm.weight"):
         slot.target.fill_(1.0)
         return

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 LOOPBACK = "127.0.0.1"
 COLLECTIVE_TIMEOUT_S = 60.0  # a rank that is silent for so long within one collective is lost
 _START_TIMEOUT_S = 120.0  # interpreter and torch imports of a follower on a busy machine
-_CLOSE_TIMEOUT_S = 5.0
+_CLOSE_TIMEOUT_S = 5.0  # for a rank to end by itself before it is killed
 _FRAME = struct.Struct("<BI")
 
 
@@ -81,7 +81,7 @@ class FrameSocket:
             self._sock.sendall(_FRAME.pack(kind, len(payload)) + payload)
 
     def receive(self) -> tuple[FrameKind, bytes] | None:
-        """The next frame; None at the end of the stream, also in the middle of a frame."""
+        """Return the next frame; None at the end of the stream, also in the middle of a frame."""
         try:
             head = self._exactly(_FRAME.size)
             if head is None:
@@ -146,7 +146,7 @@ class Communicator:
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """[rows, n] of each rank -> [rows, n * size], in rank order."""
+        """Join [rows, n] of each rank to [rows, n * size], in rank order."""
         if self._group is None:
             return x
         import torch
@@ -154,7 +154,7 @@ class Communicator:
         return torch.cat(self._gather(x), -1)
 
     def _gather(self, x: Tensor) -> list[Tensor]:
-        """Each rank's."""
+        """Return each rank's tensor."""
         import torch
 
         assert self._group is not None
@@ -165,7 +165,7 @@ class Communicator:
         return parts
 
     def minimum(self, value: int, device: torch.device) -> int:
-        """The smallest of the ranks' values."""
+        """Return the smallest of the ranks' values."""
         if self._group is None:
             return value
         import torch
@@ -211,7 +211,7 @@ def connect(store: Store, rank: int, size: int, device: torch.device, *, in_rank
 
 
 def join_store(port: int, size: int) -> Store:
-    """A follower's side of rank 0's rendezvous."""
+    """Join rank 0's rendezvous from a follower."""
     import torch.distributed as dist
 
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
@@ -219,7 +219,7 @@ def join_store(port: int, size: int) -> Store:
 
 
 def _host_store(size: int) -> tuple[Store, int]:
-    """Rank 0's rendezvous on a free port of loopback alone."""
+    """Open rank 0's rendezvous on a free port of loopback alone."""
     import torch.distributed as dist
 
     listener = socket.create_server((LOOPBACK, 0))
@@ -379,5 +379,5 @@ class RankGroup:
 
 
 def describe(error: BaseException) -> str:
-    """An error as a follower reports it."""
+    """Describe an error as a follower reports it."""
     return str(error) if isinstance(error, KVFerryError) else f"{type(error).__name__}: {error}"

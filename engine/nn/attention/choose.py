@@ -21,7 +21,7 @@ def make_attention(
     kv_scales: Sequence[tuple[float, float]] | None = None,
     deterministic: bool = False,
 ) -> AttentionBackend:
-    """The backend `name` ("auto" picks by device) over `pages`. Raises ConfigError where it cannot run.
+    """Make the backend `name` ("auto" picks by device) over `pages`. Raises ConfigError where it cannot run.
 
     Pages in 8 bits (on CUDA alone) need the queries' type, and each layer's k_scale and v_scale where they are not 1.
     `deterministic`, on a CPU alone: results do not depend on what is computed together.

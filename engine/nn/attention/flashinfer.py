@@ -27,8 +27,9 @@ from .base import AttentionMetadata, check_pages, softmax_scale
 if TYPE_CHECKING:
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
+# FlashInfer's scratch memory, shared by all layers. A step whose plan does not fit into it fails.
 _WORKSPACE_BYTES = 256 << 20
-_INT_WORKSPACE_BYTES = 8 << 20
+_INT_WORKSPACE_BYTES = 8 << 20  # of each sliding window
 _TENSOR_CORE_GROUP = 4  # query heads per KV head from which decode is faster on tensor cores
 _HEAD_DIMS = (64, 128, 256)
 _MAX_E4M3 = 448.0
@@ -186,7 +187,7 @@ class FlashInferAttention:
         wrapper.run(q, self._pages[layer_id], k_scale=k_scale, v_scale=v_scale, out=out)
 
     def _write(self, k: Tensor, v: Tensor, layer_id: int, index: PageIndex) -> None:
-        """K and V [num_tokens, num_kv_heads, head_dim] into the layer's pages."""
+        """Write K and V [num_tokens, num_kv_heads, head_dim] into the layer's pages."""
         if self._pages.dtype == torch.float8_e4m3fn:
             k, v = (to_e4m3(x, scale) for x, scale in zip((k, v), self._scales[layer_id], strict=True))
         self._flashinfer.append_paged_kv_cache(
@@ -270,7 +271,7 @@ class DecodeGraphAttention:
 
 
 def to_e4m3(x: Tensor, scale: float) -> Tensor:
-    """x / scale as the nearest 8-bit float; torch makes NaN of what is too large, so that is cut off."""
+    """Return x / scale as the nearest 8-bit float; torch makes NaN of what is too large, so that is cut off."""
     scaled = x if scale == 1.0 else x.float() / scale
     return scaled.clamp(-_MAX_E4M3, _MAX_E4M3).to(torch.float8_e4m3fn)
 
@@ -295,5 +296,5 @@ def _page_index(metadata: AttentionMetadata, device: torch.device) -> PageIndex:
 
 
 def _window_left(window: int | None) -> int:
-    """FlashInfer counts the keys to the left of a query, itself excluded; -1 is all of them."""
+    """Count the keys to the left of a query as FlashInfer does, itself excluded; -1 is all of them."""
     return -1 if window is None else window - 1

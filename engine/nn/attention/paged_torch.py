@@ -21,7 +21,7 @@ from torch import Tensor
 from .base import AttentionMetadata, check_pages, softmax_scale
 
 _CACHE_BYTES = 8 << 20  # what a product's operands should stay within; measured
-_MIN_TILE = 8
+_MIN_TILE = 8  # queries: a product of fewer reads its keys too often for what it calculates
 _NO = float("-inf")
 
 
@@ -219,7 +219,7 @@ class CPUAttention:
                 )
 
     def _tiling(self, num_keys: int) -> tuple[int, int]:
-        """Queries of one tile and KV heads done together, so that scores stay small."""
+        """Return how many queries and KV heads a tile has, so that scores stay small."""
         key_bytes = self._group_size * num_keys * self._dtype.itemsize
         tile = self._tile
         while tile > _MIN_TILE and tile * key_bytes > self._max_score_bytes:
@@ -229,7 +229,7 @@ class CPUAttention:
     def _attend_tile(
         self, row: _PrefillRow, window: int | None, queries: Tensor, k: Tensor, v: Tensor, start: int
     ) -> Tensor:
-        """Queries [heads, group, n, head_dim], `start` tokens into the row, over the keys that any of them sees."""
+        """Attend with queries [heads, group, n, head_dim], `start` tokens into the row, over all keys that they see."""
         heads, group, n, head_dim = queries.shape
         position = row.kv_len - row.num_tokens + start  # of the tile's first query
         stop = position + n - row.first_key
@@ -258,7 +258,7 @@ class CPUAttention:
         return torch.index_select(page_rows, 0, index, out=out)
 
     def _take(self, name: str, *shape: int) -> Tensor:
-        """Scratch memory under a name, grown when needed; its content is anything."""
+        """Return scratch memory under a name, grown when needed; its content is anything."""
         numel = 1
         for size in shape:
             numel *= size

@@ -184,7 +184,7 @@ class TiledAttention:
 
 
 def _query_tiles(token: int, num_tokens: int, kv_len: int) -> Iterator[_QueryTile]:
-    """The tiles of a row that feeds `num_tokens` tokens from the packed `token` on, the last ones of `kv_len`."""
+    """Yield the tiles of a row that feeds `num_tokens` tokens from the packed `token` on, the last ones of `kv_len`."""
     position, end = kv_len - num_tokens, kv_len
     while position < end:
         slot = position % _QUERIES
