@@ -14,8 +14,8 @@ from ..common.clock import Clock
 from ..common.request import RequestSpec, Sequence
 from ..transfer.receive.receiver import KVReceiver, Reservation
 from .outbox import Outbox
-from .requests import Requests
-from .running import Live
+from .requests import RunningRequests
+from .running import RunningRequest
 from .scheduler import DecodeScheduler
 
 
@@ -26,7 +26,7 @@ class Adoption:
         self,
         receiver: KVReceiver,
         scheduler: DecodeScheduler,
-        requests: Requests,
+        requests: RunningRequests,
         outbox: Outbox,
         clock: Clock,
     ) -> None:
@@ -69,28 +69,28 @@ class Adoption:
             failpoints.hit("decode.adopt")
         blocks, copies = self._receiver.adopt(reservation)
         spec = reservation.spec
-        live = Live(reservation.router_id, spec, self.expires_s(spec))
-        self._requests.add(live)
+        request = RunningRequest(reservation.router_id, spec, self.expires_s(spec))
+        self._requests.add(request)
         first = {choice.choice: choice for choice in reservation.first_tokens}
         ended = self._ended_early.pop((spec.request_id, spec.attempt), set())
-        self._outbox.mention(live)
+        self._outbox.mention(request)
         for index, choice in enumerate(spec.choices):
             if choice in ended:
                 continue
             outputs = spec.output_token_ids(index)
             if choice in first:
                 outputs = [token.token_id for token in first[choice].tokens]
-                self._outbox.add(live, first[choice])
+                self._outbox.add(request, first[choice])
             if choice not in first or first[choice].finish is None:
-                seq = live.sequences[choice] = Sequence.of(spec, choice, outputs)
+                seq = request.sequences[choice] = Sequence.of(spec, choice, outputs)
                 seq.is_kept_elsewhere = not reservation.keeps
                 seq.block_hashes = list(reservation.block_hashes)  # those of the answer's blocks go on from there
-        self._place(live, blocks, copies)
+        self._place(request, blocks, copies)
 
-    def _place(self, live: Live, blocks: list[int], copies: list[int]) -> None:
+    def _place(self, request: RunningRequest, blocks: list[int], copies: list[int]) -> None:
         """Hand a prompt's blocks to the request's sequences."""
-        sequences = list(live.sequences.values())
-        self._scheduler.blocks.deal(sequences, live.spec.num_prompt_tokens, blocks, copies)
+        sequences = list(request.sequences.values())
+        self._scheduler.blocks.deal(sequences, request.spec.num_prompt_tokens, blocks, copies)
         for seq in sequences:
             if seq.num_output_tokens > 0:
                 self._scheduler.adopt(seq)
@@ -100,4 +100,4 @@ class Adoption:
             seq.num_computed_tokens = seq.num_published_blocks = 0
             self._scheduler.requeue(seq)
         if not sequences:
-            self._requests.finish(live)
+            self._requests.finish(request)

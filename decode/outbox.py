@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from ..common.messages import ChoiceTokens, Message, RequestTokens, StepTokens
-from .running import Live
+from .running import RunningRequest
 
 
 class Outbox:
@@ -14,28 +14,28 @@ class Outbox:
 
     def __init__(self, to_router: Callable[[str, Message], None]) -> None:
         self._to_router = to_router
-        self._updates: dict[str, dict[Live, list[ChoiceTokens]]] = defaultdict(lambda: defaultdict(list))
+        self._updates: dict[str, dict[RunningRequest, list[ChoiceTokens]]] = defaultdict(lambda: defaultdict(list))
 
     @property
     def is_empty(self) -> bool:
         return not self._updates
 
-    def add(self, live: Live, update: ChoiceTokens) -> None:
-        self._updates[live.router_id][live].append(update)
+    def add(self, request: RunningRequest, update: ChoiceTokens) -> None:
+        self._updates[request.router_id][request].append(update)
 
-    def mention(self, live: Live) -> None:
+    def mention(self, request: RunningRequest) -> None:
         """It runs from here on, whether there is a token of it or not."""
-        _ = self._updates[live.router_id][live]
+        _ = self._updates[request.router_id][request]
 
-    def drop(self, live: Live) -> None:
+    def drop(self, request: RunningRequest) -> None:
         """Nobody waits for its tokens."""
-        self._updates[live.router_id].pop(live, None)
+        self._updates[request.router_id].pop(request, None)
 
     def flush(self) -> None:
         for router_id, requests in self._updates.items():
             updates = tuple(
-                RequestTokens(live.spec.request_id, live.spec.attempt, tuple(choices), live.num_cached_tokens)
-                for live, choices in requests.items()
+                RequestTokens(request.spec.request_id, request.spec.attempt, tuple(choices), request.num_cached_tokens)
+                for request, choices in requests.items()
             )
             if updates:
                 self._to_router(router_id, StepTokens(updates=updates))

@@ -9,45 +9,45 @@ from collections.abc import Iterator
 
 from ..common.request import RequestSpec, Sequence
 from .outbox import Outbox
-from .running import EndedAttempts, Live
+from .running import EndedAttempts, RunningRequest
 from .scheduler import DecodeScheduler
 
 
-class Requests:
+class RunningRequests:
     """Keeps requests, scheduler and outbox in step: what ends leaves all three."""
 
     def __init__(self, scheduler: DecodeScheduler, outbox: Outbox) -> None:
         self._scheduler = scheduler
         self._outbox = outbox
-        self._live: dict[str, Live] = {}  # by request id
+        self._running: dict[str, RunningRequest] = {}  # by request id
         self._ended = EndedAttempts()
         self.stale_messages = 0
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self._running)
 
-    def get(self, request_id: str) -> Live | None:
-        return self._live.get(request_id)
+    def get(self, request_id: str) -> RunningRequest | None:
+        return self._running.get(request_id)
 
-    def of(self, seq: Sequence) -> Live:
+    def request_of(self, seq: Sequence) -> RunningRequest:
         """The request that a scheduled sequence belongs to."""
-        return self._live[seq.request_id]
+        return self._running[seq.request_id]
 
     @property
     def routers(self) -> set[str]:
-        return {live.router_id for live in self._live.values()}
+        return {request.router_id for request in self._running.values()}
 
-    def add(self, live: Live) -> None:
-        self._live[live.spec.request_id] = live
+    def add(self, request: RunningRequest) -> None:
+        self._running[request.spec.request_id] = request
 
     def drop_older(self, spec: RequestSpec) -> bool:
         """A new attempt ends the one before it. False: it is not new, and is dropped itself."""
-        live = self._live.get(spec.request_id)
-        if live is not None and live.spec.attempt >= spec.attempt:
+        request = self._running.get(spec.request_id)
+        if request is not None and request.spec.attempt >= spec.attempt:
             self.stale_messages += 1
             return False
-        if live is not None:
-            self.end(live)
+        if request is not None:
+            self.end(request)
         return True
 
     def has_ended(self, spec: RequestSpec) -> bool:
@@ -59,49 +59,49 @@ class Requests:
     def note_ended(self, request_id: str, attempt: int) -> None:
         self._ended.add(request_id, attempt)
 
-    def drop_choice(self, live: Live, choice: int) -> None:
+    def drop_choice(self, request: RunningRequest, choice: int) -> None:
         """One choice is not wanted any more. While the prompt is computed, all choices hang on one sequence."""
-        if any(seq.pending_choices for seq in live.sequences.values()):
-            live.dropped.add(choice)  # forgotten when the prompt is done
-        elif choice in live.sequences:
-            self._scheduler.remove(live.sequences.pop(choice))
-        if live.is_over:
-            self.end(live)
+        if any(seq.pending_choices for seq in request.sequences.values()):
+            request.dropped.add(choice)  # forgotten when the prompt is done
+        elif choice in request.sequences:
+            self._scheduler.remove(request.sequences.pop(choice))
+        if request.is_finished:
+            self.end(request)
 
-    def remove(self, live: Live, seq: Sequence) -> None:
+    def remove(self, request: RunningRequest, seq: Sequence) -> None:
         """A choice has ended; with the last one the request has."""
-        self._scheduler.remove(live.sequences.pop(seq.choice))
-        if not live.sequences:
-            self.finish(live)
+        self._scheduler.remove(request.sequences.pop(seq.choice))
+        if not request.sequences:
+            self.finish(request)
 
-    def end(self, live: Live) -> None:
+    def end(self, request: RunningRequest) -> None:
         """Nobody waits for the rest of it."""
-        for seq in live.sequences.values():
+        for seq in request.sequences.values():
             self._scheduler.remove(seq)
-        live.sequences.clear()
-        self._outbox.drop(live)
-        self.finish(live)
+        request.sequences.clear()
+        self._outbox.drop(request)
+        self.finish(request)
 
-    def finish(self, live: Live) -> None:
+    def finish(self, request: RunningRequest) -> None:
         """Nothing of it runs any more; its last tokens may yet have to leave."""
-        del self._live[live.spec.request_id]
-        self.note_ended(live.spec.request_id, live.spec.attempt)
+        del self._running[request.spec.request_id]
+        self.note_ended(request.spec.request_id, request.spec.attempt)
 
     def keep_only(self, router_id: str, keep: frozenset[tuple[str, int]]) -> None:
         """End the router's but those of the (request id, attempt) pairs in `keep`."""
-        for live in list(self._live.values()):
-            if live.router_id == router_id and (live.spec.request_id, live.spec.attempt) not in keep:
-                self.end(live)
+        for request in list(self._running.values()):
+            if request.router_id == router_id and (request.spec.request_id, request.spec.attempt) not in keep:
+                self.end(request)
 
-    def expired(self, now_s: float) -> Iterator[Live]:
+    def expired(self, now_s: float) -> Iterator[RunningRequest]:
         """Those of which something waits to be begun beyond its deadline."""
         for seq in list(self._scheduler.waiting):
-            live = self._live.get(seq.request_id)
-            if live is not None and live.expires_s is not None and now_s >= live.expires_s:
-                yield live
+            request = self._running.get(seq.request_id)
+            if request is not None and request.expires_s is not None and now_s >= request.expires_s:
+                yield request
 
     def check(self) -> None:
         """Assert that requests and scheduler know the same sequences."""
-        assert all(live.sequences for live in self._live.values())
-        known = {seq for live in self._live.values() for seq in live.sequences.values()}
+        assert all(request.sequences for request in self._running.values())
+        known = {seq for request in self._running.values() for seq in request.sequences.values()}
         assert known == set(self._scheduler.sequences())

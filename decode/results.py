@@ -12,8 +12,8 @@ from ..common.batch import Batch, BatchRow, RowOutput, StepOutput
 from ..common.messages import ChoiceTokens, Message, in_pieces, nonfinite_logits
 from ..common.request import FinishReason, SampledToken, Sequence, finish_reason
 from .outbox import Outbox
-from .requests import Requests
-from .running import Live
+from .requests import RunningRequests
+from .running import RunningRequest
 from .scheduler import DecodeScheduler
 
 
@@ -23,7 +23,7 @@ class StepResults:
     def __init__(
         self,
         scheduler: DecodeScheduler,
-        requests: Requests,
+        requests: RunningRequests,
         outbox: Outbox,
         to_router: Callable[[str, Message], None],
         *,
@@ -59,39 +59,39 @@ class StepResults:
 
     def _fail(self, seq: Sequence) -> None:
         """End the request that the row was of, with all its choices."""
-        live = self._requests.get(seq.request_id)
-        if live is None:  # it had another row in this step
+        request = self._requests.get(seq.request_id)
+        if request is None:  # it had another row in this step
             return
-        for one in live.sequences.values():
+        for one in request.sequences.values():
             self._scheduler.blocks.unpublish(one)
-        self._to_router(live.router_id, nonfinite_logits(seq))
-        self._requests.end(live)
+        self._to_router(request.router_id, nonfinite_logits(seq))
+        self._requests.end(request)
 
     def _send_prompt_logprobs(self, row: BatchRow, start: int, result: RowOutput) -> None:
-        live = self._requests.of(row.seq)
-        for message in in_pieces(live.spec, start + 1, result.prompt_logprobs):
-            self._to_router(live.router_id, message)
+        request = self._requests.request_of(row.seq)
+        for message in in_pieces(request.spec, start + 1, result.prompt_logprobs):
+            self._to_router(request.router_id, message)
 
     def _on_sampled(self, seq: Sequence, result: RowOutput) -> None:
-        live = self._requests.of(seq)
+        request = self._requests.request_of(seq)
         if not seq.pending_choices:
-            self._on_token(live, seq, result.tokens[0])
+            self._on_token(request, seq, result.tokens[0])
             return
         choices, seq.pending_choices = seq.pending_choices, ()
-        live.num_cached_tokens = seq.num_cached_tokens
+        request.num_cached_tokens = seq.num_cached_tokens
         tokens = {
-            choice: token for choice, token in zip(choices, result.tokens, strict=True) if choice not in live.dropped
+            choice: token for choice, token in zip(choices, result.tokens, strict=True) if choice not in request.dropped
         }
         for choice, token in tokens.items():
             if choice != seq.choice:
-                child = live.sequences[choice] = Sequence.of(live.spec, choice, [token.token_id])
+                child = request.sequences[choice] = Sequence.of(request.spec, choice, [token.token_id])
                 self._scheduler.fork(seq, child)
         for choice, token in tokens.items():
-            self._on_token(live, live.sequences[choice], token)
-        if seq.choice in live.dropped:
-            self._requests.remove(live, seq)
+            self._on_token(request, request.sequences[choice], token)
+        if seq.choice in request.dropped:
+            self._requests.remove(request, seq)
 
-    def _on_token(self, live: Live, seq: Sequence, token: SampledToken) -> None:
+    def _on_token(self, request: RunningRequest, seq: Sequence, token: SampledToken) -> None:
         """Queue the token for the router; end the sequence where it ends."""
         if seq.num_uncomputed_tokens == 0:  # a fork has its first token already
             seq.token_ids.append(token.token_id)
@@ -103,6 +103,6 @@ class StepResults:
             eos_token_ids=self._eos_token_ids,
             max_model_len=self._max_model_len,
         )
-        self._outbox.add(live, ChoiceTokens(seq.choice, seq.num_output_tokens - 1, (token,), reason))
+        self._outbox.add(request, ChoiceTokens(seq.choice, seq.num_output_tokens - 1, (token,), reason))
         if reason is not None:
-            self._requests.remove(live, seq)
+            self._requests.remove(request, seq)

@@ -39,9 +39,9 @@ from ..transfer.fetch.fetches import Fetches
 from ..transfer.receive.receiver import KVReceiver, ReservationState
 from .adoption import Adoption
 from .outbox import Outbox
-from .requests import Requests
+from .requests import RunningRequests
 from .results import StepResults
-from .running import Live
+from .running import RunningRequest
 from .scheduler import DecodeScheduler
 from .waiting import WaitingReservations
 
@@ -85,7 +85,7 @@ class DecodeRole:
         self._waiting = WaitingReservations(receiver, pool, spec, clock, lambda: self.scheduler.growth_reserve)
         self.fetches: Fetches | None = None  # None: everything that is not in the cache is computed
         self._outbox = Outbox(to_router)
-        self._requests = Requests(self.scheduler, self._outbox)
+        self._requests = RunningRequests(self.scheduler, self._outbox)
         self._results = StepResults(
             self.scheduler,
             self._requests,
@@ -137,23 +137,23 @@ class DecodeRole:
         self.receiver.abort(spec.request_id, spec.attempt)
         self._waiting.drop(spec.request_id, spec.attempt)
         reason = "stale" if self._requests.has_ended(spec) else "expired" if _is_expired(spec) else ""
-        reason = reason or ("draining" if self.draining else "" if self.offered else "wrong_role")
+        reason = reason or ("draining" if self.draining else "" if self.is_active else "wrong_role")
         if reason:
             self._refuse(router_id, spec, reason)
             return
-        live = Live(router_id, spec, self._adoption.expires_s(spec))
+        request = RunningRequest(router_id, spec, self._adoption.expires_s(spec))
         try:
             for seq in _prompt_sequences(spec):
                 self.scheduler.add(seq)
-                live.sequences[seq.choice] = seq
+                request.sequences[seq.choice] = seq
         except CapacityError as error:
-            for seq in live.sequences.values():
+            for seq in request.sequences.values():
                 self.scheduler.remove(seq)
             self._refuse(router_id, spec, "never_fits", str(error))
             return
-        self._requests.add(live)
+        self._requests.add(request)
         if fetch is not None and self.fetches is not None:
-            self._fetch(list(live.sequences.values()), fetch, self.fetches)
+            self._fetch(list(request.sequences.values()), fetch, self.fetches)
 
     def _fetch(self, sequences: list[Sequence], source: FetchFrom, fetches: Fetches) -> None:
         """Read what lies elsewhere before the prompt is begun. If it ends meanwhile, the cache has it for others."""
@@ -174,31 +174,31 @@ class DecodeRole:
 
     def _on_abort(self, router_id: str, message: Abort) -> None:
         request_id, attempt = message.request_id, message.attempt
-        live = self._requests.get(request_id)
+        request = self._requests.get(request_id)
         if message.unless_arrived:
-            self._abort_unless_arrived(router_id, message, live)
-        elif live is not None and live.spec.attempt <= attempt:
-            self._abort_live(live, message.choices)
+            self._abort_unless_arrived(router_id, message, request)
+        elif request is not None and request.spec.attempt <= attempt:
+            self._abort_running(request, message.choices)
         elif not message.choices:
             self._forget(request_id, attempt)
             self._requests.note_ended(request_id, attempt)
         elif self._awaits(request_id):
             self._adoption.drop_choices(request_id, attempt, message.choices)
 
-    def _abort_unless_arrived(self, router_id: str, message: Abort, live: Live | None) -> None:
+    def _abort_unless_arrived(self, router_id: str, message: Abort, request: RunningRequest | None) -> None:
         request_id, attempt = message.request_id, message.attempt
-        if live is not None and live.spec.attempt == attempt:
+        if request is not None and request.spec.attempt == attempt:
             self._to_router(router_id, HandoffDone(request_id=request_id, attempt=attempt))
             return
         self._waiting.drop(request_id, attempt)
         self.receiver.abort(request_id, attempt, unless_arrived=True, router_id=router_id)
 
-    def _abort_live(self, live: Live, choices: tuple[int, ...]) -> None:
+    def _abort_running(self, request: RunningRequest, choices: tuple[int, ...]) -> None:
         if not choices:
-            self._requests.end(live)
+            self._requests.end(request)
         for choice in choices:
-            if not live.is_over:
-                self._requests.drop_choice(live, choice)
+            if not request.is_finished:
+                self._requests.drop_choice(request, choice)
 
     def _forget(self, request_id: str, attempt: int) -> None:
         """Of a request whose prompt has not been taken over."""
@@ -231,21 +231,21 @@ class DecodeRole:
 
     def _drop_expired(self) -> None:
         """Their routers have given them up, or will at once."""
-        for live in self._requests.expired(self._clock.now()):
-            self._refuse(live.router_id, live.spec, "expired")
-            self._requests.end(live)
+        for request in self._requests.expired(self._clock.now()):
+            self._refuse(request.router_id, request.spec, "expired")
+            self._requests.end(request)
 
     def _end_misfits(self) -> None:
         """Sequences that outgrew the whole pool would wait for ever."""
         while self.scheduler.misfits:
             seq = self.scheduler.misfits[0]
-            live = self._requests.of(seq)
+            request = self._requests.request_of(seq)
             reason = f"{seq.num_tokens} tokens of choice {seq.choice} do not fit into {self.pool.num_blocks} blocks"
             self._to_router(
-                live.router_id,
+                request.router_id,
                 WorkerFailure(request_id=seq.request_id, attempt=seq.attempt, reason=reason),
             )
-            self._requests.end(live)
+            self._requests.end(request)
 
     def begin_step(self, batch: Batch) -> None:
         """Nothing is shipped from here."""
@@ -288,24 +288,24 @@ class DecodeRole:
         self._answer(self._waiting.retry())
 
     @property
-    def offered(self) -> bool:
+    def is_active(self) -> bool:
         """False: nothing new is begun. What was reserved still arrives and is adopted, what runs goes on."""
-        return self.receiver.offered
+        return self.receiver.is_active
 
-    @offered.setter
-    def offered(self, on: bool) -> None:
-        self.receiver.offered = on
+    @is_active.setter
+    def is_active(self, on: bool) -> None:
+        self.receiver.is_active = on
         self._answer(self._waiting.retry())
 
     @property
     def routers(self) -> set[str]:
         """Those that have a request here, or are promised room for one."""
-        promised = {reservation.router_id for reservation in self.receiver.ledger.live.values()}
+        promised = {reservation.router_id for reservation in self.receiver.reservations.live.values()}
         return self._requests.routers | self._waiting.routers | promised
 
     def _give_up_unopened(self) -> None:
         """Nobody may open them any more: their routers learn it now."""
-        for reservation in self.receiver.ledger.in_state(ReservationState.GRANTED):
+        for reservation in self.receiver.reservations.in_state(ReservationState.GRANTED):
             request_id, attempt = reservation.spec.request_id, reservation.spec.attempt
             self.receiver.abort(request_id, attempt)
             reason = "the decode worker drains"
@@ -332,7 +332,7 @@ class DecodeRole:
     def num_unfinished(self) -> int:
         """Requests, handoffs under way among them. What lies in quarantine does not count: our end fences it."""
         states = (ReservationState.GRANTED, ReservationState.OPEN, ReservationState.ARRIVED)
-        return len(self._requests) + len(self._waiting) + len(self.receiver.ledger.in_state(*states))
+        return len(self._requests) + len(self._waiting) + len(self.receiver.reservations.in_state(*states))
 
     @property
     def num_granted_blocks(self) -> int:
@@ -342,7 +342,7 @@ class DecodeRole:
     def references(self) -> list[list[int]]:
         """All references to blocks of the pool that sequences, copies and reservations hold."""
         held = self.scheduler.references()
-        for reservation in self.receiver.ledger.live.values():
+        for reservation in self.receiver.reservations.live.values():
             if reservation.state is not ReservationState.DOOMED:  # its blocks are nobody's
                 held += [reservation.hit_blocks, reservation.block_ids, reservation.copy_blocks]
         return held
@@ -350,7 +350,7 @@ class DecodeRole:
     @property
     def is_quiet(self) -> bool:
         """Nothing is left of any request but what is remembered of those that ended, which is bounded."""
-        held: tuple[Sized, ...] = (self._requests, self._adoption, self._waiting, self.receiver.ledger.live)
+        held: tuple[Sized, ...] = (self._requests, self._adoption, self._waiting, self.receiver.reservations.live)
         return not any(len(book) for book in held) and self._outbox.is_empty and self.scheduler.is_quiet
 
     def check(self) -> None:

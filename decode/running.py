@@ -11,7 +11,7 @@ _MAX_REMEMBERED = 8192
 
 
 @dataclass(slots=True, eq=False)
-class Live:
+class RunningRequest:
     """A request that decodes (or computes its prompt) here."""
 
     router_id: str
@@ -22,7 +22,7 @@ class Live:
     num_cached_tokens: int = 0
 
     @property
-    def is_over(self) -> bool:
+    def is_finished(self) -> bool:
         """Every choice has ended or is not wanted any more."""
         return not self.sequences or self.dropped >= set(self.spec.choices)
 

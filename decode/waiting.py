@@ -112,7 +112,7 @@ class WaitingReservations:
         answers: list[tuple[str, Grant | NoCapacity]] = []
         now = self._clock.now()
         for waiting in list(self._waiting):
-            reason = "draining" if self._receiver.draining else "" if self._receiver.offered else "wrong_role"
+            reason = "draining" if self._receiver.draining else "" if self._receiver.is_active else "wrong_role"
             if reason or now >= waiting.until_s:
                 answers.append((waiting.router_id, self._give_up(waiting, reason or "blocks")))
                 continue

@@ -81,7 +81,7 @@ class PrefillRole:
         self._step_tasks: list[Task] = []
         self._plans: list[ShipPlan] = []
         self.draining = False
-        self.offered = True  # False: nothing new is begun; tasks go on
+        self.is_active = True  # False: nothing new is begun; tasks go on
         self.stale_messages = 0
         self.num_nonfinite_rows = 0
 
@@ -155,7 +155,7 @@ class PrefillRole:
 
     def _refusal(self, spec: RequestSpec, grant: GrantInfo) -> tuple[str, str] | None:
         """Why the task is not begun, and what more there is to say."""
-        if not self.offered:
+        if not self.is_active:
             return "wrong_role", "this worker decodes now"
         if self._own_id and grant.grant_id.worker_id == self._own_id:
             return "wrong_role", "the grant is this worker's own: a prompt is not handed off to where it is computed"

@@ -121,9 +121,9 @@ class DecodePart:
     def prefix_hits(self) -> int:
         return self.scheduler.blocks.prefix_hits + self.reservations.prefix_hits
 
-    def offer(self, on: bool) -> None:
+    def set_active(self, on: bool) -> None:
         """Take new work, or not."""
-        self.reservations.offered = on
+        self.reservations.is_active = on
         self._answer(self._waiting.retry())
 
     # --- messages -------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class Reservations:
         self._epoch = 0
         self._live: dict[str, Reservation] = {}  # by request id
         self.draining = False
-        self.offered = True
+        self.is_active = True
         self.arrived: list[Reservation] = []
         self.num_granted_blocks = 0
         self.prefix_queries = 0

@@ -1,8 +1,8 @@
 """One life of a simulated worker: both roles over one pool and one engine, and its session with the router.
 
-    router message ─> role on offer ─> part ─> engine        heartbeat: ten times a second with work, else once
+    router message ─> active role ─> part ─> engine        heartbeat: ten times a second with work, else once
 
-Role change as in a real worker: what is offered changes with the message, started work ends where it is.
+Role change as in a real worker: the active role changes with the message, started work ends where it is.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class SimWorker:
         self._num_ticks = 0
         self._tick_version = 0
         self._was_busy = False
-        self._set_offer()
+        self._set_active_role()
 
     def start(self) -> None:
         """Join the router, begin to tick. Workers do not tick in step."""
@@ -187,7 +187,7 @@ class SimWorker:
                 self.decode.on_abort(message)
             case SetRole(role=role):
                 self.role = role
-                self._set_offer()
+                self._set_active_role()
                 self._heartbeat()
             case Drain():
                 self.draining = self.prefill.draining = True
@@ -201,8 +201,8 @@ class SimWorker:
             self.engine.wake()
         self._hurry()
 
-    def _set_offer(self) -> None:
-        self.decode.offer(self.role == "decode")
+    def _set_active_role(self) -> None:
+        self.decode.set_active(self.role == "decode")
 
     def _on_decode_work(self, message: ReserveKV | LocalTask) -> None:
         spec = message.spec

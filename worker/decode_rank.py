@@ -64,7 +64,7 @@ class DecodeFollower:
 
     def _sum(self, fetch_id: int, blocks: tuple[int, ...]) -> None:
         assert self._sums is not None, "rank 0 makes checksums where all do"
-        self._send(encode(RankSums(rank=self._rank, fetch_id=fetch_id, checksum=self._sums.of(blocks))))
+        self._send(encode(RankSums(rank=self._rank, fetch_id=fetch_id, checksum=self._sums.make(blocks))))
 
     def _on_rotated(self, generation: int, result: RegionInfo | TransferError) -> None:
         self._send(encode(rotated(self._rank, generation, result)))

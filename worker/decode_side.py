@@ -35,99 +35,99 @@ from ..transfer.protocol.rank_messages import TO_DECODE, RankArrived, RankSums, 
 from ..transfer.receive.receiver import KVReceiver, Verdict
 from ..transfer.thread import TransferThread
 from .agents import Agents
-from .parts import WorkerParts
+from .deps import WorkerDeps
 
 _LEAVE_LIMIT_S = 1.0  # a step waits no longer for words about it to be written: no token leaves meanwhile either
 
 log = structlog.get_logger(__name__)
 
 
-class DecodeUnit:
+class DecodeSide:
     """Runs on the network thread, but where a method says otherwise."""
 
-    def __init__(self, parts: WorkerParts, lock: threading.Condition) -> None:
+    def __init__(self, deps: WorkerDeps, lock: threading.Condition) -> None:
         """`lock`: the worker's. It is notified when there may be work."""
-        self._parts = parts
+        self._deps = deps
         self._lock = lock
-        self._server = KVServer(parts.config.worker_id, parts.secret, self._on_message, self._on_prefill_lost)
+        self._server = KVServer(deps.config.worker_id, deps.secret, self._on_message, self._on_prefill_lost)
         self._thread = TransferThread(
-            parts.backend,
+            deps.backend,
             on_arrived=self._on_arrived,
-            on_failure=parts.on_failure,
+            on_failure=deps.on_failure,
         )
-        engine = parts.engine
+        engine = deps.engine
         self._agents = Agents(
             self._thread,
             engine.tp_size,
-            broadcast=self._broadcast if parts.group is not None else None,
+            broadcast=self._broadcast if deps.group is not None else None,
             done=self._on_agents_replaced,
         )
-        self._check = open_check(parts.config.transfer, engine.kv_pages, engine.spec, rank=0, tp_size=engine.tp_size)
+        self._check = open_check(deps.config.transfer, engine.kv_pages, engine.spec, rank=0, tp_size=engine.tp_size)
         self._watching = False
         self.kv_address = ""
 
     async def start(self) -> None:
-        parts, config, engine = self._parts, self._parts.config, self._parts.engine
+        deps, config, engine = self._deps, self._deps.config, self._deps.engine
         objective_ms = config.engine.tpot_objective_ms
         self.kv_address = str(await self._server.start(config.host, config.port))
         self.receiver = KVReceiver(
             worker_id=config.worker_id,
-            incarnation=parts.incarnation,
+            incarnation=deps.incarnation,
             spec=engine.spec,
             tp_size=engine.tp_size,
-            pool=parts.pool,
-            regions=parts.regions,
+            pool=deps.pool,
+            regions=deps.regions,
             kv_address=self.kv_address,
             config=config.transfer,
-            clock=parts.clock,
-            version=parts.version,
-            transport=parts.backend.name,
-            to_router=parts.to_router,
+            clock=deps.clock,
+            version=deps.version,
+            transport=deps.backend.name,
+            to_router=deps.to_router,
             to_peer=self._to_prefill,
             rotate=self._agents.start,
             checks_bytes=self._check is not None,
         )
         self.lending = self._make_lending()
         self.role = DecodeRole(
-            pool=parts.pool,
+            pool=deps.pool,
             spec=engine.spec,
             receiver=self.receiver,
-            clock=parts.clock,
-            to_router=parts.to_router,
+            clock=deps.clock,
+            to_router=deps.to_router,
             eos_token_ids=engine.model_config.eos_token_ids,
             max_model_len=engine.model_config.max_model_len,
             max_num_batched_tokens=config.engine.max_num_batched_tokens,
             max_num_seqs=config.engine.max_num_seqs,
             num_swap_blocks=engine.num_swap_blocks,
-            cache=parts.cache,
+            cache=deps.cache,
             tpot_objective_s=None if objective_ms is None else objective_ms / 1e3,
             leaving=self._leaving,
         )
         self._thread.start()
 
     def _make_lending(self) -> Lending:
-        parts, config, engine = self._parts, self._parts.config, self._parts.engine
+        deps, config, engine = self._deps, self._deps.config, self._deps.engine
         summing = None
         sums = open_block_sums(config.transfer, engine.kv_pages, engine.spec, engine.tp_size)
         if sums is not None:
-            broadcast = self._broadcast if parts.group is not None else None
+            broadcast = self._broadcast if deps.group is not None else None
             summing = RankSumming(self._thread, sums, broadcast, self._on_sums)
         return Lending(
-            pool=parts.pool,
-            endpoint=Endpoint(engine.spec, parts.version, parts.backend.name, engine.tp_size),
-            clock=parts.clock,
+            pool=deps.pool,
+            endpoint=Endpoint(engine.spec, deps.version, deps.backend.name, engine.tp_size),
+            clock=deps.clock,
             lease_s=config.transfer.lease_s,
-            regions=lambda: self.receiver.fencing.regions,
+            regions=lambda: self.receiver.rotation.regions,
             to_peer=self._to_prefill,
             sum_blocks=summing.start if summing is not None else None,
             needs_checksums=config.transfer.kv_checksum == "on",
             reserve=lambda: self.role.scheduler.growth_reserve,
-            lift=lambda hashes, done: parts.cache.lift(hashes, done, reserve=self.role.scheduler.growth_reserve),
+            lift=lambda hashes, done: deps.cache.lift(hashes, done, reserve=self.role.scheduler.growth_reserve),
         )
 
     def _broadcast(self, payload: bytes) -> None:
-        assert self._parts.group is not None
-        self._parts.group.broadcast(TO_DECODE + payload)
+        assert self._deps.group is not None
+        self._deps.group.broadcast(TO_DECODE + payload)
 
     def on_follower(self, message: RankArrived | Rotated | RankSums) -> None:
         """From another rank. On the rank group's thread."""
@@ -145,7 +145,7 @@ class DecodeUnit:
         if self._watching != wanted:
             self._watching = wanted
             self._thread.watch(self._watching)
-            if self._parts.group is not None:
+            if self._deps.group is not None:
                 self._broadcast(encode(Watch(on=self._watching)))
         self._lock.notify()
 
@@ -195,12 +195,12 @@ class DecodeUnit:
     def _leaving(self) -> Callable[[], object]:
         """What was sent to routers is written on the network thread, in the order of the calls (`RouterSessions`)."""
         left = threading.Event()
-        self._parts.call_soon(left.set)
+        self._deps.call_soon(left.set)
         return lambda: left.wait(_LEAVE_LIMIT_S)
 
     def _to_prefill(self, session: str, message: Message) -> None:
         """From any thread."""
-        self._parts.call_soon(lambda: self._server.send(session, message))
+        self._deps.call_soon(lambda: self._server.send(session, message))
 
     @property
     def num_unfinished(self) -> int:
@@ -209,12 +209,12 @@ class DecodeUnit:
 
     def complete_status(self, status: WorkerStatus) -> WorkerStatus:
         """With what swapping, fences and checks have done. The lock is held."""
-        counters, fence = self.receiver.counters, self.receiver.fencing.fence
+        counters, timer = self.receiver.counters, self.receiver.rotation.timer
         return msgspec.structs.replace(
             status,
             num_swapped_blocks=self.role.scheduler.blocks.swap.num_saved_blocks,
-            num_fences=fence.num_rotations,
-            num_failed_fences=fence.num_failures,
+            num_fences=timer.num_rotations,
+            num_failed_fences=timer.num_failures,
             quarantine_s=self.receiver.quarantine_s(),
             checksum_failures=counters.checksum_failures,
             grant_rejects=tuple(sorted(counters.grant_rejects.items())),

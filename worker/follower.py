@@ -11,7 +11,7 @@ from .decode_rank import DecodeFollower
 from .prefill_rank import PrefillFollower
 
 
-class BothFollowers:
+class FollowerPair:
     """Implements `common.follower.FollowerHandler`."""
 
     def __init__(self, engine: Engine, setup: FollowerSetup, send: Callable[[bytes], None]) -> None:

@@ -30,72 +30,72 @@ from ..transfer.protocol.rank_messages import TO_PREFILL, PeerMessage, RankRead,
 from ..transfer.send.ranks import RankShipping
 from ..transfer.send.sender import KVSender
 from ..transfer.thread import TransferThread
-from .parts import WorkerParts
+from .deps import WorkerDeps
 
 
-class PrefillUnit:
+class PrefillSide:
     """Runs on the network thread, but where a method says otherwise."""
 
-    def __init__(self, parts: WorkerParts, lock: threading.Condition) -> None:
+    def __init__(self, deps: WorkerDeps, lock: threading.Condition) -> None:
         """`lock`: the worker's. It is notified when there may be work."""
-        config, engine = parts.config, parts.engine
-        self._parts = parts
+        config, engine = deps.config, deps.engine
+        self._deps = deps
         self._lock = lock
         sums = open_sums(config.transfer, engine.kv_pages)
-        self._links = KVLinks(config.worker_id, parts.secret, self._on_answer, self._on_decode_lost)
+        self._links = KVLinks(config.worker_id, deps.secret, self._on_answer, self._on_decode_lost)
         self._sender = KVSender(
             rank=0,
             tp_size=engine.tp_size,
             worker_id=config.worker_id,
-            incarnation=parts.incarnation,
-            version=parts.version,
-            backend=parts.outgoing,
+            incarnation=deps.incarnation,
+            version=deps.version,
+            backend=deps.outgoing,
             spec=engine.spec,
             num_blocks=engine.kv_pages.shape[1],
-            clock=parts.clock,
+            clock=deps.clock,
             config=config.transfer,
             to_peer=self._to_decode,
             report=self._on_report,
             source_free=self._on_rank_free,
             on_read=lambda fetch_id, outcome, sums: self._on_read(0, fetch_id, outcome, sums),
             sums=sums,
-            processes=parts.processes,
+            processes=deps.processes,
         )
-        self._thread = TransferThread(parts.outgoing, sender=self._sender, on_failure=parts.on_failure)
+        self._thread = TransferThread(deps.outgoing, sender=self._sender, on_failure=deps.on_failure)
         self._shipping = RankShipping(
             self._thread,
             self._sender,
             num_layers=engine.spec.num_layers,
             tp_size=engine.tp_size,
-            broadcast=self._broadcast if parts.group is not None else None,
+            broadcast=self._broadcast if deps.group is not None else None,
             layer_event=engine.layer_event,
             on_source_free=self._on_source_free,
         )
-        endpoint = Endpoint(engine.spec, parts.version, parts.outgoing.name, engine.tp_size)
+        endpoint = Endpoint(engine.spec, deps.version, deps.outgoing.name, engine.tp_size)
         assert self._sender.reader is not None
-        broadcast = self._broadcast if parts.group is not None else None
+        broadcast = self._broadcast if deps.group is not None else None
         self.fetches = Fetches(
-            pool=parts.pool,
+            pool=deps.pool,
             endpoint=endpoint,
-            clock=parts.clock,
+            clock=deps.clock,
             reading=RankReading(self._thread, self._sender.reader, broadcast),
             to_peer=self._to_decode,
             has_checksums=sums is not None,
             needs_checksums=config.transfer.kv_checksum == "on",
-            also_held=parts.cache.has_below,
+            also_held=deps.cache.has_below,
         )
         self.role = PrefillRole(
-            pool=parts.pool,
+            pool=deps.pool,
             endpoint=endpoint,
-            clock=parts.clock,
+            clock=deps.clock,
             shipping=self._shipping,
-            to_router=parts.to_router,
+            to_router=deps.to_router,
             eos_token_ids=engine.model_config.eos_token_ids,
             max_model_len=engine.model_config.max_model_len,
             max_num_batched_tokens=config.engine.max_num_batched_tokens,
             max_num_seqs=config.engine.max_num_seqs,
             own_id=config.worker_id,
-            cache=parts.cache,
+            cache=deps.cache,
         )
         self.role.fetches = self.fetches
 
@@ -103,8 +103,8 @@ class PrefillUnit:
         self._thread.start()
 
     def _broadcast(self, payload: bytes) -> None:
-        assert self._parts.group is not None
-        self._parts.group.broadcast(TO_PREFILL + payload)
+        assert self._deps.group is not None
+        self._deps.group.broadcast(TO_PREFILL + payload)
 
     def on_follower(self, message: PeerMessage | SourceFree | RankRead) -> None:
         """From another rank. On the rank group's thread."""
@@ -118,7 +118,7 @@ class PrefillUnit:
 
     def _to_decode(self, kv_address: str, message: Message) -> None:
         """From any thread."""
-        self._parts.call_soon(lambda: self._links.send(kv_address, message))
+        self._deps.call_soon(lambda: self._links.send(kv_address, message))
 
     def _on_answer(self, kv_address: str, message: Message) -> None:
         if isinstance(message, KVFetchable | KVFetchSums | KVFetchRefused):
@@ -150,7 +150,7 @@ class PrefillUnit:
         with self._lock:
             router_id = self.role.router_of(report.request_id, report.attempt)
         if router_id is not None:
-            self._parts.to_router(router_id, report)
+            self._deps.to_router(router_id, report)
 
     def _on_rank_free(self, open_id: int) -> None:
         """On the transfer thread or the rank group's."""

@@ -1,4 +1,4 @@
-"""The one worker program: an engine, transfer agents, sockets, and both roles, of which it offers one.
+"""The one worker program: an engine, transfer agents, sockets, and both roles, of which one is active.
 
     network thread (asyncio)   sessions with routers, handoff control sockets, heartbeats
     engine thread              `common.loop`: schedule, compute, hand out
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from ..engine.engine import Engine
     from ..engine.follower import FollowerHandler
     from ..engine.ranks.group import RankGroup
-    from .parts import WorkerParts
-    from .worker import WorkerUnit
+    from .deps import WorkerDeps
+    from .worker import Worker
 
 TICK_S = 0.1  # deadlines, and heartbeats of a busy worker
 IDLE_TICKS = 10  # an idle worker sends every tenth heartbeat
@@ -60,8 +60,8 @@ REGION_TIMEOUT_S = 60.0  # from our engine's start to the last rank's registered
 log = structlog.get_logger(__name__)
 
 
-class Worker:
-    """Builds the parts, keeps the sessions, runs until it is told to end."""
+class WorkerProcess:
+    """Builds the dependencies, keeps the sessions, runs until it is told to end."""
 
     def __init__(self, config: WorkerConfig, secret: SharedSecret, lifeline: Lifeline | None) -> None:
         self._config = config
@@ -72,7 +72,7 @@ class Worker:
         self._follower_regions: dict[int, FollowerRegion] = {}
         self._followers_ready = threading.Event()
         self._group: RankGroup | None = None
-        self._unit: WorkerUnit | None = None
+        self._worker: Worker | None = None
         self._sessions: RouterSessions | None = None
         self._drains_until: float | None = None
 
@@ -90,8 +90,8 @@ class Worker:
         if self._lifeline is not None:
             self._lifeline.listen(self._on_launcher)
         try:
-            parts = await asyncio.to_thread(self._build)
-            await self._serve(parts)
+            deps = await asyncio.to_thread(self._build)
+            await self._serve(deps)
             code = await self._ended
             if code == 0:
                 self._say_goodbye()
@@ -148,17 +148,17 @@ class Worker:
 
     def _drain(self, limit_s: float) -> None:
         """Take nothing new, and say so at once. What is left after `limit_s` goes on elsewhere."""
-        assert self._unit is not None and self._sessions is not None
+        assert self._worker is not None and self._sessions is not None
         log.info("worker_drains", worker_id=self._config.worker_id, limit_s=limit_s)
         self._drains_until = self._clock.now() + limit_s
-        self._unit.drain()
+        self._worker.drain()
         self._sessions.send_status()
 
     def _set_role(self, role: str) -> None:
-        """Offer it from now on, and say so at once."""
-        assert self._unit is not None and self._sessions is not None
-        before = self._unit.offer
-        self._unit.set_role(role)
+        """Make the role the active one, and say so at once."""
+        assert self._worker is not None and self._sessions is not None
+        before = self._worker.active_role
+        self._worker.set_role(role)
         self._sessions.send_status()
         self._yield_cores()
         log.info(
@@ -166,15 +166,15 @@ class Worker:
             worker_id=self._config.worker_id,
             role=role,
             before=before,
-            num_unfinished=self._unit.num_unfinished,
+            num_unfinished=self._worker.num_unfinished,
             niceness=os.getpriority(os.PRIO_PROCESS, 0),
         )
 
     def _yield_cores(self) -> None:
         """To those who decode, while this worker does not."""
-        assert self._unit is not None
-        yields = not self._unit.decodes
-        if yields and self._unit.offer != self._config.role and not self._courtesy.is_revocable:
+        assert self._worker is not None
+        yields = not self._worker.decodes
+        if yields and self._worker.active_role != self._config.role and not self._courtesy.is_revocable:
             return  # it would stay so
         self._courtesy.set(yields)
 
@@ -188,9 +188,9 @@ class Worker:
         log.error("worker_failed", worker_id=self._config.worker_id, error=f"{type(error).__name__}: {error}")
         self._call_soon(lambda: self._end(1))
 
-    # --- parts --------------------------------------------------------------------------------------------
+    # --- dependencies --------------------------------------------------------------------------------------------
 
-    def _build(self) -> WorkerParts:
+    def _build(self) -> WorkerDeps:
         """Load the model and register the KV pool. Beside the event loop: it takes seconds."""
         from ..engine.calibrate import calibrate
         from ..engine.disk import open_prefix_cache
@@ -198,7 +198,7 @@ class Worker:
         from ..kvcache.blocks import BlockPool
         from ..transfer.backends.choose import open_backend, set_ucx_defaults
         from ..transfer.receive.processes import own_mark
-        from .parts import WorkerParts
+        from .deps import WorkerDeps
 
         config = self._config
         failpoints.arm(environment().get(FAILPOINTS_VARIABLE, ""), config.worker_id)
@@ -233,7 +233,7 @@ class Worker:
         pool = BlockPool(
             engine.num_blocks, config.engine.block_size, enable_prefix_caching=config.engine.enable_prefix_caching
         )
-        return WorkerParts(
+        return WorkerDeps(
             config=config,
             secret=self._secret,
             version=__version__,
@@ -296,26 +296,26 @@ class Worker:
                 self._followers_ready.set()
         elif isinstance(message, TransferBroke):
             self._on_failure(KVFerryError(f"rank {rank}: {message.reason}"))
-        elif self._unit is not None:
-            self._unit.on_follower(rank, message)
+        elif self._worker is not None:
+            self._worker.on_follower(rank, message)
 
     # --- serving ------------------------------------------------------------------------------------------
 
-    async def _serve(self, parts: WorkerParts) -> None:
-        from .worker import WorkerUnit
+    async def _serve(self, deps: WorkerDeps) -> None:
+        from .worker import Worker
 
-        unit = WorkerUnit(parts)
-        await unit.start()
-        self._unit = unit
+        worker = Worker(deps)
+        await worker.start()
+        self._worker = worker
         self._sessions = RouterSessions(
             self._config.routers,
-            self._hello(parts, unit.kv_address),
+            self._hello(deps, worker.kv_address),
             secret=self._secret,
-            max_frame_bytes=max_frame_bytes(parts.engine.model_config.max_model_len),
+            max_frame_bytes=max_frame_bytes(deps.engine.model_config.max_model_len),
             on_message=self._on_router_message,
-            on_lost=unit.on_router_lost,
-            status=unit.status,
-            on_joined=unit.on_router_joined,
+            on_lost=worker.on_router_lost,
+            status=worker.status,
+            on_joined=worker.on_router_joined,
         )
         self._sessions.refused.add_done_callback(self._on_refused)
         self._sessions.start()
@@ -324,11 +324,11 @@ class Worker:
         pids = self._group.pids if self._group is not None else ()
         self._courtesy = Courtesy(self._config.niceness, os.getpid(), *pids)
         self._yield_cores()
-        log.info("worker_ready", worker_id=self._config.worker_id, blocks=parts.engine.num_blocks)
+        log.info("worker_ready", worker_id=self._config.worker_id, blocks=deps.engine.num_blocks)
         if self._lifeline is not None:
             self._lifeline.ready(worker_id=self._config.worker_id, incarnation=self._incarnation)
 
-    def _hello(self, parts: WorkerParts, kv_address: str) -> WorkerHello:
+    def _hello(self, deps: WorkerDeps, kv_address: str) -> WorkerHello:
         engine = self._config.engine
         return WorkerHello(
             worker_id=self._config.worker_id,
@@ -336,18 +336,18 @@ class Worker:
             incarnation=self._incarnation,
             version=__version__,
             model=engine.served_model_name,
-            spec=parts.engine.spec,
+            spec=deps.engine.spec,
             tp_size=engine.tensor_parallel_size,
-            num_blocks=parts.engine.num_blocks,
-            max_model_len=parts.engine.model_config.max_model_len,
+            num_blocks=deps.engine.num_blocks,
+            max_model_len=deps.engine.model_config.max_model_len,
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
             kv_address=kv_address,
             pid=os.getpid(),
-            transport=parts.backend.name,
+            transport=deps.backend.name,
             can_change_role=True,
             labels=self._config.labels or (("host", socket.gethostname()),),
-            samples=parts.samples,
+            samples=deps.samples,
         )
 
     def _to_router(self, router_id: str, message: Message) -> None:
@@ -356,13 +356,13 @@ class Worker:
             self._sessions.send(router_id, message)
 
     def _on_router_message(self, router_id: str, message: Message) -> None:
-        assert self._unit is not None
+        assert self._worker is not None
         if isinstance(message, Drain):
             self._drain(message.deadline_s)
         elif isinstance(message, SetRole):
             self._set_role(message.role)
         else:
-            self._unit.on_router_message(router_id, message)
+            self._worker.on_router_message(router_id, message)
 
     def _on_refused(self, refused: asyncio.Future[str]) -> None:
         if not refused.cancelled():
@@ -370,14 +370,14 @@ class Worker:
 
     async def _tick(self) -> None:
         """Deadlines, heartbeats to the routers and to the launcher."""
-        assert self._unit is not None and self._sessions is not None
+        assert self._worker is not None and self._sessions is not None
         ticks, was_busy = 0, False
         while True:
             await asyncio.sleep(TICK_S)
-            self._unit.tick()
-            for router_id, change in self._unit.cache_changes():
+            self._worker.tick()
+            for router_id, change in self._worker.cache_changes():
                 self._sessions.send(router_id, change)
-            is_busy = self._unit.is_busy
+            is_busy = self._worker.is_busy
             if is_busy or was_busy or ticks % IDLE_TICKS == 0:
                 self._sessions.send_status()
             was_busy = is_busy
@@ -389,24 +389,24 @@ class Worker:
             ticks += 1
 
     def _check_drained(self, until: float) -> None:
-        assert self._unit is not None
-        num_left, is_over = self._unit.num_unfinished, self._clock.now() >= until
-        if (not num_left or is_over) and not self._ended.done():
+        assert self._worker is not None
+        num_left, is_late = self._worker.num_unfinished, self._clock.now() >= until
+        if (not num_left or is_late) and not self._ended.done():
             log.info("worker_drained", worker_id=self._config.worker_id, num_left=num_left)
             self._end(0)
 
     def _hangs(self) -> bool:
         """The running step takes so long that it will not end: the launcher shall hear nothing more of us."""
-        assert self._unit is not None
-        loop = self._unit.loop
+        assert self._worker is not None
+        loop = self._worker.loop
         return loop.busy_for_s > max(STEP_LIMIT_S, 10 * loop.last_step_s)
 
     async def _close(self) -> None:
         if self._sessions is not None:
             self._ticking.cancel()
             await self._sessions.close()
-        if self._unit is not None:
-            await self._unit.close()
+        if self._worker is not None:
+            await self._worker.close()
         if self._group is not None:
             await asyncio.to_thread(self._group.close)
 
@@ -415,14 +415,14 @@ def make_follower(engine: Engine, config: bytes, send: Callable[[bytes], None]) 
     """What another tensor-parallel rank of a worker runs beside its engine."""
     setups: Decoder[FollowerSetup] = Decoder(FollowerSetup)
     setup = setups.decode(config)
-    from .follower import BothFollowers
+    from .follower import FollowerPair
 
-    return BothFollowers(engine, setup, send)
+    return FollowerPair(engine, setup, send)
 
 
 async def serve_worker(config: WorkerConfig, secret: SharedSecret, lifeline: Lifeline | None) -> int:
     """Run a worker until it ends; cancelling ends it too. The exit code of the process that it deserves."""
-    return await Worker(config, secret, lifeline).run()
+    return await WorkerProcess(config, secret, lifeline).run()
 
 
 def main() -> int:

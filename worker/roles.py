@@ -1,6 +1,6 @@
-"""A prefill role and a decode role over one engine and one pool of blocks. Which of them is offered may change.
+"""A prefill role and a decode role over one engine and one pool of blocks. Which of them is active may change.
 
-    offer      new work of one kind is taken, of the other kind refused ("wrong_role"), from one message to the next
+    active     new work of one kind is taken, of the other kind refused ("wrong_role"), from one message to the next
     started    work of both kinds ends where it is: prompts under way are shipped, reservations arrive and are adopted,
                answers stream on
     steps      while both have work they take turns, the decode role first; a prompt's steps are then cut as its own
@@ -25,24 +25,24 @@ from ..prefill.scheduler import MAX_STEP_S, MIN_CHUNK_TOKENS
 RoleName = Literal["prefill", "decode"]
 
 
-class BothRoles:
+class RolePair:
     """Implements `engine.loop.StepRole`. All methods but begin_step and on_layer are called with the lock held."""
 
-    def __init__(self, prefill: PrefillRole, decode: DecodeRole, pool: BlockPool, offer: RoleName) -> None:
+    def __init__(self, prefill: PrefillRole, decode: DecodeRole, pool: BlockPool, active_role: RoleName) -> None:
         self.prefill = prefill
         self.decode = decode
         self._pool = pool
         self._stepping: PrefillRole | DecodeRole = decode  # had the last turn
         self._was_idle = True
-        self.offer: RoleName = offer
-        self.set_role(offer)
+        self.active_role: RoleName = active_role
+        self.set_role(active_role)
         # A preempted answer gets the blocks that come free, not the prompts that come.
         prefill.scheduler.reserve = lambda: decode.scheduler.growth_reserve
 
     def set_role(self, role: RoleName) -> None:
-        """Offer this one from now on."""
-        self.offer = role
-        self.prefill.offered, self.decode.offered = role == "prefill", role == "decode"
+        """Make this role the active one."""
+        self.active_role = role
+        self.prefill.is_active, self.decode.is_active = role == "prefill", role == "decode"
 
     def learn(self, samples: Iterable[StepSample]) -> None:
         """How long steps take here, before the first one."""

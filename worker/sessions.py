@@ -57,7 +57,7 @@ class RouterSessions:
         self._outbox_lock = threading.Lock()
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []
-        self._gone: dict[str, asyncio.TimerHandle] = {}
+        self._lost_timers: dict[str, asyncio.TimerHandle] = {}
         self.are_ending = False  # the whole deployment stops: a session's end is no trouble
         self.refused: asyncio.Future[str] = self._loop.create_future()  # a router will not have this worker
 
@@ -125,7 +125,7 @@ class RouterSessions:
 
     async def _converse(self, channel: Channel) -> None:
         router_id = channel.peer_id
-        if (timer := self._gone.pop(router_id, None)) is not None:
+        if (timer := self._lost_timers.pop(router_id, None)) is not None:
             timer.cancel()
         channel.send(self._hello)
         channel.send(self._status(router_id))
@@ -147,7 +147,7 @@ class RouterSessions:
             channel.abort()
             if self._channels.get(router_id) is channel:
                 del self._channels[router_id]
-            self._gone[router_id] = self._loop.call_later(ROUTER_GONE_S, self._on_lost, router_id)
+            self._lost_timers[router_id] = self._loop.call_later(ROUTER_GONE_S, self._on_lost, router_id)
 
     async def close(self) -> None:
         """Send what is queued and end all sessions."""
@@ -156,6 +156,6 @@ class RouterSessions:
             task.cancel()
         for channel in list(self._channels.values()):
             await channel.close()
-        for timer in self._gone.values():
+        for timer in self._lost_timers.values():
             timer.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -17,14 +17,14 @@ class RouterShares:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._heard_s: dict[str, float] = {}  # when each sent work
+        self._work_s: dict[str, float] = {}  # when each sent work
 
-    def heard(self, router_id: str) -> None:
+    def note_work(self, router_id: str) -> None:
         """It has sent work, whether that is taken or not."""
-        self._heard_s[router_id] = self._clock.now()
+        self._work_s[router_id] = self._clock.now()
 
     def share(self, router_id: str, working: Collection[str]) -> float:
         """Of the worker, for this router, whether it uses it now or begins to. `working`: those that have work here."""
         since = self._clock.now() - LATELY_S
-        self._heard_s = {other: at_s for other, at_s in self._heard_s.items() if at_s > since}
-        return 1.0 / len({router_id, *working, *self._heard_s})
+        self._work_s = {other: at_s for other, at_s in self._work_s.items() if at_s > since}
+        return 1.0 / len({router_id, *working, *self._work_s})

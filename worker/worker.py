@@ -1,6 +1,6 @@
 """A worker's two sides under one lock: prefill and decode, the engine loop that serves both, and what routers are told.
 
-router message ─[lock]─> BothRoles ─> PrefillUnit's or DecodeUnit's role        engine loop ─> BothRoles ─> the same
+router message ─[lock]─> RolePair ─> PrefillSide's or DecodeSide's role        engine loop ─> RolePair ─> the same
 """
 
 from __future__ import annotations
@@ -13,38 +13,38 @@ from ..engine.loop import EngineLoop
 from ..engine.samples import RouterSamples
 from ..kvcache.journal import open_journal
 from ..transfer.protocol.rank_messages import PeerMessage, RankArrived, RankRead, RankSums, Rotated, SourceFree
-from .decode_side import DecodeUnit
-from .parts import WorkerParts
-from .prefill_side import PrefillUnit
-from .roles import BothRoles, RoleName
+from .decode_side import DecodeSide
+from .deps import WorkerDeps
+from .prefill_side import PrefillSide
+from .roles import RoleName, RolePair
 from .shares import RouterShares
 
 _ROLES: dict[str, RoleName] = {"prefill": "prefill", "decode": "decode"}
 
 
-class WorkerUnit:
+class Worker:
     """Runs on the network thread, but where a method says otherwise."""
 
-    def __init__(self, parts: WorkerParts) -> None:
-        self._parts = parts
+    def __init__(self, deps: WorkerDeps) -> None:
+        self._deps = deps
         self._lock = threading.Condition()
-        self._prefill = PrefillUnit(parts, self._lock)
-        self._decode = DecodeUnit(parts, self._lock)
+        self._prefill = PrefillSide(deps, self._lock)
+        self._decode = DecodeSide(deps, self._lock)
         self._samples = RouterSamples()
-        self._shares = RouterShares(parts.clock)
+        self._shares = RouterShares(deps.clock)
         self._num_heartbeats = 0
-        self._journal = open_journal(parts.pool, parts.cache)
-        parts.cache.wake_with(self._wake)
+        self._journal = open_journal(deps.pool, deps.cache)
+        deps.cache.wake_with(self._wake)
 
     async def start(self) -> None:
-        parts = self._parts
+        deps = self._deps
         await self._decode.start()
         self._prefill.start()
         self._decode.role.fetches = self._prefill.fetches
-        self._roles = BothRoles(self._prefill.role, self._decode.role, parts.pool, parts.config.role)
-        self._roles.learn(parts.samples)
+        self._roles = RolePair(self._prefill.role, self._decode.role, deps.pool, deps.config.role)
+        self._roles.learn(deps.samples)
         self.loop = EngineLoop(
-            self._roles, parts.engine.step, parts.on_failure, lock=self._lock, on_step=self._samples.add
+            self._roles, deps.engine.step, deps.on_failure, lock=self._lock, on_step=self._samples.add
         )
         self.loop.start()
 
@@ -58,7 +58,7 @@ class WorkerUnit:
     def on_router_message(self, router_id: str, message: Message) -> None:
         with self._lock:
             if isinstance(message, PrefillTask | ReserveKV | LocalTask):
-                self._shares.heard(router_id)
+                self._shares.note_work(router_id)
             self._roles.on_router_message(router_id, message)
             self._decode.after_change()
 
@@ -70,7 +70,7 @@ class WorkerUnit:
             self._decode.after_change()
 
     def set_role(self, role: str) -> None:
-        """Offer it from now on. Raises ProtocolError for what is no role."""
+        """Make it the active one. Raises ProtocolError for what is no role."""
         if role not in _ROLES:
             raise ProtocolError(f"{role!r} is no role")
         with self._lock:
@@ -118,14 +118,14 @@ class WorkerUnit:
     # --- what others see --------------------------------------------------------------------------------
 
     @property
-    def offer(self) -> RoleName:
-        return self._roles.offer
+    def active_role(self) -> RoleName:
+        return self._roles.active_role
 
     @property
     def decodes(self) -> bool:
-        """It offers to, or has answers that are not over."""
+        """The worker decodes: its role, or answers that are not finished."""
         with self._lock:
-            return self._roles.offer == "decode" or self._decode.num_unfinished > 0
+            return self._roles.active_role == "decode" or self._decode.num_unfinished > 0
 
     @property
     def is_busy(self) -> bool:
@@ -141,7 +141,7 @@ class WorkerUnit:
     def status(self, router_id: str) -> WorkerStatus:
         """The next heartbeat to this router."""
         self._num_heartbeats += 1
-        roles, pool, parts = self._roles, self._parts.pool, self._parts
+        roles, pool, deps = self._roles, self._deps.pool, self._deps
         with self._lock:
             status = WorkerStatus(
                 seq=self._num_heartbeats,
@@ -162,15 +162,15 @@ class WorkerUnit:
                 prefix_queries=roles.prefix_queries,
                 prefix_hits=roles.prefix_hits,
                 transfer_bytes=self._prefill.num_transfer_bytes,
-                wire_bytes=parts.outgoing.telemetry_bytes,
+                wire_bytes=deps.outgoing.telemetry_bytes,
                 transfer_failures=self._prefill.num_transfer_failures + self._decode.num_transfer_failures,
                 stale_messages=roles.stale_messages,
-                host_blocks=len(parts.cache.host),
-                disk_blocks=parts.cache.num_disk_blocks,
-                promoted_blocks=parts.cache.num_promoted_blocks,
-                demoted_blocks=parts.cache.num_demoted_blocks,
-                tier_failures=parts.cache.num_failures,
-                role=roles.offer,
+                host_blocks=len(deps.cache.host),
+                disk_blocks=deps.cache.num_disk_blocks,
+                promoted_blocks=deps.cache.num_promoted_blocks,
+                demoted_blocks=deps.cache.num_demoted_blocks,
+                tier_failures=deps.cache.num_failures,
+                role=roles.active_role,
                 decode_context=roles.decode.scheduler.num_context_tokens,
                 samples=self._samples.take(router_id),
                 share=self._shares.share(router_id, roles.routers),
@@ -186,4 +186,4 @@ class WorkerUnit:
         self.loop.stop()
         await self._prefill.close()
         await self._decode.close()
-        self._parts.cache.close()
+        self._deps.cache.close()

@@ -110,7 +110,7 @@ class Bench:
         """Every block has as many references as there are holders."""
         self.role.check()
         held = Counter(block for blocks in self.role.scheduler.references() for block in blocks)
-        for reservation in self.receiver.ledger.live.values():
+        for reservation in self.receiver.reservations.live.values():
             if reservation.state is not ReservationState.DOOMED:
                 held.update(reservation.hit_blocks + reservation.block_ids + reservation.copy_blocks)
         assert {b: self.pool.ref_count(b) for b in range(self.pool.num_blocks) if self.pool.ref_count(b)} == held

@@ -120,7 +120,7 @@ class DecodeWorker(Worker):
 
     def _on_tick(self) -> None:
         now = self.clock.now()
-        for reservation in self.receiver.ledger.live.values():
+        for reservation in self.receiver.reservations.live.values():
             if reservation.is_promise and now >= reservation.deadline:
                 text = f"{reservation.grant.grant_id} is {reservation.state.value}"
                 raise Breach("I5", f"{self.place}: {text} {now - reservation.deadline:.1f} s after its lease")
@@ -132,7 +132,7 @@ class DecodeWorker(Worker):
         grant_id = flight.grant_id
         reservation = None
         if (grant_id.worker_id, grant_id.incarnation) == (self.place, self.incarnation):
-            reservation = self.receiver.ledger.live.get(grant_id.epoch)
+            reservation = self.receiver.reservations.live.get(grant_id.epoch)
         state = reservation.state if reservation is not None else None
         text = f"{flight.source.place} writes blocks {sorted(blocks)} of {self.place} under {grant_id}"
         if state not in (ReservationState.OPEN, ReservationState.DOOMED):
@@ -165,7 +165,7 @@ class DecodeWorker(Worker):
 
     def holders(self) -> list[list[int]]:
         held = self.role.scheduler.references()
-        for reservation in self.receiver.ledger.live.values():
+        for reservation in self.receiver.reservations.live.values():
             if reservation.state is not ReservationState.DOOMED:
                 held += [reservation.hit_blocks, reservation.block_ids, reservation.copy_blocks]
         return held
@@ -173,7 +173,7 @@ class DecodeWorker(Worker):
     def leftovers(self) -> list[str]:
         found = super().leftovers()
         if self.has_handoffs:
-            states = [reservation.state.value for reservation in self.receiver.ledger.live.values()]
+            states = [reservation.state.value for reservation in self.receiver.reservations.live.values()]
             found.append(f"{self.place} has reservations: {states}")
         return found
 

@@ -168,7 +168,7 @@ def check_holders(name: str, pool: BlockPool, holders: Iterable[Iterable[BlockId
 def check_reservations(name: str, pool: BlockPool, receiver: KVReceiver) -> None:
     """H3, H5, I13."""
     promised = []
-    for reservation in receiver.ledger.live.values():
+    for reservation in receiver.reservations.live.values():
         if reservation.state is ReservationState.DOOMED:
             if not pool._quarantined.issuperset(reservation.block_ids):
                 raise Breach("H3", f"{name}: {reservation.grant.grant_id} is doomed, its blocks are not in quarantine")

@@ -26,12 +26,11 @@ from kvferry.router.dispatch.worker_messages import WorkerMessages
 from kvferry.router.state.choice_state import ChoiceState, Drops
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.token_stream import TokenStream
-from kvferry.transfer.receive import grants
-from kvferry.transfer.receive import reservations as transfer_ledger
-from kvferry.transfer.receive.fencing import Fencing
+from kvferry.transfer.receive import grants, reservations
 from kvferry.transfer.receive.opens import Opens
 from kvferry.transfer.receive.receiver import KVReceiver
 from kvferry.transfer.receive.reservation import Reservation, ReservationState
+from kvferry.transfer.receive.rotation import Rotation
 from kvferry.transfer.send.sender import KVSender
 from kvferry.transfer.send.shipment import Shipment, ShipmentState
 
@@ -68,7 +67,7 @@ class _LeaseFrees(KVReceiver):
 
     def tick(self) -> None:
         super().tick()
-        for reservation in self.ledger.in_state(ReservationState.DOOMED):
+        for reservation in self.reservations.in_state(ReservationState.DOOMED):
             self.endings.end_doomed(reservation)
 
 
@@ -88,7 +87,7 @@ class _NoLease(KVReceiver):
     def tick(self) -> None:
         forever = self._clock.now() + 1e9
         deadlines = {}
-        for reservation in self.ledger.in_state(ReservationState.OPEN):
+        for reservation in self.reservations.in_state(ReservationState.OPEN):
             deadlines[reservation] = reservation.deadline
             reservation.deadline = forever
         super().tick()
@@ -96,16 +95,16 @@ class _NoLease(KVReceiver):
             reservation.deadline = deadline
 
 
-def _step_and_free(self: Fencing) -> None:
+def _step_and_free(self: Rotation) -> None:
     """The blocks are free when a rotation is due, not when it has ended."""
     _step(self)
-    if not self.fence.is_idle:
-        for reservation in self._ledger.in_state(ReservationState.DOOMED):
+    if not self.timer.is_idle:
+        for reservation in self._reservations.in_state(ReservationState.DOOMED):
             self._endings.end_doomed(reservation)
         self._condemned = []
 
 
-_step = Fencing.step
+_step = Rotation.step
 
 
 def _accept_second(self: Opens, session: str, message: KVOpen, reservation: Reservation, writer: object) -> None:
@@ -130,7 +129,7 @@ class _UnheldHits(KVReceiver):
 
     def reserve(self, spec: RequestSpec, router_id: str, **kwargs: Any) -> Grant | NoCapacity:
         answer = super().reserve(spec, router_id, **kwargs)
-        reservation = self.ledger.of_request(spec.request_id)
+        reservation = self.reservations.of_request(spec.request_id)
         if isinstance(answer, Grant) and reservation is not None:
             self._pool.free(reservation.hit_blocks)
         return answer
@@ -141,7 +140,7 @@ class _PublishesEarly(KVReceiver):
 
     def reserve(self, spec: RequestSpec, router_id: str, **kwargs: Any) -> Grant | NoCapacity:
         answer = super().reserve(spec, router_id, **kwargs)
-        reservation = self.ledger.of_request(spec.request_id)
+        reservation = self.reservations.of_request(spec.request_id)
         if reservation is not None:
             blocks = reservation.hit_blocks + reservation.block_ids
             for block, block_hash in zip(blocks, reservation.block_hashes, strict=False):
@@ -280,7 +279,7 @@ PLANTED = (
     Planted("a lease that runs out frees", frozenset({"H1"}), Parts(receiver=_LeaseFrees)),
     Planted("no quarantine", frozenset({"H3"}), Parts(pool=_NoQuarantinePool)),
     Planted("no lease", frozenset({"I5"}), Parts(receiver=_NoLease)),
-    Planted("free before the rotation", frozenset({"H1"}), patches=((Fencing, "step", _step_and_free),)),
+    Planted("free before the rotation", frozenset({"H1"}), patches=((Rotation, "step", _step_and_free),)),
     Planted("a grant opened twice", frozenset({"H4"}), patches=((Opens, "_refuse_second", _accept_second),)),
     Planted("told before it is written", frozenset({"H1", "H2"}), Parts(sender=_TellsEarly)),
     Planted("hits are not held", frozenset({"H5"}), Parts(receiver=_UnheldHits)),
@@ -312,5 +311,5 @@ PLANTED = (
         frozenset({"H2"}),
         patches=tuple((module, "prefix_salt", _salt_of_all) for module in (sequence_blocks, grants, prefill_role)),
     ),
-    Planted("promises without bound", frozenset({"I13"}), patches=((transfer_ledger, "MAX_PROMISED_SHARE", 1.0),)),
+    Planted("promises without bound", frozenset({"I13"}), patches=((reservations, "MAX_PROMISED_SHARE", 1.0),)),
 )

@@ -22,7 +22,7 @@ from kvferry.common.messages import (
     WorkerToRouter,
 )
 from kvferry.router.state.request import RouterRequest
-from kvferry.transfer.receive.processes import Life
+from kvferry.transfer.receive.processes import ProcessWatch
 
 from .breach import Breach
 from .clients import Call
@@ -47,8 +47,8 @@ _LOOK_EVERY_S = 0.25
 _decoder: Decoder[Message] = Decoder(RouterToWorker | WorkerToRouter | PrefillToDecode | DecodeToPrefill)
 
 
-class _Life:
-    """Implements `transfer.life.Life`."""
+class _ProcessWatch:
+    """Implements `transfer.receive.processes.ProcessWatch`."""
 
     def __init__(self, processes: list[Process]) -> None:
         self._processes = processes
@@ -172,10 +172,10 @@ class World:
         host = "host" if self.scenario.copy_share else process.place
         return ProcessMark(host, len(self._processes) - 1, 0)
 
-    def watch(self, marks: Sequence[ProcessMark]) -> Life | None:
-        """As `transfer.life.watch` for decode workers on the host of that name."""
+    def watch(self, marks: Sequence[ProcessMark]) -> ProcessWatch | None:
+        """As `transfer.receive.processes.watch` for decode workers on the host of that name."""
         here = [self._processes[mark.pid] for mark in marks if mark.host == "host"]
-        return _Life(here) if here else None
+        return _ProcessWatch(here) if here else None
 
     # --- clients --------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ from kvferry.transfer.backends.base import TransferHandle, TransferState
 from kvferry.transfer.backends.local import LocalBackend, LocalFault, LocalHandle, LocalNetwork
 from kvferry.transfer.protocol.checksums import ArrivalCheck, PageSums
 from kvferry.transfer.receive import invariants
-from kvferry.transfer.receive.processes import Life
+from kvferry.transfer.receive.processes import ProcessWatch
 from kvferry.transfer.receive.receiver import KVReceiver, ReservationState
 from kvferry.transfer.send.sender import KVSender
 
@@ -161,7 +161,7 @@ class Task:
 
 @dataclass(slots=True)
 class ProcessEnd:
-    """Implements `Life` for a prefill worker of the walk."""
+    """Implements `ProcessWatch` for a prefill worker of the walk."""
 
     prefill: Prefill
     ended: set[int]
@@ -236,7 +236,7 @@ class Walk:
     def plant(self) -> None:
         """Where a test puts its bug into the decode worker."""
 
-    def _watch(self, marks: Sequence[ProcessMark]) -> Life | None:
+    def _watch(self, marks: Sequence[ProcessMark]) -> ProcessWatch | None:
         if not marks or not self.watches:
             return None
         found = [peer for peer in self.peers if peer.incarnation == marks[0].pid]
@@ -419,7 +419,7 @@ class Walk:
 
     def spoil(self) -> None:
         """Bytes that have arrived in a block, and were not looked at, are others now."""
-        for reservation in self.receiver.ledger.in_state(ReservationState.OPEN):
+        for reservation in self.receiver.reservations.in_state(ReservationState.OPEN):
             assert reservation.writer is not None
             page = self.pages[0, reservation.block_ids[0]]
             page[page == float(reservation.writer.open_id)] = -7.0
@@ -436,7 +436,7 @@ class Walk:
         self.deliver_all()
         generation, self.rotation = self.rotation, None
         if not self.rotates:
-            region = msgspec.structs.replace(self.receiver.fencing.regions[0], generation=generation)
+            region = msgspec.structs.replace(self.receiver.rotation.regions[0], generation=generation)
             self.receiver.rotated((region,))
             return
         self.network.can_make_agents = succeeds
@@ -516,7 +516,7 @@ class Walk:
         for blocks in self.sequences:
             self.pool.free(blocks)
         self.sequences.clear()
-        live = {epoch: found.state.value for epoch, found in self.receiver.ledger.live.items()}
+        live = {epoch: found.state.value for epoch, found in self.receiver.reservations.live.items()}
         assert not live, f"after 30 quiet seconds: {live}"
         for peer in self.peers:
             assert peer.sender.num_unfinished == 0 and not peer.tasks

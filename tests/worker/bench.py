@@ -10,7 +10,7 @@ from kvferry.common.request import RequestSpec
 from kvferry.prefill.role import PrefillRole
 from kvferry.transfer.protocol.handoff import Endpoint
 from kvferry.transfer.send.plan import ShipPlan
-from kvferry.worker.roles import BothRoles, RoleName
+from kvferry.worker.roles import RoleName, RolePair
 
 from ..decode.bench import BLOCK, EOS, REGION, SPEC, Bench
 
@@ -57,7 +57,7 @@ class Shipping:
 class BothBench(Bench):
     """`kinds`: which role had each step."""
 
-    def __init__(self, offer: RoleName = "decode", num_blocks: int = 64, *, max_num_seqs: int = 8) -> None:
+    def __init__(self, active_role: RoleName = "decode", num_blocks: int = 64, *, max_num_seqs: int = 8) -> None:
         super().__init__(num_blocks, max_num_seqs=max_num_seqs)
         self.shipping = Shipping()
         self.prefill = PrefillRole(
@@ -72,7 +72,7 @@ class BothBench(Bench):
             max_num_seqs=max_num_seqs,
             own_id="d",
         )
-        self.both = BothRoles(self.prefill, self.role, self.pool, offer)
+        self.both = RolePair(self.prefill, self.role, self.pool, active_role)
         self.kinds: list[str] = []
 
     def send(self, message: Message) -> None:

@@ -1,4 +1,4 @@
-"""One worker, two roles: what is offered changes at once, what was started ends where it is, and no block is lost."""
+"""One worker, two roles: the active role changes at once, what was started ends where it is, and no block is lost."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_started_prompts_are_shipped_while_answers_are_taken() -> None:
     assert bench.both.is_quiet and bench.pool.num_owned_blocks == 0
 
 
-def test_what_is_not_offered_is_refused_in_words() -> None:
+def test_work_of_the_other_role_is_refused_in_words() -> None:
     bench = BothBench("prefill")
     bench.send(ReserveKV(spec=bench.spec("a", 6)))
     assert refusal(bench) == (NoCapacity, "a", "wrong_role")
@@ -117,13 +117,13 @@ def test_a_worker_hands_nothing_off_to_itself() -> None:
     assert bench.prefill.num_unfinished == 0
 
 
-@pytest.mark.parametrize("offer", ["prefill", "decode"])
-def test_both_get_their_turns_and_answers_the_first_one(offer: str) -> None:
+@pytest.mark.parametrize("active_role", ["prefill", "decode"])
+def test_both_get_their_turns_and_answers_the_first_one(active_role: str) -> None:
     bench = BothBench("prefill")
     bench.send(bench.task(bench.spec("prompt", 60)))
     bench.both.set_role("decode")
     bench.send(LocalTask(spec=bench.spec("answer", 6)))
-    bench.both.set_role("prefill" if offer == "prefill" else "decode")
+    bench.both.set_role("prefill" if active_role == "prefill" else "decode")
     bench.run()
     assert bench.kinds == ["decode", "prefill"] * 4
 

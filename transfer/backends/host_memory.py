@@ -10,7 +10,7 @@ A window is opened only where random bytes are read back from the other process,
 (another host, another namespace of processes, the kernel's rules for tracing) means that there is none. Processes in
 different network namespaces are taken for different hosts. A write has ended when the call returns: what failed does
 not land later, and a process that has ended is not written to, even if another has its number by then. Nothing that
-the other process does stops a write that was begun: how it makes sure that none is left is told in `fencing.py`.
+the other process does stops a write that was begun: how it makes sure that none is left is told in `rotation.py`.
 """
 
 from __future__ import annotations

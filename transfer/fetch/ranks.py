@@ -88,4 +88,4 @@ class RankSumming:
         self._thread.call(self._sum, fetch_id, blocks)
 
     def _sum(self, fetch_id: int, blocks: tuple[BlockId, ...]) -> None:
-        self._done(0, fetch_id, self._sums.of(blocks))
+        self._done(0, fetch_id, self._sums.make(blocks))

@@ -249,7 +249,7 @@ class BlockSums:
         self._page_bytes = spec.page_bytes(tp_size)
         self._num_blocks = num_blocks
 
-    def of(self, blocks: tuple[int, ...]) -> bytes:
+    def make(self, blocks: tuple[int, ...]) -> bytes:
         """8 bytes for each block, over all layers."""
         found = np.zeros(len(blocks), dtype=np.uint64)
         layers = range(self._spec.num_layers)

@@ -11,16 +11,16 @@ from ...common.messages import KVArrived
 from ..protocol.handoff import Verdict
 from .endings import Counters, Endings
 from .reservation import Reservation, ReservationState, Writer
-from .reservations import Ledger
+from .reservations import Reservations
 
 
 class Arrivals:
     """Moves reservations to ARRIVED, or dooms them."""
 
     def __init__(
-        self, *, ledger: Ledger, endings: Endings, clock: Clock, counters: Counters, checks_bytes: bool
+        self, *, reservations: Reservations, endings: Endings, clock: Clock, counters: Counters, checks_bytes: bool
     ) -> None:
-        self._ledger = ledger
+        self._reservations = reservations
         self._endings = endings
         self._clock = clock
         self._counters = counters
@@ -67,6 +67,6 @@ class Arrivals:
             reservation.first_tokens = message.first_tokens
         if writer.arrived == writer.expected:
             reservation.advance(ReservationState.ARRIVED, self._clock.now())
-            self._ledger.arrived.append(reservation)
+            self._reservations.arrived.append(reservation)
             self._endings.tell_arrived(reservation)
             self._endings.tell_needless(reservation)

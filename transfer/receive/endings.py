@@ -17,7 +17,7 @@ from ...common.messages import CancelKV, HandoffDone, HandoffFailed, KVDone, Mes
 from ...common.request import RequestSpec
 from ...kvcache.blocks import BlockPool
 from .reservation import Reservation, ReservationState
-from .reservations import Ledger
+from .reservations import Reservations
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class Endings:
     def __init__(
         self,
         *,
-        ledger: Ledger,
+        reservations: Reservations,
         pool: BlockPool,
         spec: KVCacheSpec,
         clock: Clock,
@@ -44,7 +44,7 @@ class Endings:
         to_router: Callable[[str, Message], None],
         to_peer: Callable[[str, Message], None],
     ) -> None:
-        self._ledger = ledger
+        self._reservations = reservations
         self._pool = pool
         self._spec = spec
         self._clock = clock
@@ -75,7 +75,7 @@ class Endings:
         writer = reservation.writer
         assert writer is not None
         reservation.advance(ReservationState.DOOMED, self._clock.now())
-        self._ledger.end_attempt(reservation, arrived=False)
+        self._reservations.end_attempt(reservation, arrived=False)
         self._pool.free(reservation.hit_blocks)
         self._pool.free(reservation.copy_blocks)
         self._pool.quarantine(reservation.block_ids)
@@ -102,7 +102,7 @@ class Endings:
         """Nobody writes into its blocks any more."""
         self._pool.release_quarantine(reservation.block_ids)
         self.tell_needless(reservation)
-        self._ledger.remove(reservation)
+        self._reservations.remove(reservation)
         reservation.advance(ReservationState.RELEASED, self._clock.now())
 
     def _free(self, reservation: Reservation) -> None:
@@ -110,8 +110,8 @@ class Endings:
 
     def forget(self, reservation: Reservation, *, arrived: bool) -> None:
         """Neither waited for nor written to any more."""
-        self._ledger.end_attempt(reservation, arrived=arrived)
-        self._ledger.remove(reservation)
+        self._reservations.end_attempt(reservation, arrived=arrived)
+        self._reservations.remove(reservation)
 
     # --- who is told ------------------------------------------------------------------------------------------
 
@@ -144,7 +144,7 @@ class Endings:
 
     def tell_what_became(self, request_id: str, attempt: int, router_id: str | None) -> None:
         """Of a handoff that is over."""
-        ended = self._ledger.ended_attempt(request_id)
+        ended = self._reservations.ended_attempt(request_id)
         router = ended.router_id if ended is not None else router_id
         if router is None:
             self._counters.stale_messages += 1

@@ -15,9 +15,9 @@ from ...common.request import BlockId, RequestSpec
 from ...kvcache.blocks import BlockPool, hash_blocks, prefix_salt
 from ..protocol.handoff import mint_grant
 from .endings import Counters, Endings
-from .fencing import Fencing
 from .reservation import Reservation, ReservationState
-from .reservations import Ledger
+from .reservations import Reservations
+from .rotation import Rotation
 
 
 class Grants:
@@ -30,9 +30,9 @@ class Grants:
         incarnation: int,
         spec: KVCacheSpec,
         pool: BlockPool,
-        ledger: Ledger,
+        reservations: Reservations,
         endings: Endings,
-        fencing: Fencing,
+        rotation: Rotation,
         counters: Counters,
         kv_address: str,
         key: bytes,
@@ -43,9 +43,9 @@ class Grants:
         self._incarnation = incarnation
         self._spec = spec
         self._pool = pool
-        self._ledger = ledger
+        self._reservations = reservations
         self._endings = endings
-        self._fencing = fencing
+        self._rotation = rotation
         self._counters = counters
         self._kv_address = kv_address
         self._key = key
@@ -59,10 +59,10 @@ class Grants:
         self, spec: RequestSpec, router_id: str, *, max_local_tokens: int, growth_reserve: int, refusal: str = ""
     ) -> Grant | NoCapacity:
         """As `KVReceiver.reserve`. `refusal`: why nothing new is granted; empty: it is."""
-        known = self._ledger.of_request(spec.request_id)
+        known = self._reservations.of_request(spec.request_id)
         if known is not None and known.spec.attempt == spec.attempt and known.state is ReservationState.GRANTED:
             return Grant(request_id=spec.request_id, attempt=spec.attempt, grant=known.grant)
-        if self._ledger.is_stale(spec.request_id, spec.attempt):
+        if self._reservations.is_stale(spec.request_id, spec.attempt):
             self._counters.stale_messages += 1
             return self._no_capacity(spec, "stale")
         if known is not None:
@@ -80,14 +80,14 @@ class Grants:
         num_cached = len(hits) * block_size
         if num_tokens - num_cached <= max_local_tokens:
             return self._no_capacity(spec, "held", num_cached)
-        if self._fencing.fence.has_failed:
+        if self._rotation.timer.has_failed:
             return self._no_capacity(spec, "no_agent", num_cached)
         num_copies = len(spec.choices) - 1 if num_tokens % block_size else 0
         num_total = self._spec.num_blocks_for(num_tokens) + num_copies
-        reason = self._ledger.shortage(num_total, hits, growth_reserve)
+        reason = self._reservations.shortage(num_total, hits, growth_reserve)
         if reason is not None:
-            if self._ledger.shortage(num_total, hits, growth_reserve, without_quarantine=True) is None:
-                self._fencing.want()
+            if self._reservations.shortage(num_total, hits, growth_reserve, without_quarantine=True) is None:
+                self._rotation.want()
             return self._no_capacity(spec, reason, num_cached)
         self._pool.pin(hits)
         blocks = self._pool.allocate(num_total - len(hits))
@@ -123,7 +123,7 @@ class Grants:
             block_ids=tuple(blocks[:num_shipped]),
             num_tokens=spec.num_prompt_tokens,
             num_computed_tokens=len(hits) * self._spec.block_size,
-            ranks=self._fencing.regions,
+            ranks=self._rotation.regions,
             open_within_s=self._config.open_within_s,
             mac=b"",
         )
@@ -139,5 +139,5 @@ class Grants:
             deadline=now + self._config.open_within_s,
             since=now,
         )
-        self._ledger.add(reservation)
+        self._reservations.add(reservation)
         return reservation

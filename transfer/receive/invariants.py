@@ -33,7 +33,7 @@ def check_all(receiver: KVReceiver, pool: BlockPool, sequence_blocks: Iterable[C
 
 def check_landing(receiver: KVReceiver, blocks: Collection[BlockId], open_id: int) -> None:
     """H1: a write that lands is the bound open's, and nobody else has its blocks."""
-    owners = [found for found in receiver.ledger.live.values() if not set(blocks).isdisjoint(found.block_ids)]
+    owners = [found for found in receiver.reservations.live.values() if not set(blocks).isdisjoint(found.block_ids)]
     assert len(owners) == 1, f"a write of open {open_id:x} into blocks {sorted(blocks)} of {len(owners)} reservations"
     owner = owners[0]
     epoch = owner.grant.grant_id.epoch
@@ -58,7 +58,7 @@ def check_books(receiver: KVReceiver, pool: BlockPool, sequence_blocks: Iterable
     num_states = num_unheld + pool.num_owned_blocks + pool.num_quarantined_blocks
     assert num_states == pool.num_blocks, f"{num_states} of {pool.num_blocks} blocks"
     writable: set[BlockId] = set()
-    for reservation in receiver.ledger.in_state(*_WRITABLE):
+    for reservation in receiver.reservations.in_state(*_WRITABLE):
         writable.update(reservation.block_ids)
     quarantined = sum(pool.ref_count(block) == 0 for block in writable)
     assert quarantined == pool.num_quarantined_blocks, f"{quarantined} writable blocks without an owner"
@@ -68,7 +68,7 @@ def check_books(receiver: KVReceiver, pool: BlockPool, sequence_blocks: Iterable
 
 def check_hits(receiver: KVReceiver, pool: BlockPool) -> None:
     """H5: the cached blocks that a live reservation counts on are held, and still hold what they are known for."""
-    for reservation in receiver.ledger.live.values():
+    for reservation in receiver.reservations.live.values():
         hits = reservation.hit_blocks
         assert all(pool.ref_count(block) > 0 for block in hits), f"hits {hits} are not pinned"
         known = pool.match_prefix(reservation.block_hashes[: len(hits)])
@@ -77,7 +77,7 @@ def check_hits(receiver: KVReceiver, pool: BlockPool) -> None:
 
 def check_published(receiver: KVReceiver, pool: BlockPool) -> None:
     """H6: what others may find by its hash was adopted, and no writer can reach it."""
-    for reservation in receiver.ledger.live.values():
+    for reservation in receiver.reservations.live.values():
         published = [block for block in reservation.block_ids if pool.is_published(block)]
         assert not published, f"blocks {published} of grant {reservation.grant.grant_id.epoch} are published too early"
 
@@ -85,11 +85,11 @@ def check_published(receiver: KVReceiver, pool: BlockPool) -> None:
 def check_quarantine(receiver: KVReceiver) -> None:
     """H9: one bad peer quarantines at most what it had open when it went bad: it opens nothing a second later."""
     doomed_at: dict[int, float] = defaultdict(lambda: float("inf"))
-    for reservation in receiver.ledger.in_state(ReservationState.DOOMED):
+    for reservation in receiver.reservations.in_state(ReservationState.DOOMED):
         assert reservation.writer is not None
         incarnation = reservation.writer.incarnation
         doomed_at[incarnation] = min(doomed_at[incarnation], reservation.since)
-    for reservation in receiver.ledger.in_state(*_WRITABLE):
+    for reservation in receiver.reservations.in_state(*_WRITABLE):
         writer = reservation.writer
         assert writer is not None
         late_s = writer.opened_at - doomed_at[writer.incarnation] - FENCE_AFTER_S
@@ -107,7 +107,7 @@ class OpenHistory:
     def check(self, receiver: KVReceiver) -> None:
         """After every event of one decode worker, whose incarnations may follow each other."""
         live = set()
-        for reservation in receiver.ledger.live.values():
+        for reservation in receiver.reservations.live.values():
             grant_id = reservation.grant.grant_id
             key = (grant_id.incarnation, grant_id.epoch)
             live.add(key)

@@ -28,13 +28,13 @@ from ...common.messages import (
 )
 from ..protocol.handoff import Endpoint, check_compatible, expected_pairs, is_minted
 from .endings import Counters
-from .processes import Life
+from .processes import ProcessWatch
 from .reservation import Reservation, ReservationState, Writer
-from .reservations import Ledger
+from .reservations import Reservations
 
 FENCE_AFTER_S = 1.0  # a peer with an older quarantine opens nothing more here
 
-Watch = Callable[[Sequence[ProcessMark]], Life | None]
+WatchProcesses = Callable[[Sequence[ProcessMark]], ProcessWatch | None]
 
 
 class Refusal(NamedTuple):
@@ -50,17 +50,17 @@ class Opens:
     def __init__(
         self,
         *,
-        ledger: Ledger,
+        reservations: Reservations,
         spec: KVCacheSpec,
         endpoint: Endpoint,
         key: bytes,
         config: TransferConfig,
         clock: Clock,
         counters: Counters,
-        watch: Watch,
+        watch: WatchProcesses,
         to_peer: Callable[[str, Message], None],
     ) -> None:
-        self._ledger = ledger
+        self._reservations = reservations
         self._spec = spec
         self._endpoint = endpoint
         self._key = key
@@ -69,12 +69,12 @@ class Opens:
         self._counters = counters
         self._watch = watch
         self._to_peer = to_peer
-        self._lives: dict[int, Life | None] = {}  # by incarnation
+        self._watches: dict[int, ProcessWatch | None] = {}  # by incarnation
         self._held: dict[GrantId, tuple[str, KVOpen]] = {}  # with their sessions
 
     def hold(self, session: str, message: KVOpen) -> None:
         """Answer later: our agents are being replaced. The grant lasts as long as its prefill worker waits."""
-        reservation = self._ledger.find(message.grant_id)
+        reservation = self._reservations.find(message.grant_id)
         if reservation is not None and reservation.state is ReservationState.GRANTED:
             reservation.deadline = max(reservation.deadline, self._clock.now() + self._config.lease_s)
         self._held.setdefault(message.grant_id, (session, message))
@@ -91,7 +91,7 @@ class Opens:
 
     def open(self, session: str, message: KVOpen, regions: tuple[RegionInfo, ...], draining: bool) -> None:
         """`regions`: where writes go now, whatever the grant says."""
-        reservation = self._ledger.find(message.grant_id)
+        reservation = self._reservations.find(message.grant_id)
         refusal = self._refusal(session, message, reservation, draining)
         if refusal is None and reservation is not None and reservation.state is ReservationState.GRANTED:
             refusal = self._bind(session, message, reservation)
@@ -123,13 +123,13 @@ class Opens:
         spec = reservation.spec
         if not is_minted(self._key, reservation.grant, spec.request_id, spec.attempt, message.mac):
             return Refusal("mac", "the grant's mac is wrong")
-        if self._ledger.session_of_ended(message.open_id) is not None:
+        if self._reservations.session_of_ended(message.open_id) is not None:
             return Refusal("ended", "the open was closed before")  # bound now, it would wait for nobody
         if reservation.writer is not None:
             return self._refuse_second(session, message, reservation, reservation.writer)
         if draining:
             return Refusal("draining", "draining")
-        if self._ledger.quarantine_s(self._clock.now(), message.incarnation) > FENCE_AFTER_S:
+        if self._reservations.quarantine_s(self._clock.now(), message.incarnation) > FENCE_AFTER_S:
             return Refusal("fenced_peer", "fenced_peer")
         if self._config.kv_checksum == "on" and not message.has_checksums:
             return Refusal("checksum", "checksums are required here (kv_checksum: on) and not made there")
@@ -146,7 +146,7 @@ class Opens:
 
     def _bind(self, session: str, message: KVOpen, reservation: Reservation) -> Refusal | None:
         try:
-            life = self._life_of(message)
+            process_watch = self._watch_of(message)
         except ProcessLookupError as error:
             return Refusal("process", str(error))
         now = self._clock.now()
@@ -161,28 +161,28 @@ class Opens:
             expected_pairs(message.tp_size, self._endpoint.tp_size, self._spec),
             opened_at=now,
             has_checksums=message.has_checksums,
-            life=life,
+            process_watch=process_watch,
         )
         return None
 
-    def _life_of(self, message: KVOpen) -> Life | None:
+    def _watch_of(self, message: KVOpen) -> ProcessWatch | None:
         """One for all opens of an incarnation. Raises ProcessLookupError."""
-        if message.incarnation not in self._lives:
-            self._lives[message.incarnation] = self._watch(message.processes)
-        return self._lives[message.incarnation]
+        if message.incarnation not in self._watches:
+            self._watches[message.incarnation] = self._watch(message.processes)
+        return self._watches[message.incarnation]
 
-    def forget_lives(self) -> None:
-        """Watch nobody who has nothing here any more."""
-        needed = {found.writer.incarnation for found in self._ledger.live.values() if found.writer is not None}
-        for incarnation in self._lives.keys() - needed:
-            life = self._lives.pop(incarnation)
-            if life is not None:
-                life.close()
+    def close_watches(self) -> None:
+        """WatchProcesses nobody who has nothing here any more."""
+        needed = {found.writer.incarnation for found in self._reservations.live.values() if found.writer is not None}
+        for incarnation in self._watches.keys() - needed:
+            process_watch = self._watches.pop(incarnation)
+            if process_watch is not None:
+                process_watch.close()
 
     def renew(self, session: str, message: KVRenew) -> None:
         leases: list[tuple[GrantId, int, float]] = []
         for grant_id, open_id in message.opens:
-            reservation = self._ledger.find(grant_id)
+            reservation = self._reservations.find(grant_id)
             state = None
             if reservation is None or reservation.writer is None or reservation.writer.open_id != open_id:
                 self._counters.stale_messages += 1

@@ -1,7 +1,7 @@
 """Whether other processes of this host have ended: nothing else stops one that copies into our memory by itself.
 
     prefill worker   own_mark of each rank ─> KVOpen.processes
-    decode worker    watch ─> Life, asked until its prefill worker is fenced
+    decode worker    watch ─> ProcessWatch, asked until its prefill worker is fenced
 
 UCX copies between processes of a host in the writer's system call, and so does `HostWindow`. Such a copy that stands
 still, because its process was stopped or waits for a page, goes on whenever that process does: no key, agent or
@@ -27,7 +27,7 @@ from ...common.messages import ProcessMark
 _STARTED_FIELD = 19  # of those after the command's name in /proc/PID/stat
 
 
-class Life(Protocol):
+class ProcessWatch(Protocol):
     """A writer on this host: the processes of all of its ranks."""
 
     @property
@@ -40,8 +40,8 @@ class Life(Protocol):
         ...
 
 
-class ProcessLife:
-    """Implements `Life` by process descriptors (Linux)."""
+class DescriptorWatch:
+    """Implements `ProcessWatch` by process descriptors (Linux)."""
 
     def __init__(self, descriptors: list[int]) -> None:
         self._descriptors = descriptors
@@ -68,7 +68,7 @@ def own_mark() -> ProcessMark:
     return ProcessMark(_host(), pid, _started(pid) or 0)
 
 
-def watch(marks: Sequence[ProcessMark]) -> Life | None:
+def watch(marks: Sequence[ProcessMark]) -> ProcessWatch | None:
     """The life of those processes that are on this host; None if none is.
 
     Raises ProcessLookupError where one that says so is not found here.
@@ -80,9 +80,9 @@ def watch(marks: Sequence[ProcessMark]) -> Life | None:
             if here and mark.host == here:
                 descriptors.append(_open(mark))
     except ProcessLookupError:
-        ProcessLife(descriptors).close()
+        DescriptorWatch(descriptors).close()
         raise
-    return ProcessLife(descriptors) if descriptors else None
+    return DescriptorWatch(descriptors) if descriptors else None
 
 
 def _open(mark: ProcessMark) -> int:

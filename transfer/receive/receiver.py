@@ -5,8 +5,8 @@
 A grant lets a prefill worker ask, an open lets it write. An open that fails is DOOMED: its blocks stay out of use
 until every source rank said that it ended cleanly, or until the writer is fenced. A lease that runs out never frees.
 The states are drawn in `reservation.py`. Its parts: `grants.py` promises, `opens.py` says who may write, `arrivals.py`
-when it is all there, `endings.py` how it ends, `fencing.py` what stops a writer that does not say so; `ledger.py` keeps
-the books.
+when it is all there, `endings.py` how it ends, `rotation.py` what stops a writer that does not say so;
+`reservations.py` keeps the books.
 
 Pure over BlockPool and Clock: no thread, no socket, no tensor. Rank 0 decides for all ranks. The caller holds one
 lock around the receiver, the pool and the scheduler.
@@ -37,12 +37,12 @@ from ...kvcache.blocks import BlockPool
 from ..protocol.handoff import Endpoint, Verdict
 from .arrivals import Arrivals
 from .endings import Counters, Endings
-from .fencing import Fencing
 from .grants import Grants
-from .opens import Opens, Watch
+from .opens import Opens, WatchProcesses
 from .processes import watch as watch_processes
 from .reservation import Reservation, ReservationState
-from .reservations import Ledger
+from .reservations import Reservations
+from .rotation import Rotation
 
 _WRITABLE = (ReservationState.OPEN, ReservationState.DOOMED)
 
@@ -69,7 +69,7 @@ class KVReceiver:
         to_router: Callable[[str, Message], None],
         to_peer: Callable[[str, Message], None],
         rotate: Callable[[int], None] | None = None,
-        watch: Watch = watch_processes,
+        watch: WatchProcesses = watch_processes,
         checks_bytes: bool = False,
     ) -> None:
         """`rotate(generation)`: begin to replace the agents of all ranks, answered by `rotated` or `rotation_failed`.
@@ -82,10 +82,10 @@ class KVReceiver:
         self._config = config
         self._clock = clock
         self._to_peer = to_peer
-        self.ledger = Ledger(pool, worker_id, incarnation)
+        self.reservations = Reservations(pool, worker_id, incarnation)
         self.counters = Counters()
         self.endings = Endings(
-            ledger=self.ledger,
+            reservations=self.reservations,
             pool=pool,
             spec=spec,
             clock=clock,
@@ -94,7 +94,7 @@ class KVReceiver:
             to_peer=to_peer,
         )
         self.opens = Opens(
-            ledger=self.ledger,
+            reservations=self.reservations,
             spec=spec,
             endpoint=Endpoint(spec, version, transport, tp_size),
             key=key,
@@ -104,8 +104,8 @@ class KVReceiver:
             watch=watch,
             to_peer=to_peer,
         )
-        self.fencing = Fencing(
-            ledger=self.ledger,
+        self.rotation = Rotation(
+            reservations=self.reservations,
             endings=self.endings,
             clock=clock,
             num_blocks=pool.num_blocks,
@@ -117,9 +117,9 @@ class KVReceiver:
             incarnation=incarnation,
             spec=spec,
             pool=pool,
-            ledger=self.ledger,
+            reservations=self.reservations,
             endings=self.endings,
-            fencing=self.fencing,
+            rotation=self.rotation,
             counters=self.counters,
             kv_address=kv_address,
             key=key,
@@ -127,43 +127,43 @@ class KVReceiver:
             clock=clock,
         )
         self._arrivals = Arrivals(
-            ledger=self.ledger,
+            reservations=self.reservations,
             endings=self.endings,
             clock=clock,
             counters=self.counters,
             checks_bytes=checks_bytes,
         )
         self.draining = False  # grants and opens nothing more
-        self.offered = True  # False: grants nothing more; what was granted is opened, arrives and is adopted
+        self.is_active = True  # False: grants nothing more; what was granted is opened, arrives and is adopted
 
     # --- what it holds ------------------------------------------------------------------------------------
 
     @property
     def arrived(self) -> list[Reservation]:
         """Those that wait for room in the batch, in the order of arrival."""
-        return self.ledger.arrived
+        return self.reservations.arrived
 
     @property
     def has_open(self) -> bool:
         """Somebody may write or report an end: notifications must be polled."""
-        return bool(self.ledger.in_state(*_WRITABLE))
+        return bool(self.reservations.in_state(*_WRITABLE))
 
     def holds(self, request_id: str) -> bool:
         """There is a reservation of the request that may still be adopted."""
-        return self.ledger.of_request(request_id) is not None
+        return self.reservations.of_request(request_id) is not None
 
     @property
     def num_granted_blocks(self) -> int:
         """Blocks of promises that may still be filled."""
-        return self.ledger.num_granted_blocks
+        return self.reservations.num_granted_blocks
 
     @property
     def num_quarantined_blocks(self) -> int:
-        return self.ledger.num_quarantined_blocks
+        return self.reservations.num_quarantined_blocks
 
     @property
     def num_live(self) -> int:
-        return len(self.ledger.live)
+        return len(self.reservations.live)
 
     @property
     def stale_messages(self) -> int:
@@ -185,11 +185,11 @@ class KVReceiver:
 
     def quarantine_s(self, incarnation: int | None = None) -> float:
         """Age of the oldest quarantine (of one prefill worker's incarnation); 0 where there is none."""
-        return self.ledger.quarantine_s(self._clock.now(), incarnation)
+        return self.reservations.quarantine_s(self._clock.now(), incarnation)
 
     def check(self) -> None:
         """Assert that the reservations' books and the pool's agree."""
-        self.ledger.check()
+        self.reservations.check()
 
     # --- reserving ----------------------------------------------------------------------------------------
 
@@ -213,9 +213,9 @@ class KVReceiver:
             router_id,
             max_local_tokens=max_local_tokens,
             growth_reserve=growth_reserve,
-            refusal="draining" if self.draining else "" if self.offered else "wrong_role",
+            refusal="draining" if self.draining else "" if self.is_active else "wrong_role",
         )
-        reservation = self.ledger.of_request(spec.request_id) if isinstance(answer, Grant) else None
+        reservation = self.reservations.of_request(spec.request_id) if isinstance(answer, Grant) else None
         if reservation is not None:
             reservation.keeps = keeps
         return answer
@@ -226,19 +226,19 @@ class KVReceiver:
         """From the connection `session`, a new name for each connection."""
         match message:
             case KVOpen():
-                if self.fencing.fence.is_idle:
-                    self.opens.open(session, message, self.fencing.regions, self.draining)
+                if self.rotation.timer.is_idle:
+                    self.opens.open(session, message, self.rotation.regions, self.draining)
                 else:
                     self.opens.hold(session, message)
             case KVRenew():
                 self.opens.renew(session, message)
             case KVClosed():
                 self._on_closed(session, message)
-        self._step_fencing()
+        self._step_rotation()
 
     def _opened(self, grant_id: GrantId, open_id: int) -> Reservation | None:
         """The reservation whose writer speaks; counts the message where there is none."""
-        reservation = self.ledger.find(grant_id)
+        reservation = self.reservations.find(grant_id)
         if reservation is None or reservation.writer is None or reservation.writer.open_id != open_id:
             self.counters.stale_messages += 1
             return None
@@ -249,7 +249,7 @@ class KVReceiver:
         writer = reservation.writer if reservation is not None else None
         if reservation is None or writer is None or reservation.state not in _WRITABLE:
             # It is told until somebody answers. Its KVOpen may be held, or come late.
-            self.ledger.remember_open(message.open_id, session)
+            self.reservations.remember_open(message.open_id, session)
             self._to_peer(session, KVDone(grant_id=message.grant_id, open_id=message.open_id))
             return
         if message.source_rank >= writer.tp_size:
@@ -268,7 +268,7 @@ class KVReceiver:
     def on_session_lost(self, session: str) -> None:
         """A prefill worker's connection ended. Its word may have been lost with it, its writes may not."""
         self.opens.drop_held(session)
-        for reservation in self.ledger.in_state(ReservationState.OPEN):
+        for reservation in self.reservations.in_state(ReservationState.OPEN):
             if reservation.writer and reservation.writer.session == session:
                 self.endings.doom(reservation, f"connection to {reservation.writer.worker_id} lost", "peer")
 
@@ -276,12 +276,12 @@ class KVReceiver:
         """A source rank's notification to one of our ranks: all its writes are in our memory."""
         reservation = self._opened(message.grant_id, message.open_id)
         if reservation is None:
-            session = self.ledger.session_of_ended(message.open_id)
+            session = self.reservations.session_of_ended(message.open_id)
             if session is not None:
                 self._to_peer(session, KVDone(grant_id=message.grant_id, open_id=message.open_id))
             return
         self._arrivals.on_arrived(reservation, decode_rank, message, verdict)
-        self._step_fencing()
+        self._step_rotation()
 
     # --- taking over, giving up ---------------------------------------------------------------------------------
 
@@ -304,7 +304,7 @@ class KVReceiver:
         self, request_id: str, attempt: int, *, unless_arrived: bool = False, router_id: str | None = None
     ) -> None:
         """End the request's reservation. `unless_arrived`: keep it if it has arrived, and tell the router which."""
-        reservation = self.ledger.of_request(request_id)
+        reservation = self.reservations.of_request(request_id)
         if reservation is not None and reservation.spec.attempt <= attempt:
             if not unless_arrived:
                 self.endings.drop(reservation, "aborted")
@@ -323,7 +323,7 @@ class KVReceiver:
 
     def keep_only(self, router_id: str, live: frozenset[tuple[str, int]]) -> None:
         """Drop the router's reservations but those of the (request id, attempt) pairs in `live`."""
-        for reservation in self.ledger.of_router(router_id):
+        for reservation in self.reservations.of_router(router_id):
             if (reservation.spec.request_id, reservation.spec.attempt) not in live:
                 self.endings.drop(reservation, "the router no longer knows the request")
 
@@ -332,7 +332,7 @@ class KVReceiver:
     def tick(self) -> None:
         """Act on deadlines and on writers' ends; some ten times a second."""
         now = self._clock.now()
-        for reservation in self.ledger.in_state(ReservationState.GRANTED, ReservationState.OPEN):
+        for reservation in self.reservations.in_state(ReservationState.GRANTED, ReservationState.OPEN):
             writer = reservation.writer
             if writer is not None and writer.is_dead:
                 self.endings.doom(reservation, f"{writer.worker_id} has ended", "peer")
@@ -344,29 +344,29 @@ class KVReceiver:
                 self.endings.tell_failed(reservation.router_id, reservation.spec, reason, "expired", None)
             else:
                 self.endings.doom(reservation, f"no renewal within {self._config.lease_s} s", "expired")
-        self.opens.forget_lives()
-        self.fencing.step()
+        self.opens.close_watches()
+        self.rotation.step()
         self._answer_held()
 
-    def _step_fencing(self) -> None:
+    def _step_rotation(self) -> None:
         """A fence that waits may have nothing to wait for any more."""
-        if not self.fencing.fence.is_idle:
-            self.fencing.step()
+        if not self.rotation.timer.is_idle:
+            self.rotation.step()
             self._answer_held()
 
     def _answer_held(self) -> None:
-        if self.fencing.fence.is_idle:
-            self.opens.flush(self.fencing.regions, self.draining)
+        if self.rotation.timer.is_idle:
+            self.opens.flush(self.rotation.regions, self.draining)
 
     def rotated(self, regions: tuple[RegionInfo, ...]) -> int:
         """Every rank has the agent that `rotate` asked for: what only the old ones could reach is free. Blocks."""
-        count = self.fencing.rotated(regions)
+        count = self.rotation.rotated(regions)
         self._answer_held()
         return count
 
     def rotation_failed(self) -> None:
         """Some rank could not make a new agent. `rotate` is called again after a while."""
-        self.fencing.failed()
+        self.rotation.failed()
 
     def fence(self, incarnation: int) -> int:
         """That prefill worker can write nothing more, for certain: free what it left in quarantine. How many blocks.
@@ -374,7 +374,7 @@ class KVReceiver:
         Certain is: its process is dead and it wrote through memory of this host, or the agents it wrote to are gone.
         """
         count = 0
-        for reservation in self.ledger.in_state(*_WRITABLE):
+        for reservation in self.reservations.in_state(*_WRITABLE):
             if reservation.writer and reservation.writer.incarnation == incarnation:
                 if reservation.state is ReservationState.OPEN:
                     self.endings.doom(reservation, f"{reservation.writer.worker_id} was fenced", "peer")

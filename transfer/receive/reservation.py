@@ -16,7 +16,7 @@ from enum import Enum
 from ...common.errors import InvalidTransition
 from ...common.messages import ChoiceTokens, GrantInfo
 from ...common.request import BlockId, RequestSpec
-from .processes import Life
+from .processes import ProcessWatch
 
 
 class ReservationState(Enum):
@@ -50,7 +50,7 @@ class Writer:
     expected: frozenset[tuple[int, int]]  # (source rank, decode rank) pairs
     opened_at: float
     has_checksums: bool = False  # its arrivals carry them
-    life: Life | None = None  # None: on another host, or it copies nothing by itself
+    process_watch: ProcessWatch | None = None  # None: on another host, or it copies nothing by itself
     arrived: set[tuple[int, int]] = field(default_factory=set)
     ended_ranks: set[int] = field(default_factory=set)  # source ranks that will write nothing more
     detached_ranks: set[int] = field(default_factory=set)  # of which only a network may still carry something
@@ -62,12 +62,16 @@ class Writer:
     @property
     def is_dead(self) -> bool:
         """Its processes were watched and have ended."""
-        return self.life is not None and self.life.has_ended
+        return self.process_watch is not None and self.process_watch.has_ended
 
     @property
     def is_behind_network(self) -> bool:
         """What it may still write comes through our agents: gone with them."""
-        return self.life is None or self.life.has_ended or len(self.detached_ranks | self.ended_ranks) == self.tp_size
+        return (
+            self.process_watch is None
+            or self.process_watch.has_ended
+            or len(self.detached_ranks | self.ended_ranks) == self.tp_size
+        )
 
 
 @dataclass(slots=True, eq=False)

@@ -28,7 +28,7 @@ class EndedAttempt(NamedTuple):
     router_id: str
 
 
-class Ledger:
+class Reservations:
     """Knows what is promised, waits and lies in quarantine. Owns no block and decides nothing but `shortage`."""
 
     def __init__(self, pool: BlockPool, worker_id: str, incarnation: int) -> None:

@@ -35,7 +35,7 @@ class _Closing:
     is_clean: bool
     has_failed: bool  # one of its writes did, or its post
     since: float
-    told_at: float
+    announced_at: float
     is_detached: bool = False
 
 
@@ -73,7 +73,7 @@ class Closings:
             found.is_clean, found.reason = True, "its writes have ended"
             self._tell(found, now)
 
-    def heard(self, open_id: int) -> None:
+    def acked(self, open_id: int) -> None:
         """The decode worker needs no more of it."""
         self._found.pop(open_id, None)
 
@@ -82,12 +82,12 @@ class Closings:
         for open_id, found in list(self._found.items()):
             if now - found.since >= GIVE_UP_S and not self._must_detach(found):
                 del self._found[open_id]
-            elif now - found.told_at >= every_s:
+            elif now - found.announced_at >= every_s:
                 self._tell(found, now)
 
     def next_call_at(self, every_s: float) -> float | None:
         """When `repeat` or `wants_new_agent` may have something to do."""
-        return min((found.told_at + every_s for found in self._found.values()), default=None)
+        return min((found.announced_at + every_s for found in self._found.values()), default=None)
 
     def _must_detach(self, found: _Closing) -> bool:
         return self._copies_itself and not found.is_clean and not found.is_detached
@@ -113,7 +113,7 @@ class Closings:
         self._next_agent_at = now + 1.0
 
     def _tell(self, found: _Closing, now: float) -> None:
-        found.told_at = now
+        found.announced_at = now
         closed = KVClosed(
             grant_id=found.grant_id,
             open_id=found.open_id,

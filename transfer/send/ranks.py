@@ -93,7 +93,7 @@ class _Blocks(NamedTuple):
     last: bool
 
     @classmethod
-    def of(cls, plan: ShipPlan) -> _Blocks:
+    def from_plan(cls, plan: ShipPlan) -> _Blocks:
         local = np.array(plan.local_blocks, dtype=np.int32)
         order = np.argsort(local)
         return cls(plan.open_id, local[order], np.array(plan.remote_blocks, dtype=np.int32)[order], plan.last)
@@ -118,7 +118,7 @@ class LayerShipper:
     def begin_step(self, plans: list[ShipPlan]) -> None:
         self._blocks = []
         for plan in plans:
-            blocks = _Blocks.of(plan)
+            blocks = _Blocks.from_plan(plan)
             if not plan.all_layers:
                 if len(blocks.local) or blocks.last:
                     self._blocks.append(blocks)

@@ -9,7 +9,7 @@ does, whatever the delay. A page is posted once per open. The shipment's states 
 Rank 0 speaks for the handoff (KVOpen, KVRenew); the other ranks get the same calls and the same answers relayed.
 
 Between the look at the clock and the post we may be stopped for any time, so a lease keeps order and no more. What
-then protects the decode worker's blocks is told in `fencing.py`: a post names an agent, which is gone if we were taken
+then protects the decode worker's blocks is told in `rotation.py`: a post names an agent, which is gone if we were taken
 for lost, and a copy that we make ourselves is waited for until we say that it ended, or have ended with it.
 """
 
@@ -202,7 +202,7 @@ class KVSender:
             self._on_renewed(message)
             return
         if isinstance(message, KVDone):
-            self._closings.heard(message.open_id)
+            self._closings.acked(message.open_id)
         shipment = self._shipments.get(message.open_id)
         if shipment is None or shipment.grant.grant_id != message.grant_id:
             return  # it ended: nobody waits for an answer
@@ -358,7 +358,7 @@ class KVSender:
                 self._source_free(shipment.open_id)
                 self._tell(shipment)
         elif shipment.state is ShipmentState.TOLD:
-            if now - shipment.told_at >= self._config.renew_every_s:
+            if now - shipment.announced_at >= self._config.renew_every_s:
                 self._tell(shipment)
         elif shipment.state is ShipmentState.CLOSING:
             if not shipment.num_writes:
@@ -367,7 +367,7 @@ class KVSender:
                 self._fail(shipment, f"{shipment.reason}; a write is not done")
 
     def _tell(self, shipment: Shipment) -> None:
-        shipment.told_at = self._clock.now()
+        shipment.announced_at = self._clock.now()
         self._posting.tell(shipment)
 
     def _replace_agent(self) -> None:

@@ -73,7 +73,7 @@ class Shipment:
     num_writes: int = 0  # posted and not ended
     finished: bool = False  # every page is complete and the first tokens are known
     first_tokens: tuple[ChoiceTokens, ...] = ()
-    told_at: float = 0.0
+    announced_at: float = 0.0
     reason: str = ""  # why it closes
     num_bytes: int = 0  # written
     first_post_at: float | None = None

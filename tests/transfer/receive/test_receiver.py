@@ -36,7 +36,7 @@ from kvferry.common.messages import (
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
 from kvferry.kvcache.blocks import BlockPool, hash_blocks, prefix_salt
 from kvferry.transfer.protocol.handoff import open_mac
-from kvferry.transfer.receive.opens import Watch
+from kvferry.transfer.receive.opens import WatchProcesses
 from kvferry.transfer.receive.processes import watch as watch_processes
 from kvferry.transfer.receive.receiver import KVReceiver, Reservation, ReservationState, Verdict
 from kvferry.transfer.receive.reservation import _NEXT
@@ -77,7 +77,7 @@ class Decode:
         config: TransferConfig | None = None,
         checks_bytes: bool = False,
         rotate: Callable[[int], None] | None = None,
-        watch: Watch = watch_processes,
+        watch: WatchProcesses = watch_processes,
     ) -> None:
         self.first_regions = _regions(tp_size)
         self.clock = FakeClock(100.0)
@@ -647,7 +647,7 @@ def test_messages_with_another_open_id_change_nothing(decode: Decode) -> None:
 @pytest.mark.parametrize("to", ReservationState)
 def test_only_the_drawn_edges_exist(decode: Decode, state: ReservationState, to: ReservationState) -> None:
     decode.grant()
-    reservation = next(iter(decode.receiver.ledger.live.values()))
+    reservation = next(iter(decode.receiver.reservations.live.values()))
     assert isinstance(reservation, Reservation)
     reservation.state = state
     if to in _NEXT[state]:

@@ -234,8 +234,8 @@ class WithoutShutOut(Walk):
     """A peer with an old quarantine goes on to open."""
 
     def plant(self) -> None:
-        ledger = self.receiver.ledger
-        ledger.quarantine_s = lambda now, incarnation=None: 0.0  # type: ignore[method-assign]
+        reservations = self.receiver.reservations
+        reservations.quarantine_s = lambda now, incarnation=None: 0.0  # type: ignore[method-assign]
 
 
 class WithoutPins(Walk):
@@ -247,7 +247,7 @@ class WithoutPins(Walk):
 
         def forget_to_pin(spec: RequestSpec, router_id: str, **options: int | bool) -> Grant | NoCapacity:
             answer = reserve(spec, router_id, **options)  # type: ignore[arg-type]  # as they came
-            known = self.receiver.ledger.of_request(spec.request_id)
+            known = self.receiver.reservations.of_request(spec.request_id)
             if known is not None and known.hit_blocks:
                 pool.free(known.hit_blocks)
             return answer

@@ -1,4 +1,4 @@
-"""What a worker gives its roles to work with: made once by `process.py`, taken by `PrefillUnit` and `DecodeUnit`.
+"""What a worker gives its roles to work with: made once by `process.py`, taken by `PrefillSide` and `DecodeSide`.
 
 It has two transfer agents over the same pages. Through one of them others write into our pages; it is replaced to
 fence a writer. The other one writes into pages elsewhere; it is replaced when its own writes cannot be waited for.
@@ -22,7 +22,7 @@ from ..transfer.backends.base import TransferBackend
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerParts:
+class WorkerDeps:
     config: WorkerConfig
     secret: SharedSecret
     version: str

@@ -7,16 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.common.clock import FakeClock
-from kvferry.transfer.receive.fence import (
+from kvferry.transfer.receive.rotation_timer import (
     CANCEL_S,
     MAX_AGE_S,
     MIN_INTERVAL_S,
     RETRY_S,
     SETTLE_S,
     Action,
-    Fence,
     Phase,
     Quarantined,
+    RotationTimer,
     Scene,
 )
 
@@ -47,62 +47,62 @@ def _scene(*quarantined: Quarantined, num_open: int = 0, num_closing: int = 0, i
     ],
 )
 def test_a_rotation_begins_when_it_is_worth_its_cost(scene: Scene, is_due: bool) -> None:
-    assert (Fence(FakeClock(50.0)).step(scene) is Action.ROTATE) is is_due
+    assert (RotationTimer(FakeClock(50.0)).step(scene) is Action.ROTATE) is is_due
 
 
 def test_open_handoffs_get_a_second_to_arrive() -> None:
     clock = FakeClock(50.0)
-    fence = Fence(clock)
-    assert fence.step(_scene(OLD, num_open=2)) is Action.NONE and fence.phase is Phase.SETTLING
+    timer = RotationTimer(clock)
+    assert timer.step(_scene(OLD, num_open=2)) is Action.NONE and timer.phase is Phase.SETTLING
     clock.advance(SETTLE_S / 2)
-    assert fence.step(_scene(OLD, num_open=1)) is Action.NONE
-    assert fence.step(_scene(OLD)) is Action.ROTATE  # the last one has arrived: nothing to wait for
+    assert timer.step(_scene(OLD, num_open=1)) is Action.NONE
+    assert timer.step(_scene(OLD)) is Action.ROTATE  # the last one has arrived: nothing to wait for
 
 
 def test_those_that_have_not_arrived_are_cancelled_and_get_time_to_end() -> None:
     clock = FakeClock(50.0)
-    fence = Fence(clock)
-    fence.step(_scene(OLD, num_open=1))
+    timer = RotationTimer(clock)
+    timer.step(_scene(OLD, num_open=1))
     clock.advance(SETTLE_S)
-    assert fence.step(_scene(OLD, num_open=1)) is Action.CANCEL
-    assert fence.step(_scene(OLD, num_closing=1)) is Action.NONE
+    assert timer.step(_scene(OLD, num_open=1)) is Action.CANCEL
+    assert timer.step(_scene(OLD, num_closing=1)) is Action.NONE
     clock.advance(CANCEL_S)
-    assert fence.step(_scene(OLD, num_closing=1)) is Action.ROTATE
+    assert timer.step(_scene(OLD, num_closing=1)) is Action.ROTATE
 
 
 def test_a_quarantine_that_ends_by_itself_calls_it_off() -> None:
-    fence = Fence(FakeClock(50.0))
-    fence.step(_scene(OLD, num_open=1))
-    assert fence.step(_scene(num_open=1)) is Action.NONE and fence.is_idle
+    timer = RotationTimer(FakeClock(50.0))
+    timer.step(_scene(OLD, num_open=1))
+    assert timer.step(_scene(num_open=1)) is Action.NONE and timer.is_idle
 
 
 def test_two_rotations_are_seconds_apart() -> None:
     clock = FakeClock(50.0)
-    fence = Fence(clock)
-    assert fence.step(_scene(OLD)) is Action.ROTATE
-    assert fence.step(_scene(OLD)) is Action.NONE  # it runs
-    fence.rotated()
-    assert fence.is_idle and fence.num_rotations == 1
+    timer = RotationTimer(clock)
+    assert timer.step(_scene(OLD)) is Action.ROTATE
+    assert timer.step(_scene(OLD)) is Action.NONE  # it runs
+    timer.rotated()
+    assert timer.is_idle and timer.num_rotations == 1
     clock.advance(MIN_INTERVAL_S - 0.1)
-    assert fence.step(_scene(OLD, is_wanted=True)) is Action.NONE and fence.is_idle
+    assert timer.step(_scene(OLD, is_wanted=True)) is Action.NONE and timer.is_idle
     clock.advance(0.1)
-    assert fence.step(_scene(OLD)) is Action.ROTATE
+    assert timer.step(_scene(OLD)) is Action.ROTATE
 
 
 def test_a_rotation_that_failed_is_tried_again_and_nothing_is_opened_meanwhile() -> None:
     clock = FakeClock(50.0)
-    fence = Fence(clock)
-    fence.step(_scene(OLD))
-    fence.failed()
-    told = [(fence.has_failed, fence.is_idle)]
-    assert fence.step(_scene()) is Action.NONE
+    timer = RotationTimer(clock)
+    timer.step(_scene(OLD))
+    timer.failed()
+    told = [(timer.has_failed, timer.is_idle)]
+    assert timer.step(_scene()) is Action.NONE
     clock.advance(RETRY_S)
-    assert fence.step(_scene()) is Action.ROTATE  # there is no agent, whether or not anything lies in quarantine
-    told.append((fence.has_failed, fence.is_idle))
-    fence.rotated()
-    told.append((fence.has_failed, fence.is_idle))
+    assert timer.step(_scene()) is Action.ROTATE  # there is no agent, whether or not anything lies in quarantine
+    told.append((timer.has_failed, timer.is_idle))
+    timer.rotated()
+    told.append((timer.has_failed, timer.is_idle))
     assert told == [(True, False), (True, False), (False, True)]
-    assert (fence.num_rotations, fence.num_failures) == (1, 1)
+    assert (timer.num_rotations, timer.num_failures) == (1, 1)
 
 
 _quarantined = st.builds(
@@ -129,15 +129,15 @@ def test_whatever_happens_rotations_keep_their_distance_and_follow_a_second_of_g
     story: list[tuple[float, list[Quarantined], int, int, bool, str]],
 ) -> None:
     clock = FakeClock(100.0)
-    fence = Fence(clock)
+    timer = RotationTimer(clock)
     rotated_at = began_at = -1000.0
     is_running = False
     for seconds, quarantined, num_open, num_closing, is_wanted, outcome in story:
         clock.advance(seconds)
-        before = fence.phase
+        before = timer.phase
         scene = _scene(*quarantined, num_open=num_open, num_closing=num_closing, is_wanted=is_wanted)
-        action = fence.step(scene)
-        if before is Phase.IDLE and fence.phase is not Phase.IDLE:
+        action = timer.step(scene)
+        if before is Phase.IDLE and timer.phase is not Phase.IDLE:
             began_at = clock.now()
             assert began_at - rotated_at >= MIN_INTERVAL_S
         if action is Action.CANCEL:
@@ -147,7 +147,7 @@ def test_whatever_happens_rotations_keep_their_distance_and_follow_a_second_of_g
         if action is Action.ROTATE or is_running:
             is_running = outcome == "running"
             if outcome == "rotated":
-                fence.rotated()
+                timer.rotated()
                 rotated_at = clock.now()
             elif outcome == "failed":
-                fence.failed()
+                timer.failed()

@@ -19,14 +19,14 @@ from kvferry.common.messages import (
     ProcessMark,
     RegionInfo,
 )
-from kvferry.transfer.receive.processes import Life
+from kvferry.transfer.receive.processes import ProcessWatch
 
 from .test_receiver import Decode, only
 
 HERE = ProcessMark("here", 4321, 99)
 
 
-class FakeLife:
+class FakeProcessWatch:
     """A prefill worker's process, which ends when it is told to."""
 
     def __init__(self) -> None:
@@ -41,18 +41,18 @@ class Host(Decode):
     """A decode worker that can replace its agents, on a host with prefill workers that can be watched."""
 
     def __init__(self, num_blocks: int = 64, tp_size: int = 1) -> None:
-        self.lives: list[FakeLife] = []
+        self.watches: list[FakeProcessWatch] = []
         self.rotations: list[int] = []
         super().__init__(num_blocks, tp_size, rotate=self.rotations.append, watch=self.watch)
 
-    def watch(self, marks: Sequence[ProcessMark]) -> Life | None:
+    def watch(self, marks: Sequence[ProcessMark]) -> ProcessWatch | None:
         if not marks:
             return None
         if any(mark.pid == 0 for mark in marks):
             raise ProcessLookupError("process 0 is not found here")
-        life = FakeLife()
-        self.lives.append(life)
-        return life
+        process_watch = FakeProcessWatch()
+        self.watches.append(process_watch)
+        return process_watch
 
     def left(self, name: str = "a", *, incarnation: int = 7, here: bool = False, num_tokens: int = 10) -> int:
         """A quarantine: opened, and given up by an abort. The open id."""
@@ -101,12 +101,12 @@ def test_a_writer_of_this_host_is_not_fenced_while_it_lives(host: Host) -> None:
     assert host.receiver.num_quarantined_blocks == 3 and host.receiver.quarantine_s(7) > 0
     host.wait(100.0)
     assert host.rotations == [1]  # nothing more would be freed
-    host.lives[0].has_ended = True
+    host.watches[0].has_ended = True
     host.wait(0.1)
     assert host.rotations == [1, 2]
     assert host.finish_rotation() == 3 and host.holds_nothing()
     host.wait(0.1)
-    assert host.lives[0].is_closed
+    assert host.watches[0].is_closed
 
 
 def test_a_death_that_comes_while_agents_are_replaced_is_too_late_for_this_rotation(host: Host) -> None:
@@ -114,7 +114,7 @@ def test_a_death_that_comes_while_agents_are_replaced_is_too_late_for_this_rotat
     host.left("a", here=True)
     host.left("b", incarnation=8)
     host.wait(10.1)
-    host.lives[0].has_ended = True
+    host.watches[0].has_ended = True
     assert host.finish_rotation() == 3
     assert host.receiver.num_quarantined_blocks == 3
 
@@ -136,14 +136,14 @@ def test_the_death_of_a_writer_ends_its_opens_and_frees_at_once_what_is_wanted()
     host = Host(num_blocks=16)
     grant = host.grant("a", num_tokens=32)
     host.open(grant, change={"processes": (HERE,)})
-    host.lives[0].has_ended = True
+    host.watches[0].has_ended = True
     host.wait(0.1)
     assert only(host.said_to_router(), HandoffFailed).blame == "peer"
     host.finish_rotation()  # half of the pool: more than a tenth
     assert host.holds_nothing()
     host = Host(num_blocks=64)
     host.left("a", here=True, num_tokens=20)
-    host.lives[0].has_ended = True
+    host.watches[0].has_ended = True
     host.wait(0.1)
     assert host.rotations == []
     host.pool.allocate(52)
@@ -167,7 +167,7 @@ def test_open_handoffs_get_a_second_and_then_end_with_the_rotation(host: Host) -
     grant = host.grant("b", first=5000)
     open_id = host.open(grant, change={"incarnation": 8})
     host.wait(0.5)
-    assert host.rotations == [] and not host.receiver.fencing.fence.is_idle
+    assert host.rotations == [] and not host.receiver.rotation.timer.is_idle
     host.said_to_router()
     host.wait(1.0)
     assert host.rotations == [1]
@@ -254,8 +254,8 @@ def test_a_rotation_that_fails_frees_nothing_and_is_tried_again(host: Host) -> N
     assert host.rotations == [1, 2]
     assert host.finish_rotation() == 3 and host.holds_nothing()
     assert isinstance(host.reserve("b", first=5000), Grant)
-    fence = host.receiver.fencing.fence
-    assert (fence.num_rotations, fence.num_failures) == (1, 1)
+    timer = host.receiver.rotation.timer
+    assert (timer.num_rotations, timer.num_failures) == (1, 1)
 
 
 def test_an_open_that_waits_for_agents_that_never_come_is_refused(host: Host) -> None:
@@ -275,7 +275,7 @@ def test_an_open_that_waits_for_agents_that_never_come_is_refused(host: Host) ->
 def test_an_incarnation_is_watched_once_and_one_that_is_not_found_opens_nothing(host: Host) -> None:
     host.open(host.grant("a"), change={"processes": (HERE,)})
     host.open(host.grant("b", first=5000), change={"processes": (HERE,)})
-    assert len(host.lives) == 1
+    assert len(host.watches) == 1
     host.open(host.grant("c", first=9000), change={"incarnation": 9, "processes": (ProcessMark("here", 0, 1),)})
     assert "not found" in only(host.said_to_peer()[-1:], KVRefused).reason
     assert host.receiver.counters.grant_rejects == {"process": 1}

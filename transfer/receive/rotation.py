@@ -1,4 +1,4 @@
-"""Fencing: making sure, once a prefill worker's end cannot be waited for, that it writes nothing more here.
+"""A rotation makes sure, once a prefill worker's end cannot be waited for, that it writes nothing more here.
 
 What a writer that gave no clean end may still do, and what ends it:
 
@@ -17,8 +17,8 @@ So a rotation frees what belongs to writers that reach us through a network alon
 only when every rank has its new agent. A peer's closed connection, forgetting the peer, deregistering the memory and a
 message that it is dead fence nothing. If no new agent can be made the blocks stay in quarantine, and it is tried again.
 
-Open handoffs of healthy peers end with a rotation too (`fence.py` gives them time to arrive); grants that nobody has
-opened do not: their KVOpen waits, and its answer names the new regions.
+Open handoffs of healthy peers end with a rotation too (`rotation_timer.py` gives them time to arrive); grants that
+nobody has opened do not: their KVOpen waits, and its answer names the new regions.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from collections.abc import Callable
 from ...common.clock import Clock
 from ...common.messages import RegionInfo
 from .endings import Endings
-from .fence import SETTLE_S, Action, Fence, Quarantined, Scene
 from .reservation import Reservation, ReservationState
-from .reservations import Ledger
+from .reservations import Reservations
+from .rotation_timer import SETTLE_S, Action, Quarantined, RotationTimer, Scene
 
 _WANTED_S = 1.0  # how long a refusal is remembered: whoever was refused asks again sooner
 
 
-class Fencing:
+class Rotation:
     """Owns the regions, which change with every rotation."""
 
     def __init__(
         self,
         *,
-        ledger: Ledger,
+        reservations: Reservations,
         endings: Endings,
         clock: Clock,
         num_blocks: int,
@@ -50,7 +50,7 @@ class Fencing:
         rotate: Callable[[int], None] | None,
     ) -> None:
         """`rotate(generation)` begins to replace the agents of all ranks; None: they cannot be."""
-        self._ledger = ledger
+        self._reservations = reservations
         self._endings = endings
         self._clock = clock
         self._num_blocks = num_blocks
@@ -58,7 +58,7 @@ class Fencing:
         self._generation = regions[0].generation
         self._condemned: list[Reservation] = []  # that the rotation under way frees
         self._wanted_until = clock.now()
-        self.fence = Fence(clock)
+        self.timer = RotationTimer(clock)
         self.regions = regions
 
     def want(self) -> None:
@@ -67,19 +67,19 @@ class Fencing:
 
     def step(self) -> None:
         """Act if it is time."""
-        if self._rotate is None or (self.fence.is_idle and not self._ledger.num_quarantined_blocks):
+        if self._rotate is None or (self.timer.is_idle and not self._reservations.num_quarantined_blocks):
             return
-        action = self.fence.step(self._scene())
+        action = self.timer.step(self._scene())
         if action is Action.CANCEL:
-            for reservation in self._ledger.in_state(ReservationState.OPEN):
+            for reservation in self._reservations.in_state(ReservationState.OPEN):
                 self._endings.doom(reservation, "the decode worker replaces its transfer agents", "fenced")
-            action = self.fence.step(self._scene())
+            action = self.timer.step(self._scene())
         if action is Action.ROTATE:
             self._begin(self._rotate)
 
     def _scene(self) -> Scene:
         now = self._clock.now()
-        doomed = self._ledger.in_state(ReservationState.DOOMED)
+        doomed = self._reservations.in_state(ReservationState.DOOMED)
         by_writer: dict[int, list[Reservation]] = defaultdict(list)
         for reservation in doomed:
             assert reservation.writer is not None
@@ -95,7 +95,7 @@ class Fencing:
                 )
                 for found in by_writer.values()
             ),
-            num_open=len(self._ledger.in_state(ReservationState.OPEN)),
+            num_open=len(self._reservations.in_state(ReservationState.OPEN)),
             num_closing=sum(
                 now - reservation.since < SETTLE_S
                 for reservation in doomed
@@ -106,10 +106,10 @@ class Fencing:
 
     def _begin(self, rotate: Callable[[int], None]) -> None:
         """Who had not ended by now is not fenced by this rotation."""
-        assert not self._ledger.in_state(ReservationState.OPEN)
+        assert not self._reservations.in_state(ReservationState.OPEN)
         self._condemned = [
             reservation
-            for reservation in self._ledger.in_state(ReservationState.DOOMED)
+            for reservation in self._reservations.in_state(ReservationState.DOOMED)
             if reservation.writer is not None and reservation.writer.is_behind_network
         ]
         self._generation += 1
@@ -123,10 +123,10 @@ class Fencing:
         for reservation in freed:
             self._endings.end_doomed(reservation)
         self.regions = regions
-        self.fence.rotated()
+        self.timer.rotated()
         return sum(len(reservation.block_ids) for reservation in freed)
 
     def failed(self) -> None:
         """Some rank has no agent: its old one is gone, and nobody can write there."""
         self._condemned = []
-        self.fence.failed()
+        self.timer.failed()

@@ -5,7 +5,7 @@
       └──────────────┴──the quarantine ended by itself──────────────┘                                  └─┘ failed: again
 
 A rotation costs the handoffs that are open at that moment, so it waits until it is worth that: until blocks are wanted,
-or many, or old. What it frees, and what it does not, is decided in `fencing.py`. Pure over a clock.
+or many, or old. What it frees, and what it does not, is decided in `rotation.py`. Pure over a clock.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Scene(NamedTuple):
     is_wanted: bool  # a reservation was refused that would fit without the quarantine
 
 
-class Fence:
+class RotationTimer:
     """Says when. `rotated` or `failed` answers each ROTATE."""
 
     def __init__(self, clock: Clock) -> None:
