@@ -6,6 +6,8 @@ so nothing smaller starves it; a few may be passed over, and then the round ends
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import structlog
 
 from ...common.config import RouterConfig
@@ -223,8 +225,11 @@ class Placer:
         assert attempt is not None and attempt.grant is not None
         if now_s - attempt.grant_s >= attempt.grant.open_within_s / 2:
             return None
+        decode = attempt.decode.link.number
         demand = tracked.search.demand(self._pools, frozenset(), now_s)
-        other = self._policy.prefill_for(self._pools.picture(now_s), demand, attempt.decode.link.number)
+        # The worker that gave the grant may prefill by now: it hands nothing off to itself.
+        demand = replace(demand, failed_pairs=demand.failed_pairs | {(decode, decode)})
+        other = self._policy.prefill_for(self._pools.picture(now_s), demand, decode)
         return None if other is None else self._pools.named(other.worker_id)
 
     def check_fits(self, request: RouterRequest) -> None:

@@ -63,3 +63,14 @@ def test_a_worker_that_cannot_change_its_role_is_not_asked_again_for_this_reques
     refuse(fleet, decode, decode.take(LocalTask))
     assert role_of(fleet, "d-0") == "decode"
     assert stream.request.status is not RequestStatus.PREFILLING
+
+
+def test_a_grant_is_not_used_by_the_worker_that_gave_it() -> None:
+    fleet = Fleet()
+    decode, first = fleet.join("d-0", can_change_role=True), fleet.join("p-0", can_change_role=True)
+    stream = fleet.submit()
+    fleet.grant(decode)
+    fleet.beat(decode, role="prefill")
+    refuse(fleet, first, first.take(PrefillTask))
+    assert not any(isinstance(message, PrefillTask) for message in decode.sent)
+    assert stream.request.num_failures == 0 and not stream.request.is_finished
