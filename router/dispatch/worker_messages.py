@@ -171,10 +171,10 @@ class WorkerMessages:
             self._in_flight.retry(tracked, Blame("refused", text, is_counted=False))
 
     def _note_role(self, tracked: TrackedRequest, worker: RouterWorker, role: str, now: float) -> None:
-        """Note that the worker changed its role a moment ago: its next heartbeat will say so."""
-        if worker.hello.can_change_role and worker.role != role:
+        """Note that the worker changed its role: its next heartbeat says so, or one that crossed the task did."""
+        if worker.hello.can_change_role:
             worker.set_role(role, now)
-        else:  # what was asked of it is wrong in whatever role
+        else:
             tracked.search.unfit.add(worker.link.number)
 
     def note_drain(self, worker: RouterWorker) -> None:

@@ -74,3 +74,16 @@ def test_a_grant_is_not_used_by_the_worker_that_gave_it() -> None:
     refuse(fleet, first, first.take(PrefillTask))
     assert not any(isinstance(message, PrefillTask) for message in decode.sent)
     assert stream.request.num_failures == 0 and not stream.request.is_finished
+
+
+def test_a_refusal_that_crossed_the_heartbeat_does_not_outlast_the_role() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    decode = fleet.join("d-0", can_change_role=True)
+    stream = fleet.submit()
+    task = decode.take(LocalTask)
+    fleet.beat(decode, role="prefill")
+    refuse(fleet, decode, task)
+    decode.sent.clear()  # the Abort of the attempt
+    fleet.beat(decode, role="decode")
+    assert decode.take(LocalTask).spec.attempt == 1
+    assert stream.request.num_failures == 0
