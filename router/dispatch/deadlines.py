@@ -87,6 +87,9 @@ class Deadlines:
             if waited_s >= WORKER_WAIT_S:
                 return StreamError(f"no {role} worker for {waited_s:.0f} s", f"no_{role}_capacity", 503)
         search = tracked.search
+        if search.misfit_s is not None and now_s - search.misfit_s >= WORKER_WAIT_S:
+            text = f"no worker that could hold the request for {now_s - search.misfit_s:.0f} s"
+            return StreamError(text, "no_decode_capacity", 503)
         if search.lacks_s is not None and now_s - search.lacks_s >= PAIR_WAIT_S:
             failures = "; ".join(search.failed_pairs.values())
             return StreamError(f"no other pair of workers to try: {failures}", "handoff_failed", 500)

@@ -150,7 +150,7 @@ class Placer:
         decode = self._pools.named(placement.decode_worker)
         assert decode is not None
         self._in_flight.queue.take(tracked)
-        tracked.search.lacks_s = None
+        tracked.search.lacks_s = tracked.search.misfit_s = None
         computing = self._pools.named(placement.prefill_worker or placement.decode_worker)
         assert computing is not None
         attempt = Attempt(
@@ -194,9 +194,15 @@ class Placer:
         self._observer.on_placed(decided_by, decision.reason)
 
     def _note_lack(self, tracked: TrackedRequest, wait: Wait, now_s: float) -> None:
-        tracked.request.waiting_for = wait.lack.value
-        if wait.lack is Lack.FIT:
-            request = tracked.request
+        request, search = tracked.request, tracked.search
+        request.waiting_for = wait.lack.value
+        if wait.lack is not Lack.FIT:
+            search.misfit_s = None
+        has_fit = request.num_output_tokens > 0 or (request.attempt_number > 0 and not search.unfit)
+        if wait.lack is Lack.FIT and has_fit:
+            if search.misfit_s is None:  # the worker that could hold it, or one like it, may come back
+                search.misfit_s = now_s
+        elif wait.lack is Lack.FIT:
             text = f"no worker can hold {request.num_prompt_tokens} prompt tokens and the answer of {request.n} choices"
             self._in_flight.fail(tracked, StreamError(text, "context_length_exceeded", 400))
         elif wait.lack is not Lack.PAIR:

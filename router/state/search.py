@@ -36,6 +36,7 @@ class Search:
     request: RouterRequest
     waits_s: float | None = None  # since when it has found no room
     lacks_s: float | None = None  # since when every pair has failed
+    misfit_s: float | None = None  # since when no worker that is there can hold it, though one could before
     num_cached: int = 0  # prompt tokens that some worker held when places were last looked for
     computed_on: int | None = None  # the prefill session that has the prompt's KV in its cache
     computed_whole: bool = False  # all of the prompt, not only its beginning

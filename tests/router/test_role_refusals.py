@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvferry.common.messages import LocalTask, PrefillTask, ReserveKV, TaskRefused
+from kvferry.router.dispatch.deadlines import WORKER_WAIT_S
 from kvferry.router.state.request import RequestStatus
 
 from .fleet import Fleet, Link, config
@@ -87,3 +88,29 @@ def test_a_refusal_that_crossed_the_heartbeat_does_not_outlast_the_role() -> Non
     fleet.beat(decode, role="decode")
     assert decode.take(LocalTask).spec.attempt == 1
     assert stream.request.num_failures == 0
+
+
+def test_a_request_that_one_worker_can_hold_waits_for_such_a_worker() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    large = fleet.join("d-0", num_blocks=100, can_change_role=True)
+    stream = fleet.submit(200)
+    small = fleet.join("d-1", num_blocks=8)
+    refuse(fleet, large, large.take(LocalTask))
+    large.sent.clear()  # the Abort of the attempt
+    for _ in range(round(WORKER_WAIT_S) - 1):
+        fleet.beat(large, role="prefill")
+        fleet.wait(1.0, small)
+    assert stream.request.status is RequestStatus.QUEUED
+    fleet.beat(large, role="decode")
+    assert large.take(LocalTask).spec.attempt == 1
+
+
+def test_a_request_that_no_worker_can_hold_any_more_ends() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    large = fleet.join("d-0", num_blocks=100)
+    stream = fleet.submit(200)
+    small = fleet.join("d-1", num_blocks=8)
+    fleet.dispatcher.worker_left(large, "connection ended")
+    fleet.wait(WORKER_WAIT_S + 2, small)
+    assert stream.request.status is RequestStatus.FAILED
+    assert stream._error is not None and stream._error.code == "no_decode_capacity"
