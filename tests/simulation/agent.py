@@ -126,7 +126,7 @@ class Agent:
 
 class _Nobody:
     def check_landing(self, flight: Flight, blocks: set[int]) -> None:
-        raise AssertionError("nobody writes to a prefill worker")
+        raise AssertionError("nobody writes through the agent that writes")
 
 
 def _nothing() -> None:

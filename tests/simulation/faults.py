@@ -105,7 +105,7 @@ class Faults:
             return
         world.kernel.say(f"FAULT {fault} {target} {other}")
         kind = fault.kind
-        if target.startswith("r-") and kind in ("kill", "hang"):
+        if target.startswith("r-") and kind in ("kill", "hang", "set_role"):
             target, other = other, target  # routers have a fault of their own, which is rarer
         if kind in ("cut_control", "cut_data", "break") and not other:
             kind = "isolate"
@@ -137,6 +137,13 @@ class Faults:
         for router in self._world.routers:
             if not router.process.is_dead:
                 router.process.run(router.drain_worker, target, lasts_s)
+
+    def _set_role(self, target: str, other: str, lasts_s: float, strength: float) -> None:
+        """The worker gets the other role, and its first one back when the fault is over."""
+        world, worker = self._world, self._world.workers.get(target)
+        if worker is not None:
+            world.set_role(target, "decode" if worker.roles.active_role == "prefill" else "prefill")
+            world.kernel.after(lasts_s, world.set_role, target, worker.home)
 
     def _kill_router(self, target: str, other: str, lasts_s: float, strength: float) -> None:
         self._world.kill_router(int(target[2:]), restart_s=min(lasts_s, 1.0))

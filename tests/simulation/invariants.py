@@ -1,7 +1,8 @@
 """The predicates: cheap ones after every event, whole books every now and then, all of them at the end.
 
-Names are in `breach.py`. What is checked elsewhere: H1, H3, H6 at each landing (`workers.py`), H2 at each adoption and
-each read (`engine.py`), I6, I8, I9 at each client (`clients.py`), I15, I16, H8 when all is over (`world.py`).
+Names are in `breach.py`. What is checked elsewhere: H1, H3, H6 at each landing (`decode_side.py`), H2 at each adoption
+and each read (`engine.py`), I18, I19 and a part of I12 at each message (`role_rules.py`), I6, I8, I9 at each client
+(`clients.py`), I15, I16, H8 when all is over (`world.py`).
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class RouterRules:
         self._router = router
         self._config = config
         self._draining: set[int] = set()  # sessions
+        self._roles: dict[int, str] = {}  # by session: what its worker told last
 
     def stale_of(self, message: Message) -> _Stale | None:
         calls, before = self._router.calls, []
@@ -101,6 +103,9 @@ class RouterRules:
     def note_drain(self, session: WorkerSession) -> None:
         self._draining.add(session.number)
 
+    def note_role(self, session: WorkerSession, role: str) -> None:
+        self._roles[session.number] = role
+
     def check_sent(self, session: WorkerSession, message: Message) -> None:
         if not isinstance(message, ReserveKV | LocalTask | PrefillTask):
             return
@@ -112,6 +117,8 @@ class RouterRules:
             raise Breach("I11", f"{request.request_id} is tried again after {request.num_failures} failures")
         if isinstance(message, ReserveKV) and session.number in self._draining:
             raise Breach("I12", f"{session.worker_id} drains and gets {request.request_id}")
+        if isinstance(message, ReserveKV) and self._roles[session.number] != "decode":
+            raise Breach("I20", f"{session.worker_id} has told that it prefills and is asked for {request.request_id}")
 
     def check_books(self) -> None:
         """What the dispatcher's own predicates say."""
@@ -126,9 +133,10 @@ class RouterRules:
         """Nobody gives up before it must; an answer that has begun least of all."""
         request, code = call.request, call.error_code
         if code == "deadline_exceeded":
-            is_fair = request.timeout_s is not None and (
-                not request.num_output_tokens or request.timestamps["finished"] >= _deadline(request)
-            )
+            has_begun = request.num_output_tokens > 0
+            is_late = request.timeout_s is not None and request.timestamps["finished"] >= _deadline(request)
+            has_limit = request.timeout_s is not None or self._config.ttft_objective_ms is not None
+            is_fair = is_late or (has_limit and not has_begun)
         elif code in ("rate_limit_exceeded", "context_length_exceeded"):  # displaced by a more urgent one, or too large
             is_fair = not request.num_output_tokens
         else:

@@ -12,6 +12,7 @@ from kvferry.prefill.role import PrefillRole
 from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.transfer.receive.receiver import KVReceiver
 from kvferry.transfer.send.sender import KVSender
+from kvferry.worker.roles import RolePair
 
 
 @dataclass(slots=True, frozen=True)
@@ -24,6 +25,7 @@ class Parts:
     sender: Callable[..., KVSender] = KVSender
     decode_role: Callable[..., DecodeRole] = DecodeRole
     prefill_role: Callable[..., PrefillRole] = PrefillRole
+    role_pair: Callable[..., RolePair] = RolePair
 
 
 @dataclass(slots=True)

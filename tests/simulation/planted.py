@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import Grant, KVOpen, NoCapacity
+from kvferry.common.messages import Grant, GrantInfo, KVOpen, NoCapacity
 from kvferry.common.request import RequestSpec, SampledToken, Sequence
 from kvferry.decode import sequence_blocks
 from kvferry.decode.sequence_blocks import SequenceBlocks
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.prefill import role as prefill_role
+from kvferry.prefill.role import PrefillRole
 from kvferry.prefill.shipments import Shipments
 from kvferry.router.dispatch.deadlines import Deadlines
 from kvferry.router.dispatch.dispatcher import Dispatcher
@@ -26,6 +27,7 @@ from kvferry.router.dispatch.worker_messages import WorkerMessages
 from kvferry.router.state.choice_state import ChoiceState, Drops
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.token_stream import TokenStream
+from kvferry.router.state.worker import RouterWorker
 from kvferry.transfer.receive import grants, reservations
 from kvferry.transfer.receive.opens import Opens
 from kvferry.transfer.receive.receiver import KVReceiver
@@ -33,6 +35,7 @@ from kvferry.transfer.receive.reservation import Reservation, ReservationState
 from kvferry.transfer.receive.rotation import Rotation
 from kvferry.transfer.send.sender import KVSender
 from kvferry.transfer.send.shipment import Shipment, ShipmentState
+from kvferry.worker.roles import RoleName, RolePair
 
 from .parts import Parts
 
@@ -131,7 +134,7 @@ class _UnheldHits(KVReceiver):
         answer = super().reserve(spec, router_id, **kwargs)
         reservation = self.reservations.of_request(spec.request_id)
         if isinstance(answer, Grant) and reservation is not None:
-            self._pool.free(reservation.hit_blocks)
+            self._pool.free([block for block in reservation.hit_blocks if self._pool.ref_count(block) == 1])
         return answer
 
 
@@ -270,6 +273,63 @@ def _keep_source(self: Shipments, open_id: int) -> None:
     """The source blocks of a shipment are never given back."""
 
 
+# --- roles --------------------------------------------------------------------------------------------------
+
+
+class _ForgetsReservations(RolePair):
+    """A role change forgets who is to write here."""
+
+    def set_role(self, role: RoleName) -> None:
+        super().set_role(role)
+        books = self.decode.receiver.reservations
+        for reservation in books.in_state(ReservationState.GRANTED):
+            books.end_attempt(reservation, arrived=False)
+            books.remove(reservation)
+
+
+class _DropsStarted(RolePair):
+    """A role change ends the prompts that were begun."""
+
+    def set_role(self, role: RoleName) -> None:
+        super().set_role(role)
+        for task in list(self.prefill._tasks.values()):
+            self.prefill._end(task, "another role")
+
+
+class _TakesAnyPrompt(PrefillRole):
+    """Prompts are taken whatever the role is."""
+
+    def _refusal(self, spec: RequestSpec, grant: GrantInfo) -> tuple[str, str] | None:
+        is_active, self.is_active = self.is_active, True
+        try:
+            return super()._refusal(spec, grant)
+        finally:
+            self.is_active = is_active
+
+
+class _GrantsAlways(KVReceiver):
+    """Blocks are granted whatever the role is."""
+
+    def reserve(self, spec: RequestSpec, router_id: str, **kwargs: Any) -> Grant | NoCapacity:
+        is_active, self.is_active = self.is_active, True
+        try:
+            return super().reserve(spec, router_id, **kwargs)
+        finally:
+            self.is_active = is_active
+
+
+class _UndoesDrain(RolePair):
+    """A worker that gets a role takes work, whether it drains or not."""
+
+    def set_role(self, role: RoleName) -> None:
+        super().set_role(role)
+        self.draining = False
+
+
+def _keep_first_role(self: RouterWorker, role: str, now_s: float) -> None:
+    """The router goes by the role of the worker's hello."""
+
+
 def _salt_of_all(spec: KVCacheSpec, cache_salt: bytes) -> bytes:
     """Every tenant finds every other's blocks."""
     return b"all"
@@ -290,7 +350,10 @@ PLANTED = (
     Planted("a block is freed twice", frozenset({"I2"}), Parts(pool=_DoubleFreePool)),
     Planted("repeated tokens are taken", frozenset({"I6"}), Parts(dispatcher=_NoDedupe)),
     Planted(
-        "any attempt may speak", frozenset({"I7"}), patches=((WorkerMessages, "_current", _current_of_any_attempt),)
+        "any attempt may speak",
+        frozenset({"I7"}),
+        patches=((WorkerMessages, "_current", _current_of_any_attempt),),
+        within_seeds=200,
     ),
     Planted("a request ends twice", frozenset({"I8"}), Parts(dispatcher=_EndsTwice)),
     Planted("draining is ignored", frozenset({"I12"}), Parts(dispatcher=_IgnoresDrain)),
@@ -311,5 +374,11 @@ PLANTED = (
         frozenset({"H2"}),
         patches=tuple((module, "prefix_salt", _salt_of_all) for module in (sequence_blocks, grants, prefill_role)),
     ),
+    Planted("a role change forgets reservations", frozenset({"I19"}), Parts(role_pair=_ForgetsReservations)),
+    Planted("a role change drops started prompts", frozenset({"I19"}), Parts(role_pair=_DropsStarted)),
+    Planted("prompts are taken in any role", frozenset({"I18"}), Parts(prefill_role=_TakesAnyPrompt)),
+    Planted("blocks are granted in any role", frozenset({"I18"}), Parts(receiver=_GrantsAlways)),
+    Planted("a role change undoes a drain", frozenset({"I12"}), Parts(role_pair=_UndoesDrain)),
+    Planted("roles are not noted", frozenset({"I20"}), patches=((RouterWorker, "set_role", _keep_first_role),)),
     Planted("promises without bound", frozenset({"I13"}), patches=((reservations, "MAX_PROMISED_SHARE", 1.0),)),
 )

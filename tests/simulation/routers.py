@@ -8,10 +8,11 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from kvferry.common.errors import CapacityError, RequestError
-from kvferry.common.messages import Message, StepTokens, WorkerHello
+from kvferry.common.messages import Message, NoCapacity, StepTokens, TaskRefused, WorkerHello, WorkerStatus
 from kvferry.router.dispatch.dispatcher import Dispatcher
-from kvferry.router.placement.least_loaded import LeastLoaded
+from kvferry.router.placement import make_policy
 from kvferry.router.state.observer import NullObserver
+from kvferry.router.state.predictor import Predictor
 from kvferry.router.state.request import RouterRequest
 
 from .clients import Call
@@ -43,12 +44,8 @@ class Router(NullObserver):
         self.router_id = router_id
         self.process = Process(kernel, router_id, place, self._after_event)
         self.clock = ProcessClock(kernel, kernel.random.uniform(1, 1000), 1 + kernel.random.uniform(-1e-3, 1e-3))
-        policy = LeastLoaded(
-            local_prefill=config.local_prefill,
-            max_local_prefill_tokens=config.max_local_prefill_tokens,
-            expect_prefill=config.expect_prefill,
-        )
-        self.dispatcher = make(config, policy, self.clock, self)
+        predictor = Predictor()
+        self.dispatcher = make(config, make_policy(config, predictor), self.clock, self, predictor=predictor)
         self.calls: dict[str, Call] = {}
         self.rules = RouterRules(self, config)
         self._seen = seen
@@ -100,10 +97,15 @@ class Router(NullObserver):
         self._sessions[message.worker_id] = session
         end.on_message = lambda message: self._on_message(session, message)
         end.on_closed = lambda: self._end(session, "connection ended")
+        self.rules.note_role(session, message.role)
         self.dispatcher.worker_joined(session, message)
 
     def _on_message(self, session: WorkerSession, message: Message) -> None:
         with_stale = self.rules.stale_of(message)
+        if isinstance(message, WorkerStatus):
+            self.rules.note_role(session, message.role)
+        elif isinstance(message, NoCapacity | TaskRefused) and message.reason == "wrong_role":
+            self._seen["work of the other role refused"] += 1
         self.dispatcher.on_message(session, message)
         if with_stale is not None:
             with_stale.check()

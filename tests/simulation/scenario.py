@@ -136,6 +136,9 @@ def _router(random: Random, faulted: bool) -> RouterConfig:
         expect_prefill=random.random() < 0.95,
         max_queue=random.choice((8, 4096, 4096, 4096, 4096, 4096)) if faulted else 4096,
         max_attempts=random.choice((2, 5, 5, 5)) if faulted else 5,
+        policy=random.choice(("slo", "slo", "slo", "least_loaded", "kv_cost", "round_robin")),
+        ttft_objective_ms=random.choice((None, None, 300.0, 2000.0)) if faulted else None,
+        tpot_objective_ms=random.choice((None, 10.0, 50.0)),
     )
 
 
@@ -188,9 +191,10 @@ def _manners(random: Random, share: float) -> Manners:
 POINTS = (
     ("step", 40), ("write", 30), ("notify", 15), ("adopt", 15), ("Grant", 15), ("KVOpen", 15), ("KVOpened", 15),
     ("FirstToken", 15), ("HandoffDone", 15), ("StepTokens", 60), ("KVDone", 15), ("KVClosed", 4), ("KVRenew", 3),
-    ("PrefillTask", 15), ("ReserveKV", 15), ("Abort", 8), ("HandoffFailed", 4), ("rotate", 2),
+    ("PrefillTask", 15), ("ReserveKV", 15), ("Abort", 8), ("HandoffFailed", 4), ("rotate", 2), ("Drain", 1),
+    ("SetRole", 2),
 )  # fmt: skip
-_AT_POINTS = ("kill", "hang", "hang", "cut_control", "cut_data", "break")
+_AT_POINTS = ("kill", "hang", "hang", "cut_control", "cut_data", "break", "set_role", "set_role")
 
 
 def _faults(random: Random, scenario: Scenario) -> list[Fault]:
@@ -220,12 +224,22 @@ def _on_worker(kind: str, random: Random, scenario: Scenario, at_s: float) -> li
     return [Fault(kind, random.choice(scenario.workers), at_s, _draw_lasts(random))]
 
 
+def _on_draining(kind: str, random: Random, scenario: Scenario, at_s: float) -> list[Fault]:
+    """A drain, and sometimes a role change in it."""
+    drain = _on_worker(kind, random, scenario, at_s)
+    if random.random() < 0.7:
+        return drain
+    return [*drain, Fault("set_role", drain[0].target, at_s + random.uniform(0, 0.2), _draw_lasts(random))]
+
+
 def _on_router(kind: str, random: Random, scenario: Scenario, at_s: float) -> list[Fault]:
     return [Fault(kind, f"r-{random.randrange(scenario.num_routers)}", at_s, random.uniform(0.1, 1.0))]
 
 
 def _on_pair(kind: str, random: Random, scenario: Scenario, at_s: float) -> list[Fault]:
     prefill, decode = _pair(random, scenario)
+    if random.random() < 0.2:  # after a role change it goes the other way
+        prefill, decode = decode, prefill
     strength = random.choice((0.3, 2.0, 4.0) if kind == "late_writes" else (0.2, 0.7, 1.0))
     return [Fault(kind, prefill, at_s, _draw_lasts(random), decode, strength)]
 
@@ -252,7 +266,8 @@ def _pair(random: Random, scenario: Scenario) -> tuple[str, str]:
 _DRAW: dict[str, Callable[[str, Random, Scenario, float], list[Fault]]] = {
     kind: draw_one
     for draw_one, kinds in (
-        (_on_worker, ("kill", "lose_host", "hang", "isolate", "drain", "fail_rotation")),
+        (_on_worker, ("kill", "lose_host", "hang", "isolate", "set_role", "fail_rotation")),
+        (_on_draining, ("drain",)),
         (_on_router, ("kill_router",)),
         (_on_pair, ("cut_data", "cut_control", "cut_pair", "fail_writes", "late_writes", "lose_notes")),
         (_on_session, ("cut_session",)),

@@ -19,6 +19,7 @@ from .network import Dial, End, Network
 if TYPE_CHECKING:
     from .routers import Router
 
+VERSION = "sim"  # of all workers
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0)
 
 
@@ -33,9 +34,10 @@ class RouterSession:
         router: Callable[[], Router],
         *,
         hello: WorkerHello,
-        status: Callable[[], WorkerStatus],
+        status: Callable[[str], WorkerStatus],
         on_message: Callable[[str, Message], None],
         on_lost: Callable[[str], None],
+        on_joined: Callable[[str], None],
     ) -> None:
         self._network = network
         self._path = network.path(place, router().place)
@@ -45,6 +47,7 @@ class RouterSession:
         self._status = status
         self._on_message = on_message
         self._on_lost = on_lost
+        self._on_joined = on_joined
         self._failures = 0
         self._gone: dict[str, int] = {}  # router id -> number of the timer that may give it up
         self._numbers = count()
@@ -70,7 +73,8 @@ class RouterSession:
         end.on_message = self._take
         end.on_closed = self._on_closed
         end.send(self._hello)
-        end.send(self._status())
+        end.send(self._status(self.router_id))
+        self._on_joined(self.router_id)
 
     def _take(self, message: Message) -> None:
         assert not isinstance(message, Refused), message
@@ -86,6 +90,11 @@ class RouterSession:
         if self._gone.get(router_id) == number:
             del self._gone[router_id]
             self._on_lost(router_id)
+
+    def send_status(self) -> None:
+        """A heartbeat."""
+        if self.end is not None:
+            self.end.send(self._status(self.router_id))
 
     def send(self, message: Message) -> None:
         """Dropped while there is no session."""

@@ -1,5 +1,5 @@
-"""The simulation as it runs at every change: many faulted requests without a breach, the same again from the same
-seed, and every invariant catching a bug that was put in for it.
+"""The simulation as it runs at every change: the same again from the same seed, and every invariant catching a bug that
+was put in for it. That many faulted requests break none is the tests' beside this one, a quarter of the seeds each.
 """
 
 from __future__ import annotations
@@ -8,21 +8,9 @@ import pytest
 
 from .breach import INVARIANTS
 from .planted import PLANTED, Planted
-from .runner import find_breach, quiet, render, run_requests
-from .scenario import KINDS, draw
+from .runner import find_breach, quiet
+from .scenario import draw
 from .world import World
-
-NUM_REQUESTS = 20_000
-
-
-@pytest.mark.slow
-def test_no_invariant_breaks_under_faults() -> None:
-    report = run_requests(NUM_REQUESTS, first_seed=1)
-    assert not report.failures, render(report)
-    happened = {name.partition("@")[0] for name in report.tally.faults}
-    assert happened == set(KINDS), "every kind of fault happened"
-    for way in ("late landings", "rotations", "preemptions", "messages doubled"):
-        assert report.tally.seen[way], f"{way}: the faults do not reach what they are meant for"
 
 
 def test_nothing_fails_without_faults() -> None:

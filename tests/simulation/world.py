@@ -21,19 +21,18 @@ from kvferry.common.messages import (
     RouterToWorker,
     WorkerToRouter,
 )
+from kvferry.router.dispatch.deadlines import WORKER_WAIT_S
 from kvferry.router.state.request import RouterRequest
 from kvferry.transfer.receive.processes import ProcessWatch
 
 from .breach import Breach
 from .clients import Call
-from .decode_worker import DecodeWorker
 from .fabric import Fabric
 from .faults import Faults, Sky
 from .kernel import Kernel
 from .network import End, Network, Path
 from .oracle import Oracle
 from .parts import Parts, Tally
-from .prefill_worker import PrefillWorker
 from .routers import Router
 from .scenario import Ask, Scenario
 from .trace import brief
@@ -42,7 +41,7 @@ from .workers import Worker
 if TYPE_CHECKING:
     from .kernel import Process
 
-SETTLE_S = 30.0  # from the last fault to rest
+SETTLE_S = WORKER_WAIT_S + 5.0  # from the last fault to rest: what no worker can hold waits for one so long
 _LOOK_EVERY_S = 0.25
 _decoder: Decoder[Message] = Decoder(RouterToWorker | WorkerToRouter | PrefillToDecode | DecodeToPrefill)
 
@@ -74,7 +73,7 @@ class World:
         self.network = Network(self.kernel, _decoder, self.sky, self._tap)
         self.fabric = Fabric(self.kernel, self.sky, self.data_path, copy_share=scenario.copy_share)
         self.oracles: dict[str, Oracle] = {}
-        self.addresses: dict[str, DecodeWorker] = {}  # every handoff address that ever was
+        self.addresses: dict[str, Worker] = {}  # every handoff address that ever was
         self.calls: list[Call] = []
         self.poison: Counter[str] = Counter()  # how many workers each poisonous request has killed
         self.tally = Tally(num_requests=len(scenario.asks))
@@ -89,6 +88,7 @@ class World:
         for number, ask in enumerate(scenario.asks):
             self.kernel.at(ask.at_s, self._submit, number, ask)
         self.kernel.at(scenario.calm_at_s, self.sky.calm)
+        self.kernel.at(scenario.calm_at_s, self._bring_home)
 
     # --- paths ----------------------------------------------------------------------------------------------
 
@@ -116,9 +116,22 @@ class World:
         number, incarnation = int(place[2:]), self.kernel.random.getrandbits(60)
         self.kernel.say(f"{place} starts as {incarnation:x}")
         if place.startswith("p"):
-            self.workers[place] = PrefillWorker(self, place, incarnation, self.scenario.prefill[number])
+            self.workers[place] = Worker(self, place, incarnation, self.scenario.prefill[number], "prefill")
         else:
-            self.workers[place] = DecodeWorker(self, place, incarnation, self.scenario.decode[number])
+            self.workers[place] = Worker(self, place, incarnation, self.scenario.decode[number], "decode")
+
+    def set_role(self, place: str, role: str) -> None:
+        """One of the routers tells the worker."""
+        for router in self.routers:
+            if not router.process.is_dead and router.dispatcher.set_role(place, role):
+                return
+
+    def _bring_home(self) -> None:
+        """After the last fault every worker gets its first role back: whoever changes roles asks until it is so."""
+        for worker in self.workers.values():
+            if worker.roles.active_role != worker.home:
+                self.set_role(worker.place, worker.home)
+        self.kernel.after(_LOOK_EVERY_S, self._bring_home)
 
     def kill(self, place: str, *, restart_s: float, is_silent: bool = False) -> None:
         worker = self.workers.get(place)
@@ -284,7 +297,7 @@ class World:
         seen["landings"] = self.fabric.num_landings
         seen["late landings"] = self.fabric.num_late
         seen["rotations"] = self.fabric.num_rotations
-        seen["preemptions"] = sum(worker.role.scheduler.num_preemptions for worker in self.workers.values())
+        seen["preemptions"] = sum(worker.roles.num_preemptions for worker in self.workers.values())
         return tally
 
 

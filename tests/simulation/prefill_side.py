@@ -1,4 +1,4 @@
-"""A prefill worker: tasks, the transfer thread's turns, and connections to decode workers."""
+"""A worker's prefill side: tasks, the transfer thread's turns, and connections to decode workers."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from kvferry.transfer.send.shipment import Shipment
 
 from .network import Dial, End
 from .oracle import EOS
-from .workers import VERSION, Worker
+from .sessions import VERSION
 
 if TYPE_CHECKING:
+    from .workers import Worker
     from .world import World
 
 _POLL_S = 0.02  # of a transfer thread that waits for something that will not wake it
 
 
-class PrefillWorker(Worker):
-    """Role `prefill`: the sender's end of handoffs, and the transfer thread."""
+class PrefillSide:
+    """The sender's end of handoffs, and the transfer thread: what `worker/prefill_side.py` is in a process."""
 
-    role: PrefillRole
-    tells_layers = True
-
-    def __init__(self, world: World, place: str, incarnation: int, num_blocks: int) -> None:
-        super().__init__(world, place, incarnation, num_blocks)
+    def __init__(self, world: World, worker: Worker) -> None:
         scenario, parts = world.scenario, world.parts
+        self._world = world
+        self._worker = worker
+        self._process = worker.process
         self.sender: KVSender = parts.sender(
             rank=0,
             tp_size=1,
-            worker_id=place,
-            incarnation=incarnation,
+            worker_id=worker.place,
+            incarnation=worker.incarnation,
             version=VERSION,
-            backend=self.agent,
+            backend=worker.outgoing,
             spec=scenario.spec,
-            num_blocks=num_blocks,
-            clock=self.clock,
+            num_blocks=worker.pool.num_blocks,
+            clock=worker.clock,
             config=scenario.transfer,
             to_peer=self._to_decode,
             report=self._on_report,
             source_free=self._on_rank_free,
             max_in_flight_bytes=scenario.max_in_flight_bytes,
             max_write_bytes=scenario.max_write_bytes,
-            processes=(world.mark_of(self.process),),
+            processes=(world.mark_of(worker.process),),
         )
         self._post = self.sender._writes.post
         self.sender._writes.post = self._post_named  # type: ignore[method-assign, assignment]
@@ -61,26 +61,27 @@ class PrefillWorker(Worker):
             layer_event=lambda: None,
             on_source_free=self._on_source_free,
         )
-        self.role = parts.prefill_role(
-            pool=self.pool,
-            endpoint=Endpoint(scenario.spec, VERSION, self.agent.name, 1),
-            clock=self.clock,
+        self.role: PrefillRole = parts.prefill_role(
+            pool=worker.pool,
+            endpoint=Endpoint(scenario.spec, VERSION, worker.outgoing.name, 1),
+            clock=worker.clock,
             shipping=self._shipping,
-            to_router=self.to_router,
+            to_router=worker.to_router,
             eos_token_ids=frozenset({EOS}),
             max_model_len=scenario.max_model_len,
             max_num_batched_tokens=scenario.max_num_batched_tokens,
             max_num_seqs=scenario.max_num_seqs,
+            own_id=worker.place,
+            cache=worker.cache,
         )
-        self.agent.poke = self.poke
+        worker.outgoing.poke = self.poke
         self._links: dict[str, End | list[Message]] = {}  # by handoff address; a list while it is being opened
         self._calls: list[tuple[Callable[..., object], tuple[object, ...]]] = []
         self._turn_at_s = float("inf")
-        self._start()
 
     def _post_named(self, shipment: Shipment, *args: Any) -> None:
         """Tell the agent for which open the write is, so that its landing can be judged."""
-        self.agent.writing = (shipment.grant.grant_id, shipment.open_id)
+        self._worker.outgoing.writing = (shipment.grant.grant_id, shipment.open_id)
         self._post(shipment, *args)
 
     # --- the transfer thread --------------------------------------------------------------------------------
@@ -95,13 +96,13 @@ class PrefillWorker(Worker):
 
     def poke(self) -> None:
         """The thread has something to do."""
-        self._plan_turn(self.world.scenario.turn_s)
+        self._plan_turn(self._world.scenario.turn_s)
 
     def _plan_turn(self, delay_s: float) -> None:
-        due = self.world.kernel.now + delay_s
+        due = self._world.kernel.now + delay_s
         if due < self._turn_at_s:
             self._turn_at_s = due
-            self.process.after(delay_s, self._turn, due)
+            self._process.after(delay_s, self._turn, due)
 
     def _turn(self, due: float) -> None:
         if due != self._turn_at_s:
@@ -117,14 +118,14 @@ class PrefillWorker(Worker):
     def _on_report(self, report: TransferReport) -> None:
         router_id = self.role.router_of(report.request_id, report.attempt)
         if router_id is not None:
-            self.to_router(router_id, report)
+            self._worker.to_router(router_id, report)
 
     def _on_rank_free(self, open_id: int) -> None:
         self._shipping.on_rank_free(open_id)
 
     def _on_source_free(self, open_id: int) -> None:
         self.role.on_source_free(open_id)
-        self.after_change()
+        self._worker.after_change()
 
     @property
     def num_unfinished(self) -> int:
@@ -140,13 +141,13 @@ class PrefillWorker(Worker):
             link.append(message)
         else:
             self._links[kv_address] = [message]
-            decode = self.world.addresses[kv_address]
+            decode = self._world.addresses[kv_address]
             Dial(
-                self.world.network,
-                self.world.network.path(self.place, decode.place),
-                self.process,
+                self._world.network,
+                self._world.network.path(self._worker.place, decode.place),
+                self._process,
                 decode.process,
-                lambda end: decode.accept(end, self.place),
+                lambda end: decode.decode.accept(end, self._worker.place),
                 lambda end: self._on_link(kv_address, end),
                 lambda: self._on_link_lost(kv_address),
             )
@@ -164,17 +165,7 @@ class PrefillWorker(Worker):
         del self._links[kv_address]
         self._shipping.on_peer_lost(kv_address)
 
-    # --- invariants -----------------------------------------------------------------------------------------
-
-    def holders(self) -> list[list[int]]:
-        return self.role.references()
-
-    def leftovers(self) -> list[str]:
-        found = super().leftovers()
-        if self.has_handoffs:
-            found.append(f"{self.place} has {self.sender.num_unfinished} shipments")
-        return found
-
     @property
     def has_handoffs(self) -> bool:
+        """Shipments that have not ended."""
         return self.sender.num_unfinished > 0
