@@ -9,8 +9,14 @@ from pathlib import Path
 
 import pytest
 import structlog
+from hypothesis import settings
 
 import kvferry
+
+
+# No test asserts a time: Hypothesis would fail an example that takes 200 ms, which a busy machine makes of any.
+settings.register_profile("kvferry", deadline=None)
+settings.load_profile("kvferry")
 
 
 def pytest_configure() -> None:

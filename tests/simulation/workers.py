@@ -23,7 +23,7 @@ from kvferry.common.messages import (
     WorkerHello,
     WorkerStatus,
 )
-from kvferry.engine.samples import SampleBooks, step_sample
+from kvferry.engine.samples import RouterSamples, step_sample
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.kvcache.journal import open_journal
 from kvferry.kvcache.prefix_cache import PrefixCache
@@ -77,7 +77,7 @@ class Worker:
         self._num_events = 0
         self._drains_until: float | None = None
         self._was_busy = False
-        self._samples = SampleBooks()
+        self._samples = RouterSamples()
         self._shares = RouterShares(self.clock)
         self._journal = open_journal(self.pool, self.cache)
         self.prefill = PrefillSide(world, self)
