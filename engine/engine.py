@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, repeat
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -151,10 +151,11 @@ class Engine:
         if batch.rows:
             if (decoded := self.runner.decode(batch, on_layer)) is not None:
                 return decoded
-            logits = self._forward(plan or plan_step(batch, self.config.block_size), on_layer)
+            plan = plan or plan_step(batch, self.config.block_size)
+            logits = self._forward(plan, on_layer)
             sampling = sample_rows(batch.rows)
             tokens = iter(self.runner.sample(next(logits), sampling) if sampling else ())
-            prompt_tokens = self._prompt_logprobs(batch, logits)
+            prompt_tokens = self._prompt_logprobs(batch, logits) if plan.prompt_rows else repeat(())
             rows = [row_output(row, next(tokens) if row.samples else (), next(prompt_tokens)) for row in batch.rows]
         self.runner.wait()
         return rows
