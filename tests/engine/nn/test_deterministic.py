@@ -97,7 +97,7 @@ class Answer:
     prompt: list[SampledToken] = field(default_factory=list)
 
 
-class Runner:
+class Stepper:
     """Computes requests on an engine in whatever steps are asked for."""
 
     def __init__(self, engine: Engine) -> None:
@@ -146,7 +146,7 @@ def part(rng: random.Random, count: int) -> int:
 
 @pytest.mark.parametrize(("kind", "model"), NATIVE + TORCH)
 def test_neither_company_nor_chunks_nor_threads_show(make: EngineMaker, kind: str, model: str) -> None:
-    one, two = Runner(make(kind, model)), Runner(make(kind, model, num_threads=2, block_size=32))
+    one, two = Stepper(make(kind, model)), Stepper(make(kind, model, num_threads=2, block_size=32))
     lengths = [1, 7, 40, 256, 257, 300, 560] if kind == "native" else [1, 7, 40, 256, 300]
     asked = [(prompt, various(index)) for index, prompt in enumerate(prompts(lengths, 500))]
     expected = [one.alone(prompt, sampling) for prompt, sampling in asked]
@@ -158,7 +158,7 @@ def test_neither_company_nor_chunks_nor_threads_show(make: EngineMaker, kind: st
 @pytest.mark.parametrize(("kind", "model"), [*KINDS, ("native", "long window")])
 def test_an_answer_goes_on_from_any_token(make: EngineMaker, kind: str, model: str) -> None:
     """Prompt and accepted tokens as one prompt, in chunks, or the accepted tokens fed again one by one."""
-    runner, other = Runner(make(kind, model)), Runner(make(kind, model))
+    runner, other = Stepper(make(kind, model)), Stepper(make(kind, model))
     rng = random.Random(3)
     (prompt,) = prompts([290], 500)
     params = sampled(9, max_tokens=10, frequency_penalty=0.3, min_tokens=4, top_p=0.95)
@@ -178,7 +178,7 @@ def test_an_answer_goes_on_from_any_token(make: EngineMaker, kind: str, model: s
 
 @pytest.mark.parametrize(("kind", "model"), KINDS)
 def test_choices_of_one_prompt_are_those_of_requests_of_their_own(make: EngineMaker, kind: str, model: str) -> None:
-    runner = Runner(make(kind, model))
+    runner = Stepper(make(kind, model))
     (prompt,) = prompts([270], 500)
     first = runner.add(prompt, sampled(5))
     first.pending_choices = (0, 1, 2)
@@ -186,7 +186,7 @@ def test_choices_of_one_prompt_are_those_of_requests_of_their_own(make: EngineMa
     runner.driver.grow(first, len(prompt))
     tokens = runner.engine.step(batch).rows[0].tokens
     for choice, token in enumerate(tokens):
-        alone = Runner(runner.engine)
+        alone = Stepper(runner.engine)
         seq = alone.add(prompt, sampled(5))
         seq.choice = choice
         expected = alone.finish(seq).tokens
@@ -198,7 +198,7 @@ def test_choices_of_one_prompt_are_those_of_requests_of_their_own(make: EngineMa
 @pytest.mark.parametrize(("kind", "model"), KINDS)
 def test_cached_blocks_are_as_good_as_computed_ones(make: EngineMaker, kind: str, model: str) -> None:
     """Those of a prompt that went before, those of an answer, and those that came from another worker."""
-    here, there = Runner(make(kind, model)), Runner(make(kind, model, num_threads=2))
+    here, there = Stepper(make(kind, model)), Stepper(make(kind, model, num_threads=2))
     (prompt,) = prompts([300], 500)
     earlier = here.add(prompt[:200], sampled(1, max_tokens=60))
     here.finish(earlier)
@@ -221,7 +221,7 @@ def test_two_ranks_keep_one_order(model_dirs: Path) -> None:
     config = engine_config(model_dirs / "odd sizes", tensor_parallel_size=2, deterministic=True, dtype="bfloat16")
     group = RankGroup.start(config, num_blocks=NUM_BLOCKS)
     try:
-        runner = Runner(Engine(config, tp_size=2, num_blocks=NUM_BLOCKS, group=group))
+        runner = Stepper(Engine(config, tp_size=2, num_blocks=NUM_BLOCKS, group=group))
         asked = [(prompt, various(index)) for index, prompt in enumerate(prompts([3, 20, 270], 500))]
         expected = [runner.alone(prompt, sampling) for prompt, sampling in asked]
         assert runner.together(asked, random.Random(7)) == expected
@@ -266,7 +266,7 @@ def test_workers_that_would_compute_other_bits_do_not_exchange_pages(make: Engin
 
 
 def test_torchs_threads_are_as_before_a_step(make: EngineMaker) -> None:
-    runner = Runner(make("float32", "llama", num_threads=2))
+    runner = Stepper(make("float32", "llama", num_threads=2))
     assert torch.get_num_threads() == 2
     runner.alone([1, 2, 3], sampled(0))
     assert torch.get_num_threads() == 2
