@@ -13,7 +13,6 @@ from hypothesis import settings
 
 import kvferry
 
-
 # No test asserts a time: Hypothesis would fail an example that takes 200 ms, which a busy machine makes of any.
 settings.register_profile("kvferry", deadline=None)
 settings.load_profile("kvferry")
