@@ -20,7 +20,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,15 +83,19 @@ class Installer:
         if self._is_dry:
             self._run("install", "--no-deps", "--dry-run", _TORCH)
             return
-        with tempfile.TemporaryDirectory(dir=self.venv) as folder:
-            self._run("download", "-qq", "--no-deps", "--dest", folder, _TORCH)
-            [wheel] = Path(folder).iterdir()
+        folder = Path(self.venv) / "download"  # its name is kept beside torch: two installations are equal to the byte
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            self._run("download", "-qq", "--no-deps", "--dest", str(folder), _TORCH)
+            [wheel] = folder.iterdir()
             if not any_build and (found := _sha256(wheel)) not in (LOCKS / "torch.lock").read_text():
                 sys.exit(
                     f"{wheel.name} of pip's index has the hash {found}, which setup/torch.lock does not know. If you "
                     "trust the index: make install TORCH=any"
                 )
             self._run("install", "-qq", "--no-deps", str(wheel))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def itself(self) -> None:
         if not self._is_dry:

@@ -57,7 +57,7 @@ class SloCandidate:
     prefill: WorkerView | None
     decode: WorkerView
     ttft_s: float  # from now on
-    bare_s: float  # of that, the prompt's own steps
+    bare_s: float  # of `ttft_s`: the prompt's own steps
     tpot_s: float
     prefill_s: float
     wait_s: float

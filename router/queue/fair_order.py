@@ -81,7 +81,7 @@ class FairOrder(Generic[Item]):
         self._eligible: Ordered[_Listed[Item]] = Ordered()  # by their first ticket
         self._ahead: Ordered[_Listed[Item]] = Ordered()  # of virtual time; by their count
         self._left: dict[str, float] = {}  # counts of tenants that wait no more and are ahead
-        self._leaving: list[tuple[float, str]] = []  # a heap of the same
+        self._leaving: list[tuple[float, str]] = []  # a heap of (count, tenant) over `_left`
         self._numbers = count()
 
     def __len__(self) -> int:

@@ -43,10 +43,10 @@ class WorkerView:
     num_running: int  # choices, waiting ones included
     num_free_blocks: int  # for this router
     s_per_token: float  # of the latest step that prefilled; 0 until one was seen
-    step_s: float  # of that step: a worker cuts its chunks so that none takes long
+    step_s: float  # of the latest step that prefilled: a worker cuts its chunks so that none takes long
     num_others: int = 0  # choices of other routers, by the last heartbeat
     backlog_s: float = 0.0  # predicted time to compute what is ahead
-    line: tuple[tuple[float, float], ...] = ()  # of that, by prompt in order: (due time, seconds left)
+    line: tuple[tuple[float, float], ...] = ()  # of `backlog_s`, by prompt in order: (due time, seconds left)
     context: int = 0  # tokens that a decode step attends to, those on their way included
 
     def wait_s(self, due_s: float) -> float:

@@ -69,7 +69,7 @@ class RouterWorker:
         default_factory=dict
     )  # bound since the heartbeat, which cannot know of them
     _arriving: dict[str, int] = field(default_factory=dict)  # context of requests that do not decode yet
-    _arrived: set[str] = field(default_factory=set)  # of those, the ones that the next heartbeat counts
+    _arrived: set[str] = field(default_factory=set)  # of `_arriving`: the ones that the next heartbeat counts
     _tokens_at_status: int = 0
     _choices_at_status: int = 0
     _freed_blocks: int = 0  # by requests that ended since the heartbeat
