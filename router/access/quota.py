@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from ...common.clock import Clock
 from ...common.errors import CapacityError
 
-_WINDOW_S = 60.0
-_BUSY_RETRY_S = 1.0
+_WINDOW_S = 60.0  # limits are for each minute
+_BUSY_RETRY_S = 1.0  # told where too many requests run at once
 
 
 @dataclass(slots=True, frozen=True)

@@ -18,7 +18,7 @@ from itertools import count
 
 from .scale_types import AnswerLengths
 
-_USUAL_GAIN = 0.02
+_USUAL_GAIN = 0.02  # weight of the newest interval in the usual number of answers; larger takes a crowd for usual
 
 
 class LengthSample:

@@ -15,11 +15,11 @@ import random
 
 from ..state.failures import Charge, WorkerLife
 
-SHARE_OF_ADMITTED = 0.1
-REFILL_PER_S = 1.0
+SHARE_OF_ADMITTED = 0.1  # tokens for each admitted request: what a storm of errors may add to the load
+REFILL_PER_S = 1.0  # tokens a second, so that a quiet router can retry
 BURST = 64.0  # failures at one moment, such as the open handoffs of a link that breaks, are no storm
-_FIRST_PAUSE_S = 0.05
-_MAX_PAUSE_S = 1.0
+_FIRST_PAUSE_S = 0.05  # before the second retry in a row for one reason; it doubles with each
+_MAX_PAUSE_S = 1.0  # the longest pause; a longer one delays retries that would succeed
 
 
 class RetryBudget:

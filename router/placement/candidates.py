@@ -23,10 +23,10 @@ from .policy import (
     may_hand_over,
 )
 
-EXPLAIN_EVERY = 16
+EXPLAIN_EVERY = 16  # one request in so many is explained, unless all are to be: explaining costs as much as placing
 _NEAR = 8  # workers of each pool that are looked at
-_MAX_WAYS = 16
-_MAX_REJECTED = 16
+_MAX_WAYS = 16  # listed, the best ones
+_MAX_REJECTED = 16  # workers listed with what they lack
 _NO_WAY = "not_chosen"  # it could, and the policy did not come to it, or its handoffs with all others have failed
 
 

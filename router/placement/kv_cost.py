@@ -13,8 +13,8 @@ from ..state.demand import Demand
 from ..state.views import WorkerView
 from .least_loaded import Key, LeastLoaded
 
-_PREFILL_LOAD_SCALE = 1.0
-_OVERLAP_CREDIT = 1.0
+_PREFILL_LOAD_SCALE = 1.0  # the published default
+_OVERLAP_CREDIT = 1.0  # the published default for blocks in device memory
 
 
 class KVCost(LeastLoaded):

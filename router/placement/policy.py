@@ -13,7 +13,7 @@ from ..state.views import PoolView, WorkerView
 
 # A grant lapses if it is not opened within 2 s: a task is not bound behind more work than this.
 MAX_BIND_WAIT_S = 1.5
-BOUND_SHARE_OF_OBJECTIVE = 0.25
+BOUND_SHARE_OF_OBJECTIVE = 0.25  # of the TTFT objective, for waiting on a worker; the rest is the queue's to decide
 
 
 class RoutingPolicy(Protocol):

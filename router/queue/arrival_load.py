@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 
-_MEMORY_S = 15.0  # what is longer ago counts 1 / e and less
-_SHARE = 0.8  # of the work that can be done, for what is served first: arrivals are not even
-_SETTLE_S = 5.0
-_PER_OCTAVE = 4
-_LEAST_S = 1e-3
+_MEMORY_S = 15.0  # what is longer ago counts 1 / e and less; shorter lets long prompts in sooner
+_SHARE = 0.8  # of the work that can be done: arrivals are not even; nearer to 1 admits longer prompts into bursts
+_SETTLE_S = 5.0  # after the first arrival, before which every length has room
+_PER_OCTAVE = 4  # steps of a doubling by which lengths are told apart
+_LEAST_S = 1e-3  # the shortest length that is told apart
 _NUM_LENGTHS = 80  # a quarter of an octave each: up to a thousand seconds
 _MAX_LEVELS = 64  # priorities; of further ones nothing is known
 _REBASE_S = 50 * _MEMORY_S  # weights grow with time and are made small again

@@ -19,19 +19,19 @@ from collections import deque
 
 from ..state.demand import Promise
 
-_WINDOW_S = 10.0  # of waiting time
-_MIN_SAMPLES = 8  # until then the rate of before is believed
-_KEPT_SAMPLES = 32  # even if they are older than the window
-_SMOOTHING = 0.1
-_FASTEST_OF = 64
-_REFUSED_DECAY_S = 1.0
-_UNMEASURED_RETRY_S = 1.0
+_WINDOW_S = 10.0  # of waiting time that the drain rate looks back; shorter follows sooner, longer scatters less
+_MIN_SAMPLES = 8  # first tokens; until then the rate of before is believed
+_KEPT_SAMPLES = 32  # first tokens that are kept even if they are older than the window
+_SMOOTHING = 0.1  # weight of the newest service time in the mean; larger follows sooner, smaller scatters less
+_FASTEST_OF = 64  # latest service times of which the shortest is the fastest; more remember idle workers for longer
+_REFUSED_DECAY_S = 1.0  # after which a refused request counts 1 / e; longer sends refused clients further away
+_UNMEASURED_RETRY_S = 1.0  # told to refused clients while no rate is known
 
-_MISSED_SHARE = 0.005
-_CAUTION_STEP = 0.05
-_MIN_CAUTION = 1.0
-_MAX_CAUTION = 2.0
-_FIRST_CAUTION = 1.25
+_MISSED_SHARE = 0.005  # of the admitted that may miss what was expected: where caution neither grows nor shrinks
+_CAUTION_STEP = 0.05  # of caution for one miss; larger reacts sooner and refuses more after a chance miss
+_MIN_CAUTION = 1.0  # the expectation as it is
+_MAX_CAUTION = 2.0  # larger refuses more where misses have causes that no refusal mends
+_FIRST_CAUTION = 1.25  # before anything was kept or missed
 _TELLING_SHARE = 0.5  # of its limit: a shorter expectation says nothing about those at the limit
 
 

@@ -10,7 +10,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
-_MAX_RUN = 256
+_MAX_RUN = 256  # entries; a longer run moves more at each insertion, a shorter one makes more runs to sum over
 
 # A tuple that begins with its key. Keys are unique: what stands behind one is never compared.
 Entry = TypeVar("Entry", bound=tuple[Any, ...])

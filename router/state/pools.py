@@ -19,8 +19,8 @@ from .prefix_index import PrefixIndex
 from .views import RANKS, PoolView, Rank, WorkerView, has_gained
 from .worker import RouterWorker, WorkerLink
 
-_PAIR_PENALTY_S = 1.0
-_MAX_PAIR_PENALTY_S = 30.0
+_PAIR_PENALTY_S = 1.0  # for which a pair is avoided after a failed handoff; it doubles with each failure in a row
+_MAX_PAIR_PENALTY_S = 30.0  # a mended link is found after so long at the latest
 
 
 @dataclass(slots=True)

@@ -20,16 +20,16 @@ from ...common.messages import StepSample, TransferReport, WorkerHello, WorkerSt
 from .step_fit import StepFit, step_s
 
 _COLD_STEPS = 4  # of a worker's life without a calibration: they load code and warm caches
-_MAX_SAMPLES_PER_STATUS = 4
-_FEW_WORKERS = 16
-_SMOOTHING = 0.05
-_MIN_FACTOR, _MAX_FACTOR = 0.25, 4.0
+_MAX_SAMPLES_PER_STATUS = 4  # learned from in one heartbeat; more cost time in a large fleet
+_FEW_WORKERS = 16  # of a kind, up to which every heartbeat is learned from; of more, every second, third ...
+_SMOOTHING = 0.05  # weight of the newest sample in a mean; larger follows sooner, smaller scatters less
+_MIN_FACTOR, _MAX_FACTOR = 0.25, 4.0  # of one sample, to how fast a worker is beside its kind: more is an outlier
 _BANDWIDTH_DECAY = 0.999  # of the best seen, for each report: a path may have become slower
-_MOST_BIAS_S = 0.05  # and so much of the prediction: what is more was chance
-_MOST_BIAS = 0.1
+_MOST_BIAS_S = 0.05  # learned from one first token, with _MOST_BIAS of its prediction: what is more was chance
+_MOST_BIAS = 0.1  # share of the prediction
 _LEAST_SHARE = 0.25  # of what its steps take, that a first token takes whatever was learned from others
-_KEPT_ERRORS = 512
-_UNKNOWN_ANSWER_TOKENS = 256
+_KEPT_ERRORS = 512  # latest ratios that are kept for whoever asks
+_UNKNOWN_ANSWER_TOKENS = 256  # expected of an answer before any has ended
 _TINY_S = 1e-9
 
 

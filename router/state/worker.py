@@ -22,8 +22,8 @@ HEARTBEAT_LIMIT_S = 3.0  # without one for so long, a worker hangs
 STEP_LIMIT_S = 3.0  # a step may take this, or five times what it should
 FIRST_STEP_LIMIT_S = 60.0  # nothing is known yet, and the first step warms up
 STALL_LIMIT_S = 15.0  # work waits and none runs: the worker may wait for a fence (10 s)
-_SLACK = 5.0
-_PREFILL_STEP_TOKENS = 16
+_SLACK = 5.0  # times that a full step may take what it should, by the largest step seen
+_PREFILL_STEP_TOKENS = 16  # from so many on, a step tells how long prompt tokens take
 _CROSSING_S = 0.02  # what was bound this shortly before a heartbeat came may not be in it
 
 
