@@ -147,7 +147,7 @@ class Dispatcher:
         self._last_arrival = max(self._last_arrival + 1, self._time_us() if self._time_us is not None else 0)
         request.arrival = self._last_arrival
         request.timestamps["queued"] = now
-        name = request.request_id  # not the live request itself: it holds the stream, and should end with its last user
+        name = request.request_id  # not the tracked request: it holds the stream, and should end with its last user
         stream = TokenStream(request, partial(self._reader_left, name), partial(self._reader_ended, name))
         deadline = None if request.timeout_s is None else now + request.timeout_s
         tracked = TrackedRequest(request, stream, deadline, event_s=now)
