@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+import structlog
+
 from ..common import failpoints
 from ..common.batch import Batch, RowOutput, StepOutput
 from ..common.clock import Clock
@@ -41,6 +43,8 @@ from ..transfer.send.plan import ShipPlan, plan_chunk, plan_hits
 from .scheduler import PrefillScheduler
 from .shipments import Shipments, Shipping
 from .task import Task, first_token_message, first_tokens
+
+log = structlog.get_logger(__name__)
 
 
 class PrefillRole:
@@ -196,6 +200,7 @@ class PrefillRole:
         if task is not None:
             # It ended before the prompt was computed: the handoff failed. What is computed stays cached for a retry.
             task.open_id = None
+            log.debug("prompt_given_up", request_id=task.spec.request_id, reason="its shipment ended")
             self._end(task, "its shipment ended")
 
     # --- steps ------------------------------------------------------------------------------------------
@@ -256,6 +261,7 @@ class PrefillRole:
         failed would have it try again.
         """
         self.num_nonfinite_rows += 1
+        log.warning("prompt_not_finite", request_id=task.spec.request_id, attempt=task.spec.attempt)
         seq = task.prompt.seq
         self._to_router(task.router_id, nonfinite_logits(seq))
         for block in seq.block_table:

@@ -39,7 +39,7 @@ transfer/protocol    common transfer/backends
 transfer/fetch       common kvcache transfer/backends transfer/protocol
 transfer/send        common transfer/backends transfer/protocol transfer/fetch
 transfer/receive     common kvcache transfer/protocol
-transfer             common transfer/backends transfer/send
+transfer             common transfer/backends transfer/protocol transfer/send
 prefill              common kvcache transfer/protocol transfer/fetch transfer/send
 decode               common kvcache transfer/fetch transfer/receive
 worker               common kvcache engine/ranks engine transfer/backends transfer/protocol transfer/fetch

@@ -57,7 +57,7 @@ LEFT: dict[str, int] = {
     "prefill": 9,
     "transfer": 2,
     "transfer/backends": 14,
-    "transfer/fetch": 11,
+    "transfer/fetch": 10,
     "transfer/protocol": 14,
     "transfer/receive": 26,
     "transfer/send": 17,

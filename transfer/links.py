@@ -13,6 +13,8 @@ import asyncio
 from collections.abc import Callable
 from itertools import count
 
+import structlog
+
 from ..common.channel import Address, Channel, connect, serve, server_address
 from ..common.credentials import SharedSecret
 from ..common.errors import ProtocolError, WorkerLost
@@ -24,8 +26,11 @@ from ..common.messages import (
     Message,
     PrefillToDecode,
 )
+from .protocol.peer_log import PeerLog
 
 MAX_FRAME_BYTES = 1 << 18  # a renewal names every open of a pair
+
+log = structlog.get_logger(__name__)
 _MAX_QUEUED_MESSAGES = 4096  # while a link is being opened
 
 _to_server: Decoder[PrefillToDecode | FetcherToLender] = Decoder(PrefillToDecode | FetcherToLender)
@@ -47,6 +52,7 @@ class KVLinks:
         self._on_message = on_message
         self._on_lost = on_lost
         self._channels: dict[str, Channel | list[Message]] = {}  # open, or what waits for the link to open
+        self._log = PeerLog("kv_link_refused")
         self._tasks: set[asyncio.Task[None]] = set()
 
     def send(self, kv_address: str, message: Message) -> None:
@@ -77,8 +83,10 @@ class KVLinks:
                     self._on_message(kv_address, _to_links.decode(await channel.recv()))
             finally:
                 channel.abort()
-        except (WorkerLost, ProtocolError):
-            pass  # every reason to lose a peer has the same consequence
+        except WorkerLost as error:
+            log.debug("kv_link_lost", peer=kv_address, reason=str(error))
+        except ProtocolError as error:  # another reason, and the same consequence
+            self._log.warn(kv_address, "protocol", detail=str(error))
         finally:
             del self._channels[kv_address]
             self._on_lost(kv_address)

@@ -25,6 +25,7 @@ from ..common.batch import GpuEvent
 from ..common.errors import ProtocolError, TransferError
 from ..common.messages import Decoder, KVArrived, RegionInfo
 from .backends.base import TransferBackend
+from .protocol.peer_log import PeerLog
 from .send.sender import KVSender
 
 MIN_POLL_S = 0.0002
@@ -66,6 +67,7 @@ class TransferThread:
         self._is_idle = False  # nothing was called since the last turn
         self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
         self.num_malformed = 0  # notifications that no correct peer sends, dropped
+        self._log = PeerLog("notification_dropped")
 
     def start(self) -> None:
         self._thread.start()
@@ -165,8 +167,9 @@ class TransferThread:
         for agent, payload in notifications:
             try:
                 message = _decoder.decode(payload)
-            except ProtocolError:
+            except ProtocolError as error:
                 self.num_malformed += 1
+                self._log.warn(agent, "malformed", detail=str(error))
                 continue
             if self._on_arrived is not None:
                 self._on_arrived(agent, message)

@@ -8,11 +8,14 @@ What is written there and what is read from there share a connection, so neither
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+
+import structlog
 
 from ...common.errors import TransferError
 from ...common.messages import RegionInfo
 from .base import Piece, TransferBackend
+
+log = structlog.get_logger(__name__)
 
 
 class Peers:
@@ -55,5 +58,7 @@ class Peers:
         for agent in self._lost - needed:
             self._lost.remove(agent)
             del self._addresses[agent]
-            with suppress(TransferError):  # what it still holds of a dead peer is its own
+            try:
                 self._backend.disconnect(agent)
+            except TransferError as error:  # what it still holds of a dead peer is its own
+                log.debug("peer_not_disconnected", peer=agent, reason=str(error))

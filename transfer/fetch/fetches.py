@@ -1,8 +1,10 @@
 """Prefixes that this worker reads from others into its own prefix cache, part by part, before it computes the rest.
 
-    begin ─> KVFetch ─KVFetchable─> read on all ranks ─done, lease not over─> [sums agree] ─> published ─> next part ...
-               │                       │                                         │                        └─> ended
-               └─refused, no answer────┴─a read failed, lease or patience over───┴─other sums─> ended with what there is
+    begin ─> ASKING ─KVFetchable─> READING ─done, lease not over─> CHECKING ─sums agree, published─> ASKING for more
+               │                      │                               │                                 or ENDED
+               └─refused, no answer───┴─failed, lease over, late──────┴─other sums─> ENDED with what there is
+
+An end that is a failure has one of the reasons in `FetchFailure`: each is counted, and logged once for each peer.
 
 A prompt waits for its fetch and begins with whatever is in the cache then: a fetch that fails costs time, and what it
 did not bring is computed. The cache is all that the two share, so a fetch holds no block that a prompt could wait for
@@ -18,12 +20,15 @@ Pure over BlockPool and Clock, for all ranks. The caller holds the worker's lock
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Protocol
 
 from ...common import failpoints
 from ...common.clock import Clock
+from ...common.errors import InvalidTransition
 from ...common.messages import (
     FetchFrom,
     KVFetch,
@@ -37,12 +42,43 @@ from ...common.messages import (
 from ...common.request import BlockId
 from ...kvcache.blocks import BlockPool
 from ..protocol.handoff import Endpoint, check_compatible
+from ..protocol.peer_log import PeerLog
 from ..protocol.rank_messages import ReadOutcome
 
 ANSWER_WITHIN_S = 0.5
 PART_BYTES = 128 << 20  # of all ranks, read under one lease: what is here of a prefix is of use if the rest fails
 MAX_PART_BLOCKS = 4096
 _USABLE_LEASE_SHARE = 0.95  # clocks run up to a thousandth apart
+
+
+class FetchState(Enum):
+    ASKING = "asking"  # the next part was asked for
+    READING = "reading"  # blocks of ours wait for it, every rank reads its share
+    CHECKING = "checking"  # all is here within its lease; the other side's sums are waited for, if there are any
+    ENDED = "ended"  # nothing is pinned; what may still land does so in blocks that are given up
+
+
+_NEXT: dict[FetchState, frozenset[FetchState]] = {
+    FetchState.ASKING: frozenset({FetchState.READING, FetchState.ENDED}),
+    FetchState.READING: frozenset({FetchState.CHECKING, FetchState.ENDED}),
+    FetchState.CHECKING: frozenset({FetchState.ASKING, FetchState.ENDED}),
+    FetchState.ENDED: frozenset(),
+}
+
+
+class FetchFailure(Enum):
+    """Why a fetch ended with less than it was to bring."""
+
+    REFUSED = "refused"  # by the lender, in words
+    NO_ANSWER = "no_answer"  # to the question, in ANSWER_WITHIN_S
+    MISFIT = "misfit"  # the answer cannot be what was asked for, or promises no checksums where they are needed
+    NO_ROOM = "no_room"  # for the blocks, here
+    LEASE_OVER = "lease_over"  # before all was here
+    LATE = "late"  # the router gave it no more time
+    READ_FAILED = "read_failed"  # on some rank
+    OTHER_SUMS = "other_sums"  # than the lender's
+    EVICTED = "evicted"  # the rest is not there any more
+    PEER_LOST = "peer_lost"  # the control connection
 
 
 class Reading(Protocol):
@@ -78,7 +114,6 @@ class _Part:
     blocks: list[BlockId] = field(default_factory=list)  # ours
     has_checksums: bool = False
     waits_for: set[int] = field(default_factory=set)  # ranks that may still write into the blocks
-    is_here: bool = False  # read on all ranks within the lease
     our_sums: dict[int, bytes] = field(default_factory=dict)  # by rank
     their_sums: dict[int, bytes] = field(default_factory=dict)
 
@@ -97,6 +132,12 @@ class _Fetch:
     num_bytes: int = 0
     is_spare: bool = False  # another worker keeps the prompt's KV
     part: _Part | None = None
+    state: FetchState = FetchState.ASKING
+
+    def advance(self, to: FetchState) -> None:
+        if to not in _NEXT[self.state]:
+            raise InvalidTransition(f"fetch for {self.key}: {self.state.value} to {to.value}")
+        self.state = to
 
 
 class Fetches:
@@ -131,13 +172,19 @@ class Fetches:
         self._parts: dict[int, _Fetch] = {}  # by fetch id
         self._given_up: dict[int, _Part] = {}  # something may still land in their blocks
         self.num_fetches = 0
-        self.num_failures = 0
+        self.failures: Counter[FetchFailure] = Counter()
         self.num_bytes = 0  # of blocks that were used, on all ranks
         self.seconds = 0.0  # of fetches that ended
         self.stale_messages = 0
+        self._log = PeerLog("prefix_fetch_failed")
 
     def __len__(self) -> int:
         return len(self._fetches) + len(self._given_up)
+
+    @property
+    def num_failures(self) -> int:
+        """Fetches that brought less than they were to, for whatever reason."""
+        return self.failures.total()
 
     @property
     def num_given_up_blocks(self) -> int:
@@ -170,7 +217,7 @@ class Fetches:
         fetch = self._fetches.get(key)
         if fetch is not None:
             fetch.on_end = _nobody_waits
-            self._end(fetch, has_failed=False)
+            self._end(fetch)
 
     def _skip_held(self, fetch: _Fetch) -> None:
         """Take what has come into the cache, and leave out what is not to be asked for."""
@@ -192,7 +239,7 @@ class Fetches:
         endpoint, first = self._endpoint, fetch.num_found
         hashes = list(fetch.hashes[first : first + self._room()])
         if not hashes:
-            self._end(fetch, has_failed=True)
+            self._fail(fetch, FetchFailure.NO_ROOM)
             return
         part = _Part(secrets.randbits(63), first, hashes, self._clock.now(), fetch.source.kv_address)
         fetch.part = part
@@ -221,21 +268,28 @@ class Fetches:
         part = fetch.part
         match message:
             case KVFetchRefused():
-                self._end(fetch, has_failed=True)
+                self._fail(fetch, FetchFailure.REFUSED, message.reason)
             case KVFetchSums(rank=rank, checksum=checksum):
                 part.their_sums[rank] = checksum
                 self._settle(fetch, part)
-            case KVFetchable() if part.deadline is None:
+            case KVFetchable() if fetch.state is FetchState.ASKING:
                 self._on_fetchable(fetch, part, message)
 
     def _on_fetchable(self, fetch: _Fetch, part: _Part, message: KVFetchable) -> None:
         part.deadline = part.asked_at + _USABLE_LEASE_SHARE * message.lease_s
         part.has_checksums = message.has_checksums
         count = len(message.block_ids)
-        is_fit = self._check(part, message) is None and (message.has_checksums or not self._needs_checksums)
-        if not is_fit or count > self._pool.num_free_blocks - self._reserve() or self._clock.now() >= part.deadline:
-            self._end(fetch, has_failed=True)
+        misfit = self._check(part, message)
+        if misfit is not None:
+            self._fail(fetch, FetchFailure.MISFIT, misfit)
             return
+        if count > self._pool.num_free_blocks - self._reserve():
+            self._fail(fetch, FetchFailure.NO_ROOM, f"{count} blocks, {self._pool.num_free_blocks} are free")
+            return
+        if self._clock.now() >= part.deadline:
+            self._fail(fetch, FetchFailure.LEASE_OVER, "with the answer")
+            return
+        fetch.advance(FetchState.READING)
         part.blocks = self._pool.allocate(count)
         part.waits_for = set(range(self._endpoint.tp_size))
         self._reading.read(
@@ -243,7 +297,9 @@ class Fetches:
         )
 
     def _check(self, part: _Part, message: KVFetchable) -> str | None:
-        """Why nothing can be read; None: it can."""
+        """Say why nothing can be read; None: it can."""
+        if self._needs_checksums and not message.has_checksums:
+            return "checksums are required here (kv_checksum: on) and not made there"
         spec, tp_size = self._endpoint.spec, self._endpoint.tp_size
         ranks, blocks = message.ranks, message.block_ids
         if [region.rank for region in ranks] != list(range(tp_size)):
@@ -272,28 +328,28 @@ class Fetches:
         if outcome is not ReadOutcome.FAILED:
             part.waits_for.discard(rank)
         if outcome is not ReadOutcome.DONE:
-            self._end(fetch, has_failed=True)
+            self._fail(fetch, FetchFailure.READ_FAILED, f"on rank {rank}")
             return
         part.our_sums[rank] = sums
         if not part.waits_for:
             if failpoints.armed:
                 failpoints.hit("fetch.done")
             assert part.deadline is not None
-            part.is_here = self._clock.now() < part.deadline
-            if part.is_here:
-                self._settle(fetch, part)
-            else:
-                self._end(fetch, has_failed=True)
+            if self._clock.now() >= part.deadline:
+                self._fail(fetch, FetchFailure.LEASE_OVER, "with the last byte")
+                return
+            fetch.advance(FetchState.CHECKING)
+            self._settle(fetch, part)
 
     def _settle(self, fetch: _Fetch, part: _Part) -> None:
-        """What is here within its lease, and is what lies there, is published."""
-        if not part.is_here:
+        """Publish what is here within its lease, and is what lies there."""
+        if fetch.state is not FetchState.CHECKING:
             return
         if part.has_checksums:
             if len(part.their_sums) < self._endpoint.tp_size:
                 return
             if part.their_sums != part.our_sums:
-                self._end(fetch, has_failed=True)
+                self._fail(fetch, FetchFailure.OTHER_SUMS, f"blocks {part.first} to {part.first + len(part.blocks)}")
                 return
         for block, block_hash in zip(part.blocks, part.hashes, strict=False):
             self._pool.publish(block, block_hash, spare=fetch.is_spare)
@@ -304,11 +360,12 @@ class Fetches:
         has_all = len(part.blocks) == len(part.hashes)
         self._skip_held(fetch)
         if fetch.num_found == len(fetch.hashes):
-            self._end(fetch, has_failed=False)
+            self._end(fetch)
         elif has_all:
+            fetch.advance(FetchState.ASKING)
             self._ask(fetch)
         else:
-            self._end(fetch, has_failed=True)  # the next one is gone over there
+            self._fail(fetch, FetchFailure.EVICTED, f"block {fetch.num_found} of {len(fetch.hashes)} is gone there")
 
     # --- ends -----------------------------------------------------------------------------------------------------
 
@@ -316,20 +373,15 @@ class Fetches:
         """The control connection ended: an answer may have been lost with it."""
         for fetch in list(self._fetches.values()):
             if fetch.source.kv_address == kv_address:
-                self._end(fetch, has_failed=True)
+                self._fail(fetch, FetchFailure.PEER_LOST)
 
     def tick(self) -> None:
         """Some ten times a second: leases, answers that do not come, prompts that have waited long enough."""
         now = self._clock.now()
         for fetch in list(self._fetches.values()):
-            part = fetch.part
-            is_late = now - fetch.began_at >= fetch.source.within_s
-            if part is not None and part.deadline is None:
-                is_late |= now - part.asked_at >= ANSWER_WITHIN_S
-            elif part is not None and part.deadline is not None and not part.is_here:
-                is_late |= now >= part.deadline
-            if is_late:
-                self._end(fetch, has_failed=True)
+            failure = _overdue(fetch, now)
+            if failure is not None:
+                self._fail(fetch, failure)
 
     def _over(self, fetch: _Fetch, part: _Part) -> None:
         """The part is no longer read, or what is read is not used: it need not stay there."""
@@ -337,14 +389,20 @@ class Fetches:
         fetch.part = None
         self._to_peer(part.kv_address, KVFetchDone(fetch_id=part.fetch_id))
 
-    def _end(self, fetch: _Fetch, *, has_failed: bool) -> None:
+    def _fail(self, fetch: _Fetch, failure: FetchFailure, detail: str = "") -> None:
+        """End a fetch that brings less than it was to."""
+        self.failures[failure] += 1
+        self._log.warn(fetch.source.worker_id, failure.value, detail=detail, key=fetch.key, held_blocks=fetch.num_found)
+        self._end(fetch)
+
+    def _end(self, fetch: _Fetch) -> None:
+        fetch.advance(FetchState.ENDED)
         part = fetch.part
         if part is not None:
             self._over(fetch, part)
             self._give_back(part)
         del self._fetches[fetch.key]
         self._pool.free(fetch.held)
-        self.num_failures += has_failed
         self.num_bytes += fetch.num_bytes
         self.seconds += self._clock.now() - fetch.began_at
         fetch.on_end()
@@ -376,6 +434,19 @@ class Fetches:
             fetch.part.fetch_id: fetch.key for fetch in self._fetches.values() if fetch.part is not None
         }
         assert all(part.waits_for for part in self._given_up.values())
+
+
+def _overdue(fetch: _Fetch, now: float) -> FetchFailure | None:
+    """Say which of its time limits is over; None: none is."""
+    part = fetch.part
+    if now - fetch.began_at >= fetch.source.within_s:
+        return FetchFailure.LATE
+    if part is None:
+        return None
+    if fetch.state is FetchState.ASKING and now - part.asked_at >= ANSWER_WITHIN_S:
+        return FetchFailure.NO_ANSWER
+    is_over = part.deadline is not None and now >= part.deadline
+    return FetchFailure.LEASE_OVER if fetch.state is FetchState.READING and is_over else None
 
 
 def _nobody_waits() -> None:

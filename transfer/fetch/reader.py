@@ -28,6 +28,7 @@ from ..backends.base import Piece, TransferBackend, TransferHandle, TransferStat
 from ..backends.peers import Peers
 from ..protocol.checksums import PageSums, open_sums
 from ..protocol.handoff import page_indices
+from ..protocol.peer_log import PeerLog
 from ..protocol.rank_messages import ReadOutcome
 
 MAX_IN_FLIGHT_BYTES = 64 << 20  # of one read
@@ -105,6 +106,7 @@ class KVReader:
         self._next_agent_at = 0.0
         self.made_progress = False  # in the last step: the next need not wait
         self.num_bytes = 0  # read since start
+        self._log = PeerLog("prefix_read_failed")
         peers.needs(self._needed)
 
     def _needed(self) -> Iterator[str]:
@@ -170,14 +172,14 @@ class KVReader:
             failpoints.hit("fetch.read")
         try:
             self._peers.connect(read.kv_address, read.region, self._pieces)
-        except TransferError:
-            self._fail(read)
+        except TransferError as error:
+            self._fail(read, f"connecting: {error}")
             return
         try:
             local, remote = read.local[first:end].tolist(), read.remote[first:end].tolist()
             handle = self._backend.read(read.region.agent, local, remote)
         except TransferError as error:
-            self._fail(read, self._backend.agent if error.may_land else None)
+            self._fail(read, str(error), self._backend.agent if error.may_land else None)
             return
         read.num_posted = end
         read.pieces.append(_Piece(handle, first, end, self._backend.agent))
@@ -195,7 +197,7 @@ class KVReader:
             self.made_progress = True
             read.in_flight_bytes -= piece.handle.num_bytes
             if state is TransferState.FAILED:
-                self._fail(read, piece.agent)
+                self._fail(read, "a piece failed", piece.agent)
             else:
                 self.num_bytes += piece.handle.num_bytes
                 self._sum(read, piece)
@@ -206,12 +208,13 @@ class KVReader:
             ours, theirs = read.local[piece.first : piece.end], read.remote[piece.first : piece.end]
             self._sums.add(read.sums, read.slots[piece.first : piece.end], ours, theirs, ((0, self._page_bytes),))
 
-    def _fail(self, read: _Read, agent: str | None = None) -> None:
-        """`agent`: through which something may still land."""
+    def _fail(self, read: _Read, why: str, agent: str | None = None) -> None:
+        """End a read. `agent`: through which something may still land."""
         if agent is not None:
             read.failed_agents.add(agent)
         if read.ends_since is None:
             read.ends_since = self._clock.now()
+            self._log.warn(read.kv_address, "posted" if read.num_posted else "nothing posted", detail=why)
             self._tell(read.fetch_id, ReadOutcome.FAILED, b"")
 
     def _settle(self, read: _Read) -> None:

@@ -27,6 +27,7 @@ from ...common.messages import (
     RegionInfo,
 )
 from ..protocol.handoff import Endpoint, check_compatible, expected_pairs, is_minted
+from ..protocol.peer_log import PeerLog
 from .endings import Counters
 from .processes import ProcessWatch
 from .reservation import Reservation, ReservationState, Writer
@@ -68,6 +69,7 @@ class Opens:
         self._clock = clock
         self._counters = counters
         self._watch = watch
+        self._log = PeerLog("grant_not_opened")
         self._to_peer = to_peer
         self._watches: dict[int, ProcessWatch | None] = {}  # by incarnation
         self._held: dict[GrantId, tuple[str, KVOpen]] = {}  # with their sessions
@@ -98,6 +100,7 @@ class Opens:
         if refusal is not None:
             self._counters.stale_messages += 1
             self._counters.grant_rejects[refusal.kind] += 1
+            self._log.warn(message.worker_id, refusal.kind, detail=refusal.reason)
             refused = KVRefused(grant_id=message.grant_id, open_id=message.open_id, reason=refusal.reason)
             self._to_peer(session, refused)
             return

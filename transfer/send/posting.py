@@ -8,7 +8,6 @@ Whether and when anything may be posted is the sender's decision.
 from __future__ import annotations
 
 from array import array
-from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from ...common.messages import GrantInfo, KVArrived, KVOpened, encode
 from ..backends.base import TransferBackend
 from ..protocol.checksums import PageSums, ShipmentSums
 from ..protocol.handoff import Endpoint, check_grant, moved_grant, targets_of
+from ..protocol.peer_log import PeerLog
 from .shipment import Shipment, Target
 from .writes import Writes
 
@@ -43,6 +43,7 @@ class Posting:
         self._sums = sums
         self._max_write_bytes = max_write_bytes
         self._generation = 0  # of our agent
+        self._log = PeerLog("arrival_not_sent")
 
     def targets(self, grant: GrantInfo) -> list[Target]:
         """The decode ranks that this rank writes to."""
@@ -100,8 +101,10 @@ class Posting:
                 block_ids=shipment.grant.block_ids if target.sums is not None else (),
                 checksum=target.sums.to_bytes() if target.sums is not None else b"",
             )
-            with suppress(TransferError):  # told again until the lease is over; who lives lets it run out as well
+            try:
                 self._backend.notify(target.region.agent, encode(arrived))
+            except TransferError as error:  # told again until the lease is over; who lives lets it run out as well
+                self._log.warn(shipment.peer[0], "notify", detail=str(error))
 
     def replace_agent(self) -> None:
         """Everything that ours still does ends with it, and all connections. Raises TransferError: there is none."""

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import structlog
+
 from ...common.clock import Clock
 from ...common.config import TransferConfig
 from ...common.errors import TransferError
@@ -39,6 +41,7 @@ from ..backends.peers import Peers
 from ..fetch.reader import KVReader, Tell
 from ..protocol.checksums import PageSums
 from ..protocol.handoff import Endpoint, open_mac, page_indices
+from ..protocol.peer_log import PeerLog
 from .closings import Closings
 from .leases import Renewals
 from .posting import Posting
@@ -51,6 +54,8 @@ USABLE_LEASE_SHARE = 0.95
 MAX_IN_FLIGHT_BYTES = 64 << 20  # per decode worker: one that hangs must not hold the others' writes
 MAX_WRITE_BYTES = 8 << 20  # over shared memory a post is the copy: the clock is looked at between two
 _ORPHAN_POLL_S = 0.1
+
+log = structlog.get_logger(__name__)
 
 
 class KVSender:
@@ -128,6 +133,7 @@ class KVSender:
         self.num_bytes = 0  # written since start
         self.num_failures = 0  # shipments that ended with "may still land"
         self.made_progress = False  # a write ended in the last step: the next need not wait
+        self._log = PeerLog("shipment_failed")
 
     @property
     def num_unfinished(self) -> int:
@@ -375,8 +381,9 @@ class KVSender:
         now = self._clock.now()
         try:
             self._posting.replace_agent()
-        except TransferError:
+        except TransferError as error:
             self._closings.try_later(now)
+            log.warning("transfer_agent_not_replaced", rank=self._rank, reason=str(error))
             return
         finally:
             if self.reader is not None:
@@ -417,6 +424,8 @@ class KVSender:
         """What was posted may still land. `has_failed`: and nobody will tell when it no longer can."""
         if shipment.state in (ShipmentState.SHIPPING, ShipmentState.CLOSING):
             self.num_failures += 1
+            kind = "write failed" if has_failed else "write timed out"
+            self._log.warn(shipment.peer[0], kind, detail=reason, request_id=shipment.request_id)
             self._end(shipment, clean=False, reason=reason, has_failed=has_failed)
 
     def _end(

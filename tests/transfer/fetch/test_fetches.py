@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from structlog.testing import capture_logs
 
+from kvferry.common.errors import InvalidTransition
 from kvferry.common.messages import KVFetch, KVFetchable, KVFetchDone, KVFetchRefused
 from kvferry.transfer.backends.local import LocalFault
 from kvferry.transfer.fetch import fetches, reader
+from kvferry.transfer.fetch.fetches import FetchFailure, FetchState
 
 from .fetch_hosts import HASHES, LEASE_S, SPEC, Pair
 
@@ -70,6 +73,7 @@ def test_what_is_here_of_a_prefix_stays_when_the_rest_fails() -> None:
     assert pair.ended == ["q"]
     assert _num_held(pair, 5) == 3
     assert pair.fetches.num_failures == 1
+    assert pair.fetches.failures == {FetchFailure.EVICTED: 1}
     assert pair.fetches.num_bytes == 3 * SPEC.block_bytes()
 
 
@@ -80,6 +84,7 @@ def test_what_the_lender_has_evicted_is_refused(pair: Pair) -> None:
     assert isinstance(refused, KVFetchRefused) and refused.reason == "gone"
     pair.settle()
     assert pair.ended == ["q"] and pair.fetches.num_failures == 1
+    assert pair.fetches.failures == {FetchFailure.REFUSED: 1}
     assert not pair.fetches.references()
 
 
@@ -128,6 +133,7 @@ def test_a_lease_that_is_over_before_the_read_has_ended_brings_nothing(pair: Pai
     pair.network.clear_fault(pair.lender.region.agent)
     pair.settle()
     assert pair.ended == ["q"] and pair.fetches.num_failures == 1
+    assert set(pair.fetches.failures) <= {FetchFailure.LEASE_OVER, FetchFailure.READ_FAILED}
     assert _num_held(pair, 2) == 0
     assert pair.fetcher.pool.num_owned_blocks == 0
     pair.check()
@@ -141,6 +147,7 @@ def test_the_lease_counts_from_the_question_and_not_from_the_answer(pair: Pair) 
     pair.advance(LEASE_S - 1.0)  # the lender still has 1 s
     pair.settle()
     assert pair.fetches.num_failures == 1
+    assert pair.fetches.failures == {FetchFailure.LEASE_OVER: 1}
 
 
 def test_an_answer_that_does_not_come_is_not_waited_for(pair: Pair) -> None:
@@ -227,6 +234,7 @@ def test_other_bytes_than_the_lender_has_are_found_by_their_checksum() -> None:
     pair.lender.pages[1, pair.lender.pool.match_prefix(HASHES[:1])[0], 0, 0, 0, 0] += 1
     pair.settle()
     assert pair.fetches.num_failures == 1 and _num_held(pair, 2) == 0
+    assert pair.fetches.failures == {FetchFailure.OTHER_SUMS: 1}
     assert pair.fetcher.pool.num_owned_blocks == 0
 
 
@@ -241,6 +249,7 @@ def test_checksums_that_are_required_and_not_made_refuse_the_fetch() -> None:
     pair.begin(HASHES[:2])
     pair.settle()
     assert pair.fetches.num_failures == 2 and _num_held(pair, 2) == 0
+    assert pair.fetches.failures == {FetchFailure.REFUSED: 1, FetchFailure.MISFIT: 1}
 
 
 def test_a_cancelled_prompt_is_not_called_and_its_blocks_come_back(pair: Pair) -> None:
@@ -284,3 +293,28 @@ def test_two_prompts_fetch_the_same_prefix_and_one_copy_stays(pair: Pair) -> Non
     assert pair.fetcher.pool.num_cached_blocks == 1
     assert pair.fetcher.pool.num_owned_blocks == 0
     pair.check()
+
+
+def test_a_failure_is_told_once_for_each_lender_and_reason(pair: Pair) -> None:
+    with capture_logs() as logs:
+        for _ in range(3):
+            pair.begin(HASHES[:2])  # nothing is there
+            pair.settle()
+    told = [entry for entry in logs if entry["event"] == "prefix_fetch_failed"]
+    assert [entry["log_level"] for entry in told] == ["warning", "debug", "debug"]
+    assert {(entry["reason"], entry["detail"]) for entry in told} == {("refused", "gone")}
+    assert pair.fetches.failures == {FetchFailure.REFUSED: 3}
+
+
+def test_a_fetch_moves_along_its_states_alone(pair: Pair) -> None:
+    pair.begin(HASHES[:2])
+    fetch = next(iter(pair.fetches._fetches.values()))
+    for state in FetchState:
+        for to in FetchState:
+            fetch.state = state
+            if to in fetches._NEXT[state]:
+                fetch.advance(to)
+                assert fetch.state is to
+            else:
+                with pytest.raises(InvalidTransition):
+                    fetch.advance(to)
