@@ -1,4 +1,4 @@
-"""From a prompt's KV that has arrived to sequences that decode.
+"""An adoption turns a prompt's KV that has arrived into sequences that decode.
 
 Choices that ended while it was on its way take no row; full blocks are shared by the others, each has its own copy
 of a partial last one. The router is told of every adoption, also of one that brings no token: who is lost in the step
@@ -43,7 +43,7 @@ class Adoption:
         return len(self._ended_early)
 
     def drop_choices(self, request_id: str, attempt: int, choices: tuple[int, ...]) -> None:
-        """They are not wanted any more when the prompt arrives."""
+        """Remember that these choices are not wanted any more when the prompt arrives."""
         self._ended_early.setdefault((request_id, attempt), set()).update(choices)
 
     def forget(self, request_id: str, attempt: int) -> None:
@@ -54,7 +54,7 @@ class Adoption:
             self.forget(request_id, attempt)
 
     def expires_s(self, spec: RequestSpec) -> float | None:
-        """On our clock, from now."""
+        """Return the request's deadline on our clock; None: it has none."""
         return None if spec.remaining_s is None else self._clock.now() + spec.remaining_s
 
     def adopt_arrived(self) -> bool:

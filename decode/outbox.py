@@ -24,7 +24,7 @@ class Outbox:
         self._updates[request.router_id][request].append(update)
 
     def mention(self, request: RunningRequest) -> None:
-        """It runs from here on, whether there is a token of it or not."""
+        """Tell the router that the request runs from here on, whether there is a token of it or not."""
         _ = self._updates[request.router_id][request]
 
     def drop(self, request: RunningRequest) -> None:

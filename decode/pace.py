@@ -1,4 +1,4 @@
-"""How many prompt tokens a step takes along without keeping running answers waiting. Learned from finished steps.
+"""`Pace` says how many prompt tokens a step takes along without keeping running answers waiting, by finished steps.
 
     step = rows of one token (decode_s) + prompt tokens x token_s        room = what a step may take - decode_s
 
@@ -20,7 +20,7 @@ _OUTLIER = 2.0  # times what is known: one slow step is no new speed
 
 @dataclass(slots=True)
 class Pace:
-    """Of one worker's decode steps."""
+    """`Pace` learns from one worker's decode steps."""
 
     objective_s: float | None = None  # per output token
     decode_s: float = 0.0  # of steps in which every row feeds one token
@@ -42,7 +42,7 @@ class Pace:
 
     @property
     def room_s(self) -> float:
-        """What may come between two tokens of an answer beside its own step."""
+        """Return the seconds that may come between two tokens of an answer beside its own step."""
         return max(0.0, longest_step_s(self.objective_s, self.decode_s) - self.decode_s)
 
     @property

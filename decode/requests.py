@@ -94,7 +94,7 @@ class RunningRequests:
                 self.end(request)
 
     def expired(self, now_s: float) -> Iterator[RunningRequest]:
-        """Those of which something waits to be begun beyond its deadline."""
+        """Yield the requests of which something waits to be begun beyond its deadline."""
         for seq in list(self._scheduler.waiting):
             request = self._running.get(seq.request_id)
             if request is not None and request.expires_s is not None and now_s >= request.expires_s:

@@ -1,4 +1,4 @@
-"""What a step yielded: tokens to their sequences and to the routers, choices forked from their prompt, ends.
+"""A step's results: tokens go to their sequences and to the routers, choices are forked from their prompt, answers end.
 
 Logits that are no distribution end the request that they belong to. Its blocks are not kept for others: what is not
 finite in them would end these, too.

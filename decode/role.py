@@ -201,7 +201,7 @@ class DecodeRole:
                 self._requests.drop_choice(request, choice)
 
     def _forget(self, request_id: str, attempt: int) -> None:
-        """Of a request whose prompt has not been taken over."""
+        """Forget a request whose prompt has not been taken over."""
         self.receiver.abort(request_id, attempt)
         self._waiting.drop(request_id, attempt)
         self._adoption.forget(request_id, attempt)
@@ -230,7 +230,7 @@ class DecodeRole:
         return batch
 
     def _drop_expired(self) -> None:
-        """Their routers have given them up, or will at once."""
+        """Refuse what is beyond its deadline: its router has given it up, or will at once."""
         for request in self._requests.expired(self._clock.now()):
             self._refuse(request.router_id, request.spec, "expired")
             self._requests.end(request)
@@ -299,7 +299,7 @@ class DecodeRole:
 
     @property
     def routers(self) -> set[str]:
-        """Those that have a request here, or are promised room for one."""
+        """Return the routers that have a request here, or are promised room for one."""
         promised = {reservation.router_id for reservation in self.receiver.reservations.live.values()}
         return self._requests.routers | self._waiting.routers | promised
 

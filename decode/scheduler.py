@@ -82,7 +82,7 @@ class DecodeScheduler:
 
     @property
     def num_context_tokens(self) -> int:
-        """Of all running sequences."""
+        """Return the tokens of all running sequences, prompts included."""
         return sum(seq.num_tokens for seq in self.running)
 
     @property
@@ -202,7 +202,7 @@ class DecodeScheduler:
         return self.blocks.restore(seq, self._num_growing)
 
     def _youngest_first(self) -> Iterator[Sequence]:
-        """Of those that hold blocks."""
+        """Yield the sequences that hold blocks, the youngest first."""
         return merge(self.running[::-1], self.parked[::-1], key=_age, reverse=True)
 
     def _decode_rows(self) -> list[BatchRow]:

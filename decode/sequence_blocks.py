@@ -21,7 +21,7 @@ from ..kvcache.swap import SwapSpace
 
 
 class SequenceBlocks:
-    """Between the scheduler and the pool. Decides nothing about who gets blocks."""
+    """`SequenceBlocks` stands between the scheduler and the pool, and decides nothing about who gets blocks."""
 
     def __init__(
         self, pool: BlockPool, spec: KVCacheSpec, num_swap_blocks: int, cache: PrefixCache | None = None
@@ -34,7 +34,7 @@ class SequenceBlocks:
         # Block copies (from, to) that the next step begins with; each holds a reference to its source.
         self._copies: list[tuple[BlockId, BlockId]] = []
         self._outgoing: list[BlockId] = []  # of evicted sequences; the next step copies them out
-        self._reused: set[BlockId] = set()  # of these, those that have a new owner already
+        self._reused: set[BlockId] = set()  # blocks of `_outgoing` that have a new owner already
         self._held: list[BlockId] = []  # references that are given back when the step has ended
         self._copying: list[BlockId] = []  # sources of the copies that the running step began with
         self.prefix_queries = 0  # tokens
@@ -180,7 +180,7 @@ class SequenceBlocks:
         seq.block_table = []
 
     def shortage(self, seq: Sequence, reserve: int) -> int:
-        """How many blocks are missing for a sequence's known tokens, if `reserve` stay available."""
+        """Return how many blocks are missing for a sequence's known tokens, if `reserve` stay available."""
         found, _ = self._find(seq)
         return self._num_missing(seq, found.hits, reserve)
 
@@ -235,7 +235,7 @@ class SequenceBlocks:
         return seq.block_hashes[:num_hashed]
 
     def _find(self, seq: Sequence) -> tuple[PrefixHit, list[int]]:
-        """Of the leading blocks, those in the prefix cache, and the places of those that swapping has saved."""
+        """Return which leading blocks are in the prefix cache, and the places of those that swapping has saved."""
         hashes, saved = self.reusable_hashes(seq), self.swap.saved(seq)
         if saved is None:
             return self.cache.find(hashes), []
@@ -256,7 +256,7 @@ class SequenceBlocks:
         return found, loads
 
     def _hash(self, seq: Sequence) -> None:
-        """Of all known full blocks; those that are not computed yet are hashed along."""
+        """Hash all known full blocks, those that are not computed yet among them."""
         if len(seq.block_hashes) < seq.num_tokens // self._pool.block_size:
             salt = prefix_salt(self._spec, seq.cache_salt)
             seq.block_hashes = hash_blocks(seq.token_ids, self._pool.block_size, salt, seq.block_hashes)
@@ -299,7 +299,7 @@ class SequenceBlocks:
         self._copying, self._outgoing, self._held = [], [], []
 
     def references(self) -> list[list[BlockId]]:
-        """Those that copies hold, beside the sequences'."""
+        """Return the references that copies hold, beside those of the sequences."""
         return [
             [source for source, _ in self._copies],
             self._copying,

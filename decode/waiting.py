@@ -126,7 +126,7 @@ class WaitingReservations:
         return answers
 
     def drop(self, request_id: str, attempt: int) -> None:
-        """Its router gave it up, or sent it again. Idempotent."""
+        """Drop the request that its router gave up, or sent again. Idempotent."""
         self._waiting = [
             waiting
             for waiting in self._waiting

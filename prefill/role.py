@@ -158,7 +158,7 @@ class PrefillRole:
         self._shipments.opened(task.open_id, task.router_id, spec)
 
     def _refusal(self, spec: RequestSpec, grant: GrantInfo) -> tuple[str, str] | None:
-        """Why the task is not begun, and what more there is to say."""
+        """Say why the task is not begun, and what more there is to say; None: it is."""
         if not self.is_active:
             return "wrong_role", "this worker decodes now"
         if self._own_id and grant.grant_id.worker_id == self._own_id:
@@ -297,7 +297,7 @@ class PrefillRole:
         """Deadlines are the sender's; nothing to do."""
 
     def router_of(self, request_id: str, attempt: int) -> str | None:
-        """Who asked for an attempt whose shipment has just ended."""
+        """Return the router that asked for an attempt whose shipment has just ended."""
         return self._shipments.ended(request_id, attempt)
 
     @property
@@ -310,7 +310,7 @@ class PrefillRole:
 
     @property
     def routers(self) -> set[str]:
-        """Those whose prompts are computed or shipped here."""
+        """Return the routers whose prompts are computed or shipped here."""
         return {task.router_id for task in self._tasks.values()} | self._shipments.routers
 
     @property

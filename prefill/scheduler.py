@@ -1,4 +1,4 @@
-"""Which prompts compute how many tokens in the next step. Pure Python over a block pool and a clock.
+"""`PrefillScheduler` says which prompts compute how many tokens in the next step. Pure over a block pool and a clock.
 
 A prompt gets the blocks of its whole length when its first chunk is scheduled: prompts that hold a part and wait
 for the rest of each other's blocks cannot happen. Chunks of several prompts share a step up to the token budget.
@@ -98,7 +98,7 @@ class PrefillScheduler:
         return prompt
 
     def expired(self) -> list[Prompt]:
-        """Those that were not begun before their deadlines."""
+        """Return the prompts that were not begun before their deadlines."""
         now = self._clock.now()
         return [p for p in self.prompts if p.started_s is None and p.expires_s is not None and now >= p.expires_s]
 
@@ -169,7 +169,7 @@ class PrefillScheduler:
         return self.cache.disk is not None and self.cache.awaits(prompt.seq, self.reusable_hashes(prompt))
 
     def reusable_hashes(self, prompt: Prompt) -> list[bytes]:
-        """Of the blocks that need not be computed, if anybody has them."""
+        """Return the hashes of the blocks that need not be computed, if anybody has them."""
         seq = prompt.seq
         seq.block_hashes = hash_blocks(seq.token_ids, self._pool.block_size, prompt.salt, seq.block_hashes)
         if seq.sampling.prompt_logprobs is not None:

@@ -26,11 +26,11 @@ class Shipping(Protocol):
         ...
 
     def begin_step(self, plans: list[ShipPlan]) -> None:
-        """These blocks will be complete layer by layer during the step that starts now."""
+        """Ship these blocks, which will be complete layer by layer during the step that starts now."""
         ...
 
     def on_layer(self, layer: int) -> None:
-        """This step's pages of `layer` are complete."""
+        """Ship this step's pages of `layer`, which are complete."""
         ...
 
     def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...]) -> None:
@@ -95,7 +95,7 @@ class Shipments:
         return None
 
     def cancel(self, request_id: str, attempt: int, reason: str) -> None:
-        """Those of the request up to this attempt shall end."""
+        """End the request's shipments up to this attempt."""
         for shipment in self._opens:
             if shipment.request_id == request_id and shipment.attempt <= attempt:
                 self._cancel(shipment.open_id, reason)

@@ -123,7 +123,7 @@ class KVServer:
         return server_address(self._server, host)
 
     def send(self, session: str, message: Message) -> None:
-        """To a session that may be gone already: then the message is dropped, its end was told by `on_lost`."""
+        """Send to a session that may be gone already: then the message is dropped, its end was told by `on_lost`."""
         channel = self._sessions.get(session)
         if channel is not None:
             channel.send(message)

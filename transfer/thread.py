@@ -77,7 +77,7 @@ class TransferThread:
         self._calls.put((function, args))
 
     def call_after(self, event: GpuEvent | None, function: Callable[..., object], *args: object) -> None:
-        """As `call`, once `event` has passed and in the order of these calls. None: nothing of its own to wait for."""
+        """Run as `call` does, once `event` has passed, in the order of these calls. None: it waits for nothing more."""
         self.call(self._defer, _Deferred(event, function, args))
 
     def _defer(self, deferred: _Deferred) -> None:

@@ -1,4 +1,4 @@
-"""How a worker's processes give way to others on the same cores (niceness)."""
+"""A worker's processes give way to others on the same cores by their niceness."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Courtesy:
         self.is_revocable = self._may_return()
 
     def _may_return(self) -> bool:
-        """Who has become polite may become as before: for most users that is denied."""
+        """Tell whether a process that has become polite may become as before: for most users that is denied."""
         limit = resource.getrlimit(resource.RLIMIT_NICE)[0]
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         match = re.search(r"^CapEff:\s+([0-9a-f]+)", status, re.MULTILINE)
@@ -35,7 +35,7 @@ class Courtesy:
         return is_capable or limit == resource.RLIM_INFINITY or _NICENESS_OF_LIMIT - limit <= self._own
 
     def set(self, on: bool) -> None:
-        """Or leave it, where the way back is denied."""
+        """Give way or not; stay as it is where the way back is denied."""
         wanted = self._polite if on else self._own
         if wanted == self._now or (wanted < self._now and not self.is_revocable):
             return

@@ -33,7 +33,7 @@ _commands: Decoder[Watch | Rotate | SumBlocks] = Decoder(Watch | Rotate | SumBlo
 
 
 class DecodeFollower:
-    """Its agent is the way in to this rank's pages."""
+    """A `DecodeFollower` owns the agent through which others write to this rank's pages."""
 
     def __init__(self, engine: Engine, setup: FollowerSetup, send: Callable[[bytes], None]) -> None:
         self._rank = engine.tp_rank

@@ -130,7 +130,7 @@ class DecodeSide:
         self._deps.group.broadcast(TO_DECODE + payload)
 
     def on_follower(self, message: RankArrived | Rotated | RankSums) -> None:
-        """From another rank. On the rank group's thread."""
+        """Take another rank's message. On the rank group's thread."""
         match message:
             case RankArrived():
                 self._tell_arrived(message.rank, message.message, message.verdict)
@@ -140,7 +140,7 @@ class DecodeSide:
                 self._on_sums(message.rank, message.fetch_id, message.checksum)
 
     def after_change(self) -> None:
-        """With the lock held: progress is made while somebody may write or read; there may be work."""
+        """Let progress be made while somebody may write or read, and look for work. The lock is held."""
         wanted = self.receiver.has_open or bool(self.lending)
         if self._watching != wanted:
             self._watching = wanted
@@ -159,12 +159,12 @@ class DecodeSide:
             self.after_change()
 
     def _on_sums(self, rank: int, fetch_id: int, checksum: bytes) -> None:
-        """On the transfer thread or the rank group's."""
+        """Pass on a rank's sums of lent blocks. On the transfer thread or the rank group's."""
         with self._lock:
             self.lending.on_sums(rank, fetch_id, checksum)
 
     def tick(self) -> None:
-        """With the lock held."""
+        """Look at lent blocks' leases. The lock is held."""
         self.lending.tick()
 
     def _on_prefill_lost(self, session: str) -> None:
@@ -173,17 +173,17 @@ class DecodeSide:
             self.after_change()
 
     def _on_arrived(self, agent: str, message: KVArrived) -> None:
-        """On the transfer thread: a look at the bytes takes longer than anybody should hold the lock."""
+        """Check what arrived, on the transfer thread: that takes longer than anybody should hold the lock."""
         self._tell_arrived(0, message, self._check.verdict(message) if self._check is not None else Verdict.UNCHECKED)
 
     def _tell_arrived(self, rank: int, message: KVArrived, verdict: Verdict) -> None:
-        """On the transfer thread or the rank group's."""
+        """Pass on a rank's arrival. On the transfer thread or the rank group's."""
         with self._lock:
             self.receiver.on_arrived(rank, message, verdict)
             self.after_change()
 
     def _on_agents_replaced(self, regions: tuple[RegionInfo, ...] | None) -> None:
-        """On the transfer thread or the rank group's."""
+        """Go on with new agents, or without any. On the transfer thread or the rank group's."""
         with self._lock:
             if regions is None:
                 self.receiver.rotation_failed()
@@ -193,13 +193,13 @@ class DecodeSide:
             self.after_change()
 
     def _leaving(self) -> Callable[[], object]:
-        """What was sent to routers is written on the network thread, in the order of the calls (`RouterSessions`)."""
+        """Return what waits until the network thread has written all that was sent to routers, in order of calls."""
         left = threading.Event()
         self._deps.call_soon(left.set)
         return lambda: left.wait(_LEAVE_LIMIT_S)
 
     def _to_prefill(self, session: str, message: Message) -> None:
-        """From any thread."""
+        """Send to a prefill worker. From any thread."""
         self._deps.call_soon(lambda: self._server.send(session, message))
 
     @property
@@ -208,7 +208,7 @@ class DecodeSide:
         return self.role.num_unfinished
 
     def complete_status(self, status: WorkerStatus) -> WorkerStatus:
-        """With what swapping, fences and checks have done. The lock is held."""
+        """Add what swapping, rotations and checks have done. The lock is held."""
         counters, timer = self.receiver.counters, self.receiver.rotation.timer
         return msgspec.structs.replace(
             status,

@@ -1,4 +1,4 @@
-"""What a worker gives its roles to work with: made once by `process.py`, taken by `PrefillSide` and `DecodeSide`.
+"""`WorkerDeps` is what a worker's sides work with: made once by `process.py`, taken by `PrefillSide` and `DecodeSide`.
 
 It has two transfer agents over the same pages. Through one of them others write into our pages; it is replaced to
 fence a writer. The other one writes into pages elsewhere; it is replaced when its own writes cannot be waited for.

@@ -26,7 +26,7 @@ from ..transfer.thread import TransferThread
 
 
 class PrefillFollower:
-    """Its agent is this rank's way out. `process`: whose end is to be seen, where it may copy into others' memory."""
+    """A `PrefillFollower` owns this rank's outgoing agent. `process`: its end is to be seen, where it copies itself."""
 
     def __init__(self, engine: Engine, setup: FollowerSetup, send: Callable[[bytes], None]) -> None:
         self._send = send

@@ -107,7 +107,7 @@ class PrefillSide:
         self._deps.group.broadcast(TO_PREFILL + payload)
 
     def on_follower(self, message: PeerMessage | SourceFree | RankRead) -> None:
-        """From another rank. On the rank group's thread."""
+        """Take another rank's message. On the rank group's thread."""
         match message:
             case PeerMessage():
                 self._to_decode(message.kv_address, message.message)
@@ -117,7 +117,7 @@ class PrefillSide:
                 self._on_read(message.rank, message.fetch_id, message.outcome, message.sums)
 
     def _to_decode(self, kv_address: str, message: Message) -> None:
-        """From any thread."""
+        """Send to a decode worker. From any thread."""
         self._deps.call_soon(lambda: self._links.send(kv_address, message))
 
     def _on_answer(self, kv_address: str, message: Message) -> None:
@@ -130,7 +130,7 @@ class PrefillSide:
         self._shipping.on_answer(message)
 
     def _on_read(self, rank: int, fetch_id: int, outcome: ReadOutcome, sums: bytes) -> None:
-        """On the transfer thread or the rank group's."""
+        """Pass on a rank's end of a read. On the transfer thread or the rank group's."""
         with self._lock:
             self.fetches.on_read(rank, fetch_id, outcome, sums)
             self._lock.notify()
@@ -142,23 +142,23 @@ class PrefillSide:
             self._lock.notify()
 
     def tick(self) -> None:
-        """With the lock held."""
+        """Look at the fetches' time limits. The lock is held."""
         self.fetches.tick()
 
     def _on_report(self, report: TransferReport) -> None:
-        """On the transfer thread."""
+        """Report a shipment's end to its router. On the transfer thread."""
         with self._lock:
             router_id = self.role.router_of(report.request_id, report.attempt)
         if router_id is not None:
             self._deps.to_router(router_id, report)
 
     def _on_rank_free(self, open_id: int) -> None:
-        """On the transfer thread or the rank group's."""
+        """Note that a rank reads a shipment's source no more. On the transfer thread or the rank group's."""
         with self._lock:
             self._shipping.on_rank_free(open_id)
 
     def _on_source_free(self, open_id: int) -> None:
-        """With the lock held."""
+        """Give back the source blocks of a shipment. The lock is held."""
         self.role.on_source_free(open_id)
         self._lock.notify()
 

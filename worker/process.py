@@ -77,7 +77,7 @@ class WorkerProcess:
         self._drains_until: float | None = None
 
     async def run(self) -> int:
-        """Until it has drained (SIGTERM, or a router's Drain), SIGINT or a failure.
+        """Run until it has drained (SIGTERM, or a router's Drain), SIGINT or a failure.
 
         The exit code: 0, 1 (failure) or 2 (configuration).
         """
@@ -125,7 +125,7 @@ class WorkerProcess:
             self._drain(self._config.drain_timeout)
 
     def _on_launcher(self, event: dict[str, object]) -> None:
-        """On the lifeline's thread."""
+        """Obey the launcher. On the lifeline's thread."""
         if event["event"] == "reload":
             self._call_soon(self._reload)
         elif event["event"] == "stopping" and self._sessions is not None:
@@ -171,7 +171,7 @@ class WorkerProcess:
         )
 
     def _yield_cores(self) -> None:
-        """To those who decode, while this worker does not."""
+        """Give way to workers that decode, while this one does not."""
         assert self._worker is not None
         yields = not self._worker.decodes
         if yields and self._worker.active_role != self._config.role and not self._courtesy.is_revocable:
@@ -288,7 +288,7 @@ class WorkerProcess:
         )
 
     def _on_follower(self, rank: int, payload: bytes) -> None:
-        """On the rank group's thread."""
+        """Take another rank's message. On the rank group's thread."""
         message = follower_messages.decode(payload)
         if isinstance(message, FollowerRegion):
             self._follower_regions[rank] = message
@@ -351,7 +351,7 @@ class WorkerProcess:
         )
 
     def _to_router(self, router_id: str, message: Message) -> None:
-        """From any thread."""
+        """Send to a router. From any thread."""
         if self._sessions is not None:
             self._sessions.send(router_id, message)
 
@@ -412,7 +412,7 @@ class WorkerProcess:
 
 
 def make_follower(engine: Engine, config: bytes, send: Callable[[bytes], None]) -> FollowerHandler:
-    """What another tensor-parallel rank of a worker runs beside its engine."""
+    """Make what another tensor-parallel rank of a worker runs beside its engine."""
     setups: Decoder[FollowerSetup] = Decoder(FollowerSetup)
     setup = setups.decode(config)
     from .follower import FollowerPair

@@ -45,7 +45,7 @@ class RolePair:
         self.prefill.is_active, self.decode.is_active = role == "prefill", role == "decode"
 
     def learn(self, samples: Iterable[StepSample]) -> None:
-        """How long steps take here, before the first one."""
+        """Learn how long steps take here, before the first one."""
         for sample in samples:
             tokens, rows = sample.prefill_tokens, sample.decode_rows
             self.decode.scheduler.pace.learn(sample.step_s, num_chunk_tokens=tokens, num_rows=rows)
@@ -86,7 +86,7 @@ class RolePair:
         return copies
 
     def _prefill_step_s(self) -> float:
-        """What a step of prompts may take."""
+        """Return the seconds that a step of prompts may take."""
         decode = self.decode.scheduler
         return min(MAX_STEP_S, decode.pace.room_s) if decode.num_running else MAX_STEP_S
 
@@ -107,7 +107,7 @@ class RolePair:
 
     @property
     def stepping(self) -> str:
-        """Whose step runs, or ran last."""
+        """Return the role whose step runs, or ran last."""
         return self._stepping.name
 
     @property
@@ -161,7 +161,7 @@ class RolePair:
 
     @property
     def routers(self) -> set[str]:
-        """Those that have work here."""
+        """Return the routers that have work here."""
         return self.prefill.routers | self.decode.routers
 
     @property

@@ -86,7 +86,7 @@ class RouterSessions:
             channel.flush()
 
     def say_goodbye(self) -> None:
-        """To every router: the end that comes is nobody's failure. `close` follows."""
+        """Tell every router that the end that comes is nobody's failure. `close` follows."""
         self._flush()
         for channel in self._channels.values():
             channel.send(Goodbye())

@@ -1,4 +1,4 @@
-"""How several routers share a worker: each that has work here, or has sent some lately, may use an equal part.
+"""Several routers share a worker: each that has work here, or has sent some lately, may use an equal part.
 
 What a router does not use flows back to the others with the next heartbeat, which tells each of them its share.
 """
@@ -20,11 +20,11 @@ class RouterShares:
         self._work_s: dict[str, float] = {}  # when each sent work
 
     def note_work(self, router_id: str) -> None:
-        """It has sent work, whether that is taken or not."""
+        """Note that a router has sent work, whether that is taken or not."""
         self._work_s[router_id] = self._clock.now()
 
     def share(self, router_id: str, working: Collection[str]) -> float:
-        """Of the worker, for this router, whether it uses it now or begins to. `working`: those that have work here."""
+        """Return a router's share of the worker, used now or from now on. `working`: those that have work here."""
         since = self._clock.now() - LATELY_S
         self._work_s = {other: at_s for other, at_s in self._work_s.items() if at_s > since}
         return 1.0 / len({router_id, *working, *self._work_s})

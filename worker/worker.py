@@ -50,7 +50,7 @@ class Worker:
 
     @property
     def kv_address(self) -> str:
-        """Where prefill workers ask to write, whatever the role: what was granted arrives."""
+        """Return where prefill workers ask to write, whatever the role: what was granted arrives."""
         return self._decode.kv_address
 
     # --- routers ----------------------------------------------------------------------------------------
@@ -83,12 +83,12 @@ class Worker:
             self._roles.draining = True
 
     def _wake(self) -> None:
-        """From any thread."""
+        """Have the engine look for work. From any thread."""
         with self._lock:
             self._lock.notify()
 
     def on_follower(self, rank: int, message: Message) -> None:
-        """From another rank. On the rank group's thread."""
+        """Take another rank's message. On the rank group's thread."""
         match message:
             case PeerMessage() | SourceFree() | RankRead():
                 self._prefill.on_follower(message)
@@ -111,7 +111,7 @@ class Worker:
             self._journal.router_joined(router_id)
 
     def cache_changes(self) -> list[tuple[str, CacheChange]]:
-        """What routers are to be told of the caches, since the last call."""
+        """Return what routers are to be told of the caches, since the last call."""
         with self._lock:
             return list(self._journal.drain())
 
@@ -134,7 +134,7 @@ class Worker:
 
     @property
     def num_unfinished(self) -> int:
-        """What a drain waits for: requests, and handoffs in both directions."""
+        """Return how much a drain waits for: requests, and handoffs in both directions."""
         with self._lock:
             return self._prefill.num_unfinished + self._decode.num_unfinished
 

@@ -1,4 +1,4 @@
-"""What a transport must do: one-sided writes and reads of pages of another process's registered KV allocation.
+"""A transport writes and reads pages of another process's registered KV allocation, one-sided.
 
 The shape is NIXL's: register once, exchange metadata, write, poll, notify. A *page* is one block in one layer on
 one rank; its index is `layer * num_blocks + block`. Where both sides have the same tensor-parallel size a page is
@@ -55,7 +55,7 @@ class TransferBackend(Protocol):
 
     @property
     def telemetry_bytes(self) -> int:
-        """Of writes and reads that are DONE, as the transport itself counted them."""
+        """Return the bytes of writes and reads that are DONE, as the transport itself counted them."""
         ...
 
     def register(self, pages: torch.Tensor, *, rank: int, tp_size: int, generation: int) -> RegionInfo:
@@ -134,7 +134,7 @@ def page_num_bytes(pages: torch.Tensor) -> int:
 def describe_region(
     pages: torch.Tensor, *, agent: str, metadata: bytes, transport: str, rank: int, tp_size: int, generation: int
 ) -> RegionInfo:
-    """What a peer must know of a registered allocation."""
+    """Describe a registered allocation as a peer must know it."""
     return RegionInfo(
         rank=rank,
         tp_size=tp_size,

@@ -1,4 +1,4 @@
-"""Which transport a worker uses, and what it is told before its first agent."""
+"""A worker chooses its transport here, and sets what that must know before its first agent."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def open_backend(name: str, agent: str) -> TransferBackend:
 
 
 def allows_host_memory(transports: str) -> bool:
-    """Whether a value of UCX_TLS lets a process copy from and to another one's memory."""
+    """Tell whether a value of UCX_TLS lets a process copy from and to another one's memory."""
     names = set(transports.removeprefix("^").split(","))
     is_named = not names.isdisjoint({"all", "sm", "shm", "cma"})
     return not is_named if transports.startswith("^") else is_named
 
 
 def allows_own_copies(transports: str) -> bool:
-    """Whether with this UCX_TLS a process may write into another's memory, or its GPU's, without an agent over there.
+    """Tell whether this UCX_TLS lets a process write into another's memory, or its GPU's, without an agent over there.
 
     In doubt it may.
     """

@@ -39,7 +39,7 @@ _Pages = npt.NDArray[np.int32]
 
 
 class HostMark(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a process shows, so that others can be sure that it is its memory that they reach."""
+    """A mark that a process shows, so that others can be sure that it is its memory that they reach."""
 
     host: Name  # boot and network namespace
     pid: Count
@@ -112,7 +112,7 @@ class HostWindow:
 
 
 class PageArea(NamedTuple):
-    """Where pages stand in their process."""
+    """The place of pages in their process."""
 
     base_addr: int
     page_bytes: int
@@ -158,7 +158,7 @@ class PageWindow(NamedTuple):
         return self.window.write(ours, theirs) if ours[:, 1].mean() < SMALL_PIECE_BYTES else None
 
     def read_small(self, local_pages: Sequence[int], remote_pages: Sequence[int]) -> int | None:
-        """As `write_small`, the other way round."""
+        """Read, as `write_small` writes."""
         ours, theirs = self._runs(local_pages, remote_pages)
         return self.window.read(ours, theirs) if ours[:, 1].mean() < SMALL_PIECE_BYTES else None
 

@@ -124,7 +124,7 @@ class LocalNetwork:
         return LocalFault.GONE if agent not in self.agents else self._faults.get(agent)
 
     def done_at(self, agent: str, num_bytes: int) -> float:
-        """When a write that is posted now has passed the agent's link."""
+        """Return when a write that is posted now has passed the agent's link."""
         if self._clock is None or self._bytes_per_s is None:
             return 0.0
         start = max(self._clock.now(), self._link_free_at.get(agent, 0.0))

@@ -38,7 +38,7 @@ from .host_memory import HostMark, HostWindow, Marker, PageArea, PageWindow
 
 
 class _Metadata(Message, frozen=True):
-    """What a peer needs to reach us."""
+    """Metadata that a peer needs to reach us."""
 
     nixl: bytes
     mark: HostMark | None  # None: our pages are a GPU's, or UCX was told not to use shared memory

@@ -42,7 +42,7 @@ class Peers:
         self._lost.update(agent for agent, address in self._addresses.items() if address == kv_address)
 
     def replaced(self, agents: Iterable[str]) -> None:
-        """Their worker has others now: these are gone."""
+        """Forget agents that are gone: their worker has others now."""
         self._lost.update(self._addresses.keys() & set(agents))
 
     def clear(self) -> None:

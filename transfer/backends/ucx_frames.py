@@ -1,4 +1,4 @@
-"""What two `UcxBackend`s say to each other, beside the bytes of writes."""
+"""Frames that two `UcxBackend`s send each other, beside the bytes of writes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class UcxRead(Message, frozen=True):
 
 
 class UcxAck(Message, frozen=True):
-    """They are in the pages."""
+    """The bytes of a write are in the pages."""
 
     write_id: Count
     num_bytes: Count  # applied; 0: refused

@@ -67,7 +67,7 @@ _NEXT: dict[FetchState, frozenset[FetchState]] = {
 
 
 class FetchFailure(Enum):
-    """Why a fetch ended with less than it was to bring."""
+    """A reason why a fetch ended with less than it was to bring."""
 
     REFUSED = "refused"  # by the lender, in words
     NO_ANSWER = "no_answer"  # to the question, in ANSWER_WITHIN_S
@@ -188,7 +188,7 @@ class Fetches:
 
     @property
     def num_given_up_blocks(self) -> int:
-        """In quarantine, as it were."""
+        """Return how many blocks are kept out of use because a read that was given up may still land in them."""
         return sum(len(part.blocks) for part in self._given_up.values())
 
     # --- prompts --------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ class Fetches:
         return max(0, min(self._part_blocks, self._pool.num_free_blocks - self._reserve()))
 
     def _ask(self, fetch: _Fetch) -> None:
-        """For the next part."""
+        """Ask for the next part."""
         endpoint, first = self._endpoint, fetch.num_found
         hashes = list(fetch.hashes[first : first + self._room()])
         if not hashes:
@@ -260,7 +260,7 @@ class Fetches:
     # --- answers --------------------------------------------------------------------------------------------------
 
     def on_message(self, message: KVFetchable | KVFetchSums | KVFetchRefused) -> None:
-        """From the worker that was asked."""
+        """Take an answer of the worker that was asked."""
         fetch = self._parts.get(message.fetch_id)
         if fetch is None or fetch.part is None:
             self.stale_messages += 1

@@ -77,7 +77,7 @@ class Lending:
         return len(self._leases)
 
     def on_message(self, session: str, message: KVFetch | KVFetchDone) -> None:
-        """From the connection `session`."""
+        """Take a message that came over the connection `session`."""
         if isinstance(message, KVFetchDone):
             self._end(message.fetch_id)
             return

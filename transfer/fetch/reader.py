@@ -34,7 +34,7 @@ from ..protocol.rank_messages import ReadOutcome
 MAX_IN_FLIGHT_BYTES = 64 << 20  # of one read
 MAX_READ_BYTES = 8 << 20  # on one host a post is the copy: writes and leases are looked after between two
 FAILED_AFTER_S = 2.0  # that our agent's other work gets, before the agent is replaced for a failed read's sake
-STUCK_AFTER_S = 10.0  # the same for one that neither ends nor fails
+STUCK_AFTER_S = 10.0  # that our agent gets where a read neither ends nor fails
 MIN_INTERVAL_S = 5.0  # between two of our agents
 _GIVEN_UP_POLL_S = 0.02
 
@@ -55,7 +55,7 @@ class _Piece(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Read:
-    """Of some blocks, in all layers."""
+    """One read of some blocks, in all layers."""
 
     fetch_id: int
     kv_address: str
@@ -203,7 +203,7 @@ class KVReader:
                 self._sum(read, piece)
 
     def _sum(self, read: _Read, piece: _Piece) -> None:
-        """While it is in the core's cache."""
+        """Sum a piece while it is in the core's cache."""
         if read.sums is not None and self._sums is not None and read.ends_since is None:
             ours, theirs = read.local[piece.first : piece.end], read.remote[piece.first : piece.end]
             self._sums.add(read.sums, read.slots[piece.first : piece.end], ours, theirs, ((0, self._page_bytes),))
@@ -239,12 +239,12 @@ class KVReader:
         )
 
     def agent_replaced(self, now: float) -> None:
-        """It is gone, whether or not there is a new one."""
+        """Note that our agent is gone, whether or not there is a new one."""
         self._next_agent_at = now + MIN_INTERVAL_S
 
 
 class BlockSums:
-    """What the pages of lent blocks are, on one rank: the other side of a read's sums."""
+    """`BlockSums` sums the pages of lent blocks on one rank: the other side of a read's sums."""
 
     def __init__(self, sums: PageSums, spec: KVCacheSpec, tp_size: int, num_blocks: int) -> None:
         self._sums = sums

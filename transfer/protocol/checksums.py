@@ -54,7 +54,7 @@ class PageSums:
 
 
 def open_sums(config: TransferConfig, pages: torch.Tensor) -> PageSums | None:
-    """What the setting asks for over these pages; None: no checksums. Raises ConfigError."""
+    """Open the sums that the setting asks for over these pages; None: no checksums. Raises ConfigError."""
     if config.kv_checksum == "off" or (config.kv_checksum == "auto" and pages.is_cuda):
         return None
     if pages.is_cuda:
@@ -63,7 +63,7 @@ def open_sums(config: TransferConfig, pages: torch.Tensor) -> PageSums | None:
 
 
 class ShipmentSums:
-    """Of what one source rank ships to one decode rank."""
+    """`ShipmentSums` sums what one source rank ships to one decode rank."""
 
     def __init__(self, block_ids: tuple[int, ...], num_blocks: int) -> None:
         """`num_blocks`: of the decode worker's pool."""
@@ -91,7 +91,7 @@ class ArrivalCheck:
         self._num_blocks = num_blocks
 
     def verdict(self, message: KVArrived) -> Verdict:
-        """On the transfer thread, before the arrival is told."""
+        """Compare, on the transfer thread, before the arrival is told."""
         if not message.checksum:
             return Verdict.UNCHECKED
         blocks = message.block_ids
@@ -122,7 +122,7 @@ class ArrivalCheck:
         )
 
     def _spoil(self, block: int, offset: int) -> None:
-        """What a drill asked for: one bit of what has arrived is another."""
+        """Change one bit of what has arrived, as a drill asked."""
         self._sums.view[block * self._spec.page_bytes(self._tp_size) + offset] ^= 1
 
 

@@ -1,4 +1,4 @@
-"""What both sides of a handoff must agree on: fit, page addresses, head slices, who writes to whom, grants.
+"""Both sides of a handoff must agree on this: fit, page addresses, head slices, who writes to whom, grants.
 
     decode worker   mint_grant ─> Grant ─> router ─> PrefillTask ─> check_grant, open_mac   prefill worker
                     check_compatible, is_minted <─ KVOpen <──────────────────────────┘
@@ -39,7 +39,7 @@ REJECTS = (
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """What of a worker must fit its peer."""
+    """A worker as far as it must fit its peer."""
 
     spec: KVCacheSpec
     version: str
@@ -48,7 +48,7 @@ class Endpoint:
 
 
 def check_compatible(local: Endpoint, remote: Endpoint) -> str | None:
-    """Why KV cannot move between the two, with both values; None if it can."""
+    """Say why KV cannot move between the two, with both values; None if it can."""
     if local.version != remote.version:
         return f"kvferry {local.version} here, {remote.version} there"
     if local.transport != remote.transport:
@@ -64,7 +64,7 @@ def check_compatible(local: Endpoint, remote: Endpoint) -> str | None:
 
 
 def check_grant(local: Endpoint, grant: GrantInfo) -> str | None:
-    """Why nothing can be shipped under the grant; None if it can. Its worker's version is checked at KVOpen."""
+    """Say why nothing can be shipped under the grant; None if it can. Its worker's version is checked at KVOpen."""
     spec, ranks = grant.spec, grant.ranks
     if not ranks:
         return "the grant names no rank"
@@ -161,7 +161,7 @@ def open_mac(grant: GrantInfo, request_id: str, attempt: int) -> bytes:
 
 
 def is_minted(key: bytes, grant: GrantInfo, request_id: str, attempt: int, mac: bytes) -> bool:
-    """Whether `mac` is the `open_mac` of this very grant as it was minted with `key` for this attempt."""
+    """Tell whether `mac` is the `open_mac` of this very grant as it was minted with `key` for this attempt."""
     return hmac.compare_digest(open_mac(mint_grant(key, grant, request_id, attempt), request_id, attempt), mac)
 
 
@@ -171,7 +171,7 @@ def moved_grant(grant: GrantInfo, ranks: tuple[RegionInfo, ...]) -> GrantInfo:
 
 
 class Verdict(Enum):
-    """Of the bytes that an arrival is about, as the rank found them that they came to."""
+    """A verdict on the bytes that an arrival is about, by the rank that they came to."""
 
     UNCHECKED = "unchecked"
     INTACT = "intact"

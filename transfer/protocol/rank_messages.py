@@ -1,4 +1,4 @@
-"""What tensor-parallel followers and rank 0 say to each other about transfers.
+"""Messages between tensor-parallel followers and rank 0 about transfers.
 
     rank 0 -> follower   FollowerSetup at the start; then, behind a mark of the role that they are for, Watch, Rotate
                          (decode) and the commands of `prefill.shipping`
@@ -18,7 +18,7 @@ TO_PREFILL, TO_DECODE = b"p", b"d"  # whom a broadcast is for, before the messag
 
 
 class FollowerSetup(Message):
-    """Who the worker is, for its other ranks."""
+    """The worker's identity, for its other ranks."""
 
     worker_id: str
     incarnation: int
@@ -32,7 +32,7 @@ class FollowerRegion(Message):
 
 
 class PeerMessage(Message):
-    """To be sent over rank 0's control connection."""
+    """A message that rank 0 is to send over its control connection."""
 
     kv_address: str
     message: KVClosed
@@ -66,7 +66,7 @@ class Rotated(Message):
 
 
 class ReadOutcome(Enum):
-    """What a rank tells of a read. The last word is `DONE` or `OVER`."""
+    """A rank's word about a read. The last one is `DONE` or `OVER`."""
 
     DONE = "done"  # every page is here, and nothing is on its way
     FAILED = "failed"  # it will not be done; something may still land

@@ -27,7 +27,7 @@ class Arrivals:
         self._checks_bytes = checks_bytes
 
     def on_arrived(self, reservation: Reservation, decode_rank: int, message: KVArrived, verdict: Verdict) -> None:
-        """From the writer of the reservation: one source rank's word to one decode rank."""
+        """Take one source rank's word to one decode rank. It comes from the writer of the reservation."""
         writer = reservation.writer
         assert writer is not None
         pair = (message.source_rank, decode_rank)
@@ -49,7 +49,7 @@ class Arrivals:
     def _fault(
         self, reservation: Reservation, writer: Writer, message: KVArrived, verdict: Verdict
     ) -> tuple[str, str] | None:
-        """Why what has arrived is not what was granted, and whom to blame."""
+        """Say why what has arrived is not what was granted, and whom to blame."""
         first_choices = {choice.choice for choice in message.first_tokens}
         if message.num_tokens != reservation.num_tokens or not first_choices <= set(reservation.spec.choices):
             found = f"{message.num_tokens} tokens of choices {sorted(first_choices)}"

@@ -1,4 +1,4 @@
-"""How reservations end on the decode side, and who is told.
+"""`Endings` ends reservations on the decode side, and tells routers and writers.
 
 drop       given up for a reason that its router knows      GRANTED, ARRIVED: free at once; OPEN: doomed
 doom       given up while its writer may still write        the blocks go into quarantine
@@ -22,7 +22,7 @@ from .reservations import Reservations
 
 @dataclass(slots=True)
 class Counters:
-    """Since the start."""
+    """Counts since the worker's start."""
 
     stale_messages: int = 0
     num_failures: int = 0  # opens that were doomed by something else than an abort
@@ -143,7 +143,7 @@ class Endings:
         )
 
     def tell_what_became(self, request_id: str, attempt: int, router_id: str | None) -> None:
-        """Of a handoff that is over."""
+        """Tell a router what became of a handoff that is over."""
         ended = self._reservations.ended_attempt(request_id)
         router = ended.router_id if ended is not None else router_id
         if router is None:

@@ -58,7 +58,7 @@ class Grants:
     def reserve(
         self, spec: RequestSpec, router_id: str, *, max_local_tokens: int, growth_reserve: int, refusal: str = ""
     ) -> Grant | NoCapacity:
-        """As `KVReceiver.reserve`. `refusal`: why nothing new is granted; empty: it is."""
+        """Reserve, as `KVReceiver.reserve`. `refusal`: why nothing new is granted; empty: it is."""
         known = self._reservations.of_request(spec.request_id)
         if known is not None and known.spec.attempt == spec.attempt and known.state is ReservationState.GRANTED:
             return Grant(request_id=spec.request_id, attempt=spec.attempt, grant=known.grant)

@@ -1,4 +1,4 @@
-"""What must hold after every event on the decode side, whatever happened: the handoff's invariants as functions.
+"""The handoff's invariants as functions: they hold after every event on the decode side, whatever happened.
 
     after every event           check_books (H3), check_hits (H5), check_published (H6), check_quarantine (H9), and
                                 OpenHistory.check (H4), which remembers what came before
@@ -105,7 +105,7 @@ class OpenHistory:
         self._ended: set[tuple[int, int]] = set()
 
     def check(self, receiver: KVReceiver) -> None:
-        """After every event of one decode worker, whose incarnations may follow each other."""
+        """Check after every event of one decode worker, whose incarnations may follow each other."""
         live = set()
         for reservation in receiver.reservations.live.values():
             grant_id = reservation.grant.grant_id

@@ -39,7 +39,7 @@ WatchProcesses = Callable[[Sequence[ProcessMark]], ProcessWatch | None]
 
 
 class Refusal(NamedTuple):
-    """Why a grant cannot be opened: one of handoff.REJECTS, and the words."""
+    """A reason why a grant cannot be opened: one of handoff.REJECTS, and the words."""
 
     kind: str
     reason: str
@@ -88,7 +88,7 @@ class Opens:
             self.open(session, message, regions, draining)
 
     def drop_held(self, session: str) -> None:
-        """Its prefill worker no longer hears an answer."""
+        """Drop the opens of a session whose prefill worker no longer hears an answer."""
         self._held = {key: value for key, value in self._held.items() if value[0] != session}
 
     def open(self, session: str, message: KVOpen, regions: tuple[RegionInfo, ...], draining: bool) -> None:

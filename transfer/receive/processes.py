@@ -1,4 +1,4 @@
-"""Whether other processes of this host have ended: nothing else stops one that copies into our memory by itself.
+"""Processes of this host are watched for their end: nothing else stops one that copies into our memory by itself.
 
     prefill worker   own_mark of each rank ─> KVOpen.processes
     decode worker    watch ─> ProcessWatch, asked until its prefill worker is fenced
@@ -63,7 +63,7 @@ class DescriptorWatch:
 
 
 def own_mark() -> ProcessMark:
-    """This process."""
+    """Return the mark of this process."""
     pid = os.getpid()
     return ProcessMark(_host(), pid, _started(pid) or 0)
 
@@ -99,7 +99,7 @@ def _open(mark: ProcessMark) -> int:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None: there is none."""
+    """Return when a process started, in clock ticks since boot; None: there is none."""
     try:
         _, _, rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
     except OSError:

@@ -140,7 +140,7 @@ class KVReceiver:
 
     @property
     def arrived(self) -> list[Reservation]:
-        """Those that wait for room in the batch, in the order of arrival."""
+        """Return the reservations that wait for room in the batch, in the order of arrival."""
         return self.reservations.arrived
 
     @property
@@ -223,7 +223,7 @@ class KVReceiver:
     # --- the prefill worker's messages -----------------------------------------------------------------------
 
     def on_message(self, session: str, message: KVOpen | KVRenew | KVClosed) -> None:
-        """From the connection `session`, a new name for each connection."""
+        """Take a message from the connection `session`, a new name for each connection."""
         match message:
             case KVOpen():
                 if self.rotation.timer.is_idle:
@@ -369,7 +369,7 @@ class KVReceiver:
         self.rotation.failed()
 
     def fence(self, incarnation: int) -> int:
-        """That prefill worker can write nothing more, for certain: free what it left in quarantine. How many blocks.
+        """Free the quarantine of a prefill worker that can write nothing more, for certain. Returns how many blocks.
 
         Certain is: its process is dead and it wrote through memory of this host, or the agents it wrote to are gone.
         """

@@ -61,12 +61,12 @@ class Writer:
 
     @property
     def is_dead(self) -> bool:
-        """Its processes were watched and have ended."""
+        """Tell whether the writer's processes were watched and have ended."""
         return self.process_watch is not None and self.process_watch.has_ended
 
     @property
     def is_behind_network(self) -> bool:
-        """What it may still write comes through our agents: gone with them."""
+        """Tell whether what it may still write comes through our agents: then it is gone with them."""
         return (
             self.process_watch is None
             or self.process_watch.has_ended

@@ -60,13 +60,13 @@ class Reservations:
             self.remember_open(reservation.writer.open_id, reservation.writer.session)
 
     def remember_open(self, open_id: int, session: str) -> None:
-        """It is over, or never was."""
+        """Remember an open that is over, or never was."""
         _remember(self._ended_opens, open_id, session)
 
     # --- looking up ---------------------------------------------------------------------------------------
 
     def find(self, grant_id: GrantId) -> Reservation | None:
-        """By a grant of ours that has not ended."""
+        """Find the reservation of a grant of ours that has not ended."""
         return self.live.get(grant_id.epoch) if (grant_id.worker_id, grant_id.incarnation) == self._worker else None
 
     def of_request(self, request_id: str) -> Reservation | None:
@@ -83,7 +83,7 @@ class Reservations:
         return self._ended_attempts.get(request_id)
 
     def session_of_ended(self, open_id: int) -> str | None:
-        """Where the writer of an open that is over was last heard."""
+        """Return the session on which the writer of an open that is over was last heard."""
         return self._ended_opens.get(open_id)
 
     def is_stale(self, request_id: str, attempt: int) -> bool:
@@ -114,7 +114,7 @@ class Reservations:
     def shortage(
         self, num_total: int, hits: list[BlockId], growth_reserve: int, *, without_quarantine: bool = False
     ) -> str | None:
-        """Why `num_total` blocks, of which `hits` are here, cannot be promised now; None if they can.
+        """Say why `num_total` blocks, of which `hits` are here, cannot be promised now; None if they can.
 
         `without_quarantine`: as if what lies in quarantine were free.
         """

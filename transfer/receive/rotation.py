@@ -105,7 +105,7 @@ class Rotation:
         )
 
     def _begin(self, rotate: Callable[[int], None]) -> None:
-        """Who had not ended by now is not fenced by this rotation."""
+        """Begin a rotation. Writers that had not ended by now are not fenced by it."""
         assert not self._reservations.in_state(ReservationState.OPEN)
         self._condemned = [
             reservation

@@ -1,4 +1,4 @@
-"""When a decode worker replaces its transfer agents, so that nobody writes into quarantined blocks any more.
+"""`RotationTimer` says when a decode worker replaces its transfer agents, to end all writing into quarantined blocks.
 
     IDLE ──due──> SETTLING ──no open handoff is left, or 1 s──> CANCELLING ──those ended, or 1 s──> ROTATING ──> IDLE
       ^              │                                              │                                  │ ^
@@ -37,7 +37,7 @@ class Action(Enum):
 
 
 class Quarantined(NamedTuple):
-    """What one prefill worker left and a rotation would free."""
+    """Blocks that one prefill worker left and a rotation would free."""
 
     num_blocks: int
     age_s: float  # of the oldest
@@ -77,7 +77,7 @@ class RotationTimer:
         return self._has_failed
 
     def step(self, scene: Scene) -> Action:
-        """What is to be done now; NONE while a rotation runs."""
+        """Return what is to be done now; NONE while a rotation runs."""
         if self.phase is Phase.ROTATING:
             return self._retry()
         if not scene.quarantined:

@@ -20,7 +20,7 @@ from ..backends.base import TransferState
 from .shipment import Shipment
 
 FAILED_AFTER_S = 2.0  # that a decode worker gets to fence us before we destroy our agent
-STUCK_AFTER_S = 10.0  # the same for writes that neither end nor fail
+STUCK_AFTER_S = 10.0  # that a decode worker gets where writes neither end nor fail
 MIN_INTERVAL_S = 5.0  # between two of our agents
 GIVE_UP_S = 30.0  # a decode worker that has not heard a word for so long is gone, or has fenced us
 
@@ -54,7 +54,7 @@ class Closings:
         return bool(self._found)
 
     def add(self, shipment: Shipment, now: float, reason: str, *, clean: bool, has_failed: bool = False) -> None:
-        """Before its writes are taken off its account."""
+        """Say that a shipment has ended, before its writes are taken off its account."""
         grant, num_writes = shipment.grant, shipment.num_writes
         found = _Closing(
             grant.kv_address, grant.grant_id, shipment.open_id, reason, num_writes, clean, has_failed, now, now
@@ -86,7 +86,7 @@ class Closings:
                 self._tell(found, now)
 
     def next_call_at(self, every_s: float) -> float | None:
-        """When `repeat` or `wants_new_agent` may have something to do."""
+        """Return when `repeat` or `wants_new_agent` may have something to do."""
         return min((found.announced_at + every_s for found in self._found.values()), default=None)
 
     def _must_detach(self, found: _Closing) -> bool:

@@ -34,7 +34,7 @@ class Renewals:
         self._peers.setdefault(shipment.peer, _Peer(shipment.grant.kv_address, renew_at=now + self._every_s))
 
     def remove(self, peer: tuple[str, int]) -> None:
-        """Its last shipment has ended."""
+        """Forget a worker whose last shipment has ended."""
         del self._peers[peer]
 
     def renew(self, shipments: Iterable[Shipment], now: float) -> None:
@@ -53,7 +53,7 @@ class Renewals:
                 self._to_peer(peer.kv_address, KVRenew(opens=opens))
 
     def asked_at(self, peer: tuple[str, int]) -> float | None:
-        """When the KVRenew was sent that is answered now."""
+        """Return when the KVRenew was sent that is answered now."""
         return self._peers[peer].sent_at
 
     def answered(self, peer: tuple[str, int]) -> None:
@@ -67,5 +67,5 @@ class Renewals:
                 peer.sent_at = None
 
     def next_times(self) -> list[float]:
-        """When `renew` has something to do, unless an answer is waited for."""
+        """Return when `renew` has something to do, unless an answer is waited for."""
         return [peer.renew_at for peer in self._peers.values() if peer.sent_at is None]

@@ -1,4 +1,4 @@
-"""Which pages of a step are complete, and where they go.
+"""A plan names the pages that a step completes, and where they go.
 
 A block is complete when it is full or ends the prompt; from then on it is written once, layer by layer, as the
 layers are computed. Blocks that the prefix cache already held are complete in all layers before the first chunk;
@@ -38,7 +38,7 @@ def plan_blocks(seq: Sequence, grant: GrantInfo, first: int, end: int) -> tuple[
 
 
 def plan_chunk(open_id: int, seq: Sequence, grant: GrantInfo, num_tokens: int) -> ShipPlan:
-    """What is complete once tokens [num_computed_tokens, num_computed_tokens + num_tokens) are computed."""
+    """Plan what is complete once tokens [num_computed_tokens, num_computed_tokens + num_tokens) are computed."""
     block_size = grant.spec.block_size
     end_token = seq.num_computed_tokens + num_tokens
     last = end_token == seq.num_tokens

@@ -1,4 +1,4 @@
-"""From a shipment's pages to writes and, at the end, notifications: where they go, in what pieces, with what checksums.
+"""`Posting` makes writes of a shipment's pages, and notifications at the end: where to, in what pieces, how summed.
 
     targets, connect ─> (KVOpened) move ─> post, piece by piece ─> tell
 

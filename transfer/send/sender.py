@@ -173,7 +173,7 @@ class KVSender:
         )
 
     def pages_ready(self, open_id: int, layer: int, local_blocks: Indices, remote_blocks: Indices) -> None:
-        """These blocks are complete in this layer and will not change. In the order of our blocks, runs merge."""
+        """Take blocks that are complete in this layer and will not change. In the order of our blocks, runs merge."""
         shipment = self._shipments.get(open_id)
         if shipment is not None and shipment.is_live:
             local = page_indices(layer, local_blocks, self._num_blocks)
@@ -377,7 +377,7 @@ class KVSender:
         self._posting.tell(shipment)
 
     def _replace_agent(self) -> None:
-        """What our agent may still do ends with it. Nothing of a shipment's is under way."""
+        """Replace our agent: what it may still do ends with it. Nothing of a shipment's is under way."""
         now = self._clock.now()
         try:
             self._posting.replace_agent()
@@ -421,7 +421,7 @@ class KVSender:
             self._source_free(shipment.open_id)
 
     def _fail(self, shipment: Shipment, reason: str, *, has_failed: bool = False) -> None:
-        """What was posted may still land. `has_failed`: and nobody will tell when it no longer can."""
+        """End a shipment whose posts may still land. `has_failed`: nobody will tell when they no longer can."""
         if shipment.state in (ShipmentState.SHIPPING, ShipmentState.CLOSING):
             self.num_failures += 1
             kind = "write failed" if has_failed else "write timed out"

@@ -104,12 +104,12 @@ class Shipment:
 
     @property
     def remote_num_blocks(self) -> int:
-        """Of the decode worker's pool, on each of its ranks."""
+        """Return the number of blocks in the decode worker's pool, on each of its ranks."""
         return self.grant.ranks[0].num_blocks
 
     @property
     def is_live(self) -> bool:
-        """It holds or wants the right to write; the source pages are read."""
+        """Tell whether it holds or wants the right to write: the source pages are read."""
         return self.state in (ShipmentState.OPENING, ShipmentState.SHIPPING)
 
     @property
@@ -119,7 +119,7 @@ class Shipment:
 
     @property
     def wants_turn(self) -> bool:
-        """It has something to post or to tell, or its last word may still need progress to leave."""
+        """Tell whether it has something to post or to tell, or its last word may still need progress to leave."""
         if self.state is ShipmentState.SHIPPING:
             return not self.is_posted or self.finished
         return self.state in (ShipmentState.TOLD, ShipmentState.CLOSING)
@@ -129,7 +129,7 @@ class Shipment:
         return self.grant.spec.num_layers * len(self.grant.block_ids)
 
     def report(self, clean: bool) -> TransferReport:
-        """What crossed, and how long its reader waited for it."""
+        """Report what crossed, and how long its reader waited for it."""
         first, last, computed = self.first_post_at, self.last_done_at, self.computed_at
         return TransferReport(
             request_id=self.request_id,

@@ -48,7 +48,7 @@ class Writes:
         self._peers.connect(kv_address, target.region, target.pieces)
 
     def has_room(self, peer: tuple[str, int], num_bytes: int) -> bool:
-        """Whether so much more may be under way to a decode worker. One write always may."""
+        """Tell whether so much more may be under way to a decode worker. One write always may."""
         in_flight = self._in_flight_bytes[peer]
         return not in_flight or in_flight + num_bytes <= self._max_in_flight_bytes
 
