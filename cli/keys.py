@@ -33,14 +33,14 @@ def add(
     ] = None,
 ) -> None:
     """Draw a key, put its hash into the file and print it: it is kept nowhere. Then: kvferry reload."""
-    from ..common.key_file import add_key
+    from ..settings.key_file import add_key
 
     print(add_key(file, key_id, _moment(expires) if expires is not None else None))
 
 
 def revoke(key_id: Id, file: File) -> None:
     """Take every key of this id out of the file. Then: kvferry reload."""
-    from ..common.key_file import revoke_keys
+    from ..settings.key_file import revoke_keys
 
     count = revoke_keys(file, key_id)
     if not count:
@@ -51,7 +51,7 @@ def revoke(key_id: Id, file: File) -> None:
 def list_keys(file: File) -> None:
     """Show whose keys are in the file, the beginning of each hash, and until when they are good."""
     from ..common.clock import wall_time_s
-    from ..common.key_file import read_key_file
+    from ..settings.key_file import read_key_file
 
     now_s = wall_time_s()
     for entry in read_key_file(file, "file"):

@@ -174,12 +174,12 @@ def _size(num_bytes: int) -> str:
 def router(loaded: Loaded) -> None:
     """Start a router by hand; workers connect to its control socket."""
     from ..common.channel import Address
-    from ..common.exposure import check_exposure
     from ..launch.children import ROUTER_PROGRAM
     from ..launch.host import why_not_bindable
     from ..launch.plan import plan_router
     from ..launch.reload import read_credentials
     from ..models.files import resolve_model
+    from ..settings.exposure import check_exposure
 
     settings = loaded.settings
     if why := why_not_bindable(settings.host, settings.port):

@@ -19,16 +19,16 @@ from typing import NamedTuple
 
 from ..common.channel import Address
 from ..common.errors import ConfigError
-from ..common.exposure import check_exposure
 from ..common.extras import FLASHINFER, RAY, UCXX, nixl
-from ..common.open_files import room_for_connections
 from ..engine.cpu.build import NativeUnavailable, find_compiler
 from ..models.checkpoint import check_checkpoint
 from ..models.config import ModelConfig
 from ..models.default import Progress
 from ..models.files import ResolvedModel, is_on_hub, resolve_model
 from ..models.tokenizer import Tokenizer
+from ..settings.exposure import check_exposure
 from ..settings.fields import ServeSettings
+from ..settings.open_files import room_for_connections
 from .engine_checks import check_engine, check_memory, check_model
 from .host import Host, read_host, why_not_bindable
 from .plan import Deployment, absolute, fit_to_host, plan

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from ..common.config import RouterConfig
 from ..common.credentials import read_secrets
-from ..common.key_file import read_key_file
+from ..settings.key_file import read_key_file
 from .process import Child, ChildState
 
 _ANSWER_S = 5.0

@@ -28,11 +28,11 @@ from ..common.clock import Clock, SystemClock, wall_time_us, week_s
 from ..common.config import RouterConfig
 from ..common.credentials import SharedSecret
 from ..common.errors import ConfigError
-from ..common.exposure import check_exposure
-from ..common.open_files import MAX_CONNECTIONS, room_for_connections
 from ..common.sockets import listen
 from ..models.config import ModelConfig
 from ..models.tokenizer import Tokenizer
+from ..settings.exposure import check_exposure
+from ..settings.open_files import MAX_CONNECTIONS, room_for_connections
 from .access.credentials import RouterCredentials
 from .access.keys import ApiKeys
 from .access.quota import QuotaLimits

@@ -46,8 +46,8 @@ worker               common kvcache engine/ranks engine transfer/backends transf
 worker               transfer/send transfer/receive transfer prefill decode
 router/state         common
 router/metrics       common
-router/http          common router/state
-router/access        common router/state
+router/http          common settings router/state
+router/access        common settings router/state
 router/helpers       common models router/state
 router/queue         common router/state
 router/placement     common router/state
@@ -55,8 +55,8 @@ router/dispatch      common kvcache router/state router/queue router/placement
 router/autoscaler    common router/state router/metrics
 router/api           common models router/state router/metrics router/http router/access router/helpers
 router/admin         common router/state router/access router/autoscaler router/api
-router               common models router/state router/metrics router/http router/access router/placement
-router               router/dispatch router/autoscaler router/api router/admin
+router               common settings models router/state router/metrics router/http router/access
+router               router/placement router/dispatch router/autoscaler router/api router/admin
 launch               common settings models kvcache engine/cpu
 tools/load           common
 tools/chaos          common models tools/load

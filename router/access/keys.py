@@ -1,7 +1,7 @@
 """API keys: who a request comes from, and whether its key is good at this moment.
 
-Keys come from the command line's environment (never told apart by name) and from a key file (common/key_file.py), which
-is read again on a reload: a key that is no longer in it is refused from then on, requests that it began may end.
+Keys come from the command line's environment (never told apart by name) and from a key file (settings/key_file.py),
+which is read again on a reload: a key that is no longer in it is refused from then on, requests that it began may end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ...common.clock import wall_time_s
 from ...common.errors import RequestError
-from ...common.key_file import KeyEntry, digest_of, read_key_file
+from ...settings.key_file import KeyEntry, digest_of, read_key_file
 
 
 class _KnownKey(NamedTuple):

@@ -13,7 +13,7 @@ import ipaddress
 from collections import Counter, OrderedDict
 from typing import Protocol
 
-from ...common.open_files import MAX_CONNECTIONS
+from ...settings.open_files import MAX_CONNECTIONS
 
 MAX_CONNECTIONS_PER_ADDRESS = 1024
 _IPV6_SITE_BITS = 64  # one customer's network: its addresses cost nothing

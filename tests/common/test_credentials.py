@@ -14,7 +14,7 @@ from kvferry.common.channel import Address, Channel, connect, serve, server_addr
 from kvferry.common.config import SECRET_VARIABLE
 from kvferry.common.credentials import SharedSecret, read_secrets
 from kvferry.common.errors import ConfigError, ProtocolError
-from kvferry.common.key_file import add_key, digest_of, read_key_file, revoke_keys
+from kvferry.settings.key_file import add_key, digest_of, read_key_file, revoke_keys
 
 OLD, NEW = b"the old one, long enough", b"the new one, long enough"
 

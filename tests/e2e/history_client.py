@@ -11,11 +11,12 @@ from time import perf_counter
 
 import msgspec
 
-from kvferry.tests.e2e.drill import SOME_TOKENS
 from kvferry.tools.chaos.client import send
 from kvferry.tools.chaos.events import Delta, RequestEvent, encode_event
 from kvferry.tools.chaos.requests import Ask
 from kvferry.tools.load.http_client import HttpClient
+
+from .drill import SOME_TOKENS
 
 FLOWING = b"flowing\n"
 

@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from kvferry.common.key_file import add_key, revoke_keys
+from kvferry.settings.key_file import add_key, revoke_keys
 
 from ..checkpoints import write_checkpoint
 from .cluster import Cluster, free_port, serve, wait_until

@@ -6,7 +6,7 @@ import pytest
 
 from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError
-from kvferry.common.exposure import check_exposure
+from kvferry.settings.exposure import check_exposure
 from kvferry.settings.fields import ServeSettings
 
 from ..router.fakes import Script, serve

@@ -9,9 +9,9 @@ import pytest
 
 from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError, RequestError
-from kvferry.common.key_file import add_key, revoke_keys
 from kvferry.router.access.credentials import RouterCredentials
 from kvferry.router.access.keys import ApiKeys
+from kvferry.settings.key_file import add_key, revoke_keys
 
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
 

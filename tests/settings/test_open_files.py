@@ -10,13 +10,13 @@ from collections.abc import Iterator
 import pytest
 
 from kvferry.common.errors import ConfigError
-from kvferry.common.open_files import MAX_CONNECTIONS, room_for_connections
+from kvferry.settings.open_files import MAX_CONNECTIONS, room_for_connections
 
 # Only a process of its own may have its hard limit lowered: it does not come back.
 ASK = """
 import resource, sys
 from kvferry.common.errors import ConfigError
-from kvferry.common.open_files import room_for_connections
+from kvferry.settings.open_files import room_for_connections
 soft, hard, asked = map(int, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 try:

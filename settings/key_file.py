@@ -21,9 +21,9 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, Field, ValidationError
 
-from .config import Settings
-from .credentials import read_private
-from .errors import ConfigError
+from ..common.config import Settings
+from ..common.credentials import read_private
+from ..common.errors import ConfigError
 
 MAX_KEYS = 10_000
 _PREFIX = "kvf-"  # so that a key that leaked is recognised as one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 
-from .errors import ConfigError
+from ..common.errors import ConfigError
 
 MAX_CONNECTIONS = 4096
 MIN_CONNECTIONS = 256  # fewer must be asked for

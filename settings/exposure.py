@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .channel import Address
-from .config import RouterConfig
-from .errors import ConfigError
+from ..common.channel import Address
+from ..common.config import RouterConfig
+from ..common.errors import ConfigError
 
 
 def check_exposure(config: RouterConfig, *, has_secret: bool) -> None:
