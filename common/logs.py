@@ -75,7 +75,7 @@ def _log_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
         structlog.get_logger().critical("uncaught_exception", exc_info=(kind, error, trace))
 
 
-def clean(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+def clean(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Return the line with every text of it harmless."""
     for name, value in event.items():
         if isinstance(value, str):
@@ -95,7 +95,7 @@ def _renderers(log_format: Literal["text", "json"]) -> list[Processor]:
     return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=_to_json)]
 
 
-def _to_text(logger: WrappedLogger, method: str, event: EventDict) -> str:
+def _to_text(_logger: WrappedLogger, method: str, event: EventDict) -> str:
     """Return `12:34:56 warning worker_lost worker_id=d-0 ...`, UTC. What is no trouble fits a line of a terminal."""
     time, level, name = str(event.pop("timestamp", ""))[11:19], event.pop("level", method), event.pop("event", "")
     exception = event.pop("exception", None)

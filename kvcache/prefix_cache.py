@@ -270,7 +270,7 @@ class PrefixCache:
     @property
     def is_settled(self) -> bool:
         """Tell whether no step copies anything before blocks have changed hands."""
-        return not self.has_tiers or not (self._into or self._lifts) and self._demotion.is_settled
+        return not self.has_tiers or (not (self._into or self._lifts) and self._demotion.is_settled)
 
     def references(self) -> list[BlockId]:
         """List the blocks that a step copies out while others own them, or into for nobody who is here."""

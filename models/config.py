@@ -286,10 +286,8 @@ def _sliding_windows(fields: _Fields, family: str) -> tuple[int | None, ...]:
     if family == "mistral":  # null means none, a missing key the family's default
         explicit = "sliding_window" not in fields.raw or fields.has("sliding_window")
         return ((fields.count("sliding_window", _MISTRAL_WINDOW) if explicit else None),) * num_layers
-    if (
-        not fields.flag("use_sliding_window", default=False)
-        or "sliding_window" in fields.raw
-        and not fields.has("sliding_window")
+    if not fields.flag("use_sliding_window", default=False) or (
+        "sliding_window" in fields.raw and not fields.has("sliding_window")
     ):
         return (None,) * num_layers
     window = fields.count("sliding_window", 4096)

@@ -118,7 +118,7 @@ class Budget:
             self._num_made += len(value)
             self.check_length(self._num_made // _SPENT_PER_CHAR)
         elif isinstance(value, (list, tuple, Mapping)):
-            _check_items(self, len(value))
+            _check_items(len(value))
             self.go_through(len(value))
         elif isinstance(value, (bytes, bytearray, memoryview)):
             raise SecurityError("bytes")
@@ -132,7 +132,7 @@ class Budget:
     def counted(self, items: Iterable[object]) -> Iterator[object]:
         """Yield each item, charged for as it is asked for."""
         for index, item in enumerate(items):
-            _check_items(self, index)
+            _check_items(index)
             self.go_through(1)
             if not index % _ITEMS_PER_LOOK:
                 self.check_time()
@@ -161,7 +161,7 @@ def _budget() -> Budget:
 class GenerationTag(Extension):
     """`{% generation %}` marks what the assistant said; it prints its body."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  # as the base class declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -260,7 +260,7 @@ def _check_binop(budget: Budget, operator: str, left: object, right: object) -> 
         if isinstance(left, str) and isinstance(right, str):
             budget.check_length(len(left) + len(right))
         elif isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
-            _check_items(budget, len(left) + len(right))
+            _check_items(len(left) + len(right))
     elif operator == "*":
         if isinstance(left, int) and isinstance(right, int):
             if left.bit_length() + right.bit_length() > MAX_NUMBER_BITS:
@@ -270,12 +270,12 @@ def _check_binop(budget: Budget, operator: str, left: object, right: object) -> 
             if isinstance(sized, (str, list, tuple)) and isinstance(times, int):
                 budget.check_length(len(sized) * times)
                 if not isinstance(sized, str):
-                    _check_items(budget, len(sized) * times)
+                    _check_items(len(sized) * times)
     elif isinstance(left, str):
         _check_pattern(budget, left, _PERCENT_WIDTH, "%", [right])
 
 
-def _check_items(budget: Budget, num_items: int) -> None:
+def _check_items(num_items: int) -> None:
     if num_items > MAX_LIST_ITEMS:
         raise TemplateOverrun(f"the chat template makes a list of more than {MAX_LIST_ITEMS} items", is_size=True)
 

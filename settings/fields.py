@@ -302,7 +302,7 @@ class ServeSettings(Settings):
         Option(
             "Engine",
             "Host memory of a decode rank for preempted KV; 0: none. Default: a tenth of the KV cache; on GPUs 4GiB.",
-            SERVE + ("decode",),
+            (*SERVE, "decode"),
         ),
     ] = None
     host_cache_memory_bytes: Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
-from itertools import count
+from itertools import count, pairwise
 from math import cos, pi
 from random import Random
 
@@ -82,7 +82,7 @@ def _recorded(rows: tuple[TraceRow, ...], stretch: float) -> Iterator[float]:
     mean_s = stretch / mean_rate(rows)
     yield 0.0
     while True:
-        for before, after in zip(rows, rows[1:], strict=False):
+        for before, after in pairwise(rows):
             yield (after.arrival_s - before.arrival_s) * stretch
         yield mean_s
 

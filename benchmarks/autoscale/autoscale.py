@@ -200,8 +200,16 @@ def plot_day(result: DayResult, about: str, path: Path) -> None:
 def _as_json(result: DayResult, about: str, environment: Environment) -> dict[str, object]:
     body = asdict(replace(result, minutes=()))
     minutes = [
-        [round(m.start_s / 3600, 3), m.num_requests, m.num_kept, m.workers.prefill, m.workers.decode]
-        + [m.oracle.prefill, m.oracle.decode, round(m.gpu_hours, 3)]
+        [
+            round(m.start_s / 3600, 3),
+            m.num_requests,
+            m.num_kept,
+            m.workers.prefill,
+            m.workers.decode,
+            m.oracle.prefill,
+            m.oracle.decode,
+            round(m.gpu_hours, 3),
+        ]
         for m in result.minutes
     ]
     columns = "hour requests kept prefill decode oracle_prefill oracle_decode gpu_hours".split()

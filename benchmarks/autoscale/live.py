@@ -173,7 +173,7 @@ async def _watch(system: System, fleet: list[Seen]) -> None:
 
 def _num_flips(fleet: Sequence[Seen]) -> int:
     """Looks between which one pool gained what the other lost: actors on other nodes log elsewhere."""
-    pairs = zip(fleet, fleet[1:], strict=False)
+    pairs = itertools.pairwise(fleet)
     return sum(
         before.prefill + before.decode == after.prefill + after.decode and before.prefill != after.prefill
         for before, after in pairs

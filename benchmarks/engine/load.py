@@ -10,6 +10,7 @@ numbers that the pages are filled with.
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -194,7 +195,7 @@ class LoadedEngine:
         for seq in sequences:
             scheduler.remove(seq)
         ends_s = load.step_ends_s[num_warm_up_steps - 1 :]
-        step_s = tuple(end - start for start, end in zip(ends_s, ends_s[1:], strict=False))
+        step_s = tuple(end - start for start, end in itertools.pairwise(ends_s))
         return DecodeSample(num_rows, mean(load.contexts[num_warm_up_steps:]), step_s)
 
     def _adopted(self, scheduler: DecodeScheduler, num_prompt_tokens: int) -> Sequence:

@@ -132,7 +132,7 @@ class NativeDecoder:
         size = self._model.block_size
         num_blocks = sum((start + count - 1) // size + 1 for start, count in zip(starts, lengths, strict=True))
         assert len(tokens) > 0 and min(lengths) > 0 and sum(lengths) == len(tokens), lengths.tolist()
-        assert 0 <= min(tokens) and max(tokens) < self._vocab_size, "a token is not in the vocabulary"
+        assert min(tokens) >= 0 and max(tokens) < self._vocab_size, "a token is not in the vocabulary"
         assert num_blocks * 4 == len(step.block_ids), "a block table is shorter than its sequence"
         assert all(0 <= token < len(tokens) for token in wanted), "a wanted token is not in the step"
 

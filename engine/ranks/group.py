@@ -12,6 +12,7 @@ owner's concern; sampling happens on rank 0 alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -104,10 +105,8 @@ class FrameSocket:
 
     def shutdown(self) -> None:
         """Wake a thread that receives."""
-        try:
+        with contextlib.suppress(OSError):  # the other side closed first
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other side closed first
 
     def close(self) -> None:
         self._sock.close()
@@ -359,10 +358,8 @@ class RankGroup:
         """End the followers: in good order, after a while by force. Idempotent."""
         self._closing = True
         for sock in self._sockets:
-            try:
+            with contextlib.suppress(OSError):  # it is gone already
                 sock.send(FrameKind.CLOSE)
-            except OSError:
-                pass  # it is gone already
         for process in self._processes:
             try:
                 process.wait(_CLOSE_TIMEOUT_S)

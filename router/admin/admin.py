@@ -218,7 +218,7 @@ async def _on_http_error(request: Request, error: HTTPException) -> Response:
     return await _on_error(request, RequestError(message, code="method_not_allowed", status=error.status_code))
 
 
-async def _on_error(request: Request, error: KVFerryError) -> Response:
+async def _on_error(_request: Request, error: KVFerryError) -> Response:
     failure = failure_of(error)
     response = Response(failure.body, failure.status)
     response.raw_headers.extend(failure.headers)

@@ -23,7 +23,7 @@ _MAX_HOLD_S = 365 * 86400.0
 
 
 def scaling_routes(scaling: Scaling) -> list[Route]:
-    async def show(request: Request) -> Response:
+    async def show(_request: Request) -> Response:
         return JSONResponse(scaling.describe())
 
     async def hold(request: Request) -> Response:
@@ -31,7 +31,7 @@ def scaling_routes(scaling: Scaling) -> list[Route]:
         scaling.hold(counts, for_s)
         return JSONResponse({"held": {"prefill": counts.prefill, "decode": counts.decode, "for_s": for_s}}, 202)
 
-    async def release(request: Request) -> Response:
+    async def release(_request: Request) -> Response:
         scaling.release()
         return JSONResponse({"held": None}, 202)
 

@@ -89,7 +89,7 @@ class ChatForm:
     def _chunk(self, choice: ChatChunkChoice) -> ChatChunk:
         return self._body([choice], self._context.chunk_usage())
 
-    def _body(self, choices: list[ChatChunkChoice], usage: Usage | None | UnsetType) -> ChatChunk:
+    def _body(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
         context = self._context
         return ChatChunk(
             id=context.answer_id,

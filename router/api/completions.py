@@ -69,7 +69,7 @@ class CompletionForm:
     def _chunk(self, choice: CompletionChoice) -> Completion:
         return self._body([choice], self._context.chunk_usage())
 
-    def _body(self, choices: list[CompletionChoice], usage: Usage | None | UnsetType) -> Completion:
+    def _body(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
         context = self._context
         return Completion(
             id=context.answer_id,

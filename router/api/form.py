@@ -62,7 +62,7 @@ class FormContext:
             prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
         )
 
-    def chunk_usage(self) -> Usage | None | UnsetType:
+    def chunk_usage(self) -> Usage | UnsetType | None:
         """Return the usage in a stream's chunk: as asked for, null where only the last one tells, else absent."""
         if self.options.continuous_usage:
             return self.usage()

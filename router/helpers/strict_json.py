@@ -43,7 +43,7 @@ class _Objects:
         return result
 
 
-def _constant(name: str) -> object:
+def _constant(_name: str) -> object:
     raise _Fault
 
 
@@ -68,7 +68,7 @@ def parse_json(data: bytes, max_commas: int = MAX_COMMAS) -> dict[str, object]:
         decoder = json.JSONDecoder(object_pairs_hook=_Objects(), parse_constant=_constant, parse_float=_float)
         value = decoder.decode(text)
         # Perhaps half a surrogate pair, or deeper than anything that this API takes.
-        suspicious = "\\ud" in text or "\\uD" in text or _may_be_deep(text) and _is_deep(value)
+        suspicious = "\\ud" in text or "\\uD" in text or (_may_be_deep(text) and _is_deep(value))
     except json.JSONDecodeError as error:
         raise _invalid(f"{error.msg} at line {error.lineno} column {error.colno}") from None
     except (ValueError, RecursionError):

@@ -224,7 +224,7 @@ def test_handoff_is_judged_by_its_share_and_its_bytes() -> None:
 def test_tokens_may_differ_where_float32_nearly_ties_and_nowhere_else() -> None:
     near, far = [[0.0] * 9 + [0.2]], [[0.0] * 9 + [6.0]]
     assert check_gaps(near, 10, "float32") == "9 of 10 tokens are the best by float32, largest gap 0.200"
-    with pytest.raises(AssertionError, match="largest gap 6.000"):
+    with pytest.raises(AssertionError, match=r"largest gap 6.000"):
         check_gaps(far, 10, "float32")
     with pytest.raises(AssertionError, match="5 of 10"):
         check_gaps([[0.0, 0.1] * 5], 10, "float32")

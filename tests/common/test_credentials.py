@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import stat
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,7 +76,7 @@ async def _can_connect(client: SharedSecret, server: SharedSecret) -> bool:
 async def test_in_no_step_of_a_rotation_is_anybody_refused() -> None:
     """Add everywhere, swap everywhere, remove everywhere; within a step each process may have done it or not."""
     steps = [(OLD,), (OLD, NEW), (NEW, OLD), (NEW,)]
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         for client in (before, after):
             for server in (before, after):
                 assert await _can_connect(SharedSecret(*client), SharedSecret(*server)), (client, server)

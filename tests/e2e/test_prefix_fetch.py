@@ -176,9 +176,9 @@ async def test_a_second_turn_reads_the_first_turns_kv_from_wherever_it_lies(
         expected = reference.greedy(model, [other], NUM_TOKENS)[0]
         assert (await running.ask(other, "d-0", prefill="p-0"))[0] == expected.tokens
         await running.until(lambda: running.holds("p-0", other), "p-0 tells of the other prompt")
-        tokens, num_cached = await running.ask(other + [9, 8, 7], "d-1", source="p-0")
+        tokens, num_cached = await running.ask([*other, 9, 8, 7], "d-1", source="p-0")
         assert num_cached == len(other)
-        assert tokens == reference.greedy(model, [other + [9, 8, 7]], NUM_TOKENS)[0].tokens
+        assert tokens == reference.greedy(model, [[*other, 9, 8, 7]], NUM_TOKENS)[0].tokens
         await running.until(lambda: running.status("d-1").fetched_bytes > 0, "a heartbeat of d-1")
         assert running.status("d-1").fetched_bytes == (len(other) - 16) // BLOCK_SIZE * BLOCK_BYTES
 

@@ -106,7 +106,9 @@ def test_greedy_tokens_are_those_of_the_cpu_where_they_are_sure(checkpoints: Pat
 
 def test_steps_prepared_ahead_yield_what_others_do(checkpoints: Path) -> None:
     engine = _engine(checkpoints / "llama")
-    assert isinstance(engine.runner, CudaRunner) and (runner := engine.runner.decode_pipeline) is not None
+    assert isinstance(engine.runner, CudaRunner)
+    runner = engine.runner.decode_pipeline
+    assert runner is not None
     ahead = _generate(engine, _mixed())
     # One step does not fit: rows of one token are sorted to the front, but the order of joining stays.
     assert runner.num_forecasts >= runner.num_steps - 2 > NUM_TOKENS // 2

@@ -295,6 +295,6 @@ def test_half_precision_checkpoints_run_in_bfloat16(tmp_path: Path) -> None:
 def test_cache_types_that_the_cpu_does_not_attend_in_are_refused(checkpoints: Path) -> None:
     with pytest.raises(ConfigError, match="kv_cache_dtype = fp8 needs a CUDA device"):
         make_engine(checkpoints / "llama", kv_cache_dtype="fp8")
-    with pytest.raises(ConfigError, match="kv_cache_dtype = bfloat16 does not go with a model in torch.float32"):
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype = bfloat16 does not go with a model in torch.float32"):
         make_engine(checkpoints / "llama", kv_cache_dtype="bfloat16")
     assert make_engine(checkpoints / "llama", kv_cache_dtype="bfloat16", dtype="bfloat16").spec.dtype == "bfloat16"

@@ -114,12 +114,12 @@ def test_a_truncated_file_starts_empty(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(ConfigError, match="disk_cache_dir: cannot use .*cache"):
+    with pytest.raises(ConfigError, match=r"disk_cache_dir: cannot use .*cache"):
         _open(tmp_path)
     (tmp_path / "cache").unlink()
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o755)
-    with pytest.raises(ConfigError, match="others may look into .*chmod 700"):
+    with pytest.raises(ConfigError, match=r"others may look into .*chmod 700"):
         _open(tmp_path)
 
 

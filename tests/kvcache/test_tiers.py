@@ -99,7 +99,8 @@ def test_no_slot_is_lost_and_a_block_keeps_the_slot_that_it_was_filled_into(seed
         elif action == 5:
             random.choice([index.keep_longest, index.keep_shortest])(key)
         index.check()
-        assert {slot: known for known in index if (slot := index.find(known)) is not None} == content
+        found = {slot: known for known in index if (slot := index.find(known)) is not None}
+        assert found == content
         assert told.stored_now == set(content.values())
 
 

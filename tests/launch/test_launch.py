@@ -158,7 +158,7 @@ async def test_workers_start_with_the_routers_address_and_all_end_together(tmp_p
     recorder = Recorder()
     async with running(deployment(tmp_path, prefill=1, decode=2), recorder):
         started = lives(tmp_path)
-        assert [life["name"] for life in started][0] == "router"
+        assert next(life["name"] for life in started) == "router"
         assert sorted(life["name"] for life in started) == ["d-0", "d-1", "p-0", "router"]
         assert all(life["routers"] == ["127.0.0.1:4242"] for life in started if life["name"] != "router")
         assert recorder.of("p-0", "progress")

@@ -115,7 +115,7 @@ def test_the_date_comes_from_the_clock_that_was_passed_in() -> None:
 
 def test_what_the_template_refuses_is_told_to_the_client() -> None:
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(RequestError, match="^roles must alternate$") as caught:
+    with pytest.raises(RequestError, match=r"^roles must alternate$") as caught:
         template.render(HELLO)
     assert (caught.value.status, caught.value.param) == (400, "messages")
 

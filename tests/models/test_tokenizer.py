@@ -44,7 +44,7 @@ def _byte_level() -> tokenizers.Tokenizer:
 def _byte_fallback() -> tokenizers.Tokenizer:
     """Llama 2's kind: SentencePiece BPE whose unknown characters become byte tokens, and whose first space goes."""
     pieces = ["<unk>", *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
-    pieces += sorted(set("".join(TEXTS[:3])) - {" "}) + ["\u2581\u2581"]
+    pieces += [*sorted(set("".join(TEXTS[:3])) - {" "}), "▁▁"]
     backend = tokenizers.Tokenizer(
         models.BPE(
             vocab={piece: index for index, piece in enumerate(pieces)},

@@ -85,7 +85,7 @@ def test_a_long_prompt_does_not_starve_behind_a_stream_of_short_ones() -> None:
     scheduler.add(_sequence("long", 64), b"")
     for number in range(100):
         scheduler.add(_sequence(f"s{number}", 16, first=1000 * number), b"")
-        rows, done = _step(scheduler)
+        _rows, done = _step(scheduler)
         clock.advance(16 * 1e-3)
         if any(prompt.seq.request_id == "long" for prompt in done):
             return

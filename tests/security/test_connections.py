@@ -68,7 +68,7 @@ async def test_where_every_connection_works_a_newcomer_is_told_to_come_back(
 async def test_a_newcomer_takes_the_place_of_the_one_that_has_waited_longest() -> None:
     served = serve()
     async with listening(served, total=2) as address, AsyncExitStack() as stack:
-        idle, idle_writer = await stack.enter_async_context(connected(address))
+        idle, _idle_writer = await stack.enter_async_context(connected(address))
         half, half_writer = await stack.enter_async_context(connected(address))
         half_writer.write(b"GET /live HTTP/1.1\r\n")
         for old in (idle, half):

@@ -72,7 +72,7 @@ def test_a_field_without_extremes_is_an_error() -> None:
         novelty: float | None = None
 
     for kind in (Wider, Boundless):
-        with pytest.raises(AssertionError, match="novelty|without bounds"):
+        with pytest.raises(AssertionError, match=r"novelty|without bounds"):
             extremes(kind, VOCAB_SIZE)
 
 

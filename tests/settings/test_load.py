@@ -165,12 +165,12 @@ def test_request_classes_come_from_a_file_from_flags_or_from_a_variable(tmp_path
 
 
 def test_unknown_variable_is_refused() -> None:
-    with pytest.raises(ConfigError, match="KVFERRY_PREFIL: unknown variable; did you mean KVFERRY_PREFILL?"):
+    with pytest.raises(ConfigError, match=r"KVFERRY_PREFIL: unknown variable; did you mean KVFERRY_PREFILL?"):
         load(flags={}, env={"KVFERRY_PREFIL": "2"}, file=None)
 
 
 def test_bad_flag_is_told_by_its_name() -> None:
-    with pytest.raises(ConfigError, match="^--port: must be less than"):
+    with pytest.raises(ConfigError, match=r"^--port: must be less than"):
         load(flags={"port": Raw("70000", "--port")}, env={}, file=None)
 
 
@@ -180,7 +180,7 @@ def test_missing_file_is_told(tmp_path: Path) -> None:
 
 
 def test_rule_between_settings_names_the_flag_that_breaks_it() -> None:
-    with pytest.raises(ConfigError, match="^--ray-address: only with --launcher ray$"):
+    with pytest.raises(ConfigError, match=r"^--ray-address: only with --launcher ray$"):
         load(flags={"ray_address": Raw("auto", "--ray-address")}, env={}, file=None)
 
 
@@ -228,5 +228,5 @@ def test_a_scaling_mode_may_be_a_bare_word(tmp_path: Path, text: str, mode: str)
 def test_a_schedule_is_checked_before_anything_starts(tmp_path: Path) -> None:
     good = load_text(tmp_path, "scale_schedule: mon-fri 08:00-18:00 decode>=2\n")
     assert good.settings.scale_schedule == ("mon-fri 08:00-18:00 decode>=2",)
-    with pytest.raises(ConfigError, match="cluster.yaml:1: scale_schedule: .* no day has"):
+    with pytest.raises(ConfigError, match=r"cluster.yaml:1: scale_schedule: .* no day has"):
         load_text(tmp_path, "scale_schedule: 25:00-26:00 decode>=2\n")

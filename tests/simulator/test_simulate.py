@@ -112,7 +112,7 @@ def test_one_request_takes_what_its_steps_and_its_transfer_take() -> None:
 
 def test_a_long_prompt_is_computed_in_chunks_whose_transfer_hides_behind_them() -> None:
     scenario = one_request(20000, 2)
-    world, outcome = run(scenario)
+    _world, outcome = run(scenario)
     (request,) = outcome.requests
     assert request.ttft_s is not None
     assert request.ttft_s == pytest.approx(request.unloaded_s, rel=0.1)  # the scheduler cuts steps by their time
@@ -155,7 +155,7 @@ def test_streams_of_a_lost_decode_worker_go_on_where_they_were() -> None:
         failures=(Failure("decode-0", 2.0), Failure("decode-1", 4.0, back_after_s=0.5)),
         router=Router(knows_objectives=False),
     )
-    world, outcome = run(scenario)
+    _world, outcome = run(scenario)
     (request,) = outcome.requests
     assert request.ended == "finished" and request.num_output_tokens == 200
     assert request.ttft_s is not None and request.ttft_s < 1.0

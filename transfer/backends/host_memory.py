@@ -120,7 +120,7 @@ class PageArea(NamedTuple):
 
     def runs(self, pages: _Pages, counts: npt.NDArray[np.int64] | int, offset: int, num_bytes: int) -> Runs:
         """`num_bytes` times `counts` from `offset` of each of these pages on."""
-        assert len(pages) and 0 <= pages.min() and pages.max() < self.num_pages, "a page outside of the pool"
+        assert len(pages) and pages.min() >= 0 and pages.max() < self.num_pages, "a page outside of the pool"
         runs = np.empty((len(pages), 2), dtype=np.uint64)
         runs[:, 0] = self.base_addr + offset + pages.astype(np.uint64) * np.uint64(self.page_bytes)
         runs[:, 1] = num_bytes * counts

@@ -41,7 +41,7 @@ class PageSums:
 
     def add(self, sums: _Sums, slots: _Pages, ours: _Pages, theirs: _Pages, runs: tuple[tuple[int, int], ...]) -> None:
         """Fold pages into the sums of their blocks. `runs`: (offset, bytes) in each of our pages."""
-        assert not len(ours) or (0 <= ours.min() and ours.max() < self._num_pages), "a page outside of the pool"
+        assert not len(ours) or (ours.min() >= 0 and ours.max() < self._num_pages), "a page outside of the pool"
         view, digest = self.view, xxhash.xxh3_64_intdigest
         for number, (offset, num_bytes) in enumerate(runs):
             starts = ours.astype(np.int64) * self._page_bytes + offset

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -165,7 +166,7 @@ def test_client_that_does_not_end_is_given_up(setup: Setup) -> None:
 
 def test_command_asks_for_fixed_lengths_in_closed_loop(setup: Setup) -> None:
     command = client_command(SYSTEM, setup, CELL, 7, Path("/r/x.json"))
-    flags = dict(zip(command, command[1:], strict=False))
+    flags = dict(itertools.pairwise(command))
     assert (flags["--random-input-len"], flags["--random-output-len"], flags["--num-prompts"]) == ("128", "8", "4")
     assert (flags["--max-concurrency"], flags["--seed"], flags["--temperature"]) == ("2", "7", "0")
     assert (flags["--backend"], flags["--endpoint"]) == ("openai", "/v1/completions")

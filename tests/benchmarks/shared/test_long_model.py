@@ -39,5 +39,5 @@ def test_second_call_makes_it_anew_in_the_same_place(model_dir: Path, tmp_path: 
 
 
 def test_directory_without_a_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no config.json"):
+    with pytest.raises(ConfigError, match=r"no config.json"):
         with_positions(tmp_path, 512)

@@ -124,9 +124,8 @@ def test_tables_follow_growth_and_replacement() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=60))
 def test_tables_are_never_stale(steps: list[tuple[int, bool]]) -> None:
-    tables, known, count = BlockTables(), [[0] for _ in range(6)], 0
-    for index, replaced in steps:
-        count += 1
+    tables, known = BlockTables(), [[0] for _ in range(6)]
+    for count, (index, replaced) in enumerate(steps, 1):
         if replaced:
             known[index] = [count]
         else:

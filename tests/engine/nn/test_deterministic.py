@@ -283,7 +283,7 @@ def test_products_that_tell_a_rows_place_are_refused(make: EngineMaker, monkeypa
 
     monkeypatch.setattr(Linear, "__call__", favour_the_last)
     assert isinstance(engine.runner, TiledRunner)
-    with pytest.raises(ConfigError, match="qkv_proj.*depends on its place"):
+    with pytest.raises(ConfigError, match=r"qkv_proj.*depends on its place"):
         TiledDecoder(engine.runner.decoder)
 
 
@@ -292,7 +292,7 @@ def test_a_gpu_is_refused_with_what_helps(model_dirs: Path, monkeypatch: pytest.
     config = engine_config(model_dirs / "llama", deterministic=True)
     for device in ("cuda", "auto"):
         asked = EngineConfig.model_validate(config.model_dump() | {"device": device})
-        with pytest.raises(ConfigError, match="deterministic: only on CPUs.*--device cpu"):
+        with pytest.raises(ConfigError, match=r"deterministic: only on CPUs.*--device cpu"):
             Engine(asked, num_blocks=16)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ def _shown(text: str, stops: tuple[str, ...], cuts: list[int], *, include_stop: 
     matcher = StopMatcher(stops, include_stop=include_stop)
     bounds = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
     shown = ""
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         shown += matcher.push(text[start:end])
         if matcher.matched is not None:
             return shown, matcher.matched

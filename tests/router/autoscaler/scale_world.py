@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -128,7 +129,7 @@ class World:
     def ups_after_downs(self, within_s: float) -> list[tuple[float, float]]:
         """Times of a smaller and then a larger fleet, not further apart than this."""
         totals = [(when, counts.total) for when, _, counts in self.decisions]
-        changes = [(when, after - before) for (_, before), (when, after) in zip(totals, totals[1:], strict=False)]
+        changes = [(when, after - before) for (_, before), (when, after) in itertools.pairwise(totals)]
         downs = [when for when, change in changes if change < 0]
         ups = [when for when, change in changes if change > 0]
         return [(down, up) for down in downs for up in ups if 0 < up - down <= within_s]

@@ -212,7 +212,7 @@ def test_a_minimum_is_wished_for_before_its_window_begins() -> None:
     "text", ["", "8-18 prefill>=4", "08:00-25:00 prefill>=4", "foo 08:00-09:00 decode>=1", "08:00-09:00"]
 )
 def test_a_window_that_says_nothing_clear_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is not like|no day has|days are"):
+    with pytest.raises(ConfigError, match=r"is not like|no day has|days are"):
         Schedule([text])
 
 

@@ -115,7 +115,7 @@ async def test_what_the_sandbox_cannot_end_is_killed_and_the_next_chat_is_render
         async with asyncio.timeout(20):  # each of them would take a minute
             assert await renderer.render(_chat()) == "ok"
             for bomb in bombs:
-                with pytest.raises(RequestError, match="took more than 0.2 s") as caught:
+                with pytest.raises(RequestError, match=r"took more than 0.2 s") as caught:
                     await bomb
                 assert caught.value.status == 400
         assert await renderer.render(_chat()) == "ok"

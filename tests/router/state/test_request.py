@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,7 +111,7 @@ def test_a_new_attempt_forgets_what_came_early() -> None:
 def test_any_order_of_pieces_gives_every_index_once(data: st.DataObject) -> None:
     total = data.draw(st.integers(1, 40))
     cuts = sorted(data.draw(st.sets(st.integers(1, total))) | {0, total})
-    pieces = [update(a, b - a, "stop" if b == total else None) for a, b in zip(cuts, cuts[1:], strict=False)]
+    pieces = [update(a, b - a, "stop" if b == total else None) for a, b in itertools.pairwise(cuts)]
     doubled = data.draw(st.lists(st.sampled_from(pieces), max_size=5))
     state = ChoiceState(100)
     for piece in data.draw(st.permutations(pieces + doubled)):

@@ -100,7 +100,7 @@ def test_a_changed_token_is_counted() -> None:
     history = _history(_delta(2, "abXd", [1, 2, 9, 4], finish="length"), _usage(2, 4), _done(2), _row(2, 4))
     verdict = judge_all(history)[2]
     assert (verdict.num_repeated, verdict.num_missing, verdict.num_changed) == (0, 0, 1)
-    assert [str(breach) for breach in verdict.breaches][0].startswith("EQ request 2: choice 0: 0 tokens missing")
+    assert next(str(breach) for breach in verdict.breaches).startswith("EQ request 2: choice 0: 0 tokens missing")
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ async def test_answer_that_is_no_http_is_an_error() -> None:
 
 
 async def test_refused_connection_names_the_address() -> None:
-    with pytest.raises(HttpError, match="127.0.0.1:1:"):
+    with pytest.raises(HttpError, match=r"127.0.0.1:1:"):
         await HttpClient("http://127.0.0.1:1").read("GET", "/")
 
 

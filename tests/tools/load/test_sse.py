@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ def test_whole_stream_gives_its_events_in_order() -> None:
 def test_events_are_the_same_wherever_the_bytes_are_cut(cuts: list[int]) -> None:
     splitter = EventSplitter()
     edges = [0, *sorted(cuts), len(STREAM)]
-    events = [event for start, end in zip(edges, edges[1:], strict=False) for event in splitter.push(STREAM[start:end])]
+    events = [event for start, end in itertools.pairwise(edges) for event in splitter.push(STREAM[start:end])]
     assert events == EVENTS
 
 

@@ -161,7 +161,7 @@ def test_pages_in_8_bits_need_queries_that_are_not() -> None:
     from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
 
     pages = torch.zeros(1, 4, 2, 2, 16, 64, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    with pytest.raises(ConfigError, match="does not attend in torch.float8_e4m3fn"):
+    with pytest.raises(ConfigError, match=r"does not attend in torch.float8_e4m3fn"):
         FlashInferAttention(pages, 4, [None])
 
 

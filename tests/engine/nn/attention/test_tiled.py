@@ -37,7 +37,7 @@ def _metadata(rows: list[tuple[int, int]], block: int) -> AttentionMetadata:
         num_decode_rows=next((i for i, (_, count) in enumerate(rows) if count != 1), len(rows)),
         qo_indptr=indptr([count for _, count in rows]),
         paged_kv_indptr=indptr([len(table) for table in tables]),
-        paged_kv_indices=torch.tensor(sum(tables, []), dtype=torch.int32),
+        paged_kv_indices=torch.tensor([block for table in tables for block in table], dtype=torch.int32),
         paged_kv_last_page_len=torch.tensor([(start + count - 1) % block + 1 for start, count in rows]).int(),
         kv_lens=tuple(start + count for start, count in rows),
         slot_mapping=torch.tensor(slots),
