@@ -1,6 +1,6 @@
 """Sends requests from wherever it runs and prints their history, an event a line; `FLOWING` once each has some tokens.
 
-python history_client.py URL KEY < asks.json
+python -m kvferry.tests.e2e.history_client URL KEY < asks.json
 """
 
 from __future__ import annotations

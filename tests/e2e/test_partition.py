@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, NEEDS_NAMESPACES]
 HOSTS = {"r": "198.51.100.1", "p": "198.51.100.2", "d0": "198.51.100.3", "d1": "198.51.100.4"}  # TEST-NET-2: nobody's
 PORT, CONTROL_PORT = 8000, 7001
 KEY = "key"
-CLIENT = Path(__file__).parent / "history_client.py"
+CLIENT = "kvferry.tests.e2e.history_client"
 _decode_event = msgspec.json.Decoder(RequestEvent).decode
 
 
@@ -49,7 +49,7 @@ class HostsDrill(Drill):
 
     def send(self, asks: Sequence[Ask], when_flowing: Callable[[], None]) -> dict[int, list[RequestEvent]]:
         events: dict[int, list[RequestEvent]] = {one.number: [] for one in asks}
-        command = self.net.command("r", sys.executable, str(CLIENT), self.url, KEY)
+        command = self.net.command("r", sys.executable, "-m", CLIENT, self.url, KEY)
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
             assert client.stdin is not None and client.stdout is not None
             client.stdin.write(msgspec.json.encode(list(asks)))
