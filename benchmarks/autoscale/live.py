@@ -249,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--nodes", type=positive_int, default=4, help="of one core; one is the head's (default: %(default)s)")
     add("--calm-s", type=positive_float, default=20.0, help="seconds of the first phase (default: %(default)g)")
     add("--busy-s", type=positive_float, default=60.0, help="of each busy phase (default: %(default)g)")
-    add("--load", type=positive_float, default=0.9, help="in busy phases, of what 1 + 1 carry (default: %(default)g)")
+    add("--load", type=positive_float, default=1.2, help="in busy phases, of what 1 + 1 carry (default: %(default)g)")
     add("--in-flight", type=positive_int, default=16, help="requests, when that is measured (default: %(default)s)")
     add("--ttft-ms", type=positive_float, default=6000.0, help="objective (default: %(default)g)")
     add("--tpot-ms", type=positive_float, default=60.0, help="objective (default: %(default)g)")
