@@ -32,7 +32,7 @@ from ..common.lifeline import MAX_EVENT_BYTES, Event, decode_event, lifeline_pai
 _TICK_S = 0.25
 _MAX_START_FAILURES = 3
 _STDERR = 2
-_EXCUSE_S = 0.2  # in which a router says that a request was to blame; a router that is busy may take longer
+_EXCUSE_S = 0.5  # of a pause before it is told: in which a router, busy or not, says that a request was to blame
 
 
 class ChildState(Enum):
@@ -116,10 +116,10 @@ class Child:
                     return
                 delay_s = 0.0 if self._drains_until is not None else self._count_failure(reason)
                 self.state, self._drains_until = ChildState.WAITING, None
-                if delay_s and await _within(_EXCUSE_S, self._hurry.wait()):
+                if delay_s and await _within(min(delay_s, _EXCUSE_S), self._hurry.wait()):
                     delay_s, self._num_failures = 0.0, self._num_failures - 1
                 self._tell("restart", reason=reason, delay_s=delay_s)
-                if await _within(delay_s, self._hurry.wait()) and delay_s:
+                if await _within(max(0.0, delay_s - _EXCUSE_S), self._hurry.wait()) and delay_s:
                     self._num_failures -= 1
                 self.num_restarts += 1
         finally:
