@@ -110,26 +110,63 @@ class SealPair:
     incoming: Seals
 
 
+class FrameReader:
+    """Frames out of a stream: each is its size in four bytes, and as many bytes. One read may bring many."""
+
+    def __init__(self, stream: asyncio.StreamReader, peer: str) -> None:
+        self.peer = peer  # for error texts
+        self._stream = stream
+        self._received = b""  # what has come of frames that `next` has not returned, and before that what it has
+        self._begin = 0  # of the next frame in it
+
+    async def next(self, max_bytes: int) -> bytes:
+        """Return the next frame. Raises ProtocolError for one that is larger, WorkerLost where the peer is gone."""
+        while True:
+            begin = self._begin + _SIZE_BYTES
+            num_missing = begin - len(self._received)
+            if num_missing <= 0:
+                size = int.from_bytes(self._received[self._begin : begin], "big")
+                if size > max_bytes:
+                    text = f"{self.peer} announced a frame of {size} bytes, the bound is {max_bytes}"
+                    raise ProtocolError(text, kind="size")
+                num_missing += size
+                if num_missing <= 0:
+                    self._begin = begin + size
+                    return self._received[begin : self._begin]
+            await self._receive(num_missing)
+
+    async def _receive(self, num_bytes: int) -> None:
+        """Take what has come: of a small frame perhaps many more, of a large one the rest of it."""
+        try:
+            if num_bytes > _READ_BUFFER_BYTES:
+                data = await self._stream.readexactly(num_bytes)
+            else:
+                data = await self._stream.read(_READ_BUFFER_BYTES)
+                if not data:
+                    raise asyncio.IncompleteReadError(data, num_bytes)
+        except (asyncio.IncompleteReadError, OSError) as error:
+            raise WorkerLost(f"connection to {self.peer} ended: {error}") from error
+        self._received, self._begin = self._received[self._begin :] + data, 0
+
+
 class Channel:
     """One connection after its hello. `send` never waits; `recv` raises WorkerLost when the peer is gone."""
 
     def __init__(
         self,
-        reader: asyncio.StreamReader,
+        frames: FrameReader,
         writer: asyncio.StreamWriter,
         peer_id: str,
         max_frame_bytes: int,
         seals: SealPair | None = None,
     ) -> None:
-        self.peer_id = peer_id
-        self._reader = reader
+        self.peer_id = frames.peer = peer_id
+        self._frames = frames
         self._writer = writer
         self._max_frame_bytes = max_frame_bytes
         self._seals = seals  # None: there is no secret
         self._unsent: list[bytes] = []  # of this turn of the event loop: they leave in one write at its end
         self._num_unsent_bytes = 0
-        self._received = b""  # what has come of frames that `recv` has not returned, and before that what it has
-        self._begin = 0  # of the next frame in it
 
     def send(self, message: Message) -> None:
         """Queue a message. One that is larger than the peer's bound is our bug and raises at once."""
@@ -159,39 +196,9 @@ class Channel:
 
     async def recv(self) -> bytes:
         """Return the next frame, undecoded. Raises ProtocolError for one that is too large or not the peer's."""
-        while (num_bytes := self._num_missing()) > 0:
-            await self._receive(num_bytes)
-        begin, end = self._begin + _SIZE_BYTES, self._end()
-        frame, self._begin = self._received[begin:end], end
-        return frame if self._seals is None else self._seals.incoming.open(frame, self.peer_id)
-
-    def _end(self) -> int:
-        """Return where the next frame ends in what was received, or will."""
-        begin = self._begin + _SIZE_BYTES
-        return begin + int.from_bytes(self._received[self._begin : begin], "big")
-
-    def _num_missing(self) -> int:
-        """Count the bytes that the next frame, or the size before it, lacks; negative: more has come."""
-        if len(self._received) - self._begin < _SIZE_BYTES:
-            return self._begin + _SIZE_BYTES - len(self._received)
-        end = self._end()
-        limit = self._max_frame_bytes + (SEAL_BYTES if self._seals is not None else 0)
-        if (size := end - self._begin - _SIZE_BYTES) > limit:
-            raise _too_large(self.peer_id, size, limit)
-        return end - len(self._received)
-
-    async def _receive(self, num_bytes: int) -> None:
-        """Take what has come: of a small frame perhaps many more, of a large one the rest of it."""
-        try:
-            if num_bytes > _READ_BUFFER_BYTES:
-                data = await self._reader.readexactly(num_bytes)
-            else:
-                data = await self._reader.read(_READ_BUFFER_BYTES)
-                if not data:
-                    raise asyncio.IncompleteReadError(data, num_bytes)
-        except (asyncio.IncompleteReadError, OSError) as error:
-            raise WorkerLost(f"connection to {self.peer_id} ended: {error}") from error
-        self._received, self._begin = self._received[self._begin :] + data, 0
+        if self._seals is None:
+            return await self._frames.next(self._max_frame_bytes)
+        return self._seals.incoming.open(await self._frames.next(self._max_frame_bytes + SEAL_BYTES), self.peer_id)
 
     def abort(self) -> None:
         """End the connection now, unsent frames included."""
@@ -203,20 +210,6 @@ class Channel:
         self._writer.close()
         with contextlib.suppress(OSError, asyncio.CancelledError, TimeoutError):
             await asyncio.wait_for(self._writer.wait_closed(), 1.0)
-
-
-def _too_large(peer: str, size: int, limit: int) -> ProtocolError:
-    return ProtocolError(f"{peer} announced a frame of {size} bytes, the bound is {limit}", kind="size")
-
-
-async def _read_frame(reader: asyncio.StreamReader, max_bytes: int, peer: str) -> bytes:
-    try:
-        size = int.from_bytes(await reader.readexactly(_SIZE_BYTES), "big")
-        if size > max_bytes:
-            raise _too_large(peer, size, max_bytes)
-        return await reader.readexactly(size)
-    except (asyncio.IncompleteReadError, OSError) as error:
-        raise WorkerLost(f"connection to {peer} ended: {error}") from error
 
 
 def _mac(secret: bytes, label: bytes, first: bytes, second: bytes, peer_id: str) -> bytes:
@@ -284,7 +277,8 @@ async def _connect_hello(
     max_frame_bytes: int,
 ) -> Channel:
     _tune(writer)
-    challenge = _hello_decoder.decode(await _read_frame(reader, HELLO_MAX_BYTES, peer))
+    frames = FrameReader(reader, peer)
+    challenge = _hello_decoder.decode(await frames.next(HELLO_MAX_BYTES))
     if not isinstance(challenge, Challenge):
         raise ProtocolError(f"{peer} did not begin with a challenge")
     if challenge.protocol != PROTOCOL_VERSION:
@@ -292,7 +286,7 @@ async def _connect_hello(
     nonce = secrets.token_bytes(16)
     mac = _mac(secret, b"hello", challenge.nonce, nonce, own_id)
     _write(writer, Hello(protocol=PROTOCOL_VERSION, id=own_id, nonce=nonce, mac=mac))
-    answer = _hello_decoder.decode(await _read_frame(reader, HELLO_MAX_BYTES, peer))
+    answer = _hello_decoder.decode(await frames.next(HELLO_MAX_BYTES))
     if isinstance(answer, Refused):
         raise ProtocolError(f"{peer} refused: {answer.reason}")
     if not isinstance(answer, Welcome) or not hmac.compare_digest(
@@ -300,7 +294,7 @@ async def _connect_hello(
     ):
         raise ProtocolError(f"{peer} did not prove that it knows the shared secret")
     seals = _seals(secret, challenge.nonce, nonce, connecting=True)
-    return Channel(reader, writer, answer.id, max_frame_bytes, seals)
+    return Channel(frames, writer, answer.id, max_frame_bytes, seals)
 
 
 async def _accept_hello(
@@ -311,9 +305,10 @@ async def _accept_hello(
     max_frame_bytes: int,
 ) -> Channel:
     _tune(writer)
+    frames = FrameReader(reader, "connecting peer")
     nonce = secrets.token_bytes(16)
     _write(writer, Challenge(protocol=PROTOCOL_VERSION, nonce=nonce))
-    hello = _hello_decoder.decode(await _read_frame(reader, HELLO_MAX_BYTES, "connecting peer"))
+    hello = _hello_decoder.decode(await frames.next(HELLO_MAX_BYTES))
     if not isinstance(hello, Hello):
         raise ProtocolError("the peer did not answer the challenge")
     proven = [
@@ -328,7 +323,7 @@ async def _accept_hello(
     else:
         _write(writer, Welcome(id=own_id, mac=_mac(proven[0], b"welcome", hello.nonce, nonce, own_id)))
         seals = _seals(proven[0], nonce, hello.nonce, connecting=False)
-        return Channel(reader, writer, hello.id, max_frame_bytes, seals)
+        return Channel(frames, writer, hello.id, max_frame_bytes, seals)
     _write(writer, Refused(reason=reason))
     await writer.drain()
     raise ProtocolError(f"{hello.id!r} refused: {reason}", kind="hello")

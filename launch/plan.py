@@ -43,7 +43,6 @@ _RANK_BYTES = (
 _GIB = 1 << 30
 _GPU_RESERVE_BYTES = 2 << 30  # of each worker: the CUDA context, workspaces, graphs
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
-_ENGINE_FIELDS = EngineConfig.model_fields.keys() & ServeSettings.model_fields.keys()
 _OF_ONE_PROCESS = {"control_host", "control_port"}  # of a router that is started by hand; a launcher's picks free ones
 
 
@@ -149,11 +148,9 @@ def plan_worker(
     *,
     worker_id: str,
 ) -> WorkerConfig:
-    values = settings.model_dump(include=set(_ENGINE_FIELDS), exclude_none=True) | pool.overrides()
-    values |= {"model_dir": model_dir, "served_model_name": served_name}
+    given = {name: value for name, value in _shared(settings, EngineConfig).items() if value is not None}
+    values = given | pool.overrides() | {"model_dir": model_dir, "served_model_name": served_name}
     values["host_cache_memory_bytes"] = settings.host_cache_memory_bytes
-    if settings.disk_cache_dir is not None:
-        values["disk_cache_dir"] = absolute(settings.disk_cache_dir)
     values["swap_space"] = settings.swap_space if role == "decode" else 0  # a prompt that has begun is not preempted
     return WorkerConfig(
         worker_id=worker_id,

@@ -116,15 +116,21 @@ class Child:
                     return
                 delay_s = 0.0 if self._drains_until is not None else self._count_failure(reason)
                 self.state, self._drains_until = ChildState.WAITING, None
-                if delay_s and await _within(min(delay_s, _EXCUSE_S), self._hurry.wait()):
-                    delay_s, self._num_failures = 0.0, self._num_failures - 1
+                if delay_s and await self._is_hurried(min(delay_s, _EXCUSE_S)):
+                    delay_s = 0.0
                 self._tell("restart", reason=reason, delay_s=delay_s)
-                if await _within(max(0.0, delay_s - _EXCUSE_S), self._hurry.wait()) and delay_s:
-                    self._num_failures -= 1
+                if delay_s > _EXCUSE_S:
+                    await self._is_hurried(delay_s - _EXCUSE_S)
                 self.num_restarts += 1
         finally:
             self.state = ChildState.ENDED
             self._answer(False)
+
+    async def _is_hurried(self, seconds: float) -> bool:
+        """Pause for so long, or until the next life is not to wait: then the failure before it does not count."""
+        is_hurried = await _within(seconds, self._hurry.wait())
+        self._num_failures -= is_hurried
+        return is_hurried
 
     async def restart(self, drain_s: float | None = None) -> bool:
         """Let this life end in good order and the next begin; whether that one became ready. One call at a time.

@@ -18,13 +18,11 @@ import pytest
 
 import kvferry
 
+from .test_layers import FOLDERS
+
 ROOT = Path(kvferry.__file__).resolve().parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = ("ray", "ucx", "gpu", "plot", "bench")
-FOLDERS = (
-    *("cli", "common", "decode", "engine", "kvcache", "launch", "models", "prefill"),
-    *("router", "settings", "simulator", "tools", "transfer", "worker"),
-)
 
 # Where the name of the import says nothing of the distribution.
 DISTRIBUTION_OF = {"yaml": "pyyaml", "flashinfer": "flashinfer-python", "ucxx": "ucxx-cu12"}
