@@ -33,6 +33,7 @@ from ..common.messages import (
     WorkerFailure,
 )
 from ..common.request import RequestSpec, Sequence
+from ..common.role_counters import RoleCounters
 from ..kvcache.blocks import BlockPool
 from ..kvcache.prefix_cache import PrefixCache
 from ..transfer.fetch.fetches import Fetches
@@ -47,7 +48,7 @@ from .waiting import WaitingReservations
 
 
 class DecodeRole:
-    """Implements `engine.loop.StepRole`. All methods but begin_step and on_layer are called with the lock held."""
+    """Answers and their arrival. All methods but begin_step and on_layer are called with the lock held."""
 
     name = "decode"
 
@@ -312,32 +313,25 @@ class DecodeRole:
             failed = HandoffFailed(request_id=request_id, attempt=attempt, reason=reason, blame="draining")
             self._to_router(reservation.router_id, failed)
 
-    @property
-    def num_nonfinite_rows(self) -> int:
-        return self._results.num_nonfinite_rows
-
-    @property
-    def stale_messages(self) -> int:
-        return self._requests.stale_messages + self.receiver.stale_messages
-
-    @property
-    def prefix_queries(self) -> int:
-        return self.scheduler.blocks.prefix_queries + self.receiver.prefix_queries
-
-    @property
-    def prefix_hits(self) -> int:
-        return self.scheduler.blocks.prefix_hits + self.receiver.prefix_hits
+    def counters(self) -> RoleCounters:
+        scheduler, receiver = self.scheduler, self.receiver
+        return RoleCounters(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            waiting_tokens=scheduler.waiting_tokens,
+            num_granted_blocks=receiver.num_granted_blocks,  # not adopted yet
+            num_preemptions=scheduler.num_preemptions,
+            prefix_queries=scheduler.blocks.prefix_queries + receiver.prefix_queries,
+            prefix_hits=scheduler.blocks.prefix_hits + receiver.prefix_hits,
+            stale_messages=self._requests.stale_messages + receiver.stale_messages,
+            nonfinite_rows=self._results.num_nonfinite_rows,
+        )
 
     @property
     def num_unfinished(self) -> int:
         """Requests, handoffs under way among them. What lies in quarantine does not count: our end fences it."""
         states = (ReservationState.GRANTED, ReservationState.OPEN, ReservationState.ARRIVED)
         return len(self._requests) + len(self._waiting) + len(self.receiver.reservations.in_state(*states))
-
-    @property
-    def num_granted_blocks(self) -> int:
-        """Blocks of reservations that are not adopted yet."""
-        return self.receiver.num_granted_blocks
 
     def references(self) -> list[list[int]]:
         """All references to blocks of the pool that sequences, copies and reservations hold."""

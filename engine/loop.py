@@ -6,7 +6,7 @@ the transfer thread for each arrival; neither waits for a step, because the engi
     loop:  [lock] role.schedule() -> Batch      nothing to do: wait for `wake`
                   role.begin_step(batch)
                   engine.step(batch, role.on_layer)
-           [lock] role.complete(batch, output)
+           [lock] role.complete(batch, output), role.note_turn(seconds)
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
-import msgspec
-
 from ..common.batch import Batch, StepOutput
-from ..common.messages import StepSample
-from .samples import step_sample
 
 
 class StepRole(Protocol):
@@ -42,6 +39,20 @@ class StepRole(Protocol):
         """Take in the finished step. Called with the lock held."""
         ...
 
+    def note_turn(self, turn_s: float) -> None:
+        """Learn how long that step kept the next one waiting, copies of blocks left out. Called with the lock held."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepFigures:
+    """Figures of an engine's steps, under the names that `WorkerStatus` gives them."""
+
+    steps: int  # finished since start
+    busy_for_s: float  # since the running step began; 0 when none runs
+    step_s: float  # of the last step
+    step_tokens: int
+
 
 StepFunction = Callable[[Batch, Callable[[int], None]], StepOutput]
 
@@ -56,14 +67,12 @@ class EngineLoop:
         on_failure: Callable[[BaseException], None],
         *,
         lock: threading.Condition | None = None,
-        on_step: Callable[[StepSample], None] | None = None,
     ) -> None:
-        """`lock`: one that others have already. `on_step` is told of each step, with the lock held."""
+        """`lock`: one that others have already."""
         self.lock = lock if lock is not None else threading.Condition()
         self._role = role
         self._step = step
         self._on_failure = on_failure
-        self._on_step = on_step
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._turn_began = 0.0
@@ -93,6 +102,9 @@ class EngineLoop:
         began = self._step_began
         return 0.0 if began is None else time.perf_counter() - began
 
+    def figures(self) -> StepFigures:
+        return StepFigures(self.num_steps, self.busy_for_s, self.last_step_s, self.last_step_tokens)
+
     def _run(self) -> None:
         try:
             while (batch := self._next()) is not None:
@@ -101,21 +113,12 @@ class EngineLoop:
                 output = self._step(batch, self._role.on_layer)
                 self.last_step_s, self.last_step_tokens = output.step_s, output.num_tokens
                 with self.lock:
-                    self._complete(batch, output)
+                    self._role.complete(batch, output)
+                    self._role.note_turn(time.perf_counter() - self._turn_began - output.swap_s)
                 self.num_steps += 1
                 self._step_began = None
         except BaseException as error:  # its owner decides: the thread must not die in silence
             self._on_failure(error)
-
-    def _complete(self, batch: Batch, output: StepOutput) -> None:
-        if self._on_step is None or not batch.rows:
-            self._role.complete(batch, output)
-            return
-        sample = step_sample(batch)  # before its tokens are counted as computed
-        self._role.complete(batch, output)
-        # The whole turn: that is how long the step keeps the next one waiting.
-        turn_s = time.perf_counter() - self._turn_began - output.swap_s
-        self._on_step(msgspec.structs.replace(sample, step_s=turn_s))
 
     def _next(self) -> Batch | None:
         with self.lock:

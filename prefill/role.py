@@ -35,6 +35,7 @@ from ..common.messages import (
     nonfinite_logits,
 )
 from ..common.request import RequestSpec, Sequence
+from ..common.role_counters import RoleCounters
 from ..kvcache.blocks import BlockPool, prefix_salt
 from ..kvcache.prefix_cache import PrefixCache
 from ..transfer.fetch.fetches import Fetches
@@ -48,7 +49,7 @@ log = structlog.get_logger(__name__)
 
 
 class PrefillRole:
-    """Implements `engine.loop.StepRole`. All methods but begin_step and on_layer are called with the lock held."""
+    """Prompts and their shipments. All methods but begin_step and on_layer are called with the lock held."""
 
     name = "prefill"
 
@@ -301,14 +302,6 @@ class PrefillRole:
         return self._shipments.ended(request_id, attempt)
 
     @property
-    def prefix_queries(self) -> int:
-        return self.scheduler.prefix_queries
-
-    @property
-    def prefix_hits(self) -> int:
-        return self.scheduler.prefix_hits
-
-    @property
     def routers(self) -> set[str]:
         """Return the routers whose prompts are computed or shipped here."""
         return {task.router_id for task in self._tasks.values()} | self._shipments.routers
@@ -318,10 +311,19 @@ class PrefillRole:
         """Tasks, and shipments that have not said their last word."""
         return len(self._tasks) + len(self._shipments)
 
-    @property
-    def num_granted_blocks(self) -> int:
-        """Blocks of shipments that are still being read."""
-        return self._shipments.num_blocks
+    def counters(self) -> RoleCounters:
+        scheduler = self.scheduler
+        return RoleCounters(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            waiting_tokens=scheduler.waiting_tokens,
+            num_granted_blocks=self._shipments.num_blocks,  # still being read
+            num_preemptions=scheduler.num_preemptions,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            stale_messages=self.stale_messages,
+            nonfinite_rows=self.num_nonfinite_rows,
+        )
 
     @property
     def is_quiet(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Protocol
 from ..common.messages import ChoiceTokens, GrantInfo
 from ..common.request import BlockId, RequestSpec
 from ..kvcache.blocks import BlockPool
+from ..transfer.send.counters import SendCounters
 from ..transfer.send.plan import ShipPlan
 
 
@@ -39,6 +40,10 @@ class Shipping(Protocol):
 
     def cancel(self, open_id: int, reason: str) -> None:
         """Ship nothing more. Idempotent."""
+        ...
+
+    def counters(self) -> SendCounters:
+        """Return what rank 0's sender says of itself."""
         ...
 
 

@@ -33,7 +33,7 @@ from ..common.credentials import SharedSecret, read_secrets
 from ..common.errors import ConfigError, KVFerryError
 from ..common.lifeline import Lifeline
 from ..common.logs import configure_logging
-from ..common.messages import Decoder, Drain, Message, SetRole, WorkerHello, encode
+from ..common.messages import Decoder, Message, WorkerHello, encode
 from ..transfer.protocol.rank_messages import (
     FollowerRegion,
     FollowerSetup,
@@ -51,8 +51,7 @@ if TYPE_CHECKING:
     from .deps import WorkerDeps
     from .worker import Worker
 
-TICK_S = 0.1  # deadlines, and heartbeats of a busy worker
-IDLE_TICKS = 10  # an idle worker sends every tenth heartbeat
+TICK_S = 0.1  # of the worker's deadlines and heartbeats
 LIFELINE_TICKS = 5
 STEP_LIMIT_S = 60.0  # a step that takes longer, and longer than ten times the one before, hangs
 REGION_TIMEOUT_S = 60.0  # from our engine's start to the last rank's registered memory
@@ -74,7 +73,6 @@ class WorkerProcess:
         self._group: RankGroup | None = None
         self._worker: Worker | None = None
         self._sessions: RouterSessions | None = None
-        self._drains_until: float | None = None
 
     async def run(self) -> int:
         """Run until it has drained (SIGTERM, or a router's Drain), SIGINT or a failure.
@@ -119,10 +117,10 @@ class WorkerProcess:
 
     def _on_sigterm(self) -> None:
         """Drain; the second one ends at once."""
-        if self._sessions is None or self._drains_until is not None:
+        if self._worker is None or self._sessions is None or self._worker.is_draining:
             self._end_now()
         else:
-            self._drain(self._config.drain_timeout)
+            self._worker.drain(self._config.drain_timeout)
 
     def _on_launcher(self, event: dict[str, object]) -> None:
         """Obey the launcher. On the lifeline's thread."""
@@ -146,29 +144,11 @@ class WorkerProcess:
         if self._lifeline is not None:
             self._lifeline.send({"event": "reloaded", "error": failure})
 
-    def _drain(self, limit_s: float) -> None:
-        """Take nothing new, and say so at once. What is left after `limit_s` goes on elsewhere."""
-        assert self._worker is not None and self._sessions is not None
-        log.info("worker_drains", worker_id=self._config.worker_id, limit_s=limit_s)
-        self._drains_until = self._clock.now() + limit_s
-        self._worker.drain()
-        self._sessions.send_status()
-
-    def _set_role(self, role: str) -> None:
-        """Make the role the active one, and say so at once."""
-        assert self._worker is not None and self._sessions is not None
-        before = self._worker.active_role
-        self._worker.set_role(role)
-        self._sessions.send_status()
-        self._yield_cores()
-        log.info(
-            "role_set",
-            worker_id=self._config.worker_id,
-            role=role,
-            before=before,
-            num_unfinished=self._worker.num_unfinished,
-            niceness=os.getpriority(os.PRIO_PROCESS, 0),
-        )
+    def _announce(self) -> None:
+        """Send heartbeats now. What the worker does may have changed."""
+        if self._sessions is not None:
+            self._sessions.send_status()
+            self._yield_cores()
 
     def _yield_cores(self) -> None:
         """Give way to workers that decode, while this one does not."""
@@ -304,7 +284,7 @@ class WorkerProcess:
     async def _serve(self, deps: WorkerDeps) -> None:
         from .worker import Worker
 
-        worker = Worker(deps)
+        worker = Worker(deps, self._announce)
         await worker.start()
         self._worker = worker
         self._sessions = RouterSessions(
@@ -312,7 +292,7 @@ class WorkerProcess:
             self._hello(deps, worker.kv_address),
             secret=self._secret,
             max_frame_bytes=max_frame_bytes(deps.engine.model_config.max_model_len),
-            on_message=self._on_router_message,
+            on_message=worker.on_router_message,
             on_lost=worker.on_router_lost,
             status=worker.status,
             on_joined=worker.on_router_joined,
@@ -355,45 +335,24 @@ class WorkerProcess:
         if self._sessions is not None:
             self._sessions.send(router_id, message)
 
-    def _on_router_message(self, router_id: str, message: Message) -> None:
-        assert self._worker is not None
-        if isinstance(message, Drain):
-            self._drain(message.deadline_s)
-        elif isinstance(message, SetRole):
-            self._set_role(message.role)
-        else:
-            self._worker.on_router_message(router_id, message)
-
     def _on_refused(self, refused: asyncio.Future[str]) -> None:
         if not refused.cancelled():
             self._end(_refuse(self._config, self._lifeline, KVFerryError(refused.result())))
 
     async def _tick(self) -> None:
-        """Deadlines, heartbeats to the routers and to the launcher."""
-        assert self._worker is not None and self._sessions is not None
-        ticks, was_busy = 0, False
+        """Deadlines, and heartbeats to the launcher."""
+        assert self._worker is not None
+        ticks = 0
         while True:
             await asyncio.sleep(TICK_S)
             self._worker.tick()
-            for router_id, change in self._worker.cache_changes():
-                self._sessions.send(router_id, change)
-            is_busy = self._worker.is_busy
-            if is_busy or was_busy or ticks % IDLE_TICKS == 0:
-                self._sessions.send_status()
-            was_busy = is_busy
             self._yield_cores()
             if ticks % LIFELINE_TICKS == 0 and self._lifeline is not None and not self._hangs():
                 self._lifeline.beat()
-            if self._drains_until is not None:
-                self._check_drained(self._drains_until)
+            if self._worker.has_drained and not self._ended.done():
+                log.info("worker_drained", worker_id=self._config.worker_id, num_left=self._worker.num_unfinished)
+                self._end(0)
             ticks += 1
-
-    def _check_drained(self, until: float) -> None:
-        assert self._worker is not None
-        num_left, is_late = self._worker.num_unfinished, self._clock.now() >= until
-        if (not num_left or is_late) and not self._ended.done():
-            log.info("worker_drained", worker_id=self._config.worker_id, num_left=num_left)
-            self._end(0)
 
     def _hangs(self) -> bool:
         """The running step takes so long that it will not end: the launcher shall hear nothing more of us."""

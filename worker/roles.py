@@ -17,6 +17,8 @@ from typing import Literal
 
 from ..common.batch import Batch, StepOutput
 from ..common.messages import LocalTask, Message, PrefillTask, ReserveKV, StepSample
+from ..common.request import BlockId
+from ..common.role_counters import RoleCounters
 from ..decode.role import DecodeRole
 from ..kvcache.blocks import BlockPool
 from ..prefill.role import PrefillRole
@@ -26,7 +28,7 @@ RoleName = Literal["prefill", "decode"]
 
 
 class RolePair:
-    """Implements `engine.loop.StepRole`. All methods but begin_step and on_layer are called with the lock held."""
+    """Both roles as one. All methods but begin_step and on_layer are called with the lock held."""
 
     def __init__(self, prefill: PrefillRole, decode: DecodeRole, pool: BlockPool, active_role: RoleName) -> None:
         self.prefill = prefill
@@ -119,45 +121,13 @@ class RolePair:
     def draining(self, on: bool) -> None:
         self.prefill.draining = self.decode.draining = on
 
-    @property
-    def num_running(self) -> int:
-        return self.prefill.scheduler.num_running + self.decode.scheduler.num_running
-
-    @property
-    def num_waiting(self) -> int:
-        return self.prefill.scheduler.num_waiting + self.decode.scheduler.num_waiting
-
-    @property
-    def waiting_tokens(self) -> int:
-        return self.prefill.scheduler.waiting_tokens + self.decode.scheduler.waiting_tokens
-
-    @property
-    def num_preemptions(self) -> int:
-        return self.prefill.scheduler.num_preemptions + self.decode.scheduler.num_preemptions
-
-    @property
-    def prefix_queries(self) -> int:
-        return self.prefill.prefix_queries + self.decode.prefix_queries
-
-    @property
-    def prefix_hits(self) -> int:
-        return self.prefill.prefix_hits + self.decode.prefix_hits
-
-    @property
-    def num_nonfinite_rows(self) -> int:
-        return self.prefill.num_nonfinite_rows + self.decode.num_nonfinite_rows
-
-    @property
-    def stale_messages(self) -> int:
-        return self.prefill.stale_messages + self.decode.stale_messages
+    def counters(self) -> RoleCounters:
+        """Sum the figures of both roles."""
+        return self.prefill.counters() + self.decode.counters()
 
     @property
     def num_unfinished(self) -> int:
         return self.prefill.num_unfinished + self.decode.num_unfinished
-
-    @property
-    def num_granted_blocks(self) -> int:
-        return self.prefill.num_granted_blocks + self.decode.num_granted_blocks
 
     @property
     def routers(self) -> set[str]:
@@ -169,13 +139,16 @@ class RolePair:
         """Nothing is left of any request."""
         return self.prefill.is_quiet and self.decode.is_quiet
 
-    def references(self) -> list[list[int]]:
-        """All references to blocks of the pool."""
+    def references(self) -> list[list[BlockId]]:
+        """List the references to blocks of the pool that requests hold."""
         return self.prefill.references() + self.decode.references()
 
-    def check(self) -> None:
-        """Assert that the books of both agree, and that every reference to a block has a holder in one of them."""
+    def check(self, others: Iterable[Iterable[BlockId]] = ()) -> None:
+        """Assert that the books of both agree, and that every reference to a block has a holder in one of them.
+
+        `others`: references that neither role holds.
+        """
         self.prefill.check_tasks()
         self.decode.check()
-        held = Counter(block for blocks in self.references() for block in blocks)
+        held = Counter(block for blocks in (*self.references(), *others) for block in blocks)
         assert all(self._pool.ref_count(block) == held[block] for block in range(self._pool.num_blocks))

@@ -1,189 +1,346 @@
-"""A worker's two sides under one lock: prefill and decode, the engine loop that serves both, and what routers are told.
+"""A worker on its machine: its core under one lock, driven by threads and sockets.
 
-router message ─[lock]─> RolePair ─> PrefillSide's or DecodeSide's role        engine loop ─> RolePair ─> the same
+    network thread    routers' messages, the handoff's sockets, ticks ─┐
+    engine thread     schedule, compute, complete ─────────────────────┼─[lock]─> WorkerCore ─> sockets, transfer
+    transfer threads  arrivals; what was written, what was read ───────┤                        threads, other ranks
+    rank group        the same of the other tensor-parallel ranks ─────┘
+
+Nobody holds the lock while computing, copying or waiting.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
-from ..common.errors import ProtocolError
-from ..common.messages import CacheChange, LocalTask, Message, PrefillTask, ReserveKV, WorkerStatus
+import structlog
+
+from ..common.messages import (
+    CancelKV,
+    KVArrived,
+    KVClosed,
+    KVDone,
+    KVFetch,
+    KVFetchable,
+    KVFetchDone,
+    KVFetchRefused,
+    KVFetchSums,
+    KVOpen,
+    KVOpened,
+    KVRefused,
+    KVRenew,
+    KVRenewed,
+    Message,
+    RegionInfo,
+    TransferReport,
+    WorkerStatus,
+    encode,
+)
+from ..common.request import BlockId
 from ..engine.loop import EngineLoop
-from ..engine.samples import RouterSamples
-from ..kvcache.journal import open_journal
-from ..transfer.protocol.rank_messages import PeerMessage, RankArrived, RankRead, RankSums, Rotated, SourceFree
-from .decode_side import DecodeSide
+from ..transfer.fetch.ranks import RankReading, RankSumming
+from ..transfer.fetch.reader import open_block_sums
+from ..transfer.links import KVLinks, KVServer
+from ..transfer.protocol.checksums import open_check, open_sums
+from ..transfer.protocol.handoff import Verdict
+from ..transfer.protocol.rank_messages import (
+    TO_DECODE,
+    TO_PREFILL,
+    PeerMessage,
+    RankArrived,
+    RankRead,
+    RankSums,
+    ReadOutcome,
+    Rotated,
+    SourceFree,
+    Watch,
+)
+from ..transfer.send.ranks import RankShipping
+from ..transfer.send.sender import KVSender
+from ..transfer.thread import TransferThread
+from .agents import Agents
+from .core import CoreConfig, WorkerCore
 from .deps import WorkerDeps
-from .prefill_side import PrefillSide
-from .roles import RoleName, RolePair
-from .shares import RouterShares
 
-_ROLES: dict[str, RoleName] = {"prefill": "prefill", "decode": "decode"}
+_LEAVE_LIMIT_S = 1.0  # a step waits no longer for words about it to be written: no token leaves meanwhile either
+
+log = structlog.get_logger(__name__)
 
 
 class Worker:
-    """Runs on the network thread, but where a method says otherwise."""
+    """Implements `Effects` for its core. Runs on the network thread, but where a method says otherwise."""
 
-    def __init__(self, deps: WorkerDeps) -> None:
+    def __init__(self, deps: WorkerDeps, announce: Callable[[], None]) -> None:
+        """`announce()`: send every router a heartbeat now."""
+        config, engine = deps.config, deps.engine
         self._deps = deps
-        self._lock = threading.Condition()
-        self._prefill = PrefillSide(deps, self._lock)
-        self._decode = DecodeSide(deps, self._lock)
-        self._samples = RouterSamples()
-        self._shares = RouterShares(deps.clock)
-        self._num_heartbeats = 0
-        self._journal = open_journal(deps.pool, deps.cache)
-        deps.cache.wake_with(self._wake)
+        self.announce = announce
+        self._lock = threading.Condition()  # notified when there may be work
+        self._server = KVServer(config.worker_id, deps.secret, self._on_peer_message, self._on_peer_lost)
+        self._links = KVLinks(config.worker_id, deps.secret, self._on_answer, self._on_target_lost)
+        self._sums = open_sums(config.transfer, engine.kv_pages)
+        self._loan_sums = open_block_sums(config.transfer, engine.kv_pages, engine.spec, engine.tp_size)
+        self._check = open_check(config.transfer, engine.kv_pages, engine.spec, rank=0, tp_size=engine.tp_size)
+        self._incoming = TransferThread(deps.backend, on_arrived=self._on_arrived, on_failure=deps.on_failure)
+        self._sender = self._make_sender()
+        self._outgoing = TransferThread(deps.outgoing, sender=self._sender, on_failure=deps.on_failure)
+        self._make_rank_calls()
+
+    def _make_sender(self) -> KVSender:
+        deps, engine = self._deps, self._deps.engine
+        return KVSender(
+            rank=0,
+            tp_size=engine.tp_size,
+            worker_id=deps.config.worker_id,
+            incarnation=deps.incarnation,
+            version=deps.version,
+            backend=deps.outgoing,
+            spec=engine.spec,
+            num_blocks=engine.kv_pages.shape[1],
+            clock=deps.clock,
+            config=deps.config.transfer,
+            to_peer=self.to_target,
+            report=self._on_report,
+            source_free=self._on_rank_free,
+            on_read=lambda fetch_id, outcome, sums: self._on_read(0, fetch_id, outcome, sums),
+            sums=self._sums,
+            processes=deps.processes,
+        )
+
+    def _make_rank_calls(self) -> None:
+        """Make what reaches the transfer threads of all ranks."""
+        engine, has_others = self._deps.engine, self._deps.group is not None
+        to_prefill, to_decode = (self._to_prefill_ranks, self._to_decode_ranks) if has_others else (None, None)
+        self._shipping = RankShipping(
+            self._outgoing,
+            self._sender,
+            num_layers=engine.spec.num_layers,
+            tp_size=engine.tp_size,
+            broadcast=to_prefill,
+            layer_event=engine.layer_event,
+            on_source_free=lambda open_id: self._core.on_source_free(open_id),
+        )
+        assert self._sender.reader is not None
+        self._reading = RankReading(self._outgoing, self._sender.reader, to_prefill)
+        self._agents = Agents(self._incoming, engine.tp_size, broadcast=to_decode, done=self._on_rotated)
+        self._summing: RankSumming | None = None
+        if self._loan_sums is not None:
+            self._summing = RankSumming(self._incoming, self._loan_sums, to_decode, self._on_sums)
 
     async def start(self) -> None:
         deps = self._deps
-        await self._decode.start()
-        self._prefill.start()
-        self._decode.role.fetches = self._prefill.fetches
-        self._roles = RolePair(self._prefill.role, self._decode.role, deps.pool, deps.config.role)
-        self._roles.learn(deps.samples)
-        self.loop = EngineLoop(
-            self._roles, deps.engine.step, deps.on_failure, lock=self._lock, on_step=self._samples.add
+        self.kv_address = str(await self._server.start(deps.config.host, deps.config.port))
+        self._core = WorkerCore(
+            self._core_config(),
+            pool=deps.pool,
+            cache=deps.cache,
+            clock=deps.clock,
+            effects=self,
+            shipping=self._shipping,
+            reading=self._reading,
+            regions=deps.regions,
         )
+        self._core.learn(deps.samples)
+        deps.cache.wake_with(self._wake_from_elsewhere)
+        self._incoming.start()
+        self._outgoing.start()
+        self.loop = EngineLoop(self._core, deps.engine.step, deps.on_failure, lock=self._lock)
         self.loop.start()
 
-    @property
-    def kv_address(self) -> str:
-        """Return where prefill workers ask to write, whatever the role: what was granted arrives."""
-        return self._decode.kv_address
+    def _core_config(self) -> CoreConfig:
+        deps, config, engine = self._deps, self._deps.config, self._deps.engine
+        objective_ms = config.engine.tpot_objective_ms
+        return CoreConfig(
+            worker_id=config.worker_id,
+            incarnation=deps.incarnation,
+            version=deps.version,
+            role=config.role,
+            spec=engine.spec,
+            tp_size=engine.tp_size,
+            kv_address=self.kv_address,
+            incoming=deps.backend.name,
+            outgoing=deps.outgoing.name,
+            transfer=config.transfer,
+            eos_token_ids=engine.model_config.eos_token_ids,
+            max_model_len=engine.model_config.max_model_len,
+            max_num_batched_tokens=config.engine.max_num_batched_tokens,
+            max_num_seqs=config.engine.max_num_seqs,
+            num_swap_blocks=engine.num_swap_blocks,
+            tpot_objective_s=None if objective_ms is None else objective_ms / 1e3,
+            checks_bytes=self._check is not None,
+            sums_writes=self._sums is not None,
+            sums_loans=self._loan_sums is not None,
+        )
 
-    # --- routers ----------------------------------------------------------------------------------------
+    # --- routers and time, on the network thread -----------------------------------------------------------------
 
     def on_router_message(self, router_id: str, message: Message) -> None:
         with self._lock:
-            if isinstance(message, PrefillTask | ReserveKV | LocalTask):
-                self._shares.note_work(router_id)
-            self._roles.on_router_message(router_id, message)
-            self._decode.after_change()
+            self._core.on_router_message(router_id, message)
+
+    def on_router_joined(self, router_id: str) -> None:
+        with self._lock:
+            self._core.on_router_joined(router_id)
 
     def on_router_lost(self, router_id: str) -> None:
         with self._lock:
-            self._samples.forget(router_id)
-            self._journal.router_left(router_id)
-            self._roles.on_router_lost(router_id)
-            self._decode.after_change()
+            self._core.on_router_lost(router_id)
 
-    def set_role(self, role: str) -> None:
-        """Make it the active one. Raises ProtocolError for what is no role."""
-        if role not in _ROLES:
-            raise ProtocolError(f"{role!r} is no role")
+    def drain(self, limit_s: float) -> None:
         with self._lock:
-            self._roles.set_role(_ROLES[role])
-            self._decode.after_change()
+            self._core.drain(limit_s)
 
-    def drain(self) -> None:
-        """Take nothing new."""
+    def tick(self) -> None:
         with self._lock:
-            self._roles.draining = True
+            self._core.tick()
 
-    def _wake(self) -> None:
-        """Have the engine look for work. From any thread."""
+    def status(self, router_id: str) -> WorkerStatus:
         with self._lock:
-            self._lock.notify()
+            return self._core.status(router_id, self.loop.figures())
+
+    @property
+    def decodes(self) -> bool:
+        with self._lock:
+            return self._core.decodes
+
+    @property
+    def active_role(self) -> str:
+        return self._core.roles.active_role
+
+    @property
+    def is_draining(self) -> bool:
+        return self._core.is_draining
+
+    @property
+    def has_drained(self) -> bool:
+        with self._lock:
+            return self._core.has_drained
+
+    @property
+    def num_unfinished(self) -> int:
+        with self._lock:
+            return self._core.num_unfinished
+
+    # --- other workers, on the network thread --------------------------------------------------------------------
+
+    def _on_peer_message(self, session: str, message: Message) -> None:
+        assert isinstance(message, KVOpen | KVRenew | KVClosed | KVFetch | KVFetchDone)
+        with self._lock:
+            self._core.on_peer_message(session, message)
+
+    def _on_peer_lost(self, session: str) -> None:
+        with self._lock:
+            self._core.on_peer_lost(session)
+
+    def _on_answer(self, kv_address: str, message: Message) -> None:
+        if isinstance(message, KVFetchable | KVFetchSums | KVFetchRefused):
+            with self._lock:
+                self._core.on_fetch_answer(message)
+            return
+        assert isinstance(message, KVOpened | KVRefused | KVRenewed | CancelKV | KVDone)
+        self._shipping.on_answer(message)
+
+    def _on_target_lost(self, kv_address: str) -> None:
+        self._shipping.on_peer_lost(kv_address)
+        with self._lock:
+            self._core.on_target_lost(kv_address)
+
+    # --- transfers, on the transfer threads and the rank group's -------------------------------------------------
+
+    def _on_arrived(self, agent: str, message: KVArrived) -> None:
+        """Check what arrived before the lock is taken: that takes longer than anybody should hold it."""
+        self._tell_arrived(0, message, self._check.verdict(message) if self._check is not None else Verdict.UNCHECKED)
+
+    def _tell_arrived(self, rank: int, message: KVArrived, verdict: Verdict) -> None:
+        with self._lock:
+            self._core.on_arrived(rank, message, verdict)
+
+    def _on_rotated(self, regions: tuple[RegionInfo, ...] | None) -> None:
+        with self._lock:
+            self._core.on_rotated(regions)
+
+    def _on_sums(self, rank: int, fetch_id: int, checksum: bytes) -> None:
+        with self._lock:
+            self._core.on_sums(rank, fetch_id, checksum)
+
+    def _on_read(self, rank: int, fetch_id: int, outcome: ReadOutcome, sums: bytes) -> None:
+        with self._lock:
+            self._core.on_read(rank, fetch_id, outcome, sums)
+
+    def _on_report(self, report: TransferReport) -> None:
+        with self._lock:
+            self._core.on_report(report)
+
+    def _on_rank_free(self, open_id: int) -> None:
+        with self._lock:
+            self._shipping.on_rank_free(open_id)
 
     def on_follower(self, rank: int, message: Message) -> None:
         """Take another rank's message. On the rank group's thread."""
         match message:
-            case PeerMessage() | SourceFree() | RankRead():
-                self._prefill.on_follower(message)
-            case RankArrived() | Rotated() | RankSums():
-                self._decode.on_follower(message)
+            case PeerMessage():
+                self.to_target(message.kv_address, message.message)
+            case SourceFree():
+                self._on_rank_free(message.open_id)
+            case RankRead():
+                self._on_read(message.rank, message.fetch_id, message.outcome, message.sums)
+            case RankArrived():
+                self._tell_arrived(message.rank, message.message, message.verdict)
+            case Rotated():
+                self._agents.on_rank(message)
+            case RankSums():
+                self._on_sums(message.rank, message.fetch_id, message.checksum)
             case _:
                 raise AssertionError(f"unexpected {type(message).__name__} from rank {rank}")
 
-    def tick(self) -> None:
-        """Deadlines; ten times a second."""
+    def _to_prefill_ranks(self, payload: bytes) -> None:
+        assert self._deps.group is not None
+        self._deps.group.broadcast(TO_PREFILL + payload)
+
+    def _to_decode_ranks(self, payload: bytes) -> None:
+        assert self._deps.group is not None
+        self._deps.group.broadcast(TO_DECODE + payload)
+
+    # --- effects, from any thread --------------------------------------------------------------------------------
+
+    def to_router(self, router_id: str, message: Message) -> None:
+        self._deps.to_router(router_id, message)
+
+    def to_peer(self, session: str, message: Message) -> None:
+        self._deps.call_soon(lambda: self._server.send(session, message))
+
+    def to_target(self, kv_address: str, message: Message) -> None:
+        self._deps.call_soon(lambda: self._links.send(kv_address, message))
+
+    def rotate(self, generation: int) -> None:
+        self._agents.start(generation)
+
+    def watch(self, on: bool) -> None:
+        self._incoming.watch(on)
+        if self._deps.group is not None:
+            self._to_decode_ranks(encode(Watch(on=on)))
+
+    def sum_loan(self, fetch_id: int, blocks: tuple[BlockId, ...]) -> None:
+        assert self._summing is not None
+        self._summing.start(fetch_id, blocks)
+
+    def leaving(self) -> Callable[[], object]:
+        """Return what waits until the network thread has written all that was sent to routers, in order of calls."""
+        left = threading.Event()
+        self._deps.call_soon(left.set)
+        return lambda: left.wait(_LEAVE_LIMIT_S)
+
+    def wake(self) -> None:
+        self._lock.notify()
+
+    def _wake_from_elsewhere(self) -> None:
         with self._lock:
-            self._roles.tick()
-            self._prefill.tick()
-            self._decode.tick()
-            self._decode.after_change()
-
-    def on_router_joined(self, router_id: str) -> None:
-        """A session has begun."""
-        with self._lock:
-            self._journal.router_joined(router_id)
-
-    def cache_changes(self) -> list[tuple[str, CacheChange]]:
-        """Return what routers are to be told of the caches, since the last call."""
-        with self._lock:
-            return list(self._journal.drain())
-
-    # --- what others see --------------------------------------------------------------------------------
-
-    @property
-    def active_role(self) -> RoleName:
-        return self._roles.active_role
-
-    @property
-    def decodes(self) -> bool:
-        """The worker decodes: its role, or answers that are not finished."""
-        with self._lock:
-            return self._roles.active_role == "decode" or self._decode.num_unfinished > 0
-
-    @property
-    def is_busy(self) -> bool:
-        with self._lock:
-            return self._roles.num_unfinished > 0
-
-    @property
-    def num_unfinished(self) -> int:
-        """Return how much a drain waits for: requests, and handoffs in both directions."""
-        with self._lock:
-            return self._prefill.num_unfinished + self._decode.num_unfinished
-
-    def status(self, router_id: str) -> WorkerStatus:
-        """The next heartbeat to this router."""
-        self._num_heartbeats += 1
-        roles, pool, deps = self._roles, self._deps.pool, self._deps
-        with self._lock:
-            status = WorkerStatus(
-                seq=self._num_heartbeats,
-                state="draining" if roles.draining else "ready",
-                num_running=roles.num_running,
-                num_waiting=roles.num_waiting,
-                waiting_tokens=roles.waiting_tokens,
-                num_free_blocks=pool.num_free_blocks,
-                num_cached_blocks=pool.num_cached_blocks,
-                num_granted_blocks=roles.num_granted_blocks,
-                num_quarantined_blocks=pool.num_quarantined_blocks,
-                num_blocks=pool.num_blocks,
-                steps=self.loop.num_steps,
-                busy_for_s=self.loop.busy_for_s,
-                step_s=self.loop.last_step_s,
-                step_tokens=self.loop.last_step_tokens,
-                num_preemptions=roles.num_preemptions,
-                prefix_queries=roles.prefix_queries,
-                prefix_hits=roles.prefix_hits,
-                transfer_bytes=self._prefill.num_transfer_bytes,
-                wire_bytes=deps.outgoing.telemetry_bytes,
-                transfer_failures=self._prefill.num_transfer_failures + self._decode.num_transfer_failures,
-                stale_messages=roles.stale_messages,
-                host_blocks=len(deps.cache.host),
-                disk_blocks=deps.cache.num_disk_blocks,
-                promoted_blocks=deps.cache.num_promoted_blocks,
-                demoted_blocks=deps.cache.num_demoted_blocks,
-                tier_failures=deps.cache.num_failures,
-                role=roles.active_role,
-                decode_context=roles.decode.scheduler.num_context_tokens,
-                samples=self._samples.take(router_id),
-                share=self._shares.share(router_id, roles.routers),
-                num_fetches=self._prefill.fetches.num_fetches,
-                failed_fetches=self._prefill.fetches.num_failures,
-                fetched_bytes=self._prefill.fetches.num_bytes,
-                fetch_s=self._prefill.fetches.seconds,
-                nonfinite_rows=roles.num_nonfinite_rows,
-            )
-            return self._decode.complete_status(status)
+            self._lock.notify()
 
     async def close(self) -> None:
         self.loop.stop()
-        await self._prefill.close()
-        await self._decode.close()
+        await self._links.close()
+        self._outgoing.close()
+        await self._server.close()
+        self._incoming.close()
         self._deps.cache.close()

@@ -16,6 +16,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from statistics import mean
+from typing import Protocol
 
 import torch
 
@@ -24,7 +25,7 @@ from kvferry.common.clock import SystemClock
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.engine.engine import Engine
-from kvferry.engine.loop import EngineLoop, StepRole
+from kvferry.engine.loop import EngineLoop
 from kvferry.kvcache.blocks import BlockPool, prefix_salt
 from kvferry.prefill.scheduler import PrefillScheduler, Prompt
 
@@ -127,11 +128,20 @@ class _Idle:
     def complete(self, batch: Batch, output: StepOutput) -> None: ...
 
 
+class _Load(Protocol):
+    """What the engine is given for a while."""
+
+    def schedule(self) -> Batch | None: ...
+    def begin_step(self, batch: Batch) -> None: ...
+    def on_layer(self, layer: int) -> None: ...
+    def complete(self, batch: Batch, output: StepOutput) -> None: ...
+
+
 class _Relay:
     """Implements `StepRole` for the loop, which runs as long as the engine: one load after another."""
 
     def __init__(self) -> None:
-        self.load: StepRole = _Idle()
+        self.load: _Load = _Idle()
 
     def schedule(self) -> Batch | None:
         return self.load.schedule()
@@ -144,6 +154,9 @@ class _Relay:
 
     def complete(self, batch: Batch, output: StepOutput) -> None:
         self.load.complete(batch, output)
+
+    def note_turn(self, turn_s: float) -> None:
+        """Loads time their steps themselves."""
 
 
 class LoadedEngine:
@@ -215,7 +228,7 @@ class LoadedEngine:
     def _token_id(self) -> int:
         return self._random.randrange(self.engine.model_config.vocab_size)
 
-    def _run(self, load: StepRole, ended: threading.Event) -> None:
+    def _run(self, load: _Load, ended: threading.Event) -> None:
         self._ended = ended
         with self._loop.lock:
             self._relay.load = load

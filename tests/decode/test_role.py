@@ -316,7 +316,7 @@ def test_logits_that_are_no_distribution_end_their_request_alone() -> None:
     bench.run()
     assert bench.tokens("a") == {0: [(0, 5)], 1: [(0, 5)]}, "nothing of the step"
     assert bench.tokens("b") == {choice: [(0, 5), (1, 9), (2, 9), (3, 9)] for choice in (0, 1)}
-    assert bench.pool.num_owned_blocks == 0 and bench.role.num_nonfinite_rows == 1
+    assert bench.pool.num_owned_blocks == 0 and bench.role.counters().nonfinite_rows == 1
     assert bench.role.is_quiet and not isinstance(bench.sent[-1], WorkerFailure)
 
 

@@ -28,6 +28,7 @@ from kvferry.common.request import FinishReason, RequestSpec, SampledToken, Samp
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.prefill.role import PrefillRole
 from kvferry.transfer.protocol.handoff import Endpoint
+from kvferry.transfer.send.counters import SendCounters
 from kvferry.transfer.send.plan import ShipPlan
 
 BLOCK, EOS = 4, 2
@@ -73,6 +74,9 @@ class _Shipping:
 
     def cancel(self, open_id: int, reason: str) -> None:
         self.cancelled.setdefault(open_id, reason)
+
+    def counters(self) -> SendCounters:
+        return SendCounters(0, 0, 0, 0)
 
 
 class _Bench:
@@ -171,7 +175,7 @@ def test_blocks_are_held_until_their_shipment_reads_them_no_more() -> None:
     bench = _Bench()
     bench.task("a", 18)
     bench.run()
-    assert bench.pool.num_owned_blocks == bench.role.num_granted_blocks == 5
+    assert bench.pool.num_owned_blocks == bench.role.counters().num_granted_blocks == 5
     bench.role.on_source_free(1)
     bench.role.on_source_free(1)  # idempotent
     assert bench.pool.num_owned_blocks == 0

@@ -21,6 +21,7 @@ class Agent:
     """One worker's transfer agent. Implements `TransferBackend` for one rank."""
 
     name = "sim"
+    copies_itself = True  # a part of its writes
     telemetry_bytes = 0
 
     def __init__(
@@ -97,7 +98,14 @@ class Agent:
         return flight
 
     def read(self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int]) -> TransferHandle:
-        raise AssertionError("no prefix is fetched in these worlds")
+        if agent not in self._connected:
+            raise TransferError(f"agent {agent} is not connected", peer=agent)
+        self.pass_point("read")
+        pages = list(zip(local_pages, remote_pages, strict=True))
+        flight = Flight(self, self.fabric.agents.get(agent), agent, pages, len(pages) * self.page_bytes)
+        self.pending.append(flight)
+        self.process.say(self.fabric.post_read, flight)
+        return flight
 
     def poll(self, handle: TransferHandle) -> TransferState:
         assert isinstance(handle, Flight)
@@ -127,6 +135,12 @@ class Agent:
 class _Nobody:
     def check_landing(self, flight: Flight, blocks: set[int]) -> None:
         raise AssertionError("nobody writes through the agent that writes")
+
+    def lends(self, blocks: set[int]) -> bool:
+        raise AssertionError("nobody reads through the agent that reads")
+
+    def check_fetched(self, flight: Flight, blocks: set[int], *, was_lent: bool) -> None:
+        raise AssertionError("nobody reads through the agent that is written through")
 
 
 def _nothing() -> None:

@@ -1,6 +1,6 @@
 """The invariants by name, and what a violation is.
 
-Those that are missing follow from others here: I4 is about readers of remote memory, and nobody pulls; I14 is H2, since
+Those that are missing follow from others here: I4, about readers of remote memory, is F1 and F2; I14 is H2, since
 tags are the tenant's own; H7 is I6 and I7; H9 is H3, since only reservations take blocks into quarantine.
 """
 
@@ -32,6 +32,10 @@ INVARIANTS = {
     "H5": "the hit blocks of a live reservation are held",
     "H6": "a published block is never written again",
     "H8": "liveness of handoffs: reservations are released, shipments end",
+    "F1": "a read lands only in blocks that its fetch holds",
+    "F2": "a block hash has one content, in every tier of every worker",
+    "F3": "a prompt waits for a fetch no longer than its router allows, and for no part beyond its lease",
+    "F4": "what a fetch publishes was lent when it was read",
     "crash": "no exception that is nobody's answer",
 }
 

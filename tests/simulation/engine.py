@@ -35,10 +35,22 @@ class Memory:
         for base in range(0, len(self.pages), self.num_blocks):
             self.pages[base + target] = list(self.pages[base + source])
 
+    def block(self, block: int) -> list[list[int]]:
+        """Return a block's tags, layer by layer."""
+        return [list(self.pages[base + block]) for base in range(0, len(self.pages), self.num_blocks)]
+
+    def host_block(self, slot: int) -> list[list[int]]:
+        return self._host[slot]
+
+    def fill_host(self, slot: int, pages: list[list[int]]) -> None:
+        self._host[slot] = pages
+
     def swap_out(self, block: int, slot: int) -> None:
-        self._host[slot] = [list(self.pages[base + block]) for base in range(0, len(self.pages), self.num_blocks)]
+        self._host[slot] = self.block(block)
 
     def swap_in(self, slot: int, block: int) -> None:
+        if slot not in self._host:
+            raise Breach("H2", f"block {block} is copied from slot {slot}, which nobody filled")
         for layer, page in enumerate(self._host[slot]):
             self.pages[layer * self.num_blocks + block] = list(page)
 

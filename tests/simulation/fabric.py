@@ -1,4 +1,4 @@
-"""The one-sided writes: when they land, and that they may do so when nobody expects it any more.
+"""The one-sided writes and reads: when they land, and that they may do so when nobody expects it any more.
 
     write ─> Flight ─(delay)─> lands, in one piece or two ─> DONE      the ordinary case
                      └> FAILED, and lands later, in part or not at all
@@ -33,6 +33,12 @@ class Right(Protocol):
 
     def check_landing(self, flight: Flight, blocks: set[int]) -> None: ...
 
+    def lends(self, blocks: set[int]) -> bool:
+        """Tell whether all of these blocks are lent to somebody now."""
+        ...
+
+    def check_fetched(self, flight: Flight, blocks: set[int], *, was_lent: bool) -> None: ...
+
 
 class Weather(Protocol):
     """What becomes of writes and notifications, by faults and chance."""
@@ -42,6 +48,8 @@ class Weather(Protocol):
     def late_s(self, path: Path) -> float: ...
 
     def loses(self, path: Path) -> bool: ...
+
+    def spoils(self, path: Path) -> bool: ...
 
     def fails_rotation(self, place: str) -> bool: ...
 
@@ -91,9 +99,10 @@ class Fabric:
     """The agents by name, and the flights between them."""
 
     def __init__(
-        self, kernel: Kernel, weather: Weather, path_of: Callable[[str, str], Path], *, copy_share: float
+        self, kernel: Kernel, weather: Weather, path_of: Callable[[str, str], Path], *, copy_share: float, read_s: float
     ) -> None:
-        """`copy_share`: of the writes, those that the source's own CPU makes."""
+        """`copy_share`: of the writes, those that the source's own CPU makes. `read_s`: what reads take on average."""
+        self.read_s = read_s
         self.kernel = kernel
         self.weather = weather
         self.path_of = path_of
@@ -101,6 +110,8 @@ class Fabric:
         self.agents: dict[str, Agent] = {}
         self.num_late = 0  # landings after the write had failed or its source died
         self.num_landings = 0
+        self.num_reads = 0
+        self.num_spoiled = 0
         self.num_rotations = 0
 
     def post(self, flight: Flight) -> None:
@@ -156,10 +167,85 @@ class Fabric:
             target.right.check_landing(flight, {theirs % target.memory.num_blocks for _, theirs in pages})
             for index, (ours, theirs) in enumerate(pages, first):
                 page = flight.snapshot[index] if flight.snapshot is not None else source.memory.pages[ours]
-                target.memory.pages[theirs] = list(page)
+                target.memory.pages[theirs] = self._on_path(page, source.place, target.place)
         flight.left -= end - first
         if not flight.left:
             self.kernel.after(0.0001, self._settle, flight, TransferState.DONE)
+
+    # --- reads ------------------------------------------------------------------------------------------------
+
+    def post_read(self, flight: Flight) -> None:
+        """The source asks its network for pages of the target."""
+        kernel, target = self.kernel, flight.target
+        if target is None or target.is_retired(flight.target_agent):
+            kernel.after(0.001, self._settle, flight, TransferState.FAILED)
+            return
+        path = self.path_of(flight.source.place, target.place)
+        delay_s = path.draw_delay() + self.weather.late_s(path)
+        if self.read_s:
+            delay_s += kernel.random.expovariate(1 / self.read_s)
+        if self.weather.fails(path):
+            kernel.after(path.draw_delay(), self._settle, flight, TransferState.FAILED)
+            if self.weather.chance(0.3):
+                return  # these bytes never land
+            delay_s += kernel.random.expovariate(1.0)
+        half = kernel.random.randrange(len(flight.pages) + 1) if self.weather.chance(0.2) else 0
+        if half:
+            kernel.after(delay_s * kernel.random.random(), self._ask, flight, path, 0, half)
+        kernel.after(delay_s, self._ask, flight, path, half, len(flight.pages))
+
+    def _ask(self, flight: Flight, path: Path, first: int, end: int) -> None:
+        """The question for pages [first, end) comes to the target, which must run for it."""
+        assert flight.target is not None
+        if path.is_blocked:
+            path.stall(self._ask, flight, path, first, end)
+        elif flight.target.process.is_dead:
+            self._settle(flight, TransferState.FAILED)
+        else:
+            flight.target.process.run(self._answer, flight, path, first, end)
+
+    def _answer(self, flight: Flight, path: Path, first: int, end: int) -> None:
+        """What lies in these pages now is on its way."""
+        target = flight.target
+        assert target is not None
+        if target.is_retired(flight.target_agent):
+            self._settle(flight, TransferState.FAILED)
+            return
+        memory, reader = target.memory, flight.source.place
+        pages = flight.pages[first:end]
+        was_lent = target.right.lends({theirs % memory.num_blocks for _, theirs in pages})
+        found = [self._on_path(memory.pages[theirs], target.place, reader) for _, theirs in pages]
+        self.kernel.after(path.draw_delay(), self._bring, flight, path, first, found, was_lent)
+
+    def _bring(self, flight: Flight, path: Path, first: int, found: list[list[int]], was_lent: bool) -> None:
+        if path.is_blocked:
+            path.stall(self._bring, flight, path, first, found, was_lent)
+        else:
+            flight.source.process.run(self._take, flight, first, found, was_lent)
+
+    def _take(self, flight: Flight, first: int, found: list[list[int]], was_lent: bool) -> None:
+        """They land in the reader's pages, unless the agent that asked is gone."""
+        source = flight.source
+        if source.is_retired(flight.source_agent):
+            return
+        pages = flight.pages[first : first + len(found)]
+        if pages:
+            self.num_reads += 1
+            blocks = {ours % source.memory.num_blocks for ours, _ in pages}
+            source.right.check_fetched(flight, blocks, was_lent=was_lent)
+            for (ours, _), page in zip(pages, found, strict=True):
+                source.memory.pages[ours] = page
+        flight.left -= len(found)
+        if not flight.left:
+            self.kernel.after(0.0001, self._settle, flight, TransferState.DONE)
+
+    def _on_path(self, page: list[int], a: str, b: str) -> list[int]:
+        """Copy a page, as it comes to the other end."""
+        page = list(page)
+        if self.weather.spoils(self.path_of(a, b)):
+            page[0] ^= 1
+            self.num_spoiled += 1
+        return page
 
     def _settle(self, flight: Flight, state: TransferState) -> None:
         if flight.state is TransferState.PENDING:

@@ -37,10 +37,14 @@ class Sky:
     def __init__(self, kernel: Kernel, scenario: Scenario) -> None:
         self._random = kernel.random
         self._doubling = scenario.doubling
+        self._spoiling = scenario.spoiling
         self.failing: dict[Path, float] = {}
         self.late: dict[Path, float] = {}
         self.losing: dict[Path, float] = {}
+        self.spoiling: dict[Path, float] = {}
         self.no_agents: Counter[str] = Counter()  # places where no new agent can be made
+        self.bad_disks: Counter[str] = Counter()  # places whose disk fails
+        self.slow_disks: Counter[str] = Counter()
         self.num_doubled = 0
 
     def chance(self, probability: float) -> bool:
@@ -63,12 +67,23 @@ class Sky:
     def loses(self, path: Path) -> bool:
         return path in self.losing and self.chance(self.losing[path])
 
+    def spoils(self, path: Path) -> bool:
+        chance = max(self._spoiling, self.spoiling.get(path, 0.0))
+        return chance > 0 and self.chance(chance)
+
     def fails_rotation(self, place: str) -> bool:
         return bool(self.no_agents[place])
 
+    def fails_disk(self, place: str) -> bool:
+        return bool(self.bad_disks[place]) and self.chance(0.7)
+
+    def draw_disk_s(self, place: str) -> float:
+        """How long the disk takes for one block."""
+        return self._random.expovariate(1 / (0.3 if self.slow_disks[place] else 0.001))
+
     def calm(self) -> None:
-        self._doubling = 0.0
-        for weather in (self.failing, self.late, self.losing):
+        self._doubling = self._spoiling = 0.0
+        for weather in (self.failing, self.late, self.losing, self.spoiling):
             weather.clear()
 
 
@@ -142,15 +157,24 @@ class Faults:
         """The worker gets the other role, and its first one back when the fault is over."""
         world, worker = self._world, self._world.workers.get(target)
         if worker is not None:
-            world.set_role(target, "decode" if worker.roles.active_role == "prefill" else "prefill")
+            world.set_role(target, "decode" if worker.core.roles.active_role == "prefill" else "prefill")
             world.kernel.after(lasts_s, world.set_role, target, worker.home)
 
     def _kill_router(self, target: str, other: str, lasts_s: float, strength: float) -> None:
         self._world.kill_router(int(target[2:]), restart_s=min(lasts_s, 1.0))
 
     def _fail_rotation(self, target: str, other: str, lasts_s: float, strength: float) -> None:
-        self._world.sky.no_agents[target] += 1
-        self._world.kernel.after(lasts_s, self._world.sky.no_agents.subtract, [target])
+        self._count(self._world.sky.no_agents, target, lasts_s)
+
+    def _fail_disk(self, target: str, other: str, lasts_s: float, strength: float) -> None:
+        self._count(self._world.sky.bad_disks, target, lasts_s)
+
+    def _slow_disk(self, target: str, other: str, lasts_s: float, strength: float) -> None:
+        self._count(self._world.sky.slow_disks, target, lasts_s)
+
+    def _count(self, places: Counter[str], target: str, lasts_s: float) -> None:
+        places[target] += 1
+        self._world.kernel.after(lasts_s, places.subtract, [target])
 
     # --- paths ----------------------------------------------------------------------------------------------
 
@@ -206,6 +230,11 @@ class Faults:
 
     def _fail_writes(self, target: str, other: str, lasts_s: float, strength: float) -> None:
         self._weather(self._world.sky.failing, self._data(target, other), strength, lasts_s)
+
+    def _corrupt(self, target: str, other: str, lasts_s: float, strength: float) -> None:
+        """Bytes change on their way. Without checksums nobody can tell, and nothing is promised."""
+        if self._world.scenario.has_checksums:
+            self._weather(self._world.sky.spoiling, self._data(target, other), strength / 4, lasts_s)
 
     def _late_writes(self, target: str, other: str, lasts_s: float, strength: float) -> None:
         self._weather(self._world.sky.late, self._data(target, other), strength, lasts_s)

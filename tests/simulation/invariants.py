@@ -156,7 +156,8 @@ def _deadline(request: RouterRequest) -> float:
 def check_counts(name: str, pool: BlockPool) -> None:
     """I1, in constant time but for one count in C."""
     owned = pool.num_blocks - pool._ref_counts.count(0)
-    total = len(pool._free) + len(pool._cached) + len(pool._resting) + len(pool._quarantined) + owned
+    idle = len(pool._free) + len(pool._cached) + len(pool._resting) + pool.num_leaving_blocks
+    total = idle + len(pool._quarantined) + owned
     if total != pool.num_blocks:
         raise Breach("I1", f"{name}: {total} of {pool.num_blocks} blocks")
 

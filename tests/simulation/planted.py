@@ -1,13 +1,7 @@
-"""Bugs put in on purpose: each takes out one rule of the product, and a named invariant must break within some seeds.
-
-A planted bug is a broken subclass of one of the product's parts, or one function of it replaced while the test runs.
-"""
+"""Planted bugs of handoffs, blocks, the router and roles."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from kvferry.common.kv_spec import KVCacheSpec
@@ -35,32 +29,11 @@ from kvferry.transfer.receive.reservation import Reservation, ReservationState
 from kvferry.transfer.receive.rotation import Rotation
 from kvferry.transfer.send.sender import KVSender
 from kvferry.transfer.send.shipment import Shipment, ShipmentState
+from kvferry.worker import core
 from kvferry.worker.roles import RoleName, RolePair
 
-from .parts import Parts
-
-
-@dataclass(frozen=True, slots=True)
-class Planted:
-    """One rule taken out."""
-
-    name: str
-    breaks: frozenset[str]  # any of these invariants
-    parts: Parts = field(default_factory=Parts)
-    patches: tuple[tuple[object, str, object], ...] = ()  # (owner, attribute, value) while the test runs
-    within_seeds: int = 60
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        before = [(owner, name, getattr(owner, name)) for owner, name, _ in self.patches]
-        try:
-            for owner, name, value in self.patches:
-                setattr(owner, name, value)
-            yield
-        finally:
-            for owner, name, value in before:
-                setattr(owner, name, value)
-
+from . import routers, workers
+from .planting import Planted
 
 # --- handoff ------------------------------------------------------------------------------------------------
 
@@ -335,28 +308,33 @@ def _salt_of_all(spec: KVCacheSpec, cache_salt: bytes) -> bytes:
     return b"all"
 
 
-PLANTED = (
-    Planted("a lease that runs out frees", frozenset({"H1"}), Parts(receiver=_LeaseFrees)),
-    Planted("no quarantine", frozenset({"H3"}), Parts(pool=_NoQuarantinePool)),
-    Planted("no lease", frozenset({"I5"}), Parts(receiver=_NoLease)),
+BUGS = (
+    Planted("a lease that runs out frees", frozenset({"H1"}), patches=((core, "KVReceiver", _LeaseFrees),)),
+    Planted("no quarantine", frozenset({"H3"}), patches=((workers, "BlockPool", _NoQuarantinePool),)),
+    Planted("no lease", frozenset({"I5"}), patches=((core, "KVReceiver", _NoLease),)),
     Planted("free before the rotation", frozenset({"H1"}), patches=((Rotation, "step", _step_and_free),)),
-    Planted("a grant opened twice", frozenset({"H4"}), patches=((Opens, "_refuse_second", _accept_second),)),
-    Planted("told before it is written", frozenset({"H1", "H2"}), Parts(sender=_TellsEarly)),
-    Planted("hits are not held", frozenset({"H5"}), Parts(receiver=_UnheldHits)),
-    Planted("published before it came", frozenset({"H3", "H6"}), Parts(receiver=_PublishesEarly)),
-    Planted("never fenced", frozenset({"H8"}), Parts(receiver=_NeverFences)),
-    Planted("a block leaks", frozenset({"I2"}), Parts(pool=_LeakyPool)),
-    Planted("a block is lost", frozenset({"I1"}), Parts(pool=_LosingPool)),
-    Planted("a block is freed twice", frozenset({"I2"}), Parts(pool=_DoubleFreePool)),
-    Planted("repeated tokens are taken", frozenset({"I6"}), Parts(dispatcher=_NoDedupe)),
+    Planted(
+        "a grant opened twice",
+        frozenset({"H4"}),
+        patches=((Opens, "_refuse_second", _accept_second),),
+        within_seeds=400,
+    ),
+    Planted("told before it is written", frozenset({"H1", "H2"}), patches=((workers, "KVSender", _TellsEarly),)),
+    Planted("hits are not held", frozenset({"H5"}), patches=((core, "KVReceiver", _UnheldHits),)),
+    Planted("published before it came", frozenset({"H3", "H6"}), patches=((core, "KVReceiver", _PublishesEarly),)),
+    Planted("never fenced", frozenset({"H8"}), patches=((core, "KVReceiver", _NeverFences),)),
+    Planted("a block leaks", frozenset({"I2"}), patches=((workers, "BlockPool", _LeakyPool),)),
+    Planted("a block is lost", frozenset({"I1"}), patches=((workers, "BlockPool", _LosingPool),)),
+    Planted("a block is freed twice", frozenset({"I2"}), patches=((workers, "BlockPool", _DoubleFreePool),)),
+    Planted("repeated tokens are taken", frozenset({"I6"}), patches=((routers, "Dispatcher", _NoDedupe),)),
     Planted(
         "any attempt may speak",
         frozenset({"I7"}),
         patches=((WorkerMessages, "_current", _current_of_any_attempt),),
         within_seeds=200,
     ),
-    Planted("a request ends twice", frozenset({"I8"}), Parts(dispatcher=_EndsTwice)),
-    Planted("draining is ignored", frozenset({"I12"}), Parts(dispatcher=_IgnoresDrain)),
+    Planted("a request ends twice", frozenset({"I8"}), patches=((routers, "Dispatcher", _EndsTwice),)),
+    Planted("draining is ignored", frozenset({"I12"}), patches=((routers, "Dispatcher", _IgnoresDrain),)),
     Planted(
         "usage is one too high",
         frozenset({"I9"}),
@@ -374,11 +352,13 @@ PLANTED = (
         frozenset({"H2"}),
         patches=tuple((module, "prefix_salt", _salt_of_all) for module in (sequence_blocks, grants, prefill_role)),
     ),
-    Planted("a role change forgets reservations", frozenset({"I19"}), Parts(role_pair=_ForgetsReservations)),
-    Planted("a role change drops started prompts", frozenset({"I19"}), Parts(role_pair=_DropsStarted)),
-    Planted("prompts are taken in any role", frozenset({"I18"}), Parts(prefill_role=_TakesAnyPrompt)),
-    Planted("blocks are granted in any role", frozenset({"I18"}), Parts(receiver=_GrantsAlways)),
-    Planted("a role change undoes a drain", frozenset({"I12"}), Parts(role_pair=_UndoesDrain)),
+    Planted(
+        "a role change forgets reservations", frozenset({"I19"}), patches=((core, "RolePair", _ForgetsReservations),)
+    ),
+    Planted("a role change drops started prompts", frozenset({"I19"}), patches=((core, "RolePair", _DropsStarted),)),
+    Planted("prompts are taken in any role", frozenset({"I18"}), patches=((core, "PrefillRole", _TakesAnyPrompt),)),
+    Planted("blocks are granted in any role", frozenset({"I18"}), patches=((core, "KVReceiver", _GrantsAlways),)),
+    Planted("a role change undoes a drain", frozenset({"I12"}), patches=((core, "RolePair", _UndoesDrain),)),
     Planted("roles are not noted", frozenset({"I20"}), patches=((RouterWorker, "set_role", _keep_first_role),)),
     Planted("promises without bound", frozenset({"I13"}), patches=((reservations, "MAX_PROMISED_SHARE", 1.0),)),
 )

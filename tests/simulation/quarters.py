@@ -12,6 +12,8 @@ WAYS = (
     *("late landings", "rotations", "preemptions", "messages doubled", "work of the other role refused"),
     *("role change with prompt", "role change with shipment", "role change with answer", "role change in a drain"),
     *("role change with granted reservation", "role change with open reservation"),
+    *("fetched blocks", "fetches that failed", "lent blocks", "arrival corrupt", "pages spoiled"),
+    *("promoted blocks", "demoted blocks", "disk read", "disk write failed"),
 )
 
 

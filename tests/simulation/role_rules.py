@@ -32,7 +32,7 @@ class RoleRules:
 
     def _started(self) -> set[Started]:
         """Every piece of work that the worker has begun."""
-        prefill, decode = self._worker.prefill.role, self._worker.decode.role
+        prefill, decode = self._worker.core.prefill, self._worker.core.decode
         found: set[Started] = {("prompt", task.spec.request_id, task.spec.attempt) for task in prefill._tasks.values()}
         found |= {("shipment", one.request_id, one.open_id) for one in prefill._shipments._opens}
         for request_id, request in decode._requests._running.items():
@@ -53,12 +53,12 @@ class RoleRules:
         seen = self._worker.world.tally.seen
         for kind in {kind for kind, _, _ in before} or {"nothing"}:
             seen[f"role change with {kind}"] += 1
-        seen["role change in a drain"] += self._worker.is_draining
+        seen["role change in a drain"] += self._worker.core.is_draining
 
     @contextmanager
     def takes_its_own_work(self, message: PrefillTask | ReserveKV | LocalTask) -> Iterator[None]:
         """I18, around a router's message."""
-        before, active_role = self._started(), self._worker.roles.active_role
+        before, active_role = self._started(), self._worker.core.roles.active_role
         yield
         others = {kind for kind, _, _ in self._started() - before if _ROLE_OF.get(kind, "decode") != active_role}
         if others:
@@ -67,7 +67,7 @@ class RoleRules:
 
     def check_grant(self, message: Grant) -> None:
         """I18, where a reservation has waited for room: a grant may be repeated in any role, not given."""
-        epoch, active_role = message.grant.grant_id.epoch, self._worker.roles.active_role
+        epoch, active_role = message.grant.grant_id.epoch, self._worker.core.roles.active_role
         if epoch not in self._granted and active_role != "decode":
             text = f"{self._worker.place}, whose role is {active_role}, grants blocks"
             raise Breach("I18", f"{text} to {message.request_id}")
@@ -75,5 +75,5 @@ class RoleRules:
 
     def check_drain(self) -> None:
         """I12: whoever was told to end takes nothing new until then."""
-        if self._worker.is_draining and not self._worker.roles.draining:
+        if self._worker.core.is_draining and not self._worker.core.roles.draining:
             raise Breach("I12", f"{self._worker.place} was told to drain and takes new work")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from kvferry.router.state.predictor import Predictor
 from kvferry.router.state.request import RouterRequest
 
 from .clients import Call
+from .fetching import FetchingPolicy
 from .invariants import RouterRules
 from .kernel import Kernel, Process, ProcessClock
 from .network import End
@@ -37,15 +37,17 @@ class Router(NullObserver):
         place: str,
         router_id: str,
         config: RouterConfig,
-        make: Callable[..., Dispatcher],
         seen: Counter[str],
+        *,
+        fetch_share: float,
     ) -> None:
         self.place = place
         self.router_id = router_id
         self.process = Process(kernel, router_id, place, self._after_event)
         self.clock = ProcessClock(kernel, kernel.random.uniform(1, 1000), 1 + kernel.random.uniform(-1e-3, 1e-3))
         predictor = Predictor()
-        self.dispatcher = make(config, make_policy(config, predictor), self.clock, self, predictor=predictor)
+        policy = FetchingPolicy(make_policy(config, predictor), fetch_share, kernel.random)
+        self.dispatcher = Dispatcher(config, policy, self.clock, self, predictor=predictor)
         self.calls: dict[str, Call] = {}
         self.rules = RouterRules(self, config)
         self._seen = seen

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import structlog
 
 from .breach import Breach
-from .parts import Parts, Tally
 from .scenario import Scenario, draw
+from .tally import Tally
 from .world import World
 
 
@@ -56,17 +56,17 @@ def quiet() -> Iterator[None]:
         structlog.configure(**before)
 
 
-def run_seed(seed: int, parts: Parts | None = None) -> Tally:
+def run_seed(seed: int) -> Tally:
     """Raises Breach."""
-    return World(draw(seed), parts).run()
+    return World(draw(seed)).run()
 
 
-def find_breach(parts: Parts, seeds: range) -> Failure | None:
+def find_breach(seeds: range) -> Failure | None:
     """The first breach that these seeds show."""
     with quiet():
         for seed in seeds:
             try:
-                run_seed(seed, parts)
+                run_seed(seed)
             except Breach as breach:
                 return Failure(seed, breach.invariant, str(breach))
     return None

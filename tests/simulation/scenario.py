@@ -19,6 +19,7 @@ from .clients import Manners
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32")
 MAX_MODEL_LEN = 80
+LEASE_S = TransferConfig().lease_s
 
 
 @dataclass(slots=True, frozen=True)
@@ -76,6 +77,12 @@ class Scenario:
     max_in_flight_bytes: int = 1 << 20
     max_write_bytes: int = 1 << 10
     num_swap_blocks: int = 0
+    num_host_blocks: int = 0  # of the prefix cache below the device, on each worker
+    num_disk_blocks: int = 0  # of the prefix cache below that
+    has_checksums: bool = False
+    spoiling: float = 0.0  # chance that a page changes on its way, on any path
+    read_s: float = 0.0  # what a read takes on average, beside its way
+    fetch_share: float = 0.0  # of the placements, those that have a prefix read from another worker
     copy_share: float = 0.0  # of the writes, those that the source's CPU makes: all workers are on one host
     step_s: float = 0.004
     s_per_token: float = 0.0003
@@ -103,13 +110,16 @@ def draw(seed: int, num_requests: int | None = None, *, faulted: bool = True) ->
     num_prefill, num_decode = random.choice(((1, 1), (1, 2), (2, 1), (2, 2), (2, 2), (3, 2)))
     num_routers = 2 if random.random() < 0.25 else 1
     blocks = random.choice((24, 32, 48, 96))
+    has_checksums = random.random() < 0.25
     base = Scenario(
         seed=seed,
         prefill=tuple(random.choice((24, 48, 96)) for _ in range(num_prefill)),
         decode=tuple(blocks for _ in range(num_decode)),
         num_routers=num_routers,
         router=_router(random, faulted),
-        transfer=TransferConfig(),
+        transfer=TransferConfig(
+            kv_checksum="on" if has_checksums else "off", lease_s=random.choice((LEASE_S, LEASE_S, 0.15))
+        ),
         asks=tuple(_asks(random, number, lasts_s, num_routers, faulted)),
         faults=(),
         calm_at_s=calm_at_s,
@@ -118,6 +128,12 @@ def draw(seed: int, num_requests: int | None = None, *, faulted: bool = True) ->
         max_in_flight_bytes=random.choice((1 << 9, 1 << 20)),
         max_write_bytes=random.choice((1 << 8, 1 << 10)),
         num_swap_blocks=random.choice((0, 0, 16, 64)),
+        num_host_blocks=random.choice((0, 0, 16, 64)),
+        num_disk_blocks=random.choice((0, 24, 96)),
+        has_checksums=has_checksums,
+        spoiling=random.choice((0.0, 0.02)) if has_checksums and faulted else 0.0,
+        read_s=random.choice((0.0, 0.0, 0.5)),
+        fetch_share=random.choice((0.0, 0.5, 1.0, 1.0)),
         copy_share=random.choice((0.0, 0.0, 0.0, 0.5, 1.0)),
         step_s=random.choice((0.002, 0.005, 0.01)),
         turn_s=random.choice((0.0001, 0.0005, 0.003)),
@@ -143,13 +159,16 @@ def _router(random: Random, faulted: bool) -> RouterConfig:
 
 
 def _asks(random: Random, number: int, lasts_s: float, num_routers: int, faulted: bool) -> list[Ask]:
-    prefixes = [tuple(random.randrange(1, 64) for _ in range(random.choice((8, 16, 18, 24)))) for _ in range(3)]
+    num_prefixes = random.choice((3, 3, 12))
+    lengths = [random.choice((8, 16, 18, 24)) for _ in range(num_prefixes)]
+    prefixes = [tuple(random.randrange(1, 64) for _ in range(length)) for length in lengths]
+    shared = random.choice((0.5, 0.5, 0.9))  # of the prompts, those that begin like others
     manners = random.choice((0.0, 0.1, 0.3)) if faulted else 0.0
     asks: list[Ask] = []
     poison = random.randrange(number) if faulted and random.random() < 0.1 else -1
     for at_s in sorted(random.uniform(0, lasts_s) for _ in range(number)):
         prompt = tuple(random.randrange(1, 64) for _ in range(random.choice((1, 3, 5, 9, 14, 20))))
-        if random.random() < 0.5:
+        if random.random() < shared:
             prompt = random.choice(prefixes) + prompt
         sampling = SamplingParams(
             temperature=0.0,
@@ -192,7 +211,7 @@ POINTS = (
     ("step", 40), ("write", 30), ("notify", 15), ("adopt", 15), ("Grant", 15), ("KVOpen", 15), ("KVOpened", 15),
     ("FirstToken", 15), ("HandoffDone", 15), ("StepTokens", 60), ("KVDone", 15), ("KVClosed", 4), ("KVRenew", 3),
     ("PrefillTask", 15), ("ReserveKV", 15), ("Abort", 8), ("HandoffFailed", 4), ("rotate", 2), ("Drain", 1),
-    ("SetRole", 2),
+    ("SetRole", 2), ("read", 6), ("KVFetch", 8), ("KVFetchable", 8), ("KVFetchDone", 6),
 )  # fmt: skip
 _AT_POINTS = ("kill", "hang", "hang", "cut_control", "cut_data", "break", "set_role", "set_role")
 
@@ -266,10 +285,10 @@ def _pair(random: Random, scenario: Scenario) -> tuple[str, str]:
 _DRAW: dict[str, Callable[[str, Random, Scenario, float], list[Fault]]] = {
     kind: draw_one
     for draw_one, kinds in (
-        (_on_worker, ("kill", "lose_host", "hang", "isolate", "set_role", "fail_rotation")),
+        (_on_worker, ("kill", "lose_host", "hang", "isolate", "set_role", "fail_rotation", "fail_disk", "slow_disk")),
         (_on_draining, ("drain",)),
         (_on_router, ("kill_router",)),
-        (_on_pair, ("cut_data", "cut_control", "cut_pair", "fail_writes", "late_writes", "lose_notes")),
+        (_on_pair, ("cut_data", "cut_control", "cut_pair", "fail_writes", "late_writes", "lose_notes", "corrupt")),
         (_on_session, ("cut_session",)),
         (_on_any_path, ("break", "slow")),
         (_on_all, ("swizzle",)),

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import pytest
 
+from . import planted, planted_tiers
 from .breach import INVARIANTS
-from .planted import PLANTED, Planted
+from .planting import Planted
 from .runner import find_breach, quiet
 from .scenario import draw
 from .world import World
+
+PLANTED = (*planted.BUGS, *planted_tiers.BUGS)
 
 
 def test_nothing_fails_without_faults() -> None:
@@ -33,14 +36,14 @@ def test_a_seed_gives_the_same_events_again() -> None:
             assert digests[0] == digests[1]
 
 
-@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name)
-def test_a_planted_bug_is_caught(planted: Planted) -> None:
-    with planted.applied():
-        failure = find_breach(planted.parts, range(1, 1 + planted.within_seeds))
-    assert failure is not None, f"{planted.within_seeds} seeds show no breach"
-    assert failure.invariant in planted.breaks, str(failure)
+@pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
+def test_a_planted_bug_is_caught(bug: Planted) -> None:
+    with bug.applied():
+        failure = find_breach(range(1, 1 + bug.within_seeds))
+    assert failure is not None, f"{bug.within_seeds} seeds show no breach"
+    assert failure.invariant in bug.breaks, str(failure)
 
 
 def test_every_invariant_has_caught_a_planted_bug() -> None:
-    caught = {name for planted in PLANTED for name in planted.breaks}
+    caught = {name for bug in PLANTED for name in bug.breaks}
     assert caught >= INVARIANTS.keys() - {"crash", "I17"}  # the last one by its own test

@@ -12,7 +12,7 @@ def brief(message: Message) -> str:
     fields = []
     for name in message.__struct_fields__:
         value = getattr(message, name)
-        if name in ("mac", "open_id", "grant", "spec", "version", "transport", "opens"):
+        if name in ("mac", "open_id", "grant", "spec", "version", "transport", "opens", "fetch_id", "hashes"):
             if name == "spec" and hasattr(value, "request_id"):
                 fields.append(f"{value.request_id}.{value.attempt} {value.choices}")
             elif name == "grant":

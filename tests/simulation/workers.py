@@ -1,20 +1,34 @@
-"""Workers: both real roles and their schedulers around a simulated engine, memory and transfer agents.
+"""One life of a simulated worker: the product's core and sender on a simulated machine.
 
-This and its two sides are the glue that `worker/` is in a process: `worker.py`, `process.py`, `decode_side.py` and
-`prefill_side.py`. One event is what one thread does while it holds the lock.
+What `worker/worker.py` and `worker/process.py` do with threads and sockets is done here in virtual time: one event is
+what one thread does while it holds the lock.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import msgspec
+from collections.abc import Callable
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 from kvferry.common.batch import Batch
+from kvferry.common.errors import TransferError
 from kvferry.common.messages import (
-    Drain,
+    CancelKV,
     Goodbye,
     Grant,
+    KVArrived,
+    KVClosed,
+    KVDone,
+    KVFetch,
+    KVFetchable,
+    KVFetchDone,
+    KVFetchRefused,
+    KVFetchSums,
+    KVOpen,
+    KVOpened,
+    KVRefused,
+    KVRenew,
+    KVRenewed,
     LocalTask,
     Message,
     PrefillTask,
@@ -23,32 +37,44 @@ from kvferry.common.messages import (
     WorkerHello,
     WorkerStatus,
 )
-from kvferry.engine.samples import RouterSamples, step_sample
+from kvferry.engine.loop import StepFigures
 from kvferry.kvcache.blocks import BlockPool
-from kvferry.kvcache.journal import open_journal
+from kvferry.kvcache.disk_tier import DiskTier
 from kvferry.kvcache.prefix_cache import PrefixCache
-from kvferry.worker.roles import RoleName, RolePair
-from kvferry.worker.shares import RouterShares
+from kvferry.kvcache.tiers import TierIndex
+from kvferry.transfer.fetch.ranks import RankReading
+from kvferry.transfer.fetch.reader import BlockSums
+from kvferry.transfer.protocol.checksums import ArrivalCheck
+from kvferry.transfer.protocol.handoff import Verdict
+from kvferry.transfer.send.ranks import RankShipping
+from kvferry.transfer.send.sender import KVSender
+from kvferry.transfer.send.shipment import Shipment
+from kvferry.worker.core import CoreConfig, WorkerCore
+from kvferry.worker.roles import RoleName
 
 from .agent import Agent
-from .decode_side import DecodeSide
+from .breach import Breach
+from .disk import SimDisk
 from .engine import Engine, Memory
 from .invariants import check_counts, check_holders, check_reservations
 from .kernel import Process, ProcessClock
-from .prefill_side import PrefillSide
+from .landings import Landings
+from .network import End
+from .oracle import EOS
 from .role_rules import RoleRules
 from .sessions import VERSION, RouterSession
+from .sums import MemorySums
+from .turns import Links, TransferTurns
 
 if TYPE_CHECKING:
     from .world import World
 
 TICK_S = 0.1
-IDLE_TICKS = 10
 _BOOKS_EVERY = 64  # events of a worker between two looks at all of its books
 
 
 class Worker:
-    """One life of a worker process. `home`: the role that it starts with, in each of its lives."""
+    """Implements `worker.core.Effects`. `home`: the role that it starts with, in each of its lives."""
 
     def __init__(self, world: World, place: str, incarnation: int, num_blocks: int, home: RoleName) -> None:
         kernel, scenario = world.kernel, world.scenario
@@ -58,13 +84,13 @@ class Worker:
         self.home: RoleName = home
         self.process = Process(kernel, place, place, self._after_event)
         self.clock = ProcessClock(kernel, kernel.random.uniform(1, 1000), 1 + kernel.random.uniform(-1e-3, 1e-3))
-        self.pool: BlockPool = world.parts.pool(num_blocks, scenario.spec.block_size)
-        self.cache = PrefixCache(self.pool)
+        self.pool = BlockPool(num_blocks, scenario.spec.block_size)
         self.memory = Memory(scenario.spec.num_layers, num_blocks, scenario.spec.block_size)
         self.engine = Engine(place, self.memory, self.pool, world.oracles)
         self.incoming = self._agent(f"{place}.{incarnation:x}.0.0")
         self.outgoing = self._agent(f"{place}.{incarnation:x}.out.0.0")
-        self.is_leaving = False
+        self._sums = MemorySums(self.memory) if scenario.has_checksums else None
+        self.kv_address = f"{place}:{incarnation % 50000 + 1}"
         self.sessions: list[RouterSession] = []
         self._by_router: dict[str, RouterSession] = {}
         self._batch: Batch | None = None  # in the step that computes now
@@ -72,18 +98,22 @@ class Worker:
         self._is_waking = False
         self._step_began_s = 0.0
         self._last_step = (0.0, 0)
-        self._num_ticks = 0
-        self._num_heartbeats = 0
         self._num_events = 0
-        self._drains_until: float | None = None
-        self._was_busy = False
-        self._samples = RouterSamples()
-        self._shares = RouterShares(self.clock)
-        self._journal = open_journal(self.pool, self.cache)
-        self.prefill = PrefillSide(world, self)
-        self.decode = DecodeSide(world, self)
-        self.roles: RolePair = world.parts.role_pair(self.prefill.role, self.decode.role, self.pool, home)
+        self._peers: dict[str, End] = {}  # sessions of those that write or read here
+        self._peer_numbers = count(1)
+        self._turns = TransferTurns(self, scenario.turn_s)
+        self._links = Links(self, self._on_answer, self._on_target_lost)
+        self.sender = self._make_sender()
+        self._shipping = self._make_shipping()
+        self.cache = self._make_cache()
+        self.core = self._make_core()
+        self.cache.wake_with(self.wake)
+        self._landings = Landings(self)
         self._rules = RoleRules(self)
+        self.incoming.right = self.outgoing.right = self._landings
+        self.incoming.on_arrived = self._on_arrived
+        self.outgoing.poke = self._turns.poke
+        world.addresses[self.kv_address] = self
         self._start()
 
     def _agent(self, name: str) -> Agent:
@@ -91,6 +121,94 @@ class Worker:
         agent = Agent(name, self.place, world.fabric, self.process, self.memory, spec.page_bytes())
         agent.pass_point = lambda point: world.pass_point(point, self)
         return agent
+
+    def _make_cache(self) -> PrefixCache:
+        """The tiers that the scenario gives; a disk keeps what earlier lives have left."""
+        scenario = self.world.scenario
+        host = TierIndex(scenario.num_host_blocks, scenario.num_swap_blocks)
+        file = self.world.disks.get(self.place)
+        disk = None
+        if file is not None and host.num_slots:
+            disk = DiskTier(SimDisk(self, file), host, self.clock, lambda result: None)
+        return PrefixCache(self.pool, host=host, disk=disk)
+
+    def _make_sender(self) -> KVSender:
+        scenario = self.world.scenario
+        sender = KVSender(
+            rank=0,
+            tp_size=1,
+            worker_id=self.place,
+            incarnation=self.incarnation,
+            version=VERSION,
+            backend=self.outgoing,
+            spec=scenario.spec,
+            num_blocks=self.pool.num_blocks,
+            clock=self.clock,
+            config=scenario.transfer,
+            to_peer=self.to_target,
+            report=lambda report: self.core.on_report(report),
+            source_free=lambda open_id: self._shipping.on_rank_free(open_id),
+            on_read=lambda fetch_id, outcome, sums: self.core.on_read(0, fetch_id, outcome, sums),
+            sums=self._sums,  # type: ignore[arg-type]  # over tags instead of bytes
+            max_in_flight_bytes=scenario.max_in_flight_bytes,
+            max_write_bytes=scenario.max_write_bytes,
+            processes=(self.world.mark_of(self.process),),
+        )
+        post = sender._writes.post
+
+        def post_named(shipment: Shipment, *args: Any) -> None:
+            """Tell the agent for which open the write is, so that its landing can be judged."""
+            self.outgoing.writing = (shipment.grant.grant_id, shipment.open_id)
+            post(shipment, *args)
+
+        sender._writes.post = post_named  # type: ignore[method-assign, assignment]
+        return sender
+
+    def _make_shipping(self) -> RankShipping:
+        return RankShipping(
+            self._turns,
+            self.sender,
+            num_layers=self.world.scenario.spec.num_layers,
+            tp_size=1,
+            broadcast=None,
+            layer_event=lambda: None,
+            on_source_free=lambda open_id: self.core.on_source_free(open_id),
+        )
+
+    def _make_core(self) -> WorkerCore:
+        scenario = self.world.scenario
+        assert self.sender.reader is not None
+        config = CoreConfig(
+            worker_id=self.place,
+            incarnation=self.incarnation,
+            version=VERSION,
+            role=self.home,
+            spec=scenario.spec,
+            tp_size=1,
+            kv_address=self.kv_address,
+            incoming=self.incoming.name,
+            outgoing=self.outgoing.name,
+            transfer=scenario.transfer,
+            eos_token_ids=frozenset({EOS}),
+            max_model_len=scenario.max_model_len,
+            max_num_batched_tokens=scenario.max_num_batched_tokens,
+            max_num_seqs=scenario.max_num_seqs,
+            num_swap_blocks=scenario.num_swap_blocks,
+            checks_bytes=self._sums is not None,
+            sums_writes=self._sums is not None,
+            sums_loans=self._sums is not None,
+        )
+        return WorkerCore(
+            config,
+            pool=self.pool,
+            cache=self.cache,
+            clock=self.clock,
+            effects=self,
+            shipping=self._shipping,
+            reading=RankReading(self._turns, self.sender.reader, None),
+            regions=(self.incoming.region(),),
+            watch_processes=self.world.watch,
+        )
 
     def _start(self) -> None:
         """Join the routers, begin to tick."""
@@ -104,13 +222,11 @@ class Worker:
                     hello=self._hello(),
                     status=self._status,
                     on_message=self._on_router_message,
-                    on_lost=self._on_router_lost,
-                    on_joined=self._journal.router_joined,
+                    on_lost=self.core.on_router_lost,
+                    on_joined=self.core.on_router_joined,
                 )
             )
         self.process.after(TICK_S * self.world.kernel.random.random(), self._tick)
-
-    # --- routers --------------------------------------------------------------------------------------------
 
     def _hello(self) -> WorkerHello:
         scenario = self.world.scenario
@@ -126,43 +242,18 @@ class Worker:
             max_model_len=scenario.max_model_len,
             max_num_seqs=scenario.max_num_seqs,
             max_num_batched_tokens=scenario.max_num_batched_tokens,
-            kv_address=self.decode.kv_address,
+            kv_address=self.kv_address,
             pid=1,
             transport=self.incoming.name,
             can_change_role=True,
             labels=(("host", self.place),),
         )
 
-    def _status(self, router_id: str) -> WorkerStatus:
-        self._num_heartbeats += 1
-        roles, pool, kernel = self.roles, self.pool, self.world.kernel
-        return WorkerStatus(
-            seq=self._num_heartbeats,
-            state="draining" if roles.draining else "ready",
-            num_running=roles.num_running,
-            num_waiting=roles.num_waiting,
-            waiting_tokens=roles.waiting_tokens,
-            num_free_blocks=pool.num_free_blocks,
-            num_cached_blocks=pool.num_cached_blocks,
-            num_granted_blocks=roles.num_granted_blocks,
-            num_quarantined_blocks=pool.num_quarantined_blocks,
-            num_blocks=pool.num_blocks,
-            steps=self.engine.num_steps,
-            busy_for_s=kernel.now - self._step_began_s if self._batch is not None else 0.0,
-            step_s=self._last_step[0],
-            step_tokens=self._last_step[1],
-            num_preemptions=roles.num_preemptions,
-            prefix_queries=roles.prefix_queries,
-            prefix_hits=roles.prefix_hits,
-            role=roles.active_role,
-            decode_context=roles.decode.scheduler.num_context_tokens,
-            samples=self._samples.take(router_id),
-            share=self._shares.share(router_id, roles.routers),
-        )
+    # --- effects ----------------------------------------------------------------------------------------------
 
     def to_router(self, router_id: str, message: Message) -> None:
         if isinstance(message, Grant):
-            check_reservations(self.place, self.pool, self.decode.receiver)
+            check_reservations(self.place, self.pool, self.core.receiver)
             self._rules.check_grant(message)
         session = self._by_router.get(router_id)
         if session is None or session.router_id != router_id:
@@ -172,95 +263,133 @@ class Worker:
             self._by_router[router_id] = session
         session.send(message)
 
-    def _on_router_message(self, router_id: str, message: Message) -> None:
-        match message:
-            case Drain():
-                self._drains_until = self.clock.now() + message.deadline_s
-                self.roles.draining = True
-                self._send_status()
-            case SetRole():
-                self._set_role(message.role)
-            case PrefillTask() | ReserveKV() | LocalTask():
-                self._shares.note_work(router_id)
-                with self._rules.takes_its_own_work(message):
-                    self.roles.on_router_message(router_id, message)
-            case _:
-                self.roles.on_router_message(router_id, message)
-        self.after_change()
+    def to_peer(self, session: str, message: Message) -> None:
+        self._landings.check_opened(message)
+        end = self._peers.get(session)
+        if end is not None:
+            end.send(message)
 
-    def _set_role(self, role: str) -> None:
-        """Change the active role, and say so at once."""
-        with self._rules.keeps_what_was_started():
-            self.roles.set_role("prefill" if role == "prefill" else "decode")
-        self._send_status()
+    def to_target(self, kv_address: str, message: Message) -> None:
+        self._links.send(kv_address, message)
 
-    def _send_status(self) -> None:
+    def announce(self) -> None:
         for session in self.sessions:
             session.send_status()
 
-    @property
-    def num_unfinished(self) -> int:
-        """What a drain waits for."""
-        return self.prefill.num_unfinished + self.decode.role.num_unfinished
+    def rotate(self, generation: int) -> None:
+        self.process.after(self.world.scenario.rotation_s, self._on_rotated, generation)
 
-    @property
-    def is_draining(self) -> bool:
-        """It was told to end."""
-        return self._drains_until is not None
+    def _on_rotated(self, generation: int) -> None:
+        try:
+            region = self.incoming.rotate(generation)
+        except TransferError:
+            self.core.on_rotated(None)
+        else:
+            self.core.on_rotated((region,))
 
-    def _on_router_lost(self, router_id: str) -> None:
-        self._samples.forget(router_id)
-        self._journal.router_left(router_id)
-        self.roles.on_router_lost(router_id)
-        self.after_change()
+    def watch(self, on: bool) -> None:
+        """Arrivals come as events."""
 
-    # --- time -----------------------------------------------------------------------------------------------
+    def sum_loan(self, fetch_id: int, blocks: tuple[int, ...]) -> None:
+        """On the transfer thread, a turn later."""
+        self.process.after(self.world.scenario.turn_s, self._sum_loan, fetch_id, blocks)
+
+    def _sum_loan(self, fetch_id: int, blocks: tuple[int, ...]) -> None:
+        sums = BlockSums(self._sums, self.world.scenario.spec, 1, self.pool.num_blocks)  # type: ignore[arg-type]
+        self.core.on_sums(0, fetch_id, sums.make(blocks))
+
+    def leaving(self) -> Callable[[], object]:
+        return lambda: None  # what is said has left
+
+    def wake(self) -> None:
+        if self._batch is None and not self._is_waking:
+            self._is_waking = True
+            self.process.after(self.world.scenario.wake_s, self._begin_step)
+
+    # --- messages ---------------------------------------------------------------------------------------------
+
+    def _on_router_message(self, router_id: str, message: Message) -> None:
+        match message:
+            case SetRole():
+                with self._rules.keeps_what_was_started():
+                    self.core.on_router_message(router_id, message)
+            case PrefillTask() | ReserveKV() | LocalTask():
+                with self._rules.takes_its_own_work(message):
+                    self.core.on_router_message(router_id, message)
+            case _:
+                self.core.on_router_message(router_id, message)
+
+    def accept(self, end: End, peer: str) -> None:
+        """Another worker connects to our handoff address."""
+        session = f"{peer}#{next(self._peer_numbers)}"
+        self._peers[session] = end
+        end.on_message = lambda message: self._on_peer_message(session, message)
+        end.on_closed = lambda: self._on_peer_lost(session)
+
+    def _on_peer_message(self, session: str, message: Message) -> None:
+        assert isinstance(message, KVOpen | KVRenew | KVClosed | KVFetch | KVFetchDone)
+        self.core.on_peer_message(session, message)
+
+    def _on_peer_lost(self, session: str) -> None:
+        del self._peers[session]
+        self.core.on_peer_lost(session)
+
+    def _on_answer(self, kv_address: str, message: Message) -> None:
+        if isinstance(message, KVFetchable | KVFetchSums | KVFetchRefused):
+            self.core.on_fetch_answer(message)
+        else:
+            assert isinstance(message, KVOpened | KVRefused | KVRenewed | CancelKV | KVDone)
+            self._shipping.on_answer(message)
+
+    def _on_target_lost(self, kv_address: str) -> None:
+        self._shipping.on_peer_lost(kv_address)
+        self.core.on_target_lost(kv_address)
+
+    def _on_arrived(self, message: KVArrived) -> None:
+        verdict = Verdict.UNCHECKED
+        if self._sums is not None:
+            spec, num_blocks = self.world.scenario.spec, self.pool.num_blocks
+            check = ArrivalCheck(self._sums, spec, rank=0, tp_size=1, num_blocks=num_blocks)  # type: ignore[arg-type]
+            verdict = check.verdict(message)
+            self.world.tally.seen[f"arrival {verdict.value}"] += 1
+        self.core.on_arrived(0, message, verdict)
+
+    # --- time -------------------------------------------------------------------------------------------------
+
+    def _status(self, router_id: str) -> WorkerStatus:
+        busy_s = self.world.kernel.now - self._step_began_s if self._batch is not None else 0.0
+        return self.core.status(router_id, StepFigures(self.engine.num_steps, busy_s, *self._last_step))
 
     def _tick(self) -> None:
-        self.roles.tick()
-        self.decode.check_leases()
-        self.after_change()
-        for router_id, change in list(self._journal.drain()):
-            self.to_router(router_id, change)
-        is_busy = self.roles.num_unfinished > 0
-        if is_busy or self._was_busy or self._num_ticks % IDLE_TICKS == 0:
-            self._send_status()
-        self._was_busy = is_busy
-        self._num_ticks += 1
-        until = self._drains_until
-        if until is not None and (not self.num_unfinished or self.clock.now() >= until):
+        self.core.tick()
+        self._landings.check_leases()
+        self._landings.check_fetches()
+        if self.core.has_drained:
             self._leave()
         else:
             self.process.after(TICK_S, self._tick)
 
     def _leave(self) -> None:
         """A drained worker ends: what it has queued leaves first."""
-        self.is_leaving = True
         for session in self.sessions:
             session.send(Goodbye())
             session.close()
         self.world.on_left(self)
 
-    # --- engine ---------------------------------------------------------------------------------------------
-
-    def after_change(self) -> None:
-        """There may be work."""
-        if self._batch is None and not self._is_waking:
-            self._is_waking = True
-            self.process.after(self.world.scenario.wake_s, self._begin_step)
+    # --- engine -----------------------------------------------------------------------------------------------
 
     def _begin_step(self) -> None:
         self._is_waking = False
         if self._batch is not None:
             return
-        batch = self.roles.schedule()
+        batch = self.core.schedule()
         if batch is None:
             return
         world = self.world
         world.pass_point("step", self)
         self._batch, self._step_began_s = batch, world.kernel.now
-        self._tells_layers = self.roles.stepping == "prefill"
-        self.roles.begin_step(batch)
+        self._tells_layers = self.core.roles.stepping == "prefill"
+        self.core.begin_step(batch)
         self.engine.begin(batch)
         step_s = world.draw_step_s(batch.num_tokens)
         if self._tells_layers:
@@ -274,7 +403,7 @@ class Worker:
 
     def _on_layer(self, layer: int) -> None:
         self.engine.write_layer(layer)
-        self.roles.on_layer(layer)
+        self.core.on_layer(layer)
 
     def _end_step(self) -> None:
         batch = self._batch
@@ -284,13 +413,11 @@ class Worker:
         step_s = self.world.kernel.now - self._step_began_s
         output = self.engine.end(batch, step_s)
         self._batch, self._last_step = None, (step_s, output.num_tokens)
-        sample = step_sample(batch)  # before its tokens are counted as computed
-        self.roles.complete(batch, output)
-        if batch.rows:
-            self._samples.add(msgspec.structs.replace(sample, step_s=step_s - output.swap_s))
-        self.after_change()
+        self.core.complete(batch, output)
+        self.core.note_turn(step_s - output.swap_s)
+        self.wake()
 
-    # --- invariants -----------------------------------------------------------------------------------------
+    # --- invariants -------------------------------------------------------------------------------------------
 
     def _after_event(self) -> None:
         if self.process.is_dead:
@@ -302,25 +429,30 @@ class Worker:
             self.check_books()
 
     def check_books(self) -> None:
-        """Everything that this worker's books say, against each other."""
-        check_holders(self.place, self.pool, self.roles.references())
-        self.decode.check_books()
+        """Check everything that this worker's books say, against each other."""
+        check_holders(self.place, self.pool, self.core.references())
+        check_reservations(self.place, self.pool, self.core.receiver)
+        try:
+            self.core.check()
+        except AssertionError as error:
+            raise Breach("I1", f"{self.place}: {error!r}") from error
 
     @property
     def has_handoffs(self) -> bool:
-        """Reservations or shipments that have not ended."""
-        return self.prefill.has_handoffs or self.decode.has_handoffs
+        """Tell whether reservations or shipments have not ended."""
+        return self.sender.num_unfinished > 0 or self.core.receiver.num_live > 0
 
     def leftovers(self) -> list[str]:
-        """What is still held; empty when the worker is at rest."""
-        found = []
+        """List what is still held; nothing when the worker is at rest."""
+        core, found = self.core, []
         if self.pool.num_owned_blocks or self.pool.num_quarantined_blocks:
             found.append(f"{self.pool.num_owned_blocks} blocks, {self.pool.num_quarantined_blocks} in quarantine")
-        if not self.roles.is_quiet:
-            found.append(f"{self.roles.num_unfinished} requests")
-        if self.prefill.has_handoffs:
-            found.append(f"{self.prefill.sender.num_unfinished} shipments")
-        if self.decode.has_handoffs:
-            live = self.decode.receiver.reservations.live.values()
+        if not core.is_quiet:
+            held = f"{core.roles.num_unfinished} requests, {len(core.fetches)} fetches, {len(core.lending)} loans"
+            found.append(held)
+        if self.sender.num_unfinished:
+            found.append(f"{self.sender.num_unfinished} shipments")
+        if core.receiver.num_live:
+            live = core.receiver.reservations.live.values()
             found.append(f"reservations: {[reservation.state.value for reservation in live]}")
         return [f"{self.place} holds {what}" for what in found]

@@ -15,6 +15,8 @@ from kvferry.common.errors import RequestError
 from kvferry.common.messages import (
     Decoder,
     DecodeToPrefill,
+    FetcherToLender,
+    LenderToFetcher,
     Message,
     PrefillToDecode,
     ProcessMark,
@@ -27,14 +29,16 @@ from kvferry.transfer.receive.processes import ProcessWatch
 
 from .breach import Breach
 from .clients import Call
+from .contents import Contents
+from .disk import DiskFile
 from .fabric import Fabric
 from .faults import Faults, Sky
 from .kernel import Kernel
 from .network import End, Network, Path
 from .oracle import Oracle
-from .parts import Parts, Tally
 from .routers import Router
 from .scenario import Ask, Scenario
+from .tally import Tally
 from .trace import brief
 from .workers import Worker
 
@@ -43,7 +47,9 @@ if TYPE_CHECKING:
 
 SETTLE_S = WORKER_WAIT_S + 5.0  # from the last fault to rest: what no worker can hold waits for one so long
 _LOOK_EVERY_S = 0.25
-_decoder: Decoder[Message] = Decoder(RouterToWorker | WorkerToRouter | PrefillToDecode | DecodeToPrefill)
+_decoder: Decoder[Message] = Decoder(
+    RouterToWorker | WorkerToRouter | PrefillToDecode | DecodeToPrefill | FetcherToLender | LenderToFetcher
+)
 
 
 class _ProcessWatch:
@@ -63,18 +69,20 @@ class _ProcessWatch:
 class World:
     """Not reusable: one run."""
 
-    def __init__(
-        self, scenario: Scenario, parts: Parts | None = None, trace: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, scenario: Scenario, trace: Callable[[str], None] | None = None) -> None:
         self.scenario = scenario
-        self.parts = parts if parts is not None else Parts()
         self.kernel = Kernel(scenario.seed, trace)
         self.sky = Sky(self.kernel, scenario)
         self.network = Network(self.kernel, _decoder, self.sky, self._tap)
-        self.fabric = Fabric(self.kernel, self.sky, self.data_path, copy_share=scenario.copy_share)
+        self.fabric = Fabric(
+            self.kernel, self.sky, self.data_path, copy_share=scenario.copy_share, read_s=scenario.read_s
+        )
         self.oracles: dict[str, Oracle] = {}
         self.addresses: dict[str, Worker] = {}  # every handoff address that ever was
         self.calls: list[Call] = []
+        self.contents = Contents()
+        has_disks = scenario.num_disk_blocks > 0
+        self.disks = {place: DiskFile(scenario.num_disk_blocks) for place in scenario.workers if has_disks}
         self.poison: Counter[str] = Counter()  # how many workers each poisonous request has killed
         self.tally = Tally(num_requests=len(scenario.asks))
         self._processes: list[Process] = []
@@ -107,8 +115,14 @@ class World:
 
     def _new_router(self, number: int) -> Router:
         router_id = f"router-{self.kernel.random.getrandbits(48):012x}"
+        scenario = self.scenario
         return Router(
-            self.kernel, f"r-{number}", router_id, self.scenario.router, self.parts.dispatcher, self.tally.seen
+            self.kernel,
+            f"r-{number}",
+            router_id,
+            scenario.router,
+            self.tally.seen,
+            fetch_share=scenario.fetch_share,
         )
 
     def start(self, place: str) -> None:
@@ -129,7 +143,7 @@ class World:
     def _bring_home(self) -> None:
         """After the last fault every worker gets its first role back: whoever changes roles asks until it is so."""
         for worker in self.workers.values():
-            if worker.roles.active_role != worker.home:
+            if worker.core.roles.active_role != worker.home:
                 self.set_role(worker.place, worker.home)
         self.kernel.after(_LOOK_EVERY_S, self._bring_home)
 
@@ -296,8 +310,20 @@ class World:
         seen["messages doubled"] = self.sky.num_doubled
         seen["landings"] = self.fabric.num_landings
         seen["late landings"] = self.fabric.num_late
+        seen["reads"] = self.fabric.num_reads
+        seen["pages spoiled"] = self.fabric.num_spoiled
         seen["rotations"] = self.fabric.num_rotations
-        seen["preemptions"] = sum(worker.roles.num_preemptions for worker in self.workers.values())
+        seen["preemptions"] = sum(worker.core.roles.counters().num_preemptions for worker in self.workers.values())
+        for worker in self.workers.values():
+            core = worker.core
+            seen["fetches"] += core.fetches.num_fetches
+            seen["fetches that failed"] += core.fetches.num_failures
+            for failure, number in core.fetches.failures.items():
+                seen[f"fetch failed: {failure.value}"] += number
+            seen["fetched blocks"] += core.fetches.num_bytes // self.scenario.spec.block_bytes()
+            seen["lent blocks"] += core.lending.num_lent_blocks
+            seen["promoted blocks"] += core.cache.num_promoted_blocks
+            seen["demoted blocks"] += core.cache.num_demoted_blocks
         return tally
 
 

@@ -9,6 +9,7 @@ from kvferry.common.messages import ChoiceTokens, GrantId, GrantInfo, Message, P
 from kvferry.common.request import RequestSpec
 from kvferry.prefill.role import PrefillRole
 from kvferry.transfer.protocol.handoff import Endpoint
+from kvferry.transfer.send.counters import SendCounters
 from kvferry.transfer.send.plan import ShipPlan
 from kvferry.worker.roles import RoleName, RolePair
 
@@ -52,6 +53,9 @@ class Shipping:
                 request = self._open.pop(open_id)
                 role.on_source_free(open_id)
                 role.router_of(*request)
+
+    def counters(self) -> SendCounters:
+        return SendCounters(0, 0, 0, 0)
 
 
 class BothBench(Bench):

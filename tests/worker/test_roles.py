@@ -165,9 +165,10 @@ def test_what_routers_are_told_is_the_sum_of_both() -> None:
     bench.send(bench.task(bench.spec("new", 40)))
     bench.step()
     both, prefill, decode = bench.both, bench.prefill, bench.role
-    assert both.num_unfinished == prefill.num_unfinished + 4 and both.num_waiting + both.num_running == 3
-    assert both.waiting_tokens == prefill.scheduler.waiting_tokens + decode.scheduler.waiting_tokens > 40
-    assert both.num_granted_blocks == decode.num_granted_blocks > 0
+    told = both.counters()
+    assert both.num_unfinished == prefill.num_unfinished + 4 and told.num_waiting + told.num_running == 3
+    assert told.waiting_tokens == prefill.scheduler.waiting_tokens + decode.scheduler.waiting_tokens > 40
+    assert told.num_granted_blocks == decode.receiver.num_granted_blocks > 0
     assert both.routers == {"R"}
 
 

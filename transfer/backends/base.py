@@ -15,13 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ...common.messages import RegionInfo
+
+if TYPE_CHECKING:
+    import torch
 
 Indices = Sequence[int] | npt.NDArray[np.int32]
 
@@ -122,6 +124,8 @@ def rotated_name(agent: str, generation: int) -> str:
 
 def page_rows(pages: torch.Tensor) -> torch.Tensor:
     """The allocation as bytes, one page in each row: [layers * blocks, page_bytes] uint8, the same memory."""
+    import torch
+
     assert pages.dim() == 6 and pages.is_contiguous(), tuple(pages.shape)
     num_pages = pages.shape[0] * pages.shape[1]
     return pages.view(-1).view(torch.uint8).view(num_pages, -1)

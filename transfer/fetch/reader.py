@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ...common import failpoints
 from ...common.clock import Clock
@@ -30,6 +29,9 @@ from ..protocol.checksums import PageSums, open_sums
 from ..protocol.handoff import page_indices
 from ..protocol.peer_log import PeerLog
 from ..protocol.rank_messages import ReadOutcome
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_IN_FLIGHT_BYTES = 64 << 20  # of one read
 MAX_READ_BYTES = 8 << 20  # on one host a post is the copy: writes and leases are looked after between two

@@ -11,9 +11,10 @@ business. The library keeps to one core: some 10 to 30 GB/s, which is less than 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
-import torch
 import xxhash
 
 from ...common import failpoints
@@ -23,6 +24,9 @@ from ...common.kv_spec import KVCacheSpec
 from ...common.messages import KVArrived
 from ..backends.base import Piece, page_rows
 from .handoff import Verdict, page_indices, pieces
+
+if TYPE_CHECKING:
+    import torch
 
 _Sums = npt.NDArray[np.uint64]  # one for each shipped block
 _Pages = npt.NDArray[np.int32]

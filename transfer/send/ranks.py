@@ -31,6 +31,7 @@ from ...common.messages import (
 )
 from ..fetch.ranks import apply_read
 from ..protocol.rank_messages import GiveUpRead, ReadBlocks
+from .counters import SendCounters
 from .plan import ShipPlan
 from .sender import KVSender
 
@@ -218,6 +219,9 @@ class RankShipping:
     def on_peer_lost(self, kv_address: str) -> None:
         self._tell(ShipPeerLost(kv_address=kv_address))
         self._thread.call(self._sender.on_peer_lost, kv_address)
+
+    def counters(self) -> SendCounters:
+        return self._sender.counters()
 
     def on_rank_free(self, open_id: int) -> None:
         """One rank reads the shipment's source blocks no more. The caller holds the worker's lock."""

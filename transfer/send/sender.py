@@ -43,6 +43,7 @@ from ..protocol.checksums import PageSums
 from ..protocol.handoff import Endpoint, open_mac, page_indices
 from ..protocol.peer_log import PeerLog
 from .closings import Closings
+from .counters import SendCounters
 from .leases import Renewals
 from .posting import Posting
 from .shipment import Shipment, ShipmentState, Target
@@ -138,6 +139,9 @@ class KVSender:
     @property
     def num_unfinished(self) -> int:
         return len(self._shipments)
+
+    def counters(self) -> SendCounters:
+        return SendCounters(self.num_unfinished, self.num_bytes, self.num_failures, self._backend.telemetry_bytes)
 
     # --- the prefill role's calls ---------------------------------------------------------------------------
 

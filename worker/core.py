@@ -1,0 +1,473 @@
+"""A worker's core: all that it decides between its sockets, its engine and its transfer agents.
+
+    routers          on_router_message, on_router_joined, on_router_lost ─┐
+    other workers    on_peer_message, on_peer_lost (they write or read)   │
+                     on_answer, on_target_lost (we write or read)         ├─> WorkerCore ─> Effects
+    transfers        on_arrived, on_read, on_sums, on_source_free, ...    │
+    time             tick                                                 │
+    engine           schedule, begin_step, on_layer, complete ────────────┘
+
+It has no thread, socket or clock of its own: whoever drives it calls it under one lock (but for begin_step and
+on_layer) and carries out its effects. `worker.py` does so with threads and sockets; simulations do it in virtual time.
+
+One rank's sends and reads have a core of their own, the `KVSender`, which belongs to a transfer thread: it is behind
+`Shipping` and `Reading` here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+import structlog
+
+from ..common.batch import Batch, StepOutput
+from ..common.clock import Clock
+from ..common.config import TransferConfig
+from ..common.errors import ProtocolError
+from ..common.kv_spec import KVCacheSpec
+from ..common.messages import (
+    Drain,
+    KVArrived,
+    KVClosed,
+    KVFetch,
+    KVFetchable,
+    KVFetchDone,
+    KVFetchRefused,
+    KVFetchSums,
+    KVOpen,
+    KVRenew,
+    LocalTask,
+    Message,
+    PrefillTask,
+    RegionInfo,
+    ReserveKV,
+    SetRole,
+    StepSample,
+    TransferReport,
+    WorkerStatus,
+)
+from ..common.request import BlockId
+from ..decode.role import DecodeRole
+from ..engine.loop import StepFigures
+from ..engine.samples import RouterSamples, step_sample
+from ..kvcache.blocks import BlockPool
+from ..kvcache.journal import open_journal
+from ..kvcache.prefix_cache import PrefixCache
+from ..prefill.role import PrefillRole
+from ..prefill.shipments import Shipping
+from ..transfer.fetch.fetches import Fetches, Reading
+from ..transfer.fetch.lending import Lending
+from ..transfer.protocol.handoff import Endpoint, Verdict
+from ..transfer.protocol.rank_messages import ReadOutcome
+from ..transfer.receive.opens import WatchProcesses
+from ..transfer.receive.processes import watch as watch_processes
+from ..transfer.receive.receiver import KVReceiver
+from .roles import RoleName, RolePair
+from .shares import RouterShares
+from .status import make_status
+
+_ROLES: dict[str, RoleName] = {"prefill": "prefill", "decode": "decode"}
+_IDLE_TICKS = 10  # an idle worker sends a heartbeat with every tenth tick
+
+log = structlog.get_logger(__name__)
+
+PeerQuestion = KVOpen | KVRenew | KVClosed | KVFetch | KVFetchDone
+FetchAnswer = KVFetchable | KVFetchSums | KVFetchRefused
+
+
+@dataclass(frozen=True, slots=True)
+class CoreConfig:
+    """`CoreConfig` is all that a core knows of the worker that it decides for."""
+
+    worker_id: str
+    incarnation: int
+    version: str
+    role: RoleName  # at the start
+    spec: KVCacheSpec
+    tp_size: int
+    kv_address: str  # where others ask to write and to read
+    incoming: str  # transport through which others write into our pages
+    outgoing: str  # transport through which we write into theirs
+    transfer: TransferConfig
+    eos_token_ids: frozenset[int]
+    max_model_len: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    num_swap_blocks: int = 0
+    tpot_objective_s: float | None = None
+    checks_bytes: bool = False  # arrivals that carry checksums come with a verdict
+    sums_writes: bool = False  # what we write or read is summed
+    sums_loans: bool = False  # what others read here is summed
+
+
+class Effects(Protocol):
+    """`Effects` do what the core has decided. Called under the core's lock, in the order in which things happened."""
+
+    def to_router(self, router_id: str, message: Message) -> None: ...
+
+    def to_peer(self, session: str, message: Message) -> None:
+        """Answer a worker that writes or reads here."""
+        ...
+
+    def to_target(self, kv_address: str, message: Message) -> None:
+        """Ask a worker for the right to write or to read there."""
+        ...
+
+    def announce(self) -> None:
+        """Send every router a heartbeat (`status`) now."""
+        ...
+
+    def rotate(self, generation: int) -> None:
+        """Begin to replace the agents through which others write, on all ranks; answered by `on_rotated`."""
+        ...
+
+    def watch(self, on: bool) -> None:
+        """Let others' writes and reads make progress, or save the effort."""
+        ...
+
+    def sum_loan(self, fetch_id: int, blocks: tuple[BlockId, ...]) -> None:
+        """Begin to sum lent blocks on all ranks; answered by `on_sums` of each."""
+        ...
+
+    def leaving(self) -> Callable[[], object]:
+        """Return what waits until all that was sent to routers so far has left this process."""
+        ...
+
+    def wake(self) -> None:
+        """Have the engine ask for work: there may be some."""
+        ...
+
+
+class WorkerCore:
+    """Implements `engine.loop.StepRole`."""
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        *,
+        pool: BlockPool,
+        cache: PrefixCache,
+        clock: Clock,
+        effects: Effects,
+        shipping: Shipping,
+        reading: Reading,
+        regions: tuple[RegionInfo, ...],
+        watch_processes: WatchProcesses = watch_processes,
+    ) -> None:
+        """`cache` is around `pool`. `regions`: of every rank's agent through which others write."""
+        self.config = config
+        self.pool = pool
+        self.cache = cache
+        self._clock = clock
+        self._effects = effects
+        self._shipping = shipping
+        self._is_watching = False
+        self._drains_until: float | None = None
+        self._num_ticks = 0
+        self._num_heartbeats = 0
+        self._was_busy = False
+        self._sample: StepSample | None = None  # of the step that has just ended
+        self.receiver = KVReceiver(
+            worker_id=config.worker_id,
+            incarnation=config.incarnation,
+            spec=config.spec,
+            tp_size=config.tp_size,
+            pool=pool,
+            regions=regions,
+            kv_address=config.kv_address,
+            config=config.transfer,
+            clock=clock,
+            version=config.version,
+            transport=config.incoming,
+            to_router=effects.to_router,
+            to_peer=effects.to_peer,
+            rotate=effects.rotate,
+            watch=watch_processes,
+            checks_bytes=config.checks_bytes,
+        )
+        self.decode = self._make_decode_role()
+        self.lending = self._make_lending()
+        self.fetches = self._make_fetches(reading)
+        self.prefill = self._make_prefill_role(shipping)
+        self.prefill.fetches = self.decode.fetches = self.fetches
+        self.roles = RolePair(self.prefill, self.decode, pool, config.role)
+        self.shares = RouterShares(clock)
+        self.samples = RouterSamples()
+        self.journal = open_journal(pool, cache)
+
+    def _make_decode_role(self) -> DecodeRole:
+        config = self.config
+        return DecodeRole(
+            pool=self.pool,
+            spec=config.spec,
+            receiver=self.receiver,
+            clock=self._clock,
+            to_router=self._effects.to_router,
+            eos_token_ids=config.eos_token_ids,
+            max_model_len=config.max_model_len,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            num_swap_blocks=config.num_swap_blocks,
+            cache=self.cache,
+            tpot_objective_s=config.tpot_objective_s,
+            leaving=self._effects.leaving,
+        )
+
+    def _make_prefill_role(self, shipping: Shipping) -> PrefillRole:
+        config = self.config
+        return PrefillRole(
+            pool=self.pool,
+            endpoint=self._endpoint(config.outgoing),
+            clock=self._clock,
+            shipping=shipping,
+            to_router=self._effects.to_router,
+            eos_token_ids=config.eos_token_ids,
+            max_model_len=config.max_model_len,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            own_id=config.worker_id,
+            cache=self.cache,
+        )
+
+    def _make_fetches(self, reading: Reading) -> Fetches:
+        config = self.config
+        return Fetches(
+            pool=self.pool,
+            endpoint=self._endpoint(config.outgoing),
+            clock=self._clock,
+            reading=reading,
+            to_peer=self._effects.to_target,
+            has_checksums=config.sums_writes,
+            needs_checksums=config.transfer.kv_checksum == "on",
+            also_held=self.cache.has_below,
+        )
+
+    def _make_lending(self) -> Lending:
+        config = self.config
+        return Lending(
+            pool=self.pool,
+            endpoint=self._endpoint(config.incoming),
+            clock=self._clock,
+            lease_s=config.transfer.lease_s,
+            regions=lambda: self.receiver.rotation.regions,
+            to_peer=self._effects.to_peer,
+            sum_blocks=self._effects.sum_loan if config.sums_loans else None,
+            needs_checksums=config.transfer.kv_checksum == "on",
+            reserve=self._reserve,
+            lift=lambda hashes, done: self.cache.lift(hashes, done, reserve=self._reserve()),
+        )
+
+    def _endpoint(self, transport: str) -> Endpoint:
+        config = self.config
+        return Endpoint(config.spec, config.version, transport, config.tp_size)
+
+    def _reserve(self) -> int:
+        """Return how many blocks running answers are to find."""
+        return self.decode.scheduler.growth_reserve
+
+    def _changed(self) -> None:
+        """Let progress be made while somebody may write or read, and look for work."""
+        wanted = self.receiver.has_open or bool(self.lending)
+        if self._is_watching != wanted:
+            self._is_watching = wanted
+            self._effects.watch(wanted)
+        self._effects.wake()
+
+    # --- routers ----------------------------------------------------------------------------------------------
+
+    def on_router_message(self, router_id: str, message: Message) -> None:
+        """Take a router's message. Raises ProtocolError for one that makes no sense."""
+        match message:
+            case Drain():
+                self.drain(message.deadline_s)
+            case SetRole():
+                self.set_role(message.role)
+            case PrefillTask() | ReserveKV() | LocalTask():
+                self.shares.note_work(router_id)
+                self.roles.on_router_message(router_id, message)
+            case _:
+                self.roles.on_router_message(router_id, message)
+        self._changed()
+
+    def on_router_joined(self, router_id: str) -> None:
+        """Note that a session has begun."""
+        self.journal.router_joined(router_id)
+
+    def on_router_lost(self, router_id: str) -> None:
+        """Give up a router that has been away for too long."""
+        self.samples.forget(router_id)
+        self.journal.router_left(router_id)
+        self.roles.on_router_lost(router_id)
+        self._changed()
+
+    def drain(self, limit_s: float) -> None:
+        """Take nothing new, and say so at once. What is left after `limit_s` goes on elsewhere."""
+        log.info("worker_drains", worker_id=self.config.worker_id, limit_s=limit_s)
+        self._drains_until = self._clock.now() + limit_s
+        self.roles.draining = True
+        self._effects.announce()
+
+    def set_role(self, role: str) -> None:
+        """Make the role the active one, and say so at once. Raises ProtocolError for what is no role."""
+        if role not in _ROLES:
+            raise ProtocolError(f"{role!r} is no role")
+        before = self.roles.active_role
+        self.roles.set_role(_ROLES[role])
+        self._effects.announce()
+        log.info(
+            "role_set",
+            worker_id=self.config.worker_id,
+            role=role,
+            before=before,
+            num_unfinished=self.num_unfinished,
+        )
+
+    # --- other workers ----------------------------------------------------------------------------------------
+
+    def on_peer_message(self, session: str, message: PeerQuestion) -> None:
+        """Take a message of a worker that writes or reads here."""
+        if isinstance(message, KVFetch | KVFetchDone):
+            self.lending.on_message(session, message)
+        else:
+            self.receiver.on_message(session, message)
+        self._changed()
+
+    def on_peer_lost(self, session: str) -> None:
+        """Note that the connection of such a worker has ended."""
+        self.receiver.on_session_lost(session)
+        self._changed()
+
+    def on_fetch_answer(self, message: FetchAnswer) -> None:
+        """Take the answer of a worker that we read from. Those to our writes are the senders'."""
+        self.fetches.on_message(message)
+        self._effects.wake()
+
+    def on_target_lost(self, kv_address: str) -> None:
+        """Note that our connection to a worker has ended, or was not made."""
+        self.fetches.on_peer_lost(kv_address)
+        self._effects.wake()
+
+    # --- transfers --------------------------------------------------------------------------------------------
+
+    def on_arrived(self, rank: int, message: KVArrived, verdict: Verdict = Verdict.UNCHECKED) -> None:
+        """Note that a sending rank's last write into `rank`'s pages has landed, and whether it is what was sent."""
+        self.receiver.on_arrived(rank, message, verdict)
+        self._changed()
+
+    def on_rotated(self, regions: tuple[RegionInfo, ...] | None) -> None:
+        """Go on with new agents of all ranks; None: some rank has none."""
+        if regions is None:
+            self.receiver.rotation_failed()
+        else:
+            num_blocks = self.receiver.rotated(regions)
+            log.info("transfer_agents_replaced", generation=regions[0].generation, freed_blocks=num_blocks)
+        self._changed()
+
+    def on_sums(self, rank: int, fetch_id: int, checksum: bytes) -> None:
+        """Pass on a rank's sums of lent blocks."""
+        self.lending.on_sums(rank, fetch_id, checksum)
+
+    def on_read(self, rank: int, fetch_id: int, outcome: ReadOutcome, sums: bytes) -> None:
+        """Take a rank's word about a read."""
+        self.fetches.on_read(rank, fetch_id, outcome, sums)
+        self._effects.wake()
+
+    def on_source_free(self, open_id: int) -> None:
+        """Give back the source blocks of a shipment, which no rank reads any more."""
+        self.prefill.on_source_free(open_id)
+        self._effects.wake()
+
+    def on_report(self, report: TransferReport) -> None:
+        """Report a shipment's end to its router."""
+        router_id = self.prefill.router_of(report.request_id, report.attempt)
+        if router_id is not None:
+            self._effects.to_router(router_id, report)
+
+    # --- engine -----------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Batch | None:
+        return self.roles.schedule()
+
+    def begin_step(self, batch: Batch) -> None:
+        self.roles.begin_step(batch)
+
+    def on_layer(self, layer: int) -> None:
+        self.roles.on_layer(layer)
+
+    def complete(self, batch: Batch, output: StepOutput) -> None:
+        self._sample = step_sample(batch) if batch.rows else None  # before its tokens are counted as computed
+        self.roles.complete(batch, output)
+
+    def note_turn(self, turn_s: float) -> None:
+        if self._sample is not None:
+            self.samples.add(msgspec.structs.replace(self._sample, step_s=turn_s))
+
+    def learn(self, samples: tuple[StepSample, ...]) -> None:
+        """Learn how long steps take here, before the first one."""
+        self.roles.learn(samples)
+
+    # --- time -------------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Look at deadlines; ten times a second. Heartbeats leave with it: fewer when there is nothing to do."""
+        self.roles.tick()
+        self.fetches.tick()
+        self.lending.tick()
+        self._changed()
+        for router_id, change in self.journal.drain():
+            self._effects.to_router(router_id, change)
+        is_busy = self.is_busy
+        if is_busy or self._was_busy or self._num_ticks % _IDLE_TICKS == 0:
+            self._effects.announce()
+        self._was_busy = is_busy
+        self._num_ticks += 1
+
+    # --- what others see --------------------------------------------------------------------------------------
+
+    @property
+    def is_busy(self) -> bool:
+        return self.roles.num_unfinished > 0
+
+    @property
+    def is_draining(self) -> bool:
+        """Tell whether the worker was told to end."""
+        return self._drains_until is not None
+
+    @property
+    def has_drained(self) -> bool:
+        """Tell whether a drain is over: nothing is left, or its time is."""
+        until = self._drains_until
+        return until is not None and (not self.num_unfinished or self._clock.now() >= until)
+
+    @property
+    def decodes(self) -> bool:
+        """Tell whether the worker decodes: by its role, or because answers are not finished."""
+        return self.roles.active_role == "decode" or self.decode.num_unfinished > 0
+
+    @property
+    def num_unfinished(self) -> int:
+        """Count what a drain waits for: requests, and handoffs in both directions."""
+        return self.roles.num_unfinished + self._shipping.counters().num_unfinished
+
+    def status(self, router_id: str, steps: StepFigures) -> WorkerStatus:
+        """Make the next heartbeat to this router."""
+        self._num_heartbeats += 1
+        return make_status(self, router_id, self._num_heartbeats, steps, self._shipping.counters())
+
+    @property
+    def is_quiet(self) -> bool:
+        """Tell whether nothing is left of any request, fetch or loan."""
+        return self.roles.is_quiet and not self.fetches and not self.lending and self.cache.is_quiet
+
+    def references(self) -> list[list[BlockId]]:
+        """List all references to blocks of the pool."""
+        return self.roles.references() + self.lending.references() + self.fetches.references()
+
+    def check(self) -> None:
+        """Assert that all books agree, and that every reference to a block has a holder in one of them."""
+        self.roles.check(self.lending.references() + self.fetches.references())
+        self.fetches.check()
+        self.cache.check()

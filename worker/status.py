@@ -1,0 +1,53 @@
+"""A worker's heartbeat, put together in one place from the figures of its parts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from ..common.messages import WorkerStatus
+from ..engine.loop import StepFigures
+from ..transfer.send.counters import SendCounters
+
+if TYPE_CHECKING:
+    from .core import WorkerCore
+
+
+def make_status(
+    core: WorkerCore, router_id: str, number: int, steps: StepFigures, shipping: SendCounters
+) -> WorkerStatus:
+    """Return heartbeat `number`, with what has gathered for this router. The core's lock is held."""
+    roles, pool, cache, fetches = core.roles, core.pool, core.cache, core.fetches
+    receiver, scheduler = core.receiver, core.decode.scheduler
+    return WorkerStatus(
+        seq=number,
+        state="draining" if roles.draining else "ready",
+        **asdict(steps),
+        **asdict(roles.counters()),
+        num_free_blocks=pool.num_free_blocks,
+        num_cached_blocks=pool.num_cached_blocks,
+        num_quarantined_blocks=pool.num_quarantined_blocks,
+        num_blocks=pool.num_blocks,
+        num_swapped_blocks=scheduler.blocks.swap.num_saved_blocks,
+        decode_context=scheduler.num_context_tokens,
+        transfer_bytes=shipping.num_bytes,
+        wire_bytes=shipping.wire_bytes,
+        transfer_failures=shipping.num_failures + receiver.num_failures,
+        num_fences=receiver.rotation.timer.num_rotations,
+        num_failed_fences=receiver.rotation.timer.num_failures,
+        quarantine_s=receiver.quarantine_s(),
+        checksum_failures=receiver.counters.checksum_failures,
+        grant_rejects=tuple(sorted(receiver.counters.grant_rejects.items())),
+        host_blocks=len(cache.host),
+        disk_blocks=cache.num_disk_blocks,
+        promoted_blocks=cache.num_promoted_blocks,
+        demoted_blocks=cache.num_demoted_blocks,
+        tier_failures=cache.num_failures,
+        num_fetches=fetches.num_fetches,
+        failed_fetches=fetches.num_failures,
+        fetched_bytes=fetches.num_bytes,
+        fetch_s=fetches.seconds,
+        role=roles.active_role,
+        samples=core.samples.take(router_id),
+        share=core.shares.share(router_id, roles.routers),
+    )
