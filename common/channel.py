@@ -34,7 +34,7 @@ from .request import MAX_CHOICES
 HELLO_MAX_BYTES = 4096
 HELLO_TIMEOUT_S = 5.0
 DEFAULT_MAX_FRAME_BYTES = 1 << 20
-_FRAME_SLACK_BYTES = 1 << 16  # everything else that a message says
+_FRAME_SLACK_BYTES = 1 << 17  # everything else that a message says, a grammar among it
 SEAL_BYTES = 16
 _SIZE_BYTES = 4  # of a frame's size, before it
 MAX_PENDING_HELLOS = 64  # connections that have not proved anything yet; more are closed unheard

@@ -1,4 +1,7 @@
-"""The contents of a page of KV cache: two workers exchange pages only where these are equal."""
+"""The contents of a page of KV cache, and which part of a model's KV one rank holds.
+
+Two workers exchange pages only where the contents are equal. Who writes what to whom follows from the ranks' shards.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,36 @@ import msgspec
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+Edge = Annotated[int, msgspec.Meta(ge=0, le=2**20)]
+
+
+class Shard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The part of a model's KV that one rank holds: layers [first_layer, end_layer), heads [first_head, end_head)."""
+
+    first_layer: Edge
+    end_layer: Edge
+    first_head: Edge  # KV heads, numbered over the whole model
+    end_head: Edge
+
+    def __post_init__(self) -> None:
+        """Check what the types cannot say. From the wire, a ValueError here is a refused frame."""
+        if self.first_layer >= self.end_layer or self.first_head >= self.end_head:
+            raise ValueError(f"{self}: a shard holds at least one layer and one head")
+
+    def __str__(self) -> str:
+        return f"layers [{self.first_layer}, {self.end_layer}) and heads [{self.first_head}, {self.end_head})"
+
+    @property
+    def num_heads(self) -> int:
+        return self.end_head - self.first_head
+
+    def overlap(self, other: Shard) -> Shard | None:
+        """Return what both hold; None: nothing."""
+        first_layer, end_layer = max(self.first_layer, other.first_layer), min(self.end_layer, other.end_layer)
+        first_head, end_head = max(self.first_head, other.first_head), min(self.end_head, other.end_head)
+        if first_layer >= end_layer or first_head >= end_head:
+            return None
+        return Shard(first_layer, end_layer, first_head, end_head)
 
 
 class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -27,8 +60,17 @@ class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     def page_bytes(self, tp_size: int = 1) -> int:
         """Return the bytes of one block in one layer on one rank: K and V."""
-        heads = self.num_kv_heads // tp_size
-        return 2 * heads * self.block_size * self.head_dim * _ITEM_BYTES[self.dtype]
+        return 2 * (self.num_kv_heads // tp_size) * self.head_bytes
+
+    @property
+    def head_bytes(self) -> int:
+        """Return the bytes of one head's keys, or values, in a page."""
+        return self.block_size * self.head_dim * _ITEM_BYTES[self.dtype]
+
+    def shard(self, rank: int, tp_size: int) -> Shard:
+        """Return what a tensor-parallel rank holds: an even share of the heads, in all layers."""
+        num_heads = self.num_kv_heads // tp_size
+        return Shard(0, self.num_layers, rank * num_heads, (rank + 1) * num_heads)
 
     def block_bytes(self, tp_size: int = 1) -> int:
         return self.num_layers * self.page_bytes(tp_size)

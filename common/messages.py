@@ -16,10 +16,13 @@ from typing import Annotated, Generic, TypeVar
 import msgspec
 
 from .errors import ProtocolError
-from .kv_spec import KVCacheSpec
+from .kv_spec import KVCacheSpec, Shard
 from .request import MAX_CHOICES, RequestSpec, SampledToken, Sequence
 
-PROTOCOL_VERSION = 3
+# Goes up when a message changes: processes of different versions refuse one another, naming both. Version 4 says whom
+# a request is for (`RequestSpec.model`, `.adapter`, `.grammar`), names ranks' shards (`RegionInfo.shard`) and has room
+# for a draft's state (`KVArrived.draft`). What a worker cannot serve of them, it refuses with a reason.
+PROTOCOL_VERSION = 4
 
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
@@ -31,6 +34,7 @@ Choices = Annotated[tuple[Choice, ...], msgspec.Meta(max_length=MAX_CHOICES)]
 Tokens = Annotated[tuple[SampledToken, ...], msgspec.Meta(max_length=4096)]
 Counts = Annotated[tuple[tuple[Name, Count], ...], msgspec.Meta(max_length=64)]
 Checksums = Annotated[bytes, msgspec.Meta(max_length=2**22)]
+DraftState = Annotated[bytes, msgspec.Meta(max_length=2**16)]  # a hidden state or two
 BlockIds = Annotated[tuple[Count, ...], msgspec.Meta(max_length=2**19)]
 Labels = Annotated[tuple[tuple[Name, Name], ...], msgspec.Meta(max_length=64)]
 Hashes = Annotated[bytes, msgspec.Meta(max_length=2**22)]  # 16 bytes each
@@ -146,7 +150,7 @@ class WorkerStatus(Message):
     quarantine_s: float = 0.0  # age of the oldest quarantined block
     checksum_failures: Count = 0  # arrivals whose bytes were not those that were sent
     grant_rejects: Counts = ()  # KVOpens refused since start, by reason
-    role: Name = ""  # that it offers now; "": the hello's. What was started in another one ends where it is
+    role: Name = ""  # the active one; "": the hello's. What was started in another one ends where it is
     decode_context: Count = 0  # tokens of all running sequences
     samples: Samples = ()  # steps since the last heartbeat to this router; where there were more, an even choice
     host_blocks: Count = 0  # cached in host memory
@@ -183,6 +187,7 @@ class RegionInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     device: Name  # "DRAM" | "VRAM"
     device_id: Count
     transport: Name  # backend's name: both sides use the same
+    shard: Shard | None = None  # what of the model it holds; None: the heads' even share of `rank`, in all layers
 
 
 Regions = Annotated[tuple[RegionInfo, ...], msgspec.Meta(max_length=1024)]
@@ -225,7 +230,7 @@ class ReserveKV(Message):
     spec: RequestSpec
     max_local_tokens: Count = 0  # at most so many uncached tokens: answer NoCapacity("held") and run it locally
     queue_if_full: bool = False  # wait for blocks, for two seconds at most, rather than be refused at once
-    keeps: bool = True  # False: the prefill worker caches the prompt's KV, a copy here is the first to be evicted
+    retains_prefix: bool = True  # False: the prefill worker caches the prompt's KV, a copy here is evicted first
 
 
 class FetchFrom(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -251,7 +256,7 @@ class PrefillTask(Message):
     grant: GrantInfo
     sample: bool = True  # False when resuming: ship the prompt's KV alone
     fetch: FetchFrom | None = None
-    keeps: bool = True  # False: the decode worker caches the prompt's KV, a copy here is the first to be evicted
+    retains_prefix: bool = True  # False: the decode worker caches the prompt's KV, a copy here is evicted first
 
 
 class Abort(Message):
@@ -266,11 +271,11 @@ class Abort(Message):
 class LiveRequests(Message):
     """First message of a re-opened session: every other request of this router is aborted."""
 
-    live: Annotated[tuple[tuple[Name, Count], ...], msgspec.Meta(max_length=65536)]
+    attempts: Annotated[tuple[tuple[Name, Count], ...], msgspec.Meta(max_length=65536)]  # (request id, attempt)
 
 
 class SetRole(Message):
-    """Offer this role from now on. Work of the other kind is refused at once; what was started ends where it is."""
+    """Make this role the active one. Work of the other kind is refused at once; what was started ends where it is."""
 
     role: Name  # "prefill" | "decode"
 
@@ -292,7 +297,7 @@ class Grant(Message):
 
 class NoCapacity(Message):
     """`reason`: blocks, growth, never_fits, draining, stale, expired, held, wrong_role, no_agent (nobody can write here
-    now)."""
+    now), or one of request.UNSERVED."""
 
     request_id: Name
     attempt: Count
@@ -300,10 +305,12 @@ class NoCapacity(Message):
     num_free_blocks: Count = 0
     num_cached_tokens: Count = 0
     retry_after_s: float = 0.05
+    detail: Text = ""
 
 
 class TaskRefused(Message):
-    """A task was not begun. `reason`: blocks, never_fits, draining, incompatible, stale, expired, wrong_role."""
+    """A task was not begun. `reason`: blocks, never_fits, draining, incompatible, stale, expired, wrong_role, or one of
+    request.UNSERVED."""
 
     request_id: Name
     attempt: Count
@@ -546,6 +553,7 @@ class KVArrived(Message):
     tp_size: Count = 1  # of the source
     block_ids: BlockIds = ()  # that were written, where there are checksums
     checksum: Checksums = b""  # 8 bytes for each of them (transfer/protocol/checksums.py); empty: none
+    draft: DraftState = b""  # what a draft of the decode worker goes on from; empty: nothing
 
 
 RouterToWorker = Refused | ReserveKV | LocalTask | PrefillTask | Abort | LiveRequests | SetRole | Drain

@@ -28,6 +28,7 @@ DEFAULT_CLASS = "default"  # of requests that name no class
 GREEDY_BELOW = 1e-5
 MIN_TEMPERATURE = 0.01
 MIN_REPETITION_PENALTY = 0.01
+MAX_GRAMMAR_BYTES = 1 << 16  # JSON schemas of tools are some kilobytes; a frame has room for more (channel.py)
 
 
 class FinishReason(StrEnum):
@@ -69,6 +70,13 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         return self.temperature == 0.0
 
 
+class Grammar(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A grammar that every answer of a request follows."""
+
+    kind: Annotated[str, msgspec.Meta(max_length=64)]
+    text: Annotated[bytes, msgspec.Meta(max_length=MAX_GRAMMAR_BYTES)]  # UTF-8
+
+
 class RequestSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One attempt at a request as the router sends it to workers."""
 
@@ -82,6 +90,9 @@ class RequestSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     priority: int = 0  # lower runs first
     arrival: int = 0  # the router's counter: orders requests of one priority
     remaining_s: float | None = None  # until the request's deadline
+    model: Annotated[str, msgspec.Meta(max_length=256)] = ""  # the served name of whose answer it is; "": the worker's
+    adapter: Annotated[str, msgspec.Meta(max_length=128, pattern=r"^[0-9a-f]*\Z")] = ""  # digest of its bytes; "": none
+    grammar: Grammar | None = None  # None: any token may follow any other
 
     def __post_init__(self) -> None:
         """Check what the types cannot say. From the wire, a ValueError here is a refused frame."""
@@ -106,6 +117,20 @@ class RequestSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     @property
     def is_resume(self) -> bool:
         return any(self.outputs)
+
+
+UNSERVED = ("model", "adapter", "grammar")  # reasons of `why_unserved`: all workers of a router say the same
+
+
+def why_unserved(spec: RequestSpec, served_model: str) -> tuple[str, str] | None:
+    """Say what a request asks for that a worker of `served_model` lacks, and the words for it; None: nothing."""
+    if spec.model not in ("", served_model):
+        return "model", f"{spec.model!r} is asked for, this worker serves {served_model!r}"
+    if spec.adapter:
+        return "adapter", f"adapter {spec.adapter} is asked for, this version applies none"
+    if spec.grammar is not None:
+        return "grammar", f"a grammar ({spec.grammar.kind!r}) is asked for, this version follows none"
+    return None
 
 
 def pack_ids(token_ids: list[int]) -> bytes:
@@ -142,6 +167,7 @@ class Sequence:
     num_prompt_tokens: int
     sampling: SamplingParams
     cache_salt: bytes = b""
+    adapter: str = ""
     priority: int = 0
     arrival: int = 0
     pending_choices: tuple[int, ...] = ()  # choices forked from this one when its prompt is done
@@ -153,7 +179,7 @@ class Sequence:
     block_table: list[BlockId] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks hashed so far
     num_published_blocks: int = 0
-    is_kept_elsewhere: bool = False  # the prompt's KV, for those that share its beginning
+    is_retained_elsewhere: bool = False  # the prompt's KV, for those that share its beginning
 
     @classmethod
     def of(cls, spec: RequestSpec, choice: int, outputs: Iterable[int] = ()) -> Sequence:
@@ -166,6 +192,7 @@ class Sequence:
             num_prompt_tokens=spec.num_prompt_tokens,
             sampling=spec.sampling,
             cache_salt=spec.cache_salt,
+            adapter=spec.adapter,
             priority=spec.priority,
             arrival=spec.arrival,
         )

@@ -83,7 +83,7 @@ class Adoption:
                 self._outbox.add(request, first[choice])
             if choice not in first or first[choice].finish is None:
                 seq = request.sequences[choice] = Sequence.of(spec, choice, outputs)
-                seq.is_kept_elsewhere = not reservation.keeps
+                seq.is_retained_elsewhere = not reservation.retains_prefix
                 seq.block_hashes = list(reservation.block_hashes)  # those of the answer's blocks go on from there
         self._place(request, blocks, copies)
 

@@ -32,7 +32,7 @@ from ..common.messages import (
     TaskRefused,
     WorkerFailure,
 )
-from ..common.request import RequestSpec, Sequence
+from ..common.request import RequestSpec, Sequence, why_unserved
 from ..common.role_counters import RoleCounters
 from ..kvcache.blocks import BlockPool
 from ..kvcache.prefix_cache import PrefixCache
@@ -68,8 +68,12 @@ class DecodeRole:
         tpot_objective_s: float | None = None,
         cache: PrefixCache | None = None,
         leaving: Callable[[], Callable[[], object]] | None = None,
+        served_model: str = "",
     ) -> None:
-        """`leaving()` returns what waits until all that was sent has left this process; None: it leaves at once."""
+        """`leaving()` returns what waits until all that was sent has left this process; None: it leaves at once.
+
+        `served_model`: what requests may ask for.
+        """
         self.pool = pool
         self.receiver = receiver
         self.scheduler = DecodeScheduler(
@@ -96,6 +100,7 @@ class DecodeRole:
             max_model_len=max_model_len,
         )
         self._leaving = leaving
+        self._served_model = served_model
         self._wait_left: Callable[[], object] | None = None
         self._adoption = Adoption(receiver, self.scheduler, self._requests, self._outbox, clock)
 
@@ -110,7 +115,7 @@ class DecodeRole:
             case Abort():
                 self._on_abort(router_id, message)
             case LiveRequests():
-                self._keep_only(router_id, frozenset(message.live))
+                self._keep_only(router_id, frozenset(message.attempts))
             case PrefillTask(spec=spec):
                 self._refuse(router_id, spec, "wrong_role", "this worker decodes")
             case _:
@@ -120,11 +125,18 @@ class DecodeRole:
         spec = message.spec
         if not self._requests.drop_older(spec):
             return
-        reason = "stale" if self._requests.has_ended(spec) else "expired" if _is_expired(spec) else ""
-        if reason:
-            self._to_router(router_id, NoCapacity(request_id=spec.request_id, attempt=spec.attempt, reason=reason))
+        if (refusal := self._refusal(spec)) is not None:
+            reason, detail = refusal
+            no = NoCapacity(request_id=spec.request_id, attempt=spec.attempt, reason=reason, detail=detail)
+            self._to_router(router_id, no)
             return
         self._answer(self._waiting.reserve(router_id, message))
+
+    def _refusal(self, spec: RequestSpec) -> tuple[str, str] | None:
+        """Say why an attempt is not begun, whatever room there is, and what more there is to say; None: it may be."""
+        if self._requests.has_ended(spec):
+            return "stale", ""
+        return ("expired", "") if _is_expired(spec) else why_unserved(spec, self._served_model)
 
     def _answer(self, answers: list[tuple[str, Grant | NoCapacity]]) -> None:
         for router_id, answer in answers:
@@ -137,10 +149,11 @@ class DecodeRole:
             return
         self.receiver.abort(spec.request_id, spec.attempt)
         self._waiting.drop(spec.request_id, spec.attempt)
-        reason = "stale" if self._requests.has_ended(spec) else "expired" if _is_expired(spec) else ""
-        reason = reason or ("draining" if self.draining else "" if self.is_active else "wrong_role")
-        if reason:
-            self._refuse(router_id, spec, reason)
+        refusal = self._refusal(spec)
+        if refusal is None and (self.draining or not self.is_active):
+            refusal = ("draining" if self.draining else "wrong_role"), ""
+        if refusal is not None:
+            self._refuse(router_id, spec, *refusal)
             return
         request = RunningRequest(router_id, spec, self._adoption.expires_s(spec))
         try:

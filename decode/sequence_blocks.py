@@ -198,7 +198,7 @@ class SequenceBlocks:
         if self._num_missing(seq, hits, reserve) > 0:
             return False
         self._pool.pin(hits.values())
-        if not seq.is_kept_elsewhere:
+        if not seq.is_retained_elsewhere:
             self._pool.keep(hits.values())
         fresh = iter(self._take(self.num_for(seq.num_tokens) - len(hits)))
         seq.block_table = [hits[n] if n in hits else next(fresh) for n in range(self.num_for(seq.num_tokens))]
@@ -258,7 +258,7 @@ class SequenceBlocks:
     def _hash(self, seq: Sequence) -> None:
         """Hash all known full blocks, those that are not computed yet among them."""
         if len(seq.block_hashes) < seq.num_tokens // self._pool.block_size:
-            salt = prefix_salt(self._spec, seq.cache_salt)
+            salt = prefix_salt(self._spec, seq.cache_salt, seq.adapter)
             seq.block_hashes = hash_blocks(seq.token_ids, self._pool.block_size, salt, seq.block_hashes)
 
     def publish(self, seq: Sequence) -> None:
@@ -268,7 +268,7 @@ class SequenceBlocks:
             return
         self._hash(seq)
         for index in range(seq.num_published_blocks, num_full):
-            self._pool.publish(seq.block_table[index], seq.block_hashes[index], spare=seq.is_kept_elsewhere)
+            self._pool.publish(seq.block_table[index], seq.block_hashes[index], spare=seq.is_retained_elsewhere)
         seq.num_published_blocks = num_full
 
     def unpublish(self, seq: Sequence) -> None:

@@ -84,7 +84,7 @@ class WaitingReservations:
             router_id,
             max_local_tokens=message.max_local_tokens,
             growth_reserve=self._growth_reserve() + kept,
-            keeps=message.keeps,
+            retains_prefix=message.retains_prefix,
         )
 
     def _wait(self, router_id: str, message: ReserveKV) -> None:

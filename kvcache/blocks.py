@@ -11,8 +11,8 @@ A block is in exactly one state:
     free + cached + owned + quarantined = num_blocks, after every call (`check`). A cached block that is being copied
     to another tier is `leaving`: a hit as before, but not evicted until the copy has ended.
 
-Hashes are chained: a block's hash covers every token before it, and the chain starts with the model and
-the tenant's salt, so equal hashes mean equal token prefixes of one tenant.
+Hashes are chained: a block's hash covers every token before it, and the chain starts with the model, the adapter and
+the tenant's salt, so equal hashes mean equal token prefixes of one tenant under one adapter.
 """
 
 from __future__ import annotations
@@ -54,9 +54,14 @@ def hash_blocks(token_ids: Sequence[int], block_size: int, salt: bytes, known: S
     return hashes
 
 
-def prefix_salt(spec: KVCacheSpec, cache_salt: bytes) -> bytes:
-    """Return the bytes that a chain of block hashes begins with: the model and layout, and the tenant's own salt."""
-    return spec.fingerprint.encode() + b"\0" + cache_salt
+def prefix_salt(spec: KVCacheSpec, cache_salt: bytes, adapter: str = "") -> bytes:
+    """Return the bytes that a chain of block hashes begins with: the model and layout, and the tenant's own salt.
+
+    `adapter`: the digest of what changes the model's KV, in hexadecimal digits; empty: nothing does. Fingerprints have
+    one length and neither "+" nor a digit is a zero byte, so different arguments give different bytes.
+    """
+    changed = f"+{adapter}" if adapter else ""
+    return (spec.fingerprint + changed).encode() + b"\0" + cache_salt
 
 
 class CacheListener(Protocol):

@@ -34,7 +34,7 @@ from ..common.messages import (
     in_pieces,
     nonfinite_logits,
 )
-from ..common.request import RequestSpec, Sequence
+from ..common.request import RequestSpec, Sequence, why_unserved
 from ..common.role_counters import RoleCounters
 from ..kvcache.blocks import BlockPool, prefix_salt
 from ..kvcache.prefix_cache import PrefixCache
@@ -66,9 +66,10 @@ class PrefillRole:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         own_id: str = "",
+        served_model: str = "",
         cache: PrefixCache | None = None,
     ) -> None:
-        """`own_id`: the worker's name, where it grants blocks as well."""
+        """`own_id`: the worker's name, where it grants blocks as well. `served_model`: what tasks may ask for."""
         self.pool = pool
         self._endpoint = endpoint
         self.scheduler = PrefillScheduler(
@@ -80,6 +81,7 @@ class PrefillRole:
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
         self._own_id = own_id
+        self._served_model = served_model
         self.fetches: Fetches | None = None  # None: everything that is not in the cache is computed
         self._tasks: dict[str, Task] = {}  # by request id: the attempt that computes or waits
         self._shipments = Shipments(pool, shipping.cancel)
@@ -99,7 +101,7 @@ class PrefillRole:
             case Abort():
                 self._on_abort(message)
             case LiveRequests():
-                self._keep_only(router_id, frozenset(message.live))
+                self._keep_only(router_id, frozenset(message.attempts))
             case ReserveKV(spec=spec) | LocalTask(spec=spec):
                 self._refuse(router_id, spec, "wrong_role", "this worker prefills")
             case _:
@@ -134,9 +136,10 @@ class PrefillRole:
             return
         seq = Sequence.of(spec, spec.choices[0])
         seq.pending_choices, seq.samples = spec.choices, message.sample
-        seq.is_kept_elsewhere = not message.keeps
+        seq.is_retained_elsewhere = not message.retains_prefix
+        salt = prefix_salt(grant.spec, spec.cache_salt, spec.adapter)
         try:
-            prompt = self.scheduler.add(seq, prefix_salt(grant.spec, spec.cache_salt), spec.remaining_s)
+            prompt = self.scheduler.add(seq, salt, spec.remaining_s)
         except CapacityError as error:
             self._refuse(router_id, spec, "never_fits", str(error))
             return
@@ -148,7 +151,7 @@ class PrefillRole:
         """Read what lies elsewhere before the prompt is begun. Its grant would lapse meanwhile: it is opened now."""
         seq = task.prompt.seq
         hashes = self.scheduler.reusable_hashes(task.prompt)
-        key, spare = _fetch_key(task.spec), seq.is_kept_elsewhere
+        key, spare = _fetch_key(task.spec), seq.is_retained_elsewhere
         seq.is_fetching = fetches.begin(key, hashes, source, lambda: _fetched(seq), spare=spare)
         if seq.is_fetching:
             self._open(task)
@@ -166,6 +169,8 @@ class PrefillRole:
             return "wrong_role", "the grant is this worker's own: a prompt is not handed off to where it is computed"
         if (misfit := check_grant(self._endpoint, grant)) is not None:
             return "incompatible", misfit
+        if (unserved := why_unserved(spec, self._served_model)) is not None:
+            return unserved
         if self.draining:
             return "draining", ""
         return ("expired", "") if spec.remaining_s is not None and spec.remaining_s <= 0 else None

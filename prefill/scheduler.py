@@ -145,7 +145,7 @@ class PrefillScheduler:
         seq = prompt.seq
         seq.num_computed_tokens += num_tokens
         for index in range(seq.num_published_blocks, seq.num_computed_tokens // self._pool.block_size):
-            self._pool.publish(seq.block_table[index], seq.block_hashes[index], spare=seq.is_kept_elsewhere)
+            self._pool.publish(seq.block_table[index], seq.block_hashes[index], spare=seq.is_retained_elsewhere)
             seq.num_published_blocks = index + 1
         if seq.num_uncomputed_tokens == 0:
             self.prompts.remove(prompt)
@@ -188,7 +188,7 @@ class PrefillScheduler:
         if num_new + self.reserve() > pool.num_free_blocks - pool.num_evictable(found.hits.values()):
             return False
         pool.pin(found.hits.values())
-        if not seq.is_kept_elsewhere:
+        if not seq.is_retained_elsewhere:
             pool.keep(found.hits.values())
         fresh = iter(self.cache.allocate(num_new))
         seq.block_table = [found.hits[n] if n in found.hits else next(fresh) for n in range(self._num_blocks(seq))]

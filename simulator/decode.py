@@ -249,7 +249,7 @@ class DecodePart:
         job = self._job_of(spec.request_id)
         num_outputs = max(_num_outputs(spec), reservation.num_first_tokens)
         seq = job.sequence(spec, num_outputs)
-        seq.is_kept_elsewhere = not reservation.keeps
+        seq.is_retained_elsewhere = not reservation.retains_prefix
         self.answers[spec.request_id] = Answer(spec, job, seq, num_outputs)
         self.scheduler.blocks.deal([seq], spec.num_prompt_tokens, blocks, [])
         self.scheduler.adopt(seq)

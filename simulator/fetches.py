@@ -107,7 +107,7 @@ class SimFetches:
         kept = hashes[:room]
         blocks = self._pool.allocate(len(kept))
         for block, block_hash in zip(blocks, kept, strict=True):
-            self._pool.publish(block, block_hash, spare=seq.is_kept_elsewhere)
+            self._pool.publish(block, block_hash, spare=seq.is_retained_elsewhere)
         self._pool.free(blocks)
         self.num_bytes += len(kept) * self._block_bytes
         self.seconds += self._clock.now() - began_s

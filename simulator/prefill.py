@@ -136,7 +136,7 @@ class PrefillPart:
         job = self._job_of(spec.request_id)
         seq = job.sequence(spec)
         seq.pending_choices, seq.samples = spec.choices, message.sample
-        seq.is_kept_elsewhere = not message.keeps
+        seq.is_retained_elsewhere = not message.retains_prefix
         try:
             prompt = self.scheduler.add(seq, b"", spec.remaining_s)
         except CapacityError as error:

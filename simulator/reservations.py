@@ -36,7 +36,7 @@ class Reservation:
     writer: str | None = None  # the prefill worker's session that ships
     has_arrived: bool = False
     num_first_tokens: int = 0  # that came with it
-    keeps: bool = True  # the prompt's KV for others; False: its writer does
+    retains_prefix: bool = True  # the prompt's KV for others; False: its writer does
 
 
 class Reservations:
@@ -75,7 +75,7 @@ class Reservations:
         *,
         max_local_tokens: int = 0,
         growth_reserve: int = 0,
-        keeps: bool = True,
+        retains_prefix: bool = True,
     ) -> Grant | NoCapacity:
         """Reserve blocks as `KVReceiver.reserve` does."""
         known = self._live.get(spec.request_id)
@@ -98,7 +98,7 @@ class Reservations:
         self.prefix_queries += num_tokens
         self.prefix_hits += num_cached
         answer = self._grant(spec, router_id, hits, num_total - len(hits))
-        self._live[spec.request_id].keeps = keeps
+        self._live[spec.request_id].retains_prefix = retains_prefix
         return answer
 
     def _grant(self, spec: RequestSpec, router_id: str, hits: list[BlockId], num_new: int) -> Grant:
@@ -169,8 +169,8 @@ class Reservations:
         for block, block_hash in zip(
             blocks[: reservation.grant.num_tokens // self._spec.block_size], hashes, strict=False
         ):
-            self._pool.publish(block, block_hash, spare=not reservation.keeps)
-        if reservation.keeps:
+            self._pool.publish(block, block_hash, spare=not reservation.retains_prefix)
+        if reservation.retains_prefix:
             self._pool.keep(reservation.hits)
         return blocks
 

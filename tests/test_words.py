@@ -78,6 +78,7 @@ RETIRED: set[str] = {
     "decode_keeps",
     "decode_runner",
     "forget_lives",
+    "is_kept_elsewhere",
     "knocks",
     "layer_fence",
     "look_s",

@@ -85,6 +85,7 @@ class CoreConfig:
     worker_id: str
     incarnation: int
     version: str
+    served_model: str  # as requests name it
     role: RoleName  # at the start
     spec: KVCacheSpec
     tp_size: int
@@ -214,6 +215,7 @@ class WorkerCore:
             cache=self.cache,
             tpot_objective_s=config.tpot_objective_s,
             leaving=self._effects.leaving,
+            served_model=config.served_model,
         )
 
     def _make_prefill_role(self, shipping: Shipping) -> PrefillRole:
@@ -229,6 +231,7 @@ class WorkerCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
             own_id=config.worker_id,
+            served_model=config.served_model,
             cache=self.cache,
         )
 

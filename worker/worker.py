@@ -154,6 +154,7 @@ class Worker:
             worker_id=config.worker_id,
             incarnation=deps.incarnation,
             version=deps.version,
+            served_model=config.engine.served_model_name,
             role=config.role,
             spec=engine.spec,
             tp_size=engine.tp_size,

@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 
-from kvferry.common.kv_spec import KVCacheSpec
+from kvferry.common.kv_spec import KVCacheSpec, Shard
 from kvferry.common.messages import (
+    PROTOCOL_VERSION,
     Abort,
     CacheChange,
     CancelKV,
@@ -70,7 +71,7 @@ from kvferry.common.messages import (
     WorkerToRouter,
     encode,
 )
-from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
+from kvferry.common.request import Grammar, RequestSpec, SampledToken, SamplingParams, pack_ids
 
 SPEC = KVCacheSpec(model="fuzz", num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32")
 DECODERS: tuple[Decoder[Message], ...] = (
@@ -138,6 +139,9 @@ def valid_messages() -> list[Message]:
         outputs=(pack_ids([4]), b""),
         cache_salt=b"salt",
         remaining_s=3.5,
+        model="fuzz",
+        adapter="0123abcd" * 4,
+        grammar=Grammar("json_schema", b'{"type": "object"}'),
     )
     grant_id = GrantId("d-0", 7, 1)
     region = RegionInfo(
@@ -152,6 +156,7 @@ def valid_messages() -> list[Message]:
         device="DRAM",
         device_id=0,
         transport="nixl",
+        shard=Shard(0, 2, 0, 2),
     )
     grant = GrantInfo(
         grant_id=grant_id,
@@ -167,8 +172,8 @@ def valid_messages() -> list[Message]:
     about: dict[str, Any] = {"request_id": "r-1", "attempt": 1}
     opened: dict[str, Any] = {"grant_id": grant_id, "open_id": 99}
     return [
-        Challenge(protocol=2, nonce=b"n" * 16),
-        Hello(protocol=2, id="d-0", nonce=b"n" * 16, mac=b"m" * 32),
+        Challenge(protocol=PROTOCOL_VERSION, nonce=b"n" * 16),
+        Hello(protocol=PROTOCOL_VERSION, id="d-0", nonce=b"n" * 16, mac=b"m" * 32),
         Welcome(id="router", mac=b"m" * 32),
         Refused(reason="no"),
         hello(),
@@ -180,11 +185,11 @@ def valid_messages() -> list[Message]:
         LocalTask(spec=spec),
         PrefillTask(spec=spec, grant=grant, fetch=FetchFrom(worker_id="d-1", kv_address="127.0.0.1:2", num_tokens=32)),
         Abort(**about, unless_arrived=True, choices=(0, 2)),
-        LiveRequests(live=(("r-1", 1),)),
+        LiveRequests(attempts=(("r-1", 1),)),
         SetRole(role="prefill"),
         Drain(deadline_s=3.0),
         Grant(**about, grant=grant),
-        NoCapacity(**about, reason="blocks"),
+        NoCapacity(**about, reason="model", detail="'a' is asked for"),
         TaskRefused(**about, reason="blocks", detail="none left"),
         HandoffDone(**about, num_bytes=4096),
         HandoffFailed(**about, reason="lost", blame="peer", worker_id="p-0"),
@@ -220,7 +225,13 @@ def valid_messages() -> list[Message]:
         KVFetchRefused(fetch_id=5, reason="gone"),
         KVFetchDone(fetch_id=5),
         KVArrived(
-            **opened, source_rank=0, num_tokens=40, first_tokens=choices, block_ids=(1, 2, 3), checksum=b"c" * 24
+            **opened,
+            source_rank=0,
+            num_tokens=40,
+            first_tokens=choices,
+            block_ids=(1, 2, 3),
+            checksum=b"c" * 24,
+            draft=b"d" * 64,
         ),
     ]
 

@@ -205,6 +205,7 @@ class Api:
             request_class=context.request_class,
             objectives=objectives,
             tenant=_tenant_of(context, body),
+            model=self.model.name,
         )
 
     def _form_context(self, answer_id: str, body: GenerationBody, answer: Answer) -> FormContext:

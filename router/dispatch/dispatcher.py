@@ -227,7 +227,7 @@ class Dispatcher:
             old.link.drop("replaced by a newer session")
         if self._incarnations.get(hello.worker_id) == hello.incarnation:
             # When its last session broke, all that it had was placed anew or left to the decode worker.
-            link.send(LiveRequests(live=()))
+            link.send(LiveRequests(attempts=()))
             self._losses.on_returned((hello.worker_id, hello.incarnation))
         self._incarnations[hello.worker_id] = hello.incarnation
         now = self._clock.now()

@@ -2,7 +2,7 @@
 
     Grant ─> PrefillTask      NoCapacity ─> queue, or local prefill      TaskRefused ─> another prefill worker, or retry
     FirstToken, StepTokens ─> relay      HandoffDone ─> decoding      HandoffFailed ─> retry
-    WorkerFailure ─> retry, or the request's end where every worker would fail alike
+    WorkerFailure ─> retry, or the request's end where every worker would fail alike, as where it is not served
 
 Only messages of the current attempt, from the sessions that take part in it, change anything. So a worker that hung,
 was given up and comes back finds its late messages fenced: its new session has no part in any attempt of before.
@@ -24,6 +24,7 @@ from ...common.messages import (
     TaskRefused,
     WorkerFailure,
 )
+from ...common.request import UNSERVED
 from ..queue.admission import Admission
 from ..state.attempt import Attempt, AttemptState, RequestMessage
 from ..state.errors import StreamError
@@ -88,6 +89,9 @@ class WorkerMessages:
         match message:
             case Grant():
                 self._on_grant(tracked, attempt, message, now)
+            case NoCapacity(reason=reason) | TaskRefused(reason=reason) if reason in UNSERVED:  # every worker would
+                text = f"worker {worker.worker_id} does not serve this request: {message.detail}"
+                self._in_flight.fail(tracked, StreamError(text, "not_served", 500))
             case NoCapacity():
                 self._on_no_capacity(tracked, worker, message, now)
             case TaskRefused():

@@ -171,7 +171,7 @@ class Attempt:
             spec=self.request.spec(self._remaining_s(now_s)),
             max_local_tokens=max_local_tokens,
             queue_if_full=queue_if_full,
-            keeps=self.decode_retains is not False,
+            retains_prefix=self.decode_retains is not False,
         )
         self.decode.link.send(message)
 
@@ -202,7 +202,7 @@ class Attempt:
             grant=self.grant,
             sample=not self.request.is_resume,
             fetch=self.fetch,
-            keeps=self.decode_retains is not True,
+            retains_prefix=self.decode_retains is not True,
         )
         self.prefill.link.send(task)
 

@@ -54,7 +54,7 @@ _STAMP = {
 
 @dataclass(slots=True, eq=False)
 class RouterRequest:
-    """One prompt with its `n` choices. The fields up to `tenant` are the caller's, the rest the dispatcher's.
+    """One prompt with its `n` choices. The fields up to `model` are the caller's, the rest the dispatcher's.
 
     `timestamps` (seconds of the dispatcher's clock): queued, reserved (a decode worker was asked), prefill_start (the
     task was sent), first_token, arrived (the KV is on the decode worker), first_decode, last_token, finished. The
@@ -71,6 +71,7 @@ class RouterRequest:
     request_class: str = DEFAULT_CLASS
     objectives: Objectives = NO_OBJECTIVES  # of its class
     tenant: str = ""  # who it is from, as far as fairness goes
+    model: str = ""  # the served name; empty: whatever the workers serve
     status: RequestStatus = RequestStatus.QUEUED
     timestamps: dict[str, float] = field(default_factory=dict)
     arrival: int = 0  # the router's counter
@@ -144,4 +145,5 @@ class RouterRequest:
             priority=self.priority,
             arrival=self.arrival,
             remaining_s=remaining_s,
+            model=self.model,
         )

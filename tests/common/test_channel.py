@@ -11,7 +11,19 @@ import pytest
 from kvferry.common.channel import MAX_PENDING_HELLOS, Address, Channel, Seals, connect, serve, server_address
 from kvferry.common.credentials import SharedSecret
 from kvferry.common.errors import ConfigError, ProtocolError, WorkerLost
-from kvferry.common.messages import Abort, Decoder, Drain, LiveRequests, NoCapacity, encode
+from kvferry.common.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Challenge,
+    Decoder,
+    Drain,
+    Hello,
+    LiveRequests,
+    Message,
+    NoCapacity,
+    Refused,
+    encode,
+)
 
 decoder: Decoder[Abort | Drain | LiveRequests] = Decoder(Abort | Drain | LiveRequests)
 
@@ -41,6 +53,40 @@ async def test_a_peer_without_the_secret_is_refused_with_the_reason(secret: byte
             await connect(server_address(server, "127.0.0.1"), "client", secret=SharedSecret(*filter(None, [secret])))
         await asyncio.sleep(0)
     assert refused
+
+
+def _framed(message: Message) -> bytes:
+    payload = encode(message)
+    return len(payload).to_bytes(4, "big") + payload
+
+
+async def test_a_server_of_another_version_is_left_with_both_named() -> None:
+    left = asyncio.Event()
+
+    async def challenge(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(_framed(Challenge(protocol=3, nonce=b"n" * 16)))
+        await reader.read()
+        writer.close()
+        left.set()
+
+    async with await asyncio.start_server(challenge, "127.0.0.1", 0) as server:
+        with pytest.raises(ProtocolError, match=f"speaks protocol 3, we speak {PROTOCOL_VERSION}"):
+            await connect(server_address(server, "127.0.0.1"), "client")
+        await left.wait()
+
+
+async def test_a_client_of_another_version_is_refused_with_both_named() -> None:
+    hellos: Decoder[Challenge | Refused] = Decoder(Challenge | Refused)
+    async with await serve(Address("127.0.0.1", 0), "s", _echo) as server:
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(_framed(Hello(protocol=3, id="old", nonce=b"n" * 16, mac=b"")))
+        data = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+    size = int.from_bytes(data[:4], "big")
+    challenge, refused = hellos.decode(data[4 : 4 + size]), hellos.decode(data[8 + size :])
+    assert isinstance(challenge, Challenge) and challenge.protocol == PROTOCOL_VERSION
+    assert refused == Refused(reason=f"protocol 3 is not ours ({PROTOCOL_VERSION})")
 
 
 async def test_a_server_that_does_not_know_the_secret_is_not_believed() -> None:

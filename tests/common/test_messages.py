@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvferry.common.errors import ProtocolError
 from kvferry.common.messages import Abort, Decoder, KVClosed, KVOpen, KVRenew, ReserveKV, encode
-from kvferry.common.request import RequestSpec, SamplingParams, pack_ids, unpack_ids
+from kvferry.common.request import Grammar, RequestSpec, SamplingParams, pack_ids, unpack_ids
 
 decoder: Decoder[ReserveKV | Abort] = Decoder(ReserveKV | Abort)
 
@@ -23,6 +23,9 @@ def test_a_request_crosses_with_every_field() -> None:
         choices=(0, 2),
         outputs=(pack_ids([5]), pack_ids([])),
         cache_salt=b"t",
+        model="served",
+        adapter="00ff",
+        grammar=Grammar("regex", b"a*"),
     )
     crossed = decoder.decode(encode(ReserveKV(spec=spec)))
     assert isinstance(crossed, ReserveKV) and crossed.spec == spec

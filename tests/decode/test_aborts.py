@@ -117,7 +117,7 @@ class _Play:
             live = {}
         else:
             pairs = tuple((name, spec.attempt) for name, (_, spec) in live.items())
-            self.role.on_router_message(router, LiveRequests(live=pairs))
+            self.role.on_router_message(router, LiveRequests(attempts=pairs))
         self.num_aborts += len(self.specs) - len(live)
         self.specs = {name: entry for name, entry in self.specs.items() if entry[0] != router} | live
 

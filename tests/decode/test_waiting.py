@@ -111,7 +111,7 @@ def test_it_is_refused_after_two_seconds_or_at_its_deadline(remaining_s: float |
     [
         Abort(request_id="large", attempt=0),
         Abort(request_id="large", attempt=0, unless_arrived=True),
-        LiveRequests(live=()),
+        LiveRequests(attempts=()),
     ],
 )
 def test_its_router_can_give_it_up(end: Message) -> None:

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvferry.common.errors import CapacityError
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.kvcache.blocks import BlockPool, hash_blocks
+from kvferry.kvcache.blocks import BlockPool, hash_blocks, prefix_salt
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=4, head_dim=8, block_size=4, dtype="float32")
 
@@ -19,6 +19,13 @@ def test_equal_prefixes_have_equal_hashes_and_other_salts_have_others() -> None:
     assert one == hash_blocks([*range(8), 8, 9, 10, 11, 12], 4, b"tenant-a")
     assert hash_blocks([*range(8), 0, 0, 0, 0], 4, b"tenant-a")[:2] == one[:2]
     assert not set(one) & set(hash_blocks(list(range(12)), 4, b"tenant-b"))
+
+
+def test_a_salt_tells_tenants_and_adapters_apart() -> None:
+    assert prefix_salt(SPEC, b"t") == SPEC.fingerprint.encode() + b"\0t"  # as it was without adapters
+    salts = [prefix_salt(SPEC, salt, adapter) for salt in (b"", b"0a", b"+0a") for adapter in ("", "0a", "0a0a")]
+    assert len(set(salts)) == len(salts) == 9
+    assert SPEC.fingerprint.isalnum() and len(SPEC.fingerprint) == 16
 
 
 def test_a_hash_covers_everything_before_its_block() -> None:

@@ -59,7 +59,7 @@ class _Play:
         live = tuple(
             (n, attempt) for n, (r, attempt) in self.tasks.items() if r == router and self.random.random() < 0.6
         )
-        self.role.on_router_message(router, LiveRequests(live=live))
+        self.role.on_router_message(router, LiveRequests(attempts=live))
         self.tasks = {n: entry for n, entry in self.tasks.items() if entry[0] != router or (n, entry[1]) in live}
 
     def step(self) -> None:

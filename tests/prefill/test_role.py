@@ -298,7 +298,7 @@ def test_requests_that_their_router_no_longer_knows_end() -> None:
     bench = _Bench()
     bench.task("a", 4)
     bench.task("b", 4)
-    bench.role.on_router_message("R", LiveRequests(live=(("b", 0),)))
+    bench.role.on_router_message("R", LiveRequests(attempts=(("b", 0),)))
     bench.run()
     assert bench.shipping.opened == ["b"]
 

@@ -86,7 +86,7 @@ class Worker:
                 self.tasks[spec.request_id, spec.attempt] = message
             case Abort():
                 self.abort(message)
-            case LiveRequests(live=live):
+            case LiveRequests(attempts=live):
                 for held in (self.reserved, self.running, self.tasks):
                     for key in [key for key in held if key not in live]:
                         del held[key]

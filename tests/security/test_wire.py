@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tracemalloc
+from contextlib import nullcontext
 
 import msgspec
 import pytest
 
 from kvferry.benchmarks.fuzz.corpus import DECODERS, attack_frames, valid_messages
 from kvferry.common.errors import ProtocolError
-from kvferry.common.messages import Message, encode
+from kvferry.common.messages import KVArrived, Message, encode
 from kvferry.common.request import RequestSpec, SamplingParams
 
 MAX_GROWTH = 32  # bytes in memory for each byte of a frame
@@ -90,6 +91,14 @@ def _lists(value: object, path: tuple[object, ...] = ()) -> list[tuple[object, .
         {"choices": tuple(range(17))},
         {"request_id": "r" * 257},
         {"cache_salt": b"s" * 3000},
+        {"model": "m" * 257},
+        {"adapter": "0" * 129},
+        {"adapter": "0A"},
+        {"adapter": "0a\n"},
+        {"adapter": "../a"},
+        {"grammar": ("regex", b"a" * (2**16 + 1))},
+        {"grammar": ("k" * 65, b"a")},
+        {"grammar": ("regex", b"a", 1)},
         {"attempt": -1},
     ],
 )
@@ -99,6 +108,14 @@ def test_a_request_that_contradicts_itself_does_not_become_one(fields: dict[str,
     assert DECODERS[1].decode(msgspec.msgpack.encode({"type": "LocalTask", "spec": sound}))
     with pytest.raises(ProtocolError):
         DECODERS[1].decode(frame)
+
+
+def test_a_drafts_state_is_bounded() -> None:
+    sound = next(message for message in valid_messages() if isinstance(message, KVArrived))
+    for size, is_sound in ((2**16, True), (2**16 + 1, False)):
+        frame = encode(msgspec.structs.replace(sound, draft=b"d" * size))
+        with nullcontext() if is_sound else pytest.raises(ProtocolError):
+            DECODERS[-1].decode(frame)
 
 
 def test_what_we_make_ourselves_is_checked_too() -> None:

@@ -303,7 +303,7 @@ def _keep_first_role(self: RouterWorker, role: str, now_s: float) -> None:
     """The router goes by the role of the worker's hello."""
 
 
-def _salt_of_all(spec: KVCacheSpec, cache_salt: bytes) -> bytes:
+def _salt_of_all(spec: KVCacheSpec, cache_salt: bytes, adapter: str) -> bytes:
     """Every tenant finds every other's blocks."""
     return b"all"
 

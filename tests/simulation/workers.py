@@ -182,6 +182,7 @@ class Worker:
             worker_id=self.place,
             incarnation=self.incarnation,
             version=VERSION,
+            served_model="m",
             role=self.home,
             spec=scenario.spec,
             tp_size=1,

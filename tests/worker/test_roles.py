@@ -196,7 +196,7 @@ def test_aborts_and_lost_routers_reach_both() -> None:
             for name in names:
                 bench.send(Abort(request_id=name, attempt=0))
         elif end == "live":
-            bench.send(LiveRequests(live=()))
+            bench.send(LiveRequests(attempts=()))
         else:
             bench.both.on_router_lost("R")
         bench.run()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ...common.kv_spec import Shard
 from ...common.messages import RegionInfo
 
 if TYPE_CHECKING:
@@ -138,7 +139,8 @@ def page_num_bytes(pages: torch.Tensor) -> int:
 def describe_region(
     pages: torch.Tensor, *, agent: str, metadata: bytes, transport: str, rank: int, tp_size: int, generation: int
 ) -> RegionInfo:
-    """Describe a registered allocation as a peer must know it."""
+    """Describe a registered allocation as a peer must know it: an even share of the heads, in all layers."""
+    num_layers, num_blocks, _, num_heads, _, _ = pages.shape
     return RegionInfo(
         rank=rank,
         tp_size=tp_size,
@@ -146,9 +148,10 @@ def describe_region(
         generation=generation,
         agent_metadata=metadata,
         base_addr=pages.data_ptr(),
-        num_blocks=pages.shape[1],
+        num_blocks=num_blocks,
         page_bytes=page_num_bytes(pages),
         device="VRAM" if pages.is_cuda else "DRAM",
         device_id=pages.device.index or 0,
         transport=transport,
+        shard=Shard(0, num_layers, rank * num_heads, (rank + 1) * num_heads),
     )

@@ -44,6 +44,7 @@ from ...kvcache.blocks import BlockPool
 from ..protocol.handoff import Endpoint, check_compatible
 from ..protocol.peer_log import PeerLog
 from ..protocol.rank_messages import ReadOutcome
+from ..protocol.shards import shards_of
 
 ANSWER_WITHIN_S = 0.5
 PART_BYTES = 128 << 20  # of all ranks, read under one lease: what is here of a prefix is of use if the rest fails
@@ -309,6 +310,9 @@ class Fetches:
             misfit = check_compatible(self._endpoint, theirs)
             if misfit is not None or region.page_bytes != spec.page_bytes(tp_size):
                 return misfit or f"pages of {region.page_bytes} bytes at {region.agent}"
+        for region, shard in zip(ranks, shards_of(ranks, spec), strict=True):
+            if shard != spec.shard(region.rank, tp_size):  # each rank reads whole pages from the one with its number
+                return f"{shard} at {region.agent}, {spec.shard(region.rank, tp_size)} here"
         num_blocks = min(region.num_blocks for region in ranks)
         if not 0 < len(blocks) <= len(part.hashes) or len(set(blocks)) < len(blocks) or max(blocks) >= num_blocks:
             return f"block ids are not up to {len(part.hashes)} distinct ids below {num_blocks}"

@@ -23,7 +23,8 @@ from ...common.errors import ConfigError
 from ...common.kv_spec import KVCacheSpec
 from ...common.messages import KVArrived
 from ..backends.base import Piece, page_rows
-from .handoff import Verdict, page_indices, pieces
+from .handoff import Verdict, page_indices
+from .shards import pieces
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +91,8 @@ class ArrivalCheck:
     def __init__(self, sums: PageSums, spec: KVCacheSpec, *, rank: int, tp_size: int, num_blocks: int) -> None:
         self._sums = sums
         self._spec = spec
-        self._rank = rank
         self._tp_size = tp_size
+        self._shard = spec.shard(rank, tp_size)
         self._num_blocks = num_blocks
 
     def verdict(self, message: KVArrived) -> Verdict:
@@ -101,7 +102,7 @@ class ArrivalCheck:
         blocks = message.block_ids
         if not self._is_possible(message):
             return Verdict.CORRUPT
-        shipped = pieces(message.source_rank, message.tp_size, self._rank, self._tp_size, self._spec)
+        shipped = pieces(self._spec.shard(message.source_rank, message.tp_size), self._shard, self._spec)
         if shipped is None:
             return Verdict.CORRUPT
         runs = tuple((piece.remote_offset, piece.num_bytes) for piece in shipped)

@@ -1,4 +1,4 @@
-"""Both sides of a handoff must agree on this: fit, page addresses, head slices, who writes to whom, grants.
+"""Both sides of a handoff must agree on this: fit, page addresses, grants. Who writes to whom is in `shards.py`.
 
     decode worker   mint_grant ─> Grant ─> router ─> PrefillTask ─> check_grant, open_mac   prefill worker
                     check_compatible, is_minted <─ KVOpen <──────────────────────────┘
@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from ...common.kv_spec import KVCacheSpec
 from ...common.messages import GrantInfo, RegionInfo
-from ..backends.base import Indices, Piece
+from ..backends.base import Indices
+from .shards import check_regions
 
 # Why a KVOpen is refused, as it is counted:
 REJECTS = (
@@ -72,10 +73,11 @@ def check_grant(local: Endpoint, grant: GrantInfo) -> str | None:
         reason = check_compatible(local, Endpoint(spec, local.version, region.transport, len(ranks)))
         if reason is not None:
             return reason
-        if region.page_bytes != spec.page_bytes(len(ranks)):
-            return f"page_bytes {spec.page_bytes(len(ranks))} by the spec, {region.page_bytes} at {region.agent}"
     if [region.rank for region in ranks] != list(range(len(ranks))):
         return f"ranks {[region.rank for region in ranks]} in the grant, want 0 to {len(ranks) - 1}"
+    misfit = check_regions(ranks, spec)
+    if misfit is not None:
+        return misfit
     return _check_blocks(grant)
 
 
@@ -95,52 +97,6 @@ def _check_blocks(grant: GrantInfo) -> str | None:
 def page_indices(layer: int, blocks: Indices, num_blocks: int) -> npt.NDArray[np.int32]:
     """The pages of these blocks in a layer of a pool of `num_blocks`."""
     return np.asarray(blocks, dtype=np.int32) + np.int32(layer * num_blocks)
-
-
-def pieces(
-    local_rank: int, local_tp_size: int, remote_rank: int, remote_tp_size: int, spec: KVCacheSpec
-) -> tuple[Piece, ...] | None:
-    """The runs of a local page that belong into the remote rank's page; None: no heads in common.
-
-    A rank's page is [2, heads, block_size, head_dim]: heads [lo, hi) are one run in K and one in V.
-    """
-    num_local = spec.num_kv_heads // local_tp_size
-    num_remote = spec.num_kv_heads // remote_tp_size
-    lo = max(local_rank * num_local, remote_rank * num_remote)
-    hi = min((local_rank + 1) * num_local, (remote_rank + 1) * num_remote)
-    if lo >= hi:
-        return None
-    if num_local == num_remote:
-        return (Piece(0, 0, spec.page_bytes(local_tp_size)),)
-    head_bytes = spec.page_bytes(local_tp_size) // (2 * num_local)
-    return tuple(
-        Piece(
-            (half * num_local + lo - local_rank * num_local) * head_bytes,
-            (half * num_remote + lo - remote_rank * num_remote) * head_bytes,
-            (hi - lo) * head_bytes,
-        )
-        for half in (0, 1)
-    )
-
-
-def expected_pairs(source_tp_size: int, decode_tp_size: int, spec: KVCacheSpec) -> frozenset[tuple[int, int]]:
-    """The (source rank, decode rank) pairs with heads in common: each must report that it has arrived."""
-    return frozenset(
-        (source, target)
-        for source in range(source_tp_size)
-        for target in range(decode_tp_size)
-        if pieces(source, source_tp_size, target, decode_tp_size, spec) is not None
-    )
-
-
-def targets_of(rank: int, tp_size: int, grant: GrantInfo) -> list[tuple[RegionInfo, tuple[Piece, ...]]]:
-    """The decode ranks that a source rank writes to, and what of each page."""
-    found = []
-    for region in grant.ranks:
-        runs = pieces(rank, tp_size, region.rank, len(grant.ranks), grant.spec)
-        if runs is not None:
-            found.append((region, runs))
-    return found
 
 
 def _digest(grant: GrantInfo, request_id: str, attempt: int) -> bytes:

@@ -54,6 +54,9 @@ class Arrivals:
         if message.num_tokens != reservation.num_tokens or not first_choices <= set(reservation.spec.choices):
             found = f"{message.num_tokens} tokens of choices {sorted(first_choices)}"
             return f"{found} arrived, want {reservation.num_tokens}", "peer"
+        if message.draft:
+            found = f"{len(message.draft)} bytes of a draft's state came from rank {message.source_rank}"
+            return f"{found} of {writer.worker_id}, and no draft runs here", "peer"
         if not self._checks_bytes or not writer.has_checksums:
             return None
         if verdict is Verdict.INTACT and message.block_ids == reservation.grant.block_ids:

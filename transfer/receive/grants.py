@@ -75,7 +75,8 @@ class Grants:
         self, spec: RequestSpec, router_id: str, max_local_tokens: int, growth_reserve: int
     ) -> Grant | NoCapacity:
         num_tokens, block_size = spec.num_prompt_tokens, self._spec.block_size
-        hashes = hash_blocks(spec.prompt_token_ids(), block_size, prefix_salt(self._spec, spec.cache_salt))
+        salt = prefix_salt(self._spec, spec.cache_salt, spec.adapter)
+        hashes = hash_blocks(spec.prompt_token_ids(), block_size, salt)
         hits = self._pool.match_prefix(hashes)
         num_cached = len(hits) * block_size
         if num_tokens - num_cached <= max_local_tokens:

@@ -26,8 +26,9 @@ from ...common.messages import (
     ProcessMark,
     RegionInfo,
 )
-from ..protocol.handoff import Endpoint, check_compatible, expected_pairs, is_minted
+from ..protocol.handoff import Endpoint, check_compatible, is_minted
 from ..protocol.peer_log import PeerLog
+from ..protocol.shards import expected_pairs, shards_of
 from .endings import Counters
 from .processes import ProcessWatch
 from .reservation import Reservation, ReservationState, Writer
@@ -96,7 +97,7 @@ class Opens:
         reservation = self._reservations.find(message.grant_id)
         refusal = self._refusal(session, message, reservation, draining)
         if refusal is None and reservation is not None and reservation.state is ReservationState.GRANTED:
-            refusal = self._bind(session, message, reservation)
+            refusal = self._bind(session, message, reservation, regions)
         if refusal is not None:
             self._counters.stale_messages += 1
             self._counters.grant_rejects[refusal.kind] += 1
@@ -147,11 +148,14 @@ class Opens:
             return None
         return Refusal("reused", "the grant was opened before")
 
-    def _bind(self, session: str, message: KVOpen, reservation: Reservation) -> Refusal | None:
+    def _bind(
+        self, session: str, message: KVOpen, reservation: Reservation, regions: tuple[RegionInfo, ...]
+    ) -> Refusal | None:
         try:
             process_watch = self._watch_of(message)
         except ProcessLookupError as error:
             return Refusal("process", str(error))
+        sources = [self._spec.shard(rank, message.tp_size) for rank in range(message.tp_size)]
         now = self._clock.now()
         reservation.advance(ReservationState.OPEN, now)
         reservation.deadline = now + self._config.lease_s
@@ -161,7 +165,7 @@ class Opens:
             message.worker_id,
             message.incarnation,
             message.tp_size,
-            expected_pairs(message.tp_size, self._endpoint.tp_size, self._spec),
+            expected_pairs(sources, shards_of(regions, self._spec)),
             opened_at=now,
             has_checksums=message.has_checksums,
             process_watch=process_watch,
@@ -175,7 +179,7 @@ class Opens:
         return self._watches[message.incarnation]
 
     def close_watches(self) -> None:
-        """WatchProcesses nobody who has nothing here any more."""
+        """Watch nobody who has nothing here any more."""
         needed = {found.writer.incarnation for found in self._reservations.live.values() if found.writer is not None}
         for incarnation in self._watches.keys() - needed:
             process_watch = self._watches.pop(incarnation)

@@ -200,13 +200,13 @@ class KVReceiver:
         *,
         max_local_tokens: int = 0,
         growth_reserve: int = 0,
-        keeps: bool = True,
+        retains_prefix: bool = True,
     ) -> Grant | NoCapacity:
         """Blocks for a prompt and for the copies that its choices need; `growth_reserve` blocks stay available.
 
         A lower attempt of the request ends with it. "held": so little of the prompt is missing here (at most
-        `max_local_tokens`, or nothing) that it should be computed here. `keeps`: the prompt's KV is cached for others
-        here, and not where it comes from.
+        `max_local_tokens`, or nothing) that it should be computed here. `retains_prefix`: the prompt's KV is cached for
+        others here, and not where it comes from.
         """
         answer = self._grants.reserve(
             spec,
@@ -217,7 +217,7 @@ class KVReceiver:
         )
         reservation = self.reservations.of_request(spec.request_id) if isinstance(answer, Grant) else None
         if reservation is not None:
-            reservation.keeps = keeps
+            reservation.retains_prefix = retains_prefix
         return answer
 
     # --- the prefill worker's messages -----------------------------------------------------------------------
@@ -291,8 +291,8 @@ class KVReceiver:
         self.endings.forget(reservation, arrived=True)
         blocks = reservation.hit_blocks + reservation.block_ids
         for block, block_hash in zip(blocks, reservation.block_hashes, strict=False):  # a partial last one has none
-            self._pool.publish(block, block_hash, spare=not reservation.keeps)
-        if reservation.keeps:
+            self._pool.publish(block, block_hash, spare=not reservation.retains_prefix)
+        if reservation.retains_prefix:
             self._pool.keep(reservation.hit_blocks)
         return blocks, list(reservation.copy_blocks)
 

@@ -90,7 +90,7 @@ class Reservation:
     state: ReservationState = ReservationState.GRANTED
     writer: Writer | None = None
     first_tokens: tuple[ChoiceTokens, ...] = ()
-    keeps: bool = True  # the prompt's KV, for requests to come; False: the prefill worker does
+    retains_prefix: bool = True  # the prompt's KV, for requests to come; False: the prefill worker does
 
     def advance(self, to: ReservationState, now: float) -> None:
         if to not in _NEXT[self.state]:

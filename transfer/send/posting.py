@@ -17,8 +17,9 @@ from ...common.errors import TransferError
 from ...common.messages import GrantInfo, KVArrived, KVOpened, encode
 from ..backends.base import TransferBackend
 from ..protocol.checksums import PageSums, ShipmentSums
-from ..protocol.handoff import Endpoint, check_grant, moved_grant, targets_of
+from ..protocol.handoff import Endpoint, check_grant, moved_grant
 from ..protocol.peer_log import PeerLog
+from ..protocol.shards import targets_of
 from .shipment import Shipment, Target
 from .writes import Writes
 
@@ -40,6 +41,7 @@ class Posting:
         self._writes = writes
         self._endpoint = endpoint
         self._rank = rank
+        self._shard = endpoint.spec.shard(rank, endpoint.tp_size)
         self._sums = sums
         self._max_write_bytes = max_write_bytes
         self._generation = 0  # of our agent
@@ -49,7 +51,7 @@ class Posting:
         """The decode ranks that this rank writes to."""
         return [
             Target(region, runs, ShipmentSums(grant.block_ids, region.num_blocks) if self._sums is not None else None)
-            for region, runs in targets_of(self._rank, self._endpoint.tp_size, grant)
+            for region, runs in targets_of(self._shard, grant)
         ]
 
     def connect(self, shipment: Shipment) -> None:

@@ -562,7 +562,7 @@ def test_a_reopened_session_of_the_same_life_is_told_that_nothing_lives() -> Non
     fleet.submit()
     fleet.dispatcher.worker_left(old, "connection reset")
     new = fleet.join("d-0")
-    assert new.take(LiveRequests).live == () and new.take(LocalTask).spec.attempt == 1
+    assert new.take(LiveRequests).attempts == () and new.take(LocalTask).spec.attempt == 1
 
 
 def test_a_silent_worker_is_dropped_after_three_seconds() -> None:

@@ -523,7 +523,7 @@ def test_late_messages_of_a_worker_that_hung_are_fenced_and_it_works_again() -> 
     fleet.step(d0, task, tokens(0, 1, 3))  # over the old session
     back = Link("d-0", 99)
     fleet.dispatcher.worker_joined(back, hello("d-0", "decode"))
-    assert back.take(LiveRequests).live == ()
+    assert back.take(LiveRequests).attempts == ()
     fleet.step(back, task, tokens(0, 1, 3))  # over the new one
     fleet.step(d1, again, tokens(0, 1, 1))
     fleet.step(back, task, tokens(0, 2, 2, "stop"))
@@ -543,7 +543,7 @@ def test_a_prefill_worker_that_comes_back_has_no_part_in_the_attempt_that_it_lef
     fleet.wait(3.2, d)
     assert p.dropped and d.take(Abort).unless_arrived
     back = fleet.join("p-0")
-    assert back.take(LiveRequests).live == ()
+    assert back.take(LiveRequests).attempts == ()
     fleet.first_token(back, task)
     assert text(stream) == [] and fleet.observer.dropped == {"wrong_worker": 1}
     fleet.arrived(d, task)  # but its KV had arrived

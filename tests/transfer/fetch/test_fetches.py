@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
 from kvferry.common.errors import InvalidTransition
+from kvferry.common.kv_spec import Shard
 from kvferry.common.messages import KVFetch, KVFetchable, KVFetchDone, KVFetchRefused
 from kvferry.transfer.backends.local import LocalFault
 from kvferry.transfer.fetch import fetches, reader
@@ -273,6 +275,7 @@ def test_answers_that_no_lender_gives_are_refused(pair: Pair) -> None:
         {"block_ids": ()},
         {"ranks": ()},
         {"ranks": (region, region)},
+        {"ranks": (msgspec.structs.replace(region, shard=Shard(0, 1, 0, 1)),)},
     ):
         pair.begin(HASHES[:3])
         question = pair.to_lender.popleft()

@@ -16,7 +16,8 @@ from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import GrantId, HandoffFailed, KVArrived, KVRefused
 from kvferry.transfer.backends.base import page_rows
 from kvferry.transfer.protocol.checksums import ArrivalCheck, PageSums, ShipmentSums, open_check, open_sums
-from kvferry.transfer.protocol.handoff import page_indices, pieces
+from kvferry.transfer.protocol.handoff import page_indices
+from kvferry.transfer.protocol.shards import pieces
 from kvferry.transfer.receive.receiver import Verdict
 
 from ..receive.test_receiver import Decode, only
@@ -38,7 +39,7 @@ class Shipped:
 
     def __init__(self, source_tp: int = 1, decode_tp: int = 1, *, rank: int = 0, target: int = 0) -> None:
         self.here, self.there = _pages(source_tp, seed=5), _pages(decode_tp)
-        runs = pieces(rank, source_tp, target, decode_tp, SPEC)
+        runs = pieces(SPEC.shard(rank, source_tp), SPEC.shard(target, decode_tp), SPEC)
         assert runs is not None
         sums, made = PageSums(self.here), ShipmentSums(REMOTE, NUM_BLOCKS)
         for layer in reversed(range(SPEC.num_layers)):  # in whatever order

@@ -1,28 +1,23 @@
-"""Two workers agree on what fits, whose heads go where, and what a grant promises."""
+"""Two workers agree on what fits, and on what a grant promises."""
 
 from __future__ import annotations
 
 import msgspec
 import pytest
 
-from kvferry.common.kv_spec import KVCacheSpec
+from kvferry.common.kv_spec import KVCacheSpec, Shard
 from kvferry.common.messages import GrantId, GrantInfo, RegionInfo
-from kvferry.transfer.backends.base import Piece
 from kvferry.transfer.protocol.handoff import (
     Endpoint,
     check_compatible,
     check_grant,
-    expected_pairs,
     is_minted,
     mint_grant,
     open_mac,
     page_indices,
-    pieces,
-    targets_of,
 )
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=4, head_dim=8, block_size=4, dtype="float32")
-HEAD_BYTES = 4 * 8 * 4
 HERE = Endpoint(SPEC, "0.1.0", "nixl", 1)
 
 
@@ -91,6 +86,22 @@ def test_equal_workers_and_other_tp_sizes_fit() -> None:
         ({"ranks": (_region(1, 1),)}, "ranks [1] in the grant"),
         ({"ranks": (msgspec.structs.replace(_region(0, 1), page_bytes=7),)}, "7 at d-0.1.0.0"),
         ({"spec": _spec(head_dim=16)}, "head_dim 8 here, 16 there"),
+        (
+            {"ranks": (msgspec.structs.replace(_region(0, 1), shard=Shard(0, 1, 0, 4)),)},
+            "layers [0, 1) and heads [0, 4) at d-0.1.0.0, want all 2 layers and some of 4 heads",
+        ),
+        (
+            {"ranks": (msgspec.structs.replace(_region(0, 1), shard=Shard(0, 2, 0, 5)),)},
+            "heads [0, 5) at d-0.1.0.0, want all 2 layers and some of 4 heads",
+        ),
+        (
+            {"ranks": tuple(msgspec.structs.replace(_region(rank, 2), shard=Shard(0, 2, 0, 2)) for rank in (0, 1))},
+            "layers [0, 2) and heads [0, 2); layers [0, 2) and heads [0, 2): not each of 4 heads once",
+        ),
+        (
+            {"ranks": (msgspec.structs.replace(_region(0, 1), shard=Shard(0, 2, 1, 4)),)},
+            f"page_bytes {SPEC.page_bytes() // 4 * 3} by the spec, {SPEC.page_bytes()} at d-0.1.0.0",
+        ),
     ],
 )
 def test_a_grant_that_cannot_be_shipped_under_is_named(change: dict[str, object], words: str) -> None:
@@ -100,37 +111,6 @@ def test_a_grant_that_cannot_be_shipped_under_is_named(change: dict[str, object]
 
 def test_pages_are_counted_layer_by_layer() -> None:
     assert [page_indices(layer, (0, 7), 8).tolist() for layer in (0, 1)] == [[0, 7], [8, 15]]
-
-
-def test_equal_tp_sizes_ship_whole_pages_to_the_same_rank() -> None:
-    assert pieces(1, 2, 1, 2, SPEC) == (Piece(0, 0, SPEC.page_bytes(2)),)
-    assert pieces(1, 2, 0, 2, SPEC) is None
-
-
-@pytest.mark.parametrize(("source", "decode"), [(1, 2), (2, 1), (1, 4), (4, 2)])
-def test_pieces_of_all_pairs_cover_every_decode_page_exactly_once(source: int, decode: int) -> None:
-    for target in range(decode):
-        covered: list[int] = []
-        for rank in range(source):
-            for run in pieces(rank, source, target, decode, SPEC) or ():
-                assert run.local_offset + run.num_bytes <= SPEC.page_bytes(source)
-                covered += range(run.remote_offset, run.remote_offset + run.num_bytes)
-        assert sorted(covered) == list(range(SPEC.page_bytes(decode)))
-
-
-def test_a_head_range_is_one_run_in_k_and_one_in_v() -> None:
-    assert pieces(0, 1, 1, 2, SPEC) == (
-        Piece(2 * HEAD_BYTES, 0, 2 * HEAD_BYTES),
-        Piece(6 * HEAD_BYTES, 2 * HEAD_BYTES, 2 * HEAD_BYTES),
-    )
-
-
-def test_expected_pairs_are_those_with_heads_in_common() -> None:
-    assert expected_pairs(1, 2, SPEC) == {(0, 0), (0, 1)}
-    assert expected_pairs(2, 1, SPEC) == {(0, 0), (1, 0)}
-    assert expected_pairs(2, 2, SPEC) == {(0, 0), (1, 1)}
-    assert expected_pairs(4, 2, SPEC) == {(0, 0), (1, 0), (2, 1), (3, 1)}
-    assert [region.rank for region, _ in targets_of(3, 4, _grant(2))] == [1]
 
 
 def test_a_mac_is_good_for_its_own_key_grant_and_attempt_alone() -> None:
@@ -156,6 +136,7 @@ def test_a_mac_is_good_for_its_own_key_grant_and_attempt_alone() -> None:
         {"open_within_s": 60.0},
         {"kv_address": "127.0.0.1:2"},
         {"ranks": (msgspec.structs.replace(_region(0, 1), base_addr=4096),)},
+        {"ranks": (msgspec.structs.replace(_region(0, 1), shard=Shard(0, 2, 0, 2)),)},
         {"mac": b"forged"},
     ],
 )

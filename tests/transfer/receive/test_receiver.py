@@ -12,7 +12,7 @@ import pytest
 from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.errors import InvalidTransition
-from kvferry.common.kv_spec import KVCacheSpec
+from kvferry.common.kv_spec import KVCacheSpec, Shard
 from kvferry.common.messages import (
     CancelKV,
     ChoiceTokens,
@@ -170,6 +170,7 @@ class Decode:
         first_tokens: tuple[ChoiceTokens, ...] = FIRST,
         verdict: Verdict = Verdict.UNCHECKED,
         block_ids: tuple[int, ...] = (),
+        draft: bytes = b"",
     ) -> None:
         self.receiver.on_arrived(
             decode_rank,
@@ -180,6 +181,7 @@ class Decode:
                 num_tokens=grant.num_tokens if num_tokens is None else num_tokens,
                 first_tokens=first_tokens if source_rank == 0 else (),
                 block_ids=block_ids,
+                draft=draft,
             ),
             verdict,
         )
@@ -491,6 +493,37 @@ def test_a_wrong_arrival_is_not_adopted(
     assert only(decode.said_to_router(), HandoffFailed).blame == "peer"
     assert not decode.receiver.arrived
     assert decode.holds_nothing()  # its one rank said that it writes no more
+
+
+def test_a_drafts_state_that_nobody_can_use_is_refused_and_named(decode: Decode) -> None:
+    grant, open_id = decode.opened()
+    decode.arrive(grant, open_id, draft=b"hidden")
+    failed = only(decode.said_to_router(), HandoffFailed)
+    assert failed.blame == "peer"
+    assert failed.reason == "6 bytes of a draft's state came from rank 0 of p-0, and no draft runs here"
+    assert not decode.receiver.arrived and decode.holds_nothing()
+
+
+@pytest.mark.parametrize("shards", [((0, 4),), ((0, 1), (1, 4)), ((2, 4), (0, 2))])
+def test_the_pairs_are_those_whose_shards_overlap(shards: tuple[tuple[int, int], ...]) -> None:
+    """Decode ranks with other shares of the heads than even ones, and a prefill worker of two ranks."""
+    decode = Decode(tp_size=len(shards))
+    regions = tuple(
+        msgspec.structs.replace(region, shard=Shard(0, 2, first, end))
+        for region, (first, end) in zip(decode.first_regions, shards, strict=True)
+    )
+    decode.receiver.rotation.regions = regions
+    grant, open_id = decode.opened(tp_size=2)
+    pairs = [
+        (source, target)
+        for source, heads in enumerate(({0, 1}, {2, 3}))
+        for target, (first, end) in enumerate(shards)
+        if heads & set(range(first, end))
+    ]
+    for source, target in pairs:
+        assert not decode.receiver.arrived
+        decode.arrive(grant, open_id, source_rank=source, decode_rank=target)
+    assert decode.receiver.arrived
 
 
 @pytest.mark.parametrize(("clean", "blame"), [(True, "ended"), (False, "link")])
