@@ -1,7 +1,6 @@
 """Replaces a decode worker's transfer agents on all of its ranks at once, each on its own transfer thread.
 
-    start(generation) ─┬─> our TransferThread.rotate ────────────> on_rank ─┐
-                       └─(Rotate)─> followers ─(Rotated)─> on_rank ─────────┴─> done(regions), or done(None)
+    start(generation) ─each─> RankAgent.rotate of every rank ─(Rotated)─> on_rank ─> done(regions), or done(None)
 
 Only when every rank has answered is it over: until then bytes may still come in to one that has not begun.
 """
@@ -14,11 +13,26 @@ from collections.abc import Callable
 import structlog
 
 from ..common.errors import TransferError
-from ..common.messages import RegionInfo, encode
-from ..transfer.protocol.rank_messages import Rotate, Rotated
+from ..common.messages import RegionInfo
+from ..transfer.protocol.rank_calls import Each, Gather
+from ..transfer.protocol.rank_messages import Rotated
 from ..transfer.thread import TransferThread
 
 log = structlog.get_logger(__name__)
+
+
+class RankAgent:
+    """One rank's agent, through which others write to its pages."""
+
+    def __init__(self, rank: int, thread: TransferThread, answer: Callable[[Rotated], None]) -> None:
+        """`answer` is called on the transfer thread."""
+        self._rank = rank
+        self._thread = thread
+        self._answer = answer
+
+    def rotate(self, generation: int) -> None:
+        """Replace it, and answer."""
+        self._thread.rotate(generation, lambda result: self._answer(rotated(self._rank, generation, result)))
 
 
 class Agents:
@@ -26,37 +40,35 @@ class Agents:
 
     def __init__(
         self,
+        each: Each,
         thread: TransferThread,
         tp_size: int,
         *,
-        broadcast: Callable[[bytes], None] | None,
         done: Callable[[tuple[RegionInfo, ...] | None], None],
     ) -> None:
         """`done` gets the regions of all ranks, on the thread of the last answer; None: some rank has no agent."""
-        self._thread = thread
+        self._each = each
+        self._own = RankAgent(0, thread, self.on_rank)
         self._tp_size = tp_size
-        self._broadcast = broadcast
         self._done = done
         self._lock = threading.Lock()
         self._generation = 0
-        self._answers: dict[int, Rotated] = {}  # by rank
+        self._answers: Gather[Rotated] = Gather(tp_size)
 
     def start(self, generation: int) -> None:
         with self._lock:
             self._generation = generation
-            self._answers = {}
-        if self._broadcast is not None:
-            self._broadcast(encode(Rotate(generation=generation)))
-        self._thread.rotate(generation, lambda result: self.on_rank(rotated(0, generation, result)))
+            self._answers = Gather(self._tp_size)
+        self._each(self._own.rotate, generation)
 
     def on_rank(self, answer: Rotated) -> None:
         with self._lock:
             if answer.generation != self._generation:
                 return  # of a try that has failed elsewhere
-            self._answers[answer.rank] = answer
-            if len(self._answers) < self._tp_size:
-                return
-            answers = [self._answers[rank] for rank in range(self._tp_size)]
+            answers = self._answers.add(answer.generation, answer)
+        if answers is None:
+            return
+        answers.sort(key=lambda found: found.rank)
         regions = tuple(found.region for found in answers if found.region is not None)
         failures = [found.reason for found in answers if found.region is None]
         if failures:

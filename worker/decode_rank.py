@@ -9,27 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..common.config import TransferConfig
-from ..common.errors import TransferError
-from ..common.messages import Decoder, KVArrived, RegionInfo, encode
+from ..common.messages import KVArrived, Message, encode
 from ..engine.engine import Engine
 from ..transfer.backends.choose import open_backend
+from ..transfer.fetch.ranks import RankSumming
 from ..transfer.fetch.reader import open_block_sums
 from ..transfer.protocol.checksums import open_check
 from ..transfer.protocol.handoff import Verdict
-from ..transfer.protocol.rank_messages import (
-    FollowerSetup,
-    RankArrived,
-    RankSums,
-    Rotate,
-    SumBlocks,
-    TransferBroke,
-    Watch,
-    agent_name,
-)
+from ..transfer.protocol.rank_calls import Lane, OwnCalls, RankCalls
+from ..transfer.protocol.rank_messages import FollowerSetup, RankArrived, RankSums, TransferBroke, agent_name
 from ..transfer.thread import TransferThread
-from .agents import rotated
+from .agents import RankAgent
 
-_commands: Decoder[Watch | Rotate | SumBlocks] = Decoder(Watch | Rotate | SumBlocks)
+# All that rank 0 has every rank do about its agent and the blocks that it lends.
+RECEIVING = RankCalls(
+    {
+        TransferThread.watch: Lane.AT_ONCE,
+        RankAgent.rotate: Lane.AT_ONCE,
+        RankSumming.sum_blocks: Lane.THREAD,
+    }
+)
 
 
 class DecodeFollower:
@@ -42,32 +41,30 @@ class DecodeFollower:
         backend = open_backend(config.backend, agent_name(setup.worker_id, setup.incarnation, 0, self._rank))
         self.region = backend.register(engine.kv_pages, rank=self._rank, tp_size=engine.tp_size, generation=0)
         self._check = open_check(config, engine.kv_pages, engine.spec, rank=self._rank, tp_size=engine.tp_size)
-        self._sums = open_block_sums(config, engine.kv_pages, engine.spec, engine.tp_size)
+        sums = open_block_sums(config, engine.kv_pages, engine.spec, engine.tp_size)
         self._thread = TransferThread(backend, on_arrived=self._on_arrived, on_failure=self._on_failure)
+        agent = RankAgent(self._rank, self._thread, self._say)
+        self._calls = OwnCalls(
+            RECEIVING, self._thread, self._thread, agent, RankSumming(self._rank, sums, self._on_sums)
+        )
         self._thread.start()
+
+    def _say(self, message: Message) -> None:
+        """Tell rank 0."""
+        self._send(encode(message))
 
     def _on_arrived(self, agent: str, message: KVArrived) -> None:
         verdict = self._check.verdict(message) if self._check is not None else Verdict.UNCHECKED
-        self._send(encode(RankArrived(rank=self._rank, message=message, verdict=verdict)))
+        self._say(RankArrived(rank=self._rank, message=message, verdict=verdict))
 
     def _on_failure(self, error: BaseException) -> None:
-        self._send(encode(TransferBroke(reason=f"{type(error).__name__}: {error}")))
+        self._say(TransferBroke(reason=f"{type(error).__name__}: {error}"))
+
+    def _on_sums(self, rank: int, fetch_id: int, checksum: bytes) -> None:
+        self._say(RankSums(rank=rank, fetch_id=fetch_id, checksum=checksum))
 
     def on_user(self, payload: bytes) -> None:
-        match _commands.decode(payload):
-            case Watch(on=on):
-                self._thread.watch(on)
-            case Rotate(generation=generation):
-                self._thread.rotate(generation, lambda result: self._on_rotated(generation, result))
-            case SumBlocks(fetch_id=fetch_id, blocks=blocks):
-                self._thread.call(self._sum, fetch_id, blocks)
-
-    def _sum(self, fetch_id: int, blocks: tuple[int, ...]) -> None:
-        assert self._sums is not None, "rank 0 makes checksums where all do"
-        self._send(encode(RankSums(rank=self._rank, fetch_id=fetch_id, checksum=self._sums.make(blocks))))
-
-    def _on_rotated(self, generation: int, result: RegionInfo | TransferError) -> None:
-        self._send(encode(rotated(self._rank, generation, result)))
+        self._calls.run(payload)
 
     def close(self) -> None:
         self._thread.close()

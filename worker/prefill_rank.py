@@ -10,6 +10,7 @@ from ..common.messages import KVClosed, Message, encode
 from ..engine.engine import Engine
 from ..transfer.backends.choose import open_backend
 from ..transfer.protocol.checksums import open_sums
+from ..transfer.protocol.rank_calls import OwnCalls
 from ..transfer.protocol.rank_messages import (
     FollowerSetup,
     PeerMessage,
@@ -20,7 +21,7 @@ from ..transfer.protocol.rank_messages import (
     agent_name,
 )
 from ..transfer.receive.processes import own_mark
-from ..transfer.send.ranks import LayerShipper, apply, ship_commands
+from ..transfer.send.ranks import SENDING, LayerShipper
 from ..transfer.send.sender import KVSender
 from ..transfer.thread import TransferThread
 
@@ -56,6 +57,7 @@ class PrefillFollower:
         )
         self._thread = TransferThread(backend, sender=self._sender, on_failure=self._on_failure)
         self._layers = LayerShipper(self._thread, self._sender, engine.spec.num_layers, engine.layer_event)
+        self._calls = OwnCalls(SENDING, self._thread, self._sender, self._sender.reader, self._layers)
         self._thread.start()
 
     def _to_peer(self, kv_address: str, message: Message) -> None:
@@ -69,7 +71,7 @@ class PrefillFollower:
         self._send(encode(TransferBroke(reason=f"{type(error).__name__}: {error}")))
 
     def on_user(self, payload: bytes) -> None:
-        apply(ship_commands.decode(payload), self._thread, self._sender, self._layers)
+        self._calls.run(payload)
 
     def on_layer(self, layer_id: int) -> None:
         self._layers.on_layer(layer_id)

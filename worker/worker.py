@@ -34,7 +34,6 @@ from ..common.messages import (
     RegionInfo,
     TransferReport,
     WorkerStatus,
-    encode,
 )
 from ..common.request import BlockId
 from ..engine.loop import EngineLoop
@@ -43,6 +42,7 @@ from ..transfer.fetch.reader import open_block_sums
 from ..transfer.links import KVLinks, KVServer
 from ..transfer.protocol.checksums import open_check, open_sums
 from ..transfer.protocol.handoff import Verdict
+from ..transfer.protocol.rank_calls import Each
 from ..transfer.protocol.rank_messages import (
     TO_DECODE,
     TO_PREFILL,
@@ -53,13 +53,13 @@ from ..transfer.protocol.rank_messages import (
     ReadOutcome,
     Rotated,
     SourceFree,
-    Watch,
 )
 from ..transfer.send.ranks import RankShipping
 from ..transfer.send.sender import KVSender
 from ..transfer.thread import TransferThread
 from .agents import Agents
 from .core import CoreConfig, WorkerCore
+from .decode_rank import RECEIVING
 from .deps import WorkerDeps
 
 _LEAVE_LIMIT_S = 1.0  # a step waits no longer for words about it to be written: no token leaves meanwhile either
@@ -121,11 +121,10 @@ class Worker:
             on_source_free=lambda open_id: self._core.on_source_free(open_id),
         )
         assert self._sender.reader is not None
-        self._reading = RankReading(self._outgoing, self._sender.reader, to_prefill)
-        self._agents = Agents(self._incoming, engine.tp_size, broadcast=to_decode, done=self._on_rotated)
-        self._summing: RankSumming | None = None
-        if self._loan_sums is not None:
-            self._summing = RankSumming(self._incoming, self._loan_sums, to_decode, self._on_sums)
+        self._reading = RankReading(self._shipping.each, self._sender.reader)
+        self._each = Each(RECEIVING, self._incoming, to_decode)
+        self._agents = Agents(self._each, self._incoming, engine.tp_size, done=self._on_rotated)
+        self._summing = RankSumming(0, self._loan_sums, self._on_sums)
 
     async def start(self) -> None:
         deps = self._deps
@@ -317,13 +316,10 @@ class Worker:
         self._agents.start(generation)
 
     def watch(self, on: bool) -> None:
-        self._incoming.watch(on)
-        if self._deps.group is not None:
-            self._to_decode_ranks(encode(Watch(on=on)))
+        self._each(self._incoming.watch, on)
 
     def sum_loan(self, fetch_id: int, blocks: tuple[BlockId, ...]) -> None:
-        assert self._summing is not None
-        self._summing.start(fetch_id, blocks)
+        self._each(self._summing.sum_blocks, fetch_id, blocks)
 
     def leaving(self) -> Callable[[], object]:
         """Return what waits until the network thread has written all that was sent to routers, in order of calls."""

@@ -17,7 +17,7 @@ _POLL_S = 0.02  # of a transfer thread that waits for something that will not wa
 
 
 class TransferTurns:
-    """The thread that owns the sender: calls in their order, then a step of it. Implements `send.ranks.Calls`."""
+    """The thread that owns the sender: calls in their order, then a step of it. Implements `rank_calls.Calls`."""
 
     def __init__(self, worker: Worker, turn_s: float) -> None:
         """`turn_s`: from a call to the turn that runs it."""

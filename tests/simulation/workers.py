@@ -206,7 +206,7 @@ class Worker:
             clock=self.clock,
             effects=self,
             shipping=self._shipping,
-            reading=RankReading(self._turns, self.sender.reader, None),
+            reading=RankReading(self._shipping.each, self.sender.reader),
             regions=(self.incoming.region(),),
             watch_processes=self.world.watch,
         )

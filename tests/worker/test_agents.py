@@ -8,16 +8,21 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kvferry.common.messages import Decoder, KVArrived, RegionInfo, encode
+from kvferry.common.kv_spec import KVCacheSpec
+from kvferry.common.messages import KVArrived, RegionInfo, encode
 from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
-from kvferry.transfer.protocol.rank_messages import Rotate
+from kvferry.transfer.fetch.ranks import RankSumming
+from kvferry.transfer.fetch.reader import BlockSums
+from kvferry.transfer.protocol.checksums import PageSums
+from kvferry.transfer.protocol.rank_calls import Each, OwnCalls
+from kvferry.transfer.protocol.rank_messages import Rotated
 from kvferry.transfer.thread import TransferThread
-from kvferry.worker.agents import Agents, rotated
+from kvferry.worker.agents import Agents, RankAgent, rotated
+from kvferry.worker.decode_rank import RECEIVING
 
 from ..transfer.test_thread import ARRIVED
 
 WAIT_S = 20.0
-_commands: Decoder[Rotate] = Decoder(Rotate)
 
 
 class Ranks:
@@ -31,15 +36,15 @@ class Ranks:
         for rank, other in enumerate(self.others, start=1):
             other.register(torch.zeros(1, 2, 2, 1, 1, 1), rank=rank, tp_size=tp_size, generation=0)
         self.arrived: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self.told: list[Rotate] = []
+        self.told: list[tuple[str, tuple[object, ...]]] = []
         self.done: queue.SimpleQueue[tuple[RegionInfo, ...] | None] = queue.SimpleQueue()
         self.thread = TransferThread(
             self.backend, on_arrived=lambda agent, message: self.arrived.put(message), on_failure=self.arrived.put
         )
         self.agents = Agents(
+            Each(RECEIVING, self.thread, lambda payload: self.told.append(RECEIVING.decode(payload))),
             self.thread,
             tp_size,
-            broadcast=lambda payload: self.told.append(_commands.decode(payload)),
             done=self.done.put,
         )
         self.thread.start()
@@ -57,7 +62,7 @@ def ranks() -> Iterator[Ranks]:
 
 def test_only_the_answers_of_all_ranks_end_a_rotation(ranks: Ranks) -> None:
     ranks.agents.start(1)
-    assert ranks.told == [Rotate(generation=1)]
+    assert ranks.told == [("rotate", (1,))]
     ranks.answer(1, 1)
     regions = ranks.done.get(timeout=WAIT_S)
     assert regions is not None
@@ -85,3 +90,25 @@ def test_what_has_arrived_is_handed_out_before_the_agent_goes(ranks: Ranks) -> N
     assert isinstance(ranks.arrived.get(timeout=WAIT_S), KVArrived)
     ranks.answer(1, 1)
     assert ranks.done.get(timeout=WAIT_S) is not None
+
+
+def test_a_follower_carries_out_what_rank_0_calls_and_answers(ranks: Ranks) -> None:
+    answers: queue.SimpleQueue[object] = queue.SimpleQueue()
+    pages = torch.rand(2, 3, 2, 1, 4, 2)
+    spec = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=2, block_size=4, dtype="float32")
+    sums = BlockSums(PageSums(pages), spec, 1, 3)
+    thread = TransferThread(ranks.others[0], on_failure=answers.put)
+    summing = RankSumming(1, sums, lambda *found: answers.put(found))
+    follower = OwnCalls(RECEIVING, thread, thread, RankAgent(1, thread, answers.put), summing)
+    each = Each(RECEIVING, ranks.thread, follower.run)
+    own = RankSumming(0, sums, lambda *found: answers.put(found))
+    thread.start()
+    try:
+        each(own.sum_blocks, 9, (2, 0))
+        made = sums.make((2, 0))
+        assert {answers.get(timeout=WAIT_S) for _ in range(2)} == {(0, 9, made), (1, 9, made)}
+        each(RankAgent(0, ranks.thread, answers.put).rotate, 1)
+        found = [answers.get(timeout=WAIT_S) for _ in range(2)]
+        assert {(answer.rank, answer.generation) for answer in found if isinstance(answer, Rotated)} == {(0, 1), (1, 1)}
+    finally:
+        thread.close()

@@ -1,46 +1,26 @@
-"""Fetches and lending seen from rank 0: every call reaches the reader, or the sums, of every rank.
+"""Fetches and lending on all ranks: each reads its own heads, from the rank that has them, and sums its own pages.
 
-    Fetches ─> RankReading ──> our TransferThread ──> our KVReader          Lending ─> RankSumming ──> our BlockSums
-                   └─(bytes)──> follower: `apply_read` ──> its KVReader                    └─(bytes)──> its BlockSums
+    Fetches ─> RankReading ─> each(reader.begin)          Lending ─> each(summing.sum_blocks)
 
-Block ids are rank 0's decision and the same on all ranks; each rank reads its own heads, from the rank that has them.
+Block ids are rank 0's decision and the same on all ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
-from ...common.messages import RegionInfo, encode
+from ...common.messages import BlockIds, RegionInfo
 from ...common.request import BlockId
-from ..protocol.rank_messages import GiveUpRead, ReadBlocks, SumBlocks
+from ..protocol.rank_calls import Each
 from .reader import BlockSums, KVReader
 
 
-class Calls(Protocol):
-    """The transfer thread, as far as it is needed here."""
-
-    def call(self, function: Callable[..., None], *args: object) -> None:
-        """Run `function(*args)` on the transfer thread, in order."""
-        ...
-
-
-def apply_read(command: ReadBlocks | GiveUpRead, thread: Calls, reader: KVReader) -> None:
-    """Carry out a command on this rank."""
-    if isinstance(command, GiveUpRead):
-        thread.call(reader.give_up, command.fetch_id)
-        return
-    ours, theirs = command.ours, command.theirs
-    thread.call(reader.begin, command.fetch_id, command.kv_address, command.ranks, ours, theirs, command.wants_sums)
-
-
 class RankReading:
-    """Implements `fetches.Reading` on rank 0. `broadcast` reaches the followers; None without any."""
+    """Implements `fetches.Reading` on rank 0."""
 
-    def __init__(self, thread: Calls, reader: KVReader, broadcast: Callable[[bytes], None] | None) -> None:
-        self._thread = thread
+    def __init__(self, each: Each, reader: KVReader) -> None:
+        self._each = each
         self._reader = reader
-        self._broadcast = broadcast
 
     def read(
         self,
@@ -51,41 +31,21 @@ class RankReading:
         theirs: tuple[BlockId, ...],
         wants_sums: bool,
     ) -> None:
-        self._tell(
-            ReadBlocks(
-                fetch_id=fetch_id, kv_address=kv_address, ranks=ranks, ours=ours, theirs=theirs, wants_sums=wants_sums
-            )
-        )
+        self._each(self._reader.begin, fetch_id, kv_address, ranks, ours, theirs, wants_sums)
 
     def give_up(self, fetch_id: int) -> None:
-        self._tell(GiveUpRead(fetch_id=fetch_id))
-
-    def _tell(self, command: ReadBlocks | GiveUpRead) -> None:
-        if self._broadcast is not None:
-            self._broadcast(encode(command))
-        apply_read(command, self._thread, self._reader)
+        self._each(self._reader.give_up, fetch_id)
 
 
 class RankSumming:
-    """Makes the checksums of lent blocks on all ranks; ours are told to `done(rank, fetch_id, checksum)`."""
+    """Makes the checksums of lent blocks on one rank, and tells them to `done(rank, fetch_id, checksum)`."""
 
-    def __init__(
-        self,
-        thread: Calls,
-        sums: BlockSums,
-        broadcast: Callable[[bytes], None] | None,
-        done: Callable[[int, int, bytes], None],
-    ) -> None:
-        """`done` is called on the transfer thread."""
-        self._thread = thread
+    def __init__(self, rank: int, sums: BlockSums | None, done: Callable[[int, int, bytes], None]) -> None:
+        """`sums`: None where no checksums are made. `done` is called on the transfer thread."""
+        self._rank = rank
         self._sums = sums
-        self._broadcast = broadcast
         self._done = done
 
-    def start(self, fetch_id: int, blocks: tuple[BlockId, ...]) -> None:
-        if self._broadcast is not None:
-            self._broadcast(encode(SumBlocks(fetch_id=fetch_id, blocks=blocks)))
-        self._thread.call(self._sum, fetch_id, blocks)
-
-    def _sum(self, fetch_id: int, blocks: tuple[BlockId, ...]) -> None:
-        self._done(0, fetch_id, self._sums.make(blocks))
+    def sum_blocks(self, fetch_id: int, blocks: BlockIds) -> None:
+        assert self._sums is not None, "rank 0 makes checksums where all do"
+        self._done(self._rank, fetch_id, self._sums.make(blocks))

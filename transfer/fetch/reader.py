@@ -22,7 +22,7 @@ from ...common.clock import Clock
 from ...common.config import TransferConfig
 from ...common.errors import TransferError
 from ...common.kv_spec import KVCacheSpec
-from ...common.messages import RegionInfo
+from ...common.messages import BlockIds, RegionInfo, Regions
 from ..backends.base import Piece, TransferBackend, TransferHandle, TransferState
 from ..backends.peers import Peers
 from ..protocol.checksums import PageSums, open_sums
@@ -122,9 +122,9 @@ class KVReader:
         self,
         fetch_id: int,
         kv_address: str,
-        ranks: tuple[RegionInfo, ...],
-        ours: tuple[int, ...],
-        theirs: tuple[int, ...],
+        ranks: Regions,
+        ours: BlockIds,
+        theirs: BlockIds,
         wants_sums: bool,
     ) -> None:
         """Read blocks of theirs, in all layers, into blocks of ours, pairwise; from the rank with our number."""

@@ -1,8 +1,9 @@
 """Messages between tensor-parallel followers and rank 0 about transfers.
 
-    rank 0 -> follower   FollowerSetup at the start; then, behind a mark of the role that they are for, Watch, Rotate
-                         (decode) and the commands of `prefill.shipping`
-    follower -> rank 0   FollowerRegion once; then PeerMessage, SourceFree (prefill), RankArrived, Rotated (decode)
+    rank 0 -> follower   FollowerSetup at the start; then calls (`rank_calls.py`), behind a mark of the role that they
+                         are for
+    follower -> rank 0   FollowerRegion once; then PeerMessage, SourceFree, RankRead (prefill), RankArrived, Rotated,
+                         RankSums (decode)
 
 Bytes of msgspec over the rank group's own socket pair; each rank has agents and transfer threads of its own.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from ...common.messages import BlockIds, Decoder, KVArrived, KVClosed, Message, ProcessMark, RegionInfo, Regions
+from ...common.messages import Decoder, KVArrived, KVClosed, Message, ProcessMark, RegionInfo
 from .handoff import Verdict
 
 TO_PREFILL, TO_DECODE = b"p", b"d"  # whom a broadcast is for, before the message
@@ -48,17 +49,9 @@ class RankArrived(Message):
     verdict: Verdict = Verdict.UNCHECKED
 
 
-class Watch(Message):
-    on: bool
-
-
-class Rotate(Message):
-    """Replace the agent, answered by Rotated."""
-
-    generation: int
-
-
 class Rotated(Message):
+    """A rank's agent was replaced, or there is none."""
+
     rank: int
     generation: int
     region: RegionInfo | None = None  # None: there is no agent now
@@ -73,35 +66,11 @@ class ReadOutcome(Enum):
     OVER = "over"  # nothing lands any more
 
 
-class ReadBlocks(Message):
-    """Read blocks of another worker, each rank from the one with its number. Answered by RankRead."""
-
-    fetch_id: int
-    kv_address: str
-    ranks: Regions
-    ours: BlockIds
-    theirs: BlockIds
-    wants_sums: bool
-
-
-class GiveUpRead(Message):
-    """Nobody wants it any more; answered by RankRead(OVER) where it is not done."""
-
-    fetch_id: int
-
-
 class RankRead(Message):
     rank: int
     fetch_id: int
     outcome: ReadOutcome
     sums: bytes = b""
-
-
-class SumBlocks(Message):
-    """Make checksums of lent blocks, answered by RankSums."""
-
-    fetch_id: int
-    blocks: BlockIds
 
 
 class RankSums(Message):

@@ -1,7 +1,6 @@
 """Shipping seen from rank 0: every call reaches the sender of every rank, each on its own transfer thread.
 
-    role ──open, begin_step, on_layer, finish, cancel──> RankShipping ──> our TransferThread ──> our KVSender
-                                                             └─(bytes)──> follower: `apply` ──> its KVSender
+    role ──open, begin_step, on_layer, finish, cancel──> RankShipping ──each──> KVSender of every rank
 
 A follower's engine computes the same step, so its layers are its own: it gets the plans of a step before the step
 and calls `LayerShipper.on_layer` itself. Blocks may be reused when every rank has stopped reading them.
@@ -11,75 +10,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ...common.batch import GpuEvent
-from ...common.messages import (
-    CancelKV,
-    ChoiceTokens,
-    Decoder,
-    GrantInfo,
-    KVDone,
-    KVOpened,
-    KVRefused,
-    KVRenewed,
-    Message,
-    encode,
-)
-from ..fetch.ranks import apply_read
-from ..protocol.rank_messages import GiveUpRead, ReadBlocks
+from ...common.messages import CancelKV, ChoiceTokens, GrantInfo, KVDone, KVOpened, KVRefused, KVRenewed
+from ..fetch.reader import KVReader
+from ..protocol.rank_calls import Calls, Each, Gather, Lane, RankCalls
 from .counters import SendCounters
 from .plan import ShipPlan
 from .sender import KVSender
-
-
-class Calls(Protocol):
-    """The transfer thread, as far as it is needed here."""
-
-    def call(self, function: Callable[..., None], *args: object) -> None:
-        """Run `function(*args)` on the transfer thread, in order."""
-        ...
-
-    def call_after(self, event: GpuEvent | None, function: Callable[..., None], *args: object) -> None:
-        """The same once `event` has passed, in the order of these calls."""
-        ...
-
-
-class ShipOpen(Message):
-    open_id: int
-    request_id: str
-    attempt: int
-    grant: GrantInfo
-
-
-class ShipStep(Message):
-    plans: tuple[ShipPlan, ...]
-
-
-class ShipFinish(Message):
-    open_id: int
-
-
-class ShipCancel(Message):
-    open_id: int
-    reason: str
-
-
-class ShipAnswer(Message):
-    """A decode worker's message, which concerns the senders of all ranks."""
-
-    message: KVOpened | KVRefused | KVRenewed | CancelKV | KVDone
-
-
-class ShipPeerLost(Message):
-    kv_address: str
-
-
-ShipCommand = ShipOpen | ShipStep | ShipFinish | ShipCancel | ShipAnswer | ShipPeerLost | ReadBlocks | GiveUpRead
-ship_commands: Decoder[ShipCommand] = Decoder(ShipCommand)
 
 
 class _Blocks(NamedTuple):
@@ -144,24 +86,19 @@ class LayerShipper:
             self._thread.call_after(event, self._sender.pages_ready, blocks.open_id, layer, blocks.local, blocks.remote)
 
 
-def apply(command: ShipCommand, thread: Calls, sender: KVSender, layers: LayerShipper) -> None:
-    """Carry out rank 0's command on this rank."""
-    match command:
-        case ShipOpen():
-            thread.call(sender.open, command.open_id, command.request_id, command.attempt, command.grant)
-        case ShipStep():
-            layers.begin_step(list(command.plans))
-        case ShipFinish():
-            thread.call_after(None, sender.finish, command.open_id, ())  # behind its pages
-        case ShipCancel():
-            thread.call(sender.cancel, command.open_id, command.reason)
-        case ShipAnswer():
-            thread.call(sender.on_message, command.message)
-        case ShipPeerLost():
-            thread.call(sender.on_peer_lost, command.kv_address)
-        case ReadBlocks() | GiveUpRead():
-            assert sender.reader is not None
-            apply_read(command, thread, sender.reader)
+# All that rank 0 has every rank do about shipments and reads.
+SENDING = RankCalls(
+    {
+        KVSender.open: Lane.THREAD,
+        KVSender.finish: Lane.BEHIND_PAGES,
+        KVSender.cancel: Lane.THREAD,
+        KVSender.on_message: Lane.THREAD,
+        KVSender.on_peer_lost: Lane.THREAD,
+        KVReader.begin: Lane.THREAD,
+        KVReader.give_up: Lane.THREAD,
+        LayerShipper.begin_step: Lane.AT_ONCE,
+    }
+)
 
 
 class RankShipping:
@@ -178,55 +115,41 @@ class RankShipping:
         layer_event: Callable[[], GpuEvent | None],
         on_source_free: Callable[[int], None],
     ) -> None:
-        self._thread = thread
+        self.each = Each(SENDING, thread, broadcast)
         self._sender = sender
         self._layers = LayerShipper(thread, sender, num_layers, layer_event)
-        self._tp_size = tp_size
-        self._broadcast = broadcast
+        self._begin_step = self.each.bound(self._layers.begin_step)
         self._on_source_free = on_source_free
-        self._free_ranks: dict[int, int] = {}  # open id -> ranks that read its source blocks no more
-
-    def _tell(self, command: ShipCommand) -> None:
-        if self._broadcast is not None:
-            self._broadcast(encode(command))
+        self._free_ranks: Gather[None] = Gather(tp_size)  # by open id: those that read its source blocks no more
 
     def open(self, request_id: str, attempt: int, grant: GrantInfo) -> int:
         open_id = secrets.randbits(63)
-        self._tell(ShipOpen(open_id=open_id, request_id=request_id, attempt=attempt, grant=grant))
-        self._thread.call(self._sender.open, open_id, request_id, attempt, grant)
+        self.each(self._sender.open, open_id, request_id, attempt, grant)
         return open_id
 
     def begin_step(self, plans: list[ShipPlan]) -> None:
-        self._tell(ShipStep(plans=tuple(plans)))
-        self._layers.begin_step(plans)
+        self._begin_step(plans)
 
     def on_layer(self, layer: int) -> None:
         self._layers.on_layer(layer)
 
     def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...]) -> None:
-        self._tell(ShipFinish(open_id=open_id))
-        self._thread.call_after(None, self._sender.finish, open_id, first_tokens)  # behind its pages
+        self.each(self._sender.finish, open_id, first_tokens)
 
     def cancel(self, open_id: int, reason: str) -> None:
-        self._tell(ShipCancel(open_id=open_id, reason=reason))
-        self._thread.call(self._sender.cancel, open_id, reason)
+        self.each(self._sender.cancel, open_id, reason)
 
     def on_answer(self, message: KVOpened | KVRefused | KVRenewed | CancelKV | KVDone) -> None:
         """A decode worker's message."""
-        self._tell(ShipAnswer(message=message))
-        self._thread.call(self._sender.on_message, message)
+        self.each(self._sender.on_message, message)
 
     def on_peer_lost(self, kv_address: str) -> None:
-        self._tell(ShipPeerLost(kv_address=kv_address))
-        self._thread.call(self._sender.on_peer_lost, kv_address)
+        self.each(self._sender.on_peer_lost, kv_address)
 
     def counters(self) -> SendCounters:
         return self._sender.counters()
 
     def on_rank_free(self, open_id: int) -> None:
         """One rank reads the shipment's source blocks no more. The caller holds the worker's lock."""
-        count = self._free_ranks.pop(open_id, 0) + 1
-        if count < self._tp_size:
-            self._free_ranks[open_id] = count
-        else:
+        if self._free_ranks.add(open_id, None) is not None:
             self._on_source_free(open_id)

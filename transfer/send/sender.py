@@ -25,7 +25,7 @@ from ...common.errors import TransferError
 from ...common.kv_spec import KVCacheSpec
 from ...common.messages import (
     CancelKV,
-    ChoiceTokens,
+    ChoiceList,
     GrantInfo,
     KVDone,
     KVOpen,
@@ -190,7 +190,7 @@ class KVSender:
         if shipment is not None:
             shipment.computed_at = self._clock.now()
 
-    def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...]) -> None:
+    def finish(self, open_id: int, first_tokens: ChoiceList) -> None:
         """Every page was given and the first tokens are known (none when resuming)."""
         shipment = self._shipments.get(open_id)
         if shipment is None or not shipment.is_live:

@@ -31,7 +31,9 @@ from kvferry.transfer.fetch.ranks import RankReading, RankSumming
 from kvferry.transfer.fetch.reader import BlockSums, KVReader
 from kvferry.transfer.protocol.checksums import PageSums
 from kvferry.transfer.protocol.handoff import Endpoint
+from kvferry.transfer.protocol.rank_calls import Each
 from kvferry.transfer.protocol.rank_messages import ReadOutcome
+from kvferry.transfer.send.ranks import SENDING
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=2, block_size=4, dtype="float32")
 ENDPOINT = Endpoint(SPEC, "1", "local", 1)
@@ -41,11 +43,14 @@ ADDRESS = "lender:1"
 
 
 class AtOnce:
-    """Implements `fetch_ranks.Calls` on the caller's thread."""
+    """Implements `rank_calls.Calls` on the caller's thread."""
 
     def call(self, function: object, *args: object) -> None:
         assert callable(function)
         function(*args)
+
+    def call_after(self, event: object, function: object, *args: object) -> None:
+        self.call(function, *args)
 
 
 class Host:
@@ -125,15 +130,13 @@ class Pair:
             pool=self.fetcher.pool,
             endpoint=ENDPOINT,
             clock=self.fetcher.clock,
-            reading=RankReading(AtOnce(), self.reader, None),
+            reading=RankReading(Each(SENDING, AtOnce(), None), self.reader),
             to_peer=lambda address, message: self.to_lender.append(message),
             has_checksums=checksums,
             part_bytes=part_blocks * SPEC.block_bytes(),
         )
-        summing = None
-        if checksums:
-            sums = BlockSums(PageSums(self.lender.pages), SPEC, 1, num_blocks)
-            summing = RankSumming(AtOnce(), sums, None, lambda rank, fetch, found: self._on_sums(rank, fetch, found))
+        sums = BlockSums(PageSums(self.lender.pages), SPEC, 1, num_blocks)
+        summing = RankSumming(0, sums, lambda rank, fetch, found: self._on_sums(rank, fetch, found))
         self.lending = self.lending_class(
             pool=self.lender.pool,
             endpoint=ENDPOINT,
@@ -141,7 +144,7 @@ class Pair:
             lease_s=LEASE_S,
             regions=lambda: (self.lender.region,),
             to_peer=lambda session, message: self.to_fetcher.append(message),
-            sum_blocks=summing.start if summing is not None else None,
+            sum_blocks=summing.sum_blocks if checksums else None,
         )
 
     def _on_read(self, fetch_id: int, outcome: ReadOutcome, sums: bytes) -> None:
