@@ -18,7 +18,10 @@ from torch import Tensor
 
 from ...common.cores import SharedCores
 from ..nn.decoder import Decoder, DecoderLayer
+from ..nn.feed_forward import GatedMLP
 from ..nn.layers import Linear
+from ..nn.mixer import Attention
+from ..nn.weight import DenseWeight
 from .build import NativeUnavailable, load
 
 _TILE = 64  # columns; what rows of hidden states and logits are padded to
@@ -180,7 +183,7 @@ def _describe(decoder: Decoder, pages: Tensor) -> _Model:
         setattr(model, name, getattr(config, name))
     model.rope_factor = decoder.rotary.attention_factor
     model.inv_freq = decoder.rotary.inv_freq.data_ptr()
-    model.embedding = decoder.embedding.weight.data_ptr()
+    model.embedding = decoder.embedding.weight.plain.data_ptr()
     model.final_norm = decoder.final_norm.weight.data_ptr()
     model.head = _tiles(decoder.head.linear)
     model.pages = pages.data_ptr()
@@ -189,16 +192,18 @@ def _describe(decoder: Decoder, pages: Tensor) -> _Model:
 
 
 def _describe_layer(layer: DecoderLayer, window: int | None, target: _Layer) -> None:
-    attention = layer.attention
+    attention, mlp = layer.mixer, layer.feed_forward
+    if not isinstance(attention, Attention) or not isinstance(mlp, GatedMLP):
+        raise NativeUnavailable(f"C++ has no {type(attention).__name__} with {type(mlp).__name__}")
     for name, linear in (
         ("qkv", attention.qkv_proj),
         ("o", attention.o_proj),
-        ("gate_up", layer.gate_up_proj),
-        ("down", layer.down_proj),
+        ("gate_up", mlp.gate_up_proj),
+        ("down", mlp.down_proj),
     ):
         setattr(target, name, _tiles(linear))
     target.qkv_bias, target.o_bias = _address(attention.qkv_proj.bias), _address(attention.o_proj.sum_bias)
-    target.gate_up_bias, target.down_bias = _address(layer.gate_up_proj.bias), _address(layer.down_proj.sum_bias)
+    target.gate_up_bias, target.down_bias = _address(mlp.gate_up_proj.bias), _address(mlp.down_proj.sum_bias)
     target.input_norm, target.mlp_norm = _address(layer.input_norm.weight), _address(layer.mlp_norm.weight)
     if attention.head_norms:
         target.q_norm, target.k_norm = (_address(norm.weight) for norm in attention.head_norms)
@@ -206,9 +211,10 @@ def _describe_layer(layer: DecoderLayer, window: int | None, target: _Layer) -> 
 
 
 def _tiles(linear: Linear) -> int:
-    if linear.tiles is None:
+    weight = linear.weight
+    if not isinstance(weight, DenseWeight) or weight.tiles is None:
         raise NativeUnavailable("this build of torch blocks weights in another way")
-    return linear.tiles
+    return weight.tiles
 
 
 def _address(tensor: Tensor | None) -> int | None:

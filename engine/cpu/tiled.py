@@ -18,7 +18,7 @@ from torch import Tensor
 from ...common.errors import ConfigError
 from ...common.request import SampledToken
 from ..nn.attention.base import AttentionBackend
-from ..nn.decoder import Decoder, DecoderLayer
+from ..nn.decoder import Decoder
 from ..nn.deterministic import one_thread, torch_results
 from ..nn.layers import Linear
 from ..nn.sampling import SampleRow, prompt_logprobs_each, sample_each
@@ -33,8 +33,8 @@ class TiledDecoder:
     def __init__(self, decoder: Decoder) -> None:
         """Raises ConfigError where the processor's products do not allow it."""
         self._decoder = decoder
-        for name, linear in _linears(decoder):
-            _check_places(name, linear)
+        for linear in _linears(decoder):
+            _check_places(linear)
 
     def forward(
         self,
@@ -48,13 +48,10 @@ class TiledDecoder:
         x = decoder.embedding(_padded(input_ids)).float()
         ropes = [decoder.rotary(part, decoder.dtype) for part in _tiles(_padded(positions))]
         for layer in decoder.layers:
-            own = layer.attention
-            tiles = zip(_tiles(x), ropes, strict=True)
-            heads = torch.cat([own.heads(layer.input_norm(part), rope) for part, rope in tiles])
-            out = own.attend(heads, backend, on_layer)
-            for part, attended in zip(_tiles(x), _tiles(out.view(len(x), -1)), strict=True):
-                part.add_(own.o_proj(attended))
-                layer.add_mlp_(part)
+            projected = torch.cat([layer.project(part, rope) for part, rope in zip(_tiles(x), ropes, strict=True)])
+            mixed = layer.mix(projected, backend, on_layer)
+            for part, attended in zip(_tiles(x), _tiles(mixed), strict=True):
+                layer.finish_(part, attended)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -91,26 +88,30 @@ def _padded(x: Tensor) -> Tensor:
     return F.pad(x, (*(0, 0) * (x.dim() - 1), 0, -len(x) % _ROWS))
 
 
-def _linears(decoder: Decoder) -> Iterator[tuple[str, Linear]]:
-    """Yield a linear of each shape: a product's kernel follows from that."""
-    layer: DecoderLayer = decoder.layers[0]
-    yield "qkv_proj", layer.attention.qkv_proj
-    yield "o_proj", layer.attention.o_proj
-    yield "gate_up_proj", layer.gate_up_proj
-    yield "down_proj", layer.down_proj
-    yield "lm_head", decoder.head.linear
+def _linears(decoder: Decoder) -> Iterator[Linear]:
+    """Yield a linear of each name and shape: a product's kernel follows from the shape."""
+    seen = set[tuple[str, int, int]]()
+    for linear in decoder.linears():
+        key = _short_name(linear), linear.weight.num_outputs, linear.weight.num_inputs
+        if key not in seen:
+            seen.add(key)
+            yield linear
 
 
-def _check_places(name: str, linear: Linear) -> None:
+def _short_name(linear: Linear) -> str:
+    return linear.name.rpartition(".")[2]
+
+
+def _check_places(linear: Linear) -> None:
     """Check that a row one place further gives the same bits there: so for every place, and hence for any two.
 
     NaN among the weights is not the processor's fault: each request will be told.
     """
-    dtype = linear.weight.dtype
-    x = torch.randn(_ROWS, linear.num_inputs, generator=torch.Generator().manual_seed(0)).to(dtype)
+    num_inputs, dtype = linear.weight.num_inputs, linear.weight.dtype
+    x = torch.randn(_ROWS, num_inputs, generator=torch.Generator().manual_seed(0)).to(dtype)
     here, there = (Linear.__call__(linear, rows).nan_to_num_() for rows in (x, x.roll(1, 0)))
     if not torch.equal(here.roll(1, 0), there):
         raise ConfigError(
-            f"deterministic: on this processor a row of {name} ({linear.num_inputs} inputs, {dtype}) depends on its "
-            "place among 16; leave it off, or use another --dtype"
+            f"deterministic: on this processor a row of {_short_name(linear)} ({num_inputs} inputs, {dtype}) "
+            "depends on its place among 16; leave it off, or use another --dtype"
         )

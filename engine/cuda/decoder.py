@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from ..nn.decoder import Decoder, DecoderLayer
-from ..nn.layers import RotaryEmbedding
+from ..nn.feed_forward import FeedForward, GatedMLP
+from ..nn.mixer import Attention
+from ..nn.rotary import RotaryEmbedding
 from .kernels import Kernels
 
 _TABLE_ROWS = 8192  # made at once
@@ -55,7 +57,7 @@ class FusedDecoder:
         for layer, next_norm in zip(decoder.layers, next_norms, strict=True):
             x = self._attend(layer, x, positions, attention, on_layer)
             kernels.add_norm_(x, residual, layer.mlp_norm.weight, layer.mlp_norm.eps)
-            x = layer.down_proj(kernels.silu_and_mul(layer.gate_up_proj(x)))
+            x = self._feed_forward(layer.feed_forward, x)
             kernels.add_norm_(x, residual, next_norm.weight, next_norm.eps)
         return x
 
@@ -67,7 +69,8 @@ class FusedDecoder:
         attention: PagedAttention,
         on_layer: Callable[[int], None] | None,
     ) -> Tensor:
-        own = layer.attention
+        own = layer.mixer
+        assert isinstance(own, Attention), "no kernels for this mixer"
         num_q, num_kv, dim = own.num_qo_heads, own.num_kv_heads, own.head_dim
         heads = own.qkv_proj(x).view(x.shape[0], num_q + 2 * num_kv, dim)
         q, k, v = torch.split(heads, [num_q, num_kv, num_kv], 1)  # [num_tokens, heads, head_dim]
@@ -77,13 +80,17 @@ class FusedDecoder:
         out = attention.forward(q, k, v, own.layer_id)
         if on_layer is not None:
             on_layer(own.layer_id)
-        projected: Tensor = own.o_proj(out.view(x.shape[0], num_q * dim))
-        return projected
+        return own.output(out.view(x.shape[0], num_q * dim))
+
+    def _feed_forward(self, block: FeedForward, x: Tensor) -> Tensor:
+        if isinstance(block, GatedMLP):
+            return block.down_proj(self._kernels.silu_and_mul(block.gate_up_proj(x)))
+        return block(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Turn [rows, hidden_size] of `forward` into [rows, vocab_size] float32; a collective with several ranks."""
         rows = self._decoder.head.rows
-        local = self._kernels.logits(hidden, rows.weight)
+        local = self._kernels.logits(hidden, rows.weight.plain)
         return rows.comm.all_gather(local)[:, : rows.vocab_size]
 
 

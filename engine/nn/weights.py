@@ -19,7 +19,7 @@ from torch import Tensor
 from ...common.errors import ConfigError
 from ...models.checkpoint import KV_SCALE, check_names, check_shape, safetensors_files
 from .decoder import Decoder
-from .layers import WeightSlot
+from .weight import WeightSlot
 
 Progress = Callable[[str, float], None]  # what is being done, fraction in [0, 1]
 

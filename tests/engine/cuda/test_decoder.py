@@ -9,6 +9,7 @@ import torch
 
 from kvferry.engine.cuda.decoder import FusedDecoder, cos_sin_table
 from kvferry.engine.cuda.kernels import TorchKernels
+from kvferry.engine.nn import decoder as decoders
 from kvferry.engine.nn.attention.base import AttentionMetadata
 from kvferry.engine.nn.attention.paged_torch import CPUAttention
 from kvferry.engine.nn.decoder import Decoder
@@ -17,6 +18,7 @@ from kvferry.engine.ranks.group import Communicator
 from kvferry.models.config import ModelConfig
 
 from ...checkpoints import Family, Shape, write_checkpoint
+from ..nn.test_blocks import Experts
 
 CPU = torch.device("cpu")
 NUM_TOKENS = 20
@@ -77,6 +79,19 @@ def test_logits_are_those_of_the_plain_decoder(
     found = fused.logits(fused.forward(ids, positions.int(), _attention(decoder), layers.append))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert layers == [0, 1, 2]
+
+
+@torch.inference_mode()
+def test_a_feed_forward_without_kernels_runs_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "make_feed_forward", Experts)
+    config = ModelConfig.from_dir(write_checkpoint(tmp_path, tokenizer=False))
+    decoder = Decoder(config, Communicator(), dtype=torch.float32, device=CPU)
+    load_weights(decoder, tmp_path, load_format="dummy", seed=0)
+    fused = FusedDecoder(decoder, TorchKernels())
+    ids, positions = torch.arange(NUM_TOKENS) * 37 % 512, torch.arange(NUM_TOKENS)
+    expected = decoder.logits(decoder.forward(ids, positions, _attention(decoder)))
+    found = fused.logits(fused.forward(ids, positions.int(), _attention(decoder)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_table_of_turns_is_what_is_made_for_a_step(tmp_path: Path) -> None:

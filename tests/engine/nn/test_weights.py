@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from kvferry.common.errors import ConfigError
 from kvferry.engine.nn.decoder import Decoder
+from kvferry.engine.nn.mixer import Attention
+from kvferry.engine.nn.weight import DenseWeight
 from kvferry.engine.nn.weights import load_weights, read_kv_scales
 from kvferry.engine.ranks.group import Communicator
 from kvferry.models.checkpoint import safetensors_files
@@ -57,10 +59,11 @@ def test_heads_stay_whole_on_a_rank(tmp_path: Path) -> None:
     """Rank 1 of 2 has the second half of the query heads and of the KV heads in one fused product."""
     path = write_checkpoint(tmp_path, tokenizer=False)
     tensors = load_file(path / "model.safetensors")
-    fused = _load(path, rank=1, size=2).layers[0].attention.qkv_proj.weight
+    mixer = _load(path, rank=1, size=2).layers[0].mixer
+    assert isinstance(mixer, Attention) and isinstance(fused := mixer.qkv_proj.weight, DenseWeight)
     name = "model.layers.0.self_attn"
     parts = [tensors[f"{name}.{part}_proj.weight"] for part in "qkv"]
-    assert torch.equal(fused, torch.cat([part[part.shape[0] // 2 :] for part in parts]))
+    assert torch.equal(fused.plain, torch.cat([part[part.shape[0] // 2 :] for part in parts]))
 
 
 def test_progress_ends_at_one(tmp_path: Path) -> None:

@@ -1,0 +1,25 @@
+"""A layer's blocks are chosen here, and nowhere else.
+
+    mixer           `mixer.py`         tokens meet the tokens before them
+    feed-forward    `feed_forward.py`  each token by itself
+    weight          `weight.py`        the matrix of a product; `Builder.weight` chooses
+
+A new kind of block is a class that implements its protocol, and a line here that chooses it by the model's config.
+Loading, packing and torch's runners, exact ones too, take it as it is. C++ runs models of the kinds that it knows
+(`engine/cpu/model.py`), torch all others; CUDA's fused steps (`engine/cuda/decoder.py`) know the kinds of today.
+"""
+
+from __future__ import annotations
+
+from .builder import Builder
+from .feed_forward import FeedForward, GatedMLP
+from .mixer import Attention, Mixer
+
+
+def make_mixer(builder: Builder, layer: str, layer_id: int) -> Mixer:
+    """Make the mixer of layer `layer_id`, whose tensors' names begin with `layer`."""
+    return Attention(builder, f"{layer}.self_attn", layer_id)
+
+
+def make_feed_forward(builder: Builder, layer: str) -> FeedForward:
+    return GatedMLP(builder, f"{layer}.mlp")

@@ -1,0 +1,86 @@
+"""A mixer lets a token meet the tokens before it. Today's one kind is `Attention` over the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .attention.base import AttentionBackend
+from .builder import Builder
+from .layers import ColumnParallelLinear, Part, RMSNorm, RowParallelLinear
+from .rotary import rotate_
+from .weight import Leaf
+
+Rope = tuple[Tensor, Tensor]  # cosines and signed sines of a step's positions, as `RotaryEmbedding` makes them
+
+
+class Mixer(Protocol):
+    """A token's way past the others: to what it shows them and asks of them, by them, and back.
+
+    `project` and `output` treat each token by itself, so they may be given any part of a step's tokens; `mix` is given
+    all of them, in the order of the backend's plan.
+    """
+
+    def project(self, x: Tensor, rope: Rope) -> Tensor:
+        """[num_tokens, hidden_size], normed -> [num_tokens, ...], what `mix` takes."""
+        ...
+
+    def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
+        """Write the tokens' state into the pages, then read what each may see. Returns [num_tokens, size]."""
+        ...
+
+    def output(self, mixed: Tensor) -> Tensor:
+        """[num_tokens, size] -> [num_tokens, hidden_size], what is added to the residual stream."""
+        ...
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Yield all that holds weights."""
+        ...
+
+
+class Attention:
+    """Implements `Mixer`: QKV projection, optional head norms, rotation, attention over the pages, output."""
+
+    def __init__(self, builder: Builder, name: str, layer_id: int) -> None:
+        config, num_ranks = builder.config, builder.comm.size
+        self.layer_id = layer_id
+        self.head_dim = config.head_dim
+        self.num_qo_heads = config.num_qo_heads // num_ranks
+        self.num_kv_heads = config.num_kv_heads // num_ranks
+        num_q, num_kv = config.num_qo_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        parts = (Part(f"{name}.q_proj", num_q), Part(f"{name}.k_proj", num_kv), Part(f"{name}.v_proj", num_kv))
+        self.qkv_proj = ColumnParallelLinear(
+            builder, f"{name}.qkv_proj", config.hidden_size, parts, bias=config.qkv_bias
+        )
+        self.o_proj = RowParallelLinear(builder, f"{name}.o_proj", num_q, config.hidden_size, bias=config.o_bias)
+        self.head_norms: tuple[RMSNorm, ...] = ()
+        if config.qk_norm:
+            self.head_norms = tuple(RMSNorm(builder, f"{name}.{part}_norm", config.head_dim) for part in ("q", "k"))
+
+    def project(self, x: Tensor, rope: Rope) -> Tensor:
+        """Return queries, keys and values as attention takes them, [num_tokens, heads of all three, head_dim]."""
+        num_q, num_kv = self.num_qo_heads, self.num_kv_heads
+        heads = self.qkv_proj(x).view(x.shape[0], num_q + 2 * num_kv, self.head_dim)
+        if self.head_norms:
+            q_norm, k_norm = self.head_norms
+            heads[:, :num_q] = q_norm(heads[:, :num_q])
+            heads[:, num_q : num_q + num_kv] = k_norm(heads[:, num_q : num_q + num_kv])
+        rotate_(heads[:, : num_q + num_kv], *rope)
+        return heads
+
+    def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
+        """Return attention's output, [num_tokens, num_qo_heads * head_dim]."""
+        num_q, num_kv = self.num_qo_heads, self.num_kv_heads
+        q, k, v = torch.split(projected, [num_q, num_kv, num_kv], 1)
+        return backend.forward(q, k, v, self.layer_id).flatten(1)
+
+    def output(self, mixed: Tensor) -> Tensor:
+        return self.o_proj(mixed)
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield self.qkv_proj
+        yield self.o_proj
+        yield from self.head_norms
