@@ -1,4 +1,4 @@
-"""The choice, once when an engine starts, of what its rank computes on and with: device, weights' type, runner.
+"""The choice, once when an engine starts, of what its rank computes on and with: device, weights' form, runner.
 
 on CUDA                                                           CudaRunner
 on a CPU, a whole model in bfloat16, where C++ can be compiled    NativeRunner, exact or not
@@ -18,6 +18,7 @@ from ..common.errors import ConfigError
 from ..models.config import ModelConfig
 from .cpu.build import NativeUnavailable
 from .cpu.decoder import NativeDecoder
+from .cpu.model import NativeModel
 from .cpu.runner import NativeRunner
 from .cpu.tiled import TiledRunner
 from .nn.attention.base import AttentionBackend
@@ -55,24 +56,42 @@ def choose_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 
+@torch.inference_mode()
+def pack_weights(decoder: Decoder, device: torch.device, *, native: bool = True) -> NativeModel | None:
+    """Trade the loaded weights for the form in which this rank's runner reads them, on a CPU: C++'s, which is returned,
+    or torch's. `native` False: no C++.
+    """
+    if device.type != "cpu":
+        return None
+    if native and (model := _native_model(decoder)) is not None:
+        return model
+    decoder.pack()
+    return None
+
+
 def choose_runner(
     config: EngineConfig,
-    decoder: Decoder,  # loaded, and packed on a CPU
+    decoder: Decoder,
+    native_model: NativeModel | None,  # as `pack_weights` made it of `decoder`
     pages: Tensor,  # as `kvcache.pages.allocate_pages` makes them
     *,
-    native: bool = True,
     cores: CoreSlot | None = None,
     progress: Progress | None = None,
 ) -> Runner:
-    """Make this rank's runner; it compiles now what the first request would wait for. `native` False: no C++.
-
-    Raises ConfigError.
-    """
+    """Make this rank's runner; it compiles now what the first request would wait for. Raises ConfigError."""
     attention = _attention(config, decoder, pages)
     if pages.device.type == "cuda":
         return _cuda_runner(config, decoder, attention, pages, progress)
-    if native and (runner := _native_runner(config, decoder, pages, cores)) is not None:
-        return runner
+    if native_model is not None:
+        native = NativeDecoder(
+            native_model,
+            pages,
+            num_threads=config.num_threads or torch.get_num_threads(),
+            cores=_shared_cores(cores),
+            is_exact=config.deterministic,
+        )
+        model = decoder.config
+        return NativeRunner(native, num_layers=model.num_layers, eos_token_ids=model.eos_token_ids)
     with torch.inference_mode():
         make = TiledRunner if config.deterministic else TorchRunner
         return make(decoder, attention, block_size=config.block_size)
@@ -103,28 +122,17 @@ def _cuda_runner(
         return CudaRunner(config, decoder, attention, pages, progress)
 
 
-def _native_runner(
-    config: EngineConfig, decoder: Decoder, pages: Tensor, cores: CoreSlot | None
-) -> NativeRunner | None:
-    """Return None where the model is not for C++ and, with a line in the log, where this machine is not."""
+def _native_model(decoder: Decoder) -> NativeModel | None:
+    """Return None where the model is not for C++ and, with a line in the log, where this machine or a block is not."""
     if decoder.dtype != torch.bfloat16 or decoder.head.rows.comm.size > 1:
         return None
     from ..models.default import cache_dir
 
-    shared = _shared_cores(cores)
     try:
-        native = NativeDecoder(
-            decoder,
-            pages,
-            num_threads=config.num_threads or torch.get_num_threads(),
-            cache=cache_dir(),
-            cores=shared,
-            is_exact=config.deterministic,
-        )
+        return NativeModel(decoder, cache_dir())
     except NativeUnavailable as reason:
         log.warning("cpu_kernels", used=False, reason=str(reason))
         return None
-    return NativeRunner(native, num_layers=decoder.config.num_layers, eos_token_ids=decoder.config.eos_token_ids)
 
 
 def _shared_cores(slot: CoreSlot | None) -> SharedCores | None:

@@ -30,7 +30,7 @@ from ..kvcache.host_slots import SwapPages, num_host_blocks, num_swap_blocks
 from ..kvcache.pages import allocate_pages, cache_dtype, copy_blocks, num_blocks_for_memory, num_spare_blocks
 from ..models.config import ModelConfig
 from ..models.digest import ModelDigest
-from .choose import choose_device, choose_dtype, choose_runner
+from .choose import choose_device, choose_dtype, choose_runner, pack_weights
 from .nn.decoder import Decoder
 from .nn.plan import StepPlan, plan_step, prompt_targets
 from .nn.runner import OnLayer
@@ -76,6 +76,7 @@ class Engine:
         self._group = group
         comm = self._comm = self._connect(tp_rank, tp_size, store)
         decoder = self._loaded_decoder(dtype, progress)
+        native_model = pack_weights(decoder, self._device, native=native)
         self.spec = self._kv_cache_spec(kv_dtype)
         self.num_blocks = comm.minimum(num_blocks or self._num_blocks_for_memory(tp_size), self._device)
         # Not under inference mode: whoever moves pages writes to this tensor outside of it.
@@ -92,7 +93,7 @@ class Engine:
         num_host = num_host_blocks(config, self.spec, self._device, num_blocks=self.num_blocks, tp_size=tp_size)
         self.num_host_blocks = comm.minimum(num_host, self._device)  # of the prefix cache, behind those for swapping
         self.host_slots = SwapPages(self.kv_pages, self.num_swap_blocks + self.num_host_blocks)
-        self.runner = choose_runner(config, decoder, self.kv_pages, native=native, cores=cores, progress=progress)
+        self.runner = choose_runner(config, decoder, native_model, self.kv_pages, cores=cores, progress=progress)
         self.spec = msgspec.structs.replace(self.spec, model=digest.result(), results=self.runner.results)
 
     def _connect(self, tp_rank: int, tp_size: int, store: Store | None) -> Communicator:
@@ -108,8 +109,6 @@ class Engine:
         with torch.inference_mode():
             decoder = Decoder(self.model_config, self._comm, dtype=dtype, device=self._device)
             load_weights(decoder, config.model_dir, load_format=config.load_format, seed=config.seed, progress=progress)
-            if self._device.type == "cpu":
-                decoder.pack()
         return decoder
 
     def _kv_cache_spec(self, dtype: torch.dtype) -> KVCacheSpec:

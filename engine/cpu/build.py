@@ -1,10 +1,10 @@
-"""Builds and loads the C++ of `common/cpu`, once per machine: the decode step for processors with bfloat16 products.
+"""Builds and loads the C++ of `native/`, once per machine: the decode step for processors with bfloat16 products.
 
     load(folder) -> the library, built at first use with the system's compiler (a few seconds) and kept in `folder`
 
 The file's name carries a hash of the source, the flags, the compiler and the processor, and it appears by one rename:
 any number of processes may start at once, and a changed machine or source builds anew. What the functions mean stands
-with the source; their callers' side is `models/native_decoder.py`.
+with the source; their callers' side is `model.py` and `decoder.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The decoder in native code: the same weights, pages and results as `Decoder`, one call for all layers of a step.
+"""The decoder in native code: the same pages and results as `Decoder`, one call for all layers of a step.
 
 Torch spends more time between the products of a decode step than in them, and attends to a prompt at a third of the
-rate of its products. Weights are read where `Linear.pack` left them, so nothing is held twice; what the library takes
-is described with its source, `engine/cpu/native/decoder.cpp`. It knows neither sequences nor sampling.
+rate of its products. The weights are a `NativeModel`'s; what the library takes is described with its source,
+`engine/cpu/native/decoder.cpp`. It knows neither sequences nor sampling.
 """
 
 from __future__ import annotations
@@ -17,67 +17,37 @@ import torch
 from torch import Tensor
 
 from ...common.cores import SharedCores
-from ..nn.decoder import Decoder, DecoderLayer
-from ..nn.feed_forward import GatedMLP
-from ..nn.layers import Linear
-from ..nn.mixer import Attention
-from ..nn.weight import DenseWeight
-from .build import NativeUnavailable, load
+from .model import Model, NativeModel
 
 _TILE = 64  # columns; what rows of hidden states and logits are padded to
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("qkv", "o", "gate_up", "down")),
-        *((name, ctypes.c_void_p) for name in ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")),
-        *((name, ctypes.c_void_p) for name in ("input_norm", "mlp_norm", "q_norm", "k_norm")),
-        ("window", ctypes.c_int64),
-    ]
-
-
-_SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_qo_heads", "num_kv_heads", "head_dim", "vocab_size")
-
-
-class _Model(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in (*_SIZES, "num_blocks", "block_size")),
-        ("norm_eps", ctypes.c_double),
-        ("rope_factor", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("inv_freq", "embedding", "final_norm", "head", "pages")),
-        ("layers", ctypes.POINTER(_Layer)),
-    ]
 
 
 _OnLayer = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 class NativeDecoder:
-    """Used by one thread; with `num_threads` 1 it starts no other. Keeps the decoder's memory alive."""
+    """Used by one thread; with `num_threads` 1 it starts no other. Keeps the model's memory alive."""
 
     def __init__(
         self,
-        decoder: Decoder,
+        model: NativeModel,
         pages: Tensor,
         *,
         num_threads: int,
-        cache: Path,
         cores: SharedCores | None = None,
         is_exact: bool = False,
     ) -> None:
         """`pages` are those of the engine. With `cores`, it uses more threads than its own while others are idle.
         `is_exact`: a token's results depend on the tokens before it alone, to the bit.
-
-        Raises NativeUnavailable.
         """
-        if pages.dtype != torch.bfloat16 or pages.device.type != "cpu" or decoder.head.rows.comm.size != 1:
-            raise NativeUnavailable("only for a whole model in bfloat16 on a CPU")
+        assert pages.dtype == torch.bfloat16 and pages.device.type == "cpu", pages.dtype
         self.is_exact = is_exact
-        self._model = _describe(decoder, pages)
-        self._keep = (decoder, pages, cores)
-        self._vocab_size = decoder.config.vocab_size
-        self._hidden_stride = _padded(decoder.config.hidden_size)
-        library = load(cache)
+        self._keep = (model, pages, cores)
+        self._model = described = model.described
+        described.pages, described.num_blocks, described.block_size = pages.data_ptr(), pages.shape[1], pages.shape[4]
+        self._vocab_size: int = described.vocab_size
+        self._hidden_stride = _padded(described.hidden_size)
+        library = model.library
         self.build = Path(library._name).stem  # names source, compiler and processor
         self._forward, self._logits = library.kvferry_decoder_forward, library.kvferry_decoder_logits
         self._forward.argtypes = [
@@ -87,7 +57,7 @@ class NativeDecoder:
         self._logits.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
         library.kvferry_decoder_new.restype = ctypes.c_void_p
         library.kvferry_decoder_new.argtypes = [
-            *(ctypes.POINTER(_Model), ctypes.c_bool, ctypes.c_int),
+            *(ctypes.POINTER(Model), ctypes.c_bool, ctypes.c_int),
             *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
         ]
         shared: tuple[int, int | None, int, int] = (num_threads, None, 0, 0)
@@ -171,54 +141,6 @@ class _Listener:
                 self._on_layer(layer)
             except BaseException as error:
                 self.error = error
-
-
-def _describe(decoder: Decoder, pages: Tensor) -> _Model:
-    config = decoder.config
-    layers = (_Layer * config.num_layers)()
-    for layer, window, target in zip(decoder.layers, config.sliding_windows, layers, strict=True):
-        _describe_layer(layer, window, target)
-    model = _Model(num_blocks=pages.shape[1], block_size=pages.shape[4], norm_eps=config.rms_norm_eps)
-    for name in _SIZES:
-        setattr(model, name, getattr(config, name))
-    model.rope_factor = decoder.rotary.attention_factor
-    model.inv_freq = decoder.rotary.inv_freq.data_ptr()
-    model.embedding = decoder.embedding.weight.plain.data_ptr()
-    model.final_norm = decoder.final_norm.weight.data_ptr()
-    model.head = _tiles(decoder.head.linear)
-    model.pages = pages.data_ptr()
-    model.layers = layers
-    return model
-
-
-def _describe_layer(layer: DecoderLayer, window: int | None, target: _Layer) -> None:
-    attention, mlp = layer.mixer, layer.feed_forward
-    if not isinstance(attention, Attention) or not isinstance(mlp, GatedMLP):
-        raise NativeUnavailable(f"C++ has no {type(attention).__name__} with {type(mlp).__name__}")
-    for name, linear in (
-        ("qkv", attention.qkv_proj),
-        ("o", attention.o_proj),
-        ("gate_up", mlp.gate_up_proj),
-        ("down", mlp.down_proj),
-    ):
-        setattr(target, name, _tiles(linear))
-    target.qkv_bias, target.o_bias = _address(attention.qkv_proj.bias), _address(attention.o_proj.sum_bias)
-    target.gate_up_bias, target.down_bias = _address(mlp.gate_up_proj.bias), _address(mlp.down_proj.sum_bias)
-    target.input_norm, target.mlp_norm = _address(layer.input_norm.weight), _address(layer.mlp_norm.weight)
-    if attention.head_norms:
-        target.q_norm, target.k_norm = (_address(norm.weight) for norm in attention.head_norms)
-    target.window = window or 0
-
-
-def _tiles(linear: Linear) -> int:
-    weight = linear.weight
-    if not isinstance(weight, DenseWeight) or weight.tiles is None:
-        raise NativeUnavailable("this build of torch blocks weights in another way")
-    return weight.tiles
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _ints(data: bytes) -> memoryview:

@@ -70,7 +70,7 @@ class FusedDecoder:
         on_layer: Callable[[int], None] | None,
     ) -> Tensor:
         own = layer.mixer
-        assert isinstance(own, Attention), "no kernels for this mixer"
+        assert type(own) is Attention, "no kernels for this mixer"
         num_q, num_kv, dim = own.num_qo_heads, own.num_kv_heads, own.head_dim
         heads = own.qkv_proj(x).view(x.shape[0], num_q + 2 * num_kv, dim)
         q, k, v = torch.split(heads, [num_q, num_kv, num_kv], 1)  # [num_tokens, heads, head_dim]
@@ -83,7 +83,7 @@ class FusedDecoder:
         return own.output(out.view(x.shape[0], num_q * dim))
 
     def _feed_forward(self, block: FeedForward, x: Tensor) -> Tensor:
-        if isinstance(block, GatedMLP):
+        if type(block) is GatedMLP:
             return block.down_proj(self._kernels.silu_and_mul(block.gate_up_proj(x)))
         return block(x)
 

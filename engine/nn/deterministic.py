@@ -32,4 +32,6 @@ def one_thread() -> Iterator[None]:
 def torch_results(dtype: torch.dtype, tp_size: int) -> str:
     """Name what torch's results depend on: equal names, equal results."""
     capability = torch.backends.cpu.get_cpu_capability()
+    if torch.cpu._is_amx_tile_supported():  # oneDNN then multiplies in another order than with vectors alone
+        capability += " AMX"
     return f"torch {torch.__version__} {capability} {str(dtype).removeprefix('torch.')} tp {tp_size}"

@@ -6,9 +6,6 @@ its `Weight` alone. `Builder.weight` chooses the scheme. Today's one is `DenseWe
 
 from __future__ import annotations
 
-import ctypes
-import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,10 +13,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# oneDNN reads this once, before its first product. With AMX it would block weights in a way that native code cannot
-# read, and the same steps in torch take several times as long.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
 @dataclass(slots=True, frozen=True)
@@ -65,13 +58,12 @@ class Weight(Protocol):
 
 
 class DenseWeight:
-    """Implements `Weight`: a matrix of plain numbers. After `pack`, oneDNN's blocked form of it is all that is left."""
+    """Implements `Weight`: plain numbers. After `pack` only oneDNN's form of them is left, after `take` nothing."""
 
     def __init__(self, plain: Tensor) -> None:
         self.plain = plain
         self.num_outputs, self.num_inputs = plain.shape
         self.dtype = plain.dtype
-        self.tiles: int | None = None  # where the packed form lies, if it is one that native code can read
         self._blocked: Tensor | None = None
 
     def slots(
@@ -88,8 +80,12 @@ class DenseWeight:
     def pack(self) -> None:
         if self._blocked is None and self.plain.device.type == "cpu" and _can_block(self.dtype):
             self._blocked = torch.ops.mkldnn._reorder_linear_weight(self.plain)
-            self.tiles = _address_of_tiles(self._blocked, self.plain)
-            self.plain = torch.empty(0, dtype=self.dtype)
+            self.take()
+
+    def take(self) -> Tensor:
+        """Give the plain matrix up to the caller, who has a form of its own for it."""
+        plain, self.plain = self.plain, torch.empty(0, dtype=self.dtype)
+        return plain
 
 
 def _can_block(dtype: torch.dtype) -> bool:
@@ -97,24 +93,3 @@ def _can_block(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _address_of_tiles(packed: Tensor, weight: Tensor) -> int | None:
-    """Return the address of `packed` if it is [out / 64, in / 2, 64, 2] in bfloat16, padded with zeros, as where
-    processors multiply pairs of bfloat16. oneDNN chooses and does not tell: the first and the last tile are compared.
-    """
-    columns, inputs = weight.shape
-    shape = (-(-columns // 64), -(-inputs // 32) * 16, 64, 2)
-    num_bytes: int = torch.ops.mkldnn._nbytes(packed)
-    if weight.dtype != torch.bfloat16 or num_bytes != math.prod(shape) * 2:
-        return None
-    address: int = torch.ops.mkldnn.data_ptr(packed)
-    memory = (ctypes.c_char * num_bytes).from_address(address)
-    tiles = torch.frombuffer(memory, dtype=torch.bfloat16).view(shape)
-    for index in (0, shape[0] - 1):
-        expected = torch.zeros(64, shape[1] * 2, dtype=torch.bfloat16)
-        part = weight[64 * index : 64 * (index + 1)]
-        expected[: len(part), :inputs] = part
-        if not torch.equal(tiles[index], expected.view(64, shape[1], 2).transpose(0, 1)):
-            return None
-    return address

@@ -53,10 +53,10 @@ public:
             mine_.push_back(std::make_unique<Mine>(strides_, group_, m_, is_exact));
         }
         const auto deadline = std::chrono::steady_clock::now() + kLargePagesWithin;
-        use_large_pages(m_.head_tiles(), deadline);
+        use_large_pages(m_.head, deadline);
         for (const Layer& layer : layers_) {
-            for (const Tiles& w : {m_.qkv(layer), m_.o(layer), m_.gate_up(layer), m_.down(layer)}) {
-                use_large_pages(w, deadline);
+            for (const Linear& w : {layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down}) {
+                use_large_pages(w.weight, deadline);
             }
         }
     }
@@ -85,7 +85,7 @@ public:
     }
 
     void logits(long rows, const float* hidden, float* logits) {
-        const Tiles head = m_.head_tiles();
+        const Tiles& head = m_.head;
         team_.run(cores_.take(), [&](int rank) {
             for (long first = 0; first < rows; first += kPanelRows) {
                 const Rows normed = math_.normalize(hidden + first * strides_.hidden,
@@ -148,9 +148,9 @@ private:
         const Range tokens = share(step.num_tokens, rank, team_.size());
         for (std::size_t index = 0; index < layers_.size(); index++) {
             const Layer& layer = layers_[index];
+            const Linear& qkv = layer.attention.qkv;
             const Rows normed = math_.normalize(residual(0), step.num_tokens, layer.input_norm, mine_[rank]->panel);
-            math_.set(shared_.qkv.data(), strides_.qkv, normed, m_.qkv(layer), layer.qkv_bias,
-                      part(m_.qkv(layer), rank));
+            math_.set(shared_.qkv.data(), strides_.qkv, normed, qkv, part(qkv.weight, rank));
             team_.barrier();
             place(step, index, tokens, shared_.qkv.data() + tokens.first * strides_.qkv, *mine_[rank]);
             team_.barrier();
@@ -174,7 +174,8 @@ private:
             float* x = residual(tokens.first);
             if (index > 0) math_.finish(layers_[index - 1], x, attended(tokens.first), count, panel);
             const Rows normed = math_.normalize(x, count, layer.input_norm, panel);
-            math_.set(panel.qkv.data(), strides_.qkv, normed, m_.qkv(layer), layer.qkv_bias, math_.all(m_.qkv(layer)));
+            const Linear& qkv = layer.attention.qkv;
+            math_.set(panel.qkv.data(), strides_.qkv, normed, qkv, {0, qkv.weight.count()});
             place(step, index, tokens, panel.qkv.data(), *mine_[rank]);
         });
         team_.barrier();
@@ -226,18 +227,18 @@ private:
 
     // The products of `tokens` to their places: K and V to their slots, queries to where attention's result will be.
     void place(const Step& step, std::size_t index, Range tokens, const float* qkv, Mine& mine) {
-        const Layer& layer = layers_[index];
+        const AttentionBlock& attention = layers_[index].attention;
         const long d = m_.head_dim;
         float* scratch = mine.head.data();
         each(step, tokens, [&](const Row& row, long token) {
             const float* heads = qkv + (token - tokens.first) * strides_.qkv;
             for (long head = 0; head < m_.num_qo_heads; head++, heads += d) {
-                rotation_.turn(heads, layer.q_norm, token, scratch, attended(token) + head * d);
+                rotation_.turn(heads, attention.q_norm, token, scratch, attended(token) + head * d);
             }
             for (long head = 0; head < m_.num_kv_heads; head++, heads += d) {
                 const Pages pages = this->pages(index, head, row);
                 bf16* key = const_cast<bf16*>(pages.key(row.start + token - row.token));
-                rotation_.turn(heads, layer.k_norm, token, scratch, key);
+                rotation_.turn(heads, attention.k_norm, token, scratch, key);
                 const float* value = heads + m_.num_kv_heads * d;
                 for (long i = 0; i < d; i += 16) store(key + pages.values + i, _mm512_loadu_ps(value + i));
             }
@@ -259,7 +260,7 @@ private:
             const Piece& piece = pieces[i];
             const Row& row = *piece.row;
             const Pages pages = this->pages(index, piece.kv_head, row);
-            const long window = layers_[index].window, position = row.start + piece.first;
+            const long window = layers_[index].attention.window, position = row.start + piece.first;
             bf16* heads = attended(row.token + piece.first) + piece.kv_head * group_ * m_.head_dim;
             if (piece.tokens > 1) {
                 mine.prompt_attention.attend(pages, heads, piece.tokens, position, window, heads, strides_.attended);
@@ -302,6 +303,13 @@ private:
 }  // namespace
 
 extern "C" {
+
+// How many values a weight of this shape takes in tiles, and it packed into so many. `Tiles` point to `target`.
+long kvferry_tiled_size(long columns, long inputs) { return tiled_size(columns, inputs); }
+
+Tiles kvferry_pack(const bf16* weight, long columns, long inputs, bf16* target) {
+    return pack(weight, columns, inputs, target);
+}
 
 // `slots`: this machine's workers in shared memory, this one being `slot`; null: always `num_threads`.
 void* kvferry_decoder_new(const Model* model, bool is_exact, int num_threads, int max_threads, void* slots,

@@ -1,30 +1,18 @@
 // y = x W^T in bfloat16 with float32 sums, at the rate of the processor's multipliers where rows are many and of its
 // memory where they are few.
 //
-// W [columns, inputs] lies in tiles of 64 columns. Within a tile, pair after pair of inputs, stand the 64 columns' two
-// weights each: four vectors, each multiplied by one pair of a row's inputs that is broadcast. Attention packs keys and
-// values the same way (prompt_attention.hpp), so that there is one inner loop.
+// W lies in tiles (tiles.hpp). Attention packs keys and values the same way, so that there is one inner loop.
 #pragma once
 
 #include <algorithm>
 
 #include "team.hpp"
+#include "tiles.hpp"
 #include "vectors.hpp"
 
-constexpr int kTileColumns = 64;
 constexpr int kRowsAtOnce = 6;         // their 24 sums, a pair's four vectors and one input stay in registers
 constexpr int kLine = 32;              // values of a cache line
 constexpr long kNearLines = 64;        // one group of rows: weights are fetched so far ahead, 4 KiB
-
-inline long padded(long size, long multiple) { return (size + multiple - 1) / multiple * multiple; }
-
-struct Tiles {
-    const bf16* weights;
-    long columns, pairs;  // pairs of inputs; a last odd one, and the columns of the last tile, are padded with zeros
-
-    long count() const { return (columns + kTileColumns - 1) / kTileColumns; }
-    const bf16* tile(long index) const { return weights + index * pairs * 2 * kTileColumns; }
-};
 
 struct Rows {
     const bf16* values;

@@ -1,4 +1,4 @@
-// The model as the engine holds it: bfloat16 weights as oneDNN blocks them, and the pages. Nothing is owned here.
+// The model as the engine holds it: bfloat16 weights in tiles, and the pages. Nothing is owned here.
 #pragma once
 
 #include <sys/mman.h>
@@ -6,38 +6,47 @@
 #include <chrono>
 #include <vector>
 
-#include "linear.hpp"
+#include "tiles.hpp"
 #include "vectors.hpp"
 
-// Layer and Model are declared once more in engine/cpu/decoder.py, field by field.
+// These are declared once more in engine/cpu/model.py, field by field.
+
+// y = x W^T + b
+struct Linear {
+    Tiles weight;
+    const bf16* bias;  // null: none
+};
+
+// A layer is a mixer and a feed-forward, of the one kind each that there is code for (engine/nn/blocks.py).
+struct AttentionBlock {
+    Linear qkv, o;
+    const bf16 *q_norm, *k_norm;  // of the heads; null: none
+    std::int64_t window;          // 0: none
+};
+
+struct GatedMlp {
+    Linear gate_up, down;
+};
+
 struct Layer {
-    const bf16 *qkv, *o, *gate_up, *down;                        // tiles
-    const bf16 *qkv_bias, *o_bias, *gate_up_bias, *down_bias;    // null: none
-    const bf16 *input_norm, *mlp_norm, *q_norm, *k_norm;         // of the heads: null: none
-    std::int64_t window;                                         // 0: none
+    const bf16* input_norm;
+    AttentionBlock attention;
+    const bf16* mlp_norm;
+    GatedMlp mlp;
 };
 
 struct Model {
     std::int64_t num_layers, hidden_size, intermediate_size, num_qo_heads, num_kv_heads, head_dim, vocab_size;
     std::int64_t num_blocks, block_size;
     double norm_eps, rope_factor;
-    const float* inv_freq;                        // [head_dim / 2]
-    const bf16 *embedding, *final_norm, *head;    // rows, weight, tiles
-    bf16* pages;                                  // [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]
+    const float* inv_freq;               // [head_dim / 2]
+    const bf16 *embedding, *final_norm;  // rows, weight
+    Tiles head;
+    bf16* pages;  // [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]
     const Layer* layers;
 
     long qo_size() const { return num_qo_heads * head_dim; }
     long qkv_size() const { return (num_qo_heads + 2 * num_kv_heads) * head_dim; }
-
-    Tiles head_tiles() const { return tiles(head, vocab_size, hidden_size); }
-    Tiles qkv(const Layer& layer) const { return tiles(layer.qkv, qkv_size(), hidden_size); }
-    Tiles o(const Layer& layer) const { return tiles(layer.o, hidden_size, qo_size()); }
-    Tiles gate_up(const Layer& layer) const { return tiles(layer.gate_up, 2 * intermediate_size, hidden_size); }
-    Tiles down(const Layer& layer) const { return tiles(layer.down, hidden_size, intermediate_size); }
-
-    static Tiles tiles(const bf16* weights, long columns, long inputs) {
-        return {weights, columns, padded(inputs, 32) / 2};
-    }
 };
 
 // Ask for 2 MiB pages under the weights: a core reads them a tenth to a third faster. Where the kernel refuses, nothing

@@ -32,23 +32,25 @@ class PanelMath {
 public:
     PanelMath(const Model& model, const Strides& strides) : m_(model), s_(strides) {}
 
-    static Range all(const Tiles& w) { return {0, w.count()}; }
-
-    // From attention to a layer's end: x += o(attended), x += mlp(x). By one thread: `part` is all of what it is asked
-    // about, `meet` does nothing. By several, each with an `own` panel for what all of them compute, and one in `common`:
-    // `part(count)` is this one's of so many tiles or vectors, and all meet after each product.
+    // From attention to a layer's end: x += o(attended), x += mlp(norm(x)). By one thread: `part` is all of what it is
+    // asked about, `meet` does nothing. By several, each with an `own` panel for what all of them compute, and one in
+    // `common`: `part(count)` is this one's of so many tiles or vectors, and all meet after each product.
     template <class Part, class Meet>
     void finish(const Layer& layer, float* x, const bf16* attended, long rows, Panel& own, Panel& common, Part part,
                 Meet meet) const {
-        const Tiles o = m_.o(layer), gate_up = m_.gate_up(layer), down = m_.down(layer);
-        add(x, {attended, s_.attended, rows}, o, layer.o_bias, part(o.count()));
+        const Linear& o = layer.attention.o;
+        add(x, {attended, s_.attended, rows}, o, part(o.weight.count()));
         meet();
-        const Rows normed = normalize(x, rows, layer.mlp_norm, own);
-        set(common.gate_up.data(), s_.gate_up, normed, gate_up, layer.gate_up_bias, part(gate_up.count()));
+        feed_forward(layer.mlp, x, normalize(x, rows, layer.mlp_norm, own), common, part, meet);
+    }
+
+    template <class Part, class Meet>
+    void feed_forward(const GatedMlp& mlp, float* x, const Rows& normed, Panel& common, Part part, Meet meet) const {
+        set(common.gate_up.data(), s_.gate_up, normed, mlp.gate_up, part(mlp.gate_up.weight.count()));
         meet();
-        activate(common, rows, part((m_.intermediate_size + 15) / 16));
+        activate(common, normed.count, part((m_.intermediate_size + 15) / 16));
         meet();
-        add(x, {common.activated.data(), s_.activated, rows}, down, layer.down_bias, part(down.count()));
+        add(x, {common.activated.data(), s_.activated, normed.count}, mlp.down, part(mlp.down.weight.count()));
         meet();
     }
 
@@ -71,20 +73,20 @@ public:
     }
 
     // y = x W^T + bias, the columns of these tiles
-    static void set(float* y, long stride, const Rows& x, const Tiles& w, const bf16* bias, Range part) {
-        multiply(x, w, part, [&](long row, long column, const float* sums) {
+    static void set(float* y, long stride, const Rows& x, const Linear& w, Range part) {
+        multiply(x, w.weight, part, [&](long row, long column, const float* sums) {
             for (int i = 0; i < kTileColumns; i += 16) {
-                _mm512_storeu_ps(y + row * stride + column + i, with_bias(sums + i, bias, column + i, w.columns));
+                _mm512_storeu_ps(y + row * stride + column + i, with_bias(sums + i, w.bias, column + i, w.weight.columns));
             }
         });
     }
 
     // y += x W^T + bias; y is the residual stream
-    void add(float* y, const Rows& x, const Tiles& w, const bf16* bias, Range part) const {
-        multiply(x, w, part, [&](long row, long column, const float* sums) {
+    void add(float* y, const Rows& x, const Linear& w, Range part) const {
+        multiply(x, w.weight, part, [&](long row, long column, const float* sums) {
             for (int i = 0; i < kTileColumns; i += 16) {
                 float* target = y + row * s_.hidden + column + i;
-                const __m512 values = with_bias(sums + i, bias, column + i, w.columns);
+                const __m512 values = with_bias(sums + i, w.bias, column + i, w.weight.columns);
                 _mm512_storeu_ps(target, _mm512_add_ps(_mm512_loadu_ps(target), values));
             }
         });

@@ -12,19 +12,12 @@
 #include "attention.hpp"
 #include "linear.hpp"
 #include "softmax.hpp"
+#include "tiles.hpp"
 #include "vectors.hpp"
 
 // 16 keys to a tile whose columns are keys: 16 pairs of dimensions from `at` on (8 at the end of an odd head size).
 inline void pack_keys(const bf16* const* source, int head_dim, int at, bf16* target) {
-    const int pairs = std::min(16, (head_dim - at) / 2);
-    __m512i v[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) {
-        const __mmask16 mask = source[i] == nullptr ? __mmask16(0) : lanes(pairs);
-        v[i] = _mm512_maskz_loadu_epi32(mask, source[i] + at);
-    }
-    transpose_16(v);
-    for (int pair = 0; pair < pairs; pair++) _mm512_storeu_si512(target + pair * 2 * kTileColumns, v[pair]);
+    pack_columns(source, at, head_dim, std::min(16, (head_dim - at) / 2), target);
 }
 
 class PromptAttention {

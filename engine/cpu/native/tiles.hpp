@@ -1,0 +1,60 @@
+// The order in which the inner loop (linear.hpp) reads a matrix W [columns, inputs]; weights are packed here, keys and
+// values in prompt_attention.hpp.
+//
+//     [columns / 64][inputs / 2][64 columns][2 inputs]    bfloat16; columns padded to 64, a weight's inputs to 32: zeros
+//
+// A tile is 64 columns. In it, pair after pair of inputs, stand the 64 columns' two weights each, 256 bytes a pair.
+// VDPBF16PS takes them as four vectors, each multiplied by one pair of a row's inputs that is broadcast. An AMX tile is
+// the same memory: 16 pairs of 16 columns are 16 rows of 64 bytes, 256 bytes apart; hence inputs in 32s.
+#pragma once
+
+#include <algorithm>
+
+#include "vectors.hpp"
+
+constexpr int kTileColumns = 64;
+constexpr int kTileInputs = 32;
+
+inline long padded(long size, long multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+struct Tiles {  // declared once more in engine/cpu/model.py
+    const bf16* weights;
+    std::int64_t columns, pairs;
+
+    long count() const { return (columns + kTileColumns - 1) / kTileColumns; }
+    const bf16* tile(long index) const { return weights + index * pairs * 2 * kTileColumns; }
+};
+
+// Up to 32 inputs, from `at` on, of 16 columns to their `pairs` places in a tile. A column that is null is zeros, and so
+// are inputs behind the last one.
+inline void pack_columns(const bf16* const* columns, long at, long inputs, int pairs, bf16* target) {
+    const __mmask32 left = inputs - at >= 32 ? ~__mmask32(0) : (__mmask32(1) << (inputs - at)) - 1;
+    __m512i v[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        const __mmask32 mask = columns[i] == nullptr ? __mmask32(0) : left;
+        v[i] = _mm512_maskz_loadu_epi16(mask, columns[i] + at);
+    }
+    transpose_16(v);
+    for (int pair = 0; pair < pairs; pair++) _mm512_storeu_si512(target + pair * 2 * kTileColumns, v[pair]);
+}
+
+// How many values a weight takes in tiles.
+inline long tiled_size(long columns, long inputs) {
+    return padded(columns, kTileColumns) * padded(inputs, kTileInputs);
+}
+
+// W as it is stored, row after row, to `target` of `tiled_size`.
+inline Tiles pack(const bf16* w, long columns, long inputs, bf16* target) {
+    const Tiles tiles{target, columns, padded(inputs, kTileInputs) / 2};
+    for (long first = 0; first < columns; first += kTileColumns) {
+        const bf16* rows[kTileColumns];
+        for (long i = 0; i < kTileColumns; i++) rows[i] = first + i < columns ? w + (first + i) * inputs : nullptr;
+        for (long at = 0; at < inputs; at += kTileInputs, target += kTileInputs * kTileColumns) {
+            for (int i = 0; i < kTileColumns; i += 16) {
+                pack_columns(rows + i, at, inputs, kTileInputs / 2, target + 2 * i);
+            }
+        }
+    }
+    return tiles;
+}

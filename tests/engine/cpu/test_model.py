@@ -1,0 +1,177 @@
+"""Packed weights: every number is where the C++ looks for it, and nothing is held twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvferry.common.request import SampledToken
+from kvferry.engine.cpu import build
+from kvferry.engine.cpu.build import NativeUnavailable
+from kvferry.engine.cpu.model import NativeModel, _Packer, _Tiles
+from kvferry.engine.cpu.runner import NativeRunner
+from kvferry.engine.engine import Engine
+from kvferry.engine.nn import decoder as decoders
+from kvferry.engine.nn.builder import Builder
+from kvferry.engine.nn.decoder import Decoder
+from kvferry.engine.nn.deterministic import torch_results
+from kvferry.engine.nn.feed_forward import GatedMLP
+from kvferry.engine.nn.weight import DenseWeight
+from kvferry.engine.nn.weights import load_weights
+from kvferry.engine.ranks.group import Communicator
+from kvferry.models.config import ModelConfig
+from kvferry.models.default import cache_dir
+
+from ...checkpoints import write_checkpoint
+from ...engine_driver import GREEDY, Driver, engine_config, prompts
+
+LENGTHS = [5, 70, 1]
+
+
+@pytest.fixture(scope="module")
+def pack() -> _Packer:
+    try:
+        return _Packer(build.load(cache_dir()))
+    except NativeUnavailable as reason:
+        pytest.skip(f"no native code on this machine: {reason}")
+
+
+def _matrix(num_outputs: int, num_inputs: int) -> Tensor:
+    return torch.randn(num_outputs, num_inputs, generator=torch.Generator().manual_seed(num_inputs)).bfloat16()
+
+
+def _unpacked(memory: Tensor, num_inputs: int) -> Tensor:
+    """[padded outputs, padded inputs] from [outputs / 64, inputs / 2, 64, 2]."""
+    num_pairs = -(-num_inputs // 32) * 16
+    return memory.view(-1, num_pairs, 64, 2).transpose(1, 2).reshape(-1, 2 * num_pairs)
+
+
+@given(st.integers(1, 200), st.integers(1, 150))
+@settings(max_examples=60, deadline=None)
+def test_packing_loses_nothing_and_pads_with_zeros(pack: _Packer, num_outputs: int, num_inputs: int) -> None:
+    matrix = _matrix(num_outputs, num_inputs)
+    tiles, memory = pack(matrix)
+    found = _unpacked(memory, num_inputs)
+    assert torch.equal(found[:num_outputs, :num_inputs], matrix)
+    assert not found[num_outputs:].any() and not found[:, num_inputs:].any()
+    assert (tiles.weights, tiles.columns) == (memory.data_ptr(), num_outputs)
+    assert (tiles.pairs * 2, len(found)) == (found.shape[1], -(-num_outputs // 64) * 64)
+
+
+def test_a_units_tile_of_pairs_is_read_as_it_lies(pack: _Packer) -> None:
+    """16 pairs of 16 outputs are 16 rows of 64 bytes, 256 bytes apart, as a matrix unit loads one of its tiles."""
+    matrix, x = _matrix(128, 64), torch.randn(64).bfloat16()
+    _, memory = pack(matrix)
+    sums = torch.zeros(128)
+    for output in range(0, 128, 16):
+        for pair in range(0, 32, 16):
+            start = output // 64 * 64 * 64 + pair * 128 + output % 64 * 2
+            tile = memory.as_strided((16, 16, 2), (128, 2, 1), start).float()
+            inputs = x[2 * pair : 2 * pair + 32].float().view(16, 1, 2)
+            sums[output : output + 16] += (tile * inputs).sum((0, 2))
+    torch.testing.assert_close(sums, matrix.float() @ x.float())
+
+
+# --- a whole model ----------------------------------------------------------------------------------------------
+
+
+def _answers(path: Path, **fields: object) -> list[tuple[SampledToken, ...]]:
+    config = engine_config(path, dtype="bfloat16", deterministic=True, **fields)
+    engine = Engine(config, num_blocks=64)
+    assert isinstance(engine.runner, NativeRunner)
+    driver = Driver(engine)
+    seqs = [driver.add(prompt, GREEDY) for prompt in prompts(LENGTHS, 500)]
+    return [*driver.step([(seq, seq.num_tokens) for seq in seqs]), *driver.step([(seq, 1) for seq in seqs])]
+
+
+def _swap_pairs(tiles: Tensor) -> Tensor:
+    return tiles.view(-1, 2).flip(1)
+
+
+def _shift_columns(tiles: Tensor) -> Tensor:
+    return tiles.view(-1, 64, 2).roll(1, 1)
+
+
+def _swap_halves(tiles: Tensor) -> Tensor:
+    return tiles.view(-1, 2, 32, 2).flip(1)
+
+
+@pytest.mark.parametrize("plant", [_swap_pairs, _shift_columns, _swap_halves])
+def test_a_wrong_packing_is_noticed(
+    pack: _Packer, plant: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, tokenizer=False, dtype="bfloat16", tie_embeddings=True, vocab_size=515)
+    expected, right = _answers(tmp_path), _Packer.__call__
+
+    def planted(self: _Packer, matrix: Tensor) -> tuple[_Tiles, Tensor]:
+        tiles, memory = right(self, matrix)
+        assert callable(plant)
+        memory.copy_(plant(memory).reshape(-1))
+        return tiles, memory
+
+    assert _answers(tmp_path) == expected
+    monkeypatch.setattr(_Packer, "__call__", planted)
+    assert _answers(tmp_path) != expected
+    with pytest.raises(AssertionError):
+        test_packing_loses_nothing_and_pads_with_zeros.hypothesis.inner_test(pack, 70, 40)  # type: ignore[attr-defined]
+
+
+def _decoder(path: Path) -> Decoder:
+    decoder = Decoder(ModelConfig.from_dir(path), Communicator(), dtype=torch.bfloat16, device=torch.device("cpu"))
+    load_weights(decoder, path, load_format="auto", seed=0)
+    return decoder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_matrix_is_held_twice(pack: _Packer, tied: bool, tmp_path: Path) -> None:
+    """All but the rows that tokens are looked up in, which a tied head is packed beside."""
+    path = write_checkpoint(tmp_path, tokenizer=False, tie_embeddings=tied)
+    decoder = _decoder(path)
+    NativeModel(decoder, cache_dir())
+    plain = [linear.weight.plain for linear in decoder.linears() if isinstance(linear.weight, DenseWeight)]
+    assert len(plain) == 2 * 4 + 1 and not any(tensor.numel() for tensor in plain)
+    assert decoder.embedding.weight.plain.numel()
+    assert decoder.head.rows.weight.plain.numel() == (decoder.embedding.weight.plain.numel() if tied else 0)
+
+
+def test_without_the_library_the_decoder_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = _decoder(write_checkpoint(tmp_path, tokenizer=False))
+    before = [slot.target.clone() for slot in decoder.slots()]
+    monkeypatch.setattr(build, "_COMPILERS", ())
+    with pytest.raises(NativeUnavailable):
+        NativeModel(decoder, cache_dir())
+    assert all(torch.equal(slot.target, old) for slot, old in zip(decoder.slots(), before, strict=True))
+
+
+class _Halved(GatedMLP):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) / 2
+
+
+class _Halves(DenseWeight):
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return super().product(x, bias) / 2
+
+
+def test_what_only_looks_like_a_known_block_is_left_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path, tokenizer=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoders, "make_feed_forward", lambda builder, layer: _Halved(builder, f"{layer}.mlp"))
+        with pytest.raises(NativeUnavailable, match=r"no C\+\+ for layers of Attention and _Halved"):
+            NativeModel(_decoder(tmp_path), cache_dir())
+    monkeypatch.setattr(Builder, "weight", lambda builder, *shape: _Halves(builder.empty(*shape)))
+    with pytest.raises(NativeUnavailable, match=r"no C\+\+ for .*qkv_proj in torch.bfloat16 as _Halves"):
+        NativeModel(_decoder(tmp_path), cache_dir())
+
+
+def test_torchs_results_are_named_after_the_unit_that_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    for has_amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
+        names.append(torch_results(torch.bfloat16, 1))
+    assert " AMX " in names[1] and names[1].replace(" AMX", "") == names[0]
