@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,6 @@ def serve_by_hand(
     `flags` are for the workers, `shared` are for the router as well.
     """
     port, control = free_port(), free_port()
-    base_url = f"http://127.0.0.1:{port}"
     own = {
         "router": ["router", "--port", str(port), "--control-port", str(control)],
         **{
@@ -145,14 +144,24 @@ def serve_by_hand(
             for name, role in workers.items()
         },
     }
-    processes = []
+    model = (str(model_dir), "--served-model-name", "tiny")
+    commands = [[sys.executable, "-m", "kvferry", command, *model, *shared, *words] for command, *words in own.values()]
+    environment = {SECRET_VARIABLE: "a secret for these tests", **(env or {})}
+    with run_all(commands, log, f"http://127.0.0.1:{port}", env=environment) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def run_all(
+    commands: Sequence[Sequence[str]], log: Path, base_url: str, *, env: Mapping[str, str] | None = None
+) -> Iterator[Cluster]:
+    """Run a router's command and those of its workers until the block ends; they are ready when it begins."""
+    processes: list[subprocess.Popen[bytes]] = []
+    environment = {**os.environ, **(env or {})}
     with log.open("wb") as output, httpx.Client(base_url=base_url, timeout=60.0) as client:
         try:
-            for command, *words in own.values():
-                argv = [sys.executable, "-m", "kvferry", command, str(model_dir), "--served-model-name", "tiny"]
-                argv += [*shared, *words]
-                environment = {**os.environ, SECRET_VARIABLE: "a secret for these tests", **(env or {})}
-                processes.append(subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, env=environment))
+            for command in commands:
+                processes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
             cluster = Cluster(processes[0], base_url, log, client, processes[1:])
             _wait_ready(cluster)
             yield cluster

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from ..checkpoints import write_checkpoint
 from .cluster import Cluster, free_port, serve, wait_until
 
 FLAGS = ("--served-model-name", "tiny", "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB", "--device", "cpu")
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the usual one reads every root certificate, for each connection
 OLD, NEW = "the first secret of these tests", "the second secret of these tests"
 
 
@@ -52,7 +54,8 @@ def ask(cluster: Cluster, key: str) -> int:
     """The status of a short request over a new connection, which any of the routers takes."""
     body = {"prompt": "hi", "max_tokens": 2}
     headers = {"authorization": f"Bearer {key}"}
-    return httpx.post(f"{cluster.base_url}/v1/completions", json=body, headers=headers, timeout=60.0).status_code
+    url = f"{cluster.base_url}/v1/completions"
+    return httpx.post(url, json=body, headers=headers, timeout=60.0, verify=NO_TLS).status_code
 
 
 class LongStream:
@@ -144,38 +147,54 @@ def test_a_secret_is_rotated_on_a_running_deployment_and_no_request_fails(site: 
     assert all("KVFERRY_SECRET" not in environ for environ in environments)
 
 
-def test_keys_on_the_command_line_are_in_no_processs_arguments(tmp_path: Path) -> None:
-    key, admin_key = "sesame-for-clients", "sesame-for-operators"
-    model_dir = write_checkpoint(tmp_path / "tiny")
-    flags = (*FLAGS, "--api-key", key, f"--admin-key={admin_key}", "--admin-port", str(free_port()), "--prefill", "0")
-    with serve(model_dir, tmp_path / "log", *flags) as cluster:
-        processes = [psutil.Process(cluster.process.pid), *cluster.children()]
-        words = [word for process in processes for word in process.cmdline()]
-        assert len(processes) >= 4  # launcher, router, its renderer of chats, decode worker
-        assert not [word for word in words if key in word or admin_key in word]
-        assert ask(cluster, key) == 200 and ask(cluster, admin_key) == 401
-        [admin] = cluster.admin_urls
-        headers = {"authorization": f"Bearer {admin_key}"}
-        assert httpx.get(f"{admin}/admin/workers", headers=headers).status_code == 200
-        assert httpx.get(f"{admin}/admin/workers").status_code == 401
-    assert key not in (tmp_path / "log").read_text()
+KEY, ADMIN_KEY = "sesame-for-clients", "sesame-for-operators"
 
 
-def test_a_pid_file_is_there_while_its_deployment_is(tmp_path: Path) -> None:
-    path = tmp_path / "pid"
-    model_dir = write_checkpoint(tmp_path / "tiny")
-    with serve(model_dir, tmp_path / "log", *FLAGS, "--prefill", "0", "--pid-file", str(path)) as cluster:
-        assert int(path.read_text()) == cluster.process.pid
-        command = [sys.executable, "-m", "kvferry"]
-        shown = subprocess.run(
-            [*command, "status", "--pid-file", str(path), "--json"], capture_output=True, text=True, timeout=60.0
-        )
-        [status] = json.loads(shown.stdout)
-        assert status["http"] == cluster.base_url
-        assert [row["name"] for row in status["processes"]] == ["router", "d-0"]
-        drained = subprocess.run([*command, "drain", "--pid-file", str(path)], timeout=60.0, capture_output=True)
-        assert drained.returncode == 0
-        assert cluster.process.wait(10.0) == 0
-        assert not path.exists()
-        gone = subprocess.run([*command, "status", "--port", str(os.getpid())], timeout=60.0, capture_output=True)
-        assert gone.returncode == 3
+class Alone(NamedTuple):
+    """A deployment of one worker that was given its keys on the command line, and a pid file."""
+
+    cluster: Cluster
+    pid_file: Path
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
+    folder = tmp_path_factory.mktemp("alone")
+    path = folder / "pid"
+    flags = (*FLAGS, "--api-key", KEY, f"--admin-key={ADMIN_KEY}", "--admin-port", str(free_port()))
+    model_dir = write_checkpoint(folder / "tiny")
+    with serve(model_dir, folder / "log", *flags, "--prefill", "0", "--pid-file", str(path)) as cluster:
+        yield Alone(cluster, path)
+
+
+def test_keys_on_the_command_line_are_in_no_processs_arguments(alone: Alone) -> None:
+    cluster = alone.cluster
+    processes = [psutil.Process(cluster.process.pid), *cluster.children()]
+    words = [word for process in processes for word in process.cmdline()]
+    assert len(processes) >= 4  # launcher, router, its renderer of chats, decode worker
+    assert not [word for word in words if KEY in word or ADMIN_KEY in word]
+    assert ask(cluster, KEY) == 200 and ask(cluster, ADMIN_KEY) == 401
+    [admin] = cluster.admin_urls
+    headers = {"authorization": f"Bearer {ADMIN_KEY}"}
+    assert httpx.get(f"{admin}/admin/workers", headers=headers).status_code == 200
+    assert httpx.get(f"{admin}/admin/workers").status_code == 401
+
+
+def test_a_pid_file_is_there_while_its_deployment_is(alone: Alone) -> None:
+    """The deployment ends here, and has told no key to its log."""
+    cluster, path = alone
+    assert int(path.read_text()) == cluster.process.pid
+    command = [sys.executable, "-m", "kvferry"]
+    shown = subprocess.run(
+        [*command, "status", "--pid-file", str(path), "--json"], capture_output=True, text=True, timeout=60.0
+    )
+    [status] = json.loads(shown.stdout)
+    assert status["http"] == cluster.base_url
+    assert [row["name"] for row in status["processes"]] == ["router", "d-0"]
+    drained = subprocess.run([*command, "drain", "--pid-file", str(path)], timeout=60.0, capture_output=True)
+    assert drained.returncode == 0
+    assert cluster.process.wait(10.0) == 0
+    assert not path.exists()
+    assert KEY not in cluster.log.read_text()
+    gone = subprocess.run([*command, "status", "--port", str(os.getpid())], timeout=60.0, capture_output=True)
+    assert gone.returncode == 3

@@ -1,37 +1,60 @@
 """Greedy answers equal `transformers` token for token, however and wherever they are computed.
 
 Four families, 32 requests at once of 1 to 3,000 tokens, over HTTP and real workers that hand KV over by NIXL:
-disaggregated, prefix hits on either side, colocated, preempted, and tensor parallel on either side or both.
+disaggregated, prefix hits on either side, colocated, preempted, and tensor parallel on either side or both. One fleet
+of each family has a worker of every kind; a test says which of them serve it (pinned_router.py), and its prompts are
+unknown to every cache by a salt of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
+import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import pytest
 
+from kvferry.common.config import SECRET_VARIABLE, EngineConfig, RouterConfig, WorkerConfig
+
 from ..checkpoints import Family, write_checkpoint
 from . import reference
-from .cluster import Cluster, serve, wait_until
+from .cluster import Cluster, free_port, run_all, wait_until
+from .pinned_router import PIN_VARIABLE
 
 NUM_TOKENS = 24
 MAX_MODEL_LEN = 4096
 # Around the borders of blocks (16) and chunks (512), and in between.
 LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 300, 400, 511, 512, 513]
 LENGTHS += [700, 1000, 1023, 1025, 1500, 2048, 2500, 3000]
+NUM_HITS = sum((length - 1) // 16 * 16 for length in LENGTHS)  # when all are known; the last token is computed anew
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4  # layers, K and V, heads, head_dim, tokens, float32
 GROWING_LENGTHS = [200 + n for n in range(8)]  # with answers that need twice the blocks of SMALL_POOL
 NUM_GROWING_TOKENS = 192
-SMALL_POOL = str(115 * BLOCK_BYTES)
+SMALL_POOL = 115 * BLOCK_BYTES
+PINNED_ROUTER = Path(__file__).parent / "pinned_router.py"
 
 
-@dataclass(frozen=True)
-class Model:
-    path: Path
-    teacher: reference.Teacher
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What a worker of the fleet is."""
+
+    role: Literal["prefill", "decode"]
+    ranks: int = 1
+    cache_bytes: int = 128 << 20  # the prompts of several tests at once
+
+
+WORKERS = {
+    "p-0": Kind(role="prefill"),
+    "d-0": Kind(role="decode"),
+    "p-wide": Kind(role="prefill", ranks=2),
+    "d-wide": Kind(role="decode", ranks=2),
+    "d-small": Kind(role="decode", cache_bytes=SMALL_POOL),
+}
 
 
 def _prompts(lengths: list[int]) -> list[list[int]]:
@@ -44,17 +67,84 @@ def _prompts(lengths: list[int]) -> list[list[int]]:
 PROMPTS, GROWING = _prompts(LENGTHS), _prompts(GROWING_LENGTHS)
 
 
+@dataclass(frozen=True)
+class Fleet:
+    """The workers of one family's checkpoint behind a router."""
+
+    cluster: Cluster
+    pins: Path
+    teacher: reference.Teacher
+
+    def check(
+        self,
+        mode: str,
+        workers: str,
+        salt: str,
+        prompts: list[list[int]] = PROMPTS,
+        num_tokens: int = NUM_TOKENS,
+    ) -> None:
+        """Put all prompts at once to these workers, and judge what they say."""
+        self.pins.write_text(workers)
+        answers = asyncio.run(_complete(self.cluster, prompts, num_tokens, salt))
+        self.teacher.assert_greedy(prompts, answers, mode)
+
+    def num_hits(self, worker: str) -> float:
+        return self.cluster.metric("kvferry_prefix_cache_hits_total", f'worker="{worker}"')
+
+    def check_hits(self, mode: str, workers: str, salt: str, *, on: str) -> None:
+        """Put prompts that worker `on` alone remembers: each of its blocks is used, and none of the other's."""
+        before = {name: self.num_hits(name) for name in workers.split()}
+        self.check(mode, workers, salt)
+        # A later heartbeat tells of the last ones, so that no other test counts them.
+        wait_until(lambda: self.num_hits(on) == before[on] + NUM_HITS, f"all prefix hits on {on}")
+        assert {name for name in before if self.num_hits(name) > before[name]} == {on}
+
+    def num_fallbacks(self) -> float:
+        return self.cluster.metric("kvferry_fallback_total")
+
+
 @pytest.fixture(scope="module", params=["llama", "mistral", "qwen2", "qwen3"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     family: Family = request.param
+    folder = tmp_path_factory.mktemp(family)
     window = 300 if family == "mistral" else None
-    path = write_checkpoint(
-        tmp_path_factory.mktemp("models") / family, family, max_model_len=MAX_MODEL_LEN, sliding_window=window
+    path = write_checkpoint(folder / "model", family, max_model_len=MAX_MODEL_LEN, sliding_window=window)
+    http, control, pins = free_port(), free_port(), folder / "pins"
+    router = RouterConfig(
+        port=http, control_port=control, model_dir=path, served_model_name="tiny", log_level="warning"
     )
-    return Model(path, reference.Teacher(path))
+    pins.write_text("p-0 d-0")
+    commands = [[sys.executable, str(PINNED_ROUTER), "--config-json", router.model_dump_json()]]
+    for name, kind in WORKERS.items():
+        config = _worker_config(name, kind, path, control)
+        commands.append([sys.executable, "-m", "kvferry.worker", "--config-json", config.model_dump_json()])
+    env = {PIN_VARIABLE: str(pins), SECRET_VARIABLE: "a secret for these tests", "OMP_NUM_THREADS": "1"}
+    with run_all(commands, folder / "log", f"http://127.0.0.1:{http}", env=env) as cluster:
+        is_ready = 'state="ready"'
+        wait_until(lambda: cluster.metric("kvferry_worker_state", is_ready) == len(WORKERS), "every worker", 90.0)
+        yield Fleet(cluster, pins, reference.Teacher(path))
 
 
-async def _complete(cluster: Cluster, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+def _worker_config(name: str, kind: Kind, path: Path, control: int) -> WorkerConfig:
+    engine = EngineConfig(
+        model_dir=path,
+        served_model_name="tiny",
+        dtype="float32",
+        num_threads=1,
+        tensor_parallel_size=kind.ranks,
+        kv_cache_memory_bytes=kind.cache_bytes,
+    )
+    routers = (f"127.0.0.1:{control}",)
+    return WorkerConfig(worker_id=name, role=kind.role, engine=engine, routers=routers, log_level="warning")
+
+
+@pytest.fixture
+def salt() -> str:
+    """Makes every prompt a new one."""
+    return uuid.uuid4().hex
+
+
+async def _complete(cluster: Cluster, prompts: list[list[int]], num_tokens: int, salt: str) -> list[list[int]]:
     """All prompts at once: the answers' token ids."""
     async with httpx.AsyncClient(base_url=cluster.base_url, timeout=300.0) as client:
 
@@ -66,6 +156,7 @@ async def _complete(cluster: Cluster, prompts: list[list[int]], num_tokens: int)
                 "temperature": 0,
                 "ignore_eos": True,
                 "return_token_ids": True,
+                "cache_salt": salt,
             }
             answer = await client.post("/v1/completions", json=body)
             assert answer.status_code == 200, answer.text
@@ -76,63 +167,43 @@ async def _complete(cluster: Cluster, prompts: list[list[int]], num_tokens: int)
         return list(await asyncio.gather(*map(one, prompts)))
 
 
-def _check(
-    cluster: Cluster, model: Model, mode: str, prompts: list[list[int]] = PROMPTS, num: int = NUM_TOKENS
-) -> None:
-    model.teacher.assert_greedy(prompts, asyncio.run(_complete(cluster, prompts, num)), mode)
+def test_disaggregated(fleet: Fleet, salt: str) -> None:
+    before = fleet.num_fallbacks()
+    fleet.check("disaggregated", "p-0 d-0", salt)
+    assert fleet.num_fallbacks() == before
 
 
-def _wait_for_hits(cluster: Cluster, worker: str) -> None:
-    """The worker's next heartbeat tells that most of the repeated prompts were found."""
-    name, label = "kvferry_prefix_cache_hits_total", f'worker="{worker}"'
-    wait_until(lambda: cluster.metric(name, label) > sum(LENGTHS) / 2, f"prefix hits on {worker}")
+def test_tensor_parallel_decode_then_prefix_hits_on_the_prefill_side(fleet: Fleet, salt: str) -> None:
+    before = fleet.num_fallbacks()
+    fleet.check("one rank to two", "p-0 d-wide", salt)
+    fleet.check_hits("prefill-side hits", "p-0 d-0", salt, on="p-0")
+    assert fleet.num_fallbacks() == before
 
 
-COMMON = ("--served-model-name", "tiny", "--dtype", "float32", "--log-level", "warning")
+def test_tensor_parallel_prefill_then_prefix_hits_on_the_decode_side(fleet: Fleet, salt: str) -> None:
+    before = fleet.num_fallbacks()
+    fleet.check("two ranks to one", "p-wide d-0", salt)
+    fleet.check_hits("decode-side hits", "p-0 d-0", salt, on="d-0")
+    assert fleet.num_fallbacks() == before
 
 
-def test_disaggregated_and_prefix_hits_on_the_prefill_side(model: Model, tmp_path: Path) -> None:
-    env = {"KVFERRY_DECODE_ENABLE_PREFIX_CACHING": "false"}
-    with serve(model.path, tmp_path / "log", *COMMON, "--kv-cache-memory-bytes", "64MiB", env=env) as cluster:
-        _check(cluster, model, "disaggregated")
-        _check(cluster, model, "prefill-side hits")
-        _wait_for_hits(cluster, "p-0")
-        assert cluster.metric("kvferry_prefix_cache_hits_total", 'worker="d-0"') == 0
-        assert cluster.metric("kvferry_fallback_total") == 0
+def test_tensor_parallel_on_both_sides(fleet: Fleet, salt: str) -> None:
+    before = fleet.num_fallbacks()
+    fleet.check("two ranks to two", "p-wide d-wide", salt)
+    assert fleet.num_fallbacks() == before
 
 
-def test_prefix_hits_on_the_decode_side(model: Model, tmp_path: Path) -> None:
-    env = {"KVFERRY_PREFILL_ENABLE_PREFIX_CACHING": "false"}
-    with serve(model.path, tmp_path / "log", *COMMON, "--kv-cache-memory-bytes", "64MiB", env=env) as cluster:
-        _check(cluster, model, "disaggregated")
-        _check(cluster, model, "decode-side hits")
-        _wait_for_hits(cluster, "d-0")
-        assert cluster.metric("kvferry_prefix_cache_hits_total", 'worker="p-0"') == 0
+def test_colocated(fleet: Fleet, salt: str) -> None:
+    fleet.check("colocated", "d-0", salt)
+    fleet.check_hits("colocated hits", "d-0", salt, on="d-0")
 
 
-def test_colocated(model: Model, tmp_path: Path) -> None:
-    flags = ("--prefill", "0", "--kv-cache-memory-bytes", "64MiB")
-    with serve(model.path, tmp_path / "log", *COMMON, *flags) as cluster:
-        _check(cluster, model, "colocated")
-        _check(cluster, model, "colocated hits")
+@pytest.mark.parametrize("workers", ["d-small", "p-0 d-small"])
+def test_preempted(fleet: Fleet, salt: str, workers: str) -> None:
+    def metric(name: str, *labels: str) -> float:
+        return fleet.cluster.metric(f"kvferry_{name}", 'worker="d-small"', *labels)
 
-
-@pytest.mark.parametrize("num_prefill", ["0", "1"])
-def test_preempted(model: Model, tmp_path: Path, num_prefill: str) -> None:
-    flags = ("--prefill", num_prefill, "--kv-cache-memory-bytes", "64MiB")
-    env = {"KVFERRY_DECODE_KV_CACHE_MEMORY_BYTES": SMALL_POOL}
-    with serve(model.path, tmp_path / "log", *COMMON, *flags, env=env) as cluster:
-        _check(cluster, model, f"preempted, {num_prefill} prefill workers", GROWING, NUM_GROWING_TOKENS)
-        wait_until(lambda: cluster.metric("kvferry_preemptions_total") > 0, "a preemption")
-        wait_until(lambda: cluster.metric("kvferry_blocks", 'state="active"') == 0, "every block given back")
-
-
-@pytest.mark.parametrize(("prefill_ranks", "decode_ranks"), [(2, 2), (1, 2), (2, 1)])
-def test_tensor_parallel(model: Model, tmp_path: Path, prefill_ranks: int, decode_ranks: int) -> None:
-    env = {
-        "KVFERRY_PREFILL_TENSOR_PARALLEL_SIZE": str(prefill_ranks),
-        "KVFERRY_DECODE_TENSOR_PARALLEL_SIZE": str(decode_ranks),
-    }
-    with serve(model.path, tmp_path / "log", *COMMON, "--kv-cache-memory-bytes", "64MiB", env=env) as cluster:
-        _check(cluster, model, f"tensor parallel {prefill_ranks} to {decode_ranks}")
-        assert cluster.metric("kvferry_fallback_total") == 0
+    before = metric("preemptions_total")
+    fleet.check(f"preempted on {workers}", workers, salt, GROWING, NUM_GROWING_TOKENS)
+    wait_until(lambda: metric("preemptions_total") > before, "a preemption")
+    wait_until(lambda: fleet.cluster.metric("kvferry_blocks", 'state="active"') == 0, "every block given back")

@@ -5,29 +5,35 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
 from kvferry.common.config import EngineConfig, WorkerConfig
 
 from ..checkpoints import write_checkpoint
-from .cluster import Cluster, free_port, serve, wait_until
+from .cluster import Cluster, free_port, run_all, serve, wait_until
 
 COMMON = ("--served-model-name", "tiny", "--dtype", "float32")
 BROKEN_TRANSPORT = Path(__file__).parent / "broken_transport.py"
 BLOCK_SIZE = 16
 BLOCK_BYTES = 2 * 2 * 2 * 16 * BLOCK_SIZE * 4  # layers, K and V, heads, head_dim, tokens, float32
+POOL_BYTES = 2100 * BLOCK_BYTES
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny", max_model_len=40960)
+
+
+@pytest.fixture(scope="module")
+def cluster(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    log = tmp_path_factory.mktemp("cluster") / "log"
+    with serve(model_dir, log, *COMMON, "--kv-cache-memory-bytes", str(POOL_BYTES)) as cluster:
+        yield cluster
 
 
 def _complete(cluster: Cluster, prompt: list[int], **more: object) -> dict[str, object]:
@@ -39,87 +45,88 @@ def _tokens(first: int, count: int) -> list[int]:
     return [(first + 3 * i * i + i) % 500 + 4 for i in range(count)]
 
 
-def test_bytes_on_the_wire_are_the_blocks_that_the_decode_worker_lacks(model_dir: Path, tmp_path: Path) -> None:
-    with serve(model_dir, tmp_path / "log", *COMMON, "--kv-cache-memory-bytes", "64MiB") as cluster:
-        shared = _tokens(1, 80)
-        requests = [
-            (_tokens(7, 100), 7),  # six whole blocks and a partial one, which goes whole
-            (_tokens(9, 64), 4),
-            (_tokens(11, 1), 1),
-            (shared, 5),
-            (shared + _tokens(13, 30), 2),  # five blocks are known over there
-        ]
-        expected = 0
-        for prompt, num_blocks in requests:
-            _complete(cluster, prompt)
-            expected += num_blocks * BLOCK_BYTES
-            _wait_for_bytes(cluster, expected)
+class Wire:
+    """What was sent since the start, by our own count and by NIXL's."""
+
+    names = ("kvferry_kv_transfer_bytes_sum", "kvferry_wire_bytes_total")
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._before = {name: cluster.metric(name) for name in self.names}
+
+    def wait_for(self, expected: int) -> None:
+        for name, before in self._before.items():
+            total = before + expected
+            wait_until(lambda name=name, total=total: self._cluster.metric(name) == total, f"{name} = {total}")
 
 
-def _wait_for_bytes(cluster: Cluster, expected: int) -> None:
-    """By our own count and by NIXL's."""
-    for name in ("kvferry_kv_transfer_bytes_sum", "kvferry_wire_bytes_total"):
-        wait_until(lambda name=name: cluster.metric(name) == expected, f"{name} = {expected}")
+def test_bytes_on_the_wire_are_the_blocks_that_the_decode_worker_lacks(cluster: Cluster) -> None:
+    shared = _tokens(1, 80)
+    requests = [
+        (_tokens(7, 100), 7),  # six whole blocks and a partial one, which goes whole
+        (_tokens(9, 64), 4),
+        (_tokens(11, 1), 1),
+        (shared, 5),
+        (shared + _tokens(13, 30), 2),  # five blocks are known over there
+    ]
+    wire, expected = Wire(cluster), 0
+    for prompt, num_blocks in requests:
+        _complete(cluster, prompt)
+        expected += num_blocks * BLOCK_BYTES
+        wire.wait_for(expected)
 
 
-def test_a_prompt_of_32000_tokens_is_handed_over_behind_its_computation(model_dir: Path, tmp_path: Path) -> None:
-    pool = 2100 * BLOCK_BYTES
-    with serve(model_dir, tmp_path / "log", *COMMON, "--kv-cache-memory-bytes", str(pool)) as cluster:
-        workers = cluster.children("kvferry.worker")
-        _complete(cluster, _tokens(3, 600))
-        before = {worker.pid: worker.memory_info().rss for worker in workers}
-        _complete(cluster, _tokens(5, 32_000))
-        _wait_for_bytes(cluster, (38 + 2000) * BLOCK_BYTES)
-        for worker in workers:  # the pool is touched page by page; beyond it only scratch that does not grow with it
-            assert worker.memory_info().rss - before[worker.pid] < pool + (192 << 20)
-        for state in ("active", "granted", "quarantined"):
-            wait_until(
-                lambda state=state: cluster.metric("kvferry_blocks", f'state="{state}"') == 0, f"no block {state}"
-            )
-        exposed = cluster.metric("kvferry_kv_transfer_exposed_seconds_sum")
-        ttft = cluster.metric("kvferry_time_to_first_token_seconds_sum")
-        assert exposed < 0.05 * ttft
+def test_a_prompt_of_32000_tokens_is_handed_over_behind_its_computation(cluster: Cluster) -> None:
+    def total(name: str) -> float:
+        return cluster.metric(f"kvferry_{name}_seconds_sum")
+
+    wire, workers = Wire(cluster), cluster.children("kvferry.worker")
+    exposed, ttft = total("kv_transfer_exposed"), total("time_to_first_token")
+    _complete(cluster, _tokens(3, 600))
+    before = {worker.pid: worker.memory_info().rss for worker in workers}
+    _complete(cluster, _tokens(5, 32_000))
+    wire.wait_for((38 + 2000) * BLOCK_BYTES)
+    for worker in workers:  # the pool is touched page by page; beyond it only scratch that does not grow with it
+        assert worker.memory_info().rss - before[worker.pid] < POOL_BYTES + (192 << 20)
+    for state in ("active", "granted", "quarantined"):
+        wait_until(lambda state=state: cluster.metric("kvferry_blocks", f'state="{state}"') == 0, f"no block {state}")
+    assert total("kv_transfer_exposed") - exposed < 0.05 * (total("time_to_first_token") - ttft)
+
+
+def test_a_killed_worker_is_back_and_the_stream_is_whole(cluster: Cluster) -> None:
+    prompt = _tokens(15, 100)
+    expected = _complete(cluster, prompt, max_tokens=24)["choices"]
+    for role in ("prefill", "decode"):
+        [victim] = cluster.children(f'"role":"{role}"')
+        victim.send_signal(signal.SIGKILL)
+        assert _complete(cluster, prompt, max_tokens=24)["choices"] == expected
+
+        def is_back(role: str = role, old: int = victim.pid) -> bool:
+            pids = [child.pid for child in cluster.children(f'"role":"{role}"')]
+            return pids not in ([], [old]) and cluster.client.get("/ready").status_code == 200
+
+        wait_until(is_back, f"a new {role} worker", 60.0)
 
 
 @contextlib.contextmanager
 def _by_hand(model_dir: Path, log: Path, *router_flags: str) -> Iterator[Cluster]:
     """Router, decode and prefill worker, each started by its own command; the prefill worker's transport is broken."""
     http, control = free_port(), free_port()
-    base_url = f"http://127.0.0.1:{http}"
     address = f"127.0.0.1:{control}"
-    commands = {
-        "router": ["--port", str(http), "--control-port", str(control), *router_flags],
-        "decode": ["--router", address, "--kv-cache-memory-bytes", "16MiB", "--dtype", "float32"],
-        "prefill": [],
-    }
     engine = EngineConfig(
         model_dir=model_dir, served_model_name="tiny", dtype="float32", num_threads=1, kv_cache_memory_bytes=16 << 20
     )
-    processes = []
-    shared = ["--served-model-name", "tiny", "--insecure-loopback"]
-    with log.open("wb") as output, httpx.Client(base_url=base_url, timeout=60.0) as client:
-        try:
-            for name, flags in commands.items():
-                command = [sys.executable, "-m", "kvferry", name, str(model_dir), *shared, *flags]
-                if name == "prefill":
-                    config = WorkerConfig(worker_id="p-unplugged", role="prefill", engine=engine, routers=(address,))
-                    command = [sys.executable, str(BROKEN_TRANSPORT), "--config-json", config.model_dump_json()]
-                processes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
-            cluster = Cluster(processes[0], base_url, log, client)
-
-            def is_ready() -> bool:
-                assert all(process.poll() is None for process in processes), log.read_text()[-4000:]
-                with contextlib.suppress(httpx.TransportError):
-                    return client.get("/ready").status_code == 200
-                return False
-
-            wait_until(is_ready, "readiness", 60.0)
-            yield cluster
-        finally:
-            for process in reversed(processes):
-                process.send_signal(signal.SIGTERM)
-            for process in processes:
-                process.wait(20)
+    broken = WorkerConfig(worker_id="p-unplugged", role="prefill", engine=engine, routers=(address,))
+    shared = [str(model_dir), "--served-model-name", "tiny", "--insecure-loopback"]
+    router = [*shared, "--port", str(http), "--control-port", str(control), *router_flags]
+    decode = [*shared, "--router", address, "--kv-cache-memory-bytes", "16MiB", "--dtype", "float32"]
+    commands = [
+        [sys.executable, "-m", "kvferry", "router", *router],
+        [sys.executable, "-m", "kvferry", "decode", *decode],
+        [sys.executable, str(BROKEN_TRANSPORT), "--config-json", broken.model_dump_json()],
+    ]
+    with run_all(commands, log, f"http://127.0.0.1:{http}") as cluster:
+        yield cluster
 
 
 def test_without_a_transport_the_answer_comes_from_a_local_prefill_and_says_so(model_dir: Path, tmp_path: Path) -> None:
@@ -142,22 +149,6 @@ def test_without_a_transport_and_without_local_prefill_the_error_names_the_peer(
             "p-unplugged" in error["message"] and "link is down" in error["message"] and error["type"] and error["code"]
         )
         assert cluster.metric("kvferry_fallback_total") == 0
-
-
-def test_a_killed_worker_is_back_and_the_stream_is_whole(model_dir: Path, tmp_path: Path) -> None:
-    with serve(model_dir, tmp_path / "log", *COMMON, "--kv-cache-memory-bytes", "16MiB") as cluster:
-        prompt = _tokens(7, 100)
-        expected = _complete(cluster, prompt, max_tokens=24)["choices"]
-        for role in ("prefill", "decode"):
-            [victim] = cluster.children(f'"role":"{role}"')
-            victim.send_signal(signal.SIGKILL)
-            assert _complete(cluster, prompt, max_tokens=24)["choices"] == expected
-
-            def is_back(role: str = role, old: int = victim.pid) -> bool:
-                pids = [child.pid for child in cluster.children(f'"role":"{role}"')]
-                return pids not in ([], [old]) and cluster.client.get("/ready").status_code == 200
-
-            wait_until(is_back, f"a new {role} worker", 60.0)
 
 
 def test_nothing_outlives_a_server_that_gets_sigkill(model_dir: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from kvferry.tools.load.tiny_model import write_tiny_model
 
 from .cluster import START_LIMIT_S, wait_until
 from .drill import Drill
-from .history_client import FLOWING
+from .history_client import DONE, FLOWING
 from .namespaces import NEEDS_NAMESPACES, Network, network
 
 pytestmark = [pytest.mark.slow, NEEDS_NAMESPACES]
@@ -40,38 +40,32 @@ class HostsDrill(Drill):
     """The client is on the router's host."""
 
     net: Network = field(kw_only=True)
+    client: subprocess.Popen[bytes] = field(kw_only=True)  # history_client.py
     logs: list[Path] = field(kw_only=True)
     prefill: psutil.Process = field(kw_only=True)
 
-    @property
-    def url(self) -> str:
-        return f"http://{HOSTS['r']}:{PORT}"
+    def _ask(self, job: str | Sequence[Ask]) -> Iterator[bytes]:
+        """Yield the lines of the client's answer."""
+        assert self.client.stdin is not None and self.client.stdout is not None
+        self.client.stdin.write(msgspec.json.encode(job) + b"\n")
+        self.client.stdin.flush()
+        yield from iter(self.client.stdout.readline, b"")
+        raise AssertionError(f"the client has ended\n{self.log_tail()}")
 
     def send(self, asks: Sequence[Ask], when_flowing: Callable[[], None]) -> dict[int, list[RequestEvent]]:
         events: dict[int, list[RequestEvent]] = {one.number: [] for one in asks}
-        command = self.net.command("r", sys.executable, "-m", CLIENT, self.url, KEY)
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
-            assert client.stdin is not None and client.stdout is not None
-            client.stdin.write(msgspec.json.encode(list(asks)))
-            client.stdin.close()
-            for line in client.stdout:
-                if line == FLOWING:
-                    when_flowing()
-                else:
-                    event = _decode_event(line)
-                    events[event.request].append(event)
-        assert client.returncode == 0
+        for line in self._ask(list(asks)):
+            if line == DONE:
+                break
+            if line == FLOWING:
+                when_flowing()
+            else:
+                event = _decode_event(line)
+                events[event.request].append(event)
         return events
 
     def get(self, path: str) -> tuple[int, str]:
-        program = (
-            "import httpx, sys; a = httpx.get(sys.argv[1], headers={'Authorization': 'Bearer ' + sys.argv[2]}); "
-            "print(a.status_code); print(a.text)"
-        )
-        command = self.net.command("r", sys.executable, "-c", program, f"{self.url}{path}", KEY)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        status, _, text = done.stdout.partition("\n")
-        return (int(status), text) if done.returncode == 0 else (0, done.stderr)
+        return msgspec.json.decode(next(self._ask(path)), type=tuple[int, str])
 
     def metrics(self) -> list[Sample]:
         return parse_metrics(self.get("/metrics")[1])
@@ -100,7 +94,9 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostsDrill]:
             own = router if host == "r" else [*engine, "--worker-id", host, "--host", address]
             words = [role, model_dir, *shared, *own]
             processes[host] = stack.enter_context(net.running(host, log, *words, env=env))
-        drill = HostsDrill(failpoints, 3, net=net, logs=logs, prefill=processes["p"])
+        command = net.command("r", sys.executable, "-m", CLIENT, f"http://{HOSTS['r']}:{PORT}", KEY)
+        client = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        drill = HostsDrill(failpoints, 3, net=net, client=client, logs=logs, prefill=processes["p"])
         wait_until(lambda: drill.get("/ready")[0] == 200, "readiness", START_LIMIT_S)
         drill.settle()
         drill.learn()

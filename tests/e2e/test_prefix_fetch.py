@@ -15,14 +15,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import pytest
 
 from kvferry import __version__
 from kvferry.common.channel import Address
 from kvferry.common.clock import SystemClock
-from kvferry.common.config import RouterConfig
+from kvferry.common.config import FAILPOINTS_VARIABLE, EngineConfig, RouterConfig, TransferConfig, WorkerConfig
 from kvferry.common.messages import WorkerStatus
 from kvferry.common.request import SamplingParams
 from kvferry.router.dispatch.control import ControlServer, Expected
@@ -112,7 +112,7 @@ def _start(command: list[str], output: BinaryIO, env: dict[str, str]) -> subproc
 
 @asynccontextmanager
 async def fleet(
-    model: Path, log: Path, *names: str, flags: tuple[str, ...] = (), failpoints: str = ""
+    model: Path, log: Path, *names: str, transfer: TransferConfig | None = None, failpoints: str = ""
 ) -> AsyncIterator[Fleet]:
     """A router in this process, and workers in theirs."""
     policy = Fixed()
@@ -121,13 +121,21 @@ async def fleet(
     server = ControlServer(dispatcher, Expected(version=__version__, model="tiny"), router_id="r-0")
     address = await server.start(Address("127.0.0.1", 0))
     running = Fleet(dispatcher, policy)
-    env = {**os.environ, "KVFERRY_FAILPOINTS": failpoints, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, FAILPOINTS_VARIABLE: failpoints, "OMP_NUM_THREADS": "1"}
+    engine = EngineConfig(
+        model_dir=model, served_model_name="tiny", dtype="float32", num_threads=1, kv_cache_memory_bytes=8 << 20
+    )
     with log.open("wb") as output:
         for name in names:
-            role = "prefill" if name.startswith("p") else "decode"
-            command = [sys.executable, "-m", "kvferry", role, str(model), "--served-model-name", "tiny"]
-            command += ["--router", str(address), "--insecure-loopback", "--worker-id", name, "--dtype", "float32"]
-            command += ["--kv-cache-memory-bytes", "8MiB", "--log-level", "warning", *flags]
+            worker = WorkerConfig(
+                worker_id=name,
+                role="prefill" if name.startswith("p") else "decode",
+                engine=engine,
+                transfer=transfer or TransferConfig(),
+                routers=(str(address),),
+                log_level="warning",
+            )
+            command = [sys.executable, "-m", "kvferry.worker", "--config-json", worker.model_dump_json()]
             running.processes[name] = await asyncio.to_thread(_start, command, output, env)
         try:
             await running.until(lambda: len(dispatcher.view().workers) == len(names), "all workers join")
@@ -150,13 +158,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["nixl", "ucx"])
 async def test_a_second_turn_reads_the_first_turns_kv_from_wherever_it_lies(
-    model: Path, tmp_path: Path, backend: str
+    model: Path, tmp_path: Path, backend: Literal["nixl", "ucx"]
 ) -> None:
     pytest.importorskip("ucxx" if backend == "ucx" else "nixl_cu12", exc_type=ImportError)
     first = reference.greedy(model, [PROMPT], NUM_TOKENS)[0]
     second_prompt = PROMPT + first.tokens + [(11 * i + 3) % 500 + 4 for i in range(40)]
     second = reference.greedy(model, [second_prompt], NUM_TOKENS)[0]
-    async with fleet(model, tmp_path / "log", "p-0", "p-1", "d-0", "d-1", flags=("--transfer", backend)) as running:
+    async with fleet(
+        model, tmp_path / "log", "p-0", "p-1", "d-0", "d-1", transfer=TransferConfig(backend=backend)
+    ) as running:
         tokens, num_cached = await running.ask(PROMPT, "d-0", prefill="p-0")
         assert (tokens, num_cached) == (first.tokens, 0)
         known = PROMPT + first.tokens[:-1]  # the last one's KV was never needed

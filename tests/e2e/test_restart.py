@@ -80,18 +80,36 @@ async def _under_load(cluster: Cluster, command: Callable[[], object]) -> Tally:
     return tally
 
 
-@pytest.mark.slow
-def test_a_rolling_restart_of_everything_fails_no_request(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster whose running answers have time to end."""
+    folder = tmp_path_factory.mktemp("patient")
     flags = (*FLAGS, "--prefill", "2", "--decode", "2", "--routers", "2")
-    with serve(write_checkpoint(tmp_path / MODEL), tmp_path / "log", *flags) as cluster:
-        before = _program_pids(cluster)
-        tally = asyncio.run(_under_load(cluster, lambda: cluster.command("restart")))
-        assert tally.failures == []
-        assert tally.num_requests > 20
-        after = _program_pids(cluster)
-        assert sorted(before) == sorted(after) == ["d-0", "d-1", "p-0", "p-1", "router"]
-        assert all(len(pids) == (2 if name == "router" else 1) for name, pids in after.items())
-        assert not any(before[name] & after[name] for name in before)
+    with serve(write_checkpoint(folder / MODEL), folder / "log", *flags) as cluster:
+        yield cluster
+
+
+@pytest.mark.slow
+def test_a_rolling_restart_of_everything_fails_no_request(patient: Cluster) -> None:
+    before = _program_pids(patient)
+    tally = asyncio.run(_under_load(patient, lambda: patient.command("restart")))
+    assert tally.failures == []
+    assert tally.num_requests > 20
+    after = _program_pids(patient)
+    assert sorted(before) == sorted(after) == ["d-0", "d-1", "p-0", "p-1", "router"]
+    assert all(len(pids) == (2 if name == "router" else 1) for name, pids in after.items())
+    assert not any(before[name] & after[name] for name in before)
+
+
+@pytest.mark.slow
+def test_sigterm_lets_a_running_answer_end_and_then_ends_everything(patient: Cluster) -> None:
+    with _long_stream(patient) as stream:
+        pieces = stream.pieces()
+        text = next(pieces)
+        patient.process.send_signal(signal.SIGTERM)
+        text += "".join(pieces)
+    assert text
+    assert patient.process.wait(LIMIT_S) == 0
 
 
 def _program_pids(cluster: Cluster) -> dict[str, set[int]]:
@@ -314,15 +332,3 @@ def _num_held(worker: dict[str, Any]) -> int:
     """Blocks that a request or a handoff holds; those that are only cached count as free."""
     blocks = worker["blocks"]
     return int(blocks["total"] - blocks["free"])
-
-
-@pytest.mark.slow
-def test_sigterm_lets_a_running_answer_end_and_then_ends_everything(tmp_path: Path) -> None:
-    with serve(write_checkpoint(tmp_path / MODEL), tmp_path / "log", *FLAGS) as cluster:
-        with _long_stream(cluster) as stream:
-            pieces = stream.pieces()
-            text = next(pieces)
-            cluster.process.send_signal(signal.SIGTERM)
-            text += "".join(pieces)
-        assert text
-        assert cluster.process.wait(LIMIT_S) == 0
