@@ -18,7 +18,8 @@ LINT_ROOT := $(VENV)/lint
 INSTALL_FLAGS := $(if $(filter any,$(TORCH)),--any-torch)
 ARGS ?=
 ROOM ?=
-PYTEST := $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+# A file's tests share servers: a process gets whole files, in the order of tests/conftest.py.
+PYTEST := $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install install-dev serve lock lint format test quick coverage clean
 
