@@ -266,3 +266,41 @@ def test_interrupt_while_it_starts_ends_serve_with_zero() -> None:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
     assert process.returncode == 0
+
+
+def test_keys_are_drawn_listed_and_revoked_by_whose_they_are(run: Run, tmp_path: Path) -> None:
+    """The file holds hashes alone: a key is shown once, by the command that draws it."""
+    file = tmp_path / "keys.yaml"
+    added = [run("keys", "add", name, "--file", str(file)) for name in ("alice", "alice", "bob")]
+    past = run("keys", "add", "carol", "--file", str(file), "--expires", "2020-01-31")
+    keys = [result.stdout.strip() for result in (*added, past)]
+    assert len(set(keys)) == 4 and all(key.startswith("kvf-") for key in keys)
+    assert not any(key in file.read_text() for key in keys) and file.stat().st_mode & 0o777 == 0o600
+
+    rows = run("keys", "list", "--file", str(file)).stdout.splitlines()
+    assert [row.split()[0] for row in rows] == ["alice", "alice", "bob", "carol"]
+    assert rows[2].endswith("no end") and rows[3].endswith("2020-01-31T00:00:00+00:00 (expired)")
+
+    assert run("keys", "revoke", "alice", "--file", str(file)).stdout == "2 of alice revoked\n"
+    rows = run("keys", "list", "--file", str(file)).stdout.splitlines()
+    assert [row.split()[0] for row in rows] == ["bob", "carol"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("revoke", "nobody"), "has no key of nobody"),
+        (("add", "alice", "--expires", "soon"), "--expires: 'soon' is no date such as 2027-01-31"),
+        (("add", "two words"), "id: 'two words' is not 1 to 64 letters, digits"),
+    ],
+)
+def test_a_mistake_about_keys_is_one_line_and_leaves_the_file(
+    run: Run, tmp_path: Path, words: tuple[str, ...], says: str
+) -> None:
+    file = tmp_path / "keys.yaml"
+    run("keys", "add", "bob", "--file", str(file))
+    before = file.read_bytes()
+    result = run("keys", *words, "--file", str(file))
+    assert result.returncode == 2
+    assert says in result.stderr and result.stderr.count("\n") == 1
+    assert file.read_bytes() == before

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from kvferry.cli.operate import status
-from kvferry.common.errors import ConfigError
+from kvferry.cli.operate import drain, reload, restart, running_admin, status
+from kvferry.common.errors import ConfigError, KVFerryError
 from kvferry.launch.running import runtime_dir, socket_of
 
 STATUS = {
@@ -26,6 +26,9 @@ STATUS = {
     "state": "serving",
     "processes": [],
 }
+
+
+REFUSAL = {"pid": os.getppid(), "http": "http://127.0.0.1:8002", "ok": False, "error": "the key file is wrong"}
 
 
 @pytest.fixture
@@ -70,6 +73,12 @@ def serving(folder: Path) -> Iterator[None]:
     yield from listen(socket_of(folder, os.getpid()), json.dumps(STATUS).encode() + b"\n")
 
 
+@pytest.fixture
+def other(folder: Path) -> Iterator[None]:
+    """A second deployment that serves; what it is asked for besides its status fails."""
+    yield from listen(socket_of(folder, os.getppid()), json.dumps(STATUS | REFUSAL).encode() + b"\n")
+
+
 @pytest.mark.usefixtures("ending", "serving")
 def test_a_deployment_that_is_just_ending_hides_no_other(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit) as end:
@@ -82,3 +91,31 @@ def test_a_deployment_that_is_just_ending_hides_no_other(capsys: pytest.CaptureF
 def test_one_that_does_not_answer_is_told_where_there_is_no_other() -> None:
     with pytest.raises(ConfigError, match="ended before it had answered"):
         status()
+
+
+@pytest.mark.usefixtures("folder")
+def test_without_a_deployment_a_command_says_so() -> None:
+    with pytest.raises(ConfigError, match="no deployment of port 8001 runs on this machine"):
+        reload(port=8001)
+
+
+@pytest.mark.usefixtures("serving", "other")
+def test_of_several_deployments_one_has_to_be_named() -> None:
+    with pytest.raises(ConfigError, match=r"2 deployments run: (?=.*8001)(?=.*8002).*--port or --pid-file"):
+        drain()
+
+
+@pytest.mark.usefixtures("serving")
+def test_a_deployment_without_an_admin_listener_is_told_how_to_get_one() -> None:
+    with pytest.raises(ConfigError, match="no admin listener: start it with --admin-port"):
+        running_admin()
+
+
+@pytest.mark.usefixtures("other")
+def test_what_a_deployment_could_not_do_is_an_error() -> None:
+    with pytest.raises(KVFerryError, match="reload: the key file is wrong"):
+        reload()
+    with pytest.raises(KVFerryError, match="not everything was restarted"):
+        restart()
+    with pytest.raises(KVFerryError, match="drain: the key file is wrong"):
+        drain()
