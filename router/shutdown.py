@@ -16,7 +16,7 @@ from collections.abc import Coroutine, Iterator
 import structlog
 
 from .api.reply import InFlight
-from .dispatch.dispatcher import Dispatcher
+from .catalogue.catalogue import Catalogue
 from .http.http_server import HttpServer
 
 INTERRUPT_LIMIT_S = 3.0  # for running answers after SIGINT; less than the launcher's patience
@@ -58,7 +58,7 @@ class Stop:
                 loop.remove_signal_handler(number)
 
 
-async def wind_down(front: HttpServer, dispatcher: Dispatcher, in_flight: InFlight, stop: Stop) -> None:
+async def wind_down(front: HttpServer, catalogue: Catalogue, in_flight: InFlight, stop: Stop) -> None:
     """Let what runs finish within the limit, and each open connection ask once more; then all get an error."""
     log.info("router_drains", in_flight=len(in_flight), limit_s=stop.limit_s)
     in_flight.is_leaving = True
@@ -68,7 +68,7 @@ async def wind_down(front: HttpServer, dispatcher: Dispatcher, in_flight: InFlig
             await _first(front.left(), stop.at_once.wait())
     log.info("router_stops", in_flight=len(in_flight))
     in_flight.is_closing = True
-    await dispatcher.drain(0.0)
+    await catalogue.drain(0.0)
     in_flight.end_all()
 
 

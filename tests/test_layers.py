@@ -53,10 +53,11 @@ router/queue         common router/state
 router/placement     common router/state
 router/dispatch      common kvcache router/state router/queue router/placement
 router/autoscaler    common router/state router/metrics
-router/api           common models router/state router/metrics router/http router/access router/helpers
+router/catalogue     common models router/state router/dispatch router/helpers
+router/api           common models router/state router/metrics router/http router/access router/helpers router/catalogue
 router/admin         common router/state router/access router/autoscaler router/api
 router               common settings models router/state router/metrics router/http router/access
-router               router/placement router/dispatch router/autoscaler router/api router/admin
+router               router/placement router/dispatch router/autoscaler router/catalogue router/api router/admin
 launch               common settings models kvcache engine/cpu
 tools/load           common
 tools/chaos          common models tools/load

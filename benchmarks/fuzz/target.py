@@ -40,8 +40,9 @@ from kvferry.common.messages import (
     in_pieces,
 )
 from kvferry.common.request import FinishReason, RequestSpec, SampledToken
-from kvferry.router.dispatch.control import ControlServer, Expected
+from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher
+from kvferry.router.dispatch.worker_group import Expected, WorkerGroup
 from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.tools.load.server_process import ServerProcess, free_port, running
@@ -230,7 +231,7 @@ async def _serve_control(port: int) -> None:
     config = RouterConfig(model_dir=Path("/"), served_model_name=MODEL, expect_prefill=False)
     metrics = RouterMetrics(MODEL)
     dispatcher = Dispatcher(config, LeastLoaded(expect_prefill=False), SystemClock(), metrics)
-    control = ControlServer(dispatcher, Expected(version="0", model=MODEL), router_id="router-fuzz")
+    control = ControlServer([WorkerGroup(Expected(version="0", model=MODEL), dispatcher)], router_id="router-fuzz")
     await control.start(Address("127.0.0.1", port))
     await control.wait()
 

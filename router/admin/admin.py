@@ -14,9 +14,11 @@ web page in a browser of this machine is kept out by what browsers send: an Orig
 
 from __future__ import annotations
 
+import heapq
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -39,7 +41,7 @@ _MAX_BODY_BYTES = 4096
 
 
 class AdminOperations(Protocol):
-    """The admin listener needs this of the dispatcher."""
+    """The admin listener needs this of a dispatcher."""
 
     def view(self) -> PoolView: ...
 
@@ -97,28 +99,26 @@ class _Guard:
 class Admin:
     """The endpoints."""
 
-    dispatcher: AdminOperations
+    dispatchers: Sequence[AdminOperations]  # of every version
     render: Callable[[], tuple[bytes, str]]  # (text, media type) of the metrics
     drain_s: float  # a drained worker's limit where the caller gives none
     launcher: AdminLauncher | None
 
     async def workers(self, request: Request) -> Response:
-        view = self.dispatcher.view()
-        names = {worker.session: worker.worker_id for worker in view.workers}
-        avoided = [[names[session] for session in pair] for pair in sorted(view.avoided_pairs)]
+        views = [dispatcher.view() for dispatcher in self.dispatchers]
         return JSONResponse(
             {
-                "workers": [_describe(worker) for worker in view.workers],
-                "avoided_handoffs": avoided,  # [prefill worker, decode worker]
-                "queued_requests": view.num_queued,
-                "live_requests": view.num_live,
+                "workers": [_describe(worker) for view in views for worker in view.workers],
+                "avoided_handoffs": [pair for view in views for pair in _avoided(view)],
+                "queued_requests": sum(view.num_queued for view in views),
+                "live_requests": sum(view.num_live for view in views),
             }
         )
 
     async def drain(self, request: Request) -> Response:
         worker_id = request.path_params["worker_id"]
         limit_s = _limit_of(await _body(request), self.drain_s)
-        if not self.dispatcher.drain_worker(worker_id, limit_s):
+        if not any(dispatcher.drain_worker(worker_id, limit_s) for dispatcher in self.dispatchers):
             raise RequestError(f"no worker {clip(worker_id)} is connected", code="worker_not_found", status=404)
         return JSONResponse({"worker_id": worker_id, "state": "draining", "timeout_s": limit_s}, 202)
 
@@ -131,11 +131,12 @@ class Admin:
             raise RequestError(f"kind: {clip(kind)} is none of {', '.join(KINDS)}", param="kind")
         if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= MAX_RECENT:
             raise RequestError(f"limit: a number from 1 to {MAX_RECENT}", param="limit")
-        return JSONResponse({"requests": self.dispatcher.requests(kind, query.get("class"), int(limit))})
+        lists = [dispatcher.requests(kind, query.get("class"), int(limit)) for dispatcher in self.dispatchers]
+        return JSONResponse({"requests": list(islice(_joined(kind, lists), int(limit)))})
 
     async def request(self, request: Request) -> Response:
         request_id = request.path_params["request_id"]
-        known = self.dispatcher.request(request_id)
+        known = next(filter(None, (dispatcher.request(request_id) for dispatcher in self.dispatchers)), None)
         if known is None:
             raise RequestError(
                 f"request {clip(request_id)} is not under way here, and not among the last {MAX_RECENT}",
@@ -155,6 +156,23 @@ class Admin:
     async def metrics(self, request: Request) -> Response:
         body, media_type = self.render()
         return Response(body, media_type=media_type)
+
+
+def _joined(kind: Kind, lists: Sequence[list[dict[str, object]]]) -> Iterable[dict[str, object]]:
+    """Join the dispatchers' lists, each in its own order: the newest first; of the slowest, the slowest."""
+    field, sign = ("ttft_ms", -1.0) if kind == "slowest" else ("age_s", 1.0)
+
+    def rank(summary: dict[str, object]) -> float:
+        value = summary.get(field)
+        return sign * value if isinstance(value, int | float) else 0.0
+
+    return heapq.merge(*lists, key=rank)
+
+
+def _avoided(view: PoolView) -> list[list[str]]:
+    """[prefill worker, decode worker] of every pair that is avoided."""
+    names = {worker.session: worker.worker_id for worker in view.workers}
+    return [[names[session] for session in pair] for pair in sorted(view.avoided_pairs)]
 
 
 def _describe(worker: WorkerView) -> dict[str, object]:

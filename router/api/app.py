@@ -21,20 +21,19 @@ from starlette.types import Receive, Scope, Send
 from ... import __version__
 from ...common.clock import Clock, SystemClock
 from ...common.errors import RequestError
-from ...models.tokenizer import Tokenizer
 from ..access.cors import Cors
 from ..access.hosts import HostNames
 from ..access.keys import ApiKeys
 from ..access.quota import QuotaLimits, Quotas
-from ..helpers.chat_renderer import Renderer
+from ..catalogue.catalogue import Catalogue
+from ..catalogue.version import Version
 from ..metrics.metrics import RouterMetrics
 from ..state.classes import RequestClasses
 from ..state.errors import failure_of, unknown_path
 from .body import MAX_BODY_BYTES
-from .generation import Api, Backend
+from .generation import Api
 from .middleware import Endpoint, MiddlewareAdapter, RequestMiddleware
 from .openai_types import Detokenized, Model, ModelList, PoolCounts, Struct, Tokenized
-from .prompts import PromptReader, ServedModel
 from .reply import Reply
 from .schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
@@ -50,9 +49,7 @@ _PATHS = msgspec.json.encode(
 
 
 def build_app(
-    model: ServedModel,
-    backend: Backend,
-    tokenizer: Tokenizer,
+    catalogue: Catalogue,
     metrics: RouterMetrics,
     *,
     keys: ApiKeys | None = None,
@@ -64,26 +61,20 @@ def build_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     allowed_hosts: tuple[str, ...] = (),
     allowed_origins: tuple[str, ...] = (),
-    renderer: Renderer | None = None,
 ) -> FastAPI:
-    """The application; `app.state.api` is the `Api` behind it. `clock` is the dispatcher's.
+    """The application; `app.state.api` is the `Api` behind it. `clock` is the dispatchers'.
 
     `keys`: without them nobody needs one. `seed` makes the seeds drawn for clients that give none repeatable.
     `share_prefix_cache` lets tenants find each other's prefixes.
-
-    `renderer` makes prompts of chats; None: processes of the application's own.
 
     Where no keys are needed, and where `allowed_hosts` are given, a request must name one of those, an address or
     localhost.
     """
     clock = clock or SystemClock()
     api = Api(
-        model=model,
-        backend=backend,
-        tokenizer=tokenizer,
+        catalogue=catalogue,
         clock=clock,
         observer=metrics,
-        prompts=PromptReader(tokenizer, model, renderer),
         random=random.Random(seed) if seed is not None else random.SystemRandom(),
         quotas=Quotas(quota or QuotaLimits(), clock),
         classes=classes or RequestClasses(),
@@ -140,14 +131,13 @@ class _Routes:
         return await self._api.chat(request)
 
     async def models(self) -> Response:
-        return _json(ModelList(data=[self._model()]))
+        return _json(ModelList(data=[self._model(version) for version in self._api.catalogue]))
 
     async def model(self, name: str) -> Response:
-        self._api.check_model(name)
-        return _json(self._model())
+        return _json(self._model(self._api.catalogue.version(name)))
 
-    def _model(self) -> Model:
-        model, view = self._api.model, self._api.backend.view()
+    def _model(self, version: Version) -> Model:
+        model, view = version.model, version.dispatcher.view()
         return Model(
             id=model.name,
             created=self._api.started_s,
@@ -160,18 +150,18 @@ class _Routes:
         )
 
     async def tokenize(self, request: Request) -> Response:
+        prompts = self._api.prompts
         with self._api.body_room.held() as held:
-            body = await self._api.body(request, held, TokenizeBody)
-            ids = await self._api.prompts.tokenize(body, held.num_bytes)
-        names = await self._api.prompts.names(ids) if body.return_token_strs else None
-        return _json(
-            Tokenized(count=len(ids), max_model_len=self._api.model.max_model_len, tokens=ids, token_strs=names)
-        )
+            body, version = await self._api.body(request, held, TokenizeBody)
+            ids = await prompts.tokenize(version, body, held.num_bytes)
+        names = await prompts.names(version, ids) if body.return_token_strs else None
+        limit = version.model.max_model_len
+        return _json(Tokenized(count=len(ids), max_model_len=limit, tokens=ids, token_strs=names))
 
     async def detokenize(self, request: Request) -> Response:
         with self._api.body_room.held() as held:
-            body = await self._api.body(request, held, DetokenizeBody)
-            return _json(Detokenized(prompt=await self._api.prompts.decode(body.tokens)))
+            body, version = await self._api.body(request, held, DetokenizeBody)
+            return _json(Detokenized(prompt=await self._api.prompts.decode(version, body.tokens)))
 
     async def root(self) -> Response:
         """List what there is."""
@@ -183,7 +173,7 @@ class _Routes:
 
     async def ready(self) -> Response:
         """A request that came now would be answered; 503 and why not otherwise."""
-        reasons = self._api.backend.ready()
+        reasons = self._api.catalogue.ready()
         if self._api.in_flight.is_leaving or self._api.in_flight.is_closing:
             reasons = ["the server is shutting down"]
         if not reasons:
@@ -193,7 +183,7 @@ class _Routes:
         return Response(body, 503, {"retry-after": "1"}, media_type="application/json")
 
     async def metrics(self) -> Response:
-        body, media_type = self._metrics.render(self._api.backend.view(), num_in_flight=len(self._api.in_flight))
+        body, media_type = self._metrics.render(self._api.catalogue.views(), num_in_flight=len(self._api.in_flight))
         return Response(body, media_type=media_type)
 
     async def version(self) -> Response:

@@ -19,8 +19,9 @@ from fastapi import Request
 from ...common.clock import Clock, wall_time_s
 from ...common.errors import RequestError
 from ...common.request import SamplingParams
-from ...models.tokenizer import Tokenizer
 from ..access.quota import Quotas
+from ..catalogue.catalogue import Catalogue
+from ..catalogue.version import ServedModel, Version
 from ..helpers.json_parser import JsonParser
 from ..helpers.strict_json import MAX_COMMAS
 from ..state.classes import CLASS_HEADER, RequestClasses
@@ -28,7 +29,6 @@ from ..state.errors import clip
 from ..state.objectives import DEFAULT_CLASS
 from ..state.request import RouterRequest
 from ..state.token_stream import TokenStream
-from ..state.views import PoolView
 from .answer import Answer, GapObserver, PromptText
 from .body import MAX_BODY_BYTES, BodyRoom, HeldBody, read_body
 from .chat import ChatForm
@@ -36,7 +36,7 @@ from .choice import TextOptions
 from .completions import CompletionForm
 from .form import Form, FormContext, FormOptions
 from .middleware import RequestContext, ResponseObserver, context_of
-from .prompts import PromptReader, ServedModel, max_chat_tokens, max_completion_tokens
+from .prompts import PromptReader, max_chat_tokens, max_completion_tokens
 from .reply import AnswerObserver, InFlight, Reply
 from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
 
@@ -47,16 +47,6 @@ _MAX_SEED = 2**63 - 1
 _CHECKED_BYTES_PER_CHAR = 8  # checking fields is so much faster than tokenizing
 
 
-class Backend(Protocol):
-    """The API needs this of the dispatcher."""
-
-    def submit(self, request: RouterRequest) -> TokenStream: ...
-
-    def ready(self) -> list[str]: ...
-
-    def view(self) -> PoolView: ...
-
-
 class ApiObserver(AnswerObserver, GapObserver, ResponseObserver, Protocol):
     """The API tells an observer what happens."""
 
@@ -65,68 +55,61 @@ class ApiObserver(AnswerObserver, GapObserver, ResponseObserver, Protocol):
 class Api:
     """The parts that every endpoint works with."""
 
-    model: ServedModel
-    backend: Backend
-    tokenizer: Tokenizer
-    clock: Clock  # the dispatcher's
+    catalogue: Catalogue
+    clock: Clock  # the dispatchers'
     observer: ApiObserver
-    prompts: PromptReader
     random: random.Random  # draws the seeds that clients do not give
     quotas: Quotas
     classes: RequestClasses = field(default_factory=RequestClasses)
     shares_prefixes: bool = False  # between keys: what one has cached, others find
     max_body_bytes: int = MAX_BODY_BYTES
+    prompts: PromptReader = field(default_factory=PromptReader)
     body_room: BodyRoom = field(default_factory=BodyRoom)
     json: JsonParser = field(default_factory=JsonParser)
     in_flight: InFlight = field(default_factory=InFlight)
     started_s: int = field(default_factory=wall_time_s)
 
-    async def body(self, request: Request, held: HeldBody, kind: type[Body]) -> Body:
-        """Raises CapacityError (429) before anything is read where the caller's quota is used up."""
+    async def body(self, request: Request, held: HeldBody, kind: type[Body]) -> tuple[Body, Version]:
+        """Return what the client asks, and of which version.
+
+        Raises CapacityError (429) before anything is read where the caller's quota is used up.
+        """
         context = context_of(request.scope)
         context.allowance = self.quotas.enter(context.tenant)
         data = await read_body(context.headers, request.receive, held, max_bytes=self.max_body_bytes)
-        max_commas = max(MAX_COMMAS, 2 * self.model.max_model_len)
+        max_commas = max(MAX_COMMAS, 2 * self.catalogue.max_model_len)
         raw = await self.json.parse(data, max_commas)
         body = await self.prompts.run(len(data) // _CHECKED_BYTES_PER_CHAR, validate, kind, raw)
-        self.check_model(body.model)
-        return body
-
-    def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model.name:
-            raise RequestError(
-                f"the model {clip(name)} does not exist; this server has '{self.model.name}'",
-                param="model",
-                code="model_not_found",
-                status=404,
-            )
+        return body, self.catalogue.version(body.model)
 
     def close(self) -> None:
-        """End the threads and the process that work on bodies."""
+        """End the threads and the processes that work on bodies."""
         self.prompts.close()
+        self.catalogue.close()
         self.json.close()
 
     async def complete(self, request: Request) -> Reply:
         context = self._begin(request)
         with self.body_room.held() as held:
-            body = await self.body(request, held, CompletionBody)
+            body, version = await self.body(request, held, CompletionBody)
             context.marks["read"] = self.clock.now()
-            prompts = await self.prompts.completion(body, held.num_bytes)
+            prompts = await self.prompts.completion(version, body, held.num_bytes)
         context.marks["tokenize"] = self.clock.now()
-        limits = [max_completion_tokens(body, prompt, self.model.max_model_len) for prompt in prompts]
-        answer = await self._submit(context, body, prompts, limits)
-        return self._reply(body, answer, CompletionForm(self._form_context(f"cmpl-{context.request_id}", body, answer)))
+        limits = [max_completion_tokens(body, prompt, version.model.max_model_len) for prompt in prompts]
+        answer = await self._submit(context, version, body, prompts, limits)
+        form_context = _form_context(f"cmpl-{context.request_id}", version, body, answer)
+        return self._reply(body, answer, CompletionForm(form_context))
 
     async def chat(self, request: Request) -> Reply:
         context = self._begin(request)
         with self.body_room.held() as held:
-            body = await self.body(request, held, ChatBody)
+            body, version = await self.body(request, held, ChatBody)
             context.marks["read"] = self.clock.now()
-            messages, prompt = await self.prompts.chat(body, held.num_bytes)
+            messages, prompt = await self.prompts.chat(version, body, held.num_bytes)
         context.marks["tokenize"] = self.clock.now()
-        limit = max_chat_tokens(body, prompt, self.model.max_model_len)
-        answer = await self._submit(context, body, [prompt], [limit])
-        form_context = self._form_context(f"chatcmpl-{context.request_id}", body, answer)
+        limit = max_chat_tokens(body, prompt, version.model.max_model_len)
+        answer = await self._submit(context, version, body, [prompt], [limit])
+        form_context = _form_context(f"chatcmpl-{context.request_id}", version, body, answer)
         continued = messages[-1] if body.echo and messages[-1]["role"] == "assistant" else None
         return self._reply(body, answer, ChatForm(form_context, echoed=str(continued["content"]) if continued else ""))
 
@@ -148,9 +131,14 @@ class Api:
         return max(0.0, context.timeout_s - (self.clock.now() - context.started_s))
 
     async def _submit(
-        self, context: RequestContext, body: GenerationBody, prompts: Sequence[PromptText], limits: Sequence[int]
+        self,
+        context: RequestContext,
+        version: Version,
+        body: GenerationBody,
+        prompts: Sequence[PromptText],
+        limits: Sequence[int],
     ) -> Answer:
-        sampling = [self._sampling(body, limit) for limit in limits]
+        sampling = [self._sampling(version.model, body, limit) for limit in limits]
         self.in_flight.check_open()
         if context.allowance is not None:
             tokens = zip(prompts, limits, strict=True)
@@ -162,22 +150,22 @@ class Api:
                 if index % _BATCH_STEP == _BATCH_STEP - 1:
                     await asyncio.sleep(0)  # a large batch does not hold up everybody else
                 request_id = f"{context.request_id}-{index}"
-                prompt_request = self._request(request_id, context, body, prompt, params, salt)
+                prompt_request = self._request(request_id, context, version, body, prompt, params, salt)
                 prompt_request.timeout_s = self._remaining_s(context)
-                streams.append(self.backend.submit(prompt_request))
+                streams.append(version.dispatcher.submit(prompt_request))
         except BaseException:
             for stream in streams:
                 stream.abort()
             raise
         options = _text_options(body, limits[0])
-        return Answer(streams, prompts, options, self.tokenizer, clock=self.clock, observer=self.observer)
+        return Answer(streams, prompts, options, version.tokenizer, clock=self.clock, observer=self.observer)
 
-    def _sampling(self, body: GenerationBody, max_tokens: int) -> SamplingParams:
+    def _sampling(self, model: ServedModel, body: GenerationBody, max_tokens: int) -> SamplingParams:
         return body.sampling(
-            self.model.defaults,
+            model.defaults,
             seed=self.random.randint(0, _MAX_SEED),
             max_tokens=max_tokens,
-            vocab_size=self.model.vocab_size,
+            vocab_size=model.vocab_size,
         )
 
     def _cache_salt(self, context: RequestContext, body: GenerationBody) -> bytes:
@@ -189,6 +177,7 @@ class Api:
         self,
         request_id: str,
         context: RequestContext,
+        version: Version,
         body: GenerationBody,
         prompt: PromptText,
         sampling: SamplingParams,
@@ -205,23 +194,8 @@ class Api:
             request_class=context.request_class,
             objectives=objectives,
             tenant=_tenant_of(context, body),
-            model=self.model.name,
+            model=version.model.name,
         )
-
-    def _form_context(self, answer_id: str, body: GenerationBody, answer: Answer) -> FormContext:
-        streamed = body.stream_options
-        continuous = streamed is not None and bool(streamed.continuous_usage_stats)
-        options = FormOptions(
-            num_logprobs=body.num_logprobs,
-            num_prompt_logprobs=body.prompt_logprobs,
-            echo=bool(body.echo),
-            return_token_ids=bool(body.return_token_ids),
-            names_tokens_by_id=bool(body.return_tokens_as_token_ids),
-            include_usage=streamed is not None and bool(streamed.include_usage),
-            continuous_usage=continuous,
-        )
-        model = self.model
-        return FormContext(answer_id, wall_time_s(), model.name, model.fingerprint, answer, self.tokenizer, options)
 
     def _reply(self, body: GenerationBody, answer: Answer, form: Form) -> Reply:
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -253,6 +227,22 @@ def _text_options(body: GenerationBody, max_tokens: int) -> TextOptions:
         skip_special_tokens=body.skip_special_tokens is not False,
         keep_tokens=body.num_logprobs is not None or bool(body.return_token_ids),
     )
+
+
+def _form_context(answer_id: str, version: Version, body: GenerationBody, answer: Answer) -> FormContext:
+    streamed = body.stream_options
+    continuous = streamed is not None and bool(streamed.continuous_usage_stats)
+    options = FormOptions(
+        num_logprobs=body.num_logprobs,
+        num_prompt_logprobs=body.prompt_logprobs,
+        echo=bool(body.echo),
+        return_token_ids=bool(body.return_token_ids),
+        names_tokens_by_id=bool(body.return_tokens_as_token_ids),
+        include_usage=streamed is not None and bool(streamed.include_usage),
+        continuous_usage=continuous,
+    )
+    model = version.model
+    return FormContext(answer_id, wall_time_s(), model.name, model.fingerprint, answer, version.tokenizer, options)
 
 
 def parse_timeout(text: str) -> float:

@@ -10,18 +10,16 @@ import asyncio
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-from ... import __version__
-from ...common.config import SpecialTokens
 from ...common.errors import RequestError
-from ...models.tokenizer import Tokenizer, check_num_bytes, check_text_size
-from ..helpers.chat_renderer import Chat, ChatRenderer, Renderer
+from ...models.special_text import SpecialText
+from ...models.tokenizer import check_num_bytes, check_text_size
+from ..catalogue.version import Version
+from ..helpers.chat_renderer import Chat
 from ..state.errors import clip
 from .answer import PromptText
 from .chat_messages import parse_messages
-from .defaults import SamplingDefaults
 from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, TokenizeBody
 
 INLINE_CHARS = 4096  # about half a millisecond of tokenizing
@@ -31,77 +29,49 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@dataclass(slots=True, frozen=True)
-class ServedModel:
-    """The model, as the API knows it."""
-
-    name: str
-    max_model_len: int
-    vocab_size: int  # token ids below it are valid
-    defaults: SamplingDefaults = SamplingDefaults()
-    deterministic: bool = False
-    special_tokens: SpecialTokens = "allow"  # that the text of a message spells
-
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint in answers: if equal and ending in `exact`, equal requests with a seed have equal answers."""
-        return f"kvferry-{__version__}-{'exact' if self.deterministic else 'fast'}"
-
-
 class PromptReader:
-    """Stateless but for its threads and processes; `close` ends them."""
+    """Reads prompts for any version. It is stateless but for its threads; `close` ends them."""
 
-    def __init__(self, tokenizer: Tokenizer, model: ServedModel, renderer: Renderer | None = None) -> None:
-        """`renderer`: of the tokenizer's chat template; None: in processes of its own."""
-        self._tokenizer = tokenizer
-        self._model = model
-        if renderer is None and tokenizer.chat_template is not None:
-            renderer = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens)
-        self._renderer = renderer
-        self._special = tokenizer.special_text() if model.special_tokens != "allow" else None
+    def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
 
-    def start(self) -> None:
-        """Do now what would make the first client wait."""
-        if self._renderer is not None:
-            self._renderer.start()
-
     def close(self) -> None:
-        if self._renderer is not None:
-            self._renderer.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # `size` is about how many characters there are to work on.
 
-    async def completion(self, body: CompletionBody, size: int) -> list[PromptText]:
-        return await self.run(size, self._completion, body)
+    async def completion(self, version: Version, body: CompletionBody, size: int) -> list[PromptText]:
+        return await self.run(size, _completion, version, body)
 
-    async def chat(self, body: ChatBody | TokenizeBody, size: int) -> tuple[list[dict[str, object]], PromptText]:
+    async def chat(
+        self, version: Version, body: ChatBody | TokenizeBody, size: int
+    ) -> tuple[list[dict[str, object]], PromptText]:
         """The messages as checked, and the prompt that they make."""
-        if self._renderer is None:
+        if version.renderer is None:
             raise RequestError(
                 "this model has no chat template; the server needs --chat-template FILE to answer chats, "
                 "or use /v1/completions",
                 code="chat_template_missing",
             )
-        messages, chat, hidden = await self.run(size, self._chat, body)
-        text = await self._renderer.render(chat)
+        messages, chat, hidden = await self.run(size, _chat, version, body)
+        text = await version.renderer.render(chat)
         # The template writes the special tokens itself.
-        prompt = await self.run(len(text), self._encode_chat, text, hidden, bool(body.add_special_tokens))
+        prompt = await self.run(len(text), _encode_chat, version, text, hidden, bool(body.add_special_tokens))
         return messages, prompt
 
-    async def tokenize(self, body: TokenizeBody, size: int) -> list[int]:
+    async def tokenize(self, version: Version, body: TokenizeBody, size: int) -> list[int]:
         if body.messages is not None:
-            return (await self.chat(body, size))[1].token_ids
-        prompts = await self.run(size, self._encode, [body.prompt or ""], body.add_special_tokens is not False)
+            return (await self.chat(version, body, size))[1].token_ids
+        add_special_tokens = body.add_special_tokens is not False
+        prompts = await self.run(size, _encode, version, [body.prompt or ""], add_special_tokens)
         return prompts[0].token_ids
 
-    async def names(self, token_ids: list[int]) -> list[str]:
+    async def names(self, version: Version, token_ids: list[int]) -> list[str]:
         """Each token's text."""
-        return await self.run(len(token_ids), lambda: list(map(self._tokenizer.token_text, token_ids)))
+        return await self.run(len(token_ids), lambda: list(map(version.tokenizer.token_text, token_ids)))
 
-    async def decode(self, token_ids: list[int]) -> str:
-        return await self.run(len(token_ids), self._decode, token_ids)
+    async def decode(self, version: Version, token_ids: list[int]) -> str:
+        return await self.run(len(token_ids), _decode, version, token_ids)
 
     async def run(self, size: int, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the work on a thread, unless it is little."""
@@ -109,83 +79,92 @@ class PromptReader:
             return work(*args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(work, *args, **kwargs))
 
-    def _completion(self, body: CompletionBody) -> list[PromptText]:
-        prompts = self._completion_prompts(body)
-        for prompt in prompts:
-            if not prompt.token_ids:
-                raise RequestError("the prompt is empty: it has no tokens", param="prompt")
-        return prompts
 
-    def _completion_prompts(self, body: CompletionBody) -> list[PromptText]:
-        prompt = body.prompt
-        add_special_tokens = body.add_special_tokens is not False
-        if isinstance(prompt, str):
-            return self._encode([prompt], add_special_tokens)
-        if isinstance(prompt[0], str):
-            return self._encode([text for text in prompt if isinstance(text, str)], add_special_tokens)
-        if isinstance(prompt[0], int):
-            return [self._checked([token_id for token_id in prompt if isinstance(token_id, int)])]
-        return [self._checked(ids) for ids in prompt if isinstance(ids, list)]
+def _completion(version: Version, body: CompletionBody) -> list[PromptText]:
+    prompts = _completion_prompts(version, body)
+    for prompt in prompts:
+        if not prompt.token_ids:
+            raise RequestError("the prompt is empty: it has no tokens", param="prompt")
+    return prompts
 
-    def _chat(self, body: ChatBody | TokenizeBody) -> tuple[list[dict[str, object]], Chat, dict[str, str]]:
-        """The messages as checked, what is to be rendered, and which special tokens are hidden in it."""
-        messages = parse_messages(body.messages or [])
-        check_num_bytes(sum(len(str(message["content"])) for message in messages), self._model.max_model_len)
-        continues = bool(body.continue_final_message)
-        if continues and messages[-1]["role"] != "assistant":
-            raise RequestError(
-                "continue_final_message needs an assistant message at the end", param="continue_final_message"
-            )
-        kwargs: dict[str, object] = dict(body.chat_template_kwargs or {})
-        shown, hidden = messages, dict[str, str]()
-        if self._special is not None and self._spells_special(messages, kwargs):
-            (*shown, kwargs), hidden = self._special.hide([*messages, kwargs])
-        prompted = not continues if body.add_generation_prompt is None else body.add_generation_prompt
-        return messages, Chat(shown, kwargs, prompted, continues), hidden
 
-    def _encode_chat(self, text: str, hidden: dict[str, str], add_special_tokens: bool) -> PromptText:
-        if not hidden:
-            return self._encode([text], add_special_tokens)[0]
-        assert self._special is not None
-        shown = self._special.shown(text, hidden)
-        check_text_size(shown, self._model.max_model_len)
-        return PromptText(self._special.encode(text, hidden, add_special_tokens), shown)
+def _completion_prompts(version: Version, body: CompletionBody) -> list[PromptText]:
+    prompt = body.prompt
+    add_special_tokens = body.add_special_tokens is not False
+    if isinstance(prompt, str):
+        return _encode(version, [prompt], add_special_tokens)
+    if isinstance(prompt[0], str):
+        return _encode(version, [text for text in prompt if isinstance(text, str)], add_special_tokens)
+    if isinstance(prompt[0], int):
+        return [_checked(version, [token_id for token_id in prompt if isinstance(token_id, int)])]
+    return [_checked(version, ids) for ids in prompt if isinstance(ids, list)]
 
-    def _spells_special(self, messages: list[dict[str, object]], kwargs: dict[str, object]) -> bool:
-        """Return whether a client's text has a special token. Raises RequestError where it must not."""
-        assert self._special is not None
-        named = [
-            (f"messages[{index}].{name}", value) for index, each in enumerate(messages) for name, value in each.items()
-        ]
-        named += [(f"chat_template_kwargs.{name}", value) for name, value in kwargs.items()]
-        for name, value in named:
-            if isinstance(value, str) and (token := self._special.find(value)) is not None:
-                if self._model.special_tokens == "refuse":
-                    message = f"{name} has the special token {clip(token)}, which this server does not take in messages"
-                    raise RequestError(message, param=name, code="special_token")
-                return True
-        return False
 
-    def _decode(self, token_ids: list[int]) -> str:
-        self._checked(token_ids)
-        return self._tokenizer.decode(token_ids, False)
+def _chat(version: Version, body: ChatBody | TokenizeBody) -> tuple[list[dict[str, object]], Chat, dict[str, str]]:
+    """The messages as checked, what is to be rendered, and which special tokens are hidden in it."""
+    messages = parse_messages(body.messages or [])
+    check_num_bytes(sum(len(str(message["content"])) for message in messages), version.model.max_model_len)
+    continues = bool(body.continue_final_message)
+    if continues and messages[-1]["role"] != "assistant":
+        raise RequestError(
+            "continue_final_message needs an assistant message at the end", param="continue_final_message"
+        )
+    kwargs: dict[str, object] = dict(body.chat_template_kwargs or {})
+    shown, hidden = messages, dict[str, str]()
+    special = version.special_text
+    if special is not None and _spells_special(version, special, messages, kwargs):
+        (*shown, kwargs), hidden = special.hide([*messages, kwargs])
+    prompted = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+    return messages, Chat(shown, kwargs, prompted, continues), hidden
 
-    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[PromptText]:
-        ids = self._tokenizer.encode_all(texts, add_special_tokens, max_tokens=self._model.max_model_len)
-        return list(map(PromptText, ids, texts))
 
-    def _checked(self, ids: list[int]) -> PromptText:
-        if len(ids) > self._model.max_model_len:
-            raise RequestError(
-                f"{len(ids)} token ids are more than the context of {self._model.max_model_len}",
-                code="context_length_exceeded",
-            )
-        if ids and not 0 <= min(ids) <= max(ids) < self._model.vocab_size:
-            bad = min(ids) if min(ids) < 0 else max(ids)
-            raise RequestError(
-                f"token id {bad} is not in the vocabulary of {self._model.vocab_size} tokens", param="prompt"
-            )
-        return PromptText(ids)
+def _spells_special(
+    version: Version, special: SpecialText, messages: list[dict[str, object]], kwargs: dict[str, object]
+) -> bool:
+    """Return whether a client's text has a special token. Raises RequestError where it must not."""
+    named = [
+        (f"messages[{index}].{name}", value) for index, each in enumerate(messages) for name, value in each.items()
+    ]
+    named += [(f"chat_template_kwargs.{name}", value) for name, value in kwargs.items()]
+    for name, value in named:
+        if isinstance(value, str) and (token := special.find(value)) is not None:
+            if version.model.special_tokens == "refuse":
+                message = f"{name} has the special token {clip(token)}, which this server does not take in messages"
+                raise RequestError(message, param=name, code="special_token")
+            return True
+    return False
+
+
+def _encode_chat(version: Version, text: str, hidden: dict[str, str], add_special_tokens: bool) -> PromptText:
+    if not hidden:
+        return _encode(version, [text], add_special_tokens)[0]
+    assert version.special_text is not None
+    shown = version.special_text.shown(text, hidden)
+    check_text_size(shown, version.model.max_model_len)
+    return PromptText(version.special_text.encode(text, hidden, add_special_tokens), shown)
+
+
+def _encode(version: Version, texts: Sequence[str], add_special_tokens: bool) -> list[PromptText]:
+    ids = version.tokenizer.encode_all(texts, add_special_tokens, max_tokens=version.model.max_model_len)
+    return list(map(PromptText, ids, texts))
+
+
+def _decode(version: Version, token_ids: list[int]) -> str:
+    _checked(version, token_ids)
+    return version.tokenizer.decode(token_ids, False)
+
+
+def _checked(version: Version, ids: list[int]) -> PromptText:
+    model = version.model
+    if len(ids) > model.max_model_len:
+        raise RequestError(
+            f"{len(ids)} token ids are more than the context of {model.max_model_len}",
+            code="context_length_exceeded",
+        )
+    if ids and not 0 <= min(ids) <= max(ids) < model.vocab_size:
+        bad = min(ids) if min(ids) < 0 else max(ids)
+        raise RequestError(f"token id {bad} is not in the vocabulary of {model.vocab_size} tokens", param="prompt")
+    return PromptText(ids)
 
 
 def max_completion_tokens(body: CompletionBody, prompt: PromptText, max_model_len: int) -> int:

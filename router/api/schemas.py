@@ -14,8 +14,8 @@ from pydantic_core import ErrorDetails
 
 from ...common.errors import RequestError
 from ...common.request import MAX_CHOICES, SamplingParams
+from ..catalogue.defaults import SamplingDefaults
 from ..state.errors import shown
-from .defaults import SamplingDefaults
 from .fields import check_fields
 from .values import AnyIds, LogitBias, Logprobs, Prompt, Seed, Stops, TemplateKwargs, TokenIds
 

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from prometheus_client.metrics_core import Metric
 
-from ..metrics.metrics import PoolGauges, RouterMetrics
+from ..metrics.metrics import RouterMetrics
+from ..metrics.pools import ModelPools
 from ..metrics.workers import gauge
 from ..state.outcome import ServiceOutcome
 from ..state.request import RouterRequest
@@ -141,8 +142,8 @@ class RecordingMetrics(RouterMetrics):
         self._record = record
         self.replicas: Callable[[], Replicas] = Replicas
 
-    def _pools(self, view: PoolGauges, num_in_flight: int) -> Iterator[Metric]:
-        yield from super()._pools(view, num_in_flight)
+    def _pools(self, models: ModelPools, num_in_flight: int) -> Iterator[Metric]:
+        yield from super()._pools(models, num_in_flight)
         replicas = self.replicas()
         for name, text, counts in (
             ("desired", "Workers that a pool should have", replicas.desired),

@@ -4,14 +4,13 @@
                                           └─ does not fit ─> Refused, naming both values
 
 One session is one life of one worker's connection; a newer session of the same worker ends the older. Frames are
-decoded here, into closed message types, and handed to the dispatcher; a bad one ends its session.
+decoded here, into closed message types, and handed to the dispatcher of the worker's group; a bad one ends its session.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from itertools import count
 
 import structlog
@@ -21,30 +20,20 @@ from ...common.credentials import NO_SECRET, SharedSecret
 from ...common.errors import ProtocolError, WorkerLost
 from ...common.messages import Decoder, Message, Refused, WorkerHello, WorkerToRouter
 from ..state.failures import ROUTER_STOPS
-from .dispatcher import Dispatcher
+from .worker_group import WorkerGroup, find_group
 
 TICK_S = 0.1
 LATE_TICK_S = 1.0
 SLICE_BYTES = 8 * 2**10  # of one session's messages in a row: a few milliseconds of work at most
-ROLES = ("prefill", "decode")
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True, frozen=True)
-class Expected:
-    """The properties that every worker must have. The KV cache's layout is the first worker's."""
-
-    version: str
-    model: str  # the served name
-    max_model_len: int | None = None  # None: the first worker's
-    deterministic: bool = False
 
 
 class WorkerSession:
     """One connection with one worker. Implements `pools.WorkerLink`."""
 
-    def __init__(self, channel: Channel, hello: WorkerHello, number: int) -> None:
+    def __init__(self, channel: Channel, hello: WorkerHello, number: int, group: WorkerGroup) -> None:
+        self.group = group
         self.worker_id = hello.worker_id
         self.hello = hello
         self.number = number
@@ -62,35 +51,12 @@ class WorkerSession:
         self._channel.abort()
 
 
-def mismatch(hello: WorkerHello, expected: Expected, peer: WorkerHello | None) -> str:
-    """Return why this worker cannot join: what differs, both values. Empty: it can. `peer` has joined before."""
-    if hello.role not in ROLES:
-        return f"role {hello.role!r} of worker {hello.worker_id} is not one of {', '.join(ROLES)}"
-    checks: list[tuple[str, object, object, str]] = [
-        ("version", hello.version, expected.version, "the router's"),
-        ("model", hello.model, expected.model, "the router's"),
-        ("deterministic", bool(hello.spec.results), expected.deterministic, "the router's"),
-    ]
-    if expected.max_model_len is not None:
-        checks.append(("max_model_len", hello.max_model_len, expected.max_model_len, "the router's"))
-    if peer is not None:
-        checks.append(("max_model_len", hello.max_model_len, peer.max_model_len, f"worker {peer.worker_id}'s"))
-        checks.append(("weights", hello.spec.model, peer.spec.model, f"worker {peer.worker_id}'s"))
-        checks.append(("KV cache", hello.spec.fingerprint, peer.spec.fingerprint, f"worker {peer.worker_id}'s"))
-    for name, theirs, ours, whose in checks:
-        if theirs != ours:
-            detail = f" ({hello.spec} and {peer.spec})" if name == "KV cache" and peer is not None else ""
-            return f"{name} {theirs!r} of worker {hello.worker_id} is not {whose} {ours!r}{detail}"
-    return ""
-
-
 class ControlServer:
-    """Accepts workers and ticks the dispatcher."""
+    """Accepts workers, each into the group that it fits, and ticks the groups' dispatchers."""
 
     def __init__(
         self,
-        dispatcher: Dispatcher,
-        expected: Expected,
+        groups: Iterable[WorkerGroup],
         *,
         router_id: str,
         frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
@@ -98,8 +64,7 @@ class ControlServer:
         count_refusal: Callable[[str], None] = lambda kind: None,
     ) -> None:
         self._count_refusal = count_refusal
-        self._dispatcher = dispatcher
-        self._expected = expected
+        self._groups = groups  # asked anew each time: the catalogue
         self._router_id = router_id
         self._frame_bytes = frame_bytes
         self._secret = secret
@@ -151,15 +116,16 @@ class ControlServer:
             await asyncio.sleep(TICK_S)
             # After a stall of this process, heartbeats and answers lie unread: they are read before anyone is judged.
             if loop.time() - started_s < LATE_TICK_S:
-                self._dispatcher.tick()
+                for group in self._groups:
+                    group.dispatcher.tick()
 
     async def _on_channel(self, channel: Channel) -> None:
         """Hold one worker's session, from its hello to its end."""
-        hello = await self._receive_hello(channel)
-        session = WorkerSession(channel, hello, next(self._numbers))
+        hello, group = await self._receive_hello(channel)
+        session = WorkerSession(channel, hello, next(self._numbers), group)
         self._replace(hello.worker_id)
         self._sessions[hello.worker_id] = session
-        self._dispatcher.worker_joined(session, hello)
+        group.dispatcher.worker_joined(session, hello)
         log.info("worker_joined", worker_id=hello.worker_id, role=hello.role, session=session.number, pid=hello.pid)
         reason = "the router failed"
         try:
@@ -172,32 +138,37 @@ class ControlServer:
 
     async def _converse(self, session: WorkerSession, channel: Channel) -> None:
         """Take messages until the session ends. Where much has come at once, others have their turn in between."""
-        num_bytes = 0
+        num_bytes, dispatcher = 0, session.group.dispatcher
         while True:
             frame = await channel.recv()
-            self._dispatcher.on_message(session, self._decoder.decode(frame))
+            dispatcher.on_message(session, self._decoder.decode(frame))
             num_bytes += len(frame)
             if num_bytes > SLICE_BYTES:
                 num_bytes = 0
                 await asyncio.sleep(0)
 
-    async def _receive_hello(self, channel: Channel) -> WorkerHello:
+    async def _receive_hello(self, channel: Channel) -> tuple[WorkerHello, WorkerGroup]:
         async with asyncio.timeout(HELLO_TIMEOUT_S):
             hello = self._decoder.decode(await channel.recv())
         if not isinstance(hello, WorkerHello):
             raise ProtocolError(f"{channel.peer_id} began with {type(hello).__name__}, not with WorkerHello")
-        reason = self._refusal(channel, hello)
-        if reason:
-            channel.send(Refused(reason=reason[:4096]))
+        try:
+            return hello, self._group_of(channel, hello)
+        except ProtocolError as error:
+            channel.send(Refused(reason=str(error)[:4096]))
             await channel.close()
-            raise ProtocolError(reason, kind="mismatch")
-        return hello
+            raise
 
-    def _refusal(self, channel: Channel, hello: WorkerHello) -> str:
+    def _group_of(self, channel: Channel, hello: WorkerHello) -> WorkerGroup:
         if hello.worker_id != channel.peer_id:
-            return f"worker id {hello.worker_id!r} is not the connection's {channel.peer_id!r}"
-        peer = next((s.hello for s in self._sessions.values() if s.worker_id != hello.worker_id), None)
-        return mismatch(hello, self._expected, peer)
+            reason = f"worker id {hello.worker_id!r} is not the connection's {channel.peer_id!r}"
+            raise ProtocolError(reason, kind="mismatch")
+
+        def peer_in(group: WorkerGroup) -> WorkerHello | None:
+            sessions = self._sessions.values()
+            return next((s.hello for s in sessions if s.group is group and s.worker_id != hello.worker_id), None)
+
+        return find_group(hello, self._groups, peer_in)
 
     def _replace(self, worker_id: str) -> None:
         old = self._sessions.get(worker_id)
@@ -209,4 +180,4 @@ class ControlServer:
         """End a session. Idempotent."""
         if self._sessions.get(session.worker_id) is session:
             del self._sessions[session.worker_id]
-        self._dispatcher.worker_left(session, reason)
+        session.group.dispatcher.worker_left(session, reason)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from kvferry.common.config import RouterConfig
-from kvferry.router import server
+from kvferry.router import assembly
 from kvferry.router.__main__ import main
 from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.router.state.demand import Demand, Placement, Wait
@@ -50,5 +50,5 @@ def _make_policy(config: RouterConfig, predictor: Predictor) -> Pinned:
 
 
 if __name__ == "__main__":
-    server.make_policy = _make_policy  # type: ignore[attr-defined]  # this process is the pinned one
+    assembly.make_policy = _make_policy  # type: ignore[attr-defined]  # this process is the pinned one
     sys.exit(main())

@@ -25,8 +25,9 @@ from kvferry.common.clock import SystemClock
 from kvferry.common.config import FAILPOINTS_VARIABLE, EngineConfig, RouterConfig, TransferConfig, WorkerConfig
 from kvferry.common.messages import WorkerStatus
 from kvferry.common.request import SamplingParams
-from kvferry.router.dispatch.control import ControlServer, Expected
+from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher
+from kvferry.router.dispatch.worker_group import Expected, WorkerGroup
 from kvferry.router.state.demand import Demand, Lack, Placement, Reason, Wait
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.views import PoolView, WorkerView
@@ -118,7 +119,8 @@ async def fleet(
     policy = Fixed()
     config = RouterConfig(model_dir=model, served_model_name="tiny")
     dispatcher = Dispatcher(config, policy, SystemClock())
-    server = ControlServer(dispatcher, Expected(version=__version__, model="tiny"), router_id="r-0")
+    group = WorkerGroup(Expected(version=__version__, model="tiny"), dispatcher)
+    server = ControlServer([group], router_id="r-0")
     address = await server.start(Address("127.0.0.1", 0))
     running = Fleet(dispatcher, policy)
     env = {**os.environ, FAILPOINTS_VARIABLE: failpoints, "OMP_NUM_THREADS": "1"}

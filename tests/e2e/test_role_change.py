@@ -19,8 +19,9 @@ from kvferry.common.clock import SystemClock
 from kvferry.common.config import RouterConfig
 from kvferry.common.messages import Message
 from kvferry.common.request import SamplingParams
-from kvferry.router.dispatch.control import ControlServer, Expected
+from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher
+from kvferry.router.dispatch.worker_group import Expected, WorkerGroup
 from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.router.state.request import RequestStatus, RouterRequest
 from kvferry.router.state.views import WorkerView
@@ -101,7 +102,7 @@ class Fleet:
 async def serving(model_dir: Path, log: Path, *flags: str) -> AsyncIterator[Fleet]:
     dispatcher = WatchedDispatcher(model_dir)
     expected = Expected(version=__version__, model="tiny", max_model_len=None, deterministic=True)
-    control = ControlServer(dispatcher, expected, router_id="router-test")
+    control = ControlServer([WorkerGroup(expected, dispatcher)], router_id="router-test")
     address = await control.start(Address("127.0.0.1", 0))
     fleet, processes = Fleet(dispatcher, log), []
     with log.open("wb") as output:

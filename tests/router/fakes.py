@@ -14,12 +14,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Protocol, cast
 
 import httpx
 from fastapi import FastAPI
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from kvferry import __version__
 from kvferry.common.channel import Address
 from kvferry.common.clock import FakeClock
 from kvferry.common.messages import ChoiceTokens
@@ -28,8 +30,11 @@ from kvferry.common.sockets import listen
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.api.app import build_app
-from kvferry.router.api.prompts import ServedModel
-from kvferry.router.helpers.chat_renderer import Chat
+from kvferry.router.catalogue.catalogue import Catalogue
+from kvferry.router.catalogue.version import ServedModel, Version
+from kvferry.router.dispatch.dispatcher import Dispatcher
+from kvferry.router.dispatch.worker_group import Expected
+from kvferry.router.helpers.chat_renderer import Chat, Renderer
 from kvferry.router.http.http_server import HttpServer
 from kvferry.router.http.protocol import DeadlineProtocol
 from kvferry.router.metrics.metrics import RouterMetrics
@@ -99,7 +104,7 @@ class Script:
 
 
 class FakeDispatcher:
-    """Implements `generation.Backend`."""
+    """What the API needs of a dispatcher."""
 
     def __init__(self, script: Script, clock: FakeClock) -> None:
         self.script = script
@@ -248,17 +253,36 @@ def toy_tokenizer() -> Tokenizer:
         return Tokenizer.from_dir(write_model_dir(Path(folder)))
 
 
+class Submitter(Protocol):
+    """What the API needs of a dispatcher."""
+
+    def submit(self, request: RouterRequest) -> TokenStream: ...
+
+    def ready(self) -> list[str]: ...
+
+    def view(self) -> PoolView: ...
+
+
+def catalogue_of(
+    dispatcher: Submitter, model: ServedModel | None = None, renderer: Renderer | None = None
+) -> Catalogue:
+    """One version with the toy tokenizer."""
+    model = model or ServedModel(MODEL, MAX_MODEL_LEN, VOCAB_SIZE)
+    expected = Expected(__version__, model.name)
+    return Catalogue([Version.create(model, toy_tokenizer(), cast(Dispatcher, dispatcher), expected, renderer)])
+
+
 def serve(script: Script | None = None, api_keys: tuple[str, ...] = (), **options: object) -> Served:
-    """Call on a running loop. `options` are build_app's."""
+    """Call on a running loop. `options` are build_app's, and `model` and `renderer`."""
     script = script or Script()
     clock = FakeClock(100.0)
     dispatcher = FakeDispatcher(script, clock)
     metrics = RouterMetrics(MODEL)
     options.setdefault("allowed_hosts", ("x", "test"))  # as the tests' clients call it
-    options.setdefault("renderer", Inline(toy_tokenizer()))
-    model = options.pop("model", None) or ServedModel(MODEL, MAX_MODEL_LEN, VOCAB_SIZE)
+    renderer = options.pop("renderer", None) or Inline(toy_tokenizer())
+    catalogue = catalogue_of(dispatcher, options.pop("model", None), renderer)  # type: ignore[arg-type]
     options.setdefault("keys", ApiKeys(api_keys))
-    app = build_app(model, dispatcher, toy_tokenizer(), metrics, clock=clock, seed=1, **options)  # type: ignore[arg-type]
+    app = build_app(catalogue, metrics, clock=clock, seed=1, **options)  # type: ignore[arg-type]
     return Served(app, dispatcher, metrics, script)
 
 

@@ -12,14 +12,13 @@ from kvferry.common.config import RequestClass
 from kvferry.common.messages import LocalTask
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.api.app import build_app
-from kvferry.router.api.prompts import ServedModel
 from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.state.classes import RequestClasses
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.token_stream import TokenStream
 from kvferry.router.state.views import PoolView
 
-from .fakes import MAX_MODEL_LEN, MODEL, VOCAB_SIZE, toy_tokenizer
+from .fakes import MODEL, catalogue_of
 from .fleet import Fleet, config, tokens
 
 KEYS = ("flooding-key", "quiet-key")
@@ -31,11 +30,8 @@ class Router:
     def __init__(self, **changes: object) -> None:
         self.fleet = Fleet(config(expect_prefill=False, **changes))
         self.worker = self.fleet.join("d-0", max_num_seqs=1, max_num_batched_tokens=16)
-        model = ServedModel(MODEL, MAX_MODEL_LEN, VOCAB_SIZE)
         self.app = build_app(
-            model,
-            self,
-            toy_tokenizer(),
+            catalogue_of(self),
             RouterMetrics(MODEL),
             keys=ApiKeys(KEYS),
             clock=self.fleet.clock,
@@ -47,7 +43,7 @@ class Router:
         transport = httpx.ASGITransport(self.app)
         self._client = httpx.AsyncClient(transport=transport, base_url="http://test")
 
-    # --- generation.Backend -------------------------------------------------------------------------------------
+    # --- what the API needs of a dispatcher ---------------------------------------------------------------------
 
     def submit(self, request: RouterRequest) -> TokenStream:
         stream = self.fleet.dispatcher.submit(request)

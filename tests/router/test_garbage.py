@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from kvferry import __version__
 from kvferry.benchmarks.fuzz.target import MODEL, SECRET, InstantWorker
 from kvferry.common.channel import Address
 from kvferry.common.clock import SystemClock
@@ -23,15 +22,15 @@ from kvferry.common.config import RouterConfig
 from kvferry.common.credentials import SharedSecret
 from kvferry.common.sockets import listen
 from kvferry.router.api.app import build_app
-from kvferry.router.api.prompts import ServedModel
-from kvferry.router.dispatch.control import ControlServer, Expected
+from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.http.http_server import HttpServer
 from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.placement import make_policy
 from kvferry.router.state.predictor import Predictor
 
-from .fakes import MAX_MODEL_LEN, VOCAB_SIZE, toy_tokenizer
+from .fakes import MAX_MODEL_LEN, VOCAB_SIZE, catalogue_of
 
 OF_A_REQUEST = {
     "Answer", "Attempt", "ChunkEncoder", "Connection", "Reply", "RequestContext", "RequestResponseCycle",
@@ -48,9 +47,9 @@ async def _serving() -> AsyncIterator[tuple[str, int]]:
     predictor, metrics, clock = Predictor(), RouterMetrics(MODEL), SystemClock()
     dispatcher = Dispatcher(config, make_policy(config, predictor), clock, metrics, predictor=predictor)
     model = ServedModel(MODEL, MAX_MODEL_LEN, VOCAB_SIZE)
-    app = build_app(model, dispatcher, toy_tokenizer(), metrics, clock=clock)
-    expected = Expected(__version__, MODEL)
-    control = ControlServer(dispatcher, expected, router_id="router-x", secret=SharedSecret(SECRET.encode()))
+    catalogue = catalogue_of(dispatcher, model)
+    app = build_app(catalogue, metrics, clock=clock)
+    control = ControlServer(catalogue, router_id="router-x", secret=SharedSecret(SECRET.encode()))
     address = await control.start(Address("127.0.0.1", 0))
     worker = await InstantWorker.join(address, MAX_MODEL_LEN)
     working = asyncio.create_task(worker.work())

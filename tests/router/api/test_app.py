@@ -10,8 +10,8 @@ import pytest
 
 from kvferry import __version__
 from kvferry.common.errors import CapacityError, RequestError
-from kvferry.router.api.defaults import SamplingDefaults
-from kvferry.router.api.prompts import ServedModel
+from kvferry.router.catalogue.defaults import SamplingDefaults
+from kvferry.router.catalogue.version import ServedModel
 
 from ..fakes import EOS, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Script, Served, events, ids_of, listening, serve, texts
 

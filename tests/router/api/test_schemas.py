@@ -10,9 +10,9 @@ import pytest
 
 from kvferry.common.errors import ConfigError, RequestError
 from kvferry.router.api.chat_messages import parse_messages
-from kvferry.router.api.defaults import SamplingDefaults
 from kvferry.router.api.fields import IGNORED, UNSUPPORTED
 from kvferry.router.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, validate
+from kvferry.router.catalogue.defaults import SamplingDefaults
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvferry.common.config import SpecialTokens
-from kvferry.router.api.prompts import ServedModel
+from kvferry.router.catalogue.version import ServedModel
 
 from ..fakes import EOS, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Script, Served, ids_of, serve
 

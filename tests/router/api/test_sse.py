@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from kvferry.router.api.prompts import ServedModel
+from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.http.protocol import DeadlineProtocol
 
 from ..fakes import Script, events, listening, serve

@@ -25,8 +25,9 @@ from kvferry.common.messages import (
     StepTokens,
 )
 from kvferry.common.request import SamplingParams
-from kvferry.router.dispatch.control import ControlServer, Expected, mismatch
+from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher
+from kvferry.router.dispatch.worker_group import Expected, WorkerGroup, mismatch
 from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.worker import WorkerLink
@@ -94,7 +95,7 @@ class Worker:
 @asynccontextmanager
 async def router(expected: Expected = EXPECTED) -> AsyncIterator[Router]:
     dispatcher = WatchedDispatcher()
-    server = ControlServer(dispatcher, expected, router_id="r-0", secret=SharedSecret(SECRET))
+    server = ControlServer([WorkerGroup(expected, dispatcher)], router_id="r-0", secret=SharedSecret(SECRET))
     address = await server.start(Address("127.0.0.1", 0))
     running = Router(dispatcher, server, address)
     try:

@@ -1,0 +1,140 @@
+"""A router's parts, made from its configuration: the one place that knows which models there are.
+
+    the model's directory ─> tokenizer, limits, defaults ─> version ─> catalogue ─> application
+    policy, predictor ─> dispatcher ───────────────────────────┘  └─> scaling
+
+Today there is one version, its workers are those of the deployment, and what is counted is counted for its model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from fastapi import FastAPI
+
+from .. import __version__
+from ..common.clock import Clock, SystemClock, wall_time_us, week_s
+from ..common.config import RouterConfig
+from ..models.config import ModelConfig
+from ..models.tokenizer import Tokenizer
+from .access.keys import ApiKeys
+from .access.quota import QuotaLimits
+from .api.app import build_app
+from .api.generation import Api
+from .autoscaler.load_record import LoadRecord, RecordingMetrics
+from .autoscaler.scaling import Scaling
+from .catalogue.catalogue import Catalogue
+from .catalogue.defaults import SamplingDefaults
+from .catalogue.version import ServedModel, Version
+from .dispatch.dispatcher import Dispatcher
+from .dispatch.worker_group import Expected
+from .metrics.metrics import RouterMetrics
+from .placement import make_policy
+from .state.classes import RequestClasses
+from .state.failures import WorkerLife
+from .state.objectives import DEFAULT_CLASS
+from .state.predictor import Predictor
+
+
+class Launcher(Protocol):
+    """The launcher hears what happens here."""
+
+    def send(self, event: Mapping[str, object]) -> None: ...
+
+
+@dataclass(slots=True, frozen=True)
+class RouterParts:
+    """The parts of a router process that do not listen."""
+
+    catalogue: Catalogue
+    app: FastAPI
+    metrics: RouterMetrics
+    scaling: Scaling
+    clock: Clock
+
+    @property
+    def api(self) -> Api:
+        api = self.app.state.api
+        assert isinstance(api, Api)
+        return api
+
+    def render_metrics(self) -> tuple[bytes, str]:
+        """(text, media type) of the metrics."""
+        return self.metrics.render(self.catalogue.views(), num_in_flight=len(self.api.in_flight))
+
+
+async def assemble(config: RouterConfig, keys: ApiKeys, launcher: Launcher | None) -> RouterParts:
+    """Raises ConfigError for a model that cannot be served."""
+    model, tokenizer = await asyncio.to_thread(_load_model, config)
+    clock, predictor = SystemClock(), Predictor()
+    record, classes = LoadRecord(), RequestClasses.from_config(config)
+    metrics = RecordingMetrics(model.name, record, classes.names)
+    dispatcher = Dispatcher(
+        config,
+        make_policy(config, predictor),
+        clock,
+        metrics,
+        time_us=wall_time_us,
+        predictor=predictor,
+        on_blameless=partial(_tell_blameless, launcher),
+    )
+    scaling = Scaling(
+        config.autoscale,
+        classes.named(DEFAULT_CLASS),
+        dispatcher,
+        predictor,
+        record,
+        clock,
+        week_s,
+        launcher=launcher.send if launcher is not None else None,
+    )
+    metrics.replicas = scaling.replicas
+    expected = Expected(__version__, model.name, config.max_model_len, config.deterministic)
+    catalogue = Catalogue([Version.create(model, tokenizer, dispatcher, expected)])
+    return RouterParts(catalogue, _application(config, catalogue, metrics, clock, keys), metrics, scaling, clock)
+
+
+def _load_model(config: RouterConfig) -> tuple[ServedModel, Tokenizer]:
+    """Return the model as the router reads it from its directory."""
+    model_config = ModelConfig.from_dir(config.model_dir)
+    tokenizer = Tokenizer.from_dir(config.model_dir, config.chat_template)
+    model = ServedModel(
+        name=config.served_model_name,
+        max_model_len=config.max_model_len or model_config.max_model_len,
+        vocab_size=model_config.vocab_size,
+        defaults=SamplingDefaults.from_dir(config.model_dir),
+        deterministic=config.deterministic,
+        special_tokens=config.special_tokens_in_messages,
+    )
+    return model, tokenizer
+
+
+def _application(
+    config: RouterConfig, catalogue: Catalogue, metrics: RouterMetrics, clock: Clock, keys: ApiKeys
+) -> FastAPI:
+    return build_app(
+        catalogue,
+        metrics,
+        keys=keys,
+        clock=clock,
+        seed=config.seed,
+        quota=QuotaLimits(
+            config.max_concurrency_per_key,
+            config.requests_per_minute_per_key,
+            config.tokens_per_minute_per_key,
+        ),
+        share_prefix_cache=config.share_prefix_cache,
+        classes=RequestClasses.from_config(config),
+        allowed_hosts=(config.host, *config.allowed_hosts) if not config.needs_api_keys else config.allowed_hosts,
+        allowed_origins=config.allowed_origins,
+    )
+
+
+def _tell_blameless(launcher: Launcher | None, life: WorkerLife) -> None:
+    if launcher is not None:
+        worker_id, incarnation = life
+        launcher.send({"event": "blameless", "worker_id": worker_id, "incarnation": incarnation})

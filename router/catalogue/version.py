@@ -1,0 +1,61 @@
+"""A version of a model: everything that serves it in this router.
+
+its requests   name, limits and defaults, tokenizer, chat template
+both           the dispatcher, with its queue and its pools of workers
+its workers    what each of them must be
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ... import __version__
+from ...common.config import SpecialTokens
+from ...models.special_text import SpecialText
+from ...models.tokenizer import Tokenizer
+from ..dispatch.dispatcher import Dispatcher
+from ..dispatch.worker_group import Expected, WorkerGroup
+from ..helpers.chat_renderer import ChatRenderer, Renderer
+from .defaults import SamplingDefaults
+
+
+@dataclass(slots=True, frozen=True)
+class ServedModel:
+    """The model, as its clients know it."""
+
+    name: str
+    max_model_len: int
+    vocab_size: int  # token ids below it are valid
+    defaults: SamplingDefaults = SamplingDefaults()
+    deterministic: bool = False
+    special_tokens: SpecialTokens = "allow"  # that the text of a message spells
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint in answers: if equal and ending in `exact`, equal requests with a seed have equal answers."""
+        return f"kvferry-{__version__}-{'exact' if self.deterministic else 'fast'}"
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Version(WorkerGroup):
+    """One version of one model. Requests and workers of different versions never meet."""
+
+    model: ServedModel
+    tokenizer: Tokenizer
+    renderer: Renderer | None  # of the chat template; None: there is none
+    special_text: SpecialText | None  # finds special tokens in messages; None: messages may spell them
+
+    @classmethod
+    def create(
+        cls,
+        model: ServedModel,
+        tokenizer: Tokenizer,
+        dispatcher: Dispatcher,
+        expected: Expected,
+        renderer: Renderer | None = None,
+    ) -> Version:
+        """Make a version. Chats are rendered by `renderer`; without one, in processes of the version's own."""
+        if renderer is None and tokenizer.chat_template is not None:
+            renderer = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens)
+        special_text = tokenizer.special_text() if model.special_tokens != "allow" else None
+        return cls(expected, dispatcher, model, tokenizer, renderer, special_text)
