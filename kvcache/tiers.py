@@ -147,7 +147,7 @@ class TierIndex:
 
 
 class Lookahead:
-    """The next to be evicted that the tier below lacks. Looks again when half of what it saw has changed."""
+    """The next to be evicted that the tier below lacks. It is looked up again when half of what it saw has changed."""
 
     def __init__(self) -> None:
         self._queue: deque[bytes] = deque()

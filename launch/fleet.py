@@ -1,6 +1,6 @@
 """The workers that a deployment has at the moment: their plans, fresh ids, what of the host they take.
 
-    templates ─(add)─> plan: an id of its own, free GPUs, a place on the core board ─(leave)─> ─(gone)─> free again
+    templates ─(add)─> plan: an id of its own, free GPUs, a place on the core board ─(leave)─> ─(forget)─> free again
 
 An id is never given twice, so nothing old is taken for something new. Pure: who starts and ends them is the launcher's.
 """
@@ -72,8 +72,8 @@ class Fleet:
         self._leaving.add(worker_id)
         return True
 
-    def gone(self, worker_id: str) -> None:
-        """Nothing of it is left. Idempotent."""
+    def forget(self, worker_id: str) -> None:
+        """Free what the worker took: nothing of it is left. Idempotent."""
         self._plans.pop(worker_id, None)
         self._places.pop(worker_id, None)
         self._leaving.discard(worker_id)

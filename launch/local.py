@@ -18,7 +18,7 @@ from .progress import Display
 from .reload import Reload, read_credentials
 from .rolling import roll
 from .routers import RouterGroup
-from .scale_requests import Wishes
+from .scale_requests import ScaleRequests
 from .status import describe_child, describe_deployment
 
 
@@ -53,7 +53,7 @@ class LocalLauncher:
         self._reload = Reload()
         self._cores = CoreBoard(2 * max(1, deployment.max_workers))
         self._fleet = Fleet(deployment, self._cores)
-        self._wishes = Wishes(
+        self._scale_requests = ScaleRequests(
             self._fleet,
             clock,
             display.note,
@@ -69,8 +69,8 @@ class LocalLauncher:
             display,
             program=router_program,
             times=times,
-            on_restart_wanted=self._restart_as_wished,
-            on_wish=self._wishes.on_event,
+            on_restart_wanted=self._restart_as_asked,
+            on_scale_event=self._scale_requests.on_event,
             on_reloaded=self._reload.on_event,
             on_blameless=self._excuse,
         )
@@ -111,7 +111,7 @@ class LocalLauncher:
     def _is_rolling(self) -> bool:
         return self._rolling is not None and not self._rolling.done()
 
-    def _restart_as_wished(self) -> None:
+    def _restart_as_asked(self) -> None:
         """An operator asked a router for it."""
         if self._front is not None:
             self._front.create_task(self.restart(lambda note: None))
@@ -178,7 +178,7 @@ class LocalLauncher:
             for admin in self.routers.admins:
                 self._display.note(f"admin listener: http://{admin}/admin/workers")
             self._front, self._back = front, back
-            self._wishes.serve(self.routers)
+            self._scale_requests.serve(self.routers)
 
     async def _keep(self, worker: Child, *, is_extra: bool = False) -> None:
         """Keep a worker running until it is retired. One of the first workers that cannot start ends the launch."""
@@ -190,7 +190,7 @@ class LocalLauncher:
                 raise
             error = str(failure)
         self.workers.remove(worker)
-        self._wishes.gone(worker.name, error)
+        self._scale_requests.on_worker_ended(worker.name, error)
 
     def _add_worker(self, plan: WorkerPlan) -> None:
         assert self._back is not None

@@ -25,7 +25,7 @@ from .process import ChildTimes, Stopper
 from .progress import Display
 from .reload import Reload, read_credentials
 from .routers import RouterGroup
-from .scale_requests import Wishes
+from .scale_requests import ScaleRequests
 from .status import describe_deployment
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class RayLauncher:
         self._stopper = Stopper()
         self._routers: RouterGroup | None = None
         self._tasks: asyncio.TaskGroup | None = None
-        self._wishes: Wishes | None = None
+        self._scale_requests: ScaleRequests | None = None
         self._workers: dict[str, _Worker] = {}
         self._secrets = deployment.secrets
         self._reload = Reload()
@@ -114,11 +114,11 @@ class RayLauncher:
         self._stopper.stop()
 
     async def restart(self, note: Callable[[str], None], name: str | None = None) -> bool:
-        self._restart_as_wished()
+        self._restart_as_asked()
         note(_NO_RESTART)
         return False
 
-    def _restart_as_wished(self) -> None:
+    def _restart_as_asked(self) -> None:
         self._display.note(_NO_RESTART)
 
     async def reload(self) -> list[str]:
@@ -169,10 +169,10 @@ class RayLauncher:
         # Fitted to what the cluster has now; a GPU is chosen by Ray.
         deployment = replace(fit_to_host(self._deployment, ray_calls.cluster_as_host()), gpus=())
         fleet = Fleet(deployment)
-        self._wishes = wishes = Wishes(
+        self._scale_requests = scale_requests = ScaleRequests(
             fleet, self._clock, self._display.note, start=self._add_worker, retire=self._retire_worker
         )
-        self._routers = routers = self._make_routers(deployment, wishes)
+        self._routers = routers = self._make_routers(deployment, scale_requests)
         workers = [_Worker(plan, ray_calls.ask_for_place(plan)) for plan in fleet.plans]
         self._workers = {worker.worker_id: worker for worker in workers}
         await ray_calls.wait_for_places(fleet.plans, [worker.place for worker in workers])
@@ -190,9 +190,9 @@ class RayLauncher:
             for admin in routers.admins:
                 self._display.note(f"admin listener: http://{admin}/admin/workers")
             self._is_serving = True
-            wishes.serve(routers)
+            scale_requests.serve(routers)
 
-    def _make_routers(self, deployment: Deployment, wishes: Wishes) -> RouterGroup:
+    def _make_routers(self, deployment: Deployment, scale_requests: ScaleRequests) -> RouterGroup:
         config = deployment.router
         if not self._loopback:
             config = config.model_copy(update={"control_host": ray_calls.node_ip()})
@@ -204,8 +204,8 @@ class RayLauncher:
             self._display,
             program=self._router_program,
             times=self._times,
-            on_restart_wanted=self._restart_as_wished,
-            on_wish=wishes.on_event,
+            on_restart_wanted=self._restart_as_asked,
+            on_scale_event=scale_requests.on_event,
             on_reloaded=self._reload.on_event,
         )
         for child in routers.children:
@@ -227,8 +227,8 @@ class RayLauncher:
             worker.retired.set()
 
     async def _keep(self, worker: _Worker) -> None:
-        """Keep a worker, from the wish for a place until it is retired and nothing of it is left."""
-        assert self._routers is not None and self._wishes is not None
+        """Keep a worker, from the request for a place until it is retired and nothing of it is left."""
+        assert self._routers is not None and self._scale_requests is not None
         placed = asyncio.ensure_future(_ready(worker.place))
         retired = asyncio.create_task(worker.retired.wait())
         try:
@@ -242,7 +242,7 @@ class RayLauncher:
             retired.cancel()
         await ray_calls.in_thread(lambda: self._remove(worker), _CALL_S)
         self._workers.pop(worker.worker_id, None)
-        self._wishes.gone(worker.worker_id)
+        self._scale_requests.on_worker_ended(worker.worker_id)
 
     async def _serve(self, worker: _Worker, retired: asyncio.Task[Literal[True]]) -> None:
         """Run it until it is retired; then until it has drained, or for as long as that may take."""

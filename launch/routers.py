@@ -42,7 +42,7 @@ class RouterGroup:
         program: tuple[str, ...] = ROUTER_PROGRAM,
         times: ChildTimes | None = None,
         on_restart_wanted: Callable[[], None] = lambda: None,
-        on_wish: Callable[[str, dict[str, object]], None] = lambda name, event: None,
+        on_scale_event: Callable[[str, dict[str, object]], None] = lambda name, event: None,
         on_reloaded: Callable[[str, dict[str, object]], None] = lambda name, event: None,
         on_blameless: Callable[[str, object], None] = lambda worker_id, incarnation: None,
     ) -> None:
@@ -50,14 +50,14 @@ class RouterGroup:
 
         `on_blameless`: this life of a worker ended because of a request.
 
-        `on_wish`: a router reports its load, or what the fleet should be like.
+        `on_scale_event`: a router reports its load, or what the fleet should be like.
 
         `on_reloaded`: a child, a worker too, has read its files again, or could not.
         """
         self._display = display
         self._config = config
         self._on_restart_wanted = on_restart_wanted
-        self._on_wish = on_wish
+        self._on_scale_event = on_scale_event
         self._on_reloaded = on_reloaded
         self._on_blameless = on_blameless
         self._changed = asyncio.Event()
@@ -168,7 +168,7 @@ class RouterGroup:
             case "restart_all":
                 self._on_restart_wanted()
             case "scale" | "hold" | "load":
-                self._on_wish(name, event)
+                self._on_scale_event(name, event)
                 return
             case "reloaded":
                 self._on_reloaded(name, event)
@@ -179,5 +179,5 @@ class RouterGroup:
             case _:
                 self._display.on_event(name, event)
         if event["event"] in ("ready", "restart") and any(child.name == name for child in self.children):
-            self._on_wish(name, event)
+            self._on_scale_event(name, event)
         self._changed.set()

@@ -6,7 +6,7 @@
     all     fleet {leader, workers, leaving, seq, held, desired, reason}   <-  after every change
 
 One router decides: the first that runs. All know what it decided, so any of them can be asked. What a decision was
-made from is told by `seq`: the leader decides again only after it was told what became of its last wish.
+made from is told by `seq`: the leader decides again only after it was told what became of its last request.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .routers import RouterGroup
 _AFTER_FAILURE_S = 60.0  # nothing is added for so long after a new worker could not start
 
 
-class Wishes:
-    """One deployment's. `start` and `retire` return at once; `gone` says that a worker has ended for good."""
+class ScaleRequests:
+    """One deployment's requests. `start` and `retire` return at once; `on_worker_ended` takes the end of a worker."""
 
     def __init__(
         self,
@@ -75,12 +75,12 @@ class Wishes:
                 return
         self.tell()
 
-    def gone(self, worker_id: str, error: str | None = None) -> None:
+    def on_worker_ended(self, worker_id: str, error: str | None = None) -> None:
         """Note that a worker has ended for good. `error`: it could not start."""
         if error is not None:
             self._fails_until = self._clock.now() + _AFTER_FAILURE_S
             self._note(f"{worker_id} could not start, none is added for {_AFTER_FAILURE_S:g} s: {error}")
-        self._fleet.gone(worker_id)
+        self._fleet.forget(worker_id)
         self.tell()
 
     def _on_hold(self, event: Event) -> None:
@@ -93,7 +93,7 @@ class Wishes:
 
     def _on_scale(self, event: Event) -> None:
         if self._is_busy():
-            return  # it will wish again: `seq` stays what it was
+            return  # it will ask again: `seq` stays what it was
         self._seq = _int(event.get("seq"), self._seq)
         desired, add, remove = event.get("desired"), event.get("add"), event.get("remove")
         self._desired = desired if isinstance(desired, list) else ()
@@ -115,8 +115,8 @@ class Wishes:
     def _add(self, counts: dict[str, object]) -> list[str]:
         if self._clock.now() < self._fails_until:
             return []
-        wished = [role for role, count in counts.items() for _ in range(_int(count, 0))]
-        plans = [plan for role in wished if (plan := self._fleet.add(role)) is not None]
+        asked = [role for role, count in counts.items() for _ in range(_int(count, 0))]
+        plans = [plan for role in asked if (plan := self._fleet.add(role)) is not None]
         for plan in plans:
             self._start(plan)
         return [plan.config.worker_id for plan in plans]

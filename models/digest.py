@@ -88,7 +88,7 @@ class _Marks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inode: int
 
     @classmethod
-    def of(cls, path: Path) -> _Marks:
+    def read(cls, path: Path) -> _Marks:
         found = path.stat()
         return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
@@ -110,11 +110,11 @@ def file_digest(path: Path, *, cache: Path | None = None, settled_ns: int = _SET
     places = (path.with_name(f".{path.name}.kvferry-digest"), cache / f"{name}.json")
     try:
         with _one_at_a_time(cache / f".{name}.lock"):
-            marks = _Marks.of(path)
+            marks = _Marks.read(path)
             if (known := _known(places, marks)) is not None:
                 return known
             digest = _hash_file(path)
-            if _Marks.of(path) != marks:
+            if _Marks.read(path) != marks:
                 raise ConfigError(f"{path} is being changed while it is read")
             if time.time_ns() - max(marks.mtime_ns, marks.ctime_ns) > settled_ns:
                 _keep(places, _Kept(marks, digest.hex()))

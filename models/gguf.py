@@ -54,7 +54,7 @@ def convert_gguf(source: Path, target: Path, progress: Callable[[float], None]) 
         fields = _Fields(reader)
         config = _model_config(fields)
         tokenizer_config = _tokenizer_config(fields)
-        tensors = [_Tensor.of(tensor, config) for tensor in reader.tensors]
+        tensors = [_Tensor.from_reader(tensor, config) for tensor in reader.tensors]
     except (KeyError, ValueError, IndexError) as error:
         raise ConfigError(f"{source} is not a Llama model that kvferry can read: {error}") from error
     _write_json(target / "config.json", config)
@@ -189,7 +189,7 @@ class _Tensor:
     num_heads: int  # > 0: rows of each head are permuted in the file
 
     @classmethod
-    def of(cls, source: ReaderTensor, config: Mapping[str, object]) -> _Tensor:
+    def from_reader(cls, source: ReaderTensor, config: Mapping[str, object]) -> _Tensor:
         if name := _TENSOR_NAMES.get(source.name):
             return cls(name, source, 0)
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", source.name)

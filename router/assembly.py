@@ -40,7 +40,7 @@ from .state.objectives import DEFAULT_CLASS
 from .state.predictor import Predictor
 
 
-class Launcher(Protocol):
+class LauncherLink(Protocol):
     """The launcher hears what happens here."""
 
     def send(self, event: Mapping[str, object]) -> None: ...
@@ -67,7 +67,7 @@ class RouterParts:
         return self.metrics.render(self.catalogue.views(), num_in_flight=len(self.api.in_flight))
 
 
-async def assemble(config: RouterConfig, keys: ApiKeys, launcher: Launcher | None) -> RouterParts:
+async def assemble(config: RouterConfig, keys: ApiKeys, launcher: LauncherLink | None) -> RouterParts:
     """Raises ConfigError for a model that cannot be served."""
     model, tokenizer = await asyncio.to_thread(_load_model, config)
     clock, predictor = SystemClock(), Predictor()
@@ -134,7 +134,7 @@ def _application(
     )
 
 
-def _tell_blameless(launcher: Launcher | None, life: WorkerLife) -> None:
+def _tell_blameless(launcher: LauncherLink | None, life: WorkerLife) -> None:
     if launcher is not None:
         worker_id, incarnation = life
         launcher.send({"event": "blameless", "worker_id": worker_id, "incarnation": incarnation})

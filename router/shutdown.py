@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 
 
 class Stop:
-    """The signals' wish: SIGTERM to drain, SIGINT to end soon; after either, another one to end at once."""
+    """A stop as signals ask for it: SIGTERM to drain, SIGINT to end soon; after either, another one to end at once."""
 
     def __init__(self, drain_s: float) -> None:
         self.asked = asyncio.Event()

@@ -111,7 +111,7 @@ class Admin:
                 "workers": [_describe(worker) for view in views for worker in view.workers],
                 "avoided_handoffs": [pair for view in views for pair in _avoided(view)],
                 "queued_requests": sum(view.num_queued for view in views),
-                "live_requests": sum(view.num_live for view in views),
+                "live_requests": sum(view.num_in_flight for view in views),
             }
         )
 

@@ -18,7 +18,7 @@ from .stops import StopMatcher
 
 @dataclass(slots=True, frozen=True)
 class TextOptions:
-    """The client's wishes for the text of its choices."""
+    """The client's options for the text of its choices."""
 
     stops: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()

@@ -4,7 +4,7 @@
              ─> larger at once · smaller after a while of enough, with headroom · within bounds, schedule, manual edits
              ─> a worker that one pool can spare changes its role first; then additions; removals last
 
-Workers that were wished for and are not there yet count as there, so nothing is wished for twice. Who leaves or
+Workers that were asked for and are not there yet count as there, so nothing is asked for twice. Who leaves or
 changes is the emptiest. Nothing is done here: a decision is a value, and `scaling` carries it out or only shows it.
 """
 
@@ -106,7 +106,7 @@ class Autoscaler:
             self._corrections[pool].observe(kept, load.interval_s, counts=counts)
 
     def _look_ahead(self, load: LoadSnapshot, have: Counts) -> ScaleForecast:
-        """Return the load by the time that a worker wished for now takes work, and what that load needs."""
+        """Return the load by the time that a worker asked for now takes work, and what that load needs."""
         answers = self._lengths.answers
         if len(answers) < _FEW and self._requests.level > 0:
             return ScaleForecast(self._requests.level, self._tokens.level)

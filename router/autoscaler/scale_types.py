@@ -87,7 +87,7 @@ class LoadSnapshot:
     queued_tokens: int = 0  # prompt tokens that wait in the central queue
     ttft: Kept = Kept()
     tpot: Kept = Kept()
-    start_s: float = 60.0  # from the wish for a worker until it takes work, as measured
+    start_s: float = 60.0  # from the request for a worker until it takes work, as measured
 
     @property
     def day_s(self) -> float:

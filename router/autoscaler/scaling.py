@@ -27,8 +27,8 @@ from .inputs import TypicalTimes, settings_of, worker_limits
 from .load_record import LoadRecord, Replicas, SeenLoad
 from .scale_types import POOLS, Counts, LoadSnapshot, Member, MemberState, Pool, ScaleDecision
 
-_ANSWER_S = 30.0  # for the launcher to answer a wish, before another one is made
-_OBEY_S = 5.0  # for a worker to offer the role that it was given
+_ANSWER_S = 30.0  # for the launcher to answer a request, before another one is made
+_OBEY_S = 5.0  # for a worker to take on the role that it was given
 _FIRST_START_S = 60.0  # until a start was measured
 _MOST_SEEN = 64  # reports of other routers that wait for the next decision
 
@@ -51,7 +51,7 @@ class KnownFleet:
 
     workers: dict[str, Pool] = field(default_factory=dict)  # that should be there, by the pool they began in
     leaving: frozenset[str] = frozenset()
-    seq: int = -1  # of the last wish that it answered
+    seq: int = -1  # of the last request that it answered
 
 
 class Scaling:
@@ -82,7 +82,7 @@ class Scaling:
         self._seen: list[SeenLoad] = []  # by other routers
         self._decided_s = clock.now()
         self._seq = 0
-        self._asked_s: float | None = None  # a wish that was not answered yet
+        self._asked_s: float | None = None  # when the launcher was asked for what it has not answered yet
         self._given: dict[str, tuple[Pool, float]] = {}  # roles that workers were given a moment ago
         self._first_seen: dict[str, float] = {}  # workers that start
         self._start_s: float | None = None  # as measured
@@ -117,12 +117,12 @@ class Scaling:
             self._seq = max(self._seq, self._fleet.seq)
         self._is_leader = is_leader
         self._first_seen = {name: self._first_seen.get(name, now) for name in self._fleet.workers}
-        self._hear_held(event.get("held"), now)
+        self._on_held(event.get("held"), now)
         desired = event.get("desired")
         if not self._is_leader and isinstance(desired, list) and len(desired) == 2:
             self._shown = Counts(int(desired[0]), int(desired[1])), str(event.get("reason", ""))
 
-    def _hear_held(self, held: object, now: float) -> None:
+    def _on_held(self, held: object, now: float) -> None:
         if isinstance(held, list) and len(held) == 3:
             left_s = held[2]
             self._autoscaler.hold(
@@ -225,7 +225,7 @@ class Scaling:
         if self._config.mode == "on" or self._autoscaler.held is not None:
             self._carry_out(decision, view, now, waits=waits, is_news=is_news)
         elif is_news and self._launcher is not None:
-            self._wish(decision, Counts(0, 0), (), now)
+            self._request_scale(decision, Counts(0, 0), (), now)
 
     def _carry_out(self, decision: ScaleDecision, view: PoolView, now: float, *, waits: bool, is_news: bool) -> None:
         for worker_id, pool in decision.flips:
@@ -235,11 +235,11 @@ class Scaling:
         # One that drains although nobody here asked for it will not be counted on again: its place is given to another.
         drained = [m.worker_id for m in self._members(view) if m.state is MemberState.DRAINING]
         lost = [name for name in drained if name in self._fleet.workers]
-        is_wish = bool(is_news or decision.removals or lost or decision.additions.total)
-        if self._launcher is not None and is_wish and not waits:
-            self._wish(decision, decision.additions, decision.removals, now, lost=lost)
+        is_request = bool(is_news or decision.removals or lost or decision.additions.total)
+        if self._launcher is not None and is_request and not waits:
+            self._request_scale(decision, decision.additions, decision.removals, now, lost=lost)
 
-    def _wish(
+    def _request_scale(
         self, decision: ScaleDecision, add: Counts, remove: Sequence[str], now: float, *, lost: Sequence[str] = ()
     ) -> None:
         """`lost`: they drain already, and shall not come back."""

@@ -27,7 +27,7 @@ class Schedule:
         return replace(usual, at_least=least, at_most=max(least, most))
 
     def soon(self, pool: Pool, usual: Bounds, weekday: int, day_s: float, ahead_s: float) -> Bounds:
-        """Return the bounds by the time that a worker wished for now is there: a minimum is met when it begins."""
+        """Return the bounds by the time that a worker asked for now is there: a minimum is met when it begins."""
         now = self.bounds(pool, usual, weekday, day_s)
         days, later_s = divmod(day_s + ahead_s, DAY_S)
         then = self.bounds(pool, usual, (weekday + int(days)) % 7, later_s)

@@ -170,7 +170,7 @@ class Dispatcher:
 
     def view(self) -> PoolView:
         now = self._clock.now()
-        view = self._pools.view(now, num_queued=len(self._in_flight.queue), num_live=len(self._in_flight))
+        view = self._pools.view(now, num_queued=len(self._in_flight.queue), num_in_flight=len(self._in_flight))
         view.queued_by_class = dict(self._in_flight.queue.num_by_class)
         return view
 
@@ -210,7 +210,7 @@ class Dispatcher:
         return worker is not None
 
     def set_role(self, worker_id: str, role: str) -> bool:
-        """Let the worker offer `role`. False: it is not here, or it has one role for good."""
+        """Make `role` the worker's active role. False: it is not here, or it has one role for good."""
         worker = self._pools.named(worker_id)
         if worker is None or not worker.hello.can_change_role:
             return False

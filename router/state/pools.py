@@ -133,13 +133,13 @@ class Pools:
             penalty_s = min(_MAX_PAIR_PENALTY_S, known.penalty_s * 2 if known is not None else _PAIR_PENALTY_S)
             self._pairs[pair] = _PairFailure(penalty_s, now_s + penalty_s)
 
-    def view(self, now_s: float, *, num_queued: int = 0, num_live: int = 0) -> PoolView:
+    def view(self, now_s: float, *, num_queued: int = 0, num_in_flight: int = 0) -> PoolView:
         """Return a view for those who look at every worker: the ages of heartbeats are right in it."""
         return PoolView(
             workers=tuple(worker.view(now_s) for worker in self._workers.values()),
             avoided_pairs=self._avoided(now_s),
             num_queued=num_queued,
-            num_live=num_live,
+            num_in_flight=num_in_flight,
             now_s=now_s,
         )
 

@@ -74,7 +74,7 @@ class PoolView:
     workers: Sequence[WorkerView] = ()
     avoided_pairs: frozenset[tuple[int, int]] = frozenset()  # sessions whose last handoff failed
     num_queued: int = 0
-    num_live: int = 0
+    num_in_flight: int = 0
     now_s: float = 0.0
     queued_by_class: Mapping[str, int] = field(default_factory=dict)
     _order: dict[str, list[Rank]] = field(init=False, repr=False, compare=False, default_factory=dict)

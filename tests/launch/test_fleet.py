@@ -29,7 +29,7 @@ def test_ids_are_never_given_twice() -> None:
     added = fleet.add("decode")
     assert added is not None and added.config.worker_id == "d-1"
     assert fleet.leave("d-1")
-    fleet.gone("d-1")
+    fleet.forget("d-1")
     again = fleet.add("decode")
     assert again is not None and again.config.worker_id == "d-2"
 
@@ -50,7 +50,7 @@ def test_a_gpu_belongs_to_one_worker_until_that_is_gone() -> None:
     assert fleet.add("decode") is None
     assert fleet.leave("p-0")
     assert fleet.add("decode") is None
-    fleet.gone("p-0")
+    fleet.forget("p-0")
     last = fleet.add("decode")
     assert last is not None and last.gpus == ("0",)
 
@@ -61,7 +61,7 @@ def test_workers_have_places_of_their_own_on_the_core_board() -> None:
         fleet = Fleet(deployment(), board)
         fleet.add("decode")
         fleet.leave("p-0")
-        fleet.gone("p-0")
+        fleet.forget("p-0")
         fleet.add("prefill")
         places = [plan.config.cores.slot for plan in fleet.plans if plan.config.cores is not None]
         assert sorted(places) == [0, 1, 2]

@@ -51,7 +51,7 @@ async def until(condition: Callable[[], T | None]) -> T:
     return found
 
 
-class Wishes:
+class StubRequests:
     """What the stub routers say, and what they were told."""
 
     def __init__(self, folder: Path) -> None:
@@ -82,14 +82,14 @@ class Wishes:
         return await until(latest)
 
 
-def leaders(wishes: Wishes) -> dict[int | None, bool]:
+def leaders(wishes: StubRequests) -> dict[int | None, bool]:
     """Which router processes were told last that they decide."""
     return {event["pid"]: event["leader"] for event in wishes.heard() if event["event"] == "fleet"}
 
 
 @asynccontextmanager
-async def scaling(plan: Deployment, tmp_path: Path) -> AsyncIterator[tuple[LocalLauncher, Wishes, Recorder]]:
-    recorder, wishes = Recorder(), Wishes(tmp_path)
+async def scaling(plan: Deployment, tmp_path: Path) -> AsyncIterator[tuple[LocalLauncher, StubRequests, Recorder]]:
+    recorder, wishes = Recorder(), StubRequests(tmp_path)
     async with running(plan, recorder) as launcher:
         await wishes.until(seq=-1)
         yield launcher, wishes, recorder
@@ -171,7 +171,7 @@ async def test_the_next_router_decides_when_the_first_has_gone(tmp_path: Path) -
 
 
 async def test_a_rolling_restart_passes_over_workers_that_leave(tmp_path: Path) -> None:
-    recorder, wishes = Recorder(), Wishes(tmp_path)
+    recorder, wishes = Recorder(), StubRequests(tmp_path)
     async with running(fitted(tmp_path), recorder) as launcher:
         await wishes.until(seq=-1)
         wishes.scale(decode=1)
@@ -208,8 +208,8 @@ async def test_ray_adds_workers_when_a_node_comes_and_gives_their_places_back(
 
 
 @asynccontextmanager
-async def _on_ray(tmp_path: Path, address: str) -> AsyncIterator[Wishes]:
-    recorder, wishes = Recorder(), Wishes(tmp_path)
+async def _on_ray(tmp_path: Path, address: str) -> AsyncIterator[StubRequests]:
+    recorder, wishes = Recorder(), StubRequests(tmp_path)
     launcher = RayLauncher(
         deployment(tmp_path, device="cpu"),
         environment(),

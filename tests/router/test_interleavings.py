@@ -363,7 +363,7 @@ class World:
             else:
                 assert request.status in (RequestStatus.ABORTED, RequestStatus.FAILED)
         view = self.fleet.dispatcher.view()
-        assert (view.num_live, view.num_queued) == (0, 0)
+        assert (view.num_in_flight, view.num_queued) == (0, 0)
         assert all(worker.num_bound == 0 for worker in view.workers), "a load is still bound"
 
 

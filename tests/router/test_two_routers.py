@@ -213,7 +213,7 @@ class Cluster:
         """Time passes. `keep`: so many requests each router always has."""
         for tick in range(round(seconds * 100)):
             for router, wanted in enumerate(keep):
-                while self.fleets[router].dispatcher.view().num_live < wanted:
+                while self.fleets[router].dispatcher.view().num_in_flight < wanted:
                     self.submit(router, num_tokens)
             self.clock.advance(0.01)
             for worker in self.workers.values():

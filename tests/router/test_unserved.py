@@ -37,4 +37,4 @@ async def test_what_is_not_served_ends_at_once_with_the_workers_words(reason: st
         await anext(stream)
     assert (info.value.code, info.value.status) == ("not_served", 500)
     assert decode.take(Abort).attempt == 0
-    assert not fleet.dispatcher.view().num_live
+    assert not fleet.dispatcher.view().num_in_flight

@@ -297,8 +297,8 @@ class World:
             router.rules.check_books()
             view = router.dispatcher.view()
             bound = sum(worker.num_bound for worker in view.workers)
-            if view.num_live or view.num_queued or bound:
-                text = f"{router.place}: {view.num_live} live, {view.num_queued} queued, {bound} bound"
+            if view.num_in_flight or view.num_queued or bound:
+                text = f"{router.place}: {view.num_in_flight} live, {view.num_queued} queued, {bound} bound"
                 raise Breach("I15", text)
 
     def _tally(self) -> Tally:

@@ -24,7 +24,7 @@ _PAUSE_S = (0.3, 4.5)  # around the time at which a launcher loses patience
 
 
 @dataclass(slots=True)
-class Life:
+class WorkerProcess:
     """A process of a worker. `pidfd` names it even when its number is given to another."""
 
     worker_id: str
@@ -71,7 +71,7 @@ class Workers:
         self.num_joined = 0
         self._began_s = began_s
         self._tell = tell
-        self._lives: dict[str, Life] = {}  # the latest of each worker
+        self._processes: dict[str, WorkerProcess] = {}  # the latest of each worker
         self._timers: list[asyncio.TimerHandle] = []
 
     def on_note(self, note: Note) -> None:
@@ -84,7 +84,7 @@ class Workers:
                 strike.lost_s = note.at_s
 
     def _on_joined(self, note: Note) -> None:
-        pid, old = note.detail["pid"], self._lives.get(note.worker_id)
+        pid, old = note.detail["pid"], self._processes.get(note.worker_id)
         assert isinstance(pid, int)
         if old is not None and old.pid == pid:
             return  # a new session of a process that was paused
@@ -94,67 +94,68 @@ class Workers:
             return  # dead already: the next one will join
         if old is not None:
             self._forget(old)
-        life = Life(note.worker_id, str(note.detail["role"]), pid, pidfd, note.at_s)
-        self._lives[note.worker_id] = life
+        process = WorkerProcess(note.worker_id, str(note.detail["role"]), pid, pidfd, note.at_s)
+        self._processes[note.worker_id] = process
         self.num_joined += 1
-        asyncio.get_running_loop().add_reader(pidfd, self._on_death, life)
+        asyncio.get_running_loop().add_reader(pidfd, self._on_death, process)
         strike = self._last_strike(note.worker_id)
         if strike is not None and strike.back_s is None and strike.pid != pid:
             strike.back_s = note.at_s
 
-    def _on_death(self, life: Life) -> None:
-        asyncio.get_running_loop().remove_reader(life.pidfd)
-        life.died_s = self._now()
-        self._tell(Note(at_s=life.died_s, what="death", worker_id=life.worker_id, detail={"pid": life.pid}))
-        strike = self._last_strike(life.worker_id)
-        if strike is not None and strike.pid == life.pid:
-            strike.died_s = life.died_s
+    def _on_death(self, process: WorkerProcess) -> None:
+        asyncio.get_running_loop().remove_reader(process.pidfd)
+        process.died_s = self._now()
+        self._tell(Note(at_s=process.died_s, what="death", worker_id=process.worker_id, detail={"pid": process.pid}))
+        strike = self._last_strike(process.worker_id)
+        if strike is not None and strike.pid == process.pid:
+            strike.died_s = process.died_s
 
     def _last_strike(self, worker_id: str) -> Strike | None:
         return next((strike for strike in reversed(self.strikes) if strike.worker_id == worker_id), None)
 
     @property
-    def up(self) -> list[Life]:
+    def up(self) -> list[WorkerProcess]:
         """Return the workers that run, by name."""
-        alive = (life for life in self._lives.values() if life.died_s is None and not life.is_stopped)
-        return sorted(alive, key=lambda life: life.worker_id)
+        alive = (process for process in self._processes.values() if process.died_s is None and not process.is_stopped)
+        return sorted(alive, key=lambda process: process.worker_id)
 
     def strike(self, source: random.Random) -> Strike | None:
         """Strike one of those that run; None: there is none."""
         if not self.up:
             return None
-        life, kind = source.choice(self.up), source.choice(KINDS)
-        strike = Strike(kind, life.worker_id, life.role, life.pid, self._now())
+        process, kind = source.choice(self.up), source.choice(KINDS)
+        strike = Strike(kind, process.worker_id, process.role, process.pid, self._now())
         self.strikes.append(strike)
-        self._tell(Note(at_s=strike.at_s, what=kind, worker_id=life.worker_id, detail={"pid": life.pid}))
+        self._tell(Note(at_s=strike.at_s, what=kind, worker_id=process.worker_id, detail={"pid": process.pid}))
         if kind == "kill":
-            life.signal(signal.SIGKILL)
+            process.signal(signal.SIGKILL)
             return strike
-        life.is_stopped = True
-        life.signal(signal.SIGSTOP)
+        process.is_stopped = True
+        process.signal(signal.SIGSTOP)
         if kind == "pause":
             delay_s = source.uniform(*_PAUSE_S)
-            self._timers.append(asyncio.get_running_loop().call_later(delay_s, self._go_on, life))
+            self._timers.append(asyncio.get_running_loop().call_later(delay_s, self._go_on, process))
         return strike
 
-    def _go_on(self, life: Life) -> None:
-        life.is_stopped = False
-        if life.died_s is None:
-            self._tell(Note(at_s=self._now(), what="continue", worker_id=life.worker_id, detail={"pid": life.pid}))
-            life.signal(signal.SIGCONT)
+    def _go_on(self, process: WorkerProcess) -> None:
+        process.is_stopped = False
+        if process.died_s is None:
+            detail: dict[str, object] = {"pid": process.pid}
+            self._tell(Note(at_s=self._now(), what="continue", worker_id=process.worker_id, detail=detail))
+            process.signal(signal.SIGCONT)
 
     def close(self) -> None:
         """Leave no process stopped."""
         for timer in self._timers:
             timer.cancel()
-        for life in self._lives.values():
-            life.signal(signal.SIGCONT)
-            self._forget(life)
+        for process in self._processes.values():
+            process.signal(signal.SIGCONT)
+            self._forget(process)
 
-    def _forget(self, life: Life) -> None:
-        asyncio.get_running_loop().remove_reader(life.pidfd)
+    def _forget(self, process: WorkerProcess) -> None:
+        asyncio.get_running_loop().remove_reader(process.pidfd)
         with contextlib.suppress(OSError):
-            os.close(life.pidfd)
+            os.close(process.pidfd)
 
     def _now(self) -> float:
         return perf_counter() - self._began_s

@@ -598,7 +598,7 @@ def test_a_client_that_leaves_frees_everything(stage: str) -> None:
     stream.abort()
     assert state(stream) is RequestStatus.ABORTED and fleet.observer.finished == [stream.request]
     view = fleet.dispatcher.view()
-    assert (view.num_live, view.num_queued) == (0, 0) and all(worker.num_bound == 0 for worker in view.workers)
+    assert (view.num_in_flight, view.num_queued) == (0, 0) and all(worker.num_bound == 0 for worker in view.workers)
     assert any(isinstance(message, Abort) for message in d.sent) == (stage != "queued")
     assert any(isinstance(message, Abort) for message in p.sent) == (
         stage in ("reserved", "prefilling", "transferring")

@@ -242,7 +242,7 @@ async def test_a_third_worker_that_is_lost_with_the_request_alone_on_it_proves_i
     error = await failure(stream)
     assert (error.code, error.status) == ("poison_request", 500)
     assert "d-a, d-b, d-c" in str(error) and fleet.observer.num_poisoned == 1
-    assert not fleet.dispatcher.breaches() and fleet.dispatcher.view().num_live == 0
+    assert not fleet.dispatcher.breaches() and fleet.dispatcher.view().num_in_flight == 0
 
 
 def test_a_loss_that_is_not_the_requests_fault_does_not_end_its_trial() -> None:
