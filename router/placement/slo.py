@@ -6,8 +6,9 @@
     what keeps both objectives, then what costs least: seconds to the first token, seconds of compute, harm to streams
 
 A prompt is computed on the decode worker exactly where that is expected to be better: on an idle one nobody is
-disturbed and nothing has to be shipped, and under load it takes what room the streams' objective leaves. All times
-are the predictor's; where it knows nothing yet they are zero, and what is left is least loaded.
+disturbed and nothing has to be shipped, and under load it takes what room the streams' objective leaves. What
+each way brings is estimated in slo_estimates.py; where nothing is known yet all times are zero, and what is left is
+least loaded.
 
 A request waits in the queue, rather than breaking the pace of those that stream, as long as it can still make it.
 """
@@ -16,11 +17,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from ...common.pacing import MIN_CHUNK_TOKENS, PROMPT_DUE_STRETCH, longest_step_s
 from ..state.demand import Demand, Lack, Placement, Prediction, Reason, Wait
-from ..state.predictor import Predictor, Way, distance
+from ..state.predictor import Predictor, distance
 from ..state.views import PoolView, Rank, WorkerView
 from .policy import (
     BOUND_SHARE_OF_OBJECTIVE,
@@ -29,66 +28,19 @@ from .policy import (
     fits_prefill,
     has_decode_room,
     has_prefill_room,
-    is_behind,
     may_hand_over,
     wait_for_room,
 )
+from .slo_estimates import WORK, SloCandidate, SloEstimates
 
 # None of these numbers is derived. Who changes one measures it with benchmarks.goodput and benchmarks.placement_live.
 _NEAR = 6  # workers of each pool looked at, beside holders; more find better pairs, and each placement takes longer
 _MAX_HOLDERS = 3  # workers looked at because they hold most of the prompt; with fewer, busy ones hide a cache
 _BEST_PREFILLS = 4  # prefill workers tried with every decode worker; with fewer, one that is near may be missed
 _TPOT_MARGIN = 0.92  # share of the objective up to which a step is filled; above it noise breaks the pace of streams
-_EVEN = 0.03  # share by which an idle decode worker may be worse, as nobody is disturbed; larger: fewer handoffs
-_HARM = 0.2  # seconds of first token that a second of delayed streams is worth; larger: fewer prompts beside streams
-_WORK = 1.0  # seconds of first token that a second of compute is worth; larger: prompts rather go where they are cached
-_STEPS_AHEAD = 2  # steps of prompts bound to a decode worker with streams; what is bound is not decided anew
 _PATIENCE = 3.0  # TTFT objectives that a request waits for room in the streams' pace; after that it breaks the pace
 _DEFAULT_PATIENCE_S = 10.0  # seconds that a request without an objective waits for room in the streams' pace
-_FETCH_GAIN = 1.5  # times that a fetch must be faster than computing; nearer to 1 a late fetch loses time
-_MIN_FETCH_TOKENS = 256  # fewer are computed: their fetch costs messages and saves little
 _NOBODY: Rank = (0.0, 0, 0, 0)
-
-
-@dataclass(slots=True, frozen=True)
-class SloCandidate:
-    """One way to serve a request, and what is expected of it."""
-
-    prefill: WorkerView | None
-    decode: WorkerView
-    ttft_s: float  # from now on
-    bare_s: float  # of `ttft_s`: the prompt's own steps
-    tpot_s: float
-    prefill_s: float
-    wait_s: float
-    cached_tokens: int
-    harm_s: float  # by which streams are delayed, summed
-    exposed_s: float = 0.0  # of the transfer, after the first token
-    is_avoided: bool = False
-    fetch_from: str | None = None
-
-    @property
-    def cost_s(self) -> float:
-        cost_s = self.ttft_s + _WORK * self.prefill_s + _HARM * self.harm_s
-        is_nobody_there = self.prefill is None and not self.decode.num_running and not self.wait_s
-        return cost_s * (1 - _EVEN) if is_nobody_there else cost_s
-
-
-@dataclass(slots=True, frozen=True)
-class _PrefixFetch:
-    source: WorkerView
-    tokens: int  # more than the worker holds itself
-    seconds: float
-
-
-@dataclass(slots=True)
-class _Prefill:
-    """A prefill worker, and what the prompt takes there."""
-
-    worker: WorkerView
-    seconds: float
-    fetch: _PrefixFetch | None
-    wait_s: float  # for what the worker serves first
 
 
 class SloPolicy:
@@ -108,12 +60,11 @@ class SloPolicy:
         fetches: bool = False,
     ) -> None:
         """`fetches`: workers read prefixes from each other."""
-        self._predictor = predictor
+        self._estimates = SloEstimates(predictor, fetches=fetches)
         self._may_prefill_locally = local_prefill or not expect_prefill
         self._max_local_prefill_tokens = max_local_prefill_tokens
         self._expect_prefill = expect_prefill
         self._max_bind_wait_s = min(MAX_BIND_WAIT_S, (ttft_objective_s or math.inf) * BOUND_SHARE_OF_OBJECTIVE)
-        self._fetches = fetches
 
     def place(self, view: PoolView, demand: Demand) -> Placement | Wait:
         holders = _holders(demand)
@@ -148,7 +99,9 @@ class SloPolicy:
             and has_prefill_room(worker, demand, self._max_bind_wait_s)
             and (worker.session, decode_session) not in demand.failed_pairs
         ]
-        return min(able, key=lambda worker: self._prefill_s(worker, demand)[0] + worker.backlog_s, default=None)
+        return min(
+            able, key=lambda worker: self._estimates.prefill_s(worker, demand)[0] + worker.backlog_s, default=None
+        )
 
     def explain(self, view: PoolView, demand: Demand) -> list[SloCandidate]:
         """Every way that is looked at for this request, the best first."""
@@ -186,118 +139,22 @@ class SloPolicy:
     ) -> Iterator[SloCandidate]:
         able = [worker for worker in prefills if has_prefill_room(worker, demand, self._max_bind_wait_s)]
         sources = [found for session in _holders(demand) if (found := view.find(session)) is not None]
-        costs = [self._cost(worker, demand, sources, view.now_s) for worker in able]
-        costs.sort(key=lambda cost: cost.wait_s + (1 + _WORK) * cost.seconds)
+        estimates = [self._estimates.prefill(worker, demand, sources, view.now_s) for worker in able]
+        estimates.sort(key=lambda one: one.wait_s + (1 + WORK) * one.seconds)
         if not demand.failed_pairs and not view.avoided_pairs:
-            del costs[_BEST_PREFILLS:]
+            del estimates[_BEST_PREFILLS:]
         for decode in roomy:
-            tpot_s = self._tpot_s(decode, demand)
+            tpot_s = self._estimates.tpot_s(decode, demand)
             if self._may_prefill_locally:
-                local = self._local(decode, demand, tpot_s, sources)
+                local = self._estimates.local(decode, demand, tpot_s, sources)
                 if local is not None and (local.prefill_s or not prefills):
                     yield local
             paths = set[str]()
-            for cost in costs:
-                path = distance(cost.worker.hello, decode.hello)
-                if may_hand_over(cost.worker, decode, demand) and (path not in paths or view.avoided_pairs):
+            for estimate in estimates:
+                path = distance(estimate.worker.hello, decode.hello)
+                if may_hand_over(estimate.worker, decode, demand) and (path not in paths or view.avoided_pairs):
                     paths.add(path)  # the next one that is as far away is worse
-                    yield self._handoff(view, demand, cost, decode, path, tpot_s)
-
-    def _cost(self, worker: WorkerView, demand: Demand, sources: list[WorkerView], now_s: float) -> _Prefill:
-        seconds, fetch = self._prefill_s(worker, demand, sources)
-        return _Prefill(worker, seconds, fetch, worker.wait_s(now_s + PROMPT_DUE_STRETCH * seconds))
-
-    def _handoff(
-        self, view: PoolView, demand: Demand, cost: _Prefill, decode: WorkerView, path: str, tpot_s: float
-    ) -> SloCandidate:
-        prefill, prefill_s, fetch = cost.worker, cost.seconds, cost.fetch
-        predictor = self._predictor
-        num_bytes = _block_bytes(demand.num_prompt_tokens - _cached(decode, demand), decode)
-        # The first token does not wait for the transfer, the second does.
-        exposed_s = predictor.exposed_s(path, num_bytes, prefill_s)
-        return SloCandidate(
-            prefill=prefill,
-            decode=decode,
-            ttft_s=predictor.first_token_s(Way.HANDOFF, prefill_s, cost.wait_s),
-            bare_s=prefill_s,
-            tpot_s=tpot_s + exposed_s / max(1, demand.expected_output),
-            prefill_s=prefill_s,
-            wait_s=cost.wait_s,
-            cached_tokens=_cached(prefill, demand) + (fetch.tokens if fetch is not None else 0),
-            harm_s=0.0,
-            exposed_s=exposed_s,
-            is_avoided=(prefill.session, decode.session) in view.avoided_pairs,
-            fetch_from=fetch.source.worker_id if fetch is not None else None,
-        )
-
-    def _local(
-        self, decode: WorkerView, demand: Demand, tpot_s: float, sources: list[WorkerView]
-    ) -> SloCandidate | None:
-        """The decode worker computes the prompt: at once if it is idle, else in what its steps have left."""
-        alone_s, fetch = self._prefill_s(decode, demand, sources)
-        cached = _cached(decode, demand) + (fetch.tokens if fetch is not None else 0)
-        uncached = max(1, demand.num_prompt_tokens - cached)
-        step_s = self._predictor.decode_step_s(decode.session, decode.num_running, decode.context)
-        harm_s, took_s, wait_s = 0.0, alone_s, decode.backlog_s
-        budget = decode.hello.max_num_batched_tokens
-        if decode.num_running and alone_s:
-            limit_s = longest_step_s(demand.objectives.tpot_s, step_s)
-            tokens = self._predictor.chunk_tokens(
-                decode.session, decode.num_running, decode.context, demand.num_prompt_tokens // 2, limit_s
-            )
-            if tokens < MIN_CHUNK_TOKENS:
-                return None
-            # Half of a step's prompt tokens are the oldest prompt's, the rest those of the shortest.
-            ahead = min(decode.ahead_tokens, uncached)
-            share_s = max(alone_s, uncached / tokens * limit_s)
-            harm_s = decode.num_running * (share_s - share_s / limit_s * step_s)
-            took_s = max(share_s, alone_s + step_s) + (limit_s if ahead else step_s) / 2  # of the step that runs
-            wait_s = ahead / tokens * limit_s
-            budget = min(budget, _STEPS_AHEAD * tokens)
-        if is_behind(decode, demand, budget):
-            return None
-        return SloCandidate(
-            prefill=None,
-            decode=decode,
-            ttft_s=self._predictor.first_token_s(Way.LOCAL, took_s, wait_s),
-            bare_s=took_s,
-            tpot_s=tpot_s,
-            prefill_s=alone_s,
-            wait_s=wait_s,
-            cached_tokens=cached,
-            harm_s=harm_s,
-            fetch_from=fetch.source.worker_id if fetch is not None else None,
-        )
-
-    def _prefill_s(
-        self, worker: WorkerView, demand: Demand, sources: list[WorkerView] | None = None
-    ) -> tuple[float, _PrefixFetch | None]:
-        """Return the time to compute what the worker does not hold, or to fetch some of that and compute the rest."""
-        cached = _cached(worker, demand)
-        seconds = self._predictor.prefill_s(worker.session, max(1, demand.num_prompt_tokens - cached), cached)
-        best: _PrefixFetch | None = None
-        for source in sources or () if self._fetches else ():
-            fetch = self._fetch(worker, source, demand, cached)
-            if fetch is None:
-                continue
-            held = cached + fetch.tokens
-            rest_s = self._predictor.prefill_s(worker.session, max(1, demand.num_prompt_tokens - held), held)
-            if fetch.seconds * _FETCH_GAIN + rest_s < seconds:
-                seconds, best = fetch.seconds + rest_s, fetch
-        return seconds, best
-
-    def _fetch(self, worker: WorkerView, source: WorkerView, demand: Demand, cached: int) -> _PrefixFetch | None:
-        more = _cached(source, demand) - cached
-        if source.session == worker.session or more < _MIN_FETCH_TOKENS or source.hello.tp_size != worker.hello.tp_size:
-            return None
-        seconds = self._predictor.transfer_s(distance(source.hello, worker.hello), _block_bytes(more, worker))
-        return _PrefixFetch(source, more, seconds) if seconds else None
-
-    def _tpot_s(self, decode: WorkerView, demand: Demand) -> float:
-        """Return the time of a step in the middle of the answer, with all that runs there now."""
-        context = demand.num_choices * (demand.num_tokens + demand.expected_output // 2)
-        rows = decode.num_running + demand.num_choices
-        return self._predictor.decode_step_s(decode.session, rows, decode.context + context)
+                    yield self._estimates.handoff(view, demand, estimate, decode, path, tpot_s)
 
     # --- which one ------------------------------------------------------------------------------------------
 
@@ -350,15 +207,3 @@ def _holders(demand: Demand) -> list[int]:
     """Sessions that hold most of the prompt's beginning, and the one that has computed it for an earlier attempt."""
     most = sorted(demand.cached, key=lambda session: -demand.cached[session])[:_MAX_HOLDERS]
     return most if demand.computed_on is None else [demand.computed_on, *most]
-
-
-def _cached(worker: WorkerView, demand: Demand) -> int:
-    """Tokens of the prompt that the worker need not compute: never all, the last one's logits are wanted."""
-    if worker.session == demand.computed_on:
-        return demand.num_prompt_tokens - 1
-    return min(demand.cached.get(worker.session, 0), demand.num_prompt_tokens - 1)
-
-
-def _block_bytes(num_tokens: int, worker: WorkerView) -> int:
-    spec = worker.hello.spec
-    return spec.num_blocks_for(max(0, num_tokens)) * spec.block_bytes()

@@ -70,7 +70,7 @@ def test_an_idle_decode_worker_computes_the_prompt_itself() -> None:
 @pytest.mark.parametrize(("share", "prefill"), [(0.02, None), (0.2, "p-0")])
 def test_a_hair_does_not_move_a_prompt_away_from_an_idle_decode_worker(share: float, prefill: str | None) -> None:
     slo, view = policy(), PoolView((P0, D0))
-    slo._predictor.biases[Way.LOCAL].seconds = share * slo.explain(view, DEMAND)[0].prefill_s
+    slo._estimates._predictor.biases[Way.LOCAL].seconds = share * slo.explain(view, DEMAND)[0].prefill_s
     placement = slo.place(view, DEMAND)
     assert isinstance(placement, Placement) and placement.prefill_worker == prefill
 
@@ -78,7 +78,7 @@ def test_a_hair_does_not_move_a_prompt_away_from_an_idle_decode_worker(share: fl
 @pytest.mark.parametrize("way", list(Way))
 def test_no_way_looks_free_whatever_was_learned_of_longer_prompts(way: Way) -> None:
     slo = policy()
-    slo._predictor.biases[way].seconds = -10.0
+    slo._estimates._predictor.biases[way].seconds = -10.0
     found = slo.explain(PoolView((P0, D0)), DEMAND)
     assert len(found) == 2
     for one in found:
@@ -159,7 +159,7 @@ def test_a_beginning_is_fetched_where_that_beats_computing_it() -> None:
         exposed_s=0,
         clean=True,
     )
-    chooser._predictor.on_transfer(report, "apart", 1)
+    chooser._estimates._predictor.on_transfer(report, "apart", 1)
     assert chooser.place(view, demand) == Placement("p-0", "d-0", Reason.HANDOFF, fetch_from="d-0")
 
 
