@@ -78,11 +78,6 @@ class RouterChild:
             for worker in workers
         )
 
-    def names(self, worker_id: str) -> bool:
-        """Say whether the router has this worker as ready."""
-        pids = self._pools["workers"] if self._pools is not None else None
-        return isinstance(pids, dict) and worker_id in pids
-
     def _take(self, name: str, event: dict[str, object]) -> None:
         if event["event"] == "pools":
             self._pools = event

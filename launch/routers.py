@@ -153,10 +153,6 @@ class RouterGroup:
         for child in self.children if to is None else (to,):
             child.send(event)
 
-    async def wait_until_known(self, worker_id: str) -> None:
-        """Some router has this worker as ready."""
-        await self._until(lambda: any(router.names(worker_id) for router in self.routers))
-
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             self._changed.clear()

@@ -19,7 +19,6 @@ from .openai_types import (
     ChatMessage,
     PromptLogprobs,
     Struct,
-    Usage,
 )
 
 
@@ -40,39 +39,33 @@ class ChatForm:
         if is_first:
             chunks.append(self._opening(index))
         if piece.text or piece.finish is not None:
-            chunks.append(self._chunk(self._choice(index, piece)))
+            chunks.append(self._context.chunk(ChatChunk, self._choice(index, piece)))
         return chunks
 
     def usage_chunk(self) -> Struct:
-        return self._body([], self._context.usage())
+        return self._context.body(ChatChunk, [], self._context.usage())
 
     def whole(self, pieces: Sequence[TextPiece]) -> Struct:
-        context = self._context
-        return ChatCompletion(
-            id=context.answer_id,
-            created=context.created,
-            model=context.model,
-            system_fingerprint=context.fingerprint,
-            choices=[
-                ChatChoice(
-                    index=index,
-                    message=ChatMessage(content=self._echoed + piece.text),
-                    logprobs=self._logprobs(piece),
-                    finish_reason=piece.finish,
-                    stop_reason=piece.stop_reason,
-                    token_ids=self._token_ids(piece),
-                )
-                for index, piece in enumerate(pieces)
-            ],
-            usage=context.usage(),
-            prompt_logprobs=self._prompt_logprobs(),
-            prompt_token_ids=self._prompt_ids(),
-        )
+        choices = [
+            ChatChoice(
+                index=index,
+                message=ChatMessage(content=self._echoed + piece.text),
+                logprobs=self._logprobs(piece),
+                finish_reason=piece.finish,
+                stop_reason=piece.stop_reason,
+                token_ids=self._token_ids(piece),
+            )
+            for index, piece in enumerate(pieces)
+        ]
+        whole = self._context.body(ChatCompletion, choices, self._context.usage())
+        whole.prompt_logprobs = self._prompt_logprobs()
+        whole.prompt_token_ids = self._prompt_ids()
+        return whole
 
     def _opening(self, index: int) -> ChatChunk:
         """Return the chunk that says who speaks, before what is said."""
         delta = ChatDelta(role="assistant", content=self._echoed)
-        chunk = self._chunk(ChatChunkChoice(index=index, delta=delta))
+        chunk = self._context.chunk(ChatChunk, ChatChunkChoice(index=index, delta=delta))
         chunk.prompt_token_ids = self._prompt_ids()
         return chunk
 
@@ -84,20 +77,6 @@ class ChatForm:
             finish_reason=piece.finish,
             stop_reason=piece.stop_reason if piece.finish is not None else UNSET,
             token_ids=self._token_ids(piece),
-        )
-
-    def _chunk(self, choice: ChatChunkChoice) -> ChatChunk:
-        return self._body([choice], self._context.chunk_usage())
-
-    def _body(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
-        context = self._context
-        return ChatChunk(
-            id=context.answer_id,
-            created=context.created,
-            model=context.model,
-            system_fingerprint=context.fingerprint,
-            choices=choices,
-            usage=usage,
         )
 
     def _logprobs(self, piece: TextPiece) -> ChatLogprobs | None:

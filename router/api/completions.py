@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 from .choice import TextPiece
 from .form import FormContext
 from .logprobs import completion_logprobs, echoed_logprobs, joined, prompt_logprobs
-from .openai_types import Completion, CompletionChoice, CompletionLogprobs, PromptLogprobs, Struct, Usage
+from .openai_types import Completion, CompletionChoice, CompletionLogprobs, PromptLogprobs, Struct
 
 
 class CompletionForm:
@@ -25,13 +25,13 @@ class CompletionForm:
     def chunks(self, index: int, piece: TextPiece, *, is_first: bool) -> list[Struct]:
         chunks: list[Struct] = []
         if is_first and (self._options.echo or self._options.return_token_ids):
-            chunks.append(self._chunk(self._prompt_choice(index)))
+            chunks.append(self._context.chunk(Completion, self._prompt_choice(index)))
         if piece.text or piece.finish is not None:
-            chunks.append(self._chunk(self._choice(index, piece)))
+            chunks.append(self._context.chunk(Completion, self._choice(index, piece)))
         return chunks
 
     def usage_chunk(self) -> Struct:
-        return self._body([], self._context.usage())
+        return self._context.body(Completion, [], self._context.usage())
 
     def whole(self, pieces: Sequence[TextPiece]) -> Struct:
         choices = []
@@ -45,7 +45,7 @@ class CompletionForm:
             choice.prompt_token_ids = self._prompt_ids(index)
             choice.prompt_logprobs = self._prompt_logprobs(index)
             choices.append(choice)
-        return self._body(choices, self._context.usage())
+        return self._context.body(Completion, choices, self._context.usage())
 
     def _choice(self, index: int, piece: TextPiece) -> CompletionChoice:
         return CompletionChoice(
@@ -64,20 +64,6 @@ class CompletionForm:
             text=self._echoed_text(index) if self._options.echo else "",
             logprobs=self._echoed_logprobs(index) if self._options.echo else None,
             prompt_token_ids=self._prompt_ids(index),
-        )
-
-    def _chunk(self, choice: CompletionChoice) -> Completion:
-        return self._body([choice], self._context.chunk_usage())
-
-    def _body(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
-        context = self._context
-        return Completion(
-            id=context.answer_id,
-            created=context.created,
-            model=context.model,
-            system_fingerprint=context.fingerprint,
-            choices=choices,
-            usage=usage,
         )
 
     def _logprobs(self, index: int, piece: TextPiece) -> CompletionLogprobs | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from msgspec import UNSET, UnsetType
 
@@ -13,6 +13,9 @@ from .answer import Answer
 from .choice import TextPiece
 from .logprobs import Name, token_names
 from .openai_types import PromptTokensDetails, Struct, Usage
+
+AnswerBody = TypeVar("AnswerBody", bound=Struct)
+ChunkUsage = Usage | UnsetType | None
 
 
 @dataclass(slots=True, frozen=True)
@@ -50,6 +53,20 @@ class FormContext:
         """The function that names tokens where log probabilities are reported."""
         return token_names(self.tokenizer, as_ids=self.options.names_tokens_by_id)
 
+    def body(self, kind: Callable[..., AnswerBody], choices: Sequence[Struct], usage: ChunkUsage) -> AnswerBody:
+        """Return the body of an answer or of a chunk, around its choices."""
+        return kind(
+            id=self.answer_id,
+            created=self.created,
+            model=self.model,
+            system_fingerprint=self.fingerprint,
+            choices=choices,
+            usage=usage,
+        )
+
+    def chunk(self, kind: Callable[..., AnswerBody], choice: Struct) -> AnswerBody:
+        return self.body(kind, [choice], self.chunk_usage())
+
     def usage(self) -> Usage:
         """Return the usage of the whole call, as far as it has got."""
         num_prompt = sum(len(prompt.token_ids) for prompt in self.answer.prompts)
@@ -62,7 +79,7 @@ class FormContext:
             prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
         )
 
-    def chunk_usage(self) -> Usage | UnsetType | None:
+    def chunk_usage(self) -> ChunkUsage:
         """Return the usage in a stream's chunk: as asked for, null where only the last one tells, else absent."""
         if self.options.continuous_usage:
             return self.usage()

@@ -55,7 +55,6 @@ class RequestContext:
     headers: Mapping[bytes, bytes] = field(default_factory=dict)  # by name in lower case
     tenant: bytes = b""  # whose key it came with; empty: there are no keys
     allowance: Allowance | None = None  # what it holds of the tenant's quota
-    num_body_bytes: int = 0
     timeout_s: float | None = None  # what the client gives us, from `started_s` on
     request_class: str = DEFAULT_CLASS
     marks: dict[str, float] = field(default_factory=dict)  # end of each phase before the dispatcher's

@@ -176,7 +176,3 @@ class ScaleDecision:
     removals: tuple[str, ...] = ()  # worker ids: drained, then gone
     additions: Counts = Counts(0, 0)
     forecast: ScaleForecast = field(default_factory=ScaleForecast)
-
-    @property
-    def is_change(self) -> bool:
-        return bool(self.flips or self.removals or self.additions.total)

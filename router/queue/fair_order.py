@@ -39,9 +39,6 @@ class Ticket(Generic[Item]):
         return (self.due_s, self.number, self)
 
 
-_Entry = tuple[float, int, Ticket[Item]]
-
-
 def _tokens_of(entry: tuple[float, int, Ticket[Item]]) -> int:
     return entry[2].num_tokens
 

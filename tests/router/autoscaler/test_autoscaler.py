@@ -211,4 +211,5 @@ def test_without_lengths_nothing_changes() -> None:
     world.prompt = lambda dice, now: 500
     for _ in range(200):
         world.now_s += 5.0
-        assert not world.autoscaler.decide(replace(world.snapshot(), answers=())).is_change
+        decision = world.autoscaler.decide(replace(world.snapshot(), answers=()))
+        assert not (decision.flips or decision.removals or decision.additions.total)
