@@ -34,9 +34,10 @@ from .schedule import Schedule
 from .sizing import DecodeLoad, PrefillLoad
 
 _WAYS: tuple[tuple[Pool, Pool], ...] = (("prefill", "decode"), ("decode", "prefill"))  # from, to
-_FEW = 8  # sampled answers: with fewer nothing is known about lengths
-_WORTH = 1.1  # a full fleet is split anew for so much more of what its poorer pool can carry
-_LARGEST_SHRINK = 0.25  # of a pool, in one decision
+# None of these numbers is derived. Who changes one measures it with benchmarks.autoscale.
+_FEW = 8  # sampled answers: with fewer nothing is known about lengths, and nothing is decided
+_WORTH = 1.1  # a full fleet is split anew for so much more of what its poorer pool can carry; nearer to 1: more flips
+_LARGEST_SHRINK = 0.25  # of a pool, in one decision; larger saves more after a peak and misses more where that was none
 
 
 class Autoscaler:

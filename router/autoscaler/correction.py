@@ -12,10 +12,10 @@ import math
 from .scale_types import Kept
 
 _STEP = 1.1  # by which one conclusion raises the load; larger mends sooner and overshoots
-_MOST = 1.5  # the largest factor: some misses no fleet can mend
+_MOST = 1.5  # the largest factor, as some misses no fleet can mend; larger pays more for those
 _FORGET_S = 1800.0  # after which a correction has faded to 1 / e; longer keeps a fleet larger than it need be
-_AGAIN_S = 60.0  # between two steps: the first one must have its effect
-_ENOUGH = 200  # requests, before anything is concluded
+_AGAIN_S = 60.0  # between two steps, as the first one must have its effect; shorter overshoots
+_ENOUGH = 200  # requests, before anything is concluded; fewer conclude from chance, more come late
 _SIGMAS = 2.0  # by which the target must be missed; less is taken for chance
 
 

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 
 from .scale_types import DAY_S
 
-_SURPRISE = 4.0  # standard deviations
-_TREND_DAMPING_S = 120.0  # a trend is believed for about so long
-_MAX_BEND = 2.0  # of the day's profile between now and the time ahead
+_SURPRISE = 4.0  # standard deviations that make a jump; fewer follow noise, more follow a spike late
+_TREND_DAMPING_S = 120.0  # a trend is believed for about so long; longer runs ahead of a load that levels off
+_MAX_BEND = 2.0  # the largest factor from the day's profile; larger trusts what few days have shown more
 
 
 class DayProfile:

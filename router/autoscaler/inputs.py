@@ -10,7 +10,7 @@ from ..state.predictor import Predictor
 from ..state.views import WorkerView
 from .scale_types import AutoscalerSettings, Bounds, WorkerLimits
 
-_TYPICAL = 16  # workers of which the middle one stands for all
+_TYPICAL = 16  # workers of which the middle one stands for all; more cost time at each decision
 
 
 class TypicalTimes:

@@ -20,8 +20,8 @@ from ..state.request import RouterRequest
 from .scale_types import POOLS, AnswerLengths, Counts, Kept
 
 _T = TypeVar("_T")
-_MOST = 100_000  # requests in one interval
-_MOST_SENT = 256  # of each kind, to another router
+_MOST = 100_000  # requests in one interval: a bound on memory
+_MOST_SENT = 256  # of each kind, to another router: fewer say less about lengths, more make events long
 
 
 @dataclass(slots=True, frozen=True)

@@ -27,10 +27,10 @@ from .inputs import TypicalTimes, settings_of, worker_limits
 from .load_record import LoadRecord, Replicas, SeenLoad
 from .scale_types import POOLS, Counts, LoadSnapshot, Member, MemberState, Pool, ScaleDecision
 
-_ANSWER_S = 30.0  # for the launcher to answer a request, before another one is made
-_OBEY_S = 5.0  # for a worker to take on the role that it was given
-_FIRST_START_S = 60.0  # until a start was measured
-_MOST_SEEN = 64  # reports of other routers that wait for the next decision
+_ANSWER_S = 30.0  # for the launcher to answer a request, before another one is made; shorter may ask for the same twice
+_OBEY_S = 5.0  # for a worker to take on a new role, meanwhile it counts as of it; shorter may flip another too
+_FIRST_START_S = 60.0  # until a start was measured; larger scales further ahead
+_MOST_SEEN = 64  # reports of other routers that wait for the next decision: a bound on memory
 
 log = structlog.get_logger(__name__)
 

@@ -22,12 +22,12 @@ from ..state.objectives import Objectives
 from .scale_types import AnswerLengths, StepTimes, WorkerLimits
 
 MOST_WORKERS = 4096  # where the search for a number ends
-_MAX_UTILIZATION = 0.97  # from there on the queue is taken to grow without end
+_MAX_UTILIZATION = 0.97  # from there on the queue is taken to grow without end; larger plans fuller workers
 _MAX_KV_USAGE = 0.95  # of a cache, that is planned for; larger leaves no room for what the lengths do not tell
-_FULL_SHARE = 0.1  # of the misses that are allowed: how often a cache may be full
-_DEFAULT_TTFT_S = 1.0  # where the operator set no objective
-_DEFAULT_TPOT_S = 0.05  # where the operator set no objective
-_LEAST_STRETCH = 1.25  # of a step with one row: no fleet makes tokens come faster
+_FULL_SHARE = 0.1  # of the misses that are allowed: how often a cache may be full; larger plans fewer workers
+_DEFAULT_TTFT_S = 1.0  # where the operator set no objective; smaller plans more prefill workers
+_DEFAULT_TPOT_S = 0.05  # where the operator set no objective; smaller plans more decode workers
+_LEAST_STRETCH = 1.25  # of a step with one row, as no fleet makes tokens come faster; nearer to 1 plans rows alone
 _ROUNDS = 30  # at most, until step time and crowd agree
 _TOLERANCE = 1e-3  # relative change of the step time that ends the rounds
 

@@ -24,7 +24,7 @@ from .policy import (
 )
 
 EXPLAIN_EVERY = 16  # one request in so many is explained, unless all are to be: explaining costs as much as placing
-_NEAR = 8  # workers of each pool that are looked at
+_NEAR = 8  # workers of each pool that are shown; more make each explanation longer and dearer
 _MAX_WAYS = 16  # listed, the best ones
 _MAX_REJECTED = 16  # workers listed with what they lack
 _NO_WAY = "not_chosen"  # it could, and the policy did not come to it, or its handoffs with all others have failed

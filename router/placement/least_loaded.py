@@ -27,7 +27,7 @@ from .policy import (
 )
 
 Key = tuple[float | int | str, ...]
-_NEAR_PAIRS = 16  # of each pool, where pairs are looked at one by one
+_NEAR_PAIRS = 16  # of each pool, where pairs are looked at one by one; more cost their square
 
 
 class LeastLoaded:

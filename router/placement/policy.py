@@ -11,9 +11,10 @@ from typing import Protocol
 from ..state.demand import Demand, Lack, Placement, Wait
 from ..state.views import PoolView, WorkerView
 
-# A grant lapses if it is not opened within 2 s: a task is not bound behind more work than this.
+# A grant lapses if it is not opened within 2 s, so a task is not bound behind more work than this: nearer to 2 s grants
+# lapse where a worker is slower than predicted, and with less, workers run out of work between two decisions.
 MAX_BIND_WAIT_S = 1.5
-BOUND_SHARE_OF_OBJECTIVE = 0.25  # of the TTFT objective, for waiting on a worker; the rest is the queue's to decide
+BOUND_SHARE_OF_OBJECTIVE = 0.25  # of the TTFT objective, for waiting on a worker; larger binds requests earlier
 
 
 class RoutingPolicy(Protocol):

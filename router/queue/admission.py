@@ -22,9 +22,10 @@ from .forecast import QueueForecast
 from .request_queue import RequestQueue
 
 # Of its limit, waited before a request is sent away: where even the fastest first token came too late lately, somebody
-# has to be served for it to be known that the workers have become faster.
+# has to be served for it to be known that the workers have become faster. Larger keeps hopeless requests longer,
+# smaller sends away some that would have been in time.
 _LEAST_WAIT_SHARE = 0.5
-_MAX_URGENCIES = 32  # priorities whose latest arrival is remembered
+_MAX_URGENCIES = 32  # priorities whose latest arrival is remembered: a bound on memory
 
 
 class Admission:

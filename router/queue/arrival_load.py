@@ -13,7 +13,7 @@ import math
 
 _MEMORY_S = 15.0  # what is longer ago counts 1 / e and less; shorter lets long prompts in sooner
 _SHARE = 0.8  # of the work that can be done: arrivals are not even; nearer to 1 admits longer prompts into bursts
-_SETTLE_S = 5.0  # after the first arrival, before which every length has room
+_SETTLE_S = 5.0  # after the first arrival, before which every length has room; shorter judges by too few arrivals
 _PER_OCTAVE = 4  # steps of a doubling by which lengths are told apart
 _LEAST_S = 1e-3  # the shortest length that is told apart
 _NUM_LENGTHS = 80  # a quarter of an octave each: up to a thousand seconds

@@ -25,13 +25,13 @@ _KEPT_SAMPLES = 32  # first tokens that are kept even if they are older than the
 _SMOOTHING = 0.1  # weight of the newest service time in the mean; larger follows sooner, smaller scatters less
 _FASTEST_OF = 64  # latest service times of which the shortest is the fastest; more remember idle workers for longer
 _REFUSED_DECAY_S = 1.0  # after which a refused request counts 1 / e; longer sends refused clients further away
-_UNMEASURED_RETRY_S = 1.0  # told to refused clients while no rate is known
+_UNMEASURED_RETRY_S = 1.0  # told to refused clients while no rate is known; shorter has them ask in vain
 
 _MISSED_SHARE = 0.005  # of the admitted that may miss what was expected: where caution neither grows nor shrinks
 _CAUTION_STEP = 0.05  # of caution for one miss; larger reacts sooner and refuses more after a chance miss
-_MIN_CAUTION = 1.0  # the expectation as it is
+_MIN_CAUTION = 1.0  # the expectation as it is; below it more are admitted than can be served
 _MAX_CAUTION = 2.0  # larger refuses more where misses have causes that no refusal mends
-_FIRST_CAUTION = 1.25  # before anything was kept or missed
+_FIRST_CAUTION = 1.25  # before anything was kept or missed; larger refuses more of a first burst
 _TELLING_SHARE = 0.5  # of its limit: a shorter expectation says nothing about those at the limit
 
 

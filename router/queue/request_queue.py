@@ -32,7 +32,7 @@ from .triage import Waiting, put_off
 
 LATE_EVERY = 8  # one in so many served is a late one; smaller helps the late and makes more requests late
 _MAX_MOVES = 32  # requests that are found to be late in one look at the order: a bound on what it costs
-_MAX_TRIAGED = 256  # of a priority, the first ones
+_MAX_TRIAGED = 256  # of a priority, the first ones: a bound on what a look costs, behind which nobody is put off
 _MAX_IDLE_LEVELS = 64  # priorities that nobody has now, kept because they will come again
 
 _Ticket = Ticket[TrackedRequest]

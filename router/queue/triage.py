@@ -17,7 +17,7 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import NamedTuple, TypeVar
 
-_LULL_S = 3.0  # load is uneven over some seconds: who has that much time may find room
+_LULL_S = 3.0  # who has that much time may find room, as load is uneven over some seconds; shorter puts off more
 
 Item = TypeVar("Item")
 
