@@ -22,8 +22,9 @@ from ..common.config import (
     RouterConfig,
 )
 from ..settings.fields import ENV_PREFIX
+from .child_process import Command
 from .plan import WorkerPlan
-from .process import Child, ChildState, ChildTimes, Command
+from .process import Child, ChildState, ChildTimes
 
 ROUTER_PROGRAM = (sys.executable, "-m", "kvferry.router")
 WORKER_PROGRAM = (sys.executable, "-m", "kvferry.worker")

@@ -13,13 +13,14 @@ from .children import ROUTER_PROGRAM, WORKER_PROGRAM, child_environment, worker_
 from .fleet import Fleet
 from .launcher import child_times
 from .plan import Deployment, WorkerPlan
-from .process import Child, ChildTimes, Stopper
+from .process import Child, ChildTimes
 from .progress import Display
 from .reload import Reload, read_credentials
 from .rolling import roll
 from .routers import RouterGroup
 from .scale_requests import ScaleRequests
 from .status import describe_child, describe_deployment
+from .stopper import Stopper
 
 
 class LocalLauncher:

@@ -21,12 +21,13 @@ from .children import ROUTER_PROGRAM, child_environment
 from .fleet import Fleet
 from .launcher import child_times
 from .plan import Deployment, WorkerPlan, fit_to_host
-from .process import ChildTimes, Stopper
+from .process import ChildTimes
 from .progress import Display
 from .reload import Reload, read_credentials
 from .routers import RouterGroup
 from .scale_requests import ScaleRequests
 from .status import describe_deployment
+from .stopper import Stopper
 
 if TYPE_CHECKING:
     from ray import ObjectRef

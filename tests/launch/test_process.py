@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from kvferry.common.clock import SystemClock
-from kvferry.launch.process import Child, ChildTimes, Command
+from kvferry.launch.child_process import Command
+from kvferry.launch.process import Child, ChildTimes
 
 WAIT_S = 30.0
 TIMES = ChildTimes(hang_after_s=1.0, grace_s=1.0, first_backoff_s=0.05)
