@@ -11,24 +11,23 @@ launcher only roles are changed here; what is desired is a metric for whoever st
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
 
 from ...common.clock import Clock
 from ...common.config import AutoscaleConfig
-from ...common.errors import ConfigError, RequestError
+from ...common.errors import RequestError
 from ..state.objectives import Objectives
 from ..state.predictor import Predictor
 from ..state.views import PoolView, WorkerView
 from .autoscaler import Autoscaler
 from .inputs import TypicalTimes, settings_of, worker_limits
 from .load_record import LoadRecord, Replicas, SeenLoad
-from .scale_types import POOLS, Counts, LoadSnapshot, Member, MemberState, Pool, ScaleDecision
+from .members import FleetMembers
+from .scale_types import POOLS, Counts, LoadSnapshot, MemberState, ScaleDecision
 
 _ANSWER_S = 30.0  # for the launcher to answer a request, before another one is made; shorter may ask for the same twice
-_OBEY_S = 5.0  # for a worker to take on a new role, meanwhile it counts as of it; shorter may flip another too
 _FIRST_START_S = 60.0  # until a start was measured; larger scales further ahead
 _MOST_SEEN = 64  # reports of other routers that wait for the next decision: a bound on memory
 
@@ -43,15 +42,6 @@ class ScaleOperations(Protocol):
     def set_role(self, worker_id: str, role: str) -> bool: ...
 
     def drain_worker(self, worker_id: str, deadline_s: float) -> bool: ...
-
-
-@dataclass(slots=True)
-class KnownFleet:
-    """The launcher's last word. Without a launcher it stays empty."""
-
-    workers: dict[str, Pool] = field(default_factory=dict)  # that should be there, by the pool they began in
-    leaving: frozenset[str] = frozenset()
-    seq: int = -1  # of the last request that it answered
 
 
 class Scaling:
@@ -77,15 +67,12 @@ class Scaling:
         self._launcher = launcher
         self._times = TypicalTimes(predictor)
         self._autoscaler = Autoscaler(settings_of(config, objectives), self._times)
-        self._fleet = KnownFleet()
+        self._fleet = FleetMembers()
         self._is_leader = launcher is None
         self._seen: list[SeenLoad] = []  # by other routers
         self._decided_s = clock.now()
         self._seq = 0
         self._asked_s: float | None = None  # when the launcher was asked for what it has not answered yet
-        self._given: dict[str, tuple[Pool, float]] = {}  # roles that workers were given a moment ago
-        self._first_seen: dict[str, float] = {}  # workers that start
-        self._start_s: float | None = None  # as measured
         self._shown: tuple[Counts, str] | None = None
         self._decision: ScaleDecision | None = None
         self._mean_prompt = 0.0
@@ -105,18 +92,12 @@ class Scaling:
 
     def _on_fleet(self, event: Mapping[str, object]) -> None:
         now = self._clock.now()
-        workers, leaving, seq = event.get("workers"), event.get("leaving"), event.get("seq")
-        self._fleet = KnownFleet(
-            {str(name): _pool(role) for name, role in workers.items()} if isinstance(workers, dict) else {},
-            frozenset(map(str, leaving)) if isinstance(leaving, list) else frozenset(),
-            seq if isinstance(seq, int) else -1,
-        )
+        self._fleet.on_launcher(event, now)
         if self._fleet.seq >= self._seq:
             self._asked_s = None
         if (is_leader := bool(event.get("leader"))) and not self._is_leader:
             self._seq = max(self._seq, self._fleet.seq)
         self._is_leader = is_leader
-        self._first_seen = {name: self._first_seen.get(name, now) for name in self._fleet.workers}
         self._on_held(event.get("held"), now)
         desired = event.get("desired")
         if not self._is_leader and isinstance(desired, list) and len(desired) == 2:
@@ -166,7 +147,8 @@ class Scaling:
         return Replicas(self.desired, self.current() if self.desired is not None else None)
 
     def current(self) -> Counts:
-        pools = [member.pool for member in self._members(self._dispatcher.view()) if _counts(member)]
+        members = self._fleet.members(self._dispatcher.view(), self._clock.now())
+        pools = [member.pool for member in members if member.state is not MemberState.DRAINING]
         return Counts(pools.count("prefill"), pools.count("decode"))
 
     def describe(self) -> dict[str, object]:
@@ -181,7 +163,7 @@ class Scaling:
             "reason": self._shown[1] if self._shown is not None else "",
             "held": None,
             "limits": {"max_workers": self._config.max_workers, **_limits(self._config)},
-            "start_s": None if self._start_s is None else round(self._start_s, 1),
+            "start_s": None if self._fleet.start_s is None else round(self._fleet.start_s, 1),
         }
         if held is not None:
             until = held[1]
@@ -211,7 +193,7 @@ class Scaling:
 
     def _decide(self, view: PoolView, seen: SeenLoad, interval_s: float) -> None:
         now = self._clock.now()
-        self._measure_starts(view, now)
+        self._fleet.measure_starts(view, now)
         ready = [worker for worker in view.workers if worker.is_ready]
         if not self._times.choose(ready):
             return
@@ -230,11 +212,11 @@ class Scaling:
     def _carry_out(self, decision: ScaleDecision, view: PoolView, now: float, *, waits: bool, is_news: bool) -> None:
         for worker_id, pool in decision.flips:
             if self._dispatcher.set_role(worker_id, pool):
-                self._given[worker_id] = (pool, now + _OBEY_S)
+                self._fleet.give_role(worker_id, pool, now)
                 log.info("role_change", worker_id=worker_id, role=pool, reason=decision.reason)
         # One that drains although nobody here asked for it will not be counted on again: its place is given to another.
-        drained = [m.worker_id for m in self._members(view) if m.state is MemberState.DRAINING]
-        lost = [name for name in drained if name in self._fleet.workers]
+        drained = [m.worker_id for m in self._fleet.members(view, now) if m.state is MemberState.DRAINING]
+        lost = [name for name in drained if name in self._fleet]
         is_request = bool(is_news or decision.removals or lost or decision.additions.total)
         if self._launcher is not None and is_request and not waits:
             self._request_scale(decision, decision.additions, decision.removals, now, lost=lost)
@@ -270,53 +252,13 @@ class Scaling:
             week_s=self._week_s(),
             prompts=seen.prompts,
             answers=seen.answers,
-            members=tuple(self._members(view)),
+            members=tuple(self._fleet.members(view, now)),
             limits=worker_limits(ready),
             queued_tokens=round(seen.num_queued * self._mean_prompt),
             ttft=seen.ttft,
             tpot=seen.tpot,
-            start_s=_FIRST_START_S if self._start_s is None else self._start_s,
+            start_s=_FIRST_START_S if self._fleet.start_s is None else self._fleet.start_s,
         )
-
-    def _members(self, view: PoolView) -> list[Member]:
-        """Return the workers that are connected, and those that the launcher is starting."""
-        now = self._clock.now()
-        self._given = {name: given for name, given in self._given.items() if given[1] > now}
-        known = {worker.worker_id: worker for worker in view.workers}
-        members = [self._member(worker) for worker in known.values()]
-        members += [
-            Member(name, pool, MemberState.PENDING) for name, pool in self._fleet.workers.items() if name not in known
-        ]
-        return members
-
-    def _member(self, worker: WorkerView) -> Member:
-        pool = self._given[worker.worker_id][0] if worker.worker_id in self._given else _pool(worker.role)
-        if worker.worker_id in self._fleet.leaving or (worker.status is not None and not worker.is_ready):
-            state = MemberState.DRAINING
-        else:
-            state = MemberState.READY if worker.is_ready else MemberState.PENDING
-        load = worker.num_running + worker.num_bound + worker.ahead_tokens / max(1, worker.hello.max_num_batched_tokens)
-        return Member(worker.worker_id, pool, state, load, worker.hello.can_change_role)
-
-    def _measure_starts(self, view: PoolView, now: float) -> None:
-        """Measure how long new workers take, from the launcher's word until they are ready here."""
-        for worker in view.workers:
-            began_s = self._first_seen.get(worker.worker_id)
-            if worker.is_ready and began_s is not None and began_s >= 0:
-                if now > began_s and self._fleet.seq >= 0:
-                    took_s = max(1.0, now - began_s)
-                    self._start_s = took_s if self._start_s is None else 0.5 * (self._start_s + took_s)
-                self._first_seen[worker.worker_id] = -1.0
-
-
-def _counts(member: Member) -> bool:
-    return member.state is not MemberState.DRAINING
-
-
-def _pool(role: object) -> Pool:
-    if role != "prefill" and role != "decode":
-        raise ConfigError(f"{role!r} is no pool")
-    return role
 
 
 def _as_json(counts: Counts) -> dict[str, int]:
