@@ -3,14 +3,10 @@
     priority    lower first, strictly
     lateness    what can still meet its objective comes before what cannot, and before what makes way so that as few
                 as possible miss theirs (triage.py, arrival_load.py); but an eighth of the service is for those, if
-                there are any: one goes when LATE_EVERY - 1 others have gone, and so many times its own predicted time
+                there are any (priority_level.py)
     tenants     fair shares of both (fair_order.py)
     due time    inside a tenant: arrival + objective. A long prompt's objective is a multiple of its own time, so short
                 ones overtake it while it has time left; as its due time stands still, nobody is overtaken for ever
-
-Within its priority a late request is therefore served after at most LATE_EVERY x (late ones that come before it + 1)
-others, or so many times its own and their time, and those that come before it are never more than those that are due
-before it, and each other tenant's fair share beside its own tenant's.
 
 Bounded for newcomers only: a request that comes back after a failed attempt was admitted before. Those that are put
 off, or that wait for a worker of their own, stand apart and do not count as waiting for room.
@@ -20,86 +16,19 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from itertools import islice
 
 from ..state.request import RouterRequest
 from ..state.tracked_request import TrackedRequest
 from .arrival_load import ArrivalLoad
-from .fair_order import FairOrder, Ticket
+from .fair_order import Ticket
+from .priority_level import Place, PriorityLevel, RequestTicket
 from .triage import Waiting, put_off
 
-LATE_EVERY = 8  # one in so many served is a late one; smaller helps the late and makes more requests late
 _MAX_MOVES = 32  # requests that are found to be late in one look at the order: a bound on what it costs
 _MAX_TRIAGED = 256  # of a priority, the first ones: a bound on what a look costs, behind which nobody is put off
 _MAX_IDLE_LEVELS = 64  # priorities that nobody has now, kept because they will come again
-
-_Ticket = Ticket[TrackedRequest]
-
-
-@dataclass(slots=True, eq=False)
-class _Place:
-    """The place of a queued request."""
-
-    ticket: _Ticket
-    start_by_s: float  # it misses its objective if it starts later; infinity where it has none, or need not hurry
-    is_late: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Level:
-    """The requests of one priority."""
-
-    timely: FairOrder[TrackedRequest] = field(default_factory=FairOrder)
-    late: FairOrder[TrackedRequest] = field(default_factory=FairOrder)
-    num_since_late: int = 0  # timely ones served while a late one waited
-    work_since_late_s: float = 0.0  # theirs
-
-    def __len__(self) -> int:
-        return len(self.timely) + len(self.late)
-
-    def order_of(self, place: _Place) -> FairOrder[TrackedRequest]:
-        return self.late if place.is_late else self.timely
-
-    def take(self, place: _Place) -> None:
-        if place.is_late or not len(self.late):
-            self.num_since_late, self.work_since_late_s = 0, 0.0
-        else:
-            self.num_since_late += 1
-            self.work_since_late_s += place.ticket.item.request.unloaded_s
-        self.order_of(place).take(place.ticket)
-
-    def move_to_late(self, places: Iterable[_Place]) -> None:
-        for place in places:
-            self.timely.remove(place.ticket)
-            place.is_late = True
-            self.late.add(place.ticket)
-
-    def in_order(self) -> Iterator[_Ticket]:
-        late, num_since, work_s = iter(self.late), self.num_since_late, self.work_since_late_s
-        next_late = next(late, None)
-        for ticket in self.timely:
-            if next_late is not None and _is_their_turn(next_late, num_since, work_s):
-                yield next_late
-                next_late, num_since, work_s = next(late, None), 0, 0.0
-            yield ticket
-            num_since += 1
-            work_s += ticket.item.request.unloaded_s
-        if next_late is not None:
-            yield next_late
-            yield from late
-
-    def ahead_of(self, request: RouterRequest, due: float) -> tuple[int, int]:
-        """Prompt tokens and number of those that a newcomer would wait behind."""
-        tokens, number = self.timely.ahead_of(request.tenant, due, request.num_prompt_tokens)
-        num_late = min(len(self.late), number // (LATE_EVERY - 1))
-        return tokens + self.late.num_tokens * num_late // max(1, len(self.late)), number + num_late
-
-
-def _is_their_turn(late: _Ticket, num_since: int, work_since_s: float) -> bool:
-    others = LATE_EVERY - 1
-    return num_since >= others and work_since_s >= others * late.item.request.unloaded_s
 
 
 class RequestQueue:
@@ -110,8 +39,8 @@ class RequestQueue:
         self.max_size = max_size
         self._by_arrival = by_arrival
         self.num_by_class: Counter[str] = Counter()
-        self._places: dict[TrackedRequest, _Place] = {}
-        self._levels: dict[int, _Level] = {}
+        self._places: dict[TrackedRequest, Place] = {}
+        self._levels: dict[int, PriorityLevel] = {}
         self._priorities: list[int] = []  # of the levels, sorted
         self._apart: dict[TrackedRequest, None] = {}  # they wait for something else
 
@@ -171,14 +100,14 @@ class RequestQueue:
         is_new = not request.attempt_number and not request.is_resume  # else its delay is our doing
         must_hurry = has_objective and is_new
         start_by_s = ticket.due_s - request.unloaded_s if must_hurry else float("inf")
-        self._places[tracked] = _Place(ticket, start_by_s)
+        self._places[tracked] = Place(ticket, start_by_s)
         self._level(request.priority).timely.add(ticket, refund=tracked.is_charged)
         tracked.is_charged = False
 
-    def _level(self, priority: int) -> _Level:
+    def _level(self, priority: int) -> PriorityLevel:
         level = self._levels.get(priority)
         if level is None:
-            level = self._levels[priority] = _Level()
+            level = self._levels[priority] = PriorityLevel()
             insort(self._priorities, priority)
         return level
 
@@ -217,17 +146,17 @@ class RequestQueue:
             if len(level.timely) > 1:
                 level.move_to_late(put_off(self._line(level), now_s, rate))
 
-    def _line(self, level: _Level) -> list[tuple[_Place, Waiting]]:
+    def _line(self, level: PriorityLevel) -> list[tuple[Place, Waiting]]:
         """The first of those that can still be in time."""
         places = [self._places[ticket.item] for ticket in islice(level.timely, _MAX_TRIAGED)]
         return [(place, Waiting(place.start_by_s, place.ticket.item.request.unloaded_s)) for place in places]
 
-    def _first_of(self, level: _Level, number: int, now_s: float) -> list[TrackedRequest]:
+    def _first_of(self, level: PriorityLevel, number: int, now_s: float) -> list[TrackedRequest]:
         """Return the next requests of a level; who is found to be late on the way is late from now on."""
         moves = _MAX_MOVES
         while True:
             found: list[TrackedRequest] = []
-            late: list[_Place] = []
+            late: list[Place] = []
             for ticket in level.in_order():
                 place = self._places[ticket.item]
                 if place.start_by_s < now_s and not place.is_late and len(late) < moves:
@@ -275,28 +204,16 @@ class RequestQueue:
             level = self._levels[priority]
             if priority < request.priority:
                 break
-            least = 0 if priority > request.priority else _num_of(level, request.tenant) + 2
-            names = {name for order in (level.late, level.timely) for name, _ in order.tenants()}
-            sizes = sorted(((_num_of(level, name), name) for name in names), reverse=True)
+            least = 0 if priority > request.priority else level.num_of(request.tenant) + 2
+            names = level.tenants()
+            sizes = sorted(((level.num_of(name), name) for name in names), reverse=True)
             for size, name in sizes:
                 if size < least:
                     break
-                found = _last_of(level, name)
+                found = level.last_of(name)
                 if found is not None:
                     return found
         return None
-
-
-def _num_of(level: _Level, tenant: str) -> int:
-    return level.timely.num_of(tenant) + level.late.num_of(tenant)
-
-
-def _last_of(level: _Level, tenant: str) -> TrackedRequest | None:
-    for order in (level.late, level.timely):
-        for ticket in order.backwards(tenant):
-            if not ticket.item.request.is_resume:
-                return ticket.item
-    return None
 
 
 def due_s(request: RouterRequest, queued_s: float, deadline_s: float | None, *, by_arrival: bool = False) -> float:
@@ -307,7 +224,7 @@ def due_s(request: RouterRequest, queued_s: float, deadline_s: float | None, *, 
     return due if deadline_s is None else min(due, deadline_s)
 
 
-def _ticket_of(tracked: TrackedRequest, *, by_arrival: bool) -> _Ticket:
+def _ticket_of(tracked: TrackedRequest, *, by_arrival: bool) -> RequestTicket:
     request = tracked.request
     due = due_s(request, request.timestamps["queued"], tracked.deadline_s, by_arrival=by_arrival)
     cost = request.num_prompt_tokens / request.objectives.weight

@@ -16,14 +16,10 @@ from typing import Protocol
 from ...common.messages import Message, StepTokens, WorkerHello, WorkerStatus
 from ...common.pacing import PROMPT_DUE_STRETCH
 from .failures import WorkerLife
+from .step_progress import StepProgress
 from .views import RequestLoad, WorkerView
 
 HEARTBEAT_LIMIT_S = 3.0  # without one for so long, a worker hangs
-STEP_LIMIT_S = 3.0  # a step may take this, or five times what it should
-FIRST_STEP_LIMIT_S = 60.0  # nothing is known yet, and the first step warms up
-STALL_LIMIT_S = 15.0  # work waits and none runs: the worker may wait for a fence (10 s)
-_SLACK = 5.0  # times that a full step may take what it should, by the largest step seen
-_PREFILL_STEP_TOKENS = 16  # from so many on, a step tells how long prompt tokens take
 _CROSSING_S = 0.02  # what was bound this shortly before a heartbeat came may not be in it
 
 
@@ -73,9 +69,7 @@ class RouterWorker:
     _tokens_at_status: int = 0
     _choices_at_status: int = 0
     _freed_blocks: int = 0  # by requests that ended since the heartbeat
-    _largest_step: tuple[int, float] = (0, 0.0)  # tokens, seconds
-    _prefill_step: tuple[int, float] = (0, 0.0)  # the latest one that was no mere decode step
-    _progress_s: float = 0.0  # when a step last finished, or nothing was to do
+    _steps: StepProgress = field(default_factory=StepProgress)
     # Requests in the last two StepTokens: a step's tokens, and what was adopted between it and the next.
     _stepping: deque[frozenset[str]] = field(default_factory=lambda: deque(maxlen=2))
 
@@ -85,11 +79,11 @@ class RouterWorker:
 
     @property
     def role(self) -> str:
-        """The role that it offers now."""
+        """Return its active role."""
         return self.named_role or self.hello.role
 
     def set_role(self, role: str, now_s: float) -> None:
-        """Note the role that it offers now, in whatever message it said so."""
+        """Note its active role, in whatever message it named it."""
         if role and role != self.role:
             self.named_role, self.role_s = role, now_s
             self.on_change(self)
@@ -175,14 +169,7 @@ class RouterWorker:
         return ahead - done < self.hello.max_num_batched_tokens
 
     def on_status(self, status: WorkerStatus, now_s: float) -> None:
-        previous = self.status
-        stepped = previous is None or status.steps != previous.steps
-        if stepped and status.step_tokens >= self._largest_step[0]:
-            self._largest_step = (status.step_tokens, status.step_s)
-        if stepped and status.step_tokens >= _PREFILL_STEP_TOKENS:
-            self._prefill_step = (status.step_tokens, status.step_s)
-        if stepped or not (status.num_running or status.num_waiting):
-            self._progress_s = now_s
+        self._steps.on_status(self.status, status, now_s)
         self.status, self.status_s = status, now_s
         self.set_role(status.role, now_s)
         for name in self._arrived:  # what decodes by now is in the heartbeat's own count
@@ -200,33 +187,14 @@ class RouterWorker:
 
     def hang(self, now_s: float) -> str | None:
         """Return why this worker counts as hung, or None."""
-        status = self.status
         if self.silent_s(now_s) > HEARTBEAT_LIMIT_S:
             return f"no heartbeat for {self.silent_s(now_s):.1f} s"
-        if status is None or status.state == "starting":
+        if self.status is None or self.status.state == "starting":
             return None
-        limit_s = self._step_limit_s()
-        if status.busy_for_s > limit_s:
-            return f"a step runs for {status.busy_for_s:.1f} s, the limit is {limit_s:.1f} s"
-        if not status.num_running:
-            limit_s = max(limit_s, STALL_LIMIT_S)
-        # A step that runs now began when what it waited for was there: a prefix that was read from elsewhere.
-        began_s = self.status_s - status.busy_for_s if status.busy_for_s else self._progress_s
-        stalled_s = now_s - max(self._progress_s, began_s)
-        if (status.num_running or status.num_waiting) and stalled_s > limit_s:
-            return f"work waits and no step has finished for {stalled_s:.1f} s, the limit is {limit_s:.1f} s"
-        return None
-
-    def _step_limit_s(self) -> float:
-        tokens, step_s = self._largest_step
-        if not tokens:
-            return FIRST_STEP_LIMIT_S
-        full_step_s = step_s * max(1.0, self.hello.max_num_batched_tokens / tokens)
-        return max(STEP_LIMIT_S, _SLACK * full_step_s)
+        return self._steps.hang(self.status, self.status_s, now_s, self.hello.max_num_batched_tokens)
 
     def view(self, now_s: float) -> WorkerView:
-        tokens, step_s = self._prefill_step
-        ahead_tokens, s_per_token = self._ahead_tokens(), step_s / tokens if tokens else 0.0
+        ahead_tokens, s_per_token = self._ahead_tokens(), self._steps.s_per_token
         backlog_s, line = self._backlog_s(ahead_tokens, s_per_token)
         return WorkerView(
             worker_id=self.worker_id,
@@ -242,7 +210,7 @@ class RouterWorker:
             num_running=self._num_running(),
             num_free_blocks=self._num_free_blocks(),
             s_per_token=s_per_token,
-            step_s=step_s,
+            step_s=self._steps.prefill_step_s,
             num_others=self._num_others(),
             backlog_s=backlog_s,
             line=line,

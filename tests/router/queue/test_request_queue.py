@@ -10,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvferry.common.request import SamplingParams
 from kvferry.router.queue.arrival_load import ArrivalLoad
-from kvferry.router.queue.request_queue import LATE_EVERY, RequestQueue, due_s
+from kvferry.router.queue.priority_level import LATE_EVERY
+from kvferry.router.queue.request_queue import RequestQueue, due_s
 from kvferry.router.state.objectives import Objectives
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.token_stream import TokenStream
