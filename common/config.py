@@ -96,7 +96,7 @@ class WorkerConfig(Settings):
     """One worker process."""
 
     worker_id: str
-    role: Literal["prefill", "decode"]  # that it offers first
+    role: Literal["prefill", "decode"]  # its active role at first
     engine: EngineConfig
     transfer: TransferConfig = TransferConfig()
     routers: tuple[str, ...]  # host:port of each router's control socket

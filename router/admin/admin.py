@@ -15,7 +15,6 @@ web page in a browser of this machine is kept out by what browsers send: an Orig
 from __future__ import annotations
 
 import heapq
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -35,9 +34,9 @@ from ..api.middleware import check_head, send_failure
 from ..state.errors import clip, failure_of, unknown_path
 from ..state.history import KINDS, MAX_RECENT, Kind
 from ..state.views import PoolView, WorkerView
+from .json_body import json_body
 
 _MAX_DRAIN_S = 86400.0
-_MAX_BODY_BYTES = 4096
 
 
 class AdminOperations(Protocol):
@@ -117,7 +116,7 @@ class Admin:
 
     async def drain(self, request: Request) -> Response:
         worker_id = request.path_params["worker_id"]
-        limit_s = _limit_of(await _body(request), self.drain_s)
+        limit_s = _limit_of(await json_body(request, {"timeout_s"}, may_be_empty=True), self.drain_s)
         if not any(dispatcher.drain_worker(worker_id, limit_s) for dispatcher in self.dispatchers):
             raise RequestError(f"no worker {clip(worker_id)} is connected", code="worker_not_found", status=404)
         return JSONResponse({"worker_id": worker_id, "state": "draining", "timeout_s": limit_s}, 202)
@@ -204,25 +203,7 @@ def _describe(worker: WorkerView) -> dict[str, object]:
     return known
 
 
-async def _body(request: Request) -> dict[str, object]:
-    data = b""
-    async for piece in request.stream():
-        data += piece
-        if len(data) > _MAX_BODY_BYTES:
-            raise RequestError(f"the body is longer than {_MAX_BODY_BYTES} bytes", code="body_too_large", status=413)
-    try:
-        body = json.loads(data) if data else {}
-    except ValueError as error:
-        raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise RequestError("the body is not a JSON object", code="invalid_json")
-    return body
-
-
 def _limit_of(body: dict[str, object], default_s: float) -> float:
-    unknown = body.keys() - {"timeout_s"}
-    if unknown:
-        raise RequestError(f"unknown field: {clip(min(unknown))}", param=min(unknown)[:64], code="unknown_field")
     limit_s = body.get("timeout_s", default_s)
     if isinstance(limit_s, bool) or not isinstance(limit_s, int | float) or not 0 <= limit_s <= _MAX_DRAIN_S:
         raise RequestError(f"timeout_s: a number of seconds from 0 to {_MAX_DRAIN_S:g}", param="timeout_s")

@@ -31,7 +31,7 @@ class WorkerView:
     """A worker at one moment, corrected by what the router did since the heartbeat."""
 
     worker_id: str
-    role: str  # that it offers now
+    role: str  # its active one
     session: int
     hello: WorkerHello
     status: WorkerStatus | None  # None: no heartbeat yet
