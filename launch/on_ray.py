@@ -1,17 +1,14 @@
 """The routers as children of this process, the workers as actors on a Ray cluster.
 
-    a worker:  place asked for ─> node ─> actor ─> run ─> lost, or ended by itself: run again
-                                                     └──> retired: drained by a router ─> ended, place given back
-
-Ray starts a lost actor again and repeats its `run`; one whose loop answers no ping is killed so that it does.
+A single worker is in ray_worker.py. Ray starts a lost actor again and repeats its `run`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..common.channel import Address
 from ..common.clock import Clock
@@ -23,6 +20,7 @@ from .launcher import child_times
 from .plan import Deployment, WorkerPlan, fit_to_host
 from .process import ChildTimes
 from .progress import Display
+from .ray_worker import RaySite, RayWorker
 from .reload import Reload, read_credentials
 from .routers import RouterGroup
 from .scale_requests import ScaleRequests
@@ -30,33 +28,14 @@ from .status import describe_deployment
 from .stopper import Stopper
 
 if TYPE_CHECKING:
-    from ray import ObjectRef
     from ray.actor import ActorHandle
-    from ray.util.placement_group import PlacementGroup
 
     from .ray_calls import WorkerActor
 
-_PING_EVERY_S = 1.0
-_HANG_AFTER_S = 30.0
 _CALL_S = 10.0  # for one call to the cluster
 _GRACE_S = 5.0
 _END_S = 10.0  # for all calls to a cluster at the end: its head may be gone
 _NO_RESTART = "no restart: Ray's workers are drained one by one, through the admin listener"
-
-
-@dataclass(slots=True, eq=False)
-class _Worker:
-    """One worker of the cluster."""
-
-    plan: WorkerPlan
-    place: PlacementGroup
-    actor: ActorHandle[WorkerActor] | None = None  # None: no node yet
-    work: ObjectRef[int] | None = None  # its running `run`
-    retired: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def worker_id(self) -> str:
-        return self.plan.config.worker_id
 
 
 class RayLauncher:
@@ -88,7 +67,7 @@ class RayLauncher:
         self._routers: RouterGroup | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._scale_requests: ScaleRequests | None = None
-        self._workers: dict[str, _Worker] = {}
+        self._workers: dict[str, RayWorker] = {}
         self._secrets = deployment.secrets
         self._reload = Reload()
         self._is_serving = False
@@ -174,7 +153,7 @@ class RayLauncher:
             fleet, self._clock, self._display.note, start=self._add_worker, retire=self._retire_worker
         )
         self._routers = routers = self._make_routers(deployment, scale_requests)
-        workers = [_Worker(plan, ray_calls.ask_for_place(plan)) for plan in fleet.plans]
+        workers = [self._worker(plan) for plan in fleet.plans]
         self._workers = {worker.worker_id: worker for worker in workers}
         await ray_calls.wait_for_places(fleet.plans, [worker.place for worker in workers])
         async with asyncio.TaskGroup() as tasks:
@@ -215,9 +194,22 @@ class RayLauncher:
 
     # --- one worker -------------------------------------------------------------------------------------------------
 
+    def _worker(self, plan: WorkerPlan) -> RayWorker:
+        assert self._routers is not None
+        site = RaySite(
+            self._routers,
+            secrets=lambda: self._secrets,
+            entry=self._worker_entry,
+            loopback=self._loopback,
+            drain_timeout=self._deployment.router.drain_timeout,
+            times=self._times,
+            on_event=self._display.on_event,
+        )
+        return RayWorker(plan, ray_calls.ask_for_place(plan), site)
+
     def _add_worker(self, plan: WorkerPlan) -> None:
         assert self._tasks is not None
-        worker = _Worker(plan, ray_calls.ask_for_place(plan))
+        worker = self._worker(plan)
         self._workers[worker.worker_id] = worker
         self._tasks.create_task(self._keep(worker))
 
@@ -227,89 +219,11 @@ class RayLauncher:
         if worker is not None:
             worker.retired.set()
 
-    async def _keep(self, worker: _Worker) -> None:
-        """Keep a worker, from the request for a place until it is retired and nothing of it is left."""
-        assert self._routers is not None and self._scale_requests is not None
-        placed = asyncio.ensure_future(_ready(worker.place))
-        retired = asyncio.create_task(worker.retired.wait())
-        try:
-            await asyncio.wait((placed, retired), return_when=asyncio.FIRST_COMPLETED)
-            if placed.done() and not worker.retired.is_set():
-                placed.result()
-                worker.actor = ray_calls.create_actor(worker.plan, worker.place, loopback=self._loopback)
-                await self._serve(worker, retired)
-        finally:
-            placed.cancel()
-            retired.cancel()
-        await ray_calls.in_thread(lambda: self._remove(worker), _CALL_S)
+    async def _keep(self, worker: RayWorker) -> None:
+        assert self._scale_requests is not None
+        await worker.keep()
         self._workers.pop(worker.worker_id, None)
         self._scale_requests.on_worker_ended(worker.worker_id)
-
-    async def _serve(self, worker: _Worker, retired: asyncio.Task[Literal[True]]) -> None:
-        """Run it until it is retired; then until it has drained, or for as long as that may take."""
-        running = asyncio.ensure_future(self._keep_running(worker))
-        watching = asyncio.ensure_future(self._watch(worker))
-        try:
-            await asyncio.wait((running, watching, retired), return_when=asyncio.FIRST_COMPLETED)
-            for task in (running, watching):
-                if task.done():
-                    task.result()
-            assert self._routers is not None
-            limit_s = self._deployment.router.drain_timeout
-            drain = {"event": "drain", "worker_id": worker.worker_id, "limit_s": limit_s}
-            self._routers.tell(drain, to=self._routers.leader)
-            await asyncio.wait((running,), timeout=self._times.drain_s)
-        finally:
-            running.cancel()
-            watching.cancel()
-
-    async def _keep_running(self, worker: _Worker) -> None:
-        """`run` ends only where the worker itself gave up, or drained: Ray repeats it after the loss of an actor."""
-        from ray.exceptions import RayError
-
-        assert self._routers is not None and worker.actor is not None
-        config = worker.plan.config.model_copy(update={"routers": self._routers.controls, "secret_file": None})
-        num_ends = 0
-        while True:
-            arguments = (config.model_dump_json(), self._secrets, self._worker_entry, self._loopback)
-            worker.work = work = worker.actor.run.remote(*arguments)
-            try:
-                reason = f"exit code {await work}"
-            except RayError as error:
-                reason = str(error).strip().splitlines()[-1]
-            if worker.retired.is_set():
-                return
-            num_ends += 1
-            self._tell_restart(worker.worker_id, reason, delay_s := self._times.backoff_s(num_ends))
-            await asyncio.sleep(delay_s)
-
-    async def _watch(self, worker: _Worker) -> None:
-        import ray
-        from ray.exceptions import RayError
-
-        actor = worker.actor
-        assert actor is not None
-        while True:
-            await asyncio.sleep(_PING_EVERY_S)
-            ping = actor.ping.options(max_task_retries=0).remote()
-            try:
-                async with asyncio.timeout(_HANG_AFTER_S):
-                    await ping
-            except TimeoutError:
-                self._tell_restart(worker.worker_id, f"no sign of life for {_HANG_AFTER_S:g} s", 0.0)
-                await ray_calls.in_thread(lambda: ray.kill(actor, no_restart=False), _HANG_AFTER_S)
-            except RayError:
-                pass  # it ended, and Ray is starting it again; or Ray's head is away
-
-    def _tell_restart(self, worker_id: str, reason: str, delay_s: float) -> None:
-        self._display.on_event(worker_id, {"event": "restart", "reason": reason, "delay_s": delay_s})
-
-    def _remove(self, worker: _Worker) -> None:
-        import ray
-
-        if worker.actor is not None:
-            ray.kill(worker.actor, no_restart=True)
-        ray_calls.free_place(worker.place)
 
     def _end_actors(self) -> None:
         """Let each worker end by itself, then take the actor away."""
@@ -323,10 +237,6 @@ class RayLauncher:
         for actor in self.actors.values():
             ray.kill(actor, no_restart=True)
         ray.shutdown()
-
-
-async def _ready(place: PlacementGroup) -> None:
-    await place.ready()
 
 
 async def _within_limit(call: Awaitable[object]) -> bool:

@@ -69,7 +69,7 @@ simulator/costs      common
 """
 # What may import a heavy library.
 IMPORTERS = {
-    "ray": {"launch/on_ray.py", "launch/ray_calls.py"},
+    "ray": {"launch/on_ray.py", "launch/ray_calls.py", "launch/ray_worker.py"},
     "nixl": {"transfer/backends/nixl.py"},
     "nixl_cu12": {"transfer/backends/nixl.py"},
     "nixl_cu13": {"transfer/backends/nixl.py"},

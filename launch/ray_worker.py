@@ -1,0 +1,143 @@
+"""One worker of a Ray cluster, from the request for a place until nothing of it is left.
+
+    place asked for ─> node ─> actor ─> run ─> lost, or ended by itself: run again
+                                          └──> retired: drained by a router ─> ended, place given back
+
+Ray starts a lost actor again and repeats its `run`; one whose loop answers no ping is killed so that it does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from . import ray_calls
+from .plan import WorkerPlan
+from .process import ChildTimes
+from .routers import RouterGroup
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+    from ray.util.placement_group import PlacementGroup
+
+    from .ray_calls import WorkerActor
+
+_PING_EVERY_S = 1.0
+_HANG_AFTER_S = 30.0
+_CALL_S = 10.0  # for one call to the cluster
+
+
+@dataclass(slots=True, frozen=True)
+class RaySite:
+    """All workers of a deployment on Ray share these."""
+
+    routers: RouterGroup
+    secrets: Callable[[], tuple[bytes, ...]]  # as they are now
+    entry: str  # the function that an actor runs, as MODULE:NAME
+    loopback: bool
+    drain_timeout: float
+    times: ChildTimes
+    on_event: Callable[[str, dict[str, object]], None]
+
+
+class RayWorker:
+    """A worker of the cluster; `keep` is its life."""
+
+    def __init__(self, plan: WorkerPlan, place: PlacementGroup, site: RaySite) -> None:
+        self.plan = plan
+        self.place = place
+        self.actor: ActorHandle[WorkerActor] | None = None  # None: no node yet
+        self.work: ObjectRef[int] | None = None  # its running `run`
+        self.retired = asyncio.Event()
+        self._site = site
+
+    @property
+    def worker_id(self) -> str:
+        return self.plan.config.worker_id
+
+    async def keep(self) -> None:
+        """Return when it has been retired and nothing of it is left."""
+        placed = asyncio.ensure_future(_ready(self.place))
+        retired = asyncio.create_task(self.retired.wait())
+        try:
+            await asyncio.wait((placed, retired), return_when=asyncio.FIRST_COMPLETED)
+            if placed.done() and not self.retired.is_set():
+                placed.result()
+                self.actor = ray_calls.create_actor(self.plan, self.place, loopback=self._site.loopback)
+                await self._serve(retired)
+        finally:
+            placed.cancel()
+            retired.cancel()
+        await ray_calls.in_thread(self._remove, _CALL_S)
+
+    async def _serve(self, retired: asyncio.Task[Literal[True]]) -> None:
+        """Run it until it is retired; then until it has drained, or for as long as that may take."""
+        running = asyncio.ensure_future(self._keep_running())
+        watching = asyncio.ensure_future(self._watch())
+        try:
+            await asyncio.wait((running, watching, retired), return_when=asyncio.FIRST_COMPLETED)
+            for task in (running, watching):
+                if task.done():
+                    task.result()
+            routers, limit_s = self._site.routers, self._site.drain_timeout
+            routers.tell({"event": "drain", "worker_id": self.worker_id, "limit_s": limit_s}, to=routers.leader)
+            await asyncio.wait((running,), timeout=self._site.times.drain_s)
+        finally:
+            running.cancel()
+            watching.cancel()
+
+    async def _keep_running(self) -> None:
+        """`run` ends only where the worker itself gave up, or drained: Ray repeats it after the loss of an actor."""
+        from ray.exceptions import RayError
+
+        assert self.actor is not None
+        site = self._site
+        config = self.plan.config.model_copy(update={"routers": site.routers.controls, "secret_file": None})
+        num_ends = 0
+        while True:
+            arguments = (config.model_dump_json(), site.secrets(), site.entry, site.loopback)
+            self.work = work = self.actor.run.remote(*arguments)
+            try:
+                reason = f"exit code {await work}"
+            except RayError as error:
+                reason = str(error).strip().splitlines()[-1]
+            if self.retired.is_set():
+                return
+            num_ends += 1
+            self._tell_restart(reason, delay_s := site.times.backoff_s(num_ends))
+            await asyncio.sleep(delay_s)
+
+    async def _watch(self) -> None:
+        import ray
+        from ray.exceptions import RayError
+
+        actor = self.actor
+        assert actor is not None
+        while True:
+            await asyncio.sleep(_PING_EVERY_S)
+            ping = actor.ping.options(max_task_retries=0).remote()
+            try:
+                async with asyncio.timeout(_HANG_AFTER_S):
+                    await ping
+            except TimeoutError:
+                self._tell_restart(f"no sign of life for {_HANG_AFTER_S:g} s", 0.0)
+                await ray_calls.in_thread(lambda: ray.kill(actor, no_restart=False), _HANG_AFTER_S)
+            except RayError:
+                pass  # it ended, and Ray is starting it again; or Ray's head is away
+
+    def _tell_restart(self, reason: str, delay_s: float) -> None:
+        self._site.on_event(self.worker_id, {"event": "restart", "reason": reason, "delay_s": delay_s})
+
+    def _remove(self) -> None:
+        import ray
+
+        if self.actor is not None:
+            ray.kill(self.actor, no_restart=True)
+        ray_calls.free_place(self.place)
+
+
+async def _ready(place: PlacementGroup) -> None:
+    await place.ready()
