@@ -299,6 +299,9 @@ class Dispatcher:
 
     def _check_deadline(self, tracked: TrackedRequest, now: float) -> None:
         self._worker_messages.relay.check_held(tracked, now)
+        if not tracked.request.unfinished:
+            self._in_flight.finish_unless_held(tracked)
+            return
         match self._deadlines.judge_deadline(tracked, now):
             case StreamError() as error:
                 self._in_flight.fail(tracked, error)

@@ -102,6 +102,8 @@ class InFlightRequests:
         """End the attempt everywhere; queue the next one, or give up."""
         request, attempt, now = tracked.request, tracked.attempt, self._clock.now()
         assert attempt is not None, request.request_id
+        if not request.unfinished:  # its tokens are all here: what it is held for has a limit of its own
+            return
         number, stage, cache = request.attempt_number, attempt.stage, attempt.prompt_cache()
         sessions = frozenset(worker.link.number for worker in attempt.workers)
         if cache is not None:
@@ -200,6 +202,11 @@ class InFlightRequests:
         self._leave(tracked, tell=tracked.request.status is not RequestStatus.DECODING or bool(tracked.ended_here))
         self.tally.finished += 1
         self._close(tracked, RequestStatus.FINISHED, "ok")
+
+    def finish_unless_held(self, tracked: TrackedRequest) -> None:
+        """Finish a request of which every choice has ended, unless something of its answer is yet to come."""
+        if not tracked.request.unfinished and not tracked.stream.is_held:
+            self.finish(tracked)
 
     def fail(self, tracked: TrackedRequest, error: StreamError) -> None:
         """The client gets what was accepted, then the error."""

@@ -104,6 +104,7 @@ class WorkerMessages:
                 self._on_first_token(tracked, attempt, message, now)
             case PromptLogprobs():
                 self.relay.accept_prompt_logprobs(tracked, message)
+                self._in_flight.finish_unless_held(tracked)
             case WorkerFailure(code=""):
                 text = f"worker {worker.worker_id} failed: {message.reason}"
                 self._in_flight.retry(tracked, Blame("worker_failure", text))
@@ -265,7 +266,7 @@ class WorkerMessages:
         if accepted.num_new:
             self._on_progress(tracked, attempt, is_first=accepted.is_first, now=now)
         if accepted.has_end and not tracked.request.unfinished:
-            self._in_flight.finish(tracked)
+            self._in_flight.finish_unless_held(tracked)
         elif accepted.given_up is not None:
             text = f"{attempt.pair} gave up a choice: {accepted.given_up}"
             self._in_flight.retry(tracked, Blame("worker_failure", text))

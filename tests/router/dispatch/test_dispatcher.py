@@ -850,6 +850,30 @@ def test_prompt_logprobs_that_do_not_come_hold_nothing_back_for_long() -> None:
     assert text(stream) == [0]
 
 
+@pytest.mark.parametrize("end", ["they come", "they are late", "the decode worker is lost"])
+def test_an_answer_that_is_complete_before_its_prompt_logprobs_waits_for_them(end: str) -> None:
+    fleet = Fleet()
+    p, d = fleet.join("p-0"), fleet.join("d-0")
+    stream, task = fleet.start(p, d, num_prompt_tokens=3, prompt_logprobs=0)
+    entries = (SampledToken(1, -1.0), SampledToken(2, -1.0))
+    fleet.step(d, task, tokens(0, 0, 2, "length"))  # all of it, while the prefill worker's channel is slow
+    assert received(stream) == [] and not stream.request.is_finished
+    match end:
+        case "they come":
+            fleet.dispatcher.on_message(
+                p, PromptLogprobs(request_id=task.spec.request_id, attempt=0, start=1, tokens=entries)
+            )
+            assert stream.prompt_logprobs == list(entries)
+        case "they are late":
+            fleet.wait(1.2, p, d)
+        case _:
+            fleet.dispatcher.worker_left(d, "gone")
+            assert not stream.request.is_finished
+            fleet.wait(1.2, p)
+    assert stream.request.status is RequestStatus.FINISHED and text(stream) == [0, 1]
+    assert fleet.dispatcher.view().num_in_flight == 0
+
+
 def test_ready_says_what_is_missing() -> None:
     fleet = Fleet()
     assert fleet.dispatcher.ready() == ["no decode worker is ready", "no prefill worker is ready"]
