@@ -6,9 +6,17 @@ Schedulers make a `Batch`, the engine fills tensors from it and answers with a `
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import NamedTuple, Protocol
 
 from .request import SampledToken, Sequence
+
+
+class RowKind(Enum):
+    """A row is computed and timed by its kind."""
+
+    DECODE = "decode"  # one token: a step's time grows with its context
+    CHUNK = "chunk"  # several tokens that are known: a step's time grows with their number
 
 
 @dataclass(slots=True)
@@ -17,6 +25,10 @@ class BatchRow:
 
     seq: Sequence
     num_scheduled_tokens: int
+
+    @property
+    def kind(self) -> RowKind:
+        return RowKind.DECODE if self.num_scheduled_tokens == 1 else RowKind.CHUNK
 
     @property
     def start(self) -> int:
@@ -39,7 +51,7 @@ class BatchRow:
 
 @dataclass(slots=True)
 class Batch:
-    """Rows with one token (decode) stand first, chunks after them.
+    """Rows that decode stand first, chunks after them.
 
     Blocks are copied before the rows are computed, in this order: out to host memory, in from there, between blocks.
     Without rows a batch is these copies alone.
@@ -55,10 +67,17 @@ class Batch:
         return sum(row.num_scheduled_tokens for row in self.rows)
 
 
-class RowOutput(NamedTuple):
-    """The result of one row: a token for each of `BatchRow.choices`, none where the row does not sample."""
+Run = tuple[SampledToken, ...]  # tokens of one choice that follow each other
 
-    tokens: tuple[SampledToken, ...]
+
+class RowOutput(NamedTuple):
+    """The result of one row: what comes next for each of `BatchRow.choices`; nothing where the row does not sample.
+
+    A run of more than one token comes from an engine that computed the earlier ones in the same step. It writes their
+    keys and values where the sequence's blocks have room for them, and nowhere else.
+    """
+
+    runs: tuple[Run, ...]
     # Entry i is about prompt token start + i + 1 (given the tokens before it); only where prompt_logprobs was asked.
     prompt_logprobs: tuple[SampledToken, ...] = ()
     is_finite: bool = True  # False: some of its logits are no distribution. Its request ends, with nothing of this row
@@ -67,10 +86,13 @@ class RowOutput(NamedTuple):
 def row_output(
     row: BatchRow, tokens: tuple[SampledToken, ...], prompt_logprobs: tuple[SampledToken, ...] = ()
 ) -> RowOutput:
-    """Make a row's output of what the samplers found: logits that are no distribution yield no token, or NaN."""
+    """Make a row's output of the token that the samplers found for each choice.
+
+    Logits that are no distribution yield no token, or NaN.
+    """
     if (row.samples and not tokens) or any(token.is_nan for token in prompt_logprobs):
         return RowOutput((), is_finite=False)
-    return RowOutput(tokens, prompt_logprobs)
+    return RowOutput(tuple((token,) for token in tokens), prompt_logprobs)
 
 
 @dataclass(slots=True)

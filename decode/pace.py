@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..common.batch import Batch, StepOutput
+from ..common.batch import Batch, RowKind, StepOutput
 from ..common.pacing import MIN_CHUNK_TOKENS, longest_step_s
 
 _INITIAL_TOKEN_S = 1e-3  # until chunks have been seen
@@ -28,7 +28,7 @@ class Pace:
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
         """Learn from a finished step."""
-        num_rows = sum(row.num_scheduled_tokens == 1 for row in batch.rows)
+        num_rows = sum(row.kind is RowKind.DECODE for row in batch.rows)
         self.learn(output.step_s - output.swap_s, num_chunk_tokens=batch.num_tokens - num_rows, num_rows=num_rows)
 
     def learn(self, step_s: float, *, num_chunk_tokens: int, num_rows: int) -> None:

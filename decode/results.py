@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..common.batch import Batch, BatchRow, RowOutput, StepOutput
+from ..common.batch import Batch, BatchRow, RowOutput, Run, StepOutput
 from ..common.messages import ChoiceTokens, Message, in_pieces, nonfinite_logits
-from ..common.request import FinishReason, SampledToken, Sequence, finish_reason
+from ..common.request import FinishReason, Sequence, finish_reason
 from .outbox import Outbox
 from .requests import RunningRequests
 from .running import RunningRequest
@@ -75,34 +75,41 @@ class StepResults:
     def _on_sampled(self, seq: Sequence, result: RowOutput) -> None:
         request = self._requests.request_of(seq)
         if not seq.pending_choices:
-            self._on_token(request, seq, result.tokens[0])
+            self._on_run(request, seq, result.runs[0])
             return
         choices, seq.pending_choices = seq.pending_choices, ()
         request.num_cached_tokens = seq.num_cached_tokens
-        tokens = {
-            choice: token for choice, token in zip(choices, result.tokens, strict=True) if choice not in request.dropped
-        }
-        for choice, token in tokens.items():
+        runs = {choice: run for choice, run in zip(choices, result.runs, strict=True) if choice not in request.dropped}
+        for choice, run in runs.items():
             if choice != seq.choice:
-                child = request.sequences[choice] = Sequence.of(request.spec, choice, [token.token_id])
+                child = request.sequences[choice] = Sequence.of(request.spec, choice, [run[0].token_id])
                 self._scheduler.fork(seq, child)
-        for choice, token in tokens.items():
-            self._on_token(request, request.sequences[choice], token)
+        for choice, run in runs.items():
+            self._on_run(request, request.sequences[choice], run)
         if seq.choice in request.dropped:
             self._requests.remove(request, seq)
 
-    def _on_token(self, request: RunningRequest, seq: Sequence, token: SampledToken) -> None:
-        """Queue the token for the router; end the sequence where it ends."""
+    def _on_run(self, request: RunningRequest, seq: Sequence, run: Run) -> None:
+        """Queue a run for the router, up to where the sequence ends."""
         if seq.num_uncomputed_tokens == 0:  # a fork has its first token already
-            seq.token_ids.append(token.token_id)
-        reason: FinishReason | None = finish_reason(
+            seq.token_ids.append(run[0].token_id)
+        first, num_taken, reason = seq.num_output_tokens - 1, 1, self._finish_reason(seq)
+        while reason is None and num_taken < len(run):
+            seq.token_ids.append(run[num_taken].token_id)
+            num_taken, reason = num_taken + 1, self._finish_reason(seq)
+        if num_taken > 1:
+            self._scheduler.accept(seq, num_taken - 1)
+        self._outbox.add(request, ChoiceTokens(seq.choice, first, run[:num_taken], reason))
+        if reason is not None:
+            self._requests.remove(request, seq)
+
+    def _finish_reason(self, seq: Sequence) -> FinishReason | None:
+        """Say why the sequence ends with its last token; None: it goes on."""
+        return finish_reason(
             seq.sampling,
-            token.token_id,
+            seq.token_ids[-1],
             num_output_tokens=seq.num_output_tokens,
             num_tokens=seq.num_tokens,
             eos_token_ids=self._eos_token_ids,
             max_model_len=self._max_model_len,
         )
-        self._outbox.add(request, ChoiceTokens(seq.choice, seq.num_output_tokens - 1, (token,), reason))
-        if reason is not None:
-            self._requests.remove(request, seq)

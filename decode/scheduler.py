@@ -23,7 +23,7 @@ from bisect import insort
 from collections.abc import Iterator
 from heapq import merge
 
-from ..common.batch import Batch, BatchRow, StepOutput
+from ..common.batch import Batch, BatchRow, RowKind, StepOutput
 from ..common.errors import CapacityError
 from ..common.kv_spec import KVCacheSpec
 from ..common.request import BlockId, Sequence
@@ -157,7 +157,7 @@ class DecodeScheduler:
         rows = self._decode_rows()
         budget = self._max_num_batched_tokens - len(rows)
         rows += self._chunk_rows(min(budget, self.pace.chunk_tokens) if rows else budget)
-        rows.sort(key=lambda row: row.num_scheduled_tokens > 1)
+        rows.sort(key=lambda row: row.kind is RowKind.CHUNK)
         batch = self.blocks.begin(rows)
         self._in_step = batch is not None
         return batch
@@ -270,6 +270,12 @@ class DecodeScheduler:
         for seq in ended:
             self.blocks.give_back(seq)
         return alive
+
+    def accept(self, seq: Sequence, num_tokens: int) -> None:
+        """Count further tokens, which the sequence has by now, as computed by the step that is complete."""
+        seq.num_computed_tokens += num_tokens
+        assert seq.num_computed_tokens <= len(seq.block_table) * self._pool.block_size, "a run beyond its blocks"
+        self.blocks.publish(seq)
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
         """Learn from a step what swapping and computing cost. Before `complete`."""

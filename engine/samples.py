@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..common.batch import Batch
+from ..common.batch import Batch, RowKind
 from ..common.messages import StepSample
 
 MAX_SAMPLES = 64  # of one heartbeat, as the wire bounds them
@@ -15,8 +15,8 @@ MAX_SAMPLES = 64  # of one heartbeat, as the wire bounds them
 
 def step_sample(batch: Batch, step_s: float = 0.0) -> StepSample:
     """Describe a step whose tokens are not counted as computed yet."""
-    chunks = [row for row in batch.rows if row.num_scheduled_tokens > 1]
-    rows = [row for row in batch.rows if row.num_scheduled_tokens == 1]
+    chunks = [row for row in batch.rows if row.kind is RowKind.CHUNK]
+    rows = [row for row in batch.rows if row.kind is RowKind.DECODE]
     return StepSample(
         step_s,
         prefill_tokens=sum(row.num_scheduled_tokens for row in chunks),

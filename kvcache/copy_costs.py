@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..common.batch import Batch, StepOutput
+from ..common.batch import Batch, RowKind, StepOutput
 
 _SMOOTHING = 0.3  # weight of the newest step: larger follows a change sooner, smaller is moved less by an outlier
 
@@ -19,9 +19,9 @@ class CopyCosts:
         num_copied = len(batch.swap_out) + len(batch.swap_in)
         if num_copied:
             self.block_s = smooth(self.block_s, output.swap_s / num_copied)
-        if not batch.rows or batch.rows[-1].num_scheduled_tokens == 1:
+        if not batch.rows or batch.rows[-1].kind is RowKind.DECODE:
             return
-        num_chunk_tokens = sum(row.num_scheduled_tokens for row in batch.rows if row.num_scheduled_tokens > 1)
+        num_chunk_tokens = sum(row.num_scheduled_tokens for row in batch.rows if row.kind is RowKind.CHUNK)
         if 2 * num_chunk_tokens >= output.num_tokens:
             self.token_s = smooth(self.token_s, (output.step_s - output.swap_s) / output.num_tokens)
 

@@ -27,10 +27,10 @@ class Task:
 def first_tokens(
     task: Task, result: RowOutput, *, eos_token_ids: frozenset[int], max_model_len: int
 ) -> tuple[ChoiceTokens, ...]:
-    """The token of each choice that the prompt's last row yielded, and which choices end with it."""
+    """Return the token of each choice that the prompt's last row yielded, and which choices end with it."""
     seq = task.prompt.seq
     choices = []
-    for choice, token in zip(task.spec.choices, result.tokens, strict=True):
+    for choice, (token,) in zip(task.spec.choices, result.runs, strict=True):
         reason: FinishReason | None = finish_reason(
             seq.sampling,
             token.token_id,

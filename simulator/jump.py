@@ -6,7 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from math import sqrt
 
-from ..common.batch import Batch
+from ..common.batch import Batch, RowKind
 from .costs.steps import StepWork
 from .decode import DecodePart
 from .prefill import PrefillPart
@@ -84,7 +84,7 @@ def work_of(batch: Batch) -> StepWork:
     tokens = pairs = rows = context = 0
     for row in batch.rows:
         count = row.num_scheduled_tokens
-        if count == 1:
+        if row.kind is RowKind.DECODE:
             rows += 1
             context += row.end
         else:

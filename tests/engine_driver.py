@@ -52,7 +52,7 @@ class Driver:
         fork.block_table = [first.block_table[0]]
         self.grow(fork, end + 1)
         copies = [(first.block_table[1], fork.block_table[1])]
-        return self.engine.step(Batch([BatchRow(fork, 1)], copies)).rows[0].tokens[0].token_id
+        return self.engine.step(Batch([BatchRow(fork, 1)], copies)).rows[0].runs[0][0].token_id
 
     def step(
         self, rows: list[tuple[Sequence, int]], on_layer: Callable[[int], None] | None = None
@@ -66,9 +66,9 @@ class Driver:
         by_seq: dict[int, tuple[SampledToken, ...]] = {}
         for row, result in zip(batch.rows, output.rows, strict=True):
             row.seq.num_computed_tokens += row.num_scheduled_tokens
-            if result.tokens:
-                row.seq.token_ids.append(result.tokens[0].token_id)
-            by_seq[id(row.seq)] = result.tokens
+            if result.runs:
+                row.seq.token_ids.append(result.runs[0][0].token_id)
+            by_seq[id(row.seq)] = tuple(run[0] for run in result.runs)
         return [by_seq[id(seq)] for seq, _ in rows]
 
     def generate(self, seqs: list[Sequence], *, chunk: int = 10**9) -> list[list[int]]:

@@ -78,7 +78,7 @@ class _DecodeLoad:
     def complete(self, batch: Batch, output: StepOutput) -> None:
         for row, here, result in zip(batch.rows, self.scheduler.complete(batch), output.rows, strict=True):
             assert here
-            row.seq.token_ids.append(result.tokens[0].token_id)
+            row.seq.token_ids.append(result.runs[0][0].token_id)
         self.step_ends_s.append(time.perf_counter())
         if len(self.step_ends_s) == self.num_steps:
             self.ended.set()

@@ -96,7 +96,7 @@ class DecodePipeline:
         self._device.wait(lambda: self._look_ahead(batch, draws))
         tokens = iter(draws.read() if draws is not None else ())
         outputs = [row_output(row, next(tokens) if row.samples else ()) for row in batch.rows]
-        self._sampled = [output.tokens[0].token_id if output.tokens else -1 for output in outputs]
+        self._sampled = [output.runs[0][0].token_id if output.runs else -1 for output in outputs]
         return outputs
 
     def _take_forecast(self, batch: Batch) -> bool:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...common.batch import Batch, BatchRow
+from ...common.batch import Batch, BatchRow, RowKind
 from ...common.request import Sequence
 
 Int32 = NDArray[np.int32]
@@ -92,7 +92,7 @@ def rows_of(batch: Batch, block_size: int) -> list[DecodeRow] | None:
     rows = []
     for row in batch.rows:
         seq, position = row.seq, row.start
-        if row.num_scheduled_tokens != 1 or _wants_prompt_logprobs(row):
+        if row.kind is not RowKind.DECODE or _wants_prompt_logprobs(row):
             return None
         rows.append(DecodeRow(seq, seq.block_table, position, position // block_size + 1))
     return rows
@@ -153,7 +153,7 @@ class Forecast:
             seq, position = row.seq, wanted.position
             if (
                 seq is not wanted.seq
-                or row.num_scheduled_tokens != 1
+                or row.kind is not RowKind.DECODE
                 or seq.num_computed_tokens != position
                 or seq.block_table is not wanted.table
                 or len(wanted.table) < wanted.num_pages

@@ -167,7 +167,9 @@ class Bench:
 
     def output(self, batch: Batch, token: int) -> StepOutput:
         """Every row that samples yields this token."""
-        rows = [RowOutput(tuple(SampledToken(token) for _ in row.choices) if row.samples else ()) for row in batch.rows]
+        rows = [
+            RowOutput(tuple((SampledToken(token),) for _ in row.choices) if row.samples else ()) for row in batch.rows
+        ]
         return StepOutput(rows, 0.01, batch.num_tokens, 0.001)
 
     def run(self, token: int = 9) -> None:

@@ -54,12 +54,27 @@ def test_choices_share_the_prompt_and_each_has_its_own_copy_of_the_partial_block
     assert batch is not None and len(batch.block_copies) == 2
     tables = [row.seq.block_table for row in batch.rows]
     assert len({table[0] for table in tables}) == 1 and len({table[1] for table in tables}) == 3
-    rows = [RowOutput((SampledToken(9),)) for _ in batch.rows]
+    rows = [RowOutput(((SampledToken(9),),)) for _ in batch.rows]
     bench.role.complete(batch, StepOutput(rows, 0.01, 3))
     bench.run()
     assert [pairs[0] for pairs in bench.tokens("a").values()] == [(0, 5), (0, 6), (0, 7)]
     assert bench.pool.num_owned_blocks == 0
     bench.pool.check()
+
+
+def test_a_run_of_tokens_is_taken_up_to_where_its_choice_ends() -> None:
+    bench = Bench()
+    bench.hand_over(bench.spec("a", 5, n=2), tuple(first_token(choice, 5) for choice in range(2)))
+    batch = bench.role.schedule()
+    assert batch is not None
+    short, long = (tuple(SampledToken(token) for token in tokens) for tokens in ((9, 8), (9, EOS, 7)))
+    bench.role.complete(batch, StepOutput([RowOutput((short,)), RowOutput((long,))], 0.01, 2))
+    assert bench.tokens("a") == {0: [(0, 5), (1, 9), (2, 8)], 1: [(0, 5), (1, 9), (2, EOS)]}, "nothing after the end"
+    bench.check()
+    batch = bench.step(7)
+    assert batch is not None and [(row.seq.choice, row.seq.token_ids[-1]) for row in batch.rows] == [(0, 7)]
+    assert bench.tokens("a")[0] == [(0, 5), (1, 9), (2, 8), (3, 7)], "it went on behind its run"
+    assert bench.role.is_quiet and bench.pool.num_owned_blocks == 0
 
 
 def test_a_choice_that_ended_with_its_first_token_takes_no_row() -> None:
@@ -307,7 +322,7 @@ def test_logits_that_are_no_distribution_end_their_request_alone() -> None:
     batch = bench.role.schedule()
     assert batch is not None and [row.seq.request_id for row in batch.rows] == ["a", "a", "b", "b"]
     assert bench.pool.num_owned_blocks and list(bench.pool.published())
-    rows = [RowOutput((), is_finite=False), *[RowOutput((SampledToken(9),))] * 3]
+    rows = [RowOutput((), is_finite=False), *[RowOutput(((SampledToken(9),),))] * 3]
     bench.role.complete(batch, StepOutput(rows, 0.01, 4))
     [failure] = [message for message in bench.sent if isinstance(message, WorkerFailure)]
     assert (failure.request_id, failure.attempt, failure.code) == ("a", 0, "nonfinite_logits")

@@ -98,7 +98,7 @@ def swapped_in_the_middle(engine: Engine) -> list[int]:
     fresh = [60, 61, 62]
     seq.block_table = fresh
     rows = Batch([BatchRow(seq, 1)], swap_in=[(slot, fresh[place]) for place, (_, slot) in enumerate(out) if place])
-    token = engine.step(rows).rows[0].tokens[0].token_id
+    token = engine.step(rows).rows[0].runs[0][0].token_id
     seq.num_computed_tokens += 1
     seq.token_ids.append(token)
     driver.generate([seq])

@@ -58,8 +58,8 @@ class _Worker:
             batch = self._batch(scheduler.schedule)
             output = self.engine.step(batch)
             scheduler.complete(batch)
-            if output.rows and output.rows[0].tokens:
-                seq.token_ids.append(output.rows[0].tokens[0].token_id)
+            if output.rows and output.rows[0].runs:
+                seq.token_ids.append(output.rows[0].runs[0][0].token_id)
         scheduler.remove(seq)
         self._rest()
         return seq.output_token_ids
@@ -73,7 +73,7 @@ class _Worker:
             self.cache.end()
             scheduler.complete(prompt, batch.num_tokens)
         self.pool.free(seq.block_table)
-        seq.token_ids.append(output.rows[0].tokens[0].token_id)
+        seq.token_ids.append(output.rows[0].runs[0][0].token_id)
         self._rest()
         return seq.output_token_ids
 

@@ -148,7 +148,7 @@ class _Bench:
             tokens = tuple(SampledToken(token) for _ in row.choices) if row.samples else ()
             wants = row.seq.sampling.prompt_logprobs is not None
             logprobs = tuple(SampledToken(t, -1.0) for t in row.seq.token_ids[row.start + 1 : row.end + 1])
-            rows.append(RowOutput(tokens, logprobs if wants else ()))
+            rows.append(RowOutput(tuple((token,) for token in tokens), logprobs if wants else ()))
         self.role.complete(batch, StepOutput(rows, 0.01, batch.num_tokens))
 
     def run(self, token: int = 9) -> None:
@@ -346,7 +346,7 @@ def test_logits_that_are_no_distribution_end_their_request_alone() -> None:
     bench.task("b", 4, first=50)
     batch = bench.begin()
     assert batch is not None and [row.seq.request_id for row in batch.rows] == ["a", "b"]
-    rows = [RowOutput((), is_finite=False), RowOutput((SampledToken(9), SampledToken(9)))]
+    rows = [RowOutput((), is_finite=False), RowOutput(((SampledToken(9),), (SampledToken(9),)))]
     bench.role.complete(batch, StepOutput(rows, 0.01, 8))
     [failure] = bench.messages(WorkerFailure)
     assert isinstance(failure, WorkerFailure)

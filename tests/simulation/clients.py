@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvferry.common.errors import CapacityError, KVFerryError
+from kvferry.router.dispatch.deadlines import HELD_LIMIT_S
 from kvferry.router.state.request import RequestStatus, RouterRequest
 from kvferry.router.state.token_stream import ChoiceUpdate, TokenStream
 
@@ -145,6 +146,7 @@ class Call:
         if self.num_ends != 1 or not request.is_finished:
             raise Breach("I8", f"{request.request_id} is {status.value} at the end")
         self._read()
+        self._check_prompt_logprobs()
         if status is RequestStatus.FINISHED:
             for choice, finish in enumerate(self._finish):
                 if finish is None:
@@ -156,3 +158,16 @@ class Call:
             assert self._stream is not None and self._stream._error is not None
             self.error_code = self._stream._error.code
             self.router.rules.check_failure(self)
+
+    def _check_prompt_logprobs(self) -> None:
+        """I21: what came is the beginning of the list, and of an answer that is whole, all of it."""
+        request, wanted = self.request, self.oracle.answers[0].prompt_logprobs
+        if request.sampling.prompt_logprobs is None:
+            wanted = ()
+        known = tuple(request.prompt_logprobs)
+        if known != wanted[: len(known)]:
+            raise Breach("I21", f"{request.request_id}: {known} instead of {wanted}")
+        stamps = request.timestamps
+        is_whole = request.status is RequestStatus.FINISHED and "client" not in self._finish
+        if is_whole and len(known) < len(wanted) and stamps["finished"] - stamps["first_token"] < HELD_LIMIT_S:
+            raise Breach("I21", f"{request.request_id}: {len(known)} of {len(wanted)}")

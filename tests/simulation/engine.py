@@ -81,6 +81,7 @@ class _Work(NamedTuple):
     start: int
     end: int
     choices: tuple[int, ...]  # to sample; empty: the row does not
+    scores: bool  # log-probabilities of its prompt tokens are asked for
 
 
 class Engine:
@@ -112,7 +113,8 @@ class Engine:
         start, end = row.start, row.end
         if seq.token_ids[:end] != answer.tokens[:end]:
             raise Breach("I6", f"{self._name} is fed {seq.token_ids[:end]} for {seq.request_id}/{seq.choice}")
-        return _Work(seq, answer, list(seq.block_table), start, end, row.choices if row.samples else ())
+        scores = seq.sampling.prompt_logprobs is not None
+        return _Work(seq, answer, list(seq.block_table), start, end, row.choices if row.samples else (), scores)
 
     def write_layer(self, layer: int) -> None:
         """The layer's keys and values of this step."""
@@ -139,7 +141,8 @@ class Engine:
         rows = []
         for work in self._work:
             self._memory.check(work.table, work.answer, work.end, f"{self._name} for {work.seq.request_id}")
-            rows.append(RowOutput(tuple(self._sample(work))))
+            runs = tuple((token,) for token in self._sample(work))
+            rows.append(RowOutput(runs, work.answer.prompt_logprobs[work.start : work.end] if work.scores else ()))
         self._work = []
         self.num_steps += 1
         return StepOutput(rows, step_s, batch.num_tokens, 0.1 * step_s if batch.swap_out or batch.swap_in else 0.0)

@@ -29,6 +29,7 @@ class Answer:
     tags: list[int]
     num_prompt_tokens: int
     finish: str
+    prompt_logprobs: tuple[SampledToken, ...] = ()  # entry i is about prompt token i + 1
 
     @property
     def output(self) -> list[int]:
@@ -40,7 +41,7 @@ def answer(
 ) -> Answer:
     """What a choice yields if nobody stops it."""
     tokens, tags = list(prompt), list(prompt_tags)
-    num_prompt = len(tokens)
+    num_prompt, finish = len(tokens), "stop"
     while True:
         number = len(tokens) - num_prompt  # of tokens that there are
         token = hash((tags[-1], sampling.seed, choice, number)) % VOCAB_SIZE
@@ -48,9 +49,12 @@ def answer(
         tags.append(hash((tags[-1], token)))
         number += 1
         if token == EOS and number >= sampling.min_tokens and not sampling.ignore_eos:
-            return Answer(tokens, tags, num_prompt, "stop")
+            break
         if number == sampling.max_tokens or len(tokens) >= max_model_len:
-            return Answer(tokens, tags, num_prompt, "length")
+            finish = "length"
+            break
+    scores = tuple(SampledToken(tokens[i + 1], -float(tags[i] % 1000)) for i in range(num_prompt - 1))
+    return Answer(tokens, tags, num_prompt, finish, scores)
 
 
 def tags_of(tokens: Sequence[int], tenant: int) -> list[int]:

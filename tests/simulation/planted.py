@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import Grant, GrantInfo, KVOpen, NoCapacity
+from kvferry.common.messages import Grant, GrantInfo, KVOpen, NoCapacity, PromptLogprobs
 from kvferry.common.request import RequestSpec, SampledToken, Sequence
 from kvferry.decode import sequence_blocks
 from kvferry.decode.sequence_blocks import SequenceBlocks
@@ -17,6 +17,7 @@ from kvferry.router.dispatch.deadlines import Deadlines
 from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.dispatch.in_flight import InFlightRequests
 from kvferry.router.dispatch.losses import Losses
+from kvferry.router.dispatch.relay import Relay
 from kvferry.router.dispatch.worker_messages import WorkerMessages
 from kvferry.router.state.choice_state import ChoiceState, Drops
 from kvferry.router.state.request import RouterRequest
@@ -303,6 +304,13 @@ def _keep_first_role(self: RouterWorker, role: str, now_s: float) -> None:
     """The router goes by the role of the worker's hello."""
 
 
+def _take_pieces_as_they_come(self: Relay, tracked: Any, message: PromptLogprobs) -> None:
+    """Log-probabilities of the prompt are added in the order in which they come."""
+    tracked.request.prompt_logprobs.extend(message.tokens)
+    if len(tracked.request.prompt_logprobs) >= tracked.request.num_prompt_tokens - 1:
+        self.release(tracked)
+
+
 def _salt_of_all(spec: KVCacheSpec, cache_salt: bytes, adapter: str) -> bytes:
     """Every tenant finds every other's blocks."""
     return b"all"
@@ -360,5 +368,10 @@ BUGS = (
     Planted("blocks are granted in any role", frozenset({"I18"}), patches=((core, "KVReceiver", _GrantsAlways),)),
     Planted("a role change undoes a drain", frozenset({"I12"}), patches=((core, "RolePair", _UndoesDrain),)),
     Planted("roles are not noted", frozenset({"I20"}), patches=((RouterWorker, "set_role", _keep_first_role),)),
+    Planted(
+        "prompt logprobs are taken twice",
+        frozenset({"I21"}),
+        patches=((Relay, "accept_prompt_logprobs", _take_pieces_as_they_come),),
+    ),
     Planted("promises without bound", frozenset({"I13"}), patches=((reservations, "MAX_PROMISED_SHARE", 1.0),)),
 )

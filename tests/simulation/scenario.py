@@ -176,6 +176,7 @@ def _asks(random: Random, number: int, lasts_s: float, num_routers: int, faulted
             min_tokens=random.choice((0, 0, 3)),
             ignore_eos=random.random() < 0.3,
             seed=random.randrange(1 << 30),
+            prompt_logprobs=0 if random.random() < 0.1 else None,
         )
         asks.append(
             Ask(

@@ -119,9 +119,9 @@ class Stepper:
             answer = self.answers[id(row.seq)]
             row.seq.num_computed_tokens += row.num_scheduled_tokens
             answer.prompt += output.prompt_logprobs
-            if output.tokens:
-                answer.tokens.append(output.tokens[0])
-                row.seq.token_ids.append(output.tokens[0].token_id)
+            if output.runs:
+                answer.tokens.append(output.runs[0][0])
+                row.seq.token_ids.append(output.runs[0][0].token_id)
 
     def finish(self, seq: Sequence, chunk: Callable[[int], int] = lambda count: count) -> Answer:
         while seq.num_output_tokens < seq.sampling.max_tokens:
@@ -184,8 +184,8 @@ def test_choices_of_one_prompt_are_those_of_requests_of_their_own(make: EngineMa
     first.pending_choices = (0, 1, 2)
     batch = Batch([BatchRow(first, len(prompt))])
     runner.driver.grow(first, len(prompt))
-    tokens = runner.engine.step(batch).rows[0].tokens
-    for choice, token in enumerate(tokens):
+    runs = runner.engine.step(batch).rows[0].runs
+    for choice, (token,) in enumerate(runs):
         alone = Stepper(runner.engine)
         seq = alone.add(prompt, sampled(5))
         seq.choice = choice
