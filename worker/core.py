@@ -16,18 +16,12 @@ One rank's sends and reads have a core of their own, the `KVSender`, which belon
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
-
 import msgspec
 import structlog
 
 from ..common.batch import Batch, StepOutput
 from ..common.clock import Clock
-from ..common.config import TransferConfig
 from ..common.errors import ProtocolError
-from ..common.kv_spec import KVCacheSpec
 from ..common.messages import (
     Drain,
     KVArrived,
@@ -65,6 +59,7 @@ from ..transfer.protocol.rank_messages import ReadOutcome
 from ..transfer.receive.opens import WatchProcesses
 from ..transfer.receive.processes import watch as watch_processes
 from ..transfer.receive.receiver import KVReceiver
+from .effects import CoreConfig, Effects
 from .roles import RoleName, RolePair
 from .shares import RouterShares
 from .status import make_status
@@ -76,70 +71,6 @@ log = structlog.get_logger(__name__)
 
 PeerQuestion = KVOpen | KVRenew | KVClosed | KVFetch | KVFetchDone
 FetchAnswer = KVFetchable | KVFetchSums | KVFetchRefused
-
-
-@dataclass(frozen=True, slots=True)
-class CoreConfig:
-    """`CoreConfig` is all that a core knows of the worker that it decides for."""
-
-    worker_id: str
-    incarnation: int
-    version: str
-    served_model: str  # as requests name it
-    role: RoleName  # at the start
-    spec: KVCacheSpec
-    tp_size: int
-    kv_address: str  # where others ask to write and to read
-    incoming: str  # transport through which others write into our pages
-    outgoing: str  # transport through which we write into theirs
-    transfer: TransferConfig
-    eos_token_ids: frozenset[int]
-    max_model_len: int
-    max_num_batched_tokens: int
-    max_num_seqs: int
-    num_swap_blocks: int = 0
-    tpot_objective_s: float | None = None
-    checks_bytes: bool = False  # arrivals that carry checksums come with a verdict
-    sums_writes: bool = False  # what we write or read is summed
-    sums_loans: bool = False  # what others read here is summed
-
-
-class Effects(Protocol):
-    """`Effects` do what the core has decided. Called under the core's lock, in the order in which things happened."""
-
-    def to_router(self, router_id: str, message: Message) -> None: ...
-
-    def to_peer(self, session: str, message: Message) -> None:
-        """Answer a worker that writes or reads here."""
-        ...
-
-    def to_target(self, kv_address: str, message: Message) -> None:
-        """Ask a worker for the right to write or to read there."""
-        ...
-
-    def announce(self) -> None:
-        """Send every router a heartbeat (`status`) now."""
-        ...
-
-    def rotate(self, generation: int) -> None:
-        """Begin to replace the agents through which others write, on all ranks; answered by `on_rotated`."""
-        ...
-
-    def watch(self, on: bool) -> None:
-        """Let others' writes and reads make progress, or save the effort."""
-        ...
-
-    def sum_loan(self, fetch_id: int, blocks: tuple[BlockId, ...]) -> None:
-        """Begin to sum lent blocks on all ranks; answered by `on_sums` of each."""
-        ...
-
-    def leaving(self) -> Callable[[], object]:
-        """Return what waits until all that was sent to routers so far has left this process."""
-        ...
-
-    def wake(self) -> None:
-        """Have the engine ask for work: there may be some."""
-        ...
 
 
 class WorkerCore:
@@ -407,10 +338,6 @@ class WorkerCore:
     def note_turn(self, turn_s: float) -> None:
         if self._sample is not None:
             self.samples.add(msgspec.structs.replace(self._sample, step_s=turn_s))
-
-    def learn(self, samples: tuple[StepSample, ...]) -> None:
-        """Learn how long steps take here, before the first one."""
-        self.roles.learn(samples)
 
     # --- time -------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""`WorkerDeps` is what a worker's sides work with: made once by `process.py`, taken by `PrefillSide` and `DecodeSide`.
+"""`WorkerDeps` is what a worker works with: made once by `process.py`, taken by `worker.py`.
 
 It has two transfer agents over the same pages. Through one of them others write into our pages; it is replaced to
 fence a writer. The other one writes into pages elsewhere; it is replaced when its own writes cannot be waited for.
@@ -19,6 +19,7 @@ from ..engine.ranks.group import RankGroup
 from ..kvcache.blocks import BlockPool
 from ..kvcache.prefix_cache import PrefixCache
 from ..transfer.backends.base import TransferBackend
+from .effects import CoreConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +41,33 @@ class WorkerDeps:
     on_failure: Callable[[BaseException], None]  # a thread of this worker has ended
     processes: tuple[ProcessMark, ...] = ()  # of every rank, where they may copy into other processes' memory
     samples: tuple[StepSample, ...] = ()  # of the calibration at start-up
+
+
+def core_config(
+    deps: WorkerDeps, kv_address: str, *, checks_bytes: bool, sums_writes: bool, sums_loans: bool
+) -> CoreConfig:
+    """Gather what the core is to know, when the handoff's address is known."""
+    config, engine = deps.config, deps.engine
+    objective_ms = config.engine.tpot_objective_ms
+    return CoreConfig(
+        worker_id=config.worker_id,
+        incarnation=deps.incarnation,
+        version=deps.version,
+        served_model=config.engine.served_model_name,
+        role=config.role,
+        spec=engine.spec,
+        tp_size=engine.tp_size,
+        kv_address=kv_address,
+        incoming=deps.backend.name,
+        outgoing=deps.outgoing.name,
+        transfer=config.transfer,
+        eos_token_ids=engine.model_config.eos_token_ids,
+        max_model_len=engine.model_config.max_model_len,
+        max_num_batched_tokens=config.engine.max_num_batched_tokens,
+        max_num_seqs=config.engine.max_num_seqs,
+        num_swap_blocks=engine.num_swap_blocks,
+        tpot_objective_s=None if objective_ms is None else objective_ms / 1e3,
+        checks_bytes=checks_bytes,
+        sums_writes=sums_writes,
+        sums_loans=sums_loans,
+    )

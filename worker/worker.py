@@ -58,9 +58,9 @@ from ..transfer.send.ranks import RankShipping
 from ..transfer.send.sender import KVSender
 from ..transfer.thread import TransferThread
 from .agents import Agents
-from .core import CoreConfig, WorkerCore
+from .core import WorkerCore
 from .decode_rank import RECEIVING
-from .deps import WorkerDeps
+from .deps import WorkerDeps, core_config
 
 _LEAVE_LIMIT_S = 1.0  # a step waits no longer for words about it to be written: no token leaves meanwhile either
 
@@ -130,7 +130,13 @@ class Worker:
         deps = self._deps
         self.kv_address = str(await self._server.start(deps.config.host, deps.config.port))
         self._core = WorkerCore(
-            self._core_config(),
+            core_config(
+                deps,
+                self.kv_address,
+                checks_bytes=self._check is not None,
+                sums_writes=self._sums is not None,
+                sums_loans=self._loan_sums is not None,
+            ),
             pool=deps.pool,
             cache=deps.cache,
             clock=deps.clock,
@@ -139,38 +145,12 @@ class Worker:
             reading=self._reading,
             regions=deps.regions,
         )
-        self._core.learn(deps.samples)
+        self._core.roles.learn(deps.samples)
         deps.cache.wake_with(self._wake_from_elsewhere)
         self._incoming.start()
         self._outgoing.start()
         self.loop = EngineLoop(self._core, deps.engine.step, deps.on_failure, lock=self._lock)
         self.loop.start()
-
-    def _core_config(self) -> CoreConfig:
-        deps, config, engine = self._deps, self._deps.config, self._deps.engine
-        objective_ms = config.engine.tpot_objective_ms
-        return CoreConfig(
-            worker_id=config.worker_id,
-            incarnation=deps.incarnation,
-            version=deps.version,
-            served_model=config.engine.served_model_name,
-            role=config.role,
-            spec=engine.spec,
-            tp_size=engine.tp_size,
-            kv_address=self.kv_address,
-            incoming=deps.backend.name,
-            outgoing=deps.outgoing.name,
-            transfer=config.transfer,
-            eos_token_ids=engine.model_config.eos_token_ids,
-            max_model_len=engine.model_config.max_model_len,
-            max_num_batched_tokens=config.engine.max_num_batched_tokens,
-            max_num_seqs=config.engine.max_num_seqs,
-            num_swap_blocks=engine.num_swap_blocks,
-            tpot_objective_s=None if objective_ms is None else objective_ms / 1e3,
-            checks_bytes=self._check is not None,
-            sums_writes=self._sums is not None,
-            sums_loans=self._loan_sums is not None,
-        )
 
     # --- routers and time, on the network thread -----------------------------------------------------------------
 

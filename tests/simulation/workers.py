@@ -49,7 +49,8 @@ from kvferry.transfer.protocol.handoff import Verdict
 from kvferry.transfer.send.ranks import RankShipping
 from kvferry.transfer.send.sender import KVSender
 from kvferry.transfer.send.shipment import Shipment
-from kvferry.worker.core import CoreConfig, WorkerCore
+from kvferry.worker.core import WorkerCore
+from kvferry.worker.effects import CoreConfig
 from kvferry.worker.roles import RoleName
 
 from .agent import Agent
@@ -74,7 +75,7 @@ _BOOKS_EVERY = 64  # events of a worker between two looks at all of its books
 
 
 class Worker:
-    """Implements `worker.core.Effects`. `home`: the role that it starts with, in each of its lives."""
+    """Implements `worker.effects.Effects`. `home`: the role that it starts with, in each of its lives."""
 
     def __init__(self, world: World, place: str, incarnation: int, num_blocks: int, home: RoleName) -> None:
         kernel, scenario = world.kernel, world.scenario
