@@ -30,22 +30,6 @@ class SystemClock:
         return time.clock_gettime(self._clock_id)
 
 
-class FakeClock:
-    """A clock that tests and simulations move by hand."""
-
-    __slots__ = ("_now",)
-
-    def __init__(self, now: float = 0.0) -> None:
-        self._now = now
-
-    def now(self) -> float:
-        return self._now
-
-    def advance(self, seconds: float) -> None:
-        assert seconds >= 0, seconds
-        self._now += seconds
-
-
 def wall_time_us() -> int:
     """Return microseconds since 1970: routers order their requests by it, and nothing but that order rests on it."""
     return time.time_ns() // 1000

@@ -20,7 +20,7 @@ from ..common.channel import Address
 from ..common.clock import Clock
 from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig
 from ..common.lifeline import Event
-from ..common.sockets import listen
+from ..settings.sockets import listen
 from .children import ROUTER_PROGRAM, RouterChild
 from .process import Child, ChildState, ChildTimes
 from .progress import Display

@@ -24,9 +24,9 @@ from ..common.channel import Address, max_frame_bytes
 from ..common.config import RouterConfig
 from ..common.credentials import SharedSecret
 from ..common.errors import ConfigError
-from ..common.sockets import listen
 from ..settings.exposure import check_exposure
 from ..settings.open_files import MAX_CONNECTIONS, room_for_connections
+from ..settings.sockets import listen
 from .access.credentials import RouterCredentials
 from .access.keys import ApiKeys
 from .access.reload import reloading

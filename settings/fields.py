@@ -32,7 +32,7 @@ from ..common.config import (
     TransferName,
 )
 from ..common.errors import ConfigError
-from ..common.windows import Window
+from .windows import Window
 
 ENV_PREFIX = "KVFERRY_"
 

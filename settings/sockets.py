@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import socket
 
-from .channel import Address
-from .errors import ConfigError
+from ..common.channel import Address
+from ..common.errors import ConfigError
 
 _BACKLOG = 2048
 

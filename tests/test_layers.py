@@ -52,7 +52,7 @@ router/helpers       common models router/state
 router/queue         common router/state
 router/placement     common router/state
 router/dispatch      common kvcache router/state router/queue router/placement
-router/autoscaler    common router/state router/metrics
+router/autoscaler    common settings router/state router/metrics
 router/catalogue     common models router/state router/dispatch router/helpers
 router/api           common models router/state router/metrics router/http router/access router/helpers router/catalogue
 router/admin         common router/state router/access router/autoscaler router/api

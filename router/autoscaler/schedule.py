@@ -1,4 +1,4 @@
-"""The bounds of a pool at a time of the day (`common/windows.py` has the windows).
+"""The bounds of a pool at a time of the day (`settings/windows.py` has the windows).
 
 Times are of the router's clock and zone. Where windows overlap, the largest minimum and the smallest maximum hold;
 a minimum wins over a maximum.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from ...common.windows import Window
+from ...settings.windows import Window
 from .scale_types import DAY_S, Bounds, Pool
 
 

@@ -37,8 +37,9 @@ from kvferry.benchmarks.gpu.report import GpuReport, PartResult, Verdict, print_
 from kvferry.benchmarks.gpu.run import NO_GPU_EXIT_CODE, TimePlan, check, main, run_parts
 from kvferry.benchmarks.gpu.serve import Exposure, check_gaps
 from kvferry.benchmarks.gpu.serve import main as serve_main
-from kvferry.common.clock import FakeClock, SystemClock
+from kvferry.common.clock import SystemClock
 from kvferry.engine.cuda.kernels import TorchKernels
+from kvferry.tests.fake_clock import FakeClock
 from kvferry.tools.load.environment import describe_environment
 
 QUIET = Console(file=io.StringIO())

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
-from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
@@ -23,6 +22,7 @@ from kvferry.common.messages import (
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
 from kvferry.decode.role import DecodeRole
 from kvferry.kvcache.blocks import BlockPool
+from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.protocol.handoff import open_mac
 from kvferry.transfer.receive.receiver import KVReceiver, ReservationState
 

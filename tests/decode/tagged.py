@@ -7,7 +7,6 @@ tokens. Between scheduling and that, every block that the pool would hand out is
 from __future__ import annotations
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
-from kvferry.common.clock import FakeClock
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.decode.scheduler import DecodeScheduler
@@ -15,6 +14,7 @@ from kvferry.kvcache.blocks import BlockPool
 from kvferry.kvcache.disk_tier import DiskTier
 from kvferry.kvcache.prefix_cache import PrefixCache
 from kvferry.kvcache.tiers import TierIndex
+from kvferry.tests.fake_clock import FakeClock
 
 from ..kvcache.fake_disk import FakeDisk
 

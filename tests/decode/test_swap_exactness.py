@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.messages import LocalTask, Message, StepTokens
 from kvferry.common.request import RequestSpec, SamplingParams, pack_ids
 from kvferry.decode.role import DecodeRole
 from kvferry.engine.engine import Engine
 from kvferry.kvcache.blocks import BlockPool
+from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.receive.receiver import KVReceiver
 
 from ..checkpoints import write_checkpoint

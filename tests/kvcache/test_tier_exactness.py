@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from kvferry.common.batch import Batch
-from kvferry.common.clock import FakeClock
 from kvferry.common.errors import ConfigError
 from kvferry.common.request import RequestId, Sequence
 from kvferry.decode.scheduler import DecodeScheduler
@@ -18,6 +17,7 @@ from kvferry.engine.engine import Engine
 from kvferry.engine.ranks.group import RankGroup
 from kvferry.kvcache.blocks import BlockPool, prefix_salt
 from kvferry.prefill.scheduler import PrefillScheduler
+from kvferry.tests.fake_clock import FakeClock
 
 from ..checkpoints import write_checkpoint
 from ..engine_driver import GREEDY, Driver, engine_config, make_engine, prompts

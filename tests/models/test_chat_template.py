@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from kvferry.common.clock import FakeClock
 from kvferry.common.errors import ConfigError, RequestError
 from kvferry.models import chat_template
 from kvferry.models.chat_template import ChatTemplate, load_chat_template
+from kvferry.tests.fake_clock import FakeClock
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"

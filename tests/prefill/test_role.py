@@ -8,7 +8,6 @@ from functools import partial
 import msgspec
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
-from kvferry.common.clock import FakeClock
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
     Abort,
@@ -27,6 +26,7 @@ from kvferry.common.messages import (
 from kvferry.common.request import FinishReason, RequestSpec, SampledToken, SamplingParams, pack_ids
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.prefill.role import PrefillRole
+from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.protocol.handoff import Endpoint
 from kvferry.transfer.send.counters import SendCounters
 from kvferry.transfer.send.plan import ShipPlan

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvferry.common.clock import FakeClock
 from kvferry.common.errors import CapacityError
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.prefill.scheduler import PrefillScheduler, Prompt
+from kvferry.tests.fake_clock import FakeClock
 
 
 def _sequence(name: str, num_tokens: int, *, first: int = 0, priority: int = 0) -> Sequence:

@@ -23,10 +23,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from kvferry import __version__
 from kvferry.common.channel import Address
-from kvferry.common.clock import FakeClock
 from kvferry.common.messages import ChoiceTokens
 from kvferry.common.request import SampledToken
-from kvferry.common.sockets import listen
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.api.app import build_app
@@ -42,6 +40,8 @@ from kvferry.router.state.errors import StreamError
 from kvferry.router.state.request import RequestStatus, RouterRequest
 from kvferry.router.state.token_stream import TokenStream
 from kvferry.router.state.views import PoolView
+from kvferry.settings.sockets import listen
+from kvferry.tests.fake_clock import FakeClock
 
 MODEL = "toy"
 EOS = 256

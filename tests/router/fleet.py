@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import msgspec
 
-from kvferry.common.clock import FakeClock
 from kvferry.common.config import RouterConfig
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
@@ -40,6 +39,7 @@ from kvferry.router.state.outcome import ServiceOutcome
 from kvferry.router.state.predictor import Predictor
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.token_stream import ChoiceUpdate, TokenStream
+from kvferry.tests.fake_clock import FakeClock
 
 BLOCK_SIZE = 16
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=2, head_dim=8, block_size=BLOCK_SIZE, dtype="float32")

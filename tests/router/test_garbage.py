@@ -20,7 +20,6 @@ from kvferry.common.channel import Address
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import RouterConfig
 from kvferry.common.credentials import SharedSecret
-from kvferry.common.sockets import listen
 from kvferry.router.api.app import build_app
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.dispatch.control import ControlServer
@@ -29,6 +28,7 @@ from kvferry.router.http.http_server import HttpServer
 from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.placement import make_policy
 from kvferry.router.state.predictor import Predictor
+from kvferry.settings.sockets import listen
 
 from .fakes import MAX_MODEL_LEN, VOCAB_SIZE, catalogue_of
 

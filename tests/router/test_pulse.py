@@ -7,8 +7,8 @@ import threading
 import pytest
 from structlog.testing import capture_logs
 
-from kvferry.common.clock import FakeClock
 from kvferry.router.pulse import SLOW_S, Pulse
+from kvferry.tests.fake_clock import FakeClock
 
 
 def test_lag_grows_until_the_loop_moves() -> None:

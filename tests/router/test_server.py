@@ -18,13 +18,13 @@ from kvferry.common.channel import Address
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError
-from kvferry.common.sockets import listen
 from kvferry.launch.children import RouterChild
 from kvferry.launch.process import ChildTimes
 from kvferry.router.__main__ import main, parse_config
 from kvferry.router.access.credentials import RouterCredentials
 from kvferry.router.server import serve_router
 from kvferry.settings.exposure import check_exposure
+from kvferry.settings.sockets import listen
 
 from .fakes import MODEL, write_model_dir
 

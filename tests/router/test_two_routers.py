@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvferry.common.clock import FakeClock
 from kvferry.common.messages import (
     Abort,
     ChoiceTokens,
@@ -26,6 +25,7 @@ from kvferry.common.messages import (
 from kvferry.common.request import RequestSpec
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
+from kvferry.tests.fake_clock import FakeClock
 
 from .fleet import SPEC, Fleet, Link, config, status, token
 

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from kvferry.common.clock import FakeClock
 from kvferry.common.errors import RequestError
 from kvferry.router.http.intake import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, MAX_HEADERS, TURN_S, Intake, MessageBytes
+from kvferry.tests.fake_clock import FakeClock
 
 from ..router.fakes import Script, Served, serve
 from .connections import connected, listening, read_answer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
@@ -24,6 +23,7 @@ from kvferry.common.messages import (
 )
 from kvferry.common.request import RequestSpec, SamplingParams, pack_ids
 from kvferry.kvcache.blocks import BlockPool
+from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
 from kvferry.transfer.receive.receiver import KVReceiver
 from kvferry.transfer.send.sender import KVSender

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.errors import TransferError
 from kvferry.common.kv_spec import KVCacheSpec
@@ -39,6 +38,7 @@ from kvferry.common.messages import (
 )
 from kvferry.common.request import RequestSpec, SamplingParams, pack_ids
 from kvferry.kvcache.blocks import BlockPool
+from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.backends.base import TransferHandle, TransferState
 from kvferry.transfer.backends.local import LocalBackend, LocalFault, LocalHandle, LocalNetwork
 from kvferry.transfer.protocol.checksums import ArrivalCheck, PageSums

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvferry.common.clock import FakeClock
+from kvferry.tests.fake_clock import FakeClock
 from kvferry.worker.shares import LATELY_S, RouterShares
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry.common.clock import FakeClock
 from kvferry.common.errors import CapacityError
 from kvferry.router.access.quota import QuotaLimits, Quotas
+from kvferry.tests.fake_clock import FakeClock
 
 
 def test_without_limits_nothing_is_counted() -> None:

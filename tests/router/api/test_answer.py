@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvferry.common.clock import FakeClock
 from kvferry.common.messages import ChoiceTokens
 from kvferry.common.request import SamplingParams
 from kvferry.models.tokenizer import Tokenizer
@@ -17,6 +16,7 @@ from kvferry.router.api.choice import ChoiceText, TextOptions
 from kvferry.router.state.errors import StreamError
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.token_stream import TokenStream
+from kvferry.tests.fake_clock import FakeClock
 
 from ..fakes import ids_of, token, write_model_dir
 

@@ -9,7 +9,6 @@ import httpx
 import pytest
 
 from kvferry.common.channel import Address, Channel, connect
-from kvferry.common.clock import FakeClock
 from kvferry.common.errors import ProtocolError, RequestError
 from kvferry.common.messages import Decoder, Message, Refused, RouterToWorker, WorkerHello
 from kvferry.router.access.keys import ApiKeys
@@ -21,6 +20,7 @@ from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.dispatch.worker_group import Expected, WorkerGroup, find_group
 from kvferry.router.metrics.metrics import RouterMetrics
+from kvferry.tests.fake_clock import FakeClock
 
 from ..fakes import FakeDispatcher, Inline, Script, catalogue_of, toy_tokenizer
 from ..fleet import Fleet, hello, status

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from kvferry.common.channel import Address
-from kvferry.common.sockets import listen
 from kvferry.router.http.http_server import HttpServer
+from kvferry.settings.sockets import listen
 
 from ..fakes import MODEL, Script, Served, serve
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 
-from kvferry.common.clock import FakeClock
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
     FetchFrom,
@@ -23,6 +22,7 @@ from kvferry.common.messages import (
     RegionInfo,
 )
 from kvferry.kvcache.blocks import BlockPool, hash_blocks
+from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
 from kvferry.transfer.backends.peers import Peers
 from kvferry.transfer.fetch.fetches import Fetches

@@ -9,7 +9,6 @@ from typing import TypeVar
 import msgspec
 import pytest
 
-from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.errors import InvalidTransition
 from kvferry.common.kv_spec import KVCacheSpec, Shard
@@ -35,6 +34,7 @@ from kvferry.common.messages import (
 )
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
 from kvferry.kvcache.blocks import BlockPool, hash_blocks, prefix_salt
+from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.protocol.handoff import open_mac
 from kvferry.transfer.receive.opens import WatchProcesses
 from kvferry.transfer.receive.processes import watch as watch_processes

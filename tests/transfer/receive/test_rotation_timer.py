@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvferry.common.clock import FakeClock
+from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.receive.rotation_timer import (
     CANCEL_S,
     MAX_AGE_S,

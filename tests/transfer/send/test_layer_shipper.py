@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from kvferry.common.batch import GpuEvent
-from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.kv_spec import KVCacheSpec
+from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
 from kvferry.transfer.send.plan import ShipPlan
 from kvferry.transfer.send.ranks import LayerShipper

@@ -9,7 +9,6 @@ import msgspec
 import pytest
 import torch
 
-from kvferry.common.clock import FakeClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.errors import InvalidTransition
 from kvferry.common.kv_spec import KVCacheSpec
@@ -32,6 +31,7 @@ from kvferry.common.messages import (
     TransferReport,
 )
 from kvferry.common.request import SampledToken
+from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.backends.local import LocalBackend, LocalFault, LocalNetwork
 from kvferry.transfer.protocol.checksums import PageSums
 from kvferry.transfer.protocol.handoff import open_mac
