@@ -21,7 +21,7 @@ ROOM ?=
 # A file's tests share servers: a process gets whole files, in the order of tests/conftest.py.
 PYTEST := $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install install-dev serve lock lint format test quick coverage clean
+.PHONY: help install install-dev serve lock lint format test quick long coverage clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -65,6 +65,9 @@ test: lint ## Lint, then every test (ROOM=router/queue: those of one room)
 
 quick: lint ## Lint, then the fast tests: no servers, simulations or benchmarks
 	@$(PYTEST) -m "not slow" tests $(addprefix --ignore tests/,e2e security simulation simulator benchmarks)
+
+long: install-dev ## 200,000 simulated requests under faults: some ten minutes on two cores
+	@$(VENV)/bin/python -m kvferry.tests.simulation --requests 200000 --processes 2
 
 coverage: install-dev ## Every test, and which lines of the product it ran
 	@$(PYTEST) --cov --cov-report term:skip-covered tests

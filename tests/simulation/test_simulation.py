@@ -1,5 +1,5 @@
 """The simulation as it runs at every change: the same again from the same seed, and every invariant catching a bug that
-was put in for it. That many faulted requests break none is the tests' beside this one, a quarter of the seeds each.
+was put in for it. That many faulted requests break none is the tests' beside this one, half of the seeds each.
 """
 
 from __future__ import annotations
