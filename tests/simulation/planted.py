@@ -357,7 +357,7 @@ BUGS = (
     Planted("source blocks are kept", frozenset({"I15", "I16"}), patches=((Shipments, "source_free", _keep_source),)),
     Planted(
         "tenants share a cache",
-        frozenset({"H2"}),
+        frozenset({"F2", "H2"}),
         patches=tuple((module, "prefix_salt", _salt_of_all) for module in (sequence_blocks, grants, prefill_role)),
     ),
     Planted(
