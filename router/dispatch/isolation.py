@@ -53,7 +53,7 @@ class Isolation:
         """Give back what is claimed in vain."""
         for claim in list(self.claims):
             is_waiting = claim.tracked.request.status is RequestStatus.QUEUED
-            if claim.is_finished or (is_waiting and not all(self._is_there(worker) for worker in claim.workers)):
+            if claim.is_finished or (is_waiting and not self._is_there(claim)):
                 self._release(claim, now_s)
 
     def place(self, tracked: TrackedRequest, now_s: float, *, has_others: bool) -> Placement | None:
@@ -107,8 +107,12 @@ class Isolation:
         best = min(views, key=lambda view: (view.num_running, view.ahead_tokens, view.worker_id), default=None)
         return None if best is None else self._pools.named(best.worker_id)
 
-    def _is_there(self, worker: RouterWorker) -> bool:
-        return self._pools.find(worker.link) is worker and worker.is_ready
+    def _is_there(self, claim: Claim) -> bool:
+        """Tell whether its workers live, take work, and have the roles that they were claimed for."""
+        return all(
+            self._pools.find(worker.link) is worker and worker.is_ready and worker.role == role
+            for worker, role in zip(claim.workers, ("decode", "prefill"), strict=False)
+        )
 
     def _is_empty(self, worker: RouterWorker, claim: Claim, now_s: float) -> bool:
         if worker.loads:

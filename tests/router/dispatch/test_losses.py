@@ -236,6 +236,21 @@ def test_after_two_strikes_the_request_waits_for_an_empty_worker() -> None:
     assert busy.take(LocalTask).spec.request_id == late.request.request_id
 
 
+def test_a_worker_that_changes_its_role_is_not_kept_for_a_suspect() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    busy = fleet.join("d-0", max_num_seqs=1, can_change_role=True)
+    fleet.submit()
+    task = busy.take(LocalTask)
+    fleet.step(busy, task, tokens(0, 0, 1))
+    stream = suspect_beside(fleet, busy)
+    fleet.dispatcher.on_message(busy, status(num_running=1, role="prefill"))
+    fleet.step(busy, task, tokens(0, 1, 1, "stop"))
+    assert not busy.sent and stream.request.status is RequestStatus.QUEUED, "it is empty, and prefills"
+    other = fleet.join("d-1")
+    assert other.take(LocalTask).spec.request_id == stream.request.request_id
+    assert not busy.sent and not fleet.dispatcher.breaches()
+
+
 async def test_a_third_worker_that_is_lost_with_the_request_alone_on_it_proves_it() -> None:
     fleet = Fleet(config(expect_prefill=False))
     stream = suspect(fleet, "abc")
