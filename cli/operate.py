@@ -100,6 +100,7 @@ def _one(port: int | None, pid_file: Path | None) -> Mapping[str, Any]:
 
 def _running(port: int | None, pid_file: Path | None) -> list[dict[str, Any]]:
     """Return the status of each deployment that answers. Raises ConfigError where none does, but one should."""
+    from ..launch.command_socket import NobodyListens
     from ..launch.running import read_pid, running_pids, runtime_dir
 
     wanted = read_pid(pid_file) if pid_file is not None else None
@@ -109,6 +110,8 @@ def _running(port: int | None, pid_file: Path | None) -> list[dict[str, Any]]:
             continue
         try:
             answer = _last(_say({"pid": pid}, {"command": "status"}, limit_s=_STATUS_LIMIT_S))
+        except NobodyListens:
+            continue  # what a killed launcher left
         except ConfigError as error:  # it hangs, or is just ending: none of ours if another one is found
             silent.append(error)
             continue

@@ -89,8 +89,12 @@ async def _carry_out(command: Answer, launcher: Launcher, note: Callable[[str], 
     return {"ok": False, "error": f"unknown command {str(command.get('command'))[:64]!r}"}
 
 
+class NobodyListens(ConfigError):
+    """A socket without a launcher: it was killed, and another process may have its id by now."""
+
+
 def ask(path: Path, command: Answer, *, limit_s: float | None = None) -> Iterator[Answer]:
-    """Say a command and yield each line of the answer. Raises ConfigError where nobody listens, or hangs."""
+    """Say a command and yield each line of the answer. Raises NobodyListens; ConfigError where one hangs or ends."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(limit_s)
         try:
@@ -99,5 +103,7 @@ def ask(path: Path, command: Answer, *, limit_s: float | None = None) -> Iterato
             with sock.makefile("rb") as lines:
                 for line in lines:
                     yield json.loads(line)
+        except (ConnectionRefusedError, FileNotFoundError) as error:
+            raise NobodyListens(f"process {path.stem} has no deployment: nobody listens at {path}") from error
         except (OSError, ValueError) as error:
             raise ConfigError(f"process {path.stem} does not answer at {path}: {error}") from error

@@ -26,7 +26,10 @@ def runtime_dir(env: Mapping[str, str]) -> Path:
 
 
 def make_runtime_dir(env: Mapping[str, str]) -> Path:
-    """Make the folder, for this user alone. Raises ConfigError where somebody else owns it or may enter it."""
+    """Make the folder, for this user alone, and sweep the sockets that killed launchers have left.
+
+    Raises ConfigError where somebody else owns it or may enter it.
+    """
     path = runtime_dir(env)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -35,7 +38,14 @@ def make_runtime_dir(env: Mapping[str, str]) -> Path:
         raise ConfigError(f"cannot make {path}: {error.strerror}; set XDG_RUNTIME_DIR to a folder of yours") from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
         raise ConfigError(f"{path} is not a folder of this user's alone; set XDG_RUNTIME_DIR to one")
+    _sweep(path)
     return path
+
+
+def _sweep(folder: Path) -> None:
+    for path in folder.glob("*.sock"):
+        if path.stem.isdigit() and not is_alive(int(path.stem)):
+            path.unlink(missing_ok=True)
 
 
 def socket_of(folder: Path, pid: int) -> Path:

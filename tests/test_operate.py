@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,7 +17,7 @@ import typer
 
 from kvferry.cli.operate import drain, reload, restart, running_admin, status
 from kvferry.common.errors import ConfigError, KVFerryError
-from kvferry.launch.running import runtime_dir, socket_of
+from kvferry.launch.running import make_runtime_dir, runtime_dir, socket_of
 
 STATUS = {
     "ok": True,
@@ -74,6 +76,15 @@ def serving(folder: Path) -> Iterator[None]:
 
 
 @pytest.fixture
+def left_over(folder: Path) -> Path:
+    """The socket of a launcher that was killed; another process has its id by now."""
+    path = socket_of(folder, os.getppid())
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+    return path
+
+
+@pytest.fixture
 def other(folder: Path) -> Iterator[None]:
     """A second deployment that serves; what it is asked for besides its status fails."""
     yield from listen(socket_of(folder, os.getppid()), json.dumps(STATUS | REFUSAL).encode() + b"\n")
@@ -119,3 +130,29 @@ def test_what_a_deployment_could_not_do_is_an_error() -> None:
         restart()
     with pytest.raises(KVFerryError, match="drain: the key file is wrong"):
         drain()
+
+
+@pytest.mark.usefixtures("left_over")
+def test_a_socket_that_a_killed_launcher_left_is_no_deployment() -> None:
+    with pytest.raises(typer.Exit) as ended:
+        status(port=None)
+    assert ended.value.exit_code == 3
+
+
+@pytest.mark.usefixtures("left_over", "serving")
+def test_a_left_over_socket_hides_no_deployment(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended:
+        status(port=None)
+    assert ended.value.exit_code == 0
+    assert "http://127.0.0.1:8001" in capsys.readouterr().out
+
+
+def test_sockets_of_ended_processes_are_swept_when_the_next_deployment_starts(left_over: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    gone = socket_of(left_over.parent, ended.pid)
+    gone.touch()
+    left_over.parent.chmod(0o700)
+    make_runtime_dir(os.environ)
+    assert not gone.exists()
+    assert left_over.exists()  # its process is there, whosever it is
