@@ -95,7 +95,9 @@ async def assemble(config: RouterConfig, keys: ApiKeys, launcher: LauncherLink |
     metrics.replicas = scaling.replicas
     expected = Expected(__version__, model.name, config.max_model_len, config.deterministic)
     catalogue = Catalogue([Version.create(model, tokenizer, dispatcher, expected)])
-    return RouterParts(catalogue, _application(config, catalogue, metrics, clock, keys), metrics, scaling, clock)
+    return RouterParts(
+        catalogue, _application(config, catalogue, metrics, clock, keys, classes), metrics, scaling, clock
+    )
 
 
 def _load_model(config: RouterConfig) -> tuple[ServedModel, Tokenizer]:
@@ -114,7 +116,12 @@ def _load_model(config: RouterConfig) -> tuple[ServedModel, Tokenizer]:
 
 
 def _application(
-    config: RouterConfig, catalogue: Catalogue, metrics: RouterMetrics, clock: Clock, keys: ApiKeys
+    config: RouterConfig,
+    catalogue: Catalogue,
+    metrics: RouterMetrics,
+    clock: Clock,
+    keys: ApiKeys,
+    classes: RequestClasses,
 ) -> FastAPI:
     return build_app(
         catalogue,
@@ -128,7 +135,7 @@ def _application(
             config.tokens_per_minute_per_key,
         ),
         share_prefix_cache=config.share_prefix_cache,
-        classes=RequestClasses.from_config(config),
+        classes=classes,
         allowed_hosts=(config.host, *config.allowed_hosts) if not config.needs_api_keys else config.allowed_hosts,
         allowed_origins=config.allowed_origins,
     )

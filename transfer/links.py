@@ -44,7 +44,7 @@ class KVLinks:
         self,
         worker_id: str,
         secret: SharedSecret,
-        on_message: Callable[[str, Message], None],
+        on_message: Callable[[str, DecodeToPrefill | LenderToFetcher], None],
         on_lost: Callable[[str], None],
     ) -> None:
         self._worker_id = worker_id
@@ -104,7 +104,7 @@ class KVServer:
         self,
         worker_id: str,
         secret: SharedSecret,
-        on_message: Callable[[str, Message], None],
+        on_message: Callable[[str, PrefillToDecode | FetcherToLender], None],
         on_lost: Callable[[str], None],
     ) -> None:
         self._worker_id = worker_id

@@ -24,18 +24,13 @@ from ..common.clock import Clock
 from ..common.errors import ProtocolError
 from ..common.messages import (
     Drain,
+    FetcherToLender,
     KVArrived,
-    KVClosed,
-    KVFetch,
-    KVFetchable,
-    KVFetchDone,
-    KVFetchRefused,
-    KVFetchSums,
-    KVOpen,
-    KVRenew,
+    LenderToFetcher,
     LocalTask,
     Message,
     PrefillTask,
+    PrefillToDecode,
     RegionInfo,
     ReserveKV,
     SetRole,
@@ -68,9 +63,6 @@ _ROLES: dict[str, RoleName] = {"prefill": "prefill", "decode": "decode"}
 _IDLE_TICKS = 10  # an idle worker sends a heartbeat with every tenth tick
 
 log = structlog.get_logger(__name__)
-
-PeerQuestion = KVOpen | KVRenew | KVClosed | KVFetch | KVFetchDone
-FetchAnswer = KVFetchable | KVFetchSums | KVFetchRefused
 
 
 class WorkerCore:
@@ -261,9 +253,9 @@ class WorkerCore:
 
     # --- other workers ----------------------------------------------------------------------------------------
 
-    def on_peer_message(self, session: str, message: PeerQuestion) -> None:
+    def on_peer_message(self, session: str, message: PrefillToDecode | FetcherToLender) -> None:
         """Take a message of a worker that writes or reads here."""
-        if isinstance(message, KVFetch | KVFetchDone):
+        if isinstance(message, FetcherToLender):
             self.lending.on_message(session, message)
         else:
             self.receiver.on_message(session, message)
@@ -274,7 +266,7 @@ class WorkerCore:
         self.receiver.on_session_lost(session)
         self._changed()
 
-    def on_fetch_answer(self, message: FetchAnswer) -> None:
+    def on_fetch_answer(self, message: LenderToFetcher) -> None:
         """Take the answer of a worker that we read from. Those to our writes are the senders'."""
         self.fetches.on_message(message)
         self._effects.wake()

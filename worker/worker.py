@@ -16,21 +16,12 @@ from collections.abc import Callable
 import structlog
 
 from ..common.messages import (
-    CancelKV,
+    DecodeToPrefill,
+    FetcherToLender,
     KVArrived,
-    KVClosed,
-    KVDone,
-    KVFetch,
-    KVFetchable,
-    KVFetchDone,
-    KVFetchRefused,
-    KVFetchSums,
-    KVOpen,
-    KVOpened,
-    KVRefused,
-    KVRenew,
-    KVRenewed,
+    LenderToFetcher,
     Message,
+    PrefillToDecode,
     RegionInfo,
     TransferReport,
     WorkerStatus,
@@ -109,20 +100,19 @@ class Worker:
 
     def _make_rank_calls(self) -> None:
         """Make what reaches the transfer threads of all ranks."""
-        engine, has_others = self._deps.engine, self._deps.group is not None
-        to_prefill, to_decode = (self._to_prefill_ranks, self._to_decode_ranks) if has_others else (None, None)
+        engine = self._deps.engine
         self._shipping = RankShipping(
             self._outgoing,
             self._sender,
             num_layers=engine.spec.num_layers,
             tp_size=engine.tp_size,
-            broadcast=to_prefill,
+            broadcast=self._broadcast(TO_PREFILL),
             layer_event=engine.layer_event,
             on_source_free=lambda open_id: self._core.on_source_free(open_id),
         )
         assert self._sender.reader is not None
         self._reading = RankReading(self._shipping.each, self._sender.reader)
-        self._each = Each(RECEIVING, self._incoming, to_decode)
+        self._each = Each(RECEIVING, self._incoming, self._broadcast(TO_DECODE))
         self._agents = Agents(self._each, self._incoming, engine.tp_size, done=self._on_rotated)
         self._summing = RankSumming(0, self._loan_sums, self._on_sums)
 
@@ -203,8 +193,7 @@ class Worker:
 
     # --- other workers, on the network thread --------------------------------------------------------------------
 
-    def _on_peer_message(self, session: str, message: Message) -> None:
-        assert isinstance(message, KVOpen | KVRenew | KVClosed | KVFetch | KVFetchDone)
+    def _on_peer_message(self, session: str, message: PrefillToDecode | FetcherToLender) -> None:
         with self._lock:
             self._core.on_peer_message(session, message)
 
@@ -212,13 +201,12 @@ class Worker:
         with self._lock:
             self._core.on_peer_lost(session)
 
-    def _on_answer(self, kv_address: str, message: Message) -> None:
-        if isinstance(message, KVFetchable | KVFetchSums | KVFetchRefused):
-            with self._lock:
-                self._core.on_fetch_answer(message)
+    def _on_answer(self, kv_address: str, message: DecodeToPrefill | LenderToFetcher) -> None:
+        if isinstance(message, DecodeToPrefill):
+            self._shipping.on_answer(message)
             return
-        assert isinstance(message, KVOpened | KVRefused | KVRenewed | CancelKV | KVDone)
-        self._shipping.on_answer(message)
+        with self._lock:
+            self._core.on_fetch_answer(message)
 
     def _on_target_lost(self, kv_address: str) -> None:
         self._shipping.on_peer_lost(kv_address)
@@ -273,13 +261,10 @@ class Worker:
             case _:
                 raise AssertionError(f"unexpected {type(message).__name__} from rank {rank}")
 
-    def _to_prefill_ranks(self, payload: bytes) -> None:
-        assert self._deps.group is not None
-        self._deps.group.broadcast(TO_PREFILL + payload)
-
-    def _to_decode_ranks(self, payload: bytes) -> None:
-        assert self._deps.group is not None
-        self._deps.group.broadcast(TO_DECODE + payload)
+    def _broadcast(self, side: bytes) -> Callable[[bytes], None] | None:
+        """Return what reaches this side of the other ranks; None: there are none."""
+        group = self._deps.group
+        return None if group is None else lambda payload: group.broadcast(side + payload)
 
     # --- effects, from any thread --------------------------------------------------------------------------------
 

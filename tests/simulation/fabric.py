@@ -116,17 +116,30 @@ class Fabric:
 
     def post(self, flight: Flight) -> None:
         """The source hands the write to its network."""
-        kernel, target = self.kernel, flight.target
-        if target is None or target.is_retired(flight.target_agent):
-            kernel.after(0.001, self._settle, flight, TransferState.FAILED)
+        path = self._path_of_flight(flight)
+        if path is None:
             return
-        path = self.path_of(flight.source.place, target.place)
         flight.is_copy = self.weather.chance(self.copy_share)
         flight.needs_source = flight.is_copy or self.weather.chance(0.5)
         if self.weather.chance(0.5):
             flight.snapshot = [flight.source.memory.pages[local] for local, _ in flight.pages]
             flight.snapshot = [list(page) for page in flight.snapshot]
         delay_s = path.draw_delay() + self.weather.late_s(path)
+        self._set_out(flight, path, delay_s, self._reach)
+
+    def _path_of_flight(self, flight: Flight) -> Path | None:
+        """Return the way to the target's agent; None: that is gone, and the flight fails."""
+        target = flight.target
+        if target is None or target.is_retired(flight.target_agent):
+            self.kernel.after(0.001, self._settle, flight, TransferState.FAILED)
+            return None
+        return self.path_of(flight.source.place, target.place)
+
+    def _set_out(
+        self, flight: Flight, path: Path, delay_s: float, arrive: Callable[[Flight, Path, int, int], None]
+    ) -> None:
+        """Have pages [first, end) arrive: all at once or in two pieces; late or never where it fails."""
+        kernel = self.kernel
         if self.weather.fails(path):
             kernel.after(path.draw_delay(), self._settle, flight, TransferState.FAILED)
             if self.weather.chance(0.3):
@@ -134,8 +147,8 @@ class Fabric:
             delay_s += kernel.random.expovariate(1.0)
         half = kernel.random.randrange(len(flight.pages) + 1) if self.weather.chance(0.2) else 0
         if half:
-            kernel.after(delay_s * kernel.random.random(), self._reach, flight, path, 0, half)
-        kernel.after(delay_s, self._reach, flight, path, half, len(flight.pages))
+            kernel.after(delay_s * kernel.random.random(), arrive, flight, path, 0, half)
+        kernel.after(delay_s, arrive, flight, path, half, len(flight.pages))
 
     def _reach(self, flight: Flight, path: Path, first: int, end: int) -> None:
         """Pages [first, end) come to the target, once all that they need is there."""
@@ -176,23 +189,13 @@ class Fabric:
 
     def post_read(self, flight: Flight) -> None:
         """The source asks its network for pages of the target."""
-        kernel, target = self.kernel, flight.target
-        if target is None or target.is_retired(flight.target_agent):
-            kernel.after(0.001, self._settle, flight, TransferState.FAILED)
+        path = self._path_of_flight(flight)
+        if path is None:
             return
-        path = self.path_of(flight.source.place, target.place)
         delay_s = path.draw_delay() + self.weather.late_s(path)
         if self.read_s:
-            delay_s += kernel.random.expovariate(1 / self.read_s)
-        if self.weather.fails(path):
-            kernel.after(path.draw_delay(), self._settle, flight, TransferState.FAILED)
-            if self.weather.chance(0.3):
-                return  # these bytes never land
-            delay_s += kernel.random.expovariate(1.0)
-        half = kernel.random.randrange(len(flight.pages) + 1) if self.weather.chance(0.2) else 0
-        if half:
-            kernel.after(delay_s * kernel.random.random(), self._ask, flight, path, 0, half)
-        kernel.after(delay_s, self._ask, flight, path, half, len(flight.pages))
+            delay_s += self.kernel.random.expovariate(1 / self.read_s)
+        self._set_out(flight, path, delay_s, self._ask)
 
     def _ask(self, flight: Flight, path: Path, first: int, end: int) -> None:
         """The question for pages [first, end) comes to the target, which must run for it."""

@@ -13,25 +13,16 @@ from typing import TYPE_CHECKING, Any
 from kvferry.common.batch import Batch
 from kvferry.common.errors import TransferError
 from kvferry.common.messages import (
-    CancelKV,
+    DecodeToPrefill,
+    FetcherToLender,
     Goodbye,
     Grant,
     KVArrived,
-    KVClosed,
-    KVDone,
-    KVFetch,
-    KVFetchable,
-    KVFetchDone,
-    KVFetchRefused,
-    KVFetchSums,
-    KVOpen,
-    KVOpened,
-    KVRefused,
-    KVRenew,
-    KVRenewed,
+    LenderToFetcher,
     LocalTask,
     Message,
     PrefillTask,
+    PrefillToDecode,
     ReserveKV,
     SetRole,
     WorkerHello,
@@ -42,7 +33,7 @@ from kvferry.kvcache.blocks import BlockPool
 from kvferry.kvcache.disk_tier import DiskTier
 from kvferry.kvcache.prefix_cache import PrefixCache
 from kvferry.kvcache.tiers import TierIndex
-from kvferry.transfer.fetch.ranks import RankReading
+from kvferry.transfer.fetch.ranks import RankReading, RankSumming
 from kvferry.transfer.fetch.reader import BlockSums
 from kvferry.transfer.protocol.checksums import ArrivalCheck
 from kvferry.transfer.protocol.handoff import Verdict
@@ -90,7 +81,14 @@ class Worker:
         self.engine = Engine(place, self.memory, self.pool, world.oracles)
         self.incoming = self._agent(f"{place}.{incarnation:x}.0.0")
         self.outgoing = self._agent(f"{place}.{incarnation:x}.out.0.0")
-        self._sums = MemorySums(self.memory) if scenario.has_checksums else None
+        self._sums: MemorySums | None = None
+        self._check: ArrivalCheck | None = None
+        loan_sums: BlockSums | None = None
+        if scenario.has_checksums:
+            self._sums = sums = MemorySums(self.memory)
+            self._check = ArrivalCheck(sums, scenario.spec, rank=0, tp_size=1, num_blocks=num_blocks)  # type: ignore[arg-type]
+            loan_sums = BlockSums(sums, scenario.spec, 1, num_blocks)  # type: ignore[arg-type]
+        self._summing = RankSumming(0, loan_sums, lambda *sums: self.core.on_sums(*sums))
         self.kv_address = f"{place}:{incarnation % 50000 + 1}"
         self.sessions: list[RouterSession] = []
         self._by_router: dict[str, RouterSession] = {}
@@ -294,11 +292,7 @@ class Worker:
 
     def sum_loan(self, fetch_id: int, blocks: tuple[int, ...]) -> None:
         """On the transfer thread, a turn later."""
-        self.process.after(self.world.scenario.turn_s, self._sum_loan, fetch_id, blocks)
-
-    def _sum_loan(self, fetch_id: int, blocks: tuple[int, ...]) -> None:
-        sums = BlockSums(self._sums, self.world.scenario.spec, 1, self.pool.num_blocks)  # type: ignore[arg-type]
-        self.core.on_sums(0, fetch_id, sums.make(blocks))
+        self.process.after(self.world.scenario.turn_s, self._summing.sum_blocks, fetch_id, blocks)
 
     def leaving(self) -> Callable[[], object]:
         return lambda: None  # what is said has left
@@ -329,7 +323,7 @@ class Worker:
         end.on_closed = lambda: self._on_peer_lost(session)
 
     def _on_peer_message(self, session: str, message: Message) -> None:
-        assert isinstance(message, KVOpen | KVRenew | KVClosed | KVFetch | KVFetchDone)
+        assert isinstance(message, PrefillToDecode | FetcherToLender)
         self.core.on_peer_message(session, message)
 
     def _on_peer_lost(self, session: str) -> None:
@@ -337,10 +331,10 @@ class Worker:
         self.core.on_peer_lost(session)
 
     def _on_answer(self, kv_address: str, message: Message) -> None:
-        if isinstance(message, KVFetchable | KVFetchSums | KVFetchRefused):
+        if isinstance(message, LenderToFetcher):
             self.core.on_fetch_answer(message)
         else:
-            assert isinstance(message, KVOpened | KVRefused | KVRenewed | CancelKV | KVDone)
+            assert isinstance(message, DecodeToPrefill)
             self._shipping.on_answer(message)
 
     def _on_target_lost(self, kv_address: str) -> None:
@@ -349,10 +343,8 @@ class Worker:
 
     def _on_arrived(self, message: KVArrived) -> None:
         verdict = Verdict.UNCHECKED
-        if self._sums is not None:
-            spec, num_blocks = self.world.scenario.spec, self.pool.num_blocks
-            check = ArrivalCheck(self._sums, spec, rank=0, tp_size=1, num_blocks=num_blocks)  # type: ignore[arg-type]
-            verdict = check.verdict(message)
+        if self._check is not None:
+            verdict = self._check.verdict(message)
             self.world.tally.seen[f"arrival {verdict.value}"] += 1
         self.core.on_arrived(0, message, verdict)
 
