@@ -18,8 +18,10 @@ LINT_ROOT := $(VENV)/lint
 INSTALL_FLAGS := $(if $(filter any,$(TORCH)),--any-torch)
 ARGS ?=
 ROOM ?=
+# A quarter of a test is waiting: one process more than there are cores, five at most.
+PROCESSES ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores + 1 : 5)))
 # A file's tests share servers: a process gets whole files, in the order of tests/conftest.py.
-PYTEST := $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(VENV)/bin/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install install-dev serve lock lint format test quick long coverage clean
 

@@ -1,4 +1,4 @@
-"""Clients that ask without a pause, some over connections that they keep and some over a new one each time.
+"""Clients that ask again and again, some over connections that they keep and some over a new one each time.
 
 Each answer is compared with the one that the same prompt had before anything was disturbed. Nothing is asked twice: a
 refusal, a cut stream and a lost connection are failures, also where a client would usually try again.
@@ -89,8 +89,13 @@ async def undisturbed(ask: Ask, prompts: Sequence[str]) -> dict[str, str]:
     return {prompt: "".join([piece async for piece in ask(prompt)]) for prompt in prompts}
 
 
-async def keep_asking(ask: Ask, wanted: dict[str, str], start: int, stop: asyncio.Event, tally: Tally) -> None:
-    """Round and round through the prompts, until `stop`; what is under way then is heard to its end."""
+async def keep_asking(
+    ask: Ask, wanted: dict[str, str], start: int, stop: asyncio.Event, tally: Tally, *, pause_s: float = 0.0
+) -> None:
+    """Go round and round through the prompts, until `stop`; what is under way then is heard to its end.
+
+    `pause_s`: between an answer and the next request.
+    """
     prompts = list(wanted)
     number = start
     while not stop.is_set():
@@ -104,6 +109,8 @@ async def keep_asking(ask: Ask, wanted: dict[str, str], start: int, stop: asynci
             continue
         if text != wanted[prompt]:
             tally.fail(f"another answer: {text!r} is not {wanted[prompt]!r}")
+        if pause_s:
+            await asyncio.sleep(pause_s)
 
 
 async def _listen(pieces: AsyncIterator[str], tally: Tally) -> str:

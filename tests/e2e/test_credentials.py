@@ -127,7 +127,7 @@ def test_a_secret_is_rotated_on_a_running_deployment_and_no_request_fails(site: 
     over = threading.Event()
 
     def keep_asking() -> None:
-        while not over.is_set():
+        while not over.wait(0.05):
             statuses.append(ask(site.cluster, key))
 
     asking = threading.Thread(target=keep_asking)

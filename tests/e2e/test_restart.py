@@ -36,6 +36,7 @@ NUM_TOKENS = 48
 PROMPTS = [f"{'The router places each request. ' * (1 + n % 3)}{n}" for n in range(9)]
 FLAGS = ("--served-model-name", MODEL, "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB")
 LIMIT_S = 120.0
+PAUSE_S = 0.1  # of each client: two cores have to start processes meanwhile, which is what the test waits for
 SECRET = "known to all of its processes"
 
 
@@ -72,7 +73,7 @@ async def _under_load(cluster: Cluster, command: Callable[[], object]) -> Tally:
         done = asyncio.Event()
         async with asyncio.TaskGroup() as clients:
             for number in range(4):
-                clients.create_task(keep_asking(asks[number % 2], wanted, number, done, tally))
+                clients.create_task(keep_asking(asks[number % 2], wanted, number, done, tally, pause_s=PAUSE_S))
             try:
                 await asyncio.to_thread(command)
             finally:

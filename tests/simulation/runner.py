@@ -13,7 +13,7 @@ import logging
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -61,7 +61,7 @@ def run_seed(seed: int) -> Tally:
     return World(draw(seed)).run()
 
 
-def find_breach(seeds: range) -> Failure | None:
+def find_breach(seeds: Iterable[int]) -> Failure | None:
     """The first breach that these seeds show."""
     with quiet():
         for seed in seeds:

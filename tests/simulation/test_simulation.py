@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import pytest
 
-from . import planted, planted_tiers
 from .breach import INVARIANTS
+from .planted_seeds import PLANTED, find, seeds_of
 from .planting import Planted
-from .runner import find_breach, quiet
+from .runner import quiet
 from .scenario import draw
 from .world import World
-
-PLANTED = (*planted.BUGS, *planted_tiers.BUGS)
 
 
 def test_nothing_fails_without_faults() -> None:
@@ -38,8 +36,7 @@ def test_a_seed_gives_the_same_events_again() -> None:
 
 @pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_caught(bug: Planted) -> None:
-    with bug.applied():
-        failure = find_breach(range(1, 1 + bug.within_seeds))
+    failure = find(bug, seeds_of(bug))
     assert failure is not None, f"{bug.within_seeds} seeds show no breach"
     assert failure.invariant in bug.breaks, str(failure)
 

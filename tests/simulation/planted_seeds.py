@@ -1,0 +1,50 @@
+"""Where each planted bug was found first, so that a test need not search for it from the first seed again.
+
+    python -m kvferry.tests.simulation.planted_seeds     search from the first seed, write the file anew
+
+A seed that shows its bug no longer costs time and nothing else: the search goes on from the first one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from . import planted, planted_tiers
+from .planting import Planted
+from .runner import Failure, find_breach
+
+PLANTED = (*planted.BUGS, *planted_tiers.BUGS)
+FILE = Path(__file__).with_name("planted_seeds.json")
+
+
+def seeds_of(bug: Planted) -> Iterable[int]:
+    """Return the seeds to try, the one that showed the bug last time first."""
+    known: dict[str, int] = json.loads(FILE.read_text())
+    return itertools.chain([known[bug.name]] if bug.name in known else [], _all_seeds(bug))
+
+
+def _all_seeds(bug: Planted) -> range:
+    return range(1, 1 + bug.within_seeds)
+
+
+def find(bug: Planted, seeds: Iterable[int]) -> Failure | None:
+    """Plant the bug and return the first breach that these seeds show."""
+    with bug.applied():
+        return find_breach(seeds)
+
+
+def main() -> int:
+    found = {bug.name: find(bug, _all_seeds(bug)) for bug in PLANTED}
+    seeds = {name: failure.seed for name, failure in found.items() if failure is not None}
+    FILE.write_text(json.dumps(seeds, indent=1, sort_keys=True) + "\n")
+    missing = sorted(found.keys() - seeds.keys())
+    print(*(f"not found: {name}" for name in missing), sep="\n", end="\n" if missing else "")
+    return int(bool(missing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
