@@ -5,6 +5,8 @@ Schedulers make a `Batch`, the engine fills tensors from it and answers with a `
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -17,6 +19,13 @@ class RowKind(Enum):
 
     DECODE = "decode"  # one token: a step's time grows with its context
     CHUNK = "chunk"  # several tokens that are known: a step's time grows with their number
+
+
+class GrammarMask(NamedTuple):
+    """The tokens that may come next in an answer that follows a grammar."""
+
+    words: bytes  # bit i of the little-endian 32-bit words: token i may
+    failure: str = ""  # why none can be told: the request ends
 
 
 @dataclass(slots=True)
@@ -61,6 +70,8 @@ class Batch:
     block_copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to)
     swap_out: list[tuple[int, int]] = field(default_factory=list)  # (block, slot in host memory)
     swap_in: list[tuple[int, int]] = field(default_factory=list)  # (slot, block)
+    # Returns what may come next in each row that samples, in their order, when that is known (`GrammarMask`).
+    masks: Callable[[], Rows[GrammarMask | None]] | None = None  # None: anything in every row
 
     @property
     def num_tokens(self) -> int:
@@ -81,6 +92,7 @@ class RowOutput(NamedTuple):
     # Entry i is about prompt token start + i + 1 (given the tokens before it); only where prompt_logprobs was asked.
     prompt_logprobs: tuple[SampledToken, ...] = ()
     is_finite: bool = True  # False: some of its logits are no distribution. Its request ends, with nothing of this row
+    grammar_failure: str = ""  # why the answer's grammar cannot be followed any further: as if not finite
 
 
 def row_output(

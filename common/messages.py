@@ -428,6 +428,14 @@ class WorkerFailure(Message):
     code: Name = ""  # of the client's error, where every worker would fail alike; empty: another one may do better
 
 
+def nothing_to_choose(seq: Sequence, grammar_failure: str) -> WorkerFailure:
+    """Report that no token follows: because of its grammar, which `grammar_failure` tells, or of its logits."""
+    if not grammar_failure:
+        return nonfinite_logits(seq)
+    reason = f"the grammar cannot be followed behind token {seq.num_tokens}: {grammar_failure}"
+    return WorkerFailure(request_id=seq.request_id, attempt=seq.attempt, reason=reason, code="grammar_failed")
+
+
 def nonfinite_logits(seq: Sequence) -> WorkerFailure:
     """Report logits that are no distribution: by model and prompt, or by what the request does to the logits."""
     reason = f"the logits that follow token {seq.num_tokens} are NaN or infinite: there is no token to choose"

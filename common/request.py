@@ -19,6 +19,8 @@ from typing import Annotated, NewType
 import msgspec
 from msgspec.structs import force_setattr
 
+from .grammar import CompiledGrammar, Grammar, Matcher
+
 RequestId = NewType("RequestId", str)
 BlockId = int
 
@@ -28,7 +30,6 @@ DEFAULT_CLASS = "default"  # of requests that name no class
 GREEDY_BELOW = 1e-5
 MIN_TEMPERATURE = 0.01
 MIN_REPETITION_PENALTY = 0.01
-MAX_GRAMMAR_BYTES = 1 << 16  # JSON schemas of tools are some kilobytes; a frame has room for more (channel.py)
 
 
 class FinishReason(StrEnum):
@@ -68,13 +69,6 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
-
-
-class Grammar(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A grammar that every answer of a request follows."""
-
-    kind: Annotated[str, msgspec.Meta(max_length=64)]
-    text: Annotated[bytes, msgspec.Meta(max_length=MAX_GRAMMAR_BYTES)]  # UTF-8
 
 
 class RequestSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -122,15 +116,20 @@ class RequestSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 UNSERVED = ("model", "adapter", "grammar")  # reasons of `why_unserved`: all workers of a router say the same
 
 
-def why_unserved(spec: RequestSpec, served_model: str) -> tuple[str, str] | None:
+def why_unserved(spec: RequestSpec, served_model: str, *, follows_grammars: bool = False) -> tuple[str, str] | None:
     """Say what a request asks for that a worker of `served_model` lacks, and the words for it; None: nothing."""
     if spec.model not in ("", served_model):
         return "model", f"{spec.model!r} is asked for, this worker serves {served_model!r}"
     if spec.adapter:
         return "adapter", f"adapter {spec.adapter} is asked for, this version applies none"
-    if spec.grammar is not None:
+    if spec.grammar is not None and not follows_grammars:
         return "grammar", f"a grammar ({spec.grammar.kind!r}) is asked for, this version follows none"
     return None
+
+
+def grammar_refusal(grammar: CompiledGrammar) -> tuple[str, str]:
+    """Say why a grammar that could not be compiled is not followed, as `why_unserved` does."""
+    return "grammar", f"the grammar that is asked for cannot be followed: {grammar.failure}"
 
 
 def pack_ids(token_ids: list[int]) -> bytes:
@@ -180,9 +179,14 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks hashed so far
     num_published_blocks: int = 0
     is_retained_elsewhere: bool = False  # the prompt's KV, for those that share its beginning
+    grammar: CompiledGrammar | None = None  # that the answer follows
+    matcher: Matcher | None = None  # the engine's: where the answer stands in it (`grammar.next_mask`)
+    num_matched_tokens: int = 0  # tokens of the answer that the matcher has taken
 
     @classmethod
-    def of(cls, spec: RequestSpec, choice: int, outputs: Iterable[int] = ()) -> Sequence:
+    def of(
+        cls, spec: RequestSpec, choice: int, outputs: Iterable[int] = (), *, grammar: CompiledGrammar | None = None
+    ) -> Sequence:
         """Make a choice of a request, with the tokens of its answer that are known. It holds no blocks."""
         return cls(
             request_id=RequestId(spec.request_id),
@@ -195,7 +199,13 @@ class Sequence:
             adapter=spec.adapter,
             priority=spec.priority,
             arrival=spec.arrival,
+            grammar=grammar,
         )
+
+    @property
+    def can_sample(self) -> bool:
+        """Tell whether the token after the last known one may be chosen: its grammar, if it has one, is ready."""
+        return self.grammar is None or self.grammar.is_ready or not self.samples
 
     @property
     def num_tokens(self) -> int:
@@ -227,8 +237,15 @@ def finish_reason(
     num_tokens: int,
     eos_token_ids: frozenset[int],
     max_model_len: int,
+    follows_grammar: bool = False,
 ) -> FinishReason | None:
-    """Does the answer end with `token_id`, its latest token? Counts include that token."""
+    """Does the answer end with `token_id`, its latest token? Counts include that token.
+
+    An answer that follows a grammar can have an end token only where nothing else may come (`SampleRow.allowed`), or
+    where it may end: it does, whatever `min_tokens` and `ignore_eos` say.
+    """
+    if follows_grammar and token_id in eos_token_ids:
+        return FinishReason.STOP
     if num_output_tokens >= sampling.min_tokens:
         if token_id in eos_token_ids and not sampling.ignore_eos:
             return FinishReason.STOP

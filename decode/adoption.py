@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from ..common import failpoints
 from ..common.clock import Clock
+from ..common.grammar import Grammars
 from ..common.request import RequestSpec, Sequence
 from ..transfer.receive.receiver import KVReceiver, Reservation
 from .outbox import Outbox
@@ -29,12 +30,14 @@ class Adoption:
         requests: RunningRequests,
         outbox: Outbox,
         clock: Clock,
+        grammars: Grammars | None = None,
     ) -> None:
         self._receiver = receiver
         self._scheduler = scheduler
         self._requests = requests
         self._outbox = outbox
         self._clock = clock
+        self._grammars = grammars
         # Choices that ended while their prompt was still on its way, by (request id, attempt).
         self._ended_early: dict[tuple[str, int], set[int]] = {}
 
@@ -70,6 +73,8 @@ class Adoption:
         blocks, copies = self._receiver.adopt(reservation)
         spec = reservation.spec
         request = RunningRequest(reservation.router_id, spec, self.expires_s(spec))
+        if spec.grammar is not None and self._grammars is not None:
+            request.grammar = self._grammars.get(spec.grammar)  # compiled since its reservation
         self._requests.add(request)
         first = {choice.choice: choice for choice in reservation.first_tokens}
         ended = self._ended_early.pop((spec.request_id, spec.attempt), set())
@@ -82,7 +87,7 @@ class Adoption:
                 outputs = [token.token_id for token in first[choice].tokens]
                 self._outbox.add(request, first[choice])
             if choice not in first or first[choice].finish is None:
-                seq = request.sequences[choice] = Sequence.of(spec, choice, outputs)
+                seq = request.sequences[choice] = Sequence.of(spec, choice, outputs, grammar=request.grammar)
                 seq.is_retained_elsewhere = not reservation.retains_prefix
                 seq.block_hashes = list(reservation.block_hashes)  # those of the answer's blocks go on from there
         self._place(request, blocks, copies)

@@ -21,6 +21,7 @@ class RunningRequests:
         self._outbox = outbox
         self._running: dict[str, RunningRequest] = {}  # by request id
         self._ended = EndedAttempts()
+        self._unready: list[RunningRequest] = []  # their grammars were not ready when it was last looked
         self.stale_messages = 0
 
     def __len__(self) -> int:
@@ -39,6 +40,16 @@ class RunningRequests:
 
     def add(self, request: RunningRequest) -> None:
         self._running[request.spec.request_id] = request
+        if request.grammar is not None and not request.grammar.is_ready:
+            self._unready.append(request)
+
+    def without_grammar(self) -> list[RunningRequest]:
+        """Return the requests whose grammar cannot be compiled."""
+        if not self._unready:
+            return []
+        alive = [request for request in self._unready if self._running.get(request.spec.request_id) is request]
+        self._unready = [r for r in alive if r.grammar is not None and not r.grammar.is_ready]
+        return [r for r in self._unready if r.grammar is not None and r.grammar.failure]
 
     def drop_older(self, spec: RequestSpec) -> bool:
         """A new attempt ends the one before it. False: it is not new, and is dropped itself."""

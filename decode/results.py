@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..common.batch import Batch, BatchRow, RowOutput, Run, StepOutput
-from ..common.messages import ChoiceTokens, Message, in_pieces, nonfinite_logits
+from ..common.messages import ChoiceTokens, Message, in_pieces, nothing_to_choose
 from ..common.request import FinishReason, Sequence, finish_reason
 from .outbox import Outbox
 from .requests import RunningRequests
@@ -44,27 +44,30 @@ class StepResults:
         self._scheduler.observe(batch, output)
         alive = self._scheduler.complete(batch)
         failed = {
-            row.seq.request_id for row, result in zip(batch.rows, output.rows, strict=True) if not result.is_finite
+            row.seq.request_id: result.grammar_failure
+            for row, result in zip(batch.rows, output.rows, strict=True)
+            if not result.is_finite
         }
         for row, start, samples, result, here in zip(batch.rows, starts, sampled, output.rows, alive, strict=True):
-            self.num_nonfinite_rows += not result.is_finite
+            self.num_nonfinite_rows += not result.is_finite and not result.grammar_failure
             if not here:
                 continue
             if row.seq.request_id in failed:
-                self._fail(row.seq)
+                self._fail(row.seq, failed[row.seq.request_id])
                 continue
             self._send_prompt_logprobs(row, start, result)
             if samples:
                 self._on_sampled(row.seq, result)
 
-    def _fail(self, seq: Sequence) -> None:
+    def _fail(self, seq: Sequence, grammar_failure: str) -> None:
         """End the request that the row was of, with all its choices."""
         request = self._requests.get(seq.request_id)
         if request is None:  # it had another row in this step
             return
-        for one in request.sequences.values():
-            self._scheduler.blocks.unpublish(one)
-        self._to_router(request.router_id, nonfinite_logits(seq))
+        if not grammar_failure:
+            for one in request.sequences.values():
+                self._scheduler.blocks.unpublish(one)
+        self._to_router(request.router_id, nothing_to_choose(seq, grammar_failure))
         self._requests.end(request)
 
     def _send_prompt_logprobs(self, row: BatchRow, start: int, result: RowOutput) -> None:
@@ -82,7 +85,8 @@ class StepResults:
         runs = {choice: run for choice, run in zip(choices, result.runs, strict=True) if choice not in request.dropped}
         for choice, run in runs.items():
             if choice != seq.choice:
-                child = request.sequences[choice] = Sequence.of(request.spec, choice, [run[0].token_id])
+                child = Sequence.of(request.spec, choice, [run[0].token_id], grammar=seq.grammar)
+                request.sequences[choice] = child
                 self._scheduler.fork(seq, child)
         for choice, run in runs.items():
             self._on_run(request, request.sequences[choice], run)
@@ -112,4 +116,5 @@ class StepResults:
             num_tokens=seq.num_tokens,
             eos_token_ids=self._eos_token_ids,
             max_model_len=self._max_model_len,
+            follows_grammar=seq.grammar is not None,
         )

@@ -16,6 +16,7 @@ from ..common import failpoints
 from ..common.batch import Batch, StepOutput
 from ..common.clock import Clock
 from ..common.errors import CapacityError
+from ..common.grammar import CompiledGrammar, Grammars
 from ..common.kv_spec import KVCacheSpec
 from ..common.messages import (
     Abort,
@@ -32,7 +33,7 @@ from ..common.messages import (
     TaskRefused,
     WorkerFailure,
 )
-from ..common.request import RequestSpec, Sequence, why_unserved
+from ..common.request import RequestSpec, Sequence, grammar_refusal, why_unserved
 from ..common.role_counters import RoleCounters
 from ..kvcache.blocks import BlockPool
 from ..kvcache.prefix_cache import PrefixCache
@@ -69,10 +70,11 @@ class DecodeRole:
         cache: PrefixCache | None = None,
         leaving: Callable[[], Callable[[], object]] | None = None,
         served_model: str = "",
+        grammars: Grammars | None = None,
     ) -> None:
         """`leaving()` returns what waits until all that was sent has left this process; None: it leaves at once.
 
-        `served_model`: what requests may ask for.
+        `served_model`: what requests may ask for. `grammars` None: those that ask for one are refused.
         """
         self.pool = pool
         self.receiver = receiver
@@ -101,8 +103,9 @@ class DecodeRole:
         )
         self._leaving = leaving
         self._served_model = served_model
+        self._grammars = grammars
         self._wait_left: Callable[[], object] | None = None
-        self._adoption = Adoption(receiver, self.scheduler, self._requests, self._outbox, clock)
+        self._adoption = Adoption(receiver, self.scheduler, self._requests, self._outbox, clock, grammars)
 
     # --- messages ---------------------------------------------------------------------------------------
 
@@ -130,13 +133,20 @@ class DecodeRole:
             no = NoCapacity(request_id=spec.request_id, attempt=spec.attempt, reason=reason, detail=detail)
             self._to_router(router_id, no)
             return
+        self._grammar_of(spec)  # compiled while the prompt is
         self._answer(self._waiting.reserve(router_id, message))
+
+    def _grammar_of(self, spec: RequestSpec) -> CompiledGrammar | None:
+        """Return the grammar that the request follows, which is compiled from now on."""
+        return None if spec.grammar is None or self._grammars is None else self._grammars.get(spec.grammar)
 
     def _refusal(self, spec: RequestSpec) -> tuple[str, str] | None:
         """Say why an attempt is not begun, whatever room there is, and what more there is to say; None: it may be."""
         if self._requests.has_ended(spec):
             return "stale", ""
-        return ("expired", "") if _is_expired(spec) else why_unserved(spec, self._served_model)
+        if _is_expired(spec):
+            return "expired", ""
+        return why_unserved(spec, self._served_model, follows_grammars=self._grammars is not None)
 
     def _answer(self, answers: list[tuple[str, Grant | NoCapacity]]) -> None:
         for router_id, answer in answers:
@@ -156,8 +166,9 @@ class DecodeRole:
             self._refuse(router_id, spec, *refusal)
             return
         request = RunningRequest(router_id, spec, self._adoption.expires_s(spec))
+        request.grammar = self._grammar_of(spec)
         try:
-            for seq in _prompt_sequences(spec):
+            for seq in _prompt_sequences(spec, request.grammar):
                 self.scheduler.add(seq)
                 request.sequences[seq.choice] = seq
         except CapacityError as error:
@@ -234,6 +245,7 @@ class DecodeRole:
     def schedule(self) -> Batch | None:
         self._drop_expired()
         has_adopted = self._adoption.adopt_arrived()
+        self._drop_without_grammar()
         batch = self.scheduler.schedule()
         self._end_misfits()
         self._answer(self._waiting.retry())
@@ -247,6 +259,13 @@ class DecodeRole:
         """Refuse what is beyond its deadline: its router has given it up, or will at once."""
         for request in self._requests.expired(self._clock.now()):
             self._refuse(request.router_id, request.spec, "expired")
+            self._requests.end(request)
+
+    def _drop_without_grammar(self) -> None:
+        """Refuse what follows a grammar that cannot be compiled."""
+        for request in self._requests.without_grammar():
+            assert request.grammar is not None
+            self._refuse(request.router_id, request.spec, *grammar_refusal(request.grammar))
             self._requests.end(request)
 
     def _end_misfits(self) -> None:
@@ -371,10 +390,13 @@ def _is_expired(spec: RequestSpec) -> bool:
     return spec.remaining_s is not None and spec.remaining_s <= 0
 
 
-def _prompt_sequences(spec: RequestSpec) -> list[Sequence]:
+def _prompt_sequences(spec: RequestSpec, grammar: CompiledGrammar | None) -> list[Sequence]:
     """A fresh request computes its prompt once for all choices; resumed choices go each their own way."""
     if spec.is_resume:
-        return [Sequence.of(spec, choice, spec.output_token_ids(index)) for index, choice in enumerate(spec.choices)]
-    first = Sequence.of(spec, spec.choices[0])
+        return [
+            Sequence.of(spec, choice, spec.output_token_ids(index), grammar=grammar)
+            for index, choice in enumerate(spec.choices)
+        ]
+    first = Sequence.of(spec, spec.choices[0], grammar=grammar)
     first.pending_choices = spec.choices
     return [first]

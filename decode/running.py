@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from ..common.grammar import CompiledGrammar
 from ..common.request import RequestSpec, Sequence
 
 _MAX_REMEMBERED = 8192
@@ -20,6 +21,7 @@ class RunningRequest:
     sequences: dict[int, Sequence] = field(default_factory=dict)  # by choice; unfinished ones
     dropped: set[int] = field(default_factory=set)  # choices that ended before their prompt was computed
     num_cached_tokens: int = 0
+    grammar: CompiledGrammar | None = None
 
     @property
     def is_finished(self) -> bool:

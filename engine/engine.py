@@ -31,6 +31,7 @@ from ..kvcache.pages import allocate_pages, cache_dtype, copy_blocks, num_blocks
 from ..models.config import ModelConfig
 from ..models.digest import ModelDigest
 from .choose import choose_device, choose_dtype, choose_runner, pack_weights
+from .masks import MaskThread, with_failures
 from .nn.decoder import Decoder
 from .nn.plan import StepPlan, plan_step, prompt_targets
 from .nn.runner import OnLayer
@@ -74,6 +75,7 @@ class Engine:
         dtype = choose_dtype(config, self.model_config)
         kv_dtype = cache_dtype(config, dtype, self._device)
         self._group = group
+        self._masks = MaskThread()
         comm = self._comm = self._connect(tp_rank, tp_size, store)
         decoder = self._loaded_decoder(dtype, progress)
         native_model = pack_weights(decoder, self._device, native=native)
@@ -134,6 +136,7 @@ class Engine:
         """
         began = time.perf_counter()
         plan = None
+        self._masks.begin(batch)
         if self._group is not None:
             plan = plan_step(batch, self.config.block_size)
             self._group.send_step(msgspec.msgpack.encode(plan))
@@ -141,7 +144,7 @@ class Engine:
         if not batch.rows:
             self._meet()
         with self.runner.calculating():
-            rows = self._compute(batch, plan, on_layer)
+            rows = with_failures(batch, self._compute(batch, plan, on_layer))
         return StepOutput(rows, time.perf_counter() - began, batch.num_tokens, self.host_slots.copy_s)
 
     def _compute(self, batch: Batch, plan: StepPlan | None, on_layer: OnLayer | None) -> list[RowOutput]:
@@ -152,7 +155,7 @@ class Engine:
                 return decoded
             plan = plan or plan_step(batch, self.config.block_size)
             logits = self._forward(plan, on_layer)
-            sampling = sample_rows(batch.rows)
+            sampling = sample_rows(batch)
             tokens = iter(self.runner.sample(next(logits), sampling) if sampling else ())
             prompt_tokens = self._prompt_logprobs(batch, logits) if plan.prompt_rows else repeat(())
             rows = [row_output(row, next(tokens) if row.samples else (), next(prompt_tokens)) for row in batch.rows]

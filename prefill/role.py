@@ -20,6 +20,7 @@ from ..common import failpoints
 from ..common.batch import Batch, RowOutput, StepOutput
 from ..common.clock import Clock
 from ..common.errors import CapacityError
+from ..common.grammar import Grammars
 from ..common.messages import (
     Abort,
     ChoiceTokens,
@@ -32,9 +33,9 @@ from ..common.messages import (
     ReserveKV,
     TaskRefused,
     in_pieces,
-    nonfinite_logits,
+    nothing_to_choose,
 )
-from ..common.request import RequestSpec, Sequence, why_unserved
+from ..common.request import RequestSpec, Sequence, grammar_refusal, why_unserved
 from ..common.role_counters import RoleCounters
 from ..kvcache.blocks import BlockPool, prefix_salt
 from ..kvcache.prefix_cache import PrefixCache
@@ -68,8 +69,12 @@ class PrefillRole:
         own_id: str = "",
         served_model: str = "",
         cache: PrefixCache | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
-        """`own_id`: the worker's name, where it grants blocks as well. `served_model`: what tasks may ask for."""
+        """`own_id`: the worker's name, where it grants blocks as well. `served_model`: what tasks may ask for.
+
+        `grammars` None: those that ask for one are refused.
+        """
         self.pool = pool
         self._endpoint = endpoint
         self.scheduler = PrefillScheduler(
@@ -82,6 +87,7 @@ class PrefillRole:
         self._max_model_len = max_model_len
         self._own_id = own_id
         self._served_model = served_model
+        self._grammars = grammars
         self.fetches: Fetches | None = None  # None: everything that is not in the cache is computed
         self._tasks: dict[str, Task] = {}  # by request id: the attempt that computes or waits
         self._shipments = Shipments(pool, shipping.cancel)
@@ -135,6 +141,8 @@ class PrefillRole:
             self._refuse(router_id, spec, *refusal)
             return
         seq = Sequence.of(spec, spec.choices[0])
+        if spec.grammar is not None and self._grammars is not None and message.sample:
+            seq.grammar = self._grammars.get(spec.grammar)
         seq.pending_choices, seq.samples = spec.choices, message.sample
         seq.is_retained_elsewhere = not message.retains_prefix
         salt = prefix_salt(grant.spec, spec.cache_salt, spec.adapter)
@@ -169,11 +177,14 @@ class PrefillRole:
             return "wrong_role", "the grant is this worker's own: a prompt is not handed off to where it is computed"
         if (misfit := check_grant(self._endpoint, grant)) is not None:
             return "incompatible", misfit
-        if (unserved := why_unserved(spec, self._served_model)) is not None:
+        if (unserved := self._unserved(spec)) is not None:
             return unserved
         if self.draining:
             return "draining", ""
         return ("expired", "") if spec.remaining_s is not None and spec.remaining_s <= 0 else None
+
+    def _unserved(self, spec: RequestSpec) -> tuple[str, str] | None:
+        return why_unserved(spec, self._served_model, follows_grammars=self._grammars is not None)
 
     def _on_abort(self, message: Abort) -> None:
         if message.choices or message.unless_arrived:
@@ -216,6 +227,11 @@ class PrefillRole:
             task = self._tasks[prompt.seq.request_id]
             self._refuse(task.router_id, task.spec, "expired")
             self._end(task, "its deadline has passed")
+        for prompt in self.scheduler.without_grammar():
+            task = self._tasks[prompt.seq.request_id]
+            assert prompt.seq.grammar is not None
+            self._refuse(task.router_id, task.spec, *grammar_refusal(prompt.seq.grammar))
+            self._end(task, "its grammar cannot be followed")
         scheduled = self.scheduler.schedule()
         if scheduled is None:
             return None
@@ -251,7 +267,7 @@ class PrefillRole:
                 self._give_away(task)
                 continue
             if not result.is_finite:
-                self._fail(task)
+                self._fail(task, result.grammar_failure)
                 continue
             start = row.start
             done = self.scheduler.complete(task.prompt, row.num_scheduled_tokens)
@@ -260,18 +276,20 @@ class PrefillRole:
                 self._finish(task, result)
         self._step_tasks = []
 
-    def _fail(self, task: Task) -> None:
-        """Logits that are no distribution end a request; others are not to find its blocks.
+    def _fail(self, task: Task, grammar_failure: str) -> None:
+        """Logits that are no distribution end a request; others are not to find its blocks. So does a grammar that
+        cannot be followed any further, whose blocks are sound.
 
         Its router hears it first, and closes the handoff by its Abort: the decode worker's word of a handoff that has
         failed would have it try again.
         """
-        self.num_nonfinite_rows += 1
-        log.warning("prompt_not_finite", request_id=task.spec.request_id, attempt=task.spec.attempt)
         seq = task.prompt.seq
-        self._to_router(task.router_id, nonfinite_logits(seq))
-        for block in seq.block_table:
-            self.pool.forget(block)
+        self._to_router(task.router_id, nothing_to_choose(seq, grammar_failure))
+        if not grammar_failure:
+            self.num_nonfinite_rows += 1
+            log.warning("prompt_not_finite", request_id=task.spec.request_id, attempt=task.spec.attempt)
+            for block in seq.block_table:
+                self.pool.forget(block)
         self._drop(task)
 
     def _give_away(self, task: Task) -> None:

@@ -38,6 +38,7 @@ def first_tokens(
             num_tokens=seq.num_prompt_tokens + 1,
             eos_token_ids=eos_token_ids,
             max_model_len=max_model_len,
+            follows_grammar=seq.grammar is not None,
         )
         choices.append(ChoiceTokens(choice, 0, (token,), reason))
     return tuple(choices)

@@ -32,6 +32,7 @@ from .catalogue.defaults import SamplingDefaults
 from .catalogue.version import ServedModel, Version
 from .dispatch.dispatcher import Dispatcher
 from .dispatch.worker_group import Expected
+from .helpers.grammar_checker import GrammarCompilers
 from .metrics.metrics import RouterMetrics
 from .placement import make_policy
 from .state.classes import RequestClasses
@@ -69,7 +70,7 @@ class RouterParts:
 
 async def assemble(config: RouterConfig, keys: ApiKeys, launcher: LauncherLink | None) -> RouterParts:
     """Raises ConfigError for a model that cannot be served."""
-    model, tokenizer = await asyncio.to_thread(_load_model, config)
+    model, tokenizer, grammars = await asyncio.to_thread(_load_model, config)
     clock, predictor = SystemClock(), Predictor()
     record, classes = LoadRecord(), RequestClasses.from_config(config)
     metrics = RecordingMetrics(model.name, record, classes.names)
@@ -94,13 +95,13 @@ async def assemble(config: RouterConfig, keys: ApiKeys, launcher: LauncherLink |
     )
     metrics.replicas = scaling.replicas
     expected = Expected(__version__, model.name, config.max_model_len, config.deterministic)
-    catalogue = Catalogue([Version.create(model, tokenizer, dispatcher, expected)])
+    catalogue = Catalogue([Version.create(model, tokenizer, dispatcher, expected, grammars=grammars)])
     return RouterParts(
         catalogue, _application(config, catalogue, metrics, clock, keys, classes), metrics, scaling, clock
     )
 
 
-def _load_model(config: RouterConfig) -> tuple[ServedModel, Tokenizer]:
+def _load_model(config: RouterConfig) -> tuple[ServedModel, Tokenizer, GrammarCompilers]:
     """Return the model as the router reads it from its directory."""
     model_config = ModelConfig.from_dir(config.model_dir)
     tokenizer = Tokenizer.from_dir(config.model_dir, config.chat_template)
@@ -112,7 +113,8 @@ def _load_model(config: RouterConfig) -> tuple[ServedModel, Tokenizer]:
         deterministic=config.deterministic,
         special_tokens=config.special_tokens_in_messages,
     )
-    return model, tokenizer
+    grammars = GrammarCompilers(config.model_dir, model_config.vocab_size, model_config.eos_token_ids)
+    return model, tokenizer, grammars
 
 
 def _application(

@@ -19,7 +19,7 @@ import kvferry
 ROOT = Path(kvferry.__file__).resolve().parent
 PACKAGE = "kvferry"
 FOLDERS = (
-    *("cli", "common", "decode", "engine", "kvcache", "launch", "models", "prefill"),
+    *("cli", "common", "decode", "engine", "grammar", "kvcache", "launch", "models", "prefill"),
     *("router", "settings", "simulator", "tools", "transfer", "worker"),
 )
 MAX_FILES = 25  # of a room
@@ -28,6 +28,7 @@ common
 settings             common
 models               common
 kvcache              common
+grammar              common models
 engine/ranks         common models kvcache
 engine/nn/attention  common
 engine/nn            common models engine/ranks engine/nn/attention
@@ -43,12 +44,13 @@ transfer             common transfer/backends transfer/protocol transfer/send
 prefill              common kvcache transfer/protocol transfer/fetch transfer/send
 decode               common kvcache transfer/fetch transfer/receive
 worker               common kvcache engine/ranks engine transfer/backends transfer/protocol transfer/fetch
+worker               grammar
 worker               transfer/send transfer/receive transfer prefill decode
 router/state         common
 router/metrics       common
 router/http          common settings router/state
 router/access        common settings router/state
-router/helpers       common models router/state
+router/helpers       common grammar models router/state
 router/queue         common router/state
 router/placement     common router/state
 router/dispatch      common kvcache router/state router/queue router/placement
@@ -56,7 +58,7 @@ router/autoscaler    common settings router/state router/metrics
 router/catalogue     common models router/state router/dispatch router/helpers
 router/api           common models router/state router/metrics router/http router/access router/helpers router/catalogue
 router/admin         common router/state router/access router/autoscaler router/api
-router               common settings models router/state router/metrics router/http router/access
+router               common settings models router/state router/metrics router/http router/access router/helpers
 router               router/placement router/dispatch router/autoscaler router/catalogue router/api router/admin
 launch               common settings models kvcache engine/cpu
 tools/load           common
@@ -74,6 +76,7 @@ IMPORTERS = {
     "nixl_cu12": {"transfer/backends/nixl.py"},
     "nixl_cu13": {"transfer/backends/nixl.py"},
     "ucxx": {"transfer/backends/ucx.py"},
+    "llguidance": {"grammar/matching.py", "grammar/source.py"},
     "flashinfer": {"engine/nn/attention/flashinfer.py", "engine/cuda/kernels.py"},
 }
 # They build objects, and run code, from bytes.

@@ -22,6 +22,7 @@ import structlog
 from ..common.batch import Batch, StepOutput
 from ..common.clock import Clock
 from ..common.errors import ProtocolError
+from ..common.grammar import Grammars
 from ..common.messages import (
     Drain,
     FetcherToLender,
@@ -80,14 +81,19 @@ class WorkerCore:
         reading: Reading,
         regions: tuple[RegionInfo, ...],
         watch_processes: WatchProcesses = watch_processes,
+        grammars: Grammars | None = None,
     ) -> None:
-        """`cache` is around `pool`. `regions`: of every rank's agent through which others write."""
+        """`cache` is around `pool`. `regions`: of every rank's agent through which others write.
+
+        `grammars`: whoever compiles them calls `wake` when one is ready; None: those that ask for one are refused.
+        """
         self.config = config
         self.pool = pool
         self.cache = cache
         self._clock = clock
         self._effects = effects
         self._shipping = shipping
+        self._grammars = grammars
         self._is_watching = False
         self._drains_until: float | None = None
         self._num_ticks = 0
@@ -139,6 +145,7 @@ class WorkerCore:
             tpot_objective_s=config.tpot_objective_s,
             leaving=self._effects.leaving,
             served_model=config.served_model,
+            grammars=self._grammars,
         )
 
     def _make_prefill_role(self, shipping: Shipping) -> PrefillRole:
@@ -156,6 +163,7 @@ class WorkerCore:
             own_id=config.worker_id,
             served_model=config.served_model,
             cache=self.cache,
+            grammars=self._grammars,
         )
 
     def _make_fetches(self, reading: Reading) -> Fetches:

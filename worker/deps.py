@@ -16,6 +16,7 @@ from ..common.credentials import SharedSecret
 from ..common.messages import Message, ProcessMark, RegionInfo, StepSample
 from ..engine.engine import Engine
 from ..engine.ranks.group import RankGroup
+from ..grammar.compiler import GrammarCompiler
 from ..kvcache.blocks import BlockPool
 from ..kvcache.prefix_cache import PrefixCache
 from ..transfer.backends.base import TransferBackend
@@ -33,6 +34,7 @@ class WorkerDeps:
     group: RankGroup | None  # the other tensor-parallel ranks
     pool: BlockPool
     cache: PrefixCache  # around it
+    grammars: GrammarCompiler
     backend: TransferBackend  # others write through it
     outgoing: TransferBackend  # we write through it
     regions: tuple[RegionInfo, ...]  # of every rank's `backend`

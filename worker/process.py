@@ -175,6 +175,8 @@ class WorkerProcess:
         from ..engine.calibrate import calibrate
         from ..engine.disk import open_prefix_cache
         from ..engine.engine import Engine
+        from ..grammar.compiler import GrammarCompiler
+        from ..grammar.matching import Vocabulary
         from ..kvcache.blocks import BlockPool
         from ..transfer.backends.choose import open_backend, set_ucx_defaults
         from ..transfer.receive.processes import own_mark
@@ -223,6 +225,13 @@ class WorkerProcess:
             group=self._group,
             pool=pool,
             cache=open_prefix_cache(engine, pool, self._clock, self._group),
+            grammars=GrammarCompiler(
+                lambda: Vocabulary.from_dir(
+                    config.engine.model_dir,
+                    vocab_size=engine.model_config.vocab_size,
+                    eos_token_ids=engine.model_config.eos_token_ids,
+                )
+            ),
             backend=backend,
             outgoing=outgoing,
             regions=(region, *(found.region for _, found in sorted(self._follower_regions.items()))),

@@ -134,9 +134,11 @@ class Worker:
             shipping=self._shipping,
             reading=self._reading,
             regions=deps.regions,
+            grammars=deps.grammars,
         )
         self._core.roles.learn(deps.samples)
         deps.cache.wake_with(self._wake_from_elsewhere)
+        deps.grammars.on_ready = self._wake_from_elsewhere
         self._incoming.start()
         self._outgoing.start()
         self.loop = EngineLoop(self._core, deps.engine.step, deps.on_failure, lock=self._lock)
@@ -306,3 +308,4 @@ class Worker:
         await self._server.close()
         self._incoming.close()
         self._deps.cache.close()
+        self._deps.grammars.close()

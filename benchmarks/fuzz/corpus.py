@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from kvferry.common.grammar import Grammar
 from kvferry.common.kv_spec import KVCacheSpec, Shard
 from kvferry.common.messages import (
     PROTOCOL_VERSION,
@@ -71,7 +72,7 @@ from kvferry.common.messages import (
     WorkerToRouter,
     encode,
 )
-from kvferry.common.request import Grammar, RequestSpec, SampledToken, SamplingParams, pack_ids
+from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
 
 SPEC = KVCacheSpec(model="fuzz", num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32")
 DECODERS: tuple[Decoder[Message], ...] = (

@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from kvferry.common.errors import RequestError
 from kvferry.common.request import MAX_CHOICES
 from kvferry.router.api.fields import IGNORED, UNSUPPORTED
+from kvferry.router.api.grammars import FIELDS
 from kvferry.router.api.schemas import ChatBody, CompletionBody, GenerationBody, validate
 from kvferry.router.api.values import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS, MAX_STOPS
 
@@ -28,6 +29,12 @@ Values = list[Any]
 
 # Smaller than what float64, float32 and bfloat16 have as normal numbers, and what a product of two makes of them.
 _TINY = (5e-324, 1e-308, 1e-45, 1e-40, 1e-39, 1e-38, 1.2e-38, 1e-37, 1e-30, 1e-19, 1e-10, 1e-6, 1e-5, 1e-3)
+_SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "tags": {"type": "array", "maxItems": 3}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
 _MAX_CHANGED = 8  # fields of one body
 _LABELLED = 0.1  # share of bodies with a field of no effect as well
 _RARE = 0.03  # share of bodies that ask for much
@@ -64,6 +71,8 @@ class ExtremeBodies:
             chosen.append(self._random.choice(sorted(values.keys() - kind.model_fields.keys())))
         required = [name for name, field in kind.model_fields.items() if field.is_required()]
         body = {name: self._random.choice(values[name]) for name in dict.fromkeys([*required, *chosen])}
+        for name in [name for name in FIELDS if body.get(name) is not None][1:]:
+            del body[name]  # an answer follows one grammar
         if "stream_options" in body:
             body.setdefault("stream", True)
         if body.get("top_logprobs") is not None:
@@ -206,6 +215,19 @@ def _own(vocab_size: int) -> dict[str, Values]:
         "chat_template_kwargs": [
             None, {}, {"enable_thinking": True}, {"thinking_budget": 1_000_000, "date_string": "d" * 256},
         ],
+        "response_format": [
+            None, {"type": "text"}, {"type": "json_object"},
+            {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": _SCHEMA}},
+            {"type": "structural_tag", "triggers": ["<"], "structures": [{"begin": "<a>", "schema": {}, "end": "<"}]},
+        ],
+        "structured_outputs": [
+            None, {"json": _SCHEMA}, {"json": json.dumps(_SCHEMA)}, {"json_object": True}, {"regex": "(a|\\n)*"},
+            {"choice": texts[:1]}, {"choice": texts}, {"grammar": 'root ::= "a"*\n'}, {"grammar": "start: /[^a]+/"},
+        ],
+        "guided_json": [None, True, {}, _SCHEMA, "{}"],
+        "guided_regex": [None, "a", "a{2048}", "\\p{L}+", "."],
+        "guided_choice": [None, ["a"], [str(index) for index in range(300)]],
+        "guided_grammar": [None, "start: %json {}"],
         "metadata": [None, {"a": "b"}, []],
         "store": [None, True],
         "safety_identifier": [None, "x"],

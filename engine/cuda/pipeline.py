@@ -149,4 +149,4 @@ class DecodePipeline:
             return None
         if len(sampling) < len(batch.rows):
             logits = logits[sampling]
-        return self._sampler.launch(logits, sample_rows(batch.rows))
+        return self._sampler.launch(logits, sample_rows(batch))

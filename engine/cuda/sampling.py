@@ -128,8 +128,23 @@ class DeviceSampler:
 
     def _edit(self, logits: Tensor, rows: Sequence[SampleRow]) -> None:
         edits = _collect_edits(rows, logits.shape[1], self._eos_token_ids)
-        if edits is None:
-            return
+        if edits is not None:
+            self._add(logits, edits)
+        masked = [index for index, row in enumerate(rows) if row.mask is not None]
+        if masked:
+            self._mask(logits, rows, masked)
+
+    def _mask(self, logits: Tensor, rows: Sequence[SampleRow], masked: list[int]) -> None:
+        """Let only those tokens come that the grammars of the rows `masked` allow. Words go up, bits stay there."""
+        vocab_size = logits.shape[1]
+        words = [rows[index].allowed_words(vocab_size, self._eos_token_ids) for index in masked]
+        uploaded = self._upload(np.stack(words).astype("<u4", copy=False).view(np.int32))  # [masked, words]
+        bits = (uploaded.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=self._device)) & 1
+        is_banned = bits.view(len(masked), -1)[:, :vocab_size] == 0
+        where = self._index(masked)
+        logits[where] = logits[where].masked_fill(is_banned, float("-inf"))
+
+    def _add(self, logits: Tensor, edits: _Edits) -> None:
         where = self._upload(np.concatenate((edits.bias_at, edits.banned_at, edits.repeated_at, edits.counted_at), 1))
         numbers = self._upload(np.concatenate((edits.bias, edits.repetition, edits.counts, edits.frequency)))
         presence = self._upload(edits.presence)
@@ -266,8 +281,8 @@ def _collect_edits(rows: Sequence[SampleRow], vocab_size: int, eos_token_ids: fr
         if params.logit_bias:
             ids = [i for i in params.logit_bias if 0 <= i < vocab_size]
             bias.add(index, np.array(ids, np.int64), np.array([params.logit_bias[i] for i in ids]))
-        if row.forbids_end:
-            ends = [i for i in eos_token_ids | set(params.stop_token_ids) if 0 <= i < vocab_size]
+        if row.forbids_end and row.mask is None:
+            ends = [i for i in row.banned_ends(eos_token_ids) if 0 <= i < vocab_size]
             banned.add(index, np.array(ends, np.int64))
         if params.repetition_penalty != 1:
             repeated.add(index, np.unique(np.array(row.token_ids, np.int64)), params.repetition_penalty)

@@ -1,7 +1,8 @@
 """Turns logits into tokens, for a whole step at once.
 
 The order is the field's (vLLM's): raw log-probabilities are reported as the model gives them; then logit bias, the
-ban on ending before min_tokens, repetition, frequency and presence penalties, temperature, min-p, top-k, top-p.
+ban on ending before min_tokens, repetition, frequency and presence penalties, a grammar's mask, temperature, min-p,
+top-k, top-p.
 
 A draw depends on (seed, choice, output index) alone: their hash is one uniform number, and the token is where the
 cumulative distribution, in token order, passes it. No generator has state, so a stream goes on the same after a
@@ -18,14 +19,15 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ...common.batch import BatchRow
+from ...common.batch import Batch
 from ...common.request import SampledToken, SamplingParams
 
 _TOP_P_CANDIDATES = 1024  # looked at before a full sort, which is needed only for nearly flat distributions
@@ -39,6 +41,7 @@ class SampleRow:
     choices: tuple[int, ...]
     token_ids: Sequence[int]  # prompt, then output
     num_prompt_tokens: int
+    mask: bytes | None = None  # of a grammar: which tokens may come (`common.batch.GrammarMask`); None: all
 
     @property
     def output_index(self) -> int:
@@ -56,20 +59,47 @@ class SampleRow:
 
     @property
     def edits_logits(self) -> bool:
-        return bool(self.params.logit_bias) or self.forbids_end or self.has_penalties
+        return bool(self.params.logit_bias) or self.forbids_end or self.has_penalties or self.mask is not None
 
     @property
     def is_plain(self) -> bool:
         """Tell whether the best token is asked for and nothing else."""
         return self.params.is_greedy and self.params.logprobs is None and not self.edits_logits
 
+    def banned_ends(self, eos_token_ids: frozenset[int]) -> Set[int]:
+        """Return the tokens that may not come yet because they would end the answer."""
+        if self.forbids_end:
+            return eos_token_ids | set(self.params.stop_token_ids)
+        return eos_token_ids if self.params.ignore_eos and self.mask is not None else frozenset()
 
-def sample_rows(rows: Sequence[BatchRow]) -> list[SampleRow]:
+    def allowed_words(self, vocab_size: int, eos_token_ids: frozenset[int]) -> NDArray[np.uint32]:
+        """Return the mask's words for a vocabulary, without ends that may not come yet.
+
+        Where its grammar lets nothing else come, an end comes all the same: the answer cannot go on.
+        """
+        assert self.mask is not None
+        num_words = -(-vocab_size // 32)
+        bits = bytearray(self.mask[: 4 * num_words].ljust(4 * num_words, b"\0"))
+        for token_id in self.banned_ends(eos_token_ids):
+            if 0 <= token_id < vocab_size:
+                bits[token_id >> 3] &= ~(1 << (token_id & 7))
+        words = np.frombuffer(bits, np.dtype("<u4"))
+        return words if words.any() else np.frombuffer(self.mask.ljust(4 * num_words, b"\0"), "<u4", num_words)
+
+
+def sample_rows(batch: Batch) -> list[SampleRow]:
     """List what is drawn from the logits of each row that samples."""
+    rows = [row for row in batch.rows if row.samples]
+    masks = batch.masks() if batch.masks is not None else [None] * len(rows)
     return [
-        SampleRow(row.seq.sampling, row.choices, row.seq.token_ids, row.seq.num_prompt_tokens)
-        for row in rows
-        if row.samples
+        SampleRow(
+            row.seq.sampling,
+            row.choices,
+            row.seq.token_ids,
+            row.seq.num_prompt_tokens,
+            None if mask is None else mask.words,
+        )
+        for row, mask in zip(rows, masks, strict=True)
     ]
 
 
@@ -162,11 +192,14 @@ def _edit(logits: Tensor, row: SampleRow, eos_token_ids: frozenset[int]) -> None
     if params.logit_bias:
         ids = [i for i in params.logit_bias if 0 <= i < vocab_size]
         logits[ids] += torch.tensor([params.logit_bias[i] for i in ids], device=logits.device)
-    if row.forbids_end:
-        ends = eos_token_ids | set(params.stop_token_ids)
-        logits[[i for i in ends if 0 <= i < vocab_size]] = float("-inf")
+    if row.forbids_end and row.mask is None:
+        logits[[i for i in row.banned_ends(eos_token_ids) if 0 <= i < vocab_size]] = float("-inf")
     if row.has_penalties:
         _penalize(logits, row)
+    if row.mask is not None:
+        words = row.allowed_words(vocab_size, eos_token_ids)
+        allowed = np.unpackbits(words.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
+        np.copyto(logits.numpy(), -np.inf, where=~allowed)  # torch would wake its threads for every row
 
 
 def _penalize(logits: Tensor, row: SampleRow) -> None:

@@ -18,6 +18,7 @@ from fastapi import Request
 
 from ...common.clock import Clock, wall_time_s
 from ...common.errors import RequestError
+from ...common.grammar import Grammar
 from ...common.request import SamplingParams
 from ..access.quota import Quotas
 from ..catalogue.catalogue import Catalogue
@@ -34,6 +35,7 @@ from .body import MAX_BODY_BYTES, BodyRoom, HeldBody, read_body
 from .chat import ChatForm
 from .choice import TextOptions
 from .completions import CompletionForm
+from .fields import not_supported
 from .form import Form, FormContext, FormOptions
 from .middleware import RequestContext, ResponseObserver, context_of
 from .prompts import PromptReader, max_chat_tokens, max_completion_tokens
@@ -93,10 +95,11 @@ class Api:
         with self.body_room.held() as held:
             body, version = await self.body(request, held, CompletionBody)
             context.marks["read"] = self.clock.now()
+            grammar = await checked_grammar(version, body)
             prompts = await self.prompts.completion(version, body, held.num_bytes)
         context.marks["tokenize"] = self.clock.now()
         limits = [max_completion_tokens(body, prompt, version.model.max_model_len) for prompt in prompts]
-        answer = await self._submit(context, version, body, prompts, limits)
+        answer = await self._submit(context, version, body, prompts, limits, grammar)
         form_context = _form_context(f"cmpl-{context.request_id}", version, body, answer)
         return self._reply(body, answer, CompletionForm(form_context))
 
@@ -105,10 +108,11 @@ class Api:
         with self.body_room.held() as held:
             body, version = await self.body(request, held, ChatBody)
             context.marks["read"] = self.clock.now()
+            grammar = await checked_grammar(version, body)
             messages, prompt = await self.prompts.chat(version, body, held.num_bytes)
         context.marks["tokenize"] = self.clock.now()
         limit = max_chat_tokens(body, prompt, version.model.max_model_len)
-        answer = await self._submit(context, version, body, [prompt], [limit])
+        answer = await self._submit(context, version, body, [prompt], [limit], grammar)
         form_context = _form_context(f"chatcmpl-{context.request_id}", version, body, answer)
         continued = messages[-1] if body.echo and messages[-1]["role"] == "assistant" else None
         return self._reply(body, answer, ChatForm(form_context, echoed=str(continued["content"]) if continued else ""))
@@ -137,6 +141,7 @@ class Api:
         body: GenerationBody,
         prompts: Sequence[PromptText],
         limits: Sequence[int],
+        grammar: Grammar | None,
     ) -> Answer:
         sampling = [self._sampling(version.model, body, limit) for limit in limits]
         self.in_flight.check_open()
@@ -151,6 +156,7 @@ class Api:
                     await asyncio.sleep(0)  # a large batch does not hold up everybody else
                 request_id = f"{context.request_id}-{index}"
                 prompt_request = self._request(request_id, context, version, body, prompt, params, salt)
+                prompt_request.grammar = grammar
                 prompt_request.timeout_s = self._remaining_s(context)
                 streams.append(version.dispatcher.submit(prompt_request))
         except BaseException:
@@ -207,6 +213,17 @@ class Api:
             in_flight=self.in_flight,
             observer=self.observer,
         )
+
+
+async def checked_grammar(version: Version, body: GenerationBody) -> Grammar | None:
+    """Return the grammar that the answers follow; None: any text. Raises RequestError for one that cannot be kept."""
+    asked = body.asked_grammar
+    if asked is None:
+        return None
+    if version.grammars is None:
+        raise not_supported(asked.param)
+    await version.grammars.check(asked.grammar, asked.param)
+    return asked.grammar
 
 
 def _tenant_of(context: RequestContext, body: GenerationBody) -> str:

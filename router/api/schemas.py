@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 
 from ...common.errors import RequestError
@@ -17,6 +17,8 @@ from ...common.request import MAX_CHOICES, SamplingParams
 from ..catalogue.defaults import SamplingDefaults
 from ..state.errors import shown
 from .fields import check_fields
+from .grammars import FIELDS as GRAMMAR_FIELDS
+from .grammars import AskedGrammar, asked_grammar
 from .values import AnyIds, LogitBias, Logprobs, Prompt, Seed, Stops, TemplateKwargs, TokenIds
 
 MAX_TEMPLATE_KWARGS = 16
@@ -66,6 +68,13 @@ class GenerationBody(BaseModel):
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     user: object = None  # any; where there are no keys, a text says whose share of the service this is
     echo: bool | None = None
+    # Forms in which to ask for a grammar, which grammars.py reads.
+    response_format: object = None
+    structured_outputs: object = None
+    guided_json: object = None
+    guided_regex: object = None
+    guided_choice: object = None
+    guided_grammar: object = None
 
     @property
     def num_choices(self) -> int:
@@ -76,8 +85,16 @@ class GenerationBody(BaseModel):
         """The number of alternatives to report for each token; None: no logprobs at all."""
         raise NotImplementedError
 
+    _grammar: AskedGrammar | None = PrivateAttr(None)
+
+    @property
+    def asked_grammar(self) -> AskedGrammar | None:
+        """Return the grammar that the answer is to follow; None: it may be any text."""
+        return self._grammar
+
     def check(self) -> None:
         """Rules between fields."""
+        self._grammar = asked_grammar({name: getattr(self, name) for name in GRAMMAR_FIELDS})
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only for stream: true", param="stream_options")
         if self.prompt_logprobs is not None and self.stream:

@@ -68,7 +68,8 @@ class Catalogue:
         await asyncio.gather(*(version.dispatcher.drain(timeout_s) for version in self))
 
     def close(self) -> None:
-        """End the processes that render chats."""
+        """End the processes that render chats and compile grammars."""
         for version in self:
-            if version.renderer is not None:
-                version.renderer.close()
+            for helper in (version.renderer, version.grammars):
+                if helper is not None:
+                    helper.close()

@@ -16,6 +16,7 @@ from ...models.tokenizer import Tokenizer
 from ..dispatch.dispatcher import Dispatcher
 from ..dispatch.worker_group import Expected, WorkerGroup
 from ..helpers.chat_renderer import ChatRenderer, Renderer
+from ..helpers.grammar_checker import GrammarChecker
 from .defaults import SamplingDefaults
 
 
@@ -44,6 +45,7 @@ class Version(WorkerGroup):
     tokenizer: Tokenizer
     renderer: Renderer | None  # of the chat template; None: there is none
     special_text: SpecialText | None  # finds special tokens in messages; None: messages may spell them
+    grammars: GrammarChecker | None  # None: answers follow none
 
     @classmethod
     def create(
@@ -53,9 +55,10 @@ class Version(WorkerGroup):
         dispatcher: Dispatcher,
         expected: Expected,
         renderer: Renderer | None = None,
+        grammars: GrammarChecker | None = None,
     ) -> Version:
         """Make a version. Chats are rendered by `renderer`; without one, in processes of the version's own."""
         if renderer is None and tokenizer.chat_template is not None:
             renderer = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens)
         special_text = tokenizer.special_text() if model.special_tokens != "allow" else None
-        return cls(expected, dispatcher, model, tokenizer, renderer, special_text)
+        return cls(expected, dispatcher, model, tokenizer, renderer, special_text, grammars)

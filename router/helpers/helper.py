@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .wire import FRAME, READY
+from .wire import FRAME, READY, SETUP
 
 START_LIMIT_S = 30.0  # of a new process: imports, on a machine that is busy
 _SECRET_PREFIX = "KVFERRY_"
@@ -68,7 +68,7 @@ class Helper:
     def start(self) -> None:
         """Start the process now: the first who asks need not wait for it."""
         if self._process is None:
-            self._process = _Process(self._take, self._lost)
+            self._process = _Process(self._take, self._lost, has_setup=self._setup is not None)
             if self._setup is not None:
                 self._process.send(*self._setup)
 
@@ -147,7 +147,14 @@ def _fail(ask: _Ask, error: HelperLost) -> None:
 class _Process:
     """The process and the socket to it. It ends when nobody refers to it any more."""
 
-    def __init__(self, on_frame: Callable[[bytes, bytes], None], on_lost: Callable[[HelperLost], None]) -> None:
+    def __init__(
+        self,
+        on_frame: Callable[[bytes, bytes], None],
+        on_lost: Callable[[HelperLost], None],
+        *,
+        has_setup: bool,
+    ) -> None:
+        """`has_setup`: the process is ready when it has done what its first frame says."""
         self.is_ready = False
         self._on_frame = on_frame
         self._on_lost = on_lost
@@ -159,7 +166,7 @@ class _Process:
         env = {name: value for name, value in os.environ.items() if not name.startswith(_SECRET_PREFIX)}
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "kvferry.router.helpers.program"],
+                [sys.executable, "-m", "kvferry.router.helpers.program", *([SETUP] if has_setup else [])],
                 stdin=theirs.fileno(),
                 env=env,
                 start_new_session=True,  # a terminal's Ctrl-C is the router's to act on

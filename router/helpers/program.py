@@ -8,26 +8,33 @@ from __future__ import annotations
 import resource
 import socket
 import sys
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import msgspec
 
 from ...common.errors import ConfigError, RequestError
+from ...common.grammar import Grammar
 from .wire import (
     COMMAS,
+    COMPILE_GRAMMAR,
     FRAME,
     PARSE_JSON,
     READY,
     REFUSAL,
     RENDER_CHAT,
     SET_TEMPLATE,
+    SET_VOCABULARY,
+    SETUP,
     VALUE,
     ChatSpec,
     HelperRefusal,
     TemplateSetup,
+    VocabularySetup,
 )
 
 if TYPE_CHECKING:
+    from ...grammar.matching import Vocabulary
     from ...models.chat_template import ChatTemplate
 
 MEMORY_BYTES = 4 * 2**30
@@ -47,10 +54,20 @@ class _Program:
     def __init__(self) -> None:
         self._template: ChatTemplate | None = None
         self._special_tokens: dict[str, str] = {}
+        self._vocabulary: Vocabulary | None = None
+        self._unusable = ""  # why the vocabulary is
+        self._work = {PARSE_JSON: self._parse, RENDER_CHAT: self._render, COMPILE_GRAMMAR: self._compile}
+        self._setups = {SET_TEMPLATE: self._set_template, SET_VOCABULARY: self._set_vocabulary}
+
+    def set_up(self, kind: bytes, payload: bytes) -> bool:
+        """Take what comes once, at the start. False: the frame asks for work."""
+        if kind in self._setups:
+            self._setups[kind](payload)
+        return kind in self._setups
 
     def answer(self, kind: bytes, payload: bytes) -> tuple[bytes, bytes]:
         try:
-            return VALUE, {PARSE_JSON: self._parse, RENDER_CHAT: self._render}[kind](payload)
+            return VALUE, self._work[kind](payload)
         except RequestError as error:
             refusal = HelperRefusal("request", str(error), error.param, error.code, error.status)
         except ConfigError as error:
@@ -68,7 +85,27 @@ class _Program:
         (max_commas,) = COMMAS.unpack_from(payload)
         return msgspec.msgpack.encode(parse_json(payload[COMMAS.size :], max_commas))
 
-    def set_template(self, payload: bytes) -> None:
+    def _set_vocabulary(self, payload: bytes) -> None:
+        from ...grammar.matching import Vocabulary
+
+        setup = msgspec.msgpack.decode(payload, type=VocabularySetup)
+        ends = frozenset(setup.eos_token_ids)
+        try:
+            self._vocabulary = Vocabulary.from_dir(
+                Path(setup.model_dir), vocab_size=setup.vocab_size, eos_token_ids=ends
+            )
+        except ConfigError as error:
+            self._unusable = str(error)
+
+    def _compile(self, payload: bytes) -> bytes:
+        from ...grammar.matching import compile_grammar
+
+        if self._vocabulary is None:
+            raise ConfigError(self._unusable)
+        compile_grammar(self._vocabulary, msgspec.msgpack.decode(payload, type=Grammar))
+        return b""
+
+    def _set_template(self, payload: bytes) -> None:
         from ...models.chat_template import ChatTemplate
 
         setup = msgspec.msgpack.decode(payload, type=TemplateSetup)
@@ -98,17 +135,18 @@ class _Program:
             raise RequestError("the rendered chat has a lone surrogate and is not valid Unicode") from None
 
 
-def _serve(requests: IO[bytes], replies: socket.socket) -> None:
+def _serve(requests: IO[bytes], replies: socket.socket, *, has_setup: bool) -> None:
     """Serve until the router has ended."""
     program = _Program()
-    replies.sendall(FRAME.pack(READY, 0))
+    if not has_setup:
+        replies.sendall(FRAME.pack(READY, 0))
     while len(head := requests.read(FRAME.size)) == FRAME.size:
         kind, size = FRAME.unpack(head)
         payload = requests.read(size)
         if len(payload) < size:
             return
-        if kind == SET_TEMPLATE:
-            program.set_template(payload)
+        if program.set_up(kind, payload):
+            replies.sendall(FRAME.pack(READY, 0))
         else:
             kind, reply = program.answer(kind, payload)
             replies.sendall(FRAME.pack(kind, len(reply)) + reply)
@@ -119,7 +157,7 @@ def main() -> int:
     most = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     with socket.socket(fileno=sys.stdin.fileno()) as sock, sock.makefile("rb") as requests:
-        _serve(requests, sock)
+        _serve(requests, sock, has_setup=sys.argv[1:] == [SETUP])
     return 0
 
 

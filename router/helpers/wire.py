@@ -3,8 +3,10 @@
 "j" the bound of commas, a body              ─> "v" the value
 "t" a `TemplateSetup`, once, at the start       no answer
 "c" a `ChatSpec`                             ─> "v" the prompt, as UTF-8
+"s" a `VocabularySetup`, once, at the start     no answer
+"g" a `Grammar`                              ─> "v" nothing: it can be followed
 any of them                                  ─> "e" a `HelperRefusal`: why not
-                                                "!" once, at the start: it is ready
+                                                "!" once: it is ready, its setup done where it is started with `SETUP`
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import msgspec
 
 FRAME = struct.Struct(">cI")  # what it is, how many bytes follow
 COMMAS = struct.Struct(">I")
-PARSE_JSON, SET_TEMPLATE, RENDER_CHAT = b"j", b"t", b"c"
+PARSE_JSON, SET_TEMPLATE, RENDER_CHAT, SET_VOCABULARY, COMPILE_GRAMMAR = b"j", b"t", b"c", b"s", b"g"
 VALUE, REFUSAL, READY = b"v", b"e", b"!"
+SETUP = "setup"  # argument of a process whose first frame is a setup
 
 
 class HelperRefusal(msgspec.Struct):
@@ -37,6 +40,14 @@ class TemplateSetup(msgspec.Struct):
     source: str
     origin: str
     special_tokens: dict[str, str]
+
+
+class VocabularySetup(msgspec.Struct):
+    """The setup that all grammars for a model have in common."""
+
+    model_dir: str
+    vocab_size: int
+    eos_token_ids: list[int]
 
 
 class ChatSpec(msgspec.Struct):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ...common.errors import InvalidTransition
+from ...common.grammar import Grammar
 from ...common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
 from .choice_state import ChoiceState
 from .decisions import Decision
@@ -54,7 +55,7 @@ _STAMP = {
 
 @dataclass(slots=True, eq=False)
 class RouterRequest:
-    """One prompt with its `n` choices. The fields up to `model` are the caller's, the rest the dispatcher's.
+    """One prompt with its `n` choices. The fields up to `grammar` are the caller's, the rest the dispatcher's.
 
     `timestamps` (seconds of the dispatcher's clock): queued, reserved (a decode worker was asked), prefill_start (the
     task was sent), first_token, arrived (the KV is on the decode worker), first_decode, last_token, finished. The
@@ -72,6 +73,7 @@ class RouterRequest:
     objectives: Objectives = NO_OBJECTIVES  # of its class
     tenant: str = ""  # who it is from, as far as fairness goes
     model: str = ""  # the served name; empty: whatever the workers serve
+    grammar: Grammar | None = None  # that the answers follow
     status: RequestStatus = RequestStatus.QUEUED
     timestamps: dict[str, float] = field(default_factory=dict)
     arrival: int = 0  # the router's counter
@@ -146,4 +148,5 @@ class RouterRequest:
             arrival=self.arrival,
             remaining_s=remaining_s,
             model=self.model,
+            grammar=self.grammar,
         )

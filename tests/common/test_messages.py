@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.common.errors import ProtocolError
+from kvferry.common.grammar import Grammar
 from kvferry.common.messages import Abort, Decoder, KVClosed, KVOpen, KVRenew, ReserveKV, encode
-from kvferry.common.request import Grammar, RequestSpec, SamplingParams, pack_ids, unpack_ids
+from kvferry.common.request import RequestSpec, SamplingParams, pack_ids, unpack_ids
 
 decoder: Decoder[ReserveKV | Abort] = Decoder(ReserveKV | Abort)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.config import TransferConfig
+from kvferry.common.grammar import Grammars
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
     ChoiceTokens,
@@ -74,6 +75,7 @@ class Bench:
         max_num_seqs: int = 8,
         num_swap_blocks: int = 0,
         leaving: Callable[[], Callable[[], object]] | None = None,
+        grammars: Grammars | None = None,
     ) -> DecodeRole:
         return DecodeRole(
             pool=self.pool,
@@ -87,6 +89,7 @@ class Bench:
             max_num_seqs=max_num_seqs,
             num_swap_blocks=num_swap_blocks,
             leaving=leaving,
+            grammars=grammars,
         )
 
     def spec(

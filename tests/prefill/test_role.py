@@ -8,6 +8,7 @@ from functools import partial
 import msgspec
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
+from kvferry.common.grammar import Grammar, Grammars
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.messages import (
     Abort,
@@ -82,7 +83,7 @@ class _Shipping:
 class _Bench:
     """A prefill role over fakes, stepped by hand; each step samples `token`."""
 
-    def __init__(self, num_blocks: int = 16, budget: int = 8) -> None:
+    def __init__(self, num_blocks: int = 16, budget: int = 8, grammars: Grammars | None = None) -> None:
         self.shipping, self.sent = _Shipping(), list[tuple[str, Message]]()
         self.pool, self.clock = BlockPool(num_blocks, BLOCK), FakeClock()
         self.role = PrefillRole(
@@ -95,6 +96,7 @@ class _Bench:
             max_model_len=1000,
             max_num_batched_tokens=budget,
             max_num_seqs=4,
+            grammars=grammars,
         )
 
     def task(self, name: str, num_tokens: int, **more: object) -> None:
@@ -111,6 +113,7 @@ class _Bench:
         priority: int = 0,
         remaining_s: float | None = None,
         first: int = 0,
+        grammar: Grammar | None = None,
         **sampling: object,
     ) -> PrefillTask:
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **sampling})  # type: ignore[arg-type]
@@ -122,6 +125,7 @@ class _Bench:
             choices=(0, 1),
             priority=priority,
             remaining_s=remaining_s,
+            grammar=grammar,
         )
         grant = GrantInfo(
             grant_id=GrantId("d", 1, 1),

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from kvferry.common.grammar import Grammar
 from kvferry.common.messages import FirstToken, Grant, LocalTask, NoCapacity, ReserveKV, TaskRefused
-from kvferry.common.request import UNSERVED, Grammar, RequestSpec, SamplingParams, why_unserved
+from kvferry.common.request import UNSERVED, RequestSpec, SamplingParams, why_unserved
 
 from .bench import BothBench
 

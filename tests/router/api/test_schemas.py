@@ -110,8 +110,8 @@ def test_a_missing_field_is_named() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}), ("tools", [{"type": "function"}]), ("tool_choice", "auto"),
-        ("functions", [{}]), ("structured_outputs", {"choice": ["a"]}), ("guided_json", {}), ("audio", {}),
+        ("tools", [{"type": "function"}]), ("tool_choice", "auto"), ("functions", [{}]),
+        ("guided_decoding_backend", "x"), ("guided_whitespace_pattern", " "), ("audio", {}),
         ("modalities", ["audio"]), ("prediction", {}), ("logits_processors", ["x"]), ("use_beam_search", True),
         ("kv_transfer_params", {}), ("suffix", "x"), ("length_penalty", 2.0),
     ],

@@ -1,0 +1,100 @@
+"""The grammar that the answers of a request follow, as its tokens derive where each of them stands in it.
+
+    Grammar ─> Grammars.get ─> CompiledGrammar ─(ready)─> a Matcher for each answer ─> the mask of its next token
+
+A matcher is the state of one answer, and no state of the system: one that has not taken all tokens of its sequence is
+brought up to them, and one of another attempt or worker is made anew from them. So a preemption, several choices, a
+handoff after the first token and a resume after a worker's death need no message about grammars. What compiles them is
+in `grammar/`; this module knows no library and no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as TokenIds
+from typing import TYPE_CHECKING, Annotated, Protocol
+
+import msgspec
+
+from .errors import KVFerryError
+
+if TYPE_CHECKING:
+    from .request import Sequence
+
+MAX_GRAMMAR_BYTES = 1 << 16  # JSON schemas of tools are some kilobytes; a frame has room for more (channel.py)
+
+
+class Grammar(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A grammar that every answer of a request follows."""
+
+    kind: Annotated[str, msgspec.Meta(max_length=64)]  # one of `grammar.source.KINDS`
+    text: Annotated[bytes, msgspec.Meta(max_length=MAX_GRAMMAR_BYTES)]  # UTF-8
+
+
+class GrammarBroken(KVFerryError):
+    """A matcher cannot go on: a token does not fit, none can follow, or the grammar is too much to match."""
+
+
+class Matcher(Protocol):
+    """One answer's place in a grammar. Used by one thread at a time."""
+
+    def accept(self, token_ids: TokenIds[int]) -> None:
+        """Take the next tokens of the answer. Raises GrammarBroken where they do not fit."""
+        ...
+
+    def mask(self) -> bytes:
+        """Return which tokens may come next: bit i of the little-endian 32-bit words is token i's.
+
+        End tokens may where the answer may end, and alone where nothing else can follow. Raises GrammarBroken.
+        """
+        ...
+
+
+class CompiledGrammar(Protocol):
+    """A grammar on one worker. Its properties may be read from any thread."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Tell whether answers may be matched. Never again false."""
+        ...
+
+    @property
+    def failure(self) -> str:
+        """Say why it never will be ready; empty: it is, or will be."""
+        ...
+
+    def matcher(self) -> Matcher:
+        """Make a matcher for an answer without a token. Only of a grammar that is ready."""
+        ...
+
+
+class Grammars(Protocol):
+    """The grammars of a worker."""
+
+    def get(self, grammar: Grammar) -> CompiledGrammar:
+        """Return the grammar at once, and begin to compile it if nobody has. Who waits for it is woken."""
+        ...
+
+
+def next_mask(seq: Sequence) -> bytes | None:
+    """Return the mask of the token after the sequence's last one; None: it follows no grammar. Raises GrammarBroken."""
+    if seq.grammar is None:
+        return None
+    matcher = matcher_of(seq)
+    catch_up(seq, matcher)
+    return matcher.mask()
+
+
+def matcher_of(seq: Sequence) -> Matcher:
+    """Return the sequence's own matcher. One that has taken more tokens than there are is of no use: a new one."""
+    assert seq.grammar is not None
+    if seq.matcher is None or seq.num_matched_tokens > seq.num_output_tokens:
+        seq.matcher, seq.num_matched_tokens = seq.grammar.matcher(), 0
+    return seq.matcher
+
+
+def catch_up(seq: Sequence, matcher: Matcher) -> None:
+    """Have the matcher take the tokens of the answer that it has not: one after a step, all of them after a resume."""
+    missing = seq.token_ids[seq.num_prompt_tokens + seq.num_matched_tokens :]
+    if missing:
+        matcher.accept(missing)
+        seq.num_matched_tokens = seq.num_output_tokens

@@ -1,0 +1,60 @@
+"""Masks of grammars are found on a thread of their own while the model computes the step that they belong to.
+
+    begin(batch) ─> [thread] each row's matcher takes its new tokens, and says what may come next ─┐
+    the engine's thread: forward pass ─> logits ─> batch.masks() waits for what is left ───────────┴─> sampling
+
+The library that matches releases the GIL, as the forward pass does. Only one step's masks are under way at a time, so
+no matcher has two users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import structlog
+
+from ..common.batch import Batch, BatchRow, GrammarMask, RowOutput
+from ..common.grammar import GrammarBroken, next_mask
+
+log = structlog.get_logger(__name__)
+
+
+class MaskThread:
+    """Used by the engine's thread."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")  # begins with the first grammar
+
+    def begin(self, batch: Batch) -> None:
+        """Begin to find the masks of a batch's rows, if any of them follows a grammar."""
+        if any(row.seq.grammar is not None for row in batch.rows):
+            batch.masks = self._thread.submit(find_masks, [row for row in batch.rows if row.samples]).result
+
+
+def find_masks(rows: Sequence[BatchRow]) -> list[GrammarMask | None]:
+    """Return the mask of each row."""
+    return [_find_mask(row) for row in rows]
+
+
+def _find_mask(row: BatchRow) -> GrammarMask | None:
+    try:
+        words = next_mask(row.seq)
+    except GrammarBroken as error:
+        log.warning("grammar_broken", request_id=row.seq.request_id, choice=row.seq.choice, error=str(error))
+        return GrammarMask(b"", str(error))
+    if words is None:
+        return None
+    return GrammarMask(words, "" if any(words) else "no token of the vocabulary can follow")
+
+
+def with_failures(batch: Batch, outputs: list[RowOutput]) -> list[RowOutput]:
+    """Return a step's output with nothing in the rows whose grammar has failed."""
+    if batch.masks is None or not any(mask is not None and mask.failure for mask in batch.masks()):
+        return outputs
+    masks = iter(batch.masks())
+    found = [next(masks) if row.samples else None for row in batch.rows]
+    return [
+        RowOutput((), is_finite=False, grammar_failure=mask.failure) if mask is not None and mask.failure else output
+        for mask, output in zip(found, outputs, strict=True)
+    ]

@@ -1,0 +1,90 @@
+"""A worker's grammars: compiled on threads of their own, kept for the requests that come with them again.
+
+    get ─> known: at once
+       └─> new: queued ─> [thread] vocabulary, source, first mask ─> ready or failed ─> on_ready
+
+The library releases the GIL, so steps go on meanwhile. A thread cannot be ended: that a grammar compiles in bounded
+time was found out before, in a process that can (router/helpers/grammar_checker.py).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import structlog
+
+from ..common.errors import KVFerryError
+from ..common.grammar import Grammar
+from .matching import AnswerMatcher, Vocabulary, compile_grammar
+
+MAX_KEPT = 128  # of a megabyte or so each; larger: agents with many tools find theirs again
+_NUM_THREADS = 2  # one large grammar does not hold up the small ones
+
+log = structlog.get_logger(__name__)
+
+
+class _Compiled:
+    """Implements `common.grammar.CompiledGrammar`. A thread writes `first` or `failure` once."""
+
+    __slots__ = ("failure", "first")
+
+    def __init__(self) -> None:
+        self.first: AnswerMatcher | None = None
+        self.failure = ""
+
+    @property
+    def is_ready(self) -> bool:
+        return self.first is not None
+
+    def matcher(self) -> AnswerMatcher:
+        assert self.first is not None, "the grammar is not ready"
+        return self.first.fork()
+
+
+class GrammarCompiler:
+    """Implements `common.grammar.Grammars`. `get` is called from any thread."""
+
+    def __init__(self, load: Callable[[], Vocabulary], on_ready: Callable[[], None] = lambda: None) -> None:
+        """`load()` reads the vocabulary, on a thread, when the first grammar comes. `on_ready()` is called from a
+        thread whenever a grammar has become ready or has failed."""
+        self._load = load
+        self.on_ready = on_ready
+        self._vocabulary: Vocabulary | None = None
+        self._loading = threading.Lock()
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Grammar, _Compiled] = OrderedDict()  # the latest used last
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammar")
+
+    def get(self, grammar: Grammar) -> _Compiled:
+        with self._lock:
+            if (known := self._kept.get(grammar)) is not None:
+                self._kept.move_to_end(grammar)
+                return known
+            compiled = self._kept[grammar] = _Compiled()
+            if len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+        self._threads.submit(self._compile, grammar, compiled)
+        return compiled
+
+    def _compile(self, grammar: Grammar, compiled: _Compiled) -> None:
+        try:
+            compiled.first = compile_grammar(self._words(), grammar)
+        except Exception as error:  # whatever it is, its requests are told, and the thread goes on
+            compiled.failure = str(error) if isinstance(error, KVFerryError) else repr(error)
+            log.warning("grammar_failed", kind=grammar.kind, error=compiled.failure)
+            with self._lock:
+                self._kept.pop(grammar, None)
+        self.on_ready()
+
+    def _words(self) -> Vocabulary:
+        with self._loading:
+            if self._vocabulary is None:
+                self._vocabulary = self._load()
+            return self._vocabulary
+
+    def close(self) -> None:
+        """End the threads; what is being compiled goes on to its end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,175 @@
+"""llguidance behind our words: a tokenizer's vocabulary, grammars compiled for it, and their matchers.
+
+Nothing here raises what the library raises, and no matcher goes on from an error: the library itself would report an
+answer that does not fit as one that has ended.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from ..common.errors import ConfigError, RequestError
+from ..common.grammar import Grammar, GrammarBroken
+from .limits import SchemaFacts, check_size, keyword_refusal
+from .source import source_of
+
+_UNIMPLEMENTED = re.compile(r'Unimplemented keys: \["([^"]*)"')
+# Of what the library quotes of a grammar, and of its words about it, clients are shown the beginning.
+_MAX_REASON_CHARS = 400
+
+
+class Vocabulary:
+    """A model's tokens, as grammars are compiled for them. Immutable; may be used from several threads."""
+
+    def __init__(self, tokenizer: LLTokenizer, vocab_size: int) -> None:
+        self.tokenizer = tokenizer
+        self.mask_bytes = -(-vocab_size // 32) * 4
+        self.limits = LLParserLimits(verbose_errors=False)
+
+    @classmethod
+    def from_dir(cls, path: Path, *, vocab_size: int, eos_token_ids: frozenset[int]) -> Vocabulary:
+        """Read a model directory's tokenizer: some tenths of a second. Raises ConfigError."""
+        if not eos_token_ids:
+            raise ConfigError("the model has no end token: an answer that follows a grammar could not end")
+        ends = sorted(eos_token_ids)
+        try:
+            tokenizer = LLTokenizer(str(path / "tokenizer.json"), n_vocab=vocab_size, eos_token=ends)
+        except ValueError:  # it cannot tell what bytes the tokens stand for
+            tokenizer = _from_own_rules(path, vocab_size, ends)
+        return cls(tokenizer, vocab_size)
+
+
+def _from_own_rules(path: Path, vocab_size: int, ends: list[int]) -> LLTokenizer:
+    from ..models.tokenizer import Tokenizer
+
+    own = Tokenizer.from_dir(path)
+    if own.decoder.separator:
+        raise ConfigError(f"{path}: no grammar can be followed with this tokenizer: it puts spaces between tokens")
+
+    pieces = tuple(own.token_bytes(token_id) for token_id in range(vocab_size))
+    ids = {piece: i for i, piece in reversed(list(enumerate(pieces))) if piece and i not in own.special_ids}
+
+    class Tokens:
+        """The library asks this for a tokenizer's parts, and calls it for bytes that a grammar leaves no choice about.
+
+        The model's own tokenizer would put a space before them.
+        """
+
+        is_tokenizer_wrapper = True
+        eos_token_id = ends[0]
+        bos_token_id = own.bos_token_id
+        tokens = pieces
+        special_token_ids = tuple(own.special_ids)
+
+        def __call__(self, text: str) -> list[int]:
+            return _longest_first(text.encode(), ids)
+
+    try:
+        return LLTokenizer(Tokens(), n_vocab=vocab_size, eos_token=ends)  # type: ignore[arg-type]  # by its attributes
+    except ValueError as error:
+        raise ConfigError(f"{path}: no grammar can be followed with this tokenizer: {error}") from error
+
+
+def _longest_first(data: bytes, ids: Mapping[bytes, int]) -> list[int]:
+    """Return tokens of these bytes, each as long as can be."""
+    found, longest = [], max(map(len, ids))
+    while data:
+        piece = next((data[:size] for size in range(longest, 0, -1) if data[:size] in ids), None)
+        if piece is None:
+            break
+        found.append(ids[piece])
+        data = data[len(piece) :]
+    return found
+
+
+class AnswerMatcher:
+    """Implements `common.grammar.Matcher`."""
+
+    __slots__ = ("_mask_bytes", "_matcher")
+
+    def __init__(self, matcher: LLMatcher, mask_bytes: int) -> None:
+        self._matcher = matcher
+        self._mask_bytes = mask_bytes
+
+    def fork(self) -> AnswerMatcher:
+        """Make another one at the same place."""
+        return AnswerMatcher(self._matcher.deep_copy(), self._mask_bytes)
+
+    def rollback(self, num_tokens: int) -> None:
+        """Take back the last tokens."""
+        self._matcher.rollback(num_tokens)
+        self._check()
+
+    def accept(self, token_ids: Sequence[int]) -> None:
+        self._matcher.consume_tokens(list(token_ids))
+        self._check()
+
+    def mask(self) -> bytes:
+        bits = self._matcher.compute_bitmask()[: self._mask_bytes]
+        self._check()
+        return bits.ljust(self._mask_bytes, b"\0")
+
+    @property
+    def accepts_end(self) -> bool:
+        """Tell whether the answer may end here."""
+        return self._matcher.is_accepting()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarBroken(_reason(self._matcher))
+
+
+def compile_grammar(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:
+    """Return a matcher at the start of an answer, its first mask computed: that is the one which may take long.
+
+    Raises RequestError whose `param` is a path within the grammar (`limits.check_size`).
+    """
+    facts = check_size(grammar)
+    try:
+        source = source_of(grammar)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"is not of its kind: {_clipped(str(error))}", param="", code="invalid_grammar") from None
+    matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=vocabulary.limits)
+    if matcher.is_error():
+        raise _refusal(_reason(matcher), facts)
+    first = AnswerMatcher(matcher, vocabulary.mask_bytes)
+    try:
+        mask = first.mask()
+    except GrammarBroken:
+        mask = b""
+    if not any(mask):
+        raise RequestError("has no answer that could follow it", param="", code="invalid_grammar")
+    return first
+
+
+def _refusal(reason: str, facts: SchemaFacts) -> RequestError:
+    """Return the refusal with the keyword that it is about, where the library names one."""
+    if (unknown := _UNIMPLEMENTED.search(reason)) is not None:
+        return keyword_refusal(unknown[1], facts)
+    for keyword in ("oneOf", "format", "$ref", "type"):
+        if _is_about(keyword, reason) and keyword in facts.paths:
+            path = facts.paths[keyword]
+            text = f"has the keyword '{keyword}' at '{path[1:]}', which cannot be kept: {reason}"
+            return RequestError(text, param=path, code="unsupported_grammar")
+    for path, pattern in facts.patterns:
+        if "regex" in reason and pattern[:64] in reason:
+            text = f"has a pattern at '{path[1:]}' that cannot be kept: {reason}"
+            return RequestError(text, param=path, code="unsupported_grammar")
+    return RequestError(f"cannot be followed: {reason}", param="", code="invalid_grammar")
+
+
+def _is_about(keyword: str, reason: str) -> bool:
+    words = {"oneOf": "oneOf", "format": "Unknown format", "$ref": "retriev", "type": "Invalid type"}
+    return words[keyword] in reason or (keyword == "$ref" and reason.startswith("Pointer "))
+
+
+def _reason(matcher: LLMatcher) -> str:
+    return _clipped(matcher.get_error().partition("\n<non-verbose/>")[0])
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= _MAX_REASON_CHARS else f"{text[:_MAX_REASON_CHARS]}..."

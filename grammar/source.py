@@ -1,0 +1,58 @@
+r"""Grammars as clients give them, in the words of the library that matches them.
+
+    json_object   any JSON object; the text is empty
+    json_schema   a JSON schema (the text is JSON): keywords that cannot be kept are refused, none is passed over
+    regex         a regular expression of the whole answer, in the syntax of Rust's regex crate
+    choice        a JSON list of strings, of which the answer is one
+    lark          a context-free grammar in llguidance's form of Lark, or in GBNF (`root ::= …`)
+
+Between the parts of a JSON text there may be one space, or a line's end with at most 32 spaces behind it: compact and
+indented texts are taken, and an answer cannot go on with white space for ever.
+"""
+
+from __future__ import annotations
+
+import json
+
+from ..common.grammar import Grammar
+
+KINDS = ("json_object", "json_schema", "regex", "choice", "lark")
+WHITE_SPACE = r"\x20|\n\x20{0,32}"
+_ANY_OBJECT = '{"type": "object"}'
+
+
+def source_of(grammar: Grammar) -> str:
+    """Return the grammar as llguidance takes it. Raises ValueError for a text that is not of its kind."""
+    from llguidance import LLMatcher
+
+    text = grammar.text.decode()
+    match grammar.kind:
+        case "json_object":
+            return LLMatcher.grammar_from_json_schema(_ANY_OBJECT, overrides={"whitespace_pattern": WHITE_SPACE})
+        case "json_schema":
+            return LLMatcher.grammar_from_json_schema(_object(text), overrides={"whitespace_pattern": WHITE_SPACE})
+        case "regex":
+            return LLMatcher.grammar_from_regex(text)
+        case "choice":
+            return LLMatcher.grammar_from_lark(f"start: {' | '.join(map(_quoted, json.loads(text)))}")
+        case "lark":
+            return LLMatcher.grammar_from_lark(_lark(text))
+    raise ValueError(f"{grammar.kind!r} is none of {', '.join(KINDS)}")
+
+
+def _object(schema: str) -> str:
+    """Return a schema that is an object: `true` takes everything."""
+    return "{}" if schema.strip() == "true" else schema
+
+
+def _lark(text: str) -> str:
+    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+
+    try:
+        return any_to_lark(text)
+    except GbnfToLarkError as error:
+        raise ValueError(str(error)) from None
+
+
+def _quoted(choice: str) -> str:
+    return json.dumps(choice, ensure_ascii=False)

@@ -1,0 +1,186 @@
+"""The forms in which clients ask for a grammar become one `Grammar`: OpenAI's and vLLM's, of today and of before.
+
+    response_format       text, json_object, json_schema (strict or not: it is always kept), structural_tag
+    structured_outputs    one of json, json_object, regex, choice, grammar, structural_tag
+    guided_*              json, regex, choice, grammar
+
+At most one of them may be asked for. Whether it can be followed is for `helpers/grammar_checker.py` to say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from ...common.errors import RequestError
+from ...common.grammar import MAX_GRAMMAR_BYTES, Grammar
+from ..state.errors import clip, shown
+from .fields import not_supported, unknown_field
+from .structural_tags import tags_grammar
+
+FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+# Of `structured_outputs`, beside the forms: how the text is laid out or what compiles it. Value -> asks for nothing.
+_OPTIONS: dict[str, tuple[object, ...]] = {
+    "disable_any_whitespace": (False,),
+    "disable_additional_properties": (False,),
+    "disable_fallback": (True, False),
+    "whitespace_pattern": (),
+}
+
+
+class AskedGrammar(NamedTuple):
+    """A grammar, and the field of the body that asks for it."""
+
+    grammar: Grammar
+    param: str
+
+
+def asked_grammar(fields: Mapping[str, object]) -> AskedGrammar | None:
+    """Return what a body's `FIELDS` ask for; None: any text. Raises RequestError that names the field and the rule."""
+    asked = [
+        found
+        for name in FIELDS
+        if (value := fields.get(name)) is not None and (found := _READ[name](name, value)) is not None
+    ]
+    if len(asked) > 1:
+        names = " and ".join(f"'{each.param}'" for each in asked)
+        raise RequestError(f"an answer follows one grammar, {names} ask for several", param=asked[1].param)
+    return asked[0] if asked else None
+
+
+def _response_format(name: str, value: object) -> AskedGrammar | None:
+    fields = _object(name, value)
+    match fields.get("type"):
+        case "text":
+            _check_names(name, fields, {"type"})
+            return None
+        case "json_object":
+            _check_names(name, fields, {"type"})
+            return AskedGrammar(Grammar("json_object", b""), name)
+        case "json_schema":
+            _check_names(name, fields, {"type", "json_schema"})
+            return _named_schema(f"{name}.json_schema", fields.get("json_schema"))
+        case "structural_tag":
+            _check_names(name, fields, {"type", "structures", "triggers", "format"})
+            return _structural_tag(name, value)
+        case other:
+            raise _wrong(f"{name}.type", "must be text, json_object, json_schema or structural_tag", other)
+
+
+def _named_schema(name: str, value: object) -> AskedGrammar:
+    fields = _object(name, value)
+    _check_names(name, fields, {"name", "description", "schema", "strict"})
+    for text in ("name", "description"):
+        if not isinstance(fields.get(text), str | None):
+            raise _wrong(f"{name}.{text}", "must be a string", fields[text])
+    if not isinstance(fields.get("strict"), bool | None):
+        raise _wrong(f"{name}.strict", "must be true or false", fields["strict"])
+    if fields.get("schema") is None:
+        raise RequestError(f"'{name}.schema' is required", param=f"{name}.schema", code="missing_required_parameter")
+    return _json(f"{name}.schema", fields["schema"])
+
+
+def _structured_outputs(name: str, value: object) -> AskedGrammar | None:
+    fields = _object(name, value)
+    _check_names(name, fields, {*_FORMS, *_OPTIONS})
+    for option, harmless in _OPTIONS.items():
+        if (given := fields.get(option)) is not None and given not in harmless:
+            raise not_supported(f"{name}.{option}", harmless)
+    asked = [form for form in _FORMS if fields.get(form) is not None]
+    if len(asked) != 1:
+        raise RequestError(f"'{name}' has {len(asked)} forms, it takes one of {', '.join(_FORMS)}", param=name)
+    return _FORMS[asked[0]](f"{name}.{asked[0]}", fields[asked[0]])
+
+
+def _json(name: str, value: object) -> AskedGrammar:
+    """A schema, as an object or as the text of one."""
+    if isinstance(value, str):
+        return _asked("json_schema", value, name)
+    if not isinstance(value, dict | bool):
+        raise _wrong(name, "must be a JSON schema", value)
+    return _asked("json_schema", json.dumps(value, ensure_ascii=False, separators=(",", ":")), name)
+
+
+def _json_object(name: str, value: object) -> AskedGrammar | None:
+    if not isinstance(value, bool):
+        raise _wrong(name, "must be true or false", value)
+    return AskedGrammar(Grammar("json_object", b""), name) if value else None
+
+
+def _regex(name: str, value: object) -> AskedGrammar:
+    return _asked("regex", _text(name, value), name)
+
+
+def _grammar(name: str, value: object) -> AskedGrammar:
+    return _asked("lark", _text(name, value), name)
+
+
+def _choice(name: str, value: object) -> AskedGrammar:
+    if not isinstance(value, list) or not value or set(map(type, value)) != {str}:
+        raise _wrong(name, "must be a list of strings, and not be empty", value)
+    return _asked("choice", json.dumps(value, ensure_ascii=False), name)
+
+
+def _structural_tag(name: str, value: object) -> AskedGrammar:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise _wrong(name, "must be JSON", value) from None
+    return _asked("lark", tags_grammar(name, _object(name, value)), name)
+
+
+def _asked(kind: str, text: str, param: str) -> AskedGrammar:
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"'{param}' has a lone surrogate and is not valid Unicode", param=param) from None
+    if len(data) > MAX_GRAMMAR_BYTES:
+        raise RequestError(
+            f"'{param}' has {len(data)} bytes; the limit is {MAX_GRAMMAR_BYTES}",
+            param=param,
+            code="unsupported_grammar",
+        )
+    return AskedGrammar(Grammar(kind, data), param)
+
+
+def _object(name: str, value: object) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise _wrong(name, "must be an object", value)
+    return value
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise _wrong(name, "must be a string, and not be empty", value)
+    return value
+
+
+def _check_names(name: str, fields: Mapping[str, object], known: set[str]) -> None:
+    for field in fields:
+        if field not in known:
+            raise unknown_field(field, frozenset(known), name)
+
+
+def _wrong(name: str, rule: str, value: object) -> RequestError:
+    got = "nothing" if value is None else shown(value)
+    return RequestError(f"'{name}' {rule}, got {got}", param=clip(name, 128).strip("'"), code="invalid_value")
+
+
+_FORMS: dict[str, Callable[[str, object], AskedGrammar | None]] = {
+    "json": _json,
+    "json_object": _json_object,
+    "regex": _regex,
+    "choice": _choice,
+    "grammar": _grammar,
+    "structural_tag": _structural_tag,
+}
+_READ: dict[str, Callable[[str, object], AskedGrammar | None]] = {
+    "response_format": _response_format,
+    "structured_outputs": _structured_outputs,
+    "guided_json": _json,
+    "guided_regex": _regex,
+    "guided_choice": _choice,
+    "guided_grammar": _grammar,
+}

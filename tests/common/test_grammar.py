@@ -1,0 +1,99 @@
+"""Matchers are derived from a sequence's tokens: whatever happened to it, its mask is that of its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as TokenIds
+
+import pytest
+
+from kvferry.common.grammar import GrammarBroken, next_mask
+from kvferry.common.request import FinishReason, RequestId, SamplingParams, Sequence, finish_reason
+
+
+class _Matcher:
+    """Its mask is what it has taken."""
+
+    def __init__(self, log: list[TokenIds[int]]) -> None:
+        self._taken = b""
+        self._log = log
+
+    def accept(self, token_ids: TokenIds[int]) -> None:
+        if 99 in token_ids:
+            raise GrammarBroken("99")
+        self._log.append(list(token_ids))
+        self._taken += bytes(token_ids)
+
+    def mask(self) -> bytes:
+        return self._taken
+
+
+class _Grammar:
+    failure = ""
+
+    def __init__(self, *, is_ready: bool = True) -> None:
+        self.is_ready = is_ready
+        self.log: list[TokenIds[int]] = []
+        self.num_made = 0
+
+    def matcher(self) -> _Matcher:
+        self.num_made += 1
+        return _Matcher(self.log)
+
+
+def _sequence(grammar: _Grammar | None, *output: int) -> Sequence:
+    return Sequence(RequestId("r"), 0, 0, [7, 8, *output], 2, SamplingParams(), grammar=grammar)
+
+
+def test_without_a_grammar_there_is_no_mask() -> None:
+    assert next_mask(_sequence(None, 1)) is None
+
+
+def test_one_matcher_takes_each_token_once() -> None:
+    grammar = _Grammar()
+    seq = _sequence(grammar)
+    assert next_mask(seq) == b""
+    for token in (1, 2, 3):
+        seq.token_ids.append(token)
+        assert next_mask(seq) == next_mask(seq) == bytes(range(1, token + 1))
+    assert grammar.num_made == 1 and grammar.log == [[1], [2], [3]]
+
+
+def test_a_resumed_answer_is_replayed_at_once() -> None:
+    grammar = _Grammar()
+    assert next_mask(_sequence(grammar, 1, 2, 3)) == bytes((1, 2, 3))
+    assert grammar.log == [[1, 2, 3]]
+
+
+def test_a_matcher_that_is_ahead_of_its_answer_is_made_anew() -> None:
+    grammar = _Grammar()
+    seq = _sequence(grammar, 1, 2, 3)
+    next_mask(seq)
+    del seq.token_ids[-2:]
+    assert next_mask(seq) == bytes((1,)) and grammar.num_made == 2
+
+
+def test_a_token_that_does_not_fit_is_told() -> None:
+    with pytest.raises(GrammarBroken):
+        next_mask(_sequence(_Grammar(), 1, 99))
+
+
+@pytest.mark.parametrize("params", [SamplingParams(min_tokens=9), SamplingParams(ignore_eos=True)])
+def test_an_end_token_ends_an_answer_that_follows_a_grammar_whatever_else_is_asked(params: SamplingParams) -> None:
+    for follows_grammar, reason in ((True, FinishReason.STOP), (False, None)):
+        found = finish_reason(
+            params,
+            1,
+            num_output_tokens=2,
+            num_tokens=5,
+            eos_token_ids=frozenset({1}),
+            max_model_len=99,
+            follows_grammar=follows_grammar,
+        )
+        assert found is reason
+
+
+def test_a_sequence_waits_until_its_grammar_is_ready_unless_it_does_not_sample() -> None:
+    assert _sequence(_Grammar()).can_sample and _sequence(None).can_sample
+    waiting, unsampled = _sequence(_Grammar(is_ready=False)), _sequence(_Grammar(is_ready=False))
+    unsampled.samples = False
+    assert not waiting.can_sample and unsampled.can_sample

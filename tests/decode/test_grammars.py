@@ -1,0 +1,99 @@
+"""Answers that follow a grammar wait until it is ready, nothing else does, and one that is broken ends its request."""
+
+from __future__ import annotations
+
+from kvferry.common.batch import RowOutput, StepOutput
+from kvferry.common.grammar import Grammar
+from kvferry.common.messages import LocalTask, NoCapacity, ReserveKV, TaskRefused, WorkerFailure
+from kvferry.tests.fake_grammars import FakeGrammars
+
+from .bench import EOS, Bench, first_token
+
+GRAMMAR = Grammar("regex", b"a+")
+
+
+def _bench() -> tuple[Bench, FakeGrammars]:
+    bench, grammars = Bench(), FakeGrammars()
+    bench.role = bench.make_role(grammars=grammars)
+    return bench, grammars
+
+
+def _rows(bench: Bench) -> list[tuple[str, int]]:
+    batch = bench.step()
+    return [] if batch is None else [(str(row.seq.request_id), row.num_scheduled_tokens) for row in batch.rows]
+
+
+def test_a_grammar_is_compiled_from_the_reservation_on() -> None:
+    bench, grammars = _bench()
+    bench.send(ReserveKV(spec=bench.spec("a", 6, grammar=GRAMMAR)))
+    assert grammars.asked == [GRAMMAR]
+
+
+def test_a_local_prompt_is_computed_but_for_its_last_token_while_others_go_on() -> None:
+    bench, grammars = _bench()
+    bench.send(LocalTask(spec=bench.spec("a", 9, grammar=GRAMMAR)))
+    bench.send(LocalTask(spec=bench.spec("b", 3)))
+    assert sorted(_rows(bench)) == [("a", 8), ("b", 3)]
+    assert _rows(bench) == [("b", 1)]
+    grammars.known[GRAMMAR].is_ready = True
+    assert sorted(_rows(bench)) == [("a", 1), ("b", 1)]
+    bench.run()
+    assert bench.tokens("a") == {0: [(index, 9) for index in range(4)]} and bench.role.is_quiet
+
+
+def test_an_adopted_answer_waits_with_its_first_token() -> None:
+    bench, grammars = _bench()
+    bench.hand_over(bench.spec("a", 6, n=2, grammar=GRAMMAR), (first_token(0, 5), first_token(1, 6)))
+    assert _rows(bench) == []
+    assert bench.tokens("a") == {0: [(0, 5)], 1: [(0, 6)]}
+    grammars.known[GRAMMAR].is_ready = True
+    batch = bench.step()
+    assert batch is not None and [row.seq.grammar for row in batch.rows] == [grammars.known[GRAMMAR]] * 2
+
+
+def test_a_resumed_answer_and_forked_choices_have_the_grammar() -> None:
+    bench, grammars = _bench()
+    bench.send(LocalTask(spec=bench.spec("a", 6, n=2, outputs=([5, 6], [7]), grammar=GRAMMAR)))
+    bench.send(LocalTask(spec=bench.spec("b", 5, n=2, grammar=GRAMMAR)))
+    grammars.known[GRAMMAR].is_ready = True
+    bench.step()
+    batch = bench.step()
+    assert batch is not None and len(batch.rows) == 4
+    assert all(row.seq.grammar is grammars.known[GRAMMAR] for row in batch.rows)
+
+
+def test_an_end_token_ends_the_answer_though_ends_are_ignored() -> None:
+    bench, grammars = _bench()
+    spec = bench.spec("a", 5, grammar=GRAMMAR)
+    bench.send(LocalTask(spec=spec))
+    grammars.known[GRAMMAR].is_ready = True
+    bench.run(token=EOS)
+    assert bench.tokens("a") == {0: [(0, EOS)]} and bench.role.is_quiet
+
+
+def test_a_grammar_that_cannot_be_compiled_ends_its_requests_with_why() -> None:
+    bench, grammars = _bench()
+    bench.send(LocalTask(spec=bench.spec("a", 9, grammar=GRAMMAR)))
+    bench.hand_over(bench.spec("c", 6, grammar=GRAMMAR), (first_token(0, 5),))
+    bench.step()
+    grammars.known[GRAMMAR].failure = "it is too much"
+    bench.step()
+    refused = [message for message in bench.sent if isinstance(message, TaskRefused)]
+    assert [(message.request_id, message.reason) for message in refused] == [("a", "grammar"), ("c", "grammar")]
+    assert all("it is too much" in message.detail for message in refused)
+    assert bench.role.is_quiet and bench.pool.num_owned_blocks == 0
+
+
+def test_an_answer_whose_grammar_breaks_ends_alone_and_leaves_its_blocks_cached() -> None:
+    bench, grammars = _bench()
+    bench.send(LocalTask(spec=bench.spec("a", 8, grammar=GRAMMAR)))
+    grammars.known[GRAMMAR].is_ready = True
+    batch = bench.role.schedule()
+    assert batch is not None
+    bench.role.complete(batch, StepOutput([RowOutput((), is_finite=False, grammar_failure="stuck")], 0.01, 8))
+    failure = bench.last(WorkerFailure)
+    assert isinstance(failure, WorkerFailure) and failure.code == "grammar_failed" and "stuck" in failure.reason
+    assert bench.role.is_quiet and bench.pool.num_owned_blocks == 0
+    assert bench.role.counters().nonfinite_rows == 0
+    bench.send(ReserveKV(spec=bench.spec("b", 8)))
+    assert isinstance(bench.last(NoCapacity), NoCapacity), "the prompt's blocks are held: they are sound"

@@ -1,0 +1,314 @@
+"""Matchers over real vocabularies: what they let come, that they follow from tokens alone, and what is not compiled."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+
+from kvferry.common.errors import ConfigError, RequestError
+from kvferry.common.grammar import Grammar, GrammarBroken
+from kvferry.grammar.limits import MAX_ENUM_MEMBERS, MAX_PROPERTIES
+from kvferry.grammar.matching import AnswerMatcher, Vocabulary, compile_grammar
+from kvferry.models.tokenizer import Tokenizer
+from kvferry.tests.checkpoints import write_tokenizer
+
+EOS = frozenset({1, 3})
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 8, "pattern": "^[A-Zé]"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b", None]}, "maxItems": 3},
+        "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
+    },
+    "required": ["name", "tags"],
+    "additionalProperties": False,
+}
+
+
+def _byte_level(path: Path) -> None:
+    write_tokenizer(path, 512)
+
+
+def _byte_fallback(path: Path) -> None:
+    """Llama 2's kind."""
+    pieces = ["<unk>", "</s>", "<s>", "<end>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581\u2581"]
+    pieces += ['{"', '":', *map(chr, range(33, 127)), "name", "age"]
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={piece: index for index, piece in enumerate(pieces)},
+            merges=[("\u2581", "\u2581"), ("{", '"'), ('"', ":")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    _save(backend, path)
+
+
+def _metaspace(path: Path) -> None:
+    """A kind that the library does not know: the bytes of its tokens are told to it."""
+    pieces = ["<unk>", "</s>", "<s>", "<end>", "\u2581", *map(chr, range(33, 127)), "\n", "\u2581a", "\u2581b"]
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={p: i for i, p in enumerate(pieces)}, merges=[("\u2581", "a"), ("\u2581", "b")], unk_token="<unk>"
+        )
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Metaspace()
+    _save(backend, path)
+
+
+def _save(backend: tokenizers.Tokenizer, path: Path) -> None:
+    backend.add_special_tokens(["</s>", "<s>", "<end>"])
+    backend.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text("{}")
+
+
+@pytest.fixture(scope="module", params=[_byte_level, _byte_fallback, _metaspace])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Vocabulary, Tokenizer]:
+    """A model's vocabulary with 40 ids behind the last token."""
+    path = tmp_path_factory.mktemp("model")
+    write: Callable[[Path], None] = request.param
+    write(path)
+    tokenizer = Tokenizer.from_dir(path)
+    return Vocabulary.from_dir(path, vocab_size=tokenizer.vocab_size + 40, eos_token_ids=EOS), tokenizer
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    path = tmp_path_factory.mktemp("bytes")
+    _byte_level(path)
+    return Vocabulary.from_dir(path, vocab_size=512, eos_token_ids=EOS)
+
+
+def schema(value: Any) -> Grammar:
+    return Grammar("json_schema", json.dumps(value).encode())
+
+
+def allowed(matcher: AnswerMatcher) -> list[int]:
+    mask = matcher.mask()
+    return [token for token in range(8 * len(mask)) if mask[token >> 3] >> (token & 7) & 1]
+
+
+def random_answer(matcher: AnswerMatcher, draw: random.Random, *, max_tokens: int = 300) -> list[int] | None:
+    """Take tokens until an end; None: there was none."""
+    tokens: list[int] = []
+    while len(tokens) < max_tokens:
+        choices = allowed(matcher)
+        ends = [token for token in choices if token in EOS]
+        token = draw.choice(ends if ends and draw.random() < 0.5 else choices)
+        if token in EOS:
+            return tokens
+        matcher.accept([token])
+        tokens.append(token)
+    return None
+
+
+def test_every_answer_that_ends_is_valid(model: tuple[Vocabulary, Tokenizer]) -> None:
+    vocabulary, tokenizer = model
+    first = compile_grammar(vocabulary, schema(PERSON))
+    ended = 0
+    for seed in range(30):
+        tokens = random_answer(first.fork(), random.Random(seed))
+        if tokens is not None:
+            jsonschema.validate(json.loads(tokenizer.decode([4, *tokens])[len(tokenizer.decode([4])) :]), PERSON)
+            ended += 1
+    assert ended > 3
+
+
+def test_the_masks_end_with_the_vocabulary_and_have_no_special_token_but_ends(
+    model: tuple[Vocabulary, Tokenizer],
+) -> None:
+    vocabulary, tokenizer = model
+    first = compile_grammar(vocabulary, Grammar("regex", rb"(.|\n)*"))
+    found = set(allowed(first))
+    assert found and max(found) < tokenizer.vocab_size
+    assert found & tokenizer.special_ids <= EOS and found >= EOS & {1}
+    assert len(first.mask()) == -(-(tokenizer.vocab_size + 40) // 32) * 4
+
+
+def test_bytes_of_tokens_are_those_of_our_own_text(model: tuple[Vocabulary, Tokenizer]) -> None:
+    vocabulary, tokenizer = model
+    for token in range(tokenizer.vocab_size):
+        if (
+            token not in tokenizer.special_ids and tokenizer.token_bytes(token) != b"\xff"
+        ):  # of no text, and a mark there
+            assert vocabulary.tokenizer.decode_bytes([token]) == tokenizer.token_bytes(token)
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**32), cut=st.integers(0, 60), back=st.integers(0, 60))
+def test_a_matcher_follows_from_its_tokens_alone(vocabulary: Vocabulary, seed: int, cut: int, back: int) -> None:
+    """Stepped, replayed at once, forked, or rolled back: the same mask, byte for byte."""
+    first = compile_grammar(vocabulary, schema(PERSON))
+    draw, stepped, tokens = random.Random(seed), first.fork(), list[int]()
+    for _ in range(cut):
+        choices = [token for token in allowed(stepped) if token not in EOS]
+        if not choices:
+            break
+        tokens.append(draw.choice(choices))
+        stepped.accept(tokens[-1:])
+    mask = stepped.mask()
+    replayed = first.fork()
+    replayed.accept(tokens)
+    assert replayed.mask() == mask
+    fork = stepped.fork()
+    taken = back if back <= len(tokens) else len(tokens)
+    stepped.rollback(taken)
+    stepped.accept(tokens[len(tokens) - taken :])
+    assert stepped.mask() == mask == fork.mask()
+    assert first.mask() == compile_grammar(vocabulary, schema(PERSON)).mask(), "forks leave it where it was"
+
+
+def test_a_token_that_does_not_fit_breaks_the_matcher_for_good(vocabulary: Vocabulary) -> None:
+    matcher = compile_grammar(vocabulary, Grammar("regex", b"[ab]{3}"))
+    wrong = next(token for token in range(4, 300) if token not in allowed(matcher))
+    with pytest.raises(GrammarBroken):
+        matcher.accept([wrong])
+    with pytest.raises(GrammarBroken):
+        matcher.mask()
+
+
+def test_nothing_but_an_end_follows_a_finished_answer(vocabulary: Vocabulary) -> None:
+    matcher = compile_grammar(vocabulary, Grammar("choice", b'["a"]'))
+    before = matcher.accepts_end
+    matcher.accept(allowed(matcher)[:1])
+    assert (before, matcher.accepts_end) == (False, True) and set(allowed(matcher)) == EOS
+
+
+def _texts(vocabulary: Vocabulary, grammar: Grammar) -> set[str]:
+    """Return all answers of a small grammar."""
+    found, waiting = set(), [(compile_grammar(vocabulary, grammar), "")]
+    while waiting:
+        matcher, text = waiting.pop()
+        for token in allowed(matcher):
+            if token in EOS:
+                found.add(text)
+                continue
+            longer = matcher.fork()
+            longer.accept([token])
+            waiting.append((longer, text + vocabulary.tokenizer.decode_bytes([token]).decode()))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "answers"),
+    [
+        ("choice", '["yes", "no", "", "\\"q\\\\"]', {"yes", "no", "", '"q\\'}),
+        ("regex", "a{1,2}|b", {"a", "aa", "b"}),
+        ("lark", 'start: "x" ("y" | "z")', {"xy", "xz"}),
+        ("lark", 'root ::= "x" ("y" | "z")\n', {"xy", "xz"}),
+        ("json_schema", '{"enum": [1, "a", null]}', {"1", '"a"', "null"}),
+    ],
+)
+def test_every_kind_has_its_own_answers(vocabulary: Vocabulary, kind: str, text: str, answers: set[str]) -> None:
+    assert _texts(vocabulary, Grammar(kind, text.encode())) == answers
+
+
+def test_white_space_of_json_is_bounded(vocabulary: Vocabulary) -> None:
+    first = compile_grammar(vocabulary, schema({"type": "array", "items": {"const": 1}, "minItems": 1, "maxItems": 1}))
+
+    def takes(text: str) -> bool:
+        matcher = first.fork()
+        try:
+            matcher.accept(vocabulary.tokenizer.greedy_tokenize(text))
+        except GrammarBroken:
+            return False
+        return matcher.accepts_end
+
+    assert all(takes(text) for text in ("[1]", "[ 1 ]", "[\n  1\n]", "[\n" + 32 * " " + "1]"))
+    assert not any(takes(text) for text in ("[  1]", "[\n\n1]", "[\n" + 33 * " " + "1]", "[\t1]", " [1]", "[1] "))
+
+
+def _nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        value = {"type": "object", "properties": {"a": value}}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("grammar", "param", "match"),
+    [
+        (schema({"properties": {"a": {"items": {"not": {}}}}}), ".properties.a.items.not", "keyword 'not' at 'prop"),
+        (schema({"anyOf": [{}, {"uniqueItems": True}]}), ".anyOf[1].uniqueItems", "keyword 'uniqueItems'"),
+        (schema({"properties": {"not": {"if": {}}}}), ".properties.not.if", "keyword 'if'"),
+        (schema({"items": {"format": "color"}}), ".items.format", "keyword 'format'.*Unknown format: color"),
+        (schema({"$ref": "#/$defs/x"}), ".$ref", "does not exist"),
+        (schema({"$ref": "http://localhost/x"}), ".$ref", "does not fetch"),
+        (schema({"properties": {"a": {"pattern": "^x(?=y)"}}}), ".properties.a.pattern", "look-around"),
+        (schema({"oneOf": [{"type": "string"}, {"minLength": 3}]}), ".oneOf", "oneOf"),
+        (schema({"x-guidance": {"lenient": True}, "not": {}}), ".x-guidance", "x-guidance"),
+        (schema({"type": "foo"}), ".type", "Invalid type: foo"),
+        (schema({"type": "integer", "minimum": 3, "maximum": 2}), "", "minimum"),
+        (schema({"$ref": "#"}), "", "no answer"),
+        (schema(False), "", "no answer"),
+        (schema([]), "", "must be an object"),
+        (Grammar("json_schema", b"{"), "", "is not JSON"),
+        (Grammar("regex", b"("), "", "unclosed group"),
+        (Grammar("regex", b"x{100000}"), "", r"repeats a part \{100000\} times"),
+        (schema({"properties": {"a": {"pattern": "(y{9999}|x)"}}}), ".properties.a.pattern", "repeats a part"),
+        (Grammar("lark", b"start: nobody"), "", "unknown name"),
+        (Grammar("lark", b"nothing of this kind"), "", "not of its kind"),
+        (Grammar("xml", b"<a/>"), "", "is none of json_object"),
+        (schema({"properties": {str(i): {} for i in range(5000)}}), "", f"limit is {MAX_PROPERTIES}"),
+        (schema({"enum": list(range(10_000))}), "", f"limit is {MAX_ENUM_MEMBERS}"),
+        (schema({"enum": list(range(20_000))}), "", "bytes; the limit is 65536"),
+        (Grammar("choice", json.dumps(list("ab") * 1500).encode()), "", "has 3000 choices; the limit is 2000"),
+        (schema(_nested(300)), "", "nested deeper than 32"),
+        (Grammar("json_schema", b'{"a":' * 9000 + b"1" + b"}" * 9000), "", "nested deeper than 32"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_kept_is_refused_by_its_place(
+    vocabulary: Vocabulary, grammar: Grammar, param: str, match: str
+) -> None:
+    with pytest.raises(RequestError, match=match) as caught:
+        compile_grammar(vocabulary, grammar)
+    assert (caught.value.param, caught.value.status) == (param, 400)
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("regex", b"(a{1,1000}){1,1000}"),
+        Grammar("regex", b"((((((a*)*)*)*)*)*)*b"),
+        Grammar("regex", b"(a|aa)*"),
+        Grammar("lark", b'start: start start | "a"'),
+        schema({"type": "string", "maxLength": 10**6}),
+        schema({"type": "array", "maxItems": 10**6}),
+        schema({"enum": [f"{i}" for i in range(MAX_ENUM_MEMBERS)]}),
+        schema(_nested(15)),
+        schema(True),
+        schema({"properties": {"x-guidance": {"type": "string"}}}),
+    ],
+)
+def test_what_looks_bad_and_is_not_is_served(vocabulary: Vocabulary, grammar: Grammar) -> None:
+    assert any(compile_grammar(vocabulary, grammar).mask())
+
+
+def test_a_model_whose_answers_cannot_end_follows_no_grammar(tmp_path: Path) -> None:
+    _byte_level(tmp_path)
+    with pytest.raises(ConfigError, match="no end token"):
+        Vocabulary.from_dir(tmp_path, vocab_size=512, eos_token_ids=frozenset())
+
+
+def test_tokens_with_spaces_between_them_follow_no_grammar(tmp_path: Path) -> None:
+    words = ["<unk>", "</s>", "<s>", "<end>", "we"]
+    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    _save(backend, tmp_path)
+    with pytest.raises(ConfigError, match="puts spaces between tokens"):
+        Vocabulary.from_dir(tmp_path, vocab_size=8, eos_token_ids=EOS)

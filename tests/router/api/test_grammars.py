@@ -1,0 +1,130 @@
+"""Every form in which a client may ask for a grammar, and what is wrong with one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kvferry.common.errors import RequestError
+from kvferry.common.grammar import MAX_GRAMMAR_BYTES, Grammar
+from kvferry.router.api.schemas import ChatBody, CompletionBody, validate
+
+SCHEMA = {"type": "object", "properties": {"é": {"type": "string"}}, "required": ["é"]}
+SCHEMA_TEXT = json.dumps(SCHEMA, ensure_ascii=False, separators=(",", ":"))
+JSON = Grammar("json_schema", SCHEMA_TEXT.encode())
+
+
+def asked(**fields: Any) -> tuple[Grammar | None, str]:
+    """Return the grammar that both kinds of bodies ask for, and by which field."""
+    chat = validate(ChatBody, {"messages": [{"role": "user", "content": "a"}], **fields}).asked_grammar
+    completion = validate(CompletionBody, {"prompt": "a", **fields}).asked_grammar
+    assert chat == completion
+    return (None, "") if chat is None else chat
+
+
+def named_schema(**more: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, **more}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar", "param"),
+    [
+        ({}, None, ""),
+        ({"response_format": None}, None, ""),
+        ({"response_format": {"type": "text"}}, None, ""),
+        ({"response_format": {"type": "json_object"}}, Grammar("json_object", b""), "response_format"),
+        ({"response_format": named_schema()}, JSON, "response_format.json_schema.schema"),
+        ({"response_format": named_schema(strict=True)}, JSON, "response_format.json_schema.schema"),
+        ({"response_format": named_schema(strict=False)}, JSON, "response_format.json_schema.schema"),
+        ({"response_format": named_schema(strict=None, description="d")}, JSON, "response_format.json_schema.schema"),
+        ({"structured_outputs": {"json": SCHEMA}}, JSON, "structured_outputs.json"),
+        ({"structured_outputs": {"json": SCHEMA_TEXT}}, JSON, "structured_outputs.json"),
+        ({"structured_outputs": {"json_object": True}}, Grammar("json_object", b""), "structured_outputs.json_object"),
+        ({"structured_outputs": {"json_object": False}}, None, ""),
+        ({"structured_outputs": {"regex": "a+"}}, Grammar("regex", b"a+"), "structured_outputs.regex"),
+        (
+            {"structured_outputs": {"choice": ["a", "é"], "regex": None, "disable_fallback": True}},
+            Grammar("choice", '["a", "é"]'.encode()),
+            "structured_outputs.choice",
+        ),
+        (
+            {"structured_outputs": {"grammar": "start: /a/"}},
+            Grammar("lark", b"start: /a/"),
+            "structured_outputs.grammar",
+        ),
+        ({"guided_json": SCHEMA}, JSON, "guided_json"),
+        ({"guided_json": SCHEMA_TEXT}, JSON, "guided_json"),
+        ({"guided_regex": "a"}, Grammar("regex", b"a"), "guided_regex"),
+        ({"guided_choice": ["a"]}, Grammar("choice", b'["a"]'), "guided_choice"),
+        ({"guided_grammar": "root ::= 'a'"}, Grammar("lark", b"root ::= 'a'"), "guided_grammar"),
+        ({"guided_json": SCHEMA, "response_format": {"type": "text"}}, JSON, "guided_json"),
+    ],
+)
+def test_every_form_becomes_one_grammar(fields: dict[str, Any], grammar: Grammar | None, param: str) -> None:
+    assert asked(**fields) == (grammar, param)
+
+
+TAGS = {
+    "triggers": ["<f="],
+    "structures": [{"begin": "<f=a>", "schema": {"type": "integer"}, "end": "</f>"}, {"begin": "<f=b>", "end": "x"}],
+}
+
+
+def test_structural_tags_become_a_grammar_in_either_place() -> None:
+    in_format = asked(response_format={"type": "structural_tag", **TAGS})
+    assert in_format[0] is not None and in_format[0].kind == "lark"
+    assert in_format[0] == asked(structured_outputs={"structural_tag": json.dumps(TAGS)})[0]
+    text = in_format[0].text.decode()
+    assert 'trigger_0[lazy]: TEXT "<f="' in text and 'tag_0: trigger_0 "a>" %json {"type": "integer"} "</f>"' in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "match"),
+    [
+        ({"response_format": "json"}, "response_format", "must be an object"),
+        ({"response_format": {}}, "response_format.type", "must be text, json_object, .*, got nothing"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "got 'xml'"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema", "unknown field"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "must be an object"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}},
+            "response_format.json_schema.schema",
+            "is required",
+        ),
+        ({"response_format": named_schema(strict="yes")}, "response_format.json_schema.strict", "true or false"),
+        ({"response_format": named_schema(name=7)}, "response_format.json_schema.name", "must be a string"),
+        ({"structured_outputs": {}}, "structured_outputs", "has 0 forms"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "has 2 forms"),
+        ({"structured_outputs": {"regexp": "a"}}, "structured_outputs.regexp", "did you mean 'regex'"),
+        (
+            {"structured_outputs": {"json": {}, "disable_any_whitespace": True}},
+            "structured_outputs.disable_any_whitespace",
+            "is not supported",
+        ),
+        ({"guided_regex": ["a"]}, "guided_regex", "must be a string"),
+        ({"guided_regex": ""}, "guided_regex", "not be empty"),
+        ({"guided_choice": []}, "guided_choice", "list of strings"),
+        ({"guided_choice": ["a", 1]}, "guided_choice", "list of strings"),
+        ({"guided_json": 7}, "guided_json", "JSON schema"),
+        ({"guided_regex": "a" * (MAX_GRAMMAR_BYTES + 1)}, "guided_regex", "has 65537 bytes; the limit is 65536"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "ask for several"),
+        ({"guided_json": {}, "response_format": {"type": "json_object"}}, "guided_json", "ask for several"),
+        ({"structured_outputs": {"structural_tag": "{"}}, "structured_outputs.structural_tag", "must be JSON"),
+        (
+            {"response_format": {"type": "structural_tag", "format": {}}},
+            "response_format.format",
+            "is not supported",
+        ),
+        (
+            {"response_format": {"type": "structural_tag", **TAGS, "triggers": ["<g"]}},
+            "response_format.structures[0].begin",
+            "begins with none of the triggers",
+        ),
+    ],
+)
+def test_what_is_wrong_is_refused_by_its_place(fields: dict[str, Any], param: str, match: str) -> None:
+    with pytest.raises(RequestError, match=match) as caught:
+        asked(**fields)
+    assert (caught.value.param, caught.value.status) == (param, 400)

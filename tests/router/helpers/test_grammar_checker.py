@@ -1,0 +1,99 @@
+"""Grammars are compiled elsewhere before anybody follows them; what takes too long is ended and refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvferry.common.errors import RequestError
+from kvferry.common.grammar import Grammar
+from kvferry.router.helpers import grammar_checker
+from kvferry.router.helpers.grammar_checker import QUICK_BYTES, GrammarCompilers
+from kvferry.router.helpers.helper import HelperLost
+from kvferry.tests.checkpoints import write_tokenizer
+
+EOS = frozenset({1})
+
+
+@asynccontextmanager
+async def _checking(path: Path, eos: frozenset[int] = EOS) -> AsyncIterator[GrammarCompilers]:
+    write_tokenizer(path, 512)
+    checker = GrammarCompilers(path, 512, eos)
+    try:
+        yield checker
+    finally:
+        checker.close()
+
+
+def _schema(value: Any) -> Grammar:
+    return Grammar("json_schema", json.dumps(value).encode())
+
+
+async def _late(*_: object) -> tuple[bytes, bytes]:
+    raise HelperLost("it did not answer", is_late=True)
+
+
+LARGE = _schema({"properties": {f"property_{i}": {"type": "string"} for i in range(150)}})
+COSTLY = _schema({"properties": {f"property_{i}": {"type": "string"} for i in range(1500)}})
+
+
+async def test_small_and_large_grammars_have_processes_of_their_own(tmp_path: Path) -> None:
+    assert len(LARGE.text) > QUICK_BYTES
+    async with _checking(tmp_path) as checker:
+        await checker.check(Grammar("regex", b"a+"), "guided_regex")
+        assert checker.quick.pid is not None and checker.long.pid is None
+        await checker.check(LARGE, "guided_json")
+        assert checker.long.pid not in (None, checker.quick.pid)
+
+
+async def test_what_is_known_asks_nobody(tmp_path: Path) -> None:
+    async with _checking(tmp_path) as checker:
+        await checker.check(Grammar("regex", b"a+"), "guided_regex")
+        checker.close()
+        await checker.check(Grammar("regex", b"a+"), "guided_regex")
+        assert checker.quick.pid is None
+
+
+async def test_a_refusal_names_the_field_and_the_place_in_it(tmp_path: Path) -> None:
+    async with _checking(tmp_path) as checker:
+        with pytest.raises(RequestError, match=r"'guided_json' has the keyword 'not' at 'items\.not'") as caught:
+            await checker.check(_schema({"items": {"not": {}}}), "guided_json")
+        assert caught.value.param == "guided_json.items.not"
+        assert (caught.value.code, caught.value.status) == ("unsupported_grammar", 400)
+        await checker.check(_schema({"items": {}}), "guided_json")
+
+
+async def test_what_takes_too_long_is_refused_and_nobody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with _checking(tmp_path) as checker:
+        await checker.check(LARGE, "guided_json")
+        pid = checker.long.pid
+        monkeypatch.setattr(grammar_checker, "TIME_LIMIT_S", 0.02)
+        with pytest.raises(RequestError, match=r"takes more than 0\.02 s to compile") as caught:
+            await checker.check(COSTLY, "guided_json")
+        assert (caught.value.param, caught.value.code) == ("guided_json", "unsupported_grammar")
+        monkeypatch.undo()
+        await checker.check(_schema({"properties": {f"p{i}": {} for i in range(400)}}), "guided_json")
+        assert checker.long.pid not in (None, pid), "its process was ended"
+
+
+async def test_a_small_grammar_that_is_costly_gets_what_is_left_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with _checking(tmp_path) as checker:
+        monkeypatch.setattr(checker.quick, "ask", _late)
+        await checker.check(Grammar("regex", b"a{500}(b{3}|c){500}"), "guided_regex")
+        assert checker.long.pid is not None
+
+
+async def test_a_model_that_cannot_follow_grammars_says_so(tmp_path: Path) -> None:
+    async with _checking(tmp_path, frozenset()) as checker:
+        with pytest.raises(RequestError, match="the model has no end token") as caught:
+            await checker.check(Grammar("regex", b"a"), "guided_regex")
+        assert caught.value.status == 400
