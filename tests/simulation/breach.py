@@ -37,6 +37,7 @@ INVARIANTS = {
     "F2": "a block hash has one content, in every tier of every worker",
     "F3": "a prompt waits for a fetch no longer than its router allows, and for no part beyond its lease",
     "F4": "what a fetch publishes was lent when it was read",
+    "G1": "what may come next in an answer is what its own grammar says there",
     "crash": "no exception that is nobody's answer",
 }
 

@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 from kvferry.common.batch import Batch, BatchRow, RowOutput, StepOutput
 from kvferry.common.request import SampledToken, Sequence
+from kvferry.engine.masks import find_masks
 from kvferry.kvcache.blocks import BlockPool
 
 from .breach import Breach
+from .grammars import mask_of
 from .oracle import Answer, Oracle, sampled
 
 _NOTHING = -1
@@ -106,6 +108,7 @@ class Engine:
             self._memory.copy_block(source, target)
         self._copied = {source for source, _ in (*batch.block_copies, *batch.swap_out)}  # read before they are written
         self._work = [self._work_of(row) for row in batch.rows]
+        self._check_masks([row for row in batch.rows if row.samples])
 
     def _work_of(self, row: BatchRow) -> _Work:
         seq = row.seq
@@ -115,6 +118,16 @@ class Engine:
             raise Breach("I6", f"{self._name} is fed {seq.token_ids[:end]} for {seq.request_id}/{seq.choice}")
         scores = seq.sampling.prompt_logprobs is not None
         return _Work(seq, answer, list(seq.block_table), start, end, row.choices if row.samples else (), scores)
+
+    def _check_masks(self, rows: list[BatchRow]) -> None:
+        """What may come next is what the answer's own grammar says at this place."""
+        for row, mask in zip(rows, find_masks(rows), strict=True):
+            answer = self._oracles[row.seq.request_id].answers[row.choices[0]]
+            index = row.seq.num_output_tokens
+            wanted = answer.allowed[index] if index < len(answer.allowed) else None
+            if (mask is None) != (wanted is None) or (mask and (mask.failure or mask.words != mask_of(wanted or ()))):
+                name = f"{row.seq.request_id}/{row.choices[0]}"
+                raise Breach("G1", f"{self._name} lets {mask} come at index {index} of {name}, not {wanted}")
 
     def write_layer(self, layer: int) -> None:
         """The layer's keys and values of this step."""

@@ -13,6 +13,7 @@ WAYS = (
     *("role change with prompt", "role change with shipment", "role change with answer", "role change in a drain"),
     *("role change with granted reservation", "role change with open reservation"),
     *("fetched blocks", "fetches that failed", "lent blocks", "arrival corrupt", "pages spoiled"),
+    *("matchers", "matchers brought up"),
     *("promoted blocks", "demoted blocks", "disk read", "disk write failed"),
 )
 

@@ -14,11 +14,22 @@ from kvferry.common.request import SampledToken, SamplingParams
 
 VOCAB_SIZE = 64
 EOS = 0
+_NUM_CLASSES = 4  # of tokens, of which a grammar lets one come
 _TOKENS = tuple(SampledToken(token_id) for token_id in range(VOCAB_SIZE))
 
 
 def sampled(token_id: int) -> SampledToken:
     return _TOKENS[token_id]
+
+
+def next_state(state: int, token: int) -> int:
+    """A grammar's state after one more token."""
+    return (31 * state + token + 1) % 4093
+
+
+def allowed_after(state: int) -> range:
+    """The tokens that may come next."""
+    return range(state % _NUM_CLASSES, VOCAB_SIZE, _NUM_CLASSES)
 
 
 @dataclass(slots=True)
@@ -30,6 +41,7 @@ class Answer:
     num_prompt_tokens: int
     finish: str
     prompt_logprobs: tuple[SampledToken, ...] = ()  # entry i is about prompt token i + 1
+    allowed: tuple[range, ...] = ()  # with a grammar: the tokens that may come at each index of the output
 
     @property
     def output(self) -> list[int]:
@@ -37,24 +49,37 @@ class Answer:
 
 
 def answer(
-    prompt: Sequence[int], prompt_tags: list[int], sampling: SamplingParams, choice: int, max_model_len: int
+    prompt: Sequence[int],
+    prompt_tags: list[int],
+    sampling: SamplingParams,
+    choice: int,
+    max_model_len: int,
+    grammar: int | None = None,
 ) -> Answer:
-    """What a choice yields if nobody stops it."""
+    """What a choice yields if nobody stops it. `grammar`: the state in which its grammar begins."""
+    allowed: list[range] = []
     tokens, tags = list(prompt), list(prompt_tags)
     num_prompt, finish = len(tokens), "stop"
     while True:
         number = len(tokens) - num_prompt  # of tokens that there are
         token = hash((tags[-1], sampling.seed, choice, number)) % VOCAB_SIZE
+        if grammar is not None:
+            allowed.append(allowed_after(grammar))
+            # An end may come late, or not at all: then another token does.
+            may_end = number >= sampling.min_tokens and not sampling.ignore_eos
+            fitting = [each for each in allowed[-1] if each != EOS or may_end]
+            token = fitting[token % len(fitting)]
+            grammar = next_state(grammar, token)
         tokens.append(token)
         tags.append(hash((tags[-1], token)))
         number += 1
-        if token == EOS and number >= sampling.min_tokens and not sampling.ignore_eos:
+        if token == EOS and (grammar is not None or (number >= sampling.min_tokens and not sampling.ignore_eos)):
             break
         if number == sampling.max_tokens or len(tokens) >= max_model_len:
             finish = "length"
             break
     scores = tuple(SampledToken(tokens[i + 1], -float(tags[i] % 1000)) for i in range(num_prompt - 1))
-    return Answer(tokens, tags, num_prompt, finish, scores)
+    return Answer(tokens, tags, num_prompt, finish, scores, tuple(allowed))
 
 
 def tags_of(tokens: Sequence[int], tenant: int) -> list[int]:
@@ -72,8 +97,15 @@ class Oracle:
     __slots__ = ("answers", "request_id")
 
     def __init__(
-        self, request_id: str, prompt: Sequence[int], tenant: int, sampling: SamplingParams, n: int, max_model_len: int
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        tenant: int,
+        sampling: SamplingParams,
+        n: int,
+        max_model_len: int,
+        grammar: int | None = None,
     ) -> None:
         self.request_id = request_id
         tags = tags_of(prompt, tenant)
-        self.answers = [answer(prompt, tags, sampling, choice, max_model_len) for choice in range(n)]
+        self.answers = [answer(prompt, tags, sampling, choice, max_model_len, grammar) for choice in range(n)]

@@ -36,6 +36,7 @@ class Ask:
     timeout_s: float | None
     manners: Manners
     is_poison: bool = False  # kills whoever computes it
+    grammar: int | None = None  # the state in which its grammar begins; None: it follows none
 
 
 @dataclass(slots=True, frozen=True)
@@ -120,7 +121,7 @@ def draw(seed: int, num_requests: int | None = None, *, faulted: bool = True) ->
         transfer=TransferConfig(
             kv_checksum="on" if has_checksums else "off", lease_s=random.choice((LEASE_S, LEASE_S, 0.15))
         ),
-        asks=tuple(_asks(random, number, lasts_s, num_routers, faulted)),
+        asks=tuple(_with_grammars(Random(f"grammars {seed}"), _asks(random, number, lasts_s, num_routers, faulted))),
         faults=(),
         calm_at_s=calm_at_s,
         max_num_seqs=random.choice((3, 8, 16)),
@@ -193,6 +194,12 @@ def _asks(random: Random, number: int, lasts_s: float, num_routers: int, faulted
             )
         )
     return asks
+
+
+def _with_grammars(random: Random, asks: list[Ask]) -> list[Ask]:
+    """Some requests of some seeds follow a grammar, of which there are few: they are asked for again."""
+    share = random.choice((0.0, 0.2, 0.6))
+    return [replace(ask, grammar=random.randrange(6)) if random.random() < share else ask for ask in asks]
 
 
 def _manners(random: Random, share: float) -> Manners:

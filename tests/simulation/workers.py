@@ -48,6 +48,7 @@ from .agent import Agent
 from .breach import Breach
 from .disk import SimDisk
 from .engine import Engine, Memory
+from .grammars import SimGrammars
 from .invariants import check_counts, check_holders, check_reservations
 from .kernel import Process, ProcessClock
 from .landings import Landings
@@ -208,6 +209,7 @@ class Worker:
             reading=RankReading(self._shipping.each, self.sender.reader),
             regions=(self.incoming.region(),),
             watch_processes=self.world.watch,
+            grammars=SimGrammars(self),
         )
 
     def _start(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from kvferry.common.errors import RequestError
+from kvferry.common.grammar import Grammar
 from kvferry.common.messages import (
     Decoder,
     DecodeToPrefill,
@@ -208,7 +209,9 @@ class World:
 
     def _submit(self, number: int, ask: Ask) -> None:
         request_id = f"q-{number}"
-        oracle = Oracle(request_id, ask.prompt, ask.tenant, ask.sampling, ask.n, self.scenario.max_model_len)
+        oracle = Oracle(
+            request_id, ask.prompt, ask.tenant, ask.sampling, ask.n, self.scenario.max_model_len, ask.grammar
+        )
         self.oracles[request_id] = oracle
         if ask.is_poison:
             self.poison[request_id] = 0
@@ -220,6 +223,7 @@ class World:
             priority=ask.priority,
             cache_salt=b"%d" % ask.tenant,
             timeout_s=ask.timeout_s,
+            grammar=None if ask.grammar is None else Grammar("sim", b"%d" % ask.grammar),
         )
         router = self.routers[ask.router]
         call = Call(self.kernel, router, request, oracle, ask.manners)

@@ -1,0 +1,77 @@
+"""Grammars without a library: which tokens may come next is a residue class, chosen by all tokens of the answer so far.
+
+So a matcher that has missed a token, or has taken those of another choice, gives another mask.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as TokenIds
+from typing import TYPE_CHECKING
+
+from kvferry.common.grammar import Grammar, GrammarBroken
+
+from .oracle import VOCAB_SIZE, allowed_after, next_state
+
+if TYPE_CHECKING:
+    from .workers import Worker
+
+MAX_COMPILE_S = 0.05  # some steps: requests overtake those whose grammar is not ready
+
+
+def mask_of(tokens: TokenIds[int]) -> bytes:
+    """Return the mask that lets these tokens come."""
+    return sum(1 << token for token in tokens).to_bytes(VOCAB_SIZE // 8, "little")
+
+
+class SimMatcher:
+    """Implements `common.grammar.Matcher`."""
+
+    def __init__(self, start: int, seen: Counter[str]) -> None:
+        self._state = start
+        self._seen = seen
+
+    def accept(self, token_ids: TokenIds[int]) -> None:
+        self._seen["matchers brought up"] += len(token_ids) > 1
+        for token in token_ids:
+            if token not in allowed_after(self._state):
+                raise GrammarBroken(f"token {token} is not in {allowed_after(self._state)}")
+            self._state = next_state(self._state, token)
+
+    def mask(self) -> bytes:
+        return mask_of(allowed_after(self._state))
+
+
+class SimGrammar:
+    """Implements `common.grammar.CompiledGrammar`."""
+
+    failure = ""
+
+    def __init__(self, start: int, seen: Counter[str]) -> None:
+        self.is_ready = False
+        self._start = start
+        self._seen = seen
+
+    def matcher(self) -> SimMatcher:
+        assert self.is_ready, "a grammar is matched before it is compiled"
+        self._seen["matchers"] += 1
+        return SimMatcher(self._start, self._seen)
+
+
+class SimGrammars:
+    """Implements `common.grammar.Grammars` for one life of a worker: compiling takes a while."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._known: dict[Grammar, SimGrammar] = {}
+
+    def get(self, grammar: Grammar) -> SimGrammar:
+        if grammar not in self._known:
+            known = self._known[grammar] = SimGrammar(int(grammar.text), self._worker.world.tally.seen)
+            random = self._worker.world.kernel.random
+            self._worker.process.after(random.uniform(0, MAX_COMPILE_S), self._compiled, known)
+        return self._known[grammar]
+
+    def _compiled(self, known: SimGrammar) -> None:
+        known.is_ready = True
+        self._worker.wake()

@@ -1,0 +1,44 @@
+"""Planted bugs of grammars: matchers that stand where their answers do not."""
+
+from __future__ import annotations
+
+from kvferry.common import grammar
+from kvferry.common.grammar import Matcher
+from kvferry.common.request import Sequence
+
+from .planting import Planted
+
+
+def _matcher_of_first_choice(seq: Sequence) -> Matcher:
+    """All choices of a request share the matcher that the first of them made."""
+    assert seq.grammar is not None
+    if seq.matcher is None:
+        shared = getattr(seq.grammar, "shared", None)
+        if shared is None:
+            shared = seq.grammar.shared = {}  # type: ignore[attr-defined]
+        seq.matcher = shared.setdefault((seq.request_id, seq.attempt), seq.grammar.matcher())
+    return seq.matcher
+
+
+def _take_last_token(seq: Sequence, matcher: Matcher) -> None:
+    """A new matcher is not brought up to what the answer has already: it takes the newest token alone."""
+    if seq.num_output_tokens > seq.num_matched_tokens:
+        matcher.accept(seq.token_ids[-1:])
+        seq.num_matched_tokens = seq.num_output_tokens
+
+
+BUGS = (
+    Planted(
+        "a mask of another choice", frozenset({"G1"}), patches=((grammar, "matcher_of", _matcher_of_first_choice),)
+    ),
+    Planted(
+        "a new matcher misses what came before",
+        frozenset({"G1"}),
+        patches=((grammar, "catch_up", _take_last_token),),
+    ),
+    Planted(
+        "nobody waits for a grammar",
+        frozenset({"crash"}),
+        patches=((Sequence, "can_sample", property(lambda seq: True)),),
+    ),
+)
