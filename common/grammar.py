@@ -58,6 +58,11 @@ class CompiledGrammar(Protocol):
         ...
 
     @property
+    def is_late(self) -> bool:
+        """Tell whether it takes so long that prompts are computed meanwhile, at the price of one step more."""
+        ...
+
+    @property
     def failure(self) -> str:
         """Say why it never will be ready; empty: it is, or will be."""
         ...

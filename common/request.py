@@ -208,6 +208,18 @@ class Sequence:
         return self.grammar is None or self.grammar.is_ready or not self.samples
 
     @property
+    def num_computable_tokens(self) -> int:
+        """Count the known tokens without KV that may be computed now.
+
+        The last one's logits choose the next token. While its grammar is not ready a sequence waits as a whole: that
+        takes less than a step more. If that is late, the others are computed.
+        """
+        if self.can_sample:
+            return self.num_uncomputed_tokens
+        assert self.grammar is not None
+        return self.num_uncomputed_tokens - 1 if self.grammar.is_late else 0
+
+    @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 

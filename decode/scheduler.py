@@ -37,11 +37,6 @@ def _age(seq: Sequence) -> tuple[int, int, str, int]:
     return seq.age_key
 
 
-def _num_computable(seq: Sequence) -> int:
-    """Known tokens without KV that may be computed: not the last one before its grammar is ready."""
-    return seq.num_uncomputed_tokens - (not seq.can_sample)
-
-
 class DecodeScheduler:
     """Owns the sequences' blocks from `add` or `adopt` to `remove`."""
 
@@ -253,10 +248,10 @@ class DecodeScheduler:
             return []
         shares = dict.fromkeys(pending, 0)
         if len(pending) > 1:
-            shares[pending[0]] = min(budget // 2, _num_computable(pending[0]))
+            shares[pending[0]] = min(budget // 2, pending[0].num_computable_tokens)
             budget -= shares[pending[0]]
         for seq in sorted(pending, key=lambda seq: seq.num_uncomputed_tokens):
-            num_tokens = min(budget, _num_computable(seq) - shares[seq])
+            num_tokens = min(budget, seq.num_computable_tokens - shares[seq])
             shares[seq] += num_tokens
             budget -= num_tokens
         return [BatchRow(seq, num_tokens) for seq, num_tokens in shares.items() if num_tokens]

@@ -43,6 +43,11 @@ def _find_mask(row: BatchRow) -> GrammarMask | None:
     except GrammarBroken as error:
         log.warning("grammar_broken", request_id=row.seq.request_id, choice=row.seq.choice, error=str(error))
         return GrammarMask(b"", str(error))
+    except Exception:
+        raise
+    except BaseException as error:  # a panic of the library: others' answers go on
+        log.error("grammar_panic", request_id=row.seq.request_id, error=repr(error))
+        return GrammarMask(b"", "the matcher has failed")
     if words is None:
         return None
     return GrammarMask(words, "" if any(words) else "no token of the vocabulary can follow")

@@ -16,11 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
+from ..common.clock import Clock
 from ..common.errors import KVFerryError
 from ..common.grammar import Grammar
 from .matching import AnswerMatcher, Vocabulary, compile_grammar
 
 MAX_KEPT = 128  # of a megabyte or so each; larger: agents with many tools find theirs again
+# From here on prompts are computed but for their last token: of 400 public schemas, 99 in a hundred compile in 28 ms.
+LATE_S = 0.03
 _NUM_THREADS = 2  # one large grammar does not hold up the small ones
 
 log = structlog.get_logger(__name__)
@@ -29,15 +32,21 @@ log = structlog.get_logger(__name__)
 class _Compiled:
     """Implements `common.grammar.CompiledGrammar`. A thread writes `first` or `failure` once."""
 
-    __slots__ = ("failure", "first")
+    __slots__ = ("_clock", "_late_at_s", "failure", "first")
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
         self.first: AnswerMatcher | None = None
         self.failure = ""
+        self._clock = clock
+        self._late_at_s = clock.now() + LATE_S
 
     @property
     def is_ready(self) -> bool:
         return self.first is not None
+
+    @property
+    def is_late(self) -> bool:
+        return self.first is None and self._clock.now() >= self._late_at_s
 
     def matcher(self) -> AnswerMatcher:
         assert self.first is not None, "the grammar is not ready"
@@ -47,10 +56,13 @@ class _Compiled:
 class GrammarCompiler:
     """Implements `common.grammar.Grammars`. `get` is called from any thread."""
 
-    def __init__(self, load: Callable[[], Vocabulary], on_ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, load: Callable[[], Vocabulary], clock: Clock, on_ready: Callable[[], None] = lambda: None
+    ) -> None:
         """`load()` reads the vocabulary, on a thread, when the first grammar comes. `on_ready()` is called from a
         thread whenever a grammar has become ready or has failed."""
         self._load = load
+        self._clock = clock
         self.on_ready = on_ready
         self._vocabulary: Vocabulary | None = None
         self._loading = threading.Lock()
@@ -63,7 +75,7 @@ class GrammarCompiler:
             if (known := self._kept.get(grammar)) is not None:
                 self._kept.move_to_end(grammar)
                 return known
-            compiled = self._kept[grammar] = _Compiled()
+            compiled = self._kept[grammar] = _Compiled(self._clock)
             if len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
         self._threads.submit(self._compile, grammar, compiled)
@@ -72,7 +84,7 @@ class GrammarCompiler:
     def _compile(self, grammar: Grammar, compiled: _Compiled) -> None:
         try:
             compiled.first = compile_grammar(self._words(), grammar)
-        except Exception as error:  # whatever it is, its requests are told, and the thread goes on
+        except BaseException as error:  # whatever it is, a panic too: its requests are told, and the thread goes on
             compiled.failure = str(error) if isinstance(error, KVFerryError) else repr(error)
             log.warning("grammar_failed", kind=grammar.kind, error=compiled.failure)
             with self._lock:

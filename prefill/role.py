@@ -154,6 +154,8 @@ class PrefillRole:
         task = self._tasks[spec.request_id] = Task(router_id, spec, grant, prompt)
         if message.fetch is not None and self.fetches is not None:
             self._fetch(task, message.fetch, self.fetches)
+        if task.open_id is None and not seq.can_sample:
+            self._open(task)  # its grant would lapse while its grammar is compiled
 
     def _fetch(self, task: Task, source: FetchFrom, fetches: Fetches) -> None:
         """Read what lies elsewhere before the prompt is begun. Its grant would lapse meanwhile: it is opened now."""

@@ -116,13 +116,13 @@ class PrefillScheduler:
             if budget == 0 or len(rows) == self._max_num_seqs:
                 break
             if prompt.started_s is None:
-                if self._awaits(prompt) or not self._may_compute(prompt.seq):
+                if self._awaits(prompt) or not prompt.seq.num_computable_tokens:
                     continue
                 # The first that waits for blocks is passed by those alone that hold theirs, or it would wait for ever.
                 may_start = may_start and self._start(prompt)
                 if not may_start:
                     continue
-            if not self._may_compute(prompt.seq):
+            if not prompt.seq.num_computable_tokens:
                 continue
             num_tokens = self._chunk(prompt.seq, budget, is_first=not rows)
             rows.append(BatchRow(prompt.seq, num_tokens))
@@ -134,17 +134,11 @@ class PrefillScheduler:
     def _chunk(self, seq: Sequence, budget: int, *, is_first: bool) -> int:
         """Tokens of a prompt; a short rest goes along where it may, for it would be a step of its own."""
         if not seq.can_sample:
-            return min(budget, seq.num_uncomputed_tokens - 1)
+            return min(budget, seq.num_computable_tokens)
         rest = seq.num_uncomputed_tokens - budget
         if is_first and 0 < rest <= MIN_CHUNK_TOKENS and seq.num_uncomputed_tokens <= self._max_num_batched_tokens:
             return seq.num_uncomputed_tokens
         return min(budget, seq.num_uncomputed_tokens)
-
-    def _may_compute(self, seq: Sequence) -> bool:
-        """Tell whether a chunk is worth a step. Until its grammar is ready, a prompt is computed but for its last
-        token, whose logits choose the first of the answer; a short one waits, for that takes less than a step more.
-        """
-        return seq.can_sample or seq.num_uncomputed_tokens > MIN_CHUNK_TOKENS
 
     def _budget(self) -> int:
         """Tokens of the next step."""

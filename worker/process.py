@@ -230,7 +230,8 @@ class WorkerProcess:
                     config.engine.model_dir,
                     vocab_size=engine.model_config.vocab_size,
                     eos_token_ids=engine.model_config.eos_token_ids,
-                )
+                ),
+                self._clock,
             ),
             backend=backend,
             outgoing=outgoing,

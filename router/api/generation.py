@@ -10,9 +10,9 @@ import asyncio
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from fastapi import Request
 
@@ -46,6 +46,7 @@ _BATCH_STEP = 2  # prompts of a batch that are submitted in one go: some other b
 TIMEOUT_HEADER = "x-request-timeout-s"
 MAX_TIMEOUT_S = 86400.0
 _MAX_SEED = 2**63 - 1
+Prompts = TypeVar("Prompts")
 _CHECKED_BYTES_PER_CHAR = 8  # checking fields is so much faster than tokenizing
 
 
@@ -95,8 +96,9 @@ class Api:
         with self.body_room.held() as held:
             body, version = await self.body(request, held, CompletionBody)
             context.marks["read"] = self.clock.now()
-            grammar = await checked_grammar(version, body)
-            prompts = await self.prompts.completion(version, body, held.num_bytes)
+            prompts, grammar = await beside_grammar(
+                self.prompts.completion(version, body, held.num_bytes), version, body
+            )
         context.marks["tokenize"] = self.clock.now()
         limits = [max_completion_tokens(body, prompt, version.model.max_model_len) for prompt in prompts]
         answer = await self._submit(context, version, body, prompts, limits, grammar)
@@ -108,8 +110,9 @@ class Api:
         with self.body_room.held() as held:
             body, version = await self.body(request, held, ChatBody)
             context.marks["read"] = self.clock.now()
-            grammar = await checked_grammar(version, body)
-            messages, prompt = await self.prompts.chat(version, body, held.num_bytes)
+            (messages, prompt), grammar = await beside_grammar(
+                self.prompts.chat(version, body, held.num_bytes), version, body
+            )
         context.marks["tokenize"] = self.clock.now()
         limit = max_chat_tokens(body, prompt, version.model.max_model_len)
         answer = await self._submit(context, version, body, [prompt], [limit], grammar)
@@ -213,6 +216,15 @@ class Api:
             in_flight=self.in_flight,
             observer=self.observer,
         )
+
+
+async def beside_grammar(
+    prompts: Awaitable[Prompts], version: Version, body: GenerationBody
+) -> tuple[Prompts, Grammar | None]:
+    """Return the prompts, and the grammar, which another process compiles while they are made."""
+    if body.asked_grammar is None:
+        return await prompts, None
+    return await asyncio.gather(prompts, checked_grammar(version, body))
 
 
 async def checked_grammar(version: Version, body: GenerationBody) -> Grammar | None:

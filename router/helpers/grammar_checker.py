@@ -54,40 +54,42 @@ class GrammarCompilers:
             self._known.move_to_end(grammar)
             return
         payload = msgspec.msgpack.encode(grammar)
-        left_s = TIME_LIMIT_S
-        if len(payload) <= QUICK_BYTES:
+        is_quick = len(payload) <= QUICK_BYTES and await self._is_quick(payload, param)
+        if not is_quick:
             try:
-                await _ask(self.quick, payload, param, QUICK_LIMIT_S)
-            except TimeoutError:
-                left_s -= QUICK_LIMIT_S
-            else:
-                self._keep(grammar)
-                return
-        try:
-            await _ask(self.long, payload, param, left_s)
-        except TimeoutError:
-            raise RequestError(
-                f"'{param}' takes more than {TIME_LIMIT_S:g} s to compile", param=param, code="unsupported_grammar"
-            ) from None
-        self._keep(grammar)
-
-    def _keep(self, grammar: Grammar) -> None:
+                await _ask(self.long, payload, param, TIME_LIMIT_S - QUICK_LIMIT_S)
+            except _TooMuch as error:
+                raise RequestError(f"'{param}' {error}", param=param, code="unsupported_grammar") from None
         self._known[grammar] = None
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
+
+    async def _is_quick(self, payload: bytes, param: str) -> bool:
+        """False: it was too much for the quick process."""
+        try:
+            await _ask(self.quick, payload, param, QUICK_LIMIT_S)
+        except _TooMuch:
+            return False
+        return True
 
     def close(self) -> None:
         self.quick.close()
         self.long.close()
 
 
+class _TooMuch(Exception):
+    """The process was killed at the limit, or has ended by the grammar."""
+
+
 async def _ask(helper: Helper, payload: bytes, param: str, limit_s: float) -> None:
-    """Have a process compile the grammar. Raises TimeoutError where it does not within the limit."""
+    """Have a process compile the grammar. Raises _TooMuch where it does not."""
     try:
         kind, answer = await helper.ask(COMPILE_GRAMMAR, payload, limit_s)
     except HelperLost as error:
         if error.is_late:
-            raise TimeoutError from None
+            raise _TooMuch(f"takes more than {TIME_LIMIT_S:g} s to compile") from None
+        if error.has_ended:
+            raise _TooMuch("takes more memory, or a deeper stack, than there is to compile it") from None
         raise CapacityError(f"'{param}' could not be compiled: {error}", status=503) from None
     if kind != REFUSAL:
         return

@@ -28,11 +28,12 @@ _READ_BYTES = 2**18
 
 
 class HelperLost(Exception):
-    """The process did not answer within the limit (`is_late`), or ended. Nothing else is known of the work."""
+    """The process did not answer within the limit (`is_late`), or `has_ended`. Nothing else is known of the work."""
 
-    def __init__(self, reason: str, *, is_late: bool = False) -> None:
+    def __init__(self, reason: str, *, is_late: bool = False, has_ended: bool = False) -> None:
         super().__init__(reason)
         self.is_late = is_late
+        self.has_ended = has_ended
 
 
 @dataclass(slots=True)
@@ -220,7 +221,7 @@ class _Process:
         except OSError:
             part = b""
         if not part:
-            self._on_lost(HelperLost("its process ended"))
+            self._on_lost(HelperLost("its process ended", has_ended=True))
             return
         self._received += part
         while len(self._received) >= FRAME.size:

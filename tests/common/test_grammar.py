@@ -30,8 +30,9 @@ class _Matcher:
 class _Grammar:
     failure = ""
 
-    def __init__(self, *, is_ready: bool = True) -> None:
+    def __init__(self, *, is_ready: bool = True, is_late: bool = False) -> None:
         self.is_ready = is_ready
+        self.is_late = is_late
         self.log: list[TokenIds[int]] = []
         self.num_made = 0
 
@@ -97,3 +98,5 @@ def test_a_sequence_waits_until_its_grammar_is_ready_unless_it_does_not_sample()
     waiting, unsampled = _sequence(_Grammar(is_ready=False)), _sequence(_Grammar(is_ready=False))
     unsampled.samples = False
     assert not waiting.can_sample and unsampled.can_sample
+    late = _sequence(_Grammar(is_ready=False, is_late=True))
+    assert [seq.num_computable_tokens for seq in (waiting, unsampled, late)] == [0, 2, 1]

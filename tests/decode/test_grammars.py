@@ -29,16 +29,26 @@ def test_a_grammar_is_compiled_from_the_reservation_on() -> None:
     assert grammars.asked == [GRAMMAR]
 
 
-def test_a_local_prompt_is_computed_but_for_its_last_token_while_others_go_on() -> None:
+def test_a_local_prompt_waits_and_lets_others_pass() -> None:
     bench, grammars = _bench()
     bench.send(LocalTask(spec=bench.spec("a", 9, grammar=GRAMMAR)))
     bench.send(LocalTask(spec=bench.spec("b", 3)))
-    assert sorted(_rows(bench)) == [("a", 8), ("b", 3)]
-    assert _rows(bench) == [("b", 1)]
+    assert _rows(bench) == [("b", 3)]
     grammars.known[GRAMMAR].is_ready = True
-    assert sorted(_rows(bench)) == [("a", 1), ("b", 1)]
+    assert sorted(_rows(bench)) == [("a", 9), ("b", 1)]
     bench.run()
     assert bench.tokens("a") == {0: [(index, 9) for index in range(4)]} and bench.role.is_quiet
+
+
+def test_if_its_grammar_is_late_a_prompt_is_computed_but_for_its_last_token() -> None:
+    bench, grammars = _bench()
+    bench.send(LocalTask(spec=bench.spec("a", 9, grammar=GRAMMAR)))
+    grammars.known[GRAMMAR].is_late = True
+    assert _rows(bench) == [("a", 8)] and _rows(bench) == []
+    grammars.known[GRAMMAR].is_ready = True
+    assert _rows(bench) == [("a", 1)]
+    bench.run()
+    assert bench.tokens("a") == {0: [(index, 9) for index in range(4)]}
 
 
 def test_an_adopted_answer_waits_with_its_first_token() -> None:

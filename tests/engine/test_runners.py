@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from kvferry.common.batch import Batch, BatchRow, GpuEvent
+from kvferry.common.grammar import GrammarBroken
 from kvferry.common.request import SampledToken, SamplingParams, Sequence
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.plan import plan_step
 
 from ..checkpoints import Shape, write_checkpoint
-from ..engine_driver import Driver, engine_config, prompts
+from ..engine_driver import GREEDY, Driver, engine_config, prompts
 from .cuda.emulation import LookingAhead
 
 FLOAT32, BFLOAT16 = 1e-5, 0.025  # how far a log-probability may be from the reference's, as a part of their range
@@ -192,6 +194,59 @@ def test_blocks_are_copied_and_rows_that_do_not_sample_yield_nothing(model_dir: 
     forked = driver.step_fork(first)
     driver.step([(first, 1)])
     assert forked == first.token_ids[22]
+
+
+class _Residues:
+    """A grammar in which the n-th token of an answer leaves n when divided by seven; `breaks_at` it is broken."""
+
+    is_ready = True
+    is_late = False
+    failure = ""
+
+    def __init__(self, breaks_at: int = 99) -> None:
+        self._breaks_at = breaks_at
+        self._num_taken = 0
+
+    def matcher(self) -> _Residues:
+        return _Residues(self._breaks_at)
+
+    def accept(self, token_ids: Ids[int]) -> None:
+        for token_id in token_ids:
+            assert token_id % 7 == self._num_taken % 7
+            self._num_taken += 1
+
+    def mask(self) -> bytes:
+        if self._num_taken >= self._breaks_at:
+            raise GrammarBroken("as asked")
+        allowed = sum(1 << token_id for token_id in range(self._num_taken % 7, VOCAB_SIZE, 7))
+        return allowed.to_bytes(-(-VOCAB_SIZE // 32) * 4, "little")
+
+
+@every_kind
+def test_answers_follow_their_grammars_beside_others(model_dir: Path, name: str) -> None:
+    engine = _engine(model_dir, name)
+    driver = Driver(engine)
+    free, greedy, drawn, broken = (
+        driver.add(prompt, params)
+        for prompt, params in zip(
+            prompts([12, 12, 9, 5], 500), (GREEDY, GREEDY, SamplingParams(seed=3), GREEDY), strict=True
+        )
+    )
+    greedy.grammar = drawn.grammar = _Residues()
+    broken.grammar = _Residues(breaks_at=2)
+    drawn.pending_choices = (0, 1)
+    rows = [free, greedy, drawn, broken]
+    first = driver.step([(seq, seq.num_tokens) for seq in rows])
+    assert all(token.token_id % 7 == 0 for of_row in first[1:] for token in of_row) and len(first[2]) == 2
+    drawn.pending_choices = ()
+    for step in range(1, 4):
+        found = driver.step([(seq, 1) for seq in rows])
+        assert all(token.token_id % 7 == step for of_row in found[1:] for token in of_row)
+        outputs = driver.outputs[-1].rows
+        assert [output.grammar_failure for output in outputs if output.grammar_failure] == ["as asked"] * (step == 2)
+        if step == 2:
+            rows.remove(broken)
+    assert len(free.output_token_ids) == 4 and {token % 7 for token in free.output_token_ids} != {0, 1, 2, 3}
 
 
 def _alone(engine: Engine, prompt: list[int]) -> tuple[SampledToken, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.grammar import Grammar
 from kvferry.common.messages import FirstToken, TaskRefused, WorkerFailure
-from kvferry.prefill.scheduler import MIN_CHUNK_TOKENS
 from kvferry.tests.fake_grammars import FakeGrammars
 
 from .test_role import EOS, _Bench
@@ -22,10 +21,11 @@ def _rows(batch: Batch | None) -> list[tuple[str, int]]:
     return [] if batch is None else [(str(row.seq.request_id), row.num_scheduled_tokens) for row in batch.rows]
 
 
-def test_a_short_prompt_waits_and_lets_others_pass() -> None:
+def test_a_prompt_waits_with_an_open_grant_and_lets_others_pass() -> None:
     bench, grammars = _bench()
     bench.task("a", 9, grammar=GRAMMAR)
     assert grammars.asked == [GRAMMAR] and bench.begin() is None
+    assert bench.shipping.opened == ["a"], "its grant would lapse"
     bench.task("b", 9, first=50)
     batch = bench.begin()
     assert batch is not None and _rows(batch) == [("b", 9)]
@@ -33,11 +33,13 @@ def test_a_short_prompt_waits_and_lets_others_pass() -> None:
     grammars.known[GRAMMAR].is_ready = True
     batch = bench.begin()
     assert batch is not None and _rows(batch) == [("a", 9)]
+    assert bench.shipping.opened == ["a", "b"]
 
 
-def test_a_long_prompt_is_computed_but_for_its_last_token() -> None:
+def test_if_its_grammar_is_late_a_prompt_is_computed_but_for_its_last_token() -> None:
     bench, grammars = _bench()
     bench.task("a", 100, grammar=GRAMMAR)
+    grammars.known[GRAMMAR].is_late = True
     batch = bench.begin()
     assert batch is not None and _rows(batch) == [("a", 99)] and not batch.rows[0].samples
     bench.end(batch)
@@ -50,17 +52,18 @@ def test_a_long_prompt_is_computed_but_for_its_last_token() -> None:
     assert [choice.finish for choice in first.choices] == ["stop", "stop"]
 
 
-def test_what_is_left_of_a_cached_prompt_waits_if_it_is_little() -> None:
+def test_a_cached_prompt_of_which_one_token_is_left_waits() -> None:
     bench, grammars = _bench()
-    bench.task("a", 100)
+    bench.task("a", 101)
     batch = bench.begin()
     assert batch is not None
     bench.end(batch)
-    bench.task("b", 100, grammar=GRAMMAR)
-    assert bench.begin() is None, f"less than {MIN_CHUNK_TOKENS} tokens are to be computed"
+    bench.task("b", 101, grammar=GRAMMAR)
+    grammars.known[GRAMMAR].is_late = True
+    assert bench.begin() is None
     grammars.known[GRAMMAR].is_ready = True
     batch = bench.begin()
-    assert batch is not None and batch.rows[0].samples
+    assert batch is not None and _rows(batch) == [("b", 1)] and batch.rows[0].samples
 
 
 def test_a_prompt_that_is_computed_for_its_kv_alone_needs_no_grammar() -> None:
@@ -72,6 +75,7 @@ def test_a_prompt_that_is_computed_for_its_kv_alone_needs_no_grammar() -> None:
 def test_a_grammar_that_cannot_be_compiled_refuses_its_task() -> None:
     bench, grammars = _bench()
     bench.task("a", 100, grammar=GRAMMAR)
+    grammars.known[GRAMMAR].is_late = True
     batch = bench.begin()
     assert batch is not None
     bench.end(batch)

@@ -16,6 +16,7 @@ from .oracle import VOCAB_SIZE, allowed_after, next_state
 if TYPE_CHECKING:
     from .workers import Worker
 
+LATE_S = 0.01
 MAX_COMPILE_S = 0.05  # some steps: requests overtake those whose grammar is not ready
 
 
@@ -48,7 +49,7 @@ class SimGrammar:
     failure = ""
 
     def __init__(self, start: int, seen: Counter[str]) -> None:
-        self.is_ready = False
+        self.is_ready = self.is_late = False
         self._start = start
         self._seen = seen
 
@@ -68,9 +69,14 @@ class SimGrammars:
     def get(self, grammar: Grammar) -> SimGrammar:
         if grammar not in self._known:
             known = self._known[grammar] = SimGrammar(int(grammar.text), self._worker.world.tally.seen)
-            random = self._worker.world.kernel.random
-            self._worker.process.after(random.uniform(0, MAX_COMPILE_S), self._compiled, known)
+            takes_s = self._worker.world.kernel.random.uniform(0, MAX_COMPILE_S)
+            self._worker.process.after(takes_s, self._compiled, known)
+            self._worker.process.after(LATE_S, self._late, known)
         return self._known[grammar]
+
+    def _late(self, known: SimGrammar) -> None:
+        known.is_late = not known.is_ready
+        self._worker.wake()
 
     def _compiled(self, known: SimGrammar) -> None:
         known.is_ready = True

@@ -17,6 +17,11 @@ Body = dict[str, object]
 _PROMPT_LENS = (1, 5, 16, 17, 60, 150, 400)
 _MIN_ANSWER, _MAX_ANSWER = 4, 160
 _FIRST_ID = 4  # below are special tokens
+_SENTENCES = r"([A-Z][a-z]{0,9}( [a-z]{1,9}){1,9}\. ?){1,40}"
+_RECORDS: Body = {
+    "type": "array",
+    "items": {"type": "object", "properties": {"id": {"type": "integer"}, "on": {"type": "boolean"}}},
+}
 _WORDS = "the a worker block stream token dies goes on 42 again never once in order elsewhere Zwerg".split()
 
 
@@ -111,6 +116,8 @@ _KINDS: dict[str, Callable[[random.Random], Body]] = {
     "penalties": _penalties,
     "chat": _warm,
     "chat logprobs": lambda source: {"temperature": 0, "logprobs": True, "top_logprobs": 2},
+    "guided": lambda source: {**_warm(source), "guided_regex": _SENTENCES},
+    "guided choices": lambda source: {**_warm(source), "n": 2, "guided_json": _RECORDS},
     "whole": _warm,
     "whole choices": lambda source: {**_warm(source), "n": 2, "logprobs": 1},
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvferry.common.errors import RequestError
+from kvferry.common.errors import CapacityError, RequestError
 from kvferry.common.grammar import Grammar
 from kvferry.router.helpers import grammar_checker
 from kvferry.router.helpers.grammar_checker import QUICK_BYTES, GrammarCompilers
@@ -36,6 +36,14 @@ def _schema(value: Any) -> Grammar:
 
 async def _late(*_: object) -> tuple[bytes, bytes]:
     raise HelperLost("it did not answer", is_late=True)
+
+
+async def _ended(*_: object) -> tuple[bytes, bytes]:
+    raise HelperLost("its process ended", has_ended=True)
+
+
+async def _absent(*_: object) -> tuple[bytes, bytes]:
+    raise HelperLost("no process can be started")
 
 
 LARGE = _schema({"properties": {f"property_{i}": {"type": "string"} for i in range(150)}})
@@ -75,6 +83,7 @@ async def test_what_takes_too_long_is_refused_and_nobody_waits_for_it(
         await checker.check(LARGE, "guided_json")
         pid = checker.long.pid
         monkeypatch.setattr(grammar_checker, "TIME_LIMIT_S", 0.02)
+        monkeypatch.setattr(grammar_checker, "QUICK_LIMIT_S", 0.0)
         with pytest.raises(RequestError, match=r"takes more than 0\.02 s to compile") as caught:
             await checker.check(COSTLY, "guided_json")
         assert (caught.value.param, caught.value.code) == ("guided_json", "unsupported_grammar")
@@ -90,6 +99,24 @@ async def test_a_small_grammar_that_is_costly_gets_what_is_left_elsewhere(
         monkeypatch.setattr(checker.quick, "ask", _late)
         await checker.check(Grammar("regex", b"a{500}(b{3}|c){500}"), "guided_regex")
         assert checker.long.pid is not None
+
+
+async def test_what_ends_its_process_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with _checking(tmp_path) as checker:
+        for helper in (checker.quick, checker.long):
+            monkeypatch.setattr(helper, "ask", _ended)
+        with pytest.raises(RequestError, match="takes more memory") as caught:
+            await checker.check(Grammar("regex", b"a"), "guided_regex")
+        assert caught.value.status == 400
+
+
+async def test_where_no_process_can_be_had_the_client_may_try_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with _checking(tmp_path) as checker:
+        monkeypatch.setattr(checker.quick, "ask", _absent)
+        with pytest.raises(CapacityError, match="no process"):
+            await checker.check(Grammar("regex", b"a"), "guided_regex")
 
 
 async def test_a_model_that_cannot_follow_grammars_says_so(tmp_path: Path) -> None:

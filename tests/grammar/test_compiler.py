@@ -1,0 +1,106 @@
+"""A worker's grammars: compiled once, on threads, with everybody told when one is ready or never will be."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.errors import ConfigError
+from kvferry.common.grammar import Grammar, next_mask
+from kvferry.common.request import RequestId, SamplingParams, Sequence
+from kvferry.grammar import compiler
+from kvferry.grammar.compiler import LATE_S, GrammarCompiler
+from kvferry.grammar.matching import Vocabulary
+from kvferry.tests.checkpoints import write_tokenizer
+from kvferry.tests.fake_clock import FakeClock
+
+LIMIT_S = 30.0  # of a thread that works; never reached
+
+
+class _Bench:
+    """A compiler over a small vocabulary, which is there when `may_load` is set."""
+
+    def __init__(self, path: Path) -> None:
+        write_tokenizer(path, 512)
+        self._path = path
+        self.clock = FakeClock()
+        self.may_load = threading.Event()
+        self.told = threading.Semaphore(0)
+        self.num_loaded = 0
+        self.compiler = GrammarCompiler(self._load, self.clock, self.told.release)
+
+    def _load(self) -> Vocabulary:
+        assert self.may_load.wait(LIMIT_S)
+        self.num_loaded += 1
+        return Vocabulary.from_dir(self._path, vocab_size=512, eos_token_ids=frozenset({1}))
+
+    def wait(self) -> None:
+        assert self.told.acquire(timeout=LIMIT_S)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[_Bench]:
+    bench = _Bench(tmp_path)
+    yield bench
+    bench.may_load.set()
+    bench.compiler.close()
+
+
+def test_a_grammar_is_there_at_once_and_ready_later(bench: _Bench) -> None:
+    found = bench.compiler.get(Grammar("regex", b"a"))
+    states = [found.is_ready, found.is_late]
+    bench.clock.advance(LATE_S)
+    states += [found.is_ready, found.is_late]
+    bench.may_load.set()
+    bench.wait()
+    assert states == [False, False, False, True] and (found.is_ready, found.is_late, found.failure) == (True, False, "")
+    seq = Sequence(RequestId("r"), 0, 0, [5], 1, SamplingParams(), grammar=found)
+    mask = next_mask(seq)
+    assert mask is not None and any(mask)
+
+
+def test_an_equal_grammar_is_compiled_once_and_the_vocabulary_read_once(bench: _Bench) -> None:
+    bench.may_load.set()
+    first = bench.compiler.get(Grammar("regex", b"a"))
+    assert bench.compiler.get(Grammar("regex", b"a")) is first
+    assert bench.compiler.get(Grammar("choice", b'["a"]')) is not first
+    bench.wait()
+    bench.wait()
+    assert bench.num_loaded == 1
+
+
+def test_who_can_never_be_ready_says_why_and_is_tried_anew(bench: _Bench) -> None:
+    bench.may_load.set()
+    found = bench.compiler.get(Grammar("regex", b"("))
+    bench.wait()
+    assert not found.is_ready and "unclosed group" in found.failure
+    assert bench.compiler.get(Grammar("regex", b"(")) is not found
+
+
+def test_a_model_without_ends_fails_its_grammars_and_no_thread(tmp_path: Path) -> None:
+    def load() -> Vocabulary:
+        raise ConfigError("no end token")
+
+    told = threading.Semaphore(0)
+    threads = GrammarCompiler(load, FakeClock(), told.release)
+    for text in (b"a", b"b"):
+        found = threads.get(Grammar("regex", text))
+        assert told.acquire(timeout=LIMIT_S)
+        assert found.failure == "no end token"
+    threads.close()
+
+
+def test_those_that_were_not_used_for_longest_go(bench: _Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "MAX_KEPT", 2)
+    bench.may_load.set()
+    first, second = (bench.compiler.get(Grammar("regex", text)) for text in (b"a", b"b"))
+    assert bench.compiler.get(Grammar("regex", b"a")) is first
+    bench.compiler.get(Grammar("regex", b"c"))
+    assert bench.compiler.get(Grammar("regex", b"a")) is first
+    assert bench.compiler.get(Grammar("regex", b"b")) is not second
+    for _ in range(4):
+        bench.wait()
+    assert second.is_ready, "who has it keeps it"
