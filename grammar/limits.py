@@ -20,9 +20,9 @@ MAX_ENUM_MEMBERS = 2_000  # in a schema, or choices
 MAX_REPEATS = 2_048  # `{n}` in a regular expression or a grammar: a mask then takes a millisecond at most
 _COUNTED = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 # Objects whose keys are names of the client's, not keywords.
-_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 # Values that are data, not schemas.
-_DATA = frozenset({"enum", "const", "default", "examples", "example", "required", "x-guidance"})
+DATA = frozenset({"enum", "const", "default", "examples", "example", "required", "x-guidance"})
 
 
 @dataclass(slots=True)
@@ -110,13 +110,13 @@ def _parts_of(
             facts.num_enum_members += len(value)
         elif keyword == "pattern" and isinstance(value, str):
             facts.patterns.append((here, value))
-        elif keyword in _NAMED and isinstance(value, dict):
+        elif keyword in NAMED and isinstance(value, dict):
             facts.num_properties += len(value)
             if keyword == "patternProperties":
                 facts.patterns += [(f"{here}.{name}", name) for name in value]
             for name, part in value.items():
                 yield part, f"{here}.{name}", depth + 2
-        if keyword not in _DATA and keyword not in _NAMED:
+        if keyword not in DATA and keyword not in NAMED:
             yield value, here, depth + 1
 
 

@@ -6,6 +6,7 @@ answer that does not fit as one that has ended.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from ..common.errors import ConfigError, RequestError
 from ..common.grammar import Grammar, GrammarBroken
 from .limits import SchemaFacts, check_size, keyword_refusal
+from .simplify import simplified
 from .source import source_of
 
 _UNIMPLEMENTED = re.compile(r'Unimplemented keys: \["([^"]*)"')
@@ -134,6 +136,8 @@ def compile_grammar(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:
     except (ValueError, RecursionError) as error:
         raise RequestError(f"is not of its kind: {_clipped(str(error))}", param="", code="invalid_grammar") from None
     matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=vocabulary.limits)
+    if matcher.is_error() and (simpler := _simpler(grammar, facts)) is not None:
+        matcher = LLMatcher(vocabulary.tokenizer, source_of(simpler), log_level=0, limits=vocabulary.limits)
     if matcher.is_error():
         raise _refusal(_reason(matcher), facts)
     first = AnswerMatcher(matcher, vocabulary.mask_bytes)
@@ -144,6 +148,18 @@ def compile_grammar(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:
     if not any(mask):
         raise RequestError("has no answer that could follow it", param="", code="invalid_grammar")
     return first
+
+
+def _simpler(grammar: Grammar, facts: SchemaFacts) -> Grammar | None:
+    """Return a schema of the same instances with fewer keywords; None: there is none."""
+    if grammar.kind != "json_schema":
+        return None
+    schema: object = json.loads(grammar.text)
+    before, after = (
+        json.dumps(each, ensure_ascii=False).encode()
+        for each in (schema, simplified(schema, is_dynamic="$dynamicRef" in facts.paths))
+    )
+    return None if before == after else Grammar("json_schema", after)
 
 
 def _refusal(reason: str, facts: SchemaFacts) -> RequestError:

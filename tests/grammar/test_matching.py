@@ -246,7 +246,7 @@ def _nested(depth: int) -> dict[str, Any]:
     [
         (schema({"properties": {"a": {"items": {"not": {}}}}}), ".properties.a.items.not", "keyword 'not' at 'prop"),
         (schema({"anyOf": [{}, {"uniqueItems": True}]}), ".anyOf[1].uniqueItems", "keyword 'uniqueItems'"),
-        (schema({"properties": {"not": {"if": {}}}}), ".properties.not.if", "keyword 'if'"),
+        (schema({"properties": {"not": {"if": {}, "then": {}}}}), ".properties.not.if", "keyword 'if'"),
         (schema({"items": {"format": "color"}}), ".items.format", "keyword 'format'.*Unknown format: color"),
         (schema({"$ref": "#/$defs/x"}), ".$ref", "does not exist"),
         (schema({"$ref": "http://localhost/x"}), ".$ref", "does not fetch"),
@@ -293,6 +293,7 @@ def test_what_cannot_be_kept_is_refused_by_its_place(
         schema({"enum": [f"{i}" for i in range(MAX_ENUM_MEMBERS)]}),
         schema(_nested(15)),
         schema(True),
+        schema({"uniqueItems": False, "maxItems": 3.0, "minContains": 1, "unevaluatedItems": False}),
         schema({"properties": {"x-guidance": {"type": "string"}}}),
     ],
 )
