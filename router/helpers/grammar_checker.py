@@ -10,6 +10,7 @@ does there, too.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +25,7 @@ from .wire import COMPILE_GRAMMAR, REFUSAL, SET_VOCABULARY, HelperRefusal, Vocab
 TIME_LIMIT_S = 2.0  # of a grammar, in both processes
 QUICK_BYTES = 4 * 2**10  # a schema of some dozen properties: a few milliseconds
 QUICK_LIMIT_S = 0.3  # larger: one costly grammar holds up more small ones; smaller: more processes are ended
+_LONG_NICENESS = 5  # larger: streams notice less of large grammars; smaller: fewer are refused on a busy machine
 MAX_KNOWN = 4096  # grammars that compiled: agents ask with the same tools again and again
 
 
@@ -44,23 +46,26 @@ class GrammarCompilers:
     """
 
     def __init__(self, model_dir: Path, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
-        setup = VocabularySetup(str(model_dir), vocab_size, sorted(eos_token_ids))
-        frame = (SET_VOCABULARY, msgspec.msgpack.encode(setup))
-        self.quick, self.long = Helper(frame), Helper(frame)
-        self._known: OrderedDict[Grammar, None] = OrderedDict()  # the latest used last
+        def helper(niceness: int) -> Helper:
+            setup = VocabularySetup(str(model_dir), vocab_size, sorted(eos_token_ids), niceness)
+            return Helper((SET_VOCABULARY, msgspec.msgpack.encode(setup)))
+
+        self.quick, self.long = helper(0), helper(_LONG_NICENESS)
+        self._known: OrderedDict[bytes, None] = OrderedDict()  # by digest, the latest used last
 
     async def check(self, grammar: Grammar, param: str) -> None:
-        if grammar in self._known:
-            self._known.move_to_end(grammar)
-            return
         payload = msgspec.msgpack.encode(grammar)
-        is_quick = len(payload) <= QUICK_BYTES and await self._is_quick(payload, param)
-        if not is_quick:
+        digest = hashlib.blake2b(payload, digest_size=16).digest()
+        if digest in self._known:
+            self._known.move_to_end(digest)
+            return
+        is_small = len(payload) <= QUICK_BYTES
+        if not (is_small and await self._is_quick(payload, param)):
             try:
-                await _ask(self.long, payload, param, TIME_LIMIT_S - QUICK_LIMIT_S)
+                await _ask(self.long, payload, param, TIME_LIMIT_S - QUICK_LIMIT_S * is_small)
             except _TooMuch as error:
                 raise RequestError(f"'{param}' {error}", param=param, code="unsupported_grammar") from None
-        self._known[grammar] = None
+        self._known[digest] = None
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
 

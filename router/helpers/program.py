@@ -5,6 +5,7 @@ It has bounded memory and ends when the router is gone. What it cannot end by it
 
 from __future__ import annotations
 
+import os
 import resource
 import socket
 import sys
@@ -89,6 +90,7 @@ class _Program:
         from ...grammar.matching import Vocabulary
 
         setup = msgspec.msgpack.decode(payload, type=VocabularySetup)
+        os.nice(setup.niceness)
         ends = frozenset(setup.eos_token_ids)
         try:
             self._vocabulary = Vocabulary.from_dir(

@@ -48,6 +48,7 @@ class VocabularySetup(msgspec.Struct):
     model_dir: str
     vocab_size: int
     eos_token_ids: list[int]
+    niceness: int = 0  # of the process
 
 
 class ChatSpec(msgspec.Struct):
