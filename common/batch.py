@@ -5,7 +5,7 @@ Schedulers make a `Batch`, the engine fills tensors from it and answers with a `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from enum import Enum
@@ -18,6 +18,7 @@ class RowKind(Enum):
     """A row is computed and timed by its kind."""
 
     DECODE = "decode"  # one token: a step's time grows with its context
+    VERIFY = "verify"  # one token that is known and a draft of those after it: each of them is judged by logits
     CHUNK = "chunk"  # several tokens that are known: a step's time grows with their number
 
 
@@ -30,13 +31,16 @@ class GrammarMask(NamedTuple):
 
 @dataclass(slots=True)
 class BatchRow:
-    """One sequence's part of a step: tokens [start, start + num_scheduled_tokens) of it are fed."""
+    """One sequence's part of a step: positions [start, end) are fed, the last ones with a draft of what comes."""
 
     seq: Sequence
     num_scheduled_tokens: int
+    draft: tuple[int, ...] = ()  # proposed next tokens, which are fed after those that are known
 
     @property
     def kind(self) -> RowKind:
+        if self.draft:
+            return RowKind.VERIFY
         return RowKind.DECODE if self.num_scheduled_tokens == 1 else RowKind.CHUNK
 
     @property
@@ -48,9 +52,19 @@ class BatchRow:
         return self.seq.num_computed_tokens + self.num_scheduled_tokens
 
     @property
+    def num_known_tokens(self) -> int:
+        """Count the fed tokens that the sequence has."""
+        return self.num_scheduled_tokens - len(self.draft)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Return what is fed."""
+        return self.seq.token_ids[self.start : self.start + self.num_known_tokens] + list(self.draft)
+
+    @property
     def samples(self) -> bool:
         """Tell whether the row feeds the last known token, so that its logits choose the next one."""
-        return self.seq.samples and self.end == self.seq.num_tokens
+        return self.seq.samples and self.start + self.num_known_tokens == self.seq.num_tokens
 
     @property
     def choices(self) -> tuple[int, ...]:
@@ -60,7 +74,7 @@ class BatchRow:
 
 @dataclass(slots=True)
 class Batch:
-    """Rows that decode stand first, chunks after them.
+    """Rows that decode stand first, then those that verify, chunks last.
 
     Blocks are copied before the rows are computed, in this order: out to host memory, in from there, between blocks.
     Without rows a batch is these copies alone.
@@ -76,6 +90,10 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(row.num_scheduled_tokens for row in self.rows)
+
+    @property
+    def has_drafts(self) -> bool:
+        return any(row.draft for row in self.rows)
 
 
 Run = tuple[SampledToken, ...]  # tokens of one choice that follow each other
@@ -105,6 +123,22 @@ def row_output(
     if (row.samples and not tokens) or any(token.is_nan for token in prompt_logprobs):
         return RowOutput((), is_finite=False)
     return RowOutput(tuple((token,) for token in tokens), prompt_logprobs)
+
+
+def verified_output(row: BatchRow, tokens: Iterable[tuple[SampledToken, ...]]) -> RowOutput:
+    """Make the output of a row that verifies: what would have been drawn one token at a time.
+
+    `tokens[i]`: drawn after the first i drafted tokens, which counts while these are what was drawn. So the draft
+    decides how many tokens a step yields, and never which.
+    """
+    run: list[SampledToken] = []
+    for index, drawn in enumerate(tokens):
+        if not drawn:  # no distribution there: a later step finds it again, if the answer comes so far
+            break
+        run.append(drawn[0])
+        if index < len(row.draft) and drawn[0].token_id != row.draft[index]:
+            break
+    return RowOutput((tuple(run),)) if run else RowOutput((), is_finite=False)
 
 
 @dataclass(slots=True)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 SECRET_VARIABLE = "KVFERRY_SECRET"
 API_KEY_VARIABLE = "KVFERRY_API_KEY"
@@ -41,6 +41,23 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class SpeculativeConfig(Settings):
+    """`SpeculativeConfig` says how decode workers draft tokens, under vLLM's names."""
+
+    method: Literal["ngram"]  # from the sequence's own tokens
+    num_speculative_tokens: int = Field(5, ge=1, le=16)  # of one sequence and step; fewer where more do not pay
+    prompt_lookup_min: int = Field(2, ge=1, le=16)  # shortest match, tokens
+    prompt_lookup_max: int = Field(4, ge=1, le=16)  # match lengths beyond it count as equal
+
+    @model_validator(mode="after")
+    def _check_lookup(self) -> Self:
+        if self.prompt_lookup_max < self.prompt_lookup_min:
+            raise ValueError(
+                f"prompt_lookup_max {self.prompt_lookup_max} is below prompt_lookup_min {self.prompt_lookup_min}"
+            )
+        return self
+
+
 class EngineConfig(Settings):
     """Settings of one worker's engine."""
 
@@ -66,6 +83,7 @@ class EngineConfig(Settings):
     disk_cache_bytes: PositiveInt = 10 << 30  # of a rank
     attention_backend: Attention = "auto"
     deterministic: bool = False  # a token's results depend on the tokens before it alone, to the bit; on CPUs
+    speculative_config: SpeculativeConfig | None = None  # of decode steps; None: one token a step
     enforce_eager: bool = False  # decode steps on a GPU without CUDA graphs: Python launches every kernel
     load_format: LoadFormat = "auto"
     seed: int = 0

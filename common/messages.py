@@ -164,6 +164,8 @@ class WorkerStatus(Message):
     fetched_bytes: Count = 0  # of blocks that were used
     fetch_s: float = 0.0  # how long these fetches took, from the first question to the last block
     nonfinite_rows: Count = 0  # of steps, whose logits were no distribution: their requests ended
+    draft_tokens: Count = 0  # proposed and fed since start
+    accepted_tokens: Count = 0  # proposed tokens that were the ones drawn
 
 
 class Goodbye(Message):

@@ -27,7 +27,9 @@ class Pace:
     token_s: float = _INITIAL_TOKEN_S  # of a prompt token beside them
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
-        """Learn from a finished step."""
+        """Learn from a finished step; one that verifies drafts tells of neither kind of token."""
+        if batch.has_drafts:
+            return
         num_rows = sum(row.kind is RowKind.DECODE for row in batch.rows)
         self.learn(output.step_s - output.swap_s, num_chunk_tokens=batch.num_tokens - num_rows, num_rows=num_rows)
 

@@ -15,6 +15,7 @@ from itertools import chain
 from ..common import failpoints
 from ..common.batch import Batch, StepOutput
 from ..common.clock import Clock
+from ..common.config import SpeculativeConfig
 from ..common.errors import CapacityError
 from ..common.grammar import CompiledGrammar, Grammars
 from ..common.kv_spec import KVCacheSpec
@@ -45,6 +46,7 @@ from .requests import RunningRequests
 from .results import StepResults
 from .running import RunningRequest
 from .scheduler import DecodeScheduler
+from .speculation import Speculation
 from .waiting import WaitingReservations
 
 
@@ -71,10 +73,12 @@ class DecodeRole:
         leaving: Callable[[], Callable[[], object]] | None = None,
         served_model: str = "",
         grammars: Grammars | None = None,
+        speculative: SpeculativeConfig | None = None,
     ) -> None:
         """`leaving()` returns what waits until all that was sent has left this process; None: it leaves at once.
 
         `served_model`: what requests may ask for. `grammars` None: those that ask for one are refused.
+        `speculative` None: no token is drafted.
         """
         self.pool = pool
         self.receiver = receiver
@@ -86,6 +90,7 @@ class DecodeRole:
             num_swap_blocks=num_swap_blocks,
             tpot_objective_s=tpot_objective_s,
             cache=cache,
+            speculation=Speculation(speculative, max_model_len) if speculative is not None else None,
         )
         self._clock = clock
         self._to_router = to_router

@@ -31,6 +31,9 @@ from ..kvcache.blocks import BlockPool
 from ..kvcache.prefix_cache import PrefixCache
 from .pace import Pace
 from .sequence_blocks import SequenceBlocks
+from .speculation import DraftCounters, Speculation
+
+_KINDS = tuple(RowKind)  # in the order in which rows stand in a batch
 
 
 def _age(seq: Sequence) -> tuple[int, int, str, int]:
@@ -50,13 +53,15 @@ class DecodeScheduler:
         num_swap_blocks: int = 0,
         tpot_objective_s: float | None = None,
         cache: PrefixCache | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
-        """`cache`: around the pool; None: one without further tiers."""
+        """`cache`: around the pool; None: one without further tiers. `speculation` None: no row has a draft."""
         self._pool = pool
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
         self.blocks = SequenceBlocks(pool, spec, num_swap_blocks, cache)
         self.pace = Pace(tpot_objective_s)
+        self.speculation = speculation
         self.waiting: list[Sequence] = []  # oldest first; they hold no blocks
         self.parked: list[Sequence] = []  # oldest first; they hold blocks and have no row
         self.running: list[Sequence] = []  # oldest first
@@ -64,6 +69,10 @@ class DecodeScheduler:
         self._ended: list[Sequence] = []  # during the step that computes now: their blocks may be in use
         self.misfits: list[Sequence] = []  # have outgrown the pool: they wait for their end
         self.num_preemptions = 0
+
+    @property
+    def draft_counters(self) -> DraftCounters:
+        return self.speculation.counters if self.speculation is not None else DraftCounters()
 
     @property
     def num_running(self) -> int:
@@ -136,6 +145,8 @@ class DecodeScheduler:
 
     def remove(self, seq: Sequence) -> None:
         """The sequence ended. Blocks that a running step may use are given back by `complete`."""
+        if self.speculation is not None:
+            self.speculation.forget(seq)
         for queue in (self.waiting, self.misfits):
             if seq in queue:
                 queue.remove(seq)
@@ -156,8 +167,12 @@ class DecodeScheduler:
         self._fill_rows()
         rows = self._decode_rows()
         budget = self._max_num_batched_tokens - len(rows)
-        rows += self._chunk_rows(min(budget, self.pace.chunk_tokens) if rows else budget)
-        rows.sort(key=lambda row: row.kind is RowKind.CHUNK)
+        chunks = self._chunk_rows(min(budget, self.pace.chunk_tokens) if rows else budget)
+        if self.speculation is not None and rows:
+            budget -= sum(row.num_scheduled_tokens for row in chunks)
+            self.speculation.draft(rows, budget, self._make_room)
+        rows += chunks
+        rows.sort(key=lambda row: _KINDS.index(row.kind))
         batch = self.blocks.begin(rows)
         self._in_step = batch is not None
         return batch
@@ -225,6 +240,15 @@ class DecodeScheduler:
         self.blocks.grow(seq)
         return True
 
+    def _make_room(self, seq: Sequence, num_tokens: int) -> int:
+        """Return how many drafted tokens have slots; one block at most is taken for them, and only a spare one."""
+        size = self._pool.block_size
+        room = len(seq.block_table) * size - seq.num_tokens
+        if room < num_tokens and self.blocks.num_available > self._num_growing:
+            self.blocks.grow(seq)
+            room += size
+        return min(room, num_tokens)
+
     def _park(self, seq: Sequence) -> None:
         """Take the row of a running sequence; its blocks stay as long as nobody older needs them."""
         self.running.remove(seq)
@@ -257,14 +281,17 @@ class DecodeScheduler:
         return [BatchRow(seq, num_tokens) for seq, num_tokens in shares.items() if num_tokens]
 
     def complete(self, batch: Batch) -> list[bool]:
-        """Count the step's tokens as computed. For each row: is its sequence still there?"""
+        """Count the step's known tokens as computed; `accept` counts those of a draft that was right.
+
+        For each row: is its sequence still there?
+        """
         self._in_step = False
         ended, self._ended = self._ended, []
         alive = []
         for row in batch.rows:
             alive.append(row.seq not in ended)
             if alive[-1]:
-                row.seq.num_computed_tokens += row.num_scheduled_tokens
+                row.seq.num_computed_tokens += row.num_known_tokens
                 self.blocks.publish(row.seq)
         self.blocks.end()
         for seq in ended:
@@ -281,6 +308,8 @@ class DecodeScheduler:
         """Learn from a step what swapping and computing cost. Before `complete`."""
         self.blocks.swap.costs.observe(batch, output)
         self.pace.observe(batch, output)
+        if self.speculation is not None:
+            self.speculation.observe(batch, output)
 
     def sequences(self) -> list[Sequence]:
         """All that have not ended."""

@@ -21,7 +21,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..common.batch import Batch, GpuEvent, RowOutput, StepOutput, row_output
+from ..common.batch import Batch, BatchRow, GpuEvent, RowOutput, StepOutput, row_output, verified_output
 from ..common.config import CoreSlot, EngineConfig
 from ..common.errors import ConfigError
 from ..common.kv_spec import KVCacheSpec
@@ -158,7 +158,7 @@ class Engine:
             sampling = sample_rows(batch)
             tokens = iter(self.runner.sample(next(logits), sampling) if sampling else ())
             prompt_tokens = self._prompt_logprobs(batch, logits) if plan.prompt_rows else repeat(())
-            rows = [row_output(row, next(tokens) if row.samples else (), next(prompt_tokens)) for row in batch.rows]
+            rows = [_row_output(row, tokens, next(prompt_tokens)) for row in batch.rows]
         self.runner.wait()
         return rows
 
@@ -205,6 +205,15 @@ class Engine:
         with self.runner.calculating():
             for _ in self._forward(step, on_layer):
                 pass
+
+
+def _row_output(
+    row: BatchRow, tokens: Iterator[tuple[SampledToken, ...]], prompt_tokens: tuple[SampledToken, ...]
+) -> RowOutput:
+    """Take from `tokens` what was drawn for this row."""
+    if row.draft:
+        return verified_output(row, list(islice(tokens, 1 + len(row.draft))))
+    return row_output(row, next(tokens) if row.samples else (), prompt_tokens)
 
 
 def _model_config(config: EngineConfig) -> ModelConfig:

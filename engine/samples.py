@@ -14,7 +14,7 @@ MAX_SAMPLES = 64  # of one heartbeat, as the wire bounds them
 
 
 def step_sample(batch: Batch, step_s: float = 0.0) -> StepSample:
-    """Describe a step whose tokens are not counted as computed yet."""
+    """Describe a step whose tokens are not counted as computed yet, and that verifies none."""
     chunks = [row for row in batch.rows if row.kind is RowKind.CHUNK]
     rows = [row for row in batch.rows if row.kind is RowKind.DECODE]
     return StepSample(

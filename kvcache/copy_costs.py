@@ -19,7 +19,7 @@ class CopyCosts:
         num_copied = len(batch.swap_out) + len(batch.swap_in)
         if num_copied:
             self.block_s = smooth(self.block_s, output.swap_s / num_copied)
-        if not batch.rows or batch.rows[-1].kind is RowKind.DECODE:
+        if not batch.rows or batch.rows[-1].kind is not RowKind.CHUNK:
             return
         num_chunk_tokens = sum(row.num_scheduled_tokens for row in batch.rows if row.kind is RowKind.CHUNK)
         if 2 * num_chunk_tokens >= output.num_tokens:

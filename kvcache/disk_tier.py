@@ -52,7 +52,7 @@ class Disk(Protocol):
     wake: Callable[[], None]  # called when there is a result, from any thread
 
     def stored(self) -> Iterable[tuple[bytes, int]]:
-        """Return what an earlier process left: hash and slot. Whether it is intact shows when it is read."""
+        """Return what an earlier process left: each hash once, and its slot. Whether it is intact shows at its read."""
         ...
 
     def submit(self, task: DiskTask) -> None: ...

@@ -240,6 +240,10 @@ def _device(deployment: Deployment, host: Host) -> Literal["cpu", "cuda"]:
             "`kvferry doctor` says why, and --device cpu works"
         )
     device: Literal["cpu", "cuda"] = wanted if wanted != "auto" else "cuda" if host.gpus else "cpu"
+    if device == "cuda" and deployment.workers[0].config.engine.speculative_config is not None:
+        raise ConfigError(
+            "speculative_config: only on CPUs; drafts need results that do not depend on how many a step computes"
+        )
     if device == "cuda" and deployment.workers[0].config.engine.deterministic:
         raise ConfigError(NO_DETERMINISTIC_CUDA)
     if device == "cpu" and deployment.workers[0].config.engine.kv_cache_dtype == "fp8":

@@ -7,6 +7,7 @@ each takes what concerns it. Where a value came from and how layers are merged i
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from ..common.config import (
     RequestClass,
     Settings,
     SpecialTokens,
+    SpeculativeConfig,
     TransferName,
 )
 from ..common.errors import ConfigError
@@ -74,6 +76,16 @@ def parse_classes(value: object) -> object:
     if not isinstance(texts, list | tuple):
         return value
     return [_parse_class(text) if isinstance(text, str) else text for text in texts]
+
+
+def parse_object(value: object) -> object:
+    """Read a JSON object in a text (flags, variable); a mapping (YAML) is one already."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"must be a JSON object: {error}") from None
 
 
 def _parse_class(text: str) -> dict[str, str]:
@@ -335,6 +347,15 @@ class ServeSettings(Settings):
             ALL,
         ),
     ] = False
+    speculative_config: Annotated[
+        Annotated[SpeculativeConfig, BeforeValidator(parse_object)] | None,
+        Option(
+            "Engine",
+            "Draft tokens and check several in a step; none is another than without. JSON as vLLM takes it: "
+            '{"method": "ngram", "num_speculative_tokens": 5}. Turns deterministic on. On CPUs alone.',
+            (*SERVE, "decode"),
+        ),
+    ] = None
     enforce_eager: Annotated[
         bool, Option("Engine", "No CUDA graphs: decode steps launch every kernel from Python.", ENGINES)
     ] = False
@@ -383,6 +404,14 @@ class ServeSettings(Settings):
         Option("Output", "File for this process's id while it runs: kvferry status --pid-file FILE.", SERVE),
     ] = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _imply(cls, values: object) -> object:
+        """Drafts change no token only where a token's results do not depend on how many are computed at once."""
+        if isinstance(values, dict) and values.get("speculative_config") is not None:
+            return {"deterministic": True, **values}
+        return values
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         for name, keys in (("api_key", self.api_key), ("admin_key", self.admin_key)):
@@ -411,6 +440,8 @@ class ServeSettings(Settings):
                 f"deterministic: both pools need the same tensor_parallel_size, these have {sizes[0]} and {sizes[1]}: "
                 "sums over ranks are rounded as they are split"
             )
+        if self.speculative_config is not None and not self.deterministic:
+            raise ValueError("speculative_config: needs deterministic, which is turned off: leave that away")
         if self.ray_address is not None and self.launcher != "ray":
             raise ValueError("ray_address: only with --launcher ray")
         if self.max_model_len is not None and self.max_model_len < 2:

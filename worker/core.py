@@ -146,6 +146,7 @@ class WorkerCore:
             leaving=self._effects.leaving,
             served_model=config.served_model,
             grammars=self._grammars,
+            speculative=config.speculative,
         )
 
     def _make_prefill_role(self, shipping: Shipping) -> PrefillRole:
@@ -332,7 +333,9 @@ class WorkerCore:
         self.roles.on_layer(layer)
 
     def complete(self, batch: Batch, output: StepOutput) -> None:
-        self._sample = step_sample(batch) if batch.rows else None  # before its tokens are counted as computed
+        # Before its tokens are counted as computed. A step that verifies drafts is like none that routers reckon with.
+        is_plain = batch.rows and not batch.has_drafts
+        self._sample = step_sample(batch) if is_plain else None
         self.roles.complete(batch, output)
 
     def note_turn(self, turn_s: float) -> None:

@@ -68,6 +68,7 @@ def core_config(
         max_num_batched_tokens=config.engine.max_num_batched_tokens,
         max_num_seqs=config.engine.max_num_seqs,
         num_swap_blocks=engine.num_swap_blocks,
+        speculative=config.engine.speculative_config,
         tpot_objective_s=None if objective_ms is None else objective_ms / 1e3,
         checks_bytes=checks_bytes,
         sums_writes=sums_writes,

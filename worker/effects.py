@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..common.config import TransferConfig
+from ..common.config import SpeculativeConfig, TransferConfig
 from ..common.kv_spec import KVCacheSpec
 from ..common.messages import Message
 from ..common.request import BlockId
@@ -33,6 +33,7 @@ class CoreConfig:
     max_num_batched_tokens: int
     max_num_seqs: int
     num_swap_blocks: int = 0
+    speculative: SpeculativeConfig | None = None  # None: no token is drafted
     tpot_objective_s: float | None = None
     checks_bytes: bool = False  # arrivals that carry checksums come with a verdict
     sums_writes: bool = False  # what we write or read is summed

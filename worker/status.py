@@ -24,6 +24,7 @@ def make_status(
         state="draining" if roles.draining else "ready",
         **asdict(steps),
         **asdict(roles.counters()),
+        **asdict(scheduler.draft_counters),
         num_free_blocks=pool.num_free_blocks,
         num_cached_blocks=pool.num_cached_blocks,
         num_quarantined_blocks=pool.num_quarantined_blocks,

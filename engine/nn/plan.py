@@ -37,12 +37,12 @@ def plan_step(batch: Batch, block_size: int) -> StepPlan:
     for row in batch.rows:
         token = len(input_ids)
         prompt_rows.extend(range(token, token + _num_prompt_logprobs(row)))
-        input_ids.extend(row.seq.token_ids[row.start : row.end])
+        input_ids.extend(row.token_ids)
         starts.append(row.start)
         lengths.append(row.num_scheduled_tokens)
         block_ids.extend(row.seq.block_table[: -(-row.end // block_size)])
         if row.samples:
-            sample_rows.append(len(input_ids) - 1)
+            sample_rows.extend(range(len(input_ids) - 1 - len(row.draft), len(input_ids)))
     return StepPlan(
         input_ids=input_ids.tobytes(),
         starts=starts.tobytes(),

@@ -88,19 +88,17 @@ class SampleRow:
 
 
 def sample_rows(batch: Batch) -> list[SampleRow]:
-    """List what is drawn from the logits of each row that samples."""
+    """List what is drawn from the logits of each row that samples: after its last known token, and each drafted one."""
     rows = [row for row in batch.rows if row.samples]
     masks = batch.masks() if batch.masks is not None else [None] * len(rows)
-    return [
-        SampleRow(
-            row.seq.sampling,
-            row.choices,
-            row.seq.token_ids,
-            row.seq.num_prompt_tokens,
-            None if mask is None else mask.words,
-        )
-        for row, mask in zip(rows, masks, strict=True)
-    ]
+    drawn: list[SampleRow] = []
+    for row, mask in zip(rows, masks, strict=True):
+        seq, words = row.seq, None if mask is None else mask.words
+        drawn.append(SampleRow(seq.sampling, row.choices, seq.token_ids, seq.num_prompt_tokens, words))
+        for end in range(1, 1 + len(row.draft)):
+            tokens = [*seq.token_ids, *row.draft[:end]]
+            drawn.append(SampleRow(seq.sampling, row.choices, tokens, seq.num_prompt_tokens))
+    return drawn
 
 
 def sample_each(

@@ -55,6 +55,8 @@ def _vllm_gauges(models: ModelPools) -> Iterator[Metric]:
         ("vllm:prefix_cache_queries", "prefix_queries"),
         ("vllm:prefix_cache_hits", "prefix_hits"),
         ("vllm:num_preemptions", "num_preemptions"),
+        ("vllm:spec_decode_num_draft_tokens", "draft_tokens"),
+        ("vllm:spec_decode_num_accepted_tokens", "accepted_tokens"),
     ):
         yield _vllm(CounterMetricFamily, name, [(names, getattr(status, counter)) for names, status in alive])
 

@@ -47,6 +47,8 @@ _COUNTERS = {
     "fetched_bytes": ("prefix_fetched_bytes", "KV bytes read so and used"),
     "fetch_s": ("prefix_fetch_seconds", "How long these reads took, summed"),
     "nonfinite_rows": ("nonfinite_rows", "Rows of steps with NaN or infinite logits: their requests got an error"),
+    "draft_tokens": ("draft_tokens", "Drafted tokens that steps have verified"),
+    "accepted_tokens": ("accepted_draft_tokens", "Drafted tokens that were the ones drawn"),
     "checksum_failures": ("kv_checksum_failures", "Arrivals whose bytes were not those that were sent"),
 }
 # By a label: the field holds (value, count) pairs. A value that is not known here counts as "other".

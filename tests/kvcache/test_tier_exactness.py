@@ -41,9 +41,12 @@ class _Worker:
         self.woken: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.cache.wake_with(lambda: self.woken.put(None))
         self.answer: Callable[[Sequence], list[int]] = self._prefill if role == "prefill" else self._decode
-        spec, limits = self.engine.spec, {"max_num_batched_tokens": 48, "max_num_seqs": 4}
-        self._prompts = PrefillScheduler(self.pool, FakeClock(), cache=self.cache, **limits)
-        self._answers = DecodeScheduler(self.pool, spec, cache=self.cache, **limits)
+        self._prompts = PrefillScheduler(
+            self.pool, FakeClock(), cache=self.cache, max_num_batched_tokens=48, max_num_seqs=4
+        )
+        self._answers = DecodeScheduler(
+            self.pool, self.engine.spec, cache=self.cache, max_num_batched_tokens=48, max_num_seqs=4
+        )
 
     def _batch(self, schedule: Callable[[], Batch | None]) -> Batch:
         """The next step; while a prompt waits for the disk there is none."""

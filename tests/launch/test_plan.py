@@ -223,6 +223,33 @@ def test_only_decode_workers_have_room_for_preempted_kv() -> None:
     assert [worker.config.engine.swap_space for worker in planned(swap_space=0).workers] == [0, 0]
 
 
+def test_drafts_are_for_every_worker_and_make_results_exact() -> None:
+    """A prefill worker may decode tomorrow."""
+    deployment = planned(speculative_config='{"method": "ngram", "num_speculative_tokens": 3}')
+    for worker in deployment.workers:
+        engine = worker.config.engine
+        assert engine.deterministic and engine.speculative_config is not None
+        assert engine.speculative_config.num_speculative_tokens == 3
+    assert deployment.router.deterministic
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ({"method": "draft_model", "model": "x"}, "method"),
+        ({"method": "ngram", "num_speculative_tokens": 17}, "num_speculative_tokens"),
+        ({"method": "ngram", "prompt_lookup_min": 5}, "prompt_lookup_max 4 is below prompt_lookup_min 5"),
+        ("[1", "must be a JSON object"),
+        ("7", "speculative_config"),
+    ],
+)
+def test_drafts_that_nobody_can_make_are_refused(value: object, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        ServeSettings.model_validate({"speculative_config": value})
+    with pytest.raises(ValueError, match="needs deterministic"):
+        ServeSettings.model_validate({"speculative_config": {"method": "ngram"}, "deterministic": False})
+
+
 # What a launcher uses itself, and what is for a process that is started by hand.
 OF_THE_LAUNCHER = {"model", "revision", "routers", "launcher", "ray_address", "pid_file"}
 BY_HAND = {"control_host", "control_port", "router", "handoff_host", "handoff_port", "worker_id", "insecure_loopback"}
@@ -243,6 +270,7 @@ OTHER_VALUES: dict[str, object] = {
     "attention_backend": "cpu",
     "transfer": "ucx",
     "kv_checksum": "off",
+    "speculative_config": {"method": "ngram"},
     "log_level": "debug",
     "log_format": "json",
     "prefill": {"workers": 2},

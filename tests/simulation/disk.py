@@ -37,7 +37,11 @@ class SimDisk:
         self._ended: list[DiskResult] = []
 
     def stored(self) -> Iterable[tuple[bytes, int]]:
-        return [(block_hash, slot) for slot, (block_hash, _) in self._file.blocks.items()]
+        """Of two slots with the same block, the first: a read failed, and the block was written once more."""
+        first: dict[bytes, int] = {}
+        for slot, (block_hash, _) in sorted(self._file.blocks.items()):
+            first.setdefault(block_hash, slot)
+        return list(first.items())
 
     def submit(self, task: DiskTask) -> None:
         self._tasks.append(task)

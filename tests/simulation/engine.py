@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from kvferry.common.batch import Batch, BatchRow, RowOutput, StepOutput
+from kvferry.common.batch import Batch, BatchRow, RowOutput, StepOutput, verified_output
 from kvferry.common.request import SampledToken, Sequence
 from kvferry.engine.masks import find_masks
 from kvferry.kvcache.blocks import BlockPool
 
 from .breach import Breach
 from .grammars import mask_of
-from .oracle import Answer, Oracle, sampled
+from .oracle import VOCAB_SIZE, Answer, Oracle, sampled
 
 _NOTHING = -1
 
@@ -83,6 +83,7 @@ class _Work(NamedTuple):
     start: int
     end: int
     choices: tuple[int, ...]  # to sample; empty: the row does not
+    tags: list[int]  # of the fed positions
     scores: bool  # log-probabilities of its prompt tokens are asked for
 
 
@@ -113,11 +114,14 @@ class Engine:
     def _work_of(self, row: BatchRow) -> _Work:
         seq = row.seq
         answer = self._oracles[seq.request_id].answers[seq.choice]
-        start, end = row.start, row.end
+        start, end = row.start, row.start + row.num_known_tokens
         if seq.token_ids[:end] != answer.tokens[:end]:
             raise Breach("I6", f"{self._name} is fed {seq.token_ids[:end]} for {seq.request_id}/{seq.choice}")
+        tags = answer.tags[start:end]
+        for token in row.draft:
+            tags.append(hash((tags[-1], token)))
         scores = seq.sampling.prompt_logprobs is not None
-        return _Work(seq, answer, list(seq.block_table), start, end, row.choices if row.samples else (), scores)
+        return _Work(seq, answer, list(seq.block_table), start, end, row.choices if row.samples else (), tags, scores)
 
     def _check_masks(self, rows: list[BatchRow]) -> None:
         """What may come next is what the answer's own grammar says at this place."""
@@ -134,13 +138,14 @@ class Engine:
         memory = self._memory
         size, base = memory.block_size, layer * memory.num_blocks
         for work in self._work:
-            position = work.start
-            while position < work.end:
+            position, end = work.start, work.start + len(work.tags)
+            while position < end:
                 block = work.table[position // size]
                 slot = position % size
-                count = min(size - slot, work.end - position)
+                count = min(size - slot, end - position)
                 self._check_owned(block, work)
-                memory.pages[base + block][slot : slot + count] = work.answer.tags[position : position + count]
+                first = position - work.start
+                memory.pages[base + block][slot : slot + count] = work.tags[first : first + count]
                 position += count
 
     def _check_owned(self, block: int, work: _Work) -> None:
@@ -152,8 +157,11 @@ class Engine:
     def end(self, batch: Batch, step_s: float) -> StepOutput:
         """Every row has read all that is before it, and yields its tokens."""
         rows = []
-        for work in self._work:
+        for row, work in zip(batch.rows, self._work, strict=True):
             self._memory.check(work.table, work.answer, work.end, f"{self._name} for {work.seq.request_id}")
+            if row.draft:
+                rows.append(verified_output(row, [(token,) for token in self._verify(row, work)]))
+                continue
             runs = tuple((token,) for token in self._sample(work))
             rows.append(RowOutput(runs, work.answer.prompt_logprobs[work.start : work.end] if work.scores else ()))
         self._work = []
@@ -167,3 +175,12 @@ class Engine:
             if work.end >= len(tokens):
                 raise Breach("I6", f"{self._name} goes on with {work.seq.request_id}/{choice} after its end")
             yield sampled(tokens[work.end])
+
+    def _verify(self, row: BatchRow, work: _Work) -> Iterator[SampledToken]:
+        """What is drawn after the known tokens, and after each drafted one: anything where that is another's answer."""
+        right = work.answer.tokens[work.end :]
+        if not right:
+            raise Breach("I6", f"{self._name} goes on with {work.seq.request_id}/{work.seq.choice} after its end")
+        for index in range(1 + len(row.draft)):
+            is_right = index < len(right) and row.draft[:index] == tuple(right[:index])
+            yield sampled(right[index] if is_right else work.tags[index] % VOCAB_SIZE)

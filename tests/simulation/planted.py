@@ -367,7 +367,7 @@ BUGS = (
     Planted("prompts are taken in any role", frozenset({"I18"}), patches=((core, "PrefillRole", _TakesAnyPrompt),)),
     Planted("blocks are granted in any role", frozenset({"I18"}), patches=((core, "KVReceiver", _GrantsAlways),)),
     Planted("a role change undoes a drain", frozenset({"I12"}), patches=((core, "RolePair", _UndoesDrain),)),
-    Planted("roles are not noted", frozenset({"I20"}), patches=((RouterWorker, "set_role", _keep_first_role),)),
+    Planted("roles are not noted", frozenset({"I16", "I20"}), patches=((RouterWorker, "set_role", _keep_first_role),)),
     Planted(
         "prompt logprobs are taken twice",
         frozenset({"I21"}),

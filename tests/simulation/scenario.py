@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from kvferry.common.config import RouterConfig, TransferConfig
+from kvferry.common.config import RouterConfig, SpeculativeConfig, TransferConfig
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import SamplingParams
 
@@ -83,6 +83,7 @@ class Scenario:
     has_checksums: bool = False
     spoiling: float = 0.0  # chance that a page changes on its way, on any path
     read_s: float = 0.0  # what a read takes on average, beside its way
+    speculative: SpeculativeConfig | None = None
     fetch_share: float = 0.0  # of the placements, those that have a prefix read from another worker
     copy_share: float = 0.0  # of the writes, those that the source's CPU makes: all workers are on one host
     step_s: float = 0.004
@@ -134,6 +135,7 @@ def draw(seed: int, num_requests: int | None = None, *, faulted: bool = True) ->
         has_checksums=has_checksums,
         spoiling=random.choice((0.0, 0.02)) if has_checksums and faulted else 0.0,
         read_s=random.choice((0.0, 0.0, 0.5)),
+        speculative=random.choice((None, SpeculativeConfig(method="ngram", num_speculative_tokens=4))),
         fetch_share=random.choice((0.0, 0.5, 1.0, 1.0)),
         copy_share=random.choice((0.0, 0.0, 0.0, 0.5, 1.0)),
         step_s=random.choice((0.002, 0.005, 0.01)),

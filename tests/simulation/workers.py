@@ -47,6 +47,7 @@ from kvferry.worker.roles import RoleName
 from .agent import Agent
 from .breach import Breach
 from .disk import SimDisk
+from .drafting import Drafts
 from .engine import Engine, Memory
 from .grammars import SimGrammars
 from .invariants import check_counts, check_holders, check_reservations
@@ -107,6 +108,8 @@ class Worker:
         self._shipping = self._make_shipping()
         self.cache = self._make_cache()
         self.core = self._make_core()
+        if (speculation := self.core.decode.scheduler.speculation) is not None:
+            speculation.make_proposer = lambda seq: Drafts(world.oracles[seq.request_id].answers[seq.choice])
         self.cache.wake_with(self.wake)
         self._landings = Landings(self)
         self._rules = RoleRules(self)
@@ -195,6 +198,7 @@ class Worker:
             max_num_batched_tokens=scenario.max_num_batched_tokens,
             max_num_seqs=scenario.max_num_seqs,
             num_swap_blocks=scenario.num_swap_blocks,
+            speculative=scenario.speculative,
             checks_bytes=self._sums is not None,
             sums_writes=self._sums is not None,
             sums_loans=self._sums is not None,

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .kernel import Process
 
 SETTLE_S = WORKER_WAIT_S + 5.0  # from the last fault to rest: what no worker can hold waits for one so long
+_MAX_EVENTS = 100_000  # of a scenario, whose few dozen requests make some 3,000
 _LOOK_EVERY_S = 0.25
 _decoder: Decoder[Message] = Decoder(
     RouterToWorker | WorkerToRouter | PrefillToDecode | DecodeToPrefill | FetcherToLender | LenderToFetcher
@@ -254,6 +255,8 @@ class World:
             while True:
                 while kernel.now < look_at_s:
                     kernel.step()
+                    if kernel.num_events > _MAX_EVENTS:
+                        raise Breach("I16", f"{_MAX_EVENTS} events, and no end: somebody tries again without a pause")
                 unrest = self._unrest()
                 if not unrest:
                     break
@@ -326,6 +329,8 @@ class World:
                 seen[f"fetch failed: {failure.value}"] += number
             seen["fetched blocks"] += core.fetches.num_bytes // self.scenario.spec.block_bytes()
             seen["lent blocks"] += core.lending.num_lent_blocks
+            seen["drafted tokens"] += core.decode.scheduler.draft_counters.draft_tokens
+            seen["accepted drafted tokens"] += core.decode.scheduler.draft_counters.accepted_tokens
             seen["promoted blocks"] += core.cache.num_promoted_blocks
             seen["demoted blocks"] += core.cache.num_demoted_blocks
         return tally

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -123,6 +124,16 @@ class Stepper:
                 answer.tokens.append(output.runs[0][0])
                 row.seq.token_ids.append(output.runs[0][0].token_id)
 
+    def verify(self, seq: Sequence, draft: list[int]) -> None:
+        """One step with a draft."""
+        row = BatchRow(seq, 1 + len(draft), tuple(draft))
+        self.driver.grow(seq, row.end)
+        [output] = self.engine.step(Batch([row])).rows
+        [run] = output.runs
+        self.answers[id(seq)].tokens += run
+        seq.token_ids += [token.token_id for token in run]
+        seq.num_computed_tokens = seq.num_tokens - 1
+
     def finish(self, seq: Sequence, chunk: Callable[[int], int] = lambda count: count) -> Answer:
         while seq.num_output_tokens < seq.sampling.max_tokens:
             self.step([(seq, chunk(seq.num_uncomputed_tokens))])
@@ -153,6 +164,25 @@ def test_neither_company_nor_chunks_nor_threads_show(make: EngineMaker, kind: st
     for seed, runner in enumerate((two, one, two)):
         assert runner.together(asked, random.Random(seed)) == expected
         runner.driver = Driver(runner.engine)
+
+
+@pytest.mark.parametrize(("kind", "model"), [*KINDS, ("native", "long window")])
+def test_drafts_show_nowhere(make: EngineMaker, kind: str, model: str) -> None:
+    """Right ones, wrong ones, and right ones that go wrong: tokens and log-probabilities are those without."""
+    runner, other = Stepper(make(kind, model)), Stepper(make(kind, model))
+    rng = random.Random(5)
+    for index, prompt in enumerate(prompts([3, 31, 250, 254, 300, 17], 500)):
+        params = various(index)
+        params = msgspec.structs.replace(params, max_tokens=14, prompt_logprobs=None)
+        whole = runner.alone(prompt, params).tokens
+        other.driver = Driver(other.engine)
+        seq = other.add(prompt, params)
+        other.step([(seq, len(prompt))])
+        while len(other.answers[id(seq)].tokens) < params.max_tokens:
+            done = len(other.answers[id(seq)].tokens)
+            right = [token.token_id for token in whole[done : done + rng.randrange(5)]]
+            other.verify(seq, [*right, *(rng.randrange(500) for _ in range(rng.randrange(3)))][: 13 - done])
+        assert other.answers[id(seq)].tokens == whole
 
 
 @pytest.mark.parametrize(("kind", "model"), [*KINDS, ("native", "long window")])

@@ -1,0 +1,222 @@
+"""What do drafts gain, and do they change a token?
+
+    python -m kvferry.benchmarks.speculation [--rounds 6] [--requests 200] [--model DIR]
+
+Two deployments of one colocated worker stand side by side, one with --deterministic, the other with
+--speculative-config; the other one idles while one is measured, and they take turns in going first.
+1. time    texts that repeat (a file to be edited, names to be copied, a refrain) and one that does not, one stream at
+           a time, then the free text eight streams at once: TPOT with drafts over TPOT without, median of the rounds
+2. tokens  requests of every temperature, with seeds, penalties, n, stop strings, min_tokens and log-probabilities:
+           tokens, log-probabilities and finish reasons of both, compared with ==; a difference is exit code 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import httpx
+
+from kvferry.benchmarks.shared.bars import Bar, bar_table
+from kvferry.common.errors import ConfigError
+from kvferry.models.default import default_model_dir
+from kvferry.tools.chaos.serve_system import System, parse_metrics, serving, until_ready
+from kvferry.tools.load.arguments import positive_int
+from kvferry.tools.load.environment import describe_environment
+from kvferry.tools.load.json_file import save_json
+from kvferry.tools.load.report import RESULTS_DIR, report_console
+
+REPETITIVE_BAR, FREE_BAR = 0.5, 1.03
+_NUM_TOKENS = 96
+_CROWD = 8
+_BASE = ("--prefill", "0", "--decode", "1")
+_CODE = "".join(f"def {name}(a, b):\n    return a {sign} b\n\n" for name, sign in zip("fghk", "+-*/", strict=True))
+TEXTS = {
+    "code edit": f"The file:\n{_CODE}\nThe file once more, with one function renamed:\n{_CODE}\nOnce more:\n",
+    "extraction": "Names: Alice Johnson, Bob Smith, Carol Danvers, Dave Grohl, Erin Gray, Frank Sinatra.\n"
+    "The names one on each line:\nAlice Johnson\nBob Smith\nCarol Danvers\n",
+    "refrain": "Row, row, row your boat, gently down the stream. Merrily, merrily, merrily, merrily. " * 3,
+}
+FREE = "Write a letter to a friend about a journey through mountains that nobody has seen before."
+
+
+@dataclass(slots=True, frozen=True)
+class Timing:
+    """One text on both deployments."""
+
+    text: str
+    num_streams: int
+    without_ms: float  # median TPOT
+    with_ms: float
+    ratio: float  # median over the rounds
+    num_rounds: int
+
+
+class Side:
+    """One of the two deployments."""
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self.client = httpx.AsyncClient(base_url=system.base_url, timeout=600.0, trust_env=False)
+
+    async def tpot_s(self, prompt: str, num_streams: int, number: int) -> float:
+        """Return the mean over the streams of the time of an output token after the first."""
+        each = await asyncio.gather(*(self._stream(prompt, number * 100 + index) for index in range(num_streams)))
+        return sum(each) / num_streams
+
+    async def _stream(self, prompt: str, seed: int) -> float:
+        body = {
+            "prompt": f"{prompt}" if seed % 100 == 0 else f"{seed}. {prompt}",
+            "max_tokens": _NUM_TOKENS,
+            "temperature": 0.0 if seed % 2 == 0 else 0.8,
+            "seed": seed,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        began_s = ended_s = 0.0
+        async with self.client.stream("POST", "/v1/completions", json=body) as answer:
+            if answer.status_code != 200:
+                raise ConfigError(f"{self.system.base_url} answered {answer.status_code}")
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    ended_s = perf_counter()
+                    began_s = began_s or ended_s
+        return (ended_s - began_s) / (_NUM_TOKENS - 1)
+
+    async def answer(self, body: dict[str, object]) -> object:
+        """Return the choices of a request."""
+        answer = await self.client.post("/v1/completions", json=body)
+        if answer.status_code != 200:
+            raise ConfigError(f"{self.system.base_url} answered {answer.status_code}: {answer.text[:200]}")
+        return json.loads(answer.text)["choices"]
+
+    async def counters(self) -> tuple[int, int]:
+        """Return how many drafted tokens were verified, and how many of them were right."""
+        samples = parse_metrics((await self.client.get("/metrics")).text)
+        names = ("kvferry_draft_tokens_total", "kvferry_accepted_draft_tokens_total")
+        first, second = (int(sum(sample.value for sample in samples if sample.name == name)) for name in names)
+        return first, second
+
+
+def request_body(number: int) -> dict[str, object]:
+    """Return request `number` of the comparison: each has its own mix of all that sampling looks at."""
+    chance = random.Random(number)
+    text = chance.choice([*TEXTS.values(), FREE])
+    return {
+        "prompt": text[: chance.randrange(20, len(text))],
+        "max_tokens": chance.choice((8, 24, 48)),
+        "temperature": (0.0, 0.7, 1.2)[number % 3],
+        "seed": number,
+        "n": chance.choice((1, 1, 1, 3)),
+        "top_p": chance.choice((1.0, 0.9)),
+        "frequency_penalty": chance.choice((0.0, 0.0, 0.4)),
+        "repetition_penalty": chance.choice((1.0, 1.0, 1.2)),
+        "min_tokens": chance.choice((0, 6)),
+        "stop": chance.choice((None, ["Carol", "stream"])),
+        "logprobs": chance.choice((None, 3)),
+        "return_token_ids": True,
+    }
+
+
+async def time_texts(sides: Sequence[Side], rounds: int) -> list[Timing]:
+    cases = [(name, text, 1) for name, text in TEXTS.items()] + [("free text", FREE, 1), ("free text", FREE, _CROWD)]
+    timings = []
+    for name, text, num_streams in cases:
+        pairs: list[tuple[float, float]] = []
+        for number in range(-1, rounds):  # the first round warms up
+            order = (0, 1) if number % 2 else (1, 0)
+            times = {index: await sides[index].tpot_s(text, num_streams, abs(number)) for index in order}
+            if number >= 0:
+                pairs.append((times[0], times[1]))
+        without_s, with_s = (median(pair[index] for pair in pairs) for index in (0, 1))
+        ratio = median(second / first for first, second in pairs)
+        timings.append(Timing(name, num_streams, without_s * 1e3, with_s * 1e3, ratio, rounds))
+    return timings
+
+
+async def count_differences(sides: Sequence[Side], num_requests: int) -> int:
+    """Send the same requests to both, eight at a time; return how many answers differ."""
+    differ = 0
+    for first in range(0, num_requests, _CROWD):
+        bodies = [request_body(number) for number in range(first, min(first + _CROWD, num_requests))]
+        plain, drafted = [await asyncio.gather(*(side.answer(body) for body in bodies)) for side in sides]
+        differ += sum(one != other for one, other in zip(plain, drafted, strict=True))
+    return differ
+
+
+async def measure(systems: Sequence[System], rounds: int, num_requests: int) -> dict[str, object]:
+    for system in systems:
+        await until_ready(system, 120.0)
+    sides = [Side(system) for system in systems]
+    timings = await time_texts(sides, rounds)
+    num_differ = await count_differences(sides, num_requests)
+    num_drafted, num_accepted = await sides[1].counters()
+    for side in sides:
+        await side.client.aclose()
+    return {
+        "timings": [asdict(timing) for timing in timings],
+        "num_requests": num_requests,
+        "num_differ": num_differ,
+        "num_draft_tokens": num_drafted,
+        "num_accepted_tokens": num_accepted,
+        "bars": [bar.as_json() for bar in bars_of(timings, num_differ, num_requests)],
+    }
+
+
+def bars_of(timings: Sequence[Timing], num_differ: int, num_requests: int) -> list[Bar]:
+    bars = [
+        Bar(
+            f"TPOT with drafts, {timing.text}, {timing.num_streams} at once",
+            timing.ratio,
+            FREE_BAR if timing.text == "free text" else REPETITIVE_BAR,
+            count=timing.num_rounds,
+        )
+        for timing in timings
+    ]
+    return [*bars, Bar("answers that differ", float(num_differ), 0.0, count=num_requests)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    flags = _parser().parse_args(argv)
+    console = report_console()
+    flags.model = flags.model or default_model_dir()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with (
+                serving("plain", flags.model, (*_BASE, "--deterministic"), Path(folder)) as plain,
+                serving("drafts", flags.model, (*_BASE, "--speculative-config", flags.config), Path(folder)) as drafts,
+            ):
+                report = asyncio.run(measure((plain, drafts), flags.rounds, flags.requests))
+        except ConfigError as error:
+            console.print(f"speculation: {error}", markup=False, style="red", soft_wrap=True)
+            return 2
+    timings = [Timing(**timing) for timing in report["timings"]]  # type: ignore[attr-defined]  # as `measure` made it
+    num_differ = int(str(report["num_differ"]))
+    console.print(bar_table(flags.model.name, bars_of(timings, num_differ, flags.requests)))
+    console.print(f"{report['num_accepted_tokens']} of {report['num_draft_tokens']} drafted tokens were right")
+    environment = describe_environment("python -m kvferry.benchmarks.speculation", argv)
+    save_json({**report, "config": flags.config, "environment": asdict(environment)}, flags.json)
+    return 1 if num_differ else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kvferry.benchmarks.speculation", description=(__doc__ or "").partition("\n")[0]
+    )
+    add = parser.add_argument
+    add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: built-in model)")
+    add("--rounds", type=positive_int, default=6, help="pairs of each text (default: %(default)s)")
+    add("--requests", type=positive_int, default=200, help="compared answers (default: %(default)s)")
+    add("--config", default='{"method": "ngram"}', metavar="JSON", help="--speculative-config (default: %(default)s)")
+    add("--json", type=Path, default=RESULTS_DIR / "speculation.json", metavar="FILE", help="(default: %(default)s)")
+    return parser

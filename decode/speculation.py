@@ -1,0 +1,157 @@
+"""`Speculation` chooses how many drafted tokens a step verifies, for each sequence.
+
+    proposer ─> draft ─> cut to what pays ─> a row that verifies ─> run of accepted tokens
+
+A draft of k tokens is right up to its j-th token with chance r^j, r being how often this sequence's drafts were right.
+Each fed token costs a part of a step's time. Drafts are added, the likeliest first, while they raise the tokens that a
+second yields: (E + r^j) / (T + c) > E / T. None is a choice like any other. This is the expected-throughput rule of
+speculative decoding (Leviathan 2023, section 3) for batches.
+
+Nothing here decides which tokens come: a wrong estimate costs time alone. Pure; times come in with the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from ..common.batch import Batch, BatchRow, RowKind, StepOutput
+from ..common.config import SpeculativeConfig
+from ..common.request import Sequence
+from .ngrams import NgramProposer, Proposer
+
+_FIRST_RATE = 0.6  # of a sequence whose drafts were not judged yet: high enough to try one
+_RATE_SMOOTHING = 0.15  # weight of one judged token: some seven tokens back
+_FIRST_SHARE = 0.05  # of a step, that one more fed token costs: a step of one row that reads all weights
+_COST_SMOOTHING = 0.1
+_FORGETTING = 0.99  # of a cost's distance from _FIRST_SHARE, with each step without drafts: a slow step is forgiven
+_PLAIN_EVERY = 64  # steps: one without drafts, so that their time stays known
+
+
+@dataclass(slots=True, eq=False)
+class _Track:
+    """`_Track` holds what is known of one sequence's drafts."""
+
+    proposer: Proposer
+    rate: float = _FIRST_RATE  # of drafted tokens that were right, all before them being right
+    proposed: tuple[int, ...] = ()
+    proposed_at: int = 0  # the position of the first of them
+
+
+@dataclass(slots=True)
+class DraftCounters:
+    """Figures since the start, under the names that `WorkerStatus` gives them."""
+
+    draft_tokens: int = 0  # that were fed
+    accepted_tokens: int = 0
+
+
+@dataclass(slots=True)
+class StepCosts:
+    """`StepCosts` learns what decode steps take, and what each drafted token adds to one."""
+
+    plain_s: dict[int, float] = field(default_factory=dict)  # rows -> seconds of a step without drafts
+    share: float = _FIRST_SHARE  # of such a step, for each drafted token
+
+    def observe(self, batch: Batch, output: StepOutput) -> None:
+        """Learn from a finished step that had no chunks."""
+        if not batch.rows or batch.rows[-1].kind is RowKind.CHUNK:
+            return
+        seconds, num_rows = output.step_s - output.swap_s, len(batch.rows)
+        known = self.plain_s.get(num_rows)
+        if not batch.has_drafts:
+            self.plain_s[num_rows] = seconds if known is None else known + _COST_SMOOTHING * (seconds - known)
+            self.share += (1 - _FORGETTING) * (_FIRST_SHARE - self.share)
+        elif known:
+            num_drafted = sum(len(row.draft) for row in batch.rows)
+            seen = max(0.0, min(seconds / known - 1, 2.0)) / num_drafted
+            self.share += _COST_SMOOTHING * (seen - self.share)
+
+
+class Speculation:
+    """`Speculation` gives rows their drafts and learns from what became of them."""
+
+    def __init__(
+        self,
+        config: SpeculativeConfig,
+        max_model_len: int,
+        make_proposer: Callable[[Sequence], Proposer] | None = None,
+    ) -> None:
+        """`make_proposer`: another than the config's method, for one sequence."""
+        self._config = config
+        self.make_proposer = make_proposer if make_proposer is not None else self._ngrams
+        self._max_model_len = max_model_len
+        self._tracks: dict[Sequence, _Track] = {}
+        self.costs = StepCosts()
+        self.counters = DraftCounters()
+        self._num_steps = 0
+
+    def draft(self, rows: Iterable[BatchRow], budget: int, make_room: Callable[[Sequence, int], int]) -> None:
+        """Give drafts to rows that decode, `budget` tokens at most.
+
+        `make_room(seq, n)` returns how many tokens after the next one have slots for their KV, up to n.
+        """
+        decoding = [row for row in rows if row.kind is RowKind.DECODE and row.samples and not row.seq.pending_choices]
+        # A grammar's mask is known for the next token alone.
+        drafts = {row.seq: draft for row in decoding if row.seq.grammar is None and (draft := self._propose(row.seq))}
+        self._num_steps += 1
+        if not drafts or self._num_steps % _PLAIN_EVERY == 0 or len(decoding) not in self.costs.plain_s:
+            return
+        lengths = self._lengths(drafts, len(decoding), budget)
+        for row in decoding:
+            wanted = lengths.get(row.seq, 0)
+            if wanted and (length := make_room(row.seq, wanted)):
+                row.draft = drafts[row.seq][:length]
+                row.num_scheduled_tokens += length
+
+    def _ngrams(self, seq: Sequence) -> Proposer:
+        return NgramProposer(self._config.prompt_lookup_min, self._config.prompt_lookup_max)
+
+    def _propose(self, seq: Sequence) -> tuple[int, ...]:
+        track = self._tracks.get(seq)
+        if track is None:
+            track = self._tracks[seq] = _Track(self.make_proposer(seq))
+        self._judge(track, seq)
+        left = min(seq.sampling.max_tokens - seq.num_output_tokens, self._max_model_len - seq.num_tokens) - 1
+        track.proposed = track.proposer.propose(seq.token_ids, min(self._config.num_speculative_tokens, left))
+        track.proposed_at = seq.num_tokens
+        return track.proposed
+
+    def _judge(self, track: _Track, seq: Sequence) -> None:
+        """Compare the last proposal with what came, whether it was verified or not."""
+        came = seq.token_ids[track.proposed_at : track.proposed_at + len(track.proposed)]
+        for drafted, token in zip(track.proposed, came, strict=False):
+            track.rate += _RATE_SMOOTHING * ((drafted == token) - track.rate)
+            if drafted != token:
+                return
+
+    def _lengths(self, drafts: dict[Sequence, tuple[int, ...]], num_rows: int, budget: int) -> dict[Sequence, int]:
+        """Cut the drafts to what raises the tokens of a second. Times are in plain steps."""
+        share = self.costs.share
+        gains = sorted(
+            (
+                (self._tracks[seq].rate ** (place + 1), place, seq)
+                for seq, draft in drafts.items()
+                for place in range(len(draft))
+            ),
+            key=lambda gain: (-gain[0], gain[1]),
+        )
+        num_tokens, time, lengths = float(num_rows), 1.0, dict.fromkeys(drafts, 0)
+        for gain, _, seq in gains[:budget]:
+            if gain * time <= num_tokens * share:
+                break
+            num_tokens, time = num_tokens + gain, time + share
+            lengths[seq] += 1
+        return lengths
+
+    def observe(self, batch: Batch, output: StepOutput) -> None:
+        """Learn from a finished step."""
+        self.costs.observe(batch, output)
+        for row, result in zip(batch.rows, output.rows, strict=True):
+            if row.draft:
+                self.counters.draft_tokens += len(row.draft)
+                self.counters.accepted_tokens += sum(map(len, result.runs)) - len(result.runs)
+
+    def forget(self, seq: Sequence) -> None:
+        """Drop what is known of a sequence that has ended."""
+        self._tracks.pop(seq, None)

@@ -1,0 +1,234 @@
+"""Drafts: what is proposed, how much of it is verified, and that what comes of it never depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvferry.common.batch import Batch, BatchRow, RowKind, RowOutput, StepOutput, verified_output
+from kvferry.common.config import SpeculativeConfig
+from kvferry.common.request import RequestId, SampledToken, SamplingParams, Sequence
+from kvferry.decode.ngrams import NgramProposer
+from kvferry.decode.scheduler import DecodeScheduler
+from kvferry.decode.speculation import Speculation
+from kvferry.kvcache.blocks import BlockPool
+
+from .bench import BLOCK, SPEC
+
+CONFIG = SpeculativeConfig(method="ngram", num_speculative_tokens=5, prompt_lookup_min=2, prompt_lookup_max=4)
+MAX_MODEL_LEN = 200
+STEP_S = 0.01
+
+
+# --- n-grams --------------------------------------------------------------------------------------------------
+
+
+def longest_match(tokens: list[int], least: int, most: int) -> int:
+    """Say it plainly: the place after the longest earlier occurrence of the end, the latest of equals; 0: none."""
+    best, best_length = 0, 0
+    for place in range(len(tokens) - 1, least - 1, -1):
+        length = 0
+        while length < min(most, place) and tokens[place - length - 1] == tokens[len(tokens) - length - 1]:
+            length += 1
+        if length >= least and length > best_length:
+            best, best_length = place, length
+    return best
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 3), st.integers(0, 2), st.integers(1, 8))
+def test_a_draft_goes_on_from_the_longest_match(tokens: list[int], least: int, more: int, count: int) -> None:
+    proposer = NgramProposer(least, least + more)
+    for end in range(0, len(tokens), 3):
+        proposer.propose(tokens[:end], count)  # what is indexed piece by piece is as what is indexed at once
+    draft = proposer.propose(tokens, count)
+    place = longest_match(tokens, least, least + more)
+    fresh = NgramProposer(least, least + more).propose(tokens, count)
+    assert draft == fresh
+    if place == 0:
+        assert draft == ()
+        return
+    assert len(draft) == count
+    written = [*tokens, *draft]
+    if len([p for p in range(least, len(tokens)) if tokens[p - least : p] == tokens[len(tokens) - least :]]) <= 8:
+        assert list(draft) == [written[place + index] for index in range(count)]
+
+
+def test_a_repetition_is_drafted_beyond_its_end() -> None:
+    assert NgramProposer(2, 4).propose([9, 1, 2, 1, 2], 5) == (1, 2, 1, 2, 1)
+    assert NgramProposer(1, 4).propose([7, 7], 3) == (7, 7, 7)
+
+
+def test_without_a_match_or_room_there_is_no_draft() -> None:
+    assert NgramProposer(2, 4).propose([1, 2, 3, 4], 5) == ()
+    assert NgramProposer(2, 4).propose([], 5) == ()
+    assert NgramProposer(2, 4).propose([1, 2, 1, 2], 0) == ()
+
+
+# --- how many -------------------------------------------------------------------------------------------------
+
+
+def sequence(name: str = "r", *, max_tokens: int = 100) -> Sequence:
+    """It repeats itself, so that there is always a draft."""
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    return Sequence(RequestId(name), 0, 0, [1, 2, 3] * 4, 11, params, num_computed_tokens=11)
+
+
+def rows_of(seqs: Tokens[Sequence]) -> list[BatchRow]:
+    return [BatchRow(seq, 1) for seq in seqs]
+
+
+def answer(rows: list[BatchRow], seconds: float, *, right: bool) -> None:
+    """Let each row's sequence say what was drafted, or something else."""
+    for row in rows:
+        expected = NgramProposer(2, 4).propose(row.seq.token_ids, 1 + len(row.draft))
+        said = expected if right else [expected[0] + 100]
+        row.seq.token_ids.extend(said)
+        row.seq.num_computed_tokens = row.seq.num_tokens - 1
+
+
+def play(
+    speculation: Speculation, seqs: list[Sequence], num_steps: int, *, right: bool, token_s: float = 0.0
+) -> list[int]:
+    """Run steps; how many tokens each has fed beside those that are known."""
+    fed = []
+    for _ in range(num_steps):
+        rows = rows_of(seqs)
+        speculation.draft(rows, 64, lambda seq, count: count)
+        drafted = sum(len(row.draft) for row in rows)
+        output = StepOutput([RowOutput(()) for _ in rows], STEP_S + drafted * token_s, 0)
+        speculation.observe(Batch(rows), output)
+        answer(rows, STEP_S, right=right)
+        for seq in seqs:
+            del seq.token_ids[: -12 if not right else 0]  # the length stays, and with it the room
+            seq.num_computed_tokens = seq.num_tokens - 1
+            if right:
+                del seq.token_ids[12:]
+                seq.num_computed_tokens = 11
+        fed.append(drafted)
+    return fed
+
+
+def test_the_first_step_of_so_many_rows_has_no_drafts_so_that_its_time_is_known() -> None:
+    speculation = Speculation(CONFIG, MAX_MODEL_LEN)
+    assert play(speculation, [sequence()], 2, right=True)[0] == 0
+    assert play(speculation, [sequence("a"), sequence("b")], 1, right=True) == [0]
+
+
+def test_cheap_drafts_are_verified_whole_and_dear_ones_not_at_all() -> None:
+    cheap, dear = Speculation(CONFIG, MAX_MODEL_LEN), Speculation(CONFIG, MAX_MODEL_LEN)
+    assert play(cheap, [sequence()], 40, right=True)[-1] == CONFIG.num_speculative_tokens
+    assert play(dear, [sequence()], 40, right=True, token_s=2 * STEP_S)[-1] == 0
+
+
+def test_a_slow_step_is_forgiven() -> None:
+    speculation = Speculation(CONFIG, MAX_MODEL_LEN)
+    play(speculation, [sequence()], 20, right=True, token_s=2 * STEP_S)
+    assert any(play(speculation, [sequence()], 400, right=True))
+
+
+def test_one_step_in_many_goes_without() -> None:
+    fed = play(Speculation(CONFIG, MAX_MODEL_LEN), [sequence()], 200, right=True)
+    assert 2 <= fed[10:].count(0) <= 4
+
+
+def test_no_draft_goes_beyond_the_answer_its_room_or_the_budget() -> None:
+    speculation = Speculation(CONFIG, MAX_MODEL_LEN)
+    short, cramped = sequence("short", max_tokens=3), sequence("cramped")
+    play(speculation, [sequence("x"), sequence("y")], 1, right=True)
+    rows = rows_of([short, cramped])
+    speculation.draft(rows, 4, lambda seq, count: min(count, 1) if seq is cramped else count)
+    assert [len(row.draft) for row in rows] == [1, 1]  # one token was said of three: two more, the last one drawn
+    assert all(row.kind is RowKind.VERIFY and row.num_known_tokens == 1 for row in rows)
+    rows = rows_of([sequence("p"), sequence("q")])
+    speculation.draft(rows, 3, lambda seq, count: count)
+    assert sum(len(row.draft) for row in rows) == 3
+
+
+def test_what_has_ended_is_forgotten() -> None:
+    speculation, seq = Speculation(CONFIG, MAX_MODEL_LEN), sequence()
+    play(speculation, [seq], 3, right=True)
+    speculation.forget(seq)
+    assert not speculation._tracks
+
+
+# --- what comes of it -----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.lists(st.integers(0, 2), min_size=6, max_size=6))
+def test_a_run_is_what_one_token_at_a_time_would_be(draft: list[int], drawn: list[int]) -> None:
+    """`drawn[i]`: what the model says after i drafted tokens, if all of them were its own."""
+    row = BatchRow(sequence(), 1 + len(draft), tuple(draft))
+    tokens = [(SampledToken(token),) for token in drawn[: 1 + len(draft)]]
+    [run] = verified_output(row, tokens).runs
+    said = [token.token_id for token in run]
+    assert said == drawn[: len(said)]
+    assert said[:-1] == draft[: len(said) - 1]  # every token but the last was fed as it was said
+    assert len(said) == 1 + len(draft) or said[-1] != draft[len(said) - 1]  # and it goes as far as that holds
+
+
+def test_logits_that_are_no_distribution_end_a_run_and_no_answer_that_does_not_reach_them() -> None:
+    row = BatchRow(sequence(), 3, (4, 5))
+    good = (SampledToken(4),)
+    assert verified_output(row, [good, (), ()]) == RowOutput((good,))
+    assert not verified_output(row, [(), good, good]).is_finite
+
+
+# --- in the scheduler -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scheduler() -> DecodeScheduler:
+    pool = BlockPool(8, BLOCK)
+    speculation = Speculation(CONFIG, MAX_MODEL_LEN)
+    return DecodeScheduler(pool, SPEC, max_num_batched_tokens=32, max_num_seqs=4, speculation=speculation)
+
+
+def running(scheduler: DecodeScheduler, seq: Sequence) -> Sequence:
+    seq.block_table = scheduler._pool.allocate(-(-seq.num_tokens // BLOCK))
+    scheduler.adopt(seq)
+    return seq
+
+
+def step(scheduler: DecodeScheduler) -> Batch:
+    batch = scheduler.schedule()
+    assert batch is not None
+    return batch
+
+
+def complete(scheduler: DecodeScheduler, batch: Batch, said: list[int]) -> None:
+    [row] = batch.rows
+    run = tuple(SampledToken(token) for token in said)
+    scheduler.observe(batch, StepOutput([RowOutput((run,))], STEP_S, batch.num_tokens))
+    scheduler.complete(batch)
+    row.seq.token_ids += said
+    if len(said) > 1:
+        scheduler.accept(row.seq, len(said) - 1)
+    scheduler.check()
+    scheduler._pool.check()
+
+
+def test_rejected_tokens_are_neither_counted_nor_published(scheduler: DecodeScheduler) -> None:
+    seq = running(scheduler, sequence())
+    complete(scheduler, step(scheduler), [1])  # the time of a step without drafts
+    batch = step(scheduler)
+    [row] = batch.rows
+    assert row.draft[:2] == (2, 3) and row.num_scheduled_tokens == 1 + len(row.draft)
+    complete(scheduler, batch, [2, 99])  # the draft's first token was right
+    assert seq.num_computed_tokens == 14 and seq.num_tokens == 15
+    assert seq.num_published_blocks == 14 // BLOCK
+    assert scheduler.draft_counters.accepted_tokens == 1
+    scheduler.remove(seq)
+    assert scheduler.is_quiet and not scheduler._pool.num_owned_blocks
+
+
+def test_a_draft_takes_no_block_that_somebody_may_need(scheduler: DecodeScheduler) -> None:
+    seq = running(scheduler, sequence())
+    complete(scheduler, step(scheduler), [1])
+    taken = scheduler._pool.allocate(scheduler._pool.num_free_blocks - 2)  # one for the next token, one for growth
+    [row] = step(scheduler).rows
+    assert row.end <= len(seq.block_table) * BLOCK
+    assert scheduler._pool.num_free_blocks == 1
+    scheduler._pool.free(taken)
