@@ -23,8 +23,8 @@ from ..models.config import ModelConfig
 from ..models.tokenizer import Tokenizer
 from .access.keys import ApiKeys
 from .access.quota import QuotaLimits
-from .api.app import build_app
 from .api.generation import Api
+from .app import build_app
 from .autoscaler.load_record import LoadRecord, RecordingMetrics
 from .autoscaler.scaling import Scaling
 from .catalogue.catalogue import Catalogue

@@ -27,7 +27,7 @@ from kvferry.common.messages import ChoiceTokens
 from kvferry.common.request import SampledToken
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.access.keys import ApiKeys
-from kvferry.router.api.app import build_app
+from kvferry.router.app import build_app
 from kvferry.router.catalogue.catalogue import Catalogue
 from kvferry.router.catalogue.version import ServedModel, Version
 from kvferry.router.dispatch.dispatcher import Dispatcher

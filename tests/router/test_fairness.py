@@ -11,7 +11,7 @@ import pytest
 from kvferry.common.config import RequestClass
 from kvferry.common.messages import LocalTask
 from kvferry.router.access.keys import ApiKeys
-from kvferry.router.api.app import build_app
+from kvferry.router.app import build_app
 from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.state.classes import RequestClasses
 from kvferry.router.state.request import RouterRequest

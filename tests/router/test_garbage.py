@@ -20,7 +20,7 @@ from kvferry.common.channel import Address
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import RouterConfig
 from kvferry.common.credentials import SharedSecret
-from kvferry.router.api.app import build_app
+from kvferry.router.app import build_app
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher

@@ -13,7 +13,7 @@ from kvferry.common.errors import ProtocolError, RequestError
 from kvferry.common.messages import Decoder, Message, Refused, RouterToWorker, WorkerHello
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.admin.admin import Admin, build_admin
-from kvferry.router.api.app import build_app
+from kvferry.router.app import build_app
 from kvferry.router.catalogue.catalogue import Catalogue
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.dispatch.control import ControlServer

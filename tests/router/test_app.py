@@ -13,7 +13,7 @@ from kvferry.common.errors import CapacityError, RequestError
 from kvferry.router.catalogue.defaults import SamplingDefaults
 from kvferry.router.catalogue.version import ServedModel
 
-from ..fakes import EOS, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Script, Served, events, ids_of, listening, serve, texts
+from .fakes import EOS, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Script, Served, events, ids_of, listening, serve, texts
 
 CHAT = [{"role": "user", "content": "hi"}]
 

@@ -18,24 +18,24 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ... import __version__
-from ...common.clock import Clock, SystemClock
-from ...common.errors import RequestError
-from ..access.cors import Cors
-from ..access.hosts import HostNames
-from ..access.keys import ApiKeys
-from ..access.quota import QuotaLimits, Quotas
-from ..catalogue.catalogue import Catalogue
-from ..catalogue.version import Version
-from ..metrics.metrics import RouterMetrics
-from ..state.classes import RequestClasses
-from ..state.errors import failure_of, unknown_path
-from .body import MAX_BODY_BYTES
-from .generation import Api
-from .middleware import Endpoint, MiddlewareAdapter, RequestMiddleware
-from .openai_types import Detokenized, Model, ModelList, PoolCounts, Struct, Tokenized
-from .reply import Reply
-from .schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from .. import __version__
+from ..common.clock import Clock, SystemClock
+from ..common.errors import RequestError
+from .access.cors import Cors
+from .access.hosts import HostNames
+from .access.keys import ApiKeys
+from .access.quota import QuotaLimits, Quotas
+from .api.body import MAX_BODY_BYTES
+from .api.generation import Api
+from .api.middleware import Endpoint, MiddlewareAdapter, RequestMiddleware
+from .api.openai_types import Detokenized, Model, ModelList, PoolCounts, Struct, Tokenized
+from .api.reply import Reply
+from .api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from .catalogue.catalogue import Catalogue
+from .catalogue.version import Version
+from .metrics.metrics import RouterMetrics
+from .state.classes import RequestClasses
+from .state.errors import failure_of, unknown_path
 
 _PATHS = msgspec.json.encode(
     {
