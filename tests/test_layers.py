@@ -52,6 +52,7 @@ router/http          common settings router/state
 router/access        common settings router/state
 router/helpers       common grammar models router/state
 router/queue         common router/state
+router/turns         common router/state
 router/placement     common router/state
 router/dispatch      common kvcache router/state router/queue router/placement
 router/autoscaler    common settings router/state router/metrics

@@ -1,0 +1,119 @@
+"""One choice's text on its way to content and calls, as a stream tells them.
+
+    text ─> content (as it comes) │ a segment of calls ─> name, pieces of arguments │ content ...
+
+A segment is read anew from its beginning at each piece, and the difference to what was told is told. So the pieces
+joined are the same for every way to cut the text. White space before a call, and between the last call and the end,
+belongs to the calls' form and is left out; all other text is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .syntax import Call, Segment, Syntax
+
+
+@dataclass(slots=True)
+class CallPiece:
+    """A part of a call. The first one has the name, and only that one."""
+
+    index: int
+    name: str | None
+    arguments: str
+
+
+@dataclass(slots=True)
+class CallDelta:
+    """The content and the parts of calls that a piece of text adds."""
+
+    content: str = ""
+    calls: list[CallPiece] = field(default_factory=list)
+
+
+class CallReader:
+    """The state of one choice."""
+
+    def __init__(self, syntax: Syntax) -> None:
+        self._syntax = syntax
+        self._rest = ""  # text from the first place on of which not all is told
+        self._is_in_segment = False  # `_rest` begins with one
+        self._told: list[Call] = []  # this segment's calls, as far as they were told
+        self._num_before = 0  # calls of the segments before
+        self._blank = ""  # white space that may be a call's
+        self._is_start = True
+        self._is_after_call = False
+
+    def push(self, text: str, *, is_final: bool = False) -> CallDelta:
+        """Take what comes next; the last text is final."""
+        delta = CallDelta()
+        self._rest += text
+        while self._advance(delta, is_final=is_final):
+            pass
+        if is_final and not self._is_after_call:
+            delta.content += self._blank
+        return delta
+
+    def _advance(self, delta: CallDelta, *, is_final: bool) -> bool:
+        """Read to the next border; False: not there yet."""
+        if not self._is_in_segment:
+            return self._find(delta, is_final=is_final)
+        segment = self._syntax.read(self._rest, is_final=is_final)
+        self._tell(segment, delta)
+        if segment.end is None:
+            assert not is_final
+            return False
+        passed, self._rest = self._rest[: segment.end], self._rest[segment.end :]
+        if segment.calls:
+            self._num_before += len(segment.calls)
+            self._told, self._is_after_call = [], True
+        else:
+            self._say(passed, delta)
+        self._is_in_segment = False
+        return bool(self._rest)
+
+    def _find(self, delta: CallDelta, *, is_final: bool) -> bool:
+        place = self._syntax.find(self._rest, is_start=self._is_start)
+        start = len(self._rest) if place is None or (is_final and not place.is_sure) else place.start
+        self._say(self._rest[:start], delta)
+        self._rest = self._rest[start:]
+        self._is_in_segment = place is not None and place.is_sure
+        return self._is_in_segment
+
+    def _tell(self, segment: Segment, delta: CallDelta) -> None:
+        for index, call in enumerate(segment.calls):
+            number = self._num_before + index
+            if index == len(self._told):
+                delta.calls.append(CallPiece(number, call.name, call.arguments))
+                self._told.append(call)
+                self._blank, self._is_start = "", False
+            elif len(call.arguments) > len(told := self._told[index].arguments):
+                delta.calls.append(CallPiece(number, None, call.arguments[len(told) :]))
+                self._told[index] = call
+
+    def _say(self, text: str, delta: CallDelta) -> None:
+        text = self._blank + text
+        shown = text.rstrip()
+        self._blank = text[len(shown) :]
+        if shown:
+            delta.content += shown
+            self._is_start = self._is_after_call = False
+
+
+def read_calls(text: str, syntax: Syntax) -> tuple[str, Sequence[Call]]:
+    """Return a whole text's content and calls."""
+    delta = CallReader(syntax).push(text, is_final=True)
+    return delta.content, joined_calls(delta.calls)
+
+
+def joined_calls(pieces: Sequence[CallPiece]) -> list[Call]:
+    calls: list[Call] = []
+    for piece in pieces:
+        if piece.name is not None:
+            assert piece.index == len(calls)
+            calls.append(Call(piece.name, piece.arguments))
+        else:
+            told = calls[piece.index]
+            calls[piece.index] = Call(told.name, told.arguments + piece.arguments)
+    return calls

@@ -1,0 +1,181 @@
+"""A request's tools, checked: what they are, which of them may or must be called.
+
+Tools become part of the prompt and what they say of their parameters decides how calls are read, so both are bounded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from ...common.errors import RequestError
+from ..state.errors import clip, shown
+from .syntax import Schemas
+
+MAX_TOOLS = 128  # OpenAI's limit
+MAX_TOOLS_BYTES = 256 * 2**10  # as JSON: more than a prompt of 64k tokens
+MAX_DEPTH = 24  # of a schema: a chat template takes values nested a little deeper
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NAME_RULE = "must be 1 to 64 letters, digits, '_', '-' or '.'"
+
+Choice = Literal["none", "auto", "required", "named"]
+
+
+@dataclass(slots=True, frozen=True)
+class Tool:
+    """A function that the model may call. `parameters` is a JSON schema of an object; empty: it takes anything."""
+
+    name: str
+    description: str | None
+    parameters: Mapping[str, object]
+    is_strict: bool = False
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the tool as chat templates know it."""
+        function: dict[str, object] = {"name": self.name}
+        if self.description is not None:
+            function["description"] = self.description
+        function["parameters"] = dict(self.parameters) or {"type": "object", "properties": {}}
+        return {"type": "function", "function": function}
+
+
+@dataclass(slots=True, frozen=True)
+class ToolUse:
+    """The tools that a request's answer may call."""
+
+    tools: tuple[Tool, ...] = ()
+    choice: Choice = "none"
+    name: str | None = None  # of the tool that must be called
+    is_parallel: bool = True  # several calls in one answer
+
+    @property
+    def schemas(self) -> Schemas:
+        return {tool.name: tool.parameters for tool in self.tools}
+
+    def told(self) -> list[dict[str, object]]:
+        """Return what the model is told of: nothing of tools that it must not call."""
+        return [tool.as_dict() for tool in self.tools]
+
+
+def parse_tool_use(tools: object, choice: object, parallel: bool | None) -> ToolUse:
+    """Check the three fields of a chat's body. Raises RequestError that names the place and the rule."""
+    known = _tools(tools)
+    kind, name = _choice(choice, known)
+    if kind == "none":
+        return ToolUse()
+    use = ToolUse(known, kind, name, parallel is not False)
+    check_forced(use)
+    return use
+
+
+def check_forced(use: ToolUse) -> None:
+    """Refuse a choice that text alone cannot keep: a call that must come needs an answer's form to be kept."""
+    if use.choice in ("required", "named"):
+        wanted = "'required'" if use.choice == "required" else f"the function {clip(use.name or '')}"
+        raise RequestError(
+            f"tool_choice: {wanted} is not served yet, only 'auto' and 'none'",
+            param="tool_choice",
+            code="unsupported_value",
+        )
+
+
+def _tools(raw: object) -> tuple[Tool, ...]:
+    if raw is None:
+        return ()
+    if not isinstance(raw, list):
+        raise _invalid("tools", f"must be an array, got {shown(raw)}")
+    if len(raw) > MAX_TOOLS:
+        raise _invalid("tools", f"has {len(raw)} tools; at most {MAX_TOOLS} are taken")
+    tools = tuple(_tool(each, f"tools[{index}]") for index, each in enumerate(raw))
+    size = len(msgspec.json.encode([tool.as_dict() for tool in tools]))
+    if size > MAX_TOOLS_BYTES:
+        raise _invalid("tools", f"has {size} bytes; at most {MAX_TOOLS_BYTES} are taken")
+    seen: set[str] = set()
+    for index, tool in enumerate(tools):
+        if tool.name in seen:
+            raise _invalid(f"tools[{index}].function.name", f"{clip(tool.name)} is the name of another tool too")
+        seen.add(tool.name)
+    return tools
+
+
+def _tool(raw: object, where: str) -> Tool:
+    if not isinstance(raw, dict):
+        raise _invalid(where, f"must be an object, got {shown(raw)}")
+    if raw.get("type") != "function":
+        seen = "is missing" if "type" not in raw else f"is {shown(raw['type'])}"
+        raise RequestError(
+            f"{where}.type {seen}; only tools of type 'function' are served",
+            param=f"{where}.type",
+            code="unsupported_value",
+        )
+    function = raw.get("function")
+    if not isinstance(function, dict):
+        raise _invalid(f"{where}.function", f"must be an object, got {shown(function)}")
+    _only(raw, {"type", "function"}, where)
+    where += ".function"
+    _only(function, {"name", "description", "parameters", "strict"}, where)
+    name, description, strict = function.get("name"), function.get("description"), function.get("strict")
+    if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+        raise _invalid(f"{where}.name", f"{_NAME_RULE}, got {shown(name)}")
+    if description is not None and not isinstance(description, str):
+        raise _invalid(f"{where}.description", f"must be a string, got {shown(description)}")
+    if strict is not None and not isinstance(strict, bool):
+        raise _invalid(f"{where}.strict", f"must be a bool, got {shown(strict)}")
+    return Tool(name, description, _parameters(function.get("parameters"), f"{where}.parameters"), bool(strict))
+
+
+def _parameters(raw: object, where: str) -> Mapping[str, object]:
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise _invalid(where, f"must be a JSON schema of an object, got {shown(raw)}")
+    if raw.get("type", "object") != "object":
+        raise _invalid(f"{where}.type", f"must be 'object', got {shown(raw['type'])}")
+    properties = raw.get("properties")
+    if properties is not None and not isinstance(properties, dict):
+        raise _invalid(f"{where}.properties", f"must be an object, got {shown(properties)}")
+    _check_depth(raw, where, MAX_DEPTH)
+    return raw
+
+
+def _check_depth(value: object, where: str, room: int) -> None:
+    if room < 0:
+        raise _invalid(where, f"is nested more than {MAX_DEPTH} deep")
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for child in children:
+        _check_depth(child, where, room - 1)
+
+
+def _choice(raw: object, tools: Sequence[Tool]) -> tuple[Choice, str | None]:
+    match raw:
+        case None:
+            return ("auto" if tools else "none"), None
+        case "none":
+            return "none", None
+        case "auto":
+            return ("auto" if tools else "none"), None
+        case "required" if tools:
+            return "required", None
+        case {"type": "function", "function": {"name": str(name), **more}, **others} if not more and not others:
+            if not any(tool.name == name for tool in tools):
+                raise _invalid("tool_choice.function.name", f"{clip(name)} is none of the request's tools")
+            return "named", name
+        case "required":
+            raise _invalid("tool_choice", "'required' needs tools")
+    rule = 'must be \'none\', \'auto\', \'required\' or {"type": "function", "function": {"name": ...}}'
+    raise _invalid("tool_choice", f"{rule}, got {shown(raw)}")
+
+
+def _only(raw: Mapping[str, object], known: set[str], where: str) -> None:
+    for name in raw:
+        if name not in known:
+            param = f"{where}.{name}"
+            raise RequestError(f"unknown field {clip(param)}", param=param[:128], code="unknown_parameter")
+
+
+def _invalid(where: str, rule: str) -> RequestError:
+    return RequestError(f"{where} {rule}", param=where, code="invalid_value")

@@ -1,0 +1,113 @@
+"""The forms of calls that are JSON: of Hermes and Qwen, of Mistral, of Llama 3, and JSON alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container
+
+from .json_text import ends_with_part_of, scan_value, skip_blank
+from .syntax import NAME, Call, Place, Segment, is_any_name, read_json_call, read_json_calls
+
+_SEPARATOR = re.compile(r"[\s;,]*+")
+
+
+def find_mark(text: str, mark: str) -> Place | None:
+    """Find `mark`, or what may become it at the text's end."""
+    start = text.find(mark)
+    if start >= 0:
+        return Place(start, is_sure=True)
+    size = ends_with_part_of(text, mark)
+    return Place(len(text) - size, is_sure=False) if size else None
+
+
+class HermesSyntax:
+    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, once for each call."""
+
+    BEGIN, END = "<tool_call>", "</tool_call>"
+    marks = frozenset({BEGIN, END})
+
+    def find(self, text: str, *, is_start: bool) -> Place | None:
+        return find_mark(text, self.BEGIN)
+
+    def read(self, text: str, *, is_final: bool) -> Segment:
+        at = skip_blank(text, len(self.BEGIN))
+        if at == len(text) and not is_final:
+            return Segment()
+        if at == len(text) or text[at] != "{":
+            return Segment(end=len(self.BEGIN))
+        read = read_json_call(text, at, is_any_name, is_final=is_final)
+        if read.call is None:
+            return Segment(end=read.end)
+        return Segment((read.call,), None if read.end is None else after_mark(text, read.end, self.END, is_final))
+
+
+def after_mark(text: str, at: int, mark: str, is_final: bool) -> int | None:
+    """Return the place after white space and `mark`; `at` where something else stands there, None: not clear yet."""
+    start = skip_blank(text, at)
+    if text.startswith(mark, start):
+        return start + len(mark)
+    if mark.startswith(text[start:]):
+        return len(text) if is_final else None
+    return at
+
+
+class MistralSyntax:
+    """`[TOOL_CALLS]` before an array of calls; with newer models before a name and its arguments, for each call."""
+
+    BEGIN = "[TOOL_CALLS]"
+    marks = frozenset({BEGIN, "[ARGS]", "[CALL_ID]"})
+    _NAMED = re.compile(r"\s*+(" + NAME.pattern + r")(?:\[CALL_ID\][A-Za-z0-9]*+)?(?:\[ARGS\])?\s*+(?=\{)")
+    _MAYBE_NAMED = re.compile(r"\s*+[A-Za-z0-9_.\-]{0,128}(?:\[[A-Z_\]]*+[A-Za-z0-9]*+(?:\[[A-Z\]]*+)?)?\s*+")
+
+    def find(self, text: str, *, is_start: bool) -> Place | None:
+        return find_mark(text, self.BEGIN)
+
+    def read(self, text: str, *, is_final: bool) -> Segment:
+        at = skip_blank(text, len(self.BEGIN))
+        if at < len(text) and text[at] in "[{":
+            return read_json_calls(text, at, is_any_name, is_final=is_final)
+        named = self._NAMED.match(text, len(self.BEGIN))
+        if named is not None:
+            arguments = scan_value(text, named.end())
+            end = None if arguments.state == "open" and not is_final else arguments.end
+            return Segment((Call(named[1], text[named.end() : arguments.end]),), end)
+        maybe = self._MAYBE_NAMED.match(text, len(self.BEGIN))
+        if maybe is not None and maybe.end() == len(text) and not is_final:
+            return Segment()
+        return Segment(end=len(self.BEGIN))
+
+
+class BareJsonSyntax:
+    """A call's object, or an array of them, and nothing before: only of tools that there are.
+
+    `tag` is what a model may put before it, wherever it stands (Llama's `<|python_tag|>`).
+    """
+
+    def __init__(self, names: Container[str], tag: str = "") -> None:
+        self._names = names
+        self._tag = tag
+        self.marks = frozenset({tag} - {""})
+
+    def find(self, text: str, *, is_start: bool) -> Place | None:
+        start = skip_blank(text, 0)
+        if is_start and (start == len(text) or text[start] in "{["):
+            return Place(start, is_sure=start < len(text))
+        return find_mark(text, self._tag) if self._tag else None
+
+    def read(self, text: str, *, is_final: bool) -> Segment:
+        at = skip_blank(text, len(self._tag) if self._tag and text.startswith(self._tag) else 0)
+        if at == len(text):
+            return Segment(end=at) if is_final else Segment()
+        if text[at] not in "{[":
+            return Segment(end=max(at, 1))
+        calls: list[Call] = []
+        while True:  # Llama writes several with a semicolon between
+            read = read_json_calls(text, at, self._names.__contains__, is_final=is_final)
+            calls += read.calls
+            if not read.calls or read.end is None:
+                return Segment(calls, at if calls and read.end is not None else read.end)
+            separator = _SEPARATOR.match(text, read.end)
+            assert separator is not None
+            at = separator.end()
+            if at == len(text) or text[at] != "{":
+                return Segment(calls, read.end if at < len(text) or is_final else None)

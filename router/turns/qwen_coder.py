@@ -1,0 +1,106 @@
+"""Qwen3-Coder's form of calls: tags for the function and for each of its parameters.
+
+    <tool_call>
+    <function=search>
+    <parameter=query>
+    free text
+    </parameter>
+    </function>
+    </tool_call>
+
+Arguments are told a parameter at a time, as JSON of the type that the tool's schema names.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .json_syntaxes import after_mark, find_mark
+from .json_text import dumps, loads, skip_blank
+from .syntax import Call, Place, Schemas, Segment
+
+_TOOL, _END_TOOL = "<tool_call>", "</tool_call>"
+_FUNCTION = re.compile(r"(?:<tool_call>\s*+)?<function=([A-Za-z0-9_.\-]{1,128})>")
+_BEGIN = "<function="
+_BEGUN = re.compile(r"<function=[A-Za-z0-9_.\-]{0,128}")
+_PARAMETER = re.compile(r"<parameter=([^<>\n]{1,256})>")
+_END_FUNCTION, _END_PARAMETER = "</function>", "</parameter>"
+_TRUTH = {"true": True, "false": False, "null": None, "none": None}
+
+
+class QwenCoderSyntax:
+    def __init__(self, schemas: Schemas) -> None:
+        self._schemas = schemas
+        self.marks = frozenset({_TOOL, _END_TOOL})
+
+    def find(self, text: str, *, is_start: bool) -> Place | None:
+        """Find either tag: the outer one is often left out."""
+        places = [place for mark in (_TOOL, _BEGIN) if (place := find_mark(text, mark)) is not None]
+        return min(places, key=lambda place: (place.start, not place.is_sure), default=None)
+
+    def read(self, text: str, *, is_final: bool) -> Segment:
+        function = _FUNCTION.match(text)
+        if function is None:
+            is_open = not is_final and _may_begin(text)
+            return Segment() if is_open else Segment(end=len(_TOOL) if text.startswith(_TOOL) else 1)
+        name, at = function[1], function.end()
+        written: list[str] = []
+        while True:
+            start = skip_blank(text, at)
+            if (parameter := _PARAMETER.match(text, start)) is not None:
+                value, end = _value(text, parameter.end())
+                if end is None:
+                    if is_final:
+                        written.append(f"{dumps(parameter[1])}: {dumps(value)[:-1]}")  # cut: a string without its end
+                        return Segment((Call(name, _arguments(written, "")),), len(text))
+                    return Segment((Call(name, _arguments(written, "")),))
+                written.append(f"{dumps(parameter[1])}: {self._typed(name, parameter[1], value)}")
+                at = end
+            elif text.startswith(_END_FUNCTION, start):
+                call = Call(name, _arguments(written, "}"))
+                end = after_mark(text, start + len(_END_FUNCTION), _END_TOOL, is_final)
+                return Segment((call,), end)
+            elif not is_final and _may_go_on(text[start:]):
+                return Segment((Call(name, _arguments(written, "")),))
+            else:
+                return Segment((Call(name, _arguments(written, "}")),), len(text) if start == len(text) else at)
+
+    def _typed(self, name: str, parameter: str, text: str) -> str:
+        """Return the value as JSON: a string, unless the schema wants something else and the text is that."""
+        properties = self._schemas.get(name, {}).get("properties")
+        schema = properties.get(parameter) if isinstance(properties, dict) else None
+        kinds = schema.get("type") if isinstance(schema, dict) else "string"
+        if kinds == "string":
+            return dumps(text)
+        stripped = text.strip()
+        if stripped.lower() in _TRUTH:
+            return dumps(_TRUTH[stripped.lower()])
+        value = loads(stripped)
+        is_text = value is None or (isinstance(value, str) and kinds is None)
+        return dumps(text if is_text else value)
+
+
+def _arguments(written: list[str], end: str) -> str:
+    """Return the object of these parameters; nothing before there is one, or its end."""
+    return "{" + ", ".join(written) + end if written or end else ""
+
+
+def _value(text: str, start: int) -> tuple[str, int | None]:
+    """Return a parameter's text and where it ends; None: not yet. One line break on either side is the form's."""
+    end = text.find(_END_PARAMETER, start)
+    value = text[start:] if end < 0 else text[start:end]
+    value = value.removeprefix("\n")
+    return (value, None) if end < 0 else (value.removesuffix("\n"), end + len(_END_PARAMETER))
+
+
+def _may_begin(text: str) -> bool:
+    """Return whether this may become a function's tag."""
+    rest = text[skip_blank(text, len(_TOOL)) :] if text.startswith(_TOOL) else text
+    return _BEGIN.startswith(rest) or _BEGUN.fullmatch(rest) is not None
+
+
+def _may_go_on(rest: str) -> bool:
+    """Return whether a tag of the form may come of what stands here."""
+    if rest.startswith("<parameter="):
+        return ">" not in rest and "\n" not in rest and len(rest) < 300
+    return any(tag.startswith(rest) for tag in ("<parameter=", _END_FUNCTION))

@@ -1,0 +1,68 @@
+"""A model's reasoning, told apart from its answer: what stands between `<think>` and `</think>`.
+
+A template may open the tag itself, in the prompt: the text then begins inside. White space around the tags belongs to
+the form and is left out. What comes out does not depend on how the text is cut.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from .json_text import ends_with_part_of
+
+BEGIN, END = "<think>", "</think>"
+MARKS = frozenset({BEGIN, END})
+
+
+class ReasoningReader:
+    """The state of one choice."""
+
+    def __init__(self, *, begins_inside: bool) -> None:
+        self._state: Literal["start", "inside", "outside"] = "inside" if begins_inside else "start"
+        self._rest = ""  # held back: a part of a tag, or white space beside one
+        self._is_blank = True  # nothing of the present part was told
+        self.has_begun = begins_inside
+        self.has_ended = False
+
+    def push(self, text: str, *, is_final: bool = False) -> tuple[str, str]:
+        """Take what comes next; return (reasoning, answer) as far as they grow by it. The last text is final."""
+        self._rest += text
+        reasoning = answer = ""
+        if self._state == "start":
+            self._begin(is_final=is_final)
+        if self._state == "inside":
+            reasoning = self._reasoning(is_final=is_final)
+        if self._state == "outside":
+            answer = self._answer()
+        return reasoning, answer
+
+    def _begin(self, *, is_final: bool) -> None:
+        text = self._rest.lstrip()
+        if text.startswith(BEGIN):
+            self._state, self._rest, self.has_begun = "inside", text[len(BEGIN) :], True
+        elif is_final or not BEGIN.startswith(text):
+            self._state, self._is_blank = "outside", False
+
+    def _reasoning(self, *, is_final: bool) -> str:
+        found = self._rest.find(END)
+        if found >= 0:
+            text, self._rest = self._rest[:found].rstrip(), self._rest[found + len(END) :]
+        elif is_final:
+            text, self._rest = self._rest, ""
+        else:
+            size = ends_with_part_of(self._rest, END)
+            text = self._rest[: len(self._rest) - size].rstrip()
+            self._rest = self._rest[len(text) :]
+        if self._is_blank:
+            shorter = text.lstrip()
+            self._is_blank = not shorter
+            text = shorter
+        if found >= 0:
+            self._state, self._is_blank, self.has_ended = "outside", True, True
+        return text
+
+    def _answer(self) -> str:
+        text = self._rest.lstrip() if self._is_blank else self._rest
+        self._rest = ""
+        self._is_blank = self._is_blank and not text
+        return text

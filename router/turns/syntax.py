@@ -1,0 +1,150 @@
+"""Models write their calls in several forms; the forms have this in common.
+
+A form finds the place where calls may begin and reads the *segment* that begins there. Both are pure functions of the
+text so far, and neither takes back what it has said of less of it: names stay, arguments only grow, an end is final.
+So what a stream tells is the difference of two readings (call_reader.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from .json_text import dumps, loads, scan_value, skip_blank
+
+NAME = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
+_HEAD = re.compile(r'\{\s*+"name"\s*+:\s*+"([^"\\]*+)"\s*+,\s*+"(?:arguments|parameters)"\s*+:\s*+(?=\{)')
+_FIRST_KEY = re.compile(r'\{\s*+"([^"\\]*+)"')
+_KEYS = {"name", "arguments", "parameters", "type", "id"}
+_CLOSING = re.compile(r"\s*+\}")
+
+Schemas = Mapping[str, Mapping[str, object]]  # a tool's parameters by its name
+
+
+@dataclass(slots=True, frozen=True)
+class Call:
+    """A call as far as it is written. `arguments` is JSON where the model wrote JSON to its end."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(slots=True, frozen=True)
+class Place:
+    """The place where a segment begins. Not sure: what follows may turn out to be something else."""
+
+    start: int
+    is_sure: bool
+
+
+@dataclass(slots=True, frozen=True)
+class Segment:
+    """A segment's calls so far, and where it ends. An end without calls: up to there it was no call, but content."""
+
+    calls: Sequence[Call] = field(default=())
+    end: int | None = None
+
+
+class Syntax(Protocol):
+    """One form of calls."""
+
+    @property
+    def marks(self) -> frozenset[str]:
+        """The tokens that must be seen in the text, though they may be special ones."""
+        ...
+
+    def find(self, text: str, *, is_start: bool) -> Place | None:
+        """Find the first segment; `is_start`: nothing was said before this text."""
+        ...
+
+    def read(self, text: str, *, is_final: bool) -> Segment:
+        """Read the segment that `text` begins with. With `is_final` it has an end."""
+        ...
+
+
+@dataclass(slots=True, frozen=True)
+class JsonCall:
+    """The object of one call, read: no call, where `call` is None and there is an end."""
+
+    call: Call | None
+    end: int | None
+
+
+NameCheck = Callable[[str], bool]
+
+
+def is_any_name(name: str) -> bool:
+    return NAME.fullmatch(name) is not None
+
+
+def read_json_call(text: str, at: int, is_name: NameCheck, *, is_final: bool) -> JsonCall:
+    """Read `{"name": ..., "arguments": {...}}` at `at`; with other fields or in another order, once it is whole."""
+    head = _HEAD.match(text, at)
+    if head is not None and is_name(head[1]):
+        arguments = scan_value(text, head.end())
+        call = Call(head[1], text[head.end() : arguments.end])
+        if arguments.state == "done":
+            return JsonCall(call, _object_end(text, at, arguments.end, is_final=is_final))
+        return JsonCall(call, arguments.end if is_final or arguments.state == "broken" else None)
+    first = _FIRST_KEY.match(text, at)
+    if first is not None and first[1] not in _KEYS:
+        return JsonCall(None, at + 1)
+    whole = scan_value(text, at)
+    if whole.state == "open" and not is_final:
+        return JsonCall(None, None)
+    found = _whole_call(text[at : whole.end], is_name) if whole.state == "done" else None
+    return JsonCall(found, max(whole.end, at + 1))
+
+
+def _object_end(text: str, start: int, arguments_end: int, *, is_final: bool) -> int | None:
+    """Return where the object around the arguments ends; None: not yet."""
+    if (closing := _CLOSING.match(text, arguments_end)) is not None:
+        return closing.end()
+    if skip_blank(text, arguments_end) == len(text):
+        return len(text) if is_final else None
+    whole = scan_value(text, start)
+    if whole.state == "open":
+        return whole.end if is_final else None
+    return whole.end if whole.state == "done" else arguments_end
+
+
+def _whole_call(text: str, is_name: NameCheck) -> Call | None:
+    value = loads(text)
+    if not isinstance(value, dict) or not isinstance(name := value.get("name"), str) or not is_name(name):
+        return None
+    match value.get("arguments", value.get("parameters")):
+        case None:
+            return Call(name, "{}")
+        case dict() as arguments:
+            return Call(name, dumps(arguments))
+        case str() as arguments:
+            return Call(name, arguments or "{}")
+    return None
+
+
+def read_json_calls(text: str, at: int, is_name: NameCheck, *, is_final: bool) -> Segment:
+    """Read an array of such objects at `at`, or one alone."""
+    if text[at] != "[":
+        read = read_json_call(text, at, is_name, is_final=is_final)
+        return Segment((read.call,) if read.call is not None else (), read.end)
+    calls: list[Call] = []
+    at += 1
+    while True:
+        at = skip_blank(text, at)
+        if at == len(text):
+            return Segment(calls, at if is_final else None)
+        if text[at] == "]" and calls:
+            return Segment(calls, at + 1)
+        if text[at] != "{":
+            return Segment(calls, at)
+        read = read_json_call(text, at, is_name, is_final=is_final)
+        if read.call is None:
+            return Segment(calls, at if calls and read.end is not None else read.end)
+        calls.append(read.call)
+        if read.end is None:
+            return Segment(calls)
+        at = skip_blank(text, read.end)
+        if at < len(text) and text[at] == ",":
+            at += 1

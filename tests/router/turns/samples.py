@@ -1,0 +1,97 @@
+"""Texts as models write them, sound and broken, made from a seed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvferry.router.turns.json_syntaxes import BareJsonSyntax, HermesSyntax, MistralSyntax
+from kvferry.router.turns.qwen_coder import QwenCoderSyntax
+from kvferry.router.turns.syntax import Schemas, Syntax
+
+NAMES = ("search", "get_weather", "write.file", "a-b")
+SCHEMAS: Schemas = {
+    "search": {"type": "object", "properties": {"query": {"type": "string"}, "limit": {"type": "integer"}}},
+    "get_weather": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "number"}}},
+    "write.file": {"type": "object", "properties": {"text": {"type": "string"}, "parts": {"type": "array"}}},
+    "a-b": {"type": "object"},
+}
+WORDS = (
+    "Let me look", " ", "\n", "\n\n", "ü→😀", '{"a": 1}', "[1, 2]", "<tool", "<tool_call>", "</tool_call>",
+    "<function=",
+    "[TOOL_CALLS]", "[TOOL", "{", "}", '"', "\\", ";", "<|python_tag|>", "<think>", "</think>", "name", "</function>",
+)  # fmt: skip
+VALUES: tuple[object, ...] = (
+    "x", "", "a \"quoted\" \\ back", "{not} [json", "</tool_call>", "line\nbreak", "ü😀", 0, -1.5, True, None, [1, [2]],
+    {"deep": {"er": []}}, "<parameter=x>", "[TOOL_CALLS]",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Form:
+    syntax: Syntax
+    write: Callable[[random.Random, str, dict[str, object]], str]
+
+
+def _hermes(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
+    call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=rng.random() < 0.5)
+    if rng.random() < 0.2:
+        call = json.dumps({"arguments": arguments, "name": name})
+    blank = rng.choice(["", "\n", " "])
+    return f"<tool_call>{blank}{call}{blank}</tool_call>"
+
+
+def _mistral(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
+    if rng.random() < 0.5:
+        return f"[TOOL_CALLS]{name}{rng.choice(['', '[ARGS]', '[CALL_ID]abc[ARGS]'])}{json.dumps(arguments)}"
+    calls = [{"name": name, "arguments": arguments, "id": "abcdefghi"}] * rng.randint(1, 2)
+    return f"[TOOL_CALLS] {json.dumps(calls)}"
+
+
+def _bare(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
+    call = json.dumps({"name": name, "parameters": arguments}, indent=rng.choice([None, 2]))
+    return rng.choice([call, f"{call}; {call}", f"[{call}, {call}]"])
+
+
+def _llama(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
+    return rng.choice(["", "<|python_tag|>"]) + _bare(rng, name, arguments)
+
+
+def _coder(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
+    parameters = "".join(
+        f"<parameter={key}>\n{value if isinstance(value, str) else json.dumps(value)}\n</parameter>\n"
+        for key, value in arguments.items()
+    )
+    call = f"<function={name}>\n{parameters}</function>"
+    return call if rng.random() < 0.3 else f"<tool_call>\n{call}\n</tool_call>"
+
+
+FORMS: dict[str, Form] = {
+    "hermes": Form(HermesSyntax(), _hermes),
+    "mistral": Form(MistralSyntax(), _mistral),
+    "llama3_json": Form(BareJsonSyntax(NAMES, "<|python_tag|>"), _llama),
+    "json": Form(BareJsonSyntax(NAMES), _bare),
+    "qwen3_coder": Form(QwenCoderSyntax(SCHEMAS), _coder),
+}
+
+
+def arguments_of(rng: random.Random) -> dict[str, object]:
+    keys = rng.sample(["query", "limit", "city", "days", "text", "parts"], rng.randint(0, 3))
+    return {key: rng.choice(VALUES) for key in keys}
+
+
+def text_of(rng: random.Random, form: Form) -> str:
+    """A text of content, calls and what looks like them; cut off or with a character changed now and then."""
+    parts = [
+        form.write(rng, rng.choice(NAMES), arguments_of(rng)) if rng.random() < 0.5 else rng.choice(WORDS)
+        for _ in range(rng.randint(1, 4))
+    ]
+    text = rng.choice(["", "", "\n"]).join(parts)
+    if rng.random() < 0.2:
+        text = text[: rng.randrange(len(text) + 1)]
+    if text and rng.random() < 0.2:
+        at = rng.randrange(len(text))
+        text = text[:at] + rng.choice('{}"<>[]x\\') + text[at + 1 :]
+    return text

@@ -1,0 +1,123 @@
+"""Calls in a model's text: what is one, what is content, and that cutting the text changes nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from kvferry.router.turns.call_reader import CallPiece, CallReader, joined_calls, read_calls
+from kvferry.router.turns.syntax import Call, Syntax
+
+from .samples import FORMS, NAMES, SCHEMAS, arguments_of, text_of
+
+TEXTS = 1000
+
+
+def _streamed(text: str, syntax: Syntax, cuts: list[int]) -> tuple[str, list[CallPiece]]:
+    reader, content, pieces = CallReader(syntax), "", list[CallPiece]()
+    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        delta = reader.push(text[start:end])
+        content += delta.content
+        pieces += delta.calls
+    delta = reader.push("", is_final=True)
+    return content + delta.content, pieces + delta.calls
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_joined_deltas_are_the_whole_answer_wherever_the_text_is_cut(name: str) -> None:
+    form, rng = FORMS[name], random.Random(name)
+    num_calls = 0
+    for _ in range(TEXTS // len(FORMS)):
+        text = text_of(rng, form)
+        content, calls = read_calls(text, form.syntax)
+        num_calls += len(calls)
+        every = list(range(1, len(text)))
+        for cuts in (every, *([at] for at in every), sorted(rng.sample(every, min(len(every), 3)))):
+            streamed, pieces = _streamed(text, form.syntax, cuts)
+            assert (streamed, joined_calls(pieces)) == (content, list(calls)), (text, cuts)
+            assert [piece.index for piece in pieces if piece.name is not None] == list(range(len(calls)))
+    assert num_calls > 100
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_is_written_in_the_form_is_read_back(name: str) -> None:
+    form, rng = FORMS[name], random.Random(f"{name} sound")
+    for _ in range(200):
+        tool, arguments = rng.choice(NAMES), arguments_of(rng)
+        if name == "qwen3_coder":  # its form has no types but the schema's, and no way to quote its own tags
+            properties = SCHEMAS[tool].get("properties", {})
+            assert isinstance(properties, dict)
+            arguments = {key: "x" if key in properties else "7" for key in arguments}
+            arguments = {key: value for key, value in arguments.items() if properties.get(key) == {"type": "string"}}
+        content, calls = read_calls(form.write(rng, tool, arguments), form.syntax)
+        assert calls and not content
+        assert all((call.name, json.loads(call.arguments)) == (tool, arguments) for call in calls)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_text_without_calls_is_content_to_the_last_character(name: str) -> None:
+    rng = random.Random(f"{name} content")
+    for _ in range(500):
+        text = text_of(rng, FORMS[rng.choice(list(FORMS))])
+        content, calls = read_calls(text, FORMS[name].syntax)
+        if not calls:
+            assert content == text
+
+
+HERMES, BARE, MISTRAL, CODER = (FORMS[name].syntax for name in ("hermes", "json", "mistral", "qwen3_coder"))
+
+
+@pytest.mark.parametrize(
+    ("syntax", "text", "content", "calls"),
+    [
+        (
+            HERMES,
+            'Look.\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>',
+            "Look.",
+            [("f", '{"a": 1}')],
+        ),
+        (HERMES, '<tool_call>{"name": "f", "arguments": {"a": "b', "", [("f", '{"a": "b')]),  # cut by a length
+        (HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>', "", [("f", '{"a": 1}')]),
+        (HERMES, '<tool_call>{"name": "f"}</tool_call>ok', "ok", [("f", "{}")]),
+        (HERMES, '<tool_call>{"name": "f", "arguments": "{}"}</tool_call>', "", [("f", "{}")]),
+        (HERMES, '<tool_call>{"nam', '<tool_call>{"nam', []),
+        (HERMES, "<tool_call>none</tool_call>", "<tool_call>none</tool_call>", []),
+        (HERMES, "a <tool_cal", "a <tool_cal", []),
+        (HERMES, " plain \n", " plain \n", []),
+        (BARE, '{"name": "search", "parameters": {}}', "", [("search", "{}")]),
+        (BARE, '{"name": "unknown", "parameters": {}}', '{"name": "unknown", "parameters": {}}', []),
+        (BARE, '{"answer": 42}', '{"answer": 42}', []),
+        (BARE, 'Sure: {"name": "search", "parameters": {}}', 'Sure: {"name": "search", "parameters": {}}', []),
+        (MISTRAL, '[TOOL_CALLS]f{"a": 1}[TOOL_CALLS]g{}', "", [("f", '{"a": 1}'), ("g", "{}")]),
+        (MISTRAL, "[TOOL_CALLS] of mine", "[TOOL_CALLS] of mine", []),
+        (
+            CODER,
+            "<tool_call>\n<function=search>\n<parameter=query>\n7\n</parameter>\n<parameter=limit>\n7\n</parameter>\n"
+            "</function>\n</tool_call>",
+            "",
+            [("search", '{"query": "7", "limit": 7}')],
+        ),
+        (CODER, "<function=search>\n<parameter=query>\nab", "", [("search", '{"query": "ab')]),
+        (CODER, "<function=search>\n</function>", "", [("search", "{}")]),
+        (CODER, "<function name>", "<function name>", []),
+    ],
+)
+def test_a_text_and_its_calls(syntax: Syntax, text: str, content: str, calls: list[tuple[str, str]]) -> None:
+    assert read_calls(text, syntax) == (content, [Call(*call) for call in calls])
+
+
+def test_arguments_leave_as_they_are_written() -> None:
+    reader = CallReader(HERMES)
+    assert not reader.push('<tool_call>{"name": "f", "arguments": ').calls
+    assert reader.push('{"a"').calls == [CallPiece(0, "f", '{"a"')]
+    assert reader.push(': "b').calls == [CallPiece(0, None, ': "b')]
+    assert reader.push('"}').calls == [CallPiece(0, None, '"}')]
+    assert not reader.push("}</tool_call>").calls
+
+
+def test_a_long_call_takes_no_more_than_its_text() -> None:
+    text = '<tool_call>{"name": "f", "arguments": {"a": "' + "x" * 200_000
+    assert read_calls(text, HERMES)[1][0].arguments == '{"a": "' + "x" * 200_000
+    assert read_calls("[" * 100_000, BARE) == ("[" * 100_000, [])

@@ -1,0 +1,68 @@
+"""Reasoning and answer, told apart; and that cutting the text changes nothing."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from kvferry.router.turns.call_reader import CallReader
+from kvferry.router.turns.json_syntaxes import HermesSyntax
+from kvferry.router.turns.reasoning import ReasoningReader
+from kvferry.router.turns.turn import TurnReader, call_id
+
+WORDS = ("<think>", "</think>", "<thi", "</thin", "nk>", " ", "\n", "so", "ü", "<tool_call>", '{"name": "f"}')
+
+
+def _read(text: str, *, begins_inside: bool, cuts: list[int]) -> tuple[str, str]:
+    reader, reasoning, answer = ReasoningReader(begins_inside=begins_inside), "", ""
+    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        more_reasoning, more = reader.push(text[start:end])
+        reasoning, answer = reasoning + more_reasoning, answer + more
+    more_reasoning, more = reader.push("", is_final=True)
+    return reasoning + more_reasoning, answer + more
+
+
+@pytest.mark.parametrize(
+    ("text", "begins_inside", "reasoning", "answer"),
+    [
+        ("<think>\nHm.\n</think>\n\nYes.", False, "Hm.", "Yes."),
+        ("Hm.</think>Yes.\n", True, "Hm.", "Yes.\n"),
+        ("Yes.", False, "", "Yes."),
+        ("Yes <think> no </think>", False, "", "Yes <think> no </think>"),
+        ("<think>cut", False, "cut", ""),
+        ("<think>cut</thi", False, "cut</thi", ""),
+        ("<think></think>", False, "", ""),
+        (" \n<thin", False, "", " \n<thin"),
+        ("", True, "", ""),
+    ],
+)
+def test_a_text_and_its_parts(text: str, begins_inside: bool, reasoning: str, answer: str) -> None:
+    for cuts in ([], list(range(1, len(text)))):
+        assert _read(text, begins_inside=begins_inside, cuts=cuts) == (reasoning, answer)
+
+
+def test_a_cut_at_any_place_changes_nothing() -> None:
+    rng = random.Random(5)
+    for _ in range(500):
+        text = "".join(rng.choice(WORDS) for _ in range(rng.randint(1, 7)))
+        for begins_inside in (False, True):
+            whole = _read(text, begins_inside=begins_inside, cuts=[])
+            assert all(_read(text, begins_inside=begins_inside, cuts=[at]) == whole for at in range(1, len(text)))
+            assert _read(text, begins_inside=begins_inside, cuts=list(range(1, len(text)))) == whole
+
+
+def test_calls_come_after_the_reasoning() -> None:
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    reader = TurnReader(ReasoningReader(begins_inside=False), CallReader(HermesSyntax()), has_one_call=True)
+    delta = reader.push(f"<think>Not {call}</think>Now:{call}{call}", is_final=True)
+    assert (delta.reasoning, delta.content) == (f"Not {call}", "Now:")
+    assert [(piece.name, piece.arguments) for piece in delta.calls] == [("f", "{}")]
+
+
+def test_a_calls_id_is_its_requests() -> None:
+    one = call_id(7, [1, 2], 0, 0)
+    assert one == call_id(7, [1, 2], 0, 0) and one.startswith("call_") and len(one) == 29
+    others = [call_id(8, [1, 2], 0, 0), call_id(7, [1, 3], 0, 0), call_id(7, [1, 2], 1, 0), call_id(7, [1, 2], 0, 1)]
+    assert len({one, *others}) == 5
+    assert call_id(7, [1], 0, 0, is_short=True).isalnum() and len(call_id(7, [1], 0, 0, is_short=True)) == 9
