@@ -32,6 +32,10 @@ Checksum = Literal["auto", "on", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "text", "json"]
 SpecialTokens = Literal["allow", "text", "refuse"]
+ToolParserName = Literal[
+    "auto", "hermes", "llama3_json", "llama4_json", "mistral", "qwen3_coder", "qwen3_xml", "json"
+]  # vLLM's names, where it has one
+ReasoningParserName = Literal["auto", "none", "think", "qwen3", "deepseek_r1"]
 AutoscaleMode = Literal["off", "advise", "on"]
 
 
@@ -178,6 +182,9 @@ class RouterConfig(Settings):
     max_model_len: PositiveInt | None = None
     chat_template: Path | None = None
     special_tokens_in_messages: SpecialTokens = "allow"  # as what they are, as ordinary text, or not at all
+    enable_auto_tool_choice: bool = True  # False: tool_choice "auto" is refused
+    tool_call_parser: ToolParserName = "auto"  # auto: by the chat template
+    reasoning_parser: ReasoningParserName = "auto"
     api_key: tuple[str, ...] = ()
     api_key_file: Path | None = None  # further keys; read at start and at each reload
     secret_file: Path | None = None  # as a worker's

@@ -61,6 +61,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, object] | None = None,
+        tools: Sequence[Mapping[str, object]] = (),
         limits: RenderLimits | None = None,
     ) -> str:
         """Return the prompt. With `continue_final_message` it ends inside the last message, without generation prompt.
@@ -71,12 +72,14 @@ class ChatTemplate:
         kwargs, special_tokens = template_kwargs or {}, special_tokens or {}
         if taken := sorted((_RESERVED | special_tokens.keys()) & kwargs.keys()):
             raise RequestError(f"chat_template_kwargs must not set {taken[0]}", param="chat_template_kwargs")
-        _check_size(kwargs, "chat_template_kwargs", _check_size(messages, "messages", MAX_INPUT_CHARS))
+        room = _check_size(messages, "messages", MAX_INPUT_CHARS)
+        room = _check_size(tools, "tools", room)
+        _check_size(kwargs, "chat_template_kwargs", room)
         flat = [_with_text_content(message, index) for index, message in enumerate(messages)]
         mark = _mark_end(flat) if continue_final_message else None
         values = {
             **special_tokens,
-            "tools": None,
+            "tools": list(tools) or None,
             "documents": None,
             **kwargs,
             "messages": flat,

@@ -66,10 +66,14 @@ class SpecialText:
         found = self._spelled.search(text)
         return found[0] if found else None
 
+    def find_in(self, value: object) -> str | None:
+        """Find the first special token that any text in this value of JSON spells."""
+        return next((token for text in _texts([value]) if (token := self.find(text)) is not None), None)
+
     def hide(self, objects: Sequence[Mapping[str, object]]) -> tuple[list[dict[str, object]], dict[str, str]]:
         """Return the objects with every spelled token as one character, and the token that each character stands for.
 
-        Their values are JSON's; the names in them stay as they are.
+        Their values are JSON's; the objects' own names stay as they are.
         """
         spelled = {found[0] for text in _texts(objects) for found in self._spelled.finditer(text)}
         used = set().union(*map(set, _texts(objects))) if spelled else set()
@@ -85,7 +89,7 @@ class SpecialText:
                 case list() | tuple():
                     return list(map(hidden, value))
                 case Mapping():
-                    return {name: hidden(child) for name, child in value.items()}
+                    return {hidden(name): hidden(child) for name, child in value.items()}
             return value
 
         shown = [{name: hidden(value) for name, value in each.items()} for each in objects]
@@ -110,4 +114,5 @@ def _texts(values: Iterable[object]) -> Iterator[str]:
             case list() | tuple():
                 yield from _texts(value)
             case Mapping():
+                yield from _texts(value.keys())
                 yield from _texts(value.values())

@@ -10,7 +10,7 @@ Rules of a model (does a BOS token come first, which space is dropped) are the f
 from __future__ import annotations
 
 from codecs import utf_8_decode
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens)
         self._pieces: dict[int, bytes] = {}  # token_bytes of the ids seen so far
-        self._added = {skips: _AddedBytes(self, skips) for skips in (False, True)}
+        self._added: dict[frozenset[int], _AddedBytes] = {}  # by the ids that are left out
         self.decoder = decoder
         self.special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
@@ -110,9 +110,22 @@ class Tokenizer:
             return b""
         return self._pieces.setdefault(token_id, self.decoder.token_bytes(token))
 
-    def added_bytes(self, skip_special_tokens: bool) -> Mapping[int, bytes]:
-        """Return the bytes that each id adds to a text that has begun."""
-        return self._added[skip_special_tokens]
+    def hidden_ids(self, skip_special_tokens: bool, shown: Collection[str] = ()) -> frozenset[int]:
+        """Return the ids that stay out of a text: those of the special tokens, but for the `shown` ones."""
+        if not skip_special_tokens:
+            return frozenset()
+        if not shown:
+            return self.special_ids
+        return frozenset(token_id for token_id in self.special_ids if self._token(token_id) not in shown)
+
+    def added_bytes(self, hidden_ids: frozenset[int]) -> Mapping[int, bytes]:
+        """Return the bytes that each id adds to a text that has begun, nothing for hidden ones.
+
+        A caller has few sets of them: what was worked out is kept for each.
+        """
+        if (added := self._added.get(hidden_ids)) is None:
+            added = self._added[hidden_ids] = _AddedBytes(self, hidden_ids)
+        return added
 
     def token_text(self, token_id: int) -> str:
         """Return `token_bytes` as text, with U+FFFD for the part of a character."""
@@ -139,17 +152,20 @@ class Tokenizer:
 class _AddedBytes(dict[int, bytes]):
     """Filled as ids are asked for: of those that are in the vocabulary, so that it stays as small as that."""
 
-    def __init__(self, tokenizer: Tokenizer, skips_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, hidden_ids: frozenset[int]) -> None:
         super().__init__()
         self._tokenizer = tokenizer
-        self._skips_special_tokens = skips_special_tokens
+        self._hidden_ids = hidden_ids
 
     def __missing__(self, token_id: int) -> bytes:
         tokenizer = self._tokenizer
         if not tokenizer.has_token(token_id):
             return b""
-        is_skipped = self._skips_special_tokens and token_id in tokenizer.special_ids
-        added = b"" if is_skipped else tokenizer.decoder.separator.encode() + tokenizer.token_bytes(token_id)
+        added = (
+            b""
+            if token_id in self._hidden_ids
+            else tokenizer.decoder.separator.encode() + tokenizer.token_bytes(token_id)
+        )
         return self.setdefault(token_id, added)
 
 
@@ -162,10 +178,17 @@ class Detokenizer:
 
     __slots__ = ("_added", "_piece", "_rest", "_skipped", "_to_strip", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        shown_tokens: Collection[str] = (),
+    ) -> None:
+        """`shown_tokens`: special ones that are not skipped."""
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._added = tokenizer.added_bytes(skip_special_tokens).__getitem__
+        self._skipped = tokenizer.hidden_ids(skip_special_tokens, shown_tokens)
+        self._added = tokenizer.added_bytes(self._skipped).__getitem__
         self._piece: Callable[[int], bytes] = self._first_piece
         self._rest = b""  # the beginning of a character
         self._to_strip = tokenizer.decoder.max_stripped

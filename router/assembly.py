@@ -112,6 +112,9 @@ def _load_model(config: RouterConfig) -> tuple[ServedModel, Tokenizer, GrammarCo
         defaults=SamplingDefaults.from_dir(config.model_dir),
         deterministic=config.deterministic,
         special_tokens=config.special_tokens_in_messages,
+        chooses_tools=config.enable_auto_tool_choice,
+        tool_parser=config.tool_call_parser,
+        reasoning_parser=config.reasoning_parser,
     )
     grammars = GrammarCompilers(config.model_dir, model_config.vocab_size, model_config.eos_token_ids)
     return model, tokenizer, grammars

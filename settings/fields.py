@@ -27,10 +27,12 @@ from ..common.config import (
     LogFormat,
     LogLevel,
     PolicyName,
+    ReasoningParserName,
     RequestClass,
     Settings,
     SpecialTokens,
     SpeculativeConfig,
+    ToolParserName,
     TransferName,
 )
 from ..common.errors import ConfigError
@@ -177,6 +179,15 @@ class ServeSettings(Settings):
             FRONTS,
         ),
     ] = "allow"
+    enable_auto_tool_choice: Annotated[
+        bool, Option("Model", "Let the model decide whether it calls a tool; off: only where it must.", FRONTS)
+    ] = True
+    tool_call_parser: Annotated[
+        ToolParserName, Option("Model", "Form of the model's tool calls; auto: by the chat template.", FRONTS)
+    ] = "auto"
+    reasoning_parser: Annotated[
+        ReasoningParserName, Option("Model", "Form of the model's reasoning; auto: by the chat template.", FRONTS)
+    ] = "auto"
     seed: Annotated[int, Option("Model", "Seed of dummy weights and of requests without one.", ALL)] = 0
 
     host: Annotated[str, Option("HTTP", "Address of the API.", FRONTS)] = "127.0.0.1"

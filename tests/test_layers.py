@@ -56,8 +56,8 @@ router/turns         common router/state
 router/placement     common router/state
 router/dispatch      common kvcache router/state router/queue router/placement
 router/autoscaler    common settings router/state router/metrics
-router/catalogue     common models router/state router/dispatch router/helpers
-router/api           common models router/state router/http router/access router/helpers router/catalogue
+router/catalogue     common models router/state router/dispatch router/helpers router/turns
+router/api           common models router/state router/http router/access router/helpers router/catalogue router/turns
 router/admin         common router/state router/access router/autoscaler router/api
 router               common settings models router/state router/metrics router/http router/access router/helpers
 router               router/placement router/dispatch router/autoscaler router/catalogue router/api router/admin

@@ -73,7 +73,8 @@ class Answer:
         self.streams = streams
         self.prompts = prompts
         self.num_choices = streams[0].request.n  # for each prompt
-        begun = [Detokenizer(tokenizer, prompt.token_ids, options.skip_special_tokens) for prompt in prompts]
+        skips, shown = options.skip_special_tokens, options.shown_tokens
+        begun = [Detokenizer(tokenizer, prompt.token_ids, skips, shown) for prompt in prompts]
         self.choices = [ChoiceText(text.fork(), options) for text in begun for _ in range(self.num_choices)]
         self._last_update_s: list[float | None] = [None] * len(self.choices)
         self._open = set(range(len(streams)))  # positions of the streams that have not ended

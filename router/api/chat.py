@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from msgspec import UNSET, UnsetType
 
+from ..turns.call_reader import CallPiece, joined_calls
+from ..turns.turn import TurnDelta
+from .chat_turns import ChatTurns
 from .choice import TextPiece
 from .form import FormContext
 from .logprobs import chat_logprobs, prompt_logprobs
@@ -17,29 +20,34 @@ from .openai_types import (
     ChatDelta,
     ChatLogprobs,
     ChatMessage,
+    FunctionCall,
     PromptLogprobs,
     Struct,
+    ToolCall,
+    ToolCallDelta,
 )
 
 
 class ChatForm:
     """`echoed` is the text of the final message that the answer continues, where the client wants it repeated."""
 
-    def __init__(self, context: FormContext, *, echoed: str = "") -> None:
+    def __init__(self, context: FormContext, turns: ChatTurns, *, echoed: str = "") -> None:
         self._context = context
+        self._turns = turns
         self._options = context.options
         self._echoed = echoed
 
     @property
     def has_plain_chunks(self) -> bool:
-        return self._options.has_plain_chunks
+        return self._options.has_plain_chunks and self._turns.is_plain
 
     def chunks(self, index: int, piece: TextPiece, *, is_first: bool) -> list[Struct]:
         chunks: list[Struct] = []
         if is_first:
             chunks.append(self._opening(index))
-        if piece.text or piece.finish is not None:
-            chunks.append(self._context.chunk(ChatChunk, self._choice(index, piece)))
+        turn = self._turns.read(index, piece)
+        if turn or piece.finish is not None or piece.tokens:
+            chunks.append(self._context.chunk(ChatChunk, self._choice(index, piece, turn)))
         return chunks
 
     def usage_chunk(self) -> Struct:
@@ -49,9 +57,9 @@ class ChatForm:
         choices = [
             ChatChoice(
                 index=index,
-                message=ChatMessage(content=self._echoed + piece.text),
+                message=self._message(index, self._turns.read(index, piece)),
                 logprobs=self._logprobs(piece),
-                finish_reason=piece.finish,
+                finish_reason=self._turns.finish(index, piece),
                 stop_reason=piece.stop_reason,
                 token_ids=self._token_ids(piece),
             )
@@ -62,6 +70,23 @@ class ChatForm:
         whole.prompt_token_ids = self._prompt_ids()
         return whole
 
+    def _message(self, index: int, turn: TurnDelta) -> ChatMessage:
+        content = self._echoed + turn.content
+        calls = [
+            ToolCall(
+                id=self._turns.call_id(index, number),
+                function=FunctionCall(name=call.name, arguments=call.arguments),
+            )
+            for number, call in enumerate(joined_calls(turn.calls))
+        ]
+        reasoning = turn.reasoning or UNSET
+        return ChatMessage(
+            content=content if content or not calls else None,
+            reasoning_content=reasoning,
+            reasoning=reasoning,
+            tool_calls=calls or UNSET,
+        )
+
     def _opening(self, index: int) -> ChatChunk:
         """Return the chunk that says who speaks, before what is said."""
         delta = ChatDelta(role="assistant", content=self._echoed)
@@ -69,14 +94,30 @@ class ChatForm:
         chunk.prompt_token_ids = self._prompt_ids()
         return chunk
 
-    def _choice(self, index: int, piece: TextPiece) -> ChatChunkChoice:
+    def _choice(self, index: int, piece: TextPiece, turn: TurnDelta) -> ChatChunkChoice:
+        reasoning = turn.reasoning or UNSET
         return ChatChunkChoice(
             index=index,
-            delta=ChatDelta(content=piece.text) if piece.text else ChatDelta(),
+            delta=ChatDelta(
+                content=turn.content or UNSET,
+                reasoning_content=reasoning,
+                reasoning=reasoning,
+                tool_calls=[self._call(index, call) for call in turn.calls] or UNSET,
+            ),
             logprobs=self._logprobs(piece),
-            finish_reason=piece.finish,
+            finish_reason=self._turns.finish(index, piece),
             stop_reason=piece.stop_reason if piece.finish is not None else UNSET,
             token_ids=self._token_ids(piece),
+        )
+
+    def _call(self, index: int, piece: CallPiece) -> ToolCallDelta:
+        if piece.name is None:
+            return ToolCallDelta(index=piece.index, function=FunctionCall(arguments=piece.arguments))
+        return ToolCallDelta(
+            index=piece.index,
+            id=self._turns.call_id(index, piece.index),
+            type="function",
+            function=FunctionCall(name=piece.name, arguments=piece.arguments),
         )
 
     def _logprobs(self, piece: TextPiece) -> ChatLogprobs | None:

@@ -1,8 +1,7 @@
 """Chat messages: what a message may hold, as plain dicts for the chat template.
 
-Text only. Content is a string or a list of text parts; every other kind of part, and the fields of tool calls, are
-refused by name. What an assistant message of an earlier answer carries as null (as the openai client dumps it) is
-taken for absent.
+Text and calls of tools only. Content is a string or a list of text parts; every other kind of part is refused by name.
+What an assistant message of an earlier answer carries as null (as the openai client dumps it) is taken for absent.
 """
 
 from __future__ import annotations
@@ -10,15 +9,15 @@ from __future__ import annotations
 from ...common.errors import RequestError
 from ..state.errors import clip, shown
 from .fields import not_supported, unknown_field
+from .message_calls import parse_calls
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
 
 _FIELDS = frozenset({"role", "content", "name", "tool_call_id"})
+_FIELDS_OF_ANSWERS = frozenset({"tool_calls", "reasoning_content", "reasoning"})  # of the assistant's
 # Fields that exist elsewhere: refused unless null or empty.
-_UNSUPPORTED = frozenset(
-    {"tool_calls", "function_call", "audio", "refusal", "annotations", "reasoning", "reasoning_content"}
-)
+_UNSUPPORTED = frozenset({"function_call", "audio", "refusal", "annotations"})
 
 
 def parse_messages(raw: list[object]) -> list[dict[str, object]]:
@@ -37,11 +36,14 @@ def _message(item: object, where: str) -> dict[str, object]:
         if name in _FIELDS:
             if value is not None:
                 message[name] = value
+        elif name in _FIELDS_OF_ANSWERS:
+            if value:
+                message[name] = value
         elif name in _UNSUPPORTED:
             if value:
                 raise not_supported(f"{where}.{name}")
         else:
-            raise unknown_field(name, _FIELDS | _UNSUPPORTED, where)
+            raise unknown_field(name, _FIELDS | _FIELDS_OF_ANSWERS | _UNSUPPORTED, where)
     _check_role(message, where)
     if message["role"] == "developer":
         message["role"] = "system"  # OpenAI's newer name for it; templates know the older one
@@ -50,7 +52,24 @@ def _message(item: object, where: str) -> dict[str, object]:
         value = message.get(name)
         if value is not None and (not isinstance(value, str) or len(value) > 256):
             raise RequestError(f"{where}.{name} must be a string of at most 256 characters", param=f"{where}.{name}")
+    if _FIELDS_OF_ANSWERS & message.keys():
+        _take_answer(message, where)
     return message
+
+
+def _take_answer(message: dict[str, object], where: str) -> None:
+    """Check what only an answer of the model has."""
+    if message["role"] != "assistant":
+        name = min(_FIELDS_OF_ANSWERS & message.keys())
+        raise RequestError(f"{where}.{name} is for assistant messages only", param=f"{where}.{name}")
+    if "tool_calls" in message:
+        message["tool_calls"] = parse_calls(message["tool_calls"], f"{where}.tool_calls")
+    for name in ("reasoning_content", "reasoning"):
+        if not isinstance(message.get(name, ""), str):
+            raise RequestError(f"{where}.{name} must be a string", param=f"{where}.{name}")
+    if "reasoning" in message:  # templates know the older name
+        message.setdefault("reasoning_content", message.pop("reasoning"))
+        message.pop("reasoning", None)
 
 
 def _check_role(message: dict[str, object], where: str) -> None:

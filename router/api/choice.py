@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ...common.request import FinishReason, SampledToken
 from ...models.tokenizer import Detokenizer
+from ..turns.reasoning import ReasoningCount
 from .stops import StopMatcher
 
 
@@ -27,6 +29,8 @@ class TextOptions:
     include_stop: bool = False
     skip_special_tokens: bool = True
     keep_tokens: bool = False  # logprobs or token ids were asked for
+    shown_tokens: frozenset[str] = frozenset()  # special tokens that are text nevertheless
+    reasoning: Literal["", "outside", "inside"] = ""  # where a text begins whose tokens of reasoning are counted
 
 
 @dataclass(slots=True)
@@ -59,6 +63,7 @@ class ChoiceText:
         "_length",
         "_offsets",
         "_options",
+        "_reasoning",
         "_stop_reason",
         "_stops",
         "_tokens",
@@ -71,13 +76,19 @@ class ChoiceText:
         self._detokenizer = detokenizer
         self._options = options
         self._stops = StopMatcher(options.stops, include_stop=options.include_stop) if options.stops else None
-        self.is_plain = not (options.stops or options.keep_tokens or options.max_tokens == 0)
+        self._reasoning = ReasoningCount(begins_inside=options.reasoning == "inside") if options.reasoning else None
+        self.is_plain = not (options.stops or options.keep_tokens or options.reasoning or options.max_tokens == 0)
         self._tokens: list[SampledToken] = []  # not reported yet, as are their offsets
         self._offsets: list[int] = []
         self._length = 0  # characters made so far, held ones included
         self._stop_reason: str | int | None = None
         self.num_tokens = 0
         self.finish: str | None = None
+
+    @property
+    def num_reasoning_tokens(self) -> int | None:
+        """None: they are not counted."""
+        return None if self._reasoning is None else self._reasoning.num_tokens
 
     def push(self, tokens: Sequence[SampledToken], finish: str | None) -> TextPiece:
         """Take new tokens; `finish` as the worker says. The piece is empty where nothing can be shown yet."""
@@ -112,7 +123,10 @@ class ChoiceText:
                 self._tokens.append(token)
                 self._offsets.append(self._length)
             if position < num_shown:
-                shown += self._show(self._detokenizer.push((token.token_id,)))
+                text = self._detokenizer.push((token.token_id,))
+                if self._reasoning is not None:
+                    self._reasoning.push(text, self.num_tokens)
+                shown += self._show(text)
             if self.finish is not None:
                 return shown
         if finish is not None:

@@ -12,7 +12,7 @@ from ...models.tokenizer import Tokenizer
 from .answer import Answer
 from .choice import TextPiece
 from .logprobs import Name, token_names
-from .openai_types import PromptTokensDetails, Struct, Usage
+from .openai_types import CompletionTokensDetails, PromptTokensDetails, Struct, Usage
 
 AnswerBody = TypeVar("AnswerBody", bound=Struct)
 ChunkUsage = Usage | UnsetType | None
@@ -72,11 +72,14 @@ class FormContext:
         num_prompt = sum(len(prompt.token_ids) for prompt in self.answer.prompts)
         num_completion = sum(choice.num_tokens for choice in self.answer.choices)
         num_cached = sum(request.num_cached_tokens for request in self.answer.requests)
+        counts = [choice.num_reasoning_tokens for choice in self.answer.choices]
+        reasoned = None if None in counts else CompletionTokensDetails(reasoning_tokens=sum(filter(None, counts)))
         return Usage(
             prompt_tokens=num_prompt,
             completion_tokens=num_completion,
             total_tokens=num_prompt + num_completion,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
+            completion_tokens_details=UNSET if reasoned is None else reasoned,
         )
 
     def chunk_usage(self) -> ChunkUsage:

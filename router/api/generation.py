@@ -33,12 +33,13 @@ from ..state.token_stream import TokenStream
 from .answer import Answer, GapObserver, PromptText
 from .body import MAX_BODY_BYTES, BodyRoom, HeldBody, read_body
 from .chat import ChatForm
+from .chat_turns import ChatTurns, TurnOptions
 from .choice import TextOptions
 from .completions import CompletionForm
 from .fields import not_supported
 from .form import Form, FormContext, FormOptions
 from .middleware import RequestContext, ResponseObserver, context_of
-from .prompts import PromptReader, max_chat_tokens, max_completion_tokens
+from .prompts import ChatPrompt, PromptReader, max_chat_tokens, max_completion_tokens
 from .reply import AnswerObserver, InFlight, Reply
 from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
 
@@ -110,15 +111,15 @@ class Api:
         with self.body_room.held() as held:
             body, version = await self.body(request, held, ChatBody)
             context.marks["read"] = self.clock.now()
-            (messages, prompt), grammar = await beside_grammar(
-                self.prompts.chat(version, body, held.num_bytes), version, body
-            )
+            chat, grammar = await beside_grammar(self.prompts.chat(version, body, held.num_bytes), version, body)
         context.marks["tokenize"] = self.clock.now()
-        limit = max_chat_tokens(body, prompt, version.model.max_model_len)
-        answer = await self._submit(context, version, body, [prompt], [limit], grammar)
+        limit = max_chat_tokens(body, chat.prompt, version.model.max_model_len)
+        turns = _turn_options(version, chat)
+        answer = await self._submit(context, version, body, [chat.prompt], [limit], grammar, turns)
         form_context = _form_context(f"chatcmpl-{context.request_id}", version, body, answer)
-        continued = messages[-1] if body.echo and messages[-1]["role"] == "assistant" else None
-        return self._reply(body, answer, ChatForm(form_context, echoed=str(continued["content"]) if continued else ""))
+        last = chat.messages[-1]
+        echoed = str(last["content"]) if body.echo and last["role"] == "assistant" else ""
+        return self._reply(body, answer, ChatForm(form_context, ChatTurns(answer, turns), echoed=echoed))
 
     def _begin(self, request: Request) -> RequestContext:
         self.in_flight.check_open()
@@ -145,6 +146,7 @@ class Api:
         prompts: Sequence[PromptText],
         limits: Sequence[int],
         grammar: Grammar | None,
+        turns: TurnOptions | None = None,
     ) -> Answer:
         sampling = [self._sampling(version.model, body, limit) for limit in limits]
         self.in_flight.check_open()
@@ -166,7 +168,7 @@ class Api:
             for stream in streams:
                 stream.abort()
             raise
-        options = _text_options(body, limits[0])
+        options = _text_options(body, limits[0], turns)
         return Answer(streams, prompts, options, version.tokenizer, clock=self.clock, observer=self.observer)
 
     def _sampling(self, model: ServedModel, body: GenerationBody, max_tokens: int) -> SamplingParams:
@@ -246,7 +248,13 @@ def _tenant_of(context: RequestContext, body: GenerationBody) -> str:
     return hashlib.blake2b(named.encode(errors="surrogatepass"), digest_size=16).hexdigest() if named else ""
 
 
-def _text_options(body: GenerationBody, max_tokens: int) -> TextOptions:
+def _turn_options(version: Version, chat: ChatPrompt) -> TurnOptions:
+    dialect = version.dialect
+    begins_inside = dialect.reasons and dialect.begins_inside(chat.prompt.text or "", chat.continued)
+    return TurnOptions(dialect, chat.use, begins_inside)
+
+
+def _text_options(body: GenerationBody, max_tokens: int, turns: TurnOptions | None) -> TextOptions:
     return TextOptions(
         stops=tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
@@ -255,6 +263,8 @@ def _text_options(body: GenerationBody, max_tokens: int) -> TextOptions:
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
         keep_tokens=body.num_logprobs is not None or bool(body.return_token_ids),
+        shown_tokens=frozenset() if turns is None else turns.shown_tokens,
+        reasoning="" if turns is None else turns.reasoning,
     )
 
 

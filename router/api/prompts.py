@@ -10,6 +10,7 @@ import asyncio
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from ...common.errors import RequestError
@@ -18,6 +19,8 @@ from ...models.tokenizer import check_num_bytes, check_text_size
 from ..catalogue.version import Version
 from ..helpers.chat_renderer import Chat
 from ..state.errors import clip
+from ..turns.definitions import ToolUse, parse_tool_use
+from ..turns.told import told_in_text
 from .answer import PromptText
 from .chat_messages import parse_messages
 from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, TokenizeBody
@@ -27,6 +30,16 @@ NUM_THREADS = 2
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+@dataclass(slots=True, frozen=True)
+class ChatPrompt:
+    """A chat and the prompt that it makes."""
+
+    messages: list[dict[str, object]]
+    use: ToolUse
+    prompt: PromptText
+    continued: str = ""  # text of the last message, where the answer goes on with it
 
 
 class PromptReader:
@@ -43,9 +56,7 @@ class PromptReader:
     async def completion(self, version: Version, body: CompletionBody, size: int) -> list[PromptText]:
         return await self.run(size, _completion, version, body)
 
-    async def chat(
-        self, version: Version, body: ChatBody | TokenizeBody, size: int
-    ) -> tuple[list[dict[str, object]], PromptText]:
+    async def chat(self, version: Version, body: ChatBody | TokenizeBody, size: int) -> ChatPrompt:
         """The messages as checked, and the prompt that they make."""
         if version.renderer is None:
             raise RequestError(
@@ -53,15 +64,15 @@ class PromptReader:
                 "or use /v1/completions",
                 code="chat_template_missing",
             )
-        messages, chat, hidden = await self.run(size, _chat, version, body)
+        messages, use, chat, hidden = await self.run(size, _chat, version, body)
         text = await version.renderer.render(chat)
         # The template writes the special tokens itself.
         prompt = await self.run(len(text), _encode_chat, version, text, hidden, bool(body.add_special_tokens))
-        return messages, prompt
+        return ChatPrompt(messages, use, prompt, str(messages[-1]["content"]) if chat.continue_final_message else "")
 
     async def tokenize(self, version: Version, body: TokenizeBody, size: int) -> list[int]:
         if body.messages is not None:
-            return (await self.chat(version, body, size))[1].token_ids
+            return (await self.chat(version, body, size)).prompt.token_ids
         add_special_tokens = body.add_special_tokens is not False
         prompts = await self.run(size, _encode, version, [body.prompt or ""], add_special_tokens)
         return prompts[0].token_ids
@@ -100,9 +111,12 @@ def _completion_prompts(version: Version, body: CompletionBody) -> list[PromptTe
     return [_checked(version, ids) for ids in prompt if isinstance(ids, list)]
 
 
-def _chat(version: Version, body: ChatBody | TokenizeBody) -> tuple[list[dict[str, object]], Chat, dict[str, str]]:
-    """The messages as checked, what is to be rendered, and which special tokens are hidden in it."""
+def _chat(
+    version: Version, body: ChatBody | TokenizeBody
+) -> tuple[list[dict[str, object]], ToolUse, Chat, dict[str, str]]:
+    """The messages and tools as checked, what is to be rendered, and which special tokens are hidden in it."""
     messages = parse_messages(body.messages or [])
+    use = _tool_use(version, body)
     check_num_bytes(sum(len(str(message["content"])) for message in messages), version.model.max_model_len)
     continues = bool(body.continue_final_message)
     if continues and messages[-1]["role"] != "assistant":
@@ -110,24 +124,43 @@ def _chat(version: Version, body: ChatBody | TokenizeBody) -> tuple[list[dict[st
             "continue_final_message needs an assistant message at the end", param="continue_final_message"
         )
     kwargs: dict[str, object] = dict(body.chat_template_kwargs or {})
+    tools = use.told()
     shown, hidden = messages, dict[str, str]()
     special = version.special_text
-    if special is not None and _spells_special(version, special, messages, kwargs):
-        (*shown, kwargs), hidden = special.hide([*messages, kwargs])
+    if special is not None and _spells_special(version, special, messages, tools, kwargs):
+        (*both, kwargs), hidden = special.hide([*messages, *tools, kwargs])
+        shown, tools = both[: len(messages)], both[len(messages) :]
+    if not version.dialect.takes_tools:
+        shown, tools = told_in_text(shown, tools), []
     prompted = not continues if body.add_generation_prompt is None else body.add_generation_prompt
-    return messages, Chat(shown, kwargs, prompted, continues), hidden
+    return messages, use, Chat(shown, kwargs, prompted, continues, tools), hidden
+
+
+def _tool_use(version: Version, body: ChatBody | TokenizeBody) -> ToolUse:
+    if isinstance(body, TokenizeBody):
+        return parse_tool_use(body.tools, None, None)
+    use = parse_tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
+    if use.choice == "auto" and not version.model.chooses_tools:
+        message = "tool_choice 'auto' is switched off on this server (enable_auto_tool_choice)"
+        raise RequestError(message, param="tool_choice", code="unsupported_value")
+    return use
 
 
 def _spells_special(
-    version: Version, special: SpecialText, messages: list[dict[str, object]], kwargs: dict[str, object]
+    version: Version,
+    special: SpecialText,
+    messages: list[dict[str, object]],
+    tools: list[dict[str, object]],
+    kwargs: dict[str, object],
 ) -> bool:
     """Return whether a client's text has a special token. Raises RequestError where it must not."""
     named = [
         (f"messages[{index}].{name}", value) for index, each in enumerate(messages) for name, value in each.items()
     ]
+    named += [(f"tools[{index}]", each) for index, each in enumerate(tools)]
     named += [(f"chat_template_kwargs.{name}", value) for name, value in kwargs.items()]
     for name, value in named:
-        if isinstance(value, str) and (token := special.find(value)) is not None:
+        if (token := special.find_in(value)) is not None:
             if version.model.special_tokens == "refuse":
                 message = f"{name} has the special token {clip(token)}, which this server does not take in messages"
                 raise RequestError(message, param=name, code="special_token")

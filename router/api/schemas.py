@@ -167,6 +167,9 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: TemplateKwargs | None = Field(None, max_length=MAX_TEMPLATE_KWARGS)
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    tools: object = None  # checked by turns/definitions.py
+    tool_choice: object = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -200,6 +203,7 @@ class TokenizeBody(BaseModel):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateKwargs | None = Field(None, max_length=MAX_TEMPLATE_KWARGS)
+    tools: object = None
 
     def check(self) -> None:
         if (self.prompt is None) == (self.messages is None):

@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ... import __version__
-from ...common.config import SpecialTokens
+from ...common.config import ReasoningParserName, SpecialTokens, ToolParserName
 from ...models.special_text import SpecialText
 from ...models.tokenizer import Tokenizer
 from ..dispatch.dispatcher import Dispatcher
 from ..dispatch.worker_group import Expected, WorkerGroup
 from ..helpers.chat_renderer import ChatRenderer, Renderer
 from ..helpers.grammar_checker import GrammarChecker
+from ..turns.dialect import Dialect
 from .defaults import SamplingDefaults
 
 
@@ -30,6 +31,9 @@ class ServedModel:
     defaults: SamplingDefaults = SamplingDefaults()
     deterministic: bool = False
     special_tokens: SpecialTokens = "allow"  # that the text of a message spells
+    chooses_tools: bool = True  # the model may decide whether it calls one
+    tool_parser: ToolParserName = "auto"
+    reasoning_parser: ReasoningParserName = "auto"
 
     @property
     def fingerprint(self) -> str:
@@ -43,6 +47,7 @@ class Version(WorkerGroup):
 
     model: ServedModel
     tokenizer: Tokenizer
+    dialect: Dialect  # how its turns are written
     renderer: Renderer | None  # of the chat template; None: there is none
     special_text: SpecialText | None  # finds special tokens in messages; None: messages may spell them
     grammars: GrammarChecker | None  # None: answers follow none
@@ -61,4 +66,6 @@ class Version(WorkerGroup):
         if renderer is None and tokenizer.chat_template is not None:
             renderer = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens)
         special_text = tokenizer.special_text() if model.special_tokens != "allow" else None
-        return cls(expected, dispatcher, model, tokenizer, renderer, special_text, grammars)
+        source = tokenizer.chat_template.source if tokenizer.chat_template is not None else None
+        dialect = Dialect.of_template(source, model.tool_parser, model.reasoning_parser)
+        return cls(expected, dispatcher, model, tokenizer, dialect, renderer, special_text, grammars)

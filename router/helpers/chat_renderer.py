@@ -34,6 +34,7 @@ class Chat:
     template_kwargs: Mapping[str, object]
     add_generation_prompt: bool
     continue_final_message: bool
+    tools: Sequence[Mapping[str, object]] = ()
 
 
 class Renderer(Protocol):
@@ -90,6 +91,7 @@ class ChatRenderer:
 def _encoded(chat: Chat, limits: RenderLimits) -> bytes:
     spec = ChatSpec(
         messages=[dict(message) for message in chat.messages],
+        tools=[dict(tool) for tool in chat.tools],
         template_kwargs=dict(chat.template_kwargs),
         add_generation_prompt=chat.add_generation_prompt,
         continue_final_message=chat.continue_final_message,

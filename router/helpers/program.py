@@ -126,6 +126,7 @@ class _Program:
                 add_generation_prompt=chat.add_generation_prompt,
                 continue_final_message=chat.continue_final_message,
                 template_kwargs=chat.template_kwargs,
+                tools=chat.tools,
                 limits=RenderLimits(chat.max_s, chat.max_steps, chat.max_chars, chat.max_items),
             )
             return text.encode()

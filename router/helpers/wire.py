@@ -55,6 +55,7 @@ class ChatSpec(msgspec.Struct):
     """One chat, and what rendering it may spend."""
 
     messages: list[dict[str, object]]
+    tools: list[dict[str, object]]
     template_kwargs: dict[str, object]
     add_generation_prompt: bool
     continue_final_message: bool

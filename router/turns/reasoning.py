@@ -14,6 +14,24 @@ BEGIN, END = "<think>", "</think>"
 MARKS = frozenset({BEGIN, END})
 
 
+class ReasoningCount:
+    """A count of one choice's tokens that are reasoning, its tags among them."""
+
+    def __init__(self, *, begins_inside: bool) -> None:
+        self._reader: ReasoningReader | None = ReasoningReader(begins_inside=begins_inside)
+        self.num_tokens = 0
+
+    def push(self, text: str, num_tokens: int) -> None:
+        """Take the text of one more token; `num_tokens`: the choice's, with it."""
+        if self._reader is None:
+            return
+        self._reader.push(text)
+        if self._reader.has_begun:
+            self.num_tokens = num_tokens
+        if self._reader.is_outside:
+            self._reader = None
+
+
 class ReasoningReader:
     """The state of one choice."""
 
@@ -22,7 +40,11 @@ class ReasoningReader:
         self._rest = ""  # held back: a part of a tag, or white space beside one
         self._is_blank = True  # nothing of the present part was told
         self.has_begun = begins_inside
-        self.has_ended = False
+
+    @property
+    def is_outside(self) -> bool:
+        """All that comes is the answer."""
+        return self._state == "outside"
 
     def push(self, text: str, *, is_final: bool = False) -> tuple[str, str]:
         """Take what comes next; return (reasoning, answer) as far as they grow by it. The last text is final."""
@@ -58,7 +80,7 @@ class ReasoningReader:
             self._is_blank = not shorter
             text = shorter
         if found >= 0:
-            self._state, self._is_blank, self.has_ended = "outside", True, True
+            self._state, self._is_blank = "outside", True
         return text
 
     def _answer(self) -> str:

@@ -257,6 +257,8 @@ OTHER_VALUES: dict[str, object] = {
     "dtype": "bfloat16",
     "load_format": "dummy",
     "special_tokens_in_messages": "text",
+    "tool_call_parser": "hermes",
+    "reasoning_parser": "none",
     "allowed_origins": ["https://chat.example"],
     "policy": "round_robin",
     "autoscale": "on",

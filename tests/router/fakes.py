@@ -240,6 +240,7 @@ class Inline:
             add_generation_prompt=chat.add_generation_prompt,
             continue_final_message=chat.continue_final_message,
             template_kwargs=chat.template_kwargs,
+            tools=chat.tools,
         )
 
     def start(self) -> None: ...

@@ -166,7 +166,7 @@ async def test_errors_are_the_clients_own_classes() -> None:
         assert not_found.value.code == "model_not_found" and not_found.value.param == "model"
         with pytest.raises(openai.BadRequestError) as bad:
             await client.chat.completions.create(model=MODEL, messages=MESSAGES, tools=[{"type": "function"}])  # type: ignore[list-item]
-        assert bad.value.param == "tools" and bad.value.code == "unsupported_parameter"
+        assert bad.value.param == "tools[0].function" and bad.value.code == "invalid_value"
         with pytest.raises(openai.AuthenticationError):
             await client.with_options(api_key="wrong").models.list()
         served.script.refuse = CapacityError("the queue is full")

@@ -17,6 +17,10 @@ from kvferry.router.catalogue.defaults import SamplingDefaults
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
+def _calling(**function: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"function": function}]}
+
+
 def _completion(**fields: Any) -> CompletionBody:
     return validate(CompletionBody, {"prompt": "hi", **fields})
 
@@ -110,8 +114,7 @@ def test_a_missing_field_is_named() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function"}]), ("tool_choice", "auto"), ("functions", [{}]),
-        ("guided_decoding_backend", "x"), ("guided_whitespace_pattern", " "), ("audio", {}),
+        ("functions", [{}]), ("guided_decoding_backend", "x"), ("guided_whitespace_pattern", " "), ("audio", {}),
         ("modalities", ["audio"]), ("prediction", {}), ("logits_processors", ["x"]), ("use_beam_search", True),
         ("kv_transfer_params", {}), ("suffix", "x"), ("length_penalty", 2.0),
     ],
@@ -120,6 +123,12 @@ def test_what_is_not_supported_is_refused_by_name(field: str, value: object) -> 
     for error in (_refusal(**{field: value}), _chat_refusal(**{field: value})):
         assert (error.param, error.code) == (field, "unsupported_parameter")
         assert f"'{field}' is not supported" in str(error)
+
+
+@pytest.mark.parametrize(("field", "value"), [("tools", [{"type": "function"}]), ("tool_choice", "auto")])
+def test_completions_have_no_tools(field: str, value: object) -> None:
+    error = _refusal(**{field: value})
+    assert (error.param, error.code) == (field, "unsupported_parameter")
 
 
 @pytest.mark.parametrize(
@@ -237,6 +246,24 @@ def test_an_answer_dumped_by_the_client_can_be_sent_back() -> None:
     assert parse_messages([dumped]) == [{"role": "assistant", "content": "a"}]
 
 
+def test_calls_of_earlier_turns_are_the_templates_objects() -> None:
+    function = {"name": "f", "arguments": '{"a": 1}'}
+    call = {"id": "c", "type": "function", "function": function}
+    (parsed,) = parse_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert parsed["content"] == ""
+    assert parsed["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}, "id": "c"}]
+    written: list[tuple[object, object]] = [("", {}), (None, {}), ({"a": 1}, {"a": 1}), ("{x", "{x"), ("[1]", "[1]")]
+    for arguments, taken in written:
+        (parsed,) = parse_messages([_calling(name="f", arguments=arguments)])
+        assert parsed["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": taken}}]
+
+
+def test_reasoning_of_earlier_turns_has_one_name() -> None:
+    for names in (("reasoning",), ("reasoning_content",), ("reasoning", "reasoning_content")):
+        (parsed,) = parse_messages([{"role": "assistant", "content": "a", **dict.fromkeys(names, "hm")}])
+        assert parsed == {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [
@@ -251,7 +278,13 @@ def test_an_answer_dumped_by_the_client_can_be_sent_back() -> None:
         ({"role": "user", "content": [{"type": "text", "text": "", "x": 1}]}, "messages[0].content[0].x"),
         ({"role": "user", "content": "hi", "nmae": "x"}, "messages[0].nmae"),
         ({"role": "user", "content": "hi", "name": "x" * 257}, "messages[0].name"),
-        ({"role": "assistant", "content": "", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "content": "", "tool_calls": [{}]}, "messages[0].tool_calls[0].function"),
+        ({"role": "assistant", "tool_calls": {"id": "a"}}, "messages[0].tool_calls"),
+        (_calling(name=""), "messages[0].tool_calls[0].function.name"),
+        (_calling(name="f", arguments=[1]), "messages[0].tool_calls[0].function.arguments"),
+        (_calling(name="f", argumnets="{}"), "messages[0].tool_calls[0].function.argumnets"),
+        ({"role": "user", "content": "hi", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "content": "", "reasoning_content": 5}, "messages[0].reasoning_content"),
     ],
 )
 def test_a_wrong_message_is_refused_at_its_place(message: object, param: str) -> None:

@@ -1,0 +1,66 @@
+"""The choices of a chat as turns: each piece of text becomes reasoning, content and parts of calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...common.request import FinishReason
+from ..turns.definitions import ToolUse
+from ..turns.dialect import Dialect
+from ..turns.turn import TurnDelta, TurnReader, call_id
+from .answer import Answer
+from .choice import TextPiece
+
+TOOL_CALLS = "tool_calls"
+
+
+@dataclass(slots=True, frozen=True)
+class TurnOptions:
+    """The parts that a chat's answer may have beside text."""
+
+    dialect: Dialect
+    use: ToolUse
+    begins_inside: bool  # of reasoning
+
+    @property
+    def shown_tokens(self) -> frozenset[str]:
+        """The special tokens that are read in the answer's text."""
+        return self.dialect.shown_marks(self.use)
+
+    @property
+    def reasoning(self) -> Literal["", "outside", "inside"]:
+        """The side of the reasoning's tag on which the answer's text begins; empty: nothing is told apart."""
+        if not self.dialect.reasons:
+            return ""
+        return "inside" if self.begins_inside else "outside"
+
+
+class ChatTurns:
+    """The turns of one answer: `read` takes each choice's pieces in order."""
+
+    def __init__(self, answer: Answer, options: TurnOptions) -> None:
+        self._answer = answer
+        self._options = options
+        self._readers = [self._reader() for _ in answer.choices]
+        self.is_plain = self._readers[0].is_plain
+
+    def _reader(self) -> TurnReader:
+        return self._options.dialect.reader(self._options.use, begins_inside=self._options.begins_inside)
+
+    def read(self, index: int, piece: TextPiece) -> TurnDelta:
+        """Return what the piece adds to the choice's turn."""
+        return self._readers[index].push(piece.text, is_final=piece.finish is not None)
+
+    def finish(self, index: int, piece: TextPiece) -> str | None:
+        """Return the reason as clients know it: a turn that ended by itself with calls ended for them."""
+        if piece.finish == FinishReason.STOP and self._readers[index].has_called:
+            return TOOL_CALLS
+        return piece.finish
+
+    def call_id(self, index: int, number: int) -> str:
+        """Return the id of a choice's call, by its number in the turn."""
+        request = self._answer.stream_of(index).request
+        is_short = self._options.dialect.has_short_ids
+        choice = index % self._answer.num_choices
+        return call_id(request.sampling.seed, request.prompt_token_ids, choice, number, is_short=is_short)

@@ -1,0 +1,102 @@
+"""A model's turns are written in its dialect: which form its calls have, whether it reasons in tags.
+
+An operator may say so; what he leaves open is read off the chat template, which teaches the model the same form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ...common.config import ReasoningParserName, ToolParserName
+from .call_reader import CallReader
+from .definitions import ToolUse
+from .json_syntaxes import BareJsonSyntax, HermesSyntax, MistralSyntax
+from .qwen_coder import QwenCoderSyntax
+from .reasoning import BEGIN, END, MARKS, ReasoningReader
+from .syntax import Syntax
+from .turn import TurnReader
+
+_PYTHON_TAG = "<|python_tag|>"
+# vLLM's names for what is the same form.
+_ALIASES: Mapping[str, str] = {"llama4_json": "llama3_json", "qwen3_xml": "qwen3_coder", "qwen3": "think"}
+# What a template of each family has in it; the first that is found names the form.
+_SIGNS = (
+    (re.compile(r"<function="), "qwen3_coder"),
+    (re.compile(r"<tool_call>"), "hermes"),
+    (re.compile(r"\[TOOL_CALLS\]"), "mistral"),
+    (re.compile(r"<\|python_tag\|>|<\|start_header_id\|>"), "llama3_json"),
+)
+_TOOLS = re.compile(r"\btools\b")
+
+
+@dataclass(slots=True, frozen=True)
+class Dialect:
+    """The dialect of one model, as far as answers are read by it."""
+
+    tool_parser: str = "hermes"
+    reasoning_parser: str = "none"  # think; deepseek_r1: the answer begins inside, tag or not
+    takes_tools: bool = False  # the template tells the model of tools itself
+    template_words: frozenset[str] = frozenset()  # the switches that the template looks at
+
+    @classmethod
+    def of_template(
+        cls,
+        source: str | None,
+        tool_parser: ToolParserName = "auto",
+        reasoning_parser: ReasoningParserName = "auto",
+    ) -> Dialect:
+        """Read a dialect off a chat template; names other than `auto` go before it."""
+        source = source or ""
+        takes_tools = _TOOLS.search(source) is not None
+        by_sign = (name for sign, name in _SIGNS if sign.search(source) is not None)
+        found = cls(
+            tool_parser=next(by_sign, "json") if takes_tools else "hermes",  # told.py's form where it takes none
+            reasoning_parser="think" if END in source else "none",
+            takes_tools=takes_tools,
+            template_words=frozenset(re.findall(r"\b(?:reasoning_effort|enable_thinking|thinking)\b", source)),
+        )
+        if tool_parser != "auto":
+            found = replace(found, tool_parser=_ALIASES.get(tool_parser, tool_parser))
+        if reasoning_parser != "auto":
+            found = replace(found, reasoning_parser=_ALIASES.get(reasoning_parser, reasoning_parser))
+        return found
+
+    def syntax(self, use: ToolUse) -> Syntax:
+        names = frozenset(tool.name for tool in use.tools)
+        match self.tool_parser:
+            case "mistral":
+                return MistralSyntax()
+            case "qwen3_coder":
+                return QwenCoderSyntax(use.schemas)
+            case "llama3_json":
+                return BareJsonSyntax(names, _PYTHON_TAG)
+            case "json":
+                return BareJsonSyntax(names)
+        return HermesSyntax()
+
+    @property
+    def reasons(self) -> bool:
+        return self.reasoning_parser != "none"
+
+    def shown_marks(self, use: ToolUse) -> frozenset[str]:
+        """Return the tokens that must be in an answer's text, special or not."""
+        return (self.syntax(use).marks if use.tools else frozenset()) | (MARKS if self.reasons else frozenset())
+
+    def begins_inside(self, prompt: str, continued: str = "") -> bool:
+        """Return whether an answer to this prompt begins in the middle of reasoning; `continued`: what it goes on."""
+        if continued:
+            return continued.rfind(BEGIN) > continued.rfind(END)
+        ending = prompt[-64:].rstrip()
+        return ending.endswith(BEGIN) or (self.reasoning_parser == "deepseek_r1" and not ending.endswith(END))
+
+    def reader(self, use: ToolUse, *, begins_inside: bool) -> TurnReader:
+        """Make what reads one choice of an answer."""
+        reasoning = ReasoningReader(begins_inside=begins_inside) if self.reasons else None
+        calls = CallReader(self.syntax(use)) if use.tools else None
+        return TurnReader(reasoning, calls, has_one_call=not use.is_parallel)
+
+    @property
+    def has_short_ids(self) -> bool:
+        return self.tool_parser == "mistral"

@@ -1,0 +1,65 @@
+"""Tools for templates that know of none: told in a system message, in Hermes' form, which small models learn first.
+
+tools            ─> a text at the end of the system message
+calls made       ─> `<tool_call>` in the assistant's message
+their results    ─> `<tool_response>` in a user's message
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .json_text import dumps
+
+_PREAMBLE = """# Tools
+
+You may call one or more functions to help with the user's request.
+
+You are given their signatures within <tools></tools> tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a JSON object with the function's name and arguments within <tool_call></tool_call> tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <arguments-object>}}
+</tool_call>"""
+
+
+def told_in_text(
+    messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]]
+) -> list[dict[str, object]]:
+    """Return the messages with all that concerns tools as text."""
+    told: list[dict[str, object]] = []
+    is_after_result = False
+    for message in messages:
+        is_result = message["role"] == "tool"
+        if not is_result:
+            told.append(_called(message))
+        else:
+            text = f"<tool_response>\n{message['content']}\n</tool_response>"
+            if is_after_result:  # all results of a turn in one message: some templates want users to take turns
+                told[-1]["content"] = f"{told[-1]['content']}\n{text}"
+            else:
+                told.append({"role": "user", "content": text})
+        is_after_result = is_result
+    if not tools:
+        return told
+    preamble = _PREAMBLE.format(tools="\n".join(map(dumps, tools)))
+    if told and told[0]["role"] == "system":
+        return [{**told[0], "content": f"{told[0]['content']}\n\n{preamble}"}, *told[1:]]
+    return [{"role": "system", "content": preamble}, *told]
+
+
+def _called(message: Mapping[str, object]) -> dict[str, object]:
+    calls = message.get("tool_calls")
+    plain = {name: value for name, value in message.items() if name != "tool_calls"}
+    if not isinstance(calls, list):
+        return plain
+    texts = [str(plain["content"])] if plain["content"] else []
+    for call in calls:
+        function = call["function"]
+        arguments = function["arguments"]
+        written = arguments if isinstance(arguments, str) else dumps(arguments)
+        texts.append(f'<tool_call>\n{{"name": {dumps(function["name"])}, "arguments": {written}}}\n</tool_call>')
+    return {**plain, "content": "\n".join(texts)}

@@ -1,0 +1,191 @@
+"""Chats with tools over a scripted dispatcher: what the model is told, and its calls whole and streamed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvferry.router.catalogue.version import ServedModel
+
+from .fakes import MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Script, Served, events, serve
+
+CHAT = [{"role": "user", "content": "hi"}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "search",
+            "description": "Search.",
+            "parameters": {"type": "object", "properties": {"query": {"type": "string"}}},
+        },
+    }
+]
+CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "a\\"b"}}\n</tool_call>'
+TWO_CALLS = f"Let me look.\n{CALL}\n{CALL}"
+LONG = 4096
+
+
+def _served(text: str, **model: Any) -> Served:
+    served = ServedModel(MODEL, LONG, VOCAB_SIZE, **model)
+    return serve(Script(text), model=served)
+
+
+async def _post(served: Served, **fields: Any) -> Any:
+    async with served.client() as client:
+        response = await client.post("/v1/chat/completions", json={"messages": CHAT, "tools": TOOLS, **fields})
+    assert response.status_code == 200, response.text
+    return response
+
+
+async def _whole(served: Served, **fields: Any) -> dict[str, Any]:
+    body = (await _post(served, **fields)).json()
+    choice: dict[str, Any] = body["choices"][0]
+    return choice
+
+
+async def _streamed(served: Served, **fields: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The message put together as a client does it, and the deltas of calls as they came."""
+    chunks: Any = events((await _post(served, stream=True, **fields)).text)
+    message: dict[str, Any] = {"content": "", "calls": {}}
+    deltas = []
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            delta = choice["delta"]
+            message["content"] += delta.get("content") or ""
+            message["finish_reason"] = choice["finish_reason"]
+            for call in delta.get("tool_calls", []):
+                deltas.append(call)
+                if "id" in call:
+                    assert call["type"] == "function" and call["index"] not in message["calls"]
+                    message["calls"][call["index"]] = {
+                        "id": call["id"],
+                        "type": "function",
+                        "function": dict(call["function"]),
+                    }
+                else:
+                    message["calls"][call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+    return message, deltas
+
+
+async def test_an_answer_with_calls_has_openais_shape() -> None:
+    choice = await _whole(_served(TWO_CALLS))
+    assert choice["finish_reason"] == "tool_calls"
+    message = choice["message"]
+    assert message["content"] == "Let me look."
+    first, second = message["tool_calls"]
+    assert first["function"] == {"name": "search", "arguments": '{"query": "a\\"b"}'} and first["type"] == "function"
+    assert first["id"].startswith("call_") and first["id"] != second["id"]
+
+
+async def test_an_answer_of_calls_alone_has_no_content() -> None:
+    message = (await _whole(_served(CALL)))["message"]
+    assert message["content"] is None and len(message["tool_calls"]) == 1
+
+
+async def test_a_stream_says_the_same_as_the_whole_answer() -> None:
+    whole = await _whole(_served(TWO_CALLS), seed=3)
+    message, deltas = await _streamed(_served(TWO_CALLS), seed=3)
+    assert message["content"] == whole["message"]["content"]
+    assert list(message["calls"].values()) == whole["message"]["tool_calls"]  # ids too
+    assert message["finish_reason"] == "tool_calls"
+    assert [call["index"] for call in deltas if "id" in call] == [0, 1]
+    assert "".join(call["function"]["arguments"] for call in deltas if call["index"] == 1) == '{"query": "a\\"b"}'
+    assert len(deltas) > 10  # as they are written
+
+
+async def test_without_parallel_calls_the_first_one_is_told() -> None:
+    assert len((await _whole(_served(TWO_CALLS), parallel_tool_calls=False))["message"]["tool_calls"]) == 1
+    message, _ = await _streamed(_served(TWO_CALLS), parallel_tool_calls=False)
+    assert list(message["calls"]) == [0]
+
+
+async def test_a_call_that_is_cut_by_its_length_ended_by_length() -> None:
+    choice = await _whole(_served(CALL), max_tokens=50)
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"].startswith("{")
+    message, _ = await _streamed(_served(CALL), max_tokens=50)
+    assert message["finish_reason"] == "length"
+
+
+async def test_text_that_is_no_call_is_content() -> None:
+    text = "<tool_call>\n{broken}\n</tool_call> \n"
+    choice = await _whole(_served(text))
+    assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
+    assert "tool_calls" not in choice["message"]
+    message, _ = await _streamed(_served(text))
+    assert (message["content"], message["finish_reason"]) == (text, "stop")
+
+
+@pytest.mark.parametrize("fields", [{"tools": None}, {"tool_choice": "none"}, {"tools": []}])
+async def test_without_tools_nothing_is_a_call(fields: dict[str, Any]) -> None:
+    served = _served(CALL)
+    choice = await _whole(served, **fields)
+    assert choice["message"] == {"role": "assistant", "content": CALL, "refusal": None}
+    assert b"search" not in bytes(served.request.prompt_token_ids)
+
+
+async def test_a_template_that_knows_no_tools_gets_them_as_text() -> None:
+    served = _served("ok")
+    function = {"name": "search", "arguments": '{"query": "x"}'}
+    answered = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "tool_calls": [{"id": "a", "function": function}]},
+        {"role": "tool", "tool_call_id": "a", "content": "found"},
+        {"role": "tool", "tool_call_id": "b", "content": [{"type": "text", "text": "more"}]},
+    ]
+    await _whole(served, messages=answered)
+    prompt = bytes(served.request.prompt_token_ids).decode()
+    assert prompt.startswith("<system># Tools") and '"name": "search", "description": "Search."' in prompt
+    assert prompt.endswith(
+        '<user>hi<assistant><tool_call>\n{"name": "search", "arguments": {"query": "x"}}\n</tool_call>'
+        "<user><tool_response>\nfound\n</tool_response>\n<tool_response>\nmore\n</tool_response><assistant>"
+    )
+
+
+async def test_every_choice_has_calls_of_its_own() -> None:
+    served = _served(CALL)
+    answer = (await _post(served, n=2)).json()
+    ids = {choice["message"]["tool_calls"][0]["id"] for choice in answer["choices"]}
+    assert len(ids) == 2
+
+
+async def test_logprobs_come_though_the_text_is_held_back() -> None:
+    chunks: Any = events((await _post(_served(CALL), stream=True, logprobs=True)).text)
+    logprobs = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert sum(len(each["content"]) for each in logprobs if each) == len(CALL) + 1
+
+
+async def test_an_operator_names_the_form() -> None:
+    choice = await _whole(_served('[TOOL_CALLS]search{"query": "x"}', tool_parser="mistral"))
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "search", "arguments": '{"query": "x"}'}
+    assert len(call["id"]) == 9 and call["id"].isalnum()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+    ],
+)
+async def test_a_refusal_has_openais_shape(fields: dict[str, Any], param: str) -> None:
+    async with _served("x").client() as client:
+        response = await client.post("/v1/chat/completions", json={"messages": CHAT, "tools": TOOLS, **fields})
+    assert response.status_code == 400 and response.json()["error"]["param"] == param
+
+
+async def test_the_models_own_choice_can_be_switched_off() -> None:
+    async with _served("x", chooses_tools=False).client() as client:
+        response = await client.post("/v1/chat/completions", json={"messages": CHAT, "tools": TOOLS})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "tool_choice"
+
+
+async def test_tokenize_counts_tools_too() -> None:
+    served = serve(model=ServedModel(MODEL, MAX_MODEL_LEN * 8, VOCAB_SIZE))
+    async with served.client() as client:
+        bare = (await client.post("/tokenize", json={"messages": CHAT})).json()["count"]
+        told = (await client.post("/tokenize", json={"messages": CHAT, "tools": TOOLS})).json()["count"]
+    assert told > bare + 100

@@ -1,0 +1,56 @@
+"""A model's dialect, read off its chat template, and what a template is given of tools."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvferry.models.chat_template import ChatTemplate
+from kvferry.router.turns.definitions import ToolUse, parse_tool_use
+from kvferry.router.turns.dialect import Dialect
+
+QWEN = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools> in <tool_call></tool_call>{% endif %}{{ messages[0].content }}"
+)
+USE = parse_tool_use([{"type": "function", "function": {"name": "f"}}], None, None)
+
+
+@pytest.mark.parametrize(
+    ("source", "parser", "takes_tools", "reasoning"),
+    [
+        (None, "hermes", False, "none"),
+        ("{{ messages }}", "hermes", False, "none"),
+        (QWEN, "hermes", True, "none"),
+        (QWEN + "{{ content.split('</think>') }}", "hermes", True, "think"),
+        ("{{ tools }}<tool_call><function=name>", "qwen3_coder", True, "none"),
+        ("{{ tools }}[TOOL_CALLS]", "mistral", True, "none"),
+        ("<|start_header_id|>{{ tools }}", "llama3_json", True, "none"),
+        ("{{ tools | tojson }}", "json", True, "none"),
+    ],
+)
+def test_a_template_shows_its_dialect(source: str | None, parser: str, takes_tools: bool, reasoning: str) -> None:
+    dialect = Dialect.of_template(source)
+    assert (dialect.tool_parser, dialect.takes_tools, dialect.reasoning_parser) == (parser, takes_tools, reasoning)
+
+
+def test_an_operator_knows_better() -> None:
+    dialect = Dialect.of_template(QWEN, "qwen3_xml", "qwen3")
+    assert (dialect.tool_parser, dialect.reasoning_parser) == ("qwen3_coder", "think")
+
+
+def test_reasoning_begins_where_the_prompt_left_it() -> None:
+    dialect = Dialect.of_template("</think>")
+    assert dialect.begins_inside("...<think>\n") and not dialect.begins_inside("...<think>\n\n</think>\n\n")
+    assert dialect.begins_inside("...", "<think>so far") and not dialect.begins_inside("...", "<think>so</think>far")
+    always = Dialect.of_template("</think>", reasoning_parser="deepseek_r1")
+    assert always.begins_inside("...") and not always.begins_inside("...</think>\n")
+
+
+def test_special_tokens_that_are_read_stay_in_the_text() -> None:
+    assert Dialect.of_template("{{ tools }}[TOOL_CALLS]").shown_marks(USE) == {"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"}
+    assert Dialect.of_template("</think>").shown_marks(ToolUse()) == {"<think>", "</think>"}
+
+
+def test_a_template_gets_the_tools() -> None:
+    told = ChatTemplate(QWEN).render([{"role": "user", "content": "hi"}], tools=USE.told())
+    assert told.startswith('<tools>[{"type": "function", "function": {"name": "f"') and told.endswith("hi")
+    assert ChatTemplate(QWEN).render([{"role": "user", "content": "hi"}]) == "hi"
