@@ -32,6 +32,7 @@ Checksum = Literal["auto", "on", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "text", "json"]
 SpecialTokens = Literal["allow", "text", "refuse"]
+UnknownFields = Literal["refuse", "warn"]
 ToolParserName = Literal[
     "auto", "hermes", "llama3_json", "llama4_json", "mistral", "qwen3_coder", "qwen3_xml", "json"
 ]  # vLLM's names, where it has one
@@ -194,6 +195,7 @@ class RouterConfig(Settings):
     deterministic: bool = False  # as the workers: answers say so
     allowed_hosts: tuple[str, ...] = ()  # names of a server without keys, besides its addresses
     allowed_origins: tuple[str, ...] = ()  # web pages that may ask; *: all, with keys only
+    unknown_fields: UnknownFields = "refuse"  # of a request's body; warn: the answer names them
     max_connections: PositiveInt | None = None  # None: 4096, or what the limit of open files allows
     max_connections_per_address: PositiveInt = 1024  # of IPv6: per /64
     share_prefix_cache: bool = False  # between API keys

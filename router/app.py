@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..common.clock import Clock, SystemClock
+from ..common.config import UnknownFields
 from ..common.errors import RequestError
 from .access.cors import Cors
 from .access.hosts import HostNames
@@ -61,6 +62,7 @@ def build_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     allowed_hosts: tuple[str, ...] = (),
     allowed_origins: tuple[str, ...] = (),
+    unknown_fields: UnknownFields = "refuse",
 ) -> FastAPI:
     """The application; `app.state.api` is the `Api` behind it. `clock` is the dispatchers'.
 
@@ -80,6 +82,7 @@ def build_app(
         classes=classes or RequestClasses(),
         shares_prefixes=share_prefix_cache,
         max_body_bytes=max_body_bytes,
+        refuses_unknown=unknown_fields == "refuse",
     )
     keys = keys or ApiKeys()
     middleware = RequestMiddleware(

@@ -143,6 +143,7 @@ def _application(
         classes=classes,
         allowed_hosts=(config.host, *config.allowed_hosts) if not config.needs_api_keys else config.allowed_hosts,
         allowed_origins=config.allowed_origins,
+        unknown_fields=config.unknown_fields,
     )
 
 

@@ -34,6 +34,7 @@ from ..common.config import (
     SpeculativeConfig,
     ToolParserName,
     TransferName,
+    UnknownFields,
 )
 from ..common.errors import ConfigError
 from .windows import Window
@@ -205,6 +206,10 @@ class ServeSettings(Settings):
         Annotated[Texts, AfterValidator(_check_origins)],
         Option("HTTP", "Origin of web pages that may ask; *: any, with API keys. Repeatable. Default: none.", FRONTS),
     ] = ()
+
+    unknown_fields: Annotated[
+        UnknownFields, Option("HTTP", "Unknown fields in a request; warn: ignored, and the answer says so.", FRONTS)
+    ] = "refuse"
 
     max_connections: Annotated[
         Count | None,

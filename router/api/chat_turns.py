@@ -22,6 +22,7 @@ class TurnOptions:
     dialect: Dialect
     use: ToolUse
     begins_inside: bool  # of reasoning
+    shows_reasoning: bool = True
 
     @property
     def shown_tokens(self) -> frozenset[str]:
@@ -50,7 +51,10 @@ class ChatTurns:
 
     def read(self, index: int, piece: TextPiece) -> TurnDelta:
         """Return what the piece adds to the choice's turn."""
-        return self._readers[index].push(piece.text, is_final=piece.finish is not None)
+        turn = self._readers[index].push(piece.text, is_final=piece.finish is not None)
+        if not self._options.shows_reasoning:
+            turn.reasoning = ""
+        return turn
 
     def finish(self, index: int, piece: TextPiece) -> str | None:
         """Return the reason as clients know it: a turn that ended by itself with calls ended for them."""

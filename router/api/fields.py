@@ -12,7 +12,12 @@ from ...common.errors import RequestError
 from ..state.errors import clip
 
 # Accepted in any form, without effect on the answer: that is also what they do elsewhere.
-IGNORED = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "request_id"})
+IGNORED = frozenset(
+    {
+        *("user", "metadata", "store", "safety_identifier", "request_id"),
+        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+    }
+)
 
 # Field -> the values (besides null) that ask for nothing.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -33,6 +38,7 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "logits_processors": ([],),
     "logprob_token_ids": ([],),
     "mm_processor_kwargs": (),
+    "moderation": (),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),  # says nothing without tools
     "prediction": (),
@@ -45,14 +51,17 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "tools": ([],),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
-    "verbosity": (),
+    "verbosity": ("medium",),  # the models' usual one
     "vllm_xargs": (),
     "web_search_options": (),
 }
 
 
-def check_fields(body: dict[str, object], known: frozenset[str]) -> dict[str, object]:
-    """The fields that are left to validate: neither ignored ones nor unsupported ones that ask for nothing."""
+def check_fields(body: dict[str, object], known: frozenset[str], ignored: list[str] | None = None) -> dict[str, object]:
+    """The fields that are left to validate: neither ignored ones nor unsupported ones that ask for nothing.
+
+    Unknown ones are refused; where `ignored` is given, it gets their names.
+    """
     kept = {}
     for name, value in body.items():
         if name in known:
@@ -61,6 +70,9 @@ def check_fields(body: dict[str, object], known: frozenset[str]) -> dict[str, ob
             if value is not None and not any(_same(value, harmless) for harmless in UNSUPPORTED[name]):
                 raise not_supported(name, UNSUPPORTED[name])
         elif name not in IGNORED:
+            if ignored is not None:
+                ignored.append(name)
+                continue
             raise unknown_field(name, known | IGNORED)
     return kept
 

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+import structlog
 from fastapi import Request
 
 from ...common.clock import Clock, wall_time_s
@@ -43,6 +44,7 @@ from .prompts import ChatPrompt, PromptReader, max_chat_tokens, max_completion_t
 from .reply import AnswerObserver, InFlight, Reply
 from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
 
+_MAX_LOGGED_NAMES = 256  # clients make them up
 _BATCH_STEP = 2  # prompts of a batch that are submitted in one go: some other batches may have their turn with it
 TIMEOUT_HEADER = "x-request-timeout-s"
 MAX_TIMEOUT_S = 86400.0
@@ -51,8 +53,15 @@ Prompts = TypeVar("Prompts")
 _CHECKED_BYTES_PER_CHAR = 8  # checking fields is so much faster than tokenizing
 
 
+log = structlog.get_logger(__name__)
+
+
 class ApiObserver(AnswerObserver, GapObserver, ResponseObserver, Protocol):
     """The API tells an observer what happens."""
+
+    def on_ignored_fields(self, number: int) -> None:
+        """Fields of a body had no effect."""
+        ...
 
 
 @dataclass(slots=True)
@@ -67,6 +76,8 @@ class Api:
     classes: RequestClasses = field(default_factory=RequestClasses)
     shares_prefixes: bool = False  # between keys: what one has cached, others find
     max_body_bytes: int = MAX_BODY_BYTES
+    refuses_unknown: bool = True  # fields of a body; False: they are ignored, and that is told
+    logged_names: set[str] = field(default_factory=set)  # of ignored fields
     prompts: PromptReader = field(default_factory=PromptReader)
     body_room: BodyRoom = field(default_factory=BodyRoom)
     json: JsonParser = field(default_factory=JsonParser)
@@ -83,8 +94,20 @@ class Api:
         data = await read_body(context.headers, request.receive, held, max_bytes=self.max_body_bytes)
         max_commas = max(MAX_COMMAS, 2 * self.catalogue.max_model_len)
         raw = await self.json.parse(data, max_commas)
-        body = await self.prompts.run(len(data) // _CHECKED_BYTES_PER_CHAR, validate, kind, raw)
+        ignored = None if self.refuses_unknown else list[str]()
+        body = await self.prompts.run(len(data) // _CHECKED_BYTES_PER_CHAR, validate, kind, raw, ignored)
+        if ignored:
+            self._tell_ignored(context, ignored)
         return body, self.catalogue.version(body.model)
+
+    def _tell_ignored(self, context: RequestContext, names: Sequence[str]) -> None:
+        """Tell the client, the metrics and, once for each name, the log."""
+        context.ignored += names
+        self.observer.on_ignored_fields(len(names))
+        for name in map(clip, names):
+            if name not in self.logged_names and len(self.logged_names) < _MAX_LOGGED_NAMES:
+                self.logged_names.add(name)
+                log.warning("field_ignored", field=name, request_id=context.request_id)
 
     def close(self) -> None:
         """End the threads and the processes that work on bodies."""
@@ -114,7 +137,9 @@ class Api:
             chat, grammar = await beside_grammar(self.prompts.chat(version, body, held.num_bytes), version, body)
         context.marks["tokenize"] = self.clock.now()
         limit = max_chat_tokens(body, chat.prompt, version.model.max_model_len)
-        turns = _turn_options(version, chat)
+        if chat.ignored:
+            self._tell_ignored(context, chat.ignored)
+        turns = _turn_options(version, body, chat)
         answer = await self._submit(context, version, body, [chat.prompt], [limit], grammar, turns)
         form_context = _form_context(f"chatcmpl-{context.request_id}", version, body, answer)
         last = chat.messages[-1]
@@ -248,10 +273,10 @@ def _tenant_of(context: RequestContext, body: GenerationBody) -> str:
     return hashlib.blake2b(named.encode(errors="surrogatepass"), digest_size=16).hexdigest() if named else ""
 
 
-def _turn_options(version: Version, chat: ChatPrompt) -> TurnOptions:
+def _turn_options(version: Version, body: ChatBody, chat: ChatPrompt) -> TurnOptions:
     dialect = version.dialect
     begins_inside = dialect.reasons and dialect.begins_inside(chat.prompt.text or "", chat.continued)
-    return TurnOptions(dialect, chat.use, begins_inside)
+    return TurnOptions(dialect, chat.use, begins_inside, shows_reasoning=body.include_reasoning is not False)
 
 
 def _text_options(body: GenerationBody, max_tokens: int, turns: TurnOptions | None) -> TextOptions:

@@ -34,6 +34,9 @@ OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
 CLIENT_CLOSED = 499  # for counts and logs: no one is there to read a status
 _CONTEXT = "kvferry.context"
 _ONCE = (b"host", b"authorization", b"content-type", b"content-encoding", b"origin")
+IGNORED_HEADER = b"x-kvferry-ignored"
+_MAX_IGNORED, _MAX_IGNORED_BYTES = 16, 512
+_NOT_IN_A_LIST = re.compile(rb"[^A-Za-z0-9._,-]")
 _NOT_IN_AN_ID = re.compile(rb"[^A-Za-z0-9._:/+=@-]+")
 
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]  # its answer is an application
@@ -57,6 +60,7 @@ class RequestContext:
     allowance: Allowance | None = None  # what it holds of the tenant's quota
     timeout_s: float | None = None  # what the client gives us, from `started_s` on
     request_class: str = DEFAULT_CLASS
+    ignored: list[str] = field(default_factory=list)  # fields of its body that had no effect
     marks: dict[str, float] = field(default_factory=dict)  # end of each phase before the dispatcher's
     status: int | None = None  # sent
 
@@ -164,6 +168,9 @@ class RequestMiddleware:
     def _headers(self, context: RequestContext) -> list[tuple[bytes, bytes]]:
         elapsed_ms = int((self._clock.now() - context.started_s) * 1000)
         headers = [(b"x-request-id", context.shown_id.encode()), (b"openai-processing-ms", b"%d" % elapsed_ms)]
+        if context.ignored:
+            names = ",".join(context.ignored[:_MAX_IGNORED]).encode("ascii", "replace")
+            headers.append((IGNORED_HEADER, _NOT_IN_A_LIST.sub(b"?", names)[:_MAX_IGNORED_BYTES]))
         if b"origin" in context.headers:
             headers += self._cors.headers(context.headers)
         return headers if context.allowance is None else headers + context.allowance.headers

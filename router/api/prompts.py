@@ -40,6 +40,7 @@ class ChatPrompt:
     use: ToolUse
     prompt: PromptText
     continued: str = ""  # text of the last message, where the answer goes on with it
+    ignored: tuple[str, ...] = ()  # fields that the model has no use for
 
 
 class PromptReader:
@@ -65,10 +66,11 @@ class PromptReader:
                 code="chat_template_missing",
             )
         messages, use, chat, hidden = await self.run(size, _chat, version, body)
+        continued = str(messages[-1]["content"]) if chat.continue_final_message else ""
         text = await version.renderer.render(chat)
         # The template writes the special tokens itself.
         prompt = await self.run(len(text), _encode_chat, version, text, hidden, bool(body.add_special_tokens))
-        return ChatPrompt(messages, use, prompt, str(messages[-1]["content"]) if chat.continue_final_message else "")
+        return ChatPrompt(messages, use, prompt, continued, _fields_without_effect(version, body))
 
     async def tokenize(self, version: Version, body: TokenizeBody, size: int) -> list[int]:
         if body.messages is not None:
@@ -123,7 +125,7 @@ def _chat(
         raise RequestError(
             "continue_final_message needs an assistant message at the end", param="continue_final_message"
         )
-    kwargs: dict[str, object] = dict(body.chat_template_kwargs or {})
+    kwargs = _template_kwargs(version, body)
     tools = use.told()
     shown, hidden = messages, dict[str, str]()
     special = version.special_text
@@ -134,6 +136,22 @@ def _chat(
         shown, tools = told_in_text(shown, tools), []
     prompted = not continues if body.add_generation_prompt is None else body.add_generation_prompt
     return messages, use, Chat(shown, kwargs, prompted, continues, tools), hidden
+
+
+def _template_kwargs(version: Version, body: ChatBody | TokenizeBody) -> dict[str, object]:
+    kwargs: dict[str, object] = dict(body.chat_template_kwargs or {})
+    effort = body.reasoning_effort if isinstance(body, ChatBody) else None
+    if effort is not None:
+        if "reasoning_effort" in version.dialect.switches:
+            kwargs.setdefault("reasoning_effort", effort)
+        for switch in version.dialect.switches & {"enable_thinking", "thinking"}:  # they know only whether
+            kwargs.setdefault(switch, effort != "none")
+    return kwargs
+
+
+def _fields_without_effect(version: Version, body: ChatBody | TokenizeBody) -> tuple[str, ...]:
+    has_effort = isinstance(body, ChatBody) and body.reasoning_effort is not None
+    return ("reasoning_effort",) if has_effort and not version.dialect.switches else ()
 
 
 def _tool_use(version: Version, body: ChatBody | TokenizeBody) -> ToolUse:

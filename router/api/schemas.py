@@ -19,7 +19,7 @@ from ..state.errors import shown
 from .fields import check_fields
 from .grammars import FIELDS as GRAMMAR_FIELDS
 from .grammars import AskedGrammar, asked_grammar
-from .values import AnyIds, LogitBias, Logprobs, Prompt, Seed, Stops, TemplateKwargs, TokenIds
+from .values import AnyIds, Effort, LogitBias, Logprobs, Prompt, Seed, Stops, TemplateKwargs, TokenIds
 
 MAX_TEMPLATE_KWARGS = 16
 DEFAULT_COMPLETION_TOKENS = 16
@@ -170,6 +170,8 @@ class ChatBody(GenerationBody):
     tools: object = None  # checked by turns/definitions.py
     tool_choice: object = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    include_reasoning: bool | None = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -232,10 +234,13 @@ Body = TypeVar("Body", CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
 Value = TypeVar("Value", int, float)
 
 
-def validate(kind: type[Body], raw: dict[str, object]) -> Body:
-    """The body as `kind`, or a RequestError that names the first wrong field, the rule and what was seen."""
+def validate(kind: type[Body], raw: dict[str, object], ignored: list[str] | None = None) -> Body:
+    """The body as `kind`, or a RequestError that names the first wrong field, the rule and what was seen.
+
+    Unknown fields are refused too, unless there is a list that takes their names.
+    """
     try:
-        body = kind.model_validate(check_fields(raw, frozenset(kind.model_fields)))
+        body = kind.model_validate(check_fields(raw, frozenset(kind.model_fields), ignored))
     except ValidationError as error:
         raise _explain(error.errors(include_url=False)[0]) from None
     body.check()

@@ -5,7 +5,7 @@ A list of a million wrong elements costs one pass and one message, not an error 
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
@@ -100,5 +100,6 @@ AnyIds = Annotated[list[int], PlainValidator(_ids)]
 LogitBias = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_logit_bias)]
 TemplateKwargs = Annotated[dict[str, bool | int | str], BeforeValidator(_template_kwargs)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]

@@ -125,6 +125,7 @@ class RouterMetrics:
         self._slow_clients = _counter("slow_clients", "Connections cut: slow, or all framing", kind="slow")
         self._refused_connections = _counter("refused_connections", "Connections without room", reason="connection")
         self._refused_workers = _counter("handshake_rejects", "Workers' connections refused", kind="refused")
+        self._ignored_fields = _counter("ignored_fields", "Fields of requests' bodies that had no effect")
         self._loop_lag = _histogram("event_loop_lag_seconds", "How late the router's own timer came", _GAP_BUCKETS)
         self._predicted_ttft = _histogram("predicted_ttft_seconds", "As at the placement", _TTFT_BUCKETS)
         self._predicted_tpot = _histogram("predicted_tpot_seconds", "As at the placement", _GAP_BUCKETS)
@@ -234,6 +235,9 @@ class RouterMetrics:
 
     def on_auth_failure(self) -> None:
         self._auth_failures.inc()
+
+    def on_ignored_fields(self, number: int) -> None:
+        self._ignored_fields.inc(number)
 
     def on_slow_client(self, kind: str) -> None:
         self._slow_clients.labels(closed("slow", kind)).inc()

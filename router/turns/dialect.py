@@ -38,7 +38,7 @@ class Dialect:
     tool_parser: str = "hermes"
     reasoning_parser: str = "none"  # think; deepseek_r1: the answer begins inside, tag or not
     takes_tools: bool = False  # the template tells the model of tools itself
-    template_words: frozenset[str] = frozenset()  # the switches that the template looks at
+    switches: frozenset[str] = frozenset()  # by which the template lets the model reason
 
     @classmethod
     def of_template(
@@ -55,7 +55,7 @@ class Dialect:
             tool_parser=next(by_sign, "json") if takes_tools else "hermes",  # told.py's form where it takes none
             reasoning_parser="think" if END in source else "none",
             takes_tools=takes_tools,
-            template_words=frozenset(re.findall(r"\b(?:reasoning_effort|enable_thinking|thinking)\b", source)),
+            switches=frozenset(re.findall(r"\b(?:reasoning_effort|enable_thinking|thinking)\b", source)),
         )
         if tool_parser != "auto":
             found = replace(found, tool_parser=_ALIASES.get(tool_parser, tool_parser))

@@ -514,11 +514,11 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [TOOL]),
-        ("tool_choice", "auto"),
+        ("tools", TOOL),
+        ("tool_choice", "required"),
         ("response_format", "json"),
         ("functions", [TOOL["function"]]),
-        ("reasoning_effort", "low"),
+        ("reasoning_effort", "most"),
         ("modalities", ["text", "audio"]),
         ("prediction", {"type": "content", "content": "x"}),
         ("structured_outputs", {}),

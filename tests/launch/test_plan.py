@@ -257,6 +257,7 @@ OTHER_VALUES: dict[str, object] = {
     "dtype": "bfloat16",
     "load_format": "dummy",
     "special_tokens_in_messages": "text",
+    "unknown_fields": "warn",
     "tool_call_parser": "hermes",
     "reasoning_parser": "none",
     "allowed_origins": ["https://chat.example"],

@@ -189,3 +189,68 @@ async def test_tokenize_counts_tools_too() -> None:
         bare = (await client.post("/tokenize", json={"messages": CHAT})).json()["count"]
         told = (await client.post("/tokenize", json={"messages": CHAT, "tools": TOOLS})).json()["count"]
     assert told > bare + 100
+
+
+# --- reasoning --------------------------------------------------------------------------------------------
+
+THOUGHT = "<think>\nHm, so.\n</think>\n\nYes."
+
+
+async def test_reasoning_is_told_apart_and_counted() -> None:
+    served = _served(THOUGHT, reasoning_parser="think")
+    answer = (await _post(served, tools=None)).json()
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning_content"], message["reasoning"], message["content"]) == ("Hm, so.", "Hm, so.", "Yes.")
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": len("<think>\nHm, so.\n</think>")}
+    assert answer["usage"]["completion_tokens"] == len(THOUGHT) + 1
+
+
+async def test_reasoning_streams() -> None:
+    served = _served(THOUGHT, reasoning_parser="think")
+    chunks: Any = events((await _post(served, tools=None, stream=True, stream_options={"include_usage": True})).text)
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm, so."
+    assert "".join(delta.get("content", "") for delta in deltas) == "Yes."
+    assert chunks[-1]["usage"]["completion_tokens_details"]["reasoning_tokens"] == len("<think>\nHm, so.\n</think>")
+
+
+async def test_a_template_may_have_opened_the_tag() -> None:
+    served = _served("Hm.</think>Yes.", reasoning_parser="think")
+    choice = await _whole(served, tools=None, chat_template_kwargs={"enable_thinking": True})
+    assert (choice["message"]["reasoning_content"], choice["message"]["content"]) == ("Hm.", "Yes.")
+
+
+async def test_reasoning_may_be_left_out() -> None:
+    choice = await _whole(_served(THOUGHT, reasoning_parser="think"), tools=None, include_reasoning=False)
+    assert choice["message"] == {"role": "assistant", "content": "Yes.", "refusal": None}
+
+
+async def test_calls_come_after_reasoning() -> None:
+    choice = await _whole(_served(f"<think>Hm.</think>\n{CALL}", reasoning_parser="think"))
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["reasoning_content"] == "Hm."
+    assert len(choice["message"]["tool_calls"]) == 1 and choice["message"]["content"] is None
+
+
+async def test_without_a_parser_tags_are_text_and_nothing_is_counted() -> None:
+    answer = (await _post(_served(THOUGHT), tools=None)).json()
+    assert answer["choices"][0]["message"]["content"] == THOUGHT
+    assert "completion_tokens_details" not in answer["usage"]
+
+
+async def test_an_effort_goes_to_the_template_that_knows_it() -> None:
+    served = _served("x")  # the toy template has enable_thinking
+    response = await _post(served, tools=None, reasoning_effort="high")
+    assert bytes(served.request.prompt_token_ids).endswith(b"<think>") and "x-kvferry-ignored" not in response.headers
+    await _post(served, tools=None, reasoning_effort="none")
+    assert not bytes(served.request.prompt_token_ids).endswith(b"<think>")
+
+
+async def test_unknown_fields_are_ignored_aloud_where_the_operator_says_so() -> None:
+    served = serve(Script("x"), unknown_fields="warn")
+    async with served.client() as client:
+        response = await client.post("/v1/chat/completions", json={"messages": CHAT, "temprature": 1, "a\r\nb": 2})
+        assert response.status_code == 200 and response.headers["x-kvferry-ignored"] == "temprature,a??b"
+        assert "kvferry_ignored_fields_total 2.0" in (await client.get("/metrics")).text
+        assert (await client.post("/v1/chat/completions", json={"messages": CHAT, "suffix": "x"})).status_code == 400
+    async with serve(Script("x")).client() as client:
+        assert (await client.post("/v1/chat/completions", json={"messages": CHAT, "temprature": 1})).status_code == 400

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai.types import completion_create_params
+from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
 
 from kvferry.common.errors import ConfigError, RequestError
 from kvferry.router.api.chat_messages import parse_messages
@@ -141,6 +143,31 @@ def test_completions_have_no_tools(field: str, value: object) -> None:
 )  # fmt: skip
 def test_what_asks_for_nothing_is_accepted(field: str, value: object) -> None:
     _completion(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"), [(ChatBody, CompletionCreateParamsNonStreaming), (CompletionBody, completion_create_params)]
+)
+def test_every_field_of_openais_is_known_here_or_refused_by_name(kind: Any, params: Any) -> None:
+    params = getattr(params, "CompletionCreateParamsBase", params)
+    names = set(params.__annotations__) | set(getattr(params, "__required_keys__", ())) | {"stream"}
+    names |= set(getattr(params, "__optional_keys__", ()))
+    assert not names - set(kind.model_fields) - set(UNSUPPORTED) - IGNORED
+
+
+def test_what_is_ignored_or_unsupported_is_so_for_some_endpoint() -> None:
+    assert not IGNORED & UNSUPPORTED.keys()
+    both = set(ChatBody.model_fields) & set(CompletionBody.model_fields)
+    assert not both & UNSUPPORTED.keys()
+    assert both & IGNORED <= {"user"}  # it names whose share of the service this is
+
+
+def test_unknown_fields_can_be_collected_instead() -> None:
+    ignored: list[str] = []
+    body = validate(ChatBody, {"messages": MESSAGES, "temprature": 1, "x": None, "user": "me"}, ignored)
+    assert (body.temperature, ignored) == (None, ["temprature", "x"])
+    with pytest.raises(RequestError, match="'suffix' is not supported"):
+        validate(ChatBody, {"messages": MESSAGES, "suffix": "x"}, [])
 
 
 @pytest.mark.parametrize(
