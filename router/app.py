@@ -28,22 +28,27 @@ from .access.keys import ApiKeys
 from .access.quota import QuotaLimits, Quotas
 from .api.body import MAX_BODY_BYTES
 from .api.generation import Api
-from .api.middleware import Endpoint, MiddlewareAdapter, RequestMiddleware
+from .api.middleware import Endpoint, MiddlewareAdapter, RequestMiddleware, context_of
 from .api.openai_types import Detokenized, Model, ModelList, PoolCounts, Struct, Tokenized
 from .api.reply import Reply
 from .api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from .catalogue.catalogue import Catalogue
 from .catalogue.version import Version
+from .messages.form import error_body
+from .messages.surface import MessagesSurface
 from .metrics.metrics import RouterMetrics
+from .responses.kept import KeptResponses
+from .responses.surface import ResponsesSurface
 from .state.classes import RequestClasses
 from .state.errors import failure_of, unknown_path
 
+_COUNT_PATH = "/v1/messages/count_tokens"
 _PATHS = msgspec.json.encode(
     {
         "server": "kvferry",
         "paths": [
-            "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/live", "/ready",
-            "/health", "/metrics", "/version", "/openapi.json",
+            "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", _COUNT_PATH, "/v1/models",
+            "/tokenize", "/detokenize", "/live", "/ready", "/health", "/metrics", "/version", "/openapi.json",
         ],
     }
 )  # fmt: skip
@@ -91,6 +96,7 @@ def build_app(
         observer=metrics,
         hosts=HostNames(allowed_hosts) if allowed_hosts or not keys.are_needed else None,
         cors=Cors(allowed_origins),
+        error_bodies={"/v1/messages": error_body, _COUNT_PATH: error_body},
     )
     routes = _Routes(api, metrics)
     app = _Application(middleware, routes)
@@ -109,6 +115,8 @@ class _Application(FastAPI):
         self._shortcuts: dict[tuple[str, str], Endpoint] = {
             ("POST", "/v1/completions"): routes.completions,
             ("POST", "/v1/chat/completions"): routes.chat_completions,
+            ("POST", "/v1/messages"): routes.messages,
+            ("POST", "/v1/responses"): routes.responses,
         }
         self.add_middleware(MiddlewareAdapter, middleware)
 
@@ -126,12 +134,23 @@ class _Routes:
     def __init__(self, api: Api, metrics: RouterMetrics) -> None:
         self._api = api
         self._metrics = metrics
+        self._kept = KeptResponses(api.clock)
 
     async def completions(self, request: Request) -> Reply:
         return await self._api.complete(request)
 
     async def chat_completions(self, request: Request) -> Reply:
         return await self._api.chat(request)
+
+    async def responses(self, request: Request) -> Reply:
+        return await self._api.chat(request, ResponsesSurface(self._kept, context_of(request.scope).tenant))
+
+    async def messages(self, request: Request) -> Reply:
+        return await self._api.chat(request, MessagesSurface())
+
+    async def count_messages(self, request: Request) -> Response:
+        num_tokens = await self._api.count_chat(request, MessagesSurface(counts_only=True))
+        return Response(msgspec.json.encode({"input_tokens": num_tokens}), media_type="application/json")
 
     async def models(self) -> Response:
         return _json(ModelList(data=[self._model(version) for version in self._api.catalogue]))
@@ -196,6 +215,9 @@ class _Routes:
 def _add_routes(app: FastAPI, routes: _Routes) -> None:
     app.add_api_route("/v1/completions", routes.completions, methods=["POST"], openapi_extra=_takes(CompletionBody))
     app.add_api_route("/v1/chat/completions", routes.chat_completions, methods=["POST"], openapi_extra=_takes(ChatBody))
+    app.add_api_route("/v1/responses", routes.responses, methods=["POST"])
+    app.add_api_route("/v1/messages", routes.messages, methods=["POST"])
+    app.add_api_route(_COUNT_PATH, routes.count_messages, methods=["POST"])
     app.add_api_route("/tokenize", routes.tokenize, methods=["POST"], openapi_extra=_takes(TokenizeBody))
     app.add_api_route("/detokenize", routes.detokenize, methods=["POST"], openapi_extra=_takes(DetokenizeBody))
     for path, endpoint in (

@@ -8,15 +8,16 @@ bytes before and after its text, and the next text goes between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
 from ..http.stream_writer import ChunkEncoder
+from ..state.errors import HttpFailure
 from .answer import FastWriter
 from .choice import TextPiece
 from .form import Form
-from .openai_types import Struct
 
 DONE = b"data: [DONE]\n\n"
 _MARK = "\0text\0"  # no name and no id has it
@@ -24,11 +25,32 @@ _MARK = "\0text\0"  # no name and no id has it
 _encode = msgspec.json.Encoder().encode
 
 
+def encode_events(chunks: Sequence[object]) -> bytes:
+    return b"".join([b"data: " + _encode(chunk) + b"\n\n" for chunk in chunks])
+
+
+def encode_error(failure: HttpFailure) -> bytes:
+    return b"data: " + failure.body + b"\n\n"
+
+
+@dataclass(slots=True, frozen=True)
+class EventFormat:
+    """An endpoint's way of writing events: OpenAI's first one, unless it says otherwise."""
+
+    encode: Callable[[Sequence[object]], bytes] = encode_events
+    error: Callable[[HttpFailure], bytes] = encode_error
+    end: bytes = DONE  # after the last event
+
+
+OPENAI_EVENTS = EventFormat()
+
+
 class EventWriter:
     """`EventWriter` writes one answer. Pieces of a choice come in order."""
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: Form, events: EventFormat = OPENAI_EVENTS) -> None:
         self._form = form
+        self._encode_events = events.encode
         self._around: dict[int, tuple[bytes, bytes]] = {}  # by choice: a plain chunk's bytes before and after its text
         self._seen: set[int] = set()
 
@@ -50,10 +72,10 @@ class EventWriter:
             self._seen.add(index)
             if self._form.has_plain_chunks:
                 self._around[index] = self._split(index)
-        return encode_events(self._form.chunks(index, piece, is_first=is_first))
+        return self._encode_events(self._form.chunks(index, piece, is_first=is_first))
 
     def _split(self, index: int) -> tuple[bytes, bytes]:
-        event = encode_events(self._form.chunks(index, TextPiece(_MARK), is_first=False))
+        event = self._encode_events(self._form.chunks(index, TextPiece(_MARK), is_first=False))
         before, _, after = event.partition(_encode(_MARK))
         return before, after
 
@@ -75,7 +97,3 @@ class _PlainChunkWriter:
 
     def write(self, text: str) -> None:
         self._encoder.write(self._before + _encode(text) + self._after)
-
-
-def encode_events(chunks: Sequence[Struct]) -> bytes:
-    return b"".join([b"data: " + _encode(chunk) + b"\n\n" for chunk in chunks])

@@ -33,16 +33,17 @@ from ..state.request import RouterRequest
 from ..state.token_stream import TokenStream
 from .answer import Answer, GapObserver, PromptText
 from .body import MAX_BODY_BYTES, BodyRoom, HeldBody, read_body
-from .chat import ChatForm
 from .chat_turns import ChatTurns, TurnOptions
-from .choice import TextOptions
 from .completions import CompletionForm
+from .events import OPENAI_EVENTS, EventFormat
 from .fields import not_supported
-from .form import Form, FormContext, FormOptions
+from .form import Form
 from .middleware import RequestContext, ResponseObserver, context_of
-from .prompts import ChatPrompt, PromptReader, max_chat_tokens, max_completion_tokens
+from .options import form_context, text_options, turn_options
+from .prompts import PromptReader, max_chat_tokens, max_completion_tokens
 from .reply import AnswerObserver, InFlight, Reply
 from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
+from .surface import ChatSurface, OpenAISurface, Translation
 
 _MAX_LOGGED_NAMES = 256  # clients make them up
 _BATCH_STEP = 2  # prompts of a batch that are submitted in one go: some other batches may have their turn with it
@@ -84,8 +85,10 @@ class Api:
     in_flight: InFlight = field(default_factory=InFlight)
     started_s: int = field(default_factory=wall_time_s)
 
-    async def body(self, request: Request, held: HeldBody, kind: type[Body]) -> tuple[Body, Version]:
-        """Return what the client asks, and of which version.
+    async def body(
+        self, request: Request, held: HeldBody, kind: type[Body], translate: Translation | None = None
+    ) -> tuple[Body, Version]:
+        """Return what the client asks, and of which version. `translate` makes a body of `kind` from another one.
 
         Raises CapacityError (429) before anything is read where the caller's quota is used up.
         """
@@ -95,7 +98,10 @@ class Api:
         max_commas = max(MAX_COMMAS, 2 * self.catalogue.max_model_len)
         raw = await self.json.parse(data, max_commas)
         ignored = None if self.refuses_unknown else list[str]()
-        body = await self.prompts.run(len(data) // _CHECKED_BYTES_PER_CHAR, validate, kind, raw, ignored)
+        size = len(data) // _CHECKED_BYTES_PER_CHAR
+        if translate is not None:
+            raw = await self.prompts.run(size, translate, raw, ignored)
+        body = await self.prompts.run(size, validate, kind, raw, ignored)
         if ignored:
             self._tell_ignored(context, ignored)
         return body, self.catalogue.version(body.model)
@@ -126,25 +132,32 @@ class Api:
         context.marks["tokenize"] = self.clock.now()
         limits = [max_completion_tokens(body, prompt, version.model.max_model_len) for prompt in prompts]
         answer = await self._submit(context, version, body, prompts, limits, grammar)
-        form_context = _form_context(f"cmpl-{context.request_id}", version, body, answer)
-        return self._reply(body, answer, CompletionForm(form_context))
+        shown = form_context(f"cmpl-{context.request_id}", version, body, answer)
+        return self._reply(body, answer, CompletionForm(shown))
 
-    async def chat(self, request: Request) -> Reply:
+    async def chat(self, request: Request, surface: ChatSurface | None = None) -> Reply:
+        """Answer a chat, in OpenAI's words or in those of another surface."""
+        surface = surface or OpenAISurface()
         context = self._begin(request)
         with self.body_room.held() as held:
-            body, version = await self.body(request, held, ChatBody)
+            body, version = await self.body(request, held, ChatBody, surface.chat_body)
             context.marks["read"] = self.clock.now()
             chat, grammar = await beside_grammar(self.prompts.chat(version, body, held.num_bytes), version, body)
         context.marks["tokenize"] = self.clock.now()
         limit = max_chat_tokens(body, chat.prompt, version.model.max_model_len)
         if chat.ignored:
             self._tell_ignored(context, chat.ignored)
-        turns = _turn_options(version, body, chat)
+        turns = turn_options(version, body, chat)
         answer = await self._submit(context, version, body, [chat.prompt], [limit], grammar, turns)
-        form_context = _form_context(f"chatcmpl-{context.request_id}", version, body, answer)
-        last = chat.messages[-1]
-        echoed = str(last["content"]) if body.echo and last["role"] == "assistant" else ""
-        return self._reply(body, answer, ChatForm(form_context, ChatTurns(answer, turns), echoed=echoed))
+        shown = form_context(f"{surface.id_prefix}{context.request_id}", version, body, answer)
+        form = surface.form(shown, ChatTurns(answer, turns), body, chat)
+        return self._reply(body, answer, form, surface.events)
+
+    async def count_chat(self, request: Request, surface: ChatSurface) -> int:
+        """Return how many tokens a chat's prompt has."""
+        with self.body_room.held() as held:
+            body, version = await self.body(request, held, ChatBody, surface.chat_body)
+            return len((await self.prompts.chat(version, body, held.num_bytes)).prompt.token_ids)
 
     def _begin(self, request: Request) -> RequestContext:
         self.in_flight.check_open()
@@ -193,7 +206,7 @@ class Api:
             for stream in streams:
                 stream.abort()
             raise
-        options = _text_options(body, limits[0], turns)
+        options = text_options(body, limits[0], turns)
         return Answer(streams, prompts, options, version.tokenizer, clock=self.clock, observer=self.observer)
 
     def _sampling(self, model: ServedModel, body: GenerationBody, max_tokens: int) -> SamplingParams:
@@ -233,7 +246,7 @@ class Api:
             model=version.model.name,
         )
 
-    def _reply(self, body: GenerationBody, answer: Answer, form: Form) -> Reply:
+    def _reply(self, body: GenerationBody, answer: Answer, form: Form, events: EventFormat = OPENAI_EVENTS) -> Reply:
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         return Reply(
             answer,
@@ -242,6 +255,7 @@ class Api:
             include_usage=include_usage,
             in_flight=self.in_flight,
             observer=self.observer,
+            events=events,
         )
 
 
@@ -271,42 +285,6 @@ def _tenant_of(context: RequestContext, body: GenerationBody) -> str:
         return context.tenant.hex()
     named = body.user if isinstance(body.user, str) and body.user else body.cache_salt
     return hashlib.blake2b(named.encode(errors="surrogatepass"), digest_size=16).hexdigest() if named else ""
-
-
-def _turn_options(version: Version, body: ChatBody, chat: ChatPrompt) -> TurnOptions:
-    dialect = version.dialect
-    begins_inside = dialect.reasons and dialect.begins_inside(chat.prompt.text or "", chat.continued)
-    return TurnOptions(dialect, chat.use, begins_inside, shows_reasoning=body.include_reasoning is not False)
-
-
-def _text_options(body: GenerationBody, max_tokens: int, turns: TurnOptions | None) -> TextOptions:
-    return TextOptions(
-        stops=tuple(body.stop or ()),
-        stop_token_ids=tuple(body.stop_token_ids or ()),
-        min_tokens=body.min_tokens or 0,
-        max_tokens=max_tokens,
-        include_stop=bool(body.include_stop_str_in_output),
-        skip_special_tokens=body.skip_special_tokens is not False,
-        keep_tokens=body.num_logprobs is not None or bool(body.return_token_ids),
-        shown_tokens=frozenset() if turns is None else turns.shown_tokens,
-        reasoning="" if turns is None else turns.reasoning,
-    )
-
-
-def _form_context(answer_id: str, version: Version, body: GenerationBody, answer: Answer) -> FormContext:
-    streamed = body.stream_options
-    continuous = streamed is not None and bool(streamed.continuous_usage_stats)
-    options = FormOptions(
-        num_logprobs=body.num_logprobs,
-        num_prompt_logprobs=body.prompt_logprobs,
-        echo=bool(body.echo),
-        return_token_ids=bool(body.return_token_ids),
-        names_tokens_by_id=bool(body.return_tokens_as_token_ids),
-        include_usage=streamed is not None and bool(streamed.include_usage),
-        continuous_usage=continuous,
-    )
-    model = version.model
-    return FormContext(answer_id, wall_time_s(), model.name, model.fingerprint, answer, version.tokenizer, options)
 
 
 def parse_timeout(text: str) -> float:

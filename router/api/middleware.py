@@ -33,16 +33,21 @@ from .body import ClientGone
 OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
 CLIENT_CLOSED = 499  # for counts and logs: no one is there to read a status
 _CONTEXT = "kvferry.context"
-_ONCE = (b"host", b"authorization", b"content-type", b"content-encoding", b"origin")
+_ONCE = (b"host", b"authorization", b"x-api-key", b"content-type", b"content-encoding", b"origin")
 IGNORED_HEADER = b"x-kvferry-ignored"
 _MAX_IGNORED, _MAX_IGNORED_BYTES = 16, 512
 _NOT_IN_A_LIST = re.compile(rb"[^A-Za-z0-9._,-]")
 _NOT_IN_AN_ID = re.compile(rb"[^A-Za-z0-9._:/+=@-]+")
 
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]  # its answer is an application
+ErrorBody = Callable[[HttpFailure], bytes]  # an error as the endpoint words it
 WritePart = Callable[[bytes], Awaitable[None]]  # a part of a body whose length was not announced
 
 log = structlog.get_logger(__name__)
+
+
+def failure_body(failure: HttpFailure) -> bytes:
+    return failure.body
 
 
 @dataclass(slots=True)
@@ -60,6 +65,7 @@ class RequestContext:
     allowance: Allowance | None = None  # what it holds of the tenant's quota
     timeout_s: float | None = None  # what the client gives us, from `started_s` on
     request_class: str = DEFAULT_CLASS
+    error_body: ErrorBody = failure_body
     ignored: list[str] = field(default_factory=list)  # fields of its body that had no effect
     marks: dict[str, float] = field(default_factory=dict)  # end of each phase before the dispatcher's
     status: int | None = None  # sent
@@ -112,8 +118,13 @@ class RequestMiddleware:
         observer: ResponseObserver,
         hosts: HostNames | None = None,
         cors: Cors | None = None,
+        error_bodies: Mapping[str, ErrorBody] | None = None,
     ) -> None:
-        """`hosts`: the names of this server, where a request must have one of them. `cors`: what web pages may do."""
+        """`hosts`: the names of this server, where a request must have one of them. `cors`: what web pages may do.
+
+        `error_bodies`: the shape of errors, by path, where it is not OpenAI's.
+        """
+        self._error_bodies = error_bodies or {}
         self._hosts = hosts
         self._cors = cors or Cors()
         self._keys = keys
@@ -156,14 +167,23 @@ class RequestMiddleware:
         if path not in OPEN_PATHS:
             if self._hosts is not None:
                 self._hosts.check(context.headers.get(b"host", b""))
-            context.tenant = self._keys.check(context.headers.get(b"authorization", b""))
+            context.tenant = self._keys.check(_credentials(context.headers))
 
     def _open(self, headers: dict[bytes, bytes], scope: Scope, send: Send) -> RequestContext:
         request_id = secrets.token_hex(16)
         shown = _NOT_IN_AN_ID.sub(b"", headers.get(b"x-request-id", b"")[:1024])[:128].decode()
         chunk_encoder: ChunkEncoder | None = scope.get(CHUNK_ENCODER)
         write: WritePart = partial(send_part, send) if chunk_encoder is None else chunk_encoder.send
-        return RequestContext(request_id, shown or request_id, self._clock.now(), send, write, chunk_encoder, headers)
+        return RequestContext(
+            request_id,
+            shown or request_id,
+            self._clock.now(),
+            send,
+            write,
+            chunk_encoder,
+            headers,
+            error_body=self._error_bodies.get(scope["path"], failure_body),
+        )
 
     def _headers(self, context: RequestContext) -> list[tuple[bytes, bytes]]:
         elapsed_ms = int((self._clock.now() - context.started_s) * 1000)
@@ -184,7 +204,7 @@ class RequestMiddleware:
         failure = failure_of(error)
         if isinstance(error, QuotaExceeded) and context.allowance is None:
             failure = replace(failure, more_headers=tuple(error.allowance.headers))
-        await send_failure(send, failure)
+        await send_failure(send, failure, context.error_body)
 
     def _count(self, error: Exception) -> None:
         match error:
@@ -220,8 +240,14 @@ async def _send_preflight(send: Send, headers: Headers) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def send_failure(send: Send, failure: HttpFailure) -> None:
-    body = failure.body
+def _credentials(headers: Mapping[bytes, bytes]) -> bytes:
+    """Return what authorizes a request: Anthropic's clients send a key in a header of its own."""
+    authorization, key = headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
+    return b"Bearer " + key if key and not authorization else authorization
+
+
+async def send_failure(send: Send, failure: HttpFailure, error_body: ErrorBody = failure_body) -> None:
+    body = error_body(failure)
     headers = [*failure.headers, (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": failure.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

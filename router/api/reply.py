@@ -24,7 +24,7 @@ from ...common.request import FinishReason
 from ..state.errors import StreamError, failure_of
 from .answer import Answer
 from .choice import TextPiece
-from .events import DONE, EventWriter, encode_events
+from .events import OPENAI_EVENTS, EventFormat, EventWriter
 from .form import Form
 from .middleware import CLIENT_CLOSED, RequestContext, WritePart, context_of, send_failure, send_part
 from .timing import phases_ms, server_timing
@@ -88,6 +88,7 @@ class Reply(Response):
         include_usage: bool,
         in_flight: InFlight,
         observer: AnswerObserver,
+        events: EventFormat = OPENAI_EVENTS,
     ) -> None:
         self.background = None
         self.status_code = 200
@@ -97,6 +98,7 @@ class Reply(Response):
         self._include_usage = include_usage
         self._in_flight = in_flight
         self._observer = observer
+        self._events = events
         self._task: asyncio.Task[object] | None = None  # while it sends
         self._is_cut = False
         self._ended_by: Exception | None = None
@@ -174,7 +176,7 @@ class Reply(Response):
         return msgspec.json.encode(self._form.whole(list(map(TextPiece.joined, pieces))))
 
     async def _send_stream(self, context: RequestContext, send: Send) -> None:
-        writer, write = EventWriter(self._form), context.write
+        writer, write = EventWriter(self._form, self._events), context.write
         while pieces := await self._answer.next():
             is_first = context.status is None
             if is_first:
@@ -187,8 +189,8 @@ class Reply(Response):
                 await write(events)
             if is_first:
                 self._write_middle(context, writer)
-        tail = encode_events([self._form.usage_chunk()]) + DONE if self._include_usage else DONE
-        await send({"type": "http.response.body", "body": tail})
+        tail = self._events.encode([self._form.usage_chunk()]) if self._include_usage else b""
+        await send({"type": "http.response.body", "body": tail + self._events.end})
 
     def _write_middle(self, context: RequestContext, writer: EventWriter) -> None:
         if context.chunk_encoder is not None and (fast_writer := writer.fast_writer(context.chunk_encoder)) is not None:
@@ -199,9 +201,9 @@ class Reply(Response):
             log.error("request_error", request_id=context.request_id, exc_info=error)
         failure = failure_of(error)
         if context.status is None:
-            await send_failure(send, failure)
+            await send_failure(send, failure, context.error_body)
         elif self._stream:
-            await send({"type": "http.response.body", "body": b"data: " + failure.body + b"\n\n"})
+            await send({"type": "http.response.body", "body": self._events.error(failure)})
         else:
             raise error
         context.status = failure.status

@@ -28,8 +28,22 @@ class CallPiece:
 class CallDelta:
     """The content and the parts of calls that a piece of text adds."""
 
-    content: str = ""
-    calls: list[CallPiece] = field(default_factory=list)
+    parts: list[str | CallPiece] = field(default_factory=list)  # in their order
+
+    @property
+    def content(self) -> str:
+        return "".join([part for part in self.parts if isinstance(part, str)])
+
+    @property
+    def calls(self) -> list[CallPiece]:
+        return [part for part in self.parts if isinstance(part, CallPiece)]
+
+    def say(self, text: str) -> None:
+        """Add content."""
+        if text and self.parts and isinstance(self.parts[-1], str):
+            self.parts[-1] += text
+        elif text:
+            self.parts.append(text)
 
 
 class CallReader:
@@ -52,7 +66,7 @@ class CallReader:
         while self._advance(delta, is_final=is_final):
             pass
         if is_final and not self._is_after_call:
-            delta.content += self._blank
+            delta.say(self._blank)
         return delta
 
     def _advance(self, delta: CallDelta, *, is_final: bool) -> bool:
@@ -85,11 +99,11 @@ class CallReader:
         for index, call in enumerate(segment.calls):
             number = self._num_before + index
             if index == len(self._told):
-                delta.calls.append(CallPiece(number, call.name, call.arguments))
+                delta.parts.append(CallPiece(number, call.name, call.arguments))
                 self._told.append(call)
                 self._blank, self._is_start = "", False
             elif len(call.arguments) > len(told := self._told[index].arguments):
-                delta.calls.append(CallPiece(number, None, call.arguments[len(told) :]))
+                delta.parts.append(CallPiece(number, None, call.arguments[len(told) :]))
                 self._told[index] = call
 
     def _say(self, text: str, delta: CallDelta) -> None:
@@ -97,7 +111,7 @@ class CallReader:
         shown = text.rstrip()
         self._blank = text[len(shown) :]
         if shown:
-            delta.content += shown
+            delta.say(shown)
             self._is_start = self._is_after_call = False
 
 

@@ -18,11 +18,18 @@ class TurnDelta:
     """The parts of a turn by which a piece of text lets it grow."""
 
     reasoning: str = ""
-    content: str = ""
-    calls: list[CallPiece] = field(default_factory=list)
+    parts: list[str | CallPiece] = field(default_factory=list)  # content and calls, in their order
 
     def __bool__(self) -> bool:
-        return bool(self.reasoning or self.content or self.calls)
+        return bool(self.reasoning or self.parts)
+
+    @property
+    def content(self) -> str:
+        return "".join([part for part in self.parts if isinstance(part, str)])
+
+    @property
+    def calls(self) -> list[CallPiece]:
+        return [part for part in self.parts if isinstance(part, CallPiece)]
 
 
 class TurnReader:
@@ -46,11 +53,12 @@ class TurnReader:
         if self.reasoning is not None:
             reasoning, text = self.reasoning.push(text, is_final=is_final)
         if self._calls is None:
-            return TurnDelta(reasoning, text)
-        delta = self._calls.push(text, is_final=is_final)
-        calls = [call for call in delta.calls if call.index == 0] if self._has_one_call else delta.calls
-        self.has_called = self.has_called or bool(calls)
-        return TurnDelta(reasoning, delta.content, calls)
+            return TurnDelta(reasoning, [text] if text else [])
+        parts = self._calls.push(text, is_final=is_final).parts
+        if self._has_one_call:
+            parts = [part for part in parts if isinstance(part, str) or part.index == 0]
+        self.has_called = self.has_called or any(isinstance(part, CallPiece) for part in parts)
+        return TurnDelta(reasoning, parts)
 
 
 def call_id(seed: int, prompt_token_ids: Sequence[int], choice: int, index: int, *, is_short: bool = False) -> str:

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
+from openai.types.responses.response_create_params import ResponseCreateParamsBase
 
 from kvferry.common.errors import ConfigError, RequestError
 from kvferry.router.api.chat_messages import parse_messages
 from kvferry.router.api.fields import IGNORED, UNSUPPORTED
 from kvferry.router.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, validate
 from kvferry.router.catalogue.defaults import SamplingDefaults
+from kvferry.router.responses.translate import chat_body
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -153,6 +155,15 @@ def test_every_field_of_openais_is_known_here_or_refused_by_name(kind: Any, para
     names = set(params.__annotations__) | set(getattr(params, "__required_keys__", ())) | {"stream"}
     names |= set(getattr(params, "__optional_keys__", ()))
     assert not names - set(kind.model_fields) - set(UNSUPPORTED) - IGNORED
+
+
+def test_every_field_of_responses_is_known_or_refused_by_name() -> None:
+    names = {*ResponseCreateParamsBase.__required_keys__, *ResponseCreateParamsBase.__optional_keys__, "stream"}
+    for name in names:
+        try:
+            chat_body({"input": "hi", name: "x"}, None, ())
+        except RequestError as error:
+            assert error.code != "unknown_parameter", name
 
 
 def test_what_is_ignored_or_unsupported_is_so_for_some_endpoint() -> None:

@@ -1,0 +1,48 @@
+"""A body's wishes for its answer, apart from what the workers are told: which text, in which form."""
+
+from __future__ import annotations
+
+from ...common.clock import wall_time_s
+from ..catalogue.version import Version
+from .answer import Answer
+from .chat_turns import TurnOptions
+from .choice import TextOptions
+from .form import FormContext, FormOptions
+from .prompts import ChatPrompt
+from .schemas import ChatBody, GenerationBody
+
+
+def turn_options(version: Version, body: ChatBody, chat: ChatPrompt) -> TurnOptions:
+    dialect = version.dialect
+    begins_inside = dialect.reasons and dialect.begins_inside(chat.prompt.text or "", chat.continued)
+    return TurnOptions(dialect, chat.use, begins_inside, shows_reasoning=body.include_reasoning is not False)
+
+
+def text_options(body: GenerationBody, max_tokens: int, turns: TurnOptions | None) -> TextOptions:
+    return TextOptions(
+        stops=tuple(body.stop or ()),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        min_tokens=body.min_tokens or 0,
+        max_tokens=max_tokens,
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        keep_tokens=body.num_logprobs is not None or bool(body.return_token_ids),
+        shown_tokens=frozenset() if turns is None else turns.shown_tokens,
+        reasoning="" if turns is None else turns.reasoning,
+    )
+
+
+def form_context(answer_id: str, version: Version, body: GenerationBody, answer: Answer) -> FormContext:
+    streamed = body.stream_options
+    continuous = streamed is not None and bool(streamed.continuous_usage_stats)
+    options = FormOptions(
+        num_logprobs=body.num_logprobs,
+        num_prompt_logprobs=body.prompt_logprobs,
+        echo=bool(body.echo),
+        return_token_ids=bool(body.return_token_ids),
+        names_tokens_by_id=bool(body.return_tokens_as_token_ids),
+        include_usage=streamed is not None and bool(streamed.include_usage),
+        continuous_usage=continuous,
+    )
+    model = version.model
+    return FormContext(answer_id, wall_time_s(), model.name, model.fingerprint, answer, version.tokenizer, options)

@@ -1,0 +1,231 @@
+"""A chat's answer in the words of /v1/responses: items of output, whole or as typed events with numbers.
+
+response.created, .in_progress ─> for each item: output_item.added, its parts and deltas, output_item.done
+    ─> response.completed, or .incomplete where the length ended it
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+
+from ...common.request import FinishReason
+from ..api.chat_turns import ChatTurns
+from ..api.choice import TextPiece
+from ..api.events import EventFormat
+from ..api.form import FormContext
+from ..state.errors import HttpFailure
+from ..turns.blocks import Block, BlockEvent, Blocks
+from .translate import Message
+
+Fields = dict[str, object]
+
+# What a response repeats of its request, and what stands there where the request says nothing.
+_REPEATED: Mapping[str, object] = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "reasoning": {"effort": None, "summary": None},
+    "service_tier": "default",
+    "temperature": None,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_p": None,
+    "truncation": "disabled",
+    "user": None,
+}
+
+
+def _encode(events: Sequence[object]) -> bytes:
+    return b"".join([_event(event) for event in events if isinstance(event, dict)])
+
+
+def _event(event: Fields) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (str(event["type"]).encode(), msgspec.json.encode(event))
+
+
+class ResponseForm:
+    """One answer; it has one choice. `on_end` gets the assistant's message when the answer has ended."""
+
+    has_plain_chunks = False
+
+    def __init__(
+        self,
+        context: FormContext,
+        turns: ChatTurns,
+        request: Mapping[str, object],
+        on_end: Callable[[str, Message], None],
+    ) -> None:
+        self._context = context
+        self._turns = turns
+        self._request = request
+        self._on_end = on_end
+        self._blocks = Blocks()
+        self._numbers = itertools.count()
+        self.events = EventFormat(_encode, self._error, b"")
+
+    def chunks(self, index: int, piece: TextPiece, *, is_first: bool) -> list[Fields]:
+        events: list[Fields] = []
+        if is_first:
+            response = self._response("in_progress", None)
+            events += [self._of("response.created", response=response)]
+            events += [self._of("response.in_progress", response=response)]
+        changes = list(self._blocks.push(self._turns.read(index, piece)))
+        for change in changes:
+            events += self._changed(change, "completed")
+        if piece.finish is not None:
+            status = _status(piece)
+            for change in self._blocks.close():
+                events += self._changed(change, status)
+            events.append(self._of(f"response.{status}", response=self._response(status, piece)))
+            self._on_end(self._context.answer_id, self._message())
+        return events
+
+    def usage_chunk(self) -> object:
+        raise AssertionError("the usage is in the last event")
+
+    def whole(self, pieces: Sequence[TextPiece]) -> Fields:
+        (piece,) = pieces
+        for _ in self._blocks.push(self._turns.read(0, piece)):
+            pass
+        self._on_end(self._context.answer_id, self._message())
+        return self._response(_status(piece), piece)
+
+    def _of(self, kind: str, **fields: object) -> Fields:
+        return {"type": kind, "sequence_number": next(self._numbers), **fields}
+
+    def _error(self, failure: HttpFailure) -> bytes:
+        return _event(self._of("error", code=failure.code, message=failure.message, param=failure.param))
+
+    def _response(self, status: str, piece: TextPiece | None) -> Fields:
+        is_cut = status == "incomplete"
+        blocks = self._blocks.blocks if piece is not None else []
+        last = len(blocks) - 1
+        output = [self._item(block, status if block.index == last else "completed") for block in blocks]
+        repeated = {name: self._request.get(name) or default for name, default in _REPEATED.items()}
+        if self._request.get("parallel_tool_calls") is False:
+            repeated["parallel_tool_calls"] = False
+        return {
+            "id": self._context.answer_id,
+            "object": "response",
+            "created_at": self._context.created,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "model": self._context.model,
+            "output": output,
+            **repeated,
+            "store": self._request.get("store") is not False,
+            "usage": self._usage() if piece is not None else None,
+        }
+
+    def _usage(self) -> Fields:
+        usage = self._context.usage()
+        details = usage.completion_tokens_details
+        return {
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": usage.prompt_tokens_details.cached_tokens},
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": details.reasoning_tokens if details else 0},
+            "total_tokens": usage.total_tokens,
+        }
+
+    # --- items ---------------------------------------------------------------------------------------------
+
+    def _item_id(self, block: Block) -> str:
+        prefix = {"reasoning": "rs", "text": "msg", "call": "fc"}[block.kind]
+        return f"{prefix}_{self._context.answer_id.removeprefix('resp_')}_{block.index}"
+
+    def _item(self, block: Block, status: str) -> Fields:
+        item: Fields = {"id": self._item_id(block)}
+        match block.kind:
+            case "reasoning":
+                item |= {"type": "reasoning", "summary": [], "content": [_part(block, block.text)]}
+            case "call":
+                called = {"call_id": self._call_id(block), "name": block.name, "arguments": block.text}
+                item |= {"type": "function_call", **called, "status": status}
+            case _:
+                item |= {
+                    "type": "message",
+                    "role": "assistant",
+                    "content": [_part(block, block.text)],
+                    "status": status,
+                }
+        return item
+
+    def _call_id(self, block: Block) -> str:
+        return self._turns.call_id(0, block.number)
+
+    def _changed(self, change: BlockEvent, status: str) -> list[Fields]:
+        """Return a block's events; `status` is what its end means."""
+        block = change.block
+        at: Fields = {"item_id": self._item_id(block), "output_index": block.index}
+        if block.kind != "call":
+            at["content_index"] = 0
+        match change.action:
+            case "begin":
+                return self._begun(block, at)
+            case "grow":
+                return [self._of(f"{_stem(block)}.delta", **at, delta=change.text, **_logprobs(block))]
+        return self._ended(block, at, status)
+
+    def _begun(self, block: Block, at: Fields) -> list[Fields]:
+        item = self._item(block, "in_progress")
+        if block.kind != "call":
+            item["content"] = []
+        added = [self._of("response.output_item.added", output_index=block.index, item=item)]
+        if block.kind != "call":
+            added.append(self._of("response.content_part.added", **at, part=_part(block, "")))
+        return added
+
+    def _ended(self, block: Block, at: Fields, status: str) -> list[Fields]:
+        if block.kind == "call":
+            ended = [self._of(f"{_stem(block)}.done", **at, name=block.name, arguments=block.text)]
+        else:
+            ended = [self._of(f"{_stem(block)}.done", **at, text=block.text, **_logprobs(block))]
+            ended.append(self._of("response.content_part.done", **at, part=_part(block, block.text)))
+        item = self._item(block, status)
+        return [*ended, self._of("response.output_item.done", output_index=block.index, item=item)]
+
+    def _message(self) -> Message:
+        """Return the answer as a chat's message."""
+        blocks = self._blocks.blocks
+        message: Message = {
+            "role": "assistant",
+            "content": "".join(block.text for block in blocks if block.kind == "text"),
+        }
+        calls = [
+            {
+                "id": self._call_id(block),
+                "type": "function",
+                "function": {"name": block.name, "arguments": block.text},
+            }
+            for block in blocks
+            if block.kind == "call"
+        ]
+        return {**message, "tool_calls": calls} if calls else message
+
+
+def _status(piece: TextPiece) -> str:
+    return "incomplete" if piece.finish == FinishReason.LENGTH else "completed"
+
+
+def _stem(block: Block) -> str:
+    stems = {"reasoning": "reasoning_text", "text": "output_text", "call": "function_call_arguments"}
+    return f"response.{stems[block.kind]}"
+
+
+def _part(block: Block, text: str) -> Fields:
+    if block.kind == "reasoning":
+        return {"type": "reasoning_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _logprobs(block: Block) -> Fields:
+    return {"logprobs": []} if block.kind == "text" else {}

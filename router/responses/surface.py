@@ -1,0 +1,46 @@
+"""/v1/responses: OpenAI's newer surface of a chat. Stateless but for what `kept.py` keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..api.chat_turns import ChatTurns
+from ..api.events import OPENAI_EVENTS, EventFormat
+from ..api.form import Form, FormContext
+from ..api.prompts import ChatPrompt
+from ..api.schemas import ChatBody
+from .form import ResponseForm
+from .kept import KeptResponses
+from .translate import Message, chat_body
+
+
+class ResponsesSurface:
+    """Translates one call."""
+
+    id_prefix = "resp_"
+
+    def __init__(self, kept: KeptResponses, tenant: bytes) -> None:
+        self._kept = kept
+        self._tenant = tenant
+        self._raw: Mapping[str, object] = {}
+        self._messages: Sequence[Message] = ()  # without instructions, which hold for one call
+        self.events: EventFormat = OPENAI_EVENTS
+
+    def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
+        self._raw = raw
+        previous = raw.get("previous_response_id")
+        earlier = () if previous is None else self._kept.find(previous, self._tenant)
+        body = chat_body(raw, ignored, earlier)
+        messages = body["messages"]
+        assert isinstance(messages, list)
+        self._messages = messages[1:] if raw.get("instructions") else messages
+        return body
+
+    def form(self, context: FormContext, turns: ChatTurns, body: ChatBody, chat: ChatPrompt) -> Form:
+        form = ResponseForm(context, turns, self._raw, self._on_end)
+        self.events = form.events
+        return form
+
+    def _on_end(self, response_id: str, answer: Message) -> None:
+        if self._raw.get("store") is not False:
+            self._kept.keep(response_id, self._tenant, [*self._messages, answer])

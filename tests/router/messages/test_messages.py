@@ -1,0 +1,218 @@
+"""/v1/messages over a scripted dispatcher: what the model is told, and the answer in Anthropic's words."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kvferry.common.errors import CapacityError
+from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.state.errors import StreamError
+
+from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve
+
+BODY: dict[str, Any] = {"model": MODEL, "max_tokens": 400, "messages": [{"role": "user", "content": "hi"}]}
+TOOLS = [{"name": "search", "description": "Search.", "input_schema": {"type": "object", "properties": {}}}]
+CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "x"}}\n</tool_call>'
+
+
+def _served(text: str = "Hello", *, model: dict[str, Any] | None = None, **script: Any) -> Served:
+    return serve(Script(text, **script), model=ServedModel(MODEL, 4096, VOCAB_SIZE, **(model or {})))
+
+
+async def _post(served: Served, path: str = "/v1/messages", **fields: Any) -> Any:
+    async with served.client() as client:
+        return await client.post(path, json={**BODY, **fields})
+
+
+async def _whole(served: Served, **fields: Any) -> dict[str, Any]:
+    response = await _post(served, **fields)
+    assert response.status_code == 200, response.text
+    body: dict[str, Any] = response.json()
+    return body
+
+
+async def _events(served: Served, **fields: Any) -> list[dict[str, Any]]:
+    response = await _post(served, stream=True, **fields)
+    assert response.status_code == 200, response.text
+    found = []
+    for event in response.text.split("\n\n"):
+        if event:
+            name, data = event.split("\n")
+            found.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {found[-1]['type']}"
+    return found
+
+
+def _joined(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The blocks, as a client puts them together."""
+    blocks: list[dict[str, Any]] = []
+    is_open = False
+    for event in events:
+        match event["type"]:
+            case "content_block_start":
+                assert event["index"] == len(blocks) and not is_open
+                blocks.append(dict(event["content_block"]))
+                is_open = True
+            case "content_block_delta":
+                assert event["index"] == len(blocks) - 1 and is_open
+                match event["delta"]:
+                    case {"type": "text_delta", "text": text}:
+                        blocks[-1]["text"] += text
+                    case {"type": "thinking_delta", "thinking": text}:
+                        blocks[-1]["thinking"] += text
+                    case {"type": "input_json_delta", "partial_json": text}:
+                        blocks[-1]["json"] = blocks[-1].get("json", "") + text
+            case "content_block_stop":
+                assert is_open
+                is_open = False
+    for block in blocks:
+        if block["type"] == "tool_use":
+            block["input"] = json.loads(block.pop("json", "{}"))
+    assert not is_open
+    return blocks
+
+
+async def test_an_answer_has_anthropics_shape() -> None:
+    served = _served(num_cached_tokens=5)
+    answer = await _whole(served, system=[{"type": "text", "text": "Be brief."}], stop_sequences=["zz"])
+    assert answer.pop("id").startswith("msg_")
+    assert answer == {
+        "type": "message",
+        "role": "assistant",
+        "model": MODEL,
+        "content": [{"type": "text", "text": "Hello"}],
+        "stop_reason": "end_turn",
+        "stop_sequence": None,
+        "usage": {
+            "input_tokens": len("<system>Be brief.<user>hi<assistant>") - 5,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 5,
+            "output_tokens": 6,
+        },
+    }
+    assert bytes(served.request.prompt_token_ids) == b"<system>Be brief.<user>hi<assistant>"
+    assert served.request.sampling.max_tokens == 400
+
+
+async def test_a_stream_has_anthropics_events() -> None:
+    events = await _events(_served("Hello"))
+    kinds = [event["type"] for event in events]
+    assert kinds[:3] == ["message_start", "ping", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    assert events[0]["message"]["content"] == [] and events[0]["message"]["stop_reason"] is None
+    assert _joined(events) == [{"type": "text", "text": "Hello"}]
+    assert events[-2]["delta"] == {"stop_reason": "end_turn", "stop_sequence": None}
+    assert events[-2]["usage"]["output_tokens"] == 6
+
+
+async def test_why_it_ended() -> None:
+    assert (await _whole(_served("Hello"), max_tokens=2))["stop_reason"] == "max_tokens"
+    answer = await _whole(_served("Hello"), stop_sequences=["lo"])
+    assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", "lo")
+    assert answer["content"] == [{"type": "text", "text": "Hel"}]
+    assert (await _whole(_served(""), tools=TOOLS))["content"] == []
+
+
+async def test_blocks_of_reasoning_text_and_calls_come_in_their_order() -> None:
+    text = f"<think>Hm.</think>Look.\n{CALL}\nAnd{CALL}"
+    served = _served(text, model={"reasoning_parser": "think"})
+    answer = await _whole(served, tools=TOOLS, temperature=0)
+    kinds = [block["type"] for block in answer["content"]]
+    assert kinds == ["thinking", "text", "tool_use", "text", "tool_use"] and answer["stop_reason"] == "tool_use"
+    assert answer["content"][2]["input"] == {"query": "x"} and answer["content"][2]["name"] == "search"
+    seeded = _served(text, model={"reasoning_parser": "think"})
+    events = await _events(seeded, tools=TOOLS, temperature=0)
+    assert _joined(events) == answer["content"]  # ids too: both drew the same seed
+    assert events[-2]["delta"]["stop_reason"] == "tool_use"
+
+
+async def test_a_conversation_with_calls_and_results_becomes_a_chat() -> None:
+    served = _served()
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "Hm.", "signature": ""},
+                {"type": "text", "text": "Look."},
+                {"type": "tool_use", "id": "a", "name": "search", "input": {"query": "x"}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text", "text": "found"}]},
+                {"type": "text", "text": "so?"},
+            ],
+        },
+    ]
+    await _whole(served, messages=messages)
+    assert bytes(served.request.prompt_token_ids).decode() == (
+        '<user>hi<assistant>Look.\n<tool_call>\n{"name": "search", "arguments": {"query": "x"}}\n</tool_call>'
+        "<user><tool_response>\nfound\n</tool_response><user>so?<assistant>"
+    )
+
+
+async def test_thinking_is_an_effort() -> None:
+    served = _served()  # the toy template has enable_thinking
+    await _whole(served, thinking={"type": "enabled", "budget_tokens": 1024})
+    assert bytes(served.request.prompt_token_ids).endswith(b"<think>")
+    await _whole(served, thinking={"type": "disabled"})
+    assert bytes(served.request.prompt_token_ids).endswith(b"<assistant>")
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"max_tokens": None}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "'image'"),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "a"}]}]}, "'tool_use'"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
+        ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].function.name"),
+        ({"tools": TOOLS, "tool_choice": {"type": "any"}}, "'required' is not served yet"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"thinking": {"type": "always"}}, "thinking"),
+        ({"mcp_servers": [{}]}, "'mcp_servers' is not supported"),
+        ({"stop_sequnces": []}, "did you mean 'stop_sequences'"),
+        ({"temperature": 3}, "temperature"),
+    ],
+)
+async def test_a_refusal_has_anthropics_shape(fields: dict[str, Any], part: str) -> None:
+    response = await _post(_served(), **fields)
+    assert response.status_code == 400
+    error = response.json()
+    assert set(error) == {"type", "error"} and error["type"] == "error"
+    assert error["error"]["type"] == "invalid_request_error" and part in error["error"]["message"]
+
+
+async def test_other_errors_have_it_too() -> None:
+    response = await _post(_served(refuse=CapacityError("the queue is full")))
+    assert (response.status_code, response.json()["error"]["type"]) == (429, "rate_limit_error")
+    response = await _post(_served(), model="other")
+    assert (response.status_code, response.json()["error"]["type"]) == (404, "not_found_error")
+    events = await _events(_served(fail_after=2, error=StreamError("worker d-1 was lost", "worker_lost", 503)))
+    assert events[-1] == {"type": "error", "error": {"type": "overloaded_error", "message": "worker d-1 was lost"}}
+
+
+async def test_a_key_comes_in_either_header() -> None:
+    served = serve(api_keys=("key-1",))
+    sent = ({"x-api-key": "key-1"}, {"authorization": "Bearer key-1"}, {"x-api-key": "no"})
+    for headers, status in zip(sent, (200, 200, 401), strict=True):
+        async with served.client(**headers) as client:
+            assert (await client.post("/v1/messages", json=BODY)).status_code == status
+    async with served.client(**{"x-api-key": "key-1", "authorization": "Bearer no"}) as client:
+        assert (await client.post("/v1/messages", json=BODY)).status_code == 401
+
+
+async def test_tokens_are_counted_without_an_answer() -> None:
+    served = _served()
+    async with served.client() as client:
+        body = {"model": MODEL, "messages": BODY["messages"], "system": "Be brief."}
+        response = await client.post("/v1/messages/count_tokens", json=body)
+    assert response.json() == {"input_tokens": len("<system>Be brief.<user>hi<assistant>")}
+    assert not served.dispatcher.requests

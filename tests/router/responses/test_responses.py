@@ -1,0 +1,214 @@
+"""/v1/responses over a scripted dispatcher: what the model is told, the items and events, and what is kept."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kvferry.common.errors import RequestError
+from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.responses.kept import MAX_AGE_S, KeptResponses
+from kvferry.router.responses.translate import input_messages
+from kvferry.router.state.errors import StreamError
+from kvferry.tests.fake_clock import FakeClock
+
+from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve
+
+BODY: dict[str, Any] = {"model": MODEL, "input": "hi"}
+TOOLS = [{"type": "function", "name": "search", "parameters": {"type": "object", "properties": {}}, "strict": False}]
+CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "x"}}\n</tool_call>'
+
+
+def _served(text: str = "Hello", *, model: dict[str, Any] | None = None, **script: Any) -> Served:
+    return serve(Script(text, **script), model=ServedModel(MODEL, 4096, VOCAB_SIZE, **(model or {})))
+
+
+async def _post(served: Served, **fields: Any) -> Any:
+    async with served.client() as client:
+        return await client.post("/v1/responses", json={**BODY, **fields})
+
+
+async def _whole(served: Served, **fields: Any) -> dict[str, Any]:
+    response = await _post(served, **fields)
+    assert response.status_code == 200, response.text
+    body: dict[str, Any] = response.json()
+    return body
+
+
+async def _events(served: Served, **fields: Any) -> list[dict[str, Any]]:
+    response = await _post(served, stream=True, **fields)
+    assert response.status_code == 200, response.text
+    found = []
+    for event in response.text.split("\n\n"):
+        if event:
+            name, data = event.split("\n")
+            found.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {found[-1]['type']}"
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+    return found
+
+
+def _prompt(served: Served) -> str:
+    return bytes(served.request.prompt_token_ids).decode()
+
+
+async def test_a_response_has_openais_shape() -> None:
+    served = _served(num_cached_tokens=3)
+    answer = await _whole(served, instructions="Be brief.", max_output_tokens=9, metadata={"a": "b"})
+    assert answer["id"].startswith("resp_") and answer["object"] == "response" and answer["status"] == "completed"
+    (item,) = answer["output"]
+    assert item.pop("id").startswith("msg_")
+    content = [{"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}]
+    assert item == {"type": "message", "role": "assistant", "content": content, "status": "completed"}
+    assert answer["usage"] == {
+        "input_tokens": len("<system>Be brief.<user>hi<assistant>"),
+        "input_tokens_details": {"cached_tokens": 3},
+        "output_tokens": 6,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": len("<system>Be brief.<user>hi<assistant>") + 6,
+    }
+    assert (answer["instructions"], answer["max_output_tokens"], answer["metadata"]) == ("Be brief.", 9, {"a": "b"})
+    assert _prompt(served) == "<system>Be brief.<user>hi<assistant>" and served.request.sampling.max_tokens == 9
+
+
+async def test_a_response_that_is_cut_says_so() -> None:
+    answer = await _whole(_served(), max_output_tokens=2)
+    assert (answer["status"], answer["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert answer["output"][0]["status"] == "incomplete"
+    assert (await _events(_served(), max_output_tokens=2))[-1]["type"] == "response.incomplete"
+
+
+async def test_a_stream_has_typed_events_with_numbers() -> None:
+    events = await _events(_served())
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
+    assert kinds[-4:] == ["output_text.done", "content_part.done", "output_item.done", "completed"]
+    deltas = [event["delta"] for event in events if event["type"] == "response.output_text.delta"]
+    assert "".join(deltas) == "Hello"
+    assert events[0]["response"]["status"] == "in_progress" and events[0]["response"]["output"] == []
+    assert events[-1]["response"]["output"][0] == events[-2]["item"]
+    assert len({event["item_id"] for event in events if "item_id" in event}) == 1
+
+
+async def test_reasoning_text_and_calls_are_items_in_their_order() -> None:
+    text = f"<think>Hm.</think>Look.\n{CALL}"
+    answer = await _whole(_served(text, model={"reasoning_parser": "think"}), tools=TOOLS)
+    assert [item["type"] for item in answer["output"]] == ["reasoning", "message", "function_call"]
+    call = answer["output"][2]
+    assert (call["name"], call["arguments"]) == ("search", '{"query": "x"}') and call["call_id"].startswith("call_")
+    assert answer["usage"]["output_tokens_details"]["reasoning_tokens"] == len("<think>Hm.</think>")
+    events = await _events(_served(text, model={"reasoning_parser": "think"}), tools=TOOLS)
+    streamed = events[-1]["response"]["output"]
+    for one, other in zip(answer["output"], streamed, strict=True):
+        assert {**one, "id": None} == {**other, "id": None}
+    arguments = [e["delta"] for e in events if e["type"] == "response.function_call_arguments.delta"]
+    assert "".join(arguments) == '{"query": "x"}' and len(arguments) > 3
+    assert [e["delta"] for e in events if e["type"] == "response.reasoning_text.delta"] != []
+    (done,) = [event for event in events if event["type"] == "response.function_call_arguments.done"]
+    assert (done["name"], done["arguments"]) == ("search", '{"query": "x"}')
+
+
+async def test_a_response_goes_on_with_an_earlier_one() -> None:
+    served = _served()
+    first = await _whole(served, instructions="Be brief.")
+    events = await _events(served, input="more", previous_response_id=first["id"])
+    assert _prompt(served) == "<user>hi<assistant>Hello<user>more<assistant>"  # instructions hold for one call
+    await _whole(served, input="last", previous_response_id=events[-1]["response"]["id"], store=False)
+    assert _prompt(served).endswith("<user>more<assistant>Hello<user>last<assistant>")
+
+
+async def test_calls_of_an_earlier_response_are_answered() -> None:
+    served = _served(CALL)
+    first = await _whole(served, tools=TOOLS)
+    output = {"type": "function_call_output", "call_id": first["output"][0]["call_id"], "output": "found"}
+    await _whole(served, input=[output], previous_response_id=first["id"])
+    assert "<tool_call>" in _prompt(served)
+    assert _prompt(served).endswith("<user><tool_response>\nfound\n</tool_response><assistant>")
+
+
+async def test_what_is_not_kept_is_not_found() -> None:
+    served = _served()
+    answer = await _whole(served, store=False)
+    assert answer["store"] is False
+    for response_id in (answer["id"], "resp_other"):
+        response = await _post(served, previous_response_id=response_id)
+        assert response.status_code == 404 and response.json()["error"]["code"] == "previous_response_not_found"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": None}, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
+        ({"input": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"instructions": 5}, "instructions"),
+        ({"background": True}, "background"),
+        ({"conversation": "c"}, "conversation"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"include": ["file_search_call.results"]}, "include"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+        ({"inputs": "x"}, "inputs"),
+        ({"temperature": 3}, "temperature"),
+    ],
+)
+async def test_a_refusal_names_the_field(fields: dict[str, Any], param: str) -> None:
+    response = await _post(_served(), **fields)
+    assert response.status_code == 400 and response.json()["error"]["param"] == param
+
+
+async def test_a_stream_that_fails_ends_with_an_error() -> None:
+    events = await _events(_served(fail_after=2, error=StreamError("worker d-1 was lost", "worker_lost", 503)))
+    assert events[-1]["type"] == "error" and events[-1]["code"] == "worker_lost"
+
+
+async def test_what_asks_for_nothing_is_accepted() -> None:
+    fields = {
+        "text": {"format": {"type": "text"}, "verbosity": "medium"}, "truncation": "disabled", "background": False,
+        "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "low", "summary": "auto"},
+        "top_logprobs": 0, "service_tier": "auto", "parallel_tool_calls": False,
+        "stream_options": None, "tool_choice": "auto",
+    }  # fmt: skip
+    answer = await _whole(_served(), **fields)
+    assert answer["parallel_tool_calls"] is False and answer["reasoning"] == {"effort": "low", "summary": "auto"}
+
+
+def test_items_of_a_turn_become_one_message() -> None:
+    said = {"type": "output_text", "text": "Look.", "annotations": []}
+    items = [
+        {"role": "user", "content": "hi"},
+        {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+        {"type": "message", "role": "assistant", "content": [said]},
+        {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+        {"type": "function_call", "call_id": "b", "name": "g", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "a", "output": [{"type": "input_text", "text": "1"}]},
+        {"type": "message", "role": "assistant", "content": "One."},
+        {"type": "message", "role": "assistant", "content": "Two."},
+    ]
+    messages = input_messages(items)
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant", "assistant"]
+    assert (messages[1]["content"], messages[1]["reasoning_content"]) == ("Look.", "Hm.")
+    calls = messages[1]["tool_calls"]
+    assert isinstance(calls, list) and [call["id"] for call in calls] == ["a", "b"]
+
+
+def test_what_is_kept_has_bounds_of_memory_and_time_and_belongs_to_a_key() -> None:
+    clock = FakeClock(0.0)
+    kept = KeptResponses(clock, max_bytes=1000)
+    for number in range(10):
+        kept.keep(f"resp_{number}", b"one", [{"role": "user", "content": "x" * 200}])
+    assert kept.num_bytes <= 1000
+    assert kept.find("resp_9", b"one")[0]["content"] == "x" * 200
+    kept.keep("resp_long", b"one", [{"role": "user", "content": "x" * 2000}])
+    for response_id, tenant in (("resp_0", b"one"), ("resp_9", b"other"), ("resp_long", b"one"), (7, b"one")):
+        with pytest.raises(RequestError):
+            kept.find(response_id, tenant)
+    clock.advance(MAX_AGE_S + 1)
+    with pytest.raises(RequestError):
+        kept.find("resp_9", b"one")
+    kept.keep("resp_new", b"one", [])
+    assert kept.num_bytes < 10
