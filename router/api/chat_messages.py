@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from ...common.errors import RequestError
 from ..state.errors import clip, shown
+from ..turns.earlier_calls import parse_calls
 from .fields import not_supported, unknown_field
-from .message_calls import parse_calls
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
@@ -20,15 +20,20 @@ _FIELDS_OF_ANSWERS = frozenset({"tool_calls", "reasoning_content", "reasoning"})
 _UNSUPPORTED = frozenset({"function_call", "audio", "refusal", "annotations"})
 
 
-def parse_messages(raw: list[object]) -> list[dict[str, object]]:
+# Book-keeping that libraries leave in the messages that they keep.
+_IGNORED = frozenset({"provider_specific_fields"})
+
+
+def parse_messages(raw: list[object], ignored: list[str] | None = None) -> list[dict[str, object]]:
+    """Return the messages as chat templates know them. Unknown fields are refused, unless a list takes their names."""
     if not raw:
         raise RequestError("messages must not be empty", param="messages")
     if len(raw) > MAX_MESSAGES:
         raise RequestError(f"at most {MAX_MESSAGES} messages, got {len(raw)}", param="messages")
-    return [_message(item, f"messages[{index}]") for index, item in enumerate(raw)]
+    return [_message(item, f"messages[{index}]", ignored) for index, item in enumerate(raw)]
 
 
-def _message(item: object, where: str) -> dict[str, object]:
+def _message(item: object, where: str, ignored: list[str] | None) -> dict[str, object]:
     if not isinstance(item, dict):
         raise RequestError(f"{where} must be an object, got {shown(item)}", param=where)
     message: dict[str, object] = {}
@@ -42,7 +47,9 @@ def _message(item: object, where: str) -> dict[str, object]:
         elif name in _UNSUPPORTED:
             if value:
                 raise not_supported(f"{where}.{name}")
-        else:
+        elif name not in _IGNORED and ignored is not None:
+            ignored.append(f"{where}.{name}")
+        elif name not in _IGNORED:
             raise unknown_field(name, _FIELDS | _FIELDS_OF_ANSWERS | _UNSUPPORTED, where)
     _check_role(message, where)
     if message["role"] == "developer":

@@ -142,7 +142,8 @@ class Api:
         with self.body_room.held() as held:
             body, version = await self.body(request, held, ChatBody, surface.chat_body)
             context.marks["read"] = self.clock.now()
-            chat, grammar = await beside_grammar(self.prompts.chat(version, body, held.num_bytes), version, body)
+            prompts = self.prompts.chat(version, body, held.num_bytes, refuses_unknown=self.refuses_unknown)
+            chat, grammar = await beside_grammar(prompts, version, body)
         context.marks["tokenize"] = self.clock.now()
         limit = max_chat_tokens(body, chat.prompt, version.model.max_model_len)
         if chat.ignored:

@@ -36,7 +36,7 @@ _CONTEXT = "kvferry.context"
 _ONCE = (b"host", b"authorization", b"x-api-key", b"content-type", b"content-encoding", b"origin")
 IGNORED_HEADER = b"x-kvferry-ignored"
 _MAX_IGNORED, _MAX_IGNORED_BYTES = 16, 512
-_NOT_IN_A_LIST = re.compile(rb"[^A-Za-z0-9._,-]")
+_NOT_IN_A_LIST = re.compile(rb"[^A-Za-z0-9._,\[\]-]")
 _NOT_IN_AN_ID = re.compile(rb"[^A-Za-z0-9._:/+=@-]+")
 
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]  # its answer is an application

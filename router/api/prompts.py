@@ -40,7 +40,7 @@ class ChatPrompt:
     use: ToolUse
     prompt: PromptText
     continued: str = ""  # text of the last message, where the answer goes on with it
-    ignored: tuple[str, ...] = ()  # fields that the model has no use for
+    ignored: Sequence[str] = ()  # fields that have no effect
 
 
 class PromptReader:
@@ -57,7 +57,9 @@ class PromptReader:
     async def completion(self, version: Version, body: CompletionBody, size: int) -> list[PromptText]:
         return await self.run(size, _completion, version, body)
 
-    async def chat(self, version: Version, body: ChatBody | TokenizeBody, size: int) -> ChatPrompt:
+    async def chat(
+        self, version: Version, body: ChatBody | TokenizeBody, size: int, *, refuses_unknown: bool = True
+    ) -> ChatPrompt:
         """The messages as checked, and the prompt that they make."""
         if version.renderer is None:
             raise RequestError(
@@ -65,12 +67,13 @@ class PromptReader:
                 "or use /v1/completions",
                 code="chat_template_missing",
             )
-        messages, use, chat, hidden = await self.run(size, _chat, version, body)
+        ignored: list[str] | None = None if refuses_unknown else []
+        messages, use, chat, hidden = await self.run(size, _chat, version, body, ignored)
         continued = str(messages[-1]["content"]) if chat.continue_final_message else ""
         text = await version.renderer.render(chat)
         # The template writes the special tokens itself.
         prompt = await self.run(len(text), _encode_chat, version, text, hidden, bool(body.add_special_tokens))
-        return ChatPrompt(messages, use, prompt, continued, _fields_without_effect(version, body))
+        return ChatPrompt(messages, use, prompt, continued, [*(ignored or ()), *_without_effect(version, body)])
 
     async def tokenize(self, version: Version, body: TokenizeBody, size: int) -> list[int]:
         if body.messages is not None:
@@ -114,10 +117,10 @@ def _completion_prompts(version: Version, body: CompletionBody) -> list[PromptTe
 
 
 def _chat(
-    version: Version, body: ChatBody | TokenizeBody
+    version: Version, body: ChatBody | TokenizeBody, ignored: list[str] | None
 ) -> tuple[list[dict[str, object]], ToolUse, Chat, dict[str, str]]:
     """The messages and tools as checked, what is to be rendered, and which special tokens are hidden in it."""
-    messages = parse_messages(body.messages or [])
+    messages = parse_messages(body.messages or [], ignored)
     use = _tool_use(version, body)
     check_num_bytes(sum(len(str(message["content"])) for message in messages), version.model.max_model_len)
     continues = bool(body.continue_final_message)
@@ -149,7 +152,7 @@ def _template_kwargs(version: Version, body: ChatBody | TokenizeBody) -> dict[st
     return kwargs
 
 
-def _fields_without_effect(version: Version, body: ChatBody | TokenizeBody) -> tuple[str, ...]:
+def _without_effect(version: Version, body: ChatBody | TokenizeBody) -> tuple[str, ...]:
     has_effort = isinstance(body, ChatBody) and body.reasoning_effort is not None
     return ("reasoning_effort",) if has_effort and not version.dialect.switches else ()
 

@@ -87,24 +87,24 @@ def _tools(raw: object) -> tuple[Tool, ...]:
     if raw is None:
         return ()
     if not isinstance(raw, list):
-        raise _invalid("tools", f"must be an array, got {shown(raw)}")
+        raise invalid("tools", f"must be an array, got {shown(raw)}")
     if len(raw) > MAX_TOOLS:
-        raise _invalid("tools", f"has {len(raw)} tools; at most {MAX_TOOLS} are taken")
+        raise invalid("tools", f"has {len(raw)} tools; at most {MAX_TOOLS} are taken")
     tools = tuple(_tool(each, f"tools[{index}]") for index, each in enumerate(raw))
     size = len(msgspec.json.encode([tool.as_dict() for tool in tools]))
     if size > MAX_TOOLS_BYTES:
-        raise _invalid("tools", f"has {size} bytes; at most {MAX_TOOLS_BYTES} are taken")
+        raise invalid("tools", f"has {size} bytes; at most {MAX_TOOLS_BYTES} are taken")
     seen: set[str] = set()
     for index, tool in enumerate(tools):
         if tool.name in seen:
-            raise _invalid(f"tools[{index}].function.name", f"{clip(tool.name)} is the name of another tool too")
+            raise invalid(f"tools[{index}].function.name", f"{clip(tool.name)} is the name of another tool too")
         seen.add(tool.name)
     return tools
 
 
 def _tool(raw: object, where: str) -> Tool:
     if not isinstance(raw, dict):
-        raise _invalid(where, f"must be an object, got {shown(raw)}")
+        raise invalid(where, f"must be an object, got {shown(raw)}")
     if raw.get("type") != "function":
         seen = "is missing" if "type" not in raw else f"is {shown(raw['type'])}"
         raise RequestError(
@@ -114,17 +114,17 @@ def _tool(raw: object, where: str) -> Tool:
         )
     function = raw.get("function")
     if not isinstance(function, dict):
-        raise _invalid(f"{where}.function", f"must be an object, got {shown(function)}")
-    _only(raw, {"type", "function"}, where)
+        raise invalid(f"{where}.function", f"must be an object, got {shown(function)}")
+    only(raw, {"type", "function"}, where)
     where += ".function"
-    _only(function, {"name", "description", "parameters", "strict"}, where)
+    only(function, {"name", "description", "parameters", "strict"}, where)
     name, description, strict = function.get("name"), function.get("description"), function.get("strict")
     if not isinstance(name, str) or _NAME.fullmatch(name) is None:
-        raise _invalid(f"{where}.name", f"{_NAME_RULE}, got {shown(name)}")
+        raise invalid(f"{where}.name", f"{_NAME_RULE}, got {shown(name)}")
     if description is not None and not isinstance(description, str):
-        raise _invalid(f"{where}.description", f"must be a string, got {shown(description)}")
+        raise invalid(f"{where}.description", f"must be a string, got {shown(description)}")
     if strict is not None and not isinstance(strict, bool):
-        raise _invalid(f"{where}.strict", f"must be a bool, got {shown(strict)}")
+        raise invalid(f"{where}.strict", f"must be a bool, got {shown(strict)}")
     return Tool(name, description, _parameters(function.get("parameters"), f"{where}.parameters"), bool(strict))
 
 
@@ -132,19 +132,19 @@ def _parameters(raw: object, where: str) -> Mapping[str, object]:
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise _invalid(where, f"must be a JSON schema of an object, got {shown(raw)}")
+        raise invalid(where, f"must be a JSON schema of an object, got {shown(raw)}")
     if raw.get("type", "object") != "object":
-        raise _invalid(f"{where}.type", f"must be 'object', got {shown(raw['type'])}")
+        raise invalid(f"{where}.type", f"must be 'object', got {shown(raw['type'])}")
     properties = raw.get("properties")
     if properties is not None and not isinstance(properties, dict):
-        raise _invalid(f"{where}.properties", f"must be an object, got {shown(properties)}")
+        raise invalid(f"{where}.properties", f"must be an object, got {shown(properties)}")
     _check_depth(raw, where, MAX_DEPTH)
     return raw
 
 
 def _check_depth(value: object, where: str, room: int) -> None:
     if room < 0:
-        raise _invalid(where, f"is nested more than {MAX_DEPTH} deep")
+        raise invalid(where, f"is nested more than {MAX_DEPTH} deep")
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for child in children:
         _check_depth(child, where, room - 1)
@@ -162,20 +162,21 @@ def _choice(raw: object, tools: Sequence[Tool]) -> tuple[Choice, str | None]:
             return "required", None
         case {"type": "function", "function": {"name": str(name), **more}, **others} if not more and not others:
             if not any(tool.name == name for tool in tools):
-                raise _invalid("tool_choice.function.name", f"{clip(name)} is none of the request's tools")
+                raise invalid("tool_choice.function.name", f"{clip(name)} is none of the request's tools")
             return "named", name
         case "required":
-            raise _invalid("tool_choice", "'required' needs tools")
+            raise invalid("tool_choice", "'required' needs tools")
     rule = 'must be \'none\', \'auto\', \'required\' or {"type": "function", "function": {"name": ...}}'
-    raise _invalid("tool_choice", f"{rule}, got {shown(raw)}")
+    raise invalid("tool_choice", f"{rule}, got {shown(raw)}")
 
 
-def _only(raw: Mapping[str, object], known: set[str], where: str) -> None:
+def only(raw: Mapping[str, object], known: set[str], where: str) -> None:
+    """Refuse every other field."""
     for name in raw:
         if name not in known:
             param = f"{where}.{name}"
             raise RequestError(f"unknown field {clip(param)}", param=param[:128], code="unknown_parameter")
 
 
-def _invalid(where: str, rule: str) -> RequestError:
+def invalid(where: str, rule: str) -> RequestError:
     return RequestError(f"{where} {rule}", param=where, code="invalid_value")

@@ -657,3 +657,49 @@ def test_the_client_sees_request_ids_and_timings(client: OpenAI) -> None:
         entry.split(";")[0].strip() for entry in raw.headers["server-timing"].split(",")
     }
     assert json.loads(raw.text)["id"].startswith("cmpl-")
+
+
+# --- tools, and the other surfaces of a chat ----------------------------------------------------------------
+
+
+def test_a_chat_with_tools_says_the_same_whole_and_streamed(client: OpenAI) -> None:
+    called = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"where": "left"}'}}
+    history = [*MESSAGES, {"role": "assistant", "tool_calls": [called]}, {"role": "tool", "tool_call_id": "call_1"}]
+    history[-1]["content"] = "a wall"
+    (bare,) = both(client.chat.completions.create, messages=history)
+    (told,) = both(client.chat.completions.create, messages=history, extra_body={"tools": [TOOL]})
+    (not_told,) = both(
+        client.chat.completions.create, messages=history, extra_body={"tools": [TOOL], "tool_choice": "none"}
+    )
+    assert not_told.token_ids == bare.token_ids
+    assert told.token_ids != bare.token_ids  # the model was told of them
+
+
+def test_responses_and_messages_are_chats(client: OpenAI, cluster: Cluster) -> None:
+    asked: Any = {"model": MODEL, "temperature": 0}
+    messages: Any = [{"role": "user", "content": PROMPT}]
+    chat = client.chat.completions.create(messages=messages, max_tokens=12, **asked)
+    text, usage = chat.choices[0].message.content, chat.usage
+    assert usage is not None
+
+    response = client.responses.create(input=PROMPT, max_output_tokens=12, **asked)
+    assert (response.output_text, response.status) == (text, "incomplete")
+    assert response.usage is not None and response.usage.input_tokens == usage.prompt_tokens
+    with client.responses.stream(input=PROMPT, max_output_tokens=12, **asked) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == text
+    more = client.responses.create(input="And then?", previous_response_id=response.id, max_output_tokens=12, **asked)
+    said = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": "And then?"}]
+    again = client.chat.completions.create(messages=said, max_tokens=12, **asked)
+    assert more.output_text == again.choices[0].message.content
+
+    body = {**asked, "messages": messages, "max_tokens": 12}
+    message: Any = cluster.post("/v1/messages", body)
+    assert message["content"] == [{"type": "text", "text": text}] and message["stop_reason"] == "max_tokens"
+    assert sum(message["usage"].values()) == usage.total_tokens
+    streamed = cluster.client.post("/v1/messages", json={**body, "stream": True}).text
+    events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: ")]
+    assert "".join(event["delta"].get("text", "") for event in events if "delta" in event) == text
+    assert events[-1] == {"type": "message_stop"}
+    counted = cluster.post("/v1/messages/count_tokens", {"model": MODEL, "messages": messages})
+    assert counted == {"input_tokens": usage.prompt_tokens}

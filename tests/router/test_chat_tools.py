@@ -250,7 +250,10 @@ async def test_unknown_fields_are_ignored_aloud_where_the_operator_says_so() -> 
     async with served.client() as client:
         response = await client.post("/v1/chat/completions", json={"messages": CHAT, "temprature": 1, "a\r\nb": 2})
         assert response.status_code == 200 and response.headers["x-kvferry-ignored"] == "temprature,a??b"
-        assert "kvferry_ignored_fields_total 2.0" in (await client.get("/metrics")).text
+        named = [{**CHAT[0], "id": 7, "provider_specific_fields": {}}]
+        response = await client.post("/v1/chat/completions", json={"messages": named})
+        assert response.headers["x-kvferry-ignored"] == "messages[0].id"
+        assert "kvferry_ignored_fields_total 3.0" in (await client.get("/metrics")).text
         assert (await client.post("/v1/chat/completions", json={"messages": CHAT, "suffix": "x"})).status_code == 400
     async with serve(Script("x")).client() as client:
         assert (await client.post("/v1/chat/completions", json={"messages": CHAT, "temprature": 1})).status_code == 400

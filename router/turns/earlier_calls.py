@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
-from ...common.errors import RequestError
 from ..state.errors import clip, shown
-from .fields import unknown_field
+from .definitions import invalid, only
 
 MAX_CALLS = 128  # in one message
 MAX_ARGUMENTS_CHARS = 2**20  # of one call: parsed in a few milliseconds
@@ -20,23 +19,21 @@ _MAX_NAME_CHARS = 256
 def parse_calls(raw: object, where: str) -> list[dict[str, object]]:
     """Return the calls as chat templates know them. Raises RequestError that names the place."""
     if not isinstance(raw, list):
-        raise _invalid(where, f"must be an array, got {shown(raw)}")
+        raise invalid(where, f"must be an array, got {shown(raw)}")
     if len(raw) > MAX_CALLS:
-        raise _invalid(where, f"has {len(raw)} calls; at most {MAX_CALLS} are taken")
+        raise invalid(where, f"has {len(raw)} calls; at most {MAX_CALLS} are taken")
     return [_call(each, f"{where}[{index}]") for index, each in enumerate(raw)]
 
 
 def _call(raw: object, where: str) -> dict[str, object]:
     if not isinstance(raw, dict):
-        raise _invalid(where, f"must be an object, got {shown(raw)}")
-    for name in raw:
-        if name not in ("id", "type", "function", "index"):
-            raise unknown_field(name, frozenset({"id", "type", "function"}), where)
+        raise invalid(where, f"must be an object, got {shown(raw)}")
+    only(raw, {"id", "type", "function", "index"}, where)
     if raw.get("type", "function") != "function":
-        raise _invalid(f"{where}.type", f"must be 'function', got {shown(raw['type'])}")
+        raise invalid(f"{where}.type", f"must be 'function', got {shown(raw['type'])}")
     function = raw.get("function")
     if not isinstance(function, dict):
-        raise _invalid(f"{where}.function", f"must be an object, got {shown(function)}")
+        raise invalid(f"{where}.function", f"must be an object, got {shown(function)}")
     call: dict[str, object] = {"type": "function", "function": _function(function, f"{where}.function")}
     call_id = raw.get("id")
     if call_id is not None:
@@ -45,9 +42,7 @@ def _call(raw: object, where: str) -> dict[str, object]:
 
 
 def _function(raw: dict[str, object], where: str) -> dict[str, object]:
-    for name in raw:
-        if name not in ("name", "arguments"):
-            raise unknown_field(name, frozenset({"name", "arguments"}), where)
+    only(raw, {"name", "arguments"}, where)
     return {"name": _name(raw.get("name"), f"{where}.name"), "arguments": _arguments(raw.get("arguments"), where)}
 
 
@@ -59,9 +54,9 @@ def _arguments(raw: object, where: str) -> object:
             return raw
         case str():
             if len(raw) > MAX_ARGUMENTS_CHARS:
-                raise _invalid(f"{where}.arguments", f"has {len(raw)} characters; {MAX_ARGUMENTS_CHARS} are taken")
+                raise invalid(f"{where}.arguments", f"has {len(raw)} characters; {MAX_ARGUMENTS_CHARS} are taken")
             return _object_in(raw)
-    raise _invalid(f"{where}.arguments", f"must be a string, got {shown(raw)}")
+    raise invalid(f"{where}.arguments", f"must be a string, got {shown(raw)}")
 
 
 def _object_in(text: str) -> object:
@@ -76,9 +71,5 @@ def _object_in(text: str) -> object:
 def _name(raw: object, where: str) -> str:
     if not isinstance(raw, str) or not 1 <= len(raw) <= _MAX_NAME_CHARS:
         seen = clip(raw) if isinstance(raw, str) else shown(raw)
-        raise _invalid(where, f"must be a string of 1 to {_MAX_NAME_CHARS} characters, got {seen}")
+        raise invalid(where, f"must be a string of 1 to {_MAX_NAME_CHARS} characters, got {seen}")
     return raw
-
-
-def _invalid(where: str, rule: str) -> RequestError:
-    return RequestError(f"{where} {rule}", param=where, code="invalid_value")
