@@ -24,6 +24,10 @@ class TurnOptions:
     begins_inside: bool  # of reasoning
     shows_reasoning: bool = True
 
+    def reader(self) -> TurnReader:
+        """Make the reader of one choice."""
+        return self.dialect.reader(self.use, begins_inside=self.begins_inside)
+
     @property
     def shown_tokens(self) -> frozenset[str]:
         """The special tokens that are read in the answer's text."""
@@ -43,11 +47,8 @@ class ChatTurns:
     def __init__(self, answer: Answer, options: TurnOptions) -> None:
         self._answer = answer
         self._options = options
-        self._readers = [self._reader() for _ in answer.choices]
+        self._readers = [options.reader() for _ in answer.choices]
         self.is_plain = self._readers[0].is_plain
-
-    def _reader(self) -> TurnReader:
-        return self._options.dialect.reader(self._options.use, begins_inside=self._options.begins_inside)
 
     def read(self, index: int, piece: TextPiece) -> TurnDelta:
         """Return what the piece adds to the choice's turn."""

@@ -8,13 +8,14 @@ string included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ...common.request import FinishReason, SampledToken
 from ...models.tokenizer import Detokenizer
 from ..turns.reasoning import ReasoningCount
+from ..turns.turn import TurnReader
 from .stops import StopMatcher
 
 
@@ -31,6 +32,7 @@ class TextOptions:
     keep_tokens: bool = False  # logprobs or token ids were asked for
     shown_tokens: frozenset[str] = frozenset()  # special tokens that are text nevertheless
     reasoning: Literal["", "outside", "inside"] = ""  # where a text begins whose tokens of reasoning are counted
+    one_call: Callable[[], TurnReader] | None = None  # makes the reader of a text that ends with its first call
 
 
 @dataclass(slots=True)
@@ -62,6 +64,7 @@ class ChoiceText:
         "_detokenizer",
         "_length",
         "_offsets",
+        "_one_call",
         "_options",
         "_reasoning",
         "_stop_reason",
@@ -77,7 +80,10 @@ class ChoiceText:
         self._options = options
         self._stops = StopMatcher(options.stops, include_stop=options.include_stop) if options.stops else None
         self._reasoning = ReasoningCount(begins_inside=options.reasoning == "inside") if options.reasoning else None
-        self.is_plain = not (options.stops or options.keep_tokens or options.reasoning or options.max_tokens == 0)
+        self._one_call = options.one_call() if options.one_call is not None else None
+        self.is_plain = options.max_tokens != 0 and not (
+            options.stops or options.keep_tokens or options.reasoning or options.one_call
+        )
         self._tokens: list[SampledToken] = []  # not reported yet, as are their offsets
         self._offsets: list[int] = []
         self._length = 0  # characters made so far, held ones included
@@ -127,6 +133,8 @@ class ChoiceText:
                 if self._reasoning is not None:
                     self._reasoning.push(text, self.num_tokens)
                 shown += self._show(text)
+                if self._one_call is not None and self._one_call.push(text).ends_call:
+                    self.finish = self.finish or FinishReason.STOP
             if self.finish is not None:
                 return shown
         if finish is not None:

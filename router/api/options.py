@@ -29,6 +29,7 @@ def text_options(body: GenerationBody, max_tokens: int, turns: TurnOptions | Non
         keep_tokens=body.num_logprobs is not None or bool(body.return_token_ids),
         shown_tokens=frozenset() if turns is None else turns.shown_tokens,
         reasoning="" if turns is None else turns.reasoning,
+        one_call=None if turns is None or turns.use.is_parallel else turns.reader,
     )
 
 

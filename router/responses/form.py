@@ -6,8 +6,8 @@ response.created, .in_progress ─> for each item: output_item.added, its parts 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import msgspec
 
@@ -49,8 +49,21 @@ def _event(event: Fields) -> bytes:
     return b"event: %s\ndata: %s\n\n" % (str(event["type"]).encode(), msgspec.json.encode(event))
 
 
+def event_format(numbers: Iterator[int]) -> EventFormat:
+    """Return the way of writing one answer's events, with the numbers that its form takes too."""
+    return EventFormat(_encode, partial(_error_event, numbers), b"")
+
+
+def _error_event(numbers: Iterator[int], failure: HttpFailure) -> bytes:
+    told = {"code": failure.code, "message": failure.message, "param": failure.param}
+    return _event({"type": "error", "sequence_number": next(numbers), **told})
+
+
 class ResponseForm:
-    """One answer; it has one choice. `on_end` gets the assistant's message when the answer has ended."""
+    """One answer; it has one choice.
+
+    `numbers` are its events'. `on_end` gets the assistant's message when the answer has ended.
+    """
 
     has_plain_chunks = False
 
@@ -59,6 +72,7 @@ class ResponseForm:
         context: FormContext,
         turns: ChatTurns,
         request: Mapping[str, object],
+        numbers: Iterator[int],
         on_end: Callable[[str, Message], None],
     ) -> None:
         self._context = context
@@ -66,8 +80,7 @@ class ResponseForm:
         self._request = request
         self._on_end = on_end
         self._blocks = Blocks()
-        self._numbers = itertools.count()
-        self.events = EventFormat(_encode, self._error, b"")
+        self._numbers = numbers
 
     def chunks(self, index: int, piece: TextPiece, *, is_first: bool) -> list[Fields]:
         events: list[Fields] = []
@@ -98,9 +111,6 @@ class ResponseForm:
 
     def _of(self, kind: str, **fields: object) -> Fields:
         return {"type": kind, "sequence_number": next(self._numbers), **fields}
-
-    def _error(self, failure: HttpFailure) -> bytes:
-        return _event(self._of("error", code=failure.code, message=failure.message, param=failure.param))
 
     def _response(self, status: str, piece: TextPiece | None) -> Fields:
         is_cut = status == "incomplete"

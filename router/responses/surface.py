@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from ..api.chat_turns import ChatTurns
-from ..api.events import OPENAI_EVENTS, EventFormat
 from ..api.form import Form, FormContext
 from ..api.prompts import ChatPrompt
 from ..api.schemas import ChatBody
-from .form import ResponseForm
+from .form import ResponseForm, event_format
 from .kept import KeptResponses
 from .translate import Message, chat_body
 
@@ -24,7 +24,8 @@ class ResponsesSurface:
         self._tenant = tenant
         self._raw: Mapping[str, object] = {}
         self._messages: Sequence[Message] = ()  # without instructions, which hold for one call
-        self.events: EventFormat = OPENAI_EVENTS
+        self._numbers = itertools.count()
+        self.events = event_format(self._numbers)
 
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
         self._raw = raw
@@ -37,9 +38,7 @@ class ResponsesSurface:
         return body
 
     def form(self, context: FormContext, turns: ChatTurns, body: ChatBody, chat: ChatPrompt) -> Form:
-        form = ResponseForm(context, turns, self._raw, self._on_end)
-        self.events = form.events
-        return form
+        return ResponseForm(context, turns, self._raw, self._numbers, self._on_end)
 
     def _on_end(self, response_id: str, answer: Message) -> None:
         if self._raw.get("store") is not False:

@@ -38,7 +38,7 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
-_HARMLESS_INCLUDES = {"reasoning.encrypted_content"}  # nothing is encrypted here
+_HARMLESS_INCLUDES = ("reasoning.encrypted_content",)  # nothing is encrypted here
 _KNOWN = frozenset(
     {
         *(*_SAME, "input", "instructions", "tools", "tool_choice", "max_output_tokens"),
@@ -78,7 +78,7 @@ def _check_fields(raw: Mapping[str, object], ignored: list[str] | None) -> None:
                 raise unknown_field(name, _KNOWN)
             ignored.append(name)
     include = raw.get("include")
-    if include is not None and not (isinstance(include, list) and all(each in _HARMLESS_INCLUDES for each in include)):
+    if include is not None and not (isinstance(include, list) and all(map(_HARMLESS_INCLUDES.__contains__, include))):
         raise not_supported("include")
 
 

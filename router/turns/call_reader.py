@@ -59,6 +59,11 @@ class CallReader:
         self._is_start = True
         self._is_after_call = False
 
+    @property
+    def has_finished(self) -> bool:
+        """Nothing more belongs to the first call."""
+        return self._num_before > 0 or len(self._told) > 1
+
     def push(self, text: str, *, is_final: bool = False) -> CallDelta:
         """Take what comes next; the last text is final."""
         delta = CallDelta()

@@ -19,6 +19,7 @@ class TurnDelta:
 
     reasoning: str = ""
     parts: list[str | CallPiece] = field(default_factory=list)  # content and calls, in their order
+    ends_call: bool = False  # the first call is over
 
     def __bool__(self) -> bool:
         return bool(self.reasoning or self.parts)
@@ -55,10 +56,11 @@ class TurnReader:
         if self._calls is None:
             return TurnDelta(reasoning, [text] if text else [])
         parts = self._calls.push(text, is_final=is_final).parts
+        ends_call = self._calls.has_finished
         if self._has_one_call:
             parts = [part for part in parts if isinstance(part, str) or part.index == 0]
         self.has_called = self.has_called or any(isinstance(part, CallPiece) for part in parts)
-        return TurnDelta(reasoning, parts)
+        return TurnDelta(reasoning, parts, ends_call)
 
 
 def call_id(seed: int, prompt_token_ids: Sequence[int], choice: int, index: int, *, is_short: bool = False) -> str:

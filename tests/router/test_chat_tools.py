@@ -95,9 +95,14 @@ async def test_a_stream_says_the_same_as_the_whole_answer() -> None:
 
 
 async def test_without_parallel_calls_the_first_one_is_told() -> None:
-    assert len((await _whole(_served(TWO_CALLS), parallel_tool_calls=False))["message"]["tool_calls"]) == 1
+    served = _served(TWO_CALLS)
+    answer = (await _post(served, parallel_tool_calls=False)).json()
+    (choice,) = answer["choices"]
+    assert len(choice["message"]["tool_calls"]) == 1 and choice["finish_reason"] == "tool_calls"
+    assert answer["usage"]["completion_tokens"] == len(f"Let me look.\n{CALL}")  # no more were waited for
+    assert served.dispatcher.finished_choices
     message, _ = await _streamed(_served(TWO_CALLS), parallel_tool_calls=False)
-    assert list(message["calls"]) == [0]
+    assert list(message["calls"]) == [0] and message["finish_reason"] == "tool_calls"
 
 
 async def test_a_call_that_is_cut_by_its_length_ended_by_length() -> None:

@@ -33,8 +33,8 @@ from kvferry.settings.sockets import listen
 from .fakes import MAX_MODEL_LEN, VOCAB_SIZE, catalogue_of
 
 OF_A_REQUEST = {
-    "Answer", "Attempt", "ChunkEncoder", "Connection", "Reply", "RequestContext", "RequestResponseCycle",
-    "RouterRequest", "Search", "TokenStream", "TrackedRequest",
+    "Answer", "Attempt", "ChunkEncoder", "ChatTurns", "Connection", "Reply", "RequestContext", "RequestResponseCycle",
+    "ResponseForm", "RouterRequest", "Search", "TokenStream", "TrackedRequest",
 }  # fmt: skip
 STREAM = {"prompt": "hi", "stream": True}
 LONG = {"prompt": "hi", "stream": True, "max_tokens": 400, "ignore_eos": True}
@@ -91,7 +91,9 @@ def _living(but: Sequence[object] = ()) -> list[object]:
     return [each for each in gc.get_objects() if type(each).__name__ in OF_A_REQUEST and id(each) not in known]
 
 
-@pytest.mark.parametrize("kind", ["whole", "stream", "chat", "refused", "unknown", "left"])
+@pytest.mark.parametrize(
+    "kind", ["whole", "stream", "chat", "tools", "responses", "messages", "refused", "unknown", "left"]
+)
 async def test_what_a_request_held_is_gone_without_a_collection(kind: str) -> None:
     async with _serving() as address:
         gc.collect()
@@ -107,6 +109,17 @@ async def test_what_a_request_held_is_gone_without_a_collection(kind: str) -> No
                     case "chat":
                         chat: dict[str, object] = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
                         assert b"[DONE]" in await _ask(address, chat, "/v1/chat/completions")
+                    case "tools":
+                        tool = {"type": "function", "function": {"name": "f"}}
+                        called = {"messages": [{"role": "user", "content": "hi"}], "tools": [tool], "max_tokens": 4}
+                        assert b'"finish_reason"' in await _ask(address, called, "/v1/chat/completions")
+                    case "responses":
+                        asked: dict[str, object] = {"input": "hi", "stream": True, "max_output_tokens": 4}
+                        assert b"response.incomplete" in await _ask(address, asked, "/v1/responses")
+                    case "messages":
+                        said: list[object] = [{"role": "user", "content": "hi"}]
+                        message = {"messages": said, "max_tokens": 4, "stream": True}
+                        assert b"message_stop" in await _ask(address, message, "/v1/messages")
                     case "refused":
                         assert b" 400 " in await _ask(address, {"prompt": "hi", "n": 1000})
                     case "unknown":
