@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .syntax import Call, Segment, Syntax
+from .syntax import Call, Progress, Segment, Syntax
 
 
 @dataclass(slots=True)
@@ -54,6 +54,7 @@ class CallReader:
         self._rest = ""  # text from the first place on of which not all is told
         self._is_in_segment = False  # `_rest` begins with one
         self._told: list[Call] = []  # this segment's calls, as far as they were told
+        self._progress = Progress()  # in this segment
         self._num_before = 0  # calls of the segments before
         self._blank = ""  # white space that may be a call's
         self._is_start = True
@@ -78,7 +79,7 @@ class CallReader:
         """Read to the next border; False: not there yet."""
         if not self._is_in_segment:
             return self._find(delta, is_final=is_final)
-        segment = self._syntax.read(self._rest, is_final=is_final)
+        segment = self._syntax.read(self._rest, self._progress, is_final=is_final)
         self._tell(segment, delta)
         if segment.end is None:
             assert not is_final
@@ -89,7 +90,7 @@ class CallReader:
             self._told, self._is_after_call = [], True
         else:
             self._say(passed, delta)
-        self._is_in_segment = False
+        self._is_in_segment, self._progress = False, Progress()
         return bool(self._rest)
 
     def _find(self, delta: CallDelta, *, is_final: bool) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Container
 
-from .json_text import ends_with_part_of, scan_value, skip_blank
-from .syntax import NAME, Call, Place, Segment, is_any_name, read_json_call, read_json_calls
+from .json_text import ends_with_part_of, skip_blank
+from .syntax import NAME, Call, Place, Progress, Segment, is_any_name, read_json_call, read_json_calls
 
 _SEPARATOR = re.compile(r"[\s;,]*+")
 
@@ -29,13 +29,13 @@ class HermesSyntax:
     def find(self, text: str, *, is_start: bool) -> Place | None:
         return find_mark(text, self.BEGIN)
 
-    def read(self, text: str, *, is_final: bool) -> Segment:
+    def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
         at = skip_blank(text, len(self.BEGIN))
         if at == len(text) and not is_final:
             return Segment()
         if at == len(text) or text[at] != "{":
             return Segment(end=len(self.BEGIN))
-        read = read_json_call(text, at, is_any_name, is_final=is_final)
+        read = read_json_call(text, at, is_any_name, progress.scans, is_final=is_final)
         if read.call is None:
             return Segment(end=read.end)
         return Segment((read.call,), None if read.end is None else after_mark(text, read.end, self.END, is_final))
@@ -62,13 +62,13 @@ class MistralSyntax:
     def find(self, text: str, *, is_start: bool) -> Place | None:
         return find_mark(text, self.BEGIN)
 
-    def read(self, text: str, *, is_final: bool) -> Segment:
+    def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
         at = skip_blank(text, len(self.BEGIN))
         if at < len(text) and text[at] in "[{":
-            return read_json_calls(text, at, is_any_name, is_final=is_final)
+            return read_json_calls(text, at, is_any_name, progress, is_final=is_final)
         named = self._NAMED.match(text, len(self.BEGIN))
         if named is not None:
-            arguments = scan_value(text, named.end())
+            arguments = progress.scans.value(text, named.end())
             end = None if arguments.state == "open" and not is_final else arguments.end
             return Segment((Call(named[1], text[named.end() : arguments.end]),), end)
         maybe = self._MAYBE_NAMED.match(text, len(self.BEGIN))
@@ -94,20 +94,23 @@ class BareJsonSyntax:
             return Place(start, is_sure=start < len(text))
         return find_mark(text, self._tag) if self._tag else None
 
-    def read(self, text: str, *, is_final: bool) -> Segment:
-        at = skip_blank(text, len(self._tag) if self._tag and text.startswith(self._tag) else 0)
+    def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
+        at = progress.at or skip_blank(text, len(self._tag) if self._tag and text.startswith(self._tag) else 0)
         if at == len(text):
             return Segment(end=at) if is_final else Segment()
         if text[at] not in "{[":
             return Segment(end=max(at, 1))
-        calls: list[Call] = []
+        calls = progress.calls
         while True:  # Llama writes several with a semicolon between
-            read = read_json_calls(text, at, self._names.__contains__, is_final=is_final)
-            calls += read.calls
+            progress.inner = progress.inner or Progress()
+            read = read_json_calls(text, at, self._names.__contains__, progress.inner, is_final=is_final)
             if not read.calls or read.end is None:
-                return Segment(calls, at if calls and read.end is not None else read.end)
+                return Segment([*calls, *read.calls], at if calls and read.end is not None else read.end)
             separator = _SEPARATOR.match(text, read.end)
             assert separator is not None
-            at = separator.end()
-            if at == len(text) or text[at] != "{":
-                return Segment(calls, read.end if at < len(text) or is_final else None)
+            after = separator.end()
+            if after == len(text) or text[after] != "{":
+                return Segment([*calls, *read.calls], read.end if after < len(text) or is_final else None)
+            calls += read.calls
+            progress.inner, progress.at = None, after
+            at = after

@@ -16,8 +16,9 @@ from typing import Literal
 
 State = Literal["open", "done", "broken"]
 
-# Possessive, so that a long string without an end costs one pass.
-_TOKEN = re.compile(r'[\s0-9A-Za-z+\-.,:]++|"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\]]', re.DOTALL)
+# Possessive: one pass, whatever follows.
+_PLAIN = re.compile(r"[\s0-9A-Za-z+\-.,:]++")
+_IN_STRING = re.compile(r'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _BLANK = re.compile(r"\s*+")
 
 
@@ -29,18 +30,61 @@ class Scan:
     end: int
 
 
-def scan_value(text: str, start: int) -> Scan:
-    """Find the end of the object or array that begins at `start`."""
-    depth, at = 0, start
-    while (token := _TOKEN.match(text, at)) is not None:
-        char, at = text[at], token.end()
-        if char in "{[":
-            depth += 1
-        elif char in "}]":
-            depth -= 1
-            if depth == 0:
-                return Scan("done", at)
-    return Scan("open", len(text)) if at == len(text) or text[at] == '"' else Scan("broken", at)
+@dataclass(slots=True)
+class _Walk:
+    """A way through a value, as far as it was gone."""
+
+    at: int
+    depth: int = 0
+    is_in_string: bool = False
+
+    def go_on(self, text: str) -> Scan:
+        while self.at < len(text):
+            if self.is_in_string:
+                self._leave_string(text)
+                if self.is_in_string:
+                    break
+            elif (char := text[self.at]) == '"':
+                self.is_in_string = True
+                self.at += 1
+            elif char in "{[}]":
+                self.at += 1
+                self.depth += 1 if char in "{[" else -1
+                if self.depth == 0:
+                    return Scan("done", self.at)
+            elif (plain := _PLAIN.match(text, self.at)) is not None:
+                self.at = plain.end()
+            else:
+                return Scan("broken", self.at)
+        return Scan("open", len(text))
+
+    def _leave_string(self, text: str) -> None:
+        """Go to the string's end; not over a backslash whose character is to come."""
+        inside = _IN_STRING.match(text, self.at)
+        assert inside is not None
+        self.at = inside.end()
+        if self.at < len(text) and text[self.at] == '"':
+            self.at += 1
+            self.is_in_string = False
+
+
+class Scans:
+    """Finds ends of values in a text that grows: each goes on where it came to, so a long value costs one pass."""
+
+    def __init__(self) -> None:
+        self._walks: dict[int, _Walk] = {}  # by where they began
+        self._ends: dict[int, Scan] = {}  # of those that are over
+
+    def value(self, text: str, start: int) -> Scan:
+        """Find the end of the object or array that begins at `start`."""
+        if (known := self._ends.get(start)) is not None:
+            return known
+        walk = self._walks.setdefault(start, _Walk(start))
+        scan = walk.go_on(text)
+        if scan.state != "open":
+            self._ends[start] = scan
+            del self._walks[start]
+        return scan
 
 
 def skip_blank(text: str, at: int) -> int:

@@ -17,7 +17,7 @@ import re
 
 from .json_syntaxes import after_mark, find_mark
 from .json_text import dumps, loads, skip_blank
-from .syntax import Call, Place, Schemas, Segment
+from .syntax import Call, Place, Progress, Schemas, Segment
 
 _TOOL, _END_TOOL = "<tool_call>", "</tool_call>"
 _FUNCTION = re.compile(r"(?:<tool_call>\s*+)?<function=([A-Za-z0-9_.\-]{1,128})>")
@@ -38,24 +38,23 @@ class QwenCoderSyntax:
         places = [place for mark in (_TOOL, _BEGIN) if (place := find_mark(text, mark)) is not None]
         return min(places, key=lambda place: (place.start, not place.is_sure), default=None)
 
-    def read(self, text: str, *, is_final: bool) -> Segment:
+    def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
         function = _FUNCTION.match(text)
         if function is None:
             is_open = not is_final and _may_begin(text)
             return Segment() if is_open else Segment(end=len(_TOOL) if text.startswith(_TOOL) else 1)
-        name, at = function[1], function.end()
-        written: list[str] = []
+        name, at, written = function[1], progress.at or function.end(), progress.written
         while True:
             start = skip_blank(text, at)
             if (parameter := _PARAMETER.match(text, start)) is not None:
                 value, end = _value(text, parameter.end())
                 if end is None:
                     if is_final:
-                        written.append(f"{dumps(parameter[1])}: {dumps(value)[:-1]}")  # cut: a string without its end
-                        return Segment((Call(name, _arguments(written, "")),), len(text))
+                        cut = f"{dumps(parameter[1])}: {dumps(value)[:-1]}"  # a string without its end
+                        return Segment((Call(name, _arguments([*written, cut], "")),), len(text))
                     return Segment((Call(name, _arguments(written, "")),))
                 written.append(f"{dumps(parameter[1])}: {self._typed(name, parameter[1], value)}")
-                at = end
+                at = progress.at = end
             elif text.startswith(_END_FUNCTION, start):
                 call = Call(name, _arguments(written, "}"))
                 end = after_mark(text, start + len(_END_FUNCTION), _END_TOOL, is_final)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from .json_text import dumps, loads, scan_value, skip_blank
+from .json_text import Scans, dumps, loads, skip_blank
 
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
 _HEAD = re.compile(r'\{\s*+"name"\s*+:\s*+"([^"\\]*+)"\s*+,\s*+"(?:arguments|parameters)"\s*+:\s*+(?=\{)')
@@ -47,6 +47,22 @@ class Segment:
     end: int | None = None
 
 
+class Progress:
+    """A segment's beginning, as far as it was read: a shortcut that changes no reading.
+
+    One belongs to one segment of one text that grows.
+    """
+
+    __slots__ = ("at", "calls", "inner", "scans", "written")
+
+    def __init__(self) -> None:
+        self.scans = Scans()
+        self.calls: list[Call] = []  # that are over
+        self.written: list[str] = []  # parameters of the last one, as JSON
+        self.at = 0  # where the rest begins; 0: nothing was read
+        self.inner: Progress | None = None  # of the array that begins there
+
+
 class Syntax(Protocol):
     """One form of calls."""
 
@@ -59,7 +75,7 @@ class Syntax(Protocol):
         """Find the first segment; `is_start`: nothing was said before this text."""
         ...
 
-    def read(self, text: str, *, is_final: bool) -> Segment:
+    def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
         """Read the segment that `text` begins with. With `is_final` it has an end."""
         ...
 
@@ -79,32 +95,32 @@ def is_any_name(name: str) -> bool:
     return NAME.fullmatch(name) is not None
 
 
-def read_json_call(text: str, at: int, is_name: NameCheck, *, is_final: bool) -> JsonCall:
+def read_json_call(text: str, at: int, is_name: NameCheck, scans: Scans, *, is_final: bool) -> JsonCall:
     """Read `{"name": ..., "arguments": {...}}` at `at`; with other fields or in another order, once it is whole."""
     head = _HEAD.match(text, at)
     if head is not None and is_name(head[1]):
-        arguments = scan_value(text, head.end())
+        arguments = scans.value(text, head.end())
         call = Call(head[1], text[head.end() : arguments.end])
         if arguments.state == "done":
-            return JsonCall(call, _object_end(text, at, arguments.end, is_final=is_final))
+            return JsonCall(call, _object_end(text, at, arguments.end, scans, is_final=is_final))
         return JsonCall(call, arguments.end if is_final or arguments.state == "broken" else None)
     first = _FIRST_KEY.match(text, at)
     if first is not None and first[1] not in _KEYS:
         return JsonCall(None, at + 1)
-    whole = scan_value(text, at)
+    whole = scans.value(text, at)
     if whole.state == "open" and not is_final:
         return JsonCall(None, None)
     found = _whole_call(text[at : whole.end], is_name) if whole.state == "done" else None
     return JsonCall(found, max(whole.end, at + 1))
 
 
-def _object_end(text: str, start: int, arguments_end: int, *, is_final: bool) -> int | None:
+def _object_end(text: str, start: int, arguments_end: int, scans: Scans, *, is_final: bool) -> int | None:
     """Return where the object around the arguments ends; None: not yet."""
     if (closing := _CLOSING.match(text, arguments_end)) is not None:
         return closing.end()
     if skip_blank(text, arguments_end) == len(text):
         return len(text) if is_final else None
-    whole = scan_value(text, start)
+    whole = scans.value(text, start)
     if whole.state == "open":
         return whole.end if is_final else None
     return whole.end if whole.state == "done" else arguments_end
@@ -124,27 +140,28 @@ def _whole_call(text: str, is_name: NameCheck) -> Call | None:
     return None
 
 
-def read_json_calls(text: str, at: int, is_name: NameCheck, *, is_final: bool) -> Segment:
+def read_json_calls(text: str, at: int, is_name: NameCheck, progress: Progress, *, is_final: bool) -> Segment:
     """Read an array of such objects at `at`, or one alone."""
     if text[at] != "[":
-        read = read_json_call(text, at, is_name, is_final=is_final)
+        read = read_json_call(text, at, is_name, progress.scans, is_final=is_final)
         return Segment((read.call,) if read.call is not None else (), read.end)
-    calls: list[Call] = []
-    at += 1
+    calls = progress.calls
+    at = progress.at or at + 1
     while True:
         at = skip_blank(text, at)
         if at == len(text):
             return Segment(calls, at if is_final else None)
+        if text[at] == "," and calls:
+            at += 1
+            continue
         if text[at] == "]" and calls:
             return Segment(calls, at + 1)
         if text[at] != "{":
             return Segment(calls, at)
-        read = read_json_call(text, at, is_name, is_final=is_final)
+        read = read_json_call(text, at, is_name, progress.scans, is_final=is_final)
         if read.call is None:
             return Segment(calls, at if calls and read.end is not None else read.end)
-        calls.append(read.call)
         if read.end is None:
-            return Segment(calls)
-        at = skip_blank(text, read.end)
-        if at < len(text) and text[at] == ",":
-            at += 1
+            return Segment([*calls, read.call])
+        calls.append(read.call)
+        at = progress.at = read.end
