@@ -10,9 +10,9 @@ import asyncio
 import hashlib
 import math
 import random
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import structlog
 from fastapi import Request
@@ -36,10 +36,9 @@ from .body import MAX_BODY_BYTES, BodyRoom, HeldBody, read_body
 from .chat_turns import ChatTurns, TurnOptions
 from .completions import CompletionForm
 from .events import OPENAI_EVENTS, EventFormat
-from .fields import not_supported
 from .form import Form
 from .middleware import RequestContext, ResponseObserver, context_of
-from .options import form_context, text_options, turn_options
+from .options import beside_grammar, forced_calls, form_context, text_options, turn_options
 from .prompts import PromptReader, max_chat_tokens, max_completion_tokens
 from .reply import AnswerObserver, InFlight, Reply
 from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
@@ -50,7 +49,6 @@ _BATCH_STEP = 2  # prompts of a batch that are submitted in one go: some other b
 TIMEOUT_HEADER = "x-request-timeout-s"
 MAX_TIMEOUT_S = 86400.0
 _MAX_SEED = 2**63 - 1
-Prompts = TypeVar("Prompts")
 _CHECKED_BYTES_PER_CHAR = 8  # checking fields is so much faster than tokenizing
 
 
@@ -144,11 +142,13 @@ class Api:
             context.marks["read"] = self.clock.now()
             prompts = self.prompts.chat(version, body, held.num_bytes, refuses_unknown=self.refuses_unknown)
             chat, grammar = await beside_grammar(prompts, version, body)
+            if chat.use.is_forced:
+                grammar = await forced_calls(version, chat.use)
         context.marks["tokenize"] = self.clock.now()
         limit = max_chat_tokens(body, chat.prompt, version.model.max_model_len)
         if chat.ignored:
             self._tell_ignored(context, chat.ignored)
-        turns = turn_options(version, body, chat)
+        turns = turn_options(version, body, chat, follows_grammar=grammar is not None)
         answer = await self._submit(context, version, body, [chat.prompt], [limit], grammar, turns)
         shown = form_context(f"{surface.id_prefix}{context.request_id}", version, body, answer)
         form = surface.form(shown, ChatTurns(answer, turns), body, chat)
@@ -258,26 +258,6 @@ class Api:
             observer=self.observer,
             events=events,
         )
-
-
-async def beside_grammar(
-    prompts: Awaitable[Prompts], version: Version, body: GenerationBody
-) -> tuple[Prompts, Grammar | None]:
-    """Return the prompts, and the grammar, which another process compiles while they are made."""
-    if body.asked_grammar is None:
-        return await prompts, None
-    return await asyncio.gather(prompts, checked_grammar(version, body))
-
-
-async def checked_grammar(version: Version, body: GenerationBody) -> Grammar | None:
-    """Return the grammar that the answers follow; None: any text. Raises RequestError for one that cannot be kept."""
-    asked = body.asked_grammar
-    if asked is None:
-        return None
-    if version.grammars is None:
-        raise not_supported(asked.param)
-    await version.grammars.check(asked.grammar, asked.param)
-    return asked.grammar
 
 
 def _tenant_of(context: RequestContext, body: GenerationBody) -> str:

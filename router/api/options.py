@@ -1,19 +1,62 @@
-"""A body's wishes for its answer, apart from what the workers are told: which text, in which form."""
+"""A body's wishes for its answer: which grammar it follows, which of its text is shown, in which form."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
 from ...common.clock import wall_time_s
+from ...common.grammar import Grammar
 from ..catalogue.version import Version
+from ..turns.definitions import ToolUse
+from ..turns.forced import forced_grammar
 from .answer import Answer
 from .chat_turns import TurnOptions
 from .choice import TextOptions
+from .fields import not_supported
 from .form import FormContext, FormOptions
 from .prompts import ChatPrompt
 from .schemas import ChatBody, GenerationBody
 
+Prompts = TypeVar("Prompts")
 
-def turn_options(version: Version, body: ChatBody, chat: ChatPrompt) -> TurnOptions:
-    dialect = version.dialect
+
+async def beside_grammar(
+    prompts: Awaitable[Prompts], version: Version, body: GenerationBody
+) -> tuple[Prompts, Grammar | None]:
+    """Return the prompts, and the grammar, which another process compiles while they are made."""
+    if body.asked_grammar is None:
+        return await prompts, None
+    return await asyncio.gather(prompts, checked_grammar(version, body))
+
+
+async def checked_grammar(version: Version, body: GenerationBody) -> Grammar | None:
+    """Return the grammar that the answers follow; None: any text. Raises RequestError for one that cannot be kept."""
+    asked = body.asked_grammar
+    if asked is None:
+        return None
+    if version.grammars is None:
+        raise not_supported(asked.param)
+    await version.grammars.check(asked.grammar, asked.param)
+    return asked.grammar
+
+
+async def forced_calls(version: Version, use: ToolUse) -> Grammar:
+    """Return the grammar of calls that must come. Raises RequestError where it cannot be kept.
+
+    A `response_format` beside it is that of text, of which there is none.
+    """
+    grammar = forced_grammar(use)
+    assert grammar is not None
+    if version.grammars is None:
+        raise not_supported("tool_choice", ("auto", "none"))
+    await version.grammars.check(grammar, "tools")
+    return grammar
+
+
+def turn_options(version: Version, body: ChatBody, chat: ChatPrompt, *, follows_grammar: bool) -> TurnOptions:
+    dialect = version.dialect.without_reasoning if follows_grammar else version.dialect
     begins_inside = dialect.reasons and dialect.begins_inside(chat.prompt.text or "", chat.continued)
     return TurnOptions(dialect, chat.use, begins_inside, shows_reasoning=body.include_reasoning is not False)
 

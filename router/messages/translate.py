@@ -25,12 +25,15 @@ _IGNORED = frozenset(
 )
 _UNSUPPORTED = frozenset(
     {
-        *("container", "context_management", "mcp_servers", "output_format", "fallbacks", "fallback_credit_token"),
+        *("container", "context_management", "mcp_servers", "fallbacks", "fallback_credit_token"),
         *("compaction", "thread"),
     }
 )
 _KNOWN = frozenset(
-    {*_SAME, "messages", "system", "stop_sequences", "tools", "tool_choice", "metadata", "thinking", "output_config"}
+    {
+        *(*_SAME, "messages", "system", "stop_sequences", "tools", "tool_choice", "metadata", "thinking"),
+        *("output_config", "output_format"),
+    }
 )
 _THINKING = {"enabled": "medium", "adaptive": "medium", "disabled": "none"}  # as efforts
 
@@ -47,7 +50,11 @@ def chat_body(raw: Mapping[str, object], ignored: list[str] | None, *, needs_max
     if raw.get("tools"):
         body["tools"] = _tools(raw["tools"])
     _take_choice(raw.get("tool_choice"), body)
-    effort = _effort(raw.get("thinking"), raw.get("output_config"))
+    output_config = _output_config(raw.get("output_config"))
+    output_format = raw.get("output_format") or output_config.get("format")
+    if output_format is not None:
+        body["response_format"] = _format(output_format)
+    effort = _effort(raw.get("thinking"), output_config)
     if effort is not None:
         body["reasoning_effort"] = effort
     metadata = raw.get("metadata")
@@ -208,13 +215,26 @@ def _take_choice(raw: object, body: dict[str, object]) -> None:
         body["parallel_tool_calls"] = False
 
 
-def _effort(thinking: object, output_config: object) -> object:
-    if output_config is not None:
-        if not isinstance(output_config, dict) or output_config.keys() - {"effort"}:
-            raise not_supported("output_config")
-        effort = output_config.get("effort")
-        if effort is not None:
-            return "xhigh" if effort == "max" else effort
+def _format(raw: object) -> object:
+    """Return a format as chats have it."""
+    if not isinstance(raw, dict) or raw.get("type") != "json_schema" or raw.keys() - {"type", "schema"}:
+        rule = "must be an object of type json_schema with a schema"
+        raise RequestError(f"output_config.format {rule}, got {shown(raw)}", param="output_config.format")
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": raw.get("schema")}}
+
+
+def _output_config(raw: object) -> Mapping[str, object]:
+    if raw is None:
+        return {}
+    if isinstance(raw, dict) and raw.keys() <= {"effort", "format"}:
+        return raw
+    raise not_supported("output_config")
+
+
+def _effort(thinking: object, output_config: Mapping[str, object]) -> object:
+    effort = output_config.get("effort")
+    if effort is not None:
+        return "xhigh" if effort == "max" else effort
     if thinking is None:
         return None
     kind = thinking.get("type") if isinstance(thinking, dict) else None

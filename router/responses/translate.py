@@ -177,12 +177,19 @@ def _take_text(raw: object, body: dict[str, object]) -> None:
     if not isinstance(raw, dict):
         raise RequestError(f"text must be an object, got {shown(raw)}", param="text")
     for name, value in raw.items():
-        if name == "format" and value not in (None, {"type": "text"}):
-            raise not_supported("text.format", ({"type": "text"},))
+        if name == "format" and value is not None:
+            body["response_format"] = _format(value)
         if name == "verbosity" and value is not None:
             body["verbosity"] = value
         if name not in ("format", "verbosity"):
             raise unknown_field(name, frozenset({"format", "verbosity"}), "text")
+
+
+def _format(raw: object) -> object:
+    """Return a format as chats have it: a schema's fields stand in an object of their own there."""
+    if not isinstance(raw, dict) or raw.get("type") != "json_schema":
+        return raw
+    return {"type": "json_schema", "json_schema": {name: value for name, value in raw.items() if name != "type"}}
 
 
 def _take_reasoning(raw: object, body: dict[str, object]) -> None:

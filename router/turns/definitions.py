@@ -53,6 +53,11 @@ class ToolUse:
     is_parallel: bool = True  # several calls in one answer
 
     @property
+    def is_forced(self) -> bool:
+        """The answer must call, and says nothing else."""
+        return self.choice in ("required", "named")
+
+    @property
     def schemas(self) -> Schemas:
         return {tool.name: tool.parameters for tool in self.tools}
 
@@ -67,20 +72,7 @@ def parse_tool_use(tools: object, choice: object, parallel: bool | None) -> Tool
     kind, name = _choice(choice, known)
     if kind == "none":
         return ToolUse()
-    use = ToolUse(known, kind, name, parallel is not False)
-    check_forced(use)
-    return use
-
-
-def check_forced(use: ToolUse) -> None:
-    """Refuse a choice that text alone cannot keep: a call that must come needs an answer's form to be kept."""
-    if use.choice in ("required", "named"):
-        wanted = "'required'" if use.choice == "required" else f"the function {clip(use.name or '')}"
-        raise RequestError(
-            f"tool_choice: {wanted} is not served yet, only 'auto' and 'none'",
-            param="tool_choice",
-            code="unsupported_value",
-        )
+    return ToolUse(known, kind, name, parallel is not False)
 
 
 def _tools(raw: object) -> tuple[Tool, ...]:

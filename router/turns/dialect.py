@@ -65,6 +65,8 @@ class Dialect:
 
     def syntax(self, use: ToolUse) -> Syntax:
         names = frozenset(tool.name for tool in use.tools)
+        if use.is_forced:  # forced.py's form, whatever the model's
+            return BareJsonSyntax(names)
         match self.tool_parser:
             case "mistral":
                 return MistralSyntax()
@@ -79,6 +81,11 @@ class Dialect:
     @property
     def reasons(self) -> bool:
         return self.reasoning_parser != "none"
+
+    @property
+    def without_reasoning(self) -> Dialect:
+        """The dialect of an answer that follows a grammar from its first token on."""
+        return replace(self, reasoning_parser="none")
 
     def shown_marks(self, use: ToolUse) -> frozenset[str]:
         """Return the tokens that must be in an answer's text, special or not."""

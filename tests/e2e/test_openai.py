@@ -515,7 +515,7 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
     ("name", "value"),
     [
         ("tools", TOOL),
-        ("tool_choice", "required"),
+        ("tool_choice", "sometimes"),
         ("response_format", "json"),
         ("functions", [TOOL["function"]]),
         ("reasoning_effort", "most"),
@@ -673,6 +673,29 @@ def test_a_chat_with_tools_says_the_same_whole_and_streamed(client: OpenAI) -> N
     )
     assert not_told.token_ids == bare.token_ids
     assert told.token_ids != bare.token_ids  # the model was told of them
+
+
+def test_a_call_that_must_come_follows_its_schema(client: OpenAI) -> None:
+    sides = {"type": "string", "enum": ["left", "right"]}
+    parameters = {
+        "type": "object",
+        "properties": {"where": sides},
+        "required": ["where"],
+        "additionalProperties": False,
+    }
+    tools: Any = [{"type": "function", "function": {"name": "look", "parameters": parameters}}]
+    named = {"type": "function", "function": {"name": "look"}}
+    for choice in ("required", named):
+        asked: Any = {**RANDOM, "model": MODEL, "messages": MESSAGES, "max_tokens": 400, "tools": tools}
+        asked |= {"tool_choice": choice, "parallel_tool_calls": False}
+        whole = client.chat.completions.create(**asked).choices[0]
+        assert whole.finish_reason == "tool_calls" and whole.message.content is None
+        (call,) = whole.message.tool_calls
+        assert call.function.name == "look" and json.loads(call.function.arguments)["where"] in sides["enum"]
+        with client.chat.completions.stream(**asked) as stream:
+            streamed = stream.get_final_completion().choices[0].message
+        (other,) = streamed.tool_calls or ()
+        assert (other.id, other.function.arguments) == (call.id, call.function.arguments)
 
 
 def test_responses_and_messages_are_chats(client: OpenAI, cluster: Cluster) -> None:

@@ -33,6 +33,7 @@ from kvferry.router.catalogue.version import ServedModel, Version
 from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.dispatch.worker_group import Expected
 from kvferry.router.helpers.chat_renderer import Chat, Renderer
+from kvferry.router.helpers.grammar_checker import GrammarChecker
 from kvferry.router.http.http_server import HttpServer
 from kvferry.router.http.protocol import DeadlineProtocol
 from kvferry.router.metrics.metrics import RouterMetrics
@@ -265,23 +266,28 @@ class Submitter(Protocol):
 
 
 def catalogue_of(
-    dispatcher: Submitter, model: ServedModel | None = None, renderer: Renderer | None = None
+    dispatcher: Submitter,
+    model: ServedModel | None = None,
+    renderer: Renderer | None = None,
+    grammars: GrammarChecker | None = None,
 ) -> Catalogue:
     """One version with the toy tokenizer."""
     model = model or ServedModel(MODEL, MAX_MODEL_LEN, VOCAB_SIZE)
     expected = Expected(__version__, model.name)
-    return Catalogue([Version.create(model, toy_tokenizer(), cast(Dispatcher, dispatcher), expected, renderer)])
+    version = Version.create(model, toy_tokenizer(), cast(Dispatcher, dispatcher), expected, renderer, grammars)
+    return Catalogue([version])
 
 
 def serve(script: Script | None = None, api_keys: tuple[str, ...] = (), **options: object) -> Served:
-    """Call on a running loop. `options` are build_app's, and `model` and `renderer`."""
+    """Call on a running loop. `options` are build_app's, and `model`, `renderer` and `grammars`."""
     script = script or Script()
     clock = FakeClock(100.0)
     dispatcher = FakeDispatcher(script, clock)
     metrics = RouterMetrics(MODEL)
     options.setdefault("allowed_hosts", ("x", "test"))  # as the tests' clients call it
     renderer = options.pop("renderer", None) or Inline(toy_tokenizer())
-    catalogue = catalogue_of(dispatcher, options.pop("model", None), renderer)  # type: ignore[arg-type]
+    model, grammars = options.pop("model", None), options.pop("grammars", None)
+    catalogue = catalogue_of(dispatcher, model, renderer, grammars)  # type: ignore[arg-type]
     options.setdefault("keys", ApiKeys(api_keys))
     app = build_app(catalogue, metrics, clock=clock, seed=1, **options)  # type: ignore[arg-type]
     return Served(app, dispatcher, metrics, script)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvferry.common.grammar import Grammar
 from kvferry.router.catalogue.version import ServedModel
 
 from .fakes import MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Script, Served, events, serve
@@ -180,6 +181,41 @@ async def test_a_refusal_has_openais_shape(fields: dict[str, Any], param: str) -
     async with _served("x").client() as client:
         response = await client.post("/v1/chat/completions", json={"messages": CHAT, "tools": TOOLS, **fields})
     assert response.status_code == 400 and response.json()["error"]["param"] == param
+
+
+class Checker:
+    """Takes every grammar."""
+
+    def __init__(self) -> None:
+        self.checked: list[tuple[Grammar, str]] = []
+
+    async def check(self, grammar: Grammar, param: str) -> None:
+        self.checked.append((grammar, param))
+
+    def close(self) -> None: ...
+
+
+async def test_a_call_that_must_come_follows_a_grammar_and_does_not_reason() -> None:
+    checker = Checker()
+    text = '[{"name": "search", "arguments": {"query": "x"}}, {"name": "search", "arguments": {}}]'
+    model = ServedModel(MODEL, LONG, VOCAB_SIZE, reasoning_parser="deepseek_r1", tool_parser="mistral")
+    served = serve(Script(text), model=model, grammars=checker)
+    choice = await _whole(served, tool_choice="required")
+    assert [call["function"]["arguments"] for call in choice["message"]["tool_calls"]] == ['{"query": "x"}', "{}"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
+    ((grammar, param),) = checker.checked
+    assert served.request.grammar == grammar and param == "tools" and b'"const": "search"' in grammar.text
+    message, _ = await _streamed(served, tool_choice="required")
+    assert len(message["calls"]) == 2
+    await _whole(served, tool_choice="auto")
+    assert served.request.grammar is None
+
+
+async def test_the_form_of_text_is_for_answers_that_have_text() -> None:
+    text = '[{"name": "search", "arguments": {}}]'
+    served = serve(Script(text), model=ServedModel(MODEL, LONG, VOCAB_SIZE), grammars=Checker())
+    await _whole(served, tool_choice="required", response_format={"type": "json_object"})
+    assert served.request.grammar is not None and served.request.grammar.kind == "json_schema"
 
 
 async def test_the_models_own_choice_can_be_switched_off() -> None:

@@ -97,8 +97,8 @@ def test_a_wrong_choice_is_refused(tools: object, choice: object, param: str) ->
     assert caught.value.param == param
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "search"}}])
-def test_a_call_that_must_come_is_not_served_yet(choice: object) -> None:
-    with pytest.raises(RequestError, match="not served yet, only 'auto' and 'none'") as caught:
-        parse_tool_use([SEARCH], choice, None)
-    assert (caught.value.param, caught.value.code) == ("tool_choice", "unsupported_value")
+def test_a_call_may_have_to_come() -> None:
+    assert parse_tool_use([SEARCH], "required", None).is_forced
+    use = parse_tool_use([SEARCH], {"type": "function", "function": {"name": "search"}}, None)
+    assert use.is_forced and use.name == "search"
+    assert not parse_tool_use([SEARCH], "auto", None).is_forced
