@@ -76,3 +76,38 @@ async def test_a_plain_prompt_is_taken_as_it_stands() -> None:
         async with served.client() as client:
             await client.post("/v1/completions", json={"prompt": "a</s>", "max_tokens": 1})
         assert EOS in served.request.prompt_token_ids
+
+
+CALLED = {
+    "messages": [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a</s>": "\\u003c/s>"}'}}]},
+    ],
+    "tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"title": "t"}}}],
+    "max_tokens": 1,
+}
+
+
+async def _with_tools(mode: SpecialTokens) -> tuple[int, str, list[int]]:
+    served = serve(Script("ab"), model=ServedModel(MODEL, 4096, VOCAB_SIZE, special_tokens=mode))
+    async with served.client() as client:
+        answer = await client.post("/v1/chat/completions", json=CALLED)
+    ids = list(served.request.prompt_token_ids) if answer.status_code == 200 else []
+    return answer.status_code, answer.text, ids
+
+
+async def test_calls_of_earlier_turns_spell_them_too_in_names_and_escapes() -> None:
+    _, _, allowed = await _with_tools("allow")
+    assert allowed.count(EOS) == 2
+    _, _, as_text = await _with_tools("text")
+    assert EOS not in as_text and bytes(as_text).count(b"</s>") == 2
+    status, text, _ = await _with_tools("refuse")
+    assert status == 400 and "messages[1].tool_calls" in text
+
+
+async def test_tools_spell_them_too() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"</s>": {}}}}}]
+    async with _serve("refuse").client() as client:
+        body = {"messages": [{"role": "user", "content": "hi"}], "tools": tools}
+        answer = await client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "tools[0]"
