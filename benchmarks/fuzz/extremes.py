@@ -24,6 +24,7 @@ from kvferry.router.api.fields import IGNORED, UNSUPPORTED
 from kvferry.router.api.grammars import FIELDS
 from kvferry.router.api.schemas import ChatBody, CompletionBody, GenerationBody, validate
 from kvferry.router.api.values import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS, MAX_STOPS
+from kvferry.router.turns.definitions import MAX_TOOLS
 
 Values = list[Any]
 
@@ -232,5 +233,14 @@ def _own(vocab_size: int) -> dict[str, Values]:
         "store": [None, True],
         "safety_identifier": [None, "x"],
         "prompt_cache_key": [None, "x"],
+        "prompt_cache_options": [None, {}],
+        "prompt_cache_retention": [None, "24h"],
+        "tools": [
+            None, [], [{"type": "function", "function": {"name": "f"}}],
+            [{"type": "function", "function": {"name": f"n{index}"}} for index in range(MAX_TOOLS)],
+        ],
+        "tool_choice": [None, "none", "auto"],
+        "parallel_tool_calls": [None, True, False],
+        "reasoning_effort": [None, "none", "xhigh"],
         "request_id": [None, "x" * 300],
     }  # fmt: skip
