@@ -693,8 +693,8 @@ def test_a_call_that_must_come_follows_its_schema(client: OpenAI) -> None:
         (call,) = whole.message.tool_calls
         assert call.function.name == "look" and json.loads(call.function.arguments)["where"] in sides["enum"]
         with client.chat.completions.stream(**asked) as stream:
-            streamed = stream.get_final_completion().choices[0].message
-        (other,) = streamed.tool_calls or ()
+            streamed: Any = stream.get_final_completion().choices[0].message
+        (other,) = streamed.tool_calls
         assert (other.id, other.function.arguments) == (call.id, call.function.arguments)
 
 
