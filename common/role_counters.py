@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from operator import add
+
+from msgspec import Struct
+from msgspec.structs import astuple
 
 
-@dataclass(frozen=True, slots=True)
-class RoleCounters:
+class RoleCounters(Struct, frozen=True):
     """Figures of one role, under the names that `WorkerStatus` gives them."""
 
     num_running: int
@@ -20,4 +22,4 @@ class RoleCounters:
     nonfinite_rows: int
 
     def __add__(self, other: RoleCounters) -> RoleCounters:
-        return RoleCounters(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+        return RoleCounters(*map(add, astuple(self), astuple(other)))

@@ -31,7 +31,7 @@ class Pace:
         if batch.has_drafts:
             return
         num_rows = sum(row.kind is RowKind.DECODE for row in batch.rows)
-        self.learn(output.step_s - output.swap_s, num_chunk_tokens=batch.num_tokens - num_rows, num_rows=num_rows)
+        self.learn(output.step_s - output.swap_s, num_chunk_tokens=output.num_tokens - num_rows, num_rows=num_rows)
 
     def learn(self, step_s: float, *, num_chunk_tokens: int, num_rows: int) -> None:
         if num_chunk_tokens:

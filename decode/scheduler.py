@@ -85,14 +85,14 @@ class DecodeScheduler:
     @property
     def waiting_tokens(self) -> int:
         """Known tokens without KV, apart from the one that each sequence feeds next."""
-        held = sum(max(0, seq.num_uncomputed_tokens - 1) for seq in (*self.running, *self.parked))
+        held = sum([max(0, len(seq.token_ids) - seq.num_computed_tokens - 1) for seq in (*self.running, *self.parked)])
         saved = self.blocks.swap.num_saved_tokens
         return held + sum(max(0, seq.num_uncomputed_tokens - saved(seq)) for seq in self.waiting)
 
     @property
     def num_context_tokens(self) -> int:
         """Return the tokens of all running sequences, prompts included."""
-        return sum(seq.num_tokens for seq in self.running)
+        return sum([len(seq.token_ids) for seq in self.running])
 
     @property
     def growth_reserve(self) -> int:
@@ -172,7 +172,8 @@ class DecodeScheduler:
             budget -= sum(row.num_scheduled_tokens for row in chunks)
             self.speculation.draft(rows, budget, self._make_room)
         rows += chunks
-        rows.sort(key=lambda row: _KINDS.index(row.kind))
+        if chunks or self.speculation is not None:
+            rows.sort(key=lambda row: _KINDS.index(row.kind))
         batch = self.blocks.begin(rows)
         self._in_step = batch is not None
         return batch

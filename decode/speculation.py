@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from ..common.batch import Batch, BatchRow, RowKind, StepOutput
 from ..common.config import SpeculativeConfig
 from ..common.request import Sequence
@@ -38,8 +40,7 @@ class _Track:
     proposed_at: int = 0  # the position of the first of them
 
 
-@dataclass(slots=True)
-class DraftCounters:
+class DraftCounters(Struct):
     """Figures since the start, under the names that `WorkerStatus` gives them."""
 
     draft_tokens: int = 0  # that were fed

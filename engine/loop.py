@@ -14,8 +14,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from ..common.batch import Batch, StepOutput
 
@@ -44,8 +45,7 @@ class StepRole(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class StepFigures:
+class StepFigures(Struct, frozen=True):
     """Figures of an engine's steps, under the names that `WorkerStatus` gives them."""
 
     steps: int  # finished since start

@@ -15,15 +15,16 @@ MAX_SAMPLES = 64  # of one heartbeat, as the wire bounds them
 
 def step_sample(batch: Batch, step_s: float = 0.0) -> StepSample:
     """Describe a step whose tokens are not counted as computed yet, and that verifies none."""
-    chunks = [row for row in batch.rows if row.kind is RowKind.CHUNK]
-    rows = [row for row in batch.rows if row.kind is RowKind.DECODE]
-    return StepSample(
-        step_s,
-        prefill_tokens=sum(row.num_scheduled_tokens for row in chunks),
-        prefill_pairs=sum(row.num_scheduled_tokens * (row.start + row.end) // 2 for row in chunks),
-        decode_rows=len(rows),
-        decode_context=sum(row.end for row in rows),
-    )
+    tokens = pairs = rows = context = 0
+    for row in batch.rows:
+        start, count = row.seq.num_computed_tokens, row.num_scheduled_tokens
+        if row.kind is RowKind.DECODE:
+            rows += 1
+            context += start + count
+        elif row.kind is RowKind.CHUNK:
+            tokens += count
+            pairs += count * (2 * start + count) // 2
+    return StepSample(step_s, tokens, pairs, rows, context)
 
 
 @dataclass(slots=True)

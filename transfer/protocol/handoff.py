@@ -54,7 +54,7 @@ def check_compatible(local: Endpoint, remote: Endpoint) -> str | None:
         return f"kvferry {local.version} here, {remote.version} there"
     if local.transport != remote.transport:
         return f"transport {local.transport!r} here, {remote.transport!r} there"
-    for name in KVCacheSpec.__struct_fields__:
+    for name in KVCacheSpec.__struct_fields__ if local.spec != remote.spec else ():
         ours, theirs = getattr(local.spec, name), getattr(remote.spec, name)
         if ours != theirs:
             return f"KV cache {name} {ours!r} here, {theirs!r} there"

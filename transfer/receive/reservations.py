@@ -109,7 +109,8 @@ class Reservations:
 
     @property
     def num_quarantined_blocks(self) -> int:
-        return sum(len(reservation.block_ids) for reservation in self.in_state(ReservationState.DOOMED))
+        """Count the blocks of doomed reservations; nothing else is in quarantine (`check`)."""
+        return self._pool.num_quarantined_blocks
 
     def shortage(
         self, num_total: int, hits: list[BlockId], growth_reserve: int, *, without_quarantine: bool = False
@@ -138,7 +139,8 @@ class Reservations:
     def check(self) -> None:
         """Assert that these books and the pool's agree."""
         self._pool.check()
-        assert self.num_quarantined_blocks == self._pool.num_quarantined_blocks
+        doomed = self.in_state(ReservationState.DOOMED)
+        assert sum(len(reservation.block_ids) for reservation in doomed) == self._pool.num_quarantined_blocks
         named = [block for reservation in self.live.values() for block in reservation.block_ids]
         assert len(named) == len(set(named)), "a block is granted twice"
         for reservation in self.live.values():
