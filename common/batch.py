@@ -59,12 +59,13 @@ class BatchRow:
     @property
     def token_ids(self) -> list[int]:
         """Return what is fed."""
-        return self.seq.token_ids[self.start : self.start + self.num_known_tokens] + list(self.draft)
+        return [*self.seq.token_ids[self.start : self.start + self.num_known_tokens], *self.draft]
 
     @property
     def samples(self) -> bool:
         """Tell whether the row feeds the last known token, so that its logits choose the next one."""
-        return self.seq.samples and self.start + self.num_known_tokens == self.seq.num_tokens
+        seq = self.seq
+        return seq.samples and seq.num_computed_tokens + self.num_known_tokens == len(seq.token_ids)
 
     @property
     def choices(self) -> tuple[int, ...]:

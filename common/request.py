@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableSequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, NewType
@@ -132,7 +132,7 @@ def grammar_refusal(grammar: CompiledGrammar) -> tuple[str, str]:
     return "grammar", f"the grammar that is asked for cannot be followed: {grammar.failure}"
 
 
-def pack_ids(token_ids: list[int]) -> bytes:
+def pack_ids(token_ids: Iterable[int]) -> bytes:
     return array("i", token_ids).tobytes()
 
 
@@ -162,7 +162,7 @@ class Sequence:
     request_id: RequestId
     attempt: int
     choice: int
-    token_ids: list[int]  # prompt, then output
+    token_ids: MutableSequence[int]  # prompt, then output
     num_prompt_tokens: int
     sampling: SamplingParams
     cache_salt: bytes = b""
@@ -229,7 +229,7 @@ class Sequence:
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
+        return list(self.token_ids[self.num_prompt_tokens :])
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from ..common import failpoints
 from ..common.clock import Clock
 from ..common.grammar import Grammars
-from ..common.request import RequestSpec, Sequence
+from ..common.request import RequestSpec
+from ..kvcache.contents import Contents
 from ..transfer.receive.receiver import KVReceiver, Reservation
 from .outbox import Outbox
 from .requests import RunningRequests
@@ -30,6 +31,7 @@ class Adoption:
         requests: RunningRequests,
         outbox: Outbox,
         clock: Clock,
+        contents: Contents,
         grammars: Grammars | None = None,
     ) -> None:
         self._receiver = receiver
@@ -38,6 +40,7 @@ class Adoption:
         self._outbox = outbox
         self._clock = clock
         self._grammars = grammars
+        self._contents = contents
         # Choices that ended while their prompt was still on its way, by (request id, attempt).
         self._ended_early: dict[tuple[str, int], set[int]] = {}
 
@@ -87,9 +90,11 @@ class Adoption:
                 outputs = [token.token_id for token in first[choice].tokens]
                 self._outbox.add(request, first[choice])
             if choice not in first or first[choice].finish is None:
-                seq = request.sequences[choice] = Sequence.of(spec, choice, outputs, grammar=request.grammar)
+                seq = request.sequences[choice] = self._contents.sequence(
+                    spec, choice, outputs, reservation.block_hashes
+                )
+                seq.grammar = request.grammar
                 seq.is_retained_elsewhere = not reservation.retains_prefix
-                seq.block_hashes = list(reservation.block_hashes)  # those of the answer's blocks go on from there
         self._place(request, blocks, copies)
 
     def _place(self, request: RunningRequest, blocks: list[int], copies: list[int]) -> None:

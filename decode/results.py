@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from ..common.batch import Batch, BatchRow, RowOutput, Run, StepOutput
 from ..common.messages import ChoiceTokens, Message, in_pieces, nothing_to_choose
-from ..common.request import FinishReason, Sequence, finish_reason
+from ..common.request import FinishReason, SampledToken, Sequence, finish_reason
+from ..kvcache.contents import Contents
 from .outbox import Outbox
 from .requests import RunningRequests
 from .running import RunningRequest
@@ -27,6 +28,7 @@ class StepResults:
         outbox: Outbox,
         to_router: Callable[[str, Message], None],
         *,
+        contents: Contents,
         eos_token_ids: frozenset[int],
         max_model_len: int,
     ) -> None:
@@ -34,6 +36,7 @@ class StepResults:
         self._requests = requests
         self._outbox = outbox
         self._to_router = to_router
+        self._contents = contents
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
         self.num_nonfinite_rows = 0
@@ -55,7 +58,8 @@ class StepResults:
             if row.seq.request_id in failed:
                 self._fail(row.seq, failed[row.seq.request_id])
                 continue
-            self._send_prompt_logprobs(row, start, result)
+            if result.prompt_logprobs:
+                self._send_prompt_logprobs(row, start, result)
             if samples:
                 self._on_sampled(row.seq, result)
 
@@ -85,7 +89,8 @@ class StepResults:
         runs = {choice: run for choice, run in zip(choices, result.runs, strict=True) if choice not in request.dropped}
         for choice, run in runs.items():
             if choice != seq.choice:
-                child = Sequence.of(request.spec, choice, [run[0].token_id], grammar=seq.grammar)
+                child = self._contents.sequence(request.spec, choice, [run[0].token_id])
+                child.grammar = seq.grammar
                 request.sequences[choice] = child
                 self._scheduler.fork(seq, child)
         for choice, run in runs.items():
@@ -95,25 +100,39 @@ class StepResults:
 
     def _on_run(self, request: RunningRequest, seq: Sequence, run: Run) -> None:
         """Queue a run for the router, up to where the sequence ends."""
-        if seq.num_uncomputed_tokens == 0:  # a fork has its first token already
+        if len(seq.token_ids) == seq.num_computed_tokens:  # a fork has its first token already
             seq.token_ids.append(run[0].token_id)
-        first, num_taken, reason = seq.num_output_tokens - 1, 1, self._finish_reason(seq)
+        first, num_taken, reason = seq.num_output_tokens - 1, 1, self._finish_reason(seq, run[0])
+        if reason is None and len(run) > 1:
+            num_taken += self._extend(seq, run)
         while reason is None and num_taken < len(run):
-            seq.token_ids.append(run[num_taken].token_id)
-            num_taken, reason = num_taken + 1, self._finish_reason(seq)
+            token = run[num_taken]
+            seq.token_ids.append(token.token_id)
+            num_taken, reason = num_taken + 1, self._finish_reason(seq, token)
         if num_taken > 1:
             self._scheduler.accept(seq, num_taken - 1)
         self._outbox.add(request, ChoiceTokens(seq.choice, first, run[:num_taken], reason))
         if reason is not None:
             self._requests.remove(request, seq)
 
-    def _finish_reason(self, seq: Sequence) -> FinishReason | None:
+    def _extend(self, seq: Sequence, run: Run) -> int:
+        """Take what comes after a run's first token at once, as far as none of it can be the last; say how many."""
+        sampling, ends = seq.sampling, self._eos_token_ids.union(seq.sampling.stop_token_ids)
+        room = min(sampling.max_tokens - seq.num_output_tokens, self._max_model_len - seq.num_tokens)
+        token_ids = [token.token_id for token in run[1 : max(1, room)]]
+        if not ends.isdisjoint(token_ids):
+            del token_ids[next(place for place, token_id in enumerate(token_ids) if token_id in ends) :]
+        seq.token_ids.extend(token_ids)
+        return len(token_ids)
+
+    def _finish_reason(self, seq: Sequence, last: SampledToken) -> FinishReason | None:
         """Say why the sequence ends with its last token; None: it goes on."""
+        num_tokens = len(seq.token_ids)
         return finish_reason(
             seq.sampling,
-            seq.token_ids[-1],
-            num_output_tokens=seq.num_output_tokens,
-            num_tokens=seq.num_tokens,
+            last.token_id,
+            num_output_tokens=num_tokens - seq.num_prompt_tokens,
+            num_tokens=num_tokens,
             eos_token_ids=self._eos_token_ids,
             max_model_len=self._max_model_len,
             follows_grammar=seq.grammar is not None,

@@ -37,6 +37,7 @@ from ..common.messages import (
 from ..common.request import RequestSpec, Sequence, grammar_refusal, why_unserved
 from ..common.role_counters import RoleCounters
 from ..kvcache.blocks import BlockPool
+from ..kvcache.contents import Contents, TokenContents
 from ..kvcache.prefix_cache import PrefixCache
 from ..transfer.fetch.fetches import Fetches
 from ..transfer.receive.receiver import KVReceiver, ReservationState
@@ -74,11 +75,12 @@ class DecodeRole:
         served_model: str = "",
         grammars: Grammars | None = None,
         speculative: SpeculativeConfig | None = None,
+        contents: Contents | None = None,
     ) -> None:
         """`leaving()` returns what waits until all that was sent has left this process; None: it leaves at once.
 
         `served_model`: what requests may ask for. `grammars` None: those that ask for one are refused.
-        `speculative` None: no token is drafted.
+        `speculative` None: no token is drafted. `contents`: reads requests; None: by their token ids.
         """
         self.pool = pool
         self.receiver = receiver
@@ -94,6 +96,7 @@ class DecodeRole:
         )
         self._clock = clock
         self._to_router = to_router
+        self._contents = contents if contents is not None else TokenContents(spec)
         self._waiting = WaitingReservations(receiver, pool, spec, clock, lambda: self.scheduler.growth_reserve)
         self.fetches: Fetches | None = None  # None: everything that is not in the cache is computed
         self._outbox = Outbox(to_router)
@@ -103,6 +106,7 @@ class DecodeRole:
             self._requests,
             self._outbox,
             to_router,
+            contents=self._contents,
             eos_token_ids=eos_token_ids,
             max_model_len=max_model_len,
         )
@@ -110,7 +114,9 @@ class DecodeRole:
         self._served_model = served_model
         self._grammars = grammars
         self._wait_left: Callable[[], object] | None = None
-        self._adoption = Adoption(receiver, self.scheduler, self._requests, self._outbox, clock, grammars)
+        self._adoption = Adoption(
+            receiver, self.scheduler, self._requests, self._outbox, clock, self._contents, grammars
+        )
 
     # --- messages ---------------------------------------------------------------------------------------
 
@@ -173,7 +179,8 @@ class DecodeRole:
         request = RunningRequest(router_id, spec, self._adoption.expires_s(spec))
         request.grammar = self._grammar_of(spec)
         try:
-            for seq in _prompt_sequences(spec, request.grammar):
+            for seq in self._prompt_sequences(spec):
+                seq.grammar = request.grammar
                 self.scheduler.add(seq)
                 request.sequences[seq.choice] = seq
         except CapacityError as error:
@@ -184,6 +191,15 @@ class DecodeRole:
         self._requests.add(request)
         if fetch is not None and self.fetches is not None:
             self._fetch(list(request.sequences.values()), fetch, self.fetches)
+
+    def _prompt_sequences(self, spec: RequestSpec) -> list[Sequence]:
+        """A fresh request computes its prompt once for all choices; resumed choices go each their own way."""
+        make = self._contents.sequence
+        if spec.is_resume:
+            return [make(spec, choice, spec.output_token_ids(index)) for index, choice in enumerate(spec.choices)]
+        first = make(spec, spec.choices[0])
+        first.pending_choices = spec.choices
+        return [first]
 
     def _fetch(self, sequences: list[Sequence], source: FetchFrom, fetches: Fetches) -> None:
         """Read what lies elsewhere before the prompt is begun. If it ends meanwhile, the cache has it for others."""
@@ -341,6 +357,11 @@ class DecodeRole:
         promised = {reservation.router_id for reservation in self.receiver.reservations.live.values()}
         return self._requests.routers | self._waiting.routers | promised
 
+    @property
+    def num_waiting_reservations(self) -> int:
+        """Count the requests that wait for blocks to be promised to them."""
+        return len(self._waiting)
+
     def _give_up_unopened(self) -> None:
         """Nobody may open them any more: their routers learn it now."""
         for reservation in self.receiver.reservations.in_state(ReservationState.GRANTED):
@@ -393,15 +414,3 @@ class DecodeRole:
 
 def _is_expired(spec: RequestSpec) -> bool:
     return spec.remaining_s is not None and spec.remaining_s <= 0
-
-
-def _prompt_sequences(spec: RequestSpec, grammar: CompiledGrammar | None) -> list[Sequence]:
-    """A fresh request computes its prompt once for all choices; resumed choices go each their own way."""
-    if spec.is_resume:
-        return [
-            Sequence.of(spec, choice, spec.output_token_ids(index), grammar=grammar)
-            for index, choice in enumerate(spec.choices)
-        ]
-    first = Sequence.of(spec, spec.choices[0], grammar=grammar)
-    first.pending_choices = spec.choices
-    return [first]

@@ -38,6 +38,7 @@ from ..common.messages import (
 from ..common.request import RequestSpec, Sequence, grammar_refusal, why_unserved
 from ..common.role_counters import RoleCounters
 from ..kvcache.blocks import BlockPool, prefix_salt
+from ..kvcache.contents import Contents, TokenContents
 from ..kvcache.prefix_cache import PrefixCache
 from ..transfer.fetch.fetches import Fetches
 from ..transfer.protocol.handoff import Endpoint, check_grant
@@ -70,10 +71,11 @@ class PrefillRole:
         served_model: str = "",
         cache: PrefixCache | None = None,
         grammars: Grammars | None = None,
+        contents: Contents | None = None,
     ) -> None:
         """`own_id`: the worker's name, where it grants blocks as well. `served_model`: what tasks may ask for.
 
-        `grammars` None: those that ask for one are refused.
+        `grammars` None: those that ask for one are refused. `contents`: reads requests; None: by their token ids.
         """
         self.pool = pool
         self._endpoint = endpoint
@@ -81,6 +83,7 @@ class PrefillRole:
             pool, clock, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, cache=cache
         )
         self._clock = clock
+        self._contents = contents if contents is not None else TokenContents(endpoint.spec)
         self._shipping = shipping
         self._to_router = to_router
         self._eos_token_ids = eos_token_ids
@@ -140,7 +143,7 @@ class PrefillRole:
         if (refusal := self._refusal(spec, grant)) is not None:
             self._refuse(router_id, spec, *refusal)
             return
-        seq = Sequence.of(spec, spec.choices[0])
+        seq = self._contents.sequence(spec, spec.choices[0])
         if spec.grammar is not None and self._grammars is not None and message.sample:
             seq.grammar = self._grammars.get(spec.grammar)
         seq.pending_choices, seq.samples = spec.choices, message.sample
@@ -225,6 +228,8 @@ class PrefillRole:
     # --- steps ------------------------------------------------------------------------------------------
 
     def schedule(self) -> Batch | None:
+        if not self.scheduler.prompts:
+            return None
         for prompt in self.scheduler.expired():
             task = self._tasks[prompt.seq.request_id]
             self._refuse(task.router_id, task.spec, "expired")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kvferry.common.batch import Batch, BatchRow, StepOutput
@@ -32,9 +32,10 @@ class Driver:
         self.outputs: list[StepOutput] = []
 
     def add(
-        self, prompt: list[int], sampling: SamplingParams = GREEDY, *, name: str = "r", choice: int = 0
+        self, prompt: Iterable[int], sampling: SamplingParams = GREEDY, *, name: str = "r", choice: int = 0
     ) -> Sequence:
-        return Sequence(RequestId(name), 0, choice, list(prompt), len(prompt), sampling)
+        ids = list(prompt)
+        return Sequence(RequestId(name), 0, choice, ids, len(ids), sampling)
 
     def grow(self, seq: Sequence, num_tokens: int) -> None:
         """Give `seq` the blocks that its first `num_tokens` tokens need."""

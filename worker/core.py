@@ -44,6 +44,7 @@ from ..decode.role import DecodeRole
 from ..engine.loop import StepFigures
 from ..engine.samples import RouterSamples, step_sample
 from ..kvcache.blocks import BlockPool
+from ..kvcache.contents import Contents
 from ..kvcache.journal import open_journal
 from ..kvcache.prefix_cache import PrefixCache
 from ..prefill.role import PrefillRole
@@ -82,10 +83,12 @@ class WorkerCore:
         regions: tuple[RegionInfo, ...],
         watch_processes: WatchProcesses = watch_processes,
         grammars: Grammars | None = None,
+        contents: Contents | None = None,
     ) -> None:
         """`cache` is around `pool`. `regions`: of every rank's agent through which others write.
 
         `grammars`: whoever compiles them calls `wake` when one is ready; None: those that ask for one are refused.
+        `contents`: reads requests; None: by their token ids.
         """
         self.config = config
         self.pool = pool
@@ -94,6 +97,7 @@ class WorkerCore:
         self._effects = effects
         self._shipping = shipping
         self._grammars = grammars
+        self._contents = contents
         self._is_watching = False
         self._drains_until: float | None = None
         self._num_ticks = 0
@@ -117,6 +121,7 @@ class WorkerCore:
             rotate=effects.rotate,
             watch=watch_processes,
             checks_bytes=config.checks_bytes,
+            contents=contents,
         )
         self.decode = self._make_decode_role()
         self.lending = self._make_lending()
@@ -147,6 +152,7 @@ class WorkerCore:
             served_model=config.served_model,
             grammars=self._grammars,
             speculative=config.speculative,
+            contents=self._contents,
         )
 
     def _make_prefill_role(self, shipping: Shipping) -> PrefillRole:
@@ -165,6 +171,7 @@ class WorkerCore:
             served_model=config.served_model,
             cache=self.cache,
             grammars=self._grammars,
+            contents=self._contents,
         )
 
     def _make_fetches(self, reading: Reading) -> Fetches:

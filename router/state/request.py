@@ -12,6 +12,7 @@ The accepted tokens of its choices (`choice_state.py`) are what a resumed attemp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -63,7 +64,7 @@ class RouterRequest:
     """
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: Sequence[int]
     sampling: SamplingParams
     n: int = 1
     priority: int = 0  # lower runs first

@@ -6,6 +6,8 @@ tokens. Between scheduling and that, every block that the pool would hand out is
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import RequestId, SamplingParams, Sequence
@@ -60,9 +62,10 @@ class TaggedScheduler:
 
     # --- sequences ----------------------------------------------------------------------------------------------
 
-    def sequence(self, name: str, tokens: list[int], *, arrival: int = 0, priority: int = 0) -> Sequence:
+    def sequence(self, name: str, tokens: Iterable[int], *, arrival: int = 0, priority: int = 0) -> Sequence:
         params = SamplingParams(temperature=0.0, max_tokens=10_000)
-        return Sequence(RequestId(name), 0, 0, list(tokens), len(tokens), params, arrival=arrival, priority=priority)
+        ids = list(tokens)
+        return Sequence(RequestId(name), 0, 0, ids, len(ids), params, arrival=arrival, priority=priority)
 
     def prompt(self, name: str, num_tokens: int, num_outputs: int, *, first: int = 0, **order: int) -> Sequence:
         """A prompt that is computed here."""

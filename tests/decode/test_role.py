@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import msgspec
+import pytest
+
 from kvferry.common.batch import RowOutput, StepOutput
 from kvferry.common.messages import (
     Abort,
@@ -15,7 +18,7 @@ from kvferry.common.messages import (
     TaskRefused,
     WorkerFailure,
 )
-from kvferry.common.request import SampledToken
+from kvferry.common.request import SampledToken, SamplingParams
 
 from .bench import EOS, Bench, first_token
 
@@ -75,6 +78,27 @@ def test_a_run_of_tokens_is_taken_up_to_where_its_choice_ends() -> None:
     assert batch is not None and [(row.seq.choice, row.seq.token_ids[-1]) for row in batch.rows] == [(0, 7)]
     assert bench.tokens("a")[0] == [(0, 5), (1, 9), (2, 8), (3, 7)], "it went on behind its run"
     assert bench.role.is_quiet and bench.pool.num_owned_blocks == 0
+
+
+@pytest.mark.parametrize("min_tokens", [0, 3])
+@pytest.mark.parametrize(
+    "tokens", [(9,), (9, 8, 7), (9, 8, 7, 6, 5, 4), (9, 8, EOS, 7), (EOS, 9), (9, 3, 8, 7), (9, EOS, 3, 8, 7)]
+)
+def test_a_run_ends_where_its_tokens_would_have_ended_one_by_one(tokens: tuple[int, ...], min_tokens: int) -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=6, min_tokens=min_tokens, stop_token_ids=(3,))
+    at_once, singly = Bench(), Bench()
+    for bench in (at_once, singly):
+        bench.hand_over(msgspec.structs.replace(bench.spec("a", 5), sampling=sampling), (first_token(0, 5),))
+    batch = at_once.role.schedule()
+    assert batch is not None
+    at_once.role.scheduler.blocks.grow(batch.rows[0].seq)
+    run = tuple(map(SampledToken, tokens))
+    at_once.role.complete(batch, StepOutput([RowOutput((run,))], 0.01, 1))
+    for token in tokens:
+        singly.step(token)
+    assert at_once.tokens("a") == singly.tokens("a")
+    assert at_once.role.is_quiet == singly.role.is_quiet
+    at_once.check()
 
 
 def test_a_choice_that_ended_with_its_first_token_takes_no_row() -> None:

@@ -9,6 +9,7 @@ from kvferry.common.messages import Grant, GrantInfo, KVOpen, NoCapacity, Prompt
 from kvferry.common.request import RequestSpec, SampledToken, Sequence
 from kvferry.decode import sequence_blocks
 from kvferry.decode.sequence_blocks import SequenceBlocks
+from kvferry.kvcache import contents
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.prefill import role as prefill_role
 from kvferry.prefill.role import PrefillRole
@@ -23,7 +24,7 @@ from kvferry.router.state.choice_state import ChoiceState, Drops
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.token_stream import TokenStream
 from kvferry.router.state.worker import RouterWorker
-from kvferry.transfer.receive import grants, reservations
+from kvferry.transfer.receive import reservations
 from kvferry.transfer.receive.opens import Opens
 from kvferry.transfer.receive.receiver import KVReceiver
 from kvferry.transfer.receive.reservation import Reservation, ReservationState
@@ -358,7 +359,7 @@ BUGS = (
     Planted(
         "tenants share a cache",
         frozenset({"F2", "H2"}),
-        patches=tuple((module, "prefix_salt", _salt_of_all) for module in (sequence_blocks, grants, prefill_role)),
+        patches=tuple((module, "prefix_salt", _salt_of_all) for module in (sequence_blocks, contents, prefill_role)),
     ),
     Planted(
         "a role change forgets reservations", frozenset({"I19"}), patches=((core, "RolePair", _ForgetsReservations),)

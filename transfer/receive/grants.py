@@ -12,7 +12,8 @@ from ...common.config import TransferConfig
 from ...common.kv_spec import KVCacheSpec
 from ...common.messages import Grant, GrantId, GrantInfo, NoCapacity
 from ...common.request import BlockId, RequestSpec
-from ...kvcache.blocks import BlockPool, hash_blocks, prefix_salt
+from ...kvcache.blocks import BlockPool
+from ...kvcache.contents import Contents
 from ..protocol.handoff import mint_grant
 from .endings import Counters, Endings
 from .reservation import Reservation, ReservationState
@@ -38,6 +39,7 @@ class Grants:
         key: bytes,
         config: TransferConfig,
         clock: Clock,
+        contents: Contents,
     ) -> None:
         self._worker_id = worker_id
         self._incarnation = incarnation
@@ -51,6 +53,7 @@ class Grants:
         self._key = key
         self._config = config
         self._clock = clock
+        self._contents = contents
         self._epoch = 0
         self.prefix_queries = 0  # tokens looked up
         self.prefix_hits = 0
@@ -75,8 +78,7 @@ class Grants:
         self, spec: RequestSpec, router_id: str, max_local_tokens: int, growth_reserve: int
     ) -> Grant | NoCapacity:
         num_tokens, block_size = spec.num_prompt_tokens, self._spec.block_size
-        salt = prefix_salt(self._spec, spec.cache_salt, spec.adapter)
-        hashes = hash_blocks(spec.prompt_token_ids(), block_size, salt)
+        hashes = self._contents.prompt_hashes(spec)
         hits = self._pool.match_prefix(hashes)
         num_cached = len(hits) * block_size
         if num_tokens - num_cached <= max_local_tokens:

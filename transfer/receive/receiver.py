@@ -34,6 +34,7 @@ from ...common.messages import (
 )
 from ...common.request import BlockId, RequestSpec
 from ...kvcache.blocks import BlockPool
+from ...kvcache.contents import Contents, TokenContents
 from ..protocol.handoff import Endpoint, Verdict
 from .arrivals import Arrivals
 from .endings import Counters, Endings
@@ -71,11 +72,12 @@ class KVReceiver:
         rotate: Callable[[int], None] | None = None,
         watch: WatchProcesses = watch_processes,
         checks_bytes: bool = False,
+        contents: Contents | None = None,
     ) -> None:
         """`rotate(generation)`: begin to replace the agents of all ranks, answered by `rotated` or `rotation_failed`.
 
         Without it the blocks of a writer that gives no clean end stay in quarantine. `checks_bytes`: arrivals that
-        carry checksums come with a verdict.
+        carry checksums come with a verdict. `contents`: reads requests; None: by their token ids.
         """
         key = secrets.token_bytes(32)
         self._pool = pool
@@ -125,6 +127,7 @@ class KVReceiver:
             key=key,
             config=config,
             clock=clock,
+            contents=contents if contents is not None else TokenContents(spec),
         )
         self._arrivals = Arrivals(
             reservations=self.reservations,
