@@ -1,4 +1,4 @@
-"""A simulated cluster: production's own router and schedulers in virtual time, workers as step-time models.
+"""A simulated cluster: production's own router and workers' core in virtual time, engines as step-time models.
 
     from kvferry.simulator import Fleet, Router, Scenario, Traffic, capacity, simulate
 

@@ -1,11 +1,12 @@
 """A simulated worker's engine: one step after another, or many decode steps in one jump.
 
-    wake ─> a part's batch ─> step time ─> [end] ─> the part's results ─> the next batch
+    wake ─> the core's batch ─> step time ─> [end] ─> a run of tokens for each row ─> the core ─> the next batch
 
 While the same rows decode, nothing happens but that each step takes a little longer than the one before it. So steps up
-to the next finish are one event; who looks in between (a heartbeat, a reservation) sees the state after the steps that
-are over by then, and whoever brings new work cuts the jump after the step that runs. With `jumps=False` every step is
-an event of its own, which changes nothing but the time that it takes to simulate.
+to the next finish are one event, which yields a run of tokens for every row. Whoever looks in between (a heartbeat, a
+reservation) finds the blocks taken that the steps over by then have taken, and whoever brings new work ends the jump
+with the step that runs. With `jumps=False` every step is an event of its own, which changes nothing but the time that
+it takes to simulate.
 
 With host memory below the device a step begins with copies, which take their time; a jump ends where a step may copy.
 """
@@ -13,124 +14,109 @@ With host memory below the device a step begins with copies, which take their ti
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
+from collections.abc import Callable, Mapping
 from math import exp, sqrt
 from random import Random
 
-from ..common.batch import Batch
-from ..common.messages import StepSample, StepTokens
-from ..kvcache.blocks import BlockPool
-from ..kvcache.prefix_cache import PrefixCache
-from ..prefill.scheduler import MAX_STEP_S
+from ..common.batch import Batch, BatchRow, RowOutput, StepOutput
+from ..common.messages import StepSample
+from ..common.request import Sequence
+from ..engine.loop import StepFigures
+from ..worker.core import WorkerCore
 from .costs.steps import StepModel, StepWork
-from .decode import Answer, DecodePart
-from .jump import Figures, Step, work_of
+from .jobs import TOKEN, Job, next_tokens
+from .jump import Step, work_of
 from .kernel import Kernel
-from .prefill import PrefillPart
 
 _MAX_JUMP = 1 << 16
-_KEPT_SAMPLES = 8
-_SAMPLES_PER_STATUS = 4
 _EVERY_DECODE_STEP = 8
 _REMEMBERED_STEPS = 48  # a moving average of weight 0.3 knows nothing of those before
 
 
 class Engine:
-    """One per worker life. `wake` whenever there may be work."""
+    """One per worker life. `wake` whenever there may be work, `sync` before the core is called and `recheck` after."""
 
     def __init__(
         self,
         kernel: Kernel,
-        cache: PrefixCache,
-        pool: BlockPool,
+        core: WorkerCore,
         model: StepModel,
-        prefill: PrefillPart,
-        decode: DecodePart,
+        jobs: Mapping[str, Job],
         random: Random,
+        tell_early: Callable[[list[Sequence]], None],
         *,
         copy_s: float,
         jumps: bool,
     ) -> None:
         self._kernel = kernel
-        self._cache = cache
-        self._pool = pool
+        self._core = core
+        self._scheduler = core.decode.scheduler
+        self._pool = core.pool
+        self._cache = core.cache
         self._copy_s = copy_s  # of one block
         self._model = model
-        self._prefill = prefill
-        self._decode = decode
+        self._jobs = jobs
         self._random = random
+        self._tell_early = tell_early
         self._jumps = jumps
         self._step: Step | None = None
         self._is_waking = False
-        self._had_turn: PrefillPart | DecodePart = decode
-        self._was_idle = True
+        self._scene: tuple[int, ...] = ()
+        self._num_free = 0  # as the jump that runs has left them
         self._num_steps = 0  # finished
         self._last = (0.0, 0)
-        self._samples: deque[StepSample] = deque(maxlen=_KEPT_SAMPLES)
+        self.step_end_s = 0.0  # of the single step that runs
+        self.is_scheduling = False
         self.is_dead = False
         self.busy_s = 0.0
 
     # --- steps ------------------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """There may be work: begin, or end the jump with the step that runs."""
-        if self.is_dead:
-            return
-        if self._step is None:
-            if not self._is_waking:
-                self._is_waking = True
-                self._kernel.after(0.0, self._begin)
-        else:
-            self._cut(self._step, self._step.over(self._kernel.now()) + 1)
+        """Begin, if nothing runs: there may be work. `recheck` looks after a jump that runs."""
+        if self._step is None and not self._is_waking and not self.is_dead and self._has_work:
+            self._is_waking = True
+            self._kernel.after(0.0, self._begin)
+
+    @property
+    def _has_work(self) -> bool:
+        """Say whether an idle engine is not asked in vain."""
+        core = self._core
+        has_sequences = any(self._look()) or bool(core.prefill.scheduler.prompts or core.receiver.arrived)
+        return has_sequences or core.decode.num_waiting_reservations > 0 or not self._cache.is_settled
 
     def _begin(self) -> None:
         self._is_waking = False
-        if self._step is not None or self.is_dead:
-            return
-        self._prefill.scheduler.max_step_s = self._prefill_step_s()
-        for part in self._turns():
-            batch = part.schedule()
-            if batch is not None:
-                self._had_turn, self._was_idle = part, False
-                self._start(part, batch)
-                return
-        self._was_idle = True
-        copies = self._cache.idle()
-        if copies is not None:
-            self._had_turn = self._decode
-            self._start(self._decode, copies)
+        if self._step is None and not self.is_dead:
+            self._schedule(self._kernel.now())
 
-    def _turns(self) -> tuple[PrefillPart | DecodePart, PrefillPart | DecodePart]:
-        """Return the sides in the order in which they are asked, as in `worker/roles.py`."""
-        if self._had_turn is self._decode and not self._was_idle:
-            return self._prefill, self._decode
-        return self._decode, self._prefill
+    def _schedule(self, start_s: float) -> None:
+        self.is_scheduling = True
+        batch = self._core.schedule()
+        self.is_scheduling = False
+        if batch is not None:
+            self._start(batch, start_s)
 
-    def _prefill_step_s(self) -> float:
-        decode = self._decode.scheduler
-        return min(MAX_STEP_S, decode.pace.room_s) if decode.num_running else MAX_STEP_S
-
-    def _start(self, part: PrefillPart | DecodePart, batch: Batch) -> None:
+    def _start(self, batch: Batch, start_s: float) -> None:
         work = work_of(batch)
-        num_steps = self._steps_to_jump(batch, work) if part is self._decode else 1
+        num_steps = most_steps = self._steps_to_jump(batch, work)
         swap_s = (len(batch.swap_out) + len(batch.swap_in)) * self._copy_s
         first_s, slope_s = self._model.step_s(work) if batch.rows else 0.0, 0.0
         if num_steps > 1:
             first_s, slope_s = self._model.run(work.decode_rows, work.decode_context)
         factor = self._draw(num_steps)
-        step = Step(
-            part, batch, work, self._kernel.now(), num_steps, first_s * factor + swap_s, slope_s * factor, swap_s
-        )
+        first_s = first_s * factor + swap_s
+        size = self._pool.block_size
+        step = Step(batch, work, start_s, num_steps, most_steps, first_s, slope_s * factor, size, swap_s)
         self._step = step
         if num_steps > 1:
             step.num_steps = num_steps = self._steps_with_blocks(step)
-        if part is self._prefill:
-            self._prefill.begin_step(batch, step.end_s(1))
-        elif num_steps > 1:
-            fresh = [row for row in batch.rows if self._decode.answers[row.seq.request_id].num_told <= 1]
+            self._scene, self._num_free = self._look(), self._pool.num_free_blocks
+            fresh = [row.seq for row in batch.rows if len(row.seq.token_ids) - row.seq.num_prompt_tokens == 1]
             if fresh:
-                answers = [self._decode.answers[row.seq.request_id] for row in fresh]
-                self._kernel.at(step.end_s(1), self._tell_first, step, answers)
+                self._kernel.at(step.end_s(1), self._tell_first, step, fresh)
+        self.step_end_s = step.end_s(1)
+        self._core.begin_step(batch)
         self._kernel.at(step.end_s(num_steps), self._end, step, step.version)
 
     def _draw(self, num_steps: int) -> float:
@@ -140,28 +126,126 @@ class Engine:
         spread = noise / sqrt(num_steps)
         return exp(self._random.gauss(0.0, spread) - spread * spread / 2)
 
+    def _end(self, step: Step, version: int) -> None:
+        if self._step is step and step.version == version and not self.is_dead:
+            self._complete(step, step.num_steps)
+            self._schedule(self._kernel.now())
+
+    def _complete(self, step: Step, num_steps: int) -> None:
+        """Give the core what the first `num_steps` steps have yielded: they are over."""
+        self._take_blocks(step, num_steps - 1)
+        self._sample(step, num_steps)
+        last_s = step.step_s(num_steps - 1)
+        self._learn(step, num_steps - 1)
+        if num_steps < step.most_steps:
+            rows = [RowOutput(((TOKEN,) * num_steps,))] * len(step.batch.rows)
+        else:
+            rows = [self._yield(row, num_steps) for row in step.batch.rows]
+        num_tokens = step.batch.num_tokens
+        self._num_steps += num_steps
+        self._last = (last_s, num_tokens)
+        self.busy_s += step.seconds(num_steps)
+        self._step = None
+        self._core.complete(step.batch, StepOutput(rows, last_s, num_tokens, step.swap_s))
+
+    def _tell_first(self, step: Step, fresh: list[Sequence]) -> None:
+        """The first step of a jump is over: the first tokens that were decoded in it leave."""
+        if self._step is step and step.num_steps > 1 and not self.is_dead:
+            self._tell_early(fresh)
+
+    def _yield(self, row: BatchRow, num_tokens: int) -> RowOutput:
+        """Return the next tokens of a row's answer."""
+        if not row.samples:
+            return RowOutput(())
+        return RowOutput((next_tokens(self._jobs[row.seq.request_id], len(row.seq.token_ids), num_tokens),))
+
+    def _learn(self, step: Step, num_steps: int) -> None:
+        """The scheduler's own averages look back a few steps; the last one it sees itself."""
+        for number in range(max(0, num_steps - _REMEMBERED_STEPS), num_steps):
+            self._scheduler.pace.learn(step.step_s(number), num_chunk_tokens=0, num_rows=step.work.decode_rows)
+
+    # --- jumps ------------------------------------------------------------------------------------------------
+
     def _steps_to_jump(self, batch: Batch, work: StepWork) -> int:
         """Count the steps that pass before anything but their number changes."""
         if not self._jumps or work.prefill_tokens or batch.block_copies or batch.swap_out or batch.swap_in:
             return 1
-        if self._prefill.scheduler.prompts or len(batch.rows) < len(self._decode.scheduler.running):
+        if self._core.roles.stepping != "decode" or self._core.prefill.scheduler.prompts:
             return 1
-        if not self._cache.is_settled:
+        if len(batch.rows) < len(self._scheduler.running) or not self._cache.is_settled:
             return 1
-        answers = self._decode.answers
-        longest = min(answers[row.seq.request_id].num_missing for row in batch.rows)
-        if not all(row.samples for row in batch.rows):
-            return 1
-        return min(longest, _MAX_JUMP)
+        longest, jobs = _MAX_JUMP, self._jobs
+        for row in batch.rows:
+            seq = row.seq
+            num_missing = jobs[seq.request_id].num_tokens - len(seq.token_ids)
+            if num_missing < longest:
+                longest = num_missing
+            if not row.samples:
+                return 1
+        return longest
 
     def _steps_with_blocks(self, step: Step) -> int:
         """Count the jump's steps that there are blocks for; with another tier, those for which none takes a block."""
-        free, size = self._pool.num_free_blocks if not self._cache.has_tiers else 0, self._pool.block_size
-        had = step.growth(step.done, size)
-        if step.growth(step.num_steps - 1, size) - had <= free:
+        free = self._pool.num_free_blocks if not self._cache.has_tiers else 0
+        had = step.growth(step.done)
+        if step.growth(step.num_steps - 1) - had <= free:
             return step.num_steps
-        enough = bisect_right(range(step.done, step.num_steps), free, key=lambda n: step.growth(n, size) - had)
+        enough = bisect_right(range(step.done, step.num_steps), free, key=lambda n: step.growth(n) - had)
         return step.done + max(1, enough)
+
+    def _take_blocks(self, step: Step, over: int) -> None:
+        """Take the blocks of the rows that have gone through so many steps, and are in the next one."""
+        if over > step.done and step.growth(over) > step.growth(step.done):
+            blocks, size = self._scheduler.blocks, step.block_tokens
+            for row in step.batch.rows:
+                seq = row.seq
+                while len(seq.block_table) * size <= seq.num_computed_tokens + over:
+                    blocks.grow(seq)
+        step.done = max(step.done, over)
+
+    def sync(self) -> None:
+        """Bring the blocks up to now: whoever takes some must find those taken that running sequences have."""
+        step = self._step
+        if step is not None and step.num_steps > 1 and (now := self._kernel.now()) >= step.grows_s:
+            self._take_blocks(step, step.over(now))
+            self._num_free = self._pool.num_free_blocks
+            step.grows_s = step.end_s(step.next_growth())
+
+    def recheck(self) -> None:
+        """Something has happened (after `sync`): end the jump with the step that runs, or when blocks are short."""
+        step = self._step
+        if step is None or step.num_steps == 1:
+            return
+        num_free = self._pool.num_free_blocks
+        if self._has_news(num_free):
+            self._cut(step, step.over(self._kernel.now()) + 1)
+        elif num_free < self._num_free:
+            self._cut(step, self._steps_with_blocks(step))
+        self._num_free = num_free
+
+    def _has_news(self, num_free: int) -> bool:
+        """Say whether the next step may be another one than the jump's."""
+        core = self._core
+        if core.prefill.scheduler.prompts or core.receiver.arrived or not self._cache.is_settled:
+            return True
+        if num_free != self._num_free and (self._cache.has_tiers or (num_free > self._num_free and self._has_waiting)):
+            return True
+        return self._scene != self._look()
+
+    @property
+    def _has_waiting(self) -> bool:
+        """Somebody waits for blocks."""
+        return bool(self._scheduler.waiting or self._core.decode.num_waiting_reservations)
+
+    def _look(self) -> tuple[int, ...]:
+        scheduler = self._scheduler
+        return len(scheduler.running), len(scheduler.parked), len(scheduler.waiting), len(self._core.fetches)
+
+    def end_jump(self) -> None:
+        """End the jump with the step that runs, whatever has happened."""
+        step = self._step
+        if step is not None and step.num_steps > 1:
+            self._cut(step, step.over(self._kernel.now()) + 1)
 
     def _cut(self, step: Step, num_steps: int) -> None:
         """The jump ends after so many steps."""
@@ -171,82 +255,13 @@ class Engine:
         step.version += 1
         self._kernel.at(step.end_s(num_steps), self._end, step, step.version)
 
-    def sync(self) -> None:
-        """Bring the books up to now: whoever takes blocks must find those that running sequences have taken."""
+    def split(self) -> None:
+        """Give the core what there is by now; the step that runs is a batch of its own from here on."""
         step = self._step
-        if step is not None and step.num_steps > 1:
-            self._advance(step, step.over(self._kernel.now()))
-
-    def sync_blocks(self) -> None:
-        """Bring the books up to now if blocks have filled meanwhile: they can be found from then on."""
-        step = self._step
-        if step is not None and step.num_steps > 1:
-            over = step.over(self._kernel.now())
-            if over > step.done and self._grown(step, over):
-                self._advance(step, over)
-
-    def _grown(self, step: Step, over: int) -> int:
-        """Blocks that steps have taken which are not in the books."""
-        size = self._pool.block_size
-        return step.growth(over, size) - step.growth(step.done, size)
-
-    def _advance(self, step: Step, done: int) -> None:
-        if done > step.done:
-            self._take_samples(step, done)
-            self._learn(step, done)
-            self._decode.skip(step.batch, done - step.done)
-            step.done = done
-
-    def _learn(self, step: Step, done: int) -> None:
-        """The scheduler's own averages look back a few steps."""
-        pace = self._decode.scheduler.pace
-        for number in range(max(step.done, done - _REMEMBERED_STEPS), done):
-            seconds = step.seconds(number + 1) - step.seconds(number)
-            pace.learn(seconds, num_chunk_tokens=0, num_rows=step.work.decode_rows)
-
-    def recheck(self) -> None:
-        """Blocks were taken (after `sync`): does the jump still have all that it needs?"""
-        step = self._step
-        if step is not None and step.num_steps > 1:
-            has_tiers = self._cache.has_tiers  # then what was taken may be copied out by the next step
-            self._cut(step, step.over(self._kernel.now()) + 1 if has_tiers else self._steps_with_blocks(step))
-
-    def _end(self, step: Step, version: int) -> None:
-        if self._step is not step or step.version != version or self.is_dead:
-            return
-        if step.num_steps > 1:
-            self._advance(step, step.num_steps - 1)
-        seconds = step.seconds(step.num_steps)
-        last_s = seconds - (step.seconds(step.num_steps - 1) if step.num_steps > 1 else 0.0)
-        self._take_samples(step, step.num_steps)
-        self._num_steps += step.num_steps
-        self.busy_s += seconds
-        self._last = (last_s, step.batch.num_tokens)
-        step.part.complete(step.batch, last_s, step.swap_s)
-        self._step = None
-        self._begin()
-
-    def _tell_first(self, step: Step, answers: list[Answer]) -> None:
-        """The first step of a jump is over: whose first decoded tokens came with it?"""
-        if self.is_dead or self._step is not step or step.num_steps == 1:
-            return
-        self.sync()
-        decode = self._decode
-        updates = [
-            decode.tell(answer)
-            for answer in answers
-            if answer.num_told <= 1 and decode.answers.get(answer.spec.request_id) is answer
-        ]
-        if updates:
-            decode.to_router(StepTokens(updates=tuple(updates)))
-
-    def flush(self) -> None:
-        """The worker dies: everything that it would have streamed by now."""
-        self.sync()
-        decode = self._decode
-        updates = [decode.tell(answer) for answer in decode.answers.values() if answer.num_outputs > answer.num_told]
-        if updates:
-            decode.to_router(StepTokens(updates=tuple(updates)))
+        over = step.over(self._kernel.now()) if step is not None else 0
+        if step is not None and over:
+            self._complete(step, over)
+            self._schedule(step.end_s(over))
 
     # --- what a heartbeat says ----------------------------------------------------------------------------------
 
@@ -254,42 +269,31 @@ class Engine:
     def is_busy(self) -> bool:
         return self._step is not None
 
-    def figures(self) -> Figures:
-        """Return the figures as of now, in closed form: nothing is brought up to date."""
-        step, decode = self._step, self._decode.scheduler
-        free = self._pool.num_free_blocks
-        if step is None or step.num_steps == 1:
-            busy_s = self._kernel.now() - step.start_s if step is not None else 0.0
-            return Figures(self._num_steps, busy_s, *self._last, free, decode.num_context_tokens, decode.waiting_tokens)
-        over, rows = step.over(self._kernel.now()), step.work.decode_rows
-        self._take_samples(step, over)
-        if over > step.done:
-            free -= self._grown(step, over)
+    def figures(self) -> StepFigures:
+        """Return the figures as of now; the core gets samples of the steps that are over."""
+        step = self._step
+        if step is None:
+            return StepFigures(self._num_steps, 0.0, *self._last)
+        over = step.over(self._kernel.now())
+        self._sample(step, over)
         ended_s = step.seconds(over)
-        last = (ended_s - step.seconds(over - 1), rows) if over else self._last
-        busy_s = self._kernel.now() - step.start_s - ended_s
-        waiting = sum(seq.num_uncomputed_tokens for seq in decode.waiting)
-        context = step.work.decode_context + over * rows
-        return Figures(self._num_steps + over, busy_s, *last, free, context, waiting)
+        last = (step.step_s(over - 1), step.work.decode_rows) if over else self._last
+        return StepFigures(self._num_steps + over, self._kernel.now() - step.start_s - ended_s, *last)
 
-    def _take_samples(self, step: Step, until: int) -> None:
+    @property
+    def num_ahead_tokens(self) -> int:
+        """Count the tokens that steps of the running jump have yielded, and that the core has not."""
+        step = self._step
+        return step.over(self._kernel.now()) * step.work.decode_rows if step is not None else 0
+
+    def _sample(self, step: Step, until: int) -> None:
         """Sample steps that have ended: every one with prompts, every eighth without."""
-        if not step.batch.rows:
-            return
         work, every = step.work, 1 if step.work.prefill_tokens else _EVERY_DECODE_STEP
         first = -(-(self._num_steps + step.sampled) // every) * every - self._num_steps
-        for number in range(first, until, every):
-            seconds = step.seconds(number + 1) - step.seconds(number)
+        for number in range(first, until, every) if step.batch.rows else ():
+            seconds = step.step_s(number) - step.swap_s
             context = work.decode_context + number * work.decode_rows
-            self._samples.append(
+            self._core.samples.add(
                 StepSample(seconds, work.prefill_tokens, work.prefill_pairs, work.decode_rows, context)
             )
         step.sampled = max(step.sampled, until)
-
-    def take_samples(self) -> tuple[StepSample, ...]:
-        """Return the samples since the last heartbeat; where there were more, an even choice."""
-        samples = list(self._samples)
-        self._samples.clear()
-        if len(samples) <= _SAMPLES_PER_STATUS:
-            return tuple(samples)
-        return tuple(samples[index * len(samples) // _SAMPLES_PER_STATUS] for index in range(_SAMPLES_PER_STATUS))

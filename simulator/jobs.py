@@ -6,10 +6,11 @@ scheduler asks of tokens is how many there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
+from ..common.batch import Run
 from ..common.request import RequestId, RequestSpec, SampledToken, SamplingParams
 from ..common.request import Sequence as TokenSequence
 from ..router.state.choice_state import ChoiceState
@@ -17,25 +18,8 @@ from ..router.state.request import RouterRequest
 from ..tools.load.traces import TraceRow
 
 TOKEN = SampledToken(0)
-_ZEROS = memoryview(bytes(4 << 20))  # a prompt of up to a million tokens is a slice of it
-
-
-class TokenCount:
-    """Stands for a list of token ids of which only the length matters."""
-
-    __slots__ = ("count",)
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, part: slice) -> list[int]:
-        return [0] * len(range(*part.indices(self.count)))
-
-    def append(self, _: int) -> None:
-        self.count += 1
+END = SampledToken(1)  # the last token of an answer
+END_IDS = frozenset({END.token_id})
 
 
 @dataclass(slots=True, eq=False)
@@ -48,23 +32,43 @@ class Job:
     num_output_tokens: int
     block_hashes: list[bytes]  # of the prompt's and the answer's full blocks
 
-    @property
-    def request_id(self) -> str:
-        return str(self.number)
+    request_id: str = field(init=False)
+    num_tokens: int = field(init=False)  # of the prompt and the answer
 
-    def sequence(self, spec: RequestSpec, num_known_outputs: int = 0) -> TokenSequence:
-        """The token state that a worker keeps."""
-        tokens = TokenCount(self.num_prompt_tokens + num_known_outputs)
+    def __post_init__(self) -> None:
+        self.request_id = str(self.number)
+        self.num_tokens = self.num_prompt_tokens + self.num_output_tokens
+
+
+def next_tokens(job: Job, num_known: int, count: int) -> Run:
+    """Return so many tokens of the answer behind the tokens that are known, prompt included."""
+    return (TOKEN,) * count if num_known + count < job.num_tokens else (TOKEN,) * (count - 1) + (END,)
+
+
+class JobContents:
+    """Implements `kvcache.contents.Contents` by what is known of the run's requests."""
+
+    def __init__(self, jobs: Mapping[str, Job], block_tokens: int) -> None:
+        self._jobs = jobs
+        self._block_tokens = block_tokens
+
+    def prompt_hashes(self, spec: RequestSpec) -> list[bytes]:
+        return self._jobs[spec.request_id].block_hashes[: spec.num_prompt_tokens // self._block_tokens]
+
+    def sequence(
+        self, spec: RequestSpec, choice: int, outputs: Iterable[int] = (), hashes: Iterable[bytes] = ()
+    ) -> TokenSequence:
+        job = self._jobs[spec.request_id]
         return TokenSequence(
             request_id=RequestId(spec.request_id),
             attempt=spec.attempt,
-            choice=0,
-            token_ids=cast("list[int]", tokens),
-            num_prompt_tokens=self.num_prompt_tokens,
+            choice=choice,
+            token_ids=array("i", bytes(4 * (job.num_prompt_tokens + len(list(outputs))))),
+            num_prompt_tokens=job.num_prompt_tokens,
             sampling=spec.sampling,
             priority=spec.priority,
             arrival=spec.arrival,
-            block_hashes=self.block_hashes,
+            block_hashes=job.block_hashes,  # the answer's among them
         )
 
 
@@ -99,14 +103,14 @@ class SimRequest(RouterRequest):
 
     def __post_init__(self) -> None:
         self.choices = [ChoiceState(self.sampling.max_tokens)]
-        self._prompt = cast("bytes", _ZEROS[: 4 * len(self.prompt_token_ids)])
+        self._prompt = bytes(4 * len(self.prompt_token_ids))
 
 
 def make_request(job: Job, max_tokens: int, block_tokens: int) -> SimRequest:
     """`max_tokens`: what the client allows, which says little about where the answer ends."""
     request = SimRequest(
         request_id=job.request_id,
-        prompt_token_ids=cast("list[int]", range(job.num_prompt_tokens)),
+        prompt_token_ids=range(job.num_prompt_tokens),
         sampling=_sampling(max(max_tokens, job.num_output_tokens)),
     )
     request.block_hashes = job.block_hashes[: job.num_prompt_tokens // block_tokens]
@@ -131,9 +135,3 @@ def any_repeats(rows: Iterable[TraceRow]) -> bool:
             return True
         seen.update(row.block_ids)
     return False
-
-
-def mean_tokens(jobs: Sequence[Job]) -> tuple[float, float]:
-    """Return the mean lengths of prompts and of answers (tokens)."""
-    count = max(1, len(jobs))
-    return sum(job.num_prompt_tokens for job in jobs) / count, sum(job.num_output_tokens for job in jobs) / count

@@ -6,28 +6,33 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from math import sqrt
 
-from ..common.batch import Batch, RowKind
+from ..common.batch import Batch
+from ..engine.samples import step_sample
 from .costs.steps import StepWork
-from .decode import DecodePart
-from .prefill import PrefillPart
 
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """One step that runs, or a jump of `num_steps` equal ones of which `done` are in the books."""
+    """One step that runs, or a jump of `num_steps` equal ones; the blocks of `done` of them are taken."""
 
-    part: PrefillPart | DecodePart
     batch: Batch
     work: StepWork
     start_s: float
     num_steps: int
+    most_steps: int  # until the first of the rows ends
     first_s: float  # time of the first one
     slope_s: float  # each later one takes so much more than the one before it
+    block_tokens: int
     swap_s: float = 0.0  # of a single step, for copies from and to host memory
     done: int = 0
+    grows_s: float = 0.0  # when the next block is taken
     sampled: int = 0  # of the jump's steps, those that samples were taken of
     version: int = 0
     fills: list[int] | None = None  # of a jump: after how many steps each row's blocks are full, in order
+
+    def step_s(self, number: int) -> float:
+        """Return how long the step takes that follows so many."""
+        return self.first_s + self.slope_s * number
 
     def seconds(self, num_steps: int) -> float:
         """Return how long the first `num_steps` steps take."""
@@ -47,18 +52,26 @@ class Step:
             count -= 1
         return max(self.done, min(count, most))
 
-    def growth(self, num_steps: int, block_tokens: int) -> int:
+    def growth(self, num_steps: int) -> int:
         """Blocks that the rows take from the jump's start until so many steps are over, to be in the next one."""
-        if self.fills is None:
+        size = self.block_tokens
+        if self.fills is None:  # as long as nothing was taken
             seqs = [row.seq for row in self.batch.rows]
-            # From the first step's start on. `done` steps are in the books already.
-            self.fills = sorted(
-                len(seq.block_table) * block_tokens - seq.num_computed_tokens + self.done for seq in seqs
-            )
-        rounds, rest = divmod(num_steps, block_tokens)
-        if self.fills[-1] <= block_tokens:
+            self.fills = sorted(len(seq.block_table) * size - seq.num_computed_tokens for seq in seqs)
+        rounds, rest = divmod(num_steps, size)
+        if self.fills[-1] <= size:
             return rounds * len(self.fills) + bisect_right(self.fills, rest)
-        return sum((num_steps - fill) // block_tokens + 1 for fill in self.fills if fill <= num_steps)
+        return sum((num_steps - fill) // size + 1 for fill in self.fills if fill <= num_steps)
+
+    def next_growth(self) -> int:
+        """Return after how many steps, of more than are done, some row takes a block, or may do so."""
+        assert self.fills is not None
+        size = self.block_tokens
+        if self.fills[-1] > size:
+            return self.done + 1
+        rounds, rest = divmod(self.done, size)
+        place = bisect_right(self.fills, rest)
+        return (rounds + place // len(self.fills)) * size + self.fills[place % len(self.fills)]
 
     def _inverse(self, seconds: float) -> int:
         """About how many steps take so long: the larger root of the series' sum."""
@@ -68,26 +81,7 @@ class Step:
         return int((sqrt(linear * linear + 2 * self.slope_s * seconds) - linear) / self.slope_s)
 
 
-@dataclass(slots=True, frozen=True)
-class Figures:
-    num_steps: int
-    busy_for_s: float
-    last_step_s: float
-    last_step_tokens: int
-    num_free_blocks: int
-    decode_context: int
-    waiting_tokens: int
-
-
 def work_of(batch: Batch) -> StepWork:
-    """Return the work of a batch, as `StepSample` counts it."""
-    tokens = pairs = rows = context = 0
-    for row in batch.rows:
-        count = row.num_scheduled_tokens
-        if row.kind is RowKind.DECODE:
-            rows += 1
-            context += row.end
-        else:
-            tokens += count
-            pairs += count * (row.start + count // 2)
-    return StepWork(tokens, pairs, rows, context)
+    """Return the work of a batch."""
+    found = step_sample(batch)
+    return StepWork(found.prefill_tokens, found.prefill_pairs, found.decode_rows, found.decode_context)

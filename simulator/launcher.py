@@ -15,11 +15,13 @@ from ..router.autoscaler.load_record import LoadRecord
 from ..router.autoscaler.scaling import Scaling
 from ..router.state.objectives import Objectives
 from ..router.state.predictor import Predictor
+from ..worker.roles import RoleName
 from .scenario import Scaled
 
 if TYPE_CHECKING:
     from .world import World
 
+_ROLES: tuple[RoleName, ...] = ("prefill", "decode")
 _TICK_S = 0.25
 _DRAIN_S = 120.0
 
@@ -30,7 +32,7 @@ class SimLauncher:
     def __init__(self, world: World, scaled: Scaled, config: RouterConfig, predictor: Predictor) -> None:
         self._world = world
         self._start_s = scaled.start_s
-        self._roles = {worker.worker_id: worker.role for worker in world.workers.values()}
+        self._roles: dict[str, RoleName] = {worker.worker_id: worker.role for worker in world.workers.values()}
         self._leaving: set[str] = set()
         self._seq = -1
         self._desired: object = []
@@ -69,20 +71,20 @@ class SimLauncher:
         seq, add = event["seq"], event["add"]
         assert isinstance(seq, int) and isinstance(add, Mapping)
         self._seq, self._desired, self._reason = seq, event["desired"], str(event["reason"])
-        for role, count in add.items():
-            for _ in range(count):
+        for role in _ROLES:
+            for _ in range(add.get(role, 0)):
                 self._add(role)
         for name in (*_names(event["remove"]), *_names(event["lost"])):
             self._remove(name)
         self._tell()
 
-    def _add(self, role: str) -> None:
+    def _add(self, role: RoleName) -> None:
         name = f"{role}-{self._next}"
         self._next += 1
         self._roles[name] = role
         self._world.kernel.after(self._start_s, self._start, name, role, self._world.kernel.now())
 
-    def _start(self, name: str, role: str, wished_s: float) -> None:
+    def _start(self, name: str, role: RoleName, wished_s: float) -> None:
         if name in self._roles and name not in self._leaving:
             self._world.start(name, role).wished_s = wished_s
         else:  # not wanted any more before it was there; it has cost all the same

@@ -141,7 +141,7 @@ class Recorder(NullObserver):
             usd=worker_s * fleet.usd_per_hour / 3600,
             num_queries=sum(worker.prefix_queries for worker, _ in workers),
             num_hits=sum(worker.prefix_hits for worker, _ in workers),
-            num_preemptions=sum(worker.decode.scheduler.num_preemptions for worker, _ in workers),
+            num_preemptions=sum(worker.core.decode.scheduler.num_preemptions for worker, _ in workers),
             num_retries=self.num_retries,
             num_events=self._world.kernel.num_events,
             busy_share=sum(worker.engine.busy_s for worker, _ in workers) / alive_s if alive_s else 0.0,

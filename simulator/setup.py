@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.config import RouterConfig
+from ..common.config import RouterConfig, TransferConfig
 from ..common.kv_spec import KVCacheSpec
-from ..common.messages import StepSample
+from ..common.messages import Labels, RegionInfo, StepSample, WorkerHello
+from ..worker.effects import CoreConfig
+from ..worker.roles import RoleName
 from .costs.models import model_named
 from .costs.steps import StepModel, StepWork
+from .jobs import END_IDS
 from .scenario import Scenario
+
+MODEL = VERSION = TRANSPORT = "simulated"
 
 
 @dataclass(slots=True, frozen=True)
@@ -46,7 +51,7 @@ def router_config(scenario: Scenario) -> RouterConfig:
         }
     return RouterConfig(
         model_dir=Path("."),
-        served_model_name="simulated",
+        served_model_name=MODEL,
         local_prefill=router.local_prefill,
         max_local_prefill_tokens=router.max_local_prefill_tokens,
         expect_prefill=scenario.fleet.prefill > 0,
@@ -110,4 +115,66 @@ def calibration(spec: WorkerSpec) -> tuple[StepSample, ...]:
             spec.steps.step_s(work), work.prefill_tokens, work.prefill_pairs, work.decode_rows, work.decode_context
         )
         for work in works
+    )
+
+
+def core_config(spec: WorkerSpec, worker_id: str, incarnation: int, role: RoleName, address: str) -> CoreConfig:
+    """Return what a worker's core knows from the start. The largest step is that of the role it starts with."""
+    return CoreConfig(
+        worker_id=worker_id,
+        incarnation=incarnation,
+        version=VERSION,
+        served_model=MODEL,
+        role=role,
+        spec=spec.kv,
+        tp_size=1,  # one shipment stands for those of all ranks, which do the same
+        kv_address=address,
+        incoming=TRANSPORT,
+        outgoing=TRANSPORT,
+        transfer=TransferConfig(kv_checksum="off"),
+        eos_token_ids=END_IDS,
+        max_model_len=spec.max_model_len,
+        max_num_batched_tokens=spec.prefill_tokens if role == "prefill" else spec.decode_tokens,
+        max_num_seqs=spec.max_num_seqs,
+        tpot_objective_s=spec.tpot_objective_s,
+    )
+
+
+def regions(spec: WorkerSpec, address: str, generation: int) -> tuple[RegionInfo, ...]:
+    """Return the agents of a worker, of which there are as many as its core has ranks."""
+    region = RegionInfo(
+        rank=0,
+        tp_size=1,
+        agent=f"{address}.{generation}",
+        generation=generation,
+        agent_metadata=b"",
+        base_addr=0,
+        num_blocks=spec.num_blocks,
+        page_bytes=spec.kv.page_bytes(),
+        device="VRAM",
+        device_id=0,
+        transport=TRANSPORT,
+    )
+    return (region,)
+
+
+def hello_of(spec: WorkerSpec, config: CoreConfig, labels: Labels) -> WorkerHello:
+    return WorkerHello(
+        worker_id=config.worker_id,
+        role=config.role,
+        incarnation=config.incarnation,
+        version=VERSION,
+        model=MODEL,
+        spec=spec.kv,
+        tp_size=spec.tp_size,
+        num_blocks=spec.num_blocks,
+        max_model_len=spec.max_model_len,
+        max_num_seqs=spec.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        kv_address=config.kv_address,
+        pid=1,
+        transport=TRANSPORT,
+        can_change_role=spec.can_change_role,
+        labels=labels,
+        samples=calibration(spec),
     )

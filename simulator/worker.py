@@ -1,326 +1,287 @@
-"""One life of a simulated worker: both roles over one pool and one engine, and its session with the router.
+"""One life of a simulated worker: the product's core in virtual time, with a step-time model for an engine.
 
-    router message ─> active role ─> part ─> engine        heartbeat: ten times a second with work, else once
+    router, other workers, ports ─> events ─> WorkerCore ─> Effects ─> events       ticks: ten a second, one when idle
 
-Role change as in a real worker: the active role changes with the message, started work ends where it is.
+What `worker/worker.py` does with threads and sockets is done here by events. It is a `WorkerLink`, too: the router
+sends through it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from ..common.messages import (
     Abort,
-    Drain,
-    GrantInfo,
+    DecodeToPrefill,
+    FetcherToLender,
+    KVArrived,
     Labels,
-    LiveRequests,
+    LenderToFetcher,
     LocalTask,
     Message,
-    NoCapacity,
-    PrefillTask,
+    PrefillToDecode,
     ReserveKV,
-    SetRole,
-    WorkerHello,
+    StepTokens,
 )
+from ..common.request import BlockId, Sequence
 from ..decode.waiting import MAX_WAIT_S
 from ..kvcache.blocks import BlockPool
-from ..kvcache.journal import open_journal
 from ..kvcache.prefix_cache import PrefixCache
 from ..kvcache.tiers import TierIndex
-from ..transfer.fetch.lending import MAX_LENT_SHARE
+from ..transfer.protocol.handoff import Endpoint
+from ..worker.core import WorkerCore
+from ..worker.roles import RoleName
 from .costs.network import Link, Port
-from .decode import DecodePart
 from .engine import Engine
-from .fetches import SimFetches
-from .heartbeat import status_of
-from .prefill import PrefillPart
-from .reservations import Reservation
-from .setup import WorkerSpec, calibration
+from .held_tokens import HeldTokens
+from .reading import SimReading
+from .setup import TRANSPORT, VERSION, WorkerSpec, calibration, core_config, hello_of, regions
+from .shipping import SimShipping
 
 if TYPE_CHECKING:
     from .world import World
 
 TICK_S = 0.1
 IDLE_TICKS = 10
-VERSION = "simulated"
+_ROUTER = ""  # its id
+_ROTATION_S = 0.02  # as measured for new transfer agents (docs/architecture.md)
 
 
 class SimWorker:
-    """A simulated worker, which is its own `WorkerLink` too: the router sends through it."""
+    """Implements `worker.effects.Effects` for its core."""
 
-    def __init__(self, world: World, spec: WorkerSpec, worker_id: str, role: str, life: int, labels: Labels) -> None:
+    def __init__(
+        self, world: World, spec: WorkerSpec, worker_id: str, role: RoleName, life: int, labels: Labels
+    ) -> None:
         kernel = world.kernel
         self.world = world
         self.spec = spec
         self.worker_id = worker_id
-        self.number = world.next_session()
-        self.role = role
+        self.address = f"{worker_id}#{life}"
+        self.number = self.incarnation = world.next_number()
         self.labels = labels
-        self.life = life
+        self.now = kernel.now
         self.is_dead = False
         self.has_left = False  # its session has ended
-        self.draining = False
         self.began_s = self.wished_s = kernel.now()
-        self.pool = BlockPool(spec.num_blocks, spec.kv.block_size, enable_prefix_caching=spec.prefix_caching)
-        self.port = Port()  # receiving
-        self.cache = PrefixCache(self.pool, host=TierIndex(spec.host_blocks))
-        if spec.prefix_caching:
-            self.journal = open_journal(self.pool, self.cache)
-            self.journal.router_joined("")
+        self.receiving = Port()
         self.sending = Port()
-        self.fetches = SimFetches(
-            self.pool,
-            kernel,
-            self,
-            self.port,
-            token_bytes=spec.token_bytes,
-            reserve=lambda: self.decode.scheduler.growth_reserve,
-            also_held=self.cache.has_below,
-        )
-        self.decode = DecodePart(
-            self.pool,
-            spec.kv,
-            kernel,
-            world.job,
-            self.to_router,
-            fetches=self.fetches,
-            cache=self.cache,
-            worker_id=worker_id,
-            life=life,
-            max_num_batched_tokens=spec.decode_tokens,
-            max_num_seqs=spec.max_num_seqs,
-            tpot_objective_s=spec.tpot_objective_s,
-        )
-        self.prefill = PrefillPart(
-            self.pool,
-            spec.kv,
-            kernel,
-            world.job,
-            self.to_router,
-            self,
-            sending=self.sending,
-            fetches=self.fetches,
-            cache=self.cache,
-            token_bytes=spec.token_bytes,
-            max_num_batched_tokens=spec.prefill_tokens,
-            max_num_seqs=spec.max_num_seqs,
-        )
-        # A preempted answer gets the blocks that come free, not the prompts that come.
-        self.prefill.scheduler.reserve = lambda: self.decode.scheduler.growth_reserve
+        self.pool = BlockPool(spec.num_blocks, spec.kv.block_size, enable_prefix_caching=spec.prefix_caching)
+        self.cache = PrefixCache(self.pool, host=TierIndex(spec.host_blocks))
+        self.core = self._make_core(role)
+        self.core.roles.learn(calibration(spec))
         random = Random(f"{world.scenario.seed}/{worker_id}/{life}")
         self.engine = Engine(
-            kernel,
-            self.cache,
-            self.pool,
-            spec.steps,
-            self.prefill,
-            self.decode,
-            random,
-            copy_s=spec.copy_s,
-            jumps=spec.jumps,
+            kernel, self.core, spec.steps, world.jobs, random, self._tell_early, copy_s=spec.copy_s, jumps=spec.jumps
         )
-        self._num_heartbeats = 0
-        self._num_ticks = 0
+        self._held = HeldTokens()
+        self._num_announced = 0
         self._tick_version = 0
         self._was_busy = False
-        self._set_active_role()
+
+    def _make_core(self, role: RoleName) -> WorkerCore:
+        spec, kv = self.spec, self.spec.kv
+        config = core_config(spec, self.worker_id, self.incarnation, role, self.address)
+        endpoint = Endpoint(kv, VERSION, TRANSPORT, config.tp_size)
+        block_bytes = spec.token_bytes * kv.block_size
+        self._shipping = SimShipping(self, endpoint, config.transfer, block_bytes=block_bytes, port=self.sending)
+        return WorkerCore(
+            config,
+            pool=self.pool,
+            cache=self.cache,
+            clock=self.world.kernel,
+            effects=self,
+            shipping=self._shipping,
+            reading=SimReading(self, block_bytes=block_bytes, port=self.receiving),
+            regions=regions(spec, self.address, 0),
+            watch_processes=lambda marks: None,
+            contents=self.world.contents,
+        )
 
     def start(self) -> None:
         """Join the router, begin to tick. Workers do not tick in step."""
-        self.world.joined(self, self._hello())
-        self._heartbeat()
+        self.core.on_router_joined(_ROUTER)
+        self.world.joined(self, hello_of(self.spec, self.core.config, self.labels))
+        self.announce()
         self.world.kernel.after(TICK_S * ((self.number * 0.6180339887) % 1.0), self._tick, 0)
 
-    # --- session --------------------------------------------------------------------------------------------
+    # --- events -------------------------------------------------------------------------------------------------
 
-    def send(self, message: Message) -> None:
-        """Take a message from the router."""
-        self.world.kernel.after(self.world.scenario.message_s, self._on_message, message)
+    def after(self, delay_s: float, handler: Callable[..., object], *args: object) -> None:
+        """Call back then, unless this worker is dead by that time."""
+        self.world.kernel.after(delay_s, self._call, handler, args)
 
-    def drop(self, reason: str) -> None:
-        """The router ended the session: this life is of no use to it."""
-        self.world.dropped(self)
-
-    def to_router(self, message: Message) -> None:
+    def _call(self, handler: Callable[..., object], args: tuple[object, ...]) -> None:
         if not self.is_dead:
-            self.world.kernel.after(self.world.scenario.message_s, self.world.on_message, self, message)
-
-    def _hello(self) -> WorkerHello:
-        spec = self.spec
-        return WorkerHello(
-            worker_id=self.worker_id,
-            role=self.role,
-            incarnation=self.life,
-            version=VERSION,
-            model="simulated",
-            spec=spec.kv,
-            tp_size=spec.tp_size,
-            num_blocks=spec.num_blocks,
-            max_model_len=spec.max_model_len,
-            max_num_seqs=spec.max_num_seqs,
-            max_num_batched_tokens=spec.prefill_tokens if self.role == "prefill" else spec.decode_tokens,
-            kv_address=self.worker_id,
-            pid=1,
-            transport="simulated",
-            can_change_role=spec.can_change_role,
-            labels=self.labels,
-            samples=calibration(spec),
-        )
-
-    def _on_message(self, message: Message) -> None:
-        if self.is_dead:
-            return
-        match message:
-            case ReserveKV() | LocalTask():
-                self._on_decode_work(message)
-            case PrefillTask(spec=spec):
-                if self.role == "prefill":
-                    self.prefill.on_task(message)
-                else:
-                    self.prefill.refuse(spec, "wrong_role", "this worker decodes")
-            case Abort():
-                self.engine.sync()
-                self.prefill.on_abort(message)
-                self.decode.on_abort(message)
-            case SetRole(role=role):
-                self.role = role
-                self._set_active_role()
-                self._heartbeat()
-            case Drain():
-                self.draining = self.prefill.draining = True
-                self.decode.drain()
-                self._heartbeat()
-            case LiveRequests():
-                return  # a new life knows no request
-            case _:
-                raise AssertionError(f"unexpected {type(message).__name__}")
-        if not isinstance(message, ReserveKV):
-            self.engine.wake()
-        self._hurry()
-
-    def _set_active_role(self) -> None:
-        self.decode.set_active(self.role == "decode")
-
-    def _on_decode_work(self, message: ReserveKV | LocalTask) -> None:
-        spec = message.spec
-        if isinstance(message, ReserveKV):
             self.engine.sync()
-            if self.role == "decode":
-                if self.decode.on_reserve(message):
-                    self.world.kernel.after(MAX_WAIT_S, self.engine.wake)
-                self.engine.recheck()
-            else:
-                self.to_router(NoCapacity(request_id=spec.request_id, attempt=spec.attempt, reason="wrong_role"))
-        elif self.role == "decode":
-            self.decode.on_local(spec, message.fetch)
-        else:
-            self.decode.refuse(spec, "wrong_role", "this worker prefills")
-
-    # --- other workers (`Peers`) ----------------------------------------------------------------------------
-
-    def open(self, grant: GrantInfo, request_id: str) -> tuple[Reservation, Link, Port] | None:
-        other = self.world.worker(grant.grant_id.worker_id)
-        if other is None or other.life != grant.grant_id.incarnation:
-            return None
-        reservation = other.decode.reservations.open(grant, request_id, self.session)
-        if reservation is None:
-            return None
-        return reservation, self.world.link(self, other), other.port
-
-    def lend(self, worker_id: str, hashes: Sequence[bytes], answer: Callable[[int, Link, Port], None]) -> bool:
-        other = self.world.worker(worker_id)
-        if other is None or other is self:
-            return False
-        other.engine.sync_blocks()
-        link = self.world.link(other, self)
-
-        def tell() -> None:
-            answer(len(other.pool.match_prefix(hashes)), link, other.sending)
-
-        wanted = list(hashes[: int(MAX_LENT_SHARE * other.pool.num_blocks)])
-        if other.cache.lift(wanted, tell, reserve=other.decode.scheduler.growth_reserve):
-            other.engine.wake()  # they come to the device with its next step
-            return True
-        if not other.pool.match_prefix(hashes[:1]):
-            return False
-        tell()
-        return True
-
-    @property
-    def session(self) -> str:
-        return f"{self.worker_id}#{self.life}"
-
-    def arrive(self, reservation: Reservation, num_first_tokens: int, num_bytes: int) -> None:
-        grant_id = reservation.grant.grant_id
-        other = self.world.worker(grant_id.worker_id)
-        if other is None or other.life != grant_id.incarnation or not other.decode.reservations.is_live(reservation):
-            return
-        other.decode.arrive(reservation, num_first_tokens, num_bytes)
-        other.engine.wake()
-
-    def at(self, time_s: float, handler: Callable[..., None], *args: object) -> None:
-        self.world.kernel.at(time_s, self._if_alive, handler, args)
-
-    def _if_alive(self, handler: Callable[..., None], args: tuple[object, ...]) -> None:
-        if not self.is_dead:
             handler(*args)
-            self.engine.wake()
-
-    def on_writer_lost(self, writer: SimWorker) -> None:
-        self.engine.sync()
-        self.decode.on_writer_lost(writer.session, writer.worker_id)
-
-    # --- time -----------------------------------------------------------------------------------------------
-
-    @property
-    def num_unfinished(self) -> int:
-        return self.prefill.num_unfinished + self.decode.num_unfinished
-
-    @property
-    def is_busy(self) -> bool:
-        return self.engine.is_busy or self.num_unfinished > 0
+            self.engine.recheck()
 
     def _hurry(self) -> None:
-        """Work has come: an idle worker's next heartbeat is due within a tick."""
+        """Work has come: an idle worker's next tick is due within a tenth of a second."""
         if not self._was_busy:
             self._was_busy = True
             self._tick_version += 1
             self.world.kernel.after(TICK_S, self._tick, self._tick_version)
 
     def _tick(self, version: int) -> None:
-        if self.is_dead or version != self._tick_version:
-            return
-        if self.decode.has_deadlines:
-            self.engine.sync()
-            self.decode.tick()
-            self.engine.recheck()
-        if self.spec.prefix_caching:
-            self.engine.sync_blocks()
-            for _, change in self.journal.drain():
-                self.to_router(change)
-        self._heartbeat()
-        self._was_busy = self.is_busy
-        if self.draining and not self._was_busy:
+        if not self.is_dead and version == self._tick_version:
+            self._call(self._on_tick, (version,))
+
+    def _on_tick(self, version: int) -> None:
+        num_announced = self._num_announced
+        self.core.tick()
+        if self.core.has_drained:
             self.world.leave(self)
             return
+        self._was_busy = self.core.is_busy or bool(self.core.lending)
+        if not self._was_busy and self._num_announced == num_announced:
+            self.announce()  # an idle worker is not looked at more often
         self.world.kernel.after(TICK_S if self._was_busy else TICK_S * IDLE_TICKS, self._tick, version)
-
-    def _heartbeat(self) -> None:
-        self._num_heartbeats += 1
-        self.to_router(status_of(self, self._num_heartbeats))
-
-    @property
-    def prefix_queries(self) -> int:
-        return self.prefill.scheduler.prefix_queries + self.decode.prefix_queries
-
-    @property
-    def prefix_hits(self) -> int:
-        return self.prefill.scheduler.prefix_hits + self.decode.prefix_hits
 
     def kill(self) -> None:
         """End the worker: what it has streamed is with the router, everything else is lost."""
-        self.engine.flush()
+        self.engine.split()
+        held = self._held.flush()
+        if held is not None:
+            self._tell(held)
         self.is_dead = self.engine.is_dead = True
+
+    # --- the router ---------------------------------------------------------------------------------------------
+
+    def send(self, message: Message) -> None:
+        """Take a message from the router."""
+        self.after(self.world.scenario.message_s, self._on_router_message, message)
+
+    def drop(self, reason: str) -> None:
+        """The router ended the session: this life is of no use to it."""
+        self.world.dropped(self)
+
+    def _on_router_message(self, message: Message) -> None:
+        if isinstance(message, Abort):
+            self.engine.split()  # it has what the answer has by now
+            self._held.forget(message.request_id)
+        self.core.on_router_message(_ROUTER, message)
+        if isinstance(message, ReserveKV) and self.core.decode.num_waiting_reservations:
+            self.after(MAX_WAIT_S, self.engine.end_jump)  # it is answered with the next step
+        if isinstance(message, ReserveKV | LocalTask) or self.core.is_busy:
+            self._hurry()
+
+    def to_router(self, router_id: str, message: Message) -> None:
+        if not isinstance(message, StepTokens):
+            self._tell(message)
+        elif (told := self._held.pass_on(message, is_adoption=self.engine.is_scheduling)) is not None:
+            self._tell(told)
+
+    def _tell_early(self, sequences: list[Sequence]) -> None:
+        """Tell tokens that the core has not heard of yet."""
+        told = [told for seq in sequences if (told := self._held.tell_early(seq)) is not None]
+        if told:
+            self._tell(StepTokens(updates=tuple(told)))
+
+    def _tell(self, message: Message) -> None:
+        if not self.is_dead:
+            self.world.kernel.after(self.world.scenario.message_s, self.world.on_message, self, message)
+
+    def announce(self) -> None:
+        self._num_announced += 1
+        status = self.core.status(_ROUTER, self.engine.figures())
+        ahead = self.engine.num_ahead_tokens
+        self._tell(msgspec.structs.replace(status, decode_context=status.decode_context + ahead) if ahead else status)
+
+    def leaving(self) -> Callable[[], object]:
+        return lambda: None  # what is said has left
+
+    # --- other workers ------------------------------------------------------------------------------------------
+
+    def path_to(self, address: str) -> tuple[Link, Port]:
+        """Return the way to a worker, and the port that it ends at."""
+        other = self.world.at(address)
+        return (self.world.link(self, other), other.receiving) if other is not None else (self.world.no_link, Port())
+
+    def path_from(self, address: str) -> tuple[Link, Port]:
+        """Return the way from a worker, and the port that it begins at."""
+        other = self.world.at(address)
+        return (self.world.link(other, self), other.sending) if other is not None else (self.world.no_link, Port())
+
+    def to_target(self, kv_address: str, message: Message) -> None:
+        self.world.kernel.after(self.world.scenario.message_s, self._deliver, kv_address, message)
+
+    def _deliver(self, kv_address: str, message: Message) -> None:
+        target = self.world.at(kv_address)
+        if target is None:
+            self._call(self.on_peer_lost, (kv_address,))
+        else:
+            target._call(target.on_peer_message, (self.address, message))
+
+    def to_peer(self, session: str, message: Message) -> None:
+        other = self.world.at(session)
+        if other is not None:
+            other.after(self.world.scenario.message_s, other.on_answer, message)
+
+    def on_peer_message(self, session: str, message: PrefillToDecode | FetcherToLender) -> None:
+        self.core.on_peer_message(session, message)
+        self._hurry()
+
+    def on_answer(self, message: DecodeToPrefill | LenderToFetcher) -> None:
+        if isinstance(message, LenderToFetcher):
+            self.core.on_fetch_answer(message)
+        else:
+            self._shipping.on_answer(message)
+
+    def notify(self, kv_address: str, message: KVArrived) -> None:
+        """Tell a worker that all of a shipment is in its memory."""
+        target = self.world.at(kv_address)
+        if target is not None:
+            target._call(target.core.on_arrived, (0, message))
+
+    def on_peer_lost(self, address: str) -> None:
+        """Note that a worker is gone, and with it the connections in both directions."""
+        self.core.on_peer_lost(address)
+        self._shipping.on_target_lost(address)
+        self.core.on_target_lost(address)
+
+    # --- engine and agents --------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        self.engine.wake()
+
+    @property
+    def step_s(self) -> tuple[float, float]:
+        """Return when the step that runs began, and when it ends."""
+        return self.now(), self.engine.step_end_s
+
+    def rotate(self, generation: int) -> None:
+        self.after(_ROTATION_S, self.core.on_rotated, regions(self.spec, self.address, generation))
+
+    def watch(self, on: bool) -> None:
+        """Progress costs nothing here."""
+
+    def sum_loan(self, fetch_id: int, blocks: tuple[BlockId, ...]) -> None:
+        raise AssertionError("no checksums are made")
+
+    # --- what others see ----------------------------------------------------------------------------------------
+
+    @property
+    def role(self) -> RoleName:
+        return self.core.roles.active_role
+
+    @property
+    def draining(self) -> bool:
+        return self.core.is_draining
+
+    @property
+    def num_unfinished(self) -> int:
+        return self.core.num_unfinished
+
+    @property
+    def prefix_queries(self) -> int:
+        return self.core.roles.counters().prefix_queries
+
+    @property
+    def prefix_hits(self) -> int:
+        return self.core.roles.counters().prefix_hits

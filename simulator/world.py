@@ -15,8 +15,9 @@ from ..common.messages import Goodbye, Message, SetRole, WorkerHello
 from ..router.dispatch.dispatcher import Dispatcher
 from ..router.placement import make_policy
 from ..router.state.predictor import Predictor
+from ..worker.roles import RoleName
 from .costs.network import Link
-from .jobs import Job, any_repeats, make_job, make_request
+from .jobs import Job, JobContents, any_repeats, make_job, make_request
 from .kernel import Kernel
 from .launcher import SimLauncher
 from .outcome import Outcome
@@ -43,7 +44,8 @@ class World:
         self.block_tokens = scenario.fleet.block_tokens or default_tokens
         self.spec = worker_spec(scenario, self.block_tokens, self._hashed)
         self._arrivals = arrivals(scenario.traffic)
-        self._jobs: dict[str, Job] = {}
+        self.jobs: dict[str, Job] = {}
+        self.contents = JobContents(self.jobs, self.block_tokens)
         self._num_arrived = 0
         self._is_over = False  # the last one has come
         self._last_arrival_s = 0.0
@@ -59,35 +61,44 @@ class World:
             rng=Random(scenario.seed),
             predictor=predictor,
         )
-        self._sessions = 0
+        self._numbers = 0
         self._lives: dict[str, int] = {}
         self.workers: dict[str, SimWorker] = {}
+        self._addresses: dict[str, SimWorker] = {}  # of the same workers
         self._unloaded: dict[int, float] = {}
         fleet = scenario.fleet
-        for role, number in (("prefill", fleet.prefill), ("decode", fleet.decode)):
-            for index in range(number):
-                self.start(f"{role}-{index}", role)
+        for index in range(fleet.prefill):
+            self.start(f"prefill-{index}", "prefill")
+        for index in range(fleet.decode):
+            self.start(f"decode-{index}", "decode")
         scaled = scenario.scaled
         self.launcher = SimLauncher(self, scaled, config, predictor) if scaled is not None else None
 
     # --- workers --------------------------------------------------------------------------------------------
 
-    def next_session(self) -> int:
-        self._sessions += 1
-        return self._sessions
+    def next_number(self) -> int:
+        """Return a number that nothing else in this run has."""
+        self._numbers += 1
+        return self._numbers
 
-    def start(self, worker_id: str, role: str) -> SimWorker:
+    def start(self, worker_id: str, role: RoleName) -> SimWorker:
         """A new life of a worker."""
         life = self._lives[worker_id] = self._lives.get(worker_id, 0) + 1
         labels = self.scenario.fleet.labels
         number = len(self._lives) - 1
         worker = SimWorker(self, self.spec, worker_id, role, life, labels(number) if labels is not None else ())
-        self.workers[worker_id] = worker
+        self.workers[worker_id] = self._addresses[worker.address] = worker
         worker.start()
         return worker
 
-    def worker(self, worker_id: str) -> SimWorker | None:
-        return self.workers.get(worker_id)
+    def at(self, address: str) -> SimWorker | None:
+        """Return the worker with this address; None: that life is over."""
+        return self._addresses.get(address)
+
+    @property
+    def no_link(self) -> Link:
+        """Return the way to somebody who is not there."""
+        return self.scenario.fleet.network.default
 
     def link(self, a: SimWorker, b: SimWorker) -> Link:
         return self.scenario.fleet.network.between(a.labels, b.labels)
@@ -114,8 +125,6 @@ class World:
             return
         worker.kill()
         self._end(worker, "connection lost")
-        for other in self.workers.values():
-            other.on_writer_lost(worker)
         if back_after_s is not None:
             self.kernel.after(back_after_s, self.start, worker_id, worker.role)
 
@@ -125,10 +134,12 @@ class World:
 
     def _end(self, worker: SimWorker, reason: str) -> None:
         # What it has said is on its way: it arrives before the end of the session.
-        del self.workers[worker.worker_id]
+        del self.workers[worker.worker_id], self._addresses[worker.address]
         worker.is_dead = worker.engine.is_dead = True
         self.recorder.on_worker_ended(worker)
         self.kernel.after(self.scenario.message_s, self._leave, worker, reason)
+        for other in self.workers.values():
+            other.after(self.scenario.message_s, other.on_peer_lost, worker.address)
 
     def _leave(self, worker: SimWorker, reason: str) -> None:
         worker.has_left = True
@@ -136,16 +147,13 @@ class World:
 
     # --- requests -------------------------------------------------------------------------------------------
 
-    def job(self, request_id: str) -> Job:
-        return self._jobs[request_id]
-
     def _next_arrival(self) -> None:
         """Requests are made when they come: a million of them never exist at once."""
         for time_s, row in self._arrivals:
             job = make_job(self._num_arrived, row, time_s, self.block_tokens, hashed=self._hashed)
             self._num_arrived += 1
             self._last_arrival_s = time_s
-            self._jobs[job.request_id] = job
+            self.jobs[job.request_id] = job
             self.kernel.at(time_s + self.scenario.router_s, self._submit, job)
             return
         self._is_over = True
@@ -167,7 +175,7 @@ class World:
 
     def forget(self, job: Job) -> None:
         """Forget a job that has ended. Workers may still hear of it for a moment."""
-        self.kernel.after(10.0, self._jobs.pop, job.request_id)
+        self.kernel.after(10.0, self.jobs.pop, job.request_id)
 
     def unloaded_s(self, num_tokens: int) -> float:
         """Return the time from an empty prefill worker's receipt of a prompt to its first token (seconds)."""

@@ -67,8 +67,8 @@ router               router/responses router/admin
 launch               common settings models kvcache engine/cpu
 tools/load           common
 tools/chaos          common models tools/load
-simulator            common kvcache transfer/fetch transfer/receive prefill decode router/state router/placement
-simulator            router/dispatch router/autoscaler tools/load simulator/costs
+simulator            common kvcache engine transfer/protocol transfer/send decode worker
+simulator            router/state router/placement router/dispatch router/autoscaler tools/load simulator/costs
 cli                  common settings models router/admin launch
 __main__             cli
 simulator/costs      common

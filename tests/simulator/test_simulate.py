@@ -104,7 +104,8 @@ def test_one_request_takes_what_its_steps_and_its_transfer_take() -> None:
     assert request.ttft_s == pytest.approx(prefill_s)
     assert request.unloaded_s == pytest.approx(prefill_s)
     link = scenario.fleet.network.default
-    exposed_s = 400 * spec.token_bytes / link.bytes_per_s / spec.kv.num_layers + link.latency_s
+    num_shipped = spec.kv.num_blocks_for(400) * spec.kv.block_size  # whole pages, also the one that is partly filled
+    exposed_s = num_shipped * spec.token_bytes / link.bytes_per_s / spec.kv.num_layers + link.latency_s
     decode_s = sum(steps.step_s(StepWork(0, 0, 1, 401 + number)) for number in range(4))
     assert request.end_s == pytest.approx(request.arrival_s + prefill_s + exposed_s + decode_s)
     assert request.tpot_s == pytest.approx((exposed_s + decode_s) / 4)
@@ -145,6 +146,22 @@ def test_the_loss_of_a_worker_loses_no_request(worker: str) -> None:
     assert outcome.num_retries > 0
     assert world.leftovers() == []
     assert all(request.num_output_tokens > 0 for request in outcome.requests)
+
+
+def test_what_a_lost_worker_was_writing_into_is_fenced_before_it_is_used_again() -> None:
+    scenario = replace(
+        azure(rate_per_s=60.0, num_requests=150),
+        failures=(Failure("prefill-0", 2.5, back_after_s=1.0),),
+        router=Router(knows_objectives=False),
+    )
+    world, _outcome = run(scenario)
+    receivers = [worker.core.receiver for worker in world.workers.values()]
+    assert sum(receiver.num_failures for receiver in receivers) > 0
+    assert sum(receiver.rotation.timer.num_rotations for receiver in receivers) > 0
+    assert world.leftovers(after_s=15.0) == []
+    assert not any(receiver.num_live for receiver in receivers), "nothing is left in quarantine"
+    # Who has lost nothing here is not refused for what another has left.
+    assert not any(receiver.counters.grant_rejects["fenced_peer"] for receiver in receivers)
 
 
 def test_streams_of_a_lost_decode_worker_go_on_where_they_were() -> None:

@@ -1,0 +1,43 @@
+"""A simulated worker's reads from others, as times on two ports."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..common.messages import RegionInfo
+from ..common.request import BlockId
+from ..transfer.protocol.rank_messages import ReadOutcome
+from .costs.network import Port
+
+if TYPE_CHECKING:
+    from .worker import SimWorker
+
+
+class SimReading:
+    """Implements `transfer.fetch.fetches.Reading` for all ranks of a worker. Its port receives."""
+
+    def __init__(self, worker: SimWorker, *, block_bytes: int, port: Port) -> None:
+        self._worker = worker
+        self._block_bytes = block_bytes
+        self._port = port
+
+    def read(
+        self,
+        fetch_id: int,
+        kv_address: str,
+        ranks: tuple[RegionInfo, ...],
+        ours: tuple[BlockId, ...],
+        theirs: tuple[BlockId, ...],
+        wants_sums: bool,
+    ) -> None:
+        worker, now = self._worker, self._worker.now()
+        link, sending = worker.path_from(kv_address)
+        seconds = len(ours) * self._block_bytes / link.bytes_per_s
+        end_s = max(sending.carry(now, seconds), self._port.carry(now, seconds)) + link.latency_s
+        worker.after(end_s - now, self._end, fetch_id)
+
+    def _end(self, fetch_id: int) -> None:
+        self._worker.core.on_read(0, fetch_id, ReadOutcome.DONE, b"")
+
+    def give_up(self, fetch_id: int) -> None:
+        """Wait for what is on its way: `read` says when it is here."""
