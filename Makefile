@@ -18,8 +18,8 @@ LINT_ROOT := $(VENV)/lint
 INSTALL_FLAGS := $(if $(filter any,$(TORCH)),--any-torch)
 ARGS ?=
 ROOM ?=
-# A quarter of a test is waiting: one process more than there are cores, five at most.
-PROCESSES ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores + 1 : 5)))
+# One for each core. PROCESSES=3 on two cores is quicker, for a quarter of a test is waiting, and busier than some like.
+PROCESSES ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 # A file's tests share servers: a process gets whole files, in the order of tests/conftest.py.
 PYTEST := $(VENV)/bin/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 

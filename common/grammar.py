@@ -11,14 +11,11 @@ in `grammar/`; this module knows no library and no tokenizer.
 from __future__ import annotations
 
 from collections.abc import Sequence as TokenIds
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import Annotated, Protocol
 
 import msgspec
 
 from .errors import KVFerryError
-
-if TYPE_CHECKING:
-    from .request import Sequence
 
 MAX_GRAMMAR_BYTES = 1 << 16  # JSON schemas of tools are some kilobytes; a frame has room for more (channel.py)
 
@@ -78,28 +75,3 @@ class Grammars(Protocol):
     def get(self, grammar: Grammar) -> CompiledGrammar:
         """Return the grammar at once, and begin to compile it if nobody has. Who waits for it is woken."""
         ...
-
-
-def next_mask(seq: Sequence) -> bytes | None:
-    """Return the mask of the token after the sequence's last one; None: it follows no grammar. Raises GrammarBroken."""
-    if seq.grammar is None:
-        return None
-    matcher = matcher_of(seq)
-    catch_up(seq, matcher)
-    return matcher.mask()
-
-
-def matcher_of(seq: Sequence) -> Matcher:
-    """Return the sequence's own matcher. One that has taken more tokens than there are is of no use: a new one."""
-    assert seq.grammar is not None
-    if seq.matcher is None or seq.num_matched_tokens > seq.num_output_tokens:
-        seq.matcher, seq.num_matched_tokens = seq.grammar.matcher(), 0
-    return seq.matcher
-
-
-def catch_up(seq: Sequence, matcher: Matcher) -> None:
-    """Have the matcher take the tokens of the answer that it has not: one after a step, all of them after a resume."""
-    missing = seq.token_ids[seq.num_prompt_tokens + seq.num_matched_tokens :]
-    if missing:
-        matcher.accept(missing)
-        seq.num_matched_tokens = seq.num_output_tokens

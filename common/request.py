@@ -180,7 +180,7 @@ class Sequence:
     num_published_blocks: int = 0
     is_retained_elsewhere: bool = False  # the prompt's KV, for those that share its beginning
     grammar: CompiledGrammar | None = None  # that the answer follows
-    matcher: Matcher | None = None  # the engine's: where the answer stands in it (`grammar.next_mask`)
+    matcher: Matcher | None = None  # the engine's: where the answer stands in it (`engine/masks.py`)
     num_matched_tokens: int = 0  # tokens of the answer that the matcher has taken
 
     @classmethod

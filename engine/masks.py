@@ -9,13 +9,14 @@ no matcher has two users.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Rows
 from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
 from ..common.batch import Batch, BatchRow, GrammarMask, RowOutput
-from ..common.grammar import GrammarBroken, next_mask
+from ..common.grammar import GrammarBroken, Matcher
+from ..common.request import Sequence
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +33,7 @@ class MaskThread:
             batch.masks = self._thread.submit(find_masks, [row for row in batch.rows if row.samples]).result
 
 
-def find_masks(rows: Sequence[BatchRow]) -> list[GrammarMask | None]:
+def find_masks(rows: Rows[BatchRow]) -> list[GrammarMask | None]:
     """Return the mask of each row."""
     return [_find_mask(row) for row in rows]
 
@@ -51,6 +52,31 @@ def _find_mask(row: BatchRow) -> GrammarMask | None:
     if words is None:
         return None
     return GrammarMask(words, "" if any(words) else "no token of the vocabulary can follow")
+
+
+def next_mask(seq: Sequence) -> bytes | None:
+    """Return the mask of the token after the sequence's last one; None: it follows no grammar. Raises GrammarBroken."""
+    if seq.grammar is None:
+        return None
+    matcher = matcher_of(seq)
+    catch_up(seq, matcher)
+    return matcher.mask()
+
+
+def matcher_of(seq: Sequence) -> Matcher:
+    """Return the sequence's own matcher. One that has taken more tokens than there are is of no use: a new one."""
+    assert seq.grammar is not None
+    if seq.matcher is None or seq.num_matched_tokens > seq.num_output_tokens:
+        seq.matcher, seq.num_matched_tokens = seq.grammar.matcher(), 0
+    return seq.matcher
+
+
+def catch_up(seq: Sequence, matcher: Matcher) -> None:
+    """Have the matcher take the tokens of the answer that it has not: one after a step, all of them after a resume."""
+    missing = seq.token_ids[seq.num_prompt_tokens + seq.num_matched_tokens :]
+    if missing:
+        matcher.accept(missing)
+        seq.num_matched_tokens = seq.num_output_tokens
 
 
 def with_failures(batch: Batch, outputs: list[RowOutput]) -> list[RowOutput]:

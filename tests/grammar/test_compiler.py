@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from kvferry.common.errors import ConfigError
-from kvferry.common.grammar import Grammar, next_mask
+from kvferry.common.grammar import Grammar
 from kvferry.common.request import RequestId, SamplingParams, Sequence
+from kvferry.engine.masks import next_mask
 from kvferry.grammar import compiler
 from kvferry.grammar.compiler import LATE_S, GrammarCompiler
 from kvferry.grammar.matching import Vocabulary

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kvferry.common import grammar
 from kvferry.common.grammar import Matcher
 from kvferry.common.request import Sequence
+from kvferry.engine import masks
 
 from .planting import Planted
 
@@ -28,13 +28,11 @@ def _take_last_token(seq: Sequence, matcher: Matcher) -> None:
 
 
 BUGS = (
-    Planted(
-        "a mask of another choice", frozenset({"G1"}), patches=((grammar, "matcher_of", _matcher_of_first_choice),)
-    ),
+    Planted("a mask of another choice", frozenset({"G1"}), patches=((masks, "matcher_of", _matcher_of_first_choice),)),
     Planted(
         "a new matcher misses what came before",
         frozenset({"G1"}),
-        patches=((grammar, "catch_up", _take_last_token),),
+        patches=((masks, "catch_up", _take_last_token),),
     ),
     Planted(
         "nobody waits for a grammar",

@@ -6,8 +6,9 @@ from collections.abc import Sequence as TokenIds
 
 import pytest
 
-from kvferry.common.grammar import GrammarBroken, next_mask
+from kvferry.common.grammar import GrammarBroken
 from kvferry.common.request import FinishReason, RequestId, SamplingParams, Sequence, finish_reason
+from kvferry.engine.masks import next_mask
 
 
 class _Matcher:
