@@ -184,9 +184,7 @@ class Sequence:
     num_matched_tokens: int = 0  # tokens of the answer that the matcher has taken
 
     @classmethod
-    def of(
-        cls, spec: RequestSpec, choice: int, outputs: Iterable[int] = (), *, grammar: CompiledGrammar | None = None
-    ) -> Sequence:
+    def of(cls, spec: RequestSpec, choice: int, outputs: Iterable[int] = ()) -> Sequence:
         """Make a choice of a request, with the tokens of its answer that are known. It holds no blocks."""
         return cls(
             request_id=RequestId(spec.request_id),
@@ -199,7 +197,6 @@ class Sequence:
             adapter=spec.adapter,
             priority=spec.priority,
             arrival=spec.arrival,
-            grammar=grammar,
         )
 
     @property

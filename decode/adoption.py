@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ..common import failpoints
 from ..common.clock import Clock
-from ..common.grammar import Grammars
+from ..common.grammar import Grammars, find_grammar
 from ..common.request import RequestSpec
 from ..kvcache.contents import Contents
 from ..transfer.receive.receiver import KVReceiver, Reservation
@@ -76,8 +76,7 @@ class Adoption:
         blocks, copies = self._receiver.adopt(reservation)
         spec = reservation.spec
         request = RunningRequest(reservation.router_id, spec, self.expires_s(spec))
-        if spec.grammar is not None and self._grammars is not None:
-            request.grammar = self._grammars.get(spec.grammar)  # compiled since its reservation
+        request.grammar = find_grammar(spec.grammar, self._grammars)  # compiled since its reservation
         self._requests.add(request)
         first = {choice.choice: choice for choice in reservation.first_tokens}
         ended = self._ended_early.pop((spec.request_id, spec.attempt), set())

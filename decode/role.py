@@ -17,7 +17,7 @@ from ..common.batch import Batch, StepOutput
 from ..common.clock import Clock
 from ..common.config import SpeculativeConfig
 from ..common.errors import CapacityError
-from ..common.grammar import CompiledGrammar, Grammars
+from ..common.grammar import Grammars, find_grammar
 from ..common.kv_spec import KVCacheSpec
 from ..common.messages import (
     Abort,
@@ -144,12 +144,8 @@ class DecodeRole:
             no = NoCapacity(request_id=spec.request_id, attempt=spec.attempt, reason=reason, detail=detail)
             self._to_router(router_id, no)
             return
-        self._grammar_of(spec)  # compiled while the prompt is
+        find_grammar(spec.grammar, self._grammars)  # compiled while the prompt is
         self._answer(self._waiting.reserve(router_id, message))
-
-    def _grammar_of(self, spec: RequestSpec) -> CompiledGrammar | None:
-        """Return the grammar that the request follows, which is compiled from now on."""
-        return None if spec.grammar is None or self._grammars is None else self._grammars.get(spec.grammar)
 
     def _refusal(self, spec: RequestSpec) -> tuple[str, str] | None:
         """Say why an attempt is not begun, whatever room there is, and what more there is to say; None: it may be."""
@@ -177,7 +173,7 @@ class DecodeRole:
             self._refuse(router_id, spec, *refusal)
             return
         request = RunningRequest(router_id, spec, self._adoption.expires_s(spec))
-        request.grammar = self._grammar_of(spec)
+        request.grammar = find_grammar(spec.grammar, self._grammars)
         try:
             for seq in self._prompt_sequences(spec):
                 seq.grammar = request.grammar

@@ -20,7 +20,7 @@ from ..common import failpoints
 from ..common.batch import Batch, RowOutput, StepOutput
 from ..common.clock import Clock
 from ..common.errors import CapacityError
-from ..common.grammar import Grammars
+from ..common.grammar import Grammars, find_grammar
 from ..common.messages import (
     Abort,
     ChoiceTokens,
@@ -144,8 +144,8 @@ class PrefillRole:
             self._refuse(router_id, spec, *refusal)
             return
         seq = self._contents.sequence(spec, spec.choices[0])
-        if spec.grammar is not None and self._grammars is not None and message.sample:
-            seq.grammar = self._grammars.get(spec.grammar)
+        if message.sample:
+            seq.grammar = find_grammar(spec.grammar, self._grammars)
         seq.pending_choices, seq.samples = spec.choices, message.sample
         seq.is_retained_elsewhere = not message.retains_prefix
         salt = prefix_salt(grant.spec, spec.cache_salt, spec.adapter)

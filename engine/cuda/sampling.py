@@ -285,9 +285,9 @@ def _collect_edits(rows: Sequence[SampleRow], vocab_size: int, eos_token_ids: fr
             ends = [i for i in row.banned_ends(eos_token_ids) if 0 <= i < vocab_size]
             banned.add(index, np.array(ends, np.int64))
         if params.repetition_penalty != 1:
-            repeated.add(index, np.unique(np.array(row.token_ids, np.int64)), params.repetition_penalty)
+            repeated.add(index, np.unique(np.array(row.seen_token_ids, np.int64)), params.repetition_penalty)
         if row.has_penalties and row.output_index:
-            output = np.array(row.token_ids[row.num_prompt_tokens :], np.int64)
+            output = np.array(row.seen_token_ids[row.num_prompt_tokens :], np.int64)
             tokens, times = np.unique(output, return_counts=True)
             counted.add(index, tokens, times, params.frequency_penalty, params.presence_penalty)
     counts, frequency, presence = counted.values

@@ -42,11 +42,17 @@ class SampleRow:
     token_ids: Sequence[int]  # prompt, then output
     num_prompt_tokens: int
     mask: bytes | None = None  # of a grammar: which tokens may come (`common.batch.GrammarMask`); None: all
+    draft: tuple[int, ...] = ()  # drafted tokens behind them, as if they had been drawn
 
     @property
     def output_index(self) -> int:
         """Return the index in the output of the token that is drawn."""
-        return len(self.token_ids) - self.num_prompt_tokens
+        return len(self.token_ids) + len(self.draft) - self.num_prompt_tokens
+
+    @property
+    def seen_token_ids(self) -> Sequence[int]:
+        """Return all tokens before the one that is drawn."""
+        return [*self.token_ids, *self.draft] if self.draft else self.token_ids
 
     @property
     def has_penalties(self) -> bool:
@@ -94,10 +100,9 @@ def sample_rows(batch: Batch) -> list[SampleRow]:
     drawn: list[SampleRow] = []
     for row, mask in zip(rows, masks, strict=True):
         seq, words = row.seq, None if mask is None else mask.words
-        drawn.append(SampleRow(seq.sampling, row.choices, seq.token_ids, seq.num_prompt_tokens, words))
-        for end in range(1, 1 + len(row.draft)):
-            tokens = [*seq.token_ids, *row.draft[:end]]
-            drawn.append(SampleRow(seq.sampling, row.choices, tokens, seq.num_prompt_tokens))
+        for end in range(1 + len(row.draft)):
+            draft = row.draft[:end]
+            drawn.append(SampleRow(seq.sampling, row.choices, seq.token_ids, seq.num_prompt_tokens, words, draft))
     return drawn
 
 
@@ -203,7 +208,7 @@ def _edit(logits: Tensor, row: SampleRow, eos_token_ids: frozenset[int]) -> None
 def _penalize(logits: Tensor, row: SampleRow) -> None:
     """Penalize seen tokens: repetition looks at prompt and output, frequency and presence at the output alone."""
     params = row.params
-    tokens = torch.tensor(row.token_ids, dtype=torch.int64, device=logits.device)
+    tokens = torch.tensor(row.seen_token_ids, dtype=torch.int64, device=logits.device)
     if params.repetition_penalty != 1:
         seen = torch.unique(tokens)
         values = logits[seen]

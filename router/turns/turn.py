@@ -5,32 +5,23 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from .call_reader import CallPiece, CallReader
+from .call_reader import CallDelta, CallPiece, CallReader
 from .reasoning import ReasoningReader
 
 _ID_CHARS = 24
 
 
 @dataclass(slots=True)
-class TurnDelta:
+class TurnDelta(CallDelta):
     """The parts of a turn by which a piece of text lets it grow."""
 
     reasoning: str = ""
-    parts: list[str | CallPiece] = field(default_factory=list)  # content and calls, in their order
     ends_call: bool = False  # the first call is over
 
     def __bool__(self) -> bool:
         return bool(self.reasoning or self.parts)
-
-    @property
-    def content(self) -> str:
-        return "".join([part for part in self.parts if isinstance(part, str)])
-
-    @property
-    def calls(self) -> list[CallPiece]:
-        return [part for part in self.parts if isinstance(part, CallPiece)]
 
 
 class TurnReader:
@@ -54,13 +45,13 @@ class TurnReader:
         if self.reasoning is not None:
             reasoning, text = self.reasoning.push(text, is_final=is_final)
         if self._calls is None:
-            return TurnDelta(reasoning, [text] if text else [])
+            return TurnDelta([text] if text else [], reasoning)
         parts = self._calls.push(text, is_final=is_final).parts
         ends_call = self._calls.has_finished
         if self._has_one_call:
             parts = [part for part in parts if isinstance(part, str) or part.index == 0]
         self.has_called = self.has_called or any(isinstance(part, CallPiece) for part in parts)
-        return TurnDelta(reasoning, parts, ends_call)
+        return TurnDelta(parts, reasoning, ends_call)
 
 
 def call_id(seed: int, prompt_token_ids: Sequence[int], choice: int, index: int, *, is_short: bool = False) -> str:

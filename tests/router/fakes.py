@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import httpx
 from fastapi import FastAPI
@@ -314,4 +314,15 @@ def texts(chunks: Sequence[dict[str, object]]) -> list[str]:
         choices = chunk["choices"]
         assert isinstance(choices, list)
         found += [choice["text"] for choice in choices]
+    return found
+
+
+def typed_events(text: str) -> list[dict[str, Any]]:
+    """The data of a stream whose events have names: each one's name is the type that its data tells."""
+    found = []
+    for event in text.split("\n\n"):
+        if event:
+            name, data = event.split("\n")
+            found.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {found[-1]['type']}"
     return found

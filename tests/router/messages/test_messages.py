@@ -11,7 +11,7 @@ from kvferry.common.errors import CapacityError
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.state.errors import StreamError
 
-from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve
+from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve, typed_events
 
 BODY: dict[str, Any] = {"model": MODEL, "max_tokens": 400, "messages": [{"role": "user", "content": "hi"}]}
 TOOLS = [{"name": "search", "description": "Search.", "input_schema": {"type": "object", "properties": {}}}]
@@ -37,13 +37,7 @@ async def _whole(served: Served, **fields: Any) -> dict[str, Any]:
 async def _events(served: Served, **fields: Any) -> list[dict[str, Any]]:
     response = await _post(served, stream=True, **fields)
     assert response.status_code == 200, response.text
-    found = []
-    for event in response.text.split("\n\n"):
-        if event:
-            name, data = event.split("\n")
-            found.append(json.loads(data.removeprefix("data: ")))
-            assert name == f"event: {found[-1]['type']}"
-    return found
+    return typed_events(response.text)
 
 
 def _joined(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from kvferry.router.responses.translate import input_messages
 from kvferry.router.state.errors import StreamError
 from kvferry.tests.fake_clock import FakeClock
 
-from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve
+from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve, typed_events
 
 BODY: dict[str, Any] = {"model": MODEL, "input": "hi"}
 TOOLS = [{"type": "function", "name": "search", "parameters": {"type": "object", "properties": {}}, "strict": False}]
@@ -40,12 +39,7 @@ async def _whole(served: Served, **fields: Any) -> dict[str, Any]:
 async def _events(served: Served, **fields: Any) -> list[dict[str, Any]]:
     response = await _post(served, stream=True, **fields)
     assert response.status_code == 200, response.text
-    found = []
-    for event in response.text.split("\n\n"):
-        if event:
-            name, data = event.split("\n")
-            found.append(json.loads(data.removeprefix("data: ")))
-            assert name == f"event: {found[-1]['type']}"
+    found = typed_events(response.text)
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     return found
 
