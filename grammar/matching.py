@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from ..common.errors import ConfigError, RequestError
-from ..common.grammar import Grammar, GrammarBroken
+from ..common.grammar import MAX_GRAMMAR_BYTES, Grammar, GrammarBroken
 from .limits import SchemaFacts, check_size, keyword_refusal
+from .rewriting import rewritten
 from .simplify import simplified
 from .source import source_of
 
@@ -136,10 +137,13 @@ def compile_grammar(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:
     except (ValueError, RecursionError) as error:
         raise RequestError(f"is not of its kind: {_clipped(str(error))}", param="", code="invalid_grammar") from None
     matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=vocabulary.limits)
-    if matcher.is_error() and (simpler := _simpler(grammar, facts)) is not None:
-        matcher = LLMatcher(vocabulary.tokenizer, source_of(simpler), log_level=0, limits=vocabulary.limits)
+    reason = _reason(matcher) if matcher.is_error() else ""
+    for other in _in_other_words(grammar, facts) if reason else ():
+        matcher = LLMatcher(vocabulary.tokenizer, source_of(other), log_level=0, limits=vocabulary.limits)
+        if not matcher.is_error():
+            break
     if matcher.is_error():
-        raise _refusal(_reason(matcher), facts)
+        raise _refusal(reason, facts)
     first = AnswerMatcher(matcher, vocabulary.mask_bytes)
     try:
         mask = first.mask()
@@ -150,16 +154,21 @@ def compile_grammar(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:
     return first
 
 
-def _simpler(grammar: Grammar, facts: SchemaFacts) -> Grammar | None:
-    """Return a schema of the same instances with fewer keywords; None: there is none."""
+def _in_other_words(grammar: Grammar, facts: SchemaFacts) -> Iterator[Grammar]:
+    """Yield schemas whose instances are instances of this one, the nearest to it first."""
     if grammar.kind != "json_schema":
-        return None
-    schema: object = json.loads(grammar.text)
-    before, after = (
-        json.dumps(each, ensure_ascii=False).encode()
-        for each in (schema, simplified(schema, is_dynamic="$dynamicRef" in facts.paths))
-    )
-    return None if before == after else Grammar("json_schema", after)
+        return
+    given: object = json.loads(grammar.text)
+    before = grammar.text
+    for schema in (
+        simplified(given, is_dynamic="$dynamicRef" in facts.paths),
+        simplified(rewritten(given, splits_one_of=False), is_dynamic=True),
+        simplified(rewritten(given, splits_one_of=True), is_dynamic=True),
+    ):
+        text = json.dumps(schema, ensure_ascii=False).encode()
+        if schema is not False and text != before and len(text) <= MAX_GRAMMAR_BYTES:
+            yield Grammar("json_schema", text)
+        before = text
 
 
 def _refusal(reason: str, facts: SchemaFacts) -> RequestError:

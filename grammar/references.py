@@ -1,0 +1,55 @@
+"""References within a schema, followed to the schemas that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeAlias
+from urllib.parse import unquote
+
+Schema: TypeAlias = dict[str, object] | bool
+
+
+class References:
+    """The parts of one schema by their names. Only names within the schema itself are known."""
+
+    def __init__(self, root: object) -> None:
+        self._root = root
+        self._anchors: dict[str, object] = {}
+        self._has_resources = False  # parts with names of their own, from which references count
+        has_dynamic = False
+        for is_root, part in _parts(root):
+            self._has_resources |= not is_root and isinstance(part.get("$id"), str)
+            has_dynamic |= not str(part.get("$dynamicRef", "#/")).startswith("#/")
+            for keyword in ("$anchor", "$dynamicAnchor"):
+                if isinstance(name := part.get(keyword), str):
+                    self._anchors[name] = part
+        self.is_dynamic = has_dynamic and self._has_resources  # a name's place depends on the way that led to it
+
+    def target(self, reference: str) -> object | None:
+        """Return what it names. None: nothing here."""
+        if self._has_resources or not reference.startswith("#"):
+            return None
+        fragment = unquote(reference[1:])
+        if fragment and not fragment.startswith("/"):
+            return self._anchors.get(fragment)
+        found: object = self._root
+        for step in fragment.split("/")[1:]:
+            name = step.replace("~1", "/").replace("~0", "~")
+            if isinstance(found, dict) and name in found:
+                found = found[name]
+            elif isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+                found = found[int(name)]
+            else:
+                return None
+        return found
+
+
+def _parts(root: object) -> Iterator[tuple[bool, dict[str, object]]]:
+    waiting = [root]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield value is root, value
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value

@@ -1,0 +1,231 @@
+"""A JSON schema in the keywords that the library keeps, where it has others.
+
+    dependentRequired, dependentSchemas   the property is absent, or ...
+    if, then, else                        if and then, or not if, and else
+    not                                   the opposite (negation.py)
+    oneOf                                 one, and the opposites of the others
+    propertyNames                         patternProperties, and no additional ones
+    contains                              an item that fits among the first MAX_PLACES
+    unevaluated...                        each way to follow the schema, written out (evaluated.py)
+    $dynamicRef                           $ref, where a schema has no other resources
+    format                                a pattern, or a stricter format
+
+The new schema has no instance that the given one has not: an answer that follows it is valid. It has all the others
+too, but for `contains` at later places, stricter formats, and what negation.py leaves out. What cannot be said in
+another way stays as it is, and is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import cast
+
+from .evaluated import without_unevaluated
+from .limits import DATA, NAMED
+from .negation import MAX_PLACES, CannotRewrite, all_of, any_of, negated, other_types
+from .references import References, Schema
+
+_UNEVALUATED = frozenset({"unevaluatedProperties", "unevaluatedItems"})
+_MAX_CONTAINED = 16  # items that `contains` counts
+_MAX_DEPTH = 48  # of schemas that are written within one another
+_POINTER = r"(?:/(?:[^~/]|~[01])*)*"
+_FORMATS: dict[str, Schema] = {
+    "json-pointer": {"pattern": f"^{_POINTER}$"},
+    "relative-json-pointer": {"pattern": f"^(?:0|[1-9][0-9]*)(?:#|{_POINTER})$"},
+    "iri": {"format": "uri"},
+    "iri-reference": {"format": "uri"},
+    "uri-reference": {"format": "uri"},
+    "uri-template": {"format": "uri"},
+    "idn-email": {"format": "email"},
+    "idn-hostname": {"format": "hostname"},
+}
+
+
+def rewritten(schema: object, *, splits_one_of: bool) -> object:
+    """Return it in other words, as far as there are any. `splits_one_of`: the library cannot tell branches apart."""
+    return _Rewriting(References(schema), splits_one_of).of(schema, 0)
+
+
+class _Rewriting:
+    def __init__(self, references: References, splits_one_of: bool) -> None:
+        self._references = references
+        self._rules: dict[str, Callable[[dict[str, object]], Schema]] = {
+            "dependentRequired": _dependent_required,
+            "dependentSchemas": _dependent_schemas,
+            "if": self._conditional,
+            "then": _without_if,
+            "else": _without_if,
+            "not": lambda schema: negated(schema["not"], references),
+            "propertyNames": _property_names,
+            "contains": self._contains,
+        }
+        if splits_one_of:
+            self._rules["oneOf"] = self._one_of
+
+    def of(self, schema: object, depth: int) -> object:
+        if isinstance(schema, list):
+            return [self.of(part, depth) for part in schema]
+        if not isinstance(schema, dict) or depth > _MAX_DEPTH:
+            return schema
+        schema = self._without_unevaluated(self._plain(schema))
+        if not isinstance(schema, dict) or _UNEVALUATED & schema.keys():  # other words would be evaluated otherwise
+            return schema
+        kept, others = dict(schema), []
+        for keyword, rule in self._rules.items():
+            if keyword not in kept:
+                continue
+            try:
+                others.append(rule(schema))
+            except CannotRewrite:
+                continue
+            for name in (keyword, *_BESIDE.get(keyword, ())):
+                if isinstance(part := kept.pop(name, None), dict) and "$id" in part:  # it may be referred to
+                    kept["$defs"] = {**cast("dict[str, object]", kept.get("$defs", {})), name: part}
+        found = {keyword: self._value(keyword, value, depth) for keyword, value in kept.items()}
+        if others := [other for other in others if other is not True]:
+            given = found.get("allOf", [])
+            found["allOf"] = [*(given if isinstance(given, list) else []), *self._each(others, depth)]
+        return found
+
+    def _each(self, schemas: Iterable[Schema], depth: int) -> Iterator[object]:
+        return (self.of(schema, depth + 1) for schema in schemas)
+
+    def _value(self, keyword: str, value: object, depth: int) -> object:
+        if keyword in DATA:
+            return value
+        if keyword in NAMED and isinstance(value, dict):
+            return {name: self.of(part, depth + 1) for name, part in value.items()}
+        return self.of(value, depth + 1)
+
+    def _plain(self, schema: dict[str, object]) -> dict[str, object]:
+        """Return it without dynamic references, and with formats that the library knows."""
+        plain = dict(schema)
+        if "$ref" not in plain and str(plain.get("$dynamicRef")).startswith("#/"):
+            plain["$ref"] = plain.pop("$dynamicRef")  # a path, not a name: it leads to one place
+        if not self._references.is_dynamic:
+            for dynamic, static in (("$dynamicRef", "$ref"), ("$dynamicAnchor", "$anchor")):
+                if dynamic in plain and static not in plain:
+                    plain[static] = plain.pop(dynamic)
+        instead = _FORMATS.get(str(plain.get("format")))
+        if isinstance(instead, dict):
+            del plain["format"]
+            plain["allOf"] = [*cast("list[object]", plain.get("allOf", [])), instead]
+        return plain
+
+    def _without_unevaluated(self, schema: dict[str, object]) -> Schema:
+        if not _UNEVALUATED & schema.keys():
+            return schema
+        try:
+            return without_unevaluated(schema, self._references)
+        except CannotRewrite:
+            return schema
+
+    def _conditional(self, schema: dict[str, object]) -> Schema:
+        condition = cast(Schema, schema["if"])
+        then, otherwise = cast(Schema, schema.get("then", True)), cast(Schema, schema.get("else", True))
+        if not {"then", "else"} & schema.keys():
+            return True
+        refuted = negated(condition, self._references)
+        return any_of([all_of([condition, then]), all_of([refuted, otherwise])])
+
+    def _one_of(self, schema: dict[str, object]) -> Schema:
+        branches = cast("list[Schema]", schema["oneOf"])
+        opposites = [negated(branch, self._references) for branch in branches]
+        return any_of(
+            all_of([branch, *opposites[:index], *opposites[index + 1 :]]) for index, branch in enumerate(branches)
+        )
+
+    def _contains(self, schema: dict[str, object]) -> Schema:
+        wanted = cast(Schema, schema["contains"])
+        least, most = _count(schema, "minContains", 1), _count(schema, "maxContains", None)
+        assert least is not None
+        no_array = other_types("array")
+        if most is None:
+            if least == 0:
+                return True
+            some = [_places(True, place, wanted, least, True) for place in range(MAX_PLACES)]
+            return any_of([no_array, *(some if wanted is not False else [])])
+        other = negated(wanted, self._references)
+        counts = range(least, min(most, _MAX_CONTAINED) + 1)
+        return any_of(
+            [
+                no_array,
+                *(
+                    _places(other, place, wanted, count, other)
+                    for count in counts
+                    for place in (range(MAX_PLACES) if count else range(1))
+                ),
+            ]
+        )
+
+
+_BESIDE = {"if": ("then", "else"), "contains": ("minContains", "maxContains")}
+
+
+def _without_if(schema: dict[str, object]) -> Schema:
+    """Branches without a condition are passed over."""
+    if "if" in schema:
+        raise CannotRewrite
+    return True
+
+
+def _places(before: Schema, num_before: int, wanted: Schema, count: int, behind: Schema) -> Schema:
+    """Lists with so many items before `count` that are wanted, and any number behind them."""
+    found: dict[str, object] = {"type": "array", "minItems": num_before + count}
+    if num_before + count:
+        found["prefixItems"] = [before] * num_before + [wanted] * count
+    if behind is not True:
+        found["items"] = behind
+    return found
+
+
+def _count(schema: dict[str, object], keyword: str, default: int | None) -> int | None:
+    value = schema.get(keyword, default)
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or value < 0 or (keyword == "minContains" and value > _MAX_CONTAINED):
+        raise CannotRewrite
+    return int(value)
+
+
+def _dependent_required(schema: dict[str, object]) -> Schema:
+    value = schema["dependentRequired"]
+    if not isinstance(value, dict):
+        raise CannotRewrite
+    return all_of(any_of([{"properties": {name: False}}, {"required": others}]) for name, others in value.items())
+
+
+def _dependent_schemas(schema: dict[str, object]) -> Schema:
+    value = schema["dependentSchemas"]
+    if not isinstance(value, dict):
+        raise CannotRewrite
+    return all_of(any_of([{"properties": {name: False}}, part]) for name, part in value.items())
+
+
+def _property_names(schema: dict[str, object]) -> Schema:
+    names = schema["propertyNames"]
+    if isinstance(names, bool):
+        return True if names else {"maxProperties": 0}
+    if not isinstance(names, dict):
+        raise CannotRewrite
+    patterns = [_pattern(keyword, value) for keyword, value in names.items() if keyword != "type"]
+    if names.get("type", "string") != "string" or len(patterns) != 1:
+        raise CannotRewrite
+    return {"patternProperties": {patterns[0]: True}, "additionalProperties": False}
+
+
+def _pattern(keyword: str, value: object) -> str:
+    """Return the regular expression of a keyword about strings."""
+    match keyword, value:
+        case "pattern", str():
+            return value
+        case "const", str():
+            return f"^{re.escape(value)}$"
+        case "enum", list():
+            return f"^(?:{'|'.join(re.escape(word) for word in value if isinstance(word, str))})$"
+        case "maxLength", int() | float():
+            return rf"^[\s\S]{{0,{int(value)}}}$"
+        case "minLength", int() | float():
+            return rf"^[\s\S]{{{int(value)},}}$"
+    raise CannotRewrite

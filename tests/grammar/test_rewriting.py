@@ -1,0 +1,150 @@
+"""Schemas in other words: what follows the new one follows the given one."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvferry.grammar.negation import CannotRewrite, negated, pattern_of_others
+from kvferry.grammar.references import References
+from kvferry.grammar.rewriting import rewritten
+from kvferry.grammar.simplify import simplified
+from kvferry.tests.grammar.schema_strategies import INSTANCES, SCHEMAS
+
+
+def _follows(schema: object, instance: object) -> bool:
+    validator = jsonschema.Draft202012Validator(schema)
+    verdict: bool = validator.is_valid(instance)
+    return verdict
+
+
+def _with_definition(schema: dict[str, Any], other: object) -> dict[str, Any]:
+    return {**schema, "$defs": {"other": other}}
+
+
+OTHERS = st.sampled_from([True, {"type": "string"}, {"properties": {"a": {"const": 1}}}, {"required": ["b"]}])
+
+
+@settings(max_examples=150, deadline=None)
+@given(SCHEMAS, OTHERS, st.lists(INSTANCES, min_size=1, max_size=12), st.booleans())
+def test_what_follows_the_new_schema_follows_the_given_one(
+    schema: dict[str, Any], other: object, instances: list[object], splits_one_of: bool
+) -> None:
+    schema = _with_definition(schema, other)
+    before = copy.deepcopy(schema)
+    new = simplified(rewritten(schema, splits_one_of=splits_one_of), is_dynamic=True)
+    assert schema == before
+    for instance in instances:
+        if _follows(new, instance):
+            assert _follows(schema, instance), (new, instance)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SCHEMAS, OTHERS, st.lists(INSTANCES, min_size=1, max_size=12))
+def test_the_opposite_has_the_other_instances(schema: dict[str, Any], other: object, instances: list[object]) -> None:
+    """Instances have no lists beyond the places that are looked at, and whole numbers alone."""
+    schema = _with_definition(schema, other)
+    try:
+        opposite = negated(schema, References(schema))
+    except CannotRewrite:
+        return
+    if isinstance(opposite, dict):
+        opposite = _with_definition(opposite, other)
+    for instance in instances:
+        assert _follows(opposite, instance) != _follows(schema, instance), (opposite, instance)
+
+
+@pytest.mark.parametrize(
+    ("schema", "valid", "invalid"),
+    [
+        (
+            {
+                "type": "object",
+                "properties": {"country": {"enum": ["US", "NL"]}, "code": {"type": "string"}},
+                "if": {"properties": {"country": {"const": "US"}}, "required": ["country"]},
+                "then": {"properties": {"code": {"pattern": "^[0-9]{5}$"}}},
+                "else": {"properties": {"code": {"pattern": "^[A-Z]{2}$"}}},
+            },
+            [{"country": "US", "code": "12345"}, {"country": "NL", "code": "AB"}, {"code": "AB"}, {"country": "US"}],
+            [{"country": "US", "code": "AB"}, {"country": "NL", "code": "12345"}, {"code": "12345"}],
+        ),
+        (
+            {"dependentRequired": {"card": ["address"]}},
+            [{}, {"address": 1}, {"card": 1, "address": 2}],
+            [{"card": 1}],
+        ),
+        (
+            {"not": {"enum": ["red", "rest", ""]}, "type": "string"},
+            ["r", "re", "reds", "blue", "R", "res\nt"],
+            ["red", "rest", ""],
+        ),
+        (
+            {"contains": {"const": 3}, "minContains": 2, "items": {"type": "integer"}},
+            [[3, 3], [1, 3, 3], [1, 2, 3, 3, 4]],
+            [[], [3], [1, 2, 3]],
+        ),
+        (
+            {"contains": {"const": 3}, "maxContains": 1, "items": {"type": "integer"}},
+            [[3], [1, 3], [1, 3, 2]],
+            [[], [1], [3, 3], [3, 1, 3]],
+        ),
+        (
+            {
+                "allOf": [{"properties": {"a": True}}, {"patternProperties": {"^x": {"type": "integer"}}}],
+                "anyOf": [{"required": ["b"], "properties": {"b": True}}, {"properties": {"c": {"const": 1}}}],
+                "unevaluatedProperties": False,
+            },
+            [{"a": 1, "b": 2}, {"a": 1, "c": 1}, {"b": 1, "c": 1}, {"x1": 3}],
+            [{"d": 1}, {"b": 1, "c": 2}, {"x1": "y"}],
+        ),
+        (
+            {"oneOf": [{"required": ["a"]}, {"required": ["b"]}]},
+            [{"a": 1}, {"b": 1, "c": 2}],
+            [{}, {"a": 1, "b": 2}, 1],
+        ),
+        ({"format": "json-pointer", "type": "string"}, ["", "/a/b~0c"], ["a", "/~2"]),
+        (
+            {"items": {"$dynamicRef": "#part"}, "$defs": {"x": {"$dynamicAnchor": "part", "type": "string"}}},
+            [[], ["a"]],
+            [[1]],
+        ),
+    ],
+)
+def test_in_other_words_it_has_the_same_instances(schema: dict[str, Any], valid: list[Any], invalid: list[Any]) -> None:
+    new = simplified(rewritten(schema, splits_one_of=True), is_dynamic=True)
+    kept = json.dumps(new)
+    for keyword in ("if", "not", "oneOf", "contains", "dependentRequired", "unevaluatedProperties", "$dynamicRef"):
+        assert f'"{keyword}"' not in kept
+    assert all(_follows(new, instance) for instance in valid)
+    assert not any(_follows(new, instance) for instance in invalid)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"uniqueItems": True},
+        {"not": {"pattern": "a"}},
+        {"oneOf": [{"pattern": "a"}, {"pattern": "b"}]},
+        {"if": {"multipleOf": 3}, "then": {"minimum": 5}},
+        {"propertyNames": {"maxLength": 3, "pattern": "^a"}},
+        {"contains": {"type": "string"}, "minContains": 1000},
+        {"not": {"$ref": "https://example.com/other"}},
+        {"dependentRequired": 3},
+        {"format": "regex"},
+    ],
+)
+def test_what_cannot_be_said_in_another_way_stays(schema: dict[str, Any]) -> None:
+    assert rewritten(schema, splits_one_of=True) == schema
+
+
+@given(st.lists(st.text(max_size=4), min_size=1, max_size=5), st.text(max_size=5))
+def test_the_pattern_of_other_words_has_every_other_word(words: list[str], word: str) -> None:
+    schema = {"type": "string", "pattern": pattern_of_others(words).removesuffix("$") + r"\Z"}
+    assert _follows(schema, word) == (word not in words)
+    assert not any(_follows(schema, each) for each in words)
