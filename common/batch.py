@@ -104,7 +104,8 @@ class RowOutput(NamedTuple):
     """The result of one row: what comes next for each of `BatchRow.choices`; nothing where the row does not sample.
 
     A run of more than one token comes from an engine that computed the earlier ones in the same step. It writes their
-    keys and values where the sequence's blocks have room for them, and nowhere else.
+    keys and values where the sequence's blocks have room for them, and nowhere else. Tokens that a grammar forces come
+    behind the run without having been computed.
     """
 
     runs: tuple[Run, ...]
@@ -112,6 +113,7 @@ class RowOutput(NamedTuple):
     prompt_logprobs: tuple[SampledToken, ...] = ()
     is_finite: bool = True  # False: some of its logits are no distribution. Its request ends, with nothing of this row
     grammar_failure: str = ""  # why the answer's grammar cannot be followed any further: as if not finite
+    forced: tuple[int, ...] = ()  # what must follow the run, by the answer's grammar
 
 
 def row_output(

@@ -45,6 +45,10 @@ class Matcher(Protocol):
         """
         ...
 
+    def forced(self) -> int | None:
+        """Return the one token that the mask has, as far as that is known without finding it. Raises GrammarBroken."""
+        ...
+
 
 class CompiledGrammar(Protocol):
     """A grammar on one worker. Its properties may be read from any thread."""

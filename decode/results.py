@@ -82,7 +82,7 @@ class StepResults:
     def _on_sampled(self, seq: Sequence, result: RowOutput) -> None:
         request = self._requests.request_of(seq)
         if not seq.pending_choices:
-            self._on_run(request, seq, result.runs[0])
+            self._on_run(request, seq, result.runs[0], result.forced)
             return
         choices, seq.pending_choices = seq.pending_choices, ()
         request.num_cached_tokens = seq.num_cached_tokens
@@ -94,12 +94,12 @@ class StepResults:
                 request.sequences[choice] = child
                 self._scheduler.fork(seq, child)
         for choice, run in runs.items():
-            self._on_run(request, request.sequences[choice], run)
+            self._on_run(request, request.sequences[choice], run, result.forced)
         if seq.choice in request.dropped:
             self._requests.remove(request, seq)
 
-    def _on_run(self, request: RunningRequest, seq: Sequence, run: Run) -> None:
-        """Queue a run for the router, up to where the sequence ends."""
+    def _on_run(self, request: RunningRequest, seq: Sequence, run: Run, forced: tuple[int, ...] = ()) -> None:
+        """Queue a run, and what must follow it, for the router, up to where the sequence ends."""
         if len(seq.token_ids) == seq.num_computed_tokens:  # a fork has its first token already
             seq.token_ids.append(run[0].token_id)
         first, num_taken, reason = seq.num_output_tokens - 1, 1, self._finish_reason(seq, run[0])
@@ -111,7 +111,14 @@ class StepResults:
             num_taken, reason = num_taken + 1, self._finish_reason(seq, token)
         if num_taken > 1:
             self._scheduler.accept(seq, num_taken - 1)
-        self._outbox.add(request, ChoiceTokens(seq.choice, first, run[:num_taken], reason))
+        run = run[:num_taken]
+        for token_id in forced[: self._scheduler.room_for(seq, len(forced))] if forced and reason is None else ():
+            token = SampledToken(token_id)
+            seq.token_ids.append(token_id)
+            run, reason = (*run, token), self._finish_reason(seq, token)
+            if reason is not None:
+                break
+        self._outbox.add(request, ChoiceTokens(seq.choice, first, run, reason))
         if reason is not None:
             self._requests.remove(request, seq)
 

@@ -170,7 +170,7 @@ class DecodeScheduler:
         chunks = self._chunk_rows(min(budget, self.pace.chunk_tokens) if rows else budget)
         if self.speculation is not None and rows:
             budget -= sum(row.num_scheduled_tokens for row in chunks)
-            self.speculation.draft(rows, budget, self._make_room)
+            self.speculation.draft(rows, budget, self.room_for)
         rows += chunks
         if chunks or self.speculation is not None:
             rows.sort(key=lambda row: _KINDS.index(row.kind))
@@ -241,14 +241,15 @@ class DecodeScheduler:
         self.blocks.grow(seq)
         return True
 
-    def _make_room(self, seq: Sequence, num_tokens: int) -> int:
-        """Return how many drafted tokens have slots; one block at most is taken for them, and only a spare one."""
+    def room_for(self, seq: Sequence, num_tokens: int) -> int:
+        """Return how many tokens after the last known one have slots; one block at most is taken for them, and only a
+        spare one."""
         size = self._pool.block_size
         room = len(seq.block_table) * size - seq.num_tokens
         if room < num_tokens and self.blocks.num_available > self._num_growing:
             self.blocks.grow(seq)
             room += size
-        return min(room, num_tokens)
+        return max(0, min(room, num_tokens))
 
     def _park(self, seq: Sequence) -> None:
         """Take the row of a running sequence; its blocks stay as long as nobody older needs them."""

@@ -31,7 +31,7 @@ from ..kvcache.pages import allocate_pages, cache_dtype, copy_blocks, num_blocks
 from ..models.config import ModelConfig
 from ..models.digest import ModelDigest
 from .choose import choose_device, choose_dtype, choose_runner, pack_weights
-from .masks import MaskThread, with_failures
+from .masks import MaskThread, with_failures, with_forced
 from .nn.decoder import Decoder
 from .nn.plan import StepPlan, plan_step, prompt_targets
 from .nn.runner import OnLayer
@@ -144,7 +144,7 @@ class Engine:
         if not batch.rows:
             self._meet()
         with self.runner.calculating():
-            rows = with_failures(batch, self._compute(batch, plan, on_layer))
+            rows = with_forced(batch, with_failures(batch, self._compute(batch, plan, on_layer)))
         return StepOutput(rows, time.perf_counter() - began, batch.num_tokens, self.host_slots.copy_s)
 
     def _compute(self, batch: Batch, plan: StepPlan | None, on_layer: OnLayer | None) -> list[RowOutput]:

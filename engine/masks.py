@@ -5,6 +5,9 @@
 
 The library that matches releases the GIL, as the forward pass does. Only one step's masks are under way at a time, so
 no matcher has two users.
+
+What a grammar leaves no choice about needs no logits: such tokens come with the one that was drawn before them, and
+cost no step of their own. They are the same that masks would have let through one by one.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import structlog
 from ..common.batch import Batch, BatchRow, GrammarMask, RowOutput
 from ..common.grammar import GrammarBroken, Matcher
 from ..common.request import Sequence
+
+MAX_FORCED = 32  # in one step. Larger: its row computes as many more at once, and others wait for it
 
 log = structlog.get_logger(__name__)
 
@@ -77,6 +82,38 @@ def catch_up(seq: Sequence, matcher: Matcher) -> None:
     if missing:
         matcher.accept(missing)
         seq.num_matched_tokens = seq.num_output_tokens
+
+
+def with_forced(batch: Batch, outputs: list[RowOutput]) -> list[RowOutput]:
+    """Return a step's output with the tokens that must follow what was drawn."""
+    return [
+        output._replace(forced=forced_after(row.seq, output.runs[0][-1].token_id))
+        if row.seq.grammar is not None and row.samples and output.runs and row.choices == (row.seq.choice,)
+        else output
+        for row, output in zip(batch.rows, outputs, strict=True)
+    ]
+
+
+def forced_after(seq: Sequence, token_id: int) -> tuple[int, ...]:
+    """Return the tokens that must follow this one, which comes next. A token with log-probabilities is never forced."""
+    if seq.sampling.logprobs is not None or seq.matcher is None or seq.num_matched_tokens != seq.num_output_tokens:
+        return ()
+    forced: list[int] = []
+    following: int | None = token_id
+    try:
+        while following is not None and len(forced) <= MAX_FORCED:
+            forced.append(following)
+            seq.matcher.accept((following,))
+            seq.num_matched_tokens += 1
+            following = seq.matcher.forced()
+    except GrammarBroken:  # behind an end. If it was anything else, the next mask of a new matcher tells
+        seq.matcher = None
+    except Exception:
+        raise
+    except BaseException as error:  # a panic of the library: as above
+        log.error("grammar_panic", request_id=seq.request_id, error=repr(error))
+        seq.matcher = None
+    return tuple(forced[1:])
 
 
 def with_failures(batch: Batch, outputs: list[RowOutput]) -> list[RowOutput]:

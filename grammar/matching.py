@@ -116,6 +116,15 @@ class AnswerMatcher:
         self._check()
         return bits.ljust(self._mask_bytes, b"\0")
 
+    def forced(self) -> int | None:
+        following = self._matcher.compute_ff_tokens()
+        if following:
+            return following[0]  # those behind it might be cut into other tokens once it has been taken
+        if not self._matcher.is_stopped():
+            return None
+        ends = self.mask()
+        return _only_bit(ends)
+
     @property
     def accepts_end(self) -> bool:
         """Tell whether the answer may end here."""
@@ -124,6 +133,11 @@ class AnswerMatcher:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise GrammarBroken(_reason(self._matcher))
+
+
+def _only_bit(mask: bytes) -> int | None:
+    bits = int.from_bytes(mask, "little")
+    return bits.bit_length() - 1 if bits.bit_count() == 1 else None
 
 
 def compile_grammar(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:

@@ -16,6 +16,9 @@ class FakeMatcher:
     def mask(self) -> bytes:
         return b"\xff" * 64
 
+    def forced(self) -> int | None:
+        return None
+
 
 class FakeGrammar:
     """Implements `common.grammar.CompiledGrammar`."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from kvferry.common.batch import RowOutput, StepOutput
+import msgspec
+
+from kvferry.common.batch import RowKind, RowOutput, StepOutput
 from kvferry.common.grammar import Grammar
 from kvferry.common.messages import LocalTask, NoCapacity, ReserveKV, TaskRefused, WorkerFailure
+from kvferry.common.request import SamplingParams
 from kvferry.tests.fake_grammars import FakeGrammars
 
 from .bench import EOS, Bench, first_token
@@ -107,3 +110,55 @@ def test_an_answer_whose_grammar_breaks_ends_alone_and_leaves_its_blocks_cached(
     assert bench.role.counters().nonfinite_rows == 0
     bench.send(ReserveKV(spec=bench.spec("b", 8)))
     assert isinstance(bench.last(NoCapacity), NoCapacity), "the prompt's blocks are held: they are sound"
+
+
+def _forcing(bench: Bench, *forced: int) -> tuple[RowKind, int, list[int]]:
+    """Have the one row's grammar force tokens; return the row's kind, its first position, and what it fed."""
+    batch = bench.role.schedule()
+    assert batch is not None
+    [row] = batch.rows
+    fed = (row.kind, row.start, row.token_ids)
+    output = bench.output(batch, 9)
+    output.rows[0] = output.rows[0]._replace(forced=forced)
+    bench.role.complete(batch, output)
+    bench.check()
+    return fed
+
+
+def _answering(**sampling: object) -> Bench:
+    """One request whose prompt fills a block and a half of four tokens."""
+    bench, grammars = _bench()
+    spec = bench.spec("a", 6, grammar=GRAMMAR)
+    spec = msgspec.structs.replace(spec, sampling=SamplingParams(temperature=0.0, **sampling))  # type: ignore[arg-type]
+    bench.send(LocalTask(spec=spec))
+    grammars.known[GRAMMAR].is_ready = True
+    return bench
+
+
+def test_forced_tokens_come_with_the_drawn_one_and_are_computed_with_the_next_step() -> None:
+    bench = _answering(max_tokens=20)
+    _forcing(bench, 7, 8, 7)
+    assert bench.tokens("a") == {0: [(0, 9), (1, 7), (2, 8), (3, 7)]}
+    assert _forcing(bench) == (RowKind.CHUNK, 6, [9, 7, 8, 7])
+    assert _forcing(bench) == (RowKind.DECODE, 10, [9])
+
+
+def test_forced_tokens_end_an_answer_where_it_would_have_ended() -> None:
+    for sampling, forced, wanted in (
+        ({"max_tokens": 3}, (7, 8, 7), [9, 7, 8]),
+        ({"max_tokens": 20}, (7, EOS, 8), [9, 7, EOS]),
+        ({"max_tokens": 20, "stop_token_ids": (8,)}, (7, 8, 7), [9, 7, 8]),
+    ):
+        bench = _answering(**sampling)
+        _forcing(bench, *forced)
+        assert bench.tokens("a") == {0: list(enumerate(wanted))} and bench.role.is_quiet
+
+
+def test_forced_tokens_without_room_come_one_by_one() -> None:
+    bench = _answering(max_tokens=60)
+    bench.pool.allocate(bench.pool.num_blocks - 2)
+    batch = bench.role.schedule()
+    assert batch is not None
+    output = bench.output(batch, 9)
+    bench.role.complete(batch, StepOutput([output.rows[0]._replace(forced=tuple(range(10, 30)))], 0.01, 6))
+    assert bench.tokens("a") == {0: [(0, 9), (1, 10)]}, "two blocks of four have room for one more than the drawn token"

@@ -8,7 +8,7 @@ import pytest
 
 from kvferry.common.grammar import GrammarBroken
 from kvferry.common.request import FinishReason, RequestId, SamplingParams, Sequence, finish_reason
-from kvferry.engine.masks import next_mask
+from kvferry.engine.masks import forced_after, next_mask
 
 
 class _Matcher:
@@ -26,6 +26,11 @@ class _Matcher:
 
     def mask(self) -> bytes:
         return self._taken
+
+    def forced(self) -> int | None:
+        """Two tokens force the two that follow them."""
+        last = self._taken[-1:]
+        return last[0] + 1 if last and last[0] % 10 in (5, 6) else None
 
 
 class _Grammar:
@@ -101,3 +106,49 @@ def test_a_sequence_waits_until_its_grammar_is_ready_unless_it_does_not_sample()
     assert not waiting.can_sample and unsampled.can_sample
     late = _sequence(_Grammar(is_ready=False, is_late=True))
     assert [seq.num_computable_tokens for seq in (waiting, unsampled, late)] == [0, 2, 1]
+
+
+def _forced(seq: Sequence, token_id: int) -> tuple[int, ...]:
+    next_mask(seq)
+    return forced_after(seq, token_id)
+
+
+def test_tokens_without_another_choice_follow_the_one_that_was_drawn() -> None:
+    grammar = _Grammar()
+    seq = _sequence(grammar, 1)
+    assert _forced(seq, 15) == (16, 17)
+    seq.token_ids += (15, 16, 17)
+    assert next_mask(seq) == bytes((1, 15, 16, 17)) and grammar.num_made == 1
+    assert _forced(seq, 2) == ()
+
+
+def test_forced_tokens_that_were_not_taken_are_forgotten() -> None:
+    grammar = _Grammar()
+    seq = _sequence(grammar, 1)
+    assert _forced(seq, 15) == (16, 17)
+    seq.token_ids += (15, 16)
+    assert next_mask(seq) == bytes((1, 15, 16)) and grammar.num_made == 2
+    assert forced_after(seq, 17) == ()
+
+
+def test_a_drawn_token_that_does_not_fit_forces_nothing() -> None:
+    assert _forced(_sequence(_Grammar(), 1), 99) == ()
+
+
+def test_an_end_is_forced_though_no_matcher_takes_it() -> None:
+    class Ending(_Matcher):
+        def forced(self) -> int | None:
+            return 99
+
+    grammar = _Grammar()
+    seq = _sequence(grammar, 1)
+    next_mask(seq)
+    seq.matcher = Ending([])
+    assert forced_after(seq, 2) == (99,)
+    assert next_mask(seq) == bytes((1,)), "a matcher that is broken is not asked again"
+
+
+def test_tokens_with_log_probabilities_are_not_forced() -> None:
+    seq = _sequence(_Grammar(), 1)
+    seq.sampling = SamplingParams(logprobs=0)
+    assert _forced(seq, 15) == ()

@@ -221,6 +221,9 @@ class _Residues:
         allowed = sum(1 << token_id for token_id in range(self._num_taken % 7, VOCAB_SIZE, 7))
         return allowed.to_bytes(-(-VOCAB_SIZE // 32) * 4, "little")
 
+    def forced(self) -> int | None:
+        return None
+
 
 @every_kind
 def test_answers_follow_their_grammars_beside_others(model_dir: Path, name: str) -> None:

@@ -219,6 +219,36 @@ def test_every_kind_has_its_own_answers(vocabulary: Vocabulary, kind: str, text:
     assert _texts(vocabulary, Grammar(kind, text.encode())) == answers
 
 
+def test_a_forced_token_is_the_only_one_that_may_come(model: tuple[Vocabulary, Tokenizer]) -> None:
+    vocabulary, _ = model
+    keys = {"the_first_of_them": {"const": "a longer text"}, "other": {"type": "integer"}}
+    given = schema({"type": "object", "properties": keys, "required": list(keys), "additionalProperties": False})
+    first, num_forced = compile_grammar(vocabulary, given), 0
+    for seed in range(10):
+        matcher, draw = first.fork(), random.Random(seed)
+        while True:
+            forced, choices = matcher.forced(), allowed(matcher)
+            if forced is not None:
+                num_forced += 1
+                assert choices == [forced]
+            token = draw.choice(choices)
+            if token in EOS:
+                break
+            matcher.accept([token])
+    assert num_forced >= 10 * len("the_first_of_them")  # of single letters, in some of these vocabularies
+
+
+def test_where_only_an_end_can_follow_it_is_forced(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    _byte_level(tmp_path)
+    one_end = Vocabulary.from_dir(tmp_path, vocab_size=512, eos_token_ids=frozenset({1}))
+    for words, wanted in ((one_end, 1), (vocabulary, None)):
+        matcher = compile_grammar(words, Grammar("regex", b"ab|abc"))
+        matcher.accept(words.tokenizer.greedy_tokenize("ab"))
+        assert matcher.forced() is None and matcher.accepts_end
+        matcher.accept(words.tokenizer.greedy_tokenize("c"))
+        assert matcher.forced() == wanted
+
+
 def test_white_space_of_json_is_bounded(vocabulary: Vocabulary) -> None:
     first = compile_grammar(vocabulary, schema({"type": "array", "items": {"const": 1}, "minItems": 1, "maxItems": 1}))
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from kvferry.common.batch import Batch, BatchRow, RowOutput, StepOutput, verified_output
 from kvferry.common.request import SampledToken, Sequence
-from kvferry.engine.masks import find_masks
+from kvferry.engine.masks import find_masks, with_forced
 from kvferry.kvcache.blocks import BlockPool
 
 from .breach import Breach
@@ -166,6 +166,7 @@ class Engine:
             rows.append(RowOutput(runs, work.answer.prompt_logprobs[work.start : work.end] if work.scores else ()))
         self._work = []
         self.num_steps += 1
+        rows = with_forced(batch, rows)
         return StepOutput(rows, step_s, batch.num_tokens, 0.1 * step_s if batch.swap_out or batch.swap_in else 0.0)
 
     def _sample(self, work: _Work) -> Iterator[SampledToken]:

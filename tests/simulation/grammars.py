@@ -42,6 +42,11 @@ class SimMatcher:
     def mask(self) -> bytes:
         return mask_of(allowed_after(self._state))
 
+    def forced(self) -> int | None:
+        allowed = allowed_after(self._state)
+        self._seen["forced tokens"] += len(allowed) == 1
+        return allowed[0] if len(allowed) == 1 else None
+
 
 class SimGrammar:
     """Implements `common.grammar.CompiledGrammar`."""

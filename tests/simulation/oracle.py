@@ -28,7 +28,10 @@ def next_state(state: int, token: int) -> int:
 
 
 def allowed_after(state: int) -> range:
-    """The tokens that may come next."""
+    """The tokens that may come next: after some, a single one."""
+    single = state % VOCAB_SIZE
+    if state % 3 == 0 and single != EOS:
+        return range(single, single + 1)
     return range(state % _NUM_CLASSES, VOCAB_SIZE, _NUM_CLASSES)
 
 

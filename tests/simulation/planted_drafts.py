@@ -55,6 +55,6 @@ BUGS = (
     Planted(
         "a draft has no blocks",
         frozenset({"I2", "I3", "crash"}),
-        ((DecodeScheduler, "_make_room", _all_there_is),),
+        ((DecodeScheduler, "room_for", _all_there_is),),
     ),
 )

@@ -27,12 +27,27 @@ def _take_last_token(seq: Sequence, matcher: Matcher) -> None:
         seq.num_matched_tokens = seq.num_output_tokens
 
 
+def _force_the_first(seq: Sequence, token_id: int) -> tuple[int, ...]:
+    """One of several tokens that may come is taken for the only one."""
+    if seq.matcher is None:
+        return ()
+    seq.matcher.accept((token_id,))
+    seq.num_matched_tokens += 1
+    allowed = int.from_bytes(seq.matcher.mask(), "little")
+    return ((allowed & -allowed).bit_length() - 1,)
+
+
 BUGS = (
     Planted("a mask of another choice", frozenset({"G1"}), patches=((masks, "matcher_of", _matcher_of_first_choice),)),
     Planted(
         "a new matcher misses what came before",
         frozenset({"G1"}),
         patches=((masks, "catch_up", _take_last_token),),
+    ),
+    Planted(
+        "a token is forced though others may come",
+        frozenset({"I6"}),
+        patches=((masks, "forced_after", _force_the_first),),
     ),
     Planted(
         "nobody waits for a grammar",
