@@ -110,6 +110,10 @@ class Tokenizer:
             return b""
         return self._pieces.setdefault(token_id, self.decoder.token_bytes(token))
 
+    def special_id(self, text: str) -> int | None:
+        """Return the special token that is this text; None: the text is no special token."""
+        return next((token_id for token_id in self.special_ids if self._token(token_id) == text), None)
+
     def hidden_ids(self, skip_special_tokens: bool, shown: Collection[str] = ()) -> frozenset[int]:
         """Return the ids that stay out of a text: those of the special tokens, but for the `shown` ones."""
         if not skip_special_tokens:

@@ -38,7 +38,7 @@ from .completions import CompletionForm
 from .events import OPENAI_EVENTS, EventFormat
 from .form import Form
 from .middleware import RequestContext, ResponseObserver, context_of
-from .options import beside_grammar, forced_calls, form_context, text_options, turn_options
+from .options import beside_grammar, chat_grammar, form_context, text_options, turn_options
 from .prompts import PromptReader, max_chat_tokens, max_completion_tokens
 from .reply import AnswerObserver, InFlight, Reply
 from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
@@ -141,15 +141,14 @@ class Api:
             body, version = await self.body(request, held, ChatBody, surface.chat_body)
             context.marks["read"] = self.clock.now()
             prompts = self.prompts.chat(version, body, held.num_bytes, refuses_unknown=self.refuses_unknown)
-            chat, grammar = await beside_grammar(prompts, version, body)
-            if chat.use.is_forced:
-                grammar = await forced_calls(version, chat.use)
+            chat, asked = await beside_grammar(prompts, version, body)
+            follows = await chat_grammar(version, chat.use, asked)
         context.marks["tokenize"] = self.clock.now()
         limit = max_chat_tokens(body, chat.prompt, version.model.max_model_len)
-        if chat.ignored:
-            self._tell_ignored(context, chat.ignored)
-        turns = turn_options(version, body, chat, follows_grammar=grammar is not None)
-        answer = await self._submit(context, version, body, [chat.prompt], [limit], grammar, turns)
+        if ignored := (*chat.ignored, *follows.ignored):
+            self._tell_ignored(context, ignored)
+        turns = turn_options(version, body, chat, is_free=follows.is_free)
+        answer = await self._submit(context, version, body, [chat.prompt], [limit], follows.grammar, turns)
         shown = form_context(f"{surface.id_prefix}{context.request_id}", version, body, answer)
         form = surface.form(shown, ChatTurns(answer, turns), body, chat)
         return self._reply(body, answer, form, surface.events)

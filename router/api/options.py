@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from ...common.clock import wall_time_s
@@ -11,6 +12,7 @@ from ...common.grammar import Grammar
 from ..catalogue.version import Version
 from ..turns.definitions import ToolUse
 from ..turns.forced import forced_grammar
+from ..turns.lazy import answering_grammar, free_grammar, is_guidable
 from .answer import Answer
 from .chat_turns import TurnOptions
 from .choice import TextOptions
@@ -55,8 +57,42 @@ async def forced_calls(version: Version, use: ToolUse) -> Grammar:
     return grammar
 
 
-def turn_options(version: Version, body: ChatBody, chat: ChatPrompt, *, follows_grammar: bool) -> TurnOptions:
-    dialect = version.dialect.without_reasoning if follows_grammar else version.dialect
+@dataclass(slots=True, frozen=True)
+class ChatGrammar:
+    """A chat's grammar, as far as it can be had."""
+
+    grammar: Grammar | None  # None: any text
+    is_free: bool = True  # the answer may begin with text, and so with reasoning
+    ignored: tuple[str, ...] = ()  # wishes for it that cannot be kept
+
+
+async def chat_grammar(version: Version, use: ToolUse, asked: Grammar | None) -> ChatGrammar:
+    """Return what an answer with these tools follows; `asked`: what it follows where it does not call.
+
+    Raises RequestError for tools whose schemas cannot be kept.
+    """
+    if use.is_forced:
+        return ChatGrammar(await forced_calls(version, use), is_free=False)
+    is_strict = any(tool.is_strict for tool in use.tools)
+    if not use.tools or (asked is None and not is_strict):
+        return ChatGrammar(asked, is_free=asked is None)
+    grammar: Grammar | None = None
+    if version.grammars is not None and is_guidable(version.dialect):
+        special_id = version.tokenizer.special_id
+        if asked is None:
+            grammar = free_grammar(use, version.dialect, special_id)
+        else:
+            grammar = answering_grammar(use, version.dialect, special_id, asked)
+    if grammar is None:
+        return ChatGrammar(asked, asked is None, ("tools.strict",) if asked is None else ("tools",))
+    assert version.grammars is not None
+    await version.grammars.check(grammar, "tools")
+    return ChatGrammar(grammar, is_free=asked is None)
+
+
+def turn_options(version: Version, body: ChatBody, chat: ChatPrompt, *, is_free: bool) -> TurnOptions:
+    """`is_free`: the answer may begin with text, and so with reasoning."""
+    dialect = version.dialect if is_free else version.dialect.without_reasoning
     begins_inside = dialect.reasons and dialect.begins_inside(chat.prompt.text or "", chat.continued)
     return TurnOptions(dialect, chat.use, begins_inside, shows_reasoning=body.include_reasoning is not False)
 

@@ -26,14 +26,15 @@ def forced_grammar(use: ToolUse) -> Grammar | None:
     has_several = use.choice == "required" and use.is_parallel
     place = "#/items/anyOf" if has_several else "#/anyOf"
     called = [tool for tool in use.tools if use.name in (None, tool.name)]
-    calls = [_call(tool, f"{place}/{index}") for index, tool in enumerate(called)]
+    calls = [call_schema(tool, f"{place}/{index}") for index, tool in enumerate(called)]
     schema: dict[str, object] = {"anyOf": calls}
     if has_several:
         schema = {"type": "array", "minItems": 1, "items": schema}
     return Grammar("json_schema", dumps(schema).encode("utf-8", "replace"))
 
 
-def _call(tool: Tool, place: str) -> dict[str, object]:
+def call_schema(tool: Tool, place: str) -> dict[str, object]:
+    """Return the schema of a call of this tool, for a place in a document."""
     arguments = _moved(dict(tool.parameters), f"{place}/properties/arguments")
     assert isinstance(arguments, dict)
     # Left to itself, a model may go on inventing arguments that nobody declared.

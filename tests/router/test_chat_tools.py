@@ -218,6 +218,41 @@ async def test_the_form_of_text_is_for_answers_that_have_text() -> None:
     assert served.request.grammar is not None and served.request.grammar.kind == "json_schema"
 
 
+def _strict() -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("fields", "parser", "kind", "begins", "ignored"),
+    [
+        ({"tools": _strict()}, "hermes", "lark", b"start: (before", None),
+        ({"tools": _strict()}, "json", "lark", b"start: BLANK (text", None),
+        ({"tools": _strict()}, "mistral", None, b"", "tools.strict"),
+        ({"tools": _strict(), "tool_choice": "none"}, "hermes", None, b"", None),
+        ({"response_format": {"type": "json_object"}}, "hermes", "lark", b"start: answer |", None),
+        ({"response_format": {"type": "json_object"}}, "qwen3_coder", "json_object", b"", "tools"),
+        ({"structured_outputs": {"regex": "a+"}}, "hermes", "regex", b"a+", "tools"),
+    ],
+)
+async def test_an_answer_that_may_call_follows_what_can_be_kept(
+    fields: dict[str, Any], parser: Any, kind: str | None, begins: bytes, ignored: str | None
+) -> None:
+    checker = Checker()
+    served = serve(Script("text"), model=ServedModel(MODEL, LONG, VOCAB_SIZE, tool_parser=parser), grammars=checker)
+    response = await _post(served, **fields)
+    grammar = served.request.grammar
+    assert (None if grammar is None else grammar.kind) == kind
+    assert grammar is None or begins in grammar.text
+    assert response.headers.get("x-kvferry-ignored") == ignored
+
+
+async def test_an_answer_that_may_call_may_reason() -> None:
+    text = f"so</think>{CALL}"
+    model = ServedModel(MODEL, LONG, VOCAB_SIZE, reasoning_parser="deepseek_r1")
+    choice = await _whole(serve(Script(text), model=model, grammars=Checker()), tools=_strict())
+    assert choice["message"]["reasoning_content"] == "so" and len(choice["message"]["tool_calls"]) == 1
+
+
 async def test_the_models_own_choice_can_be_switched_off() -> None:
     async with _served("x", chooses_tools=False).client() as client:
         response = await client.post("/v1/chat/completions", json={"messages": CHAT, "tools": TOOLS})

@@ -77,7 +77,8 @@ def test_structural_tags_become_a_grammar_in_either_place() -> None:
     assert in_format[0] is not None and in_format[0].kind == "lark"
     assert in_format[0] == asked(structured_outputs={"structural_tag": json.dumps(TAGS)})[0]
     text = in_format[0].text.decode()
-    assert 'trigger_0[lazy]: TEXT "<f="' in text and 'tag_0: trigger_0 "a>" %json {"type": "integer"} "</f>"' in text
+    assert 'trigger_0[lazy]: TEXT "<f="' in text and 'tag_0: trigger_0 "a>" %json {"type": "integer", ' in text
+    assert text.count('"x-guidance": {"whitespace_pattern"') == 2, "white space in a tag is bounded as everywhere"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,98 @@
+"""An answer that may call: text until a call begins, which then follows its tool's schema.
+
+    free       text, calls in the model's own form, text
+    answering  calls, or an answer of the form that `response_format` asks for
+
+The first is for tools that are `strict`; without one of them the model is left to itself, and calls are read as they
+come. What a model says before it calls is free in any case, so its reasoning is, too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from ...common.grammar import Grammar
+from .definitions import Tool, ToolUse
+from .dialect import Dialect
+from .forced import call_schema
+from .json_syntaxes import HermesSyntax
+
+_BLANK = r"BLANK: /\s{0,2}/"
+_HEADER = "%llguidance {}"
+# White space within JSON as everywhere (`grammar.source.WHITE_SPACE`).
+GUIDANCE = {"x-guidance": {"whitespace_pattern": r"\x20|\n\x20{0,32}"}}
+
+
+def is_guidable(dialect: Dialect) -> bool:
+    """Tell whether the dialect's calls are JSON behind a mark that can be told from text, or JSON alone."""
+    return dialect.tool_parser in ("hermes", "llama3_json", "json")
+
+
+def free_grammar(use: ToolUse, dialect: Dialect, special_id: Callable[[str], int | None]) -> Grammar:
+    """Return the grammar of text with calls in it. `special_id(text)`: the special token that is this text, if any."""
+    call = _calls(use)
+    if dialect.tool_parser != "hermes":  # a text does not begin like JSON
+        text = r"text: /[^\s{\[](.|\n)*/"
+        return _lark(f"start: BLANK (text | {call})?", text, _BLANK, *_call_rules(use))
+    begin, end = (_token(mark, special_id) for mark in (HermesSyntax.BEGIN, HermesSyntax.END))
+    is_text = special_id(HermesSyntax.BEGIN) is None  # which a text may have anywhere; a special token ends it
+    times = "*" if use.is_parallel else "?"
+    return _lark(
+        f"start: (before BLANK call BLANK {end}){times} TEXT",
+        f"before{'[lazy]' if is_text else ''}: TEXT {begin}",
+        r"TEXT: /(.|\n)*/",
+        _BLANK,
+        *_call_rules(use),
+    )
+
+
+def answering_grammar(
+    use: ToolUse, dialect: Dialect, special_id: Callable[[str], int | None], answer: Grammar
+) -> Grammar | None:
+    """Return the grammar of calls or of an answer in JSON; None: the answer's grammar is of another kind."""
+    match answer.kind:
+        case "json_object":
+            schema: object = {"type": "object"}
+        case "json_schema":
+            schema = json.loads(answer.text)
+        case _:
+            return None
+    calls = _calls(use)
+    rules = [f"answer: {_json(schema)}", *_call_rules(use)]
+    if dialect.tool_parser == "hermes":
+        begin, end = (_token(mark, special_id) for mark in (HermesSyntax.BEGIN, HermesSyntax.END))
+        calls = f"{begin} BLANK call BLANK {end}"
+        if use.is_parallel:
+            calls = f"{calls} (BLANK {calls})*"
+        rules.append(_BLANK)
+    return _lark(f"start: answer | {calls}", *rules)
+
+
+def _calls(use: ToolUse) -> str:
+    return 'call | "[" call ("," call)* "]"' if use.is_parallel else "call"
+
+
+def _call_rules(use: ToolUse) -> list[str]:
+    names = [f"call_{index}" for index in range(len(use.tools))]
+    rules = [f"call: {' | '.join(names)}"]
+    return rules + [f"{name}: {_json(_schema(tool))}" for name, tool in zip(names, use.tools, strict=True)]
+
+
+def _schema(tool: Tool) -> dict[str, object]:
+    """A tool that is not strict is called by its name, with any arguments."""
+    return call_schema(tool if tool.is_strict else Tool(tool.name, None, {}), "#")
+
+
+def _json(schema: object) -> str:
+    text = {**schema, **GUIDANCE} if isinstance(schema, dict) else schema
+    return f"%json {json.dumps(text, ensure_ascii=False)}"
+
+
+def _token(mark: str, special_id: Callable[[str], int | None]) -> str:
+    found = special_id(mark)
+    return json.dumps(mark) if found is None else f"<[{found}]>"
+
+
+def _lark(*rules: str) -> Grammar:
+    return Grammar("lark", "\n".join([_HEADER, *rules, ""]).encode("utf-8", "replace"))
