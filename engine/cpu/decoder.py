@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...common.cores import SharedCores
+from ..nn.attention.base import LayerPages
 from .model import Model, NativeModel
 
 _TILE = 64  # columns; what rows of hidden states and logits are padded to
@@ -31,20 +32,23 @@ class NativeDecoder:
     def __init__(
         self,
         model: NativeModel,
-        pages: Tensor,
+        pages: LayerPages,
         *,
         num_threads: int,
         cores: SharedCores | None = None,
         is_exact: bool = False,
     ) -> None:
-        """`pages` are those of the engine. With `cores`, it uses more threads than its own while others are idle.
-        `is_exact`: a token's results depend on the tokens before it alone, to the bit.
+        """`pages` are this model's part of the engine's. With `cores`, it uses more threads than its own while others
+        are idle. `is_exact`: a token's results depend on the tokens before it alone, to the bit.
         """
-        assert pages.dtype == torch.bfloat16 and pages.device.type == "cpu", pages.dtype
+        first = pages[0]
+        assert first.dtype == torch.bfloat16 and first.device.type == "cpu", first.dtype
         self.is_exact = is_exact
         self._keep = (model, pages, cores)
         self._model = described = model.described
-        described.pages, described.num_blocks, described.block_size = pages.data_ptr(), pages.shape[1], pages.shape[4]
+        described.page_stride, described.block_size = first.stride(0), first.shape[3]
+        for layer in range(described.num_layers):
+            described.layers[layer].pages = pages[layer].data_ptr()
         self._vocab_size: int = described.vocab_size
         self._hidden_stride = _padded(described.hidden_size)
         library = model.library

@@ -50,6 +50,7 @@ class _Layer(ctypes.Structure):
         ("attention", _Attention),
         ("mlp_norm", ctypes.c_void_p),
         ("mlp", _GatedMLP),
+        ("pages", ctypes.c_void_p),
     ]
 
 
@@ -57,15 +58,14 @@ _SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_qo_heads", "num
 
 
 class Model(ctypes.Structure):
-    """The C++ `Model`. Whoever has pages fills in those and their numbers."""
+    """The C++ `Model`. Whoever has pages fills in the layers' and their numbers."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in (*_SIZES, "num_blocks", "block_size")),
+        *((name, ctypes.c_int64) for name in (*_SIZES, "page_stride", "block_size")),
         ("norm_eps", ctypes.c_double),
         ("rope_factor", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("inv_freq", "embedding", "final_norm")),
         ("head", _Tiles),
-        ("pages", ctypes.c_void_p),
         ("layers", ctypes.POINTER(_Layer)),
     ]
 

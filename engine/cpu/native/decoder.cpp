@@ -221,8 +221,8 @@ private:
 
     Pages pages(std::size_t layer, long kv_head, const Row& row) const {
         const long head_size = m_.block_size * m_.head_dim;
-        return {m_.pages + (long(layer) * m_.num_blocks * 2 * m_.num_kv_heads + kv_head) * head_size,
-                m_.num_kv_heads * head_size, 2 * m_.num_kv_heads * head_size, row.blocks, m_.block_size, m_.head_dim};
+        return {layers_[layer].pages + kv_head * head_size, m_.num_kv_heads * head_size, m_.page_stride, row.blocks,
+                m_.block_size, m_.head_dim};
     }
 
     // The products of `tokens` to their places: K and V to their slots, queries to where attention's result will be.

@@ -33,16 +33,16 @@ struct Layer {
     AttentionBlock attention;
     const bf16* mlp_norm;
     GatedMlp mlp;
+    bf16* pages;  // block 0's of this layer: [2, num_kv_heads, block_size, head_dim]; the next is page_stride further
 };
 
 struct Model {
     std::int64_t num_layers, hidden_size, intermediate_size, num_qo_heads, num_kv_heads, head_dim, vocab_size;
-    std::int64_t num_blocks, block_size;
+    std::int64_t page_stride, block_size;
     double norm_eps, rope_factor;
     const float* inv_freq;               // [head_dim / 2]
     const bf16 *embedding, *final_norm;  // rows, weight
     Tiles head;
-    bf16* pages;  // [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]
     const Layer* layers;
 
     long qo_size() const { return num_qo_heads * head_dim; }

@@ -7,11 +7,16 @@ know which backend runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+# A model's pages: [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim], or each layer's by itself. Pages of
+# one layer stand equally far apart, and nearer than that where other layers' lie between them.
+LayerPages = Tensor | Sequence[Tensor]
 
 
 @dataclass(slots=True, frozen=True)
@@ -64,3 +69,19 @@ def softmax_scale(head_dim: int) -> float:
 def check_pages(pages: torch.Tensor, num_qo_heads: int) -> None:
     assert pages.dim() == 6 and pages.is_contiguous(), pages.shape
     assert num_qo_heads % pages.shape[3] == 0, (num_qo_heads, pages.shape)
+
+
+def heads_of_pages(layer: torch.Tensor) -> torch.Tensor:
+    """View a layer's pages as rows, [rows, block_size * head_dim]: page b's heads, K's before V's, begin at row
+    b * rows_apart(layer).
+    """
+    num_blocks, _, num_heads, block_size, head_dim = layer.shape
+    num_rows = (num_blocks - 1) * rows_apart(layer) + 2 * num_heads
+    return layer.as_strided((num_rows, block_size * head_dim), (block_size * head_dim, 1))
+
+
+def rows_apart(layer: torch.Tensor) -> int:
+    """Count the rows of `heads_of_pages` from a page to the next."""
+    row_size = layer.shape[3] * layer.shape[4]
+    assert layer[0].is_contiguous() and layer.stride(0) % row_size == 0, (layer.shape, layer.stride())
+    return layer.stride(0) // row_size

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import AttentionMetadata, check_pages, softmax_scale
+from .base import AttentionMetadata, LayerPages, heads_of_pages, rows_apart, softmax_scale
 
 _QUERIES = 8  # tokens of a tile
 _KEYS = 256  # of a tile: a multiple of it, and of every block size
@@ -72,11 +72,12 @@ class TiledAttention:
 
     name = "cpu"
 
-    def __init__(self, pages: Tensor, num_qo_heads: int, sliding_windows: Sequence[int | None]) -> None:
-        check_pages(pages, num_qo_heads)
-        _, num_blocks, _, self._num_kv_heads, self._block_size, self._head_dim = pages.shape
-        self._pages = pages
-        self._page_rows = [layer.view(num_blocks * 2 * self._num_kv_heads, -1) for layer in pages]
+    def __init__(self, pages: LayerPages, num_qo_heads: int, sliding_windows: Sequence[int | None]) -> None:
+        self._layers = [pages[layer] for layer in range(len(pages))]
+        _, _, self._num_kv_heads, self._block_size, self._head_dim = self._layers[0].shape
+        assert num_qo_heads % self._num_kv_heads == 0, (num_qo_heads, self._num_kv_heads)
+        self._page_rows = [heads_of_pages(layer) for layer in self._layers]
+        self._rows_apart = rows_apart(self._layers[0])
         self._group_size = num_qo_heads // self._num_kv_heads
         self._scale = softmax_scale(self._head_dim)
         self._windows = tuple(sliding_windows)
@@ -107,14 +108,15 @@ class TiledAttention:
         heads = torch.arange(self._num_kv_heads).unsqueeze(1)
         for first in range(0, len(blocks), count):
             columns = torch.arange(first, first + count).clamp_(max=len(blocks) - 1)
-            k_index = (blocks[columns].long() * (2 * self._num_kv_heads) + heads).reshape(-1)
+            k_index = (blocks[columns].long() * self._rows_apart + heads).reshape(-1)
             yield _KeyTile(first * self._block_size, k_index, k_index + self._num_kv_heads)
 
     # --- running -------------------------------------------------------------------------------------------
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
-        self._pages[layer_id, self._blocks, 0, :, self._offsets] = k[: self._num_tokens]
-        self._pages[layer_id, self._blocks, 1, :, self._offsets] = v[: self._num_tokens]
+        pages = self._layers[layer_id]
+        pages[self._blocks, 0, :, self._offsets] = k[: self._num_tokens]
+        pages[self._blocks, 1, :, self._offsets] = v[: self._num_tokens]
         out = torch.zeros(q.shape, dtype=q.dtype)
         for row in self._rows:
             self._attend(row, q, layer_id, out)

@@ -93,3 +93,21 @@ def test_a_tokens_result_is_that_of_the_whole_prompt_to_the_bit(window: int | No
         chunk = slice(start, start + count)
         assert torch.equal(attention.forward(q[chunk], k[chunk], v[chunk], 0), expected[chunk]), (start, count)
         start += count
+
+
+def test_layers_whose_pages_lie_between_others_give_the_same() -> None:
+    rows = [(0, 1), (300, 1), (13, 9)]
+    metadata = _metadata(rows, 16)
+    q, k, v = _heads(metadata.num_tokens)
+    whole = torch.randn(2, NUM_BLOCKS, 2, KV_HEADS, 16, DIM, generator=torch.Generator().manual_seed(2))
+    mixed = torch.full((NUM_BLOCKS, 3, 2, KV_HEADS, 16, DIM), 7.0)
+    apart = [mixed[:, 2], mixed[:, 0]]
+    for ours, theirs in zip(apart, whole, strict=True):
+        ours.copy_(theirs)
+    alone, between = TiledAttention(whole, HEADS, [None, 20]), TiledAttention(apart, HEADS, [None, 20])
+    for layer in (0, 1):
+        for attention in (alone, between):
+            attention.plan(metadata)
+        assert torch.equal(between.forward(q, k, v, layer), alone.forward(q, k, v, layer))
+        assert torch.equal(apart[layer], whole[layer])
+    assert (mixed[:, 1] == 7.0).all()

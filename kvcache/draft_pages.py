@@ -1,0 +1,62 @@
+"""A draft model's keys and values lie behind its target's in every block, in pages of the target's size.
+
+    one block   target's layers   [  0  ][  1  ][  2  ] ...
+                draft's layers    [0 1 2][3 4 5][6 _ _]      as many to a page as fit
+
+So all pages of the allocation are equal, and whatever moves, copies, sums or keeps blocks takes the draft's layers
+along without knowing of them. Both models have all their heads on one rank.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ..common.errors import ConfigError
+
+
+class KVShape(Protocol):
+    """A `KVShape` says what a model keeps of a token; a `ModelConfig` does."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def num_kv_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+
+def num_draft_pages(target: KVShape, draft: KVShape) -> int:
+    """Count the pages that a block has for the draft model's layers. Raises ConfigError where they do not fit."""
+    return -(-draft.num_layers // _layers_of_page(target, draft))
+
+
+def draft_layers(pages: Tensor, target: KVShape, draft: KVShape) -> list[Tensor]:
+    """View each of the draft's layers in the allocation, [num_blocks, 2, num_kv_heads, block_size, head_dim]."""
+    num_blocks, block_size = pages.shape[1], pages.shape[4]
+    shape = (num_blocks, 2, draft.num_kv_heads, block_size, draft.head_dim)
+    size = _token_size(draft) * block_size
+    each = _layers_of_page(target, draft)
+    rows = [pages[target.num_layers + page].view(num_blocks, -1) for page in range(num_draft_pages(target, draft))]
+    return [
+        rows[layer // each][:, layer % each * size : (layer % each + 1) * size].view(shape)
+        for layer in range(draft.num_layers)
+    ]
+
+
+def _layers_of_page(target: KVShape, draft: KVShape) -> int:
+    ours, theirs = _token_size(draft), _token_size(target)
+    if ours > theirs or theirs % draft.head_dim:
+        raise ConfigError(
+            f"speculative_config: {draft.num_kv_heads} KV heads of {draft.head_dim} of the draft model do not fit into "
+            f"pages of the model, which has {target.num_kv_heads} of {target.head_dim}"
+        )
+    return theirs // ours
+
+
+def _token_size(model: KVShape) -> int:
+    """Count the numbers of one token's keys and values in one layer."""
+    return 2 * model.num_kv_heads * model.head_dim
