@@ -140,6 +140,9 @@ def _describe(deployment: Deployment, model: ModelConfig) -> str:
         f"model   {router.served_model_name} in {router.model_dir}",
         f"router  http://{Address(router.host, router.port)}, {_pools(deployment)}",
     ]
+    speculative = deployment.workers[0].config.engine.speculative_config
+    if speculative is not None and speculative.model is not None:
+        lines.append(f"draft   {speculative.model}, its KV in the same blocks")
     for worker in deployment.workers:
         engine = worker.config.engine
         cache = engine.kv_cache_memory_bytes

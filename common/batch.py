@@ -13,6 +13,8 @@ from typing import NamedTuple, Protocol
 
 from .request import SampledToken, Sequence
 
+UNDRAFTED = -1  # stands in a draft for a token that the engine's draft model is to say
+
 
 class RowKind(Enum):
     """A row is computed and timed by its kind."""
@@ -36,6 +38,8 @@ class BatchRow:
     seq: Sequence
     num_scheduled_tokens: int
     draft: tuple[int, ...] = ()  # proposed next tokens, which are fed after those that are known
+    # Where the engine has a draft model: the positions whose keys and values that computes. None: all that is fed.
+    draft_span: tuple[int, int] | None = None
 
     @property
     def kind(self) -> RowKind:
@@ -150,6 +154,7 @@ class StepOutput:
     step_s: float  # seconds of the whole step
     num_tokens: int
     swap_s: float = 0.0  # seconds of the step that copies from and to host memory took
+    draft_s: float = 0.0  # seconds of it that the draft model took
 
 
 class GpuEvent(Protocol):

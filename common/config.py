@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 SECRET_VARIABLE = "KVFERRY_SECRET"
 API_KEY_VARIABLE = "KVFERRY_API_KEY"
@@ -49,10 +49,23 @@ class Settings(BaseModel):
 class SpeculativeConfig(Settings):
     """`SpeculativeConfig` says how decode workers draft tokens, under vLLM's names."""
 
-    method: Literal["ngram"]  # from the sequence's own tokens
+    method: Literal["ngram", "draft_model"]  # from the sequence's own tokens, or by a smaller model
+    model: Path | None = None  # draft_model's: a local directory; its tokenizer is the served model's
     num_speculative_tokens: int = Field(5, ge=1, le=16)  # of one sequence and step; fewer where more do not pay
     prompt_lookup_min: int = Field(2, ge=1, le=16)  # shortest match, tokens
     prompt_lookup_max: int = Field(4, ge=1, le=16)  # match lengths beyond it count as equal
+
+    @field_validator("model")
+    @classmethod
+    def _make_absolute(cls, model: Path | None) -> Path | None:
+        """Name the same directory whatever folder a worker runs in."""
+        return model.expanduser().absolute() if model is not None else None
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        if (self.model is not None) != (self.method == "draft_model"):
+            raise ValueError(f"model: method {self.method} {'needs a directory' if self.model is None else 'has none'}")
+        return self
 
     @model_validator(mode="after")
     def _check_lookup(self) -> Self:

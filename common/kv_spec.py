@@ -50,7 +50,8 @@ class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """The contents of a page. Two workers exchange KV only if their fingerprints are equal."""
 
     model: str  # digest of the checkpoint
-    num_layers: Size
+    draft: str = ""  # digest of the draft model whose layers lie behind the model's; empty: none
+    num_layers: Size  # pages of a block: one for each layer of the model, then those of its draft model
     num_kv_heads: Size  # of the whole model; a rank holds num_kv_heads / tp_size
     head_dim: Size
     block_size: Size  # tokens

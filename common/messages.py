@@ -166,6 +166,7 @@ class WorkerStatus(Message):
     nonfinite_rows: Count = 0  # of steps, whose logits were no distribution: their requests ended
     draft_tokens: Count = 0  # proposed and fed since start
     accepted_tokens: Count = 0  # proposed tokens that were the ones drawn
+    draft_prompt_tokens: Count = 0  # computed by a draft model while this worker decodes: they came without its KV
 
 
 class Goodbye(Message):

@@ -84,6 +84,9 @@ class DecodeRole:
         """
         self.pool = pool
         self.receiver = receiver
+        speculation = None
+        if speculative is not None:
+            speculation = Speculation(speculative, max_model_len, block_size=spec.block_size)
         self.scheduler = DecodeScheduler(
             pool,
             spec,
@@ -92,7 +95,7 @@ class DecodeRole:
             num_swap_blocks=num_swap_blocks,
             tpot_objective_s=tpot_objective_s,
             cache=cache,
-            speculation=Speculation(speculative, max_model_len) if speculative is not None else None,
+            speculation=speculation,
         )
         self._clock = clock
         self._to_router = to_router

@@ -174,6 +174,8 @@ class DecodeScheduler:
         rows += chunks
         if chunks or self.speculation is not None:
             rows.sort(key=lambda row: _KINDS.index(row.kind))
+        if self.speculation is not None:
+            self.speculation.assign(rows)
         batch = self.blocks.begin(rows)
         self._in_step = batch is not None
         return batch

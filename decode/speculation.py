@@ -5,7 +5,8 @@
 A draft of k tokens is right up to its j-th token with chance r^j, r being how often this sequence's drafts were right.
 Each fed token costs a part of a step's time. Drafts are added, the likeliest first, while they raise the tokens that a
 second yields: (E + r^j) / (T + c) > E / T. None is a choice like any other. This is the expected-throughput rule of
-speculative decoding (Leviathan 2023, section 3) for batches.
+speculative decoding (Leviathan 2023, section 3) for batches. A draft model takes a part of a step's time besides, for
+each token of the longest draft: so many depths are chosen as raise it the most.
 
 Nothing here decides which tokens come: a wrong estimate costs time alone. Pure; times come in with the steps.
 """
@@ -13,20 +14,26 @@ Nothing here decides which tokens come: a wrong estimate costs time alone. Pure;
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from msgspec import Struct
 
-from ..common.batch import Batch, BatchRow, RowKind, StepOutput
+from ..common.batch import UNDRAFTED, Batch, BatchRow, RowKind, RowOutput, StepOutput
 from ..common.config import SpeculativeConfig
 from ..common.request import Sequence
+from .draft_spans import DraftSpans
 from .ngrams import NgramProposer, Proposer
 
 _FIRST_RATE = 0.6  # of a sequence whose drafts were not judged yet: high enough to try one
 _RATE_SMOOTHING = 0.15  # weight of one judged token: some seven tokens back
 _FIRST_SHARE = 0.05  # of a step, that one more fed token costs: a step of one row that reads all weights
+_FIRST_DEPTH_SHARE = 0.2  # of a step, that a draft model takes for one more token: a model of a fifth of the weights
 _COST_SMOOTHING = 0.1
 _FORGETTING = 0.99  # of a cost's distance from _FIRST_SHARE, with each step without drafts: a slow step is forgiven
+# Of a draft model's rate and cost, with each such step. It is tried again, for it says nothing unasked; where it fails,
+# these trials take half a percent of the time. Closer to 1: less, and a text that has become easier is noticed later.
+_FORGIVING = 0.998
 _PLAIN_EVERY = 64  # steps: one without drafts, so that their time stays known
 
 
@@ -45,6 +52,7 @@ class DraftCounters(Struct):
 
     draft_tokens: int = 0  # that were fed
     accepted_tokens: int = 0
+    draft_prompt_tokens: int = 0  # of prompts, that a draft model has computed here
 
 
 @dataclass(slots=True)
@@ -53,20 +61,33 @@ class StepCosts:
 
     plain_s: dict[int, float] = field(default_factory=dict)  # rows -> seconds of a step without drafts
     share: float = _FIRST_SHARE  # of such a step, for each drafted token
+    depth_share: float = 0.0  # of such a step, that a draft model takes for one token of all rows; 0: there is none
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
         """Learn from a finished step that had no chunks."""
         if not batch.rows or batch.rows[-1].kind is RowKind.CHUNK:
             return
-        seconds, num_rows = output.step_s - output.swap_s, len(batch.rows)
+        seconds, num_rows = output.step_s - output.swap_s - output.draft_s, len(batch.rows)
         known = self.plain_s.get(num_rows)
         if not batch.has_drafts:
             self.plain_s[num_rows] = seconds if known is None else known + _COST_SMOOTHING * (seconds - known)
             self.share += (1 - _FORGETTING) * (_FIRST_SHARE - self.share)
+            if self.depth_share:
+                self.depth_share += (1 - _FORGIVING) * (_FIRST_DEPTH_SHARE - self.depth_share)
         elif known:
             num_drafted = sum(len(row.draft) for row in batch.rows)
             seen = max(0.0, min(seconds / known - 1, 2.0)) / num_drafted
             self.share += _COST_SMOOTHING * (seen - self.share)
+            if self.depth_share:
+                depth_s = output.draft_s / max(len(row.draft) for row in batch.rows)
+                self.depth_share += _COST_SMOOTHING * (min(depth_s / known, 2.0) - self.depth_share)
+
+
+class _ByModel:
+    """The engine's draft model says the tokens, when the step runs. Implements `Proposer`."""
+
+    def propose(self, tokens: Tokens[int], num_tokens: int) -> tuple[int, ...]:
+        return (UNDRAFTED,) * num_tokens
 
 
 class Speculation:
@@ -77,13 +98,18 @@ class Speculation:
         config: SpeculativeConfig,
         max_model_len: int,
         make_proposer: Callable[[Sequence], Proposer] | None = None,
+        *,
+        block_size: int = 1,
     ) -> None:
-        """`make_proposer`: another than the config's method, for one sequence."""
+        """`make_proposer`: another than the config's method, for one sequence. `block_size`: a draft model asks."""
         self._config = config
-        self.make_proposer = make_proposer if make_proposer is not None else self._ngrams
+        has_model = config.method == "draft_model"
+        by_method: Callable[[Sequence], Proposer] = self._by_model if has_model else self._ngrams
+        self.make_proposer = make_proposer if make_proposer is not None else by_method
+        self._spans = DraftSpans(block_size) if has_model else None
         self._max_model_len = max_model_len
         self._tracks: dict[Sequence, _Track] = {}
-        self.costs = StepCosts()
+        self.costs = StepCosts(depth_share=_FIRST_DEPTH_SHARE if has_model else 0.0)
         self.counters = DraftCounters()
         self._num_steps = 0
 
@@ -105,14 +131,23 @@ class Speculation:
                 row.draft = drafts[row.seq][:length]
                 row.num_scheduled_tokens += length
 
+    def assign(self, rows: Iterable[BatchRow]) -> None:
+        """Say what a draft model computes in a step of these rows."""
+        if self._spans is not None:
+            self._spans.assign(rows)
+
     def _ngrams(self, seq: Sequence) -> Proposer:
         return NgramProposer(self._config.prompt_lookup_min, self._config.prompt_lookup_max)
+
+    def _by_model(self, seq: Sequence) -> Proposer:
+        return _ByModel()
 
     def _propose(self, seq: Sequence) -> tuple[int, ...]:
         track = self._tracks.get(seq)
         if track is None:
             track = self._tracks[seq] = _Track(self.make_proposer(seq))
-        self._judge(track, seq)
+        if self._spans is None:  # else nothing was said yet: `_learn` judges what was verified
+            self._judge(track, seq)
         left = min(seq.sampling.max_tokens - seq.num_output_tokens, self._max_model_len - seq.num_tokens) - 1
         track.proposed = track.proposer.propose(seq.token_ids, min(self._config.num_speculative_tokens, left))
         track.proposed_at = seq.num_tokens
@@ -127,8 +162,7 @@ class Speculation:
                 return
 
     def _lengths(self, drafts: dict[Sequence, tuple[int, ...]], num_rows: int, budget: int) -> dict[Sequence, int]:
-        """Cut the drafts to what raises the tokens of a second. Times are in plain steps."""
-        share = self.costs.share
+        """Cut the drafts to what raises the tokens of a second."""
         gains = sorted(
             (
                 (self._tracks[seq].rate ** (place + 1), place, seq)
@@ -137,13 +171,31 @@ class Speculation:
             ),
             key=lambda gain: (-gain[0], gain[1]),
         )
-        num_tokens, time, lengths = float(num_rows), 1.0, dict.fromkeys(drafts, 0)
-        for gain, _, seq in gains[:budget]:
+        if self._spans is None:
+            return self._fill(gains[:budget], num_rows, 0)[1]
+        longest = max(map(len, drafts.values()))
+        options = [
+            self._fill([gain for gain in gains if gain[1] < depth][:budget], num_rows, depth)
+            for depth in range(longest + 1)
+        ]
+        return max(options, key=lambda option: option[0])[1]
+
+    def _fill(
+        self, gains: list[tuple[float, int, Sequence]], num_rows: int, depth: int
+    ) -> tuple[float, dict[Sequence, int]]:
+        """Take gains, the largest first, as long as they pay in a step that drafts `depth` tokens by a model.
+
+        Returns tokens by time, which is in plain steps, and the drafts' lengths.
+        """
+        share = self.costs.share
+        num_tokens, time = float(num_rows), 1.0 + depth * self.costs.depth_share
+        lengths: dict[Sequence, int] = {}
+        for gain, _, seq in gains:
             if gain * time <= num_tokens * share:
                 break
             num_tokens, time = num_tokens + gain, time + share
-            lengths[seq] += 1
-        return lengths
+            lengths[seq] = lengths.get(seq, 0) + 1
+        return num_tokens / time, lengths
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
         """Learn from a finished step."""
@@ -152,7 +204,24 @@ class Speculation:
             if row.draft:
                 self.counters.draft_tokens += len(row.draft)
                 self.counters.accepted_tokens += sum(map(len, result.runs)) - len(result.runs)
+        if self._spans is not None:
+            self._spans.observe(batch, output)
+            self.counters.draft_prompt_tokens = self._spans.num_prompt_tokens
+            for row, result in zip(batch.rows, output.rows, strict=True):
+                if (track := self._tracks.get(row.seq)) is not None:
+                    _learn(track, row, result)
 
     def forget(self, seq: Sequence) -> None:
         """Drop what is known of a sequence that has ended."""
         self._tracks.pop(seq, None)
+        if self._spans is not None:
+            self._spans.forget(seq)
+
+
+def _learn(track: _Track, row: BatchRow, result: RowOutput) -> None:
+    """Judge what a draft model said by what came of it; where it said nothing, past failures are forgiven slowly."""
+    if not row.draft:
+        track.rate += (1 - _FORGIVING) * (_FIRST_RATE - track.rate)
+        return
+    for drafted, token in zip(row.draft, result.runs[0] if result.runs else (), strict=False):
+        track.rate += _RATE_SMOOTHING * ((drafted == token.token_id) - track.rate)

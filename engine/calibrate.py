@@ -135,7 +135,10 @@ class _Bench:
     def _answers(self, probe: Probe) -> list[BatchRow]:
         each = -(-(probe.row_context + _NUM_MEASURED + 1) // self._pool.block_size)
         tables = [self._blocks[row * each : (row + 1) * each] for row in range(probe.rows)]
-        return [BatchRow(self._sequence(probe.row_context + 1, probe.row_context, table), 1) for table in tables]
+        rows = [BatchRow(self._sequence(probe.row_context + 1, probe.row_context, table), 1) for table in tables]
+        for row in rows:
+            row.draft_span = (0, 0)  # a draft model need not keep up with answers
+        return rows
 
     def _chunk(self, probe: Probe) -> list[BatchRow]:
         if not probe.chunk:

@@ -21,7 +21,7 @@ from .cpu.decoder import NativeDecoder
 from .cpu.model import NativeModel
 from .cpu.runner import NativeRunner
 from .cpu.tiled import TiledRunner
-from .nn.attention.base import AttentionBackend
+from .nn.attention.base import AttentionBackend, LayerPages
 from .nn.attention.choose import make_attention
 from .nn.decoder import Decoder
 from .nn.runner import Runner
@@ -73,14 +73,14 @@ def choose_runner(
     config: EngineConfig,
     decoder: Decoder,
     native_model: NativeModel | None,  # as `pack_weights` made it of `decoder`
-    pages: Tensor,  # as `kvcache.pages.allocate_pages` makes them
+    pages: LayerPages,  # the model's part of what `kvcache.pages.allocate_pages` makes
     *,
     cores: CoreSlot | None = None,
     progress: Progress | None = None,
 ) -> Runner:
     """Make this rank's runner; it compiles now what the first request would wait for. Raises ConfigError."""
     attention = _attention(config, decoder, pages)
-    if pages.device.type == "cuda":
+    if isinstance(pages, Tensor) and pages.device.type == "cuda":
         return _cuda_runner(config, decoder, attention, pages, progress)
     if native_model is not None:
         native = NativeDecoder(
@@ -97,9 +97,9 @@ def choose_runner(
         return make(decoder, attention, block_size=config.block_size)
 
 
-def _attention(config: EngineConfig, decoder: Decoder, pages: Tensor) -> AttentionBackend:
+def _attention(config: EngineConfig, decoder: Decoder, pages: LayerPages) -> AttentionBackend:
     model = decoder.config
-    has_scales = pages.dtype.itemsize == 1 and config.load_format != "dummy"
+    has_scales = pages[0].dtype.itemsize == 1 and config.load_format != "dummy"
     return make_attention(
         config.attention_backend,
         pages,

@@ -31,6 +31,7 @@ from ..kvcache.pages import allocate_pages, cache_dtype, copy_blocks, num_blocks
 from ..models.config import ModelConfig
 from ..models.digest import ModelDigest
 from .choose import choose_device, choose_dtype, choose_runner, pack_weights
+from .draft import DraftModel
 from .masks import MaskThread, with_failures, with_forced
 from .nn.decoder import Decoder
 from .nn.plan import StepPlan, plan_step, prompt_targets
@@ -79,6 +80,7 @@ class Engine:
         comm = self._comm = self._connect(tp_rank, tp_size, store)
         decoder = self._loaded_decoder(dtype, progress)
         native_model = pack_weights(decoder, self._device, native=native)
+        self._draft = self._draft_model(dtype, progress, native=native)
         self.spec = self._kv_cache_spec(kv_dtype)
         self.num_blocks = comm.minimum(num_blocks or self._num_blocks_for_memory(tp_size), self._device)
         # Not under inference mode: whoever moves pages writes to this tensor outside of it.
@@ -95,7 +97,11 @@ class Engine:
         num_host = num_host_blocks(config, self.spec, self._device, num_blocks=self.num_blocks, tp_size=tp_size)
         self.num_host_blocks = comm.minimum(num_host, self._device)  # of the prefix cache, behind those for swapping
         self.host_slots = SwapPages(self.kv_pages, self.num_swap_blocks + self.num_host_blocks)
-        self.runner = choose_runner(config, decoder, native_model, self.kv_pages, cores=cores, progress=progress)
+        pages = self.kv_pages[: self.model_config.num_layers]
+        self.runner = choose_runner(config, decoder, native_model, pages, cores=cores, progress=progress)
+        if self._draft is not None:
+            self._draft.attach(self.kv_pages, cores)
+            self.spec = msgspec.structs.replace(self.spec, draft=self._draft.digest)
         self.spec = msgspec.structs.replace(self.spec, model=digest.result(), results=self.runner.results)
 
     def _connect(self, tp_rank: int, tp_size: int, store: Store | None) -> Communicator:
@@ -113,11 +119,18 @@ class Engine:
             load_weights(decoder, config.model_dir, load_format=config.load_format, seed=config.seed, progress=progress)
         return decoder
 
+    def _draft_model(self, dtype: torch.dtype, progress: Progress | None, *, native: bool) -> DraftModel | None:
+        config = self.config
+        if config.speculative_config is None or config.speculative_config.model is None:
+            return None
+        return DraftModel(config, self.model_config, dtype=dtype, device=self._device, native=native, progress=progress)
+
     def _kv_cache_spec(self, dtype: torch.dtype) -> KVCacheSpec:
         model = self.model_config
+        num_draft_pages = self._draft.num_pages if self._draft is not None else 0
         return KVCacheSpec(
             model="",  # known at the end of the start, as is how results are rounded
-            num_layers=model.num_layers,
+            num_layers=model.num_layers + num_draft_pages,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
             block_size=self.config.block_size,
@@ -135,6 +148,7 @@ class Engine:
         when the kernels that write them are queued). Raises WorkerLost if a rank is gone.
         """
         began = time.perf_counter()
+        self._draft_s = 0.0
         plan = None
         self._masks.begin(batch)
         if self._group is not None:
@@ -145,7 +159,8 @@ class Engine:
             self._meet()
         with self.runner.calculating():
             rows = with_forced(batch, with_failures(batch, self._compute(batch, plan, on_layer)))
-        return StepOutput(rows, time.perf_counter() - began, batch.num_tokens, self.host_slots.copy_s)
+        step_s = time.perf_counter() - began
+        return StepOutput(rows, step_s, batch.num_tokens, self.host_slots.copy_s, self._draft_s)
 
     def _compute(self, batch: Batch, plan: StepPlan | None, on_layer: OnLayer | None) -> list[RowOutput]:
         """Do all of a step but swapping. `plan`: the batch's, where it is known already."""
@@ -153,8 +168,13 @@ class Engine:
         if batch.rows:
             if (decoded := self.runner.decode(batch, on_layer)) is not None:
                 return decoded
+            copy_blocks(self.kv_pages, batch.block_copies)
+            if self._draft is not None:
+                self._draft_s = self._draft.propose(batch)
             plan = plan or plan_step(batch, self.config.block_size)
-            logits = self._forward(plan, on_layer)
+            logits = self.runner.forward(plan, on_layer)
+            if self._draft is not None:
+                self._keep_up(self._draft, batch, on_layer)
             sampling = sample_rows(batch)
             tokens = iter(self.runner.sample(next(logits), sampling) if sampling else ())
             prompt_tokens = self._prompt_logprobs(batch, logits) if plan.prompt_rows else repeat(())
@@ -162,9 +182,12 @@ class Engine:
         self.runner.wait()
         return rows
 
-    def _forward(self, plan: StepPlan, on_layer: OnLayer | None) -> Iterator[Tensor]:
-        copy_blocks(self.kv_pages, plan.block_copies)
-        return self.runner.forward(plan, on_layer)
+    def _keep_up(self, draft: DraftModel, batch: Batch, on_layer: OnLayer | None) -> None:
+        """Let the draft model compute what the layers were fed; its pages are complete, all at once, when it has."""
+        self._draft_s += draft.keep_up(batch)
+        if on_layer is not None:
+            for page in range(self.model_config.num_layers, self.spec.num_layers):
+                on_layer(page)
 
     def _prompt_logprobs(self, batch: Batch, logits: Iterator[Tensor]) -> Iterator[tuple[SampledToken, ...]]:
         """Yield each row's entries; `logits` has what `prompt_rows` asked for."""
@@ -202,8 +225,9 @@ class Engine:
         if not step.lengths:
             self._meet()
             return
+        copy_blocks(self.kv_pages, step.block_copies)
         with self.runner.calculating():
-            for _ in self._forward(step, on_layer):
+            for _ in self.runner.forward(step, on_layer):
                 pass
 
 

@@ -9,11 +9,12 @@ along without knowing of them. Both models have all their heads on one rank.
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from ..common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class KVShape(Protocol):

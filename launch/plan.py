@@ -25,6 +25,7 @@ from ..common.config import (
     WorkerConfig,
 )
 from ..common.errors import ConfigError
+from ..kvcache.draft_pages import num_draft_pages
 from ..models.config import ModelConfig
 from ..settings.fields import PoolSettings, ServeSettings
 from .host import Host
@@ -181,18 +182,29 @@ def cache_item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
 
 
 def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:
-    """About what one rank's weights take: matrices and embeddings."""
+    """About what one rank's weights take, a draft model's too: matrices and embeddings."""
+    models = [model, *draft_models(engine)]
+    return sum(map(_num_parameters, models)) * item_bytes(engine, model) // engine.tensor_parallel_size
+
+
+def draft_models(engine: EngineConfig) -> list[ModelConfig]:
+    """Return the shape of the draft model, if there is one. Raises ConfigError."""
+    speculative = engine.speculative_config
+    return [] if speculative is None or speculative.model is None else [ModelConfig.from_dir(speculative.model)]
+
+
+def _num_parameters(model: ModelConfig) -> int:
     attention = 2 * (model.num_qo_heads + model.num_kv_heads) * model.head_dim * model.hidden_size
     mlp = 3 * model.hidden_size * model.intermediate_size
     embeddings = (1 if model.tie_embeddings else 2) * model.vocab_size * model.hidden_size
-    num_parameters = model.num_layers * (attention + mlp) + embeddings
-    return num_parameters * item_bytes(engine, model) // engine.tensor_parallel_size
+    return model.num_layers * (attention + mlp) + embeddings
 
 
 def cache_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
-    """KV of one token on one rank."""
+    """KV of one token on one rank, a draft model's too. Raises ConfigError where that does not fit into the blocks."""
     heads = model.num_kv_heads // engine.tensor_parallel_size
-    return 2 * model.num_layers * heads * model.head_dim * cache_item_bytes(engine, model)
+    num_pages = model.num_layers + sum(num_draft_pages(model, draft) for draft in draft_models(engine))
+    return 2 * num_pages * heads * model.head_dim * cache_item_bytes(engine, model)
 
 
 def fit_to_host(deployment: Deployment, host: Host, model: ModelConfig | None = None) -> Deployment:

@@ -24,7 +24,8 @@ from ..engine.cpu.build import NativeUnavailable, find_compiler
 from ..models.checkpoint import check_checkpoint
 from ..models.config import ModelConfig
 from ..models.default import Progress
-from ..models.files import ResolvedModel, is_on_hub, resolve_model
+from ..models.draft import check_draft
+from ..models.files import ResolvedModel, check_no_code, is_on_hub, resolve_model
 from ..models.tokenizer import Tokenizer
 from ..settings.exposure import check_exposure
 from ..settings.fields import ServeSettings
@@ -153,6 +154,12 @@ class Preflight:
         settings, found = self._settings, self._resolved
         self.deployment = plan(settings, found.dir, settings.served_model_name or found.served_name, ())
         check_model(self.deployment, self.model)
+        speculative = settings.speculative_config
+        if speculative is not None and speculative.model is not None:
+            check_no_code(speculative.model)
+            draft = check_draft(found.dir, speculative.model, settings.max_model_len or self.model.max_model_len)
+            if settings.load_format != "dummy":
+                check_checkpoint(speculative.model, draft)
         return f"{len(self.deployment.workers)} workers"
 
     def _check_credentials(self) -> str:

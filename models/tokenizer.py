@@ -72,6 +72,12 @@ class Tokenizer:
             chat_template=load_chat_template(path, config, override=Path(chat_template) if chat_template else None),
         )
 
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """Return every token's id, those of the added ones too."""
+        vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return vocabulary
+
     def encode(self, text: str, add_special_tokens: bool = True, *, max_tokens: int | None = None) -> list[int]:
         """Return the text's ids, as `encode_all` gives them."""
         return self.encode_all([text], add_special_tokens, max_tokens=max_tokens)[0]

@@ -368,8 +368,9 @@ class ServeSettings(Settings):
         Option(
             "Engine",
             "Draft tokens and check several in a step; none is another than without. JSON as vLLM takes it: "
-            '{"method": "ngram", "num_speculative_tokens": 5}. Turns deterministic on. On CPUs alone.',
-            (*SERVE, "decode"),
+            '{"method": "ngram", "num_speculative_tokens": 5}, or "draft_model" with "model": DIRECTORY. Turns '
+            "deterministic on. On CPUs alone.",
+            ENGINES,
         ),
     ] = None
     enforce_eager: Annotated[
@@ -458,6 +459,8 @@ class ServeSettings(Settings):
             )
         if self.speculative_config is not None and not self.deterministic:
             raise ValueError("speculative_config: needs deterministic, which is turned off: leave that away")
+        if self.speculative_config is not None and self.speculative_config.model is not None and max(sizes) > 1:
+            raise ValueError("speculative_config: a draft model needs tensor_parallel_size 1")
         if self.ray_address is not None and self.launcher != "ray":
             raise ValueError("ray_address: only with --launcher ray")
         if self.max_model_len is not None and self.max_model_len < 2:

@@ -74,7 +74,9 @@ from kvferry.common.messages import (
 )
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
 
-SPEC = KVCacheSpec(model="fuzz", num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32")
+SPEC = KVCacheSpec(
+    model="fuzz", draft="small", num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32"
+)
 DECODERS: tuple[Decoder[Message], ...] = (
     Decoder(WorkerToRouter),
     Decoder(RouterToWorker),

@@ -64,6 +64,7 @@ def mismatch(hello: WorkerHello, expected: Expected, peer: WorkerHello | None) -
     if peer is not None:
         checks.append(("max_model_len", hello.max_model_len, peer.max_model_len, f"worker {peer.worker_id}'s"))
         checks.append(("weights", hello.spec.model, peer.spec.model, f"worker {peer.worker_id}'s"))
+        checks.append(("draft model", hello.spec.draft, peer.spec.draft, f"worker {peer.worker_id}'s"))
         checks.append(("KV cache", hello.spec.fingerprint, peer.spec.fingerprint, f"worker {peer.worker_id}'s"))
     for name, theirs, ours, whose in checks:
         if theirs != ours:

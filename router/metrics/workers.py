@@ -49,6 +49,7 @@ _COUNTERS = {
     "nonfinite_rows": ("nonfinite_rows", "Rows of steps with NaN or infinite logits: their requests got an error"),
     "draft_tokens": ("draft_tokens", "Drafted tokens that steps have verified"),
     "accepted_tokens": ("accepted_draft_tokens", "Drafted tokens that were the ones drawn"),
+    "draft_prompt_tokens": ("draft_prompt_tokens", "Prompt tokens that decode workers computed by their draft model"),
     "checksum_failures": ("kv_checksum_failures", "Arrivals whose bytes were not those that were sent"),
 }
 # By a label: the field holds (value, count) pairs. A value that is not known here counts as "other".

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Tokens
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvferry.common.batch import Batch, BatchRow, RowKind, RowOutput, StepOutput, verified_output
+from kvferry.common.batch import UNDRAFTED, Batch, BatchRow, RowKind, RowOutput, StepOutput, verified_output
 from kvferry.common.config import SpeculativeConfig
 from kvferry.common.request import RequestId, SampledToken, SamplingParams, Sequence
 from kvferry.decode.ngrams import NgramProposer
@@ -154,10 +155,60 @@ def test_what_has_ended_is_forgotten() -> None:
     assert not speculation._tracks
 
 
+# --- by a model -----------------------------------------------------------------------------------------------
+
+
+def play_model(
+    speculation: Speculation, num_rows: int, num_steps: int, *, num_right: int, depth_s: float, token_s: float = 0.0
+) -> list[int]:
+    """Run steps in which a draft model's first `num_right` tokens are right; how many each row has had drafted."""
+    seqs = [sequence(f"r{number}", max_tokens=10_000) for number in range(num_rows)]
+    lengths = []
+    for _ in range(num_steps):
+        rows = rows_of(seqs)
+        speculation.draft(rows, 64, lambda seq, count: count)
+        speculation.assign(rows)
+        outputs = []
+        for row in rows:
+            assert set(row.draft) <= {UNDRAFTED}
+            row.draft = tuple(range(len(row.draft)))
+            said = [*row.draft[:num_right], 99]
+            outputs.append(RowOutput((tuple(SampledToken(token) for token in said),)))
+        depth, drafted = max(len(row.draft) for row in rows), sum(len(row.draft) for row in rows)
+        step_s = STEP_S + depth * depth_s + drafted * token_s
+        speculation.observe(Batch(rows), StepOutput(outputs, step_s, 0, draft_s=depth * depth_s))
+        lengths.append(depth)
+    return lengths
+
+
+def by_model() -> Speculation:
+    config = SpeculativeConfig(method="draft_model", model=Path("d"), num_speculative_tokens=5)
+    return Speculation(config, 20_000, block_size=BLOCK)
+
+
+def test_a_draft_model_that_is_cheap_and_right_drafts_all_it_may() -> None:
+    assert play_model(by_model(), 1, 40, num_right=5, depth_s=0.1 * STEP_S)[-1] == 5
+    assert play_model(by_model(), 4, 40, num_right=5, depth_s=0.1 * STEP_S)[-1] == 5
+
+
+def test_one_that_takes_as_long_as_its_target_costs_next_to_nothing() -> None:
+    lengths = play_model(by_model(), 1, 600, num_right=1, depth_s=STEP_S, token_s=0.05 * STEP_S)
+    assert lengths[0] == 0 < lengths[1]
+    later = lengths[100:]
+    steps, tokens = sum(1 + 1.05 * length for length in later), sum(1 + min(1, length) for length in later)
+    assert steps / tokens < 1.01
+
+
+def test_one_that_is_always_wrong_is_seldom_tried() -> None:
+    lengths = play_model(by_model(), 1, 1000, num_right=0, depth_s=0.1 * STEP_S)
+    assert sum(lengths[:5]) > 0
+    assert 0 < sum(lengths[200:]) < 0.05 * 800
+
+
 # --- what comes of it -----------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.lists(st.integers(0, 2), min_size=6, max_size=6))
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.lists(st.integers(0, 2), min_size=7, max_size=7))
 def test_a_run_is_what_one_token_at_a_time_would_be(draft: list[int], drawn: list[int]) -> None:
     """`drawn[i]`: what the model says after i drafted tokens, if all of them were its own."""
     row = BatchRow(sequence(), 1 + len(draft), tuple(draft))

@@ -5,10 +5,12 @@ same.
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from pathlib import Path
 
 import httpx
+import pytest
 
 from ..checkpoints import write_checkpoint
 from .cluster import Cluster, serve, wait_until
@@ -17,6 +19,8 @@ FLAGS = ("--served-model-name", "tiny", "--dtype", "bfloat16", "--kv-cache-memor
 ALONE = ("--deterministic", "--prefill", "0")
 # One token is a match: there is hardly a step without a draft.
 DRAFTING = ("--decode", "2", "--speculative-config", '{"method": "ngram", "prompt_lookup_min": 1}')
+# Every prompt is computed by the prefill worker.
+BY_MODEL = ("--no-local-prefill", "--decode", "2")
 NUM_DECODE = 2
 _MAX_KILLS = 5
 LENGTHS = (3, 100, 270, 400, 150, 33)
@@ -62,22 +66,54 @@ async def _together(cluster: Cluster, *, kill: bool) -> list[Choices]:
         return list(await asyncio.gather(*tasks))
 
 
-def test_answers_are_the_same_to_the_bit_though_tokens_are_drafted_and_a_decode_worker_dies(tmp_path: Path) -> None:
-    model_dir = write_checkpoint(
-        tmp_path / "tiny", dtype="bfloat16", num_qo_heads=6, head_dim=64, num_layers=4, max_model_len=2048
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    return write_checkpoint(
+        folder / "tiny", dtype="bfloat16", num_qo_heads=6, head_dim=64, num_layers=4, max_model_len=2048
     )
-    with serve(model_dir, tmp_path / "alone", *FLAGS, *ALONE) as cluster:
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    with serve(model_dir, tmp_path_factory.mktemp("log") / "alone", *FLAGS, *ALONE) as cluster:
         alone = [cluster.post("/v1/completions", _body(index)) for index in range(len(LENGTHS))]
         assert all(str(answer["system_fingerprint"]).endswith("-exact") for answer in alone)
-        expected = [answer["choices"] for answer in alone]
         assert cluster.metric("kvferry_draft_tokens_total") == 0
+    return [answer["choices"] for answer in alone]
+
+
+def _die_until_one_resumes(cluster: Cluster, expected: list[object]) -> None:
+    """Kill decode workers until one died in the middle of a stream."""
+    for _ in range(_MAX_KILLS):
+        assert asyncio.run(_together(cluster, kill=True)) == expected
+        wait_until(lambda: len(cluster.children('"role":"decode"')) == NUM_DECODE, "a new decode worker")
+        if cluster.metric("kvferry_resumes_total") > 0:
+            return
+    raise AssertionError(f"{_MAX_KILLS} decode workers died, and no stream was resumed")
+
+
+def test_answers_are_the_same_to_the_bit_though_tokens_are_drafted_and_a_decode_worker_dies(
+    model_dir: Path, expected: list[object], tmp_path: Path
+) -> None:
     with serve(model_dir, tmp_path / "log", *FLAGS, *DRAFTING) as cluster:
         assert asyncio.run(_together(cluster, kill=False)) == expected
         wait_until(lambda: cluster.metric("kvferry_accepted_draft_tokens_total") > 0, "a draft that was right")
         assert cluster.metric("kvferry_draft_tokens_total") > cluster.metric("kvferry_accepted_draft_tokens_total")
-        for _ in range(_MAX_KILLS):  # until one died in the middle of a stream
-            assert asyncio.run(_together(cluster, kill=True)) == expected
-            wait_until(lambda: len(cluster.children('"role":"decode"')) == NUM_DECODE, "a new decode worker")
-            if cluster.metric("kvferry_resumes_total") > 0:
-                return
-        raise AssertionError(f"{_MAX_KILLS} decode workers died, and no stream was resumed")
+        _die_until_one_resumes(cluster, expected)
+
+
+def test_a_draft_models_kv_comes_with_the_prompts_and_answers_are_the_same(
+    model_dir: Path, expected: list[object], tmp_path: Path
+) -> None:
+    """The model drafts for itself: at temperature 0 what it says is right, if its keys and values are."""
+    config = json.dumps({"method": "draft_model", "model": str(model_dir), "num_speculative_tokens": 3})
+    with serve(model_dir, tmp_path / "log", *FLAGS, *BY_MODEL, "--speculative-config", config) as cluster:
+        greedy = _body(1) | {"temperature": 0.0, "n": 1, "frequency_penalty": 0.0, "logit_bias": None}
+        for _ in range(3):
+            cluster.post("/v1/completions", greedy)
+        counters = ("kvferry_draft_tokens_total", "kvferry_accepted_draft_tokens_total")
+        wait_until(lambda: 0 < cluster.metric(counters[0]) == cluster.metric(counters[1]), "drafts that all were right")
+        assert asyncio.run(_together(cluster, kill=False)) == expected
+        assert cluster.metric("kvferry_draft_prompt_tokens_total") == 0
+        _die_until_one_resumes(cluster, expected)

@@ -14,6 +14,8 @@ from kvferry.launch.plan import Deployment, cache_token_bytes, fit_to_host, plan
 from kvferry.models.config import ModelConfig, RopeConfig
 from kvferry.settings.fields import PoolSettings, ServeSettings
 
+from ..checkpoints import write_checkpoint
+
 GIB = 1 << 30
 MODEL = ModelConfig(
     architecture="llama",
@@ -236,7 +238,8 @@ def test_drafts_are_for_every_worker_and_make_results_exact() -> None:
 @pytest.mark.parametrize(
     ("value", "why"),
     [
-        ({"method": "draft_model", "model": "x"}, "method"),
+        ({"method": "draft_model"}, "model: method draft_model needs a directory"),
+        ({"method": "ngram", "model": "x"}, "model: method ngram has none"),
         ({"method": "ngram", "num_speculative_tokens": 17}, "num_speculative_tokens"),
         ({"method": "ngram", "prompt_lookup_min": 5}, "prompt_lookup_max 4 is below prompt_lookup_min 5"),
         ("[1", "must be a JSON object"),
@@ -248,6 +251,21 @@ def test_drafts_that_nobody_can_make_are_refused(value: object, why: str) -> Non
         ServeSettings.model_validate({"speculative_config": value})
     with pytest.raises(ValueError, match="needs deterministic"):
         ServeSettings.model_validate({"speculative_config": {"method": "ngram"}, "deterministic": False})
+
+
+def test_a_draft_model_is_named_for_every_worker_and_has_its_part_of_weights_and_blocks(tmp_path: Path) -> None:
+    small = write_checkpoint(
+        tmp_path / "small", num_layers=3, hidden_size=512, num_kv_heads=1, num_qo_heads=4, head_dim=128, tokenizer=False
+    )
+    asked = {"method": "draft_model", "model": str(small)}
+    engine = planned(speculative_config=asked, dtype="bfloat16").workers[1].config.engine
+    alone = planned(dtype="bfloat16").workers[1].config.engine
+    assert engine.speculative_config is not None and engine.speculative_config.model == small
+    token_bytes = cache_token_bytes(alone, MODEL)
+    assert cache_token_bytes(engine, MODEL) == token_bytes + token_bytes // MODEL.num_layers  # all three in one page
+    assert weight_bytes(engine, MODEL) > weight_bytes(alone, MODEL)
+    with pytest.raises(ValueError, match="a draft model needs tensor_parallel_size 1"):
+        ServeSettings.model_validate({"speculative_config": asked, "tensor_parallel_size": 2})
 
 
 # What a launcher uses itself, and what is for a process that is started by hand.

@@ -26,7 +26,7 @@ from kvferry.models.checkpoint import check_checkpoint, tensor_shapes
 from kvferry.models.config import ModelConfig
 from kvferry.settings.fields import ServeSettings
 
-from ..checkpoints import write_checkpoint
+from ..checkpoints import Shape, write_checkpoint
 
 Words = list[str]
 
@@ -138,6 +138,26 @@ def ranks_that_do_not_divide(site: Site) -> Words:
     return ["--tensor-parallel-size", "8"]
 
 
+@case(r"the draft model has another tokenizer: token '.+' is \d+ of \d+ in .*tiny and is none of 300 in .*draft")
+def draft_of_another_tokenizer(site: Site) -> Words:
+    return _drafting(site, Shape(vocab_size=300))
+
+
+@case("8 KV heads of 16 of the draft model do not fit into pages of the model, which has 2 of 16")
+def draft_of_larger_pages(site: Site) -> Words:
+    return _drafting(site, Shape(num_kv_heads=8, num_qo_heads=8))
+
+
+@case("has 256 positions, and the served one 2048 .* give --max-model-len 256")
+def draft_of_fewer_positions(site: Site) -> Words:
+    return _drafting(site, Shape(max_model_len=256))
+
+
+@case(r"/no/such/model/config\.json is missing")
+def no_draft(site: Site) -> Words:
+    return ["--speculative-config", json.dumps({"method": "draft_model", "model": "/no/such/model"})]
+
+
 @case("device: cuda was asked for")
 def no_gpu(site: Site) -> Words:
     return ["--device", "cuda"]
@@ -247,6 +267,11 @@ def disk_cache_in_a_file(site: Site) -> Words:
 @case("there is no prefix cache to keep there")
 def disk_cache_without_a_prefix_cache(site: Site) -> Words:
     return ["--disk-cache-dir", str(site.folder / "cache"), "--no-enable-prefix-caching"]
+
+
+def _drafting(site: Site, shape: Shape) -> Words:
+    draft = write_checkpoint(site.folder / "draft", shape=shape)
+    return ["--speculative-config", json.dumps({"method": "draft_model", "model": str(draft)})]
 
 
 def _taken(site: Site) -> int:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ....common.errors import ConfigError
-from .base import AttentionBackend
+from .base import AttentionBackend, LayerPages
 
 
 def make_attention(
     name: str,
-    pages: Tensor,
+    pages: LayerPages,
     num_qo_heads: int,
     sliding_windows: Sequence[int | None],
     *,
@@ -26,7 +26,7 @@ def make_attention(
     Pages in 8 bits (on CUDA alone) need the queries' type, and each layer's k_scale and v_scale where they are not 1.
     `deterministic`, on a CPU alone: results do not depend on what is computed together.
     """
-    device = pages.device.type
+    device = pages[0].device.type
     if name == "auto":
         name = "flashinfer" if device == "cuda" else "cpu"
     if name == "flashinfer":
@@ -34,6 +34,7 @@ def make_attention(
             raise ConfigError("attention_backend = flashinfer needs a CUDA device; use cpu on this one")
         from .flashinfer import FlashInferAttention
 
+        assert isinstance(pages, Tensor), "layers apart are for attention in tiles"
         return FlashInferAttention(pages, num_qo_heads, sliding_windows, query_dtype=query_dtype, kv_scales=kv_scales)
     if device != "cpu":
         raise ConfigError(f"attention_backend = {name} does not run on {device}; use flashinfer")
@@ -43,4 +44,5 @@ def make_attention(
         return TiledAttention(pages, num_qo_heads, sliding_windows)
     from .paged_torch import CPUAttention
 
+    assert isinstance(pages, Tensor), "layers apart are for attention in tiles"
     return CPUAttention(pages, num_qo_heads, sliding_windows)

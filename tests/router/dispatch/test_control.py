@@ -223,6 +223,7 @@ def test_a_fitting_worker_is_welcome() -> None:
         ({"max_model_len": 99}, ["99", "1024"]),
         ({"spec": msgspec.structs.replace(SPEC, results="kernels-1")}, ["deterministic True", "router's False"]),
         ({"spec": msgspec.structs.replace(SPEC, model="other")}, ["weights 'other'", "worker p-0's 'm'"]),
+        ({"spec": msgspec.structs.replace(SPEC, draft="d")}, ["draft model 'd'", "worker p-0's ''"]),
         ({"spec": msgspec.structs.replace(SPEC, block_size=32)}, ["KV cache", "block_size=32", "block_size=16", "p-0"]),
     ],
 )

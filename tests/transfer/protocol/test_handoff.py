@@ -61,6 +61,7 @@ def _spec(**change: object) -> KVCacheSpec:
         (Endpoint(_spec(block_size=8), "0.1.0", "nixl", 1), "block_size 4 here, 8 there"),
         (Endpoint(_spec(dtype="bfloat16"), "0.1.0", "nixl", 1), "dtype 'float32' here, 'bfloat16' there"),
         (Endpoint(_spec(model="n"), "0.1.0", "nixl", 1), "model 'm' here, 'n' there"),
+        (Endpoint(_spec(draft="d", num_layers=9), "0.1.0", "nixl", 1), "KV cache draft '' here, 'd' there"),
         (Endpoint(SPEC, "0.2.0", "nixl", 1), "kvferry 0.1.0 here, 0.2.0 there"),
         (Endpoint(SPEC, "0.1.0", "ucx", 1), "transport 'nixl' here, 'ucx' there"),
         (Endpoint(SPEC, "0.1.0", "nixl", 3), "4 KV heads cannot be split over 3 ranks there"),

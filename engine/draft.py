@@ -1,0 +1,159 @@
+"""A draft model beside its target: it says what may come next, and keeps its own keys and values in the same blocks.
+
+    propose   before the target's step: one small forward for each drafted token, of all rows at once
+    keep_up   behind the target's layers: what they were fed otherwise, prompts above all
+
+Which positions it computes in a step is told by each row (`BatchRow.draft_span`). Its tokens are its best ones; they
+decide nothing, for each is compared with what the target draws. It runs where its target runs, by the same runner.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.batch import UNDRAFTED, Batch, BatchRow
+from ..common.config import CoreSlot, EngineConfig
+from ..common.errors import ConfigError
+from ..common.request import BlockId
+from ..kvcache.draft_pages import draft_layers, num_draft_pages
+from ..models.config import ModelConfig
+from ..models.digest import ModelDigest
+from ..models.draft import check_draft
+from .choose import choose_runner, pack_weights
+from .nn.decoder import Decoder
+from .nn.plan import StepPlan
+from .nn.runner import Runner
+from .nn.weights import Progress, load_weights
+from .ranks.group import Communicator
+
+
+class _Stretch(NamedTuple):
+    """Tokens of one sequence that are fed from a position on."""
+
+    token_ids: Sequence[int]
+    start: int
+    block_table: list[BlockId]
+
+
+class DraftModel:
+    """Used by the engine's thread alone, under inference mode."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        target: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        native: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        """Load it; `attach` gives it pages. Raises ConfigError where it does not go with its target."""
+        assert config.speculative_config is not None and config.speculative_config.model is not None
+        path = config.speculative_config.model
+        if device.type != "cpu" or config.tensor_parallel_size > 1:
+            raise ConfigError("speculative_config: a draft model runs on CPUs, with tensor_parallel_size = 1")
+        self._config, self._target = config, target
+        self.model = check_draft(config.model_dir, path, target.max_model_len)
+        self.num_pages = num_draft_pages(target, self.model)  # of a block
+        self._digest = ModelDigest(path, config.load_format, config.seed)
+        with torch.inference_mode():
+            decoder = self._decoder = Decoder(self.model, Communicator(), dtype=dtype, device=device)
+            load_weights(decoder, path, load_format=config.load_format, seed=config.seed, progress=progress)
+        self._native_model = pack_weights(decoder, device, native=native)
+        self._num_choices = min(target.vocab_size, self.model.vocab_size)  # either may be padded
+        self.runner: Runner
+
+    @property
+    def digest(self) -> str:
+        """Wait for the digest of its weights. Raises ConfigError."""
+        return self._digest.result()
+
+    def attach(self, pages: Tensor, cores: CoreSlot | None) -> None:
+        """Let it compute into its part of the engine's pages. Raises ConfigError."""
+        layers = draft_layers(pages, self._target, self.model)
+        self.runner = choose_runner(self._config, self._decoder, self._native_model, layers, cores=cores)
+
+    # --- steps ----------------------------------------------------------------------------------------------------
+
+    def propose(self, batch: Batch) -> float:
+        """Say the drafts that rows leave open; return the seconds that took."""
+        rows = [row for row in batch.rows if row.draft and row.draft[0] == UNDRAFTED]
+        if not rows:
+            return 0.0
+        began = time.perf_counter()
+        drafts: list[list[int]] = [[] for _ in rows]
+        for depth in range(max(len(row.draft) for row in rows)):
+            going_on = [pair for pair in zip(rows, drafts, strict=True) if depth < len(pair[0].draft)]
+            best = self._best([_next_stretch(row, draft) for row, draft in going_on])
+            for (_, draft), token in zip(going_on, best, strict=True):
+                draft.append(token)
+        for row, draft in zip(rows, drafts, strict=True):
+            row.draft = tuple(draft)
+        return time.perf_counter() - began
+
+    def keep_up(self, batch: Batch) -> float:
+        """Compute what is left of the rows' spans; return the seconds that took."""
+        began = time.perf_counter()
+        stretches = [stretch for row in batch.rows if (stretch := _rest(row)) is not None]
+        if stretches:
+            for _ in self.runner.forward(self._plan(stretches, samples=False), None):
+                pass
+        return time.perf_counter() - began
+
+    def _best(self, stretches: Sequence[_Stretch]) -> list[int]:
+        """Return the likeliest token behind each."""
+        [logits] = self.runner.forward(self._plan(stretches, samples=True), None)
+        best: list[int] = logits[:, : self._num_choices].argmax(-1).tolist()
+        return best
+
+    def _plan(self, stretches: Sequence[_Stretch], *, samples: bool) -> StepPlan:
+        input_ids, starts, lengths, block_ids, ends = (array("i") for _ in range(5))
+        size = self._config.block_size
+        for token_ids, start, block_table in stretches:
+            input_ids.extend(token_ids)
+            starts.append(start)
+            lengths.append(len(token_ids))
+            block_ids.extend(block_table[: -(-(start + len(token_ids)) // size)])
+            ends.append(len(input_ids) - 1)
+        if self._num_choices < self._target.vocab_size:  # what the target's padding says is no token here
+            input_ids = array("i", [token if token < self._num_choices else 0 for token in input_ids])
+        return StepPlan(
+            input_ids=input_ids.tobytes(),
+            starts=starts.tobytes(),
+            lengths=lengths.tobytes(),
+            block_ids=block_ids.tobytes(),
+            sample_rows=ends.tobytes() if samples else b"",
+            prompt_rows=b"",
+            block_copies=(),
+        )
+
+
+def _span(row: BatchRow) -> tuple[int, int]:
+    return row.draft_span if row.draft_span is not None else (row.start, row.end)
+
+
+def _next_stretch(row: BatchRow, draft: list[int]) -> _Stretch:
+    """Return what is fed for the token after `draft`: at first all that is not computed of what is known."""
+    if draft:
+        return _Stretch(draft[-1:], row.start + len(draft), row.seq.block_table)
+    first, known = _span(row)[0], row.start + row.num_known_tokens
+    return _Stretch(row.seq.token_ids[first:known], first, row.seq.block_table)
+
+
+def _rest(row: BatchRow) -> _Stretch | None:
+    """Return what of the row's span `propose` has not fed; None: nothing."""
+    first, end = _span(row)
+    known = row.start + row.num_known_tokens
+    if row.draft:
+        first = row.end - 1
+    if first >= end:
+        return None
+    tokens = [*row.seq.token_ids[first:known], *row.draft[max(0, first - known) : end - known]]
+    return _Stretch(tokens, first, row.seq.block_table)

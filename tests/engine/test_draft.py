@@ -1,0 +1,112 @@
+"""A draft model in the engine: its keys and values are in its target's blocks, and it drafts what it would say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.batch import UNDRAFTED, Batch, BatchRow
+from kvferry.common.errors import ConfigError
+from kvferry.common.request import Sequence
+from kvferry.engine.engine import Engine
+
+from ..checkpoints import Shape, write_checkpoint
+from ..engine_driver import Driver, engine_config, prompts
+
+BLOCK = 8
+KINDS = {"native": {"dtype": "bfloat16"}, "tiled": {"dtype": "float32"}}
+TARGET = Shape(num_layers=3, hidden_size=128, num_qo_heads=4, num_kv_heads=2, head_dim=32, vocab_size=515)
+SMALL = Shape(num_layers=3, hidden_size=64, num_qo_heads=2, num_kv_heads=1, head_dim=16, vocab_size=512, seed=5)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "target": write_checkpoint(folder / "target", shape=TARGET),
+        "small": write_checkpoint(folder / "small", shape=SMALL),
+    }
+
+
+def make(models: dict[str, Path], draft: str | None, kind: str, **fields: object) -> Engine:
+    speculative = {"method": "draft_model", "model": models[draft]} if draft else None
+    config = engine_config(
+        models["target"],
+        **({"block_size": BLOCK, "deterministic": True, "speculative_config": speculative} | KINDS[kind] | fields),
+    )
+    engine = Engine(config, num_blocks=96)
+    if kind == "native" and type(engine.runner).__name__ != "NativeRunner":
+        pytest.skip("no native code on this machine")
+    return engine
+
+
+def verify(driver: Driver, seqs: list[Sequence], drafted: dict[int, int], num_drafts: int) -> list[int]:
+    """Run one step with drafts. `drafted`: up to where each one's draft model has computed. How many were right."""
+    rows = []
+    for seq in seqs:
+        end = seq.num_computed_tokens + 1 + num_drafts
+        span = (drafted[id(seq)], end if end % BLOCK == 0 else end - 1)
+        driver.grow(seq, end)
+        rows.append(BatchRow(seq, 1 + num_drafts, (UNDRAFTED,) * num_drafts, span))
+    output = driver.engine.step(Batch(rows))
+    assert output.draft_s > 0
+    accepted = []
+    for row, result in zip(rows, output.rows, strict=True):
+        run = result.runs[0]
+        row.seq.token_ids += [token.token_id for token in run]
+        row.seq.num_computed_tokens += len(run)
+        drafted[id(row.seq)] = min(row.seq.num_computed_tokens, row.draft_span[1] if row.draft_span else 0)
+        accepted.append(len(run) - 1)
+    return accepted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("draft", ["target", "small"])
+def test_tokens_are_the_same_and_a_target_that_drafts_for_itself_is_always_right(
+    models: dict[str, Path], draft: str, kind: str
+) -> None:
+    lengths = [5, 30, 16, 1]
+    plain = Driver(make(models, None, kind))
+    expected = plain.generate([plain.add(prompt) for prompt in prompts(lengths, 500)])
+    driver = Driver(make(models, draft, kind))
+    seqs = [driver.add(prompt) for prompt in prompts(lengths, 500)]
+    for chunk in (11, 30):
+        driver.step([(seq, min(chunk, seq.num_uncomputed_tokens)) for seq in seqs if seq.num_uncomputed_tokens > 0])
+        seqs_done = [seq for seq in seqs if seq.num_output_tokens]
+        assert seqs_done
+    drafted = {id(seq): seq.num_computed_tokens for seq in seqs}
+    num_right = num_drafted = 0
+    for num_drafts in (3, 1, 5, 2):
+        num_right += sum(verify(driver, seqs, drafted, num_drafts))
+        num_drafted += num_drafts * len(seqs)
+    for seq, tokens in zip(seqs, expected, strict=True):
+        assert seq.output_token_ids[: len(tokens)] == tokens[: seq.num_output_tokens]
+    if draft == "target":
+        assert num_right == num_drafted
+    else:
+        assert num_right < num_drafted
+
+
+def test_a_block_has_room_for_both_and_a_draft_makes_a_cache_another(models: dict[str, Path]) -> None:
+    alone, small, own = (make(models, draft, "tiled") for draft in (None, "small", "target"))
+    assert (alone.spec.num_layers, small.spec.num_layers, own.spec.num_layers) == (3, 4, 6)
+    assert len({engine.spec.fingerprint for engine in (alone, small, own)}) == 3
+    assert small.spec.block_bytes() == 4 * small.kv_pages[0, 0].numel() * 4
+
+
+def test_a_draft_model_that_does_not_go_with_its_target_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    def refused(shape: Shape, **fields: object) -> str:
+        path = write_checkpoint(tmp_path / "other", shape=shape)
+        with pytest.raises(ConfigError) as caught:
+            make(models | {"other": path}, "other", "tiled", **fields)
+        return str(caught.value)
+
+    other = refused(Shape(vocab_size=300))
+    assert "another tokenizer: token" in other
+    assert str(tmp_path / "other") in other and str(models["target"]) in other
+    short = refused(Shape(vocab_size=515, max_model_len=128))
+    assert "has 128 positions, and the served one 2048" in short and "--max-model-len 128" in short
+    assert "do not fit" in refused(Shape(num_kv_heads=4, head_dim=32))
+    with pytest.raises(ConfigError, match="tensor_parallel_size = 1"):
+        make(models, "small", "tiled", tensor_parallel_size=2)
