@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from kvferry.common.batch import Batch, BatchRow, RowOutput, StepOutput, verified_output
+from kvferry.common.batch import UNDRAFTED, Batch, BatchRow, RowOutput, StepOutput, verified_output
 from kvferry.common.request import SampledToken, Sequence
 from kvferry.engine.masks import find_masks, with_forced
 from kvferry.kvcache.blocks import BlockPool
 
 from .breach import Breach
+from .drafting import Drafts
 from .grammars import mask_of
 from .oracle import VOCAB_SIZE, Answer, Oracle, sampled
 
@@ -56,14 +57,23 @@ class Memory:
         for layer, page in enumerate(self._host[slot]):
             self.pages[layer * self.num_blocks + block] = list(page)
 
-    def check(self, table: list[int], answer: Answer, end: int, reader: str, invariant: str = "H2") -> None:
-        """Positions [0, end) of an answer are in these blocks, in every layer."""
+    def check(
+        self,
+        table: list[int],
+        answer: Answer,
+        end: int,
+        reader: str,
+        layers: range | None = None,
+        invariant: str = "H2",
+    ) -> None:
+        """Positions [0, end) of an answer are in these blocks, in every layer, or in these."""
         size, tags = self.block_size, answer.tags
+        bases = [layer * self.num_blocks for layer in layers or range(self.num_layers)]
         for index in range(-(-end // size)):
             begin = index * size
             length = min(size, end - begin)
             expected = tags[begin : begin + length]
-            for base in range(0, len(self.pages), self.num_blocks):
+            for base in bases:
                 page = self.pages[base + table[index]]
                 if (page if length == size else page[:length]) != expected:
                     layer = base // self.num_blocks
@@ -85,13 +95,19 @@ class _Work(NamedTuple):
     choices: tuple[int, ...]  # to sample; empty: the row does not
     tags: list[int]  # of the fed positions
     scores: bool  # log-probabilities of its prompt tokens are asked for
+    draft_start: int  # where the draft model begins to compute
+    draft_tags: list[int]  # of what it computes
 
 
 class Engine:
     """Runs batches on one worker's memory. The caller lets the time pass between `begin`, layers and `end`."""
 
-    def __init__(self, name: str, memory: Memory, pool: BlockPool, oracles: dict[str, Oracle]) -> None:
+    def __init__(
+        self, name: str, memory: Memory, pool: BlockPool, oracles: dict[str, Oracle], num_own_layers: int
+    ) -> None:
+        """`num_own_layers`: those behind them are a draft model's."""
         self._name = name
+        self._num_own_layers = num_own_layers
         self._memory = memory
         self._pool = pool
         self._oracles = oracles
@@ -115,13 +131,18 @@ class Engine:
         seq = row.seq
         answer = self._oracles[seq.request_id].answers[seq.choice]
         start, end = row.start, row.start + row.num_known_tokens
+        if row.draft and row.draft[0] == UNDRAFTED:
+            row.draft = Drafts(answer).propose(seq.token_ids, len(row.draft))
         if seq.token_ids[:end] != answer.tokens[:end]:
             raise Breach("I6", f"{self._name} is fed {seq.token_ids[:end]} for {seq.request_id}/{seq.choice}")
         tags = answer.tags[start:end]
         for token in row.draft:
             tags.append(hash((tags[-1], token)))
         scores = seq.sampling.prompt_logprobs is not None
-        return _Work(seq, answer, list(seq.block_table), start, end, row.choices if row.samples else (), tags, scores)
+        first, last = row.draft_span or (start, row.end)
+        draft_tags = [*answer.tags[first:start], *tags[max(0, first - start) :]][: last - first]
+        choices = row.choices if row.samples else ()
+        return _Work(seq, answer, list(seq.block_table), start, end, choices, tags, scores, first, draft_tags)
 
     def _check_masks(self, rows: list[BatchRow]) -> None:
         """What may come next is what the answer's own grammar says at this place."""
@@ -138,14 +159,16 @@ class Engine:
         memory = self._memory
         size, base = memory.block_size, layer * memory.num_blocks
         for work in self._work:
-            position, end = work.start, work.start + len(work.tags)
+            is_own = layer < self._num_own_layers
+            start, tags = (work.start, work.tags) if is_own else (work.draft_start, work.draft_tags)
+            position, end = start, start + len(tags)
             while position < end:
                 block = work.table[position // size]
                 slot = position % size
                 count = min(size - slot, end - position)
                 self._check_owned(block, work)
-                first = position - work.start
-                memory.pages[base + block][slot : slot + count] = work.tags[first : first + count]
+                first = position - start
+                memory.pages[base + block][slot : slot + count] = tags[first : first + count]
                 position += count
 
     def _check_owned(self, block: int, work: _Work) -> None:
@@ -158,7 +181,7 @@ class Engine:
         """Every row has read all that is before it, and yields its tokens."""
         rows = []
         for row, work in zip(batch.rows, self._work, strict=True):
-            self._memory.check(work.table, work.answer, work.end, f"{self._name} for {work.seq.request_id}")
+            self._check_read(work)
             if row.draft:
                 rows.append(verified_output(row, [(token,) for token in self._verify(row, work)]))
                 continue
@@ -168,6 +191,16 @@ class Engine:
         self.num_steps += 1
         rows = with_forced(batch, rows)
         return StepOutput(rows, step_s, batch.num_tokens, 0.1 * step_s if batch.swap_out or batch.swap_in else 0.0)
+
+    def _check_read(self, work: _Work) -> None:
+        """The model has read all that is known; its draft model that, or no more than what lies in full blocks."""
+        reader, own = f"{self._name} for {work.seq.request_id}", self._num_own_layers
+        self._memory.check(work.table, work.answer, work.end, reader, range(own))
+        if own < self._memory.num_layers:
+            size = self._memory.block_size
+            read = min(work.end, work.draft_start + len(work.draft_tags)) if work.draft_tags else 0
+            end = max(read, work.end // size * size)
+            self._memory.check(work.table, work.answer, end, f"the draft of {reader}", range(own, own + 1))
 
     def _sample(self, work: _Work) -> Iterator[SampledToken]:
         answers = self._oracles[work.seq.request_id].answers

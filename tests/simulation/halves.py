@@ -14,7 +14,7 @@ WAYS = (
     *("role change with granted reservation", "role change with open reservation"),
     *("fetched blocks", "fetches that failed", "lent blocks", "arrival corrupt", "pages spoiled"),
     *("matchers", "matchers brought up"),
-    *("drafted tokens", "accepted drafted tokens"),
+    *("drafted tokens", "accepted drafted tokens", "draft model's prompt tokens"),
     *("promoted blocks", "demoted blocks", "disk read", "disk write failed"),
 )
 

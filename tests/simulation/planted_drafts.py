@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from kvferry.common.batch import BatchRow, RowOutput, verified_output
+from collections.abc import Iterable
+
+from kvferry.common.batch import Batch, BatchRow, GpuEvent, RowKind, RowOutput, StepOutput, verified_output
 from kvferry.common.request import SampledToken, Sequence
 from kvferry.decode import role as decode_role
+from kvferry.decode import speculation
+from kvferry.decode.draft_spans import DraftSpans
 from kvferry.decode.scheduler import DecodeScheduler
+from kvferry.transfer.send.ranks import LayerShipper, _Blocks
 
 from . import engine
 from .planting import Planted
+from .scenario import SPEC
 
 
 def _accept_one_more(row: BatchRow, tokens: list[tuple[SampledToken, ...]]) -> RowOutput:
@@ -36,6 +42,38 @@ def _all_there_is(self: DecodeScheduler, seq: Sequence, num_tokens: int) -> int:
     return num_tokens
 
 
+class _KeepsRejected(DraftSpans):
+    """What a draft model was fed counts, rejected or not."""
+
+    def observe(self, batch: Batch, output: StepOutput) -> None:
+        super().observe(batch, output)
+        for row in batch.rows:
+            if row.draft and row.seq in self._computed and row.draft_span is not None:
+                self._computed[row.seq] = row.draft_span[1]
+
+
+class _OnlyDrafts(DraftSpans):
+    """A draft model computes nothing but what it drafts from."""
+
+    def assign(self, rows: Iterable[BatchRow]) -> None:
+        rows = list(rows)
+        super().assign(rows)
+        for row in rows:
+            assert row.draft_span is not None
+            if row.kind is not RowKind.CHUNK:
+                row.draft_span = (row.draft_span[0], row.end - 1) if row.draft else (row.end, row.end)
+
+
+def _ship_too_early(self: LayerShipper, blocks: _Blocks, layer: int, event: GpuEvent | None) -> None:
+    """A draft model's layers leave with its target's first one."""
+    if layer < SPEC.num_layers:
+        _ready(self, blocks, layer, event)
+    if layer == 0 and self._num_layers > SPEC.num_layers:
+        _ready(self, blocks, SPEC.num_layers, event)
+
+
+_ready = LayerShipper._ready
+
 BUGS = (
     Planted(
         "a wrong draft is believed",
@@ -56,5 +94,20 @@ BUGS = (
         "a draft has no blocks",
         frozenset({"I2", "I3", "crash"}),
         ((DecodeScheduler, "room_for", _all_there_is),),
+    ),
+    Planted(
+        "a draft model keeps what was rejected",
+        frozenset({"H2", "F2"}),
+        ((speculation, "DraftSpans", _KeepsRejected),),
+    ),
+    Planted(
+        "a draft model leaves full blocks incomplete",
+        frozenset({"H2", "F2"}),
+        ((speculation, "DraftSpans", _OnlyDrafts),),
+    ),
+    Planted(
+        "a draft model's layers are shipped too early",
+        frozenset({"H2", "F2"}),
+        ((LayerShipper, "_ready", _ship_too_early),),
     ),
 )

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
+import msgspec
+
 from kvferry.common.config import RouterConfig, SpeculativeConfig, TransferConfig
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import SamplingParams
@@ -18,6 +20,7 @@ from kvferry.common.request import SamplingParams
 from .clients import Manners
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32")
+WITH_DRAFT = msgspec.structs.replace(SPEC, num_layers=3, draft="d")  # the last layer is a draft model's
 MAX_MODEL_LEN = 80
 LEASE_S = TransferConfig().lease_s
 
@@ -143,7 +146,16 @@ def draw(seed: int, num_requests: int | None = None, *, faulted: bool = True) ->
         rotation_s=random.choice((0.015, 0.015, 0.4)),
         doubling=random.choice((0.0, 0.0, 0.02, 0.1)) if faulted else 0.0,
     )
+    base = _with_draft_model(Random(f"draft model {seed}"), base)
     return replace(base, faults=tuple(_faults(random, base))) if faulted else base
+
+
+def _with_draft_model(random: Random, scenario: Scenario) -> Scenario:
+    """Of the fleets that draft, half do so by a model."""
+    if scenario.speculative is None or random.random() < 0.5:
+        return scenario
+    by_model = SpeculativeConfig(method="draft_model", model=Path("d"), num_speculative_tokens=4)
+    return replace(scenario, speculative=by_model, spec=WITH_DRAFT)
 
 
 def _router(random: Random, faulted: bool) -> RouterConfig:

@@ -56,6 +56,7 @@ from .landings import Landings
 from .network import End
 from .oracle import EOS
 from .role_rules import RoleRules
+from .scenario import SPEC
 from .sessions import VERSION, RouterSession
 from .sums import MemorySums
 from .turns import Links, TransferTurns
@@ -80,7 +81,7 @@ class Worker:
         self.clock = ProcessClock(kernel, kernel.random.uniform(1, 1000), 1 + kernel.random.uniform(-1e-3, 1e-3))
         self.pool = BlockPool(num_blocks, scenario.spec.block_size)
         self.memory = Memory(scenario.spec.num_layers, num_blocks, scenario.spec.block_size)
-        self.engine = Engine(place, self.memory, self.pool, world.oracles)
+        self.engine = Engine(place, self.memory, self.pool, world.oracles, SPEC.num_layers)
         self.incoming = self._agent(f"{place}.{incarnation:x}.0.0")
         self.outgoing = self._agent(f"{place}.{incarnation:x}.out.0.0")
         self._sums: MemorySums | None = None
@@ -108,7 +109,8 @@ class Worker:
         self._shipping = self._make_shipping()
         self.cache = self._make_cache()
         self.core = self._make_core()
-        if (speculation := self.core.decode.scheduler.speculation) is not None:
+        speculation = self.core.decode.scheduler.speculation
+        if speculation is not None and not scenario.spec.draft:  # else the engine says them
             speculation.make_proposer = lambda seq: Drafts(world.oracles[seq.request_id].answers[seq.choice])
         self.cache.wake_with(self.wake)
         self._landings = Landings(self)

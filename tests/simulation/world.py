@@ -331,6 +331,7 @@ class World:
             seen["lent blocks"] += core.lending.num_lent_blocks
             seen["drafted tokens"] += core.decode.scheduler.draft_counters.draft_tokens
             seen["accepted drafted tokens"] += core.decode.scheduler.draft_counters.accepted_tokens
+            seen["draft model's prompt tokens"] += core.decode.scheduler.draft_counters.draft_prompt_tokens
             seen["promoted blocks"] += core.cache.num_promoted_blocks
             seen["demoted blocks"] += core.cache.num_demoted_blocks
         return tally
