@@ -1,6 +1,8 @@
 """What do drafts gain, and do they change a token?
 
     python -m kvferry.benchmarks.speculation [--rounds 6] [--requests 200] [--model DIR]
+    python -m kvferry.benchmarks.speculation --draft-layers 4      the model's first layers draft for it
+    python -m kvferry.benchmarks.speculation --idle-layers 90      the model drafts for itself with so many layers more
 
 Two deployments of one colocated worker stand side by side, one with --deterministic, the other with
 --speculative-config; the other one idles while one is measured, and they take turns in going first.
@@ -8,6 +10,8 @@ Two deployments of one colocated worker stand side by side, one with --determini
            a time, then the free text eight streams at once: TPOT with drafts over TPOT without, median of the rounds
 2. tokens  requests of every temperature, with seeds, penalties, n, stop strings, min_tokens and log-probabilities:
            tokens, log-probabilities and finish reasons of both, compared with ==; a difference is exit code 1
+By a draft model no text may take longer: a model's first layers say what it says too seldom to gain anything, and with
+layers that change nothing the model itself is always right at a part of the time. Between them lies what is trained.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from time import perf_counter
 import httpx
 
 from kvferry.benchmarks.shared.bars import Bar, bar_table
+from kvferry.benchmarks.speculation.models import write_extended, write_truncated
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
 from kvferry.tools.chaos.serve_system import System, parse_metrics, serving, until_ready
@@ -153,7 +158,9 @@ async def count_differences(sides: Sequence[Side], num_requests: int) -> int:
     return differ
 
 
-async def measure(systems: Sequence[System], rounds: int, num_requests: int) -> dict[str, object]:
+async def measure(
+    systems: Sequence[System], rounds: int, num_requests: int, repetitive_bar: float = REPETITIVE_BAR
+) -> dict[str, object]:
     for system in systems:
         await until_ready(system, 120.0)
     sides = [Side(system) for system in systems]
@@ -168,16 +175,18 @@ async def measure(systems: Sequence[System], rounds: int, num_requests: int) -> 
         "num_differ": num_differ,
         "num_draft_tokens": num_drafted,
         "num_accepted_tokens": num_accepted,
-        "bars": [bar.as_json() for bar in bars_of(timings, num_differ, num_requests)],
+        "bars": [bar.as_json() for bar in bars_of(timings, num_differ, num_requests, repetitive_bar)],
     }
 
 
-def bars_of(timings: Sequence[Timing], num_differ: int, num_requests: int) -> list[Bar]:
+def bars_of(
+    timings: Sequence[Timing], num_differ: int, num_requests: int, repetitive_bar: float = REPETITIVE_BAR
+) -> list[Bar]:
     bars = [
         Bar(
             f"TPOT with drafts, {timing.text}, {timing.num_streams} at once",
             timing.ratio,
-            FREE_BAR if timing.text == "free text" else REPETITIVE_BAR,
+            FREE_BAR if timing.text == "free text" else repetitive_bar,
             count=timing.num_rounds,
         )
         for timing in timings
@@ -190,23 +199,36 @@ def main(argv: list[str] | None = None) -> int:
     flags = _parser().parse_args(argv)
     console = report_console()
     flags.model = flags.model or default_model_dir()
+    repetitive_bar = FREE_BAR if flags.draft_layers or flags.idle_layers else REPETITIVE_BAR
     with tempfile.TemporaryDirectory() as folder:
         try:
+            model, config = _subject(flags, Path(folder))
             with (
-                serving("plain", flags.model, (*_BASE, "--deterministic"), Path(folder)) as plain,
-                serving("drafts", flags.model, (*_BASE, "--speculative-config", flags.config), Path(folder)) as drafts,
+                serving("plain", model, (*_BASE, "--deterministic"), Path(folder)) as plain,
+                serving("drafts", model, (*_BASE, "--speculative-config", config), Path(folder)) as drafts,
             ):
-                report = asyncio.run(measure((plain, drafts), flags.rounds, flags.requests))
+                report = asyncio.run(measure((plain, drafts), flags.rounds, flags.requests, repetitive_bar))
         except ConfigError as error:
             console.print(f"speculation: {error}", markup=False, style="red", soft_wrap=True)
             return 2
     timings = [Timing(**timing) for timing in report["timings"]]  # type: ignore[attr-defined]  # as `measure` made it
     num_differ = int(str(report["num_differ"]))
-    console.print(bar_table(flags.model.name, bars_of(timings, num_differ, flags.requests)))
+    console.print(bar_table(flags.model.name, bars_of(timings, num_differ, flags.requests, repetitive_bar)))
     console.print(f"{report['num_accepted_tokens']} of {report['num_draft_tokens']} drafted tokens were right")
     environment = describe_environment("python -m kvferry.benchmarks.speculation", argv)
-    save_json({**report, "config": flags.config, "environment": asdict(environment)}, flags.json)
+    save_json({**report, "config": config, "environment": asdict(environment)}, flags.json)
     return 1 if num_differ else 0
+
+
+def _subject(flags: argparse.Namespace, folder: Path) -> tuple[Path, str]:
+    """Return the model to serve and --speculative-config; models that are made for it lie in the folder."""
+    if flags.draft_layers:
+        model, draft = flags.model, write_truncated(flags.model, folder / "draft", flags.draft_layers)
+    elif flags.idle_layers:
+        model, draft = write_extended(flags.model, folder / "extended", flags.idle_layers), flags.model
+    else:
+        return flags.model, flags.config
+    return model, json.dumps({"method": "draft_model", "model": str(draft)})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -218,5 +240,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive_int, default=6, help="pairs of each text (default: %(default)s)")
     add("--requests", type=positive_int, default=200, help="compared answers (default: %(default)s)")
     add("--config", default='{"method": "ngram"}', metavar="JSON", help="--speculative-config (default: %(default)s)")
+    made = parser.add_mutually_exclusive_group().add_argument
+    made("--draft-layers", type=positive_int, metavar="N", help="draft by the model's first N layers")
+    made("--idle-layers", type=positive_int, metavar="N", help="add N layers that change nothing; the model drafts")
     add("--json", type=Path, default=RESULTS_DIR / "speculation.json", metavar="FILE", help="(default: %(default)s)")
     return parser

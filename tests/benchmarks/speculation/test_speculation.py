@@ -3,8 +3,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from kvferry.benchmarks.speculation.models import write_extended, write_truncated
 from kvferry.benchmarks.speculation.speculation import main, request_body
+from kvferry.models.checkpoint import check_checkpoint
+from kvferry.models.config import ModelConfig
 from kvferry.tools.load.tiny_model import write_tiny_model
+
+from ...checkpoints import write_checkpoint
+from ...engine_driver import Driver, make_engine, prompts
 
 
 def test_two_deployments_are_timed_in_turns_and_say_the_same(tmp_path: Path) -> None:
@@ -15,6 +21,19 @@ def test_two_deployments_are_timed_in_turns_and_say_the_same(tmp_path: Path) -> 
     assert report["num_differ"] == 0 and report["num_requests"] == 6
     assert [timing["num_streams"] for timing in report["timings"]] == [1, 1, 1, 1, 8]
     assert all(timing["ratio"] > 0 for timing in report["timings"])
+
+
+def test_made_drafts_say_what_the_model_says_always_or_not(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "tiny", num_layers=3)
+    shorter = write_truncated(model, tmp_path / "shorter", 2)
+    longer = write_extended(model, tmp_path / "longer", 4)
+    assert ModelConfig.from_dir(shorter).num_layers == 2 and ModelConfig.from_dir(longer).num_layers == 7
+    answers = {}
+    for path in (model, shorter, longer):
+        check_checkpoint(path, ModelConfig.from_dir(path))
+        driver = Driver(make_engine(path))
+        answers[path.name] = driver.generate([driver.add(prompt) for prompt in prompts([5, 20], 500)])
+    assert answers["tiny"] == answers["longer"] != answers["shorter"]
 
 
 def test_a_request_is_the_same_each_time_and_every_temperature_comes() -> None:
