@@ -38,6 +38,10 @@ class Matcher(Protocol):
         """Take the next tokens of the answer. Raises GrammarBroken where they do not fit."""
         ...
 
+    def rollback(self, num_tokens: int) -> None:
+        """Take back the last tokens. Raises GrammarBroken."""
+        ...
+
     def mask(self) -> bytes:
         """Return which tokens may come next: bit i of the little-endian 32-bit words is token i's.
 

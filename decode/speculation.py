@@ -119,8 +119,7 @@ class Speculation:
         `make_room(seq, n)` returns how many tokens after the next one have slots for their KV, up to n.
         """
         decoding = [row for row in rows if row.kind is RowKind.DECODE and row.samples and not row.seq.pending_choices]
-        # A grammar's mask is known for the next token alone.
-        drafts = {row.seq: draft for row in decoding if row.seq.grammar is None and (draft := self._propose(row.seq))}
+        drafts = {row.seq: draft for row in decoding if (draft := self._propose(row.seq))}
         self._num_steps += 1
         if not drafts or self._num_steps % _PLAIN_EVERY == 0 or len(decoding) not in self.costs.plain_s:
             return

@@ -150,7 +150,8 @@ class Engine:
         began = time.perf_counter()
         self._draft_s = 0.0
         plan = None
-        self._masks.begin(batch)
+        if self._draft is None:
+            self._masks.begin(batch)
         if self._group is not None:
             plan = plan_step(batch, self.config.block_size)
             self._group.send_step(msgspec.msgpack.encode(plan))
@@ -171,6 +172,7 @@ class Engine:
             copy_blocks(self.kv_pages, batch.block_copies)
             if self._draft is not None:
                 self._draft_s = self._draft.propose(batch)
+                self._masks.begin(batch)  # which look at what is drafted
             plan = plan or plan_step(batch, self.config.block_size)
             logits = self.runner.forward(plan, on_layer)
             if self._draft is not None:

@@ -13,6 +13,7 @@ cost no step of their own. They are the same that masks would have let through o
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from collections.abc import Sequence as TokenIds
 from concurrent.futures import ThreadPoolExecutor
 
 import structlog
@@ -46,6 +47,7 @@ def find_masks(rows: Rows[BatchRow]) -> list[GrammarMask | None]:
 def _find_mask(row: BatchRow) -> GrammarMask | None:
     try:
         words = next_mask(row.seq)
+        behind = masks_behind(row.seq, words, row.draft) if words is not None and row.draft else ()
     except GrammarBroken as error:
         log.warning("grammar_broken", request_id=row.seq.request_id, choice=row.seq.choice, error=str(error))
         return GrammarMask(b"", str(error))
@@ -56,7 +58,7 @@ def _find_mask(row: BatchRow) -> GrammarMask | None:
         return GrammarMask(b"", "the matcher has failed")
     if words is None:
         return None
-    return GrammarMask(words, "" if any(words) else "no token of the vocabulary can follow")
+    return GrammarMask(words, "" if any(words) else "no token of the vocabulary can follow", behind)
 
 
 def next_mask(seq: Sequence) -> bytes | None:
@@ -66,6 +68,23 @@ def next_mask(seq: Sequence) -> bytes | None:
     matcher = matcher_of(seq)
     catch_up(seq, matcher)
     return matcher.mask()
+
+
+def masks_behind(seq: Sequence, words: bytes, draft: tuple[int, ...]) -> tuple[bytes, ...]:
+    """Return the masks after each token of a draft, up to one that may not come. `words`: the mask before it."""
+    assert seq.matcher is not None
+    masks: list[bytes] = []
+    try:
+        for token_id in draft:
+            if not (0 <= token_id < 8 * len(words) and words[token_id >> 3] >> (token_id & 7) & 1):
+                break
+            seq.matcher.accept((token_id,))
+            masks.append(words := seq.matcher.mask())
+        if masks:
+            seq.matcher.rollback(len(masks))
+    except GrammarBroken:  # behind an end: a new matcher stands where this one stood
+        seq.matcher = None
+    return tuple(masks)
 
 
 def matcher_of(seq: Sequence) -> Matcher:
@@ -87,25 +106,25 @@ def catch_up(seq: Sequence, matcher: Matcher) -> None:
 def with_forced(batch: Batch, outputs: list[RowOutput]) -> list[RowOutput]:
     """Return a step's output with the tokens that must follow what was drawn."""
     return [
-        output._replace(forced=forced_after(row.seq, output.runs[0][-1].token_id))
+        output._replace(forced=forced_after(row.seq, [token.token_id for token in output.runs[0]]))
         if row.seq.grammar is not None and row.samples and output.runs and row.choices == (row.seq.choice,)
         else output
         for row, output in zip(batch.rows, outputs, strict=True)
     ]
 
 
-def forced_after(seq: Sequence, token_id: int) -> tuple[int, ...]:
-    """Return the tokens that must follow this one, which comes next. A token with log-probabilities is never forced."""
+def forced_after(seq: Sequence, run: TokenIds[int]) -> tuple[int, ...]:
+    """Return the tokens that must follow a run, which comes next. A token with log-probabilities is never forced."""
     if seq.sampling.logprobs is not None or seq.matcher is None or seq.num_matched_tokens != seq.num_output_tokens:
         return ()
     forced: list[int] = []
-    following: int | None = token_id
     try:
-        while following is not None and len(forced) <= MAX_FORCED:
+        seq.matcher.accept(run)
+        seq.num_matched_tokens += len(run)
+        while len(forced) < MAX_FORCED and (following := seq.matcher.forced()) is not None:
             forced.append(following)
             seq.matcher.accept((following,))
             seq.num_matched_tokens += 1
-            following = seq.matcher.forced()
     except GrammarBroken:  # behind an end. If it was anything else, the next mask of a new matcher tells
         seq.matcher = None
     except Exception:
@@ -113,7 +132,7 @@ def forced_after(seq: Sequence, token_id: int) -> tuple[int, ...]:
     except BaseException as error:  # a panic of the library: as above
         log.error("grammar_panic", request_id=seq.request_id, error=repr(error))
         seq.matcher = None
-    return tuple(forced[1:])
+    return tuple(forced)
 
 
 def with_failures(batch: Batch, outputs: list[RowOutput]) -> list[RowOutput]:

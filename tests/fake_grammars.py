@@ -13,6 +13,9 @@ class FakeMatcher:
     def accept(self, token_ids: Sequence[int]) -> None:
         """All fit."""
 
+    def rollback(self, num_tokens: int) -> None:
+        """There is nothing to forget."""
+
     def mask(self) -> bytes:
         return b"\xff" * 64
 

@@ -99,10 +99,10 @@ def sample_rows(batch: Batch) -> list[SampleRow]:
     masks = batch.masks() if batch.masks is not None else [None] * len(rows)
     drawn: list[SampleRow] = []
     for row, mask in zip(rows, masks, strict=True):
-        seq, words = row.seq, None if mask is None else mask.words
-        for end in range(1 + len(row.draft)):
-            draft = row.draft[:end]
-            drawn.append(SampleRow(seq.sampling, row.choices, seq.token_ids, seq.num_prompt_tokens, words, draft))
+        seq, words = row.seq, () if mask is None else (mask.words, *mask.behind_draft)
+        for end in range(1 + len(row.draft)):  # behind a token that may not come, what is drawn does not count
+            draft, allowed = row.draft[:end], words[end] if end < len(words) else None
+            drawn.append(SampleRow(seq.sampling, row.choices, seq.token_ids, seq.num_prompt_tokens, allowed, draft))
     return drawn
 
 

@@ -23,7 +23,9 @@ DRAFTING = ("--decode", "2", "--speculative-config", '{"method": "ngram", "promp
 BY_MODEL = ("--no-local-prefill", "--decode", "2")
 NUM_DECODE = 2
 _MAX_KILLS = 5
-LENGTHS = (3, 100, 270, 400, 150, 33)
+LENGTHS = (3, 100, 270, 400, 150, 33, 80, 40)
+# The first tells log-probabilities, without which letters that must follow cost no step.
+GUIDED = {6: {}, 7: {"logprobs": None}}
 Choices = list[dict[str, object]]
 
 
@@ -40,7 +42,8 @@ def _body(index: int) -> dict[str, object]:
         "top_p": 0.95,
         "frequency_penalty": 0.1 * index,
         "logprobs": 3,
-        "logit_bias": {"7": 60, "9": 60} if index % 2 else None,
+        "logit_bias": {"7": 60, "9": 60} if index % 2 and index not in GUIDED else None,
+        **({"structured_outputs": {"regex": "(abc|acb|bcab){20,40}"}, **GUIDED[index]} if index in GUIDED else {}),
     }
 
 

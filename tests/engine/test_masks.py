@@ -24,6 +24,9 @@ class _Matcher:
         self._log.append(list(token_ids))
         self._taken += bytes(token_ids)
 
+    def rollback(self, num_tokens: int) -> None:
+        self._taken = self._taken[:-num_tokens] if num_tokens else self._taken
+
     def mask(self) -> bytes:
         return self._taken
 
@@ -110,7 +113,7 @@ def test_a_sequence_waits_until_its_grammar_is_ready_unless_it_does_not_sample()
 
 def _forced(seq: Sequence, token_id: int) -> tuple[int, ...]:
     next_mask(seq)
-    return forced_after(seq, token_id)
+    return forced_after(seq, (token_id,))
 
 
 def test_tokens_without_another_choice_follow_the_one_that_was_drawn() -> None:
@@ -128,7 +131,7 @@ def test_forced_tokens_that_were_not_taken_are_forgotten() -> None:
     assert _forced(seq, 15) == (16, 17)
     seq.token_ids += (15, 16)
     assert next_mask(seq) == bytes((1, 15, 16)) and grammar.num_made == 2
-    assert forced_after(seq, 17) == ()
+    assert forced_after(seq, (17,)) == ()
 
 
 def test_a_drawn_token_that_does_not_fit_forces_nothing() -> None:
@@ -144,7 +147,7 @@ def test_an_end_is_forced_though_no_matcher_takes_it() -> None:
     seq = _sequence(grammar, 1)
     next_mask(seq)
     seq.matcher = Ending([])
-    assert forced_after(seq, 2) == (99,)
+    assert forced_after(seq, (2,)) == (99,)
     assert next_mask(seq) == bytes((1,)), "a matcher that is broken is not asked again"
 
 

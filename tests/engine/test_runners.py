@@ -224,6 +224,9 @@ class _Residues:
     def forced(self) -> int | None:
         return None
 
+    def rollback(self, num_tokens: int) -> None:
+        self._num_taken -= num_tokens
+
 
 @every_kind
 def test_answers_follow_their_grammars_beside_others(model_dir: Path, name: str) -> None:
@@ -250,6 +253,38 @@ def test_answers_follow_their_grammars_beside_others(model_dir: Path, name: str)
         if step == 2:
             rows.remove(broken)
     assert len(free.output_token_ids) == 4 and {token % 7 for token in free.output_token_ids} != {0, 1, 2, 3}
+
+
+@every_kind
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(seed=5, repetition_penalty=1.2)])
+def test_drafts_are_judged_by_the_masks_behind_them(model_dir: Path, name: str, sampling: SamplingParams) -> None:
+    engine = _engine(model_dir, name)
+    if not engine.runner.results:
+        pytest.skip("its results depend on what is computed beside them")
+    driver, [prompt] = Driver(engine), prompts([9], 500)
+
+    def begin() -> Sequence:
+        seq = driver.add(prompt, sampling)
+        seq.grammar = _Residues()
+        driver.step([(seq, len(prompt))])
+        return seq
+
+    one_by_one = begin()
+    for _ in range(6):
+        driver.step([(one_by_one, 1)])
+    right = one_by_one.output_token_ids
+    no_residue, wrong = right[3] + 1, (right[3] + 7) % 490  # the second may come, and does not
+    for draft, num_right in (
+        (right[1:6], 5),
+        ([*right[1:3], no_residue, right[4]], 2),
+        ([*right[1:3], wrong, right[4]], 2),
+        ([no_residue], 0),
+    ):
+        seq = begin()
+        row = BatchRow(seq, 1 + len(draft), tuple(draft))
+        driver.grow(seq, row.end)
+        [output] = engine.step(Batch([row])).rows
+        assert [token.token_id for token in output.runs[0]] == right[1 : num_right + 2]
 
 
 def _alone(engine: Engine, prompt: list[int]) -> tuple[SampledToken, ...]:

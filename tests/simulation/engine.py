@@ -153,6 +153,11 @@ class Engine:
             if (mask is None) != (wanted is None) or (mask and (mask.failure or mask.words != mask_of(wanted or ()))):
                 name = f"{row.seq.request_id}/{row.choices[0]}"
                 raise Breach("G1", f"{self._name} lets {mask} come at index {index} of {name}, not {wanted}")
+            for place, words in enumerate(() if mask is None else mask.behind_draft, 1):
+                right = answer.output[index : index + place]
+                is_right = index + place < len(answer.allowed) and list(row.draft[:place]) == right
+                if is_right and words != mask_of(answer.allowed[index + place]):
+                    raise Breach("G1", f"{self._name}: a wrong mask behind {place} drafted tokens")
 
     def write_layer(self, layer: int) -> None:
         """The layer's keys and values of this step."""

@@ -31,12 +31,20 @@ class SimMatcher:
     def __init__(self, start: int, seen: Counter[str]) -> None:
         self._state = start
         self._seen = seen
+        self._past: list[int] = []
+
+    def rollback(self, num_tokens: int) -> None:
+        self._seen["tokens of drafts taken back from matchers"] += num_tokens
+        if num_tokens:
+            self._state = self._past[-num_tokens]
+            del self._past[-num_tokens:]
 
     def accept(self, token_ids: TokenIds[int]) -> None:
         self._seen["matchers brought up"] += len(token_ids) > 1
         for token in token_ids:
             if token not in allowed_after(self._state):
                 raise GrammarBroken(f"token {token} is not in {allowed_after(self._state)}")
+            self._past.append(self._state)
             self._state = next_state(self._state, token)
 
     def mask(self) -> bytes:

@@ -27,14 +27,19 @@ def _take_last_token(seq: Sequence, matcher: Matcher) -> None:
         seq.num_matched_tokens = seq.num_output_tokens
 
 
-def _force_the_first(seq: Sequence, token_id: int) -> tuple[int, ...]:
+def _force_the_first(seq: Sequence, run: list[int]) -> tuple[int, ...]:
     """One of several tokens that may come is taken for the only one."""
     if seq.matcher is None:
         return ()
-    seq.matcher.accept((token_id,))
-    seq.num_matched_tokens += 1
+    seq.matcher.accept(run)
+    seq.num_matched_tokens += len(run)
     allowed = int.from_bytes(seq.matcher.mask(), "little")
     return ((allowed & -allowed).bit_length() - 1,)
+
+
+def _masks_before(seq: Sequence, words: bytes, draft: tuple[int, ...]) -> tuple[bytes, ...]:
+    """Every drafted token is judged by the mask before the first."""
+    return (words,) * len(draft)
 
 
 BUGS = (
@@ -48,6 +53,11 @@ BUGS = (
         "a token is forced though others may come",
         frozenset({"I6"}),
         patches=((masks, "forced_after", _force_the_first),),
+    ),
+    Planted(
+        "drafts are judged by the mask before them",
+        frozenset({"G1"}),
+        patches=((masks, "masks_behind", _masks_before),),
     ),
     Planted(
         "nobody waits for a grammar",
