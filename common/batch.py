@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from .request import SampledToken, Sequence
+from .request import Pooling, SampledToken, Sequence
 
 UNDRAFTED = -1  # stands in a draft for a token that the engine's draft model is to say
 
@@ -73,6 +73,20 @@ class BatchRow:
         return seq.samples and seq.num_computed_tokens + self.num_known_tokens == len(seq.token_ids)
 
     @property
+    def pooled_tokens(self) -> range:
+        """Return the fed tokens, counted from the row's first, whose hidden states are part of an embedding."""
+        seq, count = self.seq, self.num_scheduled_tokens
+        match seq.pooling:
+            case Pooling.MEAN:
+                return range(count)
+            case Pooling.CLS:
+                return range(1 if seq.num_computed_tokens == 0 else 0)
+            case Pooling.LAST:
+                return range(count - 1 if self.end == len(seq.token_ids) else count, count)
+            case None:
+                return range(0)
+
+    @property
     def choices(self) -> tuple[int, ...]:
         """Return the choices that are sampled from this row's logits."""
         return self.seq.pending_choices or (self.seq.choice,)
@@ -98,6 +112,10 @@ class Batch:
         return sum(row.num_scheduled_tokens for row in self.rows)
 
     @property
+    def has_pooled(self) -> bool:
+        return any(row.seq.pooling is not None for row in self.rows)
+
+    @property
     def has_drafts(self) -> bool:
         return any(row.draft for row in self.rows)
 
@@ -119,6 +137,7 @@ class RowOutput(NamedTuple):
     is_finite: bool = True  # False: some of its logits are no distribution. Its request ends, with nothing of this row
     grammar_failure: str = ""  # why the answer's grammar cannot be followed any further: as if not finite
     forced: tuple[int, ...] = ()  # what must follow the run, by the answer's grammar
+    pooled: bytes = b""  # the sum of the hidden states of `BatchRow.pooled_tokens`, float32; empty: there are none
 
 
 def row_output(

@@ -17,12 +17,13 @@ import msgspec
 
 from .errors import ProtocolError
 from .kv_spec import KVCacheSpec, Shard
-from .request import MAX_CHOICES, RequestSpec, SampledToken, Sequence
+from .request import MAX_CHOICES, Pooling, RequestSpec, SampledToken, Sequence
 
 # Goes up when a message changes: processes of different versions refuse one another, naming both. Version 4 says whom
 # a request is for (`RequestSpec.model`, `.adapter`, `.grammar`), names ranks' shards (`RegionInfo.shard`) and has room
-# for a draft's state (`KVArrived.draft`). What a worker cannot serve of them, it refuses with a reason.
-PROTOCOL_VERSION = 4
+# for a draft's state (`KVArrived.draft`). What a worker cannot serve of them, it refuses with a reason. Version 5 has
+# prompts embedded (`EmbedTask`, `Embedding`).
+PROTOCOL_VERSION = 5
 
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
@@ -35,6 +36,7 @@ Tokens = Annotated[tuple[SampledToken, ...], msgspec.Meta(max_length=4096)]
 Counts = Annotated[tuple[tuple[Name, Count], ...], msgspec.Meta(max_length=64)]
 Checksums = Annotated[bytes, msgspec.Meta(max_length=2**22)]
 DraftState = Annotated[bytes, msgspec.Meta(max_length=2**16)]  # a hidden state or two
+Vector = Annotated[bytes, msgspec.Meta(min_length=4, max_length=2**18)]  # float32, little endian
 BlockIds = Annotated[tuple[Count, ...], msgspec.Meta(max_length=2**19)]
 Labels = Annotated[tuple[tuple[Name, Name], ...], msgspec.Meta(max_length=64)]
 Hashes = Annotated[bytes, msgspec.Meta(max_length=2**22)]  # 16 bytes each
@@ -262,6 +264,14 @@ class PrefillTask(Message):
     retains_prefix: bool = True  # False: the decode worker caches the prompt's KV, a copy here is evicted first
 
 
+class EmbedTask(Message):
+    """Has a worker of either role compute the prompt for its embedding alone: no KV leaves, no token is sampled."""
+
+    spec: RequestSpec
+    pooling: Pooling
+    fetch: FetchFrom | None = None
+
+
 class Abort(Message):
     """Ends a request on both workers. Idempotent; a decode worker that had a handoff answers HandoffDone or -Failed."""
 
@@ -365,6 +375,21 @@ class FirstToken(Message):
     queue_s: float  # from the task's receipt to the first chunk's start
 
 
+class Embedding(Message):
+    """Answers an EmbedTask, whose request has ended with it."""
+
+    request_id: Name
+    attempt: Count
+    vector: Vector  # of length 1, one value for each feature of the model's hidden states
+    num_cached_tokens: Count
+    prefill_s: float  # from the first chunk's start to the vector
+    queue_s: float  # from the task's receipt to the first chunk's start
+
+    def __post_init__(self) -> None:
+        if len(self.vector) % 4:
+            raise ValueError("a value of a vector is 4 bytes")
+
+
 class PromptLogprobs(Message):
     """Entry i is about prompt token `start` + i, given the tokens before it. Sent before the first token."""
 
@@ -437,6 +462,12 @@ def nothing_to_choose(seq: Sequence, grammar_failure: str) -> WorkerFailure:
         return nonfinite_logits(seq)
     reason = f"the grammar cannot be followed behind token {seq.num_tokens}: {grammar_failure}"
     return WorkerFailure(request_id=seq.request_id, attempt=seq.attempt, reason=reason, code="grammar_failed")
+
+
+def nonfinite_states(seq: Sequence) -> WorkerFailure:
+    """Report hidden states that are no numbers: by model and prompt."""
+    reason = f"the hidden states of the prompt's {seq.num_tokens} tokens are NaN or infinite: there is no embedding"
+    return WorkerFailure(request_id=seq.request_id, attempt=seq.attempt, reason=reason, code="nonfinite_states")
 
 
 def nonfinite_logits(seq: Sequence) -> WorkerFailure:
@@ -567,7 +598,7 @@ class KVArrived(Message):
     draft: DraftState = b""  # what a draft of the decode worker goes on from; empty: nothing
 
 
-RouterToWorker = Refused | ReserveKV | LocalTask | PrefillTask | Abort | LiveRequests | SetRole | Drain
+RouterToWorker = Refused | ReserveKV | LocalTask | PrefillTask | EmbedTask | Abort | LiveRequests | SetRole | Drain
 WorkerToRouter = (
     WorkerHello
     | WorkerStatus
@@ -578,6 +609,7 @@ WorkerToRouter = (
     | HandoffDone
     | HandoffFailed
     | FirstToken
+    | Embedding
     | PromptLogprobs
     | StepTokens
     | TransferReport

@@ -39,6 +39,19 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class Pooling(StrEnum):
+    """The tokens of a prompt whose hidden states, added up and scaled to length 1, are its embedding."""
+
+    LAST = "last"
+    MEAN = "mean"  # every one
+    CLS = "cls"  # the first one
+
+    @property
+    def allows_reuse(self) -> bool:
+        """Tell whether a prompt whose beginning is in a prefix cache need not be computed again."""
+        return self is Pooling.LAST
+
+
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Rules by which the tokens of one request are chosen, and when they end. Stop *strings* are the router's.
 
@@ -171,6 +184,7 @@ class Sequence:
     arrival: int = 0
     pending_choices: tuple[int, ...] = ()  # choices forked from this one when its prompt is done
     samples: bool = True  # False: the prompt is computed for its KV alone (resume through prefill)
+    pooling: Pooling | None = None  # of the prompt's hidden states, which are wanted and not a next token
     num_computed_tokens: int = 0  # tokens whose KV exists in block_table
     num_cached_tokens: int = 0  # computed tokens that came from the prefix cache
     is_fetching: bool = False  # KV of it is on its way from another worker: it is not begun

@@ -91,7 +91,7 @@ def choose_runner(
             is_exact=config.deterministic,
         )
         model = decoder.config
-        return NativeRunner(native, num_layers=model.num_layers, eos_token_ids=model.eos_token_ids)
+        return NativeRunner(native, decoder.final_norm, num_layers=model.num_layers, eos_token_ids=model.eos_token_ids)
     with torch.inference_mode():
         make = TiledRunner if config.deterministic else TorchRunner
         return make(decoder, attention, block_size=config.block_size)

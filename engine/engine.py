@@ -38,6 +38,7 @@ from .nn.plan import StepPlan, plan_step, prompt_targets
 from .nn.runner import OnLayer
 from .nn.sampling import sample_rows
 from .nn.weights import Progress, load_weights
+from .pooling import with_pooled
 from .ranks.group import Communicator, RankGroup, connect
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class Engine:
         """Do all of a step but swapping. `plan`: the batch's, where it is known already."""
         rows: list[RowOutput] = []
         if batch.rows:
-            if (decoded := self.runner.decode(batch, on_layer)) is not None:
+            if not batch.has_pooled and (decoded := self.runner.decode(batch, on_layer)) is not None:
                 return decoded
             copy_blocks(self.kv_pages, batch.block_copies)
             if self._draft is not None:
@@ -175,12 +176,15 @@ class Engine:
                 self._masks.begin(batch)  # which look at what is drafted
             plan = plan or plan_step(batch, self.config.block_size)
             logits = self.runner.forward(plan, on_layer)
+            states = next(logits) if plan.pooled_rows else None
             if self._draft is not None:
                 self._keep_up(self._draft, batch, on_layer)
             sampling = sample_rows(batch)
             tokens = iter(self.runner.sample(next(logits), sampling) if sampling else ())
             prompt_tokens = self._prompt_logprobs(batch, logits) if plan.prompt_rows else repeat(())
             rows = [_row_output(row, tokens, next(prompt_tokens)) for row in batch.rows]
+            if states is not None:
+                rows = with_pooled(batch, rows, states)
         self.runner.wait()
         return rows
 

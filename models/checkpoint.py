@@ -19,6 +19,8 @@ _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 # Of a cache in 8 bits, as quantising tools name them: a key is stored as key / k_scale.
 KV_SCALE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_scale")
 
+_BARE = ("embed_tokens.", "layers.", "norm.")
+
 Shape = tuple[int, ...]
 
 
@@ -64,6 +66,11 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
 def _linear(name: str, size_out: int, size_in: int, *, bias: bool) -> dict[str, Shape]:
     weight: dict[str, Shape] = {f"{name}.weight": (size_out, size_in)}
     return weight | {f"{name}.bias": (size_out,)} if bias else weight
+
+
+def full_name(name: str) -> str:
+    """Return a tensor's name in a model with a head: embedding models are often saved without one, and its prefix."""
+    return f"model.{name}" if name.startswith(_BARE) else name
 
 
 def safetensors_files(model_dir: Path) -> list[Path]:
@@ -135,7 +142,7 @@ def read_header(path: Path) -> tuple[int, dict[str, dict[str, object]]]:
 def _read_shapes(path: Path) -> dict[str, Shape]:
     begin, header = read_header(path)
     try:
-        shapes = {name: tuple(int(n) for n in _list(entry["shape"])) for name, entry in header.items()}
+        shapes = {full_name(name): tuple(int(n) for n in _list(entry["shape"])) for name, entry in header.items()}
         end = begin + max((int(_list(entry["data_offsets"])[1]) for entry in header.values()), default=0)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: its header is malformed: {error!r}") from error

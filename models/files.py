@@ -20,7 +20,8 @@ from .default import DEFAULT_MODEL_NAME, Progress, default_model_dir
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")  # data only: no pickles, no code
-_UNWANTED = ("*/*", "consolidated*.safetensors")  # subfolders and second copies of the weights
+# Subfolders, but for the one of an embedding model's pooling (1_Pooling), and second copies of the weights.
+_UNWANTED = ("[!1]*/*", "1/*", "1[!_]*/*", "consolidated*.safetensors")
 _MAY_ASK_FOR_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _MAX_JSON_BYTES = 256 << 20
 

@@ -5,6 +5,8 @@
                      FirstToken to the router <─ last chunk sampled <───┘
                      finish the shipment; blocks are given back once their pages are no longer read
 
+    EmbedTask ─> queued ─> chunks, hidden states added up ─> Embedding to the router: nothing is shipped or sampled
+
 The role is driven under the worker's lock and knows no thread, socket or tensor: the sender is behind `Shipping`,
 messages leave through `to_router`.
 """
@@ -17,13 +19,14 @@ from collections.abc import Callable
 import structlog
 
 from ..common import failpoints
-from ..common.batch import Batch, RowOutput, StepOutput
+from ..common.batch import Batch, BatchRow, RowOutput, StepOutput
 from ..common.clock import Clock
 from ..common.errors import CapacityError
 from ..common.grammar import Grammars, find_grammar
 from ..common.messages import (
     Abort,
     ChoiceTokens,
+    EmbedTask,
     FetchFrom,
     GrantInfo,
     LiveRequests,
@@ -33,10 +36,12 @@ from ..common.messages import (
     ReserveKV,
     TaskRefused,
     in_pieces,
+    nonfinite_states,
     nothing_to_choose,
 )
 from ..common.request import RequestSpec, Sequence, grammar_refusal, why_unserved
 from ..common.role_counters import RoleCounters
+from ..common.vectors import add
 from ..kvcache.blocks import BlockPool, prefix_salt
 from ..kvcache.contents import Contents, TokenContents
 from ..kvcache.prefix_cache import PrefixCache
@@ -45,7 +50,7 @@ from ..transfer.protocol.handoff import Endpoint, check_grant
 from ..transfer.send.plan import ShipPlan, plan_chunk, plan_hits
 from .scheduler import PrefillScheduler
 from .shipments import Shipments, Shipping
-from .task import Task, first_token_message, first_tokens
+from .task import Task, embedding_message, first_token_message, first_tokens
 
 log = structlog.get_logger(__name__)
 
@@ -107,6 +112,8 @@ class PrefillRole:
         match message:
             case PrefillTask():
                 self._on_task(router_id, message)
+            case EmbedTask():
+                self._on_embed(router_id, message)
             case Abort():
                 self._on_abort(message)
             case LiveRequests():
@@ -133,13 +140,8 @@ class PrefillRole:
 
     def _on_task(self, router_id: str, message: PrefillTask) -> None:
         spec, grant = message.spec, message.grant
-        known = self._tasks.get(spec.request_id)
-        if known is not None and known.spec.attempt >= spec.attempt:
-            self.stale_messages += 1
+        if not self._is_new(spec):
             return
-        if known is not None:
-            self._end(known, "a newer attempt has begun")
-        self._shipments.cancel(spec.request_id, spec.attempt - 1, "a newer attempt has begun")
         if (refusal := self._refusal(spec, grant)) is not None:
             self._refuse(router_id, spec, *refusal)
             return
@@ -148,17 +150,47 @@ class PrefillRole:
             seq.grammar = find_grammar(spec.grammar, self._grammars)
         seq.pending_choices, seq.samples = spec.choices, message.sample
         seq.is_retained_elsewhere = not message.retains_prefix
-        salt = prefix_salt(grant.spec, spec.cache_salt, spec.adapter)
+        task = self._add(router_id, spec, seq, grant, message.fetch)
+        if task is not None and task.open_id is None and not seq.can_sample:
+            self._open(task, grant)  # its grant would lapse while its grammar is compiled
+
+    def _on_embed(self, router_id: str, message: EmbedTask) -> None:
+        """Take a prompt whose embedding is wanted. Either role may: it needs no other worker."""
+        spec = message.spec
+        if not self._is_new(spec):
+            return
+        if (refusal := self._common_refusal(spec)) is not None:
+            self._refuse(router_id, spec, *refusal)
+            return
+        seq = self._contents.sequence(spec, spec.choices[0])
+        seq.samples, seq.pooling = False, message.pooling
+        self._add(router_id, spec, seq, None, message.fetch)
+
+    def _is_new(self, spec: RequestSpec) -> bool:
+        """End the attempts before this one. False: it is not new, and is dropped itself."""
+        known = self._tasks.get(spec.request_id)
+        if known is not None and known.spec.attempt >= spec.attempt:
+            self.stale_messages += 1
+            return False
+        if known is not None:
+            self._end(known, "a newer attempt has begun")
+        self._shipments.cancel(spec.request_id, spec.attempt - 1, "a newer attempt has begun")
+        return True
+
+    def _add(
+        self, router_id: str, spec: RequestSpec, seq: Sequence, grant: GrantInfo | None, fetch: FetchFrom | None
+    ) -> Task | None:
+        """Queue a prompt, or refuse it where it can never fit."""
+        salt = prefix_salt(self._endpoint.spec if grant is None else grant.spec, spec.cache_salt, spec.adapter)
         try:
             prompt = self.scheduler.add(seq, salt, spec.remaining_s)
         except CapacityError as error:
             self._refuse(router_id, spec, "never_fits", str(error))
-            return
+            return None
         task = self._tasks[spec.request_id] = Task(router_id, spec, grant, prompt)
-        if message.fetch is not None and self.fetches is not None:
-            self._fetch(task, message.fetch, self.fetches)
-        if task.open_id is None and not seq.can_sample:
-            self._open(task)  # its grant would lapse while its grammar is compiled
+        if fetch is not None and self.fetches is not None:
+            self._fetch(task, fetch, self.fetches)
+        return task
 
     def _fetch(self, task: Task, source: FetchFrom, fetches: Fetches) -> None:
         """Read what lies elsewhere before the prompt is begun. Its grant would lapse meanwhile: it is opened now."""
@@ -166,12 +198,12 @@ class PrefillRole:
         hashes = self.scheduler.reusable_hashes(task.prompt)
         key, spare = _fetch_key(task.spec), seq.is_retained_elsewhere
         seq.is_fetching = fetches.begin(key, hashes, source, lambda: _fetched(seq), spare=spare)
-        if seq.is_fetching:
-            self._open(task)
+        if seq.is_fetching and task.grant is not None:
+            self._open(task, task.grant)
 
-    def _open(self, task: Task) -> None:
+    def _open(self, task: Task, grant: GrantInfo) -> None:
         spec = task.spec
-        task.open_id = self._shipping.open(spec.request_id, spec.attempt, task.grant)
+        task.open_id = self._shipping.open(spec.request_id, spec.attempt, grant)
         self._shipments.opened(task.open_id, task.router_id, spec)
 
     def _refusal(self, spec: RequestSpec, grant: GrantInfo) -> tuple[str, str] | None:
@@ -182,6 +214,9 @@ class PrefillRole:
             return "wrong_role", "the grant is this worker's own: a prompt is not handed off to where it is computed"
         if (misfit := check_grant(self._endpoint, grant)) is not None:
             return "incompatible", misfit
+        return self._common_refusal(spec)
+
+    def _common_refusal(self, spec: RequestSpec) -> tuple[str, str] | None:
         if (unserved := self._unserved(spec)) is not None:
             return unserved
         if self.draining:
@@ -247,14 +282,19 @@ class PrefillRole:
         self._plans = []
         for row, task in zip(batch.rows, self._step_tasks, strict=True):
             task.stepping = True
-            if task.open_id is None:
-                self._open(task)
-            assert task.open_id is not None
-            if not task.is_begun:
-                task.is_begun = True
-                self._plans.append(plan_hits(task.open_id, row.seq, task.grant))
-            self._plans.append(plan_chunk(task.open_id, row.seq, task.grant, row.num_scheduled_tokens))
+            if task.grant is not None:
+                self._plan(task, task.grant, row)
         return batch
+
+    def _plan(self, task: Task, grant: GrantInfo, row: BatchRow) -> None:
+        """Note what of a row is shipped, and open its grant with the first one."""
+        if task.open_id is None:
+            self._open(task, grant)
+        assert task.open_id is not None
+        if not task.is_begun:
+            task.is_begun = True
+            self._plans.append(plan_hits(task.open_id, row.seq, grant))
+        self._plans.append(plan_chunk(task.open_id, row.seq, grant, row.num_scheduled_tokens))
 
     def begin_step(self, batch: Batch) -> None:
         if failpoints.armed:
@@ -277,9 +317,12 @@ class PrefillRole:
                 self._fail(task, result.grammar_failure)
                 continue
             start = row.start
+            task.pooled = add(task.pooled, result.pooled)
             done = self.scheduler.complete(task.prompt, row.num_scheduled_tokens)
             self._send_prompt_logprobs(task, start, result)
-            if done:
+            if done and task.prompt.seq.pooling is not None:
+                self._finish_embedding(task)
+            elif done:
                 self._finish(task, result)
         self._step_tasks = []
 
@@ -291,7 +334,8 @@ class PrefillRole:
         failed would have it try again.
         """
         seq = task.prompt.seq
-        self._to_router(task.router_id, nothing_to_choose(seq, grammar_failure))
+        failure = nothing_to_choose(seq, grammar_failure) if seq.pooling is None else nonfinite_states(seq)
+        self._to_router(task.router_id, failure)
         if not grammar_failure:
             self.num_nonfinite_rows += 1
             log.warning("prompt_not_finite", request_id=task.spec.request_id, attempt=task.spec.attempt)
@@ -323,6 +367,12 @@ class PrefillRole:
         # the decode worker's word of one that was given up might be heard before the token, and it would try again.
         if not (choices and all(choice.finish for choice in choices)):
             self._shipping.finish(task.open_id, choices)
+
+    def _finish_embedding(self, task: Task) -> None:
+        """The prompt is computed, and with it the request: its blocks are the prefix cache's."""
+        del self._tasks[task.spec.request_id]
+        self._give_away(task)
+        self._to_router(task.router_id, embedding_message(task, self._clock.now()))
 
     def tick(self) -> None:
         """Deadlines are the sender's; nothing to do."""

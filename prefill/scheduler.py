@@ -182,6 +182,8 @@ class PrefillScheduler:
         seq.block_hashes = hash_blocks(seq.token_ids, self._pool.block_size, prompt.salt, seq.block_hashes)
         if seq.sampling.prompt_logprobs is not None:
             return []  # they need the logits of every prompt token
+        if seq.pooling is not None and not seq.pooling.allows_reuse:
+            return []  # it needs the hidden states of tokens that would not be computed
         # The last token is always computed: its logits choose the first output token.
         return seq.block_hashes[: (seq.num_tokens - 1) // self._pool.block_size]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..common.batch import RowOutput
-from ..common.messages import ChoiceTokens, FirstToken, GrantInfo
+from ..common.messages import ChoiceTokens, Embedding, FirstToken, GrantInfo, WorkerFailure, nonfinite_states
 from ..common.request import FinishReason, RequestSpec, finish_reason
+from ..common.vectors import unit
 from .scheduler import Prompt
 
 
@@ -16,12 +17,13 @@ class Task:
 
     router_id: str
     spec: RequestSpec
-    grant: GrantInfo
+    grant: GrantInfo | None  # None: the prompt is embedded here, and nothing is shipped
     prompt: Prompt
     open_id: int | None = None  # the shipment, once its first chunk was scheduled or its prefix is fetched
     is_begun: bool = False  # its first chunk was scheduled
     stepping: bool = False  # its row is in the step that computes now
     dead: bool = False  # aborted meanwhile
+    pooled: bytes = b""  # the sum of the hidden states so far (common/vectors.py)
 
 
 def first_tokens(
@@ -45,13 +47,34 @@ def first_tokens(
 
 
 def first_token_message(task: Task, choices: tuple[ChoiceTokens, ...], now_s: float) -> FirstToken:
-    prompt = task.prompt
-    started = prompt.started_s if prompt.started_s is not None else prompt.received_s
+    queue_s, prefill_s = _times_s(task.prompt, now_s)
     return FirstToken(
         request_id=task.spec.request_id,
         attempt=task.spec.attempt,
         choices=choices,
-        num_cached_tokens=prompt.seq.num_cached_tokens,
-        prefill_s=max(0.0, now_s - started),
-        queue_s=max(0.0, started - prompt.received_s),
+        num_cached_tokens=task.prompt.seq.num_cached_tokens,
+        prefill_s=prefill_s,
+        queue_s=queue_s,
     )
+
+
+def embedding_message(task: Task, now_s: float) -> Embedding | WorkerFailure:
+    """Return the vector of a prompt that is computed, or that it has none."""
+    seq, vector = task.prompt.seq, unit(task.pooled)
+    if vector is None:
+        return nonfinite_states(seq)
+    queue_s, prefill_s = _times_s(task.prompt, now_s)
+    return Embedding(
+        request_id=task.spec.request_id,
+        attempt=task.spec.attempt,
+        vector=vector,
+        num_cached_tokens=seq.num_cached_tokens,
+        prefill_s=prefill_s,
+        queue_s=queue_s,
+    )
+
+
+def _times_s(prompt: Prompt, now_s: float) -> tuple[float, float]:
+    """Return how long the prompt waited for its first chunk, and how long it has taken since."""
+    started = prompt.started_s if prompt.started_s is not None else prompt.received_s
+    return max(0.0, started - prompt.received_s), max(0.0, now_s - started)

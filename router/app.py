@@ -31,9 +31,10 @@ from .api.generation import Api
 from .api.middleware import Endpoint, MiddlewareAdapter, RequestMiddleware, context_of
 from .api.openai_types import Detokenized, Model, ModelList, PoolCounts, Struct, Tokenized
 from .api.reply import Reply
-from .api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from .api.schemas import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from .catalogue.catalogue import Catalogue
 from .catalogue.version import Version
+from .embeddings.endpoint import embed
 from .messages.form import error_body
 from .messages.surface import MessagesSurface
 from .metrics.metrics import RouterMetrics
@@ -47,7 +48,8 @@ _PATHS = msgspec.json.encode(
     {
         "server": "kvferry",
         "paths": [
-            "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", _COUNT_PATH, "/v1/models",
+            "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", _COUNT_PATH, "/v1/embeddings",
+            "/v1/models",
             "/tokenize", "/detokenize", "/live", "/ready", "/health", "/metrics", "/version", "/openapi.json",
         ],
     }
@@ -117,6 +119,7 @@ class _Application(FastAPI):
             ("POST", "/v1/chat/completions"): routes.chat_completions,
             ("POST", "/v1/messages"): routes.messages,
             ("POST", "/v1/responses"): routes.responses,
+            ("POST", "/v1/embeddings"): routes.embeddings,
         }
         self.add_middleware(MiddlewareAdapter, middleware)
 
@@ -147,6 +150,9 @@ class _Routes:
 
     async def messages(self, request: Request) -> Reply:
         return await self._api.chat(request, MessagesSurface())
+
+    async def embeddings(self, request: Request) -> Reply:
+        return await embed(self._api, request)
 
     async def count_messages(self, request: Request) -> Response:
         num_tokens = await self._api.count_chat(request, MessagesSurface(counts_only=True))
@@ -217,6 +223,7 @@ def _add_routes(app: FastAPI, routes: _Routes) -> None:
     app.add_api_route("/v1/chat/completions", routes.chat_completions, methods=["POST"], openapi_extra=_takes(ChatBody))
     app.add_api_route("/v1/responses", routes.responses, methods=["POST"])
     app.add_api_route("/v1/messages", routes.messages, methods=["POST"])
+    app.add_api_route("/v1/embeddings", routes.embeddings, methods=["POST"], openapi_extra=_takes(EmbeddingBody))
     app.add_api_route(_COUNT_PATH, routes.count_messages, methods=["POST"])
     app.add_api_route("/tokenize", routes.tokenize, methods=["POST"], openapi_extra=_takes(TokenizeBody))
     app.add_api_route("/detokenize", routes.detokenize, methods=["POST"], openapi_extra=_takes(DetokenizeBody))

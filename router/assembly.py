@@ -20,6 +20,7 @@ from .. import __version__
 from ..common.clock import Clock, SystemClock, wall_time_us, week_s
 from ..common.config import RouterConfig
 from ..models.config import ModelConfig
+from ..models.pooling import read_pooling
 from ..models.tokenizer import Tokenizer
 from .access.keys import ApiKeys
 from .access.quota import QuotaLimits
@@ -109,6 +110,8 @@ def _load_model(config: RouterConfig) -> tuple[ServedModel, Tokenizer, GrammarCo
         name=config.served_model_name,
         max_model_len=config.max_model_len or model_config.max_model_len,
         vocab_size=model_config.vocab_size,
+        hidden_size=model_config.hidden_size,
+        pooling=read_pooling(config.model_dir),
         defaults=SamplingDefaults.from_dir(config.model_dir),
         deterministic=config.deterministic,
         special_tokens=config.special_tokens_in_messages,

@@ -60,10 +60,11 @@ router/catalogue     common models router/state router/dispatch router/helpers r
 router/api           common models router/state router/http router/access router/helpers router/catalogue router/turns
 router/messages      common router/state router/api router/turns
 router/responses     common router/state router/api router/turns
+router/embeddings    common models router/api router/catalogue
 router/admin         common router/state router/access router/autoscaler router/api
 router               common settings models router/state router/metrics router/http router/access router/helpers
 router               router/placement router/dispatch router/autoscaler router/catalogue router/api router/messages
-router               router/responses router/admin
+router               router/responses router/embeddings router/admin
 launch               common settings models kvcache engine/cpu
 tools/load           common
 tools/chaos          common models tools/load

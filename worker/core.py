@@ -25,6 +25,7 @@ from ..common.errors import ProtocolError
 from ..common.grammar import Grammars
 from ..common.messages import (
     Drain,
+    EmbedTask,
     FetcherToLender,
     KVArrived,
     LenderToFetcher,
@@ -227,7 +228,7 @@ class WorkerCore:
                 self.drain(message.deadline_s)
             case SetRole():
                 self.set_role(message.role)
-            case PrefillTask() | ReserveKV() | LocalTask():
+            case PrefillTask() | EmbedTask() | ReserveKV() | LocalTask():
                 self.shares.note_work(router_id)
                 self.roles.on_router_message(router_id, message)
             case _:

@@ -1,6 +1,7 @@
 """A prefill role and a decode role over one engine and one pool of blocks. Which of them is active may change.
 
-    active     new work of one kind is taken, of the other kind refused ("wrong_role"), from one message to the next
+    active     new work of one kind is taken, of the other kind refused ("wrong_role"), from one message to the next;
+               prompts to be embedded are taken whichever it is
     started    work of both kinds ends where it is: prompts under way are shipped, reservations arrive and are adopted,
                answers stream on
     steps      while both have work they take turns, the decode role first; a prompt's steps are then cut as its own
@@ -16,7 +17,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from ..common.batch import Batch, StepOutput
-from ..common.messages import LocalTask, Message, PrefillTask, ReserveKV, StepSample
+from ..common.messages import EmbedTask, LocalTask, Message, PrefillTask, ReserveKV, StepSample
 from ..common.request import BlockId
 from ..common.role_counters import RoleCounters
 from ..decode.role import DecodeRole
@@ -58,7 +59,7 @@ class RolePair:
 
     def on_router_message(self, router_id: str, message: Message) -> None:
         match message:
-            case PrefillTask():
+            case PrefillTask() | EmbedTask():
                 self.prefill.on_router_message(router_id, message)
             case ReserveKV() | LocalTask():
                 self.decode.on_router_message(router_id, message)

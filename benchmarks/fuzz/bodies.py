@@ -32,6 +32,12 @@ _SOUND: dict[str, list[dict[str, Any]]] = {
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "max_completion_tokens": 2},
         {"messages": _CHAT, "chat_template_kwargs": {"enable_thinking": True}, "cache_salt": "s", "priority": 3},
     ],
+    "/v1/embeddings": [
+        {"model": MODEL, "input": "hello", "encoding_format": "base64", "user": "u"},
+        {"input": ["a", "b"], "dimensions": 4, "encoding_format": "float", "priority": 3},
+        {"input": [5, 6, 7], "cache_salt": "s"},
+        {"input": [[5], [6, 7]], "add_special_tokens": False},
+    ],
     "/tokenize": [{"prompt": "hello"}, {"messages": _CHAT, "return_token_strs": True}],
     "/detokenize": [{"tokens": [5, 6, 7]}],
 }

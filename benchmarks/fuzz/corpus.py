@@ -23,6 +23,8 @@ from kvferry.common.messages import (
     Decoder,
     DecodeToPrefill,
     Drain,
+    Embedding,
+    EmbedTask,
     FetcherToLender,
     FetchFrom,
     FirstToken,
@@ -72,7 +74,7 @@ from kvferry.common.messages import (
     WorkerToRouter,
     encode,
 )
-from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
+from kvferry.common.request import Pooling, RequestSpec, SampledToken, SamplingParams, pack_ids
 
 SPEC = KVCacheSpec(
     model="fuzz", draft="small", num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32"
@@ -187,6 +189,7 @@ def valid_messages() -> list[Message]:
         ReserveKV(spec=spec, max_local_tokens=8),
         LocalTask(spec=spec),
         PrefillTask(spec=spec, grant=grant, fetch=FetchFrom(worker_id="d-1", kv_address="127.0.0.1:2", num_tokens=32)),
+        EmbedTask(spec=spec, pooling=Pooling.MEAN),
         Abort(**about, unless_arrived=True, choices=(0, 2)),
         LiveRequests(attempts=(("r-1", 1),)),
         SetRole(role="prefill"),
@@ -197,6 +200,7 @@ def valid_messages() -> list[Message]:
         HandoffDone(**about, num_bytes=4096),
         HandoffFailed(**about, reason="lost", blame="peer", worker_id="p-0"),
         FirstToken(**about, choices=choices, num_cached_tokens=16, prefill_s=0.1, queue_s=0.0),
+        Embedding(**about, vector=b"v" * 64, num_cached_tokens=16, prefill_s=0.1, queue_s=0.0),
         PromptLogprobs(**about, start=1, tokens=(token, token)),
         StepTokens(updates=(RequestTokens("r-1", 1, choices, 16),)),
         TransferReport(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from kvferry.common.messages import (
     Abort,
     ChoiceTokens,
     Decoder,
+    Embedding,
+    EmbedTask,
     LocalTask,
     PromptLogprobs,
     RequestTokens,
@@ -180,6 +183,8 @@ class InstantWorker:
             if isinstance(message, Abort) and not message.choices:
                 if (stream := self._streams.pop(message.request_id, None)) is not None:
                     stream.cancel()
+            elif isinstance(message, EmbedTask):
+                self._channel.send(_embedding(message.spec))
             elif isinstance(message, LocalTask):
                 name = message.spec.request_id
                 self._streams[name] = asyncio.create_task(self._answer(message.spec))
@@ -217,6 +222,17 @@ class InstantWorker:
         if spec.sampling.prompt_logprobs is not None:
             scored = tuple(_token(each, spec.sampling.prompt_logprobs) for each in range(spec.num_prompt_tokens - 1))
             yield from in_pieces(spec, 1, scored)
+
+
+def _embedding(spec: RequestSpec) -> Embedding:
+    return Embedding(
+        request_id=spec.request_id,
+        attempt=spec.attempt,
+        vector=struct.pack("<4f", 0.5, 0.5, 0.5, 0.5),
+        num_cached_tokens=0,
+        prefill_s=0.0,
+        queue_s=0.0,
+    )
 
 
 def _token(number: int, num_top: int | None) -> SampledToken:

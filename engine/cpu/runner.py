@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from ...common.batch import Batch
 from ...common.request import SampledToken
 from ..nn.deterministic import one_thread
-from ..nn.plan import StepPlan, logit_rows
+from ..nn.layers import RMSNorm
+from ..nn.plan import StepPlan, logit_rows, pooled_rows
 from ..nn.runner import OnLayer
 from ..nn.sampling import SampleRow, prompt_logprobs, prompt_logprobs_each, sample, sample_each
 from .decoder import NativeDecoder, Step
@@ -20,8 +22,12 @@ from .decoder import NativeDecoder, Step
 class NativeRunner:
     """Implements `Runner`. An exact decoder's results are named after the library: source, compiler and processor."""
 
-    def __init__(self, decoder: NativeDecoder, *, num_layers: int, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self, decoder: NativeDecoder, final_norm: RMSNorm, *, num_layers: int, eos_token_ids: frozenset[int]
+    ) -> None:
+        """`final_norm` is for embeddings alone: before logits the library computes it itself."""
         self.decoder = decoder
+        self._final_norm = final_norm
         self.results = decoder.build if decoder.is_exact else ""
         self._num_layers = num_layers
         self._eos_token_ids = eos_token_ids
@@ -36,7 +42,8 @@ class NativeRunner:
         return None
 
     def forward(self, plan: StepPlan, on_layer: OnLayer | None) -> Iterator[Tensor]:
-        wanted = plan.sample_rows + plan.prompt_rows
+        pooled = pooled_rows(plan)
+        wanted = plan.pooled_rows + plan.sample_rows + plan.prompt_rows
         step = Step(plan.input_ids, plan.starts, plan.lengths, plan.block_ids, wanted)
         if len(plan.input_ids) > len(plan.lengths) or on_layer is None:
             hidden = self.decoder.forward(step, on_layer)
@@ -44,7 +51,12 @@ class NativeRunner:
             hidden = self.decoder.forward(step)  # tokens of running answers: too quick to interrupt for each layer
             for layer in range(self._num_layers):
                 on_layer(layer)
-        return map(self.decoder.logits, torch.split(hidden, [len(rows) for rows in logit_rows(plan)]))
+        states, rest = hidden[: len(pooled)], hidden[len(pooled) :]
+        logits = map(self.decoder.logits, torch.split(rest, [len(rows) for rows in logit_rows(plan)]))
+        return chain((self._normed(states),), logits) if len(states) else logits
+
+    def _normed(self, states: Tensor) -> Tensor:
+        return self._final_norm.in_type_of(states[:, : len(self._final_norm.weight)])
 
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sequence[tuple[SampledToken, ...]]:
         return self._sample(logits, rows, self._eos_token_ids)

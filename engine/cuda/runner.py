@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 
 import structlog
 import torch
@@ -23,7 +24,7 @@ from ...common.config import EngineConfig
 from ...common.request import SampledToken, SamplingParams
 from ..nn.attention.flashinfer import FlashInferAttention
 from ..nn.decoder import Decoder
-from ..nn.plan import StepPlan, logit_rows, step_tensors
+from ..nn.plan import StepPlan, logit_rows, pooled_rows, step_tensors
 from ..nn.runner import OnLayer
 from ..nn.sampling import SampleRow, prompt_logprobs
 from ..nn.weights import Progress
@@ -107,7 +108,7 @@ class CudaRunner:
         return self.decode_pipeline.step(batch, on_layer) if self.decode_pipeline is not None else None
 
     def forward(self, plan: StepPlan, on_layer: OnLayer | None) -> Iterator[Tensor]:
-        """Queue everything; logits are of hidden states behind the final norm."""
+        """Queue everything; hidden states are behind the final norm already."""
         input_ids, positions, metadata = step_tensors(plan, self._pages.shape[4])
         self._attention.plan(metadata)
         hidden = self._decoder.forward(
@@ -116,11 +117,13 @@ class CudaRunner:
             self._attention,
             on_layer,
         )
-        return (self._logits(hidden, part) for part in logit_rows(plan))
+        logits = (self._decoder.logits(self._states(hidden, part)) for part in logit_rows(plan))
+        pooled = pooled_rows(plan)
+        return chain((self._states(hidden, pooled).float(),), logits) if len(pooled) else logits
 
-    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Queue the logits of the packed tokens `rows` [n], which are the host's."""
-        return self._decoder.logits(hidden[rows.to(self._device, torch.int64, non_blocking=True)])
+    def _states(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Queue the choice of the packed tokens `rows` [n], which are the host's."""
+        return hidden[rows.to(self._device, torch.int64, non_blocking=True)]
 
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sequence[tuple[SampledToken, ...]]:
         draws = self._sampler.launch(logits, rows)

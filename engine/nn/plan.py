@@ -30,13 +30,15 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     block_copies: tuple[tuple[int, int], ...]
     swap_out: tuple[tuple[int, int], ...] = ()
     swap_in: tuple[tuple[int, int], ...] = ()
+    pooled_rows: bytes = b""  # packed tokens whose hidden states behind the final norm are wanted
 
 
 def plan_step(batch: Batch, block_size: int) -> StepPlan:
-    input_ids, starts, lengths, block_ids, sample_rows, prompt_rows = (array("i") for _ in range(6))
+    input_ids, starts, lengths, block_ids, sample_rows, prompt_rows, pooled_rows = (array("i") for _ in range(7))
     for row in batch.rows:
         token = len(input_ids)
         prompt_rows.extend(range(token, token + _num_prompt_logprobs(row)))
+        pooled_rows.extend(token + offset for offset in row.pooled_tokens)
         input_ids.extend(row.token_ids)
         starts.append(row.start)
         lengths.append(row.num_scheduled_tokens)
@@ -53,6 +55,7 @@ def plan_step(batch: Batch, block_size: int) -> StepPlan:
         block_copies=tuple(batch.block_copies),
         swap_out=tuple(batch.swap_out),
         swap_in=tuple(batch.swap_in),
+        pooled_rows=pooled_rows.tobytes(),
     )
 
 
@@ -61,6 +64,11 @@ def logit_rows(plan: StepPlan) -> list[Tensor]:
     prompt_rows = _int32(plan.prompt_rows)
     parts = [prompt_rows[i : i + _LOGIT_ROWS] for i in range(0, len(prompt_rows), _LOGIT_ROWS)]
     return [part for part in (_int32(plan.sample_rows), *parts) if len(part)]
+
+
+def pooled_rows(plan: StepPlan) -> Tensor:
+    """Return the packed tokens whose hidden states are wanted, [n] int32."""
+    return _int32(plan.pooled_rows)
 
 
 def prompt_targets(batch: Batch) -> Iterator[list[tuple[int, int]]]:

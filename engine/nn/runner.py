@@ -1,7 +1,7 @@
 """One protocol for whatever carries out a step's arithmetic on a rank.
 
     decode    a whole step at once, where the runner has a way of its own for batches of single tokens
-    forward   any batch: the layers at once, then logits as they are asked for
+    forward   any batch: the layers at once, then hidden states and logits as they are asked for
     sample    logits to tokens, on rank 0 alone
     wait      the step is over when this returns
 
@@ -43,7 +43,8 @@ class Runner(Protocol):
         """Run the layers at once; `on_layer(i)` is called when layer i's keys and values are in the pages or, on a
         GPU, when the kernels that write them are queued.
 
-        The plan's blocks have been copied. Yields logits, [rows, vocab_size] float32, for each part of
+        The plan's blocks have been copied. Yields, where the plan has `pooled_rows`, their hidden states behind the
+        final norm, [rows, hidden_size] float32; then logits, [rows, vocab_size] float32, for each part of
         `logit_rows(plan)`. With several ranks all of them take every part, for each is a collective.
         """
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ from ...common.batch import Batch, RowOutput
 from ...common.request import SampledToken
 from .attention.base import AttentionBackend
 from .decoder import Decoder
-from .plan import StepPlan, logit_rows, step_tensors
+from .plan import StepPlan, logit_rows, pooled_rows, step_tensors
 from .runner import OnLayer
 from .sampling import SampleRow, prompt_logprobs, sample
 
@@ -60,7 +61,12 @@ class TorchRunner:
         input_ids, positions, metadata = step_tensors(plan, self._block_size)
         self._attention.plan(metadata)
         hidden = self._model.forward(_padded(input_ids), _padded(positions), self._attention, on_layer)
-        return (self._model.logits(hidden[_padded(part)])[: len(part)] for part in logit_rows(plan))
+        logits = (self._model.logits(hidden[_padded(part)])[: len(part)] for part in logit_rows(plan))
+        return chain(self._states(hidden, pooled_rows(plan)), logits)
+
+    def _states(self, hidden: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        if len(rows):
+            yield self.decoder.final_norm.in_type_of(hidden[rows.long()]).float()
 
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sequence[tuple[SampledToken, ...]]:
         return sample(logits, rows, self._eos_token_ids)

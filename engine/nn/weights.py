@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import ConfigError
-from ...models.checkpoint import KV_SCALE, check_names, check_shape, safetensors_files
+from ...models.checkpoint import KV_SCALE, check_names, check_shape, full_name, safetensors_files
 from .decoder import Decoder
 from .weight import WeightSlot
 
@@ -54,28 +54,28 @@ def load_weights(
         if load_format == "dummy":
             _fill_random(slot, seed)
         else:
-            _fill_from_file(slot, files[slot.name])
+            _fill_from_file(slot, *files[slot.name])
         done += slot.target.numel()
         if progress is not None:
             progress("loading weights", done / total)
 
 
-def _open_files(model_dir: Path) -> dict[str, _TensorFile]:
-    """Return tensor name -> the open (mapped, not read) file that holds it."""
+def _open_files(model_dir: Path) -> dict[str, tuple[_TensorFile, str]]:
+    """Return tensor name -> the open (mapped, not read) file that holds it, and the name that it has there."""
     from safetensors import SafetensorError, safe_open
 
-    by_name: dict[str, _TensorFile] = {}
+    by_name: dict[str, tuple[_TensorFile, str]] = {}
     for path in safetensors_files(model_dir):
         try:
             file: _TensorFile = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
-        by_name.update(dict.fromkeys(file.keys(), file))
+        by_name |= {full_name(name): (file, name) for name in file.keys()}  # noqa: SIM118  # a file is no mapping
     return by_name
 
 
-def _fill_from_file(slot: WeightSlot, file: _TensorFile) -> None:
-    source = file.get_slice(slot.name)
+def _fill_from_file(slot: WeightSlot, file: _TensorFile, name: str) -> None:
+    source = file.get_slice(name)
     check_shape(slot.name, tuple(source.get_shape()), slot.shape)
     length = slot.target.shape[slot.dim]
     index = tuple(
@@ -88,11 +88,11 @@ def _fill_from_file(slot: WeightSlot, file: _TensorFile) -> None:
 def read_kv_scales(model_dir: Path, num_layers: int) -> list[tuple[float, float]]:
     """Return each layer's k_scale and v_scale of a cache in 8 bits; 1 where there is none. Raises ConfigError."""
     scales = [[1.0, 1.0] for _ in range(num_layers)]
-    for name, file in _open_files(model_dir).items():
+    for name, (file, own_name) in _open_files(model_dir).items():
         match = KV_SCALE.fullmatch(name)
         if match is None:
             continue
-        value = file.get_tensor(name)
+        value = file.get_tensor(own_name)
         if int(match[1]) >= num_layers or value.numel() != 1 or not float(value) > 0:
             raise ConfigError(f"{model_dir}: {name} is no positive number for one of {num_layers} layers")
         scales[int(match[1])]["kv".index(match[2])] = float(value)

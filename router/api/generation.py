@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from fastapi import Request
 from ...common.clock import Clock, wall_time_s
 from ...common.errors import RequestError
 from ...common.grammar import Grammar
-from ...common.request import SamplingParams
+from ...common.request import Pooling, SamplingParams
 from ..access.quota import Quotas
 from ..catalogue.catalogue import Catalogue
 from ..catalogue.version import ServedModel, Version
@@ -61,6 +61,19 @@ class ApiObserver(AnswerObserver, GapObserver, ResponseObserver, Protocol):
     def on_ignored_fields(self, number: int) -> None:
         """Fields of a body had no effect."""
         ...
+
+
+class CallBody(Protocol):
+    """Fields that bodies of every kind of work have."""
+
+    @property
+    def num_choices(self) -> int: ...
+    @property
+    def priority(self) -> int | None: ...
+    @property
+    def cache_salt(self) -> str | None: ...
+    @property
+    def user(self) -> object: ...
 
 
 @dataclass(slots=True)
@@ -120,7 +133,7 @@ class Api:
         self.json.close()
 
     async def complete(self, request: Request) -> Reply:
-        context = self._begin(request)
+        context = self.begin(request)
         with self.body_room.held() as held:
             body, version = await self.body(request, held, CompletionBody)
             context.marks["read"] = self.clock.now()
@@ -129,14 +142,14 @@ class Api:
             )
         context.marks["tokenize"] = self.clock.now()
         limits = [max_completion_tokens(body, prompt, version.model.max_model_len) for prompt in prompts]
-        answer = await self._submit(context, version, body, prompts, limits, grammar)
+        answer = await self._answer(context, version, body, prompts, limits, grammar)
         shown = form_context(f"cmpl-{context.request_id}", version, body, answer)
         return self._reply(body, answer, CompletionForm(shown))
 
     async def chat(self, request: Request, surface: ChatSurface | None = None) -> Reply:
         """Answer a chat, in OpenAI's words or in those of another surface."""
         surface = surface or OpenAISurface()
-        context = self._begin(request)
+        context = self.begin(request)
         with self.body_room.held() as held:
             body, version = await self.body(request, held, ChatBody, surface.chat_body)
             context.marks["read"] = self.clock.now()
@@ -148,7 +161,7 @@ class Api:
         if ignored := (*chat.ignored, *follows.ignored):
             self._tell_ignored(context, ignored)
         turns = turn_options(version, body, chat, is_free=follows.is_free)
-        answer = await self._submit(context, version, body, [chat.prompt], [limit], follows.grammar, turns)
+        answer = await self._answer(context, version, body, [chat.prompt], [limit], follows.grammar, turns)
         shown = form_context(f"{surface.id_prefix}{context.request_id}", version, body, answer)
         form = surface.form(shown, ChatTurns(answer, turns), body, chat)
         return self._reply(body, answer, form, surface.events)
@@ -159,7 +172,8 @@ class Api:
             body, version = await self.body(request, held, ChatBody, surface.chat_body)
             return len((await self.prompts.chat(version, body, held.num_bytes)).prompt.token_ids)
 
-    def _begin(self, request: Request) -> RequestContext:
+    def begin(self, request: Request) -> RequestContext:
+        """Return the call's context, with its class and the time that it has. Raises where the server ends."""
         self.in_flight.check_open()
         context = context_of(request.scope)
         named = context.headers.get(CLASS_HEADER.encode())
@@ -176,7 +190,7 @@ class Api:
             return None
         return max(0.0, context.timeout_s - (self.clock.now() - context.started_s))
 
-    async def _submit(
+    async def _answer(
         self,
         context: RequestContext,
         version: Version,
@@ -187,27 +201,42 @@ class Api:
         turns: TurnOptions | None = None,
     ) -> Answer:
         sampling = [self._sampling(version.model, body, limit) for limit in limits]
+        tokens = zip(prompts, limits, strict=True)
+        self.charge(context, sum(len(prompt.token_ids) + body.num_choices * limit for prompt, limit in tokens))
+        requests = self.requests(context, version, body, prompts, sampling)
+        streams = await self.submit(context, version, requests, grammar=grammar)
+        options = text_options(body, limits[0], turns)
+        return Answer(streams, prompts, options, version.tokenizer, clock=self.clock, observer=self.observer)
+
+    def charge(self, context: RequestContext, num_tokens: int) -> None:
+        """Charge the call's key with what it may cost. Raises CapacityError (429), and where the server ends."""
         self.in_flight.check_open()
         if context.allowance is not None:
-            tokens = zip(prompts, limits, strict=True)
-            context.allowance.charge(sum(len(prompt.token_ids) + body.num_choices * limit for prompt, limit in tokens))
-        salt = self._cache_salt(context, body)
+            context.allowance.charge(num_tokens)
+
+    async def submit(
+        self,
+        context: RequestContext,
+        version: Version,
+        requests: Iterable[RouterRequest],
+        *,
+        grammar: Grammar | None = None,
+        pooling: Pooling | None = None,
+    ) -> list[TokenStream]:
+        """Hand the requests of a call to the dispatcher, all or none."""
         streams: list[TokenStream] = []
         try:
-            for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+            for index, request in enumerate(requests):
                 if index % _BATCH_STEP == _BATCH_STEP - 1:
                     await asyncio.sleep(0)  # a large batch does not hold up everybody else
-                request_id = f"{context.request_id}-{index}"
-                prompt_request = self._request(request_id, context, version, body, prompt, params, salt)
-                prompt_request.grammar = grammar
-                prompt_request.timeout_s = self._remaining_s(context)
-                streams.append(version.dispatcher.submit(prompt_request))
+                request.grammar, request.pooling = grammar, pooling
+                request.timeout_s = self._remaining_s(context)
+                streams.append(version.dispatcher.submit(request))
         except BaseException:
             for stream in streams:
                 stream.abort()
             raise
-        options = text_options(body, limits[0], turns)
-        return Answer(streams, prompts, options, version.tokenizer, clock=self.clock, observer=self.observer)
+        return streams
 
     def _sampling(self, model: ServedModel, body: GenerationBody, max_tokens: int) -> SamplingParams:
         return body.sampling(
@@ -217,34 +246,38 @@ class Api:
             vocab_size=model.vocab_size,
         )
 
-    def _cache_salt(self, context: RequestContext, body: GenerationBody) -> bytes:
+    def _cache_salt(self, context: RequestContext, body: CallBody) -> bytes:
         """Return the salt for the prompt's KV: the client's own and, unless keys share, its key's."""
         own = (body.cache_salt or "").encode()
         return own if self.shares_prefixes or not context.tenant else context.tenant + own
 
-    def _request(
+    def requests(
         self,
-        request_id: str,
         context: RequestContext,
         version: Version,
-        body: GenerationBody,
-        prompt: PromptText,
-        sampling: SamplingParams,
-        salt: bytes,
-    ) -> RouterRequest:
-        objectives = self.classes.named(context.request_class)
-        return RouterRequest(
-            request_id,
-            prompt.token_ids,
-            sampling,
-            n=body.num_choices,
-            priority=objectives.priority if body.priority is None else body.priority,
-            cache_salt=salt,
-            request_class=context.request_class,
-            objectives=objectives,
-            tenant=_tenant_of(context, body),
-            model=version.model.name,
-        )
+        body: CallBody,
+        prompts: Sequence[PromptText],
+        sampling: Sequence[SamplingParams],
+    ) -> Iterator[RouterRequest]:
+        """Make a call's requests, one by one: each copies its prompt."""
+        salt, objectives = self._cache_salt(context, body), self.classes.named(context.request_class)
+        for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+            yield RouterRequest(
+                f"{context.request_id}-{index}",
+                prompt.token_ids,
+                params,
+                n=body.num_choices,
+                priority=objectives.priority if body.priority is None else body.priority,
+                cache_salt=salt,
+                request_class=context.request_class,
+                objectives=objectives,
+                tenant=_tenant_of(context, body),
+                model=version.model.name,
+            )
+
+    def reply(self, answer: Answer, form: Form) -> Reply:
+        """Answer with one JSON body."""
+        return Reply(answer, form, stream=False, include_usage=False, in_flight=self.in_flight, observer=self.observer)
 
     def _reply(self, body: GenerationBody, answer: Answer, form: Form, events: EventFormat = OPENAI_EVENTS) -> Reply:
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -259,7 +292,7 @@ class Api:
         )
 
 
-def _tenant_of(context: RequestContext, body: GenerationBody) -> str:
+def _tenant_of(context: RequestContext, body: CallBody) -> str:
     """Return whose share of the service it counts for: its key's; where there are no keys, whom it names."""
     if context.tenant:
         return context.tenant.hex()

@@ -31,6 +31,7 @@ from .timing import phases_ms, server_timing
 
 _WRITE_BYTES = 64 * 2**10  # handed to the connection at a time: it waits before the next when it is full
 _NAMED_INLINE = 2048  # tokens and alternatives whose texts are looked up where they are: some milliseconds
+_VECTOR_BYTES_INLINE = 2**16  # of embeddings that are written where they are: some milliseconds
 _CHOICES_INLINE = 256  # choices up to which any other answer is encoded where it is
 
 _STREAM_HEADERS = [
@@ -168,7 +169,8 @@ class Reply(Response):
 
     async def _whole(self, pieces: list[list[TextPiece]]) -> bytes:
         num_named = sum(1 + len(token.top) for batch in pieces for piece in batch for token in piece.tokens)
-        if num_named > _NAMED_INLINE or len(pieces) > _CHOICES_INLINE:
+        num_bytes = sum(len(request.embedding) for request in self._answer.requests)
+        if num_named > _NAMED_INLINE or len(pieces) > _CHOICES_INLINE or num_bytes > _VECTOR_BYTES_INLINE:
             return await asyncio.to_thread(self._encode, pieces)
         return self._encode(pieces)
 

@@ -19,7 +19,7 @@ from ..state.errors import shown
 from .fields import check_fields
 from .grammars import FIELDS as GRAMMAR_FIELDS
 from .grammars import AskedGrammar, asked_grammar
-from .values import AnyIds, Effort, LogitBias, Logprobs, Prompt, Seed, Stops, TemplateKwargs, TokenIds
+from .values import AnyIds, Effort, Inputs, LogitBias, Logprobs, Prompt, Seed, Stops, TemplateKwargs, TokenIds
 
 MAX_TEMPLATE_KWARGS = 16
 DEFAULT_COMPLETION_TOKENS = 16
@@ -192,6 +192,27 @@ class ChatBody(GenerationBody):
         check_template_switches(self.add_generation_prompt, self.continue_final_message)
 
 
+class EmbeddingBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    input: Inputs
+    dimensions: int | None = Field(None, ge=1)
+    encoding_format: Literal["float", "base64"] | None = None
+    user: object = None  # any, as in GenerationBody
+    # vLLM's
+    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
+    add_special_tokens: bool | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+
+    @property
+    def num_choices(self) -> int:
+        return 1
+
+    def check(self) -> None:
+        return None
+
+
 class TokenizeBody(BaseModel):
     """vLLM's two forms in one: a prompt, or messages."""
 
@@ -230,7 +251,7 @@ def check_template_switches(add_generation_prompt: bool | None, continue_final_m
         )
 
 
-Body = TypeVar("Body", CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+Body = TypeVar("Body", CompletionBody, ChatBody, EmbeddingBody, TokenizeBody, DetokenizeBody)
 Value = TypeVar("Value", int, float)
 
 

@@ -17,6 +17,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_PROMPTS = 256
+MAX_INPUTS = 2048  # of one call for embeddings, as OpenAI's
 MAX_TEMPLATE_CHARS = 256
 MAX_TEMPLATE_INT = 1_000_000
 TEMPLATE_KWARGS = frozenset(
@@ -42,7 +43,7 @@ def _stops(value: object) -> object:
     return stops
 
 
-def _prompt(value: object) -> object:
+def _prompt(value: object, most: int = MAX_PROMPTS, what: str = "prompts") -> object:
     """Check only the kinds of elements: a JSON array of a million ids has no pydantic error for each."""
     rule = "must be a string, a list of strings, a list of token ids or a list of token-id lists, and not be empty"
     if isinstance(value, str):
@@ -55,9 +56,13 @@ def _prompt(value: object) -> object:
             raise ValueError(rule)
     elif kinds != {int} and kinds != {str}:
         raise ValueError(rule)
-    if kinds != {int} and len(value) > MAX_PROMPTS:
-        raise ValueError(f"at most {MAX_PROMPTS} prompts in one call, got {len(value)}")
+    if kinds != {int} and len(value) > most:
+        raise ValueError(f"at most {most} {what} in one call, got {len(value)}")
     return value
+
+
+def _inputs(value: object) -> object:
+    return _prompt(value, MAX_INPUTS, "inputs")
 
 
 def _ids(value: object) -> object:
@@ -96,6 +101,7 @@ def _is_large(item: int | str) -> bool:
 
 Stops = Annotated[list[str], BeforeValidator(_stops)]
 Prompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
+Inputs = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_inputs)]
 AnyIds = Annotated[list[int], PlainValidator(_ids)]
 LogitBias = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_logit_bias)]
 TemplateKwargs = Annotated[dict[str, bool | int | str], BeforeValidator(_template_kwargs)]

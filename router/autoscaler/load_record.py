@@ -102,7 +102,8 @@ class LoadRecord:
             self._prompts.append(request.num_prompt_tokens)
 
     def on_finished(self, request: RouterRequest) -> None:
-        if request.num_output_tokens and len(self._answers) < _MOST:
+        has_answer = request.num_output_tokens or request.embedding  # which is a prompt's work, and no token's
+        if has_answer and len(self._answers) < _MOST:
             self._answers.append(
                 AnswerLengths(request.num_prompt_tokens, request.num_cached_tokens, request.num_output_tokens)
             )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ... import __version__
 from ...common.config import ReasoningParserName, SpecialTokens, ToolParserName
+from ...common.request import Pooling
 from ...models.special_text import SpecialText
 from ...models.tokenizer import Tokenizer
 from ..dispatch.dispatcher import Dispatcher
@@ -34,6 +35,8 @@ class ServedModel:
     chooses_tools: bool = True  # the model may decide whether it calls one
     tool_parser: ToolParserName = "auto"
     reasoning_parser: ReasoningParserName = "auto"
+    hidden_size: int = 0  # the length of its embeddings
+    pooling: Pooling = Pooling.LAST  # of its embeddings
 
     @property
     def fingerprint(self) -> str:

@@ -121,7 +121,9 @@ def _forgotten(attempt: Attempt, event_s: float, now_s: float) -> Blame | Deadli
         is_late = attempt.state >= AttemptState.COMPUTED and now_s - event_s > ARRIVAL_LIMIT_S
         return DeadlineVerdict.ASK if is_late or _is_idle_since(attempt.prefill, event_s) else None
     if _is_idle_since(attempt.decode, event_s):
-        return Blame("forgotten", f"decode worker {attempt.decode.worker_id} is idle and said nothing of the request")
+        role = "decode" if attempt.embedder is None else "prefill"
+        text = f"{role} worker {attempt.decode.worker_id} is idle and said nothing of the request"
+        return Blame("forgotten", text)
     return None
 
 

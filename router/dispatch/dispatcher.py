@@ -26,6 +26,7 @@ from ...common.errors import CapacityError, ProtocolError
 from ...common.messages import (
     CacheChange,
     Drain,
+    Embedding,
     FirstToken,
     Goodbye,
     Grant,
@@ -274,7 +275,7 @@ class Dispatcher:
                 self._learn_path(worker, message)
             case Grant() | NoCapacity() | TaskRefused() | HandoffDone() | HandoffFailed():
                 self._worker_messages.on_request_message(worker, message, now)
-            case FirstToken() | PromptLogprobs() | WorkerFailure():
+            case FirstToken() | Embedding() | PromptLogprobs() | WorkerFailure():
                 self._worker_messages.on_request_message(worker, message, now)
             case _:
                 raise ProtocolError(f"{type(message).__name__} from {worker.worker_id} in the middle of its session")

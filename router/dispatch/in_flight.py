@@ -198,8 +198,9 @@ class InFlightRequests:
     # --- a request ends -------------------------------------------------------------------------------------
 
     def finish(self, tracked: TrackedRequest) -> None:
-        """Every choice has ended. The decode worker knows it, unless one ended elsewhere."""
-        self._leave(tracked, tell=tracked.request.status is not RequestStatus.DECODING or bool(tracked.ended_here))
+        """Every choice has ended. Its last worker knows it, unless one ended elsewhere."""
+        knows = tracked.request.status is RequestStatus.DECODING or bool(tracked.request.embedding)
+        self._leave(tracked, tell=not knows or bool(tracked.ended_here))
         self.tally.finished += 1
         self._close(tracked, RequestStatus.FINISHED, "ok")
 

@@ -146,12 +146,14 @@ class Placer:
         decided_by: str,
         seen: tuple[Candidate, ...] = (),
     ) -> None:
+        if tracked.request.pooling is not None:  # of two workers that are kept for it, one is enough
+            placement = replace(placement, prefill_worker=None, decode_worker=placement.computing_worker)
         self._note_decision(tracked.request, placement, now_s, decided_by, seen)
         decode = self._pools.named(placement.decode_worker)
         assert decode is not None
         self._in_flight.queue.take(tracked)
         tracked.search.lacks_s = tracked.search.misfit_s = None
-        computing = self._pools.named(placement.prefill_worker or placement.decode_worker)
+        computing = self._pools.named(placement.computing_worker)
         assert computing is not None
         attempt = Attempt(
             tracked.request,
@@ -176,17 +178,19 @@ class Placer:
     def _note_decision(
         self, request: RouterRequest, placement: Placement, now_s: float, decided_by: str, seen: tuple[Candidate, ...]
     ) -> None:
-        expected = placement.prediction
+        expected, is_embedding = placement.prediction, request.pooling is not None
+        computing = self._pools.named(placement.computing_worker)
+        is_embedder = is_embedding and computing is not None and computing.role == "prefill"
         decision = Decision(
             attempt=request.attempt_number,
             at_s=now_s,
             policy=decided_by,
-            prefill_worker=placement.prefill_worker,
-            decode_worker=placement.decode_worker,
+            prefill_worker=placement.computing_worker if is_embedder else placement.prefill_worker,
+            decode_worker=None if is_embedder else placement.decode_worker,
             reason=placement.reason.value,
             waited_for=request.waiting_for,
             ttft_s=expected.ttft_s if expected is not None else None,
-            tpot_s=expected.tpot_s if expected is not None else None,
+            tpot_s=expected.tpot_s if expected is not None and not is_embedding else None,
             candidates=seen,
         )
         note(request.decisions, decision)
@@ -250,6 +254,11 @@ class Placer:
         if spec is not None and demand.blocks_to_end(spec) <= self._pools.least_blocks:
             return
         view = self._pools.picture(0.0)
+        if request.pooling is not None:
+            if view.workers and not any(fits_prefill(worker, demand) for worker in view.workers):
+                spec = view.workers[0].hello.spec
+                raise _too_large(demand, spec.num_blocks_for(demand.num_prompt_tokens), list(view.workers))
+            return
         decodes = [worker for worker in view.workers if worker.role == "decode"]
         prefills = [worker for worker in view.workers if worker.role == "prefill"]
         if decodes and not any(fits_decode(worker, demand) for worker in decodes):

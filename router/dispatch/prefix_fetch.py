@@ -44,6 +44,6 @@ def fetch_from(pools: Pools, request: RouterRequest, source_id: str | None, read
 
 def hash_prompt(pools: Pools, request: RouterRequest) -> None:
     """Hash a request's prompt once a worker is there, as its workers will, so that the index knows its blocks."""
-    if pools.spec is not None and not request.block_hashes and request.sampling.prompt_logprobs is None:
+    if pools.spec is not None and not request.block_hashes and request.reuses_prefix:
         salt = prefix_salt(pools.spec, request.cache_salt)
         request.block_hashes = hash_blocks(request.prompt_token_ids, pools.spec.block_size, salt)

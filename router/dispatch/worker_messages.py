@@ -1,6 +1,7 @@
 """Messages of workers go to the request and the attempt that each is about, or are dropped.
 
     Grant ─> PrefillTask      NoCapacity ─> queue, or local prefill      TaskRefused ─> another prefill worker, or retry
+    Embedding ─> the request's end
     FirstToken, StepTokens ─> relay      HandoffDone ─> decoding      HandoffFailed ─> retry
     WorkerFailure ─> retry, or the request's end where every worker would fail alike, as where it is not served
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 from ...common.messages import (
     Abort,
     ChoiceTokens,
+    Embedding,
     FirstToken,
     Grant,
     HandoffDone,
@@ -102,6 +104,8 @@ class WorkerMessages:
                 self._on_handoff_failed(tracked, attempt, message, now)
             case FirstToken():
                 self._on_first_token(tracked, attempt, message, now)
+            case Embedding():
+                self._on_embedding(tracked, attempt, message, now)
             case PromptLogprobs():
                 self.relay.accept_prompt_logprobs(tracked, message)
                 self._in_flight.finish_unless_held(tracked)
@@ -235,7 +239,8 @@ class WorkerMessages:
                 worker.link.send(Abort(request_id=update.request_id, attempt=update.attempt))
             return
         request, attempt = tracked.request, tracked.attempt
-        if attempt is None or worker is not attempt.decode or request.status is RequestStatus.RESERVED:
+        is_out_of_turn = request.status is RequestStatus.RESERVED or request.pooling is not None
+        if attempt is None or worker is not attempt.decode or is_out_of_turn:
             self._observer.on_dropped("out_of_turn")
             return
         tracked.event_s = now
@@ -259,6 +264,14 @@ class WorkerMessages:
             request.num_cached_tokens = max(request.num_cached_tokens, message.num_cached_tokens)
             request.prefill_s, request.prefill_wait_s = message.prefill_s, message.queue_s
         self._take(tracked, attempt, message.choices, now)
+
+    def _on_embedding(self, tracked: TrackedRequest, attempt: Attempt, message: Embedding, now: float) -> None:
+        request = tracked.request
+        request.num_cached_tokens = message.num_cached_tokens
+        request.prefill_s, request.prefill_wait_s = message.prefill_s, message.queue_s
+        request.end_embedded(message.vector, now)
+        self._admission.on_first_token(tracked, now)
+        self._in_flight.finish(tracked)
 
     def _take(self, tracked: TrackedRequest, attempt: Attempt, updates: tuple[ChoiceTokens, ...], now: float) -> int:
         """Take an attempt's tokens, and return the number of those that are new."""

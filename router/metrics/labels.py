@@ -20,7 +20,9 @@ CLOSED: dict[str, frozenset[str]] = {
     "refused": frozenset("frame size seal hello flood mismatch".split()),
     "missed": frozenset("queue retry reserve prefill_wait prefill reply transfer decode failed".split()),
     "policy": frozenset("slo least_loaded kv_cost round_robin isolation".split()),
-    "placed": frozenset("handoff short_prompt colocated no_prefill_worker failed_handoff alone sooner".split()),
+    "placed": frozenset(
+        "handoff short_prompt colocated no_prefill_worker failed_handoff alone sooner embedding".split()
+    ),
 }
 FENCED = frozenset({"stale_attempt", "old_session", "wrong_worker"})  # from a worker that was given up before
 

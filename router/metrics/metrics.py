@@ -43,6 +43,8 @@ class FinishedRequest(Protocol):
     def num_output_tokens(self) -> int: ...
     @property
     def num_cached_tokens(self) -> int: ...
+    @property
+    def embedding(self) -> bytes: ...
 
 
 class CountedOutcome(Protocol):
@@ -109,6 +111,7 @@ class RouterMetrics:
         self._prompt_tokens = _counter("prompt_tokens", "Prompt tokens of answered calls")
         self._cached_tokens = _counter("cached_prompt_tokens", "Prompt tokens that came from a prefix cache")
         self._generation_tokens = _counter("generation_tokens", "Tokens delivered to clients")
+        self._embeddings = _counter("embeddings", "Prompts that were embedded")
         self._success = _counter("request_success", "Choices by how they ended", finished_reason="finished_reason")
         self._responses = _counter("requests", "HTTP requests by status", code="code")
         self._retries = _counter("retries", "Attempts that failed", stage="stage", reason="reason")
@@ -150,6 +153,7 @@ class RouterMetrics:
     def on_finished(self, request: FinishedRequest) -> None:
         stamps = request.timestamps
         self._cached_tokens.inc(request.num_cached_tokens)
+        self._embeddings.inc(bool(request.embedding))
         _observe_between(self._queue, stamps, "queued", "prefill_start")
         _observe_between(self._prefill, stamps, "prefill_start", "first_token")
         _observe_between(self._ttft, stamps, "queued", "first_token")

@@ -64,6 +64,8 @@ def candidates(policy: RoutingPolicy, view: PoolView, demand: Demand) -> tuple[C
     """The ways first, in the policy's order, then who could not take it."""
     decodes = view.nearest("decode", _NEAR, demand.cached)
     prefills = view.nearest("prefill", _NEAR, demand.cached)
+    if demand.is_embedding:
+        return (*_embedders(decodes, prefills, demand), *_unready(view))
     if isinstance(policy, Explaining):
         ways = [_candidate(way) for way in policy.explain(view, demand)]
     else:
@@ -85,6 +87,20 @@ def _candidate(way: CandidateWay) -> Candidate:
         cached_tokens=way.cached_tokens,
         score=way.cost_s,
     )
+
+
+def _embedders(decodes: list[WorkerView], prefills: list[WorkerView], demand: Demand) -> Iterator[Candidate]:
+    """Yield each worker by itself, as any of them may embed a prompt."""
+    for worker in (*prefills, *decodes):
+        is_prefill = worker.role == "prefill"
+        lack = _prefill_lack(worker, demand) or ("" if is_prefill or not prefills else _NO_WAY)
+        yield Candidate(
+            prefill_worker=worker.worker_id if is_prefill else None,
+            decode_worker=None if is_prefill else worker.worker_id,
+            wait_s=worker.backlog_s,
+            cached_tokens=demand.cached.get(worker.session, 0),
+            rejected=lack,
+        )
 
 
 def _pairs(decodes: list[WorkerView], prefills: list[WorkerView], demand: Demand) -> Iterator[Candidate]:

@@ -13,6 +13,7 @@ import math
 
 from ..state.demand import Demand, Lack, Placement, Reason, Wait
 from ..state.views import PoolView, WorkerView
+from .embedders import embedders
 from .policy import (
     BOUND_SHARE_OF_OBJECTIVE,
     MAX_BIND_WAIT_S,
@@ -67,6 +68,8 @@ class LeastLoaded:
         return placement
 
     def _choose(self, view: PoolView, demand: Demand) -> Placement | Wait:
+        if demand.is_embedding:
+            return self._choose_embedder(view, demand)
         ready = view.ready("decode")
         if not ready:
             return Wait(Lack.DECODE_WORKER)
@@ -83,6 +86,13 @@ class LeastLoaded:
         if not roomy:
             return wait_for_room(decodes)
         return Placement(None, min(roomy, key=lambda worker: self.decode_key(worker, demand)).worker_id, reason)
+
+    def _choose_embedder(self, view: PoolView, demand: Demand) -> Placement | Wait:
+        found = embedders(view, demand, self._max_bind_wait_s, self._expect_prefill, stands_in=self._local_prefill)
+        if isinstance(found, Wait):
+            return found
+        best = min(found.workers, key=lambda worker: self._prefill_order(worker, demand))
+        return Placement(None, best.worker_id, found.reason)
 
     def prefill_for(self, view: PoolView, demand: Demand, decode_session: int) -> WorkerView | None:
         able = [

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from ..state.demand import Demand, Lack, Placement, Prediction, Reason, Wait
 from ..state.predictor import Predictor, distance
 from ..state.views import PoolView, Rank, WorkerView
+from .embedders import embedders
 from .policy import (
     BOUND_SHARE_OF_OBJECTIVE,
     MAX_BIND_WAIT_S,
@@ -67,6 +68,8 @@ class SloPolicy:
         self._max_bind_wait_s = min(MAX_BIND_WAIT_S, (ttft_objective_s or math.inf) * BOUND_SHARE_OF_OBJECTIVE)
 
     def place(self, view: PoolView, demand: Demand) -> Placement | Wait:
+        if demand.is_embedding:
+            return self._place_embedding(view, demand)
         holders = _holders(demand)
         decodes = view.nearest("decode", _NEAR, holders)
         if not decodes:
@@ -90,6 +93,29 @@ class SloPolicy:
         if usable and best.prefill is None and best.decode.num_running and self._comes_late(best, demand):
             return Wait(Lack.PREFILL_ROOM)
         return self._placement(best, prefills, demand)
+
+    def _place_embedding(self, view: PoolView, demand: Demand) -> Placement | Wait:
+        holders = _holders(demand)
+        found = embedders(
+            view,
+            demand,
+            self._max_bind_wait_s,
+            self._expect_prefill,
+            stands_in=self._may_prefill_locally,
+            near=lambda role: view.nearest(role, _NEAR, holders),
+        )
+        if isinstance(found, Wait):
+            return found
+        sources = self._sources(view, demand)
+        estimates = [self._estimates.prefill(worker, demand, sources, view.now_s) for worker in found.workers]
+        best = min(estimates, key=lambda one: (one.wait_s + (1 + WORK) * one.seconds, one.worker.prefill_rank))
+        return Placement(
+            None,
+            best.worker.worker_id,
+            found.reason,
+            best.fetch.source.worker_id if best.fetch is not None else None,
+            prediction=self._estimates.embedding(best, demand),
+        )
 
     def prefill_for(self, view: PoolView, demand: Demand, decode_session: int) -> WorkerView | None:
         able = [
@@ -138,7 +164,7 @@ class SloPolicy:
         self, view: PoolView, demand: Demand, prefills: list[WorkerView], roomy: list[WorkerView]
     ) -> Iterator[SloCandidate]:
         able = [worker for worker in prefills if has_prefill_room(worker, demand, self._max_bind_wait_s)]
-        sources = [found for session in _holders(demand) if (found := view.find(session)) is not None]
+        sources = self._sources(view, demand)
         estimates = [self._estimates.prefill(worker, demand, sources, view.now_s) for worker in able]
         estimates.sort(key=lambda one: one.wait_s + (1 + WORK) * one.seconds)
         if not demand.failed_pairs and not view.avoided_pairs:
@@ -155,6 +181,10 @@ class SloPolicy:
                 if may_hand_over(estimate.worker, decode, demand) and (path not in paths or view.avoided_pairs):
                     paths.add(path)  # the next one that is as far away is worse
                     yield self._estimates.handoff(view, demand, estimate, decode, path, tpot_s)
+
+    def _sources(self, view: PoolView, demand: Demand) -> list[WorkerView]:
+        """Return the workers from which the prompt's beginning may be read."""
+        return [found for session in _holders(demand) if (found := view.find(session)) is not None]
 
     # --- which one ------------------------------------------------------------------------------------------
 

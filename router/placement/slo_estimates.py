@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...common.pacing import MIN_CHUNK_TOKENS, PROMPT_DUE_STRETCH, longest_step_s
-from ..state.demand import Demand
+from ..state.demand import Demand, Prediction
 from ..state.predictor import Predictor, Way, distance
 from ..state.views import PoolView, WorkerView
 from .policy import is_behind
@@ -79,6 +79,12 @@ class SloEstimates:
         """Estimate what the prompt takes on this worker, before it goes to any decode worker."""
         seconds, fetch = self.prefill_s(worker, demand, sources)
         return PrefillEstimate(worker, seconds, fetch, worker.wait_s(now_s + PROMPT_DUE_STRETCH * seconds))
+
+    def embedding(self, estimate: PrefillEstimate, demand: Demand) -> Prediction:
+        """Expect of a prompt that is embedded what is expected of one that a worker computes alone."""
+        cached = cached_tokens(estimate.worker, demand) + (estimate.fetch.tokens if estimate.fetch is not None else 0)
+        ttft_s = self._predictor.first_token_s(Way.LOCAL, estimate.seconds, estimate.wait_s)
+        return Prediction(ttft_s, 0.0, estimate.seconds, estimate.wait_s, cached, estimate.seconds)
 
     def handoff(
         self, view: PoolView, demand: Demand, estimate: PrefillEstimate, decode: WorkerView, path: str, tpot_s: float

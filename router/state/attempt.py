@@ -2,7 +2,10 @@
 
     reserve ─ ReserveKV ─> ASKED ─ Grant, PrefillTask ─> SENT ─> BEGUN ─ FirstToken ─> COMPUTED ─> ARRIVED ─> STEPPED
     run_locally ─ LocalTask ──────────────────────────> SENT ────────────────────────────────────> ARRIVED ─> STEPPED
+    run_locally ─ EmbedTask ──────────────────────────> SENT ─ Embedding ─> the request has ended
     leave ─ Abort ─> whoever may hold something
+
+An embedding needs one worker of either role. It stands as `decode`, as where a decode worker computes a prompt alone.
 
 `Attempt` sends its messages and keeps the workers' books (bound loads, awaited answers); the decisions are the
 dispatcher's. Nothing of an attempt outlives it: whoever ends one drops the object.
@@ -15,6 +18,8 @@ from enum import IntEnum
 
 from ...common.messages import (
     Abort,
+    Embedding,
+    EmbedTask,
     FetchFrom,
     FirstToken,
     Grant,
@@ -39,7 +44,15 @@ from .worker import RouterWorker
 ANSWER_WITHIN_S = 3.5  # a decode worker's answer to ReserveKV, or to an Abort that asks
 
 RequestMessage = (
-    Grant | NoCapacity | TaskRefused | HandoffDone | HandoffFailed | FirstToken | PromptLogprobs | WorkerFailure
+    Grant
+    | NoCapacity
+    | TaskRefused
+    | HandoffDone
+    | HandoffFailed
+    | FirstToken
+    | Embedding
+    | PromptLogprobs
+    | WorkerFailure
 )
 
 
@@ -79,7 +92,7 @@ class Attempt:
 
     def __post_init__(self) -> None:
         self.choices = self.request.unfinished
-        self.request.decode_worker = self.decode.worker_id
+        self.request.decode_worker = self.decode.worker_id if self.embedder is None else None
 
     # --- what is known of it -------------------------------------------------------------------------------
 
@@ -91,6 +104,12 @@ class Attempt:
     def is_prefilling_remotely(self) -> bool:
         """True while a prefill worker has the task and the decode worker has not said that the KV is there."""
         return self.prefill is not None and self.request.status is RequestStatus.PREFILLING
+
+    @property
+    def embedder(self) -> RouterWorker | None:
+        """The prefill worker that embeds the prompt; None: no embedding is wanted, or a decode worker makes it."""
+        is_embedded = self.request.pooling is not None and self.decode.role == "prefill"
+        return self.decode if is_embedded else None
 
     @property
     def way(self) -> Way:
@@ -135,6 +154,8 @@ class Attempt:
             case HandoffFailed():
                 # Without a prefill worker it is about a grant that a local prefill has replaced.
                 return self.prefill is not None and status is not RequestStatus.RESERVED and worker is self.decode
+            case Embedding():
+                return status is RequestStatus.PREFILLING and self.request.pooling is not None
             case FirstToken():
                 return worker is self.prefill and status is not RequestStatus.RESERVED
             case PromptLogprobs() | WorkerFailure():
@@ -178,12 +199,17 @@ class Attempt:
     def run_locally(self, now_s: float) -> None:
         """Let the decode worker compute the prompt: at once, or where it answers a ReserveKV that it can as well."""
         self.return_credit()
-        self.prefill = self.request.prefill_worker = None
+        self.prefill = None
+        self.request.prefill_worker = self.embedder.worker_id if self.embedder is not None else None
         if self.request.status is RequestStatus.QUEUED:
             self._bind_decode(num_tokens=self.request.num_prompt_tokens)
         self.answer_due_s = None
         self._note_task(now_s)
-        self.decode.link.send(LocalTask(spec=self.request.spec(self._remaining_s(now_s)), fetch=self.fetch))
+        spec, pooling = self.request.spec(self._remaining_s(now_s)), self.request.pooling
+        if pooling is None:
+            self.decode.link.send(LocalTask(spec=spec, fetch=self.fetch))
+        else:
+            self.decode.link.send(EmbedTask(spec=spec, pooling=pooling, fetch=self.fetch))
 
     def take_grant(self, grant: GrantInfo, now_s: float) -> None:
         """Note the decode worker's answer to ReserveKV."""
@@ -248,7 +274,8 @@ class Attempt:
         request, decode = self.request, self.decode
         longest = max(len(request.choices[choice].tokens) for choice in self.choices)
         blocks = decode.hello.spec.num_blocks_for(request.num_prompt_tokens + longest) + len(self.choices) - 1
-        context = len(self.choices) * (request.num_prompt_tokens + longest)
+        is_row = request.pooling is None  # in decode steps, later
+        context = len(self.choices) * (request.num_prompt_tokens + longest) if is_row else 0
         work_s = self._work_s() if num_tokens else 0.0
         load = RequestLoad(num_tokens, len(self.choices), blocks, self.placed_s, work_s, context)
         decode.bind(request.request_id, load)

@@ -35,7 +35,7 @@ class Decision:
     at_s: float  # the dispatcher's clock
     policy: str
     prefill_worker: str | None
-    decode_worker: str
+    decode_worker: str | None  # None: the prefill worker embeds the prompt
     reason: str
     waited_for: str = ""  # what it lacked before; empty: it was placed at the first look
     ttft_s: float | None = None  # predicted, from the decision on

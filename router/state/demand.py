@@ -20,6 +20,7 @@ class Reason(Enum):
     NO_PREFILL_WORKER = "no_prefill_worker"  # a fallback: none lives that can hold the prompt
     FAILED_HANDOFF = "failed_handoff"  # a fallback: with every pair a handoff has failed
     ALONE = "alone"  # it may kill workers (isolation.py)
+    EMBEDDING = "embedding"  # a prefill worker computes it to its end
     SOONER = "sooner"  # its first token comes sooner so, and the streams there keep their pace
 
     @property
@@ -53,10 +54,15 @@ class Prediction:
 @dataclass(slots=True, frozen=True)
 class Placement:
     prefill_worker: str | None
-    decode_worker: str
+    decode_worker: str  # of an embedding: whoever computes it
     reason: Reason
     fetch_from: str | None = None  # a worker from which whoever computes the prompt reads its beginning
     prediction: Prediction | None = field(default=None, compare=False)
+
+    @property
+    def computing_worker(self) -> str:
+        """Return the worker that computes the prompt."""
+        return self.prefill_worker or self.decode_worker
 
 
 @dataclass(slots=True, frozen=True)
@@ -86,6 +92,7 @@ class Demand:
     ttft_limit_s: float | None = None  # of its objectives, for a prompt as long as this
     waited_s: float = 0.0  # since it came
     expected_output: int = 0  # tokens of each choice
+    is_embedding: bool = False  # it ends with its prompt: one worker of either role is all that it needs
     may_miss: bool = False  # its first token comes too late whatever is done, or it has got one: no hurry for it
 
     def blocks_now(self, spec: KVCacheSpec) -> int:

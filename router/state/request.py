@@ -6,6 +6,8 @@
        └────────────────────────┼──┘ (local prefill)       │
                                 └──────────────────────────┘     ABORTED, FAILED: from every live state
 
+An embedding goes from PREFILLING to FINISHED.
+
 The accepted tokens of its choices (`choice_state.py`) are what a resumed attempt starts from, and the only ones that
 `TokenStream` yields. This module knows no worker, no socket and no placement.
 """
@@ -18,7 +20,7 @@ from enum import Enum
 
 from ...common.errors import InvalidTransition
 from ...common.grammar import Grammar
-from ...common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
+from ...common.request import FinishReason, Pooling, RequestSpec, SampledToken, SamplingParams, pack_ids
 from .choice_state import ChoiceState
 from .decisions import Decision
 from .objectives import DEFAULT_CLASS, NO_OBJECTIVES, Objectives
@@ -56,7 +58,7 @@ _STAMP = {
 
 @dataclass(slots=True, eq=False)
 class RouterRequest:
-    """One prompt with its `n` choices. The fields up to `grammar` are the caller's, the rest the dispatcher's.
+    """One prompt with its `n` choices. The fields up to `pooling` are the caller's, the rest the dispatcher's.
 
     `timestamps` (seconds of the dispatcher's clock): queued, reserved (a decode worker was asked), prefill_start (the
     task was sent), first_token, arrived (the KV is on the decode worker), first_decode, last_token, finished. The
@@ -75,6 +77,7 @@ class RouterRequest:
     tenant: str = ""  # who it is from, as far as fairness goes
     model: str = ""  # the served name; empty: whatever the workers serve
     grammar: Grammar | None = None  # that the answers follow
+    pooling: Pooling | None = None  # the prompt's embedding is wanted, pooled so, and no token; None: an answer is
     status: RequestStatus = RequestStatus.QUEUED
     timestamps: dict[str, float] = field(default_factory=dict)
     arrival: int = 0  # the router's counter
@@ -90,6 +93,7 @@ class RouterRequest:
     decisions: list[Decision] = field(default_factory=list)  # where its attempts were placed, and why
     waiting_for: str = ""  # what it lacked when it was looked at last
     error_code: str = ""  # why it failed
+    embedding: bytes = b""  # float32 in little-endian order, of length 1; empty until the request ends with it
     prompt_logprobs: list[SampledToken] = field(default_factory=list)  # entry i is about prompt token i + 1
     is_finished: bool = field(init=False, default=False)  # `status` is a terminal one
     choices: list[ChoiceState] = field(init=False)
@@ -130,6 +134,19 @@ class RouterRequest:
             self.timestamps.setdefault(_STAMP[to], now_s)
         else:
             self.timestamps[_STAMP[to]] = now_s
+
+    @property
+    def reuses_prefix(self) -> bool:
+        """Tell whether it needs nothing of the part of its prompt that a prefix cache has."""
+        if self.sampling.prompt_logprobs is not None:
+            return False
+        return self.pooling is None or self.pooling.allows_reuse
+
+    def end_embedded(self, vector: bytes, now_s: float) -> None:
+        """Take the embedding, which is all of its answer."""
+        self.embedding = vector
+        self.timestamps.setdefault("first_token", now_s)
+        self.choices[0].end_now(FinishReason.STOP)
 
     def spec(self, remaining_s: float | None) -> RequestSpec:
         """Return this attempt as workers get it: the unfinished choices with their accepted tokens."""

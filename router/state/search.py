@@ -69,6 +69,7 @@ class Search:
             ttft_limit_s=limit_s,
             waited_s=waited_s,
             expected_output=pools.predictor.expected_output(request.sampling.max_tokens),
+            is_embedding=request.pooling is not None,
             may_miss=request.is_resume or (limit_s is not None and waited_s + self.fastest_s > limit_s),
         )
 
@@ -121,7 +122,7 @@ class Search:
     def _cached(self, pools: Pools) -> dict[int, int]:
         """Return the leading tokens of the prompt that each session's worker holds."""
         request = self.request
-        if not request.block_hashes or request.sampling.prompt_logprobs is not None:
+        if not request.block_hashes or not request.reuses_prefix:
             return {}
         size = pools.block_size
         return {session: blocks * size for session, blocks in pools.prefix_index.match(request.block_hashes).items()}
@@ -137,6 +138,8 @@ class Search:
 
 def max_num_tokens(request: RouterRequest, pools: Pools) -> int:
     """Return the tokens of the prompt and of the longest possible answer."""
+    if request.pooling is not None:
+        return request.num_prompt_tokens
     model_len = pools.least_model_len
     total = request.num_prompt_tokens + request.sampling.max_tokens
     return total if model_len is None else min(total, max(model_len, request.num_prompt_tokens))

@@ -25,6 +25,8 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
         "pytorch_model.bin": b"a pickle",
         "modeling_model.py": b"raise SystemExit('code from the hub was run')",
         "original/params.json": b"{}",
+        "16bit/config.json": b"{}",
+        "1_Pooling/config.json": b"{}",
     },
     "org/code": {"config.json": b'{"auto_map": {"AutoModel": "modeling.Model"}}'},
     "org/partial": {
@@ -129,7 +131,8 @@ def cache(hub: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache into which org/model was downloaded."""
     cache = tmp_path_factory.mktemp("hub")
     (model,) = _resolve_apart([("org/model", None)], cache, HF_ENDPOINT=hub)
-    assert model["files"] == ["chat_template.jinja", "config.json", "model.safetensors"]
+    pooling = ["1_Pooling", "1_Pooling/config.json"]
+    assert model["files"] == [*pooling, "chat_template.jinja", "config.json", "model.safetensors"]
     assert model["name"] == "org/model"
     seen: Any = model["seen"]
     fractions = [fraction for _, fraction in seen]

@@ -448,7 +448,7 @@ async def test_an_unknown_model_is_404_and_says_what_there_is(path: str) -> None
 async def test_unknown_paths_and_methods_have_the_same_shape() -> None:
     async with serve().client() as client:
         for method, path, status in (
-            ("GET", "/nope", 404), ("POST", "/v1/embeddings", 404), ("GET", "/v1/completions", 405),
+            ("GET", "/nope", 404), ("POST", "/v1/rerank", 404), ("GET", "/v1/completions", 405),
             ("DELETE", "/metrics", 405), ("POST", "/v1/completions/", 404), ("GET", "/docs", 404),
         ):  # fmt: skip
             response = await client.request(method, path)

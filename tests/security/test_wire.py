@@ -10,7 +10,7 @@ import pytest
 
 from kvferry.benchmarks.fuzz.corpus import DECODERS, attack_frames, valid_messages
 from kvferry.common.errors import ProtocolError
-from kvferry.common.messages import KVArrived, Message, encode
+from kvferry.common.messages import Embedding, EmbedTask, KVArrived, Message, encode
 from kvferry.common.request import RequestSpec, SamplingParams
 
 MAX_GROWTH = 32  # bytes in memory for each byte of a frame
@@ -116,6 +116,21 @@ def test_a_drafts_state_is_bounded() -> None:
         frame = encode(msgspec.structs.replace(sound, draft=b"d" * size))
         with nullcontext() if is_sound else pytest.raises(ProtocolError):
             DECODERS[-1].decode(frame)
+
+
+def test_a_vector_is_bounded_and_whole() -> None:
+    sound = next(message for message in valid_messages() if isinstance(message, Embedding))
+    for size, is_sound in ((4, True), (2**18, True), (0, False), (6, False), (2**18 + 4, False)):
+        frame = msgspec.msgpack.encode(msgspec.msgpack.decode(encode(sound)) | {"vector": b"v" * size})
+        with nullcontext() if is_sound else pytest.raises(ProtocolError):
+            DECODERS[0].decode(frame)
+
+
+@pytest.mark.parametrize("pooling", ["max", "", 1, None])
+def test_a_pooling_is_one_of_those_that_are_known(pooling: object) -> None:
+    sound = next(message for message in valid_messages() if isinstance(message, EmbedTask))
+    with pytest.raises(ProtocolError):
+        DECODERS[1].decode(msgspec.msgpack.encode(msgspec.msgpack.decode(encode(sound)) | {"pooling": pooling}))
 
 
 def test_what_we_make_ourselves_is_checked_too() -> None:

@@ -26,6 +26,7 @@ INVARIANTS = {
     "I19": "a role change drops nothing that was started",
     "I20": "work goes to workers that have told the role that it needs",
     "I21": "log-probabilities of prompt tokens: each once, the right ones, all of them",
+    "I22": "an embedding is that of the prompt's tokens, and no token comes with it",
     "H1": "a write lands only in blocks of its own grant, while that is open or doomed",
     "H2": "what is adopted and read is what the sender wrote",
     "H3": "no block of an open or doomed reservation is free, cached or owned by another",

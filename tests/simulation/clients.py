@@ -123,9 +123,22 @@ class Call:
     def _on_finish(self, choice: int, finish: str) -> None:
         answer = self.oracle.answers[choice]
         self._finish[choice] = finish
+        if self.request.pooling is not None:
+            self._check_embedding()
+            return
         if finish != answer.finish or self._sent[choice] != len(answer.output):
             name = f"{self.request.request_id}/{choice}"
             raise Breach("I6", f"{name} ends with {finish} after {self._sent[choice]} tokens, not with {answer.finish}")
+
+    def _check_embedding(self) -> None:
+        """I22: a prompt's embedding is that of its tokens, wherever and in however many pieces it was computed."""
+        request, wanted = self.request, self.oracle.embedding
+        if request.embedding != wanted or self._sent[0]:
+            text = f"{request.embedding.hex()} and {self._sent[0]} tokens, not {wanted.hex()}"
+            raise Breach("I22", f"{request.request_id} is embedded as {text}")
+        seen = self.router._seen
+        seen["embedded prompts"] += 1
+        seen["embedded after a retry"] += request.attempt_number > 0
 
     # --- the end --------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from kvferry.kvcache.blocks import BlockPool
 from .breach import Breach
 from .drafting import Drafts
 from .grammars import mask_of
-from .oracle import VOCAB_SIZE, Answer, Oracle, sampled
+from .oracle import VOCAB_SIZE, Answer, Oracle, sampled, state_of
 
 _NOTHING = -1
 
@@ -191,7 +191,8 @@ class Engine:
                 rows.append(verified_output(row, [(token,) for token in self._verify(row, work)]))
                 continue
             runs = tuple((token,) for token in self._sample(work))
-            rows.append(RowOutput(runs, work.answer.prompt_logprobs[work.start : work.end] if work.scores else ()))
+            scores = work.answer.prompt_logprobs[work.start : work.end] if work.scores else ()
+            rows.append(RowOutput(runs, scores, pooled=state_of(work.tags[index] for index in row.pooled_tokens)))
         self._work = []
         self.num_steps += 1
         rows = with_forced(batch, rows)

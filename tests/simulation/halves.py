@@ -14,6 +14,7 @@ WAYS = (
     *("role change with granted reservation", "role change with open reservation"),
     *("fetched blocks", "fetches that failed", "lent blocks", "arrival corrupt", "pages spoiled"),
     *("matchers", "matchers brought up"),
+    *("embedded prompts", "embedded after a retry"),
     *("drafted tokens", "accepted drafted tokens", "draft model's prompt tokens"),
     *("promoted blocks", "demoted blocks", "disk read", "disk write failed"),
 )

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvferry.common.config import RouterConfig
-from kvferry.common.messages import LocalTask, Message, PrefillTask, ReserveKV, StepTokens
+from kvferry.common.messages import EmbedTask, LocalTask, Message, PrefillTask, ReserveKV, StepTokens
 from kvferry.common.request import BlockId
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.router.state.choice_state import MAX_EARLY_TOKENS
@@ -107,7 +107,7 @@ class RouterRules:
         self._roles[session.number] = role
 
     def check_sent(self, session: WorkerSession, message: Message) -> None:
-        if not isinstance(message, ReserveKV | LocalTask | PrefillTask):
+        if not isinstance(message, ReserveKV | LocalTask | PrefillTask | EmbedTask):
             return
         call = self._router.calls[message.spec.request_id]
         request, now = call.request, self._router.clock.now()
@@ -115,7 +115,7 @@ class RouterRules:
             raise Breach("I10", f"{type(message).__name__} of {request.request_id} after its {request.timeout_s} s")
         if request.num_failures >= self._config.max_attempts:
             raise Breach("I11", f"{request.request_id} is tried again after {request.num_failures} failures")
-        if isinstance(message, ReserveKV) and session.number in self._draining:
+        if isinstance(message, ReserveKV | EmbedTask) and session.number in self._draining:
             raise Breach("I12", f"{session.worker_id} drains and gets {request.request_id}")
         if isinstance(message, ReserveKV) and self._roles[session.number] != "decode":
             raise Breach("I20", f"{session.worker_id} has told that it prefills and is asked for {request.request_id}")

@@ -7,10 +7,12 @@ in its pages therefore samples the right token, and one that finds any other has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kvferry.common.request import SampledToken, SamplingParams
+from kvferry.common.request import Pooling, SampledToken, SamplingParams
+from kvferry.common.vectors import unit
 
 VOCAB_SIZE = 64
 EOS = 0
@@ -94,10 +96,24 @@ def tags_of(tokens: Sequence[int], tenant: int) -> list[int]:
     return tags
 
 
+def state_of(tags: Iterable[int]) -> bytes:
+    """Return the sum of the hidden states at positions with these tags: whole numbers, so that it is exact."""
+    states = [(1 + tag % 61, tag // 61 % 53, tag // 3233 % 47) for tag in tags]
+    return array("f", map(sum, zip(*states, strict=True))).tobytes() if states else b""
+
+
+def embedding(tags: Sequence[int], pooling: Pooling) -> bytes:
+    """Return what a prompt with these tags is embedded as."""
+    pooled = {Pooling.LAST: tags[-1:], Pooling.CLS: tags[:1], Pooling.MEAN: tags}[pooling]
+    vector = unit(state_of(pooled))
+    assert vector is not None
+    return vector
+
+
 class Oracle:
     """The answers of one request."""
 
-    __slots__ = ("answers", "request_id")
+    __slots__ = ("answers", "embedding", "request_id")
 
     def __init__(
         self,
@@ -108,7 +124,9 @@ class Oracle:
         n: int,
         max_model_len: int,
         grammar: int | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
         self.request_id = request_id
         tags = tags_of(prompt, tenant)
+        self.embedding = b"" if pooling is None else embedding(tags, pooling)
         self.answers = [answer(prompt, tags, sampling, choice, max_model_len, grammar) for choice in range(n)]

@@ -15,7 +15,7 @@ import msgspec
 
 from kvferry.common.config import RouterConfig, SpeculativeConfig, TransferConfig
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.request import SamplingParams
+from kvferry.common.request import Pooling, SamplingParams
 
 from .clients import Manners
 
@@ -40,6 +40,7 @@ class Ask:
     manners: Manners
     is_poison: bool = False  # kills whoever computes it
     grammar: int | None = None  # the state in which its grammar begins; None: it follows none
+    pooling: Pooling | None = None  # how its prompt is embedded; None: it is answered
 
 
 @dataclass(slots=True, frozen=True)
@@ -125,7 +126,12 @@ def draw(seed: int, num_requests: int | None = None, *, faulted: bool = True) ->
         transfer=TransferConfig(
             kv_checksum="on" if has_checksums else "off", lease_s=random.choice((LEASE_S, LEASE_S, 0.15))
         ),
-        asks=tuple(_with_grammars(Random(f"grammars {seed}"), _asks(random, number, lasts_s, num_routers, faulted))),
+        asks=tuple(
+            _with_embeddings(
+                Random(f"embeddings {seed}"),
+                _with_grammars(Random(f"grammars {seed}"), _asks(random, number, lasts_s, num_routers, faulted)),
+            )
+        ),
         faults=(),
         calm_at_s=calm_at_s,
         max_num_seqs=random.choice((3, 8, 16)),
@@ -214,6 +220,16 @@ def _with_grammars(random: Random, asks: list[Ask]) -> list[Ask]:
     """Some requests of some seeds follow a grammar, of which there are few: they are asked for again."""
     share = random.choice((0.0, 0.2, 0.6))
     return [replace(ask, grammar=random.randrange(6)) if random.random() < share else ask for ask in asks]
+
+
+def _with_embeddings(random: Random, asks: list[Ask]) -> list[Ask]:
+    """In some seeds some prompts are embedded, others answered."""
+    share = random.choice((0.0, 0.0, 0.2, 0.6))
+    return [_embedded(ask, random.choice(list(Pooling))) if random.random() < share else ask for ask in asks]
+
+
+def _embedded(ask: Ask, pooling: Pooling) -> Ask:
+    return replace(ask, pooling=pooling, n=1, sampling=SamplingParams(temperature=0.0, max_tokens=1), grammar=None)
 
 
 def _manners(random: Random, share: float) -> Manners:

@@ -211,7 +211,14 @@ class World:
     def _submit(self, number: int, ask: Ask) -> None:
         request_id = f"q-{number}"
         oracle = Oracle(
-            request_id, ask.prompt, ask.tenant, ask.sampling, ask.n, self.scenario.max_model_len, ask.grammar
+            request_id,
+            ask.prompt,
+            ask.tenant,
+            ask.sampling,
+            ask.n,
+            self.scenario.max_model_len,
+            ask.grammar,
+            ask.pooling,
         )
         self.oracles[request_id] = oracle
         if ask.is_poison:
@@ -225,6 +232,7 @@ class World:
             cache_salt=b"%d" % ask.tenant,
             timeout_s=ask.timeout_s,
             grammar=None if ask.grammar is None else Grammar("sim", b"%d" % ask.grammar),
+            pooling=ask.pooling,
         )
         router = self.routers[ask.router]
         call = Call(self.kernel, router, request, oracle, ask.manners)

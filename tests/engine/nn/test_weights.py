@@ -15,7 +15,7 @@ from kvferry.engine.nn.mixer import Attention
 from kvferry.engine.nn.weight import DenseWeight
 from kvferry.engine.nn.weights import load_weights, read_kv_scales
 from kvferry.engine.ranks.group import Communicator
-from kvferry.models.checkpoint import safetensors_files
+from kvferry.models.checkpoint import check_checkpoint, safetensors_files
 from kvferry.models.config import ModelConfig
 
 from ...checkpoints import write_checkpoint
@@ -106,6 +106,16 @@ def test_a_tied_models_spare_head_and_old_rotary_buffers_are_ignored(tmp_path: P
     _change(path, add="lm_head.weight")
     _change(path, add="model.layers.0.self_attn.rotary_emb.inv_freq")
     _load(path)
+
+
+def test_a_model_that_was_saved_without_its_head_has_shorter_names(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, "qwen3", tokenizer=False, tie_embeddings=True)
+    whole = {slot.name: slot.target.clone() for slot in _load(path).slots()}
+    tensors = load_file(path / "model.safetensors")
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, path / "model.safetensors")
+    check_checkpoint(path, ModelConfig.from_dir(path))
+    for slot in _load(path).slots():
+        assert torch.equal(slot.target, whole[slot.name]), slot.name
 
 
 def test_a_directory_without_weights_says_what_to_do(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.errors import ConfigError, WorkerLost
-from kvferry.common.request import SamplingParams
+from kvferry.common.request import Pooling, SamplingParams
+from kvferry.common.vectors import values_of
 from kvferry.engine.engine import Engine
 from kvferry.engine.ranks.group import Communicator, FrameKind, FrameSocket, RankGroup
 
@@ -109,6 +111,19 @@ def test_two_ranks_give_the_tokens_of_one_and_payloads_keep_their_place(pair: _P
     pair.group.close()
     assert pair.received() == b"closed"
     pair.group.close()
+
+
+def test_two_ranks_embed_as_one(pair: _Pair, model_dir: Path) -> None:
+    sums = []
+    for engine in (pair.engine, make_engine(model_dir)):
+        driver = Driver(engine)
+        seqs = [driver.add(prompt) for prompt in prompts([1, 20, 33], 511)]
+        for seq in seqs:
+            seq.samples, seq.pooling = False, Pooling.MEAN
+            driver.grow(seq, seq.num_tokens)
+        rows = engine.step(Batch([BatchRow(seq, seq.num_tokens) for seq in seqs])).rows
+        sums.append([value for row in rows for value in values_of(row.pooled)])
+    assert sums[0] == pytest.approx(sums[1], abs=1e-3, rel=1e-4)
 
 
 def test_every_rank_swaps_its_part_of_the_blocks(pair: _Pair, model_dir: Path) -> None:

@@ -11,12 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.common.errors import ConfigError
+from kvferry.common.request import Pooling, SamplingParams
 from kvferry.router.autoscaler.forecast import DayProfile, RateForecast
 from kvferry.router.autoscaler.lengths import LengthSample
+from kvferry.router.autoscaler.load_record import LoadRecord
 from kvferry.router.autoscaler.scale_types import DAY_S, AnswerLengths, Bounds, WorkerLimits
 from kvferry.router.autoscaler.schedule import Schedule
 from kvferry.router.autoscaler.sizing import DecodeLoad, PrefillLoad, erlang_c
 from kvferry.router.state.objectives import Objectives
+from kvferry.router.state.request import RouterRequest
 
 from .scale_world import LIMITS, LinearTimes
 
@@ -218,3 +221,15 @@ def test_a_window_that_says_nothing_clear_is_refused(text: str) -> None:
 
 def test_time_of_day_repeats() -> None:
     assert math.isclose(DayProfile().bend(DAY_S + 5.0, 0.0), 1.0)
+
+
+def test_an_embedding_is_the_work_of_a_prompt_and_of_no_answer() -> None:
+    record = LoadRecord()
+    request = RouterRequest("r", range(40), SamplingParams(max_tokens=1), pooling=Pooling.LAST)
+    record.on_submitted(request)
+    request.end_embedded(b"\0\0\x80?", 1.0)
+    record.on_finished(request)
+    seen = record.take(0)
+    assert seen.prompts == (40,) and seen.answers == (AnswerLengths(40, 0, 0),)
+    load = DecodeLoad.from_answers(seen.answers, LinearTimes(), LIMITS, OBJECTIVES)
+    assert load.needed(100.0, 0.9) == 0

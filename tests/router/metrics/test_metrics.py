@@ -17,6 +17,7 @@ class _Request:
     n: int = 1
     num_output_tokens: int = 11
     num_cached_tokens: int = 4
+    embedding: bytes = b""
 
 
 @dataclass

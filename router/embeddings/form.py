@@ -1,0 +1,71 @@
+"""Vectors in OpenAI's words: cut to the dimensions that are asked for, as numbers or as base64 of float32."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+
+from ...common.vectors import unit, values_of
+from ..api.answer import Answer
+from ..api.choice import TextPiece
+from ..api.openai_types import Struct
+from ..api.schemas import EmbeddingBody
+
+
+class EmbeddingUsage(Struct, kw_only=True):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingItem(Struct, kw_only=True):
+    object: str = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(Struct, kw_only=True):
+    object: str = "list"
+    data: list[EmbeddingItem]
+    model: str
+    usage: EmbeddingUsage
+
+
+class EmbeddingForm:
+    """Implements `Form`. There is nothing to tell before the whole."""
+
+    has_plain_chunks = False
+
+    def __init__(self, answer: Answer, model: str, body: EmbeddingBody) -> None:
+        self._answer = answer
+        self._model = model
+        self._dimensions = body.dimensions
+        self._as_base64 = body.encoding_format == "base64"
+
+    def chunks(self, index: int, piece: TextPiece, *, is_first: bool) -> Sequence[Struct]:
+        return ()
+
+    def usage_chunk(self) -> Struct:
+        return self._usage()
+
+    def whole(self, pieces: Sequence[TextPiece]) -> Struct:
+        items = [
+            EmbeddingItem(index=index, embedding=self._shown(request.embedding))
+            for index, request in enumerate(self._answer.requests)
+        ]
+        return EmbeddingList(data=items, model=self._model, usage=self._usage())
+
+    def _usage(self) -> EmbeddingUsage:
+        num_tokens = sum(len(prompt.token_ids) for prompt in self._answer.prompts)
+        return EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)
+
+    def _shown(self, vector: bytes) -> list[float] | str:
+        vector = shortened(vector, self._dimensions)
+        return base64.b64encode(vector).decode("ascii") if self._as_base64 else values_of(vector).tolist()
+
+
+def shortened(vector: bytes, dimensions: int | None) -> bytes:
+    """Return the first values of a vector, scaled to length 1 again: what Matryoshka models are trained for."""
+    if dimensions is None or 4 * dimensions >= len(vector):
+        return vector
+    cut = vector[: 4 * dimensions]
+    return unit(cut) or cut

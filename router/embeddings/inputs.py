@@ -1,0 +1,56 @@
+"""The inputs of an embedding call become prompts: each is checked by itself, and named by its index if it is wrong."""
+
+from __future__ import annotations
+
+from ...common.errors import RequestError
+from ...models.tokenizer import check_text_size
+from ..api.answer import PromptText
+from ..api.schemas import EmbeddingBody
+from ..catalogue.version import Version
+
+
+def read_inputs(version: Version, body: EmbeddingBody) -> list[PromptText]:
+    """Return the prompts of a call. Raises RequestError (400)."""
+    given = body.input
+    if isinstance(given, str):
+        return _texts(version, [given], ["input"], body)
+    if all(isinstance(one, str) for one in given):
+        return _texts(version, [str(one) for one in given], _names(len(given)), body)
+    if all(isinstance(one, int) for one in given):
+        return [_ids(version, [one for one in given if isinstance(one, int)], "input")]
+    lists = [one for one in given if isinstance(one, list)]
+    return [_ids(version, ids, name) for ids, name in zip(lists, _names(len(lists)), strict=True)]
+
+
+def _names(count: int) -> list[str]:
+    return [f"input[{index}]" for index in range(count)]
+
+
+def _texts(version: Version, texts: list[str], names: list[str], body: EmbeddingBody) -> list[PromptText]:
+    max_model_len = version.model.max_model_len
+    for text, name in zip(texts, names, strict=True):
+        try:
+            check_text_size(text, max_model_len)
+        except RequestError as error:
+            raise RequestError(f"{name}: {error}", param=name, code="context_length_exceeded") from None
+    encoded = version.tokenizer.encode_all(texts, body.add_special_tokens is not False)
+    for ids, name in zip(encoded, names, strict=True):
+        _check_length(ids, name, max_model_len)
+    return list(map(PromptText, encoded, texts))
+
+
+def _ids(version: Version, ids: list[int], name: str) -> PromptText:
+    _check_length(ids, name, version.model.max_model_len)
+    if not 0 <= min(ids) <= max(ids) < version.model.vocab_size:
+        bad = min(ids) if min(ids) < 0 else max(ids)
+        text = f"{name}: token id {bad} is not in the vocabulary of {version.model.vocab_size} tokens"
+        raise RequestError(text, param=name)
+    return PromptText(ids)
+
+
+def _check_length(ids: list[int], name: str, max_model_len: int) -> None:
+    if not ids:
+        raise RequestError(f"{name} is empty: it has no tokens", param=name)
+    if len(ids) > max_model_len:
+        text = f"{name} has {len(ids)} tokens, more than the context of {max_model_len}"
+        raise RequestError(text, param=name, code="context_length_exceeded")

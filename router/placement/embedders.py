@@ -1,0 +1,61 @@
+"""A prompt that is embedded needs one worker, to its end: what every policy chooses from.
+
+prefill workers       where there is a pool of them
+decode workers        without such a pool, and where none of it is there, if they may stand in
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ..state.demand import Demand, Lack, Reason, Wait
+from ..state.views import PoolView, WorkerView
+from .policy import fits_prefill, has_decode_room, has_prefill_room
+
+
+class Embedders(NamedTuple):
+    """Workers that have room for the prompt, at least one, and why it goes to them."""
+
+    workers: list[WorkerView]
+    reason: Reason
+
+
+def embedders(
+    view: PoolView,
+    demand: Demand,
+    max_wait_s: float,
+    expects_prefill: bool,
+    *,
+    stands_in: bool,
+    near: Callable[[str], list[WorkerView]] | None = None,
+) -> Embedders | Wait:
+    """Return the workers to choose from, or what the prompt waits for.
+
+    `stands_in`: decode workers may do the work of prefill workers. `near`: the ready workers of a role that are looked
+    at; None: all of them.
+    """
+    ready = near or view.ready
+    prefills = ready("prefill") if expects_prefill else []
+    fitting = [worker for worker in prefills if fits_prefill(worker, demand)]
+    reason = Reason.EMBEDDING
+    if not fitting and (stands_in or not expects_prefill):
+        fitting = [worker for worker in ready("decode") if fits_prefill(worker, demand)]
+        reason = Reason.NO_PREFILL_WORKER if expects_prefill else Reason.COLOCATED
+    if not fitting:
+        return Wait(_lack(view, has_prefills=bool(prefills), expects_prefill=expects_prefill, stands_in=stands_in))
+    roomy = [worker for worker in fitting if _has_room(worker, demand, max_wait_s)]
+    return Embedders(roomy, reason) if roomy else Wait(Lack.PREFILL_ROOM)
+
+
+def _has_room(worker: WorkerView, demand: Demand, max_wait_s: float) -> bool:
+    """Return whether it computes the prompt soon, and among answers whether the prompt's blocks are free."""
+    if worker.role == "decode" and not has_decode_room(worker, demand):
+        return False
+    return has_prefill_room(worker, demand, max_wait_s)
+
+
+def _lack(view: PoolView, *, has_prefills: bool, expects_prefill: bool, stands_in: bool) -> Lack:
+    if has_prefills or ((stands_in or not expects_prefill) and view.num_ready("decode")):
+        return Lack.FIT
+    return Lack.PREFILL_WORKER if expects_prefill else Lack.DECODE_WORKER
