@@ -23,7 +23,7 @@ PROCESSES ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 # A file's tests share servers: a process gets whole files, in the order of tests/conftest.py.
 PYTEST := $(VENV)/bin/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install install-dev serve lock lint format test quick long coverage clean
+.PHONY: help install install-dev serve lock lint format test quick long coverage clients clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -73,6 +73,10 @@ long: install-dev ## 200,000 simulated requests under faults: some ten minutes o
 
 coverage: install-dev ## Every test, and which lines of the product it ran
 	@$(PYTEST) --cov --cov-report term:skip-covered tests
+
+clients: install-dev ## Unmodified client libraries call a server, each in an environment of its own
+	@test -x $(VENV)/bin/uv || $(VENV)/bin/pip install -qq uv
+	$(VENV)/bin/python -m kvferry.tests.clients
 
 clean: ## Remove what was installed and built
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
