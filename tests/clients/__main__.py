@@ -1,7 +1,7 @@
 """Unmodified client libraries call a server: a table of client and feature, with the outcome of each call.
 
     python -m kvferry.tests.clients                     makes what environments it needs, serves the built-in model
-    python -m kvferry.tests.clients --only anthropic    one file of calls
+    python -m kvferry.tests.clients --only anthropic    one file of calls anew, the others' results are kept
 
 The libraries, and the programs, are installed from a package index, each group into an environment of its own under
 .venv/clients, so that nothing of theirs is in ours. A call is listed with the outcome that is wanted: it works, or it
@@ -69,6 +69,14 @@ def _line(row: Row) -> str:
     return f"| {row['client']} | {row['feature']} | {row['outcome']} | {'' if is_right else row['detail']} |"
 
 
+def _rows_of_others(result: Path, clients: set[str]) -> list[Row]:
+    """Return what an earlier run found of clients that were left out now."""
+    if not result.is_file():
+        return []
+    rows: list[Row] = json.loads(result.read_text())["calls"]
+    return [row for row in rows if row["client"] not in clients]
+
+
 def main() -> int:
     names = sorted(path.stem.removesuffix("_calls") for path in (HERE / "calls").glob("*_calls.py"))
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -91,7 +99,8 @@ def main() -> int:
     print(f"{len(rows)} calls, {len(wrong)} with another outcome than is wanted")
     environment = describe_environment("python -m kvferry.tests.clients", sys.argv[1:])
     pins = [line for file in sorted(HERE.glob("*.txt")) for line in file.read_text().splitlines() if "==" in line]
-    save_json({"environment": asdict(environment), "clients": pins, "calls": rows}, flags.output)
+    others = _rows_of_others(flags.output, {row["client"] for row in rows})
+    save_json({"environment": asdict(environment), "clients": pins, "calls": [*others, *rows]}, flags.output)
     return int(bool(wrong))
 
 
