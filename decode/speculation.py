@@ -31,8 +31,8 @@ _FIRST_SHARE = 0.05  # of a step, that one more fed token costs: a step of one r
 _FIRST_DEPTH_SHARE = 0.2  # of a step, that a draft model takes for one more token: a model of a fifth of the weights
 _COST_SMOOTHING = 0.1
 _FORGETTING = 0.99  # of a cost's distance from _FIRST_SHARE, with each step without drafts: a slow step is forgiven
-# Of a draft model's rate and cost, with each such step. It is tried again, for it says nothing unasked; where it fails,
-# these trials take half a percent of the time. Closer to 1: less, and a text that has become easier is noticed later.
+# Of a draft model's rate and cost, with each such step: it says nothing unasked, so it is tried again. Where it fails,
+# its trials take half a percent of the time. Closer to 1: less, and a text that became easier is noticed later.
 _FORGIVING = 0.998
 _PLAIN_EVERY = 64  # steps: one without drafts, so that their time stays known
 
@@ -74,13 +74,15 @@ class StepCosts:
             self.share += (1 - _FORGETTING) * (_FIRST_SHARE - self.share)
             if self.depth_share:
                 self.depth_share += (1 - _FORGIVING) * (_FIRST_DEPTH_SHARE - self.depth_share)
-        elif known:
+        elif known and seconds > 0:
             num_drafted = sum(len(row.draft) for row in batch.rows)
             seen = max(0.0, min(seconds / known - 1, 2.0)) / num_drafted
             self.share += _COST_SMOOTHING * (seen - self.share)
             if self.depth_share:
+                # Of one step, as a slow machine is slow for both; one step doubles nothing, as a pause may be in it.
                 depth_s = output.draft_s / max(len(row.draft) for row in batch.rows)
-                self.depth_share += _COST_SMOOTHING * (min(depth_s / known, 2.0) - self.depth_share)
+                seen = depth_s / seconds * (1 + num_drafted * self.share)
+                self.depth_share *= 1 + _COST_SMOOTHING * min(seen / self.depth_share - 1, 1.0)
 
 
 class _ByModel:
