@@ -1,6 +1,7 @@
 """What do drafts gain, and do they change a token?
 
     python -m kvferry.benchmarks.speculation [--rounds 6] [--requests 200] [--model DIR]
+    python -m kvferry.benchmarks.speculation --kill-every 5        decode workers die while tokens are compared
     python -m kvferry.benchmarks.speculation --draft-layers 4      the model's first layers draft for it
     python -m kvferry.benchmarks.speculation --idle-layers 90      the model drafts for itself with so many layers more
 
@@ -8,8 +9,8 @@ Two deployments of one colocated worker stand side by side, one with --determini
 --speculative-config; the other one idles while one is measured, and they take turns in going first.
 1. time    texts that repeat (a file to be edited, names to be copied, a refrain) and one that does not, one stream at
            a time, then the free text eight streams at once: TPOT with drafts over TPOT without, median of the rounds
-2. tokens  requests of every temperature, with seeds, penalties, n, stop strings, min_tokens and log-probabilities:
-           tokens, log-probabilities and finish reasons of both, compared with ==; a difference is exit code 1
+2. tokens  requests of every temperature, with seeds, penalties, n, stop strings, min_tokens, log-probabilities and
+           grammars: tokens, log-probabilities and finish reasons of both, compared with ==; a difference is exit code 1
 By a draft model no text may take longer: a model's first layers say what it says too seldom to gain anything, and with
 layers that change nothing the model itself is always right at a part of the time. Between them lies what is trained.
 """
@@ -19,10 +20,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -44,6 +48,8 @@ REPETITIVE_BAR, FREE_BAR = 0.5, 1.03
 _NUM_TOKENS = 96
 _CROWD = 8
 _BASE = ("--prefill", "0", "--decode", "1")
+_MORTAL = ("--prefill", "1", "--decode", "2")  # where decode workers are killed
+_LIST = {"regex": r"([A-Z][a-z]{1,12} [A-Z][a-z]{1,12}\n){2,6}"}
 _CODE = "".join(f"def {name}(a, b):\n    return a {sign} b\n\n" for name, sign in zip("fghk", "+-*/", strict=True))
 TEXTS = {
     "code edit": f"The file:\n{_CODE}\nThe file once more, with one function renamed:\n{_CODE}\nOnce more:\n",
@@ -128,6 +134,7 @@ def request_body(number: int) -> dict[str, object]:
         "min_tokens": chance.choice((0, 6)),
         "stop": chance.choice((None, ["Carol", "stream"])),
         "logprobs": chance.choice((None, 3)),
+        "structured_outputs": chance.choice((None, None, _LIST)),
         "return_token_ids": True,
     }
 
@@ -158,14 +165,32 @@ async def count_differences(sides: Sequence[Side], num_requests: int) -> int:
     return differ
 
 
+async def _kill(system: System, every_s: float, killed: list[str]) -> None:
+    """Kill one decode worker after the other, each when it has had the time to come back."""
+    while True:
+        await asyncio.sleep(every_s)
+        worker_id = f"d-{len(killed) % 2}"
+        with suppress(ConfigError, ProcessLookupError):  # it has not come back yet
+            os.kill(system.worker_pid(worker_id), signal.SIGKILL)
+            killed.append(worker_id)
+
+
 async def measure(
-    systems: Sequence[System], rounds: int, num_requests: int, repetitive_bar: float = REPETITIVE_BAR
+    systems: Sequence[System],
+    rounds: int,
+    num_requests: int,
+    repetitive_bar: float = REPETITIVE_BAR,
+    kill_every_s: float | None = None,
 ) -> dict[str, object]:
     for system in systems:
         await until_ready(system, 120.0)
     sides = [Side(system) for system in systems]
-    timings = await time_texts(sides, rounds)
+    killed: list[str] = []
+    timings = [] if kill_every_s else await time_texts(sides, rounds)
+    killer = asyncio.ensure_future(_kill(systems[1], kill_every_s, killed)) if kill_every_s else None
     num_differ = await count_differences(sides, num_requests)
+    if killer is not None:
+        killer.cancel()
     num_drafted, num_accepted = await sides[1].counters()
     for side in sides:
         await side.client.aclose()
@@ -173,6 +198,7 @@ async def measure(
         "timings": [asdict(timing) for timing in timings],
         "num_requests": num_requests,
         "num_differ": num_differ,
+        "num_killed": len(killed),
         "num_draft_tokens": num_drafted,
         "num_accepted_tokens": num_accepted,
         "bars": [bar.as_json() for bar in bars_of(timings, num_differ, num_requests, repetitive_bar)],
@@ -199,15 +225,17 @@ def main(argv: list[str] | None = None) -> int:
     flags = _parser().parse_args(argv)
     console = report_console()
     flags.model = flags.model or default_model_dir()
+    layout = _MORTAL if flags.kill_every else _BASE
     repetitive_bar = FREE_BAR if flags.draft_layers or flags.idle_layers else REPETITIVE_BAR
     with tempfile.TemporaryDirectory() as folder:
         try:
             model, config = _subject(flags, Path(folder))
             with (
                 serving("plain", model, (*_BASE, "--deterministic"), Path(folder)) as plain,
-                serving("drafts", model, (*_BASE, "--speculative-config", config), Path(folder)) as drafts,
+                serving("drafts", model, (*layout, "--speculative-config", config), Path(folder)) as drafts,
             ):
-                report = asyncio.run(measure((plain, drafts), flags.rounds, flags.requests, repetitive_bar))
+                measured = measure((plain, drafts), flags.rounds, flags.requests, repetitive_bar, flags.kill_every)
+                report = asyncio.run(measured)
         except ConfigError as error:
             console.print(f"speculation: {error}", markup=False, style="red", soft_wrap=True)
             return 2
@@ -215,6 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     num_differ = int(str(report["num_differ"]))
     console.print(bar_table(flags.model.name, bars_of(timings, num_differ, flags.requests, repetitive_bar)))
     console.print(f"{report['num_accepted_tokens']} of {report['num_draft_tokens']} drafted tokens were right")
+    if flags.kill_every:
+        console.print(f"{report['num_killed']} decode workers were killed")
     environment = describe_environment("python -m kvferry.benchmarks.speculation", argv)
     save_json({**report, "config": config, "environment": asdict(environment)}, flags.json)
     return 1 if num_differ else 0
@@ -240,6 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive_int, default=6, help="pairs of each text (default: %(default)s)")
     add("--requests", type=positive_int, default=200, help="compared answers (default: %(default)s)")
     add("--config", default='{"method": "ngram"}', metavar="JSON", help="--speculative-config (default: %(default)s)")
+    add("--kill-every", type=float, metavar="S", help="kill a decode worker of the drafting deployment so often")
     made = parser.add_mutually_exclusive_group().add_argument
     made("--draft-layers", type=positive_int, metavar="N", help="draft by the model's first N layers")
     made("--idle-layers", type=positive_int, metavar="N", help="add N layers that change nothing; the model drafts")
