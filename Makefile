@@ -28,6 +28,8 @@ PYTEST := $(VENV)/bin/python -m pytest -n $(PROCESSES) --dist loadfile --no-load
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
+# Files and batches of clients are kept in a folder of the user's, unless KVFERRY_DATA_DIR names another.
+serve: export KVFERRY_DATA_DIR ?= $(or $(XDG_DATA_HOME),$(HOME)/.local/share)/kvferry
 serve: install ## Serve a model (ARGS="MODEL --port 8001 …")
 	@exec $(VENV)/bin/kvferry serve $(ARGS)
 

@@ -8,6 +8,7 @@ It starts nothing and listens nowhere; `server.py` does.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from typing import Any
 
@@ -32,9 +33,16 @@ from .api.middleware import Endpoint, MiddlewareAdapter, RequestMiddleware, cont
 from .api.openai_types import Detokenized, Model, ModelList, PoolCounts, Struct, Tokenized
 from .api.reply import Reply
 from .api.schemas import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from .batches.call import EndpointCalls
+from .batches.files import FileStore
+from .batches.folder import DataFolder
+from .batches.routes import BatchRoutes
+from .batches.run import RunDeps
+from .batches.store import BatchStore
 from .catalogue.catalogue import Catalogue
 from .catalogue.version import Version
 from .embeddings.endpoint import embed
+from .helpers.json_parser import JsonParser
 from .messages.form import error_body
 from .messages.surface import MessagesSurface
 from .metrics.metrics import RouterMetrics
@@ -49,7 +57,7 @@ _PATHS = msgspec.json.encode(
         "server": "kvferry",
         "paths": [
             "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", _COUNT_PATH, "/v1/embeddings",
-            "/v1/models",
+            "/v1/models", "/v1/files", "/v1/batches",
             "/tokenize", "/detokenize", "/live", "/ready", "/health", "/metrics", "/version", "/openapi.json",
         ],
     }
@@ -70,8 +78,11 @@ def build_app(
     allowed_hosts: tuple[str, ...] = (),
     allowed_origins: tuple[str, ...] = (),
     unknown_fields: UnknownFields = "refuse",
+    data: DataFolder | None = None,
+    max_batch_requests: int = 64,
 ) -> FastAPI:
-    """The application; `app.state.api` is the `Api` behind it. `clock` is the dispatchers'.
+    """The application; `app.state.api` is the `Api` behind it, `app.state.keeper` runs batches, if there is a `data`
+    folder to keep them in: up to `max_batch_requests` of their requests at once. `clock` is the dispatchers'.
 
     `keys`: without them nobody needs one. `seed` makes the seeds drawn for clients that give none repeatable.
     `share_prefix_cache` lets tenants find each other's prefixes.
@@ -103,9 +114,38 @@ def build_app(
     routes = _Routes(api, metrics)
     app = _Application(middleware, routes)
     app.state.api = api
+    batches = _batches(api, routes, metrics, keys, data, max_batch_requests)
+    app.state.keeper = batches.keeper
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_routes(app, routes)
+    for method, path, endpoint in batches.table():
+        app.add_api_route(path, endpoint, methods=[method])
     return app
+
+
+def _batches(
+    api: Api, routes: _Routes, metrics: RouterMetrics, keys: ApiKeys, data: DataFolder | None, max_requests: int
+) -> BatchRoutes:
+    """Return the endpoints of files and batches, whose lines are calls of the endpoints here."""
+    endpoints: dict[str, Endpoint] = {
+        "/v1/chat/completions": routes.chat_completions,
+        "/v1/completions": routes.completions,
+        "/v1/responses": routes.responses,
+        "/v1/embeddings": routes.embeddings,
+    }
+    deps = None
+    if data is not None:
+        deps = RunDeps(
+            store=BatchStore(data),
+            files=FileStore(data),
+            caller=EndpointCalls(endpoints, api.clock),
+            json=JsonParser(),
+            check_model=api.catalogue.version,
+            tenant_of=keys.tenant_of,
+            slots=asyncio.Semaphore(max_requests),
+            on_line=metrics.on_batch_line,
+        )
+    return BatchRoutes(deps, endpoints=tuple(endpoints), owner_of=keys.owner_of, body_room=api.body_room)
 
 
 class _Application(FastAPI):

@@ -28,6 +28,8 @@ from .api.generation import Api
 from .app import build_app
 from .autoscaler.load_record import LoadRecord, RecordingMetrics
 from .autoscaler.scaling import Scaling
+from .batches.folder import DataFolder
+from .batches.keeper import Keeper
 from .catalogue.catalogue import Catalogue
 from .catalogue.defaults import SamplingDefaults
 from .catalogue.version import ServedModel, Version
@@ -38,7 +40,7 @@ from .metrics.metrics import RouterMetrics
 from .placement import make_policy
 from .state.classes import RequestClasses
 from .state.failures import WorkerLife
-from .state.objectives import DEFAULT_CLASS
+from .state.objectives import BACKGROUND_CLASS, DEFAULT_CLASS
 from .state.predictor import Predictor
 
 
@@ -64,6 +66,12 @@ class RouterParts:
         assert isinstance(api, Api)
         return api
 
+    @property
+    def keeper(self) -> Keeper | None:
+        keeper = self.app.state.keeper
+        assert isinstance(keeper, Keeper | None)
+        return keeper
+
     def render_metrics(self) -> tuple[bytes, str]:
         """(text, media type) of the metrics."""
         return self.metrics.render(self.catalogue.views(), num_in_flight=len(self.api.in_flight))
@@ -74,7 +82,8 @@ async def assemble(config: RouterConfig, keys: ApiKeys, launcher: LauncherLink |
     model, tokenizer, grammars = await asyncio.to_thread(_load_model, config)
     clock, predictor = SystemClock(), Predictor()
     record, classes = LoadRecord(), RequestClasses.from_config(config)
-    metrics = RecordingMetrics(model.name, record, classes.names)
+    names = classes.names if config.data_dir is None else (*classes.names, BACKGROUND_CLASS)
+    metrics = RecordingMetrics(model.name, record, names)
     dispatcher = Dispatcher(
         config,
         make_policy(config, predictor),
@@ -147,7 +156,16 @@ def _application(
         allowed_hosts=(config.host, *config.allowed_hosts) if not config.needs_api_keys else config.allowed_hosts,
         allowed_origins=config.allowed_origins,
         unknown_fields=config.unknown_fields,
+        data=_data_folder(config),
+        max_batch_requests=config.max_batch_requests,
     )
+
+
+def _data_folder(config: RouterConfig) -> DataFolder | None:
+    """Raises ConfigError for a folder that cannot be used."""
+    if config.data_dir is None:
+        return None
+    return DataFolder(config.data_dir, max_bytes=config.data_dir_bytes, retention_s=config.data_retention_days * 86400)
 
 
 def _tell_blameless(launcher: LauncherLink | None, life: WorkerLife) -> None:

@@ -245,6 +245,27 @@ class ServeSettings(Settings):
         Option("HTTP", "Seconds that running answers get after SIGTERM.", ALL),
     ] = 30.0
 
+    data_dir: Annotated[
+        Path | None,
+        Option(
+            "Batches",
+            "Folder for /v1/files and /v1/batches, which survive a restart in it. Default: none, both are refused.",
+            FRONTS,
+        ),
+    ] = None
+    data_dir_bytes: Annotated[
+        Count, Option("Batches", "What the files there may take together; more is refused.", FRONTS)
+    ] = 10 << 30
+    data_retention_days: Annotated[
+        Annotated[float, Field(gt=0, le=3650)],
+        Option("Batches", "Days that files and ended batches are kept.", FRONTS),
+    ] = 30.0
+    max_batch_requests: Annotated[Count, Option("Batches", "Requests of batches at once, of each router.", FRONTS)] = 64
+    batch_requests_beside: Annotated[
+        Annotated[int, BeforeValidator(parse_number), Field(ge=0)],
+        Option("Batches", "Of these, beside other requests; 0: batches wait while anybody else is served.", FRONTS),
+    ] = 0
+
     prefill: Annotated[PoolSettings, Option("Pools", "Prefill workers; 0: decode workers do both.", FRONTS)] = (
         PoolSettings()
     )

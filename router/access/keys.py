@@ -19,6 +19,7 @@ from ...settings.key_file import KeyEntry, digest_of, read_key_file
 
 class _KnownKey(NamedTuple):
     tenant: bytes
+    owner: str
     expires_s: float | None  # seconds since 1970
 
 
@@ -45,7 +46,8 @@ class ApiKeys:
         self._salt = secrets.token_bytes(32)
         self._tenants_key = hashlib.blake2b(secret, digest_size=32, person=b"kvferry-tenants").digest()
         self._fixed = {
-            self._salted(digest_of(key)): _KnownKey(self._tenant(key), None) for key in map(str.encode, keys)
+            self._salted(digest_of(key)): _KnownKey(self._tenant(key), _owner(digest_of(key)), None)
+            for key in map(str.encode, keys)
         }
         self._known = self._fixed
         self.are_needed = file is not None or bool(self._fixed)
@@ -58,6 +60,8 @@ class ApiKeys:
     def take(self, entries: tuple[KeyEntry, ...]) -> None:
         """Let these keys of the file be good from now on, and no others of it."""
         self._known = self._fixed | {self._salted(entry.digest): self._of_entry(entry) for entry in entries}
+        self._owners = {known.tenant: known.owner for known in self._known.values()}
+        self._tenants = {owner: tenant for tenant, owner in self._owners.items()}
 
     @property
     def num_good(self) -> int:
@@ -77,11 +81,24 @@ class ApiKeys:
             raise RequestError("the API key has expired", code="expired_api_key", status=401)
         return known.tenant
 
+    def owner_of(self, tenant: bytes) -> str:
+        """Return the tenant's name on disk, which no restart changes; empty where no keys are needed."""
+        return self._owners.get(tenant, tenant.hex())
+
+    def tenant_of(self, owner: str) -> bytes:
+        """Return the tenant with this name on disk. One whose keys are gone stays a tenant of its own."""
+        return self._tenants.get(owner, owner.encode())
+
     def _of_entry(self, entry: KeyEntry) -> _KnownKey:
-        return _KnownKey(self._tenant(entry.id.encode(), b"kvferry-key-id"), entry.expires_s)
+        name = entry.id.encode()
+        return _KnownKey(self._tenant(name, b"kvferry-key-id"), _owner(name, b"kvferry-key-id"), entry.expires_s)
 
     def _salted(self, digest: bytes) -> bytes:
         return hashlib.blake2b(digest, digest_size=32, key=self._salt).digest()
 
     def _tenant(self, name: bytes, kind: bytes = b"") -> bytes:
         return hashlib.blake2b(name, digest_size=16, key=self._tenants_key, person=kind).digest()
+
+
+def _owner(name: bytes, kind: bytes = b"") -> str:
+    return hashlib.blake2b(name, digest_size=16, person=kind or b"kvferry-owner").hexdigest()

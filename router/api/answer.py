@@ -43,6 +43,15 @@ class GapObserver(Protocol):
         ...
 
 
+class _NoGaps:
+    """Counts nothing: of an answer that nobody waits for."""
+
+    def on_token_gap(self, gap_s: float) -> None: ...
+
+
+NO_GAPS = _NoGaps()
+
+
 class FastWriter(Protocol):
     """A way on which text leaves by itself."""
 

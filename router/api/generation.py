@@ -28,10 +28,10 @@ from ..helpers.json_parser import JsonParser
 from ..helpers.strict_json import MAX_COMMAS
 from ..state.classes import CLASS_HEADER, RequestClasses
 from ..state.errors import clip
-from ..state.objectives import DEFAULT_CLASS
+from ..state.objectives import BACKGROUND, DEFAULT_CLASS
 from ..state.request import RouterRequest
 from ..state.token_stream import TokenStream
-from .answer import Answer, GapObserver, PromptText
+from .answer import NO_GAPS, Answer, GapObserver, PromptText
 from .body import MAX_BODY_BYTES, BodyRoom, HeldBody, read_body
 from .chat_turns import ChatTurns, TurnOptions
 from .completions import CompletionForm
@@ -104,7 +104,8 @@ class Api:
         Raises CapacityError (429) before anything is read where the caller's quota is used up.
         """
         context = context_of(request.scope)
-        context.allowance = self.quotas.enter(context.tenant)
+        if not context.is_background:
+            context.allowance = self.quotas.enter(context.tenant)
         data = await read_body(context.headers, request.receive, held, max_bytes=self.max_body_bytes)
         max_commas = max(MAX_COMMAS, 2 * self.catalogue.max_model_len)
         raw = await self.json.parse(data, max_commas)
@@ -176,6 +177,8 @@ class Api:
         """Return the call's context, with its class and the time that it has. Raises where the server ends."""
         self.in_flight.check_open()
         context = context_of(request.scope)
+        if context.is_background:
+            return context
         named = context.headers.get(CLASS_HEADER.encode())
         context.request_class = DEFAULT_CLASS if named is None else named.decode("latin-1")
         timeout = context.headers.get(TIMEOUT_HEADER.encode())
@@ -206,7 +209,8 @@ class Api:
         requests = self.requests(context, version, body, prompts, sampling)
         streams = await self.submit(context, version, requests, grammar=grammar)
         options = text_options(body, limits[0], turns)
-        return Answer(streams, prompts, options, version.tokenizer, clock=self.clock, observer=self.observer)
+        observer = NO_GAPS if context.is_background else self.observer
+        return Answer(streams, prompts, options, version.tokenizer, clock=self.clock, observer=observer)
 
     def charge(self, context: RequestContext, num_tokens: int) -> None:
         """Charge the call's key with what it may cost. Raises CapacityError (429), and where the server ends."""
@@ -260,19 +264,21 @@ class Api:
         sampling: Sequence[SamplingParams],
     ) -> Iterator[RouterRequest]:
         """Make a call's requests, one by one: each copies its prompt."""
-        salt, objectives = self._cache_salt(context, body), self.classes.named(context.request_class)
+        salt, own_priority = self._cache_salt(context, body), None if context.is_background else body.priority
+        objectives = BACKGROUND if context.is_background else self.classes.named(context.request_class)
         for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
             yield RouterRequest(
                 f"{context.request_id}-{index}",
                 prompt.token_ids,
                 params,
                 n=body.num_choices,
-                priority=objectives.priority if body.priority is None else body.priority,
+                priority=objectives.priority if own_priority is None else own_priority,
                 cache_salt=salt,
                 request_class=context.request_class,
                 objectives=objectives,
                 tenant=_tenant_of(context, body),
                 model=version.model.name,
+                is_background=context.is_background,
             )
 
     def reply(self, answer: Answer, form: Form) -> Reply:

@@ -65,10 +65,21 @@ class RequestContext:
     allowance: Allowance | None = None  # what it holds of the tenant's quota
     timeout_s: float | None = None  # what the client gives us, from `started_s` on
     request_class: str = DEFAULT_CLASS
+    is_background: bool = False  # nobody waits for it: no quota, and it makes way for all others
     error_body: ErrorBody = failure_body
     ignored: list[str] = field(default_factory=list)  # fields of its body that had no effect
     marks: dict[str, float] = field(default_factory=dict)  # end of each phase before the dispatcher's
     status: int | None = None  # sent
+
+
+def enter(scope: Scope, context: RequestContext) -> None:
+    """Make `context` the one of this scope."""
+    scope[_CONTEXT] = context
+
+
+def leave(scope: Scope) -> None:
+    """Part a scope from its context, which leads back to it."""
+    del scope[_CONTEXT]
 
 
 def context_of(scope: Scope) -> RequestContext:
@@ -135,7 +146,7 @@ class RequestMiddleware:
         """Have an HTTP request answered by this endpoint."""
         headers = dict(scope["headers"])
         context = self._open(headers, scope, send)
-        scope[_CONTEXT] = context
+        enter(scope, context)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -160,7 +171,7 @@ class RequestMiddleware:
             self._observer.on_response(context.status or CLIENT_CLOSED)
             if context.allowance is not None:
                 context.allowance.leave()
-            del scope[_CONTEXT]  # it leads back to the scope
+            leave(scope)
 
     def _admit(self, context: RequestContext, path: str) -> None:
         """The one place that says what a path needs. Raises RequestError (401, 403)."""

@@ -11,6 +11,7 @@ learns of an attempt's end by Abort, and what it still sends about it is dropped
     placer     who goes next     worker_messages  what workers say about requests   relay      tokens, once, in order
     policy     where to          losses           what a lost worker means          deadlines  time limits
     isolation  who runs alone    retries          how much is tried again           due_times  when they are checked
+    background who makes way
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ from ..state.token_stream import TokenStream
 from ..state.tracked_request import TrackedRequest
 from ..state.views import PoolView
 from ..state.worker import RouterWorker, WorkerLink
+from .background import Background
 from .deadlines import CHECK_AGAIN_S, Deadlines, DeadlineVerdict
 from .in_flight import InFlightRequests
 from .invariants import breaches
@@ -121,6 +123,7 @@ class Dispatcher:
             self._pools, self._in_flight, self._placer, self._admission, self._observer, may_prefill_locally=is_local
         )
         self._losses = Losses(self._in_flight)
+        self._background = Background(self._in_flight, config.batch_requests_beside)
         self._deadlines = Deadlines(self._pools, must_prefill_remotely=not is_local)
         self._incarnations: dict[str, int] = {}  # the last one seen of each worker
         self._time_us = time_us
@@ -155,6 +158,7 @@ class Dispatcher:
         self._worker_messages.relay.hold(tracked)
         self._admission.on_admitted(tracked, now)
         self._in_flight.add(tracked)
+        self._background.on_added(tracked, now)
         self._placer.run(now)
         return stream
 
@@ -295,6 +299,7 @@ class Dispatcher:
             self._check_deadline(tracked, now)
             if not tracked.request.is_finished:
                 self._in_flight.due_times.schedule(tracked, self._next_check_s(tracked, now))
+        self._background.tick(now)
         self._in_flight.is_due = True
         self._placer.run(now)
 

@@ -17,6 +17,7 @@ import structlog
 
 from ...common.clock import Clock
 from ..queue.request_queue import RequestQueue
+from ..state.attempt import Attempt
 from ..state.errors import StreamError
 from ..state.failures import DRAINED, MAX_STRIKES, NOTICE_S, WORKER_LOST, Blame, WorkerLife
 from ..state.history import RequestHistory
@@ -104,11 +105,9 @@ class InFlightRequests:
         assert attempt is not None, request.request_id
         if not request.unfinished:  # its tokens are all here: what it is held for has a limit of its own
             return
-        number, stage, cache = request.attempt_number, attempt.stage, attempt.prompt_cache()
+        number, stage = request.attempt_number, attempt.stage
         sessions = frozenset(worker.link.number for worker in attempt.workers)
-        if cache is not None:
-            tracked.search.computed_on, tracked.search.computed_whole = cache
-        self._leave(tracked)
+        self._take_back(tracked, attempt)
         log.warning("attempt_failed", request_id=request.request_id, attempt=number, stage=stage, reason=blame.text)
         self._observer.on_retry(stage, blame.reason)
         request.num_failures += blame.is_counted
@@ -120,12 +119,42 @@ class InFlightRequests:
             return
         tracked.is_resuming = tracked.is_resuming or (request.is_resume and blame.reason in (WORKER_LOST, DRAINED))
         self._put_off(tracked, blame, sessions, now)
+        self._queue_again(tracked, now)
+
+    def _take_back(self, tracked: TrackedRequest, attempt: Attempt) -> None:
+        """End an attempt that is not the last one, and note where the prompt's KV is."""
+        cache = attempt.prompt_cache()
+        if cache is not None:
+            tracked.search.computed_on, tracked.search.computed_whole = cache
+        self._leave(tracked)
+
+    def _queue_again(self, tracked: TrackedRequest, now_s: float) -> None:
+        request = tracked.request
         request.attempt_number += 1
         for choice in request.choices:
             choice.forget_early()
-        tracked.event_s = now
-        request.advance(RequestStatus.QUEUED, now)
+        tracked.event_s = now_s
+        request.advance(RequestStatus.QUEUED, now_s)
         self.enqueue(tracked)
+
+    # --- a background request makes way -----------------------------------------------------------------------
+
+    def suspend(self, tracked: TrackedRequest, now_s: float) -> None:
+        """Take a request back from its workers; it goes on from its accepted tokens when it is resumed."""
+        if not tracked.request.unfinished:  # its tokens are all here
+            return
+        tracked.is_suspended = True
+        if tracked.attempt is not None:
+            self._take_back(tracked, tracked.attempt)
+            self._queue_again(tracked, now_s)
+        else:
+            self.queue.remove(tracked)
+            self.enqueue(tracked)
+
+    def resume(self, tracked: TrackedRequest) -> None:
+        """Let a suspended request be placed again."""
+        tracked.is_suspended = False
+        self.is_due = True
 
     def _strike(self, tracked: TrackedRequest, life: WorkerLife) -> None:
         if tracked.strikes - {life}:

@@ -18,6 +18,7 @@ CLOSED: dict[str, frozenset[str]] = {
     "slow": frozenset({"head", "body", "idle", "read", "framing"}),
     "connection": frozenset({"total", "address", "evicted"}),
     "refused": frozenset("frame size seal hello flood mismatch".split()),
+    "batch_line": frozenset({"ok", "error"}),
     "missed": frozenset("queue retry reserve prefill_wait prefill reply transfer decode failed".split()),
     "policy": frozenset("slo least_loaded kv_cost round_robin isolation".split()),
     "placed": frozenset(

@@ -45,6 +45,8 @@ class FinishedRequest(Protocol):
     def num_cached_tokens(self) -> int: ...
     @property
     def embedding(self) -> bytes: ...
+    @property
+    def is_background(self) -> bool: ...
 
 
 class CountedOutcome(Protocol):
@@ -129,6 +131,7 @@ class RouterMetrics:
         self._refused_connections = _counter("refused_connections", "Connections without room", reason="connection")
         self._refused_workers = _counter("handshake_rejects", "Workers' connections refused", kind="refused")
         self._ignored_fields = _counter("ignored_fields", "Fields of requests' bodies that had no effect")
+        self._batch_lines = _counter("batch_lines", "Lines of batches that were answered", result="batch_line")
         self._loop_lag = _histogram("event_loop_lag_seconds", "How late the router's own timer came", _GAP_BUCKETS)
         self._predicted_ttft = _histogram("predicted_ttft_seconds", "As at the placement", _TTFT_BUCKETS)
         self._predicted_tpot = _histogram("predicted_tpot_seconds", "As at the placement", _GAP_BUCKETS)
@@ -154,6 +157,8 @@ class RouterMetrics:
         stamps = request.timestamps
         self._cached_tokens.inc(request.num_cached_tokens)
         self._embeddings.inc(bool(request.embedding))
+        if request.is_background:
+            return  # nobody waited
         _observe_between(self._queue, stamps, "queued", "prefill_start")
         _observe_between(self._prefill, stamps, "prefill_start", "first_token")
         _observe_between(self._ttft, stamps, "queued", "first_token")
@@ -239,6 +244,9 @@ class RouterMetrics:
 
     def on_auth_failure(self) -> None:
         self._auth_failures.inc()
+
+    def on_batch_line(self, is_ok: bool) -> None:
+        self._batch_lines.labels("ok" if is_ok else "error").inc()
 
     def on_ignored_fields(self, number: int) -> None:
         self._ignored_fields.inc(number)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ...common.request import DEFAULT_CLASS
 
-__all__ = ["DEFAULT_CLASS", "DEFAULT_STRETCH", "NO_OBJECTIVES", "Objectives"]
+__all__ = ["BACKGROUND", "BACKGROUND_CLASS", "DEFAULT_CLASS", "DEFAULT_STRETCH", "NO_OBJECTIVES", "Objectives"]
 
 DEFAULT_STRETCH = 3.0
 
@@ -32,3 +32,5 @@ class Objectives:
 
 
 NO_OBJECTIVES = Objectives()
+BACKGROUND_CLASS = "batch"  # what books call requests that nobody waits for
+BACKGROUND = Objectives(priority=2**31 - 1)  # behind everything that a client can name

@@ -46,7 +46,7 @@ def judge(request: RouterRequest) -> ServiceOutcome:
     ttft_limit_s = objectives.ttft_limit_s(request.unloaded_s)
     phases = _phases(request)
     stage = _missed_stage(request, ttft_s, tpot_s, phases)
-    placed = _placed(request)
+    placed = None if request.is_background else _placed(request)  # its waits are on purpose
     expected_s = placed.ttft_s if placed is not None else None
     predicted_tpot_s = placed.tpot_s if placed is not None else None
     actual_s = stamps["first_token"] - placed.at_s if placed is not None and "first_token" in stamps else None

@@ -58,7 +58,7 @@ _STAMP = {
 
 @dataclass(slots=True, eq=False)
 class RouterRequest:
-    """One prompt with its `n` choices. The fields up to `pooling` are the caller's, the rest the dispatcher's.
+    """One prompt with its `n` choices. The fields up to `is_background` are the caller's, the rest the dispatcher's.
 
     `timestamps` (seconds of the dispatcher's clock): queued, reserved (a decode worker was asked), prefill_start (the
     task was sent), first_token, arrived (the KV is on the decode worker), first_decode, last_token, finished. The
@@ -78,6 +78,7 @@ class RouterRequest:
     model: str = ""  # the served name; empty: whatever the workers serve
     grammar: Grammar | None = None  # that the answers follow
     pooling: Pooling | None = None  # the prompt's embedding is wanted, pooled so, and no token; None: an answer is
+    is_background: bool = False  # it makes way for all others
     status: RequestStatus = RequestStatus.QUEUED
     timestamps: dict[str, float] = field(default_factory=dict)
     arrival: int = 0  # the router's counter

@@ -36,6 +36,7 @@ class TrackedRequest:
     is_resuming: bool = False  # its stream has paused: tokens came, and the worker was lost
     charge: Charge | None = None  # for the retry that comes or runs
     not_before_s: float = 0.0  # the next attempt is put off until then
+    is_suspended: bool = False  # it has made way for others, and waits in the queue until it is told to go on
     last_reason: str = ""  # of the last failure that was charged
     num_same: int = 0  # failures in a row for that reason
     ended_here: set[int] = field(default_factory=set)  # choices whose stop string was found
@@ -50,8 +51,9 @@ class TrackedRequest:
         return len(self.strikes) >= STRIKES_UNTIL_ALONE
 
     def is_put_off(self, now_s: float) -> bool:
-        """Return whether its retry waits: for the end of a pause, or for a token of the retry budget."""
-        return now_s < self.not_before_s or (self.charge is not None and not self.charge.is_paid)
+        """Return whether it waits: for others to go first, the end of a pause, or a token of the retry budget."""
+        is_unpaid = self.charge is not None and not self.charge.is_paid
+        return self.is_suspended or now_s < self.not_before_s or is_unpaid
 
     def begin(self, attempt: Attempt) -> None:
         assert self.attempt is None, self.request.request_id

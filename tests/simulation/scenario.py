@@ -41,6 +41,7 @@ class Ask:
     is_poison: bool = False  # kills whoever computes it
     grammar: int | None = None  # the state in which its grammar begins; None: it follows none
     pooling: Pooling | None = None  # how its prompt is embedded; None: it is answered
+    is_background: bool = False  # it makes way for all others
 
 
 @dataclass(slots=True, frozen=True)
@@ -126,12 +127,7 @@ def draw(seed: int, num_requests: int | None = None, *, faulted: bool = True) ->
         transfer=TransferConfig(
             kv_checksum="on" if has_checksums else "off", lease_s=random.choice((LEASE_S, LEASE_S, 0.15))
         ),
-        asks=tuple(
-            _with_embeddings(
-                Random(f"embeddings {seed}"),
-                _with_grammars(Random(f"grammars {seed}"), _asks(random, number, lasts_s, num_routers, faulted)),
-            )
-        ),
+        asks=tuple(_with_more(seed, _asks(random, number, lasts_s, num_routers, faulted))),
         faults=(),
         calm_at_s=calm_at_s,
         max_num_seqs=random.choice((3, 8, 16)),
@@ -230,6 +226,19 @@ def _with_embeddings(random: Random, asks: list[Ask]) -> list[Ask]:
 
 def _embedded(ask: Ask, pooling: Pooling) -> Ask:
     return replace(ask, pooling=pooling, n=1, sampling=SamplingParams(temperature=0.0, max_tokens=1), grammar=None)
+
+
+def _with_background(random: Random, asks: list[Ask]) -> list[Ask]:
+    """Some requests of some seeds are in the background: they leave their workers again and again."""
+    share = random.choice((0.0, 0.0, 0.0, 0.4))
+    return [replace(ask, is_background=random.random() < share) for ask in asks]
+
+
+def _with_more(seed: int, asks: list[Ask]) -> list[Ask]:
+    """Add what is drawn from sources of its own: all else of a seed stays as it was without it."""
+    asks = _with_grammars(Random(f"grammars {seed}"), asks)
+    asks = _with_embeddings(Random(f"embeddings {seed}"), asks)
+    return _with_background(Random(f"background {seed}"), asks)
 
 
 def _manners(random: Random, share: float) -> Manners:

@@ -231,6 +231,7 @@ class World:
             priority=ask.priority,
             cache_salt=b"%d" % ask.tenant,
             timeout_s=ask.timeout_s,
+            is_background=ask.is_background,
             grammar=None if ask.grammar is None else Grammar("sim", b"%d" % ask.grammar),
             pooling=ask.pooling,
         )

@@ -18,6 +18,7 @@ class _Request:
     num_output_tokens: int = 11
     num_cached_tokens: int = 4
     embedding: bytes = b""
+    is_background: bool = False
 
 
 @dataclass

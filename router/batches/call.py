@@ -1,0 +1,118 @@
+"""One line of a batch as a call of the router's own API: the way that a client's request goes, without a connection.
+
+    body ─> endpoint (fields, prompt, admission, queue, placement) ─> reply ─> status and body
+
+The request is marked as one that nobody waits for: no quota is taken, and it makes way for all others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import structlog
+from starlette.requests import Request
+from starlette.types import Message, Scope, Send
+
+from ...common.clock import Clock
+from ...common.errors import CapacityError, RequestError
+from ..api.middleware import Endpoint, RequestContext, enter, leave, send_part
+from ..state.errors import StreamError, failure_of
+from ..state.objectives import BACKGROUND_CLASS
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True, frozen=True)
+class CallAnswer:
+    """An answer as a client would have got it."""
+
+    status: int
+    request_id: str
+    body: bytes
+    retry_after_s: float | None = None  # where another try may succeed
+
+
+class LineCaller(Protocol):
+    """Asks a line's body of an endpoint."""
+
+    async def ask(self, endpoint: str, body: bytes, tenant: bytes) -> CallAnswer: ...
+
+
+class EndpointCalls:
+    """`EndpointCalls` asks the endpoints of this router, by their paths."""
+
+    def __init__(self, endpoints: Mapping[str, Endpoint], clock: Clock) -> None:
+        self.endpoints = endpoints
+        self._clock = clock
+
+    async def ask(self, endpoint: str, body: bytes, tenant: bytes) -> CallAnswer:
+        """Return the answer, errors included. A cancelled call gives back everything that it holds."""
+        kept = _Kept()
+        request_id = secrets.token_hex(16)
+        headers = {b"content-type": b"application/json", b"content-length": b"%d" % len(body)}
+        context = RequestContext(
+            request_id,
+            request_id,
+            self._clock.now(),
+            kept.send,
+            partial(send_part, kept.send),
+            headers=headers,
+            tenant=tenant,
+            request_class=BACKGROUND_CLASS,
+            is_background=True,
+        )
+        scope: Scope = {"type": "http", "method": "POST", "path": endpoint, "headers": [*headers.items()]}
+        enter(scope, context)
+        receive = _Body(body)
+        try:
+            reply = await self.endpoints[endpoint](Request(scope, receive))
+            await reply(scope, receive, partial(_noting_status, context, kept.send))
+        except Exception as error:
+            if not isinstance(error, (RequestError, CapacityError, StreamError)):
+                log.exception("request_error", request_id=request_id)
+            failure = failure_of(error)
+            return CallAnswer(failure.status, request_id, failure.body, failure.retry_after_s)
+        finally:
+            leave(scope)
+        return CallAnswer(kept.status, request_id, b"".join(kept.parts), kept.retry_after_s)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """The answer so far."""
+
+    status: int = 0
+    retry_after_s: float | None = None
+    parts: list[bytes] = field(default_factory=list)
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            seconds = dict(message.get("headers", ())).get(b"retry-after", b"")
+            self.retry_after_s = float(seconds) if seconds.isdigit() else None
+        else:
+            self.parts.append(message.get("body", b""))
+
+
+async def _noting_status(context: RequestContext, send: Send, message: Message) -> None:
+    if message["type"] == "http.response.start":
+        context.status = message["status"]
+    await send(message)
+
+
+class _Body:
+    """The receiving end of a call: its body, and then nothing more."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body: bytes | None = body
+
+    async def __call__(self) -> Message:
+        if self._body is None:
+            await asyncio.Event().wait()  # nobody leaves
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}

@@ -1,0 +1,81 @@
+"""The body of POST /v1/batches: checked field by field, and made a record."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Collection
+
+from ...common.errors import RequestError
+from ..state.errors import shown
+from .record import BatchRecord
+
+_FIELDS = {"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"}
+_WINDOW = re.compile(r"([1-9][0-9]{0,5})([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_MAX_WINDOW_S = 30 * 86400
+_MAX_PAIRS, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
+
+
+def new_record(raw: dict[str, object], endpoints: Collection[str], owner: str, now_s: float) -> BatchRecord:
+    """Return the record of the batch that a body asks for. Raises RequestError (400)."""
+    if unknown := raw.keys() - _FIELDS:
+        name = min(unknown)
+        raise RequestError(f"{shown(name)}: there is no such field", param=name[:64], code="unknown_parameter")
+    endpoint, file_id = raw.get("endpoint"), raw.get("input_file_id")
+    if not isinstance(endpoint, str) or endpoint not in endpoints:
+        known = ", ".join(sorted(endpoints))
+        raise RequestError(f"endpoint: must be one of {known}, got {shown(endpoint)}", param="endpoint")
+    if not isinstance(file_id, str):
+        raise RequestError(f"input_file_id: must be a file's id, got {shown(file_id)}", param="input_file_id")
+    window, window_s = _window(raw.get("completion_window"))
+    return BatchRecord(
+        id=f"batch_{secrets.token_hex(16)}",
+        owner=owner,
+        endpoint=endpoint,
+        input_file_id=file_id,
+        completion_window=window,
+        metadata=_metadata(raw.get("metadata")),
+        output_lifetime_s=_lifetime_s(raw.get("output_expires_after")),
+        created_at=int(now_s),
+        created_ns=int(now_s * 1e9),
+        expires_at=int(now_s + window_s),
+    )
+
+
+def _window(value: object) -> tuple[str, int]:
+    """Return a window's text and its seconds. OpenAI's is 24h."""
+    match = _WINDOW.fullmatch(value) if isinstance(value, str) else None
+    seconds = int(match[1]) * _SECONDS[match[2]] if match is not None else 0
+    if match is None or seconds > _MAX_WINDOW_S:
+        raise RequestError(
+            f"completion_window: must be a time such as 24h, 30m or 7d, up to 30d, got {shown(value)}",
+            param="completion_window",
+        )
+    return match[0], seconds
+
+
+def _metadata(value: object) -> dict[str, str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or len(value) > _MAX_PAIRS:
+        raise RequestError(f"metadata: must be an object of at most {_MAX_PAIRS} pairs", param="metadata")
+    for key, text in value.items():
+        if not isinstance(text, str) or len(key) > _MAX_KEY_CHARS or len(text) > _MAX_VALUE_CHARS:
+            raise RequestError(
+                f"metadata: names of up to {_MAX_KEY_CHARS} and texts of up to {_MAX_VALUE_CHARS} characters",
+                param="metadata",
+            )
+    return value
+
+
+def _lifetime_s(value: object) -> float | None:
+    if value is None:
+        return None
+    seconds = value.get("seconds") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or value.get("anchor") != "created_at" or type(seconds) is not int or seconds < 1:
+        raise RequestError(
+            "output_expires_after: needs anchor 'created_at' and a whole number of seconds",
+            param="output_expires_after",
+        )
+    return float(seconds)

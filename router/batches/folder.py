@@ -1,0 +1,119 @@
+"""The folder in which files and batches outlive a router.
+
+    files/ID.json, ID.data    a file: what is known of it, its bytes
+    batches/ID/batch.json     a batch's record           lock     held by the router that runs it
+               input.jsonl    its input, a second name   cancel   there once somebody asked to cancel it
+               journal        its finished lines
+    parts/                    what is being written; renamed to its place when it is whole
+
+A name in its place is a whole file, whenever the router was killed. Functions here wait for the disk: they are called
+on threads.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...common.errors import ConfigError, RequestError
+
+_PART_AGE_S = 3600.0  # what nobody has written to for so long was left by a router that was killed
+
+
+class DataFolder:
+    """One folder, perhaps of several routers. Raises ConfigError where it cannot be used."""
+
+    def __init__(self, path: Path, *, max_bytes: int, retention_s: float) -> None:
+        self.path = path
+        self.files, self.batches, self._parts = path / "files", path / "batches", path / "parts"
+        self.max_bytes = max_bytes
+        self.retention_s = retention_s
+        self.num_incoming = 0  # bytes that are being uploaded through this router
+        try:
+            for folder in (path, self.files, self.batches, self._parts):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.new_part().touch()
+        except OSError as error:
+            raise ConfigError(f"data_dir: cannot use {path}: {error.strerror or error}") from error
+        self.sweep_parts()
+
+    def new_part(self) -> Path:
+        """Return a name for something that is about to be written."""
+        return self._parts / secrets.token_hex(12)
+
+    def write(self, target: Path, data: bytes, *, lasts: bool = True) -> None:
+        """Replace a file by another at once. `lasts`: it is there after a power failure too."""
+        part = self.new_part()
+        with part.open("wb") as file:
+            file.write(data)
+            if lasts:
+                file.flush()
+                os.fsync(file.fileno())
+        self.place(part, target, lasts=lasts)
+
+    def place(self, part: Path, target: Path, *, lasts: bool = True) -> None:
+        """Give what was written its name."""
+        part.replace(target)
+        if lasts:
+            sync_folder(target.parent)
+
+    def num_bytes(self) -> int:
+        """Return what everything that is whole takes. A file with two names counts once."""
+        entries = [*_entries(self.files), *_entries(self.batches)]
+        return sum({entry.inode: entry.num_bytes for entry in entries}.values())
+
+    def room(self) -> int:
+        """Return how many bytes may still be added."""
+        return max(0, self.max_bytes - self.num_bytes() - self.num_incoming)
+
+    def sweep_parts(self) -> None:
+        """Remove what routers have left half-written."""
+        oldest_s = time.time() - _PART_AGE_S
+        for part in list(self._parts.iterdir()):
+            try:
+                if part.stat().st_mtime < oldest_s or not part.stat().st_size:
+                    part.unlink()
+            except FileNotFoundError:
+                continue  # it is in its place now
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder last."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def no_room(max_bytes: int) -> RequestError:
+    """Return the refusal of what would fill the folder."""
+    return RequestError(
+        f"the server's folder for files holds {max_bytes} bytes and has no room for this: delete files",
+        code="insufficient_storage",
+        status=507,
+        kind="server_error",
+    )
+
+
+class _Entry:
+    __slots__ = ("inode", "num_bytes")
+
+    def __init__(self, stat: os.stat_result) -> None:
+        self.inode = (stat.st_dev, stat.st_ino)
+        self.num_bytes = stat.st_size
+
+
+def _entries(path: Path) -> Iterator[_Entry]:
+    with os.scandir(path) as entries:
+        for entry in entries:
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _entries(Path(entry.path))
+                else:
+                    yield _Entry(entry.stat(follow_symlinks=False))
+            except FileNotFoundError:
+                continue  # it has just been deleted

@@ -1,0 +1,131 @@
+"""The keeper runs the batches of a folder that no other router runs.
+
+    each TICK_S: batches that have not ended ─> lock free? ─> run      its window over, or asked to cancel? ─> stop
+    each SWEEP_S: what has expired is deleted
+
+Several routers may share a folder, also on several machines where its file system has locks: each batch is run by one,
+and by another one a moment after that one has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import structlog
+
+from .record import BatchRecord, BatchStatus
+from .run import BatchRun, RunDeps
+from .store import BatchLock
+
+TICK_S = 1.0  # until a batch of a router that has ended is taken over, or a cancellation is seen by another one
+SWEEP_S = 300.0
+MAX_RUNS = 16  # batches at once: each holds where its lines are in memory
+RETRY_S = 10.0  # before a batch goes on that ended in an error, as of a full disk
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Running:
+    run: BatchRun
+    lock: BatchLock
+    task: asyncio.Task[None]
+
+
+class Keeper:
+    """`Keeper` owns the runs of this router."""
+
+    def __init__(self, deps: RunDeps) -> None:
+        self._deps = deps
+        self._running: dict[str, _Running] = {}
+        self._not_before_s: dict[str, float] = {}  # of runs that failed, on the loop's clock
+        self._news = asyncio.Event()
+
+    def look_now(self) -> None:
+        """A batch was created, or somebody asked to cancel one."""
+        self._news.set()
+
+    @contextlib.asynccontextmanager
+    async def keeping(self) -> AsyncIterator[None]:
+        """Run batches while the block runs. What is under way at its end goes on with the next router."""
+        task = asyncio.create_task(self._keep())
+        try:
+            yield
+        finally:
+            task.cancel()
+            runs = [running.task for running in self._running.values()]
+            for run in runs:
+                run.cancel()
+            await asyncio.gather(task, *runs, return_exceptions=True)
+            self._deps.json.close()
+
+    async def _keep(self) -> None:
+        sweep_s = 0.0
+        while True:
+            try:
+                await self._look()
+                if self._now_s() >= sweep_s:
+                    sweep_s = self._now_s() + SWEEP_S
+                    await asyncio.to_thread(self._sweep)
+            except OSError:
+                log.exception("batches_folder_failed")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await self._news.wait()
+            self._news.clear()
+
+    async def _look(self) -> None:
+        store = self._deps.store
+        for record in await asyncio.to_thread(store.unended):
+            running = self._running.get(record.id)
+            if running is None:
+                running = await self._begin(record)
+            if running is not None:
+                await self._check(running.run)
+
+    async def _begin(self, record: BatchRecord) -> _Running | None:
+        if len(self._running) >= MAX_RUNS or self._now_s() < self._not_before_s.get(record.id, 0.0):
+            return None
+        store = self._deps.store
+        lock = await asyncio.to_thread(store.lock, record.id)
+        if lock is None:
+            return None
+        current = await asyncio.to_thread(store.read, record.id)  # its last holder may have gone on since
+        if current is None or current.has_ended:
+            lock.release()
+            return None
+        run = BatchRun(current, self._deps)
+        task = asyncio.create_task(self._run(run, lock))
+        self._running[record.id] = _Running(run, lock, task)
+        return self._running[record.id]
+
+    async def _check(self, run: BatchRun) -> None:
+        record = run.record
+        if await asyncio.to_thread(self._deps.store.cancel_asked_s, record.id) is not None:
+            run.stop(BatchStatus.CANCELLING)
+        elif self._deps.now_s() >= record.expires_at:
+            run.stop(BatchStatus.EXPIRED)
+
+    async def _run(self, run: BatchRun, lock: BatchLock) -> None:
+        batch_id = run.record.id
+        try:
+            await run.run()
+        except Exception:  # a full disk, a helper that was killed: all that matters is on disk, and it begins anew
+            log.exception("batch_failed", batch_id=batch_id)
+            self._not_before_s[batch_id] = self._now_s() + RETRY_S
+        else:
+            self._not_before_s.pop(batch_id, None)
+        finally:
+            del self._running[batch_id]
+            lock.release()
+
+    def _sweep(self) -> None:
+        self._deps.files.sweep()
+        self._deps.store.sweep()
+        self._deps.store.folder.sweep_parts()
+
+    def _now_s(self) -> float:
+        return asyncio.get_running_loop().time()

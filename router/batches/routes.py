@@ -1,0 +1,191 @@
+"""/v1/files and /v1/batches as OpenAI's clients call them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from ...common.errors import CapacityError, RequestError
+from ..api.body import BodyRoom, read_body
+from ..api.middleware import context_of
+from ..state.errors import clip
+from .creation import new_record
+from .files import INPUT
+from .keeper import Keeper
+from .record import BatchRecord
+from .run import RunDeps
+from .upload import received
+
+MAX_UNENDED = 100  # batches of one owner that have not ended
+_MAX_BODY_BYTES = 64 * 2**10
+_MAX_FILES, _MAX_BATCHES, _BATCHES_SHOWN = 10_000, 100, 20  # of a page, as OpenAI's
+
+
+class _Listed(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=_Listed)
+
+
+class BatchRoutes:
+    """The endpoints. Without a data folder each says which flag gives one."""
+
+    def __init__(
+        self,
+        deps: RunDeps | None,
+        *,
+        endpoints: Sequence[str],
+        owner_of: Callable[[bytes], str],
+        body_room: BodyRoom,
+    ) -> None:
+        """`owner_of`: a tenant's name on disk."""
+        self._deps = deps
+        self.keeper = Keeper(deps) if deps is not None else None
+        self._endpoints = endpoints
+        self._owner_of = owner_of
+        self._body_room = body_room
+
+    @property
+    def _ready(self) -> RunDeps:
+        if self._deps is None:
+            raise RequestError(
+                "files and batches need a folder on the server: start it with --data-dir DIR",
+                code="no_data_dir",
+                status=501,
+                kind="server_error",
+            )
+        return self._deps
+
+    def _owner(self, request: Request) -> str:
+        return self._owner_of(context_of(request.scope).tenant)
+
+    # --- files ----------------------------------------------------------------------------------------------
+
+    async def upload(self, request: Request) -> Response:
+        deps, owner = self._ready, self._owner(request)
+        headers = context_of(request.scope).headers
+        async with received(headers, request.receive, deps.store.folder) as (form, part):
+            lifetime_s = form.check()
+            assert form.filename is not None
+            stored = await asyncio.to_thread(
+                deps.files.add, part, owner=owner, filename=form.filename, purpose=INPUT, lifetime_s=lifetime_s
+            )
+        return _json(stored.shown())
+
+    async def files(self, request: Request) -> Response:
+        deps, query = self._ready, request.query_params
+        found = await asyncio.to_thread(deps.files.owned, self._owner(request), query.get("purpose"))
+        order = query.get("order", "desc")
+        if order not in ("asc", "desc"):
+            raise RequestError(f"order: must be asc or desc, got {clip(order)}", param="order")
+        if order == "asc":
+            found.reverse()
+        page, has_more = _page(found, request, _MAX_FILES, _MAX_FILES)
+        return _listed([each.shown() for each in page], has_more=has_more)
+
+    async def file(self, request: Request, file_id: str) -> Response:
+        stored = await asyncio.to_thread(self._ready.files.get, file_id, self._owner(request))
+        return _json(stored.shown())
+
+    async def content(self, request: Request, file_id: str) -> Response:
+        files = self._ready.files
+        stored = await asyncio.to_thread(files.get, file_id, self._owner(request))
+        return FileResponse(files.path(stored), media_type="application/octet-stream", filename=stored.filename)
+
+    async def delete(self, request: Request, file_id: str) -> Response:
+        await asyncio.to_thread(self._ready.files.delete, file_id, self._owner(request))
+        return _json({"id": file_id, "object": "file", "deleted": True})
+
+    # --- batches --------------------------------------------------------------------------------------------
+
+    async def create(self, request: Request) -> Response:
+        deps, owner = self._ready, self._owner(request)
+        with self._body_room.held() as held:
+            headers = context_of(request.scope).headers
+            data = await read_body(headers, request.receive, held, max_bytes=_MAX_BODY_BYTES)
+            raw = await deps.json.parse(data)
+        record = new_record(raw, self._endpoints, owner, deps.now_s())
+        await asyncio.to_thread(self._create, deps, record)
+        assert self.keeper is not None
+        self.keeper.look_now()
+        return _json(record.shown())
+
+    def _create(self, deps: RunDeps, record: BatchRecord) -> None:
+        stored = deps.files.get(record.input_file_id, record.owner)
+        if stored.purpose != INPUT:
+            raise RequestError(
+                f"input_file_id: the file's purpose is {stored.purpose}, not {INPUT}", param="input_file_id"
+            )
+        if deps.store.num_unended(record.owner) >= MAX_UNENDED:
+            raise CapacityError(f"{MAX_UNENDED} batches have not ended yet", retry_after_s=60.0)
+        try:
+            deps.store.create(record, deps.files.path(stored))
+        except FileNotFoundError:  # it was deleted in this moment
+            deps.files.get(record.input_file_id, record.owner)
+            raise
+
+    async def batches(self, request: Request) -> Response:
+        deps = self._ready
+        found = await asyncio.to_thread(deps.store.owned, self._owner(request))
+        page, has_more = _page(found, request, _BATCHES_SHOWN, _MAX_BATCHES)
+        return _listed([await self._shown(record) for record in page], has_more=has_more)
+
+    async def batch(self, request: Request, batch_id: str) -> Response:
+        record = await asyncio.to_thread(self._ready.store.get, batch_id, self._owner(request))
+        return _json(await self._shown(record))
+
+    async def cancel(self, request: Request, batch_id: str) -> Response:
+        record = await asyncio.to_thread(self._ready.store.ask_to_cancel, batch_id, self._owner(request))
+        assert self.keeper is not None
+        self.keeper.look_now()
+        return _json(await self._shown(record))
+
+    async def _shown(self, record: BatchRecord) -> dict[str, object]:
+        asked_s = await asyncio.to_thread(self._ready.store.cancel_asked_s, record.id)
+        return record.shown(asked_s)
+
+    def table(self) -> list[tuple[str, str, Callable[..., object]]]:
+        """Return (method, path, endpoint) of each."""
+        return [
+            ("POST", "/v1/files", self.upload),
+            ("GET", "/v1/files", self.files),
+            ("GET", "/v1/files/{file_id}", self.file),
+            ("DELETE", "/v1/files/{file_id}", self.delete),
+            ("GET", "/v1/files/{file_id}/content", self.content),
+            ("POST", "/v1/batches", self.create),
+            ("GET", "/v1/batches", self.batches),
+            ("GET", "/v1/batches/{batch_id}", self.batch),
+            ("POST", "/v1/batches/{batch_id}/cancel", self.cancel),
+        ]
+
+
+def _page(found: list[Item], request: Request, usual: int, most: int) -> tuple[list[Item], bool]:
+    """Return the items behind `after`, `limit` at most, and whether there are more."""
+    limit, after = request.query_params.get("limit", str(usual)), request.query_params.get("after")
+    if not re.fullmatch(r"[0-9]{1,6}", limit) or not 1 <= int(limit) <= most:
+        raise RequestError(f"limit: must be 1 to {most}, got {clip(limit)}", param="limit")
+    start = 0
+    if after is not None:
+        start = next((index + 1 for index, each in enumerate(found) if each.id == after), -1)
+        if start < 0:
+            raise RequestError(f"after: there is no {clip(after)} in this list", param="after")
+    end = start + int(limit)
+    return found[start:end], len(found) > end
+
+
+def _listed(data: list[dict[str, object]], *, has_more: bool) -> Response:
+    ids = [each["id"] for each in data]
+    ends = {"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
+    return _json({"object": "list", "data": data, **ends, "has_more": has_more})
+
+
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -1,0 +1,269 @@
+"""One batch, from its input to its files, by the router that holds its lock.
+
+    validate ─> ask every line that the journal lacks ─> write the files ─> ended
+                     ^ slots, shared by all batches of this router
+
+It may be killed anywhere: the record says which stage to begin with, the journal which lines are done, and the files
+that it writes have names that do not depend on the try.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar, TypeVarTuple
+
+import msgspec
+import structlog
+
+from ..helpers.json_parser import JsonParser
+from .call import CallAnswer, LineCaller
+from .files import OUTPUT, FileStore
+from .input import CheckModel, InputLine, read_body, read_input
+from .journal import FinishedLine, Journal
+from .record import BatchRecord, BatchStatus, InputFault
+from .store import BatchStore, output_id
+
+FLUSH_EVERY_S = 0.2  # answers are synced together: what is not synced is asked again after a power failure
+_TELL_EVERY_S = 1.0  # counts in the record
+MAX_TRIES = 3  # of a line that the server could not answer; one that found no room is tried until the window is over
+_PAUSE_S, _MAX_PAUSE_S = 0.5, 30.0  # before another try; it doubles
+_END_OF = {BatchStatus.FINALIZING: BatchStatus.COMPLETED, BatchStatus.CANCELLING: BatchStatus.CANCELLED}
+_NO_ROOM = frozenset({429, 503})
+_REASONS = {
+    BatchStatus.EXPIRED: ("batch_expired", "the completion window was over before this request was answered"),
+    BatchStatus.CANCELLED: ("batch_cancelled", "the batch was cancelled before this request was answered"),
+}
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True, frozen=True)
+class RunDeps:
+    """The parts that all batches of a router share."""
+
+    store: BatchStore
+    files: FileStore
+    caller: LineCaller
+    json: JsonParser
+    check_model: CheckModel
+    tenant_of: Callable[[str], bytes]  # by the owner's name on disk
+    slots: asyncio.Semaphore
+    now_s: Callable[[], float] = time.time
+    pause_s: float = _PAUSE_S
+    on_line: Callable[[bool], None] = lambda is_ok: None  # for metrics
+
+
+@dataclass(slots=True)
+class BatchRun:
+    """`BatchRun` owns the record, the journal and the lines under way."""
+
+    record: BatchRecord
+    deps: RunDeps
+    _lines: list[InputLine] = field(default_factory=list)
+    _finished: list[FinishedLine] = field(default_factory=list)  # not in the journal yet
+    _has_finished: asyncio.Event = field(default_factory=asyncio.Event)
+    _stop: asyncio.Event = field(default_factory=asyncio.Event)
+    _stopped_by: BatchStatus | None = None  # CANCELLING or EXPIRED
+    _told_s: float = 0.0
+
+    def stop(self, by: BatchStatus) -> None:
+        """Ask no more lines. Idempotent."""
+        self._stopped_by = self._stopped_by or by
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Bring the batch to its end. Raises OSError where the disk fails, CapacityError where no helper answers."""
+        record = self.record
+        if record.status is BatchStatus.VALIDATING and not await self._validate():
+            return
+        if not self._lines:
+            self._lines, _ = await self._read(lambda name: None)  # it was served when the batch began
+        journal = await asyncio.to_thread(Journal, self.deps.store.journal(record.id))
+        self._count(journal)
+        if record.status in (BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING):  # of the latter all should be there
+            await self._ask_all(journal)
+        await self._finalize(journal)
+
+    # --- validating -----------------------------------------------------------------------------------------
+
+    async def _validate(self) -> bool:
+        """Return whether there is something to do."""
+        record = self.record
+        self._lines, faults = await self._read(self.deps.check_model)
+        if faults:
+            record.errors = faults
+            await self._end(BatchStatus.FAILED)
+            return False
+        if self._stopped_by is None:
+            record.total = len(self._lines)
+            await self._advance(BatchStatus.IN_PROGRESS)
+        return True
+
+    async def _read(self, check_model: CheckModel) -> tuple[list[InputLine], list[InputFault]]:
+        store, record = self.deps.store, self.record
+        return await read_input(store.input(record.id), record.endpoint, self.deps.json, check_model)
+
+    # --- asking ---------------------------------------------------------------------------------------------
+
+    async def _ask_all(self, journal: Journal) -> None:
+        """Ask what has no answer, until all have one or the batch is stopped."""
+        asking = asyncio.create_task(self._ask_rest(journal))
+        writing = asyncio.create_task(self._write_on(journal))
+        stopping = asyncio.create_task(self._stop.wait())
+        tasks = (asking, writing, stopping)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._finished:
+                journal.append(self._finished)  # at once: this task may be at its end
+                self._finished.clear()
+        for task in (asking, writing):
+            if not task.cancelled() and (error := task.exception()) is not None:
+                raise error
+        self._count(journal)
+
+    async def _ask_rest(self, journal: Journal) -> None:
+        async with asyncio.TaskGroup() as under_way:
+            for number in range(len(self._lines)):
+                if number not in journal.places:
+                    await self.deps.slots.acquire()
+                    under_way.create_task(self._ask(number)).add_done_callback(self._free_slot)
+
+    def _free_slot(self, _task: asyncio.Task[None]) -> None:
+        self.deps.slots.release()
+
+    async def _ask(self, number: int) -> None:
+        """Ask one line until there is an answer that stays."""
+        deps, line, record = self.deps, self._lines[number], self.record
+        body = await asyncio.to_thread(read_body, deps.store.input(record.id), line)
+        tries, pause_s = 0, deps.pause_s
+        while True:
+            answer = await deps.caller.ask(record.endpoint, body, deps.tenant_of(record.owner))
+            tries += answer.status >= 500 and answer.status not in _NO_ROOM
+            if answer.status not in _NO_ROOM and (answer.status < 500 or tries >= MAX_TRIES):
+                break
+            await asyncio.sleep(max(pause_s, answer.retry_after_s or 0.0))
+            pause_s = min(2 * pause_s, _MAX_PAUSE_S)
+        is_ok = answer.status < 400
+        self._finished.append(FinishedLine(number, is_ok, _shown(line, answer)))
+        self._has_finished.set()
+        deps.on_line(is_ok)
+
+    async def _write_on(self, journal: Journal) -> None:
+        """Write answers into the journal as they come."""
+        while True:
+            await self._has_finished.wait()
+            await asyncio.sleep(FLUSH_EVERY_S)
+            self._has_finished.clear()
+            group = list(self._finished)
+            await _unhurried(journal.append, group)
+            del self._finished[: len(group)]
+            now_s = self.deps.now_s()
+            if now_s - self._told_s >= _TELL_EVERY_S:
+                self._told_s = now_s
+                self._count(journal)
+                await _unhurried(partial(self.deps.store.save, lasts=False), self.record)
+
+    def _count(self, journal: Journal) -> None:
+        self.record.total = len(self._lines)
+        self.record.completed = journal.num_ok
+        self.record.failed = len(journal.places) - journal.num_ok
+
+    # --- its end --------------------------------------------------------------------------------------------
+
+    async def _finalize(self, journal: Journal) -> None:
+        """Write the files, then say that they are there."""
+        record, is_whole = self.record, len(journal.places) == len(self._lines)
+        if record.status in (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS):  # else an earlier router came so far
+            if self._stopped_by is BatchStatus.CANCELLING:
+                await self._advance(BatchStatus.CANCELLING)
+            elif is_whole:
+                await self._advance(BatchStatus.FINALIZING)
+        end = _END_OF.get(record.status, BatchStatus.EXPIRED)
+        record.output_file_id, record.error_file_id = await _unhurried(self._write_files, journal, end)
+        await self._end(end)
+
+    def _write_files(self, journal: Journal, end: BatchStatus) -> tuple[str | None, str | None]:
+        """Write each line's answer into the output file or the error file, in the order of the input."""
+        folder = self.deps.files.folder
+        parts = {True: folder.new_part(), False: folder.new_part()}
+        try:
+            with parts[True].open("wb") as outputs, parts[False].open("wb") as errors:
+                files = {True: outputs, False: errors}
+                for number, answer, is_ok in journal.answers(range(len(self._lines))):
+                    text = _unanswered(self._lines[number], end) if answer is None else answer
+                    self.record.failed += answer is None
+                    files[is_ok].write(text + b"\n")
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+            return self._placed(parts[True], is_ok=True), self._placed(parts[False], is_ok=False)
+        finally:
+            for part in parts.values():
+                part.unlink(missing_ok=True)
+
+    def _placed(self, part: Path, *, is_ok: bool) -> str | None:
+        """Return the id of a file; None where nothing is in it."""
+        if not part.stat().st_size:
+            return None
+        record, kind = self.record, "output" if is_ok else "error"
+        stored = self.deps.files.add(
+            part,
+            owner=record.owner,
+            filename=f"{record.id}_{kind}.jsonl",
+            purpose=OUTPUT,
+            lifetime_s=record.output_lifetime_s,
+            file_id=output_id(record.id, kind),
+        )
+        return stored.id
+
+    async def _advance(self, to: BatchStatus) -> None:
+        self.record.advance(to, self.deps.now_s())
+        await _unhurried(self.deps.store.save, self.record)
+
+    async def _end(self, status: BatchStatus) -> None:
+        await self._advance(status)
+        record = self.record
+        log.info("batch_ended", batch_id=record.id, status=status, total=record.total, failed=record.failed)
+        with contextlib.suppress(OSError):
+            await _unhurried(self.deps.store.clear, record.id)
+
+
+async def _unhurried(function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+    """Call what writes on a thread, and wait for its end even when cancelled: the next holder may begin after that."""
+    writing = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait([writing])
+        raise
+
+
+def _shown(line: InputLine, answer: CallAnswer) -> bytes:
+    """Return OpenAI's line for an answer."""
+    response = {"status_code": answer.status, "request_id": answer.request_id, "body": msgspec.Raw(answer.body)}
+    return _encoded(line, answer.request_id, response, None)
+
+
+def _unanswered(line: InputLine, end: BatchStatus) -> bytes:
+    code, message = _REASONS.get(end, _REASONS[BatchStatus.EXPIRED])
+    return _encoded(line, line.custom_id, None, {"code": code, "message": message})
+
+
+def _encoded(line: InputLine, name: str, response: object, error: object) -> bytes:
+    return msgspec.json.encode(
+        {"id": f"batch_req_{name}", "custom_id": line.custom_id, "response": response, "error": error}
+    )

@@ -1,0 +1,172 @@
+"""Batches on disk: their records, who runs each, and who asked to cancel one.
+
+A batch is run by the router that holds its lock, a lock of the kernel: it is free at the moment in which its holder
+ends, however it ends. Everybody may read records; the holder alone writes one. Methods wait for the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from ...common.errors import RequestError
+from ..state.errors import clip
+from .folder import DataFolder, sync_folder
+from .record import CANCELLABLE, BatchRecord
+
+_ID = re.compile(r"batch_[0-9a-f]{32}")
+_NEW = "new-"
+
+
+class BatchLock:
+    """The right to run one batch, until it is given back or the process ends."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def release(self) -> None:
+        os.close(self._fd)
+
+
+class BatchStore:
+    """The batches of a folder."""
+
+    def __init__(self, folder: DataFolder, now_s: Callable[[], float] = time.time) -> None:
+        self.folder = folder
+        self._now_s = now_s
+        self._ended: set[str] = set()  # they are not read again
+
+    def create(self, record: BatchRecord, input_path: Path) -> None:
+        """Make the batch's folder, with a name of its own for its input. Raises FileNotFoundError without one."""
+        new = self.folder.batches / f"{_NEW}{secrets.token_hex(8)}"
+        new.mkdir(mode=0o700)
+        try:
+            os.link(input_path, new / "input.jsonl")
+            (new / "lock").touch(mode=0o600)
+            self.folder.write(new / "batch.json", msgspec.json.encode(record))
+            new.rename(self.path(record.id))
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        sync_folder(self.folder.batches)
+
+    def path(self, batch_id: str) -> Path:
+        return self.folder.batches / batch_id
+
+    def input(self, batch_id: str) -> Path:
+        return self.path(batch_id) / "input.jsonl"
+
+    def journal(self, batch_id: str) -> Path:
+        return self.path(batch_id) / "journal"
+
+    def save(self, record: BatchRecord, *, lasts: bool = True) -> None:
+        """Write a record. For the holder of its lock."""
+        self.folder.write(self.path(record.id) / "batch.json", msgspec.json.encode(record), lasts=lasts)
+
+    def read(self, batch_id: str) -> BatchRecord | None:
+        try:
+            data = (self.path(batch_id) / "batch.json").read_bytes()
+            return msgspec.json.decode(data, type=BatchRecord)
+        except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
+            return None
+
+    def get(self, batch_id: str, owner: str) -> BatchRecord:
+        """Raises RequestError (404) for what is not there, or is somebody else's."""
+        record = self.read(batch_id) if _ID.fullmatch(batch_id) else None
+        if record is None or record.owner != owner:
+            raise RequestError(
+                f"there is no batch {clip(batch_id)}", param="batch_id", code="batch_not_found", status=404
+            )
+        return record
+
+    def owned(self, owner: str) -> list[BatchRecord]:
+        """Return the owner's batches, the newest first."""
+        found = [record for record in self._all() if record.owner == owner]
+        return sorted(found, key=lambda record: (record.created_ns, record.id), reverse=True)
+
+    def unended(self) -> list[BatchRecord]:
+        """Return the batches that somebody has to run, the oldest first."""
+        found = [record for record in self._all(skip=self._ended) if not record.has_ended]
+        return sorted(found, key=lambda record: (record.created_ns, record.id))
+
+    def num_unended(self, owner: str) -> int:
+        return sum(record.owner == owner for record in self.unended())
+
+    def _all(self, skip: set[str] | None = None) -> Iterator[BatchRecord]:
+        for path in list(self.folder.batches.iterdir()):
+            if skip and path.name in skip:
+                continue
+            record = self.read(path.name) if _ID.fullmatch(path.name) else None
+            if record is not None:
+                if record.has_ended:
+                    self._ended.add(record.id)
+                yield record
+
+    # --- who runs it ----------------------------------------------------------------------------------------
+
+    def lock(self, batch_id: str) -> BatchLock | None:
+        """Take a batch that nobody runs."""
+        try:
+            fd = os.open(self.path(batch_id) / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        return BatchLock(fd)
+
+    # --- who wants no more of it ----------------------------------------------------------------------------
+
+    def ask_to_cancel(self, batch_id: str, owner: str) -> BatchRecord:
+        """Tell whoever runs it. Raises RequestError for a batch that cannot be cancelled any more."""
+        record = self.get(batch_id, owner)
+        if record.status not in CANCELLABLE and self.cancel_asked_s(batch_id) is None:
+            raise RequestError(
+                f"a batch that is {record.status} cannot be cancelled", param="batch_id", code="batch_not_cancellable"
+            )
+        with contextlib.suppress(FileExistsError):
+            (self.path(batch_id) / "cancel").touch(mode=0o600, exist_ok=False)
+        return record
+
+    def cancel_asked_s(self, batch_id: str) -> float | None:
+        """Return when it was asked to cancel this batch; None: it was not."""
+        try:
+            return (self.path(batch_id) / "cancel").stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    # --- at its end -----------------------------------------------------------------------------------------
+
+    def clear(self, batch_id: str) -> None:
+        """Remove what a batch that has ended needs no more: its files have it."""
+        for path in (self.journal(batch_id), self.input(batch_id)):
+            path.unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Delete batches that ended long ago, and what was never created."""
+        oldest_s = self._now_s() - self.folder.retention_s
+        for record in list(self._all()):
+            if record.has_ended and record.stamps[record.status] < oldest_s:
+                shutil.rmtree(self.path(record.id), ignore_errors=True)
+                self._ended.discard(record.id)
+        for path in list(self.folder.batches.glob(f"{_NEW}*")):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < time.time() - 3600:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def output_id(batch_id: str, kind: str) -> str:
+    """Return the id of a batch's file: always the same, so that writing it again replaces it."""
+    return "file-" + hashlib.blake2b(f"{batch_id} {kind}".encode(), digest_size=12).hexdigest()

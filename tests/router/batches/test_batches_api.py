@@ -1,0 +1,237 @@
+"""The unmodified openai client's files and batches, against an application with a scripted dispatcher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from ..fakes import Script, listening, serve
+from .batch_server import answers, batch_server, client_of, jsonl, line, until_ended
+
+
+async def test_a_file_is_uploaded_listed_read_and_deleted(tmp_path: Path) -> None:
+    async with batch_server(tmp_path) as (_, address), client_of(address) as client:
+        data = jsonl(*(line(str(number)) for number in range(20_000)))
+        assert len(data) > 2**20
+        uploaded = await client.files.create(file=("in.jsonl", data), purpose="batch")
+        assert (uploaded.filename, uploaded.bytes, uploaded.purpose) == ("in.jsonl", len(data), "batch")
+        assert uploaded.status == "processed"
+        second = await client.files.create(file=b"x", purpose="batch")
+        assert [each.id async for each in client.files.list()] == [second.id, uploaded.id]
+        assert [each.id async for each in client.files.list(limit=1, order="asc")] == [uploaded.id, second.id]
+        assert (await client.files.retrieve(uploaded.id)).bytes == len(data)
+        assert (await client.files.content(uploaded.id)).content == data
+        assert (await client.files.delete(uploaded.id)).deleted
+        for call in (client.files.retrieve, client.files.content, client.files.delete):
+            with pytest.raises(openai.NotFoundError, match="there is no file"):
+                await call(uploaded.id)
+
+
+async def test_a_batch_is_answered_line_by_line_in_the_order_of_its_input(tmp_path: Path) -> None:
+    script = Script(choose=lambda request: bytes(request.prompt_token_ids).decode())
+    async with batch_server(tmp_path, script) as (served, address), client_of(address) as client:
+        data = jsonl(*(line(f"prompt {number}") for number in range(100)))
+        uploaded = await client.files.create(file=data, purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=uploaded.id, endpoint="/v1/completions", completion_window="24h", metadata={"a": "b"}
+        )
+        assert (batch.status, batch.metadata) == ("validating", {"a": "b"})
+        await client.files.delete(uploaded.id)  # the batch has it
+        batch = await until_ended(client, batch.id)
+        assert batch.status == "completed" and batch.errors is None and batch.error_file_id is None
+        assert batch.request_counts is not None
+        assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (
+            100,
+            100,
+            0,
+        )
+        stamps = (batch.created_at, batch.in_progress_at, batch.finalizing_at, batch.completed_at)
+        assert None not in stamps and list(stamps) == sorted(stamps)  # type: ignore[type-var]
+        found = await answers(client, batch.output_file_id)
+        assert [each["custom_id"] for each in found] == [f"prompt {number}" for number in range(100)]
+        for each in found:
+            assert each["error"] is None and each["response"]["status_code"] == 200
+            assert each["response"]["body"]["choices"][0]["text"] == each["custom_id"]
+        assert len({each["id"] for each in found}) == 100
+        assert all(request.is_background for request in served.dispatcher.requests)
+        assert [each.id async for each in client.batches.list(limit=1)] == [batch.id]
+        assert [(each.id, each.purpose) async for each in client.files.list()] == [
+            (batch.output_file_id, "batch_output")
+        ]
+        assert {path.name for path in (tmp_path / "batches" / batch.id).iterdir()} == {"batch.json", "lock"}
+
+
+async def test_chats_and_responses_are_batched_too(tmp_path: Path) -> None:
+    async with batch_server(tmp_path) as (_, address), client_of(address) as client:
+        for url, body in (
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+            ("/v1/responses", {"input": "hi"}),
+        ):
+            uploaded = await client.files.create(file=jsonl(line("a", url, **body)), purpose="batch")
+            batch = await client.batches.create(
+                input_file_id=uploaded.id,
+                endpoint=url,  # type: ignore[arg-type]
+                completion_window="24h",
+            )
+            batch = await until_ended(client, batch.id)
+            (answer,) = await answers(client, batch.output_file_id)
+            assert answer["response"]["status_code"] == 200
+
+
+async def _failed(client: openai.AsyncOpenAI, data: bytes) -> list[tuple[Any, ...]]:
+    uploaded = await client.files.create(file=data, purpose="batch")
+    batch = await client.batches.create(input_file_id=uploaded.id, endpoint="/v1/completions", completion_window="24h")
+    batch = await until_ended(client, batch.id)
+    assert batch.status == "failed" and batch.failed_at is not None and batch.errors is not None
+    assert batch.errors.data is not None
+    return [(each.line, each.code, each.param) for each in batch.errors.data]
+
+
+async def test_a_wrong_input_fails_the_batch_with_the_lines_numbers(tmp_path: Path) -> None:
+    async with batch_server(tmp_path) as (served, address), client_of(address) as client:
+        assert await _failed(client, b"") == [(None, "empty_file", None)]
+        body = line("x")["body"]
+        wrong = [
+            line("a"),
+            "no object",
+            {**line("b"), "method": "GET"},
+            {**line("c"), "url": "/v1/chat/completions"},
+            line("a"),
+            {**line("d"), "body": []},
+            {**line("e"), "body": {**body, "stream": True}},
+            {**line("f"), "body": {**body, "model": "other"}},
+            {**line("g"), "more": 1},
+            {"custom_id": 1},
+        ]
+        data = jsonl(*wrong) + b"{\n\n" + b'{"custom_id": "' + b"x" * 9 * 2**20 + b'"}\n' + b"\xff\xfe"
+        assert await _failed(client, data) == [
+            (2, "invalid_json_line", None),
+            (3, "invalid_request", "method"),
+            (4, "mismatched_endpoint", "url"),
+            (5, "duplicate_custom_id", "custom_id"),
+            (6, "invalid_request", "body"),
+            (7, "invalid_request", "body.stream"),
+            (8, "model_not_found", "body.model"),
+            (9, "invalid_request", "more"),
+            (10, "invalid_request", "custom_id"),
+            (11, "invalid_json_line", None),
+            (13, "line_too_long", None),
+            (14, "invalid_json_line", None),
+        ]
+        assert len(await _failed(client, b"x\n" * 1000)) == 100
+        assert not served.dispatcher.requests
+
+
+async def test_a_body_that_is_refused_is_its_lines_own_error(tmp_path: Path) -> None:
+    async with batch_server(tmp_path) as (_, address), client_of(address) as client:
+        wrong = line("b", model="toy", prompt="x", temperature=-1)
+        uploaded = await client.files.create(file=jsonl(line("a"), wrong, line("c")), purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=uploaded.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        batch = await until_ended(client, batch.id)
+        assert batch.status == "completed" and batch.request_counts is not None
+        assert (batch.request_counts.completed, batch.request_counts.failed) == (2, 1)
+        assert [each["custom_id"] for each in await answers(client, batch.output_file_id)] == ["a", "c"]
+        (error,) = await answers(client, batch.error_file_id)
+        assert error["custom_id"] == "b" and error["response"]["status_code"] == 400
+        assert error["response"]["body"]["error"]["param"] == "temperature"
+
+
+async def test_a_cancelled_batch_keeps_what_was_answered(tmp_path: Path) -> None:
+    server = batch_server(tmp_path, Script(hold_at=2), max_batch_requests=2)
+    async with server as (served, address), client_of(address) as client:
+        uploaded = await client.files.create(file=jsonl(*(line(str(n)) for n in range(5))), purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=uploaded.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        await served.dispatcher.held.wait()
+        batch = await client.batches.cancel(batch.id)
+        assert batch.status == "cancelling" and batch.cancelling_at is not None
+        batch = await until_ended(client, batch.id)
+        assert batch.status == "cancelled" and batch.cancelled_at is not None and batch.output_file_id is None
+        errors = await answers(client, batch.error_file_id)
+        assert [each["custom_id"] for each in errors] == ["0", "1", "2", "3", "4"]
+        assert {each["error"]["code"] for each in errors} == {"batch_cancelled"}
+        assert len(served.dispatcher.aborted) == len(served.dispatcher.requests) == 2
+        assert (await client.batches.cancel(batch.id)).status == "cancelled"  # as it was asked before
+
+
+async def test_a_batch_that_has_ended_cannot_be_cancelled(tmp_path: Path) -> None:
+    async with batch_server(tmp_path) as (_, address), client_of(address) as client:
+        uploaded = await client.files.create(file=jsonl(line("a")), purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=uploaded.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        await until_ended(client, batch.id)
+        with pytest.raises(openai.BadRequestError, match="a batch that is completed cannot be cancelled"):
+            await client.batches.cancel(batch.id)
+
+
+async def test_a_batch_expires_with_its_window(tmp_path: Path) -> None:
+    async with batch_server(tmp_path, Script(hold_at=2)) as (_, address), client_of(address) as client:
+        uploaded = await client.files.create(file=jsonl(line("a")), purpose="batch")
+        window: Any = "1s"
+        batch = await client.batches.create(
+            input_file_id=uploaded.id, endpoint="/v1/completions", completion_window=window
+        )
+        batch = await until_ended(client, batch.id)
+        assert batch.status == "expired" and batch.expired_at is not None
+        (error,) = await answers(client, batch.error_file_id)
+        assert error["response"] is None and error["error"]["code"] == "batch_expired"
+
+
+async def test_a_key_sees_its_own_alone(tmp_path: Path) -> None:
+    server = batch_server(tmp_path, api_keys=("one", "two"))
+    async with server as (_, address), client_of(address, "one") as one, client_of(address, "two") as two:
+        uploaded = await one.files.create(file=jsonl(line("a")), purpose="batch")
+        batch = await one.batches.create(input_file_id=uploaded.id, endpoint="/v1/completions", completion_window="24h")
+        batch = await until_ended(one, batch.id)
+        assert batch.output_file_id is not None
+        assert [each.id async for each in two.files.list()] == [each.id async for each in two.batches.list()] == []
+        for call, name in (
+            (two.files.content, batch.output_file_id),
+            (two.files.delete, uploaded.id),
+            (two.batches.retrieve, batch.id),
+            (two.batches.cancel, batch.id),
+        ):
+            with pytest.raises(openai.NotFoundError):
+                await call(name)
+        with pytest.raises(openai.NotFoundError):
+            await two.batches.create(input_file_id=uploaded.id, endpoint="/v1/completions", completion_window="24h")
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"endpoint": "/v1/models"}, "endpoint: must be one of /v1/chat/completions, "),
+    ({"completion_window": "24"}, "completion_window: must be a time such as 24h"),
+    ({"completion_window": "31d"}, "completion_window: must be a time such as 24h"),
+    ({"metadata": {"a": "x" * 513}}, "metadata: "),
+    ({"input_file_id": "../batch"}, "there is no file"),
+    ({"extra_body": {"more": 1}}, "there is no such field"),
+    ({"output_expires_after": {"anchor": "created_at", "seconds": 0}}, "output_expires_after: needs"),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), WRONG)
+async def test_a_wrong_batch_is_refused_by_name(tmp_path: Path, change: dict[str, Any], text: str) -> None:
+    async with batch_server(tmp_path) as (_, address), client_of(address) as client:
+        body: dict[str, Any] = {
+            "input_file_id": "file-" + "0" * 24,
+            "endpoint": "/v1/completions",
+            "completion_window": "24h",
+        }
+        with pytest.raises(openai.APIStatusError, match=text):
+            await client.batches.create(**{**body, **change})
+
+
+async def test_without_a_folder_the_flag_is_named() -> None:
+    served = serve()
+    async with listening(served.app) as address, client_of(address) as client:
+        with pytest.raises(openai.APIStatusError, match="start it with --data-dir DIR") as caught:
+            await client.files.create(file=b"x", purpose="batch")
+        assert caught.value.status_code == 501
+        with pytest.raises(openai.APIStatusError, match="start it with --data-dir DIR"):
+            await client.batches.list()
