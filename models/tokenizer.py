@@ -149,6 +149,11 @@ class Tokenizer:
     def has_token(self, token_id: int) -> bool:
         return self._token(token_id) is not None
 
+    def added_id(self, token: str) -> int | None:
+        """Return the id of a token that stands for itself in any text; None: the model has no such token."""
+        found: int | None = self._backend.token_to_id(token)
+        return found if found in self._backend.get_added_tokens_decoder() else None
+
     def _token(self, token_id: int) -> str | None:
         if not 0 <= token_id < self.vocab_size:
             return None

@@ -212,6 +212,7 @@ def _own(vocab_size: int) -> dict[str, Values]:
         ],
         "stop_token_ids": [None, [], [0], [last], list(range(min(vocab_size, MAX_STOP_TOKEN_IDS)))],
         "cache_salt": [None, "s", "é" * 256],
+        "suffix": [None, ""],  # few models take another one
         "user": [None, "", "u" * 5000, 7, {"a": [1]}],
         "chat_template_kwargs": [
             None, {}, {"enable_thinking": True}, {"thinking_budget": 1_000_000, "date_string": "d" * 256},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from msgspec import UNSET, UnsetType
@@ -34,9 +35,11 @@ class CompletionForm:
         return self._context.body(Completion, [], self._context.usage())
 
     def whole(self, pieces: Sequence[TextPiece]) -> Struct:
-        choices = []
-        for index, piece in enumerate(pieces):
+        choices: list[CompletionChoice] = []
+        for index in self._shown(pieces):
+            piece = pieces[index]
             choice = self._choice(index, piece)
+            choice.index = len(choices)
             if self._options.echo:
                 choice.text = self._echoed_text(index) + choice.text
                 echoed = self._echoed_logprobs(index)
@@ -46,6 +49,17 @@ class CompletionForm:
             choice.prompt_logprobs = self._prompt_logprobs(index)
             choices.append(choice)
         return self._context.body(Completion, choices, self._context.usage())
+
+    def _shown(self, pieces: Sequence[TextPiece]) -> Sequence[int]:
+        """Return which choices are shown: of each prompt those that the model finds likeliest, by the token."""
+        num_best, num_choices = self._options.num_best, self._context.answer.num_choices
+        if num_best is None:
+            return range(len(pieces))
+        shown: list[int] = []
+        for start in range(0, len(pieces), num_choices):
+            ranked = sorted(range(start, start + num_choices), key=lambda index: -_mean_logprob(pieces[index]))
+            shown += ranked[:num_best]
+        return shown
 
     def _choice(self, index: int, piece: TextPiece) -> CompletionChoice:
         return CompletionChoice(
@@ -97,3 +111,9 @@ class CompletionForm:
             return UNSET
         scored = self._context.answer.stream_of(index).prompt_logprobs
         return prompt_logprobs(scored, self._context.tokenizer, self._options.num_prompt_logprobs)
+
+
+def _mean_logprob(piece: TextPiece) -> float:
+    """Return a choice's log probability per token."""
+    found = [token.logprob for token in piece.tokens if token.logprob is not None]
+    return sum(found) / len(found) if found else -math.inf

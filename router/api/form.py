@@ -27,6 +27,7 @@ class FormOptions:
     echo: bool = False
     return_token_ids: bool = False
     names_tokens_by_id: bool = False
+    num_best: int | None = None  # choices of each prompt that are shown, the best ones; None: all
     include_usage: bool = False  # of a stream
     continuous_usage: bool = False  # of a stream: in every chunk
 

@@ -19,7 +19,7 @@ from .choice import TextOptions
 from .fields import not_supported
 from .form import FormContext, FormOptions
 from .prompts import ChatPrompt
-from .schemas import ChatBody, GenerationBody
+from .schemas import ChatBody, CompletionBody, GenerationBody
 
 Prompts = TypeVar("Prompts")
 
@@ -105,7 +105,7 @@ def text_options(body: GenerationBody, max_tokens: int, turns: TurnOptions | Non
         max_tokens=max_tokens,
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
-        keep_tokens=body.num_logprobs is not None or bool(body.return_token_ids),
+        keep_tokens=body.computed_logprobs is not None or bool(body.return_token_ids),
         shown_tokens=frozenset() if turns is None else turns.shown_tokens,
         reasoning="" if turns is None else turns.reasoning,
         one_call=None if turns is None or turns.use.is_parallel else turns.reader,
@@ -123,6 +123,7 @@ def form_context(answer_id: str, version: Version, body: GenerationBody, answer:
         names_tokens_by_id=bool(body.return_tokens_as_token_ids),
         include_usage=streamed is not None and bool(streamed.include_usage),
         continuous_usage=continuous,
+        num_best=body.num_best if isinstance(body, CompletionBody) else None,
     )
     model = version.model
     return FormContext(answer_id, wall_time_s(), model.name, model.fingerprint, answer, version.tokenizer, options)

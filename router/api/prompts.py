@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from ...common.errors import RequestError
+from ...models.infill import InfillForm
 from ...models.special_text import SpecialText
 from ...models.tokenizer import check_num_bytes, check_text_size
 from ..catalogue.version import Version
@@ -97,16 +98,33 @@ class PromptReader:
 
 
 def _completion(version: Version, body: CompletionBody) -> list[PromptText]:
-    prompts = _completion_prompts(version, body)
+    if body.suffix:
+        return _infilled(version, body)
+    prompts = _completion_prompts(version, body, add_special_tokens=body.add_special_tokens is not False)
     for prompt in prompts:
         if not prompt.token_ids:
             raise RequestError("the prompt is empty: it has no tokens", param="prompt")
     return prompts
 
 
-def _completion_prompts(version: Version, body: CompletionBody) -> list[PromptText]:
+def _infilled(version: Version, body: CompletionBody) -> list[PromptText]:
+    """Return prompts for what stands between each prompt and the suffix, and make its end tokens stop tokens."""
+    form, tokenizer = InfillForm.of(version.tokenizer), version.tokenizer
+    if form is None:
+        raise RequestError(
+            f"'suffix' is not supported: the model '{version.model.name}' has no tokens for filling in a middle",
+            param="suffix",
+            code="unsupported_parameter",
+        )
+    begin = tokenizer.encode("", body.add_special_tokens is not False)
+    [suffix] = _encode(version, [body.suffix or ""], add_special_tokens=False)
+    prefixes = _completion_prompts(version, body, add_special_tokens=False)
+    body.stop_token_ids = [*dict.fromkeys([*(body.stop_token_ids or ()), *form.ends])]
+    return [PromptText(form.prompt(begin, each.token_ids, suffix.token_ids), each.text) for each in prefixes]
+
+
+def _completion_prompts(version: Version, body: CompletionBody, *, add_special_tokens: bool) -> list[PromptText]:
     prompt = body.prompt
-    add_special_tokens = body.add_special_tokens is not False
     if isinstance(prompt, str):
         return _encode(version, [prompt], add_special_tokens)
     if isinstance(prompt[0], str):

@@ -85,6 +85,11 @@ class GenerationBody(BaseModel):
         """The number of alternatives to report for each token; None: no logprobs at all."""
         raise NotImplementedError
 
+    @property
+    def computed_logprobs(self) -> int | None:
+        """The same of what the workers compute: the client may not see it."""
+        return self.num_logprobs
+
     _grammar: AskedGrammar | None = PrivateAttr(None)
 
     @property
@@ -122,7 +127,7 @@ class GenerationBody(BaseModel):
             min_tokens=min_tokens,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
-            logprobs=self.num_logprobs,
+            logprobs=self.computed_logprobs,
             prompt_logprobs=self.asked_prompt_logprobs,
             seed=_given(self.seed, seed) & _SEED_MASK,
         )
@@ -136,10 +141,25 @@ class CompletionBody(GenerationBody):
     prompt: Prompt
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     logprobs: Logprobs | None = None
+    suffix: str | None = None  # what stands behind the answer
+
+    @property
+    def num_choices(self) -> int:
+        return self.best_of or self.n or 1
+
+    @property
+    def num_best(self) -> int | None:
+        """The number of choices that the client sees, the best ones; None: all of them."""
+        shown = self.n or 1
+        return None if shown == self.num_choices else shown
 
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def computed_logprobs(self) -> int | None:
+        return 0 if self.logprobs is None and self.num_best is not None else self.logprobs
 
     @property
     def asked_prompt_logprobs(self) -> int | None:
@@ -149,12 +169,12 @@ class CompletionBody(GenerationBody):
 
     def check(self) -> None:
         super().check()
-        if self.best_of is not None and self.best_of != self.num_choices:
-            raise RequestError(
-                f"best_of {self.best_of} is not supported: it must equal n ({self.num_choices})",
-                param="best_of",
-                code="unsupported_parameter",
-            )
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise RequestError(f"best_of {self.best_of} is less than n ({self.n})", param="best_of")
+        if self.num_best is not None and self.stream:
+            raise RequestError("best_of above n is not available with stream: true", param="best_of")
+        if self.suffix and self.echo:
+            raise RequestError("echo is not available beside suffix", param="echo")
         if self.max_tokens == 0 and not self.echo:
             raise RequestError("max_tokens must be at least 1 (0 only with echo: true)", param="max_tokens")
 

@@ -80,7 +80,7 @@ def test_null_means_not_given_for_every_field() -> None:
         ("stop_token_ids", [-1]), ("stop_token_ids", list(range(65))), ("stop_token_ids", ["1"]),
         ("ignore_eos", 1), ("stream", "true"), ("echo", "yes"), ("stream_options", {}),
         ("priority", 2**31), ("cache_salt", ""), ("cache_salt", "x" * 257), ("service_tier", "flex"),
-        ("best_of", 2), ("model", 7),
+        ("best_of", 0), ("best_of", 17), ("suffix", 1), ("model", 7),
     ],
 )  # fmt: skip
 def test_a_value_out_of_its_bounds_is_refused_by_name(field: str, value: object) -> None:
@@ -120,7 +120,7 @@ def test_a_missing_field_is_named() -> None:
     [
         ("functions", [{}]), ("guided_decoding_backend", "x"), ("guided_whitespace_pattern", " "), ("audio", {}),
         ("modalities", ["audio"]), ("prediction", {}), ("logits_processors", ["x"]), ("use_beam_search", True),
-        ("kv_transfer_params", {}), ("suffix", "x"), ("length_penalty", 2.0),
+        ("kv_transfer_params", {}), ("length_penalty", 2.0),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(field: str, value: object) -> None:
@@ -198,7 +198,10 @@ def test_an_endless_field_name_does_not_come_back_whole() -> None:
 def test_rules_between_fields() -> None:
     assert _refusal(stream_options={"include_usage": True}).param == "stream_options"
     assert _refusal(stream=True, prompt_logprobs=1).param == "prompt_logprobs"
-    assert _refusal(n=2, best_of=3).param == "best_of"
+    assert _refusal(n=3, best_of=2).param == "best_of"
+    assert _refusal(n=2, best_of=3, stream=True).param == "best_of"
+    assert _refusal(suffix="x", echo=True).param == "echo"
+    assert _chat_refusal(suffix="x").code == "unsupported_parameter"
     assert _chat_refusal(top_logprobs=2, logprobs=False).param == "top_logprobs"
     assert _chat_refusal(max_tokens=2, max_completion_tokens=3).param == "max_completion_tokens"
     assert _chat_refusal(continue_final_message=True, add_generation_prompt=True).param == "continue_final_message"
