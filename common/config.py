@@ -214,7 +214,7 @@ class RouterConfig(Settings):
     data_dir: Path | None = None  # of /v1/files and /v1/batches; None: both are refused
     data_dir_bytes: PositiveInt = 10 << 30  # that all files in it may take together
     data_retention_days: float = Field(30.0, gt=0, le=3650)  # of files and ended batches
-    max_batch_requests: PositiveInt = 64  # of all batches at once
+    max_batch_requests: PositiveInt = 16  # of all batches at once
     batch_requests_beside: int = Field(0, ge=0)  # while somebody else is served
     share_prefix_cache: bool = False  # between API keys
     max_concurrency_per_key: PositiveInt | None = None  # None: no limit

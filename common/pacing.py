@@ -21,3 +21,8 @@ def longest_step_s(objective_s: float | None, decode_s: float) -> float:
     if objective_s is not None:
         return _OBJECTIVE_SHARE * objective_s
     return max(_MIN_STEP_S, _DECODE_STEP_STRETCH * decode_s)
+
+
+# A step of background requests alone is cut to about this: who comes while it runs waits for its end. Larger ones
+# compute more in a second, smaller ones are noticed less.
+BACKGROUND_STEP_S = 0.03

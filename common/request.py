@@ -25,6 +25,7 @@ RequestId = NewType("RequestId", str)
 BlockId = int
 
 MAX_CHOICES = 16
+BACKGROUND_PRIORITY = 2**31  # behind everything that a client can name: nobody waits for these requests
 DEFAULT_CLASS = "default"  # of requests that name no class
 # Logits are float32: divided by less than this they overflow. The bounds for temperatures are vLLM's.
 GREEDY_BELOW = 1e-5

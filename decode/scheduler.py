@@ -26,7 +26,7 @@ from heapq import merge
 from ..common.batch import Batch, BatchRow, RowKind, StepOutput
 from ..common.errors import CapacityError
 from ..common.kv_spec import KVCacheSpec
-from ..common.request import BlockId, Sequence
+from ..common.request import BACKGROUND_PRIORITY, BlockId, Sequence
 from ..kvcache.blocks import BlockPool
 from ..kvcache.prefix_cache import PrefixCache
 from .pace import Pace
@@ -167,7 +167,7 @@ class DecodeScheduler:
         self._fill_rows()
         rows = self._decode_rows()
         budget = self._max_num_batched_tokens - len(rows)
-        chunks = self._chunk_rows(min(budget, self.pace.chunk_tokens) if rows else budget)
+        chunks = self._chunk_rows(min(budget, self.pace.chunk_tokens) if rows or self._is_background else budget)
         if self.speculation is not None and rows:
             budget -= sum(row.num_scheduled_tokens for row in chunks)
             self.speculation.draft(rows, budget, self.room_for)
@@ -179,6 +179,11 @@ class DecodeScheduler:
         batch = self.blocks.begin(rows)
         self._in_step = batch is not None
         return batch
+
+    @property
+    def _is_background(self) -> bool:
+        """True where nobody waits for any of those that run: the first one is of the highest class."""
+        return bool(self.running) and self.running[0].priority == BACKGROUND_PRIORITY
 
     def _fill_rows(self) -> None:
         """Rows go to the oldest without one. Who waits for blocks is passed by those alone that hold theirs; who waits

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from ..common.batch import Batch, BatchRow
 from ..common.clock import Clock
 from ..common.errors import CapacityError
-from ..common.pacing import PROMPT_DUE_STRETCH
-from ..common.request import Sequence
+from ..common.pacing import BACKGROUND_STEP_S, PROMPT_DUE_STRETCH
+from ..common.request import BACKGROUND_PRIORITY, Sequence
 from ..kvcache.blocks import BlockPool, hash_blocks
 from ..kvcache.prefix_cache import PrefixCache
 
@@ -142,7 +142,10 @@ class PrefillScheduler:
 
     def _budget(self) -> int:
         """Tokens of the next step."""
-        affordable = max(MIN_CHUNK_TOKENS, int(self.max_step_s / self._s_per_token))
+        max_step_s = self.max_step_s
+        if self.prompts and self.prompts[0].seq.priority == BACKGROUND_PRIORITY:  # and so are all behind it
+            max_step_s = min(max_step_s, BACKGROUND_STEP_S)
+        affordable = max(MIN_CHUNK_TOKENS, int(max_step_s / self._s_per_token))
         return min(self._max_num_batched_tokens, affordable)
 
     def complete(self, prompt: Prompt, num_tokens: int) -> bool:

@@ -79,7 +79,7 @@ def build_app(
     allowed_origins: tuple[str, ...] = (),
     unknown_fields: UnknownFields = "refuse",
     data: DataFolder | None = None,
-    max_batch_requests: int = 64,
+    max_batch_requests: int = 16,
 ) -> FastAPI:
     """The application; `app.state.api` is the `Api` behind it, `app.state.keeper` runs batches, if there is a `data`
     folder to keep them in: up to `max_batch_requests` of their requests at once. `clock` is the dispatchers'.
@@ -102,19 +102,19 @@ def build_app(
         max_body_bytes=max_body_bytes,
         refuses_unknown=unknown_fields == "refuse",
     )
-    keys = keys or ApiKeys()
+    keys, cors = keys or ApiKeys(), Cors(allowed_origins)
     middleware = RequestMiddleware(
         keys=keys,
         clock=clock,
         observer=metrics,
         hosts=HostNames(allowed_hosts) if allowed_hosts or not keys.are_needed else None,
-        cors=Cors(allowed_origins),
+        cors=cors,
         error_bodies={"/v1/messages": error_body, _COUNT_PATH: error_body},
     )
     routes = _Routes(api, metrics)
     app = _Application(middleware, routes)
     app.state.api = api
-    batches = _batches(api, routes, metrics, keys, data, max_batch_requests)
+    batches = _batches(api, routes, metrics, keys, cors, data, max_batch_requests)
     app.state.keeper = batches.keeper
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_routes(app, routes)
@@ -124,7 +124,13 @@ def build_app(
 
 
 def _batches(
-    api: Api, routes: _Routes, metrics: RouterMetrics, keys: ApiKeys, data: DataFolder | None, max_requests: int
+    api: Api,
+    routes: _Routes,
+    metrics: RouterMetrics,
+    keys: ApiKeys,
+    cors: Cors,
+    data: DataFolder | None,
+    max_requests: int,
 ) -> BatchRoutes:
     """Return the endpoints of files and batches, whose lines are calls of the endpoints here."""
     endpoints: dict[str, Endpoint] = {
@@ -145,7 +151,13 @@ def _batches(
             slots=asyncio.Semaphore(max_requests),
             on_line=metrics.on_batch_line,
         )
-    return BatchRoutes(deps, endpoints=tuple(endpoints), owner_of=keys.owner_of, body_room=api.body_room)
+    return BatchRoutes(
+        deps,
+        endpoints=tuple(endpoints),
+        owner_of=keys.owner_of,
+        body_room=api.body_room,
+        check_form=cors.check_form,
+    )
 
 
 class _Application(FastAPI):

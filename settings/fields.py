@@ -260,7 +260,7 @@ class ServeSettings(Settings):
         Annotated[float, Field(gt=0, le=3650)],
         Option("Batches", "Days that files and ended batches are kept.", FRONTS),
     ] = 30.0
-    max_batch_requests: Annotated[Count, Option("Batches", "Requests of batches at once, of each router.", FRONTS)] = 64
+    max_batch_requests: Annotated[Count, Option("Batches", "Requests of batches at once, of each router.", FRONTS)] = 16
     batch_requests_beside: Annotated[
         Annotated[int, BeforeValidator(parse_number), Field(ge=0)],
         Option("Batches", "Of these, beside other requests; 0: batches wait while anybody else is served.", FRONTS),

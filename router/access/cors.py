@@ -15,7 +15,7 @@ from ...common.errors import RequestError
 from ..state.errors import clip
 
 MAX_AGE_S = 600  # for which a browser need not ask again
-_METHODS = b"GET, HEAD, POST, OPTIONS"
+_METHODS = b"GET, HEAD, POST, DELETE, OPTIONS"
 _EXPOSED = (
     b"x-request-id, x-kvferry-ignored, server-timing, openai-processing-ms, retry-after, retry-after-ms, "
     b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
@@ -46,6 +46,13 @@ class Cors:
             (b"access-control-allow-headers", names if _HEADER_NAMES.fullmatch(names) else b"authorization"),
             (b"access-control-max-age", b"%d" % MAX_AGE_S),
         ]
+
+    def check_form(self, headers: Mapping[bytes, bytes]) -> None:
+        """Refuse a form of a page that may not ask: browsers send forms anywhere, without a preflight."""
+        origin = headers.get(b"origin")
+        if origin is not None and not self.headers(headers):
+            text = clip(origin.decode("latin-1"))
+            raise RequestError(f"the origin {text} is not allowed", code="origin_not_allowed", status=403)
 
     def headers(self, headers: Mapping[bytes, bytes]) -> Headers:
         """Return what an answer carries for the page that asked."""

@@ -79,6 +79,8 @@ class EndpointCalls:
             return CallAnswer(failure.status, request_id, failure.body, failure.retry_after_s)
         finally:
             leave(scope)
+        if not kept.status:  # it was cut before it had begun
+            return CallAnswer(503, request_id, b"{}")
         return CallAnswer(kept.status, request_id, b"".join(kept.parts), kept.retry_after_s)
 
 

@@ -35,7 +35,9 @@ class DataFolder:
         try:
             for folder in (path, self.files, self.batches, self._parts):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.new_part().touch()
+            part = self.new_part()
+            part.touch()
+            part.unlink()
         except OSError as error:
             raise ConfigError(f"data_dir: cannot use {path}: {error.strerror or error}") from error
         self.sweep_parts()
@@ -74,7 +76,7 @@ class DataFolder:
         oldest_s = time.time() - _PART_AGE_S
         for part in list(self._parts.iterdir()):
             try:
-                if part.stat().st_mtime < oldest_s or not part.stat().st_size:
+                if part.stat().st_mtime < oldest_s:
                     part.unlink()
             except FileNotFoundError:
                 continue  # it is in its place now

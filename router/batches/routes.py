@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -45,8 +45,10 @@ class BatchRoutes:
         endpoints: Sequence[str],
         owner_of: Callable[[bytes], str],
         body_room: BodyRoom,
+        check_form: Callable[[Mapping[bytes, bytes]], None] = lambda headers: None,
     ) -> None:
-        """`owner_of`: a tenant's name on disk."""
+        """`owner_of`: a tenant's name on disk. `check_form`: refuses forms of web pages that may not ask."""
+        self._check_form = check_form
         self._deps = deps
         self.keeper = Keeper(deps) if deps is not None else None
         self._endpoints = endpoints
@@ -72,6 +74,7 @@ class BatchRoutes:
     async def upload(self, request: Request) -> Response:
         deps, owner = self._ready, self._owner(request)
         headers = context_of(request.scope).headers
+        self._check_form(headers)
         async with received(headers, request.receive, deps.store.folder) as (form, part):
             lifetime_s = form.check()
             assert form.filename is not None

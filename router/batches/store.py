@@ -51,7 +51,7 @@ class BatchStore:
         new = self.folder.batches / f"{_NEW}{secrets.token_hex(8)}"
         new.mkdir(mode=0o700)
         try:
-            os.link(input_path, new / "input.jsonl")
+            _link(input_path, new / "input.jsonl")
             (new / "lock").touch(mode=0o600)
             self.folder.write(new / "batch.json", msgspec.json.encode(record))
             new.rename(self.path(record.id))
@@ -165,6 +165,16 @@ class BatchStore:
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < time.time() - 3600:
                     shutil.rmtree(path, ignore_errors=True)
+
+
+def _link(path: Path, name: Path) -> None:
+    """Give a file a second name, or a copy where the file system has none. Raises FileNotFoundError."""
+    try:
+        os.link(path, name)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(path, name)
 
 
 def output_id(batch_id: str, kind: str) -> str:

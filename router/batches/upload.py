@@ -138,6 +138,10 @@ def too_large(max_bytes: int) -> RequestError:
 
 def boundary_of(headers: Mapping[bytes, bytes]) -> bytes:
     """Return the boundary of a multipart body. Raises RequestError (415) for another kind of body."""
+    coding = headers.get(b"content-encoding", b"identity")
+    if coding.strip().lower() != b"identity":  # what is stored is what is read
+        text = f"the body must come as it is, not with Content-Encoding: {clip(coding.decode('latin-1'))}"
+        raise RequestError(text, code="unsupported_media_type", status=415)
     kind, options = parse_options_header(headers.get(b"content-type", b""))
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not 1 <= len(boundary) <= 200:

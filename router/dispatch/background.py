@@ -13,7 +13,7 @@ from ..state.tracked_request import TrackedRequest
 from .in_flight import InFlightRequests
 
 # Longer leaves workers idle between the turns of a chat, shorter begins background work that is sent away at once.
-QUIET_S = 0.5
+QUIET_S = 1.0
 
 
 class Background:

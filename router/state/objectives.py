@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...common.request import DEFAULT_CLASS
+from ...common.request import BACKGROUND_PRIORITY, DEFAULT_CLASS
 
 __all__ = ["BACKGROUND", "BACKGROUND_CLASS", "DEFAULT_CLASS", "DEFAULT_STRETCH", "NO_OBJECTIVES", "Objectives"]
 
@@ -33,4 +33,4 @@ class Objectives:
 
 NO_OBJECTIVES = Objectives()
 BACKGROUND_CLASS = "batch"  # what books call requests that nobody waits for
-BACKGROUND = Objectives(priority=2**31 - 1)  # behind everything that a client can name
+BACKGROUND = Objectives(priority=BACKGROUND_PRIORITY)

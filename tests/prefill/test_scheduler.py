@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.common.errors import CapacityError
-from kvferry.common.request import RequestId, SamplingParams, Sequence
+from kvferry.common.request import BACKGROUND_PRIORITY, RequestId, SamplingParams, Sequence
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.prefill.scheduler import PrefillScheduler, Prompt
 from kvferry.tests.fake_clock import FakeClock
@@ -55,6 +55,14 @@ def test_slow_steps_get_fewer_tokens_but_never_too_few_to_move_on() -> None:
     for _ in range(50):
         scheduler.observe(step_s=9.0, num_tokens=100)
     assert _step(scheduler)[0] == [("a", 64)]
+
+
+def test_steps_of_background_prompts_alone_are_short() -> None:
+    scheduler, _, _ = _scheduler(num_blocks=1024, budget=512)
+    scheduler.add(_sequence("b", 1000, priority=BACKGROUND_PRIORITY), b"")
+    assert _step(scheduler)[0] == [("b", 64)]
+    scheduler.add(_sequence("a", 100, first=5000), b"")
+    assert _step(scheduler)[0] == [("a", 100), ("b", 400)]
 
 
 def test_a_short_rest_of_a_prompt_goes_along() -> None:

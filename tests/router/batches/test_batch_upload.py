@@ -28,6 +28,7 @@ PURPOSE = ('name="purpose"', b"batch")
 REFUSED: list[tuple[bytes, dict[str, str], int, str]] = [
     (b"{}", {"content-type": "application/json"}, 415, "multipart/form-data"),
     (b"", {"content-type": "multipart/form-data"}, 415, "with a boundary"),
+    (form(FILE, PURPOSE), {**FORM, "content-encoding": "gzip"}, 415, "Content-Encoding"),
     (b"", FORM, 400, "ends in its middle"),
     (b"junk", FORM, 400, "no multipart form"),
     (form(FILE, PURPOSE)[:-9], FORM, 400, "ends in its middle"),
@@ -69,6 +70,14 @@ async def test_names_of_files_are_made_harmless(tmp_path: Path) -> None:
             assert answer.json()["filename"] == kept
             content = await client.get(f"/v1/files/{answer.json()['id']}/content")
             assert content.content == b"1" and "attachment" in content.headers["content-disposition"]
+
+
+async def test_a_web_page_may_upload_where_it_may_ask(tmp_path: Path) -> None:
+    server = batch_server(tmp_path, allowed_origins=("https://ours",))
+    async with server as (_, address), httpx.AsyncClient(base_url=f"http://{address}") as client:
+        for origin, status in (("https://ours", 200), ("https://other", 403), ("null", 403)):
+            answer = await client.post("/v1/files", content=form(FILE, PURPOSE), headers={**FORM, "origin": origin})
+            assert answer.status_code == status
 
 
 @pytest.mark.parametrize("path", ["x", "..%2Fbatch", "file-" + "z" * 24, "file-" + "0" * 24, "%00", "a" * 5000])

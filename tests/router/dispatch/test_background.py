@@ -101,7 +101,7 @@ def test_whatever_comes_in_whatever_order_nothing_is_lost() -> None:
         for stream in streams:
             if not stream.request.is_background:
                 stream.abort()
-        fleet.wait(1.0, p, d)
+        fleet.wait(QUIET_S + 0.5, p, d)
         waiting = [stream for stream in streams if state(stream) is RequestStatus.QUEUED]
         assert len(waiting) <= max(0, len(streams) - 1)
         assert all(not fleet.dispatcher._in_flight.get(each.request.request_id).is_suspended for each in waiting)  # type: ignore[union-attr]
