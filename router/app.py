@@ -154,6 +154,7 @@ def _batches(
     return BatchRoutes(
         deps,
         endpoints=tuple(endpoints),
+        model=api.catalogue.version(None).model.name,
         owner_of=keys.owner_of,
         body_room=api.body_room,
         check_form=cors.check_form,

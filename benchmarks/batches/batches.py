@@ -111,19 +111,22 @@ async def _beside_batch(
     lines = [line(f"{n}", system.model, _prompt(n), 64) for n in range(_ENDLESS)]
     batch_id = await client.start(lines)
     before = await client.until(batch_id, 1)
-    found = await _window(ask, number, num_requests, gap_s)
+    found = await _window(ask, number, num_requests, gap_s, name="B")
     after: JsonObject = await client.batch(batch_id)
     await client.cancel(batch_id)
     return found, done_of(after) - done_of(before)
 
 
-async def _window(ask: Ask, seed: int, num_requests: int, gap_s: float) -> list[float]:
-    """Ask at random moments, `gap_s` apart in the mean; returns the times to the first tokens."""
+async def _window(ask: Ask, seed: int, num_requests: int, gap_s: float, *, name: str = "A") -> list[float]:
+    """Ask at random moments, `gap_s` apart in the mean; returns the times to the first tokens.
+
+    Prompts of windows with other names are as long, and no cache knows them.
+    """
     rng = random.Random(seed)
     tasks = []
     for number in range(num_requests):
         await asyncio.sleep(rng.expovariate(1 / gap_s))
-        tasks.append(asyncio.create_task(_ttft_s(ask, f"{_prompt(rng.randrange(1 << 30))} {number}")))
+        tasks.append(asyncio.create_task(_ttft_s(ask, f"{name}{number} {_prompt(rng.randrange(1 << 30))}")))
     return list(await asyncio.gather(*tasks))
 
 

@@ -17,7 +17,9 @@ _MAX_WINDOW_S = 30 * 86400
 _MAX_PAIRS, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
 
 
-def new_record(raw: dict[str, object], endpoints: Collection[str], owner: str, now_s: float) -> BatchRecord:
+def new_record(
+    raw: dict[str, object], endpoints: Collection[str], owner: str, now_s: float, model: str | None = None
+) -> BatchRecord:
     """Return the record of the batch that a body asks for. Raises RequestError (400)."""
     if unknown := raw.keys() - _FIELDS:
         name = min(unknown)
@@ -36,6 +38,7 @@ def new_record(raw: dict[str, object], endpoints: Collection[str], owner: str, n
         input_file_id=file_id,
         completion_window=window,
         metadata=_metadata(raw.get("metadata")),
+        model=model,
         output_lifetime_s=_lifetime_s(raw.get("output_expires_after")),
         created_at=int(now_s),
         created_ns=int(now_s * 1e9),

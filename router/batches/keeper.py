@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from ...common.errors import RequestError
 from .record import BatchRecord, BatchStatus
 from .run import BatchRun, RunDeps
 from .store import BatchLock
@@ -89,6 +90,8 @@ class Keeper:
     async def _begin(self, record: BatchRecord) -> _Running | None:
         if len(self._running) >= MAX_RUNS or self._now_s() < self._not_before_s.get(record.id, 0.0):
             return None
+        if not self._is_ours(record):
+            return None
         store = self._deps.store
         lock = await asyncio.to_thread(store.lock, record.id)
         if lock is None:
@@ -101,6 +104,14 @@ class Keeper:
         task = asyncio.create_task(self._run(run, lock))
         self._running[record.id] = _Running(run, lock, task)
         return self._running[record.id]
+
+    def _is_ours(self, record: BatchRecord) -> bool:
+        """Return whether its model is served here; what has expired needs none."""
+        try:
+            self._deps.check_model(record.model)
+        except RequestError:
+            return self._deps.now_s() >= record.expires_at
+        return True
 
     async def _check(self, run: BatchRun) -> None:
         record = run.record

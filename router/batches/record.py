@@ -65,6 +65,7 @@ class BatchRecord(msgspec.Struct, kw_only=True):
     created_ns: int  # orders batches of one second
     expires_at: int
     output_lifetime_s: float | None = None
+    model: str | None = None  # that the router served which took it: one with other models leaves it alone
     status: BatchStatus = BatchStatus.VALIDATING
     stamps: dict[BatchStatus, int] = msgspec.field(default_factory=dict)  # when each state was reached
     errors: list[InputFault] = []

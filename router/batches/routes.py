@@ -43,12 +43,17 @@ class BatchRoutes:
         deps: RunDeps | None,
         *,
         endpoints: Sequence[str],
+        model: str | None = None,
         owner_of: Callable[[bytes], str],
         body_room: BodyRoom,
         check_form: Callable[[Mapping[bytes, bytes]], None] = lambda headers: None,
     ) -> None:
-        """`owner_of`: a tenant's name on disk. `check_form`: refuses forms of web pages that may not ask."""
+        """`model`: what batches that are taken here are for. `owner_of`: a tenant's name on disk.
+
+        `check_form`: refuses forms of web pages that may not ask.
+        """
         self._check_form = check_form
+        self._model = model
         self._deps = deps
         self.keeper = Keeper(deps) if deps is not None else None
         self._endpoints = endpoints
@@ -115,7 +120,7 @@ class BatchRoutes:
             headers = context_of(request.scope).headers
             data = await read_body(headers, request.receive, held, max_bytes=_MAX_BODY_BYTES)
             raw = await deps.json.parse(data)
-        record = new_record(raw, self._endpoints, owner, deps.now_s())
+        record = new_record(raw, self._endpoints, owner, deps.now_s(), self._model)
         await asyncio.to_thread(self._create, deps, record)
         assert self.keeper is not None
         self.keeper.look_now()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kvferry.common.errors import InvalidTransition
+from kvferry.common.errors import InvalidTransition, RequestError
 from kvferry.router.batches import run
 from kvferry.router.batches.call import CallAnswer
 from kvferry.router.batches.files import INPUT, FileStore
@@ -239,6 +239,26 @@ async def test_one_router_runs_a_batch_and_another_takes_it_over(tmp_path: Path)
         while not (record := second.store.read(batch_id)) or not record.has_ended:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     assert record.completed == 3
+
+
+async def test_a_batch_for_another_model_is_left_alone_until_its_time_is_over(tmp_path: Path) -> None:
+    now = [1000.0]
+    caller = Caller()
+
+    def refuse(name: str | None) -> None:
+        raise RequestError(f"{name} is not served")
+
+    deps = replace(deps_of(tmp_path, caller, lambda: now[0]), check_model=refuse)
+    batch_id = create(deps, 2)
+    keeper = Keeper(deps)
+    async with keeper.keeping():
+        await asyncio.sleep(0.05)
+        assert not caller.asked and not keeper._running
+        now[0] = 2000.0
+        while (record := deps.store.read(batch_id)) is None or not record.has_ended:
+            keeper.look_now()
+            await asyncio.sleep(0.001)
+    assert record.status in (BatchStatus.FAILED, BatchStatus.EXPIRED) and not caller.asked
 
 
 async def test_time_ends_a_batch_by_the_clock(tmp_path: Path) -> None:
