@@ -99,3 +99,19 @@ def test_others_are_served_while_a_batch_waits(cluster: Cluster) -> None:
             ended = client.batches.retrieve(batch.id)
         counts = ended.request_counts
         assert ended.status == "cancelled" and counts is not None and counts.completed + counts.failed == 400
+
+
+@pytest.mark.slow
+def test_embeddings_are_batched_too(cluster: Cluster) -> None:
+    with OpenAI(base_url=f"{cluster.base_url}/v1", api_key="none", max_retries=0, timeout=LIMIT_S) as client:
+        lines = [
+            {"custom_id": text, "method": "POST", "url": "/v1/embeddings", "body": {"model": MODEL, "input": text}}
+            for text in ("one", "two")
+        ]
+        uploaded = client.files.create(file=b"\n".join(map(str.encode, map(json.dumps, lines))), purpose="batch")
+        batch = client.batches.create(input_file_id=uploaded.id, endpoint="/v1/embeddings", completion_window="24h")
+        ended = until(client, batch.id, 1 << 30)
+        assert ended.status == "completed" and ended.output_file_id is not None
+        answers = [json.loads(each) for each in client.files.content(ended.output_file_id).text.splitlines()]
+        assert [each["custom_id"] for each in answers] == ["one", "two"]
+        assert all(each["response"]["body"]["data"][0]["embedding"] for each in answers)
