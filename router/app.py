@@ -52,16 +52,11 @@ from .state.classes import RequestClasses
 from .state.errors import failure_of, unknown_path
 
 _COUNT_PATH = "/v1/messages/count_tokens"
-_PATHS = msgspec.json.encode(
-    {
-        "server": "kvferry",
-        "paths": [
-            "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", _COUNT_PATH, "/v1/embeddings",
-            "/v1/models", "/v1/files", "/v1/batches",
-            "/tokenize", "/detokenize", "/live", "/ready", "/health", "/metrics", "/version", "/openapi.json",
-        ],
-    }
+_PATHS = (
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", _COUNT_PATH, "/v1/embeddings",
+    "/v1/models", "/tokenize", "/detokenize", "/live", "/ready", "/health", "/metrics", "/version", "/openapi.json",
 )  # fmt: skip
+_PATHS_OF_DATA = ("/v1/files", "/v1/batches")  # where there is a folder for them
 
 
 def build_app(
@@ -111,7 +106,7 @@ def build_app(
         cors=cors,
         error_bodies={"/v1/messages": error_body, _COUNT_PATH: error_body},
     )
-    routes = _Routes(api, metrics)
+    routes = _Routes(api, metrics, has_data=data is not None)
     app = _Application(middleware, routes)
     app.state.api = api
     batches = _batches(api, routes, metrics, keys, cors, data, max_batch_requests)
@@ -187,9 +182,12 @@ class _Application(FastAPI):
 class _Routes:
     """The endpoints as methods: each takes the request and gives a response."""
 
-    def __init__(self, api: Api, metrics: RouterMetrics) -> None:
+    def __init__(self, api: Api, metrics: RouterMetrics, *, has_data: bool) -> None:
+        """`has_data`: there is a folder for files and batches."""
         self._api = api
         self._metrics = metrics
+        paths = _PATHS + _PATHS_OF_DATA * has_data
+        self._root = msgspec.json.encode({"server": "kvferry", "paths": paths})
         self._kept = KeptResponses(api.clock)
 
     async def completions(self, request: Request) -> Reply:
@@ -246,7 +244,7 @@ class _Routes:
 
     async def root(self) -> Response:
         """List what there is."""
-        return Response(_PATHS, media_type="application/json")
+        return Response(self._root, media_type="application/json")
 
     async def live(self) -> Response:
         """The process answers."""

@@ -89,7 +89,7 @@ def main() -> int:
     rows: list[Row] = []
     with (
         tempfile.TemporaryDirectory() as logs,
-        running("kvferry", [*command, "--port", str(port)], Path(logs)) as server,
+        running("kvferry", [*command, "--port", str(port), "--data-dir", f"{logs}/data"], Path(logs)) as server,
     ):
         server.wait_until_healthy(f"{url}/ready", START_S)
         print("| client | feature | outcome | |\n|---|---|---|---|", flush=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 from typing import Any, Literal
 
 from openai import AsyncOpenAI, OpenAI
@@ -246,9 +248,25 @@ def suffix(server: Server) -> object:
     return _complete(server, suffix="!")
 
 
-@CALLS.refused("best_of above n", "best_of")
+@CALLS.works("best_of above n")
 def best_of(server: Server) -> object:
-    return _complete(server, best_of=2)
+    return len(_complete(server, best_of=2).choices) == 1
+
+
+@CALLS.works("files, batches")
+def batches(server: Server) -> object:
+    client = _client(server)
+    url: Literal["/v1/chat/completions"] = "/v1/chat/completions"
+    body = {"model": server.model, "messages": HI, "max_tokens": 8}
+    lines = [json.dumps({"custom_id": name, "method": "POST", "url": url, "body": body}) for name in ("a", "b")]
+    given = client.files.create(file=("in.jsonl", "\n".join(lines).encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=given.id, endpoint=url, completion_window="24h")
+    while batch.status not in ("completed", "failed", "expired", "cancelled"):
+        time.sleep(0.2)
+        batch = client.batches.retrieve(batch.id)
+    assert batch.output_file_id is not None, batch
+    answers = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    return [answer["custom_id"] for answer in answers] == ["a", "b"]
 
 
 @CALLS.refused("images", "image_url")
