@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import queue
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
@@ -104,29 +107,30 @@ def test_calls_behind_events_wait_for_them_in_order_and_others_do_not() -> None:
     thread.close()
 
 
-def _ports_of_this_process() -> set[int]:
-    return {link.laddr.port for link in psutil.Process().net_connections("tcp") if link.status == "LISTEN"}
-
-
 def test_connections_that_strangers_left_hold_no_descriptors_of_an_idle_worker() -> None:
-    before = _ports_of_this_process()
-    thread = TransferThread(open_backend("nixl", f"d-0.{next(_incarnations):x}.0.0"), on_failure=_fail)
-    thread.start()
-    [port] = _ports_of_this_process() - before
+    """It is a process of its own, with one library, as a worker is: this one may have two copies of UCX."""
+    script = Path(__file__).parent / "idle_worker.py"
+    command = [sys.executable, str(script), f"d-0.{next(_incarnations):x}.0.0"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdin is not None and worker.stdout is not None
+        assert "idle\n" in iter(worker.stdout.readline, ""), "it ended"
+        process = psutil.Process(worker.pid)
+        [port] = {link.laddr.port for link in process.net_connections("tcp") if link.status == "LISTEN"}
 
-    def num_left() -> int:
-        links = psutil.Process().net_connections("tcp")
-        return sum(link.laddr.port == port and link.status == "CLOSE_WAIT" for link in links)
+        def num_left() -> int:
+            links = process.net_connections("tcp")
+            return sum(link.laddr.port == port and link.status == "CLOSE_WAIT" for link in links)
 
-    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
-    for number, stranger in enumerate(strangers):
-        stranger.send(b"x" * number)
-        stranger.close()
-    end = time.monotonic() + WAIT_S
-    while num_left() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert num_left() == 0
-    thread.close()
+        strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+        for number, stranger in enumerate(strangers):
+            stranger.send(b"x" * number)
+            stranger.close()
+        end = time.monotonic() + WAIT_S
+        while num_left() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert num_left() == 0
+        worker.stdin.close()
+        assert worker.wait(WAIT_S) == 0
 
 
 def test_a_watching_thread_hands_out_arrivals_and_drops_what_is_malformed() -> None:
