@@ -11,19 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvferry.common.config import SpeculativeConfig, TransferConfig
-from kvferry.common.messages import LocalTask, Message, StepTokens
-from kvferry.common.request import RequestSpec, SamplingParams, pack_ids
-from kvferry.decode.role import DecodeRole
+from kvferry.common.config import SpeculativeConfig
+from kvferry.common.request import SamplingParams
 from kvferry.decode.speculation import StepCosts
-from kvferry.engine.engine import Engine
-from kvferry.kvcache.blocks import BlockPool
-from kvferry.tests.fake_clock import FakeClock
-from kvferry.transfer.receive.receiver import KVReceiver
 
 from ..checkpoints import Shape, write_checkpoint
 from ..engine_driver import engine_config, prompts
-from .bench import REGION
+from .engine_worker import Answers, EngineWorker
 
 BLOCK_SIZE = 8
 TARGET = Shape(num_layers=3, num_qo_heads=4, num_kv_heads=2, head_dim=32)
@@ -35,7 +29,6 @@ SAMPLING = (
     SamplingParams(temperature=0.0, repetition_penalty=1.2, min_tokens=9, max_tokens=40),
 )
 LENGTHS = [20, 33, 7, 48, 16, 1, 24]
-Answers = dict[tuple[str, int], list[object]]
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +51,8 @@ def _costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepCosts, "observe", cheap)
 
 
-class Worker:
-    """One engine and the decode role."""
+class Worker(EngineWorker):
+    """Its model may have a draft model."""
 
     def __init__(
         self, models: dict[str, Path], draft: str | None, kind: str, num_blocks: int = 128, **fields: object
@@ -73,68 +66,12 @@ class Worker:
             speculative_config=speculative,
             **fields,
         )
-        self.engine = Engine(config, num_blocks=num_blocks)
+        super().__init__(config, num_blocks, eos_token_ids=frozenset({1, 3}), max_num_seqs=9)
         if kind == "native" and type(self.engine.runner).__name__ != "NativeRunner":
             pytest.skip("no native code on this machine")
-        self.pool = BlockPool(num_blocks, BLOCK_SIZE)
-        self.answers: Answers = {}
-        spec, clock = self.engine.spec, FakeClock()
-        receiver = KVReceiver(
-            worker_id="d",
-            incarnation=1,
-            spec=spec,
-            tp_size=1,
-            pool=self.pool,
-            regions=(REGION,),
-            kv_address="127.0.0.1:1",
-            config=TransferConfig(),
-            clock=clock,
-            version="0",
-            transport="local",
-            to_router=lambda router, message: None,
-            to_peer=lambda session, message: None,
-        )
-        self.role = DecodeRole(
-            pool=self.pool,
-            spec=spec,
-            receiver=receiver,
-            clock=clock,
-            to_router=self._on_message,
-            eos_token_ids=frozenset({1, 3}),
-            max_model_len=2048,
-            max_num_batched_tokens=64,
-            max_num_seqs=9,
-            num_swap_blocks=self.engine.num_swap_blocks,
-            speculative=speculative,
-        )
 
-    def _on_message(self, router_id: str, message: Message) -> None:
-        if isinstance(message, StepTokens):
-            for update in message.updates:
-                for choice in update.choices:
-                    answer = self.answers.setdefault((update.request_id, choice.choice), [])
-                    assert choice.first_index == len(answer)
-                    answer += choice.tokens
-
-    def run(self, name: str = "r", kinds: tuple[SamplingParams, ...] = SAMPLING) -> Answers:
-        """A request of three choices beside others of one; two of them a class lower."""
-        self.answers = {}
-        for number, prompt in enumerate(prompts(LENGTHS, 500)):
-            spec = RequestSpec(
-                request_id=f"{name}{number}",
-                attempt=0,
-                prompt=pack_ids(prompt),
-                sampling=kinds[number % len(kinds)],
-                choices=(0, 1, 2) if number == 1 else (0,),
-                arrival=number,
-                priority=int(number in (0, 3)),
-            )
-            self.role.on_router_message("R", LocalTask(spec=spec))
-        while (batch := self.role.schedule()) is not None:
-            self.role.complete(batch, self.engine.step(batch))
-            self.role.check()
-        assert self.role.is_quiet
-        return {(key.removeprefix(name), choice): answer for (key, choice), answer in self.answers.items()}
+    def answer(self, name: str = "r", kinds: tuple[SamplingParams, ...] = SAMPLING) -> Answers:
+        return self.run(prompts(LENGTHS, 500), kinds, name)
 
     def check_pages(self) -> int:
         """Compare what a target wrote as its own draft with what it wrote for itself, in all cached blocks."""
@@ -153,7 +90,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def expected(models: dict[str, Path], kind: str) -> Answers:
     worker = Worker(models, None, kind)
-    answers = worker.run()
+    answers = worker.answer()
     assert worker.role.scheduler.num_preemptions == 0
     return answers
 
@@ -164,7 +101,7 @@ def test_answers_are_the_same_with_room_and_without(
     models: dict[str, Path], kind: str, expected: Answers, draft: str, num_blocks: int, swap_space: int
 ) -> None:
     worker = Worker(models, draft, kind, num_blocks, swap_space=swap_space)
-    assert worker.run() == expected
+    assert worker.answer() == expected
     scheduler = worker.role.scheduler
     counters = scheduler.draft_counters
     assert (scheduler.num_preemptions > 0) == (num_blocks == 18)
@@ -173,7 +110,7 @@ def test_answers_are_the_same_with_room_and_without(
     assert counters.draft_prompt_tokens >= sum(LENGTHS)
     if draft == "target":
         assert worker.check_pages() > 10
-    assert worker.run("s") == expected  # the beginnings are cached now
+    assert worker.answer("s") == expected  # the beginnings are cached now
     assert worker.role.scheduler.speculation is not None
     assert not worker.role.scheduler.speculation._tracks
 
@@ -181,8 +118,8 @@ def test_answers_are_the_same_with_room_and_without(
 def test_a_target_drafts_for_itself_without_a_fault(models: dict[str, Path], kind: str) -> None:
     greedy = (SAMPLING[0],)
     plain, worker = Worker(models, None, kind), Worker(models, "target", kind)
-    assert worker.run(kinds=greedy) == plain.run(kinds=greedy)
+    assert worker.answer(kinds=greedy) == plain.answer(kinds=greedy)
     counters = worker.role.scheduler.draft_counters
     assert counters.accepted_tokens == counters.draft_tokens > 200
-    assert worker.run("s", kinds=greedy) == plain.run("s", kinds=greedy)
+    assert worker.answer("s", kinds=greedy) == plain.answer("s", kinds=greedy)
     assert counters.accepted_tokens == counters.draft_tokens
