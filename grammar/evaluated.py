@@ -7,11 +7,11 @@ written out, with the names that it looks at; the instances of all ways together
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
-from .negation import CannotRewrite, all_of, any_of, negated
-from .references import References, Schema
+from .negation import all_of, any_of, negated, one_alone
+from .references import CannotRewrite, References, Schema
 
 _MAX_WAYS = 64  # larger: more schemas can be kept, and each takes longer to compile
 _MAX_BRANCHES = 4  # of an `anyOf`: any number of them may be followed at once
@@ -30,7 +30,7 @@ class _Way:
     all_properties: bool = False
     num_items: int = 0  # from the first on
     all_items: bool = False
-    contained: tuple[Schema, ...] = field(default=())  # items that are instances of one of these
+    contained: tuple[Schema, ...] = ()  # items that are instances of one of these
 
     def __and__(self, other: _Way) -> _Way:
         return _Way(
@@ -58,12 +58,8 @@ def _ways(schema: object, references: References, depth: int) -> list[_Way]:
         return [_Way((schema,))] if schema is True else []
     if "$dynamicRef" in schema or (depth and "$id" in schema):  # what it names is another's
         raise CannotRewrite
-    ways = [_own(schema)]
-    for choices in _choices(schema, references, depth + 1):
-        ways = [way & choice for way in ways for choice in choices]
-        if len(ways) > _MAX_WAYS:
-            raise CannotRewrite
-    return [_closed(way, schema) for way in ways]
+    choices = itertools.chain(([_own(schema)],), _choices(schema, references, depth + 1))
+    return [_closed(way, schema) for way in _together(choices)]
 
 
 def _own(schema: dict[str, object]) -> _Way:
@@ -89,13 +85,17 @@ def _choices(schema: dict[str, object], references: References, depth: int) -> I
         return _ways(part, references, depth)
 
     if "$ref" in schema:
-        yield ways(_known(references.target(str(schema["$ref"]))))
+        yield ways(references.target(str(schema["$ref"])))
     for part in _list(schema, "allOf"):
         yield ways(part)
     if branches := _list(schema, "anyOf"):
         yield [way for chosen in _some_of(branches) for way in _together(map(ways, chosen))]
     if branches := _list(schema, "oneOf"):
-        yield [way for index in range(len(branches)) for way in _only(branches, index, references, depth)]
+        yield [
+            replace(way, holds=way.holds + others)
+            for branch, others in one_alone(branches, references)
+            for way in ways(branch)
+        ]
     if "if" in schema:
         refuted = _Way((negated(schema["if"], references),))
         yield [
@@ -116,15 +116,13 @@ def _some_of(branches: list[object]) -> Iterator[tuple[object, ...]]:
     )
 
 
-def _only(branches: list[object], index: int, references: References, depth: int) -> list[_Way]:
-    others = tuple(negated(branch, references) for place, branch in enumerate(branches) if place != index)
-    return [replace(way, holds=way.holds + others) for way in _ways(branches[index], references, depth)]
-
-
-def _together(choices: Iterator[list[_Way]] | list[list[_Way]]) -> list[_Way]:
+def _together(choices: Iterable[list[_Way]]) -> list[_Way]:
+    """Return every way to make each choice once."""
     ways = [_Way()]
     for choice in choices:
         ways = [way & other for way in ways for other in choice]
+        if len(ways) > _MAX_WAYS:
+            raise CannotRewrite
     return ways
 
 
@@ -151,9 +149,3 @@ def _closed(way: _Way, schema: dict[str, object]) -> _Way:
 def _list(schema: dict[str, object], keyword: str) -> list[object]:
     value = schema.get(keyword)
     return value if isinstance(value, list) else []
-
-
-def _known(target: object | None) -> object:
-    if target is None:
-        raise CannotRewrite
-    return target

@@ -122,8 +122,7 @@ class AnswerMatcher:
             return following[0]  # those behind it might be cut into other tokens once it has been taken
         if not self._matcher.is_stopped():
             return None
-        ends = self.mask()
-        return _only_bit(ends)
+        return _only_bit(self.mask())
 
     @property
     def accepts_end(self) -> bool:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
-from .references import References, Schema
+from .references import CannotRewrite, References, Schema
 
 TYPES = ("null", "boolean", "number", "string", "array", "object")
 # Keywords that say nothing about instances.
@@ -36,10 +36,6 @@ MAX_PLACES = 8  # where an item is looked for. Larger: also later in a list, and
 _MAX_DEPTH = 32  # of references within references: one that meets itself ends here
 
 
-class CannotRewrite(Exception):
-    """There are no other words for a schema."""
-
-
 def negated(schema: object, references: References, depth: int = 0) -> Schema:
     """Return the opposite. Raises CannotRewrite."""
     if depth > _MAX_DEPTH:
@@ -49,6 +45,12 @@ def negated(schema: object, references: References, depth: int = 0) -> Schema:
     if not isinstance(schema, dict):
         raise CannotRewrite
     return any_of([negation for keyword in schema for negation in _negations(keyword, schema, references, depth + 1)])
+
+
+def one_alone(branches: Sequence[object], references: References) -> list[tuple[object, tuple[Schema, ...]]]:
+    """Return each branch with the opposites of all others. Raises CannotRewrite."""
+    opposites = [negated(branch, references) for branch in branches]
+    return [(branch, (*opposites[:place], *opposites[place + 1 :])) for place, branch in enumerate(branches)]
 
 
 def any_of(schemas: Iterable[Schema]) -> Schema:

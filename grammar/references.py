@@ -9,12 +9,16 @@ from urllib.parse import unquote
 Schema: TypeAlias = dict[str, object] | bool
 
 
+class CannotRewrite(Exception):
+    """There are no other words for a schema."""
+
+
 class References:
     """The parts of one schema by their names. Only names within the schema itself are known."""
 
     def __init__(self, root: object) -> None:
         self._root = root
-        self._anchors: dict[str, object] = {}
+        self._anchors: dict[str, Schema] = {}
         self._has_resources = False  # parts with names of their own, from which references count
         has_dynamic = False
         for is_root, part in _parts(root):
@@ -25,13 +29,15 @@ class References:
                     self._anchors[name] = part
         self.is_dynamic = has_dynamic and self._has_resources  # a name's place depends on the way that led to it
 
-    def target(self, reference: str) -> object | None:
-        """Return what it names. None: nothing here."""
+    def target(self, reference: str) -> Schema:
+        """Return the schema that it names. Raises CannotRewrite where there is none here."""
         if self._has_resources or not reference.startswith("#"):
-            return None
+            raise CannotRewrite
         fragment = unquote(reference[1:])
         if fragment and not fragment.startswith("/"):
-            return self._anchors.get(fragment)
+            if fragment not in self._anchors:
+                raise CannotRewrite
+            return self._anchors[fragment]
         found: object = self._root
         for step in fragment.split("/")[1:]:
             name = step.replace("~1", "/").replace("~0", "~")
@@ -40,7 +46,9 @@ class References:
             elif isinstance(found, list) and name.isdecimal() and int(name) < len(found):
                 found = found[int(name)]
             else:
-                return None
+                raise CannotRewrite
+        if not isinstance(found, dict | bool):
+            raise CannotRewrite
         return found
 
 

@@ -23,12 +23,17 @@ from typing import cast
 
 from .evaluated import without_unevaluated
 from .limits import DATA, NAMED
-from .negation import MAX_PLACES, CannotRewrite, all_of, any_of, negated, other_types
-from .references import References, Schema
+from .negation import MAX_PLACES, all_of, any_of, negated, one_alone, other_types
+from .references import CannotRewrite, References, Schema
 
 _UNEVALUATED = frozenset({"unevaluatedProperties", "unevaluatedItems"})
 _MAX_CONTAINED = 16  # items that `contains` counts
 _MAX_DEPTH = 48  # of schemas that are written within one another
+# Rewriting these keeps all instances.
+_EXACT = frozenset({"dependentRequired", "dependentSchemas", "then", "else", "propertyNames"})
+# Fewer instances of their schemas are more of the whole. They stay as given, as do branches of `oneOf` that would lose
+# instances: two that overlapped might not any more.
+_OPPOSED = frozenset({"if", "not"})
 _POINTER = r"(?:/(?:[^~/]|~[01])*)*"
 _FORMATS: dict[str, Schema] = {
     "json-pointer": {"pattern": f"^{_POINTER}$"},
@@ -50,6 +55,7 @@ def rewritten(schema: object, *, splits_one_of: bool) -> object:
 class _Rewriting:
     def __init__(self, references: References, splits_one_of: bool) -> None:
         self._references = references
+        self._num_narrowed = 0  # keywords whose other words may have fewer instances
         self._rules: dict[str, Callable[[dict[str, object]], Schema]] = {
             "dependentRequired": _dependent_required,
             "dependentSchemas": _dependent_schemas,
@@ -79,6 +85,7 @@ class _Rewriting:
                 others.append(rule(schema))
             except CannotRewrite:
                 continue
+            self._num_narrowed += keyword not in _EXACT
             for name in (keyword, *_BESIDE.get(keyword, ())):
                 if isinstance(part := kept.pop(name, None), dict) and "$id" in part:  # it may be referred to
                     kept["$defs"] = {**cast("dict[str, object]", kept.get("$defs", {})), name: part}
@@ -92,8 +99,12 @@ class _Rewriting:
         return (self.of(schema, depth + 1) for schema in schemas)
 
     def _value(self, keyword: str, value: object, depth: int) -> object:
-        if keyword in DATA:
+        if keyword in DATA or keyword in _OPPOSED:
             return value
+        if keyword == "oneOf":
+            num_narrowed = self._num_narrowed
+            found = self.of(value, depth + 1)
+            return found if self._num_narrowed == num_narrowed else value
         if keyword in NAMED and isinstance(value, dict):
             return {name: self.of(part, depth + 1) for name, part in value.items()}
         return self.of(value, depth + 1)
@@ -109,6 +120,7 @@ class _Rewriting:
                     plain[static] = plain.pop(dynamic)
         instead = _FORMATS.get(str(plain.get("format")))
         if isinstance(instead, dict):
+            self._num_narrowed += 1
             del plain["format"]
             plain["allOf"] = [*cast("list[object]", plain.get("allOf", [])), instead]
         return plain
@@ -130,11 +142,8 @@ class _Rewriting:
         return any_of([all_of([condition, then]), all_of([refuted, otherwise])])
 
     def _one_of(self, schema: dict[str, object]) -> Schema:
-        branches = cast("list[Schema]", schema["oneOf"])
-        opposites = [negated(branch, self._references) for branch in branches]
-        return any_of(
-            all_of([branch, *opposites[:index], *opposites[index + 1 :]]) for index, branch in enumerate(branches)
-        )
+        branches = one_alone(cast("list[object]", schema["oneOf"]), self._references)
+        return any_of(all_of([cast(Schema, branch), *others]) for branch, others in branches)
 
     def _contains(self, schema: dict[str, object]) -> Schema:
         wanted = cast(Schema, schema["contains"])

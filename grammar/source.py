@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import json
 
-from ..common.grammar import Grammar
+from ..common.grammar import WHITE_SPACE, Grammar
 
 KINDS = ("json_object", "json_schema", "regex", "choice", "lark")
-WHITE_SPACE = r"\x20|\n\x20{0,32}"
 _ANY_OBJECT = '{"type": "object"}'
 
 

@@ -118,7 +118,8 @@ class Tokenizer:
 
     def special_id(self, text: str) -> int | None:
         """Return the special token that is this text; None: the text is no special token."""
-        return next((token_id for token_id in self.special_ids if self._token(token_id) == text), None)
+        found = self.added_id(text)
+        return found if found in self.special_ids else None
 
     def hidden_ids(self, skip_special_tokens: bool, shown: Collection[str] = ()) -> frozenset[int]:
         """Return the ids that stay out of a text: those of the special tokens, but for the `shown` ones."""

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 
 from ...common.errors import RequestError
-from ..turns.lazy import GUIDANCE
+from ..turns.lazy import json_rule
 from .fields import not_supported
 
 MAX_TAGS = 128
@@ -39,7 +39,7 @@ def _tag(name: str, index: int, tag: object, triggers: list[str]) -> str:
         raise RequestError(f"'{name}.begin' begins with none of the triggers", param=f"{name}.begin")
     if not isinstance(schema, dict):
         raise RequestError(f"'{name}.schema' must be an object", param=f"{name}.schema")
-    parts = [_quoted(begin[len(trigger) :]), f"%json {json.dumps({**schema, **GUIDANCE})}", _quoted(tag["end"])]
+    parts = [_quoted(begin[len(trigger) :]), json_rule(schema), _quoted(tag["end"])]
     head = f"trigger_{index}[lazy]: TEXT {_quoted(trigger)}"
     return f"{head}\ntag_{index}: trigger_{index} {' '.join(filter(None, parts))}"
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from ...common.grammar import Grammar
+from ...common.grammar import WHITE_SPACE, Grammar
 from .definitions import Tool, ToolUse
 from .dialect import Dialect
 from .forced import call_schema
@@ -20,8 +20,6 @@ from .json_syntaxes import HermesSyntax
 
 _BLANK = r"BLANK: /\s{0,2}/"
 _HEADER = "%llguidance {}"
-# White space within JSON as everywhere (`grammar.source.WHITE_SPACE`).
-GUIDANCE = {"x-guidance": {"whitespace_pattern": r"\x20|\n\x20{0,32}"}}
 
 
 def is_guidable(dialect: Dialect) -> bool:
@@ -35,7 +33,7 @@ def free_grammar(use: ToolUse, dialect: Dialect, special_id: Callable[[str], int
     if dialect.tool_parser != "hermes":  # a text does not begin like JSON
         text = r"text: /[^\s{\[](.|\n)*/"
         return _lark(f"start: BLANK (text | {call})?", text, _BLANK, *_call_rules(use))
-    begin, end = (_token(mark, special_id) for mark in (HermesSyntax.BEGIN, HermesSyntax.END))
+    begin, end = _marks(special_id)
     is_text = special_id(HermesSyntax.BEGIN) is None  # which a text may have anywhere; a special token ends it
     times = "*" if use.is_parallel else "?"
     return _lark(
@@ -59,9 +57,9 @@ def answering_grammar(
         case _:
             return None
     calls = _calls(use)
-    rules = [f"answer: {_json(schema)}", *_call_rules(use)]
+    rules = [f"answer: {json_rule(schema)}", *_call_rules(use)]
     if dialect.tool_parser == "hermes":
-        begin, end = (_token(mark, special_id) for mark in (HermesSyntax.BEGIN, HermesSyntax.END))
+        begin, end = _marks(special_id)
         calls = f"{begin} BLANK call BLANK {end}"
         if use.is_parallel:
             calls = f"{calls} (BLANK {calls})*"
@@ -76,7 +74,7 @@ def _calls(use: ToolUse) -> str:
 def _call_rules(use: ToolUse) -> list[str]:
     names = [f"call_{index}" for index in range(len(use.tools))]
     rules = [f"call: {' | '.join(names)}"]
-    return rules + [f"{name}: {_json(_schema(tool))}" for name, tool in zip(names, use.tools, strict=True)]
+    return rules + [f"{name}: {json_rule(_schema(tool))}" for name, tool in zip(names, use.tools, strict=True)]
 
 
 def _schema(tool: Tool) -> dict[str, object]:
@@ -84,9 +82,16 @@ def _schema(tool: Tool) -> dict[str, object]:
     return call_schema(tool if tool.is_strict else Tool(tool.name, None, {}), "#")
 
 
-def _json(schema: object) -> str:
-    text = {**schema, **GUIDANCE} if isinstance(schema, dict) else schema
-    return f"%json {json.dumps(text, ensure_ascii=False)}"
+def json_rule(schema: object) -> str:
+    """Return a rule's part for JSON that follows a schema."""
+    if isinstance(schema, dict):
+        schema = {**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}}
+    return f"%json {json.dumps(schema, ensure_ascii=False)}"
+
+
+def _marks(special_id: Callable[[str], int | None]) -> tuple[str, str]:
+    """Return what stands around a call."""
+    return _token(HermesSyntax.BEGIN, special_id), _token(HermesSyntax.END, special_id)
 
 
 def _token(mark: str, special_id: Callable[[str], int | None]) -> str:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvferry.grammar.negation import CannotRewrite, negated, pattern_of_others
-from kvferry.grammar.references import References
+from kvferry.grammar.negation import negated, pattern_of_others
+from kvferry.grammar.references import CannotRewrite, References
 from kvferry.grammar.rewriting import rewritten
 from kvferry.grammar.simplify import simplified
 from kvferry.tests.grammar.schema_strategies import INSTANCES, SCHEMAS
@@ -43,6 +43,18 @@ def test_what_follows_the_new_schema_follows_the_given_one(
     for instance in instances:
         if _follows(new, instance):
             assert _follows(schema, instance), (new, instance)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"if": {"contains": {"type": "object", "required": []}, "maxContains": 2, "minContains": 0}, "then": False},
+        {"oneOf": [{"contains": {"type": "object"}, "maxContains": 2}, {"minItems": 3}]},
+    ],
+)
+def test_fewer_instances_of_a_part_are_not_more_of_the_whole(schema: dict[str, Any]) -> None:
+    new = rewritten(schema, splits_one_of=False)
+    assert not _follows(schema, [{}, None, {}]) and not _follows(new, [{}, None, {}])
 
 
 @settings(max_examples=150, deadline=None)
