@@ -25,4 +25,4 @@ def longest_step_s(objective_s: float | None, decode_s: float) -> float:
 
 # A step of background requests alone is cut to about this: who comes while it runs waits for its end. Larger ones
 # compute more in a second, smaller ones are noticed less.
-BACKGROUND_STEP_S = 0.03
+BACKGROUND_STEP_S = 0.01

@@ -23,6 +23,8 @@ from .source import source_of
 _UNIMPLEMENTED = re.compile(r'Unimplemented keys: \["([^"]*)"')
 # Of what the library quotes of a grammar, and of its words about it, clients are shown the beginning.
 _MAX_REASON_CHARS = 400
+# What may come next, in parts of rules. A schema of MAX_GRAMMAR_BYTES reaches some 20,000, and is slow once (40 ms).
+_MAX_ITEMS = 50_000
 
 
 class Vocabulary:
@@ -31,7 +33,7 @@ class Vocabulary:
     def __init__(self, tokenizer: LLTokenizer, vocab_size: int) -> None:
         self.tokenizer = tokenizer
         self.mask_bytes = -(-vocab_size // 32) * 4
-        self.limits = LLParserLimits(verbose_errors=False)
+        self.limits = LLParserLimits(verbose_errors=False, max_items_in_row=_MAX_ITEMS)
 
     @classmethod
     def from_dir(cls, path: Path, *, vocab_size: int, eos_token_ids: frozenset[int]) -> Vocabulary:

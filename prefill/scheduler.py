@@ -28,6 +28,7 @@ from ..kvcache.prefix_cache import PrefixCache
 # whole token budget in less; a single core at the end of a long context does not.
 MAX_STEP_S = 0.5
 MIN_CHUNK_TOKENS = 64
+_MIN_BACKGROUND_TOKENS = 16  # of a step that a request of a higher class waits for; fewer cost more for each token
 _INITIAL_S_PER_TOKEN = 1e-3  # until steps have been measured
 _SMOOTHING = 0.3
 
@@ -136,17 +137,24 @@ class PrefillScheduler:
         if not seq.can_sample:
             return min(budget, seq.num_computable_tokens)
         rest = seq.num_uncomputed_tokens - budget
-        if is_first and 0 < rest <= MIN_CHUNK_TOKENS and seq.num_uncomputed_tokens <= self._max_num_batched_tokens:
+        if is_first and 0 < rest <= self._min_chunk and seq.num_uncomputed_tokens <= self._max_num_batched_tokens:
             return seq.num_uncomputed_tokens
         return min(budget, seq.num_uncomputed_tokens)
 
     def _budget(self) -> int:
         """Tokens of the next step."""
-        max_step_s = self.max_step_s
-        if self.prompts and self.prompts[0].seq.priority == BACKGROUND_PRIORITY:  # and so are all behind it
-            max_step_s = min(max_step_s, BACKGROUND_STEP_S)
-        affordable = max(MIN_CHUNK_TOKENS, int(max_step_s / self._s_per_token))
+        max_step_s = min(self.max_step_s, BACKGROUND_STEP_S) if self._is_background else self.max_step_s
+        affordable = max(self._min_chunk, int(max_step_s / self._s_per_token))
         return min(self._max_num_batched_tokens, affordable)
+
+    @property
+    def _min_chunk(self) -> int:
+        return _MIN_BACKGROUND_TOKENS if self._is_background else MIN_CHUNK_TOKENS
+
+    @property
+    def _is_background(self) -> bool:
+        """True where nobody waits for any of the prompts: the first one is of the highest class."""
+        return bool(self.prompts) and self.prompts[0].seq.priority == BACKGROUND_PRIORITY
 
     def complete(self, prompt: Prompt, num_tokens: int) -> bool:
         """Count a row's tokens as computed and publish its full blocks. True when the prompt is done.

@@ -331,6 +331,17 @@ def test_what_looks_bad_and_is_not_is_served(vocabulary: Vocabulary, grammar: Gr
     assert any(compile_grammar(vocabulary, grammar).mask())
 
 
+def test_any_of_many_properties_may_come_next(vocabulary: Vocabulary) -> None:
+    """Without `required`, each of them is a rule of its own in one place."""
+    properties = {f"p{number}": {"type": "null"} for number in range(2000)}
+    matcher = compile_grammar(vocabulary, schema({"type": "object", "properties": properties}))
+    draw = random.Random(0)
+    for _ in range(8):
+        choices = [token for token in allowed(matcher) if token not in EOS]
+        assert choices
+        matcher.accept([draw.choice(choices)])
+
+
 def test_a_model_whose_answers_cannot_end_follows_no_grammar(tmp_path: Path) -> None:
     _byte_level(tmp_path)
     with pytest.raises(ConfigError, match="no end token"):
