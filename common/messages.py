@@ -599,11 +599,9 @@ class KVArrived(Message):
 
 
 RouterToWorker = Refused | ReserveKV | LocalTask | PrefillTask | EmbedTask | Abort | LiveRequests | SetRole | Drain
-WorkerToRouter = (
-    WorkerHello
-    | WorkerStatus
-    | CacheChange
-    | Grant
+# About one request of the router's.
+RequestMessage = (
+    Grant
     | NoCapacity
     | TaskRefused
     | HandoffDone
@@ -611,11 +609,9 @@ WorkerToRouter = (
     | FirstToken
     | Embedding
     | PromptLogprobs
-    | StepTokens
-    | TransferReport
     | WorkerFailure
-    | Goodbye
 )
+WorkerToRouter = WorkerHello | WorkerStatus | CacheChange | RequestMessage | StepTokens | TransferReport | Goodbye
 PrefillToDecode = KVOpen | KVRenew | KVClosed
 DecodeToPrefill = KVOpened | KVRefused | KVRenewed | CancelKV | KVDone
 FetcherToLender = KVFetch | KVFetchDone

@@ -169,6 +169,11 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
         return self.logprob is not None and math.isnan(self.logprob)
 
 
+def reuses_prefix(sampling: SamplingParams, pooling: Pooling | None) -> bool:
+    """Tell whether nothing is wanted of prompt tokens whose KV is there already: of those no logits and no states."""
+    return sampling.prompt_logprobs is None and (pooling is None or pooling.allows_reuse)
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """The token state of one choice on one worker."""

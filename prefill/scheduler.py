@@ -20,7 +20,7 @@ from ..common.batch import Batch, BatchRow
 from ..common.clock import Clock
 from ..common.errors import CapacityError
 from ..common.pacing import BACKGROUND_STEP_S, PROMPT_DUE_STRETCH
-from ..common.request import BACKGROUND_PRIORITY, Sequence
+from ..common.request import BACKGROUND_PRIORITY, Sequence, reuses_prefix
 from ..kvcache.blocks import BlockPool, hash_blocks
 from ..kvcache.prefix_cache import PrefixCache
 
@@ -191,10 +191,8 @@ class PrefillScheduler:
         """Return the hashes of the blocks that need not be computed, if anybody has them."""
         seq = prompt.seq
         seq.block_hashes = hash_blocks(seq.token_ids, self._pool.block_size, prompt.salt, seq.block_hashes)
-        if seq.sampling.prompt_logprobs is not None:
-            return []  # they need the logits of every prompt token
-        if seq.pooling is not None and not seq.pooling.allows_reuse:
-            return []  # it needs the hidden states of tokens that would not be computed
+        if not reuses_prefix(seq.sampling, seq.pooling):
+            return []
         # The last token is always computed: its logits choose the first output token.
         return seq.block_hashes[: (seq.num_tokens - 1) // self._pool.block_size]
 

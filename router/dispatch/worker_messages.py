@@ -21,6 +21,7 @@ from ...common.messages import (
     HandoffFailed,
     NoCapacity,
     PromptLogprobs,
+    RequestMessage,
     RequestTokens,
     StepTokens,
     TaskRefused,
@@ -28,7 +29,7 @@ from ...common.messages import (
 )
 from ...common.request import UNSERVED
 from ..queue.admission import Admission
-from ..state.attempt import Attempt, AttemptState, RequestMessage
+from ..state.attempt import Attempt, AttemptState
 from ..state.errors import StreamError
 from ..state.failures import Blame
 from ..state.observer import Observer

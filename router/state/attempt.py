@@ -30,6 +30,7 @@ from ...common.messages import (
     NoCapacity,
     PrefillTask,
     PromptLogprobs,
+    RequestMessage,
     ReserveKV,
     TaskRefused,
     WorkerFailure,
@@ -42,18 +43,6 @@ from .views import RequestLoad
 from .worker import RouterWorker
 
 ANSWER_WITHIN_S = 3.5  # a decode worker's answer to ReserveKV, or to an Abort that asks
-
-RequestMessage = (
-    Grant
-    | NoCapacity
-    | TaskRefused
-    | HandoffDone
-    | HandoffFailed
-    | FirstToken
-    | Embedding
-    | PromptLogprobs
-    | WorkerFailure
-)
 
 
 class AttemptState(IntEnum):

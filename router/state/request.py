@@ -20,7 +20,7 @@ from enum import Enum
 
 from ...common.errors import InvalidTransition
 from ...common.grammar import Grammar
-from ...common.request import FinishReason, Pooling, RequestSpec, SampledToken, SamplingParams, pack_ids
+from ...common.request import FinishReason, Pooling, RequestSpec, SampledToken, SamplingParams, pack_ids, reuses_prefix
 from .choice_state import ChoiceState
 from .decisions import Decision
 from .objectives import DEFAULT_CLASS, NO_OBJECTIVES, Objectives
@@ -139,9 +139,7 @@ class RouterRequest:
     @property
     def reuses_prefix(self) -> bool:
         """Tell whether it needs nothing of the part of its prompt that a prefix cache has."""
-        if self.sampling.prompt_logprobs is not None:
-            return False
-        return self.pooling is None or self.pooling.allows_reuse
+        return reuses_prefix(self.sampling, self.pooling)
 
     def end_embedded(self, vector: bytes, now_s: float) -> None:
         """Take the embedding, which is all of its answer."""
