@@ -28,7 +28,7 @@ from ..kvcache.prefix_cache import PrefixCache
 # whole token budget in less; a single core at the end of a long context does not.
 MAX_STEP_S = 0.5
 MIN_CHUNK_TOKENS = 64
-_MIN_BACKGROUND_TOKENS = 16  # of a step that a request of a higher class waits for; fewer cost more for each token
+_MIN_SHORT_TOKENS = 16  # of a step that somebody waits for; fewer cost more for each token
 _INITIAL_S_PER_TOKEN = 1e-3  # until steps have been measured
 _SMOOTHING = 0.3
 
@@ -149,7 +149,7 @@ class PrefillScheduler:
 
     @property
     def _min_chunk(self) -> int:
-        return _MIN_BACKGROUND_TOKENS if self._is_background else MIN_CHUNK_TOKENS
+        return _MIN_SHORT_TOKENS if self._is_background or self.max_step_s < MAX_STEP_S else MIN_CHUNK_TOKENS
 
     @property
     def _is_background(self) -> bool:
