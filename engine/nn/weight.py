@@ -1,18 +1,21 @@
 """A weight: one matrix of a product, as its checkpoint stores it and as it is best multiplied by.
 
 Which checkpoint tensors fill the matrix, how torch multiplies by it, and in which form it is kept for that are known to
-its `Weight` alone. `Builder.weight` chooses the scheme. Today's one is `DenseWeight`, the numbers themselves.
+its `Weight` alone. `Builder.weight` chooses the scheme: `DenseWeight`, the numbers themselves, or `GroupedWeight`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .grouped import GroupedRows
 
 
 @dataclass(slots=True, frozen=True)
@@ -24,6 +27,7 @@ class WeightSlot:
     target: Tensor  # a view of this rank's parameter
     dim: int = 0
     start: int = 0
+    grouped: GroupedRows | None = None  # what is filled instead where the matrix is quantized: `target` is its numbers
 
 
 class Leaf(Protocol):

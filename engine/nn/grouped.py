@@ -1,0 +1,222 @@
+"""Quantized weights in one form, whatever file they come from: whole numbers, and a scale for each group of inputs.
+
+    w[o, i] = numbers[o, i] * scales[o, i // group_size] + minima[o, i // group_size]
+
+Checkpoint formats are unpacked into it (`formats.py`), plain weights rounded into it (`quantized`); processors have
+their products for it. Those here are the reference: weight-only, by the numbers that the form stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...common.errors import ConfigError
+from .weight import DenseWeight, WeightSlot
+
+_ZERO = 8  # what a symmetrical nibble stands above the number that it means
+
+
+class GroupedWeight:
+    """Implements `Weight`: groups of inputs with a scale, and maybe a minimum, of each output.
+
+    bits          numbers
+    8             int8 [out, in]
+    4             uint8 [out, in / 2]: input 2i in the low half, 0 to 15; without minima the number meant is 8 less
+    """
+
+    def __init__(
+        self,
+        numbers: Tensor,
+        scales: Tensor,  # float32 [out, in / group_size]
+        minima: Tensor | None = None,  # as `scales`; None: symmetrical
+        order: Tensor | None = None,  # int32 [in]: the numbers' input i is x[:, order[i]]; None: in order
+        *,
+        dtype: torch.dtype,
+    ) -> None:
+        self.bits = 4 if numbers.dtype == torch.uint8 else 8
+        self.numbers, self.scales, self.minima, self.order = numbers, scales, minima, order
+        self.num_outputs, self.num_inputs = numbers.shape[0], numbers.shape[1] * 8 // self.bits
+        self.group_size = self.num_inputs // scales.shape[1]
+        self.dtype = dtype
+        self._widened: DenseWeight | None = None
+        assert self.num_inputs == self.group_size * scales.shape[1], (numbers.shape, scales.shape)
+
+    @classmethod
+    def empty(
+        cls,
+        num_outputs: int,
+        num_inputs: int,
+        *,
+        bits: int,
+        group_size: int,
+        has_minima: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Self:
+        """Make one to be filled by `put`."""
+        number_type = torch.uint8 if bits == 4 else torch.int8
+        numbers = torch.zeros(num_outputs, num_inputs * bits // 8, dtype=number_type, device=device)
+        scales = torch.zeros(num_outputs, num_inputs // group_size, device=device)
+        return cls(numbers, scales, torch.zeros_like(scales) if has_minima else None, dtype=dtype)
+
+    @classmethod
+    def quantized(
+        cls, matrix: Tensor, *, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Round each number of a plain matrix to the nearest one that its group can hold, ties to even.
+
+        A symmetrical group of 4 bits reaches with -8, its only number of that size, to its largest weight, whatever
+        sign that has: its scale may be below zero.
+        """
+        groups = matrix.float().unflatten(1, (-1, group_size))
+        low, high = groups.amin(2), groups.amax(2)
+        minima = None
+        if not symmetric:
+            scales, minima = (high - low) / (2**bits - 1), low
+            numbers = _nearest(groups - low.unsqueeze(2), scales, 0, 2**bits - 1)
+            if bits == 8:
+                numbers, minima = numbers - 128, minima + 128 * scales
+        elif bits == 8:
+            scales = torch.maximum(high, -low) / 127
+            numbers = _nearest(groups, scales, -127, 127)
+        else:
+            scales = torch.where(high > -low, high, low) / -8
+            numbers = _nearest(groups, scales, -8, 7) + _ZERO
+        numbers = numbers.flatten(1)
+        stored = join_nibbles(numbers.to(torch.uint8)) if bits == 4 else numbers.to(torch.int8)
+        return cls(stored, scales, minima, dtype=dtype or matrix.dtype)
+
+    # --- what it stands for --------------------------------------------------------------------------------------
+
+    def dequantized(self) -> Tensor:
+        """Return the plain matrix, [out, in] float32, inputs in the model's order."""
+        matrix = self._meant().unflatten(1, (-1, self.group_size)) * self.scales.unsqueeze(2)
+        if self.minima is not None:
+            matrix += self.minima.unsqueeze(2)
+        matrix = matrix.flatten(1)
+        if self.order is None:
+            return matrix
+        return torch.empty_like(matrix).index_copy_(1, self.order.long(), matrix)
+
+    def _meant(self) -> Tensor:
+        """Return the numbers as float32, each in a place of its own."""
+        if self.bits == 8:
+            return self.numbers.float()
+        numbers = split_nibbles(self.numbers).float()
+        return numbers if self.minima is not None else numbers.sub_(_ZERO)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self._widened is not None:
+            return self._widened.product(x, bias)
+        return F.linear(x, self.dequantized().to(self.dtype), bias)
+
+    def pack(self) -> None:
+        """Widen it: torch has no product of these on a CPU, and would make each plain matrix anew in every step."""
+        if self._widened is None:
+            self._widened = DenseWeight(self.take().dequantized().to(self.dtype))
+            self._widened.pack()
+
+    def take(self) -> GroupedWeight:
+        """Give all of it up to the caller, who has a form of its own for it."""
+        taken = GroupedWeight(self.numbers, self.scales, self.minima, self.order, dtype=self.dtype)
+        self.numbers, self.scales = self.numbers.new_empty(0), self.scales.new_empty(0)
+        self.minima = self.order = None
+        return taken
+
+    # --- how it is filled ----------------------------------------------------------------------------------------
+
+    def slots(
+        self, name: str, shape: tuple[int, int], *, rows: slice = slice(None), dim: int = 0, start: int = 0
+    ) -> Iterator[WeightSlot]:
+        yield WeightSlot(f"{name}.weight", shape, self.numbers[rows], dim, start, GroupedRows(self, rows))
+
+    def narrow(self, dim: int, start: int, length: int) -> GroupedWeight:
+        """Return a view of some outputs (`dim` 0) or inputs. Raises ConfigError where a group would be cut."""
+        if length == (self.num_outputs, self.num_inputs)[dim]:
+            return self
+        if dim == 0:
+            minima = None if self.minima is None else self.minima.narrow(0, start, length)
+            numbers, scales = self.numbers.narrow(0, start, length), self.scales.narrow(0, start, length)
+            return GroupedWeight(numbers, scales, minima, self.order, dtype=self.dtype)
+        if self.order is not None:
+            raise ConfigError(
+                "weights in act-order cannot be shared by ranks: a rank's inputs belong to groups of all of them; "
+                "use --tensor-parallel-size 1"
+            )
+        numbers = self.numbers.narrow(1, start * self.bits // 8, length * self.bits // 8)
+        if self.group_size == self.num_inputs:
+            return GroupedWeight(numbers, self.scales, self.minima, dtype=self.dtype)
+        if start % self.group_size or length % self.group_size:
+            raise ConfigError(
+                f"a rank's {length} inputs of {self.num_inputs} are no whole groups of {self.group_size}; "
+                "use a smaller --tensor-parallel-size"
+            )
+        first, count = start // self.group_size, length // self.group_size
+        minima = None if self.minima is None else self.minima.narrow(1, first, count)
+        return GroupedWeight(numbers, self.scales.narrow(1, first, count), minima, dtype=self.dtype)
+
+    def put(self, rows: slice, part: GroupedWeight) -> None:
+        """Copy `part` into some rows. One of fewer bits, or in larger groups, is raised to this form, exactly.
+
+        Raises ConfigError where its inputs stand in another order than those of other rows.
+        """
+        raised = part.raised(self.bits, self.group_size, has_minima=self.minima is not None)
+        self.numbers[rows] = raised.numbers
+        self.scales[rows] = raised.scales
+        if self.minima is not None and raised.minima is not None:
+            self.minima[rows] = raised.minima
+        if rows.start in (None, 0):
+            self.order = part.order
+        elif (part.order is None) != (self.order is None) or (
+            part.order is not None and self.order is not None and not torch.equal(part.order, self.order)
+        ):
+            raise ConfigError("its inputs are in another act-order than those of the matrix that it is fused with")
+
+    def raised(self, bits: int, group_size: int, *, has_minima: bool) -> GroupedWeight:
+        """Return the same weights in a form of no fewer bits, no larger groups, and minima if there are any."""
+        numbers, minima = self.numbers, self.minima
+        if bits < self.bits or self.group_size % group_size or (minima is not None and not has_minima):
+            raise AssertionError(f"{self.bits} bits in groups of {self.group_size} are not {bits} in {group_size}")
+        if bits == 8 and self.bits == 4:
+            numbers = split_nibbles(numbers).to(torch.int8)
+            numbers = numbers if minima is not None else numbers.sub_(_ZERO)
+        if has_minima and minima is None:
+            zero = _ZERO if bits == 4 else 0  # of nibbles with minima the number meant is the nibble itself
+            minima = self.scales * -zero
+        repeats = self.group_size // group_size
+        scales = self.scales.repeat_interleave(repeats, 1)
+        minima = None if minima is None else minima.repeat_interleave(repeats, 1)
+        return GroupedWeight(numbers, scales, minima, self.order, dtype=self.dtype)
+
+
+@dataclass(slots=True, frozen=True)
+class GroupedRows:
+    """Some rows of a `GroupedWeight`, which a `WeightSlot` fills."""
+
+    weight: GroupedWeight
+    rows: slice
+
+    def put(self, part: GroupedWeight) -> None:
+        self.weight.put(self.rows, part)
+
+
+def _nearest(values: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
+    """Return values / scales in whole numbers; 0 where a scale is."""
+    scales = scales.unsqueeze(2)
+    return (values / scales.masked_fill(scales == 0, 1)).round_().clamp_(low, high)
+
+
+def split_nibbles(numbers: Tensor) -> Tensor:
+    """[rows, n] bytes -> [rows, 2 n] uint8, low half first."""
+    return torch.stack((numbers & 15, numbers >> 4), 2).flatten(1)
+
+
+def join_nibbles(numbers: Tensor) -> Tensor:
+    """[rows, 2 n] uint8, each 0 to 15 -> [rows, n] bytes, low half first."""
+    return numbers[:, ::2] | (numbers[:, 1::2] << 4)

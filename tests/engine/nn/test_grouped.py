@@ -1,0 +1,113 @@
+"""Quantized weights in their one form: rounding, the plain numbers they stand for, parts of them for ranks and rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvferry.common.errors import ConfigError
+from kvferry.engine.nn.grouped import GroupedWeight, join_nibbles, split_nibbles
+
+MATRIX = torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
+SCHEMES = [
+    (bits, group_size, symmetric) for bits in (4, 8) for group_size in (16, 32, 128) for symmetric in (True, False)
+]
+
+
+def _quantized(bits: int, group_size: int, *, symmetric: bool) -> GroupedWeight:
+    return GroupedWeight.quantized(MATRIX, bits=bits, group_size=group_size, symmetric=symmetric)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), SCHEMES)
+def test_each_number_is_the_nearest_of_its_group(bits: int, group_size: int, symmetric: bool) -> None:
+    weight = _quantized(bits, group_size, symmetric=symmetric)
+    assert (weight.bits, weight.group_size, weight.num_inputs) == (bits, group_size, 128)
+    assert (weight.minima is None) == symmetric
+    error = (weight.dequantized() - MATRIX).unflatten(1, (-1, group_size)).abs().amax(2)
+    # A symmetrical group of 4 bits has -8 but no 8: what is as large as its largest, of the other sign, is a step off.
+    steps = 1.0 if symmetric and bits == 4 else 0.5
+    assert torch.all(error <= steps * weight.scales.abs() * 1.0001)
+
+
+def test_zeros_stay_zeros() -> None:
+    for bits, group_size, symmetric in SCHEMES:
+        zeros = GroupedWeight.quantized(torch.zeros(4, 128), bits=bits, group_size=group_size, symmetric=symmetric)
+        assert not zeros.dequantized().any()
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), SCHEMES)
+def test_a_product_is_that_of_the_plain_numbers(bits: int, group_size: int, symmetric: bool) -> None:
+    weight = _quantized(bits, group_size, symmetric=symmetric)
+    x, bias = torch.randn(5, 128), torch.randn(24)
+    wanted = x @ weight.dequantized().T + bias
+    assert torch.allclose(weight.product(x, bias), wanted, atol=1e-5)
+    weight.pack()
+    assert not weight.numbers.numel()
+    assert torch.allclose(weight.product(x, bias), wanted, atol=1e-5)
+
+
+def test_act_order_says_where_each_input_stands() -> None:
+    plain = _quantized(4, 32, symmetric=True)
+    order = torch.randperm(128).to(torch.int32)
+    weight = GroupedWeight(plain.numbers, plain.scales, order=order, dtype=torch.float32)
+    x = torch.randn(3, 128)
+    assert torch.allclose(weight.product(x, None), plain.product(x[:, order.long()], None), atol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), SCHEMES)
+def test_raising_changes_no_weight(bits: int, group_size: int, symmetric: bool) -> None:
+    weight = _quantized(bits, group_size, symmetric=symmetric)
+    wanted = weight.dequantized()
+    for has_minima in (not symmetric, True):
+        raised = weight.raised(8, 16, has_minima=has_minima)
+        assert (raised.bits, raised.group_size, raised.minima is not None) == (8, 16, has_minima)
+        assert torch.allclose(raised.dequantized(), wanted, rtol=0, atol=1e-6)  # one addition more is rounded
+        same = weight.raised(bits, group_size, has_minima=has_minima)
+        assert torch.allclose(same.dequantized(), wanted, rtol=0, atol=1e-6)
+
+
+def test_parts_of_other_kinds_are_put_beside_one_another() -> None:
+    fused = GroupedWeight.empty(
+        48, 128, bits=8, group_size=16, has_minima=True, dtype=torch.float32, device=torch.device("cpu")
+    )
+    nibbles, bytes_ = _quantized(4, 32, symmetric=False), _quantized(8, 16, symmetric=True)
+    fused.put(slice(0, 24), nibbles)
+    fused.put(slice(24, 48), bytes_)
+    wanted = torch.cat([nibbles.dequantized(), bytes_.dequantized()])
+    assert torch.allclose(fused.dequantized(), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), SCHEMES)
+def test_ranks_share_outputs_and_whole_groups_of_inputs(bits: int, group_size: int, symmetric: bool) -> None:
+    weight = _quantized(bits, group_size, symmetric=symmetric)
+    wanted = weight.dequantized()
+    assert torch.equal(weight.narrow(0, 8, 8).dequantized(), wanted[8:16])
+    halves = [weight.narrow(1, start, 64).dequantized() for start in (0, 64)]
+    assert torch.equal(torch.cat(halves, 1), wanted)
+
+
+def test_a_cut_group_is_refused() -> None:
+    weight = _quantized(4, 32, symmetric=True)
+    with pytest.raises(ConfigError, match="16 inputs of 128 are no whole groups of 32"):
+        weight.narrow(1, 16, 16)
+    ordered = GroupedWeight(weight.numbers, weight.scales, order=torch.arange(128).int(), dtype=torch.float32)
+    with pytest.raises(ConfigError, match="act-order"):
+        ordered.narrow(1, 0, 64)
+
+
+def test_fused_parts_have_one_act_order() -> None:
+    weight = GroupedWeight.empty(
+        48, 128, bits=4, group_size=32, has_minima=False, dtype=torch.float32, device=torch.device("cpu")
+    )
+    plain = _quantized(4, 32, symmetric=True)
+    weight.put(slice(0, 24), plain)
+    ordered = GroupedWeight(plain.numbers, plain.scales, order=torch.arange(128).int(), dtype=torch.float32)
+    with pytest.raises(ConfigError, match="act-order"):
+        weight.put(slice(24, 48), ordered)
+
+
+def test_nibbles() -> None:
+    numbers = torch.randint(0, 16, (3, 8), dtype=torch.uint8)
+    joined = join_nibbles(numbers)
+    assert joined.shape == (3, 4) and int(joined[0, 0] & 15) == int(numbers[0, 0])
+    assert torch.equal(split_nibbles(joined), numbers)
