@@ -187,7 +187,7 @@ def router(loaded: Loaded) -> None:
     settings = loaded.settings
     if why := why_not_bindable(settings.host, settings.port):
         raise ConfigError(f"port: cannot listen at {Address(settings.host, settings.port)}: {why}")
-    resolved = resolve_model(settings.model, settings.revision)
+    resolved = resolve_model(settings.model, settings.revision, quantization=settings.quantization)
     config = plan_router(settings, resolved.dir, settings.served_model_name or resolved.served_name)
     config = config.model_copy(update={"control_host": settings.control_host, "control_port": settings.control_port})
     secrets = read_credentials(config, environment())
@@ -226,7 +226,7 @@ def _become_worker(settings: ServeSettings, role: Literal["prefill", "decode"]) 
     secrets = read_secrets(settings.secret_file, environment())
     _check_secret(settings, secrets, [Address(settings.handoff_host, settings.handoff_port), *routers])
     check_transfer(settings)
-    resolved = resolve_model(settings.model, settings.revision)
+    resolved = resolve_model(settings.model, settings.revision, quantization=settings.quantization)
     name = settings.served_model_name or resolved.served_name
     worker_id = settings.worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}"
     pool: PoolSettings = getattr(settings, role)

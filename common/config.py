@@ -26,6 +26,8 @@ KVCacheDtype = Literal["auto", "bfloat16", "fp8"]
 Device = Literal["auto", "cpu", "cuda"]
 Attention = Literal["auto", "flashinfer", "cpu"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+# The first two are made while a plain checkpoint is loaded; the others say what the checkpoint is.
+QuantizationName = Literal["int8", "int4", "gguf", "compressed-tensors", "gptq", "awq", "fp8"]
 TransferName = Literal["nixl", "ucx"]
 PolicyName = Literal["slo", "least_loaded", "kv_cost", "round_robin"]
 Checksum = Literal["auto", "on", "off"]
@@ -82,6 +84,7 @@ class EngineConfig(Settings):
     model_dir: Path  # a local Hugging Face directory
     served_model_name: str
     dtype: Dtype = "auto"  # auto: the checkpoint's
+    quantization: QuantizationName | None = None  # None: the checkpoint's
     kv_cache_dtype: KVCacheDtype = "auto"  # auto: as `dtype`; fp8 is e4m3
     device: Device = "auto"
     tensor_parallel_size: PositiveInt = 1
@@ -193,6 +196,7 @@ class RouterConfig(Settings):
     control_port: int = 0  # 0: any free port
     model_dir: Path
     served_model_name: str
+    quantization: QuantizationName | None = None  # as the workers': answers to /v1/models say so
     max_model_len: PositiveInt | None = None
     chat_template: Path | None = None
     special_tokens_in_messages: SpecialTokens = "allow"  # as what they are, as ordinary text, or not at all

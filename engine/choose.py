@@ -24,6 +24,7 @@ from .cpu.tiled import TiledRunner
 from .nn.attention.base import AttentionBackend, LayerPages
 from .nn.attention.choose import make_attention
 from .nn.decoder import Decoder
+from .nn.grouped import GroupedWeight
 from .nn.runner import Runner
 from .nn.torch_runner import TorchRunner
 from .nn.weights import Progress, read_kv_scales
@@ -61,10 +62,15 @@ def pack_weights(decoder: Decoder, device: torch.device, *, native: bool = True)
     """Trade the loaded weights for the form in which this rank's runner reads them, on a CPU: C++'s, which is returned,
     or torch's. `native` False: no C++.
     """
+    quantization = decoder.config.quantization
+    if quantization is not None and quantization.is_float8:
+        log.info("quantized_weights", widened_to=str(decoder.dtype).removeprefix("torch."), reason="no products of FP8")
     if device.type != "cpu":
         return None
     if native and (model := _native_model(decoder)) is not None:
         return model
+    if any(isinstance(linear.weight, GroupedWeight) for linear in decoder.linears()):
+        log.warning("quantized_weights", widened_to=str(decoder.dtype).removeprefix("torch."), reason="no C++ for them")
     decoder.pack()
     return None
 

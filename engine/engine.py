@@ -30,6 +30,7 @@ from ..kvcache.host_slots import SwapPages, num_host_blocks, num_swap_blocks
 from ..kvcache.pages import allocate_pages, cache_dtype, copy_blocks, num_blocks_for_memory, num_spare_blocks
 from ..models.config import ModelConfig
 from ..models.digest import ModelDigest
+from ..models.quantization import chosen_quantization
 from .choose import choose_device, choose_dtype, choose_runner, pack_weights
 from .draft import DraftModel
 from .masks import MaskThread, with_failures, with_forced
@@ -72,7 +73,8 @@ class Engine:
         self.tp_size = tp_size
         self.model_config = _model_config(config)
         self.max_model_len = self.model_config.max_model_len
-        digest = ModelDigest(config.model_dir, config.load_format, config.seed)  # beside all that follows
+        # Beside all that follows.
+        digest = ModelDigest(config.model_dir, config.load_format, config.seed, config.quantization)
         self._device = choose_device(config, tp_rank)
         dtype = choose_dtype(config, self.model_config)
         kv_dtype = cache_dtype(config, dtype, self._device)
@@ -255,4 +257,5 @@ def _model_config(config: EngineConfig) -> ModelConfig:
             f"max_model_len = {asked} is longer than the model's {model.longest_model_len} positions "
             f"({config.model_dir})"
         )
-    return replace(model, max_model_len=asked)
+    quantization = chosen_quantization(model.quantization, config.quantization)
+    return replace(model, max_model_len=asked, quantization=quantization)

@@ -26,7 +26,9 @@ from ..common.config import (
 )
 from ..common.errors import ConfigError
 from ..kvcache.draft_pages import num_draft_pages
+from ..models.checkpoint import quantized_bytes
 from ..models.config import ModelConfig
+from ..models.quantization import chosen_quantization
 from ..settings.fields import PoolSettings, ServeSettings
 from .host import Host
 
@@ -183,8 +185,21 @@ def cache_item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
 
 def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """About what one rank's weights take, a draft model's too: matrices and embeddings."""
-    models = [model, *draft_models(engine)]
-    return sum(map(_num_parameters, models)) * item_bytes(engine, model) // engine.tensor_parallel_size
+    size = item_bytes(engine, model)
+    taken = sum(_num_parameters(draft) for draft in draft_models(engine)) * size
+    quantization = chosen_quantization(model.quantization, engine.quantization)
+    if quantization is None or _is_widened(engine, model):
+        taken += _num_parameters(model) * size
+    else:
+        taken += quantized_bytes(model, quantization, size)
+    return taken // engine.tensor_parallel_size
+
+
+def _is_widened(engine: EngineConfig, model: ModelConfig) -> bool:
+    """Tell whether a CPU's rank multiplies by plain numbers: it has products of quantized ones for whole models in
+    bfloat16 alone.
+    """
+    return engine.device != "cuda" and (engine.tensor_parallel_size > 1 or item_bytes(engine, model) > 2)
 
 
 def draft_models(engine: EngineConfig) -> list[ModelConfig]:

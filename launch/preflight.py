@@ -26,6 +26,7 @@ from ..models.config import ModelConfig
 from ..models.default import Progress
 from ..models.draft import check_draft
 from ..models.files import ResolvedModel, check_no_code, is_on_hub, resolve_model
+from ..models.quantization import chosen_quantization
 from ..models.tokenizer import Tokenizer
 from ..settings.exposure import check_exposure
 from ..settings.fields import ServeSettings
@@ -142,12 +143,14 @@ class Preflight:
         settings = self._settings
         if not self._fetches and is_on_hub(settings.model):
             return Check("model", Level.OK, f"{settings.model}: looked up on the hub when it is served")
-        self._resolved = found = resolve_model(settings.model, settings.revision, self._progress)
+        found = resolve_model(settings.model, settings.revision, self._progress, quantization=settings.quantization)
+        self._resolved = found
         self.model = ModelConfig.from_dir(found.dir)
+        quantization = chosen_quantization(self.model.quantization, settings.quantization)
         if settings.load_format != "dummy":
             check_checkpoint(found.dir, self.model)
         Tokenizer.from_dir(found.dir, settings.chat_template)
-        return f"{found.served_name} in {found.dir}"
+        return f"{found.served_name} in {found.dir}" + (f", {quantization.name}" if quantization is not None else "")
 
     def _check_plan(self) -> str:
         assert self._resolved is not None

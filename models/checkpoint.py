@@ -8,12 +8,14 @@ are found in milliseconds, by whoever starts a deployment, without torch.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from pathlib import Path
 
 from ..common.errors import ConfigError
 from .config import ModelConfig
+from .quantization import TIED_HEAD, Quantization, stored_shapes
 
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 # Of a cache in 8 bits, as quantising tools name them: a key is stored as key / k_scale.
@@ -32,14 +34,14 @@ def check_checkpoint(model_dir: Path, config: ModelConfig) -> None:
     found: dict[str, Shape] = {}
     for path in safetensors_files(model_dir):
         found |= _read_shapes(path)
-    wanted = tensor_shapes(config)
-    check_names(set(wanted), set(found), model_dir, tied=config.tie_embeddings)
+    wanted, optional = stored_shapes(config.quantization, tensor_shapes(config))
+    check_names(set(wanted), set(found) - optional, model_dir, tied=config.tie_embeddings)
     for name, shape in wanted.items():
         check_shape(name, found[name], shape)
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Return every tensor of the whole model, by its name in a checkpoint, with the shape that config.json implies."""
+    """Return every tensor of the whole model in plain numbers: its name in a checkpoint, its shape by config.json."""
     hidden, heads = config.hidden_size, config.num_qo_heads * config.head_dim
     shapes: dict[str, Shape] = {
         "model.embed_tokens.weight": (config.vocab_size, hidden),
@@ -61,6 +63,21 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
             shapes |= _linear(f"{name}.mlp.{part}", mlp, hidden, bias=config.mlp_bias)
         shapes |= _linear(f"{name}.mlp.down_proj", hidden, mlp, bias=config.mlp_bias)
     return shapes
+
+
+def quantized_bytes(config: ModelConfig, quantization: Quantization, item_bytes: int) -> int:
+    """Return what all tensors take in memory, with `item_bytes` for each plain number. Raises ConfigError."""
+    taken = 0
+    for name, shape in tensor_shapes(config).items():
+        plain = math.prod(shape) * item_bytes
+        module = name.removesuffix(".weight")
+        form = quantization.form([module], shape[1]) if len(shape) == 2 and module != name else None
+        packed = form.num_bytes(shape[0], shape[1]) if form is not None else plain
+        if module == TIED_HEAD:  # tokens are looked up in plain numbers
+            taken += plain + (packed if form is not None and config.tie_embeddings else 0)
+        else:
+            taken += packed
+    return taken
 
 
 def _linear(name: str, size_out: int, size_in: int, *, bias: bool) -> dict[str, Shape]:
@@ -116,8 +133,14 @@ def check_names(wanted: set[str], found: set[str], model_dir: Path, *, tied: boo
 
 
 def check_shape(name: str, found: Shape, wanted: Shape) -> None:
-    if found != wanted:
+    """Raises ConfigError. A scale for a whole tensor, or each output, may stand in any number of dimensions."""
+    same = found == wanted if name.endswith((".weight", ".bias")) else _without_ones(found) == _without_ones(wanted)
+    if not same:
         raise ConfigError(f"tensor {name} has shape {list(found)}, config.json implies {list(wanted)}")
+
+
+def _without_ones(shape: Shape) -> Shape:
+    return tuple(size for size in shape if size != 1)
 
 
 def _some(names: list[str], limit: int = 5) -> str:

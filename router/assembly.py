@@ -21,6 +21,7 @@ from ..common.clock import Clock, SystemClock, wall_time_us, week_s
 from ..common.config import RouterConfig
 from ..models.config import ModelConfig
 from ..models.pooling import read_pooling
+from ..models.quantization import chosen_quantization
 from ..models.tokenizer import Tokenizer
 from .access.keys import ApiKeys
 from .access.quota import QuotaLimits
@@ -114,9 +115,11 @@ async def assemble(config: RouterConfig, keys: ApiKeys, launcher: LauncherLink |
 def _load_model(config: RouterConfig) -> tuple[ServedModel, Tokenizer, GrammarCompilers]:
     """Return the model as the router reads it from its directory."""
     model_config = ModelConfig.from_dir(config.model_dir)
+    quantization = chosen_quantization(model_config.quantization, config.quantization)
     tokenizer = Tokenizer.from_dir(config.model_dir, config.chat_template)
     model = ServedModel(
         name=config.served_model_name,
+        quantization=quantization.name if quantization is not None else "",
         max_model_len=config.max_model_len or model_config.max_model_len,
         vocab_size=model_config.vocab_size,
         hidden_size=model_config.hidden_size,

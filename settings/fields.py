@@ -27,6 +27,7 @@ from ..common.config import (
     LogFormat,
     LogLevel,
     PolicyName,
+    QuantizationName,
     ReasoningParserName,
     RequestClass,
     Settings,
@@ -170,6 +171,15 @@ class ServeSettings(Settings):
         Count | None, Option("Model", "Longest prompt plus answer, in tokens. Default: the model's.", ALL)
     ] = None
     dtype: Annotated[Dtype, Option("Model", "Type of weights; auto: the checkpoint's.", ENGINES)] = "auto"
+    quantization: Annotated[
+        QuantizationName | None,
+        Option(
+            "Model",
+            "int8, int4: round a plain checkpoint's weights at start; gguf: the built-in model's as its file has them. "
+            "Default: the checkpoint's own.",
+            ALL,
+        ),
+    ] = None
     load_format: Annotated[LoadFormat, Option("Model", "dummy: random weights.", ENGINES)] = "auto"
     chat_template: Annotated[Path | None, Option("Model", "Jinja file instead of the model's own.", FRONTS)] = None
     special_tokens_in_messages: Annotated[

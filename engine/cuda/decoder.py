@@ -20,6 +20,7 @@ from ..nn.decoder import Decoder, DecoderLayer
 from ..nn.feed_forward import FeedForward, GatedMLP
 from ..nn.mixer import Attention
 from ..nn.rotary import RotaryEmbedding
+from ..nn.weight import DenseWeight
 from .kernels import Kernels
 
 _TABLE_ROWS = 8192  # made at once
@@ -90,6 +91,7 @@ class FusedDecoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Turn [rows, hidden_size] of `forward` into [rows, vocab_size] float32; a collective with several ranks."""
         rows = self._decoder.head.rows
+        assert isinstance(rows.weight, DenseWeight), "no kernels for another head"
         local = self._kernels.logits(hidden, rows.weight.plain)
         return rows.comm.all_gather(local)[:, : rows.vocab_size]
 

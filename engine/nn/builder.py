@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ...common.errors import ConfigError
 from ...models.config import ModelConfig
+from ...models.quantization import Form
 from ..ranks.group import Communicator
+from .grouped import GroupedWeight
 from .weight import DenseWeight, Weight
 
 
@@ -21,9 +25,37 @@ class Builder:
     dtype: torch.dtype
     device: torch.device
 
-    def weight(self, num_outputs: int, num_inputs: int) -> Weight:
-        """Make an empty matrix of a linear, in the scheme in which the checkpoint stores those."""
-        return DenseWeight(self.empty(num_outputs, num_inputs))
+    def weight(self, modules: Sequence[str], num_outputs: int, num_inputs: int, *, num_ranks: int = 1) -> Weight:
+        """Make an empty matrix of the checkpoint's `modules`, in the form that these have.
+
+        `num_ranks`: how many share each output's inputs. Raises ConfigError where one cannot have whole groups.
+        """
+        form = self._form(modules, num_inputs * num_ranks)
+        if form is None:
+            return DenseWeight(self.empty(num_outputs, num_inputs))
+        group_size = num_inputs if form.group_size == num_inputs * num_ranks else form.group_size
+        if num_inputs % group_size:
+            raise ConfigError(
+                f"{modules[0]}: a rank's {num_inputs} inputs of {num_inputs * num_ranks} are no whole groups "
+                f"of {group_size}; use a smaller --tensor-parallel-size"
+            )
+        return GroupedWeight.empty(
+            num_outputs,
+            num_inputs,
+            bits=form.bits,
+            group_size=group_size,
+            has_minima=form.has_minima,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def head_form(self, name: str) -> Form | None:
+        """Return the form of the head's matrix, which the checkpoint has as `name`; None: plain, as on every GPU."""
+        return self._form([name], self.config.hidden_size) if self.device.type == "cpu" else None
+
+    def _form(self, modules: Sequence[str], num_inputs: int) -> Form | None:
+        quantization = self.config.quantization
+        return None if quantization is None else quantization.form(modules, num_inputs)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)

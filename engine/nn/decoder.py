@@ -17,7 +17,7 @@ from ..ranks.group import Communicator
 from .attention.base import AttentionBackend
 from .blocks import make_feed_forward, make_mixer
 from .builder import Builder
-from .layers import Linear, ParallelEmbedding, ParallelHead, RMSNorm, VocabParallel
+from .layers import Linear, ParallelEmbedding, ParallelHead, RMSNorm
 from .mixer import Rope
 from .rotary import RotaryEmbedding
 from .weight import Leaf, WeightSlot
@@ -73,8 +73,7 @@ class Decoder:
         self.embedding = ParallelEmbedding(builder, "model.embed_tokens")
         self.layers = [DecoderLayer(builder, layer_id) for layer_id in range(config.num_layers)]
         self.final_norm = RMSNorm(builder, "model.norm", config.hidden_size)
-        tied = config.tie_embeddings
-        self.head = ParallelHead(self.embedding if tied else VocabParallel(builder, "lm_head"), tied=tied)
+        self.head = ParallelHead(builder, self.embedding)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, device)
 
     def forward(
@@ -107,7 +106,7 @@ class Decoder:
         for layer in self.layers:
             yield from layer.leaves()
         yield self.final_norm
-        if not self.config.tie_embeddings:
+        if self.head.rows is not self.embedding:
             yield self.head.rows
 
     def slots(self) -> Iterator[WeightSlot]:

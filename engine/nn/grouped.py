@@ -74,7 +74,7 @@ class GroupedWeight:
         A symmetrical group of 4 bits reaches with -8, its only number of that size, to its largest weight, whatever
         sign that has: its scale may be below zero.
         """
-        groups = matrix.float().unflatten(1, (-1, group_size))
+        groups = matrix.float().reshape(len(matrix), -1, group_size)
         low, high = groups.amin(2), groups.amax(2)
         minima = None
         if not symmetric:
@@ -96,7 +96,8 @@ class GroupedWeight:
 
     def dequantized(self) -> Tensor:
         """Return the plain matrix, [out, in] float32, inputs in the model's order."""
-        matrix = self._meant().unflatten(1, (-1, self.group_size)) * self.scales.unsqueeze(2)
+        numbers = self._meant().view(self.num_outputs, -1, self.group_size)
+        matrix = numbers * self.scales.unsqueeze(2)
         if self.minima is not None:
             matrix += self.minima.unsqueeze(2)
         matrix = matrix.flatten(1)
@@ -171,11 +172,10 @@ class GroupedWeight:
         self.scales[rows] = raised.scales
         if self.minima is not None and raised.minima is not None:
             self.minima[rows] = raised.minima
+        order = None if part.order is None else part.order.to(self.numbers.device)
         if rows.start in (None, 0):
-            self.order = part.order
-        elif (part.order is None) != (self.order is None) or (
-            part.order is not None and self.order is not None and not torch.equal(part.order, self.order)
-        ):
+            self.order = order
+        elif not _same_order(order, self.order):
             raise ConfigError("its inputs are in another act-order than those of the matrix that it is fused with")
 
     def raised(self, bits: int, group_size: int, *, has_minima: bool) -> GroupedWeight:
@@ -204,6 +204,10 @@ class GroupedRows:
 
     def put(self, part: GroupedWeight) -> None:
         self.weight.put(self.rows, part)
+
+
+def _same_order(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def _nearest(values: Tensor, scales: Tensor, low: int, high: int) -> Tensor:

@@ -46,7 +46,8 @@ class ColumnParallelLinear(Linear):
         self.parts = parts
         self.comm = builder.comm
         size = sum(part.features for part in parts) // self.comm.size
-        super().__init__(name, builder.weight(size, num_inputs), builder.empty(size) if bias else None)
+        weight = builder.weight([part.name for part in parts], size, num_inputs)
+        super().__init__(name, weight, builder.empty(size) if bias else None)
 
     def slots(self) -> Iterator[WeightSlot]:
         row = 0
@@ -64,7 +65,8 @@ class RowParallelLinear(Linear):
 
     def __init__(self, builder: Builder, name: str, num_inputs: int, num_outputs: int, *, bias: bool) -> None:
         self.comm = builder.comm
-        super().__init__(name, builder.weight(num_outputs, num_inputs // self.comm.size))
+        local = num_inputs // self.comm.size
+        super().__init__(name, builder.weight([name], num_outputs, local, num_ranks=self.comm.size))
         self.sum_bias = builder.empty(num_outputs) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -81,14 +83,15 @@ class RowParallelLinear(Linear):
 class VocabParallel:
     """The base of embedding and head: rank r holds the vocabulary's rows [start, stop), the last rank fewer."""
 
+    weight: Weight
+
     def __init__(self, builder: Builder, name: str) -> None:
         self.name = name
         self.vocab_size = builder.config.vocab_size
         self.comm = builder.comm
-        num_rows = -(-self.vocab_size // self.comm.size)
-        self.start = min(self.vocab_size, num_rows * self.comm.rank)
-        self.stop = min(self.vocab_size, self.start + num_rows)
-        self.weight = DenseWeight(builder.empty(num_rows, builder.config.hidden_size).zero_())
+        self.num_rows = -(-self.vocab_size // self.comm.size)
+        self.start = min(self.vocab_size, self.num_rows * self.comm.rank)
+        self.stop = min(self.vocab_size, self.start + self.num_rows)
 
     def slots(self) -> Iterator[WeightSlot]:
         shape, rows = (self.vocab_size, self.weight.num_inputs), slice(self.stop - self.start)
@@ -97,6 +100,12 @@ class VocabParallel:
 
 class ParallelEmbedding(VocabParallel):
     """Token ids to rows: each rank looks up those that it holds, the sum over the ranks is the whole."""
+
+    weight: DenseWeight
+
+    def __init__(self, builder: Builder, name: str) -> None:
+        super().__init__(builder, name)
+        self.weight = DenseWeight(builder.empty(self.num_rows, builder.config.hidden_size).zero_())
 
     def __call__(self, input_ids: Tensor) -> Tensor:  # [num_tokens] -> [num_tokens, hidden_size]
         table = self.weight.plain
@@ -108,28 +117,44 @@ class ParallelEmbedding(VocabParallel):
         return self.comm.all_reduce(rows.masked_fill_(foreign.unsqueeze(1), 0))
 
 
-class ParallelHead:
-    """Hidden states to logits over the whole vocabulary. A tied head shares the embedding's rows."""
+class HeadRows(VocabParallel):
+    """A head's own rows: of a tensor of its own, or quantized ones of the embedding's, beside its plain ones."""
 
-    def __init__(self, rows: VocabParallel, *, tied: bool) -> None:
-        self.rows = rows
+    def __init__(self, builder: Builder, name: str) -> None:
+        super().__init__(builder, name)
+        hidden_size = builder.config.hidden_size
+        if builder.head_form(name) is None:
+            self.weight = DenseWeight(builder.empty(self.num_rows, hidden_size).zero_())
+        else:
+            self.weight = builder.weight([name], self.num_rows, hidden_size)
+
+
+class ParallelHead:
+    """Hidden states to logits over the whole vocabulary. A tied head shares the embedding's rows, if it is plain."""
+
+    def __init__(self, builder: Builder, embedding: ParallelEmbedding) -> None:
+        tied = builder.config.tie_embeddings
+        name = embedding.name if tied else "lm_head"
+        shares = tied and builder.head_form(name) is None
+        self.rows: VocabParallel = embedding if shares else HeadRows(builder, name)
         # A tied head is packed beside the rows that tokens are looked up in: a second copy of this one tensor.
-        self.linear = Linear("lm_head", DenseWeight(rows.weight.plain) if tied else rows.weight)
+        self.linear = Linear("lm_head", DenseWeight(embedding.weight.plain) if shares else self.rows.weight)
 
     def __call__(self, hidden: Tensor) -> Tensor:  # [rows, hidden_size] -> [rows, vocab_size] float32
-        dtype = self.rows.weight.dtype
-        logits = self.linear(hidden.to(dtype)).float()
-        if hidden.dtype != dtype and self.rows.weight.plain.numel():
-            self._refine(logits, hidden)
+        weight = self.rows.weight
+        logits = self.linear(hidden.to(weight.dtype)).float()
+        if hidden.dtype != weight.dtype and isinstance(weight, DenseWeight) and weight.plain.numel():
+            _refine(logits, hidden, weight.plain)
         return self.rows.comm.all_gather(logits)[:, : self.rows.vocab_size]
 
-    def _refine(self, logits: Tensor, hidden: Tensor) -> None:
-        """Make the best logits once more in float32: a product rounded to bfloat16 moves in steps of 1/8 near 25, so
-        that the first two tie more often than not. Where the plain weight is kept.
-        """
-        best = logits.topk(min(_REFINED_LOGITS, logits.shape[1])).indices  # [rows, k]
-        exact = torch.bmm(self.rows.weight.plain[best].float(), hidden.unsqueeze(2))  # [rows, k, 1]
-        logits.scatter_(1, best, exact.squeeze(2))
+
+def _refine(logits: Tensor, hidden: Tensor, rows: Tensor) -> None:
+    """Make the best logits once more in float32: a product rounded to bfloat16 moves in steps of 1/8 near 25, so
+    that the first two tie more often than not. Where the plain weight is kept.
+    """
+    best = logits.topk(min(_REFINED_LOGITS, logits.shape[1])).indices  # [rows, k]
+    exact = torch.bmm(rows[best].float(), hidden.unsqueeze(2))  # [rows, k, 1]
+    logits.scatter_(1, best, exact.squeeze(2))
 
 
 class RMSNorm:

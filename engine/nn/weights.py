@@ -3,13 +3,14 @@
 Each tensor is read by slice from the mapped file into the parameter that holds it, so memory never has a second
 copy of the model. Every tensor that the model has must be there in its shape, and none may be left over. Under
 load format `dummy` weights are random numbers from (seed, tensor name): the same on every rank and worker.
+A quantized matrix is read as a whole, one at a time, and each rank takes its part of what it stands for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,10 @@ from torch import Tensor
 
 from ...common.errors import ConfigError
 from ...models.checkpoint import KV_SCALE, check_names, check_shape, full_name, safetensors_files
+from ...models.quantization import Storage, matrix_storage, stored_shapes
 from .decoder import Decoder
+from .formats import unpack
+from .grouped import GroupedWeight
 from .weight import WeightSlot
 
 Progress = Callable[[str, float], None]  # what is being done, fraction in [0, 1]
@@ -46,13 +50,22 @@ def load_weights(
     slots = list(decoder.slots())
     total = sum(slot.target.numel() for slot in slots)
     files = {} if load_format == "dummy" else _open_files(model_dir)
+    quantization = decoder.config.quantization
     if load_format != "dummy":
-        wanted = {slot.name for slot in slots}
-        check_names(wanted, set(files), model_dir, tied=decoder.config.tie_embeddings)
+        wanted, optional = stored_shapes(quantization, {slot.name: slot.shape for slot in slots})
+        check_names(set(wanted), set(files) - optional, model_dir, tied=decoder.config.tie_embeddings)
+        _check_extra_biases(files, optional)
     done = 0
     for slot in slots:
+        storage = matrix_storage(quantization, slot.name, slot.shape)
         if load_format == "dummy":
             _fill_random(slot, seed)
+        elif storage is not None:
+            _fill_unpacked(slot, storage, files, decoder.dtype)
+        elif slot.grouped is not None:
+            file, name = files[slot.name]
+            check_shape(slot.name, tuple(file.get_slice(name).get_shape()), slot.shape)
+            _put(slot, file.get_tensor(name))
         else:
             _fill_from_file(slot, *files[slot.name])
         done += slot.target.numel()
@@ -85,6 +98,49 @@ def _fill_from_file(slot: WeightSlot, file: _TensorFile, name: str) -> None:
     slot.target.copy_(source[index])
 
 
+def _fill_unpacked(
+    slot: WeightSlot, storage: Storage, files: Mapping[str, tuple[_TensorFile, str]], dtype: torch.dtype
+) -> None:
+    """Fill from the tensors that stand for the matrix of a module."""
+    module = slot.name.removesuffix(".weight")
+
+    def read(suffix: str) -> Tensor | None:
+        file, name = files.get(f"{module}.{suffix}", (None, ""))
+        return None if file is None else file.get_tensor(name)
+
+    for name, shape in storage.tensors(module, slot.shape[0], slot.shape[1]).items():
+        file, own_name = files[name]
+        check_shape(name, tuple(file.get_slice(own_name).get_shape()), shape)
+    try:
+        _put(slot, unpack(storage, slot.shape, read, dtype))
+    except ConfigError as error:
+        raise ConfigError(f"{module}: {error}") from error
+
+
+def _check_extra_biases(files: Mapping[str, tuple[_TensorFile, str]], optional: set[str]) -> None:
+    """Refuse biases that config.json does not tell of, unless they are zeros, as some tools write them."""
+    for name in sorted(name for name in optional & files.keys() if name.endswith(".bias")):
+        file, own_name = files[name]
+        if bool(file.get_tensor(own_name).any()):
+            raise ConfigError(f"{name} is not zero, and config.json tells of no bias")
+
+
+def _put(slot: WeightSlot, matrix: Tensor | GroupedWeight) -> None:
+    """Fill with this rank's part of a whole matrix: widened, or rounded, where the slot is of the other kind."""
+    if slot.grouped is None:
+        plain = matrix.dequantized() if isinstance(matrix, GroupedWeight) else matrix
+        slot.target.copy_(plain.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))
+        return
+    weight = slot.grouped.weight
+    if not isinstance(matrix, GroupedWeight):
+        group_size = matrix.shape[1] if weight.group_size == weight.num_inputs else weight.group_size
+        matrix = GroupedWeight.quantized(
+            matrix, bits=weight.bits, group_size=group_size, symmetric=weight.minima is None, dtype=weight.dtype
+        )
+    length = weight.num_inputs if slot.dim == 1 else len(slot.target)
+    slot.grouped.put(matrix.narrow(slot.dim, slot.start, length))
+
+
 def read_kv_scales(model_dir: Path, num_layers: int) -> list[tuple[float, float]]:
     """Return each layer's k_scale and v_scale of a cache in 8 bits; 1 where there is none. Raises ConfigError."""
     scales = [[1.0, 1.0] for _ in range(num_layers)]
@@ -108,4 +164,4 @@ def _fill_random(slot: WeightSlot, seed: int) -> None:
     generator = torch.Generator(slot.target.device).manual_seed(int.from_bytes(key, "little") >> 1)
     std = 1 / math.sqrt(slot.shape[-1]) if len(slot.shape) == 2 else 0.02
     whole = torch.empty(slot.shape, dtype=torch.float32, device=slot.target.device).normal_(0, std, generator=generator)
-    slot.target.copy_(whole.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))
+    _put(slot, whole)

@@ -177,11 +177,12 @@ class ChatChunk(Struct, kw_only=True):
 # --- models, tokens ---------------------------------------------------------------------------------------
 
 
-class PoolCounts(Struct, kw_only=True):
-    """Our extension of a model's entry: the workers that can take work."""
+class PoolCounts(Struct, kw_only=True, omit_defaults=True):
+    """Our extension of a model's entry: the workers that can take work, and how its weights are quantized."""
 
     prefill_workers: int
     decode_workers: int
+    quantization: str = ""
 
 
 class Model(Struct, kw_only=True):

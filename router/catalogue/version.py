@@ -35,6 +35,7 @@ class ServedModel:
     chooses_tools: bool = True  # the model may decide whether it calls one
     tool_parser: ToolParserName = "auto"
     reasoning_parser: ReasoningParserName = "auto"
+    quantization: str = ""  # of its weights; empty: plain numbers
     hidden_size: int = 0  # the length of its embeddings
     pooling: Pooling = Pooling.LAST  # of its embeddings
 

@@ -166,6 +166,14 @@ def test_sizes_of_llama_3_8b() -> None:
     assert cache_token_bytes(engine, MODEL) == 128 << 10
     assert cache_token_bytes(engine.model_copy(update={"kv_cache_dtype": "fp8"}), MODEL) == 64 << 10
     assert weight_bytes(engine, MODEL) == pytest.approx(8.03e9 * 2, rel=0.01)
+    matrices = 6.98e9  # of the layers; embedding and head have 525 million each
+    for name, group_bytes in (("int8", 1.0), ("int4", 0.5 + 4 / 128)):
+        quantized = engine.model_copy(update={"quantization": name})
+        wanted = matrices * group_bytes + 525e6 * (2 + 1)
+        assert weight_bytes(quantized, MODEL) == pytest.approx(wanted, rel=0.01)
+        for widened in ({"tensor_parallel_size": 2}, {"dtype": "float32"}):
+            plain = engine.model_copy(update=widened)
+            assert weight_bytes(quantized.model_copy(update=widened), MODEL) == weight_bytes(plain, MODEL)
 
 
 def test_steps_are_larger_on_gpus_unless_their_size_is_set() -> None:
@@ -273,6 +281,7 @@ OF_THE_LAUNCHER = {"model", "revision", "routers", "launcher", "ray_address", "p
 BY_HAND = {"control_host", "control_port", "router", "handoff_host", "handoff_port", "worker_id", "insecure_loopback"}
 OTHER_VALUES: dict[str, object] = {
     "dtype": "bfloat16",
+    "quantization": "int8",
     "load_format": "dummy",
     "special_tokens_in_messages": "text",
     "unknown_fields": "warn",

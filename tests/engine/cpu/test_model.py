@@ -136,7 +136,10 @@ def test_no_matrix_is_held_twice(pack: _Packer, tied: bool, tmp_path: Path) -> N
     plain = [linear.weight.plain for linear in decoder.linears() if isinstance(linear.weight, DenseWeight)]
     assert len(plain) == 2 * 4 + 1 and not any(tensor.numel() for tensor in plain)
     assert decoder.embedding.weight.plain.numel()
-    assert decoder.head.rows.weight.plain.numel() == (decoder.embedding.weight.plain.numel() if tied else 0)
+    head = decoder.head.rows.weight
+    assert isinstance(head, DenseWeight) and head.plain.numel() == (
+        decoder.embedding.weight.plain.numel() if tied else 0
+    )
 
 
 def test_without_the_library_the_decoder_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +167,7 @@ def test_what_only_looks_like_a_known_block_is_left_to_torch(tmp_path: Path, mon
         patch.setattr(decoders, "make_feed_forward", lambda builder, layer: _Halved(builder, f"{layer}.mlp"))
         with pytest.raises(NativeUnavailable, match=r"no C\+\+ for layers of Attention and _Halved"):
             NativeModel(_decoder(tmp_path), cache_dir())
-    monkeypatch.setattr(Builder, "weight", lambda builder, *shape: _Halves(builder.empty(*shape)))
+    monkeypatch.setattr(Builder, "weight", lambda builder, _, *shape, **kwargs: _Halves(builder.empty(*shape)))
     with pytest.raises(NativeUnavailable, match=r"no C\+\+ for .*qkv_proj in torch.bfloat16 as _Halves"):
         NativeModel(_decoder(tmp_path), cache_dir())
 

@@ -172,7 +172,11 @@ def test_another_weight_is_loaded_with_its_scales(tmp_path: Path, monkeypatch: p
         return decoder
 
     expected = load(wide)
-    monkeypatch.setattr(Builder, "weight", lambda builder, outputs, inputs: Int8Weight(outputs, inputs, builder.dtype))
+
+    def int8_weight(builder: Builder, _: object, outputs: int, inputs: int, *, num_ranks: int = 1) -> Int8Weight:
+        return Int8Weight(outputs, inputs, builder.dtype)
+
+    monkeypatch.setattr(Builder, "weight", int8_weight)
     found = load(narrow)
     found.pack()
     for ours, theirs in zip(found.linears(), expected.linears(), strict=True):

@@ -23,7 +23,7 @@ def test_each_number_is_the_nearest_of_its_group(bits: int, group_size: int, sym
     weight = _quantized(bits, group_size, symmetric=symmetric)
     assert (weight.bits, weight.group_size, weight.num_inputs) == (bits, group_size, 128)
     assert (weight.minima is None) == symmetric
-    error = (weight.dequantized() - MATRIX).unflatten(1, (-1, group_size)).abs().amax(2)
+    error = (weight.dequantized() - MATRIX).view(24, -1, group_size).abs().amax(2)
     # A symmetrical group of 4 bits has -8 but no 8: what is as large as its largest, of the other sign, is a step off.
     steps = 1.0 if symmetric and bits == 4 else 0.5
     assert torch.all(error <= steps * weight.scales.abs() * 1.0001)

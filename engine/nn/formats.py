@@ -1,0 +1,147 @@
+"""The formats of quantized matrices, each unpacked from its checkpoint tensors into plain numbers or a `GroupedWeight`.
+
+    layout     tensors of a matrix [out, in]                                          w[o, i], g = i // group_size
+    integers   weight int8 [out, in], weight_scale, weight_zero_point                 (weight - zero) * scale
+    packed     weight_packed int32 [out, in / n], the same; numbers stand 2^(bits - 1) too high
+    float8     weight e4m3 [out, in], weight_scale or weight_scale_inv                weight * scale
+    gptq       qweight int32 [in / n, out], qzeros [in / group, out / n], scales [in / group, out], g_idx [in] says g
+    awq        qweight int32 [in, out / n], qzeros, scales as gptq's; a word's numbers are 0 2 4 6 1 3 5 7
+    gguf       weight uint8 [out, bytes of a row's blocks]: gguf_blocks.py
+
+n numbers of 4 or 8 bits stand in a word of 32, the first in its lowest bits. A matrix is unpacked as a whole: what a
+rank's part of it means is decided by scales of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...common.errors import ConfigError
+from ...models.quantization import Storage
+from .gguf_blocks import unpack_blocks
+from .grouped import GroupedWeight, join_nibbles, split_nibbles
+
+Read = Callable[[str], Tensor | None]  # a matrix's tensor by its last name, whole; None: there is none
+
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word number j stands
+
+
+def unpack(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> Tensor | GroupedWeight:
+    """Raises ConfigError for numbers that the format does not have."""
+    match storage.layout:
+        case "plain":
+            return _needed(read, "weight")
+        case "gguf":
+            return unpack_blocks(storage.kind, _needed(read, "weight"), dtype)
+        case "float8":
+            return _float8(storage, read)
+        case "integers":
+            return _integers(storage, shape, read, dtype)
+        case "packed":
+            return _packed(storage, shape, read, dtype)
+        case "gptq":
+            return _gptq(storage, shape, read, dtype)
+        case "awq":
+            return _awq(shape, read, dtype)
+
+
+def _float8(storage: Storage, read: Read) -> Tensor:
+    weight = _needed(read, "weight", torch.float8_e4m3fn).float()
+    scales = _needed(read, storage.scale_name).float()
+    if storage.sharing == "block":
+        for dim, size in enumerate(storage.block):
+            scales = scales.repeat_interleave(size, dim).narrow(dim, 0, weight.shape[dim])
+    return weight.mul_(scales.reshape(()) if storage.sharing == "tensor" else scales)
+
+
+def _integers(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> GroupedWeight:
+    numbers = _needed(read, "weight", torch.int8)
+    scales = _needed(read, storage.scale_name).float()
+    zeros = None if storage.symmetric else _needed(read, "weight_zero_point").float()
+    if storage.sharing == "tensor":
+        scales = scales.reshape(1, 1).expand(shape[0], 1)
+        zeros = None if zeros is None else zeros.reshape(1, 1).expand(shape[0], 1)
+    return GroupedWeight(numbers, scales, None if zeros is None else -zeros * scales, dtype=dtype)
+
+
+def _packed(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> GroupedWeight:
+    numbers = _of_words(_needed(read, "weight_packed", torch.int32), storage.bits, shape[1])
+    scales = _needed(read, "weight_scale").float()
+    zeros = None
+    if not storage.symmetric:
+        words = _needed(read, "weight_zero_point", torch.int32)
+        zeros = _separate(words.T.contiguous(), storage.bits)[:, : shape[0]].T
+    return _grouped(storage, numbers, scales, zeros, read("weight_g_idx"), dtype)
+
+
+def _gptq(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> GroupedWeight:
+    numbers = _of_words(_needed(read, "qweight", torch.int32).T.contiguous(), storage.bits, shape[1])
+    scales = _needed(read, "scales").float().T.contiguous()
+    words = _needed(read, "qzeros", torch.int32)
+    if storage.one_less:  # with the carry, as it was taken away
+        words = words + sum(1 << shift for shift in range(0, 32, storage.bits))
+    zeros = _separate(words, storage.bits)[:, : shape[0]].T
+    return _grouped(storage, numbers, scales, zeros, read("g_idx"), dtype)
+
+
+def _awq(shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> GroupedWeight:
+    numbers, zeros = (_in_order(_separate(_needed(read, name, torch.int32), 4)).T for name in ("qweight", "qzeros"))
+    scales = _needed(read, "scales").float().T.contiguous()
+    return GroupedWeight(join_nibbles(numbers[: shape[0]]), scales, -zeros[: shape[0]].float() * scales, dtype=dtype)
+
+
+def _in_order(numbers: Tensor) -> Tensor:
+    return numbers.view(len(numbers), -1, 8)[:, :, _AWQ_PLACES].flatten(1)
+
+
+def _grouped(
+    storage: Storage, numbers: Tensor, scales: Tensor, zeros: Tensor | None, groups: Tensor | None, dtype: torch.dtype
+) -> GroupedWeight:
+    """Return the weight of numbers of words; `zeros`: those that mean 0, `groups`: of each input."""
+    middle = 1 << (storage.bits - 1)
+    minima = None
+    if zeros is not None and storage.symmetric:
+        if not bool((zeros == middle).all()):
+            raise ConfigError(f"is called symmetrical and has zeros that are not {middle}")
+    elif zeros is not None:
+        minima = ((middle if storage.bits == 8 else 0) - zeros.float()) * scales
+    order = _order(groups, scales.shape[1])
+    if order is not None:
+        numbers = numbers[:, order] if storage.bits == 8 else join_nibbles(split_nibbles(numbers)[:, order])
+        order = order.to(torch.int32)
+    if storage.bits == 8:
+        numbers = (numbers ^ 128).view(torch.int8)
+    return GroupedWeight(numbers, scales, minima, order, dtype=dtype)
+
+
+def _order(groups: Tensor | None, num_groups: int) -> Tensor | None:
+    """Return the inputs group after group; None where they stand so. Raises ConfigError for groups of other sizes."""
+    if groups is None or bool((groups < 0).all()):  # -1: not filled
+        return None
+    sizes = torch.bincount(groups, minlength=num_groups)
+    if len(sizes) != num_groups or not bool((sizes == len(groups) // num_groups).all()):
+        raise ConfigError(f"its g_idx does not name {num_groups} groups of one size")
+    order = groups.argsort(stable=True)
+    return None if torch.equal(order, torch.arange(len(order))) else order
+
+
+def _of_words(words: Tensor, bits: int, num_inputs: int) -> Tensor:
+    """[rows, words] int32 -> [rows, bytes] uint8: nibbles in pairs as `GroupedWeight` has them, or bytes."""
+    return words.contiguous().view(torch.uint8)[:, : num_inputs * bits // 8]
+
+
+def _separate(words: Tensor, bits: int) -> Tensor:
+    """[rows, words] int32 -> [rows, numbers] uint8."""
+    numbers = words.contiguous().view(torch.uint8)
+    return numbers if bits == 8 else split_nibbles(numbers)
+
+
+def _needed(read: Read, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    tensor = read(name)
+    assert tensor is not None, name  # names and shapes were checked
+    if dtype is not None and tensor.dtype != dtype:
+        raise ConfigError(f"{name} holds {tensor.dtype}, not {dtype}")
+    return tensor

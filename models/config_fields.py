@@ -1,0 +1,55 @@
+"""Typed reads of config.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..common.errors import ConfigError
+
+
+class ConfigFields:
+    """Typed reads of config.json: an error names the file, the key and the value."""
+
+    def __init__(self, path: Path, raw: Mapping[str, object]) -> None:
+        self.path = path
+        self.raw = raw
+
+    def has(self, key: str) -> bool:
+        return self.raw.get(key) is not None
+
+    def refuse(self, key: str, why: str) -> ConfigError:
+        return ConfigError(f"{self.path}: {key} = {self.raw.get(key)!r}: {why}")
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.raw.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.refuse(key, "must be a whole number of at least 1")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.raw.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or math.isinf(value):
+            raise self.refuse(key, "must be a number above 0")
+        return float(value)
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        value = self.raw.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.refuse(key, "must be true or false")
+        return value
+
+    def mapping(self, key: str) -> ConfigFields | None:
+        value = self.raw.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.refuse(key, "must be an object")
+        return ConfigFields(self.path, value)

@@ -1,0 +1,230 @@
+"""A quantized model's matrices: which tensors of a checkpoint each is made of, and its form in memory.
+
+    config.json's quantization_config, or --quantization  ->  Quantization  ->  Storage of a module  ->  tensors, Form
+
+What is said here is known without torch; `engine/nn/formats.py` unpacks the tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from ..common.errors import ConfigError
+
+Shape = tuple[int, ...]
+Layout = Literal["plain", "integers", "packed", "float8", "gptq", "awq", "gguf"]
+Sharing = Literal["tensor", "group", "block"]  # what has a scale of its own
+
+TIED_HEAD = "model.embed_tokens"  # the name of a head that is the embedding's matrix
+_INT4_GROUP = 128  # of `--quantization int4`: what most checkpoints of 4 bits have; smaller ones are better and larger
+
+
+class Form(NamedTuple):
+    """The form of a matrix in memory: whole numbers with a scale, maybe a minimum, for each group of inputs."""
+
+    bits: int
+    group_size: int
+    has_minima: bool
+
+    def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
+        scales = (2 if self.has_minima else 1) * num_inputs // self.group_size
+        return num_outputs * (num_inputs * self.bits // 8 + 4 * scales)
+
+
+class GgufKind(NamedTuple):
+    """A kind of GGUF's blocks."""
+
+    size: int  # numbers of a block
+    num_bytes: int  # of a block
+    form: Form
+
+
+GGUF_KINDS = {
+    "Q4_0": GgufKind(32, 18, Form(4, 32, has_minima=False)),
+    "Q4_1": GgufKind(32, 20, Form(4, 32, has_minima=True)),
+    "Q5_0": GgufKind(32, 22, Form(8, 32, has_minima=False)),
+    "Q5_1": GgufKind(32, 24, Form(8, 32, has_minima=True)),
+    "Q8_0": GgufKind(32, 34, Form(8, 32, has_minima=False)),
+    "Q4_K": GgufKind(256, 144, Form(4, 32, has_minima=True)),
+    "Q5_K": GgufKind(256, 176, Form(8, 32, has_minima=True)),
+    "Q6_K": GgufKind(256, 210, Form(8, 16, has_minima=False)),
+}
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Storage:
+    """A `Storage` says how one matrix stands in a checkpoint."""
+
+    layout: Layout
+    bits: int = 8
+    group_size: int = 0  # inputs of a group; 0: all of them
+    symmetric: bool = True
+    sharing: Sharing = "group"
+    block: tuple[int, int] = (0, 0)  # outputs and inputs that share a scale
+    scale_name: str = "weight_scale"
+    one_less: bool = False  # GPTQ: zeros are stored less one
+    kind: str = ""  # GGUF's
+
+    def form(self, name: str, num_inputs: int) -> Form | None:
+        """Return the matrix's form in memory; None: plain numbers. Raises ConfigError where groups do not fit."""
+        if self.layout == "float8":
+            return None
+        if self.layout == "gguf":
+            size, _, form = GGUF_KINDS[self.kind]
+            group_size = size
+        else:
+            group_size = self.group_size or num_inputs
+            if self.layout == "plain" and self.bits == 4:
+                group_size = math.gcd(_INT4_GROUP, num_inputs)
+            form = Form(self.bits, group_size, not self.symmetric)
+        if num_inputs % group_size or (self.bits == 4 and group_size % 2):
+            raise ConfigError(f"{name}: its {num_inputs} inputs are no whole groups of {group_size}")
+        return form
+
+    def tensors(self, name: str, num_outputs: int, num_inputs: int) -> dict[str, Shape]:
+        """Return the tensors of a matrix that a checkpoint must have."""
+        in_words, out_words = (-(-size * self.bits // 32) for size in (num_inputs, num_outputs))
+        num_groups = num_inputs // (self.group_size or num_inputs)
+        of_groups = {"qzeros": (num_groups, out_words), "scales": (num_groups, num_outputs)}
+        shapes: dict[str, Shape]
+        match self.layout:
+            case "gptq":
+                shapes = {"qweight": (in_words, num_outputs), **of_groups}
+            case "awq":
+                shapes = {"qweight": (num_inputs, out_words), **of_groups}
+            case "packed":
+                shapes = {"weight_packed": (num_outputs, in_words), "weight_scale": (num_outputs, num_groups)}
+                if not self.symmetric:
+                    shapes["weight_zero_point"] = (out_words, num_groups)
+            case "gguf":
+                kind = GGUF_KINDS[self.kind]
+                shapes = {"weight": (num_outputs, num_inputs // kind.size * kind.num_bytes)}
+            case "plain":
+                shapes = {"weight": (num_outputs, num_inputs)}
+            case _:
+                scales = self._shape_of_scales(num_outputs, num_inputs)
+                shapes = {"weight": (num_outputs, num_inputs), self.scale_name: scales}
+                if not self.symmetric:
+                    shapes["weight_zero_point"] = scales
+        return {f"{name}.{suffix}": shape for suffix, shape in shapes.items()}
+
+    def _shape_of_scales(self, num_outputs: int, num_inputs: int) -> Shape:
+        if self.sharing == "tensor":
+            return (1,)
+        if self.sharing == "block":
+            return (-(-num_outputs // self.block[0]), -(-num_inputs // self.block[1]))
+        return (num_outputs, num_inputs // (self.group_size or num_inputs))
+
+    def optional_tensors(self, name: str, num_outputs: int, num_inputs: int) -> dict[str, Shape]:
+        """Return the tensors of a matrix that a checkpoint may have. Scales of inputs are not used: each token's are
+        taken from the token.
+        """
+        suffixes: dict[Layout, dict[str, Shape]] = {
+            "gptq": {"g_idx": (num_inputs,), "bias": (num_outputs,)},
+            "packed": {"weight_shape": (2,), "weight_g_idx": (num_inputs,)},
+            "integers": {"input_scale": (1,), "input_zero_point": (1,)},
+            "float8": {"input_scale": (1,)},
+        }
+        return {f"{name}.{suffix}": shape for suffix, shape in suffixes.get(self.layout, {}).items()}
+
+
+@dataclass(slots=True, frozen=True)
+class Rule:
+    """The storage of the modules that a target names; None: plain numbers."""
+
+    target: str  # "Linear": every one; "re:" and an expression; a module's name, or some parts of it in a row
+    storage: Storage | None
+
+    def names(self, module: str) -> bool:
+        if self.target.startswith("re:"):
+            return re.match(self.target[3:], module) is not None
+        return self.target == "Linear" or f".{self.target}." in f".{module}."
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Quantization:
+    """A `Quantization` says how a model's matrices are stored. Tokens are looked up in plain numbers."""
+
+    name: str  # what users are told
+    method: str
+    rules: tuple[Rule, ...] = ()  # of linears and an own head; the first that names a module holds
+    modules: Mapping[str, Storage] = field(default_factory=dict, hash=False)  # before the rules; a tied head's too
+
+    def storage(self, module: str) -> Storage | None:
+        """Return how the checkpoint has a linear's matrix; None: plainly."""
+        if module in self.modules or module == TIED_HEAD:
+            return self.modules.get(module)
+        return next((rule.storage for rule in self.rules if rule.names(module)), None)
+
+    def form(self, modules: Iterable[str], num_inputs: int) -> Form | None:
+        """Return the form of the matrix that these are fused into; None: plain numbers.
+
+        Parts of several forms get one that holds each exactly: the most bits, the smallest groups. One plain part
+        makes all plain. Raises ConfigError where groups do not fit.
+        """
+        storages = [(module, self.storage(module)) for module in modules]
+        found = [None if kept is None else kept.form(module, num_inputs) for module, kept in storages]
+        forms = [form for form in found if form is not None]
+        if len(forms) < len(found):
+            return None
+        sizes = math.gcd(*(form.group_size for form in forms))
+        return Form(max(form.bits for form in forms), sizes, any(form.has_minima for form in forms))
+
+    @property
+    def is_float8(self) -> bool:
+        return any(rule.storage is not None and rule.storage.layout == "float8" for rule in self.rules)
+
+
+def matrix_storage(quantization: Quantization | None, name: str, shape: Shape) -> Storage | None:
+    """Return how the checkpoint has what would be the tensor `name` of a plain one; None: as it is."""
+    if quantization is None or len(shape) != 2 or not name.endswith(".weight"):
+        return None
+    storage = quantization.storage(name.removesuffix(".weight"))
+    return None if storage is None or storage.layout == "plain" else storage
+
+
+def quantized_at_load(name: str) -> Quantization:
+    """Return what `--quantization` int8 or int4 makes of a plain checkpoint.
+
+    The head has 8 bits either way: small models live in it.
+    """
+    head = Storage(layout="plain", bits=8)
+    linear = Storage(layout="plain", bits=8 if name == "int8" else 4)
+    return Quantization(
+        name=name, method=name, rules=(Rule("lm_head", head), Rule("Linear", linear)), modules={TIED_HEAD: head}
+    )
+
+
+def chosen_quantization(stored: Quantization | None, asked: str | None) -> Quantization | None:
+    """Return what is served: the checkpoint's own, or what `--quantization` makes of a plain one.
+
+    Raises ConfigError where the two do not go together.
+    """
+    if asked is None or (stored is not None and stored.method == asked):
+        return stored
+    if stored is not None:
+        raise ConfigError(f"quantization = {asked}: the checkpoint is {stored.name} already; leave it away")
+    if asked in ("int8", "int4"):
+        return quantized_at_load(asked)
+    raise ConfigError(f"quantization = {asked}: the checkpoint's config.json has no such quantization_config")
+
+
+def stored_shapes(quantization: Quantization | None, plain: Mapping[str, Shape]) -> tuple[dict[str, Shape], set[str]]:
+    """Return the tensors that a checkpoint must have, and the names of those that it may have besides.
+
+    `plain` are those that it would have in plain numbers.
+    """
+    required: dict[str, Shape] = {}
+    optional: set[str] = set()
+    for name, shape in plain.items():
+        storage, module = matrix_storage(quantization, name, shape), name.removesuffix(".weight")
+        if storage is None:
+            required[name] = shape
+        else:
+            required |= storage.tensors(module, shape[0], shape[1])
+            optional |= storage.optional_tensors(module, shape[0], shape[1]).keys()
+    return required, optional - required.keys()

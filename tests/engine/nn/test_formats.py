@@ -1,0 +1,186 @@
+"""Quantized checkpoints, format by format, judged by transformers on the plain weights that they stand for."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kvferry.common.errors import ConfigError
+from kvferry.common.request import SamplingParams
+from kvferry.engine.nn.decoder import Decoder
+from kvferry.engine.nn.gguf_blocks import unpack_blocks
+from kvferry.engine.nn.grouped import GroupedWeight
+from kvferry.engine.nn.weight import DenseWeight
+from kvferry.engine.nn.weights import load_weights
+from kvferry.engine.ranks.group import Communicator
+from kvferry.models.checkpoint import check_checkpoint
+from kvferry.models.config import ModelConfig
+from kvferry.models.quantization import GGUF_KINDS
+
+from ...checkpoints import write_checkpoint
+from ...engine_driver import Driver, make_engine, prompts
+from ...quantized import FORMATS, SHAPE, put_config, random_blocks, write_pair
+
+FLOAT32 = 1e-5  # how far a log-probability may be from the reference's, as a part of their range
+JUDGED = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, prompt_logprobs=0)
+every_format = pytest.mark.parametrize("name", FORMATS)
+
+
+class _FakeRank(Communicator):
+    """A rank whose collectives are never used: only its shards matter."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+
+
+def _load(path: Path, *, rank: int = 0, size: int = 1) -> Decoder:
+    decoder = Decoder(
+        ModelConfig.from_dir(path), _FakeRank(rank, size), dtype=torch.float32, device=torch.device("cpu")
+    )
+    load_weights(decoder, path, load_format="auto", seed=0)
+    return decoder
+
+
+@cache
+def _reference(model_dir: Path, token_ids: tuple[int, ...]) -> Tensor:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        model_dir, attn_implementation="eager", dtype=torch.float32
+    )
+    with torch.inference_mode():
+        logits: Tensor = model(torch.tensor([token_ids])).logits[0]
+    return logits.log_softmax(-1)
+
+
+def assert_as_transformers(quantized: Path, plain: Path, **fields: object) -> None:
+    [prompt] = prompts([40], 250)
+    driver = Driver(make_engine(quantized, 128, dtype="float32", **fields))
+    driver.step([(driver.add(prompt, JUDGED), 40)])
+    expected = _reference(plain, tuple(prompt))
+    tolerance = FLOAT32 * float(expected.max() - expected.min())
+    [row] = driver.outputs[-1].rows
+    assert len(row.prompt_logprobs) == 39
+    for position, token in enumerate(row.prompt_logprobs):
+        assert token.logprob == pytest.approx(float(expected[position, token.token_id]), abs=tolerance)
+
+
+def _matrices(decoder: Decoder) -> list[Tensor]:
+    weights = [linear.weight for linear in decoder.linears()]
+    return [
+        weight.dequantized() if isinstance(weight, GroupedWeight) else weight.plain
+        for weight in weights
+        if isinstance(weight, GroupedWeight | DenseWeight)
+    ]
+
+
+@every_format
+def test_log_probabilities_are_those_of_the_plain_weights(tmp_path: Path, name: str) -> None:
+    quantized, plain = write_pair(tmp_path, name)
+    config = ModelConfig.from_dir(quantized)
+    check_checkpoint(quantized, config)
+    assert config.quantization is not None and config.quantization.method in name.replace(
+        "compressed", "compressed-tensors"
+    )
+    assert_as_transformers(quantized, plain)
+
+
+@every_format
+def test_ranks_hold_the_parts_of_the_whole(tmp_path: Path, name: str) -> None:
+    quantized, plain = write_pair(tmp_path, name)
+    if "act-order" in name:
+        with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.o_proj.*act-order"):
+            _load(quantized, size=2)
+        return
+    for rank in range(2):
+        ours, theirs = (_matrices(_load(path, rank=rank, size=2)) for path in (quantized, plain))
+        for found, wanted in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", GGUF_KINDS)
+def test_blocks_of_gguf_are_read_as_its_own_package_reads_them(kind: str) -> None:
+    rows, wanted = random_blocks(kind, np.random.default_rng(0), 6, 512)
+    weight = unpack_blocks(kind, torch.from_numpy(rows), torch.float32)
+    form = GGUF_KINDS[kind].form
+    assert (weight.bits, weight.group_size, weight.minima is not None) == form
+    assert np.array_equal(weight.dequantized().numpy(), wanted)
+
+
+@pytest.mark.parametrize(("asked", "bits", "group_size"), [("int8", 8, 256), ("int4", 4, 128)])
+def test_a_plain_checkpoint_is_rounded_while_it_is_loaded(
+    tmp_path: Path, asked: str, bits: int, group_size: int
+) -> None:
+    path = write_checkpoint(tmp_path, tokenizer=False, shape=SHAPE, tie_embeddings=True)
+    engine = make_engine(path, dtype="float32", quantization=asked)
+    plain = make_engine(path, dtype="float32")
+    assert engine.spec.model != plain.spec.model
+    tensors = load_file(path / "model.safetensors")
+    rounded = dict(tensors)
+    for name, matrix in tensors.items():
+        if name.endswith("_proj.weight"):
+            weight = GroupedWeight.quantized(
+                matrix, bits=bits, group_size=128 if bits == 4 else matrix.shape[1], symmetric=True
+            )
+            rounded[name] = weight.dequantized()
+    head = tensors["model.embed_tokens.weight"]
+    rounded["lm_head.weight"] = GroupedWeight.quantized(head, bits=8, group_size=256, symmetric=True).dequantized()
+    other = write_checkpoint(tmp_path / "rounded", tokenizer=False, shape=SHAPE)
+    save_file(rounded, other / "model.safetensors", metadata={"format": "pt"})
+    assert_as_transformers(path, other, quantization=asked)
+
+
+def test_dummy_weights_are_rounded_to_the_checkpoints_form(tmp_path: Path) -> None:
+    quantized, _ = write_pair(tmp_path, "gptq 4 asymmetric act-order")
+    (quantized / "model.safetensors").unlink()
+    driver = Driver(make_engine(quantized, load_format="dummy", dtype="float32"))
+    assert driver.generate([driver.add([1, 2, 3])])
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_bias_that_config_json_does_not_tell_of_is_refused(tmp_path: Path) -> None:
+    quantized, _ = write_pair(tmp_path, "gptq 4")
+    tensors = load_file(quantized / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.bias"
+    tensors[name] = torch.zeros(SHAPE.intermediate_size, dtype=torch.float16)
+    save_file(tensors, quantized / "model.safetensors")
+    check_checkpoint(quantized, ModelConfig.from_dir(quantized))
+    _load(quantized)
+    tensors[name][3] = 1
+    save_file(tensors, quantized / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.up_proj.*bias"):
+        _load(quantized)
+
+
+def test_zeros_that_are_not_the_middle_are_not_symmetrical(tmp_path: Path) -> None:
+    quantized, _ = write_pair(tmp_path, "gptq 8 asymmetric")
+    put_config(quantized, quantization_config={**FORMATS["gptq 8 asymmetric"].config, "sym": True})
+    with pytest.raises(ConfigError, match=r"self_attn\.q_proj.* called symmetrical and has zeros that are not 128"):
+        _load(quantized)
+
+
+def test_a_tensor_of_a_wrong_shape_is_named(tmp_path: Path) -> None:
+    quantized, _ = write_pair(tmp_path, "awq")
+    tensors = load_file(quantized / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.scales"
+    tensors[name] = tensors[name][1:].contiguous()
+    save_file(tensors, quantized / "model.safetensors")
+    for check in (lambda: check_checkpoint(quantized, ModelConfig.from_dir(quantized)), lambda: _load(quantized)):
+        with pytest.raises(ConfigError, match=r"up_proj\.scales has shape \[7, 512\], config\.json implies \[8, 512\]"):
+            check()
+
+
+def test_groups_that_do_not_divide_a_ranks_inputs_are_refused(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, tokenizer=False, shape=SHAPE, intermediate_size=768)
+    put_config(path, quantization_config={**FORMATS["gptq 4"].config, "group_size": 256})
+    with pytest.raises(ConfigError, match=r"down_proj: a rank's 384 inputs of 768 are no whole groups of 256"):
+        Decoder(ModelConfig.from_dir(path), _FakeRank(0, 2), dtype=torch.float32, device=torch.device("cpu"))

@@ -1,0 +1,117 @@
+"""What config.json and `--quantization` say of a model's weights: read, combined, or refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.errors import ConfigError
+from kvferry.models.config import ModelConfig
+from kvferry.models.config_fields import ConfigFields
+from kvferry.models.quantization import (
+    GGUF_KINDS,
+    TIED_HEAD,
+    Form,
+    Quantization,
+    Rule,
+    Storage,
+    chosen_quantization,
+    quantized_at_load,
+)
+from kvferry.models.quantization_config import read_quantization
+
+from ..checkpoints import write_checkpoint
+
+GPTQ: dict[str, object] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
+AWQ: dict[str, object] = {"quant_method": "awq", "bits": 4, "group_size": 128}
+WEIGHTS: dict[str, object] = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+UP = "model.layers.0.mlp.up_proj"
+
+
+def _compressed(layout: str = "pack-quantized", **weights: object) -> dict[str, object]:
+    group = {"targets": ["Linear"], "weights": WEIGHTS | weights}
+    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group}}
+
+
+def _read(config: dict[str, object]) -> Quantization:
+    found = read_quantization(ConfigFields(Path("config.json"), {"quantization_config": config}))
+    assert found is not None
+    return found
+
+
+def test_a_checkpoint_without_the_word_is_plain(tmp_path: Path) -> None:
+    assert ModelConfig.from_dir(write_checkpoint(tmp_path, tokenizer=False)).quantization is None
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"bits": 4}, "quant_method"),
+        ({"quant_method": "bitsandbytes"}, "awq, compressed-tensors, fp8, gguf, gptq"),
+        (GPTQ | {"bits": 3}, "bits = 3"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin'.* gptq, gptq_v2"),
+        (GPTQ | {"dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic"),
+        (AWQ | {"version": "gemv"}, "version = 'gemv'"),
+        (AWQ | {"bits": 8}, "only AWQ with 4 bits"),
+        (AWQ | {"zero_point": False}, "zero_point"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "no block"),
+        (_compressed("nvfp4-pack-quantized"), "nvfp4-pack-quantized.* pack-quantized"),
+        (_compressed("int-quantized"), "int of 4 bits"),
+        (_compressed(num_bits=2), "num_bits = 2"),
+        (_compressed() | {"transform_config": {"config_groups": {}}}, "transform_config"),
+        (_compressed() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
+        (_compressed() | {"config_groups": {}}, "names no group"),
+        ({"quant_method": "gguf", "modules": {"lm_head": "IQ4_XS"}}, "lm_head is 'IQ4_XS'.* Q4_K"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(config: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        _read(config)
+
+
+def test_heads_and_excluded_modules_are_plain() -> None:
+    for config in (GPTQ, AWQ, _compressed() | {"ignore": ["lm_head"]}):
+        found = _read(config)
+        assert found.storage("lm_head") is None and found.storage(TIED_HEAD) is None
+        assert found.form([UP], 256) is not None
+    assert _read(GPTQ | {"lm_head": True}).storage("lm_head") is not None
+    assert _read(GPTQ | {"dynamic": {r"-:.*\.mlp\..*": {}}}).storage(UP) is None
+    assert (
+        _read(AWQ | {"modules_to_not_convert": ["model.layers.1"]}).storage("model.layers.10.mlp.up_proj") is not None
+    )
+    assert _read(_compressed() | {"ignore": ["re:.*up_proj"]}).storage(UP) is None
+
+
+def test_fused_parts_take_the_form_that_holds_each_exactly() -> None:
+    kinds = {"q": "Q4_K", "k": "Q4_0", "v": "Q6_K"}
+    found = _read({"quant_method": "gguf", "modules": kinds})
+    assert found.form(["q"], 256) == GGUF_KINDS["Q4_K"].form
+    assert found.form(["q", "k"], 256) == Form(4, 32, has_minima=True)
+    assert found.form(["q", "k", "v"], 256) == Form(8, 16, has_minima=True)
+    assert found.form(["q", "plain"], 256) is None
+    with pytest.raises(ConfigError, match="q: its 288 inputs are no whole groups of 256"):
+        found.form(["q"], 288)
+
+
+def test_groups_of_int4_are_the_largest_that_divide() -> None:
+    found = quantized_at_load("int4")
+    sizes = {inputs: form.group_size for inputs in (4096, 576, 96) if (form := found.form([UP], inputs)) is not None}
+    assert sizes == {4096: 128, 576: 64, 96: 32}
+    assert found.form(["lm_head"], 576) == found.form([TIED_HEAD], 576) == Form(8, 576, has_minima=False)
+
+
+def test_what_is_asked_for_goes_with_the_checkpoint() -> None:
+    stored = _read(GPTQ)
+    assert chosen_quantization(stored, None) is stored and chosen_quantization(stored, "gptq") is stored
+    assert chosen_quantization(None, None) is None
+    with pytest.raises(ConfigError, match="the checkpoint is gptq int4 in groups of 128 already"):
+        chosen_quantization(stored, "int8")
+    with pytest.raises(ConfigError, match=r"awq: the checkpoint's .* has no such"):
+        chosen_quantization(None, "awq")
+
+
+def test_a_rules_target_is_a_run_of_a_names_parts() -> None:
+    plain = Storage(layout="plain")
+    assert Rule("mlp.up_proj", plain).names(UP) and Rule(UP, plain).names(UP) and Rule("Linear", plain).names(UP)
+    assert not Rule("p.up_proj", plain).names(UP) and not Rule("re:mlp", plain).names(UP)
