@@ -24,6 +24,7 @@ FAILPOINTS_VARIABLE = "KVFERRY_FAILPOINTS"  # faults of a drill, see failpoints.
 Dtype = Literal["auto", "float32", "bfloat16"]
 KVCacheDtype = Literal["auto", "bfloat16", "fp8"]
 Device = Literal["auto", "cpu", "cuda"]
+CpuIsa = Literal["auto", "amx", "avx512_bf16", "avx2"]  # engine/cpu/compiler.py
 Attention = Literal["auto", "flashinfer", "cpu"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 # The first two are made while a plain checkpoint is loaded; the others say what the checkpoint is.
@@ -103,6 +104,7 @@ class EngineConfig(Settings):
     disk_cache_dir: Path | None = None  # for cached KV that host memory evicts; None: no disk
     disk_cache_bytes: PositiveInt = 10 << 30  # of a rank
     attention_backend: Attention = "auto"
+    cpu_isa: CpuIsa = "auto"  # of the C++ on a CPU; auto: the best that the processor has
     deterministic: bool = False  # a token's results depend on the tokens before it alone, to the bit; on CPUs
     speculative_config: SpeculativeConfig | None = None  # of decode steps; None: one token a step
     enforce_eager: bool = False  # decode steps on a GPU without CUDA graphs: Python launches every kernel

@@ -12,11 +12,11 @@ import structlog
 import torch
 from torch import Tensor
 
-from ..common.config import NO_DETERMINISTIC_CUDA, CoreSlot, EngineConfig
+from ..common.config import NO_DETERMINISTIC_CUDA, CoreSlot, CpuIsa, EngineConfig
 from ..common.cores import SharedCores, attach
 from ..common.errors import ConfigError
 from ..models.config import ModelConfig
-from .cpu.build import NativeUnavailable
+from .cpu.compiler import NativeUnavailable
 from .cpu.decoder import NativeDecoder
 from .cpu.model import NativeModel
 from .cpu.runner import NativeRunner
@@ -58,16 +58,18 @@ def choose_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
 
 
 @torch.inference_mode()
-def pack_weights(decoder: Decoder, device: torch.device, *, native: bool = True) -> NativeModel | None:
+def pack_weights(
+    decoder: Decoder, device: torch.device, *, native: bool = True, isa: CpuIsa = "auto"
+) -> NativeModel | None:
     """Trade the loaded weights for the form in which this rank's runner reads them, on a CPU: C++'s, which is returned,
-    or torch's. `native` False: no C++.
+    or torch's. `native` False: no C++. Raises ConfigError for an instruction set that the processor lacks.
     """
     quantization = decoder.config.quantization
     if quantization is not None and quantization.is_float8:
         log.info("quantized_weights", widened_to=str(decoder.dtype).removeprefix("torch."), reason="no products of FP8")
     if device.type != "cpu":
         return None
-    if native and (model := _native_model(decoder)) is not None:
+    if native and (model := _native_model(decoder, isa)) is not None:
         return model
     if any(isinstance(linear.weight, GroupedWeight) for linear in decoder.linears()):
         log.warning("quantized_weights", widened_to=str(decoder.dtype).removeprefix("torch."), reason="no C++ for them")
@@ -128,17 +130,19 @@ def _cuda_runner(
         return CudaRunner(config, decoder, attention, pages, progress)
 
 
-def _native_model(decoder: Decoder) -> NativeModel | None:
+def _native_model(decoder: Decoder, isa: CpuIsa) -> NativeModel | None:
     """Return None where the model is not for C++ and, with a line in the log, where this machine or a block is not."""
     if decoder.dtype != torch.bfloat16 or decoder.head.rows.comm.size > 1:
         return None
     from ..models.default import cache_dir
 
     try:
-        return NativeModel(decoder, cache_dir())
+        model = NativeModel(decoder, cache_dir(), isa)
     except NativeUnavailable as reason:
         log.warning("cpu_kernels", used=False, reason=str(reason))
         return None
+    log.info("cpu_kernels", used=True, library=model.name)
+    return model
 
 
 def _shared_cores(slot: CoreSlot | None) -> SharedCores | None:

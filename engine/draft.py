@@ -66,7 +66,7 @@ class DraftModel:
         with torch.inference_mode():
             decoder = self._decoder = Decoder(self.model, Communicator(), dtype=dtype, device=device)
             load_weights(decoder, path, load_format=config.load_format, seed=config.seed, progress=progress)
-        self._native_model = pack_weights(decoder, device, native=native)
+        self._native_model = pack_weights(decoder, device, native=native, isa=config.cpu_isa)
         self._num_choices = min(target.vocab_size, self.model.vocab_size)  # either may be padded
         self.runner: Runner
 

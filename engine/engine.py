@@ -82,7 +82,7 @@ class Engine:
         self._masks = MaskThread()
         comm = self._comm = self._connect(tp_rank, tp_size, store)
         decoder = self._loaded_decoder(dtype, progress)
-        native_model = pack_weights(decoder, self._device, native=native)
+        native_model = pack_weights(decoder, self._device, native=native, isa=config.cpu_isa)
         self._draft = self._draft_model(dtype, progress, native=native)
         self.spec = self._kv_cache_spec(kv_dtype)
         self.num_blocks = comm.minimum(num_blocks or self._num_blocks_for_memory(tp_size), self._device)

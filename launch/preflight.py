@@ -20,7 +20,8 @@ from typing import NamedTuple
 from ..common.channel import Address
 from ..common.errors import ConfigError
 from ..common.extras import FLASHINFER, RAY, UCXX, nixl
-from ..engine.cpu.build import NativeUnavailable, find_compiler
+from ..engine.cpu.build import describe
+from ..engine.cpu.compiler import NativeUnavailable
 from ..models.checkpoint import check_checkpoint
 from ..models.config import ModelConfig
 from ..models.default import Progress
@@ -213,13 +214,16 @@ def check_platform() -> str:
 
 
 def check_kernels(deployment: Deployment) -> str | Check:
-    """Say what the fitted workers compute with. Raises ConfigError for a GPU without FlashInfer."""
-    if deployment.workers[0].config.engine.device == "cuda":
+    """Say what the fitted workers compute with. Raises ConfigError for a GPU without FlashInfer, and for an instruction
+    set that the processor lacks.
+    """
+    engine = deployment.workers[0].config.engine
+    if engine.device == "cuda":
         if not FLASHINFER.is_installed:
             raise ConfigError(f"device: a GPU is used, and {FLASHINFER.missing}; or use --device cpu")
         return "FlashInfer"
     try:
-        return f"native, built by {find_compiler()}"
+        return f"native, {describe(engine.cpu_isa)}"
     except NativeUnavailable as reason:
         return Check("kernels", Level.WARN, f"torch, several times slower: {reason}")
 

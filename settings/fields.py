@@ -20,6 +20,7 @@ from ..common.config import (
     Attention,
     AutoscaleMode,
     Checksum,
+    CpuIsa,
     Device,
     Dtype,
     KVCacheDtype,
@@ -385,6 +386,9 @@ class ServeSettings(Settings):
         KVCacheDtype, Option("Engine", "Type of cached keys and values; fp8: half the bytes, on GPUs.", ENGINES)
     ] = "auto"
     attention_backend: Annotated[Attention, Option("Engine", "Kernels.", ENGINES)] = "auto"
+    cpu_isa: Annotated[
+        CpuIsa, Option("Engine", "Instruction set of the C++ on CPUs; auto: the processor's best.", ENGINES)
+    ] = "auto"
     deterministic: Annotated[
         bool,
         Option(

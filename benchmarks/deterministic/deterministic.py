@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvferry.benchmarks.engine.cases import decode_cases, prefill_cases
+from kvferry.benchmarks.shared.plain_steps import decoding, feed, prefilling, sequence
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
@@ -34,7 +35,6 @@ from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import RESULTS_DIR, milliseconds, report_console
 
 if TYPE_CHECKING:
-    from kvferry.common.request import Sequence
     from kvferry.engine.engine import Engine
 
 # torch is imported inside functions: its threads are settled before.
@@ -96,11 +96,11 @@ def _measure(flags: argparse.Namespace, argv: list[str], console: Console) -> Re
     costs = []
     for num_rows, context in flags.decode:
         console.print(f"decode {num_rows}@{context}", style="dim")
-        steps = [_decoding(engine, num_rows, context) for engine in engines]
+        steps = [decoding(engine, num_rows, context) for engine in engines]
         costs.append(_in_turns(f"decode {num_rows}@{context}", steps[0], steps[1], flags.rounds))
     for tokens in flags.prefill:
         console.print(f"prefill {tokens}", style="dim")
-        prompts = [_prefilling(engine, tokens) for engine in engines]
+        prompts = [prefilling(engine, tokens) for engine in engines]
         costs.append(_in_turns(f"prefill {tokens}", prompts[0], prompts[1], flags.prompt_rounds))
     console.print("one prompt in chunks", style="dim")
     return Report(
@@ -155,60 +155,11 @@ def _seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def _decoding(engine: Engine, num_rows: int, context: int) -> Callable[[], None]:
-    """One step of `num_rows` rows, each at `context` tokens; the same one each time."""
-    from kvferry.common.batch import Batch, BatchRow
-
-    rows = [_sequence(engine, row, context) for row in range(num_rows)]
-    for seq in rows:
-        seq.num_computed_tokens = context - 1
-
-    def run() -> None:
-        engine.step(Batch([BatchRow(seq, 1) for seq in rows]))
-
-    return run
-
-
-def _prefilling(engine: Engine, tokens: int) -> Callable[[], None]:
-    """A whole prompt in a worker's chunks."""
-
-    def run() -> None:
-        _feed(engine, _sequence(engine, 0, tokens), engine.config.max_num_batched_tokens)
-
-    return run
-
-
-def _feed(engine: Engine, seq: Sequence, chunk: int) -> list[float | None]:
-    """The prompt's log-probabilities, where they are asked for."""
-    from kvferry.common.batch import Batch, BatchRow
-
-    logprobs: list[float | None] = []
-    while seq.num_uncomputed_tokens:
-        count = min(chunk, seq.num_uncomputed_tokens)
-        output = engine.step(Batch([BatchRow(seq, count)]))
-        logprobs += [entry.logprob for entry in output.rows[0].prompt_logprobs]
-        seq.num_computed_tokens += count
-    return logprobs
-
-
-def _sequence(engine: Engine, row: int, tokens: int, *, prompt_logprobs: int | None = None) -> Sequence:
-    """`tokens` tokens in blocks of its own."""
-    from kvferry.common.request import RequestId, SamplingParams, Sequence
-
-    sampling = SamplingParams(temperature=0.0, ignore_eos=True, prompt_logprobs=prompt_logprobs)
-    vocab_size = engine.model_config.vocab_size
-    ids = [(31 * i * i + 17 * i + 101 * row) % vocab_size for i in range(tokens)]
-    seq = Sequence(RequestId(f"r{row}"), 0, 0, ids, tokens, sampling)
-    num_blocks = engine.spec.num_blocks_for(tokens)
-    seq.block_table = list(range(row * num_blocks, (row + 1) * num_blocks))
-    return seq
-
-
 # --- bits -----------------------------------------------------------------------------------------------------
 
 
 def _moved(engine: Engine) -> Moved:
-    whole, *others = (_feed(engine, _sequence(engine, 0, _CUT_TOKENS, prompt_logprobs=0), chunk) for chunk in _CUTS)
+    whole, *others = (feed(engine, sequence(engine, 0, _CUT_TOKENS, prompt_logprobs=0), chunk) for chunk in _CUTS)
     differences = [
         abs(one - other)
         for cut in others

@@ -1,53 +1,79 @@
-"""Builds and loads the C++ of `native/`, once per machine: the decode step for processors with bfloat16 products.
+"""Chooses an instruction set for this processor and loads the C++ of `native/` for it, compiled once per machine.
 
-    load(folder) -> the library, built at first use with the system's compiler (a few seconds) and kept in `folder`
+    load(folder) -> the library: from the wheel, or built at first use (a few seconds) and kept in `folder`
 
-The file's name carries a hash of the source, the flags, the compiler and the processor, and it appears by one rename:
-any number of processes may start at once, and a changed machine or source builds anew. What the functions mean stands
-with the source; their callers' side is `model.py` and `decoder.py`.
+amx          AVX-512 with bfloat16 products, and AMX tiles where sums are many
+avx512_bf16  AVX-512 with bfloat16 products
+avx2         AVX2 with FMA, bfloat16 widened
+
+A processor that has one has those below. What the functions mean stands with the source; their callers' side is
+`model.py` and `decoder.py`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
-_SOURCE = Path(__file__).parent / "native"
-_COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-w")
-_CPU_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"})
-_BUILD_TIMEOUT_S = 120.0  # a compiler that hangs keeps a start waiting for so long
+from ...common.config import CpuIsa
+from ...common.errors import ConfigError
+from .compiler import SETS, NativeUnavailable, compiled, find_compiler, prebuilt
 
 
-class NativeUnavailable(Exception):
-    """The reason why this machine, or this model, does without C++."""
+def load(folder: Path, isa: CpuIsa = "auto") -> ctypes.CDLL:
+    """Load the library of the best set that can be had, or of the named one. Its calls release the interpreter's lock.
+
+    Raises NativeUnavailable, and ConfigError where the processor lacks the named set.
+    """
+    reasons: list[NativeUnavailable] = []
+    for name in usable_sets(isa):
+        try:
+            return _load(folder, name)
+        except NativeUnavailable as reason:
+            reasons.append(reason)
+    raise reasons[0]
 
 
-def find_compiler() -> str:
-    """Find the compiler that builds for this machine. Raises NativeUnavailable where there is none or no use."""
-    if missing := sorted(_CPU_FLAGS - _cpu_flags()):
-        raise NativeUnavailable(f"the processor lacks {', '.join(missing)}")
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        raise NativeUnavailable(f"no C++ compiler is installed ({', '.join(_COMPILERS)})")
-    return compiler
+def usable_sets(isa: CpuIsa = "auto") -> list[str]:
+    """Return the sets that this processor has, the best one first; a named one alone. Raises as `load` does."""
+    features = _cpu_flags()
+    if isa == "auto":
+        found = [name for name, needed in SETS.items() if needed <= features]
+        if not found:
+            raise NativeUnavailable(f"the processor lacks {_names(min(SETS.values(), key=len) - features)}")
+        return found
+    if missing := SETS[isa] - features:
+        raise ConfigError(f"cpu_isa: {isa} needs {_names(missing)}, which this processor lacks; use auto")
+    return [isa]
 
 
-def load(folder: Path) -> ctypes.CDLL:
-    """Load the library, built if need be. Its calls release the interpreter's lock. Raises NativeUnavailable."""
-    compiler, cpu = find_compiler(), _cpu_flags()
-    library = folder / f"kernels-{_fingerprint(compiler, cpu)}.so"
+def describe(isa: CpuIsa = "auto") -> str:
+    """Say which set would be loaded, and from where. Raises as `load` does."""
+    name = usable_sets(isa)[0]
+    return f"{name}, prebuilt" if prebuilt(name) is not None else f"{name}, built by {' '.join(find_compiler())}"
+
+
+def _load(folder: Path, isa: str) -> ctypes.CDLL:
+    library = _opened(found) if (found := prebuilt(isa)) is not None else None
+    library = library or _opened(compiled(isa, find_compiler(), folder))
+    if library is None:
+        raise NativeUnavailable(f"the library for {isa} cannot be loaded")
+    library.kvferry_may_run.restype = ctypes.c_bool
+    if not library.kvferry_may_run():
+        raise NativeUnavailable(f"the kernel does not let this process use {isa}")
+    return library
+
+
+def _opened(path: Path) -> ctypes.CDLL | None:
+    """Return None where the library is of another machine: a prebuilt one may need a newer libc."""
     try:
-        if not library.is_file():
-            _build(compiler, library)
-        return ctypes.CDLL(str(library))
-    except OSError as error:
-        raise NativeUnavailable(f"{library} cannot be built or loaded: {error}") from error
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
+def _names(features: frozenset[str]) -> str:
+    return ", ".join(sorted(features))
 
 
 def _cpu_flags() -> frozenset[str]:
@@ -60,36 +86,3 @@ def _cpu_flags() -> frozenset[str]:
     except OSError:
         pass
     return frozenset()
-
-
-def _fingerprint(compiler: str, cpu_flags: frozenset[str]) -> str:
-    digest = hashlib.blake2b(digest_size=12)
-    for path in sorted(_SOURCE.iterdir()):
-        if path.suffix in (".cpp", ".hpp"):
-            digest.update(path.read_bytes())
-    for fact in (" ".join(_FLAGS), _run([compiler, "--version"]), " ".join(sorted(cpu_flags))):
-        digest.update(fact.encode())
-    return digest.hexdigest()
-
-
-def _build(compiler: str, library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=library.parent, prefix=f".{library.stem}.", suffix=".so")
-    os.close(handle)
-    try:
-        _run([compiler, *_FLAGS, "-o", partial, str(_SOURCE / "decoder.cpp")])
-        os.replace(partial, library)
-    except BaseException:
-        os.unlink(partial)
-        raise
-
-
-def _run(command: list[str]) -> str:
-    """Run the command and return its output. Raises NativeUnavailable."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=True)
-    except subprocess.CalledProcessError as error:
-        raise NativeUnavailable(f"{command[0]} failed: {error.stderr.strip()[-500:]}") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeUnavailable(f"{command[0]} failed: {error}") from error
-    return done.stdout

@@ -8,9 +8,9 @@ rate of its products. The weights are a `NativeModel`'s; what the library takes 
 from __future__ import annotations
 
 import ctypes
+import platform
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -52,7 +52,7 @@ class NativeDecoder:
         self._vocab_size: int = described.vocab_size
         self._hidden_stride = _padded(described.hidden_size)
         library = model.library
-        self.build = Path(library._name).stem  # names source, compiler and processor
+        self.build = f"{model.name} {' '.join(platform.libc_ver())}"  # sines and cosines are libc's
         self._forward, self._logits = library.kvferry_decoder_forward, library.kvferry_decoder_logits
         self._forward.argtypes = [
             *(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p),

@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...common.config import CpuIsa
 from ..nn.decoder import Decoder, DecoderLayer
 from ..nn.feed_forward import GatedMLP
 from ..nn.layers import Linear
 from ..nn.mixer import Attention
 from ..nn.weight import DenseWeight
-from .build import NativeUnavailable, load
+from .build import load
+from .compiler import NativeUnavailable
 
 
 class _Tiles(ctypes.Structure):
@@ -73,11 +75,12 @@ class Model(ctypes.Structure):
 class NativeModel:
     """A rank's weights in C++'s form, and the library for them. It keeps the memory that `described` points to."""
 
-    def __init__(self, decoder: Decoder, cache: Path) -> None:
-        """Raises NativeUnavailable, and has then left the decoder as it was."""
+    def __init__(self, decoder: Decoder, cache: Path, isa: CpuIsa = "auto") -> None:
+        """Raises NativeUnavailable, and has then left the decoder as it was; ConfigError as `load` does."""
         blocks = [_known_blocks(layer) for layer in decoder.layers]
         weights = [_known_weight(linear) for linear in decoder.linears()]
-        self.library = load(cache)
+        self.library = load(cache, isa)
+        self.name = Path(self.library._name).stem  # instruction set, source and compiler
         self._pack = _Packer(self.library)
         self._packed = {id(weight): self._pack(weight.take()) for weight in weights}
         self._keep = (decoder, weights)

@@ -20,7 +20,7 @@ from .decoder import NativeDecoder, Step
 
 
 class NativeRunner:
-    """Implements `Runner`. An exact decoder's results are named after the library: source, compiler and processor."""
+    """Implements `Runner`. An exact decoder's results are named after the library: set, source, compiler."""
 
     def __init__(
         self, decoder: NativeDecoder, final_norm: RMSNorm, *, num_layers: int, eos_token_ids: frozenset[int]

@@ -50,6 +50,7 @@ KINDS = {
     "tiled bfloat16": Kind("TiledRunner", BFLOAT16, {"dtype": "bfloat16", "deterministic": True}, native=False),
     "native": Kind("NativeRunner", BFLOAT16, {"dtype": "bfloat16"}),
     "native exact": Kind("NativeRunner", BFLOAT16, {"dtype": "bfloat16", "deterministic": True}),
+    "native avx2": Kind("NativeRunner", BFLOAT16, {"dtype": "bfloat16", "cpu_isa": "avx2", "deterministic": True}),
     "cuda's decode steps, emulated": Kind("AheadRunner", FLOAT32, {"dtype": "float32"}),
     "cuda": Kind("CudaRunner", BFLOAT16, {"dtype": "bfloat16", "device": "cuda", "max_num_seqs": 16}, marks=GPU),
 }

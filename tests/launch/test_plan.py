@@ -298,6 +298,7 @@ OTHER_VALUES: dict[str, object] = {
     "gpu_memory_utilization": 0.5,
     "kv_cache_dtype": "bfloat16",
     "attention_backend": "cpu",
+    "cpu_isa": "avx2",
     "transfer": "ucx",
     "kv_checksum": "off",
     "speculative_config": {"method": "ngram"},

@@ -50,10 +50,10 @@ protected:
 
     // --- values -----------------------------------------------------------------------------------------
 
-    // Up to four heads and 64 dimensions at a time: their sums stay in registers.
+    // A few heads and up to 64 dimensions at a time: their sums stay in registers.
     void add_values(const Pages& pages, long begin, long first, long last) {
-        for (int head = 0; head < num_heads_; head += 4) {
-            switch (num_heads_ - head) {
+        for (int head = 0; head < num_heads_; head += kHeadsAtOnce) {
+            switch (std::min(num_heads_ - head, kHeadsAtOnce)) {
                 case 1: add_values<1>(pages, begin, first, last, head); break;
                 case 2: add_values<2>(pages, begin, first, last, head); break;
                 case 3: add_values<3>(pages, begin, first, last, head); break;
@@ -64,69 +64,67 @@ protected:
 
     template <int HEADS>
     void add_values(const Pages& pages, long begin, long first, long last, int head) {
+        constexpr int kWide = 32 * kWideValues;
         int at = 0;
-        for (; at + 64 <= head_dim_; at += 64) add_values<HEADS, 2>(pages, begin, first, last, head, at);
+        for (; at + kWide <= head_dim_; at += kWide) {
+            add_values<HEADS, kWideValues>(pages, begin, first, last, head, at);
+        }
         for (; at < head_dim_; at += 32) add_values<HEADS, 1>(pages, begin, first, last, head, at);
     }
 
-    // Two keys' values side by side, as `_mm512_unpacklo_epi16` and `hi` leave them: of 32 dimensions the sums of 0..3,
+    // Two keys' values side by side, as `lower_pairs` and `upper_pairs` leave them: of 32 dimensions the sums of 0..3,
     // 8..11, 16..19 and 24..27 stand in one vector, the others in the next, until `finish`. A block has an even number of
     // keys. The key before an odd first one has the weight zero; behind an odd last one lies what an earlier owner left,
     // which is not read: NaN does not vanish by a weight of zero.
     template <int HEADS, int VECTORS>
     void add_values(const Pages& pages, long begin, long first, long last, int head, int at) {
-        const __mmask32 mask = head_dim_ - at >= 32 ? __mmask32(-1) : __mmask32(0xffff);
-        __m512 sum[HEADS][2 * VECTORS];
+        const Values there = first_values(head_dim_ - at), none = first_values(0);
+        Vector sum[HEADS][2 * VECTORS];
 #pragma GCC unroll 4
         for (int h = 0; h < HEADS; h++) {
 #pragma GCC unroll 4
             for (int i = 0; i < 2 * VECTORS; i++) {
-                const __m512 before = _mm512_loadu_ps(sums(head + h) + at + 16 * i);
-                sum[h][i] = _mm512_mul_ps(before, _mm512_set1_ps(factor_[head + h]));
+                sum[h][i] = load(sums(head + h) + at + 16 * i) * repeat(factor_[head + h]);
             }
         }
-        const auto add = [&](long key, const bf16* values, __mmask32 other_mask) __attribute__((always_inline)) {
-            __m512bh pair[2 * VECTORS];
+        const auto add = [&](long key, const bf16* values, Values other_there) __attribute__((always_inline)) {
+            Pairs pair[2 * VECTORS];
 #pragma GCC unroll 2
             for (int i = 0; i < VECTORS; i++) {
-                const __m512i one = (__m512i)load_pairs(values + 32 * i, mask);
-                const __m512i other = (__m512i)load_pairs(values + head_dim_ + 32 * i, other_mask);
-                pair[2 * i] = (__m512bh)_mm512_unpacklo_epi16(one, other);
-                pair[2 * i + 1] = (__m512bh)_mm512_unpackhi_epi16(one, other);
+                const Pairs one = load_pairs(values + 32 * i, there);
+                const Pairs other = load_pairs(values + head_dim_ + 32 * i, other_there);
+                pair[2 * i] = lower_pairs(one, other);
+                pair[2 * i + 1] = upper_pairs(one, other);
             }
 #pragma GCC unroll 4
             for (int h = 0; h < HEADS; h++) {
-                std::int32_t two;
-                std::memcpy(&two, weights(head + h) + (key - begin), sizeof two);
-                const __m512bh weight = (__m512bh)_mm512_set1_epi32(two);
+                const Pairs weight = repeat_pair(weights(head + h) + (key - begin));
 #pragma GCC unroll 4
-                for (int i = 0; i < 2 * VECTORS; i++) sum[h][i] = _mm512_dpbf16_ps(sum[h][i], weight, pair[i]);
+                for (int i = 0; i < 2 * VECTORS; i++) sum[h][i] = dot(sum[h][i], weight, pair[i]);
             }
         };
         const long whole = last & ~1L;
         for (long key = first & ~1L; key < whole;) {
             const long block_end = std::min(whole, (key / pages.block_size + 1) * pages.block_size);
             const bf16* values = pages.key(key) + pages.values + at;
-            for (; key < block_end; key += 2, values += 2 * head_dim_) add(key, values, mask);
+            for (; key < block_end; key += 2, values += 2 * head_dim_) add(key, values, there);
         }
-        if (whole < last) add(whole, pages.key(whole) + pages.values + at, 0);
+        if (whole < last) add(whole, pages.key(whole) + pages.values + at, none);
 #pragma GCC unroll 4
         for (int h = 0; h < HEADS; h++) {
 #pragma GCC unroll 4
-            for (int i = 0; i < 2 * VECTORS; i++) _mm512_storeu_ps(sums(head + h) + at + 16 * i, sum[h][i]);
+            for (int i = 0; i < 2 * VECTORS; i++) store(sums(head + h) + at + 16 * i, sum[h][i]);
         }
     }
 
     // The result of a head, its dimensions in order.
     void finish(int head, float total, bf16* out) {
-        const __m512i order = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
-        const __m512i next = _mm512_add_epi32(order, _mm512_set1_epi32(8));
-        const __m512 scale = _mm512_set1_ps(1.0f / total);
+        const Vector scale = repeat(1.0f / total);
         for (int at = 0; at < head_dim_; at += 32) {
-            const __m512 one = _mm512_loadu_ps(sums(head) + at), other = _mm512_loadu_ps(sums(head) + at + 16);
-            store(out + at, _mm512_mul_ps(_mm512_permutex2var_ps(one, order, other), scale));
+            const Vector lower = load(sums(head) + at), upper = load(sums(head) + at + 16);
+            store(out + at, in_order<0>(lower, upper) * scale);
             if (at + 16 == head_dim_) break;
-            store(out + at + 16, _mm512_mul_ps(_mm512_permutex2var_ps(one, next, other), scale));
+            store(out + at + 16, in_order<1>(lower, upper) * scale);
         }
     }
 
@@ -166,12 +164,12 @@ private:
             prefetch(keys + pages.values, count);
             if (key + kKeysAhead < last) prefetch(pages.key(key + kKeysAhead), int(step));
             for (int head = 0; head < num_heads_; head++) {
-                _mm512_storeu_ps(scores(head) + (key - begin), dots(query(head), keys, count));
+                store(scores(head) + (key - begin), dots(query(head), keys, count));
             }
         }
     }
 
-    __m512 dots(const bf16* query, const bf16* keys, int count) const {
+    Vector dots(const bf16* query, const bf16* keys, int count) const {
         if (count < 16) return dots<0, false>(query, keys, count);
         if (head_dim_ == 64) return dots<64, true>(query, keys, count);
         if (head_dim_ == 128) return dots<128, true>(query, keys, count);
@@ -180,22 +178,28 @@ private:
 
     // Lane i: the query with key i; past `count`, with the last key. HEAD_DIM 0: known at run time.
     template <int HEAD_DIM, bool WHOLE>
-    __m512 dots(const bf16* query, const bf16* keys, int count) const {
+    Vector dots(const bf16* query, const bf16* keys, int count) const {
         const int head_dim = HEAD_DIM ? HEAD_DIM : head_dim_;
-        __m512 sum[16];
+        Vector sums[16];
+#pragma GCC unroll 4
+        for (int first = 0; first < 16; first += kDotsAtOnce) {
+            Vector sum[kDotsAtOnce];
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
+            for (int i = 0; i < kDotsAtOnce; i++) sum[i] = repeat(0.0f);
 #pragma GCC unroll 8
-        for (int at = 0; at < head_dim; at += 32) {
-            const __mmask32 mask = head_dim - at >= 32 ? __mmask32(-1) : __mmask32(0xffff);
-            const __m512bh part = load_pairs(query + at);
+            for (int at = 0; at < head_dim; at += 32) {
+                const Values there = first_values(head_dim - at);
+                const Pairs part = load_pairs(query + at);
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) {
-                const int row = WHOLE ? i : std::min(i, count - 1);
-                sum[i] = _mm512_dpbf16_ps(sum[i], part, load_pairs(keys + row * head_dim + at, mask));
+                for (int i = 0; i < kDotsAtOnce; i++) {
+                    const int row = WHOLE ? first + i : std::min(first + i, count - 1);
+                    sum[i] = dot(sum[i], part, load_pairs(keys + row * head_dim + at, there));
+                }
             }
+#pragma GCC unroll 16
+            for (int i = 0; i < kDotsAtOnce; i++) sums[first + i] = sum[i];
         }
-        return sums_of_16(sum);
+        return sums_of_16(sums);
     }
 
     // --- softmax ----------------------------------------------------------------------------------------
@@ -203,25 +207,24 @@ private:
     // Scores [first, last) of the tile to weights relative to the largest score so far.
     void weigh(int head, long first, long last) {
         float* scores = this->scores(head);
-        const __m512 scale = _mm512_set1_ps(kLog2E / __builtin_sqrtf(float(head_dim_)));
-        const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-        __m512 most = none;
+        const Vector scale = repeat(kLog2E / __builtin_sqrtf(float(head_dim_)));
+        const Vector none = repeat(-std::numeric_limits<float>::infinity());
+        Vector most = none;
         for (long i = first / 16 * 16; i < last; i += 16) {
-            const __mmask16 mask = lanes(last - i) & __mmask16(first > i ? 0xffffu << (first - i) : 0xffffu);
-            const __m512 values = _mm512_mask_mul_ps(none, mask, _mm512_loadu_ps(scores + i), scale);
-            _mm512_storeu_ps(scores + i, values);
-            most = _mm512_max_ps(most, values);
+            const Vector values = select(between(first - i, last - i), load(scores + i) * scale, none);
+            store(scores + i, values);
+            most = max(most, values);
         }
-        const float largest = std::max(most_[head], _mm512_reduce_max_ps(most));
-        __m512 total = _mm512_setzero_ps();
+        const float largest = std::max(most_[head], max_of(most));
+        Vector total = repeat(0.0f);
         for (long i = first / 16 * 16; i < last; i += 16) {
-            const __m512 weight = exp2(_mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(largest)));
+            const Vector weight = exp2(load(scores + i) - repeat(largest));
             store(weights(head) + i, weight);
-            total = _mm512_add_ps(total, weight);
+            total = total + weight;
         }
-        factor_[head] = _mm512_cvtss_f32(exp2(_mm512_set1_ps(most_[head] - largest)));
+        factor_[head] = lane_0(exp2(repeat(most_[head] - largest)));
         most_[head] = largest;
-        total_[head] = total_[head] * factor_[head] + _mm512_reduce_add_ps(total);
+        total_[head] = total_[head] * factor_[head] + sum_of(total);
     }
 
     std::vector<float> most_, total_;

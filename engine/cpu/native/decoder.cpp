@@ -68,25 +68,25 @@ public:
         plan_attention(step, m_);
         reserve(step);
         if (step.num_tokens <= kFewRows) {
-            team_.run(cores_.take(), [&](int rank) {
+            run([&](int rank) {
                 begin(step, rank);
                 team_.barrier();
                 run_together(step, rank);
                 run_last(step, rank);
             });
         } else {
-            team_.run(cores_.take(), [&](int rank) { begin(step, rank); });
+            run([&](int rank) { begin(step, rank); });
             for (std::size_t index = 0; index < layers_.size(); index++) {
-                team_.run(cores_.take(), [&](int rank) { run_apart(step, index, rank); });
+                run([&](int rank) { run_apart(step, index, rank); });
             }
-            team_.run(cores_.take(), [&](int rank) { run_last(step, rank); });
+            run([&](int rank) { run_last(step, rank); });
         }
         cores_.leave();
     }
 
     void logits(long rows, const float* hidden, float* logits) {
         const Tiles& head = m_.head;
-        team_.run(cores_.take(), [&](int rank) {
+        run([&](int rank) {
             for (long first = 0; first < rows; first += kPanelRows) {
                 const Rows normed = math_.normalize(hidden + first * strides_.hidden,
                                                     std::min(kPanelRows, rows - first), m_.final_norm,
@@ -112,6 +112,14 @@ private:
         std::vector<float> head;
     };
 
+    template <class Job>
+    void run(Job job) {
+        team_.run(cores_.take(), [&](int rank) {
+            [[maybe_unused]] const MatrixUnit unit;
+            job(rank);
+        });
+    }
+
     Range part(const Tiles& w, int rank) const { return share(w.count(), rank, team_.size()); }
     float* residual(long token) { return residual_.data() + token * strides_.hidden; }
     bf16* attended(long token) { return attended_.data() + token * strides_.attended; }
@@ -136,8 +144,8 @@ private:
     void embed(std::int32_t token, float* x) const {
         std::fill_n(x, strides_.hidden, 0.0f);
         for (long i = 0; i < m_.hidden_size; i += 16) {
-            const __mmask16 mask = lanes(m_.hidden_size - i);
-            _mm512_mask_storeu_ps(x + i, mask, load(m_.embedding + token * m_.hidden_size + i, mask));
+            const Lanes mask = lanes(m_.hidden_size - i);
+            store(x + i, load(m_.embedding + token * m_.hidden_size + i, mask), mask);
         }
     }
 
@@ -240,7 +248,7 @@ private:
                 bf16* key = const_cast<bf16*>(pages.key(row.start + token - row.token));
                 rotation_.turn(heads, attention.k_norm, token, scratch, key);
                 const float* value = heads + m_.num_kv_heads * d;
-                for (long i = 0; i < d; i += 16) store(key + pages.values + i, _mm512_loadu_ps(value + i));
+                for (long i = 0; i < d; i += 16) store(key + pages.values + i, load(value + i));
             }
         });
     }
@@ -262,7 +270,7 @@ private:
             const Pages pages = this->pages(index, piece.kv_head, row);
             const long window = layers_[index].attention.window, position = row.start + piece.first;
             bf16* heads = attended(row.token + piece.first) + piece.kv_head * group_ * m_.head_dim;
-            if (piece.tokens > 1) {
+            if (piece.tokens > 1 || (is_exact_ && !kSumsInRegisters)) {  // no vector adds up as the matrix unit does
                 mine.prompt_attention.attend(pages, heads, piece.tokens, position, window, heads, strides_.attended);
                 return;
             }
@@ -303,6 +311,9 @@ private:
 }  // namespace
 
 extern "C" {
+
+// Whether this process may use the instruction set that this library is compiled for; asked before anything else.
+bool kvferry_may_run() { return MatrixUnit::may_run(); }
 
 // How many values a weight of this shape takes in tiles, and it packed into so many. `Tiles` point to `target`.
 long kvferry_tiled_size(long columns, long inputs) { return tiled_size(columns, inputs); }

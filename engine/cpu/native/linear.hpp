@@ -1,7 +1,8 @@
 // y = x W^T in bfloat16 with float32 sums, at the rate of the processor's multipliers where rows are many and of its
 // memory where they are few.
 //
-// W lies in tiles (tiles.hpp). Attention packs keys and values the same way, so that there is one inner loop.
+// W lies in tiles (tiles.hpp). Attention packs keys and values the same way, so that there is one inner loop, which each
+// instruction set has its own of: `add_products`, in sets/.
 #pragma once
 
 #include <algorithm>
@@ -10,64 +11,21 @@
 #include "tiles.hpp"
 #include "vectors.hpp"
 
-constexpr int kRowsAtOnce = 6;         // their 24 sums, a pair's four vectors and one input stay in registers
-constexpr int kLine = 32;              // values of a cache line
-constexpr long kNearLines = 64;        // one group of rows: weights are fetched so far ahead, 4 KiB
+constexpr int kLine = 32;  // values of a cache line
+
+#if defined(__AMX_BF16__) || defined(KVFERRY_TILE_UNIT)
+#include "sets/amx_products.hpp"
+#elif defined(__AVX512BF16__)
+#include "sets/avx512_products.hpp"
+#else
+#include "sets/avx2_products.hpp"
+#endif
 
 struct Rows {
     const bf16* values;
     long stride;
     long count;
 };
-
-// sums [ROWS][stride], 64 of each row: the products of ROWS rows' inputs with one tile's weights, `pairs` of them, added
-// up in order; added to what is there unless FRESH. For each pair LINES cache lines from `ahead` on are fetched.
-template <int ROWS, bool FRESH, int LINES>
-void add_products(const bf16* x, long x_stride, const bf16* weights, long pairs, float* sums, long stride,
-                  const bf16* ahead) {
-    constexpr auto kHint = LINES == 4 ? _MM_HINT_T0 : _MM_HINT_T1;
-    __m512 sum[ROWS][4];
-#pragma GCC unroll 8
-    for (int row = 0; row < ROWS; row++) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            sum[row][i] = FRESH ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + row * stride + 16 * i);
-        }
-    }
-    for (long pair = 0; pair < pairs; pair++, weights += 2 * kTileColumns, ahead += LINES * kLine) {
-        __m512bh weight[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < LINES; i++) _mm_prefetch((const char*)(ahead + kLine * i), kHint);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) weight[i] = load_pairs(weights + 32 * i);
-#pragma GCC unroll 8
-        for (int row = 0; row < ROWS; row++) {
-            std::int32_t inputs;
-            std::memcpy(&inputs, x + row * x_stride + 2 * pair, sizeof inputs);
-            const __m512bh input = (__m512bh)_mm512_set1_epi32(inputs);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) sum[row][i] = _mm512_dpbf16_ps(sum[row][i], input, weight[i]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int row = 0; row < ROWS; row++) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) _mm512_storeu_ps(sums + row * stride + 16 * i, sum[row][i]);
-    }
-}
-
-template <bool FRESH, int LINES>
-void add_products(int rows, const bf16* x, long x_stride, const bf16* weights, long pairs, float* sums, long stride,
-                  const bf16* ahead) {
-    switch (rows) {
-        case 1: return add_products<1, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
-        case 2: return add_products<2, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
-        case 3: return add_products<3, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
-        case 4: return add_products<4, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
-        case 5: return add_products<5, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
-        default: return add_products<6, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
-    }
-}
 
 // The tiles [part.first, part.last): calls finish(row, column, sums) with each row's 64 sums from `column` on.
 // A row's sums do not depend on the other rows: they are added up in the same order whatever their number.
@@ -101,8 +59,8 @@ void multiply(const Rows& x, const Tiles& w, Range part, Finish finish) {
 }
 
 // 16 sums from `column` on, with the bias if there is one.
-inline __m512 with_bias(const float* sums, const bf16* bias, long column, long columns) {
-    const __m512 values = _mm512_load_ps(sums);
+inline Vector with_bias(const float* sums, const bf16* bias, long column, long columns) {
+    const Vector values = load(sums);
     if (bias == nullptr || column >= columns) return values;
-    return _mm512_add_ps(values, load(bias + column, lanes(columns - column)));
+    return values + load(bias + column, lanes(columns - column));
 }

@@ -8,8 +8,6 @@
 #include "model.hpp"
 #include "vectors.hpp"
 
-constexpr long kPanelRows = 60;  // a multiple of kRowsAtOnce
-
 // How rows of each kind stand in memory: padded, so that whole vectors and tiles may be read and written.
 struct Strides {
     explicit Strides(const Model& m)
@@ -62,11 +60,10 @@ public:
         bf16* normed = panel.normed.data();
         for (long row = 0; row < rows; row++) {
             const float* x = hidden + row * s_.hidden;
-            const __m512 factor = _mm512_set1_ps(inverse_rms(x, m_.hidden_size, float(m_.norm_eps)));
+            const Vector factor = repeat(inverse_rms(x, m_.hidden_size, float(m_.norm_eps)));
             for (long i = 0; i < m_.hidden_size; i += 16) {
-                const __mmask16 mask = lanes(m_.hidden_size - i);
-                const __m512 values = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor);
-                store(normed + row * s_.normed + i, _mm512_mul_ps(values, load(weight + i, mask)), mask);
+                const Lanes mask = lanes(m_.hidden_size - i);
+                store(normed + row * s_.normed + i, load(x + i, mask) * factor * load(weight + i, mask), mask);
             }
         }
         return {normed, s_.normed, rows};
@@ -76,7 +73,7 @@ public:
     static void set(float* y, long stride, const Rows& x, const Linear& w, Range part) {
         multiply(x, w.weight, part, [&](long row, long column, const float* sums) {
             for (int i = 0; i < kTileColumns; i += 16) {
-                _mm512_storeu_ps(y + row * stride + column + i, with_bias(sums + i, w.bias, column + i, w.weight.columns));
+                store(y + row * stride + column + i, with_bias(sums + i, w.bias, column + i, w.weight.columns));
             }
         });
     }
@@ -86,8 +83,7 @@ public:
         multiply(x, w.weight, part, [&](long row, long column, const float* sums) {
             for (int i = 0; i < kTileColumns; i += 16) {
                 float* target = y + row * s_.hidden + column + i;
-                const __m512 values = with_bias(sums + i, w.bias, column + i, w.weight.columns);
-                _mm512_storeu_ps(target, _mm512_add_ps(_mm512_loadu_ps(target), values));
+                store(target, load(target) + with_bias(sums + i, w.bias, column + i, w.weight.columns));
             }
         });
     }
@@ -98,10 +94,8 @@ public:
         for (long row = 0; row < rows; row++) {
             const float *gate = panel.gate_up.data() + row * s_.gate_up, *up = gate + size;
             for (long i = vectors.first * 16; i < std::min(size, vectors.last * 16); i += 16) {
-                const __mmask16 mask = lanes(size - i);
-                const __m512 values = silu(_mm512_maskz_loadu_ps(mask, gate + i));
-                store(panel.activated.data() + row * s_.activated + i,
-                      _mm512_mul_ps(values, _mm512_maskz_loadu_ps(mask, up + i)), mask);
+                const Lanes mask = lanes(size - i);
+                store(panel.activated.data() + row * s_.activated + i, silu(load(gate + i, mask)) * load(up + i, mask), mask);
             }
         }
     }

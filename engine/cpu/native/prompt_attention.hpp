@@ -15,9 +15,9 @@
 #include "tiles.hpp"
 #include "vectors.hpp"
 
-// 16 keys to a tile whose columns are keys: 16 pairs of dimensions from `at` on (8 at the end of an odd head size).
+// 16 keys to a tile whose columns are keys: 16 pairs of dimensions from `at` on (perhaps 8 at the end of an odd head size).
 inline void pack_keys(const bf16* const* source, int head_dim, int at, bf16* target) {
-    pack_columns(source, at, head_dim, std::min(16, (head_dim - at) / 2), target);
+    pack_columns(source, at, head_dim, std::min(16, int(padded(head_dim, kProductInputs) - at) / 2), target);
 }
 
 class PromptAttention {
@@ -28,9 +28,9 @@ public:
     // `is_exact`: tiles begin at multiples of kKeys also behind a window, so that a token's result is the same whatever
     // tokens are attended with it.
     PromptAttention(int num_heads, int head_dim, bool is_exact)
-        : is_exact_(is_exact), num_heads_(num_heads), head_dim_(head_dim), pairs_(head_dim / 2),
+        : is_exact_(is_exact), num_heads_(num_heads), head_dim_(head_dim), inputs_(int(padded(head_dim, kProductInputs))),
           value_tiles_((head_dim + kTileColumns - 1) / kTileColumns), max_tokens_(tokens_at_once(num_heads)),
-          queries_(rows() * head_dim), keys_(kKeys * head_dim), values_(kKeys * value_tiles_ * kTileColumns),
+          queries_(rows() * inputs_), keys_(kKeys * inputs_), values_(kKeys * value_tiles_ * kTileColumns),
           sums_(rows() * value_tiles_ * kTileColumns), softmax_(rows(), head_dim) {}
 
     // Query tokens of one call, at most.
@@ -40,8 +40,11 @@ public:
     // Token i sees the keys up to its own, `window` of them at most (0: all).
     void attend(const Pages& pages, const bf16* queries, long tokens, long position, long window, bf16* out,
                 long stride) {
-        const long rows = tokens * num_heads_, row_size = num_heads_ * head_dim_;
-        for (long i = 0; i < tokens; i++) std::copy_n(queries + i * stride, row_size, queries_.data() + i * row_size);
+        const long rows = tokens * num_heads_;
+        for (long row = 0; row < rows; row++) {
+            const bf16* query = queries + row / num_heads_ * stride + row % num_heads_ * head_dim_;
+            std::copy_n(query, head_dim_, queries_.data() + row * inputs_);
+        }
         softmax_.reset(rows);
         std::fill_n(sums_.begin(), rows * value_tiles_ * kTileColumns, 0.0f);
         const long last = position + tokens;
@@ -55,10 +58,8 @@ public:
         }
         for (long row = 0; row < rows; row++) {
             bf16* target = out + row / num_heads_ * stride + row % num_heads_ * head_dim_;
-            const __m512 scale = _mm512_set1_ps(1.0f / softmax_.total(row));
-            for (int i = 0; i < head_dim_; i += 16) {
-                store(target + i, _mm512_mul_ps(_mm512_loadu_ps(sums(row) + i), scale));
-            }
+            const Vector scale = repeat(1.0f / softmax_.total(row));
+            for (int i = 0; i < head_dim_; i += 16) store(target + i, load(sums(row) + i) * scale);
         }
     }
 
@@ -78,7 +79,7 @@ private:
         for (long i = 0; i < count; i++) source[i] = pages.key(begin + i);
         for (long i = count; i < whole; i++) source[i] = nullptr;
         for (long key = 0; key < whole; key += 16) {
-            bf16* target = keys_.data() + key / kTileColumns * (pairs_ * 2 * kTileColumns) + key % kTileColumns * 2;
+            bf16* target = keys_.data() + key / kTileColumns * (inputs_ * kTileColumns) + key % kTileColumns * 2;
             for (int at = 0; at < head_dim_; at += 32) pack_keys(source + key, head_dim_, at, target + at * kTileColumns);
         }
         for (long key = 0; key < whole; key += 2) {
@@ -90,12 +91,8 @@ private:
     void pack_values(long values, const bf16* const* source, long key, int at) {
         bf16* target = values_.data() + at / kTileColumns * (kKeys * kTileColumns) + key * kTileColumns +
                        at % kTileColumns * 2;
-        __m512i parts[2];
-        for (int i = 0; i < 2; i++) {
-            const __mmask16 mask = source[i] == nullptr ? 0 : 0xffff;
-            parts[i] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, source[i] + values + at));
-        }
-        _mm512_storeu_si512(target, _mm512_or_si512(parts[0], _mm512_slli_epi32(parts[1], 16)));
+        const auto row = [&](const bf16* key) { return key == nullptr ? nullptr : key + values + at; };
+        store_pairs(target, zip(row(source[0]), row(source[1])));
     }
 
     // --- a few rows and a tile --------------------------------------------------------------------------
@@ -108,8 +105,8 @@ private:
         alignas(64) bf16 weights[kRowsAtOnce * kKeys];
         const long width = padded(visible, kTileColumns);
         for (long key = 0; key < width; key += kTileColumns) {
-            add_products<true, 0>(int(rows), queries_.data() + row * head_dim_, head_dim_,
-                                  keys_.data() + key * head_dim_, pairs_, scores + key, kKeys, nullptr);
+            add_products<true, 0>(int(rows), queries_.data() + row * inputs_, inputs_, keys_.data() + key * inputs_,
+                                  inputs_ / 2, scores + key, kKeys, nullptr);
         }
         for (long i = 0; i < rows; i++) {
             const long at = position + (row + i) / num_heads_;
@@ -124,14 +121,12 @@ private:
     }
 
     void scale(float* sums, float factor) const {
-        const __m512 by = _mm512_set1_ps(factor);
-        for (int i = 0; i < value_tiles_ * kTileColumns; i += 16) {
-            _mm512_storeu_ps(sums + i, _mm512_mul_ps(_mm512_loadu_ps(sums + i), by));
-        }
+        const Vector by = repeat(factor);
+        for (int i = 0; i < value_tiles_ * kTileColumns; i += 16) store(sums + i, load(sums + i) * by);
     }
 
     const bool is_exact_;
-    const int num_heads_, head_dim_, pairs_, value_tiles_;
+    const int num_heads_, head_dim_, inputs_, value_tiles_;  // `inputs_`: a head's, padded as products want them
     const long max_tokens_;
     std::vector<bf16> queries_, keys_, values_;  // of values, padding columns stay zero
     std::vector<float> sums_;

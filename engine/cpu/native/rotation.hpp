@@ -32,21 +32,16 @@ public:
     void turn(const float* head, const bf16* norm, long token, float* scratch, bf16* out) const {
         const long d = m_.head_dim, half = d / 2;
         if (norm != nullptr) {
-            const __m512 factor = _mm512_set1_ps(inverse_rms(head, d, float(m_.norm_eps)));
-            for (long i = 0; i < d; i += 16) {
-                const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(head + i), factor);
-                _mm512_storeu_ps(scratch + i, _mm512_mul_ps(values, load(norm + i)));
-            }
+            const Vector factor = repeat(inverse_rms(head, d, float(m_.norm_eps)));
+            for (long i = 0; i < d; i += 16) store(scratch + i, load(head + i) * factor * load(norm + i));
             head = scratch;
         }
         const float *cos = cos_.data() + token * d, *sin = sin_.data() + token * d;
         for (long i = 0; i < half; i += 8) {  // a half is a multiple of 8
             const __m256 low = _mm256_loadu_ps(head + i), high = _mm256_loadu_ps(head + half + i);
             const __m256 c = _mm256_loadu_ps(cos + i), s = _mm256_loadu_ps(sin + half + i);
-            const __m256 first = _mm256_fmsub_ps(low, c, _mm256_mul_ps(high, s));
-            const __m256 second = _mm256_fmadd_ps(high, c, _mm256_mul_ps(low, s));
-            _mm_storeu_si128((__m128i*)(out + i), (__m128i)_mm256_cvtneps_pbh(first));
-            _mm_storeu_si128((__m128i*)(out + half + i), (__m128i)_mm256_cvtneps_pbh(second));
+            store(out + i, _mm256_fmsub_ps(low, c, high * s));
+            store(out + half + i, _mm256_fmadd_ps(high, c, low * s));
         }
     }
 

@@ -35,7 +35,7 @@ public:
                                 : spread<false>(scores, seen, width, largest, weights);
         float factor = 1.0f;
         if (largest > most_[row]) {
-            factor = _mm512_cvtss_f32(exp2(_mm512_set1_ps((most_[row] - largest) * scale_)));
+            factor = lane_0(exp2(repeat((most_[row] - largest) * scale_)));
             total_[row] *= factor;
             most_[row] = largest;
         }
@@ -45,32 +45,29 @@ public:
 
 private:
     // The lanes at `at` that a row sees.
-    static __mmask16 visible(Range seen, long at) {
-        const __mmask16 before = seen.first <= at ? __mmask16(0) : lanes(seen.first - at);
-        return (seen.last <= at ? __mmask16(0) : lanes(seen.last - at)) & ~before;
-    }
+    static Lanes visible(Range seen, long at) { return between(seen.first - at, seen.last - at); }
 
     template <bool ALL>
     static float most(const float* scores, Range seen, long width) {
-        __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+        Vector most = repeat(-std::numeric_limits<float>::infinity());
         for (long i = 0; i < width; i += 16) {
-            const __m512 values = _mm512_loadu_ps(scores + i);
-            most = ALL ? _mm512_max_ps(most, values) : _mm512_mask_max_ps(most, visible(seen, i), most, values);
+            const Vector larger = max(most, load(scores + i));
+            most = ALL ? larger : select(visible(seen, i), larger, most);
         }
-        return _mm512_reduce_max_ps(most);
+        return max_of(most);
     }
 
     template <bool ALL>
     float spread(const float* scores, Range seen, long width, float largest, bf16* weights) const {
-        const __m512 scale = _mm512_set1_ps(scale_), shift = _mm512_set1_ps(largest * scale_);
-        __m512 total = _mm512_setzero_ps();
+        const Vector scale = repeat(scale_), shift = repeat(largest * scale_);
+        Vector total = repeat(0.0f);
         for (long i = 0; i < width; i += 16) {
-            __m512 weight = exp2_rough(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), scale, shift));
-            if (!ALL) weight = _mm512_maskz_mov_ps(visible(seen, i), weight);
-            total = _mm512_add_ps(total, weight);
-            _mm256_storeu_si256((__m256i*)(weights + i), (__m256i)_mm512_cvtneps_pbh(weight));
+            Vector weight = exp2_rough(fms(load(scores + i), scale, shift));
+            if (!ALL) weight = select(visible(seen, i), weight, repeat(0.0f));
+            total = total + weight;
+            store(weights + i, weight);
         }
-        return _mm512_reduce_add_ps(total);
+        return sum_of(total);
     }
 
     const float scale_;

@@ -4,8 +4,9 @@
 //     [columns / 64][inputs / 2][64 columns][2 inputs]    bfloat16; columns padded to 64, a weight's inputs to 32: zeros
 //
 // A tile is 64 columns. In it, pair after pair of inputs, stand the 64 columns' two weights each, 256 bytes a pair.
-// VDPBF16PS takes them as four vectors, each multiplied by one pair of a row's inputs that is broadcast. An AMX tile is
-// the same memory: 16 pairs of 16 columns are 16 rows of 64 bytes, 256 bytes apart; hence inputs in 32s.
+// VDPBF16PS takes them as four vectors, each multiplied by one pair of a row's inputs that is broadcast; AVX2 widens them
+// to float32 first. An AMX tile is the same memory: 16 pairs of 16 columns are 16 rows of 64 bytes, 256 bytes apart; hence
+// inputs in 32s.
 #pragma once
 
 #include <algorithm>
@@ -28,15 +29,12 @@ struct Tiles {  // declared once more in engine/cpu/model.py
 // Up to 32 inputs, from `at` on, of 16 columns to their `pairs` places in a tile. A column that is null is zeros, and so
 // are inputs behind the last one.
 inline void pack_columns(const bf16* const* columns, long at, long inputs, int pairs, bf16* target) {
-    const __mmask32 left = inputs - at >= 32 ? ~__mmask32(0) : (__mmask32(1) << (inputs - at)) - 1;
-    __m512i v[16];
+    const Values left = first_values(inputs - at);
+    Pairs v[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) {
-        const __mmask32 mask = columns[i] == nullptr ? __mmask32(0) : left;
-        v[i] = _mm512_maskz_loadu_epi16(mask, columns[i] + at);
-    }
+    for (int i = 0; i < 16; i++) v[i] = load_pairs(columns[i] + at, columns[i] == nullptr ? Values(0) : left);
     transpose_16(v);
-    for (int pair = 0; pair < pairs; pair++) _mm512_storeu_si512(target + pair * 2 * kTileColumns, v[pair]);
+    for (int pair = 0; pair < pairs; pair++) store_pairs(target + pair * 2 * kTileColumns, v[pair]);
 }
 
 // How many values a weight takes in tiles.

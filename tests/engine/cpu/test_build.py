@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
-import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +15,11 @@ from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.config import CoreSlot
 from kvferry.common.cores import CoreBoard, attach
 from kvferry.common.request import SamplingParams, Sequence
-from kvferry.engine.cpu import build as native
-from kvferry.engine.cpu.build import NativeUnavailable
+from kvferry.engine.cpu import compiler
 from kvferry.engine.cpu.decoder import NativeDecoder, Step
 from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.torch_runner import TorchRunner
-from kvferry.models.default import cache_dir
 
 from ...checkpoints import Family, write_checkpoint
 from ...engine_driver import Driver, engine_config, prompts
@@ -52,12 +47,7 @@ LOGIT_TOLERANCE = 0.03  # of the logits' range
 PAGE_TOLERANCE = 0.05  # of the largest entry
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    try:
-        native.load(cache_dir())
-    except NativeUnavailable as reason:
-        pytest.skip(f"no native decode step on this machine: {reason}")
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 class Recorded:
@@ -239,7 +229,7 @@ def test_without_the_board_a_worker_keeps_to_its_own_threads(checkpoints: Path) 
     slot = CoreBoard(1).slot(0, max_threads=2).model_copy(update={"path": "/proc/self/fd/9999"})
     with structlog.testing.capture_logs() as lines:
         run = Recorded(checkpoints / "llama", is_native=True, cores=slot)
-    assert [line["event"] for line in lines] == ["shared_cores"]
+    assert [line["event"] for line in lines if line["log_level"] != "info"] == ["shared_cores"]
     run.driver.step([(run.driver.add([1, 2, 3], SAMPLING), 3)])
     assert isinstance(run.engine.runner, NativeRunner) and run.engine.runner.decoder.num_threads == 1
 
@@ -258,6 +248,21 @@ def test_a_row_does_not_feel_how_many_others_there_are(checkpoints: Path) -> Non
         first.append(run.logits[-1][0])
     assert all(torch.equal(logits, first[0]) for logits in first)
     assert run.native_steps == len(first)
+
+
+@pytest.mark.parametrize("variant", ["llama without sharing", "llama, many heads to one", "qwen2 window"])
+def test_exact_results_show_neither_company_nor_chunks_nor_threads(checkpoints: Path, variant: str) -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, logprobs=3)
+    found = []
+    for chunk, lengths, num_threads in ((1000, (), 1), (7, (90,), 1), (100, (1, 40, 3), 1), (64, (1, 1), 3)):
+        run = Recorded(checkpoints / variant, is_native=True, deterministic=True, num_threads=num_threads)
+        seq, *others = (run.driver.add(prompt, sampling) for prompt in prompts([300, *lengths], 500))
+        while seq.num_output_tokens < 4:
+            rows = [(seq, min(chunk, seq.num_uncomputed_tokens))]
+            rows += [(other, min(20, other.num_uncomputed_tokens)) for other in others]
+            tokens = run.driver.step(rows)[0]
+            found += [(seq.num_output_tokens, tokens[0])] if tokens else []
+    assert len(found) == 16 and all(one in found[:4] for one in found)
 
 
 def test_what_a_listener_raises_reaches_the_caller(checkpoints: Path) -> None:
@@ -290,7 +295,7 @@ def test_what_native_code_does_not_do_runs_in_torch(checkpoints: Path, fields: d
 
 
 def test_an_engine_without_the_library_says_so_and_runs(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_COMPILERS", ())
+    monkeypatch.setattr(compiler, "_COMPILERS", ())
     with structlog.testing.capture_logs() as lines:
         engine = Engine(engine_config(checkpoints / "llama", dtype="bfloat16"), num_blocks=16)
     assert [line["event"] for line in lines] == ["cpu_kernels"] and "no C++ compiler" in lines[0]["reason"]
@@ -305,47 +310,3 @@ def test_short_block_table_and_foreign_token_are_bugs(checkpoints: Path) -> None
         run.engine.step(Batch([BatchRow(seq, 1)]))
     with pytest.raises(AssertionError, match="vocabulary"):
         run.engine.step(Batch([BatchRow(run.driver.add([515], SAMPLING), 1)]))
-
-
-# --- building ---------------------------------------------------------------------------------------------------
-
-
-def test_concurrent_first_uses_build_one_library(tmp_path: Path) -> None:
-    failures: list[BaseException] = []
-
-    def load() -> None:
-        try:
-            native.load(tmp_path / "new")
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=load) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-    assert len(list((tmp_path / "new").iterdir())) == 1
-
-
-def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_COMPILERS", ("no-such-compiler",))
-    with pytest.raises(NativeUnavailable, match=r"no C\+\+ compiler is installed \(no-such-compiler\)"):
-        native.load(tmp_path)
-
-
-def test_a_processor_without_bfloat16_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_CPU_FLAGS", frozenset({"avx512f", "no_such_flag"}))
-    with pytest.raises(NativeUnavailable, match="the processor lacks no_such_flag"):
-        native.load(tmp_path)
-
-
-def test_a_failing_compiler_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = tmp_path / "cxx"
-    compiler.write_text(f"#!{sys.executable}\nimport sys\nif '-o' in sys.argv:\n    sys.exit('no such target')\n")
-    compiler.chmod(0o755)
-    monkeypatch.setattr(native, "_COMPILERS", (str(compiler),))
-    assert shutil.which(str(compiler))
-    with pytest.raises(NativeUnavailable, match="no such target"):
-        native.load(tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvferry.common.request import SampledToken
-from kvferry.engine.cpu import build
-from kvferry.engine.cpu.build import NativeUnavailable
+from kvferry.engine.cpu import build, compiler
+from kvferry.engine.cpu.compiler import NativeUnavailable
 from kvferry.engine.cpu.model import NativeModel, _Packer, _Tiles
 from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.engine import Engine
@@ -34,11 +34,8 @@ LENGTHS = [5, 70, 1]
 
 
 @pytest.fixture(scope="module")
-def pack() -> _Packer:
-    try:
-        return _Packer(build.load(cache_dir()))
-    except NativeUnavailable as reason:
-        pytest.skip(f"no native code on this machine: {reason}")
+def pack(isa: str) -> _Packer:
+    return _Packer(build.load(cache_dir()))
 
 
 def _matrix(num_outputs: int, num_inputs: int) -> Tensor:
@@ -145,7 +142,7 @@ def test_no_matrix_is_held_twice(pack: _Packer, tied: bool, tmp_path: Path) -> N
 def test_without_the_library_the_decoder_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = _decoder(write_checkpoint(tmp_path, tokenizer=False))
     before = [slot.target.clone() for slot in decoder.slots()]
-    monkeypatch.setattr(build, "_COMPILERS", ())
+    monkeypatch.setattr(compiler, "_COMPILERS", ())
     with pytest.raises(NativeUnavailable):
         NativeModel(decoder, cache_dir())
     assert all(torch.equal(slot.target, old) for slot, old in zip(decoder.slots(), before, strict=True))

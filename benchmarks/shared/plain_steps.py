@@ -1,0 +1,55 @@
+"""Decode steps and prompts on a bare engine, to be timed in turns: no scheduler, and blocks handed out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvferry.common.batch import Batch, BatchRow
+from kvferry.common.request import RequestId, SamplingParams, Sequence
+
+if TYPE_CHECKING:
+    from kvferry.engine.engine import Engine  # which imports torch
+
+
+def decoding(engine: Engine, num_rows: int, context: int) -> Callable[[], None]:
+    """Return one step of `num_rows` rows, each at `context` tokens; the same one each time."""
+    rows = [sequence(engine, row, context) for row in range(num_rows)]
+    for seq in rows:
+        seq.num_computed_tokens = context - 1
+
+    def run() -> None:
+        engine.step(Batch([BatchRow(seq, 1) for seq in rows]))
+
+    return run
+
+
+def prefilling(engine: Engine, tokens: int) -> Callable[[], None]:
+    """Return a whole prompt in a worker's chunks."""
+
+    def run() -> None:
+        feed(engine, sequence(engine, 0, tokens), engine.config.max_num_batched_tokens)
+
+    return run
+
+
+def feed(engine: Engine, seq: Sequence, chunk: int) -> list[float | None]:
+    """Compute a prompt; return its log-probabilities, where they are asked for."""
+    logprobs: list[float | None] = []
+    while seq.num_uncomputed_tokens:
+        count = min(chunk, seq.num_uncomputed_tokens)
+        output = engine.step(Batch([BatchRow(seq, count)]))
+        logprobs += [entry.logprob for entry in output.rows[0].prompt_logprobs]
+        seq.num_computed_tokens += count
+    return logprobs
+
+
+def sequence(engine: Engine, row: int, tokens: int, *, prompt_logprobs: int | None = None) -> Sequence:
+    """Make a sequence of `tokens` tokens in blocks of its own."""
+    sampling = SamplingParams(temperature=0.0, ignore_eos=True, prompt_logprobs=prompt_logprobs)
+    vocab_size = engine.model_config.vocab_size
+    ids = [(31 * i * i + 17 * i + 101 * row) % vocab_size for i in range(tokens)]
+    seq = Sequence(RequestId(f"r{row}"), 0, 0, ids, tokens, sampling)
+    num_blocks = engine.spec.num_blocks_for(tokens)
+    seq.block_table = list(range(row * num_blocks, (row + 1) * num_blocks))
+    return seq

@@ -1,0 +1,101 @@
+"""Compiles the C++ of `native/`, for one instruction set at a time. Standard library alone: builds of wheels run it.
+
+    kernels-SET-SOURCE-COMPILER.so     SOURCE: a hash of source and flags; COMPILER: of what the compiler says it is
+
+The source is written once: its vectors (`native/vectors.hpp`) and its inner loop (`native/linear.hpp`) are those of the
+set that the flags allow. A file appears by one rename: any number of processes may build it at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+PREBUILT = Path(__file__).parent / "prebuilt"  # filled in a wheel
+_SOURCE = Path(__file__).parent / "native"
+_COMPILERS = ("c++", "g++", "clang++")
+# One order of sums and one rounding for each: a product and a sum are contracted where the source says so alone.
+_FLAGS = (
+    *("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w"),
+    *("-static-libstdc++", "-static-libgcc"),
+)
+_AVX2 = frozenset({"avx2", "fma", "f16c"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
+SETS = {  # what a processor needs, by Linux's names; the best set first
+    "amx": _AVX512 | {"amx_tile", "amx_int8", "amx_bf16"},
+    "avx512_bf16": _AVX512,
+    "avx2": _AVX2,
+}
+_BUILD_TIMEOUT_S = 120.0  # a compiler that hangs keeps a start waiting for so long
+
+
+class NativeUnavailable(Exception):
+    """The reason why this machine, or this model, does without C++."""
+
+
+def find_compiler() -> tuple[str, ...]:
+    """Find the command that compiles. Raises NativeUnavailable."""
+    if found := next(filter(None, map(shutil.which, _COMPILERS)), None):
+        return (found,)
+    raise NativeUnavailable(f"no C++ compiler is installed ({', '.join(_COMPILERS)})")
+
+
+def prebuilt(isa: str) -> Path | None:
+    """Find the library that came with this very source."""
+    return next(PREBUILT.glob(f"kernels-{isa}-{_source_hash(isa)}-*.so"), None)
+
+
+def compiled(isa: str, compiler: tuple[str, ...], folder: Path) -> Path:
+    """Return the library for an instruction set, which is now compiled if it is missing. Raises NativeUnavailable."""
+    library = folder / f"kernels-{isa}-{_source_hash(isa)}-{_hash(_run([*compiler, '--version']).encode())}.so"
+    try:
+        if not library.is_file():
+            _build(compiler, isa, library)
+    except OSError as error:
+        raise NativeUnavailable(f"{library} cannot be built: {error}") from error
+    return library
+
+
+def _flags(isa: str) -> list[str]:
+    names = (name.replace("avx512_", "avx512").replace("_", "-") for name in sorted(SETS[isa]))
+    return [*_FLAGS, *(f"-m{name}" for name in names)]
+
+
+def _source_hash(isa: str) -> str:
+    files = sorted(path for path in _SOURCE.rglob("*") if path.suffix in (".cpp", ".hpp"))
+    return _hash(*(path.read_bytes() for path in files), " ".join(_flags(isa)).encode())
+
+
+def _hash(*parts: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=6)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _build(compiler: tuple[str, ...], isa: str, library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=library.parent, prefix=f".{library.stem}.", suffix=".so")
+    os.close(handle)
+    try:
+        _run([*compiler, *_flags(isa), "-o", partial, str(_SOURCE / "decoder.cpp")])
+        os.chmod(partial, 0o644)
+        os.replace(partial, library)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def _run(command: list[str]) -> str:
+    """Run the command and return its output. Raises NativeUnavailable."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=True)
+    except subprocess.CalledProcessError as error:
+        raise NativeUnavailable(f"{command[0]} failed: {error.stderr.strip()[-500:]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailable(f"{command[0]} failed: {error}") from error
+    return done.stdout

@@ -1,0 +1,139 @@
+// The inner loop by AMX tiles of bfloat16, 16 pairs of inputs at a time: 32 rows and 32 columns, or up to 16 rows and all 64.
+//
+// A product of tiles sums up its 16 pairs' first products and their second ones, each in order, adds both and then what
+// was there. So a row's sums do not depend on the other rows, nor on which of the two ways it goes, but are not those of
+// the other instruction sets.
+#pragma once
+
+#include "tile_unit.hpp"
+
+constexpr int kRowsAtOnce = 32;
+constexpr long kPanelRows = 128;       // a multiple of it
+constexpr int kProductInputs = 32;     // inputs of a product are a multiple of it
+constexpr long kNearLines = 128;       // one group of rows: weights are fetched so far ahead, 8 KiB
+constexpr bool kSumsInRegisters = false;  // pair by pair; else by the matrix unit, 16 pairs at a time
+constexpr int kTileRows = 16;
+constexpr int kTilePairs = 16;
+
+// A thread's use of the unit, which is given back at its end: a thread that sleeps has no tiles to be saved.
+class MatrixUnit {
+public:
+    MatrixUnit() = default;
+    MatrixUnit(const MatrixUnit&) = delete;
+    ~MatrixUnit() {
+        if (rows_ != 0) RELEASE_TILES();
+        rows_ = 0;
+    }
+
+    static bool may_run() { return may_use_tiles(); }
+
+    // Tiles 0 to 3 for sums, 4 and 5 for inputs, 6 and 7 for weights, of up to 32 rows.
+    static void shape(int rows) {
+        if (rows == rows_) return;
+        struct alignas(64) {
+            std::uint8_t palette = 1, start = 0, none[14] = {};
+            std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            std::uint8_t rows[16] = {};
+        } shape;
+        const bool is_wide = rows > kTileRows;
+        const int first = std::min(rows, kTileRows), second = is_wide ? rows - kTileRows : first;
+        const int of_tiles[8] = {first, first, second, second, first, second, kTilePairs, kTilePairs};
+        for (int tile = 0; tile < 8; tile++) shape.rows[tile] = std::uint8_t(of_tiles[tile]);
+        asm volatile("" ::: "memory");
+        SHAPE_TILES(&shape);
+        rows_ = rows;
+    }
+
+private:
+    static inline thread_local int rows_ = 0;  // of the shape that is in force; 0: none
+};
+
+template <int LINES>
+void fetch(const bf16* ahead, int lines) {
+    constexpr auto kHint = LINES == 4 ? _MM_HINT_T0 : _MM_HINT_T1;
+    for (int i = 0; i < lines; i++) _mm_prefetch((const char*)(ahead + kLine * i), kHint);
+}
+
+template <bool FRESH, int LINES>
+void add_few_rows(const bf16* x, long x_stride, const bf16* weights, long pairs, float* sums, long stride,
+                  const bf16* ahead) {
+    if (FRESH) {
+        CLEAR_TILE(0);
+        CLEAR_TILE(1);
+        CLEAR_TILE(2);
+        CLEAR_TILE(3);
+    } else {
+        LOAD_TILE(0, sums, 4 * stride);
+        LOAD_TILE(1, sums + 16, 4 * stride);
+        LOAD_TILE(2, sums + 32, 4 * stride);
+        LOAD_TILE(3, sums + 48, 4 * stride);
+    }
+    for (long pair = 0; pair < pairs; pair += kTilePairs, weights += kTilePairs * 2 * kTileColumns) {
+        fetch<LINES>(ahead, kTilePairs * LINES);
+        ahead += kTilePairs * LINES * kLine;
+        LOAD_TILE(4, x + 2 * pair, 2 * x_stride);
+        LOAD_TILE(6, weights, 4 * kTileColumns);
+        ADD_PRODUCTS_OF_TILES(0, 4, 6);
+        LOAD_TILE(7, weights + 32, 4 * kTileColumns);
+        ADD_PRODUCTS_OF_TILES(1, 4, 7);
+        LOAD_TILE(6, weights + 64, 4 * kTileColumns);
+        ADD_PRODUCTS_OF_TILES(2, 4, 6);
+        LOAD_TILE(7, weights + 96, 4 * kTileColumns);
+        ADD_PRODUCTS_OF_TILES(3, 4, 7);
+    }
+    STORE_TILE(0, sums, 4 * stride);
+    STORE_TILE(1, sums + 16, 4 * stride);
+    STORE_TILE(2, sums + 32, 4 * stride);
+    STORE_TILE(3, sums + 48, 4 * stride);
+}
+
+template <bool FRESH, int LINES>
+void add_many_rows(const bf16* x, long x_stride, const bf16* weights, long pairs, float* sums, long stride,
+                   const bf16* ahead) {
+    const bf16* lower_x = x + kTileRows * x_stride;
+    for (int half = 0; half < 2; half++, weights += kTileColumns, sums += 32) {
+        float* lower_sums = sums + kTileRows * stride;
+        if (FRESH) {
+            CLEAR_TILE(0);
+            CLEAR_TILE(1);
+            CLEAR_TILE(2);
+            CLEAR_TILE(3);
+        } else {
+            LOAD_TILE(0, sums, 4 * stride);
+            LOAD_TILE(1, sums + 16, 4 * stride);
+            LOAD_TILE(2, lower_sums, 4 * stride);
+            LOAD_TILE(3, lower_sums + 16, 4 * stride);
+        }
+        const bf16* tile = weights;
+        for (long pair = 0; pair < pairs; pair += kTilePairs, tile += kTilePairs * 2 * kTileColumns) {
+            fetch<LINES>(ahead, kTilePairs / 2 * LINES);
+            ahead += kTilePairs / 2 * LINES * kLine;
+            LOAD_TILE(4, x + 2 * pair, 2 * x_stride);
+            LOAD_TILE(5, lower_x + 2 * pair, 2 * x_stride);
+            LOAD_TILE(6, tile, 4 * kTileColumns);
+            LOAD_TILE(7, tile + 32, 4 * kTileColumns);
+            ADD_PRODUCTS_OF_TILES(0, 4, 6);
+            ADD_PRODUCTS_OF_TILES(1, 4, 7);
+            ADD_PRODUCTS_OF_TILES(2, 5, 6);
+            ADD_PRODUCTS_OF_TILES(3, 5, 7);
+        }
+        STORE_TILE(0, sums, 4 * stride);
+        STORE_TILE(1, sums + 16, 4 * stride);
+        STORE_TILE(2, lower_sums, 4 * stride);
+        STORE_TILE(3, lower_sums + 16, 4 * stride);
+    }
+}
+
+// sums [rows][stride], 64 of each row: the products of the rows' inputs with one tile's weights, `pairs` of them, a
+// multiple of 16; added to what is there unless FRESH. For each pair LINES cache lines from `ahead` on are fetched.
+template <bool FRESH, int LINES>
+void add_products(int rows, const bf16* x, long x_stride, const bf16* weights, long pairs, float* sums, long stride,
+                  const bf16* ahead) {
+    asm volatile("" ::: "memory");  // compilers do not know that tiles are loaded from what was written before
+    MatrixUnit::shape(rows);
+    if (rows <= kTileRows) {
+        add_few_rows<FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
+    } else {
+        add_many_rows<FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
+    }
+}

@@ -1,0 +1,92 @@
+// The inner loop in AVX2 with FMA, in the order of sets/avx512_products.hpp: of a pair the second product, then the first.
+//
+// Sixteen registers hold the sums of one row and 64 columns, of three and 32, or of six and 16. Inputs are widened once
+// for all columns, a stretch of pairs at a time; weights where they are multiplied, once for all rows.
+#pragma once
+
+constexpr int kRowsAtOnce = 6;
+constexpr long kPanelRows = 60;        // a multiple of it
+constexpr int kProductInputs = 16;     // inputs of a product are a multiple of it
+constexpr long kNearLines = 64;        // one group of rows: weights are fetched so far ahead, 4 KiB
+constexpr bool kSumsInRegisters = true;  // pair by pair; else by the matrix unit, 16 pairs at a time
+constexpr long kStretch = 64;          // pairs: their weights, 16 KiB, stay near from columns to columns; more spill
+
+struct MatrixUnit {  // there is none
+    static bool may_run() { return true; }
+};
+
+// As `add_products` below, of COLUMNS columns and at most a stretch of pairs. `inputs` [ROWS][2 * kStretch].
+template <int ROWS, int COLUMNS, int LINES>
+void add_stretch(const float* inputs, const bf16* weights, long pairs, float* sums, long stride, bool is_fresh,
+                 const bf16* ahead) {
+    constexpr int kVectors = COLUMNS / 8;
+    constexpr auto kHint = LINES == 4 ? _MM_HINT_T0 : _MM_HINT_T1;
+    __m256 sum[ROWS][kVectors];
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; row++) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kVectors; i++) {
+            sum[row][i] = is_fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + row * stride + 8 * i);
+        }
+    }
+    const auto add = [&](const float* inputs, int i, __m256 weight) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int row = 0; row < ROWS; row++) {
+            sum[row][i] = _mm256_fmadd_ps(_mm256_broadcast_ss(inputs + row * 2 * kStretch), weight, sum[row][i]);
+        }
+    };
+    for (long pair = 0; pair < pairs; pair++, weights += 2 * kTileColumns, inputs += 2, ahead += LINES * kLine) {
+#pragma GCC unroll 4
+        for (int i = 0; i < LINES; i++) _mm_prefetch((const char*)(ahead + kLine * i), kHint);
+#pragma GCC unroll 8
+        for (int i = 0; i < kVectors; i++) {
+            const __m256i weight = _mm256_loadu_si256((const __m256i*)(weights + 16 * i));
+            add(inputs + 1, i, odds(weight));
+            add(inputs, i, evens(weight));
+        }
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; row++) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kVectors; i++) _mm256_storeu_ps(sums + row * stride + 8 * i, sum[row][i]);
+    }
+}
+
+// A stretch of pairs and all columns; what is fetched ahead is fetched with the first of them.
+template <int ROWS, int LINES>
+void add_stretch(const float* inputs, const bf16* weights, long pairs, float* sums, long stride, bool is_fresh,
+                 const bf16* ahead) {
+    constexpr int kColumns = ROWS == 1 ? 64 : ROWS <= 3 ? 32 : 16;
+    add_stretch<ROWS, kColumns, LINES>(inputs, weights, pairs, sums, stride, is_fresh, ahead);
+    for (int column = kColumns; column < kTileColumns; column += kColumns) {
+        add_stretch<ROWS, kColumns, 0>(inputs, weights + 2 * column, pairs, sums + column, stride, is_fresh, nullptr);
+    }
+}
+
+// sums [rows][stride], 64 of each row: the products of the rows' inputs with one tile's weights, `pairs` of them, added
+// up in order; added to what is there unless FRESH. For each pair LINES cache lines from `ahead` on are fetched.
+template <bool FRESH, int LINES>
+void add_products(int rows, const bf16* x, long x_stride, const bf16* weights, long pairs, float* sums, long stride,
+                  const bf16* ahead) {
+    alignas(32) float inputs[kRowsAtOnce * 2 * kStretch];
+    for (long first = 0; first < pairs; first += kStretch) {
+        const long count = std::min(kStretch, pairs - first);
+        for (int row = 0; row < rows; row++) {
+            for (long i = 0; i < 2 * count; i += 16) {
+                store(inputs + row * 2 * kStretch + i, load(x + row * x_stride + 2 * first + i));
+            }
+        }
+        const auto add = [&]<int ROWS>() {
+            add_stretch<ROWS, LINES>(inputs, weights + first * 2 * kTileColumns, count, sums, stride, FRESH && first == 0,
+                                     ahead + first * LINES * kLine);
+        };
+        switch (rows) {
+            case 1: add.template operator()<1>(); break;
+            case 2: add.template operator()<2>(); break;
+            case 3: add.template operator()<3>(); break;
+            case 4: add.template operator()<4>(); break;
+            case 5: add.template operator()<5>(); break;
+            default: add.template operator()<6>();
+        }
+    }
+}

@@ -1,0 +1,132 @@
+// Vectors of 16 in AVX-512 with its bfloat16 products: one register each.
+#pragma once
+
+using Vector = __m512;     // 16 float32; + - * / are the compiler's
+using Pairs = __m512i;     // 16 pairs of bfloat16
+using Lanes = __mmask16;   // some of 16
+using Values = __mmask32;  // the first few of 32 bfloat16
+
+constexpr int kDotsAtOnce = 16;  // sums of dot products that stay in registers
+constexpr int kHeadsAtOnce = 4;  // weighted values of so many heads, `kWideValues` Pairs of each, stay in registers
+constexpr int kWideValues = 2;
+
+inline Lanes between(long first, long last) {  // within 16, whatever the ends
+    const auto below = [](long end) { return end >= 16 ? 0xffffu : end <= 0 ? 0u : (1u << end) - 1; };
+    return Lanes(below(last) & ~below(first));
+}
+inline Lanes lanes(long left) { return between(0, left); }  // those that hold values when `left` remain
+inline Values first_values(long left) { return left >= 32 ? ~Values(0) : (Values(1) << left) - 1; }
+
+inline Vector repeat(float value) { return _mm512_set1_ps(value); }
+inline Vector widen(__m256i values) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16)); }
+
+inline Vector load(const float* source) { return _mm512_loadu_ps(source); }
+inline Vector load(const float* source, Lanes lanes) { return _mm512_maskz_loadu_ps(lanes, source); }
+inline Vector load(const bf16* source) { return widen(_mm256_loadu_si256((const __m256i*)source)); }
+inline Vector load(const bf16* source, Lanes lanes) { return widen(_mm256_maskz_loadu_epi16(lanes, source)); }
+inline void store(float* target, Vector values) { _mm512_storeu_ps(target, values); }
+inline void store(float* target, Vector values, Lanes lanes) { _mm512_mask_storeu_ps(target, lanes, values); }
+inline void store(bf16* target, Vector values) { _mm256_storeu_si256((__m256i*)target, (__m256i)_mm512_cvtneps_pbh(values)); }
+inline void store(bf16* target, Vector values, Lanes lanes) {
+    _mm256_mask_storeu_epi16(target, lanes, (__m256i)_mm512_cvtneps_pbh(values));
+}
+inline void store(bf16* target, __m256 values) { _mm_storeu_si128((__m128i*)target, (__m128i)_mm256_cvtneps_pbh(values)); }
+
+inline Vector select(Lanes lanes, Vector values, Vector others) { return _mm512_mask_blend_ps(lanes, others, values); }
+inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vector fms(Vector a, Vector b, Vector c) { return _mm512_fmsub_ps(a, b, c); }
+inline Vector max(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+inline Vector nearest(Vector x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vector times_power(Vector y, Vector whole) { return _mm512_scalef_ps(y, whole); }  // y * 2^whole
+inline float lane_0(Vector x) { return _mm512_cvtss_f32(x); }
+inline float max_of(Vector x) { return _mm512_reduce_max_ps(x); }
+
+inline float sum_of(Vector x) {  // halves, quarters and so on: the order is every set's
+    const __m256 eight = _mm512_castps512_ps256(x) + _mm512_extractf32x8_ps(x, 1);
+    const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+    const __m128 two = four + _mm_movehl_ps(four, four);
+    return _mm_cvtss_f32(two) + _mm_cvtss_f32(_mm_movehdup_ps(two));
+}
+
+// --- pairs of bfloat16 --------------------------------------------------------------------------------------
+
+inline Pairs load_pairs(const bf16* source) { return _mm512_loadu_si512(source); }
+inline Pairs load_pairs(const bf16* source, Values values) { return _mm512_maskz_loadu_epi16(values, source); }
+inline void store_pairs(bf16* target, Pairs pairs) { _mm512_storeu_si512(target, pairs); }
+
+inline Pairs repeat_pair(const bf16* source) {
+    std::int32_t two;
+    std::memcpy(&two, source, sizeof two);
+    return _mm512_set1_epi32(two);
+}
+
+// sum + a * b, both products of a pair, the second one first.
+inline Vector dot(Vector sum, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
+// Values of two rows side by side. Of 32 those at 0..3, 8..11, 16..19 and 24..27; `upper_pairs`: the others.
+inline Pairs lower_pairs(Pairs one, Pairs other) { return _mm512_unpacklo_epi16(one, other); }
+inline Pairs upper_pairs(Pairs one, Pairs other) { return _mm512_unpackhi_epi16(one, other); }
+
+// The first (HALF 0) or last 16 of 32 in order, from vectors of the lower and the upper ones.
+template <int HALF>
+Vector in_order(Vector lower, Vector upper) {
+    const __m512i order = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    return _mm512_permutex2var_ps(lower, _mm512_add_epi32(order, _mm512_set1_epi32(8 * HALF)), upper);
+}
+
+// 16 values of two rows side by side; a row that is null is zeros.
+inline Pairs zip(const bf16* one, const bf16* other) {
+    const auto low = [](const bf16* row) {
+        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(row == nullptr ? 0 : 0xffff, row));
+    };
+    return _mm512_or_si512(low(one), _mm512_slli_epi32(low(other), 16));
+}
+
+// Lane i of the result is the sum of all lanes of v[i]. `v` is overwritten.
+inline Vector sums_of_16(Vector* v) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {  // lane 4k + j: halves of v[i] (j even) and v[i + 8] (j odd)
+        v[i] = _mm512_unpacklo_ps(v[i], v[i + 8]) + _mm512_unpackhi_ps(v[i], v[i + 8]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm512_unpacklo_ps(v[i], v[i + 4]) + _mm512_unpackhi_ps(v[i], v[i + 4]);
+    }  // each 128-bit lane of v[i]: parts of i, i + 4, i + 8, i + 12
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        v[i] = _mm512_shuffle_f32x4(v[i], v[i + 2], 0x88) + _mm512_shuffle_f32x4(v[i], v[i + 2], 0xdd);
+    }  // 128-bit lanes: two of i, two of i + 2
+    const __m512 sums = _mm512_shuffle_f32x4(v[0], v[1], 0x88) + _mm512_shuffle_f32x4(v[0], v[1], 0xdd);
+    // 128-bit lanes are 0, 2, 1, 3 here, and each holds i, i + 4, i + 8, i + 12
+    const __m512i order = _mm512_set_epi32(15, 7, 11, 3, 14, 6, 10, 2, 13, 5, 9, 1, 12, 4, 8, 0);
+    return _mm512_permutexvar_ps(order, sums);
+}
+
+// Lane j of v[i] and lane i of v[j] change places.
+inline void transpose_16(Pairs* v) {
+    __m512i w[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {  // pairs of rows: 32-bit lanes
+        w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {  // fours of rows: 64-bit lanes; v[i + j]: lanes j, j + 4, j + 8, j + 12
+        v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {  // 128-bit lanes
+        const __m512i a = _mm512_shuffle_i32x4(v[j], v[j + 4], 0x88), b = _mm512_shuffle_i32x4(v[j], v[j + 4], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0xdd);
+        w[j] = _mm512_shuffle_i32x4(a, c, 0x88);       // lane j of every row
+        w[j + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);   // lane j + 8
+        w[j + 4] = _mm512_shuffle_i32x4(b, d, 0x88);   // lane j + 4
+        w[j + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);  // lane j + 12
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) v[i] = w[i];
+}

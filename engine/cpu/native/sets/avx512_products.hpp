@@ -1,0 +1,58 @@
+// The inner loop by VDPBF16PS: a tile's pairs are multiplied as they lie, each by one pair of a row's inputs that is
+// broadcast.
+#pragma once
+
+constexpr int kRowsAtOnce = 6;         // their 24 sums, a pair's four vectors and one input stay in registers
+constexpr long kPanelRows = 60;        // a multiple of it
+constexpr int kProductInputs = 16;     // inputs of a product are a multiple of it
+constexpr long kNearLines = 64;        // one group of rows: weights are fetched so far ahead, 4 KiB
+constexpr bool kSumsInRegisters = true;  // pair by pair; else by the matrix unit, 16 pairs at a time
+
+struct MatrixUnit {  // there is none
+    static bool may_run() { return true; }
+};
+
+// sums [ROWS][stride], 64 of each row: the products of ROWS rows' inputs with one tile's weights, `pairs` of them, added
+// up in order; added to what is there unless FRESH. For each pair LINES cache lines from `ahead` on are fetched.
+template <int ROWS, bool FRESH, int LINES>
+void add_products(const bf16* x, long x_stride, const bf16* weights, long pairs, float* sums, long stride,
+                  const bf16* ahead) {
+    constexpr auto kHint = LINES == 4 ? _MM_HINT_T0 : _MM_HINT_T1;
+    Vector sum[ROWS][4];
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; row++) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) sum[row][i] = FRESH ? repeat(0.0f) : load(sums + row * stride + 16 * i);
+    }
+    for (long pair = 0; pair < pairs; pair++, weights += 2 * kTileColumns, ahead += LINES * kLine) {
+        Pairs weight[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < LINES; i++) _mm_prefetch((const char*)(ahead + kLine * i), kHint);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) weight[i] = load_pairs(weights + 32 * i);
+#pragma GCC unroll 8
+        for (int row = 0; row < ROWS; row++) {
+            const Pairs input = repeat_pair(x + row * x_stride + 2 * pair);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) sum[row][i] = dot(sum[row][i], input, weight[i]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; row++) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) store(sums + row * stride + 16 * i, sum[row][i]);
+    }
+}
+
+template <bool FRESH, int LINES>
+void add_products(int rows, const bf16* x, long x_stride, const bf16* weights, long pairs, float* sums, long stride,
+                  const bf16* ahead) {
+    switch (rows) {
+        case 1: return add_products<1, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
+        case 2: return add_products<2, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
+        case 3: return add_products<3, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
+        case 4: return add_products<4, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
+        case 5: return add_products<5, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
+        default: return add_products<6, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
+    }
+}

@@ -1,0 +1,40 @@
+"""Tests that ask for `isa` run once for each instruction set; AMX over emulated tiles where the processor has none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.config import CpuIsa
+from kvferry.common.errors import ConfigError
+from kvferry.engine.cpu import build, compiler
+from kvferry.engine.cpu.compiler import SETS, NativeUnavailable
+from kvferry.models.default import cache_dir
+
+
+@pytest.fixture(scope="module", params=SETS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Have every engine take this set."""
+    name: CpuIsa = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            if name == "amx" and "amx" not in build.usable_sets():
+                emulate_tiles(patch)
+            sets = build.usable_sets(name)
+            patch.setattr(build, "usable_sets", lambda wanted="auto": sets)
+            build.load(cache_dir())
+        except (NativeUnavailable, ConfigError) as reason:
+            pytest.skip(f"no native code on this machine: {reason}")
+        yield name
+
+
+def emulate_tiles(patch: pytest.MonkeyPatch) -> None:
+    """Compile AMX's inner loop over tiles in plain C++, and all else for the best set that the processor has."""
+    vectors = next(name for name in build.usable_sets() if name != "amx")
+    header, flags = Path(__file__).parent / "tile_unit.hpp", compiler._flags(vectors)
+    patch.setitem(SETS, "amx", SETS[vectors])
+    patch.setattr(compiler, "_flags", lambda isa: [*flags, f'-DKVFERRY_TILE_UNIT="{header}"'])
+    source_hash = compiler._source_hash
+    patch.setattr(compiler, "_source_hash", lambda isa: compiler._hash(source_hash(isa).encode(), header.read_bytes()))

@@ -1,0 +1,153 @@
+"""Instruction sets are chosen by what the processor has, and a library is compiled once for each."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from kvferry.common.errors import ConfigError
+from kvferry.engine.cpu import build, compiler
+from kvferry.engine.cpu.compiler import SETS, NativeUnavailable
+from kvferry.models.default import cache_dir
+
+
+@pytest.fixture
+def _builds() -> None:
+    try:
+        build.load(cache_dir())
+    except NativeUnavailable as reason:
+        pytest.skip(f"no native code on this machine: {reason}")
+
+
+def _features(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let the processor have these."""
+    monkeypatch.setattr(build, "_cpu_flags", lambda: frozenset(names))
+
+
+@pytest.mark.usefixtures("_builds")
+def test_concurrent_first_uses_build_one_library(tmp_path: Path) -> None:
+    failures: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            build.load(tmp_path / "new", "avx2")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _features(monkeypatch, *SETS["avx2"])
+    monkeypatch.setattr(compiler, "_COMPILERS", ("no-such-compiler",))
+    with pytest.raises(NativeUnavailable, match=r"no C\+\+ compiler is installed \(no-such-compiler\)"):
+        build.load(tmp_path)
+
+
+def test_a_processor_without_any_set_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _features(monkeypatch, "avx", "f16c", "sse2")
+    with pytest.raises(NativeUnavailable, match="the processor lacks avx2, fma"):
+        build.load(tmp_path)
+
+
+def test_a_failing_compiler_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _features(monkeypatch, *SETS["avx512_bf16"])
+    failing = tmp_path / "cxx"
+    failing.write_text(f"#!{sys.executable}\nimport sys\nif '-o' in sys.argv:\n    sys.exit('no such target')\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr(compiler, "_COMPILERS", (str(failing),))
+    assert shutil.which(str(failing))
+    with pytest.raises(NativeUnavailable, match="no such target"):
+        build.load(tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+# --- which set --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("features", "sets"),
+    [
+        (SETS["amx"], ["amx", "avx512_bf16", "avx2"]),
+        (SETS["avx512_bf16"], ["avx512_bf16", "avx2"]),
+        (SETS["avx512_bf16"] - {"avx512_bf16"}, ["avx2"]),
+        (SETS["avx2"] | {"amx_bf16"}, ["avx2"]),
+    ],
+)
+def test_the_best_set_comes_first(features: frozenset[str], sets: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _features(monkeypatch, *features)
+    assert build.usable_sets() == sets
+    assert build.usable_sets("avx2") == ["avx2"]
+    assert build.describe("avx2").startswith("avx2, ")
+
+
+def test_a_set_that_the_processor_lacks_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _features(monkeypatch, *SETS["avx512_bf16"])
+    for ask in (build.describe, lambda isa: build.load(tmp_path, isa)):
+        with pytest.raises(ConfigError, match="cpu_isa: amx needs amx_bf16, amx_int8, amx_tile, which this processor"):
+            ask("amx")
+
+
+def test_tiles_that_the_kernel_refuses_leave_the_next_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _features(monkeypatch, *SETS["amx"])
+    monkeypatch.setattr(build, "find_compiler", lambda: ("c++",))
+    monkeypatch.setattr(build, "compiled", lambda isa, compiler, folder: folder / isa)
+
+    def opened(path: Path) -> SimpleNamespace:
+        def may_run() -> bool:
+            return path.name != "amx"
+
+        return SimpleNamespace(name=path.name, kvferry_may_run=may_run)
+
+    monkeypatch.setattr(build, "_opened", opened)
+    loaded: object = build.load(tmp_path)
+    assert isinstance(loaded, SimpleNamespace) and loaded.name == "avx512_bf16"
+    with pytest.raises(NativeUnavailable, match="the kernel does not let this process use amx"):
+        build.load(tmp_path, "amx")
+
+
+def test_an_old_compiler_leaves_the_next_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _features(monkeypatch, *SETS["amx"])
+
+    asked: list[str] = []
+
+    def load(folder: Path, isa: str) -> ctypes.CDLL:
+        asked.append(isa)
+        if isa == "amx":
+            raise NativeUnavailable("c++ failed: unrecognized option -mamx-tile")
+        return ctypes.CDLL(None)
+
+    monkeypatch.setattr(build, "_load", load)
+    build.load(tmp_path)
+    assert asked == ["amx", "avx512_bf16"]
+
+
+# --- what came with the package ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_builds")
+def test_a_prebuilt_library_of_this_source_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = build.usable_sets()[-1]
+    path = compiler.compiled(name, compiler.find_compiler(), cache_dir())
+    monkeypatch.setattr(compiler, "PREBUILT", tmp_path)
+    monkeypatch.setattr(compiler, "_COMPILERS", ())
+    with pytest.raises(NativeUnavailable, match="no C"):
+        build.load(tmp_path / "none", "avx2")
+    shutil.copyfile(path, tmp_path / path.name)
+    assert build.load(tmp_path / "none", "avx2")._name == str(tmp_path / path.name)
+    assert build.describe("avx2") == "avx2, prebuilt"
+    (tmp_path / path.name).rename(tmp_path / "kernels-avx2-0123456789ab-0123456789ab.so")  # of another source
+    with pytest.raises(NativeUnavailable, match="no C"):
+        build.load(tmp_path / "none", "avx2")
