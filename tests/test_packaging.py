@@ -29,7 +29,13 @@ DISTRIBUTION_OF = {"yaml": "pyyaml", "flashinfer": "flashinfer-python", "ucxx": 
 # Loaded by name, not by an import statement: uvicorn's event loop and parser; whichever wheel has NIXL.
 LOADED_BY_NAME = {"uvloop", "httptools", "nixl-cu12"}
 # They come with something that is declared, as part of its interface.
-COMES_WITH = {"starlette": "fastapi", "click": "typer", "pydantic-core": "pydantic", "anyio": "fastapi"}
+COMES_WITH = {
+    "starlette": "fastapi",
+    "click": "typer",
+    "pydantic-core": "pydantic",
+    "anyio": "fastapi",
+    "referencing": "jsonschema",
+}
 
 
 def normalized(requirement: str) -> str:
