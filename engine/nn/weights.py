@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...common.errors import ConfigError
 from ...models.checkpoint import KV_SCALE, check_names, check_shape, full_name, safetensors_files
-from ...models.quantization import Storage, matrix_storage, stored_shapes
+from ...models.quantization import Quantization, Storage, matrix_storage, stored_shapes
 from .decoder import Decoder
 from .formats import unpack
 from .grouped import GroupedWeight
@@ -59,13 +59,13 @@ def load_weights(
     for slot in slots:
         storage = matrix_storage(quantization, slot.name, slot.shape)
         if load_format == "dummy":
-            _fill_random(slot, seed)
+            _put(slot, _random(slot, seed), quantization)
         elif storage is not None:
             _fill_unpacked(slot, storage, files, decoder.dtype)
         elif slot.grouped is not None:
             file, name = files[slot.name]
             check_shape(slot.name, tuple(file.get_slice(name).get_shape()), slot.shape)
-            _put(slot, file.get_tensor(name))
+            _put(slot, file.get_tensor(name), quantization)
         else:
             _fill_from_file(slot, *files[slot.name])
         done += slot.target.numel()
@@ -112,7 +112,7 @@ def _fill_unpacked(
         file, own_name = files[name]
         check_shape(name, tuple(file.get_slice(own_name).get_shape()), shape)
     try:
-        _put(slot, unpack(storage, slot.shape, read, dtype))
+        _put(slot, unpack(storage, slot.shape, read, dtype), None)
     except ConfigError as error:
         raise ConfigError(f"{module}: {error}") from error
 
@@ -125,19 +125,19 @@ def _check_extra_biases(files: Mapping[str, tuple[_TensorFile, str]], optional: 
             raise ConfigError(f"{name} is not zero, and config.json tells of no bias")
 
 
-def _put(slot: WeightSlot, matrix: Tensor | GroupedWeight) -> None:
-    """Fill with this rank's part of a whole matrix: widened, or rounded, where the slot is of the other kind."""
+def _put(slot: WeightSlot, matrix: Tensor | GroupedWeight, quantization: Quantization | None) -> None:
+    """Fill with this rank's part of a whole tensor: widened, or rounded, where the slot is of the other kind."""
     if slot.grouped is None:
         plain = matrix.dequantized() if isinstance(matrix, GroupedWeight) else matrix
         slot.target.copy_(plain.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))
         return
-    weight = slot.grouped.weight
     if not isinstance(matrix, GroupedWeight):
-        group_size = matrix.shape[1] if weight.group_size == weight.num_inputs else weight.group_size
+        form = quantization.form([slot.name.removesuffix(".weight")], slot.shape[1]) if quantization else None
+        assert form is not None, slot.name
         matrix = GroupedWeight.quantized(
-            matrix, bits=weight.bits, group_size=group_size, symmetric=weight.minima is None, dtype=weight.dtype
+            matrix, bits=form.bits, group_size=form.group_size, symmetric=not form.has_minima
         )
-    length = weight.num_inputs if slot.dim == 1 else len(slot.target)
+    length = slot.grouped.weight.num_inputs if slot.dim == 1 else len(slot.target)
     slot.grouped.put(matrix.narrow(slot.dim, slot.start, length))
 
 
@@ -155,13 +155,12 @@ def read_kv_scales(model_dir: Path, num_layers: int) -> list[tuple[float, float]
     return [(k_scale, v_scale) for k_scale, v_scale in scales]
 
 
-def _fill_random(slot: WeightSlot, seed: int) -> None:
-    """Draw variance 1 / fan_in for matrices, small biases, norms of 1; of the whole tensor, then this rank's part."""
+def _random(slot: WeightSlot, seed: int) -> Tensor:
+    """Draw variance 1 / fan_in for matrices, small biases, norms of 1; of the whole tensor."""
+    device = slot.target.device
     if slot.name.endswith("norm.weight"):
-        slot.target.fill_(1.0)
-        return
+        return torch.ones(slot.shape, device=device)
     key = hashlib.blake2b(f"{seed}:{slot.name}".encode(), digest_size=8).digest()
-    generator = torch.Generator(slot.target.device).manual_seed(int.from_bytes(key, "little") >> 1)
+    generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
     std = 1 / math.sqrt(slot.shape[-1]) if len(slot.shape) == 2 else 0.02
-    whole = torch.empty(slot.shape, dtype=torch.float32, device=slot.target.device).normal_(0, std, generator=generator)
-    _put(slot, whole)
+    return torch.empty(slot.shape, dtype=torch.float32, device=device).normal_(0, std, generator=generator)

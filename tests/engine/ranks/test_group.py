@@ -22,6 +22,7 @@ from kvferry.engine.ranks.group import Communicator, FrameKind, FrameSocket, Ran
 from ...checkpoints import write_checkpoint
 from ...engine_driver import Driver, engine_config, make_engine, prompts
 from ...kvcache.test_host_slots import swapped_in_the_middle, undisturbed
+from ...quantized import SHAPE, write_pair
 
 ANSWER_S = 60.0
 
@@ -49,9 +50,9 @@ class EchoHandler:
 
 
 class _Pair:
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, **fields: object) -> None:
         self.inbox: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
-        config = engine_config(model_dir, tensor_parallel_size=2, swap_space=1 << 20)
+        config = engine_config(model_dir, tensor_parallel_size=2, swap_space=1 << 20, **fields)
         self.group = RankGroup.start(
             config,
             num_blocks=64,
@@ -111,6 +112,24 @@ def test_two_ranks_give_the_tokens_of_one_and_payloads_keep_their_place(pair: _P
     pair.group.close()
     assert pair.received() == b"closed"
     pair.group.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"), [("awq", None), ("gptq 8 asymmetric", None), (None, "int8"), (None, "int4")]
+)
+def test_two_ranks_share_quantized_weights(tmp_path: Path, name: str | None, asked: str | None) -> None:
+    if name is None:
+        model_dir = write_checkpoint(tmp_path, tokenizer=False, shape=SHAPE, tie_embeddings=True)
+    else:
+        model_dir, _ = write_pair(tmp_path, name)
+    pair = _Pair(model_dir, quantization=asked)
+    answers = []
+    for engine in (pair.engine, make_engine(model_dir, 128, quantization=asked)):
+        driver = Driver(engine)
+        answers.append(driver.generate([driver.add(prompt) for prompt in prompts([1, 20, 33], 250)], chunk=16))
+        assert engine.spec.model == pair.engine.spec.model
+    pair.group.close()
+    assert answers[0] == answers[1]
 
 
 def test_two_ranks_embed_as_one(pair: _Pair, model_dir: Path) -> None:
