@@ -83,7 +83,7 @@ IMPORTERS = {
     "nixl_cu13": {"transfer/backends/nixl.py"},
     "ucxx": {"transfer/backends/ucx.py"},
     "llguidance": {"grammar/matching.py", "grammar/source.py"},
-    "flashinfer": {"engine/nn/attention/flashinfer.py", "engine/cuda/kernels.py"},
+    "flashinfer": {"engine/nn/attention/flashinfer.py"},
 }
 # They build objects, and run code, from bytes.
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -42,6 +42,16 @@ class FusedDecoder:
         self._kernels = kernels
         self._cos_sin = cos_sin_table(decoder.rotary, decoder.config.max_model_len, decoder.dtype)
 
+    @property
+    def plain(self) -> Decoder:
+        """Return the decoder whose weights these are."""
+        return self._decoder
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Tell whether what a step launches depends on its number of tokens alone."""
+        return all(type(layer.feed_forward) is GatedMLP for layer in self._decoder.layers)
+
     def forward(
         self,
         input_ids: Tensor,  # [num_tokens] int64

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..nn.attention.flashinfer import DecodeGraphAttention, FlashInferAttention, PageIndex
+from ..nn.attention.flashinfer import DecodeGraphAttention, FlashInferAttention
+from ..nn.attention.page_index import PageIndex
 from ..nn.weights import Progress
 from .decoder import FusedDecoder
 from .rows import StepArrays

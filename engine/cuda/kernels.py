@@ -7,15 +7,13 @@ device: what the fused ones are tested against. Kernels are compiled at first us
 
 from __future__ import annotations
 
-import os
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...common.errors import ConfigError
-from ...common.extras import FLASHINFER
+from ..nn.attention.flashinfer import import_flashinfer
 
 
 class Kernels(Protocol):
@@ -59,16 +57,11 @@ class FusedKernels:
     """Raises ConfigError where FlashInfer is not installed."""
 
     def __init__(self) -> None:
-        # With a library that it may bring along, FlashInfer's norms are others than those that were tried here.
-        os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")
-        try:
-            from flashinfer import activation, norm, rope, sampling
-        except ImportError as error:
-            raise ConfigError(f"device: a model on CUDA needs FlashInfer: {FLASHINFER.missing}") from error
-        self._activation = activation
-        self._norm = norm
-        self._rope = rope
-        self._sampling = sampling
+        package = import_flashinfer("a model")
+        self._activation = package.activation
+        self._norm = package.norm
+        self._rope = package.rope
+        self._sampling = package.sampling
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out: Tensor = self._norm.rmsnorm(x, weight, eps)

@@ -1,11 +1,10 @@
 """Steps on CUDA: fused kernels for every batch, graphs and forecasts for decode steps of one rank.
 
     decode    rows of one token, one rank: `DecodePipeline` over `graphs`; None where the batch is another
-    forward   any batch, on every rank: kernels launched one by one
+    forward   any batch, on every rank: a small one by `pieces`, of a larger one kernels are launched one by one
     sample    on the device, then wait for the tokens
 
-With several ranks every step takes `forward`: a collective inside a captured graph would have to be proven safe
-against a rank that fails, and rank 0 sends each step's plan to the others anyway.
+With several ranks every step takes `forward`: rank 0 sends each step's plan to the others anyway.
 A step has ended when its call returns: whoever ships or publishes pages of earlier steps need not ask the device.
 """
 
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
-import structlog
 import torch
 from torch import Tensor
 
@@ -31,11 +29,10 @@ from ..nn.weights import Progress
 from .decoder import FusedDecoder
 from .graphs import CudaDecodeDevice
 from .kernels import FusedKernels
+from .pieces import PieceGraphs
 from .pipeline import DecodePipeline
 from .rows import graph_sizes
 from .sampling import DeviceSampler
-
-log = structlog.get_logger(__name__)
 
 
 class CudaRunner:
@@ -64,8 +61,10 @@ class CudaRunner:
         self._sampler = DeviceSampler(self._device, kernels, model.eos_token_ids)
         self._warm_up(progress)
         self.decode_pipeline = self._decode_pipeline(config, model.max_model_len, progress) if tp_size == 1 else None
-        if tp_size > 1 and not config.enforce_eager:
-            log.info("cuda_graphs", used=False, reason=f"{tp_size} tensor-parallel ranks launch every kernel")
+        self.pieces: PieceGraphs | None = None
+        if not config.enforce_eager and self._decoder.can_be_captured:
+            self.pieces = PieceGraphs(self._decoder, attention, self._device)
+            self.pieces.capture(progress)
 
     def _warm_up(self, progress: Progress | None) -> None:
         """Run everything that is compiled at first use, in the order in which all ranks do it."""
@@ -109,21 +108,18 @@ class CudaRunner:
 
     def forward(self, plan: StepPlan, on_layer: OnLayer | None) -> Iterator[Tensor]:
         """Queue everything; hidden states are behind the final norm already."""
-        input_ids, positions, metadata = step_tensors(plan, self._pages.shape[4])
-        self._attention.plan(metadata)
-        hidden = self._decoder.forward(
-            input_ids.to(self._device, torch.int64, non_blocking=True),
-            positions.to(self._device, torch.int32, non_blocking=True),
-            self._attention,
-            on_layer,
-        )
-        logits = (self._decoder.logits(self._states(hidden, part)) for part in logit_rows(plan))
-        pooled = pooled_rows(plan)
-        return chain((self._states(hidden, pooled).float(),), logits) if len(pooled) else logits
+        input_ids, _, metadata = step_tensors(plan, self._pages.shape[4])
+        arrays = self._attention.plan_with(metadata, [input_ids, pooled_rows(plan), *logit_rows(plan)])
+        ids, pooled, *parts = (array.long() for array in arrays)
+        hidden = self._hidden(ids, on_layer)
+        logits = (self._decoder.logits(hidden[part]) for part in parts)
+        return chain((hidden[pooled].float(),), logits) if len(pooled) else logits
 
-    def _states(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Queue the choice of the packed tokens `rows` [n], which are the host's."""
-        return hidden[rows.to(self._device, torch.int64, non_blocking=True)]
+    def _hidden(self, ids: Tensor, on_layer: OnLayer | None) -> Tensor:
+        positions = self._attention.positions
+        if self.pieces is not None and self.pieces.fits(len(ids)):
+            return self.pieces.run(ids, positions, on_layer)
+        return self._decoder.forward(ids, positions, self._attention, on_layer)
 
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sequence[tuple[SampledToken, ...]]:
         draws = self._sampler.launch(logits, rows)

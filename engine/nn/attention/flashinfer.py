@@ -13,8 +13,9 @@ Pages in 8 bits (e4m3) hold k / k_scale and v / v_scale of each layer, cut off a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from ....common.errors import ConfigError
 from ....common.extras import FLASHINFER
 from .base import AttentionMetadata, check_pages, softmax_scale
+from .page_index import PageIndex, StepIndex, upload_step
 
 if TYPE_CHECKING:
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
@@ -37,15 +39,16 @@ _MAX_E4M3 = 448.0
 KVScales = Sequence[tuple[float, float]]  # of each layer: k_scale, v_scale
 
 
-@dataclass(slots=True, frozen=True)
-class PageIndex:
-    """An index on the device: the pages of each row, and the row and position of each of the step's tokens."""
-
-    row_of_token: Tensor  # [num_tokens] int32
-    positions: Tensor  # [num_tokens] int32
-    paged_kv_indptr: Tensor  # [rows + 1] int32
-    paged_kv_indices: Tensor  # [at least num_pages] int32
-    paged_kv_last_page_len: Tensor  # [rows] int32
+def import_flashinfer(purpose: str) -> ModuleType:
+    """Import the package with the norms that were tried here: its first import settles which. Raises ConfigError."""
+    # Where a library that it may bring along is there, its norms are written in that one unless this says otherwise.
+    os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")
+    try:
+        import flashinfer
+    except ImportError as error:
+        raise ConfigError(f"device: {purpose} on CUDA needs FlashInfer: {FLASHINFER.missing}") from error
+    package: ModuleType = flashinfer
+    return package
 
 
 class FlashInferAttention:
@@ -70,11 +73,7 @@ class FlashInferAttention:
         num_layers, _, _, self._num_kv_heads, self._block_size, self._head_dim = pages.shape
         if self._head_dim not in _HEAD_DIMS:
             raise ConfigError(f"flashinfer attends with heads of {_HEAD_DIMS}, the model's are {self._head_dim}")
-        try:
-            import flashinfer
-        except ImportError as error:
-            raise ConfigError(f"device: attention on CUDA needs FlashInfer: {FLASHINFER.missing}") from error
-        self._flashinfer = flashinfer
+        self._flashinfer = flashinfer = import_flashinfer("attention")
         self._pages = pages
         self._scales = list(kv_scales or [(1.0, 1.0)] * num_layers)
         self._num_qo_heads = num_qo_heads
@@ -103,22 +102,28 @@ class FlashInferAttention:
     # --- any batch --------------------------------------------------------------------------------------------
 
     def plan(self, metadata: AttentionMetadata) -> None:
-        device = self._pages.device
-        self._num_tokens = metadata.num_tokens
-        self._num_decode_rows = metadata.num_decode_rows
-        self._index = index = _page_index(metadata, device)
-        if metadata.num_decode_rows:
-            self._plan_decode(metadata, index.paged_kv_indices)
-        if metadata.num_decode_rows < metadata.num_rows:
-            self._plan_prefill(metadata, index.paged_kv_indices)
+        self.plan_with(metadata, ())
 
-    def _plan_decode(self, metadata: AttentionMetadata, indices: Tensor) -> None:
-        rows = metadata.num_decode_rows
-        indptr = metadata.paged_kv_indptr[: rows + 1]
-        for window, wrapper in self._decode.items():
-            self._plan_wrapper(
-                wrapper, window, indptr, indices[: int(indptr[-1])], metadata.paged_kv_last_page_len[:rows]
-            )
+    def plan_with(self, metadata: AttentionMetadata, more: Sequence[Tensor]) -> list[Tensor]:
+        """Plan, and upload further arrays of int32 together with the plan's. Returns those, on the device."""
+        self._num_tokens = metadata.num_tokens
+        self._num_decode_rows = rows = metadata.num_decode_rows
+        step = upload_step(metadata, self._pages.device, more)
+        self._index = index = step.index
+        first_page = int(metadata.paged_kv_indptr[rows])  # of the chunks
+        if rows:
+            for window, wrapper in self._decode.items():
+                indptr, last = step.paged_kv_indptr[: rows + 1], step.paged_kv_last_page_len[:rows]
+                self._plan_wrapper(wrapper, window, indptr, index.paged_kv_indices[:first_page], last)
+        if rows < metadata.num_rows:
+            self._plan_prefill(step, index.paged_kv_indices[first_page:], step.paged_kv_last_page_len[rows:])
+        return step.more
+
+    @property
+    def positions(self) -> Tensor:
+        """Return the position of each of the planned step's tokens, [num_tokens] int32 on the device."""
+        assert self._index is not None, "nothing is planned"
+        return self._index.positions
 
     def _plan_wrapper(
         self,
@@ -142,16 +147,13 @@ class FlashInferAttention:
             sm_scale=softmax_scale(self._head_dim),
         )
 
-    def _plan_prefill(self, metadata: AttentionMetadata, indices: Tensor) -> None:
-        rows = metadata.num_decode_rows
-        qo_indptr = metadata.qo_indptr[rows:] - metadata.qo_indptr[rows]
-        kv_indptr = metadata.paged_kv_indptr[rows:] - metadata.paged_kv_indptr[rows]
+    def _plan_prefill(self, step: StepIndex, indices: Tensor, last_page_len: Tensor) -> None:
         for window, wrapper in self._prefill.items():
             wrapper.plan(
-                qo_indptr,
-                kv_indptr,
-                indices[int(metadata.paged_kv_indptr[rows]) :],
-                metadata.paged_kv_last_page_len[rows:],
+                step.chunk_qo_indptr,
+                step.chunk_kv_indptr,
+                indices,
+                last_page_len,
                 self._num_qo_heads,
                 self._num_kv_heads,
                 self._head_dim,
@@ -161,14 +163,17 @@ class FlashInferAttention:
                 q_data_type=self._query_dtype,
                 kv_data_type=self._pages.dtype,
                 sm_scale=softmax_scale(self._head_dim),
+                seq_lens=step.chunk_kv_lens,
             )
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int, out: Tensor | None = None) -> Tensor:
+        """Do as `AttentionBackend.forward`. `out`: where the result goes, of q's shape and contiguous."""
         assert self._index is not None, "forward before plan"
         num_tokens, rows = self._num_tokens, self._num_decode_rows
-        self._write(k[:num_tokens], v[:num_tokens], layer_id, self._index)
+        if num_tokens:
+            self._write(k[:num_tokens], v[:num_tokens], layer_id, self._index)
         window = self._windows[layer_id]
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         out[num_tokens:].zero_()
         if rows:
             self._run(self._decode[window], q[:rows], out[:rows], layer_id)
@@ -202,6 +207,22 @@ class FlashInferAttention:
             "HND",
         )
 
+    def plan_nothing(self) -> None:
+        """Plan a step of padding alone."""
+        nothing = torch.empty(0, dtype=torch.int32, device=self._pages.device)
+        self._num_tokens = self._num_decode_rows = 0
+        self._index = PageIndex(nothing, nothing, nothing, nothing, nothing)
+
+    def empty_heads(self, num_tokens: int) -> Tensor:
+        """Make [num_tokens, query and KV heads, head_dim], as `split` takes it."""
+        shape = (num_tokens, self._num_qo_heads + 2 * self._num_kv_heads, self._head_dim)
+        return torch.zeros(shape, dtype=self._query_dtype, device=self._pages.device)
+
+    def split(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of [num_tokens, heads of all three, head_dim]."""
+        q, k, v = torch.split(heads, [self._num_qo_heads, self._num_kv_heads, self._num_kv_heads], 1)
+        return q, k, v
+
     def warm_up(self) -> None:
         """Compile the kernels of this model's variants: one decode row and one prefill row on the last block."""
         page = self._pages.shape[1] - 1
@@ -215,9 +236,7 @@ class FlashInferAttention:
             slot_mapping=torch.zeros(3, dtype=torch.int64),
         )
         self.plan(metadata)
-        shape = (3, self._num_qo_heads + 2 * self._num_kv_heads, self._head_dim)
-        heads = torch.zeros(shape, dtype=self._query_dtype, device=self._pages.device)
-        q, k, v = torch.split(heads, [self._num_qo_heads, self._num_kv_heads, self._num_kv_heads], 1)
+        q, k, v = self.split(self.empty_heads(3))
         for window in set(self._windows):
             self.forward(q, k, v, self._windows.index(window))
         torch.cuda.synchronize(self._pages.device)
@@ -274,25 +293,6 @@ def to_e4m3(x: Tensor, scale: float) -> Tensor:
     """Return x / scale as the nearest 8-bit float; torch makes NaN of what is too large, so that is cut off."""
     scaled = x if scale == 1.0 else x.float() / scale
     return scaled.clamp(-_MAX_E4M3, _MAX_E4M3).to(torch.float8_e4m3fn)
-
-
-def _page_index(metadata: AttentionMetadata, device: torch.device) -> PageIndex:
-    lengths = metadata.qo_indptr.diff()
-    row_of_token = torch.repeat_interleave(torch.arange(metadata.num_rows, dtype=torch.int32), lengths)
-    starts = torch.tensor(metadata.kv_lens, dtype=torch.int32) - lengths
-    positions = torch.arange(metadata.num_tokens, dtype=torch.int32) + (starts - metadata.qo_indptr[:-1])[row_of_token]
-    return PageIndex(
-        *(
-            part.to(device, torch.int32, non_blocking=True)
-            for part in (
-                row_of_token,
-                positions,
-                metadata.paged_kv_indptr,
-                metadata.paged_kv_indices,
-                metadata.paged_kv_last_page_len,
-            )
-        )
-    )
 
 
 def _window_left(window: int | None) -> int:

@@ -91,7 +91,8 @@ def test_pages_in_8_bits_are_attended_to_as_what_they_stand_for(num_qo_heads: in
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_a_captured_decode_follows_new_plans(num_qo_heads: int, window: int | None, dtype: torch.dtype) -> None:
     """One graph, captured on short rows, replayed on long ones: what a plan changes must not be in the graph."""
-    from kvferry.engine.nn.attention.flashinfer import FlashInferAttention, PageIndex
+    from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
+    from kvferry.engine.nn.attention.page_index import PageIndex
 
     size, block, num_blocks, capacity = 4, 16, 600, 2000
     generator = torch.Generator().manual_seed(2)
@@ -174,9 +175,13 @@ def test_numbers_too_large_for_8_bits_are_cut_off() -> None:
 
 
 def test_each_token_knows_its_row_and_position() -> None:
-    from kvferry.engine.nn.attention.flashinfer import _page_index
+    from kvferry.engine.nn.attention.page_index import upload_step
 
-    index = _page_index(_metadata(), torch.device("cpu"))
+    step = upload_step(_metadata(), torch.device("cpu"), [torch.tensor([7, 8, 9], dtype=torch.int32)])
+    index = step.index
+    assert [part.tolist() for part in step.more] == [[7, 8, 9]]
+    assert (step.chunk_qo_indptr.tolist(), step.chunk_kv_indptr.tolist()) == ([0, 10], [0, 2])
+    assert (step.chunk_kv_lens.tolist(), index.paged_kv_indices.tolist()) == ([17], [9, 4, 1, 7, 3, 12, 0])
     assert index.row_of_token.tolist() == [0, 1] + [2] * 10
     assert index.positions.tolist() == [19, 32, *range(7, 17)]
     assert {part.dtype for part in (index.row_of_token, index.positions, index.paged_kv_indptr)} == {torch.int32}
