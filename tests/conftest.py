@@ -45,6 +45,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests for a GPU ran on an emulated one (`emulation/test_gpu_tests.py`)."""
+    properties = [each for report in terminalreporter.getreports("passed") for each in report.user_properties]
+    if counts := [count for name, count in properties if name == "emulated_gpu_tests"]:
+        terminalreporter.write_line(f"{sum(counts)} tests for a GPU passed on an emulated one")
+
+
 @pytest.fixture(autouse=True)
 def own_logging() -> Iterator[None]:
     """What a program sets up in the test's process goes with the test: its stream is closed then."""

@@ -1,0 +1,223 @@
+"""Torch's operations over device tensors: computed on the tensors that hold the numbers, with a real device's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import stream
+from .memory import DeviceTensor, download, fresh, host_of, is_cuda, upload
+from .stream import note_launch
+
+# The host waits for their result, or for its size.
+_READ_BACK = {
+    *("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::allclose"),
+    *("aten::nonzero", "aten::masked_select", "aten::unique_dim", "aten::_unique2", "aten::repeat_interleave"),
+}
+_INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+_ALLOCATIONS = {
+    *("aten::empty", "aten::empty_like", "aten::empty_strided"),
+    *("aten::new_empty", "aten::new_empty_strided"),
+}
+
+
+def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Carry out an operation of which at least one argument is a device tensor."""
+    name = func._schema.name
+    if name == "aten::copy_":
+        return _copy(func, *args, **kwargs)
+    if name in ("aten::to", "aten::_to_copy"):
+        return _to(func, args, kwargs)
+    if name in ("aten::pin_memory", "aten::_pin_memory"):
+        raise RuntimeError("cannot pin a tensor of cuda:0: only dense CPU tensors can be pinned")
+    if name in _READ_BACK:
+        stream.wait(name)
+    return compute(func, args, kwargs)
+
+
+def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors = list(_tensors((args, kwargs)))
+    _check_devices(func._schema.name, tensors)
+    named = {key: host_of(value) for key, value in kwargs.items() if key != "pin_memory"}
+    stays = not is_host(named.get("device"))
+    if "device" in named and stays:
+        named["device"] = None
+    hosts = host_of(args)
+    kernel: Callable[..., Any] = _OWN_KERNELS.get(func.name(), func)
+    result = kernel(*hosts, **named)
+    if not stays:
+        return result
+    if func._schema.name in _ALLOCATIONS:
+        return fresh(result)
+    if not func.is_view:
+        note_launch(_repeating(kernel, hosts, named, result))
+    return _on_device(result, tensors)
+
+
+def is_host(device: Any) -> bool:
+    return device is not None and not is_cuda(device)
+
+
+def _repeating(kernel: Callable[..., Any], hosts: Any, named: Any, result: Any) -> Callable[[], None] | None:
+    """Return what a replay does: what the operation makes goes where it went when it was captured."""
+    if not stream.is_capturing():
+        return None
+    written = [made for made in _tensors(result) if not any(made is given for given in _tensors((hosts, named)))]
+
+    def launch_again() -> None:
+        made = list(_tensors(kernel(*hosts, **named)))
+        for target, new in zip(written, made[-len(written) :] if written else (), strict=True):
+            if target.data_ptr() != new.data_ptr():
+                target.copy_(new)
+
+    return launch_again
+
+
+def _on_device(result: Any, given: list[Tensor]) -> Any:
+    """Wrap what came out; an argument that was written to comes out as itself."""
+    if isinstance(result, Tensor):
+        for tensor in given:
+            if isinstance(tensor, DeviceTensor) and tensor.host is result:
+                assert tensor.shape == result.shape, "a device tensor that changes its shape is not emulated"
+                return tensor
+        return DeviceTensor(result)
+    if isinstance(result, list | tuple):
+        return type(result)([_on_device(part, given) for part in result])
+    return result
+
+
+def _tensors(value: Any) -> Iterator[Any]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _check_devices(name: str, tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        if isinstance(tensor, DeviceTensor) or tensor.dim() == 0:
+            continue
+        if name not in _INDEXING:
+            raise RuntimeError(f"{name}: expected all tensors on cuda:0, but {tuple(tensor.shape)} is on cpu")
+        stream.wait("an index that the host holds")
+
+
+# --- copies -------------------------------------------------------------------------------------------------------
+
+
+def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    if isinstance(target, DeviceTensor) and isinstance(source, DeviceTensor):
+        result: Tensor = compute(func, (target, source), {})
+        return result
+    if isinstance(source, DeviceTensor):
+        download(target, source.host, non_blocking=non_blocking)
+        return target
+    assert isinstance(target, DeviceTensor)
+    is_direct = source.shape == target.shape and source.dtype == target.dtype
+    is_direct = is_direct and source.is_contiguous() and target.host.is_contiguous()
+    upload(target.host, source, non_blocking=non_blocking and is_direct, what=f"copy_ of {tuple(source.shape)}")
+    return target
+
+
+def _to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    source, like = named["self"], named.get("other")
+    assert isinstance(source, DeviceTensor), "install.py sees others before torch does"
+    device, dtype = (like.device, like.dtype) if like is not None else (named.get("device"), named.get("dtype"))
+    if is_host(device):
+        if named.get("non_blocking"):
+            raise stream.Race('.to("cpu", non_blocking=True): its result may be read before it has come')
+        stream.wait("a copy to the host")
+        return source.host.to(dtype or source.dtype, copy=True)
+    if func._schema.name == "aten::to" and not named.get("copy") and dtype in (None, source.dtype):
+        return source
+    result: Tensor = compute(torch.ops.aten._to_copy.default, (source,), {"dtype": dtype or source.dtype})
+    return result
+
+
+# --- indices ------------------------------------------------------------------------------------------------------
+
+
+def take(tensor: DeviceTensor, key: Any) -> DeviceTensor:
+    """Do as `tensor[key]`."""
+    host, key = tensor.host, _key(key)
+    result = host[key]
+    if _is_gathering(key):
+        note_launch(lambda: result.copy_(host[key]))
+    return DeviceTensor(result)
+
+
+def put(tensor: DeviceTensor, key: Any, value: Any) -> None:
+    """Do as `tensor[key] = value`."""
+    host, key = tensor.host, _key(key)
+    if isinstance(value, Tensor) and not isinstance(value, DeviceTensor):
+        if _is_gathering(key) and value.dim():
+            raise RuntimeError(f"index_put_: expected the values on cuda:0, but {tuple(value.shape)} is on cpu")
+        upload(host[key], value, non_blocking=False, what="an assignment")
+        return
+    value = host_of(value)
+
+    def kernel() -> None:
+        host[key] = value
+
+    stream.launch(kernel)
+
+
+def _key(key: Any) -> Any:
+    """Return an index over tensors of the host; lists and tensors of the host are uploaded for it."""
+    parts = key if isinstance(key, tuple) else (key,)
+    if any(isinstance(part, list) or (isinstance(part, Tensor) and not _is_cheap(part)) for part in parts):
+        stream.wait("an index that the host holds, or a mask")
+    parts = tuple(torch.tensor(part) if isinstance(part, list) else host_of(part) for part in parts)
+    return parts if isinstance(key, tuple) else parts[0]
+
+
+def _is_cheap(index: Tensor) -> bool:
+    return isinstance(index, DeviceTensor) and index.dtype not in (torch.bool, torch.uint8)
+
+
+def _is_gathering(key: Any) -> bool:
+    return any(isinstance(part, Tensor) for part in (key if isinstance(key, tuple) else (key,)))
+
+
+# --- kernels that torch has for CUDA alone ---------------------------------------------------------------------------
+
+
+def _mm_in_dtype(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _scaled_mm(
+    a: Tensor,  # [m, k] float8_e4m3fn, rows side by side
+    b: Tensor,  # [k, n] float8_e4m3fn, columns side by side
+    scale_a: Tensor,  # [m, 1] float32
+    scale_b: Tensor,  # [1, n] float32
+    bias: Tensor | None = None,
+    scale_result: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
+) -> Tensor:
+    """Do as torch._scaled_mm with a scale for each row and each column, and refuse what CUDA's refuses."""
+    (m, k), n = a.shape, b.shape[1]
+    if a.dtype != torch.float8_e4m3fn or b.dtype != torch.float8_e4m3fn:
+        raise RuntimeError(f"_scaled_mm of {a.dtype} and {b.dtype}")
+    if a.stride() != (k, 1) or b.stride() != (1, k):
+        raise RuntimeError(f"_scaled_mm: strides {a.stride()} and {b.stride()} are not row-major and column-major")
+    if k % 16 or n % 16:
+        raise RuntimeError(f"_scaled_mm: {k} inputs and {n} outputs are not multiples of 16")
+    for scale, shape in ((scale_a, (m, 1)), (scale_b, (1, n))):
+        if tuple(scale.shape) != shape or scale.dtype != torch.float32 or not scale.is_contiguous():
+            raise RuntimeError(f"_scaled_mm: a scale of {tuple(scale.shape)} {scale.dtype} is not {shape} float32")
+    if out_dtype != torch.bfloat16:
+        raise RuntimeError("_scaled_mm with a scale for each row: its output is bfloat16 alone")
+    product = (a.float() @ b.float()) * scale_a * scale_b
+    return (product if bias is None else product + bias.float()).to(out_dtype)
+
+
+_OWN_KERNELS: dict[str, Callable[..., Any]] = {"aten::mm.dtype": _mm_in_dtype, "aten::_scaled_mm": _scaled_mm}

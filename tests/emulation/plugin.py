@@ -1,0 +1,18 @@
+"""For pytest: `-p kvferry.tests.emulation.plugin` gives torch the device before any test module is imported."""
+
+from __future__ import annotations
+
+import pytest
+
+from .install import CannotEmulate, install
+from .stream import COUNTS
+
+try:
+    install()
+except CannotEmulate as error:
+    raise pytest.UsageError(str(error)) from error
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(COUNTS.items()))
+    terminalreporter.write_line(f"the emulated device saw {counts}")

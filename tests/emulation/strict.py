@@ -1,0 +1,115 @@
+"""What the emulated device refuses, as a real one would or should: run by test_gpu_tests.py, on that device."""
+
+from __future__ import annotations
+
+import flashinfer
+import pytest
+import torch
+
+from kvferry.tests.emulation import stream
+from kvferry.tests.emulation.stream import COUNTS, Race
+
+CUDA = torch.device("cuda")
+
+
+def test_tensors_of_two_devices_do_not_go_together() -> None:
+    with pytest.raises(RuntimeError, match="is on cpu"):
+        torch.ones(3, device=CUDA) + torch.ones(3)
+    assert (torch.ones(3, device=CUDA) + torch.tensor(2.0)).tolist() == [3.0] * 3
+    with pytest.raises(TypeError, match="can't convert"):
+        torch.ones(3, device=CUDA).numpy()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_results_are_torchs(device: str) -> None:
+    x = torch.arange(12, device=device).view(3, 4).float()
+    x[1] = 0
+    x[:, [0, 2]] += 1
+    x[x > 9] = -1
+    index = torch.tensor([2, 0], device=device)
+    found = torch.cat((x[index], x.softmax(-1)[:2].mul_(2)), 0).cpu()
+    assert found.shape == (4, 4) and found.dtype == torch.float32
+    expected = torch.tensor([[9.0, 9.0, -1.0, -1.0], [1.0, 1.0, 3.0, 3.0]])
+    torch.testing.assert_close(found[:2], expected)
+    torch.testing.assert_close(found[2:].sum(-1), torch.full((2,), 2.0))
+
+
+def test_pinned_memory_stays_as_it_is_until_its_upload_is_waited_for() -> None:
+    pinned, target = torch.ones(4, pin_memory=True), torch.zeros(4, device=CUDA)
+    target.copy_(pinned, non_blocking=True)
+    torch.cuda.synchronize()
+    pinned.fill_(2.0)
+    target.copy_(pinned, non_blocking=True)
+    pinned[1] = 3.0
+    with pytest.raises(Race, match="before its upload"):
+        torch.cuda.synchronize()
+
+
+def test_what_was_not_waited_for_is_garbage() -> None:
+    result = torch.empty(4, pin_memory=True).copy_(torch.ones(4, device=CUDA), non_blocking=True)
+    event = stream.Event()
+    event.record()
+    assert not event.query() and not bool((result == 1).any())
+    event.synchronize()
+    assert event.query() and bool((result == 1).all())
+    assert bool(torch.empty(3, device=CUDA).isnan().all())
+    with pytest.raises(Race, match="non_blocking=True"):
+        torch.ones(3, device=CUDA).to("cpu", non_blocking=True)
+
+
+def test_pageable_uploads_are_counted() -> None:
+    before = COUNTS["pageable uploads"]
+    torch.ones(3).to(CUDA, non_blocking=True)
+    torch.tensor([1, 2], device=CUDA)
+    assert COUNTS["pageable uploads"] == before + 2
+
+
+def test_a_graph_is_run_again_over_the_same_memory() -> None:
+    source, total, index = (
+        torch.ones(3, device=CUDA),
+        torch.zeros(3, device=CUDA),
+        torch.arange(2, -1, -1, device=CUDA),
+    )
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        doubled = source * 2
+        total += doubled[index]
+    source.fill_(5.0)
+    graph.replay()
+    graph.replay()
+    assert doubled.tolist() == [10.0] * 3 and total.tolist() == [22.0] * 3
+
+
+@pytest.mark.parametrize("what", ["upload", "read", "wait", "index", "replay"])
+def test_a_capture_neither_waits_nor_copies(what: str) -> None:
+    x, pinned, captured = torch.ones(3, device=CUDA), torch.ones(3, pin_memory=True), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        pass
+    acts = {
+        "upload": lambda: x.copy_(pinned, non_blocking=True),
+        "read": lambda: float(x[0]),
+        "wait": torch.cuda.synchronize,
+        "index": lambda: x[[0, 1]],
+        "replay": captured.replay,
+    }
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            acts[what]()
+
+
+def test_a_product_in_8_bits_has_cudas_layout() -> None:
+    a, b = (torch.randn(n, 32).to(torch.float8_e4m3fn).to(CUDA) for n in (4, 48))
+    rows, columns = torch.rand(4, 1, device=CUDA), torch.rand(1, 48, device=CUDA)
+    found = torch._scaled_mm(a, b.t(), rows, columns, out_dtype=torch.bfloat16)
+    expected = (a.float() @ b.float().t() * rows * columns).cpu()
+    torch.testing.assert_close(found.float().cpu(), expected, rtol=1e-2, atol=1e-2)
+    with pytest.raises(RuntimeError, match="column-major"):
+        torch._scaled_mm(a, b.t().contiguous(), rows, columns, out_dtype=torch.bfloat16)
+
+
+def test_norms_of_another_library_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine says which norms are meant before it imports the package; nobody has here."""
+    monkeypatch.setattr(flashinfer.norm, "_USE_CUDA_NORM", False)
+    x = torch.ones(2, 16, dtype=torch.bfloat16, device=CUDA)
+    with pytest.raises(RuntimeError, match="FLASHINFER_USE_CUDA_NORM"):
+        flashinfer.norm.rmsnorm(x, x[0])

@@ -1,0 +1,87 @@
+"""Every test with the marker `gpu` passes on the emulated device, and the device is as strict as it says."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvferry.benchmarks.gpu.parts import ROOT, gpu_test_files
+
+from .install import STAND_INS
+
+TESTS = ROOT / "tests"
+FILES = [path for path in gpu_test_files(TESTS) if "benchmarks" not in path.parts and "emulation" not in path.parts]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: they run on it")
+
+
+def run(path: Path, report: Path, *flags: str) -> tuple[int, str]:
+    """Run a file's tests on the emulated device, in a process of its own. Returns how many passed, and the output."""
+    command = [sys.executable, "-m", "pytest", "-p", "kvferry.tests.emulation.plugin", "-q", "-p", "no:cacheprovider"]
+    settings = [f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml"), f"--junitxml={report}"]
+    done = subprocess.run([*command, *settings, *flags, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    counts = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
+    reasons = {element.get("message", "") for element in suite.iter("skipped")}
+    assert not [reason for reason in reasons if "CUDA" in reason or "extra" in reason], reasons
+    return counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"], done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=[path.relative_to(TESTS).as_posix() for path in FILES])
+def test_tests_for_a_gpu_pass(path: Path, tmp_path: Path, record_property: pytest.FixtureRequest) -> None:
+    num_passed, output = run(path, tmp_path / "report.xml", "-m", "gpu")
+    assert num_passed > 0 and "the emulated device saw" in output
+    record_property("emulated_gpu_tests", num_passed)  # type: ignore[operator]
+
+
+def test_the_device_is_strict(tmp_path: Path) -> None:
+    assert run(Path(__file__).with_name("strict.py"), tmp_path / "report.xml")[0] > 10
+
+
+def signatures(package: Path) -> dict[str, ast.arguments]:
+    """Return the arguments of a package's functions and methods, by name."""
+    found = {}
+    for path in package.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef):
+                found[node.name] = node.args
+            elif isinstance(node, ast.ClassDef):
+                found |= {
+                    f"{node.name}.{each.name}": each.args for each in node.body if isinstance(each, ast.FunctionDef)
+                }
+    return found
+
+
+def names(arguments: ast.arguments) -> dict[str, str]:
+    """Return by name each argument's default, empty for one that has none."""
+    plain = arguments.args
+    defaults = [None] * (len(plain) - len(arguments.defaults)) + list(arguments.defaults)
+    pairs = [*zip(plain, defaults, strict=True), *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    return {argument.arg: "" if default is None else ast.unparse(default) for argument, default in pairs}
+
+
+def test_stand_ins_have_the_signatures_of_the_real_package() -> None:
+    spec = importlib.util.find_spec("flashinfer")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("flashinfer is not installed")
+    real = signatures(Path(spec.submodule_search_locations[0]))
+    real |= signatures(Path(spec.submodule_search_locations[0]) / "norm")
+    real["BatchDecodeWithPagedKVCacheWrapper.plan"] = real["BatchDecodeWithPagedKVCacheWrapper._plan_impl"]
+    real["_Wrapper.run"] = real["BatchDecodeWithPagedKVCacheWrapper.run"]
+    real["_Wrapper.reset_workspace_buffer"] = real["BatchPrefillWithPagedKVCacheWrapper.reset_workspace_buffer"]
+    public = {name: found for name, found in signatures(STAND_INS / "flashinfer").items() if name in real}
+    assert len(public) == 13, sorted(public)
+    for name, arguments in public.items():
+        theirs, ours = names(real[name]), names(arguments)
+        assert ours.items() <= theirs.items(), name
+        positional = [argument.arg for argument in arguments.args]
+        assert positional == [argument.arg for argument in real[name].args][: len(positional)], name
