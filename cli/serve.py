@@ -119,7 +119,8 @@ def _greeting(settings: ServeSettings, deployment: Deployment, http: Address) ->
     url = f"http://{reachable(http)}/v1"
     text = (
         f"kvferry serves {name} at {url} ({_pools(deployment)}). Ctrl-C ends it. Try:\n"
-        f"  curl -N {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
+        f"  curl -N {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'\n"
+        f"{_layout(deployment)}"
     )
     return text, {"model": name, "url": url, "pools": _pools(deployment), "asks_for_keys": has_keys}
 
@@ -128,6 +129,20 @@ def _pools(deployment: Deployment) -> str:
     roles = [worker.config.role for worker in deployment.workers]
     routers = f"{deployment.num_routers} routers, " if deployment.num_routers > 1 else ""
     return f"{routers}{roles.count('prefill')} prefill, {roles.count('decode')} decode"
+
+
+def _layout(deployment: Deployment) -> str:
+    """Say what these workers are good for, and what would be the other choice."""
+    objective_ms = deployment.router.tpot_objective_ms
+    limit = f"takes {objective_ms:g} ms at most" if objective_ms else "takes three times as long as alone at most"
+    if all(worker.config.role == "decode" for worker in deployment.workers):
+        return f"Each worker computes prompts beside its answers: a token {limit} then. --prefill 1 steadies answers."
+    lent = any(worker.max_threads is not None for worker in deployment.workers)
+    cores = " and lend each other idle cores" if lent else ""
+    return (
+        f"Prompts and answers have workers of their own{cores}: answers are steady beside long prompts. Where a decode "
+        f"worker takes a prompt too, a token {limit}. --prefill 0 begins several answers sooner."
+    )
 
 
 def _describe(deployment: Deployment, model: ModelConfig) -> str:
@@ -155,7 +170,7 @@ def _describe(deployment: Deployment, model: ModelConfig) -> str:
             f"{worker.config.worker_id:7} {worker.config.role}, {worker.num_ranks} rank(s), {_place(worker)}, "
             f"weights {_size(weight_bytes(engine, model))}, KV cache {room}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, f"layout  {_layout(deployment)}"])
 
 
 def _place(worker: WorkerPlan) -> str:

@@ -120,7 +120,7 @@ def test_dry_run_prints_each_process(run: Run, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["model", "router", "p-0", "p-1", "d-0"]
+    assert [line.split()[0] for line in lines] == ["model", "router", "p-0", "p-1", "d-0", "layout"]
     assert "= 128 blocks = 2048 tokens" in lines[2]  # 2 layers, K and V, 2 heads of 16, float32, 16 tokens: 8 KiB
 
 
