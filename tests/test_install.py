@@ -78,6 +78,8 @@ def test_pins_of_the_constraints_are_those_of_the_locks() -> None:
 def test_nixl_is_that_of_torchs_cuda(cuda: str | None, nixl: str) -> None:
     torch = install.Torch("2.13.0", cuda, "/site-packages")
     assert install.names_of_locks(torch, has_gpu=False, is_dev=False) == ["serve", nixl, "model"]
+    bare = install.names_of_locks(torch, has_gpu=False, is_dev=False, has_compiler=False)
+    assert bare == ["serve", nixl, "model", "zig"]
     flashinfer = ["gpu"] if cuda is not None else []  # a card is of no use to a torch for CPU
     assert install.names_of_locks(torch, has_gpu=True, is_dev=True) == ["serve", nixl, "model", *flashinfer, "dev"]
 

@@ -9,20 +9,21 @@ set that the flags allow. A file appears by one rename: any number of processes 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 PREBUILT = Path(__file__).parent / "prebuilt"  # filled in a wheel
 _SOURCE = Path(__file__).parent / "native"
-_COMPILERS = ("c++", "g++", "clang++")
+_ZIG = "ziglang"  # a Python package, which setup/install.py brings where there is no compiler
+_COMPILERS = ("c++", "g++", "clang++", _ZIG)
 # One order of sums and one rounding for each: a product and a sum are contracted where the source says so alone.
-_FLAGS = (
-    *("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w"),
-    *("-static-libstdc++", "-static-libgcc"),
-)
+_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-pthread", "-w")
+_LINK = ("-O3", "-fPIC", "-pthread", "-shared", "-s", "-static-libstdc++", "-static-libgcc")
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
 SETS = {  # what a processor needs, by Linux's names; the best set first
@@ -30,7 +31,9 @@ SETS = {  # what a processor needs, by Linux's names; the best set first
     "avx512_bf16": _AVX512,
     "avx2": _AVX2,
 }
-_BUILD_TIMEOUT_S = 120.0  # a compiler that hangs keeps a start waiting for so long
+_BUILD_TIMEOUT_S = (
+    600.0  # a compiler that hangs keeps a start waiting for so long; zig's first use takes a minute or two
+)
 
 
 class NativeUnavailable(Exception):
@@ -39,8 +42,11 @@ class NativeUnavailable(Exception):
 
 def find_compiler() -> tuple[str, ...]:
     """Find the command that compiles. Raises NativeUnavailable."""
-    if found := next(filter(None, map(shutil.which, _COMPILERS)), None):
-        return (found,)
+    for name in _COMPILERS:
+        if found := shutil.which(name):
+            return (found,)
+        if name == _ZIG and importlib.util.find_spec(_ZIG) is not None:
+            return (sys.executable, "-m", _ZIG, "c++", "-target", "x86_64-linux-gnu.2.28")  # any glibc since 2018
     raise NativeUnavailable(f"no C++ compiler is installed ({', '.join(_COMPILERS)})")
 
 
@@ -67,7 +73,7 @@ def _flags(isa: str) -> list[str]:
 
 def _source_hash(isa: str) -> str:
     files = sorted(path for path in _SOURCE.rglob("*") if path.suffix in (".cpp", ".hpp"))
-    return _hash(*(path.read_bytes() for path in files), " ".join(_flags(isa)).encode())
+    return _hash(*(path.read_bytes() for path in files), " ".join([*_flags(isa), *_LINK]).encode())
 
 
 def _hash(*parts: bytes) -> str:
@@ -79,15 +85,11 @@ def _hash(*parts: bytes) -> str:
 
 def _build(compiler: tuple[str, ...], isa: str, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=library.parent, prefix=f".{library.stem}.", suffix=".so")
-    os.close(handle)
-    try:
-        _run([*compiler, *_flags(isa), "-o", partial, str(_SOURCE / "decoder.cpp")])
-        os.chmod(partial, 0o644)
-        os.replace(partial, library)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{library.stem}.") as folder:
+        part, whole = os.path.join(folder, "part.o"), os.path.join(folder, "whole.so")
+        _run([*compiler, *_flags(isa), "-c", "-o", part, str(_SOURCE / "decoder.cpp")])
+        _run([*compiler, *_LINK, "-o", whole, part])  # apart: zig has one C++ library for all sets then
+        os.replace(whole, library)
 
 
 def _run(command: list[str]) -> str:
