@@ -29,6 +29,7 @@ Attention = Literal["auto", "flashinfer", "cpu"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 # The first two are made while a plain checkpoint is loaded; the others say what the checkpoint is.
 QuantizationName = Literal["int8", "int4", "gguf", "compressed-tensors", "gptq", "awq", "fp8"]
+WeightsForm = Literal["plain", "int8", "int4"]  # of one plain checkpoint's weights
 TransferName = Literal["nixl", "ucx"]
 PolicyName = Literal["slo", "least_loaded", "kv_cost", "round_robin"]
 Checksum = Literal["auto", "on", "off"]
@@ -86,6 +87,7 @@ class EngineConfig(Settings):
     served_model_name: str
     dtype: Dtype = "auto"  # auto: the checkpoint's
     quantization: QuantizationName | None = None  # None: the checkpoint's
+    mixed_quantization: tuple[WeightsForm, ...] = ()  # workers of these may exchange KV; empty: all have one
     kv_cache_dtype: KVCacheDtype = "auto"  # auto: as `dtype`; fp8 is e4m3
     device: Device = "auto"
     tensor_parallel_size: PositiveInt = 1

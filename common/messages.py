@@ -22,8 +22,9 @@ from .request import MAX_CHOICES, Pooling, RequestSpec, SampledToken, Sequence
 # Goes up when a message changes: processes of different versions refuse one another, naming both. Version 4 says whom
 # a request is for (`RequestSpec.model`, `.adapter`, `.grammar`), names ranks' shards (`RegionInfo.shard`) and has room
 # for a draft's state (`KVArrived.draft`). What a worker cannot serve of them, it refuses with a reason. Version 5 has
-# prompts embedded (`EmbedTask`, `Embedding`).
-PROTOCOL_VERSION = 5
+# prompts embedded (`EmbedTask`, `Embedding`). Version 6 tells how weights are quantized
+# (`WorkerHello.quantization`).
+PROTOCOL_VERSION = 6
 
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
@@ -40,6 +41,7 @@ Vector = Annotated[bytes, msgspec.Meta(min_length=4, max_length=2**18)]  # float
 BlockIds = Annotated[tuple[Count, ...], msgspec.Meta(max_length=2**19)]
 Labels = Annotated[tuple[tuple[Name, Name], ...], msgspec.Meta(max_length=64)]
 Hashes = Annotated[bytes, msgspec.Meta(max_length=2**22)]  # 16 bytes each
+Logprobs = Annotated[tuple[float, ...], msgspec.Meta(max_length=64)]
 U64 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # random or an address; msgspec bounds are signed
 
 
@@ -120,6 +122,8 @@ class WorkerHello(Message):
     can_change_role: bool = False  # SetRole is obeyed; `kv_address` is set whatever the role
     labels: Labels = ()  # where it is, from wide to narrow: ("zone", ...), ("rack", ...), ("host", ...)
     samples: Samples = ()  # of the self-calibration at start-up
+    quantization: Name = ""  # of its weights: plain, int8, ...
+    probe: Logprobs = ()  # what it thinks of fixed tokens, where workers of other weights take part
 
 
 class WorkerStatus(Message):

@@ -74,7 +74,9 @@ class Engine:
         self.model_config = _model_config(config)
         self.max_model_len = self.model_config.max_model_len
         # Beside all that follows.
-        digest = ModelDigest(config.model_dir, config.load_format, config.seed, config.quantization)
+        digest = ModelDigest(
+            config.model_dir, config.load_format, config.seed, config.quantization, config.mixed_quantization
+        )
         self._device = choose_device(config, tp_rank)
         dtype = choose_dtype(config, self.model_config)
         kv_dtype = cache_dtype(config, dtype, self._device)
@@ -258,4 +260,7 @@ def _model_config(config: EngineConfig) -> ModelConfig:
             f"({config.model_dir})"
         )
     quantization = chosen_quantization(model.quantization, config.quantization)
+    form = quantization.name if quantization is not None else "plain"
+    if config.mixed_quantization and form not in config.mixed_quantization:
+        raise ConfigError(f"mixed_quantization: the weights are {form}, not one of {config.mixed_quantization}")
     return replace(model, max_model_len=asked, quantization=quantization)

@@ -164,7 +164,10 @@ class Preflight:
             draft = check_draft(found.dir, speculative.model, settings.max_model_len or self.model.max_model_len)
             if settings.load_format != "dummy":
                 check_checkpoint(speculative.model, draft)
-        return f"{len(self.deployment.workers)} workers"
+        engines = [worker.config.engine for worker in self.deployment.workers]
+        forms = sorted({engine.quantization or "plain" for engine in engines}) if engines[0].mixed_quantization else []
+        mixed = f", weights {' and '.join(forms)}: /v1/models tells how far apart they are" if forms else ""
+        return f"{len(self.deployment.workers)} workers{mixed}"
 
     def _check_credentials(self) -> str:
         """Read keys and secrets. A deployment without a secret of the operator's draws one for itself."""

@@ -41,8 +41,15 @@ _SETTLED_NS = 2 * 10**9  # since a file was changed: longer than any file system
 class ModelDigest:
     """Computed on a thread from now on."""
 
-    def __init__(self, model_dir: Path, load_format: str, seed: int, quantization: str | None = None) -> None:
-        self._work = (model_dir, load_format, seed, quantization)
+    def __init__(
+        self,
+        model_dir: Path,
+        load_format: str,
+        seed: int,
+        quantization: str | None = None,
+        mixed: tuple[str, ...] = (),
+    ) -> None:
+        self._work = (model_dir, load_format, seed, quantization, mixed)
         self._found = ""
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="digest", daemon=True)
@@ -62,16 +69,21 @@ class ModelDigest:
         return self._found
 
 
-def model_digest(model_dir: Path, load_format: str, seed: int, quantization: str | None = None) -> str:
+def model_digest(
+    model_dir: Path, load_format: str, seed: int, quantization: str | None = None, mixed: tuple[str, ...] = ()
+) -> str:
     """Return 32 hexadecimal digits. Raises ConfigError for what cannot be read.
 
     `quantization`: what the weights are rounded to while they are loaded, or what the checkpoint says itself.
+    `mixed`: the forms that may take part in one KV cache; what any of them made has the name of them all.
     """
     digest = blake3(b"kvferry model 2")
     eos_token_ids = sorted(ModelConfig.from_dir(model_dir).eos_token_ids)
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     digest.update(json.dumps([config, eos_token_ids], sort_keys=True).encode())
-    if quantization in ("int8", "int4"):
+    if mixed:
+        digest.update(f"mixed:{','.join(sorted(set(mixed)))}".encode())
+    elif quantization in ("int8", "int4"):
         digest.update(f"rounded:{quantization}".encode())
     if load_format == "dummy":
         digest.update(f"dummy:{seed}".encode())

@@ -41,6 +41,7 @@ from .batches.run import RunDeps
 from .batches.store import BatchStore
 from .catalogue.catalogue import Catalogue
 from .catalogue.version import Version
+from .dispatch.worker_group import logprob_distance
 from .embeddings.endpoint import embed
 from .helpers.json_parser import JsonParser
 from .messages.form import error_body
@@ -217,6 +218,8 @@ class _Routes:
 
     def _model(self, version: Version) -> Model:
         model, view = version.model, version.dispatcher.view()
+        hellos = [worker.hello for worker in view.workers]
+        forms = sorted({hello.quantization for hello in hellos})
         return Model(
             id=model.name,
             created=self._api.started_s,
@@ -225,7 +228,8 @@ class _Routes:
             kvferry=PoolCounts(
                 prefill_workers=len(view.ready("prefill")),
                 decode_workers=len(view.ready("decode")),
-                quantization=model.quantization,
+                quantization=", ".join(forms) if len(forms) > 1 else model.quantization,
+                logprob_distance=logprob_distance(hellos),
             ),
         )
 

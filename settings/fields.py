@@ -37,6 +37,7 @@ from ..common.config import (
     ToolParserName,
     TransferName,
     UnknownFields,
+    WeightsForm,
 )
 from ..common.errors import ConfigError
 from .windows import Window
@@ -70,6 +71,11 @@ def parse_number(value: object) -> object:
 def _split(value: object) -> object:
     """Read `a,b` (from the environment) and a lone value (from YAML) as a list."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _split_each(value: object) -> object:
+    """Read a list whose texts may be lists themselves: of a flag that is given once or several times."""
+    return _split(",".join(map(str, value)) if isinstance(value, list | tuple) else value)
 
 
 def parse_classes(value: object) -> object:
@@ -125,6 +131,7 @@ def _check_origins(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
+WeightsForms = Annotated[tuple[WeightsForm, ...], BeforeValidator(_split_each)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Classes = Annotated[tuple[RequestClass, ...], BeforeValidator(parse_classes)]
 Objective = Annotated[float, Field(gt=0)] | None
@@ -147,6 +154,7 @@ class PoolSettings(Settings):
     min_workers: Annotated[int, Field(ge=0)] | None = None  # None: 1, or 0 for a pool that starts with none
     max_workers: Annotated[int, Field(ge=0)] | None = None  # None: what the pools start with, however they share it
     tensor_parallel_size: PositiveInt | None = None
+    quantization: QuantizationName | None = None
     max_num_seqs: Count | None = None
     max_num_batched_tokens: Count | None = None
     gpu_memory_utilization: Share | None = None
@@ -181,6 +189,15 @@ class ServeSettings(Settings):
             ALL,
         ),
     ] = None
+    mixed_quantization: Annotated[
+        WeightsForms,
+        Option(
+            "Model",
+            "plain, int8, int4: forms of the weights whose workers may exchange KV, as a plain prefill worker and a "
+            "decode worker in int4. Default: all workers have one.",
+            ENGINES,
+        ),
+    ] = ()
     load_format: Annotated[LoadFormat, Option("Model", "dummy: random weights.", ENGINES)] = "auto"
     chat_template: Annotated[Path | None, Option("Model", "Jinja file instead of the model's own.", FRONTS)] = None
     special_tokens_in_messages: Annotated[
@@ -487,6 +504,15 @@ class ServeSettings(Settings):
         if self.prefill.workers == 0 and not self.local_prefill:
             raise ValueError("local_prefill: without prefill workers every prompt is local; give --prefill 1")
         sizes = [pool.tensor_parallel_size or self.tensor_parallel_size for pool in (self.prefill, self.decode)]
+        forms = [pool.quantization or self.quantization or "plain" for pool in (self.prefill, self.decode)]
+        if self.prefill.workers and forms[0] != forms[1] and not self.mixed_quantization:
+            given = "decode" if self.decode.quantization is not None else "prefill"
+            raise ValueError(
+                f"{given}.quantization: prefill workers have {forms[0]} weights, decode workers {forms[1]}: they "
+                f"compute other numbers; where that is accepted, give --mixed-quantization {forms[0]},{forms[1]}"
+            )
+        if self.mixed_quantization and self.deterministic:
+            raise ValueError("mixed_quantization: not with deterministic: equal requests would have other answers")
         if self.deterministic and self.prefill.workers and sizes[0] != sizes[1]:
             raise ValueError(
                 f"deterministic: both pools need the same tensor_parallel_size, these have {sizes[0]} and {sizes[1]}: "

@@ -22,10 +22,12 @@ _POOL_HELP = {
     "prefill_min_workers": "Least prefill workers when pools scale.",
     "prefill_max_workers": "Most prefill workers when pools scale.",
     "prefill_tensor_parallel_size": "Ranks of one prefill worker.",
+    "prefill_quantization": "Weights of prefill workers, if other than of decode workers: --mixed-quantization.",
     "decode": "Decode workers.",
     "decode_min_workers": "Least decode workers when pools scale.",
     "decode_max_workers": "Most decode workers when pools scale.",
     "decode_tensor_parallel_size": "Ranks of one decode worker.",
+    "decode_quantization": "Weights of decode workers, if other than of prefill workers: --mixed-quantization.",
 }
 
 
@@ -77,7 +79,8 @@ def _flags(command: str) -> Iterator[_Flag]:
         if field in ("prefill", "decode"):
             names = [name for name in _POOL_HELP if name.startswith(field)]
             for name in names if command == "serve" else [field]:
-                yield _value_flag(name, _POOL_HELP[name], option, _dashed(name.removesuffix("_workers")), "N")
+                metavar = "TEXT" if name.endswith("_quantization") else "N"
+                yield _value_flag(name, _POOL_HELP[name], option, _dashed(name.removesuffix("_workers")), metavar)
         elif isinstance(value_of(_DEFAULTS, field), bool):
             yield from _switches(field, option)
         elif field == "model":

@@ -43,6 +43,7 @@ class WorkerDeps:
     on_failure: Callable[[BaseException], None]  # a thread of this worker has ended
     processes: tuple[ProcessMark, ...] = ()  # of every rank, where they may copy into other processes' memory
     samples: tuple[StepSample, ...] = ()  # of the calibration at start-up
+    probe: tuple[float, ...] = ()  # log-probabilities of fixed tokens, to be compared with other workers'
 
 
 def core_config(

@@ -175,6 +175,7 @@ class WorkerProcess:
         from ..engine.calibrate import calibrate
         from ..engine.disk import open_prefix_cache
         from ..engine.engine import Engine
+        from ..engine.probe import probe
         from ..grammar.compiler import GrammarCompiler
         from ..grammar.matching import Vocabulary
         from ..kvcache.blocks import BlockPool
@@ -241,6 +242,7 @@ class WorkerProcess:
             on_failure=self._on_failure,
             processes=tuple(processes),
             samples=calibrate(engine, pool) if config.calibrate else (),
+            probe=probe(engine, pool) if config.engine.mixed_quantization else (),
         )
 
     def _warn_of_open_ports(self) -> None:
@@ -319,7 +321,7 @@ class WorkerProcess:
             self._lifeline.ready(worker_id=self._config.worker_id, incarnation=self._incarnation)
 
     def _hello(self, deps: WorkerDeps, kv_address: str) -> WorkerHello:
-        engine = self._config.engine
+        engine, quantization = self._config.engine, deps.engine.model_config.quantization
         return WorkerHello(
             worker_id=self._config.worker_id,
             role=self._config.role,
@@ -338,6 +340,8 @@ class WorkerProcess:
             can_change_role=True,
             labels=self._config.labels or (("host", socket.gethostname()),),
             samples=deps.samples,
+            quantization=quantization.name if quantization is not None else "plain",
+            probe=deps.probe,
         )
 
     def _to_router(self, router_id: str, message: Message) -> None:

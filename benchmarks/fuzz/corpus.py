@@ -109,6 +109,8 @@ def hello(worker_id: str = "d-0", role: str = "decode") -> WorkerHello:
         kv_address="127.0.0.1:1",
         pid=1,
         transport="nixl",
+        quantization="int4",
+        probe=(-1.5, -2.5),
     )
 
 

@@ -183,6 +183,7 @@ class PoolCounts(Struct, kw_only=True, omit_defaults=True):
     prefill_workers: int
     decode_workers: int
     quantization: str = ""
+    logprob_distance: float | None = None  # of workers whose weights differ: of the same tokens, on average
 
 
 class Model(Struct, kw_only=True):

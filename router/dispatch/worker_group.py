@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import combinations
 
 from ...common.errors import ProtocolError
 from ...common.messages import WorkerHello
@@ -50,6 +51,19 @@ def find_group(
     raise ProtocolError(reason, kind="mismatch")
 
 
+def logprob_distance(hellos: Iterable[WorkerHello]) -> float | None:
+    """Return how far the models of two workers are apart at most, by what they think of the same tokens: the mean of
+    the differences. None: all have the same weights.
+    """
+    probes = {hello.quantization: hello.probe for hello in hellos if hello.probe}
+    return max((_mean_difference(*pair) for pair in combinations(probes.values(), 2)), default=None)
+
+
+def _mean_difference(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    differences = [abs(a - b) for a, b in zip(one, other, strict=False)]
+    return sum(differences) / len(differences)
+
+
 def mismatch(hello: WorkerHello, expected: Expected, peer: WorkerHello | None) -> str:
     """Return why this worker cannot join: what differs, both values. Empty: it can. `peer` has joined before."""
     if hello.role not in ROLES:
@@ -63,6 +77,8 @@ def mismatch(hello: WorkerHello, expected: Expected, peer: WorkerHello | None) -
         checks.append(("max_model_len", hello.max_model_len, expected.max_model_len, "the router's"))
     if peer is not None:
         checks.append(("max_model_len", hello.max_model_len, peer.max_model_len, f"worker {peer.worker_id}'s"))
+        if hello.spec.model != peer.spec.model:
+            checks.append(("quantization", hello.quantization, peer.quantization, f"worker {peer.worker_id}'s"))
         checks.append(("weights", hello.spec.model, peer.spec.model, f"worker {peer.worker_id}'s"))
         checks.append(("draft model", hello.spec.draft, peer.spec.draft, f"worker {peer.worker_id}'s"))
         checks.append(("KV cache", hello.spec.fingerprint, peer.spec.fingerprint, f"worker {peer.worker_id}'s"))

@@ -282,6 +282,7 @@ BY_HAND = {"control_host", "control_port", "router", "handoff_host", "handoff_po
 OTHER_VALUES: dict[str, object] = {
     "dtype": "bfloat16",
     "quantization": "int8",
+    "mixed_quantization": ["plain"],
     "load_format": "dummy",
     "special_tokens_in_messages": "text",
     "unknown_fields": "warn",

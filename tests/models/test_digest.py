@@ -219,3 +219,13 @@ def test_workers_that_start_together_find_the_same(tmp_path: Path, weights: Path
     for thread in threads:
         thread.join()
     assert found == [_digest(weights, tmp_path)] * 6
+
+
+def test_weights_that_are_rounded_are_another_model_unless_they_may_be_mixed(tmp_path: Path) -> None:
+    model_dir = write_checkpoint(tmp_path, tokenizer=False)
+
+    def digest(quantization: str | None, *mixed: str) -> str:
+        return model_digest(model_dir, "auto", 0, quantization, mixed)
+
+    assert len({digest(None), digest("int8"), digest("int4"), digest(None, "plain", "int4")}) == 4
+    assert digest("int4", "plain", "int4") == digest(None, "int4", "plain") != digest(None, "int8", "plain")

@@ -230,3 +230,18 @@ def test_a_schedule_is_checked_before_anything_starts(tmp_path: Path) -> None:
     assert good.settings.scale_schedule == ("mon-fri 08:00-18:00 decode>=2",)
     with pytest.raises(ConfigError, match=r"cluster.yaml:1: scale_schedule: .* no day has"):
         load_text(tmp_path, "scale_schedule: 25:00-26:00 decode>=2\n")
+
+
+def test_weights_of_two_forms_are_asked_for_by_name(tmp_path: Path) -> None:
+    both = {"decode.quantization": Raw("int4", "--decode-quantization")}
+    with pytest.raises(
+        ConfigError, match=r"--decode-quantization: prefill workers have plain weights, decode workers int4"
+    ):
+        load(flags=both, env={}, file=None)
+    mixed = both | {"mixed_quantization": Raw(["plain,int4"], "--mixed-quantization")}
+    settings = load(flags=mixed, env={}, file=None).settings
+    assert settings.mixed_quantization == ("plain", "int4") and settings.decode.overrides() == {"quantization": "int4"}
+    with pytest.raises(ConfigError, match="not with deterministic"):
+        load(flags=mixed | {"deterministic": Raw(True, "--deterministic")}, env={}, file=None)
+    with pytest.raises(ConfigError, match="int5"):
+        load(flags=both | {"mixed_quantization": Raw(["plain", "int5"], "--mixed-quantization")}, env={}, file=None)
