@@ -21,13 +21,16 @@ from .pages import free_memory_bytes
 
 # Defaults of a rank's host memory, where settings give no sizes. More keeps more preempted sequences, or prefixes, from
 # being computed again, and takes memory, pinned on CUDA, from everything else on the machine.
-_CUDA_BYTES = 4 << 30  # for swapping
+_CUDA_BYTES = 4 << 30  # for swapping, at most
+_CUDA_SHARE = 0.1  # of the machine's free memory, for swapping, at most
 _CUDA_CACHE_BYTES = 8 << 30  # for the prefix cache, at most
 _CUDA_CACHE_SHARE = 0.1  # of the machine's free memory, for the prefix cache, at most
 _STAGING_SHARE = 0.25  # of a CPU's KV cache: what is read from disk comes there first
 _MIN_STAGING_BLOCKS = 64  # fewer would leave a long prompt's reads waiting for one another
 _CPU_SHARE = 0.1  # of the KV cache, for swapping: a copy there only moves blocks within the same memory
 _BLOCKS_AT_ONCE = 16  # gathered on a GPU in one piece: memory is scarce where blocks are swapped
+# Pinned at once: torch rounds pinned memory up to a power of two, so one piece of 9 GiB would take 16.
+_PINNED_BYTES = 1 << 30
 
 
 def num_swap_blocks(
@@ -36,7 +39,10 @@ def num_swap_blocks(
     """Count one rank's slots for swapping; every rank has as many."""
     if config.swap_space is not None:
         return config.swap_space // spec.block_bytes(tp_size)
-    return _CUDA_BYTES // spec.block_bytes(tp_size) if device.type == "cuda" else int(_CPU_SHARE * num_blocks)
+    if device.type == "cuda":
+        num_bytes = min(_CUDA_BYTES, int(_CUDA_SHARE * free_memory_bytes() / tp_size))
+        return num_bytes // spec.block_bytes(tp_size)
+    return int(_CPU_SHARE * num_blocks)
 
 
 def num_host_blocks(
@@ -74,16 +80,18 @@ class SwapPages:
         # 8-bit floats are storage: few of torch's operations know them.
         self._pages = pages.view(torch.uint8) if pages.dtype.itemsize == 1 else pages
         self._is_cuda = pages.is_cuda
-        shape = (num_slots, pages.shape[0], *pages.shape[2:])
+        self._slot_bytes = pages[:, 0].numel() * pages.element_size()
+        self._slots_of_piece = max(1, _PINNED_BYTES // self._slot_bytes) if self._is_cuda else max(1, num_slots)
+        shape = (pages.shape[0], *pages.shape[2:])
+        sizes = [min(self._slots_of_piece, num_slots - at) for at in range(0, num_slots, self._slots_of_piece)]
         try:  # on a CPU the kernel gives memory as slots are written to
-            self._host = torch.empty(shape, dtype=self._pages.dtype, pin_memory=self._is_cuda)
+            self._host = [torch.empty((n, *shape), dtype=self._pages.dtype, pin_memory=self._is_cuda) for n in sizes]
         except (RuntimeError, MemoryError) as error:
-            num_bytes = num_slots * pages[:, 0].numel() * pages.element_size()
             raise ConfigError(
-                f"--swap-space, --host-cache-memory-bytes: {num_bytes:,} bytes of host memory cannot be had: {error}"
+                f"--swap-space, --host-cache-memory-bytes: {num_slots * self._slot_bytes:,} bytes of host memory "
+                f"cannot be had: {error}"
             ) from error
-        self._bytes = self._host.view(torch.uint8).numpy().data.cast("B") if num_slots else memoryview(b"")
-        self._slot_bytes = len(self._bytes) // max(1, num_slots)
+        self._bytes = [piece.view(torch.uint8).numpy().data.cast("B") for piece in self._host]
         self._times: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self._copy_s = 0.0
 
@@ -94,7 +102,12 @@ class SwapPages:
 
     def slot(self, slot: int) -> memoryview:
         """Return a slot's bytes, from any thread. Whoever reads or writes them keeps copies off the slot meanwhile."""
-        return self._bytes[slot * self._slot_bytes : (slot + 1) * self._slot_bytes]
+        piece, place = divmod(slot, self._slots_of_piece)
+        return self._bytes[piece][place * self._slot_bytes : (place + 1) * self._slot_bytes]
+
+    def _slot(self, slot: int) -> Tensor:
+        piece, place = divmod(slot, self._slots_of_piece)
+        return self._host[piece][place]
 
     def settle(self) -> None:
         """Wait for the copies that are under way."""
@@ -111,9 +124,9 @@ class SwapPages:
             return
         began = time.perf_counter()
         for block, slot in swap_out:
-            self._host[slot].copy_(self._pages[:, block])
+            self._slot(slot).copy_(self._pages[:, block])
         for slot, block in swap_in:
-            self._pages[:, block].copy_(self._host[slot])
+            self._pages[:, block].copy_(self._slot(slot))
         self._copy_s = time.perf_counter() - began
 
     def _copy_cuda(self, swap_out: Sequence[tuple[int, int]], swap_in: Sequence[tuple[int, int]]) -> None:
@@ -123,12 +136,12 @@ class SwapPages:
             blocks = torch.tensor([block for block, _ in piece], device=self._pages.device)
             gathered = self._pages.index_select(1, blocks).transpose(0, 1).contiguous()
             for source, (_, slot) in zip(gathered, piece, strict=True):
-                self._host[slot].copy_(source, non_blocking=True)
+                self._slot(slot).copy_(source, non_blocking=True)
         for piece in _pieces(swap_in):
             blocks = torch.tensor([block for _, block in piece], device=self._pages.device)
-            gathered = self._pages.new_empty((len(piece), *self._host.shape[1:]))
+            gathered = self._pages.new_empty((len(piece), *self._host[0].shape[1:]))
             for target, (slot, _) in zip(gathered, piece, strict=True):
-                target.copy_(self._host[slot], non_blocking=True)
+                target.copy_(self._slot(slot), non_blocking=True)
             self._pages.index_copy_(1, blocks, gathered.transpose(0, 1))
         end.record()
         self._times = (start, end)

@@ -26,6 +26,9 @@ from .child_process import Command
 from .plan import WorkerPlan
 from .process import Child, ChildState, ChildTimes
 
+# What torch's allocator is told by. Segments that grow are no memory that another process can open by cudaIpc.
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_NOT_SHAREABLE = "expandable_segments"
 ROUTER_PROGRAM = (sys.executable, "-m", "kvferry.router")
 WORKER_PROGRAM = (sys.executable, "-m", "kvferry.worker")
 
@@ -142,11 +145,17 @@ def child_environment(
 
 
 def worker_environment(base: Mapping[str, str], worker: WorkerPlan) -> dict[str, str]:
+    """Return what a worker sees. Its GPUs go by the driver's numbers, which CUDA counts by only when it is told to."""
     env = dict(base)
     if worker.config.engine.num_threads is not None:
         env["OMP_NUM_THREADS"] = str(worker.config.engine.num_threads)
     if worker.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(worker.gpus)
+        env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        for name in _ALLOCATOR_VARIABLES:
+            options = [option for option in env.pop(name, "").split(",") if option.strip()]
+            kept = [option for option in options if option.split(":")[0].strip() != _NOT_SHAREABLE]
+            env |= {name: ",".join(kept)} if kept else {}
     return env
 
 

@@ -44,7 +44,11 @@ _RANK_BYTES = (
     400 << 20
 )  # of a rank besides weights and caches: interpreter, torch, buffers of a step (seen: 250 to 400)
 _GIB = 1 << 30
-_GPU_RESERVE_BYTES = 2 << 30  # of each worker: the CUDA context, workspaces, graphs
+# A worker on a GPU takes this besides weights, cache and a step's arrays: the CUDA context (0.5 GiB), workspaces (0.3:
+# attention's, products'), graphs, and what torch's allocator keeps between steps. Less leaves a smaller card without
+# memory at its first long step, more is cache that is not there.
+_GPU_BASE_BYTES = 3 << 29
+_LOGIT_ARRAYS = 4  # of float32 that sampling holds at once: logits, as they were, scaled, probabilities
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 _OF_ONE_PROCESS = {"control_host", "control_port"}  # of a router that is started by hand; a launcher's picks free ones
 
@@ -243,14 +247,20 @@ def _fit_worker(
     if device == "cpu" and engine.kv_cache_memory_bytes is None:
         # Measured once, before any worker takes some: all get the same.
         update["kv_cache_memory_bytes"] = cpu_cache_bytes(host, num_ranks)
-    if device == "cuda" and "max_num_batched_tokens" not in engine.model_fields_set:
-        update["max_num_batched_tokens"] = _GPU_BATCHED_TOKENS[worker.config.role]
+    if device == "cuda":
+        update["max_num_batched_tokens"] = _gpu_batched_tokens(worker)
     worker = _with_engine(worker, update)
     if device == "cpu" and engine.num_threads is None and worker.num_ranks == 1 and host.num_cpus > threads:
         worker = replace(worker, max_threads=host.num_cpus)
     if device == "cpu":
         worker = replace(worker, config=worker.config.model_copy(update={"niceness": _PREFILL_NICENESS}))
     return worker
+
+
+def _gpu_batched_tokens(worker: WorkerPlan) -> int:
+    engine = worker.config.engine
+    is_set = "max_num_batched_tokens" in engine.model_fields_set
+    return engine.max_num_batched_tokens if is_set else _GPU_BATCHED_TOKENS[worker.config.role]
 
 
 def cpu_cache_bytes(host: Host, num_ranks: int) -> int:
@@ -314,13 +324,24 @@ def _shared_memory(worker: WorkerPlan, gpu_bytes: int, model: ModelConfig | None
     utilization = worker.gpu_share * engine.gpu_memory_utilization
     if model is None or engine.kv_cache_memory_bytes is not None or not gpu_bytes:
         return {"gpu_memory_utilization": utilization}
-    cache_bytes = int(utilization * gpu_bytes) - weight_bytes(engine, model) - _GPU_RESERVE_BYTES
+    reserve_bytes = gpu_reserve_bytes(engine, model, _gpu_batched_tokens(worker))
+    cache_bytes = int(utilization * gpu_bytes) - weight_bytes(engine, model) - reserve_bytes
     if cache_bytes <= 0:
         raise ConfigError(
             f"{worker.config.worker_id}: {utilization:.0%} of a GPU of {gpu_bytes >> 30} GiB does not hold the weights "
             f"({weight_bytes(engine, model) >> 30} GiB) and a cache: start fewer workers on it (--prefill 0 --decode 1)"
         )
     return {"gpu_memory_utilization": utilization, "kv_cache_memory_bytes": cache_bytes}
+
+
+def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> int:
+    """About what one rank takes of a GPU besides weights and cache, at a step of `num_tokens`."""
+    heads = (model.num_qo_heads + 2 * model.num_kv_heads) * model.head_dim
+    # A layer's widest moment: hidden states, residual stream and sum; gate, up and their product, or the heads.
+    widest = 3 * model.hidden_size + max(3 * model.intermediate_size, 2 * heads) // engine.tensor_parallel_size
+    activations = num_tokens * widest * item_bytes(engine, model)
+    logits = _LOGIT_ARRAYS * engine.max_num_seqs * model.vocab_size * _ITEM_BYTES["float32"]
+    return _GPU_BASE_BYTES + activations + logits
 
 
 def _with_engine(worker: WorkerPlan, update: dict[str, object]) -> WorkerPlan:

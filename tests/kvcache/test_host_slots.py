@@ -11,7 +11,8 @@ import torch
 from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.request import SamplingParams
 from kvferry.engine.engine import Engine
-from kvferry.kvcache.host_slots import SwapPages
+from kvferry.kvcache import host_slots
+from kvferry.kvcache.host_slots import SwapPages, num_swap_blocks
 
 from ..checkpoints import write_checkpoint
 from ..engine_driver import Driver, engine_config, make_engine, prompts
@@ -58,6 +59,29 @@ def test_a_block_that_goes_out_is_filled_anew_by_the_same_step(device: str) -> N
     assert torch.equal(pages[:, 2], before[:, 1])
     swap.copy([], [(1, 5)])
     assert torch.equal(pages[:, 5], before[:, 2])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+def test_slots_lie_in_pieces_that_pinned_memory_comes_in(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = _pages(torch.float32, device)
+    slot_bytes = pages[:, 0].numel() * 4
+    monkeypatch.setattr(host_slots, "_PINNED_BYTES", 5 * slot_bytes + 7)
+    swap = SwapPages(pages, 12)
+    pieces = [len(piece) for piece in swap._host]
+    assert pieces == ([12] if device == "cpu" else [5, 5, 2]) and swap.slot_bytes == slot_bytes
+    swap.copy([(block, block) for block in range(12)], [])
+    swap.settle()
+    for block in range(12):
+        assert bytes(swap.slot(block)) == pages[:, block].cpu().contiguous().numpy().tobytes()
+
+
+def test_swapping_takes_a_tenth_of_free_memory_at_most(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(engine_config(model_dir), num_blocks=4)
+    config, cuda = engine_config(model_dir, swap_space=None), torch.device("cuda")
+    for free_gib, expected in ((10, 1 << 30), (1000, 4 << 30)):
+        monkeypatch.setattr(host_slots, "free_memory_bytes", lambda free_gib=free_gib: free_gib << 30)
+        count = num_swap_blocks(config, engine.spec, cuda, num_blocks=4, tp_size=1)
+        assert count == expected // BLOCK_BYTES
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError
+from kvferry.launch.children import worker_environment
 from kvferry.launch.engine_checks import check_model
 from kvferry.launch.host import Gpu, Host
-from kvferry.launch.plan import Deployment, cache_token_bytes, fit_to_host, plan, weight_bytes
+from kvferry.launch.plan import Deployment, cache_token_bytes, fit_to_host, gpu_reserve_bytes, plan, weight_bytes
 from kvferry.models.config import ModelConfig, RopeConfig
 from kvferry.settings.fields import PoolSettings, ServeSettings
 
@@ -139,6 +141,31 @@ def test_too_few_gpus_for_one_worker_names_the_command_that_works() -> None:
     ) as e:
         fit_to_host(planned(tensor_parallel_size=4), host(3), MODEL)
     assert str(e.value).endswith("--prefill 1 --decode 1 --tensor-parallel-size 2")
+
+
+def test_the_reserve_follows_the_models_shape_and_the_steps_length() -> None:
+    """A 70B's longest prefill step holds some 1.8 GB of activations, an 8B's half of that."""
+    engine = planned().workers[0].config.engine
+    large = replace(MODEL, num_layers=80, hidden_size=8192, num_qo_heads=64, intermediate_size=28672)
+    small, middle, most = (gpu_reserve_bytes(engine, MODEL, tokens) for tokens in (512, 2048, 8192))
+    assert 1.5 * GIB < small < middle < most < 2.6 * GIB
+    assert 3.2 * GIB < gpu_reserve_bytes(engine, large, 8192) < 3.5 * GIB
+    prefill, decode = fit_to_host(planned(1, 1), host(1), MODEL).workers
+    sizes = [worker.config.engine.kv_cache_memory_bytes or 0 for worker in (prefill, decode)]
+    assert sizes[1] - sizes[0] == most - middle
+
+
+def test_workers_on_gpus_count_them_as_the_driver_does_and_share_memory_with_others() -> None:
+    worker = fit_to_host(planned(1, 1), host(2), MODEL).workers[1]
+    options = "max_split_size_mb:64, expandable_segments:True,garbage_collection_threshold:0.8"
+    env = worker_environment(
+        {"PYTORCH_CUDA_ALLOC_CONF": options, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}, worker
+    )
+    assert (env["CUDA_VISIBLE_DEVICES"], env["CUDA_DEVICE_ORDER"]) == ("1", "PCI_BUS_ID")
+    assert env["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64,garbage_collection_threshold:0.8"
+    assert "PYTORCH_ALLOC_CONF" not in env
+    on_cpu = fit_to_host(planned(1, 1), host(), MODEL).workers[0]
+    assert worker_environment({"PYTORCH_CUDA_ALLOC_CONF": options}, on_cpu)["PYTORCH_CUDA_ALLOC_CONF"] == options
 
 
 def test_cuda_without_a_gpu_is_refused() -> None:
