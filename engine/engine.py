@@ -87,6 +87,7 @@ class Engine:
         native_model = pack_weights(decoder, self._device, native=native, isa=config.cpu_isa)
         self._draft = self._draft_model(dtype, progress, native=native)
         self.spec = self._kv_cache_spec(kv_dtype)
+        comm.meet("loaded", group.check if group is not None else lambda: None)
         self.num_blocks = comm.minimum(num_blocks or self._num_blocks_for_memory(tp_size), self._device)
         # Not under inference mode: whoever moves pages writes to this tensor outside of it.
         self.kv_pages = allocate_pages(
@@ -219,6 +220,17 @@ class Engine:
         if self.tp_size > 1:
             self.host_slots.settle()
             self._comm.minimum(0, self._device)
+
+    def use_device(self) -> None:
+        """Make this rank's GPU the calling thread's own: touching it would open a context on the first GPU too."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
+    def prepare_thread(self) -> None:
+        """Ready the thread that steps: products have a handle and a workspace of their own in each."""
+        self.use_device()
+        if self._device.type == "cuda":
+            torch.mm(*torch.zeros(2, 16, 16, dtype=torch.bfloat16, device=self._device).unbind())
 
     def layer_event(self) -> GpuEvent | None:
         """Return, from within `on_layer`, an event that has passed when that layer's pages are written.

@@ -67,8 +67,10 @@ class EngineLoop:
         on_failure: Callable[[BaseException], None],
         *,
         lock: threading.Condition | None = None,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
-        """`lock`: one that others have already."""
+        """`lock`: one that others have already. `prepare` runs first on the thread, which has GPU state of its own."""
+        self._prepare = prepare
         self.lock = lock if lock is not None else threading.Condition()
         self._role = role
         self._step = step
@@ -107,6 +109,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
+            self._prepare()
             while (batch := self._next()) is not None:
                 self._step_began = time.perf_counter()
                 self._role.begin_step(batch)

@@ -53,8 +53,12 @@ class TransferThread:
         sender: KVSender | None = None,
         on_arrived: Callable[[str, KVArrived], None] | None = None,
         on_failure: Callable[[BaseException], None],
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_arrived(agent, message)` runs on the transfer thread, for each notification of an arrival."""
+        """`on_arrived(agent, message)` runs on the transfer thread, for each notification of an arrival; `prepare` too,
+        before all else: a thread has a current GPU of its own.
+        """
+        self._prepare = prepare
         self._backend = backend
         self._sender = sender
         self._on_arrived = on_arrived
@@ -120,6 +124,7 @@ class TransferThread:
 
     def _run(self) -> None:
         try:
+            self._prepare()
             timeout_s = 0.0
             while self._take_calls(timeout_s):
                 timeout_s = self._turn()

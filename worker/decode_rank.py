@@ -42,7 +42,9 @@ class DecodeFollower:
         self.region = backend.register(engine.kv_pages, rank=self._rank, tp_size=engine.tp_size, generation=0)
         self._check = open_check(config, engine.kv_pages, engine.spec, rank=self._rank, tp_size=engine.tp_size)
         sums = open_block_sums(config, engine.kv_pages, engine.spec, engine.tp_size)
-        self._thread = TransferThread(backend, on_arrived=self._on_arrived, on_failure=self._on_failure)
+        self._thread = TransferThread(
+            backend, on_arrived=self._on_arrived, on_failure=self._on_failure, prepare=engine.use_device
+        )
         agent = RankAgent(self._rank, self._thread, self._say)
         self._calls = OwnCalls(
             RECEIVING, self._thread, self._thread, agent, RankSumming(self._rank, sums, self._on_sums)

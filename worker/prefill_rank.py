@@ -55,7 +55,9 @@ class PrefillFollower:
             sums=open_sums(config, engine.kv_pages),
             processes=() if self.process is None else (self.process,),
         )
-        self._thread = TransferThread(backend, sender=self._sender, on_failure=self._on_failure)
+        self._thread = TransferThread(
+            backend, sender=self._sender, on_failure=self._on_failure, prepare=engine.use_device
+        )
         self._layers = LayerShipper(self._thread, self._sender, engine.spec.num_layers, engine.layer_event)
         self._calls = OwnCalls(SENDING, self._thread, self._sender, self._sender.reader, self._layers)
         self._thread.start()

@@ -30,7 +30,7 @@ from ..common.channel import Address, max_frame_bytes
 from ..common.clock import SystemClock
 from ..common.config import FAILPOINTS_VARIABLE, WorkerConfig, environment
 from ..common.credentials import SharedSecret, read_secrets
-from ..common.errors import ConfigError, KVFerryError
+from ..common.errors import ConfigError, KVFerryError, WorkerLost
 from ..common.lifeline import Lifeline
 from ..common.logs import configure_logging
 from ..common.messages import Decoder, Message, WorkerHello, encode
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 TICK_S = 0.1  # of the worker's deadlines and heartbeats
 LIFELINE_TICKS = 5
 STEP_LIMIT_S = 60.0  # a step that takes longer, and longer than ten times the one before, hangs
+LEAVE_S = 5.0  # to end in good order when another rank is gone; a step on a GPU would wait longer for it
 REGION_TIMEOUT_S = 60.0  # from our engine's start to the last rank's registered memory
 
 log = structlog.get_logger(__name__)
@@ -277,7 +278,17 @@ class WorkerProcess:
             handler="kvferry.worker.process:make_follower",
             handler_config=encode(setup),
             on_message=self._on_follower,
+            on_lost=self._on_rank_lost,
         )
+
+    def _on_rank_lost(self, reason: str) -> None:
+        """End although a step on the GPU may wait for that rank. On the rank group's thread."""
+        if self._config.engine.device == "cpu":
+            return  # the step's collective has failed at once
+        self._on_failure(WorkerLost(reason))
+        leave = threading.Timer(LEAVE_S, os._exit, (1,))
+        leave.daemon = True
+        leave.start()
 
     def _on_follower(self, rank: int, payload: bytes) -> None:
         """Take another rank's message. On the rank group's thread."""

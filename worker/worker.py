@@ -72,9 +72,13 @@ class Worker:
         self._sums = open_sums(config.transfer, engine.kv_pages)
         self._loan_sums = open_block_sums(config.transfer, engine.kv_pages, engine.spec, engine.tp_size)
         self._check = open_check(config.transfer, engine.kv_pages, engine.spec, rank=0, tp_size=engine.tp_size)
-        self._incoming = TransferThread(deps.backend, on_arrived=self._on_arrived, on_failure=deps.on_failure)
+        self._incoming = TransferThread(
+            deps.backend, on_arrived=self._on_arrived, on_failure=deps.on_failure, prepare=engine.use_device
+        )
         self._sender = self._make_sender()
-        self._outgoing = TransferThread(deps.outgoing, sender=self._sender, on_failure=deps.on_failure)
+        self._outgoing = TransferThread(
+            deps.outgoing, sender=self._sender, on_failure=deps.on_failure, prepare=engine.use_device
+        )
         self._make_rank_calls()
 
     def _make_sender(self) -> KVSender:
@@ -141,7 +145,9 @@ class Worker:
         deps.grammars.on_ready = self._wake_from_elsewhere
         self._incoming.start()
         self._outgoing.start()
-        self.loop = EngineLoop(self._core, deps.engine.step, deps.on_failure, lock=self._lock)
+        self.loop = EngineLoop(
+            self._core, deps.engine.step, deps.on_failure, lock=self._lock, prepare=deps.engine.prepare_thread
+        )
         self.loop.start()
 
     # --- routers and time, on the network thread -----------------------------------------------------------------

@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from enum import IntEnum
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 COLLECTIVE_TIMEOUT_S = 60.0  # a rank that is silent for so long within one collective is lost
+LOAD_TIMEOUT_S = 1800.0  # a rank may read its weights for so much longer than another one
+_LOOK_S = 0.01  # between two looks whether all ranks have come
 _START_TIMEOUT_S = 120.0  # interpreter and torch imports of a follower on a busy machine
 _CLOSE_TIMEOUT_S = 5.0  # for a rank to end by itself before it is killed
 _FRAME = struct.Struct("<BI")
@@ -123,16 +126,43 @@ class Communicator:
     """Collectives of one rank; with one rank they return their argument."""
 
     def __init__(
-        self, rank: int = 0, size: int = 1, group: _Collectives | None = None, *, in_rank_order: bool = False
+        self,
+        rank: int = 0,
+        size: int = 1,
+        group: _Collectives | None = None,
+        *,
+        in_rank_order: bool = False,
+        store: Store | None = None,
     ) -> None:
-        """`in_rank_order`: a sum does not depend on how many numbers are summed with it; dearer with many ranks."""
+        """`in_rank_order`: a sum does not depend on how many numbers are summed with it; dearer with many ranks.
+        `store`: where the ranks met.
+        """
         assert (group is None) == (size == 1), size
+        self._store = store
         # Where it is set it does each sum, and is given what would have done it.
         self.around: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
         self.rank = rank
         self.size = size
         self._group = group
         self._in_rank_order = in_rank_order
+
+    def meet(self, name: str, check: Callable[[], None] = lambda: None) -> None:
+        """Return when every rank has called this, for which they have far longer than for a collective.
+
+        Raises WorkerLost after that time, and what `check` raises meanwhile.
+        """
+        if self._store is None:
+            return
+        with _Collective(self.rank):
+            self._store.set(f"{name}/{self.rank}", "")
+            until = time.monotonic() + LOAD_TIMEOUT_S
+            while not self._store.check([f"{name}/{rank}" for rank in range(self.size)]):
+                check()
+                if time.monotonic() > until:
+                    raise WorkerLost(
+                        f"tensor-parallel rank {self.rank}: others are not {name} after {LOAD_TIMEOUT_S:g} s"
+                    )
+                time.sleep(_LOOK_S)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
@@ -208,12 +238,12 @@ def connect(store: Store, rank: int, size: int, device: torch.device, *, in_rank
         if device.type == "cuda":
             dist.init_process_group("nccl", store=store, rank=rank, world_size=size, timeout=timeout, device_id=device)
             assert dist.group.WORLD is not None
-            return Communicator(rank, size, dist.group.WORLD)
+            return Communicator(rank, size, dist.group.WORLD, store=store)
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # stubs lag
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]  # listens on loopback alone
         options._timeout = timeout
         group = dist.ProcessGroupGloo(store, rank, size, options)
-        return Communicator(rank, size, group, in_rank_order=in_rank_order)  # type: ignore[arg-type]
+        return Communicator(rank, size, group, in_rank_order=in_rank_order, store=store)  # type: ignore[arg-type]
 
 
 def join_store(port: int, size: int) -> Store:
@@ -246,8 +276,14 @@ def _host_store(size: int) -> tuple[Store, int]:
 class RankGroup:
     """Rank 0's hold on ranks 1..: their processes, sockets and failures."""
 
-    def __init__(self, size: int, on_message: Callable[[int, bytes], None] | None) -> None:
+    def __init__(
+        self,
+        size: int,
+        on_message: Callable[[int, bytes], None] | None,
+        on_lost: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         self.size = size
+        self._on_lost = on_lost
         self.store, self._port = _host_store(size)
         self._on_message = on_message
         self.on_disk: Callable[[DiskResult], None] | None = None  # in a thread of the group
@@ -271,15 +307,17 @@ class RankGroup:
         handler: str = "",
         handler_config: bytes = b"",
         on_message: Callable[[int, bytes], None] | None = None,
+        on_lost: Callable[[str], None] = lambda reason: None,
     ) -> RankGroup:
         """Spawn ranks 1.. and wait until they run; they build their engines while rank 0 builds its own.
 
         `handler` names a function (engine, handler_config, send) -> FollowerHandler that each follower calls.
-        `on_message(rank, payload)` gets what followers send, in a thread of the group. Raises ConfigError if the
+        `on_message(rank, payload)` gets what followers send, in a thread of the group. There `on_lost(reason)` is told
+        that one has ended: a step on a GPU may wait for it and notice nothing for a minute. Raises ConfigError if the
         model does not split so, WorkerLost if a follower does not start.
         """
         ModelConfig.from_dir(config.model_dir).check_tp_size(config.tensor_parallel_size)
-        group = cls(config.tensor_parallel_size, on_message)
+        group = cls(config.tensor_parallel_size, on_message, on_lost)
         try:
             for rank in range(1, group.size):
                 group._spawn(rank, config, num_blocks, handler, handler_config)
@@ -336,6 +374,7 @@ class RankGroup:
                 self._on_message(rank, payload)
         if not self._closing:
             self._failures.append(f"rank {rank} ended")
+            self._on_lost("; ".join(self._failures))
 
     def check(self) -> None:
         """Raises WorkerLost if a follower failed."""

@@ -59,11 +59,11 @@ def test_a_turn_is_told_when_its_step_is_complete() -> None:
         assert loop.figures().busy_for_s > 0
         return StepOutput([RowOutput(()) for _ in batch.rows], 0.25, batch.num_tokens)
 
-    loop = EngineLoop(role, step, lambda error: None, lock=lock)
+    loop = EngineLoop(role, step, lambda error: None, lock=lock, prepare=lambda: role.calls.append("prepare"))
     loop.start()
     assert is_over.wait(10)
     loop.stop()
-    assert role.calls == ["schedule", "begin_step", "complete", "note_turn"] * 3
+    assert role.calls == ["prepare", *["schedule", "begin_step", "complete", "note_turn"] * 3]
     assert all(turn_s > 0 for turn_s in role.turns_s) and loop.lock is lock
     figures = loop.figures()
     assert (figures.steps, figures.busy_for_s, figures.step_s, figures.step_tokens) == (3, 0.0, 0.25, 1)

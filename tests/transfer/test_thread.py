@@ -153,6 +153,17 @@ def test_a_watching_thread_hands_out_arrivals_and_drops_what_is_malformed() -> N
     assert thread.num_malformed == 1
 
 
+def test_the_thread_is_prepared_before_it_does_anything() -> None:
+    seen: queue.SimpleQueue[object] = queue.SimpleQueue()
+    thread = TransferThread(
+        LocalBackend("a", LocalNetwork()), on_failure=_fail, prepare=lambda: seen.put(threading.current_thread().name)
+    )
+    thread.call(seen.put, "called")
+    thread.start()
+    assert [seen.get(timeout=WAIT_S) for _ in range(2)] == ["transfer", "called"]
+    thread.close()
+
+
 def test_an_exception_reaches_the_owner() -> None:
     failed: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
     thread = TransferThread(LocalBackend("a", LocalNetwork()), on_failure=failed.put)

@@ -52,6 +52,7 @@ class EchoHandler:
 class _Pair:
     def __init__(self, model_dir: Path, **fields: object) -> None:
         self.inbox: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
+        self.lost: queue.SimpleQueue[str] = queue.SimpleQueue()
         config = engine_config(model_dir, tensor_parallel_size=2, swap_space=1 << 20, **fields)
         self.group = RankGroup.start(
             config,
@@ -59,6 +60,7 @@ class _Pair:
             handler="kvferry.tests.engine.ranks.test_group:EchoHandler",
             handler_config=b"this",
             on_message=lambda rank, payload: self.inbox.put((rank, payload)),
+            on_lost=self.lost.put,
         )
         self.engine = Engine(config, tp_size=2, num_blocks=64, group=self.group)
 
@@ -155,6 +157,32 @@ def test_a_follower_that_dies_is_a_lost_worker(pair: _Pair) -> None:
     pair.group.broadcast(b"die")
     with pytest.raises(WorkerLost, match="tensor-parallel"):
         driver.step([(seq, 3)])
+    assert pair.lost.get(timeout=ANSWER_S) == "rank 1 ended", "also to whoever waits for nothing"
+
+
+def test_ranks_wait_for_one_another_longer_than_for_a_collective() -> None:
+    import torch.distributed as dist
+
+    store, met = dist.HashStore(), list[int]()  # type: ignore[attr-defined]
+    ranks = [Communicator(rank, 2, object(), store=store) for rank in range(2)]  # type: ignore[arg-type]
+
+    def lost() -> None:
+        raise WorkerLost("rank 1 ended")
+
+    with pytest.raises(WorkerLost, match="rank 1 ended"):
+        ranks[0].meet("loaded", lost)
+
+    def come() -> None:
+        ranks[0].meet("ready")
+        met.append(0)
+
+    first = threading.Thread(target=come)
+    first.start()
+    assert not met
+    ranks[1].meet("ready")
+    first.join(ANSWER_S)
+    assert met == [0]
+    Communicator().meet("alone")
 
 
 def test_a_followers_error_reaches_rank_0(pair: _Pair) -> None:
