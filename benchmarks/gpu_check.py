@@ -1,20 +1,16 @@
-"""Every proof that needs a GPU, in one run of less than eight minutes.
+"""Every proof that needs a GPU, in one run of less than eight minutes, told and written part by part.
 
     python benchmarks/gpu_check.py                       # from a checkout, whatever its folder is called
     python -m kvferry.benchmarks.gpu_check --parts kernels,engine --json /tmp/gpu.json
 
-For a bare host: one NVIDIA card with 80 GiB or more, CUDA 13 with nvcc, Python 3.12 and torch 2.11 for CUDA 13, no
-network, no Ray. Each part is a program of its own with a time budget; time that a part leaves is the next one's. A
+For a bare host: one NVIDIA card with 80 GiB or more, CUDA 13, Python 3.12 and torch 2.11 for CUDA 13, no network, no
+Ray. Each part is a program of its own with a time budget; time that a part leaves is the next one's. A part writes what
+it found after each of its checks, and all verdicts are written after each part: what is cut says how far it came. A
 part whose packages are missing is skipped and says which. Nothing is written without a GPU.
 
-Wheels, where torch's machine has numpy, safetensors, tokenizers, httpx, jinja2, rich, typer, uvloop,
-prometheus-client, PyYAML, pytest and matplotlib already (`gpu_host.WHEELS` names the part's modules):
-
-    kernels, tests, engine   flashinfer-python==0.7.2.post1 apache-tvm-ffi nvidia-ml-py einops ninja tabulate tqdm
-                             requests packaging click; msgspec pydantic pydantic-core annotated-types
-                             typing-inspection structlog; pytest-asyncio for the tests
-    handoff                  these and nixl-cu13==1.5.1
-    exposed, tokens          these and fastapi starlette uvicorn httptools
+What torch's machine lacks is packed by `benchmarks/gpu/kit.py`, with FlashInfer's modules compiled beforehand, into one
+folder of less than 56 MiB: neither FlashInfer's wheel nor NIXL's would fit beside the checkout into 64 MiB, and
+compiling takes minutes. Without the kit: the wheels that `gpu/host.py` names, and a whole CUDA toolkit.
 
 Exit code: 0 nothing failed, 1 a part failed, 2 wrong settings, 3 there is no GPU, or not what this program itself needs
 (what is missing is told).

@@ -28,7 +28,7 @@ from typing import Literal
 from rich.console import Console
 
 from kvferry.benchmarks.engine.cases import Cases, decode_cases, prefill_cases
-from kvferry.benchmarks.engine.report import EngineReport, plot_engine, print_engine, write_engine
+from kvferry.benchmarks.engine.report import EngineReport, plot_engine, print_engine, write_cases, write_engine
 from kvferry.benchmarks.shared.long_model import with_positions
 from kvferry.benchmarks.shared.rates import MeasuredRates, best_of, measure_rates
 from kvferry.benchmarks.shared.shapes import SHAPES, write_shape
@@ -112,6 +112,8 @@ def worker_config(
         kv_cache_dtype=flags.kv_cache_dtype,
         load_format="dummy" if flags.shape is not None else flags.load_format,
         prefill=PoolSettings(workers=0),
+        # Nothing is preempted or evicted here: no gigabytes of pinned memory.
+        **({"swap_space": 0, "host_cache_memory_bytes": 0} if device == "cuda" else {}),
     )
     deployment = fit_to_host(plan(settings, model_dir, model_dir.name), host, ModelConfig.from_dir(model_dir))
     engine = deployment.workers[0].config.engine
@@ -125,7 +127,7 @@ def _measure_engine(
     import torch
 
     from kvferry.benchmarks.engine.load import LoadedEngine
-    from kvferry.benchmarks.engine.measure import judge, measure_cases
+    from kvferry.benchmarks.engine.measure import Measured, judge, measure_cases
     from kvferry.engine.engine import Engine
 
     most_rows = max((rows for rows, _ in cases.decode), default=1)
@@ -137,9 +139,12 @@ def _measure_engine(
     watch.start()
     console.print("rates", style="dim")
     rates = [flags.rates or measure_rates(device, dtype)]
-    loaded = LoadedEngine(engine, seed=flags.seed)
+    loaded, measured = LoadedEngine(engine, seed=flags.seed), list[Measured]()
     try:
-        measured = list(measure_cases(loaded, cases, lambda name: console.print(name, style="dim")))
+        for case in measure_cases(loaded, cases, lambda name: console.print(name, style="dim")):
+            measured.append(case)
+            judged = [judge(each, loaded, rates[0].rates, flags.shape) for each in measured]
+            write_cases(judged, len(cases.decode) + len(cases.prefill), flags.json)
     finally:
         loaded.close()
     best = best_of([*rates, *([] if flags.rates else [measure_rates(device, dtype)])])

@@ -132,9 +132,18 @@ def _scaled(value: float) -> str:
 
 
 def write_engine(report: EngineReport, path: Path) -> None:
-    cases = [asdict(case) | {"name": case.name, "ratio": case.ratio} for case in report.cases]
-    body = asdict(report) | {"cases": cases, "misses": report.misses}
+    body = asdict(report) | {"cases": _with_ratios(report.cases), "misses": report.misses}
     save_json(body, path)
+
+
+def write_cases(cases: Sequence[Case], wanted: int, path: Path) -> None:
+    """Write what is measured so far of `wanted` cases, for a run that may be cut."""
+    misses = [miss for case in cases for miss in case.misses]
+    save_json({"done": len(cases), "of": wanted, "cases": _with_ratios(cases), "misses": misses}, path)
+
+
+def _with_ratios(cases: Sequence[Case]) -> list[dict[str, object]]:
+    return [asdict(case) | {"name": case.name, "ratio": case.ratio} for case in cases]
 
 
 def plot_engine(report: EngineReport, path: Path) -> None:

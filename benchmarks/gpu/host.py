@@ -23,7 +23,11 @@ WHEELS = {
     "msgspec": "msgspec",
     "pydantic": "pydantic (with pydantic-core, annotated-types, typing-inspection)",
     "structlog": "structlog",
-    "fastapi": "fastapi (with starlette)",
+    "blake3": "blake3",
+    "llguidance": "llguidance",
+    "python_multipart": "python-multipart",
+    "xxhash": "xxhash",
+    "fastapi": "fastapi (with starlette, annotated-doc, opentelemetry-api)",
     "uvicorn": "uvicorn",
     "httptools": "httptools",
     "pytest_asyncio": "pytest-asyncio",
@@ -75,12 +79,11 @@ def why_no_gpu(env: Mapping[str, str]) -> list[str]:
 
 
 def missing(needs: tuple[str, ...], env: Mapping[str, str]) -> list[str]:
-    """What of `needs` is not here, by the name under which it can be had. "nvcc" is a program, the rest modules."""
+    """What of `needs` is not here, by the name under which it can be had. "toolkit" is CUDA's, the rest modules."""
     found = []
     for need in needs:
-        if need == "nvcc":
-            if nvcc(env) is None:
-                found.append("nvcc (CUDA toolkit, on PATH or in CUDA_HOME)")
+        if need == "toolkit":
+            found += [] if has_prebuilt_modules() else missing_of_toolkit(env)
         elif not _is_there(need):
             found.append(WHEELS.get(need, need))
     return found
@@ -89,6 +92,32 @@ def missing(needs: tuple[str, ...], env: Mapping[str, str]) -> list[str]:
 def _is_there(module: str) -> bool:
     names = [name.replace("-", "_") for name in NIXL_WHEELS] if module == "nixl" else [module]
     return any(importlib.util.find_spec(name) is not None for name in names)
+
+
+def has_prebuilt_modules() -> bool:
+    """FlashInfer looks beside itself for a module before it compiles it (`kit.py` puts them there)."""
+    spec = importlib.util.find_spec("flashinfer")
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return any(any(Path(folder).glob("data/aot/*/*.so")) for folder in folders)
+
+
+def missing_of_toolkit(env: Mapping[str, str]) -> list[str]:
+    """What keeps FlashInfer's modules from being compiled. A toolkit of NVIDIA's wheels lacks headers and the stub."""
+    compiler = nvcc(env)
+    if compiler is None:
+        return ["nvcc (CUDA toolkit, on PATH or in CUDA_HOME)"]
+    home, flags = compiler.resolve().parent.parent, env.get("FLASHINFER_EXTRA_CUDAFLAGS", "")
+    headers = [home / "include", *(Path(flag[2:]) for flag in flags.split() if flag.startswith("-I"))]
+    linked = [Path(flag[2:]) for flag in env.get("FLASHINFER_EXTRA_LDFLAGS", "").split() if flag.startswith("-L")]
+    libraries = [home / "lib64/stubs", *linked]
+    found = [
+        f"{name} (a folder that holds it: FLASHINFER_EXTRA_CUDAFLAGS=-I…)"
+        for name in ("curand.h", "cublasLt.h")
+        if not any((folder / name).exists() for folder in headers)
+    ]
+    if not any((folder / "libcuda.so").exists() for folder in libraries):
+        found.append("lib64/stubs/libcuda.so (a folder that holds it: FLASHINFER_EXTRA_LDFLAGS=-L…)")
+    return found
 
 
 def nvcc(env: Mapping[str, str]) -> Path | None:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from kvferry.benchmarks.shared.checks import run_check, write_checks
+from kvferry.benchmarks.shared.checks import run_checks
 from kvferry.common.request import SamplingParams
 from kvferry.engine.cuda.kernels import FusedKernels, Kernels
 from kvferry.engine.cuda.sampling import DeviceSampler
@@ -177,20 +178,21 @@ def _agreement(out: Tensor, expected: Tensor) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.gpu.kernels")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--vocab-size", type=int, default=_VOCAB, metavar="N", help="(default: %(default)s)")
     flags = parser.parse_args(argv)
     device, console = torch.device("cuda"), Console(stderr=True)
     with torch.inference_mode():
         kernels = FusedKernels()
-        checks = [
-            run_check("attention", lambda: check_attention(device, None), console),
-            run_check("sliding window", lambda: check_attention(device, 500), console),
-            run_check("norms", lambda: check_norms(device, kernels), console),
-            run_check("rotation", lambda: check_rotation(device, kernels), console),
-            run_check("activation", lambda: check_activation(device, kernels), console),
-            run_check("logits", lambda: check_logits(device, kernels), console),
-            run_check("sampling", lambda: check_sampling(device, kernels), console),
-        ]
-    write_checks(flags.json, checks, {})
+        named: dict[str, Callable[[], str]] = {
+            "attention": lambda: check_attention(device, None),
+            "sliding window": lambda: check_attention(device, 500),
+            "norms": lambda: check_norms(device, kernels),
+            "rotation": lambda: check_rotation(device, kernels),
+            "activation": lambda: check_activation(device, kernels),
+            "logits": lambda: check_logits(device, kernels, flags.vocab_size),
+            "sampling": lambda: check_sampling(device, kernels, flags.vocab_size),
+        }
+        checks = run_checks(flags.json, named, console)
     return 0 if all(check.is_ok for check in checks) else 1
 
 

@@ -39,6 +39,7 @@ class GpuReport:
     elapsed_s: float
     parts: tuple[PartResult, ...]
     environment: Environment
+    num_wanted: int = 0  # parts: more than there are where the run was cut
 
     @property
     def num_failed(self) -> int:

@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -52,16 +52,18 @@ def run_parts(
     console: Console,
     *,
     end_s: float = _END_S,
+    on_result: Callable[[Sequence[PartResult]], None] = lambda results: None,
 ) -> list[PartResult]:
-    """Every part in turn; nothing of one is left when the next starts."""
-    results = []
+    """Every part in turn; nothing of one is left when the next starts. `on_result` gets all results after each part."""
+    results: list[PartResult] = []
     for part in parts:
         console.print(f"{part.name}: {part.about}", style="dim", highlight=False)
         limit_s, began_s = plan.limit_s(part), perf_counter()
         verdict = _run_part(part, limit_s, end_s, log_dir, env)
         elapsed_s = round(perf_counter() - began_s, 1)
         results.append(PartResult(part.name, part.about, verdict, elapsed_s, round(limit_s, 1)))
-        console.print(f"{part.name}: {verdict.status}", style="dim")
+        console.print(f"{part.name}: {verdict.status}: {verdict.reason}", style="dim", markup=False, soft_wrap=True)
+        on_result(results)
     return results
 
 
@@ -90,9 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         return NO_GPU_EXIT_CODE
     parts = [part for part in PARTS if part.name in flags.parts]
     log_dir = flags.log_dir or Path(tempfile.mkdtemp(prefix="gpu-check-"))
-    report = check(parts, flags.total, log_dir, argv, env, console)
+    report = check(parts, flags.total, log_dir, argv, env, console, flags.json)
     print_gpu(report, report_console())
-    write_gpu(report, flags.json)
     console.print(f"written: {flags.json}; the parts' output: {log_dir}", style="dim")
     return 1 if report.num_failed else 0
 
@@ -104,17 +105,24 @@ def check(
     argv: Sequence[str],
     env: Mapping[str, str],
     console: Console,
+    path: Path,
 ) -> GpuReport:
+    """Run the parts, and write to `path` after each: a later one may take this program with it."""
     plan, began_s = TimePlan(parts, total_s, SystemClock()), perf_counter()
-    results = run_parts(parts, plan, log_dir, env, console)
-    elapsed_s = round(perf_counter() - began_s, 1)
-    found = describe_environment("python -m kvferry.benchmarks.gpu_check", argv)
-    return GpuReport(facts(env), elapsed_s, tuple(results), found)
+    known, found = facts(env), describe_environment("python -m kvferry.benchmarks.gpu_check", argv)
+
+    def report(results: Sequence[PartResult]) -> GpuReport:
+        return GpuReport(known, round(perf_counter() - began_s, 1), tuple(results), found, len(parts))
+
+    def write(results: Sequence[PartResult]) -> None:
+        write_gpu(report(results), path)
+
+    return report(run_parts(parts, plan, log_dir, env, console, on_result=write))
 
 
 def _tell_missing(reasons: Sequence[str], env: Mapping[str, str], console: Console) -> None:
     console.print("no GPU to check on, so nothing is written:", style="red")
-    packages = missing(("nvcc", *WHEELS), env)
+    packages = missing(("toolkit", *WHEELS), env)
     for line in [*reasons, *(f"not here: {name}" for name in packages)]:
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 

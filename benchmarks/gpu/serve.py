@@ -87,6 +87,8 @@ def deployed(model_dir: Path, log_dir: Path, flags: list[str]) -> Iterator[Deplo
     port = free_port()
     command = [sys.executable, "-m", "kvferry", "serve", str(model_dir), "--prefill", "1", "--decode", "1"]
     command += ["--no-local-prefill", "--block-size", str(_BLOCK_SIZE), "--served-model-name", "checked"]
+    # Two workers on one card, for few requests: no gigabytes of pinned memory, and few graphs to capture.
+    command += ["--swap-space", "0", "--host-cache-memory-bytes", "0", "--max-num-seqs", "8"]
     command += ["--host", "127.0.0.1", "--port", str(port), *flags]
     base_url = f"http://127.0.0.1:{port}"
     with (

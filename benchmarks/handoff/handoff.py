@@ -35,6 +35,7 @@ from kvferry.benchmarks.handoff.report import (
     plot_handoff,
     print_handoff,
     write_handoff,
+    write_results,
 )
 from kvferry.common.errors import ConfigError, TransferError
 from kvferry.tools.load.cores import CoreUse, wait_until_quiet
@@ -48,8 +49,10 @@ _MAX_CPU_BYTES, _MAX_CUDA_BYTES = 1 << 30, 4 << 30
 _CPU_TTFT_S, _CUDA_TTFT_S = 2.0, 0.25  # of 8,192 tokens: sooner than any engine here has them
 
 
-def measure(plan: Plan, argv: Sequence[str], console: Console) -> HandoffReport:
-    """Shape after shape, each with a decode end of its own."""
+def measure(
+    plan: Plan, argv: Sequence[str], console: Console, on_result: Callable[[list[SizeResult], list[PacedResult]], None]
+) -> HandoffReport:
+    """Shape after shape, each with a decode end of its own. `on_result` hears what is measured after each case."""
     sizes: list[SizeResult] = []
     paced: list[PacedResult] = []
     idle: list[IdleResult] = []
@@ -64,9 +67,11 @@ def measure(plan: Plan, argv: Sequence[str], console: Console) -> HandoffReport:
                 for table in plan.tables:
                     console.print(f"{shape}: {num_blocks:,} blocks, {table}", style="dim")
                     sizes.append(pair.measure_size(num_blocks, table))
+                    on_result(sizes, paced)
             if plan.has_paced(spec):
                 console.print(f"{shape}: {plan.num_paced} prompts of {plan.paced_tokens:,} tokens", style="dim")
                 paced.append(pair.measure_paced(plan.tables[-1]))
+                on_result(sizes, paced)
             if plan.idle_s and not idle:
                 idle = pair.measure_idle()
             uses.append(watch.stop())
@@ -94,7 +99,12 @@ def main(argv: list[str] | None = None) -> int:
         check_plot_path(plot)
         if flags.quiet_limit:
             wait_until_quiet(flags.quiet_limit)
-        report = measure(_plan(flags), argv, console)
+        plan = _plan(flags)
+
+        def write(sizes: list[SizeResult], paced: list[PacedResult]) -> None:
+            write_results(sizes, paced, plan.num_results, flags.json)
+
+        report = measure(plan, argv, console, write)
     except (ConfigError, TransferError) as error:
         console.print(f"handoff: {error}", markup=False, style="red", soft_wrap=True)
         return 2

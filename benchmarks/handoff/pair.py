@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvferry.benchmarks.handoff.cases import BLOCK_SIZE, Handover, Table, arrange
+from kvferry.benchmarks.handoff.cases import BLOCK_SIZE, SPECS, Handover, Table, arrange
 from kvferry.benchmarks.handoff.copies import Copies
 from kvferry.benchmarks.handoff.orders import (
     Begin,
@@ -62,6 +62,12 @@ class Plan:
 
     def too_large(self, spec: KVCacheSpec) -> list[int]:
         return [count for count in self.block_counts if count * spec.block_bytes() > self.max_bytes]
+
+    @property
+    def num_results(self) -> int:
+        """Count the sizes and the paced prompts that are measured."""
+        specs = [SPECS[shape] for shape in self.shapes]
+        return sum(len(self.sizes(spec)) * len(self.tables) + self.has_paced(spec) for spec in specs)
 
     @property
     def paced_blocks(self) -> int:

@@ -230,7 +230,19 @@ def _idle_table(idle: Sequence[IdleResult]) -> Table:
 
 
 def write_handoff(report: HandoffReport, path: Path) -> None:
-    sizes = [
+    sizes, paced = _with_rates(report.sizes), _with_shares(report.paced)
+    body = asdict(report) | {"sizes": sizes, "paced": paced, "misses": report.misses}
+    save_json(body, path)
+
+
+def write_results(sizes: Sequence[SizeResult], paced: Sequence[PacedResult], wanted: int, path: Path) -> None:
+    """Write what is measured so far of `wanted` results, for a run that may be cut."""
+    body = {"done": len(sizes) + len(paced), "of": wanted}
+    save_json({**body, "sizes": _with_rates(sizes), "paced": _with_shares(paced)}, path)
+
+
+def _with_rates(sizes: Sequence[SizeResult]) -> list[dict[str, object]]:
+    return [
         asdict(size)
         | {
             "handoff_bytes_per_s": size.num_bytes / size.handoff_s,
@@ -239,11 +251,12 @@ def write_handoff(report: HandoffReport, path: Path) -> None:
             "ratio": size.ratio,
             "plain_ratio": size.plain_ratio,
         }
-        for size in report.sizes
+        for size in sizes
     ]
-    paced = [asdict(result) | {"exposed_s": result.exposed_s, "share": result.share} for result in report.paced]
-    body = asdict(report) | {"sizes": sizes, "paced": paced, "misses": report.misses}
-    save_json(body, path)
+
+
+def _with_shares(paced: Sequence[PacedResult]) -> list[dict[str, object]]:
+    return [asdict(result) | {"exposed_s": result.exposed_s, "share": result.share} for result in paced]
 
 
 def plot_handoff(report: HandoffReport, path: Path) -> None:

@@ -1,4 +1,7 @@
-"""A program of checks: each says what it found or raises, and one that fails does not keep the others from running."""
+"""A program of checks: each says what it found or raises, and one that fails does not keep the others from running.
+
+What was found is written after each check, with the number of all: a program that is killed leaves what it had.
+"""
 
 from __future__ import annotations
 
@@ -33,5 +36,18 @@ def run_check(name: str, check: Callable[[], str], console: Console) -> Check:
     return done
 
 
-def write_checks(path: Path, checks: Sequence[Check], figures: Mapping[str, object]) -> None:
-    save_json({"checks": [asdict(check) for check in checks], **figures}, path)
+def run_checks(path: Path, named: Mapping[str, Callable[[], str]], console: Console) -> list[Check]:
+    """Run every check in turn, and write to `path` after each."""
+    checks: list[Check] = []
+    for name, check in named.items():
+        checks.append(run_check(name, check, console))
+        write_checks(path, checks, {}, wanted=len(named))
+    return checks
+
+
+def write_checks(
+    path: Path, checks: Sequence[Check], figures: Mapping[str, object], *, wanted: int | None = None
+) -> None:
+    """`wanted`: how many there will be; None: these are all."""
+    body = {"done": len(checks), "of": len(checks) if wanted is None else wanted}
+    save_json({**body, "checks": [asdict(check) for check in checks], **figures}, path)

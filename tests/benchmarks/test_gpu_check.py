@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 import kvferry
-from kvferry.benchmarks.gpu.host import facts, missing, nvcc, why_no_gpu
+from kvferry.benchmarks.gpu.host import facts, missing, missing_of_toolkit, nvcc, why_no_gpu
 from kvferry.benchmarks.gpu.kernels import (
     check_activation,
     check_attention,
@@ -129,11 +129,47 @@ def test_program_that_cannot_be_started_fails_its_part(tmp_path: Path) -> None:
 
 def test_report_holds_every_part_with_its_time_and_the_command(tmp_path: Path) -> None:
     parts = [part("good", checks_script(is_ok=True)), part("bad", checks_script(is_ok=False))]
-    report = check(parts, 60.0, tmp_path, ["--parts", "good,bad"], dict(os.environ), QUIET)
+    report = check(parts, 60.0, tmp_path, ["--parts", "good,bad"], dict(os.environ), QUIET, tmp_path / "gpu.json")
     assert [(result.name, result.verdict.status) for result in report.parts] == [("good", "pass"), ("bad", "fail")]
     assert report.num_failed == 1
     assert report.elapsed_s >= sum(result.elapsed_s for result in report.parts) - 0.1
     assert report.environment.command.endswith("gpu_check --parts good,bad")
+
+
+def test_what_is_found_is_written_after_each_part(tmp_path: Path) -> None:
+    seen = (
+        f"import json, sys; body = json.load(open({str(tmp_path / 'gpu.json')!r})); "
+        "found = {'name': str(len(body['parts'])), 'is_ok': True, 'found': 'so many'}; "
+        "json.dump({'checks': [found]}, open(sys.argv[1], 'w'))"
+    )
+    parts = [part("first", checks_script(is_ok=True)), part("second", seen)]
+    report = check(parts, 60.0, tmp_path, [], dict(os.environ), QUIET, tmp_path / "gpu.json")
+    assert [result.verdict.reason for result in report.parts] == ["one: 7 of 7", "1: so many"]
+    saved = json.loads((tmp_path / "gpu.json").read_text())
+    assert (len(saved["parts"]), saved["num_wanted"]) == (2, 2)
+
+
+def test_a_program_of_checks_that_is_cut_says_how_far_it_came(tmp_path: Path) -> None:
+    body = (
+        "import os, signal, sys; from pathlib import Path; from rich.console import Console\n"
+        "from kvferry.benchmarks.shared.checks import run_checks\n"
+        "def die() -> str:\n    os.kill(os.getpid(), signal.SIGKILL)\n    return ''\n"
+        "named = {'a': lambda: 'fine', 'b': lambda: 1 // 0, 'c': die, 'd': lambda: 'never'}\n"
+        "run_checks(Path(sys.argv[1]), named, Console(stderr=True))\n"
+    )
+    [result] = run([part("cut", body)], tmp_path)
+    assert result.verdict.status == "fail"
+    assert result.verdict.reason == (
+        "2 of 4 checks, then cut (exit code -9); a: fine; b: ZeroDivisionError: integer division or modulo by zero"
+    )
+
+
+@pytest.mark.parametrize("each", [part for part in PARTS if part.name != "tests"], ids=lambda part: part.name)
+def test_parts_name_programs_that_are_there(each: Part, tmp_path: Path) -> None:
+    command = each.command(tmp_path / "out")
+    done = subprocess.run([*command[:3], "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--json" in done.stdout or "{exposed,tokens}" in done.stdout
 
 
 # --- judging ------------------------------------------------------------------------------------------------
@@ -152,11 +188,15 @@ def test_engine_passes_with_its_ratios_and_fails_with_its_misses(tmp_path: Path)
     bad = judge_engine(finished(tmp_path, {"cases": cases, "misses": ["decode 1@128: too slow"]}, 1))
     assert (bad.status, bad.reason) == ("fail", "decode 1@128: too slow")
     assert judge_engine(finished(tmp_path, {}, 2)).status == "fail"
+    cut = judge_engine(finished(tmp_path, {"done": 1, "of": 7, "cases": cases, "misses": []}, None))
+    assert cut.reason == "1 of 7 cases, then cut (not done after 100 s); decode 1@128 1.10 x floor"
 
 
 def test_handoff_is_judged_by_its_exit_code(tmp_path: Path) -> None:
     assert judge_handoff(finished(tmp_path, {"any": 1})) == Verdict("pass", "figures in the JSON", {"any": 1})
     assert judge_handoff(finished(tmp_path, {"any": 1}, 1)).reason == "exit code 1: the last line"
+    cut = judge_handoff(finished(tmp_path, {"done": 2, "of": 10}, None))
+    assert cut.reason == "2 of 10 results, then cut (not done after 100 s): the last line"
     assert judge_handoff(finished(tmp_path, "not JSON", None)).reason.startswith("not done after 100 s")
 
 
@@ -274,7 +314,7 @@ def test_without_a_gpu_nothing_is_written_and_what_is_missing_is_told(
 def test_unknown_parts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--parts", "kernels,plumbing"])
-    assert "plumbing: choose from kernels, engine, handoff" in capsys.readouterr().err
+    assert "plumbing: choose from build, kernels, tests, engine, handoff" in capsys.readouterr().err
 
 
 def test_reasons_against_a_gpu_name_the_driver() -> None:
@@ -288,6 +328,21 @@ def test_compiler_is_found_on_the_path_and_in_cuda_home(tmp_path: Path) -> None:
     compiler.write_text("#!/bin/sh\n")
     compiler.chmod(0o755)
     assert nvcc({"PATH": str(compiler.parent)}) == nvcc({"PATH": "", "CUDA_HOME": str(tmp_path)}) == compiler
+
+
+def test_a_toolkit_without_its_headers_is_told(tmp_path: Path) -> None:
+    compiler = tmp_path / "cuda" / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    env = {"PATH": str(compiler.parent)}
+    assert [line.split()[0] for line in missing_of_toolkit(env)] == ["curand.h", "cublasLt.h", "lib64/stubs/libcuda.so"]
+    more = tmp_path / "more"
+    more.mkdir()
+    for name in ("curand.h", "cublasLt.h", "libcuda.so"):
+        (more / name).touch()
+    env |= {"FLASHINFER_EXTRA_CUDAFLAGS": f"-O3 -I{more}", "FLASHINFER_EXTRA_LDFLAGS": f"-L{more}"}
+    assert missing_of_toolkit(env) == []
 
 
 def test_missing_packages_go_by_the_name_of_their_wheel() -> None:

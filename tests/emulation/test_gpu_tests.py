@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -45,6 +47,17 @@ def test_tests_for_a_gpu_pass(path: Path, tmp_path: Path, record_property: pytes
 
 def test_the_device_is_strict(tmp_path: Path) -> None:
     assert run(Path(__file__).with_name("strict.py"), tmp_path / "report.xml")[0] > 10
+
+
+@pytest.mark.slow
+def test_a_part_that_passed_is_written_although_a_later_one_ends_the_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kvferry.tests.emulation.cut_check", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    [kernels] = report["parts"]
+    assert (kernels["name"], kernels["verdict"]["status"], report["num_wanted"]) == ("kernels", "pass", 2), done.stderr
+    assert (kernels["verdict"]["figures"]["done"], kernels["verdict"]["figures"]["of"]) == (7, 7)
 
 
 def signatures(package: Path) -> dict[str, ast.arguments]:
