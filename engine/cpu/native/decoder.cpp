@@ -1,7 +1,7 @@
 // A step of a Llama-family decoder, all layers in one call: any mix of sequences' next tokens and stretches of prompts.
 //
-// Weights and pages are bfloat16, sums and the residual stream float32. Used by one thread at a time, with helpers of
-// its own, as many as the machine has to spare (cores.hpp).
+// Weights are bfloat16 or whole numbers, pages bfloat16, sums and the residual stream float32. Used by one thread at a
+// time, with helpers of its own, as many as the machine has to spare (cores.hpp).
 //
 //   forward: embedding -> layers: norm -> qkv -> rotate, write K and V -> attend -> o -> norm -> gate, up -> silu -> down
 //   logits:  norm -> head
@@ -320,6 +320,20 @@ long kvferry_tiled_size(long columns, long inputs) { return tiled_size(columns, 
 
 Tiles kvferry_pack(const bf16* weight, long columns, long inputs, bf16* target) {
     return pack(weight, columns, inputs, target);
+}
+
+// The same of whole numbers, whose description `w` says all but where `target` is.
+long kvferry_integers_size(const IntegerTiles* w) { return w->count() * w->tile_size(); }
+
+void kvferry_pack_integers(const IntegerTiles* w, const IntegerMatrix* matrix, std::uint8_t* target) {
+    pack_integers(*w, *matrix, target);
+}
+
+// `x` [rows][stride], padded with zeros to 32 inputs -> `y` [rows][columns padded to 64]: the tiles [first, last) alone.
+void kvferry_multiply(const Tiles* w, const bf16* x, long stride, long rows, long first, long last, float* y) {
+    multiply({x, stride, rows}, *w, {first, last}, [&](long row, long column, const float* sums) {
+        std::copy_n(sums, kTileColumns, y + row * w->count() * kTileColumns + column);
+    });
 }
 
 // `slots`: this machine's workers in shared memory, this one being `slot`; null: always `num_threads`.

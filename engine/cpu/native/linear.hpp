@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "integer_linear.hpp"
 #include "team.hpp"
 #include "tiles.hpp"
 #include "vectors.hpp"
@@ -33,6 +34,7 @@ struct Rows {
 // The first group of rows waits for the weights, the others find them near. While these compute, the next tile comes.
 template <class Finish>
 void multiply(const Rows& x, const Tiles& w, Range part, Finish finish) {
+    if (w.integers != nullptr) return multiply_integers(x.values, x.stride, x.count, *w.integers, part, finish);
     alignas(64) float sums[kRowsAtOnce * kTileColumns];
     const long groups = (x.count + kRowsAtOnce - 1) / kRowsAtOnce;
     for (long index = part.first; index < part.last; index++) {

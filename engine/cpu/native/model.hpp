@@ -1,4 +1,4 @@
-// The model as the engine holds it: bfloat16 weights in tiles, and the pages. Nothing is owned here.
+// The model as the engine holds it: weights in tiles, all else in bfloat16, and the pages. Nothing is owned here.
 #pragma once
 
 #include <sys/mman.h>
@@ -6,6 +6,7 @@
 #include <chrono>
 #include <vector>
 
+#include "integer_tiles.hpp"
 #include "tiles.hpp"
 #include "vectors.hpp"
 
@@ -54,8 +55,9 @@ struct Model {
 inline void use_large_pages(const Tiles& w, std::chrono::steady_clock::time_point deadline) {
     constexpr std::uintptr_t kLarge = 2 << 20;
     constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1: at once
-    const auto address = std::uintptr_t(w.weights);
-    for (auto page = address & ~(kLarge - 1); page < std::uintptr_t(w.tile(w.count())); page += kLarge) {
+    const auto address = std::uintptr_t(w.integers ? (const void*)w.integers->memory : w.weights);
+    const auto end = std::uintptr_t(w.integers ? (const void*)w.integers->tile(w.count()) : w.tile(w.count()));
+    for (auto page = address & ~(kLarge - 1); page < end; page += kLarge) {
         madvise((void*)page, kLarge, MADV_HUGEPAGE);
         if (std::chrono::steady_clock::now() < deadline) madvise((void*)page, kLarge, kCollapse);
     }

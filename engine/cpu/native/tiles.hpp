@@ -18,9 +18,12 @@ constexpr int kTileInputs = 32;
 
 inline long padded(long size, long multiple) { return (size + multiple - 1) / multiple * multiple; }
 
-struct Tiles {  // declared once more in engine/cpu/model.py
+struct IntegerTiles;  // integer_tiles.hpp
+
+struct Tiles {  // declared once more in engine/cpu/packing.py
     const bf16* weights;
     std::int64_t columns, pairs;
+    const IntegerTiles* integers;  // the weights where they are whole numbers: of the above `columns` alone; else null
 
     long count() const { return (columns + kTileColumns - 1) / kTileColumns; }
     const bf16* tile(long index) const { return weights + index * pairs * 2 * kTileColumns; }
@@ -44,7 +47,7 @@ inline long tiled_size(long columns, long inputs) {
 
 // W as it is stored, row after row, to `target` of `tiled_size`.
 inline Tiles pack(const bf16* w, long columns, long inputs, bf16* target) {
-    const Tiles tiles{target, columns, padded(inputs, kTileInputs) / 2};
+    const Tiles tiles{target, columns, padded(inputs, kTileInputs) / 2, nullptr};
     for (long first = 0; first < columns; first += kTileColumns) {
         const bf16* rows[kTileColumns];
         for (long i = 0; i < kTileColumns; i++) rows[i] = first + i < columns ? w + (first + i) * inputs : nullptr;

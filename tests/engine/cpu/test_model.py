@@ -13,7 +13,8 @@ from torch import Tensor
 from kvferry.common.request import SampledToken
 from kvferry.engine.cpu import build, compiler
 from kvferry.engine.cpu.compiler import NativeUnavailable
-from kvferry.engine.cpu.model import NativeModel, _Packer, _Tiles
+from kvferry.engine.cpu.model import NativeModel
+from kvferry.engine.cpu.packing import Packed, Packer, Tiles
 from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn import decoder as decoders
@@ -34,12 +35,18 @@ LENGTHS = [5, 70, 1]
 
 
 @pytest.fixture(scope="module")
-def pack(isa: str) -> _Packer:
-    return _Packer(build.load(cache_dir()))
+def pack(isa: str) -> Packer:
+    return Packer(build.load(cache_dir()))
 
 
 def _matrix(num_outputs: int, num_inputs: int) -> Tensor:
     return torch.randn(num_outputs, num_inputs, generator=torch.Generator().manual_seed(num_inputs)).bfloat16()
+
+
+def _pack(pack: Packer, matrix: Tensor) -> tuple[Tiles, Tensor]:
+    tiles, (memory,) = pack(DenseWeight(matrix))
+    assert isinstance(memory, Tensor)
+    return tiles, memory
 
 
 def _unpacked(memory: Tensor, num_inputs: int) -> Tensor:
@@ -50,9 +57,9 @@ def _unpacked(memory: Tensor, num_inputs: int) -> Tensor:
 
 @given(st.integers(1, 200), st.integers(1, 150))
 @settings(max_examples=60, deadline=None)
-def test_packing_loses_nothing_and_pads_with_zeros(pack: _Packer, num_outputs: int, num_inputs: int) -> None:
+def test_packing_loses_nothing_and_pads_with_zeros(pack: Packer, num_outputs: int, num_inputs: int) -> None:
     matrix = _matrix(num_outputs, num_inputs)
-    tiles, memory = pack(matrix)
+    tiles, memory = _pack(pack, matrix)
     found = _unpacked(memory, num_inputs)
     assert torch.equal(found[:num_outputs, :num_inputs], matrix)
     assert not found[num_outputs:].any() and not found[:, num_inputs:].any()
@@ -60,10 +67,10 @@ def test_packing_loses_nothing_and_pads_with_zeros(pack: _Packer, num_outputs: i
     assert (tiles.pairs * 2, len(found)) == (found.shape[1], -(-num_outputs // 64) * 64)
 
 
-def test_a_units_tile_of_pairs_is_read_as_it_lies(pack: _Packer) -> None:
+def test_a_units_tile_of_pairs_is_read_as_it_lies(pack: Packer) -> None:
     """16 pairs of 16 outputs are 16 rows of 64 bytes, 256 bytes apart, as a matrix unit loads one of its tiles."""
     matrix, x = _matrix(128, 64), torch.randn(64).bfloat16()
-    _, memory = pack(matrix)
+    _, memory = _pack(pack, matrix)
     sums = torch.zeros(128)
     for output in range(0, 128, 16):
         for pair in range(0, 32, 16):
@@ -100,19 +107,20 @@ def _swap_halves(tiles: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("plant", [_swap_pairs, _shift_columns, _swap_halves])
 def test_a_wrong_packing_is_noticed(
-    pack: _Packer, plant: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pack: Packer, plant: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_checkpoint(tmp_path, tokenizer=False, dtype="bfloat16", tie_embeddings=True, vocab_size=515)
-    expected, right = _answers(tmp_path), _Packer.__call__
+    expected, right = _answers(tmp_path), Packer.__call__
 
-    def planted(self: _Packer, matrix: Tensor) -> tuple[_Tiles, Tensor]:
-        tiles, memory = right(self, matrix)
-        assert callable(plant)
+    def planted(self: Packer, weight: DenseWeight) -> Packed:
+        packed = right(self, weight)
+        (memory,) = packed.memory
+        assert callable(plant) and isinstance(memory, Tensor)
         memory.copy_(plant(memory).reshape(-1))
-        return tiles, memory
+        return packed
 
     assert _answers(tmp_path) == expected
-    monkeypatch.setattr(_Packer, "__call__", planted)
+    monkeypatch.setattr(Packer, "__call__", planted)
     assert _answers(tmp_path) != expected
     with pytest.raises(AssertionError):
         test_packing_loses_nothing_and_pads_with_zeros.hypothesis.inner_test(pack, 70, 40)  # type: ignore[attr-defined]
@@ -125,7 +133,7 @@ def _decoder(path: Path) -> Decoder:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_no_matrix_is_held_twice(pack: _Packer, tied: bool, tmp_path: Path) -> None:
+def test_no_matrix_is_held_twice(pack: Packer, tied: bool, tmp_path: Path) -> None:
     """All but the rows that tokens are looked up in, which a tied head is packed beside."""
     path = write_checkpoint(tmp_path, tokenizer=False, tie_embeddings=tied)
     decoder = _decoder(path)

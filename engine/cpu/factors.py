@@ -1,0 +1,65 @@
+"""Scales and minima of quantized weights in the fewest bytes that say exactly the same: they are read with every token.
+
+    float32     any
+    half        what GPTQ, AWQ, Q4_0 and Q8_0 store
+    a byte      times a base that several groups share: what the formats with blocks of 256 inputs store (Q4_K, Q6_K)
+
+A kernel gets the same numbers back from each.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_SPANS = (8, 16)  # groups that share a base: 256 inputs of Q4_K and Q5_K, of Q6_K
+_SAMPLE = 64  # rows that are tried first: a matrix that is of another kind shows it there
+# What the largest factor of a span may be in bases: these formats scale it to 63 or to -128, whatever its sign. Others
+# are tried after them, in case a file was written otherwise.
+_STEPS = (63, -128, 127, *range(62, 0, -1))
+
+
+class Factors(NamedTuple):
+    """Each group's scale, and maybe its minimum."""
+
+    values: list[Tensor]  # [outputs, groups] each, all of one type: float32, float16 or int8
+    bases: list[Tensor]  # float32 [outputs, groups / span] each, if values are int8
+    span: int  # groups that share a base; 0: values are the factors themselves
+
+
+def smallest(factors: list[Tensor]) -> Factors:
+    """Choose among the forms of float32 [outputs, groups]."""
+    halves = [values.half() for values in factors]
+    if all(torch.equal(half.float(), values) for half, values in zip(halves, factors, strict=True)):
+        return Factors([half.contiguous() for half in halves], [], 0)
+    num_groups = factors[0].shape[1]
+    for span in _SPANS:
+        if num_groups % span == 0 and all(_in_steps(values[:_SAMPLE], span) for values in factors):
+            found = [_in_steps(values, span) for values in factors]
+            if all(found):
+                return Factors([one.steps for one in found if one], [one.bases for one in found if one], span)
+    return Factors([values.contiguous() for values in factors], [], 0)
+
+
+class _Stepped(NamedTuple):
+    steps: Tensor  # int8 [outputs, groups]
+    bases: Tensor  # float32 [outputs, groups / span]
+
+
+def _in_steps(factors: Tensor, span: int) -> _Stepped | None:
+    """Find for each span of groups a base whose exact whole multiples its factors are; None where one has none."""
+    spans = factors.reshape(-1, span)
+    most = spans.gather(1, spans.abs().argmax(1, keepdim=True))  # with its sign
+    steps, bases = torch.zeros_like(spans, dtype=torch.int8), torch.zeros_like(most)
+    left = most.squeeze(1).nonzero().squeeze(1)  # the others are zeros
+    for step in _STEPS:
+        base = most[left] / step
+        whole = (spans[left] / base).round_().clamp_(-128, 127)
+        fits = (whole * base == spans[left]).all(1)
+        steps[left[fits]], bases[left[fits]] = whole[fits].to(torch.int8), base[fits]
+        left = left[~fits]
+        if not len(left):
+            return _Stepped(steps.view(factors.shape), bases.view(len(factors), -1))
+    return None

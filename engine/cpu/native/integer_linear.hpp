@@ -1,0 +1,292 @@
+// y = x W^T for W in whole numbers (integer_tiles.hpp): inputs become whole numbers too, 32 by 32, each with a scale.
+//
+//     y = sum over groups of: scale * sum over their 32s of (s * sum(number * q)) + minimum * sum of (s * sum(q))
+//     s = max|x| / 127, q = x * (127 / max|x|) to the nearest whole number, ties to even
+//
+// Inputs of language models have outliers, a hundred times as large as others: a scale for a whole row would leave most of
+// it a few bits. Sums over 32 are whole numbers, so that their order is of no effect; what they are multiplied by is added
+// up in order, each time with one rounding. A row's results are therefore the same bits whatever other rows, threads or
+// instructions there are. A row that is not finite has results that are NaN, and no effect on others.
+#pragma once
+
+#include <algorithm>
+#include <iterator>
+#include <limits>
+#include <vector>
+
+#include "integer_tiles.hpp"
+#include "integers.hpp"
+#include "team.hpp"
+
+constexpr long kBytesAhead = 4096;  // one group of rows: weights are fetched so far ahead, as in linear.hpp
+
+// Rows of bfloat16 as whole numbers.
+class IntegerRows {
+public:
+    // Rows are padded with zeros to 32 values.
+    void set(const bf16* x, long x_stride, long count, const IntegerTiles& w) {
+        stride_ = padded(w.inputs, 64);
+        segments_ = w.groups() * w.segments();
+        groups_ = w.groups();
+        numbers_.resize(count * stride_);
+        starts_.resize(count * segments_);
+        scales_.resize(count * segments_);
+        group_sums_.resize(count * groups_);
+        for (long row = 0; row < count; row++) {
+            const bf16* values = x + row * x_stride;
+            set_row(row, w.order == nullptr ? values : gathered(values, w), w);
+        }
+    }
+
+    long stride() const { return stride_; }
+    long segments() const { return segments_; }
+    const std::int8_t* numbers(long row) const { return numbers_.data() + row * stride_; }
+    const std::int32_t* starts(long row) const { return starts_.data() + row * segments_; }  // of each segment's sums
+    const float* scales(long row) const { return scales_.data() + row * segments_; }
+    const float* group_sums(long row) const { return group_sums_.data() + row * groups_; }  // of what numbers mean
+
+private:
+    static constexpr float kSmallest = 0x1p-100f;  // below it inputs are zero: 127 / x has to be finite
+
+    void set_row(long row, const bf16* x, const IntegerTiles& w) {
+        std::int8_t* numbers = numbers_.data() + row * stride_;
+        std::int32_t* starts = starts_.data() + row * segments_;
+        float* scales = scales_.data() + row * segments_;
+        for (long group = 0; group < groups_; group++) {
+            float group_sum = 0;
+            for (long at = group * w.group, end = at + w.group; at < end; at += kSegment, starts++, scales++) {
+                const long size = std::min<long>(kSegment, end - at);
+                *scales = quantize(x + at, size, numbers + at);
+                std::int32_t sum = 0;
+                for (long i = 0; i < size; i++) sum += numbers[at + i];
+                *starts = -w.zero() * sum;
+                group_sum = __builtin_fmaf(float(sum), *scales, group_sum);
+            }
+            group_sums_[row * groups_ + group] = group_sum;
+        }
+    }
+
+    // Returns the scale.
+    static float quantize(const bf16* x, long size, std::int8_t* numbers) {
+        bf16 most = 0;  // of the magnitudes, which as bits are in order, infinity and NaN last
+        for (long i = 0; i < size; i++) most = std::max<bf16>(most, x[i] & 0x7fff);
+        const std::uint32_t bits = std::uint32_t(most) << 16;
+        float largest;
+        std::memcpy(&largest, &bits, sizeof largest);
+        const bool is_finite = most < 0x7f80;
+        if (!is_finite || largest < kSmallest) {
+            std::fill_n(numbers, padded(size, 16), std::int8_t(0));
+            return is_finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+        }
+        const Vector factor = repeat(127.0f / largest);
+        for (long i = 0; i < size; i += 16) store_rounded(numbers + i, load(x + i) * factor);
+        return largest / 127.0f;
+    }
+
+    const bf16* gathered(const bf16* x, const IntegerTiles& w) {
+        gathered_.assign(padded(w.inputs, kSegment), 0);
+        for (long i = 0; i < w.inputs; i++) gathered_[i] = x[w.order[i]];
+        return gathered_.data();
+    }
+
+    long stride_ = 0, segments_ = 0, groups_ = 0;
+    std::vector<std::int8_t> numbers_;
+    std::vector<std::int32_t> starts_;
+    std::vector<float> scales_, group_sums_;
+    std::vector<bf16> gathered_;
+};
+
+// A thread's own, of the product that it is at.
+inline IntegerRows& own_rows() {
+    static thread_local IntegerRows rows;
+    return rows;
+}
+
+inline void fetch(const std::uint8_t* at, int lines, bool is_near) {
+#pragma GCC unroll 4
+    for (int i = 0; i < lines; i++) {
+        if (is_near) _mm_prefetch((const char*)(at + 64 * i), _MM_HINT_T0);
+        else _mm_prefetch((const char*)(at + 64 * i), _MM_HINT_T1);
+    }
+}
+
+// A segment of so many rows: where its numbers and what belongs to them stand.
+struct Segment {
+    const std::int8_t* numbers;
+    const std::int32_t* starts;
+    const float* scales;
+    long stride, segments;  // from row to row
+};
+
+// A group's scales and minima.
+struct Factors {
+    const std::uint8_t *scales, *minima, *bases;  // no minima: null; bases, if there are any: of scales, then of minima
+    long size;                                    // bytes of a scale or minimum
+
+    Vector scale(int vector) const { return read(scales, bases, vector); }
+    Vector minimum(int vector) const { return read(minima, bases + 4 * kTileColumns, vector); }
+
+private:
+    Vector read(const std::uint8_t* factors, const std::uint8_t* bases, int vector) const {
+        if (size == 4) return load((const float*)factors + 16 * vector);
+        if (size == 2) return load_halves(factors + 32 * vector);
+        return load_bytes_as_floats(factors + 16 * vector) * load((const float*)bases + 16 * vector);
+    }
+};
+
+// A segment's place in its group, and the group.
+struct Group {
+    Factors factors;
+    const float* sums;  // what the group's numbers mean in each row, `stride` apart
+    long stride;
+    bool is_first, is_last;  // segment
+};
+
+// sums [ROWS][64]: a group's minima times what its inputs add up to in each row, for one vector of 16 columns.
+template <int ROWS>
+inline void add_minima(const Group& group, int vector, float* sums) {
+    const Vector minimum = group.factors.minimum(vector);
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; row++) {
+        float* target = sums + row * kTileColumns + 16 * vector;
+        store(target, fma(repeat(group.sums[row * group.stride]), minimum, load(target)));
+    }
+}
+
+// The products of ROWS rows with a segment, VECTORS vectors of 16 columns from vector `first` on: added up in
+// parts [ROWS][64] to the group's end, then times its factors to what is in sums [ROWS][64]. `bytes`: numbers, 256 bytes a
+// unit. For each unit LINES cache lines from `ahead` on are fetched. Never inlined: beside other code the compiler runs out
+// of registers.
+template <int BITS, int ROWS, int VECTORS, int LINES>
+[[gnu::noinline]] void add_segment(const Segment& x, const Group& group, const std::uint8_t* bytes, long units,
+                                   const std::uint8_t* ahead, int first, float* parts, float* sums) {
+    const std::int8_t* inputs = x.numbers;
+    const long stride = x.stride;
+    bytes += 64 * first;
+    Ints sum[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; row++) {
+#pragma GCC unroll 4
+        for (int i = 0; i < VECTORS; i++) sum[row][i] = all_ints(x.starts[row * x.segments]);
+    }
+    for (; units > 0; units--, bytes += 4 * kTileColumns, ahead += 64 * LINES) {
+        fetch(ahead, LINES, LINES == 4);
+#pragma GCC unroll 2
+        for (int half = 0; half < 8 / BITS; half++, inputs += 4) {
+            Bytes weights[VECTORS];
+#pragma GCC unroll 4
+            for (int i = 0; i < VECTORS; i++) {
+                weights[i] = load_bytes(bytes + 64 * i);
+                if (BITS == 4) weights[i] = half == 0 ? low_nibbles(weights[i]) : high_nibbles(weights[i]);
+            }
+#pragma GCC unroll 8
+            for (int row = 0; row < ROWS; row++) {
+                const Fours<BITS> fours(inputs + row * stride);
+#pragma GCC unroll 4
+                for (int i = 0; i < VECTORS; i++) sum[row][i] = dot(sum[row][i], weights[i], fours);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < VECTORS; i++) {
+        const auto each_row = [&](auto put) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+            for (int row = 0; row < ROWS; row++) {
+                const int at = row * kTileColumns + 16 * (first + i);
+                keep_in_registers(sum[row][i]);
+                const Vector whole = to_floats(sum[row][i]), by = repeat(x.scales[row * x.segments]);
+                put(at, group.is_first ? whole * by : fma(whole, by, load(parts + at)));
+            }
+        };
+        if (!group.is_last) {
+            each_row([&](int at, Vector part) __attribute__((always_inline)) { store(parts + at, part); });
+            continue;
+        }
+        const Vector scale = group.factors.scale(first + i);
+        each_row([&](int at, Vector part) __attribute__((always_inline)) {
+            store(sums + at, fma(part, scale, load(sums + at)));
+        });
+        if (group.factors.minima != nullptr) add_minima<ROWS>(group, first + i, sums);
+    }
+}
+
+// sums [ROWS][64]: the products of ROWS rows with one tile.
+template <int BITS, int ROWS, int LINES>
+void integer_products(const IntegerRows& x, long row, const IntegerTiles& w, const std::uint8_t* tile,
+                      const std::uint8_t* ahead, float* sums) {
+    constexpr int kVectors = kVectorsAtOnce[ROWS - 1];
+    alignas(64) float parts[ROWS * kTileColumns];
+    const auto skip = [&](long size) {  // what the loop over numbers does not fetch
+        for (long at = 0; LINES == 4 && at < size; at += 64, ahead += 64) fetch(ahead, 1, true);
+        tile += size;
+        return tile - size;
+    };
+    std::fill_n(sums, ROWS * kTileColumns, 0.0f);
+    Segment segment{x.numbers(row), x.starts(row), x.scales(row), x.stride(), x.segments()};
+    Group group{{nullptr, nullptr, nullptr, w.factor_size}, x.group_sums(row), w.groups(), true, true};
+    for (long index = 0; index < w.groups(); index++, group.sums++) {
+        Factors& factors = group.factors;
+        if (w.begins_span(index)) factors.bases = skip(w.bases_size());
+        factors.scales = skip(w.factors_size());
+        if (w.has_minima) factors.minima = factors.scales + w.scales_size();
+        for (long at = 0; at < w.group; at += kSegment) {
+            const long size = std::min<long>(kSegment, w.group - at), units = w.units(size);
+            group.is_first = at == 0, group.is_last = at + size == w.group;
+            add_segment<BITS, ROWS, kVectors, LINES>(segment, group, tile, units, ahead, 0, parts, sums);
+            for (int first = kVectors; first < 4; first += kVectors) {
+                add_segment<BITS, ROWS, kVectors, 0>(segment, group, tile, units, nullptr, first, parts, sums);
+            }
+            tile += units * 4 * kTileColumns;
+            ahead += units * 64 * LINES;
+            segment.numbers += size, segment.starts++, segment.scales++;
+        }
+    }
+}
+
+template <int BITS, int LINES>
+void integer_products(int rows, const IntegerRows& x, long row, const IntegerTiles& w, const std::uint8_t* tile,
+                      const std::uint8_t* ahead, float* sums) {
+    switch (rows) {
+        case 1: return integer_products<BITS, 1, LINES>(x, row, w, tile, ahead, sums);
+        case 2: return integer_products<BITS, 2, LINES>(x, row, w, tile, ahead, sums);
+        case 3: return integer_products<BITS, 3, LINES>(x, row, w, tile, ahead, sums);
+        case 4: return integer_products<BITS, 4, LINES>(x, row, w, tile, ahead, sums);
+        case 5: return integer_products<BITS, 5, LINES>(x, row, w, tile, ahead, sums);
+        default: return integer_products<BITS, 6, LINES>(x, row, w, tile, ahead, sums);
+    }
+}
+
+// One group of rows waits for the weights, others find them near: while these compute, a part of the next tile comes.
+template <int BITS>
+void products_of_group(Range rows, long index, long groups, const IntegerRows& x, const IntegerTiles& w,
+                      const std::uint8_t* tile, float* sums) {
+    const int count = int(rows.last - rows.first);
+    const std::uint8_t* next = tile + w.tile_size();
+    if (groups == 1) return integer_products<BITS, 4>(count, x, rows.first, w, tile, tile + kBytesAhead, sums);
+    if (groups < 4) {
+        return integer_products<BITS, 2>(count, x, rows.first, w, tile, next + (index & 1) * w.tile_size() / 2, sums);
+    }
+    integer_products<BITS, 1>(count, x, rows.first, w, tile, next + (index & 3) * w.tile_size() / 4, sums);
+}
+
+// The tiles [part.first, part.last): calls finish(row, column, sums) with each row's 64 sums from `column` on.
+template <class Finish>
+void multiply_integers(const bf16* x, long stride, long count, const IntegerTiles& w, Range part,
+                       Finish finish) {
+    constexpr int kRows = std::size(kVectorsAtOnce);
+    IntegerRows& rows = own_rows();
+    alignas(64) float sums[kRows * kTileColumns];
+    if (part.first == part.last) return;
+    rows.set(x, stride, count, w);
+    const long groups = (count + kRows - 1) / kRows;
+    const auto products = w.bits == 4 ? products_of_group<4> : products_of_group<8>;
+    for (long index = part.first; index < part.last; index++) {
+        for (long group = 0; group < groups; group++) {
+            const Range range = share(count, int(group), int(groups));
+            products(range, group, groups, rows, w, w.tile(index), sums);
+            for (long row = range.first; row < range.last; row++) {
+                finish(row, index * kTileColumns, sums + (row - range.first) * kTileColumns);
+            }
+        }
+    }
+}

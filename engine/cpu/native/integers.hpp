@@ -1,0 +1,137 @@
+// Whole numbers in registers: products of bytes added up in 16 lanes of int32, and these lanes as a Vector.
+//
+// Bytes of weights are unsigned and bytes of inputs are signed, which VPDPBUSD multiplies without saturating. Where there
+// is no such instruction its exact sum is made of products of 16 bits, so that all instruction sets give the same bits.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "vectors.hpp"
+
+inline std::int32_t four_bytes(const std::int8_t* source) {
+    std::int32_t bytes;
+    std::memcpy(&bytes, source, sizeof bytes);
+    return bytes;
+}
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+
+using Ints = __m512i;
+using Bytes = __m512i;  // four inputs of each of 16 columns
+
+constexpr int kVectorsAtOnce[] = {4, 4, 4, 4, 4, 4};  // sums of 16 columns that stay in registers, of one row to six
+
+template <int BITS>
+struct Fours {  // four inputs of a row, in each lane
+    explicit Fours(const std::int8_t* inputs) : bytes(_mm512_set1_epi32(four_bytes(inputs))) {}
+    __m512i bytes;
+};
+
+template <int BITS>
+Ints dot(Ints sum, Bytes weights, const Fours<BITS>& inputs) {
+    return _mm512_dpbusd_epi32(sum, weights, inputs.bytes);
+}
+
+inline Ints all_ints(std::int32_t value) { return _mm512_set1_epi32(value); }
+// What follows is not begun before: all else that would be in registers waits.
+inline void keep_in_registers(Ints& values) { asm volatile("" : "+v"(values) : : "memory"); }
+inline Vector to_floats(Ints values) { return _mm512_cvtepi32_ps(values); }
+inline Vector load_halves(const void* source) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)source)); }
+
+inline Vector load_bytes_as_floats(const std::uint8_t* source) {  // signed ones
+    return to_floats(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)source)));
+}
+
+inline Bytes load_bytes(const std::uint8_t* source) { return _mm512_loadu_si512(source); }
+inline Bytes low_nibbles(Bytes bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+inline Bytes high_nibbles(Bytes bytes) { return low_nibbles(_mm512_srli_epi16(bytes, 4)); }
+
+// To the nearest whole numbers, ties to even, which are within int8.
+inline void store_rounded(std::int8_t* target, Vector values) {
+    _mm_storeu_si128((__m128i*)target, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(values)));
+}
+
+#else
+
+struct Ints {
+    __m256i low, high;
+};
+struct Bytes {
+    __m256i low, high;
+};
+
+constexpr int kVectorsAtOnce[] = {4, 2, 1, 1, 1, 1};
+
+template <int BITS>
+struct Fours {
+    explicit Fours(const std::int8_t* inputs) : bytes(_mm256_set1_epi32(four_bytes(inputs))) {}
+    __m256i plus(__m256i sum, __m256i weights) const {
+#ifdef __AVXVNNI__
+        return _mm256_dpbusd_avx_epi32(sum, weights, bytes);
+#else
+        static_assert(BITS == 4);  // two products fit into 16 bits: 2 x 15 x 127
+        const __m256i twos = _mm256_maddubs_epi16(weights, bytes);
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(twos, _mm256_set1_epi16(1)));
+#endif
+    }
+    __m256i bytes;
+};
+
+#ifndef __AVXVNNI__
+
+template <>
+struct Fours<8> {  // two products do not, 2 x 255 x 127: bytes become 16 bits, the even ones and the odd ones
+    explicit Fours(const std::int8_t* inputs) {
+        const __m256i bytes = _mm256_set1_epi32(four_bytes(inputs));
+        even = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
+        odd = _mm256_srai_epi16(bytes, 8);
+    }
+    __m256i plus(__m256i sum, __m256i weights) const {
+        const __m256i evens = _mm256_madd_epi16(_mm256_and_si256(weights, _mm256_set1_epi16(255)), even);
+        const __m256i odds = _mm256_madd_epi16(_mm256_srli_epi16(weights, 8), odd);
+        return _mm256_add_epi32(sum, _mm256_add_epi32(evens, odds));
+    }
+    __m256i even, odd;
+};
+
+#endif
+
+template <int BITS>
+Ints dot(Ints sum, Bytes weights, const Fours<BITS>& inputs) {
+    return {inputs.plus(sum.low, weights.low), inputs.plus(sum.high, weights.high)};
+}
+
+inline Ints all_ints(std::int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+inline void keep_in_registers(Ints& values) { asm volatile("" : "+x"(values.low), "+x"(values.high) : : "memory"); }
+inline Vector to_floats(Ints values) { return {_mm256_cvtepi32_ps(values.low), _mm256_cvtepi32_ps(values.high)}; }
+inline Vector load_halves(const void* source) {
+    const auto* halves = (const __m128i*)source;
+    return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+}
+inline Vector load_bytes_as_floats(const std::uint8_t* source) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)source);
+    return to_floats({_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))});
+}
+
+inline Bytes load_bytes(const std::uint8_t* source) {
+    return {_mm256_loadu_si256((const __m256i*)source), _mm256_loadu_si256((const __m256i*)(source + 32))};
+}
+inline Bytes low_nibbles(Bytes bytes) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(bytes.low, mask), _mm256_and_si256(bytes.high, mask)};
+}
+inline Bytes high_nibbles(Bytes bytes) {
+    return low_nibbles({_mm256_srli_epi16(bytes.low, 4), _mm256_srli_epi16(bytes.high, 4)});
+}
+
+inline void store_rounded(std::int8_t* target, Vector values) {
+    const __m256i mixed = _mm256_packs_epi32(_mm256_cvtps_epi32(values.low), _mm256_cvtps_epi32(values.high));
+    const __m256i words = _mm256_permute4x64_epi64(mixed, 0xd8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128((__m128i*)target, bytes);
+}
+
+#endif
