@@ -78,7 +78,8 @@ def convert_gguf(
         tokenizer_config = gguf_tokenizer_config(fields, config["max_position_embeddings"])
         named = [tensor for tensor in reader.tensors if tensor.name != _ROPE_FACTORS]
         tensors = [_Tensor.from_reader(tensor, config, keeps_blocks=keeps_blocks) for tensor in named]
-    except (KeyError, ValueError, IndexError) as error:
+        write_gguf_tokenizer(target / "tokenizer.json", fields)
+    except (KeyError, ValueError, IndexError, TypeError, OverflowError) as error:
         raise ConfigError(f"{source} is not a model that kvferry can read: {error}") from error
     kinds = {tensor.name.removesuffix(".weight"): tensor.kind for tensor in tensors if tensor.keeps_blocks}
     if kinds:
@@ -86,7 +87,6 @@ def convert_gguf(
     _write_json(target / "config.json", config)
     _write_json(target / "generation_config.json", gguf_generation_config(fields, config) | dict(sampling or {}))
     _write_json(target / "tokenizer_config.json", tokenizer_config)
-    write_gguf_tokenizer(target / "tokenizer.json", fields)
     _write_safetensors(target / "model.safetensors", tensors, progress)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..common.errors import ConfigError
 
@@ -55,14 +55,16 @@ class GgufFields:
         return value
 
     def texts(self, key: str) -> list[str]:
-        value = self._get(key)
-        assert isinstance(value, list), key
-        return [str(item) for item in value]
+        return [str(item) for item in self._list(key)]
 
     def integers(self, key: str) -> list[int]:
+        return [int(item) for item in self._list(key)]
+
+    def _list(self, key: str) -> list[Any]:
         value = self._get(key)
-        assert isinstance(value, list), key
-        return [int(item) for item in value]
+        if not isinstance(value, list):
+            raise ValueError(f"field {key} is {value!r}, not a list")
+        return value
 
 
 def gguf_model_config(fields: GgufFields, *, tied: bool, rope_factors: list[float] | None) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -10,6 +11,7 @@ from .config_fields import ConfigFields
 from .quantization import GGUF_KINDS, Quantization, Rule, Storage
 
 _HEAD = Rule("lm_head", None)
+_MAX_REPEATS = 4  # of an expression: with each more the time it may take grows by the length of a module's name
 
 
 def read_quantization(config: ConfigFields) -> Quantization | None:
@@ -38,9 +40,9 @@ def _gptq(fields: ConfigFields) -> Quantization:
     if (dynamic := fields.mapping("dynamic")) is not None:
         if any(not pattern.startswith("-:") for pattern in dynamic.raw):
             raise fields.refuse("dynamic", "of its rules for single modules only exclusions (-:) are supported")
-        rules += [Rule(f"re:{pattern[2:]}", None) for pattern in dynamic.raw]
+        rules += [_rule(fields, f"re:{pattern[2:]}", None) for pattern in dynamic.raw]
     targets = list(_flat(fields.raw.get("modules_in_block_to_quantize"))) or ["Linear"]
-    return _named(fields, storage, [*rules, *(Rule(target, storage) for target in targets)])
+    return _named(fields, storage, [*rules, *(_rule(fields, target, storage) for target in targets)])
 
 
 def _awq(fields: ConfigFields) -> Quantization:
@@ -107,7 +109,7 @@ def _compressed_tensors(fields: ConfigFields) -> Quantization:
         targets = list(_flat(group.raw.get("targets")))
         if unknown := [target for target in targets if target != "Linear" and ":" not in target and "." not in target]:
             raise group.refuse("targets", f"{unknown[0]} is not supported; Linear, names and re: are")
-        rules += [Rule(target, storage) for target in targets]
+        rules += [_rule(fields, target, storage) for target in targets]
     if storage is None:
         raise fields.refuse("config_groups", "names no group")
     return _named(fields, storage, rules)
@@ -174,7 +176,20 @@ def _block(fields: ConfigFields, value: object) -> tuple[int, int]:
 
 
 def _excluded(fields: ConfigFields, key: str) -> list[Rule]:
-    return [Rule(module, None) for module in _flat(fields.raw.get(key))]
+    return [_rule(fields, module, None) for module in _flat(fields.raw.get(key))]
+
+
+def _rule(fields: ConfigFields, target: str, storage: Storage | None) -> Rule:
+    """Make a rule. An expression is refused that cannot be read, or could take for ever: with repeats in a repeat."""
+    if target.startswith("re:"):
+        repeats = re.findall(r"(?<!\\)[*+{]", target)
+        try:
+            re.compile(target[3:])
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ConfigError(f"{fields.path}: quantization_config: {target!r} is no expression: {error}") from error
+        if len(repeats) > _MAX_REPEATS or re.search(r"\)[*+{]", target):
+            raise ConfigError(f"{fields.path}: quantization_config: {target!r} is too intricate an expression")
+    return Rule(target, storage)
 
 
 def _flat(value: object) -> Iterator[str]:

@@ -45,7 +45,7 @@ class Quality:
     perplexity: float
     distance: float  # of log-probabilities from the first kind's, on average
     same_best: float  # share of tokens
-    weight_bytes: int
+    weight_bytes: int  # beside bfloat16 activations
 
 
 @dataclass(slots=True, frozen=True)
@@ -130,7 +130,8 @@ def _read(flags: argparse.Namespace, kind: str) -> tuple[list[SampledToken], str
         count = min(config.max_num_batched_tokens, seq.num_uncomputed_tokens)
         tokens += engine.step(Batch([BatchRow(seq, count)])).rows[0].prompt_logprobs
         seq.num_computed_tokens += count
-    return tokens, type(engine.runner).__name__, weight_bytes(config, ModelConfig.from_dir(model_dir))
+    as_served = config.model_copy(update={"dtype": "bfloat16"})  # in float32 they are widened
+    return tokens, type(engine.runner).__name__, weight_bytes(as_served, ModelConfig.from_dir(model_dir))
 
 
 def _print(report: Report, console: Console) -> None:

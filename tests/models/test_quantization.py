@@ -62,6 +62,9 @@ def test_a_checkpoint_without_the_word_is_plain(tmp_path: Path) -> None:
         (_compressed() | {"transform_config": {"config_groups": {}}}, "transform_config"),
         (_compressed() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
         (_compressed() | {"config_groups": {}}, "names no group"),
+        (_compressed() | {"ignore": ["re:(.*"]}, "no expression"),
+        (_compressed() | {"ignore": ["re:(a*)*b"]}, "too intricate"),
+        (GPTQ | {"dynamic": {"-:.*.*.*.*.*x": {}}}, "too intricate"),
         ({"quant_method": "gguf", "modules": {"lm_head": "IQ4_XS"}}, "lm_head is 'IQ4_XS'.* Q4_K"),
     ],
 )

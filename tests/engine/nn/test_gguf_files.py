@@ -146,3 +146,21 @@ def test_other_tokenizers_are_refused_by_name(tmp_path: Path, rules: str, named:
     write_gguf(tmp_path / "m.gguf", "llama", {"": "Q8_0"}, rules=rules)
     with pytest.raises(ConfigError, match=named):
         gguf_model_dir(tmp_path / "m.gguf", cache=tmp_path / "cache")
+
+
+def test_a_file_with_bytes_turned_is_served_or_refused(tmp_path: Path) -> None:
+    """Whatever stands in a file's fields, nothing but a ConfigError comes out."""
+    write_gguf(tmp_path / "m.gguf", "llama", {"": "Q8_0"})
+    data = (tmp_path / "m.gguf").read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        broken = bytearray(data[:20_000])
+        for at in rng.integers(4, len(broken), 3):
+            broken[at] = int(rng.integers(256))
+        (tmp_path / "b.gguf").write_bytes(bytes(broken) + data[20_000:])
+        try:
+            gguf_model_dir(tmp_path / "b.gguf", cache=tmp_path / "cache")
+        except ConfigError:
+            refused += 1
+    assert refused > 5
