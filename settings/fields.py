@@ -172,7 +172,9 @@ class ServeSettings(Settings):
 
     model: Annotated[
         str | None,
-        Option("Model", "Directory in Hugging Face's layout or name on its hub. Without one: the built-in model.", ALL),
+        Option(
+            "Model", "Directory in Hugging Face's layout, GGUF file or name on its hub. Without one: the built-in.", ALL
+        ),
     ] = None
     revision: Annotated[str | None, Option("Model", "Branch, tag or commit on the hub.", ALL)] = None
     served_model_name: Annotated[str | None, Option("Model", "The model's name in the API.", ALL)] = None

@@ -27,7 +27,7 @@ from ...checkpoints import write_checkpoint
 from ...engine_driver import Driver, make_engine, prompts
 from ...quantized import FORMATS, SHAPE, put_config, random_blocks, write_pair
 
-FLOAT32 = 1e-5  # how far a log-probability may be from the reference's, as a part of their range
+FLOAT32, BFLOAT16 = 1e-5, 0.02  # how far a log-probability may be from the reference's, as a part of their range
 JUDGED = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, prompt_logprobs=0)
 every_format = pytest.mark.parametrize("name", FORMATS)
 
@@ -60,12 +60,14 @@ def _reference(model_dir: Path, token_ids: tuple[int, ...]) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def assert_as_transformers(quantized: Path, plain: Path, **fields: object) -> None:
+def assert_as_transformers(
+    quantized: Path, plain: Path, *, dtype: str = "float32", within: float = FLOAT32, **fields: object
+) -> None:
     [prompt] = prompts([40], 250)
-    driver = Driver(make_engine(quantized, 128, dtype="float32", **fields))
+    driver = Driver(make_engine(quantized, 128, dtype=dtype, **fields))
     driver.step([(driver.add(prompt, JUDGED), 40)])
     expected = _reference(plain, tuple(prompt))
-    tolerance = FLOAT32 * float(expected.max() - expected.min())
+    tolerance = within * float(expected.max() - expected.min())
     [row] = driver.outputs[-1].rows
     assert len(row.prompt_logprobs) == 39
     for position, token in enumerate(row.prompt_logprobs):
@@ -90,6 +92,17 @@ def test_log_probabilities_are_those_of_the_plain_weights(tmp_path: Path, name: 
         "compressed", "compressed-tensors"
     )
     assert_as_transformers(quantized, plain)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("compressed int8 channel", "compressed int4 packed", "compressed int8 asymmetric", "compressed fp8 block"),
+        *("gptq 4 act-order", "gptq 4 whole rows", "gptq 8 asymmetric", "awq"),
+    ],
+)
+def test_in_bfloat16_rounded_inputs_stay_near(tmp_path: Path, name: str) -> None:
+    assert_as_transformers(*write_pair(tmp_path, name), dtype="bfloat16", within=BFLOAT16)
 
 
 @every_format
