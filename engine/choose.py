@@ -66,7 +66,7 @@ def pack_weights(
     """
     quantization = decoder.config.quantization
     if quantization is not None and quantization.is_float8:
-        log.info("quantized_weights", widened_to=str(decoder.dtype).removeprefix("torch."), reason="no products of FP8")
+        _narrow_float8(decoder, device)
     if device.type != "cpu":
         return None
     if native and (model := _native_model(decoder, isa)) is not None:
@@ -75,6 +75,16 @@ def pack_weights(
         log.warning("quantized_weights", widened_to=str(decoder.dtype).removeprefix("torch."), reason="no C++ for them")
     decoder.pack()
     return None
+
+
+def _narrow_float8(decoder: Decoder, device: torch.device) -> None:
+    """Multiply in 8-bit floats where this rank's GPU does; say what is done."""
+    from .cuda.float8 import narrow
+
+    if device.type == "cuda" and (count := narrow(decoder, device)):
+        log.info("quantized_weights", products="fp8", linears=count)
+    else:
+        log.info("quantized_weights", widened_to=str(decoder.dtype).removeprefix("torch."), reason="no products of FP8")
 
 
 def choose_runner(
