@@ -1,7 +1,7 @@
 """The choice, once when an engine starts, of what its rank computes on and with: device, weights' form, runner.
 
 on CUDA                                                           CudaRunner
-on a CPU, a whole model in bfloat16, where C++ can be compiled    NativeRunner, exact or not
+on a CPU, a model in bfloat16, where C++ can be compiled          NativeRunner, exact or not
 else, exact results                                               TiledRunner
 else                                                              TorchRunner
 """
@@ -142,7 +142,7 @@ def _cuda_runner(
 
 def _native_model(decoder: Decoder, isa: CpuIsa) -> NativeModel | None:
     """Return None where the model is not for C++ and, with a line in the log, where this machine or a block is not."""
-    if decoder.dtype != torch.bfloat16 or decoder.head.rows.comm.size > 1:
+    if decoder.dtype != torch.bfloat16:
         return None
     from ..models.default import cache_dir
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ...common.cores import SharedCores
 from ..nn.attention.base import LayerPages
-from .model import Model, NativeModel
+from ..ranks.group import Communicator
+from .model import Model, NativeModel, SumOverRanks
 
 _TILE = 64  # columns; what rows of hidden states and logits are padded to
 
@@ -50,9 +51,15 @@ class NativeDecoder:
         for layer in range(described.num_layers):
             described.layers[layer].pages = pages[layer].data_ptr()
         self._vocab_size: int = described.vocab_size
+        self._comm, self._num_logits = model.comm, model.num_logits
+        self._sums = _Sums(self._comm)
+        if self._comm.size > 1:
+            described.sum_over_ranks = self._sums.callback
         self._hidden_stride = _padded(described.hidden_size)
         library = model.library
         self.build = f"{model.name} {' '.join(platform.libc_ver())}"  # sines and cosines are libc's
+        if model.comm.size > 1:
+            self.build += f" tp {model.comm.size}"
         self._forward, self._logits = library.kvferry_decoder_forward, library.kvferry_decoder_logits
         self._forward.argtypes = [
             *(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p),
@@ -99,6 +106,7 @@ class NativeDecoder:
             hidden.data_ptr(),
             listener.callback,
         )
+        self._sums.check()
         if listener.error is not None:
             raise listener.error
         return hidden
@@ -114,11 +122,11 @@ class NativeDecoder:
         assert all(0 <= token < len(tokens) for token in wanted), "a wanted token is not in the step"
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Turn rows of `forward` into [rows, vocab_size] float32."""
+        """Turn rows of `forward` into [rows, vocab_size] float32, on every rank."""
         hidden = hidden.contiguous()
-        logits = torch.empty(len(hidden), _padded(self._vocab_size))
+        logits = torch.empty(len(hidden), _padded(self._num_logits))
         self._logits(self._handle, len(hidden), hidden.data_ptr(), logits.data_ptr())
-        return logits[:, : self._vocab_size]
+        return self._comm.all_gather(logits[:, : self._num_logits])[:, : self._vocab_size]
 
 
 class Step(NamedTuple):
@@ -145,6 +153,28 @@ class _Listener:
                 self._on_layer(layer)
             except BaseException as error:
                 self.error = error
+
+
+class _Sums:
+    """Sums over the ranks for the library to call for; after a failed one it goes on with what it has."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self.callback = SumOverRanks(self._call)
+        self._comm = comm
+        self._error: BaseException | None = None
+
+    def _call(self, values: int, count: int) -> None:
+        if self._error is None:
+            try:
+                memory = (ctypes.c_float * count).from_address(values)
+                self._comm.all_reduce(torch.frombuffer(memory, dtype=torch.float32))
+            except BaseException as error:
+                self._error = error
+
+    def check(self) -> None:
+        """Raise what a sum has raised."""
+        if self._error is not None:
+            raise self._error
 
 
 def _ints(data: bytes) -> memoryview:

@@ -51,6 +51,8 @@ class _Layer(ctypes.Structure):
     ]
 
 
+SumOverRanks = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+_SPLIT = {"intermediate_size", "num_qo_heads", "num_kv_heads"}  # over the ranks
 _SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_qo_heads", "num_kv_heads", "head_dim", "vocab_size")
 
 
@@ -64,6 +66,9 @@ class Model(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("inv_freq", "embedding", "final_norm")),
         ("head", Tiles),
         ("layers", ctypes.POINTER(_Layer)),
+        ("sum_over_ranks", SumOverRanks),
+        ("first_token", ctypes.c_int64),
+        ("num_tokens", ctypes.c_int64),
     ]
 
 
@@ -79,6 +84,8 @@ class NativeModel:
         pack = Packer(self.library)
         self._packed = {id(weight): pack(weight) for weight in weights}
         self._keep = (decoder, weights)
+        self.comm = decoder.head.rows.comm
+        self.num_logits = decoder.head.linear.weight.num_outputs  # of this rank
         self.described = self._describe(decoder, blocks)
 
     def _describe(self, decoder: Decoder, blocks: list[tuple[Attention, GatedMLP]]) -> Model:
@@ -97,7 +104,8 @@ class NativeModel:
             target.mlp.down = self._linear(mlp.down_proj, mlp.down_proj.sum_bias)
         model = Model(norm_eps=config.rms_norm_eps, rope_factor=decoder.rotary.attention_factor)
         for name in _SIZES:
-            setattr(model, name, getattr(config, name))
+            setattr(model, name, getattr(config, name) // (self.comm.size if name in _SPLIT else 1))
+        model.first_token, model.num_tokens = decoder.embedding.start, decoder.embedding.stop - decoder.embedding.start
         model.inv_freq = address(decoder.rotary.inv_freq)
         model.embedding = address(decoder.embedding.weight.plain)
         model.final_norm = address(decoder.final_norm.weight)

@@ -67,7 +67,9 @@ public:
     void forward(Step& step) {
         plan_attention(step, m_);
         reserve(step);
-        if (step.num_tokens <= kFewRows) {
+        if (m_.sum_over_ranks != nullptr) {
+            forward_in_ranks(step);
+        } else if (step.num_tokens <= kFewRows) {
             run([&](int rank) {
                 begin(step, rank);
                 team_.barrier();
@@ -121,6 +123,7 @@ private:
     }
 
     Range part(const Tiles& w, int rank) const { return share(w.count(), rank, team_.size()); }
+    float* partial(long row) { return partial_.data() + row * strides_.hidden; }
     float* residual(long token) { return residual_.data() + token * strides_.hidden; }
     bf16* attended(long token) { return attended_.data() + token * strides_.attended; }
 
@@ -143,6 +146,8 @@ private:
 
     void embed(std::int32_t token, float* x) const {
         std::fill_n(x, strides_.hidden, 0.0f);
+        if (m_.sum_over_ranks != nullptr) token -= m_.first_token;
+        if (m_.sum_over_ranks != nullptr && (token < 0 || token >= m_.num_tokens)) return;
         for (long i = 0; i < m_.hidden_size; i += 16) {
             const Lanes mask = lanes(m_.hidden_size - i);
             store(x + i, load(m_.embedding + token * m_.hidden_size + i, mask), mask);
@@ -195,13 +200,7 @@ private:
     void run_last(const Step& step, int rank) {
         if (step.num_wanted == 0) return;
         const std::size_t index = layers_.size() - 1;
-        attend(step.last_pieces, index, *mine_[rank]);
-        team_.barrier();
-        const Range mine = share(step.num_wanted, rank, team_.size());
-        for (long i = mine.first; i < mine.last; i++) {
-            std::copy_n(residual(step.wanted[i]), strides_.hidden, step.hidden + i * strides_.hidden);
-            std::copy_n(attended(step.wanted[i]), strides_.attended, last_attended_.data() + i * strides_.attended);
-        }
+        gather_last(step, rank);
         team_.barrier();
         if (step.num_wanted <= kFewRows) {
             finish_together(layers_[index], step.hidden, last_attended_.data(), step.num_wanted, rank);
@@ -213,6 +212,95 @@ private:
                          last_attended_.data() + first * strides_.attended,
                          std::min(kPanelRows, step.num_wanted - first), mine_[rank]->panel);
         });
+    }
+
+    // The last attention, and what the wanted tokens go on with.
+    void gather_last(const Step& step, int rank) {
+        attend(step.last_pieces, layers_.size() - 1, *mine_[rank]);
+        team_.barrier();
+        const Range mine = share(step.num_wanted, rank, team_.size());
+        for (long i = mine.first; i < mine.last; i++) {
+            std::copy_n(residual(step.wanted[i]), strides_.hidden, step.hidden + i * strides_.hidden);
+            std::copy_n(attended(step.wanted[i]), strides_.attended, last_attended_.data() + i * strides_.attended);
+        }
+    }
+
+    // --- by several ranks -------------------------------------------------------------------------------
+    // Each has a part of the heads and of the inner columns: what o and down yield is summed over them, in float32. So the
+    // threads meet there, and share out columns whatever the number of tokens.
+
+    void forward_in_ranks(const Step& step) {
+        run([&](int rank) { begin(step, rank); });
+        m_.sum_over_ranks(residual(0), step.num_tokens * strides_.hidden);
+        for (std::size_t index = 0; index < layers_.size(); index++) {
+            const bool is_last = index + 1 == layers_.size();
+            run([&](int rank) {
+                project_by_panels(step, index, rank);
+                report(step, index, rank);
+                if (!is_last) attend(step.pieces, index, *mine_[rank]);
+            });
+            if (!is_last) finish_in_ranks(layers_[index], residual(0), attended(0), step.num_tokens);
+        }
+        if (step.num_wanted == 0) return;
+        run([&](int rank) { gather_last(step, rank); });
+        finish_in_ranks(layers_.back(), step.hidden, last_attended_.data(), step.num_wanted);
+    }
+
+    template <class Job>
+    static void each_panel(long rows, Job job) {
+        for (long first = 0; first < rows; first += kPanelRows) job(first, std::min(kPanelRows, rows - first));
+    }
+
+    void project_by_panels(const Step& step, std::size_t index, int rank) {
+        const Layer& layer = layers_[index];
+        const Linear& qkv = layer.attention.qkv;
+        each_panel(step.num_tokens, [&](long first, long rows) {
+            const Rows normed = math_.normalize(residual(first), rows, layer.input_norm, mine_[rank]->panel);
+            math_.set(shared_.qkv.data(), strides_.qkv, normed, qkv, part(qkv.weight, rank));
+            team_.barrier();
+            const Range mine = share(rows, rank, team_.size());
+            place(step, index, {first + mine.first, first + mine.last}, shared_.qkv.data() + mine.first * strides_.qkv,
+                  *mine_[rank]);
+            team_.barrier();
+        });
+    }
+
+    void finish_in_ranks(const Layer& layer, float* x, const bf16* attended, long rows) {
+        const Linear o{layer.attention.o.weight, nullptr};  // biases are added once, to the sums
+        const GatedMlp mlp{layer.mlp.gate_up, {layer.mlp.down.weight, nullptr}};
+        if (long(partial_.size()) < rows * strides_.hidden) partial_.resize(rows * strides_.hidden);
+        run([&](int rank) {
+            each_panel(rows, [&](long first, long count) {
+                math_.add(partial(first), {attended + first * strides_.attended, strides_.attended, count}, o,
+                          part(o.weight, rank));
+            });
+        });
+        m_.sum_over_ranks(partial(0), rows * strides_.hidden);
+        run([&](int rank) {
+            add_sums(x, layer.attention.o.bias, rows, rank);
+            team_.barrier();
+            each_panel(rows, [&](long first, long count) {
+                Panel& own = mine_[rank]->panel;
+                const Rows normed = math_.normalize(x + first * strides_.hidden, count, layer.mlp_norm, own);
+                math_.feed_forward(
+                    mlp, partial(first), normed, shared_, [&](long count) { return share(count, rank, team_.size()); },
+                    [&] { team_.barrier(); });
+            });
+        });
+        m_.sum_over_ranks(partial(0), rows * strides_.hidden);
+        run([&](int rank) { add_sums(x, layer.mlp.down.bias, rows, rank); });
+    }
+
+    // x += the ranks' sums + bias; the sums are zero afterwards.
+    void add_sums(float* x, const bf16* bias, long rows, int rank) {
+        const Range mine = share(rows, rank, team_.size());
+        for (long row = mine.first; row < mine.last; row++) {
+            for (long i = 0; i < strides_.hidden; i += 16) {
+                float* target = x + row * strides_.hidden + i;
+                store(target, load(target) + with_bias(partial(row) + i, bias, i, m_.hidden_size));
+                store(partial(row) + i, repeat(0.0f));
+            }
+        }
     }
 
     void report(const Step& step, std::size_t index, int rank) const {
@@ -303,6 +391,7 @@ private:
     std::vector<Counter> counters_;  // a layer's panels and its attention, and the last panels
     Rotation rotation_{m_};
     std::vector<float> residual_;
+    std::vector<float> partial_;  // this rank's part of sums; zero between them
     std::vector<bf16> attended_, last_attended_;  // queries, then attention's result; padding stays zero
     Panel shared_{strides_};
     std::vector<std::unique_ptr<Mine>> mine_;

@@ -45,6 +45,9 @@ struct Model {
     const bf16 *embedding, *final_norm;  // rows, weight
     Tiles head;
     const Layer* layers;
+    // A rank's part of a model has parts of the heads, of the inner columns and of the vocabulary. Null: this is all of it.
+    void (*sum_over_ranks)(float* values, std::int64_t count);  // in place; called by one thread
+    std::int64_t first_token, num_tokens;                       // the embedding's rows here
 
     long qo_size() const { return num_qo_heads * head_dim; }
     long qkv_size() const { return (num_qo_heads + 2 * num_kv_heads) * head_dim; }
