@@ -56,18 +56,22 @@ private:
             float group_sum = 0;
             for (long at = group * w.group, end = at + w.group; at < end; at += kSegment, starts++, scales++) {
                 const long size = std::min<long>(kSegment, end - at);
-                *scales = quantize(x + at, size, numbers + at);
-                std::int32_t sum = 0;
-                for (long i = 0; i < size; i++) sum += numbers[at + i];
-                *starts = -w.zero() * sum;
-                group_sum = __builtin_fmaf(float(sum), *scales, group_sum);
+                const Quantized segment = size == kSegment ? quantize(x + at, kSegment, numbers + at)
+                                                           : quantize(x + at, size, numbers + at);
+                *starts = -w.zero() * segment.sum;
+                *scales = segment.scale;
+                group_sum = __builtin_fmaf(float(segment.sum), segment.scale, group_sum);
             }
             group_sums_[row * groups_ + group] = group_sum;
         }
     }
 
-    // Returns the scale.
-    static float quantize(const bf16* x, long size, std::int8_t* numbers) {
+    struct Quantized {
+        std::int32_t sum;  // of the numbers
+        float scale;
+    };
+
+    [[gnu::always_inline]] static Quantized quantize(const bf16* x, long size, std::int8_t* numbers) {
         bf16 most = 0;  // of the magnitudes, which as bits are in order, infinity and NaN last
         for (long i = 0; i < size; i++) most = std::max<bf16>(most, x[i] & 0x7fff);
         const std::uint32_t bits = std::uint32_t(most) << 16;
@@ -76,11 +80,16 @@ private:
         const bool is_finite = most < 0x7f80;
         if (!is_finite || largest < kSmallest) {
             std::fill_n(numbers, padded(size, 16), std::int8_t(0));
-            return is_finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+            return {0, is_finite ? 0.0f : std::numeric_limits<float>::quiet_NaN()};
         }
         const Vector factor = repeat(127.0f / largest);
-        for (long i = 0; i < size; i += 16) store_rounded(numbers + i, load(x + i) * factor);
-        return largest / 127.0f;
+        Vector sums = repeat(0.0f);  // whole numbers
+        for (long i = 0; i < size; i += 16) {
+            const Vector whole = nearest(load(x + i) * factor);
+            store_whole(numbers + i, whole);
+            sums = sums + select(lanes(size - i), whole, repeat(0.0f));
+        }
+        return {std::int32_t(sum_of(sums)), largest / 127.0f};
     }
 
     const bf16* gathered(const bf16* x, const IntegerTiles& w) {
@@ -153,6 +162,26 @@ inline void add_minima(const Group& group, int vector, float* sums) {
     }
 }
 
+// sum [ROWS][VECTORS]: the products of ROWS rows' next inputs with 64 bytes each of VECTORS vectors of 16 columns.
+template <int BITS, int ROWS, int VECTORS>
+[[gnu::always_inline]] inline void add_unit(const std::int8_t* inputs, long stride, const std::uint8_t* bytes, Ints* sum) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 8 / BITS; half++, inputs += 4) {
+        Bytes weights[VECTORS];
+#pragma GCC unroll 4
+        for (int i = 0; i < VECTORS; i++) {
+            weights[i] = load_bytes(bytes + 64 * i);
+            if (BITS == 4) weights[i] = half == 0 ? low_nibbles(weights[i]) : high_nibbles(weights[i]);
+        }
+#pragma GCC unroll 8
+        for (int row = 0; row < ROWS; row++) {
+            const Fours<BITS> fours(inputs + row * stride);
+#pragma GCC unroll 4
+            for (int i = 0; i < VECTORS; i++) sum[row * VECTORS + i] = dot(sum[row * VECTORS + i], weights[i], fours);
+        }
+    }
+}
+
 // The products of ROWS rows with a segment, VECTORS vectors of 16 columns from vector `first` on: added up in
 // parts [ROWS][64] to the group's end, then times its factors to what is in sums [ROWS][64]. `bytes`: numbers, 256 bytes a
 // unit. For each unit LINES cache lines from `ahead` on are fetched. Never inlined: beside other code the compiler runs out
@@ -171,21 +200,8 @@ template <int BITS, int ROWS, int VECTORS, int LINES>
     }
     for (; units > 0; units--, bytes += 4 * kTileColumns, ahead += 64 * LINES) {
         fetch(ahead, LINES, LINES == 4);
-#pragma GCC unroll 2
-        for (int half = 0; half < 8 / BITS; half++, inputs += 4) {
-            Bytes weights[VECTORS];
-#pragma GCC unroll 4
-            for (int i = 0; i < VECTORS; i++) {
-                weights[i] = load_bytes(bytes + 64 * i);
-                if (BITS == 4) weights[i] = half == 0 ? low_nibbles(weights[i]) : high_nibbles(weights[i]);
-            }
-#pragma GCC unroll 8
-            for (int row = 0; row < ROWS; row++) {
-                const Fours<BITS> fours(inputs + row * stride);
-#pragma GCC unroll 4
-                for (int i = 0; i < VECTORS; i++) sum[row][i] = dot(sum[row][i], weights[i], fours);
-            }
-        }
+        add_unit<BITS, ROWS, VECTORS>(inputs, stride, bytes, sum[0]);
+        inputs += 32 / BITS;
     }
 #pragma GCC unroll 4
     for (int i = 0; i < VECTORS; i++) {
@@ -243,11 +259,56 @@ void integer_products(const IntegerRows& x, long row, const IntegerTiles& w, con
     }
 }
 
+// The same of one row, all of whose sums stay in registers: it waits for nothing but the weights.
+template <int BITS>
+void integer_products_of_one(const IntegerRows& x, const IntegerTiles& w, const std::uint8_t* tile, float* sums) {
+    const std::int8_t* inputs = x.numbers(0);
+    const std::int32_t* start = x.starts(0);
+    const float *by = x.scales(0), *group_sum = x.group_sums(0);
+    Factors factors{nullptr, nullptr, nullptr, w.factor_size};
+    const auto skip = [&](long size) {
+        for (long at = 0; at < size; at += 64) fetch(tile + kBytesAhead + at, 1, true);
+        tile += size;
+        return tile - size;
+    };
+    Vector total[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) total[i] = repeat(0.0f);
+    for (long group = 0; group < w.groups(); group++, group_sum++) {
+        if (w.begins_span(group)) factors.bases = skip(w.bases_size());
+        factors.scales = skip(w.factors_size());
+        Vector part[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) part[i] = repeat(0.0f);
+        for (long at = 0; at < w.group; at += kSegment, start++, by++) {
+            Ints sum[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) sum[i] = all_ints(*start);
+            const std::uint8_t* end = tile + w.units(std::min<long>(kSegment, w.group - at)) * 4 * kTileColumns;
+            for (; tile < end; tile += 4 * kTileColumns) {
+                fetch(tile + kBytesAhead, 4, true);
+                add_unit<BITS, 1, 4>(inputs, 0, tile, sum);
+                inputs += 32 / BITS;
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) part[i] = fma(to_floats(sum[i]), repeat(*by), part[i]);
+        }
+        inputs -= w.units(w.group) * 32 / BITS - w.group;  // padding
+        if (w.has_minima) factors.minima = factors.scales + w.scales_size();
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            total[i] = fma(part[i], factors.scale(i), total[i]);
+            if (w.has_minima) total[i] = fma(repeat(*group_sum), factors.minimum(i), total[i]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) store(sums + 16 * i, total[i]);
+}
+
 template <int BITS, int LINES>
 void integer_products(int rows, const IntegerRows& x, long row, const IntegerTiles& w, const std::uint8_t* tile,
                       const std::uint8_t* ahead, float* sums) {
     switch (rows) {
-        case 1: return integer_products<BITS, 1, LINES>(x, row, w, tile, ahead, sums);
         case 2: return integer_products<BITS, 2, LINES>(x, row, w, tile, ahead, sums);
         case 3: return integer_products<BITS, 3, LINES>(x, row, w, tile, ahead, sums);
         case 4: return integer_products<BITS, 4, LINES>(x, row, w, tile, ahead, sums);
@@ -262,6 +323,7 @@ void products_of_group(Range rows, long index, long groups, const IntegerRows& x
                       const std::uint8_t* tile, float* sums) {
     const int count = int(rows.last - rows.first);
     const std::uint8_t* next = tile + w.tile_size();
+    if (count == 1) return integer_products_of_one<BITS>(x, w, tile, sums);
     if (groups == 1) return integer_products<BITS, 4>(count, x, rows.first, w, tile, tile + kBytesAhead, sums);
     if (groups < 4) {
         return integer_products<BITS, 2>(count, x, rows.first, w, tile, next + (index & 1) * w.tile_size() / 2, sums);

@@ -49,8 +49,8 @@ inline Bytes load_bytes(const std::uint8_t* source) { return _mm512_loadu_si512(
 inline Bytes low_nibbles(Bytes bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes bytes) { return low_nibbles(_mm512_srli_epi16(bytes, 4)); }
 
-// To the nearest whole numbers, ties to even, which are within int8.
-inline void store_rounded(std::int8_t* target, Vector values) {
+// Whole numbers that are within int8.
+inline void store_whole(std::int8_t* target, Vector values) {
     _mm_storeu_si128((__m128i*)target, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(values)));
 }
 
@@ -127,7 +127,7 @@ inline Bytes high_nibbles(Bytes bytes) {
     return low_nibbles({_mm256_srli_epi16(bytes.low, 4), _mm256_srli_epi16(bytes.high, 4)});
 }
 
-inline void store_rounded(std::int8_t* target, Vector values) {
+inline void store_whole(std::int8_t* target, Vector values) {
     const __m256i mixed = _mm256_packs_epi32(_mm256_cvtps_epi32(values.low), _mm256_cvtps_epi32(values.high));
     const __m256i words = _mm256_permute4x64_epi64(mixed, 0xd8);
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));

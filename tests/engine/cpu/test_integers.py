@@ -28,7 +28,7 @@ from kvferry.engine.nn.grouped import GroupedWeight
 from kvferry.engine.nn.layers import Linear
 from kvferry.models.default import cache_dir
 
-from ...checkpoints import write_checkpoint
+from ...checkpoints import put_nan, write_checkpoint
 from ...engine_driver import Driver, engine_config, prompts
 from .integer_reference import Floats, product
 
@@ -200,8 +200,8 @@ def _engine(model_dir: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, **fie
     return Engine(engine_config(model_dir, **({"dtype": "bfloat16"} | fields)), num_blocks=128)
 
 
-def _logits(engine: Engine, steps: list[list[int]]) -> list[Tensor]:
-    """Return each step's logits: so many tokens of three prompts, whose next tokens are given."""
+def _logits(engine: Engine, steps: list[list[int]], of: list[list[int]] | None = None) -> list[Tensor]:
+    """Return each step's logits: so many tokens of some prompts, whose next tokens are given."""
     found: list[Tensor] = []
     decoder = engine.runner.decoder  # type: ignore[attr-defined]
     make = decoder.logits
@@ -213,7 +213,7 @@ def _logits(engine: Engine, steps: list[list[int]]) -> list[Tensor]:
 
     decoder.logits = record
     driver = Driver(engine)
-    seqs = [driver.add(prompt, SAMPLING) for prompt in prompts([100, 30, 9], 500)]
+    seqs = [driver.add(prompt, SAMPLING) for prompt in of or prompts([100, 30, 9], 500)]
     for counts in steps:
         driver.step([(seq, count) for seq, count in zip(seqs, counts, strict=True) if count])
         for seq in seqs:
@@ -249,3 +249,15 @@ def test_threads_and_other_rows_change_no_bit(
     )
     torch.set_num_threads(1)
     assert all(torch.equal(one[0], other[0]) for one, other in zip(whole, cut[2:], strict=True))
+
+
+def test_a_row_that_is_not_finite_is_alone_with_it(
+    library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = 300
+    put_nan(write_checkpoint(tmp_path, tokenizer=False, dtype="bfloat16"), "model.embed_tokens.weight", broken)
+    scheme, sound = "8 bits, groups of 32", prompts([40], 299)[0]
+    alone = _logits(_engine(tmp_path, monkeypatch, scheme), [[40]], [sound])
+    beside = _logits(_engine(tmp_path, monkeypatch, scheme), [[40, 5]], [sound, [7, broken, 8, 9, 10]])
+    assert torch.equal(alone[0][0], beside[0][0]) and alone[0].isfinite().all()
+    assert beside[0][1].isnan().all()
