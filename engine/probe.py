@@ -1,7 +1,7 @@
 """A probe shows how far two workers' models are from one another: what each thinks of the same few tokens.
 
 Workers of one checkpoint whose weights are rounded differently may share a deployment (`mixed_quantization`). Each
-tells its probe with its hello; the router compares them.
+tells its probe with its hello, and the router compares them; and keeps it for the doctor (`models/probes.py`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from ..common.batch import Batch, BatchRow
 from ..common.request import RequestId, SamplingParams, Sequence
 from ..kvcache.blocks import BlockPool
+from ..models.probes import keep_probe
 from .engine import Engine
 
 _NUM_TOKENS = 65  # their log-probabilities, but for the first one's, are what a hello has room for
@@ -26,4 +27,7 @@ def probe(engine: Engine, pool: BlockPool) -> tuple[float, ...]:
     seq.block_table = pool.allocate(engine.spec.num_blocks_for(count))
     [row] = engine.step(Batch([BatchRow(seq, count)])).rows
     pool.free(seq.block_table)
-    return tuple(token.logprob for token in row.prompt_logprobs if token.logprob is not None)
+    found = tuple(token.logprob for token in row.prompt_logprobs if token.logprob is not None)
+    quantization = engine.model_config.quantization
+    keep_probe(engine.config.model_dir, quantization.name if quantization is not None else "plain", found)
+    return found

@@ -27,6 +27,7 @@ from ..models.config import ModelConfig
 from ..models.default import Progress
 from ..models.draft import check_draft
 from ..models.files import ResolvedModel, check_no_code, is_on_hub, resolve_model
+from ..models.probes import kept_probes, probe_distance
 from ..models.quantization import chosen_quantization
 from ..models.tokenizer import Tokenizer
 from ..settings.exposure import check_exposure
@@ -164,10 +165,17 @@ class Preflight:
             draft = check_draft(found.dir, speculative.model, settings.max_model_len or self.model.max_model_len)
             if settings.load_format != "dummy":
                 check_checkpoint(speculative.model, draft)
+        return f"{len(self.deployment.workers)} workers{self._distance()}"
+
+    def _distance(self) -> str:
+        """Say how far apart the forms of the weights are that are mixed, if they were measured here."""
         engines = [worker.config.engine for worker in self.deployment.workers]
-        forms = sorted({engine.quantization or "plain" for engine in engines}) if engines[0].mixed_quantization else []
-        mixed = f", weights {' and '.join(forms)}: /v1/models tells how far apart they are" if forms else ""
-        return f"{len(self.deployment.workers)} workers{mixed}"
+        forms = sorted({engine.quantization or "plain" for engine in engines})
+        if len(forms) < 2:
+            return ""
+        found = probe_distance(kept_probes(engines[0].model_dir, forms).values())
+        apart = "measured when they start" if found is None else f"log-probabilities {found:.3f} apart"
+        return f", weights {' and '.join(forms)}: {apart}"
 
     def _check_credentials(self) -> str:
         """Read keys and secrets. A deployment without a secret of the operator's draws one for itself."""

@@ -23,6 +23,7 @@ from .. import __version__
 from ..common.clock import Clock, SystemClock
 from ..common.config import UnknownFields
 from ..common.errors import RequestError
+from ..models.probes import probe_distance
 from .access.cors import Cors
 from .access.hosts import HostNames
 from .access.keys import ApiKeys
@@ -41,7 +42,6 @@ from .batches.run import RunDeps
 from .batches.store import BatchStore
 from .catalogue.catalogue import Catalogue
 from .catalogue.version import Version
-from .dispatch.worker_group import logprob_distance
 from .embeddings.endpoint import embed
 from .helpers.json_parser import JsonParser
 from .messages.form import error_body
@@ -219,7 +219,7 @@ class _Routes:
     def _model(self, version: Version) -> Model:
         model, view = version.model, version.dispatcher.view()
         hellos = [worker.hello for worker in view.workers]
-        forms = sorted({hello.quantization for hello in hellos})
+        probes = {hello.quantization: hello.probe for hello in hellos}
         return Model(
             id=model.name,
             created=self._api.started_s,
@@ -228,8 +228,8 @@ class _Routes:
             kvferry=PoolCounts(
                 prefill_workers=len(view.ready("prefill")),
                 decode_workers=len(view.ready("decode")),
-                quantization=", ".join(forms) if len(forms) > 1 else model.quantization,
-                logprob_distance=logprob_distance(hellos),
+                quantization=", ".join(sorted(probes)) if len(probes) > 1 else model.quantization,
+                logprob_distance=probe_distance(probes.values()),
             ),
         )
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import combinations
 
 from ...common.errors import ProtocolError
 from ...common.messages import WorkerHello
@@ -49,19 +48,6 @@ def find_group(
         reasons.append((group.expected.model != hello.model, reason))
     _, reason = min(reasons, key=lambda found: found[0])
     raise ProtocolError(reason, kind="mismatch")
-
-
-def logprob_distance(hellos: Iterable[WorkerHello]) -> float | None:
-    """Return how far the models of two workers are apart at most, by what they think of the same tokens: the mean of
-    the differences. None: all have the same weights.
-    """
-    probes = {hello.quantization: hello.probe for hello in hellos if hello.probe}
-    return max((_mean_difference(*pair) for pair in combinations(probes.values(), 2)), default=None)
-
-
-def _mean_difference(one: tuple[float, ...], other: tuple[float, ...]) -> float:
-    differences = [abs(a - b) for a, b in zip(one, other, strict=False)]
-    return sum(differences) / len(differences)
 
 
 def mismatch(hello: WorkerHello, expected: Expected, peer: WorkerHello | None) -> str:

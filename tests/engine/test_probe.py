@@ -9,12 +9,14 @@ import pytest
 from kvferry.common.errors import ConfigError
 from kvferry.engine.probe import probe
 from kvferry.kvcache.blocks import BlockPool
+from kvferry.models.probes import kept_probes
 
 from ..checkpoints import write_checkpoint
 from ..engine_driver import make_engine
 
 
-def test_a_probe_tells_weights_apart(tmp_path: Path) -> None:
+def test_a_probe_tells_weights_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVFERRY_CACHE", str(tmp_path / "cache"))
     model_dir = write_checkpoint(tmp_path, tokenizer=False)
     found = []
     for quantization in (None, None, "int8", "int4"):
@@ -26,6 +28,8 @@ def test_a_probe_tells_weights_apart(tmp_path: Path) -> None:
     assert plain == again and len(plain) == 64
     distances = [sum(abs(a - b) for a, b in zip(plain, other, strict=True)) / 64 for other in (int8, int4)]
     assert 0 < distances[0] < distances[1]
+    kept = kept_probes(model_dir, ["plain", "int8", "int4"])
+    assert kept == {"plain": plain, "int8": int8, "int4": int4}
 
 
 def test_weights_that_are_not_in_the_list_are_refused(tmp_path: Path) -> None:

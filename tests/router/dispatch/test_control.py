@@ -27,7 +27,7 @@ from kvferry.common.messages import (
 from kvferry.common.request import SamplingParams
 from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher
-from kvferry.router.dispatch.worker_group import Expected, WorkerGroup, logprob_distance, mismatch
+from kvferry.router.dispatch.worker_group import Expected, WorkerGroup, mismatch
 from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.worker import WorkerLink
@@ -234,16 +234,6 @@ def test_a_fitting_worker_is_welcome() -> None:
 def test_a_mismatch_names_both_values(changes: dict[str, object], words: list[str]) -> None:
     text = mismatch(hello("d-0", "decode", **changes), EXPECTED, hello("p-0", "prefill"))
     assert all(word in text for word in words), text
-
-
-def test_the_distance_is_that_of_the_weights_that_differ_most() -> None:
-    plain, int4, int8 = (
-        hello(name, "decode", quantization=name, probe=probe)
-        for name, probe in {"plain": (-1.0, -2.0), "int4": (-1.5, -2.25), "int8": (-1.0, -2.125)}.items()
-    )
-    assert logprob_distance([plain, plain]) is None and logprob_distance([plain, hello("x", "decode")]) is None
-    assert logprob_distance([plain, int8]) == 0.0625
-    assert logprob_distance([plain, int8, int4]) == 0.375
 
 
 def test_a_role_that_does_not_exist_is_refused() -> None:
