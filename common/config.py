@@ -25,7 +25,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 KVCacheDtype = Literal["auto", "bfloat16", "fp8"]
 Device = Literal["auto", "cpu", "cuda"]
 CpuIsa = Literal["auto", "amx", "avx512_bf16", "avx2"]  # engine/cpu/compiler.py
-Attention = Literal["auto", "flashinfer", "cpu"]
+Attention = Literal["auto", "flashinfer", "flashinfer_fp8", "cpu"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 # The first two are made while a plain checkpoint is loaded; the others say what the checkpoint is.
 QuantizationName = Literal["int8", "int4", "gguf", "compressed-tensors", "gptq", "awq", "fp8"]

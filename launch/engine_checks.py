@@ -43,8 +43,12 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
     Raises ConfigError.
     """
     is_cuda = engine.device == "cuda"
-    if engine.attention_backend != "auto" and (engine.attention_backend == "flashinfer") != is_cuda:
+    if engine.attention_backend != "auto" and engine.attention_backend.startswith("flashinfer") != is_cuda:
         raise ConfigError(f"attention_backend: {engine.attention_backend} does not run on {engine.device}; use auto")
+    if engine.attention_backend == "flashinfer_fp8" and engine.kv_cache_dtype != "fp8":
+        raise ConfigError(
+            "attention_backend: flashinfer_fp8 multiplies by keys in 8 bits: it needs --kv-cache-dtype fp8"
+        )
     if engine.kv_cache_dtype == "bfloat16" and item_bytes(engine, model) != 2:
         raise ConfigError("kv_cache_dtype: bfloat16 does not go with a model in float32; use auto")
     block_bytes = cache_token_bytes(engine, model) * engine.block_size

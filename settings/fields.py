@@ -404,7 +404,10 @@ class ServeSettings(Settings):
     kv_cache_dtype: Annotated[
         KVCacheDtype, Option("Engine", "Type of cached keys and values; fp8: half the bytes, on GPUs.", ENGINES)
     ] = "auto"
-    attention_backend: Annotated[Attention, Option("Engine", "Kernels.", ENGINES)] = "auto"
+    attention_backend: Annotated[
+        Attention,
+        Option("Engine", "Kernels; flashinfer_fp8: prompts' queries in 8 bits too, over fp8 keys, on Hopper.", ENGINES),
+    ] = "auto"
     cpu_isa: Annotated[
         CpuIsa, Option("Engine", "Instruction set of the C++ on CPUs; auto: the processor's best.", ENGINES)
     ] = "auto"

@@ -158,6 +158,20 @@ def test_8_bits_halve_the_pages_and_move_the_answer_little(checkpoints: Path) ->
     assert _ids(_generate(narrow, _mixed())) == _ids(_generate(launched, _mixed()))
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper card"
+)
+def test_queries_in_8_bits_move_the_answer_little(checkpoints: Path) -> None:
+    sampling = [_greedy(6, logprobs=2)] * 5
+    wide, narrow = (
+        _generate(_engine(checkpoints / "llama", kv_cache_dtype="fp8", attention_backend=name), sampling)
+        for name in ("flashinfer", "flashinfer_fp8")
+    )
+    assert any(ours[0].logprob != theirs[0].logprob for ours, theirs in zip(narrow, wide, strict=True))
+    for ours, theirs in zip(narrow, wide, strict=True):
+        assert ours[0].logprob == pytest.approx(theirs[0].logprob, abs=0.5)
+
+
 def test_blocks_in_8_bits_are_copied(checkpoints: Path) -> None:
     from kvferry.kvcache.pages import copy_blocks
 

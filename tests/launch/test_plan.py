@@ -10,7 +10,7 @@ import pytest
 from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError
 from kvferry.launch.children import worker_environment
-from kvferry.launch.engine_checks import check_model
+from kvferry.launch.engine_checks import check_engine, check_model
 from kvferry.launch.host import Gpu, Host
 from kvferry.launch.plan import Deployment, cache_token_bytes, fit_to_host, gpu_reserve_bytes, plan, weight_bytes
 from kvferry.models.config import ModelConfig, RopeConfig
@@ -166,6 +166,13 @@ def test_workers_on_gpus_count_them_as_the_driver_does_and_share_memory_with_oth
     assert "PYTORCH_ALLOC_CONF" not in env
     on_cpu = fit_to_host(planned(1, 1), host(), MODEL).workers[0]
     assert worker_environment({"PYTORCH_CUDA_ALLOC_CONF": options}, on_cpu)["PYTORCH_CUDA_ALLOC_CONF"] == options
+
+
+def test_queries_in_8_bits_need_keys_in_8_bits() -> None:
+    engine = planned(attention_backend="flashinfer_fp8").workers[0].config.engine.model_copy(update={"device": "cuda"})
+    with pytest.raises(ConfigError, match="flashinfer_fp8 multiplies by keys in 8 bits: it needs --kv-cache-dtype fp8"):
+        check_engine(engine, MODEL)
+    check_engine(engine.model_copy(update={"kv_cache_dtype": "fp8"}), MODEL)
 
 
 def test_cuda_without_a_gpu_is_refused() -> None:

@@ -29,13 +29,20 @@ def make_attention(
     device = pages[0].device.type
     if name == "auto":
         name = "flashinfer" if device == "cuda" else "cpu"
-    if name == "flashinfer":
+    if name in ("flashinfer", "flashinfer_fp8"):
         if device != "cuda":
-            raise ConfigError("attention_backend = flashinfer needs a CUDA device; use cpu on this one")
+            raise ConfigError(f"attention_backend = {name} needs a CUDA device; use cpu on this one")
         from .flashinfer import FlashInferAttention
 
         assert isinstance(pages, Tensor), "layers apart are for attention in tiles"
-        return FlashInferAttention(pages, num_qo_heads, sliding_windows, query_dtype=query_dtype, kv_scales=kv_scales)
+        return FlashInferAttention(
+            pages,
+            num_qo_heads,
+            sliding_windows,
+            query_dtype=query_dtype,
+            kv_scales=kv_scales,
+            narrow_queries=name == "flashinfer_fp8",
+        )
     if device != "cpu":
         raise ConfigError(f"attention_backend = {name} does not run on {device}; use flashinfer")
     if deterministic:

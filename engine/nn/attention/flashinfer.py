@@ -8,7 +8,9 @@ its own. All run one after another on one stream, so one float workspace serves 
 workspace serves all sizes of a window: whoever runs was planned right before. The first plan of a variant compiles
 its kernel, so `warm_up` is for start-up.
 
-Pages in 8 bits (e4m3) hold k / k_scale and v / v_scale of each layer, cut off at the largest number there is.
+Pages in 8 bits (e4m3) hold k / k_scale and v / v_scale of each layer, cut off at the largest number there is. Chunks
+then run on FlashInfer's older kernels (fa2), for its newest multiply numbers of one size alone; with queries in 8 bits
+too (`narrow_queries`) they run on those (fa3).
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ _INT_WORKSPACE_BYTES = 8 << 20  # of each sliding window
 _TENSOR_CORE_GROUP = 4  # query heads per KV head from which decode is faster on tensor cores
 _HEAD_DIMS = (64, 128, 256)
 _MAX_E4M3 = 448.0
+_NARROW_CAPABILITY = (9, 0)  # of the cards whose kernels take queries in 8 bits
 
 KVScales = Sequence[tuple[float, float]]  # of each layer: k_scale, v_scale
 
@@ -64,9 +67,16 @@ class FlashInferAttention:
         *,
         query_dtype: torch.dtype | None = None,
         kv_scales: KVScales | None = None,
+        narrow_queries: bool = False,
     ) -> None:
-        """`query_dtype`: where pages are in 8 bits and queries are not. Raises ConfigError."""
+        """`query_dtype`: where pages are in 8 bits and queries are not; `narrow_queries`: chunks' are made so, too.
+
+        Raises ConfigError.
+        """
         check_pages(pages, num_qo_heads)
+        if narrow_queries:
+            _check_narrow(pages)
+        self._narrows = narrow_queries
         self._query_dtype = query_dtype or pages.dtype
         if self._query_dtype not in (torch.bfloat16, torch.float16):
             raise ConfigError(f"flashinfer does not attend in {self._query_dtype}; use --dtype bfloat16 on CUDA")
@@ -160,8 +170,9 @@ class FlashInferAttention:
                 self._block_size,
                 causal=True,
                 window_left=_window_left(window),
-                q_data_type=self._query_dtype,
+                q_data_type=self._pages.dtype if self._narrows else self._query_dtype,
                 kv_data_type=self._pages.dtype,
+                o_data_type=self._query_dtype,
                 sm_scale=softmax_scale(self._head_dim),
                 seq_lens=step.chunk_kv_lens,
             )
@@ -178,7 +189,8 @@ class FlashInferAttention:
         if rows:
             self._run(self._decode[window], q[:rows], out[:rows], layer_id)
         if rows < num_tokens:
-            self._run(self._prefill[window], q[rows:num_tokens], out[rows:num_tokens], layer_id)
+            queries = to_e4m3(q[rows:num_tokens], 1.0) if self._narrows else q[rows:num_tokens]
+            self._run(self._prefill[window], queries, out[rows:num_tokens], layer_id)
         return out
 
     def _run(
@@ -293,6 +305,14 @@ def to_e4m3(x: Tensor, scale: float) -> Tensor:
     """Return x / scale as the nearest 8-bit float; torch makes NaN of what is too large, so that is cut off."""
     scaled = x if scale == 1.0 else x.float() / scale
     return scaled.clamp(-_MAX_E4M3, _MAX_E4M3).to(torch.float8_e4m3fn)
+
+
+def _check_narrow(pages: Tensor) -> None:
+    """Raises ConfigError where no kernel multiplies 8-bit queries by these pages."""
+    if pages.dtype != torch.float8_e4m3fn:
+        raise ConfigError("attention_backend = flashinfer_fp8 needs pages in 8 bits: --kv-cache-dtype fp8")
+    if torch.cuda.get_device_capability(pages.device) != _NARROW_CAPABILITY:
+        raise ConfigError("attention_backend = flashinfer_fp8 needs a Hopper card (capability 9.0); use auto")
 
 
 def _window_left(window: int | None) -> int:
