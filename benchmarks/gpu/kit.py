@@ -30,11 +30,10 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import kvferry
-from kvferry.benchmarks.gpu.host import nvcc
 from kvferry.benchmarks.gpu.modules import MODULES
 from kvferry.common.config import environment
 from kvferry.common.errors import ConfigError
@@ -56,7 +55,7 @@ _TO_BUILD = (
     *(FLASHINFER, "apache-tvm-ffi", "einops", "ninja", "tabulate", "tqdm", "click", "nvidia-ml-py", "requests"),
     *("packaging", "urllib3", "idna", "charset-normalizer", "certifi", "filelock", "jinja2", "markupsafe", "numpy"),
 )
-_PLATFORMS = ("_2_35", "_2_34", "_2_28", "_2_27", "_2_24", "_2_17", "2014", "1")  # of manylinux
+_PLATFORMS = (*(f"_2_{minor}" for minor in range(35, 4, -1)), "2014", "2010", "1")  # of manylinux
 _NEVER_COMPILED = re.compile(
     r"flashinfer/(data/csrc/(cake|kda|fused_moe|gdn|experimental|nv_internal|alphamoe|blackwell|bgmv|fmha_v2|mhc|moe"
     r"|nvfp4|prims_ts|sparse_mla|xqa|generated|mamba|gated)|data/cutlass/(examples|python|test|tools/(library|profiler))"
@@ -135,13 +134,22 @@ def compiled(names: tuple[str, ...], work: Path, jobs: int) -> dict[str, Path]:
     return {name: Path(path) for name, path in json.loads(told.strip().splitlines()[-1])}
 
 
+def toolkit_home(env: Mapping[str, str]) -> Path:
+    """Return the folder of a whole toolkit; on the PATH there may be a launcher alone. Raises ConfigError."""
+    on_path = shutil.which("nvcc", path=env.get("PATH"))
+    homes = [Path(env[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in env]
+    homes += [Path("/usr/local/cuda"), *([Path(on_path).resolve().parent.parent] if on_path else [])]
+    for home in homes:
+        if (home / "include/cuda_runtime.h").exists() and os.access(home / "bin/nvcc", os.X_OK):
+            return home
+    raise ConfigError("no CUDA toolkit: set CUDA_HOME to one of CUDA 13")
+
+
 def completed_toolkit(folder: Path, curand: Path) -> Path:
     """Link a toolkit's files together with what one of NVIDIA's wheels lacks: cuRAND's headers, a libcuda to link with,
     and cuBLAS's headers, which the norms include and do not use."""
-    compiler = nvcc(environment())
-    if compiler is None:
-        raise ConfigError("no nvcc: set CUDA_HOME to a toolkit of CUDA 13")
-    real = compiler.resolve().parent.parent
+    real = toolkit_home(environment())
+    compiler = real / "bin/nvcc"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "lib64/stubs").mkdir(parents=True)
     for part in ("bin", "include"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from .install import CannotEmulate, install
@@ -16,3 +18,6 @@ except CannotEmulate as error:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     counts = ", ".join(f"{count} {name}" for name, count in sorted(COUNTS.items()))
     terminalreporter.write_line(f"the emulated device saw {counts}")
+    attention = sys.modules.get("flashinfer.attention")
+    if attention is not None:
+        terminalreporter.write_line(f"attention modules: {' '.join(sorted(attention.ASKED_FOR))}")

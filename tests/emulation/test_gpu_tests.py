@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvferry.benchmarks.gpu.modules import MODULES
 from kvferry.benchmarks.gpu.parts import ROOT, gpu_test_files
 
 from .install import STAND_INS
@@ -43,6 +45,8 @@ def test_tests_for_a_gpu_pass(path: Path, tmp_path: Path, record_property: pytes
     num_passed, output = run(path, tmp_path / "report.xml", "-m", "gpu")
     assert num_passed > 0 and "the emulated device saw" in output
     record_property("emulated_gpu_tests", num_passed)  # type: ignore[operator]
+    asked_for = re.findall(r"^attention modules: (.*)$", output, re.MULTILINE)
+    assert {name for line in asked_for for name in line.split()} <= set(MODULES), "the kit would lack some"
 
 
 def test_the_device_is_strict(tmp_path: Path) -> None:

@@ -77,6 +77,22 @@ def test_tokens_are_those_of_the_host(rows: list[SampleRow], seed: int) -> None:
     _assert_same(_on_device(logits.clone(), rows), sample(logits, rows, EOS))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu, needs_flashinfer])])
+@pytest.mark.parametrize("vocab_size", [VOCAB, 128_256])
+def test_the_first_of_equal_logits_is_the_best(device: str, vocab_size: int) -> None:
+    """On every device, so that a greedy stream goes on the same elsewhere; drawn tokens lie in the same order."""
+    kernels = FusedKernels() if device == "cuda" else TorchKernels()
+    logits = _logits(6, 0, vocab_size)
+    places = [(1, 2), (0, vocab_size - 1), (255, 256), (300, 301), (5, 690), (vocab_size - 2, vocab_size - 1)]
+    for row, tied in enumerate(places):
+        logits[row, list(tied)] = 50.0
+    greedy = [SampleRow(SamplingParams(temperature=0.0), (0,), [4, 5], 1) for _ in places]
+    found = _on_device(logits.clone(), greedy, device, kernels)
+    assert [tokens[0].token_id for tokens in found] == [first for first, _ in places]
+    drawn = [SampleRow(SamplingParams(seed=seed, top_k=1), (0,), [4, 5], 1) for seed in range(6)]
+    _assert_same(_on_device(logits.clone(), drawn, device, kernels), sample(logits, drawn, EOS))
+
+
 def test_a_row_draws_the_same_whatever_stands_beside_it() -> None:
     rows = [SampleRow(SamplingParams(seed=seed, top_p=0.9), (0,), [4, 5], 1) for seed in range(20)]
     logits = _logits(20, 0)
