@@ -510,7 +510,7 @@ class ServeSettings(Settings):
             raise ValueError("local_prefill: without prefill workers every prompt is local; give --prefill 1")
         sizes = [pool.tensor_parallel_size or self.tensor_parallel_size for pool in (self.prefill, self.decode)]
         forms = [pool.quantization or self.quantization or "plain" for pool in (self.prefill, self.decode)]
-        if self.prefill.workers and forms[0] != forms[1] and not self.mixed_quantization:
+        if self.prefill.workers and forms[0] != forms[1] and not set(forms) <= set(self.mixed_quantization):
             given = "decode" if self.decode.quantization is not None else "prefill"
             raise ValueError(
                 f"{given}.quantization: prefill workers have {forms[0]} weights, decode workers {forms[1]}: they "

@@ -245,3 +245,5 @@ def test_weights_of_two_forms_are_asked_for_by_name(tmp_path: Path) -> None:
         load(flags=mixed | {"deterministic": Raw(True, "--deterministic")}, env={}, file=None)
     with pytest.raises(ConfigError, match="int5"):
         load(flags=both | {"mixed_quantization": Raw(["plain", "int5"], "--mixed-quantization")}, env={}, file=None)
+    with pytest.raises(ConfigError, match="give --mixed-quantization plain,int4"):
+        load(flags=both | {"mixed_quantization": Raw(["plain"], "--mixed-quantization")}, env={}, file=None)
