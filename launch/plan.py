@@ -200,10 +200,8 @@ def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:
 
 
 def _is_widened(engine: EngineConfig, model: ModelConfig) -> bool:
-    """Tell whether a CPU's rank multiplies by plain numbers: it has products of quantized ones for whole models in
-    bfloat16 alone.
-    """
-    return engine.device != "cuda" and (engine.tensor_parallel_size > 1 or item_bytes(engine, model) > 2)
+    """Tell whether a CPU's rank multiplies by plain numbers: it has products of whole ones beside bfloat16 alone."""
+    return engine.device != "cuda" and item_bytes(engine, model) > 2
 
 
 def draft_models(engine: EngineConfig) -> list[ModelConfig]:
