@@ -43,7 +43,6 @@ def _judged(engine: Engine) -> list[SampledToken]:
     return found
 
 
-@pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
@@ -53,15 +52,13 @@ def _judged(engine: Engine) -> list[SampledToken]:
         ("llama", {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256, "quantization": "int8"}),
     ],
 )
-def test_two_ranks_compute_what_one_computes(
-    tmp_path: Path, family: Family, fields: dict[str, object], num_threads: int
-) -> None:
+def test_two_ranks_compute_what_one_computes(tmp_path: Path, family: Family, fields: dict[str, object]) -> None:
     fields = dict(fields)
     common: dict[str, object] = {"dtype": "bfloat16", "quantization": fields.pop("quantization", None)}
     shape = {"tokenizer": False, "dtype": "bfloat16"} | fields
     model_dir = write_checkpoint(tmp_path, family, **shape)  # type: ignore[arg-type]
     expected = _judged(Engine(engine_config(model_dir, **common), num_blocks=64))
-    config = engine_config(model_dir, tensor_parallel_size=2, num_threads=num_threads, **common)
+    config = engine_config(model_dir, tensor_parallel_size=2, num_threads=2, **common)
     group = RankGroup.start(config, num_blocks=64)
     try:
         engine = Engine(config, tp_size=2, num_blocks=64, group=group)
