@@ -1,0 +1,136 @@
+"""What quantized weights save in time: the same steps and prompts by one model in several forms, in turns.
+
+    python -m kvferry.benchmarks.quantization.speed                         # the built-in model, one thread, C++
+    python -m kvferry.benchmarks.quantization.speed --cpu-isa avx2 --kinds plain,int8
+
+One engine for each form, in one process. What counts is the least CPU time of the rounds, as other programs run beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from kvferry.benchmarks.engine.cases import decode_cases, prefill_cases
+from kvferry.benchmarks.quantization.quantization import KINDS
+from kvferry.benchmarks.shared.bars import Bar, bar_table
+from kvferry.benchmarks.shared.plain_steps import decoding, prefilling
+from kvferry.common.config import EngineConfig
+from kvferry.models.default import default_model_dir
+from kvferry.tools.load.arguments import positive_int
+from kvferry.tools.load.environment import describe_environment
+from kvferry.tools.load.json_file import save_json
+from kvferry.tools.load.report import RESULTS_DIR, milliseconds, report_console
+
+if TYPE_CHECKING:
+    from kvferry.engine.engine import Engine
+
+# torch is imported inside functions: its threads are settled before.
+
+_DECODE_BARS = {"int8": 0.6, "int4": 0.45}  # of a lone answer's step, times the plain form's
+_PREFILL_BAR = 1.0
+
+
+@dataclass(slots=True, frozen=True)
+class Case:
+    name: str
+    ms: dict[str, float]  # least CPU time of each form
+    num_rounds: int
+
+    def bars(self) -> list[Bar]:
+        found = []
+        for kind, limit in _DECODE_BARS.items():
+            if {"plain", kind} <= self.ms.keys():
+                bar = _PREFILL_BAR if self.name.startswith("prefill") else limit if " 1@" in self.name else None
+                found.append(Bar(f"{kind}, {self.name}", self.ms[kind] / self.ms["plain"], bar, count=self.num_rounds))
+        return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    flags = _parser().parse_args(argv)
+    os.environ["OMP_NUM_THREADS"] = str(flags.threads)
+    console = report_console()
+    engines = {kind: _engine(flags, kind) for kind in flags.kinds}
+    cases = []
+    for rows, context in flags.decode:
+        runs = {kind: decoding(engine, rows, context) for kind, engine in engines.items()}
+        cases.append(Case(f"decode {rows}@{context}", _in_turns(runs, flags.rounds), flags.rounds))
+    for tokens in flags.prefill:
+        runs = {kind: prefilling(engine, tokens) for kind, engine in engines.items()}
+        cases.append(Case(f"prefill {tokens}", _in_turns(runs, flags.prompt_rounds), flags.prompt_rounds))
+    table = Table(title=f"built-in model, {flags.threads} thread(s), CPU ms", title_justify="left")
+    for column in ("case", *flags.kinds):
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for case in cases:
+        table.add_row(case.name, *map(milliseconds, case.ms.values()))
+    console.print(table)
+    console.print(bar_table("of the plain form's time", [bar for case in cases for bar in case.bars()]))
+    environment = describe_environment("python -m kvferry.benchmarks.quantization.speed", argv)
+    save_json({"cases": [asdict(case) for case in cases], "environment": asdict(environment)}, flags.json)
+    return 0
+
+
+def _engine(flags: argparse.Namespace, kind: str) -> Engine:
+    from kvferry.engine.engine import Engine
+
+    model_dir = default_model_dir(keeps_blocks=kind == "gguf")
+    config = EngineConfig.model_validate(
+        {
+            "model_dir": model_dir,
+            "served_model_name": model_dir.name,
+            "dtype": "bfloat16",
+            "device": "cpu",
+            "num_threads": flags.threads,
+            "cpu_isa": flags.cpu_isa,
+            "quantization": None if kind == "plain" else kind,
+        }
+    )
+    sizes = [*flags.decode, *((1, tokens) for tokens in flags.prefill)]
+    return Engine(config, num_blocks=max(rows * (tokens // config.block_size + 1) for rows, tokens in sizes))
+
+
+def _in_turns(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Return each one's least CPU time (ms); the first round warms."""
+    kinds, times = list(runs), {kind: list[float]() for kind in runs}
+    for number in range(-1, rounds):
+        for kind in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]:
+            began = time.process_time()
+            runs[kind]()
+            if number >= 0:
+                times[kind].append(time.process_time() - began)
+    return {kind: min(seconds) * 1e3 for kind, seconds in times.items()}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kvferry.benchmarks.quantization.speed", description=(__doc__ or "").partition("\n")[0]
+    )
+    add = parser.add_argument
+    add("--kinds", type=lambda text: tuple(text.split(",")), default=KINDS, metavar="KIND,…", help=f"of {KINDS}")
+    add("--threads", type=positive_int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
+    add("--cpu-isa", default="auto", help="the instruction set (default: %(default)s)")
+    add("--decode", type=decode_cases, default=decode_cases("1@160,8@160"), metavar="ROWS@TOKENS,…")
+    add("--prefill", type=prefill_cases, default=(128, 512, 2048), metavar="TOKENS,…")
+    add("--rounds", type=positive_int, default=40, metavar="N", help="of a decode case (default: %(default)s)")
+    add("--prompt-rounds", type=positive_int, default=5, metavar="N", help="of a prompt (default: %(default)s)")
+    add(
+        "--json",
+        type=Path,
+        default=RESULTS_DIR / "quantization-speed.json",
+        metavar="FILE",
+        help="(default: %(default)s)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
