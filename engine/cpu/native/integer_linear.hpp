@@ -1,9 +1,9 @@
 // y = x W^T for W in whole numbers (integer_tiles.hpp), by inputs in whole numbers (integer_rows.hpp).
 //
-//     y = sum over groups of: scale * sum over segments of (s * sum(number * q)) + minimum * sum over segments of (s * sum(q))
+//     y = sum over groups of scale * a + minimum * b     a, b = sums over segments of s * sum(number * q), s * sum(q)
 //
-// Sums over a segment are whole numbers, so that their order is of no effect; what they are multiplied by is added up in
-// order, each time with one rounding. A row's results are therefore the same bits whatever other rows, threads or
+// Sums over a segment are whole numbers, so that their order is of no effect; what they are multiplied by is added up
+// in order, each time with one rounding. A row's results are therefore the same bits whatever other rows, threads or
 // instructions there are. A row that is not finite has results that are NaN, and no effect on others.
 #pragma once
 
@@ -90,9 +90,9 @@ template <int BITS, int ROWS, int VECTORS>
 }
 
 // The products of ROWS rows with a segment, VECTORS vectors of 16 columns from vector `first` on: added up in
-// parts [ROWS][64] to the group's end, then times its factors to what is in sums [ROWS][64]. `bytes`: numbers, 256 bytes
-// a unit. For each unit LINES cache lines from `ahead` on are fetched. Never inlined: beside other code the compiler runs
-// out of registers.
+// parts [ROWS][64] to the group's end, then times its factors to what is in sums [ROWS][64]. `bytes`: numbers, 256
+// bytes a unit. For each unit LINES cache lines from `ahead` on are fetched. Never inlined: beside other code the
+// compiler runs out of registers.
 template <int BITS, int ROWS, int VECTORS, int LINES>
 [[gnu::noinline]] void add_segment(const Segment& x, const Group& group, const std::uint8_t* bytes, long units,
                                    const std::uint8_t* ahead, int first, float* parts, float* sums) {

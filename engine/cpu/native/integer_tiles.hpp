@@ -5,13 +5,13 @@
 //
 //     [columns / 64][groups] of: 64 scales, 64 minima if there are any, then the group's numbers
 //         8 bits   [inputs / 4][64 columns][4 inputs]    a byte each: the number + 128
-//         4 bits   [inputs / 8][64 columns][4 bytes]     byte b: input b low, input 4 + b high; the number, + 8 if signed
+//         4 bits   [inputs / 8][64 columns][4 bytes]     byte b: input b low, 4 + b high; the number, + 8 if signed
 //
-// Scales and minima are float32 or, where that says exactly the same, half precision, or a byte: so many times a base that
-// some groups share. These bases, 64 float32 for scales and 64 for minima, stand before the first of such groups.
+// Scales and minima are float32 or, where that says exactly the same, half precision, or a byte: so many times a base
+// that some groups share. These bases, 64 float32 for scales and 64 for minima, stand before the first of such groups.
 //
-// What is added to numbers makes bytes unsigned; it is taken away again by the sum of a group's inputs. Padding is zeros:
-// columns to 64, a group to 8 inputs.
+// What is added to numbers makes bytes unsigned; it is taken away again by the sum of a group's inputs. Padding is
+// zeros: columns to 64, a group to 8 inputs.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +52,7 @@ struct IntegerMatrix {  // declared once more in engine/cpu/packing.py
 // Four bytes that hold eight numbers, input 2 i in the low half of byte i, as a tile has them.
 inline std::uint32_t by_halves(std::uint32_t bytes) {
     const std::uint32_t even = bytes & 0x0f0f0f0f, odd = bytes >> 4 & 0x0f0f0f0f;
-    const std::uint32_t e = (even | even >> 12) & 0xffff, o = (odd | odd >> 12) & 0xffff;  // 0 and 4, 2 and 6; 1 and 5, …
+    const std::uint32_t e = (even | even >> 12) & 0xffff, o = (odd | odd >> 12) & 0xffff;  // 0, 4, 2, 6; 1, 5, 3, 7
     return (e & 0xff) | (o & 0xff) << 8 | (e & 0xff00) << 8 | (o & 0xff00) << 16;
 }
 

@@ -1,7 +1,7 @@
 // Whole numbers in registers: products of bytes added up in 16 lanes of int32, and these lanes as a Vector.
 //
-// Bytes of weights are unsigned and bytes of inputs are signed, which VPDPBUSD multiplies without saturating. Where there
-// is no such instruction its exact sum is made of products of 16 bits, so that all instruction sets give the same bits.
+// Bytes of weights are unsigned and bytes of inputs are signed, which VPDPBUSD multiplies without saturating. Where
+// there is no such instruction its exact sum is made of products of 16 bits: all instruction sets give the same bits.
 #pragma once
 
 #include <immintrin.h>
