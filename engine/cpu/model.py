@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ...common.config import CpuIsa
@@ -18,6 +19,7 @@ from ..nn.decoder import Decoder, DecoderLayer
 from ..nn.feed_forward import GatedMLP
 from ..nn.layers import Linear
 from ..nn.mixer import Attention
+from ..ranks.group import Communicator
 from .build import load
 from .compiler import NativeUnavailable
 from .packing import Packer, Tiles, address, check_known
@@ -79,12 +81,12 @@ class NativeModel:
         """Raises NativeUnavailable, and has then left the decoder as it was; ConfigError as `load` does."""
         blocks = [_known_blocks(layer) for layer in decoder.layers]
         weights = [check_known(linear) for linear in decoder.linears()]
-        self.library = load(cache, isa)
+        self.comm = decoder.head.rows.comm
+        self.library = _common_library(self.comm, cache, isa)
         self.name = Path(self.library._name).stem  # instruction set, source and compiler
         pack = Packer(self.library)
         self._packed = {id(weight): pack(weight) for weight in weights}
         self._keep = (decoder, weights)
-        self.comm = decoder.head.rows.comm
         self.num_logits = decoder.head.linear.weight.num_outputs  # of this rank
         self.described = self._describe(decoder, blocks)
 
@@ -115,6 +117,18 @@ class NativeModel:
 
     def _linear(self, linear: Linear, bias: Tensor | None) -> _Linear:
         return _Linear(self._packed[id(linear.weight)].tiles, address(bias))
+
+
+def _common_library(comm: Communicator, cache: Path, isa: CpuIsa) -> ctypes.CDLL:
+    """Load the library. Raises NativeUnavailable on all ranks if one has none: their sums would never meet."""
+    try:
+        library = load(cache, isa)
+    except NativeUnavailable:
+        comm.minimum(0, torch.device("cpu"))
+        raise
+    if not comm.minimum(1, torch.device("cpu")):
+        raise NativeUnavailable("another rank could not load its library")
+    return library
 
 
 def _known_blocks(layer: DecoderLayer) -> tuple[Attention, GatedMLP]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvferry.common.request import SampledToken, SamplingParams
-from kvferry.engine.cpu import build
+from kvferry.engine.cpu import build, model
 from kvferry.engine.cpu.compiler import NativeUnavailable
 from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.engine import Engine
-from kvferry.engine.ranks.group import RankGroup
+from kvferry.engine.ranks.group import Communicator, RankGroup
 from kvferry.models.default import cache_dir
 
 from ...checkpoints import Family, write_checkpoint
@@ -72,3 +73,23 @@ def test_two_ranks_compute_what_one_computes(tmp_path: Path, family: Family, fie
     assert len(known) > 0.95 * len(expected) > 250  # what is said may nearly tie
     for index in known:
         assert found[index].logprob == pytest.approx(expected[index].logprob, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("fails_here", [True, False])
+def test_all_ranks_do_without_what_one_could_not_load(monkeypatch: pytest.MonkeyPatch, fails_here: bool) -> None:
+    said = []
+
+    class OfTwo(Communicator):
+        def minimum(self, value: int, device: torch.device) -> int:
+            said.append(value)
+            return 0
+
+    if fails_here:
+        monkeypatch.setattr(model, "load", _unavailable)
+    with pytest.raises(NativeUnavailable, match="no compiler" if fails_here else "another rank"):
+        model._common_library(OfTwo(), cache_dir(), "auto")
+    assert said == [0 if fails_here else 1]
+
+
+def _unavailable(*_: object) -> None:
+    raise NativeUnavailable("no compiler")
