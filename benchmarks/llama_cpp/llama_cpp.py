@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             for kind in flags.kinds:
                 file = Path(folder) / f"{kind}.gguf"
-                command = [flags.peer, str(_PEER), "quantize", str(source), str(file), str(KINDS[kind])]
+                command = [flags.peer, "-P", str(_PEER), "quantize", str(source), str(file), str(KINDS[kind])]
                 subprocess.run(command, check=True, capture_output=True)
                 cases += _measure(flags, kind, file)
     except (ConfigError, OSError, subprocess.CalledProcessError) as error:
@@ -138,7 +138,7 @@ def _cpu_s(run: Callable[[], None]) -> float:
 @contextmanager
 def _peer(python: str, file: Path, threads: int, num_cells: int) -> Iterator[Callable[[dict[str, Any]], float]]:
     """Start llama.cpp on a file; yields what asks it for a case's CPU time (s)."""
-    command = [python, str(_PEER), "steps", str(file), str(threads), str(num_cells)]
+    command = [python, "-P", str(_PEER), "steps", str(file), str(threads), str(num_cells)]
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     peer = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nothing, text=True)
     assert peer.stdin is not None and peer.stdout is not None

@@ -1,7 +1,7 @@
 """llama.cpp's side of the comparison, run by an interpreter that has `llama-cpp-python` and nothing of kvferry.
 
-    python peer.py quantize FROM.gguf TO.gguf TYPE      TYPE: a number of `llama_ftype`
-    python peer.py steps MODEL.gguf THREADS NUM_CELLS   then a JSON object in a line for each case, on standard input
+    python -P peer.py quantize FROM.gguf TO.gguf TYPE      TYPE: a number of `llama_ftype`
+    python -P peer.py steps MODEL.gguf THREADS NUM_CELLS   then a JSON object in a line for each case, on standard input
 
 A case is {"prompt": tokens} or {"rows": rows, "context": tokens}; the answer is a line with the CPU time in seconds of
 one prompt, or of one step that feeds a token to each row.
