@@ -134,14 +134,14 @@ def _pools(deployment: Deployment) -> str:
 def _layout(deployment: Deployment) -> str:
     """Say what these workers are good for, and what would be the other choice."""
     objective_ms = deployment.router.tpot_objective_ms
-    limit = f"takes {objective_ms:g} ms at most" if objective_ms else "takes three times as long as alone at most"
+    limit = f"{objective_ms:g} ms" if objective_ms else "50 ms, or four times its usual (--tpot-objective-ms)"
     if all(worker.config.role == "decode" for worker in deployment.workers):
-        return f"Each worker computes prompts beside its answers: a token {limit} then. --prefill 1 steadies answers."
+        return f"Each worker computes prompts beside answers: a token takes up to {limit}. --prefill 1 steadies it."
     lent = any(worker.max_threads is not None for worker in deployment.workers)
     cores = " and lend each other idle cores" if lent else ""
     return (
         f"Prompts and answers have workers of their own{cores}: answers are steady beside long prompts. Where a decode "
-        f"worker takes a prompt too, a token {limit}. --prefill 0 begins several answers sooner."
+        f"worker takes a prompt too, a token takes up to {limit}. --prefill 0 begins several answers sooner."
     )
 
 

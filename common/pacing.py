@@ -7,22 +7,20 @@ from __future__ import annotations
 PROMPT_DUE_STRETCH = 3.0
 MIN_CHUNK_TOKENS = 16  # of a prompt in a step, whatever the objective: a prompt always moves on
 _OBJECTIVE_SHARE = 0.85  # of an objective that a step may take: results are handed out and sent in the rest
-# Without an objective a step may take this many times a lone answer's, so that nobody's answer comes at less than a
-# third of the pace of an idle machine. Larger makes first tokens sooner and streams slower.
-_LONE_STEP_STRETCH = 2.75
-# It may take this many times what its answers alone would in any case: larger leaves prompts more of a crowded worker.
-_STEP_STRETCH = 1.5
+# Without an objective: a step may take this many times what its answers alone would, and _MIN_STEP_S in any case, since
+# nobody reads faster. Larger makes first tokens sooner and streams slower.
+_DECODE_STEP_STRETCH = 4.0
+_MIN_STEP_S = 0.05
 
 
-def longest_step_s(objective_s: float | None, decode_s: float, lone_s: float) -> float:
+def longest_step_s(objective_s: float | None, decode_s: float) -> float:
     """Return how long a step may take that computes prompts beside running answers (seconds).
 
-    `objective_s`: the time per token of the strictest answer in it. `decode_s`: of a step with its answers alone;
-    `lone_s`: with one answer alone.
+    `objective_s`: the time per token of the strictest answer in it. `decode_s`: of a step with its answers alone.
     """
     if objective_s is not None:
         return _OBJECTIVE_SHARE * objective_s
-    return max(_LONE_STEP_STRETCH * lone_s, _STEP_STRETCH * decode_s)
+    return max(_MIN_STEP_S, _DECODE_STEP_STRETCH * decode_s)
 
 
 # A step of background requests alone is cut to about this: who comes while it runs waits for its end. Larger ones

@@ -24,7 +24,6 @@ class Pace:
 
     objective_s: float | None = None  # per output token
     decode_s: float = 0.0  # of steps in which every row feeds one token
-    lone_s: float = 0.0  # of those with one row
     token_s: float = _INITIAL_TOKEN_S  # of a prompt token beside them
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
@@ -40,24 +39,15 @@ class Pace:
             weight = _SMOOTHING * min(1.0, num_chunk_tokens / _WHOLE_CHUNK)
             self.token_s += weight * (min(value, _OUTLIER * self.token_s) - self.token_s)
         elif num_rows:
-            self.decode_s = _followed(self.decode_s, step_s)
-            if num_rows == 1:
-                self.lone_s = _followed(self.lone_s, step_s)
+            value = min(step_s, _OUTLIER * self.decode_s) if self.decode_s else step_s
+            self.decode_s += (_SMOOTHING if self.decode_s else 1.0) * (value - self.decode_s)
 
     @property
     def room_s(self) -> float:
         """Return the seconds that may come between two tokens of an answer beside its own step."""
-        lone_s = self.lone_s or self.decode_s  # nobody has been alone yet
-        return max(0.0, longest_step_s(self.objective_s, self.decode_s, lone_s) - self.decode_s)
+        return max(0.0, longest_step_s(self.objective_s, self.decode_s) - self.decode_s)
 
     @property
     def chunk_tokens(self) -> int:
         """Prompt tokens for a step that has rows of running answers."""
         return max(MIN_CHUNK_TOKENS, int(self.room_s / self.token_s))
-
-
-def _followed(known_s: float, step_s: float) -> float:
-    """Return the mean of the latest steps, this one included."""
-    if not known_s:
-        return step_s
-    return known_s + _SMOOTHING * (min(step_s, _OUTLIER * known_s) - known_s)

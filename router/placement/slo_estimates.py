@@ -121,8 +121,7 @@ class SloEstimates:
         harm_s, took_s, wait_s = 0.0, alone_s, decode.backlog_s
         budget = decode.hello.max_num_batched_tokens
         if decode.num_running and alone_s:
-            lone_s = self._predictor.decode_step_s(decode.session, 1, decode.context // decode.num_running)
-            limit_s = longest_step_s(demand.objectives.tpot_s, step_s, lone_s)
+            limit_s = longest_step_s(demand.objectives.tpot_s, step_s)
             tokens = self._predictor.chunk_tokens(
                 decode.session, decode.num_running, decode.context, demand.num_prompt_tokens // 2, limit_s
             )

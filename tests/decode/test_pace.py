@@ -26,25 +26,13 @@ def test_with_an_objective_a_step_stays_within_four_fifths_of_it() -> None:
     assert abs(ROW_S + pace.chunk_tokens * TOKEN_S - 0.8 * 0.05) < 0.002
 
 
-def test_without_one_a_step_takes_under_three_of_a_lone_answer() -> None:
-    pace = taught(Pace(lone_s=0.8 * ROW_S))
-    assert abs(ROW_S + pace.chunk_tokens * TOKEN_S - 2.75 * 0.8 * ROW_S) < 0.002
-
-
-def test_without_one_prompts_have_a_third_of_a_crowded_workers_time() -> None:
-    slow = Pace(lone_s=0.01)
+def test_without_one_a_step_takes_fifty_milliseconds_or_four_decode_steps() -> None:
+    assert abs(ROW_S + taught(Pace()).chunk_tokens * TOKEN_S - 0.05) < 0.002
+    slow = Pace()
     for _ in range(30):
-        slow.learn(0.1, num_chunk_tokens=0, num_rows=40)
-        slow.learn(0.1 + 100 * TOKEN_S, num_chunk_tokens=100, num_rows=40)
-    assert abs(0.1 + slow.chunk_tokens * TOKEN_S - 0.15) < 0.005
-    assert slow.lone_s == 0.01
-
-
-def test_a_lone_answers_pace_is_that_of_steps_with_one_row() -> None:
-    pace = Pace()
-    for num_rows, step_s in ((1, 0.01), (8, 0.02), (1, 0.012)):
-        pace.learn(step_s, num_chunk_tokens=0, num_rows=num_rows)
-    assert 0.01 < pace.lone_s < 0.012 < pace.decode_s
+        slow.learn(0.1, num_chunk_tokens=0, num_rows=4)
+        slow.learn(0.1 + 100 * TOKEN_S, num_chunk_tokens=100, num_rows=4)
+    assert abs(0.1 + slow.chunk_tokens * TOKEN_S - 0.4) < 0.02
 
 
 def test_a_prompt_moves_on_however_tight_the_objective() -> None:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from kvferry.common.batch import Batch
 from kvferry.common.errors import CapacityError
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.pacing import MIN_CHUNK_TOKENS
 from kvferry.common.request import BACKGROUND_PRIORITY, RequestId, SamplingParams, Sequence
 from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.kvcache.blocks import BlockPool
@@ -63,7 +62,7 @@ def test_decode_rows_come_first_and_chunks_fill_the_rest_of_the_budget() -> None
 
 
 def test_prompts_in_the_background_are_cut_though_no_answer_runs() -> None:
-    for priority, num_tokens in ((0, 512), (BACKGROUND_PRIORITY, MIN_CHUNK_TOKENS)):
+    for priority, num_tokens in ((0, 512), (BACKGROUND_PRIORITY, 50)):
         scheduler, _ = _scheduler(num_blocks=1024, budget=512)
         seq = _prompt("p", 1000)
         seq.priority = priority

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,10 @@ async def test_a_batch_is_answered_line_by_line_in_the_order_of_its_input(tmp_pa
         assert [(each.id, each.purpose) async for each in client.files.list()] == [
             (batch.output_file_id, "batch_output")
         ]
-        assert {path.name for path in (tmp_path / "batches" / batch.id).iterdir()} == {"batch.json", "lock"}
+        folder = tmp_path / "batches" / batch.id
+        async with asyncio.timeout(20.0):  # what is not needed any more goes after the end was told
+            while {path.name for path in folder.iterdir()} != {"batch.json", "lock"}:
+                await asyncio.sleep(0.01)
 
 
 async def test_chats_and_responses_are_batched_too(tmp_path: Path) -> None:
