@@ -272,7 +272,8 @@ def _model_config(config: EngineConfig) -> ModelConfig:
             f"({config.model_dir})"
         )
     quantization = chosen_quantization(model.quantization, config.quantization)
-    form = quantization.name if quantization is not None else "plain"
-    if config.mixed_quantization and form not in config.mixed_quantization:
-        raise ConfigError(f"mixed_quantization: the weights are {form}, not one of {config.mixed_quantization}")
-    return replace(model, max_model_len=asked, quantization=quantization)
+    model = replace(model, max_model_len=asked, quantization=quantization)
+    if config.mixed_quantization and model.weights_form not in config.mixed_quantization:
+        found = f"the weights are {model.weights_form}, not one of {config.mixed_quantization}"
+        raise ConfigError(f"mixed_quantization: {found}")
+    return model

@@ -28,6 +28,5 @@ def probe(engine: Engine, pool: BlockPool) -> tuple[float, ...]:
     [row] = engine.step(Batch([BatchRow(seq, count)])).rows
     pool.free(seq.block_table)
     found = tuple(token.logprob for token in row.prompt_logprobs if token.logprob is not None)
-    quantization = engine.model_config.quantization
-    keep_probe(engine.config.model_dir, quantization.name if quantization is not None else "plain", found)
+    keep_probe(engine.config.model_dir, engine.model_config.weights_form, found)
     return found

@@ -80,6 +80,11 @@ class ModelConfig:
         return _parse(ConfigFields(model_dir / "config.json", raw), generation)
 
     @property
+    def weights_form(self) -> str:
+        """Return the name by which workers tell their weights' forms apart."""
+        return self.quantization.name if self.quantization is not None else "plain"
+
+    @property
     def longest_model_len(self) -> int:
         """Count the positions that the rotary embedding covers: more than declared where its scaling allows more."""
         scaled = int(self.rope.factor * self.rope.original_max_len)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from ..common.errors import ConfigError
 from .checkpoint import safetensors_files
 from .config import ModelConfig
 from .default import cache_dir
+from .files import write_whole
 
 _READ_BYTES = 8 << 20  # at once: enough for several threads
 _MAX_THREADS = 8
@@ -153,14 +153,7 @@ def _keep(places: tuple[Path, ...], kept: _Kept) -> None:
     """Write to the first place that allows it, by one rename. Where none does, the file is hashed at each start."""
     for place in places:
         with suppress(OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=place.parent, prefix=f"{place.name}.", delete=False) as file:
-                file.write(msgspec.json.encode(kept))
-            try:
-                os.replace(file.name, place)
-            except OSError:
-                os.unlink(file.name)
-                continue
+            write_whole(place, msgspec.json.encode(kept))
             return
 
 

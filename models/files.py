@@ -8,7 +8,9 @@ ever fetched or read: a model whose config asks for code of its own is refused.
 from __future__ import annotations
 
 import json
+import os
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -199,3 +201,15 @@ def _bars(num_bytes: int, tell: Callable[[float], None]) -> type:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no details"])[0]
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file by one rename, its folder too where it is missing. Raises OSError, and leaves nothing then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as file:
+        file.write(data)
+    try:
+        os.replace(file.name, path)
+    except OSError:
+        os.unlink(file.name)
+        raise

@@ -6,9 +6,6 @@ tells the router, and keeps it here for whoever asks before a start.
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import combinations
@@ -18,16 +15,13 @@ import msgspec
 from blake3 import blake3
 
 from .default import cache_dir
+from .files import write_whole
 
 
 def keep_probe(model_dir: Path, form: str, values: tuple[float, ...], *, cache: Path | None = None) -> None:
     """Keep the probe of one form of a checkpoint's weights. Where nothing can be written, none is kept."""
     with suppress(OSError):
-        place = _place(model_dir, form, cache)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as file:
-            json.dump(values, file)
-        os.replace(file.name, place)
+        write_whole(_place(model_dir, form, cache), msgspec.json.encode(values))
 
 
 def kept_probes(model_dir: Path, forms: Iterable[str], *, cache: Path | None = None) -> dict[str, tuple[float, ...]]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from ..common.batch import Batch, BatchRow
 from ..common.clock import Clock
 from ..common.errors import CapacityError
-from ..common.pacing import BACKGROUND_STEP_S, PROMPT_DUE_STRETCH
+from ..common.pacing import BACKGROUND_STEP_S, MIN_CHUNK_TOKENS, PROMPT_DUE_STRETCH
 from ..common.request import BACKGROUND_PRIORITY, Sequence, reuses_prefix
 from ..kvcache.blocks import BlockPool, hash_blocks
 from ..kvcache.prefix_cache import PrefixCache
@@ -27,8 +27,7 @@ from ..kvcache.prefix_cache import PrefixCache
 # A step is cut to about this: who comes while it runs waits for its end, and grants lapse in seconds. A GPU does a
 # whole token budget in less; a single core at the end of a long context does not.
 MAX_STEP_S = 0.5
-MIN_CHUNK_TOKENS = 64
-_MIN_SHORT_TOKENS = 16  # of a step that somebody waits for; fewer cost more for each token
+MIN_STEP_TOKENS = 64  # where nobody waits for a step's end
 _INITIAL_S_PER_TOKEN = 1e-3  # until steps have been measured
 _SMOOTHING = 0.3
 
@@ -149,7 +148,7 @@ class PrefillScheduler:
 
     @property
     def _min_chunk(self) -> int:
-        return _MIN_SHORT_TOKENS if self._is_background or self.max_step_s < MAX_STEP_S else MIN_CHUNK_TOKENS
+        return MIN_CHUNK_TOKENS if self._is_background or self.max_step_s < MAX_STEP_S else MIN_STEP_TOKENS
 
     @property
     def _is_background(self) -> bool:

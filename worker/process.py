@@ -332,7 +332,7 @@ class WorkerProcess:
             self._lifeline.ready(worker_id=self._config.worker_id, incarnation=self._incarnation)
 
     def _hello(self, deps: WorkerDeps, kv_address: str) -> WorkerHello:
-        engine, quantization = self._config.engine, deps.engine.model_config.quantization
+        engine = self._config.engine
         return WorkerHello(
             worker_id=self._config.worker_id,
             role=self._config.role,
@@ -351,7 +351,7 @@ class WorkerProcess:
             can_change_role=True,
             labels=self._config.labels or (("host", socket.gethostname()),),
             samples=deps.samples,
-            quantization=quantization.name if quantization is not None else "plain",
+            quantization=deps.engine.model_config.weights_form,
             probe=deps.probe,
         )
 

@@ -23,7 +23,7 @@ from ..common.role_counters import RoleCounters
 from ..decode.role import DecodeRole
 from ..kvcache.blocks import BlockPool
 from ..prefill.role import PrefillRole
-from ..prefill.scheduler import MAX_STEP_S, MIN_CHUNK_TOKENS
+from ..prefill.scheduler import MAX_STEP_S, MIN_STEP_TOKENS
 
 RoleName = Literal["prefill", "decode"]
 
@@ -52,7 +52,7 @@ class RolePair:
         for sample in samples:
             tokens, rows = sample.prefill_tokens, sample.decode_rows
             self.decode.scheduler.pace.learn(sample.step_s, num_chunk_tokens=tokens, num_rows=rows)
-            if tokens >= MIN_CHUNK_TOKENS and not rows:
+            if tokens >= MIN_STEP_TOKENS and not rows:
                 self.prefill.scheduler.observe(sample.step_s, tokens)
 
     # --- messages ---------------------------------------------------------------------------------------

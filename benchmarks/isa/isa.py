@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvferry.benchmarks.engine.cases import decode_cases, prefill_cases
-from kvferry.benchmarks.shared.plain_steps import decoding, prefilling
+from kvferry.benchmarks.shared.plain_steps import cpu_timed, decoding, least_ms, num_blocks_of, prefilling
 from kvferry.common.config import CpuIsa, EngineConfig
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
@@ -103,31 +102,20 @@ def _engines(flags: argparse.Namespace, model_dir: Path) -> Iterator[tuple[str, 
             cpu_isa=isa,
         )
         rows = [*flags.decode, *((1, tokens) for tokens in flags.prefill)]
-        num_blocks = max(num_rows * (tokens // config.block_size + 1) for num_rows, tokens in rows)
-        engine = Engine(config, num_blocks=num_blocks, native=name != _TORCH)
+        engine = Engine(config, num_blocks=num_blocks_of(rows, config.block_size), native=name != _TORCH)
         engine.kv_pages.normal_(generator=torch.Generator().manual_seed(_KV_SEED))
         yield name, engine
 
 
 def _measure(flags: argparse.Namespace, engines: dict[str, Engine], console: Console) -> Iterator[Case]:
     for num_rows, context in flags.decode:
-        runs = {name: decoding(engine, num_rows, context) for name, engine in engines.items()}
-        yield _in_turns(f"decode {num_rows}@{context}", runs, flags.rounds, console)
+        console.print(case := f"decode {num_rows}@{context}", style="dim")
+        runs = {name: cpu_timed(decoding(engine, num_rows, context)) for name, engine in engines.items()}
+        yield Case(case, least_ms(runs, flags.rounds), flags.rounds)
     for tokens in flags.prefill:
-        runs = {name: prefilling(engine, tokens) for name, engine in engines.items()}
-        yield _in_turns(f"prefill {tokens}", runs, flags.prompt_rounds, console)
-
-
-def _in_turns(case: str, runs: dict[str, Callable[[], None]], rounds: int, console: Console) -> Case:
-    console.print(case, style="dim")
-    names, times = list(runs), {name: list[float]() for name in runs}
-    for number in range(-1, rounds):  # the first one warms
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            began = time.process_time()
-            runs[name]()
-            if number >= 0:
-                times[name].append(time.process_time() - began)
-    return Case(case, {name: min(seconds) * 1e3 for name, seconds in times.items()}, rounds)
+        console.print(case := f"prefill {tokens}", style="dim")
+        runs = {name: cpu_timed(prefilling(engine, tokens)) for name, engine in engines.items()}
+        yield Case(case, least_ms(runs, flags.prompt_rounds), flags.prompt_rounds)
 
 
 def _print(report: Report, console: Console) -> None:

@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from rich.table import Table
 
 from kvferry.benchmarks.engine.cases import decode_cases, prefill_cases
 from kvferry.benchmarks.shared.bars import Bar, bar_table
-from kvferry.benchmarks.shared.plain_steps import decoding, prefilling
+from kvferry.benchmarks.shared.plain_steps import cpu_timed, decoding, least_ms, num_blocks_of, prefilling
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import find_gguf, gguf_model_dir
@@ -106,33 +105,20 @@ def _measure(flags: argparse.Namespace, kind: str, file: Path) -> Iterator[Case]
             }
         )
         sizes = [*flags.decode, *((1, tokens) for tokens in flags.prefill)]
-        engine = Engine(config, num_blocks=max(rows * (tokens // config.block_size + 1) for rows, tokens in sizes))
+        engine = Engine(config, num_blocks=num_blocks_of(sizes, config.block_size))
     num_cells = max(rows * (tokens + 64) for rows, tokens in sizes)
     with _peer(flags.peer, file, flags.threads, num_cells) as ask:
         for tokens in flags.prefill:
-            times = _in_turns(prefilling(engine, tokens), partial(ask, {"prompt": tokens}), flags.prompt_rounds)
-            yield Case(kind, f"prefill {tokens}", *times, PREFILL_BAR, flags.prompt_rounds)
+            ours, theirs = prefilling(engine, tokens), partial(ask, {"prompt": tokens})
+            yield _case(kind, f"prefill {tokens}", ours, theirs, PREFILL_BAR, flags.prompt_rounds)
         for rows, context in flags.decode:
-            case = {"rows": rows, "context": context}
-            times = _in_turns(decoding(engine, rows, context), partial(ask, case), flags.rounds)
-            yield Case(kind, f"decode {rows}@{context}", *times, DECODE_BAR, flags.rounds)
+            ours, theirs = decoding(engine, rows, context), partial(ask, {"rows": rows, "context": context})
+            yield _case(kind, f"decode {rows}@{context}", ours, theirs, DECODE_BAR, flags.rounds)
 
 
-def _in_turns(ours: Callable[[], None], theirs: Callable[[], float], rounds: int) -> tuple[float, float]:
-    """Return the least CPU time of both (ms); the first round warms."""
-    times = [list[float](), list[float]()]
-    for number in range(-1, rounds):
-        for side in (0, 1) if number % 2 else (1, 0):
-            took_s = _cpu_s(ours) if side == 0 else theirs()
-            if number >= 0:
-                times[side].append(took_s)
-    return min(times[0]) * 1e3, min(times[1]) * 1e3
-
-
-def _cpu_s(run: Callable[[], None]) -> float:
-    began = time.process_time()
-    run()
-    return time.process_time() - began
+def _case(kind: str, name: str, ours: Callable[[], None], theirs: Callable[[], float], bar: float, rounds: int) -> Case:
+    times = least_ms({"ours": cpu_timed(ours), "theirs": theirs}, rounds)
+    return Case(kind, name, times["ours"], times["theirs"], bar, rounds)
 
 
 @contextmanager

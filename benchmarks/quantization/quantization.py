@@ -101,6 +101,22 @@ def _logprob(token: SampledToken) -> float:
     return token.logprob
 
 
+def config_of(kind: str, model_dir: Path | None, *, dtype: str, threads: int, cpu_isa: str = "auto") -> EngineConfig:
+    """Return what an engine needs for one form of a model's weights; `model_dir` None: the built-in model."""
+    model_dir = model_dir or default_model_dir(keeps_blocks=kind == "gguf")
+    return EngineConfig.model_validate(
+        {
+            "model_dir": model_dir,
+            "served_model_name": model_dir.name,
+            "dtype": dtype,
+            "device": "cpu",
+            "num_threads": threads,
+            "cpu_isa": cpu_isa,
+            "quantization": None if kind == "plain" else kind,
+        }
+    )
+
+
 def _read(flags: argparse.Namespace, kind: str) -> tuple[list[SampledToken], str, int]:
     """Return the text's tokens as the model judges them, what computed that, and the bytes of its weights."""
     from kvferry.common.batch import Batch, BatchRow
@@ -110,17 +126,8 @@ def _read(flags: argparse.Namespace, kind: str) -> tuple[list[SampledToken], str
     from kvferry.models.config import ModelConfig
     from kvferry.models.tokenizer import Tokenizer
 
-    model_dir = flags.model or default_model_dir(keeps_blocks=kind == "gguf")
-    config = EngineConfig.model_validate(
-        {
-            "model_dir": model_dir,
-            "served_model_name": model_dir.name,
-            "dtype": flags.dtype,
-            "device": "cpu",
-            "num_threads": flags.threads,
-            "quantization": None if kind == "plain" else kind,
-        }
-    )
+    config = config_of(kind, flags.model, dtype=flags.dtype, threads=flags.threads)
+    model_dir = config.model_dir
     ids = Tokenizer.from_dir(model_dir).encode(_TEXT.read_text(encoding="utf-8"))[: flags.tokens]
     engine = Engine(config, num_blocks=len(ids) // config.block_size + 1)
     seq = Sequence(RequestId("text"), 0, 0, ids, len(ids), SamplingParams(prompt_logprobs=1))
@@ -150,11 +157,12 @@ def _print(report: Report, console: Console) -> None:
     console.print(table)
 
 
-def _kinds(text: str) -> tuple[str, ...]:
-    kinds = tuple(text.split(","))
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
+def kinds(text: str) -> tuple[str, ...]:
+    """Read a list of forms."""
+    found = tuple(text.split(","))
+    if unknown := [kind for kind in found if kind not in KINDS]:
         raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(KINDS)}")
-    return kinds
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -163,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: built-in model)")
-    add("--kinds", type=_kinds, default=KINDS, metavar="KIND,…", help="of plain, int8, int4, gguf (default: all)")
+    add("--kinds", type=kinds, default=KINDS, metavar="KIND,…", help="of plain, int8, int4, gguf (default: all)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="(default: %(default)s)")
     add("--tokens", type=int, default=None, metavar="N", help="read so many of the text's (default: all)")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads (default: %(default)s)")

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,11 +18,9 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from kvferry.benchmarks.engine.cases import decode_cases, prefill_cases
-from kvferry.benchmarks.quantization.quantization import KINDS
+from kvferry.benchmarks.quantization.quantization import KINDS, config_of, kinds
 from kvferry.benchmarks.shared.bars import Bar, bar_table
-from kvferry.benchmarks.shared.plain_steps import decoding, prefilling
-from kvferry.common.config import EngineConfig
-from kvferry.models.default import default_model_dir
+from kvferry.benchmarks.shared.plain_steps import cpu_timed, decoding, least_ms, num_blocks_of, prefilling
 from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
@@ -62,11 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     engines = {kind: _engine(flags, kind) for kind in flags.kinds}
     cases = []
     for rows, context in flags.decode:
-        runs = {kind: decoding(engine, rows, context) for kind, engine in engines.items()}
-        cases.append(Case(f"decode {rows}@{context}", _in_turns(runs, flags.rounds), flags.rounds))
+        runs = {kind: cpu_timed(decoding(engine, rows, context)) for kind, engine in engines.items()}
+        cases.append(Case(f"decode {rows}@{context}", least_ms(runs, flags.rounds), flags.rounds))
     for tokens in flags.prefill:
-        runs = {kind: prefilling(engine, tokens) for kind, engine in engines.items()}
-        cases.append(Case(f"prefill {tokens}", _in_turns(runs, flags.prompt_rounds), flags.prompt_rounds))
+        runs = {kind: cpu_timed(prefilling(engine, tokens)) for kind, engine in engines.items()}
+        cases.append(Case(f"prefill {tokens}", least_ms(runs, flags.prompt_rounds), flags.prompt_rounds))
     table = Table(title=f"built-in model, {flags.threads} thread(s), CPU ms", title_justify="left")
     for column in ("case", *flags.kinds):
         table.add_column(column, justify="left" if column == "case" else "right")
@@ -82,32 +78,9 @@ def main(argv: list[str] | None = None) -> int:
 def _engine(flags: argparse.Namespace, kind: str) -> Engine:
     from kvferry.engine.engine import Engine
 
-    model_dir = default_model_dir(keeps_blocks=kind == "gguf")
-    config = EngineConfig.model_validate(
-        {
-            "model_dir": model_dir,
-            "served_model_name": model_dir.name,
-            "dtype": "bfloat16",
-            "device": "cpu",
-            "num_threads": flags.threads,
-            "cpu_isa": flags.cpu_isa,
-            "quantization": None if kind == "plain" else kind,
-        }
-    )
+    config = config_of(kind, None, dtype="bfloat16", threads=flags.threads, cpu_isa=flags.cpu_isa)
     sizes = [*flags.decode, *((1, tokens) for tokens in flags.prefill)]
-    return Engine(config, num_blocks=max(rows * (tokens // config.block_size + 1) for rows, tokens in sizes))
-
-
-def _in_turns(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Return each one's least CPU time (ms); the first round warms."""
-    kinds, times = list(runs), {kind: list[float]() for kind in runs}
-    for number in range(-1, rounds):
-        for kind in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]:
-            began = time.process_time()
-            runs[kind]()
-            if number >= 0:
-                times[kind].append(time.process_time() - began)
-    return {kind: min(seconds) * 1e3 for kind, seconds in times.items()}
+    return Engine(config, num_blocks=num_blocks_of(sizes, config.block_size))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m kvferry.benchmarks.quantization.speed", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("--kinds", type=lambda text: tuple(text.split(",")), default=KINDS, metavar="KIND,…", help=f"of {KINDS}")
+    add("--kinds", type=kinds, default=KINDS, metavar="KIND,…", help=f"of {KINDS}")
     add("--threads", type=positive_int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
     add("--cpu-isa", default="auto", help="the instruction set (default: %(default)s)")
     add("--decode", type=decode_cases, default=decode_cases("1@160,8@160"), metavar="ROWS@TOKENS,…")

@@ -1,8 +1,9 @@
-"""Decode steps and prompts on a bare engine, to be timed in turns: no scheduler, and blocks handed out by hand."""
+"""Decode steps and prompts on a bare engine, and times in turns: no scheduler, and blocks handed out by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from kvferry.common.batch import Batch, BatchRow
@@ -10,6 +11,35 @@ from kvferry.common.request import RequestId, SamplingParams, Sequence
 
 if TYPE_CHECKING:
     from kvferry.engine.engine import Engine  # which imports torch
+
+
+def num_blocks_of(cases: Iterable[tuple[int, int]], block_size: int) -> int:
+    """Count the blocks that an engine needs for the largest of these (rows, tokens)."""
+    return max(rows * (tokens // block_size + 1) for rows, tokens in cases)
+
+
+def least_ms(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Run all in every round, in an order that turns; return the least that each told, made of seconds. The first round
+    warms and does not count.
+    """
+    names, times = list(runs), {name: list[float]() for name in runs}
+    for number in range(-1, rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            took_s = runs[name]()
+            if number >= 0:
+                times[name].append(took_s)
+    return {name: min(seconds) * 1e3 for name, seconds in times.items()}
+
+
+def cpu_timed(run: Callable[[], None]) -> Callable[[], float]:
+    """Return `run` as what tells its CPU time, over all threads (s)."""
+
+    def timed() -> float:
+        began = time.process_time()
+        run()
+        return time.process_time() - began
+
+    return timed
 
 
 def decoding(engine: Engine, num_rows: int, context: int) -> Callable[[], None]:

@@ -6,12 +6,10 @@ import importlib.util
 from collections.abc import Iterator
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from kvferry.common.batch import Batch, BatchRow, GpuEvent
 from kvferry.common.grammar import GrammarBroken
@@ -22,6 +20,7 @@ from kvferry.engine.nn.plan import plan_step
 from ..checkpoints import Shape, write_checkpoint
 from ..engine_driver import GREEDY, Driver, engine_config, prompts
 from .cuda.emulation import LookingAhead
+from .transformers_reference import reference_logprobs
 
 FLOAT32, BFLOAT16 = 1e-5, 0.025  # how far a log-probability may be from the reference's, as a part of their range
 SURE = 2.0  # times that: by so much the reference's best token leads where the runner's must be the same
@@ -75,19 +74,6 @@ def _engine(model_dir: Path, name: str) -> Engine:
     return engine
 
 
-@cache
-def _reference(model_dir: Path, token_ids: tuple[int, ...]) -> Tensor:
-    """Return log-probabilities of what follows each token, [num_tokens, vocab_size] float32."""
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        model_dir, attn_implementation="eager", dtype=torch.float32
-    )
-    with torch.inference_mode():
-        logits: Tensor = model(torch.tensor([token_ids])).logits[0]
-    return logits.log_softmax(-1)
-
-
 @dataclass(frozen=True)
 class Found:
     """A token that a runner chose or judged, and those that it had been told before."""
@@ -136,7 +122,7 @@ def test_log_probabilities_are_those_of_transformers(model_dir: Path, name: str)
     found, sure = list(_scripted(_engine(model_dir, name))), 0
     longest = {each.before[0]: each.before for each in sorted(found, key=lambda each: len(each.before))}
     for each in found:
-        expected = _reference(model_dir, longest[each.before[0]])[len(each.before) - 1]
+        expected = reference_logprobs(model_dir, longest[each.before[0]])[len(each.before) - 1]
         tolerance = KINDS[name].tolerance * float(expected.max() - expected.min())
         assert each.token.logprob == pytest.approx(float(expected[each.token.token_id]), abs=tolerance)
         best = expected.topk(2)

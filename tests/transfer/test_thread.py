@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +45,8 @@ from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
 from kvferry.transfer.receive.receiver import KVReceiver
 from kvferry.transfer.send.sender import KVSender
 from kvferry.transfer.thread import TransferThread
+
+from ..e2e.cluster import wait_until
 
 WAIT_S = 20.0
 SPEC = KVCacheSpec(model="m", num_layers=4, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
@@ -117,18 +118,17 @@ def test_connections_that_strangers_left_hold_no_descriptors_of_an_idle_worker()
         process = psutil.Process(worker.pid)
         [port] = {link.laddr.port for link in process.net_connections("tcp") if link.status == "LISTEN"}
 
-        def num_left() -> int:
-            links = process.net_connections("tcp")
-            return sum(link.laddr.port == port and link.status == "CLOSE_WAIT" for link in links)
-
         strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+        addresses = {stranger.getsockname() for stranger in strangers}
+
+        def num_held() -> int:
+            return sum(tuple(link.raddr) in addresses for link in process.net_connections("tcp"))
+
+        wait_until(lambda: num_held() == len(strangers), "the strangers to be let in")
         for number, stranger in enumerate(strangers):
             stranger.send(b"x" * number)
             stranger.close()
-        end = time.monotonic() + WAIT_S
-        while num_left() and time.monotonic() < end:
-            time.sleep(0.05)
-        assert num_left() == 0
+        wait_until(lambda: num_held() == 0, "the connections to be let go")
         worker.stdin.close()
         assert worker.wait(WAIT_S) == 0
 

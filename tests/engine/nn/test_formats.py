@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from kvferry.models.quantization import GGUF_KINDS
 from ...checkpoints import write_checkpoint
 from ...engine_driver import Driver, make_engine, prompts
 from ...quantized import FORMATS, SHAPE, put_config, random_blocks, write_pair
+from ..transformers_reference import reference_logprobs
 
 FLOAT32, BFLOAT16 = 1e-5, 0.02  # how far a log-probability may be from the reference's, as a part of their range
 JUDGED = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, prompt_logprobs=0)
@@ -48,25 +48,13 @@ def _load(path: Path, *, rank: int = 0, size: int = 1) -> Decoder:
     return decoder
 
 
-@cache
-def _reference(model_dir: Path, token_ids: tuple[int, ...]) -> Tensor:
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        model_dir, attn_implementation="eager", dtype=torch.float32
-    )
-    with torch.inference_mode():
-        logits: Tensor = model(torch.tensor([token_ids])).logits[0]
-    return logits.log_softmax(-1)
-
-
 def assert_as_transformers(
     quantized: Path, plain: Path, *, dtype: str = "float32", within: float = FLOAT32, **fields: object
 ) -> None:
     [prompt] = prompts([40], 250)
     driver = Driver(make_engine(quantized, 128, dtype=dtype, **fields))
     driver.step([(driver.add(prompt, JUDGED), 40)])
-    expected = _reference(plain, tuple(prompt))
+    expected = reference_logprobs(plain, tuple(prompt))
     tolerance = within * float(expected.max() - expected.min())
     [row] = driver.outputs[-1].rows
     assert len(row.prompt_logprobs) == 39

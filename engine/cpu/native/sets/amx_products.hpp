@@ -54,20 +54,33 @@ void fetch(const bf16* ahead, int lines) {
     for (int i = 0; i < lines; i++) _mm_prefetch((const char*)(ahead + kLine * i), kHint);
 }
 
-template <bool FRESH, int LINES>
-void add_few_rows(const bf16* x, long x_stride, const bf16* weights, long pairs, float* sums, long stride,
-                  const bf16* ahead) {
+// The four tiles of sums at these places, rows `stride` apart: zeros if FRESH.
+template <bool FRESH>
+void begin_sums(const float* a, const float* b, const float* c, const float* d, long stride) {
     if (FRESH) {
         CLEAR_TILE(0);
         CLEAR_TILE(1);
         CLEAR_TILE(2);
         CLEAR_TILE(3);
     } else {
-        LOAD_TILE(0, sums, 4 * stride);
-        LOAD_TILE(1, sums + 16, 4 * stride);
-        LOAD_TILE(2, sums + 32, 4 * stride);
-        LOAD_TILE(3, sums + 48, 4 * stride);
+        LOAD_TILE(0, a, 4 * stride);
+        LOAD_TILE(1, b, 4 * stride);
+        LOAD_TILE(2, c, 4 * stride);
+        LOAD_TILE(3, d, 4 * stride);
     }
+}
+
+inline void store_sums(float* a, float* b, float* c, float* d, long stride) {
+    STORE_TILE(0, a, 4 * stride);
+    STORE_TILE(1, b, 4 * stride);
+    STORE_TILE(2, c, 4 * stride);
+    STORE_TILE(3, d, 4 * stride);
+}
+
+template <bool FRESH, int LINES>
+void add_few_rows(const bf16* x, long x_stride, const bf16* weights, long pairs, float* sums, long stride,
+                  const bf16* ahead) {
+    begin_sums<FRESH>(sums, sums + 16, sums + 32, sums + 48, stride);
     for (long pair = 0; pair < pairs; pair += kTilePairs, weights += kTilePairs * 2 * kTileColumns) {
         fetch<LINES>(ahead, kTilePairs * LINES);
         ahead += kTilePairs * LINES * kLine;
@@ -81,10 +94,7 @@ void add_few_rows(const bf16* x, long x_stride, const bf16* weights, long pairs,
         LOAD_TILE(7, weights + 96, 4 * kTileColumns);
         ADD_PRODUCTS_OF_TILES(3, 4, 7);
     }
-    STORE_TILE(0, sums, 4 * stride);
-    STORE_TILE(1, sums + 16, 4 * stride);
-    STORE_TILE(2, sums + 32, 4 * stride);
-    STORE_TILE(3, sums + 48, 4 * stride);
+    store_sums(sums, sums + 16, sums + 32, sums + 48, stride);
 }
 
 template <bool FRESH, int LINES>
@@ -93,17 +103,7 @@ void add_many_rows(const bf16* x, long x_stride, const bf16* weights, long pairs
     const bf16* lower_x = x + kTileRows * x_stride;
     for (int half = 0; half < 2; half++, weights += kTileColumns, sums += 32) {
         float* lower_sums = sums + kTileRows * stride;
-        if (FRESH) {
-            CLEAR_TILE(0);
-            CLEAR_TILE(1);
-            CLEAR_TILE(2);
-            CLEAR_TILE(3);
-        } else {
-            LOAD_TILE(0, sums, 4 * stride);
-            LOAD_TILE(1, sums + 16, 4 * stride);
-            LOAD_TILE(2, lower_sums, 4 * stride);
-            LOAD_TILE(3, lower_sums + 16, 4 * stride);
-        }
+        begin_sums<FRESH>(sums, sums + 16, lower_sums, lower_sums + 16, stride);
         const bf16* tile = weights;
         for (long pair = 0; pair < pairs; pair += kTilePairs, tile += kTilePairs * 2 * kTileColumns) {
             fetch<LINES>(ahead, kTilePairs / 2 * LINES);
@@ -117,10 +117,7 @@ void add_many_rows(const bf16* x, long x_stride, const bf16* weights, long pairs
             ADD_PRODUCTS_OF_TILES(2, 5, 6);
             ADD_PRODUCTS_OF_TILES(3, 5, 7);
         }
-        STORE_TILE(0, sums, 4 * stride);
-        STORE_TILE(1, sums + 16, 4 * stride);
-        STORE_TILE(2, lower_sums, 4 * stride);
-        STORE_TILE(3, lower_sums + 16, 4 * stride);
+        store_sums(sums, sums + 16, lower_sums, lower_sums + 16, stride);
     }
 }
 
