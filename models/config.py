@@ -1,49 +1,24 @@
 """A checkpoint's word about its model: `config.json` and `generation_config.json`, read once and checked.
 
-Four families run, all of one decoder shape and told apart by flags: Llama (and SmolLM2), Mistral, Qwen2, Qwen3.
-Anything that this engine would compute wrongly is refused here by name, before a weight is read.
+How families differ is a table (`families.py`); what a single checkpoint chooses is read here. Anything that this
+engine would compute wrongly is refused here by name, before a weight is read.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from ..common.errors import ConfigError
 from .config_fields import ConfigFields
+from .families import FAMILIES, Bias, Family, architecture_of, nearest
 from .quantization import Quantization
 from .quantization_config import read_quantization
+from .rope import RopeConfig, read_rope
 
-RopeKind = Literal["default", "linear", "llama3", "yarn"]
-
-_ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
 _DTYPES = ("float32", "bfloat16", "float16")
-_MISTRAL_WINDOW = 4096  # the family's window where config.json does not say
-
-
-@dataclass(slots=True, frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary positions; the fields after `factor` belong to the scaling kinds that use them."""
-
-    kind: RopeKind = "default"
-    theta: float = 10_000.0
-    factor: float = 1.0
-    original_max_len: int = 0  # positions that the unscaled model was trained on
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    truncate: bool = True  # yarn
-    attention_factor: float = 1.0  # multiplies cos and sin (yarn)
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -70,6 +45,7 @@ class ModelConfig:
     eos_token_ids: frozenset[int]
     dtype: str  # of the checkpoint
     quantization: Quantization | None = None  # of its matrices; None: plain numbers
+    family: Family = FAMILIES["LlamaForCausalLM"]
 
     @classmethod
     def from_dir(cls, model_dir: Path) -> ModelConfig:
@@ -119,17 +95,16 @@ def _read_json(path: Path) -> dict[str, object]:
 
 def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfig:
     architecture = _architecture(fields)
-    family = _ARCHITECTURES[architecture]
+    family = FAMILIES[architecture]
     _refuse_unsupported(fields)
     hidden_size = fields.count("hidden_size")
     num_qo_heads = fields.count("num_attention_heads")
     num_kv_heads = fields.count("num_key_value_heads", num_qo_heads)
     if num_qo_heads % num_kv_heads:
         raise fields.refuse("num_key_value_heads", f"must divide num_attention_heads = {num_qo_heads}")
-    head_dim = fields.count("head_dim", 128 if family == "qwen3" else hidden_size // num_qo_heads)
+    head_dim = fields.count("head_dim", family.head_dim or hidden_size // num_qo_heads)
     if head_dim % 2:
         raise fields.refuse("head_dim", f"the head size {head_dim} must be even: rotary positions turn pairs")
-    attention_bias = fields.flag("attention_bias", default=False)
     max_model_len = fields.count("max_position_embeddings", 2048)
     return ModelConfig(
         architecture=architecture,
@@ -141,17 +116,18 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         intermediate_size=fields.count("intermediate_size"),
         vocab_size=fields.count("vocab_size"),
         max_model_len=max_model_len,
-        rope=_rope(fields, max_model_len),
+        rope=read_rope(fields, max_model_len),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        qkv_bias=True if family == "qwen2" else attention_bias and family != "mistral",
-        o_bias=attention_bias and family in ("llama", "qwen3"),
-        mlp_bias=family == "llama" and fields.flag("mlp_bias", default=False),
-        qk_norm=family == "qwen3",
+        qkv_bias=_has_bias(fields, family.qkv_bias),
+        o_bias=_has_bias(fields, family.o_bias),
+        mlp_bias=_has_bias(fields, family.mlp_bias),
+        qk_norm=family.qk_norm,
         tie_embeddings=fields.flag("tie_word_embeddings", default=False),
         sliding_windows=_sliding_windows(fields, family),
         eos_token_ids=_eos_token_ids(fields, generation),
         dtype=_dtype(fields),
         quantization=read_quantization(fields),
+        family=family,
     )
 
 
@@ -159,13 +135,19 @@ def _architecture(fields: ConfigFields) -> str:
     declared = fields.raw.get("architectures")
     name = declared[0] if isinstance(declared, list) and declared else None
     if name is None:  # older checkpoints name the family alone
-        family = fields.raw.get("model_type")
-        name = next((arch for arch, known in _ARCHITECTURES.items() if known == family), family)
-    if name not in _ARCHITECTURES:
+        model_type = fields.raw.get("model_type")
+        name = architecture_of(model_type) or model_type
+    if name not in FAMILIES:
+        near = nearest(name) if isinstance(name, str) else None
         raise ConfigError(
-            f"{fields.path}: architecture {name!r} is not supported; these are: {', '.join(sorted(_ARCHITECTURES))}"
+            f"{fields.path}: architecture {name!r} is not supported; these are: {', '.join(sorted(FAMILIES))}"
+            + (f"; the nearest is {near}" if near is not None else "")
         )
     return str(name)
+
+
+def _has_bias(fields: ConfigFields, bias: Bias) -> bool:
+    return fields.flag(bias, default=False) if isinstance(bias, str) else bias
 
 
 def _refuse_unsupported(fields: ConfigFields) -> None:
@@ -178,81 +160,16 @@ def _refuse_unsupported(fields: ConfigFields) -> None:
         raise fields.refuse("partial_rotary_factor", "only rotary positions over the whole head are supported")
 
 
-def _rope(fields: ConfigFields, max_model_len: int) -> RopeConfig:
-    """`rope_parameters` holds everything in newer checkpoints; older ones have `rope_scaling` and a top-level theta."""
-    scaling = fields.mapping("rope_parameters") or fields.mapping("rope_scaling") or ConfigFields(fields.path, {})
-    theta = scaling.number("rope_theta", fields.number("rope_theta", 10_000.0))
-    kind = scaling.raw.get("rope_type") or scaling.raw.get("type") or "default"
-    if scaling.number("partial_rotary_factor", 1.0) != 1.0:
-        raise scaling.refuse("partial_rotary_factor", "only rotary positions over the whole head are supported")
-    if kind == "default":
-        nested = [key for key, value in scaling.raw.items() if isinstance(value, dict)]
-        if nested:
-            raise ConfigError(f"{fields.path}: rotary parameters for each layer type ({nested}) are not supported")
-        return RopeConfig(theta=theta)
-    original = scaling.count("original_max_position_embeddings", max_model_len)
-    if kind == "linear":
-        return RopeConfig(kind="linear", theta=theta, factor=scaling.number("factor"), original_max_len=max_model_len)
-    if kind == "llama3":
-        return _llama3(scaling, theta, original)
-    if kind == "yarn":
-        return _yarn(scaling, theta, original, max_model_len)
-    raise ConfigError(
-        f"{fields.path}: rotary scaling {kind!r} is not supported; these are: default, linear, llama3, yarn"
-    )
-
-
-def _llama3(scaling: ConfigFields, theta: float, original: int) -> RopeConfig:
-    low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
-    if low >= high:
-        raise scaling.refuse("low_freq_factor", f"must be below high_freq_factor = {high}")
-    return RopeConfig(
-        kind="llama3",
-        theta=theta,
-        factor=scaling.number("factor"),
-        original_max_len=original,
-        low_freq_factor=low,
-        high_freq_factor=high,
-    )
-
-
-def _yarn(scaling: ConfigFields, theta: float, original: int, max_model_len: int) -> RopeConfig:
-    factor = scaling.number("factor", max_model_len / original)
-    if scaling.has("mscale") and scaling.has("mscale_all_dim"):
-        default = _yarn_mscale(factor, scaling.number("mscale")) / _yarn_mscale(
-            factor, scaling.number("mscale_all_dim")
-        )
-    else:
-        default = _yarn_mscale(factor, 1.0)
-    return RopeConfig(
-        kind="yarn",
-        theta=theta,
-        factor=factor,
-        original_max_len=original,
-        beta_fast=scaling.number("beta_fast", 32.0),
-        beta_slow=scaling.number("beta_slow", 1.0),
-        truncate=scaling.flag("truncate", default=True),
-        attention_factor=scaling.number("attention_factor", default),
-    )
-
-
-def _yarn_mscale(factor: float, mscale: float) -> float:
-    """Return the temperature of YaRN (Peng et al. 2023, section 3.4), as a factor on cos and sin."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def _sliding_windows(fields: ConfigFields, family: str) -> tuple[int | None, ...]:
+def _sliding_windows(fields: ConfigFields, family: Family) -> tuple[int | None, ...]:
     num_layers = fields.count("num_hidden_layers")
-    if family == "llama":
+    explicit = "sliding_window" not in fields.raw or fields.has("sliding_window")  # null means none
+    if family.windows == "none" or not explicit:
         return (None,) * num_layers
-    if family == "mistral":  # null means none, a missing key the family's default
-        explicit = "sliding_window" not in fields.raw or fields.has("sliding_window")
-        return ((fields.count("sliding_window", _MISTRAL_WINDOW) if explicit else None),) * num_layers
-    if not fields.flag("use_sliding_window", default=False) or (
-        "sliding_window" in fields.raw and not fields.has("sliding_window")
-    ):
+    if family.windows == "flagged" and not fields.flag("use_sliding_window", default=False):
         return (None,) * num_layers
-    window = fields.count("sliding_window", 4096)
+    window = fields.count("sliding_window", family.window)
+    if family.windows == "every":
+        return (window,) * num_layers
     return tuple(window if is_sliding else None for is_sliding in _sliding_layers(fields, num_layers))
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...models.config import RopeConfig
+from ...models.rope import RopeConfig
 
 
 class RotaryEmbedding:

@@ -13,7 +13,8 @@ from kvferry.launch.children import worker_environment
 from kvferry.launch.engine_checks import check_engine, check_model
 from kvferry.launch.host import Gpu, Host
 from kvferry.launch.plan import Deployment, cache_token_bytes, fit_to_host, gpu_reserve_bytes, plan, weight_bytes
-from kvferry.models.config import ModelConfig, RopeConfig
+from kvferry.models.config import ModelConfig
+from kvferry.models.rope import RopeConfig
 from kvferry.settings.fields import PoolSettings, ServeSettings
 
 from ..checkpoints import write_checkpoint

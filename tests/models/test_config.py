@@ -137,6 +137,8 @@ def test_rope_scaling_extends_the_longest_length(tmp_path: Path, scaling: dict[s
             {"architectures": ["MixtralForCausalLM"]},
             "'MixtralForCausalLM' is not supported; these are: LlamaForCausalLM",
         ),
+        ({"architectures": ["MixtralForCausalLM"]}, "; the nearest is MistralForCausalLM"),
+        ({"architectures": ["LlavaForConditionalGeneration"]}, "Qwen3ForCausalLM$"),
         ({"architectures": ..., "model_type": "gpt2"}, "'gpt2' is not supported"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never run"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
