@@ -596,6 +596,7 @@ class KVArrived(Message):
     source_rank: Count
     num_tokens: Count
     first_tokens: ChoiceList = ()  # from source rank 0
+    num_cached_tokens: Count = 0  # of the prompt: that it had not to compute
     tp_size: Count = 1  # of the source
     block_ids: BlockIds = ()  # that were written, where there are checksums
     checksum: Checksums = b""  # 8 bytes for each of them (transfer/protocol/checksums.py); empty: none

@@ -76,6 +76,7 @@ class Adoption:
         blocks, copies = self._receiver.adopt(reservation)
         spec = reservation.spec
         request = RunningRequest(reservation.router_id, spec, self.expires_s(spec))
+        request.num_cached_tokens = reservation.num_cached_by_writer
         request.grammar = find_grammar(spec.grammar, self._grammars)  # compiled since its reservation
         self._requests.add(request)
         first = {choice.choice: choice for choice in reservation.first_tokens}

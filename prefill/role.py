@@ -366,7 +366,7 @@ class PrefillRole:
         # Where every choice ended with its first token nothing has to arrive. The router ends the handoff by its Abort:
         # the decode worker's word of one that was given up might be heard before the token, and it would try again.
         if not (choices and all(choice.finish for choice in choices)):
-            self._shipping.finish(task.open_id, choices)
+            self._shipping.finish(task.open_id, choices, task.prompt.seq.num_cached_tokens)
 
     def _finish_embedding(self, task: Task) -> None:
         """The prompt is computed, and with it the request: its blocks are the prefix cache's."""

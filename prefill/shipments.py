@@ -34,7 +34,7 @@ class Shipping(Protocol):
         """Ship this step's pages of `layer`, which are complete."""
         ...
 
-    def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...]) -> None:
+    def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...], num_cached_tokens: int = 0) -> None:
         """Every page is complete and the first tokens are known."""
         ...
 

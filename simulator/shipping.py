@@ -52,6 +52,7 @@ class _Shipment:
     across_s: float = 0.0  # when all that was given is over there
     computed_s: float | None = None
     first_tokens: tuple[ChoiceTokens, ...] = ()
+    num_cached_tokens: int = 0
 
     @property
     def is_live(self) -> bool:
@@ -143,10 +144,11 @@ class SimShipping:
     def on_layer(self, layer: int) -> None:
         """Layers are counted into the step's time."""
 
-    def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...]) -> None:
+    def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...], num_cached_tokens: int = 0) -> None:
         shipment = self._shipments.get(open_id)
         if shipment is not None and shipment.is_live:
             shipment.computed_s, shipment.first_tokens = self._worker.now(), first_tokens
+            shipment.num_cached_tokens = num_cached_tokens
             if shipment.state is ShipmentState.SHIPPING:
                 self._tell_when_across(shipment)
 
@@ -179,6 +181,7 @@ class SimShipping:
                 source_rank=0,
                 num_tokens=grant.num_tokens,
                 first_tokens=shipment.first_tokens,
+                num_cached_tokens=shipment.num_cached_tokens,
             ),
         )
         self._worker.core.on_source_free(shipment.open_id)

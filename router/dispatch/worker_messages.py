@@ -248,8 +248,8 @@ class WorkerMessages:
         if request.status is RequestStatus.PREFILLING:
             self._on_arrived(attempt, now)
         attempt.state = AttemptState.STEPPED
-        if attempt.prefill is None and not request.is_resume:
-            request.num_cached_tokens = update.num_cached_tokens
+        if not request.is_resume:  # the prefill worker's word may come later, or not at all
+            request.num_cached_tokens = max(request.num_cached_tokens, update.num_cached_tokens)
         if tracked.ended_here:
             for choice in {tokens.choice for tokens in update.choices} & tracked.ended_here:
                 attempt.drop_choice(choice)  # its end was still on the way to the decode worker

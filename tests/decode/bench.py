@@ -121,13 +121,13 @@ class Bench:
     def last(self, kind: type[Message]) -> Message:
         return next(message for message in reversed(self.sent) if isinstance(message, kind))
 
-    def hand_over(self, spec: RequestSpec, first_tokens: tuple[ChoiceTokens, ...]) -> None:
+    def hand_over(self, spec: RequestSpec, first_tokens: tuple[ChoiceTokens, ...], num_cached: int = 0) -> None:
         """Reserve, open and arrive, as a prefill worker would."""
         self.send(ReserveKV(spec=spec))
         grant = self.last(Grant)
         assert isinstance(grant, Grant)
         self.open(spec, grant.grant)
-        self.arrive(spec, grant.grant, first_tokens)
+        self.arrive(spec, grant.grant, first_tokens, num_cached=num_cached)
 
     def open(self, spec: RequestSpec, grant: GrantInfo, open_id: int = 7) -> None:
         self.receiver.on_message(
@@ -146,7 +146,12 @@ class Bench:
         )
 
     def arrive(
-        self, spec: RequestSpec, grant: GrantInfo, first_tokens: tuple[ChoiceTokens, ...], open_id: int = 7
+        self,
+        spec: RequestSpec,
+        grant: GrantInfo,
+        first_tokens: tuple[ChoiceTokens, ...],
+        open_id: int = 7,
+        num_cached: int = 0,
     ) -> None:
         self.receiver.on_arrived(
             0,
@@ -156,6 +161,7 @@ class Bench:
                 source_rank=0,
                 num_tokens=spec.num_prompt_tokens,
                 first_tokens=first_tokens,
+                num_cached_tokens=num_cached,
             ),
         )
 

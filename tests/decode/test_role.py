@@ -32,6 +32,14 @@ def test_an_arrived_prompt_decodes_from_the_first_token_which_is_repeated() -> N
     assert bench.pool.num_owned_blocks == 0 and bench.role.num_unfinished == 0
 
 
+def test_the_router_hears_from_either_worker_how_much_of_a_prompt_was_cached() -> None:
+    bench = Bench()
+    bench.hand_over(bench.spec("a", 6), (first_token(0, 5, "length"),), num_cached=4)
+    bench.run()
+    told = [update for message in bench.sent if isinstance(message, StepTokens) for update in message.updates]
+    assert [(update.request_id, update.num_cached_tokens) for update in told] == [("a", 4)]
+
+
 def test_a_router_hears_of_an_adoption_before_the_step_that_may_be_the_workers_last() -> None:
     bench = Bench()
     left: list[int] = []

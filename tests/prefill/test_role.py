@@ -70,7 +70,7 @@ class _Shipping:
     def on_layer(self, layer: int) -> None:
         pass
 
-    def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...]) -> None:
+    def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...], num_cached_tokens: int = 0) -> None:
         self.finished[open_id] = first_tokens
 
     def cancel(self, open_id: int, reason: str) -> None:

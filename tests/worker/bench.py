@@ -37,7 +37,7 @@ class Shipping:
     def on_layer(self, layer: int) -> None:
         pass
 
-    def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...]) -> None:
+    def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...], num_cached_tokens: int = 0) -> None:
         self.shipped[self._open[open_id][0]] = first_tokens
         self._over.append(open_id)
 

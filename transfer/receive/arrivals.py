@@ -68,6 +68,7 @@ class Arrivals:
         writer.arrived.add(pair)
         if message.source_rank == 0:
             reservation.first_tokens = message.first_tokens
+            reservation.num_cached_by_writer = message.num_cached_tokens
         if writer.arrived == writer.expected:
             reservation.advance(ReservationState.ARRIVED, self._clock.now())
             self._reservations.arrived.append(reservation)

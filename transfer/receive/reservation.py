@@ -90,6 +90,7 @@ class Reservation:
     state: ReservationState = ReservationState.GRANTED
     writer: Writer | None = None
     first_tokens: tuple[ChoiceTokens, ...] = ()
+    num_cached_by_writer: int = 0  # tokens of the prompt that it had not to compute
     retains_prefix: bool = True  # the prompt's KV, for requests to come; False: the prefill worker does
 
     def advance(self, to: ReservationState, now: float) -> None:

@@ -99,6 +99,7 @@ class Posting:
                 source_rank=self._rank,
                 num_tokens=shipment.grant.num_tokens,
                 first_tokens=shipment.first_tokens if self._rank == 0 else (),
+                num_cached_tokens=shipment.num_cached_tokens,
                 tp_size=self._endpoint.tp_size,
                 block_ids=shipment.grant.block_ids if target.sums is not None else (),
                 checksum=target.sums.to_bytes() if target.sums is not None else b"",

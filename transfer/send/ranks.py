@@ -133,8 +133,8 @@ class RankShipping:
     def on_layer(self, layer: int) -> None:
         self._layers.on_layer(layer)
 
-    def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...]) -> None:
-        self.each(self._sender.finish, open_id, first_tokens)
+    def finish(self, open_id: int, first_tokens: tuple[ChoiceTokens, ...], num_cached_tokens: int = 0) -> None:
+        self.each(self._sender.finish, open_id, first_tokens, num_cached_tokens)
 
     def cancel(self, open_id: int, reason: str) -> None:
         self.each(self._sender.cancel, open_id, reason)

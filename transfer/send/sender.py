@@ -26,6 +26,7 @@ from ...common.kv_spec import KVCacheSpec
 from ...common.messages import (
     CancelKV,
     ChoiceList,
+    Count,
     GrantInfo,
     KVDone,
     KVOpen,
@@ -190,7 +191,7 @@ class KVSender:
         if shipment is not None:
             shipment.computed_at = self._clock.now()
 
-    def finish(self, open_id: int, first_tokens: ChoiceList) -> None:
+    def finish(self, open_id: int, first_tokens: ChoiceList, num_cached_tokens: Count = 0) -> None:
         """Every page was given and the first tokens are known (none when resuming)."""
         shipment = self._shipments.get(open_id)
         if shipment is None or not shipment.is_live:
@@ -198,6 +199,7 @@ class KVSender:
         num_pages, expected = len(shipment.remote_pages), shipment.num_expected_pages
         assert num_pages == expected, f"{num_pages} pages of {expected} were given"
         shipment.finished, shipment.first_tokens = True, first_tokens
+        shipment.num_cached_tokens = num_cached_tokens
 
     def cancel(self, open_id: int, reason: str) -> None:
         """Ship nothing more. Idempotent; a shipment that has told its arrival is not taken back."""

@@ -73,6 +73,7 @@ class Shipment:
     num_writes: int = 0  # posted and not ended
     finished: bool = False  # every page is complete and the first tokens are known
     first_tokens: tuple[ChoiceTokens, ...] = ()
+    num_cached_tokens: int = 0  # of the prompt: that were not computed
     announced_at: float = 0.0
     reason: str = ""  # why it closes
     num_bytes: int = 0  # written

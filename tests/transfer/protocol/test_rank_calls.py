@@ -161,7 +161,7 @@ GRANT = GrantInfo(
 )
 SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "open": [(2**63 - 1, "r-1", 3, GRANT)],
-    "finish": [(5, ()), (5, (ChoiceTokens(0, 0, (SampledToken(7, -0.5, ((7, -0.5),)),), "stop"),))],
+    "finish": [(5, (), 0), (5, (ChoiceTokens(0, 0, (SampledToken(7, -0.5, ((7, -0.5),)),), "stop"),), 64)],
     "cancel": [(5, "aborted")],
     "on_message": [
         (KVOpened(grant_id=GRANT_ID, open_id=5, lease_s=3.0, generation=2, ranks=(REGION,)),),
