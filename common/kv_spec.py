@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -15,23 +15,43 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 Edge = Annotated[int, msgspec.Meta(ge=0, le=2**20)]
+MAX_COPIES = 1024  # ranks with one and the same part: a worker that says more is not believed
+Copies = Annotated[int, msgspec.Meta(ge=1, le=MAX_COPIES)]
+# HND      a page is [2, heads, block_size, head_dim]: keys, then values, of a rank's heads
+# latent   a page is [1, 1, block_size, head_dim]: one vector of a token that serves all heads as key and value
+Layout = Literal["HND", "latent"]
 
 
 class Shard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The part of a model's KV that one rank holds: layers [first_layer, end_layer), heads [first_head, end_head)."""
+    """The part of a model's KV that one rank holds: layers [first_layer, end_layer), heads [first_head, end_head).
+
+    Ranks that hold the same part, as all do of latents, tell their copies apart by `copy`.
+    """
 
     first_layer: Edge
     end_layer: Edge
     first_head: Edge  # KV heads, numbered over the whole model
     end_head: Edge
+    copy: Edge = 0  # below num_copies
+    num_copies: Copies = 1  # of this part, on as many ranks
 
     def __post_init__(self) -> None:
         """Check what the types cannot say. From the wire, a ValueError here is a refused frame."""
         if self.first_layer >= self.end_layer or self.first_head >= self.end_head:
             raise ValueError(f"{self}: a shard holds at least one layer and one head")
+        if self.copy >= self.num_copies:
+            raise ValueError(f"{self}: copies are numbered from 0")
 
     def __str__(self) -> str:
-        return f"layers [{self.first_layer}, {self.end_layer}) and heads [{self.first_head}, {self.end_head})"
+        part = f"layers [{self.first_layer}, {self.end_layer}) and heads [{self.first_head}, {self.end_head})"
+        return part if self.num_copies == 1 else f"copy {self.copy} of {self.num_copies} of {part}"
+
+    @classmethod
+    def of_rank(cls, rank: int, tp_size: int, *, num_layers: int, num_heads: int, is_replicated: bool) -> Shard:
+        """Return what a tensor-parallel rank with `num_heads` in its pages holds of all layers: its own, or a copy."""
+        if is_replicated:
+            return cls(0, num_layers, 0, num_heads, rank, tp_size)
+        return cls(0, num_layers, rank * num_heads, (rank + 1) * num_heads)
 
     @property
     def num_heads(self) -> int:
@@ -45,6 +65,13 @@ class Shard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
             return None
         return Shard(first_layer, end_layer, first_head, end_head)
 
+    def share_for(self, target: Shard) -> Shard | None:
+        """Return what a rank with this shard writes to one with `target`; None: nothing.
+
+        Of equal copies one serves each target, by turns: each part of a page reaches it once.
+        """
+        return self.overlap(target) if target.copy % self.num_copies == self.copy else None
+
 
 class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The contents of a page. Two workers exchange KV only if their fingerprints are equal."""
@@ -52,29 +79,61 @@ class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     model: str  # digest of the checkpoint
     draft: str = ""  # digest of the draft model whose layers lie behind the model's; empty: none
     num_layers: Size  # pages of a block: one for each layer of the model, then those of its draft model
-    num_kv_heads: Size  # of the whole model; a rank holds num_kv_heads / tp_size
+    num_kv_heads: Size  # of the whole model; a rank holds num_kv_heads / tp_size, of latents the one that there is
     head_dim: Size
     block_size: Size  # tokens
     dtype: str
-    layout: str = "HND"
+    layout: Layout = "HND"
     results: str = ""  # what made it, where all workers must compute the same bits (deterministic); empty: anything
 
+    @property
+    def is_replicated(self) -> bool:
+        """Tell whether every tensor-parallel rank holds all of the KV, instead of some heads of it."""
+        return self.layout == "latent"
+
+    @property
+    def num_parts(self) -> int:
+        """Count what a page has of each head: keys and values, or latents, which are both."""
+        return 1 if self.layout == "latent" else 2
+
+    def fits_ranks(self, tp_size: int) -> bool:
+        """Tell whether so many ranks can each hold an even share of the heads, or all."""
+        return tp_size >= 1 and (tp_size <= MAX_COPIES if self.is_replicated else self.num_kv_heads % tp_size == 0)
+
+    def num_heads(self, tp_size: int) -> int:
+        """Count the heads in the pages of one rank."""
+        return self.num_kv_heads if self.is_replicated else self.num_kv_heads // tp_size
+
+    def page_shape(self, tp_size: int = 1) -> tuple[int, int, int, int]:
+        """Return the shape of one block in one layer on one rank."""
+        return self.num_parts, self.num_heads(tp_size), self.block_size, self.head_dim
+
     def page_bytes(self, tp_size: int = 1) -> int:
-        """Return the bytes of one block in one layer on one rank: K and V."""
-        return 2 * (self.num_kv_heads // tp_size) * self.head_bytes
+        """Return the bytes of one block in one layer on one rank."""
+        return self.num_parts * self.num_heads(tp_size) * self.head_bytes
 
     @property
     def head_bytes(self) -> int:
-        """Return the bytes of one head's keys, or values, in a page."""
+        """Return the bytes of one head's keys, or values, or of the latents, in a page."""
         return self.block_size * self.head_dim * _ITEM_BYTES[self.dtype]
 
     def shard(self, rank: int, tp_size: int) -> Shard:
-        """Return what a tensor-parallel rank holds: an even share of the heads, in all layers."""
-        num_heads = self.num_kv_heads // tp_size
-        return Shard(0, self.num_layers, rank * num_heads, (rank + 1) * num_heads)
+        """Return what a tensor-parallel rank holds: an even share of the heads, or a copy of all, in all layers."""
+        return Shard.of_rank(
+            rank,
+            tp_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads(tp_size),
+            is_replicated=self.is_replicated,
+        )
 
     def block_bytes(self, tp_size: int = 1) -> int:
+        """Return the bytes of one block on one rank, all layers."""
         return self.num_layers * self.page_bytes(tp_size)
+
+    def worker_bytes(self, num_blocks: int, tp_size: int) -> int:
+        """Return the bytes of blocks on all ranks of a worker: what crosses to fill them."""
+        return num_blocks * tp_size * self.block_bytes(tp_size)
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

@@ -1,4 +1,4 @@
-"""The page tensor: one allocation per rank, [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim].
+"""The page tensor: one allocation per rank, [num_layers, num_blocks, *spec.page_shape()].
 
 It is allocated once, as zeros (a page that was never written must not hold NaN), and registered once with the
 transfer agent; which block holds what is `BlockPool`'s concern.
@@ -54,7 +54,7 @@ def num_spare_blocks(device: torch.device) -> int:
 def allocate_pages(
     spec: KVCacheSpec, num_blocks: int, *, tp_size: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    shape = (spec.num_layers, num_blocks, 2, spec.num_kv_heads // tp_size, spec.block_size, spec.head_dim)
+    shape = (spec.num_layers, num_blocks, *spec.page_shape(tp_size))
     num_bytes = num_blocks * spec.block_bytes(tp_size)
     try:
         if device.type == "cpu" and num_bytes >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):

@@ -62,7 +62,7 @@ class TransferBackend(Protocol):
         ...
 
     def register(self, pages: torch.Tensor, *, rank: int, tp_size: int, generation: int) -> RegionInfo:
-        """Register the allocation [layers, blocks, 2, heads, block_size, head_dim] and describe it for peers."""
+        """Register the allocation [layers, blocks, 2 or 1, heads, block_size, head_dim] and describe it for peers."""
         ...
 
     def rotate(self, generation: int) -> RegionInfo:
@@ -139,8 +139,8 @@ def page_num_bytes(pages: torch.Tensor) -> int:
 def describe_region(
     pages: torch.Tensor, *, agent: str, metadata: bytes, transport: str, rank: int, tp_size: int, generation: int
 ) -> RegionInfo:
-    """Describe a registered allocation as a peer must know it: an even share of the heads, in all layers."""
-    num_layers, num_blocks, _, num_heads, _, _ = pages.shape
+    """Describe a registered allocation as a peer must know it: a rank's part of a model, in all layers."""
+    num_layers, num_blocks, num_parts, num_heads, _, _ = pages.shape
     return RegionInfo(
         rank=rank,
         tp_size=tp_size,
@@ -153,5 +153,5 @@ def describe_region(
         device="VRAM" if pages.is_cuda else "DRAM",
         device_id=pages.device.index or 0,
         transport=transport,
-        shard=Shard(0, num_layers, rank * num_heads, (rank + 1) * num_heads),
+        shard=Shard.of_rank(rank, tp_size, num_layers=num_layers, num_heads=num_heads, is_replicated=num_parts == 1),
     )

@@ -360,7 +360,7 @@ class Fetches:
         self._over(fetch, part)
         fetch.held += part.blocks
         fetch.num_found += len(part.blocks)
-        fetch.num_bytes += len(part.blocks) * self._endpoint.spec.block_bytes()
+        fetch.num_bytes += self._endpoint.spec.worker_bytes(len(part.blocks), self._endpoint.tp_size)
         has_all = len(part.blocks) == len(part.hashes)
         self._skip_held(fetch)
         if fetch.num_found == len(fetch.hashes):

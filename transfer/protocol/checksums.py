@@ -122,8 +122,8 @@ class ArrivalCheck:
             0 < len(blocks) == len(set(blocks))
             and max(blocks) < self._num_blocks
             and len(message.checksum) == _SUM_BYTES * len(blocks)
-            and message.tp_size > 0
-            and self._spec.num_kv_heads % message.tp_size == 0
+            and self._spec.fits_ranks(message.tp_size)
+            and message.source_rank < message.tp_size
         )
 
     def _spoil(self, block: int, offset: int) -> None:

@@ -59,7 +59,7 @@ def check_compatible(local: Endpoint, remote: Endpoint) -> str | None:
         if ours != theirs:
             return f"KV cache {name} {ours!r} here, {theirs!r} there"
     for side, tp_size in (("here", local.tp_size), ("there", remote.tp_size)):
-        if tp_size < 1 or local.spec.num_kv_heads % tp_size:
+        if not local.spec.fits_ranks(tp_size):
             return f"{local.spec.num_kv_heads} KV heads cannot be split over {tp_size} ranks {side}"
     return None
 

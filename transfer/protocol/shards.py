@@ -8,11 +8,18 @@
 A region names its shard. A rank's page is [2, heads, block_size, head_dim] of one layer, so heads in common are a run
 of bytes in K and one in V, in the page of each of the layers in common. Every worker has all layers on each of its
 ranks today: a region with fewer is refused.
+
+Latents are on all ranks, whole: decode rank r gets its copy from source rank r mod n, and a source rank whose number no
+decode rank has writes nothing.
+
+    source rank 0  copy 0 of 2 ───> decode rank 0  copy 0 of 1          source rank 0  copy 0 of 1 ─┬─> decode rank 0
+    source rank 1  copy 1 of 2                                                                      └─> decode rank 1
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 from ...common.kv_spec import KVCacheSpec, Shard
 from ...common.messages import GrantInfo, RegionInfo
@@ -31,39 +38,42 @@ def check_regions(ranks: Sequence[RegionInfo], spec: KVCacheSpec) -> str | None:
         if (shard.first_layer, shard.end_layer) != (0, spec.num_layers) or shard.end_head > spec.num_kv_heads:
             whole = f"all {spec.num_layers} layers and some of {spec.num_kv_heads} heads"
             return f"{shard} at {region.agent}, want {whole}"
-        page_bytes = 2 * shard.num_heads * spec.head_bytes
+        page_bytes = spec.num_parts * shard.num_heads * spec.head_bytes
         if region.page_bytes != page_bytes:
             return f"page_bytes {page_bytes} by the spec, {region.page_bytes} at {region.agent}"
-    held = sorted(head for shard in shards for head in range(shard.first_head, shard.end_head))
-    if held != list(range(spec.num_kv_heads)):
-        return f"{'; '.join(map(str, shards))}: not each of {spec.num_kv_heads} heads once"
+    held = sorted((shard.copy, head) for shard in shards for head in range(shard.first_head, shard.end_head))
+    num_copies = len(ranks) if spec.is_replicated else 1
+    is_each_once = held == list(product(range(num_copies), range(spec.num_kv_heads)))
+    if not is_each_once or any(shard.num_copies != num_copies for shard in shards):
+        once = f"once in each of {num_copies} copies" if spec.is_replicated else "once"
+        return f"{'; '.join(map(str, shards))}: not each of {spec.num_kv_heads} heads {once}"
     return None
 
 
 def pieces(source: Shard, target: Shard, spec: KVCacheSpec) -> tuple[Piece, ...] | None:
-    """Return the runs of a source rank's page that belong into the target rank's; None: they have nothing in common."""
-    common = source.overlap(target)
+    """Return the runs of a source rank's page that go into the target rank's; None: it writes nothing there."""
+    common = source.share_for(target)
     if common is None:
         return None
     if source.first_head == target.first_head and source.num_heads == target.num_heads:
-        return (Piece(0, 0, 2 * source.num_heads * spec.head_bytes),)
+        return (Piece(0, 0, spec.num_parts * source.num_heads * spec.head_bytes),)
     return tuple(
         Piece(
-            (half * source.num_heads + common.first_head - source.first_head) * spec.head_bytes,
-            (half * target.num_heads + common.first_head - target.first_head) * spec.head_bytes,
+            (part * source.num_heads + common.first_head - source.first_head) * spec.head_bytes,
+            (part * target.num_heads + common.first_head - target.first_head) * spec.head_bytes,
             common.num_heads * spec.head_bytes,
         )
-        for half in (0, 1)
+        for part in range(spec.num_parts)
     )
 
 
 def expected_pairs(sources: Sequence[Shard], targets: Sequence[Shard]) -> frozenset[tuple[int, int]]:
-    """Return the (source rank, target rank) pairs with something in common: each must report that it has arrived."""
+    """Return the (source rank, target rank) pairs of which the one writes to the other: each must report an arrival."""
     return frozenset(
         (rank, number)
         for rank, source in enumerate(sources)
         for number, target in enumerate(targets)
-        if source.overlap(target) is not None
+        if source.share_for(target) is not None
     )
 
 

@@ -23,12 +23,13 @@ from kvferry.transfer.receive.receiver import Verdict
 from ..receive.test_receiver import Decode, only
 
 SPEC = KVCacheSpec(model="m", num_layers=3, num_kv_heads=4, head_dim=2, block_size=4, dtype="float32")
+LATENT = msgspec.structs.replace(SPEC, num_kv_heads=1, layout="latent")
 NUM_BLOCKS = 12
 LOCAL, REMOTE = (6, 1, 3), (9, 0, 4)
 
 
-def _pages(tp_size: int, seed: int | None = None) -> torch.Tensor:
-    shape = [SPEC.num_layers, NUM_BLOCKS, 2, SPEC.num_kv_heads // tp_size, SPEC.block_size, SPEC.head_dim]
+def _pages(tp_size: int, seed: int | None = None, spec: KVCacheSpec = SPEC) -> torch.Tensor:
+    shape = [spec.num_layers, NUM_BLOCKS, *spec.page_shape(tp_size)]
     if seed is None:
         return torch.zeros(shape)
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
@@ -37,9 +38,11 @@ def _pages(tp_size: int, seed: int | None = None) -> torch.Tensor:
 class Shipped:
     """Blocks of a rank that were copied to another, and the message that says so."""
 
-    def __init__(self, source_tp: int = 1, decode_tp: int = 1, *, rank: int = 0, target: int = 0) -> None:
-        self.here, self.there = _pages(source_tp, seed=5), _pages(decode_tp)
-        runs = pieces(SPEC.shard(rank, source_tp), SPEC.shard(target, decode_tp), SPEC)
+    def __init__(
+        self, source_tp: int = 1, decode_tp: int = 1, *, rank: int = 0, target: int = 0, spec: KVCacheSpec = SPEC
+    ) -> None:
+        self.here, self.there = _pages(source_tp, 5, spec), _pages(decode_tp, spec=spec)
+        runs = pieces(spec.shard(rank, source_tp), spec.shard(target, decode_tp), spec)
         assert runs is not None
         sums, made = PageSums(self.here), ShipmentSums(REMOTE, NUM_BLOCKS)
         for layer in reversed(range(SPEC.num_layers)):  # in whatever order
@@ -61,7 +64,7 @@ class Shipped:
             block_ids=REMOTE,
             checksum=made.to_bytes(),
         )
-        self.check = ArrivalCheck(PageSums(self.there), SPEC, rank=target, tp_size=decode_tp, num_blocks=NUM_BLOCKS)
+        self.check = ArrivalCheck(PageSums(self.there), spec, rank=target, tp_size=decode_tp, num_blocks=NUM_BLOCKS)
 
     def verdict(self, **change: object) -> Verdict:
         return self.check.verdict(msgspec.structs.replace(self.message, **change))
@@ -76,6 +79,18 @@ def test_what_was_shipped_is_found_intact_head_slices_too(
     shipped = Shipped(source_tp, decode_tp, rank=rank, target=target)
     assert len(shipped.message.checksum) == 8 * len(REMOTE)
     assert shipped.verdict() is Verdict.INTACT
+
+
+@pytest.mark.parametrize(("source_tp", "decode_tp", "rank", "target"), [(1, 2, 0, 1), (2, 3, 0, 2), (3, 2, 1, 1)])
+def test_latents_are_found_intact_where_their_one_source_says_so(
+    source_tp: int, decode_tp: int, rank: int, target: int
+) -> None:
+    shipped = Shipped(source_tp, decode_tp, rank=rank, target=target, spec=LATENT)
+    assert shipped.verdict() is Verdict.INTACT
+    for other in range(source_tp + 1):
+        if other != rank:
+            assert shipped.verdict(source_rank=other) is Verdict.CORRUPT
+    assert shipped.verdict(tp_size=2**40) is Verdict.CORRUPT
 
 
 def _flip_a_bit(pages: torch.Tensor) -> None:

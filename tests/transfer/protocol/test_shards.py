@@ -17,6 +17,9 @@ from kvferry.transfer.backends.base import Piece
 from kvferry.transfer.protocol.shards import check_regions, expected_pairs, pieces, shards_of, targets_of
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=4, head_dim=8, block_size=4, dtype="float32")
+LATENT = KVCacheSpec(
+    model="m", num_layers=2, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32", layout="latent"
+)
 HEAD_BYTES = 4 * 8 * 4
 
 
@@ -41,7 +44,9 @@ def _regions(shards: list[Shard | None], spec: KVCacheSpec = SPEC) -> tuple[Regi
             agent_metadata=b"",
             base_addr=0,
             num_blocks=8,
-            page_bytes=spec.page_bytes(len(shards)) if shard is None else 2 * shard.num_heads * spec.head_bytes,
+            page_bytes=spec.page_bytes(len(shards))
+            if shard is None
+            else spec.num_parts * shard.num_heads * spec.head_bytes,
             device="DRAM",
             device_id=0,
             transport="nixl",
@@ -156,12 +161,37 @@ def test_a_region_that_names_no_shard_has_its_ranks_even_share() -> None:
     assert check_regions(_regions([None, None]), SPEC) is None
 
 
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_each_rank_gets_its_copy_of_latents_from_one_source_and_these_take_turns(source: int, decode: int) -> None:
+    sources = [LATENT.shard(rank, source) for rank in range(source)]
+    targets = [LATENT.shard(rank, decode) for rank in range(decode)]
+    assert expected_pairs(sources, targets) == {(rank % source, rank) for rank in range(decode)}
+    whole = (Piece(0, 0, LATENT.page_bytes()),)
+    grant = msgspec.structs.replace(_grant([]), spec=LATENT, ranks=_regions(list(targets), LATENT))
+    for rank, shard in enumerate(sources):
+        written = [(number, whole) for number in range(decode) if number % source == rank]
+        assert [(region.rank, runs) for region, runs in targets_of(shard, grant)] == written
+
+
+def test_every_copy_of_latents_is_there_once() -> None:
+    both = [LATENT.shard(rank, 2) for rank in range(2)]
+    assert check_regions(_regions(list(both), LATENT), LATENT) is None
+    assert check_regions(_regions([None, None], LATENT), LATENT) is None
+    for wrong in ([both[0], both[0]], [both[0], Shard(0, 2, 0, 1, 1, 3)], [both[0]], [Shard(0, 2, 0, 1)] * 2):
+        assert "not each of 1 heads once in each of" in (check_regions(_regions(list(wrong), LATENT), LATENT) or "")
+    halves = _regions([Shard(0, 2, 0, 2, 0, 2), Shard(0, 2, 2, 4, 1, 2)])  # copies of what nobody replicates
+    assert "not each of 4 heads once" in (check_regions(halves, SPEC) or "")
+
+
 def test_a_shard_without_layers_or_heads_does_not_cross() -> None:
     for empty in ((0, 0, 0, 4), (1, 0, 0, 4), (0, 2, 3, 3)):
         with pytest.raises(msgspec.ValidationError, match="at least one layer and one head"):
             msgspec.msgpack.decode(msgspec.msgpack.encode(empty), type=Shard)
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(msgspec.msgpack.encode((0, 2**40, 0, 4)), type=Shard)
+    for copy in ((2, 2), (0, 0), (0, 2**20)):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.msgpack.decode(msgspec.msgpack.encode((0, 2, 0, 1, *copy)), type=Shard)
 
 
 def test_equal_tp_sizes_ship_whole_pages_to_the_same_rank() -> None:
