@@ -41,7 +41,7 @@ from .requests import Ask, plan_asks
 from .serve_system import System, serving
 from .system import LogTail, settle
 from .tally import Tally, print_tally, tally
-from .workers import Workers
+from .workers import KINDS, KNOWN_KINDS, Workers
 
 _ALL_UP_WITHIN_S = 60.0
 _QUIET_WITHIN_S = 60.0
@@ -61,6 +61,7 @@ class Options:
     concurrency: int
     num_asks: int
     seed: int
+    blows: tuple[str, ...]
     serve_flags: tuple[str, ...]
     json_path: Path | None
     history_path: Path | None
@@ -175,7 +176,7 @@ class _Chaos:
     async def _disturb(self, system: System, asks: Sequence[Ask]) -> Tally:
         assert self._references is not None
         options, notes = self._options, list[Note]()
-        workers = Workers(self._began_s, self._tell)
+        workers = Workers(self._began_s, self._tell, options.blows)
 
         def on_note(note: Note) -> None:
             notes.append(note)
@@ -242,6 +243,9 @@ def parse_options(argv: Sequence[str]) -> Options:
     for flag, path in (("--json", parsed.json), ("--history", parsed.history)):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{flag} {path}: there is no directory {path.parent}")
+    blows = tuple(parsed.blows.split(","))
+    if not set(blows) <= set(KNOWN_KINDS):
+        raise ConfigError(f"--blows {parsed.blows}: these are known: {', '.join(KNOWN_KINDS)}")
     return Options(
         model=parsed.model,
         num_prefill=parsed.prefill,
@@ -251,6 +255,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         concurrency=parsed.concurrency,
         num_asks=parsed.num_requests,
         seed=parsed.seed,
+        blows=blows,
         serve_flags=tuple(shlex.split(parsed.serve_flags)),
         json_path=parsed.json,
         history_path=parsed.history,
@@ -272,6 +277,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--concurrency", type=positive_int, default=8, metavar="N", help="requests in flight (default: %(default)s)")
     add("--num-requests", type=positive_int, default=330, metavar="N", help="distinct ones (default: %(default)s)")
     add("--seed", type=int, default=0, help="of requests, victims and signals (default: %(default)s)")
+    blows = f"drawn from, of {', '.join(KNOWN_KINDS)}; rank: another process of a worker (default: %(default)s)"
+    add("--blows", default=",".join(KINDS), metavar="KINDS", help=blows)
     add("--serve-flags", default="", metavar="FLAGS", help="for `kvferry serve`, in one word: '--dtype bfloat16'")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
     add("--history", type=Path, metavar="FILE", help="write every event here, a JSON line each")

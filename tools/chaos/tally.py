@@ -27,6 +27,7 @@ from .workers import Strike
 
 _RESUMED_WITHIN_S = 10.0  # an attempt that fails later than this after a blow has another cause
 _MAX_SHOWN = 20
+_DEATHS = ("kill", "rank")
 
 
 @dataclass(slots=True)
@@ -103,7 +104,7 @@ def tally(
     breaches += check_rows([result.counted for result in results if result.counted is not None], notes)
     failed = [note for note in notes if note.what == "attempt_failed"]
     gaps = list(find_gaps(results, references, failed, strikes))
-    by_kill = [gap for gap in gaps if gap.kind == "kill"]
+    by_kill = [gap for gap in gaps if gap.kind in _DEATHS]
     answered = [result for result in results if result.counted is not None]
     return Tally(
         num_sent=len(results),
@@ -128,8 +129,8 @@ def tally(
         gap_ms=_describe_ms(gap.gap_s for gap in by_kill),
         recompute_ms=_describe_ms(gap.recompute_s for gap in by_kill),
         net_gap_ms=_describe_ms(max(0.0, gap.gap_s - gap.recompute_s) for gap in by_kill),
-        hang_gap_ms=_describe_ms(gap.gap_s for gap in gaps if gap.kind != "kill"),
-        death_notice_ms=_describe_ms(_notices(strikes, "kill")),
+        hang_gap_ms=_describe_ms(gap.gap_s for gap in gaps if gap.kind not in _DEATHS),
+        death_notice_ms=_describe_ms(_notices(strikes, *_DEATHS)),
         hang_notice_ms=_describe_ms(_notices(strikes, "hang")),
         absence_ms=_describe_ms(s.absence_s for s in strikes if s.absence_s is not None),
         failures=dict(Counter(result.failure for result in results if result.failure).most_common(_MAX_SHOWN)),
@@ -137,8 +138,8 @@ def tally(
     )
 
 
-def _notices(strikes: Iterable[Strike], kind: str) -> list[float]:
-    return [strike.notice_s for strike in strikes if strike.kind == kind and strike.notice_s is not None]
+def _notices(strikes: Iterable[Strike], *kinds: str) -> list[float]:
+    return [strike.notice_s for strike in strikes if strike.kind in kinds and strike.notice_s is not None]
 
 
 def _describe_ms(seconds: Iterable[float]) -> Distribution:

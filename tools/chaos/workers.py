@@ -1,8 +1,8 @@
 """The workers of a system as an onlooker knows them, and what is done to them.
 
 The router's log says when a worker joins or is lost, a process descriptor says when it dies; times are the run's. One
-that runs is struck now and then: by SIGKILL, or by SIGSTOP, which the launcher ends with SIGKILL once it has heard
-nothing for a while, unless SIGCONT comes first.
+that runs is struck now and then: by SIGKILL, to its first process or to another rank's, or by SIGSTOP, which the
+launcher ends with SIGKILL once it has heard nothing for a while, unless SIGCONT comes first.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import contextlib
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+import psutil
+
 from .events import Event, Note
 
-Kind = str  # "kill", "hang" (stopped, and left so), "pause" (stopped, and continued)
+Kind = str  # "kill", "rank" (kill, of another rank), "hang" (stopped, and left so), "pause" (stopped, and continued)
 KINDS = ("kill", "kill", "hang", "pause")
+KNOWN_KINDS = ("kill", "rank", "hang", "pause")
 _PAUSE_S = (0.3, 4.5)  # around the time at which a launcher loses patience
 
 
@@ -34,6 +37,14 @@ class WorkerProcess:
     joined_s: float
     died_s: float | None = None
     is_stopped: bool = False
+
+    @property
+    def other_ranks(self) -> list[int]:
+        """Return the process ids of its tensor-parallel ranks but the first."""
+        with contextlib.suppress(psutil.Error):
+            found = psutil.Process(self.pid).children()
+            return sorted(child.pid for child in found if "kvferry.engine.follower" in child.cmdline())
+        return []
 
     def signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -66,7 +77,8 @@ class Strike:
 class Workers:
     """Lives on the event loop."""
 
-    def __init__(self, began_s: float, tell: Callable[[Event], None]) -> None:
+    def __init__(self, began_s: float, tell: Callable[[Event], None], kinds: Sequence[Kind] = KINDS) -> None:
+        self._kinds = kinds
         self.strikes: list[Strike] = []
         self.num_joined = 0
         self._began_s = began_s
@@ -123,10 +135,17 @@ class Workers:
         """Strike one of those that run; None: there is none."""
         if not self.up:
             return None
-        process, kind = source.choice(self.up), source.choice(KINDS)
+        process, kind = source.choice(self.up), source.choice(self._kinds)
+        ranks = process.other_ranks if kind == "rank" else []
+        if kind == "rank" and not ranks:
+            return None  # it has only just begun
         strike = Strike(kind, process.worker_id, process.role, process.pid, self._now())
         self.strikes.append(strike)
         self._tell(Note(at_s=strike.at_s, what=kind, worker_id=process.worker_id, detail={"pid": process.pid}))
+        if kind == "rank":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(source.choice(ranks), signal.SIGKILL)
+            return strike
         if kind == "kill":
             process.signal(signal.SIGKILL)
             return strike

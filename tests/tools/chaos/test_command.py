@@ -170,6 +170,16 @@ def _sleeper() -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
+@contextmanager
+def _leader() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends as soon as its other rank does."""
+    rank = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], 'kvferry.engine.follower'])"
+    sleep = "import signal; print('there', flush=True); signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", rank, sleep], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"there\n"
+        yield process
+
+
 def _strike(workers: Workers, kind: str) -> Strike:
     """The first seed that brings this kind."""
     for seed in range(100):
@@ -204,6 +214,18 @@ async def test_a_killed_worker_is_followed_from_the_blow_to_its_successor() -> N
         assert [life.pid for life in workers.up] == [second.pid] and workers.num_joined == 2
         workers.close()
     assert told == ["kill", "death"]
+
+
+async def test_another_rank_of_a_worker_is_struck_where_there_is_one() -> None:
+    workers = Workers(0.0, lambda event: None, ["rank"])
+    with _sleeper() as alone, _leader() as leader:
+        workers.on_note(_joined(alone, 0.0))
+        assert workers.strike(random.Random(0)) is None and workers.up, "it has no other rank"
+        workers.on_note(_joined(leader, 1.0))
+        strike = workers.strike(random.Random(0))
+        assert strike is not None and (strike.kind, strike.pid) == ("rank", leader.pid)
+        assert leader.wait(20) == 0, "its child was killed"
+        workers.close()
 
 
 async def test_a_stopped_worker_is_struck_no_more_and_goes_on_when_the_run_is_over() -> None:
