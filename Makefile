@@ -11,7 +11,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 LOCKS := setup/install.py $(wildcard setup/*.lock)
-PRODUCT := __init__.py __main__.py cli common settings models kvcache grammar engine transfer prefill decode worker router launch simulator tools \
+PRODUCT := __init__.py __main__.py cli common settings models kvcache sizing grammar engine transfer prefill decode worker router launch simulator tools \
 	benchmarks setup
 LINT_ROOT := $(VENV)/lint
 # TORCH=any takes the torch of pip's index unchecked: an index of your own may have a build that no lock knows.

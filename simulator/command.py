@@ -19,13 +19,13 @@ import structlog
 
 from ..common.config import AutoscaleConfig, PoolBounds
 from ..common.errors import ConfigError, KVFerryError
+from ..sizing.hardware import GPUS
+from ..sizing.shapes import MODELS
 from ..tools.load.arguments import positive_float, positive_int
 from ..tools.load.environment import describe_environment
 from ..tools.load.plot import check_plot_path
 from ..tools.load.report import report_console
-from .costs.hardware import GPUS
 from .costs.measured import fit, read_samples
-from .costs.models import MODELS
 from .oracle import bound
 from .report import Run, plot_runs, print_runs, save_runs
 from .scenario import Day, Failure, Fleet, Goals, Router, Scaled, Scenario, Spike, Traffic

@@ -22,8 +22,8 @@ from ..common.batch import Batch, BatchRow, RowOutput, StepOutput
 from ..common.messages import StepSample
 from ..common.request import Sequence
 from ..engine.loop import StepFigures
+from ..sizing.steps import StepModel, StepWork
 from ..worker.core import WorkerCore
-from .costs.steps import StepModel, StepWork
 from .jobs import TOKEN, Job, next_tokens
 from .jump import Step, work_of
 from .kernel import Kernel

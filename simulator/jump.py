@@ -8,7 +8,7 @@ from math import sqrt
 
 from ..common.batch import Batch
 from ..engine.samples import step_sample
-from .costs.steps import StepWork
+from ..sizing.steps import StepWork
 
 
 @dataclass(slots=True, eq=False)

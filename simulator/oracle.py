@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..sizing.steps import StepModel, StepWork
 from ..tools.load.traces import TraceRow
-from .costs.steps import StepModel, StepWork
 from .scenario import Scenario
 from .traffic import arrivals
 

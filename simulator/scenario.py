@@ -11,11 +11,11 @@ from ..common.errors import ConfigError
 from ..common.messages import Labels
 from ..router.placement.policy import RoutingPolicy
 from ..router.state.predictor import Predictor
+from ..sizing.hardware import gpu_named
+from ..sizing.shapes import model_named
+from ..sizing.steps import Roofline, StepModel
 from ..tools.load.traces import TraceRow
-from .costs.hardware import gpu_named
-from .costs.models import model_named
 from .costs.network import Link, Network
-from .costs.steps import Roofline, StepModel
 
 PolicyMaker = Callable[[RouterConfig, Predictor], RoutingPolicy]
 

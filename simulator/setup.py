@@ -8,10 +8,10 @@ from pathlib import Path
 from ..common.config import RouterConfig, TransferConfig
 from ..common.kv_spec import KVCacheSpec
 from ..common.messages import Labels, RegionInfo, StepSample, WorkerHello
+from ..sizing.shapes import model_named
+from ..sizing.steps import StepModel, StepWork
 from ..worker.effects import CoreConfig
 from ..worker.roles import RoleName
-from .costs.models import model_named
-from .costs.steps import StepModel, StepWork
 from .jobs import END_IDS
 from .scenario import Scenario
 

@@ -20,7 +20,7 @@ ROOT = Path(kvferry.__file__).resolve().parent
 PACKAGE = "kvferry"
 FOLDERS = (
     *("cli", "common", "decode", "engine", "grammar", "kvcache", "launch", "models", "prefill"),
-    *("router", "settings", "simulator", "tools", "transfer", "worker"),
+    *("router", "settings", "simulator", "sizing", "tools", "transfer", "worker"),
 )
 MAX_FILES = 25  # of a room
 HOUSE = """
@@ -28,6 +28,7 @@ common
 settings             common
 models               common
 kvcache              common
+sizing               common
 grammar              common models
 engine/ranks         common models kvcache
 engine/nn/attention  common
@@ -71,9 +72,10 @@ tools/load           common
 tools/chaos          common models tools/load
 simulator            common kvcache engine transfer/protocol transfer/send decode worker
 simulator            router/state router/placement router/dispatch router/autoscaler tools/load simulator/costs
+simulator            sizing
 cli                  common settings models router/admin launch
 __main__             cli
-simulator/costs      common
+simulator/costs      common sizing
 """
 # What may import a heavy library.
 IMPORTERS = {

@@ -28,9 +28,9 @@ from kvferry.router.autoscaler.autoscaler import Autoscaler
 from kvferry.router.autoscaler.scale_types import AnswerLengths, AutoscalerSettings, Bounds, Counts, WorkerLimits
 from kvferry.router.autoscaler.sizing import DecodeLoad, PrefillLoad
 from kvferry.router.state.objectives import Objectives
-from kvferry.simulator.costs.hardware import gpu_named
-from kvferry.simulator.costs.models import model_named
-from kvferry.simulator.costs.steps import Roofline
+from kvferry.sizing.hardware import gpu_named
+from kvferry.sizing.shapes import model_named
+from kvferry.sizing.steps import Roofline
 from kvferry.tools.load.arguments import positive_float, positive_int
 from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.json_file import save_json

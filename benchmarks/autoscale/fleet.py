@@ -27,7 +27,7 @@ from kvferry.router.autoscaler.scale_types import (
     WorkerLimits,
 )
 from kvferry.router.state.objectives import Objectives
-from kvferry.simulator.costs.steps import StepModel, StepWork
+from kvferry.sizing.steps import StepModel, StepWork
 
 _TICK_S = 0.25
 _ROLE_CHANGE_S = 0.5

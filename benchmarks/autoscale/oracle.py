@@ -17,7 +17,7 @@ from collections.abc import Callable
 from kvferry.benchmarks.autoscale.fleet import FILL_TOKENS, Minute, ModelTimes
 from kvferry.router.autoscaler.scale_types import Counts, WorkerLimits
 from kvferry.router.state.objectives import Objectives
-from kvferry.simulator.costs.steps import StepWork
+from kvferry.sizing.steps import StepWork
 
 _PARTS = 6  # of a minute: an objective for the mean of an answer is held against about ten seconds
 _ROUNDS = 20

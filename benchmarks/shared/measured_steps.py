@@ -17,7 +17,7 @@ from statistics import fmean, pstdev
 from kvferry.common.errors import ConfigError
 from kvferry.common.messages import StepSample
 from kvferry.router.state.step_fit import StepCosts, StepFit, step_s
-from kvferry.simulator.costs.steps import StepWork
+from kvferry.sizing.steps import StepWork
 
 _MIN_IN_OCTAVE = 6
 _MIN_SAMPLES = 8

@@ -17,7 +17,7 @@ import msgspec
 
 from ...common.errors import ConfigError
 from ...common.messages import StepSample
-from .steps import Linear
+from ...sizing.steps import Linear
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ import structlog
 from kvferry.common.config import AutoscaleConfig, PoolBounds
 from kvferry.simulator import Failure, Goals, RoleChange, Router, Scaled, Scenario, Spike, Traffic, capacity, simulate
 from kvferry.simulator.costs.network import Link, Network, Port
-from kvferry.simulator.costs.steps import StepWork
+from kvferry.sizing.steps import StepWork
 from kvferry.tools.load.traces import TraceRow
 
 from .runs import azure, mooncake, one_request, run

@@ -15,9 +15,9 @@ from kvferry.benchmarks.autoscale.fleet import Minute, ModelTimes
 from kvferry.benchmarks.autoscale.oracle import Oracle
 from kvferry.router.autoscaler.scale_types import Counts, WorkerLimits
 from kvferry.router.state.objectives import Objectives
-from kvferry.simulator.costs.hardware import gpu_named
-from kvferry.simulator.costs.models import model_named
-from kvferry.simulator.costs.steps import Roofline
+from kvferry.sizing.hardware import gpu_named
+from kvferry.sizing.shapes import model_named
+from kvferry.sizing.steps import Roofline
 from kvferry.tools.load.traces import TraceRow
 
 ROWS = [TraceRow(0.0, 400 + 37 * n % 900, 50 + 13 * n % 200) for n in range(200)]

@@ -3,7 +3,7 @@ import pytest
 from kvferry.benchmarks.shared.measured_steps import fit_steps
 from kvferry.common.errors import ConfigError
 from kvferry.common.messages import StepSample
-from kvferry.simulator.costs.steps import StepWork
+from kvferry.sizing.steps import StepWork
 
 
 def _prompt(tokens: int, context: int = 0) -> StepSample:

@@ -17,9 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ...common.errors import ConfigError
+from ..common.errors import ConfigError
 from .hardware import Gpu
-from .models import ModelShape
+from .shapes import ModelShape
 
 _MEMORY_SHARE = 0.9  # of a GPU's memory, as `--gpu-memory-utilization`
 _RESERVE_GB = 4.0  # of a GPU: activations of a full budget, CUDA graphs, the runtime

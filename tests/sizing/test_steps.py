@@ -10,10 +10,10 @@ import pytest
 
 from kvferry.common.errors import ConfigError
 from kvferry.common.messages import StepSample
-from kvferry.simulator.costs.hardware import GPUS, gpu_named
 from kvferry.simulator.costs.measured import fit, read_samples
-from kvferry.simulator.costs.models import MODELS, model_named
-from kvferry.simulator.costs.steps import Linear, Roofline, StepModel, StepWork
+from kvferry.sizing.hardware import GPUS, gpu_named
+from kvferry.sizing.shapes import MODELS, model_named
+from kvferry.sizing.steps import Linear, Roofline, StepModel, StepWork
 
 TRUTH = Linear(0.002, 0.001, 1e-4, 2e-9, 3e-4, 5e-8)
 

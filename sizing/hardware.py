@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...common.errors import ConfigError
+from ..common.errors import ConfigError
 
 
 @dataclass(slots=True, frozen=True)
