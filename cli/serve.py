@@ -148,7 +148,7 @@ def _layout(deployment: Deployment) -> str:
 def _describe(deployment: Deployment, model: ModelConfig) -> str:
     """The plan, a line for each process."""
     from ..common.channel import Address
-    from ..launch.plan import cache_token_bytes, weight_bytes
+    from ..sizing.memory import cache_token_bytes, weight_bytes
 
     router = deployment.router
     lines = [

@@ -9,11 +9,10 @@ from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..kvcache.blocks import MIN_CACHE_TOKENS, too_small_a_cache
 from ..models.config import ModelConfig
+from ..sizing.memory import RANK_BYTES, cache_token_bytes, item_bytes, weight_bytes
 from .host import Host
-from .plan import Deployment, cache_token_bytes, item_bytes, weight_bytes
+from .plan import Deployment
 
-# Of a rank besides weights and caches: interpreter, torch, buffers of a step. Seen: 250 to 400 MiB.
-_RANK_BYTES = 400 << 20
 _GIB = 1 << 30
 
 
@@ -80,7 +79,7 @@ def check_memory(deployment: Deployment, host: Host, model: ModelConfig) -> str:
 
 def _rank_memory(engine: EngineConfig, model: ModelConfig) -> int:
     """Main memory of one rank: the program, what the host keeps for it and, on a CPU, weights and KV cache."""
-    kept = _RANK_BYTES + (engine.swap_space or 0) + (engine.host_cache_memory_bytes or 0)
+    kept = RANK_BYTES + (engine.swap_space or 0) + (engine.host_cache_memory_bytes or 0)
     if engine.device == "cuda":
         return kept
     return kept + weight_bytes(engine, model) + (engine.kv_cache_memory_bytes or 0)

@@ -25,11 +25,9 @@ from ..common.config import (
     WorkerConfig,
 )
 from ..common.errors import ConfigError
-from ..kvcache.draft_pages import num_draft_pages
-from ..models.checkpoint import quantized_bytes
 from ..models.config import ModelConfig
-from ..models.quantization import chosen_quantization
 from ..settings.fields import PoolSettings, ServeSettings
+from ..sizing.memory import gpu_reserve_bytes, weight_bytes
 from .host import Host
 
 # Prefill fills every core that it may use; a decode step, a token's way through the router or an arrival takes
@@ -40,16 +38,6 @@ _GPU_BATCHED_TOKENS = {"prefill": 8192, "decode": 2048}
 _MAX_CPU_CACHE_BYTES = 2 << 30
 _CPU_CACHE_SHARE = 0.1  # of free memory, for one rank
 _CPU_CACHES_SHARE = 0.5  # for all of them
-_RANK_BYTES = (
-    400 << 20
-)  # of a rank besides weights and caches: interpreter, torch, buffers of a step (seen: 250 to 400)
-_GIB = 1 << 30
-# A worker on a GPU takes this besides weights, cache and a step's arrays: the CUDA context (0.5 GiB), workspaces (0.3:
-# attention's, products'), graphs, and what torch's allocator keeps between steps. Less leaves a smaller card without
-# memory at its first long step, more is cache that is not there.
-_GPU_BASE_BYTES = 3 << 29
-_LOGIT_ARRAYS = 4  # of float32 that sampling holds at once: logits, as they were, scaled, probabilities
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 _OF_ONE_PROCESS = {"control_host", "control_port"}  # of a router that is started by hand; a launcher's picks free ones
 
 
@@ -177,53 +165,6 @@ def absolute(path: Path | None) -> Path | None:
     return path.expanduser().absolute() if path is not None else None
 
 
-def item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
-    """Return the bytes of a weight."""
-    return _ITEM_BYTES[model.dtype if engine.dtype == "auto" else engine.dtype]
-
-
-def cache_item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
-    """Return the bytes of a number in the KV cache."""
-    return item_bytes(engine, model) if engine.kv_cache_dtype == "auto" else _ITEM_BYTES[engine.kv_cache_dtype]
-
-
-def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:
-    """About what one rank's weights take, a draft model's too: matrices and embeddings."""
-    size = item_bytes(engine, model)
-    taken = sum(_num_parameters(draft) for draft in draft_models(engine)) * size
-    quantization = chosen_quantization(model.quantization, engine.quantization)
-    if quantization is None or _is_widened(engine, model):
-        taken += _num_parameters(model) * size
-    else:
-        taken += quantized_bytes(model, quantization, size)
-    return taken // engine.tensor_parallel_size
-
-
-def _is_widened(engine: EngineConfig, model: ModelConfig) -> bool:
-    """Tell whether a CPU's rank multiplies by plain numbers: it has products of whole ones beside bfloat16 alone."""
-    return engine.device != "cuda" and item_bytes(engine, model) > 2
-
-
-def draft_models(engine: EngineConfig) -> list[ModelConfig]:
-    """Return the shape of the draft model, if there is one. Raises ConfigError."""
-    speculative = engine.speculative_config
-    return [] if speculative is None or speculative.model is None else [ModelConfig.from_dir(speculative.model)]
-
-
-def _num_parameters(model: ModelConfig) -> int:
-    attention = 2 * (model.num_qo_heads + model.num_kv_heads) * model.head_dim * model.hidden_size
-    mlp = 3 * model.hidden_size * model.intermediate_size
-    embeddings = (1 if model.tie_embeddings else 2) * model.vocab_size * model.hidden_size
-    return model.num_layers * (attention + mlp) + embeddings
-
-
-def cache_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
-    """KV of one token on one rank, a draft model's too. Raises ConfigError where that does not fit into the blocks."""
-    heads = model.num_kv_heads // engine.tensor_parallel_size
-    num_pages = model.num_layers + sum(num_draft_pages(model, draft) for draft in draft_models(engine))
-    return 2 * num_pages * heads * model.head_dim * cache_item_bytes(engine, model)
-
-
 def fit_to_host(deployment: Deployment, host: Host, model: ModelConfig | None = None) -> Deployment:
     """Split cores, GPUs and free memory between the workers. Raises ConfigError where they do not fit."""
     threads, num_ranks = max(1, host.num_cpus // max(1, deployment.num_ranks)), max(1, deployment.max_ranks)
@@ -318,7 +259,7 @@ def _too_few_gpus(worker: WorkerPlan, count: int) -> ConfigError:
 
 def _shared_memory(worker: WorkerPlan, gpu_bytes: int, model: ModelConfig | None) -> dict[str, object]:
     """A worker's part of a GPU. The cache's size is set here: what a worker sees as free depends on who came first."""
-    engine = worker.config.engine
+    engine = worker.config.engine.model_copy(update={"device": "cuda"})
     utilization = worker.gpu_share * engine.gpu_memory_utilization
     if model is None or engine.kv_cache_memory_bytes is not None or not gpu_bytes:
         return {"gpu_memory_utilization": utilization}
@@ -330,16 +271,6 @@ def _shared_memory(worker: WorkerPlan, gpu_bytes: int, model: ModelConfig | None
             f"({weight_bytes(engine, model) >> 30} GiB) and a cache: start fewer workers on it (--prefill 0 --decode 1)"
         )
     return {"gpu_memory_utilization": utilization, "kv_cache_memory_bytes": cache_bytes}
-
-
-def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> int:
-    """About what one rank takes of a GPU besides weights and cache, at a step of `num_tokens`."""
-    heads = (model.num_qo_heads + 2 * model.num_kv_heads) * model.head_dim
-    # A layer's widest moment: hidden states, residual stream and sum; gate, up and their product, or the heads.
-    widest = 3 * model.hidden_size + max(3 * model.intermediate_size, 2 * heads) // engine.tensor_parallel_size
-    activations = num_tokens * widest * item_bytes(engine, model)
-    logits = _LOGIT_ARRAYS * engine.max_num_seqs * model.vocab_size * _ITEM_BYTES["float32"]
-    return _GPU_BASE_BYTES + activations + logits
 
 
 def _with_engine(worker: WorkerPlan, update: dict[str, object]) -> WorkerPlan:

@@ -8,14 +8,13 @@ are found in milliseconds, by whoever starts a deployment, without torch.
 from __future__ import annotations
 
 import json
-import math
 import re
 import struct
 from pathlib import Path
 
 from ..common.errors import ConfigError
 from .config import ModelConfig
-from .quantization import TIED_HEAD, Quantization, stored_shapes
+from .quantization import stored_shapes
 
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 # Of a cache in 8 bits, as quantising tools name them: a key is stored as key / k_scale.
@@ -63,21 +62,6 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
             shapes |= _linear(f"{name}.mlp.{part}", mlp, hidden, bias=config.mlp_bias)
         shapes |= _linear(f"{name}.mlp.down_proj", hidden, mlp, bias=config.mlp_bias)
     return shapes
-
-
-def quantized_bytes(config: ModelConfig, quantization: Quantization, item_bytes: int) -> int:
-    """Return what all tensors take in memory, with `item_bytes` for each plain number. Raises ConfigError."""
-    taken = 0
-    for name, shape in tensor_shapes(config).items():
-        plain = math.prod(shape) * item_bytes
-        module = name.removesuffix(".weight")
-        form = quantization.form([module], shape[1]) if len(shape) == 2 and module != name else None
-        packed = form.num_bytes(shape[0], shape[1]) if form is not None else plain
-        if module == TIED_HEAD:  # tokens are looked up in plain numbers
-            taken += plain + (packed if form is not None and config.tie_embeddings else 0)
-        else:
-            taken += packed
-    return taken
 
 
 def _linear(name: str, size_out: int, size_in: int, *, bias: bool) -> dict[str, Shape]:

@@ -28,7 +28,7 @@ common
 settings             common
 models               common
 kvcache              common
-sizing               common
+sizing               common models kvcache
 grammar              common models
 engine/ranks         common models kvcache
 engine/nn/attention  common
@@ -67,13 +67,13 @@ router/admin         common router/state router/access router/autoscaler router/
 router               common settings models router/state router/metrics router/http router/access router/helpers
 router               router/placement router/dispatch router/autoscaler router/catalogue router/api router/messages
 router               router/responses router/embeddings router/batches router/admin
-launch               common settings models kvcache engine/cpu
+launch               common settings models kvcache sizing engine/cpu
 tools/load           common
 tools/chaos          common models tools/load
 simulator            common kvcache engine transfer/protocol transfer/send decode worker
 simulator            router/state router/placement router/dispatch router/autoscaler tools/load simulator/costs
 simulator            sizing
-cli                  common settings models router/admin launch
+cli                  common settings models sizing router/admin launch
 __main__             cli
 simulator/costs      common sizing
 """

@@ -35,10 +35,11 @@ from kvferry.benchmarks.shared.shapes import SHAPES, write_shape
 from kvferry.common.config import EngineConfig, environment
 from kvferry.common.errors import ConfigError
 from kvferry.launch.host import Host, read_host
-from kvferry.launch.plan import fit_to_host, item_bytes, plan
+from kvferry.launch.plan import fit_to_host, plan
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import default_model_dir
 from kvferry.settings.fields import PoolSettings, ServeSettings
+from kvferry.sizing.memory import item_bytes
 from kvferry.tools.load.cores import CoreWatch
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.plot import check_plot_path

@@ -122,9 +122,9 @@ def _read(flags: argparse.Namespace, kind: str) -> tuple[list[SampledToken], str
     from kvferry.common.batch import Batch, BatchRow
     from kvferry.common.request import RequestId, SamplingParams, Sequence
     from kvferry.engine.engine import Engine
-    from kvferry.launch.plan import weight_bytes
     from kvferry.models.config import ModelConfig
     from kvferry.models.tokenizer import Tokenizer
+    from kvferry.sizing.memory import weight_bytes
 
     config = config_of(kind, flags.model, dtype=flags.dtype, threads=flags.threads)
     model_dir = config.model_dir

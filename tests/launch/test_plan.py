@@ -12,10 +12,11 @@ from kvferry.common.errors import ConfigError
 from kvferry.launch.children import worker_environment
 from kvferry.launch.engine_checks import check_engine, check_model
 from kvferry.launch.host import Gpu, Host
-from kvferry.launch.plan import Deployment, cache_token_bytes, fit_to_host, gpu_reserve_bytes, plan, weight_bytes
+from kvferry.launch.plan import Deployment, fit_to_host, plan
 from kvferry.models.config import ModelConfig
 from kvferry.models.rope import RopeConfig
 from kvferry.settings.fields import PoolSettings, ServeSettings
+from kvferry.sizing.memory import cache_token_bytes, gpu_reserve_bytes, weight_bytes
 
 from ..checkpoints import write_checkpoint
 
@@ -202,7 +203,7 @@ def test_sizes_of_llama_3_8b() -> None:
     assert cache_token_bytes(engine.model_copy(update={"kv_cache_dtype": "fp8"}), MODEL) == 64 << 10
     assert weight_bytes(engine, MODEL) == pytest.approx(8.03e9 * 2, rel=0.01)
     matrices = 6.98e9  # of the layers; embedding and head have 525 million each
-    for name, group_bytes in (("int8", 1.0), ("int4", 0.5 + 4 / 128)):
+    for name, group_bytes in (("int8", 1.0), ("int4", 0.5 + 2 / 128)):
         quantized = engine.model_copy(update={"quantization": name})
         wanted = matrices * group_bytes + 525e6 * (2 + 1)
         assert weight_bytes(quantized, MODEL) == pytest.approx(wanted, rel=0.01)

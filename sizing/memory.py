@@ -1,0 +1,231 @@
+"""Bytes that one rank of a model takes: its weights, keys and values of a token, and room to compute in.
+
+Weights are counted tensor by tensor, as a rank builds them (engine/nn) and as a CPU packs them (engine/cpu):
+
+    rows of the vocabulary   embedding and head: as many on every rank, the last one's padded
+    outputs                  a rank's part of them; fused parts (q, k and v; gate and up) are one matrix of one form
+    inputs                   a rank's part of `o_proj`'s and `down_proj`'s
+    whole                    norms, and biases that are added behind a sum over the ranks
+    tiles                    on a CPU: columns in 64s, inputs in 32s, scales in as few bytes as say the same
+
+Pure: what a checkpoint holds comes from its config, and no file but a draft model's config is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..common.config import EngineConfig
+from ..kvcache.draft_pages import num_draft_pages
+from ..models.checkpoint import tensor_shapes
+from ..models.config import ModelConfig
+from ..models.quantization import TIED_HEAD, Form, Quantization, chosen_quantization
+
+# A rank's main memory besides weights and caches: interpreter, torch, buffers of a step. Seen: 250 to 400 MiB.
+RANK_BYTES = 400 << 20
+# A worker on a GPU takes this besides weights, cache and a step's arrays: the CUDA context (0.5 GiB), workspaces (0.3:
+# attention's, products'), graphs, and what torch's allocator keeps between steps. Less leaves a smaller card without
+# memory at its first long step, more is cache that is not there.
+_GPU_BASE_BYTES = 3 << 29
+_LOGIT_ARRAYS = 4  # of float32 that sampling holds at once: logits, as they were, scaled, probabilities
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+_TILE_OUTPUTS, _TILE_INPUTS = 64, 32  # of a CPU's tiles: engine/cpu/native/tiles.hpp
+_GROUP_UNIT = 8  # inputs to which a group is padded there: engine/cpu/native/integer_tiles.hpp
+
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_BY_INPUTS = ("o_proj", "down_proj")
+# Bytes of a scale in a CPU's tiles (engine/cpu/factors.py): half precision where the file has it, a byte and a share of
+# a float32 in GGUF's blocks of 256 inputs, else a float32.
+_HALF, _FULL = 2.0, 4.0
+_GGUF_SCALES = {"Q4_K": 1.5, "Q5_K": 1.5, "Q6_K": 1.25}
+
+
+class _Matrix(NamedTuple):
+    """A rank's part of one matrix."""
+
+    modules: tuple[str, ...]  # the checkpoint's, which are fused into it
+    num_outputs: int
+    num_inputs: int
+    num_parts: int = 1  # ranks that share each output's inputs
+
+
+def item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """Return the bytes of a weight."""
+    return _ITEM_BYTES[model.dtype if engine.dtype == "auto" else engine.dtype]
+
+
+def cache_item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """Return the bytes of a number in the KV cache."""
+    return item_bytes(engine, model) if engine.kv_cache_dtype == "auto" else _ITEM_BYTES[engine.kv_cache_dtype]
+
+
+def draft_models(engine: EngineConfig) -> list[ModelConfig]:
+    """Return the shape of the draft model, if there is one. Raises ConfigError."""
+    speculative = engine.speculative_config
+    return [] if speculative is None or speculative.model is None else [ModelConfig.from_dir(speculative.model)]
+
+
+def cache_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """KV of one token on one rank, a draft model's too. Raises ConfigError where that does not fit into the blocks."""
+    heads = model.num_kv_heads // engine.tensor_parallel_size
+    num_pages = model.num_layers + sum(num_draft_pages(model, draft) for draft in draft_models(engine))
+    return 2 * num_pages * heads * model.head_dim * cache_item_bytes(engine, model)
+
+
+class WeightBytes(NamedTuple):
+    """Bytes of one rank's weights."""
+
+    total: int
+    read: int  # by a decode step of many rows: not the rows that tokens are looked up in, but where they are the head
+    experts: int  # routed ones
+
+
+def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """Count what one rank's weights take, a draft model's too. A device that is still `auto` counts as a CPU.
+
+    Raises ConfigError for a quantization that does not go with the checkpoint.
+    """
+    drafts = sum(_Counter(engine, draft, None, 1).count().total for draft in draft_models(engine))
+    return drafts + rank_weights(engine, model).total
+
+
+def rank_weights(engine: EngineConfig, model: ModelConfig, *, has_float8: bool = False) -> WeightBytes:
+    """Count one rank's weights of the model itself. `has_float8`: its GPU multiplies by 8-bit floats.
+
+    Raises ConfigError as `weight_bytes` does.
+    """
+    quantization = chosen_quantization(model.quantization, engine.quantization)
+    return _Counter(engine, model, quantization, engine.tensor_parallel_size, has_float8=has_float8).count()
+
+
+def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> int:
+    """About what one rank takes of a GPU besides weights and cache, at a step of `num_tokens`."""
+    heads = (model.num_qo_heads + 2 * model.num_kv_heads) * model.head_dim
+    # A layer's widest moment: hidden states, residual stream and sum; gate, up and their product, or the heads.
+    widest = 3 * model.hidden_size + max(3 * model.intermediate_size, 2 * heads) // engine.tensor_parallel_size
+    activations = num_tokens * widest * item_bytes(engine, model)
+    logits = _LOGIT_ARRAYS * engine.max_num_seqs * model.vocab_size * _ITEM_BYTES["float32"]
+    return _GPU_BASE_BYTES + activations + logits
+
+
+def is_expert(name: str) -> bool:
+    """Tell whether a tensor is a routed expert's."""
+    return ".experts." in name
+
+
+class _Counter:
+    """Counts one rank's weights of one model."""
+
+    def __init__(
+        self,
+        engine: EngineConfig,
+        model: ModelConfig,
+        quantization: Quantization | None,
+        num_ranks: int,
+        *,
+        has_float8: bool = False,
+    ) -> None:
+        self._engine, self._model, self._num_ranks = engine, model, num_ranks
+        self._item_bytes = item_bytes(engine, model)
+        self._on_gpu = engine.device == "cuda"
+        # A CPU has products of whole numbers beside bfloat16 alone: else it multiplies by plain ones.
+        is_widened = not self._on_gpu and self._item_bytes > 2
+        self._quantization = None if is_widened else quantization
+        self._has_float8 = self._on_gpu and has_float8
+
+    def count(self) -> WeightBytes:
+        model = self._model
+        embedding = self._vocabulary_rows * model.hidden_size * self._item_bytes
+        has_own_head = not (model.tie_embeddings and self._on_gpu)  # a CPU packs a tied one a second time
+        sizes = [(matrix, self._matrix_bytes(matrix)) for matrix in self._matrices()]
+        read = (
+            sum(size for _, size in sizes) + self._vector_bytes() + (self._head_bytes() if has_own_head else embedding)
+        )
+        experts = sum(size for matrix, size in sizes if is_expert(matrix.modules[0]))
+        return WeightBytes(read + embedding if has_own_head else read, read, experts)
+
+    @property
+    def _vocabulary_rows(self) -> int:
+        return -(-self._model.vocab_size // self._num_ranks)
+
+    def _head_bytes(self) -> int:
+        name = TIED_HEAD if self._model.tie_embeddings else _HEAD
+        matrix = _Matrix((name,), self._vocabulary_rows, self._model.hidden_size)
+        return self._plain_bytes(matrix) if self._on_gpu else self._matrix_bytes(matrix)
+
+    def _vector_bytes(self) -> int:
+        count = 0
+        for name, shape in tensor_shapes(self._model).items():
+            if len(shape) == 1:
+                module = name.rpartition(".")[0].rpartition(".")[2]
+                is_split = name.endswith(".bias") and module not in _BY_INPUTS
+                count += shape[0] // self._num_ranks if is_split else shape[0]
+        return count * self._item_bytes
+
+    def _matrices(self) -> Iterator[_Matrix]:
+        """Yield the layers' matrices, fused parts as one."""
+        shapes = {name.removesuffix(".weight"): size for name, size in tensor_shapes(self._model).items()}
+        for module, shape in shapes.items():
+            path, _, last = module.rpartition(".")
+            if len(shape) != 2 or module in (_EMBEDDING, _HEAD):
+                continue
+            parts = next((parts for parts in _FUSED if last in parts), (last,))
+            if last != parts[0]:
+                continue  # counted with the first one
+            outputs, inputs = sum(shapes[f"{path}.{part}"][0] for part in parts), shape[1]
+            modules = tuple(f"{path}.{part}" for part in parts)
+            if last in _BY_INPUTS:
+                yield _Matrix(modules, outputs, inputs // self._num_ranks, self._num_ranks)
+            else:
+                yield _Matrix(modules, outputs // self._num_ranks, inputs)
+
+    def _matrix_bytes(self, matrix: _Matrix) -> int:
+        if self._quantization is None:
+            return self._plain_bytes(matrix)
+        form = self._quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
+        if form is None and self._has_float8 and all(self._is_float8(module) for module in matrix.modules):
+            return matrix.num_outputs * (matrix.num_inputs + 4)  # a float32 for each output
+        if form is None:
+            return self._plain_bytes(matrix)
+        is_whole = form.group_size == matrix.num_inputs * matrix.num_parts
+        form = form._replace(group_size=matrix.num_inputs) if is_whole else form
+        if self._on_gpu:
+            return form.num_bytes(matrix.num_outputs, matrix.num_inputs)
+        num_groups = matrix.num_inputs // form.group_size
+        numbers = num_groups * _padded(form.group_size, _GROUP_UNIT) * form.bits // 8
+        scales = num_groups * (2 if form.has_minima else 1) * self._scale_bytes(matrix.modules[0], form)
+        return round(_padded(matrix.num_outputs, _TILE_OUTPUTS) * (numbers + scales))
+
+    def _plain_bytes(self, matrix: _Matrix) -> int:
+        outputs, inputs = matrix.num_outputs, matrix.num_inputs
+        if not self._on_gpu and self._item_bytes == 2:
+            outputs, inputs = _padded(outputs, _TILE_OUTPUTS), _padded(inputs, _TILE_INPUTS)
+        return outputs * inputs * self._item_bytes
+
+    def _is_float8(self, module: str) -> bool:
+        storage = self._quantization.storage(module) if self._quantization is not None else None
+        return storage is not None and storage.layout == "float8"
+
+    def _scale_bytes(self, module: str, form: Form) -> float:
+        """Return the bytes of a scale in a CPU's tiles."""
+        assert self._quantization is not None
+        storage = self._quantization.storage(module)
+        if storage is None:
+            return _FULL
+        match storage.layout:
+            case "gguf":
+                return _GGUF_SCALES.get(storage.kind, _HALF)
+            case "plain":  # an eighth of a weight's own number has no more digits than that
+                is_short = self._model.dtype == "bfloat16" and self._engine.load_format != "dummy"
+                return _HALF if form.bits == 4 and is_short else _FULL
+            case "gptq" | "awq" | "packed":
+                return _FULL if form.has_minima else _HALF
+            case _:
+                return _FULL
+
+
+def _padded(size: int, multiple: int) -> int:
+    return math.ceil(size / multiple) * multiple
