@@ -109,6 +109,9 @@ class EngineConfig(Settings):
     cpu_isa: CpuIsa = "auto"  # of the C++ on a CPU; auto: the best that the processor has
     deterministic: bool = False  # a token's results depend on the tokens before it alone, to the bit; on CPUs
     speculative_config: SpeculativeConfig | None = None  # of decode steps; None: one token a step
+    max_loras: int = Field(0, ge=0, le=1024)  # adapters in the engine's memory at once; 0: none are applied
+    max_lora_rank: int = Field(16, ge=1, le=256)  # the largest that is loaded; each slot has room for it
+    max_cpu_loras: int | None = Field(None, ge=1)  # adapters in host memory, those of the engine among them
     enforce_eager: bool = False  # decode steps on a GPU without CUDA graphs: Python launches every kernel
     load_format: LoadFormat = "auto"
     seed: int = 0

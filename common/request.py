@@ -19,6 +19,7 @@ from typing import Annotated, NewType
 import msgspec
 from msgspec.structs import force_setattr
 
+from .adapter import NO_ADAPTER, HeldAdapter
 from .grammar import CompiledGrammar, Grammar, Matcher
 
 RequestId = NewType("RequestId", str)
@@ -199,6 +200,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks hashed so far
     num_published_blocks: int = 0
     is_retained_elsewhere: bool = False  # the prompt's KV, for those that share its beginning
+    held_adapter: HeldAdapter | None = None  # `adapter` on this worker
     grammar: CompiledGrammar | None = None  # that the answer follows
     matcher: Matcher | None = None  # the engine's: where the answer stands in it (`engine/masks.py`)
     num_matched_tokens: int = 0  # tokens of the answer that the matcher has taken
@@ -220,6 +222,17 @@ class Sequence:
         )
 
     @property
+    def adapter_slot(self) -> int:
+        """Return where the engine has the sequence's adapter; NO_ADAPTER: nowhere."""
+        slot = None if self.held_adapter is None else self.held_adapter.slot
+        return NO_ADAPTER if slot is None else slot
+
+    @property
+    def awaits_adapter(self) -> bool:
+        """Tell whether nothing of it may be computed yet, as its adapter is not here."""
+        return self.held_adapter is not None and self.held_adapter.slot is None
+
+    @property
     def can_sample(self) -> bool:
         """Tell whether the token after the last known one may be chosen: its grammar, if it has one, is ready."""
         return self.grammar is None or self.grammar.is_ready or not self.samples
@@ -231,6 +244,8 @@ class Sequence:
         The last one's logits choose the next token. While its grammar is not ready a sequence waits as a whole: that
         takes less than a step more. If that is late, the others are computed.
         """
+        if self.awaits_adapter:
+            return 0
         if self.can_sample:
             return self.num_uncomputed_tokens
         assert self.grammar is not None

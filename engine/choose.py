@@ -21,6 +21,7 @@ from .cpu.decoder import NativeDecoder
 from .cpu.model import NativeModel
 from .cpu.runner import NativeRunner
 from .cpu.tiled import TiledRunner
+from .nn.adapters import AdapterSlots
 from .nn.attention.base import AttentionBackend, LayerPages
 from .nn.attention.choose import make_attention
 from .nn.decoder import Decoder
@@ -58,6 +59,16 @@ def choose_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
 
 
 @torch.inference_mode()
+def make_adapters(config: EngineConfig, decoder: Decoder, device: torch.device) -> AdapterSlots | None:
+    """Make the slots that are asked for. Raises ConfigError."""
+    if config.max_loras == 0:
+        return None
+    if device.type != "cpu":
+        raise ConfigError("enable_lora: adapters are applied on CPUs; the kernels for a GPU have no part for them yet")
+    return AdapterSlots(decoder, num_slots=config.max_loras, max_rank=config.max_lora_rank, device=device)
+
+
+@torch.inference_mode()
 def pack_weights(
     decoder: Decoder, device: torch.device, *, native: bool = True, isa: CpuIsa = "auto"
 ) -> NativeModel | None:
@@ -69,7 +80,9 @@ def pack_weights(
         _narrow_float8(decoder, device)
     if device.type != "cpu":
         return None
-    if native and (model := _native_model(decoder, isa)) is not None:
+    if decoder.adapters is not None and decoder.dtype == torch.bfloat16:
+        log.warning("cpu_kernels", used=False, reason="no C++ for adapters")
+    elif native and (model := _native_model(decoder, isa)) is not None:
         return model
     if any(isinstance(linear.weight, GroupedWeight) for linear in decoder.linears()):
         log.warning("quantized_weights", widened_to=str(decoder.dtype).removeprefix("torch."), reason="no C++ for them")

@@ -31,7 +31,7 @@ from ..kvcache.pages import allocate_pages, cache_dtype, copy_blocks, num_blocks
 from ..models.config import ModelConfig
 from ..models.digest import ModelDigest
 from ..models.quantization import chosen_quantization
-from .choose import choose_device, choose_dtype, choose_runner, pack_weights
+from .choose import choose_device, choose_dtype, choose_runner, make_adapters, pack_weights
 from .draft import DraftModel
 from .masks import MaskThread, with_failures, with_forced
 from .nn.decoder import Decoder
@@ -84,6 +84,7 @@ class Engine:
         self._masks = MaskThread()
         comm = self._comm = self._connect(tp_rank, tp_size, store)
         decoder = self._loaded_decoder(dtype, progress)
+        self.adapters = decoder.adapters = make_adapters(config, decoder, self._device)
         native_model = pack_weights(decoder, self._device, native=native, isa=config.cpu_isa)
         self._draft = self._draft_model(dtype, progress, native=native)
         self.spec = self._kv_cache_spec(kv_dtype)

@@ -48,11 +48,19 @@ class TiledDecoder:
         x = decoder.embedding(_padded(input_ids)).float()
         ropes = [decoder.rotary(part, decoder.dtype) for part in _tiles(_padded(positions))]
         for layer in decoder.layers:
-            projected = torch.cat([layer.project(part, rope) for part, rope in zip(_tiles(x), ropes, strict=True)])
+            projected = torch.cat([layer.project(part, rope) for part, rope in zip(self._each(x), ropes, strict=True)])
             mixed = layer.mix(projected, backend, on_layer)
-            for part, attended in zip(_tiles(x), _tiles(mixed), strict=True):
+            for part, attended in zip(self._each(x), _tiles(mixed), strict=True):
                 layer.finish_(part, attended)
         return x
+
+    def _each(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield tile after tile, each with its tokens' adapters in their linears."""
+        adapters = self._decoder.adapters
+        for index, part in enumerate(_tiles(x)):
+            if adapters is not None:
+                adapters.step.turn_to(index)
+            yield part
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Turn rows of `forward` into [rows padded to 16, vocab_size] float32."""
@@ -61,6 +69,8 @@ class TiledDecoder:
 
 class TiledRunner(TorchRunner):
     """Implements `Runner`, to the bit: tiles of tokens, one torch thread, and every row sampled for itself."""
+
+    _tile = _ROWS
 
     def __init__(self, decoder: Decoder, attention: AttentionBackend, *, block_size: int) -> None:
         """`attention` is one that keeps one order, too. Raises ConfigError."""

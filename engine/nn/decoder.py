@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...models.config import ModelConfig
 from ..ranks.group import Communicator
+from .adapters import AdapterSlots
 from .attention.base import AttentionBackend
 from .blocks import make_feed_forward, make_mixer
 from .builder import Builder
@@ -75,6 +76,7 @@ class Decoder:
         self.final_norm = RMSNorm(builder, "model.norm", config.hidden_size)
         self.head = ParallelHead(builder, self.embedding)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, device)
+        self.adapters: AdapterSlots | None = None  # None: no request has one
 
     def forward(
         self,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .adapters import LinearAdapters, LinearPart
 from .builder import Builder
 from .weight import DenseWeight, Weight, WeightSlot
 
@@ -26,9 +27,15 @@ class Linear:
         self.name = name
         self.weight = weight
         self.bias = bias
+        self.adapters: LinearAdapters | None = None  # None: its modules cannot be adapted
 
     def __call__(self, x: Tensor) -> Tensor:  # [num_tokens, in] -> [num_tokens, out]
-        return self.weight.product(x, self.bias)
+        y = self.weight.product(x, self.bias)
+        return y if self.adapters is None else self.adapters.add_(y, x)
+
+    def parts_of_rank(self) -> Iterator[LinearPart]:
+        """Yield this rank's share of each module; none of what is no module of a layer."""
+        yield from ()
 
 
 @dataclass(slots=True, frozen=True)
@@ -49,15 +56,20 @@ class ColumnParallelLinear(Linear):
         weight = builder.weight([part.name for part in parts], size, num_inputs)
         super().__init__(name, weight, builder.empty(size) if bias else None)
 
-    def slots(self) -> Iterator[WeightSlot]:
+    def parts_of_rank(self) -> Iterator[LinearPart]:
         row = 0
         for part in self.parts:
             count = part.features // self.comm.size
-            rows, start = slice(row, row + count), count * self.comm.rank
-            yield from self.weight.slots(part.name, (part.features, self.weight.num_inputs), rows=rows, start=start)
-            if self.bias is not None:
-                yield WeightSlot(f"{part.name}.bias", (part.features,), self.bias[rows], 0, start)
+            shape = part.features, self.weight.num_inputs
+            yield LinearPart(part.name, shape, slice(row, row + count), count * self.comm.rank, 0)
             row += count
+
+    def slots(self) -> Iterator[WeightSlot]:
+        for part in self.parts_of_rank():
+            start = part.first_output
+            yield from self.weight.slots(part.module, part.shape, rows=part.rows, start=start)
+            if self.bias is not None:
+                yield WeightSlot(f"{part.module}.bias", part.shape[:1], self.bias[part.rows], 0, start)
 
 
 class RowParallelLinear(Linear):
@@ -72,6 +84,10 @@ class RowParallelLinear(Linear):
     def __call__(self, x: Tensor) -> Tensor:
         y = self.comm.all_reduce(super().__call__(x))
         return y if self.sum_bias is None else y.add_(self.sum_bias)
+
+    def parts_of_rank(self) -> Iterator[LinearPart]:
+        size, local = self.weight.num_outputs, self.weight.num_inputs
+        yield LinearPart(self.name, (size, local * self.comm.size), slice(0, size), 0, local * self.comm.rank)
 
     def slots(self) -> Iterator[WeightSlot]:
         size, local = self.weight.num_outputs, self.weight.num_inputs

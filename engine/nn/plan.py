@@ -12,6 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from ...common.adapter import NO_ADAPTER
 from ...common.batch import Batch, BatchRow
 from .attention.base import AttentionMetadata
 
@@ -31,6 +32,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     swap_out: tuple[tuple[int, int], ...] = ()
     swap_in: tuple[tuple[int, int], ...] = ()
     pooled_rows: bytes = b""  # packed tokens whose hidden states behind the final norm are wanted
+    adapters: bytes = b""  # [rows] the slot of each row's adapter; empty: no row has one
 
 
 def plan_step(batch: Batch, block_size: int) -> StepPlan:
@@ -56,7 +58,20 @@ def plan_step(batch: Batch, block_size: int) -> StepPlan:
         swap_out=tuple(batch.swap_out),
         swap_in=tuple(batch.swap_in),
         pooled_rows=pooled_rows.tobytes(),
+        adapters=_slots(batch),
     )
+
+
+def _slots(batch: Batch) -> bytes:
+    slots = array("i", (row.seq.adapter_slot for row in batch.rows))
+    return b"" if all(slot == NO_ADAPTER for slot in slots) else slots.tobytes()
+
+
+def token_adapters(plan: StepPlan) -> Tensor | None:
+    """Return the slot of each packed token's adapter, [num_tokens]; None: no row has one."""
+    if not plan.adapters:
+        return None
+    return torch.repeat_interleave(_int32(plan.adapters), _int32(plan.lengths))
 
 
 def logit_rows(plan: StepPlan) -> list[Tensor]:

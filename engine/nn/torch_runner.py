@@ -14,7 +14,7 @@ from ...common.batch import Batch, RowOutput
 from ...common.request import SampledToken
 from .attention.base import AttentionBackend
 from .decoder import Decoder
-from .plan import StepPlan, logit_rows, pooled_rows, step_tensors
+from .plan import StepPlan, logit_rows, pooled_rows, step_tensors, token_adapters
 from .runner import OnLayer
 from .sampling import SampleRow, prompt_logprobs, sample
 
@@ -39,6 +39,7 @@ class TorchRunner:
     """Implements `Runner`. Rounding follows from how many rows a product has, so nothing is promised about it."""
 
     results = ""
+    _tile: int | None = None  # tokens that the model takes at a time; None: all
 
     def __init__(
         self, decoder: Decoder, attention: AttentionBackend, *, block_size: int, model: PackedModel | None = None
@@ -60,6 +61,8 @@ class TorchRunner:
     def forward(self, plan: StepPlan, on_layer: OnLayer | None) -> Iterator[Tensor]:
         input_ids, positions, metadata = step_tensors(plan, self._block_size)
         self._attention.plan(metadata)
+        if self.decoder.adapters is not None:
+            self.decoder.adapters.step.begin(token_adapters(plan), tile=self._tile)
         hidden = self._model.forward(_padded(input_ids), _padded(positions), self._attention, on_layer)
         logits = (self._model.logits(hidden[_padded(part)])[: len(part)] for part in logit_rows(plan))
         return chain(self._states(hidden, pooled_rows(plan)), logits)

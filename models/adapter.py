@@ -1,0 +1,276 @@
+"""Adapters (LoRA) as peft saves them: adapter_config.json and adapter_model.safetensors, checked without torch.
+
+    y = x W^T + scale * (x A^T) B^T      A [rank, inputs], B [outputs, rank], scale = alpha / rank
+
+The tensors say which modules an adapter is for, whatever way `target_modules` named them. What would change the model
+in another way than that sum is refused by name. An adapter's digest is over the bytes of both files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from ..common.errors import ConfigError
+from .checkpoint import Shape, read_header, tensor_shapes
+from .config import ModelConfig
+from .config_fields import ConfigFields
+from .digest import file_digest
+from .files import read_json
+
+MAX_RANK = 256  # vLLM's largest --max-lora-rank that is common; a larger one would take memory in every slot
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+_PREFIX = "base_model.model."
+_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_REFUSED_TENSORS = (
+    ("lora_magnitude_vector", "a magnitude vector of DoRA"),
+    ("lora_embedding_", "an adapter of embeddings"),
+    ("lora_bias", "a bias"),
+)
+# Settings under which an adapter is more than the sum above; empty ones are fine.
+_REFUSED_SETTINGS = {
+    "use_dora": "DoRA scales each output of the whole matrix",
+    "modules_to_save": "whole modules would replace the model's",
+    "lora_bias": "biases are added to what a module yields",
+    "fan_in_fan_out": "the matrices are of transposed modules",
+    "layer_replication": "layers would be added to the model",
+    "target_parameters": "parameters outside of linear modules are adapted",
+    "trainable_token_indices": "embeddings are adapted",
+    "alora_invocation_tokens": "it would be applied to a part of the prompt alone",
+    "use_qalora": "inputs are pooled first",
+}
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # ways to begin which leave other base weights than the model's
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in the weights' file."""
+
+    name: str
+    dtype: str  # one of ITEM_BYTES
+    shape: tuple[int, int]
+    begin: int  # its first byte in the file
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModule:
+    """One linear module's pair of matrices."""
+
+    name: str  # in the model's checkpoint, without ".weight"
+    rank: int
+    scale: float
+    down: StoredTensor  # A [rank, inputs]
+    up: StoredTensor  # B [outputs, rank]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter that has been checked, but for what the model must have."""
+
+    digest: str  # 32 hexadecimal digits
+    modules: tuple[AdaptedModule, ...]
+    num_bytes: int  # of the weights' file
+    base_model: str  # what its maker called the model that it is for; may be empty
+
+    @property
+    def rank(self) -> int:
+        return max(module.rank for module in self.modules)
+
+    def check(self, model: ModelConfig, max_rank: int) -> None:
+        """Refuse what the model has no place for. Raises ConfigError."""
+        if self.rank > max_rank:
+            raise ConfigError(f"its rank is {self.rank}; --max-lora-rank is {max_rank}")
+        shapes = tensor_shapes(model)
+        for module in self.modules:
+            shape = shapes.get(f"{module.name}.weight")
+            if shape is None or len(shape) != 2 or not module.name.startswith("model.layers."):
+                raise ConfigError(f"it adapts {module.name}, which is no linear module of this model's layers")
+            check_pair(module, shape)
+
+
+def check_pair(module: AdaptedModule, shape: Shape) -> None:
+    """Refuse matrices for a module of another size. Raises ConfigError."""
+    found = (module.up.shape[0], module.down.shape[1])
+    if found != shape:
+        raise ConfigError(f"its matrices for {module.name} make {list(found)}; the model's is {list(shape)}")
+
+
+def inspect_adapter(path: Path) -> Adapter:
+    """Read all but the numbers, and the digest from a side file where there is one. Raises ConfigError."""
+    config = _read_config(path)
+    weights = _weights_file(path)
+    begin, header = read_header(weights)
+    return _adapter(path, config, begin, header, weights.stat().st_size, file_digest(weights))
+
+
+def read_adapter(path: Path) -> tuple[Adapter, bytearray]:
+    """Read both files whole, and check the very bytes that are returned: the weights' file. Raises ConfigError."""
+    config = _read_config(path)
+    weights = _weights_file(path)
+    try:
+        data = bytearray(weights.stat().st_size)
+        with weights.open("rb", buffering=0) as file:
+            view, count = memoryview(data), 0
+            while count < len(data) and (read := file.readinto(view[count:])):
+                count += read
+    except (OSError, MemoryError) as error:
+        raise ConfigError(f"{weights} cannot be read: {error}") from error
+    begin, header = _header_of(weights, data)
+    digest = blake3(data).digest()
+    return _adapter(path, config, begin, header, len(data), digest), data
+
+
+def _read_config(path: Path) -> bytes:
+    name = path / CONFIG_NAME
+    if not name.is_file():
+        raise ConfigError(f"{path} has no {CONFIG_NAME}: an adapter is a directory as peft's save_pretrained writes it")
+    read_json(name)  # refuses what is too large, or no object
+    return name.read_bytes()
+
+
+def _weights_file(path: Path) -> Path:
+    weights = path / WEIGHTS_NAME
+    if not weights.is_file():
+        if (path / "adapter_model.bin").exists():
+            raise ConfigError(f"{path} has adapter_model.bin, a pickle, which is never read: save it as safetensors")
+        raise ConfigError(f"{path} has no {WEIGHTS_NAME}")
+    return weights
+
+
+def _header_of(path: Path, data: bytearray) -> tuple[int, dict[str, dict[str, object]]]:
+    size = struct.unpack_from("<Q", data)[0] if len(data) >= 8 else 0
+    try:
+        header = json.loads(bytes(data[8 : 8 + size])) if size <= len(data) - 8 else None
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+        raise ConfigError(f"{path} cannot be read: it is not a safetensors file")
+    header.pop("__metadata__", None)
+    return 8 + size, header
+
+
+def _adapter(
+    path: Path, config: bytes, begin: int, header: Mapping[str, Mapping[str, object]], size: int, weights: bytes
+) -> Adapter:
+    fields = _checked_fields(path, config)
+    tensors = {name: _stored(path, name, entry, begin, size) for name, entry in header.items()}
+    pairs: dict[str, dict[str, StoredTensor]] = {}
+    for tensor in tensors.values():
+        module, side = _place(path, tensor.name)
+        pairs.setdefault(module, {})[side] = tensor
+    if not pairs:
+        raise ConfigError(f"{path} adapts no module")
+    _check_targets(path, fields, pairs)
+    scales = _Scales(fields)
+    modules = tuple(_module(path, name, pair, scales) for name, pair in sorted(pairs.items()))
+    digest = blake3(b"kvferry adapter 1" + blake3(config).digest() + weights).hexdigest(length=16)
+    base = fields.raw.get("base_model_name_or_path")
+    return Adapter(digest, modules, size, base if isinstance(base, str) else "")
+
+
+def _checked_fields(path: Path, config: bytes) -> ConfigFields:
+    fields = ConfigFields(path / CONFIG_NAME, json.loads(config))
+    if fields.raw.get("peft_type", "LORA") != "LORA":
+        raise fields.refuse("peft_type", "adapters are LORA here")
+    for key, why in _REFUSED_SETTINGS.items():
+        if fields.raw.get(key):
+            raise fields.refuse(key, why)
+    if fields.raw.get("bias", "none") != "none":
+        raise fields.refuse("bias", "biases of the model would change; only none is served")
+    if str(fields.raw.get("init_lora_weights", "")).lower().startswith(_CHANGES_BASE):
+        raise fields.refuse("init_lora_weights", "it was made beside changed base weights; convert it to plain LoRA")
+    return fields
+
+
+def _stored(path: Path, name: str, entry: Mapping[str, object], begin: int, size: int) -> StoredTensor:
+    dtype, shape, offsets = entry.get("dtype"), _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
+    if not shape or len(offsets) != 2:
+        raise ConfigError(f"{path}: the header's entry of {name} is malformed")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise ConfigError(f"{path}: {name} is of type {dtype}, not one of {', '.join(ITEM_BYTES)}")
+    rows, columns = shape if len(shape) == 2 else (0, 0)
+    first, last = begin + offsets[0], begin + offsets[1]
+    if rows * columns == 0 or last - first != rows * columns * ITEM_BYTES[dtype]:
+        raise ConfigError(f"{path}: {name} is no matrix of its size: shape {shape}, {last - first} bytes")
+    if last > size:
+        raise ConfigError(f"{path}: the file has {size} bytes, {name} ends at {last}: it was cut short, or damaged")
+    return StoredTensor(name, dtype, (rows, columns), first)
+
+
+def _counts(value: object) -> list[int]:
+    """Return whole numbers as they are, and nothing for anything else."""
+    is_right = isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
+    return list(value) if is_right and isinstance(value, list) else []
+
+
+def _place(path: Path, name: str) -> tuple[str, str]:
+    """Return the module that a tensor is for, and its side."""
+    for part, what in _REFUSED_TENSORS:
+        if part in name:
+            raise ConfigError(f"{path}: {name} is {what}, which is not served")
+    if (match := _TENSOR.fullmatch(name)) is None:
+        raise ConfigError(f"{path}: {name} is no matrix of LoRA ({_PREFIX}MODULE.lora_A.weight or lora_B)")
+    module, side = match[1], match[2]
+    if module.endswith(("lm_head", "embed_tokens")):
+        raise ConfigError(f"{path}: {name} adapts {module}; adapters of embeddings and head are not served")
+    return module, side
+
+
+def _check_targets(path: Path, fields: ConfigFields, modules: Mapping[str, object]) -> None:
+    """Refuse tensors that peft would leave out. A pattern is not read: what it named is what was saved."""
+    targets = fields.raw.get("target_modules")
+    if not isinstance(targets, list):
+        return
+    for module in modules:
+        if not any(isinstance(name, str) and f".{module}".endswith(f".{name}") for name in targets):
+            raise ConfigError(f"{path}: there are matrices for {module}, which target_modules {targets} does not name")
+
+
+class _Scales:
+    """Ranks and scales of modules, by the settings: patterns name exceptions, the first one that fits wins."""
+
+    def __init__(self, fields: ConfigFields) -> None:
+        self._rank = fields.count("r", 8)
+        self._alpha = fields.number("lora_alpha", 8)
+        self._is_rs = fields.flag("use_rslora", default=False)
+        self._fields = fields
+        self._ranks, self._alphas = self._patterns("rank_pattern"), self._patterns("alpha_pattern")
+
+    def _patterns(self, key: str) -> list[tuple[re.Pattern[str], float]]:
+        exceptions = self._fields.mapping(key)
+        if exceptions is None:
+            return []
+        try:
+            return [(re.compile(rf"(.*\.)?({name})$"), exceptions.number(name)) for name in exceptions.raw]
+        except re.error as error:
+            raise self._fields.refuse(key, f"is no pattern: {error}") from error
+
+    def of(self, module: str) -> tuple[int, float]:
+        rank = int(_first(self._ranks, module, self._rank))
+        alpha = _first(self._alphas, module, self._alpha)
+        return rank, alpha / (math.sqrt(rank) if self._is_rs else rank)
+
+
+def _first(patterns: list[tuple[re.Pattern[str], float]], module: str, default: float) -> float:
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
+
+
+def _module(path: Path, name: str, pair: Mapping[str, StoredTensor], scales: _Scales) -> AdaptedModule:
+    if len(pair) != 2:
+        raise ConfigError(f"{path}: {name} has lora_{next(iter(pair))} alone")
+    down, up = pair["A"], pair["B"]
+    rank, scale = scales.of(name)
+    if down.shape[0] != rank or up.shape[1] != rank:
+        raise ConfigError(f"{path}: {name} has matrices of ranks {down.shape[0]} and {up.shape[1]}, not {rank}")
+    if rank > MAX_RANK:
+        raise ConfigError(f"{path}: {name} has rank {rank}; at most {MAX_RANK} is served")
+    return AdaptedModule(name, rank, scale, down, up)
