@@ -91,6 +91,7 @@ class EngineConfig(Settings):
     kv_cache_dtype: KVCacheDtype = "auto"  # auto: as `dtype`; fp8 is e4m3
     device: Device = "auto"
     tensor_parallel_size: PositiveInt = 1
+    enable_expert_parallel: bool = False  # a rank's experts are whole ones, not parts of all
     block_size: Literal[8, 16, 32, 64, 128] = 16  # tokens
     max_model_len: PositiveInt | None = None  # None: the model's own
     max_num_seqs: PositiveInt = 64

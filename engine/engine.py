@@ -122,7 +122,13 @@ class Engine:
     def _loaded_decoder(self, dtype: torch.dtype, progress: Progress | None) -> Decoder:
         config = self.config
         with torch.inference_mode():
-            decoder = Decoder(self.model_config, self._comm, dtype=dtype, device=self._device)
+            decoder = Decoder(
+                self.model_config,
+                self._comm,
+                dtype=dtype,
+                device=self._device,
+                whole_experts=config.enable_expert_parallel,
+            )
             load_weights(decoder, config.model_dir, load_format=config.load_format, seed=config.seed, progress=progress)
         return decoder
 

@@ -5,6 +5,8 @@ The engine refuses the same things, in the same words where it can; that costs s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..kvcache.blocks import MIN_CACHE_TOKENS, too_small_a_cache
@@ -20,20 +22,25 @@ def check_model(deployment: Deployment, model: ModelConfig) -> None:
     """Refuse what no worker could load. Raises ConfigError."""
     for worker in deployment.workers:
         size = worker.config.engine.tensor_parallel_size
-        splits = [
-            n
-            for n in range(1, model.num_kv_heads + 1)
-            if not any(count % n for count in (model.num_kv_heads, model.num_qo_heads, model.intermediate_size))
-        ]
+        whole_experts = worker.config.engine.enable_expert_parallel
+        if whole_experts and model.experts is None:
+            raise ConfigError(f"enable_expert_parallel: {model.architecture} has no experts; leave it away")
+        counts = model.shared_counts(whole_experts=whole_experts)
+        splits = [n for n in range(1, model.num_kv_heads + 1) if not any(count % n for count in counts.values())]
         if size not in splits:
             raise ConfigError(
                 f"tensor_parallel_size: {size} {worker.config.role} ranks cannot share {model.num_kv_heads} KV heads, "
-                f"{model.num_qo_heads} query heads and {model.intermediate_size} inner columns evenly; possible: "
+                f"{model.num_qo_heads} query heads and {_rest(counts)} evenly; possible: "
                 f"{', '.join(map(str, splits))}"
             )
         length = worker.config.engine.max_model_len
         if length is not None and length > model.longest_model_len:
             raise ConfigError(f"max_model_len: {length} is more than the model's {model.longest_model_len}")
+
+
+def _rest(counts: Mapping[str, int]) -> str:
+    names = {"intermediate_size": "inner columns", "moe_intermediate_size": "of an expert", "num_experts": "experts"}
+    return ", ".join(f"{counts[name]} {what}" for name, what in names.items() if name in counts)
 
 
 def check_engine(engine: EngineConfig, model: ModelConfig) -> None:

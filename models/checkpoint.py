@@ -58,6 +58,9 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
         shapes |= _linear(f"{name}.self_attn.o_proj", hidden, heads, bias=config.o_bias)
         if config.qk_norm:
             shapes |= {f"{name}.self_attn.{part}_norm.weight": (config.head_dim,) for part in ("q", "k")}
+        if (experts := config.experts_of(layer)) is not None:
+            shapes |= experts.shapes(name, hidden)
+            continue
         for part in ("gate_proj", "up_proj"):
             shapes |= _linear(f"{name}.mlp.{part}", mlp, hidden, bias=config.mlp_bias)
         shapes |= _linear(f"{name}.mlp.down_proj", hidden, mlp, bias=config.mlp_bias)

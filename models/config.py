@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..common.errors import ConfigError
 from .config_fields import ConfigFields
+from .experts import ExpertsConfig, read_experts, read_sparse_layers
 from .families import FAMILIES, Bias, Family, architecture_of, nearest
 from .quantization import Quantization
 from .quantization_config import read_quantization
@@ -45,6 +46,8 @@ class ModelConfig:
     eos_token_ids: frozenset[int]
     dtype: str  # of the checkpoint
     quantization: Quantization | None = None  # of its matrices; None: plain numbers
+    experts: ExpertsConfig | None = None  # of the sparse layers
+    sparse_layers: tuple[bool, ...] = ()  # by layer: experts take the place of the gated MLP
     family: Family = FAMILIES["LlamaForCausalLM"]
 
     @classmethod
@@ -60,19 +63,28 @@ class ModelConfig:
         """Return the name by which workers tell their weights' forms apart."""
         return self.quantization.name if self.quantization is not None else "plain"
 
+    def shared_counts(self, *, whole_experts: bool = False) -> dict[str, int]:
+        """Return what ranks share, by its name in config.json; with whole experts, the number of these."""
+        counts = {"num_attention_heads": self.num_qo_heads, "num_key_value_heads": self.num_kv_heads}
+        if self.experts is None or not all(self.sparse_layers):
+            counts["intermediate_size"] = self.intermediate_size
+        if self.experts is not None:
+            counts |= self.experts.shared_counts(whole_experts=whole_experts)
+        return counts
+
+    def experts_of(self, layer: int) -> ExpertsConfig | None:
+        """Return the experts that take the place of a layer's gated MLP, if they do."""
+        return self.experts if self.experts is not None and self.sparse_layers[layer] else None
+
     @property
     def longest_model_len(self) -> int:
         """Count the positions that the rotary embedding covers: more than declared where its scaling allows more."""
         scaled = int(self.rope.factor * self.rope.original_max_len)
         return max(self.max_model_len, scaled)
 
-    def check_tp_size(self, tp_size: int) -> None:
+    def check_tp_size(self, tp_size: int, *, whole_experts: bool = False) -> None:
         """Check that ranks can share each count evenly. Raises ConfigError naming the first one that they cannot."""
-        counts = {
-            "num_attention_heads": self.num_qo_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "intermediate_size": self.intermediate_size,
-        }
+        counts = self.shared_counts(whole_experts=whole_experts)
         for name, count in counts.items():
             if count % tp_size:
                 sizes = [size for size in range(1, self.num_kv_heads + 1) if not any(n % size for n in counts.values())]
@@ -127,6 +139,8 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         eos_token_ids=_eos_token_ids(fields, generation),
         dtype=_dtype(fields),
         quantization=read_quantization(fields),
+        experts=read_experts(fields, family.experts),
+        sparse_layers=read_sparse_layers(fields, family.experts),
         family=family,
     )
 
@@ -163,7 +177,7 @@ def _refuse_unsupported(fields: ConfigFields) -> None:
 def _sliding_windows(fields: ConfigFields, family: Family) -> tuple[int | None, ...]:
     num_layers = fields.count("num_hidden_layers")
     explicit = "sliding_window" not in fields.raw or fields.has("sliding_window")  # null means none
-    if family.windows == "none" or not explicit:
+    if family.windows == "none" or not explicit or (family.window is None and not fields.has("sliding_window")):
         return (None,) * num_layers
     if family.windows == "flagged" and not fields.flag("use_sliding_window", default=False):
         return (None,) * num_layers

@@ -10,6 +10,8 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
+from .experts import ExpertTraits
+
 Bias = bool | str  # whether there is one, or the flag of config.json that says so
 # Which layers see a window of keys alone: none; each, if a window is given; those that `layer_types` names, if
 # `use_sliding_window` is set.
@@ -30,7 +32,8 @@ class Family:
     mlp_bias: Bias = False
     qk_norm: bool = False  # of each query's and key's head
     windows: Windows = "none"
-    window: int = 4096  # keys, where config.json tells none
+    window: int | None = 4096  # keys, where config.json tells none; None: all
+    experts: ExpertTraits | None = None  # in some or all layers
 
 
 FAMILIES = {
@@ -44,6 +47,20 @@ FAMILIES = {
         o_bias="attention_bias",
         qk_norm=True,
         windows="flagged",
+    ),
+    "MixtralForCausalLM": Family(
+        name="mixtral",
+        windows="every",
+        window=None,
+        experts=ExpertTraits(module="block_sparse_moe", parts=("w1", "w3", "w2"), normalised=True),
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        name="qwen3_moe",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        windows="flagged",
+        experts=ExpertTraits(),
     ),
 }
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from ..common.errors import ConfigError
+from .experts import GATES
 
 Shape = tuple[int, ...]
 Layout = Literal["plain", "integers", "packed", "float8", "gptq", "awq", "gguf"]
@@ -194,8 +195,9 @@ def quantized_at_load(name: str) -> Quantization:
     """
     head = Storage(layout="plain", bits=8)
     linear = Storage(layout="plain", bits=8 if name == "int8" else 4)
+    plain = (Rule(gate, None) for gate in GATES)
     return Quantization(
-        name=name, method=name, rules=(Rule("lm_head", head), Rule("Linear", linear)), modules={TIED_HEAD: head}
+        name=name, method=name, rules=(Rule("lm_head", head), *plain, Rule("Linear", linear)), modules={TIED_HEAD: head}
     )
 
 

@@ -154,6 +154,7 @@ class PoolSettings(Settings):
     min_workers: Annotated[int, Field(ge=0)] | None = None  # None: 1, or 0 for a pool that starts with none
     max_workers: Annotated[int, Field(ge=0)] | None = None  # None: what the pools start with, however they share it
     tensor_parallel_size: PositiveInt | None = None
+    enable_expert_parallel: bool | None = None
     quantization: QuantizationName | None = None
     max_num_seqs: Count | None = None
     max_num_batched_tokens: Count | None = None
@@ -363,6 +364,10 @@ class ServeSettings(Settings):
 
     device: Annotated[Device, Option("Engine", "auto: GPUs where there are any.", ENGINES)] = "auto"
     tensor_parallel_size: Annotated[PositiveInt, Option("Engine", "Ranks of one worker.", ENGINES)] = 1
+    enable_expert_parallel: Annotated[
+        bool,
+        Option("Engine", "Give each rank of a worker whole experts instead of a part of each.", ENGINES),
+    ] = False
     block_size: Annotated[
         Annotated[Literal[8, 16, 32, 64, 128], BeforeValidator(parse_number)],
         Option("Engine", "Tokens in a KV block.", ENGINES),
@@ -508,7 +513,12 @@ class ServeSettings(Settings):
             raise ValueError("decode: at least one decode worker is needed; for one pool that does both: --prefill 0")
         if self.prefill.workers == 0 and not self.local_prefill:
             raise ValueError("local_prefill: without prefill workers every prompt is local; give --prefill 1")
-        sizes = [pool.tensor_parallel_size or self.tensor_parallel_size for pool in (self.prefill, self.decode)]
+        pools = (self.prefill, self.decode)
+        sizes = [pool.tensor_parallel_size or self.tensor_parallel_size for pool in pools]
+        splits = {
+            self.enable_expert_parallel if pool.enable_expert_parallel is None else pool.enable_expert_parallel
+            for pool in pools
+        }
         forms = [pool.quantization or self.quantization or "plain" for pool in (self.prefill, self.decode)]
         if self.prefill.workers and forms[0] != forms[1] and not set(forms) <= set(self.mixed_quantization):
             given = "decode" if self.decode.quantization is not None else "prefill"
@@ -522,6 +532,10 @@ class ServeSettings(Settings):
             raise ValueError(
                 f"deterministic: both pools need the same tensor_parallel_size, these have {sizes[0]} and {sizes[1]}: "
                 "sums over ranks are rounded as they are split"
+            )
+        if self.deterministic and self.prefill.workers and max(sizes) > 1 and len(splits) > 1:
+            raise ValueError(
+                "deterministic: both pools need the same enable_expert_parallel: sums are rounded as split"
             )
         if self.speculative_config is not None and not self.deterministic:
             raise ValueError("speculative_config: needs deterministic, which is turned off: leave that away")

@@ -78,6 +78,8 @@ class TiledRunner(TorchRunner):
             tiled = TiledDecoder(decoder)
         super().__init__(decoder, attention, block_size=block_size, model=tiled)
         self.results = torch_results(decoder.dtype, decoder.head.rows.comm.size)
+        if decoder.whole_experts:
+            self.results += " ep"
 
     def calculating(self) -> AbstractContextManager[None]:
         return one_thread()

@@ -160,7 +160,7 @@ class AdapterSlots:
         self._parts: dict[str, tuple[LinearPart, int, torch.dtype]] = {}  # by module; with a rank's inputs
         try:
             for linear in model.linears():
-                if any(True for _ in linear.parts_of_rank()):
+                if not linear.takes_some_rows and any(True for _ in linear.parts_of_rank()):
                     self._adapt(linear, device)
         except (RuntimeError, MemoryError) as error:
             raise ConfigError(f"{num_slots} adapters of rank {max_rank} do not fit: {error}") from error

@@ -12,6 +12,7 @@ Loading, packing and torch's runners, exact ones too, take it as it is. C++ runs
 from __future__ import annotations
 
 from .builder import Builder
+from .experts import SparseMLP
 from .feed_forward import FeedForward, GatedMLP
 from .mixer import Attention, Mixer
 
@@ -21,5 +22,7 @@ def make_mixer(builder: Builder, layer: str, layer_id: int) -> Mixer:
     return Attention(builder, f"{layer}.self_attn", layer_id)
 
 
-def make_feed_forward(builder: Builder, layer: str) -> FeedForward:
-    return GatedMLP(builder, f"{layer}.mlp")
+def make_feed_forward(builder: Builder, layer: str, layer_id: int) -> FeedForward:
+    if (experts := builder.config.experts_of(layer_id)) is not None:
+        return SparseMLP(builder, layer, experts)
+    return GatedMLP(builder, f"{layer}.mlp", builder.config.intermediate_size)

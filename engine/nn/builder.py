@@ -24,6 +24,7 @@ class Builder:
     comm: Communicator
     dtype: torch.dtype
     device: torch.device
+    whole_experts: bool = False  # a rank's experts are whole ones, not parts of all
 
     def weight(self, modules: Sequence[str], num_outputs: int, num_inputs: int, *, num_ranks: int = 1) -> Weight:
         """Make an empty matrix of the checkpoint's `modules`, in the form that these have.

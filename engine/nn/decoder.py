@@ -36,7 +36,7 @@ class DecoderLayer:
         self.input_norm = RMSNorm(builder, f"{name}.input_layernorm", size)
         self.mixer = make_mixer(builder, name, layer_id)
         self.mlp_norm = RMSNorm(builder, f"{name}.post_attention_layernorm", size)
-        self.feed_forward = make_feed_forward(builder, name)
+        self.feed_forward = make_feed_forward(builder, name, layer_id)
 
     def __call__(
         self, x: Tensor, rope: Rope, backend: AttentionBackend, on_layer: Callable[[int], None] | None
@@ -66,11 +66,20 @@ class DecoderLayer:
 class Decoder:
     """One rank's decoder; its weights are filled by `weights.load_weights`."""
 
-    def __init__(self, config: ModelConfig, comm: Communicator, *, dtype: torch.dtype, device: torch.device) -> None:
-        config.check_tp_size(comm.size)
+    def __init__(
+        self,
+        config: ModelConfig,
+        comm: Communicator,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        whole_experts: bool = False,
+    ) -> None:
+        config.check_tp_size(comm.size, whole_experts=whole_experts)
         self.config = config
         self.dtype = dtype
-        builder = Builder(config, comm, dtype, device)
+        self.whole_experts = whole_experts
+        builder = Builder(config, comm, dtype, device, whole_experts)
         self.embedding = ParallelEmbedding(builder, "model.embed_tokens")
         self.layers = [DecoderLayer(builder, layer_id) for layer_id in range(config.num_layers)]
         self.final_norm = RMSNorm(builder, "model.norm", config.hidden_size)

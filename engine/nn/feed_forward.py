@@ -1,4 +1,4 @@
-"""A feed-forward is computed of each token by itself. Today's one kind is `GatedMLP`."""
+"""A feed-forward is computed of each token by itself: `GatedMLP`, or many of them (`experts.py`)."""
 
 from __future__ import annotations
 
@@ -28,17 +28,30 @@ class FeedForward(Protocol):
 class GatedMLP:
     """Implements `FeedForward`: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, builder: Builder, name: str) -> None:
+    def __init__(
+        self,
+        builder: Builder,
+        name: str,
+        size: int,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> None:
+        """`size`: inner columns, of all ranks. `names`: of the three matrices in the checkpoint."""
         config = builder.config
-        size, bias = config.intermediate_size, config.mlp_bias
-        parts = (Part(f"{name}.gate_proj", size), Part(f"{name}.up_proj", size))
+        gate, up, down = (f"{name}.{part}" for part in names)
+        parts, bias = (Part(gate, size), Part(up, size)), config.mlp_bias
         self.gate_up_proj = ColumnParallelLinear(builder, f"{name}.gate_up_proj", config.hidden_size, parts, bias=bias)
-        self.down_proj = RowParallelLinear(builder, f"{name}.down_proj", size, config.hidden_size, bias=bias)
+        self.down_proj = RowParallelLinear(builder, down, size, config.hidden_size, bias=bias)
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.down_proj(self._activated(x))
+
+    def partial(self, x: Tensor) -> Tensor:
+        """Return this rank's part of the result."""
+        return self.down_proj.partial(self._activated(x))
+
+    def _activated(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, 1)
-        activated = F.silu(gate.float()).mul_(up)  # in float32, rounded once
-        return self.down_proj(activated.to(gate.dtype))
+        return F.silu(gate.float()).mul_(up).to(gate.dtype)  # in float32, rounded once
 
     def leaves(self) -> Iterator[Leaf]:
         yield from (self.gate_up_proj, self.down_proj)

@@ -28,6 +28,7 @@ class Linear:
         self.weight = weight
         self.bias = bias
         self.adapters: LinearAdapters | None = None  # None: its modules cannot be adapted
+        self.takes_some_rows = False  # of a step: which adapter each has is not known here
 
     def __call__(self, x: Tensor) -> Tensor:  # [num_tokens, in] -> [num_tokens, out]
         y = self.weight.product(x, self.bias)
@@ -84,6 +85,11 @@ class RowParallelLinear(Linear):
     def __call__(self, x: Tensor) -> Tensor:
         y = self.comm.all_reduce(super().__call__(x))
         return y if self.sum_bias is None else y.add_(self.sum_bias)
+
+    def partial(self, x: Tensor) -> Tensor:
+        """Return this rank's part of the sum; the first rank's has the bias."""
+        y = super().__call__(x)
+        return y if self.sum_bias is None or self.comm.rank else y.add_(self.sum_bias)
 
     def parts_of_rank(self) -> Iterator[LinearPart]:
         size, local = self.weight.num_outputs, self.weight.num_inputs

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import ConfigError
-from ...models.checkpoint import KV_SCALE, check_names, check_shape, full_name, safetensors_files
+from ...models.checkpoint import KV_SCALE, check_names, check_shape, full_name, safetensors_files, tensor_shapes
 from ...models.quantization import Quantization, Storage, matrix_storage, stored_shapes
 from .decoder import Decoder
 from .formats import unpack
@@ -52,7 +52,10 @@ def load_weights(
     files = {} if load_format == "dummy" else _open_files(model_dir)
     quantization = decoder.config.quantization
     if load_format != "dummy":
-        wanted, optional = stored_shapes(quantization, {slot.name: slot.shape for slot in slots})
+        shapes = {slot.name: slot.shape for slot in slots}
+        if decoder.whole_experts:  # those of other ranks are in the files, too
+            shapes |= tensor_shapes(decoder.config)
+        wanted, optional = stored_shapes(quantization, shapes)
         check_names(set(wanted), set(files) - optional, model_dir, tied=decoder.config.tie_embeddings)
         _check_extra_biases(files, optional)
     done = 0

@@ -316,7 +316,9 @@ class RankGroup:
         that one has ended: a step on a GPU may wait for it and notice nothing for a minute. Raises ConfigError if the
         model does not split so, WorkerLost if a follower does not start.
         """
-        ModelConfig.from_dir(config.model_dir).check_tp_size(config.tensor_parallel_size)
+        ModelConfig.from_dir(config.model_dir).check_tp_size(
+            config.tensor_parallel_size, whole_experts=config.enable_expert_parallel
+        )
         group = cls(config.tensor_parallel_size, on_message, on_lost)
         try:
             for rank in range(1, group.size):

@@ -134,11 +134,11 @@ def test_rope_scaling_extends_the_longest_length(tmp_path: Path, scaling: dict[s
     ("changes", "message"),
     [
         (
-            {"architectures": ["MixtralForCausalLM"]},
-            "'MixtralForCausalLM' is not supported; these are: LlamaForCausalLM",
+            {"architectures": ["MinistralForCausalLM"]},
+            "'MinistralForCausalLM' is not supported; these are: LlamaForCausalLM",
         ),
-        ({"architectures": ["MixtralForCausalLM"]}, "; the nearest is MistralForCausalLM"),
-        ({"architectures": ["LlavaForConditionalGeneration"]}, "Qwen3ForCausalLM$"),
+        ({"architectures": ["MinistralForCausalLM"]}, "; the nearest is MistralForCausalLM"),
+        ({"architectures": ["LlavaForConditionalGeneration"]}, "Qwen3MoeForCausalLM$"),
         ({"architectures": ..., "model_type": "gpt2"}, "'gpt2' is not supported"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never run"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -169,7 +169,7 @@ class _Halves(DenseWeight):
 def test_what_only_looks_like_a_known_block_is_left_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path, tokenizer=False)
     with monkeypatch.context() as patch:
-        patch.setattr(decoders, "make_feed_forward", lambda builder, layer: _Halved(builder, f"{layer}.mlp"))
+        patch.setattr(decoders, "make_feed_forward", lambda builder, layer, _: _Halved(builder, f"{layer}.mlp", 128))
         with pytest.raises(NativeUnavailable, match=r"no C\+\+ for layers of Attention and _Halved"):
             NativeModel(_decoder(tmp_path), cache_dir())
     monkeypatch.setattr(Builder, "weight", lambda builder, _, *shape, **kwargs: _Halves(builder.empty(*shape)))

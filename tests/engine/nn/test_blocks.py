@@ -37,8 +37,9 @@ LENGTHS = [5, 40, 17, 1]
 class Experts:
     """A feed-forward of two, each taking the tokens whose first feature has its sign."""
 
-    def __init__(self, builder: Builder, name: str) -> None:
-        self.experts = [GatedMLP(builder, f"{name}.mlp.experts.{index}") for index in range(2)]
+    def __init__(self, builder: Builder, name: str, layer_id: int) -> None:
+        size = builder.config.intermediate_size
+        self.experts = [GatedMLP(builder, f"{name}.mlp.experts.{index}", size) for index in range(2)]
 
     def __call__(self, x: Tensor) -> Tensor:
         first, second = (expert(x) for expert in self.experts)

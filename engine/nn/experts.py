@@ -1,0 +1,110 @@
+"""A feed-forward of many experts, of which each token takes a few.
+
+    gate: scores, the best of them  ->  rows grouped by expert  ->  each expert's gated MLP  ->  the weighted sum
+
+A row's sum is taken in the order of its experts. Ranks have a part of each expert, or each its own whole experts
+(`Builder.whole_experts`); either way every rank chooses for all rows, and one sum over the ranks follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...models.experts import ExpertsConfig
+from ..ranks.group import Communicator
+from .builder import Builder
+from .feed_forward import GatedMLP
+from .layers import Linear
+from .weight import DenseWeight, Leaf, WeightSlot
+
+_TILE = 16  # rows up to which each expert multiplies all of them: see `SparseMLP`
+
+
+class Gate(Linear):
+    """Chooses experts, in float32 whatever the weights are: near ties are common, and each decides about a block."""
+
+    def __init__(self, builder: Builder, name: str, experts: ExpertsConfig) -> None:
+        shape = (experts.num_experts, builder.config.hidden_size)
+        super().__init__(name, DenseWeight(torch.empty(shape, device=builder.device)))
+        self.experts = experts
+        self.score_bias: Tensor | None = None
+        if experts.has_score_bias:
+            self.score_bias = torch.empty(experts.num_experts, device=builder.device)
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each row's experts and their weights, both [rows, num_chosen], and the weights float32."""
+        experts = self.experts
+        logits = self(x.float())
+        scores = logits.sigmoid() if experts.scoring == "sigmoid" else logits.softmax(-1)
+        ranked = scores if self.score_bias is None else scores + self.score_bias
+        if experts.num_groups > 1:
+            ranked = self._of_best_groups(ranked)
+        chosen = ranked.topk(experts.num_chosen).indices
+        weights = scores.gather(1, chosen)
+        if experts.normalised:
+            weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+        return chosen, weights * experts.scale
+
+    def _of_best_groups(self, ranked: Tensor) -> Tensor:
+        """A group is worth its best expert (DeepSeek-V2), or its best two (V3)."""
+        groups = ranked.view(len(ranked), self.experts.num_groups, -1)
+        worth = groups.amax(2) if self.score_bias is None else groups.topk(min(2, groups.shape[2])).values.sum(2)
+        best = worth.topk(self.experts.num_chosen_groups).indices
+        is_out = torch.ones_like(worth, dtype=torch.bool).scatter_(1, best, False)
+        return groups.masked_fill(is_out.unsqueeze(2), -torch.inf).flatten(1)
+
+    def slots(self) -> Iterator[WeightSlot]:
+        size = (self.weight.num_outputs, self.weight.num_inputs)
+        yield from self.weight.slots(self.name, size)
+        if self.score_bias is not None:
+            yield WeightSlot(f"{self.name}.e_score_correction_bias", size[:1], self.score_bias)
+
+
+class SparseMLP:
+    """Implements `FeedForward`. Rank r of `size` with whole experts has those from r * num_experts / size on.
+
+    Up to _TILE rows go through each expert that one of them chose, whole: reading it takes longer than multiplying, and
+    of 16 rows a result does not depend on the other 15 (`cpu/tiled.py`), which is what exact steps are made of.
+    """
+
+    def __init__(self, builder: Builder, layer: str, experts: ExpertsConfig) -> None:
+        self.comm = builder.comm
+        self.gate = Gate(builder, f"{layer}.{experts.gate}", experts)
+        own = replace(builder, comm=Communicator()) if builder.whole_experts else builder
+        count = experts.num_experts // (builder.comm.size if builder.whole_experts else 1)
+        self.first = count * builder.comm.rank if builder.whole_experts else 0
+        self.experts = [
+            GatedMLP(own, f"{layer}.{experts.expert(index)}", experts.intermediate_size, experts.parts)
+            for index in range(self.first, self.first + count)
+        ]
+        for expert in self.experts:
+            expert.gate_up_proj.takes_some_rows = expert.down_proj.takes_some_rows = True
+        self.shared = (
+            GatedMLP(builder, f"{layer}.{experts.shared}", experts.shared_size) if experts.shared_size else None
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        chosen, weights = self.gate.choose(x)
+        total = torch.zeros_like(x, dtype=torch.float32)
+        by_expert = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=self.gate.experts.num_experts).tolist()
+        for index, places in enumerate(torch.split(by_expert, counts)):
+            if len(places) and 0 <= index - self.first < len(self.experts):
+                rows = places // chosen.shape[1]
+                expert = self.experts[index - self.first]
+                y = expert.partial(x)[rows] if len(x) <= _TILE else expert.partial(x[rows])
+                total.index_add_(0, rows, y.float() * weights.flatten()[places].unsqueeze(1))
+        if self.shared is not None:
+            total += self.shared.partial(x)
+        return self.comm.all_reduce(total.to(x.dtype))
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield self.gate
+        for expert in self.experts:
+            yield from expert.leaves()
+        if self.shared is not None:
+            yield from self.shared.leaves()

@@ -1,0 +1,139 @@
+"""A mixture of experts, as config.json tells it: how many there are, how a token's are chosen, how they are stored.
+
+    scores = softmax or sigmoid (gate x)  ->  the best `num_chosen` of the best groups  ->  their weighted sum
+
+`ExpertTraits` says how a family's entry in `families.py` differs, `ExpertsConfig` what one checkpoint has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .config_fields import ConfigFields
+
+Scoring = Literal["softmax", "sigmoid"]
+Shape = tuple[int, ...]
+
+# A matrix that is small and decides much: never rounded by `--quantization`.
+GATES = ("mlp.gate", "block_sparse_moe.gate")
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_METHODS = (None, "greedy", "group_limited_greedy", "noaux_tc")
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class ExpertTraits:
+    """A family's experts, as far as its table tells of them."""
+
+    module: str = "mlp"  # of a sparse layer
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # names of an expert's matrices
+    scoring: Scoring = "softmax"
+    normalised: bool | None = None  # None: as `norm_topk_prob` says
+    normalised_default: bool = False
+    first_dense: int = 0  # layers, where config.json tells none
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class ExpertsConfig:
+    """The experts of each sparse layer, of the whole model."""
+
+    num_experts: int
+    num_chosen: int  # of them by a token
+    intermediate_size: int  # of one
+    module: str
+    parts: tuple[str, str, str]
+    scoring: Scoring
+    normalised: bool  # the chosen ones' weights add up to `scale`
+    scale: float = 1.0  # of all weights
+    num_groups: int = 1  # of neighbours
+    num_chosen_groups: int = 1
+    shared_size: int = 0  # inner columns of what every token takes besides; 0: none
+
+    @property
+    def has_score_bias(self) -> bool:
+        """Tell whether a score is moved for the choice alone, not for the weight (DeepSeek-V3, section 2.1.2)."""
+        return self.scoring == "sigmoid"
+
+    @property
+    def gate(self) -> str:
+        return f"{self.module}.gate"
+
+    @property
+    def shared(self) -> str:
+        return f"{self.module}.shared_experts"
+
+    def expert(self, index: int) -> str:
+        """Return the name of an expert in its layer."""
+        return f"{self.module}.experts.{index}"
+
+    def shared_counts(self, *, whole_experts: bool) -> dict[str, int]:
+        """Return what ranks share of them, by its name in config.json."""
+        counts = (
+            {"num_experts": self.num_experts} if whole_experts else {"moe_intermediate_size": self.intermediate_size}
+        )
+        return counts | ({"n_shared_experts * moe_intermediate_size": self.shared_size} if self.shared_size else {})
+
+    def shapes(self, layer: str, hidden_size: int) -> dict[str, Shape]:
+        """Return the tensors of a sparse layer, by their names in a checkpoint."""
+        shapes: dict[str, Shape] = {f"{layer}.{self.gate}.weight": (self.num_experts, hidden_size)}
+        if self.has_score_bias:
+            shapes[f"{layer}.{self.gate}.e_score_correction_bias"] = (self.num_experts,)
+        blocks = [(self.expert(index), self.parts, self.intermediate_size) for index in range(self.num_experts)]
+        if self.shared_size:
+            blocks.append((self.shared, ExpertTraits().parts, self.shared_size))
+        for name, (gate, up, down), size in blocks:
+            shapes[f"{layer}.{name}.{gate}.weight"] = shapes[f"{layer}.{name}.{up}.weight"] = (size, hidden_size)
+            shapes[f"{layer}.{name}.{down}.weight"] = (hidden_size, size)
+        return shapes
+
+
+def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsConfig | None:
+    """Return the experts of a family that has some; None: all of its layers are dense. Raises ConfigError."""
+    if traits is None:
+        return None
+    if (method := fields.raw.get("topk_method")) not in _METHODS:
+        raise fields.refuse("topk_method", f"is not supported; these are: {', '.join(map(str, _METHODS[1:]))}")
+    key = next((key for key in _COUNTS if fields.has(key)), _COUNTS[0])
+    num_experts = fields.count(key)
+    num_chosen = fields.count("num_experts_per_tok")
+    size = fields.count("moe_intermediate_size", fields.count("intermediate_size"))
+    num_groups = num_chosen_groups = 1
+    if method != "greedy" and fields.has("n_group"):
+        num_groups, num_chosen_groups = fields.count("n_group"), fields.count("topk_group")
+    if num_experts % num_groups:
+        raise fields.refuse("n_group", f"must divide the {num_experts} experts")
+    if num_chosen > num_experts // num_groups * min(num_chosen_groups, num_groups):
+        raise fields.refuse("num_experts_per_tok", "is more than there are to choose from")
+    if fields.number("moe_layer_freq", 1.0) != 1.0:
+        raise fields.refuse("moe_layer_freq", "only sparse layers side by side are supported")
+    normalised = traits.normalised
+    if normalised is None:
+        normalised = fields.flag("norm_topk_prob", default=traits.normalised_default)
+    return ExpertsConfig(
+        num_experts=num_experts,
+        num_chosen=num_chosen,
+        intermediate_size=size,
+        module=traits.module,
+        parts=traits.parts,
+        scoring=traits.scoring,
+        normalised=normalised,
+        scale=fields.number("routed_scaling_factor", 1.0),
+        num_groups=num_groups,
+        num_chosen_groups=num_chosen_groups,
+        shared_size=size * fields.count("n_shared_experts") if fields.raw.get("n_shared_experts") else 0,
+    )
+
+
+def read_sparse_layers(fields: ConfigFields, traits: ExpertTraits | None) -> tuple[bool, ...]:
+    """Return of each layer whether experts take the place of its gated MLP. Raises ConfigError."""
+    num_layers = fields.count("num_hidden_layers")
+    if traits is None:
+        return (False,) * num_layers
+    step = fields.count("decoder_sparse_step", 1)
+    first = fields.raw.get("first_k_dense_replace", traits.first_dense)
+    dense = fields.raw.get("mlp_only_layers") or []
+    if not isinstance(first, int) or first < 0:
+        raise fields.refuse("first_k_dense_replace", "must be a number of layers")
+    if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
+        raise fields.refuse("mlp_only_layers", "must be a list of layers")
+    return tuple(i >= first and (i + 1) % step == 0 and i not in dense for i in range(num_layers))

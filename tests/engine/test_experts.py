@@ -1,0 +1,156 @@
+"""Mixtures of experts say what transformers says, token for token, on any number of ranks and in any company."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kvferry.common.errors import ConfigError
+from kvferry.common.request import SamplingParams
+from kvferry.engine.engine import Engine
+from kvferry.engine.nn.decoder import Decoder
+from kvferry.engine.nn.weights import load_weights
+from kvferry.engine.ranks.group import Communicator, RankGroup
+from kvferry.models.checkpoint import check_checkpoint
+from kvferry.models.config import ModelConfig
+
+from ..engine_driver import Driver, engine_config, make_engine, prompts
+from ..transformers_checkpoints import SMALL, write_model
+from .transformers_reference import reference_logprobs
+
+LENGTHS = [1, 2, 15, 16, 17, 40, 100, 300, 1, 33]
+SURE_GAP = 1e-4  # of a log-probability; below it two right implementations may disagree on the best token
+QWEN3 = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("Qwen3Moe", QWEN3),
+    "qwen3 normalised": ("Qwen3Moe", QWEN3 | {"norm_topk_prob": True, "attention_bias": True}),
+    "qwen3 every second": ("Qwen3Moe", QWEN3 | {"num_hidden_layers": 4, "decoder_sparse_step": 2}),
+    "qwen3 one dense": ("Qwen3Moe", QWEN3 | {"mlp_only_layers": [0]}),
+    "qwen3 of one": ("Qwen3Moe", QWEN3 | {"num_experts_per_tok": 1}),
+    "qwen3 ties": ("Qwen3Moe", QWEN3),
+    "qwen3 all to the same": ("Qwen3Moe", QWEN3),
+    "mixtral": ("Mixtral", MIXTRAL),
+    "mixtral window": ("Mixtral", MIXTRAL | {"sliding_window": 20}),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers
+
+    root = tmp_path_factory.mktemp("models")
+    for name, (kind, fields) in VARIANTS.items():
+        write_model(root / name, getattr(transformers, f"{kind}Config")(**SMALL | fields))
+    for name, rows in (("qwen3 ties", slice(1, 6)), ("qwen3 all to the same", slice(None))):
+        file = root / name / "model.safetensors"
+        tensors = load_file(file)
+        for gate in (tensor for key, tensor in tensors.items() if key.endswith("mlp.gate.weight")):
+            gate[rows] = gate[1].clone() if name.endswith("ties") else 0
+        save_file(tensors, file, metadata={"format": "pt"})
+    return root
+
+
+def _answers(engine: Engine) -> list[list[int]]:
+    driver = Driver(engine)
+    return driver.generate([driver.add(prompt) for prompt in prompts(LENGTHS)])
+
+
+def _assert_as_transformers(model_dir: Path, answers: list[list[int]]) -> None:
+    compared = 0
+    for prompt, answer in zip(prompts(LENGTHS), answers, strict=True):
+        expected = reference_logprobs(model_dir, (*prompt, *answer))[len(prompt) - 1 : -1]
+        best = expected.topk(2)
+        for token, values, ids in zip(answer, best.values, best.indices, strict=True):
+            if values[0] - values[1] < SURE_GAP:
+                break
+            assert token == ids[0], f"prompt of {len(prompt)} tokens"
+            compared += 1
+    assert compared > 0.8 * sum(map(len, answers))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_tokens_are_those_of_transformers(models: Path, variant: str) -> None:
+    check_checkpoint(models / variant, ModelConfig.from_dir(models / variant))
+    _assert_as_transformers(models / variant, _answers(make_engine(models / variant)))
+
+
+@pytest.mark.parametrize(("variant", "whole_experts"), [("mixtral", False), ("qwen3 one dense", True)])
+def test_ranks_share_experts(models: Path, variant: str, whole_experts: bool) -> None:
+    config = engine_config(models / variant, tensor_parallel_size=2, enable_expert_parallel=whole_experts)
+    group = RankGroup.start(config, num_blocks=128)
+    try:
+        answers = _answers(Engine(config, tp_size=2, num_blocks=128, group=group))
+    finally:
+        group.close()
+    _assert_as_transformers(models / variant, answers)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_holds_its_own_experts_alone(models: Path, rank: int) -> None:
+    comm = Communicator()
+    comm.rank, comm.size = rank, 2
+    config = ModelConfig.from_dir(models / "qwen3")
+    decoder = Decoder(config, comm, dtype=torch.float32, device=torch.device("cpu"), whole_experts=True)
+    load_weights(decoder, models / "qwen3", load_format="auto", seed=0)
+    held = {int(slot.name.split(".")[5]) for slot in decoder.slots() if ".experts." in slot.name}
+    assert held == set(range(4 * rank, 4 * rank + 4))
+
+
+@pytest.mark.parametrize(("whole_experts", "message"), [(True, "num_experts = 6"), (False, "intermediate_size = 30")])
+def test_what_ranks_cannot_share_is_refused(models: Path, whole_experts: bool, message: str) -> None:
+    config = ModelConfig.from_dir(models / "qwen3")
+    assert config.experts is not None
+    experts = replace(config.experts, num_experts=6, intermediate_size=30)
+    with pytest.raises(ConfigError, match=message):
+        replace(config, num_kv_heads=4, experts=experts).check_tp_size(4, whole_experts=whole_experts)
+
+
+def test_experts_are_rounded_at_load_and_their_gate_is_not(models: Path) -> None:
+    engine = make_engine(models / "qwen3", quantization="int8", dtype="float32")
+    driver = Driver(engine)
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, logprobs=0)
+    (prompt,) = prompts([60])
+    ((token,),) = driver.step([(driver.add(prompt, sampling), 60)])
+    expected = reference_logprobs(models / "qwen3", tuple(prompt))[-1]
+    assert token.logprob == pytest.approx(float(expected[token.token_id]), abs=0.5)
+    form = engine.model_config.quantization
+    assert form is not None and form.form(["model.layers.0.mlp.gate"], 64) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok = 9"),
+        ({"topk_method": "random"}, "topk_method = 'random'"),
+        ({"n_group": 3, "topk_group": 1}, "n_group = 3"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers = 1"),
+    ],
+)
+def test_what_cannot_be_chosen_from_is_refused(
+    models: Path, tmp_path: Path, fields: dict[str, object], message: str
+) -> None:
+    raw = json.loads((models / "qwen3" / "config.json").read_text()) | fields
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_dir(tmp_path)
+
+
+def test_a_row_does_not_feel_its_neighbours_in_exact_mode(models: Path) -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=2)
+    engine = make_engine(models / "qwen3", deterministic=True)
+
+    asked = prompts([5, 40, 17, 1, 23])
+    together = Driver(engine)
+    seqs = [together.add(prompt, sampling) for prompt in asked]
+    found = [together.step([(seq, seq.num_uncomputed_tokens) for seq in seqs]) for _ in range(3)]
+    for index, prompt in enumerate(asked):
+        alone = Driver(engine)
+        seq = alone.add(prompt, sampling)
+        assert [alone.step([(seq, seq.num_uncomputed_tokens)])[0] for _ in range(3)] == [step[index] for step in found]

@@ -1,0 +1,41 @@
+"""Small random checkpoints as `transformers` writes them: of its own classes, with weights whose best token leads."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "vocab_size": 512,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+
+
+def write_model(path: Path, config: Any, *, seed: int = 0) -> Path:
+    """Write a model of a transformers config, its matrices drawn with the scale that keeps activations near 1."""
+    import transformers
+
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "norm" in name:
+                tensor.fill_(4.0 if name == "model.norm.weight" else 1.0)
+            elif tensor.dim() >= 2:
+                gain = 3.0 if "q_proj" in name or name.endswith((".gate.weight", ".router.weight")) else 1.0
+                tensor.normal_(0, gain / math.sqrt(tensor.shape[-1]), generator=generator)
+            elif "bias" in name:
+                tensor.normal_(0, 0.1, generator=generator)
+    model.save_pretrained(path)
+    return path
