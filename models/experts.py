@@ -33,6 +33,10 @@ class ExpertTraits:
     first_dense: int = 0  # layers, where config.json tells none
 
 
+DEEPSEEK_V2 = ExpertTraits(normalised=False)
+DEEPSEEK_V3 = ExpertTraits(scoring="sigmoid", normalised_default=True, first_dense=3)
+
+
 @dataclass(slots=True, frozen=True, kw_only=True)
 class ExpertsConfig:
     """The experts of each sparse layer, of the whole model."""

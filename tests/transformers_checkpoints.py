@@ -27,6 +27,13 @@ def write_model(path: Path, config: Any, *, seed: int = 0) -> Path:
 
     auto: Any = transformers.AutoModelForCausalLM
     model = auto.from_config(config, dtype=torch.float32)
+    draw(model, seed=seed)
+    model.save_pretrained(path)
+    return path
+
+
+def draw(model: torch.nn.Module, *, seed: int = 0) -> None:
+    """Draw the weights of a model, or of a part of one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -37,5 +44,3 @@ def write_model(path: Path, config: Any, *, seed: int = 0) -> Path:
                 tensor.normal_(0, gain / math.sqrt(tensor.shape[-1]), generator=generator)
             elif "bias" in name:
                 tensor.normal_(0, 0.1, generator=generator)
-    model.save_pretrained(path)
-    return path
