@@ -22,7 +22,7 @@ from .cpu.model import NativeModel
 from .cpu.runner import NativeRunner
 from .cpu.tiled import TiledRunner
 from .nn.adapters import AdapterSlots
-from .nn.attention.base import AttentionBackend, LayerPages
+from .nn.attention.base import AttentionBackend, LayerPages, Scores
 from .nn.attention.choose import make_attention
 from .nn.decoder import Decoder
 from .nn.grouped import GroupedWeight
@@ -139,6 +139,7 @@ def _attention(config: EngineConfig, decoder: Decoder, pages: LayerPages) -> Att
         query_dtype=decoder.dtype,
         kv_scales=read_kv_scales(config.model_dir, model.num_layers) if has_scales else None,
         deterministic=config.deterministic,
+        scores=Scores(scale=model.score_scale, cap=model.score_cap, sinks=decoder.sinks()),
     )
 
 

@@ -109,7 +109,8 @@ class Engine:
         if self._draft is not None:
             self._draft.attach(self.kv_pages, cores)
             self.spec = msgspec.structs.replace(self.spec, draft=self._draft.digest)
-        self.spec = msgspec.structs.replace(self.spec, model=digest.result(), results=self.runner.results)
+        name = digest.result() + (" turned for length" if self.model_config.rope.is_long(self.max_model_len) else "")
+        self.spec = msgspec.structs.replace(self.spec, model=name, results=self.runner.results)
 
     def _connect(self, tp_rank: int, tp_size: int, store: Store | None) -> Communicator:
         if tp_size == 1:

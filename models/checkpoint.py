@@ -21,6 +21,10 @@ _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 KV_SCALE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_scale")
 
 _BARE = ("embed_tokens.", "layers.", "norm.")
+# A language model that is one part of several, by its tensors' names before and since transformers 5.
+_NESTED = {"language_model.": "", "model.language_model.": "model."}
+# The other parts, which see; nothing of them is read.
+_SEEING = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 Shape = tuple[int, ...]
 
@@ -34,37 +38,55 @@ def check_checkpoint(model_dir: Path, config: ModelConfig) -> None:
     for path in safetensors_files(model_dir):
         found |= _read_shapes(path)
     wanted, optional = stored_shapes(config.quantization, tensor_shapes(config))
-    check_names(set(wanted), set(found) - optional, model_dir, tied=config.tie_embeddings)
+    check_names(set(wanted), set(found) - optional, model_dir, config)
     for name, shape in wanted.items():
         check_shape(name, found[name], shape)
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Return every tensor of the whole model in plain numbers: its name in a checkpoint, its shape by config.json."""
-    hidden, heads = config.hidden_size, config.num_qo_heads * config.head_dim
+    hidden = config.hidden_size
     shapes: dict[str, Shape] = {
         "model.embed_tokens.weight": (config.vocab_size, hidden),
         "model.norm.weight": (hidden,),
     }
     if not config.tie_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    kv_heads, mlp = config.num_kv_heads * config.head_dim, config.intermediate_size
     for layer in range(config.num_layers):
         name = f"model.layers.{layer}"
-        shapes[f"{name}.input_layernorm.weight"] = (hidden,)
-        shapes[f"{name}.post_attention_layernorm.weight"] = (hidden,)
-        for part, size in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
-            shapes |= _linear(f"{name}.self_attn.{part}", size, hidden, bias=config.qkv_bias)
-        shapes |= _linear(f"{name}.self_attn.o_proj", hidden, heads, bias=config.o_bias)
-        if config.qk_norm:
-            shapes |= {f"{name}.self_attn.{part}_norm.weight": (config.head_dim,) for part in ("q", "k")}
-        if (experts := config.experts_of(layer)) is not None:
-            shapes |= experts.shapes(name, hidden)
-            continue
-        for part in ("gate_proj", "up_proj"):
-            shapes |= _linear(f"{name}.mlp.{part}", mlp, hidden, bias=config.mlp_bias)
-        shapes |= _linear(f"{name}.mlp.down_proj", hidden, mlp, bias=config.mlp_bias)
+        shapes |= {f"{name}.{norm}.weight": (hidden,) for norm in config.family.norm_names if norm is not None}
+        shapes |= _attention_shapes(config, f"{name}.self_attn")
+        experts = config.experts_of(layer)
+        shapes |= _mlp_shapes(config, f"{name}.mlp") if experts is None else experts.shapes(name, hidden)
     return shapes
+
+
+def _attention_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
+    hidden, family = config.hidden_size, config.family
+    heads, kv_heads = config.num_qo_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    sizes = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+    if family.is_fused:
+        sizes = {"qkv_proj": sum(sizes.values())}
+    shapes: dict[str, Shape] = {}
+    for part, size in sizes.items():
+        shapes |= _linear(f"{name}.{part}", size, hidden, bias=config.qkv_bias)
+    shapes |= _linear(f"{name}.o_proj", hidden, heads, bias=config.o_bias)
+    if config.qk_norm:
+        is_whole = family.head_norms == "whole"
+        for part, size in (("q", heads), ("k", kv_heads)):
+            shapes[f"{name}.{part}_norm.weight"] = (size if is_whole else config.head_dim,)
+    if family.has_sinks:
+        shapes[f"{name}.sinks"] = (config.num_qo_heads,)
+    return shapes
+
+
+def _mlp_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
+    hidden, size = config.hidden_size, config.intermediate_size
+    sizes = {"gate_up_proj": 2 * size} if config.family.is_fused else {"gate_proj": size, "up_proj": size}
+    shapes: dict[str, Shape] = {}
+    for part, outputs in sizes.items():
+        shapes |= _linear(f"{name}.{part}", outputs, hidden, bias=config.mlp_bias)
+    return shapes | _linear(f"{name}.down_proj", hidden, size, bias=config.mlp_bias)
 
 
 def _linear(name: str, size_out: int, size_in: int, *, bias: bool) -> dict[str, Shape]:
@@ -73,7 +95,13 @@ def _linear(name: str, size_out: int, size_in: int, *, bias: bool) -> dict[str, 
 
 
 def full_name(name: str) -> str:
-    """Return a tensor's name in a model with a head: embedding models are often saved without one, and its prefix."""
+    """Return a tensor's name in a language model with a head.
+
+    Its own may be that of a part of a larger model, or lack a prefix: embedding models are often saved without a head.
+    """
+    for prefix, own in _NESTED.items():
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
     return f"model.{name}" if name.startswith(_BARE) else name
 
 
@@ -103,14 +131,15 @@ def _indexed_names(index: Path) -> list[str]:
     return names
 
 
-def check_names(wanted: set[str], found: set[str], model_dir: Path, *, tied: bool) -> None:
+def check_names(wanted: set[str], found: set[str], model_dir: Path, config: ModelConfig) -> None:
     """Refuse a checkpoint that lacks a tensor of the model, or has one that is none of it. Raises ConfigError."""
     missing = sorted(wanted - found)
     extra = sorted(
         name
         for name in found - wanted
         if not name.endswith("rotary_emb.inv_freq")
-        and not (tied and name == "lm_head.weight")
+        and not (config.tie_embeddings and name == "lm_head.weight")
+        and not (config.family.is_nested and name.startswith(_SEEING))
         and not KV_SCALE.fullmatch(name)
     )
     if missing:

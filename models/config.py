@@ -7,9 +7,11 @@ engine would compute wrongly is refused here by name, before a weight is read.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..common.errors import ConfigError
 from .config_fields import ConfigFields
@@ -17,9 +19,12 @@ from .experts import ExpertsConfig, read_experts, read_sparse_layers
 from .families import FAMILIES, Bias, Family, architecture_of, nearest
 from .quantization import Quantization
 from .quantization_config import read_quantization
-from .rope import RopeConfig, read_rope
+from .rope import RopeConfig, read_ropes
+
+Activation = Literal["silu", "gelu_tanh"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_ACTIVATIONS: dict[object, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -49,6 +54,14 @@ class ModelConfig:
     experts: ExpertsConfig | None = None  # of the sparse layers
     sparse_layers: tuple[bool, ...] = ()  # by layer: experts take the place of the gated MLP
     family: Family = FAMILIES["LlamaForCausalLM"]
+    local_rope: RopeConfig | None = None  # of layers with a window; None: `rope`
+    activation: Activation = "silu"
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of what a block adds to the residual stream
+    logits_divisor: float = 1.0
+    score_scale: float | None = None  # of a query's product with a key; None: by the head's size
+    score_cap: float | None = None  # what scores come near to and never reach
+    logits_cap: float | None = None
 
     @classmethod
     def from_dir(cls, model_dir: Path) -> ModelConfig:
@@ -108,16 +121,20 @@ def _read_json(path: Path) -> dict[str, object]:
 def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfig:
     architecture = _architecture(fields)
     family = FAMILIES[architecture]
+    if family.is_nested and (text := fields.mapping("text_config")) is not None:
+        fields = ConfigFields(fields.path, {**fields.raw, **text.raw})
+    fields = fields.with_defaults(family.defaults)
     _refuse_unsupported(fields)
     hidden_size = fields.count("hidden_size")
     num_qo_heads = fields.count("num_attention_heads")
     num_kv_heads = fields.count("num_key_value_heads", num_qo_heads)
     if num_qo_heads % num_kv_heads:
         raise fields.refuse("num_key_value_heads", f"must divide num_attention_heads = {num_qo_heads}")
-    head_dim = fields.count("head_dim", family.head_dim or hidden_size // num_qo_heads)
+    head_dim = fields.count("head_dim", hidden_size // num_qo_heads)
     if head_dim % 2:
         raise fields.refuse("head_dim", f"the head size {head_dim} must be even: rotary positions turn pairs")
     max_model_len = fields.count("max_position_embeddings", 2048)
+    rope, local_rope = read_ropes(fields, family, max_model_len, head_dim)
     return ModelConfig(
         architecture=architecture,
         num_layers=fields.count("num_hidden_layers"),
@@ -128,12 +145,12 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         intermediate_size=fields.count("intermediate_size"),
         vocab_size=fields.count("vocab_size"),
         max_model_len=max_model_len,
-        rope=read_rope(fields, max_model_len),
+        rope=rope,
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         qkv_bias=_has_bias(fields, family.qkv_bias),
         o_bias=_has_bias(fields, family.o_bias),
         mlp_bias=_has_bias(fields, family.mlp_bias),
-        qk_norm=family.qk_norm,
+        qk_norm=family.head_norms != "none",
         tie_embeddings=fields.flag("tie_word_embeddings", default=False),
         sliding_windows=_sliding_windows(fields, family),
         eos_token_ids=_eos_token_ids(fields, generation),
@@ -142,6 +159,9 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         experts=read_experts(fields, family.experts),
         sparse_layers=read_sparse_layers(fields, family.experts),
         family=family,
+        local_rope=local_rope,
+        activation=_activation(fields),
+        **_factors(fields, family, hidden_size),
     )
 
 
@@ -154,7 +174,7 @@ def _architecture(fields: ConfigFields) -> str:
     if name not in FAMILIES:
         near = nearest(name) if isinstance(name, str) else None
         raise ConfigError(
-            f"{fields.path}: architecture {name!r} is not supported; these are: {', '.join(sorted(FAMILIES))}"
+            f"{fields.path}: architecture {name!r} is not supported; these are: {', '.join(FAMILIES)}"
             + (f"; the nearest is {near}" if near is not None else "")
         )
     return str(name)
@@ -168,27 +188,52 @@ def _refuse_unsupported(fields: ConfigFields) -> None:
     """Refuse settings under which this engine would give wrong answers, or run the checkpoint's own code."""
     if fields.has("auto_map"):
         raise fields.refuse("auto_map", "the checkpoint brings its own code, which is never run")
-    if fields.raw.get("hidden_act", "silu") != "silu":
-        raise fields.refuse("hidden_act", "only silu is supported")
-    if fields.number("partial_rotary_factor", 1.0) != 1.0:
-        raise fields.refuse("partial_rotary_factor", "only rotary positions over the whole head are supported")
+    if fields.flag("use_bidirectional_attention", default=False):
+        raise fields.refuse("use_bidirectional_attention", "an answer's tokens see those before them alone")
+
+
+def _activation(fields: ConfigFields) -> Activation:
+    key = "hidden_activation" if fields.has("hidden_activation") else "hidden_act"
+    value = fields.raw.get(key, "silu")
+    if value not in _ACTIVATIONS:
+        raise fields.refuse(key, f"only {' and '.join(map(str, _ACTIVATIONS))} are supported")
+    return _ACTIVATIONS[value]
+
+
+def _factors(fields: ConfigFields, family: Family, hidden_size: int) -> dict[str, float]:
+    """Return the fields of `ModelConfig` that multiply, or bound, what flows through the layers."""
+    found: dict[str, float] = {}
+    if family.scales_embeddings:
+        found["embedding_multiplier"] = math.sqrt(hidden_size)
+    if family.has_multipliers:
+        for name in ("embedding_multiplier", "residual_multiplier"):
+            found[name] = fields.number(name, 1.0)
+        found["logits_divisor"] = fields.number("logits_scaling", 1.0)
+        found["score_scale"] = fields.number("attention_multiplier", 1.0)
+    if family.has_score_scale:
+        found["score_scale"] = fields.number("query_pre_attn_scalar") ** -0.5
+        caps = {"score_cap": "attn_logit_softcapping", "logits_cap": "final_logit_softcapping"}
+        found |= {name: fields.number(key) for name, key in caps.items() if fields.has(key)}
+    return found
 
 
 def _sliding_windows(fields: ConfigFields, family: Family) -> tuple[int | None, ...]:
     num_layers = fields.count("num_hidden_layers")
-    explicit = "sliding_window" not in fields.raw or fields.has("sliding_window")  # null means none
-    if family.windows == "none" or not explicit or (family.window is None and not fields.has("sliding_window")):
+    if family.windows == "none" or not fields.has("sliding_window"):
         return (None,) * num_layers
     if family.windows == "flagged" and not fields.flag("use_sliding_window", default=False):
         return (None,) * num_layers
-    window = fields.count("sliding_window", family.window)
+    window = fields.count("sliding_window")
     if family.windows == "every":
         return (window,) * num_layers
-    return tuple(window if is_sliding else None for is_sliding in _sliding_layers(fields, num_layers))
+    return tuple(window if is_sliding else None for is_sliding in _sliding_layers(fields, family, num_layers))
 
 
-def _sliding_layers(fields: ConfigFields, num_layers: int) -> list[bool]:
+def _sliding_layers(fields: ConfigFields, family: Family, num_layers: int) -> list[bool]:
     layer_types = fields.raw.get("layer_types")
+    if layer_types is None and family.windows == "typed":
+        pattern = fields.count("sliding_window_pattern")
+        return [(layer + 1) % pattern != 0 for layer in range(num_layers)]
     if layer_types is None:
         first = fields.raw.get("max_window_layers", 28)
         if isinstance(first, bool) or not isinstance(first, int) or first < 0:

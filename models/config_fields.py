@@ -16,6 +16,11 @@ class ConfigFields:
         self.path = path
         self.raw = raw
 
+    def with_defaults(self, defaults: Mapping[str, object]) -> ConfigFields:
+        """Add what is not told. Null counts as told of a window alone: there it means that there is none."""
+        told = {key: value for key, value in self.raw.items() if value is not None or key == "sliding_window"}
+        return ConfigFields(self.path, {**defaults, **told})
+
     def has(self, key: str) -> bool:
         return self.raw.get(key) is not None
 
@@ -37,6 +42,12 @@ class ConfigFields:
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or math.isinf(value):
             raise self.refuse(key, "must be a number above 0")
         return float(value)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        value = self.raw.get(key)
+        if not isinstance(value, list) or len(value) != count:
+            raise ConfigError(f"{self.path}: {key} must be a list of {count} numbers above 0")
+        return tuple(ConfigFields(self.path, {key: item}).number(key) for item in value)
 
     def flag(self, key: str, *, default: bool) -> bool:
         value = self.raw.get(key)

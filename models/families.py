@@ -7,18 +7,33 @@ A family of known parts takes its entry in FAMILIES and nothing else. What one n
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .experts import ExpertTraits
 
 Bias = bool | str  # whether there is one, or the flag of config.json that says so
-# Which layers see a window of keys alone: none; each, if a window is given; those that `layer_types` names, if
-# `use_sliding_window` is set.
-Windows = Literal["none", "every", "flagged"]
+# Where a layer's norms stand: before mixer and feed-forward, behind them, or both.
+Norms = Literal["before", "behind", "both"]
+# Of queries and keys: none, of each head, or of a token's whole projection.
+HeadNorms = Literal["none", "head", "whole"]
+# Which layers see a window of keys alone, if there is a window: none; each; those that `layer_types` names, with
+# `use_sliding_window`; those that `layer_types` names, or else all but each `sliding_window_pattern`th.
+Windows = Literal["none", "every", "flagged", "typed"]
 
-_TASK = "ForCausalLM"
 _ALIKE = 0.6  # of two names: difflib's own measure; below, names of strangers share as many letters
+# The norms before the mixer, behind it, before the feed-forward and behind it, as a checkpoint names them.
+_NORM_NAMES: dict[Norms, tuple[str | None, str | None, str | None, str | None]] = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "behind": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -26,41 +41,126 @@ class Family:
     """A family says how it differs from a Llama without biases."""
 
     name: str  # the `model_type` of its config.json
-    head_dim: int | None = None  # where config.json tells none; None: the hidden size's share
+    defaults: Mapping[str, object] = field(default_factory=dict, hash=False)  # what config.json need not tell
+    is_nested: bool = False  # the language model is one part of several: config.json's `text_config`
+    norms: Norms = "before"
+    norm_offset: float = 0.0  # what a norm's weights stand below the factors that they mean
+    head_norms: HeadNorms = "none"
     qkv_bias: Bias = False
     o_bias: Bias = False
     mlp_bias: Bias = False
-    qk_norm: bool = False  # of each query's and key's head
+    is_fused: bool = False  # a checkpoint has q, k and v in one tensor, and gate and up in another
+    has_sinks: bool = False  # a weight of each head that no token's value goes with
     windows: Windows = "none"
-    window: int | None = 4096  # keys, where config.json tells none; None: all
     experts: ExpertTraits | None = None  # in some or all layers
+    has_local_rope: bool = False  # layers with a window turn positions by another base
+    has_partial_rope: bool = False  # config.json may leave a part of each head unturned
+    scales_embeddings: bool = False  # by the root of their size
+    has_multipliers: bool = False  # of embeddings, residual stream, scores and logits, in Granite's words
+    has_score_scale: bool = False  # by `query_pre_attn_scalar` in place of the head's size; and caps
+
+    @property
+    def norm_names(self) -> tuple[str | None, str | None, str | None, str | None]:
+        """Return the names of a layer's norms: before the mixer, behind it, before the feed-forward, behind it."""
+        return _NORM_NAMES[self.norms]
+
+
+_GEMMA: dict[str, object] = {
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+_GEMMA3: dict[str, object] = _GEMMA | {
+    "max_position_embeddings": 131_072,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "rope_local_base_freq": 10_000.0,
+    "rope_theta": 1_000_000.0,
+    "sliding_window_pattern": 6,
+    "vocab_size": 262_208,
+}
+
+
+def _gemma3(name: str, *, is_nested: bool) -> Family:
+    return Family(
+        name=name,
+        defaults=_GEMMA3,
+        is_nested=is_nested,
+        norms="both",
+        norm_offset=1.0,
+        head_norms="head",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        windows="typed",
+        has_local_rope=True,
+        scales_embeddings=True,
+        has_score_scale=True,
+    )
 
 
 FAMILIES = {
     "LlamaForCausalLM": Family(name="llama", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
-    "MistralForCausalLM": Family(name="mistral", windows="every"),
-    "Qwen2ForCausalLM": Family(name="qwen2", qkv_bias=True, windows="flagged"),
+    "MistralForCausalLM": Family(name="mistral", defaults={"sliding_window": 4096}, windows="every"),
+    "Qwen2ForCausalLM": Family(name="qwen2", defaults={"sliding_window": 4096}, qkv_bias=True, windows="flagged"),
     "Qwen3ForCausalLM": Family(
         name="qwen3",
-        head_dim=128,
+        defaults={"head_dim": 128, "sliding_window": 4096},
+        head_norms="head",
         qkv_bias="attention_bias",
         o_bias="attention_bias",
-        qk_norm=True,
         windows="flagged",
     ),
     "MixtralForCausalLM": Family(
         name="mixtral",
         windows="every",
-        window=None,
         experts=ExpertTraits(module="block_sparse_moe", parts=("w1", "w3", "w2"), normalised=True),
     ),
     "Qwen3MoeForCausalLM": Family(
         name="qwen3_moe",
         qkv_bias="attention_bias",
         o_bias="attention_bias",
-        qk_norm=True,
+        defaults={"sliding_window": 4096},
+        head_norms="head",
         windows="flagged",
         experts=ExpertTraits(),
+    ),
+    "Gemma2ForCausalLM": Family(
+        name="gemma2",
+        defaults=_GEMMA
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window_pattern": 2},
+        norms="both",
+        norm_offset=1.0,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        windows="typed",
+        scales_embeddings=True,
+        has_score_scale=True,
+    ),
+    "Gemma3ForCausalLM": _gemma3("gemma3_text", is_nested=False),
+    "Gemma3ForConditionalGeneration": _gemma3("gemma3", is_nested=True),
+    "GraniteForCausalLM": Family(
+        name="granite",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        has_multipliers=True,
+    ),
+    "Olmo2ForCausalLM": Family(
+        name="olmo2",
+        defaults={"rms_norm_eps": 1e-5},
+        norms="behind",
+        head_norms="whole",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+    ),
+    "Phi3ForCausalLM": Family(
+        name="phi3",
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        is_fused=True,
+        windows="every",
+        has_partial_rope=True,
     ),
 }
 
@@ -72,6 +172,10 @@ def architecture_of(model_type: object) -> str | None:
 
 def nearest(name: str) -> str | None:
     """Return the known architecture whose name is most like another's; None where none is."""
-    stems = {known.removesuffix(_TASK).lower(): known for known in FAMILIES}
-    found = difflib.get_close_matches(name.removesuffix(_TASK).lower(), stems, n=1, cutoff=_ALIKE)
+    stems = {_stem(known): known for known in reversed(FAMILIES)}
+    found = difflib.get_close_matches(_stem(name), stems, n=1, cutoff=_ALIKE)
     return stems[found[0]] if found else None
+
+
+def _stem(architecture: str) -> str:
+    return architecture.partition("For")[0].lower()

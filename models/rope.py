@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..common.errors import ConfigError
 from .config_fields import ConfigFields
+from .families import Family
 
-RopeKind = Literal["default", "linear", "llama3", "yarn"]
+RopeKind = Literal["default", "linear", "llama3", "longrope", "yarn"]
+
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -25,33 +28,70 @@ class RopeConfig:
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn
-    attention_factor: float = 1.0  # multiplies cos and sin (yarn)
+    attention_factor: float = 1.0  # multiplies cos and sin (yarn, longrope)
+    short_factors: tuple[float, ...] = ()  # of each frequency, up to the original length (longrope)
+    long_factors: tuple[float, ...] = ()  # of each frequency, beyond it (longrope)
+    fraction: float = 1.0  # of a head that is turned, from its beginning on
+
+    def is_long(self, max_model_len: int) -> bool:
+        """Tell whether all positions are turned as those of long sequences.
+
+        One choice for all that a worker serves: keys that were turned otherwise could not be shared by a short sequence
+        and a long one, nor by a sequence and what it grows into.
+        """
+        return self.kind == "longrope" and max_model_len > self.original_max_len
 
 
-def read_rope(fields: ConfigFields, max_model_len: int) -> RopeConfig:
-    """Read the rotary positions. Raises ConfigError.
+def read_ropes(
+    fields: ConfigFields, family: Family, max_model_len: int, head_dim: int
+) -> tuple[RopeConfig, RopeConfig | None]:
+    """Read the rotary positions, and those of layers with a window where they are others. Raises ConfigError.
 
     `rope_parameters` holds everything in newer checkpoints; older ones have `rope_scaling` and a top-level theta.
     """
     scaling = fields.mapping("rope_parameters") or fields.mapping("rope_scaling") or ConfigFields(fields.path, {})
-    theta = scaling.number("rope_theta", fields.number("rope_theta", 10_000.0))
+    theta = fields.number("rope_theta", 10_000.0)
+    if not family.has_local_rope:
+        return _read_rope(fields, scaling, family, theta, max_model_len, head_dim), None
+    local_theta = fields.number("rope_local_base_freq", theta)
+    if scaling.raw.keys() & set(_LAYER_TYPES):
+        full, local = (scaling.mapping(name) or ConfigFields(fields.path, {}) for name in _LAYER_TYPES)
+    else:
+        full, local = scaling, ConfigFields(fields.path, {})
+    return (
+        _read_rope(fields, full, family, theta, max_model_len, head_dim),
+        _read_rope(fields, local, family, local_theta, max_model_len, head_dim),
+    )
+
+
+def _read_rope(
+    fields: ConfigFields, scaling: ConfigFields, family: Family, theta: float, max_model_len: int, head_dim: int
+) -> RopeConfig:
+    theta = scaling.number("rope_theta", theta)
+    fraction = scaling.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
+    if fraction != 1.0 and not family.has_partial_rope:
+        where = scaling if scaling.has("partial_rotary_factor") else fields
+        raise where.refuse("partial_rotary_factor", "only rotary positions over the whole head are supported")
     kind = scaling.raw.get("rope_type") or scaling.raw.get("type") or "default"
-    if scaling.number("partial_rotary_factor", 1.0) != 1.0:
-        raise scaling.refuse("partial_rotary_factor", "only rotary positions over the whole head are supported")
+    original = scaling.count(
+        "original_max_position_embeddings", fields.count("original_max_position_embeddings", max_model_len)
+    )
     if kind == "default":
         nested = [key for key, value in scaling.raw.items() if isinstance(value, dict)]
         if nested:
             raise ConfigError(f"{fields.path}: rotary parameters for each layer type ({nested}) are not supported")
-        return RopeConfig(theta=theta)
-    original = scaling.count("original_max_position_embeddings", max_model_len)
+        return RopeConfig(theta=theta, fraction=fraction)
     if kind == "linear":
         return RopeConfig(kind="linear", theta=theta, factor=scaling.number("factor"), original_max_len=max_model_len)
     if kind == "llama3":
         return _llama3(scaling, theta, original)
     if kind == "yarn":
         return _yarn(scaling, theta, original, max_model_len)
+    if kind in ("longrope", "su"):
+        rope = _longrope(scaling, theta, original, max_model_len, int(head_dim * fraction) // 2)
+        return replace(rope, fraction=fraction)
     raise ConfigError(
-        f"{fields.path}: rotary scaling {kind!r} is not supported; these are: default, linear, llama3, yarn"
+        f"{fields.path}: rotary scaling {kind!r} is not supported; these are: default, linear, llama3, longrope, yarn"
     )
 
 
@@ -66,6 +106,19 @@ def _llama3(scaling: ConfigFields, theta: float, original: int) -> RopeConfig:
         original_max_len=original,
         low_freq_factor=low,
         high_freq_factor=high,
+    )
+
+
+def _longrope(scaling: ConfigFields, theta: float, original: int, max_model_len: int, count: int) -> RopeConfig:
+    factor = scaling.number("factor", max_model_len / original)
+    default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return RopeConfig(
+        kind="longrope",
+        theta=theta,
+        original_max_len=original,
+        attention_factor=scaling.number("attention_factor", default),
+        short_factors=scaling.numbers("short_factor", count),
+        long_factors=scaling.numbers("long_factor", count),
     )
 
 

@@ -1,7 +1,8 @@
-"""Small random checkpoints of the four families, as Hugging Face directories, written without transformers.
+"""Small random checkpoints, as Hugging Face directories: of the four first families written without transformers.
 
     write_checkpoint(tmp_path / "model")                          a Llama of 2 layers, 512 tokens, with a tokenizer
     write_checkpoint(tmp_path / "model", "qwen3", num_layers=3)   another family or shape; see `Shape`
+    write_checkpoint(tmp_path / "model", "gemma3_text")           any other family: by its own classes of transformers
 
 Weights have the scale that keeps activations near 1, queries are three times larger and the final norm gains 4, so
 that attention is peaked and the best token leads by far more than rounding. The tokenizer is a byte-level BPE over
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "granite", "olmo2", "phi3"]
 
 BOS, EOS, IM_START, IM_END = "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (BOS, EOS, IM_START, IM_END)  # ids 0, 1, 2, 3
@@ -33,6 +34,28 @@ _ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+}
+# What makes a family of transformers' own classes itself; sizes are those of `Shape`.
+OWN_CLASSES: dict[str, dict[str, object]] = {
+    "gemma2": {"query_pre_attn_scalar": 40, "attn_logit_softcapping": 20.0, "sliding_window": 20},
+    "gemma3_text": {
+        "query_pre_attn_scalar": 40,
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+        "num_hidden_layers": 3,
+    },
+    "granite": {
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 2.0,
+    },
+    "olmo2": {},
+    "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 2047},
 }
 _CORPUS = (
     "The router places each request; a prefill worker computes the prompt and a decode worker streams the answer. "
@@ -76,13 +99,77 @@ def write_checkpoint(
     """
     shape = replace(shape or Shape(), **fields)  # type: ignore[arg-type]  # checked by the dataclass's users
     path.mkdir(parents=True, exist_ok=True)
-    _write_json(path / "config.json", _config(family, shape) | (config or {}))
+    if family in _ARCHITECTURES:
+        _write_json(path / "config.json", _config(family, shape) | (config or {}))
+        _write_tensors(path, random_tensors(family, shape), num_files)
+    else:
+        _write_by_own_classes(path, family, shape, config or {})
     eos = eos_token_ids if eos_token_ids is not None else [1, 3]
     _write_json(path / "generation_config.json", {"bos_token_id": 0, "eos_token_id": eos})
-    _write_tensors(path, random_tensors(family, shape), num_files)
     if tokenizer:
         write_tokenizer(path, shape.vocab_size)
     return path
+
+
+def _write_by_own_classes(path: Path, family: str, shape: Shape, config: dict[str, object]) -> None:
+    """Let transformers write config.json and weights: its names, its defaults left out."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if family == "gemma3":
+        own = {"text_config": _own_fields("gemma3_text", shape) | config, "vision_config": _TINY_VISION}
+        own["tie_word_embeddings"] = shape.tie_embeddings
+        own |= {"mm_tokens_per_image": 4, "image_token_index": 510, "boi_token_index": 508, "eoi_token_index": 509}
+    else:
+        own = _own_fields(family, shape) | config
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **own))  # type: ignore[no-untyped-call]
+    generator = torch.Generator().manual_seed(shape.seed)
+    dtype = getattr(torch, shape.dtype)
+    model.to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_random_parameter(name, parameter, generator, "gemma" in family))
+    model.save_pretrained(path)
+
+
+_TINY_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def _own_fields(family: str, shape: Shape) -> dict[str, object]:
+    fields: dict[str, object] = {
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_qo_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "intermediate_size": shape.intermediate_size,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_model_len,
+        "tie_word_embeddings": shape.tie_embeddings,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    if "gemma" in family:
+        fields["head_dim"] = shape.head_dim
+    return fields | OWN_CLASSES[family]
+
+
+def _random_parameter(name: str, parameter: Tensor, generator: torch.Generator, is_gemma: bool) -> Tensor:
+    """Draw as `random_tensors` does. Gemma's norms are one less than the factors that they mean."""
+    values = torch.randn(parameter.shape, generator=generator)
+    if parameter.dim() >= 2:
+        values /= math.sqrt(parameter.shape[1])
+        return values * 3.0 if "q_proj" in name or "qkv_proj" in name else values
+    if name.endswith("norm.weight"):
+        mean = 4.0 if name.endswith("model.norm.weight") else 2.0 if "q_norm" in name else 1.0
+        return mean - int(is_gemma) + 0.1 * values
+    return values * (1.0 if name.endswith("sinks") else 0.1)
 
 
 def put_nan(path: Path, tensor: str, row: int) -> Path:

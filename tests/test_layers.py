@@ -33,7 +33,7 @@ grammar              common models
 engine/ranks         common models kvcache
 engine/nn/attention  common
 engine/nn            common models engine/ranks engine/nn/attention
-engine/cpu           common engine/ranks engine/nn/attention engine/nn
+engine/cpu           common models engine/ranks engine/nn/attention engine/nn
 engine/cuda          common kvcache engine/nn/attention engine/nn
 engine               common models kvcache engine/ranks engine/nn/attention engine/nn engine/cpu engine/cuda
 transfer/backends    common

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...common.config import CpuIsa
+from ...models.config import ModelConfig
 from ..nn.decoder import Decoder, DecoderLayer
 from ..nn.feed_forward import GatedMLP
 from ..nn.layers import Linear
@@ -79,6 +80,7 @@ class NativeModel:
 
     def __init__(self, decoder: Decoder, cache: Path, isa: CpuIsa = "auto") -> None:
         """Raises NativeUnavailable, and has then left the decoder as it was; ConfigError as `load` does."""
+        _check_parts(decoder.config)
         blocks = [_known_blocks(layer) for layer in decoder.layers]
         weights = [check_known(linear) for linear in decoder.linears()]
         self.comm = decoder.head.rows.comm
@@ -95,6 +97,7 @@ class NativeModel:
         layers = (_Layer * config.num_layers)()
         parts = zip(decoder.layers, blocks, config.sliding_windows, layers, strict=True)
         for layer, (attention, mlp), window, target in parts:
+            assert layer.input_norm is not None and layer.mlp_norm is not None
             target.input_norm, target.mlp_norm = address(layer.input_norm.weight), address(layer.mlp_norm.weight)
             target.attention.qkv = self._linear(attention.qkv_proj, attention.qkv_proj.bias)
             target.attention.o = self._linear(attention.o_proj, attention.o_proj.sum_bias)
@@ -129,6 +132,27 @@ def _common_library(comm: Communicator, cache: Path, isa: CpuIsa) -> ctypes.CDLL
     if not comm.minimum(1, torch.device("cpu")):
         raise NativeUnavailable("another rank could not load its library")
     return library
+
+
+def _check_parts(config: ModelConfig) -> None:
+    """Raise NativeUnavailable for what a family has and C++ has not."""
+    family = config.family
+    has = {
+        f"norms {family.norms} blocks": family.norms != "before",
+        "norms of one more than their weights": family.norm_offset != 0.0,
+        "norms of whole projections": family.head_norms == "whole",
+        "attention sinks": family.has_sinks,
+        "two rotary embeddings": config.local_rope is not None,
+        "rotary embeddings of a part of a head": config.rope.fraction != 1.0,
+        config.activation: config.activation != "silu",
+        "scaled embeddings": config.embedding_multiplier != 1.0,
+        "a scaled residual stream": config.residual_multiplier != 1.0,
+        "scaled scores": config.score_scale is not None,
+        "capped scores": config.score_cap is not None,
+        "scaled logits": config.logits_divisor != 1.0 or config.logits_cap is not None,
+    }
+    if missing := [name for name, is_there in has.items() if is_there]:
+        raise NativeUnavailable(f"no C++ for {', '.join(missing)}")
 
 
 def _known_blocks(layer: DecoderLayer) -> tuple[Attention, GatedMLP]:

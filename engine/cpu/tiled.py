@@ -45,10 +45,10 @@ class TiledDecoder:
     ) -> Tensor:
         """Return hidden states before the final norm, [num_tokens padded to 16, hidden_size]; padding is anything."""
         decoder = self._decoder
-        x = decoder.embedding(_padded(input_ids)).float()
-        ropes = [decoder.rotary(part, decoder.dtype) for part in _tiles(_padded(positions))]
+        x = decoder.embed(_padded(input_ids))
+        ropes = [decoder.ropes(part) for part in _tiles(_padded(positions))]
         for layer in decoder.layers:
-            projected = torch.cat([layer.project(part, rope) for part, rope in zip(self._each(x), ropes, strict=True)])
+            projected = torch.cat([layer.project(part, own) for part, own in zip(self._each(x), ropes, strict=True)])
             mixed = layer.mix(projected, backend, on_layer)
             for part, attended in zip(self._each(x), _tiles(mixed), strict=True):
                 layer.finish_(part, attended)

@@ -5,23 +5,28 @@
 
 The residual stream is in the weights' type and the head's product in float32. Cosines and sines come from a table,
 rounded to the weights' type as in the reference implementation. Every tensor that it makes has a shape that follows
-from the number of tokens alone and nothing is read back, so that a step can be captured in a CUDA graph.
+from the number of tokens alone and nothing is read back, so that a step can be captured in a CUDA graph. A model of
+a family with other parts between its blocks runs as `Decoder` has it, around the same attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ..nn.decoder import Decoder, DecoderLayer
 from ..nn.feed_forward import FeedForward, GatedMLP
+from ..nn.layers import RMSNorm
 from ..nn.mixer import Attention
 from ..nn.rotary import RotaryEmbedding
 from ..nn.weight import DenseWeight
 from .kernels import Kernels
+
+if TYPE_CHECKING:
+    from ..nn.attention.base import AttentionBackend
 
 _TABLE_ROWS = 8192  # made at once
 
@@ -40,6 +45,7 @@ class FusedDecoder:
     def __init__(self, decoder: Decoder, kernels: Kernels) -> None:
         self._decoder = decoder
         self._kernels = kernels
+        self._is_fused = _is_fused(decoder)
         self._cos_sin = cos_sin_table(decoder.rotary, decoder.config.max_model_len, decoder.dtype)
 
     @property
@@ -61,13 +67,17 @@ class FusedDecoder:
     ) -> Tensor:
         """Return hidden states behind the final norm, [num_tokens, hidden_size]."""
         decoder, kernels = self._decoder, self._kernels
+        if not self._is_fused:
+            hidden = decoder.forward(input_ids, positions.long(), cast("AttentionBackend", attention), on_layer)
+            return decoder.final_norm(hidden)
         residual = decoder.embedding(input_ids)
-        first = decoder.layers[0].input_norm
+        first, *input_norms = (_norm(layer.input_norm) for layer in decoder.layers)
         x = kernels.rms_norm(residual, first.weight, first.eps)
-        next_norms = [*(layer.input_norm for layer in decoder.layers[1:]), decoder.final_norm]
+        next_norms = [*input_norms, decoder.final_norm]
         for layer, next_norm in zip(decoder.layers, next_norms, strict=True):
             x = self._attend(layer, x, positions, attention, on_layer)
-            kernels.add_norm_(x, residual, layer.mlp_norm.weight, layer.mlp_norm.eps)
+            mlp_norm = _norm(layer.mlp_norm)
+            kernels.add_norm_(x, residual, mlp_norm.weight, mlp_norm.eps)
             x = self._feed_forward(layer.feed_forward, x)
             kernels.add_norm_(x, residual, next_norm.weight, next_norm.eps)
         return x
@@ -103,7 +113,21 @@ class FusedDecoder:
         rows = self._decoder.head.rows
         assert isinstance(rows.weight, DenseWeight), "no kernels for another head"
         local = self._kernels.logits(hidden, rows.weight.plain)
-        return rows.comm.all_gather(local)[:, : rows.vocab_size]
+        return self._decoder.bounded_(rows.comm.all_gather(local)[:, : rows.vocab_size])
+
+
+def _is_fused(decoder: Decoder) -> bool:
+    """Tell whether there are kernels for all that lies between two blocks, and for attention's own parts."""
+    config, family = decoder.config, decoder.config.family
+    is_plain = family.norms == "before" and not family.norm_offset and family.head_norms != "whole"
+    is_turned_at_once = config.local_rope is None and config.rope.fraction == 1.0
+    has_multipliers = config.embedding_multiplier != 1.0 or config.residual_multiplier != 1.0
+    return is_plain and is_turned_at_once and not has_multipliers and config.activation == "silu"
+
+
+def _norm(norm: RMSNorm | None) -> RMSNorm:
+    assert norm is not None, "no kernels for another place of norms"
+    return norm
 
 
 def cos_sin_table(rotary: RotaryEmbedding, num_positions: int, dtype: torch.dtype) -> Tensor:

@@ -18,33 +18,40 @@ from .adapters import AdapterSlots
 from .attention.base import AttentionBackend
 from .blocks import make_feed_forward, make_mixer
 from .builder import Builder
-from .layers import Linear, ParallelEmbedding, ParallelHead, RMSNorm
+from .layers import Linear, ParallelEmbedding, ParallelHead, RMSNorm, Sinks
 from .mixer import Rope
 from .rotary import RotaryEmbedding
 from .weight import Leaf, WeightSlot
 
+Ropes = tuple[Rope, Rope]  # of a step: for layers that see all keys, for those with a window
+
 
 class DecoderLayer:
-    """Mixer and feed-forward, each behind a norm and added to the residual stream.
+    """Mixer and feed-forward, each with a norm before it or behind it, or both, and added to the residual stream.
 
     A call is `project`, `mix` and `finish_`; the first and the last may be given parts of the tokens.
     """
 
     def __init__(self, builder: Builder, layer_id: int) -> None:
-        name, size = f"model.layers.{layer_id}", builder.config.hidden_size
+        config, name = builder.config, f"model.layers.{layer_id}"
         self.layer_id = layer_id
-        self.input_norm = RMSNorm(builder, f"{name}.input_layernorm", size)
+        self.is_local = config.sliding_windows[layer_id] is not None
+        self._dtype = builder.dtype
+        self._multiplier = config.residual_multiplier
+        self.input_norm, self.mixed_norm, self.mlp_norm, self.output_norm = (
+            None if norm is None else RMSNorm(builder, f"{name}.{norm}", config.hidden_size)
+            for norm in config.family.norm_names
+        )
         self.mixer = make_mixer(builder, name, layer_id)
-        self.mlp_norm = RMSNorm(builder, f"{name}.post_attention_layernorm", size)
         self.feed_forward = make_feed_forward(builder, name, layer_id)
 
     def __call__(
-        self, x: Tensor, rope: Rope, backend: AttentionBackend, on_layer: Callable[[int], None] | None
+        self, x: Tensor, ropes: Ropes, backend: AttentionBackend, on_layer: Callable[[int], None] | None
     ) -> Tensor:
-        return self.finish_(x, self.mix(self.project(x, rope), backend, on_layer))
+        return self.finish_(x, self.mix(self.project(x, ropes), backend, on_layer))
 
-    def project(self, x: Tensor, rope: Rope) -> Tensor:
-        return self.mixer.project(self.input_norm(x), rope)
+    def project(self, x: Tensor, ropes: Ropes) -> Tensor:
+        return self.mixer.project(self._normed(self.input_norm, x), ropes[self.is_local])
 
     def mix(self, projected: Tensor, backend: AttentionBackend, on_layer: Callable[[int], None] | None) -> Tensor:
         mixed = self.mixer.mix(projected, backend)
@@ -53,13 +60,17 @@ class DecoderLayer:
         return mixed
 
     def finish_(self, x: Tensor, mixed: Tensor) -> Tensor:
-        x.add_(self.mixer.output(mixed))
-        return x.add_(self.feed_forward(self.mlp_norm(x)))
+        x.add_(self._normed(self.mixed_norm, self.mixer.output(mixed)), alpha=self._multiplier)
+        fed = self.feed_forward(self._normed(self.mlp_norm, x))
+        return x.add_(self._normed(self.output_norm, fed), alpha=self._multiplier)
+
+    def _normed(self, norm: RMSNorm | None, x: Tensor) -> Tensor:
+        return x.to(self._dtype) if norm is None else norm(x)
 
     def leaves(self) -> Iterator[Leaf]:
-        yield self.input_norm
+        yield from filter(None, (self.input_norm, self.mixed_norm))
         yield from self.mixer.leaves()
-        yield self.mlp_norm
+        yield from filter(None, (self.mlp_norm, self.output_norm))
         yield from self.feed_forward.leaves()
 
 
@@ -84,7 +95,11 @@ class Decoder:
         self.layers = [DecoderLayer(builder, layer_id) for layer_id in range(config.num_layers)]
         self.final_norm = RMSNorm(builder, "model.norm", config.hidden_size)
         self.head = ParallelHead(builder, self.embedding)
-        self.rotary = RotaryEmbedding(config.rope, config.head_dim, device)
+        length, local = config.max_model_len, config.local_rope
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim, device, max_model_len=length)
+        self.local_rotary = None if local is None else RotaryEmbedding(local, config.head_dim, device)
+        # As the reference implementation has it: rounded to the weights' type.
+        self._multiplier = float(torch.tensor(config.embedding_multiplier, dtype=dtype))
         self.adapters: AdapterSlots | None = None  # None: no request has one
 
     def forward(
@@ -99,17 +114,32 @@ class Decoder:
         On a CPU the residual stream is float32 whatever the weights are: it costs next to nothing there, and sixty
         additions rounded to bfloat16 are where most of a small model's error comes from.
         """
+        x, ropes = self.embed(input_ids), self.ropes(positions)
+        for layer in self.layers:
+            x = layer(x, ropes, backend, on_layer)
+        return x
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return the residual stream as it begins."""
         x = self.embedding(input_ids)
         if x.device.type == "cpu":
             x = x.float()
+        return x if self._multiplier == 1.0 else x.mul_(self._multiplier)
+
+    def ropes(self, positions: Tensor) -> Ropes:
         rope = self.rotary(positions, self.dtype)
-        for layer in self.layers:
-            x = layer(x, rope, backend, on_layer)
-        return x
+        return rope, rope if self.local_rotary is None else self.local_rotary(positions, self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Turn [rows, hidden_size] of `forward` into [rows, vocab_size] float32."""
-        return self.head(self.final_norm.in_type_of(hidden))
+        return self.bounded_(self.head(self.final_norm.in_type_of(hidden)))
+
+    def bounded_(self, logits: Tensor) -> Tensor:
+        """Bring the head's products to the size that the model gives its logits, in place."""
+        divisor, cap = self.config.logits_divisor, self.config.logits_cap
+        if divisor != 1.0:
+            logits.div_(divisor)
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def leaves(self) -> Iterator[Leaf]:
         """Yield all that holds weights, in the order of a step."""
@@ -119,6 +149,11 @@ class Decoder:
         yield self.final_norm
         if self.head.rows is not self.embedding:
             yield self.head.rows
+
+    def sinks(self) -> list[Tensor] | None:
+        """Return each layer's sinks; None: it has none."""
+        found = [leaf.weight for leaf in self.leaves() if isinstance(leaf, Sinks)]
+        return found or None
 
     def slots(self) -> Iterator[WeightSlot]:
         for leaf in self.leaves():

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...models.config import Activation
 from .builder import Builder
-from .layers import ColumnParallelLinear, Part, RowParallelLinear
+from .layers import ColumnParallelLinear, RowParallelLinear, column_parts
 from .weight import Leaf
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class FeedForward(Protocol):
@@ -26,7 +33,7 @@ class FeedForward(Protocol):
 
 
 class GatedMLP:
-    """Implements `FeedForward`: down(silu(gate(x)) * up(x))."""
+    """Implements `FeedForward`: down(activation(gate(x)) * up(x))."""
 
     def __init__(
         self,
@@ -37,8 +44,10 @@ class GatedMLP:
     ) -> None:
         """`size`: inner columns, of all ranks. `names`: of the three matrices in the checkpoint."""
         config = builder.config
+        bias = config.mlp_bias
         gate, up, down = (f"{name}.{part}" for part in names)
-        parts, bias = (Part(gate, size), Part(up, size)), config.mlp_bias
+        parts = column_parts([gate, up], [size, size], fused=f"{name}.gate_up_proj" if config.family.is_fused else None)
+        self._activation = _ACTIVATIONS[config.activation]
         self.gate_up_proj = ColumnParallelLinear(builder, f"{name}.gate_up_proj", config.hidden_size, parts, bias=bias)
         self.down_proj = RowParallelLinear(builder, down, size, config.hidden_size, bias=bias)
 
@@ -51,7 +60,7 @@ class GatedMLP:
 
     def _activated(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, 1)
-        return F.silu(gate.float()).mul_(up).to(gate.dtype)  # in float32, rounded once
+        return self._activation(gate.float()).mul_(up).to(gate.dtype)  # in float32, rounded once
 
     def leaves(self) -> Iterator[Leaf]:
         yield from (self.gate_up_proj, self.down_proj)

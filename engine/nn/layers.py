@@ -41,10 +41,20 @@ class Linear:
 
 @dataclass(slots=True, frozen=True)
 class Part:
-    """One checkpoint tensor of a fused column-parallel linear; its output features are split over the ranks."""
+    """A checkpoint tensor of a fused column-parallel linear, or a part of one; its outputs are split over the ranks."""
 
     name: str
     features: int  # of the whole model
+    start: int = 0  # where they begin in the checkpoint's tensor
+    stored: int = 0  # outputs that the checkpoint's tensor has; 0: these features
+
+
+def column_parts(names: Sequence[str], sizes: Sequence[int], *, fused: str | None) -> list[Part]:
+    """Return the parts of a linear: tensors of their own, or one after another in the tensor `fused`."""
+    if fused is None:
+        return [Part(name, size) for name, size in zip(names, sizes, strict=True)]
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return [Part(fused, size, start, sum(sizes)) for size, start in zip(sizes, starts, strict=True)]
 
 
 class ColumnParallelLinear(Linear):
@@ -58,19 +68,27 @@ class ColumnParallelLinear(Linear):
         super().__init__(name, weight, builder.empty(size) if bias else None)
 
     def parts_of_rank(self) -> Iterator[LinearPart]:
+        if not self.parts[0].stored:
+            for part, rows, start in self._shares():
+                yield LinearPart(part.name, (part.features, self.weight.num_inputs), rows, start, 0)
+        elif self.comm.size == 1:  # a rank of several has no one stretch of such a module
+            shape = self.weight.num_outputs, self.weight.num_inputs
+            yield LinearPart(self.parts[0].name, shape, slice(0, shape[0]), 0, 0)
+
+    def slots(self) -> Iterator[WeightSlot]:
+        for part, rows, start in self._shares():
+            stored = part.stored or part.features
+            yield from self.weight.slots(part.name, (stored, self.weight.num_inputs), rows=rows, start=start)
+            if self.bias is not None:
+                yield WeightSlot(f"{part.name}.bias", (stored,), self.bias[rows], 0, start)
+
+    def _shares(self) -> Iterator[tuple[Part, slice, int]]:
+        """Yield each part, its rows here, and where these begin in the checkpoint's tensor."""
         row = 0
         for part in self.parts:
             count = part.features // self.comm.size
-            shape = part.features, self.weight.num_inputs
-            yield LinearPart(part.name, shape, slice(row, row + count), count * self.comm.rank, 0)
+            yield part, slice(row, row + count), part.start + count * self.comm.rank
             row += count
-
-    def slots(self) -> Iterator[WeightSlot]:
-        for part in self.parts_of_rank():
-            start = part.first_output
-            yield from self.weight.slots(part.module, part.shape, rows=part.rows, start=start)
-            if self.bias is not None:
-                yield WeightSlot(f"{part.module}.bias", part.shape[:1], self.bias[part.rows], 0, start)
 
 
 class RowParallelLinear(Linear):
@@ -180,11 +198,12 @@ def _refine(logits: Tensor, hidden: Tensor, rows: Tensor) -> None:
 
 
 class RMSNorm:
-    """x / rms(x) * weight over the last dimension, computed in float32."""
+    """x / rms(x) * weight over the last dimension, computed in float32. Some families' weights mean one more."""
 
     def __init__(self, builder: Builder, name: str, size: int) -> None:
         self.name = name
         self.eps = builder.config.rms_norm_eps
+        self.offset = builder.config.family.norm_offset
         self.weight = builder.empty(size)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -192,9 +211,47 @@ class RMSNorm:
         return self.in_type_of(x).to(self.weight.dtype)
 
     def in_type_of(self, x: Tensor) -> Tensor:
+        if self.offset:
+            return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).mul_(self._factors()).to(x.dtype)
         if x.dtype == self.weight.dtype:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, eps=self.eps).mul_(self.weight)
 
+    def _factors(self) -> Tensor:
+        return self.weight.float() + self.offset
+
     def slots(self) -> Iterator[WeightSlot]:
         yield WeightSlot(f"{self.name}.weight", tuple(self.weight.shape), self.weight)
+
+
+class ParallelRMSNorm(RMSNorm):
+    """The norm of a projection whose outputs are split over the ranks: each has a part of it and of the weight."""
+
+    def __init__(self, builder: Builder, name: str, size: int) -> None:
+        self.comm = builder.comm
+        self.size = size
+        super().__init__(builder, name, size // self.comm.size)
+
+    def in_type_of(self, x: Tensor) -> Tensor:
+        if self.comm.size == 1:
+            return super().in_type_of(x)
+        wide = x.float()
+        squares = self.comm.all_reduce(wide.square().sum(-1, keepdim=True))
+        return (wide * torch.rsqrt(squares / self.size + self.eps)).mul_(self._factors()).to(x.dtype)
+
+    def slots(self) -> Iterator[WeightSlot]:
+        start = len(self.weight) * self.comm.rank
+        yield WeightSlot(f"{self.name}.weight", (self.size,), self.weight, 0, start)
+
+
+class Sinks:
+    """A score of each of this rank's heads that no value goes with."""
+
+    def __init__(self, builder: Builder, name: str) -> None:
+        self.name = name
+        self.comm = builder.comm
+        self.weight = builder.empty(builder.config.num_qo_heads // self.comm.size)
+
+    def slots(self) -> Iterator[WeightSlot]:
+        local = len(self.weight)
+        yield WeightSlot(self.name, (local * self.comm.size,), self.weight, 0, local * self.comm.rank)

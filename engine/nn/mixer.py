@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attention.base import AttentionBackend
 from .builder import Builder
-from .layers import ColumnParallelLinear, Part, RMSNorm, RowParallelLinear
+from .layers import ColumnParallelLinear, ParallelRMSNorm, RMSNorm, RowParallelLinear, Sinks, column_parts
 from .rotary import rotate_
 from .weight import Leaf
 
@@ -42,23 +42,30 @@ class Mixer(Protocol):
 
 
 class Attention:
-    """Implements `Mixer`: QKV projection, optional head norms, rotation, attention over the pages, output."""
+    """Implements `Mixer`: QKV projection, norms of queries and keys or none, rotation, attention over pages, output."""
 
     def __init__(self, builder: Builder, name: str, layer_id: int) -> None:
         config, num_ranks = builder.config, builder.comm.size
+        family = config.family
         self.layer_id = layer_id
         self.head_dim = config.head_dim
         self.num_qo_heads = config.num_qo_heads // num_ranks
         self.num_kv_heads = config.num_kv_heads // num_ranks
         num_q, num_kv = config.num_qo_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        parts = (Part(f"{name}.q_proj", num_q), Part(f"{name}.k_proj", num_kv), Part(f"{name}.v_proj", num_kv))
+        names = [f"{name}.{part}_proj" for part in "qkv"]
+        parts = column_parts(names, [num_q, num_kv, num_kv], fused=f"{name}.qkv_proj" if family.is_fused else None)
         self.qkv_proj = ColumnParallelLinear(
             builder, f"{name}.qkv_proj", config.hidden_size, parts, bias=config.qkv_bias
         )
         self.o_proj = RowParallelLinear(builder, f"{name}.o_proj", num_q, config.hidden_size, bias=config.o_bias)
         self.head_norms: tuple[RMSNorm, ...] = ()
-        if config.qk_norm:
+        self.whole_norms: tuple[RMSNorm, ...] = ()  # of all of a token's queries, and of its keys
+        if config.qk_norm and family.head_norms == "whole":
+            sizes = (("q", num_q), ("k", num_kv))
+            self.whole_norms = tuple(ParallelRMSNorm(builder, f"{name}.{part}_norm", size) for part, size in sizes)
+        elif config.qk_norm:
             self.head_norms = tuple(RMSNorm(builder, f"{name}.{part}_norm", config.head_dim) for part in ("q", "k"))
+        self.sinks = Sinks(builder, f"{name}.sinks") if family.has_sinks else None
 
     def project(self, x: Tensor, rope: Rope) -> Tensor:
         """Return queries, keys and values as attention takes them, [num_tokens, heads of all three, head_dim]."""
@@ -68,6 +75,9 @@ class Attention:
             q_norm, k_norm = self.head_norms
             heads[:, :num_q] = q_norm(heads[:, :num_q])
             heads[:, num_q : num_q + num_kv] = k_norm(heads[:, num_q : num_q + num_kv])
+        if self.whole_norms:
+            for part, norm in zip(torch.split(heads, [num_q, num_kv, num_kv], 1), self.whole_norms, strict=False):
+                part.copy_(norm(part.flatten(1)).view_as(part))
         rotate_(heads[:, : num_q + num_kv], *rope)
         return heads
 
@@ -84,3 +94,6 @@ class Attention:
         yield self.qkv_proj
         yield self.o_proj
         yield from self.head_norms
+        yield from self.whole_norms
+        if self.sinks is not None:
+            yield self.sinks

@@ -13,12 +13,13 @@ from ...models.rope import RopeConfig
 class RotaryEmbedding:
     """Cosines and sines of a step's positions, made once for all of its layers."""
 
-    def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device) -> None:
+    def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device, *, max_model_len: int = 0) -> None:
+        """`max_model_len`: what sequences may grow to, by which a scaling may choose its frequencies."""
         self.attention_factor = rope.attention_factor
-        self.inv_freq = _inverse_frequencies(rope, head_dim).to(device)
+        self.inv_freq = _inverse_frequencies(rope, int(head_dim * rope.fraction), max_model_len).to(device)
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[num_tokens] -> cos and signed sin, each [num_tokens, 1, head_dim], for `rotate_`.
+        """[num_tokens] -> cos and signed sin, each [num_tokens, 1, turned part of head_dim], for `rotate_`.
 
         Rounded to `dtype` as in the reference implementation, but float32 to calculate with.
         """
@@ -31,13 +32,15 @@ class RotaryEmbedding:
 def rotate_(heads: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Turn [num_tokens, heads, head_dim] in place: the pair (x_i, x_{i + d/2}) by its position's angle.
 
-    In float32, rounded once at the end.
+    In float32, rounded once at the end. d: as many as there are cosines, from the head's beginning on.
     """
-    turned = heads.roll(heads.shape[-1] // 2, -1) * signed_sin
-    return heads.copy_(turned.addcmul_(heads, cos))
+    part = heads[..., : cos.shape[-1]]
+    turned = part.roll(cos.shape[-1] // 2, -1) * signed_sin
+    part.copy_(turned.addcmul_(part, cos))
+    return heads
 
 
-def _inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:  # [head_dim / 2] float32
+def _inverse_frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) -> Tensor:  # [head_dim / 2] float32
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     inv_freq = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":
@@ -46,6 +49,9 @@ def _inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:  # [head_di
         return _llama3_frequencies(rope, inv_freq)
     if rope.kind == "yarn":
         return _yarn_frequencies(rope, inv_freq, head_dim)
+    if rope.kind == "longrope":
+        factors = rope.long_factors if rope.is_long(max_model_len) else rope.short_factors
+        return 1.0 / (torch.tensor(factors) * rope.theta**exponents)
     return inv_freq
 
 

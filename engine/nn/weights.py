@@ -56,7 +56,7 @@ def load_weights(
         if decoder.whole_experts:  # those of other ranks are in the files, too
             shapes |= tensor_shapes(decoder.config)
         wanted, optional = stored_shapes(quantization, shapes)
-        check_names(set(wanted), set(files) - optional, model_dir, tied=decoder.config.tie_embeddings)
+        check_names(set(wanted), set(files) - optional, model_dir, decoder.config)
         _check_extra_biases(files, optional)
     done = 0
     for slot in slots:

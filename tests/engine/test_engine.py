@@ -12,12 +12,19 @@ from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.errors import ConfigError
 from kvferry.common.request import SamplingParams, Sequence
 from kvferry.engine.engine import Engine
+from kvferry.engine.ranks.group import RankGroup
 
 from ..checkpoints import Family, write_checkpoint
 from ..engine_driver import GREEDY, Driver, engine_config, make_engine, prompts
 
 NUM_TOKENS = 8
 SURE_GAP = 1e-4  # below it two right implementations may disagree on the best token
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.5, 2.0, 3.0],
+    "long_factor": [1.0, 4.0, 9.0, 20.0],
+    "partial_rotary_factor": 0.5,
+}
 VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "llama": ("llama", {"hidden_size": 96, "num_qo_heads": 6, "num_kv_heads": 2}),
     "llama tied": ("llama", {"tie_embeddings": True, "num_layers": 3}),
@@ -55,6 +62,13 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
         },
     ),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "granite": ("granite", {"tie_embeddings": True}),
+    "olmo2": ("olmo2", {}),
+    "phi3": ("phi3", {}),
+    "phi3 longrope": ("phi3", {"config": {"original_max_position_embeddings": 2048, "rope_scaling": LONGROPE}}),
+    "gemma2": ("gemma2", {"head_dim": 32}),
+    "gemma3": ("gemma3_text", {"head_dim": 32}),
+    "gemma3 beside a part that sees": ("gemma3", {"head_dim": 32, "tie_embeddings": True}),
 }
 
 
@@ -107,6 +121,38 @@ def test_greedy_tokens_are_those_of_transformers(checkpoints: Path, variant: str
         driver = Driver(engine)
         answers = driver.generate([driver.add(prompt) for prompt in asked], chunk=chunk)
         _assert_as_transformers(checkpoints / variant, asked, answers)
+
+
+@pytest.mark.parametrize("variant", ["granite", "olmo2", "phi3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_long_prompts_and_exact_steps_are_those_of_transformers(checkpoints: Path, variant: str, exact: bool) -> None:
+    driver = Driver(make_engine(checkpoints / variant, deterministic=exact))
+    asked = prompts([33, 600])
+    answers = driver.generate([driver.add(prompt) for prompt in asked], chunk=256)
+    _assert_as_transformers(checkpoints / variant, asked, answers)
+
+
+def test_long_sequences_turn_by_factors_of_their_own(checkpoints: Path, tmp_path: Path) -> None:
+    """Chosen once, by what a worker serves."""
+    config: dict[str, object] = {"original_max_position_embeddings": 64, "rope_scaling": LONGROPE}
+    path = write_checkpoint(tmp_path / "long", "phi3", tokenizer=False, config=config)
+    for length, sizes in ((2048, [65, 130]), (64, [10, 50])):
+        driver = Driver(make_engine(path, max_model_len=length))
+        asked = prompts(sizes)
+        _assert_as_transformers(path, asked, driver.generate([driver.add(prompt) for prompt in asked], chunk=30))
+
+
+@pytest.mark.parametrize("variant", ["olmo2", "phi3", "gemma3"])
+def test_two_ranks_say_what_transformers_says(checkpoints: Path, variant: str) -> None:
+    config = engine_config(checkpoints / variant, tensor_parallel_size=2)
+    asked = prompts([1, 33, 70])
+    group = RankGroup.start(config, num_blocks=64)
+    try:
+        driver = Driver(Engine(config, tp_size=2, num_blocks=64, group=group))
+        answers = driver.generate([driver.add(prompt) for prompt in asked], chunk=20)
+    finally:
+        group.close()
+    _assert_as_transformers(checkpoints / variant, asked, answers)
 
 
 def test_sequences_joining_at_different_steps_do_not_change_each_other(checkpoints: Path) -> None:

@@ -130,6 +130,70 @@ def test_rope_scaling_extends_the_longest_length(tmp_path: Path, scaling: dict[s
     assert config.max_model_len == 8192 and config.longest_model_len == longest
 
 
+# As published, but for what decides nothing; they leave out what their family has anyway.
+GEMMA3_4B = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "eos_token_id": [1, 106],
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16",
+    "vision_config": {"hidden_size": 1152, "num_hidden_layers": 27},
+}
+PHI4_MINI = {
+    "architectures": ["Phi3ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 24,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "original_max_position_embeddings": 4096,
+    "partial_rotary_factor": 0.75,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {"long_factor": [1.5] * 48, "short_factor": [1.0] * 48, "type": "longrope"},
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 200064,
+}
+
+
+def _published(path: Path, config: dict[str, object]) -> ModelConfig:
+    (path / "config.json").write_text(json.dumps(config))
+    return ModelConfig.from_dir(path)
+
+
+def test_gemma3_is_the_text_of_a_model_that_sees(tmp_path: Path) -> None:
+    config = _published(tmp_path, GEMMA3_4B)
+    assert (config.num_qo_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (8, 4, 256, 262208)
+    assert config.tie_embeddings and config.dtype == "bfloat16" and config.eos_token_ids == {1, 106}
+    assert config.sliding_windows == ((1024,) * 5 + (None,)) * 5 + (1024,) * 4
+    assert (config.rope.theta, config.rope.kind, config.rope.factor) == (1e6, "linear", 8.0)
+    assert config.local_rope is not None
+    assert (config.local_rope.theta, config.local_rope.kind) == (1e4, "default")
+    assert config.score_scale == 256**-0.5 and config.activation == "gelu_tanh"
+
+
+def test_phi4_turns_a_part_of_each_head(tmp_path: Path) -> None:
+    config = _published(tmp_path, PHI4_MINI)
+    assert config.rope.fraction == 0.75 and len(config.rope.long_factors) == 48
+    assert config.rope.is_long(8192) and not config.rope.is_long(4096)
+    assert config.rope.attention_factor == pytest.approx(1.1902, abs=1e-4)
+    with pytest.raises(ConfigError, match="short_factor must be a list of 48 numbers"):
+        _published(
+            tmp_path, PHI4_MINI | {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": []}}
+        )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -138,7 +202,7 @@ def test_rope_scaling_extends_the_longest_length(tmp_path: Path, scaling: dict[s
             "'MinistralForCausalLM' is not supported; these are: LlamaForCausalLM",
         ),
         ({"architectures": ["MinistralForCausalLM"]}, "; the nearest is MistralForCausalLM"),
-        ({"architectures": ["LlavaForConditionalGeneration"]}, "Qwen3MoeForCausalLM$"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "Phi3ForCausalLM$"),
         ({"architectures": ..., "model_type": "gpt2"}, "'gpt2' is not supported"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never run"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

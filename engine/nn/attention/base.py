@@ -19,6 +19,21 @@ from torch import Tensor
 LayerPages = Tensor | Sequence[Tensor]
 
 
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Scores:
+    """Scores are made of queries' products with keys by these, and weighed against each other and against sinks."""
+
+    scale: float | None = None  # None: by the head's size
+    cap: float | None = None  # what scores come near to and never reach
+    sinks: Sequence[Tensor] | None = None  # of each layer: [num_qo_heads], a score that no value goes with
+
+    def scale_of(self, head_dim: int) -> float:
+        return float(head_dim**-0.5) if self.scale is None else self.scale
+
+
+PLAIN_SCORES = Scores()
+
+
 @dataclass(slots=True, frozen=True)
 class AttentionMetadata:
     """The batch as kernels see it, on the host (the engine fills it). Row i feeds query tokens
@@ -60,10 +75,6 @@ class AttentionBackend(Protocol):
     def warm_up(self) -> None:
         """Compile or load what the first steps would. Before any page is of use: it overwrites some."""
         ...
-
-
-def softmax_scale(head_dim: int) -> float:
-    return float(head_dim**-0.5)
 
 
 def check_pages(pages: torch.Tensor, num_qo_heads: int) -> None:

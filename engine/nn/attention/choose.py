@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ....common.errors import ConfigError
-from .base import AttentionBackend, LayerPages
+from .base import PLAIN_SCORES, AttentionBackend, LayerPages, Scores
 
 
 def make_attention(
@@ -20,6 +20,7 @@ def make_attention(
     query_dtype: torch.dtype | None = None,
     kv_scales: Sequence[tuple[float, float]] | None = None,
     deterministic: bool = False,
+    scores: Scores = PLAIN_SCORES,
 ) -> AttentionBackend:
     """Make the backend `name` ("auto" picks by device) over `pages`. Raises ConfigError where it cannot run.
 
@@ -42,14 +43,15 @@ def make_attention(
             query_dtype=query_dtype,
             kv_scales=kv_scales,
             narrow_queries=name == "flashinfer_fp8",
+            scores=scores,
         )
     if device != "cpu":
         raise ConfigError(f"attention_backend = {name} does not run on {device}; use flashinfer")
     if deterministic:
         from .tiled import TiledAttention
 
-        return TiledAttention(pages, num_qo_heads, sliding_windows)
+        return TiledAttention(pages, num_qo_heads, sliding_windows, scores)
     from .paged_torch import CPUAttention
 
     assert isinstance(pages, Tensor), "layers apart are for attention in tiles"
-    return CPUAttention(pages, num_qo_heads, sliding_windows)
+    return CPUAttention(pages, num_qo_heads, sliding_windows, scores)

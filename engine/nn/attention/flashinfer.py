@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ....common.errors import ConfigError
 from ....common.extras import FLASHINFER
-from .base import AttentionMetadata, check_pages, softmax_scale
+from .base import PLAIN_SCORES, AttentionMetadata, Scores, check_pages
 from .page_index import PageIndex, StepIndex, upload_step
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class FlashInferAttention:
         query_dtype: torch.dtype | None = None,
         kv_scales: KVScales | None = None,
         narrow_queries: bool = False,
+        scores: Scores = PLAIN_SCORES,
     ) -> None:
         """`query_dtype`: where pages are in 8 bits and queries are not; `narrow_queries`: chunks' are made so, too.
 
@@ -83,6 +84,10 @@ class FlashInferAttention:
         num_layers, _, _, self._num_kv_heads, self._block_size, self._head_dim = pages.shape
         if self._head_dim not in _HEAD_DIMS:
             raise ConfigError(f"flashinfer attends with heads of {_HEAD_DIMS}, the model's are {self._head_dim}")
+        if scores.sinks is not None or scores.cap is not None:
+            what = "sinks" if scores.sinks is not None else "capped scores"
+            raise ConfigError(f"attention with {what} does not run on CUDA; use --device cpu")
+        self._scale = scores.scale_of(self._head_dim)
         self._flashinfer = flashinfer = import_flashinfer("attention")
         self._pages = pages
         self._scales = list(kv_scales or [(1.0, 1.0)] * num_layers)
@@ -154,7 +159,7 @@ class FlashInferAttention:
             window_left=_window_left(window),
             q_data_type=self._query_dtype,
             kv_data_type=self._pages.dtype,
-            sm_scale=softmax_scale(self._head_dim),
+            sm_scale=self._scale,
         )
 
     def _plan_prefill(self, step: StepIndex, indices: Tensor, last_page_len: Tensor) -> None:
@@ -173,7 +178,7 @@ class FlashInferAttention:
                 q_data_type=self._pages.dtype if self._narrows else self._query_dtype,
                 kv_data_type=self._pages.dtype,
                 o_data_type=self._query_dtype,
-                sm_scale=softmax_scale(self._head_dim),
+                sm_scale=self._scale,
                 seq_lens=step.chunk_kv_lens,
             )
 

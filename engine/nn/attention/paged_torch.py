@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import AttentionMetadata, check_pages, softmax_scale
+from .base import PLAIN_SCORES, AttentionMetadata, Scores, check_pages
 
 _CACHE_BYTES = 8 << 20  # what a product's operands should stay within; measured
 _MIN_TILE = 8  # queries: a product of fewer reads its keys too often for what it calculates
@@ -72,6 +72,7 @@ class CPUAttention:
         pages: Tensor,
         num_qo_heads: int,
         sliding_windows: Sequence[int | None],
+        scores: Scores = PLAIN_SCORES,
         *,
         cache_bytes: int = _CACHE_BYTES,
     ) -> None:
@@ -79,7 +80,9 @@ class CPUAttention:
         num_layers, num_blocks, _, self._num_kv_heads, self._block_size, self._head_dim = pages.shape
         self._num_qo_heads = num_qo_heads
         self._group_size = num_qo_heads // self._num_kv_heads
-        self._scale = softmax_scale(self._head_dim)
+        self._scale = scores.scale_of(self._head_dim)
+        self._cap = scores.cap
+        self._sinks = scores.sinks
         self._windows = tuple(sliding_windows)
         self._dtype = pages.dtype
         self._group_bytes = cache_bytes // 2  # gathered K of one decode group
@@ -182,26 +185,29 @@ class CPUAttention:
         out[num_tokens:].zero_()
         page_rows = self._page_rows[layer_id]
         for group in plan.groups:
-            self._decode(group, scaled, page_rows, out)
+            self._decode(group, scaled, page_rows, layer_id, out)
         for row in plan.prefill:
-            self._prefill(row, plan.window, scaled, page_rows, out)
+            self._prefill(row, plan.window, scaled, page_rows, layer_id, out)
         return out
 
-    def _decode(self, group: _DecodeGroup, q: Tensor, page_rows: Tensor, out: Tensor) -> None:
+    def _decode(self, group: _DecodeGroup, q: Tensor, page_rows: Tensor, layer_id: int, out: Tensor) -> None:
         n, keys = group.num_rows, group.num_keys
         k = self._gather("k", page_rows, group.k_index).view(n * self._num_kv_heads, keys, self._head_dim)
         v = self._gather("v", page_rows, group.v_index).view(n * self._num_kv_heads, keys, self._head_dim)
         rows = q[:n] if group.rows is None else q[group.rows]
         scores = torch.bmm(rows.view(n * self._num_kv_heads, self._group_size, self._head_dim), k.transpose(1, 2))
-        scores.view(n, self._num_kv_heads, self._group_size, keys).masked_fill_(group.hidden, _NO)
+        self._bound(scores).view(n, self._num_kv_heads, self._group_size, keys).masked_fill_(group.hidden, _NO)
         v.view(-1, self._head_dim).index_fill_(0, group.hidden_values, 0.0)
-        attended = torch.bmm(torch.softmax(scores, -1), v).view(n, self._num_qo_heads, self._head_dim)
+        weights = self._softmax(scores, layer_id, slice(None))
+        attended = torch.bmm(weights, v).view(n, self._num_qo_heads, self._head_dim)
         if group.rows is None:
             out[:n] = attended
         else:
             out[group.rows] = attended
 
-    def _prefill(self, row: _PrefillRow, window: int | None, q: Tensor, page_rows: Tensor, out: Tensor) -> None:
+    def _prefill(
+        self, row: _PrefillRow, window: int | None, q: Tensor, page_rows: Tensor, layer_id: int, out: Tensor
+    ) -> None:
         shape = (row.num_tokens, self._num_kv_heads, self._group_size, self._head_dim)
         chunk = slice(row.token, row.token + row.num_tokens)
         queries = q[chunk].view(shape).permute(1, 2, 0, 3)  # [kv_heads, group, tokens, head_dim]
@@ -214,9 +220,10 @@ class CPUAttention:
             v = self._gather("v", page_rows, row.v_index[heads].reshape(-1)).view(num_heads, -1, self._head_dim)
             for start in range(0, row.num_tokens, tile):
                 stop = min(start + tile, row.num_tokens)
-                results[heads, :, start:stop] = self._attend_tile(
-                    row, window, queries[heads, :, start:stop], k, v, start
-                )
+                scores, values = self._score_tile(row, window, queries[heads, :, start:stop], k, v, start)
+                probabilities = self._softmax(scores, layer_id, heads, self._take("probabilities", *scores.shape))
+                attended = torch.bmm(probabilities, values)
+                results[heads, :, start:stop] = attended.view(num_heads, self._group_size, -1, self._head_dim)
 
     def _tiling(self, num_keys: int) -> tuple[int, int]:
         """Return how many queries and KV heads a tile has, so that scores stay small."""
@@ -226,10 +233,13 @@ class CPUAttention:
             tile //= 2
         return tile, max(1, min(self._num_kv_heads, self._score_bytes // (tile * key_bytes)))
 
-    def _attend_tile(
+    def _score_tile(
         self, row: _PrefillRow, window: int | None, queries: Tensor, k: Tensor, v: Tensor, start: int
-    ) -> Tensor:
-        """Attend with queries [heads, group, n, head_dim], `start` tokens into the row, over all keys that they see."""
+    ) -> tuple[Tensor, Tensor]:
+        """Score queries [heads, group, n, head_dim], `start` tokens into the row, with the keys that any of them sees.
+
+        Returns [heads, group * n, keys] and these keys' values.
+        """
         heads, group, n, head_dim = queries.shape
         position = row.kv_len - row.num_tokens + start  # of the tile's first query
         stop = position + n - row.first_key
@@ -237,7 +247,7 @@ class CPUAttention:
         shape = (heads, group * n, stop - first)
         scores = self._take("scores", *shape)
         torch.bmm(queries.reshape(heads, group * n, head_dim), k[:, first:stop].transpose(1, 2), out=scores)
-        by_query = scores.view(heads, group, n, stop - first)
+        by_query = self._bound(scores).view(heads, group, n, stop - first)
         by_query[..., -n:].add_(self._causal[:n, :n])
         if window is not None:
             # query i sees key `first + c` iff c > i + last_hidden
@@ -246,9 +256,20 @@ class CPUAttention:
             if edge > 0:
                 hidden = torch.arange(edge) <= torch.arange(n).unsqueeze(1) + last_hidden
                 by_query[..., :edge].masked_fill_(hidden, _NO)
-        probabilities = self._take("probabilities", *shape)
-        torch.softmax(scores, -1, out=probabilities)
-        return torch.bmm(probabilities, v[:, first:stop]).view(heads, group, n, head_dim)
+        return scores, v[:, first:stop]
+
+    def _bound(self, scores: Tensor) -> Tensor:
+        """Keep scores below the cap, in place."""
+        return scores if self._cap is None else scores.div_(self._cap).tanh_().mul_(self._cap)
+
+    def _softmax(self, scores: Tensor, layer_id: int, heads: slice, out: Tensor | None = None) -> Tensor:
+        """Weigh keys by their scores, [n * KV heads, rows, keys], rows being a group's query heads, each n in turn."""
+        if self._sinks is None:
+            return torch.softmax(scores, -1, out=out)
+        sinks = self._sinks[layer_id].view(self._num_kv_heads, self._group_size, 1)[heads].to(scores.dtype)
+        sinks = sinks.repeat(len(scores) // len(sinks), 1, 1)
+        sinks = sinks.repeat_interleave(scores.shape[1] // self._group_size, 1)
+        return torch.softmax(torch.cat((scores, sinks), -1), -1)[..., :-1]
 
     def warm_up(self) -> None:
         """Nothing is compiled here."""

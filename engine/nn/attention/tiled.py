@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import AttentionMetadata, LayerPages, heads_of_pages, rows_apart, softmax_scale
+from .base import PLAIN_SCORES, AttentionMetadata, LayerPages, Scores, heads_of_pages, rows_apart
 
 _QUERIES = 8  # tokens of a tile
 _KEYS = 256  # of a tile: a multiple of it, and of every block size
@@ -72,14 +72,21 @@ class TiledAttention:
 
     name = "cpu"
 
-    def __init__(self, pages: LayerPages, num_qo_heads: int, sliding_windows: Sequence[int | None]) -> None:
+    def __init__(
+        self,
+        pages: LayerPages,
+        num_qo_heads: int,
+        sliding_windows: Sequence[int | None],
+        scores: Scores = PLAIN_SCORES,
+    ) -> None:
         self._layers = [pages[layer] for layer in range(len(pages))]
         _, _, self._num_kv_heads, self._block_size, self._head_dim = self._layers[0].shape
         assert num_qo_heads % self._num_kv_heads == 0, (num_qo_heads, self._num_kv_heads)
         self._page_rows = [heads_of_pages(layer) for layer in self._layers]
         self._rows_apart = rows_apart(self._layers[0])
         self._group_size = num_qo_heads // self._num_kv_heads
-        self._scale = softmax_scale(self._head_dim)
+        self._scale = scores.scale_of(self._head_dim)
+        self._scores = scores
         self._windows = tuple(sliding_windows)
         self._num_tokens = 0
         self._rows: list[_Row] = []
@@ -124,7 +131,7 @@ class TiledAttention:
 
     def _attend(self, row: _Row, q: Tensor, layer_id: int, out: Tensor) -> None:
         window = self._windows[layer_id]
-        running = [self._start(tile, q) for tile in row.queries]
+        running = [self._start(tile, q, layer_id) for tile in row.queries]
         first = min(tile.first_key(window) for tile in row.queries)
         for keys in row.keys:
             if keys.position + _KEYS <= first:
@@ -137,18 +144,22 @@ class TiledAttention:
         for part in running:
             self._finish(part, out)
 
-    def _start(self, tile: _QueryTile, q: Tensor) -> _Running:
+    def _start(self, tile: _QueryTile, q: Tensor, layer_id: int) -> _Running:
         heads, group, dim = self._num_kv_heads, self._group_size, self._head_dim
         queries = torch.zeros(heads, _QUERIES, group, dim)
         tokens = q[tile.token : tile.token + tile.num_tokens].view(tile.num_tokens, heads, group, dim)
         queries[:, tile.slot : tile.slot + tile.num_tokens] = tokens.transpose(0, 1)
         queries.mul_(self._scale)
         shape = (heads, _QUERIES * group)
+        largest, total = torch.full((*shape, 1), _LEAST), torch.zeros(*shape, 1)
+        if self._scores.sinks is not None:  # seen before all keys
+            sinks = self._scores.sinks[layer_id].float().view(heads, 1, group)
+            largest, total = sinks.expand(heads, _QUERIES, group).reshape(*shape, 1), torch.ones(*shape, 1)
         return _Running(
             tile,
             queries.view(*shape, dim),
-            torch.full((*shape, 1), _LEAST),
-            torch.zeros(*shape, 1),
+            largest,
+            total,
             torch.zeros(*shape, dim),
         )
 
@@ -165,6 +176,8 @@ class TiledAttention:
 
     def _see(self, part: _Running, k: Tensor, v: Tensor, hidden: Tensor | None) -> None:
         scores = torch.bmm(part.queries, k.transpose(1, 2))
+        if self._scores.cap is not None:
+            scores.div_(self._scores.cap).tanh_().mul_(self._scores.cap)
         if hidden is not None:
             by_place = scores.view(self._num_kv_heads, _QUERIES, self._group_size, _KEYS)
             by_place.masked_fill_(hidden.unsqueeze(1), float("-inf"))

@@ -10,7 +10,7 @@ import torch
 from kvferry.engine.cuda.decoder import FusedDecoder, cos_sin_table
 from kvferry.engine.cuda.kernels import TorchKernels
 from kvferry.engine.nn import decoder as decoders
-from kvferry.engine.nn.attention.base import AttentionMetadata
+from kvferry.engine.nn.attention.base import AttentionMetadata, Scores
 from kvferry.engine.nn.attention.paged_torch import CPUAttention
 from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.nn.weights import load_weights
@@ -41,7 +41,7 @@ def _decoder(model_dir: Path) -> Decoder:
 def _attention(decoder: Decoder) -> CPUAttention:
     config = decoder.config
     pages = torch.zeros(config.num_layers, 4, 2, config.num_kv_heads, 16, config.head_dim)
-    attention = CPUAttention(pages, config.num_qo_heads, config.sliding_windows)
+    attention = CPUAttention(pages, config.num_qo_heads, config.sliding_windows, Scores(scale=config.score_scale))
     i32 = torch.int32
     attention.plan(
         AttentionMetadata(
@@ -65,6 +65,10 @@ def _attention(decoder: Decoder) -> CPUAttention:
         ("mistral", Shape(num_layers=3, sliding_window=7), {}),
         ("qwen2", Shape(num_layers=3), {"rope_parameters": YARN}),
         ("qwen3", Shape(num_layers=3, head_dim=32), {}),
+        ("granite", Shape(num_layers=3), {}),
+        ("olmo2", Shape(num_layers=3), {}),
+        ("phi3", Shape(num_layers=3), {}),
+        ("gemma3_text", Shape(num_layers=3, head_dim=32), {}),
     ],
 )
 @torch.inference_mode()
