@@ -110,9 +110,10 @@ class EngineConfig(Settings):
     cpu_isa: CpuIsa = "auto"  # of the C++ on a CPU; auto: the best that the processor has
     deterministic: bool = False  # a token's results depend on the tokens before it alone, to the bit; on CPUs
     speculative_config: SpeculativeConfig | None = None  # of decode steps; None: one token a step
-    max_loras: int = Field(0, ge=0, le=1024)  # adapters in the engine's memory at once; 0: none are applied
+    enable_lora: bool = False  # requests may have adapters
+    max_loras: int = Field(8, ge=1, le=1024)  # adapters in the engine's slots at once
     max_lora_rank: int = Field(16, ge=1, le=256)  # the largest that is loaded; each slot has room for it
-    max_cpu_loras: int | None = Field(None, ge=1)  # adapters in host memory, those of the engine among them
+    max_cpu_loras: int | None = Field(None, ge=1)  # adapters in host memory, those in slots among them; None: max_loras
     enforce_eager: bool = False  # decode steps on a GPU without CUDA graphs: Python launches every kernel
     load_format: LoadFormat = "auto"
     seed: int = 0
@@ -241,6 +242,10 @@ class RouterConfig(Settings):
     classes: tuple[RequestClass, ...] = ()  # besides the one of requests that name none
     explain: bool = False  # keep the candidates of every placement, not only of some
     drain_timeout: float = Field(30.0, ge=0)  # from SIGTERM until running answers are told an error
+    enable_lora: bool = False  # as the workers'
+    lora_modules: tuple[str, ...] = ()  # name=path of adapters that are served from the start
+    max_lora_rank: int = Field(16, ge=1, le=256)  # as the workers'
+    allow_runtime_lora_updating: bool = False  # clients may load and unload adapters, not only operators
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None  # None: no admin listener; 0: any free port
     admin_key: tuple[str, ...] = ()

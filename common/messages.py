@@ -15,6 +15,7 @@ from typing import Annotated, Generic, TypeVar
 
 import msgspec
 
+from .adapter import MAX_ADAPTERS
 from .errors import ProtocolError
 from .kv_spec import KVCacheSpec, Shard
 from .request import MAX_CHOICES, Pooling, RequestSpec, SampledToken, Sequence
@@ -23,8 +24,9 @@ from .request import MAX_CHOICES, Pooling, RequestSpec, SampledToken, Sequence
 # a request is for (`RequestSpec.model`, `.adapter`, `.grammar`), names ranks' shards (`RegionInfo.shard`) and has room
 # for a draft's state (`KVArrived.draft`). What a worker cannot serve of them, it refuses with a reason. Version 5 has
 # prompts embedded (`EmbedTask`, `Embedding`). Version 6 tells how weights are quantized
-# (`WorkerHello.quantization`).
-PROTOCOL_VERSION = 6
+# (`WorkerHello.quantization`). Version 7 says where an adapter's bytes are (`RequestSpec.adapter_path`) and which
+# adapters a worker has (`WorkerStatus.adapters`).
+PROTOCOL_VERSION = 7
 
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
@@ -41,6 +43,7 @@ Vector = Annotated[bytes, msgspec.Meta(min_length=4, max_length=2**18)]  # float
 BlockIds = Annotated[tuple[Count, ...], msgspec.Meta(max_length=2**19)]
 Labels = Annotated[tuple[tuple[Name, Name], ...], msgspec.Meta(max_length=64)]
 Hashes = Annotated[bytes, msgspec.Meta(max_length=2**22)]  # 16 bytes each
+Digests = Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_ADAPTERS)]
 Logprobs = Annotated[tuple[float, ...], msgspec.Meta(max_length=64)]
 U64 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # random or an address; msgspec bounds are signed
 
@@ -172,6 +175,7 @@ class WorkerStatus(Message):
     nonfinite_rows: Count = 0  # of steps, whose logits were no distribution: their requests ended
     draft_tokens: Count = 0  # proposed and fed since start
     accepted_tokens: Count = 0  # proposed tokens that were the ones drawn
+    adapters: Digests = ()  # in the engine's slots
     draft_prompt_tokens: Count = 0  # computed by a draft model while this worker decodes: they came without its KV
 
 

@@ -102,6 +102,7 @@ class RequestSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     model: Annotated[str, msgspec.Meta(max_length=256)] = ""  # the served name of whose answer it is; "": the worker's
     adapter: Annotated[str, msgspec.Meta(max_length=128, pattern=r"^[0-9a-f]*\Z")] = ""  # digest of its bytes; "": none
     grammar: Grammar | None = None  # None: any token may follow any other
+    adapter_path: Annotated[str, msgspec.Meta(max_length=4096)] = ""  # where the adapter's bytes are, on workers
 
     def __post_init__(self) -> None:
         """Check what the types cannot say. From the wire, a ValueError here is a refused frame."""
@@ -131,20 +132,26 @@ class RequestSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 UNSERVED = ("model", "adapter", "grammar")  # reasons of `why_unserved`: all workers of a router say the same
 
 
-def why_unserved(spec: RequestSpec, served_model: str, *, follows_grammars: bool = False) -> tuple[str, str] | None:
+def why_unserved(
+    spec: RequestSpec, served_model: str, *, follows_grammars: bool = False, applies_adapters: bool = False
+) -> tuple[str, str] | None:
     """Say what a request asks for that a worker of `served_model` lacks, and the words for it; None: nothing."""
     if spec.model not in ("", served_model):
         return "model", f"{spec.model!r} is asked for, this worker serves {served_model!r}"
-    if spec.adapter:
+    if spec.adapter and not applies_adapters:
         return "adapter", f"adapter {spec.adapter} is asked for, this version applies none"
     if spec.grammar is not None and not follows_grammars:
         return "grammar", f"a grammar ({spec.grammar.kind!r}) is asked for, this version follows none"
     return None
 
 
-def grammar_refusal(grammar: CompiledGrammar) -> tuple[str, str]:
-    """Say why a grammar that could not be compiled is not followed, as `why_unserved` does."""
-    return "grammar", f"the grammar that is asked for cannot be followed: {grammar.failure}"
+def failed_part(grammar: CompiledGrammar | None, adapter: HeldAdapter | None) -> tuple[str, str] | None:
+    """Say which of these failed to be made ready, and why, as `why_unserved` does; None: neither has."""
+    if grammar is not None and grammar.failure:
+        return "grammar", f"the grammar that is asked for cannot be followed: {grammar.failure}"
+    if adapter is not None and adapter.failure:
+        return "adapter", f"the adapter that is asked for cannot be loaded: {adapter.failure}"
+    return None
 
 
 def pack_ids(token_ids: Iterable[int]) -> bytes:
@@ -231,6 +238,11 @@ class Sequence:
     def awaits_adapter(self) -> bool:
         """Tell whether nothing of it may be computed yet, as its adapter is not here."""
         return self.held_adapter is not None and self.held_adapter.slot is None
+
+    @property
+    def may_begin(self) -> bool:
+        """Tell whether its adapter, if it has one, is here and takes new sequences."""
+        return self.held_adapter is None or self.held_adapter.is_open
 
     @property
     def can_sample(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..common import failpoints
+from ..common.adapter import Adapters, find_adapter
 from ..common.clock import Clock
 from ..common.grammar import Grammars, find_grammar
 from ..common.request import RequestSpec
@@ -33,6 +34,7 @@ class Adoption:
         clock: Clock,
         contents: Contents,
         grammars: Grammars | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self._receiver = receiver
         self._scheduler = scheduler
@@ -40,6 +42,7 @@ class Adoption:
         self._outbox = outbox
         self._clock = clock
         self._grammars = grammars
+        self._adapters = adapters
         self._contents = contents
         # Choices that ended while their prompt was still on its way, by (request id, attempt).
         self._ended_early: dict[tuple[str, int], set[int]] = {}
@@ -78,6 +81,7 @@ class Adoption:
         request = RunningRequest(reservation.router_id, spec, self.expires_s(spec))
         request.num_cached_tokens = reservation.num_cached_by_writer
         request.grammar = find_grammar(spec.grammar, self._grammars)  # compiled since its reservation
+        request.held_adapter = find_adapter(spec.adapter, spec.adapter_path, self._adapters)  # loaded since then
         self._requests.add(request)
         first = {choice.choice: choice for choice in reservation.first_tokens}
         ended = self._ended_early.pop((spec.request_id, spec.attempt), set())
@@ -93,7 +97,7 @@ class Adoption:
                 seq = request.sequences[choice] = self._contents.sequence(
                     spec, choice, outputs, reservation.block_hashes
                 )
-                seq.grammar = request.grammar
+                seq.grammar, seq.held_adapter = request.grammar, request.held_adapter
                 seq.is_retained_elsewhere = not reservation.retains_prefix
         self._place(request, blocks, copies)
 

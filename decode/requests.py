@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..common.request import RequestSpec, Sequence
+from ..common.request import RequestSpec, Sequence, failed_part
 from .outbox import Outbox
 from .running import EndedAttempts, RunningRequest
 from .scheduler import DecodeScheduler
@@ -21,7 +21,7 @@ class RunningRequests:
         self._outbox = outbox
         self._running: dict[str, RunningRequest] = {}  # by request id
         self._ended = EndedAttempts()
-        self._unready: list[RunningRequest] = []  # their grammars were not ready when it was last looked
+        self._unready: list[RunningRequest] = []  # something of them was not ready when it was last looked
         self.stale_messages = 0
 
     def __len__(self) -> int:
@@ -40,16 +40,21 @@ class RunningRequests:
 
     def add(self, request: RunningRequest) -> None:
         self._running[request.spec.request_id] = request
-        if request.grammar is not None and not request.grammar.is_ready:
+        if not request.is_equipped:
             self._unready.append(request)
 
-    def without_grammar(self) -> list[RunningRequest]:
-        """Return the requests whose grammar cannot be compiled."""
+    def failed(self) -> list[tuple[RunningRequest, tuple[str, str]]]:
+        """Return the requests whose grammar cannot be compiled, or adapter be loaded, and why."""
         if not self._unready:
             return []
         alive = [request for request in self._unready if self._running.get(request.spec.request_id) is request]
-        self._unready = [r for r in alive if r.grammar is not None and not r.grammar.is_ready]
-        return [r for r in self._unready if r.grammar is not None and r.grammar.failure]
+        self._unready = [request for request in alive if not request.is_equipped]
+        whys = [(request, failed_part(request.grammar, request.held_adapter)) for request in self._unready]
+        return [(request, why) for request, why in whys if why is not None]
+
+    def adapters(self) -> Iterator[str]:
+        """Yield the adapters of all of them."""
+        return (request.spec.adapter for request in self._running.values() if request.spec.adapter)
 
     def drop_older(self, spec: RequestSpec) -> bool:
         """A new attempt ends the one before it. False: it is not new, and is dropped itself."""

@@ -90,7 +90,7 @@ class StepResults:
         for choice, run in runs.items():
             if choice != seq.choice:
                 child = self._contents.sequence(request.spec, choice, [run[0].token_id])
-                child.grammar = seq.grammar
+                child.grammar, child.held_adapter = seq.grammar, seq.held_adapter
                 request.sequences[choice] = child
                 self._scheduler.fork(seq, child)
         for choice, run in runs.items():

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sized
 from itertools import chain
 
 from ..common import failpoints
+from ..common.adapter import Adapters, find_adapter
 from ..common.batch import Batch, StepOutput
 from ..common.clock import Clock
 from ..common.config import SpeculativeConfig
@@ -34,7 +35,7 @@ from ..common.messages import (
     TaskRefused,
     WorkerFailure,
 )
-from ..common.request import RequestSpec, Sequence, grammar_refusal, why_unserved
+from ..common.request import RequestSpec, Sequence, why_unserved
 from ..common.role_counters import RoleCounters
 from ..kvcache.blocks import BlockPool
 from ..kvcache.contents import Contents, TokenContents
@@ -74,12 +75,13 @@ class DecodeRole:
         leaving: Callable[[], Callable[[], object]] | None = None,
         served_model: str = "",
         grammars: Grammars | None = None,
+        adapters: Adapters | None = None,
         speculative: SpeculativeConfig | None = None,
         contents: Contents | None = None,
     ) -> None:
         """`leaving()` returns what waits until all that was sent has left this process; None: it leaves at once.
 
-        `served_model`: what requests may ask for. `grammars` None: those that ask for one are refused.
+        `served_model`: what requests may ask for. `grammars`, `adapters` None: those that ask for one are refused.
         `speculative` None: no token is drafted. `contents`: reads requests; None: by their token ids.
         """
         self.pool = pool
@@ -116,9 +118,10 @@ class DecodeRole:
         self._leaving = leaving
         self._served_model = served_model
         self._grammars = grammars
+        self._adapters = adapters
         self._wait_left: Callable[[], object] | None = None
         self._adoption = Adoption(
-            receiver, self.scheduler, self._requests, self._outbox, clock, self._contents, grammars
+            receiver, self.scheduler, self._requests, self._outbox, clock, self._contents, grammars, adapters
         )
 
     # --- messages ---------------------------------------------------------------------------------------
@@ -148,6 +151,7 @@ class DecodeRole:
             self._to_router(router_id, no)
             return
         find_grammar(spec.grammar, self._grammars)  # compiled while the prompt is
+        find_adapter(spec.adapter, spec.adapter_path, self._adapters)  # and loaded
         self._answer(self._waiting.reserve(router_id, message))
 
     def _refusal(self, spec: RequestSpec) -> tuple[str, str] | None:
@@ -156,7 +160,12 @@ class DecodeRole:
             return "stale", ""
         if _is_expired(spec):
             return "expired", ""
-        return why_unserved(spec, self._served_model, follows_grammars=self._grammars is not None)
+        return why_unserved(
+            spec,
+            self._served_model,
+            follows_grammars=self._grammars is not None,
+            applies_adapters=self._adapters is not None,
+        )
 
     def _answer(self, answers: list[tuple[str, Grant | NoCapacity]]) -> None:
         for router_id, answer in answers:
@@ -177,9 +186,10 @@ class DecodeRole:
             return
         request = RunningRequest(router_id, spec, self._adoption.expires_s(spec))
         request.grammar = find_grammar(spec.grammar, self._grammars)
+        request.held_adapter = find_adapter(spec.adapter, spec.adapter_path, self._adapters)
         try:
             for seq in self._prompt_sequences(spec):
-                seq.grammar = request.grammar
+                seq.grammar, seq.held_adapter = request.grammar, request.held_adapter
                 self.scheduler.add(seq)
                 request.sequences[seq.choice] = seq
         except CapacityError as error:
@@ -265,7 +275,7 @@ class DecodeRole:
     def schedule(self) -> Batch | None:
         self._drop_expired()
         has_adopted = self._adoption.adopt_arrived()
-        self._drop_without_grammar()
+        self._drop_failed()
         batch = self.scheduler.schedule()
         self._end_misfits()
         self._answer(self._waiting.retry())
@@ -281,12 +291,18 @@ class DecodeRole:
             self._refuse(request.router_id, request.spec, "expired")
             self._requests.end(request)
 
-    def _drop_without_grammar(self) -> None:
-        """Refuse what follows a grammar that cannot be compiled."""
-        for request in self._requests.without_grammar():
-            assert request.grammar is not None
-            self._refuse(request.router_id, request.spec, *grammar_refusal(request.grammar))
+    def _drop_failed(self) -> None:
+        """Refuse what follows a grammar that cannot be compiled, or has an adapter that cannot be loaded."""
+        for request, why in self._requests.failed():
+            self._refuse(request.router_id, request.spec, *why)
             self._requests.end(request)
+
+    def adapters_in_use(self) -> tuple[set[str], list[str]]:
+        """Return the adapters of sequences that have a row, and those of all other requests, promised ones last."""
+        begun = {seq.adapter for seq in self.scheduler.running if seq.adapter}
+        promised = (reservation.spec for reservation in self.receiver.reservations.live.values())
+        rest = (spec.adapter for spec in (*promised, *self._waiting.specs) if spec.adapter)
+        return begun, [*self._requests.adapters(), *rest]
 
     def _end_misfits(self) -> None:
         """Sequences that outgrew the whole pool would wait for ever."""

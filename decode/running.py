@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from ..common.adapter import HeldAdapter
 from ..common.grammar import CompiledGrammar
 from ..common.request import RequestSpec, Sequence
 
@@ -22,6 +23,12 @@ class RunningRequest:
     dropped: set[int] = field(default_factory=set)  # choices that ended before their prompt was computed
     num_cached_tokens: int = 0
     grammar: CompiledGrammar | None = None
+    held_adapter: HeldAdapter | None = None
+
+    @property
+    def is_equipped(self) -> bool:
+        """Tell whether nothing of it can fail to be made ready any more: an adapter may, as it can lose its slot."""
+        return (self.grammar is None or self.grammar.is_ready) and self.held_adapter is None
 
     @property
     def is_finished(self) -> bool:

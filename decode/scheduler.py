@@ -232,7 +232,8 @@ class DecodeScheduler:
         rows = []
         for seq in list(self.running):
             # A sequence without blocks was preempted for an older one a moment ago.
-            if seq.num_uncomputed_tokens == 1 and seq.can_sample and seq.block_table and self._grow(seq):
+            is_ready = seq.can_sample and not seq.awaits_adapter
+            if seq.num_uncomputed_tokens == 1 and is_ready and seq.block_table and self._grow(seq):
                 rows.append(BatchRow(seq, 1))
         return [row for row in rows if row.seq.block_table]
 

@@ -224,7 +224,11 @@ class SequenceBlocks:
 
     def awaits(self, seq: Sequence) -> bool:
         """Is KV of a waiting sequence on its way from elsewhere? It is admitted when that is here."""
-        return seq.is_fetching or (self.cache.disk is not None and self.cache.awaits(seq, self.reusable_hashes(seq)))
+        return (
+            seq.is_fetching
+            or not seq.may_begin
+            or (self.cache.disk is not None and self.cache.awaits(seq, self.reusable_hashes(seq)))
+        )
 
     def reusable_hashes(self, seq: Sequence) -> list[bytes]:
         self._hash(seq)

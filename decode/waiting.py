@@ -62,6 +62,10 @@ class WaitingReservations:
         return any(waiting.message.spec.request_id == request_id for waiting in self._waiting)
 
     @property
+    def specs(self) -> list[RequestSpec]:
+        return [waiting.message.spec for waiting in self._waiting]
+
+    @property
     def routers(self) -> set[str]:
         return {waiting.router_id for waiting in self._waiting}
 

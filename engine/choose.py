@@ -61,7 +61,7 @@ def choose_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
 @torch.inference_mode()
 def make_adapters(config: EngineConfig, decoder: Decoder, device: torch.device) -> AdapterSlots | None:
     """Make the slots that are asked for. Raises ConfigError."""
-    if config.max_loras == 0:
+    if not config.enable_lora:
         return None
     if device.type != "cpu":
         raise ConfigError("enable_lora: adapters are applied on CPUs; the kernels for a GPU have no part for them yet")

@@ -19,9 +19,11 @@ from typing import Protocol
 
 import msgspec
 
+from ..common.adapter import AdapterTask
 from ..common.config import EngineConfig
 from ..kvcache.disk_files import DiskThread
 from ..kvcache.disk_tier import DiskTask
+from .adapters import AdapterThread
 from .disk import open_disk
 from .engine import Engine
 from .ranks.group import FrameKind, FrameSocket, StartFollower, describe, join_store
@@ -80,6 +82,7 @@ def _follow(start: StartFollower, frames: FrameSocket, inbox: queue.SimpleQueue[
         store=join_store(start.store_port, start.tp_size),
     )
     disk = _open_disk(engine, frames)
+    adapters = _open_adapters(engine, frames)
     handler = _make_handler(start, engine, lambda payload: frames.send(FrameKind.USER, payload))
     while True:
         kind, payload = inbox.get()
@@ -90,6 +93,8 @@ def _follow(start: StartFollower, frames: FrameSocket, inbox: queue.SimpleQueue[
         elif kind == FrameKind.DISK and disk is not None:
             engine.host_slots.settle()
             disk.submit(msgspec.msgpack.decode(payload, type=DiskTask))
+        elif kind == FrameKind.ADAPTER and adapters is not None:
+            adapters.submit(msgspec.msgpack.decode(payload, type=AdapterTask))
         elif kind == FrameKind.CLOSE:
             break
     if disk is not None:
@@ -103,6 +108,12 @@ def _open_disk(engine: Engine, frames: FrameSocket) -> DiskThread | None:
         return None
     disk, _ = open_disk(engine, lambda result: frames.send(FrameKind.DISK, msgspec.msgpack.encode(result)))
     return disk
+
+
+def _open_adapters(engine: Engine, frames: FrameSocket) -> AdapterThread | None:
+    if engine.adapters is None:
+        return None
+    return AdapterThread(engine.adapters, lambda result: frames.send(FrameKind.ADAPTER, msgspec.msgpack.encode(result)))
 
 
 def _make_handler(start: StartFollower, engine: Engine, send: Callable[[bytes], None]) -> FollowerHandler | None:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import structlog
 
 from ..common import failpoints
+from ..common.adapter import Adapters, find_adapter
 from ..common.batch import Batch, BatchRow, RowOutput, StepOutput
 from ..common.clock import Clock
 from ..common.errors import CapacityError
@@ -39,7 +40,7 @@ from ..common.messages import (
     nonfinite_states,
     nothing_to_choose,
 )
-from ..common.request import RequestSpec, Sequence, grammar_refusal, why_unserved
+from ..common.request import RequestSpec, Sequence, why_unserved
 from ..common.role_counters import RoleCounters
 from ..common.vectors import add
 from ..kvcache.blocks import BlockPool, prefix_salt
@@ -76,11 +77,13 @@ class PrefillRole:
         served_model: str = "",
         cache: PrefixCache | None = None,
         grammars: Grammars | None = None,
+        adapters: Adapters | None = None,
         contents: Contents | None = None,
     ) -> None:
         """`own_id`: the worker's name, where it grants blocks as well. `served_model`: what tasks may ask for.
 
-        `grammars` None: those that ask for one are refused. `contents`: reads requests; None: by their token ids.
+        `grammars`, `adapters` None: those that ask for one are refused. `contents`: reads requests; None: by their
+        token ids.
         """
         self.pool = pool
         self._endpoint = endpoint
@@ -96,6 +99,7 @@ class PrefillRole:
         self._own_id = own_id
         self._served_model = served_model
         self._grammars = grammars
+        self._adapters = adapters
         self.fetches: Fetches | None = None  # None: everything that is not in the cache is computed
         self._tasks: dict[str, Task] = {}  # by request id: the attempt that computes or waits
         self._shipments = Shipments(pool, shipping.cancel)
@@ -151,8 +155,8 @@ class PrefillRole:
         seq.pending_choices, seq.samples = spec.choices, message.sample
         seq.is_retained_elsewhere = not message.retains_prefix
         task = self._add(router_id, spec, seq, grant, message.fetch)
-        if task is not None and task.open_id is None and not seq.can_sample:
-            self._open(task, grant)  # its grant would lapse while its grammar is compiled
+        if task is not None and task.open_id is None and not (seq.can_sample and seq.may_begin):
+            self._open(task, grant)  # its grant would lapse while its grammar is compiled, or its adapter loaded
 
     def _on_embed(self, router_id: str, message: EmbedTask) -> None:
         """Take a prompt whose embedding is wanted. Either role may: it needs no other worker."""
@@ -165,6 +169,16 @@ class PrefillRole:
         seq = self._contents.sequence(spec, spec.choices[0])
         seq.samples, seq.pooling = False, message.pooling
         self._add(router_id, spec, seq, None, message.fetch)
+
+    def adapters_in_use(self) -> tuple[set[str], list[str]]:
+        """Return the adapters of prompts that have begun, and those of the others in their order."""
+        begun, waiting = set[str](), list[str]()
+        for prompt in self.scheduler.prompts:
+            if prompt.seq.adapter and prompt.started_s is not None:
+                begun.add(prompt.seq.adapter)
+            elif prompt.seq.adapter:
+                waiting.append(prompt.seq.adapter)
+        return begun, waiting
 
     def _is_new(self, spec: RequestSpec) -> bool:
         """End the attempts before this one. False: it is not new, and is dropped itself."""
@@ -181,6 +195,7 @@ class PrefillRole:
         self, router_id: str, spec: RequestSpec, seq: Sequence, grant: GrantInfo | None, fetch: FetchFrom | None
     ) -> Task | None:
         """Queue a prompt, or refuse it where it can never fit."""
+        seq.held_adapter = find_adapter(spec.adapter, spec.adapter_path, self._adapters)
         salt = prefix_salt(self._endpoint.spec if grant is None else grant.spec, spec.cache_salt, spec.adapter)
         try:
             prompt = self.scheduler.add(seq, salt, spec.remaining_s)
@@ -224,7 +239,12 @@ class PrefillRole:
         return ("expired", "") if spec.remaining_s is not None and spec.remaining_s <= 0 else None
 
     def _unserved(self, spec: RequestSpec) -> tuple[str, str] | None:
-        return why_unserved(spec, self._served_model, follows_grammars=self._grammars is not None)
+        return why_unserved(
+            spec,
+            self._served_model,
+            follows_grammars=self._grammars is not None,
+            applies_adapters=self._adapters is not None,
+        )
 
     def _on_abort(self, message: Abort) -> None:
         if message.choices or message.unless_arrived:
@@ -269,11 +289,10 @@ class PrefillRole:
             task = self._tasks[prompt.seq.request_id]
             self._refuse(task.router_id, task.spec, "expired")
             self._end(task, "its deadline has passed")
-        for prompt in self.scheduler.without_grammar():
+        for prompt, why in self.scheduler.failed():
             task = self._tasks[prompt.seq.request_id]
-            assert prompt.seq.grammar is not None
-            self._refuse(task.router_id, task.spec, *grammar_refusal(prompt.seq.grammar))
-            self._end(task, "its grammar cannot be followed")
+            self._refuse(task.router_id, task.spec, *why)
+            self._end(task, f"its {why[0]} cannot be had")
         scheduled = self.scheduler.schedule()
         if scheduled is None:
             return None

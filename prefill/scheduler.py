@@ -20,7 +20,7 @@ from ..common.batch import Batch, BatchRow
 from ..common.clock import Clock
 from ..common.errors import CapacityError
 from ..common.pacing import BACKGROUND_STEP_S, MIN_CHUNK_TOKENS, PROMPT_DUE_STRETCH
-from ..common.request import BACKGROUND_PRIORITY, Sequence, reuses_prefix
+from ..common.request import BACKGROUND_PRIORITY, Sequence, failed_part, reuses_prefix
 from ..kvcache.blocks import BlockPool, hash_blocks
 from ..kvcache.prefix_cache import PrefixCache
 
@@ -102,9 +102,10 @@ class PrefillScheduler:
         now = self._clock.now()
         return [p for p in self.prompts if p.started_s is None and p.expires_s is not None and now >= p.expires_s]
 
-    def without_grammar(self) -> list[Prompt]:
-        """Return the prompts whose grammar cannot be compiled."""
-        return [p for p in self.prompts if p.seq.grammar is not None and p.seq.grammar.failure]
+    def failed(self) -> list[tuple[Prompt, tuple[str, str]]]:
+        """Return the prompts whose grammar cannot be compiled, or adapter be loaded, and why."""
+        whys = [(prompt, failed_part(prompt.seq.grammar, prompt.seq.held_adapter)) for prompt in self.prompts]
+        return [(prompt, why) for prompt, why in whys if why is not None]
 
     def schedule(self) -> tuple[Batch, list[Prompt]] | None:
         """The next step's chunks and, beside each row, its prompt."""
@@ -181,8 +182,8 @@ class PrefillScheduler:
         self.cache.forget(prompt.seq)
 
     def _awaits(self, prompt: Prompt) -> bool:
-        """Is KV of it on its way from elsewhere? It starts when that is here."""
-        if prompt.seq.is_fetching:
+        """Is KV of it on its way from elsewhere, or its adapter? It starts when that is here."""
+        if prompt.seq.is_fetching or not prompt.seq.may_begin:
             return True
         return self.cache.disk is not None and self.cache.awaits(prompt.seq, self.reusable_hashes(prompt))
 

@@ -28,6 +28,7 @@ from .access.cors import Cors
 from .access.hosts import HostNames
 from .access.keys import ApiKeys
 from .access.quota import QuotaLimits, Quotas
+from .admin.adapters import LOAD_PATH, UNLOAD_PATH, AdapterEndpoints, AdapterOperations
 from .api.body import MAX_BODY_BYTES
 from .api.generation import Api
 from .api.middleware import Endpoint, MiddlewareAdapter, RequestMiddleware, context_of
@@ -76,12 +77,13 @@ def build_app(
     unknown_fields: UnknownFields = "refuse",
     data: DataFolder | None = None,
     max_batch_requests: int = 16,
+    adapters: AdapterOperations | None = None,
 ) -> FastAPI:
     """The application; `app.state.api` is the `Api` behind it, `app.state.keeper` runs batches, if there is a `data`
     folder to keep them in: up to `max_batch_requests` of their requests at once. `clock` is the dispatchers'.
 
     `keys`: without them nobody needs one. `seed` makes the seeds drawn for clients that give none repeatable.
-    `share_prefix_cache` lets tenants find each other's prefixes.
+    `share_prefix_cache` lets tenants find each other's prefixes. `adapters`: what clients may load; None: they may not.
 
     Where no keys are needed, and where `allowed_hosts` are given, a request must name one of those, an address or
     localhost.
@@ -114,6 +116,10 @@ def build_app(
     app.state.keeper = batches.keeper
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_routes(app, routes)
+    if adapters is not None:
+        endpoints = AdapterEndpoints(adapters)
+        app.add_api_route(LOAD_PATH, endpoints.load, methods=["POST"])
+        app.add_api_route(UNLOAD_PATH, endpoints.unload, methods=["POST"])
     for method, path, endpoint in batches.table():
         app.add_api_route(path, endpoint, methods=[method])
     return app
@@ -211,7 +217,7 @@ class _Routes:
         return Response(msgspec.json.encode({"input_tokens": num_tokens}), media_type="application/json")
 
     async def models(self) -> Response:
-        return _json(ModelList(data=[self._model(version) for version in self._api.catalogue]))
+        return _json(ModelList(data=[self._model(version) for version in self._api.catalogue.shown()]))
 
     async def model(self, name: str) -> Response:
         return _json(self._model(self._api.catalogue.version(name)))
@@ -223,7 +229,8 @@ class _Routes:
         return Model(
             id=model.name,
             created=self._api.started_s,
-            root=model.name,
+            root=model.name if version.adapter is None else version.adapter.path,
+            parent=version.parent or None,
             max_model_len=model.max_model_len,
             kvferry=PoolCounts(
                 prefill_workers=len(view.ready("prefill")),

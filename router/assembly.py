@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from .. import __version__
 from ..common.clock import Clock, SystemClock, wall_time_us, week_s
 from ..common.config import RouterConfig
+from ..common.errors import ConfigError
 from ..models.config import ModelConfig
 from ..models.pooling import read_pooling
 from ..models.quantization import chosen_quantization
@@ -31,6 +32,7 @@ from .autoscaler.load_record import LoadRecord, RecordingMetrics
 from .autoscaler.scaling import Scaling
 from .batches.folder import DataFolder
 from .batches.keeper import Keeper
+from .catalogue.adapters import AdapterNames
 from .catalogue.catalogue import Catalogue
 from .catalogue.defaults import SamplingDefaults
 from .catalogue.version import ServedModel, Version
@@ -60,6 +62,7 @@ class RouterParts:
     metrics: RouterMetrics
     scaling: Scaling
     clock: Clock
+    adapters: AdapterNames | None  # None: none are served
 
     @property
     def api(self) -> Api:
@@ -107,9 +110,21 @@ async def assemble(config: RouterConfig, keys: ApiKeys, launcher: LauncherLink |
     metrics.replicas = scaling.replicas
     expected = Expected(__version__, model.name, config.max_model_len, config.deterministic)
     catalogue = Catalogue([Version.create(model, tokenizer, dispatcher, expected, grammars=grammars)])
-    return RouterParts(
-        catalogue, _application(config, catalogue, metrics, clock, keys, classes), metrics, scaling, clock
-    )
+    adapters = await asyncio.to_thread(_load_adapters, config, catalogue) if config.enable_lora else None
+    app = _application(config, catalogue, metrics, clock, keys, classes, adapters)
+    return RouterParts(catalogue, app, metrics, scaling, clock, adapters)
+
+
+def _load_adapters(config: RouterConfig, catalogue: Catalogue) -> AdapterNames:
+    """Read those that are served from the start. Raises ConfigError."""
+    adapters = AdapterNames(catalogue, ModelConfig.from_dir(config.model_dir), config.max_lora_rank)
+    for text in config.lora_modules:
+        name, _, path = text.partition("=")
+        try:
+            adapters.add(name, path)
+        except ConfigError as error:
+            raise ConfigError(f"lora_modules: {name}: {error}") from error
+    return adapters
 
 
 def _load_model(config: RouterConfig) -> tuple[ServedModel, Tokenizer, GrammarCompilers]:
@@ -142,6 +157,7 @@ def _application(
     clock: Clock,
     keys: ApiKeys,
     classes: RequestClasses,
+    adapters: AdapterNames | None,
 ) -> FastAPI:
     return build_app(
         catalogue,
@@ -161,6 +177,7 @@ def _application(
         unknown_fields=config.unknown_fields,
         data=_data_folder(config),
         max_batch_requests=config.max_batch_requests,
+        adapters=adapters if config.allow_runtime_lora_updating else None,
     )
 
 

@@ -30,6 +30,7 @@ from ..settings.sockets import listen
 from .access.credentials import RouterCredentials
 from .access.keys import ApiKeys
 from .access.reload import reloading
+from .admin.adapters import adapter_routes
 from .admin.admin import Admin, build_admin
 from .admin.scaling import scaling_routes
 from .assembly import RouterParts, assemble
@@ -167,7 +168,7 @@ def _admin(config: RouterConfig, parts: RouterParts, keys: ApiKeys, lifeline: Re
     return build_admin(
         Admin(dispatchers, parts.render_metrics, config.drain_timeout, lifeline),
         keys,
-        scaling_routes(parts.scaling),
+        [*scaling_routes(parts.scaling), *(adapter_routes(parts.adapters) if parts.adapters is not None else ())],
     )
 
 

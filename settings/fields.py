@@ -130,6 +130,16 @@ def _check_origins(texts: tuple[str, ...]) -> tuple[str, ...]:
     return texts
 
 
+def _check_adapters(texts: tuple[str, ...]) -> tuple[str, ...]:
+    names = [text.partition("=")[0] for text in texts]
+    if any(not name or not text.partition("=")[2] for name, text in zip(names, texts, strict=True)):
+        raise ValueError("each is NAME=DIRECTORY")
+    if len(set(names)) < len(names):
+        raise ValueError("each name once")
+    paths = [Path(text.partition("=")[2]).expanduser().absolute() for text in texts]  # whatever folder a child runs in
+    return tuple(f"{name}={path}" for name, path in zip(names, paths, strict=True))
+
+
 Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
 WeightsForms = Annotated[tuple[WeightsForm, ...], BeforeValidator(_split_each)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -435,6 +445,26 @@ class ServeSettings(Settings):
             ENGINES,
         ),
     ] = None
+    enable_lora: Annotated[
+        bool, Option("Adapters", "Serve adapters (LoRA) beside the model, each under a name of its own.", ALL)
+    ] = False
+    lora_modules: Annotated[
+        Annotated[Texts, AfterValidator(_check_adapters)],
+        Option("Adapters", "NAME=DIRECTORY of an adapter as peft saves it, served from the start; repeatable.", FRONTS),
+    ] = ()
+    max_loras: Annotated[int, Field(ge=1, le=1024), Option("Adapters", "Adapters in a step at once.", ENGINES)] = 8
+    max_lora_rank: Annotated[
+        int,
+        Field(ge=1, le=256),
+        Option("Adapters", "Largest rank that is served; memory is set aside for it.", ALL),
+    ] = 16
+    max_cpu_loras: Annotated[
+        Count | None, Option("Adapters", "Adapters kept in a worker's host memory. Default: max_loras.", ENGINES)
+    ] = None
+    allow_runtime_lora_updating: Annotated[
+        bool,
+        Option("Adapters", "Let clients load and unload adapters; without it, the admin listener alone does.", FRONTS),
+    ] = False
     enforce_eager: Annotated[
         bool, Option("Engine", "No CUDA graphs: decode steps launch every kernel from Python.", ENGINES)
     ] = False
@@ -541,6 +571,12 @@ class ServeSettings(Settings):
             raise ValueError("speculative_config: needs deterministic, which is turned off: leave that away")
         if self.speculative_config is not None and self.speculative_config.model is not None and max(sizes) > 1:
             raise ValueError("speculative_config: a draft model needs tensor_parallel_size 1")
+        if self.lora_modules and not self.enable_lora:
+            raise ValueError("lora_modules: needs enable_lora")
+        if self.allow_runtime_lora_updating and self.routers > 1:
+            raise ValueError("allow_runtime_lora_updating: with one router; of several only the asked one would know")
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ValueError(f"max_cpu_loras: at least max_loras, which is {self.max_loras}")
         if self.ray_address is not None and self.launcher != "ray":
             raise ValueError("ray_address: only with --launcher ray")
         if self.max_model_len is not None and self.max_model_len < 2:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import msgspec
 import structlog
 
+from ..common.adapter import AdapterLoader
 from ..common.batch import Batch, StepOutput
 from ..common.clock import Clock
 from ..common.errors import ProtocolError
@@ -57,6 +58,7 @@ from ..transfer.protocol.rank_messages import ReadOutcome
 from ..transfer.receive.opens import WatchProcesses
 from ..transfer.receive.processes import watch as watch_processes
 from ..transfer.receive.receiver import KVReceiver
+from .adapters import AdapterCache
 from .effects import CoreConfig, Effects
 from .roles import RoleName, RolePair
 from .shares import RouterShares
@@ -84,12 +86,14 @@ class WorkerCore:
         regions: tuple[RegionInfo, ...],
         watch_processes: WatchProcesses = watch_processes,
         grammars: Grammars | None = None,
+        adapters: AdapterLoader | None = None,
         contents: Contents | None = None,
     ) -> None:
         """`cache` is around `pool`. `regions`: of every rank's agent through which others write.
 
         `grammars`: whoever compiles them calls `wake` when one is ready; None: those that ask for one are refused.
-        `contents`: reads requests; None: by their token ids.
+        `adapters`: what loads them; whoever does calls `wake` when one is loaded. `contents`: reads requests; None: by
+        their token ids.
         """
         self.config = config
         self.pool = pool
@@ -98,6 +102,8 @@ class WorkerCore:
         self._effects = effects
         self._shipping = shipping
         self._grammars = grammars
+        self.adapters = None if adapters is None else AdapterCache(adapters, clock)
+        self._step_adapters: set[str] = set()  # of the running step
         self._contents = contents
         self._is_watching = False
         self._drains_until: float | None = None
@@ -152,6 +158,7 @@ class WorkerCore:
             leaving=self._effects.leaving,
             served_model=config.served_model,
             grammars=self._grammars,
+            adapters=self.adapters,
             speculative=config.speculative,
             contents=self._contents,
         )
@@ -172,6 +179,7 @@ class WorkerCore:
             served_model=config.served_model,
             cache=self.cache,
             grammars=self._grammars,
+            adapters=self.adapters,
             contents=self._contents,
         )
 
@@ -332,7 +340,16 @@ class WorkerCore:
     # --- engine -----------------------------------------------------------------------------------------------
 
     def schedule(self) -> Batch | None:
-        return self.roles.schedule()
+        if self.adapters is None:
+            return self.roles.schedule()
+        self._serve_adapters(self.adapters)
+        batch = self.roles.schedule()
+        self._step_adapters = {row.seq.adapter for row in batch.rows if row.seq.adapter} if batch is not None else set()
+        return batch
+
+    def _serve_adapters(self, adapters: AdapterCache) -> None:
+        prompts, answers = self.prefill.adapters_in_use(), self.decode.adapters_in_use()
+        adapters.serve(prompts[0] | answers[0] | self._step_adapters, [*prompts[1], *answers[1]])
 
     def begin_step(self, batch: Batch) -> None:
         self.roles.begin_step(batch)
@@ -345,6 +362,7 @@ class WorkerCore:
         is_plain = batch.rows and not batch.has_drafts
         self._sample = step_sample(batch) if is_plain else None
         self.roles.complete(batch, output)
+        self._step_adapters = set()
 
     def note_turn(self, turn_s: float) -> None:
         if self._sample is not None:
@@ -354,6 +372,8 @@ class WorkerCore:
 
     def tick(self) -> None:
         """Look at deadlines; ten times a second. Heartbeats leave with it: fewer when there is nothing to do."""
+        if self.adapters is not None:
+            self._serve_adapters(self.adapters)
         self.roles.tick()
         self.fetches.tick()
         self.lending.tick()
@@ -411,4 +431,6 @@ class WorkerCore:
         """Assert that all books agree, and that every reference to a block has a holder in one of them."""
         self.roles.check(self.lending.references() + self.fetches.references())
         self.fetches.check()
+        if self.adapters is not None:
+            self.adapters.check()
         self.cache.check()

@@ -14,6 +14,7 @@ from ..common.clock import Clock
 from ..common.config import WorkerConfig
 from ..common.credentials import SharedSecret
 from ..common.messages import Message, ProcessMark, RegionInfo, StepSample
+from ..engine.adapters import RankAdapters
 from ..engine.engine import Engine
 from ..engine.ranks.group import RankGroup
 from ..grammar.compiler import GrammarCompiler
@@ -35,6 +36,7 @@ class WorkerDeps:
     pool: BlockPool
     cache: PrefixCache  # around it
     grammars: GrammarCompiler
+    adapters: RankAdapters | None  # None: none are applied
     backend: TransferBackend  # others write through it
     outgoing: TransferBackend  # we write through it
     regions: tuple[RegionInfo, ...]  # of every rank's `backend`

@@ -173,6 +173,7 @@ class WorkerProcess:
 
     def _build(self) -> WorkerDeps:
         """Load the model and register the KV pool. Beside the event loop: it takes seconds."""
+        from ..engine.adapters import open_adapters
         from ..engine.calibrate import calibrate
         from ..engine.disk import open_prefix_cache
         from ..engine.engine import Engine
@@ -235,6 +236,7 @@ class WorkerProcess:
                 ),
                 self._clock,
             ),
+            adapters=open_adapters(engine, self._group),
             backend=backend,
             outgoing=outgoing,
             regions=(region, *(found.region for _, found in sorted(self._follower_regions.items()))),

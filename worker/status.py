@@ -51,5 +51,6 @@ def make_status(
         fetch_s=fetches.seconds,
         role=roles.active_role,
         samples=core.samples.take(router_id),
+        adapters=core.adapters.loaded if core.adapters is not None else (),
         share=core.shares.share(router_id, roles.routers),
     )

@@ -139,10 +139,13 @@ class Worker:
             reading=self._reading,
             regions=deps.regions,
             grammars=deps.grammars,
+            adapters=deps.adapters,
         )
         self._core.roles.learn(deps.samples)
         deps.cache.wake_with(self._wake_from_elsewhere)
         deps.grammars.on_ready = self._wake_from_elsewhere
+        if deps.adapters is not None:
+            deps.adapters.wake = self._wake_from_elsewhere
         self._incoming.start()
         self._outgoing.start()
         self.loop = EngineLoop(
@@ -315,3 +318,5 @@ class Worker:
         self._incoming.close()
         self._deps.cache.close()
         self._deps.grammars.close()
+        if self._deps.adapters is not None:
+            self._deps.adapters.close()

@@ -148,6 +148,7 @@ def valid_messages() -> list[Message]:
         remaining_s=3.5,
         model="fuzz",
         adapter="0123abcd" * 4,
+        adapter_path="/adapters/a",
         grammar=Grammar("json_schema", b'{"type": "object"}'),
     )
     grant_id = GrantId("d-0", 7, 1)

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from ...common.adapter import AdapterResult
 from ...common.config import EngineConfig
 from ...common.errors import KVFerryError, WorkerLost
 from ...kvcache.disk_tier import DiskResult
@@ -54,6 +55,7 @@ class FrameKind(IntEnum):
     HELLO = 4  # from a follower: it runs
     FAILED = 5  # from a follower: why it ends
     DISK = 6  # to a follower: a DiskTask; from it: the DiskResult
+    ADAPTER = 7  # to a follower: an AdapterTask; from it: the AdapterResult
 
 
 class StartFollower(msgspec.Struct, frozen=True, kw_only=True):
@@ -287,6 +289,7 @@ class RankGroup:
         self.store, self._port = _host_store(size)
         self._on_message = on_message
         self.on_disk: Callable[[DiskResult], None] | None = None  # in a thread of the group
+        self.on_adapter: Callable[[AdapterResult], None] | None = None  # in a thread of the group
         self._sockets: list[FrameSocket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._readers: list[threading.Thread] = []
@@ -372,6 +375,8 @@ class RankGroup:
                 self._failures.append(f"rank {rank}: {payload.decode(errors='replace')}")
             elif kind == FrameKind.DISK and self.on_disk is not None:
                 self.on_disk(msgspec.msgpack.decode(payload, type=DiskResult))
+            elif kind == FrameKind.ADAPTER and self.on_adapter is not None:
+                self.on_adapter(msgspec.msgpack.decode(payload, type=AdapterResult))
             elif kind == FrameKind.USER and self._on_message is not None:
                 self._on_message(rank, payload)
         if not self._closing:
@@ -393,6 +398,10 @@ class RankGroup:
     def send_disk(self, task: bytes) -> None:
         """Have every follower carry out a DiskTask, after the steps that were sent."""
         self._send(FrameKind.DISK, task)
+
+    def send_adapter(self, task: bytes) -> None:
+        """Have every follower carry out an AdapterTask, beside its steps."""
+        self._send(FrameKind.ADAPTER, task)
 
     def _send(self, kind: FrameKind, payload: bytes) -> None:
         self.check()

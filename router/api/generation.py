@@ -277,7 +277,8 @@ class Api:
                 request_class=context.request_class,
                 objectives=objectives,
                 tenant=_tenant_of(context, body),
-                model=version.model.name,
+                model=version.served_name,
+                adapter=version.adapter,
                 is_background=context.is_background,
             )
 

@@ -192,7 +192,7 @@ class Model(Struct, kw_only=True):
     created: int
     owned_by: str = "kvferry"
     root: str
-    parent: None = None
+    parent: str | None = None
     max_model_len: int
     kvferry: PoolCounts
 

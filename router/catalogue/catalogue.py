@@ -12,10 +12,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 
-from ...common.errors import RequestError
+from ...common.errors import ConfigError, RequestError
+from ..state.adapter_use import AdapterUse
 from ..state.errors import clip
 from ..state.views import PoolView
 from .version import Version
+
+_MAX_NAME = 256  # characters; of the wire's names (common/messages.py)
+_MAX_LISTED = 32  # names in an error
 
 
 class Catalogue:
@@ -25,6 +29,33 @@ class Catalogue:
         self._by_name = {version.model.name: version for version in versions}
         assert versions and len(self._by_name) == len(versions)
         self._default = versions[0]
+        self._adapted: dict[str, Version] = {}
+
+    # --- adapters ---------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, adapter: AdapterUse, base: str | None = None) -> None:
+        """Serve an adapter of the model `base` (None: of the first) as a model. Raises ConfigError for a taken name."""
+        if name in self._by_name:
+            raise ConfigError(f"{name!r} is the name of the model")
+        if not name or len(name) > _MAX_NAME or not name.isprintable():
+            raise ConfigError(f"an adapter's name has 1 to {_MAX_NAME} printable characters")
+        self._adapted[name] = self._of_model(base).with_adapter(name, adapter)
+
+    def _of_model(self, name: str | None) -> Version:
+        if name is not None and name not in self._by_name:
+            raise ConfigError(f"the base model {clip(name)} does not exist")
+        return self._default if name is None else self._by_name[name]
+
+    def remove_adapter(self, name: str) -> bool:
+        """False: there is none of this name."""
+        return self._adapted.pop(name, None) is not None
+
+    def adapter(self, name: str) -> Version | None:
+        return self._adapted.get(name)
+
+    def shown(self) -> list[Version]:
+        """Return all that requests may name: models, then their adapters."""
+        return [*self._by_name.values(), *self._adapted.values()]
 
     def __iter__(self) -> Iterator[Version]:
         return iter(self._by_name.values())
@@ -33,9 +64,9 @@ class Catalogue:
         """Return the version that a request for this model gets. Raises RequestError (404)."""
         if name is None:
             return self._default
-        version = self._by_name.get(name)
+        version = self._by_name.get(name) or self._adapted.get(name)
         if version is None:
-            names = ", ".join(f"'{known}'" for known in self._by_name)
+            names = ", ".join(f"'{known.model.name}'" for known in self.shown()[:_MAX_LISTED])
             raise RequestError(
                 f"the model {clip(name)} does not exist; this server has {names}",
                 param="model",

@@ -7,7 +7,8 @@ its workers    what each of them must be
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from ... import __version__
 from ...common.config import ReasoningParserName, SpecialTokens, ToolParserName
@@ -18,6 +19,7 @@ from ..dispatch.dispatcher import Dispatcher
 from ..dispatch.worker_group import Expected, WorkerGroup
 from ..helpers.chat_renderer import ChatRenderer, Renderer
 from ..helpers.grammar_checker import GrammarChecker
+from ..state.adapter_use import AdapterUse
 from ..turns.dialect import Dialect
 from .defaults import SamplingDefaults
 
@@ -55,6 +57,8 @@ class Version(WorkerGroup):
     renderer: Renderer | None  # of the chat template; None: there is none
     special_text: SpecialText | None  # finds special tokens in messages; None: messages may spell them
     grammars: GrammarChecker | None  # None: answers follow none
+    adapter: AdapterUse | None = None  # None: the model as it is
+    parent: str = ""  # whose adapter it is; empty: nobody's
 
     @classmethod
     def create(
@@ -73,3 +77,12 @@ class Version(WorkerGroup):
         source = tokenizer.chat_template.source if tokenizer.chat_template is not None else None
         dialect = Dialect.of_template(source, model.tool_parser, model.reasoning_parser)
         return cls(expected, dispatcher, model, tokenizer, dialect, renderer, special_text, grammars)
+
+    def with_adapter(self, name: str, adapter: AdapterUse) -> Self:
+        """Return it as requests for one of its adapters see it: all is shared but the name."""
+        return replace(self, model=replace(self.model, name=name), adapter=adapter, parent=self.model.name)
+
+    @property
+    def served_name(self) -> str:
+        """Return the model's name, which its workers know."""
+        return self.parent or self.model.name

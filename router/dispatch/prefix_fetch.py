@@ -45,5 +45,6 @@ def fetch_from(pools: Pools, request: RouterRequest, source_id: str | None, read
 def hash_prompt(pools: Pools, request: RouterRequest) -> None:
     """Hash a request's prompt once a worker is there, as its workers will, so that the index knows its blocks."""
     if pools.spec is not None and not request.block_hashes and request.reuses_prefix:
-        salt = prefix_salt(pools.spec, request.cache_salt)
+        adapter = "" if request.adapter is None else request.adapter.digest
+        salt = prefix_salt(pools.spec, request.cache_salt, adapter)
         request.block_hashes = hash_blocks(request.prompt_token_ids, pools.spec.block_size, salt)

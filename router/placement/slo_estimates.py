@@ -78,7 +78,8 @@ class SloEstimates:
     def prefill(self, worker: WorkerView, demand: Demand, sources: list[WorkerView], now_s: float) -> PrefillEstimate:
         """Estimate what the prompt takes on this worker, before it goes to any decode worker."""
         seconds, fetch = self.prefill_s(worker, demand, sources)
-        return PrefillEstimate(worker, seconds, fetch, worker.wait_s(now_s + PROMPT_DUE_STRETCH * seconds))
+        wait_s = worker.wait_s(now_s + PROMPT_DUE_STRETCH * seconds) + _load_s(worker, demand)
+        return PrefillEstimate(worker, seconds, fetch, wait_s)
 
     def embedding(self, estimate: PrefillEstimate, demand: Demand) -> Prediction:
         """Expect of a prompt that is embedded what is expected of one that a worker computes alone."""
@@ -94,7 +95,7 @@ class SloEstimates:
         predictor = self._predictor
         num_bytes = _block_bytes(demand.num_prompt_tokens - cached_tokens(decode, demand), decode)
         # The first token does not wait for the transfer, the second does.
-        exposed_s = predictor.exposed_s(path, num_bytes, prefill_s)
+        exposed_s = predictor.exposed_s(path, num_bytes, prefill_s) + max(0.0, _load_s(decode, demand) - prefill_s)
         return SloCandidate(
             prefill=prefill,
             decode=decode,
@@ -134,6 +135,7 @@ class SloEstimates:
             took_s = max(share_s, alone_s + step_s) + (limit_s if ahead else step_s) / 2  # of the step that runs
             wait_s = ahead / tokens * limit_s
             budget = min(budget, _STEPS_AHEAD * tokens)
+        wait_s += _load_s(decode, demand)
         if is_behind(decode, demand, budget):
             return None
         return SloCandidate(
@@ -185,6 +187,11 @@ def cached_tokens(worker: WorkerView, demand: Demand) -> int:
     if worker.session == demand.computed_on:
         return demand.num_prompt_tokens - 1
     return min(demand.cached.get(worker.session, 0), demand.num_prompt_tokens - 1)
+
+
+def _load_s(worker: WorkerView, demand: Demand) -> float:
+    """Return how long the request waits for its adapter there; on a decode worker, beside its prompt elsewhere."""
+    return demand.load_s(worker.status.adapters if worker.status is not None else ())
 
 
 def _block_bytes(num_tokens: int, worker: WorkerView) -> int:

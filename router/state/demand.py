@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
 from ...common.kv_spec import KVCacheSpec
+from .adapter_use import AdapterUse
 from .objectives import NO_OBJECTIVES, Objectives
 
 
@@ -92,8 +93,13 @@ class Demand:
     ttft_limit_s: float | None = None  # of its objectives, for a prompt as long as this
     waited_s: float = 0.0  # since it came
     expected_output: int = 0  # tokens of each choice
+    adapter: AdapterUse | None = None
     is_embedding: bool = False  # it ends with its prompt: one worker of either role is all that it needs
     may_miss: bool = False  # its first token comes too late whatever is done, or it has got one: no hurry for it
+
+    def load_s(self, loaded: Collection[str]) -> float:
+        """Return how long its adapter takes to load where these are; 0 where it is one of them, or there is none."""
+        return 0.0 if self.adapter is None or self.adapter.digest in loaded else self.adapter.load_s
 
     def blocks_now(self, spec: KVCacheSpec) -> int:
         """Return the blocks for the prompt, and a first block of its own for each choice after the first."""

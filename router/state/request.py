@@ -21,6 +21,7 @@ from enum import Enum
 from ...common.errors import InvalidTransition
 from ...common.grammar import Grammar
 from ...common.request import FinishReason, Pooling, RequestSpec, SampledToken, SamplingParams, pack_ids, reuses_prefix
+from .adapter_use import AdapterUse
 from .choice_state import ChoiceState
 from .decisions import Decision
 from .objectives import DEFAULT_CLASS, NO_OBJECTIVES, Objectives
@@ -76,6 +77,7 @@ class RouterRequest:
     objectives: Objectives = NO_OBJECTIVES  # of its class
     tenant: str = ""  # who it is from, as far as fairness goes
     model: str = ""  # the served name; empty: whatever the workers serve
+    adapter: AdapterUse | None = None  # None: the model as it is
     grammar: Grammar | None = None  # that the answers follow
     pooling: Pooling | None = None  # the prompt's embedding is wanted, pooled so, and no token; None: an answer is
     is_background: bool = False  # it makes way for all others
@@ -165,5 +167,7 @@ class RouterRequest:
             arrival=self.arrival,
             remaining_s=remaining_s,
             model=self.model,
+            adapter="" if self.adapter is None else self.adapter.digest,
+            adapter_path="" if self.adapter is None else self.adapter.path,
             grammar=self.grammar,
         )

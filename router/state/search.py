@@ -69,6 +69,7 @@ class Search:
             ttft_limit_s=limit_s,
             waited_s=waited_s,
             expected_output=pools.predictor.expected_output(request.sampling.max_tokens),
+            adapter=request.adapter,
             is_embedding=request.pooling is not None,
             may_miss=request.is_resume or (limit_s is not None and waited_s + self.fastest_s > limit_s),
         )

@@ -27,6 +27,7 @@ class Held:
 
     slot: int | None
     failure: str = ""
+    is_open: bool = True
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,9 @@ def expected(model_dir: Path, adapter: Path | None, prompt: list[int], folder: P
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_mixed_batches_equal_merged_models(model_dir: Path, adapters: list[Path], tmp_path: Path, exact: bool) -> None:
-    engine = make_engine(model_dir, 256, max_model_len=256, max_loras=8, max_lora_rank=64, deterministic=exact)
+    engine = make_engine(
+        model_dir, 256, max_model_len=256, enable_lora=True, max_loras=8, max_lora_rank=64, deterministic=exact
+    )
     driver = Driver(engine)
     lengths = [3, 17, 40, 1, 30, 9, 64, 20]
     for first in range(0, NUM_ADAPTERS if not exact else 8, 8):
@@ -91,7 +94,7 @@ def test_mixed_batches_equal_merged_models(model_dir: Path, adapters: list[Path]
 
 def test_rows_without_an_adapter_are_the_models_own_to_the_bit(model_dir: Path, adapters: list[Path]) -> None:
     plain = Driver(make_engine(model_dir, deterministic=True))
-    engine = make_engine(model_dir, deterministic=True, max_loras=2, max_lora_rank=64)
+    engine = make_engine(model_dir, deterministic=True, enable_lora=True, max_loras=2, max_lora_rank=64)
     put(engine, 0, adapters[0])
     put(engine, 1, adapters[3])
     driver = Driver(engine)
@@ -114,7 +117,7 @@ def test_rows_without_an_adapter_are_the_models_own_to_the_bit(model_dir: Path, 
 
 
 def test_a_slot_keeps_nothing_of_the_adapter_before(model_dir: Path, adapters: list[Path], tmp_path: Path) -> None:
-    engine = make_engine(model_dir, max_loras=1, max_lora_rank=64)
+    engine = make_engine(model_dir, enable_lora=True, max_loras=1, max_lora_rank=64)
     driver = Driver(engine)
     prompt = prompts([12])[0]
     for path in (adapters[3], adapters[5], adapters[0]):  # ranks 64, 24, 8; fewer and fewer modules, then all
@@ -123,7 +126,7 @@ def test_a_slot_keeps_nothing_of_the_adapter_before(model_dir: Path, adapters: l
 
 
 def test_what_does_not_fit_the_engine_is_refused(model_dir: Path, adapters: list[Path], tmp_path: Path) -> None:
-    engine = make_engine(model_dir, max_loras=1, max_lora_rank=16)
+    engine = make_engine(model_dir, enable_lora=True, max_loras=1, max_lora_rank=16)
     with pytest.raises(ConfigError, match=r"its rank is 64; --max-lora-rank is 16"):
         put(engine, 0, adapters[3])
     other = write_checkpoint(tmp_path / "wide", tokenizer=False, intermediate_size=192)

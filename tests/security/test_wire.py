@@ -96,6 +96,7 @@ def _lists(value: object, path: tuple[object, ...] = ()) -> list[tuple[object, .
         {"adapter": "0A"},
         {"adapter": "0a\n"},
         {"adapter": "../a"},
+        {"adapter_path": "/" * 4097},
         {"grammar": ("regex", b"a" * (2**16 + 1))},
         {"grammar": ("k" * 65, b"a")},
         {"grammar": ("regex", b"a", 1)},

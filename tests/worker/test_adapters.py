@@ -1,0 +1,159 @@
+"""Slots of adapters: never taken from a running sequence, given in order, and nobody waits for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvferry.common.adapter import AdapterResult, AdapterTask, HeldAdapter
+from kvferry.worker.adapters import PATIENCE_S, AdapterCache
+
+from ..fake_clock import FakeClock
+
+
+class FakeLoader:
+    """Implements `common.adapter.AdapterLoader`: ends a task when a test says so."""
+
+    def __init__(self, num_slots: int, num_host: int) -> None:
+        self.num_slots, self.num_host = num_slots, num_host
+        self.wake: Callable[[], None] = lambda: None
+        self.tasks: list[AdapterTask] = []
+        self.host: set[str] = set()
+        self.num_reads = 0
+        self._results: list[AdapterResult] = []
+
+    def submit(self, task: AdapterTask) -> None:
+        self.host -= set(task.forgotten)
+        self.num_reads += task.digest not in self.host
+        self.host.add(task.digest)
+        assert len(self.host) <= self.num_host
+        self.tasks.append(task)
+
+    def end(self, error: str = "") -> None:
+        task = self.tasks.pop(0)
+        if error:
+            self.host.discard(task.digest)
+        self._results.append(AdapterResult(task.digest, task.slot, error))
+
+    def results(self) -> list[AdapterResult]:
+        found, self._results = self._results, []
+        return found
+
+
+def make(num_slots: int = 1, num_host: int = 2) -> tuple[AdapterCache, FakeLoader, FakeClock]:
+    loader, clock = FakeLoader(num_slots, num_host), FakeClock()
+    return AdapterCache(loader, clock), loader, clock
+
+
+def slot_of(held: HeldAdapter) -> int | None:
+    return held.slot
+
+
+def takes_more(held: HeldAdapter) -> bool:
+    return held.is_open
+
+
+def test_it_is_loaded_when_it_is_asked_for_and_stays() -> None:
+    cache, loader, _ = make()
+    held = cache.get("aa", "/a")
+    assert slot_of(held) is None and not loader.tasks
+    cache.serve(set(), ["aa"])
+    assert loader.tasks == [AdapterTask("aa", "/a", 0)]
+    loader.end()
+    cache.serve(set(), ["aa"])
+    assert slot_of(held) == 0 and held.is_open and cache.loaded == ("aa",)
+    assert cache.get("aa", "/a") is held and cache.num_loads == 1
+
+
+def test_who_runs_keeps_its_slot_and_takes_no_more_once_another_one_has_waited() -> None:
+    cache, loader, clock = make()
+    first = cache.get("aa", "/a")
+    cache.serve(set(), ["aa"])
+    loader.end()
+    cache.serve({"aa"}, [])
+    second = cache.get("bb", "/b")
+    cache.serve({"aa"}, ["aa", "bb"])
+    assert takes_more(first) and not loader.tasks
+    clock.advance(PATIENCE_S)
+    cache.serve({"aa"}, ["aa", "bb"])
+    assert slot_of(first) == 0 and not takes_more(first) and not loader.tasks  # its sequence goes on
+    cache.serve(set(), ["aa", "bb"])  # which has ended
+    assert slot_of(first) is None and loader.tasks[0].digest == "bb"
+    loader.end()
+    cache.serve(set(), ["aa", "bb"])
+    assert second.is_open
+
+
+def test_a_failure_is_told_once_and_tried_again_by_the_next_request() -> None:
+    cache, loader, _ = make()
+    held = cache.get("aa", "/a")
+    cache.serve(set(), ["aa"])
+    loader.end("no such file")
+    cache.serve(set(), ["aa"])
+    assert held.failure == "no such file" and held.slot is None
+    again = cache.get("aa", "/a")
+    assert again is not held
+    cache.serve(set(), ["aa"])
+    loader.end()
+    cache.serve(set(), ["aa"])
+    assert again.is_open
+
+
+def test_host_memory_spares_a_read() -> None:
+    cache, loader, _ = make(num_slots=1, num_host=2)
+    for digest, num_reads in (("aa", 1), ("bb", 2), ("aa", 2), ("cc", 3), ("aa", 3), ("bb", 4)):
+        cache.get(digest, "/x")
+        cache.serve(set(), [digest])
+        loader.end()
+        cache.serve(set(), [digest])
+        assert loader.num_reads == num_reads, digest
+
+
+_Move = tuple[int, int]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 3), st.integers(0, 3), st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=80))
+def test_invariants_hold_whatever_comes(num_slots: int, more: int, moves: list[_Move]) -> None:
+    """Requests come, begin, end and fail in any order; then all that wait are served."""
+    cache, loader, clock = make(num_slots, num_slots + more)
+    waiting: list[str] = []
+    begun: list[str] = []
+    kept: dict[str, int] = {}
+
+    def serve() -> None:
+        cache.serve(set(begun), waiting)
+        cache.check()
+        for digest in begun:
+            assert cache.get(digest, "/x").slot == kept[digest], "a slot was taken from a running sequence"
+        for digest in list(waiting):
+            held = cache.get(digest, "/x")
+            if held.is_open:
+                waiting.remove(digest)
+                begun.append(digest)
+                kept[digest] = held.slot if held.slot is not None else -1
+
+    for kind, number in moves:
+        if kind <= 1:
+            waiting.append(f"{number:02x}")
+            cache.get(waiting[-1], "/x")
+        elif kind == 2 and begun:
+            begun.pop(number % len(begun))
+        elif kind == 3 and loader.tasks:
+            loader.end()
+        elif kind == 4 and loader.tasks:
+            digest = loader.tasks[0].digest
+            loader.end("gone")
+            waiting = [other for other in waiting if other != digest]
+        else:
+            clock.advance(PATIENCE_S / 2)
+        serve()
+    for _ in range(20 * (len(waiting) + len(begun) + 1)):
+        begun.clear()
+        while loader.tasks:
+            loader.end()
+        clock.advance(PATIENCE_S)
+        serve()
+    assert not waiting
