@@ -3,7 +3,7 @@
     serve, router, prefill, decode     cli/serve.py     a deployment, or one process of it
     status, reload, restart, drain     cli/operate.py   a deployment that runs
     explain, doctor, config, keys      cli/inspection.py, cli/keys.py
-    bench, chaos, simulate             cli/tools.py     programs with options of their own
+    bench, chaos, simulate, size       cli/tools.py     programs with options of their own
 
 A mistake of the operator's is a line on stderr and exit code 2, before anything is started. Neither torch nor ray is
 imported here; what a subcommand alone needs is imported inside it.

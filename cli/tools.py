@@ -1,8 +1,8 @@
-"""`kvferry bench`, `chaos` and `simulate`: programs whose options are their own.
+"""`kvferry bench`, `chaos`, `simulate` and `size`: programs whose options are their own.
 
 Each has an argparse parser, which its module run by itself uses too. Here that becomes a command like all others: the
 same help, the same errors, completed by the shell. The program is imported when it is called or completed, not before:
-all three take half a second.
+each takes half a second.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _PROGRAMS = {
     "bench": ("tools.load.client", "Measure a running server: TTFT, TPOT and goodput under load."),
     "chaos": ("tools.chaos.command", "Kill workers of a deployment of its own under load; fails if anything is lost."),
     "simulate": ("simulator.command", "Simulate a fleet under a trace: goodput, latencies, GPUs, cost."),
+    "size": ("simulator.size", "Size a model on given hardware: memory, step times, GPUs, cost, and what binds each."),
 }
 _OWN = ("help",)  # of argparse; typer has its own
 
@@ -78,6 +79,11 @@ def _parameter(option: argparse.Action, panel: str) -> inspect.Parameter:
     if option.choices is not None:
         help_text = f"{', '.join(map(str, option.choices))}. {help_text}"
     kind: Any = bool if is_switch else list[str] | None if is_list else str | None
+    if not option.option_strings:
+        argument = typer.Argument(metavar=_metavar(option), help=help_text, show_default=False)
+        return inspect.Parameter(
+            option.dest, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, argument]
+        )
     shown = typer.Option(
         *option.option_strings,
         help=help_text.replace("[", r"\["),
@@ -99,6 +105,9 @@ def _metavar(option: argparse.Action) -> str:
 
 def _words(option: argparse.Action, value: object) -> Iterator[str]:
     """The command line that says it again."""
+    if not option.option_strings:
+        yield from [] if value is None else [str(value)]
+        return
     flag = option.option_strings[-1]
     if value is True:
         yield flag

@@ -27,14 +27,12 @@ from ..common.config import (
 from ..common.errors import ConfigError
 from ..models.config import ModelConfig
 from ..settings.fields import PoolSettings, ServeSettings
-from ..sizing.memory import gpu_reserve_bytes, weight_bytes
+from ..sizing.memory import GPU_BATCHED_TOKENS, gpu_reserve_bytes, weight_bytes
 from .host import Host
 
 # Prefill fills every core that it may use; a decode step, a token's way through the router or an arrival takes
 # milliseconds and somebody reads it. On shared cores they go first: a worker yields while it decodes nothing.
 _PREFILL_NICENESS = 10
-# Enough to keep a GPU's multipliers busy; where answers are written too, a step must not keep them waiting for long.
-_GPU_BATCHED_TOKENS = {"prefill": 8192, "decode": 2048}
 _MAX_CPU_CACHE_BYTES = 2 << 30
 _CPU_CACHE_SHARE = 0.1  # of free memory, for one rank
 _CPU_CACHES_SHARE = 0.5  # for all of them
@@ -199,7 +197,7 @@ def _fit_worker(
 def _gpu_batched_tokens(worker: WorkerPlan) -> int:
     engine = worker.config.engine
     is_set = "max_num_batched_tokens" in engine.model_fields_set
-    return engine.max_num_batched_tokens if is_set else _GPU_BATCHED_TOKENS[worker.config.role]
+    return engine.max_num_batched_tokens if is_set else GPU_BATCHED_TOKENS[worker.config.role]
 
 
 def cpu_cache_bytes(host: Host, num_ranks: int) -> int:

@@ -65,6 +65,14 @@ def resolve_model(
     return _checked(_local(name))
 
 
+def resolve_config(name: str | None, revision: str | None = None) -> Path:
+    """Find the folder of a model's config.json, fetching that and nothing else. Raises ConfigError."""
+    if name is None or not is_on_hub(name):
+        return resolve_model(name, revision).dir
+    wanted = (*_MAY_ASK_FOR_CODE, "generation_config.json")
+    return _checked(ResolvedModel(_snapshot(name, revision, None, wanted=wanted), name)).dir
+
+
 def read_json(path: Path, *, default: dict[str, object] | None = None) -> dict[str, object]:
     """Read the JSON object in a file; `default` where there is no such file. Raises ConfigError."""
     if default is not None and not path.is_file():
@@ -131,7 +139,7 @@ def _download(name: str, revision: str | None, progress: Progress | None) -> Pat
     return path
 
 
-def _snapshot(name: str, revision: str | None, progress: Progress | None) -> Path:
+def _snapshot(name: str, revision: str | None, progress: Progress | None, *, wanted: tuple[str, ...] = _WANTED) -> Path:
     """Return the hub's snapshot of the model; each way to fail as one line that says what to do."""
     from huggingface_hub import errors, snapshot_download
 
@@ -143,7 +151,7 @@ def _snapshot(name: str, revision: str | None, progress: Progress | None) -> Pat
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=list(_WANTED),
+                allow_patterns=list(wanted),
                 ignore_patterns=list(_UNWANTED),
                 tqdm_class=bars,
             )

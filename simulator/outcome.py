@@ -57,7 +57,7 @@ class Outcome:
     span_s: float  # from the first arrival to the last
     end_s: float
     gpu_hours: float  # of all workers, from their wish to their end or the last arrival
-    usd: float
+    usd: float | None  # None: the hardware has no price
     num_queries: int  # prompt tokens looked up in workers' caches, and found there
     num_hits: int
     num_preemptions: int

@@ -138,7 +138,7 @@ class Recorder(NullObserver):
             span_s=arrivals[-1] - arrivals[0] if arrivals else 0.0,
             end_s=now,
             gpu_hours=worker_s * fleet.gpus_per_worker / 3600,
-            usd=worker_s * fleet.usd_per_hour / 3600,
+            usd=None if fleet.usd_per_hour is None else worker_s * fleet.usd_per_hour / 3600,
             num_queries=sum(worker.prefix_queries for worker, _ in workers),
             num_hits=sum(worker.prefix_hits for worker, _ in workers),
             num_preemptions=sum(worker.core.decode.scheduler.num_preemptions for worker, _ in workers),

@@ -55,7 +55,7 @@ def in_words(scenario: Scenario, outcome: Outcome) -> str:
     workers = f"{fleet.prefill} prefill + {fleet.decode} decode" if fleet.prefill else f"{fleet.decode} colocated"
     return (
         f"{len(outcome.requests):,} requests of {named} in {outcome.span_s:,.0f} s ({outcome.requests_per_s:.2f}/s); "
-        f"{workers} workers of {fleet.gpus_per_worker} x {fleet.gpu}, {fleet.model}\n"
+        f"{workers} workers of {fleet.gpus_per_worker} x {fleet.hardware.name}, {fleet.shape.name}\n"
         f"good: TTFT <= max({goals.ttft_s:g} s, {goals.ttft_stretch:g} x unloaded), TPOT <= {goals.tpot_s * 1e3:g} ms; "
         "times in ms"
     )
@@ -74,7 +74,7 @@ def _cells(scenario: Scenario, outcome: Outcome) -> list[str]:
         f"{outcome.busy_share:.0%}",
         str(gpus),
         f"{outcome.gpu_hours:.1f}",
-        f"{outcome.usd:,.0f}",
+        "-" if outcome.usd is None else f"{outcome.usd:,.0f}",
     ]
 
 

@@ -11,8 +11,8 @@ from ..common.errors import ConfigError
 from ..common.messages import Labels
 from ..router.placement.policy import RoutingPolicy
 from ..router.state.predictor import Predictor
-from ..sizing.hardware import gpu_named
-from ..sizing.shapes import model_named
+from ..sizing.hardware import Gpu, gpu_named
+from ..sizing.shapes import ModelShape, model_named
 from ..sizing.steps import Roofline, StepModel
 from ..tools.load.traces import TraceRow
 from .costs.network import Link, Network
@@ -58,8 +58,8 @@ class Fleet:
 
     prefill: int
     decode: int
-    gpu: str = "H100"
-    model: str = "llama-3.1-70b"
+    gpu: str | Gpu = "H100"
+    model: str | ModelShape = "llama-3.1-70b"
     gpus_per_worker: int = 4
     steps: StepModel | None = None  # None: the roofline of the hardware above
     num_blocks: int | None = None  # of a worker; None: what fits into its memory
@@ -81,10 +81,18 @@ class Fleet:
     def num_workers(self) -> int:
         return self.prefill + self.decode
 
+    @property
+    def hardware(self) -> Gpu:
+        return gpu_named(self.gpu) if isinstance(self.gpu, str) else self.gpu
+
+    @property
+    def shape(self) -> ModelShape:
+        return model_named(self.model) if isinstance(self.model, str) else self.model
+
     def step_model(self) -> StepModel:
         if self.steps is not None:
             return self.steps
-        return Roofline(gpu_named(self.gpu), model_named(self.model), self.gpus_per_worker)
+        return Roofline(self.hardware, self.shape, self.gpus_per_worker)
 
     def blocks(self, block_tokens: int) -> int:
         """Return the blocks of one worker."""
@@ -98,16 +106,17 @@ class Fleet:
     @property
     def host_bytes_per_s(self) -> float:
         """One way, between a worker's GPUs and host memory."""
-        return gpu_named(self.gpu).host_gb_per_s * 1e9 * self.gpus_per_worker
+        return self.hardware.host_gb_per_s * 1e9 * self.gpus_per_worker
 
     @property
     def kv_token_bytes(self) -> int:
-        return model_named(self.model).kv_bytes_per_token if self.token_bytes is None else self.token_bytes
+        return self.shape.kv_bytes_per_token if self.token_bytes is None else self.token_bytes
 
     @property
-    def usd_per_hour(self) -> float:
-        """Return the price of one worker."""
-        return gpu_named(self.gpu).usd_per_hour * self.gpus_per_worker
+    def usd_per_hour(self) -> float | None:
+        """Return the price of one worker; None: it has none."""
+        price = self.hardware.usd_per_hour
+        return None if price is None else price * self.gpus_per_worker
 
 
 @dataclass(slots=True, frozen=True)

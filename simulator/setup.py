@@ -8,7 +8,6 @@ from pathlib import Path
 from ..common.config import RouterConfig, TransferConfig
 from ..common.kv_spec import KVCacheSpec
 from ..common.messages import Labels, RegionInfo, StepSample, WorkerHello
-from ..sizing.shapes import model_named
 from ..sizing.steps import StepModel, StepWork
 from ..worker.effects import CoreConfig
 from ..worker.roles import RoleName
@@ -64,11 +63,11 @@ def router_config(scenario: Scenario) -> RouterConfig:
 
 def worker_spec(scenario: Scenario, block_tokens: int, hashed: bool) -> WorkerSpec:
     fleet = scenario.fleet
-    layers = model_named(fleet.model).num_layers
+    shape = fleet.shape
     return WorkerSpec(
         kv=KVCacheSpec(
-            model=fleet.model,
-            num_layers=layers,
+            model=shape.name,
+            num_layers=shape.num_layers,
             num_kv_heads=8,
             head_dim=128,
             block_size=block_tokens,

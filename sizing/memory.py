@@ -14,13 +14,14 @@ Pure: what a checkpoint holds comes from its config, and no file but a draft mod
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from ..common.config import EngineConfig
 from ..kvcache.draft_pages import num_draft_pages
 from ..models.checkpoint import tensor_shapes
 from ..models.config import ModelConfig
+from ..models.native import not_in_native
 from ..models.quantization import TIED_HEAD, Form, Quantization, chosen_quantization
 
 # A rank's main memory besides weights and caches: interpreter, torch, buffers of a step. Seen: 250 to 400 MiB.
@@ -29,14 +30,19 @@ RANK_BYTES = 400 << 20
 # attention's, products'), graphs, and what torch's allocator keeps between steps. Less leaves a smaller card without
 # memory at its first long step, more is cache that is not there.
 _GPU_BASE_BYTES = 3 << 29
+# Tokens of a step: enough to keep a GPU's multipliers busy; where answers are written too, a step must not keep them
+# waiting for long.
+GPU_BATCHED_TOKENS = {"prefill": 8192, "decode": 2048}
 _LOGIT_ARRAYS = 4  # of float32 that sampling holds at once: logits, as they were, scaled, probabilities
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 _TILE_OUTPUTS, _TILE_INPUTS = 64, 32  # of a CPU's tiles: engine/cpu/native/tiles.hpp
 _GROUP_UNIT = 8  # inputs to which a group is padded there: engine/cpu/native/integer_tiles.hpp
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_BY_INPUTS = ("o_proj", "down_proj")
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_BY_INPUTS = ("o_proj", "down_proj", "w2")
+_GATE = ".gate."  # of a mixture of experts: float32, and whole on every rank
+_BY_HEADS = ("q_norm", "k_norm", "sinks")  # vectors of which a rank has its heads' part, where they are of all heads
 # Bytes of a scale in a CPU's tiles (engine/cpu/factors.py): half precision where the file has it, a byte and a share of
 # a float32 in GGUF's blocks of 256 inputs, else a float32.
 _HALF, _FULL = 2.0, 4.0
@@ -131,10 +137,12 @@ class _Counter:
         self._engine, self._model, self._num_ranks = engine, model, num_ranks
         self._item_bytes = item_bytes(engine, model)
         self._on_gpu = engine.device == "cuda"
-        # A CPU has products of whole numbers beside bfloat16 alone: else it multiplies by plain ones.
-        is_widened = not self._on_gpu and self._item_bytes > 2
-        self._quantization = None if is_widened else quantization
+        # C++ has products of whole numbers beside bfloat16: torch multiplies by plain ones.
+        self._has_tiles = not self._on_gpu and self._item_bytes == 2 and not not_in_native(model)
+        self._quantization = quantization if self._on_gpu or self._has_tiles else None
         self._has_float8 = self._on_gpu and has_float8
+        self._whole_experts = engine.enable_expert_parallel and num_ranks > 1
+        self._shapes = tensor_shapes(model)
 
     def count(self) -> WeightBytes:
         model = self._model
@@ -157,30 +165,48 @@ class _Counter:
         return self._plain_bytes(matrix) if self._on_gpu else self._matrix_bytes(matrix)
 
     def _vector_bytes(self) -> int:
-        count = 0
-        for name, shape in tensor_shapes(self._model).items():
-            if len(shape) == 1:
-                module = name.rpartition(".")[0].rpartition(".")[2]
-                is_split = name.endswith(".bias") and module not in _BY_INPUTS
-                count += shape[0] // self._num_ranks if is_split else shape[0]
-        return count * self._item_bytes
+        count = sum(self._rank_size(name, shape[0]) for name, shape in self._shapes.items() if len(shape) == 1)
+        gates = sum(math.prod(shape) for name, shape in self._shapes.items() if _GATE in name)
+        return count * self._item_bytes + gates * _ITEM_BYTES["float32"]
+
+    def _rank_size(self, name: str, size: int) -> int:
+        """Return the numbers of a vector that a rank has; 0 of a gate's, which are counted beside its matrix."""
+        module = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+        if _GATE in name:
+            return 0
+        is_split = (name.endswith(".bias") and module not in _BY_INPUTS) or (
+            module in _BY_HEADS and size != self._model.head_dim
+        )
+        return size // self._num_ranks if is_split else size
 
     def _matrices(self) -> Iterator[_Matrix]:
         """Yield the layers' matrices, fused parts as one."""
-        shapes = {name.removesuffix(".weight"): size for name, size in tensor_shapes(self._model).items()}
+        shapes = {name.removesuffix(".weight"): size for name, size in self._shapes.items()}
+        experts = self._model.experts
+        num_own = experts.num_experts // self._num_ranks if experts is not None and self._whole_experts else None
         for module, shape in shapes.items():
             path, _, last = module.rpartition(".")
-            if len(shape) != 2 or module in (_EMBEDDING, _HEAD):
+            if len(shape) != 2 or module in (_EMBEDDING, _HEAD) or _GATE in f"{module}.":
                 continue
-            parts = next((parts for parts in _FUSED if last in parts), (last,))
-            if last != parts[0]:
-                continue  # counted with the first one
-            outputs, inputs = sum(shapes[f"{path}.{part}"][0] for part in parts), shape[1]
-            modules = tuple(f"{path}.{part}" for part in parts)
-            if last in _BY_INPUTS:
-                yield _Matrix(modules, outputs, inputs // self._num_ranks, self._num_ranks)
+            whole = self._fused(shapes, path, last)
+            if whole is None:
+                continue  # counted with its first part
+            if num_own is not None and is_expert(module):
+                if int(path.rpartition(".")[2]) < num_own:  # the first rank's: all have as many
+                    yield whole
+            elif last in _BY_INPUTS:
+                yield whole._replace(num_inputs=whole.num_inputs // self._num_ranks, num_parts=self._num_ranks)
             else:
-                yield _Matrix(modules, outputs // self._num_ranks, inputs)
+                yield whole._replace(num_outputs=whole.num_outputs // self._num_ranks)
+
+    @staticmethod
+    def _fused(shapes: Mapping[str, tuple[int, ...]], path: str, last: str) -> _Matrix | None:
+        """Return the whole matrix that begins with this part; None: it begins with another one."""
+        parts = next((parts for parts in _FUSED if last in parts), (last,))
+        if last != parts[0]:
+            return None
+        modules = tuple(f"{path}.{part}" for part in parts)
+        return _Matrix(modules, sum(shapes[module][0] for module in modules), shapes[modules[0]][1])
 
     def _matrix_bytes(self, matrix: _Matrix) -> int:
         if self._quantization is None:
@@ -201,7 +227,7 @@ class _Counter:
 
     def _plain_bytes(self, matrix: _Matrix) -> int:
         outputs, inputs = matrix.num_outputs, matrix.num_inputs
-        if not self._on_gpu and self._item_bytes == 2:
+        if self._has_tiles:
             outputs, inputs = _padded(outputs, _TILE_OUTPUTS), _padded(inputs, _TILE_INPUTS)
         return outputs * inputs * self._item_bytes
 

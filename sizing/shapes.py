@@ -1,4 +1,4 @@
-"""Models as published: what a token costs to compute, to keep and to read.
+"""A model's figures: what a token costs to compute, to keep and to read; as published, or by its config.json.
 
 Sources: the checkpoints' config.json files for Llama 3.1 8B and 70B; "OPT: Open Pre-trained Transformer Language
 Models" (2022), table 1, for 175B, which has GPT-3's shape; "DeepSeek-V3 Technical Report" (2024), section 4.2, for the
@@ -10,7 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..common.config import EngineConfig
 from ..common.errors import ConfigError
+from ..models.config import ModelConfig
+from .hardware import Gpu
+from .memory import cache_token_bytes, gpu_reserve_bytes, item_bytes, rank_weights
+from .work import count_params, exchanged_bytes, flops_per_pair, num_prompt_pairs, num_sums, num_visible_keys
+
+_RESERVE_BYTES = 4e9
 
 
 @dataclass(slots=True, frozen=True)
@@ -30,6 +37,13 @@ class ModelShape:
     expert_share: float = 0.0  # of the parameters, in routed experts
     kernels_s: float = 0.0  # of a step, whatever it computes: launches, collectives, sampling
     mfu: float | None = None  # share of a GPU's peak that its prompts reach; None: the GPU's usual one
+    is_float8: bool = False  # its products with weights
+    head_params: float = 0.0  # of num_params, that only rows which sample are multiplied by
+    resident_bytes: float | None = None  # of weights; None: those that a step reads
+    reserve_bytes: float = _RESERVE_BYTES  # of each GPU: activations of a full budget, CUDA graphs, the runtime
+    read_share: float = 1.0  # of kept tokens that a row's attention reads: less with sliding windows
+    exchanged_bytes: float = 0.0  # that each GPU sends for one token, where several share the model
+    num_sums: int = 0  # over the GPUs, in a step
 
     @property
     def active_params(self) -> float:
@@ -37,7 +51,13 @@ class ModelShape:
 
     @property
     def total_bytes(self) -> float:
+        """Return the bytes of all weights that a step may read."""
         return self.num_params * self.weight_bytes
+
+    @property
+    def kept_bytes(self) -> float:
+        """Return the bytes of weights in the memory of all GPUs."""
+        return self.total_bytes if self.resident_bytes is None else self.resident_bytes
 
     def bytes_read(self, num_tokens: int) -> float:
         """Weights that a step of so many tokens reads: of a layer's experts, those that some token chose."""
@@ -54,6 +74,42 @@ def _dense(
     pair = 4.0 * num_layers * num_heads * head_dim
     kv_bytes = 2 * 2 * num_layers * num_kv_heads * head_dim
     return ModelShape(name, num_params, num_layers, kv_bytes, pair, pair, kernels_s=kernels_s)
+
+
+def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -> ModelShape:
+    """Return the figures of one worker's model, of all its ranks together, near so many tokens of context.
+
+    Raises ConfigError for a quantization that does not go with the checkpoint.
+    """
+    num_ranks = engine.tensor_parallel_size
+    params = count_params(model)
+    weights = rank_weights(engine, model, has_float8=gpu.fp8_tflops is not None)
+    num_params = params.layers + params.experts + params.head
+    quantization, experts = model.quantization, model.experts
+    chosen = 0.0 if experts is None else experts.num_chosen / experts.num_experts
+    keys, pairs = num_visible_keys(context, model), num_prompt_pairs(context, model)
+    pair = flops_per_pair(model)
+    return ModelShape(
+        name=model.architecture,
+        num_params=num_params,
+        num_layers=model.num_layers,
+        kv_bytes_per_token=num_ranks * cache_token_bytes(engine, model),
+        prefill_flops_per_pair=2 * pair * pairs / (context * (context + 1)),
+        decode_flops_per_pair=pair * keys / context,
+        weight_bytes=num_ranks * weights.read / num_params,
+        num_active_params=num_params - params.experts + params.experts * chosen,
+        num_experts=0 if experts is None else experts.num_experts,
+        experts_per_token=0 if experts is None else experts.num_chosen,
+        expert_share=weights.experts / weights.read,
+        is_float8=quantization is not None and quantization.is_float8,
+        kernels_s=model.num_layers * gpu.layer_s,
+        head_params=params.head,
+        resident_bytes=num_ranks * weights.total,
+        reserve_bytes=0.0 if gpu.is_cpu else gpu_reserve_bytes(engine, model, engine.max_num_batched_tokens),
+        read_share=keys / (context * model.num_layers),
+        exchanged_bytes=exchanged_bytes(1, num_ranks, item_bytes(engine, model), model),
+        num_sums=num_sums(model) if num_ranks > 1 else 0,
+    )
 
 
 # Kernels of a step beside its products and reads are assumed: 30 us a layer on one GPU, 50 us with two all-reduces.
@@ -74,6 +130,7 @@ MODELS = {
             decode_flops_per_pair=2.0 * _DEEPSEEK_LAYERS * _DEEPSEEK_HEADS * (576 + 512),
             weight_bytes=1.0,
             num_active_params=37e9,
+            is_float8=True,
             num_experts=256,
             experts_per_token=8,
             expert_share=0.97,  # 58 layers x 256 experts x 3 x 7168 x 2048 parameters = 654 B

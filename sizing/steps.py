@@ -3,6 +3,7 @@
     a step computes prompt chunks and decode rows together, its kernels one after the other:
         products     of all tokens with the weights: arithmetic, or reading the weights once, whichever takes longer
         attention    of prompts: arithmetic on every pair of tokens; of decode rows: reading every attended token's KV
+        exchange     sums over the GPUs that share the model: their bytes, and a constant for each
         launches     a constant
 
 Attention of prompts and of rows are kernels of their own that do not overlap: POD-Attention (ASPLOS'25), section 2,
@@ -15,14 +16,13 @@ arithmetic series (`run`): a thousand steps cost what one costs.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..common.errors import ConfigError
 from .hardware import Gpu
 from .shapes import ModelShape
 
 _MEMORY_SHARE = 0.9  # of a GPU's memory, as `--gpu-memory-utilization`
-_RESERVE_GB = 4.0  # of a GPU: activations of a full budget, CUDA graphs, the runtime
 
 
 @dataclass(slots=True, frozen=True)
@@ -33,6 +33,26 @@ class StepWork:
     prefill_pairs: int = 0
     decode_rows: int = 0
     decode_context: int = 0
+
+
+class Terms(NamedTuple):
+    """Seconds of a step by what takes them."""
+
+    products: float  # with weights
+    weights: float  # to read them, meanwhile
+    attention: float  # of prompts
+    cache: float  # decode rows' keys and values
+    exchange: float  # between the GPUs that share the model
+    launches: float
+
+    @property
+    def total_s(self) -> float:
+        return self.launches + max(self.products, self.weights) + self.attention + self.cache + self.exchange
+
+    @property
+    def binding(self) -> str:
+        """Return the name of the term that takes most."""
+        return max(zip(self._fields, self, strict=True), key=lambda term: term[1])[0]
 
 
 class StepModel(Protocol):
@@ -60,29 +80,36 @@ class Roofline:
     model: ModelShape
     num_gpus: int
     noise: float = 0.0
+    memory_share: float = _MEMORY_SHARE
     _reads: dict[int, float] = field(default_factory=dict)  # seconds to read the weights, by tokens of a step
     _s_per_token: float = field(init=False)  # of the products with weights
+    _s_per_row: float = field(init=False)  # more, of a row that samples: the head's
     _s_per_pair: float = field(init=False)  # a prompt's token attends to another
     _s_per_context: float = field(init=False)  # a decode row attends to a token: read its KV, multiply meanwhile
+    _s_per_exchange: float = field(init=False)  # of a token
+    _fixed_s: float = field(init=False)  # of a step: launches, and sums over ranks however short
 
     def __post_init__(self) -> None:
         if self.cache_bytes <= 0:
-            need, have = self.model.total_bytes / 1e9, self.num_gpus * self.gpu.memory_gb
+            need, have = self.model.kept_bytes / 1e9, self.num_gpus * self.gpu.memory_gb
             machine = f"{self.num_gpus} x {self.gpu.name}"
             raise ConfigError(f"{self.model.name} has {need:,.0f} GB of weights; {machine} have {have:,.0f} GB")
-        model = self.model
-        flops = self.num_gpus * self.gpu.flops(model.weight_bytes, model.mfu)
-        attention_flops = self.num_gpus * self.gpu.flops(2.0, None)  # attention computes in BF16
-        self._s_per_token = 2 * model.active_params / flops
+        model, gpu = self.model, self.gpu
+        flops = self.num_gpus * gpu.flops(model.mfu, float8=model.is_float8)
+        attention_flops = self.num_gpus * gpu.flops() * gpu.attention_share  # attention computes in BF16
+        self._s_per_token = 2 * (model.active_params - model.head_params) / flops
+        self._s_per_row = 2 * model.head_params / flops
         self._s_per_pair = model.prefill_flops_per_pair / attention_flops
-        read_s = model.kv_bytes_per_token / (self.num_gpus * self.gpu.bytes_per_s)
+        read_s = model.kv_bytes_per_token * model.read_share / (self.num_gpus * gpu.bytes_per_s)
         self._s_per_context = max(read_s, model.decode_flops_per_pair / attention_flops)
+        self._s_per_exchange = model.exchanged_bytes / (gpu.nvlink_gb_per_s * 1e9)
+        self._fixed_s = model.kernels_s + model.num_sums * gpu.sum_s
 
     @property
     def cache_bytes(self) -> float:
         """Return the bytes that the weights leave for KV, on all of the worker's GPUs."""
-        usable = self.num_gpus * (self.gpu.memory_gb * _MEMORY_SHARE - _RESERVE_GB) * 1e9
-        return usable - self.model.total_bytes
+        usable = self.num_gpus * (self.gpu.memory_gb * 1e9 * self.memory_share - self.model.reserve_bytes)
+        return usable - self.model.kept_bytes
 
     def num_blocks(self, block_tokens: int) -> int:
         return int(self.cache_bytes // (self.model.kv_bytes_per_token * block_tokens))
@@ -94,18 +121,26 @@ class Roofline:
             self._reads[num_tokens] = read_s
         return read_s
 
-    def _weights_s(self, num_tokens: int) -> float:
-        """Prompts' and rows' tokens share one read of the weights."""
-        return max(num_tokens * self._s_per_token, self._read_s(num_tokens))
+    def terms(self, work: StepWork) -> Terms:
+        tokens = work.prefill_tokens + work.decode_rows  # prompts' and rows' tokens share one read of the weights
+        return Terms(
+            products=tokens * self._s_per_token + work.decode_rows * self._s_per_row,
+            weights=self._read_s(tokens),
+            attention=work.prefill_pairs * self._s_per_pair,
+            cache=work.decode_context * self._s_per_context,
+            exchange=self._fixed_s - self.model.kernels_s + tokens * self._s_per_exchange,
+            launches=self.model.kernels_s,
+        )
 
     def step_s(self, work: StepWork) -> float:
-        weights_s = self._weights_s(work.prefill_tokens + work.decode_rows)
+        """Return `terms(work).total_s`, in a third of the time: a simulation asks for millions."""
+        rows, tokens = work.decode_rows, work.prefill_tokens + work.decode_rows
+        products_s = max(tokens * self._s_per_token + rows * self._s_per_row, self._read_s(tokens))
         attention_s = work.prefill_pairs * self._s_per_pair + work.decode_context * self._s_per_context
-        return self.model.kernels_s + weights_s + attention_s
+        return self._fixed_s + products_s + attention_s + tokens * self._s_per_exchange
 
     def run(self, rows: int, context: int) -> tuple[float, float]:
-        slope_s = self._s_per_context
-        return self.model.kernels_s + self._weights_s(rows) + context * slope_s, rows * slope_s
+        return self.step_s(StepWork(decode_rows=rows, decode_context=context)), rows * self._s_per_context
 
 
 @dataclass(slots=True, frozen=True)

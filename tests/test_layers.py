@@ -72,7 +72,7 @@ tools/load           common
 tools/chaos          common models tools/load
 simulator            common kvcache engine transfer/protocol transfer/send decode worker
 simulator            router/state router/placement router/dispatch router/autoscaler tools/load simulator/costs
-simulator            sizing
+simulator            models sizing
 cli                  common settings models sizing router/admin launch
 __main__             cli
 simulator/costs      common sizing

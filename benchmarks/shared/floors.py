@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvferry.models.config import ModelConfig
+from kvferry.sizing.work import count_params, flops_per_pair, num_prompt_pairs, num_visible_keys
 
 Bound = Literal["compute", "memory"]
 
@@ -42,38 +43,17 @@ class Work:
         return "compute" if is_compute else "memory"
 
 
-def num_layer_weights(model: ModelConfig) -> int:
-    """P: the products' weights in all layers."""
-    attention = 2 * (model.num_qo_heads + model.num_kv_heads) * model.head_dim * model.hidden_size
-    mlp = 3 * model.hidden_size * model.intermediate_size
-    return model.num_layers * (attention + mlp)
-
-
-def num_head_weights(model: ModelConfig) -> int:
-    return model.vocab_size * model.hidden_size
-
-
-def num_causal_pairs(num_tokens: int, window: int | None) -> int:
-    """Pairs of a query and a key that it sees: each of n tokens sees itself and all before, at most `window`."""
-    seen = num_tokens if window is None else min(window, num_tokens)
-    return seen * (seen + 1) // 2 + (num_tokens - seen) * seen
-
-
-def num_visible_keys(context: float, model: ModelConfig) -> float:
-    """Keys that one query reads in all layers together, with `context` tokens up to and including itself."""
-    return sum(context if window is None else min(context, window) for window in model.sliding_windows)
-
-
 def decode_work(model: ModelConfig, num_rows: int, context: float, item_bytes: int, kv_item_bytes: int) -> Work:
     """One step of `num_rows` sequences that each see `context` tokens.
 
     Bytes: every weight once, with the head, and each row's keys and values (of `kv_item_bytes` each). FLOP: two for
     each weight and row, and four for each query head's dimension and visible key (the score and the weighted sum).
     """
-    weights = num_layer_weights(model) + num_head_weights(model)
+    params = count_params(model)
+    weights = params.layers + params.head
     keys = num_rows * num_visible_keys(context, model)
     return Work(
-        flops=2 * weights * num_rows + 4 * model.num_qo_heads * model.head_dim * keys,
+        flops=2 * weights * num_rows + flops_per_pair(model) * keys,
         num_bytes=weights * item_bytes + 2 * model.num_kv_heads * model.head_dim * keys * kv_item_bytes,
     )
 
@@ -84,9 +64,9 @@ def prefill_work(model: ModelConfig, num_tokens: int, item_bytes: int) -> Work:
     FLOP: 2 P n for the products, 4 * num_qo_heads * head_dim for each causal pair and layer (2 L H D n^2 without a
     window), and the head for the one row that samples.
     """
-    pairs = sum(num_causal_pairs(num_tokens, window) for window in model.sliding_windows)
-    weights, head = num_layer_weights(model), num_head_weights(model)
+    pairs = num_prompt_pairs(num_tokens, model)
+    weights, _, head = count_params(model)
     return Work(
-        flops=2 * weights * num_tokens + 4 * model.num_qo_heads * model.head_dim * pairs + 2 * head,
+        flops=2 * weights * num_tokens + flops_per_pair(model) * pairs + 2 * head,
         num_bytes=(weights + head) * item_bytes,
     )

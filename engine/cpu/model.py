@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...common.config import CpuIsa
 from ...models.config import ModelConfig
+from ...models.native import not_in_native
 from ..nn.decoder import Decoder, DecoderLayer
 from ..nn.feed_forward import GatedMLP
 from ..nn.layers import Linear
@@ -136,22 +137,7 @@ def _common_library(comm: Communicator, cache: Path, isa: CpuIsa) -> ctypes.CDLL
 
 def _check_parts(config: ModelConfig) -> None:
     """Raise NativeUnavailable for what a family has and C++ has not."""
-    family = config.family
-    has = {
-        f"norms {family.norms} blocks": family.norms != "before",
-        "norms of one more than their weights": family.norm_offset != 0.0,
-        "norms of whole projections": family.head_norms == "whole",
-        "attention sinks": family.has_sinks,
-        "two rotary embeddings": config.local_rope is not None,
-        "rotary embeddings of a part of a head": config.rope.fraction != 1.0,
-        config.activation: config.activation != "silu",
-        "scaled embeddings": config.embedding_multiplier != 1.0,
-        "a scaled residual stream": config.residual_multiplier != 1.0,
-        "scaled scores": config.score_scale is not None,
-        "capped scores": config.score_cap is not None,
-        "scaled logits": config.logits_divisor != 1.0 or config.logits_cap is not None,
-    }
-    if missing := [name for name, is_there in has.items() if is_there]:
+    if missing := not_in_native(config):
         raise NativeUnavailable(f"no C++ for {', '.join(missing)}")
 
 

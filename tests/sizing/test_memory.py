@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 
 import pytest
@@ -13,20 +14,39 @@ from kvferry.engine.ranks.group import Communicator
 from kvferry.models.config import ModelConfig
 from kvferry.sizing.memory import cache_token_bytes, weight_bytes
 
-from ..checkpoints import write_checkpoint
 from ..engine_driver import engine_config
 
 NUM_BLOCKS = 64
-LARGE = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64, "num_layers": 3}
-SHAPES: dict[str, tuple[str, dict[str, int | str | bool | None]]] = {
-    "llama": ("llama", {}),
-    "llama, its head tied": ("llama", {"tie_embeddings": True, "vocab_size": 2048}),
-    "llama with biases": ("llama", {"biases": True}),
-    "an odd vocabulary": ("llama", {"vocab_size": 1511}),
-    "sizes that fill no tile": ("llama", {"hidden_size": 336, "head_dim": 96, "num_qo_heads": 8, "vocab_size": 700}),
-    "mistral, wide": ("mistral", {"intermediate_size": 1536, "sliding_window": 64}),
-    "qwen2": ("qwen2", {"num_kv_heads": 4}),
-    "qwen3, deep, tied": ("qwen3", {"num_layers": 6, "tie_embeddings": True}),
+_SMALL: dict[str, object] = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 512,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+_EXPERTS: dict[str, object] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+SHAPES: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("Llama", {}),
+    "llama, its head tied": ("Llama", {"tie_word_embeddings": True, "vocab_size": 2048}),
+    "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "an odd vocabulary": ("Llama", {"vocab_size": 1511}),
+    "sizes that fill no tile": (
+        "Llama",
+        {"hidden_size": 336, "head_dim": 96, "num_attention_heads": 8, "vocab_size": 700},
+    ),
+    "mistral, wide": ("Mistral", {"intermediate_size": 1536, "sliding_window": 64}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 4}),
+    "qwen3, deep, tied": ("Qwen3", {"num_hidden_layers": 6, "tie_word_embeddings": True}),
+    "experts": ("Qwen3Moe", _EXPERTS),
+    "experts in every second layer": ("Qwen3Moe", _EXPERTS | {"decoder_sparse_step": 2, "num_hidden_layers": 4}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gemma 2": ("Gemma2", {}),
+    "olmo 2, norms of whole projections": ("Olmo2", {}),
+    "phi 3, fused": ("Phi3", {"pad_token_id": 0}),
 }
 PRECISIONS = ("plain", "int8", "int4")
 
@@ -72,13 +92,19 @@ def _taken(config: object, num_ranks: int) -> int:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_memory_is_that_of_a_live_rank(tmp_path: Path, name: str, dtype: str, num_ranks: int) -> None:
-    family, fields = SHAPES[name]
-    path = write_checkpoint(tmp_path, family, tokenizer=False, dtype=dtype, **(LARGE | fields))  # type: ignore[arg-type]
-    model = ModelConfig.from_dir(path)
+    kind, fields = SHAPES[name]
+    shape = {"architectures": [f"{kind}ForCausalLM"], "torch_dtype": dtype}
+    (tmp_path / "config.json").write_text(json.dumps(_SMALL | fields | shape))
+    model = ModelConfig.from_dir(tmp_path)
     for precision in PRECISIONS if dtype == "bfloat16" else PRECISIONS[:1]:
-        quantization = None if precision == "plain" else precision
-        config = engine_config(
-            path, tensor_parallel_size=num_ranks, quantization=quantization, load_format="dummy", swap_space=0
-        )
-        said = weight_bytes(config, model) + NUM_BLOCKS * config.block_size * cache_token_bytes(config, model)
-        assert said == pytest.approx(_taken(config, num_ranks), rel=0.03), precision
+        for whole_experts in {False, model.experts is not None and num_ranks > 1}:
+            config = engine_config(
+                tmp_path,
+                tensor_parallel_size=num_ranks,
+                quantization=None if precision == "plain" else precision,
+                enable_expert_parallel=whole_experts,
+                load_format="dummy",
+                swap_space=0,
+            )
+            said = weight_bytes(config, model) + NUM_BLOCKS * config.block_size * cache_token_bytes(config, model)
+            assert said == pytest.approx(_taken(config, num_ranks), rel=0.03), (precision, whole_experts)

@@ -9,14 +9,11 @@ from kvferry.benchmarks.shared.floors import (
     Rates,
     Work,
     decode_work,
-    num_causal_pairs,
-    num_head_weights,
-    num_layer_weights,
-    num_visible_keys,
     prefill_work,
 )
 from kvferry.benchmarks.shared.shapes import write_shape
 from kvferry.models.config import ModelConfig
+from kvferry.sizing.work import count_params, num_causal_pairs, num_visible_keys
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +23,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 def test_weights_of_llama_3_8b_add_up_to_its_published_size(llama: ModelConfig) -> None:
     norms = (2 * llama.num_layers + 1) * llama.hidden_size
-    assert num_layer_weights(llama) + 2 * num_head_weights(llama) + norms == 8_030_261_248
+    assert count_params(llama).layers + 2 * count_params(llama).head + norms == 8_030_261_248
 
 
 def test_decode_step_reads_every_weight_once_and_128_kib_for_each_cached_token(llama: ModelConfig) -> None:
-    weights = num_layer_weights(llama) + num_head_weights(llama)
+    weights = count_params(llama).layers + count_params(llama).head
     alone, batch = decode_work(llama, 1, 0, 2, 2), decode_work(llama, 64, 4096, 2, 2)
     assert alone.num_bytes == 2 * weights
     assert batch.num_bytes - alone.num_bytes == 64 * 4096 * 128 * 1024
@@ -45,7 +42,7 @@ def test_cache_in_8_bits_halves_its_bytes_and_leaves_the_weights(llama: ModelCon
 def test_prefill_is_linear_in_the_weights_and_quadratic_in_the_attention(llama: ModelConfig) -> None:
     n = 32_768
     attention = 2 * llama.num_layers * llama.num_qo_heads * llama.head_dim * n**2
-    expected = 2 * num_layer_weights(llama) * n + attention
+    expected = 2 * count_params(llama).layers * n + attention
     assert prefill_work(llama, n, 2).flops == pytest.approx(expected, rel=1e-4)
     assert attention == pytest.approx(0.28e15, rel=0.01)
 
@@ -75,4 +72,4 @@ def test_floor_is_the_longer_of_products_and_reads() -> None:
 
 def test_small_model_with_tied_embeddings_reads_its_head_too(tmp_path: Path) -> None:
     model = replace(ModelConfig.from_dir(write_shape(tmp_path, "llama-tiny", 128)), tie_embeddings=True)
-    assert decode_work(model, 1, 0, 2, 2).num_bytes == 2 * (num_layer_weights(model) + 512 * 64)
+    assert decode_work(model, 1, 0, 2, 2).num_bytes == 2 * (count_params(model).layers + 512 * 64)

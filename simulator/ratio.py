@@ -1,0 +1,141 @@
+"""The workers that a load takes: how many of each role, by matching rates first and by simulation then.
+
+    matched(scenario)               worker seconds of a mean request in each role: what an oracle would need
+    best_split(scenario, workers)   of so many workers, the split that keeps the objectives at the highest rate
+    least_fleet(scenario)           the fewest workers, and their split, that keep them at the traffic's rate
+
+Rates say where to begin: lengths that vary, queues, a cache that fills up, and prompts that the policy leaves to decode
+workers move the best split, which simulations find from there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..common.errors import ConfigError
+from .oracle import Bound, bound
+from .outcome import Outcome
+from .scenario import Scenario
+from .simulate import at_rate, capacity, simulate
+
+_GROWTH = 8  # a fleet that is too small grows by so small a part of itself: larger parts pass the least one by more
+MOST_WORKERS = 512  # where the search for a fleet ends
+
+
+@dataclass(slots=True, frozen=True)
+class Split:
+    """Workers by role; no prefill workers: colocated ones."""
+
+    prefill: int
+    decode: int
+
+    def __str__(self) -> str:
+        return f"{self.prefill}:{self.decode}"
+
+
+@dataclass(slots=True, frozen=True)
+class BestSplit:
+    """The best split of so many workers, and the one that matched rates alone."""
+
+    split: Split
+    matched: Split
+    rate_per_s: float
+
+
+@dataclass(slots=True, frozen=True)
+class LeastFleet:
+    """The fewest workers that keep the objectives, and what was tried."""
+
+    split: Split
+    outcome: Outcome
+    tried: tuple[tuple[Split, float], ...]  # with the share of requests that were good
+
+
+def with_split(scenario: Scenario, split: Split) -> Scenario:
+    return replace(scenario, fleet=replace(scenario.fleet, prefill=split.prefill, decode=split.decode))
+
+
+def matched(rates: Bound, num_workers: int) -> Split:
+    """Split workers so that both pools serve the same rate, as nearly as whole ones do."""
+    if num_workers < 2:
+        return Split(0, 1)
+
+    def rate(prefill: int) -> float:
+        return min(prefill / max(rates.prefill_s, 1e-12), (num_workers - prefill) / max(rates.decode_s, 1e-12))
+
+    prefill = max(range(1, num_workers), key=rate)
+    return Split(prefill, num_workers - prefill)
+
+
+def best_split(scenario: Scenario, num_workers: int, *, share: float = 0.9, precision: float = 0.02) -> BestSplit:
+    """Search every split for the highest rate that keeps the objectives, from the one that matches rates outwards.
+
+    Most splits cost one simulation: one that does not keep a rate a little above the best so far cannot be better.
+    """
+    rates = bound(with_split(scenario, Split(1, 1)), share=share)
+    start = matched(rates, num_workers)
+    best, rate = start, 0.0
+    for split in sorted(_splits(num_workers), key=lambda split: abs(split.prefill - start.prefill)):
+        candidate, wanted = with_split(scenario, split), rate * (1 + precision)
+        if rate and simulate(at_rate(candidate, wanted)).attainment < share:
+            continue
+        guess = wanted or num_workers / (rates.prefill_s + rates.decode_s)
+        found = capacity(candidate, share=share, precision=precision, start_per_s=guess).rate_per_s
+        if found > rate:
+            best, rate = split, found
+    return BestSplit(best, start, rate)
+
+
+def least_fleet(scenario: Scenario, *, share: float = 0.9) -> LeastFleet:
+    """Search the fewest workers at the traffic's rate: growing ones first, then between the last two.
+
+    Raises ConfigError where the objectives are not kept however many there are.
+    """
+    assert scenario.traffic.rate_per_s is not None
+    rates = bound(with_split(scenario, Split(1, 1)), share=share)
+    tried: dict[Split, Outcome] = {}
+
+    def outcome(split: Split) -> Outcome:
+        if split not in tried:
+            tried[split] = simulate(with_split(scenario, split))
+        return tried[split]
+
+    def best_of(num_workers: int) -> Split:
+        """Climb until some split keeps the objectives or none beside it does better."""
+        best = matched(rates, num_workers)
+        while outcome(best).attainment < share:
+            better = max((best, *_beside(best)), key=lambda split: outcome(split).attainment)
+            if better == best:
+                break
+            best = better
+        return best
+
+    count = low = max(1, math.ceil(scenario.traffic.rate_per_s * share * (rates.prefill_s + rates.decode_s)))
+    while outcome(found := best_of(count)).attainment < share:
+        if count >= MOST_WORKERS:
+            raise ConfigError(
+                f"rate: with {count} workers {outcome(found).attainment:.0%} of the requests keep the objectives, "
+                f"not {share:.0%}: no number of workers makes a step, or a lone prompt, faster"
+            )
+        low, count = count + 1, min(MOST_WORKERS, count + max(1, count // _GROWTH))
+    while low < count:  # fewer than low do not do
+        middle = (low + count) // 2
+        candidate = best_of(middle)
+        if outcome(candidate).attainment >= share:
+            count, found = middle, candidate
+        else:
+            low = middle + 1
+    return LeastFleet(found, outcome(found), tuple((split, one.attainment) for split, one in tried.items()))
+
+
+def _splits(num_workers: int) -> list[Split]:
+    return [Split(prefill, num_workers - prefill) for prefill in range(1, num_workers)] or [Split(0, 1)]
+
+
+def _beside(split: Split) -> Iterator[Split]:
+    if split.prefill > 1:
+        yield Split(split.prefill - 1, split.decode + 1)
+    if split.prefill and split.decode > 1:
+        yield Split(split.prefill + 1, split.decode - 1)

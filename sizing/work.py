@@ -1,0 +1,65 @@
+"""The work of a step, counted from a model's shape: products, pairs of queries and keys, bytes between ranks.
+
+    params      numbers of matrices: of layers, of routed experts, of the head that rows which sample are multiplied by
+    pairs       (query, key) pairs of causal attention: n (n + 1) / 2 for n tokens, fewer with a sliding window
+    exchanged   each rank's share of two sums over the ranks in a layer, and of one behind the embedding
+
+Not counted, as they take next to nothing: norms, biases, activations, sampling. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from ..models.checkpoint import tensor_shapes
+from ..models.config import ModelConfig
+from .memory import is_expert
+
+_SUMS = 2  # over the ranks in each layer: behind attention's output, and behind the feed-forward
+
+
+class Params(NamedTuple):
+    """Numbers of the whole model's matrices."""
+
+    layers: int  # without routed experts
+    experts: int  # routed ones, all of them
+    head: int  # multiplied by the rows that sample, alone
+
+
+def count_params(model: ModelConfig) -> Params:
+    sizes = {name: math.prod(shape) for name, shape in tensor_shapes(model).items() if len(shape) >= 2}
+    sizes = {name: size for name, size in sizes.items() if ".layers." in name}
+    experts = sum(size for name, size in sizes.items() if is_expert(name))
+    return Params(sum(sizes.values()) - experts, experts, model.vocab_size * model.hidden_size)
+
+
+def flops_per_pair(model: ModelConfig) -> int:
+    """Count the operations of one query and one key in one layer: two for each number of the score and of the sum."""
+    return 4 * model.num_qo_heads * model.head_dim
+
+
+def num_causal_pairs(num_tokens: int, window: int | None) -> int:
+    """Count pairs of a query and a key that it sees: each of n tokens sees itself and all before, at most `window`."""
+    seen = num_tokens if window is None else min(window, num_tokens)
+    return seen * (seen + 1) // 2 + (num_tokens - seen) * seen
+
+
+def num_prompt_pairs(num_tokens: int, model: ModelConfig) -> int:
+    """Count the pairs of a prompt in all layers together."""
+    return sum(num_causal_pairs(num_tokens, window) for window in model.sliding_windows)
+
+
+def num_visible_keys(context: float, model: ModelConfig) -> float:
+    """Count keys that one query reads in all layers together, with `context` tokens up to and including itself."""
+    return sum(context if window is None else min(context, window) for window in model.sliding_windows)
+
+
+def num_sums(model: ModelConfig) -> int:
+    """Count a step's sums over the ranks."""
+    return _SUMS * model.num_layers + 1
+
+
+def exchanged_bytes(num_tokens: int, num_ranks: int, item_bytes: int, model: ModelConfig) -> float:
+    """Return the bytes that each rank sends in a step of so many tokens: rings, 2 (n - 1) / n of each sum."""
+    return num_sums(model) * num_tokens * model.hidden_size * item_bytes * 2 * (num_ranks - 1) / num_ranks

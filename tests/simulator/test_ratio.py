@@ -1,0 +1,53 @@
+"""The split of a fleet: what the search finds is what simulating every split finds."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvferry.common.errors import ConfigError
+from kvferry.simulator import Fleet, Goals, Router, Scenario, Traffic, capacity
+from kvferry.simulator.oracle import Bound
+from kvferry.simulator.ratio import Split, best_split, least_fleet, matched, with_split
+
+PRECISION = 0.04
+
+
+def scenario(trace: str, num_requests: int, rate_per_s: float | None = None) -> Scenario:
+    traffic = Traffic(f"sample:{trace}", arrivals="poisson", num_requests=num_requests, rate_per_s=rate_per_s)
+    fleet = Fleet(1, 1, model="llama-3.1-8b", gpus_per_worker=1)
+    return Scenario(traffic, fleet, Router(policy="slo"), Goals(0.3, 2.0, 0.03))
+
+
+def test_rates_are_matched_as_nearly_as_whole_workers_do() -> None:
+    rates = Bound(1.0, 1.0, prefill_s=0.3, decode_s=0.1, hit_rate=0.0)
+    assert [matched(rates, count) for count in (1, 2, 4, 8)] == [Split(0, 1), Split(1, 1), Split(3, 1), Split(6, 2)]
+
+
+@pytest.mark.parametrize("trace", ["azure-2023-conv", "azure-2023-code"])
+def test_the_split_is_the_best_of_all_by_simulation(trace: str) -> None:
+    offered = scenario(trace, 60)
+    found = best_split(offered, 4, precision=PRECISION)
+    splits = [Split(prefill, 4 - prefill) for prefill in (1, 2, 3)]
+    rates = {
+        split: capacity(with_split(offered, split), precision=PRECISION, start_per_s=found.rate_per_s).rate_per_s
+        for split in splits
+    }
+    assert rates[found.split] >= max(rates.values()) * (1 - PRECISION)
+
+
+def test_the_least_fleet_keeps_the_objectives_and_one_fewer_does_not() -> None:
+    found = least_fleet(scenario("azure-2023-code", 150, rate_per_s=30.0))
+    assert found.outcome.attainment >= 0.9
+    fewer = [good for split, good in found.tried if sum_of(split) == sum_of(found.split) - 1]
+    assert fewer and max(fewer) < 0.9
+
+
+def sum_of(split: Split) -> int:
+    return split.prefill + split.decode
+
+
+def test_objectives_that_no_number_of_workers_keeps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvferry.simulator.ratio.MOST_WORKERS", 4)
+    impossible = scenario("azure-2023-conv", 30, rate_per_s=1.0)
+    with pytest.raises(ConfigError, match="no number of workers makes a step, or a lone prompt, faster"):
+        least_fleet(Scenario(impossible.traffic, impossible.fleet, impossible.router, Goals(0.3, 2.0, 0.001)))

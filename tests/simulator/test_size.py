@@ -1,0 +1,87 @@
+"""`kvferry size`: from flags to a table or figures, and one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import structlog
+
+from kvferry.simulator.size import main
+
+from ..sizing.models import write_config
+
+
+@pytest.fixture(autouse=True)
+def _restore_logs() -> None:
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    return str(write_config(tmp_path / "llama", "8b"))
+
+
+def figures(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, dict[str, float]]:
+    assert main([*words, "--json"]) == 0
+    found: dict[str, dict[str, float]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_fleet_is_sized_and_priced(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [model, "--gpu", "H100", "--rate", "20", "--requests", "60", "--context", "500", "--output-len", "100"]
+    found = figures(capsys, *words)
+    fleet, cost = found["fleet"], found["cost"]
+    assert found["simulated"]["attainment"] >= 0.9
+    assert fleet["gpus"] == fleet["prefill"] + fleet["decode"] >= 1
+    assert cost["per_hour"] == pytest.approx(fleet["gpus"] * 2.69)
+    assert cost["per_million_output_tokens"] == pytest.approx(cost["per_hour"] / (20 * found["output"] * 3600) * 1e6)  # type: ignore[operator]
+    assert main([*words, "--no-simulation"]) == 0
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("weights of a rank", "16.1 GB", "reading weights", "rates alone"))
+
+
+def test_without_a_rate_there_is_a_ratio_and_no_fleet(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([model, "--gpu", "A100-80GB", "--tensor-parallel-size", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "P:D that matches rates" in shown and "sent by a rank in a step" in shown and "GPU-hour" not in shown
+
+
+def test_nothing_is_priced_that_has_no_price(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [model, "--gpu", "l4", "--quantization", "int8", "--rate", "1", "--no-simulation", "--link-gb-per-s", "10"]
+    assert "cost" not in figures(capsys, *words)
+    assert figures(capsys, *words, "--gpu-hour-cost", "0.5")["cost"]["gpu_hour"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ([], "gpu: say on what: H100"),
+        (["--gpu", "H900"], "gpu H900: known are H100"),
+        (["--gpu", "cpu"], "memory_gb: of a CPU what was measured on it is needed"),
+        (["--gpu", "L40S"], "link_gb_per_s: L40S comes without a network port"),
+        (["--gpu", "H100", "--block-size", "5"], "block_size: "),
+        (["--gpu", "H100", "--context", "999999"], "context: 999,999 tokens are more than the model's 131,072"),
+        (["--gpu", "H100", "--tensor-parallel-size", "3"], "tensor_parallel_size = 3 does not divide"),
+        (["--gpu", "H100", "--memory-gb", "18"], "LlamaForCausalLM has 16 GB of weights; 1 x H100 have 18 GB"),
+        (["--gpu", "H100", "--quantization", "awq"], "quantization = awq: the checkpoint's config.json has no such"),
+    ],
+)
+def test_mistakes_are_one_line(model: str, words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([model, *words]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"kvferry size: {why}") and shown.count("\n") == 1
+
+
+def test_the_command_takes_a_model_and_imports_no_torch(model: str) -> None:
+    script = (
+        "import sys, kvferry.cli as cli\n"
+        f"try: cli.main(['size', {model!r}, '--gpu', 'H200', '--json'])\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout)["hardware"]["name"] == "H200"

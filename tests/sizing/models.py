@@ -1,0 +1,51 @@
+"""Models by their config.json alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kvferry.models.config import ModelConfig
+
+_LLAMA: dict[str, object] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+}
+CONFIGS: dict[str, dict[str, object]] = {
+    "8b": _LLAMA,
+    "70b": _LLAMA
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    # Qwen3-30B-A3B: 30.5 billion parameters, of which a token uses 3.3 billion (its model card).
+    "30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "torch_dtype": "bfloat16",
+    },
+}
+
+
+def write_config(path: Path, name: str, **changes: object) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(CONFIGS[name] | changes))
+    return path
+
+
+def model_of(path: Path, name: str, **changes: object) -> ModelConfig:
+    return ModelConfig.from_dir(write_config(path, name, **changes))

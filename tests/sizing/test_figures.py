@@ -1,0 +1,145 @@
+"""A worker's figures: known ones of known models, and how they move with what is asked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvferry.common.config import EngineConfig
+from kvferry.common.errors import ConfigError
+from kvferry.models.config import ModelConfig
+from kvferry.sizing.figures import Sizer
+from kvferry.sizing.hardware import GPUS, Gpu, gpu_named, measured_cpu
+from kvferry.sizing.steps import StepWork
+
+from .models import model_of
+
+H100 = gpu_named("H100")
+
+
+def engine_of(num_ranks: int = 1, **fields: object) -> EngineConfig:
+    values = {"model_dir": ".", "served_model_name": "m", "device": "cuda", "max_num_batched_tokens": 8192}
+    return EngineConfig.model_validate(values | {"tensor_parallel_size": num_ranks, "max_num_seqs": 256} | fields)
+
+
+@pytest.fixture(scope="module")
+def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    return model_of(tmp_path_factory.mktemp("8b"), "8b")
+
+
+@pytest.fixture(scope="module")
+def llama_70b(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    return model_of(tmp_path_factory.mktemp("70b"), "70b")
+
+
+def test_an_8b_on_one_h100(llama_8b: ModelConfig) -> None:
+    """8,030,261,248 parameters (its model card); by hand from the data sheet's 3.35 TB/s and 989.5 TFLOP/s."""
+    sizer = Sizer(engine_of(), llama_8b, H100, 2048)
+    memory = sizer.memory()
+    assert memory.weights == 2 * 8_030_261_248
+    assert memory.cache_token == 2 * 32 * 8 * 128 * 2
+    assert memory.cache <= 0.9 * 80e9 - memory.weights - memory.workspace < memory.cache + 16 * memory.cache_token
+    read = memory.weights - 2 * 128256 * 4096 + 2048 * memory.cache_token  # not the rows that tokens are looked up in
+    norms = 2 * 65 * 4096
+    assert sizer.decode(1).bound_s == pytest.approx(read / 3.35e12, rel=1e-6)
+    products = 2 * (read - 2048 * memory.cache_token - norms) // 2 - 2 * 128256 * 4096  # without the head
+    attention = 32 * 4 * 32 * 128 * 2048 * 2049 / 2
+    assert sizer.prompt(2048).bound_s == pytest.approx((products * 2048 + attention) / 989.5e12, rel=1e-6)
+    assert (sizer.decode(1).binding, sizer.prompt(2048).binding) == ("weights", "products")
+
+
+def test_a_70b_on_four(llama_70b: ModelConfig) -> None:
+    """70,553,706,496 parameters (its model card), 320 KiB of KV for a token; each rank holds the norms whole."""
+    sizer = Sizer(engine_of(4), llama_70b, H100, 4096)
+    norms = 2 * 161 * 8192
+    assert sizer.memory().weights == (2 * 70_553_706_496 - norms) // 4 + norms
+    handoff = sizer.handoff(4096, 40e9)
+    assert handoff.num_bytes == 4096 * (320 << 10)
+    assert handoff.link_s == pytest.approx(handoff.num_bytes / 4 / 40e9)
+    assert handoff.exposed_s == pytest.approx(handoff.link_s / 80) and handoff.binding == "compute"
+    assert sizer.exchanged_bytes(1) == 161 * 8192 * 2 * 2 * 3 / 4
+
+
+def test_a_token_uses_a_few_experts(tmp_path: Path) -> None:
+    model = model_of(tmp_path, "30b-a3b")
+    sizer = Sizer(engine_of(), model, H100, 1024)
+    assert sizer.memory().weights == pytest.approx(2 * 30.53e9, rel=0.001)
+    assert sizer.shape.active_params + 151936 * 2048 == pytest.approx(3.35e9, rel=0.01)  # and looked-up rows
+    alone, many = sizer.decode(1).bound_s, sizer.decode(200).bound_s
+    assert alone < 3 * 2 * 3.35e9 / 3.35e12 < many, "all rows together choose nearly all experts"
+
+
+def test_what_binds_changes_with_the_rows(llama_8b: ModelConfig) -> None:
+    sizer = Sizer(engine_of(max_num_seqs=4096, kv_cache_dtype="fp8"), llama_8b, gpu_named("H200"), 64)
+    assert sizer.decode(1).binding == "weights"
+    assert sizer.decode(4096).binding == "products"
+    assert Sizer(engine_of(), llama_8b, H100, 8192).batch(10.0).binding == "KV cache"
+    assert Sizer(engine_of(), llama_8b, H100, 64).batch(10.0).binding == "max_num_seqs"
+    assert Sizer(engine_of(), llama_8b, H100, 1024).batch(0.02).binding == "TPOT objective"
+    slow = replace(H100, network_gb_per_s=0.1)
+    assert Sizer(engine_of(), llama_8b, slow, 4096).handoff(4096, 0.1e9).binding == "link"
+
+
+def test_windows_bound_what_attention_reads(tmp_path: Path, llama_8b: ModelConfig) -> None:
+    sliding = replace(llama_8b, sliding_windows=(1024,) * llama_8b.num_layers)
+    long, short = (Sizer(engine_of(), model, H100, 32_768) for model in (llama_8b, sliding))
+    assert short.decode(64).bound_s < long.decode(64).bound_s
+    assert short.prompt(32_768).bound_s < long.prompt(32_768).bound_s
+    assert short.memory() == long.memory(), "pages are kept, read or not"
+
+
+def test_what_cannot_be_is_refused(llama_8b: ModelConfig, llama_70b: ModelConfig) -> None:
+    with pytest.raises(ConfigError, match="141 GB of weights; 1 x H100 have 80 GB"):
+        Sizer(engine_of(), llama_70b, H100, 64)
+    with pytest.raises(ConfigError, match="tensor_parallel_size = 3 does not divide"):
+        Sizer(engine_of(3), llama_8b, H100, 64)
+    with pytest.raises(ConfigError, match="context: 200,000 tokens are more than the model's 131,072"):
+        Sizer(engine_of(), llama_8b, H100, 200_000)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    gpu=st.sampled_from([gpu for gpu in GPUS.values() if gpu.memory_gb >= 40]),
+    context=st.integers(16, 32_768),
+    rows=st.integers(1, 128),
+    quantization=st.sampled_from([None, "int8", "int4"]),
+)
+def test_figures_move_as_they_must(
+    llama_8b: ModelConfig, gpu: Gpu, context: int, rows: int, quantization: str | None
+) -> None:
+    one, two = (Sizer(engine_of(n, quantization=quantization), llama_8b, gpu, context) for n in (1, 2))
+    assert two.memory().weights < one.memory().weights and two.memory().num_tokens > one.memory().num_tokens
+    assert two.decode(rows).bound_s < one.decode(rows).bound_s
+    for sizer in (one, two):
+        alone, batch = sizer.decode(rows), sizer.decode(rows + 1)
+        assert alone.bound_s < alone.expected_s and batch.expected_s > alone.expected_s
+        assert batch.expected_s / (rows + 1) < alone.expected_s / rows, "a fuller step costs each row less"
+        longer = Sizer(sizer.engine, llama_8b, gpu, context + 1024)
+        assert longer.decode(rows).expected_s > alone.expected_s
+        assert longer.prompt(context + 1024).expected_s > sizer.prompt(context).expected_s
+        assert longer.memory().num_contexts < sizer.memory().num_contexts
+        slow, quick = sizer.batch(0.02), sizer.batch(0.2)
+        assert slow.num_rows <= quick.num_rows
+    if quantization is not None:
+        plain = Sizer(engine_of(), llama_8b, gpu, context)
+        assert one.memory().num_tokens > plain.memory().num_tokens
+        assert one.decode(rows).bound_s <= plain.decode(rows).bound_s
+
+
+def test_terms_add_up_to_the_step(llama_8b: ModelConfig) -> None:
+    steps = Sizer(engine_of(2), llama_8b, H100, 512).steps
+    for work in (StepWork(64, 2048), StepWork(0, 0, 32, 9000), StepWork(128, 8256, 16, 700)):
+        assert steps.terms(work).total_s == pytest.approx(steps.step_s(work))
+
+
+def test_a_cpu_takes_what_was_measured(llama_8b: ModelConfig) -> None:
+    cpu = measured_cpu(memory_gb=64, memory_gb_per_s=40, tflops=2)
+    sizer = Sizer(engine_of(device="cpu", max_num_batched_tokens=512), llama_8b, cpu, 128)
+    memory = sizer.memory()
+    read = memory.weights - 2 * 128256 * 4096 + 128 * memory.cache_token
+    assert sizer.decode(1).expected_s == sizer.decode(1).bound_s == pytest.approx(read / 40e9, rel=1e-6)
+    assert memory.weights + memory.cache <= 64e9
