@@ -51,7 +51,7 @@ class NativeDecoder:
         for layer in range(described.num_layers):
             described.layers[layer].pages = pages[layer].data_ptr()
         self._vocab_size: int = described.vocab_size
-        self._comm, self._num_logits = model.comm, model.num_logits
+        self._comm, self._num_logits, self._bounded_ = model.comm, model.num_logits, model.bounded_
         self._sums = _Sums(self._comm)
         if self._comm.size > 1:
             described.sum_over_ranks = self._sums.callback
@@ -126,7 +126,7 @@ class NativeDecoder:
         hidden = hidden.contiguous()
         logits = torch.empty(len(hidden), _padded(self._num_logits))
         self._logits(self._handle, len(hidden), hidden.data_ptr(), logits.data_ptr())
-        return self._comm.all_gather(logits[:, : self._num_logits])[:, : self._vocab_size]
+        return self._bounded_(self._comm.all_gather(logits[:, : self._num_logits])[:, : self._vocab_size])
 
 
 class Step(NamedTuple):

@@ -19,7 +19,7 @@ from ...models.config import ModelConfig
 from ...models.native import not_in_native
 from ..nn.decoder import Decoder, DecoderLayer
 from ..nn.feed_forward import GatedMLP
-from ..nn.layers import Linear
+from ..nn.layers import Linear, RMSNorm
 from ..nn.mixer import Attention
 from ..ranks.group import Communicator
 from .build import load
@@ -48,9 +48,12 @@ class _GatedMLP(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = [
         ("input_norm", ctypes.c_void_p),
+        ("mixed_norm", ctypes.c_void_p),
         ("attention", _Attention),
         ("mlp_norm", ctypes.c_void_p),
+        ("output_norm", ctypes.c_void_p),
         ("mlp", _GatedMLP),
+        ("is_local", ctypes.c_int64),
         ("pages", ctypes.c_void_p),
     ]
 
@@ -64,10 +67,10 @@ class Model(ctypes.Structure):
     """The C++ `Model`. Whoever has pages fills in the layers' and their numbers."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in (*_SIZES, "page_stride", "block_size")),
-        ("norm_eps", ctypes.c_double),
-        ("rope_factor", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("inv_freq", "embedding", "final_norm")),
+        *((name, ctypes.c_int64) for name in (*_SIZES, "page_stride", "block_size", "rotary_dim", "has_gelu")),
+        *((name, ctypes.c_double) for name in ("norm_eps", "norm_offset", "rope_factor", "local_rope_factor")),
+        *((name, ctypes.c_double) for name in ("embedding_factor", "added_factor", "query_factor")),
+        *((name, ctypes.c_void_p) for name in ("inv_freq", "local_inv_freq", "embedding", "final_norm")),
         ("head", Tiles),
         ("layers", ctypes.POINTER(_Layer)),
         ("sum_over_ranks", SumOverRanks),
@@ -90,6 +93,7 @@ class NativeModel:
         pack = Packer(self.library)
         self._packed = {id(weight): pack(weight) for weight in weights}
         self._keep = (decoder, weights)
+        self.bounded_ = decoder.bounded_  # of logits
         self.num_logits = decoder.head.linear.weight.num_outputs  # of this rank
         self.described = self._describe(decoder, blocks)
 
@@ -98,8 +102,10 @@ class NativeModel:
         layers = (_Layer * config.num_layers)()
         parts = zip(decoder.layers, blocks, config.sliding_windows, layers, strict=True)
         for layer, (attention, mlp), window, target in parts:
-            assert layer.input_norm is not None and layer.mlp_norm is not None
-            target.input_norm, target.mlp_norm = address(layer.input_norm.weight), address(layer.mlp_norm.weight)
+            for name in ("input_norm", "mixed_norm", "mlp_norm", "output_norm"):
+                norm: RMSNorm | None = getattr(layer, name)
+                setattr(target, name, None if norm is None else address(norm.weight))
+            target.is_local = layer.is_local and config.local_rope is not None
             target.attention.qkv = self._linear(attention.qkv_proj, attention.qkv_proj.bias)
             target.attention.o = self._linear(attention.o_proj, attention.o_proj.sum_bias)
             if attention.head_norms:
@@ -108,7 +114,20 @@ class NativeModel:
             target.attention.window = window or 0
             target.mlp.gate_up = self._linear(mlp.gate_up_proj, mlp.gate_up_proj.bias)
             target.mlp.down = self._linear(mlp.down_proj, mlp.down_proj.sum_bias)
-        model = Model(norm_eps=config.rms_norm_eps, rope_factor=decoder.rotary.attention_factor)
+        scale = 1.0 if config.score_scale is None else config.score_scale * config.head_dim**0.5
+        model = Model(
+            rotary_dim=2 * len(decoder.rotary.inv_freq),
+            has_gelu=config.activation == "gelu_tanh",
+            norm_eps=config.rms_norm_eps,
+            norm_offset=config.family.norm_offset,
+            rope_factor=decoder.rotary.attention_factor,
+            embedding_factor=decoder.multiplier,
+            added_factor=config.residual_multiplier,
+            query_factor=scale,
+        )
+        if decoder.local_rotary is not None:
+            model.local_rope_factor = decoder.local_rotary.attention_factor
+            model.local_inv_freq = address(decoder.local_rotary.inv_freq)
         for name in _SIZES:
             setattr(model, name, getattr(config, name) // (self.comm.size if name in _SPLIT else 1))
         model.first_token, model.num_tokens = decoder.embedding.start, decoder.embedding.stop - decoder.embedding.start

@@ -99,7 +99,7 @@ class Decoder:
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, device, max_model_len=length)
         self.local_rotary = None if local is None else RotaryEmbedding(local, config.head_dim, device)
         # As the reference implementation has it: rounded to the weights' type.
-        self._multiplier = float(torch.tensor(config.embedding_multiplier, dtype=dtype))
+        self.multiplier = float(torch.tensor(config.embedding_multiplier, dtype=dtype))
         self.adapters: AdapterSlots | None = None  # None: no request has one
 
     def forward(
@@ -124,7 +124,7 @@ class Decoder:
         x = self.embedding(input_ids)
         if x.device.type == "cpu":
             x = x.float()
-        return x if self._multiplier == 1.0 else x.mul_(self._multiplier)
+        return x if self.multiplier == 1.0 else x.mul_(self.multiplier)
 
     def ropes(self, positions: Tensor) -> Ropes:
         rope = self.rotary(positions, self.dtype)

@@ -3,7 +3,7 @@
 // Weights are bfloat16 or whole numbers, pages bfloat16, sums and the residual stream float32. Used by one thread at a
 // time, with helpers of its own, as many as the machine has to spare (cores.hpp).
 //
-//   forward: embedding -> layers: norm -> qkv -> rotate, write K and V -> attend -> o -> norm -> gate, up -> silu -> down
+//   forward: embedding -> layers: norm -> qkv -> rotate, write K and V -> attend -> o -> norm -> gate, up -> act -> down
 //   logits:  norm -> head
 //
 // Few tokens: the time goes into reading weights, so threads share out the weights' columns and meet after each product.
@@ -134,14 +134,16 @@ private:
         grow(residual_, step.num_tokens * strides_.hidden);
         grow(attended_, step.num_tokens * strides_.attended);
         grow(last_attended_, step.num_wanted * strides_.attended);
-        rotation_.reserve(step.num_tokens);
+        for (Rotation& rotation : rotations_) rotation.reserve(step.num_tokens);
         for (Counter& counter : counters_) counter.reset();
     }
 
     void begin(const Step& step, int rank) {
         const Range tokens = share(step.num_tokens, rank, team_.size());
         for (long token = tokens.first; token < tokens.last; token++) embed(step.input_ids[token], residual(token));
-        each(step, tokens, [&](const Row& row, long token) { rotation_.prepare(token, row.start + token - row.token); });
+        each(step, tokens, [&](const Row& row, long token) {
+            for (Rotation& rotation : rotations_) rotation.prepare(token, row.start + token - row.token);
+        });
     }
 
     void embed(std::int32_t token, float* x) const {
@@ -150,7 +152,7 @@ private:
         if (m_.sum_over_ranks != nullptr && (token < 0 || token >= m_.num_tokens)) return;
         for (long i = 0; i < m_.hidden_size; i += 16) {
             const Lanes mask = lanes(m_.hidden_size - i);
-            store(x + i, load(m_.embedding + token * m_.hidden_size + i, mask), mask);
+            store(x + i, load(m_.embedding + token * m_.hidden_size + i, mask) * repeat(float(m_.embedding_factor)), mask);
         }
     }
 
@@ -272,34 +274,36 @@ private:
         run([&](int rank) {
             each_panel(rows, [&](long first, long count) {
                 math_.add(partial(first), {attended + first * strides_.attended, strides_.attended, count}, o,
-                          part(o.weight, rank));
+                          part(o.weight, rank), 1.0f);
             });
         });
         m_.sum_over_ranks(partial(0), rows * strides_.hidden);
         run([&](int rank) {
-            add_sums(x, layer.attention.o.bias, rows, rank);
+            add_sums(x, layer.attention.o.bias, layer.mixed_norm, rows, rank);
             team_.barrier();
             each_panel(rows, [&](long first, long count) {
                 Panel& own = mine_[rank]->panel;
                 const Rows normed = math_.normalize(x + first * strides_.hidden, count, layer.mlp_norm, own);
-                math_.feed_forward(
-                    mlp, partial(first), normed, shared_, [&](long count) { return share(count, rank, team_.size()); },
+                const Rows activated = math_.feed_forward(
+                    mlp, normed, shared_, [&](long count) { return share(count, rank, team_.size()); },
                     [&] { team_.barrier(); });
+                math_.add(partial(first), activated, mlp.down, part(mlp.down.weight, rank), 1.0f);
+                team_.barrier();
             });
         });
         m_.sum_over_ranks(partial(0), rows * strides_.hidden);
-        run([&](int rank) { add_sums(x, layer.mlp.down.bias, rows, rank); });
+        run([&](int rank) { add_sums(x, layer.mlp.down.bias, layer.output_norm, rows, rank); });
     }
 
-    // x += the ranks' sums + bias; the sums are zero afterwards.
-    void add_sums(float* x, const bf16* bias, long rows, int rank) {
+    // x += the ranks' sums + bias, normed if `norm` is not null; the sums are zero afterwards.
+    void add_sums(float* x, const bf16* bias, const bf16* norm, long rows, int rank) {
         const Range mine = share(rows, rank, team_.size());
         for (long row = mine.first; row < mine.last; row++) {
             for (long i = 0; i < strides_.hidden; i += 16) {
-                float* target = x + row * strides_.hidden + i;
-                store(target, load(target) + with_bias(partial(row) + i, bias, i, m_.hidden_size));
-                store(partial(row) + i, repeat(0.0f));
+                store(partial(row) + i, with_bias(partial(row) + i, bias, i, m_.hidden_size));
             }
+            math_.add_row(x + row * strides_.hidden, partial(row), norm);
+            std::fill_n(partial(row), strides_.hidden, 0.0f);
         }
     }
 
@@ -324,17 +328,18 @@ private:
     // The products of `tokens` to their places: K and V to their slots, queries to where attention's result will be.
     void place(const Step& step, std::size_t index, Range tokens, const float* qkv, Mine& mine) {
         const AttentionBlock& attention = layers_[index].attention;
+        const Rotation& rotation = rotations_[layers_[index].is_local ? 1 : 0];
         const long d = m_.head_dim;
         float* scratch = mine.head.data();
         each(step, tokens, [&](const Row& row, long token) {
             const float* heads = qkv + (token - tokens.first) * strides_.qkv;
             for (long head = 0; head < m_.num_qo_heads; head++, heads += d) {
-                rotation_.turn(heads, attention.q_norm, token, scratch, attended(token) + head * d);
+                rotation.turn(heads, attention.q_norm, token, float(m_.query_factor), scratch, attended(token) + head * d);
             }
             for (long head = 0; head < m_.num_kv_heads; head++, heads += d) {
                 const Pages pages = this->pages(index, head, row);
                 bf16* key = const_cast<bf16*>(pages.key(row.start + token - row.token));
-                rotation_.turn(heads, attention.k_norm, token, scratch, key);
+                rotation.turn(heads, attention.k_norm, token, 1.0f, scratch, key);
                 const float* value = heads + m_.num_kv_heads * d;
                 for (long i = 0; i < d; i += 16) store(key + pages.values + i, load(value + i));
             }
@@ -389,7 +394,7 @@ private:
     Cores cores_;
     const int group_;  // query heads of one KV head
     std::vector<Counter> counters_;  // a layer's panels and its attention, and the last panels
-    Rotation rotation_{m_};
+    Rotation rotations_[2]{{m_, m_.inv_freq, m_.rope_factor}, {m_, m_.local_inv_freq, m_.local_rope_factor}};
     std::vector<float> residual_;
     std::vector<float> partial_;  // this rank's part of sums; zero between them
     std::vector<bf16> attended_, last_attended_;  // queries, then attention's result; padding stays zero

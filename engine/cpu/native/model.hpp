@@ -30,18 +30,23 @@ struct GatedMlp {
 };
 
 struct Layer {
-    const bf16* input_norm;
+    const bf16 *input_norm, *mixed_norm;  // before attention, and of what it adds; null: none
     AttentionBlock attention;
-    const bf16* mlp_norm;
+    const bf16 *mlp_norm, *output_norm;  // the same of the feed-forward
     GatedMlp mlp;
+    std::int64_t is_local;  // positions turn by the local frequencies
     bf16* pages;  // block 0's of this layer: [2, num_kv_heads, block_size, head_dim]; the next is page_stride further
 };
 
 struct Model {
     std::int64_t num_layers, hidden_size, intermediate_size, num_qo_heads, num_kv_heads, head_dim, vocab_size;
     std::int64_t page_stride, block_size;
-    double norm_eps, rope_factor;
-    const float* inv_freq;               // [head_dim / 2]
+    std::int64_t rotary_dim;                          // of a head: so many are turned, from its beginning on
+    std::int64_t has_gelu;                            // in place of silu
+    double norm_eps, norm_offset;                     // a norm's weights mean so much more
+    double rope_factor, local_rope_factor;
+    double embedding_factor, added_factor, query_factor;  // of what enters the residual stream, is added to it, asks keys
+    const float *inv_freq, *local_inv_freq;  // [rotary_dim / 2]; the second null: none
     const bf16 *embedding, *final_norm;  // rows, weight
     Tiles head;
     const Layer* layers;

@@ -21,35 +21,65 @@ struct Strides {
 struct Panel {
     explicit Panel(const Strides& s)
         : normed(kPanelRows * s.normed), activated(kPanelRows * s.activated), qkv(kPanelRows * s.qkv),
-          gate_up(kPanelRows * s.gate_up) {}
+          gate_up(kPanelRows * s.gate_up), added(kPanelRows * s.hidden) {}
     std::vector<bf16> normed, activated;
-    std::vector<float> qkv, gate_up;
+    std::vector<float> qkv, gate_up, added;
 };
 
 class PanelMath {
 public:
     PanelMath(const Model& model, const Strides& strides) : m_(model), s_(strides) {}
 
-    // From attention to a layer's end: x += o(attended), x += mlp(norm(x)). By one thread: `part` is all of what it is
+    // From attention to a layer's end: x += o(attended), x += mlp(norm(x)), what is added normed where a layer has norms
+    // for it. By one thread: `part` is all of what it is
     // asked about, `meet` does nothing. By several, each with an `own` panel for what all of them compute, and one in
     // `common`: `part(count)` is this one's of so many tiles or vectors, and all meet after each product.
     template <class Part, class Meet>
     void finish(const Layer& layer, float* x, const bf16* attended, long rows, Panel& own, Panel& common, Part part,
                 Meet meet) const {
-        const Linear& o = layer.attention.o;
-        add(x, {attended, s_.attended, rows}, o, part(o.weight.count()));
-        meet();
-        feed_forward(layer.mlp, x, normalize(x, rows, layer.mlp_norm, own), common, part, meet);
+        add_block(x, {attended, s_.attended, rows}, layer.attention.o, layer.mixed_norm, common, part, meet);
+        const Rows activated = feed_forward(layer.mlp, normalize(x, rows, layer.mlp_norm, own), common, part, meet);
+        add_block(x, activated, layer.mlp.down, layer.output_norm, common, part, meet);
     }
 
+    // All of it but the last product, whose inputs are returned.
     template <class Part, class Meet>
-    void feed_forward(const GatedMlp& mlp, float* x, const Rows& normed, Panel& common, Part part, Meet meet) const {
+    Rows feed_forward(const GatedMlp& mlp, const Rows& normed, Panel& common, Part part, Meet meet) const {
         set(common.gate_up.data(), s_.gate_up, normed, mlp.gate_up, part(mlp.gate_up.weight.count()));
         meet();
         activate(common, normed.count, part((m_.intermediate_size + 15) / 16));
         meet();
-        add(x, {common.activated.data(), s_.activated, normed.count}, mlp.down, part(mlp.down.weight.count()));
+        return {common.activated.data(), s_.activated, normed.count};
+    }
+
+    // x += inputs W^T + bias, normed if `norm` is not null
+    template <class Part, class Meet>
+    void add_block(float* x, const Rows& inputs, const Linear& w, const bf16* norm, Panel& common, Part part,
+                   Meet meet) const {
+        if (norm == nullptr) {
+            add(x, inputs, w, part(w.weight.count()), float(m_.added_factor));
+        } else {
+            float* added = common.added.data();
+            set(added, s_.hidden, inputs, w, part(w.weight.count()));
+            meet();
+            const Range rows = part(inputs.count);
+            for (long row = rows.first; row < rows.last; row++) {
+                add_row(x + row * s_.hidden, added + row * s_.hidden, norm);
+            }
+        }
         meet();
+    }
+
+    // x += y of one token, normed if `norm` is not null
+    void add_row(float* x, const float* y, const bf16* norm) const {
+        const Vector by = repeat(float(m_.added_factor)), offset = repeat(float(m_.norm_offset));
+        const Vector factor = norm == nullptr ? by : repeat(inverse_rms(y, m_.hidden_size, float(m_.norm_eps)));
+        for (long i = 0; i < m_.hidden_size; i += 16) {
+            const Lanes mask = lanes(m_.hidden_size - i);
+            Vector value = load(y + i, mask) * factor;
+            if (norm != nullptr) value = value * (load(norm + i, mask) + offset) * by;
+            store(x + i, load(x + i, mask) + value, mask);
+        }
     }
 
     void finish(const Layer& layer, float* x, const bf16* attended, long rows, Panel& panel) const {
@@ -61,9 +91,10 @@ public:
         for (long row = 0; row < rows; row++) {
             const float* x = hidden + row * s_.hidden;
             const Vector factor = repeat(inverse_rms(x, m_.hidden_size, float(m_.norm_eps)));
+            const Vector offset = repeat(float(m_.norm_offset));
             for (long i = 0; i < m_.hidden_size; i += 16) {
                 const Lanes mask = lanes(m_.hidden_size - i);
-                store(normed + row * s_.normed + i, load(x + i, mask) * factor * load(weight + i, mask), mask);
+                store(normed + row * s_.normed + i, load(x + i, mask) * factor * (load(weight + i, mask) + offset), mask);
             }
         }
         return {normed, s_.normed, rows};
@@ -78,24 +109,34 @@ public:
         });
     }
 
-    // y += x W^T + bias; y is the residual stream
-    void add(float* y, const Rows& x, const Linear& w, Range part) const {
+    // y += (x W^T + bias) * by; y is the residual stream, or as wide
+    void add(float* y, const Rows& x, const Linear& w, Range part, float by) const {
         multiply(x, w.weight, part, [&](long row, long column, const float* sums) {
             for (int i = 0; i < kTileColumns; i += 16) {
                 float* target = y + row * s_.hidden + column + i;
-                store(target, load(target) + with_bias(sums + i, w.bias, column + i, w.weight.columns));
+                const Vector sum = with_bias(sums + i, w.bias, column + i, w.weight.columns);
+                store(target, load(target) + sum * repeat(by));
             }
         });
     }
 
-    // silu(gate) * up, these vectors of each row
+    // act(gate) * up, these vectors of each row
     void activate(Panel& panel, long rows, Range vectors) const {
+        if (m_.has_gelu) {
+            activate(panel, rows, vectors, gelu_tanh);
+        } else {
+            activate(panel, rows, vectors, silu);
+        }
+    }
+
+    template <class Function>
+    void activate(Panel& panel, long rows, Range vectors, Function act) const {
         const long size = m_.intermediate_size;
         for (long row = 0; row < rows; row++) {
             const float *gate = panel.gate_up.data() + row * s_.gate_up, *up = gate + size;
             for (long i = vectors.first * 16; i < std::min(size, vectors.last * 16); i += 16) {
                 const Lanes mask = lanes(size - i);
-                store(panel.activated.data() + row * s_.activated + i, silu(load(gate + i, mask)) * load(up + i, mask), mask);
+                store(panel.activated.data() + row * s_.activated + i, act(load(gate + i, mask)) * load(up + i, mask), mask);
             }
         }
     }

@@ -9,43 +9,51 @@
 
 class Rotation {
 public:
-    explicit Rotation(const Model& model) : m_(model) {}
+    Rotation(const Model& model, const float* inv_freq, double factor)
+        : m_(model), inv_freq_(inv_freq), factor_(float(factor)) {}
 
     void reserve(long num_tokens) {
-        if (long(cos_.size()) < num_tokens * m_.head_dim) cos_.resize(num_tokens * m_.head_dim);
-        if (long(sin_.size()) < num_tokens * m_.head_dim) sin_.resize(num_tokens * m_.head_dim);
+        if (inv_freq_ == nullptr) return;
+        if (long(cos_.size()) < num_tokens * m_.rotary_dim) cos_.resize(num_tokens * m_.rotary_dim);
+        if (long(sin_.size()) < num_tokens * m_.rotary_dim) sin_.resize(num_tokens * m_.rotary_dim);
     }
 
     // Cosines and signed sines of a token's position, rounded as the torch path rounds them.
     void prepare(long token, long position) {
-        const long half = m_.head_dim / 2;
-        float *cos = cos_.data() + token * m_.head_dim, *sin = sin_.data() + token * m_.head_dim;
+        if (inv_freq_ == nullptr) return;
+        const long half = m_.rotary_dim / 2;
+        float *cos = cos_.data() + token * m_.rotary_dim, *sin = sin_.data() + token * m_.rotary_dim;
         for (long i = 0; i < half; i++) {
-            const float angle = float(position) * m_.inv_freq[i];
-            cos[i] = cos[i + half] = rounded(std::cos(angle) * float(m_.rope_factor));
-            sin[i + half] = rounded(std::sin(angle) * float(m_.rope_factor));
+            const float angle = float(position) * inv_freq_[i];
+            cos[i] = cos[i + half] = rounded(std::cos(angle) * factor_);
+            sin[i + half] = rounded(std::sin(angle) * factor_);
             sin[i] = -sin[i + half];
         }
     }
 
-    // One head, normalized if `norm` is not null, turned by its token's angles. `scratch` [head_dim].
-    void turn(const float* head, const bf16* norm, long token, float* scratch, bf16* out) const {
-        const long d = m_.head_dim, half = d / 2;
+    // One head, normalized if `norm` is not null, turned by its token's angles, times `by`. `scratch` [head_dim].
+    void turn(const float* head, const bf16* norm, long token, float by, float* scratch, bf16* out) const {
+        const long d = m_.head_dim, turned = m_.rotary_dim, half = turned / 2;
         if (norm != nullptr) {
             const Vector factor = repeat(inverse_rms(head, d, float(m_.norm_eps)));
-            for (long i = 0; i < d; i += 16) store(scratch + i, load(head + i) * factor * load(norm + i));
+            const Vector offset = repeat(float(m_.norm_offset));
+            for (long i = 0; i < d; i += 16) store(scratch + i, load(head + i) * factor * (load(norm + i) + offset));
             head = scratch;
         }
-        const float *cos = cos_.data() + token * d, *sin = sin_.data() + token * d;
+        const float *cos = cos_.data() + token * turned, *sin = sin_.data() + token * turned;
+        const __m256 scale = _mm256_set1_ps(by);
         for (long i = 0; i < half; i += 8) {  // a half is a multiple of 8
             const __m256 low = _mm256_loadu_ps(head + i), high = _mm256_loadu_ps(head + half + i);
             const __m256 c = _mm256_loadu_ps(cos + i), s = _mm256_loadu_ps(sin + half + i);
-            store(out + i, _mm256_fmsub_ps(low, c, high * s));
-            store(out + half + i, _mm256_fmadd_ps(high, c, low * s));
+            store(out + i, _mm256_fmsub_ps(low, c, high * s) * scale);
+            store(out + half + i, _mm256_fmadd_ps(high, c, low * s) * scale);
         }
+        for (long i = turned; i < d; i += 16) store(out + i, load(head + i) * repeat(by));
     }
 
 private:
     const Model m_;
-    std::vector<float> cos_, sin_;  // [tokens][head_dim]
+    const float* inv_freq_;  // null: no layer turns by it
+    const float factor_;     // of cosines and sines
+    std::vector<float> cos_, sin_;  // [tokens][rotary_dim]
 };

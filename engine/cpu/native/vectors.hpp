@@ -58,6 +58,12 @@ inline Vector silu(Vector x) {
     return x / (one + exp2(x * repeat(-kLog2E)));
 }
 
+// x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
+inline Vector gelu_tanh(Vector x) {
+    const Vector one = repeat(1.0f), u = x * fma(x * x, repeat(0.0356774081f), repeat(0.797884561f));
+    return x / (one + exp2(u * repeat(-2.0f * kLog2E)));
+}
+
 // 1 / rms(x), as a factor.
 inline float inverse_rms(const float* x, long size, float eps) {
     Vector squares = repeat(0.0f);

@@ -37,6 +37,9 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "qwen2 window": ("qwen2", {"sliding_window": 13, "num_layers": 3}),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3, the widest heads": ("qwen3", {"head_dim": 256, "num_qo_heads": 2, "num_kv_heads": 1}),
+    "granite": ("granite", {}),
+    "phi3": ("phi3", {"hidden_size": 128}),
+    "gemma3": ("gemma3_text", {"head_dim": 32}),
     "yarn": (
         "qwen2",
         {"config": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}},

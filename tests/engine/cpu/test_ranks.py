@@ -50,6 +50,7 @@ def _judged(engine: Engine) -> list[SampledToken]:
         ("llama", {"biases": True, "hidden_size": 72, "intermediate_size": 100, "vocab_size": 515}),
         ("mistral", {"sliding_window": 40, "tie_embeddings": True, "vocab_size": 511}),
         ("qwen3", {"head_dim": 32, "num_qo_heads": 8}),
+        ("gemma3_text", {"head_dim": 32}),
         ("llama", {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256, "quantization": "int8"}),
     ],
 )

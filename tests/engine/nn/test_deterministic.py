@@ -40,6 +40,7 @@ MODELS: dict[str, tuple[Family, dict[str, object]]] = {
     "short window": ("mistral", {"sliding_window": 20}),
     "long window": ("mistral", {"sliding_window": 300}),
     "head norms": ("qwen3", {"head_dim": 32}),
+    "norms on both sides": ("gemma3_text", {"head_dim": 32}),
 }
 NATIVE = [("native", name) for name in MODELS]
 TORCH = [("float32", "wide heads"), ("float32", "odd sizes"), ("float32", "long window"), ("bfloat16", "wide heads")]
