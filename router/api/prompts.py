@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from ...common.errors import RequestError
-from ...models.infill import InfillForm
 from ...models.special_text import SpecialText
 from ...models.tokenizer import check_num_bytes, check_text_size
+from ..catalogue.infill import InfillForm
 from ..catalogue.version import Version
 from ..helpers.chat_renderer import Chat
 from ..state.errors import clip

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from kvferry.common.request import SampledToken
-from kvferry.models.infill import InfillForm
 from kvferry.models.tokenizer import Tokenizer
+from kvferry.router.catalogue.infill import InfillForm
 from kvferry.router.state.request import RouterRequest
 
 from . import fakes

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .tokenizer import Tokenizer
+from ...models.tokenizer import Tokenizer
 
 # Before, between and after the two texts.
 _FORMS = (

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from kvferry.models.infill import InfillForm
 from kvferry.models.tokenizer import Tokenizer
+from kvferry.router.catalogue.infill import InfillForm
 from kvferry.tests.router.fakes import toy_tokenizer
 
 FAMILIES = {
