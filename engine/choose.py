@@ -51,6 +51,12 @@ def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
     return device
 
 
+def check_blocks(model: ModelConfig, device: torch.device) -> None:
+    """Refuse a model with blocks that the device has no kernels for. Raises ConfigError."""
+    if device.type == "cuda" and model.latent is not None:
+        raise ConfigError(f"device = cuda has no kernels here for {model.architecture}'s latents; use --device cpu")
+
+
 def choose_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
     name = config.dtype
     if name == "auto":  # float16 weights run in bfloat16: no half-precision products on CPUs, no overflow anywhere
@@ -139,7 +145,12 @@ def _attention(config: EngineConfig, decoder: Decoder, pages: LayerPages) -> Att
         query_dtype=decoder.dtype,
         kv_scales=read_kv_scales(config.model_dir, model.num_layers) if has_scales else None,
         deterministic=config.deterministic,
-        scores=Scores(scale=model.score_scale, cap=model.score_cap, sinks=decoder.sinks()),
+        scores=Scores(
+            scale=model.score_scale,
+            cap=model.score_cap,
+            sinks=decoder.sinks(),
+            value_dim=None if model.latent is None else model.latent.kv_rank,
+        ),
     )
 
 

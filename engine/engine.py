@@ -31,7 +31,7 @@ from ..kvcache.pages import allocate_pages, cache_dtype, copy_blocks, num_blocks
 from ..models.config import ModelConfig
 from ..models.digest import ModelDigest
 from ..models.quantization import chosen_quantization
-from .choose import choose_device, choose_dtype, choose_runner, make_adapters, pack_weights
+from .choose import check_blocks, choose_device, choose_dtype, choose_runner, make_adapters, pack_weights
 from .draft import DraftModel
 from .masks import MaskThread, with_failures, with_forced
 from .nn.decoder import Decoder
@@ -78,6 +78,7 @@ class Engine:
             config.model_dir, config.load_format, config.seed, config.quantization, config.mixed_quantization
         )
         self._device = choose_device(config, tp_rank)
+        check_blocks(self.model_config, self._device)
         dtype = choose_dtype(config, self.model_config)
         kv_dtype = cache_dtype(config, dtype, self._device)
         self._group = group
@@ -149,6 +150,7 @@ class Engine:
             head_dim=model.head_dim,
             block_size=self.config.block_size,
             dtype=str(dtype).removeprefix("torch."),
+            layout="HND" if model.latent is None else "latent",
         )
 
     def _num_blocks_for_memory(self, tp_size: int) -> int:

@@ -29,6 +29,9 @@ class KVShape(Protocol):
     @property
     def head_dim(self) -> int: ...
 
+    @property
+    def num_kv_parts(self) -> int: ...
+
 
 def num_draft_pages(target: KVShape, draft: KVShape) -> int:
     """Count the pages that a block has for the draft model's layers. Raises ConfigError where they do not fit."""
@@ -49,6 +52,8 @@ def draft_layers(pages: Tensor, target: KVShape, draft: KVShape) -> list[Tensor]
 
 
 def _layers_of_page(target: KVShape, draft: KVShape) -> int:
+    if target.num_kv_parts + draft.num_kv_parts < 4:
+        raise ConfigError("speculative_config: a draft model goes with keys and values, not with latents; use ngram")
     ours, theirs = _token_size(draft), _token_size(target)
     if ours > theirs or theirs % draft.head_dim:
         raise ConfigError(

@@ -26,10 +26,11 @@ def check_model(deployment: Deployment, model: ModelConfig) -> None:
         if whole_experts and model.experts is None:
             raise ConfigError(f"enable_expert_parallel: {model.architecture} has no experts; leave it away")
         counts = model.shared_counts(whole_experts=whole_experts)
-        splits = [n for n in range(1, model.num_kv_heads + 1) if not any(count % n for count in counts.values())]
+        splits = model.tp_sizes(whole_experts=whole_experts)
         if size not in splits:
+            kv_heads = f"{model.num_kv_heads} KV heads, " if model.latent is None else ""
             raise ConfigError(
-                f"tensor_parallel_size: {size} {worker.config.role} ranks cannot share {model.num_kv_heads} KV heads, "
+                f"tensor_parallel_size: {size} {worker.config.role} ranks cannot share {kv_heads}"
                 f"{model.num_qo_heads} query heads and {_rest(counts)} evenly; possible: "
                 f"{', '.join(map(str, splits))}"
             )
@@ -49,6 +50,8 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
     Raises ConfigError.
     """
     is_cuda = engine.device == "cuda"
+    if is_cuda and model.latent is not None:
+        raise ConfigError(f"device: cuda has no kernels here for {model.architecture}'s latents; use cpu")
     if engine.attention_backend != "auto" and engine.attention_backend.startswith("flashinfer") != is_cuda:
         raise ConfigError(f"attention_backend: {engine.attention_backend} does not run on {engine.device}; use auto")
     if engine.attention_backend == "flashinfer_fp8" and engine.kv_cache_dtype != "fp8":

@@ -20,6 +20,7 @@ _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 # Of a cache in 8 bits, as quantising tools name them: a key is stored as key / k_scale.
 KV_SCALE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_scale")
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _BARE = ("embed_tokens.", "layers.", "norm.")
 # A language model that is one part of several, by its tensors' names before and since transformers 5.
 _NESTED = {"language_model.": "", "model.language_model.": "model."}
@@ -55,7 +56,10 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     for layer in range(config.num_layers):
         name = f"model.layers.{layer}"
         shapes |= {f"{name}.{norm}.weight": (hidden,) for norm in config.family.norm_names if norm is not None}
-        shapes |= _attention_shapes(config, f"{name}.self_attn")
+        if config.latent is None:
+            shapes |= _attention_shapes(config, f"{name}.self_attn")
+        else:
+            shapes |= config.latent.shapes(f"{name}.self_attn", hidden, config.num_qo_heads)
         experts = config.experts_of(layer)
         shapes |= _mlp_shapes(config, f"{name}.mlp") if experts is None else experts.shapes(name, hidden)
     return shapes
@@ -141,11 +145,17 @@ def check_names(wanted: set[str], found: set[str], model_dir: Path, config: Mode
         and not (config.tie_embeddings and name == "lm_head.weight")
         and not (config.family.is_nested and name.startswith(_SEEING))
         and not KV_SCALE.fullmatch(name)
+        and not _is_of_draft(name, config)
     )
     if missing:
         raise ConfigError(f"{model_dir}: {len(missing)} tensors are missing: {_some(missing)}")
     if extra:
         raise ConfigError(f"{model_dir}: {len(extra)} tensors are unknown to this architecture: {_some(extra)}")
+
+
+def _is_of_draft(name: str, config: ModelConfig) -> bool:
+    match = _LAYER.match(name)
+    return match is not None and 0 <= int(match[1]) - config.num_layers < config.num_draft_layers
 
 
 def check_shape(name: str, found: Shape, wanted: Shape) -> None:

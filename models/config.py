@@ -17,6 +17,7 @@ from ..common.errors import ConfigError
 from .config_fields import ConfigFields
 from .experts import ExpertsConfig, read_experts, read_sparse_layers
 from .families import FAMILIES, Bias, Family, architecture_of, nearest
+from .latent import LatentConfig, read_latent
 from .quantization import Quantization
 from .quantization_config import read_quantization
 from .rope import RopeConfig, read_ropes
@@ -51,6 +52,8 @@ class ModelConfig:
     eos_token_ids: frozenset[int]
     dtype: str  # of the checkpoint
     quantization: Quantization | None = None  # of its matrices; None: plain numbers
+    num_draft_layers: int = 0  # of the checkpoint, behind the model's own: they predict further tokens and are not read
+    latent: LatentConfig | None = None  # attention over latents, each the one KV head; None: over heads
     experts: ExpertsConfig | None = None  # of the sparse layers
     sparse_layers: tuple[bool, ...] = ()  # by layer: experts take the place of the gated MLP
     family: Family = FAMILIES["LlamaForCausalLM"]
@@ -72,13 +75,25 @@ class ModelConfig:
         return _parse(ConfigFields(model_dir / "config.json", raw), generation)
 
     @property
+    def rotary_dim(self) -> int:
+        """Count the numbers of a head that positions turn, all or some of them."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
+
+    @property
+    def num_kv_parts(self) -> int:
+        """Count what is kept of each KV head of a token: key and value, or a latent, which is both."""
+        return 2 if self.latent is None else 1
+
+    @property
     def weights_form(self) -> str:
         """Return the name by which workers tell their weights' forms apart."""
         return self.quantization.name if self.quantization is not None else "plain"
 
     def shared_counts(self, *, whole_experts: bool = False) -> dict[str, int]:
         """Return what ranks share, by its name in config.json; with whole experts, the number of these."""
-        counts = {"num_attention_heads": self.num_qo_heads, "num_key_value_heads": self.num_kv_heads}
+        counts = {"num_attention_heads": self.num_qo_heads}
+        if self.latent is None:  # else every rank has the one head
+            counts["num_key_value_heads"] = self.num_kv_heads
         if self.experts is None or not all(self.sparse_layers):
             counts["intermediate_size"] = self.intermediate_size
         if self.experts is not None:
@@ -100,10 +115,15 @@ class ModelConfig:
         counts = self.shared_counts(whole_experts=whole_experts)
         for name, count in counts.items():
             if count % tp_size:
-                sizes = [size for size in range(1, self.num_kv_heads + 1) if not any(n % size for n in counts.values())]
+                sizes = self.tp_sizes(whole_experts=whole_experts)
                 raise ConfigError(
                     f"tensor_parallel_size = {tp_size} does not divide the model's {name} = {count}; these do: {sizes}"
                 )
+
+    def tp_sizes(self, *, whole_experts: bool) -> list[int]:
+        """List the numbers of ranks that can share each count evenly."""
+        counts = self.shared_counts(whole_experts=whole_experts).values()
+        return [size for size in range(1, min(counts) + 1) if not any(count % size for count in counts)]
 
 
 def _read_json(path: Path) -> dict[str, object]:
@@ -131,10 +151,13 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
     if num_qo_heads % num_kv_heads:
         raise fields.refuse("num_key_value_heads", f"must divide num_attention_heads = {num_qo_heads}")
     head_dim = fields.count("head_dim", hidden_size // num_qo_heads)
-    if head_dim % 2:
+    latent = read_latent(fields) if family.is_latent else None
+    if latent is not None:
+        num_kv_heads, head_dim = 1, latent.token_size
+    elif head_dim % 2:
         raise fields.refuse("head_dim", f"the head size {head_dim} must be even: rotary positions turn pairs")
     max_model_len = fields.count("max_position_embeddings", 2048)
-    rope, local_rope = read_ropes(fields, family, max_model_len, head_dim)
+    rope, local_rope = read_ropes(fields, family, max_model_len, head_dim if latent is None else latent.rope_dim)
     return ModelConfig(
         architecture=architecture,
         num_layers=fields.count("num_hidden_layers"),
@@ -156,12 +179,14 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         eos_token_ids=_eos_token_ids(fields, generation),
         dtype=_dtype(fields),
         quantization=read_quantization(fields),
+        num_draft_layers=_num_draft_layers(fields),
+        latent=latent,
         experts=read_experts(fields, family.experts),
         sparse_layers=read_sparse_layers(fields, family.experts),
         family=family,
         local_rope=local_rope,
         activation=_activation(fields),
-        **_factors(fields, family, hidden_size),
+        **_factors(fields, family, hidden_size, latent),
     )
 
 
@@ -192,6 +217,11 @@ def _refuse_unsupported(fields: ConfigFields) -> None:
         raise fields.refuse("use_bidirectional_attention", "an answer's tokens see those before them alone")
 
 
+def _num_draft_layers(fields: ConfigFields) -> int:
+    key = "num_nextn_predict_layers"
+    return fields.count(key) if fields.raw.get(key) != 0 and fields.has(key) else 0
+
+
 def _activation(fields: ConfigFields) -> Activation:
     key = "hidden_activation" if fields.has("hidden_activation") else "hidden_act"
     value = fields.raw.get(key, "silu")
@@ -200,7 +230,7 @@ def _activation(fields: ConfigFields) -> Activation:
     return _ACTIVATIONS[value]
 
 
-def _factors(fields: ConfigFields, family: Family, hidden_size: int) -> dict[str, float]:
+def _factors(fields: ConfigFields, family: Family, hidden_size: int, latent: LatentConfig | None) -> dict[str, float]:
     """Return the fields of `ModelConfig` that multiply, or bound, what flows through the layers."""
     found: dict[str, float] = {}
     if family.scales_embeddings:
@@ -210,6 +240,8 @@ def _factors(fields: ConfigFields, family: Family, hidden_size: int) -> dict[str
             found[name] = fields.number(name, 1.0)
         found["logits_divisor"] = fields.number("logits_scaling", 1.0)
         found["score_scale"] = fields.number("attention_multiplier", 1.0)
+    if latent is not None:
+        found["score_scale"] = latent.score_scale
     if family.has_score_scale:
         found["score_scale"] = fields.number("query_pre_attn_scalar") ** -0.5
         caps = {"score_cap": "attn_logit_softcapping", "logits_cap": "final_logit_softcapping"}

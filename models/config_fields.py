@@ -18,7 +18,8 @@ class ConfigFields:
 
     def with_defaults(self, defaults: Mapping[str, object]) -> ConfigFields:
         """Add what is not told. Null counts as told of a window alone: there it means that there is none."""
-        told = {key: value for key, value in self.raw.items() if value is not None or key == "sliding_window"}
+        untold = {key for key in defaults if key != "sliding_window" and not self.has(key)}
+        told = {key: value for key, value in self.raw.items() if key not in untold}
         return ConfigFields(self.path, {**defaults, **told})
 
     def has(self, key: str) -> bool:

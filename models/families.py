@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .experts import ExpertTraits
+from .experts import DEEPSEEK_V2, DEEPSEEK_V3, ExpertTraits
 
 Bias = bool | str  # whether there is one, or the flag of config.json that says so
 # Where a layer's norms stand: before mixer and feed-forward, behind them, or both.
@@ -51,6 +51,7 @@ class Family:
     mlp_bias: Bias = False
     is_fused: bool = False  # a checkpoint has q, k and v in one tensor, and gate and up in another
     has_sinks: bool = False  # a weight of each head that no token's value goes with
+    is_latent: bool = False  # attention is over latents: `latent.py`
     windows: Windows = "none"
     experts: ExpertTraits | None = None  # in some or all layers
     has_local_rope: bool = False  # layers with a window turn positions by another base
@@ -126,6 +127,8 @@ FAMILIES = {
         windows="flagged",
         experts=ExpertTraits(),
     ),
+    "DeepseekV2ForCausalLM": Family(name="deepseek_v2", is_latent=True, mlp_bias="mlp_bias", experts=DEEPSEEK_V2),
+    "DeepseekV3ForCausalLM": Family(name="deepseek_v3", is_latent=True, experts=DEEPSEEK_V3),
     "Gemma2ForCausalLM": Family(
         name="gemma2",
         defaults=_GEMMA

@@ -13,6 +13,7 @@ def not_in_native(config: ModelConfig) -> list[str]:
         "norms behind blocks alone": family.norms == "behind",
         "norms of whole projections": family.head_norms == "whole",
         "attention sinks": family.has_sinks,
+        "latent attention": config.latent is not None,
         "so small a turned part of heads": config.rope.fraction != 1.0 and turned % 16 != 0,
         "capped scores": config.score_cap is not None,
     }

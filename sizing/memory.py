@@ -39,7 +39,8 @@ _TILE_OUTPUTS, _TILE_INPUTS = 64, 32  # of a CPU's tiles: engine/cpu/native/tile
 _GROUP_UNIT = 8  # inputs to which a group is padded there: engine/cpu/native/integer_tiles.hpp
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("kv_a_proj_with_mqa", "q_a_proj"))
+_WHOLE = ("kv_a_proj_with_mqa", "q_a_proj")  # on every rank
 _BY_INPUTS = ("o_proj", "down_proj", "w2")
 _GATE = ".gate."  # of a mixture of experts: float32, and whole on every rank
 _BY_HEADS = ("q_norm", "k_norm", "sinks")  # vectors of which a rank has its heads' part, where they are of all heads
@@ -76,9 +77,9 @@ def draft_models(engine: EngineConfig) -> list[ModelConfig]:
 
 def cache_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """KV of one token on one rank, a draft model's too. Raises ConfigError where that does not fit into the blocks."""
-    heads = model.num_kv_heads // engine.tensor_parallel_size
+    heads = model.num_kv_heads // (1 if model.latent is not None else engine.tensor_parallel_size)
     num_pages = model.num_layers + sum(num_draft_pages(model, draft) for draft in draft_models(engine))
-    return 2 * num_pages * heads * model.head_dim * cache_item_bytes(engine, model)
+    return model.num_kv_parts * num_pages * heads * model.head_dim * cache_item_bytes(engine, model)
 
 
 class WeightBytes(NamedTuple):
@@ -174,7 +175,7 @@ class _Counter:
         module = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
         if _GATE in name:
             return 0
-        is_split = (name.endswith(".bias") and module not in _BY_INPUTS) or (
+        is_split = (name.endswith(".bias") and module not in (*_BY_INPUTS, *_WHOLE)) or (
             module in _BY_HEADS and size != self._model.head_dim
         )
         return size // self._num_ranks if is_split else size
@@ -196,13 +197,16 @@ class _Counter:
                     yield whole
             elif last in _BY_INPUTS:
                 yield whole._replace(num_inputs=whole.num_inputs // self._num_ranks, num_parts=self._num_ranks)
+            elif last in _WHOLE:
+                yield whole
             else:
                 yield whole._replace(num_outputs=whole.num_outputs // self._num_ranks)
 
     @staticmethod
     def _fused(shapes: Mapping[str, tuple[int, ...]], path: str, last: str) -> _Matrix | None:
         """Return the whole matrix that begins with this part; None: it begins with another one."""
-        parts = next((parts for parts in _FUSED if last in parts), (last,))
+        fused = next((parts for parts in _FUSED if last in parts), (last,))
+        parts = [part for part in fused if f"{path}.{part}" in shapes]
         if last != parts[0]:
             return None
         modules = tuple(f"{path}.{part}" for part in parts)

@@ -36,7 +36,8 @@ def count_params(model: ModelConfig) -> Params:
 
 def flops_per_pair(model: ModelConfig) -> int:
     """Count the operations of one query and one key in one layer: two for each number of the score and of the sum."""
-    return 4 * model.num_qo_heads * model.head_dim
+    num_values = model.head_dim if model.latent is None else model.latent.kv_rank
+    return 2 * model.num_qo_heads * (model.head_dim + num_values)
 
 
 def num_causal_pairs(num_tokens: int, window: int | None) -> int:

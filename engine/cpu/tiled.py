@@ -20,6 +20,7 @@ from ...common.request import SampledToken
 from ..nn.attention.base import AttentionBackend
 from ..nn.decoder import Decoder
 from ..nn.deterministic import one_thread, torch_results
+from ..nn.latent import LatentHeads
 from ..nn.layers import Linear
 from ..nn.sampling import SampleRow, prompt_logprobs_each, sample_each
 from ..nn.torch_runner import TorchRunner
@@ -35,6 +36,8 @@ class TiledDecoder:
         self._decoder = decoder
         for linear in _linears(decoder):
             _check_places(linear)
+        if (heads := next((leaf for leaf in decoder.leaves() if isinstance(leaf, LatentHeads)), None)) is not None:
+            _check_head_places(heads)
 
     def forward(
         self,
@@ -127,3 +130,16 @@ def _check_places(linear: Linear) -> None:
             f"deterministic: on this processor a row of {_short_name(linear)} ({num_inputs} inputs, {dtype}) "
             "depends on its place among 16; leave it off, or use another --dtype"
         )
+
+
+def _check_head_places(heads: LatentHeads) -> None:
+    """Check the same of the products of each head."""
+    for product, matrices in ((heads.asked, heads.of_keys), (heads.answered, heads.of_values.transpose(1, 2))):
+        num_heads, num_inputs, _ = matrices.shape
+        x = torch.randn(_ROWS, num_heads, num_inputs, generator=torch.Generator().manual_seed(0)).to(matrices.dtype)
+        here, there = (product(rows).nan_to_num() for rows in (x, x.roll(1, 0)))
+        if not torch.equal(here.roll(1, 0), there):
+            raise ConfigError(
+                f"deterministic: on this processor a row of {heads.name.rpartition('.')[2]} ({num_inputs} inputs, "
+                f"{matrices.dtype}) depends on its place among 16; leave it off, or use another --dtype"
+            )

@@ -14,11 +14,14 @@ from __future__ import annotations
 from .builder import Builder
 from .experts import SparseMLP
 from .feed_forward import FeedForward, GatedMLP
+from .latent import LatentAttention
 from .mixer import Attention, Mixer
 
 
 def make_mixer(builder: Builder, layer: str, layer_id: int) -> Mixer:
     """Make the mixer of layer `layer_id`, whose tensors' names begin with `layer`."""
+    if (latent := builder.config.latent) is not None:
+        return LatentAttention(builder, f"{layer}.self_attn", layer_id, latent)
     return Attention(builder, f"{layer}.self_attn", layer_id)
 
 

@@ -96,8 +96,8 @@ class Decoder:
         self.final_norm = RMSNorm(builder, "model.norm", config.hidden_size)
         self.head = ParallelHead(builder, self.embedding)
         length, local = config.max_model_len, config.local_rope
-        self.rotary = RotaryEmbedding(config.rope, config.head_dim, device, max_model_len=length)
-        self.local_rotary = None if local is None else RotaryEmbedding(local, config.head_dim, device)
+        self.rotary = RotaryEmbedding(config.rope, config.rotary_dim, device, max_model_len=length)
+        self.local_rotary = None if local is None else RotaryEmbedding(local, config.rotary_dim, device)
         # As the reference implementation has it: rounded to the weights' type.
         self.multiplier = float(torch.tensor(config.embedding_multiplier, dtype=dtype))
         self.adapters: AdapterSlots | None = None  # None: no request has one

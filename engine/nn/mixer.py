@@ -1,4 +1,4 @@
-"""A mixer lets a token meet the tokens before it. Today's one kind is `Attention` over the pages."""
+"""A mixer lets a token meet the tokens before it: `Attention` over the pages, or over latents (`latent.py`)."""
 
 from __future__ import annotations
 

@@ -47,6 +47,24 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "gemma 2": ("Gemma2", {}),
     "olmo 2, norms of whole projections": ("Olmo2", {}),
     "phi 3, fused": ("Phi3", {"pad_token_id": 0}),
+    "latents and experts": (
+        "DeepseekV3",
+        {
+            "q_lora_rank": 96,
+            "kv_lora_rank": 128,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 64,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 256,
+            "first_k_dense_replace": 1,
+            "num_key_value_heads": 4,
+        },
+    ),
 }
 PRECISIONS = ("plain", "int8", "int4")
 

@@ -1,6 +1,7 @@
 """One interface over the paged KV cache: plan once per step, then once per layer write K and V and attend.
 
-The cache is [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim] (HND). A step's tokens are packed in a
+The cache is [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim] (HND), or, of latents (`Scores.value_dim`),
+[num_layers, num_blocks, 1, 1, block_size, head_dim]: no V, for it is a part of K. A step's tokens are packed in a
 line, rows of one token first; `AttentionMetadata` says where each row's tokens and pages are. Model code does not
 know which backend runs.
 """
@@ -26,6 +27,7 @@ class Scores:
     scale: float | None = None  # None: by the head's size
     cap: float | None = None  # what scores come near to and never reach
     sinks: Sequence[Tensor] | None = None  # of each layer: [num_qo_heads], a score that no value goes with
+    value_dim: int | None = None  # of latents: so many numbers of a key, the first ones, are its value; None: V's
 
     def scale_of(self, head_dim: int) -> float:
         return float(head_dim**-0.5) if self.scale is None else self.scale
@@ -67,8 +69,8 @@ class AttentionBackend(Protocol):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
         """Write K and V [tokens, num_kv_heads, head_dim] into the layer's pages, then attend with
-        q [tokens, num_qo_heads, head_dim]. Returns [tokens, num_qo_heads, head_dim], contiguous and valid until
-        the next call. Rows past the plan's num_tokens are padding: not written, and zero in the result.
+        q [tokens, num_qo_heads, head_dim]. Returns [tokens, num_qo_heads, head_dim or value_dim], contiguous and valid
+        until the next call. Rows past the plan's num_tokens are padding: not written, and zero in the result.
         """
         ...
 
@@ -86,8 +88,8 @@ def heads_of_pages(layer: torch.Tensor) -> torch.Tensor:
     """View a layer's pages as rows, [rows, block_size * head_dim]: page b's heads, K's before V's, begin at row
     b * rows_apart(layer).
     """
-    num_blocks, _, num_heads, block_size, head_dim = layer.shape
-    num_rows = (num_blocks - 1) * rows_apart(layer) + 2 * num_heads
+    num_blocks, num_parts, num_heads, block_size, head_dim = layer.shape
+    num_rows = (num_blocks - 1) * rows_apart(layer) + num_parts * num_heads
     return layer.as_strided((num_rows, block_size * head_dim), (block_size * head_dim, 1))
 
 

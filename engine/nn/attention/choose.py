@@ -35,6 +35,7 @@ def make_attention(
             raise ConfigError(f"attention_backend = {name} needs a CUDA device; use cpu on this one")
         from .flashinfer import FlashInferAttention
 
+        assert scores.value_dim is None, "latents were refused before the weights were loaded"
         assert isinstance(pages, Tensor), "layers apart are for attention in tiles"
         return FlashInferAttention(
             pages,

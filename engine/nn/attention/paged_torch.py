@@ -77,9 +77,10 @@ class CPUAttention:
         cache_bytes: int = _CACHE_BYTES,
     ) -> None:
         check_pages(pages, num_qo_heads)
-        num_layers, num_blocks, _, self._num_kv_heads, self._block_size, self._head_dim = pages.shape
+        num_layers, num_blocks, num_parts, self._num_kv_heads, self._block_size, self._head_dim = pages.shape
         self._num_qo_heads = num_qo_heads
         self._group_size = num_qo_heads // self._num_kv_heads
+        self._value_dim = scores.value_dim or self._head_dim
         self._scale = scores.scale_of(self._head_dim)
         self._cap = scores.cap
         self._sinks = scores.sinks
@@ -89,8 +90,9 @@ class CPUAttention:
         self._score_bytes = cache_bytes  # scores of one prefill tile over several heads
         self._max_score_bytes = 4 * cache_bytes  # scores of one prefill tile of one KV head
         self._k = [pages[layer, :, 0] for layer in range(num_layers)]  # [blocks, kv_heads, block_size, head_dim]
-        self._v = [pages[layer, :, 1] for layer in range(num_layers)]
-        page_rows = num_blocks * 2 * self._num_kv_heads
+        self._v = [pages[layer, :, 1] for layer in range(num_layers)] if scores.value_dim is None else []
+        self._heads_of_page = num_parts * self._num_kv_heads
+        page_rows = num_blocks * self._heads_of_page
         self._page_rows = [layer.view(page_rows, self._block_size * self._head_dim) for layer in pages]
         self._tile = 128 if pages.dtype == torch.bfloat16 else 64  # queries; measured
         self._causal = torch.full((self._tile, self._tile), _NO, dtype=pages.dtype).triu_(1)
@@ -171,17 +173,18 @@ class CPUAttention:
     def _page_index(self, blocks: Tensor) -> Tensor:
         """Block ids [n, pages] -> where K of each head's pages stands in `_page_rows`, [n, num_kv_heads, pages]."""
         heads = torch.arange(self._num_kv_heads).unsqueeze(1)
-        return blocks.long().unsqueeze(1) * (2 * self._num_kv_heads) + heads
+        return blocks.long().unsqueeze(1) * self._heads_of_page + heads
 
     # --- running -------------------------------------------------------------------------------------------
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
         num_tokens = self._num_tokens
         self._k[layer_id][self._blocks, :, self._offsets] = k[:num_tokens]
-        self._v[layer_id][self._blocks, :, self._offsets] = v[:num_tokens]
+        if self._v:  # else it is a part of K
+            self._v[layer_id][self._blocks, :, self._offsets] = v[:num_tokens]
         plan = self._plans[self._windows[layer_id]]
         scaled = q * self._scale  # contiguous, unlike q
-        out = self._take("out", q.shape[0], self._num_qo_heads, self._head_dim)
+        out = self._take("out", q.shape[0], self._num_qo_heads, self._value_dim)
         out[num_tokens:].zero_()
         page_rows = self._page_rows[layer_id]
         for group in plan.groups:
@@ -193,13 +196,13 @@ class CPUAttention:
     def _decode(self, group: _DecodeGroup, q: Tensor, page_rows: Tensor, layer_id: int, out: Tensor) -> None:
         n, keys = group.num_rows, group.num_keys
         k = self._gather("k", page_rows, group.k_index).view(n * self._num_kv_heads, keys, self._head_dim)
-        v = self._gather("v", page_rows, group.v_index).view(n * self._num_kv_heads, keys, self._head_dim)
+        v = self._gather("v", page_rows, group.v_index).view(k.shape) if self._v else k
         rows = q[:n] if group.rows is None else q[group.rows]
         scores = torch.bmm(rows.view(n * self._num_kv_heads, self._group_size, self._head_dim), k.transpose(1, 2))
         self._bound(scores).view(n, self._num_kv_heads, self._group_size, keys).masked_fill_(group.hidden, _NO)
         v.view(-1, self._head_dim).index_fill_(0, group.hidden_values, 0.0)
         weights = self._softmax(scores, layer_id, slice(None))
-        attended = torch.bmm(weights, v).view(n, self._num_qo_heads, self._head_dim)
+        attended = torch.bmm(weights, v[..., : self._value_dim]).view(n, self._num_qo_heads, self._value_dim)
         if group.rows is None:
             out[:n] = attended
         else:
@@ -208,7 +211,7 @@ class CPUAttention:
     def _prefill(
         self, row: _PrefillRow, window: int | None, q: Tensor, page_rows: Tensor, layer_id: int, out: Tensor
     ) -> None:
-        shape = (row.num_tokens, self._num_kv_heads, self._group_size, self._head_dim)
+        shape = (row.num_tokens, self._num_kv_heads, self._group_size, -1)
         chunk = slice(row.token, row.token + row.num_tokens)
         queries = q[chunk].view(shape).permute(1, 2, 0, 3)  # [kv_heads, group, tokens, head_dim]
         results = out[chunk].view(shape).permute(1, 2, 0, 3)
@@ -217,13 +220,15 @@ class CPUAttention:
             heads = slice(head, min(head + step, self._num_kv_heads))
             num_heads = heads.stop - heads.start
             k = self._gather("k", page_rows, row.k_index[heads].reshape(-1)).view(num_heads, -1, self._head_dim)
-            v = self._gather("v", page_rows, row.v_index[heads].reshape(-1)).view(num_heads, -1, self._head_dim)
+            v = k[..., : self._value_dim]
+            if self._v:
+                v = self._gather("v", page_rows, row.v_index[heads].reshape(-1)).view(num_heads, -1, self._head_dim)
             for start in range(0, row.num_tokens, tile):
                 stop = min(start + tile, row.num_tokens)
                 scores, values = self._score_tile(row, window, queries[heads, :, start:stop], k, v, start)
                 probabilities = self._softmax(scores, layer_id, heads, self._take("probabilities", *scores.shape))
                 attended = torch.bmm(probabilities, values)
-                results[heads, :, start:stop] = attended.view(num_heads, self._group_size, -1, self._head_dim)
+                results[heads, :, start:stop] = attended.view(num_heads, self._group_size, -1, self._value_dim)
 
     def _tiling(self, num_keys: int) -> tuple[int, int]:
         """Return how many queries and KV heads a tile has, so that scores stay small."""

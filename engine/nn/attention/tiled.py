@@ -64,7 +64,7 @@ class _Running:
     queries: Tensor  # [num_kv_heads, rows, head_dim]
     largest: Tensor  # [num_kv_heads, rows, 1]
     total: Tensor
-    sums: Tensor  # [num_kv_heads, rows, head_dim]
+    sums: Tensor  # [num_kv_heads, rows, value_dim]
 
 
 class TiledAttention:
@@ -87,6 +87,8 @@ class TiledAttention:
         self._group_size = num_qo_heads // self._num_kv_heads
         self._scale = scores.scale_of(self._head_dim)
         self._scores = scores
+        self._has_values = scores.value_dim is None  # else they are a part of the keys
+        self._value_dim = scores.value_dim or self._head_dim
         self._windows = tuple(sliding_windows)
         self._num_tokens = 0
         self._rows: list[_Row] = []
@@ -123,8 +125,9 @@ class TiledAttention:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
         pages = self._layers[layer_id]
         pages[self._blocks, 0, :, self._offsets] = k[: self._num_tokens]
-        pages[self._blocks, 1, :, self._offsets] = v[: self._num_tokens]
-        out = torch.zeros(q.shape, dtype=q.dtype)
+        if self._has_values:
+            pages[self._blocks, 1, :, self._offsets] = v[: self._num_tokens]
+        out = torch.zeros(*q.shape[:2], self._value_dim, dtype=q.dtype)
         for row in self._rows:
             self._attend(row, q, layer_id, out)
         return out
@@ -136,7 +139,8 @@ class TiledAttention:
         for keys in row.keys:
             if keys.position + _KEYS <= first:
                 continue
-            k, v = self._gather(layer_id, keys.k_index), self._gather(layer_id, keys.v_index)
+            k = self._gather(layer_id, keys.k_index)
+            v = self._gather(layer_id, keys.v_index) if self._has_values else k[..., : self._value_dim]
             v[:, row.kv_len - keys.position :] = 0.0
             for part in running:
                 if keys.position <= part.tile.last_key:
@@ -160,7 +164,7 @@ class TiledAttention:
             queries.view(*shape, dim),
             largest,
             total,
-            torch.zeros(*shape, dim),
+            torch.zeros(*shape, self._value_dim),
         )
 
     def _gather(self, layer_id: int, index: Tensor) -> Tensor:
@@ -189,7 +193,7 @@ class TiledAttention:
         part.largest = largest
 
     def _finish(self, part: _Running, out: Tensor) -> None:
-        tile, heads, group, dim = part.tile, self._num_kv_heads, self._group_size, self._head_dim
+        tile, heads, group, dim = part.tile, self._num_kv_heads, self._group_size, self._value_dim
         result = part.sums.div_(part.total).view(heads, _QUERIES, group, dim).transpose(0, 1)
         tokens = out[tile.token : tile.token + tile.num_tokens].view(tile.num_tokens, heads, group, dim)
         tokens.copy_(result[tile.slot : tile.slot + tile.num_tokens])

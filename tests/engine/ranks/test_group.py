@@ -49,7 +49,9 @@ class EchoHandler:
         self._send(b"closed")
 
 
-class _Pair:
+class RankPair:
+    """Two ranks, of which rank 0 is this process."""
+
     def __init__(self, model_dir: Path, **fields: object) -> None:
         self.inbox: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
         self.lost: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -76,15 +78,15 @@ def model_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pair(model_dir: Path) -> Iterator[_Pair]:
-    pair = _Pair(model_dir)
+def pair(model_dir: Path) -> Iterator[RankPair]:
+    pair = RankPair(model_dir)
     try:
         yield pair
     finally:
         pair.group.close()
 
 
-def test_two_ranks_give_the_tokens_of_one_and_payloads_keep_their_place(pair: _Pair, model_dir: Path) -> None:
+def test_two_ranks_give_the_tokens_of_one_and_payloads_keep_their_place(pair: RankPair, model_dir: Path) -> None:
     assert pair.received() == b"made this with 1 heads of 2"
     assert pair.engine.kv_pages.shape[3] == 1
     asked = prompts([1, 20, 33], 511)
@@ -124,7 +126,7 @@ def test_two_ranks_share_quantized_weights(tmp_path: Path, name: str | None, ask
         model_dir = write_checkpoint(tmp_path, tokenizer=False, shape=SHAPE, tie_embeddings=True)
     else:
         model_dir, _ = write_pair(tmp_path, name)
-    pair = _Pair(model_dir, quantization=asked)
+    pair = RankPair(model_dir, quantization=asked)
     answers = []
     for engine in (pair.engine, make_engine(model_dir, 128, quantization=asked)):
         driver = Driver(engine)
@@ -134,7 +136,7 @@ def test_two_ranks_share_quantized_weights(tmp_path: Path, name: str | None, ask
     assert answers[0] == answers[1]
 
 
-def test_two_ranks_embed_as_one(pair: _Pair, model_dir: Path) -> None:
+def test_two_ranks_embed_as_one(pair: RankPair, model_dir: Path) -> None:
     sums = []
     for engine in (pair.engine, make_engine(model_dir)):
         driver = Driver(engine)
@@ -147,11 +149,11 @@ def test_two_ranks_embed_as_one(pair: _Pair, model_dir: Path) -> None:
     assert sums[0] == pytest.approx(sums[1], abs=1e-3, rel=1e-4)
 
 
-def test_every_rank_swaps_its_part_of_the_blocks(pair: _Pair, model_dir: Path) -> None:
+def test_every_rank_swaps_its_part_of_the_blocks(pair: RankPair, model_dir: Path) -> None:
     assert swapped_in_the_middle(pair.engine) == undisturbed(make_engine(model_dir))
 
 
-def test_a_follower_that_dies_is_a_lost_worker(pair: _Pair) -> None:
+def test_a_follower_that_dies_is_a_lost_worker(pair: RankPair) -> None:
     driver = Driver(pair.engine)
     seq = driver.add(prompts([3])[0])
     pair.group.broadcast(b"die")
@@ -185,7 +187,7 @@ def test_ranks_wait_for_one_another_longer_than_for_a_collective() -> None:
     Communicator().meet("alone")
 
 
-def test_a_followers_error_reaches_rank_0(pair: _Pair) -> None:
+def test_a_followers_error_reaches_rank_0(pair: RankPair) -> None:
     pair.group.broadcast(b"fail")
     pair.group._readers[0].join(ANSWER_S)
     with pytest.raises(WorkerLost, match="rank 1: asked to fail"):
@@ -199,7 +201,7 @@ def test_followers_end_with_rank_0(model_dir: Path) -> None:
 
     code = (
         "import sys, kvferry.tests.engine.ranks.test_group as t, pathlib\n"
-        "pair = t._Pair(pathlib.Path(sys.argv[1]))\n"
+        "pair = t.RankPair(pathlib.Path(sys.argv[1]))\n"
         "print(pair.group._processes[0].pid, flush=True)\n"
         "sys.stdin.read()\n"
     )

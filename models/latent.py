@@ -1,0 +1,85 @@
+"""Latent attention, as config.json tells it (DeepSeek-V2, section 2.1).
+
+    query   nope_dim + rope_dim numbers of each head, made of q_rank numbers where there are so many
+    latent  kv_rank numbers of a token, normed: of them each head's value is made, and its key but for
+    key     rope_dim numbers of a token, turned by its position, the same for all heads
+
+Latent and turned key are all that is kept of a token: kv_rank + rope_dim numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .config_fields import ConfigFields
+
+Shape = tuple[int, ...]
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class LatentConfig:
+    """Sizes of the attention of each layer, of the whole model."""
+
+    q_rank: int | None  # None: queries are made of the hidden state at once
+    kv_rank: int
+    nope_dim: int  # of a head's query and key: what is not turned
+    rope_dim: int
+    value_dim: int  # of a head's value
+    bias: bool  # of the projections of hidden states, and of the output's
+    is_interleaved: bool  # a turned pair's two numbers are neighbours in the checkpoint, not half a head apart
+    score_scale: float
+
+    @property
+    def token_size(self) -> int:
+        """Count the numbers that are kept of a token in a layer."""
+        return self.kv_rank + self.rope_dim
+
+    def shapes(self, name: str, hidden_size: int, num_heads: int) -> dict[str, Shape]:
+        """Return the tensors of a layer's attention `name`, by their names in a checkpoint."""
+        num_q, num_kv = num_heads * (self.nope_dim + self.rope_dim), num_heads * (self.nope_dim + self.value_dim)
+        shapes: dict[str, Shape] = {f"{name}.q_proj.weight": (num_q, hidden_size)}
+        biased = {"kv_a_proj_with_mqa": self.token_size, "o_proj": hidden_size}
+        if self.q_rank is not None:
+            shapes = {
+                f"{name}.q_a_proj.weight": (self.q_rank, hidden_size),
+                f"{name}.q_a_layernorm.weight": (self.q_rank,),
+                f"{name}.q_b_proj.weight": (num_q, self.q_rank),
+            }
+            biased["q_a_proj"] = self.q_rank
+        shapes |= {
+            f"{name}.kv_a_proj_with_mqa.weight": (self.token_size, hidden_size),
+            f"{name}.kv_a_layernorm.weight": (self.kv_rank,),
+            f"{name}.kv_b_proj.weight": (num_kv, self.kv_rank),
+            f"{name}.o_proj.weight": (hidden_size, num_heads * self.value_dim),
+        }
+        return shapes | {f"{name}.{part}.bias": (size,) for part, size in biased.items() if self.bias}
+
+
+def read_latent(fields: ConfigFields) -> LatentConfig:
+    """Read the sizes of a family that has latents; defaults are the large models'. Raises ConfigError."""
+    nope_dim, rope_dim = fields.count("qk_nope_head_dim", 128), fields.count("qk_rope_head_dim", 64)
+    if rope_dim % 2:
+        raise fields.refuse("qk_rope_head_dim", "must be even: rotary positions turn pairs")
+    return LatentConfig(
+        q_rank=fields.count("q_lora_rank", 1536) if fields.raw.get("q_lora_rank", 0) is not None else None,
+        kv_rank=fields.count("kv_lora_rank", 512),
+        nope_dim=nope_dim,
+        rope_dim=rope_dim,
+        value_dim=fields.count("v_head_dim", 128),
+        bias=fields.flag("attention_bias", default=False),
+        is_interleaved=fields.flag("rope_interleave", default=True),
+        score_scale=(nope_dim + rope_dim) ** -0.5 * _score_factor(fields),
+    )
+
+
+def _score_factor(fields: ConfigFields) -> float:
+    """Return what scores are multiplied by besides, where positions are stretched."""
+    scaling = fields.mapping("rope_parameters") or fields.mapping("rope_scaling")
+    if scaling is None or (scaling.raw.get("rope_type") or scaling.raw.get("type") or "default") == "default":
+        return 1.0
+    share = scaling.raw.get("mscale_all_dim")
+    if not share:
+        return 1.0
+    factor = scaling.number("factor")
+    return 1.0 if factor <= 1 else (0.1 * scaling.number("mscale_all_dim") * math.log(factor) + 1.0) ** 2

@@ -1,0 +1,85 @@
+"""Small random checkpoints of DeepSeek-V2 and V3, written by transformers' own classes.
+
+    write_deepseek(tmp_path / "model")                                  a V3 of 3 layers, all dense
+    write_deepseek(tmp_path / "model", "v2", q_lora_rank=None)          another generation or shape
+
+Weights have the scales of `checkpoints.py`: attention is peaked, and the best token leads by more than rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .checkpoints import write_tokenizer
+
+SHAPE: dict[str, object] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "max_position_embeddings": 2048,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+TOKEN_SIZE = 32 + 8  # numbers that are kept of a token in a layer
+EXPERTS: dict[str, dict[str, object]] = {  # of the layers behind the first
+    "v2": {"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
+    "v3": {"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "norm_topk_prob": True},
+}
+YARN: dict[str, object] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 128,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+
+
+def write_deepseek(
+    path: Path, generation: Literal["v2", "v3"] = "v3", *, tokenizer: bool = False, seed: int = 0, **fields: object
+) -> Path:
+    """Write a checkpoint into `path` (made if missing) and return it; `fields` replace those of SHAPE."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+
+    make_config, make_model = {
+        "v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+        "v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    }[generation]
+    model = make_model(make_config(**{**SHAPE, **fields}))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("inv_freq"):
+            continue
+        spread = torch.randn(parameter.shape, generator=generator)
+        with torch.no_grad():
+            if name.endswith("norm.weight"):
+                parameter.copy_((4.0 if name == "model.norm.weight" else 1.0) + 0.1 * spread)
+            elif parameter.dim() == 1:
+                parameter.copy_(0.1 * spread)
+            else:
+                scale = 3.0 if name.endswith(("q_proj.weight", "q_b_proj.weight")) else 1.0
+                parameter.copy_(spread * (scale / math.sqrt(parameter.shape[-1])))
+    model.save_pretrained(path)
+    if tokenizer:
+        write_tokenizer(path, int(str({**SHAPE, **fields}["vocab_size"])))
+    return path
