@@ -42,6 +42,7 @@ class Family:
 
     name: str  # the `model_type` of its config.json
     defaults: Mapping[str, object] = field(default_factory=dict, hash=False)  # what config.json need not tell
+    lacks: str = ""  # a part that there is no block for: the family is known, and refused by it
     is_nested: bool = False  # the language model is one part of several: config.json's `text_config`
     norms: Norms = "before"
     norm_offset: float = 0.0  # what a norm's weights stand below the factors that they mean
@@ -143,6 +144,22 @@ FAMILIES = {
     ),
     "Gemma3ForCausalLM": _gemma3("gemma3_text", is_nested=False),
     "Gemma3ForConditionalGeneration": _gemma3("gemma3", is_nested=True),
+    "GptOssForCausalLM": Family(
+        name="gpt_oss",
+        defaults={
+            "attention_bias": True,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150_000.0,
+            "sliding_window": 128,
+            "sliding_window_pattern": 2,
+        },
+        lacks="experts with biases, in MXFP4",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        has_sinks=True,
+        windows="typed",
+    ),
     "GraniteForCausalLM": Family(
         name="granite",
         qkv_bias="attention_bias",
@@ -158,6 +175,21 @@ FAMILIES = {
         qkv_bias="attention_bias",
         o_bias="attention_bias",
     ),
+    "Olmo3ForCausalLM": Family(
+        name="olmo3",
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500_000.0,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+        norms="behind",
+        head_norms="whole",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        windows="typed",
+        has_local_rope=True,
+    ),
     "Phi3ForCausalLM": Family(
         name="phi3",
         defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
@@ -168,6 +200,11 @@ FAMILIES = {
 }
 
 
+def supported() -> list[str]:
+    """Return the architectures of which every part is computed."""
+    return [name for name, family in FAMILIES.items() if not family.lacks]
+
+
 def architecture_of(model_type: object) -> str | None:
     """Return the architecture of a family by its name."""
     return next((name for name, family in FAMILIES.items() if family.name == model_type), None)
@@ -175,7 +212,7 @@ def architecture_of(model_type: object) -> str | None:
 
 def nearest(name: str) -> str | None:
     """Return the known architecture whose name is most like another's; None where none is."""
-    stems = {_stem(known): known for known in reversed(FAMILIES)}
+    stems = {_stem(known): known for known in reversed(supported())}
     found = difflib.get_close_matches(_stem(name), stems, n=1, cutoff=_ALIKE)
     return stems[found[0]] if found else None
 

@@ -64,6 +64,7 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "qwen3": ("qwen3", {"head_dim": 32}),
     "granite": ("granite", {"tie_embeddings": True}),
     "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {}),
     "phi3": ("phi3", {}),
     "phi3 longrope": ("phi3", {"config": {"original_max_position_embeddings": 2048, "rope_scaling": LONGROPE}}),
     "gemma2": ("gemma2", {"head_dim": 32}),
@@ -123,7 +124,7 @@ def test_greedy_tokens_are_those_of_transformers(checkpoints: Path, variant: str
         _assert_as_transformers(checkpoints / variant, asked, answers)
 
 
-@pytest.mark.parametrize("variant", ["granite", "olmo2", "phi3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("variant", ["granite", "olmo2", "olmo3", "phi3", "gemma2", "gemma3"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_long_prompts_and_exact_steps_are_those_of_transformers(checkpoints: Path, variant: str, exact: bool) -> None:
     driver = Driver(make_engine(checkpoints / variant, deterministic=exact))
