@@ -56,7 +56,7 @@ YARN: dict[str, object] = {
 
 
 def write_deepseek(
-    path: Path, generation: Literal["v2", "v3"] = "v3", *, tokenizer: bool = False, seed: int = 0, **fields: object
+    path: Path, generation: Literal["v2", "v3"] = "v3", *, tokenizer: bool = False, **fields: object
 ) -> Path:
     """Write a checkpoint into `path` (made if missing) and return it; `fields` replace those of SHAPE."""
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
@@ -66,7 +66,7 @@ def write_deepseek(
         "v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
     }[generation]
     model = make_model(make_config(**{**SHAPE, **fields}))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("inv_freq"):
             continue

@@ -12,7 +12,8 @@ import asyncio
 import os
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -60,14 +61,14 @@ WORKERS = {
 }
 
 
-def _prompts(lengths: list[int]) -> list[list[int]]:
+def prompts_of(lengths: list[int]) -> list[list[int]]:
     """No two prompts share a block, so that only a repeated prompt is a prefix hit."""
     return [
         [(7 * i * i + 13 * i * n + 31 * n + 5) % 500 + 4 for i in range(length)] for n, length in enumerate(lengths, 1)
     ]
 
 
-PROMPTS, GROWING = _prompts(LENGTHS), _prompts(GROWING_LENGTHS)
+PROMPTS, GROWING = prompts_of(LENGTHS), prompts_of(GROWING_LENGTHS)
 
 
 @dataclass(frozen=True)
@@ -112,19 +113,26 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(family)
     window = 300 if family == "mistral" else None
     path = write_checkpoint(folder / "model", family, max_model_len=MAX_MODEL_LEN, sliding_window=window)
+    with open_fleet(folder, path, WORKERS) as opened:
+        yield opened
+
+
+@contextmanager
+def open_fleet(folder: Path, path: Path, workers: Mapping[str, Kind]) -> Iterator[Fleet]:
+    """Run these workers of a checkpoint behind a router."""
     http, control, pins = free_port(), free_port(), folder / "pins"
     router = RouterConfig(
         port=http, control_port=control, model_dir=path, served_model_name="tiny", log_level="warning"
     )
     pins.write_text("p-0 d-0")
     commands = [[sys.executable, str(PINNED_ROUTER), "--config-json", router.model_dump_json()]]
-    for name, kind in WORKERS.items():
+    for name, kind in workers.items():
         config = _worker_config(name, kind, path, control)
         commands.append([sys.executable, "-m", "kvferry.worker", "--config-json", config.model_dump_json()])
     env = {PIN_VARIABLE: str(pins), SECRET_VARIABLE: "a secret for these tests", "OMP_NUM_THREADS": "1"}
     with run_all(commands, folder / "log", f"http://127.0.0.1:{http}", env=env) as cluster:
         is_ready = 'state="ready"'
-        wait_until(lambda: cluster.metric("kvferry_worker_state", is_ready) == len(WORKERS), "every worker", 90.0)
+        wait_until(lambda: cluster.metric("kvferry_worker_state", is_ready) == len(workers), "every worker", 90.0)
         yield Fleet(cluster, pins, reference.Teacher(path))
 
 
