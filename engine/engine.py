@@ -35,6 +35,7 @@ from .choose import check_blocks, choose_device, choose_dtype, choose_runner, ma
 from .draft import DraftModel
 from .masks import MaskThread, with_failures, with_forced
 from .nn.decoder import Decoder
+from .nn.experts import SparseMLP
 from .nn.plan import StepPlan, plan_step, prompt_targets
 from .nn.runner import OnLayer
 from .nn.sampling import sample_rows
@@ -105,6 +106,8 @@ class Engine:
         num_host = num_host_blocks(config, self.spec, self._device, num_blocks=self.num_blocks, tp_size=tp_size)
         self.num_host_blocks = comm.minimum(num_host, self._device)  # of the prefix cache, behind those for swapping
         self.host_slots = SwapPages(self.kv_pages, self.num_swap_blocks + self.num_host_blocks)
+        blocks = [layer.feed_forward for layer in decoder.layers]
+        self._taken = [block.taken if isinstance(block, SparseMLP) else None for block in blocks]
         pages = self.kv_pages[: self.model_config.num_layers]
         self.runner = choose_runner(config, decoder, native_model, pages, cores=cores, progress=progress)
         if self._draft is not None:
@@ -219,6 +222,10 @@ class Engine:
             tokens += self.runner.prompt_logprobs(part, targets[len(tokens) : len(tokens) + len(part)])
         remaining = iter(tokens)
         return (tuple(islice(remaining, len(of_row))) for of_row in of_rows)
+
+    def expert_counts(self) -> list[list[int]]:
+        """Return, layer by layer, how many tokens took each expert so far; none of a dense layer."""
+        return [taken.tolist() if taken is not None else [] for taken in self._taken]
 
     @property
     def num_disk_slots(self) -> int:

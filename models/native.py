@@ -9,7 +9,8 @@ def not_in_native(config: ModelConfig) -> list[str]:
     """Name each part of a model that C++ has not; nothing: it computes the model, in bfloat16."""
     family, turned = config.family, int(config.head_dim * config.rope.fraction)
     has = {
-        "mixtures of experts": config.experts is not None,
+        "experts in such a residual stream": config.experts is not None
+        and (family.norms != "before" or config.residual_multiplier != 1.0),
         "norms behind blocks alone": family.norms == "behind",
         "norms of whole projections": family.head_norms == "whole",
         "attention sinks": family.has_sinks,

@@ -167,8 +167,13 @@ class _Counter:
 
     def _vector_bytes(self) -> int:
         count = sum(self._rank_size(name, shape[0]) for name, shape in self._shapes.items() if len(shape) == 1)
-        gates = sum(math.prod(shape) for name, shape in self._shapes.items() if _GATE in name)
-        return count * self._item_bytes + gates * _ITEM_BYTES["float32"]
+        gates = sum(self._gate_bytes(shape) for name, shape in self._shapes.items() if _GATE in name)
+        return count * self._item_bytes + gates
+
+    def _gate_bytes(self, shape: tuple[int, ...]) -> int:
+        if self._has_tiles and len(shape) == 2:
+            return self._plain_bytes(_Matrix((), *shape))
+        return math.prod(shape) * _ITEM_BYTES["float32"]
 
     def _rank_size(self, name: str, size: int) -> int:
         """Return the numbers of a vector that a rank has; 0 of a gate's, which are counted beside its matrix."""

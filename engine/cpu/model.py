@@ -2,8 +2,8 @@
 
     NativeModel(decoder, cache)   takes the decoder's matrices over, one by one, so that memory never holds two models
 
-It has code for layers of `Attention` and `GatedMLP` over plain bfloat16 and over quantized weights (`packing.py`), each
-linear as it is; a model of other blocks is left to torch.
+It has code for layers of `Attention` and of `GatedMLP` or `SparseMLP` over plain bfloat16 and over quantized weights
+(`packing.py`), each linear as it is; a model of other blocks is left to torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ...common.config import CpuIsa
 from ...models.config import ModelConfig
 from ...models.native import not_in_native
 from ..nn.decoder import Decoder, DecoderLayer
+from ..nn.experts import SparseMLP
 from ..nn.feed_forward import GatedMLP
 from ..nn.layers import Linear, RMSNorm
 from ..nn.mixer import Attention
@@ -45,6 +46,30 @@ class _GatedMLP(ctypes.Structure):
     _fields_ = [("gate_up", _Linear), ("down", _Linear)]
 
 
+_COUNTS = (
+    "num_experts",
+    "num_chosen",
+    "first",
+    "count",
+    "num_groups",
+    "num_chosen_groups",
+    "is_sigmoid",
+    "is_normalised",
+)
+
+
+class _Experts(ctypes.Structure):
+    _fields_ = [
+        ("gate", _Linear),
+        ("score_bias", ctypes.c_void_p),
+        ("experts", ctypes.POINTER(_GatedMLP)),
+        ("shared", ctypes.POINTER(_GatedMLP)),
+        *((name, ctypes.c_int64) for name in _COUNTS),
+        ("scale", ctypes.c_double),
+        ("taken", ctypes.c_void_p),
+    ]
+
+
 class _Layer(ctypes.Structure):
     _fields_ = [
         ("input_norm", ctypes.c_void_p),
@@ -54,12 +79,13 @@ class _Layer(ctypes.Structure):
         ("output_norm", ctypes.c_void_p),
         ("mlp", _GatedMLP),
         ("is_local", ctypes.c_int64),
+        ("experts", ctypes.POINTER(_Experts)),
         ("pages", ctypes.c_void_p),
     ]
 
 
 SumOverRanks = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
-_SPLIT = {"intermediate_size", "num_qo_heads", "num_kv_heads"}  # over the ranks
+_SPLIT = {"num_qo_heads", "num_kv_heads"}  # over the ranks
 _SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_qo_heads", "num_kv_heads", "head_dim", "vocab_size")
 
 
@@ -94,14 +120,15 @@ class NativeModel:
         self._packed = {id(weight): pack(weight) for weight in weights}
         self._keep = (decoder, weights)
         self.bounded_ = decoder.bounded_  # of logits
+        self.whole_experts = decoder.whole_experts
         self.num_logits = decoder.head.linear.weight.num_outputs  # of this rank
         self.described = self._describe(decoder, blocks)
 
-    def _describe(self, decoder: Decoder, blocks: list[tuple[Attention, GatedMLP]]) -> Model:
+    def _describe(self, decoder: Decoder, blocks: list[tuple[Attention, GatedMLP | SparseMLP]]) -> Model:
         config = decoder.config
         layers = (_Layer * config.num_layers)()
         parts = zip(decoder.layers, blocks, config.sliding_windows, layers, strict=True)
-        for layer, (attention, mlp), window, target in parts:
+        for layer, (attention, feed_forward), window, target in parts:
             for name in ("input_norm", "mixed_norm", "mlp_norm", "output_norm"):
                 norm: RMSNorm | None = getattr(layer, name)
                 setattr(target, name, None if norm is None else address(norm.weight))
@@ -112,8 +139,10 @@ class NativeModel:
                 q_norm, k_norm = attention.head_norms
                 target.attention.q_norm, target.attention.k_norm = address(q_norm.weight), address(k_norm.weight)
             target.attention.window = window or 0
-            target.mlp.gate_up = self._linear(mlp.gate_up_proj, mlp.gate_up_proj.bias)
-            target.mlp.down = self._linear(mlp.down_proj, mlp.down_proj.sum_bias)
+            if isinstance(feed_forward, GatedMLP):
+                target.mlp = self._mlp(feed_forward)
+            else:
+                target.experts = ctypes.pointer(self._experts(feed_forward))
         scale = 1.0 if config.score_scale is None else config.score_scale * config.head_dim**0.5
         model = Model(
             rotary_dim=2 * len(decoder.rotary.inv_freq),
@@ -128,8 +157,9 @@ class NativeModel:
         if decoder.local_rotary is not None:
             model.local_rope_factor = decoder.local_rotary.attention_factor
             model.local_inv_freq = address(decoder.local_rotary.inv_freq)
-        for name in _SIZES:
+        for name in set(_SIZES) - {"intermediate_size"}:
             setattr(model, name, getattr(config, name) // (self.comm.size if name in _SPLIT else 1))
+        model.intermediate_size = max(mlp.num_inner for _, block in blocks for mlp in _mlps(block))
         model.first_token, model.num_tokens = decoder.embedding.start, decoder.embedding.stop - decoder.embedding.start
         model.inv_freq = address(decoder.rotary.inv_freq)
         model.embedding = address(decoder.embedding.weight.plain)
@@ -137,6 +167,29 @@ class NativeModel:
         model.head = self._linear(decoder.head.linear, None).weight
         model.layers = layers
         return model
+
+    def _mlp(self, mlp: GatedMLP) -> _GatedMLP:
+        gate_up, down = mlp.gate_up_proj, mlp.down_proj
+        return _GatedMLP(self._linear(gate_up, gate_up.bias), self._linear(down, down.sum_bias))
+
+    def _experts(self, sparse: SparseMLP) -> _Experts:
+        config, shared = sparse.gate.experts, sparse.shared
+        return _Experts(
+            gate=self._linear(sparse.gate, None),
+            score_bias=address(sparse.gate.score_bias),
+            experts=(_GatedMLP * len(sparse.experts))(*map(self._mlp, sparse.experts)),
+            shared=None if shared is None else ctypes.pointer(self._mlp(shared)),
+            num_experts=config.num_experts,
+            num_chosen=config.num_chosen,
+            first=sparse.first,
+            count=len(sparse.experts),
+            num_groups=config.num_groups,
+            num_chosen_groups=config.num_chosen_groups,
+            is_sigmoid=config.scoring == "sigmoid",
+            is_normalised=config.normalised,
+            scale=config.scale,
+            taken=address(sparse.taken),
+        )
 
     def _linear(self, linear: Linear, bias: Tensor | None) -> _Linear:
         return _Linear(self._packed[id(linear.weight)].tiles, address(bias))
@@ -160,8 +213,16 @@ def _check_parts(config: ModelConfig) -> None:
         raise NativeUnavailable(f"no C++ for {', '.join(missing)}")
 
 
-def _known_blocks(layer: DecoderLayer) -> tuple[Attention, GatedMLP]:
+def _known_blocks(layer: DecoderLayer) -> tuple[Attention, GatedMLP | SparseMLP]:
     mixer, feed_forward = layer.mixer, layer.feed_forward
-    if type(mixer) is not Attention or type(feed_forward) is not GatedMLP:  # a subclass computes something else
+    # A subclass computes something else.
+    if type(mixer) is not Attention or type(feed_forward) not in (GatedMLP, SparseMLP):
         raise NativeUnavailable(f"no C++ for layers of {type(mixer).__name__} and {type(feed_forward).__name__}")
+    assert isinstance(feed_forward, GatedMLP | SparseMLP)
     return mixer, feed_forward
+
+
+def _mlps(block: GatedMLP | SparseMLP) -> list[GatedMLP]:
+    if isinstance(block, GatedMLP):
+        return [block]
+    return block.experts if block.shared is None else [*block.experts, block.shared]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..nn.experts import Gate
 from ..nn.grouped import GroupedWeight
 from ..nn.layers import Linear
 from ..nn.weight import DenseWeight
@@ -59,7 +60,8 @@ def check_known(linear: Linear) -> DenseWeight | GroupedWeight:
     """Return the linear's weight if there is C++ for it. Raises NativeUnavailable."""
     weight, reason = linear.weight, ""
     if type(weight) is DenseWeight:
-        if weight.dtype == torch.bfloat16 and weight.plain.device.type == "cpu":
+        is_known = weight.dtype == torch.bfloat16 or type(linear) is Gate  # a gate's is rounded when it is packed
+        if is_known and weight.plain.device.type == "cpu":
             return weight
     elif type(weight) is GroupedWeight:
         size = weight.group_size
@@ -88,7 +90,8 @@ class Packer:
         return self._dense(weight.take()) if isinstance(weight, DenseWeight) else self._grouped(weight.take())
 
     def _dense(self, matrix: Tensor) -> Packed:
-        assert matrix.dtype == torch.bfloat16 and matrix.is_contiguous()
+        matrix = matrix.to(torch.bfloat16)
+        assert matrix.is_contiguous()
         memory = torch.empty(self._size(*matrix.shape), dtype=torch.bfloat16)
         return Packed(self._pack(matrix.data_ptr(), *matrix.shape, memory.data_ptr()), (memory,))
 

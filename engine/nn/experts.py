@@ -74,6 +74,7 @@ class SparseMLP:
     def __init__(self, builder: Builder, layer: str, experts: ExpertsConfig) -> None:
         self.comm = builder.comm
         self.gate = Gate(builder, f"{layer}.{experts.gate}", experts)
+        self.taken = torch.zeros(experts.num_experts, dtype=torch.int64, device=builder.device)  # by rows, so far
         own = replace(builder, comm=Communicator()) if builder.whole_experts else builder
         count = experts.num_experts // (builder.comm.size if builder.whole_experts else 1)
         self.first = count * builder.comm.rank if builder.whole_experts else 0
@@ -91,8 +92,9 @@ class SparseMLP:
         chosen, weights = self.gate.choose(x)
         total = torch.zeros_like(x, dtype=torch.float32)
         by_expert = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=self.gate.experts.num_experts).tolist()
-        for index, places in enumerate(torch.split(by_expert, counts)):
+        counts = torch.bincount(chosen.flatten(), minlength=self.gate.experts.num_experts)
+        self.taken += counts
+        for index, places in enumerate(torch.split(by_expert, counts.tolist())):
             if len(places) and 0 <= index - self.first < len(self.experts):
                 rows = places // chosen.shape[1]
                 expert = self.experts[index - self.first]

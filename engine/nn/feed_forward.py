@@ -51,6 +51,11 @@ class GatedMLP:
         self.gate_up_proj = ColumnParallelLinear(builder, f"{name}.gate_up_proj", config.hidden_size, parts, bias=bias)
         self.down_proj = RowParallelLinear(builder, down, size, config.hidden_size, bias=bias)
 
+    @property
+    def num_inner(self) -> int:
+        """Count this rank's inner columns."""
+        return self.down_proj.weight.num_inputs
+
     def __call__(self, x: Tensor) -> Tensor:
         return self.down_proj(self._activated(x))
 

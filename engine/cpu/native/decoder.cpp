@@ -16,6 +16,7 @@
 #include "attention.hpp"
 #include "cores.hpp"
 #include "exact_attention.hpp"
+#include "experts.hpp"
 #include "linear.hpp"
 #include "model.hpp"
 #include "panel.hpp"
@@ -55,9 +56,10 @@ public:
         const auto deadline = std::chrono::steady_clock::now() + kLargePagesWithin;
         use_large_pages(m_.head, deadline);
         for (const Layer& layer : layers_) {
-            for (const Linear& w : {layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down}) {
-                use_large_pages(w.weight, deadline);
-            }
+            for (const Linear& w : {layer.attention.qkv, layer.attention.o}) use_large_pages(w.weight, deadline);
+            each_mlp(layer, [&](const GatedMlp& mlp) {
+                for (const Linear& w : {mlp.gate_up, mlp.down}) use_large_pages(w.weight, deadline);
+            });
         }
     }
 
@@ -79,9 +81,14 @@ public:
         } else {
             run([&](int rank) { begin(step, rank); });
             for (std::size_t index = 0; index < layers_.size(); index++) {
+                const Layer& layer = layers_[index];
                 run([&](int rank) { run_apart(step, index, rank); });
+                if (layer.experts == nullptr || index + 1 == layers_.size()) continue;
+                finish_sparse(layer, residual(0), attended(0), step.num_tokens);
             }
-            run([&](int rank) { run_last(step, rank); });
+            const bool is_sparse = layers_.back().experts != nullptr && step.num_wanted > kFewRows;
+            run([&](int rank) { is_sparse ? gather_last(step, rank) : run_last(step, rank); });
+            if (is_sparse) finish_sparse(layers_.back(), step.hidden, last_attended_.data(), step.num_wanted);
         }
         cores_.leave();
     }
@@ -112,7 +119,15 @@ private:
         ExactAttention exact_attention;
         PromptAttention prompt_attention;
         std::vector<float> head;
+        ExpertScratch experts;
     };
+
+    template <class Job>
+    static void each_mlp(const Layer& layer, Job job) {
+        if (layer.experts == nullptr) return job(layer.mlp);
+        for (long i = 0; i < layer.experts->count; i++) job(layer.experts->experts[i]);
+        if (layer.experts->shared != nullptr) job(*layer.experts->shared);
+    }
 
     template <class Job>
     void run(Job job) {
@@ -135,6 +150,11 @@ private:
         grow(attended_, step.num_tokens * strides_.attended);
         grow(last_attended_, step.num_wanted * strides_.attended);
         for (Rotation& rotation : rotations_) rotation.reserve(step.num_tokens);
+        for (const Layer& layer : layers_) {
+            if (layer.experts == nullptr) continue;
+            const long rows = std::min(expert_rows_, std::max(step.num_tokens, step.num_wanted));
+            expert_memory_.reserve(rows, strides_, layer.experts->num_chosen);
+        }
         for (Counter& counter : counters_) counter.reset();
     }
 
@@ -187,7 +207,9 @@ private:
             const Range tokens{range.first * kRowsAtOnce, std::min(range.last * kRowsAtOnce, step.num_tokens)};
             const long count = tokens.last - tokens.first;
             float* x = residual(tokens.first);
-            if (index > 0) math_.finish(layers_[index - 1], x, attended(tokens.first), count, panel);
+            if (index > 0 && layers_[index - 1].experts == nullptr) {
+                math_.finish(layers_[index - 1], x, attended(tokens.first), count, panel);
+            }
             const Rows normed = math_.normalize(x, count, layer.input_norm, panel);
             const Linear& qkv = layer.attention.qkv;
             math_.set(panel.qkv.data(), strides_.qkv, normed, qkv, {0, qkv.weight.count()});
@@ -270,6 +292,7 @@ private:
     void finish_in_ranks(const Layer& layer, float* x, const bf16* attended, long rows) {
         const Linear o{layer.attention.o.weight, nullptr};  // biases are added once, to the sums
         const GatedMlp mlp{layer.mlp.gate_up, {layer.mlp.down.weight, nullptr}};
+        const bf16* bias = layer.experts == nullptr ? layer.mlp.down.bias : nullptr;
         if (long(partial_.size()) < rows * strides_.hidden) partial_.resize(rows * strides_.hidden);
         run([&](int rank) {
             each_panel(rows, [&](long first, long count) {
@@ -281,6 +304,7 @@ private:
         run([&](int rank) {
             add_sums(x, layer.attention.o.bias, layer.mixed_norm, rows, rank);
             team_.barrier();
+            if (layer.experts != nullptr) return add_experts(layer, x, partial(0), rows, rank);
             each_panel(rows, [&](long first, long count) {
                 Panel& own = mine_[rank]->panel;
                 const Rows normed = math_.normalize(x + first * strides_.hidden, count, layer.mlp_norm, own);
@@ -292,7 +316,7 @@ private:
             });
         });
         m_.sum_over_ranks(partial(0), rows * strides_.hidden);
-        run([&](int rank) { add_sums(x, layer.mlp.down.bias, layer.output_norm, rows, rank); });
+        run([&](int rank) { add_sums(x, bias, layer.output_norm, rows, rank); });
     }
 
     // x += the ranks' sums + bias, normed if `norm` is not null; the sums are zero afterwards.
@@ -311,7 +335,40 @@ private:
         if (rank == 0 && step.on_layer != nullptr) step.on_layer(int(index));
     }
 
+    // --- experts ----------------------------------------------------------------------------------------
+    // Threads share out their columns whatever the number of tokens: each expert has a few of them.
+
+    void add_experts(const Layer& layer, const float* x, float* y, long rows, int rank) {
+        for (long first = 0; first < rows; first += expert_rows_) {
+            const long count = std::min(expert_rows_, rows - first), at = first * strides_.hidden;
+            expert_math_.add(
+                *layer.experts, layer.mlp_norm, x + at, y + at, count, expert_memory_, mine_[rank]->experts,
+                [&](long count) { return share(count, rank, team_.size()); }, [&] { team_.barrier(); });
+        }
+    }
+
+    void finish_sparse(const Layer& layer, float* x, const bf16* attended, long rows) {
+        run([&](int rank) {
+            const Range mine = share(rows, rank, team_.size());
+            const Linear& o = layer.attention.o;
+            for (long first = mine.first; first < mine.last; first += kPanelRows) {
+                const Rows part{attended + first * strides_.attended, strides_.attended,
+                                std::min(kPanelRows, mine.last - first)};
+                math_.add(x + first * strides_.hidden, part, o, {0, o.weight.count()}, 1.0f);
+            }
+            team_.barrier();
+            add_experts(layer, x, x, rows, rank);
+        });
+    }
+
     void finish_together(const Layer& layer, float* x, const bf16* attended, long rows, int rank) {
+        if (layer.experts != nullptr) {
+            const Linear& o = layer.attention.o;
+            math_.add(x, {attended, strides_.attended, rows}, o, part(o.weight, rank), 1.0f);
+            team_.barrier();
+            add_experts(layer, x, x, rows, rank);
+            return;
+        }
         math_.finish(
             layer, x, attended, rows, mine_[rank]->panel, shared_,
             [&](long count) { return share(count, rank, team_.size()); }, [&] { team_.barrier(); });
@@ -390,6 +447,8 @@ private:
     const std::vector<Layer> layers_;
     const Strides strides_{m_};
     const PanelMath math_{m_, strides_};
+    const ExpertMath expert_math_{m_, strides_, math_};
+    const long expert_rows_{expert_rows(m_, strides_)};
     Team team_;
     Cores cores_;
     const int group_;  // query heads of one KV head
@@ -399,6 +458,7 @@ private:
     std::vector<float> partial_;  // this rank's part of sums; zero between them
     std::vector<bf16> attended_, last_attended_;  // queries, then attention's result; padding stays zero
     Panel shared_{strides_};
+    ExpertMemory expert_memory_;
     std::vector<std::unique_ptr<Mine>> mine_;
 };
 

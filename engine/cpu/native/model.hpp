@@ -18,7 +18,7 @@ struct Linear {
     const bf16* bias;  // null: none
 };
 
-// A layer is a mixer and a feed-forward, of the one kind each that there is code for (engine/nn/blocks.py).
+// A layer is a mixer, of the one kind that there is code for, and a gated MLP or experts (engine/nn/blocks.py).
 struct AttentionBlock {
     Linear qkv, o;
     const bf16 *q_norm, *k_norm;  // of the heads; null: none
@@ -29,16 +29,30 @@ struct GatedMlp {
     Linear gate_up, down;
 };
 
+// What models/experts.py says of them.
+struct Experts {
+    Linear gate;
+    const float* score_bias;  // null: none
+    const GatedMlp* experts;  // this rank's: `count` from number `first` on
+    const GatedMlp* shared;   // null: none
+    std::int64_t num_experts, num_chosen, first, count, num_groups, num_chosen_groups;
+    std::int64_t is_sigmoid, is_normalised;
+    double scale;
+    std::int64_t* taken;  // how often each was chosen; null: nobody asks
+};
+
 struct Layer {
     const bf16 *input_norm, *mixed_norm;  // before attention, and of what it adds; null: none
     AttentionBlock attention;
     const bf16 *mlp_norm, *output_norm;  // the same of the feed-forward
     GatedMlp mlp;
     std::int64_t is_local;  // positions turn by the local frequencies
+    const Experts* experts;  // in place of `mlp`; null: it is there
     bf16* pages;  // block 0's of this layer: [2, num_kv_heads, block_size, head_dim]; the next is page_stride further
 };
 
 struct Model {
+    // intermediate_size: of the widest gated MLP, dense or an expert's
     std::int64_t num_layers, hidden_size, intermediate_size, num_qo_heads, num_kv_heads, head_dim, vocab_size;
     std::int64_t page_stride, block_size;
     std::int64_t rotary_dim;                          // of a head: so many are turned, from its beginning on

@@ -47,7 +47,8 @@ public:
     Rows feed_forward(const GatedMlp& mlp, const Rows& normed, Panel& common, Part part, Meet meet) const {
         set(common.gate_up.data(), s_.gate_up, normed, mlp.gate_up, part(mlp.gate_up.weight.count()));
         meet();
-        activate(common, normed.count, part((m_.intermediate_size + 15) / 16));
+        const long inner = mlp.gate_up.weight.columns / 2;
+        activate(common.gate_up.data(), common.activated.data(), inner, normed.count, part(padded(inner, kTileInputs) / 16));
         meet();
         return {common.activated.data(), s_.activated, normed.count};
     }
@@ -87,7 +88,10 @@ public:
     }
 
     Rows normalize(const float* hidden, long rows, const bf16* weight, Panel& panel) const {
-        bf16* normed = panel.normed.data();
+        return normalize(hidden, rows, weight, panel.normed.data());
+    }
+
+    Rows normalize(const float* hidden, long rows, const bf16* weight, bf16* normed) const {
         for (long row = 0; row < rows; row++) {
             const float* x = hidden + row * s_.hidden;
             const Vector factor = repeat(inverse_rms(x, m_.hidden_size, float(m_.norm_eps)));
@@ -120,23 +124,22 @@ public:
         });
     }
 
-    // act(gate) * up, these vectors of each row
-    void activate(Panel& panel, long rows, Range vectors) const {
+    // act(gate) * up, `size` of them, with zeros to whole tiles: these vectors of each row
+    void activate(const float* gate_up, bf16* activated, long size, long rows, Range vectors) const {
         if (m_.has_gelu) {
-            activate(panel, rows, vectors, gelu_tanh);
+            activate(gate_up, activated, size, rows, vectors, gelu_tanh);
         } else {
-            activate(panel, rows, vectors, silu);
+            activate(gate_up, activated, size, rows, vectors, silu);
         }
     }
 
     template <class Function>
-    void activate(Panel& panel, long rows, Range vectors, Function act) const {
-        const long size = m_.intermediate_size;
+    void activate(const float* gate_up, bf16* activated, long size, long rows, Range vectors, Function act) const {
         for (long row = 0; row < rows; row++) {
-            const float *gate = panel.gate_up.data() + row * s_.gate_up, *up = gate + size;
-            for (long i = vectors.first * 16; i < std::min(size, vectors.last * 16); i += 16) {
+            const float *gate = gate_up + row * s_.gate_up, *up = gate + size;
+            for (long i = vectors.first * 16; i < vectors.last * 16; i += 16) {
                 const Lanes mask = lanes(size - i);
-                store(panel.activated.data() + row * s_.activated + i, act(load(gate + i, mask)) * load(up + i, mask), mask);
+                store(activated + row * s_.activated + i, act(load(gate + i, mask)) * load(up + i, mask));
             }
         }
     }
