@@ -40,6 +40,9 @@ from .traffic import rows_of
 _LINK_LATENCY_S = 0.0005  # as of the simulator's network
 _LINK_SHARE = 0.8  # of a port's published rate that RDMA reaches
 _CPU_BATCHED_TOKENS = 512  # as a worker's default on a CPU
+# Of each simulation: shorter ones end before queues and batches are as full as they get, longer ones take as much longer.
+_TRAFFIC_S = 20.0
+_LEAST_REQUESTS = 600
 _HOURS = 3600.0
 _MILLION = 1e6
 
@@ -207,7 +210,8 @@ def _traffic(options: argparse.Namespace, model: ModelConfig) -> Traffic:
         longer = row.scaled(length=prompt_scale, rate=1.0) if prompt_scale != 1.0 else row
         prompt = min(longer.num_prompt_tokens, longest - output)
         scaled.append(replace(longer, num_prompt_tokens=prompt, num_output_tokens=output))
-    return Traffic(tuple(scaled), arrivals="poisson", rate_per_s=options.rate, num_requests=options.requests)
+    requests = options.requests or max(_LEAST_REQUESTS, round((options.rate or 0.0) * _TRAFFIC_S))
+    return Traffic(tuple(scaled), arrivals="poisson", rate_per_s=options.rate, num_requests=requests)
 
 
 def _fleet(sizer: Sizer, link: float) -> Fleet:
@@ -256,7 +260,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--ttft-stretch", type=positive_float, default=3.0, metavar="X")
     group.add_argument("--tpot-objective-ms", type=positive_float, default=50.0, metavar="X")
     group.add_argument("--share", type=positive_float, default=0.9, metavar="X", help="of requests that keep both")
-    group.add_argument("--requests", type=positive_int, default=600, metavar="N", help="of each simulation")
+    text = f"of each simulation; default: {_TRAFFIC_S:g} s of them, at least {_LEAST_REQUESTS}"
+    group.add_argument("--requests", type=positive_int, metavar="N", help=text)
     group.add_argument("--no-simulation", action="store_true", help="match rates alone: quick, and too few workers")
     group = parser.add_argument_group("output")
     group.add_argument("--gpu-hour-cost", type=positive_float, metavar="X", help="default: RunPod's list, if it has it")

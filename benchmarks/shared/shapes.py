@@ -51,6 +51,17 @@ SHAPES: dict[str, dict[str, object]] = {
         "vocab_size": 32000,
         "tie_word_embeddings": False,
     },
+    # Few wide layers: much of a step in large products, little in anything else.
+    "llama-wide": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
     "llama-tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,

@@ -1,0 +1,117 @@
+"""Step and prompt times on this machine's CPU, computed from its two measured rates, beside an engine's own.
+
+The rates are of large products and of reads of memory (`shared/rates.py`), taken before and after each model; the
+engine is a worker's, with its scheduler and step loop. Of rates, steps and prompts the best counts: whatever else runs
+on the machine only takes away.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvferry.benchmarks.shared.long_model import with_positions
+from kvferry.benchmarks.shared.rates import MeasuredRates, best_of, measure_rates
+from kvferry.benchmarks.shared.shapes import write_shape
+from kvferry.common.config import EngineConfig
+from kvferry.models.default import default_model_dir
+from kvferry.sizing.figures import Sizer
+from kvferry.sizing.hardware import measured_cpu
+
+WITHIN = 0.15
+MODELS = ("built-in", "llama-small", "llama-wide")
+_DECODE = ((1, 128), (1, 2048), (8, 512))  # rows, tokens of context
+_PREFILL = (512, 2048)
+_POSITIONS = 4096
+_MEMORY_GB = 1e3  # as much as it takes: it is not what is asked here
+_STEPS = 48
+
+
+@dataclass(slots=True, frozen=True)
+class CpuRow:
+    """A case: what an engine took, and what was computed."""
+
+    model: str
+    case: str
+    measured_ms: float
+    computed_ms: float
+    binding: str
+
+    @property
+    def error(self) -> float:
+        return self.computed_ms / self.measured_ms - 1
+
+    @property
+    def is_met(self) -> bool:
+        return abs(self.error) <= WITHIN
+
+
+@dataclass(slots=True, frozen=True)
+class _Measured:
+    model: str
+    config: EngineConfig
+    num_rows: int  # 0: a prompt
+    context: int
+    seconds: float
+
+
+def measure(
+    names: tuple[str, ...], scratch: Path, threads: int, rounds: int, tell: Callable[[str], None]
+) -> tuple[MeasuredRates, list[CpuRow]]:
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch: as the launcher does for a worker
+    import torch
+
+    torch.set_num_threads(threads)
+    cpu = torch.device("cpu")
+    tell("rates")
+    rates, measured = [measure_rates(cpu, torch.bfloat16)], list[_Measured]()
+    for name in names:
+        measured += _measure_model(name, scratch, threads, rounds, tell)
+        rates.append(measure_rates(cpu, torch.bfloat16))
+    best = best_of(rates)
+    return best, [_row(each, best) for each in measured]
+
+
+def _measure_model(
+    name: str, scratch: Path, threads: int, rounds: int, tell: Callable[[str], None]
+) -> Iterator[_Measured]:
+    from kvferry.benchmarks.engine.load import LoadedEngine
+    from kvferry.engine.engine import Engine
+
+    built_in = name == "built-in"
+    folder = with_positions(default_model_dir(), _POSITIONS, scratch) if built_in else None
+    config = EngineConfig(
+        model_dir=folder or write_shape(scratch / name, name, _POSITIONS),
+        served_model_name=name,
+        device="cpu",
+        dtype="bfloat16",
+        num_threads=threads,
+        load_format="auto" if built_in else "dummy",
+    )
+    tell(f"{name}: loading")
+    longest = max(rows * (context + 2 * _STEPS) for rows, context in _DECODE)
+    loaded = LoadedEngine(Engine(config, num_blocks=2 * longest // config.block_size), seed=0)
+    try:
+        loaded.prefill(64)
+        for rows, context in _DECODE:
+            tell(f"{name}: decode {rows}@{context}")
+            times = [t for _ in range(rounds) for t in loaded.decode(rows, context, _STEPS).step_s]
+            yield _Measured(name, config, rows, context + _STEPS // 2, min(times))
+        for tokens in _PREFILL:
+            tell(f"{name}: prefill {tokens}")
+            yield _Measured(name, config, 0, tokens, min(loaded.prefill(tokens).elapsed_s for _ in range(rounds)))
+    finally:
+        loaded.close()
+
+
+def _row(measured: _Measured, rates: MeasuredRates) -> CpuRow:
+    from kvferry.models.config import ModelConfig
+
+    cpu = measured_cpu(_MEMORY_GB, rates.read_bytes_per_s / 1e9, rates.matmul_flops_per_s / 1e12)
+    sizer = Sizer(measured.config, ModelConfig.from_dir(measured.config.model_dir), cpu, measured.context)
+    rows = measured.num_rows
+    time = sizer.decode(rows) if rows else sizer.prompt(measured.context)
+    case = f"TPOT, {rows} rows at {measured.context}" if rows else f"prefill of {measured.context}"
+    return CpuRow(measured.model, case, measured.seconds * 1e3, time.expected_s * 1e3, time.binding)

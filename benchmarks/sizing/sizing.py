@@ -1,0 +1,121 @@
+"""Is what `kvferry size` computes what happens?
+
+    python -m kvferry.benchmarks.sizing                        # all three parts
+    python -m kvferry.benchmarks.sizing --parts published      # one of them; others keep what their last run wrote
+
+published   figures that others published of their engines, within 25 % (published.py); misses are listed as they are
+cpu         TPOT and prefill on this machine from its two measured rates, within 15 % (on_cpu.py): on a quiet machine
+ratio       the split that the search finds, beside the best of all splits by whole simulation, on two traces
+
+Exit code: 0; 1 with --check when a bar is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import structlog
+from rich.console import Console
+from rich.table import Table
+
+from kvferry.benchmarks.shared.rates import MeasuredRates
+from kvferry.benchmarks.sizing import on_cpu, published
+from kvferry.benchmarks.sizing.ratio import TRACES, Ratio, ratio_of
+from kvferry.tools.load.environment import describe_environment
+from kvferry.tools.load.json_file import save_json
+from kvferry.tools.load.report import RESULTS_DIR, report_console
+
+_PARTS = ("published", "cpu", "ratio")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    flags = _parser().parse_args(words)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    shown, told = report_console(), Console(stderr=True)
+
+    def tell(text: str) -> None:
+        told.print(text, style="dim", markup=False)
+
+    body = json.loads(flags.json.read_text()) if flags.json.is_file() else {}
+    met = True
+    for part in flags.parts.split(","):
+        environment = asdict(describe_environment("python -m kvferry.benchmarks.sizing", words))
+        if part == "published":
+            rows = list(published.rows())
+            shown.print(_published_table(rows))
+            figures: dict[str, object] = {"rows": [asdict(row) | {"error": row.error} for row in rows]}
+            met &= all(row.is_met for row in rows)
+        elif part == "cpu":
+            with tempfile.TemporaryDirectory(prefix="sizing-") as scratch:
+                rates, measured = on_cpu.measure(on_cpu.MODELS, Path(scratch), flags.threads, flags.rounds, tell)
+            shown.print(_cpu_table(measured, rates))
+            figures = {"rates": asdict(rates), "rows": [asdict(row) | {"error": row.error} for row in measured]}
+            met &= all(row.is_met for row in measured)
+        else:
+            found = [ratio_of(trace, flags.workers, flags.requests, tell) for trace in TRACES]
+            shown.print(_ratio_table(found))
+            figures = {"traces": [asdict(one) | {"is_best": one.is_best} for one in found]}
+            met &= all(one.is_best for one in found)
+        body[part] = {"environment": environment, **figures}
+    save_json(body, flags.json)
+    return 1 if flags.check and not met else 0
+
+
+def _published_table(rows: Sequence[published.Row]) -> Table:
+    table = _table(f"published figures; bar: within {published.WITHIN:.0%}", "", "published, ms", "computed", "off", "")
+    for row in rows:
+        _add(table, f"{row.source}: {row.what}", row, row.published_ms)
+    return table
+
+
+def _cpu_table(rows: Sequence[on_cpu.CpuRow], rates: MeasuredRates) -> Table:
+    gb_per_s, tflops = rates.read_bytes_per_s / 1e9, rates.matmul_flops_per_s / 1e12
+    title = f"this CPU at {gb_per_s:.1f} GB/s and {tflops:.2f} TFLOP/s; bar: within {on_cpu.WITHIN:.0%}"
+    table = _table(title, "", "measured, ms", "computed", "off", "")
+    for row in rows:
+        _add(table, f"{row.model}: {row.case}", row, row.measured_ms)
+    return table
+
+
+def _add(table: Table, name: str, row: published.Row | on_cpu.CpuRow, other_ms: float) -> None:
+    binding = row.binding if row.is_met else f"{row.binding}, MISSED"
+    table.add_row(name, f"{other_ms:,.1f}", f"{row.computed_ms:,.1f}", f"{row.error:+.0%}", binding)
+
+
+def _ratio_table(found: Sequence[Ratio]) -> Table:
+    table = _table("good requests/s of each P:D split, simulated whole", "trace", "splits", "by rates", "chosen", "")
+    for one in found:
+        splits = ", ".join(f"{split} {rate:.1f}" for split, rate in one.rates)
+        table.add_row(one.trace, splits, one.matched, one.chosen, "the best" if one.is_best else "MISSED")
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if 0 < number < len(columns) - 1 else "left")
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kvferry.benchmarks.sizing", description=(__doc__ or "").partition("\n")[0]
+    )
+    add = parser.add_argument
+    add("--parts", default=",".join(_PARTS), help="with commas (default: %(default)s)")
+    add("--threads", type=int, default=os.cpu_count(), metavar="N", help="of the CPU (default: all cores)")
+    add("--rounds", type=int, default=3, metavar="N", help="of each case on the CPU (default: %(default)s)")
+    add("--workers", type=int, default=6, metavar="N", help="that are split (default: %(default)s)")
+    add("--requests", type=int, default=1000, metavar="N", help="of each simulation (default: %(default)s)")
+    add("--check", action="store_true", help="exit with 1 when a bar is missed")
+    add("--json", type=Path, default=RESULTS_DIR / "sizing.json", metavar="FILE", help="(default: %(default)s)")
+    return parser
