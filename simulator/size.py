@@ -40,7 +40,7 @@ from .traffic import rows_of
 _LINK_LATENCY_S = 0.0005  # as of the simulator's network
 _LINK_SHARE = 0.8  # of a port's published rate that RDMA reaches
 _CPU_BATCHED_TOKENS = 512  # as a worker's default on a CPU
-# Of each simulation: shorter ones end before queues and batches are as full as they get, longer ones take as much longer.
+# Of each simulation: shorter ones end before queues and batches are full, longer ones take as much longer.
 _TRAFFIC_S = 20.0
 _LEAST_REQUESTS = 600
 _HOURS = 3600.0
