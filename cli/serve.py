@@ -64,17 +64,18 @@ def serve(
         if dry_run:
             print(_describe(preflight.deployment, preflight.model))
         else:
-            asyncio.run(_run(_launcher(settings, preflight.deployment, display), settings.pid_file, display))
+            launcher = _launcher(settings, preflight.deployment, preflight.model, display)
+            asyncio.run(_run(launcher, settings.pid_file, display))
     finally:
         display.done()
 
 
-def _launcher(settings: ServeSettings, deployment: Deployment, display: Display) -> Launcher:
+def _launcher(settings: ServeSettings, deployment: Deployment, model: ModelConfig, display: Display) -> Launcher:
     from ..common.clock import SystemClock
     from ..launch import LocalLauncher, RayLauncher
 
     def on_serving(http: Address) -> None:
-        display.greet(*_greeting(settings, deployment, http))
+        display.greet(*_greeting(settings, deployment, model, http))
 
     if settings.launcher == "local":
         return LocalLauncher(deployment, environment(), SystemClock(), display, on_serving=on_serving)
@@ -103,7 +104,9 @@ async def _run(launcher: Launcher, pid_path: Path | None, display: Display) -> N
     display.note("everything has ended")
 
 
-def _greeting(settings: ServeSettings, deployment: Deployment, http: Address) -> tuple[str, dict[str, object]]:
+def _greeting(
+    settings: ServeSettings, deployment: Deployment, model: ModelConfig, http: Address
+) -> tuple[str, dict[str, object]]:
     """Return what people read when requests can come, and the same for programs."""
     from ..launch.children import reachable
 
@@ -120,7 +123,7 @@ def _greeting(settings: ServeSettings, deployment: Deployment, http: Address) ->
     text = (
         f"kvferry serves {name} at {url} ({_pools(deployment)}). Ctrl-C ends it. Try:\n"
         f"  curl -N {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'\n"
-        f"{_layout(deployment)}"
+        f"{_layout(deployment, model)}"
     )
     return text, {"model": name, "url": url, "pools": _pools(deployment), "asks_for_keys": has_keys}
 
@@ -131,8 +134,23 @@ def _pools(deployment: Deployment) -> str:
     return f"{routers}{roles.count('prefill')} prefill, {roles.count('decode')} decode"
 
 
-def _layout(deployment: Deployment) -> str:
+def _layout(deployment: Deployment, model: ModelConfig) -> str:
     """Say what these workers are good for, and what would be the other choice."""
+    return f"{_division(deployment)}{_in_torch(deployment, model)}"
+
+
+def _in_torch(deployment: Deployment, model: ModelConfig) -> str:
+    """Say that torch computes a model in bfloat16 on CPUs, where there is no C++ for a part of it."""
+    from ..models.native import not_in_native
+    from ..sizing.memory import item_bytes
+
+    engines = [worker.config.engine for worker in deployment.workers if not worker.gpus]
+    missing = not_in_native(model) if any(item_bytes(engine, model) == 2 for engine in engines) else []
+    return f" Torch computes the model: there is no C++ for {', '.join(missing)}." if missing else ""
+
+
+def _division(deployment: Deployment) -> str:
+    """Say how the workers divide prompts and answers."""
     objective_ms = deployment.router.tpot_objective_ms
     limit = f"{objective_ms:g} ms" if objective_ms else "50 ms, or four times its usual (--tpot-objective-ms)"
     if all(worker.config.role == "decode" for worker in deployment.workers):
@@ -170,7 +188,7 @@ def _describe(deployment: Deployment, model: ModelConfig) -> str:
             f"{worker.config.worker_id:7} {worker.config.role}, {worker.num_ranks} rank(s), {_place(worker)}, "
             f"weights {_size(weight_bytes(engine, model))}, KV cache {room}"
         )
-    return "\n".join([*lines, f"layout  {_layout(deployment)}"])
+    return "\n".join([*lines, f"layout  {_layout(deployment, model)}"])
 
 
 def _place(worker: WorkerPlan) -> str:

@@ -103,6 +103,13 @@ def test_each_command_has_help(run: Run, command: str) -> None:
     assert "--help" in result.stdout
 
 
+def test_layout_says_what_there_is_no_cpp_for(run: Run, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "olmo", "olmo2", dtype="bfloat16")
+    result = run("serve", str(model), "--port", "0", "--device", "cpu", "--kv-cache-memory-bytes", "1MiB", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "Torch computes the model: there is no C++ for norms behind blocks alone" in result.stdout
+
+
 def test_dry_run_prints_each_process(run: Run, tmp_path: Path) -> None:
     model = write_model(tmp_path / "tiny")
     result = run(
