@@ -147,6 +147,7 @@ def _inputs(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig, Gpu
         "quantization": options.quantization,
         "kv_cache_dtype": options.kv_cache_dtype,
         "tensor_parallel_size": options.tensor_parallel_size,
+        "enable_expert_parallel": options.enable_expert_parallel,
         "block_size": options.block_size,
         "max_num_seqs": options.max_num_seqs,
         "gpu_memory_utilization": options.gpu_memory_utilization,
@@ -165,7 +166,10 @@ def _inputs(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig, Gpu
         raise ConfigError(f"{first['loc'][0]}: {first['msg']}") from None
     if gpu.is_cpu and engine.kv_cache_dtype == "fp8":
         raise ConfigError("kv_cache_dtype: fp8 needs a GPU: the CPU's attention reads no 8-bit floats; use auto")
-    return ModelConfig.from_dir(model_dir), engine, gpu
+    model = ModelConfig.from_dir(model_dir)
+    if engine.enable_expert_parallel and model.experts is None:
+        raise ConfigError(f"enable_expert_parallel: {model.architecture} has no experts; leave it away")
+    return model, engine, gpu
 
 
 def _gpu(options: argparse.Namespace) -> Gpu:
@@ -241,6 +245,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--revision", help="of a model of the hub")
     group.add_argument("--gpu", help=f"{', '.join(GPUS)}, or {CPU} with what was measured on it")
     group.add_argument("--tensor-parallel-size", type=positive_int, default=1, metavar="N", help="GPUs of a worker")
+    group.add_argument("--enable-expert-parallel", action="store_true", help="each rank has whole experts")
     group.add_argument("--quantization", choices=get_args(QuantizationName), help="as of serve")
     group.add_argument("--dtype", choices=get_args(Dtype), default="auto")
     group.add_argument("--kv-cache-dtype", choices=get_args(KVCacheDtype), default="auto")

@@ -67,7 +67,7 @@ class Sizer:
 
     def __init__(self, engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -> None:
         """Raises ConfigError where the ranks cannot share the model, or the weights do not fit."""
-        model.check_tp_size(engine.tensor_parallel_size)
+        model.check_tp_size(engine.tensor_parallel_size, whole_experts=engine.enable_expert_parallel)
         if context > (longest := engine.max_model_len or model.longest_model_len):
             raise ConfigError(f"context: {context:,} tokens are more than the model's {longest:,}")
         self.engine, self.model, self.gpu, self.context = engine, model, gpu, context

@@ -96,7 +96,15 @@ def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     Raises ConfigError for a quantization that does not go with the checkpoint.
     """
     drafts = sum(_Counter(engine, draft, None, 1).count().total for draft in draft_models(engine))
-    return drafts + rank_weights(engine, model).total
+    return drafts + rank_weights(engine, model).total + adapter_bytes(engine, model)
+
+
+def adapter_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """Count the bytes of one rank's slots for adapters; each has room for the largest rank in every linear."""
+    if not engine.enable_lora:
+        return 0
+    counter = _Counter(engine, model, None, engine.tensor_parallel_size)
+    return engine.max_loras * engine.max_lora_rank * item_bytes(engine, model) * counter.adapted_sizes()
 
 
 def rank_weights(engine: EngineConfig, model: ModelConfig, *, has_float8: bool = False) -> WeightBytes:
@@ -155,6 +163,11 @@ class _Counter:
         )
         experts = sum(size for matrix, size in sizes if is_expert(matrix.modules[0]))
         return WeightBytes(read + embedding if has_own_head else read, read, experts)
+
+    def adapted_sizes(self) -> int:
+        """Sum the inputs and the outputs of all linears that an adapter may change: of each part its own inputs."""
+        adapted = [matrix for matrix in self._matrices() if not is_expert(matrix.modules[0])]
+        return sum(len(matrix.modules) * matrix.num_inputs + matrix.num_outputs for matrix in adapted)
 
     @property
     def _vocabulary_rows(self) -> int:

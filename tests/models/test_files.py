@@ -95,10 +95,12 @@ for name, revision in json.loads(sys.argv[1]):
 """
 
 
-def _resolve_apart(names: list[tuple[str, str | None]], cache: Path, **environ: str) -> list[dict[str, object]]:
+def _resolve_apart(
+    names: list[tuple[str, str | None]], cache: Path, program: str = PROGRAM, **environ: str
+) -> list[dict[str, object]]:
     """Resolves in a process of its own: the hub's library reads its environment when it is imported."""
     answer = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(names)],
+        [sys.executable, "-c", program, json.dumps(names)],
         env={
             "PATH": os.environ["PATH"],
             "PYTHONPATH": os.pathsep.join(sys.path),
@@ -169,6 +171,16 @@ def test_each_refusal_of_the_hub_is_one_line_that_says_what_to_do(hub: str, tmp_
     for answer, text in zip(answers, expected, strict=True):
         assert text in str(answer["error"])
         assert "\n" not in str(answer["error"])
+
+
+def test_a_config_is_fetched_without_the_weights(hub: str, tmp_path: Path) -> None:
+    program = PROGRAM.replace("import resolve_model", "import ResolvedModel, resolve_config").replace(
+        "resolve_model(name, revision, lambda what, fraction: seen.append([what, fraction]))",
+        "ResolvedModel(resolve_config(name, revision), name)",
+    )
+    found, absent = _resolve_apart([("org/model", None), ("org/absent", None)], tmp_path, program, HF_ENDPOINT=hub)
+    assert found["files"] == ["config.json"]
+    assert "the hub has no such model" in str(absent["error"])
 
 
 def test_a_directory_is_served_under_its_own_name(tmp_path: Path) -> None:

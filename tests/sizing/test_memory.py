@@ -126,3 +126,24 @@ def test_memory_is_that_of_a_live_rank(tmp_path: Path, name: str, dtype: str, nu
             )
             said = weight_bytes(config, model) + NUM_BLOCKS * config.block_size * cache_token_bytes(config, model)
             assert said == pytest.approx(_taken(config, num_ranks), rel=0.03), (precision, whole_experts)
+
+
+@pytest.mark.parametrize("name", ["llama", "experts"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_adapters_have_room_for_the_largest(tmp_path: Path, name: str, num_ranks: int) -> None:
+    kind, fields = SHAPES[name]
+    shape = {"architectures": [f"{kind}ForCausalLM"], "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(_SMALL | fields | shape))
+    model = ModelConfig.from_dir(tmp_path)
+    for num_slots in (1, 8):
+        config = engine_config(
+            tmp_path,
+            tensor_parallel_size=num_ranks,
+            enable_lora=True,
+            max_loras=num_slots,
+            max_lora_rank=32,
+            load_format="dummy",
+            swap_space=0,
+        )
+        said = weight_bytes(config, model) + NUM_BLOCKS * config.block_size * cache_token_bytes(config, model)
+        assert said == pytest.approx(_taken(config, num_ranks), rel=0.03)
