@@ -16,6 +16,7 @@ from ..common.config import NO_DETERMINISTIC_CUDA, CoreSlot, CpuIsa, EngineConfi
 from ..common.cores import SharedCores, attach
 from ..common.errors import ConfigError
 from ..models.config import ModelConfig
+from .cpu.adapters import SlotMemory
 from .cpu.compiler import NativeUnavailable
 from .cpu.decoder import NativeDecoder
 from .cpu.model import NativeModel
@@ -65,13 +66,22 @@ def choose_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
 
 
 @torch.inference_mode()
-def make_adapters(config: EngineConfig, decoder: Decoder, device: torch.device) -> AdapterSlots | None:
-    """Make the slots that are asked for. Raises ConfigError."""
+def make_adapters(
+    config: EngineConfig, decoder: Decoder, native_model: NativeModel | None, device: torch.device
+) -> AdapterSlots | None:
+    """Make the slots that are asked for, in the form that products are made of. Raises ConfigError."""
     if not config.enable_lora:
         return None
     if device.type != "cpu":
         raise ConfigError("enable_lora: adapters are applied on CPUs; the kernels for a GPU have no part for them yet")
-    return AdapterSlots(decoder, num_slots=config.max_loras, max_rank=config.max_lora_rank, device=device)
+    num_slots, max_rank = config.max_loras, config.max_lora_rank
+    if native_model is None:
+        return AdapterSlots(decoder, num_slots=num_slots, max_rank=max_rank, device=device)
+    memory = SlotMemory(num_slots)
+    slots = AdapterSlots(native_model, num_slots=num_slots, max_rank=max_rank, device=device, make=memory.make)
+    memory.allocate()
+    native_model.adapt(slots, memory)
+    return slots
 
 
 @torch.inference_mode()
@@ -86,9 +96,7 @@ def pack_weights(
         _narrow_float8(decoder, device)
     if device.type != "cpu":
         return None
-    if decoder.adapters is not None and decoder.dtype == torch.bfloat16:
-        log.warning("cpu_kernels", used=False, reason="no C++ for adapters")
-    elif native and (model := _native_model(decoder, isa)) is not None:
+    if native and (model := _native_model(decoder, isa)) is not None:
         return model
     if any(isinstance(linear.weight, GroupedWeight) for linear in decoder.linears()):
         log.warning("quantized_weights", widened_to=str(decoder.dtype).removeprefix("torch."), reason="no C++ for them")

@@ -67,6 +67,14 @@ def write_adapter(
     return path
 
 
+def merged_model(model_dir: Path, adapter: Path | None, target: Path) -> Path:
+    """Write the model in float32, with the adapter merged into it if one is given."""
+    shutil.copytree(model_dir, target)
+    tensors = {name: tensor.float() for name, tensor in load_file(model_dir / "model.safetensors").items()}
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target if adapter is None else merge(target, adapter, target.with_name(f"{target.name}-merged"))
+
+
 def merge(model_dir: Path, adapter: Path, target: Path) -> Path:
     """Write the model that the adapter makes: each adapted W becomes W + scale * B A, in float32."""
     shutil.copytree(model_dir, target)

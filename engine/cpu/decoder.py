@@ -63,7 +63,7 @@ class NativeDecoder:
         self._forward, self._logits = library.kvferry_decoder_forward, library.kvferry_decoder_logits
         self._forward.argtypes = [
             *(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p),
-            *(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, _OnLayer),
+            *(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, _OnLayer, ctypes.c_char_p),
         ]
         self._logits.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
         library.kvferry_decoder_new.restype = ctypes.c_void_p
@@ -105,6 +105,7 @@ class NativeDecoder:
             step.wanted,
             hidden.data_ptr(),
             listener.callback,
+            step.adapters or None,
         )
         self._sums.check()
         if listener.error is not None:
@@ -137,6 +138,7 @@ class Step(NamedTuple):
     lengths: bytes  # [rows]
     block_ids: bytes  # each row's blocks up to its last token's, row after row
     wanted: bytes  # packed tokens, each once
+    adapters: bytes = b""  # the slot of each row's; empty: no row has one
 
 
 class _Listener:

@@ -9,6 +9,7 @@ It has code for layers of `Attention` and of `GatedMLP` or `SparseMLP` over plai
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,19 +18,21 @@ from torch import Tensor
 from ...common.config import CpuIsa
 from ...models.config import ModelConfig
 from ...models.native import not_in_native
+from ..nn.adapters import AdapterSlots
 from ..nn.decoder import Decoder, DecoderLayer
 from ..nn.experts import SparseMLP
 from ..nn.feed_forward import GatedMLP
 from ..nn.layers import Linear, RMSNorm
 from ..nn.mixer import Attention
 from ..ranks.group import Communicator
+from .adapters import SlotMemory, StripAdapters, whole_strips
 from .build import load
 from .compiler import NativeUnavailable
 from .packing import Packer, Tiles, address, check_known
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = [("weight", Tiles), ("bias", ctypes.c_void_p)]
+    _fields_ = [("weight", Tiles), ("bias", ctypes.c_void_p), ("adapters", ctypes.c_void_p)]
 
 
 class _Attention(ctypes.Structure):
@@ -102,6 +105,7 @@ class Model(ctypes.Structure):
         ("sum_over_ranks", SumOverRanks),
         ("first_token", ctypes.c_int64),
         ("num_tokens", ctypes.c_int64),
+        ("adapter_rank", ctypes.c_int64),
     ]
 
 
@@ -121,6 +125,7 @@ class NativeModel:
         self._keep = (decoder, weights)
         self.bounded_ = decoder.bounded_  # of logits
         self.whole_experts = decoder.whole_experts
+        self._linears: list[tuple[Linear, _Linear]] = []  # of the layers, with their descriptions
         self.num_logits = decoder.head.linear.weight.num_outputs  # of this rank
         self.described = self._describe(decoder, blocks)
 
@@ -139,8 +144,11 @@ class NativeModel:
                 q_norm, k_norm = attention.head_norms
                 target.attention.q_norm, target.attention.k_norm = address(q_norm.weight), address(k_norm.weight)
             target.attention.window = window or 0
+            self._linears += [(attention.qkv_proj, target.attention.qkv), (attention.o_proj, target.attention.o)]
             if isinstance(feed_forward, GatedMLP):
                 target.mlp = self._mlp(feed_forward)
+                gate_up, down = feed_forward.gate_up_proj, feed_forward.down_proj
+                self._linears += [(gate_up, target.mlp.gate_up), (down, target.mlp.down)]
             else:
                 target.experts = ctypes.pointer(self._experts(feed_forward))
         scale = 1.0 if config.score_scale is None else config.score_scale * config.head_dim**0.5
@@ -193,6 +201,18 @@ class NativeModel:
 
     def _linear(self, linear: Linear, bias: Tensor | None) -> _Linear:
         return _Linear(self._packed[id(linear.weight)].tiles, address(bias))
+
+    def linears(self) -> Iterator[Linear]:
+        """Yield those that C++ adds adapters to."""
+        return (linear for linear, _ in self._linears)
+
+    def adapt(self, slots: AdapterSlots, memory: SlotMemory) -> None:
+        """Let products have the adapters of these slots. Before a decoder is made of the model."""
+        self._adapters = (slots, memory)
+        self.described.adapter_rank = whole_strips(slots.max_rank)
+        for linear, target in self._linears:
+            if isinstance(linear.adapters, StripAdapters):
+                target.adapters = ctypes.addressof(linear.adapters.described)
 
 
 def _common_library(comm: Communicator, cache: Path, isa: CpuIsa) -> ctypes.CDLL:

@@ -9,8 +9,9 @@ a rank adds belongs into the sum over the ranks that there is anyway. Rows witho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -61,8 +62,25 @@ class Group:
     tokens: slice | Tensor  # packed tokens, int64
 
 
+class SlotMatrices(Protocol):
+    """One linear's matrices of all slots, in the form that products are made of."""
+
+    parts: tuple[LinearPart, ...]
+
+    def put(self, slot: int, weights: AdapterWeights) -> None:
+        """Copy in what `weights` has for this linear's parts; zeros, or a rank of 0, for the others."""
+        ...
+
+    def add_(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add to [num_tokens, outputs] what the step's adapters make of [num_tokens, inputs]. Returns y."""
+        ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
 class LinearAdapters:
-    """One linear's matrices of all slots."""
+    """Implements `SlotMatrices` in torch."""
 
     def __init__(self, linear: Linear, step: StepGroups, *, num_slots: int, max_rank: int, device: torch.device):
         self.parts = tuple(linear.parts_of_rank())
@@ -89,7 +107,6 @@ class LinearAdapters:
             self.ranks[index][slot] = padded
 
     def add_(self, y: Tensor, x: Tensor) -> Tensor:
-        """Add to [num_tokens, outputs] what the step's adapters make of [num_tokens, inputs]."""
         for group in self._step.current:
             rows = x if self._step.whole else x[group.tokens]
             for part, downs, ups, ranks in zip(self.parts, self.down, self.up, self.ranks, strict=True):
@@ -152,11 +169,20 @@ class AdaptedModel(Protocol):
 class AdapterSlots:
     """All slots of a rank. Who fills one sees to it that no step uses it meanwhile."""
 
-    def __init__(self, model: AdaptedModel, *, num_slots: int, max_rank: int, device: torch.device) -> None:
-        """Raises ConfigError where memory is too small."""
+    def __init__(
+        self,
+        model: AdaptedModel,
+        *,
+        num_slots: int,
+        max_rank: int,
+        device: torch.device,
+        make: Callable[..., SlotMatrices] | None = None,
+    ) -> None:
+        """`make`: another form of a linear's matrices than torch's. Raises ConfigError where memory is too small."""
         self.num_slots, self.max_rank = num_slots, max_rank
         self.step = StepGroups()
-        self.linears: list[LinearAdapters] = []
+        self.linears: list[SlotMatrices] = []
+        self._make = make or partial(LinearAdapters, step=self.step)
         self._parts: dict[str, tuple[LinearPart, int, torch.dtype]] = {}  # by module; with a rank's inputs
         try:
             for linear in model.linears():
@@ -166,9 +192,7 @@ class AdapterSlots:
             raise ConfigError(f"{num_slots} adapters of rank {max_rank} do not fit: {error}") from error
 
     def _adapt(self, linear: Linear, device: torch.device) -> None:
-        linear.adapters = LinearAdapters(
-            linear, self.step, num_slots=self.num_slots, max_rank=self.max_rank, device=device
-        )
+        linear.adapters = self._make(linear, num_slots=self.num_slots, max_rank=self.max_rank, device=device)
         self.linears.append(linear.adapters)
         weight = linear.weight
         self._parts |= {part.module: (part, weight.num_inputs, weight.dtype) for part in linear.adapters.parts}
@@ -183,7 +207,7 @@ class AdapterSlots:
 
     def _pair(self, module: AdaptedModule, data: bytearray) -> Pair:
         if (found := self._parts.get(module.name)) is None:
-            raise ConfigError(f"it adapts {module.name}, which is no linear module of this model's layers")
+            raise ConfigError(f"it adapts {module.name}, to which no adapter is applied")
         part, num_inputs, dtype = found
         check_pair(module, part.shape)
         if module.rank > self.max_rank:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adapters import LinearAdapters, LinearPart
+from .adapters import LinearPart, SlotMatrices
 from .builder import Builder
 from .weight import DenseWeight, Weight, WeightSlot
 
@@ -27,7 +27,7 @@ class Linear:
         self.name = name
         self.weight = weight
         self.bias = bias
-        self.adapters: LinearAdapters | None = None  # None: its modules cannot be adapted
+        self.adapters: SlotMatrices | None = None  # None: its modules cannot be adapted
         self.takes_some_rows = False  # of a step: which adapter each has is not known here
 
     def __call__(self, x: Tensor) -> Tensor:  # [num_tokens, in] -> [num_tokens, out]

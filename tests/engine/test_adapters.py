@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import pytest
 import torch
 
 from kvferry.common.errors import ConfigError
-from kvferry.common.request import Sequence
+from kvferry.common.request import SamplingParams, Sequence
 from kvferry.engine.engine import Engine
 from kvferry.models.adapter import inspect_adapter, read_adapter
 
-from ..adapters import ALL, merge, write_adapter
-from ..checkpoints import write_checkpoint
+from ..adapters import ALL, merge, merged_model, write_adapter
+from ..checkpoints import Shape, write_checkpoint
 from ..engine_driver import Driver, make_engine, prompts
 
 NUM_ADAPTERS = 32
@@ -114,6 +115,59 @@ def test_rows_without_an_adapter_are_the_models_own_to_the_bit(model_dir: Path, 
     alone = run(plain, [None])
     assert run(driver, [0, None, 1, 0]) == alone
     assert run(driver, [None]) == alone
+
+
+@pytest.mark.parametrize("isa", ["auto", "avx2"])
+def test_cpp_adds_what_torch_adds(tmp_path: Path, isa: str) -> None:
+    """In bfloat16 log-probabilities stay near the merged model's in float32, and exact ones keep their bits."""
+    shape = Shape(hidden_size=128, head_dim=32, intermediate_size=200, num_layers=3)
+    model_dir = write_checkpoint(tmp_path / "model", tokenizer=False, dtype="bfloat16", shape=shape)
+    plain_dir = merged_model(model_dir, None, tmp_path / "plain")
+    adapters = [
+        write_adapter(tmp_path / str(i), plain_dir, rank=rank, targets=TARGETS[i], seed=i, dtype=torch.bfloat16)
+        for i, rank in enumerate([8, 64, 13, 32])
+    ]
+    fields = {"enable_lora": True, "max_loras": 4, "max_lora_rank": 64, "dtype": "bfloat16", "cpu_isa": isa}
+    engine = make_engine(model_dir, 256, max_model_len=512, deterministic=True, **fields)
+    if type(engine.runner).__name__ != "NativeRunner":
+        pytest.skip("no native code on this machine")
+    for slot, path in enumerate(adapters):
+        put(engine, slot, path)
+    driver = Driver(engine)
+    ids = prompts([30, 5, 150, 64, 20])
+    slots: list[int | None] = [0, 1, 2, 3, None]
+    alone = [judged(driver, [ids[i]], [slot])[0] for i, slot in enumerate(slots)]
+    for chunk in (10**9, 37):
+        assert judged(driver, ids, slots, chunk) == alone
+    assert judged(driver, [ids[4]] * 3, [1, None, 1])[1] == alone[4]
+    merged = [merged_model(plain_dir, path, tmp_path / f"{path.name}-wide") for path in adapters]
+    for i, path in enumerate([*merged, plain_dir]):
+        wanted = judged(Driver(make_engine(path, max_model_len=512, dtype="float32")), [ids[i]], [None])[0]
+        spread = max(value for _, value in wanted) - min(value for _, value in wanted)
+        apart = [abs(one - other) for (_, one), (_, other) in zip(alone[i], wanted, strict=True)]
+        assert sum(apart) / len(apart) < 0.01 * spread, (i, apart)
+
+
+def judged(
+    driver: Driver, ids: list[list[int]], slots: Ids[int | None], chunk: int = 10**9
+) -> list[list[tuple[int, float]]]:
+    """Feed the prompts together; return the log-probability of each prompt token, and of the next ones."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=1, prompt_logprobs=1)
+    seqs = [sequence(driver, prompt, slot) for prompt, slot in zip(ids, slots, strict=True)]
+    found: dict[int, list[tuple[int, float]]] = {id(seq): [] for seq in seqs}
+    for seq in seqs:
+        seq.sampling = sampling
+    while running := [seq for seq in seqs if seq.num_output_tokens < 4]:
+        order = sorted(running, key=lambda seq: min(chunk, seq.num_uncomputed_tokens) != 1)
+        driver.step([(seq, min(chunk, seq.num_uncomputed_tokens)) for seq in running])
+        for seq, output in zip(order, driver.outputs[-1].rows, strict=True):
+            found[id(seq)] += [(token.token_id, token.logprob or 0.0) for token in output.prompt_logprobs]
+            if output.runs and seq.num_output_tokens == 1:
+                found[id(seq)].append((output.runs[0][0].token_id, output.runs[0][0].logprob or 0.0))
+                seq.token_ids[-1] = 7
+            elif output.runs:
+                seq.token_ids[-1] = 7
+    return [found[id(seq)] for seq in seqs]
 
 
 def test_a_slot_keeps_nothing_of_the_adapter_before(model_dir: Path, adapters: list[Path], tmp_path: Path) -> None:

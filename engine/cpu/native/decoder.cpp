@@ -84,11 +84,14 @@ public:
                 const Layer& layer = layers_[index];
                 run([&](int rank) { run_apart(step, index, rank); });
                 if (layer.experts == nullptr || index + 1 == layers_.size()) continue;
-                finish_sparse(layer, residual(0), attended(0), step.num_tokens);
+                finish_sparse(layer, residual(0), {attended(0), strides_.attended, step.num_tokens, step.slots_from(0)});
             }
             const bool is_sparse = layers_.back().experts != nullptr && step.num_wanted > kFewRows;
             run([&](int rank) { is_sparse ? gather_last(step, rank) : run_last(step, rank); });
-            if (is_sparse) finish_sparse(layers_.back(), step.hidden, last_attended_.data(), step.num_wanted);
+            if (is_sparse) {
+                const Rows last{last_attended_.data(), strides_.attended, step.num_wanted, step.last_slots_from(0)};
+                finish_sparse(layers_.back(), step.hidden, last);
+            }
         }
         cores_.leave();
     }
@@ -184,8 +187,10 @@ private:
         for (std::size_t index = 0; index < layers_.size(); index++) {
             const Layer& layer = layers_[index];
             const Linear& qkv = layer.attention.qkv;
-            const Rows normed = math_.normalize(residual(0), step.num_tokens, layer.input_norm, mine_[rank]->panel);
+            const Rows normed = math_.normalize(residual(0), step.num_tokens, layer.input_norm, mine_[rank]->panel,
+                                                step.slots_from(0));
             math_.set(shared_.qkv.data(), strides_.qkv, normed, qkv, part(qkv.weight, rank));
+            adapt_together(shared_.qkv.data(), strides_.qkv, normed, qkv, rank);
             team_.barrier();
             place(step, index, tokens, shared_.qkv.data() + tokens.first * strides_.qkv, *mine_[rank]);
             team_.barrier();
@@ -193,7 +198,7 @@ private:
             if (index + 1 == layers_.size()) return;
             attend(step.pieces, index, *mine_[rank]);
             team_.barrier();
-            finish_together(layer, residual(0), attended(0), step.num_tokens, rank);
+            finish_together(layer, residual(0), {attended(0), strides_.attended, step.num_tokens, step.slots_from(0)}, rank);
         }
     }
 
@@ -207,12 +212,14 @@ private:
             const Range tokens{range.first * kRowsAtOnce, std::min(range.last * kRowsAtOnce, step.num_tokens)};
             const long count = tokens.last - tokens.first;
             float* x = residual(tokens.first);
+            const std::int32_t* slots = step.slots_from(tokens.first);
             if (index > 0 && layers_[index - 1].experts == nullptr) {
-                math_.finish(layers_[index - 1], x, attended(tokens.first), count, panel);
+                math_.finish(layers_[index - 1], x, {attended(tokens.first), strides_.attended, count, slots}, panel);
             }
-            const Rows normed = math_.normalize(x, count, layer.input_norm, panel);
+            const Rows normed = math_.normalize(x, count, layer.input_norm, panel, slots);
             const Linear& qkv = layer.attention.qkv;
             math_.set(panel.qkv.data(), strides_.qkv, normed, qkv, {0, qkv.weight.count()});
+            math_.adapt(panel.qkv.data(), strides_.qkv, normed, qkv, panel);
             place(step, index, tokens, panel.qkv.data(), *mine_[rank]);
         });
         team_.barrier();
@@ -227,14 +234,15 @@ private:
         gather_last(step, rank);
         team_.barrier();
         if (step.num_wanted <= kFewRows) {
-            finish_together(layers_[index], step.hidden, last_attended_.data(), step.num_wanted, rank);
+            const Rows last{last_attended_.data(), strides_.attended, step.num_wanted, step.last_slots_from(0)};
+            finish_together(layers_[index], step.hidden, last, rank);
             return;
         }
         counters_.back().take((step.num_wanted + kPanelRows - 1) / kPanelRows, [&](long panel) {
             const long first = panel * kPanelRows;
-            math_.finish(layers_[index], step.hidden + first * strides_.hidden,
-                         last_attended_.data() + first * strides_.attended,
-                         std::min(kPanelRows, step.num_wanted - first), mine_[rank]->panel);
+            const Rows last{last_attended_.data() + first * strides_.attended, strides_.attended,
+                            std::min(kPanelRows, step.num_wanted - first), step.last_slots_from(first)};
+            math_.finish(layers_[index], step.hidden + first * strides_.hidden, last, mine_[rank]->panel);
         });
     }
 
@@ -263,11 +271,11 @@ private:
                 report(step, index, rank);
                 if (!is_last) attend(step.pieces, index, *mine_[rank]);
             });
-            if (!is_last) finish_in_ranks(layers_[index], residual(0), attended(0), step.num_tokens);
+            if (!is_last) finish_in_ranks(layers_[index], residual(0), attended(0), step.num_tokens, step.slots_from(0));
         }
         if (step.num_wanted == 0) return;
         run([&](int rank) { gather_last(step, rank); });
-        finish_in_ranks(layers_.back(), step.hidden, last_attended_.data(), step.num_wanted);
+        finish_in_ranks(layers_.back(), step.hidden, last_attended_.data(), step.num_wanted, step.last_slots_from(0));
     }
 
     template <class Job>
@@ -279,8 +287,10 @@ private:
         const Layer& layer = layers_[index];
         const Linear& qkv = layer.attention.qkv;
         each_panel(step.num_tokens, [&](long first, long rows) {
-            const Rows normed = math_.normalize(residual(first), rows, layer.input_norm, mine_[rank]->panel);
+            const Rows normed = math_.normalize(residual(first), rows, layer.input_norm, mine_[rank]->panel,
+                                                step.slots_from(first));
             math_.set(shared_.qkv.data(), strides_.qkv, normed, qkv, part(qkv.weight, rank));
+            adapt_together(shared_.qkv.data(), strides_.qkv, normed, qkv, rank);
             team_.barrier();
             const Range mine = share(rows, rank, team_.size());
             place(step, index, {first + mine.first, first + mine.last}, shared_.qkv.data() + mine.first * strides_.qkv,
@@ -289,15 +299,18 @@ private:
         });
     }
 
-    void finish_in_ranks(const Layer& layer, float* x, const bf16* attended, long rows) {
-        const Linear o{layer.attention.o.weight, nullptr};  // biases are added once, to the sums
-        const GatedMlp mlp{layer.mlp.gate_up, {layer.mlp.down.weight, nullptr}};
+    void finish_in_ranks(const Layer& layer, float* x, const bf16* attended, long rows, const std::int32_t* slots) {
+        const Linear o{layer.attention.o.weight, nullptr, layer.attention.o.adapters};  // biases are added once, to the sums
+        const GatedMlp mlp{layer.mlp.gate_up, {layer.mlp.down.weight, nullptr, layer.mlp.down.adapters}};
+        const auto slots_from = [&](long row) { return slots == nullptr ? nullptr : slots + row; };
         const bf16* bias = layer.experts == nullptr ? layer.mlp.down.bias : nullptr;
         if (long(partial_.size()) < rows * strides_.hidden) partial_.resize(rows * strides_.hidden);
         run([&](int rank) {
             each_panel(rows, [&](long first, long count) {
-                math_.add(partial(first), {attended + first * strides_.attended, strides_.attended, count}, o,
-                          part(o.weight, rank), 1.0f);
+                const Rows panel{attended + first * strides_.attended, strides_.attended, count, slots_from(first)};
+                math_.add(partial(first), panel, o, part(o.weight, rank), 1.0f);
+                adapt_together(partial(first), strides_.hidden, panel, o, rank);
+                if (slots != nullptr) team_.barrier();  // the next panel's narrowed rows take the place of these
             });
         });
         m_.sum_over_ranks(partial(0), rows * strides_.hidden);
@@ -307,11 +320,13 @@ private:
             if (layer.experts != nullptr) return add_experts(layer, x, partial(0), rows, rank);
             each_panel(rows, [&](long first, long count) {
                 Panel& own = mine_[rank]->panel;
-                const Rows normed = math_.normalize(x + first * strides_.hidden, count, layer.mlp_norm, own);
+                const Rows normed =
+                    math_.normalize(x + first * strides_.hidden, count, layer.mlp_norm, own, slots_from(first));
                 const Rows activated = math_.feed_forward(
                     mlp, normed, shared_, [&](long count) { return share(count, rank, team_.size()); },
                     [&] { team_.barrier(); });
                 math_.add(partial(first), activated, mlp.down, part(mlp.down.weight, rank), 1.0f);
+                adapt_together(partial(first), strides_.hidden, activated, mlp.down, rank);
                 team_.barrier();
             });
         });
@@ -347,31 +362,41 @@ private:
         }
     }
 
-    void finish_sparse(const Layer& layer, float* x, const bf16* attended, long rows) {
+    void finish_sparse(const Layer& layer, float* x, const Rows& attended) {
+        const long rows = attended.count;
         run([&](int rank) {
             const Range mine = share(rows, rank, team_.size());
             const Linear& o = layer.attention.o;
             for (long first = mine.first; first < mine.last; first += kPanelRows) {
-                const Rows part{attended + first * strides_.attended, strides_.attended,
-                                std::min(kPanelRows, mine.last - first)};
+                const Rows part{attended.values + first * strides_.attended, strides_.attended,
+                                std::min(kPanelRows, mine.last - first),
+                                attended.slots == nullptr ? nullptr : attended.slots + first};
                 math_.add(x + first * strides_.hidden, part, o, {0, o.weight.count()}, 1.0f);
+                math_.adapt(x + first * strides_.hidden, strides_.hidden, part, o, mine_[rank]->panel);
             }
             team_.barrier();
             add_experts(layer, x, x, rows, rank);
         });
     }
 
-    void finish_together(const Layer& layer, float* x, const bf16* attended, long rows, int rank) {
+    void finish_together(const Layer& layer, float* x, const Rows& attended, int rank) {
         if (layer.experts != nullptr) {
             const Linear& o = layer.attention.o;
-            math_.add(x, {attended, strides_.attended, rows}, o, part(o.weight, rank), 1.0f);
+            math_.add(x, attended, o, part(o.weight, rank), 1.0f);
+            adapt_together(x, strides_.hidden, attended, o, rank);
             team_.barrier();
-            add_experts(layer, x, x, rows, rank);
+            add_experts(layer, x, x, attended.count, rank);
             return;
         }
         math_.finish(
-            layer, x, attended, rows, mine_[rank]->panel, shared_,
+            layer, x, attended, mine_[rank]->panel, shared_,
             [&](long count) { return share(count, rank, team_.size()); }, [&] { team_.barrier(); });
+    }
+
+    void adapt_together(float* y, long stride, const Rows& x, const Linear& w, int rank) {
+        math_.adapt(
+            y, stride, x, w, shared_, [&](long count) { return share(count, rank, team_.size()); },
+            [&] { team_.barrier(); });
     }
 
     // --- attention --------------------------------------------------------------------------------------
@@ -501,17 +526,20 @@ void kvferry_decoder_free(void* decoder) { delete static_cast<Decoder*>(decoder)
 
 // `rows` rows, each `lengths[i]` tokens from position `starts[i]` on; their tokens packed in `input_ids`. `block_ids`:
 // each row's blocks up to its last token's, row after row. `hidden` gets the states of the `wanted` packed tokens, each
-// once. `on_layer(i)` is called when layer i's keys and values are in the pages; null: nobody asked.
+// once. `on_layer(i)` is called when layer i's keys and values are in the pages; null: nobody asked. `adapters`: the slot
+// of each row's, below 0 for none; null: no row has one.
 void kvferry_decoder_forward(void* decoder, int rows, const std::int32_t* input_ids, const std::int32_t* starts,
                              const std::int32_t* lengths, const std::int32_t* block_ids, int num_wanted,
-                             const std::int32_t* wanted, float* hidden, void (*on_layer)(int)) {
-    Step step{0, input_ids, {}, num_wanted, wanted, hidden, on_layer, {}, {}};
+                             const std::int32_t* wanted, float* hidden, void (*on_layer)(int),
+                             const std::int32_t* adapters) {
+    Step step{0, input_ids, {}, num_wanted, wanted, hidden, on_layer, {}, {}, {}, {}};
     auto* self = static_cast<Decoder*>(decoder);
     for (int row = 0; row < rows; row++) {
         step.rows.push_back({step.num_tokens, starts[row], lengths[row], block_ids});
         step.num_tokens += lengths[row];
         block_ids += (starts[row] + lengths[row] - 1) / self->block_size() + 1;
     }
+    set_adapters(step, adapters);
     self->forward(step);
 }
 

@@ -26,6 +26,7 @@ struct Rows {
     const bf16* values;
     long stride;
     long count;
+    const std::int32_t* slots = nullptr;  // of each row's adapter, below 0: none; null: no row has one
 };
 
 // The tiles [part.first, part.last): calls finish(row, column, sums) with each row's 64 sums from `column` on.

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <vector>
 
+#include "adapters.hpp"
 #include "integer_tiles.hpp"
 #include "tiles.hpp"
 #include "vectors.hpp"
@@ -15,7 +16,8 @@
 // y = x W^T + b
 struct Linear {
     Tiles weight;
-    const bf16* bias;  // null: none
+    const bf16* bias;          // null: none
+    const Adapters* adapters;  // null: none
 };
 
 // A layer is a mixer, of the one kind that there is code for, and a gated MLP or experts (engine/nn/blocks.py).
@@ -67,6 +69,7 @@ struct Model {
     // A rank's part of a model has parts of the heads, of the inner columns and of the vocabulary. Null: this is all of it.
     void (*sum_over_ranks)(float* values, std::int64_t count);  // in place; called by one thread
     std::int64_t first_token, num_tokens;                       // the embedding's rows here
+    std::int64_t adapter_rank;                                  // of each part of a linear at most, in whole strips; 0: none
 
     long qo_size() const { return num_qo_heads * head_dim; }
     long qkv_size() const { return (num_qo_heads + 2 * num_kv_heads) * head_dim; }

@@ -13,16 +13,17 @@ struct Strides {
     explicit Strides(const Model& m)
         : hidden(padded(m.hidden_size, kTileColumns)), normed(padded(m.hidden_size, 32)),
           attended(padded(m.qo_size(), 32)), activated(padded(m.intermediate_size, 32)),
-          qkv(padded(m.qkv_size(), kTileColumns)), gate_up(padded(2 * m.intermediate_size, kTileColumns)) {}
-    const long hidden, normed, attended, activated, qkv, gate_up;
+          qkv(padded(m.qkv_size(), kTileColumns)), gate_up(padded(2 * m.intermediate_size, kTileColumns)),
+          narrowed(kMaxAdapterParts * m.adapter_rank) {}
+    const long hidden, normed, attended, activated, qkv, gate_up, narrowed;
 };
 
 // Memory between the residual stream and itself. Padding stays zero.
 struct Panel {
     explicit Panel(const Strides& s)
         : normed(kPanelRows * s.normed), activated(kPanelRows * s.activated), qkv(kPanelRows * s.qkv),
-          gate_up(kPanelRows * s.gate_up), added(kPanelRows * s.hidden) {}
-    std::vector<bf16> normed, activated;
+          gate_up(kPanelRows * s.gate_up), added(kPanelRows * s.hidden), narrowed(kPanelRows * s.narrowed) {}
+    std::vector<bf16> normed, activated, narrowed;
     std::vector<float> qkv, gate_up, added;
 };
 
@@ -35,22 +36,23 @@ public:
     // asked about, `meet` does nothing. By several, each with an `own` panel for what all of them compute, and one in
     // `common`: `part(count)` is this one's of so many tiles or vectors, and all meet after each product.
     template <class Part, class Meet>
-    void finish(const Layer& layer, float* x, const bf16* attended, long rows, Panel& own, Panel& common, Part part,
+    void finish(const Layer& layer, float* x, const Rows& attended, Panel& own, Panel& common, Part part,
                 Meet meet) const {
-        add_block(x, {attended, s_.attended, rows}, layer.attention.o, layer.mixed_norm, common, part, meet);
-        const Rows activated = feed_forward(layer.mlp, normalize(x, rows, layer.mlp_norm, own), common, part, meet);
-        add_block(x, activated, layer.mlp.down, layer.output_norm, common, part, meet);
+        add_block(x, attended, layer.attention.o, layer.mixed_norm, common, part, meet);
+        const Rows normed = normalize(x, attended.count, layer.mlp_norm, own, attended.slots);
+        add_block(x, feed_forward(layer.mlp, normed, common, part, meet), layer.mlp.down, layer.output_norm, common, part, meet);
     }
 
     // All of it but the last product, whose inputs are returned.
     template <class Part, class Meet>
     Rows feed_forward(const GatedMlp& mlp, const Rows& normed, Panel& common, Part part, Meet meet) const {
         set(common.gate_up.data(), s_.gate_up, normed, mlp.gate_up, part(mlp.gate_up.weight.count()));
+        adapt(common.gate_up.data(), s_.gate_up, normed, mlp.gate_up, common, part, meet);
         meet();
         const long inner = mlp.gate_up.weight.columns / 2;
         activate(common.gate_up.data(), common.activated.data(), inner, normed.count, part(padded(inner, kTileInputs) / 16));
         meet();
-        return {common.activated.data(), s_.activated, normed.count};
+        return {common.activated.data(), s_.activated, normed.count, normed.slots};
     }
 
     // x += inputs W^T + bias, normed if `norm` is not null
@@ -59,9 +61,11 @@ public:
                    Meet meet) const {
         if (norm == nullptr) {
             add(x, inputs, w, part(w.weight.count()), float(m_.added_factor));
+            adapt(x, s_.hidden, inputs, w, common, part, meet, float(m_.added_factor));
         } else {
             float* added = common.added.data();
             set(added, s_.hidden, inputs, w, part(w.weight.count()));
+            adapt(added, s_.hidden, inputs, w, common, part, meet);
             meet();
             const Range rows = part(inputs.count);
             for (long row = rows.first; row < rows.last; row++) {
@@ -83,15 +87,31 @@ public:
         }
     }
 
-    void finish(const Layer& layer, float* x, const bf16* attended, long rows, Panel& panel) const {
-        finish(layer, x, attended, rows, panel, panel, [](long count) { return Range{0, count}; }, [] {});
+    void finish(const Layer& layer, float* x, const Rows& attended, Panel& panel) const {
+        finish(layer, x, attended, panel, panel, [](long count) { return Range{0, count}; }, [] {});
     }
 
-    Rows normalize(const float* hidden, long rows, const bf16* weight, Panel& panel) const {
-        return normalize(hidden, rows, weight, panel.normed.data());
+    // y += `factor` times what the rows' adapters make of x, behind the linear's products; y is whole when all have met.
+    template <class Part, class Meet>
+    static void adapt(float* y, long stride, const Rows& x, const Linear& w, Panel& common, Part part, Meet meet,
+                      float factor = 1.0f) {
+        if (w.adapters == nullptr || x.slots == nullptr) return;
+        narrow_rows(x, *w.adapters, common.narrowed.data(), part);
+        meet();
+        add_widened(y, stride, x, *w.adapters, common.narrowed.data(), factor, part);
     }
 
-    Rows normalize(const float* hidden, long rows, const bf16* weight, bf16* normed) const {
+    static void adapt(float* y, long stride, const Rows& x, const Linear& w, Panel& panel) {
+        adapt(y, stride, x, w, panel, [](long count) { return Range{0, count}; }, [] {});
+    }
+
+    Rows normalize(const float* hidden, long rows, const bf16* weight, Panel& panel,
+                   const std::int32_t* slots = nullptr) const {
+        return normalize(hidden, rows, weight, panel.normed.data(), slots);
+    }
+
+    Rows normalize(const float* hidden, long rows, const bf16* weight, bf16* normed,
+                   const std::int32_t* slots = nullptr) const {
         for (long row = 0; row < rows; row++) {
             const float* x = hidden + row * s_.hidden;
             const Vector factor = repeat(inverse_rms(x, m_.hidden_size, float(m_.norm_eps)));
@@ -101,7 +121,7 @@ public:
                 store(normed + row * s_.normed + i, load(x + i, mask) * factor * (load(weight + i, mask) + offset), mask);
             }
         }
-        return {normed, s_.normed, rows};
+        return {normed, s_.normed, rows, slots};
     }
 
     // y = x W^T + bias, the columns of these tiles

@@ -33,7 +33,20 @@ struct Step {
     void (*on_layer)(int);       // null: nobody asked
     std::vector<Piece> pieces;       // all attention of a layer
     std::vector<Piece> last_pieces;  // that of the last layer: of the wanted tokens alone
+    std::vector<std::int32_t> slots, last_slots;  // of the adapters of all tokens, of the wanted ones; empty: none has one
+
+    const std::int32_t* slots_from(long token) const { return slots.empty() ? nullptr : slots.data() + token; }
+    const std::int32_t* last_slots_from(long row) const { return last_slots.empty() ? nullptr : last_slots.data() + row; }
 };
+
+// `adapters`: the slot of each row's; null: no row has one.
+inline void set_adapters(Step& step, const std::int32_t* adapters) {
+    if (adapters == nullptr) return;
+    for (std::size_t row = 0; row < step.rows.size(); row++) {
+        step.slots.insert(step.slots.end(), step.rows[row].length, adapters[row]);
+    }
+    for (long i = 0; i < step.num_wanted; i++) step.last_slots.push_back(step.slots[step.wanted[i]]);
+}
 
 inline void add_pieces(std::vector<Piece>& pieces, const Row& row, Range tokens, const Model& model) {
     const long at_once = PromptAttention::tokens_at_once(int(model.num_qo_heads / model.num_kv_heads));

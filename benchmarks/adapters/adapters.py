@@ -1,0 +1,220 @@
+"""What adapters cost: a decode step without, with one and with as many as rows, and how long one takes to load.
+
+    python -m kvferry.benchmarks.adapters                         # the built-in model, one thread, rank 16
+    python -m kvferry.benchmarks.adapters --rank 64 --rows 8 --large-rank 256
+
+One engine. Every round runs the same step of each kind, in an order that turns; what counts is the least CPU time of
+the rounds, as other programs run beside it. Loads are from the page cache, file to host memory to slot: the least of a
+few by the clock, and in CPU time. A never-seen adapter holds up its first token by one. With --check the exit code is 1
+where a bar breaks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from kvferry.benchmarks.shared.plain_steps import cpu_timed, least_ms, num_blocks_of, sequence
+from kvferry.common.batch import Batch, BatchRow
+from kvferry.common.config import EngineConfig
+from kvferry.common.errors import ConfigError
+from kvferry.models.adapter import read_adapter
+from kvferry.models.checkpoint import tensor_shapes
+from kvferry.models.config import ModelConfig
+from kvferry.models.default import default_model_dir
+from kvferry.tools.load.environment import Environment, describe_environment
+from kvferry.tools.load.json_file import save_json
+from kvferry.tools.load.report import RESULTS_DIR, milliseconds, report_console
+
+if TYPE_CHECKING:
+    from kvferry.engine.engine import Engine
+
+# torch is imported inside functions: its threads are settled before.
+
+_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_MAX_ONE, _MAX_MANY = 1.10, 1.35  # times the step without; with one adapter, and with one for each row
+_MAX_LOAD_MS = 50.0
+_LOADS = 3
+
+
+@dataclass(slots=True, frozen=True)
+class _Slot:
+    """Implements `common.adapter.HeldAdapter`."""
+
+    slot: int
+    is_open: bool = True
+    failure: str = ""
+
+
+@dataclass(slots=True, frozen=True)
+class Load:
+    rank: int
+    file_bytes: int
+    ms: float  # least, by the clock
+    cpu_ms: float
+
+
+@dataclass(slots=True, frozen=True)
+class Report:
+    model: str
+    runner: str
+    num_threads: int
+    rank: int
+    num_rows: int
+    step_ms: dict[str, float]  # least CPU time, by number of adapters
+    num_rounds: int
+    loads: tuple[Load, ...]
+    environment: Environment
+
+    @property
+    def keeps_bars(self) -> bool:
+        none, one, many = self.step_ms.values()
+        return one <= _MAX_ONE * none and many <= _MAX_MANY * none and self.loads[0].ms <= _MAX_LOAD_MS
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    flags = _parser().parse_args(argv)
+    os.environ["OMP_NUM_THREADS"] = str(flags.threads)
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            report = _measure(flags, Path(folder), argv)
+        except ConfigError as error:
+            console.print(f"adapters: {error}", markup=False, style="red", soft_wrap=True)
+            return 2
+    _print(report, report_console())
+    save_json(asdict(report), flags.json)
+    console.print(f"written: {flags.json}", style="dim")
+    return 1 if flags.check and not report.keeps_bars else 0
+
+
+def _measure(flags: argparse.Namespace, folder: Path, argv: list[str]) -> Report:
+    from kvferry.engine.engine import Engine
+
+    model_dir: Path = flags.model or default_model_dir()
+    config = EngineConfig(
+        model_dir=model_dir,
+        served_model_name=model_dir.name,
+        dtype="bfloat16",
+        device="cpu",
+        num_threads=flags.threads,
+        enable_lora=True,
+        max_loras=flags.rows,
+        max_lora_rank=max(flags.rank, flags.large_rank),
+    )
+    engine = Engine(config, num_blocks=num_blocks_of([(flags.rows, flags.context)], config.block_size))
+    loads = [_load(engine, folder, rank) for rank in (flags.rank, flags.large_rank)]
+    for slot in range(flags.rows):
+        path = folder / f"slot-{slot}"
+        _write_adapter(path, engine.model_config, flags.rank, seed=slot)
+        _put(engine, slot, path)
+    cases: dict[str, list[int | None]] = {"0": [None] * flags.rows, "1": [0] * flags.rows}
+    cases[str(flags.rows)] = list(range(flags.rows))
+    runs = {name: cpu_timed(_Step(engine, slots, flags.context)) for name, slots in cases.items()}
+    return Report(
+        model=model_dir.name,
+        runner=type(engine.runner).__name__,
+        num_threads=flags.threads,
+        rank=flags.rank,
+        num_rows=flags.rows,
+        step_ms=least_ms(runs, flags.rounds),
+        num_rounds=flags.rounds,
+        loads=tuple(loads),
+        environment=describe_environment("python -m kvferry.benchmarks.adapters", argv),
+    )
+
+
+class _Step:
+    """A decode step whose rows have these adapters; the same one each time."""
+
+    def __init__(self, engine: Engine, slots: list[int | None], context: int) -> None:
+        self._engine = engine
+        self._rows = [sequence(engine, row, context) for row in range(len(slots))]
+        for seq, slot in zip(self._rows, slots, strict=True):
+            seq.num_computed_tokens = context - 1
+            seq.held_adapter = None if slot is None else _Slot(slot)
+
+    def __call__(self) -> None:
+        self._engine.step(Batch([BatchRow(seq, 1) for seq in self._rows]))
+
+
+def _load(engine: Engine, folder: Path, rank: int) -> Load:
+    path = folder / f"load-{rank}"
+    num_bytes = _write_adapter(path, engine.model_config, rank, seed=rank)
+    times, cpu_times = [], []
+    for _ in range(_LOADS):
+        began, cpu_began = time.perf_counter(), time.process_time()
+        _put(engine, 0, path)
+        times.append(time.perf_counter() - began)
+        cpu_times.append(time.process_time() - cpu_began)
+    return Load(rank, num_bytes, min(times) * 1e3, min(cpu_times) * 1e3)
+
+
+def _put(engine: Engine, slot: int, path: Path) -> None:
+    import torch
+
+    assert engine.adapters is not None
+    adapter, data = read_adapter(path)
+    with torch.inference_mode():
+        engine.adapters.put(slot, engine.adapters.cut(adapter.modules, data))
+
+
+def _write_adapter(path: Path, model: ModelConfig, rank: int, *, seed: int) -> int:
+    """Write random matrices for all linear modules, in float32; return their file's size."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in tensor_shapes(model).items():
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] in _MODULES and module != name:
+            prefix = f"base_model.model.{module}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, shape[1], generator=generator) * 0.01
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(shape[0], rank, generator=generator) * 0.01
+    path.mkdir()
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": "all-linear"}
+    (path / "adapter_config.json").write_text(json.dumps(fields), encoding="utf-8")
+    save_file(tensors, path / "adapter_model.safetensors")
+    return (path / "adapter_model.safetensors").stat().st_size
+
+
+def _print(report: Report, console: Console) -> None:
+    none = report.step_ms["0"]
+    title = f"{report.model}, {report.runner}, {report.num_threads} thread(s), rank {report.rank}"
+    table = Table("adapters", "step, CPU ms", "of none", title=title, title_justify="left")
+    for name, ms in report.step_ms.items():
+        table.add_row(name, milliseconds(ms), f"{ms / none:.2f}")
+    console.print(table)
+    table = Table("load: rank", "file MB", "ms", "CPU ms")
+    for load in report.loads:
+        table.add_row(str(load.rank), f"{load.file_bytes / 1e6:.0f}", milliseconds(load.ms), milliseconds(load.cpu_ms))
+    console.print(table)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kvferry.benchmarks.adapters", description=(__doc__ or "").partition("\n")[0]
+    )
+    add = parser.add_argument
+    add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: built-in model)")
+    add("--threads", type=int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
+    add("--rank", type=int, default=16, metavar="N", help="of the adapters (default: %(default)s)")
+    add("--large-rank", type=int, default=256, metavar="N", help="of one that is only loaded (default: %(default)s)")
+    add("--rows", type=int, default=8, metavar="N", help="of a step (default: %(default)s)")
+    add("--context", type=int, default=128, metavar="TOKENS", help="of each row (default: %(default)s)")
+    add("--rounds", type=int, default=20, help="(default: %(default)s)")
+    add("--check", action="store_true", help="exit with 1 where a bar breaks")
+    add("--json", type=Path, default=RESULTS_DIR / "adapters.json", metavar="FILE", help="(default: %(default)s)")
+    return parser
