@@ -18,14 +18,22 @@ if TYPE_CHECKING:
 
 
 class Agent:
-    """One worker's transfer agent. Implements `TransferBackend` for one rank."""
+    """A transfer agent of one rank of a worker. Implements `TransferBackend`."""
 
     name = "sim"
     copies_itself = True  # a part of its writes
     telemetry_bytes = 0
 
     def __init__(
-        self, agent: str, place: str, fabric: Fabric, process: Process, memory: Memory, page_bytes: int
+        self,
+        agent: str,
+        place: str,
+        fabric: Fabric,
+        process: Process,
+        memory: Memory,
+        page_bytes: int,
+        rank: int = 0,
+        tp_size: int = 1,
     ) -> None:
         self.agent = agent
         self.place = place
@@ -33,6 +41,7 @@ class Agent:
         self.process = process
         self.memory = memory
         self.page_bytes = page_bytes
+        self.rank, self.tp_size = rank, tp_size
         self.generation = 0
         self.poke: Callable[[], None] = _nothing  # a write has ended
         self.on_arrived: Callable[[KVArrived], None] = _drop
@@ -49,8 +58,8 @@ class Agent:
 
     def region(self) -> RegionInfo:
         return RegionInfo(
-            rank=0,
-            tp_size=1,
+            rank=self.rank,
+            tp_size=self.tp_size,
             agent=self.agent,
             generation=self.generation,
             agent_metadata=b"",

@@ -101,6 +101,8 @@ class Landings:
         answer = worker.world.oracles[spec.request_id].answers[spec.choices[0]]
         blocks = reservation.hit_blocks + reservation.block_ids
         worker.memory.check(blocks, answer, spec.num_prompt_tokens, f"{worker.place}, adopting {spec.request_id},")
+        for follower in worker.followers:
+            follower.check_adopted(reservation, answer)
         return self._adopt(reservation)
 
     def _settle_fetch(self, fetch: Any, part: Any) -> None:

@@ -77,6 +77,7 @@ class Scenario:
     faults: tuple[Fault, ...]
     calm_at_s: float  # no fault begins or lasts after this
     spec: KVCacheSpec = SPEC
+    num_ranks: tuple[int, int] = (1, 1)  # of workers that start as prefill and as decode workers
     max_model_len: int = MAX_MODEL_LEN
     max_num_seqs: int = 6
     max_num_batched_tokens: int = 32
@@ -149,6 +150,7 @@ def draw(seed: int, num_requests: int | None = None, *, faulted: bool = True) ->
         doubling=random.choice((0.0, 0.0, 0.02, 0.1)) if faulted else 0.0,
     )
     base = _with_draft_model(Random(f"draft model {seed}"), base)
+    base = _with_ranks(Random(f"ranks {seed}"), base)
     return replace(base, faults=tuple(_faults(random, base))) if faulted else base
 
 
@@ -158,6 +160,15 @@ def _with_draft_model(random: Random, scenario: Scenario) -> Scenario:
         return scenario
     by_model = SpeculativeConfig(method="draft_model", model=Path("d"), num_speculative_tokens=4)
     return replace(scenario, speculative=by_model, spec=WITH_DRAFT)
+
+
+def _with_ranks(random: Random, scenario: Scenario) -> Scenario:
+    """Some fleets have workers of several ranks, which hold the same pages. They fetch nothing from one another."""
+    if random.random() > 0.15:
+        return scenario
+    spec = msgspec.structs.replace(scenario.spec, layout="latent")
+    num_ranks = random.choice(((1, 2), (2, 1), (2, 2), (3, 2), (2, 3)))
+    return replace(scenario, spec=spec, num_ranks=num_ranks, fetch_share=0.0)
 
 
 def _router(random: Random, faulted: bool) -> RouterConfig:

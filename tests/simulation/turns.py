@@ -17,12 +17,13 @@ _POLL_S = 0.02  # of a transfer thread that waits for something that will not wa
 
 
 class TransferTurns:
-    """The thread that owns the sender: calls in their order, then a step of it. Implements `rank_calls.Calls`."""
+    """The thread that owns a rank's sender: calls in their order, then a step of it. Implements `rank_calls.Calls`."""
 
-    def __init__(self, worker: Worker, turn_s: float) -> None:
-        """`turn_s`: from a call to the turn that runs it."""
+    def __init__(self, worker: Worker, turn_s: float, step: Callable[[], float | None]) -> None:
+        """`turn_s`: from a call to the turn that runs it. `step`: the sender's."""
         self._worker = worker
         self._turn_s = turn_s
+        self._step = step
         self._calls: list[tuple[Callable[..., object], tuple[object, ...]]] = []
         self._turn_at_s = float("inf")
 
@@ -50,7 +51,7 @@ class TransferTurns:
         calls, self._calls = self._calls, []
         for function, args in calls:
             function(*args)
-        wait_s = self._worker.sender.step()
+        wait_s = self._step()
         if wait_s is not None:
             self._plan_turn(max(wait_s, _POLL_S))
 

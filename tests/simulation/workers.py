@@ -6,7 +6,8 @@ what one thread does while it holds the lock.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ from .breach import Breach
 from .disk import SimDisk
 from .drafting import Drafts
 from .engine import Engine, Memory
+from .followers import Follower
 from .grammars import SimGrammars
 from .invariants import check_counts, check_holders, check_reservations
 from .kernel import Process, ProcessClock
@@ -71,6 +73,8 @@ _BOOKS_EVERY = 64  # events of a worker between two looks at all of its books
 class Worker:
     """Implements `worker.effects.Effects`. `home`: the role that it starts with, in each of its lives."""
 
+    core: WorkerCore
+
     def __init__(self, world: World, place: str, incarnation: int, num_blocks: int, home: RoleName) -> None:
         kernel, scenario = world.kernel, world.scenario
         self.world = world
@@ -82,15 +86,16 @@ class Worker:
         self.pool = BlockPool(num_blocks, scenario.spec.block_size)
         self.memory = Memory(scenario.spec.num_layers, num_blocks, scenario.spec.block_size)
         self.engine = Engine(place, self.memory, self.pool, world.oracles, SPEC.num_layers)
-        self.incoming = self._agent(f"{place}.{incarnation:x}.0.0")
-        self.outgoing = self._agent(f"{place}.{incarnation:x}.out.0.0")
+        self.num_ranks = scenario.num_ranks[home == "decode"]
+        self.incoming = self.make_agent(f"{place}.{incarnation:x}.0.0", self.memory, 0)
+        self.outgoing = self.make_agent(f"{place}.{incarnation:x}.out.0.0", self.memory, 0)
         self._sums: MemorySums | None = None
         self._check: ArrivalCheck | None = None
         loan_sums: BlockSums | None = None
         if scenario.has_checksums:
             self._sums = sums = MemorySums(self.memory)
-            self._check = ArrivalCheck(sums, scenario.spec, rank=0, tp_size=1, num_blocks=num_blocks)  # type: ignore[arg-type]
-            loan_sums = BlockSums(sums, scenario.spec, 1, num_blocks)  # type: ignore[arg-type]
+            self._check = ArrivalCheck(sums, scenario.spec, rank=0, tp_size=self.num_ranks, num_blocks=num_blocks)  # type: ignore[arg-type]
+            loan_sums = BlockSums(sums, scenario.spec, self.num_ranks, num_blocks)  # type: ignore[arg-type]
         self._summing = RankSumming(0, loan_sums, lambda *sums: self.core.on_sums(*sums))
         self.kv_address = f"{place}:{incarnation % 50000 + 1}"
         self.sessions: list[RouterSession] = []
@@ -103,9 +108,11 @@ class Worker:
         self._num_events = 0
         self._peers: dict[str, End] = {}  # sessions of those that write or read here
         self._peer_numbers = count(1)
-        self._turns = TransferTurns(self, scenario.turn_s)
+        self._turns = TransferTurns(self, scenario.turn_s, lambda: self.sender.step())
         self._links = Links(self, self._on_answer, self._on_target_lost)
-        self.sender = self._make_sender()
+        self.sender = self.make_sender(0, self.outgoing)
+        self.followers = [Follower(self, rank) for rank in range(1, self.num_ranks)]
+        self.senders = [self.sender, *(follower.sender for follower in self.followers)]
         self._shipping = self._make_shipping()
         self.cache = self._make_cache()
         self.core = self._make_core()
@@ -115,17 +122,23 @@ class Worker:
         self.cache.wake_with(self.wake)
         self._landings = Landings(self)
         self._rules = RoleRules(self)
-        self.incoming.right = self.outgoing.right = self._landings
-        self.incoming.on_arrived = self._on_arrived
         self.outgoing.poke = self._turns.poke
+        for rank, (incoming, outgoing, check) in enumerate(self._ends()):
+            incoming.right = outgoing.right = self._landings
+            incoming.on_arrived = partial(self._on_arrived, rank, check)
         world.addresses[self.kv_address] = self
         self._start()
 
-    def _agent(self, name: str) -> Agent:
-        world, spec = self.world, self.world.scenario.spec
-        agent = Agent(name, self.place, world.fabric, self.process, self.memory, spec.page_bytes())
+    def make_agent(self, name: str, memory: Memory, rank: int) -> Agent:
+        world, page_bytes = self.world, self.world.scenario.spec.page_bytes()
+        agent = Agent(name, self.place, world.fabric, self.process, memory, page_bytes, rank, self.num_ranks)
         agent.pass_point = lambda point: world.pass_point(point, self)
         return agent
+
+    def _ends(self) -> Iterator[tuple[Agent, Agent, ArrivalCheck | None]]:
+        """Yield each rank's agents, and what looks at its arrivals."""
+        yield self.incoming, self.outgoing, self._check
+        yield from ((each.incoming, each.outgoing, each.check) for each in self.followers)
 
     def _make_cache(self) -> PrefixCache:
         """The tiers that the scenario gives; a disk keeps what earlier lives have left."""
@@ -137,15 +150,15 @@ class Worker:
             disk = DiskTier(SimDisk(self, file), host, self.clock, lambda result: None)
         return PrefixCache(self.pool, host=host, disk=disk)
 
-    def _make_sender(self) -> KVSender:
+    def make_sender(self, rank: int, outgoing: Agent) -> KVSender:
         scenario = self.world.scenario
         sender = KVSender(
-            rank=0,
-            tp_size=1,
+            rank=rank,
+            tp_size=self.num_ranks,
             worker_id=self.place,
             incarnation=self.incarnation,
             version=VERSION,
-            backend=self.outgoing,
+            backend=outgoing,
             spec=scenario.spec,
             num_blocks=self.pool.num_blocks,
             clock=self.clock,
@@ -153,7 +166,7 @@ class Worker:
             to_peer=self.to_target,
             report=lambda report: self.core.on_report(report),
             source_free=lambda open_id: self._shipping.on_rank_free(open_id),
-            on_read=lambda fetch_id, outcome, sums: self.core.on_read(0, fetch_id, outcome, sums),
+            on_read=lambda fetch_id, outcome, sums: self.core.on_read(rank, fetch_id, outcome, sums),
             sums=self._sums,  # type: ignore[arg-type]  # over tags instead of bytes
             max_in_flight_bytes=scenario.max_in_flight_bytes,
             max_write_bytes=scenario.max_write_bytes,
@@ -163,7 +176,7 @@ class Worker:
 
         def post_named(shipment: Shipment, *args: Any) -> None:
             """Tell the agent for which open the write is, so that its landing can be judged."""
-            self.outgoing.writing = (shipment.grant.grant_id, shipment.open_id)
+            outgoing.writing = (shipment.grant.grant_id, shipment.open_id)
             post(shipment, *args)
 
         sender._writes.post = post_named  # type: ignore[method-assign, assignment]
@@ -174,11 +187,15 @@ class Worker:
             self._turns,
             self.sender,
             num_layers=self.world.scenario.spec.num_layers,
-            tp_size=1,
-            broadcast=None,
+            tp_size=self.num_ranks,
+            broadcast=self._broadcast if self.followers else None,
             layer_event=lambda: None,
             on_source_free=lambda open_id: self.core.on_source_free(open_id),
         )
+
+    def _broadcast(self, payload: bytes) -> None:
+        for follower in self.followers:
+            follower.calls.run(payload)
 
     def _make_core(self) -> WorkerCore:
         scenario = self.world.scenario
@@ -190,7 +207,7 @@ class Worker:
             served_model="m",
             role=self.home,
             spec=scenario.spec,
-            tp_size=1,
+            tp_size=self.num_ranks,
             kv_address=self.kv_address,
             incoming=self.incoming.name,
             outgoing=self.outgoing.name,
@@ -213,7 +230,7 @@ class Worker:
             effects=self,
             shipping=self._shipping,
             reading=RankReading(self._shipping.each, self.sender.reader),
-            regions=(self.incoming.region(),),
+            regions=tuple(incoming.region() for incoming, _, _ in self._ends()),
             watch_processes=self.world.watch,
             grammars=SimGrammars(self),
         )
@@ -245,7 +262,7 @@ class Worker:
             version=VERSION,
             model="m",
             spec=scenario.spec,
-            tp_size=1,
+            tp_size=self.num_ranks,
             num_blocks=self.pool.num_blocks,
             max_model_len=scenario.max_model_len,
             max_num_seqs=scenario.max_num_seqs,
@@ -289,11 +306,11 @@ class Worker:
 
     def _on_rotated(self, generation: int) -> None:
         try:
-            region = self.incoming.rotate(generation)
+            regions = tuple(incoming.rotate(generation) for incoming, _, _ in self._ends())
         except TransferError:
             self.core.on_rotated(None)
         else:
-            self.core.on_rotated((region,))
+            self.core.on_rotated(regions)
 
     def watch(self, on: bool) -> None:
         """Arrivals come as events."""
@@ -349,12 +366,12 @@ class Worker:
         self._shipping.on_peer_lost(kv_address)
         self.core.on_target_lost(kv_address)
 
-    def _on_arrived(self, message: KVArrived) -> None:
+    def _on_arrived(self, rank: int, check: ArrivalCheck | None, message: KVArrived) -> None:
         verdict = Verdict.UNCHECKED
-        if self._check is not None:
-            verdict = self._check.verdict(message)
+        if check is not None:
+            verdict = check.verdict(message)
             self.world.tally.seen[f"arrival {verdict.value}"] += 1
-        self.core.on_arrived(0, message, verdict)
+        self.core.on_arrived(rank, message, verdict)
 
     # --- time -------------------------------------------------------------------------------------------------
 
@@ -406,6 +423,8 @@ class Worker:
     def _on_layer(self, layer: int) -> None:
         self.engine.write_layer(layer)
         self.core.on_layer(layer)
+        for follower in self.followers:
+            follower.layers.on_layer(layer)
 
     def _end_step(self) -> None:
         batch = self._batch
@@ -442,7 +461,7 @@ class Worker:
     @property
     def has_handoffs(self) -> bool:
         """Tell whether reservations or shipments have not ended."""
-        return self.sender.num_unfinished > 0 or self.core.receiver.num_live > 0
+        return any(sender.num_unfinished for sender in self.senders) or self.core.receiver.num_live > 0
 
     def leftovers(self) -> list[str]:
         """List what is still held; nothing when the worker is at rest."""
@@ -452,8 +471,8 @@ class Worker:
         if not core.is_quiet:
             held = f"{core.roles.num_unfinished} requests, {len(core.fetches)} fetches, {len(core.lending)} loans"
             found.append(held)
-        if self.sender.num_unfinished:
-            found.append(f"{self.sender.num_unfinished} shipments")
+        if num_shipments := sum(sender.num_unfinished for sender in self.senders):
+            found.append(f"{num_shipments} shipments")
         if core.receiver.num_live:
             live = core.receiver.reservations.live.values()
             found.append(f"reservations: {[reservation.state.value for reservation in live]}")
