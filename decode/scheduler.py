@@ -166,6 +166,9 @@ class DecodeScheduler:
         assert not self._in_step, "the last step was not completed"
         self._fill_rows()
         rows = self._decode_rows()
+        while not self.running and self.parked:  # those that ran are preempted: their rows are for who holds blocks
+            self._fill_rows()
+            rows = self._decode_rows()
         budget = self._max_num_batched_tokens - len(rows)
         chunks = self._chunk_rows(min(budget, self.pace.chunk_tokens) if rows or self._is_background else budget)
         if self.speculation is not None and rows:
