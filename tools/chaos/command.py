@@ -54,6 +54,7 @@ class Options:
     """The command line, parsed."""
 
     model: Path | None
+    num_experts: int
     num_prefill: int
     num_decode: int
     minutes: float
@@ -114,7 +115,7 @@ def run(options: Options, console: Console) -> Tally:
         model_dir = options.model
         if model_dir is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
-            model_dir = write_tiny_model(folder / "tiny")
+            model_dir = write_tiny_model(folder / "tiny", num_experts=options.num_experts)
         asks = plan_asks(
             options.num_asks, options.seed, model=model_dir.name, vocab_size=ModelConfig.from_dir(model_dir).vocab_size
         )
@@ -243,11 +244,14 @@ def parse_options(argv: Sequence[str]) -> Options:
     for flag, path in (("--json", parsed.json), ("--history", parsed.history)):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{flag} {path}: there is no directory {path.parent}")
+    if parsed.experts and (parsed.experts < 2 or parsed.model is not None):
+        raise ConfigError("--experts: two or more, of the tiny model; a model of --model has its own")
     blows = tuple(parsed.blows.split(","))
     if not set(blows) <= set(KNOWN_KINDS):
         raise ConfigError(f"--blows {parsed.blows}: these are known: {', '.join(KNOWN_KINDS)}")
     return Options(
         model=parsed.model,
+        num_experts=parsed.experts,
         num_prefill=parsed.prefill,
         num_decode=parsed.decode,
         minutes=parsed.minutes,
@@ -270,6 +274,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: a tiny random model)")
+    add("--experts", type=int, default=0, metavar="N", help="of the tiny model (default: none, at least 2)")
     add("--prefill", type=positive_int, default=2, metavar="N", help="prefill workers (default: %(default)s)")
     add("--decode", type=positive_int, default=2, metavar="N", help="decode workers (default: %(default)s)")
     add("--minutes", type=positive_float, default=10.0, metavar="M", help="under load (default: %(default)g)")

@@ -1,4 +1,4 @@
-"""A tiny Llama with random weights and a tokenizer of its own: made in a second, answers in milliseconds.
+"""A tiny Llama or Mixtral with random weights and a tokenizer of its own: made in a second, answers in milliseconds.
 
 For runs in which processes matter and words do not. Weights keep activations near 1, the final norm makes logits large:
 the best token leads by far more than rounding, and yet answers differ from prompt to prompt. Tokens are bytes and pairs
@@ -13,6 +13,7 @@ from pathlib import Path
 
 _LAYERS, _HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM, _INNER = 2, 64, 4, 2, 16, 128
 _MAX_VOCAB = 512
+_CHOSEN_EXPERTS = 2
 _SPECIAL = ("<|bos|>", "<|eos|>", "<|start|>", "<|end|>")  # ids 0, 1, 2, 3
 _TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -25,20 +26,27 @@ _TEXT = (
 )
 
 
-def write_tiny_model(path: Path, *, max_model_len: int = 4096, dtype: str = "float32", seed: int = 0) -> Path:
-    """Write a checkpoint in Hugging Face's layout into `path`, made if missing, and return it."""
+def write_tiny_model(
+    path: Path, *, max_model_len: int = 4096, dtype: str = "float32", seed: int = 0, num_experts: int = 0
+) -> Path:
+    """Write a checkpoint in Hugging Face's layout into `path`, made if missing, and return it.
+
+    With `num_experts` (at least two) each layer is a mixture of so many.
+    """
     path.mkdir(parents=True, exist_ok=True)
     vocab_size = _write_tokenizer(path)
-    _write_json(path / "config.json", _config(vocab_size, max_model_len, dtype))
+    _write_json(path / "config.json", _config(vocab_size, max_model_len, dtype, num_experts))
     _write_json(path / "generation_config.json", {"bos_token_id": 0, "eos_token_id": [1, 3]})
-    _write_weights(path, vocab_size, dtype, seed)
+    _write_weights(path, vocab_size, dtype, seed, num_experts)
     return path
 
 
-def _config(vocab_size: int, max_model_len: int, dtype: str) -> dict[str, object]:
+def _config(vocab_size: int, max_model_len: int, dtype: str, num_experts: int) -> dict[str, object]:
+    experts = {"num_local_experts": num_experts, "num_experts_per_tok": _CHOSEN_EXPERTS} if num_experts else {}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["MixtralForCausalLM" if num_experts else "LlamaForCausalLM"],
+        "model_type": "mixtral" if num_experts else "llama",
+        **experts,
         "num_hidden_layers": _LAYERS,
         "hidden_size": _HIDDEN,
         "num_attention_heads": _HEADS,
@@ -57,7 +65,7 @@ def _config(vocab_size: int, max_model_len: int, dtype: str) -> dict[str, object
     }
 
 
-def _write_weights(path: Path, vocab_size: int, dtype: str, seed: int) -> None:
+def _write_weights(path: Path, vocab_size: int, dtype: str, seed: int, num_experts: int) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -80,10 +88,16 @@ def _write_weights(path: Path, vocab_size: int, dtype: str, seed: int) -> None:
         "self_attn.k_proj": (_KV_HEADS * _HEAD_DIM, _HIDDEN, 1.0),
         "self_attn.v_proj": (_KV_HEADS * _HEAD_DIM, _HIDDEN, 1.0),
         "self_attn.o_proj": (_HIDDEN, _HEADS * _HEAD_DIM, 1.0),
-        "mlp.gate_proj": (_INNER, _HIDDEN, 1.0),
-        "mlp.up_proj": (_INNER, _HIDDEN, 1.0),
-        "mlp.down_proj": (_HIDDEN, _INNER, 1.0),
     }
+    wide, narrow = (_INNER, _HIDDEN, 1.0), (_HIDDEN, _INNER, 1.0)
+    if num_experts:
+        shapes["block_sparse_moe.gate"] = (num_experts, _HIDDEN, 3.0)
+        for expert in range(num_experts):
+            shapes |= {f"block_sparse_moe.experts.{expert}.{name}": wide for name in ("w1", "w3")}
+            shapes[f"block_sparse_moe.experts.{expert}.w2"] = narrow
+    else:
+        shapes |= {f"mlp.{name}": wide for name in ("gate_proj", "up_proj")}
+        shapes["mlp.down_proj"] = narrow
     for layer in range(_LAYERS):
         prefix = f"model.layers.{layer}"
         tensors[f"{prefix}.input_layernorm.weight"] = norm(1.0)
