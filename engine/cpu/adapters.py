@@ -20,6 +20,7 @@ from ..nn.layers import Linear
 _STRIP = 16
 _TILE_INPUTS = 32  # what a linear's inputs are padded to
 _HUGE_PAGE_BYTES = 2 << 20
+_HUGE_FROM_BYTES = 64 << 20  # below, what is lost to whole pages would be seen, and few are read
 MAX_PARTS = 3  # of one linear
 
 
@@ -55,6 +56,9 @@ class SlotMemory:
 
     def allocate(self) -> None:
         self.num_bytes = 2 * self.num_slots * self.slot_size
+        if self.num_bytes < _HUGE_FROM_BYTES:
+            self._values = torch.zeros(self.num_slots, self.slot_size, dtype=torch.bfloat16)
+            return
         area = mmap.mmap(-1, self.num_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without huge pages
             area.madvise(mmap.MADV_HUGEPAGE)
