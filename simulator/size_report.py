@@ -44,7 +44,7 @@ def _memory(memory: Mapping[str, Any]) -> Iterator[Row]:
     yield "workspace of a rank", _bytes(memory["workspace"]), "", ""
     yield "KV of a token on a rank", _bytes(memory["cache_token"]), "", ""
     blocks = f"{memory['num_blocks']:,} blocks = {memory['num_tokens']:,} tokens"
-    yield "KV cache of a rank", _bytes(memory["cache"]), "", f"{memory['binding']} takes most; {blocks}"
+    yield "KV cache of a rank", _bytes(memory["cache"]), "", f"most is {memory['binding']}; {blocks}"
     yield "sequences of the context that fit", f"{memory['num_contexts']:,.0f}", "", "memory"
 
 

@@ -14,7 +14,7 @@ from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..models.config import ModelConfig
 from .hardware import Gpu
-from .memory import cache_token_bytes, gpu_reserve_bytes, item_bytes, rank_weights
+from .memory import RANK_BYTES, cache_token_bytes, gpu_reserve_bytes, item_bytes, rank_weights
 from .work import count_params, exchanged_bytes, flops_per_pair, num_prompt_pairs, num_sums, num_visible_keys
 
 _RESERVE_BYTES = 4e9
@@ -105,7 +105,7 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
         kernels_s=model.num_layers * gpu.layer_s,
         head_params=params.head,
         resident_bytes=num_ranks * weights.total,
-        reserve_bytes=0.0 if gpu.is_cpu else gpu_reserve_bytes(engine, model, engine.max_num_batched_tokens),
+        reserve_bytes=RANK_BYTES if gpu.is_cpu else gpu_reserve_bytes(engine, model, engine.max_num_batched_tokens),
         read_share=keys / (context * model.num_layers),
         exchanged_bytes=exchanged_bytes(1, num_ranks, item_bytes(engine, model), model),
         num_sums=num_sums(model) if num_ranks > 1 else 0,
