@@ -91,6 +91,8 @@ class Adapter:
             raise ConfigError(f"its rank is {self.rank}; --max-lora-rank is {max_rank}")
         shapes = tensor_shapes(model)
         for module in self.modules:
+            if ".experts." in module.name:
+                raise ConfigError(f"it adapts {module.name}; adapters of experts are not served")
             shape = shapes.get(f"{module.name}.weight")
             if shape is None or len(shape) != 2 or not module.name.startswith("model.layers."):
                 raise ConfigError(f"it adapts {module.name}, which is no linear module of this model's layers")

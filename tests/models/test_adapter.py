@@ -119,7 +119,12 @@ def test_an_adapter_of_another_model_is_refused(model_dir: Path, tmp_path: Path)
     model = ModelConfig.from_dir(model_dir)
     deeper = write_checkpoint(tmp_path / "deeper", tokenizer=False, num_layers=3)
     wider = write_checkpoint(tmp_path / "wider", tokenizer=False, intermediate_size=192)
-    inspect_adapter(write_adapter(tmp_path / "fits", model_dir)).check(model, 8)
+    fitting = write_adapter(tmp_path / "fits", model_dir)
+    inspect_adapter(fitting).check(model, 8)
+    _spoil(fitting, "layers.0.mlp.up_proj.lora_A", "layers.0.mlp.experts.0.up_proj.lora_A")
+    _spoil(fitting, "layers.0.mlp.up_proj.lora_B", "layers.0.mlp.experts.0.up_proj.lora_B")
+    with pytest.raises(ConfigError, match="adapters of experts are not served"):
+        inspect_adapter(fitting).check(model, 8)
     for base, rank, why in (
         (deeper, 8, r"model\.layers\.2\.mlp\.down_proj, which is no linear module"),
         (wider, 8, r"make \[64, 192\]; the model's is \[64, 128\]"),
