@@ -341,11 +341,16 @@ OTHER_VALUES: dict[str, object] = {
     "transfer": "ucx",
     "kv_checksum": "off",
     "speculative_config": {"method": "ngram"},
+    "lora_modules": ["fr=/adapters/fr"],
+    "max_cpu_loras": 9,
     "log_level": "debug",
     "log_format": "json",
     "prefill": {"workers": 2},
     "decode": {"workers": 2},
 }
+
+
+NEEDED: dict[str, dict[str, object]] = {"lora_modules": {"enable_lora": True}}  # others that a setting goes with
 
 
 @pytest.mark.parametrize("name", sorted(ServeSettings.model_fields.keys() - OF_THE_LAUNCHER - BY_HAND))
@@ -355,8 +360,10 @@ def test_every_setting_reaches_a_process(name: str) -> None:
         return
     default = getattr(ServeSettings(), name)
     other = OTHER_VALUES.get(name, _other(default))
-    changed = ServeSettings.model_validate({name: other})
-    assert plan(changed, Path("/models/m"), "m") != plan(ServeSettings(), Path("/models/m"), "m")
+    needed = NEEDED.get(name, {})
+    without = ServeSettings.model_validate(needed)
+    changed = ServeSettings.model_validate({name: other} | needed)
+    assert plan(changed, Path("/models/m"), "m") != plan(without, Path("/models/m"), "m")
 
 
 def _other(default: object) -> object:
