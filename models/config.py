@@ -16,7 +16,7 @@ from typing import Literal
 from ..common.errors import ConfigError
 from .config_fields import ConfigFields
 from .experts import ExpertsConfig, read_experts, read_sparse_layers
-from .families import FAMILIES, Bias, Family, architecture_of, nearest, supported
+from .families import FAMILIES, Bias, Family, architecture_of, nearest
 from .latent import LatentConfig, read_latent
 from .quantization import Quantization
 from .quantization_config import read_quantization
@@ -199,11 +199,9 @@ def _architecture(fields: ConfigFields) -> str:
     if name not in FAMILIES:
         near = nearest(name) if isinstance(name, str) else None
         raise ConfigError(
-            f"{fields.path}: architecture {name!r} is not supported; these are: {', '.join(supported())}"
+            f"{fields.path}: architecture {name!r} is not supported; these are: {', '.join(FAMILIES)}"
             + (f"; the nearest is {near}" if near is not None else "")
         )
-    if lacks := FAMILIES[name].lacks:
-        raise ConfigError(f"{fields.path}: architecture {name!r} is not supported: {lacks}, are not computed")
     return str(name)
 
 

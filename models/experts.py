@@ -16,7 +16,7 @@ Scoring = Literal["softmax", "sigmoid"]
 Shape = tuple[int, ...]
 
 # A matrix that is small and decides much: never rounded by `--quantization`.
-GATES = ("mlp.gate", "block_sparse_moe.gate")
+GATES = ("mlp.gate", "block_sparse_moe.gate", "mlp.router")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _METHODS = (None, "greedy", "group_limited_greedy", "noaux_tc")
 
@@ -31,6 +31,8 @@ class ExpertTraits:
     normalised: bool | None = None  # None: as `norm_topk_prob` says
     normalised_default: bool = False
     first_dense: int = 0  # layers, where config.json tells none
+    gate: str = "gate"
+    is_stacked: bool = False  # one tensor for all experts, with biases, in gpt-oss's form; the gate has one, too
 
 
 DEEPSEEK_V2 = ExpertTraits(normalised=False)
@@ -52,6 +54,10 @@ class ExpertsConfig:
     num_groups: int = 1  # of neighbours
     num_chosen_groups: int = 1
     shared_size: int = 0  # inner columns of what every token takes besides; 0: none
+    gate_name: str = "gate"
+    is_stacked: bool = False
+    alpha: float = 1.702  # of the gate within the stacked ones' sigmoid
+    limit: float = 7.0  # of what their gate and up yield
 
     @property
     def has_score_bias(self) -> bool:
@@ -60,7 +66,7 @@ class ExpertsConfig:
 
     @property
     def gate(self) -> str:
-        return f"{self.module}.gate"
+        return f"{self.module}.{self.gate_name}"
 
     @property
     def shared(self) -> str:
@@ -82,6 +88,8 @@ class ExpertsConfig:
         shapes: dict[str, Shape] = {f"{layer}.{self.gate}.weight": (self.num_experts, hidden_size)}
         if self.has_score_bias:
             shapes[f"{layer}.{self.gate}.e_score_correction_bias"] = (self.num_experts,)
+        if self.is_stacked:
+            return shapes | self._stacked_shapes(layer, hidden_size)
         blocks = [(self.expert(index), self.parts, self.intermediate_size) for index in range(self.num_experts)]
         if self.shared_size:
             blocks.append((self.shared, ExpertTraits().parts, self.shared_size))
@@ -89,6 +97,16 @@ class ExpertsConfig:
             shapes[f"{layer}.{name}.{gate}.weight"] = shapes[f"{layer}.{name}.{up}.weight"] = (size, hidden_size)
             shapes[f"{layer}.{name}.{down}.weight"] = (hidden_size, size)
         return shapes
+
+    def _stacked_shapes(self, layer: str, hidden: int) -> dict[str, Shape]:
+        n, inner, name = self.num_experts, self.intermediate_size, f"{layer}.{self.module}.experts"
+        return {
+            f"{layer}.{self.gate}.bias": (n,),
+            f"{name}.gate_up_proj": (n, hidden, 2 * inner),
+            f"{name}.gate_up_proj_bias": (n, 2 * inner),
+            f"{name}.down_proj": (n, inner, hidden),
+            f"{name}.down_proj_bias": (n, hidden),
+        }
 
 
 def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsConfig | None:
@@ -119,6 +137,10 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
         intermediate_size=size,
         module=traits.module,
         parts=traits.parts,
+        gate_name=traits.gate,
+        is_stacked=traits.is_stacked,
+        alpha=fields.number("swiglu_alpha", 1.702),
+        limit=fields.number("swiglu_limit", 7.0),
         scoring=traits.scoring,
         normalised=normalised,
         scale=fields.number("routed_scaling_factor", 1.0),

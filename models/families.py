@@ -42,7 +42,6 @@ class Family:
 
     name: str  # the `model_type` of its config.json
     defaults: Mapping[str, object] = field(default_factory=dict, hash=False)  # what config.json need not tell
-    lacks: str = ""  # a part that there is no block for: the family is known, and refused by it
     is_nested: bool = False  # the language model is one part of several: config.json's `text_config`
     norms: Norms = "before"
     norm_offset: float = 0.0  # what a norm's weights stand below the factors that they mean
@@ -154,7 +153,7 @@ FAMILIES = {
             "sliding_window": 128,
             "sliding_window_pattern": 2,
         },
-        lacks="experts with biases, in MXFP4",
+        experts=ExpertTraits(gate="router", normalised=True, is_stacked=True),
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         has_sinks=True,
@@ -200,11 +199,6 @@ FAMILIES = {
 }
 
 
-def supported() -> list[str]:
-    """Return the architectures of which every part is computed."""
-    return [name for name, family in FAMILIES.items() if not family.lacks]
-
-
 def architecture_of(model_type: object) -> str | None:
     """Return the architecture of a family by its name."""
     return next((name for name, family in FAMILIES.items() if family.name == model_type), None)
@@ -212,7 +206,7 @@ def architecture_of(model_type: object) -> str | None:
 
 def nearest(name: str) -> str | None:
     """Return the known architecture whose name is most like another's; None where none is."""
-    stems = {_stem(known): known for known in reversed(supported())}
+    stems = {_stem(known): known for known in reversed(FAMILIES)}
     found = difflib.get_close_matches(_stem(name), stems, n=1, cutoff=_ALIKE)
     return stems[found[0]] if found else None
 

@@ -11,6 +11,7 @@ def not_in_native(config: ModelConfig) -> list[str]:
     has = {
         "experts in such a residual stream": config.experts is not None
         and (family.norms != "before" or config.residual_multiplier != 1.0),
+        "stacked experts": config.experts is not None and config.experts.is_stacked,
         "norms behind blocks alone": family.norms == "behind",
         "norms of whole projections": family.head_norms == "whole",
         "attention sinks": family.has_sinks,

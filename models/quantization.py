@@ -21,6 +21,7 @@ Layout = Literal["plain", "integers", "packed", "float8", "gptq", "awq", "gguf"]
 Sharing = Literal["tensor", "group", "block"]  # what has a scale of its own
 
 TIED_HEAD = "model.embed_tokens"  # the name of a head that is the embedding's matrix
+MXFP4_GROUP = 32  # inputs that share a scale
 _INT4_GROUP = 128  # of `--quantization int4`: what most checkpoints of 4 bits have; smaller ones are better and larger
 
 
@@ -224,7 +225,10 @@ def stored_shapes(quantization: Quantization | None, plain: Mapping[str, Shape])
     optional: set[str] = set()
     for name, shape in plain.items():
         storage, module = matrix_storage(quantization, name, shape), name.removesuffix(".weight")
-        if storage is None:
+        if quantization is not None and quantization.method == "mxfp4" and len(shape) == 3:
+            groups = (shape[0], shape[2], shape[1] // MXFP4_GROUP)  # experts' matrices alone have three dimensions
+            required |= {f"{name}_blocks": (*groups, MXFP4_GROUP // 2), f"{name}_scales": groups}
+        elif storage is None:
             required[name] = shape
         else:
             required |= storage.tensors(module, shape[0], shape[1])

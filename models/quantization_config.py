@@ -66,6 +66,11 @@ def _fp8(fields: ConfigFields) -> Quantization:
     return _named(fields, storage, [_HEAD, *excluded, Rule("Linear", storage)])
 
 
+def _mxfp4(_: ConfigFields) -> Quantization:
+    """Read it of gpt-oss, whose experts alone are in this format, by the names of their tensors."""
+    return Quantization(name="mxfp4", method="mxfp4")
+
+
 def _gguf(fields: ConfigFields) -> Quantization:
     """Read what `gguf.py` wrote: the kind of each module's blocks."""
     modules: dict[str, Storage] = {}
@@ -207,4 +212,5 @@ _READERS: dict[str, Callable[[ConfigFields], Quantization]] = {
     "fp8": _fp8,
     "gguf": _gguf,
     "gptq": _gptq,
+    "mxfp4": _mxfp4,
 }

@@ -42,7 +42,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("kv_a_proj_with_mqa", "q_a_proj"))
 _WHOLE = ("kv_a_proj_with_mqa", "q_a_proj")  # on every rank
 _BY_INPUTS = ("o_proj", "down_proj", "w2")
-_GATE = ".gate."  # of a mixture of experts: float32, and whole on every rank
+_GATES = (".gate.", ".router.")  # of a mixture of experts: float32, and whole on every rank
 _BY_HEADS = ("q_norm", "k_norm", "sinks")  # vectors of which a rank has its heads' part, where they are of all heads
 # Bytes of a scale in a CPU's tiles (engine/cpu/factors.py): half precision where the file has it, a byte and a share of
 # a float32 in GGUF's blocks of 256 inputs, else a float32.
@@ -131,6 +131,10 @@ def is_expert(name: str) -> bool:
     return ".experts." in name
 
 
+def _is_gate(name: str) -> bool:
+    return any(gate in name for gate in _GATES)
+
+
 class _Counter:
     """Counts one rank's weights of one model."""
 
@@ -180,7 +184,7 @@ class _Counter:
 
     def _vector_bytes(self) -> int:
         count = sum(self._rank_size(name, shape[0]) for name, shape in self._shapes.items() if len(shape) == 1)
-        gates = sum(self._gate_bytes(shape) for name, shape in self._shapes.items() if _GATE in name)
+        gates = sum(self._gate_bytes(shape) for name, shape in self._shapes.items() if _is_gate(name))
         return count * self._item_bytes + gates
 
     def _gate_bytes(self, shape: tuple[int, ...]) -> int:
@@ -191,7 +195,7 @@ class _Counter:
     def _rank_size(self, name: str, size: int) -> int:
         """Return the numbers of a vector that a rank has; 0 of a gate's, which are counted beside its matrix."""
         module = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
-        if _GATE in name:
+        if _is_gate(name):
             return 0
         is_split = (name.endswith(".bias") and module not in (*_BY_INPUTS, *_WHOLE)) or (
             module in _BY_HEADS and size != self._model.head_dim
@@ -205,7 +209,10 @@ class _Counter:
         num_own = experts.num_experts // self._num_ranks if experts is not None and self._whole_experts else None
         for module, shape in shapes.items():
             path, _, last = module.rpartition(".")
-            if len(shape) != 2 or module in (_EMBEDDING, _HEAD) or _GATE in f"{module}.":
+            if experts is not None and experts.is_stacked and is_expert(module):
+                yield _Matrix((module,), math.prod(shape[:-1]) // self._num_ranks, shape[-1])
+                continue
+            if len(shape) != 2 or module in (_EMBEDDING, _HEAD) or _is_gate(f"{module}."):
                 continue
             whole = self._fused(shapes, path, last)
             if whole is None:

@@ -185,7 +185,7 @@ class NativeModel:
         return _Experts(
             gate=self._linear(sparse.gate, None),
             score_bias=address(sparse.gate.score_bias),
-            experts=(_GatedMLP * len(sparse.experts))(*map(self._mlp, sparse.experts)),
+            experts=(_GatedMLP * len(sparse.experts))(*map(self._mlp, _experts(sparse))),
             shared=None if shared is None else ctypes.pointer(self._mlp(shared)),
             num_experts=config.num_experts,
             num_chosen=config.num_chosen,
@@ -245,4 +245,8 @@ def _known_blocks(layer: DecoderLayer) -> tuple[Attention, GatedMLP | SparseMLP]
 def _mlps(block: GatedMLP | SparseMLP) -> list[GatedMLP]:
     if isinstance(block, GatedMLP):
         return [block]
-    return block.experts if block.shared is None else [*block.experts, block.shared]
+    return _experts(block) if block.shared is None else [*_experts(block), block.shared]
+
+
+def _experts(sparse: SparseMLP) -> list[GatedMLP]:
+    return [expert for expert in sparse.experts if isinstance(expert, GatedMLP)]

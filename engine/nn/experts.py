@@ -8,7 +8,7 @@ A row's sum is taken in the order of its experts. Ranks have a part of each expe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,7 @@ from ..ranks.group import Communicator
 from .builder import Builder
 from .feed_forward import GatedMLP
 from .layers import Linear
+from .stacked_experts import ExpertStack, StackedExpert
 from .weight import DenseWeight, Leaf, WeightSlot
 
 _TILE = 16  # rows up to which each expert multiplies all of them: see `SparseMLP`
@@ -29,7 +30,8 @@ class Gate(Linear):
 
     def __init__(self, builder: Builder, name: str, experts: ExpertsConfig) -> None:
         shape = (experts.num_experts, builder.config.hidden_size)
-        super().__init__(name, DenseWeight(torch.empty(shape, device=builder.device)))
+        bias = torch.empty(shape[0], device=builder.device) if experts.is_stacked else None
+        super().__init__(name, DenseWeight(torch.empty(shape, device=builder.device)), bias)
         self.experts = experts
         self.score_bias: Tensor | None = None
         if experts.has_score_bias:
@@ -60,6 +62,8 @@ class Gate(Linear):
     def slots(self) -> Iterator[WeightSlot]:
         size = (self.weight.num_outputs, self.weight.num_inputs)
         yield from self.weight.slots(self.name, size)
+        if self.bias is not None:
+            yield WeightSlot(f"{self.name}.bias", size[:1], self.bias)
         if self.score_bias is not None:
             yield WeightSlot(f"{self.name}.e_score_correction_bias", size[:1], self.score_bias)
 
@@ -78,10 +82,17 @@ class SparseMLP:
         own = replace(builder, comm=Communicator()) if builder.whole_experts else builder
         count = experts.num_experts // (builder.comm.size if builder.whole_experts else 1)
         self.first = count * builder.comm.rank if builder.whole_experts else 0
-        self.experts = [
-            GatedMLP(own, f"{layer}.{experts.expert(index)}", experts.intermediate_size, experts.parts)
-            for index in range(self.first, self.first + count)
-        ]
+        self.stack: ExpertStack | None = None
+        self.experts: Sequence[GatedMLP | StackedExpert]
+        if experts.is_stacked:
+            name = f"{layer}.{experts.module}.experts"
+            self.stack = ExpertStack(own, name, experts, first=self.first, count=count)
+            self.experts = self.stack.experts
+        else:
+            self.experts = [
+                GatedMLP(own, f"{layer}.{experts.expert(index)}", experts.intermediate_size, experts.parts)
+                for index in range(self.first, self.first + count)
+            ]
         for expert in self.experts:
             expert.gate_up_proj.takes_some_rows = expert.down_proj.takes_some_rows = True
         self.shared = (
@@ -106,6 +117,8 @@ class SparseMLP:
 
     def leaves(self) -> Iterator[Leaf]:
         yield self.gate
+        if self.stack is not None:
+            yield self.stack
         for expert in self.experts:
             yield from expert.leaves()
         if self.shared is not None:

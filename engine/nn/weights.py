@@ -23,6 +23,7 @@ from ...models.quantization import Quantization, Storage, matrix_storage, stored
 from .decoder import Decoder
 from .formats import unpack
 from .grouped import GroupedWeight
+from .stacked_experts import unpack_mxfp4
 from .weight import WeightSlot
 
 Progress = Callable[[str, float], None]  # what is being done, fraction in [0, 1]
@@ -63,6 +64,8 @@ def load_weights(
         storage = matrix_storage(quantization, slot.name, slot.shape)
         if load_format == "dummy":
             _put(slot, _random(slot, seed), quantization)
+        elif f"{slot.name}_blocks" in files:
+            _fill_from_mxfp4(slot, files)
         elif storage is not None:
             _fill_unpacked(slot, storage, files, decoder.dtype)
         elif slot.grouped is not None:
@@ -99,6 +102,16 @@ def _fill_from_file(slot: WeightSlot, file: _TensorFile, name: str) -> None:
         for dim, size in enumerate(slot.shape)
     )
     slot.target.copy_(source[index])
+
+
+def _fill_from_mxfp4(slot: WeightSlot, files: Mapping[str, tuple[_TensorFile, str]]) -> None:
+    """Fill expert after expert: all of them in plain numbers are a layer's worth of memory."""
+    (blocks, name), (scales, scales_name) = (files[f"{slot.name}_{kind}"] for kind in ("blocks", "scales"))
+    first = slot.start if slot.dim == 0 else 0
+    for index, target in enumerate(slot.target, first):
+        one = slice(index, index + 1)
+        plain = unpack_mxfp4(blocks.get_slice(name)[(one,)], scales.get_slice(scales_name)[(one,)])[0]
+        target.copy_(plain if slot.dim == 0 else plain.narrow(slot.dim - 1, slot.start, target.shape[slot.dim - 1]))
 
 
 def _fill_unpacked(

@@ -28,6 +28,13 @@ LENGTHS = [1, 2, 15, 16, 17, 40, 100, 300, 1, 33]
 SURE_GAP = 1e-4  # of a log-probability; below it two right implementations may disagree on the best token
 QWEN3 = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+GPT_OSS = {
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "sliding_window": 20,
+    "rope_parameters": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "truncate": False}
+    | {"rope_theta": 150_000.0},
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Moe", QWEN3),
     "qwen3 normalised": ("Qwen3Moe", QWEN3 | {"norm_topk_prob": True, "attention_bias": True}),
@@ -37,6 +44,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 ties": ("Qwen3Moe", QWEN3),
     "qwen3 all to the same": ("Qwen3Moe", QWEN3),
     "mixtral": ("Mixtral", MIXTRAL),
+    "gpt-oss": ("GptOss", GPT_OSS),
     "mixtral window": ("Mixtral", MIXTRAL | {"sliding_window": 20}),
 }
 
@@ -81,7 +89,7 @@ def test_greedy_tokens_are_those_of_transformers(models: Path, variant: str) -> 
     _assert_as_transformers(models / variant, _answers(make_engine(models / variant)))
 
 
-@pytest.mark.parametrize(("variant", "whole_experts"), [("mixtral", False), ("qwen3 one dense", True)])
+@pytest.mark.parametrize(("variant", "whole_experts"), [("qwen3 one dense", True), ("gpt-oss", False)])
 def test_ranks_share_experts(models: Path, variant: str, whole_experts: bool) -> None:
     config = engine_config(models / variant, tensor_parallel_size=2, enable_expert_parallel=whole_experts)
     group = RankGroup.start(config, num_blocks=128)
@@ -154,3 +162,43 @@ def test_a_row_does_not_feel_its_neighbours_in_exact_mode(models: Path) -> None:
         alone = Driver(engine)
         seq = alone.add(prompt, sampling)
         assert [alone.step([(seq, seq.num_uncomputed_tokens)])[0] for _ in range(3)] == [step[index] for step in found]
+
+
+@pytest.mark.parametrize(("size", "rank", "whole_experts"), [(1, 0, False), (2, 1, False), (2, 1, True)])
+def test_experts_in_mxfp4_are_what_they_mean(
+    models: Path, tmp_path: Path, size: int, rank: int, whole_experts: bool
+) -> None:
+    """A checkpoint in MXFP4 loads as the plain one of the numbers that transformers makes of it."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    plain, packed = (tmp_path / name for name in ("plain", "packed"))
+    tensors = load_file(models / "gpt-oss" / "model.safetensors")
+    stored = dict(tensors)
+    generator = torch.Generator().manual_seed(1)
+    for name in [name for name, tensor in tensors.items() if tensor.dim() == 3]:
+        experts, inputs, outputs = tensors[name].shape
+        blocks = torch.randint(256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(118, 128, blocks.shape[:3], dtype=torch.uint8, generator=generator)
+        del stored[name]
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        tensors[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+    raw = json.loads((models / "gpt-oss" / "config.json").read_text())
+    for path, kept, more in (
+        (plain, tensors, {}),
+        (packed, stored, {"quantization_config": {"quant_method": "mxfp4"}}),
+    ):
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(raw | more))
+        save_file(kept, path / "model.safetensors")
+    check_checkpoint(packed, ModelConfig.from_dir(packed))
+    comm = Communicator()
+    comm.rank, comm.size = rank, size
+
+    def load(path: Path) -> Decoder:
+        config = ModelConfig.from_dir(path)
+        decoder = Decoder(config, comm, dtype=torch.float32, device=torch.device("cpu"), whole_experts=whole_experts)
+        load_weights(decoder, path, load_format="auto", seed=0)
+        return decoder
+
+    for ours, theirs in zip(load(packed).slots(), load(plain).slots(), strict=True):
+        assert torch.equal(ours.target, theirs.target), ours.name

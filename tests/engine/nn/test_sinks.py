@@ -60,7 +60,7 @@ def _dense_model(path: Path) -> Any:
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool) -> None:
-    monkeypatch.setitem(FAMILIES, NAME, replace(FAMILIES[NAME], lacks=""))
+    monkeypatch.setitem(FAMILIES, NAME, replace(FAMILIES[NAME], experts=None))
     model = _dense_model(tmp_path)
     driver = Driver(make_engine(tmp_path, dtype="float32", deterministic=exact))
     asked = prompts([1, 17, 70, 150], 500)
