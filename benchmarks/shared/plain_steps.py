@@ -31,6 +31,17 @@ def least_ms(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, 
     return {name: min(seconds) * 1e3 for name, seconds in times.items()}
 
 
+def timed(run: Callable[[], None]) -> Callable[[], float]:
+    """Return `run` as what tells how long it took by the clock (s)."""
+
+    def timed_run() -> float:
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+
+    return timed_run
+
+
 def cpu_timed(run: Callable[[], None]) -> Callable[[], float]:
     """Return `run` as what tells its CPU time, over all threads (s)."""
 

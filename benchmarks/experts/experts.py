@@ -1,0 +1,172 @@
+"""How near native decode of a mixture of experts comes to reading the bytes of its active experts.
+
+    python -m kvferry.benchmarks.experts                       # a Qwen3-MoE of 1.4 GB, random weights, one thread
+    python -m kvferry.benchmarks.experts --quantization int8 --rows 1,8
+
+A step of one row has to read the shared matrices, the head, the experts that its token chooses and its keys and values;
+the floor is their bytes at the read rate that is measured before and after, with as many threads. Of several rows the
+experts that any of them chooses count, as many as even choices would reach. With --check the exit code is 1 where a
+step of one row takes more than 1.2 of its floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from kvferry.benchmarks.shared.plain_steps import decoding, least_ms, num_blocks_of, timed
+from kvferry.benchmarks.shared.rates import MeasuredRates, best_of, measure_rates
+from kvferry.common.config import EngineConfig
+from kvferry.common.errors import ConfigError
+from kvferry.models.config import ModelConfig
+from kvferry.sizing.memory import cache_token_bytes, rank_weights
+from kvferry.tools.load.environment import Environment, describe_environment
+from kvferry.tools.load.json_file import save_json
+from kvferry.tools.load.report import RESULTS_DIR, milliseconds, report_console
+
+# torch is imported inside functions: its threads are settled before.
+
+MAX_OF_FLOOR = 1.2
+_SHAPE: dict[str, object] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_act": "silu",
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+    "eos_token_id": 1,
+}
+
+
+@dataclass(slots=True, frozen=True)
+class Row:
+    """Steps of one batch size."""
+
+    num_rows: int
+    step_ms: float  # least by the clock
+    floor_ms: float
+
+    @property
+    def of_floor(self) -> float:
+        return self.step_ms / self.floor_ms
+
+
+@dataclass(slots=True, frozen=True)
+class Report:
+    runner: str
+    quantization: str
+    num_threads: int
+    context: int
+    rates: MeasuredRates
+    rows: tuple[Row, ...]
+    num_rounds: int
+    environment: Environment
+
+    @property
+    def keeps_bar(self) -> bool:
+        return all(row.of_floor <= MAX_OF_FLOOR for row in self.rows if row.num_rows == 1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    flags = _parser().parse_args(argv)
+    os.environ["OMP_NUM_THREADS"] = str(flags.threads)
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(_SHAPE), encoding="utf-8")
+        try:
+            report = _measure(flags, Path(folder), argv)
+        except ConfigError as error:
+            console.print(f"experts: {error}", markup=False, style="red", soft_wrap=True)
+            return 2
+    _print(report, report_console())
+    save_json(asdict(report), flags.json)
+    console.print(f"written: {flags.json}", style="dim")
+    return 1 if flags.check and not report.keeps_bar else 0
+
+
+def _measure(flags: argparse.Namespace, folder: Path, argv: list[str]) -> Report:
+    import torch
+
+    from kvferry.engine.engine import Engine
+
+    config = EngineConfig(
+        model_dir=folder,
+        served_model_name="experts",
+        dtype="bfloat16",
+        device="cpu",
+        num_threads=flags.threads,
+        load_format="dummy",
+        quantization=flags.quantization,
+    )
+    torch.set_num_threads(flags.threads)
+    rates = [measure_rates(torch.device("cpu"), torch.bfloat16)]
+    counts = [int(count) for count in flags.rows.split(",")]
+    engine = Engine(config, num_blocks=num_blocks_of([(max(counts), flags.context)], config.block_size))
+    runs = {str(count): timed(decoding(engine, count, flags.context)) for count in counts}
+    found = least_ms(runs, flags.rounds)
+    rates.append(measure_rates(torch.device("cpu"), torch.bfloat16))
+    best = best_of(rates)
+    floors = {count: _read_bytes(config, engine.model_config, count, flags.context) for count in counts}
+    return Report(
+        runner=type(engine.runner).__name__,
+        quantization=engine.model_config.weights_form,
+        num_threads=flags.threads,
+        context=flags.context,
+        rates=best,
+        rows=tuple(Row(n, found[str(n)], floors[n] / best.read_bytes_per_s * 1e3) for n in counts),
+        num_rounds=flags.rounds,
+        environment=describe_environment("python -m kvferry.benchmarks.experts", argv),
+    )
+
+
+def _read_bytes(config: EngineConfig, model: ModelConfig, num_rows: int, context: int) -> float:
+    """Return the bytes that a step reads at least: weights, of experts the chosen ones alone, and KV."""
+    assert model.experts is not None
+    weights = rank_weights(config, model)
+    idle = (1 - model.experts.num_chosen / model.experts.num_experts) ** num_rows  # experts that no row chooses
+    once = weights.read - weights.experts
+    return once + weights.experts * (1 - idle) + num_rows * context * cache_token_bytes(config, model)
+
+
+def _print(report: Report, console: Console) -> None:
+    title = f"Qwen3-MoE, 32 experts, 4 chosen; {report.runner}, {report.quantization}, {report.num_threads} thread(s), "
+    title += f"{report.rates.read_bytes_per_s / 1e9:.1f} GB/s"
+    table = Table("rows", "step, ms", "floor, ms", "of it", title=title, title_justify="left")
+    for row in report.rows:
+        table.add_row(str(row.num_rows), milliseconds(row.step_ms), milliseconds(row.floor_ms), f"{row.of_floor:.2f}")
+    console.print(table)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kvferry.benchmarks.experts", description=(__doc__ or "").partition("\n")[0]
+    )
+    add = parser.add_argument
+    add("--threads", type=int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
+    add("--quantization", metavar="NAME", help="int8 or int4, rounded at load (default: none)")
+    add("--rows", default="1,2,8", metavar="N,...", help="of a step (default: %(default)s)")
+    add("--context", type=int, default=128, metavar="TOKENS", help="of each row (default: %(default)s)")
+    add("--rounds", type=int, default=40, help="(default: %(default)s)")
+    add("--check", action="store_true", help="exit with 1 where the bar breaks")
+    add("--json", type=Path, default=RESULTS_DIR / "experts.json", metavar="FILE", help="(default: %(default)s)")
+    return parser
