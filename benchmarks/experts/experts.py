@@ -2,6 +2,7 @@
 
     python -m kvferry.benchmarks.experts                       # a Qwen3-MoE of 1.4 GB, random weights, one thread
     python -m kvferry.benchmarks.experts --quantization int8 --rows 1,8
+    python -m kvferry.benchmarks.experts --write DIR           # only the checkpoint, for servers side by side
 
 A step of one row has to read the shared matrices, the head, the experts that its token chooses and its keys and values;
 the floor is their bytes at the read rate that is measured before and after, with as many threads. Of several rows the
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -26,7 +29,9 @@ from kvferry.benchmarks.shared.plain_steps import decoding, least_ms, num_blocks
 from kvferry.benchmarks.shared.rates import MeasuredRates, best_of, measure_rates
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
+from kvferry.models.checkpoint import tensor_shapes
 from kvferry.models.config import ModelConfig
+from kvferry.models.default import default_model_dir
 from kvferry.sizing.memory import cache_token_bytes, rank_weights
 from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.json_file import save_json
@@ -91,6 +96,9 @@ def main(argv: list[str] | None = None) -> int:
     flags = _parser().parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)
     console = Console(stderr=True)
+    if flags.write is not None:
+        _write_checkpoint(flags.write)
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(_SHAPE), encoding="utf-8")
         try:
@@ -148,6 +156,22 @@ def _read_bytes(config: EngineConfig, model: ModelConfig, num_rows: int, context
     return once + weights.experts * (1 - idle) + num_rows * context * cache_token_bytes(config, model)
 
 
+def _write_checkpoint(path: Path) -> None:
+    """Write the shape with random weights and the built-in model's tokenizer."""
+    import torch
+    from safetensors.torch import save_file
+
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(_SHAPE), encoding="utf-8")
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, shape in tensor_shapes(ModelConfig.from_dir(path)).items():
+        drawn = torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
+        tensors[name] = (drawn if len(shape) > 1 else torch.ones(shape)).to(torch.bfloat16)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(default_model_dir() / name, path / name)
+
+
 def _print(report: Report, console: Console) -> None:
     title = f"Qwen3-MoE, 32 experts, 4 chosen; {report.runner}, {report.quantization}, {report.num_threads} thread(s), "
     title += f"{report.rates.read_bytes_per_s / 1e9:.1f} GB/s"
@@ -167,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", default="1,2,8", metavar="N,...", help="of a step (default: %(default)s)")
     add("--context", type=int, default=128, metavar="TOKENS", help="of each row (default: %(default)s)")
     add("--rounds", type=int, default=40, help="(default: %(default)s)")
+    add("--write", type=Path, metavar="DIR", help="write the model there, and measure nothing")
     add("--check", action="store_true", help="exit with 1 where the bar breaks")
     add("--json", type=Path, default=RESULTS_DIR / "experts.json", metavar="FILE", help="(default: %(default)s)")
     return parser
