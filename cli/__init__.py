@@ -3,6 +3,7 @@
     serve, router, prefill, decode     cli/serve.py     a deployment, or one process of it
     status, reload, restart, drain     cli/operate.py   a deployment that runs
     explain, doctor, config, keys      cli/inspection.py, cli/keys.py
+    experts                            cli/experts.py
     bench, chaos, simulate, size       cli/tools.py     programs with options of their own
 
 A mistake of the operator's is a line on stderr and exit code 2, before anything is started. Neither torch nor ray is
@@ -12,13 +13,14 @@ imported here; what a subcommand alone needs is imported inside it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated, NoReturn, cast
 
 import typer
 
 from .. import __version__
 from ..common.errors import ConfigError, KVFerryError
-from . import inspection, keys, operate, serve, tools
+from . import experts, inspection, keys, operate, serve, tools
 from .hidden_keys import hide_keys
 
 CONFIG_EXIT_CODE = 2
@@ -33,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     cls=tools.Commands,
 )
-for module in (serve, operate, inspection, keys, tools):
+for module in (serve, operate, inspection, experts, keys, tools):
     module.register(app)
 
 
@@ -41,14 +43,24 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Run the console script."""
     if argv is None:
         hide_keys()
+        argv = sys.argv[1:]
     try:
-        code = app(args=argv, prog_name="kvferry", standalone_mode=False)
+        code = app(args=_repeated(argv), prog_name="kvferry", standalone_mode=False)
     except typer.Abort:
         code = 1
     except (KVFerryError, _USAGE_ERROR) as error:
         code = CONFIG_EXIT_CODE if isinstance(error, ConfigError | _USAGE_ERROR) else 1
         print(f"kvferry: {_line(error)}", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _repeated(words: Sequence[str]) -> list[str]:
+    """Give every adapter a flag of its own: vLLM's `--lora-modules` takes all that follow."""
+    done: list[str] = []
+    for word in words:
+        follows = len(done) > 1 and done[-2] == "--lora-modules" and not word.startswith("-")
+        done += ["--lora-modules", word] if follows and ("=" in word or word.startswith("{")) else [word]
+    return done
 
 
 def _line(error: Exception) -> str:

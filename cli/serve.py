@@ -20,11 +20,11 @@ from ..settings.flags import with_settings
 from ..settings.load import Loaded
 
 if TYPE_CHECKING:
-    from ..common.channel import Address
     from ..launch import Launcher
     from ..launch.plan import Deployment, WorkerPlan
     from ..launch.progress import Display
     from ..models.config import ModelConfig
+    from ..wire.channel import Address
 
 
 def register(app: typer.Typer) -> None:
@@ -165,8 +165,8 @@ def _division(deployment: Deployment) -> str:
 
 def _describe(deployment: Deployment, model: ModelConfig) -> str:
     """The plan, a line for each process."""
-    from ..common.channel import Address
     from ..sizing.memory import cache_token_bytes, weight_bytes
+    from ..wire.channel import Address
 
     router = deployment.router
     lines = [
@@ -209,13 +209,13 @@ def _size(num_bytes: int) -> str:
 @with_settings("router", environment)
 def router(loaded: Loaded) -> None:
     """Start a router by hand; workers connect to its control socket."""
-    from ..common.channel import Address
     from ..launch.children import ROUTER_PROGRAM
     from ..launch.host import why_not_bindable
     from ..launch.plan import plan_router
     from ..launch.reload import read_credentials
     from ..models.files import resolve_model
     from ..settings.exposure import check_exposure
+    from ..wire.channel import Address
 
     settings = loaded.settings
     if why := why_not_bindable(settings.host, settings.port):
@@ -243,14 +243,14 @@ def decode(loaded: Loaded) -> None:
 
 
 def _become_worker(settings: ServeSettings, role: Literal["prefill", "decode"]) -> NoReturn:
-    from ..common.channel import Address
-    from ..common.credentials import read_secrets
     from ..launch.children import WORKER_PROGRAM
     from ..launch.host import read_host
     from ..launch.plan import Deployment, WorkerPlan, fit_to_host, plan_router, plan_worker
     from ..launch.preflight import check_kernels, check_platform, check_transfer
     from ..models.config import ModelConfig
     from ..models.files import resolve_model
+    from ..wire.channel import Address
+    from ..wire.credentials import read_secrets
 
     check_platform()
     if not settings.router:

@@ -92,6 +92,7 @@ class EngineConfig(Settings):
     device: Device = "auto"
     tensor_parallel_size: PositiveInt = 1
     enable_expert_parallel: bool = False  # a rank's experts are whole ones, not parts of all
+    expert_plan: Path | None = None  # file that says which ones (expert_plan.py); None: an even split
     block_size: Literal[8, 16, 32, 64, 128] = 16  # tokens
     max_model_len: PositiveInt | None = None  # None: the model's own
     max_num_seqs: PositiveInt = 64

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
-from ..common.messages import ChoiceTokens, Message, RequestTokens, StepTokens
+from ..wire.fields import Message
+from ..wire.results import ChoiceTokens, RequestTokens, StepTokens
 from .running import RunningRequest
 
 

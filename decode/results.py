@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..common.batch import Batch, BatchRow, RowOutput, Run, StepOutput
-from ..common.messages import ChoiceTokens, Message, in_pieces, nothing_to_choose
 from ..common.request import FinishReason, SampledToken, Sequence, finish_reason
 from ..kvcache.contents import Contents
+from ..wire.fields import Message
+from ..wire.results import ChoiceTokens, in_pieces, nothing_to_choose
 from .outbox import Outbox
 from .requests import RunningRequests
 from .running import RunningRequest

@@ -20,21 +20,6 @@ from ..common.config import SpeculativeConfig
 from ..common.errors import CapacityError
 from ..common.grammar import Grammars, find_grammar
 from ..common.kv_spec import KVCacheSpec
-from ..common.messages import (
-    Abort,
-    FetchFrom,
-    Grant,
-    HandoffDone,
-    HandoffFailed,
-    LiveRequests,
-    LocalTask,
-    Message,
-    NoCapacity,
-    PrefillTask,
-    ReserveKV,
-    TaskRefused,
-    WorkerFailure,
-)
 from ..common.request import RequestSpec, Sequence, why_unserved
 from ..common.role_counters import RoleCounters
 from ..kvcache.blocks import BlockPool
@@ -42,6 +27,10 @@ from ..kvcache.contents import Contents, TokenContents
 from ..kvcache.prefix_cache import PrefixCache
 from ..transfer.fetch.fetches import Fetches
 from ..transfer.receive.receiver import KVReceiver, ReservationState
+from ..wire.fields import Message
+from ..wire.results import Grant, HandoffDone, HandoffFailed, NoCapacity, TaskRefused, WorkerFailure
+from ..wire.tasks import Abort, FetchFrom, LocalTask, PrefillTask, ReserveKV
+from ..wire.workers import LiveRequests
 from .adoption import Adoption
 from .outbox import Outbox
 from .requests import RunningRequests

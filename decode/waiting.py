@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 from ..common.clock import Clock
 from ..common.kv_spec import KVCacheSpec
-from ..common.messages import Grant, NoCapacity, ReserveKV
 from ..common.request import RequestSpec
 from ..kvcache.blocks import BlockPool
 from ..transfer.receive.receiver import KVReceiver
+from ..wire.results import Grant, NoCapacity
+from ..wire.tasks import ReserveKV
 
 MAX_WAIT_S = 2.0
 _WORTH_WAITING = ("blocks", "growth")

@@ -1,4 +1,4 @@
-"""A rank's adapters in host memory, and the thread that copies them into slots; the ranks of a worker as one.
+"""A rank's adapters in host memory, and the thread that puts them into slots; the ranks of a worker as one.
 
 rank 0   submit ──> its own thread, and a frame to every other rank
 rank i   its own thread: from the file to host memory where it is not there, from there into the slot ──> a frame back
@@ -20,7 +20,6 @@ import torch
 
 from ..common.adapter import AdapterResult, AdapterTask
 from ..common.errors import KVFerryError
-from ..models.adapter import read_adapter
 from .nn.adapters import AdapterSlots, AdapterWeights
 
 if TYPE_CHECKING:
@@ -56,18 +55,19 @@ class AdapterThread:
     def _load(self, task: AdapterTask) -> None:
         for digest in task.forgotten:
             self._host.pop(digest, None)
+        self._slots.clear(task.slot)
         weights = self._host.get(task.digest)
         if weights is None:
             weights = self._host[task.digest] = self._read(task)
         self._slots.put(task.slot, weights)
 
     def _read(self, task: AdapterTask) -> AdapterWeights:
-        adapter, data = read_adapter(Path(task.path))
-        if adapter.digest != task.digest:
+        digest, weights = self._slots.read(Path(task.path))
+        if digest != task.digest:
             raise KVFerryError(
-                f"the adapter at {task.path} has changed: its digest is {adapter.digest}, {task.digest} is asked for"
+                f"the adapter at {task.path} has changed: its digest is {digest}, {task.digest} is asked for"
             )
-        return self._slots.cut(adapter.modules, data)
+        return weights
 
     def close(self) -> None:
         """End when what has begun is done."""

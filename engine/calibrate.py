@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import structlog
 
 from ..common.batch import Batch, BatchRow
-from ..common.messages import StepSample
 from ..common.request import BlockId, RequestId, SamplingParams, Sequence
 from ..kvcache.blocks import BlockPool
+from ..wire.workers import StepSample
 from .engine import Engine
 from .samples import MAX_SAMPLES, step_sample
 

@@ -8,6 +8,8 @@ else                                                              TorchRunner
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import structlog
 import torch
 from torch import Tensor
@@ -31,6 +33,9 @@ from .nn.runner import Runner
 from .nn.torch_runner import TorchRunner
 from .nn.weights import Progress, read_kv_scales
 
+if TYPE_CHECKING:
+    from .nn.attention.device import DeviceAttention
+
 log = structlog.get_logger(__name__)
 
 
@@ -52,10 +57,10 @@ def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
     return device
 
 
-def check_blocks(model: ModelConfig, device: torch.device) -> None:
-    """Refuse a model with blocks that the device has no kernels for. Raises ConfigError."""
-    if device.type == "cuda" and model.latent is not None:
-        raise ConfigError(f"device = cuda has no kernels here for {model.architecture}'s latents; use --device cpu")
+def check_kernels(config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
+    """Refuse what the device has no kernels for, before weights are loaded. Raises ConfigError."""
+    if device.type == "cuda" and (latent := model.latent) is not None:
+        latent.check_cuda(model.num_qo_heads // config.tensor_parallel_size, config.max_num_batched_tokens)
 
 
 def choose_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
@@ -72,9 +77,11 @@ def make_adapters(
     """Make the slots that are asked for, in the form that products are made of. Raises ConfigError."""
     if not config.enable_lora:
         return None
-    if device.type != "cpu":
-        raise ConfigError("enable_lora: adapters are applied on CPUs; the kernels for a GPU have no part for them yet")
     num_slots, max_rank = config.max_loras, config.max_lora_rank
+    if device.type == "cuda":
+        from .cuda.adapters import DeviceSlots
+
+        return DeviceSlots(decoder, num_slots=num_slots, max_rank=max_rank, device=device)
     if native_model is None:
         return AdapterSlots(decoder, num_slots=num_slots, max_rank=max_rank, device=device)
     memory = SlotMemory(num_slots)
@@ -94,6 +101,10 @@ def pack_weights(
     quantization = decoder.config.quantization
     if quantization is not None and quantization.is_float8:
         _narrow_float8(decoder, device)
+    if device.type == "cuda":
+        from .cuda.experts import group
+
+        group(decoder, device)
     if device.type != "cpu":
         return None
     if native and (model := _native_model(decoder, isa)) is not None:
@@ -166,11 +177,9 @@ def _cuda_runner(
     config: EngineConfig, decoder: Decoder, attention: AttentionBackend, pages: Tensor, progress: Progress | None
 ) -> Runner:
     from .cuda.runner import CudaRunner
-    from .nn.attention.flashinfer import FlashInferAttention
 
-    assert isinstance(attention, FlashInferAttention)
     with torch.inference_mode():
-        return CudaRunner(config, decoder, attention, pages, progress)
+        return CudaRunner(config, decoder, cast("DeviceAttention", attention), pages, progress)
 
 
 def _native_model(decoder: Decoder, isa: CpuIsa) -> NativeModel | None:

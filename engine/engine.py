@@ -30,8 +30,10 @@ from ..kvcache.host_slots import SwapPages, num_host_blocks, num_swap_blocks
 from ..kvcache.pages import allocate_pages, cache_dtype, copy_blocks, num_blocks_for_memory, num_spare_blocks
 from ..models.config import ModelConfig
 from ..models.digest import ModelDigest
+from ..models.experts import expert_plan
 from ..models.quantization import chosen_quantization
-from .choose import check_blocks, choose_device, choose_dtype, choose_runner, make_adapters, pack_weights
+from ..wire.workers import ExpertCounts, ExpertLoads
+from .choose import check_kernels, choose_device, choose_dtype, choose_runner, make_adapters, pack_weights
 from .draft import DraftModel
 from .masks import MaskThread, with_failures, with_forced
 from .nn.decoder import Decoder
@@ -79,7 +81,7 @@ class Engine:
             config.model_dir, config.load_format, config.seed, config.quantization, config.mixed_quantization
         )
         self._device = choose_device(config, tp_rank)
-        check_blocks(self.model_config, self._device)
+        check_kernels(config, self.model_config, self._device)
         dtype = choose_dtype(config, self.model_config)
         kv_dtype = cache_dtype(config, dtype, self._device)
         self._group = group
@@ -107,7 +109,7 @@ class Engine:
         self.num_host_blocks = comm.minimum(num_host, self._device)  # of the prefix cache, behind those for swapping
         self.host_slots = SwapPages(self.kv_pages, self.num_swap_blocks + self.num_host_blocks)
         blocks = [layer.feed_forward for layer in decoder.layers]
-        self._taken = [block.taken if isinstance(block, SparseMLP) else None for block in blocks]
+        self._sparse = {layer: block for layer, block in enumerate(blocks) if isinstance(block, SparseMLP)}
         pages = self.kv_pages[: self.model_config.num_layers]
         self.runner = choose_runner(config, decoder, native_model, pages, cores=cores, progress=progress)
         if self._draft is not None:
@@ -125,15 +127,10 @@ class Engine:
         return connect(store, tp_rank, tp_size, self._device, in_rank_order=self.config.deterministic)
 
     def _loaded_decoder(self, dtype: torch.dtype, progress: Progress | None) -> Decoder:
-        config = self.config
+        config, model = self.config, self.model_config
+        plan = expert_plan(config, model.experts, model.sparse_layers)
         with torch.inference_mode():
-            decoder = Decoder(
-                self.model_config,
-                self._comm,
-                dtype=dtype,
-                device=self._device,
-                whole_experts=config.enable_expert_parallel,
-            )
+            decoder = Decoder(model, self._comm, dtype=dtype, device=self._device, expert_plan=plan)
             load_weights(decoder, config.model_dir, load_format=config.load_format, seed=config.seed, progress=progress)
         return decoder
 
@@ -223,9 +220,12 @@ class Engine:
         remaining = iter(tokens)
         return (tuple(islice(remaining, len(of_row))) for of_row in of_rows)
 
-    def expert_counts(self) -> list[list[int]]:
-        """Return, layer by layer, how many tokens took each expert so far; none of a dense layer."""
-        return [taken.tolist() if taken is not None else [] for taken in self._taken]
+    def expert_loads(self) -> ExpertLoads:
+        """Return how often each sparse layer's experts were chosen so far. Any thread may ask, while a step runs."""
+        taken = [(layer, block, block.taken.to("cpu", copy=True)) for layer, block in self._sparse.items()]
+        return tuple(
+            ExpertCounts(layer, tuple(counts.tolist()), tuple(block.of_ranks(counts))) for layer, block, counts in taken
+        )
 
     @property
     def num_disk_slots(self) -> int:

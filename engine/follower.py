@@ -1,4 +1,4 @@
-"""A tensor-parallel follower: `python -m kvferry.engine.follower FD`, spawned by `RankGroup` on rank 0.
+"""A tensor-parallel follower, whose process (`follower_process.py`) is spawned by `RankGroup` on rank 0.
 
 1. reads StartFollower, says hello, builds its engine (the collectives join all ranks);
 2. makes its handler, if its owner named one;
@@ -12,7 +12,6 @@ import importlib
 import os
 import queue
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -122,7 +121,3 @@ def _make_handler(start: StartFollower, engine: Engine, send: Callable[[bytes], 
     module, _, name = start.handler.partition(":")
     factory: HandlerFactory = getattr(importlib.import_module(module), name)
     return factory(engine, start.handler_config, send)
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..common.batch import Batch, RowKind
-from ..common.messages import StepSample
+from ..wire.workers import StepSample
 
 MAX_SAMPLES = 64  # of one heartbeat, as the wire bounds them
 

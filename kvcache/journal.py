@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
-from ..common.messages import CacheChange
+from ..wire.workers import CacheChange
 from .blocks import BlockPool
 from .prefix_cache import PrefixCache
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from ..common.channel import Address
 from ..common.clock import Clock
 from ..common.config import (
     ADMIN_KEY_VARIABLE,
@@ -22,6 +21,7 @@ from ..common.config import (
     RouterConfig,
 )
 from ..settings.fields import ENV_PREFIX
+from ..wire.channel import Address
 from .child_process import Command
 from .plan import WorkerPlan
 from .process import Child, ChildState, ChildTimes

@@ -11,6 +11,7 @@ from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..kvcache.blocks import MIN_CACHE_TOKENS, too_small_a_cache
 from ..models.config import ModelConfig
+from ..models.experts import expert_plan
 from ..sizing.memory import RANK_BYTES, cache_token_bytes, item_bytes, weight_bytes
 from .host import Host
 from .plan import Deployment
@@ -25,6 +26,7 @@ def check_model(deployment: Deployment, model: ModelConfig) -> None:
         whole_experts = worker.config.engine.enable_expert_parallel
         if whole_experts and model.experts is None:
             raise ConfigError(f"enable_expert_parallel: {model.architecture} has no experts; leave it away")
+        expert_plan(worker.config.engine, model.experts, model.sparse_layers)
         counts = model.shared_counts(whole_experts=whole_experts)
         splits = model.tp_sizes(whole_experts=whole_experts)
         if size not in splits:
@@ -51,7 +53,10 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
     """
     is_cuda = engine.device == "cuda"
     if is_cuda and model.latent is not None:
-        raise ConfigError(f"device: cuda has no kernels here for {model.architecture}'s latents; use cpu")
+        num_heads = model.num_qo_heads // engine.tensor_parallel_size
+        model.latent.check_cuda(num_heads, engine.max_num_batched_tokens)
+        if engine.kv_cache_dtype == "fp8":
+            raise ConfigError("kv_cache_dtype: fp8 has no kernels here for latents; use auto")
     if engine.attention_backend != "auto" and engine.attention_backend.startswith("flashinfer") != is_cuda:
         raise ConfigError(f"attention_backend: {engine.attention_backend} does not run on {engine.device}; use auto")
     if engine.attention_backend == "flashinfer_fp8" and engine.kv_cache_dtype != "fp8":

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
-from ..common.channel import Address
 from ..common.clock import Clock
 from ..common.cores import CoreBoard
 from ..common.errors import ConfigError, KVFerryError
+from ..wire.channel import Address
 from .children import ROUTER_PROGRAM, WORKER_PROGRAM, child_environment, worker_child
 from .fleet import Fleet
 from .launcher import child_times

@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..common.channel import Address
 from ..common.clock import Clock
 from ..common.errors import ConfigError
+from ..wire.channel import Address
 from . import ray_calls
 from .children import ROUTER_PROGRAM, child_environment
 from .fleet import Fleet

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -129,6 +129,11 @@ def _shared(settings: ServeSettings, config: type[Settings]) -> dict[str, object
     """Return the settings that a config has under the same name; files are the same whatever folder a child runs in."""
     names = config.model_fields.keys() & ServeSettings.model_fields.keys() - _OF_ONE_PROCESS
     values = {name: getattr(settings, name) for name in names}
+    return _paths(values)
+
+
+def _paths(values: Mapping[str, object]) -> dict[str, object]:
+    """Return the values with paths that hold whatever folder a child runs in."""
     return {name: absolute(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
@@ -142,7 +147,7 @@ def plan_worker(
     worker_id: str,
 ) -> WorkerConfig:
     given = {name: value for name, value in _shared(settings, EngineConfig).items() if value is not None}
-    values = given | pool.overrides() | {"model_dir": model_dir, "served_model_name": served_name}
+    values = given | _paths(pool.overrides()) | {"model_dir": model_dir, "served_model_name": served_name}
     values["host_cache_memory_bytes"] = settings.host_cache_memory_bytes
     values["swap_space"] = settings.swap_space if role == "decode" else 0  # a prompt that has begun is not preempted
     return WorkerConfig(

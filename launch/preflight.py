@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
-from ..common.channel import Address
 from ..common.errors import ConfigError
 from ..common.extras import FLASHINFER, RAY, UCXX, nixl
 from ..engine.cpu.build import describe
@@ -33,6 +32,7 @@ from ..models.tokenizer import Tokenizer
 from ..settings.exposure import check_exposure
 from ..settings.fields import ServeSettings
 from ..settings.open_files import room_for_connections
+from ..wire.channel import Address
 from .engine_checks import check_engine, check_memory, check_model
 from .host import Host, read_host, why_not_bindable
 from .plan import Deployment, absolute, fit_to_host, plan

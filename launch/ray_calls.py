@@ -17,10 +17,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..common.config import WorkerConfig
-from ..common.credentials import SharedSecret
 from ..common.errors import ConfigError
 from ..common.extras import RAY
 from ..common.logs import configure_logging
+from ..wire.credentials import SharedSecret
 from .children import worker_environment
 from .host import Gpu, Host, usable_cpus
 from .plan import WorkerPlan

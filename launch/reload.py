@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from ..common.config import RouterConfig
-from ..common.credentials import read_secrets
 from ..settings.key_file import read_key_file
+from ..wire.credentials import read_secrets
 from .process import Child, ChildState
 
 _ANSWER_S = 5.0

@@ -16,11 +16,11 @@ import functools
 import socket
 from collections.abc import Callable, Mapping, Sequence
 
-from ..common.channel import Address
 from ..common.clock import Clock
 from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig
 from ..common.lifeline import Event
 from ..settings.sockets import listen
+from ..wire.channel import Address
 from .children import ROUTER_PROGRAM, RouterChild
 from .process import Child, ChildState, ChildTimes
 from .progress import Display

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Protocol
 
 from blake3 import blake3
 
 from ..common.errors import ConfigError
-from .checkpoint import Shape, read_header, tensor_shapes
+from .checkpoint import Shape, parse_header, read_header, tensor_shapes
 from .config import ModelConfig
 from .config_fields import ConfigFields
 from .digest import file_digest
@@ -28,6 +30,7 @@ from .files import read_json
 MAX_RANK = 256  # vLLM's largest --max-lora-rank that is common; a larger one would take memory in every slot
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_READ_BYTES = 1 << 20  # at once: it is digested while a core's cache holds it. Smaller ones are more calls
 
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -60,6 +63,10 @@ class StoredTensor:
     shape: tuple[int, int]
     begin: int  # its first byte in the file
 
+    @property
+    def num_bytes(self) -> int:
+        return self.shape[0] * self.shape[1] * ITEM_BYTES[self.dtype]
+
 
 @dataclass(frozen=True, slots=True)
 class AdaptedModule:
@@ -79,7 +86,6 @@ class Adapter:
     digest: str  # 32 hexadecimal digits
     modules: tuple[AdaptedModule, ...]
     num_bytes: int  # of the weights' file
-    base_model: str  # what its maker called the model that it is for; may be empty
 
     @property
     def rank(self) -> int:
@@ -106,29 +112,67 @@ def check_pair(module: AdaptedModule, shape: Shape) -> None:
         raise ConfigError(f"its matrices for {module.name} make {list(found)}; the model's is {list(shape)}")
 
 
+class Take(Protocol):
+    def __call__(self, module: AdaptedModule, tensor: StoredTensor, data: memoryview) -> None: ...
+
+
 def inspect_adapter(path: Path) -> Adapter:
     """Read all but the numbers, and the digest from a side file where there is one. Raises ConfigError."""
     config = _read_config(path)
     weights = _weights_file(path)
     begin, header = read_header(weights)
-    return _adapter(path, config, begin, header, weights.stat().st_size, file_digest(weights))
+    size = weights.stat().st_size
+    return Adapter(_digest(config, file_digest(weights)), _modules(path, config, begin, header, size), size)
 
 
-def read_adapter(path: Path) -> tuple[Adapter, bytearray]:
-    """Read both files whole, and check the very bytes that are returned: the weights' file. Raises ConfigError."""
+def read_adapter(path: Path, begin: Callable[[Sequence[AdaptedModule]], None], take: Take) -> Adapter:
+    """Read both files whole, once. Raises ConfigError.
+
+    `begin` is told the modules, then `take` each matrix in the file's order, in memory that the next one overwrites: a
+    gigabyte in memory of its own takes longer than all else. The digest is of the bytes that were taken.
+    """
     config = _read_config(path)
     weights = _weights_file(path)
     try:
-        data = bytearray(weights.stat().st_size)
         with weights.open("rb", buffering=0) as file:
-            view, count = memoryview(data), 0
-            while count < len(data) and (read := file.readinto(view[count:])):
-                count += read
+            size = os.fstat(file.fileno()).st_size
+            start, header = parse_header(weights, lambda first, count: os.pread(file.fileno(), count, first))
+            modules = _modules(path, config, start, header, size)
+            begin(modules)
+            digest = _read_through(file, modules, take)
     except (OSError, MemoryError) as error:
         raise ConfigError(f"{weights} cannot be read: {error}") from error
-    begin, header = _header_of(weights, data)
-    digest = blake3(data).digest()
-    return _adapter(path, config, begin, header, len(data), digest), data
+    return Adapter(_digest(config, digest), modules, size)
+
+
+def _read_through(file: FileIO, modules: Sequence[AdaptedModule], take: Take) -> bytes:
+    tensors = [(tensor, module) for module in modules for tensor in (module.down, module.up)]
+    buffer = memoryview(bytearray(max(_READ_BYTES, *(tensor.num_bytes for tensor, _ in tensors))))
+    digest, position = blake3(), 0
+
+    def read(count: int) -> memoryview:
+        nonlocal position
+        data, done = buffer[:count], 0
+        while done < count and (found := file.readinto(data[done : done + _READ_BYTES])):
+            digest.update(data[done : done + found])
+            done += found
+        position += done
+        return data[:done]
+
+    for tensor, module in sorted(tensors, key=lambda one: one[0].begin):
+        while position < tensor.begin and read(min(_READ_BYTES, tensor.begin - position)):
+            pass
+        is_there = position == tensor.begin  # another one does not reach into it
+        if not is_there or len(data := read(tensor.num_bytes)) < tensor.num_bytes:
+            raise ConfigError(f"{file.name!r} was cut short at {tensor.name}, or another tensor reaches into it")
+        take(module, tensor, data)
+    while read(_READ_BYTES):
+        pass
+    return digest.digest()
+
+
+def _digest(config: bytes, weights: bytes) -> str:
+    return blake3(b"kvferry adapter 1" + blake3(config).digest() + weights).hexdigest(length=16)
 
 
 def _read_config(path: Path) -> bytes:
@@ -148,21 +192,10 @@ def _weights_file(path: Path) -> Path:
     return weights
 
 
-def _header_of(path: Path, data: bytearray) -> tuple[int, dict[str, dict[str, object]]]:
-    size = struct.unpack_from("<Q", data)[0] if len(data) >= 8 else 0
-    try:
-        header = json.loads(bytes(data[8 : 8 + size])) if size <= len(data) - 8 else None
-    except (ValueError, RecursionError):
-        header = None
-    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
-        raise ConfigError(f"{path} cannot be read: it is not a safetensors file")
-    header.pop("__metadata__", None)
-    return 8 + size, header
-
-
-def _adapter(
-    path: Path, config: bytes, begin: int, header: Mapping[str, Mapping[str, object]], size: int, weights: bytes
-) -> Adapter:
+def _modules(
+    path: Path, config: bytes, begin: int, header: Mapping[str, Mapping[str, object]], size: int
+) -> tuple[AdaptedModule, ...]:
+    """Check the settings, and the tensors of a file of `size` whose bytes begin at `begin`. Raises ConfigError."""
     fields = _checked_fields(path, config)
     tensors = {name: _stored(path, name, entry, begin, size) for name, entry in header.items()}
     pairs: dict[str, dict[str, StoredTensor]] = {}
@@ -173,10 +206,7 @@ def _adapter(
         raise ConfigError(f"{path} adapts no module")
     _check_targets(path, fields, pairs)
     scales = _Scales(fields)
-    modules = tuple(_module(path, name, pair, scales) for name, pair in sorted(pairs.items()))
-    digest = blake3(b"kvferry adapter 1" + blake3(config).digest() + weights).hexdigest(length=16)
-    base = fields.raw.get("base_model_name_or_path")
-    return Adapter(digest, modules, size, base if isinstance(base, str) else "")
+    return tuple(_module(path, name, pair, scales) for name, pair in sorted(pairs.items()))
 
 
 def _checked_fields(path: Path, config: bytes) -> ConfigFields:

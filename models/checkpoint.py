@@ -8,8 +8,10 @@ are found in milliseconds, by whoever starts a deployment, without torch.
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 from ..common.errors import ConfigError
@@ -177,10 +179,18 @@ def read_header(path: Path) -> tuple[int, dict[str, dict[str, object]]]:
     """Return where the tensors' bytes begin, and each tensor's entry. Raises ConfigError for any other file."""
     try:
         with path.open("rb") as file:
-            prefix = file.read(8)
-            size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER_BYTES + 1
-            header = json.loads(file.read(size)) if size <= _MAX_HEADER_BYTES else None
-    except (OSError, ValueError, RecursionError) as error:
+            return parse_header(path, lambda start, size: os.pread(file.fileno(), size, start))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def parse_header(path: Path, read: Callable[[int, int], bytes]) -> tuple[int, dict[str, dict[str, object]]]:
+    """Return what `read_header` does; `read(start, size)` returns the file's bytes. Raises ConfigError likewise."""
+    try:
+        prefix = read(0, 8)
+        size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER_BYTES + 1
+        header = json.loads(read(8, size)) if size <= _MAX_HEADER_BYTES else None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
         raise ConfigError(f"{path} cannot be read: it is not a safetensors file")

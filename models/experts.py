@@ -7,9 +7,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ..common.config import EngineConfig
+from ..common.errors import ConfigError
+from ..common.expert_plan import ExpertPlan, read_plan
 from .config_fields import ConfigFields
 
 Scoring = Literal["softmax", "sigmoid"]
@@ -163,3 +167,18 @@ def read_sparse_layers(fields: ConfigFields, traits: ExpertTraits | None) -> tup
     if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
         raise fields.refuse("mlp_only_layers", "must be a list of layers")
     return tuple(i >= first and (i + 1) % step == 0 and i not in dense for i in range(num_layers))
+
+
+def expert_plan(
+    engine: EngineConfig, experts: ExpertsConfig | None, sparse_layers: Sequence[bool]
+) -> ExpertPlan | None:
+    """Return which experts a worker's ranks hold; None: a part of each, or there are none. Raises ConfigError."""
+    if not engine.enable_expert_parallel or experts is None:
+        if engine.expert_plan is not None:
+            raise ConfigError("expert_plan: needs a mixture of experts, and enable_expert_parallel")
+        return None
+    num_experts, num_ranks = experts.num_experts, engine.tensor_parallel_size
+    if engine.expert_plan is None:
+        return ExpertPlan(num_experts, num_ranks)
+    layers = [layer for layer, is_sparse in enumerate(sparse_layers) if is_sparse]
+    return read_plan(engine.expert_plan, num_ranks=num_ranks, num_experts=num_experts, sparse_layers=layers)

@@ -12,7 +12,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..common.errors import ConfigError
 from .config_fields import ConfigFields
+
+# What FlashInfer has kernels for: the large models' latents, and heads that fill tiles of so many queries evenly, for
+# others would leave a tile's last query without its last key.
+_CUDA_SIZES = (512, 64)
+_CUDA_TILE = 128
+# Tiles in a step. Its plan has room for 16,384; rows that fill none, and tiles whose keys are shared out, take some.
+_CUDA_TILES = 15_000
 
 Shape = tuple[int, ...]
 
@@ -34,6 +42,23 @@ class LatentConfig:
     def token_size(self) -> int:
         """Count the numbers that are kept of a token in a layer."""
         return self.kv_rank + self.rope_dim
+
+    def check_cuda(self, num_heads: int, max_tokens: int) -> None:
+        """Refuse what CUDA has no kernels for, of a rank's heads and a step's tokens. Raises ConfigError."""
+        if (self.kv_rank, self.rope_dim) != _CUDA_SIZES:
+            raise ConfigError(
+                f"device: cuda has kernels for latents of {_CUDA_SIZES[0]} + {_CUDA_SIZES[1]} numbers, the model's are "
+                f"{self.kv_rank} + {self.rope_dim}; use cpu"
+            )
+        if _CUDA_TILE % num_heads:
+            raise ConfigError(
+                f"device: cuda attends to latents with 1, 2, 4 … {_CUDA_TILE} heads a rank, not {num_heads}"
+            )
+        if max_tokens * num_heads > (most := _CUDA_TILES * _CUDA_TILE):
+            raise ConfigError(
+                f"max_num_batched_tokens: {max_tokens} tokens of {num_heads} heads over latents are too many a step "
+                f"on cuda; possible: {most // num_heads}"
+            )
 
     def shapes(self, name: str, hidden_size: int, num_heads: int) -> dict[str, Shape]:
         """Return the tensors of a layer's attention `name`, by their names in a checkpoint."""

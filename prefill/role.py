@@ -24,22 +24,6 @@ from ..common.batch import Batch, BatchRow, RowOutput, StepOutput
 from ..common.clock import Clock
 from ..common.errors import CapacityError
 from ..common.grammar import Grammars, find_grammar
-from ..common.messages import (
-    Abort,
-    ChoiceTokens,
-    EmbedTask,
-    FetchFrom,
-    GrantInfo,
-    LiveRequests,
-    LocalTask,
-    Message,
-    PrefillTask,
-    ReserveKV,
-    TaskRefused,
-    in_pieces,
-    nonfinite_states,
-    nothing_to_choose,
-)
 from ..common.request import RequestSpec, Sequence, why_unserved
 from ..common.role_counters import RoleCounters
 from ..common.vectors import add
@@ -49,6 +33,11 @@ from ..kvcache.prefix_cache import PrefixCache
 from ..transfer.fetch.fetches import Fetches
 from ..transfer.protocol.handoff import Endpoint, check_grant
 from ..transfer.send.plan import ShipPlan, plan_chunk, plan_hits
+from ..wire.fields import Message
+from ..wire.grants import GrantInfo
+from ..wire.results import ChoiceTokens, TaskRefused, in_pieces, nonfinite_states, nothing_to_choose
+from ..wire.tasks import Abort, EmbedTask, FetchFrom, LocalTask, PrefillTask, ReserveKV
+from ..wire.workers import LiveRequests
 from .scheduler import PrefillScheduler
 from .shipments import Shipments, Shipping
 from .task import Task, embedding_message, first_token_message, first_tokens

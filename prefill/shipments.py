@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..common.messages import ChoiceTokens, GrantInfo
 from ..common.request import BlockId, RequestSpec
 from ..kvcache.blocks import BlockPool
 from ..transfer.send.counters import SendCounters
 from ..transfer.send.plan import ShipPlan
+from ..wire.grants import GrantInfo
+from ..wire.results import ChoiceTokens
 
 
 class Shipping(Protocol):

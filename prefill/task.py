@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..common.batch import RowOutput
-from ..common.messages import ChoiceTokens, Embedding, FirstToken, GrantInfo, WorkerFailure, nonfinite_states
 from ..common.request import FinishReason, RequestSpec, finish_reason
 from ..common.vectors import unit
+from ..wire.grants import GrantInfo
+from ..wire.results import ChoiceTokens, Embedding, FirstToken, WorkerFailure, nonfinite_states
 from .scheduler import Prompt
 
 

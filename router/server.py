@@ -20,13 +20,13 @@ from typing import Protocol
 import structlog
 from starlette.types import ASGIApp
 
-from ..common.channel import Address, max_frame_bytes
 from ..common.config import RouterConfig
-from ..common.credentials import SharedSecret
 from ..common.errors import ConfigError
 from ..settings.exposure import check_exposure
 from ..settings.open_files import MAX_CONNECTIONS, room_for_connections
 from ..settings.sockets import listen
+from ..wire.channel import Address, max_frame_bytes
+from ..wire.credentials import SharedSecret
 from .access.credentials import RouterCredentials
 from .access.keys import ApiKeys
 from .access.reload import reloading

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..common.channel import Address
 from ..common.config import RouterConfig
 from ..common.errors import ConfigError
+from ..wire.channel import Address
 
 
 def check_exposure(config: RouterConfig, *, has_secret: bool) -> None:

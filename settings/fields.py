@@ -130,7 +130,18 @@ def _check_origins(texts: tuple[str, ...]) -> tuple[str, ...]:
     return texts
 
 
+def _as_pair(text: str) -> str:
+    """Read vLLM's other form of an adapter, `{"name": ..., "path": ...}`; its base model is ours."""
+    if not text.startswith("{"):
+        return text
+    fields = parse_object(text)
+    if not isinstance(fields, dict) or not {"name", "path"} <= fields.keys() <= {"name", "path", "base_model_name"}:
+        raise ValueError('each is NAME=DIRECTORY or {"name": NAME, "path": DIRECTORY}')
+    return f"{fields['name']}={fields['path']}"
+
+
 def _check_adapters(texts: tuple[str, ...]) -> tuple[str, ...]:
+    texts = tuple(_as_pair(text) for text in texts)
     names = [text.partition("=")[0] for text in texts]
     if any(not name or not text.partition("=")[2] for name, text in zip(names, texts, strict=True)):
         raise ValueError("each is NAME=DIRECTORY")
@@ -165,6 +176,7 @@ class PoolSettings(Settings):
     max_workers: Annotated[int, Field(ge=0)] | None = None  # None: what the pools start with, however they share it
     tensor_parallel_size: PositiveInt | None = None
     enable_expert_parallel: bool | None = None
+    expert_plan: Path | None = None
     quantization: QuantizationName | None = None
     max_num_seqs: Count | None = None
     max_num_batched_tokens: Count | None = None
@@ -378,6 +390,9 @@ class ServeSettings(Settings):
         bool,
         Option("Engine", "Give each rank of a worker whole experts instead of a part of each.", ENGINES),
     ] = False
+    expert_plan: Annotated[
+        Path | None, Option("Engine", "File that says which ones (kvferry experts plan). Default: even.", ENGINES)
+    ] = None
     block_size: Annotated[
         Annotated[Literal[8, 16, 32, 64, 128], BeforeValidator(parse_number)],
         Option("Engine", "Tokens in a KV block.", ENGINES),
@@ -450,7 +465,7 @@ class ServeSettings(Settings):
     ] = False
     lora_modules: Annotated[
         Annotated[Texts, AfterValidator(_check_adapters)],
-        Option("Adapters", "NAME=DIRECTORY of an adapter as peft saves it, served from the start; repeatable.", FRONTS),
+        Option("Adapters", "NAME=DIRECTORY of an adapter as peft saves it, served from the start; several.", FRONTS),
     ] = ()
     max_loras: Annotated[int, Field(ge=1, le=1024), Option("Adapters", "Adapters in a step at once.", ENGINES)] = 8
     max_lora_rank: Annotated[
@@ -549,6 +564,7 @@ class ServeSettings(Settings):
             self.enable_expert_parallel if pool.enable_expert_parallel is None else pool.enable_expert_parallel
             for pool in pools
         }
+        plans = {pool.expert_plan or self.expert_plan for pool in pools}
         forms = [pool.quantization or self.quantization or "plain" for pool in (self.prefill, self.decode)]
         if self.prefill.workers and forms[0] != forms[1] and not set(forms) <= set(self.mixed_quantization):
             given = "decode" if self.decode.quantization is not None else "prefill"
@@ -563,10 +579,9 @@ class ServeSettings(Settings):
                 f"deterministic: both pools need the same tensor_parallel_size, these have {sizes[0]} and {sizes[1]}: "
                 "sums over ranks are rounded as they are split"
             )
-        if self.deterministic and self.prefill.workers and max(sizes) > 1 and len(splits) > 1:
-            raise ValueError(
-                "deterministic: both pools need the same enable_expert_parallel: sums are rounded as split"
-            )
+        if self.deterministic and self.prefill.workers and max(sizes) > 1 and max(len(splits), len(plans)) > 1:
+            name = "enable_expert_parallel" if len(splits) > 1 else "expert_plan"
+            raise ValueError(f"deterministic: both pools need the same {name}: sums are rounded as split")
         if self.speculative_config is not None and not self.deterministic:
             raise ValueError("speculative_config: needs deterministic, which is turned off: leave that away")
         if self.speculative_config is not None and self.speculative_config.model is not None and max(sizes) > 1:

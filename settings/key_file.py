@@ -22,8 +22,8 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError
 
 from ..common.config import Settings
-from ..common.credentials import read_private
 from ..common.errors import ConfigError
+from ..wire.credentials import read_private
 
 MAX_KEYS = 10_000
 _PREFIX = "kvf-"  # so that a key that leaked is recognised as one

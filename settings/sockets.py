@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import socket
 
-from ..common.channel import Address
 from ..common.errors import ConfigError
+from ..wire.channel import Address
 
 _BACKLOG = 2048
 

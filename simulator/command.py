@@ -28,7 +28,7 @@ from ..tools.load.report import report_console
 from .costs.measured import fit, read_samples
 from .oracle import bound
 from .report import Run, plot_runs, print_runs, save_runs
-from .scenario import Day, Failure, Fleet, Goals, Router, Scaled, Scenario, Spike, Traffic
+from .scenario import Adapters, Day, Failure, Fleet, Goals, Router, Scaled, Scenario, Spike, Traffic
 from .simulate import at_rate, capacity, simulate
 from .sources import SOURCES
 
@@ -101,6 +101,7 @@ def scenario_of(options: argparse.Namespace) -> Scenario:
         max_num_seqs=options.max_num_seqs,
         prefill_tokens=options.prefill_tokens,
         decode_tokens=options.decode_tokens,
+        adapters=Adapters(options.adapters, round(options.adapter_mb * 1e6), options.max_loras, options.max_cpu_loras),
     )
     router = Router(
         local_prefill=not options.no_local_prefill, max_local_prefill_tokens=options.max_local_prefill_tokens
@@ -183,6 +184,10 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-num-seqs", type=positive_int, default=256)
     group.add_argument("--prefill-tokens", type=positive_int, default=8192, help="largest step of a prefill worker")
     group.add_argument("--decode-tokens", type=positive_int, default=2048, help="largest step of a decode worker")
+    group.add_argument("--adapters", type=int, default=0, help="that requests name, few often and many rarely")
+    group.add_argument("--adapter-mb", type=positive_float, default=100.0, help="of an adapter's file")
+    group.add_argument("--max-loras", type=positive_int, default=8, help="adapters in a step, on each worker")
+    group.add_argument("--max-cpu-loras", type=positive_int, help="in its host memory (default: --max-loras)")
     group.add_argument("--fail", type=_failure, action="append", default=[], metavar="WORKER@AT[+BACK_AFTER]")
     group.add_argument("--autoscale", type=positive_int, metavar="N", help="the autoscaler decides, up to N workers")
     group.add_argument("--start-s", type=positive_float, default=60.0, help="that a new worker takes to start")

@@ -19,10 +19,10 @@ from math import exp, sqrt
 from random import Random
 
 from ..common.batch import Batch, BatchRow, RowOutput, StepOutput
-from ..common.messages import StepSample
 from ..common.request import Sequence
 from ..engine.loop import StepFigures
 from ..sizing.steps import StepModel, StepWork
+from ..wire.workers import StepSample
 from ..worker.core import WorkerCore
 from .jobs import TOKEN, Job, next_tokens
 from .jump import Step, work_of
@@ -83,7 +83,13 @@ class Engine:
         """Say whether an idle engine is not asked in vain."""
         core = self._core
         has_sequences = any(self._look()) or bool(core.prefill.scheduler.prompts or core.receiver.arrived)
-        return has_sequences or core.decode.num_waiting_reservations > 0 or not self._cache.is_settled
+        return has_sequences or core.decode.num_waiting_reservations > 0 or not self._is_settled
+
+    @property
+    def _is_settled(self) -> bool:
+        """Say whether neither blocks nor adapters are on their way to where they are wanted."""
+        adapters = self._core.adapters
+        return self._cache.is_settled and (adapters is None or adapters.is_settled)
 
     def _begin(self) -> None:
         self._is_waking = False
@@ -172,7 +178,7 @@ class Engine:
             return 1
         if self._core.roles.stepping != "decode" or self._core.prefill.scheduler.prompts:
             return 1
-        if len(batch.rows) < len(self._scheduler.running) or not self._cache.is_settled:
+        if len(batch.rows) < len(self._scheduler.running) or not self._is_settled:
             return 1
         longest, jobs = _MAX_JUMP, self._jobs
         for row in batch.rows:
@@ -226,7 +232,7 @@ class Engine:
     def _has_news(self, num_free: int) -> bool:
         """Say whether the next step may be another one than the jump's."""
         core = self._core
-        if core.prefill.scheduler.prompts or core.receiver.arrived or not self._cache.is_settled:
+        if core.prefill.scheduler.prompts or core.receiver.arrived or not self._is_settled:
             return True
         if num_free != self._num_free and (self._cache.has_tiers or (num_free > self._num_free and self._has_waiting)):
             return True

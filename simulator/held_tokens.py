@@ -11,8 +11,8 @@ from itertools import chain
 
 import msgspec
 
-from ..common.messages import ChoiceTokens, RequestTokens, StepTokens
 from ..common.request import Sequence
+from ..wire.results import ChoiceTokens, RequestTokens, StepTokens
 from .jobs import TOKEN
 
 _TOLD_AT_ONCE = 2  # tokens of an answer

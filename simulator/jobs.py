@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from ..common.batch import Run
 from ..common.request import RequestId, RequestSpec, SampledToken, SamplingParams
 from ..common.request import Sequence as TokenSequence
+from ..router.state.adapter_use import AdapterUse
 from ..router.state.choice_state import ChoiceState
 from ..router.state.request import RouterRequest
 from ..tools.load.traces import TraceRow
@@ -31,6 +32,7 @@ class Job:
     num_prompt_tokens: int
     num_output_tokens: int
     block_hashes: list[bytes]  # of the prompt's and the answer's full blocks
+    adapter: AdapterUse | None = None
 
     request_id: str = field(init=False)
     num_tokens: int = field(init=False)  # of the prompt and the answer
@@ -68,22 +70,28 @@ class JobContents:
             sampling=spec.sampling,
             priority=spec.priority,
             arrival=spec.arrival,
+            adapter=spec.adapter,
             block_hashes=job.block_hashes,  # the answer's among them
         )
 
 
-def make_job(number: int, row: TraceRow, arrival_s: float, block_tokens: int, *, hashed: bool) -> Job:
+def make_job(
+    number: int, row: TraceRow, arrival_s: float, block_tokens: int, *, hashed: bool, adapter: AdapterUse | None = None
+) -> Job:
     """`hashed`: some prefix may be found again. A trace's block is one or more of ours."""
     num_blocks = (row.num_prompt_tokens + row.num_output_tokens) // block_tokens
-    hashes = _hashes(number, row, block_tokens, num_blocks) if hashed else [b""] * num_blocks  # nobody looks for them
-    return Job(number, arrival_s, row.num_prompt_tokens, row.num_output_tokens, hashes)
+    salt = 0 if adapter is None else int(adapter.digest, 16) << 48  # no adapter finds another's blocks
+    hashes = _hashes(number, row, block_tokens, num_blocks, salt) if hashed else [b""] * num_blocks  # nobody looks
+    return Job(number, arrival_s, row.num_prompt_tokens, row.num_output_tokens, hashes, adapter)
 
 
-def _hashes(number: int, row: TraceRow, block_tokens: int, num_blocks: int) -> list[bytes]:
+def _hashes(number: int, row: TraceRow, block_tokens: int, num_blocks: int, salt: int) -> list[bytes]:
     parts = row.block_tokens // block_tokens
     shared = min(row.num_prompt_tokens // block_tokens, len(row.block_ids) * parts)
     hashes = [
-        _hash(block_id * parts + part) for block_id in row.block_ids[: -(-shared // parts)] for part in range(parts)
+        _hash(salt + block_id * parts + part)
+        for block_id in row.block_ids[: -(-shared // parts)]
+        for part in range(parts)
     ][:shared]
     own = (1 << 63) + (number << 20)  # of this request alone
     hashes += [_hash(own + place) for place in range(len(hashes), num_blocks)]
@@ -112,6 +120,7 @@ def make_request(job: Job, max_tokens: int, block_tokens: int) -> SimRequest:
         request_id=job.request_id,
         prompt_token_ids=range(job.num_prompt_tokens),
         sampling=_sampling(max(max_tokens, job.num_output_tokens)),
+        adapter=job.adapter,
     )
     request.block_hashes = job.block_hashes[: job.num_prompt_tokens // block_tokens]
     return request

@@ -61,6 +61,7 @@ class Outcome:
     num_queries: int  # prompt tokens looked up in workers' caches, and found there
     num_hits: int
     num_preemptions: int
+    num_adapter_loads: int
     num_retries: int
     num_events: int
     busy_share: float  # of the workers' time in which their engines computed

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..common.messages import RegionInfo
 from ..common.request import BlockId
 from ..transfer.protocol.rank_messages import ReadOutcome
+from ..wire.grants import RegionInfo
 from .costs.network import Port
 
 if TYPE_CHECKING:

@@ -141,6 +141,7 @@ class Recorder(NullObserver):
             usd=None if fleet.usd_per_hour is None else worker_s * fleet.usd_per_hour / 3600,
             num_queries=sum(worker.prefix_queries for worker, _ in workers),
             num_hits=sum(worker.prefix_hits for worker, _ in workers),
+            num_adapter_loads=sum(w.core.adapters.num_loads for w, _ in workers if w.core.adapters is not None),
             num_preemptions=sum(worker.core.decode.scheduler.num_preemptions for worker, _ in workers),
             num_retries=self.num_retries,
             num_events=self._world.kernel.num_events,

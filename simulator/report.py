@@ -92,6 +92,7 @@ def figures(outcome: Outcome) -> dict[str, object]:
         "queue": asdict(outcome.queue),
         "hit_rate": outcome.hit_rate,
         "num_preemptions": outcome.num_preemptions,
+        "num_adapter_loads": outcome.num_adapter_loads,
         "num_retries": outcome.num_retries,
         "busy_share": outcome.busy_share,
         "gpu_hours": outcome.gpu_hours,

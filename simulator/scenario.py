@@ -8,13 +8,13 @@ from typing import Literal
 
 from ..common.config import AutoscaleConfig, RouterConfig
 from ..common.errors import ConfigError
-from ..common.messages import Labels
 from ..router.placement.policy import RoutingPolicy
 from ..router.state.predictor import Predictor
 from ..sizing.hardware import Gpu, gpu_named
 from ..sizing.shapes import ModelShape, model_named
 from ..sizing.steps import Roofline, StepModel
 from ..tools.load.traces import TraceRow
+from ..wire.fields import Labels
 from .costs.network import Link, Network
 
 PolicyMaker = Callable[[RouterConfig, Predictor], RoutingPolicy]
@@ -53,6 +53,16 @@ class Traffic:
 
 
 @dataclass(slots=True, frozen=True)
+class Adapters:
+    """Adapters that requests name, and the room that workers have for them."""
+
+    count: int  # 0: requests are for the model itself
+    num_bytes: int = 100_000_000  # of each one's file
+    max_loras: int = 8
+    max_cpu_loras: int | None = None
+
+
+@dataclass(slots=True, frozen=True)
 class Fleet:
     """The workers. With no prefill workers all are colocated: they compute the prompts of their own answers."""
 
@@ -76,6 +86,7 @@ class Fleet:
     network: Network = Network(Link(40e9, 0.0005))
     labels: Callable[[int], Labels] | None = field(default=None, compare=False)  # of the worker of a number
     token_bytes: int | None = None  # of KV on the wire; None: the model's
+    adapters: Adapters = Adapters(0)
 
     @property
     def num_workers(self) -> int:

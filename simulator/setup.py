@@ -7,12 +7,14 @@ from pathlib import Path
 
 from ..common.config import RouterConfig, TransferConfig
 from ..common.kv_spec import KVCacheSpec
-from ..common.messages import Labels, RegionInfo, StepSample, WorkerHello
 from ..sizing.steps import StepModel, StepWork
+from ..wire.fields import Labels
+from ..wire.grants import RegionInfo
+from ..wire.workers import StepSample, WorkerHello
 from ..worker.effects import CoreConfig
 from ..worker.roles import RoleName
 from .jobs import END_IDS
-from .scenario import Scenario
+from .scenario import Adapters, Scenario
 
 MODEL = VERSION = TRANSPORT = "simulated"
 
@@ -36,6 +38,7 @@ class WorkerSpec:
     can_change_role: bool
     tp_size: int
     jumps: bool
+    adapters: Adapters
 
 
 def router_config(scenario: Scenario) -> RouterConfig:
@@ -87,6 +90,7 @@ def worker_spec(scenario: Scenario, block_tokens: int, hashed: bool) -> WorkerSp
         can_change_role=fleet.can_change_role,
         tp_size=fleet.gpus_per_worker,
         jumps=scenario.jumps,
+        adapters=fleet.adapters,
     )
 
 

@@ -13,25 +13,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..common.config import TransferConfig
-from ..common.messages import (
-    CancelKV,
-    ChoiceTokens,
-    DecodeToPrefill,
-    GrantInfo,
-    KVArrived,
-    KVClosed,
-    KVDone,
-    KVOpen,
-    KVOpened,
-    KVRefused,
-    KVRenew,
-    KVRenewed,
-    TransferReport,
-)
 from ..transfer.protocol.handoff import Endpoint, open_mac
 from ..transfer.send.counters import SendCounters
 from ..transfer.send.plan import ShipPlan
 from ..transfer.send.shipment import ShipmentState
+from ..wire.codec import DecodeToPrefill
+from ..wire.grants import GrantInfo
+from ..wire.handoff import CancelKV, KVArrived, KVClosed, KVDone, KVOpen, KVOpened, KVRefused, KVRenew, KVRenewed
+from ..wire.results import ChoiceTokens
+from ..wire.workers import TransferReport
 from .costs.network import Link, Port
 
 if TYPE_CHECKING:

@@ -15,9 +15,11 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import mean
 from typing import get_args
 
+import msgspec
 import structlog
 from pydantic import ValidationError
 
@@ -25,8 +27,9 @@ from ..common.config import Dtype, EngineConfig, KVCacheDtype, QuantizationName
 from ..common.errors import ConfigError, KVFerryError
 from ..models.config import ModelConfig
 from ..models.files import resolve_config
+from ..sizing.cpu import CpuRates
 from ..sizing.figures import Sizer
-from ..sizing.hardware import CPU, GPUS, Gpu, gpu_named, measured_cpu
+from ..sizing.hardware import CPU, GPUS, Gpu, gpu_named, measured_cpu, probed_cpu
 from ..sizing.memory import GPU_BATCHED_TOKENS
 from ..tools.load.arguments import positive_float, positive_int
 from .costs.network import Link, Network
@@ -148,6 +151,7 @@ def _inputs(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig, Gpu
         "kv_cache_dtype": options.kv_cache_dtype,
         "tensor_parallel_size": options.tensor_parallel_size,
         "enable_expert_parallel": options.enable_expert_parallel,
+        "expert_plan": options.expert_plan,
         "block_size": options.block_size,
         "max_num_seqs": options.max_num_seqs,
         "gpu_memory_utilization": options.gpu_memory_utilization,
@@ -176,6 +180,8 @@ def _gpu(options: argparse.Namespace) -> Gpu:
     given = {"memory_gb": options.memory_gb, "memory_gb_per_s": options.memory_gb_per_s, "tflops": options.tflops}
     if options.gpu is None:
         raise ConfigError(f"gpu: say on what: {', '.join(GPUS)}, or {CPU}")
+    if options.gpu.lower() == CPU and options.cpu_rates is not None and options.memory_gb is not None:
+        return probed_cpu(options.memory_gb, _read_rates(options.cpu_rates))
     if options.gpu.lower() == CPU:
         if missing := [name for name, value in given.items() if value is None]:
             raise ConfigError(
@@ -189,6 +195,16 @@ def _gpu(options: argparse.Namespace) -> Gpu:
         memory_tb_per_s=options.memory_gb_per_s / 1e3 if options.memory_gb_per_s else gpu.memory_tb_per_s,
         bf16_tflops=options.tflops or gpu.bf16_tflops,
     )
+
+
+def _read_rates(path: Path) -> CpuRates:
+    try:
+        rates = msgspec.json.decode(path.read_bytes(), type=CpuRates)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"cpu_rates: {path}: {error}") from error
+    if not rates.check():
+        raise ConfigError(f"cpu_rates: {path}: no machine's")
+    return rates
 
 
 def _link(options: argparse.Namespace, gpu: Gpu) -> float:
@@ -246,6 +262,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--gpu", help=f"{', '.join(GPUS)}, or {CPU} with what was measured on it")
     group.add_argument("--tensor-parallel-size", type=positive_int, default=1, metavar="N", help="GPUs of a worker")
     group.add_argument("--enable-expert-parallel", action="store_true", help="each rank has whole experts")
+    group.add_argument("--expert-plan", type=Path, metavar="FILE", help="which ones (kvferry experts plan)")
     group.add_argument("--quantization", choices=get_args(QuantizationName), help="as of serve")
     group.add_argument("--dtype", choices=get_args(Dtype), default="auto")
     group.add_argument("--kv-cache-dtype", choices=get_args(KVCacheDtype), default="auto")
@@ -254,6 +271,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--gpu-memory-utilization", type=positive_float, default=0.9, metavar="X")
     group.add_argument("--memory-gb", type=positive_float, metavar="X", help="of a GPU, 10^9 bytes; default: published")
     group.add_argument("--memory-gb-per-s", type=positive_float, metavar="X", help="that it reads; default: published")
+    group.add_argument("--cpu-rates", type=Path, metavar="FILE", help="of each part of a step, instead of these two")
     group.add_argument("--tflops", type=positive_float, metavar="X", help="dense, bfloat16; default: published")
     group.add_argument("--link-gb-per-s", type=positive_float, metavar="X", help="of a rank; default: 0.8 of its port")
     group = parser.add_argument_group("load")

@@ -14,27 +14,20 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..common.messages import (
-    Abort,
-    DecodeToPrefill,
-    FetcherToLender,
-    KVArrived,
-    Labels,
-    LenderToFetcher,
-    LocalTask,
-    Message,
-    PrefillToDecode,
-    ReserveKV,
-    StepTokens,
-)
 from ..common.request import BlockId, Sequence
 from ..decode.waiting import MAX_WAIT_S
 from ..kvcache.blocks import BlockPool
 from ..kvcache.prefix_cache import PrefixCache
 from ..kvcache.tiers import TierIndex
 from ..transfer.protocol.handoff import Endpoint
+from ..wire.codec import DecodeToPrefill, FetcherToLender, LenderToFetcher, PrefillToDecode
+from ..wire.fields import Labels, Message
+from ..wire.handoff import KVArrived
+from ..wire.results import StepTokens
+from ..wire.tasks import Abort, LocalTask, ReserveKV
 from ..worker.core import WorkerCore
 from ..worker.roles import RoleName
+from .adapters import SimLoader
 from .costs.network import Link, Port
 from .engine import Engine
 from .held_tokens import HeldTokens
@@ -86,6 +79,9 @@ class SimWorker:
     def _make_core(self, role: RoleName) -> WorkerCore:
         spec, kv = self.spec, self.spec.kv
         config = core_config(spec, self.worker_id, self.incarnation, role, self.address)
+        loader = SimLoader(spec.adapters, self.now, self.after) if spec.adapters.count else None
+        if loader is not None:
+            loader.wake = self.wake
         endpoint = Endpoint(kv, VERSION, TRANSPORT, config.tp_size)
         block_bytes = spec.token_bytes * kv.block_size
         self._shipping = SimShipping(self, endpoint, config.transfer, block_bytes=block_bytes, port=self.sending)
@@ -100,6 +96,7 @@ class SimWorker:
             regions=regions(spec, self.address, 0),
             watch_processes=lambda marks: None,
             contents=self.world.contents,
+            adapters=loader,
         )
 
     def start(self) -> None:

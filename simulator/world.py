@@ -11,11 +11,13 @@ from random import Random
 from time import process_time
 
 from ..common.errors import CapacityError, RequestError
-from ..common.messages import Goodbye, Message, SetRole, WorkerHello
 from ..router.dispatch.dispatcher import Dispatcher
 from ..router.placement import make_policy
 from ..router.state.predictor import Predictor
+from ..wire.fields import Message
+from ..wire.workers import Goodbye, SetRole, WorkerHello
 from ..worker.roles import RoleName
+from .adapters import AdapterChoice, adapter_use
 from .costs.network import Link
 from .jobs import Job, JobContents, any_repeats, make_job, make_request
 from .kernel import Kernel
@@ -44,6 +46,7 @@ class World:
         self.block_tokens = scenario.fleet.block_tokens or default_tokens
         self.spec = worker_spec(scenario, self.block_tokens, self._hashed)
         self._arrivals = arrivals(scenario.traffic)
+        self._adapters = AdapterChoice(scenario.fleet.adapters, scenario.traffic.seed)
         self.jobs: dict[str, Job] = {}
         self.contents = JobContents(self.jobs, self.block_tokens)
         self._num_arrived = 0
@@ -150,7 +153,9 @@ class World:
     def _next_arrival(self) -> None:
         """Requests are made when they come: a million of them never exist at once."""
         for time_s, row in self._arrivals:
-            job = make_job(self._num_arrived, row, time_s, self.block_tokens, hashed=self._hashed)
+            adapter = adapter_use(self._adapters.draw(), self.spec.adapters.num_bytes)
+            number, size = self._num_arrived, self.block_tokens
+            job = make_job(number, row, time_s, size, hashed=self._hashed, adapter=adapter)
             self._num_arrived += 1
             self._last_arrival_s = time_s
             self.jobs[job.request_id] = job

@@ -14,6 +14,7 @@ from functools import cached_property
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..models.config import ModelConfig
+from .cpu import CpuSteps
 from .hardware import Gpu
 from .memory import cache_token_bytes, item_bytes
 from .shapes import ModelShape, shape_of
@@ -76,7 +77,10 @@ class Sizer:
     def _roofline(self, gpu: Gpu) -> Roofline:
         shape = shape_of(self.engine, self.model, gpu, self.context)
         share = 1.0 if gpu.is_cpu else self.engine.gpu_memory_utilization
-        return Roofline(gpu, shape, self.engine.tensor_parallel_size, memory_share=share)
+        num_ranks = self.engine.tensor_parallel_size
+        if gpu.rates is not None:
+            return CpuSteps(gpu, shape, num_ranks, memory_share=share, rates=gpu.rates)
+        return Roofline(gpu, shape, num_ranks, memory_share=share)
 
     @cached_property
     def _bound(self) -> Roofline:

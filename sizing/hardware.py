@@ -26,8 +26,12 @@ A CPU stands here too, by rates that were measured on it (`measured`): of those 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from .cpu import CpuRates
 
 
 @dataclass(slots=True, frozen=True)
@@ -49,6 +53,7 @@ class Gpu:
     sum_s: float = 10e-6
     attention_share: float = 1.0  # of the products' rate that a prompt's attention reaches
     is_cpu: bool = False
+    rates: CpuRates | None = None  # of a CPU: measured apart; None: by the two rates above
 
     def flops(self, mfu: float | None = None, *, float8: bool = False) -> float:
         """Operations per second that prompts reach. `mfu`: a model's own; `float8`: by weights of FP8."""
@@ -62,7 +67,7 @@ class Gpu:
     @property
     def at_peak(self) -> Gpu:
         """Return one that reaches its peaks and starts kernels in no time: what nothing can be faster than."""
-        return replace(self, mfu=1.0, mbu=1.0, layer_s=0.0, sum_s=0.0)
+        return replace(self, mfu=1.0, mbu=1.0, layer_s=0.0, sum_s=0.0, rates=None)
 
 
 GPUS = {
@@ -87,6 +92,12 @@ def gpu_named(name: str) -> Gpu:
         return GPUS[name.upper()]
     except KeyError:
         raise ConfigError(f"gpu {name}: known are {', '.join(GPUS)}") from None
+
+
+def probed_cpu(memory_gb: float, rates: CpuRates) -> Gpu:
+    """Return this machine's CPU by the rates of each part of a step."""
+    cpu = measured_cpu(memory_gb, rates.bytes_per_s / 1e9, rates.flops_per_s / 1e12)
+    return replace(cpu, rates=rates)
 
 
 def measured_cpu(memory_gb: float, memory_gb_per_s: float, tflops: float) -> Gpu:

@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import repeat
 from typing import NamedTuple
 
 from ..common.config import EngineConfig
 from ..kvcache.draft_pages import num_draft_pages
 from ..models.checkpoint import tensor_shapes
 from ..models.config import ModelConfig
+from ..models.experts import expert_plan
 from ..models.native import not_in_native
-from ..models.quantization import TIED_HEAD, Form, Quantization, chosen_quantization
+from ..models.quantization import MXFP4_GROUP, TIED_HEAD, Form, Quantization, chosen_quantization
 
 # A rank's main memory besides weights and caches: interpreter, torch, buffers of a step. Seen: 250 to 400 MiB.
 RANK_BYTES = 400 << 20
@@ -30,6 +32,7 @@ RANK_BYTES = 400 << 20
 # attention's, products'), graphs, and what torch's allocator keeps between steps. Less leaves a smaller card without
 # memory at its first long step, more is cache that is not there.
 _GPU_BASE_BYTES = 3 << 29
+_EXPERT_ROWS = 4096  # of a step that are sorted by their experts at once: `engine/cuda/experts.py`
 # Tokens of a step: enough to keep a GPU's multipliers busy; where answers are written too, a step must not keep them
 # waiting for long.
 GPU_BATCHED_TOKENS = {"prefill": 8192, "decode": 2048}
@@ -122,6 +125,10 @@ def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int)
     # A layer's widest moment: hidden states, residual stream and sum; gate, up and their product, or the heads.
     widest = 3 * model.hidden_size + max(3 * model.intermediate_size, 2 * heads) // engine.tensor_parallel_size
     activations = num_tokens * widest * item_bytes(engine, model)
+    if (experts := model.experts) is not None:  # rows are there once for every expert that they take, twice when sorted
+        inner = 3 * experts.intermediate_size // engine.tensor_parallel_size
+        rows = min(num_tokens, _EXPERT_ROWS) * experts.num_chosen
+        activations += rows * (3 * model.hidden_size + inner) * item_bytes(engine, model)
     logits = _LOGIT_ARRAYS * engine.max_num_seqs * model.vocab_size * _ITEM_BYTES["float32"]
     return _GPU_BASE_BYTES + activations + logits
 
@@ -154,7 +161,10 @@ class _Counter:
         self._has_tiles = not self._on_gpu and self._item_bytes == 2 and not not_in_native(model)
         self._quantization = quantization if self._on_gpu or self._has_tiles else None
         self._has_float8 = self._on_gpu and has_float8
-        self._whole_experts = engine.enable_expert_parallel and num_ranks > 1
+        plan = expert_plan(engine, model.experts, model.sparse_layers) if num_ranks > 1 else None
+        held = plan.fullest(model.sparse_layers) if plan is not None else {}
+        # Of a rank with whole experts, these, by number of the layer; of the one that holds most.
+        self._held = {f"model.layers.{layer}": own for layer, own in held.items()}
         self._shapes = tensor_shapes(model)
 
     def count(self) -> WeightBytes:
@@ -206,19 +216,19 @@ class _Counter:
         """Yield the layers' matrices, fused parts as one."""
         shapes = {name.removesuffix(".weight"): size for name, size in self._shapes.items()}
         experts = self._model.experts
-        num_own = experts.num_experts // self._num_ranks if experts is not None and self._whole_experts else None
+        held = self._held
         for module, shape in shapes.items():
             path, _, last = module.rpartition(".")
             if experts is not None and experts.is_stacked and is_expert(module):
-                yield _Matrix((module,), math.prod(shape[:-1]) // self._num_ranks, shape[-1])
+                yield from self._stacked(module, shape, len(held[_layer(module)]) if held else None)
                 continue
             if len(shape) != 2 or module in (_EMBEDDING, _HEAD) or _is_gate(f"{module}."):
                 continue
             whole = self._fused(shapes, path, last)
             if whole is None:
                 continue  # counted with its first part
-            if num_own is not None and is_expert(module):
-                if int(path.rpartition(".")[2]) < num_own:  # the first rank's: all have as many
+            if held and is_expert(module):
+                if int(path.rpartition(".")[2]) in held[_layer(module)]:
                     yield whole
             elif last in _BY_INPUTS:
                 yield whole._replace(num_inputs=whole.num_inputs // self._num_ranks, num_parts=self._num_ranks)
@@ -226,6 +236,20 @@ class _Counter:
                 yield whole
             else:
                 yield whole._replace(num_outputs=whole.num_outputs // self._num_ranks)
+
+    def _stacked(self, module: str, shape: tuple[int, ...], num_own: int | None) -> Iterator[_Matrix]:
+        """Yield each expert's matrix of a stack [experts, inputs, outputs], or the stack of their biases."""
+        if len(shape) == 2:
+            yield _Matrix((module,), shape[0] // self._num_ranks, shape[1])
+            return
+        count, num_inputs, num_outputs = shape
+        if num_own is not None:
+            count = num_own
+        elif module.endswith("down_proj"):
+            num_inputs //= self._num_ranks
+        else:
+            num_outputs //= self._num_ranks
+        yield from repeat(_Matrix((module,), num_outputs, num_inputs), count)
 
     @staticmethod
     def _fused(shapes: Mapping[str, tuple[int, ...]], path: str, last: str) -> _Matrix | None:
@@ -238,6 +262,9 @@ class _Counter:
         return _Matrix(modules, sum(shapes[module][0] for module in modules), shapes[modules[0]][1])
 
     def _matrix_bytes(self, matrix: _Matrix) -> int:
+        experts = self._model.experts
+        if experts is not None and experts.is_stacked and is_expert(matrix.modules[0]):
+            return self._stacked_bytes(matrix)
         if self._quantization is None:
             return self._plain_bytes(matrix)
         form = self._quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
@@ -253,6 +280,19 @@ class _Counter:
         numbers = num_groups * _padded(form.group_size, _GROUP_UNIT) * form.bits // 8
         scales = num_groups * (2 if form.has_minima else 1) * self._scale_bytes(matrix.modules[0], form)
         return round(_padded(matrix.num_outputs, _TILE_OUTPUTS) * (numbers + scales))
+
+    def _stacked_bytes(self, matrix: _Matrix) -> int:
+        """Count an expert's of a stack: C++ has it as a checkpoint in MXFP4 has it, of whole groups on every rank."""
+        experts, quantization = self._model.experts, self._quantization
+        assert experts is not None
+        own = experts.intermediate_size // (1 if self._held else self._num_ranks)
+        is_mxfp4 = self._has_tiles and quantization is not None and quantization.method == "mxfp4"
+        if matrix.modules[0].endswith("_bias"):
+            return matrix.num_outputs * matrix.num_inputs * self._item_bytes
+        if not is_mxfp4 or own % MXFP4_GROUP:
+            return self._plain_bytes(matrix)
+        num_groups = matrix.num_inputs // MXFP4_GROUP  # each of 4 bits a number, and a byte
+        return _padded(matrix.num_outputs, _TILE_OUTPUTS) * num_groups * (MXFP4_GROUP // 2 + 1)
 
     def _plain_bytes(self, matrix: _Matrix) -> int:
         outputs, inputs = matrix.num_outputs, matrix.num_inputs
@@ -280,6 +320,10 @@ class _Counter:
                 return _FULL if form.has_minima else _HALF
             case _:
                 return _FULL
+
+
+def _layer(module: str) -> str:
+    return module.rpartition(".experts.")[0].rpartition(".")[0]
 
 
 def _padded(size: int, multiple: int) -> int:

@@ -15,7 +15,15 @@ from ..common.errors import ConfigError
 from ..models.config import ModelConfig
 from .hardware import Gpu
 from .memory import RANK_BYTES, cache_token_bytes, gpu_reserve_bytes, item_bytes, rank_weights
-from .work import count_params, exchanged_bytes, flops_per_pair, num_prompt_pairs, num_sums, num_visible_keys
+from .work import (
+    count_params,
+    exchanged_bytes,
+    flops_per_pair,
+    num_prompt_pairs,
+    num_sums,
+    num_values,
+    num_visible_keys,
+)
 
 _RESERVE_BYTES = 4e9
 
@@ -44,6 +52,10 @@ class ModelShape:
     read_share: float = 1.0  # of kept tokens that a row's attention reads: less with sliding windows
     exchanged_bytes: float = 0.0  # that each GPU sends for one token, where several share the model
     num_sums: int = 0  # over the GPUs, in a step
+    row_exchange_s: float = 0.0  # of a decode row among one GPU's: to its experts' GPUs and back, in all layers
+    head_dim: int = 0
+    scores_per_pair: float = 0.0  # of a prompt's query token and key token: heads of all layers
+    values_per_token: float = 0.0  # of activations, read or written beside products
 
     @property
     def active_params(self) -> float:
@@ -109,6 +121,9 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
         read_share=keys / (context * model.num_layers),
         exchanged_bytes=exchanged_bytes(1, num_ranks, item_bytes(engine, model), model),
         num_sums=num_sums(model) if num_ranks > 1 else 0,
+        head_dim=model.head_dim,
+        scores_per_pair=2 * model.num_qo_heads * pairs / (context * (context + 1)),
+        values_per_token=num_values(model),
     )
 
 
@@ -134,8 +149,10 @@ MODELS = {
             num_experts=256,
             experts_per_token=8,
             expert_share=0.97,  # 58 layers x 256 experts x 3 x 7168 x 2048 parameters = 654 B
-            # Assumed: two exchanges between the experts' GPUs a layer, about 60 us each.
-            kernels_s=8e-3,
+            kernels_s=3e-3,
+            # DeepEP's README, low-latency kernels on H800 with 400 Gb/s InfiniBand: 128 tokens of a GPU take 173 us to
+            # the experts of 64 GPUs and 314 us back. 58 layers have experts. Prompts' exchange is in their `mfu`.
+            row_exchange_s=58 * (173e-6 + 314e-6) / 128,
             # 52,300 prompt tokens per second on eight H100 (LMSYS, "Deploying DeepSeek with PD Disaggregation and
             # Large-Scale Expert Parallelism on 96 H100 GPUs", 2025) are a quarter of their FP8 peak.
             mfu=0.25,

@@ -3,7 +3,7 @@
     a step computes prompt chunks and decode rows together, its kernels one after the other:
         products     of all tokens with the weights: arithmetic, or reading the weights once, whichever takes longer
         attention    of prompts: arithmetic on every pair of tokens; of decode rows: reading every attended token's KV
-        exchange     sums over the GPUs that share the model: their bytes, and a constant for each
+        exchange     sums over the GPUs that share the model: their bytes, and a constant for each; ways to experts
         launches     a constant
 
 Attention of prompts and of rows are kernels of their own that do not overlap: POD-Attention (ASPLOS'25), section 2,
@@ -87,6 +87,7 @@ class Roofline:
     _s_per_pair: float = field(init=False)  # a prompt's token attends to another
     _s_per_context: float = field(init=False)  # a decode row attends to a token: read its KV, multiply meanwhile
     _s_per_exchange: float = field(init=False)  # of a token
+    _s_per_row_exchange: float = field(init=False)  # more, of a decode row whose experts are on other GPUs
     _fixed_s: float = field(init=False)  # of a step: launches, and sums over ranks however short
 
     def __post_init__(self) -> None:
@@ -103,6 +104,7 @@ class Roofline:
         read_s = model.kv_bytes_per_token * model.read_share / (self.num_gpus * gpu.bytes_per_s)
         self._s_per_context = max(read_s, model.decode_flops_per_pair / attention_flops)
         self._s_per_exchange = model.exchanged_bytes / (gpu.nvlink_gb_per_s * 1e9)
+        self._s_per_row_exchange = model.row_exchange_s / self.num_gpus
         self._fixed_s = model.kernels_s + model.num_sums * gpu.sum_s
 
     @property
@@ -128,7 +130,7 @@ class Roofline:
             weights=self._read_s(tokens),
             attention=work.prefill_pairs * self._s_per_pair,
             cache=work.decode_context * self._s_per_context,
-            exchange=self._fixed_s - self.model.kernels_s + tokens * self._s_per_exchange,
+            exchange=self._fixed_s - self.model.kernels_s + self._exchange_s(tokens, work.decode_rows),
             launches=self.model.kernels_s,
         )
 
@@ -137,7 +139,10 @@ class Roofline:
         rows, tokens = work.decode_rows, work.prefill_tokens + work.decode_rows
         products_s = max(tokens * self._s_per_token + rows * self._s_per_row, self._read_s(tokens))
         attention_s = work.prefill_pairs * self._s_per_pair + work.decode_context * self._s_per_context
-        return self._fixed_s + products_s + attention_s + tokens * self._s_per_exchange
+        return self._fixed_s + products_s + attention_s + self._exchange_s(tokens, rows)
+
+    def _exchange_s(self, tokens: int, rows: int) -> float:
+        return tokens * self._s_per_exchange + rows * self._s_per_row_exchange
 
     def run(self, rows: int, context: int) -> tuple[float, float]:
         return self.step_s(StepWork(decode_rows=rows, decode_context=context)), rows * self._s_per_context

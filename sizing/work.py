@@ -4,7 +4,7 @@
     pairs       (query, key) pairs of causal attention: n (n + 1) / 2 for n tokens, fewer with a sliding window
     exchanged   each rank's share of two sums over the ranks in a layer, and of one behind the embedding
 
-Not counted, as they take next to nothing: norms, biases, activations, sampling. Pure.
+Not counted, as they take next to nothing: norms' weights, biases, sampling. Pure.
 """
 
 from __future__ import annotations
@@ -54,6 +54,19 @@ def num_prompt_pairs(num_tokens: int, model: ModelConfig) -> int:
 def num_visible_keys(context: float, model: ModelConfig) -> float:
     """Count keys that one query reads in all layers together, with `context` tokens up to and including itself."""
     return sum(context if window is None else min(context, window) for window in model.sliding_windows)
+
+
+def num_values(model: ModelConfig) -> int:
+    """Count the numbers of activations that are read or written beside products, of one token in all layers: around two
+    norms and sums with the residual stream, rotation, attention's output, the feed-forward's gate.
+    """
+    queries, keys = model.num_qo_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    inner = (
+        model.intermediate_size
+        if model.experts is None
+        else model.experts.intermediate_size * model.experts.num_chosen + model.experts.shared_size
+    )
+    return model.num_layers * (6 * model.hidden_size + 3 * queries + 4 * keys + 3 * inner)
 
 
 def num_sums(model: ModelConfig) -> int:

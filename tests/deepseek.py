@@ -2,17 +2,24 @@
 
     write_deepseek(tmp_path / "model")                                  a V3 of 3 layers, all dense
     write_deepseek(tmp_path / "model", "v2", q_lora_rank=None)          another generation or shape
+    write_for_cuda(tmp_path / "model")                                  a V3 that CUDA attends to, without transformers
 
 Weights have the scales of `checkpoints.py`: attention is peaked, and the best token leads by more than rounding.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvferry.models.checkpoint import tensor_shapes
+from kvferry.models.config import ModelConfig
 
 from .checkpoints import write_tokenizer
 
@@ -70,16 +77,38 @@ def write_deepseek(
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("inv_freq"):
             continue
-        spread = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
-            if name.endswith("norm.weight"):
-                parameter.copy_((4.0 if name == "model.norm.weight" else 1.0) + 0.1 * spread)
-            elif parameter.dim() == 1:
-                parameter.copy_(0.1 * spread)
-            else:
-                scale = 3.0 if name.endswith(("q_proj.weight", "q_b_proj.weight")) else 1.0
-                parameter.copy_(spread * (scale / math.sqrt(parameter.shape[-1])))
+            parameter.copy_(_drawn(name, tuple(parameter.shape), generator))
     model.save_pretrained(path)
     if tokenizer:
         write_tokenizer(path, int(str({**SHAPE, **fields}["vocab_size"])))
+    return path
+
+
+def _drawn(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    spread = torch.randn(shape, generator=generator)
+    if name.endswith("norm.weight"):
+        return (4.0 if name == "model.norm.weight" else 1.0) + 0.1 * spread
+    if len(shape) == 1:
+        return 0.1 * spread
+    scale = 3.0 if name.endswith(("q_proj.weight", "q_b_proj.weight")) else 1.0
+    return spread * (scale / math.sqrt(shape[-1]))
+
+
+def write_for_cuda(path: Path, **fields: object) -> Path:
+    """Write a V3 in bfloat16 with latents of 512 + 64."""
+    own: dict[str, object] = {"hidden_size": 128, "num_hidden_layers": 2, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    architecture = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": "bfloat16"}
+    own |= {"rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False, "rope_interleave": True}
+    return write_by_shapes(path, {**SHAPE, **architecture, **own, **fields})
+
+
+def write_by_shapes(path: Path, config: dict[str, object]) -> Path:
+    """Write a checkpoint in bfloat16 of the names and shapes that the product reads of a config.json."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+    shapes = tensor_shapes(ModelConfig.from_dir(path))
+    tensors = {name: _drawn(name, shape, generator).bfloat16() for name, shape in shapes.items()}
+    save_file(tensors, path / "model.safetensors")
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -15,9 +16,11 @@ import pytest
 
 from kvferry import __version__
 from kvferry.cli import main
+from kvferry.common.expert_plan import read_plan
 from kvferry.settings.fields import ServeSettings, option_of
 
 from .checkpoints import write_checkpoint
+from .deepseek import write_deepseek
 
 # vLLM's names, and what is ours.
 SERVE_FLAGS = """
@@ -104,10 +107,11 @@ def test_each_command_has_help(run: Run, command: str) -> None:
 
 
 def test_layout_says_what_there_is_no_cpp_for(run: Run, tmp_path: Path) -> None:
-    model = write_checkpoint(tmp_path / "olmo", "olmo2", dtype="bfloat16")
-    result = run("serve", str(model), "--port", "0", "--device", "cpu", "--kv-cache-memory-bytes", "1MiB", "--dry-run")
+    write_deepseek(tmp_path, tokenizer=True)
+    arguments = ("--port", "0", "--device", "cpu", "--dtype", "bfloat16")
+    result = run("serve", str(tmp_path), *arguments, "--kv-cache-memory-bytes", "1MiB", "--dry-run")
     assert result.returncode == 0, result.stderr
-    assert "Torch computes the model: there is no C++ for norms behind blocks alone" in result.stdout
+    assert "Torch computes the model: there is no C++ for latent attention" in result.stdout
 
 
 def test_dry_run_prints_each_process(run: Run, tmp_path: Path) -> None:
@@ -129,6 +133,20 @@ def test_dry_run_prints_each_process(run: Run, tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["model", "router", "p-0", "p-1", "d-0", "layout"]
     assert "= 128 blocks = 2048 tokens" in lines[2]  # 2 layers, K and V, 2 heads of 16, float32, 16 tokens: 8 KiB
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--lora-modules", "fr=/a/fr", "de=/a/de"),
+        ("--lora-modules", "fr=/a/fr", "--lora-modules", "de=/a/de"),
+        ("--lora-modules", '{"name": "fr", "path": "/a/fr", "base_model_name": "m"}', "de=/a/de"),
+    ],
+)
+def test_adapters_may_be_given_in_each_of_the_forms_that_vllm_takes(run: Run, words: tuple[str, ...]) -> None:
+    shown = run("config", "show", "--enable-lora", *words, "--max-loras", "2")
+    assert 'lora_modules: ["fr=/a/fr", "de=/a/de"]' in shown.stdout
+    assert "max_loras: 2" in shown.stdout
 
 
 def test_taken_port_is_one_line(run: Run) -> None:
@@ -311,3 +329,38 @@ def test_a_mistake_about_keys_is_one_line_and_leaves_the_file(
     assert result.returncode == 2
     assert says in result.stderr and result.stderr.count("\n") == 1
     assert file.read_bytes() == before
+
+
+def _experts_of(worker_id: str, taken: list[int], of_ranks: list[int]) -> dict[str, object]:
+    layer = {"layer": 2, "taken": taken, "recently_taken": taken, "of_ranks": of_ranks}
+    known = {"worker_id": worker_id, "role": "decode", "ranks": 2, "imbalance": 2.5, "rank_imbalance": 1.25}
+    return known | {"layers": [layer]}
+
+
+def test_experts_show_tells_the_busiest(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = [_experts_of("d-0", [2, 10, 0, 4], [12, 4])]
+    monkeypatch.setattr("kvferry.router.admin.explain_view.fetch", lambda admin, path, key: {"workers": workers})
+    shown = run("experts", "show", "--admin", "127.0.0.1:9")
+    assert shown.returncode == 0
+    assert re.search(r"d-0 +decode +2 +16 +2\.50x +1\.25x +2\.1 62%, 2\.3 25%, 2\.0 12%", shown.stdout)
+    workers.clear()
+    shown = run("experts", "show", "--admin", "127.0.0.1:9")
+    assert shown.returncode == 2 and "no worker has told of experts" in shown.stderr
+
+
+def test_experts_plan_writes_what_serve_takes(run: Run, tmp_path: Path) -> None:
+    saved, plan = tmp_path / "counts.json", tmp_path / "plan.json"
+    saved.write_text(json.dumps({"workers": [_experts_of("d-0", [8, 1, 1, 2], [9, 3])] * 2}))
+    done = run("experts", "plan", str(plan), "--replicas", "2", "--from", str(saved))
+    assert done.returncode == 0, done.stderr
+    assert "1 layers of 4 experts; each of 2 ranks holds 3" in done.stdout
+    assert "by 24: 1.50x split evenly, 1.00x with this plan" in done.stdout
+    found = read_plan(plan, num_ranks=2, num_experts=4, sparse_layers=(2,))
+    assert sorted(map(len, found.held(2))) == [3, 3]
+    for words, message in (
+        (["--replicas", "1"], "use 0"),
+        (["--replicas", "0", "--pool", "prefill"], "no worker of prefill has told of experts"),
+        (["--replicas", "0", "--from", str(plan)], "is no answer of /admin/experts"),
+    ):
+        refused = run("experts", "plan", str(plan), "--from", str(saved), *words)
+        assert refused.returncode == 2 and message in refused.stderr

@@ -20,14 +20,15 @@ ROOT = Path(kvferry.__file__).resolve().parent
 PACKAGE = "kvferry"
 FOLDERS = (
     *("cli", "common", "decode", "engine", "grammar", "kvcache", "launch", "models", "prefill"),
-    *("router", "settings", "simulator", "sizing", "tools", "transfer", "worker"),
+    *("router", "settings", "simulator", "sizing", "tools", "transfer", "wire", "worker"),
 )
 MAX_FILES = 25  # of a room
 HOUSE = """
 common
-settings             common
+wire                 common
+settings             common wire
 models               common
-kvcache              common
+kvcache              common wire
 sizing               common models kvcache
 grammar              common models
 engine/ranks         common models kvcache
@@ -35,27 +36,27 @@ engine/nn/attention  common
 engine/nn            common models engine/ranks engine/nn/attention
 engine/cpu           common models engine/ranks engine/nn/attention engine/nn
 engine/cuda          common kvcache engine/nn/attention engine/nn
-engine               common models kvcache engine/ranks engine/nn/attention engine/nn engine/cpu engine/cuda
-transfer/backends    common
-transfer/protocol    common transfer/backends
-transfer/fetch       common kvcache transfer/backends transfer/protocol
-transfer/send        common transfer/backends transfer/protocol transfer/fetch
-transfer/receive     common kvcache transfer/protocol
-transfer             common transfer/backends transfer/protocol transfer/send
-prefill              common kvcache transfer/protocol transfer/fetch transfer/send
-decode               common kvcache transfer/fetch transfer/receive
-worker               common kvcache engine/ranks engine transfer/backends transfer/protocol transfer/fetch
+engine               common wire models kvcache engine/ranks engine/nn/attention engine/nn engine/cpu engine/cuda
+transfer/backends    common wire
+transfer/protocol    common wire transfer/backends
+transfer/fetch       common wire kvcache transfer/backends transfer/protocol
+transfer/send        common wire transfer/backends transfer/protocol transfer/fetch
+transfer/receive     common wire kvcache transfer/protocol
+transfer             common wire transfer/backends transfer/protocol transfer/send
+prefill              common wire kvcache transfer/protocol transfer/fetch transfer/send
+decode               common wire kvcache transfer/fetch transfer/receive
+worker               common wire kvcache engine/ranks engine transfer/backends transfer/protocol transfer/fetch
 worker               grammar
 worker               transfer/send transfer/receive transfer prefill decode
-router/state         common
-router/metrics       common
+router/state         common wire
+router/metrics       common wire
 router/http          common settings router/state
-router/access        common settings router/state
+router/access        common wire settings router/state
 router/helpers       common grammar models router/state
 router/queue         common router/state
 router/turns         common router/state
 router/placement     common router/state
-router/dispatch      common kvcache router/state router/queue router/placement
+router/dispatch      common wire kvcache router/state router/queue router/placement
 router/autoscaler    common settings router/state router/metrics
 router/catalogue     common models router/state router/dispatch router/helpers router/turns
 router/api           common models router/state router/http router/access router/helpers router/catalogue router/turns
@@ -64,18 +65,18 @@ router/responses     common router/state router/api router/turns
 router/embeddings    common models router/api router/catalogue
 router/batches       common router/state router/helpers router/api
 router/admin         common router/state router/access router/autoscaler router/api
-router               common settings models router/state router/metrics router/http router/access router/helpers
+router               common wire settings models router/state router/metrics router/http router/access router/helpers
 router               router/placement router/dispatch router/autoscaler router/catalogue router/api router/messages
 router               router/responses router/embeddings router/batches router/admin
-launch               common settings models kvcache sizing engine/cpu
+launch               common wire settings models kvcache sizing engine/cpu
 tools/load           common
 tools/chaos          common models tools/load
-simulator            common kvcache engine transfer/protocol transfer/send decode worker
+simulator            common wire kvcache engine transfer/protocol transfer/send decode worker
 simulator            router/state router/placement router/dispatch router/autoscaler tools/load simulator/costs
 simulator            models sizing
-cli                  common settings models sizing router/admin launch
+cli                  common wire settings models sizing router/admin launch
 __main__             cli
-simulator/costs      common sizing
+simulator/costs      common wire sizing
 """
 # What may import a heavy library.
 IMPORTERS = {

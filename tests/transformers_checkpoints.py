@@ -42,5 +42,7 @@ def draw(model: torch.nn.Module, *, seed: int = 0) -> None:
             elif tensor.dim() >= 2:
                 gain = 3.0 if "q_proj" in name or name.endswith((".gate.weight", ".router.weight")) else 1.0
                 tensor.normal_(0, gain / math.sqrt(tensor.shape[-1]), generator=generator)
+            elif name.endswith("sinks"):
+                tensor.normal_(0, 1.0, generator=generator)
             elif "bias" in name:
                 tensor.normal_(0, 0.1, generator=generator)

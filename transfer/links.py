@@ -15,17 +15,11 @@ from itertools import count
 
 import structlog
 
-from ..common.channel import Address, Channel, connect, serve, server_address
-from ..common.credentials import SharedSecret
 from ..common.errors import ProtocolError, WorkerLost
-from ..common.messages import (
-    Decoder,
-    DecodeToPrefill,
-    FetcherToLender,
-    LenderToFetcher,
-    Message,
-    PrefillToDecode,
-)
+from ..wire.channel import Address, Channel, connect, serve, server_address
+from ..wire.codec import Decoder, DecodeToPrefill, FetcherToLender, LenderToFetcher, PrefillToDecode
+from ..wire.credentials import SharedSecret
+from ..wire.fields import Message
 from .protocol.peer_log import PeerLog
 
 MAX_FRAME_BYTES = 1 << 18  # a renewal names every open of a pair

@@ -23,7 +23,9 @@ from typing import NamedTuple
 
 from ..common.batch import GpuEvent
 from ..common.errors import ProtocolError, TransferError
-from ..common.messages import Decoder, KVArrived, RegionInfo
+from ..wire.codec import Decoder
+from ..wire.grants import RegionInfo
+from ..wire.handoff import KVArrived
 from .backends.base import TransferBackend
 from .protocol.peer_log import PeerLog
 from .send.sender import KVSender

@@ -1,11 +1,8 @@
 """Run `python -m kvferry.worker`: a worker process, as a launcher starts it."""
 
-import gc
+from ..common.imports import kept_imports
 
 if __name__ == "__main__":
-    gc.disable()  # what imports make stays: to look through it for garbage takes an eighth of a worker's start
-    from .process import exit_process, main
-
-    gc.freeze()  # nor need later collections go through it
-    gc.enable()
+    with kept_imports():
+        from .process import exit_process, main
     exit_process(main())

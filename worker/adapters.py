@@ -52,9 +52,8 @@ class AdapterCache:
         self._known: OrderedDict[str, _Held] = OrderedDict()  # by digest, the latest used last
         self._slots: list[_Held | None] = [None] * loader.num_slots  # ready or loading there
         self._host: OrderedDict[str, None] = OrderedDict()  # digests in host memory, the latest used last
-        self._is_settled = True  # nobody waits for a slot
+        self.is_settled = True  # nobody waits for a slot
         self.num_loads = 0
-        self.num_evictions = 0
 
     def get(self, digest: str, path: str) -> _Held:
         held = self._known.get(digest)
@@ -65,7 +64,7 @@ class AdapterCache:
             self._host.move_to_end(digest)
         if held.slot is None:
             held.path = path
-            self._is_settled = False
+            self.is_settled = False
         return held
 
     @property
@@ -79,7 +78,7 @@ class AdapterCache:
         """
         for result in self._loader.results():
             self._on_result(result.digest, result.slot, result.error)
-        if self._is_settled:
+        if self.is_settled:
             return
         live = dict.fromkeys([*sorted(begun), *waiting])
         wanted = [held for digest in live if (held := self._known.get(digest)) is not None and self._lacks(held)]
@@ -90,8 +89,8 @@ class AdapterCache:
             for one in self._slots:
                 if one is not None:
                     one.gives_way = False
-        self._is_settled = not wanted and not any(held is not None and held.is_loading for held in self._slots)
-        if self._is_settled:
+        self.is_settled = not wanted and not any(held is not None and held.is_loading for held in self._slots)
+        if self.is_settled:
             self._forget_unused(live)
 
     def _lacks(self, held: _Held) -> bool:
@@ -118,7 +117,6 @@ class AdapterCache:
                 return False
             assert victim.slot is not None
             self._slots[victim.slot], victim.slot, victim.gives_way = None, None, False
-            self.num_evictions += 1
         slot = self._slots.index(None)
         self._slots[slot], held.is_loading = held, True
         self.num_loads += 1

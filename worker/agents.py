@@ -13,10 +13,10 @@ from collections.abc import Callable
 import structlog
 
 from ..common.errors import TransferError
-from ..common.messages import RegionInfo
 from ..transfer.protocol.rank_calls import Each, Gather
 from ..transfer.protocol.rank_messages import Rotated
 from ..transfer.thread import TransferThread
+from ..wire.grants import RegionInfo
 
 log = structlog.get_logger(__name__)
 

@@ -16,6 +16,8 @@ One rank's sends and reads have a core of their own, the `KVSender`, which belon
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import structlog
 
@@ -24,23 +26,6 @@ from ..common.batch import Batch, StepOutput
 from ..common.clock import Clock
 from ..common.errors import ProtocolError
 from ..common.grammar import Grammars
-from ..common.messages import (
-    Drain,
-    EmbedTask,
-    FetcherToLender,
-    KVArrived,
-    LenderToFetcher,
-    LocalTask,
-    Message,
-    PrefillTask,
-    PrefillToDecode,
-    RegionInfo,
-    ReserveKV,
-    SetRole,
-    StepSample,
-    TransferReport,
-    WorkerStatus,
-)
 from ..common.request import BlockId
 from ..decode.role import DecodeRole
 from ..engine.loop import StepFigures
@@ -58,8 +43,15 @@ from ..transfer.protocol.rank_messages import ReadOutcome
 from ..transfer.receive.opens import WatchProcesses
 from ..transfer.receive.processes import watch as watch_processes
 from ..transfer.receive.receiver import KVReceiver
+from ..wire.codec import FetcherToLender, LenderToFetcher, PrefillToDecode
+from ..wire.fields import Message
+from ..wire.grants import RegionInfo
+from ..wire.handoff import KVArrived
+from ..wire.tasks import EmbedTask, LocalTask, PrefillTask, ReserveKV
+from ..wire.workers import Drain, ExpertLoads, SetRole, StepSample, TransferReport, WorkerStatus
 from .adapters import AdapterCache
 from .effects import CoreConfig, Effects
+from .experts import ExpertReports
 from .roles import RoleName, RolePair
 from .shares import RouterShares
 from .status import make_status
@@ -88,12 +80,13 @@ class WorkerCore:
         grammars: Grammars | None = None,
         adapters: AdapterLoader | None = None,
         contents: Contents | None = None,
+        count_experts: Callable[[], ExpertLoads] = tuple,
     ) -> None:
         """`cache` is around `pool`. `regions`: of every rank's agent through which others write.
 
         `grammars`: whoever compiles them calls `wake` when one is ready; None: those that ask for one are refused.
         `adapters`: what loads them; whoever does calls `wake` when one is loaded. `contents`: reads requests; None: by
-        their token ids.
+        their token ids. `count_experts` tells how often they were chosen.
         """
         self.config = config
         self.pool = pool
@@ -138,6 +131,7 @@ class WorkerCore:
         self.roles = RolePair(self.prefill, self.decode, pool, config.role)
         self.shares = RouterShares(clock)
         self.samples = RouterSamples()
+        self.expert_reports = ExpertReports(count_experts, clock)
         self.journal = open_journal(pool, cache)
 
     def _make_decode_role(self) -> DecodeRole:
@@ -246,10 +240,12 @@ class WorkerCore:
     def on_router_joined(self, router_id: str) -> None:
         """Note that a session has begun."""
         self.journal.router_joined(router_id)
+        self.expert_reports.forget(router_id)
 
     def on_router_lost(self, router_id: str) -> None:
         """Give up a router that has been away for too long."""
         self.samples.forget(router_id)
+        self.expert_reports.forget(router_id)
         self.journal.router_left(router_id)
         self.roles.on_router_lost(router_id)
         self._changed()

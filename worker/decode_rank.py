@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..common.config import TransferConfig
-from ..common.messages import KVArrived, Message, encode
 from ..engine.engine import Engine
 from ..transfer.backends.choose import open_backend
 from ..transfer.fetch.ranks import RankSumming
@@ -19,6 +18,9 @@ from ..transfer.protocol.handoff import Verdict
 from ..transfer.protocol.rank_calls import Lane, OwnCalls, RankCalls
 from ..transfer.protocol.rank_messages import FollowerSetup, RankArrived, RankSums, TransferBroke, agent_name
 from ..transfer.thread import TransferThread
+from ..wire.codec import encode
+from ..wire.fields import Message
+from ..wire.handoff import KVArrived
 from .agents import RankAgent
 
 # All that rank 0 has every rank do about its agent and the blocks that it lends.

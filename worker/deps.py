@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 from ..common.clock import Clock
 from ..common.config import WorkerConfig
-from ..common.credentials import SharedSecret
-from ..common.messages import Message, ProcessMark, RegionInfo, StepSample
 from ..engine.adapters import RankAdapters
 from ..engine.engine import Engine
 from ..engine.ranks.group import RankGroup
@@ -21,6 +19,10 @@ from ..grammar.compiler import GrammarCompiler
 from ..kvcache.blocks import BlockPool
 from ..kvcache.prefix_cache import PrefixCache
 from ..transfer.backends.base import TransferBackend
+from ..wire.credentials import SharedSecret
+from ..wire.fields import Message
+from ..wire.grants import ProcessMark, RegionInfo
+from ..wire.workers import StepSample
 from .effects import CoreConfig
 
 

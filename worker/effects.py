@@ -8,8 +8,8 @@ from typing import Protocol
 
 from ..common.config import SpeculativeConfig, TransferConfig
 from ..common.kv_spec import KVCacheSpec
-from ..common.messages import Message
 from ..common.request import BlockId
+from ..wire.fields import Message
 from .roles import RoleName
 
 

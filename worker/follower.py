@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..common.messages import encode
 from ..engine.engine import Engine
 from ..transfer.protocol.rank_messages import TO_PREFILL, FollowerRegion, FollowerSetup
+from ..wire.codec import encode
 from .decode_rank import DecodeFollower
 from .prefill_rank import PrefillFollower
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from ..common.clock import SystemClock
 from ..common.config import TransferConfig
-from ..common.messages import KVClosed, Message, encode
 from ..engine.engine import Engine
 from ..transfer.backends.choose import open_backend
 from ..transfer.protocol.checksums import open_sums
@@ -24,6 +23,9 @@ from ..transfer.receive.processes import own_mark
 from ..transfer.send.ranks import SENDING, LayerShipper
 from ..transfer.send.sender import KVSender
 from ..transfer.thread import TransferThread
+from ..wire.codec import encode
+from ..wire.fields import Message
+from ..wire.handoff import KVClosed
 
 
 class PrefillFollower:

@@ -26,14 +26,12 @@ import structlog
 
 from .. import __version__
 from ..common import failpoints
-from ..common.channel import Address, max_frame_bytes
 from ..common.clock import SystemClock
 from ..common.config import FAILPOINTS_VARIABLE, WorkerConfig, environment
-from ..common.credentials import SharedSecret, read_secrets
 from ..common.errors import ConfigError, KVFerryError, WorkerLost
+from ..common.imports import kept_imports
 from ..common.lifeline import Lifeline
 from ..common.logs import configure_logging
-from ..common.messages import Decoder, Message, WorkerHello, encode
 from ..transfer.protocol.rank_messages import (
     FollowerRegion,
     FollowerSetup,
@@ -41,6 +39,11 @@ from ..transfer.protocol.rank_messages import (
     agent_name,
     follower_messages,
 )
+from ..wire.channel import Address, max_frame_bytes
+from ..wire.codec import Decoder, encode
+from ..wire.credentials import SharedSecret, read_secrets
+from ..wire.fields import Message
+from ..wire.workers import WorkerHello
 from .courtesy import Courtesy
 from .sessions import RouterSessions
 
@@ -173,17 +176,18 @@ class WorkerProcess:
 
     def _build(self) -> WorkerDeps:
         """Load the model and register the KV pool. Beside the event loop: it takes seconds."""
-        from ..engine.adapters import open_adapters
-        from ..engine.calibrate import calibrate
-        from ..engine.disk import open_prefix_cache
-        from ..engine.engine import Engine
-        from ..engine.probe import probe
-        from ..grammar.compiler import GrammarCompiler
-        from ..grammar.matching import Vocabulary
-        from ..kvcache.blocks import BlockPool
-        from ..transfer.backends.choose import open_backend, set_ucx_defaults
-        from ..transfer.receive.processes import own_mark
-        from .deps import WorkerDeps
+        with kept_imports():
+            from ..engine.adapters import open_adapters
+            from ..engine.calibrate import calibrate
+            from ..engine.disk import open_prefix_cache
+            from ..engine.engine import Engine
+            from ..engine.probe import probe
+            from ..grammar.compiler import GrammarCompiler
+            from ..grammar.matching import Vocabulary
+            from ..kvcache.blocks import BlockPool
+            from ..transfer.backends.choose import open_backend, set_ucx_defaults
+            from ..transfer.receive.processes import own_mark
+            from .deps import WorkerDeps
 
         config = self._config
         failpoints.arm(environment().get(FAILPOINTS_VARIABLE, ""), config.worker_id)

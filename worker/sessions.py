@@ -15,10 +15,13 @@ from collections.abc import Callable
 
 import structlog
 
-from ..common.channel import Address, Channel, connect
-from ..common.credentials import SharedSecret
 from ..common.errors import ProtocolError, WorkerLost
-from ..common.messages import Decoder, Goodbye, Message, Refused, RouterToWorker, WorkerHello, WorkerStatus
+from ..wire.channel import Address, Channel, connect
+from ..wire.codec import Decoder, RouterToWorker
+from ..wire.credentials import SharedSecret
+from ..wire.fields import Message
+from ..wire.hello import Refused
+from ..wire.workers import Goodbye, WorkerHello, WorkerStatus
 
 ROUTER_GONE_S = 5.0
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0)

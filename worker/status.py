@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import asdict
 
-from ..common.messages import WorkerStatus
 from ..engine.loop import StepFigures
 from ..transfer.send.counters import SendCounters
+from ..wire.workers import WorkerStatus
 
 if TYPE_CHECKING:
     from .core import WorkerCore
@@ -52,5 +52,6 @@ def make_status(
         role=roles.active_role,
         samples=core.samples.take(router_id),
         adapters=core.adapters.loaded if core.adapters is not None else (),
+        experts=core.expert_reports.due(router_id),
         share=core.shares.share(router_id, roles.routers),
     )

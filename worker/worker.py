@@ -15,17 +15,6 @@ from collections.abc import Callable
 
 import structlog
 
-from ..common.messages import (
-    DecodeToPrefill,
-    FetcherToLender,
-    KVArrived,
-    LenderToFetcher,
-    Message,
-    PrefillToDecode,
-    RegionInfo,
-    TransferReport,
-    WorkerStatus,
-)
 from ..common.request import BlockId
 from ..engine.loop import EngineLoop
 from ..transfer.fetch.ranks import RankReading, RankSumming
@@ -48,6 +37,11 @@ from ..transfer.protocol.rank_messages import (
 from ..transfer.send.ranks import RankShipping
 from ..transfer.send.sender import KVSender
 from ..transfer.thread import TransferThread
+from ..wire.codec import DecodeToPrefill, FetcherToLender, LenderToFetcher, PrefillToDecode
+from ..wire.fields import Message
+from ..wire.grants import RegionInfo
+from ..wire.handoff import KVArrived
+from ..wire.workers import TransferReport, WorkerStatus
 from .agents import Agents
 from .core import WorkerCore
 from .decode_rank import RECEIVING
@@ -121,7 +115,7 @@ class Worker:
         self._summing = RankSumming(0, self._loan_sums, self._on_sums)
 
     async def start(self) -> None:
-        deps = self._deps
+        deps, engine = self._deps, self._deps.engine
         self.kv_address = str(await self._server.start(deps.config.host, deps.config.port))
         self._core = WorkerCore(
             core_config(
@@ -140,6 +134,7 @@ class Worker:
             regions=deps.regions,
             grammars=deps.grammars,
             adapters=deps.adapters,
+            count_experts=engine.expert_loads,
         )
         self._core.roles.learn(deps.samples)
         deps.cache.wake_with(self._wake_from_elsewhere)

@@ -4,9 +4,10 @@
     python -m kvferry.benchmarks.adapters --rank 64 --rows 8 --large-rank 256
 
 One engine. Every round runs the same step of each kind, in an order that turns; what counts is the least CPU time of
-the rounds, as other programs run beside it. Loads are from the page cache, file to host memory to slot: the least of a
-few by the clock, and in CPU time. A never-seen adapter holds up its first token by one. With --check the exit code is 1
-where a bar breaks.
+the rounds, as other programs run beside it. Loads are from the page cache, file to slot: the least of a few by the
+clock, and in CPU time; the largest one is for random layers of the model's shape, as many as make a file of --large-gb.
+Then a never-seen adapter's first token over HTTP, beside one that is loaded. With --check the exit code is 1 where a
+bar breaks.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from kvferry.benchmarks.adapters.first_tokens import FirstTokens, measure_first_tokens
 from kvferry.benchmarks.shared.plain_steps import cpu_timed, least_ms, num_blocks_of, sequence
+from kvferry.benchmarks.shared.random_adapter import write_random_adapter
 from kvferry.common.batch import Batch, BatchRow
-from kvferry.common.config import EngineConfig
+from kvferry.common.config import EngineConfig, LoadFormat
 from kvferry.common.errors import ConfigError
-from kvferry.models.adapter import read_adapter
-from kvferry.models.checkpoint import tensor_shapes
-from kvferry.models.config import ModelConfig
 from kvferry.models.default import default_model_dir
 from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.json_file import save_json
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 # torch is imported inside functions: its threads are settled before.
 
-_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _MAX_ONE, _MAX_MANY = 1.10, 1.35  # times the step without; with one adapter, and with one for each row
-_MAX_LOAD_MS = 50.0
+_MAX_ADDED_MS = 50.0  # to the first token by a never-seen adapter
+_MAX_MS_OF_GB = 1000.0
 _LOADS = 3
 
 
@@ -74,12 +74,15 @@ class Report:
     step_ms: dict[str, float]  # least CPU time, by number of adapters
     num_rounds: int
     loads: tuple[Load, ...]
+    first_tokens: FirstTokens
     environment: Environment
 
     @property
     def keeps_bars(self) -> bool:
         none, one, many = self.step_ms.values()
-        return one <= _MAX_ONE * none and many <= _MAX_MANY * none and self.loads[0].ms <= _MAX_LOAD_MS
+        are_fast = all(load.ms <= _MAX_MS_OF_GB * max(1.0, load.file_bytes / 1e9) for load in self.loads)
+        keeps_pace = one <= _MAX_ONE * none and many <= _MAX_MANY * none
+        return keeps_pace and are_fast and self.first_tokens.added_ms <= _MAX_ADDED_MS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,9 +103,40 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure(flags: argparse.Namespace, folder: Path, argv: list[str]) -> Report:
+    model_dir: Path = flags.model or default_model_dir()
+    engine = _engine(flags, model_dir, max(flags.rank, flags.large_rank), "auto")
+    loads = [_load(engine, folder, rank) for rank in (flags.rank, flags.large_rank)]
+    paths = [folder / f"slot-{slot}" for slot in range(flags.rows)]
+    for slot, path in enumerate(paths):
+        write_random_adapter(path, engine.model_config, flags.rank, seed=slot)
+        _put(engine, slot, path)
+    cases: dict[str, list[int | None]] = {"0": [None] * flags.rows, "1": [0] * flags.rows}
+    cases[str(flags.rows)] = list(range(flags.rows))
+    runs = {name: cpu_timed(_Step(engine, slots, flags.context)) for name, slots in cases.items()}
+    step_ms = least_ms(runs, flags.rounds)
+    runner = type(engine.runner).__name__
+    del runs, engine
+    deep_dir = _deepened(model_dir, folder / "deep", flags.large_gb * 1e9 / loads[-1].file_bytes)
+    loads.append(_load(_engine(flags, deep_dir, flags.large_rank, "dummy"), folder, flags.large_rank))
+    return Report(
+        model=model_dir.name,
+        runner=runner,
+        num_threads=flags.threads,
+        rank=flags.rank,
+        num_rows=flags.rows,
+        step_ms=step_ms,
+        num_rounds=flags.rounds,
+        loads=tuple(loads),
+        first_tokens=measure_first_tokens(
+            model_dir, paths, rank=flags.rank, num_slots=2, prompt_len=flags.context, log_dir=folder
+        ),
+        environment=describe_environment("python -m kvferry.benchmarks.adapters", argv),
+    )
+
+
+def _engine(flags: argparse.Namespace, model_dir: Path, max_rank: int, load_format: LoadFormat) -> Engine:
     from kvferry.engine.engine import Engine
 
-    model_dir: Path = flags.model or default_model_dir()
     config = EngineConfig(
         model_dir=model_dir,
         served_model_name=model_dir.name,
@@ -110,29 +144,20 @@ def _measure(flags: argparse.Namespace, folder: Path, argv: list[str]) -> Report
         device="cpu",
         num_threads=flags.threads,
         enable_lora=True,
-        max_loras=flags.rows,
-        max_lora_rank=max(flags.rank, flags.large_rank),
+        max_loras=flags.rows if load_format != "dummy" else 1,
+        max_lora_rank=max_rank,
+        load_format=load_format,
     )
-    engine = Engine(config, num_blocks=num_blocks_of([(flags.rows, flags.context)], config.block_size))
-    loads = [_load(engine, folder, rank) for rank in (flags.rank, flags.large_rank)]
-    for slot in range(flags.rows):
-        path = folder / f"slot-{slot}"
-        _write_adapter(path, engine.model_config, flags.rank, seed=slot)
-        _put(engine, slot, path)
-    cases: dict[str, list[int | None]] = {"0": [None] * flags.rows, "1": [0] * flags.rows}
-    cases[str(flags.rows)] = list(range(flags.rows))
-    runs = {name: cpu_timed(_Step(engine, slots, flags.context)) for name, slots in cases.items()}
-    return Report(
-        model=model_dir.name,
-        runner=type(engine.runner).__name__,
-        num_threads=flags.threads,
-        rank=flags.rank,
-        num_rows=flags.rows,
-        step_ms=least_ms(runs, flags.rounds),
-        num_rounds=flags.rounds,
-        loads=tuple(loads),
-        environment=describe_environment("python -m kvferry.benchmarks.adapters", argv),
-    )
+    return Engine(config, num_blocks=num_blocks_of([(flags.rows, flags.context)], config.block_size))
+
+
+def _deepened(model_dir: Path, target: Path, times: float) -> Path:
+    """Write the config of a model with so many times the layers."""
+    target.mkdir()
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config["num_hidden_layers"] = round(config["num_hidden_layers"] * times)
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return target
 
 
 class _Step:
@@ -150,8 +175,8 @@ class _Step:
 
 
 def _load(engine: Engine, folder: Path, rank: int) -> Load:
-    path = folder / f"load-{rank}"
-    num_bytes = _write_adapter(path, engine.model_config, rank, seed=rank)
+    path = folder / f"load-{rank}-{engine.model_config.num_layers}"
+    num_bytes = write_random_adapter(path, engine.model_config, rank, seed=rank)
     times, cpu_times = [], []
     for _ in range(_LOADS):
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -165,29 +190,9 @@ def _put(engine: Engine, slot: int, path: Path) -> None:
     import torch
 
     assert engine.adapters is not None
-    adapter, data = read_adapter(path)
     with torch.inference_mode():
-        engine.adapters.put(slot, engine.adapters.cut(adapter.modules, data))
-
-
-def _write_adapter(path: Path, model: ModelConfig, rank: int, *, seed: int) -> int:
-    """Write random matrices for all linear modules, in float32; return their file's size."""
-    import torch
-    from safetensors.torch import save_file
-
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, shape in tensor_shapes(model).items():
-        module = name.removesuffix(".weight")
-        if module.rpartition(".")[2] in _MODULES and module != name:
-            prefix = f"base_model.model.{module}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, shape[1], generator=generator) * 0.01
-            tensors[f"{prefix}.lora_B.weight"] = torch.randn(shape[0], rank, generator=generator) * 0.01
-    path.mkdir()
-    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": "all-linear"}
-    (path / "adapter_config.json").write_text(json.dumps(fields), encoding="utf-8")
-    save_file(tensors, path / "adapter_model.safetensors")
-    return (path / "adapter_model.safetensors").stat().st_size
+        engine.adapters.clear(slot)
+        engine.adapters.put(slot, engine.adapters.read(path)[1])
 
 
 def _print(report: Report, console: Console) -> None:
@@ -201,6 +206,12 @@ def _print(report: Report, console: Console) -> None:
     for load in report.loads:
         table.add_row(str(load.rank), f"{load.file_bytes / 1e6:.0f}", milliseconds(load.ms), milliseconds(load.cpu_ms))
     console.print(table)
+    first = report.first_tokens
+    title = f"first token over HTTP, {first.num_prompt_tokens} tokens, {first.num_pairs} pairs"
+    table = Table("adapter", "ms, median", title=title, title_justify="left")
+    for name, ms in (("loaded", first.loaded_ms), ("never seen", first.unseen_ms), ("added", first.added_ms)):
+        table.add_row(name, milliseconds(ms))
+    console.print(table)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -212,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
     add("--rank", type=int, default=16, metavar="N", help="of the adapters (default: %(default)s)")
     add("--large-rank", type=int, default=256, metavar="N", help="of one that is only loaded (default: %(default)s)")
+    add("--large-gb", type=float, default=1.0, metavar="GB", help="of the largest file (default: %(default)s)")
     add("--rows", type=int, default=8, metavar="N", help="of a step (default: %(default)s)")
     add("--context", type=int, default=128, metavar="TOKENS", help="of each row (default: %(default)s)")
     add("--rounds", type=int, default=20, help="(default: %(default)s)")

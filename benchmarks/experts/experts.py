@@ -32,7 +32,8 @@ from kvferry.common.errors import ConfigError
 from kvferry.models.checkpoint import tensor_shapes
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import default_model_dir
-from kvferry.sizing.memory import cache_token_bytes, rank_weights
+from kvferry.sizing.hardware import measured_cpu
+from kvferry.sizing.shapes import shape_of
 from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import RESULTS_DIR, milliseconds, report_console
@@ -40,6 +41,7 @@ from kvferry.tools.load.report import RESULTS_DIR, milliseconds, report_console
 # torch is imported inside functions: its threads are settled before.
 
 MAX_OF_FLOOR = 1.2
+_MEMORY_GB = 1e3  # as much as it takes: it is not what is asked here
 _SHAPE: dict[str, object] = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -134,7 +136,9 @@ def _measure(flags: argparse.Namespace, folder: Path, argv: list[str]) -> Report
     found = least_ms(runs, flags.rounds)
     rates.append(measure_rates(torch.device("cpu"), torch.bfloat16))
     best = best_of(rates)
-    floors = {count: _read_bytes(config, engine.model_config, count, flags.context) for count in counts}
+    cpu = measured_cpu(_MEMORY_GB, best.read_bytes_per_s / 1e9, best.matmul_flops_per_s / 1e12)
+    shape = shape_of(config, engine.model_config, cpu, flags.context)
+    floors = {n: shape.bytes_read(n) + n * flags.context * shape.kv_bytes_per_token for n in counts}
     return Report(
         runner=type(engine.runner).__name__,
         quantization=engine.model_config.weights_form,
@@ -145,15 +149,6 @@ def _measure(flags: argparse.Namespace, folder: Path, argv: list[str]) -> Report
         num_rounds=flags.rounds,
         environment=describe_environment("python -m kvferry.benchmarks.experts", argv),
     )
-
-
-def _read_bytes(config: EngineConfig, model: ModelConfig, num_rows: int, context: int) -> float:
-    """Return the bytes that a step reads at least: weights, of experts the chosen ones alone, and KV."""
-    assert model.experts is not None
-    weights = rank_weights(config, model)
-    idle = (1 - model.experts.num_chosen / model.experts.num_experts) ** num_rows  # experts that no row chooses
-    once = weights.read - weights.experts
-    return once + weights.experts * (1 - idle) + num_rows * context * cache_token_bytes(config, model)
 
 
 def _write_checkpoint(path: Path) -> None:

@@ -13,68 +13,49 @@ import msgspec
 
 from kvferry.common.grammar import Grammar
 from kvferry.common.kv_spec import KVCacheSpec, Shard
-from kvferry.common.messages import (
-    PROTOCOL_VERSION,
-    Abort,
-    CacheChange,
-    CancelKV,
-    Challenge,
-    ChoiceTokens,
+from kvferry.common.request import Pooling, RequestSpec, SampledToken, SamplingParams, pack_ids
+from kvferry.wire.codec import (
     Decoder,
     DecodeToPrefill,
-    Drain,
-    Embedding,
-    EmbedTask,
     FetcherToLender,
-    FetchFrom,
-    FirstToken,
-    Goodbye,
-    Grant,
-    GrantId,
-    GrantInfo,
-    HandoffDone,
-    HandoffFailed,
-    Hello,
-    KVArrived,
-    KVClosed,
-    KVDone,
-    KVFetch,
-    KVFetchable,
-    KVFetchDone,
-    KVFetchRefused,
-    KVFetchSums,
-    KVOpen,
-    KVOpened,
-    KVRefused,
-    KVRenew,
-    KVRenewed,
     LenderToFetcher,
-    LiveRequests,
-    LocalTask,
-    Message,
-    NoCapacity,
-    PrefillTask,
     PrefillToDecode,
-    ProcessMark,
-    PromptLogprobs,
-    Refused,
-    RegionInfo,
-    RequestTokens,
-    ReserveKV,
     RouterToWorker,
-    SetRole,
-    StepSample,
-    StepTokens,
-    TaskRefused,
-    TransferReport,
-    Welcome,
-    WorkerFailure,
-    WorkerHello,
-    WorkerStatus,
     WorkerToRouter,
     encode,
 )
-from kvferry.common.request import Pooling, RequestSpec, SampledToken, SamplingParams, pack_ids
+from kvferry.wire.fetches import KVFetch, KVFetchable, KVFetchDone, KVFetchRefused, KVFetchSums
+from kvferry.wire.fields import Message
+from kvferry.wire.grants import GrantId, GrantInfo, ProcessMark, RegionInfo
+from kvferry.wire.handoff import CancelKV, KVArrived, KVClosed, KVDone, KVOpen, KVOpened, KVRefused, KVRenew, KVRenewed
+from kvferry.wire.hello import PROTOCOL_VERSION, Challenge, Hello, Refused, Welcome
+from kvferry.wire.results import (
+    ChoiceTokens,
+    Embedding,
+    FirstToken,
+    Grant,
+    HandoffDone,
+    HandoffFailed,
+    NoCapacity,
+    PromptLogprobs,
+    RequestTokens,
+    StepTokens,
+    TaskRefused,
+    WorkerFailure,
+)
+from kvferry.wire.tasks import Abort, EmbedTask, FetchFrom, LocalTask, PrefillTask, ReserveKV
+from kvferry.wire.workers import (
+    CacheChange,
+    Drain,
+    ExpertCounts,
+    Goodbye,
+    LiveRequests,
+    SetRole,
+    StepSample,
+    TransferReport,
+    WorkerHello,
+    WorkerStatus,
+)
 
 SPEC = KVCacheSpec(
     model="fuzz", draft="small", num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32"
@@ -186,7 +167,11 @@ def valid_messages() -> list[Message]:
         Refused(reason="no"),
         hello(),
         msgspec.structs.replace(
-            status(), grant_rejects=(("stale", 1),), role="decode", samples=(StepSample(0.1, 16, 128, 2, 40),)
+            status(),
+            grant_rejects=(("stale", 1),),
+            experts=(ExpertCounts(1, (3, 0), (2, 1)),),
+            role="decode",
+            samples=(StepSample(0.1, 16, 128, 2, 40),),
         ),
         CacheChange(seq=1, stored=b"h" * 32, evicted=b"e" * 16, tier="host"),
         ReserveKV(spec=spec, max_local_tokens=8),

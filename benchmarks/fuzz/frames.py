@@ -24,9 +24,11 @@ import msgspec
 
 from kvferry.benchmarks.fuzz.corpus import DECODERS, FrameSource, attack_frames, hello, status, valid_messages
 from kvferry.benchmarks.fuzz.target import MODEL, Target, control_server
-from kvferry.common.channel import Address, Channel, connect
 from kvferry.common.errors import ProtocolError, WorkerLost
-from kvferry.common.messages import Decoder, Message, WorkerHello, WorkerToRouter, encode
+from kvferry.wire.channel import Address, Channel, connect
+from kvferry.wire.codec import Decoder, WorkerToRouter, encode
+from kvferry.wire.fields import Message
+from kvferry.wire.workers import WorkerHello
 
 _SETTLE_SHARE = 10  # a tenth of the frames comes before the first look at memory
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple, NoReturn
 from kvferry.benchmarks.fuzz.extremes import ExtremeBodies
 from kvferry.benchmarks.fuzz.frames import FuzzResult
 from kvferry.benchmarks.fuzz.raw_http import Answer, NoAnswer, RawClient, post
-from kvferry.common.channel import Address
 from kvferry.models.config import ModelConfig
 from kvferry.tools.chaos.serve_system import System, serving
 from kvferry.tools.chaos.system import settle
 from kvferry.tools.load.tiny_model import write_tiny_model
+from kvferry.wire.channel import Address
 
 NUM_CLIENTS = 6
 MAX_MODEL_LEN = 1024

@@ -23,25 +23,10 @@ import msgspec
 
 from kvferry import __version__
 from kvferry.benchmarks.fuzz.corpus import hello, status
-from kvferry.common.channel import Address, Channel, connect, max_frame_bytes
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import API_KEY_VARIABLE, SECRET_VARIABLE, RouterConfig
-from kvferry.common.credentials import SharedSecret
 from kvferry.common.errors import WorkerLost
 from kvferry.common.logs import configure_logging
-from kvferry.common.messages import (
-    Abort,
-    ChoiceTokens,
-    Decoder,
-    Embedding,
-    EmbedTask,
-    LocalTask,
-    PromptLogprobs,
-    RequestTokens,
-    RouterToWorker,
-    StepTokens,
-    in_pieces,
-)
 from kvferry.common.request import FinishReason, RequestSpec, SampledToken
 from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher
@@ -49,6 +34,11 @@ from kvferry.router.dispatch.worker_group import Expected, WorkerGroup
 from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.tools.load.server_process import ServerProcess, free_port, running
+from kvferry.wire.channel import Address, Channel, connect, max_frame_bytes
+from kvferry.wire.codec import Decoder, RouterToWorker
+from kvferry.wire.credentials import SharedSecret
+from kvferry.wire.results import ChoiceTokens, Embedding, PromptLogprobs, RequestTokens, StepTokens, in_pieces
+from kvferry.wire.tasks import Abort, EmbedTask, LocalTask
 
 API_KEY = "fuzz-key"
 VICTIM_KEY = "victim-key"  # of a tenant that attacks nobody

@@ -3,8 +3,9 @@
     python -m kvferry.benchmarks.gpu.kernels --json FILE
 
 - attention over pages (HND): decode rows, prompts, chunks that continue a prompt, all in one step, by the worker's
-  backend for GPUs and by its backend for CPUs;
+  backend for GPUs and by its backend for CPUs; over latents too, at DeepSeek-V3's shape on one rank of eight;
 - the fused kernels: norms with and without the residual, rotation from a table, gated activation, logits;
+- adapters of many rows beside a product, in a graph; rows of many experts in one product;
 - sampling: the same draws on the card as on the CPU.
 
 The first run on a machine compiles each kernel, a minute or so in all; FlashInfer keeps them in its cache.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,19 +23,27 @@ from rich.console import Console
 from torch import Tensor
 
 from kvferry.benchmarks.shared.checks import run_checks
+from kvferry.common.adapter import NO_ADAPTER
 from kvferry.common.request import SamplingParams
+from kvferry.engine.cuda.adapters import DeviceSlots
 from kvferry.engine.cuda.kernels import FusedKernels, Kernels
 from kvferry.engine.cuda.sampling import DeviceSampler
-from kvferry.engine.nn.attention.base import AttentionMetadata
+from kvferry.engine.nn.adapters import AdapterWeights, LinearPart, Pair
+from kvferry.engine.nn.attention.base import AttentionMetadata, Scores
 from kvferry.engine.nn.attention.choose import make_attention
+from kvferry.engine.nn.layers import Linear
 from kvferry.engine.nn.sampling import SampleRow, sample
+from kvferry.engine.nn.weight import DenseWeight
 
 _QO_HEADS, _KV_HEADS, _HEAD_DIM, _BLOCK_SIZE = 32, 8, 128, 16
+_LATENT, _TURNED, _LATENT_HEADS = 512, 64, 16
 _HIDDEN, _MLP, _VOCAB = 4096, 14336, 128256
 _TOLERANCE = 2e-2  # relative and absolute: two roundings to bfloat16
 # (tokens before, tokens fed) of each row; rows of one token first.
 _ROWS = ((0, 1), (15, 1), (16, 1), (999, 1), (4095, 1), (0, 64), (700, 300), (33, 17))
 _MAX_POSITION = 8192
+_EXPERT = 768  # a Qwen3-30B-A3B's inner columns
+_LORA_RANKS = (8, 64, 13)
 _EPS = 1e-5
 _MIN_EQUAL_DRAWS = 0.99
 
@@ -76,6 +85,23 @@ def check_attention(device: torch.device, window: int | None) -> str:
         backend.plan(metadata)
         q, k, v = torch.split(heads.to(target, dtype), [_QO_HEADS, _KV_HEADS, _KV_HEADS], 1)
         results.append((backend.forward(q, k, v, 0).float().cpu(), copy.float().cpu()))
+    (out, written), (expected, expected_pages) = results
+    torch.testing.assert_close(written, expected_pages, rtol=0, atol=0)
+    return _agreement(out, expected)
+
+
+def check_latents(device: torch.device) -> str:
+    metadata, num_blocks = metadata_of(_ROWS, _BLOCK_SIZE)
+    generator = torch.Generator().manual_seed(1)
+    pages = torch.randn(1, num_blocks, 1, 1, _BLOCK_SIZE, _LATENT + _TURNED, generator=generator).bfloat16()
+    heads = torch.randn(metadata.num_tokens, _LATENT_HEADS + 1, _LATENT + _TURNED, generator=generator).bfloat16()
+    results = []
+    for target, dtype in ((device, torch.bfloat16), (torch.device("cpu"), torch.float32)):
+        copy = pages.to(target, dtype)
+        backend = make_attention("auto", copy, _LATENT_HEADS, [None], scores=Scores(scale=0.05, value_dim=_LATENT))
+        backend.plan(metadata)
+        q, kept = torch.split(heads.to(target, dtype), [_LATENT_HEADS, 1], 1)
+        results.append((backend.forward(q, kept, kept[..., :_LATENT], 0).float().cpu(), copy.float().cpu()))
     (out, written), (expected, expected_pages) = results
     torch.testing.assert_close(written, expected_pages, rtol=0, atol=0)
     return _agreement(out, expected)
@@ -135,6 +161,68 @@ def check_logits(device: torch.device, kernels: Kernels, vocab_size: int = _VOCA
     return f"largest difference {float((out - expected).abs().max()):.1e}"
 
 
+class _Adapted(Linear):
+    """A linear of one module."""
+
+    def parts_of_rank(self) -> Iterator[LinearPart]:
+        rows = slice(0, self.weight.num_outputs)
+        yield LinearPart(self.name, (self.weight.num_outputs, self.weight.num_inputs), rows, (rows,))
+
+
+class _AdaptedModel:
+    """Implements `AdaptedModel`."""
+
+    def __init__(self, linear: Linear) -> None:
+        self._linear = linear
+
+    def linears(self) -> Iterator[Linear]:
+        yield self._linear
+
+
+def check_adapters(device: torch.device) -> str:
+    num_rows, num_slots = 64, len(_LORA_RANKS)
+    linear = _Adapted("q", DenseWeight(_random(_HIDDEN, _HIDDEN, device=device, seed=12).div_(_HIDDEN**0.5)))
+    slots = DeviceSlots(_AdaptedModel(linear), num_slots=num_slots, max_rank=max(_LORA_RANKS), device=device)
+    host = torch.device("cpu")
+    pairs = []
+    for slot, rank in enumerate(_LORA_RANKS):
+        down, up = (_random(*shape, device=host, seed=20 + slot) for shape in ((rank, _HIDDEN), (_HIDDEN, rank)))
+        pairs.append(Pair(down.div_(_HIDDEN**0.5), up.div_(rank**0.5)))
+        slots.put(slot, AdapterWeights({"q": pairs[-1]}))
+    x = _random(num_rows, _HIDDEN, device=device, seed=13)
+    chosen = torch.full((num_rows,), NO_ADAPTER, dtype=torch.int32, device=device)
+
+    def run() -> Tensor:
+        slots.rows.begin(chosen)
+        return linear(x)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    chosen.copy_(torch.arange(num_rows) % (num_slots + 1) - 1)
+    graph.replay()
+    assert isinstance(linear.weight, DenseWeight)
+    wide = x.float().cpu()
+    expected = wide @ linear.weight.plain.float().cpu().t()
+    for row, slot in enumerate(chosen.tolist()):
+        if slot != NO_ADAPTER:
+            expected[row] += (wide[row] @ pairs[slot].down.float().t()) @ pairs[slot].up.float().t()
+    return _agreement(y.cpu(), expected)
+
+
+def check_experts(device: torch.device) -> str:
+    """Groups of any size, also none, through one product; what lies behind the last group is not looked at."""
+    sizes = [0, 5, 1, 300, 0, 64, 2]
+    num_rows = sum(sizes)
+    x = _random(num_rows + 7, _HIDDEN, device=device, seed=14)
+    weights = _random(len(sizes), _EXPERT, _HIDDEN, device=device, seed=15).div_(_HIDDEN**0.5)
+    ends = torch.tensor(sizes).cumsum(0).int().to(device)
+    y = torch._grouped_mm(x, weights.transpose(1, 2), offs=ends)[:num_rows]
+    rows, matrices = torch.split(x[:num_rows].float().cpu(), sizes), weights.float().cpu()
+    return _agreement(y.cpu(), torch.cat([part @ matrix.t() for part, matrix in zip(rows, matrices, strict=True)]))
+
+
 def check_sampling(device: torch.device, kernels: Kernels, vocab_size: int = _VOCAB) -> str:
     """Draws depend on seed and position alone, so the card must draw what the CPU draws, but for sums rounded in
     another order where a draw falls between two tokens."""
@@ -186,10 +274,13 @@ def main(argv: list[str] | None = None) -> int:
         named: dict[str, Callable[[], str]] = {
             "attention": lambda: check_attention(device, None),
             "sliding window": lambda: check_attention(device, 500),
+            "latents": lambda: check_latents(device),
             "norms": lambda: check_norms(device, kernels),
             "rotation": lambda: check_rotation(device, kernels),
             "activation": lambda: check_activation(device, kernels),
             "logits": lambda: check_logits(device, kernels, flags.vocab_size),
+            "adapters": lambda: check_adapters(device),
+            "experts": lambda: check_experts(device),
             "sampling": lambda: check_sampling(device, kernels, flags.vocab_size),
         }
         checks = run_checks(flags.json, named, console)

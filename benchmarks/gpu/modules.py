@@ -4,6 +4,8 @@
     fa2_128 fa3_128_window decode_64_fp8 fa3_128_fp8 …
                                      attention: kind, head size, with a sliding window, pages in 8 bits
 
+    fa3mla_512_64                    attention over latents of so many numbers, and so many that are turned
+
 Kinds: `fa3` prompts and chunks, with queries in 8 bits where the pages are; `fa2` one-token rows with 4 or more queries
 per KV head, and prompts over 8-bit pages with queries in 16; `decode` one-token rows with fewer queries per KV head.
 """
@@ -22,7 +24,8 @@ ATTENTION = (
     *("fa2_64", "fa3_64", "fa2_64_window", "fa3_64_window", "fa2_64_fp8", "fa2_64_window_fp8", "fa3_64_fp8"),
     *("decode_64", "decode_64_window", "decode_64_fp8", "decode_64_window_fp8"),
 )
-MODULES = (*FUSED, *ATTENTION)
+LATENT = "fa3mla_512_64"
+MODULES = (*FUSED, *ATTENTION, LATENT)
 
 
 def spec_of(name: str) -> Any:
@@ -32,6 +35,9 @@ def spec_of(name: str) -> Any:
     import torch
     from flashinfer.jit.attention import modules
 
+    if name == LATENT:
+        queries = torch.bfloat16
+        return modules.gen_batch_mla_module("fa3", queries, queries, queries, torch.int32, 512, 64, False)
     kind, head_dim, *flags = name.split("_")
     if kind not in ("fa2", "fa3", "decode") or not head_dim.isdigit() or not {"window", "fp8"}.issuperset(flags):
         raise ValueError(f"no module is called {name!r}")

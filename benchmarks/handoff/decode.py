@@ -37,16 +37,6 @@ from kvferry.benchmarks.handoff.orders import (
 )
 from kvferry.benchmarks.handoff.pages import checksum, finish, make_pages
 from kvferry.common.clock import SystemClock
-from kvferry.common.messages import (
-    Decoder,
-    Grant,
-    KVArrived,
-    KVClosed,
-    KVOpen,
-    KVRenew,
-    Message,
-    encode,
-)
 from kvferry.common.request import RequestSpec, SamplingParams, pack_ids
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.transfer.backends.choose import open_backend, set_ucx_defaults
@@ -54,6 +44,10 @@ from kvferry.transfer.backends.host_memory import Marker
 from kvferry.transfer.links import KVServer
 from kvferry.transfer.receive.receiver import KVReceiver
 from kvferry.transfer.thread import TransferThread
+from kvferry.wire.codec import Decoder, encode
+from kvferry.wire.fields import Message
+from kvferry.wire.handoff import KVArrived, KVClosed, KVOpen, KVRenew
+from kvferry.wire.results import Grant
 
 _TICK_S = 0.1
 

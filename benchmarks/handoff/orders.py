@@ -18,11 +18,13 @@ from typing import TypeVar
 
 from kvferry.benchmarks.handoff.cases import Table
 from kvferry.common.config import TransferConfig
-from kvferry.common.credentials import SharedSecret
 from kvferry.common.errors import ConfigError
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import Count, Decoder, GrantInfo, Message, RegionInfo, encode
 from kvferry.transfer.backends.host_memory import HostMark
+from kvferry.wire.codec import Decoder, encode
+from kvferry.wire.credentials import SharedSecret
+from kvferry.wire.fields import Count, Message
+from kvferry.wire.grants import GrantInfo, RegionInfo
 
 CONFIG = TransferConfig(open_within_s=20.0)  # orders, unlike a router's tasks, may wait for a checksum
 SECRET = SharedSecret(b"the ends of a measurement")

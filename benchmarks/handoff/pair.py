@@ -31,10 +31,10 @@ from kvferry.benchmarks.handoff.prefill import HandoffTimes, Pace, PrefillEnd
 from kvferry.benchmarks.handoff.report import IdleResult, PacedResult, Round, SizeResult
 from kvferry.common.errors import ConfigError
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import GrantInfo
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.tools.load.cores import CoreWatch
 from kvferry.transfer.backends.host_memory import PageArea
+from kvferry.wire.grants import GrantInfo
 
 _POOL_SHARE = 0.8  # of the pool, taken by the largest prompt: scattered blocks have somewhere to be
 

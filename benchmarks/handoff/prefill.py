@@ -23,17 +23,6 @@ from kvferry.benchmarks.handoff.pages import make_pages
 from kvferry.common.clock import SystemClock
 from kvferry.common.errors import ConfigError
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import (
-    CancelKV,
-    GrantInfo,
-    KVDone,
-    KVOpened,
-    KVRefused,
-    KVRenewed,
-    Message,
-    RegionInfo,
-    TransferReport,
-)
 from kvferry.transfer.backends.base import Piece, TransferBackend, TransferHandle, TransferState
 from kvferry.transfer.backends.choose import open_backend
 from kvferry.transfer.links import KVLinks
@@ -41,6 +30,10 @@ from kvferry.transfer.send.plan import ShipPlan
 from kvferry.transfer.send.ranks import RankShipping
 from kvferry.transfer.send.sender import KVSender
 from kvferry.transfer.thread import TransferThread
+from kvferry.wire.fields import Message
+from kvferry.wire.grants import GrantInfo, RegionInfo
+from kvferry.wire.handoff import CancelKV, KVDone, KVOpened, KVRefused, KVRenewed
+from kvferry.wire.workers import TransferReport
 
 _END_WITHIN_S = 60.0
 

@@ -24,32 +24,17 @@ import uvloop
 
 from kvferry import __version__
 from kvferry.benchmarks.overhead.steps import Records, Steps, StubStream
-from kvferry.common.channel import Address, Channel, connect, max_frame_bytes
 from kvferry.common.config import environment
-from kvferry.common.credentials import SharedSecret, read_secrets
 from kvferry.common.errors import WorkerLost
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import (
-    Abort,
-    ChoiceTokens,
-    Decoder,
-    FirstToken,
-    Grant,
-    GrantId,
-    GrantInfo,
-    HandoffDone,
-    LocalTask,
-    PrefillTask,
-    RegionInfo,
-    RequestTokens,
-    ReserveKV,
-    RouterToWorker,
-    StepTokens,
-    TransferReport,
-    WorkerHello,
-    WorkerStatus,
-)
 from kvferry.common.request import FinishReason, RequestSpec, SampledToken
+from kvferry.wire.channel import Address, Channel, connect, max_frame_bytes
+from kvferry.wire.codec import Decoder, RouterToWorker
+from kvferry.wire.credentials import SharedSecret, read_secrets
+from kvferry.wire.grants import GrantId, GrantInfo, RegionInfo
+from kvferry.wire.results import ChoiceTokens, FirstToken, Grant, HandoffDone, RequestTokens, StepTokens
+from kvferry.wire.tasks import Abort, LocalTask, PrefillTask, ReserveKV
+from kvferry.wire.workers import TransferReport, WorkerHello, WorkerStatus
 
 MODEL = "overhead"
 _SPEC = KVCacheSpec(model=MODEL, num_layers=32, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")

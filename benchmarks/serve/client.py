@@ -168,6 +168,9 @@ def client_command(system: RunningSystem, setup: Setup, cell: Cell, seed: int, r
     command += ["--ignore-eos", "--temperature", "0", "--max-concurrency", str(cell.concurrency)]
     command += ["--num-prompts", str(cell.num_requests), "--num-warmups", str(cell.num_warmups)]
     command += ["--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,99", "--disable-tqdm"]
+    if setup.adapters:
+        names = [path.name for path in setup.adapters]
+        command += ["--lora-modules", *names, "--lora-assignment", "round-robin"]
     command += ["--save-result", "--save-detailed"]  # detailed: with the reasons of failures
     return [*command, "--result-dir", str(result_path.parent), "--result-filename", result_path.name]
 

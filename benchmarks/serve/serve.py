@@ -43,8 +43,17 @@ from kvferry.benchmarks.serve.report import (
     write_report,
 )
 from kvferry.benchmarks.shared.long_model import with_positions
-from kvferry.benchmarks.shared.peers import DEFAULT_SYSTEMS, SYSTEMS, RunningSystem, Setup, system_names
+from kvferry.benchmarks.shared.peers import (
+    ADAPTER_RANK,
+    DEFAULT_SYSTEMS,
+    SYSTEMS,
+    RunningSystem,
+    Setup,
+    system_names,
+)
+from kvferry.benchmarks.shared.random_adapter import write_random_adapter
 from kvferry.common.errors import ConfigError
+from kvferry.models.config import ModelConfig
 from kvferry.models.default import default_model_dir
 from kvferry.tools.load.cores import pin_to_cores, processes
 from kvferry.tools.load.environment import Environment, describe_environment
@@ -169,7 +178,8 @@ def main(argv: list[str] | None = None) -> int:
         plan = _plan(flags)
         ensure_vllm(flags.peer_venv)  # its client is needed for every system
         setup = _setup(flags)
-        terms = Terms(setup.served_name, len(setup.cores), setup.max_model_len, f"vllm bench serve {VLLM_VERSION}")
+        model = setup.served_name + (f", {flags.adapters} adapters" if flags.adapters else "")
+        terms = Terms(model, len(setup.cores), setup.max_model_len, f"vllm bench serve {VLLM_VERSION}")
         report = ServeReport(terms) if flags.fresh else load_report(flags.json, terms)
     except ConfigError as error:
         console.print(f"serve: {error}", markup=False, style="red", soft_wrap=True)
@@ -207,9 +217,15 @@ def _plan(flags: argparse.Namespace) -> Plan:
 def _setup(flags: argparse.Namespace) -> Setup:
     kvferry = ["--no-enable-prefix-caching", "--max-model-len", str(flags.max_model_len)]
     kvferry += ["--kv-cache-memory-bytes", f"{_KV_GIB}GiB", *shlex.split(flags.kvferry_flags)]
+    model_dir = with_positions(flags.model or default_model_dir(), flags.max_model_len)
+    log_dir = flags.log_dir or Path(tempfile.mkdtemp(prefix="serve-"))
+    adapters = tuple(log_dir / f"adapter-{number}" for number in range(flags.adapters))
+    for number, path in enumerate(adapters):
+        write_random_adapter(path, ModelConfig.from_dir(model_dir), ADAPTER_RANK, seed=number)
     return Setup(
-        model_dir=with_positions(flags.model or default_model_dir(), flags.max_model_len),
-        log_dir=flags.log_dir or Path(tempfile.mkdtemp(prefix="serve-")),
+        model_dir=model_dir,
+        log_dir=log_dir,
+        adapters=adapters,
         peer_venv=flags.peer_venv,
         cores=pin_to_cores(flags.num_cores),
         max_model_len=flags.max_model_len,
@@ -240,6 +256,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-model-len", type=_count, default=32768, metavar="TOKENS", help="(default: %(default)s)")
     add(
         "--num-cores", type=_count, default=2, metavar="N", help="for server and client together (default: %(default)s)"
+    )
+    add(
+        "--adapters", type=int, default=0, metavar="N", help="random ones of rank 16, asked for in turn (default: none)"
     )
     add("--kvferry-flags", default="", metavar="TEXT", help="further flags of `kvferry serve`, in one argument")
     add("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")

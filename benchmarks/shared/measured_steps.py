@@ -15,9 +15,9 @@ from math import log
 from statistics import fmean, pstdev
 
 from kvferry.common.errors import ConfigError
-from kvferry.common.messages import StepSample
 from kvferry.router.state.step_fit import StepCosts, StepFit, step_s
 from kvferry.sizing.steps import StepWork
+from kvferry.wire.workers import StepSample
 
 _MIN_IN_OCTAVE = 6
 _MIN_SAMPLES = 8

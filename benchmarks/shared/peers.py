@@ -29,6 +29,7 @@ from kvferry.tools.load.server_process import ServerProcess, free_port, running
 
 _START_TIMEOUT_S = 600.0  # vLLM compiles on its first start
 _PROGRESS_DELAY_US = 1000
+ADAPTER_RANK = 16
 
 
 @dataclass(slots=True, frozen=True)
@@ -42,6 +43,16 @@ class Setup:
     max_model_len: int = 8192
     vllm_kv_gib: int = 2  # KV cache of each vLLM server; kvferry's is a flag
     kvferry_flags: tuple[str, ...] = ()
+    adapters: tuple[Path, ...] = ()  # served by their folders' names, as many in one batch
+
+    @property
+    def adapter_flags(self) -> list[str]:
+        """Flags that have the same names and meaning on both sides."""
+        if not self.adapters:
+            return []
+        modules = [f"{path.name}={path}" for path in self.adapters]
+        most = str(len(self.adapters))
+        return ["--enable-lora", "--max-loras", most, "--max-lora-rank", str(ADAPTER_RANK), "--lora-modules", *modules]
 
     @property
     def served_name(self) -> str:
@@ -77,6 +88,7 @@ def kvferry_colocated(setup: Setup) -> Iterator[RunningSystem]:
 def _kvferry(name: str, setup: Setup, flags: Sequence[str]) -> Iterator[RunningSystem]:
     port = free_port()
     command = [sys.executable, "-m", "kvferry", "serve", str(setup.model_dir), *flags, *setup.kvferry_flags]
+    command += setup.adapter_flags
     command += ["--served-model-name", setup.served_name, "--host", "127.0.0.1", "--port", str(port)]
     with running(name, command, setup.log_dir) as process:
         process.wait_until_healthy(f"http://127.0.0.1:{port}/health", _START_TIMEOUT_S)
@@ -150,7 +162,7 @@ def _vllm(
     command = [str(setup.peer_venv / "bin" / "vllm"), "serve", str(setup.model_dir)]
     command += ["--served-model-name", setup.served_name, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "bfloat16", "--max-model-len", str(setup.max_model_len), "--max-num-seqs", "16"]
-    command += ["--no-enable-prefix-caching"]
+    command += ["--no-enable-prefix-caching", *setup.adapter_flags]
     env = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",

@@ -31,26 +31,20 @@ def least_ms(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, 
     return {name: min(seconds) * 1e3 for name, seconds in times.items()}
 
 
-def timed(run: Callable[[], None]) -> Callable[[], float]:
+def timed(run: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
     """Return `run` as what tells how long it took by the clock (s)."""
 
     def timed_run() -> float:
-        began = time.perf_counter()
+        began = clock()
         run()
-        return time.perf_counter() - began
+        return clock() - began
 
     return timed_run
 
 
 def cpu_timed(run: Callable[[], None]) -> Callable[[], float]:
     """Return `run` as what tells its CPU time, over all threads (s)."""
-
-    def timed() -> float:
-        began = time.process_time()
-        run()
-        return time.process_time() - began
-
-    return timed
+    return timed(run, time.process_time)
 
 
 def decoding(engine: Engine, num_rows: int, context: int) -> Callable[[], None]:
@@ -65,11 +59,13 @@ def decoding(engine: Engine, num_rows: int, context: int) -> Callable[[], None]:
     return run
 
 
-def prefilling(engine: Engine, tokens: int) -> Callable[[], None]:
-    """Return a whole prompt in a worker's chunks."""
+def prefilling(engine: Engine, tokens: int, context: int = 0) -> Callable[[], None]:
+    """Return a whole prompt in a worker's chunks, or what follows the `context` first tokens of one."""
 
     def run() -> None:
-        feed(engine, sequence(engine, 0, tokens), engine.config.max_num_batched_tokens)
+        seq = sequence(engine, 0, context + tokens)
+        seq.num_computed_tokens = context
+        feed(engine, seq, engine.config.max_num_batched_tokens)
 
     return run
 

@@ -19,11 +19,11 @@ import msgspec
 
 from kvferry import cli
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import StepSample, TransferReport, WorkerHello, WorkerStatus
 from kvferry.launch import LocalLauncher
 from kvferry.router import __main__ as router_program
 from kvferry.router import server
 from kvferry.router.state.predictor import Predictor
+from kvferry.wire.workers import StepSample, TransferReport, WorkerHello, WorkerStatus
 
 _MODULE = "kvferry.benchmarks.shared.step_tap"
 

@@ -1,8 +1,8 @@
-"""Step and prompt times on this machine's CPU, computed from its two measured rates, beside an engine's own.
+"""Step and prompt times on this machine's CPU, computed from what was measured on it, beside an engine's own.
 
-The rates are of large products and of reads of memory (`shared/rates.py`), taken before and after each model; the
-engine is a worker's, with its scheduler and step loop. Of rates, steps and prompts the best counts: whatever else runs
-on the machine only takes away.
+Computed twice: from what each part of a step takes (`probe.py`), which the bar is for, and from two rates, of large
+products and of reads of memory (`shared/rates.py`), taken before and after each model. The engine is a worker's, with
+its scheduler and step loop. Of rates, steps and prompts the best counts: whatever else runs only takes away.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from pathlib import Path
 from kvferry.benchmarks.shared.long_model import with_positions
 from kvferry.benchmarks.shared.rates import MeasuredRates, best_of, measure_rates
 from kvferry.benchmarks.shared.shapes import write_shape
+from kvferry.benchmarks.sizing.probe import probe
 from kvferry.common.config import EngineConfig
 from kvferry.models.default import default_model_dir
-from kvferry.sizing.figures import Sizer
-from kvferry.sizing.hardware import measured_cpu
+from kvferry.sizing.cpu import CpuRates
+from kvferry.sizing.figures import Sizer, Time
+from kvferry.sizing.hardware import Gpu, measured_cpu, probed_cpu
 
 WITHIN = 0.15
 MODELS = ("built-in", "llama-small", "llama-wide")
@@ -37,6 +39,7 @@ class CpuRow:
     case: str
     measured_ms: float
     computed_ms: float
+    by_two_rates_ms: float
     binding: str
 
     @property
@@ -59,19 +62,20 @@ class _Measured:
 
 def measure(
     names: tuple[str, ...], scratch: Path, threads: int, rounds: int, tell: Callable[[str], None]
-) -> tuple[MeasuredRates, list[CpuRow]]:
+) -> tuple[MeasuredRates, CpuRates, list[CpuRow]]:
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch: as the launcher does for a worker
     import torch
 
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")
+    probed = probe(threads, 8 * rounds, None, tell)
     tell("rates")
     rates, measured = [measure_rates(cpu, torch.bfloat16)], list[_Measured]()
     for name in names:
         measured += _measure_model(name, scratch, threads, rounds, tell)
         rates.append(measure_rates(cpu, torch.bfloat16))
     best = best_of(rates)
-    return best, [_row(each, best) for each in measured]
+    return best, probed, [_row(each, best, probed) for each in measured]
 
 
 def _measure_model(
@@ -106,12 +110,17 @@ def _measure_model(
         loaded.close()
 
 
-def _row(measured: _Measured, rates: MeasuredRates) -> CpuRow:
+def _row(measured: _Measured, rates: MeasuredRates, probed: CpuRates) -> CpuRow:
+    two = measured_cpu(_MEMORY_GB, rates.read_bytes_per_s / 1e9, rates.matmul_flops_per_s / 1e12)
+    time, by_two = (_computed(measured, cpu) for cpu in (probed_cpu(_MEMORY_GB, probed), two))
+    rows = measured.num_rows
+    case = f"TPOT, {rows} rows at {measured.context}" if rows else f"prefill of {measured.context}"
+    by_two_ms = by_two.expected_s * 1e3
+    return CpuRow(measured.model, case, measured.seconds * 1e3, time.expected_s * 1e3, by_two_ms, time.binding)
+
+
+def _computed(measured: _Measured, cpu: Gpu) -> Time:
     from kvferry.models.config import ModelConfig
 
-    cpu = measured_cpu(_MEMORY_GB, rates.read_bytes_per_s / 1e9, rates.matmul_flops_per_s / 1e12)
     sizer = Sizer(measured.config, ModelConfig.from_dir(measured.config.model_dir), cpu, measured.context)
-    rows = measured.num_rows
-    time = sizer.decode(rows) if rows else sizer.prompt(measured.context)
-    case = f"TPOT, {rows} rows at {measured.context}" if rows else f"prefill of {measured.context}"
-    return CpuRow(measured.model, case, measured.seconds * 1e3, time.expected_s * 1e3, time.binding)
+    return sizer.decode(measured.num_rows) if measured.num_rows else sizer.prompt(measured.context)

@@ -4,7 +4,8 @@
     python -m kvferry.benchmarks.sizing --parts published      # one of them; others keep what their last run wrote
 
 published   figures that others published of their engines, within 25 % (published.py); misses are listed as they are
-cpu         TPOT and prefill on this machine from its two measured rates, within 15 % (on_cpu.py): on a quiet machine
+cpu         TPOT and prefill on this machine from what each part of a step takes there, within 15 % (on_cpu.py): on a
+            quiet machine
 ratio       the split that the search finds, beside the best of all splits by whole simulation, on two traces
 
 Exit code: 0; 1 with --check when a bar is missed.
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import msgspec
 import structlog
 from rich.console import Console
 from rich.table import Table
@@ -56,9 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             met &= all(row.is_met for row in rows)
         elif part == "cpu":
             with tempfile.TemporaryDirectory(prefix="sizing-") as scratch:
-                rates, measured = on_cpu.measure(on_cpu.MODELS, Path(scratch), flags.threads, flags.rounds, tell)
+                rates, probed, measured = on_cpu.measure(
+                    on_cpu.MODELS, Path(scratch), flags.threads, flags.rounds, tell
+                )
+            if flags.rates is not None:
+                flags.rates.write_bytes(msgspec.json.encode(probed))
             shown.print(_cpu_table(measured, rates))
-            figures = {"rates": asdict(rates), "rows": [asdict(row) | {"error": row.error} for row in measured]}
+            figures = {"rates": asdict(rates), "probed": asdict(probed)}
+            figures |= {"rows": [asdict(row) | {"error": row.error} for row in measured]}
             met &= all(row.is_met for row in measured)
         else:
             found = [ratio_of(trace, flags.workers, flags.requests, tell) for trace in TRACES]
@@ -73,22 +80,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _published_table(rows: Sequence[published.Row]) -> Table:
     table = _table(f"published figures; bar: within {published.WITHIN:.0%}", "", "published, ms", "computed", "off", "")
     for row in rows:
-        _add(table, f"{row.source}: {row.what}", row, row.published_ms)
+        binding = row.binding if row.is_met else f"{row.binding}, MISSED"
+        times = f"{row.published_ms:,.1f}", f"{row.computed_ms:,.1f}"
+        table.add_row(f"{row.source}: {row.what}", *times, f"{row.error:+.0%}", binding)
     return table
 
 
 def _cpu_table(rows: Sequence[on_cpu.CpuRow], rates: MeasuredRates) -> Table:
     gb_per_s, tflops = rates.read_bytes_per_s / 1e9, rates.matmul_flops_per_s / 1e12
     title = f"this CPU at {gb_per_s:.1f} GB/s and {tflops:.2f} TFLOP/s; bar: within {on_cpu.WITHIN:.0%}"
-    table = _table(title, "", "measured, ms", "computed", "off", "")
+    table = _table(title, "", "measured, ms", "computed", "off", "by two rates", "")
     for row in rows:
-        _add(table, f"{row.model}: {row.case}", row, row.measured_ms)
+        binding = row.binding if row.is_met else f"{row.binding}, MISSED"
+        two = f"{row.by_two_rates_ms / row.measured_ms - 1:+.0%}"
+        times = f"{row.measured_ms:,.1f}", f"{row.computed_ms:,.1f}"
+        table.add_row(f"{row.model}: {row.case}", *times, f"{row.error:+.0%}", two, binding)
     return table
-
-
-def _add(table: Table, name: str, row: published.Row | on_cpu.CpuRow, other_ms: float) -> None:
-    binding = row.binding if row.is_met else f"{row.binding}, MISSED"
-    table.add_row(name, f"{other_ms:,.1f}", f"{row.computed_ms:,.1f}", f"{row.error:+.0%}", binding)
 
 
 def _ratio_table(found: Sequence[Ratio]) -> Table:
@@ -114,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--parts", default=",".join(_PARTS), help="with commas (default: %(default)s)")
     add("--threads", type=int, default=os.cpu_count(), metavar="N", help="of the CPU (default: all cores)")
     add("--rounds", type=int, default=3, metavar="N", help="of each case on the CPU (default: %(default)s)")
+    add("--rates", type=Path, metavar="FILE", help="write what `kvferry size --cpu-rates` takes")
     add("--workers", type=int, default=6, metavar="N", help="that are split (default: %(default)s)")
     add("--requests", type=int, default=1000, metavar="N", help="of each simulation (default: %(default)s)")
     add("--check", action="store_true", help="exit with 1 when a bar is missed")

@@ -1,7 +1,7 @@
 """Adapters as C++ reads them: strips of 16 columns, as in `native/adapters.hpp`.
 
-What a slot holds lies in the order in which a step reads it, without gaps whatever the rank, in pages of 2 MiB where
-the kernel has them: a decode step takes as long as reading it does.
+What an adapter holds lies in the order in which a step reads it, without gaps whatever the rank, in pages of 2 MiB
+where the kernel has them: a decode step takes as long as reading it does.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import weakref
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -39,15 +41,22 @@ def whole_strips(columns: int) -> int:
     return -(-columns // _STRIP) * _STRIP
 
 
+def _num_columns(part: LinearPart) -> int:
+    return whole_strips(part.rows.stop - part.rows.start)
+
+
 class SlotMemory:
-    """The memory of all slots: each has room for the largest adapter."""
+    """Memory of adapters on the host, which slots point to: pieces with room for the largest one each.
+
+    As many as slots are there, and touched, from the start: pages that a load is the first to touch take longer than
+    reading its file. A piece serves the next adapter when neither a slot nor the host's cache has its last one.
+    """
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
-        self.slot_size = 0  # values
-        self.num_bytes = 0
-        self._next = [0] * num_slots
-        self._values = torch.empty(0, dtype=torch.bfloat16)
+        self.piece_size = 0  # values
+        self._free: list[Tensor] = []
+        self._rest = torch.empty(0, dtype=torch.bfloat16)
 
     def make(self, linear: Linear, *, num_slots: int, max_rank: int, device: torch.device) -> StripAdapters:
         """Make a linear's matrices; `allocate` follows when all are made."""
@@ -55,33 +64,37 @@ class SlotMemory:
         return StripAdapters(linear, self, max_rank)
 
     def allocate(self) -> None:
-        self.num_bytes = 2 * self.num_slots * self.slot_size
-        if self.num_bytes < _HUGE_FROM_BYTES:
-            self._values = torch.zeros(self.num_slots, self.slot_size, dtype=torch.bfloat16)
-            return
-        area = mmap.mmap(-1, self.num_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            area.madvise(mmap.MADV_HUGEPAGE)
-        whole = torch.frombuffer(area, dtype=torch.uint8)
-        start = -whole.data_ptr() % _HUGE_PAGE_BYTES
-        self._values = whole[start : start + self.num_bytes].view(torch.bfloat16).view(self.num_slots, self.slot_size)
+        self._free = list(_huge_pages(self.num_slots * self.piece_size).zero_().view(self.num_slots, self.piece_size))
 
-    def clear(self, slot: int) -> None:
-        self._next[slot] = 0
+    def begin(self, weights: AdapterWeights) -> None:
+        """Let what is taken next be of these weights, as long as they are there."""
+        self._rest = self._free.pop() if self._free else _huge_pages(self.piece_size)
+        weakref.finalize(weights, self._give_back, self._rest)
 
-    def put(self, slot: int, matrix: Tensor, columns: int, inputs: int) -> int:
-        """Copy [columns, inputs] in, padded with zeros to so many of both; return its address.
+    def _give_back(self, piece: Tensor) -> None:
+        if len(self._free) < self.num_slots:
+            self._free.append(piece)
 
-        Inputs are even: pairs of them stand together, the 16 columns' one after another, pair after pair.
+    def take(self, columns: int, inputs: int) -> Tensor:
+        """Return room for a matrix of whole strips: pairs of inputs stand together, the 16 columns' one after another.
+
+        [columns / 16, inputs / 2, 16 pairs]
         """
-        first, size = self._next[slot], columns * inputs
-        self._next[slot] = first + size
-        target = self._values[slot, first : first + size]
-        if matrix.shape != (columns, inputs):
-            matrix = F.pad(matrix, (0, inputs - matrix.shape[1], 0, columns - len(matrix)))
-        pairs = matrix.contiguous().view(torch.int32).view(columns // _STRIP, _STRIP, inputs // 2)
-        target.view(torch.int32).view(columns // _STRIP, inputs // 2, _STRIP).copy_(pairs.transpose(1, 2))
-        return target.data_ptr()
+        taken, self._rest = self._rest[: columns * inputs], self._rest[columns * inputs :]
+        return taken.view(torch.int32).view(columns // _STRIP, inputs // 2, _STRIP)
+
+
+def _huge_pages(count: int) -> Tensor:
+    """Return so many values."""
+    num_bytes = 2 * count
+    if num_bytes < _HUGE_FROM_BYTES:
+        return torch.empty(count, dtype=torch.bfloat16)
+    area = mmap.mmap(-1, num_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        area.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(area, dtype=torch.uint8)
+    start = -whole.data_ptr() % _HUGE_PAGE_BYTES
+    return whole[start : start + num_bytes].view(torch.bfloat16)
 
 
 class StripAdapters:
@@ -91,41 +104,55 @@ class StripAdapters:
         self.parts: tuple[LinearPart, ...] = tuple(linear.parts_of_rank())
         assert len(self.parts) <= MAX_PARTS, linear.name
         self._memory = memory
-        self._is_first = memory.slot_size == 0
+        self._is_first = memory.piece_size == 0
         self._inputs = -(-linear.weight.num_inputs // _TILE_INPUTS) * _TILE_INPUTS
         rank = whole_strips(max_rank)
         self._addresses = torch.zeros(len(self.parts), 2, memory.num_slots, dtype=torch.int64)
         self._ranks = torch.zeros(len(self.parts), memory.num_slots, dtype=torch.int32)
+        self._held: list[AdapterWeights | None] = [None] * memory.num_slots
         self.described = _Adapters(num_parts=len(self.parts), max_rank=rank)
         for index, part in enumerate(self.parts):
-            outputs = part.rows.stop - part.rows.start
-            memory.slot_size += rank * (self._inputs + whole_strips(outputs))
+            memory.piece_size += rank * (self._inputs + _num_columns(part))
             self.described.parts[index] = _AdapterPart(
                 down=self._addresses[index, 0].data_ptr(),
                 up=self._addresses[index, 1].data_ptr(),
                 ranks=self._ranks[index].data_ptr(),
                 first=part.rows.start,
-                outputs=outputs,
+                outputs=part.rows.stop - part.rows.start,
                 pairs=self._inputs // 2,
             )
 
-    def put(self, slot: int, weights: AdapterWeights) -> None:
+    def hold(self, weights: AdapterWeights, ranks: Mapping[str, int]) -> None:
+        """Take all A before all B: the order in which a step reads them."""
         if self._is_first:
-            self._memory.clear(slot)
-        pairs: list[Pair | None] = [weights.get(part.module) for part in self.parts]
-        for index, pair in enumerate(pairs):
-            self._ranks[index, slot] = rank = 0 if pair is None else whole_strips(len(pair.down))
+            self._memory.begin(weights)
+        adapted = [part for part in self.parts if part.module in ranks]
+        sizes = [whole_strips(ranks[part.module]) for part in adapted]
+        downs = [self._memory.take(rank, self._inputs) for rank in sizes]
+        ups = [self._memory.take(_num_columns(part), rank) for part, rank in zip(adapted, sizes, strict=True)]
+        weights |= {part.module: Pair(down, up) for part, down, up in zip(adapted, downs, ups, strict=True)}
+
+    def write(self, target: Tensor, matrix: Tensor) -> None:
+        columns, inputs = target.shape[0] * _STRIP, target.shape[1] * 2
+        matrix = matrix.to(torch.bfloat16)
+        if matrix.shape != (columns, inputs):
+            matrix = F.pad(matrix, (0, inputs - matrix.shape[1], 0, columns - len(matrix)))
+        pairs = matrix.contiguous().view(torch.int32).view(columns // _STRIP, _STRIP, inputs // 2)
+        target.copy_(pairs.transpose(1, 2))
+
+    def put(self, slot: int, weights: AdapterWeights) -> None:
+        self._held[slot] = weights
+        for index, part in enumerate(self.parts):
+            pair = weights.get(part.module)
+            self._ranks[index, slot] = 0 if pair is None else len(pair.down) * _STRIP
             if pair is not None:
-                self._addresses[index, 0, slot] = self._memory.put(slot, pair.down, rank, self._inputs)
-        for index, pair in enumerate(pairs):
-            if pair is not None:
-                rank, outputs = whole_strips(len(pair.down)), whole_strips(len(pair.up))
-                self._addresses[index, 1, slot] = self._memory.put(slot, pair.up, outputs, rank)
+                self._addresses[index, 0, slot] = pair.down.data_ptr()
+                self._addresses[index, 1, slot] = pair.up.data_ptr()
+
+    def clear(self, slot: int) -> None:
+        self._held[slot] = None
+        self._ranks[:, slot] = 0
 
     def add_(self, y: Tensor, x: Tensor) -> Tensor:
         """C++ adds: torch makes this linear's products for nobody."""
         return y
-
-    @property
-    def num_bytes(self) -> int:
-        return self._memory.num_bytes if self._is_first else 0

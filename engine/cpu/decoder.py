@@ -59,7 +59,7 @@ class NativeDecoder:
         library = model.library
         self.build = f"{model.name} {' '.join(platform.libc_ver())}"  # sines and cosines are libc's
         if model.comm.size > 1:
-            self.build += f" tp {model.comm.size}{' ep' * model.whole_experts}"
+            self.build += f" tp {model.comm.size}{f' {model.expert_plan.name}' if model.expert_plan else ''}"
         self._forward, self._logits = library.kvferry_decoder_forward, library.kvferry_decoder_logits
         self._forward.argtypes = [
             *(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p),

@@ -3,6 +3,7 @@
     float32     any
     half        what GPTQ, AWQ, Q4_0 and Q8_0 store
     a byte      times a base that several groups share: what the formats with blocks of 256 inputs store (Q4_K, Q6_K)
+                or the exponent of a power of 2: MXFP4's
 
 A kernel gets the same numbers back from each.
 """
@@ -24,7 +25,9 @@ _STEPS = (63, -128, 127, *range(62, 0, -1))
 class Factors(NamedTuple):
     """Each group's scale, and maybe its minimum."""
 
-    values: list[Tensor]  # [outputs, groups] each, all of one type: float32, float16 or int8
+    values: list[
+        Tensor
+    ]  # [outputs, groups] each, all of one type: float32, float16, int8 or uint8, which is an exponent
     bases: list[Tensor]  # float32 [outputs, groups / span] each, if values are int8
     span: int  # groups that share a base; 0: values are the factors themselves
 
@@ -41,6 +44,12 @@ def smallest(factors: list[Tensor]) -> Factors:
             if all(found):
                 return Factors([one.steps for one in found if one], [one.bases for one in found if one], span)
     return Factors([values.contiguous() for values in factors], [], 0)
+
+
+def half_powers(scales: Tensor) -> Factors:
+    """Return half of each power of 2, for numbers that are multiplied as twice what they mean; 2^-127 becomes zero."""
+    exponents = (scales.contiguous().view(torch.int32) >> 23) - 1
+    return Factors([exponents.clamp_(min=0).to(torch.uint8)], [], 0)
 
 
 class _Stepped(NamedTuple):

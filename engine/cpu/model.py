@@ -2,8 +2,8 @@
 
     NativeModel(decoder, cache)   takes the decoder's matrices over, one by one, so that memory never holds two models
 
-It has code for layers of `Attention` and of `GatedMLP` or `SparseMLP` over plain bfloat16 and over quantized weights
-(`packing.py`), each linear as it is; a model of other blocks is left to torch.
+It has code for layers of `Attention` and of `GatedMLP` or `SparseMLP`, stacked experts too, over plain bfloat16 and
+over quantized weights (`packing.py`), each linear as it is; a model of other blocks is left to torch.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from ..nn.experts import SparseMLP
 from ..nn.feed_forward import GatedMLP
 from ..nn.layers import Linear, RMSNorm
 from ..nn.mixer import Attention
+from ..nn.stacked_experts import StackedExpert
 from ..ranks.group import Communicator
 from .adapters import SlotMemory, StripAdapters, whole_strips
 from .build import load
 from .compiler import NativeUnavailable
-from .packing import Packer, Tiles, address, check_known
+from .packing import Packer, Tiles, address, check_known, two_apart
 
 
 class _Linear(ctypes.Structure):
@@ -39,9 +40,8 @@ class _Attention(ctypes.Structure):
     _fields_ = [
         ("qkv", _Linear),
         ("o", _Linear),
-        ("q_norm", ctypes.c_void_p),
-        ("k_norm", ctypes.c_void_p),
-        ("window", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "sinks")),
+        *((name, ctypes.c_int64) for name in ("has_whole_norms", "window")),
     ]
 
 
@@ -52,7 +52,6 @@ class _GatedMLP(ctypes.Structure):
 _COUNTS = (
     "num_experts",
     "num_chosen",
-    "first",
     "count",
     "num_groups",
     "num_chosen_groups",
@@ -68,8 +67,8 @@ class _Experts(ctypes.Structure):
         ("experts", ctypes.POINTER(_GatedMLP)),
         ("shared", ctypes.POINTER(_GatedMLP)),
         *((name, ctypes.c_int64) for name in _COUNTS),
-        ("scale", ctypes.c_double),
-        ("taken", ctypes.c_void_p),
+        *((name, ctypes.c_double) for name in ("scale", "limit", "alpha")),
+        *((name, ctypes.c_void_p) for name in ("taken", "place", "copies", "turn")),
     ]
 
 
@@ -98,14 +97,12 @@ class Model(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (*_SIZES, "page_stride", "block_size", "rotary_dim", "has_gelu")),
         *((name, ctypes.c_double) for name in ("norm_eps", "norm_offset", "rope_factor", "local_rope_factor")),
-        *((name, ctypes.c_double) for name in ("embedding_factor", "added_factor", "query_factor")),
+        *((name, ctypes.c_double) for name in ("embedding_factor", "added_factor", "query_factor", "score_cap")),
         *((name, ctypes.c_void_p) for name in ("inv_freq", "local_inv_freq", "embedding", "final_norm")),
         ("head", Tiles),
         ("layers", ctypes.POINTER(_Layer)),
         ("sum_over_ranks", SumOverRanks),
-        ("first_token", ctypes.c_int64),
-        ("num_tokens", ctypes.c_int64),
-        ("adapter_rank", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("num_ranks", "first_token", "num_tokens", "adapter_rank")),
     ]
 
 
@@ -121,10 +118,13 @@ class NativeModel:
         self.library = _common_library(self.comm, cache, isa)
         self.name = Path(self.library._name).stem  # instruction set, source and compiler
         pack = Packer(self.library)
-        self._packed = {id(weight): pack(weight) for weight in weights}
-        self._keep = (decoder, weights)
+        self._packed = {
+            id(weight): pack(weight, in_turns=linear.in_turns)
+            for weight, linear in zip(weights, decoder.linears(), strict=True)
+        }
+        self._keep: list[object] = [decoder, weights]
         self.bounded_ = decoder.bounded_  # of logits
-        self.whole_experts = decoder.whole_experts
+        self.expert_plan = decoder.expert_plan
         self._linears: list[tuple[Linear, _Linear]] = []  # of the layers, with their descriptions
         self.num_logits = decoder.head.linear.weight.num_outputs  # of this rank
         self.described = self._describe(decoder, blocks)
@@ -140,9 +140,11 @@ class NativeModel:
             target.is_local = layer.is_local and config.local_rope is not None
             target.attention.qkv = self._linear(attention.qkv_proj, attention.qkv_proj.bias)
             target.attention.o = self._linear(attention.o_proj, attention.o_proj.sum_bias)
-            if attention.head_norms:
-                q_norm, k_norm = attention.head_norms
-                target.attention.q_norm, target.attention.k_norm = address(q_norm.weight), address(k_norm.weight)
+            if norms := attention.head_norms or attention.whole_norms:
+                target.attention.q_norm, target.attention.k_norm = (address(norm.weight) for norm in norms)
+            target.attention.has_whole_norms = bool(attention.whole_norms)
+            if attention.sinks is not None:
+                target.attention.sinks = address(attention.sinks.weight)
             target.attention.window = window or 0
             self._linears += [(attention.qkv_proj, target.attention.qkv), (attention.o_proj, target.attention.o)]
             if isinstance(feed_forward, GatedMLP):
@@ -161,6 +163,8 @@ class NativeModel:
             embedding_factor=decoder.multiplier,
             added_factor=config.residual_multiplier,
             query_factor=scale,
+            score_cap=config.score_cap or 0.0,
+            num_ranks=self.comm.size,
         )
         if decoder.local_rotary is not None:
             model.local_rope_factor = decoder.local_rotary.attention_factor
@@ -176,30 +180,45 @@ class NativeModel:
         model.layers = layers
         return model
 
-    def _mlp(self, mlp: GatedMLP) -> _GatedMLP:
+    def _mlp(self, mlp: GatedMLP | StackedExpert) -> _GatedMLP:
         gate_up, down = mlp.gate_up_proj, mlp.down_proj
-        return _GatedMLP(self._linear(gate_up, gate_up.bias), self._linear(down, down.sum_bias))
+        bias = down.bias if isinstance(mlp, StackedExpert) else mlp.down_proj.sum_bias
+        return _GatedMLP(self._linear(gate_up, gate_up.bias), self._linear(down, bias))
 
     def _experts(self, sparse: SparseMLP) -> _Experts:
         config, shared = sparse.gate.experts, sparse.shared
         return _Experts(
-            gate=self._linear(sparse.gate, None),
+            gate=self._linear(sparse.gate, sparse.gate.bias),
             score_bias=address(sparse.gate.score_bias),
-            experts=(_GatedMLP * len(sparse.experts))(*map(self._mlp, _experts(sparse))),
+            experts=(_GatedMLP * len(sparse.experts))(*map(self._mlp, sparse.experts)),
             shared=None if shared is None else ctypes.pointer(self._mlp(shared)),
             num_experts=config.num_experts,
             num_chosen=config.num_chosen,
-            first=sparse.first,
             count=len(sparse.experts),
             num_groups=config.num_groups,
             num_chosen_groups=config.num_chosen_groups,
             is_sigmoid=config.scoring == "sigmoid",
             is_normalised=config.normalised,
             scale=config.scale,
+            limit=config.limit if config.is_stacked else 0.0,
+            alpha=config.alpha,
             taken=address(sparse.taken),
+            place=address(self._places(sparse)),
+            copies=None if sparse.replicas is None else address(sparse.replicas.copies),
+            turn=None if sparse.replicas is None else address(sparse.replicas.turn),
         )
 
+    def _places(self, sparse: SparseMLP) -> Tensor:
+        """Return where each expert stands among this rank's; -1: elsewhere."""
+        places = torch.full((len(sparse.taken),), -1, dtype=torch.int32)
+        places[list(sparse.held)] = torch.arange(len(sparse.held), dtype=torch.int32)
+        self._keep.append(places)
+        return places
+
     def _linear(self, linear: Linear, bias: Tensor | None) -> _Linear:
+        if bias is not None:
+            bias = two_apart(bias) if linear.in_turns else bias
+            self._keep.append(bias := bias.to(torch.bfloat16))  # a gate's is float32
         return _Linear(self._packed[id(linear.weight)].tiles, address(bias))
 
     def linears(self) -> Iterator[Linear]:
@@ -242,11 +261,7 @@ def _known_blocks(layer: DecoderLayer) -> tuple[Attention, GatedMLP | SparseMLP]
     return mixer, feed_forward
 
 
-def _mlps(block: GatedMLP | SparseMLP) -> list[GatedMLP]:
+def _mlps(block: GatedMLP | SparseMLP) -> list[GatedMLP | StackedExpert]:
     if isinstance(block, GatedMLP):
         return [block]
-    return _experts(block) if block.shared is None else [*_experts(block), block.shared]
-
-
-def _experts(sparse: SparseMLP) -> list[GatedMLP]:
-    return [expert for expert in sparse.experts if isinstance(expert, GatedMLP)]
+    return [*block.experts, *([] if block.shared is None else [block.shared])]

@@ -18,9 +18,9 @@ from ..nn.grouped import GroupedWeight
 from ..nn.layers import Linear
 from ..nn.weight import DenseWeight
 from .compiler import NativeUnavailable
-from .factors import smallest
+from .factors import half_powers, smallest
 
-_INTEGER_SIZES = ("columns", "inputs", "bits", "group", "has_minima", "factor_size", "span")
+_INTEGER_SIZES = ("columns", "inputs", "bits", "group", "has_minima", "factor_size", "span", "is_e2m1")
 _GROUP_UNIT = 8  # inputs of which a group is made, if it is not a whole row
 
 
@@ -85,19 +85,24 @@ class Packer:
         self._integers_size.argtypes = [ctypes.POINTER(IntegerTiles)]
         self._pack_integers.argtypes = [ctypes.POINTER(IntegerTiles), ctypes.POINTER(_IntegerMatrix), ctypes.c_void_p]
 
-    def __call__(self, weight: DenseWeight | GroupedWeight) -> Packed:
-        """Pack the numbers, which the weight is without from now on."""
-        return self._dense(weight.take()) if isinstance(weight, DenseWeight) else self._grouped(weight.take())
+    def __call__(self, weight: DenseWeight | GroupedWeight, *, in_turns: bool = False) -> Packed:
+        """Pack the numbers, which the weight is without from now on; see `Linear.in_turns`."""
+        if isinstance(weight, GroupedWeight):
+            return self._grouped(weight.take(), in_turns)
+        matrix = weight.take().to(torch.bfloat16)
+        return self._dense(two_apart(matrix) if in_turns else matrix)
 
     def _dense(self, matrix: Tensor) -> Packed:
-        matrix = matrix.to(torch.bfloat16)
         assert matrix.is_contiguous()
         memory = torch.empty(self._size(*matrix.shape), dtype=torch.bfloat16)
         return Packed(self._pack(matrix.data_ptr(), *matrix.shape, memory.data_ptr()), (memory,))
 
-    def _grouped(self, weight: GroupedWeight) -> Packed:
+    def _grouped(self, weight: GroupedWeight, in_turns: bool) -> Packed:
         numbers, order = weight.numbers.contiguous(), weight.order
-        factors = smallest([weight.scales] if weight.minima is None else [weight.scales, weight.minima])
+        found = [weight.scales] if weight.minima is None else [weight.scales, weight.minima]
+        if in_turns:
+            numbers, found = two_apart(numbers), [two_apart(values) for values in found]
+        factors = half_powers(found[0]) if weight.is_e2m1 else smallest(found)
         integers = IntegerTiles(
             order=address(order),
             columns=weight.num_outputs,
@@ -107,6 +112,7 @@ class Packer:
             has_minima=weight.minima is not None,
             factor_size=factors.values[0].itemsize,
             span=factors.span,
+            is_e2m1=weight.is_e2m1,
         )
         matrix = _IntegerMatrix(address(numbers), _addresses(factors.values), _addresses(factors.bases))
         memory = torch.empty(self._integers_size(ctypes.byref(integers)), dtype=torch.uint8)
@@ -114,6 +120,11 @@ class Packer:
         self._pack_integers(ctypes.byref(integers), ctypes.byref(matrix), memory.data_ptr())
         tiles = Tiles(columns=weight.num_outputs, integers=ctypes.pointer(integers))
         return Packed(tiles, (integers, memory, order))
+
+
+def two_apart(rows: Tensor) -> Tensor:
+    """Copy rows of two kinds in turns to those of the first before those of the second."""
+    return torch.cat((rows[::2], rows[1::2]))
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +36,10 @@ class TiledDecoder:
         """Raises ConfigError where the processor's products do not allow it."""
         self._decoder = decoder
         for linear in _linears(decoder):
-            _check_places(linear)
+            _check_places(partial(Linear.__call__, linear), linear.name, linear.weight.dtype, linear.weight.num_inputs)
         if (heads := next((leaf for leaf in decoder.leaves() if isinstance(leaf, LatentHeads)), None)) is not None:
-            _check_head_places(heads)
+            for product, matrices in ((heads.asked, heads.of_keys), (heads.answered, heads.of_values.transpose(1, 2))):
+                _check_places(product, heads.name, matrices.dtype, *matrices.shape[:2])
 
     def forward(
         self,
@@ -81,8 +83,8 @@ class TiledRunner(TorchRunner):
             tiled = TiledDecoder(decoder)
         super().__init__(decoder, attention, block_size=block_size, model=tiled)
         self.results = torch_results(decoder.dtype, decoder.head.rows.comm.size)
-        if decoder.whole_experts:
-            self.results += " ep"
+        if decoder.expert_plan is not None:
+            self.results += f" {decoder.expert_plan.name}"
 
     def calculating(self) -> AbstractContextManager[None]:
         return one_thread()
@@ -107,39 +109,25 @@ def _linears(decoder: Decoder) -> Iterator[Linear]:
     """Yield a linear of each name and shape: a product's kernel follows from the shape."""
     seen = set[tuple[str, int, int]]()
     for linear in decoder.linears():
-        key = _short_name(linear), linear.weight.num_outputs, linear.weight.num_inputs
+        key = _short_name(linear.name), linear.weight.num_outputs, linear.weight.num_inputs
         if key not in seen:
             seen.add(key)
             yield linear
 
 
-def _short_name(linear: Linear) -> str:
-    return linear.name.rpartition(".")[2]
+def _short_name(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
-def _check_places(linear: Linear) -> None:
+def _check_places(product: Callable[[Tensor], Tensor], name: str, dtype: torch.dtype, *shape: int) -> None:
     """Check that a row one place further gives the same bits there: so for every place, and hence for any two.
 
     NaN among the weights is not the processor's fault: each request will be told.
     """
-    num_inputs, dtype = linear.weight.num_inputs, linear.weight.dtype
-    x = torch.randn(_ROWS, num_inputs, generator=torch.Generator().manual_seed(0)).to(dtype)
-    here, there = (Linear.__call__(linear, rows).nan_to_num_() for rows in (x, x.roll(1, 0)))
+    x = torch.randn(_ROWS, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    here, there = (product(rows).nan_to_num() for rows in (x, x.roll(1, 0)))
     if not torch.equal(here.roll(1, 0), there):
         raise ConfigError(
-            f"deterministic: on this processor a row of {_short_name(linear)} ({num_inputs} inputs, {dtype}) "
+            f"deterministic: on this processor a row of {_short_name(name)} ({shape[-1]} inputs, {dtype}) "
             "depends on its place among 16; leave it off, or use another --dtype"
         )
-
-
-def _check_head_places(heads: LatentHeads) -> None:
-    """Check the same of the products of each head."""
-    for product, matrices in ((heads.asked, heads.of_keys), (heads.answered, heads.of_values.transpose(1, 2))):
-        num_heads, num_inputs, _ = matrices.shape
-        x = torch.randn(_ROWS, num_heads, num_inputs, generator=torch.Generator().manual_seed(0)).to(matrices.dtype)
-        here, there = (product(rows).nan_to_num() for rows in (x, x.roll(1, 0)))
-        if not torch.equal(here.roll(1, 0), there):
-            raise ConfigError(
-                f"deterministic: on this processor a row of {heads.name.rpartition('.')[2]} ({num_inputs} inputs, "
-                f"{matrices.dtype}) depends on its place among 16; leave it off, or use another --dtype"
-            )

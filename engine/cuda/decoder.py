@@ -6,7 +6,8 @@
 The residual stream is in the weights' type and the head's product in float32. Cosines and sines come from a table,
 rounded to the weights' type as in the reference implementation. Every tensor that it makes has a shape that follows
 from the number of tokens alone and nothing is read back, so that a step can be captured in a CUDA graph. A model of
-a family with other parts between its blocks runs as `Decoder` has it, around the same attention.
+a family with other parts between its blocks runs as `Decoder` has it, around the same attention. Latents are projected
+and turned in torch, which every rank's graph holds like the rest.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor
 
 from ..nn.decoder import Decoder, DecoderLayer
+from ..nn.experts import SparseMLP
 from ..nn.feed_forward import FeedForward, GatedMLP
 from ..nn.layers import RMSNorm
 from ..nn.mixer import Attention
 from ..nn.rotary import RotaryEmbedding
 from ..nn.weight import DenseWeight
+from .adapters import DeviceSlots
+from .experts import GroupedExperts, RealRows
 from .kernels import Kernels
 
 if TYPE_CHECKING:
@@ -46,7 +50,18 @@ class FusedDecoder:
         self._decoder = decoder
         self._kernels = kernels
         self._is_fused = _is_fused(decoder)
-        self._cos_sin = cos_sin_table(decoder.rotary, decoder.config.max_model_len, decoder.dtype)
+        self._slots = decoder.adapters.rows if isinstance(decoder.adapters, DeviceSlots) else None
+        self._real_rows: RealRows | None = None  # None: no experts count them
+        for grouped in filter(None, (_grouped(layer.feed_forward) for layer in decoder.layers)):
+            grouped.silu_and_mul, self._real_rows = kernels.silu_and_mul, grouped.rows
+        self._has_latents = decoder.config.latent is not None
+        num_positions = 0 if self._has_latents else decoder.config.max_model_len
+        self._cos_sin = cos_sin_table(decoder.rotary, num_positions, decoder.dtype)
+
+    @property
+    def adapter_choices(self) -> tuple[bool, ...]:
+        """Tell of which steps there are graphs: without adapters, and with some if there are slots."""
+        return (False,) if self._slots is None else (False, True)
 
     @property
     def plain(self) -> Decoder:
@@ -56,7 +71,13 @@ class FusedDecoder:
     @property
     def can_be_captured(self) -> bool:
         """Tell whether what a step launches depends on its number of tokens alone."""
-        return all(type(layer.feed_forward) is GatedMLP for layer in self._decoder.layers)
+        blocks = (layer.feed_forward for layer in self._decoder.layers)
+        return all(type(block) is GatedMLP or _grouped(block) is not None for block in blocks)
+
+    def note(self, num_tokens: int) -> None:
+        """Say before a step how many of its tokens are none of padding."""
+        if self._real_rows is not None:
+            self._real_rows.count.fill_(num_tokens)
 
     def forward(
         self,
@@ -64,18 +85,28 @@ class FusedDecoder:
         positions: Tensor,  # [num_tokens] int32
         attention: PagedAttention,
         on_layer: Callable[[int], None] | None = None,
+        adapters: Tensor | None = None,  # [num_tokens] int32: slots; None: no token has one
     ) -> Tensor:
         """Return hidden states behind the final norm, [num_tokens, hidden_size]."""
+        if self._slots is not None:
+            self._slots.begin(adapters)
+        if self._real_rows is not None:
+            self._real_rows.begin(len(input_ids))
         decoder, kernels = self._decoder, self._kernels
         if not self._is_fused:
             hidden = decoder.forward(input_ids, positions.long(), cast("AttentionBackend", attention), on_layer)
             return decoder.final_norm(hidden)
+        rope = decoder.rotary(positions.long(), decoder.dtype) if self._has_latents else None
         residual = decoder.embedding(input_ids)
         first, *input_norms = (_norm(layer.input_norm) for layer in decoder.layers)
         x = kernels.rms_norm(residual, first.weight, first.eps)
         next_norms = [*input_norms, decoder.final_norm]
         for layer, next_norm in zip(decoder.layers, next_norms, strict=True):
-            x = self._attend(layer, x, positions, attention, on_layer)
+            if rope is None:
+                x = self._attend(layer, x, positions, attention, on_layer)
+            else:
+                mixed = layer.mix(layer.mixer.project(x, rope), cast("AttentionBackend", attention), on_layer)
+                x = layer.mixer.output(mixed)
             mlp_norm = _norm(layer.mlp_norm)
             kernels.add_norm_(x, residual, mlp_norm.weight, mlp_norm.eps)
             x = self._feed_forward(layer.feed_forward, x)
@@ -114,6 +145,10 @@ class FusedDecoder:
         assert isinstance(rows.weight, DenseWeight), "no kernels for another head"
         local = self._kernels.logits(hidden, rows.weight.plain)
         return self._decoder.bounded_(rows.comm.all_gather(local)[:, : rows.vocab_size])
+
+
+def _grouped(block: FeedForward) -> GroupedExperts | None:
+    return block.grouped if isinstance(block, SparseMLP) and isinstance(block.grouped, GroupedExperts) else None
 
 
 def _is_fused(decoder: Decoder) -> bool:

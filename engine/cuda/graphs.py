@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..nn.attention.flashinfer import DecodeGraphAttention, FlashInferAttention
+from ...common.adapter import NO_ADAPTER
+from ..nn.attention.device import DeviceAttention, GraphAttention
 from ..nn.attention.page_index import PageIndex
 from ..nn.weights import Progress
 from .decoder import FusedDecoder
@@ -28,7 +29,7 @@ class CudaDecodeDevice:
     def __init__(
         self,
         decoder: FusedDecoder,
-        attention: FlashInferAttention,
+        attention: DeviceAttention,
         device: torch.device,
         *,
         sizes: tuple[int, ...],
@@ -49,7 +50,9 @@ class CudaDecodeDevice:
         self._uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._attentions = {size: attention.for_graph(self._index(size)) for size in sizes}
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by size: graph, hidden states
+        # By size, and whether rows have adapters: graph, hidden states.
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._is_adapted = False  # the step that was uploaded last
         self._spare_block = spare_block
 
     def _index(self, size: int) -> PageIndex:
@@ -67,8 +70,9 @@ class CudaDecodeDevice:
     def capture(self, progress: Progress | None = None) -> None:
         """Capture every size, the largest first: the others then fit into its memory."""
         pool = torch.cuda.graph_pool_handle()
-        for count, size in enumerate(sorted(self.sizes, reverse=True), 1):
-            self._upload_padding(size)
+        steps = [(size, each) for size in sorted(self.sizes, reverse=True) for each in self._decoder.adapter_choices]
+        for count, (size, self._is_adapted) in enumerate(steps, 1):
+            self._upload_padding(size, is_adapted=self._is_adapted)
             for _ in range(_WARM_UPS):
                 self._run(size)
             torch.cuda.synchronize(self._device)
@@ -76,12 +80,12 @@ class CudaDecodeDevice:
             # Other threads may ask about their events meanwhile: only this thread's calls are watched.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 hidden = self._run(size)
-            self._graphs[size] = graph, hidden
+            self._graphs[size, self._is_adapted] = graph, hidden
             if progress is not None:
-                progress("capturing CUDA graphs", count / len(self.sizes))
+                progress("capturing CUDA graphs", count / len(steps))
         torch.cuda.synchronize(self._device)
 
-    def _upload_padding(self, size: int) -> None:
+    def _upload_padding(self, size: int, *, is_adapted: bool) -> None:
         """Upload a step of padding rows alone."""
         self.reuse_arrays()
         arrays = self.arrays
@@ -89,12 +93,14 @@ class CudaDecodeDevice:
         arrays.paged_kv_indptr[: size + 1] = range(size + 1)
         arrays.paged_kv_last_page_len[:size] = 1
         arrays.paged_kv_indices[:size] = self._spare_block
+        arrays.adapters[:size] = 0 if is_adapted else NO_ADAPTER
         self.upload_token_ids(size)
         self.upload(size, size)
 
     def _run(self, size: int) -> Tensor:
         buffers, attention = self._buffers, self._attentions[size]
-        return self._decoder.forward(buffers.input_ids[:size], buffers.positions[:size], attention)
+        adapters = buffers.adapters[:size] if self._is_adapted else None
+        return self._decoder.forward(buffers.input_ids[:size], buffers.positions[:size], attention, None, adapters)
 
     # --- steps ------------------------------------------------------------------------------------------------
 
@@ -105,10 +111,13 @@ class CudaDecodeDevice:
         self.upload_pages(num_pages)
         host, buffers = self._host, self._buffers
         buffers.positions[:size].copy_(host.positions[:size], non_blocking=True)
+        self._is_adapted = bool((self.arrays.adapters[:size] != NO_ADAPTER).any())
+        if self._is_adapted:
+            buffers.adapters[:size].copy_(host.adapters[:size], non_blocking=True)
         self._plan(self._attentions[size], size, num_pages)
         self._uploaded.record()
 
-    def _plan(self, attention: DecodeGraphAttention, size: int, num_pages: int) -> None:
+    def _plan(self, attention: GraphAttention, size: int, num_pages: int) -> None:
         host = self._host
         attention.plan(host.paged_kv_indptr[: size + 1], host.paged_kv_last_page_len[:size], num_pages)
 
@@ -129,7 +138,8 @@ class CudaDecodeDevice:
         self._buffers.input_ids[: len(sources)].copy_(column)
 
     def launch(self, size: int, num_rows: int) -> Tensor:
-        captured = self._graphs.get(size)
+        self._decoder.note(num_rows)
+        captured = self._graphs.get((size, self._is_adapted))
         if captured is None:
             hidden = self._run(size)
         else:
@@ -155,6 +165,7 @@ class _Buffers:
         self.paged_kv_indptr = zeros(max_rows + 1)
         self.paged_kv_last_page_len = zeros(max_rows)
         self.paged_kv_indices = zeros(num_pages)
+        self.adapters = zeros(max_rows)
 
     def arrays(self) -> StepArrays:
         """Return the buffers as arrays over the same memory."""
@@ -164,4 +175,5 @@ class _Buffers:
             paged_kv_indptr=self.paged_kv_indptr.numpy(),
             paged_kv_last_page_len=self.paged_kv_last_page_len.numpy(),
             paged_kv_indices=self.paged_kv_indices.numpy(),
+            adapters=self.adapters.numpy(),
         )

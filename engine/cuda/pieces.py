@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..nn.attention.flashinfer import FlashInferAttention
+from ..nn.attention.device import DeviceAttention
 from ..nn.runner import OnLayer
 from ..nn.weights import Progress
 from .decoder import FusedDecoder
@@ -34,7 +34,7 @@ RANK_SIZES = (1, 2, 4, 8, *SIZES)  # with several ranks, whose decode steps have
 class PieceGraphs:
     """Owned by the engine's thread. `attention` is planned before each call of `forward`."""
 
-    def __init__(self, decoder: FusedDecoder, attention: FlashInferAttention, device: torch.device) -> None:
+    def __init__(self, decoder: FusedDecoder, attention: DeviceAttention, device: torch.device) -> None:
         plain = decoder.plain
         self._comm = plain.head.rows.comm
         self.sizes = RANK_SIZES if self._comm.size > 1 else SIZES
@@ -42,37 +42,46 @@ class PieceGraphs:
         self._attention = attention
         self._device = device
         self._heads = attention.empty_heads(self.sizes[-1])
-        self._attended = torch.zeros_like(attention.split(self._heads)[0], memory_format=torch.contiguous_format)
+        self._attended = attention.empty_result(self.sizes[-1]).zero_()
         self._sums = torch.zeros(self.sizes[-1], plain.config.hidden_size, dtype=plain.dtype, device=device)
         self._input_ids = torch.zeros(self.sizes[-1], dtype=torch.int64, device=device)
         self._positions = torch.zeros(self.sizes[-1], dtype=torch.int32, device=device)
+        self._adapters = torch.zeros(self.sizes[-1], dtype=torch.int32, device=device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._steps: dict[int, tuple[list[Callable[[], object]], Tensor]] = {}  # by size: in order, hidden states
+        # By size, and whether tokens have adapters: what to do, in order, and hidden states.
+        self._steps: dict[tuple[int, bool], tuple[list[Callable[[], object]], Tensor]] = {}
         self._on_layer: OnLayer | None = None
         self._capture: _Capture | None = None
 
     def capture(self, progress: Progress | None = None) -> None:
         """Capture every size, the largest first."""
         gc.collect()
-        for count, size in enumerate(reversed(self.sizes), 1):
+        kinds = [(size, each) for size in reversed(self.sizes) for each in self._decoder.adapter_choices]
+        for count, (size, is_adapted) in enumerate(kinds, 1):
             self._attention.plan_nothing()
             with _Capture(self._pool) as self._capture:
                 self._comm.around = self._sum
-                hidden = self._decoder.forward(self._input_ids[:size], self._positions[:size], self)
+                adapters = self._adapters[:size] if is_adapted else None
+                ids, positions = self._input_ids[:size], self._positions[:size]
+                hidden = self._decoder.forward(ids, positions, self, None, adapters)
             self._comm.around, steps = None, self._capture.steps
             self._capture = None
-            self._steps[size] = steps, hidden
+            self._steps[size, is_adapted] = steps, hidden
             if progress is not None:
-                progress("capturing CUDA graphs", count / len(self.sizes))
+                progress("capturing CUDA graphs", count / len(kinds))
         torch.cuda.synchronize(self._device)
 
     def fits(self, num_tokens: int) -> bool:
         return num_tokens <= self.sizes[-1]
 
-    def run(self, input_ids: Tensor, positions: Tensor, on_layer: OnLayer | None) -> Tensor:
+    def run(
+        self, input_ids: Tensor, positions: Tensor, on_layer: OnLayer | None, adapters: Tensor | None = None
+    ) -> Tensor:
         """Queue a step whose attention is planned. Returns hidden states of its tokens, good until the next call."""
         count = len(input_ids)
-        steps, hidden = self._steps[self.sizes[bisect_left(self.sizes, count)]]
+        steps, hidden = self._steps[self.sizes[bisect_left(self.sizes, count)], adapters is not None]
+        if adapters is not None:
+            self._adapters[:count].copy_(adapters)
         self._input_ids[:count].copy_(input_ids)
         self._positions[:count].copy_(positions)
         self._on_layer = on_layer
@@ -86,7 +95,8 @@ class PieceGraphs:
         """Implements `PagedAttention`: end a piece, attend, and begin the next one."""
         count = len(q)
         heads, out = self._heads[:count], self._attended[:count]
-        torch.cat((q, k, v), 1, out=heads)
+        has_values = heads.shape[1] > q.shape[1] + k.shape[1]  # else they are a part of keys
+        torch.cat((q, k, v) if has_values else (q, k), 1, out=heads)
 
         def attend() -> None:
             self._attention.forward(*self._attention.split(heads), layer_id, out=out)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ...common.adapter import NO_ADAPTER
 from ...common.batch import Batch, BatchRow, RowKind
 from ...common.request import Sequence
 
@@ -50,6 +51,7 @@ class DecodeRow(NamedTuple):
     table: list[int]  # the sequence's own, as it was
     position: int
     num_pages: int
+    adapter: int = NO_ADAPTER  # its slot
 
 
 @dataclass(slots=True, frozen=True)
@@ -61,6 +63,7 @@ class StepArrays:
     paged_kv_indptr: Int32  # [max rows + 1]
     paged_kv_last_page_len: Int32  # [max rows]
     paged_kv_indices: Int32  # [max rows * pages of the longest sequence]
+    adapters: Int32  # [max rows] slots
 
 
 class BlockTables:
@@ -94,7 +97,7 @@ def rows_of(batch: Batch, block_size: int) -> list[DecodeRow] | None:
         seq, position = row.seq, row.start
         if row.kind is not RowKind.DECODE or _wants_prompt_logprobs(row):
             return None
-        rows.append(DecodeRow(seq, seq.block_table, position, position // block_size + 1))
+        rows.append(DecodeRow(seq, seq.block_table, position, position // block_size + 1, seq.adapter_slot))
     return rows
 
 
@@ -123,6 +126,8 @@ def fill(
     indptr[count : size + 1] = np.arange(end, end + size - count + 1)
     arrays.positions[:count] = [row.position for row in rows]
     arrays.positions[count:size] = 0
+    arrays.adapters[:count] = [row.adapter for row in rows]
+    arrays.adapters[count:size] = NO_ADAPTER
     np.remainder(arrays.positions[:size], block_size, out=arrays.paged_kv_last_page_len[:size])
     arrays.paged_kv_last_page_len[:size] += 1
     tables.keep([row.table for row in rows])
@@ -156,6 +161,7 @@ class Forecast:
                 or row.kind is not RowKind.DECODE
                 or seq.num_computed_tokens != position
                 or seq.block_table is not wanted.table
+                or seq.adapter_slot != wanted.adapter
                 or len(wanted.table) < wanted.num_pages
                 or seq.token_ids[position] != sampled[source]
             ):
@@ -178,7 +184,7 @@ def foretell(batch: Batch, block_size: int, max_model_len: int) -> Forecast | No
             return None
         if _ends_with_next_token(seq, max_model_len):
             continue
-        rows.append(DecodeRow(seq, seq.block_table, position, position // block_size + 1))
+        rows.append(DecodeRow(seq, seq.block_table, position, position // block_size + 1, seq.adapter_slot))
         sources.append(index)
     return Forecast(rows, sources, []) if rows else None
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from ...common.batch import Batch, GpuEvent, RowOutput
 from ...common.config import EngineConfig
 from ...common.request import SampledToken, SamplingParams
-from ..nn.attention.flashinfer import FlashInferAttention
+from ..nn.attention.device import DeviceAttention
 from ..nn.decoder import Decoder
-from ..nn.plan import StepPlan, logit_rows, pooled_rows, step_tensors
+from ..nn.plan import StepPlan, logit_rows, pooled_rows, step_tensors, token_adapters
 from ..nn.runner import OnLayer
 from ..nn.sampling import SampleRow, prompt_logprobs
 from ..nn.weights import Progress
@@ -44,7 +44,7 @@ class CudaRunner:
         self,
         config: EngineConfig,
         decoder: Decoder,
-        attention: FlashInferAttention,
+        attention: DeviceAttention,
         pages: Tensor,
         progress: Progress | None = None,
     ) -> None:
@@ -95,7 +95,7 @@ class CudaRunner:
             max_pages_per_row=-(-max_model_len // config.block_size),
             spare_block=spare_block,
         )
-        if not config.enforce_eager:
+        if not config.enforce_eager and self._decoder.can_be_captured:
             device.capture(progress)
         return DecodePipeline(device, self._sampler, self._pages, spare_block=spare_block, max_model_len=max_model_len)
 
@@ -109,17 +109,21 @@ class CudaRunner:
     def forward(self, plan: StepPlan, on_layer: OnLayer | None) -> Iterator[Tensor]:
         """Queue everything; hidden states are behind the final norm already."""
         input_ids, _, metadata = step_tensors(plan, self._pages.shape[4])
-        arrays = self._attention.plan_with(metadata, [input_ids, pooled_rows(plan), *logit_rows(plan)])
+        slots = token_adapters(plan)
+        more = [input_ids, pooled_rows(plan), *logit_rows(plan), *([] if slots is None else [slots])]
+        arrays = self._attention.plan_with(metadata, more)
+        adapters = None if slots is None else arrays.pop()
         ids, pooled, *parts = (array.long() for array in arrays)
-        hidden = self._hidden(ids, on_layer)
+        hidden = self._hidden(ids, on_layer, adapters)
         logits = (self._decoder.logits(hidden[part]) for part in parts)
         return chain((hidden[pooled].float(),), logits) if len(pooled) else logits
 
-    def _hidden(self, ids: Tensor, on_layer: OnLayer | None) -> Tensor:
+    def _hidden(self, ids: Tensor, on_layer: OnLayer | None, adapters: Tensor | None) -> Tensor:
         positions = self._attention.positions
+        self._decoder.note(len(ids))
         if self.pieces is not None and self.pieces.fits(len(ids)):
-            return self.pieces.run(ids, positions, on_layer)
-        return self._decoder.forward(ids, positions, self._attention, on_layer)
+            return self.pieces.run(ids, positions, on_layer, adapters)
+        return self._decoder.forward(ids, positions, self._attention, on_layer, adapters)
 
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sequence[tuple[SampledToken, ...]]:
         draws = self._sampler.launch(logits, rows)

@@ -2,9 +2,9 @@
 
     y[rows] += (x[rows] A^T) B^T      A [rank, inputs], B [outputs, rank] with the adapter's scale in it
 
-Slots are allocated once, at the largest rank, so that loading is a copy. A linear that is fused of several modules has
-a pair of matrices for each of them. Of a module that ranks share, A is cut like the inputs and B like the outputs: what
-a rank adds belongs into the sum over the ranks that there is anyway. Rows without an adapter are not touched.
+Slots are allocated once, at the largest rank, so that a load finds memory. A linear that is fused of several modules
+has a pair of matrices for each of them. Of a module that ranks share, A is cut like the inputs and B like the outputs:
+what a rank adds belongs into the sum over the ranks that there is anyway. Rows without an adapter are not touched.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ...common.adapter import NO_ADAPTER
 from ...common.errors import ConfigError
-from ...models.adapter import AdaptedModule, check_pair
+from ...models.adapter import AdaptedModule, StoredTensor, check_pair, read_adapter
 
 if TYPE_CHECKING:
     from .layers import Linear
@@ -35,23 +36,20 @@ class LinearPart:
     module: str
     shape: tuple[int, int]  # of the whole module: outputs, inputs
     rows: slice
-    first_output: int
-    first_input: int
+    outputs: tuple[slice, ...]  # of the module, as they stand in `rows`
+    first_input: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One part's share of an adapter, on the host, in the model's type."""
+    """One part's share of an adapter, on the host, in the model's type and the form of its `SlotMatrices`."""
 
     down: Tensor  # A [rank, inputs]
     up: Tensor  # B [outputs, rank], scaled
 
-    @property
-    def num_bytes(self) -> int:
-        return self.down.nbytes + self.up.nbytes
 
-
-AdapterWeights = Mapping[str, Pair]  # by module
+class AdapterWeights(dict[str, Pair]):
+    """`AdapterWeights` are a rank's share of an adapter on the host, by module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +65,25 @@ class SlotMatrices(Protocol):
 
     parts: tuple[LinearPart, ...]
 
+    def hold(self, weights: AdapterWeights, ranks: Mapping[str, int]) -> None:
+        """Make room in `weights` for those of this linear's parts that have a rank."""
+        ...
+
+    def write(self, target: Tensor, matrix: Tensor) -> None:
+        """Write a matrix of any type to its place in a pair."""
+        ...
+
     def put(self, slot: int, weights: AdapterWeights) -> None:
-        """Copy in what `weights` has for this linear's parts; zeros, or a rank of 0, for the others."""
+        """Take what `weights` has for this linear's parts; zeros, or a rank of 0, for the others."""
+        ...
+
+    def clear(self, slot: int) -> None:
+        """Hold no adapter's memory for a slot any longer."""
         ...
 
     def add_(self, y: Tensor, x: Tensor) -> Tensor:
         """Add to [num_tokens, outputs] what the step's adapters make of [num_tokens, inputs]. Returns y."""
         ...
-
-    @property
-    def num_bytes(self) -> int: ...
 
 
 class LinearAdapters:
@@ -90,6 +97,20 @@ class LinearAdapters:
         self.down = [torch.zeros(num_slots, max_rank, num_inputs, dtype=dtype, device=device) for _ in sizes]
         self.up = [torch.zeros(num_slots, size, max_rank, dtype=dtype, device=device) for size in sizes]
         self.ranks = [[0] * num_slots for _ in sizes]  # 0: this part is not adapted
+
+    def hold(self, weights: AdapterWeights, ranks: Mapping[str, int]) -> None:
+        for part, downs, ups in zip(self.parts, self.down, self.up, strict=True):
+            if (rank := ranks.get(part.module)) is not None:
+                weights[part.module] = Pair(
+                    torch.empty(rank, downs.shape[2], dtype=downs.dtype),
+                    torch.empty(ups.shape[1], rank, dtype=ups.dtype),
+                )
+
+    def write(self, target: Tensor, matrix: Tensor) -> None:
+        target.copy_(matrix)
+
+    def clear(self, slot: int) -> None:
+        """Keep the memory: what is in it is copied over."""
 
     def put(self, slot: int, weights: AdapterWeights) -> None:
         for index, part in enumerate(self.parts):
@@ -122,10 +143,6 @@ class LinearAdapters:
                 else:
                     target.index_add_(0, group.tokens, added)
         return y
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.down, *self.up))
 
 
 class StepGroups:
@@ -183,7 +200,7 @@ class AdapterSlots:
         self.step = StepGroups()
         self.linears: list[SlotMatrices] = []
         self._make = make or partial(LinearAdapters, step=self.step)
-        self._parts: dict[str, tuple[LinearPart, int, torch.dtype]] = {}  # by module; with a rank's inputs
+        self._parts: dict[str, tuple[LinearPart, int, SlotMatrices]] = {}  # by module; with a rank's inputs
         try:
             for linear in model.linears():
                 if not linear.takes_some_rows and any(True for _ in linear.parts_of_rank()):
@@ -194,41 +211,43 @@ class AdapterSlots:
     def _adapt(self, linear: Linear, device: torch.device) -> None:
         linear.adapters = self._make(linear, num_slots=self.num_slots, max_rank=self.max_rank, device=device)
         self.linears.append(linear.adapters)
-        weight = linear.weight
-        self._parts |= {part.module: (part, weight.num_inputs, weight.dtype) for part in linear.adapters.parts}
+        num_inputs = linear.weight.num_inputs
+        self._parts |= {part.module: (part, num_inputs, linear.adapters) for part in linear.adapters.parts}
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(linear.num_bytes for linear in self.linears)
+    def read(self, path: Path) -> tuple[str, AdapterWeights]:
+        """Read this rank's share of an adapter from its files, and the digest of all of both. Raises ConfigError."""
+        weights = AdapterWeights()
+        adapter = read_adapter(path, partial(self._hold, weights), partial(self._take, weights))
+        return adapter.digest, weights
 
-    def cut(self, modules: Sequence[AdaptedModule], data: bytearray) -> AdapterWeights:
-        """Take this rank's share of an adapter from its file, in the model's type. Raises ConfigError."""
-        return {module.name: self._pair(module, data) for module in modules}
+    def _hold(self, weights: AdapterWeights, modules: Sequence[AdaptedModule]) -> None:
+        for module in modules:
+            if (found := self._parts.get(module.name)) is None:
+                raise ConfigError(f"it adapts {module.name}, to which no adapter is applied")
+            check_pair(module, found[0].shape)
+            if module.rank > self.max_rank:
+                raise ConfigError(f"its rank is {module.rank}; --max-lora-rank is {self.max_rank}")
+        ranks = {module.name: module.rank for module in modules}
+        for linear in self.linears:
+            linear.hold(weights, ranks)
 
-    def _pair(self, module: AdaptedModule, data: bytearray) -> Pair:
-        if (found := self._parts.get(module.name)) is None:
-            raise ConfigError(f"it adapts {module.name}, to which no adapter is applied")
-        part, num_inputs, dtype = found
-        check_pair(module, part.shape)
-        if module.rank > self.max_rank:
-            raise ConfigError(f"its rank is {module.rank}; --max-lora-rank is {self.max_rank}")
-        down = _tensor(data, module.down.dtype, module.down.shape, module.down.begin)
-        up = _tensor(data, module.up.dtype, module.up.shape, module.up.begin)
-        outputs = part.rows.stop - part.rows.start
-        down = down[:, part.first_input : part.first_input + num_inputs]
-        up = up[part.first_output : part.first_output + outputs]
-        scaled = (up.float() * module.scale).to(dtype)
-        return Pair(down.to(dtype, copy=True, memory_format=torch.contiguous_format), scaled)
+    def _take(self, weights: AdapterWeights, module: AdaptedModule, stored: StoredTensor, data: memoryview) -> None:
+        part, num_inputs, matrices = self._parts[module.name]
+        matrix = torch.frombuffer(data, dtype=_DTYPES[stored.dtype]).view(stored.shape)
+        pair = weights[module.name]
+        if stored is module.down:
+            matrices.write(pair.down, matrix[:, part.first_input : part.first_input + num_inputs])
+            return
+        outputs = [matrix[some] for some in part.outputs]
+        matrix = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        matrices.write(pair.up, matrix.float() * module.scale)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot that no step uses."""
+        for linear in self.linears:
+            linear.clear(slot)
 
     def put(self, slot: int, weights: AdapterWeights) -> None:
-        """Copy an adapter into a slot that no step uses."""
+        """Fill a slot that no step uses."""
         for linear in self.linears:
             linear.put(slot, weights)
-
-
-def _tensor(data: bytearray, dtype: str, shape: tuple[int, int], begin: int) -> Tensor:
-    kind = _DTYPES[dtype]
-    if begin % kind.itemsize:  # nothing says that tensors in a file are aligned
-        size = shape[0] * shape[1] * kind.itemsize
-        data, begin = bytearray(memoryview(data)[begin : begin + size]), 0
-    return torch.frombuffer(data, dtype=kind, count=shape[0] * shape[1], offset=begin).view(shape)

@@ -27,5 +27,6 @@ def make_mixer(builder: Builder, layer: str, layer_id: int) -> Mixer:
 
 def make_feed_forward(builder: Builder, layer: str, layer_id: int) -> FeedForward:
     if (experts := builder.config.experts_of(layer_id)) is not None:
-        return SparseMLP(builder, layer, experts)
+        plan = builder.expert_plan
+        return SparseMLP(builder, layer, experts, None if plan is None else plan.held(layer_id))
     return GatedMLP(builder, f"{layer}.mlp", builder.config.intermediate_size)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import ConfigError
+from ...common.expert_plan import ExpertPlan
 from ...models.config import ModelConfig
 from ...models.quantization import Form
 from ..ranks.group import Communicator
@@ -24,7 +25,7 @@ class Builder:
     comm: Communicator
     dtype: torch.dtype
     device: torch.device
-    whole_experts: bool = False  # a rank's experts are whole ones, not parts of all
+    expert_plan: ExpertPlan | None = None  # a rank's experts are whole ones, these; None: parts of all
 
     def weight(self, modules: Sequence[str], num_outputs: int, num_inputs: int, *, num_ranks: int = 1) -> Weight:
         """Make an empty matrix of the checkpoint's `modules`, in the form that these have.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ...common.expert_plan import ExpertPlan
 from ...models.config import ModelConfig
 from ..ranks.group import Communicator
 from .adapters import AdapterSlots
@@ -84,13 +85,13 @@ class Decoder:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        whole_experts: bool = False,
+        expert_plan: ExpertPlan | None = None,
     ) -> None:
-        config.check_tp_size(comm.size, whole_experts=whole_experts)
+        config.check_tp_size(comm.size, whole_experts=expert_plan is not None)
         self.config = config
         self.dtype = dtype
-        self.whole_experts = whole_experts
-        builder = Builder(config, comm, dtype, device, whole_experts)
+        self.expert_plan = expert_plan
+        builder = Builder(config, comm, dtype, device, expert_plan)
         self.embedding = ParallelEmbedding(builder, "model.embed_tokens")
         self.layers = [DecoderLayer(builder, layer_id) for layer_id in range(config.num_layers)]
         self.final_norm = RMSNorm(builder, "model.norm", config.hidden_size)

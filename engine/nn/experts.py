@@ -3,17 +3,20 @@
     gate: scores, the best of them  ->  rows grouped by expert  ->  each expert's gated MLP  ->  the weighted sum
 
 A row's sum is taken in the order of its experts. Ranks have a part of each expert, or each its own whole experts
-(`Builder.whole_experts`); either way every rank chooses for all rows, and one sum over the ranks follows.
+(`Builder.expert_plan`); either way every rank chooses for all rows, and one sum over the ranks follows. An expert that
+several ranks hold is computed by one of them for each row. Which one, the row's own numbers say, which all ranks have
+alike (`Replicas`): it depends on neither the other rows nor their order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ...common.expert_plan import Held, copies_of, shares
 from ...models.experts import ExpertsConfig
 from ..ranks.group import Communicator
 from .builder import Builder
@@ -68,52 +71,93 @@ class Gate(Linear):
             yield WeightSlot(f"{self.name}.e_score_correction_bias", size[:1], self.score_bias)
 
 
+class Replicas:
+    """A rank's share of the experts that several ranks hold."""
+
+    def __init__(self, held: Held, rank: int, num_experts: int, device: torch.device) -> None:
+        copies = copies_of(held)
+        turns = [sum(expert in own for own in held[:rank]) for expert in range(num_experts)]
+        own = set(held[rank])
+        self.are_there = any(count > 1 for count in copies.values())
+        self.copies = torch.tensor([copies[expert] for expert in range(num_experts)], dtype=torch.int32, device=device)
+        # Of the ranks that hold an expert, which one this is; -1: none of them.
+        self.turn = torch.tensor([turns[i] if i in own else -1 for i in range(num_experts)], dtype=torch.int32)
+        self.turn = self.turn.to(device)
+
+    def own(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Return the choices in one row; those that other ranks compute are the number of experts."""
+        # As `ExpertMath::share_out` does: how many of a row's numbers are positive is as good as random.
+        turn = (x > 0).sum(1, keepdim=True) % self.copies[chosen]
+        return torch.where(turn == self.turn[chosen], chosen, len(self.turn)).flatten()
+
+
 class SparseMLP:
-    """Implements `FeedForward`. Rank r of `size` with whole experts has those from r * num_experts / size on.
+    """Implements `FeedForward`.
 
     Up to _TILE rows go through each expert that one of them chose, whole: reading it takes longer than multiplying, and
     of 16 rows a result does not depend on the other 15 (`cpu/tiled.py`), which is what exact steps are made of.
     """
 
-    def __init__(self, builder: Builder, layer: str, experts: ExpertsConfig) -> None:
+    def __init__(self, builder: Builder, layer: str, experts: ExpertsConfig, held: Held | None = None) -> None:
+        """`held`: each rank's experts; None: a part of all."""
         self.comm = builder.comm
         self.gate = Gate(builder, f"{layer}.{experts.gate}", experts)
-        self.taken = torch.zeros(experts.num_experts, dtype=torch.int64, device=builder.device)  # by rows, so far
-        own = replace(builder, comm=Communicator()) if builder.whole_experts else builder
-        count = experts.num_experts // (builder.comm.size if builder.whole_experts else 1)
-        self.first = count * builder.comm.rank if builder.whole_experts else 0
+        self.taken = torch.zeros(experts.num_experts, dtype=torch.int64)  # by rows, so far; read by any thread
+        self._shares: Tensor | None = None  # [ranks, num_experts]: see `of_ranks`
+        self.replicas: Replicas | None = None  # None: no expert has any
+        self.held = tuple(range(experts.num_experts))  # this rank's
+        own = builder
+        if held is not None:
+            own = replace(builder, comm=Communicator())
+            self.held = held[builder.comm.rank]
+            replicas = Replicas(held, builder.comm.rank, experts.num_experts, builder.device)
+            self.replicas = replicas if replicas.are_there else None
+            self._shares = torch.tensor(shares(held, experts.num_experts), dtype=torch.float64)
+        # What computes in place of a call: `engine/cuda/experts.py`.
+        self.grouped: Callable[[Tensor], Tensor] | None = None
         self.stack: ExpertStack | None = None
         self.experts: Sequence[GatedMLP | StackedExpert]
         if experts.is_stacked:
             name = f"{layer}.{experts.module}.experts"
-            self.stack = ExpertStack(own, name, experts, first=self.first, count=count)
+            self.stack = ExpertStack(own, name, experts, self.held, are_whole=held is not None)
             self.experts = self.stack.experts
         else:
             self.experts = [
                 GatedMLP(own, f"{layer}.{experts.expert(index)}", experts.intermediate_size, experts.parts)
-                for index in range(self.first, self.first + count)
+                for index in self.held
             ]
         for expert in self.experts:
             expert.gate_up_proj.takes_some_rows = expert.down_proj.takes_some_rows = True
+        self._by_number = dict(zip(self.held, self.experts, strict=True))
         self.shared = (
             GatedMLP(builder, f"{layer}.{experts.shared}", experts.shared_size) if experts.shared_size else None
         )
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.grouped is not None:
+            return self.grouped(x)
         chosen, weights = self.gate.choose(x)
         total = torch.zeros_like(x, dtype=torch.float32)
-        by_expert = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=self.gate.experts.num_experts)
+        own = chosen.flatten()
+        counts = torch.bincount(own, minlength=len(self.taken)).cpu()
         self.taken += counts
+        if self.replicas is not None:
+            own = self.replicas.own(x, chosen)
+            counts = torch.bincount(own, minlength=len(self.taken)).cpu()
+        by_expert = own.argsort(stable=True)
         for index, places in enumerate(torch.split(by_expert, counts.tolist())):
-            if len(places) and 0 <= index - self.first < len(self.experts):
+            expert = self._by_number.get(index)
+            if expert is not None and len(places):
                 rows = places // chosen.shape[1]
-                expert = self.experts[index - self.first]
                 y = expert.partial(x)[rows] if len(x) <= _TILE else expert.partial(x[rows])
                 total.index_add_(0, rows, y.float() * weights.flatten()[places].unsqueeze(1))
         if self.shared is not None:
             total += self.shared.partial(x)
         return self.comm.all_reduce(total.to(x.dtype))
+
+    def of_ranks(self, taken: Tensor) -> list[int]:
+        """Return how much of `taken` each rank computed; none where each has a part of every expert."""
+        return [] if self._shares is None else (self._shares @ taken.double()).long().tolist()
 
     def leaves(self) -> Iterator[Leaf]:
         yield self.gate

@@ -47,6 +47,7 @@ class GatedMLP:
         bias = config.mlp_bias
         gate, up, down = (f"{name}.{part}" for part in names)
         parts = column_parts([gate, up], [size, size], fused=f"{name}.gate_up_proj" if config.family.is_fused else None)
+        self.is_silu = config.activation == "silu"
         self._activation = _ACTIVATIONS[config.activation]
         self.gate_up_proj = ColumnParallelLinear(builder, f"{name}.gate_up_proj", config.hidden_size, parts, bias=bias)
         self.down_proj = RowParallelLinear(builder, down, size, config.hidden_size, bias=bias)

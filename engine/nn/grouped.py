@@ -19,6 +19,7 @@ from torch import Tensor
 from ...common.errors import ConfigError
 from .weight import DenseWeight, WeightSlot
 
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # what 4 bits mean
 _ZERO = 8  # what a symmetrical nibble stands above the number that it means
 
 
@@ -28,6 +29,7 @@ class GroupedWeight:
     bits          numbers
     8             int8 [out, in]
     4             uint8 [out, in / 2]: input 2i in the low half, 0 to 15; without minima the number meant is 8 less
+    4, `is_e2m1`  the same, each half a float of 4 bits: MXFP4's, whose scales are powers of 2; no minima
     """
 
     def __init__(
@@ -38,7 +40,9 @@ class GroupedWeight:
         order: Tensor | None = None,  # int32 [in]: the numbers' input i is x[:, order[i]]; None: in order
         *,
         dtype: torch.dtype,
+        is_e2m1: bool = False,
     ) -> None:
+        self.is_e2m1 = is_e2m1
         self.bits = 4 if numbers.dtype == torch.uint8 else 8
         self.numbers, self.scales, self.minima, self.order = numbers, scales, minima, order
         self.num_outputs, self.num_inputs = numbers.shape[0], numbers.shape[1] * 8 // self.bits
@@ -109,6 +113,8 @@ class GroupedWeight:
         """Return the numbers as float32, each in a place of its own."""
         if self.bits == 8:
             return self.numbers.float()
+        if self.is_e2m1:
+            return torch.tensor(E2M1)[split_nibbles(self.numbers).long()]
         numbers = split_nibbles(self.numbers).float()
         return numbers if self.minima is not None else numbers.sub_(_ZERO)
 
@@ -125,7 +131,9 @@ class GroupedWeight:
 
     def take(self) -> GroupedWeight:
         """Give all of it up to the caller, who has a form of its own for it."""
-        taken = GroupedWeight(self.numbers, self.scales, self.minima, self.order, dtype=self.dtype)
+        taken = GroupedWeight(
+            self.numbers, self.scales, self.minima, self.order, dtype=self.dtype, is_e2m1=self.is_e2m1
+        )
         self.numbers, self.scales = self.numbers.new_empty(0), self.scales.new_empty(0)
         self.minima = self.order = None
         return taken

@@ -23,6 +23,8 @@ _REFINED_LOGITS = 16  # best of a row, made once more in float32: more take time
 class Linear:
     """y = x W^T + b, this rank's part of it."""
 
+    in_turns = False  # outputs are gate's and up's in turns, not those of one before those of the other
+
     def __init__(self, name: str, weight: Weight, bias: Tensor | None = None) -> None:
         self.name = name
         self.weight = weight
@@ -68,12 +70,14 @@ class ColumnParallelLinear(Linear):
         super().__init__(name, weight, builder.empty(size) if bias else None)
 
     def parts_of_rank(self) -> Iterator[LinearPart]:
-        if not self.parts[0].stored:
-            for part, rows, start in self._shares():
-                yield LinearPart(part.name, (part.features, self.weight.num_inputs), rows, start, 0)
-        elif self.comm.size == 1:  # a rank of several has no one stretch of such a module
-            shape = self.weight.num_outputs, self.weight.num_inputs
-            yield LinearPart(self.parts[0].name, shape, slice(0, shape[0]), 0, 0)
+        num_inputs = self.weight.num_inputs
+        shares = [(part, rows, slice(start, start + rows.stop - rows.start)) for part, rows, start in self._shares()]
+        if fused := self.parts[0].stored:  # one module
+            outputs = tuple(outputs for _, _, outputs in shares)
+            yield LinearPart(self.parts[0].name, (fused, num_inputs), slice(0, shares[-1][1].stop), outputs)
+            return
+        for part, rows, some in shares:
+            yield LinearPart(part.name, (part.features, num_inputs), rows, (some,))
 
     def slots(self) -> Iterator[WeightSlot]:
         for part, rows, start in self._shares():
@@ -111,7 +115,8 @@ class RowParallelLinear(Linear):
 
     def parts_of_rank(self) -> Iterator[LinearPart]:
         size, local = self.weight.num_outputs, self.weight.num_inputs
-        yield LinearPart(self.name, (size, local * self.comm.size), slice(0, size), 0, local * self.comm.rank)
+        rows = slice(0, size)
+        yield LinearPart(self.name, (size, local * self.comm.size), rows, (rows,), local * self.comm.rank)
 
     def slots(self) -> Iterator[WeightSlot]:
         size, local = self.weight.num_outputs, self.weight.num_inputs

@@ -6,21 +6,25 @@ a block of MXFP4: 16 bytes, two numbers of e2m1 in each, low half first, and an 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ...models.experts import ExpertsConfig
+from ...models.quantization import MXFP4_GROUP
 from .builder import Builder
+from .grouped import E2M1, GroupedWeight
 from .layers import Linear
-from .weight import DenseWeight, Leaf, WeightSlot
-
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+from .weight import DenseWeight, Leaf, Weight, WeightSlot
 
 
 class _StackedLinear(Linear):
     """One expert's linear: what fills it is the stack's."""
+
+    def __init__(self, name: str, weight: Weight, bias: Tensor | None, *, in_turns: bool) -> None:
+        super().__init__(name, weight, bias)
+        self.in_turns = in_turns
 
     def slots(self) -> Iterator[WeightSlot]:
         yield from ()
@@ -33,6 +37,11 @@ class StackedExpert:
         self.gate_up_proj, self.down_proj = gate_up, down
         self._alpha, self._limit = experts.alpha, experts.limit
 
+    @property
+    def num_inner(self) -> int:
+        """Count this rank's inner columns."""
+        return self.down_proj.weight.num_inputs
+
     def partial(self, x: Tensor) -> Tensor:
         """Return this rank's part of the result."""
         gate_up = self.gate_up_proj(x).float()
@@ -44,54 +53,106 @@ class StackedExpert:
 
 
 class ExpertStack:
-    """A rank's experts of a layer, and what fills them: a part of each, or `count` whole ones from `first` on."""
+    """A rank's experts of a layer, and what fills them: a part of each, or `held` ones, whole."""
 
-    def __init__(self, builder: Builder, name: str, experts: ExpertsConfig, *, first: int, count: int) -> None:
+    def __init__(
+        self, builder: Builder, name: str, experts: ExpertsConfig, held: tuple[int, ...], *, are_whole: bool
+    ) -> None:
         self.name = name
-        self._all, self._first = experts.num_experts, first
+        self._all, self._held, count = experts.num_experts, held, len(held)
         self._hidden, self._inner = builder.config.hidden_size, experts.intermediate_size
         comm = builder.comm
         own = experts.intermediate_size // comm.size
         self._start = own * comm.rank
-        self._whole = builder.whole_experts
-        up, down = builder.empty(count, 2 * own, self._hidden), builder.empty(count, self._hidden, own)
+        self._whole = are_whole
+        make = _mxfp4_weights if _keeps_mxfp4(builder, own) else _plain_weights
+        up, down = make(builder, count, 2 * own, self._hidden), make(builder, count, self._hidden, own)
         self._up_bias, self._down_bias = builder.empty(count, 2 * own), builder.empty(count, self._hidden)
         has_bias = comm.rank == 0  # of the sum over the ranks
         self.experts = [
             StackedExpert(
-                _StackedLinear(f"{name}.gate_up_proj", DenseWeight(up[i]), self._up_bias[i]),
-                _StackedLinear(f"{name}.down_proj", DenseWeight(down[i]), self._down_bias[i] if has_bias else None),
+                _StackedLinear(f"{name}.gate_up_proj", up[i], self._up_bias[i], in_turns=True),
+                _StackedLinear(f"{name}.down_proj", down[i], self._down_bias[i] if has_bias else None, in_turns=False),
                 experts,
             )
             for i in range(count)
         ]
 
+    @staticmethod
+    def _slot(weights: list[Weight]) -> Callable[..., WeightSlot]:
+        """Return what makes the slot of a stack, of its name and shape in the checkpoint and where a part begins."""
+        first, count = weights[0], len(weights)
+        if isinstance(first, GroupedWeight):
+            numbers, scales = _stack(first.numbers, count), _stack(first.scales, count)
+            return lambda name, shape, dim, start: WeightSlot(name, shape, numbers, dim, start, scales=scales)
+        assert isinstance(first, DenseWeight)
+        target = _stack(first.plain, count).transpose(1, 2)
+        return lambda name, shape, dim, start: WeightSlot(name, shape, target, dim, start)
+
     def slots(self) -> Iterator[WeightSlot]:
         """Yield what fills the stacks; called before the weights are packed alone."""
-        up = _stack([expert.gate_up_proj for expert in self.experts])
-        down = _stack([expert.down_proj for expert in self.experts])
         n, hidden, inner = self._all, self._hidden, self._inner
-        split = (0, self._first)
-        by_inner = split if self._whole else (2, 2 * self._start)
-        yield WeightSlot(f"{self.name}.gate_up_proj", (n, hidden, 2 * inner), up.transpose(1, 2), *by_inner)
-        by_inner = split if self._whole else (1, 2 * self._start)
-        yield WeightSlot(f"{self.name}.gate_up_proj_bias", (n, 2 * inner), self._up_bias, *by_inner)
-        by_inner = split if self._whole else (1, self._start)
-        yield WeightSlot(f"{self.name}.down_proj", (n, inner, hidden), down.transpose(1, 2), *by_inner)
-        yield WeightSlot(f"{self.name}.down_proj_bias", (n, hidden), self._down_bias, *split)
+        for run, first in self._runs():
+            up = self._slot([expert.gate_up_proj.weight for expert in self.experts[run]])
+            down = self._slot([expert.down_proj.weight for expert in self.experts[run]])
+            split = (0, first)
+            by_inner = split if self._whole else (2, 2 * self._start)
+            yield up(f"{self.name}.gate_up_proj", (n, hidden, 2 * inner), *by_inner)
+            by_inner = split if self._whole else (1, 2 * self._start)
+            yield WeightSlot(f"{self.name}.gate_up_proj_bias", (n, 2 * inner), self._up_bias[run], *by_inner)
+            by_inner = split if self._whole else (1, self._start)
+            yield down(f"{self.name}.down_proj", (n, inner, hidden), *by_inner)
+            yield WeightSlot(f"{self.name}.down_proj_bias", (n, hidden), self._down_bias[run], *split)
+
+    def _runs(self) -> Iterator[tuple[slice, int]]:
+        """Yield each run of neighbours: where it stands here, and the number of its first expert."""
+        held = self._held
+        starts = [i for i in range(len(held)) if i == 0 or held[i] != held[i - 1] + 1]
+        for start, stop in zip(starts, [*starts[1:], len(held)], strict=True):
+            yield slice(start, stop), held[start]
 
 
-def _stack(linears: list[Linear]) -> Tensor:
-    """Return the one tensor that these weights are parts of: nobody else keeps it when they are given up."""
-    first = linears[0].weight
-    assert isinstance(first, DenseWeight)
-    shape = (len(linears), *first.plain.shape)
-    return first.plain.as_strided(shape, (first.plain.numel(), first.plain.shape[1], 1))
+def _keeps_mxfp4(builder: Builder, own: int) -> bool:
+    """Tell whether the checkpoint's numbers are kept as they are: C++ multiplies by them, of whole groups."""
+    quantization, is_cpu = builder.config.quantization, builder.device.type == "cpu"
+    is_mxfp4 = quantization is not None and quantization.method == "mxfp4"
+    return is_mxfp4 and is_cpu and builder.dtype == torch.bfloat16 and own % MXFP4_GROUP == 0
+
+
+def _plain_weights(builder: Builder, count: int, num_outputs: int, num_inputs: int) -> list[Weight]:
+    return [DenseWeight(matrix) for matrix in builder.empty(count, num_outputs, num_inputs)]
+
+
+def _mxfp4_weights(builder: Builder, count: int, num_outputs: int, num_inputs: int) -> list[Weight]:
+    numbers = torch.empty(count, num_outputs, num_inputs // 2, dtype=torch.uint8)
+    scales = torch.empty(count, num_outputs, num_inputs // MXFP4_GROUP)
+    return [
+        GroupedWeight(own, of_groups, dtype=builder.dtype, is_e2m1=True)
+        for own, of_groups in zip(numbers, scales, strict=True)
+    ]
+
+
+def _stack(first: Tensor, count: int) -> Tensor:
+    """Return the one tensor that the first matrix is a part of: nobody else keeps it when they are given up."""
+    return first.as_strided((count, *first.shape), (first.numel(), first.shape[1], 1))
 
 
 def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """[..., out, groups, 16] and [..., out, groups] uint8 -> [..., in, out] float32, exactly what they mean."""
     numbers = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
-    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
-    values = torch.ldexp(table[numbers.long()], scales.int().unsqueeze(-1) - 127)
+    values = torch.tensor(E2M1)[numbers.long()] * power_of_2(scales).unsqueeze(-1)
     return values.flatten(-2).transpose(-1, -2)
+
+
+def power_of_2(exponents: Tensor) -> Tensor:
+    """Uint8, 127 above what is meant -> float32."""
+    return torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
+
+
+def part_of_mxfp4(tensor: Tensor, dim: int, start: int, target: Tensor) -> Tensor:
+    """Return a rank's part of an expert's blocks or scales, [out, groups, ...]; `dim` is the plain stack's."""
+    if dim == 0:
+        return tensor
+    if dim == 2:
+        return tensor.narrow(0, start, target.shape[0])
+    return tensor.narrow(1, start // MXFP4_GROUP, target.shape[1] * 2 // MXFP4_GROUP)

@@ -28,6 +28,7 @@ class WeightSlot:
     dim: int = 0
     start: int = 0
     grouped: GroupedRows | None = None  # what is filled instead where the matrix is quantized: `target` is its numbers
+    scales: Tensor | None = None  # of MXFP4, whose numbers `target` [experts, out, in / 2] then is: of their groups
 
 
 class Leaf(Protocol):

@@ -23,7 +23,7 @@ from ...models.quantization import Quantization, Storage, matrix_storage, stored
 from .decoder import Decoder
 from .formats import unpack
 from .grouped import GroupedWeight
-from .stacked_experts import unpack_mxfp4
+from .stacked_experts import part_of_mxfp4, power_of_2, unpack_mxfp4
 from .weight import WeightSlot
 
 Progress = Callable[[str, float], None]  # what is being done, fraction in [0, 1]
@@ -54,7 +54,7 @@ def load_weights(
     quantization = decoder.config.quantization
     if load_format != "dummy":
         shapes = {slot.name: slot.shape for slot in slots}
-        if decoder.whole_experts:  # those of other ranks are in the files, too
+        if decoder.expert_plan is not None:  # those of other ranks are in the files, too
             shapes |= tensor_shapes(decoder.config)
         wanted, optional = stored_shapes(quantization, shapes)
         check_names(set(wanted), set(files) - optional, model_dir, decoder.config)
@@ -63,7 +63,7 @@ def load_weights(
     for slot in slots:
         storage = matrix_storage(quantization, slot.name, slot.shape)
         if load_format == "dummy":
-            _put(slot, _random(slot, seed), quantization)
+            _fill_randomly(slot, seed, quantization)
         elif f"{slot.name}_blocks" in files:
             _fill_from_mxfp4(slot, files)
         elif storage is not None:
@@ -110,7 +110,13 @@ def _fill_from_mxfp4(slot: WeightSlot, files: Mapping[str, tuple[_TensorFile, st
     first = slot.start if slot.dim == 0 else 0
     for index, target in enumerate(slot.target, first):
         one = slice(index, index + 1)
-        plain = unpack_mxfp4(blocks.get_slice(name)[(one,)], scales.get_slice(scales_name)[(one,)])[0]
+        stored = blocks.get_slice(name)[(one,)], scales.get_slice(scales_name)[(one,)]
+        if slot.scales is not None:
+            numbers, powers = (part_of_mxfp4(tensor[0], slot.dim, slot.start, target) for tensor in stored)
+            target.copy_(numbers.flatten(1))
+            slot.scales[index - first].copy_(power_of_2(powers))
+            continue
+        plain = unpack_mxfp4(*stored)[0]
         target.copy_(plain if slot.dim == 0 else plain.narrow(slot.dim - 1, slot.start, target.shape[slot.dim - 1]))
 
 
@@ -171,12 +177,28 @@ def read_kv_scales(model_dir: Path, num_layers: int) -> list[tuple[float, float]
     return [(k_scale, v_scale) for k_scale, v_scale in scales]
 
 
+def _fill_randomly(slot: WeightSlot, seed: int, quantization: Quantization | None) -> None:
+    if slot.scales is None:
+        _put(slot, _random(slot, seed), quantization)
+        return
+    count, num_inputs, num_outputs = slot.shape
+    generator = torch.Generator().manual_seed(_seed_of(slot, seed))
+    numbers = torch.randint(256, (count, num_outputs, num_inputs // 2), dtype=torch.uint8, generator=generator)
+    dim, start = ((0, slot.start), (2, slot.start // 2), (1, slot.start))[slot.dim]
+    slot.target.copy_(numbers.narrow(dim, start, slot.target.shape[dim]))
+    slot.scales.fill_(2**-7)  # such numbers then vary as `_random`'s
+
+
+def _seed_of(slot: WeightSlot, seed: int) -> int:
+    key = hashlib.blake2b(f"{seed}:{slot.name}".encode(), digest_size=8).digest()
+    return int.from_bytes(key, "little") >> 1
+
+
 def _random(slot: WeightSlot, seed: int) -> Tensor:
     """Draw variance 1 / fan_in for matrices, small biases, norms of 1; of the whole tensor."""
     device = slot.target.device
     if slot.name.endswith("norm.weight"):
         return torch.ones(slot.shape, device=device)
-    key = hashlib.blake2b(f"{seed}:{slot.name}".encode(), digest_size=8).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
+    generator = torch.Generator(device).manual_seed(_seed_of(slot, seed))
     std = 1 / math.sqrt(slot.shape[-1]) if len(slot.shape) == 2 else 0.02
     return torch.empty(slot.shape, dtype=torch.float32, device=device).normal_(0, std, generator=generator)

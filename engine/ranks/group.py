@@ -341,7 +341,7 @@ class RankGroup:
         self, rank: int, config: EngineConfig, num_blocks: int | None, handler: str, handler_config: bytes
     ) -> None:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "kvferry.engine.follower", str(theirs.fileno())]
+        command = [sys.executable, "-m", "kvferry.engine.follower_process", str(theirs.fileno())]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._sockets.append(FrameSocket(ours))
         self._sockets[-1].set_timeout(_START_TIMEOUT_S)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from ...common.config import RouterConfig
-from ...common.credentials import SharedSecret, read_secrets
+from ...wire.credentials import SharedSecret, read_secrets
 from .keys import ApiKeys
 
 

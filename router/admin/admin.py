@@ -3,6 +3,7 @@
     GET  /admin/workers                every worker: state, load, blocks, which handoffs are avoided
     POST /admin/workers/{id}/drain     it takes nothing new and ends; its launcher starts it again
     POST /admin/restart                the launcher restarts everything, one process at a time
+    GET  /admin/experts                of mixtures of experts: how often each was chosen, by worker and layer
     GET  /admin/requests               this router's last requests; ?kind=recent|slowest|failed&class=NAME&limit=N
     GET  /admin/requests/{id}          one of them: where it was placed and why, what was expected and what came
     GET  /admin/scaling                workers of each pool, now and desired, and why; POST, DELETE: scaling.py
@@ -32,6 +33,7 @@ from ..access.hosts import is_of_this_machine
 from ..access.keys import ApiKeys
 from ..api.middleware import check_head, send_failure
 from ..state.errors import clip, failure_of, unknown_path
+from ..state.expert_load import ExpertLoad
 from ..state.history import KINDS, MAX_RECENT, Kind
 from ..state.views import PoolView, WorkerView
 from .json_body import json_body
@@ -62,6 +64,7 @@ def build_admin(admin: Admin, keys: ApiKeys, more: Sequence[Route] = ()) -> ASGI
     routes = [
         Route("/admin/workers", admin.workers, methods=["GET"]),
         Route("/admin/workers/{worker_id}/drain", admin.drain, methods=["POST"]),
+        Route("/admin/experts", admin.experts, methods=["GET"]),
         Route("/admin/requests", admin.requests, methods=["GET"]),
         Route("/admin/requests/{request_id}", admin.request, methods=["GET"]),
         Route("/admin/restart", admin.restart, methods=["POST"]),
@@ -112,6 +115,12 @@ class Admin:
                 "queued_requests": sum(view.num_queued for view in views),
                 "live_requests": sum(view.num_in_flight for view in views),
             }
+        )
+
+    async def experts(self, request: Request) -> Response:
+        workers = [worker for dispatcher in self.dispatchers for worker in dispatcher.view().workers]
+        return JSONResponse(
+            {"workers": [_experts(worker, load) for worker in workers if (load := worker.expert_load) is not None]}
         )
 
     async def drain(self, request: Request) -> Response:
@@ -200,7 +209,19 @@ def _describe(worker: WorkerView) -> dict[str, object]:
             "granted": status.num_granted_blocks,
             "quarantined": status.num_quarantined_blocks,
         }
+    if worker.expert_load is not None:
+        load = worker.expert_load
+        known["experts"] = {"imbalance": load.imbalance, "rank_imbalance": load.rank_imbalance}
     return known
+
+
+def _experts(worker: WorkerView, load: ExpertLoad) -> dict[str, object]:
+    known = {"worker_id": worker.worker_id, "role": worker.role, "ranks": worker.hello.tp_size}
+    layers = [
+        {"layer": total.layer, "taken": total.taken, "recently_taken": recent.taken, "of_ranks": total.of_ranks}
+        for total, recent in zip(load.total, load.recent, strict=True)
+    ]
+    return known | {"imbalance": load.imbalance, "rank_imbalance": load.rank_imbalance, "layers": layers}
 
 
 def _limit_of(body: dict[str, object], default_s: float) -> float:

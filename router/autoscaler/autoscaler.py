@@ -267,17 +267,22 @@ def _flippable(fleet: Iterable[Member], pool: Pool) -> list[Member]:
     return sorted(able, key=lambda member: (member.load, member.worker_id))
 
 
+def _num_spared(fleet: Iterable[Member], pool: Pool, wanted: Counts) -> int:
+    """Return how many the pool can give and keep one that takes work: who could change waits while others start."""
+    num_ready = sum(member.pool == pool and member.state is MemberState.READY for member in fleet)
+    return num_ready - min(1, wanted.in_pool(pool))
+
+
 def _way(wanted: Counts, have: Counts, fleet: list[Member], forecast: ScaleForecast, why: str) -> ScaleDecision:
     """Return the way from the fleet as it is to the wanted one."""
     flips: list[tuple[str, Pool]] = []
     removals: list[str] = []
     missing = {pool: wanted.in_pool(pool) - have.in_pool(pool) for pool in POOLS}
     for gives, takes in _WAYS:
-        count = min(-missing[gives], missing[takes])
-        chosen = _flippable(fleet, gives)[: max(0, count)]
-        flips += [(member.worker_id, takes) for member in chosen]
-        missing[gives] += len(chosen)
-        missing[takes] -= len(chosen)
+        able = _flippable(fleet, gives)[: max(0, min(-missing[gives], missing[takes]))]
+        flips += [(member.worker_id, takes) for member in able[: _num_spared(fleet, gives, wanted)]]
+        missing[gives] += len(able)
+        missing[takes] -= len(able)
     flipped = {worker_id for worker_id, _ in flips}
     for pool in POOLS:
         own = [m for m in fleet if m.pool == pool and m.worker_id not in flipped]

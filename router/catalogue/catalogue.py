@@ -18,7 +18,7 @@ from ..state.errors import clip
 from ..state.views import PoolView
 from .version import Version
 
-_MAX_NAME = 256  # characters; of the wire's names (common/messages.py)
+_MAX_NAME = 256  # characters; of the wire's names (wire/fields.py)
 _MAX_LISTED = 32  # names in an error
 
 

@@ -15,10 +15,13 @@ from itertools import count
 
 import structlog
 
-from ...common.channel import DEFAULT_MAX_FRAME_BYTES, HELLO_TIMEOUT_S, Address, Channel, serve, server_address
-from ...common.credentials import NO_SECRET, SharedSecret
 from ...common.errors import ProtocolError, WorkerLost
-from ...common.messages import Decoder, Message, Refused, WorkerHello, WorkerToRouter
+from ...wire.channel import DEFAULT_MAX_FRAME_BYTES, HELLO_TIMEOUT_S, Address, Channel, serve, server_address
+from ...wire.codec import Decoder, WorkerToRouter
+from ...wire.credentials import NO_SECRET, SharedSecret
+from ...wire.fields import Message
+from ...wire.hello import Refused
+from ...wire.workers import WorkerHello
 from ..state.failures import ROUTER_STOPS
 from .worker_group import WorkerGroup, find_group
 

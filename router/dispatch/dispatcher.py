@@ -24,28 +24,30 @@ from functools import partial
 from ...common.clock import Clock
 from ...common.config import RouterConfig
 from ...common.errors import CapacityError, ProtocolError
-from ...common.messages import (
-    CacheChange,
-    Drain,
+from ...common.request import FinishReason
+from ...wire.fields import Message
+from ...wire.results import (
     Embedding,
     FirstToken,
-    Goodbye,
     Grant,
     HandoffDone,
     HandoffFailed,
-    LiveRequests,
-    Message,
     NoCapacity,
     PromptLogprobs,
-    SetRole,
     StepTokens,
     TaskRefused,
-    TransferReport,
     WorkerFailure,
+)
+from ...wire.workers import (
+    CacheChange,
+    Drain,
+    Goodbye,
+    LiveRequests,
+    SetRole,
+    TransferReport,
     WorkerHello,
     WorkerStatus,
 )
-from ...common.request import FinishReason
 from ..placement.policy import RoutingPolicy
 from ..queue.admission import Admission
 from ..state.classes import RequestClasses

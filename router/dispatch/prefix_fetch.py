@@ -6,8 +6,8 @@ must fit does, as all workers of a router have one KV layout; whoever lends says
 
 from __future__ import annotations
 
-from ...common.messages import FetchFrom
 from ...kvcache.blocks import hash_blocks, prefix_salt
+from ...wire.tasks import FetchFrom
 from ..state.pools import Pools
 from ..state.request import RouterRequest
 from ..state.worker import RouterWorker

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ...common.messages import ChoiceTokens, PromptLogprobs
+from ...wire.results import ChoiceTokens, PromptLogprobs
 from ..state.attempt import Attempt
 from ..state.choice_state import NO_DROPS, Drops, is_natural
 from ..state.observer import Observer

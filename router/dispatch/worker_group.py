@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ...common.errors import ProtocolError
-from ...common.messages import WorkerHello
+from ...wire.workers import WorkerHello
 from .dispatcher import Dispatcher
 
 ROLES = ("prefill", "decode")

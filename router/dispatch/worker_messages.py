@@ -11,8 +11,9 @@ was given up and comes back finds its late messages fenced: its new session has 
 
 from __future__ import annotations
 
-from ...common.messages import (
-    Abort,
+from ...common.request import UNSERVED
+from ...wire.codec import RequestMessage
+from ...wire.results import (
     ChoiceTokens,
     Embedding,
     FirstToken,
@@ -21,13 +22,12 @@ from ...common.messages import (
     HandoffFailed,
     NoCapacity,
     PromptLogprobs,
-    RequestMessage,
     RequestTokens,
     StepTokens,
     TaskRefused,
     WorkerFailure,
 )
-from ...common.request import UNSERVED
+from ...wire.tasks import Abort
 from ..queue.admission import Admission
 from ..state.attempt import Attempt, AttemptState
 from ..state.errors import StreamError
@@ -288,6 +288,8 @@ class WorkerMessages:
 
     def _on_progress(self, tracked: TrackedRequest, attempt: Attempt, *, is_first: bool, now: float) -> None:
         tracked.num_same = 0
+        if tracked.note_step(attempt):
+            self._in_flight.is_due = True  # others may join it
         if is_first:
             self._admission.on_first_token(tracked, now)
             if (said := attempt.prediction) is not None and not tracked.request.attempt_number:

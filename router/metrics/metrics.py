@@ -18,8 +18,8 @@ from typing import Protocol
 from prometheus_client import Counter, Histogram
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 
-from ...common.messages import TransferReport
 from ...common.request import DEFAULT_CLASS
+from ...wire.workers import TransferReport
 from .exposition import exposition, with_aliases
 from .labels import CLOSED, FENCED, OTHER, closed
 from .pools import ModelPools, pool_families

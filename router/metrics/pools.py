@@ -7,7 +7,7 @@ from typing import Protocol
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from ...common.messages import WorkerStatus
+from ...wire.workers import WorkerStatus
 from .workers import WorkerGauges, gauge, kv_usage, worker_families
 
 _VllmValues = Sequence[tuple[list[str], float]]  # (model_name, engine) and the value

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from ...common.messages import WorkerStatus
+from ...wire.workers import WorkerStatus
 
 _STATES = ("starting", "ready", "draining")
 _LABELS = ["worker", "pool"]
@@ -62,6 +62,17 @@ _TOLD_ELSEWHERE = frozenset(
 )
 
 
+class ExpertGauges(Protocol):
+    """An `ExpertGauges` tells how evenly a worker's experts are chosen."""
+
+    @property
+    def num_choices(self) -> int: ...
+    @property
+    def imbalance(self) -> float: ...
+    @property
+    def rank_imbalance(self) -> float | None: ...
+
+
 class WorkerGauges(Protocol):
     """One worker as the router sees it now."""
 
@@ -73,6 +84,8 @@ class WorkerGauges(Protocol):
     def is_ready(self) -> bool: ...
     @property
     def status(self) -> WorkerStatus | None: ...
+    @property
+    def expert_load(self) -> ExpertGauges | None: ...
 
 
 Alive = list[tuple[tuple[str, str], WorkerStatus]]
@@ -98,7 +111,20 @@ def worker_families(workers: Sequence[WorkerGauges]) -> Iterator[Metric]:
         yield _counter(name, text, _LABELS, [(labels, _number(status, field)) for labels, status in alive])
     for field, (name, text, label) in _COUNTERS_BY.items():
         yield _counter(name, text, [*_LABELS, label], _by_label(alive, field, _VALUES[label]))
+    yield from _experts(workers)
     yield from _others(alive)
+
+
+def _experts(workers: Sequence[WorkerGauges]) -> Iterator[Metric]:
+    """Three numbers of a worker: each expert's own are thousands, and stand in /admin/experts."""
+    told = [((worker.worker_id, worker.role), load) for worker in workers if (load := worker.expert_load) is not None]
+    text = "Choices of experts by tokens, in all layers"
+    yield _counter("expert_choices", text, _LABELS, [(labels, float(load.num_choices)) for labels, load in told])
+    text = "Choices of the busiest expert over the mean of all, of late"
+    yield gauge("kvferry_expert_imbalance", text, _LABELS, [(labels, load.imbalance) for labels, load in told])
+    of_ranks = [(labels, found) for labels, load in told if (found := load.rank_imbalance) is not None]
+    text = "Choices of the busiest rank's experts over the mean of all ranks, of late: steps take so much longer"
+    yield gauge("kvferry_expert_rank_imbalance", text, _LABELS, of_ranks)
 
 
 def _others(alive: Alive) -> Iterator[Metric]:

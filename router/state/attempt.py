@@ -16,25 +16,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from ...common.messages import (
-    Abort,
+from ...wire.codec import RequestMessage
+from ...wire.grants import GrantInfo
+from ...wire.results import (
     Embedding,
-    EmbedTask,
-    FetchFrom,
     FirstToken,
     Grant,
-    GrantInfo,
     HandoffDone,
     HandoffFailed,
-    LocalTask,
     NoCapacity,
-    PrefillTask,
     PromptLogprobs,
-    RequestMessage,
-    ReserveKV,
     TaskRefused,
     WorkerFailure,
 )
+from ...wire.tasks import Abort, EmbedTask, FetchFrom, LocalTask, PrefillTask, ReserveKV
 from .demand import Prediction
 from .failures import Blame
 from .predictor import Way
@@ -78,6 +73,7 @@ class Attempt:
     task_s: float = 0.0  # when the task was sent
     arrived_s: float | None = None  # since when the decode worker has the KV
     gap_s: float | None = None  # since when an early token waits
+    num_steps: int = 0  # messages that brought new tokens
 
     def __post_init__(self) -> None:
         self.choices = self.request.unfinished

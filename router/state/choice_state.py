@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ...common.messages import ChoiceTokens
 from ...common.request import FinishReason, SampledToken
+from ...wire.results import ChoiceTokens
 
 MAX_EARLY_TOKENS = 64  # kept for each choice while an earlier one is missing
 

@@ -11,7 +11,9 @@
     anything else               yes      yes        no
 
 Losses are bounded by the deaths themselves. After two strikes the next attempt runs alone on a worker
-(`isolation.py`); a third one proves it, and the request is refused.
+(`isolation.py`); a third one proves it, and the request is refused. An attempt that has given tokens in
+CLEARED_BY_STEPS messages is past the place where the earlier workers were lost: their strikes were others' deaths, and
+are taken back. What ends a worker again and again after so many steps meets the limit of attempts instead.
 
 A request with a strike is a suspect. Who is lost with a suspect is not to blame, which its launcher is told: it is
 started again without a pause. Suspects wait instead: where a worker comes back as the only one of its pool, the others
@@ -29,6 +31,7 @@ DRAINED = "drained"
 
 STRIKES_UNTIL_ALONE = 2
 MAX_STRIKES = 3
+CLEARED_BY_STEPS = 8  # fewer clear more innocents where workers die often, and let a slow poison end more workers
 OTHERS_FIRST_S = 2.0  # the answers of most
 
 WorkerLife = tuple[str, int]  # a worker's id and incarnation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ...common.messages import TransferReport
+from ...wire.workers import TransferReport
 from .outcome import ServiceOutcome
 from .request import RouterRequest
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...common.kv_spec import KVCacheSpec
-from ...common.messages import WorkerHello, WorkerStatus
+from ...wire.workers import WorkerHello, WorkerStatus
 from .predictor import Predictor
 from .prefix_index import PrefixIndex
 from .views import RANKS, PoolView, Rank, WorkerView, has_gained

@@ -16,7 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from ...common.messages import StepSample, TransferReport, WorkerHello, WorkerStatus
+from ...wire.workers import StepSample, TransferReport, WorkerHello, WorkerStatus
 from .step_fit import StepFit, step_s
 
 _COLD_STEPS = 4  # of a worker's life without a calibration: they load code and warm caches

@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ...common.messages import CacheChange
+from ...wire.workers import CacheChange
 
 HASH_BYTES = 16
 MAX_BLOCKS = 1 << 24  # of one session, all tiers together: more is nobody's cache
@@ -174,8 +174,10 @@ class PrefixIndex:
         num_entries = 0
         while self._dead and num_entries < _WIPE_ENTRIES:
             number = self._num_wiped & self._which
-            num_entries += 1 + len(self._shards[number])
-            self._shards[number] = self._without_dying(self._shards[number])
+            num_entries += 1
+            if shard := self._shards[number]:
+                num_entries += len(shard)
+                self._shards[number] = self._without_dying(shard)
             self._num_wiped += 1
             while self._dead and self._num_wiped - self._dead[0][1] > self._which:
                 slot, _ = self._dead.pop(0)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...common.messages import StepSample
+from ...wire.workers import StepSample
 
 _NUM_TERMS = 5
 _MEMORY = 2000.0  # samples after which an old one counts 1 / e

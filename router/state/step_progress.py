@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...common.messages import WorkerStatus
+from ...wire.workers import WorkerStatus
 
 STEP_LIMIT_S = 3.0  # a step may take this, or five times what it should
 FIRST_STEP_LIMIT_S = 60.0  # nothing is known yet, and the first step warms up

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from .attempt import Attempt
 from .demand import Promise
-from .failures import STRIKES_UNTIL_ALONE, Charge, WorkerLife
+from .failures import CLEARED_BY_STEPS, STRIKES_UNTIL_ALONE, Charge, WorkerLife
 from .request import RouterRequest
 from .search import Search
 from .token_stream import TokenStream
@@ -49,6 +49,14 @@ class TrackedRequest:
     def must_run_alone(self) -> bool:
         """True once it was in the running step of two workers when they were lost."""
         return len(self.strikes) >= STRIKES_UNTIL_ALONE
+
+    def note_step(self, attempt: Attempt) -> bool:
+        """Note that its attempt brought tokens, and return whether that clears it of its strikes."""
+        attempt.num_steps += 1
+        if not self.strikes or attempt.num_steps < CLEARED_BY_STEPS:
+            return False
+        self.strikes.clear()
+        return True
 
     def is_put_off(self, now_s: float) -> bool:
         """Return whether it waits: for others to go first, the end of a pause, or a token of the retry budget."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ...common.messages import WorkerHello, WorkerStatus
+from ...wire.workers import WorkerHello, WorkerStatus
+from .expert_load import ExpertLoad
 
 Rank = tuple[float, int, int, int]
 
@@ -48,6 +49,7 @@ class WorkerView:
     backlog_s: float = 0.0  # predicted time to compute what is ahead
     line: tuple[tuple[float, float], ...] = ()  # of `backlog_s`, by prompt in order: (due time, seconds left)
     context: int = 0  # tokens that a decode step attends to, those on their way included
+    expert_load: ExpertLoad | None = None
 
     def wait_s(self, due_s: float) -> float:
         """Return the wait for prompts served before one that is due then; others' are, as far as is known."""

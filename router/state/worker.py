@@ -13,8 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from ...common.messages import Message, StepTokens, WorkerHello, WorkerStatus
 from ...common.pacing import PROMPT_DUE_STRETCH
+from ...wire.fields import Message
+from ...wire.results import StepTokens
+from ...wire.workers import WorkerHello, WorkerStatus
+from .expert_load import ExpertLoad
 from .failures import WorkerLife
 from .step_progress import StepProgress
 from .views import RequestLoad, WorkerView
@@ -47,6 +50,7 @@ class RouterWorker:
     joined_s: float
     status: WorkerStatus | None = None
     status_s: float = 0.0  # when the heartbeat came
+    expert_load: ExpertLoad | None = None  # None: it has told none
     is_draining: bool = False
     has_said_goodbye: bool = False  # the end of its session is no loss
     stepped_s: float = 0.0  # when tokens came
@@ -171,6 +175,8 @@ class RouterWorker:
     def on_status(self, status: WorkerStatus, now_s: float) -> None:
         self._steps.on_status(self.status, status, now_s)
         self.status, self.status_s = status, now_s
+        if status.experts:
+            self.expert_load = ExpertLoad.after(self.expert_load, status.experts)
         self.set_role(status.role, now_s)
         for name in self._arrived:  # what decodes by now is in the heartbeat's own count
             self._arriving.pop(name, None)
@@ -215,6 +221,7 @@ class RouterWorker:
             backlog_s=backlog_s,
             line=line,
             context=self._context(),
+            expert_load=self.expert_load,
         )
 
     def _backlog_s(self, ahead_tokens: int, s_per_token: float) -> tuple[float, tuple[tuple[float, float], ...]]:

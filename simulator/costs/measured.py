@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ...common.errors import ConfigError
-from ...common.messages import StepSample
 from ...sizing.steps import Linear
+from ...wire.workers import StepSample
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...common.messages import Labels
+from ...wire.fields import Labels
 
 
 @dataclass(slots=True, frozen=True)

@@ -9,23 +9,17 @@ from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.config import TransferConfig
 from kvferry.common.grammar import Grammars
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import (
-    ChoiceTokens,
-    Grant,
-    GrantInfo,
-    KVArrived,
-    KVOpen,
-    Message,
-    RegionInfo,
-    ReserveKV,
-    StepTokens,
-)
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
 from kvferry.decode.role import DecodeRole
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.protocol.handoff import open_mac
 from kvferry.transfer.receive.receiver import KVReceiver, ReservationState
+from kvferry.wire.fields import Message
+from kvferry.wire.grants import GrantInfo, RegionInfo
+from kvferry.wire.handoff import KVArrived, KVOpen
+from kvferry.wire.results import ChoiceTokens, Grant, StepTokens
+from kvferry.wire.tasks import ReserveKV
 
 BLOCK, EOS = 4, 2
 SPEC = KVCacheSpec(model="m", num_layers=1, num_kv_heads=1, head_dim=8, block_size=BLOCK, dtype="float32")

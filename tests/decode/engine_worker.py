@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from kvferry.common.config import EngineConfig, TransferConfig
-from kvferry.common.messages import LocalTask, Message, StepTokens
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
 from kvferry.decode.role import DecodeRole
 from kvferry.engine.engine import Engine
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.receive.receiver import KVReceiver
+from kvferry.wire.fields import Message
+from kvferry.wire.results import StepTokens
+from kvferry.wire.tasks import LocalTask
 
 from .bench import REGION
 

@@ -12,21 +12,12 @@ from random import Random
 import pytest
 
 from kvferry.common.batch import Batch
-from kvferry.common.messages import (
-    Abort,
-    CancelKV,
-    ChoiceTokens,
-    Grant,
-    GrantInfo,
-    HandoffDone,
-    KVClosed,
-    LiveRequests,
-    LocalTask,
-    NoCapacity,
-    ReserveKV,
-    TaskRefused,
-)
 from kvferry.common.request import RequestSpec, SamplingParams, pack_ids
+from kvferry.wire.grants import GrantInfo
+from kvferry.wire.handoff import CancelKV, KVClosed
+from kvferry.wire.results import ChoiceTokens, Grant, HandoffDone, NoCapacity, TaskRefused
+from kvferry.wire.tasks import Abort, LocalTask, ReserveKV
+from kvferry.wire.workers import LiveRequests
 
 from .bench import BLOCK, EOS, Bench, first_token
 

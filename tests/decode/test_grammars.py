@@ -6,9 +6,10 @@ import msgspec
 
 from kvferry.common.batch import RowKind, RowOutput, StepOutput
 from kvferry.common.grammar import Grammar
-from kvferry.common.messages import LocalTask, NoCapacity, ReserveKV, TaskRefused, WorkerFailure
 from kvferry.common.request import SamplingParams
 from kvferry.tests.fake_grammars import FakeGrammars
+from kvferry.wire.results import NoCapacity, TaskRefused, WorkerFailure
+from kvferry.wire.tasks import LocalTask, ReserveKV
 
 from .bench import EOS, Bench, first_token
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import msgspec
 import pytest
 
-from kvferry.common.messages import FetchFrom, LocalTask
 from kvferry.common.request import SamplingParams
 from kvferry.kvcache.blocks import hash_blocks, prefix_salt
 from kvferry.kvcache.journal import CacheJournal
+from kvferry.wire.tasks import FetchFrom, LocalTask
 
 from .bench import BLOCK, SPEC, Bench, first_token
 

@@ -6,19 +6,9 @@ import msgspec
 import pytest
 
 from kvferry.common.batch import RowOutput, StepOutput
-from kvferry.common.messages import (
-    Abort,
-    Grant,
-    HandoffDone,
-    HandoffFailed,
-    LocalTask,
-    NoCapacity,
-    ReserveKV,
-    StepTokens,
-    TaskRefused,
-    WorkerFailure,
-)
 from kvferry.common.request import SampledToken, SamplingParams
+from kvferry.wire.results import Grant, HandoffDone, HandoffFailed, NoCapacity, StepTokens, TaskRefused, WorkerFailure
+from kvferry.wire.tasks import Abort, LocalTask, ReserveKV
 
 from .bench import EOS, Bench, first_token
 

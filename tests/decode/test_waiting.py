@@ -7,8 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvferry.common.messages import Abort, Grant, LiveRequests, Message, NoCapacity, ReserveKV
 from kvferry.common.request import RequestSpec
+from kvferry.wire.fields import Message
+from kvferry.wire.results import Grant, NoCapacity
+from kvferry.wire.tasks import Abort, ReserveKV
+from kvferry.wire.workers import LiveRequests
 
 from .bench import Bench
 

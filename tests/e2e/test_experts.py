@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from kvferry.common.expert_plan import ExpertPlan, read_plan
 from kvferry.tools.load.tiny_model import write_tiny_model
 
 from . import reference
-from .cluster import serve
+from .cluster import serve, wait_until
 from .test_exactness import LENGTHS, NUM_TOKENS, _complete
 
 _VOCABULARY = 420  # ids from 4 on that the model has in any case
@@ -19,11 +22,36 @@ PROMPTS = [
     [(7 * i * i + 13 * i * n + 31 * n) % _VOCABULARY + 4 for i in range(size)] for n, size in enumerate(LENGTHS, 1)
 ]
 Pool = tuple[int, bool]  # ranks, and whether each has whole experts
+# Three of eight experts on both ranks in the first layer, all of them in the second.
+PLAN = ExpertPlan(8, 2, {0: ((0, 1, 2, 4, 6), (1, 3, 4, 5, 6, 7)), 1: (tuple(range(8)),) * 2})
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", num_experts=8)
+
+
+def test_replicas_on_a_prefill_worker_change_nothing(model_dir: Path, tmp_path: Path) -> None:
+    prompts = PROMPTS[::3]
+    (tmp_path / "plan.json").write_text(PLAN.text())
+    whole = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "expert_plan": str(tmp_path / "plan.json")}
+    (tmp_path / "settings.yaml").write_text(json.dumps({"prefill": {"workers": 1} | whole, "decode": {"workers": 1}}))
+    flags = ["--served-model-name", "tiny", "--device", "cpu", "--dtype", "float32", "--no-local-prefill"]
+    flags += ["--admin-port", "0", "--config", str(tmp_path / "settings.yaml")]
+    with serve(model_dir, tmp_path / "log", *flags) as cluster:
+        answers = asyncio.run(_complete(cluster, prompts, NUM_TOKENS, "a salt"))
+        assert cluster.metric("kvferry_fallback_total") == 0
+        num_prompt_tokens, again = sum(map(len, prompts)), tmp_path / "again.json"
+        wait_until(
+            lambda: cluster.metric("kvferry_expert_choices_total", 'pool="prefill"') >= 2 * num_prompt_tokens,
+            "a report of experts",
+        )
+        assert 1 <= cluster.metric("kvferry_expert_rank_imbalance", 'pool="prefill"') < 2
+        [admin] = cluster.admin_urls
+        words = ["experts", "plan", str(again), "--replicas", "4", "--pool", "prefill", "--admin", admin]
+        subprocess.run([sys.executable, "-m", "kvferry", *words], check=True, timeout=60)
+    assert sorted(read_plan(again, num_ranks=2, num_experts=8, sparse_layers=range(2)).layers) == [0, 1]
+    reference.Teacher(model_dir).assert_greedy(prompts, answers, "replicas to one rank")
 
 
 @pytest.mark.parametrize(

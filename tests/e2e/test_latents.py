@@ -6,15 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from ..deepseek import EXPERTS, TOKEN_SIZE, write_deepseek
 from .cluster import wait_until
+from .exactness_models import LATENTS_BLOCK_BYTES, write_exactness_model
 from .test_exactness import Fleet, Kind, open_fleet, prompts_of
 
 LENGTHS = [1, 2, 15, 16, 17, 33, 100, 128, 300, 600]
 PROMPTS = prompts_of(LENGTHS)
 NUM_TOKENS = 12
 NUM_BLOCKS = sum(-(-length // 16) for length in LENGTHS)
-BLOCK_BYTES = TOKEN_SIZE * 4 * 16 * 3  # numbers of a token, float32, tokens, layers
 WORKERS = {
     "p-0": Kind(role="prefill"),
     "d-0": Kind(role="decode"),
@@ -26,8 +25,7 @@ WORKERS = {
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("deepseek")
-    path = write_deepseek(folder / "model", "v3", tokenizer=True, **EXPERTS["v3"])
-    with open_fleet(folder, path, WORKERS) as opened:
+    with open_fleet(folder, write_exactness_model(folder / "model", "deepseek_v3"), WORKERS) as opened:
         yield opened
 
 
@@ -44,7 +42,7 @@ def test_each_decode_rank_is_sent_each_page_once(fleet: Fleet, source: str, targ
     num_fallbacks = fleet.num_fallbacks()
     fleet.check(f"{source} to {target}", f"{source} {target}", f"{source} {target}", PROMPTS, NUM_TOKENS)
     for name, count in before.items():
-        expected = count + copies * NUM_BLOCKS * BLOCK_BYTES
+        expected = count + copies * NUM_BLOCKS * LATENTS_BLOCK_BYTES
         wait_until(lambda name=name, expected=expected: num_bytes(name) >= expected, f"{name} of {expected}")
         assert num_bytes(name) == expected
     assert fleet.num_fallbacks() == num_fallbacks

@@ -20,10 +20,8 @@ from typing import BinaryIO, Literal
 import pytest
 
 from kvferry import __version__
-from kvferry.common.channel import Address
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import FAILPOINTS_VARIABLE, EngineConfig, RouterConfig, TransferConfig, WorkerConfig
-from kvferry.common.messages import WorkerStatus
 from kvferry.common.request import SamplingParams
 from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher
@@ -32,6 +30,8 @@ from kvferry.router.state.demand import Demand, Lack, Placement, Reason, Wait
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.views import PoolView, WorkerView
 from kvferry.router.state.worker import RouterWorker
+from kvferry.wire.channel import Address
+from kvferry.wire.workers import WorkerStatus
 
 from ..checkpoints import write_checkpoint
 from . import reference

@@ -14,10 +14,8 @@ from pathlib import Path
 import pytest
 
 from kvferry import __version__
-from kvferry.common.channel import Address
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import RouterConfig
-from kvferry.common.messages import Message
 from kvferry.common.request import SamplingParams
 from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher
@@ -27,6 +25,8 @@ from kvferry.router.state.request import RequestStatus, RouterRequest
 from kvferry.router.state.views import WorkerView
 from kvferry.router.state.worker import WorkerLink
 from kvferry.tools.load.tiny_model import write_tiny_model
+from kvferry.wire.channel import Address
+from kvferry.wire.fields import Message
 
 ROLES = {"w-0": "prefill", "w-1": "decode", "w-2": "decode"}
 FLAGS = (

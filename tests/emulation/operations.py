@@ -52,9 +52,15 @@ def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return result
     if func._schema.name in _ALLOCATIONS:
         return fresh(result)
-    if not func.is_view:
+    if not (func.is_view and _is_view_of(result, hosts)):
         note_launch(_repeating(kernel, hosts, named, result))
     return _on_device(result, tensors)
+
+
+def _is_view_of(result: Any, given: Any) -> bool:
+    """Tell whether a result shares memory with an argument: a reshape, which may be a view, may be a copy too."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in _tensors(given)}
+    return all(made.untyped_storage().data_ptr() in storages for made in _tensors(result))
 
 
 def is_host(device: Any) -> bool:
@@ -220,4 +226,36 @@ def _scaled_mm(
     return (product if bias is None else product + bias.float()).to(out_dtype)
 
 
-_OWN_KERNELS: dict[str, Callable[..., Any]] = {"aten::mm.dtype": _mm_in_dtype, "aten::_scaled_mm": _scaled_mm}
+def _grouped_mm(
+    a: Tensor,  # [rows, k] bfloat16
+    b: Tensor,  # [groups, k, n] bfloat16
+    offs: Tensor | None = None,  # [groups] int32: where the rows of each end
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Do as torch._grouped_mm on a Hopper card, and refuse what CUDA's refuses; rows of no group are any numbers."""
+    if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16 or out_dtype not in (None, torch.bfloat16):
+        raise RuntimeError(f"_grouped_mm of {a.dtype} and {b.dtype}")
+    if a.dim() != 2 or b.dim() != 3 or a.shape[1] != b.shape[1] or bias is not None:
+        raise RuntimeError(f"_grouped_mm of {tuple(a.shape)} and {tuple(b.shape)}")
+    if offs is None or offs.dtype != torch.int32 or offs.shape != (len(b),):
+        raise RuntimeError("_grouped_mm: an end for each group, in int32")
+    for each in (a, b):
+        far, near = max(each.stride()[-2:]), min(each.stride()[-2:])
+        if near != 1 or far % 8 or each.data_ptr() % 16:
+            raise RuntimeError(f"_grouped_mm: strides {each.stride()} are no multiples of 16 bytes")
+    result = a.new_full((len(a), b.shape[2]), float("nan"))
+    begin = 0
+    for end, matrix in zip(offs.tolist(), b, strict=True):
+        if end < begin or end > len(a):
+            raise RuntimeError(f"_grouped_mm: rows end at {offs.tolist()} of {len(a)}")
+        result[begin:end] = a[begin:end] @ matrix
+        begin = end
+    return result
+
+
+_OWN_KERNELS: dict[str, Callable[..., Any]] = {
+    "aten::mm.dtype": _mm_in_dtype,
+    "aten::_scaled_mm": _scaled_mm,
+    "aten::_grouped_mm": _grouped_mm,
+}

@@ -80,6 +80,16 @@ def test_a_graph_is_run_again_over_the_same_memory() -> None:
     assert doubled.tolist() == [10.0] * 3 and total.tolist() == [22.0] * 3
 
 
+def test_a_graph_makes_copies_again_that_a_reshape_made() -> None:
+    source = torch.arange(6.0, device=CUDA).view(3, 2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        turned = source.t().reshape(-1)
+    source.mul_(2)
+    graph.replay()
+    assert turned.tolist() == [0.0, 4.0, 8.0, 2.0, 6.0, 10.0]
+
+
 @pytest.mark.parametrize("what", ["upload", "read", "wait", "index", "replay"])
 def test_a_capture_neither_waits_nor_copies(what: str) -> None:
     x, pinned, captured = torch.ones(3, device=CUDA), torch.ones(3, pin_memory=True), torch.cuda.CUDAGraph()
@@ -107,9 +117,78 @@ def test_a_product_in_8_bits_has_cudas_layout() -> None:
         torch._scaled_mm(a, b.t().contiguous(), rows, columns, out_dtype=torch.bfloat16)
 
 
+def test_a_grouped_product_takes_what_cudas_takes() -> None:
+    a, b = (torch.randn(*shape).bfloat16().to(CUDA) for shape in ((6, 32), (2, 16, 32)))
+    ends = torch.tensor([2, 5], dtype=torch.int32, device=CUDA)
+    found = torch._grouped_mm(a, b.transpose(1, 2), offs=ends).float().cpu()
+    torch.testing.assert_close(found[2:5], (a[2:5] @ b[1].t()).float().cpu(), rtol=1e-2, atol=1e-2)
+    assert bool(found[5:].isnan().all()), "rows of no group are any numbers"
+    for rows, groups, offs in (
+        (a.float(), b.transpose(1, 2), ends),
+        (a, b.transpose(1, 2), ends.long()),
+        (a, b.transpose(1, 2), ends[:1]),
+        (a, b.transpose(1, 2), ends + 2),
+        (a, b[:, :10].transpose(1, 2).contiguous(), ends),
+    ):
+        with pytest.raises(RuntimeError, match="_grouped_mm"):
+            torch._grouped_mm(rows, groups, offs=offs)
+
+
 def test_norms_of_another_library_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine says which norms are meant before it imports the package; nobody has here."""
     monkeypatch.setattr(flashinfer.norm, "_USE_CUDA_NORM", False)
     x = torch.ones(2, 16, dtype=torch.bfloat16, device=CUDA)
     with pytest.raises(RuntimeError, match="FLASHINFER_USE_CUDA_NORM"):
         flashinfer.norm.rmsnorm(x, x[0])
+
+
+LATENTS = {"num_heads": 4, "head_dim_ckv": 512, "head_dim_kpe": 64, "page_size": 16, "causal": True, "sm_scale": 0.1}
+BFLOAT16 = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
+
+
+def _latents() -> flashinfer.BatchMLAPagedAttentionWrapper:
+    workspace = torch.zeros(128 << 20, dtype=torch.uint8, device=CUDA)
+    return flashinfer.BatchMLAPagedAttentionWrapper(workspace, backend="fa3")
+
+
+def _csr(queries: list[int], pages: list[int], kv_lens: list[int]) -> flashinfer.mla.MLAPlanMetadata:
+    queries_, pages_, kv_lens_ = (torch.tensor(each, dtype=torch.int32) for each in (queries, pages, kv_lens))
+    indices = torch.arange(pages[-1], dtype=torch.int32, device=CUDA)
+    return flashinfer.mla.MLAPlanMetadata.csr(queries_, pages_, indices, kv_lens_)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"metadata": ([0, 1], [0, 1], [17])}, "page counts"),
+        ({"metadata": ([0, 1], [0, 1, 2], [17])}, "of other rows"),
+        ({"head_dim_ckv": 96}, "no kernels"),
+        ({"q_data_type": torch.float32, "kv_data_type": torch.float32}, "no kernel attends in"),
+        ({"kv_data_type": torch.float8_e4m3fn}, "need scales"),
+        ({"num_heads": 128, "metadata": ([0, 16384 + 1], [0, 1025], [16400])}, "work items"),
+        ({"num_heads": 6, "metadata": ([0, 64], [0, 7], [107])}, "lose a key"),
+    ],
+)
+def test_plans_over_latents_are_refused_that_no_kernel_carries_out(changes: dict[str, object], reason: str) -> None:
+    arrays = changes.pop("metadata", ([0, 2], [0, 2], [17]))
+    metadata = _csr(*arrays)  # type: ignore[misc]
+    with pytest.raises(RuntimeError, match=reason):
+        _latents().plan(**(LATENTS | BFLOAT16 | {"metadata": metadata} | changes))
+
+
+def test_latents_are_attended_to_as_planned() -> None:
+    wrapper = _latents()
+    q = torch.zeros(2, 4, 576, dtype=torch.bfloat16, device=CUDA)
+    pages = torch.zeros(2, 16, 576, dtype=torch.bfloat16, device=CUDA)
+    with pytest.raises(RuntimeError, match="before plan"):
+        wrapper.run(query=q, kv_cache=pages, out=q[..., :512].contiguous())
+    wrapper.plan(**LATENTS, **BFLOAT16, metadata=_csr([0, 2], [0, 2], [17]))
+    for query, cache in ((q[:1], pages), (q, pages[..., :512]), (q.float(), pages), (q[:, :3], pages)):
+        with pytest.raises(RuntimeError):
+            wrapper.run(query=query, kv_cache=cache, out=query[..., :512].contiguous())
+    assert not wrapper.run(query=q, kv_cache=pages, out=q[..., :512].contiguous()).any()
+    index = torch.zeros(2, dtype=torch.int32, device=CUDA)
+    with pytest.raises(RuntimeError, match="512"):
+        flashinfer.append_paged_mla_kv_cache(
+            *(q[:, 0, :256], q[:, 0, :64], index, index, pages[..., :256], pages[..., :64], index, index, index[:1])
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvferry.common.adapter import AdapterTask
 from kvferry.common.errors import ConfigError
 from kvferry.common.request import SamplingParams, Sequence
+from kvferry.engine.adapters import open_adapters
 from kvferry.engine.engine import Engine
+from kvferry.engine.nn.adapters import AdapterWeights
+from kvferry.engine.ranks.group import RankGroup
 from kvferry.models.adapter import inspect_adapter, read_adapter
 
 from ..adapters import ALL, merge, merged_model, write_adapter
 from ..checkpoints import Shape, write_checkpoint
-from ..engine_driver import Driver, make_engine, prompts
+from ..engine_driver import Driver, engine_config, make_engine, prompts
 
 NUM_ADAPTERS = 32
 TARGETS = (ALL, ("q_proj", "v_proj"), ("o_proj", "down_proj"), ("gate_proj", "up_proj", "k_proj"))
@@ -55,10 +60,9 @@ def adapters(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 def put(engine: Engine, slot: int, path: Path) -> None:
-    adapter, data = read_adapter(path)
     assert engine.adapters is not None
     with torch.inference_mode():
-        engine.adapters.put(slot, engine.adapters.cut(adapter.modules, data))
+        engine.adapters.put(slot, engine.adapters.read(path)[1])
 
 
 def sequence(driver: Driver, prompt: list[int], slot: int | None) -> Sequence:
@@ -179,6 +183,53 @@ def test_a_slot_keeps_nothing_of_the_adapter_before(model_dir: Path, adapters: l
         assert driver.generate([sequence(driver, prompt, 0)])[0] == expected(model_dir, path, prompt, tmp_path)
 
 
+def test_fused_modules_are_adapted_on_every_rank(tmp_path: Path) -> None:
+    """Rows of a rank's queries, keys and values stand apart in the module that all of them are."""
+    model_dir = write_checkpoint(tmp_path / "model", "phi3", tokenizer=False)
+    targets = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    path = write_adapter(tmp_path / "a", model_dir, rank=13, targets=targets)
+    digest = inspect_adapter(path).digest
+    fields = {"tensor_parallel_size": 2, "enable_lora": True, "max_loras": 1, "max_cpu_loras": 2}
+    config = engine_config(model_dir, **fields)
+    group = RankGroup.start(config, num_blocks=64)
+    try:
+        engine = Engine(config, tp_size=2, num_blocks=64, group=group)
+        loader = open_adapters(engine, group)
+        assert loader is not None
+        loaded = threading.Event()
+        loader.wake = loaded.set
+        loader.submit(AdapterTask(digest, str(path), 0, ()))
+        while not (results := loader.results()):
+            assert loaded.wait(20)
+            loaded.clear()
+        assert [result.error for result in results] == [""]
+        driver = Driver(engine)
+        ids = prompts([1, 33])
+        found = driver.generate([sequence(driver, prompt, 0) for prompt in ids], chunk=20)
+        loader.close()
+    finally:
+        group.close()
+    assert found == [expected(model_dir, path, prompt, tmp_path / str(index)) for index, prompt in enumerate(ids)]
+
+
+def test_memory_of_adapters_is_used_again(model_dir: Path, adapters: list[Path]) -> None:
+    """A piece is free when neither a slot nor the host has what is in it, and no load needs another one then."""
+    engine = make_engine(model_dir, dtype="bfloat16", enable_lora=True, max_loras=2, max_lora_rank=64)
+    slots = engine.adapters
+    if type(engine.runner).__name__ != "NativeRunner" or slots is None:
+        pytest.skip("no native code on this machine")
+    places: set[int] = set()
+    host: dict[int, AdapterWeights] = {}
+    with torch.inference_mode():
+        for turn, path in enumerate(adapters[:6]):
+            host.pop(turn - 2, None)
+            slots.clear(turn % 2)
+            host[turn] = slots.read(path)[1]
+            slots.put(turn % 2, host[turn])
+            places.add(next(iter(host[turn].values())).down.data_ptr())
+    assert len(places) == 2
+
+
 def test_what_does_not_fit_the_engine_is_refused(model_dir: Path, adapters: list[Path], tmp_path: Path) -> None:
     engine = make_engine(model_dir, enable_lora=True, max_loras=1, max_lora_rank=16)
     with pytest.raises(ConfigError, match=r"its rank is 64; --max-lora-rank is 16"):
@@ -190,4 +241,4 @@ def test_what_does_not_fit_the_engine_is_refused(model_dir: Path, adapters: list
 
 
 def test_both_ways_to_read_find_one_digest(adapters: list[Path]) -> None:
-    assert inspect_adapter(adapters[1]) == read_adapter(adapters[1])[0]
+    assert inspect_adapter(adapters[1]) == read_adapter(adapters[1], lambda _: None, lambda *_: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.engine import Engine
 
 from ..checkpoints import Family, write_checkpoint
+from ..deepseek import EXPERTS, write_by_shapes, write_for_cuda
 from ..engine_driver import Driver, engine_config, prompts
 
 pytestmark = [
@@ -25,12 +27,38 @@ pytestmark = [
 
 SURE_GAP = 0.25  # of log-probability; below it 16 bits may choose another token than float32
 NUM_TOKENS = 24
-VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
+VARIANTS: dict[str, tuple[Family | Literal["deepseek", "qwen3_moe"], dict[str, object]]] = {
     "llama": ("llama", {"num_qo_heads": 8, "num_kv_heads": 2}),
     "few queries a head": ("llama", {"num_qo_heads": 3, "num_kv_heads": 3, "hidden_size": 192}),
     "mistral window": ("mistral", {"num_qo_heads": 4, "num_kv_heads": 1, "sliding_window": 20}),
     "qwen2 window": ("qwen2", {"num_qo_heads": 4, "num_kv_heads": 2, "sliding_window": 13, "num_layers": 3}),
     "qwen3": ("qwen3", {"num_qo_heads": 8, "num_kv_heads": 2, "head_dim": 128}),
+    "latents": ("deepseek", {}),
+    "latents and experts": ("deepseek", EXPERTS["v3"]),
+    "experts": ("qwen3_moe", {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}),
+    "latents, queries at once": ("deepseek", {"q_lora_rank": None, "num_attention_heads": 2, "num_key_value_heads": 2}),
+}
+
+
+QWEN3_MOE: dict[str, object] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
 }
 
 
@@ -38,6 +66,12 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for name, (family, fields) in VARIANTS.items():
+        if family == "deepseek":
+            write_for_cuda(root / name, **fields)
+            continue
+        if family == "qwen3_moe":
+            write_by_shapes(root / name, QWEN3_MOE | fields)
+            continue
         shape = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "dtype": "bfloat16"} | fields
         write_checkpoint(root / name, family, tokenizer=False, **shape)  # type: ignore[arg-type]
     return root
@@ -217,3 +251,20 @@ def test_a_stream_goes_on_the_same_on_another_engine(checkpoints: Path) -> None:
         second.step([(resumed, 1)])
     resumed.samples = True
     assert second.generate([resumed]) == [whole.output_token_ids]
+
+
+def test_experts_count_tokens_and_no_padding(checkpoints: Path) -> None:
+    engine = _engine(checkpoints / "experts")
+    driver = Driver(engine)
+    seqs = [driver.add(prompt, _greedy(4)) for prompt in prompts([5, 20, 9])]  # padded to 64 tokens, then to 4 rows
+    driver.generate(seqs)
+    num_tokens = sum(seq.num_computed_tokens for seq in seqs)
+    assert [sum(layer.taken) for layer in engine.expert_loads()] == [3 * num_tokens] * 2
+
+
+def test_experts_are_computed_one_by_one_on_other_cards(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grouped = _ids(_generate(_engine(checkpoints / "experts"), [_greedy(6)] * 3))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    engine = _engine(checkpoints / "experts")
+    assert isinstance(engine.runner, CudaRunner) and engine.runner.pieces is None
+    assert [ids[:2] for ids in _ids(_generate(engine, [_greedy(6)] * 3))] == [ids[:2] for ids in grouped]

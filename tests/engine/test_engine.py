@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from kvferry.engine.ranks.group import RankGroup
 
 from ..checkpoints import Family, write_checkpoint
 from ..engine_driver import GREEDY, Driver, engine_config, make_engine, prompts
+from .transformers_reference import greedy_tokens, reference_model
 
 NUM_TOKENS = 8
 SURE_GAP = 1e-4  # below it two right implementations may disagree on the best token
@@ -81,34 +81,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@cache
-def _oracle(model_dir: Path) -> torch.nn.Module:
-    import transformers
-
-    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-        model_dir, attn_implementation="eager", dtype=torch.float32
-    )
-    return model.eval()
-
-
-@cache
-def _expected(model_dir: Path, prompt: tuple[int, ...]) -> list[int]:
-    """Greedy tokens of transformers, as far as each leads by more than SURE_GAP."""
-    tokens = list(prompt)
-    with torch.inference_mode():
-        for _ in range(NUM_TOKENS):
-            logits = _oracle(model_dir)(torch.tensor([tokens])).logits[0, -1]
-            best = logits.topk(2).values
-            if best[0] - best[1] < SURE_GAP:
-                break
-            tokens.append(int(logits.argmax()))
-    return tokens[len(prompt) :]
-
-
 def _assert_as_transformers(model_dir: Path, asked: list[list[int]], answers: list[list[int]]) -> None:
     compared = 0
     for prompt, answer in zip(asked, answers, strict=True):
-        expected = _expected(model_dir, tuple(prompt))
+        expected = greedy_tokens(model_dir, tuple(prompt), NUM_TOKENS, SURE_GAP)
         assert answer[: len(expected)] == expected, f"prompt of {len(prompt)} tokens"
         compared += len(expected)
     assert compared > len(asked) * NUM_TOKENS // 2, "the checkpoint leaves too little to compare"
@@ -256,7 +232,7 @@ def test_prompt_logprobs_do_not_depend_on_chunks(checkpoints: Path) -> None:
         driver.generate([driver.add(prompt, sampling)], chunk=chunk)
         found.append([entry for output in driver.outputs for entry in output.rows[0].prompt_logprobs])
     with torch.inference_mode():
-        expected = _oracle(checkpoints / "llama")(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        expected = reference_model(checkpoints / "llama")(torch.tensor([prompt])).logits[0].log_softmax(-1)
     for entries in found:
         assert [entry.token_id for entry in entries] == prompt[1:]
         for position, entry in enumerate(entries):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvferry.common.errors import ConfigError
+from kvferry.common.expert_plan import ExpertPlan
 from kvferry.common.request import SamplingParams
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.decoder import Decoder
@@ -19,6 +20,7 @@ from kvferry.engine.nn.weights import load_weights
 from kvferry.engine.ranks.group import Communicator, RankGroup
 from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
+from kvferry.router.state.expert_load import ExpertLoad
 
 from ..engine_driver import Driver, engine_config, make_engine, prompts
 from ..transformers_checkpoints import SMALL, write_model
@@ -47,6 +49,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("GptOss", GPT_OSS),
     "mixtral window": ("Mixtral", MIXTRAL | {"sliding_window": 20}),
 }
+
+
+PLAN = ExpertPlan(8, 2, dict.fromkeys(range(2), ((0, 1, 2, 3, 5, 6), (0, 1, 2, 4, 5, 7))))
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +94,44 @@ def test_greedy_tokens_are_those_of_transformers(models: Path, variant: str) -> 
     _assert_as_transformers(models / variant, _answers(make_engine(models / variant)))
 
 
-@pytest.mark.parametrize(("variant", "whole_experts"), [("qwen3 one dense", True), ("gpt-oss", False)])
-def test_ranks_share_experts(models: Path, variant: str, whole_experts: bool) -> None:
-    config = engine_config(models / variant, tensor_parallel_size=2, enable_expert_parallel=whole_experts)
+@pytest.mark.parametrize(
+    ("variant", "whole_experts", "plan"),
+    [
+        ("qwen3 one dense", True, None),
+        ("gpt-oss", False, None),
+        ("gpt-oss", True, PLAN),
+        ("qwen3 ties", True, PLAN),
+        ("qwen3 all to the same", True, PLAN),
+    ],
+    ids=str,
+)
+def test_ranks_share_experts(
+    models: Path, tmp_path: Path, variant: str, whole_experts: bool, plan: ExpertPlan | None
+) -> None:
+    split: dict[str, object] = {"tensor_parallel_size": 2, "enable_expert_parallel": whole_experts}
+    if plan is not None:
+        (tmp_path / "plan.json").write_text(plan.text())
+        split["expert_plan"] = tmp_path / "plan.json"
+    config = engine_config(models / variant, **split)
     group = RankGroup.start(config, num_blocks=128)
     try:
-        answers = _answers(Engine(config, tp_size=2, num_blocks=128, group=group))
+        engine = Engine(config, tp_size=2, num_blocks=128, group=group)
+        answers = _answers(engine)
+        for layer in engine.expert_loads():
+            held = (range(4), range(4, 8)) if plan is None else plan.held(layer.layer)
+            loads = [sum(layer.taken[i] / sum(i in own for own in held) for i in own) for own in held]
+            assert list(layer.of_ranks) == (list(map(int, loads)) if whole_experts else [])
     finally:
         group.close()
     _assert_as_transformers(models / variant, answers)
+
+
+def test_a_skewed_gate_shows(models: Path) -> None:
+    engine = make_engine(models / "qwen3 all to the same")
+    _answers(engine)
+    for layer in engine.expert_loads():
+        assert sorted(layer.taken)[:5] == [0] * 5  # ties: the same three of eight
+    assert ExpertLoad.after(None, engine.expert_loads()).imbalance == pytest.approx(8 / 3)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -105,7 +139,7 @@ def test_a_rank_holds_its_own_experts_alone(models: Path, rank: int) -> None:
     comm = Communicator()
     comm.rank, comm.size = rank, 2
     config = ModelConfig.from_dir(models / "qwen3")
-    decoder = Decoder(config, comm, dtype=torch.float32, device=torch.device("cpu"), whole_experts=True)
+    decoder = Decoder(config, comm, dtype=torch.float32, device=torch.device("cpu"), expert_plan=ExpertPlan(8, 2))
     load_weights(decoder, models / "qwen3", load_format="auto", seed=0)
     held = {int(slot.name.split(".")[5]) for slot in decoder.slots() if ".experts." in slot.name}
     assert held == set(range(4 * rank, 4 * rank + 4))
@@ -164,9 +198,11 @@ def test_a_row_does_not_feel_its_neighbours_in_exact_mode(models: Path) -> None:
         assert [alone.step([(seq, seq.num_uncomputed_tokens)])[0] for _ in range(3)] == [step[index] for step in found]
 
 
-@pytest.mark.parametrize(("size", "rank", "whole_experts"), [(1, 0, False), (2, 1, False), (2, 1, True)])
+@pytest.mark.parametrize(
+    ("size", "rank", "plan"), [(1, 0, None), (2, 1, None), (2, 1, ExpertPlan(8, 2)), (2, 1, PLAN)], ids=repr
+)
 def test_experts_in_mxfp4_are_what_they_mean(
-    models: Path, tmp_path: Path, size: int, rank: int, whole_experts: bool
+    models: Path, tmp_path: Path, size: int, rank: int, plan: ExpertPlan | None
 ) -> None:
     """A checkpoint in MXFP4 loads as the plain one of the numbers that transformers makes of it."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -196,7 +232,7 @@ def test_experts_in_mxfp4_are_what_they_mean(
 
     def load(path: Path) -> Decoder:
         config = ModelConfig.from_dir(path)
-        decoder = Decoder(config, comm, dtype=torch.float32, device=torch.device("cpu"), whole_experts=whole_experts)
+        decoder = Decoder(config, comm, dtype=torch.float32, device=torch.device("cpu"), expert_plan=plan)
         load_weights(decoder, path, load_format="auto", seed=0)
         return decoder
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from ..deepseek import EXPERTS, TOKEN_SIZE, YARN, write_deepseek
 from ..engine_driver import Driver, make_engine
 from ..kvcache.test_host_slots import swapped_in_the_middle, undisturbed
 from .ranks.test_group import RankPair
+from .transformers_reference import greedy_tokens
 
 NUM_TOKENS = 8
 SURE_GAP = 1e-3  # between two logits
@@ -51,27 +51,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@cache
-def _reference(model_dir: Path) -> torch.nn.Module:
-    import transformers
-
-    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-        model_dir, attn_implementation="eager", dtype=torch.float32
-    )
-    return model.eval()
-
-
-@cache
-def _expected(model_dir: Path, prompt: tuple[int, ...]) -> list[int]:
+def _expected(model_dir: Path, prompt: list[int]) -> list[int]:
     """Return the greedy tokens of transformers; each leads by more than SURE_GAP."""
-    tokens = list(prompt)
-    with torch.inference_mode():
-        for _ in range(NUM_TOKENS):
-            logits = _reference(model_dir)(torch.tensor([tokens])).logits[0, -1]
-            best = logits.topk(2).values
-            assert best[0] - best[1] > SURE_GAP
-            tokens.append(int(logits.argmax()))
-    return tokens[len(prompt) :]
+    tokens = greedy_tokens(model_dir, tuple(prompt), NUM_TOKENS, SURE_GAP)
+    assert len(tokens) == NUM_TOKENS
+    return tokens
 
 
 def _answers(engine: Engine, asked: list[list[int]], chunk: int) -> list[list[int]]:
@@ -83,7 +67,7 @@ def _answers(engine: Engine, asked: list[list[int]], chunk: int) -> list[list[in
 def test_greedy_tokens_are_those_of_transformers(checkpoints: Path, variant: str) -> None:
     engine = make_engine(checkpoints / variant)
     asked = prompts([1, 15, 16, 17, 70, 300])
-    expected = [_expected(checkpoints / variant, tuple(prompt)) for prompt in asked]
+    expected = [_expected(checkpoints / variant, prompt) for prompt in asked]
     for chunk in (10**9, 16, 7):
         assert _answers(engine, asked, chunk) == expected
     assert _answers(make_engine(checkpoints / variant, deterministic=True), asked, 33) == expected
@@ -136,7 +120,7 @@ def test_two_ranks_say_what_one_says_and_each_has_all_latents(checkpoints: Path)
     try:
         assert pair.received() == b"made this with 1 heads of 1"
         asked = prompts([1, 20, 33, 130])
-        assert _answers(pair.engine, asked, 16) == [_expected(checkpoints / "v3", tuple(prompt)) for prompt in asked]
+        assert _answers(pair.engine, asked, 16) == [_expected(checkpoints / "v3", prompt) for prompt in asked]
         assert pair.engine.spec.fingerprint == make_engine(checkpoints / "v3").spec.fingerprint
         assert swapped_in_the_middle(pair.engine) == undisturbed(make_engine(checkpoints / "v3"))
     finally:

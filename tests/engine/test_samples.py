@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 
 from kvferry.common.batch import Batch, BatchRow
-from kvferry.common.messages import StepSample
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.engine.samples import MAX_SAMPLES, EvenSamples, RouterSamples, step_sample
+from kvferry.wire.workers import StepSample
 
 
 def _row(num_tokens: int, num_computed: int, num_scheduled: int) -> BatchRow:

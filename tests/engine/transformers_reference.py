@@ -10,13 +10,32 @@ from torch import Tensor
 
 
 @cache
-def reference_logprobs(model_dir: Path, token_ids: tuple[int, ...]) -> Tensor:
-    """Return log-probabilities of what follows each token, [num_tokens, vocab_size] float32."""
+def reference_model(model_dir: Path) -> torch.nn.Module:
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
         model_dir, attn_implementation="eager", dtype=torch.float32
     )
+    return model.eval()
+
+
+@cache
+def reference_logprobs(model_dir: Path, token_ids: tuple[int, ...]) -> Tensor:
+    """Return log-probabilities of what follows each token, [num_tokens, vocab_size] float32."""
     with torch.inference_mode():
-        logits: Tensor = model(torch.tensor([token_ids])).logits[0]
+        logits: Tensor = reference_model(model_dir)(torch.tensor([token_ids])).logits[0]
     return logits.log_softmax(-1)
+
+
+@cache
+def greedy_tokens(model_dir: Path, prompt: tuple[int, ...], num_tokens: int, sure_gap: float) -> list[int]:
+    """Return `num_tokens` greedy ones, or fewer: each leads by more than `sure_gap` between two logits."""
+    tokens = list(prompt)
+    with torch.inference_mode():
+        for _ in range(num_tokens):
+            logits = reference_model(model_dir)(torch.tensor([tokens])).logits[0, -1]
+            best = logits.topk(2).values
+            if best[0] - best[1] <= sure_gap:
+                break
+            tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]

@@ -8,10 +8,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvferry.common.messages import CacheChange
 from kvferry.kvcache import journal as journals
 from kvferry.kvcache.blocks import BlockPool, hash_blocks
 from kvferry.kvcache.journal import MAX_HASHES, CacheJournal
+from kvferry.wire.workers import CacheChange
 
 HASHES = hash_blocks(list(range(4 * 9)), 4, b"")
 

@@ -20,8 +20,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from kvferry.common.credentials import SharedSecret
 from kvferry.common.lifeline import Lifeline
+from kvferry.wire.credentials import SharedSecret
 
 
 def append(path: Path, line: dict[str, Any]) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from kvferry.common.channel import Address
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import environment
 from kvferry.common.errors import ConfigError, WorkerLost
@@ -28,6 +27,7 @@ from kvferry.launch.host import Host
 from kvferry.launch.plan import Deployment, fit_to_host, plan
 from kvferry.launch.process import ChildState, ChildTimes
 from kvferry.settings.fields import PoolSettings, ServeSettings
+from kvferry.wire.channel import Address
 
 STUBS = str(Path(__file__).parent / "launch_stubs.py")
 ROUTER = (sys.executable, STUBS, "router")

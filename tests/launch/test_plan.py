@@ -7,18 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from kvferry.common.config import RouterConfig
+from kvferry.common.config import EngineConfig, RouterConfig
 from kvferry.common.errors import ConfigError
+from kvferry.common.expert_plan import ExpertPlan
 from kvferry.launch.children import worker_environment
 from kvferry.launch.engine_checks import check_engine, check_model
 from kvferry.launch.host import Gpu, Host
 from kvferry.launch.plan import Deployment, fit_to_host, plan
 from kvferry.models.config import ModelConfig
+from kvferry.models.latent import LatentConfig
 from kvferry.models.rope import RopeConfig
 from kvferry.settings.fields import PoolSettings, ServeSettings
 from kvferry.sizing.memory import cache_token_bytes, gpu_reserve_bytes, weight_bytes
 
 from ..checkpoints import write_checkpoint
+from ..sizing.models import model_of
 
 GIB = 1 << 30
 MODEL = ModelConfig(
@@ -177,6 +180,30 @@ def test_queries_in_8_bits_need_keys_in_8_bits() -> None:
     check_engine(engine.model_copy(update={"kv_cache_dtype": "fp8"}), MODEL)
 
 
+def test_latents_that_cuda_has_no_kernels_for_are_refused_before_a_start(tmp_path: Path) -> None:
+    engine = EngineConfig(model_dir=tmp_path, served_model_name="m", device="cuda", max_num_batched_tokens=8192)
+    latent = LatentConfig(
+        q_rank=None,
+        kv_rank=512,
+        nope_dim=128,
+        rope_dim=64,
+        value_dim=128,
+        bias=False,
+        is_interleaved=True,
+        score_scale=0.1,
+    )
+    model = replace(MODEL, latent=latent, num_qo_heads=128)
+    check_engine(engine, model)
+    for reason, fields, changes in (
+        ("512 . 64", {}, {"latent": replace(latent, kv_rank=256)}),
+        ("not 12", {}, {"num_qo_heads": 12}),
+        ("possible: 15000", {"max_num_batched_tokens": 1 << 14}, {}),
+        ("no kernels here for latents", {"kv_cache_dtype": "fp8"}, {}),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            check_engine(engine.model_copy(update=fields), replace(model, **changes))
+
+
 def test_cuda_without_a_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="--device cpu works"):
         fit_to_host(planned(device="cuda"), host())
@@ -190,6 +217,29 @@ def test_heads_that_cannot_be_shared_are_refused_with_what_is_possible() -> None
     with pytest.raises(ConfigError, match=r"3 prefill ranks .* possible: 1, 2, 4, 8"):
         check_model(planned(tensor_parallel_size=3), MODEL)
     check_model(planned(tensor_parallel_size=8), MODEL)
+
+
+def test_a_plan_of_experts_is_refused_before_the_start(tmp_path: Path) -> None:
+    model = model_of(tmp_path, "30b-a3b")
+    (tmp_path / "plan").write_text(ExpertPlan(128, 2).text())
+
+    def of(num_ranks: int) -> Deployment:
+        plan = tmp_path / "plan"
+        return planned(tensor_parallel_size=num_ranks, enable_expert_parallel=True, expert_plan=plan)
+
+    check_model(of(2), model)
+    with pytest.raises(ConfigError, match="is for 2 ranks, tensor_parallel_size is 4"):
+        check_model(of(4), model)
+    for other in (model, MODEL):
+        with pytest.raises(ConfigError, match="expert_plan: needs a mixture of experts, and enable_expert_parallel"):
+            check_model(planned(expert_plan=tmp_path / "plan"), other)
+
+
+def test_a_pools_own_plan_is_found_from_any_folder() -> None:
+    pool = PoolSettings(tensor_parallel_size=2, enable_expert_parallel=True, expert_plan=Path("plan.json"))
+    workers = planned(decode=1).workers, plan(ServeSettings(decode=pool), Path("/models/moe"), "moe").workers
+    assert [worker.config.engine.expert_plan for worker in workers[0]] == [None, None]
+    assert [worker.config.engine.expert_plan for worker in workers[1]] == [None, Path("plan.json").absolute()]
 
 
 def test_length_beyond_the_models_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvferry.common.errors import ConfigError
-from kvferry.models.adapter import inspect_adapter
+from kvferry.models.adapter import inspect_adapter, read_adapter
 from kvferry.models.config import ModelConfig
 
 from ..adapters import write_adapter
@@ -85,6 +86,22 @@ def test_files_that_are_not_there_or_cut_short_are_refused(model_dir: Path, tmp_
     (path / "adapter_config.json").unlink()
     with pytest.raises(ConfigError, match="has no adapter_config"):
         inspect_adapter(path)
+
+
+def test_tensors_that_share_bytes_are_refused_when_they_are_read(model_dir: Path, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path, model_dir)
+    weights = path / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    first, second = sorted(
+        (entry for name, entry in header.items() if "_A." in name and "_proj" in name and entry["shape"] == [8, 64]),
+        key=lambda entry: int(entry["data_offsets"][0]),
+    )[:2]
+    second["data_offsets"] = first["data_offsets"]
+    weights.write_bytes(whole[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(size) + whole[8 + size :])
+    with pytest.raises(ConfigError, match="another tensor reaches into it"):
+        read_adapter(path, lambda _: None, lambda *_: None)
 
 
 def test_scales_follow_alpha_rank_and_patterns(model_dir: Path, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from random import Random
 import pytest
 
 from kvferry.common.batch import Batch
-from kvferry.common.messages import Abort, FirstToken, LiveRequests
+from kvferry.wire.results import FirstToken
+from kvferry.wire.tasks import Abort
+from kvferry.wire.workers import LiveRequests
 
 from .test_role import EOS, _Bench
 

@@ -7,9 +7,11 @@ from array import array
 import pytest
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
-from kvferry.common.messages import Abort, Embedding, EmbedTask, LiveRequests, TaskRefused, WorkerFailure
 from kvferry.common.request import Pooling, RequestSpec, SamplingParams, pack_ids
 from kvferry.common.vectors import values_of
+from kvferry.wire.results import Embedding, TaskRefused, WorkerFailure
+from kvferry.wire.tasks import Abort, EmbedTask
+from kvferry.wire.workers import LiveRequests
 
 from .test_role import BLOCK, _Bench
 

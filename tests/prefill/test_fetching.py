@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from kvferry.common.messages import Abort, FetchFrom
 from kvferry.kvcache.blocks import hash_blocks, prefix_salt
 from kvferry.prefill.role import PrefillRole
+from kvferry.wire.tasks import Abort, FetchFrom
 
 from .test_role import BLOCK, SPEC, _Bench
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.grammar import Grammar
-from kvferry.common.messages import FirstToken, TaskRefused, WorkerFailure
 from kvferry.tests.fake_grammars import FakeGrammars
+from kvferry.wire.results import FirstToken, TaskRefused, WorkerFailure
 
 from .test_role import EOS, _Bench
 

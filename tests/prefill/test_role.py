@@ -10,20 +10,6 @@ import msgspec
 from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.grammar import Grammar, Grammars
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import (
-    Abort,
-    ChoiceTokens,
-    FirstToken,
-    GrantId,
-    GrantInfo,
-    LiveRequests,
-    Message,
-    PrefillTask,
-    PromptLogprobs,
-    RegionInfo,
-    TaskRefused,
-    WorkerFailure,
-)
 from kvferry.common.request import FinishReason, RequestSpec, SampledToken, SamplingParams, pack_ids
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.prefill.role import PrefillRole
@@ -31,6 +17,11 @@ from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.protocol.handoff import Endpoint
 from kvferry.transfer.send.counters import SendCounters
 from kvferry.transfer.send.plan import ShipPlan
+from kvferry.wire.fields import Message
+from kvferry.wire.grants import GrantId, GrantInfo, RegionInfo
+from kvferry.wire.results import ChoiceTokens, FirstToken, PromptLogprobs, TaskRefused, WorkerFailure
+from kvferry.wire.tasks import Abort, PrefillTask
+from kvferry.wire.workers import LiveRequests
 
 BLOCK, EOS = 4, 2
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=8, block_size=BLOCK, dtype="float32")

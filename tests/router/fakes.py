@@ -22,8 +22,6 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from kvferry import __version__
-from kvferry.common.channel import Address
-from kvferry.common.messages import ChoiceTokens
 from kvferry.common.request import SampledToken
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.access.keys import ApiKeys
@@ -43,6 +41,8 @@ from kvferry.router.state.token_stream import TokenStream
 from kvferry.router.state.views import PoolView
 from kvferry.settings.sockets import listen
 from kvferry.tests.fake_clock import FakeClock
+from kvferry.wire.channel import Address
+from kvferry.wire.results import ChoiceTokens
 
 MODEL = "toy"
 EOS = 256

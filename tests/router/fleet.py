@@ -11,25 +11,6 @@ import msgspec
 
 from kvferry.common.config import RouterConfig
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import (
-    ChoiceTokens,
-    FirstToken,
-    Grant,
-    GrantId,
-    GrantInfo,
-    HandoffDone,
-    HandoffFailed,
-    LocalTask,
-    Message,
-    NoCapacity,
-    PrefillTask,
-    RequestTokens,
-    ReserveKV,
-    StepTokens,
-    TransferReport,
-    WorkerHello,
-    WorkerStatus,
-)
 from kvferry.common.request import SampledToken, SamplingParams
 from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.placement import make_policy
@@ -40,6 +21,20 @@ from kvferry.router.state.predictor import Predictor
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.token_stream import ChoiceUpdate, TokenStream
 from kvferry.tests.fake_clock import FakeClock
+from kvferry.wire.fields import Message
+from kvferry.wire.grants import GrantId, GrantInfo
+from kvferry.wire.results import (
+    ChoiceTokens,
+    FirstToken,
+    Grant,
+    HandoffDone,
+    HandoffFailed,
+    NoCapacity,
+    RequestTokens,
+    StepTokens,
+)
+from kvferry.wire.tasks import LocalTask, PrefillTask, ReserveKV
+from kvferry.wire.workers import TransferReport, WorkerHello, WorkerStatus
 
 BLOCK_SIZE = 16
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=2, head_dim=8, block_size=BLOCK_SIZE, dtype="float32")

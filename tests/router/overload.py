@@ -11,9 +11,9 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from kvferry.common.errors import CapacityError
-from kvferry.common.messages import LocalTask
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
+from kvferry.wire.tasks import LocalTask
 
 from .fleet import Fleet, Link, config, received, tokens
 

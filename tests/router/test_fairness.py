@@ -9,7 +9,6 @@ import httpx
 import pytest
 
 from kvferry.common.config import RequestClass
-from kvferry.common.messages import LocalTask
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.app import build_app
 from kvferry.router.metrics.metrics import RouterMetrics
@@ -17,6 +16,7 @@ from kvferry.router.state.classes import RequestClasses
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.token_stream import TokenStream
 from kvferry.router.state.views import PoolView
+from kvferry.wire.tasks import LocalTask
 
 from .fakes import MODEL, catalogue_of
 from .fleet import Fleet, config, tokens

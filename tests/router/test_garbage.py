@@ -16,10 +16,8 @@ from pathlib import Path
 import pytest
 
 from kvferry.benchmarks.fuzz.target import MODEL, SECRET, InstantWorker
-from kvferry.common.channel import Address
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import RouterConfig
-from kvferry.common.credentials import SharedSecret
 from kvferry.router.app import build_app
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.dispatch.control import ControlServer
@@ -29,6 +27,8 @@ from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.placement import make_policy
 from kvferry.router.state.predictor import Predictor
 from kvferry.settings.sockets import listen
+from kvferry.wire.channel import Address
+from kvferry.wire.credentials import SharedSecret
 
 from .fakes import MAX_MODEL_LEN, VOCAB_SIZE, catalogue_of
 

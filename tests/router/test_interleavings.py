@@ -15,29 +15,25 @@ from itertools import count
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvferry.common.messages import (
-    Abort,
+from kvferry.common.request import RequestSpec
+from kvferry.router.state.request import RequestStatus
+from kvferry.router.state.token_stream import TokenStream
+from kvferry.wire.fields import Message
+from kvferry.wire.grants import GrantId, GrantInfo
+from kvferry.wire.results import (
     ChoiceTokens,
     FirstToken,
     Grant,
-    GrantId,
-    GrantInfo,
     HandoffDone,
     HandoffFailed,
-    LiveRequests,
-    LocalTask,
-    Message,
     NoCapacity,
-    PrefillTask,
     RequestTokens,
-    ReserveKV,
     StepTokens,
     TaskRefused,
     WorkerFailure,
 )
-from kvferry.common.request import RequestSpec
-from kvferry.router.state.request import RequestStatus
-from kvferry.router.state.token_stream import TokenStream
+from kvferry.wire.tasks import Abort, LocalTask, PrefillTask, ReserveKV
+from kvferry.wire.workers import LiveRequests
 
 from .fleet import SPEC, Fleet, Link, config, received, token
 

@@ -6,12 +6,13 @@ import random
 
 import pytest
 
-from kvferry.common.messages import Abort, LocalTask, PrefillTask, ReserveKV, WorkerFailure
 from kvferry.router.dispatch.retries import BURST, RetryBudget
 from kvferry.router.state.errors import StreamError
 from kvferry.router.state.failures import NOTICE_S
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
+from kvferry.wire.results import WorkerFailure
+from kvferry.wire.tasks import Abort, LocalTask, PrefillTask, ReserveKV
 
 from .fleet import Fleet, Link, config, text, tokens
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from kvferry.common.messages import LocalTask, PrefillTask, ReserveKV, TaskRefused
 from kvferry.router.dispatch.deadlines import WORKER_WAIT_S
 from kvferry.router.state.request import RequestStatus
+from kvferry.wire.results import TaskRefused
+from kvferry.wire.tasks import LocalTask, PrefillTask, ReserveKV
 
 from .fleet import Fleet, Link, config
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kvferry.common.channel import Address
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError
@@ -25,6 +24,7 @@ from kvferry.router.access.credentials import RouterCredentials
 from kvferry.router.server import serve_router
 from kvferry.settings.exposure import check_exposure
 from kvferry.settings.sockets import listen
+from kvferry.wire.channel import Address
 
 from .fakes import MODEL, write_model_dir
 

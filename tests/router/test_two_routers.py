@@ -7,25 +7,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvferry.common.messages import (
-    Abort,
-    ChoiceTokens,
-    FirstToken,
-    Grant,
-    GrantId,
-    GrantInfo,
-    HandoffDone,
-    LocalTask,
-    NoCapacity,
-    PrefillTask,
-    RequestTokens,
-    ReserveKV,
-    StepTokens,
-)
 from kvferry.common.request import RequestSpec
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
 from kvferry.tests.fake_clock import FakeClock
+from kvferry.wire.grants import GrantId, GrantInfo
+from kvferry.wire.results import ChoiceTokens, FirstToken, Grant, HandoffDone, NoCapacity, RequestTokens, StepTokens
+from kvferry.wire.tasks import Abort, LocalTask, PrefillTask, ReserveKV
 
 from .fleet import SPEC, Fleet, Link, config, status, token
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry.common.messages import Abort, NoCapacity, PrefillTask, ReserveKV, TaskRefused
 from kvferry.common.request import UNSERVED
 from kvferry.router.state.errors import StreamError
+from kvferry.wire.results import NoCapacity, TaskRefused
+from kvferry.wire.tasks import Abort, PrefillTask, ReserveKV
 
 from .fleet import Fleet
 

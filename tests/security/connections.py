@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from kvferry.common.channel import Address
 from kvferry.router.http.connection_limits import Connections
 from kvferry.router.http.http_server import HttpServer
 from kvferry.router.http.protocol import DeadlineProtocol
 from kvferry.settings.sockets import listen
+from kvferry.wire.channel import Address
 
 from ..router.fakes import Served
 

@@ -10,15 +10,19 @@ import pytest
 
 from kvferry.benchmarks.fuzz.corpus import DECODERS, attack_frames, valid_messages
 from kvferry.common.errors import ProtocolError
-from kvferry.common.messages import Embedding, EmbedTask, KVArrived, Message, encode
 from kvferry.common.request import RequestSpec, SamplingParams
+from kvferry.wire.codec import encode
+from kvferry.wire.fields import Message
+from kvferry.wire.handoff import KVArrived
+from kvferry.wire.results import Embedding
+from kvferry.wire.tasks import EmbedTask
 
 MAX_GROWTH = 32  # bytes in memory for each byte of a frame
 
 
 def test_there_is_a_sample_of_every_message() -> None:
     known = {type(message) for message in valid_messages()}
-    wanted = {kind for kind in _subclasses(Message) if kind.__module__ == "kvferry.common.messages"}
+    wanted = {kind for kind in _subclasses(Message) if kind.__module__.startswith("kvferry.wire.")}
     assert known == wanted
 
 

@@ -247,3 +247,10 @@ def test_weights_of_two_forms_are_asked_for_by_name(tmp_path: Path) -> None:
         load(flags=both | {"mixed_quantization": Raw(["plain", "int5"], "--mixed-quantization")}, env={}, file=None)
     with pytest.raises(ConfigError, match="give --mixed-quantization plain,int4"):
         load(flags=both | {"mixed_quantization": Raw(["plain"], "--mixed-quantization")}, env={}, file=None)
+
+
+def test_exact_answers_need_one_plan_of_experts(tmp_path: Path) -> None:
+    text = "deterministic: true\ntensor_parallel_size: 2\nenable_expert_parallel: true\n"
+    load_text(tmp_path, text + "expert_plan: plan.json\n")
+    with pytest.raises(ConfigError, match="both pools need the same expert_plan"):
+        load_text(tmp_path, text + "decode:\n  expert_plan: plan.json\n")

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from kvferry.common.errors import TransferError
-from kvferry.common.messages import GrantId, KVArrived, RegionInfo
 from kvferry.transfer.backends.base import Piece, TransferHandle, TransferState, rotated_name
+from kvferry.wire.grants import GrantId, RegionInfo
+from kvferry.wire.handoff import KVArrived
 
 from .engine import Memory
 from .fabric import Fabric, Flight, Right

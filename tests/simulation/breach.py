@@ -38,7 +38,10 @@ INVARIANTS = {
     "F2": "a block hash has one content, in every tier of every worker",
     "F3": "a prompt waits for a fetch no longer than its router allows, and for no part beyond its lease",
     "F4": "what a fetch publishes was lent when it was read",
+    "L1": "what a step computes of a request, it computes with the request's adapter",
     "G1": "what may come next in an answer is what its own grammar says there",
+    "A1": "the autoscaler takes from no pool its last worker that takes work",
+    "A2": "nobody is asked for twice: with those that were added a fleet is as large as was wanted",
     "crash": "no exception that is nobody's answer",
 }
 

@@ -14,6 +14,7 @@ from kvferry.common.request import SampledToken, Sequence
 from kvferry.engine.masks import find_masks, with_forced
 from kvferry.kvcache.blocks import BlockPool
 
+from .adapters import SimLoader
 from .breach import Breach
 from .drafting import Drafts
 from .grammars import mask_of
@@ -103,7 +104,13 @@ class Engine:
     """Runs batches on one worker's memory. The caller lets the time pass between `begin`, layers and `end`."""
 
     def __init__(
-        self, name: str, memory: Memory, pool: BlockPool, oracles: dict[str, Oracle], num_own_layers: int
+        self,
+        name: str,
+        memory: Memory,
+        pool: BlockPool,
+        oracles: dict[str, Oracle],
+        num_own_layers: int,
+        adapters: SimLoader,
     ) -> None:
         """`num_own_layers`: those behind them are a draft model's."""
         self._name = name
@@ -111,6 +118,7 @@ class Engine:
         self._memory = memory
         self._pool = pool
         self._oracles = oracles
+        self._adapters = adapters
         self._work: list[_Work] = []
         self._copied: set[int] = set()
         self.num_steps = 0
@@ -129,6 +137,7 @@ class Engine:
 
     def _work_of(self, row: BatchRow) -> _Work:
         seq = row.seq
+        self._adapters.check(seq)
         answer = self._oracles[seq.request_id].answers[seq.choice]
         start, end = row.start, row.start + row.num_known_tokens
         if row.draft and row.draft[0] == UNDRAFTED:
@@ -186,6 +195,7 @@ class Engine:
         """Every row has read all that is before it, and yields its tokens."""
         rows = []
         for row, work in zip(batch.rows, self._work, strict=True):
+            self._adapters.check(work.seq)
             self._check_read(work)
             if row.draft:
                 rows.append(verified_output(row, [(token,) for token in self._verify(row, work)]))

@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from kvferry.common.messages import Decoder, KVArrived
 from kvferry.transfer.backends.base import TransferState
+from kvferry.wire.codec import Decoder
+from kvferry.wire.handoff import KVArrived
 
 from .kernel import Kernel
 from .network import Path

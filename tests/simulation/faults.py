@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from kvferry.common.messages import (
-    FirstToken,
-    Grant,
-    HandoffDone,
-    HandoffFailed,
-    KVClosed,
-    KVOpen,
-    KVOpened,
-    KVRenew,
-    Message,
-    PrefillTask,
-    StepTokens,
-)
+from kvferry.router.autoscaler.scale_types import Counts
+from kvferry.wire.fields import Message
+from kvferry.wire.handoff import KVClosed, KVOpen, KVOpened, KVRenew
+from kvferry.wire.results import FirstToken, Grant, HandoffDone, HandoffFailed, StepTokens
+from kvferry.wire.tasks import PrefillTask
 
 from .network import Path
 from .scenario import Fault, Scenario
@@ -159,6 +151,14 @@ class Faults:
         if worker is not None:
             world.set_role(target, "decode" if worker.core.roles.active_role == "prefill" else "prefill")
             world.kernel.after(lasts_s, world.set_role, target, worker.home)
+
+    def _edit(self, target: str, other: str, lasts_s: float, strength: float) -> None:
+        """An operator wants a fleet of some size for a while."""
+        router = self._world.routers[int(target[2:])]
+        most = self._world.scenario.router.autoscale.max_workers
+        prefill = self._world.kernel.random.randint(1, most - 1)
+        decode = self._world.kernel.random.randint(1, most - prefill)
+        router.process.run(router.hold, Counts(prefill, decode), lasts_s)
 
     def _kill_router(self, target: str, other: str, lasts_s: float, strength: float) -> None:
         self._world.kill_router(int(target[2:]), restart_s=min(lasts_s, 1.0))

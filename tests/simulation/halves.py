@@ -14,8 +14,10 @@ WAYS = (
     *("role change with granted reservation", "role change with open reservation"),
     *("fetched blocks", "fetches that failed", "lent blocks", "arrival corrupt", "pages spoiled"),
     *("matchers", "matchers brought up"),
+    *("adapters read", "adapters loaded from host memory", "adapters forgotten"),
     *("embedded prompts", "embedded after a retry"),
     *("drafted tokens", "accepted drafted tokens", "draft model's prompt tokens"),
+    *("workers added", "workers removed", "roles changed by the autoscaler"),
     *("promoted blocks", "demoted blocks", "disk read", "disk write failed"),
 )
 

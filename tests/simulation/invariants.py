@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvferry.common.config import RouterConfig
-from kvferry.common.messages import EmbedTask, LocalTask, Message, PrefillTask, ReserveKV, StepTokens
 from kvferry.common.request import BlockId
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.router.state.choice_state import MAX_EARLY_TOKENS
@@ -20,6 +19,9 @@ from kvferry.router.state.request import RequestStatus, RouterRequest
 from kvferry.transfer.receive.receiver import KVReceiver
 from kvferry.transfer.receive.reservation import ReservationState
 from kvferry.transfer.receive.reservations import MAX_PROMISED_SHARE
+from kvferry.wire.fields import Message
+from kvferry.wire.results import StepTokens
+from kvferry.wire.tasks import EmbedTask, LocalTask, PrefillTask, ReserveKV
 
 from .breach import Breach
 
@@ -135,7 +137,7 @@ class RouterRules:
         if code == "deadline_exceeded":
             has_begun = request.num_output_tokens > 0
             is_late = request.timeout_s is not None and request.timestamps["finished"] >= _deadline(request)
-            has_limit = request.timeout_s is not None or self._config.ttft_objective_ms is not None
+            has_limit = request.timeout_s is not None or request.objectives.ttft_s is not None
             is_fair = is_late or (has_limit and not has_begun)
         elif code in ("rate_limit_exceeded", "context_length_exceeded"):  # displaced by a more urgent one, or too large
             is_fair = not request.num_output_tokens

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvferry.common.messages import KVOpened, Message
 from kvferry.transfer.fetch.fetches import FetchState
 from kvferry.transfer.receive.reservation import Reservation, ReservationState
+from kvferry.wire.fields import Message
+from kvferry.wire.handoff import KVOpened
 
 from .breach import Breach
 from .fabric import Flight

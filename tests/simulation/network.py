@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from kvferry.common.messages import Decoder, Message, encode
+from kvferry.wire.codec import Decoder, encode
+from kvferry.wire.fields import Message
 
 from .kernel import Kernel, Process
 

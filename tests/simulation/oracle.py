@@ -1,6 +1,6 @@
 """What every answer must be: a pure function of the request, whatever happens to it.
 
-The tag of a position is a hash of the tenant and of every token up to it, as its keys and values depend on them all.
+The tag of a position is a hash of tenant, adapter and every token up to it, as its keys and values depend on them all.
 The token after it is a function of that tag, the seed, the choice and the index. An engine that finds the right tags
 in its pages therefore samples the right token, and one that finds any other has read what it must not.
 """
@@ -87,9 +87,9 @@ def answer(
     return Answer(tokens, tags, num_prompt, finish, scores, tuple(allowed))
 
 
-def tags_of(tokens: Sequence[int], tenant: int) -> list[int]:
+def tags_of(tokens: Sequence[int], tenant: int, adapter: int = 0) -> list[int]:
     """The tag of each position of a prompt."""
-    tag, tags = hash((tenant, 1)), []
+    tag, tags = hash((tenant, 1 + adapter)), []
     for token in tokens:
         tag = hash((tag, token))
         tags.append(tag)
@@ -125,8 +125,9 @@ class Oracle:
         max_model_len: int,
         grammar: int | None = None,
         pooling: Pooling | None = None,
+        adapter: int = 0,
     ) -> None:
         self.request_id = request_id
-        tags = tags_of(prompt, tenant)
+        tags = tags_of(prompt, tenant, adapter)
         self.embedding = b"" if pooling is None else embedding(tags, pooling)
         self.answers = [answer(prompt, tags, sampling, choice, max_model_len, grammar) for choice in range(n)]

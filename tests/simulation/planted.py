@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import Grant, GrantInfo, KVOpen, NoCapacity, PromptLogprobs
 from kvferry.common.request import RequestSpec, SampledToken, Sequence
 from kvferry.decode import sequence_blocks
 from kvferry.decode.sequence_blocks import SequenceBlocks
@@ -31,6 +30,9 @@ from kvferry.transfer.receive.reservation import Reservation, ReservationState
 from kvferry.transfer.receive.rotation import Rotation
 from kvferry.transfer.send.sender import KVSender
 from kvferry.transfer.send.shipment import Shipment, ShipmentState
+from kvferry.wire.grants import GrantInfo
+from kvferry.wire.handoff import KVOpen
+from kvferry.wire.results import Grant, NoCapacity, PromptLogprobs
 from kvferry.worker import core
 from kvferry.worker.roles import RoleName, RolePair
 
@@ -321,7 +323,12 @@ BUGS = (
     Planted("a lease that runs out frees", frozenset({"H1"}), patches=((core, "KVReceiver", _LeaseFrees),)),
     Planted("no quarantine", frozenset({"H3"}), patches=((workers, "BlockPool", _NoQuarantinePool),)),
     Planted("no lease", frozenset({"I5"}), patches=((core, "KVReceiver", _NoLease),)),
-    Planted("free before the rotation", frozenset({"H1"}), patches=((Rotation, "step", _step_and_free),)),
+    Planted(
+        "free before the rotation",
+        frozenset({"H1"}),
+        patches=((Rotation, "step", _step_and_free),),
+        within_seeds=120,
+    ),
     Planted(
         "a grant opened twice",
         frozenset({"H4"}),

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvferry.common.kv_spec import Shard
-from kvferry.common.messages import GrantInfo
 from kvferry.transfer.protocol.shards import expected_pairs, targets_of
 from kvferry.transfer.receive import opens
 from kvferry.transfer.receive.reservation import Writer
 from kvferry.transfer.send import posting
+from kvferry.wire.grants import GrantInfo
 
 from .planting import Planted
 

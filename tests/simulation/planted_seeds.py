@@ -13,13 +13,22 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import planted, planted_drafts, planted_embeddings, planted_grammars, planted_ranks, planted_tiers
+from . import (
+    planted,
+    planted_adapters,
+    planted_drafts,
+    planted_embeddings,
+    planted_grammars,
+    planted_ranks,
+    planted_scaling,
+    planted_tiers,
+)
 from .planting import Planted
 from .runner import Failure, find_breach
 
 PLANTED = (
     *(*planted.BUGS, *planted_tiers.BUGS, *planted_drafts.BUGS, *planted_grammars.BUGS, *planted_embeddings.BUGS),
-    *planted_ranks.BUGS,
+    *(*planted_ranks.BUGS, *planted_scaling.BUGS, *planted_adapters.BUGS),
 )
 FILE = Path(__file__).with_name("planted_seeds.json")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvferry.common.messages import KVFetch, KVFetchable
 from kvferry.decode.role import DecodeRole
 from kvferry.kvcache.demotion import Demotion
 from kvferry.kvcache.disk_tier import DiskResult, DiskTier
@@ -16,6 +15,7 @@ from kvferry.transfer.fetch.reader import KVReader
 from kvferry.transfer.protocol.handoff import Verdict
 from kvferry.transfer.protocol.rank_messages import ReadOutcome
 from kvferry.transfer.receive.arrivals import Arrivals
+from kvferry.wire.fetches import KVFetch, KVFetchable
 from kvferry.worker import core
 from kvferry.worker.core import WorkerCore
 

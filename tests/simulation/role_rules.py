@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from kvferry.common.messages import Grant, LocalTask, PrefillTask, ReserveKV
+from kvferry.wire.results import Grant
+from kvferry.wire.tasks import LocalTask, PrefillTask, ReserveKV
 from kvferry.worker.roles import RoleName
 
 from .breach import Breach

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from itertools import count
 from typing import TYPE_CHECKING
 
 from kvferry.common.errors import CapacityError, RequestError
-from kvferry.common.messages import Message, NoCapacity, StepTokens, TaskRefused, WorkerHello, WorkerStatus
+from kvferry.router.autoscaler.load_record import LoadRecord
+from kvferry.router.autoscaler.scale_types import Counts
+from kvferry.router.autoscaler.scaling import Scaling
 from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.placement import make_policy
+from kvferry.router.state.classes import RequestClasses
+from kvferry.router.state.objectives import DEFAULT_CLASS
 from kvferry.router.state.observer import NullObserver
+from kvferry.router.state.outcome import ServiceOutcome
 from kvferry.router.state.predictor import Predictor
 from kvferry.router.state.request import RouterRequest
+from kvferry.wire.fields import Message
+from kvferry.wire.results import NoCapacity, StepTokens, TaskRefused
+from kvferry.wire.workers import WorkerHello, WorkerStatus
 
 from .clients import Call
 from .fetching import FetchingPolicy
 from .invariants import RouterRules
 from .kernel import Kernel, Process, ProcessClock
 from .network import End
+from .scaling import Launcher, ScaleOperations
 from .sessions import WorkerSession
 
 if TYPE_CHECKING:
@@ -40,7 +50,9 @@ class Router(NullObserver):
         seen: Counter[str],
         *,
         fetch_share: float,
+        launcher: Launcher | None,
     ) -> None:
+        """`launcher`: None where the fleet stays as it is."""
         self.place = place
         self.router_id = router_id
         self.process = Process(kernel, router_id, place, self._after_event)
@@ -48,6 +60,19 @@ class Router(NullObserver):
         predictor = Predictor()
         policy = FetchingPolicy(make_policy(config, predictor), fetch_share, kernel.random)
         self.dispatcher = Dispatcher(config, policy, self.clock, self, predictor=predictor)
+        self._record = LoadRecord()
+        self._operations = ScaleOperations(self)
+        self._launcher = launcher
+        self._scaling = Scaling(
+            config.autoscale,
+            RequestClasses.from_config(config).named(DEFAULT_CLASS),
+            self._operations,
+            predictor,
+            self._record,
+            self.clock,
+            lambda: kernel.now,
+            launcher=self._ask_launcher if launcher is not None else None,
+        )
         self.calls: dict[str, Call] = {}
         self.rules = RouterRules(self, config)
         self._seen = seen
@@ -66,10 +91,31 @@ class Router(NullObserver):
 
     def _tick(self) -> None:
         self.dispatcher.tick()
+        if self._launcher is not None:
+            self._scaling.tick()
         self._num_ticks += 1
         if self._num_ticks % _BOOKS_EVERY == 0:
             self.rules.check_books()
         self.process.after(TICK_S, self._tick)
+
+    # --- launcher -------------------------------------------------------------------------------------------
+
+    def on_launcher(self, event: Mapping[str, object]) -> None:
+        self._scaling.on_launcher(event)
+
+    def note(self, what: str) -> None:
+        """Count something that was reached."""
+        self._seen[what] += 1
+
+    def hold(self, counts: Counts, for_s: float) -> None:
+        """Take an operator's edit."""
+        self._scaling.hold(counts, for_s)
+
+    def _ask_launcher(self, event: Mapping[str, object]) -> None:
+        assert self._launcher is not None
+        if event["event"] == "scale":
+            self._operations.check_request(event)
+        self._launcher.on_event(self, event)
 
     # --- clients --------------------------------------------------------------------------------------------
 
@@ -125,7 +171,14 @@ class Router(NullObserver):
 
     # --- observer -------------------------------------------------------------------------------------------
 
+    def on_submitted(self, request: RouterRequest) -> None:
+        self._record.on_submitted(request)
+
+    def on_outcome(self, outcome: ServiceOutcome) -> None:
+        self._record.on_outcome(outcome)
+
     def on_finished(self, request: RouterRequest) -> None:
+        self._record.on_finished(request)
         call = self.calls.get(request.request_id)
         if call is not None:
             call.on_terminal()

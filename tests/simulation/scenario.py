@@ -13,10 +13,18 @@ from random import Random
 
 import msgspec
 
-from kvferry.common.config import RouterConfig, SpeculativeConfig, TransferConfig
+from kvferry.common.config import (
+    AutoscaleConfig,
+    PoolBounds,
+    RequestClass,
+    RouterConfig,
+    SpeculativeConfig,
+    TransferConfig,
+)
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.request import Pooling, SamplingParams
+from kvferry.common.request import DEFAULT_CLASS, Pooling, SamplingParams
 
+from .adapters import NUM_NAMES
 from .clients import Manners
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32")
@@ -42,6 +50,8 @@ class Ask:
     grammar: int | None = None  # the state in which its grammar begins; None: it follows none
     pooling: Pooling | None = None  # how its prompt is embedded; None: it is answered
     is_background: bool = False  # it makes way for all others
+    request_class: str = DEFAULT_CLASS
+    adapter: int = 0  # the number of its adapter's bytes; 0: it has none
 
 
 @dataclass(slots=True, frozen=True)
@@ -97,6 +107,7 @@ class Scenario:
     wake_s: float = 0.0001  # from news to the engine's next step
     turn_s: float = 0.0003  # from a call to the transfer thread's next turn
     rotation_s: float = 0.015  # how long it takes to replace an agent
+    pipe_s: float = 0.001  # between a router and the launcher
     doubling: float = 0.0  # chance that a message that may be doubled is
 
     @property
@@ -151,7 +162,11 @@ def draw(seed: int, num_requests: int | None = None, *, faulted: bool = True) ->
     )
     base = _with_draft_model(Random(f"draft model {seed}"), base)
     base = _with_ranks(Random(f"ranks {seed}"), base)
-    return replace(base, faults=tuple(_faults(random, base))) if faulted else base
+    base = _with_autoscaler(Random(f"autoscaler {seed}"), base)
+    if not faulted:
+        return base
+    base = _with_classes(Random(f"classes {seed}"), base)
+    return _with_edits(Random(f"edits {seed}"), replace(base, faults=tuple(_faults(random, base))))
 
 
 def _with_draft_model(random: Random, scenario: Scenario) -> Scenario:
@@ -169,6 +184,55 @@ def _with_ranks(random: Random, scenario: Scenario) -> Scenario:
     spec = msgspec.structs.replace(scenario.spec, layout="latent")
     num_ranks = random.choice(((1, 2), (2, 1), (2, 2), (3, 2), (2, 3)))
     return replace(scenario, spec=spec, num_ranks=num_ranks, fetch_share=0.0)
+
+
+def _with_autoscaler(random: Random, scenario: Scenario) -> Scenario:
+    """Some fleets grow, shrink and share their workers anew, every few tenths of a second."""
+    if random.random() > 0.15:
+        return scenario
+    num_workers = len(scenario.workers)
+    most = num_workers + random.choice((0, 1, 2))
+    bounds = PoolBounds(at_least=1, at_most=most - 1)
+    autoscale = AutoscaleConfig(
+        mode="on",
+        prefill=bounds,
+        decode=bounds,
+        max_workers=most,
+        spare_workers=random.choice((0, 0, 1)),
+        scale_interval=random.choice((0.2, 0.5)),
+        scale_down_after=random.choice((0.5, 2.0)),
+        role_change_after=random.choice((0.2, 1.0)),
+    )
+    router = scenario.router.model_copy(update={"autoscale": autoscale})
+    return replace(scenario, router=router, pipe_s=random.choice((0.001, 0.001, 0.5)))
+
+
+_CLASSES = (
+    RequestClass(name="chat", ttft_objective_ms=300.0, tpot_objective_ms=20.0, priority=-1, weight=2.0),
+    RequestClass(name="slow", ttft_objective_ms=3000.0, priority=1),
+    RequestClass(name="short", deadline_s=1.0),
+)
+
+
+def _with_classes(random: Random, scenario: Scenario) -> Scenario:
+    """In some seeds requests are of several classes, with objectives, ranks and deadlines of their own."""
+    if random.random() > 0.25:
+        return scenario
+    names = (DEFAULT_CLASS, *(known.name for known in _CLASSES))
+    asks = tuple(replace(ask, request_class=random.choice(names)) for ask in scenario.asks)
+    return replace(scenario, asks=asks, router=scenario.router.model_copy(update={"classes": _CLASSES}))
+
+
+def _with_edits(random: Random, scenario: Scenario) -> Scenario:
+    """Where the fleet may change, operators say now and then how large it shall be for a while."""
+    if scenario.router.autoscale.mode != "on":
+        return scenario
+    edits = [
+        fault
+        for _ in range(random.randrange(6))
+        for fault in _on_router("edit", random, scenario, random.uniform(0, scenario.calm_at_s))
+    ]
+    return replace(scenario, faults=tuple(sorted((*scenario.faults, *edits), key=lambda fault: fault.at_s)))
 
 
 def _router(random: Random, faulted: bool) -> RouterConfig:
@@ -245,11 +309,26 @@ def _with_background(random: Random, asks: list[Ask]) -> list[Ask]:
     return [replace(ask, is_background=random.random() < share) for ask in asks]
 
 
+def _with_adapters(seed: int, asks: list[Ask]) -> list[Ask]:
+    """In two seeds of ten requests name adapters; a name is loaded anew from time to time, as other bytes."""
+    if seed % 10 not in (0, 9):
+        return asks
+    random = Random(f"adapters {seed}")
+    share, lasts_s = random.choice((0.3, 0.8)), random.choice((0.3, 1.0, 5.0))
+    return [
+        replace(ask, adapter=1 + random.randrange(NUM_NAMES) + NUM_NAMES * (int(ask.at_s / lasts_s) % 3))
+        if random.random() < share and ask.pooling is None
+        else ask
+        for ask in asks
+    ]
+
+
 def _with_more(seed: int, asks: list[Ask]) -> list[Ask]:
     """Add what is drawn from sources of its own: all else of a seed stays as it was without it."""
     asks = _with_grammars(Random(f"grammars {seed}"), asks)
     asks = _with_embeddings(Random(f"embeddings {seed}"), asks)
-    return _with_background(Random(f"background {seed}"), asks)
+    asks = _with_background(Random(f"background {seed}"), asks)
+    return _with_adapters(seed, asks)
 
 
 def _manners(random: Random, share: float) -> Manners:
@@ -353,4 +432,4 @@ _DRAW: dict[str, Callable[[str, Random, Scenario, float], list[Fault]]] = {
     )
     for kind in kinds
 }
-KINDS = tuple(_DRAW)
+KINDS = (*_DRAW, "edit")

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from itertools import count
 from typing import TYPE_CHECKING
 
-from kvferry.common.messages import Message, Refused, WorkerHello, WorkerStatus
+from kvferry.wire.fields import Message
+from kvferry.wire.hello import Refused
+from kvferry.wire.workers import WorkerHello, WorkerStatus
 from kvferry.worker.sessions import ROUTER_GONE_S
 
 from .kernel import Process

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from kvferry.common.messages import Message
+from kvferry.wire.fields import Message
 
 
 def brief(message: Message) -> str:

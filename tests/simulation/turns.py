@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvferry.common.batch import GpuEvent
-from kvferry.common.messages import Message
+from kvferry.wire.fields import Message
 
 from .network import Dial, End
 

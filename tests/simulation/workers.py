@@ -13,22 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from kvferry.common.batch import Batch
 from kvferry.common.errors import TransferError
-from kvferry.common.messages import (
-    DecodeToPrefill,
-    FetcherToLender,
-    Goodbye,
-    Grant,
-    KVArrived,
-    LenderToFetcher,
-    LocalTask,
-    Message,
-    PrefillTask,
-    PrefillToDecode,
-    ReserveKV,
-    SetRole,
-    WorkerHello,
-    WorkerStatus,
-)
 from kvferry.engine.loop import StepFigures
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.kvcache.disk_tier import DiskTier
@@ -41,10 +25,17 @@ from kvferry.transfer.protocol.handoff import Verdict
 from kvferry.transfer.send.ranks import RankShipping
 from kvferry.transfer.send.sender import KVSender
 from kvferry.transfer.send.shipment import Shipment
+from kvferry.wire.codec import DecodeToPrefill, FetcherToLender, LenderToFetcher, PrefillToDecode
+from kvferry.wire.fields import Message
+from kvferry.wire.handoff import KVArrived
+from kvferry.wire.results import Grant
+from kvferry.wire.tasks import LocalTask, PrefillTask, ReserveKV
+from kvferry.wire.workers import Goodbye, SetRole, WorkerHello, WorkerStatus
 from kvferry.worker.core import WorkerCore
 from kvferry.worker.effects import CoreConfig
 from kvferry.worker.roles import RoleName
 
+from .adapters import SimLoader
 from .agent import Agent
 from .breach import Breach
 from .disk import SimDisk
@@ -85,7 +76,8 @@ class Worker:
         self.clock = ProcessClock(kernel, kernel.random.uniform(1, 1000), 1 + kernel.random.uniform(-1e-3, 1e-3))
         self.pool = BlockPool(num_blocks, scenario.spec.block_size)
         self.memory = Memory(scenario.spec.num_layers, num_blocks, scenario.spec.block_size)
-        self.engine = Engine(place, self.memory, self.pool, world.oracles, SPEC.num_layers)
+        self.adapters = SimLoader(self)
+        self.engine = Engine(place, self.memory, self.pool, world.oracles, SPEC.num_layers, self.adapters)
         self.num_ranks = scenario.num_ranks[home == "decode"]
         self.incoming = self.make_agent(f"{place}.{incarnation:x}.0.0", self.memory, 0)
         self.outgoing = self.make_agent(f"{place}.{incarnation:x}.out.0.0", self.memory, 0)
@@ -233,6 +225,7 @@ class Worker:
             regions=tuple(incoming.region() for incoming, _, _ in self._ends()),
             watch_processes=self.world.watch,
             grammars=SimGrammars(self),
+            adapters=self.adapters,
         )
 
     def _start(self) -> None:

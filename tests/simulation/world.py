@@ -13,21 +13,24 @@ from typing import TYPE_CHECKING
 
 from kvferry.common.errors import RequestError
 from kvferry.common.grammar import Grammar
-from kvferry.common.messages import (
+from kvferry.router.dispatch.deadlines import WORKER_WAIT_S
+from kvferry.router.state.classes import RequestClasses
+from kvferry.router.state.request import RouterRequest
+from kvferry.transfer.receive.processes import ProcessWatch
+from kvferry.wire.codec import (
     Decoder,
     DecodeToPrefill,
     FetcherToLender,
     LenderToFetcher,
-    Message,
     PrefillToDecode,
-    ProcessMark,
     RouterToWorker,
     WorkerToRouter,
 )
-from kvferry.router.dispatch.deadlines import WORKER_WAIT_S
-from kvferry.router.state.request import RouterRequest
-from kvferry.transfer.receive.processes import ProcessWatch
+from kvferry.wire.fields import Message
+from kvferry.wire.grants import ProcessMark
+from kvferry.worker.roles import RoleName
 
+from .adapters import adapter_use
 from .breach import Breach
 from .clients import Call
 from .contents import Contents
@@ -38,6 +41,7 @@ from .kernel import Kernel
 from .network import End, Network, Path
 from .oracle import Oracle
 from .routers import Router
+from .scaling import Launcher
 from .scenario import Ask, Scenario
 from .tally import Tally
 from .trace import brief
@@ -83,13 +87,14 @@ class World:
         self.addresses: dict[str, Worker] = {}  # every handoff address that ever was
         self.calls: list[Call] = []
         self.contents = Contents()
-        has_disks = scenario.num_disk_blocks > 0
-        self.disks = {place: DiskFile(scenario.num_disk_blocks) for place in scenario.workers if has_disks}
+        self.disks: dict[str, DiskFile] = {}
         self.poison: Counter[str] = Counter()  # how many workers each poisonous request has killed
         self.tally = Tally(num_requests=len(scenario.asks))
         self._processes: list[Process] = []
+        self._classes = RequestClasses.from_config(scenario.router)
         self.routers: list[Router] = []
         self.workers: dict[str, Worker] = {}
+        self.launcher = Launcher(self) if scenario.router.autoscale.mode == "on" else None
         for number in range(scenario.num_routers):
             self.routers.append(self._new_router(number))
         for place in scenario.workers:
@@ -98,7 +103,8 @@ class World:
         for number, ask in enumerate(scenario.asks):
             self.kernel.at(ask.at_s, self._submit, number, ask)
         self.kernel.at(scenario.calm_at_s, self.sky.calm)
-        self.kernel.at(scenario.calm_at_s, self._bring_home)
+        if self.launcher is None:
+            self.kernel.at(scenario.calm_at_s, self._bring_home)
 
     # --- paths ----------------------------------------------------------------------------------------------
 
@@ -125,16 +131,18 @@ class World:
             scenario.router,
             self.tally.seen,
             fetch_share=scenario.fetch_share,
+            launcher=self.launcher,
         )
 
     def start(self, place: str) -> None:
         """A new life of a worker."""
         number, incarnation = int(place[2:]), self.kernel.random.getrandbits(60)
         self.kernel.say(f"{place} starts as {incarnation:x}")
-        if place.startswith("p"):
-            self.workers[place] = Worker(self, place, incarnation, self.scenario.prefill[number], "prefill")
-        else:
-            self.workers[place] = Worker(self, place, incarnation, self.scenario.decode[number], "decode")
+        role: RoleName = "prefill" if place.startswith("p") else "decode"
+        blocks = self.scenario.prefill if role == "prefill" else self.scenario.decode
+        if self.scenario.num_disk_blocks > 0:
+            self.disks.setdefault(place, DiskFile(self.scenario.num_disk_blocks))
+        self.workers[place] = Worker(self, place, incarnation, blocks[number % len(blocks)], role)
 
     def set_role(self, place: str, role: str) -> None:
         """One of the routers tells the worker."""
@@ -166,7 +174,11 @@ class World:
 
     def _restart(self, worker: Worker) -> None:
         self._hang_up(worker.process, lossy=True)
-        self.start(worker.place)
+        if self.launcher is not None and self.launcher.is_leaving(worker.place):
+            del self.workers[worker.place]
+            self.launcher.on_ended(worker.place)
+        else:
+            self.start(worker.place)
 
     def _hang_up(self, process: Process, *, lossy: bool) -> None:
         """The host ends the connections of a process that is gone."""
@@ -194,6 +206,8 @@ class World:
 
     def _restart_router(self, number: int) -> None:
         self.routers[number] = self._new_router(number)
+        if self.launcher is not None:
+            self.launcher.on_event(self.routers[number], {"event": "ready"})
 
     def mark_of(self, process: Process) -> ProcessMark:
         """How others on its host know the process."""
@@ -219,21 +233,28 @@ class World:
             self.scenario.max_model_len,
             ask.grammar,
             ask.pooling,
+            ask.adapter,
         )
         self.oracles[request_id] = oracle
         if ask.is_poison:
             self.poison[request_id] = 0
+        objectives = self._classes.named(ask.request_class)
+        limits = (ask.timeout_s, objectives.deadline_s)
         request = RouterRequest(
             request_id,
             list(ask.prompt),
             ask.sampling,
             n=ask.n,
-            priority=ask.priority,
+            priority=ask.priority or objectives.priority,
             cache_salt=b"%d" % ask.tenant,
-            timeout_s=ask.timeout_s,
+            tenant=str(ask.tenant),
+            request_class=ask.request_class,
+            objectives=objectives,
+            timeout_s=min((limit_s for limit_s in limits if limit_s is not None), default=None),
             is_background=ask.is_background,
             grammar=None if ask.grammar is None else Grammar("sim", b"%d" % ask.grammar),
             pooling=ask.pooling,
+            adapter=adapter_use(ask.adapter),
         )
         router = self.routers[ask.router]
         call = Call(self.kernel, router, request, oracle, ask.manners)

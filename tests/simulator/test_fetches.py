@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from kvferry.common.messages import FetchFrom, LocalTask
 from kvferry.simulator import Fleet, Router, Scenario, Traffic
 from kvferry.simulator.costs.network import Link, Network
 from kvferry.simulator.jobs import Job, make_request
@@ -14,6 +13,7 @@ from kvferry.simulator.worker import SimWorker
 from kvferry.simulator.world import World
 from kvferry.tools.load.traces import TraceRow
 from kvferry.transfer.fetch.fetches import FetchFailure
+from kvferry.wire.tasks import FetchFrom, LocalTask
 
 BLOCK = 64  # tokens
 BLOCK_BYTES = BLOCK * 327_680  # of the model that fleets have where none is named

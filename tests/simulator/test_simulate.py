@@ -10,7 +10,20 @@ import pytest
 import structlog
 
 from kvferry.common.config import AutoscaleConfig, PoolBounds
-from kvferry.simulator import Failure, Goals, RoleChange, Router, Scaled, Scenario, Spike, Traffic, capacity, simulate
+from kvferry.simulator import (
+    Adapters,
+    Failure,
+    Goals,
+    RoleChange,
+    Router,
+    Scaled,
+    Scenario,
+    Spike,
+    Traffic,
+    capacity,
+    simulate,
+)
+from kvferry.simulator.adapters import AdapterChoice
 from kvferry.simulator.costs.network import Link, Network, Port
 from kvferry.sizing.steps import StepWork
 from kvferry.tools.load.traces import TraceRow
@@ -43,8 +56,13 @@ def test_equal_scenarios_have_equal_outcomes() -> None:
         mooncake(num_blocks=150, prefill=0, decode=3),
         mooncake(num_blocks=200, host_blocks=400, num_requests=100),
         mooncake(num_blocks=150, host_blocks=200, prefill=0, decode=3),
+        azure(adapters=Adapters(12, max_loras=3, max_cpu_loras=5)),
+        azure(adapters=Adapters(12, num_bytes=10**9, max_loras=2), prefill=0),
     ],
-    ids=["split", "colocated", "full", "shared prefixes", "evictions", "host memory", "host memory, colocated"],
+    ids=[
+        *("split", "colocated", "full", "shared prefixes", "evictions", "host memory", "host memory, colocated"),
+        *("adapters", "adapters, colocated"),
+    ],
 )
 @pytest.mark.parametrize("policy", ["least_loaded", "slo"])
 def test_a_jump_over_decode_steps_changes_nothing(scenario: Scenario, policy: str) -> None:
@@ -60,6 +78,35 @@ def test_a_jump_over_decode_steps_changes_nothing(scenario: Scenario, policy: st
         )
         assert (one.ttft_s, one.tpot_s, one.end_s) == pytest.approx((other.ttft_s, other.tpot_s, other.end_s))
     assert jumped.num_preemptions == stepped.num_preemptions
+
+
+def test_an_adapter_is_loaded_once_and_its_blocks_are_its_own() -> None:
+    """The second request with it does not wait; another adapter's finds no block of the same prompt."""
+    rows = tuple(TraceRow(8.0 * number, 5120, 2, tuple(range(10))) for number in range(12))
+    fleet = replace(TIERS.fleet, prefill=0, decode=1, num_blocks=200, adapters=Adapters(2, num_bytes=10**9))
+    scenario = Scenario(traffic=Traffic(rows), fleet=fleet, router=Router(knows_objectives=False))
+    world, outcome = run(scenario)
+    (worker,) = world.workers.values()
+    drawn = AdapterChoice(fleet.adapters, 0)
+    names = [drawn.draw() for _ in rows]
+    assert set(names) == {1, 2} and outcome.num_adapter_loads == 2
+    plain = run(replace(scenario, fleet=replace(fleet, adapters=Adapters(0))))[1].requests
+    for number, request in enumerate(outcome.requests):
+        is_first = names[number] not in names[:number]
+        assert (request.num_cached_tokens == 0) == is_first
+        beside = plain[0 if is_first else 1].ttft_s
+        assert request.ttft_s is not None and beside is not None
+        assert request.ttft_s - beside == pytest.approx(0.51 if is_first else 0.0, abs=1e-3)
+    assert worker.core.adapters is not None
+    worker.core.adapters.check()
+
+
+def test_placement_prefers_who_holds_the_adapter() -> None:
+    """Many more adapters than slots: a policy that knows who has which loads a fraction, and more is in time."""
+    scenario = azure(rate_per_s=8.0, prefill=0, decode=4, adapters=Adapters(16, num_bytes=10**9, max_loras=4))
+    knowing, blind = (simulate(replace(scenario, router=Router(policy=name))) for name in ("slo", "round_robin"))
+    assert knowing.num_adapter_loads < blind.num_adapter_loads / 2
+    assert knowing.attainment >= blind.attainment
 
 
 TIERS = mooncake(num_blocks=200, host_blocks=400, num_requests=100)
@@ -83,8 +130,11 @@ def test_what_has_left_the_device_is_found_in_host_memory() -> None:
 
 @pytest.mark.parametrize(
     "scenario",
-    [azure(), azure(prefill=0, rate_per_s=30.0), mooncake(rate_per_s=20.0), mooncake(num_blocks=120), TIERS],
-    ids=["azure", "overloaded", "mooncake overloaded", "small pools", "host memory"],
+    [
+        *(azure(), azure(prefill=0, rate_per_s=30.0), mooncake(rate_per_s=20.0), mooncake(num_blocks=120), TIERS),
+        azure(rate_per_s=30.0, adapters=Adapters(30, max_loras=2, max_cpu_loras=4)),
+    ],
+    ids=["azure", "overloaded", "mooncake overloaded", "small pools", "host memory", "adapters overloaded"],
 )
 def test_every_request_ends_once_and_gives_its_blocks_back(scenario: Scenario) -> None:
     world, outcome = run(scenario)

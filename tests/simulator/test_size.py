@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import structlog
 
+from kvferry.common.expert_plan import ExpertPlan
 from kvferry.simulator.size import main
+from kvferry.sizing.cpu import CpuRates
 
 from ..sizing.models import write_config
 
@@ -85,3 +88,28 @@ def test_the_command_takes_a_model_and_imports_no_torch(model: str) -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(result.stdout)["hardware"]["name"] == "H200"
+
+
+def test_replicas_of_experts_take_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_config(tmp_path / "moe", "30b-a3b")
+    own = tuple(range(80)), tuple(range(48, 128))  # a quarter more than 64 each
+    (tmp_path / "plan").write_text(ExpertPlan(128, 2, dict.fromkeys(range(48), own)).text())
+    words = [str(path), "--gpu", "H100", "--tensor-parallel-size", "2", "--enable-expert-parallel"]
+    even, planned = (
+        figures(capsys, *words, *more)["memory"]["weights"] for more in ([], ["--expert-plan", str(tmp_path / "plan")])
+    )
+    assert planned - even == pytest.approx(16 * 48 * 3 * 2048 * 768 * 2, rel=0.01)
+
+
+def test_a_cpu_is_sized_by_the_rates_of_each_part(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rates.json"
+    rates = CpuRates(((1, 1e-10), (8, 1.2e-10)), 1e-9, 1e-9, 1e-11, 1e-10, 1e-3)
+    path.write_bytes(msgspec.json.encode(rates))
+    words = [model, "--gpu", "cpu", "--memory-gb", "64", "--cpu-rates", str(path), "--json"]
+    assert main(words) == 0
+    assert '"products"' in capsys.readouterr().out
+    path.write_bytes(msgspec.json.encode(CpuRates((), 0, 0, 0, 0, 0)))
+    assert main(words) == 2
+    assert "cpu_rates" in capsys.readouterr().err

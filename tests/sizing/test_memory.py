@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvferry.common.expert_plan import ExpertPlan, even_split
 from kvferry.engine.engine import Engine
 from kvferry.engine.ranks.group import Communicator
 from kvferry.models.config import ModelConfig
@@ -29,6 +30,7 @@ _SMALL: dict[str, object] = {
     "tie_word_embeddings": False,
 }
 _EXPERTS: dict[str, object] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+_STACKED: dict[str, object] = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128}
 SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("Llama", {}),
     "llama, its head tied": ("Llama", {"tie_word_embeddings": True, "vocab_size": 2048}),
@@ -44,6 +46,8 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "experts": ("Qwen3Moe", _EXPERTS),
     "experts in every second layer": ("Qwen3Moe", _EXPERTS | {"decoder_sparse_step": 2, "num_hidden_layers": 4}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "stacked experts": ("GptOss", _STACKED),
+    "stacked experts in MXFP4": ("GptOss", _STACKED | {"quantization_config": {"quant_method": "mxfp4"}}),
     "gemma 2": ("Gemma2", {}),
     "olmo 2, norms of whole projections": ("Olmo2", {}),
     "phi 3, fused": ("Phi3", {"pad_token_id": 0}),
@@ -106,6 +110,18 @@ def _taken(config: object, num_ranks: int) -> int:
     return sum(size for address, size in after.items() if address not in before)
 
 
+def _splits(path: Path, model: ModelConfig, num_ranks: int) -> list[dict[str, object]]:
+    """Of experts: parts, whole ones, and a plan by which the first rank has one more."""
+    if model.experts is None or num_ranks == 1:
+        return [{}]
+    first, second = even_split(model.experts.num_experts, num_ranks)
+    layers = [layer for layer, is_sparse in enumerate(model.sparse_layers) if is_sparse]
+    plan = ExpertPlan(model.experts.num_experts, num_ranks, dict.fromkeys(layers, ((*first, second[-1]), second)))
+    (path / "plan.json").write_text(plan.text())
+    whole: dict[str, object] = {"enable_expert_parallel": True}
+    return [{}, whole, whole | {"expert_plan": path / "plan.json"}]
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", SHAPES)
@@ -114,18 +130,18 @@ def test_memory_is_that_of_a_live_rank(tmp_path: Path, name: str, dtype: str, nu
     shape = {"architectures": [f"{kind}ForCausalLM"], "torch_dtype": dtype}
     (tmp_path / "config.json").write_text(json.dumps(_SMALL | fields | shape))
     model = ModelConfig.from_dir(tmp_path)
-    for precision in PRECISIONS if dtype == "bfloat16" else PRECISIONS[:1]:
-        for whole_experts in {False, model.experts is not None and num_ranks > 1}:
+    for precision in PRECISIONS if dtype == "bfloat16" and model.quantization is None else PRECISIONS[:1]:
+        for split in _splits(tmp_path, model, num_ranks):
             config = engine_config(
                 tmp_path,
                 tensor_parallel_size=num_ranks,
                 quantization=None if precision == "plain" else precision,
-                enable_expert_parallel=whole_experts,
                 load_format="dummy",
                 swap_space=0,
+                **split,
             )
             said = weight_bytes(config, model) + NUM_BLOCKS * config.block_size * cache_token_bytes(config, model)
-            assert said == pytest.approx(_taken(config, num_ranks), rel=0.03), (precision, whole_experts)
+            assert said == pytest.approx(_taken(config, num_ranks), rel=0.03), (precision, split)
 
 
 @pytest.mark.parametrize("name", ["llama", "experts"])

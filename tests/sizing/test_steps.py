@@ -9,11 +9,11 @@ from random import Random
 import pytest
 
 from kvferry.common.errors import ConfigError
-from kvferry.common.messages import StepSample
 from kvferry.simulator.costs.measured import fit, read_samples
 from kvferry.sizing.hardware import GPUS, gpu_named
 from kvferry.sizing.shapes import MODELS, model_named
 from kvferry.sizing.steps import Linear, Roofline, StepModel, StepWork
+from kvferry.wire.workers import StepSample
 
 TRUTH = Linear(0.002, 0.001, 1e-4, 2e-9, 3e-4, 5e-8)
 
@@ -68,6 +68,14 @@ def test_few_tokens_of_a_mixture_of_experts_read_few_of_its_weights() -> None:
     assert model.bytes_read(1) < 0.1 * model.total_bytes
     assert model.bytes_read(256) > 0.95 * model.total_bytes
     assert model.kv_bytes_per_token == 70_272
+
+
+def test_rows_whose_experts_are_on_other_gpus_pay_for_the_way() -> None:
+    steps = Roofline(gpu_named("H100"), model_named("deepseek-v3"), 64)
+    rows = StepWork(decode_rows=64 * 128, decode_context=64 * 128 * 1000)
+    assert steps.terms(rows).exchange == pytest.approx(58 * 487e-6)
+    assert steps.step_s(rows) == pytest.approx(steps.terms(rows).total_s)
+    assert steps.terms(StepWork(8192, 8192 * 4096)).exchange == 0  # a prompt's is in its share of the peak
 
 
 def test_long_prompts_cost_attention_beside_their_products() -> None:

@@ -9,21 +9,6 @@ from hypothesis import strategies as st
 
 from kvferry.common.config import TransferConfig
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import (
-    CancelKV,
-    Decoder,
-    Grant,
-    HandoffDone,
-    KVArrived,
-    KVClosed,
-    KVDone,
-    KVOpen,
-    KVOpened,
-    KVRefused,
-    KVRenew,
-    KVRenewed,
-    Message,
-)
 from kvferry.common.request import RequestSpec, SamplingParams, pack_ids
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.tests.fake_clock import FakeClock
@@ -31,6 +16,10 @@ from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
 from kvferry.transfer.receive.invariants import check_all, check_complete
 from kvferry.transfer.receive.receiver import KVReceiver
 from kvferry.transfer.send.sender import KVSender
+from kvferry.wire.codec import Decoder
+from kvferry.wire.fields import Message
+from kvferry.wire.handoff import CancelKV, KVArrived, KVClosed, KVDone, KVOpen, KVOpened, KVRefused, KVRenew, KVRenewed
+from kvferry.wire.results import Grant, HandoffDone
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=4, head_dim=2, block_size=4, dtype="float32")
 LATENT = KVCacheSpec(

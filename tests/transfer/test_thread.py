@@ -19,24 +19,6 @@ from kvferry.common.clock import SystemClock
 from kvferry.common.config import TransferConfig
 from kvferry.common.errors import TransferError
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import (
-    CancelKV,
-    ChoiceTokens,
-    Grant,
-    GrantId,
-    HandoffDone,
-    KVArrived,
-    KVClosed,
-    KVDone,
-    KVOpen,
-    KVOpened,
-    KVRefused,
-    KVRenew,
-    KVRenewed,
-    Message,
-    TransferReport,
-    encode,
-)
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.transfer.backends.base import TransferBackend
@@ -45,6 +27,12 @@ from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
 from kvferry.transfer.receive.receiver import KVReceiver
 from kvferry.transfer.send.sender import KVSender
 from kvferry.transfer.thread import TransferThread
+from kvferry.wire.codec import encode
+from kvferry.wire.fields import Message
+from kvferry.wire.grants import GrantId
+from kvferry.wire.handoff import CancelKV, KVArrived, KVClosed, KVDone, KVOpen, KVOpened, KVRefused, KVRenew, KVRenewed
+from kvferry.wire.results import ChoiceTokens, Grant, HandoffDone
+from kvferry.wire.workers import TransferReport
 
 from ..e2e.cluster import wait_until
 

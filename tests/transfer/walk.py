@@ -18,24 +18,6 @@ import torch
 from kvferry.common.config import TransferConfig
 from kvferry.common.errors import TransferError
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import (
-    CancelKV,
-    Decoder,
-    Grant,
-    GrantInfo,
-    HandoffDone,
-    HandoffFailed,
-    KVArrived,
-    KVClosed,
-    KVDone,
-    KVOpen,
-    KVOpened,
-    KVRefused,
-    KVRenew,
-    KVRenewed,
-    Message,
-    ProcessMark,
-)
 from kvferry.common.request import RequestSpec, SamplingParams, pack_ids
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.tests.fake_clock import FakeClock
@@ -46,6 +28,11 @@ from kvferry.transfer.receive import invariants
 from kvferry.transfer.receive.processes import ProcessWatch
 from kvferry.transfer.receive.receiver import KVReceiver, ReservationState
 from kvferry.transfer.send.sender import KVSender
+from kvferry.wire.codec import Decoder
+from kvferry.wire.fields import Message
+from kvferry.wire.grants import GrantInfo, ProcessMark
+from kvferry.wire.handoff import CancelKV, KVArrived, KVClosed, KVDone, KVOpen, KVOpened, KVRefused, KVRenew, KVRenewed
+from kvferry.wire.results import Grant, HandoffDone, HandoffFailed
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=2, block_size=4, dtype="float32")
 R = "r-0"

@@ -5,12 +5,15 @@ from __future__ import annotations
 from itertools import count
 
 from kvferry.common.batch import Batch
-from kvferry.common.messages import ChoiceTokens, GrantId, GrantInfo, Message, PrefillTask
 from kvferry.common.request import RequestSpec
 from kvferry.prefill.role import PrefillRole
 from kvferry.transfer.protocol.handoff import Endpoint
 from kvferry.transfer.send.counters import SendCounters
 from kvferry.transfer.send.plan import ShipPlan
+from kvferry.wire.fields import Message
+from kvferry.wire.grants import GrantId, GrantInfo
+from kvferry.wire.results import ChoiceTokens
+from kvferry.wire.tasks import PrefillTask
 from kvferry.worker.roles import RoleName, RolePair
 
 from ..decode.bench import BLOCK, EOS, REGION, SPEC, Bench

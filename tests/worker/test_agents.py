@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import KVArrived, RegionInfo, encode
 from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
 from kvferry.transfer.fetch.ranks import RankSumming
 from kvferry.transfer.fetch.reader import BlockSums
@@ -17,6 +16,9 @@ from kvferry.transfer.protocol.checksums import PageSums
 from kvferry.transfer.protocol.rank_calls import Each, OwnCalls
 from kvferry.transfer.protocol.rank_messages import Rotated
 from kvferry.transfer.thread import TransferThread
+from kvferry.wire.codec import encode
+from kvferry.wire.grants import RegionInfo
+from kvferry.wire.handoff import KVArrived
 from kvferry.worker.agents import Agents, RankAgent, rotated
 from kvferry.worker.decode_rank import RECEIVING
 

@@ -6,20 +6,10 @@ import random
 
 import pytest
 
-from kvferry.common.messages import (
-    Abort,
-    ChoiceTokens,
-    FirstToken,
-    Grant,
-    HandoffDone,
-    LiveRequests,
-    LocalTask,
-    NoCapacity,
-    ReserveKV,
-    StepSample,
-    TaskRefused,
-)
 from kvferry.prefill.scheduler import MAX_STEP_S
+from kvferry.wire.results import ChoiceTokens, FirstToken, Grant, HandoffDone, NoCapacity, TaskRefused
+from kvferry.wire.tasks import Abort, LocalTask, ReserveKV
+from kvferry.wire.workers import LiveRequests, StepSample
 
 from ..decode.bench import BLOCK, first_token
 from .bench import BothBench

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import socket
 
-from kvferry.common.channel import Address, Channel, serve, server_address
-from kvferry.common.credentials import NO_SECRET
-from kvferry.common.messages import Decoder, HandoffDone, WorkerHello, WorkerStatus, WorkerToRouter, encode
+from kvferry.wire.channel import Address, Channel, serve, server_address
+from kvferry.wire.codec import Decoder, WorkerToRouter, encode
+from kvferry.wire.credentials import NO_SECRET
+from kvferry.wire.results import HandoffDone
+from kvferry.wire.workers import WorkerHello, WorkerStatus
 from kvferry.worker.sessions import RouterSessions
 
 from ..router.fleet import hello, status

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from kvferry.common.grammar import Grammar
-from kvferry.common.messages import FirstToken, Grant, LocalTask, NoCapacity, ReserveKV, TaskRefused
 from kvferry.common.request import UNSERVED, RequestSpec, SamplingParams, why_unserved
+from kvferry.wire.results import FirstToken, Grant, NoCapacity, TaskRefused
+from kvferry.wire.tasks import LocalTask, ReserveKV
 
 from .bench import BothBench
 

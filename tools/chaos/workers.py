@@ -43,7 +43,7 @@ class WorkerProcess:
         """Return the process ids of its tensor-parallel ranks but the first."""
         with contextlib.suppress(psutil.Error):
             found = psutil.Process(self.pid).children()
-            return sorted(child.pid for child in found if "kvferry.engine.follower" in child.cmdline())
+            return sorted(child.pid for child in found if "kvferry.engine.follower_process" in child.cmdline())
         return []
 
     def signal(self, number: signal.Signals) -> None:

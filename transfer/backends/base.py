@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...common.kv_spec import Shard
-from ...common.messages import RegionInfo
+from ...wire.grants import RegionInfo
 
 if TYPE_CHECKING:
     import torch

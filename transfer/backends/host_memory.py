@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ...common.messages import U64, Count, Name
+from ...wire.fields import U64, Count, Name
 from .base import Piece
 
 SMALL_PIECE_BYTES = 128 << 10  # on average: below it, moving the pieces together is worth the vector's making

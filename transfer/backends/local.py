@@ -25,7 +25,7 @@ import torch
 
 from ...common.clock import Clock
 from ...common.errors import TransferError
-from ...common.messages import RegionInfo
+from ...wire.grants import RegionInfo
 from .base import Piece, TransferHandle, TransferState, describe_region, page_rows, rotated_name
 
 

@@ -31,7 +31,9 @@ import torch
 
 from ...common.errors import ConfigError, ProtocolError, TransferError
 from ...common.extras import nixl
-from ...common.messages import Decoder, Message, RegionInfo, encode
+from ...wire.codec import Decoder, encode
+from ...wire.fields import Message
+from ...wire.grants import RegionInfo
 from .base import Piece, TransferHandle, TransferState, describe_region, page_num_bytes, rotated_name
 from .descriptors import piece_indices, strided_rows
 from .host_memory import HostMark, HostWindow, Marker, PageArea, PageWindow

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import structlog
 
 from ...common.errors import TransferError
-from ...common.messages import RegionInfo
+from ...wire.grants import RegionInfo
 from .base import Piece, TransferBackend
 
 log = structlog.get_logger(__name__)

@@ -31,7 +31,9 @@ import torch
 
 from ...common.errors import ConfigError, ProtocolError, TransferError
 from ...common.extras import UCXX
-from ...common.messages import Message, RegionInfo, encode
+from ...wire.codec import encode
+from ...wire.fields import Message
+from ...wire.grants import RegionInfo
 from .base import Piece, TransferHandle, TransferState, describe_region, page_rows, rotated_name
 from .ucx_frames import UcxAck, UcxHello, UcxNote, UcxRead, UcxWrite, ucx_frames
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import msgspec
 
-from ...common.messages import Count, Decoder, Message, Name
+from ...wire.codec import Decoder
+from ...wire.fields import Count, Message, Name
 
 
 class UcxHello(Message, frozen=True):

@@ -29,18 +29,12 @@ from typing import Protocol
 from ...common import failpoints
 from ...common.clock import Clock
 from ...common.errors import InvalidTransition
-from ...common.messages import (
-    FetchFrom,
-    KVFetch,
-    KVFetchable,
-    KVFetchDone,
-    KVFetchRefused,
-    KVFetchSums,
-    Message,
-    RegionInfo,
-)
 from ...common.request import BlockId
 from ...kvcache.blocks import BlockPool
+from ...wire.fetches import KVFetch, KVFetchable, KVFetchDone, KVFetchRefused, KVFetchSums
+from ...wire.fields import Message
+from ...wire.grants import RegionInfo
+from ...wire.tasks import FetchFrom
 from ..protocol.handoff import Endpoint, check_compatible
 from ..protocol.peer_log import PeerLog
 from ..protocol.rank_messages import ReadOutcome

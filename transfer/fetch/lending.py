@@ -19,9 +19,11 @@ from dataclasses import dataclass
 
 from ...common import failpoints
 from ...common.clock import Clock
-from ...common.messages import KVFetch, KVFetchable, KVFetchDone, KVFetchRefused, KVFetchSums, Message, RegionInfo
 from ...common.request import BlockId
 from ...kvcache.blocks import BlockPool
+from ...wire.fetches import KVFetch, KVFetchable, KVFetchDone, KVFetchRefused, KVFetchSums
+from ...wire.fields import Message
+from ...wire.grants import RegionInfo
 from ..protocol.handoff import Endpoint, check_compatible
 
 HASH_BYTES = 16

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ...common.messages import BlockIds, RegionInfo
 from ...common.request import BlockId
+from ...wire.fields import BlockIds
+from ...wire.grants import RegionInfo
 from ..protocol.rank_calls import Each
 from .reader import BlockSums, KVReader
 

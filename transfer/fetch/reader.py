@@ -22,7 +22,8 @@ from ...common.clock import Clock
 from ...common.config import TransferConfig
 from ...common.errors import TransferError
 from ...common.kv_spec import KVCacheSpec
-from ...common.messages import BlockIds, RegionInfo, Regions
+from ...wire.fields import BlockIds
+from ...wire.grants import RegionInfo, Regions
 from ..backends.base import Piece, TransferBackend, TransferHandle, TransferState
 from ..backends.peers import Peers
 from ..protocol.checksums import PageSums, open_sums

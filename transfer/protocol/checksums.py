@@ -21,7 +21,7 @@ from ...common import failpoints
 from ...common.config import TransferConfig
 from ...common.errors import ConfigError
 from ...common.kv_spec import KVCacheSpec
-from ...common.messages import KVArrived
+from ...wire.handoff import KVArrived
 from ..backends.base import Piece, page_rows
 from .handoff import Verdict, page_indices
 from .shards import pieces

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...common.kv_spec import KVCacheSpec
-from ...common.messages import GrantInfo, RegionInfo
+from ...wire.grants import GrantInfo, RegionInfo
 from ..backends.base import Indices
 from .shards import check_regions
 

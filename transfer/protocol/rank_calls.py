@@ -21,7 +21,8 @@ from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, get_t
 import msgspec
 
 from ...common.batch import GpuEvent
-from ...common.messages import Decoder, Message, encode
+from ...wire.codec import Decoder, encode
+from ...wire.fields import Message
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from enum import Enum
 
-from ...common.messages import Decoder, KVArrived, KVClosed, Message, ProcessMark, RegionInfo
+from ...wire.codec import Decoder
+from ...wire.fields import Message
+from ...wire.grants import ProcessMark, RegionInfo
+from ...wire.handoff import KVArrived, KVClosed
 from .handoff import Verdict
 
 TO_PREFILL, TO_DECODE = b"p", b"d"  # whom a broadcast is for, before the message

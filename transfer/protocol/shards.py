@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from itertools import product
 
 from ...common.kv_spec import KVCacheSpec, Shard
-from ...common.messages import GrantInfo, RegionInfo
+from ...wire.grants import GrantInfo, RegionInfo
 from ..backends.base import Piece
 
 

@@ -7,7 +7,7 @@ must be those of the grant and were looked at by the rank that they came to, bef
 from __future__ import annotations
 
 from ...common.clock import Clock
-from ...common.messages import KVArrived
+from ...wire.handoff import KVArrived
 from ..protocol.handoff import Verdict
 from .endings import Counters, Endings
 from .reservation import Reservation, ReservationState, Writer

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 
 from ...common.clock import Clock
 from ...common.kv_spec import KVCacheSpec
-from ...common.messages import CancelKV, HandoffDone, HandoffFailed, KVDone, Message
 from ...common.request import RequestSpec
 from ...kvcache.blocks import BlockPool
+from ...wire.fields import Message
+from ...wire.handoff import CancelKV, KVDone
+from ...wire.results import HandoffDone, HandoffFailed
 from .reservation import Reservation, ReservationState
 from .reservations import Reservations
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 from ...common.clock import Clock
 from ...common.config import TransferConfig
 from ...common.kv_spec import KVCacheSpec
-from ...common.messages import Grant, GrantId, GrantInfo, NoCapacity
 from ...common.request import BlockId, RequestSpec
 from ...kvcache.blocks import BlockPool
 from ...kvcache.contents import Contents
+from ...wire.grants import GrantId, GrantInfo
+from ...wire.results import Grant, NoCapacity
 from ..protocol.handoff import mint_grant
 from .endings import Counters, Endings
 from .reservation import Reservation, ReservationState

@@ -14,18 +14,9 @@ from typing import NamedTuple
 from ...common.clock import Clock
 from ...common.config import TransferConfig
 from ...common.kv_spec import KVCacheSpec
-from ...common.messages import (
-    CancelKV,
-    GrantId,
-    KVOpen,
-    KVOpened,
-    KVRefused,
-    KVRenew,
-    KVRenewed,
-    Message,
-    ProcessMark,
-    RegionInfo,
-)
+from ...wire.fields import Message
+from ...wire.grants import GrantId, ProcessMark, RegionInfo
+from ...wire.handoff import CancelKV, KVOpen, KVOpened, KVRefused, KVRenew, KVRenewed
 from ..protocol.handoff import Endpoint, check_compatible, is_minted
 from ..protocol.peer_log import PeerLog
 from ..protocol.shards import expected_pairs, shards_of

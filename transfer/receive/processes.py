@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ...common.messages import ProcessMark
+from ...wire.grants import ProcessMark
 
 _STARTED_FIELD = 19  # of those after the command's name in /proc/PID/stat
 

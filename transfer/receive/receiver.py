@@ -20,21 +20,13 @@ from collections.abc import Callable
 from ...common.clock import Clock
 from ...common.config import TransferConfig
 from ...common.kv_spec import KVCacheSpec
-from ...common.messages import (
-    Grant,
-    GrantId,
-    KVArrived,
-    KVClosed,
-    KVDone,
-    KVOpen,
-    KVRenew,
-    Message,
-    NoCapacity,
-    RegionInfo,
-)
 from ...common.request import BlockId, RequestSpec
 from ...kvcache.blocks import BlockPool
 from ...kvcache.contents import Contents, TokenContents
+from ...wire.fields import Message
+from ...wire.grants import GrantId, RegionInfo
+from ...wire.handoff import KVArrived, KVClosed, KVDone, KVOpen, KVRenew
+from ...wire.results import Grant, NoCapacity
 from ..protocol.handoff import Endpoint, Verdict
 from .arrivals import Arrivals
 from .endings import Counters, Endings

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ...common.errors import InvalidTransition
-from ...common.messages import ChoiceTokens, GrantInfo
 from ...common.request import BlockId, RequestSpec
+from ...wire.grants import GrantInfo
+from ...wire.results import ChoiceTokens
 from .processes import ProcessWatch
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import NamedTuple, TypeVar
 
-from ...common.messages import GrantId
 from ...common.request import BlockId
 from ...kvcache.blocks import BlockPool
+from ...wire.grants import GrantId
 from .reservation import Reservation, ReservationState
 
 MAX_PROMISED_SHARE = 0.5  # of the pool, for blocks that are granted, open or in quarantine

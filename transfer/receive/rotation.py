@@ -27,7 +27,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from ...common.clock import Clock
-from ...common.messages import RegionInfo
+from ...wire.grants import RegionInfo
 from .endings import Endings
 from .reservation import Reservation, ReservationState
 from .reservations import Reservations

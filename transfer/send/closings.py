@@ -15,7 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...common.messages import GrantId, KVClosed, Message
+from ...wire.fields import Message
+from ...wire.grants import GrantId
+from ...wire.handoff import KVClosed
 from ..backends.base import TransferState
 from .shipment import Shipment
 

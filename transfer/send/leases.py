@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ...common.messages import KVRenew, Message
+from ...wire.fields import Message
+from ...wire.handoff import KVRenew
 from .shipment import Shipment, ShipmentState
 
 

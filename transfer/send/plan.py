@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import msgspec
 
-from ...common.messages import GrantInfo
 from ...common.request import Sequence
+from ...wire.grants import GrantInfo
 
 
 class ShipPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

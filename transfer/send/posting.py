@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 from ...common import failpoints
 from ...common.errors import TransferError
-from ...common.messages import GrantInfo, KVArrived, KVOpened, encode
+from ...wire.codec import encode
+from ...wire.grants import GrantInfo
+from ...wire.handoff import KVArrived, KVOpened
 from ..backends.base import TransferBackend
 from ..protocol.checksums import PageSums, ShipmentSums
 from ..protocol.handoff import Endpoint, check_grant, moved_grant

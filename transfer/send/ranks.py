@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...common.batch import GpuEvent
-from ...common.messages import CancelKV, ChoiceTokens, GrantInfo, KVDone, KVOpened, KVRefused, KVRenewed
+from ...wire.grants import GrantInfo
+from ...wire.handoff import CancelKV, KVDone, KVOpened, KVRefused, KVRenewed
+from ...wire.results import ChoiceTokens
 from ..fetch.reader import KVReader
 from ..protocol.rank_calls import Calls, Each, Gather, Lane, RankCalls
 from .counters import SendCounters

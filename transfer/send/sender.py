@@ -23,20 +23,11 @@ from ...common.clock import Clock
 from ...common.config import TransferConfig
 from ...common.errors import TransferError
 from ...common.kv_spec import KVCacheSpec
-from ...common.messages import (
-    CancelKV,
-    ChoiceList,
-    Count,
-    GrantInfo,
-    KVDone,
-    KVOpen,
-    KVOpened,
-    KVRefused,
-    KVRenewed,
-    Message,
-    ProcessMark,
-    TransferReport,
-)
+from ...wire.fields import Count, Message
+from ...wire.grants import GrantInfo, ProcessMark
+from ...wire.handoff import CancelKV, KVDone, KVOpen, KVOpened, KVRefused, KVRenewed
+from ...wire.results import ChoiceList
+from ...wire.workers import TransferReport
 from ..backends.base import Indices, TransferBackend, TransferState
 from ..backends.peers import Peers
 from ..fetch.reader import KVReader, Tell

@@ -18,7 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...common.errors import InvalidTransition
-from ...common.messages import ChoiceTokens, GrantInfo, RegionInfo, TransferReport
+from ...wire.grants import GrantInfo, RegionInfo
+from ...wire.results import ChoiceTokens
+from ...wire.workers import TransferReport
 from ..backends.base import Piece
 from ..protocol.checksums import ShipmentSums
 

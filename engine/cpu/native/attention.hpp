@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "softmax.hpp"
 #include "vectors.hpp"
 
 constexpr int kTileKeys = 128;  // a multiple of every block size
@@ -135,13 +136,15 @@ protected:
 
 class Attention : public TokenAttention<kTileKeys> {
 public:
-    Attention(int num_heads, int head_dim)
-        : TokenAttention(num_heads, head_dim), most_(num_heads), total_(num_heads) {}
+    Attention(int num_heads, int head_dim, float cap)
+        : TokenAttention(num_heads, head_dim), bound_(bound_of(cap, head_dim)), most_(num_heads), total_(num_heads) {}
 
-    // Attend with the queries over the keys [first, last); the result is out [num_heads][head_dim].
-    void attend(const Pages& pages, long first, long last, bf16* out) {
+    // Attend with the queries over the keys [first, last), and the heads' sinks unless null; the result is
+    // out [num_heads][head_dim].
+    void attend(const Pages& pages, long first, long last, const bf16* sinks, bf16* out) {
         std::fill(most_.begin(), most_.end(), -std::numeric_limits<float>::infinity());
-        std::fill(total_.begin(), total_.end(), 0.0f);
+        std::fill(total_.begin(), total_.end(), sinks == nullptr ? 0.0f : 1.0f);
+        for (int head = 0; sinks != nullptr && head < num_heads_; head++) most_[head] = widened(sinks[head]) * kLog2E;
         std::fill(sums_.begin(), sums_.end(), 0.0f);
         for (long begin = first / pages.block_size * pages.block_size; begin < last; begin += kTileKeys) {
             const long end = std::min(begin + kTileKeys, last), visible = std::max(begin, first);
@@ -211,7 +214,9 @@ private:
         const Vector none = repeat(-std::numeric_limits<float>::infinity());
         Vector most = none;
         for (long i = first / 16 * 16; i < last; i += 16) {
-            const Vector values = select(between(first - i, last - i), load(scores + i) * scale, none);
+            Vector values = load(scores + i);
+            if (bound_ != 0.0f) values = capped(values, bound_);
+            values = select(between(first - i, last - i), values * scale, none);
             store(scores + i, values);
             most = max(most, values);
         }
@@ -227,5 +232,6 @@ private:
         total_[head] = total_[head] * factor_[head] + sum_of(total);
     }
 
+    const float bound_;
     std::vector<float> most_, total_;
 };

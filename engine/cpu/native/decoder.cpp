@@ -13,15 +13,12 @@
 #include <memory>
 #include <vector>
 
-#include "attention.hpp"
 #include "cores.hpp"
-#include "exact_attention.hpp"
 #include "experts.hpp"
+#include "heads.hpp"
 #include "linear.hpp"
 #include "model.hpp"
 #include "panel.hpp"
-#include "prompt_attention.hpp"
-#include "rotation.hpp"
 #include "step.hpp"
 #include "team.hpp"
 #include "vectors.hpp"
@@ -48,10 +45,10 @@ private:
 class Decoder {
 public:
     Decoder(const Model& model, bool is_exact, int max_threads, const Cores& cores)
-        : m_(model), is_exact_(is_exact), layers_(model.layers, model.layers + model.num_layers), team_(max_threads), cores_(cores),
-          group_(int(model.num_qo_heads / model.num_kv_heads)), counters_(2 * model.num_layers + 1) {
+        : m_(model), heads_(model, is_exact), layers_(model.layers, model.layers + model.num_layers), team_(max_threads), cores_(cores),
+          counters_(2 * model.num_layers + 1) {
         for (int rank = 0; rank < max_threads; rank++) {
-            mine_.push_back(std::make_unique<Mine>(strides_, group_, m_, is_exact));
+            mine_.push_back(std::make_unique<Mine>(strides_, heads_.group(), m_, is_exact));
         }
         const auto deadline = std::chrono::steady_clock::now() + kLargePagesWithin;
         use_large_pages(m_.head, deadline);
@@ -115,13 +112,9 @@ private:
     // One thread's own memory.
     struct Mine {
         Mine(const Strides& strides, int group, const Model& m, bool is_exact)
-            : panel(strides), attention(group, int(m.head_dim)), exact_attention(group, int(m.head_dim)),
-              prompt_attention(group, int(m.head_dim), is_exact), head(m.head_dim) {}
+            : panel(strides), heads(m, group, is_exact) {}
         Panel panel;
-        Attention attention;
-        ExactAttention exact_attention;
-        PromptAttention prompt_attention;
-        std::vector<float> head;
+        HeadScratch heads;
         ExpertScratch experts;
     };
 
@@ -152,7 +145,7 @@ private:
         grow(residual_, step.num_tokens * strides_.hidden);
         grow(attended_, step.num_tokens * strides_.attended);
         grow(last_attended_, step.num_wanted * strides_.attended);
-        for (Rotation& rotation : rotations_) rotation.reserve(step.num_tokens);
+        heads_.reserve(step.num_tokens);
         for (const Layer& layer : layers_) {
             if (layer.experts == nullptr) continue;
             const long rows = std::min(expert_rows_, std::max(step.num_tokens, step.num_wanted));
@@ -164,9 +157,7 @@ private:
     void begin(const Step& step, int rank) {
         const Range tokens = share(step.num_tokens, rank, team_.size());
         for (long token = tokens.first; token < tokens.last; token++) embed(step.input_ids[token], residual(token));
-        each(step, tokens, [&](const Row& row, long token) {
-            for (Rotation& rotation : rotations_) rotation.prepare(token, row.start + token - row.token);
-        });
+        each(step, tokens, [&](const Row& row, long token) { heads_.prepare(token, row.start + token - row.token); });
     }
 
     void embed(std::int32_t token, float* x) const {
@@ -293,10 +284,21 @@ private:
             adapt_together(shared_.qkv.data(), strides_.qkv, normed, qkv, rank);
             team_.barrier();
             const Range mine = share(rows, rank, team_.size());
+            const Squares* squares = layer.attention.has_whole_norms ? sum_squares(rows, rank) + mine.first : nullptr;
             place(step, index, {first + mine.first, first + mine.last}, shared_.qkv.data() + mine.first * strides_.qkv,
-                  *mine_[rank]);
+                  *mine_[rank], squares);
             team_.barrier();
         });
+    }
+
+    // Of a panel's projected rows, over the ranks.
+    const Squares* sum_squares(long rows, int rank) {
+        if (rank == 0) {
+            for (long row = 0; row < rows; row++) squares_[row] = heads_.squares(shared_.qkv.data() + row * strides_.qkv);
+            m_.sum_over_ranks(&squares_[0].queries, 2 * rows);
+        }
+        team_.barrier();
+        return squares_;
     }
 
     void finish_in_ranks(const Layer& layer, float* x, const bf16* attended, long rows, const std::int32_t* slots) {
@@ -401,30 +403,14 @@ private:
 
     // --- attention --------------------------------------------------------------------------------------
 
-    Pages pages(std::size_t layer, long kv_head, const Row& row) const {
-        const long head_size = m_.block_size * m_.head_dim;
-        return {layers_[layer].pages + kv_head * head_size, m_.num_kv_heads * head_size, m_.page_stride, row.blocks,
-                m_.block_size, m_.head_dim};
-    }
-
     // The products of `tokens` to their places: K and V to their slots, queries to where attention's result will be.
-    void place(const Step& step, std::size_t index, Range tokens, const float* qkv, Mine& mine) {
-        const AttentionBlock& attention = layers_[index].attention;
-        const Rotation& rotation = rotations_[layers_[index].is_local ? 1 : 0];
-        const long d = m_.head_dim;
-        float* scratch = mine.head.data();
+    // `squares`: of each token of them, over the ranks; null: nobody asks for more than this rank's.
+    void place(const Step& step, std::size_t index, Range tokens, const float* qkv, Mine& mine,
+               const Squares* squares = nullptr) {
         each(step, tokens, [&](const Row& row, long token) {
-            const float* heads = qkv + (token - tokens.first) * strides_.qkv;
-            for (long head = 0; head < m_.num_qo_heads; head++, heads += d) {
-                rotation.turn(heads, attention.q_norm, token, float(m_.query_factor), scratch, attended(token) + head * d);
-            }
-            for (long head = 0; head < m_.num_kv_heads; head++, heads += d) {
-                const Pages pages = this->pages(index, head, row);
-                bf16* key = const_cast<bf16*>(pages.key(row.start + token - row.token));
-                rotation.turn(heads, attention.k_norm, token, 1.0f, scratch, key);
-                const float* value = heads + m_.num_kv_heads * d;
-                for (long i = 0; i < d; i += 16) store(key + pages.values + i, load(value + i));
-            }
+            const long i = token - tokens.first;
+            heads_.place(layers_[index], row, token, qkv + i * strides_.qkv, squares == nullptr ? nullptr : squares + i,
+                         attended(token), mine.heads);
         });
     }
 
@@ -441,34 +427,13 @@ private:
     void attend(const std::vector<Piece>& pieces, std::size_t index, Mine& mine) {
         counters_[2 * index + 1].take(long(pieces.size()), [&](long i) {
             const Piece& piece = pieces[i];
-            const Row& row = *piece.row;
-            const Pages pages = this->pages(index, piece.kv_head, row);
-            const long window = layers_[index].attention.window, position = row.start + piece.first;
-            bf16* heads = attended(row.token + piece.first) + piece.kv_head * group_ * m_.head_dim;
-            if (piece.tokens > 1 || (is_exact_ && !kSumsInRegisters)) {  // no vector adds up as the matrix unit does
-                mine.prompt_attention.attend(pages, heads, piece.tokens, position, window, heads, strides_.attended);
-                return;
-            }
-            if (is_exact_) {
-                set_queries(mine.exact_attention, heads);
-                mine.exact_attention.attend(pages, position, window, heads);
-                return;
-            }
-            set_queries(mine.attention, heads);
-            const long first = window == 0 ? 0 : std::max(0L, position + 1 - window);
-            mine.attention.attend(pages, first, position + 1, heads);
+            bf16* heads = attended(piece.row->token + piece.first) + piece.kv_head * heads_.group() * m_.head_dim;
+            heads_.attend(layers_[index], piece, heads, strides_.attended, mine.heads);
         });
     }
 
-    template <class OneToken>
-    void set_queries(OneToken& attention, const bf16* heads) const {
-        for (int head = 0; head < group_; head++) {
-            std::copy_n(heads + head * m_.head_dim, m_.head_dim, attention.query(head));
-        }
-    }
-
     const Model m_;
-    const bool is_exact_;  // a token's results do not depend on what is computed beside it, or how its prompt was cut
+    HeadMath heads_;
     const std::vector<Layer> layers_;
     const Strides strides_{m_};
     const PanelMath math_{m_, strides_};
@@ -476,13 +441,12 @@ private:
     const long expert_rows_{expert_rows(m_, strides_)};
     Team team_;
     Cores cores_;
-    const int group_;  // query heads of one KV head
     std::vector<Counter> counters_;  // a layer's panels and its attention, and the last panels
-    Rotation rotations_[2]{{m_, m_.inv_freq, m_.rope_factor}, {m_, m_.local_inv_freq, m_.local_rope_factor}};
     std::vector<float> residual_;
     std::vector<float> partial_;  // this rank's part of sums; zero between them
     std::vector<bf16> attended_, last_attended_;  // queries, then attention's result; padding stays zero
     Panel shared_{strides_};
+    Squares squares_[kPanelRows];
     ExpertMemory expert_memory_;
     std::vector<std::unique_ptr<Mine>> mine_;
 };

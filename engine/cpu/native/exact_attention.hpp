@@ -13,14 +13,14 @@
 
 class ExactAttention : public TokenAttention<PromptAttention::kKeys> {
 public:
-    ExactAttention(int num_heads, int head_dim)
-        : TokenAttention(num_heads, head_dim), keys_(kTileColumns * head_dim), softmax_(num_heads, head_dim) {}
+    ExactAttention(int num_heads, int head_dim, float cap)
+        : TokenAttention(num_heads, head_dim), keys_(kTileColumns * head_dim), softmax_(num_heads, head_dim, cap) {}
 
     // Attend with the queries, which are at `position`; the result is out [num_heads][head_dim].
-    void attend(const Pages& pages, long position, long window, bf16* out) {
+    void attend(const Pages& pages, long position, long window, const bf16* sinks, bf16* out) {
         constexpr long kKeys = PromptAttention::kKeys;
         const long first = PromptAttention::first_key(position, window), last = position + 1;
-        softmax_.reset(num_heads_);
+        softmax_.reset(num_heads_, sinks, num_heads_);
         std::fill(sums_.begin(), sums_.end(), 0.0f);
         for (long begin = first / kKeys * kKeys; begin < last; begin += kKeys) {
             const long end = std::min(begin + kKeys, last), visible = std::max(begin, first);

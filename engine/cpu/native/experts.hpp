@@ -16,6 +16,7 @@
 
 struct Choice {
     std::int32_t expert;
+    std::int32_t place;  // in this rank's experts; -1: another one's
     float weight;
 };
 
@@ -43,19 +44,20 @@ public:
         parts.clear();
         row.clear();
         weight.clear();
-        starts_.assign(e.num_experts + 1, 0);
-        for (long i = 0; i < rows * e.num_chosen; i++) starts_[chosen[i].expert + 1]++;
-        for (long i = 0; i < e.num_experts; i++) starts_[i + 1] += starts_[i];
-        const long first = starts_[e.first], last = starts_[e.first + e.count];
-        for (long i = e.first; i < e.first + e.count; i++) {
-            if (starts_[i] < starts_[i + 1]) parts.push_back({e.experts + i - e.first, starts_[i] - first, starts_[i + 1] - starts_[i]});
+        starts_.assign(e.count + 1, 0);
+        for (long i = 0; i < rows * e.num_chosen; i++) {
+            if (chosen[i].place >= 0) starts_[chosen[i].place + 1]++;
         }
-        row.resize(last - first);
-        weight.resize(last - first);
+        for (long i = 0; i < e.count; i++) {
+            starts_[i + 1] += starts_[i];
+            if (starts_[i] < starts_[i + 1]) parts.push_back({e.experts + i, starts_[i], starts_[i + 1] - starts_[i]});
+        }
+        row.resize(starts_[e.count]);
+        weight.resize(row.size());
         for (long i = 0; i < rows * e.num_chosen; i++) {
             const Choice& choice = chosen[i];
-            if (choice.expert < e.first || choice.expert >= e.first + e.count) continue;
-            const long slot = starts_[choice.expert]++ - first;
+            if (choice.place < 0) continue;
+            const long slot = starts_[choice.place]++;
             row[slot] = std::int32_t(i / e.num_chosen);
             weight[slot] = choice.weight;
         }
@@ -120,7 +122,7 @@ public:
         meet();
         for (const Slots& slots : grouping.parts) {
             const long inner = slots.mlp->gate_up.weight.columns / 2;
-            math_.activate(all.gate_up.data() + slots.first * s_.gate_up, all.activated.data() + slots.first * s_.activated,
+            math_.activate(e, all.gate_up.data() + slots.first * s_.gate_up, all.activated.data() + slots.first * s_.activated,
                            inner, slots.count, part(padded(inner, kTileInputs) / 16));
         }
         meet();
@@ -181,6 +183,16 @@ private:
         math_.set(own.logits.data(), stride, normed, e.gate, {0, e.gate.weight.count()});
         for (long row = 0; row < normed.count; row++) {
             choose_of_row(e, own.logits.data() + row * stride, chosen + row * e.num_chosen, own);
+            if (e.copies != nullptr) share_out(e, normed.values + row * normed.stride, chosen + row * e.num_chosen);
+        }
+    }
+
+    // Of an expert that several ranks hold, one computes the row: as `Replicas` in engine/nn/experts.py does.
+    void share_out(const Experts& e, const bf16* normed, Choice* chosen) const {
+        long positive = 0;
+        for (long i = 0; i < m_.hidden_size; i++) positive += normed[i] != 0 && normed[i] < 0x8000;
+        for (long i = 0; i < e.num_chosen; i++) {
+            if (positive % e.copies[chosen[i].expert] != e.turn[chosen[i].expert]) chosen[i].place = -1;
         }
     }
 
@@ -202,7 +214,7 @@ private:
         float total = 0.0f;
         for (long i = 0; i < e.num_chosen; i++) {
             const long best = take_best(own.ranked, own.is_out);
-            chosen[i] = {std::int32_t(best), scores[best]};
+            chosen[i] = {std::int32_t(best), e.place[best], scores[best]};
             total += scores[best];
         }
         const float factor = float(e.scale) / (e.is_normalised ? total + 1e-20f : 1.0f);

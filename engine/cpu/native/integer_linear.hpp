@@ -15,7 +15,10 @@
 #include "integers.hpp"
 #include "team.hpp"
 
-constexpr long kBytesAhead = 4096;  // one group of rows: weights are fetched so far ahead, as in linear.hpp
+// One group of rows: weights are fetched so far ahead, as in linear.hpp. The best of 2 to 16 KiB on a Zen 4, one row and
+// four: of bytes 8 KiB, which 4 take 8 % longer than; what holds twice as many numbers computes longer by each byte.
+template <Numbers NUMBERS>
+constexpr long kBytesAhead = NUMBERS == kBytes ? 8192 : 4096;
 
 inline void fetch(const std::uint8_t* at, int lines, bool is_near) {
 #pragma GCC unroll 4
@@ -35,7 +38,7 @@ struct Segment {
 
 // A group's scales and minima.
 struct Factors {
-    const std::uint8_t *scales, *minima, *bases;  // no minima: null; bases, if there are any: of scales, then of minima
+    const std::uint8_t *scales, *minima, *bases;  // null where there are none; bases: of scales, then of minima
     long size;                                    // bytes of a scale or minimum
 
     Vector scale(int vector) const { return read(scales, bases, vector); }
@@ -45,6 +48,7 @@ private:
     Vector read(const std::uint8_t* factors, const std::uint8_t* bases, int vector) const {
         if (size == 4) return load((const float*)factors + 16 * vector);
         if (size == 2) return load_halves(factors + 32 * vector);
+        if (bases == nullptr) return load_powers(factors + 16 * vector);
         return load_bytes_as_floats(factors + 16 * vector) * load((const float*)bases + 16 * vector);
     }
 };
@@ -69,20 +73,21 @@ inline void add_minima(const Group& group, int vector, float* sums) {
 }
 
 // sum [ROWS][VECTORS]: the products of ROWS rows' next inputs with 64 bytes each of VECTORS vectors of 16 columns.
-template <int BITS, int ROWS, int VECTORS>
+template <Numbers NUMBERS, int ROWS, int VECTORS>
 [[gnu::always_inline]] inline void add_unit(const std::int8_t* inputs, long stride, const std::uint8_t* bytes,
                                             Ints* sum) {
 #pragma GCC unroll 2
-    for (int half = 0; half < 8 / BITS; half++, inputs += 4) {
+    for (int half = 0; half < 8 / bits_of(NUMBERS); half++, inputs += 4) {
         Bytes weights[VECTORS];
 #pragma GCC unroll 4
         for (int i = 0; i < VECTORS; i++) {
             weights[i] = load_bytes(bytes + 64 * i);
-            if (BITS == 4) weights[i] = half == 0 ? low_nibbles(weights[i]) : high_nibbles(weights[i]);
+            if (NUMBERS != kBytes) weights[i] = half == 0 ? low_nibbles(weights[i]) : high_nibbles(weights[i]);
+            if (NUMBERS == kE2m1) weights[i] = twice_e2m1(weights[i]);
         }
 #pragma GCC unroll 8
         for (int row = 0; row < ROWS; row++) {
-            const Fours<BITS> fours(inputs + row * stride);
+            const Fours<bits_of(NUMBERS)> fours(inputs + row * stride);
 #pragma GCC unroll 4
             for (int i = 0; i < VECTORS; i++) sum[row * VECTORS + i] = dot(sum[row * VECTORS + i], weights[i], fours);
         }
@@ -93,7 +98,7 @@ template <int BITS, int ROWS, int VECTORS>
 // parts [ROWS][64] to the group's end, then times its factors to what is in sums [ROWS][64]. `bytes`: numbers, 256
 // bytes a unit. For each unit LINES cache lines from `ahead` on are fetched. Never inlined: beside other code the
 // compiler runs out of registers.
-template <int BITS, int ROWS, int VECTORS, int LINES>
+template <Numbers NUMBERS, int ROWS, int VECTORS, int LINES>
 [[gnu::noinline]] void add_segment(const Segment& x, const Group& group, const std::uint8_t* bytes, long units,
                                    const std::uint8_t* ahead, int first, float* parts, float* sums) {
     const std::int8_t* inputs = x.numbers;
@@ -107,8 +112,8 @@ template <int BITS, int ROWS, int VECTORS, int LINES>
     }
     for (; units > 0; units--, bytes += 4 * kTileColumns, ahead += 64 * LINES) {
         fetch(ahead, LINES, LINES == 4);
-        add_unit<BITS, ROWS, VECTORS>(inputs, stride, bytes, sum[0]);
-        inputs += 32 / BITS;
+        add_unit<NUMBERS, ROWS, VECTORS>(inputs, stride, bytes, sum[0]);
+        inputs += 32 / bits_of(NUMBERS);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < VECTORS; i++) {
@@ -134,7 +139,7 @@ template <int BITS, int ROWS, int VECTORS, int LINES>
 }
 
 // sums [ROWS][64]: the products of ROWS rows with one tile.
-template <int BITS, int ROWS, int LINES>
+template <Numbers NUMBERS, int ROWS, int LINES>
 void integer_products(const IntegerRows& x, long row, const IntegerTiles& w, const std::uint8_t* tile,
                       const std::uint8_t* ahead, float* sums) {
     constexpr int kVectors = kVectorsAtOnce[ROWS - 1];
@@ -155,9 +160,9 @@ void integer_products(const IntegerRows& x, long row, const IntegerTiles& w, con
         for (long at = 0; at < w.group; at += kSegment) {
             const long size = std::min<long>(kSegment, w.group - at), units = w.units(size);
             group.is_first = at == 0, group.is_last = at + size == w.group;
-            add_segment<BITS, ROWS, kVectors, LINES>(segment, group, tile, units, ahead, 0, parts, sums);
+            add_segment<NUMBERS, ROWS, kVectors, LINES>(segment, group, tile, units, ahead, 0, parts, sums);
             for (int first = kVectors; first < 4; first += kVectors) {
-                add_segment<BITS, ROWS, kVectors, 0>(segment, group, tile, units, nullptr, first, parts, sums);
+                add_segment<NUMBERS, ROWS, kVectors, 0>(segment, group, tile, units, nullptr, first, parts, sums);
             }
             tile += units * 4 * kTileColumns;
             ahead += units * 64 * LINES;
@@ -167,14 +172,14 @@ void integer_products(const IntegerRows& x, long row, const IntegerTiles& w, con
 }
 
 // The same of one row, all of whose sums stay in registers: it waits for nothing but the weights.
-template <int BITS>
+template <Numbers NUMBERS>
 void integer_products_of_one(const IntegerRows& x, const IntegerTiles& w, const std::uint8_t* tile, float* sums) {
     const std::int8_t* inputs = x.numbers(0);
     const std::int32_t* start = x.starts(0);
     const float *by = x.scales(0), *group_sum = x.group_sums(0);
     Factors factors{nullptr, nullptr, nullptr, w.factor_size};
     const auto skip = [&](long size) {
-        for (long at = 0; at < size; at += 64) fetch(tile + kBytesAhead + at, 1, true);
+        for (long at = 0; at < size; at += 64) fetch(tile + kBytesAhead<NUMBERS> + at, 1, true);
         tile += size;
         return tile - size;
     };
@@ -193,14 +198,14 @@ void integer_products_of_one(const IntegerRows& x, const IntegerTiles& w, const 
             for (int i = 0; i < 4; i++) sum[i] = all_ints(*start);
             const std::uint8_t* end = tile + w.units(std::min<long>(kSegment, w.group - at)) * 4 * kTileColumns;
             for (; tile < end; tile += 4 * kTileColumns) {
-                fetch(tile + kBytesAhead, 4, true);
-                add_unit<BITS, 1, 4>(inputs, 0, tile, sum);
-                inputs += 32 / BITS;
+                fetch(tile + kBytesAhead<NUMBERS>, 4, true);
+                add_unit<NUMBERS, 1, 4>(inputs, 0, tile, sum);
+                inputs += 32 / bits_of(NUMBERS);
             }
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) part[i] = fma(to_floats(sum[i]), repeat(*by), part[i]);
         }
-        inputs -= w.units(w.group) * 32 / BITS - w.group;  // padding
+        inputs -= w.units(w.group) * 32 / bits_of(NUMBERS) - w.group;  // padding
         if (w.has_minima) factors.minima = factors.scales + w.scales_size();
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
@@ -212,30 +217,30 @@ void integer_products_of_one(const IntegerRows& x, const IntegerTiles& w, const 
     for (int i = 0; i < 4; i++) store(sums + 16 * i, total[i]);
 }
 
-template <int BITS, int LINES>
+template <Numbers NUMBERS, int LINES>
 void integer_products(int rows, const IntegerRows& x, long row, const IntegerTiles& w, const std::uint8_t* tile,
                       const std::uint8_t* ahead, float* sums) {
     switch (rows) {
-        case 2: return integer_products<BITS, 2, LINES>(x, row, w, tile, ahead, sums);
-        case 3: return integer_products<BITS, 3, LINES>(x, row, w, tile, ahead, sums);
-        case 4: return integer_products<BITS, 4, LINES>(x, row, w, tile, ahead, sums);
-        case 5: return integer_products<BITS, 5, LINES>(x, row, w, tile, ahead, sums);
-        default: return integer_products<BITS, 6, LINES>(x, row, w, tile, ahead, sums);
+        case 2: return integer_products<NUMBERS, 2, LINES>(x, row, w, tile, ahead, sums);
+        case 3: return integer_products<NUMBERS, 3, LINES>(x, row, w, tile, ahead, sums);
+        case 4: return integer_products<NUMBERS, 4, LINES>(x, row, w, tile, ahead, sums);
+        case 5: return integer_products<NUMBERS, 5, LINES>(x, row, w, tile, ahead, sums);
+        default: return integer_products<NUMBERS, 6, LINES>(x, row, w, tile, ahead, sums);
     }
 }
 
 // One group of rows waits for the weights, others find them near: while these compute, a part of the next tile comes.
-template <int BITS>
+template <Numbers NUMBERS>
 void products_of_group(Range rows, long index, long groups, const IntegerRows& x, const IntegerTiles& w,
                       const std::uint8_t* tile, float* sums) {
     const int count = int(rows.last - rows.first);
     const std::uint8_t* next = tile + w.tile_size();
-    if (count == 1) return integer_products_of_one<BITS>(x, w, tile, sums);
-    if (groups == 1) return integer_products<BITS, 4>(count, x, rows.first, w, tile, tile + kBytesAhead, sums);
+    if (count == 1) return integer_products_of_one<NUMBERS>(x, w, tile, sums);
+    if (groups == 1) return integer_products<NUMBERS, 4>(count, x, rows.first, w, tile, tile + kBytesAhead<NUMBERS>, sums);
     if (groups < 4) {
-        return integer_products<BITS, 2>(count, x, rows.first, w, tile, next + (index & 1) * w.tile_size() / 2, sums);
+        return integer_products<NUMBERS, 2>(count, x, rows.first, w, tile, next + (index & 1) * w.tile_size() / 2, sums);
     }
-    integer_products<BITS, 1>(count, x, rows.first, w, tile, next + (index & 3) * w.tile_size() / 4, sums);
+    integer_products<NUMBERS, 1>(count, x, rows.first, w, tile, next + (index & 3) * w.tile_size() / 4, sums);
 }
 
 // The tiles [part.first, part.last): calls finish(row, column, sums) with each row's 64 sums from `column` on.
@@ -248,7 +253,8 @@ void multiply_integers(const bf16* x, long stride, long count, const IntegerTile
     if (part.first == part.last) return;
     rows.set(x, stride, count, w);
     const long groups = (count + kRows - 1) / kRows;
-    const auto products = w.bits == 4 ? products_of_group<4> : products_of_group<8>;
+    const auto products = w.bits == 8 ? products_of_group<kBytes> : w.is_e2m1 ? products_of_group<kE2m1>
+                                                                              : products_of_group<kNibbles>;
     for (long index = part.first; index < part.last; index++) {
         for (long group = 0; group < groups; group++) {
             const Range range = share(count, int(group), int(groups));

@@ -6,9 +6,11 @@
 //     [columns / 64][groups] of: 64 scales, 64 minima if there are any, then the group's numbers
 //         8 bits   [inputs / 4][64 columns][4 inputs]    a byte each: the number + 128
 //         4 bits   [inputs / 8][64 columns][4 bytes]     byte b: input b low, 4 + b high; the number, + 8 if signed
+//         e2m1     as 4 bits: a sign, an exponent of 2 and a binary place, as in MXFP4; multiplied as twice what they mean
 //
 // Scales and minima are float32 or, where that says exactly the same, half precision, or a byte: so many times a base
 // that some groups share. These bases, 64 float32 for scales and 64 for minima, stand before the first of such groups.
+// A byte without bases is the exponent of a power of 2, with 127 added.
 //
 // What is added to numbers makes bytes unsigned; it is taken away again by the sum of a group's inputs. Padding is
 // zeros: columns to 64, a group to 8 inputs.
@@ -21,17 +23,22 @@
 
 constexpr long kSegment = 32;  // inputs of a group whose products are added up as whole numbers
 
+enum Numbers { kBytes, kNibbles, kE2m1 };
+
+constexpr int bits_of(Numbers numbers) { return numbers == kBytes ? 8 : 4; }
+
 struct IntegerTiles {  // declared once more in engine/cpu/packing.py
     const std::uint8_t* memory;
     const std::int32_t* order;  // input i of a column is multiplied by input order[i] of a row; null: by input i
     std::int64_t columns, inputs, bits, group;  // `group`: inputs of one
     std::int64_t has_minima, factor_size;       // bytes of a scale or minimum: 4, 2 or 1
     std::int64_t span;                          // groups that share a base; 0: there is none
+    std::int64_t is_e2m1;                       // what 4 bits are
 
     long groups() const { return inputs / group; }
     long segments() const { return (group + kSegment - 1) / kSegment; }  // of a group
     long units(long inputs) const { return padded(inputs, 8) * bits / 32; }  // of 256 bytes, that so many are
-    std::int32_t zero() const { return bits == 8 ? 128 : has_minima ? 0 : 8; }  // what was added to numbers
+    std::int32_t zero() const { return bits == 8 ? 128 : is_e2m1 ? 12 : has_minima ? 0 : 8; }  // what was added to numbers
     long scales_size() const { return kTileColumns * factor_size; }
     long factors_size() const { return scales_size() * (1 + has_minima); }
     long group_size() const { return factors_size() + units(group) * 4 * kTileColumns; }

@@ -17,6 +17,9 @@ inline std::int32_t four_bytes(const std::int8_t* source) {
     return bytes;
 }
 
+// By what 4 bits of e2m1 are: twice what they mean, and 12 more.
+inline __m128i e2m1_table() { return _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0); }
+
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
 using Ints = __m512i;
@@ -48,6 +51,12 @@ inline Vector load_bytes_as_floats(const std::uint8_t* source) {  // signed ones
 inline Bytes load_bytes(const std::uint8_t* source) { return _mm512_loadu_si512(source); }
 inline Bytes low_nibbles(Bytes bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes bytes) { return low_nibbles(_mm512_srli_epi16(bytes, 4)); }
+
+inline Vector load_powers(const std::uint8_t* source) {  // of 2, their exponents with 127 added; 0: zero
+    const __m512i exponents = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)source));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(exponents, 23));
+}
+inline Bytes twice_e2m1(Bytes nibbles) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(e2m1_table()), nibbles); }
 
 // Whole numbers that are within int8.
 inline void store_whole(std::int8_t* target, Vector values) {
@@ -125,6 +134,16 @@ inline Bytes low_nibbles(Bytes bytes) {
 }
 inline Bytes high_nibbles(Bytes bytes) {
     return low_nibbles({_mm256_srli_epi16(bytes.low, 4), _mm256_srli_epi16(bytes.high, 4)});
+}
+
+inline Vector load_powers(const std::uint8_t* source) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)source);
+    const auto power = [](__m128i eight) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(eight), 23)); };
+    return {power(bytes), power(_mm_srli_si128(bytes, 8))};
+}
+inline Bytes twice_e2m1(Bytes nibbles) {
+    const __m256i table = _mm256_broadcastsi128_si256(e2m1_table());
+    return {_mm256_shuffle_epi8(table, nibbles.low), _mm256_shuffle_epi8(table, nibbles.high)};
 }
 
 inline void store_whole(std::int8_t* target, Vector values) {

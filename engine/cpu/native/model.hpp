@@ -23,8 +23,10 @@ struct Linear {
 // A layer is a mixer, of the one kind that there is code for, and a gated MLP or experts (engine/nn/blocks.py).
 struct AttentionBlock {
     Linear qkv, o;
-    const bf16 *q_norm, *k_norm;  // of the heads; null: none
-    std::int64_t window;          // 0: none
+    const bf16 *q_norm, *k_norm;  // of each head; null: none
+    const bf16* sinks;            // of the query heads: a score that no value goes with; null: none
+    std::int64_t has_whole_norms;  // q_norm and k_norm are of all heads together, those of other ranks too
+    std::int64_t window;           // 0: none
 };
 
 struct GatedMlp {
@@ -35,12 +37,15 @@ struct GatedMlp {
 struct Experts {
     Linear gate;
     const float* score_bias;  // null: none
-    const GatedMlp* experts;  // this rank's: `count` from number `first` on
+    const GatedMlp* experts;  // this rank's, `count` of them, by their numbers
     const GatedMlp* shared;   // null: none
-    std::int64_t num_experts, num_chosen, first, count, num_groups, num_chosen_groups;
+    std::int64_t num_experts, num_chosen, count, num_groups, num_chosen_groups;
     std::int64_t is_sigmoid, is_normalised;
     double scale;
+    double limit, alpha;  // of clamped_silu, in place of the model's activation; limit 0: that
     std::int64_t* taken;  // how often each was chosen; null: nobody asks
+    const std::int32_t* place;  // in `experts`; -1: not this rank's
+    const std::int32_t *copies, *turn;  // how many ranks hold it, and which of them this one is; null: one each
 };
 
 struct Layer {
@@ -62,12 +67,14 @@ struct Model {
     double norm_eps, norm_offset;                     // a norm's weights mean so much more
     double rope_factor, local_rope_factor;
     double embedding_factor, added_factor, query_factor;  // of what enters the residual stream, is added to it, asks keys
+    double score_cap;                                     // what scores come near to and never reach; 0: none
     const float *inv_freq, *local_inv_freq;  // [rotary_dim / 2]; the second null: none
     const bf16 *embedding, *final_norm;  // rows, weight
     Tiles head;
     const Layer* layers;
     // A rank's part of a model has parts of the heads, of the inner columns and of the vocabulary. Null: this is all of it.
     void (*sum_over_ranks)(float* values, std::int64_t count);  // in place; called by one thread
+    std::int64_t num_ranks;
     std::int64_t first_token, num_tokens;                       // the embedding's rows here
     std::int64_t adapter_rank;                                  // of each part of a linear at most, in whole strips; 0: none
 

@@ -114,6 +114,13 @@ public:
                    const std::int32_t* slots = nullptr) const {
         for (long row = 0; row < rows; row++) {
             const float* x = hidden + row * s_.hidden;
+            if (weight == nullptr) {  // as it is
+                for (long i = 0; i < m_.hidden_size; i += 16) {
+                    const Lanes mask = lanes(m_.hidden_size - i);
+                    store(normed + row * s_.normed + i, load(x + i, mask), mask);
+                }
+                continue;
+            }
             const Vector factor = repeat(inverse_rms(x, m_.hidden_size, float(m_.norm_eps)));
             const Vector offset = repeat(float(m_.norm_offset));
             for (long i = 0; i < m_.hidden_size; i += 16) {
@@ -147,10 +154,18 @@ public:
     // act(gate) * up, `size` of them, with zeros to whole tiles: these vectors of each row
     void activate(const float* gate_up, bf16* activated, long size, long rows, Range vectors) const {
         if (m_.has_gelu) {
-            activate(gate_up, activated, size, rows, vectors, gelu_tanh);
+            activate(gate_up, activated, size, rows, vectors, [](Vector gate, Vector up) { return gelu_tanh(gate) * up; });
         } else {
-            activate(gate_up, activated, size, rows, vectors, silu);
+            activate(gate_up, activated, size, rows, vectors, [](Vector gate, Vector up) { return silu(gate) * up; });
         }
+    }
+
+    // The same of experts, which may have an activation of their own.
+    void activate(const Experts& e, const float* gate_up, bf16* activated, long size, long rows, Range vectors) const {
+        if (e.limit == 0.0) return activate(gate_up, activated, size, rows, vectors);
+        const float alpha = float(e.alpha), limit = float(e.limit);
+        activate(gate_up, activated, size, rows, vectors,
+                 [=](Vector gate, Vector up) { return clamped_silu(gate, up, alpha, limit); });
     }
 
     template <class Function>
@@ -159,7 +174,7 @@ public:
             const float *gate = gate_up + row * s_.gate_up, *up = gate + size;
             for (long i = vectors.first * 16; i < vectors.last * 16; i += 16) {
                 const Lanes mask = lanes(size - i);
-                store(activated + row * s_.activated + i, act(load(gate + i, mask)) * load(up + i, mask));
+                store(activated + row * s_.activated + i, act(load(gate + i, mask), load(up + i, mask)));
             }
         }
     }

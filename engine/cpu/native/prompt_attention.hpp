@@ -27,25 +27,25 @@ public:
 
     // `is_exact`: tiles begin at multiples of kKeys also behind a window, so that a token's result is the same whatever
     // tokens are attended with it.
-    PromptAttention(int num_heads, int head_dim, bool is_exact)
+    PromptAttention(int num_heads, int head_dim, float cap, bool is_exact)
         : is_exact_(is_exact), num_heads_(num_heads), head_dim_(head_dim), inputs_(int(padded(head_dim, kProductInputs))),
           value_tiles_((head_dim + kTileColumns - 1) / kTileColumns), max_tokens_(tokens_at_once(num_heads)),
           queries_(rows() * inputs_), keys_(kKeys * inputs_), values_(kKeys * value_tiles_ * kTileColumns),
-          sums_(rows() * value_tiles_ * kTileColumns), softmax_(rows(), head_dim) {}
+          sums_(rows() * value_tiles_ * kTileColumns), softmax_(rows(), head_dim, cap) {}
 
     // Query tokens of one call, at most.
     static long tokens_at_once(int num_heads) { return std::max(1L, kRows / num_heads); }
 
     // Queries of `tokens` tokens from `position` on, each [num_heads][head_dim] and `stride` from the next; so is `out`.
     // Token i sees the keys up to its own, `window` of them at most (0: all).
-    void attend(const Pages& pages, const bf16* queries, long tokens, long position, long window, bf16* out,
-                long stride) {
+    void attend(const Pages& pages, const bf16* queries, long tokens, long position, long window, const bf16* sinks,
+                bf16* out, long stride) {
         const long rows = tokens * num_heads_;
         for (long row = 0; row < rows; row++) {
             const bf16* query = queries + row / num_heads_ * stride + row % num_heads_ * head_dim_;
             std::copy_n(query, head_dim_, queries_.data() + row * inputs_);
         }
-        softmax_.reset(rows);
+        softmax_.reset(rows, sinks, num_heads_);
         std::fill_n(sums_.begin(), rows * value_tiles_ * kTileColumns, 0.0f);
         const long last = position + tokens;
         const long first = first_key(position, window);

@@ -31,13 +31,13 @@ public:
         }
     }
 
-    // One head, normalized if `norm` is not null, turned by its token's angles, times `by`. `scratch` [head_dim].
-    void turn(const float* head, const bf16* norm, long token, float by, float* scratch, bf16* out) const {
+    // One head, times `factor` and `norm`'s weights if these are not null, turned by its token's angles, times `by`.
+    // `scratch` [head_dim].
+    void turn(const float* head, const bf16* norm, float factor, long token, float by, float* scratch, bf16* out) const {
         const long d = m_.head_dim, turned = m_.rotary_dim, half = turned / 2;
         if (norm != nullptr) {
-            const Vector factor = repeat(inverse_rms(head, d, float(m_.norm_eps)));
             const Vector offset = repeat(float(m_.norm_offset));
-            for (long i = 0; i < d; i += 16) store(scratch + i, load(head + i) * factor * (load(norm + i) + offset));
+            for (long i = 0; i < d; i += 16) store(scratch + i, load(head + i) * repeat(factor) * (load(norm + i) + offset));
             head = scratch;
         }
         const float *cos = cos_.data() + token * turned, *sin = sin_.data() + token * turned;

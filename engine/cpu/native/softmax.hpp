@@ -9,25 +9,33 @@
 #include "team.hpp"
 #include "vectors.hpp"
 
+// What products of queries and keys come near to where scores are capped; 0: they are not.
+inline float bound_of(float cap, int head_dim) { return cap * __builtin_sqrtf(float(head_dim)); }
+
 class RunningSoftmax {
 public:
-    RunningSoftmax(long rows, int head_dim)
-        : scale_(kLog2E / __builtin_sqrtf(float(head_dim))), most_(rows), total_(rows) {}
+    RunningSoftmax(long rows, int head_dim, float cap)
+        : scale_(kLog2E / __builtin_sqrtf(float(head_dim))), bound_(bound_of(cap, head_dim)), most_(rows), total_(rows) {}
 
-    void reset(long rows) {
+    // Rows are those of `num_heads` heads in turns. A head's sink has been seen before all keys; `sinks` null: there are none.
+    void reset(long rows, const bf16* sinks, int num_heads) {
         std::fill_n(most_.begin(), rows, -std::numeric_limits<float>::infinity());
-        std::fill_n(total_.begin(), rows, 0.0f);
+        std::fill_n(total_.begin(), rows, sinks == nullptr ? 0.0f : 1.0f);
+        for (long row = 0; sinks != nullptr && row < rows; row++) {
+            most_[row] = widened(sinks[row % num_heads]) * (kLog2E / scale_);
+        }
     }
 
     float total(long row) const { return total_[row]; }
 
-    // A row's next `width` scores, products of queries and keys, to weights; zero outside of the keys that it sees.
+    // A row's next `width` scores, products of queries and keys, which it may change, to weights; zero outside of the keys that it sees.
     // Returns the factor for what it has summed up before. Never inlined: whoever calls it gets the same bits.
-    [[gnu::noinline]] float weigh(long row, const float* scores, Range seen, long width, bf16* weights) {
+    [[gnu::noinline]] float weigh(long row, float* scores, Range seen, long width, bf16* weights) {
         if (seen.first >= seen.last) {
             std::fill_n(weights, width, bf16(0));
             return 1.0f;
         }
+        for (long i = 0; bound_ != 0.0f && i < width; i += 16) store(scores + i, capped(load(scores + i), bound_));
         const bool all = seen.first == 0 && seen.last == width;
         const float here = all ? most<true>(scores, seen, width) : most<false>(scores, seen, width);
         const float largest = std::max(most_[row], here);
@@ -70,6 +78,6 @@ private:
         return sum_of(total);
     }
 
-    const float scale_;
+    const float scale_, bound_;
     std::vector<float> most_, total_;
 };

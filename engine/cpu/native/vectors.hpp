@@ -18,6 +18,13 @@ using bf16 = std::uint16_t;
 
 constexpr float kLog2E = 1.44269504f;
 
+inline float widened(bf16 value) {
+    const std::uint32_t bits = std::uint32_t(value) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
 // To bfloat16 and back, ties to even; of finite values.
 inline float rounded(float value) {
     std::uint32_t bits;
@@ -58,18 +65,37 @@ inline Vector silu(Vector x) {
     return x / (one + exp2(x * repeat(-kLog2E)));
 }
 
+// gate * sigmoid(alpha * gate) * (up + 1) of both within the limit, the gate from above alone; NaN stays
+inline Vector clamped_silu(Vector gate, Vector up, float alpha, float limit) {
+    const Vector one = repeat(1.0f);
+    gate = min(repeat(limit), gate);
+    up = max(repeat(-limit), min(repeat(limit), up));
+    return gate / (one + exp2(gate * repeat(-alpha * kLog2E))) * (up + one);
+}
+
 // x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
 inline Vector gelu_tanh(Vector x) {
     const Vector one = repeat(1.0f), u = x * fma(x * x, repeat(0.0356774081f), repeat(0.797884561f));
     return x / (one + exp2(u * repeat(-2.0f * kLog2E)));
 }
 
-// 1 / rms(x), as a factor.
-inline float inverse_rms(const float* x, long size, float eps) {
+inline Vector tanh(Vector x) {
+    const Vector one = repeat(1.0f);
+    return one - repeat(2.0f) / (one + exp2(x * repeat(2.0f * kLog2E)));
+}
+
+// What comes near to +-bound and is x where that is small.
+inline Vector capped(Vector x, float bound) { return repeat(bound) * tanh(x * repeat(1.0f / bound)); }
+
+inline float sum_of_squares(const float* x, long size) {
     Vector squares = repeat(0.0f);
     for (long i = 0; i < size; i += 16) {
         const Vector v = load(x + i, lanes(size - i));
         squares = fma(v, v, squares);
     }
-    return 1.0f / __builtin_sqrtf(sum_of(squares) / float(size) + eps);
+    return sum_of(squares);
 }
+
+// 1 / rms(x), as a factor.
+inline float inverse_rms(float squares, long size, float eps) { return 1.0f / __builtin_sqrtf(squares / float(size) + eps); }
+inline float inverse_rms(const float* x, long size, float eps) { return inverse_rms(sum_of_squares(x, size), size, eps); }

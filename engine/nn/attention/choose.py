@@ -33,10 +33,13 @@ def make_attention(
     if name in ("flashinfer", "flashinfer_fp8"):
         if device != "cuda":
             raise ConfigError(f"attention_backend = {name} needs a CUDA device; use cpu on this one")
+        assert isinstance(pages, Tensor), "layers apart are for attention in tiles"
+        if scores.value_dim is not None:
+            from .latent_flashinfer import FlashInferLatentAttention
+
+            return FlashInferLatentAttention(pages, num_qo_heads, scores)
         from .flashinfer import FlashInferAttention
 
-        assert scores.value_dim is None, "latents were refused before the weights were loaded"
-        assert isinstance(pages, Tensor), "layers apart are for attention in tiles"
         return FlashInferAttention(
             pages,
             num_qo_heads,

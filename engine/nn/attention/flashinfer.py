@@ -26,7 +26,7 @@ from torch import Tensor
 from ....common.errors import ConfigError
 from ....common.extras import FLASHINFER
 from .base import PLAIN_SCORES, AttentionMetadata, Scores, check_pages
-from .page_index import PageIndex, StepIndex, upload_step
+from .page_index import PageIndex, StepIndex, smallest_step, upload_step
 
 if TYPE_CHECKING:
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
@@ -189,7 +189,7 @@ class FlashInferAttention:
         if num_tokens:
             self._write(k[:num_tokens], v[:num_tokens], layer_id, self._index)
         window = self._windows[layer_id]
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+        out = self.empty_result(len(q)) if out is None else out
         out[num_tokens:].zero_()
         if rows:
             self._run(self._decode[window], q[:rows], out[:rows], layer_id)
@@ -226,14 +226,17 @@ class FlashInferAttention:
 
     def plan_nothing(self) -> None:
         """Plan a step of padding alone."""
-        nothing = torch.empty(0, dtype=torch.int32, device=self._pages.device)
         self._num_tokens = self._num_decode_rows = 0
-        self._index = PageIndex(nothing, nothing, nothing, nothing, nothing)
+        self._index = PageIndex.of_nothing(self._pages.device)
 
     def empty_heads(self, num_tokens: int) -> Tensor:
         """Make [num_tokens, query and KV heads, head_dim], as `split` takes it."""
         shape = (num_tokens, self._num_qo_heads + 2 * self._num_kv_heads, self._head_dim)
         return torch.zeros(shape, dtype=self._query_dtype, device=self._pages.device)
+
+    def empty_result(self, num_tokens: int) -> Tensor:
+        shape = (num_tokens, self._num_qo_heads, self._head_dim)
+        return torch.empty(shape, dtype=self._query_dtype, device=self._pages.device)
 
     def split(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values of [num_tokens, heads of all three, head_dim]."""
@@ -242,17 +245,7 @@ class FlashInferAttention:
 
     def warm_up(self) -> None:
         """Compile the kernels of this model's variants: one decode row and one prefill row on the last block."""
-        page = self._pages.shape[1] - 1
-        metadata = AttentionMetadata(
-            num_decode_rows=1,
-            qo_indptr=torch.tensor([0, 1, 3], dtype=torch.int32),
-            paged_kv_indptr=torch.arange(3, dtype=torch.int32),
-            paged_kv_indices=torch.full((2,), page, dtype=torch.int32),
-            paged_kv_last_page_len=torch.tensor([1, 2], dtype=torch.int32),
-            kv_lens=(1, 2),
-            slot_mapping=torch.zeros(3, dtype=torch.int64),
-        )
-        self.plan(metadata)
+        self.plan(smallest_step(self._pages.shape[1] - 1))
         q, k, v = self.split(self.empty_heads(3))
         for window in set(self._windows):
             self.forward(q, k, v, self._windows.index(window))

@@ -28,6 +28,12 @@ class PageIndex:
     paged_kv_indices: Tensor  # [at least num_pages] int32
     paged_kv_last_page_len: Tensor  # [rows] int32
 
+    @classmethod
+    def of_nothing(cls, device: torch.device) -> PageIndex:
+        """Make the index of a step of padding alone."""
+        nothing = torch.empty(0, dtype=torch.int32, device=device)
+        return cls(nothing, nothing, nothing, nothing, nothing)
+
 
 @dataclass(slots=True, frozen=True)
 class StepIndex:
@@ -61,6 +67,19 @@ def upload_step(metadata: AttentionMetadata, device: torch.device, more: Sequenc
         chunk_kv_indptr=host[6],
         chunk_kv_lens=host[7],
         more=there[len(parts) :],
+    )
+
+
+def smallest_step(block: int) -> AttentionMetadata:
+    """Return a step for warming up: a decode row of one token and a chunk of two, both in this block."""
+    return AttentionMetadata(
+        num_decode_rows=1,
+        qo_indptr=torch.tensor([0, 1, 3], dtype=torch.int32),
+        paged_kv_indptr=torch.arange(3, dtype=torch.int32),
+        paged_kv_indices=torch.full((2,), block, dtype=torch.int32),
+        paged_kv_last_page_len=torch.tensor([1, 2], dtype=torch.int32),
+        kv_lens=(1, 2),
+        slot_mapping=torch.zeros(3, dtype=torch.int64),
     )
 
 

@@ -2,8 +2,8 @@ import pytest
 
 from kvferry.benchmarks.shared.measured_steps import fit_steps
 from kvferry.common.errors import ConfigError
-from kvferry.common.messages import StepSample
 from kvferry.sizing.steps import StepWork
+from kvferry.wire.workers import StepSample
 
 
 def _prompt(tokens: int, context: int = 0) -> StepSample:

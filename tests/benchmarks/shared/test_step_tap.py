@@ -4,7 +4,7 @@ import msgspec
 
 from kvferry.benchmarks.shared.step_tap import HelloLine, StepsLine, TappedPredictor, TransferLine, read_tap
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import StepSample, TransferReport, WorkerHello, WorkerStatus
+from kvferry.wire.workers import StepSample, TransferReport, WorkerHello, WorkerStatus
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32")
 SAMPLE = StepSample(0.01, 16, 128)

@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 import structlog
 
-from kvferry.benchmarks.sizing import published
+from kvferry.benchmarks.sizing import probe, published
 from kvferry.benchmarks.sizing.ratio import Ratio
 from kvferry.benchmarks.sizing.sizing import main
+from kvferry.common.config import EngineConfig
+from kvferry.models.config import ModelConfig
+from kvferry.sizing.cpu import CpuRates
+from kvferry.sizing.figures import Sizer
+from kvferry.sizing.hardware import probed_cpu
+from kvferry.sizing.steps import StepWork
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +46,45 @@ def test_a_split_is_best_when_none_is_better_by_more_than_the_search_tells_apart
     rates = (("1:3", 10.0), ("2:2", 9.9), ("3:1", 9.0))
     assert Ratio("t", "3:1", "2:2", rates).is_best
     assert not Ratio("t", "2:2", "3:1", rates).is_best
+
+
+def test_a_probe_finds_the_rates_of_which_its_times_are_made(tmp_path: Path) -> None:
+    rates = CpuRates(
+        products=tuple((rows, (90 + 10 * rows) * 1e-12) for rows in (1, 2, 4, 8, 16, 32, 64, 512)),
+        value_s=1.5e-9,
+        score_s=1e-9,
+        score_item_s=8e-12,
+        cache_byte_s=8e-11,
+        step_s=5e-4,
+        layer_s=2e-5,
+    )
+    found = probe.rates_of(_times(rates, tmp_path), tmp_path)
+    assert [rows for rows, _ in found.products] == [rows for rows, _ in rates.products]
+    # A row of little context, and a prompt of a few tokens, have some of the cache in what is taken for their products.
+    assert [took for _, took in found.products] == pytest.approx([took for _, took in rates.products], rel=0.01)
+    assert found.value_s == pytest.approx(rates.value_s, rel=0.01)
+    assert found.score_s == pytest.approx(1e-9)
+    assert found.score_item_s == pytest.approx(8e-12)
+    assert found.cache_byte_s == pytest.approx(8e-11)
+    assert found.step_s == pytest.approx(5e-4, rel=0.02)
+    assert found.layer_s == pytest.approx(2e-5, rel=0.1)  # with the cache of little context
+
+
+def _times(rates: CpuRates, folder: Path) -> dict[str, float]:
+    """Return what a machine of these rates would take for each case of the probe, in ms."""
+    times: dict[str, float] = {}
+    for name, shape in probe.SHAPES.items():
+        for layers in probe.LAYERS[name]:
+            config = probe.write_shape(folder / f"{name}-{layers}", shape, layers)
+            steps = Sizer(
+                EngineConfig(model_dir=config, served_model_name="m", device="cpu"),
+                ModelConfig.from_dir(config),
+                probed_cpu(64, rates),
+                1024,
+            ).steps
+            cases = {f"decode {rows}": StepWork(0, 0, rows, 16 * rows) for rows in (1, 2, 4, 8, 16, 32)}
+            cases["long"] = StepWork(0, 0, 8, 8 * 1024)
+            cases |= {f"prompt {n}": StepWork(n, n * (n + 1) // 2) for n in (64, 512)}
+            cases["behind"] = StepWork(512, 512 * 513 // 2 + 512 * 1024)
+            times |= {f"{name}-{layers} {case}": steps.step_s(work) * 1e3 for case, work in cases.items()}
+    return times

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from kvferry.engine.nn.grouped import GroupedWeight, split_nibbles
+from kvferry.engine.nn.grouped import E2M1, GroupedWeight, split_nibbles
 
 Floats = npt.NDArray[np.float32]
 Whole = npt.NDArray[np.int64]
@@ -31,11 +32,12 @@ def product(x: Tensor, weight: GroupedWeight) -> Floats:
     if weight.order is not None:
         rows = rows[:, weight.order.numpy()]
     numbers, size = _numbers(weight), weight.group_size
+    scales = weight.scales / 2 if weight.is_e2m1 else weight.scales
     y = np.zeros((len(rows), weight.num_outputs), np.float32)
     for group in range(weight.scales.shape[1]):
         part = slice(group * size, (group + 1) * size)
         parts, row_sums = _group(rows[:, part], numbers[:, part])
-        y = fused(parts, weight.scales[:, group].numpy(), y)
+        y = fused(parts, scales[:, group].numpy(), y)
         if weight.minima is not None:
             y = fused(row_sums, weight.minima[:, group].numpy(), y)
     return y
@@ -67,6 +69,8 @@ def fused(a: Floats, b: Floats, c: Floats) -> Floats:
 
 
 def _numbers(weight: GroupedWeight) -> Whole:
+    if weight.is_e2m1:  # twice what they mean
+        return (2 * torch.tensor(E2M1)).long()[split_nibbles(weight.numbers).long()].numpy()
     if weight.bits == 8:
         return weight.numbers.numpy().astype(np.int64)
     return split_nibbles(weight.numbers).numpy().astype(np.int64) - (8 if weight.minima is None else 0)

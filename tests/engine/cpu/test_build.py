@@ -40,6 +40,9 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "granite": ("granite", {}),
     "phi3": ("phi3", {"hidden_size": 128}),
     "gemma3": ("gemma3_text", {"head_dim": 32}),
+    "gemma2": ("gemma2", {"head_dim": 32}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {}),
     "yarn": (
         "qwen2",
         {"config": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}},
@@ -253,7 +256,7 @@ def test_a_row_does_not_feel_how_many_others_there_are(checkpoints: Path) -> Non
     assert run.native_steps == len(first)
 
 
-@pytest.mark.parametrize("variant", ["llama without sharing", "llama, many heads to one", "qwen2 window"])
+@pytest.mark.parametrize("variant", ["llama without sharing", "llama, many heads to one", "qwen2 window", "gemma2"])
 def test_exact_results_show_neither_company_nor_chunks_nor_threads(checkpoints: Path, variant: str) -> None:
     sampling = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, logprobs=3)
     found = []

@@ -16,6 +16,17 @@ from kvferry.engine.cpu import build, compiler
 from kvferry.engine.cpu.compiler import SETS, NativeUnavailable
 from kvferry.models.default import cache_dir
 
+COPYING_COMPILER = """
+import os, sys
+if "-o" in sys.argv:
+    library = open(os.environ["MADE"], "rb").read()
+    with open(sys.argv[sys.argv.index("-o") + 1], "xb") as file:
+        for begin in range(0, len(library), 65536):
+            file.write(library[begin : begin + 65536])
+            file.flush()
+            os.sched_yield()
+"""
+
 
 @pytest.fixture
 def _builds() -> None:
@@ -31,7 +42,14 @@ def _features(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 @pytest.mark.usefixtures("_builds")
-def test_concurrent_first_uses_build_one_library(tmp_path: Path) -> None:
+def test_concurrent_first_uses_build_one_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they race for is the file: a stand-in for the compiler takes what the real one made, piece by piece."""
+    made = compiler.compiled("avx2", compiler.find_compiler(), cache_dir())
+    stand_in = tmp_path / "cxx"
+    stand_in.write_text(f"#!{sys.executable}\n{COPYING_COMPILER}")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("MADE", str(made))
+    monkeypatch.setattr(compiler, "_COMPILERS", (str(stand_in),))
     failures: list[BaseException] = []
 
     def load() -> None:
@@ -40,13 +58,14 @@ def test_concurrent_first_uses_build_one_library(tmp_path: Path) -> None:
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=load) for _ in range(2)]
+    threads = [threading.Thread(target=load) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not failures
-    assert len(list((tmp_path / "new").iterdir())) == 1
+    [library] = (tmp_path / "new").iterdir()
+    assert library.name != made.name and library.read_bytes() == made.read_bytes()
 
 
 def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,10 @@ def weights(draw: st.DrawFn) -> GroupedWeight:
         values = torch.randn(num_outputs, num_groups, generator=generator)
         return values.half().float() if is_half else values
 
+    if bits == 4 and draw(st.booleans()):
+        exponents = torch.randint(-20, 20, (num_outputs, num_groups), generator=generator)
+        powers = torch.ldexp(torch.ones(exponents.shape), exponents)
+        return GroupedWeight(numbers, powers, dtype=torch.bfloat16, is_e2m1=True)
     is_half = draw(st.booleans())
     scales, minima = factors(), factors() if draw(st.booleans()) else None
     order = torch.randperm(num_inputs, generator=generator).to(torch.int32) if draw(st.booleans()) else None
@@ -86,7 +90,9 @@ def _multiply(library: ctypes.CDLL, packed: Packed, x: Tensor, parts: int = 1) -
 
 def _packed(library: ctypes.CDLL, weight: GroupedWeight) -> Packed:
     """Pack a copy, so that the weight can be looked at."""
-    copy = GroupedWeight(weight.numbers, weight.scales, weight.minima, weight.order, dtype=weight.dtype)
+    copy = GroupedWeight(
+        weight.numbers, weight.scales, weight.minima, weight.order, dtype=weight.dtype, is_e2m1=weight.is_e2m1
+    )
     return Packer(library)(copy)
 
 

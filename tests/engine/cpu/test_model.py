@@ -112,8 +112,8 @@ def test_a_wrong_packing_is_noticed(
     write_checkpoint(tmp_path, tokenizer=False, dtype="bfloat16", tie_embeddings=True, vocab_size=515)
     expected, right = _answers(tmp_path), Packer.__call__
 
-    def planted(self: Packer, weight: DenseWeight) -> Packed:
-        packed = right(self, weight)
+    def planted(self: Packer, weight: DenseWeight, *, in_turns: bool = False) -> Packed:
+        packed = right(self, weight, in_turns=in_turns)
         (memory,) = packed.memory
         assert callable(plant) and isinstance(memory, Tensor)
         memory.copy_(plant(memory).reshape(-1))

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvferry.common.request import SampledToken, SamplingParams
 from kvferry.engine.cpu import build, model
 from kvferry.engine.cpu.compiler import NativeUnavailable
 from kvferry.engine.cpu.runner import NativeRunner
@@ -16,7 +15,8 @@ from kvferry.engine.ranks.group import Communicator, RankGroup
 from kvferry.models.default import cache_dir
 
 from ...checkpoints import Family, write_checkpoint
-from ...engine_driver import Driver, engine_config, prompts
+from ...engine_driver import engine_config
+from .judged import judged
 
 TOLERANCE = 0.15  # of a log-probability; those of these models spread over some 20
 
@@ -29,21 +29,6 @@ def _library() -> None:
         pytest.skip(f"no native code on this machine: {reason}")
 
 
-def _judged(engine: Engine) -> list[SampledToken]:
-    """Return log-probabilities of long and short prompts in chunks and beside answers, and of what is said then."""
-    sampling = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, prompt_logprobs=0, logprobs=0)
-    driver, found = Driver(engine), list[SampledToken]()
-    seqs = [driver.add(prompt, sampling) for prompt in prompts([5, 200, 70], 500)]
-    for counts in ((5, 130, 0), (1, 70, 70), (1, 1, 1)):
-        rows = [(seq, count) for seq, count in zip(seqs, counts, strict=True) if count]
-        for (seq, _), tokens in zip(rows, driver.step(rows), strict=True):
-            found += tokens
-            if tokens:
-                seq.token_ids[-1] = 7  # whatever nearly ties
-        found += [entry for row in driver.outputs[-1].rows for entry in row.prompt_logprobs]
-    return found
-
-
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
@@ -51,6 +36,7 @@ def _judged(engine: Engine) -> list[SampledToken]:
         ("mistral", {"sliding_window": 40, "tie_embeddings": True, "vocab_size": 511}),
         ("qwen3", {"head_dim": 32, "num_qo_heads": 8}),
         ("gemma3_text", {"head_dim": 32}),
+        ("olmo3", {}),
         ("llama", {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256, "quantization": "int8"}),
     ],
 )
@@ -59,13 +45,13 @@ def test_two_ranks_compute_what_one_computes(tmp_path: Path, family: Family, fie
     common: dict[str, object] = {"dtype": "bfloat16", "quantization": fields.pop("quantization", None)}
     shape = {"tokenizer": False, "dtype": "bfloat16"} | fields
     model_dir = write_checkpoint(tmp_path, family, **shape)  # type: ignore[arg-type]
-    expected = _judged(Engine(engine_config(model_dir, **common), num_blocks=64))
+    expected = judged(Engine(engine_config(model_dir, **common), num_blocks=64))
     config = engine_config(model_dir, tensor_parallel_size=2, num_threads=2, **common)
     group = RankGroup.start(config, num_blocks=64)
     try:
         engine = Engine(config, tp_size=2, num_blocks=64, group=group)
         assert isinstance(engine.runner, NativeRunner)
-        found = _judged(engine)
+        found = judged(engine)
     finally:
         group.close()
     known = [

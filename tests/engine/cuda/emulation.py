@@ -108,6 +108,7 @@ def _arrays(num_pages: int) -> StepArrays:
         paged_kv_indptr=np.zeros(MAX_ROWS + 1, np.int32),
         paged_kv_last_page_len=np.zeros(MAX_ROWS, np.int32),
         paged_kv_indices=np.zeros(num_pages, np.int32),
+        adapters=np.zeros(MAX_ROWS, np.int32),
     )
 
 

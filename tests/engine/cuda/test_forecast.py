@@ -20,7 +20,7 @@ def _arrays() -> StepArrays:
     def zeros(size: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         return np.zeros(size, np.int32)
 
-    return StepArrays(np.zeros(32, np.int64), zeros(32), zeros(33), zeros(32), zeros(32 * LONGEST // BLOCK))
+    return StepArrays(np.zeros(32, np.int64), zeros(32), zeros(33), zeros(32), zeros(32 * LONGEST // BLOCK), zeros(32))
 
 
 def _adopted(scheduler: DecodeScheduler, pool: BlockPool, arrival: int, num_tokens: int, max_tokens: int) -> None:

@@ -31,6 +31,7 @@ def _arrays(max_rows: int = 8) -> StepArrays:
         paged_kv_indptr=np.full(max_rows + 1, -1, np.int32),
         paged_kv_last_page_len=np.full(max_rows, -1, np.int32),
         paged_kv_indices=np.full(max_rows * LONGEST // BLOCK, -1, np.int32),
+        adapters=np.full(max_rows, -2, np.int32),
     )
 
 

@@ -13,6 +13,7 @@ from kvferry.router.access.keys import ApiKeys
 from kvferry.router.admin.admin import Admin, build_admin
 from kvferry.router.state.history import Kind
 from kvferry.router.state.views import PoolView
+from kvferry.wire.workers import ExpertCounts
 
 from ..fleet import Fleet
 
@@ -20,6 +21,7 @@ KEY = "operators-only"
 PATHS = [
     ("GET", "/admin/metrics"),
     ("GET", "/admin/workers"),
+    ("GET", "/admin/experts"),
     ("GET", "/admin/requests"),
     ("GET", "/admin/requests/r-0"),
     ("POST", "/admin/workers/d-0/drain"),
@@ -119,6 +121,27 @@ async def test_workers_are_shown_with_their_state_load_and_blocks() -> None:
     assert shown["workers"][0]["load"]["running"] == 0
     assert shown["avoided_handoffs"] == [["p-0", "d-0"]]
     assert shown["queued_requests"] == 3
+
+
+async def test_experts_are_shown_by_worker_and_layer() -> None:
+    fleet = Fleet()
+    link = fleet.join("d-0", tp_size=2)
+    fleet.join("d-1")
+    for taken in ((1, 1), (4, 2)):
+        fleet.beat(link, experts=(ExpertCounts(3, taken, taken),))
+    fleet.beat(link)
+    async with client(Operations(fleet.dispatcher.view())) as c:
+        [shown] = (await c.get("/admin/experts")).json()["workers"]
+        workers = (await c.get("/admin/workers")).json()["workers"]
+    assert shown == {
+        "worker_id": "d-0",
+        "role": "decode",
+        "ranks": 2,
+        "imbalance": 1.5,
+        "rank_imbalance": 1.5,
+        "layers": [{"layer": 3, "taken": [4, 2], "recently_taken": [3, 1], "of_ranks": [4, 2]}],
+    }
+    assert [worker.get("experts") for worker in workers] == [{"imbalance": 1.5, "rank_imbalance": 1.5}, None]
 
 
 async def test_a_worker_is_drained_within_the_limit_that_is_asked_for() -> None:

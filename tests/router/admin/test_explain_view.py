@@ -10,14 +10,14 @@ from contextlib import asynccontextmanager
 import pytest
 from rich.console import Console
 
-from kvferry.common.channel import Address
 from kvferry.common.errors import KVFerryError
-from kvferry.common.messages import PrefillTask
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.admin.admin import Admin, build_admin
 from kvferry.router.admin.explain_view import fetch, list_path, path_of, show, show_list
 from kvferry.router.http.http_server import HttpServer
 from kvferry.settings.sockets import listen
+from kvferry.wire.channel import Address
+from kvferry.wire.tasks import PrefillTask
 
 from ..fleet import Fleet, config, tokens
 from ..placement.test_candidates import SAMPLES

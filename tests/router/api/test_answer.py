@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvferry.common.messages import ChoiceTokens
 from kvferry.common.request import SamplingParams
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.api.answer import Answer, PromptText
@@ -17,6 +16,7 @@ from kvferry.router.state.errors import StreamError
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.token_stream import TokenStream
 from kvferry.tests.fake_clock import FakeClock
+from kvferry.wire.results import ChoiceTokens
 
 from ..fakes import ids_of, token, write_model_dir
 

@@ -124,6 +124,17 @@ def test_the_emptiest_change_their_role() -> None:
     assert max(changed) <= min(others)
 
 
+def test_a_pools_last_worker_that_takes_work_waits_for_another_before_it_changes() -> None:
+    world = steady(1.0, prefill=0, decode=2)
+    world.members["d-0"] = ("decode", world.now_s + 12.0)  # it starts anew
+    world.autoscaler.hold(Counts(1, 1))
+    for _ in range(2):
+        decision = world.step()
+        assert not decision.flips and not decision.removals and not decision.additions.total
+    assert [pool for _, pool in world.step().flips] == ["prefill"]
+    assert world.counts(ready=True) == Counts(1, 1)
+
+
 def test_workers_that_cannot_change_their_role_are_added_and_removed_instead() -> None:
     world = steady(60.0, prefill=1, decode=14, can_flip=False).run(900)
     assert not any(decision.flips for _, decision, _ in world.decisions)

@@ -11,7 +11,6 @@ import pytest
 
 from kvferry.common.config import AutoscaleConfig, AutoscaleMode, PoolBounds
 from kvferry.common.errors import RequestError
-from kvferry.common.messages import Drain, SetRole, StepSample
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.admin.admin import Admin, build_admin
 from kvferry.router.admin.scaling import scaling_routes
@@ -20,6 +19,7 @@ from kvferry.router.autoscaler.scale_types import AnswerLengths, Counts, Kept
 from kvferry.router.autoscaler.scaling import Scaling
 from kvferry.router.state.objectives import Objectives
 from kvferry.router.state.predictor import Predictor
+from kvferry.wire.workers import Drain, SetRole, StepSample
 
 from ..fleet import Fleet, Link, status
 

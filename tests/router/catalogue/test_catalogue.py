@@ -8,9 +8,7 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
-from kvferry.common.channel import Address, Channel, connect
 from kvferry.common.errors import ProtocolError, RequestError
-from kvferry.common.messages import Decoder, Message, Refused, RouterToWorker, WorkerHello
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.admin.admin import Admin, build_admin
 from kvferry.router.app import build_app
@@ -21,6 +19,11 @@ from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.dispatch.worker_group import Expected, WorkerGroup, find_group
 from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.tests.fake_clock import FakeClock
+from kvferry.wire.channel import Address, Channel, connect
+from kvferry.wire.codec import Decoder, RouterToWorker
+from kvferry.wire.fields import Message
+from kvferry.wire.hello import Refused
+from kvferry.wire.workers import WorkerHello
 
 from ..fakes import FakeDispatcher, Inline, Script, catalogue_of, toy_tokenizer
 from ..fleet import Fleet, hello, status

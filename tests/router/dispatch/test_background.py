@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 
-from kvferry.common.messages import Abort, PrefillTask, ReserveKV
 from kvferry.common.request import unpack_ids
 from kvferry.router.dispatch.background import QUIET_S
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
+from kvferry.wire.tasks import Abort, PrefillTask, ReserveKV
 
 from ..fleet import Fleet, Link, config, text, token, tokens
 

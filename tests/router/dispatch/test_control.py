@@ -10,20 +10,8 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 
-from kvferry.common.channel import DEFAULT_MAX_FRAME_BYTES, Address, Channel, connect, max_frame_bytes
 from kvferry.common.clock import SystemClock
-from kvferry.common.credentials import SharedSecret
 from kvferry.common.errors import ProtocolError, WorkerLost
-from kvferry.common.messages import (
-    Decoder,
-    LocalTask,
-    Message,
-    Refused,
-    RequestTokens,
-    ReserveKV,
-    RouterToWorker,
-    StepTokens,
-)
 from kvferry.common.request import SamplingParams
 from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher
@@ -31,6 +19,13 @@ from kvferry.router.dispatch.worker_group import Expected, WorkerGroup, mismatch
 from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.worker import WorkerLink
+from kvferry.wire.channel import DEFAULT_MAX_FRAME_BYTES, Address, Channel, connect, max_frame_bytes
+from kvferry.wire.codec import Decoder, RouterToWorker
+from kvferry.wire.credentials import SharedSecret
+from kvferry.wire.fields import Message
+from kvferry.wire.hello import Refused
+from kvferry.wire.results import RequestTokens, StepTokens
+from kvferry.wire.tasks import LocalTask, ReserveKV
 
 from ..fleet import SPEC, config, hello, status, tokens
 

@@ -7,24 +7,13 @@ import asyncio
 import pytest
 
 from kvferry.common.errors import CapacityError, ProtocolError, RequestError
-from kvferry.common.messages import (
-    Abort,
-    ChoiceTokens,
-    Drain,
-    LiveRequests,
-    LocalTask,
-    PrefillTask,
-    PromptLogprobs,
-    ReserveKV,
-    SetRole,
-    TaskRefused,
-    TransferReport,
-    WorkerFailure,
-)
 from kvferry.common.request import SampledToken, unpack_ids
 from kvferry.router.state.errors import StreamError
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
+from kvferry.wire.results import ChoiceTokens, PromptLogprobs, TaskRefused, WorkerFailure
+from kvferry.wire.tasks import Abort, LocalTask, PrefillTask, ReserveKV
+from kvferry.wire.workers import Drain, LiveRequests, SetRole, TransferReport
 
 from ..fleet import BLOCK_SIZE, Fleet, Link, config, hello, received, status, text, tokens
 

@@ -7,11 +7,13 @@ from array import array
 import pytest
 
 from kvferry.common.errors import RequestError
-from kvferry.common.messages import Abort, Embedding, EmbedTask, Goodbye, TaskRefused, WorkerFailure
 from kvferry.common.request import Pooling
 from kvferry.router.state.errors import StreamError
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
+from kvferry.wire.results import Embedding, TaskRefused, WorkerFailure
+from kvferry.wire.tasks import Abort, EmbedTask
+from kvferry.wire.workers import Goodbye
 
 from ..fleet import Fleet, Link, config, received, tokens
 

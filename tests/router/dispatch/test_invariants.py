@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry.common.messages import LocalTask
 from kvferry.router.dispatch.isolation import Claim
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
 from kvferry.router.state.views import RequestLoad
+from kvferry.wire.tasks import LocalTask
 
 from ..fleet import Fleet, config, tokens
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry.common.messages import Abort, Goodbye, LiveRequests, LocalTask, PrefillTask, ReserveKV, WorkerStatus
 from kvferry.router.state.errors import StreamError
+from kvferry.router.state.failures import CLEARED_BY_STEPS
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
+from kvferry.wire.tasks import Abort, LocalTask, PrefillTask, ReserveKV
+from kvferry.wire.workers import Goodbye, LiveRequests, WorkerStatus
 
 from ..fleet import Fleet, Link, config, hello, status, text, tokens
 
@@ -196,9 +198,9 @@ def test_a_worker_that_comes_back_in_the_same_life_takes_its_strike_back() -> No
 # --- alone -----------------------------------------------------------------------------------------------------------
 
 
-def suspect(fleet: Fleet, names: str = "ab") -> TokenStream:
+def suspect(fleet: Fleet, names: str = "ab", max_tokens: int = 8) -> TokenStream:
     """A request that two workers did not survive. Colocated."""
-    stream = fleet.submit(max_tokens=8)
+    stream = fleet.submit(max_tokens=max_tokens)
     for name in names:
         d = fleet.join(f"d-{name}")
         d.take(LocalTask)
@@ -258,6 +260,37 @@ async def test_a_third_worker_that_is_lost_with_the_request_alone_on_it_proves_i
     assert (error.code, error.status) == ("poison_request", 500)
     assert "d-a, d-b, d-c" in str(error) and fleet.observer.num_poisoned == 1
     assert not fleet.dispatcher.breaches() and fleet.dispatcher.view().num_in_flight == 0
+
+
+@pytest.mark.parametrize("num_steps", [CLEARED_BY_STEPS - 1, CLEARED_BY_STEPS])
+async def test_a_request_that_went_on_past_the_place_of_its_losses_is_cleared(num_steps: int) -> None:
+    """Three workers are killed from outside under one request that gets on in between."""
+    fleet = Fleet(config(expect_prefill=False))
+    stream = suspect(fleet, "ab", max_tokens=100)
+    d = fleet.join("d-c")
+    task = d.take(LocalTask)
+    late = fleet.submit()
+    for index in range(num_steps):
+        assert late.request.status is RequestStatus.QUEUED, "the worker is its own"
+        fleet.step(d, task, tokens(0, index, 1))
+    is_cleared = num_steps == CLEARED_BY_STEPS
+    assert (late.request.status is not RequestStatus.QUEUED) is is_cleared
+    assert strikes(fleet, stream) == (0 if is_cleared else 2)
+    kill(fleet, d)
+    if is_cleared:
+        assert strikes(fleet, stream) == 1 and stream.request.status is RequestStatus.QUEUED
+    else:
+        assert (await failure(stream)).code == "poison_request"
+    assert not fleet.dispatcher.breaches()
+
+
+def test_tokens_of_one_message_are_one_step() -> None:
+    """Else a request of many choices, or of many drafted tokens, were cleared by its first step."""
+    fleet = Fleet(config(expect_prefill=False))
+    stream = suspect(fleet, "ab", max_tokens=100)
+    d = fleet.join("d-c")
+    fleet.step(d, d.take(LocalTask), tokens(0, 0, 2 * CLEARED_BY_STEPS))
+    assert strikes(fleet, stream) == 2
 
 
 def test_a_loss_that_is_not_the_requests_fault_does_not_end_its_trial() -> None:

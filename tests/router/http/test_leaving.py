@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvferry.common.channel import Address
 from kvferry.router.http.http_server import HttpServer
 from kvferry.settings.sockets import listen
+from kvferry.wire.channel import Address
 
 from ..fakes import MODEL, Script, Served, serve
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvferry.common.messages import TransferReport, WorkerStatus
 from kvferry.router.metrics.metrics import RouterMetrics
+from kvferry.router.state.expert_load import ExpertLoad
+from kvferry.wire.workers import ExpertCounts, TransferReport, WorkerStatus
 
 
 @dataclass
@@ -27,6 +28,7 @@ class _Worker:
     role: str
     status: WorkerStatus | None
     is_ready: bool = True
+    expert_load: ExpertLoad | None = None
 
 
 @dataclass
@@ -261,6 +263,17 @@ def test_every_number_of_a_heartbeat_is_exported() -> None:
         value = getattr(_status(), name)
         if isinstance(value, int | float) and name not in ("seq", "step_tokens"):
             assert told(_status(**{name: value + 1})) != plain, name
+
+
+def test_a_skewed_choice_of_experts_shows() -> None:
+    loads = [ExpertLoad.after(None, (ExpertCounts(0, (9, 1, 1, 1), ranks),)) for ranks in ((10, 2), ())]
+    workers = tuple(_Worker(f"d-{i}", "decode", _status(), expert_load=load) for i, load in enumerate(loads))
+    samples = _samples(RouterMetrics("m"), _View((*workers, _Worker("d-2", "decode", _status()))))
+    assert samples[_key("kvferry_expert_imbalance", worker="d-0", pool="decode")] == 3.0
+    assert samples[_key("kvferry_expert_rank_imbalance", worker="d-0", pool="decode")] == pytest.approx(10 / 6)
+    assert samples[_key("kvferry_expert_choices_total", worker="d-1", pool="decode")] == 12
+    names = [name for name, labels in samples if name.startswith("kvferry_expert_")]
+    assert len(names) == 5  # no rank's of d-1, nothing of d-2
 
 
 def test_rejected_grants_are_counted_by_reason_and_unknown_reasons_as_other() -> None:

@@ -7,7 +7,6 @@ from typing import Any, get_args
 import pytest
 
 from kvferry.common.config import PolicyName
-from kvferry.common.messages import LocalTask, PrefillTask, StepSample
 from kvferry.common.request import SamplingParams
 from kvferry.router.dispatch.placer import ISOLATION
 from kvferry.router.metrics.metrics import RouterMetrics
@@ -19,6 +18,8 @@ from kvferry.router.state.outcome import FAILED, TPOT_STAGES, TTFT_STAGES, judge
 from kvferry.router.state.predictor import Way
 from kvferry.router.state.request import RequestStatus, RouterRequest
 from kvferry.router.state.views import PoolView
+from kvferry.wire.tasks import LocalTask, PrefillTask
+from kvferry.wire.workers import StepSample
 
 from ..fleet import Fleet, Link, config, tokens
 

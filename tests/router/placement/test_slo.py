@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvferry.common.messages import TransferReport
 from kvferry.router.placement.slo import SloPolicy
 from kvferry.router.state.demand import Demand, Lack, Placement, Reason, Wait
 from kvferry.router.state.objectives import Objectives
 from kvferry.router.state.predictor import Predictor, Way
 from kvferry.router.state.views import PoolView, WorkerView
+from kvferry.wire.workers import TransferReport
 
 from ..fleet import hello, status
 from ..state.test_predictor import BASE_S, CALIBRATION, ROW_S, TOKEN_S

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from kvferry.common.errors import CapacityError
-from kvferry.common.messages import LocalTask, StepSample
 from kvferry.router.queue.forecast import QueueForecast
 from kvferry.router.state.demand import Promise
 from kvferry.router.state.errors import StreamError
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
+from kvferry.wire.tasks import LocalTask
+from kvferry.wire.workers import StepSample
 
 from ..fleet import Fleet, config, tokens
 from ..overload import simulate

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry.common.messages import Abort, LocalTask, ReserveKV
 from kvferry.common.request import SamplingParams
 from kvferry.router.state.attempt import Attempt, AttemptState
 from kvferry.router.state.pools import Pools
@@ -13,6 +12,7 @@ from kvferry.router.state.search import QUEUE_IF_FULL_AFTER_S
 from kvferry.router.state.token_stream import TokenStream
 from kvferry.router.state.tracked_request import TrackedRequest
 from kvferry.router.state.worker import RouterWorker
+from kvferry.wire.tasks import Abort, LocalTask, ReserveKV
 
 from ..fleet import Fleet, Link, hello, status
 

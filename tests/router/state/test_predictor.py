@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry.common.messages import StepSample, TransferReport, WorkerHello
 from kvferry.router.state.predictor import Predictor, Way, distance
+from kvferry.wire.workers import StepSample, TransferReport, WorkerHello
 
 from ..fleet import hello, status
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvferry.common.messages import CacheChange
 from kvferry.router.state.prefix_index import PrefixIndex
+from kvferry.wire.workers import CacheChange
 
 HASHES = [hashlib.blake2b(bytes([n]), digest_size=16).digest() for n in range(12)]
 SESSIONS = (1, 2, 7, 40)

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.common.errors import InvalidTransition
-from kvferry.common.messages import ChoiceTokens
 from kvferry.common.request import SampledToken, SamplingParams, unpack_ids
 from kvferry.router.state.choice_state import MAX_EARLY_TOKENS, ChoiceState
 from kvferry.router.state.request import RequestStatus, RouterRequest
 from kvferry.router.state.token_stream import TokenStream
+from kvferry.wire.results import ChoiceTokens
 
 S = RequestStatus
 EDGES = {

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvferry.common.messages import StepSample
 from kvferry.router.state.step_fit import StepCosts, StepFit, step_s
+from kvferry.wire.workers import StepSample
 
 TRUE = StepCosts(base_s=0.004, token_s=1e-4, pair_s=2e-8, row_s=3e-4, context_s=5e-7)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import signal
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kvferry.common.errors import ConfigError
@@ -173,11 +175,19 @@ def _sleeper() -> Iterator[subprocess.Popen[bytes]]:
 @contextmanager
 def _leader() -> Iterator[subprocess.Popen[bytes]]:
     """A process that ends as soon as its other rank does."""
-    rank = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], 'kvferry.engine.follower'])"
+    rank = (
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], 'kvferry.engine.follower_process'])"
+    )
     sleep = "import signal; print('there', flush=True); signal.pause()"
     with subprocess.Popen([sys.executable, "-c", rank, sleep], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"there\n"
-        yield process
+        children = psutil.Process(process.pid).children()
+        try:
+            yield process
+        finally:
+            for child in children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
 
 
 def _strike(workers: Workers, kind: str) -> Strike:

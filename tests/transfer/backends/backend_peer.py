@@ -23,9 +23,9 @@ import msgspec
 import torch
 
 from kvferry.common.errors import TransferError
-from kvferry.common.messages import RegionInfo
 from kvferry.transfer.backends.base import Piece, TransferHandle, TransferState, page_rows
 from kvferry.transfer.backends.choose import open_backend, set_ucx_defaults
+from kvferry.wire.grants import RegionInfo
 
 _ROUNDS = 1500  # of progress without anything to wait for
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from kvferry.common.errors import ConfigError, TransferError
-from kvferry.common.messages import RegionInfo
 from kvferry.transfer.backends.base import Piece, TransferBackend, TransferHandle, TransferState, page_rows
 from kvferry.transfer.backends.choose import open_backend, set_ucx_defaults
 from kvferry.transfer.backends.nixl import NixlBackend, load_api
+from kvferry.wire.grants import RegionInfo
 
 LAYERS, BLOCKS = 4, 32
 SHAPE = [LAYERS, BLOCKS, 2, 3, 16, 64]  # pages of 24 KiB

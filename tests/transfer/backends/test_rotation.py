@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from kvferry.common.errors import TransferError
-from kvferry.common.messages import RegionInfo
 from kvferry.transfer.backends.base import rotated_name
 from kvferry.transfer.backends.choose import allows_own_copies
 from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
+from kvferry.wire.grants import RegionInfo
 
 SHAPE = [4, 256, 2, 4, 16, 64]  # 32 MiB in pages of 32 KiB: more than sockets hold
 NUM_BYTES = 16 << 20  # of a page of ones, every second byte is zero

@@ -11,16 +11,6 @@ from collections.abc import Sequence
 import torch
 
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import (
-    FetchFrom,
-    KVFetch,
-    KVFetchable,
-    KVFetchDone,
-    KVFetchRefused,
-    KVFetchSums,
-    Message,
-    RegionInfo,
-)
 from kvferry.kvcache.blocks import BlockPool, hash_blocks
 from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
@@ -34,6 +24,10 @@ from kvferry.transfer.protocol.handoff import Endpoint
 from kvferry.transfer.protocol.rank_calls import Each
 from kvferry.transfer.protocol.rank_messages import ReadOutcome
 from kvferry.transfer.send.ranks import SENDING
+from kvferry.wire.fetches import KVFetch, KVFetchable, KVFetchDone, KVFetchRefused, KVFetchSums
+from kvferry.wire.fields import Message
+from kvferry.wire.grants import RegionInfo
+from kvferry.wire.tasks import FetchFrom
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=2, block_size=4, dtype="float32")
 ENDPOINT = Endpoint(SPEC, "1", "local", 1)

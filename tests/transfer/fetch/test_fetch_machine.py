@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvferry.common.errors import CapacityError
-from kvferry.common.messages import KVFetch, KVFetchDone
 from kvferry.common.request import BlockId
 from kvferry.transfer.backends.local import LocalFault
 from kvferry.transfer.fetch.fetches import Fetches, _Part
 from kvferry.transfer.fetch.lending import Lending
+from kvferry.wire.fetches import KVFetch, KVFetchDone
 
 from .fetch_hosts import HASHES, Host, Pair
 

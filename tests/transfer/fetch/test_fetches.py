@@ -8,10 +8,10 @@ from structlog.testing import capture_logs
 
 from kvferry.common.errors import InvalidTransition
 from kvferry.common.kv_spec import Shard
-from kvferry.common.messages import KVFetch, KVFetchable, KVFetchDone, KVFetchRefused
 from kvferry.transfer.backends.local import LocalFault
 from kvferry.transfer.fetch import fetches, reader
 from kvferry.transfer.fetch.fetches import FetchFailure, FetchState
+from kvferry.wire.fetches import KVFetch, KVFetchable, KVFetchDone, KVFetchRefused
 
 from .fetch_hosts import HASHES, LEASE_S, SPEC, Pair
 

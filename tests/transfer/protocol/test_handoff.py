@@ -6,7 +6,6 @@ import msgspec
 import pytest
 
 from kvferry.common.kv_spec import KVCacheSpec, Shard
-from kvferry.common.messages import GrantId, GrantInfo, RegionInfo
 from kvferry.transfer.protocol.handoff import (
     Endpoint,
     check_compatible,
@@ -16,6 +15,7 @@ from kvferry.transfer.protocol.handoff import (
     open_mac,
     page_indices,
 )
+from kvferry.wire.grants import GrantId, GrantInfo, RegionInfo
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=4, head_dim=8, block_size=4, dtype="float32")
 HERE = Endpoint(SPEC, "0.1.0", "nixl", 1)

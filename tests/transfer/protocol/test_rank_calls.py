@@ -13,21 +13,13 @@ from hypothesis import strategies as st
 from kvferry.common.batch import GpuEvent
 from kvferry.common.errors import ProtocolError
 from kvferry.common.kv_spec import KVCacheSpec, Shard
-from kvferry.common.messages import (
-    CancelKV,
-    ChoiceTokens,
-    GrantId,
-    GrantInfo,
-    KVDone,
-    KVOpened,
-    KVRefused,
-    KVRenewed,
-    RegionInfo,
-)
 from kvferry.common.request import SampledToken
 from kvferry.transfer.protocol.rank_calls import Each, Gather, Lane, OwnCalls, RankCalls
 from kvferry.transfer.send.plan import ShipPlan
 from kvferry.transfer.send.ranks import SENDING
+from kvferry.wire.grants import GrantId, GrantInfo, RegionInfo
+from kvferry.wire.handoff import CancelKV, KVDone, KVOpened, KVRefused, KVRenewed
+from kvferry.wire.results import ChoiceTokens
 from kvferry.worker.decode_rank import RECEIVING
 
 Few = Annotated[tuple[int, ...], msgspec.Meta(max_length=3)]

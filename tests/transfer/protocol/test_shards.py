@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.common.kv_spec import KVCacheSpec, Shard
-from kvferry.common.messages import GrantId, GrantInfo, RegionInfo
 from kvferry.transfer.backends.base import Piece
 from kvferry.transfer.protocol.shards import check_regions, expected_pairs, pieces, shards_of, targets_of
+from kvferry.wire.grants import GrantId, GrantInfo, RegionInfo
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=4, head_dim=8, block_size=4, dtype="float32")
 LATENT = KVCacheSpec(

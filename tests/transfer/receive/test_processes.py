@@ -10,8 +10,8 @@ import sys
 import msgspec
 import pytest
 
-from kvferry.common.messages import ProcessMark
 from kvferry.transfer.receive.processes import own_mark, watch
+from kvferry.wire.grants import ProcessMark
 
 _CHILD = (
     "import sys; from kvferry.transfer.receive.processes import own_mark; m = own_mark(); "

@@ -12,26 +12,6 @@ import pytest
 from kvferry.common.config import TransferConfig
 from kvferry.common.errors import InvalidTransition
 from kvferry.common.kv_spec import KVCacheSpec, Shard
-from kvferry.common.messages import (
-    CancelKV,
-    ChoiceTokens,
-    Grant,
-    GrantId,
-    GrantInfo,
-    HandoffDone,
-    HandoffFailed,
-    KVArrived,
-    KVClosed,
-    KVDone,
-    KVOpen,
-    KVOpened,
-    KVRefused,
-    KVRenew,
-    KVRenewed,
-    Message,
-    NoCapacity,
-    RegionInfo,
-)
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
 from kvferry.kvcache.blocks import BlockPool, hash_blocks, prefix_salt
 from kvferry.tests.fake_clock import FakeClock
@@ -40,6 +20,10 @@ from kvferry.transfer.receive.opens import WatchProcesses
 from kvferry.transfer.receive.processes import watch as watch_processes
 from kvferry.transfer.receive.receiver import KVReceiver, Reservation, ReservationState, Verdict
 from kvferry.transfer.receive.reservation import _NEXT
+from kvferry.wire.fields import Message
+from kvferry.wire.grants import GrantId, GrantInfo, RegionInfo
+from kvferry.wire.handoff import CancelKV, KVArrived, KVClosed, KVDone, KVOpen, KVOpened, KVRefused, KVRenew, KVRenewed
+from kvferry.wire.results import ChoiceTokens, Grant, HandoffDone, HandoffFailed, NoCapacity
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=4, head_dim=8, block_size=4, dtype="float32")
 P, D, R = "p-0#1", "d-0", "r-0"

@@ -7,19 +7,10 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
-from kvferry.common.messages import (
-    CancelKV,
-    Grant,
-    HandoffFailed,
-    KVClosed,
-    KVDone,
-    KVOpened,
-    KVRefused,
-    NoCapacity,
-    ProcessMark,
-    RegionInfo,
-)
 from kvferry.transfer.receive.processes import ProcessWatch
+from kvferry.wire.grants import ProcessMark, RegionInfo
+from kvferry.wire.handoff import CancelKV, KVClosed, KVDone, KVOpened, KVRefused
+from kvferry.wire.results import Grant, HandoffFailed, NoCapacity
 
 from .test_receiver import Decode, only
 

@@ -12,12 +12,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvferry.common.messages import Grant, KVOpen, NoCapacity
 from kvferry.common.request import RequestSpec
 from kvferry.transfer.backends.local import LocalFault
 from kvferry.transfer.receive.opens import Refusal
 from kvferry.transfer.receive.receiver import Reservation
 from kvferry.transfer.receive.reservation import ReservationState, Writer
+from kvferry.wire.handoff import KVOpen
+from kvferry.wire.results import Grant, NoCapacity
 
 from ..walk import NUM_PEERS, Walk
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import GrantId, GrantInfo
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.transfer.send.plan import plan_chunk, plan_hits
+from kvferry.wire.grants import GrantId, GrantInfo
 
 BLOCK = 4
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=8, block_size=BLOCK, dtype="float32")

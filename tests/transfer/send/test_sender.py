@@ -12,24 +12,6 @@ import torch
 from kvferry.common.config import TransferConfig
 from kvferry.common.errors import InvalidTransition
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.common.messages import (
-    CancelKV,
-    ChoiceTokens,
-    Decoder,
-    GrantId,
-    GrantInfo,
-    KVArrived,
-    KVClosed,
-    KVDone,
-    KVOpen,
-    KVOpened,
-    KVRefused,
-    KVRenew,
-    KVRenewed,
-    Message,
-    ProcessMark,
-    TransferReport,
-)
 from kvferry.common.request import SampledToken
 from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.backends.local import LocalBackend, LocalFault, LocalNetwork
@@ -38,6 +20,12 @@ from kvferry.transfer.protocol.handoff import open_mac
 from kvferry.transfer.send import sender as sender_module
 from kvferry.transfer.send.sender import KVSender
 from kvferry.transfer.send.shipment import _NEXT, Shipment, ShipmentState
+from kvferry.wire.codec import Decoder
+from kvferry.wire.fields import Message
+from kvferry.wire.grants import GrantId, GrantInfo, ProcessMark
+from kvferry.wire.handoff import CancelKV, KVArrived, KVClosed, KVDone, KVOpen, KVOpened, KVRefused, KVRenew, KVRenewed
+from kvferry.wire.results import ChoiceTokens
+from kvferry.wire.workers import TransferReport
 
 SPEC = KVCacheSpec(model="m", num_layers=3, num_kv_heads=2, head_dim=4, block_size=4, dtype="float32")
 NUM_BLOCKS = 16

@@ -36,6 +36,7 @@ inline Vector select(Lanes lanes, Vector values, Vector others) { return _mm512_
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vector fms(Vector a, Vector b, Vector c) { return _mm512_fmsub_ps(a, b, c); }
 inline Vector max(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+inline Vector min(Vector a, Vector b) { return _mm512_min_ps(a, b); }  // of NaN and another the second, as max
 inline Vector nearest(Vector x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vector times_power(Vector y, Vector whole) { return _mm512_scalef_ps(y, whole); }  // y * 2^whole
 inline float lane_0(Vector x) { return _mm512_cvtss_f32(x); }

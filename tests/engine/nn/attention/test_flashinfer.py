@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kvferry.common.errors import ConfigError
-from kvferry.engine.nn.attention.base import AttentionMetadata
+from kvferry.engine.nn.attention.base import AttentionMetadata, Scores
+from kvferry.engine.nn.attention.latent_flashinfer import FlashInferLatentAttention
 from kvferry.engine.nn.attention.paged_torch import CPUAttention
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -213,3 +214,28 @@ def test_float32_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="use --dtype bfloat16"):
         FlashInferAttention(torch.zeros(1, 4, 2, 2, 16, 64), 4, [None])
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(not has_flashinfer, reason="needs the extra kvferry[gpu]")
+@pytest.mark.parametrize("num_heads", [1, 4, 16])
+def test_latents_are_attended_to_as_on_the_cpu(num_heads: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    pages = torch.randn(2, 16, 1, 1, 16, 576, generator=generator).bfloat16()
+    heads = torch.randn(12, num_heads + 1, 576, generator=generator).bfloat16()
+    scores = Scores(scale=0.05, value_dim=512)
+    wide, there = pages.float(), pages.cuda()
+    cpu = CPUAttention(wide, num_heads, [None, None], scores)
+    gpu = FlashInferLatentAttention(there, num_heads, scores)
+    cpu.plan(_metadata())
+    gpu.plan(_metadata())
+    on_gpu = heads.cuda()
+    for layer in range(2):
+        q, kept = torch.split(heads.float(), [num_heads, 1], 1)
+        expected = cpu.forward(q, kept, kept[..., :512], layer)
+        out = gpu.forward(*gpu.split(on_gpu), layer).cpu().float()
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    assert torch.equal(there.cpu().float(), wide), "both have written the same"
+    with pytest.raises(ConfigError, match="latents in float32"):
+        FlashInferLatentAttention(pages.float().cuda(), num_heads, scores)

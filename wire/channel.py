@@ -26,10 +26,12 @@ import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from ..common.errors import ConfigError, ProtocolError, WorkerLost
+from ..common.request import MAX_CHOICES
+from .codec import Decoder, encode
 from .credentials import NO_SECRET, SharedSecret
-from .errors import ConfigError, ProtocolError, WorkerLost
-from .messages import PROTOCOL_VERSION, Challenge, Decoder, Hello, Message, Refused, Welcome, encode
-from .request import MAX_CHOICES
+from .fields import Message
+from .hello import PROTOCOL_VERSION, Challenge, Hello, Refused, Welcome
 
 HELLO_MAX_BYTES = 4096
 HELLO_TIMEOUT_S = 5.0

@@ -8,22 +8,15 @@ from collections.abc import Callable
 
 import pytest
 
-from kvferry.common.channel import MAX_PENDING_HELLOS, Address, Channel, Seals, connect, serve, server_address
-from kvferry.common.credentials import SharedSecret
 from kvferry.common.errors import ConfigError, ProtocolError, WorkerLost
-from kvferry.common.messages import (
-    PROTOCOL_VERSION,
-    Abort,
-    Challenge,
-    Decoder,
-    Drain,
-    Hello,
-    LiveRequests,
-    Message,
-    NoCapacity,
-    Refused,
-    encode,
-)
+from kvferry.wire.channel import MAX_PENDING_HELLOS, Address, Channel, Seals, connect, serve, server_address
+from kvferry.wire.codec import Decoder, encode
+from kvferry.wire.credentials import SharedSecret
+from kvferry.wire.fields import Message
+from kvferry.wire.hello import PROTOCOL_VERSION, Challenge, Hello, Refused
+from kvferry.wire.results import NoCapacity
+from kvferry.wire.tasks import Abort
+from kvferry.wire.workers import Drain, LiveRequests
 
 decoder: Decoder[Abort | Drain | LiveRequests] = Decoder(Abort | Drain | LiveRequests)
 

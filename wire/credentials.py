@@ -13,8 +13,8 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from .config import SECRET_VARIABLE
-from .errors import ConfigError
+from ..common.config import SECRET_VARIABLE
+from ..common.errors import ConfigError
 
 MIN_SECRET_BYTES = 16
 _MAX_SECRETS = 2

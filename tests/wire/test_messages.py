@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from kvferry.common.errors import ProtocolError
 from kvferry.common.grammar import Grammar
-from kvferry.common.messages import Abort, Decoder, KVClosed, KVOpen, KVRenew, ReserveKV, encode
 from kvferry.common.request import RequestSpec, SamplingParams, pack_ids, unpack_ids
+from kvferry.wire.codec import Decoder, encode
+from kvferry.wire.handoff import KVClosed, KVOpen, KVRenew
+from kvferry.wire.tasks import Abort, ReserveKV
 
 decoder: Decoder[ReserveKV | Abort] = Decoder(ReserveKV | Abort)
 

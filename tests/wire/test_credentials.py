@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvferry.common.channel import Address, Channel, connect, serve, server_address
 from kvferry.common.config import SECRET_VARIABLE
-from kvferry.common.credentials import SharedSecret, read_secrets
 from kvferry.common.errors import ConfigError, ProtocolError
 from kvferry.settings.key_file import add_key, digest_of, read_key_file, revoke_keys
+from kvferry.wire.channel import Address, Channel, connect, serve, server_address
+from kvferry.wire.credentials import SharedSecret, read_secrets
 
 OLD, NEW = b"the old one, long enough", b"the new one, long enough"
 
@@ -93,7 +93,7 @@ async def test_a_session_outlives_the_secret_that_it_began_with() -> None:
         for _ in range(2):
             heard.append(await channel.recv())
 
-    from kvferry.common.messages import Drain
+    from kvferry.wire.workers import Drain
 
     async with await serve(Address("127.0.0.1", 0), "server", hear, secret=secret) as listening:
         channel = await connect(server_address(listening, "127.0.0.1"), "client", secret=SharedSecret(OLD))

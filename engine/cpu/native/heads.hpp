@@ -1,0 +1,119 @@
+// What a layer does with a token's heads: norms and rotation, K and V to their pages, attention over these.
+#pragma once
+
+#include <vector>
+
+#include "attention.hpp"
+#include "exact_attention.hpp"
+#include "model.hpp"
+#include "prompt_attention.hpp"
+#include "rotation.hpp"
+#include "step.hpp"
+#include "vectors.hpp"
+
+// One thread's own.
+struct HeadScratch {
+    HeadScratch(const Model& m, int group, bool is_exact)
+        : attention(group, int(m.head_dim), float(m.score_cap)), exact_attention(group, int(m.head_dim), float(m.score_cap)),
+          prompt_attention(group, int(m.head_dim), float(m.score_cap), is_exact), head(m.head_dim) {}
+    Attention attention;
+    ExactAttention exact_attention;
+    PromptAttention prompt_attention;
+    std::vector<float> head;
+};
+
+// Sums of squares of a token's queries and of its keys.
+struct Squares {
+    float queries, keys;
+};
+
+class HeadMath {
+public:
+    HeadMath(const Model& model, bool is_exact) : m_(model), is_exact_(is_exact) {}
+
+    int group() const { return int(m_.num_qo_heads / m_.num_kv_heads); }  // query heads of one KV head
+
+    void reserve(long num_tokens) {
+        for (Rotation& rotation : rotations_) rotation.reserve(num_tokens);
+    }
+
+    void prepare(long token, long position) {
+        for (Rotation& rotation : rotations_) rotation.prepare(token, position);
+    }
+
+    Squares squares(const float* heads) const {
+        return {sum_of_squares(heads, m_.qo_size()), sum_of_squares(heads + m_.qo_size(), m_.num_kv_heads * m_.head_dim)};
+    }
+
+    // A token's products to their places: K and V to their slots, queries to `queries`. `squares`: of all ranks' heads
+    // where norms are of all together and ranks are several; else null.
+    void place(const Layer& layer, const Row& row, long token, const float* heads, const Squares* squares, bf16* queries,
+               HeadScratch& own) const {
+        const AttentionBlock& attention = layer.attention;
+        const Rotation& rotation = rotations_[layer.is_local ? 1 : 0];
+        const long d = m_.head_dim, qo = m_.num_qo_heads, kv = m_.num_kv_heads;
+        const Squares all = attention.has_whole_norms && squares == nullptr ? this->squares(heads) : squares ? *squares : Squares{};
+        for (long head = 0; head < qo; head++, heads += d) {
+            const Norm norm = this->norm(attention, attention.q_norm, heads, head, all.queries, qo);
+            rotation.turn(heads, norm.weight, norm.factor, token, float(m_.query_factor), own.head.data(), queries + head * d);
+        }
+        for (long head = 0; head < kv; head++, heads += d) {
+            const Norm norm = this->norm(attention, attention.k_norm, heads, head, all.keys, kv);
+            const Pages pages = this->pages(layer, head, row);
+            bf16* key = const_cast<bf16*>(pages.key(row.start + token - row.token));
+            rotation.turn(heads, norm.weight, norm.factor, token, 1.0f, own.head.data(), key);
+            const float* value = heads + kv * d;
+            for (long i = 0; i < d; i += 16) store(key + pages.values + i, load(value + i));
+        }
+    }
+
+    // `heads`: the first of the piece's queries, `stride` from token to token; the result takes their place.
+    void attend(const Layer& layer, const Piece& piece, bf16* heads, long stride, HeadScratch& own) const {
+        const Row& row = *piece.row;
+        const Pages pages = this->pages(layer, piece.kv_head, row);
+        const long window = layer.attention.window, position = row.start + piece.first;
+        const bf16* sinks = layer.attention.sinks == nullptr ? nullptr : layer.attention.sinks + piece.kv_head * group();
+        if (piece.tokens > 1 || (is_exact_ && !kSumsInRegisters)) {  // no vector adds up as the matrix unit does
+            own.prompt_attention.attend(pages, heads, piece.tokens, position, window, sinks, heads, stride);
+            return;
+        }
+        if (is_exact_) {
+            set_queries(own.exact_attention, heads);
+            own.exact_attention.attend(pages, position, window, sinks, heads);
+            return;
+        }
+        set_queries(own.attention, heads);
+        own.attention.attend(pages, PromptAttention::first_key(position, window), position + 1, sinks, heads);
+    }
+
+private:
+    struct Norm {
+        const bf16* weight;  // null: none
+        float factor;
+    };
+
+    Norm norm(const AttentionBlock& attention, const bf16* weight, const float* values, long head, float squares,
+              long num_heads) const {
+        const float eps = float(m_.norm_eps);
+        if (weight == nullptr) return {nullptr, 1.0f};
+        if (!attention.has_whole_norms) return {weight, inverse_rms(values, m_.head_dim, eps)};
+        return {weight + head * m_.head_dim, inverse_rms(squares, num_heads * m_.head_dim * m_.num_ranks, eps)};
+    }
+
+    Pages pages(const Layer& layer, long kv_head, const Row& row) const {
+        const long head_size = m_.block_size * m_.head_dim;
+        return {layer.pages + kv_head * head_size, m_.num_kv_heads * head_size, m_.page_stride, row.blocks, m_.block_size,
+                m_.head_dim};
+    }
+
+    template <class OneToken>
+    void set_queries(OneToken& attention, const bf16* heads) const {
+        for (int head = 0; head < group(); head++) {
+            std::copy_n(heads + head * m_.head_dim, m_.head_dim, attention.query(head));
+        }
+    }
+
+    const Model m_;
+    const bool is_exact_;  // a token's results do not depend on what is computed beside it, or how its prompt was cut
+    Rotation rotations_[2]{{m_, m_.inv_freq, m_.rope_factor}, {m_, m_.local_inv_freq, m_.local_rope_factor}};
+};

@@ -1,0 +1,144 @@
+"""Experts on CUDA: rows are sorted by their experts, and one product goes through all of these.
+
+    choose -> sort the choices by expert -> x of each -> [gate, up] of all experts -> SiLU -> down -> back, summed
+
+Where a group of rows ends is known on the device alone, and every shape follows from the number of rows: nothing is
+read back, so a step can be captured. A row's sum is taken in float32, in the order of its experts, as `SparseMLP` does.
+
+What torch has for it waits for the host on cards but Hopper and Blackwell, and takes bfloat16 in whole 16 bytes.
+Other cards and other weights keep `SparseMLP`'s loop over experts, whose steps are not captured; `group` says which.
+
+Not run on a card: shown on an emulated device, which takes the arguments that CUDA's product takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import structlog
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..nn.decoder import Decoder
+from ..nn.experts import SparseMLP
+from ..nn.feed_forward import GatedMLP
+from ..nn.layers import Linear
+from ..nn.weight import DenseWeight
+
+log = structlog.get_logger(__name__)
+
+_MAJORS = (9, 10)  # capabilities of the cards on which torch's product does not wait
+_MULTIPLE = 8  # numbers of 2 bytes, of which it takes rows and columns
+# Rows that are sorted at once: more take more memory, for each is there once for every expert that it takes; fewer read
+# the experts more often.
+_ROWS = 4096
+
+
+class RealRows:
+    """`RealRows` tells padding from tokens, which alone are counted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.count = torch.zeros(1, dtype=torch.int64, device=device)  # of the step; 0 while graphs are captured
+        self.weights = self.count  # [rows] int64: 1 or 0
+
+    def begin(self, num_rows: int) -> None:
+        places = torch.arange(num_rows, device=self.count.device)
+        self.weights = (places < self.count).long()
+
+
+class GroupedExperts:
+    """Computes in place of a `SparseMLP`, whose weights it has in one tensor each."""
+
+    def __init__(self, block: SparseMLP, rows: RealRows) -> None:
+        self._block = block
+        self.rows = rows
+        self._up = _stacked([expert.gate_up_proj for expert in block.experts])  # [experts, 2 * inner, hidden]
+        self._down = _stacked([expert.down_proj for expert in block.experts])  # [experts, hidden, inner]
+        num_experts, device = block.gate.experts.num_experts, self._up.device
+        block.taken = block.taken.to(device)
+        self._own = torch.arange(len(self._up), device=device)
+        # Of each expert among this rank's; behind them: another rank computes it.
+        places = torch.full((num_experts + 1,), len(self._up))
+        places[list(block.held)] = torch.arange(len(self._up))
+        self._places = places.to(device)
+        self._has_all = len(self._up) == num_experts and block.replicas is None
+        self.silu_and_mul: Callable[[Tensor], Tensor] = _silu_and_mul
+
+    def __call__(self, x: Tensor) -> Tensor:
+        block = self._block
+        chosen, weights = block.gate.choose(x)
+        chosen, order = chosen.sort(1)
+        weights = weights.gather(1, order)
+        counted = self.rows.weights.unsqueeze(1).expand_as(chosen)
+        block.taken.scatter_add_(0, chosen.flatten(), counted.flatten())
+        parts = (torch.split(each, _ROWS) for each in (x, chosen, weights))
+        totals = [self._part(*part) for part in zip(*parts, strict=True)]
+        total = totals[0] if len(totals) == 1 else torch.cat(totals)
+        if block.shared is not None:
+            total += block.shared.partial(x)
+        return block.comm.all_reduce(total.to(x.dtype))
+
+    def _part(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """[rows, hidden], and each row's experts and their weights -> this rank's part of the sum, in float32."""
+        replicas = self._block.replicas
+        places = self._places[chosen.flatten() if replicas is None else replicas.own(x, chosen)]
+        by_expert = places.argsort(stable=True)
+        ends = torch.searchsorted(places[by_expert], self._own, right=True, out_int32=True)
+        gate_up = torch._grouped_mm(x[by_expert // chosen.shape[1]], self._up.transpose(1, 2), offs=ends)
+        sorted_results = torch._grouped_mm(self.silu_and_mul(gate_up), self._down.transpose(1, 2), offs=ends)
+        results = torch.empty_like(sorted_results).index_copy_(0, by_expert, sorted_results)
+        if not self._has_all:  # what no expert here has computed is any number
+            results.masked_fill_((places == len(self._up)).unsqueeze(1), 0.0)
+        total = torch.zeros_like(x, dtype=torch.float32)
+        for choice, result in enumerate(results.view(*chosen.shape, -1).unbind(1)):
+            total.add_(result.float().mul_(weights[:, choice : choice + 1]))
+        return total
+
+
+def _silu_and_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, 1)
+    return F.silu(gate.float()).mul_(up).to(gate.dtype)
+
+
+def _stacked(linears: Sequence[Linear]) -> Tensor:
+    """Move matrices into one tensor, of which they are parts from then on."""
+    weights = [linear.weight for linear in linears]
+    dense = [weight for weight in weights if isinstance(weight, DenseWeight)]
+    stack = torch.stack([weight.plain for weight in dense])
+    for weight, part in zip(dense, stack.unbind(), strict=True):
+        weight.plain = part
+    return stack
+
+
+def group(decoder: Decoder, device: torch.device) -> None:
+    """Have the decoder's experts computed together where this card does; say which it is."""
+    blocks = [layer.feed_forward for layer in decoder.layers if isinstance(layer.feed_forward, SparseMLP)]
+    if not blocks:
+        return
+    reason = _obstacle(blocks, device)
+    if reason:
+        log.warning("experts", products="one by one", reason=reason)
+        return
+    rows = RealRows(device)
+    for block in blocks:
+        block.grouped = GroupedExperts(block, rows)
+        torch.cuda.empty_cache()  # the matrices that were by themselves: the next stack needs room in one piece
+    log.info("experts", products="grouped", layers=len(blocks))
+
+
+def _obstacle(blocks: Sequence[SparseMLP], device: torch.device) -> str:
+    if torch.cuda.get_device_capability(device)[0] not in _MAJORS:
+        return "no grouped product of torch's runs on this card without waiting for the host"
+    if not all(block.experts for block in blocks):
+        return "this rank holds none in some layer"
+    for expert in (expert for block in blocks for expert in block.experts):
+        if not isinstance(expert, GatedMLP) or not expert.is_silu:
+            return "their activation is another"
+        for linear in (expert.gate_up_proj, expert.down_proj):
+            weight = linear.weight
+            if not isinstance(weight, DenseWeight) or weight.dtype != torch.bfloat16 or linear.bias is not None:
+                return "their weights are not plain ones in bfloat16"
+            if weight.num_inputs % _MULTIPLE or weight.num_outputs % (2 * _MULTIPLE):
+                return f"their sizes are no multiples of {2 * _MULTIPLE}"
+    return ""

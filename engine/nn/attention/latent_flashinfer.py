@@ -1,0 +1,191 @@
+"""Attention over latents on CUDA, by FlashInfer's wrapper for them, in absorbed form (`nn/latent.py`).
+
+    FlashInferLatentAttention     any batch in one plan, rows of one token and chunks alike
+    LatentGraphAttention          one padded number of one-token rows, with buffers that never move: for a CUDA graph
+
+A layer's view of the page tensor, [blocks, block_size, latent and turned key], is what the wrapper takes as it is. For
+which latents and how many heads there are kernels stands in `models/latent.py`.
+
+Not run on a card: shown on an emulated device, which takes the arguments that FlashInfer takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....common.errors import ConfigError
+from .base import AttentionMetadata, Scores
+from .flashinfer import import_flashinfer
+from .page_index import PageIndex, smallest_step, upload_step
+
+LATENT_DIM, ROPE_DIM = 512, 64  # other models are refused before their weights are loaded
+_WORKSPACE_BYTES = 128 << 20  # FlashInfer's scratch memory, shared by all layers and sizes
+_NEWEST_CAPABILITY = (9, 0)  # of the cards that FlashInfer's newest kernels for latents run on (fa3); others take fa2
+
+
+class FlashInferLatentAttention:
+    """Implements `DeviceAttention`. Owned by the engine's thread."""
+
+    name = "flashinfer"
+
+    def __init__(self, pages: Tensor, num_heads: int, scores: Scores) -> None:
+        """`pages`: [num_layers, num_blocks, 1, 1, block_size, 512 + 64] in 16 bits. Raises ConfigError."""
+        assert pages.dim() == 6 and pages.is_contiguous() and scores.value_dim == LATENT_DIM, pages.shape
+        if pages.dtype not in (torch.bfloat16, torch.float16):
+            kind = str(pages.dtype).removeprefix("torch.")
+            raise ConfigError(f"flashinfer does not attend to latents in {kind}; use bfloat16, and kv_cache_dtype auto")
+        self._flashinfer = import_flashinfer("attention")
+        self._layers = pages[:, :, 0, 0]  # [num_layers, num_blocks, block_size, 576]
+        self._num_heads = num_heads
+        self._scale = scores.scale_of(LATENT_DIM + ROPE_DIM)
+        self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device)
+        self._wrapper = self._make_wrapper()
+        self._num_tokens = 0
+        self._index: PageIndex | None = None
+
+    def _make_wrapper(self, **buffers: object) -> Any:  # FlashInfer's wrapper
+        is_newest = torch.cuda.get_device_capability(self._workspace.device) == _NEWEST_CAPABILITY
+        return self._flashinfer.mla.BatchMLAPagedAttentionWrapper(
+            self._workspace, backend="fa3" if is_newest else "fa2", **buffers
+        )
+
+    def _plan_wrapper(
+        self,
+        wrapper: Any,
+        qo_indptr: Tensor,
+        kv_indptr: Tensor,
+        kv_indices: Tensor,
+        kv_lens: Tensor,
+        *,
+        causal: bool,
+    ) -> None:
+        """Plan rows whose arrays are on the host, in pinned memory, but for the page ids."""
+        wrapper.plan(
+            metadata=self._flashinfer.mla.MLAPlanMetadata.csr(qo_indptr, kv_indptr, kv_indices, kv_lens),
+            num_heads=self._num_heads,
+            head_dim_ckv=LATENT_DIM,
+            head_dim_kpe=ROPE_DIM,
+            page_size=self._layers.shape[2],
+            causal=causal,
+            sm_scale=self._scale,
+            q_data_type=self._layers.dtype,
+            kv_data_type=self._layers.dtype,
+        )
+
+    # --- any batch --------------------------------------------------------------------------------------------
+
+    def plan(self, metadata: AttentionMetadata) -> None:
+        self.plan_with(metadata, ())
+
+    def plan_with(self, metadata: AttentionMetadata, more: Sequence[Tensor]) -> list[Tensor]:
+        self._num_tokens = metadata.num_tokens
+        step = upload_step(replace(metadata, num_decode_rows=0), self._layers.device, more)  # every row as a chunk
+        self._index = step.index
+        self._plan_wrapper(
+            self._wrapper,
+            step.chunk_qo_indptr,
+            step.chunk_kv_indptr,
+            step.index.paged_kv_indices,
+            step.chunk_kv_lens,
+            causal=True,
+        )
+        return step.more
+
+    def plan_nothing(self) -> None:
+        self._num_tokens = 0
+        self._index = PageIndex.of_nothing(self._layers.device)
+
+    @property
+    def positions(self) -> Tensor:
+        assert self._index is not None, "nothing is planned"
+        return self._index.positions
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int, out: Tensor | None = None) -> Tensor:
+        assert self._index is not None, "forward before plan"
+        count = self._num_tokens
+        out = self.empty_result(len(q)) if out is None else out
+        out[count:].zero_()
+        if count:
+            self._write(k[:count], layer_id, self._index)
+            self._run(self._wrapper, q[:count], out[:count], layer_id)
+        return out
+
+    def _run(self, wrapper: Any, q: Tensor, out: Tensor, layer_id: int) -> None:
+        wrapper.run(query=q, kv_cache=self._layers[layer_id], out=out)
+
+    def _write(self, k: Tensor, layer_id: int, index: PageIndex) -> None:
+        """Write what is kept of tokens, [num_tokens, 1, 512 + 64], into the layer's pages."""
+        pages = self._layers[layer_id]
+        self._flashinfer.append_paged_mla_kv_cache(
+            k[:, 0, :LATENT_DIM],
+            k[:, 0, LATENT_DIM:],
+            index.row_of_token,
+            index.positions,
+            pages[..., :LATENT_DIM],
+            pages[..., LATENT_DIM:],
+            index.paged_kv_indices,
+            index.paged_kv_indptr,
+            index.paged_kv_last_page_len,
+        )
+
+    def empty_heads(self, num_tokens: int) -> Tensor:
+        shape = (num_tokens, self._num_heads + 1, LATENT_DIM + ROPE_DIM)
+        return torch.zeros(shape, dtype=self._layers.dtype, device=self._layers.device)
+
+    def empty_result(self, num_tokens: int) -> Tensor:
+        shape = (num_tokens, self._num_heads, LATENT_DIM)
+        return torch.empty(shape, dtype=self._layers.dtype, device=self._layers.device)
+
+    def split(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values are a part of keys: the third is none."""
+        q, kept = torch.split(heads, [self._num_heads, 1], 1)
+        return q, kept, kept[:, :0]
+
+    def warm_up(self) -> None:
+        """Compile the kernels: one row of one token and one of two on the last block."""
+        self.plan(smallest_step(self._layers.shape[1] - 1))
+        self.forward(*self.split(self.empty_heads(3)), 0)
+        torch.cuda.synchronize(self._layers.device)
+
+    # --- graphs -----------------------------------------------------------------------------------------------
+
+    def for_graph(self, index: PageIndex) -> LatentGraphAttention:
+        return LatentGraphAttention(self, index)
+
+
+class LatentGraphAttention:
+    """Implements `GraphAttention`. FlashInfer keeps 8 MiB on the device for each."""
+
+    def __init__(self, attention: FlashInferLatentAttention, index: PageIndex) -> None:
+        self._attention = attention
+        self._index = index
+        num_rows, device = len(index.positions), index.positions.device
+        self._qo_indptr = torch.arange(num_rows + 1, dtype=torch.int32).pin_memory()
+        self._kv_lens = torch.empty(num_rows, dtype=torch.int32, pin_memory=True)
+        self._wrapper = attention._make_wrapper(
+            use_cuda_graph=True,
+            qo_indptr=torch.zeros(num_rows + 1, dtype=torch.int32, device=device),
+            kv_indptr=index.paged_kv_indptr,
+            kv_indices=index.paged_kv_indices,
+            kv_len_arr=torch.zeros(num_rows, dtype=torch.int32, device=device),
+        )
+
+    def plan(self, indptr: Tensor, last_page_len: Tensor, num_pages: int) -> None:
+        owner, index = self._attention, self._index
+        torch.sub(indptr.diff(), 1, out=self._kv_lens)
+        self._kv_lens.mul_(owner._layers.shape[2]).add_(last_page_len)
+        index.paged_kv_last_page_len.copy_(last_page_len, non_blocking=True)  # the kernel that writes pages takes it
+        pages = index.paged_kv_indices[:num_pages]
+        owner._plan_wrapper(self._wrapper, self._qo_indptr, indptr, pages, self._kv_lens, causal=False)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
+        owner = self._attention
+        owner._write(k, layer_id, self._index)
+        out = owner.empty_result(len(q))
+        owner._run(self._wrapper, q, out, layer_id)
+        return out

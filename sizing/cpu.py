@@ -1,0 +1,99 @@
+"""Step times of a CPU by what was measured on it, apart for each part of a step; a model's shape says how much of each.
+
+    products    weights x what one takes for so many rows: by few rows reading is what takes time, by many multiplying,
+                and between them neither alone
+    values      numbers of activations that norms, rotation and gates read or write, a layer and token
+    scores      of a prompt: an exponential for each query head and pair, and products over the head's numbers
+    cache       a decode row's keys and values, read at their own rate: products of few rows with short vectors
+    layer       a layer's calls and the threads' meetings, by however many rows
+    step        Python, sampling and all else that is there once
+
+None of the rates is a model's: `benchmarks/sizing/probe.py` takes them from shapes of its own, for a form of weights
+and a number of threads. Pure.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from .steps import Roofline, StepWork, Terms
+
+
+@dataclass(slots=True, frozen=True)
+class CpuRates:
+    """Seconds that one thing takes."""
+
+    products: tuple[tuple[int, float], ...]  # (rows, of one weight), in order of rows, of which 1 is the first
+    value_s: float
+    score_s: float  # of one head and pair, whatever the head's size
+    score_item_s: float  # more, for each number of the head
+    cache_byte_s: float
+    step_s: float
+    layer_s: float = 0.0
+
+    def product_s(self, rows: float) -> float:
+        """Return what one weight takes: straight lines between what was measured, and on behind the last."""
+        points = ((0, 0.0), *self.products) if rows < 1 else self.products
+        index = min(max(1, bisect_left(points, rows, key=lambda point: point[0])), len(points) - 1)
+        (low, low_s), (high, high_s) = points[index - 1], points[index]
+        if rows > high:
+            return high_s * rows / high
+        return low_s + (high_s - low_s) * (rows - low) / (high - low)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Return the rate of reading weights of two bytes, by a single row."""
+        return 2 / self.products[0][1]
+
+    @property
+    def flops_per_s(self) -> float:
+        return max(2 * rows / seconds for rows, seconds in self.products)
+
+    def check(self) -> bool:
+        """Tell whether these can be a machine's."""
+        rows = [count for count, _ in self.products]
+        is_ordered = len(rows) > 1 and rows[0] == 1 and all(low < high for low, high in pairwise(rows))
+        others = (self.value_s, self.score_s, self.score_item_s, self.cache_byte_s, self.step_s, self.layer_s)
+        return is_ordered and all(seconds > 0 for _, seconds in self.products) and min(others) >= 0
+
+
+@dataclass(slots=True)
+class CpuSteps(Roofline):
+    """`num_gpus` ranks share a model, each with as many threads as the rates were measured with."""
+
+    rates: CpuRates = field(kw_only=True)
+
+    def _products_s(self, params: float, rows: float) -> float:
+        return params * self.rates.product_s(rows) / self.num_gpus if rows else 0.0
+
+    def terms(self, work: StepWork) -> Terms:
+        model, rates, tokens = self.model, self.rates, work.prefill_tokens + work.decode_rows
+        experts = model.num_params * model.expert_share if model.num_experts else 0.0
+        products_s = self._products_s(model.num_params - experts - model.head_params, tokens)
+        if experts and tokens:
+            chosen = model.num_experts * (1 - (1 - model.experts_per_token / model.num_experts) ** tokens)
+            rows = tokens * model.experts_per_token / chosen
+            products_s += self._products_s(experts * chosen / model.num_experts, rows)
+        products_s += self._products_s(model.head_params, work.decode_rows or 1)
+        score_s = rates.score_s + model.head_dim * rates.score_item_s
+        return Terms(
+            products=products_s + tokens * model.values_per_token * rates.value_s / self.num_gpus,
+            weights=0.0,  # read meanwhile: in what products take
+            attention=work.prefill_pairs * model.scores_per_pair * score_s / self.num_gpus,
+            cache=work.decode_context
+            * model.kv_bytes_per_token
+            * model.read_share
+            * rates.cache_byte_s
+            / self.num_gpus,
+            exchange=tokens * self._s_per_exchange,
+            launches=rates.step_s + model.num_layers * rates.layer_s,
+        )
+
+    def step_s(self, work: StepWork) -> float:
+        return self.terms(work).total_s
+
+    def run(self, rows: int, context: int) -> tuple[float, float]:
+        one, more = (self.step_s(StepWork(decode_rows=rows, decode_context=context + added)) for added in (0, rows))
+        return one, more - one

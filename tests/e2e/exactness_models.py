@@ -1,0 +1,51 @@
+"""The checkpoints that exactness is shown on, by family, with what their workers need to know of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from ..checkpoints import Family, Shape, write_checkpoint, write_tokenizer
+from ..deepseek import EXPERTS, TOKEN_SIZE, write_deepseek
+from ..transformers_checkpoints import SMALL, write_model
+
+MAX_MODEL_LEN = 4096
+_BLOCK_SIZE, _FLOAT32 = 16, 4
+_HEADS_BLOCK_BYTES = 2 * 2 * 2 * 16 * _BLOCK_SIZE * _FLOAT32  # layers, K and V, heads, head_dim, tokens
+LATENTS_BLOCK_BYTES = 3 * TOKEN_SIZE * _BLOCK_SIZE * _FLOAT32  # layers, numbers of a token
+_LATENT: dict[str, Literal["v2", "v3"]] = {"deepseek_v2": "v2", "deepseek_v3": "v3"}
+_SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 300}),
+    "gpt_oss": ("GptOss", {"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 300}),
+}
+
+
+@dataclass(frozen=True)
+class ExactnessModel:
+    """One family's checkpoint."""
+
+    path: Path
+    block_bytes: int  # of KV, in float32
+    is_sparse: bool  # some layers are mixtures of experts
+
+
+def write_exactness_model(path: Path, family: str) -> ExactnessModel:
+    """Write the checkpoint of a family, of weights whose best token mostly leads."""
+    longest = {"max_position_embeddings": MAX_MODEL_LEN}
+    if family in _LATENT:
+        generation = _LATENT[family]
+        write_deepseek(path, generation, tokenizer=True, **EXPERTS[generation], **longest)
+        return ExactnessModel(path, LATENTS_BLOCK_BYTES, is_sparse=True)
+    if family in _SPARSE:
+        import transformers
+
+        name, fields = _SPARSE[family]
+        write_model(path, getattr(transformers, f"{name}Config")(**SMALL | fields | longest))
+        write_tokenizer(path, SMALL["vocab_size"])
+        return ExactnessModel(path, _HEADS_BLOCK_BYTES, is_sparse=True)
+    window = 300 if family == "mistral" else None
+    shape = Shape(max_model_len=MAX_MODEL_LEN, sliding_window=window, biases=family == "llama")
+    write_checkpoint(path, cast("Family", family), shape=shape)
+    return ExactnessModel(path, _HEADS_BLOCK_BYTES, is_sparse=False)

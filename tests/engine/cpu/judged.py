@@ -1,0 +1,24 @@
+"""Log-probabilities that tests of C++ hold against others."""
+
+from __future__ import annotations
+
+from kvferry.common.request import SampledToken, SamplingParams
+from kvferry.engine.engine import Engine
+
+from ...engine_driver import Driver, prompts
+
+JUDGED = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, prompt_logprobs=0, logprobs=0)
+
+
+def judged(engine: Engine) -> list[SampledToken]:
+    """Return log-probabilities of long and short prompts in chunks and beside answers, and of what is said then."""
+    driver, found = Driver(engine), list[SampledToken]()
+    seqs = [driver.add(prompt, JUDGED) for prompt in prompts([5, 200, 70], 500)]
+    for counts in ((5, 130, 0), (1, 70, 70), (1, 1, 1)):
+        rows = [(seq, count) for seq, count in zip(seqs, counts, strict=True) if count]
+        for (seq, _), tokens in zip(rows, driver.step(rows), strict=True):
+            found += tokens
+            if tokens:
+                seq.token_ids[-1] = 7  # whatever nearly ties
+        found += [entry for row in driver.outputs[-1].rows for entry in row.prompt_logprobs]
+    return found

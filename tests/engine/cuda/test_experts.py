@@ -1,0 +1,104 @@
+"""Experts computed together yield what the loop over them does, whoever is chosen, in a graph, on any rank."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvferry.common.expert_plan import ExpertPlan
+from kvferry.engine.cuda.experts import GroupedExperts, RealRows, group
+from kvferry.engine.nn.decoder import Decoder
+from kvferry.engine.nn.experts import SparseMLP
+from kvferry.engine.nn.weights import load_weights
+from kvferry.engine.ranks.group import Communicator
+from kvferry.models.config import ModelConfig
+
+from ...deepseek import EXPERTS, write_for_cuda
+from .test_pieces import Twins
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="needs the extra kvferry[gpu]"),
+]
+CUDA = torch.device("cuda", 0)
+NUM_CHOSEN = 2
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_for_cuda(tmp_path_factory.mktemp("models") / "model", **EXPERTS["v3"])
+
+
+EVEN = ExpertPlan(8, 2)
+REPLICATED = ExpertPlan(8, 2, {1: ((0, 1, 2, 3, 4), (0, 4, 5, 6, 7))})
+
+
+def _blocks(model_dir: Path, comm: Communicator, plan: ExpertPlan | None = None) -> tuple[SparseMLP, SparseMLP]:
+    """The same experts twice: one by one, and together."""
+    model, blocks = ModelConfig.from_dir(model_dir), []
+    for is_grouped in (False, True):
+        decoder = Decoder(model, comm, dtype=torch.bfloat16, device=CUDA, expert_plan=plan)
+        load_weights(decoder, model_dir, load_format="auto", seed=0)
+        block = decoder.layers[1].feed_forward
+        assert isinstance(block, SparseMLP)
+        if is_grouped:
+            group(decoder, CUDA)
+            assert isinstance(block.grouped, GroupedExperts)
+        blocks.append(block)
+    return blocks[0], blocks[1]
+
+
+def _rows(count: int) -> Tensor:
+    return torch.randn(count, 128, generator=torch.Generator().manual_seed(count)).bfloat16().to(CUDA)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("chosen", ["any", "the same", "ties"])
+@pytest.mark.parametrize("plan", [None, EVEN, REPLICATED])
+def test_experts_together_yield_what_they_do_one_by_one(
+    model_dir: Path, chosen: str, plan: ExpertPlan | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvferry.engine.cuda.experts._ROWS", 32)
+    num_ranks = 1 if plan is None else plan.num_ranks
+    for rank in range(num_ranks):
+        group_of = Twins(num_ranks) if num_ranks > 1 else None
+        alone, together = _blocks(model_dir, Communicator(rank, num_ranks, group_of), plan)  # type: ignore[arg-type]
+        for block in (alone, together):
+            assert block.gate.score_bias is not None
+            if chosen == "the same":
+                block.gate.score_bias.copy_(torch.arange(8.0))
+            elif chosen == "ties":
+                block.gate.score_bias.zero_()
+                block.gate.weight.plain.zero_()  # type: ignore[attr-defined]
+        for count in (1, 5, 80):
+            x = _rows(count)
+            assert isinstance(together.grouped, GroupedExperts)
+            together.grouped.rows.count.fill_(count)
+            together.grouped.rows.begin(count)
+            torch.testing.assert_close(together(x).float(), alone(x).float(), rtol=2e-2, atol=2e-2)
+        assert together.taken.cpu().tolist() == alone.taken.tolist()
+        assert int(together.taken.sum()) == 86 * NUM_CHOSEN
+
+
+@torch.inference_mode()
+def test_a_graph_of_experts_follows_its_rows(model_dir: Path) -> None:
+    alone, together = _blocks(model_dir, Communicator())
+    x, grouped = _rows(6), together.grouped
+    assert isinstance(grouped, GroupedExperts) and isinstance(grouped.rows, RealRows)
+    grouped.rows.begin(6)
+    together(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grouped.rows.begin(6)
+        y = together(x)
+    assert not together.taken.any(), "captures count nothing"
+    x.copy_(torch.flip(x, [1]))
+    grouped.rows.count.fill_(4)
+    graph.replay()
+    torch.testing.assert_close(y.float(), alone(x).float(), rtol=2e-2, atol=2e-2)
+    assert int(together.taken.sum()) == 4 * NUM_CHOSEN

@@ -1,0 +1,60 @@
+"""Step times of a CPU by the rates of each part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.config import EngineConfig
+from kvferry.sizing.cpu import CpuRates
+from kvferry.sizing.figures import Sizer
+from kvferry.sizing.hardware import probed_cpu
+from kvferry.sizing.steps import StepWork
+from kvferry.sizing.work import count_params, num_values
+
+from .models import model_of
+
+RATES = CpuRates(
+    products=((1, 100e-12), (8, 120e-12), (64, 640e-12)),
+    value_s=1e-9,
+    score_s=1e-9,
+    score_item_s=1e-11,
+    cache_byte_s=1e-10,
+    step_s=6e-4,
+    layer_s=1.25e-5,  # of 32 layers 4e-4
+)
+ENGINE = EngineConfig(model_dir=Path("."), served_model_name="m", device="cpu", max_num_batched_tokens=512)
+
+
+def test_a_product_takes_what_was_measured_for_as_many_rows() -> None:
+    assert [RATES.product_s(rows) for rows in (0.5, 1, 4.5, 8, 36, 64, 128)] == pytest.approx(
+        [50e-12, 100e-12, 110e-12, 120e-12, 380e-12, 640e-12, 1280e-12]
+    )
+    assert RATES.bytes_per_s == pytest.approx(20e9)
+    assert RATES.flops_per_s == pytest.approx(0.2e12)
+    assert RATES.check()
+
+
+def test_a_step_is_the_sum_of_its_parts(tmp_path: Path) -> None:
+    model = model_of(tmp_path, "8b")
+    params, values = count_params(model), num_values(model)
+    sizer = Sizer(ENGINE, model, probed_cpu(64, RATES), 1000)
+    cache = 8 * 1000 * 2 * 32 * 8 * 128 * 2
+    rows = (params.layers + params.head) * 120e-12 + 8 * values * 1e-9 + cache * 1e-10 + 1e-3
+    assert sizer.decode(8).expected_s == pytest.approx(rows, rel=1e-6)
+    scores = 64 * 65 / 2 * 32 * 32 * (1e-9 + 128 * 1e-11)
+    prompt = params.layers * 640e-12 + params.head * 100e-12 + 64 * values * 1e-9 + scores + 1e-3
+    assert sizer.prompt(64).expected_s == pytest.approx(prompt, rel=1e-6)
+    assert sizer.decode(8).bound_s < sizer.decode(8).expected_s
+    first_s, more_s = sizer.steps.run(8, 8000)
+    assert first_s + more_s == pytest.approx(sizer.steps.step_s(StepWork(decode_rows=8, decode_context=8008)))
+
+
+def test_experts_are_multiplied_by_the_rows_that_chose_them(tmp_path: Path) -> None:
+    model = model_of(tmp_path, "30b-a3b")
+    sizer = Sizer(ENGINE, model, probed_cpu(64, RATES), 1000)
+    params = count_params(model)
+    alone = (params.layers + params.head + params.experts * 8 / 128) * 100e-12
+    alone += num_values(model) * 1e-9 + 1000 * 2 * 48 * 4 * 128 * 2 * 1e-10 + 1e-3
+    assert sizer.decode(1).expected_s == pytest.approx(alone, rel=1e-2)

@@ -1,0 +1,61 @@
+"""A router asks workers by these for one request's blocks, prompt and tokens."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..common.request import Pooling, RequestSpec
+from .fields import Choices, Count, Message, Name
+from .grants import GrantInfo
+
+
+class ReserveKV(Message):
+    """Asks a decode worker for room for this request's prompt (and its choices' first block)."""
+
+    spec: RequestSpec
+    max_local_tokens: Count = 0  # at most so many uncached tokens: answer NoCapacity("held") and run it locally
+    queue_if_full: bool = False  # wait for blocks, for two seconds at most, rather than be refused at once
+    retains_prefix: bool = True  # False: the prefill worker caches the prompt's KV, a copy here is evicted first
+
+
+class FetchFrom(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A worker that is said to hold leading blocks of a prompt: reading them there beats computing them."""
+
+    worker_id: Name
+    kv_address: Name
+    num_tokens: Count  # from the prompt's start on
+    within_s: float = 1.0  # what is not here by then is computed
+
+
+class LocalTask(Message):
+    """Has a decode worker compute the prompt itself. Replaces a reservation of the same request."""
+
+    spec: RequestSpec
+    fetch: FetchFrom | None = None
+
+
+class PrefillTask(Message):
+    """Has a prefill worker compute the prompt, ship it under the grant and sample the first tokens."""
+
+    spec: RequestSpec
+    grant: GrantInfo
+    sample: bool = True  # False when resuming: ship the prompt's KV alone
+    fetch: FetchFrom | None = None
+    retains_prefix: bool = True  # False: the decode worker caches the prompt's KV, a copy here is evicted first
+
+
+class EmbedTask(Message):
+    """Has a worker of either role compute the prompt for its embedding alone: no KV leaves, no token is sampled."""
+
+    spec: RequestSpec
+    pooling: Pooling
+    fetch: FetchFrom | None = None
+
+
+class Abort(Message):
+    """Ends a request on both workers. Idempotent; a decode worker that had a handoff answers HandoffDone or -Failed."""
+
+    request_id: Name
+    attempt: Count
+    unless_arrived: bool = False  # decode: keep the request if its KV has arrived
+    choices: Choices = ()  # empty: the whole request; else only these choices end (a stop string was found)
