@@ -38,7 +38,7 @@ def test_child_dies_when_the_launchers_end_closes() -> None:
     ours.setblocking(True)
     assert decode_event(ours.recv(MAX_EVENT_BYTES)) == {"event": "ready", "http": "127.0.0.1:8000"}
     ours.close()
-    assert child.wait(timeout=10) == -signal.SIGKILL
+    assert child.wait(timeout=60) == -signal.SIGKILL
 
 
 def test_launcher_sees_the_end_of_a_child_as_end_of_file() -> None:
@@ -47,7 +47,7 @@ def test_launcher_sees_the_end_of_a_child_as_end_of_file() -> None:
     ours.setblocking(True)
     ours.recv(MAX_EVENT_BYTES)
     child.kill()
-    child.wait(timeout=10)
+    child.wait(timeout=60)
     assert ours.recv(MAX_EVENT_BYTES) == b""
     ours.close()
 

@@ -21,9 +21,10 @@ from kvferry.common.errors import ConfigError
 from kvferry.launch.command_socket import ask
 from kvferry.launch.running import runtime_dir, socket_of
 
-START_LIMIT_S = 90.0
-STOP_LIMIT_S = 20.0
-COMMAND_LIMIT_S = 120.0
+START_LIMIT_S = 240.0  # these bounds are for machines that are slow and busy: what works never waits so long
+STOP_LIMIT_S = 60.0
+COMMAND_LIMIT_S = 180.0
+WAIT_LIMIT_S = 120.0
 
 
 def free_port() -> int:
@@ -91,7 +92,7 @@ class Cluster:
         return [child for child in found if word in " ".join(child.cmdline())]
 
 
-def wait_until(condition: object, what: str, limit_s: float = 20.0) -> None:
+def wait_until(condition: object, what: str, limit_s: float = WAIT_LIMIT_S) -> None:
     """Poll a condition; fail with `what` when it does not come true."""
     assert callable(condition)
     end = time.monotonic() + limit_s
@@ -113,7 +114,7 @@ def serve(model_dir: Path | None, log: Path, *flags: str, env: dict[str, str] | 
             command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **(env or {})}
         )
     base_url = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=base_url, timeout=120.0) as client:
+    with httpx.Client(base_url=base_url, timeout=240.0) as client:
         cluster = Cluster(process, base_url, log, client)
         try:
             _wait_ready(cluster)
@@ -158,7 +159,7 @@ def run_all(
     """Run a router's command and those of its workers until the block ends; they are ready when it begins."""
     processes: list[subprocess.Popen[bytes]] = []
     environment = {**os.environ, **(env or {})}
-    with log.open("wb") as output, httpx.Client(base_url=base_url, timeout=60.0) as client:
+    with log.open("wb") as output, httpx.Client(base_url=base_url, timeout=240.0) as client:
         try:
             for command in commands:
                 processes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))

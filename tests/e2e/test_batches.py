@@ -20,7 +20,7 @@ from .cluster import Cluster, serve
 MODEL = "tiny"
 NUM_LINES, NUM_TOKENS = 200, 48
 FLAGS = ("--served-model-name", MODEL, "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB")
-LIMIT_S = 120.0
+LIMIT_S = 240.0
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def ask(cluster: Cluster, key: str) -> int:
     body = {"prompt": "hi", "max_tokens": 2}
     headers = {"authorization": f"Bearer {key}"}
     url = f"{cluster.base_url}/v1/completions"
-    return httpx.post(url, json=body, headers=headers, timeout=60.0, verify=NO_TLS).status_code
+    return httpx.post(url, json=body, headers=headers, timeout=240.0, verify=NO_TLS).status_code
 
 
 class LongStream:
@@ -73,7 +73,7 @@ class LongStream:
         base_url, key, num_tokens = self._args
         body = {"prompt": "a long one", "max_tokens": num_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
         headers = {"authorization": f"Bearer {key}"}
-        with httpx.stream("POST", f"{base_url}/v1/completions", json=body, headers=headers, timeout=60.0) as answer:
+        with httpx.stream("POST", f"{base_url}/v1/completions", json=body, headers=headers, timeout=240.0) as answer:
             assert answer.status_code == 200
             for line in answer.iter_lines():
                 if line:
@@ -100,7 +100,7 @@ def test_a_revoked_key_is_refused_after_sighup_and_other_streams_go_on(site: Sit
     revoke_keys(site.key_file, "alice")
     site.cluster.process.send_signal(signal.SIGHUP)
     # Every one of the routers, which take connections as they come.
-    wait_until(lambda: all(ask(site.cluster, alice) == 401 for _ in range(8)), "the refusal", 10.0)
+    wait_until(lambda: all(ask(site.cluster, alice) == 401 for _ in range(8)), "the refusal")
     assert stream.is_whole()
     assert ask(site.cluster, bob) == 200
     assert {child.pid for child in site.cluster.children("--config-json")} == pids
@@ -113,7 +113,7 @@ def test_a_key_file_that_is_wrong_leaves_all_as_it_was(site: Site) -> None:
     site.key_file.write_text(f"{good}- broken\n")
     port = site.cluster.base_url.rpartition(":")[2]
     command = [sys.executable, "-m", "kvferry", "reload", "--port", port]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60.0)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240.0)
     assert done.returncode == 1 and "api_key_file" in done.stderr
     assert ask(site.cluster, carol) == 200
     site.key_file.write_text(good)
@@ -191,10 +191,10 @@ def test_a_pid_file_is_there_while_its_deployment_is(alone: Alone) -> None:
     [status] = json.loads(shown.stdout)
     assert status["http"] == cluster.base_url
     assert [row["name"] for row in status["processes"]] == ["router", "d-0"]
-    drained = subprocess.run([*command, "drain", "--pid-file", str(path)], timeout=60.0, capture_output=True)
+    drained = subprocess.run([*command, "drain", "--pid-file", str(path)], timeout=240.0, capture_output=True)
     assert drained.returncode == 0
     assert cluster.process.wait(10.0) == 0
     assert not path.exists()
     assert KEY not in cluster.log.read_text()
-    gone = subprocess.run([*command, "status", "--port", str(os.getpid())], timeout=60.0, capture_output=True)
+    gone = subprocess.run([*command, "status", "--port", str(os.getpid())], timeout=240.0, capture_output=True)
     assert gone.returncode == 3

@@ -89,7 +89,7 @@ async def _embed_and_kill(cluster: Cluster, model_dir: Path, salt: int) -> None:
     """Every call is answered, with the right vectors, although a worker is killed while they are computed."""
     before = cluster.metric("kvferry_embeddings_total")
     [victim, _] = cluster.children('"role":"prefill"')
-    async with httpx.AsyncClient(base_url=cluster.base_url, timeout=60.0) as client:
+    async with httpx.AsyncClient(base_url=cluster.base_url, timeout=240.0) as client:
         prompts = [_prompts([1900, 900], 17 * salt + number) for number in range(NUM_CALLS)]
         bodies = [{"input": inputs, "encoding_format": "base64"} for inputs in prompts]
         calls = [asyncio.create_task(client.post("/v1/embeddings", json=body)) for body in bodies]
@@ -122,7 +122,7 @@ async def _beside_an_answer(cluster: Cluster, prompts: list[list[int]]) -> dict[
     """Embed while answers stream, whose tokens are as they are alone."""
     body = {"prompt": [5, 6, 7], "max_tokens": 200, "temperature": 0, "ignore_eos": True}
     alone = cluster.post("/v1/completions", body)["choices"]
-    async with httpx.AsyncClient(base_url=cluster.base_url, timeout=60.0) as client:
+    async with httpx.AsyncClient(base_url=cluster.base_url, timeout=240.0) as client:
         answers = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(3)]
         embedded = await client.post("/v1/embeddings", json={"input": prompts, "encoding_format": "base64"})
         assert embedded.status_code == 200, embedded.text

@@ -130,7 +130,7 @@ def open_fleet(folder: Path, model: ExactnessModel, workers: Mapping[str, Kind])
     env = {PIN_VARIABLE: str(pins), SECRET_VARIABLE: "a secret for these tests", "OMP_NUM_THREADS": "1"}
     with run_all(commands, folder / "log", f"http://127.0.0.1:{http}", env=env) as cluster:
         is_ready = 'state="ready"'
-        wait_until(lambda: cluster.metric("kvferry_worker_state", is_ready) == len(workers), "every worker", 90.0)
+        wait_until(lambda: cluster.metric("kvferry_worker_state", is_ready) == len(workers), "every worker")
         yield Fleet(cluster, pins, reference.Teacher(model.path))
 
 

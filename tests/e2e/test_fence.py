@@ -34,7 +34,7 @@ def test_what_a_killed_writer_held_is_free_again_after_the_agents_are_replaced(
         drill.write_text("transfer.posted=kill")
         answer = cluster.post("/v1/completions", body)  # whoever prefills it first dies: the other one does
         assert not drill.exists()
-        wait_until(lambda: "transfer_agents_replaced" in cluster.log.read_text(), "a fence", 30.0)
+        wait_until(lambda: "transfer_agents_replaced" in cluster.log.read_text(), "a fence")
         for state in ("granted", "quarantined", "active"):
             wait_until(
                 lambda state=state: cluster.metric("kvferry_blocks", f'state="{state}"') == 0, f"no block {state}"

@@ -159,7 +159,7 @@ def _body(index: int) -> dict[str, object]:
 
 async def _together(cluster: Cluster, *, kill: bool) -> list[object]:
     """All requests at once; with `kill` a decode worker dies when the first stream has begun."""
-    async with httpx.AsyncClient(base_url=cluster.base_url, timeout=120.0) as client:
+    async with httpx.AsyncClient(base_url=cluster.base_url, timeout=240.0) as client:
 
         async def one(index: int) -> object:
             answer = await client.post("/v1/completions", json=_body(index))

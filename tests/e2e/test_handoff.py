@@ -105,7 +105,7 @@ def test_a_killed_worker_is_back_and_the_stream_is_whole(cluster: Cluster) -> No
             pids = [child.pid for child in cluster.children(f'"role":"{role}"')]
             return pids not in ([], [old]) and cluster.client.get("/ready").status_code == 200
 
-        wait_until(is_back, f"a new {role} worker", 60.0)
+        wait_until(is_back, f"a new {role} worker")
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def _curl(net: Network, path: str, body: dict[str, object] | None = None) -> tup
     program = (
         "import httpx, json, sys; url, body = sys.argv[1], json.loads(sys.argv[2]); "
         "head = {'Authorization': 'Bearer key'}; "
-        "a = httpx.post(url, json=body, headers=head, timeout=60) if body else httpx.get(url, headers=head); "
+        "a = httpx.post(url, json=body, headers=head, timeout=240.0) if body else httpx.get(url, headers=head); "
         "print(a.status_code); print(a.text)"
     )
     url = f"http://{HOSTS['router']}:{PORT}{path}"

@@ -132,7 +132,7 @@ def cluster(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="module")
 def client(cluster: Cluster) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{cluster.base_url}/v1", api_key="any", max_retries=0, timeout=60.0) as client:
+    with OpenAI(base_url=f"{cluster.base_url}/v1", api_key="any", max_retries=0, timeout=240.0) as client:
         yield client
 
 
@@ -282,7 +282,7 @@ def test_a_seed_fixes_each_of_n_choices_whatever_else_is_running(client: OpenAI)
 
     async def among_others() -> list[str]:
         url = str(client.base_url)
-        async with AsyncOpenAI(base_url=url, api_key="any", max_retries=0, timeout=60.0) as loaded:
+        async with AsyncOpenAI(base_url=url, api_key="any", max_retries=0, timeout=240.0) as loaded:
             others = [
                 loaded.completions.create(model=MODEL, prompt=_ids(number, 40), max_tokens=40, temperature=1.0)
                 for number in range(12)
@@ -597,7 +597,7 @@ def test_a_stream_that_its_client_closes_gives_everything_back(client: OpenAI, c
 
 async def test_whole_answers_whose_clients_leave_give_everything_back(cluster: Cluster) -> None:
     """Most while their prompts wait, are computed or handed over; one while it decodes."""
-    async with AsyncOpenAI(base_url=f"{cluster.base_url}/v1", api_key="any", max_retries=0, timeout=60.0) as client:
+    async with AsyncOpenAI(base_url=f"{cluster.base_url}/v1", api_key="any", max_retries=0, timeout=240.0) as client:
         before = _num_left(cluster)
         tasks = [
             asyncio.create_task(client.completions.create(prompt=_ids(number, 140), **ENDLESS)) for number in range(6)
@@ -625,7 +625,7 @@ async def test_whole_answers_whose_clients_leave_give_everything_back(cluster: C
 async def test_many_streams_at_once_are_each_whole(client: OpenAI, cluster: Cluster) -> None:
     prompts = [_ids(number, 10 + 7 * number) for number in range(24)]
     alone = client.completions.create(model=MODEL, prompt=prompts, max_tokens=24, temperature=0)
-    async with AsyncOpenAI(base_url=f"{cluster.base_url}/v1", api_key="any", max_retries=0, timeout=60.0) as loaded:
+    async with AsyncOpenAI(base_url=f"{cluster.base_url}/v1", api_key="any", max_retries=0, timeout=240.0) as loaded:
 
         async def read(prompt: list[int]) -> str:
             stream = await loaded.completions.create(

@@ -149,7 +149,7 @@ def test_what_was_written_into_a_dead_link_lands_in_no_block_that_is_used_again(
     try:
         drill.check(drill.stream_beside(cut_and_continue))
         if not heals_first:
-            wait_until(lambda: drill.total("kvferry_fences_total") > 0, "a fence", 40.0)
+            wait_until(lambda: drill.total("kvferry_fences_total") > 0, "a fence")
             drill.settle()
             drill.check(drill.stream())
     finally:

@@ -90,7 +90,7 @@ def test_a_terminal_shows_bars_then_a_greeting_a_line_for_a_request_and_a_farewe
         assert all("cpu_kernels" in row for row in rows), rows
         assert "{" not in bars
         body = {"prompt": "hi", "max_tokens": 3, "ignore_eos": True}
-        assert httpx.post(f"{base_url}/v1/completions", json=body, timeout=60.0).status_code == 200
+        assert httpx.post(f"{base_url}/v1/completions", json=body, timeout=240.0).status_code == 200
         shown.read_until(lambda: " request 200 length: " in shown.raw)
         [line] = [line for line in shown.lines if " request 200 length: " in line]
         assert re.search(r"^\d\d:\d\d:\d\d request 200 length: \d+ -> 3 tokens, ttft \d+, total \d+ ms, \S{32}$", line)
@@ -121,5 +121,5 @@ def test_elsewhere_every_line_is_json_and_with_text_none_is(tmp_path: Path) -> N
 
 def test_what_completion_offers_are_the_options_of_the_program() -> None:
     env = {**os.environ, "_KVFERRY_COMPLETE": "complete_bash", "COMP_WORDS": "kvferry bench --max-c", "COMP_CWORD": "2"}
-    done = subprocess.run([sys.executable, "-m", "kvferry"], env=env, capture_output=True, text=True, timeout=60.0)
+    done = subprocess.run([sys.executable, "-m", "kvferry"], env=env, capture_output=True, text=True, timeout=240.0)
     assert "--max-concurrency" in done.stdout.split(), done.stderr

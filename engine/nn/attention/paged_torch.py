@@ -290,5 +290,6 @@ class CPUAttention:
             numel *= size
         buffer = self._scratch.get(name)
         if buffer is None or buffer.numel() < numel:
-            buffer = self._scratch[name] = torch.empty(numel, dtype=self._dtype)
+            # By powers of two: else a long prompt leaves a hole in the heap at each chunk. Unused pages cost nothing.
+            buffer = self._scratch[name] = torch.empty(1 << (numel - 1).bit_length(), dtype=self._dtype)
         return buffer[:numel].view(shape)
