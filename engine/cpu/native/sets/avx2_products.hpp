@@ -1,10 +1,10 @@
 // The inner loop in AVX2 with FMA, in the order of sets/avx512_products.hpp: of a pair the second product, then the first.
 //
-// Sixteen registers hold the sums of one row and 64 columns, of three and 32, or of six and 16. Inputs are widened once
-// for all columns, a stretch of pairs at a time; weights where they are multiplied, once for all rows.
+// Registers hold the sums of one row and 64 columns, of three and 32, or of five and 16. Inputs are widened once for all
+// columns, a stretch of pairs at a time; weights where they are multiplied, once for all rows.
 #pragma once
 
-constexpr int kRowsAtOnce = 6;
+constexpr int kRowsAtOnce = 5;         // a sixth leaves no register for weights: 65 GFLOP/s where five have 90
 constexpr long kPanelRows = 60;        // a multiple of it
 constexpr int kProductInputs = 16;     // inputs of a product are a multiple of it
 constexpr long kNearLines = 64;        // one group of rows: weights are fetched so far ahead, 4 KiB
@@ -29,20 +29,24 @@ void add_stretch(const float* inputs, const bf16* weights, long pairs, float* su
             sum[row][i] = is_fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + row * stride + 8 * i);
         }
     }
-    const auto add = [&](const float* inputs, int i, __m256 weight) __attribute__((always_inline)) {
+    // Two vectors of columns at a time: an input is broadcast once for both.
+    const auto add = [&](const float* inputs, int i, __m256 one, __m256 other) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int row = 0; row < ROWS; row++) {
-            sum[row][i] = _mm256_fmadd_ps(_mm256_broadcast_ss(inputs + row * 2 * kStretch), weight, sum[row][i]);
+            const __m256 input = _mm256_broadcast_ss(inputs + row * 2 * kStretch);
+            sum[row][i] = _mm256_fmadd_ps(input, one, sum[row][i]);
+            sum[row][i + 1] = _mm256_fmadd_ps(input, other, sum[row][i + 1]);
         }
     };
     for (long pair = 0; pair < pairs; pair++, weights += 2 * kTileColumns, inputs += 2, ahead += LINES * kLine) {
 #pragma GCC unroll 4
         for (int i = 0; i < LINES; i++) _mm_prefetch((const char*)(ahead + kLine * i), kHint);
 #pragma GCC unroll 8
-        for (int i = 0; i < kVectors; i++) {
-            const __m256i weight = _mm256_loadu_si256((const __m256i*)(weights + 16 * i));
-            add(inputs + 1, i, odds(weight));
-            add(inputs, i, evens(weight));
+        for (int i = 0; i < kVectors; i += 2) {
+            const __m256i* source = (const __m256i*)(weights + 16 * i);
+            add(inputs + 1, i, odds(_mm256_loadu_si256(source)), odds(_mm256_loadu_si256(source + 1)));
+            asm("" : "+r"(source));  // read again: there is no register to keep them in
+            add(inputs, i, evens(_mm256_loadu_si256(source)), evens(_mm256_loadu_si256(source + 1)));
         }
     }
 #pragma GCC unroll 8
@@ -85,8 +89,7 @@ void add_products(int rows, const bf16* x, long x_stride, const bf16* weights, l
             case 2: add.template operator()<2>(); break;
             case 3: add.template operator()<3>(); break;
             case 4: add.template operator()<4>(); break;
-            case 5: add.template operator()<5>(); break;
-            default: add.template operator()<6>();
+            default: add.template operator()<5>();
         }
     }
 }
