@@ -1,9 +1,9 @@
 """The two rates that floors are counted from, measured here and now: matrix products and reading memory.
 
-CPU: products of square matrices in the engine's type, and sums over a buffer many times the cache, both with all the
-threads that the engine uses. CUDA: an 8192-cubed product of random numbers, and a copy on the device, whose bytes
-count twice, as they are read and written. The best of several passes counts: a rate is what the machine can do, and
-whatever else runs on it only takes away.
+CPU: products of square matrices in the engine's type, or in float32 where that is faster, as on a processor without
+products of bfloat16, and sums over a buffer many times the cache, all with as many threads as the engine uses. CUDA: an
+8192-cubed product of random numbers, and a copy on the device, whose bytes count twice, as they are read and written.
+The best of several passes counts: a rate is what the machine can do, and whatever else runs on it only takes away.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> MeasuredRates:
 def _cpu_rates(dtype: torch.dtype) -> MeasuredRates:
     import torch
 
-    name = str(dtype).removeprefix("torch.")
-    products = {f"{size}^3 in {name}": _cpu_matmul(size, dtype) for size in _CPU_SIZES}
+    kind = max({dtype, torch.float32}, key=lambda kind: _cpu_matmul(_CPU_SIZES[0], kind))
+    name = str(kind).removeprefix("torch.")
+    products = {f"{size}^3 in {name}": _cpu_matmul(size, kind) for size in _CPU_SIZES}
     buffer_bytes = max(_MIN_BUFFER_BYTES, _CACHES * last_level_cache_bytes())
     buffer = torch.ones(buffer_bytes // 8, dtype=torch.int64)
     size = f"over {buffer_bytes >> 20} MiB"
