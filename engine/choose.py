@@ -31,6 +31,7 @@ from .nn.decoder import Decoder
 from .nn.grouped import GroupedWeight
 from .nn.runner import Runner
 from .nn.torch_runner import TorchRunner
+from .nn.weight import DenseWeight
 from .nn.weights import Progress, read_kv_scales
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ def pack_weights(
     quantization = decoder.config.quantization
     if quantization is not None and quantization.is_float8:
         _narrow_float8(decoder, device)
+    if quantization is not None and (quantization.has_mxfp4_experts or quantization.widened_experts):
+        _tell_of_widened_experts(decoder, [*quantization.widened_experts] or ["MXFP4"])
     if device.type == "cuda":
         from .cuda.experts import group
 
@@ -109,10 +112,33 @@ def pack_weights(
         return None
     if native and (model := _native_model(decoder, isa)) is not None:
         return model
-    if any(isinstance(linear.weight, GroupedWeight) for linear in decoder.linears()):
-        log.warning("quantized_weights", widened_to=str(decoder.dtype).removeprefix("torch."), reason="no C++ for them")
+    if grouped := [linear.weight for linear in decoder.linears() if isinstance(linear.weight, GroupedWeight)]:
+        log.warning(
+            "quantized_weights",
+            widened_to=str(decoder.dtype).removeprefix("torch."),
+            memory_mib=_mib(sum(weight.num_outputs * weight.num_inputs for weight in grouped), decoder.dtype),
+            reason="no C++ for them",
+        )
     decoder.pack()
     return None
+
+
+def _tell_of_widened_experts(decoder: Decoder, kinds: list[str]) -> None:
+    """Say what experts take that a checkpoint has in fewer bits than this rank."""
+    linears = [linear for linear in decoder.linears() if ".experts." in linear.name]
+    dense = [linear.weight for linear in linears if isinstance(linear.weight, DenseWeight)]
+    if dense:
+        log.warning(
+            "widened_experts",
+            widened_from="+".join(kinds),
+            widened_to=str(decoder.dtype).removeprefix("torch."),
+            memory_mib=_mib(sum(weight.num_outputs * weight.num_inputs for weight in dense), decoder.dtype),
+            reason="no products of such blocks",
+        )
+
+
+def _mib(num_numbers: int, dtype: torch.dtype) -> float:
+    return round(num_numbers * dtype.itemsize / 2**20, 2)
 
 
 def _narrow_float8(decoder: Decoder, device: torch.device) -> None:

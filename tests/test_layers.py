@@ -27,7 +27,8 @@ HOUSE = """
 common
 wire                 common
 settings             common wire
-models               common
+models/gguf          common
+models               common models/gguf
 kvcache              common wire
 sizing               common models kvcache
 grammar              common models

@@ -115,7 +115,7 @@ class ExpertStack:
 def _keeps_mxfp4(builder: Builder, own: int) -> bool:
     """Tell whether the checkpoint's numbers are kept as they are: C++ multiplies by them, of whole groups."""
     quantization, is_cpu = builder.config.quantization, builder.device.type == "cpu"
-    is_mxfp4 = quantization is not None and quantization.method == "mxfp4"
+    is_mxfp4 = quantization is not None and quantization.has_mxfp4_experts
     return is_mxfp4 and is_cpu and builder.dtype == torch.bfloat16 and own % MXFP4_GROUP == 0
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import cache_dir, default_model_dir, find_gguf
-from kvferry.models.gguf import convert_gguf, to_bfloat16
+from kvferry.models.gguf.convert import convert_gguf
+from kvferry.models.gguf.tensors import to_bfloat16
 from kvferry.models.token_bytes import _BYTE_ALPHABET
 from kvferry.models.tokenizer import Tokenizer
 

@@ -140,7 +140,11 @@ def test_the_end_of_a_turn_ends_an_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "named"), [("tekken", "pre-tokenizer is tekken"), ("default", "smollm, llama-bpe, qwen2")]
+    ("rules", "named"),
+    [
+        ("gpt-4", "pre-tokenizer is gpt-4; kvferry converts smollm, .*; the nearest is gpt-4o"),
+        ("poro-chat", "pre-tokenizer is poro-chat; kvferry converts .*tekken$"),
+    ],
 )
 def test_other_tokenizers_are_refused_by_name(tmp_path: Path, rules: str, named: str) -> None:
     write_gguf(tmp_path / "m.gguf", "llama", {"": "Q8_0"}, rules=rules)

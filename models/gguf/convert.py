@@ -1,0 +1,156 @@
+"""A model in one GGUF file, rewritten as a Hugging Face directory.
+
+The weights keep the file's blocks of quantized numbers, byte for byte, or become bfloat16, a few thousand rows at a
+time, so that a conversion needs little memory; tokenizer, chat template and configs come from the file's own fields.
+Which architectures are read, and how their files differ, is one table (`architectures.py`). Anything else is refused
+by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...common.errors import ConfigError
+from .architectures import TENSORS, Architecture
+from .config import (
+    Json,
+    gguf_architecture,
+    gguf_generation_config,
+    gguf_model_config,
+    gguf_tokenizer_config,
+)
+from .experts import MXFP4, expert_tensors
+from .fields import GgufFields
+from .rope import FACTORS
+from .tensors import ITEM_BYTES, Part, StoredTensor, less, shape_of, stored, undo_permutation
+from .tokenizer import write_gguf_tokenizer
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_EXPERTS = re.compile(r"ffn_(gate|up|down)_exps")
+_HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+
+
+def convert_gguf(
+    source: Path,
+    target: Path,
+    progress: Callable[[float], None],
+    *,
+    kept: Collection[str] = (),
+    sampling: Mapping[str, object] | None = None,
+) -> None:
+    """Write the model in the GGUF file `source` into the existing directory `target`.
+
+    `kept`: kinds of blocks that stay as they are; none: all numbers become bfloat16. `sampling`: what
+    generation_config.json recommends. Raises ConfigError.
+    """
+    from gguf import GGUFReader
+
+    progress(0.0)
+    try:
+        reader = GGUFReader(source)
+        fields = GgufFields(reader)
+        architecture = gguf_architecture(fields)
+        shapes = {tensor.name: shape_of(tensor) for tensor in reader.tensors}
+        config = gguf_model_config(fields, architecture, shapes, _rope_factors(reader))
+        tokenizer_config = gguf_tokenizer_config(fields, config["max_position_embeddings"])
+        tensors = list(_stored_tensors(reader, architecture, config, kept))
+        write_gguf_tokenizer(target / "tokenizer.json", fields)
+    except (KeyError, ValueError, IndexError, TypeError, OverflowError, ZeroDivisionError) as error:
+        raise ConfigError(f"{source} is not a model that kvferry can read: {error}") from error
+    if kept and (quantization := _quantization(tensors)):
+        config["quantization_config"] = quantization
+    _write_json(target / "config.json", config)
+    _write_json(target / "generation_config.json", gguf_generation_config(fields, config) | dict(sampling or {}))
+    _write_json(target / "tokenizer_config.json", tokenizer_config)
+    _write_safetensors(target / "model.safetensors", tensors, progress)
+
+
+def _rope_factors(reader: GGUFReader) -> dict[str, list[float]]:
+    return {
+        tensor.name: [float(factor) for factor in tensor.data] for tensor in reader.tensors if tensor.name in FACTORS
+    }
+
+
+def _quantization(tensors: list[StoredTensor]) -> Json:
+    """Return config.json's `quantization_config`: the kind of each module's blocks, and what has none any more."""
+    kinds = {tensor.name.removesuffix(".weight"): tensor.kind for tensor in tensors if tensor.kind not in ("", MXFP4)}
+    widened = sorted({tensor.widened_from for tensor in tensors} - {""})
+    has_mxfp4 = any(tensor.kind == MXFP4 for tensor in tensors)
+    if not kinds and not widened and not has_mxfp4:
+        return {}
+    return {"quant_method": "gguf", "modules": kinds, "has_mxfp4_experts": has_mxfp4, "widened_experts": widened}
+
+
+def _stored_tensors(
+    reader: GGUFReader, of: Architecture, config: Json, kept: Collection[str]
+) -> Iterator[StoredTensor]:
+    """Yield the tensors of the checkpoint.
+
+    Raises ValueError, naming a tensor that is none of the architecture, or of a kind that is not read.
+    """
+    stacks: dict[str, dict[str, Part]] = {}  # by layer: the tensors of its experts
+    for source in reader.tensors:
+        part = Part.whole(source)
+        match = _LAYER.fullmatch(part.name)
+        stack = _EXPERTS.fullmatch(match[2]) if match is not None and of.experts != "none" else None
+        if match is not None and stack is not None:
+            stacks.setdefault(match[1], {})[f"{stack[1]}.{match[3]}"] = part
+        elif part.name not in FACTORS:
+            yield _tensor(part, match, of, config, kept)
+    yield from expert_tensors(stacks, of, kept)
+
+
+def _tensor(
+    part: Part, match: re.Match[str] | None, of: Architecture, config: Json, kept: Collection[str]
+) -> StoredTensor:
+    name = _name(part.name, match, of)
+    if of.permutes and match is not None and match[2] in _HEADS:
+        part = undo_permutation(part, config[_HEADS[match[2]]])
+    if of.norm_offset and name.endswith("norm.weight"):
+        return less(part, name, of.norm_offset)
+    return stored(part, name, kept)
+
+
+def _name(name: str, match: re.Match[str] | None, of: Architecture) -> str:
+    if own := TENSORS.get(name):
+        return own
+    if match is None or match[2] not in of.layer:
+        raise ValueError(f"unknown tensor {name}")
+    suffix = "" if match[2] == "attn_sinks" else f".{match[3]}"
+    return f"model.layers.{match[1]}.{of.layer[match[2]]}{suffix}"
+
+
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_safetensors(path: Path, tensors: list[StoredTensor], progress: Callable[[float], None]) -> None:
+    """Write the safetensors format piece by piece: header length, JSON header, tensors one after the other.
+
+    Wide types stand first: a tensor begins at a multiple of its numbers' size.
+    """
+    tensors = sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.num_bytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # data starts on a multiple of 8 bytes
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        data_start = file.tell()
+        for tensor in tensors:
+            for piece in tensor.pieces():
+                file.write(piece.astype(piece.dtype.newbyteorder("<"), copy=False).data)
+                progress((file.tell() - data_start) / end)
+        file.flush()
+        os.fsync(file.fileno())  # the rename must not outlive the bytes in a power cut

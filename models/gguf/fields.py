@@ -1,0 +1,74 @@
+"""Typed reads of a GGUF file's key-value fields."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+
+class GgufFields:
+    """Reads of the fields of one file: an error, always a ValueError or a KeyError, names the key and the value."""
+
+    def __init__(self, reader: GGUFReader) -> None:
+        self._reader = reader
+
+    @property
+    def architecture(self) -> str:
+        return self.text("general.architecture")
+
+    def of_model(self, name: str) -> str:
+        """Return the key of a field that belongs to the file's architecture."""
+        return f"{self.architecture}.{name}"
+
+    def find(self, key: str) -> object:
+        """Return a field's value; None where there is no such field."""
+        field = self._reader.get_field(key)
+        return None if field is None else field.contents()
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"field {key} is {value!r}, not an integer")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Read a float32 field as the decimal that was meant: 9.99999e-06 is 1e-05."""
+        value = self._get(key, default)
+        if not isinstance(value, float):
+            raise ValueError(f"field {key} is {value!r}, not a number")
+        return float(f"{value:.6g}")
+
+    def text(self, key: str) -> str:
+        value = self._get(key)
+        if not isinstance(value, str):
+            raise ValueError(f"field {key} is {value!r}, not a string")
+        return value
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"field {key} is {value!r}, not true or false")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        return [str(item) for item in self._list(key)]
+
+    def integers(self, key: str) -> list[int]:
+        return [int(item) for item in self._list(key)]
+
+    def numbers(self, key: str) -> list[float]:
+        return [float(item) for item in self._list(key)]
+
+    def _get(self, key: str, default: object = None) -> object:
+        value = self.find(key)
+        if value is None and default is None:
+            raise KeyError(f"no field {key}")
+        return default if value is None else value
+
+    def _list(self, key: str) -> list[int | float | str]:
+        value = self._get(key)
+        if not isinstance(value, list):
+            raise ValueError(f"field {key} is {value!r}, not a list")
+        return value

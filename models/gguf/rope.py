@@ -1,0 +1,86 @@
+"""Rotary positions of a GGUF file, as config.json has them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .fields import GgufFields
+
+# Tensors that are no weights: by what each rotary frequency is divided.
+LLAMA3_FACTORS = "rope_freqs.weight"
+SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
+FACTORS = (LLAMA3_FACTORS, SHORT_FACTORS, LONG_FACTORS)
+
+_KINDS = ("none", "linear", "yarn", "longrope")
+_YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
+
+
+def rope_fields(fields: GgufFields, head_dim: int, factors: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Return `rope_theta` and `rope_scaling`. Raises ValueError for a scaling that is not known."""
+    theta = fields.number(fields.of_model("rope.freq_base"), 10_000.0)
+    turned = fields.integer(fields.of_model("rope.dimension_count"), head_dim)
+    if turned != head_dim and fields.architecture != "phi3":
+        raise ValueError(f"{fields.of_model('rope.dimension_count')} = {turned}: all of a head's {head_dim} are turned")
+    return {"rope_theta": theta, "rope_scaling": _scaling(fields, theta, head_dim, factors)}
+
+
+def _scaling(
+    fields: GgufFields, theta: float, head_dim: int, factors: Mapping[str, list[float]]
+) -> dict[str, Any] | None:
+    key = fields.of_model("rope.scaling.type")
+    kind = fields.find(key) or "none"
+    if kind not in _KINDS:
+        raise ValueError(f"{key} = {kind!r} is not supported; these are: {', '.join(_KINDS)}")
+    if SHORT_FACTORS in factors and LONG_FACTORS in factors:
+        return _longrope(fields, factors)
+    if kind == "longrope":
+        raise ValueError(f"{key} = {kind!r}, and there is no {LONG_FACTORS} beside {SHORT_FACTORS}")
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": _number(fields, "factor")}
+    if kind == "yarn":
+        return {
+            "rope_type": "yarn",
+            "factor": _number(fields, "factor"),
+            "original_max_position_embeddings": fields.integer(_key(fields, "original_context_length")),
+            **{ours: _number(fields, name) for name, ours in _YARN.items() if fields.find(_key(fields, name))},
+        }
+    return _llama3(factors[LLAMA3_FACTORS], theta, head_dim) if LLAMA3_FACTORS in factors else None
+
+
+def _key(fields: GgufFields, name: str) -> str:
+    return fields.of_model(f"rope.scaling.{name}")
+
+
+def _number(fields: GgufFields, name: str) -> float:
+    return fields.number(_key(fields, name))
+
+
+def _longrope(fields: GgufFields, factors: Mapping[str, list[float]]) -> dict[str, Any]:
+    scaling: dict[str, Any] = {
+        "rope_type": "longrope",
+        "short_factor": factors[SHORT_FACTORS],
+        "long_factor": factors[LONG_FACTORS],
+        "original_max_position_embeddings": fields.integer(_key(fields, "original_context_length")),
+    }
+    if fields.find(_key(fields, "attn_factor")):
+        scaling["attention_factor"] = _number(fields, "attn_factor")
+    return scaling
+
+
+def _llama3(factors: list[float], theta: float, head_dim: int) -> dict[str, Any]:
+    """Return the scaling of Llama 3.1 and later whose factors these are: the file has them, and not their cause."""
+    factor, low, high, original = round(max(factors), 3), 1.0, 4.0, 8192
+    for index, found in enumerate(factors):
+        turns = original * theta ** (-2 * index / head_dim) / (2 * math.pi)  # over the original context
+        share = min(1.0, max(0.0, (turns - low) / (high - low)))
+        if not math.isclose(found, 1 / ((1 - share) / factor + share), rel_tol=1e-3):
+            raise ValueError(f"{LLAMA3_FACTORS} is not the scaling of Llama 3.1")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }

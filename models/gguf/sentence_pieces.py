@@ -1,0 +1,79 @@
+"""SentencePiece's BPE, as a GGUF file has it: pieces with scores, and no merges.
+
+SentencePiece joins the two neighbours whose joint piece has the best score, until none is a piece (Kudo and Richardson
+2018). The `tokenizers` library joins by a list of pairs, the best first; the list follows from pieces and scores. Which
+space stands before a text, and whether there is one, a file hardly says: it goes by the architecture, as in
+`transformers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from .fields import GgufFields
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_SPACE = "\u2581"  # what stands for a space in a piece
+_GEMMA = ("gemma2", "gemma3")  # no space first, and pieces in the order of their merges
+_ALWAYS_A_SPACE = ("phi3",)  # before a text that begins with one, too
+_JOINED = {1, 4}  # GGUF's types of pieces that come of a text: normal ones and user-defined ones
+
+
+def pieces_tokenizer(fields: GgufFields, tokens: list[str], types: list[int]) -> Tokenizer:
+    """Return the tokenizer without its added tokens. Raises ValueError for fields that do not fit."""
+    from tokenizers import Tokenizer, models
+
+    is_gemma = fields.architecture in _GEMMA
+    scores: Sequence[float] = fields.numbers("tokenizer.ggml.scores")
+    if not len(tokens) == len(scores) == len(types):
+        raise ValueError(f"{len(tokens)} tokens have {len(scores)} scores and {len(types)} types")
+    if is_gemma:  # pieces of spaces alone stand in the file as spaces; their scores do not tell their order
+        tokens = [_SPACE * len(token) if token.strip(" ") == "" else token for token in tokens]
+        scores = [-float(index) for index in range(len(tokens))]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    joined = {token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind in _JOINED}
+    unknown = fields.find("tokenizer.ggml.unknown_token_id")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=[(left, right) for _, left, right in sorted(_pairs(joined), key=_rank)],
+            unk_token=tokens[unknown] if isinstance(unknown, int) else None,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    puts_space = not is_gemma and fields.flag("tokenizer.ggml.add_space_prefix", default=True)
+    _set_spaces(tokenizer, puts_space=puts_space, is_always=fields.architecture in _ALWAYS_A_SPACE)
+    return tokenizer
+
+
+def _pairs(scores: Mapping[str, float]) -> Iterator[tuple[float, str, str]]:
+    """Yield each pair of pieces that is a piece, behind the score of that."""
+    for piece, score in scores.items():
+        for middle in range(1, len(piece)):
+            left, right = piece[:middle], piece[middle:]
+            if left in scores and right in scores:
+                yield score, left, right
+
+
+def _rank(pair: tuple[float, str, str]) -> tuple[float, int, int]:
+    score, left, right = pair
+    return -score, -len(left), -len(right)
+
+
+def _set_spaces(tokenizer: Tokenizer, *, puts_space: bool, is_always: bool) -> None:
+    from tokenizers import decoders, normalizers, pre_tokenizers
+
+    if puts_space and is_always:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
+    elif puts_space:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if puts_space:
+        steps.append(decoders.Strip(content=" ", left=1))
+    tokenizer.decoder = decoders.Sequence(steps)

@@ -1,0 +1,133 @@
+"""tokenizer.json of a GGUF file, from the tokens in its fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...common.errors import ConfigError
+from .architectures import nearest
+from .fields import GgufFields
+from .sentence_pieces import pieces_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# GGUF's types of tokens: the one for what has none, special ones, and ones that are found as a whole in any text.
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_KINDS = {"gpt2": "byte-level BPE", "llama": "SentencePiece's BPE"}
+_OTHER_KINDS = {"t5": "SentencePiece's unigrams", "bert": "WordPiece", "rwkv": "RWKV's tries"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """`_Rules` say how a byte-level BPE cuts a text before it merges."""
+
+    pattern: str = ""  # of words; empty: GPT-2's words
+    lone_digits: bool = False  # digits stand alone; with GPT-2's words
+    normal: bool = False  # the text is brought to Unicode's form NFC
+    whole_words: bool = False  # a word that is a token is not merged from parts
+    bos: bool = False  # unless the file says otherwise
+
+
+# Patterns and what goes with them are those of llama.cpp (`src/llama-vocab.cpp`) and of the models' own tokenizer.json.
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = r"[^\r\n\p{L}\p{N}]?" + f"{_UPPER}*{_LOWER}+", r"[^\r\n\p{L}\p{N}]?" + f"{_UPPER}+{_LOWER}*"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_DIGITS, _GPT2 = _Rules(lone_digits=True), _Rules()
+_LLAMA3, _CL100K = _Rules(_LLAMA3_WORDS, whole_words=True, bos=True), _Rules(_LLAMA3_WORDS)
+_RULES = {
+    "smollm": _DIGITS,
+    "starcoder": _DIGITS,
+    "refact": _DIGITS,  # Granite 3
+    "gpt-2": _GPT2,
+    "olmo": _GPT2,
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "dbrx": _CL100K,  # Phi-4, OLMo 2
+    "smaug-bpe": _CL100K,
+    "qwen2": _Rules(_LLAMA3_WORDS.replace("{1,3}", ""), normal=True),
+    "deepseek-r1-qwen": _Rules(_LLAMA3_WORDS.replace("{1,3}", ""), normal=True),
+    "gpt-4o": _Rules("|".join([*(cased + _ENDINGS for cased in _CASED), r"\p{N}{1,3}", _REST])),  # gpt-oss, Phi-4-mini
+    "tekken": _Rules("|".join([*_CASED, r"\p{N}", _REST]), whole_words=True, bos=True),
+}
+
+
+def write_gguf_tokenizer(path: Path, fields: GgufFields) -> None:
+    """Write tokenizer.json. Raises ConfigError for a kind that is not converted, with the nearest that is."""
+    from tokenizers import AddedToken
+
+    kind = fields.text("tokenizer.ggml.model")
+    tokens, types = fields.texts("tokenizer.ggml.tokens"), fields.integers("tokenizer.ggml.token_type")
+    special = {_CONTROL}
+    if kind == "gpt2":
+        rules = _rules(fields.text("tokenizer.ggml.pre"))
+        tokenizer, puts_bos = _bpe(tokens, fields.texts("tokenizer.ggml.merges"), rules), rules.bos
+    elif kind == "llama":
+        tokenizer, puts_bos = pieces_tokenizer(fields, tokens, types), True
+        special.add(_UNKNOWN)
+    else:
+        raise ConfigError(_refusal(kind))
+    vocabulary = tokenizer.get_vocab()
+    for kinds, add in ((special, tokenizer.add_special_tokens), ({_USER_DEFINED}, tokenizer.add_tokens)):
+        found = [token for token, own in zip(tokens, types, strict=True) if own in kinds and token in vocabulary]
+        add([AddedToken(token, special=kinds is special, normalized=False) for token in found])
+    if fields.flag("tokenizer.ggml.add_bos_token", default=puts_bos):
+        _put_first(tokenizer, tokens[fields.integer("tokenizer.ggml.bos_token_id")])
+    tokenizer.save(str(path))
+
+
+def _rules(name: str) -> _Rules:
+    if (found := _RULES.get(name)) is not None:
+        return found
+    near = nearest(name, _RULES)
+    raise ConfigError(
+        f"the GGUF file's pre-tokenizer is {name}; kvferry converts {', '.join(_RULES)}"
+        + (f"; the nearest is {near}" if near is not None else "")
+    )
+
+
+def _refusal(kind: str) -> str:
+    what = f" ({_OTHER_KINDS[kind]})" if kind in _OTHER_KINDS else ""
+    known = " and ".join(f"{name} ({meaning})" for name, meaning in _KINDS.items())
+    near = "llama" if kind.startswith(("t5", "gemma", "plamo")) else nearest(kind, _KINDS)
+    return f"the GGUF file's tokenizer is of the kind {kind}{what}; kvferry converts {known}" + (
+        f"; the nearest is {near}" if near is not None else ""
+    )
+
+
+def _bpe(tokens: list[str], pairs: list[str], rules: _Rules) -> Tokenizer:
+    """Return a byte-level BPE; no space is put before the text."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    merges = [(left, right) for left, right in (pair.split(" ") for pair in pairs)]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rules.whole_words))
+    parts: list[pre_tokenizers.PreTokenizer] = []
+    if rules.pattern:
+        parts.append(pre_tokenizers.Split(Regex(rules.pattern), "isolated"))
+    elif rules.lone_digits:
+        parts.append(pre_tokenizers.Digits(individual_digits=True))
+    parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not rules.pattern))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    if rules.normal:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _put_first(tokenizer: Tokenizer, token: str) -> None:
+    """Let every text begin with a token."""
+    from tokenizers import processors
+
+    own = tokenizer.token_to_id(token)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token}:1 $B:1", special_tokens=[(token, own)]
+    )

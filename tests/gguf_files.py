@@ -1,0 +1,263 @@
+"""GGUF files of checkpoints that transformers wrote, as llama.cpp's converter makes them.
+
+    write_as_gguf(checkpoint, tmp_path / "m.gguf", {"": "Q8_0"})
+
+Names of tensors are those of the package `gguf` (its `get_tensor_name_map`); fields and what becomes of tensors follow
+llama.cpp's `conversion/`, by hand: rows of queries and keys in turns, norms of Gemma plus one, experts in stacks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from kvferry.models.token_bytes import _BYTE_ALPHABET
+
+from .checkpoints import SPECIAL_TOKENS
+from .quantized import Array, interleaved, random_blocks
+
+if TYPE_CHECKING:
+    import gguf
+
+_ARCHITECTURES = {
+    "MixtralForCausalLM": "llama",
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3moe",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+    "Phi3ForCausalLM": "phi3",
+    "Olmo2ForCausalLM": "olmo2",
+    "Olmo3ForCausalLM": "olmo2",
+    "GraniteForCausalLM": "granite",
+    "GptOssForCausalLM": "gpt-oss",
+}
+_EXPERT = re.compile(r"(model\.layers\.\d+\.\w+)\.experts\.(\d+)\.(\w+)\.weight")
+_STACK = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up|down)_proj(_bias)?")
+MXFP4_BYTES, MXFP4_SIZE = 17, 32
+
+
+def write_as_gguf(
+    checkpoint: Path,
+    path: Path,
+    kinds: Mapping[str, str] | None = None,
+    *,
+    fields: Callable[[gguf.GGUFWriter], None] | None = None,
+) -> Path:
+    """Write a GGUF file with blocks of `kinds`, by the ends of matrices' names ("": all others), F32 where none is
+    named. The checkpoint is given the same weights and is returned. `fields`: the tokenizer's in place of plain ones.
+    """
+    import gguf
+
+    config = _full_config(checkpoint)
+    name = _ARCHITECTURES[config["architectures"][0]]
+    own = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
+    writer = gguf.GGUFWriter(path, name)
+    _write_fields(writer, config, name)
+    (fields or plain_tokens(config["vocab_size"]))(writer)
+    tensors = _Tensors(writer, gguf.get_tensor_name_map(own, config["num_hidden_layers"]), config, name, kinds or {})
+    meant = tensors.write(load_file(checkpoint / "model.safetensors"))
+    save_file(meant, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return checkpoint
+
+
+def _full_config(checkpoint: Path) -> dict[str, Any]:
+    """Return config.json with transformers' defaults, as the converter reads it."""
+    from transformers import AutoConfig
+
+    auto: Any = AutoConfig
+    config: dict[str, Any] = auto.from_pretrained(checkpoint).to_dict()
+    config["architectures"] = json.loads((checkpoint / "config.json").read_text())["architectures"]
+    config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return config
+
+
+def plain_tokens(vocab_size: int) -> Callable[[gguf.GGUFWriter], None]:
+    """Return what writes a tokenizer of bytes alone, and padding up to the size of the vocabulary."""
+
+    def write(writer: gguf.GGUFWriter) -> None:
+        tokens = [*SPECIAL_TOKENS[:-1], "ab", *_BYTE_ALPHABET]
+        padding = [f"[PAD{index}]" for index in range(len(tokens), vocab_size)]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list([*tokens, *padding])
+        writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3) + [5] * len(padding))
+        writer.add_token_merges(["a b"])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+
+    return write
+
+
+# --- fields -----------------------------------------------------------------------------------------------------------
+
+
+def _write_fields(writer: gguf.GGUFWriter, config: dict[str, Any], name: str) -> None:
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if name not in ("phi3", "granite", "olmo2"):  # the converter of these tells no size of heads
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+    _write_rope(writer, config, name)
+    count = config.get("num_local_experts") or config.get("num_experts")
+    if count:
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    if size := config.get("moe_intermediate_size") or (name == "gpt-oss" and config["intermediate_size"]):
+        writer.add_expert_feed_forward_length(size)
+    if name in ("gemma2", "gemma3", "phi3", "gpt-oss") or config["architectures"][0].startswith("Olmo3"):
+        writer.add_sliding_window(config.get("sliding_window") or 0)
+    if config["architectures"][0].startswith("Olmo3"):
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    if name == "gemma2":
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if name == "granite":
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
+
+
+def _write_rope(writer: gguf.GGUFWriter, config: dict[str, Any], name: str) -> None:
+    import gguf
+
+    rope = config["rope_parameters"]
+    rope = rope.get("full_attention", rope)
+    if name != "gemma2":
+        writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if rope.get("attention_factor") is not None:
+            writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
+    if name == "phi3":
+        fraction = rope.get("partial_rotary_factor", 1.0)
+        writer.add_rope_dimension_count(int(fraction * config["hidden_size"]) // config["num_attention_heads"])
+        writer.add_rope_scaling_orig_ctx_len(config["original_max_position_embeddings"])
+    if rope["rope_type"] == "longrope":
+        scale = config["max_position_embeddings"] / config["original_max_position_embeddings"]
+        factor = np.sqrt(1 + np.log(scale) / np.log(config["original_max_position_embeddings"])) if scale > 1 else 1.0
+        writer.add_rope_scaling_attn_factors(float(factor))
+        for kind in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{kind}.weight", np.array(rope[f"{kind}_factor"], np.float32))
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+class _Tensors:
+    def __init__(
+        self, writer: gguf.GGUFWriter, names: gguf.TensorNameMap, config: dict[str, Any], name: str, kinds: Any
+    ) -> None:
+        self._writer, self._names, self._config, self._arch, self._kinds = writer, names, config, name, kinds
+        self._rng = np.random.default_rng(1)
+        self._stacks: dict[tuple[str, str], list[tuple[Array, str]]] = {}
+
+    def write(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Add all tensors to the file; return them with the values that their blocks mean."""
+        meant: dict[str, torch.Tensor] = {}
+        # The ends of names have no order that puts expert 2 before expert 10.
+        for key in sorted(tensors, key=lambda key: [int(part) if part.isdigit() else part for part in key.split(".")]):
+            if self._config.get("tie_word_embeddings") and key == "lm_head.weight":
+                continue
+            meant[key] = torch.from_numpy(np.ascontiguousarray(self._add(key, tensors[key].float().numpy())))
+        for (module, part), matrices in self._stacks.items():
+            rows = np.stack([rows for rows, _ in matrices])
+            self._put(f"{module}.experts.{part}", ".weight", rows, matrices[0][1])
+        return meant
+
+    def _add(self, key: str, values: Array) -> Array:
+        if _STACK.fullmatch(key):
+            return self._add_stack(key, values)
+        module, _, suffix = key.rpartition(".")
+        kind = self._kind(module) if values.ndim == 2 else "F32"
+        rows, values = _of_kind(kind, self._rng, values)
+        if match := _EXPERT.fullmatch(key):
+            self._stacks.setdefault((match[1], match[3]), []).append((rows, kind))
+            return values
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(module.rpartition(".")[2])
+        if heads is not None and self._arch in ("llama", "granite"):
+            rows = interleaved(rows, self._config[heads])
+        if "gemma" in self._arch and key.endswith("norm.weight"):
+            rows = rows + np.float32(1)
+        if suffix == "sinks":
+            module, suffix = key, "weight"
+        self._put(module, f".{suffix}", rows, kind)
+        return values
+
+    def _add_stack(self, key: str, values: Array) -> Array:
+        """Add gpt-oss's experts: [experts, in, 2 inner], [experts, inner, out] or biases."""
+        is_bias, is_down = key.endswith("_bias"), "down_proj" in key
+        layer = key.rpartition(".")[0]
+        if is_bias:
+            parts = {"down_proj": values} if is_down else {"gate_proj": values[:, ::2], "up_proj": values[:, 1::2]}
+            for part, own in parts.items():
+                self._put(f"{layer}.{part}", ".bias", np.ascontiguousarray(own), "F32")
+            return values
+        count, size_in, size_out = values.shape
+        kind = self._kind(key)
+        rows, plain = _of_kind(kind, self._rng, values.transpose(0, 2, 1).reshape(-1, size_in))
+        rows, plain = rows.reshape(count, size_out, -1), plain.reshape(count, size_out, size_in)
+        parts = {"down_proj": rows} if is_down else {"gate_proj": rows[:, ::2], "up_proj": rows[:, 1::2]}
+        for part, own in parts.items():
+            self._put(f"{layer}.{part}", ".weight", np.ascontiguousarray(own), kind)
+        return plain.transpose(0, 2, 1)
+
+    def _kind(self, module: str) -> str:
+        known = self._kinds
+        return next((known[end] for end in sorted(known, key=len, reverse=True) if module.endswith(end)), "F32")
+
+    def _put(self, module: str, suffix: str, rows: Array, kind: str) -> None:
+        import gguf
+
+        name = self._names.get_name(module)
+        assert name is not None, module
+        raw = None if kind in ("F32", "F16") else gguf.GGMLQuantizationType[kind]
+        self._writer.add_tensor(name + suffix, np.ascontiguousarray(rows), raw_dtype=raw)
+
+
+def _of_kind(kind: str, rng: np.random.Generator, values: Array) -> tuple[Array, Array]:
+    """Return rows of blocks, and what they mean: of plain kinds the values themselves, else random ones."""
+    import gguf
+
+    if kind == "F32":
+        return values, values
+    if kind == "F16":
+        halves = values.astype(np.float16)
+        return halves, halves.astype(np.float32)
+    if kind in ("BF16", "Q3_K"):  # of the kinds that are not read the one that is easily made
+        own = gguf.GGMLQuantizationType[kind]
+        size, num_bytes = gguf.GGML_QUANT_SIZES[own]
+        rows = rng.integers(0, 256, (len(values), values.shape[1] // size * num_bytes), dtype=np.uint8)
+        if kind == "BF16":
+            rows = gguf.quants.quantize(values, own)
+        else:
+            blocks = rows.reshape(-1, num_bytes)
+            blocks[:, -2:] = np.full(len(blocks), 2**-10, np.float16).view(np.uint8).reshape(-1, 2)
+        return rows, gguf.quants.dequantize(rows, own)
+    if kind == "MXFP4":
+        blocks = rng.integers(0, 256, (values.size // MXFP4_SIZE, MXFP4_BYTES), dtype=np.uint8)
+        blocks[:, 0] = rng.integers(121, 124, len(blocks), dtype=np.uint8)
+        rows = blocks.reshape(len(values), -1)
+        return rows, gguf.quants.dequantize(rows, gguf.GGMLQuantizationType.MXFP4)
+    return random_blocks(kind, rng, *values.shape)
