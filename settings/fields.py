@@ -7,9 +7,6 @@ each takes what concerns it. Where a value came from and how layers are merged i
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -30,17 +27,28 @@ from ..common.config import (
     PolicyName,
     QuantizationName,
     ReasoningParserName,
-    RequestClass,
     Settings,
     SpecialTokens,
     SpeculativeConfig,
     ToolParserName,
     TransferName,
     UnknownFields,
-    WeightsForm,
 )
-from ..common.errors import ConfigError
-from .windows import Window
+from .values import (
+    Classes,
+    Count,
+    Objective,
+    Port,
+    Share,
+    Texts,
+    WeightsForms,
+    check_adapters,
+    check_origins,
+    check_windows,
+    on_or_off,
+    parse_number,
+    parse_object,
+)
 
 ENV_PREFIX = "KVFERRY_"
 
@@ -50,112 +58,6 @@ WORKERS = ("prefill", "decode")
 ENGINES = SERVE + WORKERS
 FRONTS = SERVE + ROUTER
 ALL = SERVE + ROUTER + WORKERS
-
-_UNITS = {"": 1, "b": 1}
-for _power, _letter in enumerate("kmgt", start=1):
-    _UNITS |= {_letter: 1000**_power, _letter.upper(): 1024**_power}  # as vLLM reads them: 1k = 1000, 1K = 1024
-    _UNITS |= {f"{_letter.upper()}iB": 1024**_power, f"{_letter.upper()}B": 1000**_power}
-
-
-def parse_number(value: object) -> object:
-    """Read `32K`, `1.5k` and `2GiB` as whole numbers; what is no text goes on to pydantic as it is."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    number = float(match[1]) * _UNITS[match[2]] if match is not None and match[2] in _UNITS else 0.5
-    if not number.is_integer():
-        raise ValueError("must be a whole number, perhaps with a unit such as 32K or 2GiB")
-    return int(number)
-
-
-def _split(value: object) -> object:
-    """Read `a,b` (from the environment) and a lone value (from YAML) as a list."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-def _split_each(value: object) -> object:
-    """Read a list whose texts may be lists themselves: of a flag that is given once or several times."""
-    return _split(",".join(map(str, value)) if isinstance(value, list | tuple) else value)
-
-
-def parse_classes(value: object) -> object:
-    """Read request classes: a mapping by name (YAML), or texts `name:key=value,key=value` (flags, variable)."""
-    if isinstance(value, Mapping):
-        entries = [(name, {} if own is None else own) for name, own in value.items()]
-        return [{**own, "name": name} if isinstance(own, Mapping) else own for name, own in entries]
-    texts = value.split() if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple):
-        return value
-    return [_parse_class(text) if isinstance(text, str) else text for text in texts]
-
-
-def parse_object(value: object) -> object:
-    """Read a JSON object in a text (flags, variable); a mapping (YAML) is one already."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"must be a JSON object: {error}") from None
-
-
-def _parse_class(text: str) -> dict[str, str]:
-    name, _, rest = text.partition(":")
-    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
-    return {"name": name.strip(), **{key.strip(): value.strip() for key, _, value in pairs}}
-
-
-Count = Annotated[PositiveInt, BeforeValidator(parse_number)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-
-
-def _on_or_off(value: object) -> object:
-    """YAML takes the bare words for truth values."""
-    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-
-
-def _check_windows(texts: tuple[str, ...]) -> tuple[str, ...]:
-    for text in texts:
-        try:
-            Window.parse(text)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-    return texts
-
-
-def _check_origins(texts: tuple[str, ...]) -> tuple[str, ...]:
-    for text in texts:
-        if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
-            raise ValueError(f"{text} is no origin: scheme://host, with the port if there is one, and no path; or *")
-    return texts
-
-
-def _as_pair(text: str) -> str:
-    """Read vLLM's other form of an adapter, `{"name": ..., "path": ...}`; its base model is ours."""
-    if not text.startswith("{"):
-        return text
-    fields = parse_object(text)
-    if not isinstance(fields, dict) or not {"name", "path"} <= fields.keys() <= {"name", "path", "base_model_name"}:
-        raise ValueError('each is NAME=DIRECTORY or {"name": NAME, "path": DIRECTORY}')
-    return f"{fields['name']}={fields['path']}"
-
-
-def _check_adapters(texts: tuple[str, ...]) -> tuple[str, ...]:
-    texts = tuple(_as_pair(text) for text in texts)
-    names = [text.partition("=")[0] for text in texts]
-    if any(not name or not text.partition("=")[2] for name, text in zip(names, texts, strict=True)):
-        raise ValueError("each is NAME=DIRECTORY")
-    if len(set(names)) < len(names):
-        raise ValueError("each name once")
-    paths = [Path(text.partition("=")[2]).expanduser().absolute() for text in texts]  # whatever folder a child runs in
-    return tuple(f"{name}={path}" for name, path in zip(names, paths, strict=True))
-
-
-Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
-WeightsForms = Annotated[tuple[WeightsForm, ...], BeforeValidator(_split_each)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Classes = Annotated[tuple[RequestClass, ...], BeforeValidator(parse_classes)]
-Objective = Annotated[float, Field(gt=0)] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +158,7 @@ class ServeSettings(Settings):
         Option("HTTP", "Name by which clients reach a server without keys, as through a proxy; repeatable.", FRONTS),
     ] = ()
     allowed_origins: Annotated[
-        Annotated[Texts, AfterValidator(_check_origins)],
+        Annotated[Texts, AfterValidator(check_origins)],
         Option("HTTP", "Origin of web pages that may ask; *: any, with API keys. Repeatable. Default: none.", FRONTS),
     ] = ()
 
@@ -359,14 +261,14 @@ class ServeSettings(Settings):
     ] = False
 
     autoscale: Annotated[
-        Annotated[AutoscaleMode, BeforeValidator(_on_or_off)],
+        Annotated[AutoscaleMode, BeforeValidator(on_or_off)],
         Option("Pools", "Let pools grow, shrink and lend each other workers; advise: only say so.", FRONTS),
     ] = "off"
     spare_workers: Annotated[
         Annotated[int, Field(ge=0)], Option("Pools", "Ready workers beyond what the load needs.", FRONTS)
     ] = 0
     scale_schedule: Annotated[
-        Annotated[Texts, AfterValidator(_check_windows)],
+        Annotated[Texts, AfterValidator(check_windows)],
         Option("Pools", "Other bounds at a time: 'mon-fri 08:00-18:00 prefill>=4 decode>=2'; repeatable.", FRONTS),
     ] = ()
     scale_target: Annotated[
@@ -464,7 +366,7 @@ class ServeSettings(Settings):
         bool, Option("Adapters", "Serve adapters (LoRA) beside the model, each under a name of its own.", ALL)
     ] = False
     lora_modules: Annotated[
-        Annotated[Texts, AfterValidator(_check_adapters)],
+        Annotated[Texts, AfterValidator(check_adapters)],
         Option("Adapters", "NAME=DIRECTORY of an adapter as peft saves it, served from the start; several.", FRONTS),
     ] = ()
     max_loras: Annotated[int, Field(ge=1, le=1024), Option("Adapters", "Adapters in a step at once.", ENGINES)] = 8
@@ -538,9 +440,24 @@ class ServeSettings(Settings):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        self._check_keys()
+        self._check_pools()
+        self._check_classes()
+        self._check_forms_of_weights()
+        self._check_deterministic()
+        self._check_adapters()
+        if self.ray_address is not None and self.launcher != "ray":
+            raise ValueError("ray_address: only with --launcher ray")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ValueError("max_model_len: must hold a prompt token and an answer token, so at least 2")
+        return self
+
+    def _check_keys(self) -> None:
         for name, keys in (("api_key", self.api_key), ("admin_key", self.admin_key)):
             if any("," in key or key != key.strip() or not key for key in keys):
                 raise ValueError(f"{name}: a key has at least one character, no comma and no space around it")
+
+    def _check_pools(self) -> None:
         for name, pool in (("prefill", self.prefill), ("decode", self.decode)):
             low, high = pool.min_workers or 0, pool.workers if pool.max_workers is None else pool.max_workers
             if not low <= pool.workers <= high:
@@ -549,22 +466,19 @@ class ServeSettings(Settings):
                 )
         if self.decode.min_workers == 0:
             raise ValueError("decode: at least one decode worker is needed; give --decode-min 1")
+        if self.decode.workers < 1:
+            raise ValueError("decode: at least one decode worker is needed; for one pool that does both: --prefill 0")
+        if self.prefill.workers == 0 and not self.local_prefill:
+            raise ValueError("local_prefill: without prefill workers every prompt is local; give --prefill 1")
+
+    def _check_classes(self) -> None:
         names = [known.name for known in self.classes]
         if "default" in names:
             raise ValueError("classes: 'default' is what the other settings of objectives describe")
         if len(set(names)) < len(names):
             raise ValueError("classes: each name once")
-        if self.decode.workers < 1:
-            raise ValueError("decode: at least one decode worker is needed; for one pool that does both: --prefill 0")
-        if self.prefill.workers == 0 and not self.local_prefill:
-            raise ValueError("local_prefill: without prefill workers every prompt is local; give --prefill 1")
-        pools = (self.prefill, self.decode)
-        sizes = [pool.tensor_parallel_size or self.tensor_parallel_size for pool in pools]
-        splits = {
-            self.enable_expert_parallel if pool.enable_expert_parallel is None else pool.enable_expert_parallel
-            for pool in pools
-        }
-        plans = {pool.expert_plan or self.expert_plan for pool in pools}
+
+    def _check_forms_of_weights(self) -> None:
         forms = [pool.quantization or self.quantization or "plain" for pool in (self.prefill, self.decode)]
         if self.prefill.workers and forms[0] != forms[1] and not set(forms) <= set(self.mixed_quantization):
             given = "decode" if self.decode.quantization is not None else "prefill"
@@ -574,6 +488,15 @@ class ServeSettings(Settings):
             )
         if self.mixed_quantization and self.deterministic:
             raise ValueError("mixed_quantization: not with deterministic: equal requests would have other answers")
+
+    def _check_deterministic(self) -> None:
+        pools = (self.prefill, self.decode)
+        sizes = [pool.tensor_parallel_size or self.tensor_parallel_size for pool in pools]
+        splits = {
+            self.enable_expert_parallel if pool.enable_expert_parallel is None else pool.enable_expert_parallel
+            for pool in pools
+        }
+        plans = {pool.expert_plan or self.expert_plan for pool in pools}
         if self.deterministic and self.prefill.workers and sizes[0] != sizes[1]:
             raise ValueError(
                 f"deterministic: both pools need the same tensor_parallel_size, these have {sizes[0]} and {sizes[1]}: "
@@ -586,17 +509,14 @@ class ServeSettings(Settings):
             raise ValueError("speculative_config: needs deterministic, which is turned off: leave that away")
         if self.speculative_config is not None and self.speculative_config.model is not None and max(sizes) > 1:
             raise ValueError("speculative_config: a draft model needs tensor_parallel_size 1")
+
+    def _check_adapters(self) -> None:
         if self.lora_modules and not self.enable_lora:
             raise ValueError("lora_modules: needs enable_lora")
         if self.allow_runtime_lora_updating and self.routers > 1:
             raise ValueError("allow_runtime_lora_updating: with one router; of several only the asked one would know")
         if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
             raise ValueError(f"max_cpu_loras: at least max_loras, which is {self.max_loras}")
-        if self.ray_address is not None and self.launcher != "ray":
-            raise ValueError("ray_address: only with --launcher ray")
-        if self.max_model_len is not None and self.max_model_len < 2:
-            raise ValueError("max_model_len: must hold a prompt token and an answer token, so at least 2")
-        return self
 
 
 def option_of(field_name: str) -> Option:

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ValidationError
 
 from ..common.config import CACHE_VARIABLE, FAILPOINTS_VARIABLE, SECRET_VARIABLE
 from ..common.errors import ConfigError
-from .fields import ENV_PREFIX, ServeSettings, parse_classes, setting_keys
+from .fields import ENV_PREFIX, ServeSettings, setting_keys
+from .values import parse_classes
 
 DEFAULT = "default"
 _RULES = {  # in our words

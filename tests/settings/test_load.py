@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from kvferry.common.config import RequestClass
 from kvferry.common.errors import ConfigError
-from kvferry.settings.fields import ServeSettings, parse_number, setting_keys
+from kvferry.settings.fields import ServeSettings, setting_keys
 from kvferry.settings.load import DEFAULT, Loaded, Raw, load, value_of
+from kvferry.settings.values import parse_number
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

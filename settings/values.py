@@ -1,0 +1,122 @@
+"""Types of settings, and how their texts are read: numbers with units, lists, request classes, adapters.
+
+A value that is read from YAML is often of its type already: every reader hands on what it has nothing to do with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, PositiveInt
+
+from ..common.config import RequestClass, WeightsForm
+from ..common.errors import ConfigError
+from .windows import Window
+
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS |= {_letter: 1000**_power, _letter.upper(): 1024**_power}  # as vLLM reads them: 1k = 1000, 1K = 1024
+    _UNITS |= {f"{_letter.upper()}iB": 1024**_power, f"{_letter.upper()}B": 1000**_power}
+
+
+def parse_number(value: object) -> object:
+    """Read `32K`, `1.5k` and `2GiB` as whole numbers; what is no text goes on to pydantic as it is."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    number = float(match[1]) * _UNITS[match[2]] if match is not None and match[2] in _UNITS else 0.5
+    if not number.is_integer():
+        raise ValueError("must be a whole number, perhaps with a unit such as 32K or 2GiB")
+    return int(number)
+
+
+def _split(value: object) -> object:
+    """Read `a,b` (from the environment) and a lone value (from YAML) as a list."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _split_each(value: object) -> object:
+    """Read a list whose texts may be lists themselves: of a flag that is given once or several times."""
+    return _split(",".join(map(str, value)) if isinstance(value, list | tuple) else value)
+
+
+def parse_classes(value: object) -> object:
+    """Read request classes: a mapping by name (YAML), or texts `name:key=value,key=value` (flags, variable)."""
+    if isinstance(value, Mapping):
+        entries = [(name, {} if own is None else own) for name, own in value.items()]
+        return [{**own, "name": name} if isinstance(own, Mapping) else own for name, own in entries]
+    texts = value.split() if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        return value
+    return [_parse_class(text) if isinstance(text, str) else text for text in texts]
+
+
+def parse_object(value: object) -> object:
+    """Read a JSON object in a text (flags, variable); a mapping (YAML) is one already."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"must be a JSON object: {error}") from None
+
+
+def _parse_class(text: str) -> dict[str, str]:
+    name, _, rest = text.partition(":")
+    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+    return {"name": name.strip(), **{key.strip(): value.strip() for key, _, value in pairs}}
+
+
+def on_or_off(value: object) -> object:
+    """YAML takes the bare words for truth values."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+def check_windows(texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in texts:
+        try:
+            Window.parse(text)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+    return texts
+
+
+def check_origins(texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in texts:
+        if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
+            raise ValueError(f"{text} is no origin: scheme://host, with the port if there is one, and no path; or *")
+    return texts
+
+
+def _as_pair(text: str) -> str:
+    """Read vLLM's other form of an adapter, `{"name": ..., "path": ...}`; its base model is ours."""
+    if not text.startswith("{"):
+        return text
+    fields = parse_object(text)
+    if not isinstance(fields, dict) or not {"name", "path"} <= fields.keys() <= {"name", "path", "base_model_name"}:
+        raise ValueError('each is NAME=DIRECTORY or {"name": NAME, "path": DIRECTORY}')
+    return f"{fields['name']}={fields['path']}"
+
+
+def check_adapters(texts: tuple[str, ...]) -> tuple[str, ...]:
+    texts = tuple(_as_pair(text) for text in texts)
+    names = [text.partition("=")[0] for text in texts]
+    if any(not name or not text.partition("=")[2] for name, text in zip(names, texts, strict=True)):
+        raise ValueError("each is NAME=DIRECTORY")
+    if len(set(names)) < len(names):
+        raise ValueError("each name once")
+    paths = [Path(text.partition("=")[2]).expanduser().absolute() for text in texts]  # whatever folder a child runs in
+    return tuple(f"{name}={path}" for name, path in zip(names, paths, strict=True))
+
+
+Count = Annotated[PositiveInt, BeforeValidator(parse_number)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
+WeightsForms = Annotated[tuple[WeightsForm, ...], BeforeValidator(_split_each)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Classes = Annotated[tuple[RequestClass, ...], BeforeValidator(parse_classes)]
+Objective = Annotated[float, Field(gt=0)] | None
