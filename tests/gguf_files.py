@@ -84,16 +84,20 @@ def _full_config(checkpoint: Path) -> dict[str, Any]:
     return config
 
 
-def plain_tokens(vocab_size: int) -> Callable[[gguf.GGUFWriter], None]:
-    """Return what writes a tokenizer of bytes alone, and padding up to the size of the vocabulary."""
+def plain_tokens(vocab_size: int, *special: str) -> Callable[[gguf.GGUFWriter], None]:
+    """Return what writes a tokenizer of bytes alone, with padding up to the size of the vocabulary.
+
+    `special`: control tokens, from id 3 on.
+    """
 
     def write(writer: gguf.GGUFWriter) -> None:
-        tokens = [*SPECIAL_TOKENS[:-1], "ab", *_BYTE_ALPHABET]
+        control = [*SPECIAL_TOKENS[:-1], *special]
+        tokens = [*control, "ab", *_BYTE_ALPHABET]
         padding = [f"[PAD{index}]" for index in range(len(tokens), vocab_size)]
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("smollm")
         writer.add_token_list([*tokens, *padding])
-        writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3) + [5] * len(padding))
+        writer.add_token_types([3] * len(control) + [1] * (len(tokens) - len(control)) + [5] * len(padding))
         writer.add_token_merges(["a b"])
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)

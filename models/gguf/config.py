@@ -45,6 +45,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0.0,),
     "router_logit_softcapping": (0.0,),
 }
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|return|>", "<|call|>")
 _GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # layers of the models whose scores go by the hidden size
 _PERIODS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "olmo2": 4}  # of layers, the last of which sees everything
 
@@ -71,6 +72,10 @@ def gguf_model_config(fields: GgufFields, of: Architecture, shapes: Shapes, fact
     The vocabulary is as large as the embedding: a file may have padding in it, or none where the checkpoint has some.
     """
     hidden_size, num_heads = _count(fields, "embedding_length"), _count(fields, "attention.head_count")
+    num_layers = _count(fields, "block_count")
+    found_layers = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
+    if num_layers != len(found_layers):
+        raise ValueError(f"{fields.of_model('block_count')} = {num_layers}, and it has {len(found_layers)} layers")
     head_dim = fields.integer(fields.of_model("attention.key_length"), hidden_size // num_heads)
     if (value_dim := fields.integer(fields.of_model("attention.value_length"), head_dim)) != head_dim:
         raise ValueError(f"values of {value_dim} numbers beside keys of {head_dim} are not supported")
@@ -82,9 +87,10 @@ def gguf_model_config(fields: GgufFields, of: Architecture, shapes: Shapes, fact
     config: Json = {
         "architectures": [of.family],
         "model_type": of.model_type,
+        "hidden_act": "silu",
         "hidden_size": hidden_size,
         "intermediate_size": fields.integer(fields.of_model("feed_forward_length"), 0),
-        "num_hidden_layers": _count(fields, "block_count"),
+        "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
         "num_key_value_heads": fields.integer(fields.of_model("attention.head_count_kv"), num_heads),
         "head_dim": head_dim,
@@ -230,9 +236,16 @@ _OWN: dict[str, Callable[[GgufFields, Json], Json]] = {
 
 
 def gguf_generation_config(fields: GgufFields, config: Mapping[str, object]) -> Json:
-    """Return generation_config.json: an answer ends where the model ends it, or its turn."""
+    """Return generation_config.json: an answer ends where the model ends it, or its turn.
+
+    Few files name the token that ends a turn; as in llama.cpp, it is known by its text.
+    """
     special = {f"{name}_token_id": config.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
     turns = [fields.find(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
+    tokens = {token: index for index, token in enumerate(fields.texts("tokenizer.ggml.tokens")) if token in _TURN_ENDS}
+    if "<|return|>" in tokens:  # of gpt-oss, where `<|end|>` is between two parts of a turn
+        tokens.pop("<|end|>", None)
+    turns += tokens.values()
     ends = list(dict.fromkeys(end for end in (special["eos_token_id"], *turns) if isinstance(end, int)))
     if len(ends) > 1:
         special["eos_token_id"] = ends

@@ -25,7 +25,7 @@ from kvferry.models.config import ModelConfig
 from kvferry.models.default import gguf_model_dir
 
 from ...engine_driver import make_engine
-from ...gguf_files import write_as_gguf
+from ...gguf_files import plain_tokens, write_as_gguf
 from ...quantized import write_gguf
 from ...transformers_checkpoints import SMALL, write_model
 from .test_formats import BFLOAT16, assert_as_transformers
@@ -169,6 +169,21 @@ def test_experts_of_blocks_are_multiplied_as_they_are(tmp_path: Path) -> None:
             assert told[0]["widened_from"] == "Q8_0" and told[0]["memory_mib"] == round(2 * numbers / 2**20, 2)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "ends"),
+    [
+        (["<end_of_turn>"], {1, 3}),  # Gemma's
+        (["<|end|>", "<|user|>"], {1, 3}),  # Phi's
+        (["<|end|>", "<|return|>", "<|call|>"], {1, 4, 5}),  # gpt-oss's, whose turns have several parts
+    ],
+)
+def test_a_turns_end_is_known_by_its_text(tmp_path: Path, tokens: list[str], ends: set[int]) -> None:
+    fields = plain_tokens(512, *tokens)
+    write_as_gguf(_checkpoint(tmp_path / "plain", "olmo2", {}), tmp_path / "m.gguf", fields=fields)
+    path = gguf_model_dir(tmp_path / "m.gguf", cache=tmp_path / "cache")
+    assert ModelConfig.from_dir(path).eos_token_ids == ends
+
+
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +211,7 @@ def test_other_architectures_are_refused_with_the_nearest(tmp_path: Path, name: 
         ("llama.rope.dimension_count", 8, "llama.rope.dimension_count = 8: all of a head's 64 are turned"),
         ("llama.rope.scaling.type", "ntk", "'ntk' is not supported; these are: none, linear, yarn, longrope"),
         ("split.count", 3, "one of 3 parts; join them first"),
+        ("llama.block_count", 4_000_000_000, "llama.block_count = 4000000000, and it has 2 layers"),
     ],
 )
 def test_fields_that_would_change_the_answers_are_refused(tmp_path: Path, key: str, value: Any, named: str) -> None:
