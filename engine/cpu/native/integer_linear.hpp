@@ -89,7 +89,10 @@ template <Numbers NUMBERS, int ROWS, int VECTORS>
         for (int row = 0; row < ROWS; row++) {
             const Fours<bits_of(NUMBERS)> fours(inputs + row * stride);
 #pragma GCC unroll 4
-            for (int i = 0; i < VECTORS; i++) sum[row * VECTORS + i] = dot(sum[row * VECTORS + i], weights[i], fours);
+            for (int i = 0; i < VECTORS; i++) {
+                Ints& target = sum[row * VECTORS + i];
+                target = dot<most_of(NUMBERS)>(target, weights[i], fours);
+            }
         }
     }
 }
@@ -108,7 +111,7 @@ template <Numbers NUMBERS, int ROWS, int VECTORS, int LINES>
 #pragma GCC unroll 8
     for (int row = 0; row < ROWS; row++) {
 #pragma GCC unroll 4
-        for (int i = 0; i < VECTORS; i++) sum[row][i] = all_ints(x.starts[row * x.segments]);
+        for (int i = 0; i < VECTORS; i++) sum[row][i] = first_sum<most_of(NUMBERS)>(x.starts[row * x.segments]);
     }
     for (; units > 0; units--, bytes += 4 * kTileColumns, ahead += 64 * LINES) {
         fetch(ahead, LINES, LINES == 4);
@@ -122,7 +125,8 @@ template <Numbers NUMBERS, int ROWS, int VECTORS, int LINES>
             for (int row = 0; row < ROWS; row++) {
                 const int at = row * kTileColumns + 16 * (first + i);
                 keep_in_registers(sum[row][i]);
-                const Vector whole = to_floats(sum[row][i]), by = repeat(x.scales[row * x.segments]);
+                const Vector whole = to_floats(last_sum<most_of(NUMBERS)>(sum[row][i], x.starts[row * x.segments]));
+                const Vector by = repeat(x.scales[row * x.segments]);
                 put(at, group.is_first ? whole * by : fma(whole, by, load(parts + at)));
             }
         };
@@ -195,7 +199,7 @@ void integer_products_of_one(const IntegerRows& x, const IntegerTiles& w, const 
         for (long at = 0; at < w.group; at += kSegment, start++, by++) {
             Ints sum[4];
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) sum[i] = all_ints(*start);
+            for (int i = 0; i < 4; i++) sum[i] = first_sum<most_of(NUMBERS)>(*start);
             const std::uint8_t* end = tile + w.units(std::min<long>(kSegment, w.group - at)) * 4 * kTileColumns;
             for (; tile < end; tile += 4 * kTileColumns) {
                 fetch(tile + kBytesAhead<NUMBERS>, 4, true);
@@ -203,7 +207,9 @@ void integer_products_of_one(const IntegerRows& x, const IntegerTiles& w, const 
                 inputs += 32 / bits_of(NUMBERS);
             }
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) part[i] = fma(to_floats(sum[i]), repeat(*by), part[i]);
+            for (int i = 0; i < 4; i++) {
+                part[i] = fma(to_floats(last_sum<most_of(NUMBERS)>(sum[i], *start)), repeat(*by), part[i]);
+            }
         }
         inputs -= w.units(w.group) * 32 / bits_of(NUMBERS) - w.group;  // padding
         if (w.has_minima) factors.minima = factors.scales + w.scales_size();

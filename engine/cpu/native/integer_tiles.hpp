@@ -19,13 +19,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "integers.hpp"
 #include "tiles.hpp"
-
-constexpr long kSegment = 32;  // inputs of a group whose products are added up as whole numbers
 
 enum Numbers { kBytes, kNibbles, kE2m1 };
 
 constexpr int bits_of(Numbers numbers) { return numbers == kBytes ? 8 : 4; }
+constexpr int most_of(Numbers numbers) { return numbers == kBytes ? 255 : numbers == kNibbles ? 15 : 24; }  // as multiplied
 
 struct IntegerTiles {  // declared once more in engine/cpu/packing.py
     const std::uint8_t* memory;

@@ -2,6 +2,10 @@
 //
 // Bytes of weights are unsigned and bytes of inputs are signed, which VPDPBUSD multiplies without saturating. Where
 // there is no such instruction its exact sum is made of products of 16 bits: all instruction sets give the same bits.
+//
+//     sum = first_sum<MOST>(start)                       for each lane, of a segment
+//     sum = dot<MOST>(sum, weights, Fours(inputs))       for each four inputs; weights are bytes from 0 to MOST
+//     last_sum<MOST>(sum, start)
 #pragma once
 
 #include <immintrin.h>
@@ -10,6 +14,8 @@
 #include <cstring>
 
 #include "vectors.hpp"
+
+constexpr long kSegment = 32;  // inputs of a group whose products are added up as whole numbers
 
 inline std::int32_t four_bytes(const std::int8_t* source) {
     std::int32_t bytes;
@@ -33,12 +39,19 @@ struct Fours {  // four inputs of a row, in each lane
     __m512i bytes;
 };
 
-template <int BITS>
+template <int MOST, int BITS>
 Ints dot(Ints sum, Bytes weights, const Fours<BITS>& inputs) {
     return _mm512_dpbusd_epi32(sum, weights, inputs.bytes);
 }
 
-inline Ints all_ints(std::int32_t value) { return _mm512_set1_epi32(value); }
+template <int MOST>
+Ints first_sum(std::int32_t start) {
+    return _mm512_set1_epi32(start);
+}
+template <int MOST>
+Ints last_sum(Ints sum, std::int32_t) {
+    return sum;
+}
 // What follows is not begun before: all else that would be in registers waits.
 inline void keep_in_registers(Ints& values) { asm volatile("" : "+v"(values) : : "memory"); }
 inline Vector to_floats(Ints values) { return _mm512_cvtepi32_ps(values); }
@@ -108,12 +121,41 @@ struct Fours<8> {  // two products do not, 2 x 255 x 127: bytes become 16 bits, 
 
 #endif
 
-template <int BITS>
+// Whether the products of bytes up to MOST with a segment's inputs fit into 16 bits, two of each four in one sum.
+#ifdef __AVXVNNI__
+template <int MOST>
+constexpr bool kFitsHalves = false;  // its instruction adds up four at once
+#else
+template <int MOST>
+constexpr bool kFitsHalves = kSegment / 4 * 2 * MOST * 127 < 1 << 15;
+#endif
+
+// `sum` and four products more in each lane, of weights that are at most MOST.
+template <int MOST, int BITS>
 Ints dot(Ints sum, Bytes weights, const Fours<BITS>& inputs) {
-    return {inputs.plus(sum.low, weights.low), inputs.plus(sum.high, weights.high)};
+    if constexpr (kFitsHalves<MOST>) {
+        return {_mm256_add_epi16(sum.low, _mm256_maddubs_epi16(weights.low, inputs.bytes)),
+                _mm256_add_epi16(sum.high, _mm256_maddubs_epi16(weights.high, inputs.bytes))};
+    } else {
+        return {inputs.plus(sum.low, weights.low), inputs.plus(sum.high, weights.high)};
+    }
 }
 
 inline Ints all_ints(std::int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+
+// What a segment's `dot`s begin with, and what they have added up to `start` in the end.
+template <int MOST>
+Ints first_sum(std::int32_t start) {
+    return all_ints(kFitsHalves<MOST> ? 0 : start);
+}
+template <int MOST>
+Ints last_sum(Ints sum, std::int32_t start) {
+    if (!kFitsHalves<MOST>) return sum;
+    const __m256i first = _mm256_set1_epi32(start), ones = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(first, _mm256_madd_epi16(sum.low, ones)),
+            _mm256_add_epi32(first, _mm256_madd_epi16(sum.high, ones))};
+}
+
 inline void keep_in_registers(Ints& values) { asm volatile("" : "+x"(values.low), "+x"(values.high) : : "memory"); }
 inline Vector to_floats(Ints values) { return {_mm256_cvtepi32_ps(values.low), _mm256_cvtepi32_ps(values.high)}; }
 inline Vector load_halves(const void* source) {
