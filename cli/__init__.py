@@ -16,12 +16,15 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn, cast
 
-import typer
-
 from .. import __version__
 from ..common.errors import ConfigError, KVFerryError
-from . import experts, inspection, keys, operate, serve, tools
-from .hidden_keys import hide_keys
+from ..common.imports import kept_imports
+
+with kept_imports():
+    import typer
+
+    from . import experts, inspection, keys, operate, serve, tools
+    from .hidden_keys import hide_keys
 
 CONFIG_EXIT_CODE = 2
 # Of the command line itself: an unknown option, a missing value. Typer shows its subclass alone.

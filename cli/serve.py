@@ -15,6 +15,7 @@ import typer
 
 from ..common.config import RouterConfig, WorkerConfig, environment
 from ..common.errors import ConfigError
+from ..common.imports import kept_imports
 from ..settings.fields import PoolSettings, ServeSettings
 from ..settings.flags import with_settings
 from ..settings.load import Loaded
@@ -46,9 +47,10 @@ def serve(
     """
     import asyncio
 
-    from ..common.logs import configure_logging, resolve_format
-    from ..launch.preflight import Preflight
-    from ..launch.progress import make_display
+    with kept_imports():
+        from ..common.logs import configure_logging, resolve_format
+        from ..launch.preflight import Preflight
+        from ..launch.progress import make_display
 
     settings, env = loaded.settings, environment()
     log_format = resolve_format(settings.log_format, sys.stderr)

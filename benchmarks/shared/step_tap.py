@@ -20,7 +20,7 @@ import msgspec
 from kvferry import cli
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.launch import LocalLauncher
-from kvferry.router import __main__ as router_program
+from kvferry.router import process as router_program
 from kvferry.router import server
 from kvferry.router.state.predictor import Predictor
 from kvferry.wire.workers import StepSample, TransferReport, WorkerHello, WorkerStatus

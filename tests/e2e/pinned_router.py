@@ -12,8 +12,8 @@ from pathlib import Path
 
 from kvferry.common.config import RouterConfig
 from kvferry.router import assembly
-from kvferry.router.__main__ import main
 from kvferry.router.placement.least_loaded import LeastLoaded
+from kvferry.router.process import main
 from kvferry.router.state.demand import Demand, Placement, Wait
 from kvferry.router.state.predictor import Predictor
 from kvferry.router.state.views import PoolView, WorkerView

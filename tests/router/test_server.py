@@ -19,8 +19,8 @@ from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError
 from kvferry.launch.children import RouterChild
 from kvferry.launch.process import ChildTimes
-from kvferry.router.__main__ import main, parse_config
 from kvferry.router.access.credentials import RouterCredentials
+from kvferry.router.process import main, parse_config
 from kvferry.router.server import serve_router
 from kvferry.settings.exposure import check_exposure
 from kvferry.settings.sockets import listen
@@ -169,7 +169,7 @@ def test_the_program_says_what_is_wrong_and_exits_with_2(model_dir: Path) -> Non
 
 STUCK = """
 import asyncio, sys, time
-from kvferry.router import __main__ as router
+from kvferry.router import process as router
 
 serve = router.serve_router
 

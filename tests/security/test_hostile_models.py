@@ -17,7 +17,7 @@ from kvferry.models.checkpoint import safetensors_files
 from kvferry.models.config import ModelConfig
 from kvferry.models.files import resolve_model
 from kvferry.models.tokenizer import Tokenizer
-from kvferry.router.__main__ import main
+from kvferry.router.process import main
 
 from ..router.fakes import write_model_dir
 
