@@ -3,11 +3,14 @@
     kernels-SET-SOURCE-COMPILER.so     SOURCE: a hash of source and flags; COMPILER: of what the compiler says it is
 
 The source is written once: its vectors (`native/vectors.hpp`) and its inner loop (`native/linear.hpp`) are those of the
-set that the flags allow. A file appears by one rename: any number of processes may build it at once.
+set that the flags allow. A file appears by one rename, so that any number of processes may build it at once; where the
+folder can be locked, one does and the others wait for it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -15,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 PREBUILT = Path(__file__).parent / "prebuilt"  # filled in a wheel
@@ -60,7 +64,9 @@ def compiled(isa: str, compiler: tuple[str, ...], folder: Path) -> Path:
     library = folder / f"kernels-{isa}-{_source_hash(isa)}-{_hash(_run([*compiler, '--version']).encode())}.so"
     try:
         if not library.is_file():
-            _build(compiler, isa, library)
+            with _turn_in(folder):
+                if not library.is_file():
+                    _build(compiler, isa, library)
     except OSError as error:
         raise NativeUnavailable(f"{library} cannot be built: {error}") from error
     return library
@@ -83,8 +89,20 @@ def _hash(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _turn_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process compiles into the folder: half a minute of a core is then spent once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    locked = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(locked, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(locked)  # which unlocks it, as the end of the process does
+
+
 def _build(compiler: tuple[str, ...], isa: str, library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{library.stem}.") as folder:
         part, whole = os.path.join(folder, "part.o"), os.path.join(folder, "whole.so")
         _run([*compiler, *_flags(isa), "-c", "-o", part, str(_SOURCE / "decoder.cpp")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import shutil
 import sys
 import threading
@@ -41,9 +42,26 @@ def _features(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(build, "_cpu_flags", lambda: frozenset(names))
 
 
+def _no_lock(file: int, how: int) -> None:
+    raise OSError(errno.ENOLCK, "this file system has none")
+
+
 @pytest.mark.usefixtures("_builds")
-def test_concurrent_first_uses_build_one_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they race for is the file: a stand-in for the compiler takes what the real one made, piece by piece."""
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_concurrent_first_uses_build_one_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_locks: bool
+) -> None:
+    """Without locks they race for the file: a stand-in for the compiler takes what the real one made, bit by bit."""
+    if not has_locks:
+        monkeypatch.setattr("fcntl.flock", _no_lock)
+    builds: list[str] = []
+    build_library = compiler._build
+
+    def counted(command: tuple[str, ...], isa: str, library: Path) -> None:
+        builds.append(isa)
+        build_library(command, isa, library)
+
+    monkeypatch.setattr(compiler, "_build", counted)
     made = compiler.compiled("avx2", compiler.find_compiler(), cache_dir())
     stand_in = tmp_path / "cxx"
     stand_in.write_text(f"#!{sys.executable}\n{COPYING_COMPILER}")
@@ -66,6 +84,7 @@ def test_concurrent_first_uses_build_one_library(tmp_path: Path, monkeypatch: py
     assert not failures
     [library] = (tmp_path / "new").iterdir()
     assert library.name != made.name and library.read_bytes() == made.read_bytes()
+    assert len(builds) == 1 or not has_locks
 
 
 def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
