@@ -18,10 +18,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvferry.common.lifeline import Lifeline
-from kvferry.wire.credentials import SharedSecret
+
+if TYPE_CHECKING:  # a hundred of these processes are started: each would take half a second to import pydantic
+    from kvferry.wire.credentials import SharedSecret
 
 
 def append(path: Path, line: dict[str, Any]) -> None:

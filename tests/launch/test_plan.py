@@ -240,6 +240,7 @@ def test_a_pools_own_plan_is_found_from_any_folder() -> None:
     workers = planned(decode=1).workers, plan(ServeSettings(decode=pool), Path("/models/moe"), "moe").workers
     assert [worker.config.engine.expert_plan for worker in workers[0]] == [None, None]
     assert [worker.config.engine.expert_plan for worker in workers[1]] == [None, Path("plan.json").absolute()]
+    assert [worker.config.engine.enable_expert_parallel for worker in workers[1]] == [False, True]
 
 
 def test_length_beyond_the_models_is_refused() -> None:
