@@ -73,6 +73,13 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
 PRECISIONS = ("plain", "int8", "int4")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own_objects_alone() -> None:
+    """Objects of what ran before in this process stay out of collections and lists of objects: a second for each."""
+    gc.collect()
+    gc.freeze()
+
+
 class _FakeRank(Communicator):
     """A rank whose collectives are never used: only its shards matter."""
 
