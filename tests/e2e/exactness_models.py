@@ -12,7 +12,7 @@ from ..transformers_checkpoints import SMALL, write_model
 
 MAX_MODEL_LEN = 4096
 _BLOCK_SIZE, _FLOAT32 = 16, 4
-_HEADS_BLOCK_BYTES = 2 * 2 * 2 * 16 * _BLOCK_SIZE * _FLOAT32  # layers, K and V, heads, head_dim, tokens
+HEADS_BLOCK_BYTES = 2 * 2 * 2 * 16 * _BLOCK_SIZE * _FLOAT32  # layers, K and V, heads, head_dim, tokens
 LATENTS_BLOCK_BYTES = 3 * TOKEN_SIZE * _BLOCK_SIZE * _FLOAT32  # layers, numbers of a token
 _LATENT: dict[str, Literal["v2", "v3"]] = {"deepseek_v2": "v2", "deepseek_v3": "v3"}
 _SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -44,8 +44,8 @@ def write_exactness_model(path: Path, family: str) -> ExactnessModel:
         name, fields = _SPARSE[family]
         write_model(path, getattr(transformers, f"{name}Config")(**SMALL | fields | longest))
         write_tokenizer(path, SMALL["vocab_size"])
-        return ExactnessModel(path, _HEADS_BLOCK_BYTES, is_sparse=True)
+        return ExactnessModel(path, HEADS_BLOCK_BYTES, is_sparse=True)
     window = 300 if family == "mistral" else None
     shape = Shape(max_model_len=MAX_MODEL_LEN, sliding_window=window, biases=family == "llama")
     write_checkpoint(path, cast("Family", family), shape=shape)
-    return ExactnessModel(path, _HEADS_BLOCK_BYTES, is_sparse=False)
+    return ExactnessModel(path, HEADS_BLOCK_BYTES, is_sparse=False)

@@ -34,7 +34,7 @@ def _body(index: int) -> dict[str, object]:
     return {
         "model": "tiny",
         "prompt": [(31 * i * i + 17 * i + 101 * index) % 500 + 4 for i in range(LENGTHS[index])],
-        "max_tokens": 200,
+        "max_tokens": 120,
         "ignore_eos": True,
         "n": 2,
         "seed": index,
@@ -58,7 +58,7 @@ async def _together(cluster: Cluster, *, kill: bool) -> list[Choices]:
             return choices
 
         async def kill_one() -> None:
-            body = _body(0) | {"stream": True, "max_tokens": 1000}
+            body = _body(0) | {"stream": True, "max_tokens": 600}
             async with client.stream("POST", "/v1/completions", json=body) as stream:
                 await anext(stream.aiter_bytes())
                 cluster.children('"role":"decode"')[0].send_signal(signal.SIGKILL)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,21 @@ from kvferry.tools.load.tiny_model import write_tiny_model
 
 from . import reference
 from .cluster import serve, wait_until
-from .test_exactness import LENGTHS, NUM_TOKENS, _complete
+from .exactness_models import HEADS_BLOCK_BYTES, ExactnessModel
+from .test_exactness import LENGTHS, NUM_TOKENS, Fleet, Kind, _complete, open_fleet
 
 _VOCABULARY = 420  # ids from 4 on that the model has in any case
 PROMPTS = [
     [(7 * i * i + 13 * i * n + 31 * n) % _VOCABULARY + 4 for i in range(size)] for n, size in enumerate(LENGTHS, 1)
 ]
-Pool = tuple[int, bool]  # ranks, and whether each has whole experts
+# A prefill worker of each kind, and the decode workers that split experts otherwise than one of them.
+WORKERS = {
+    "p-0": Kind(role="prefill"),
+    "p-shared": Kind(role="prefill", ranks=2),
+    "p-whole": Kind(role="prefill", ranks=2, has_whole_experts=True),
+    "d-0": Kind(role="decode"),
+    "d-whole": Kind(role="decode", ranks=2, has_whole_experts=True),
+}
 # Three of eight experts on both ranks in the first layer, all of them in the second.
 PLAN = ExpertPlan(8, 2, {0: ((0, 1, 2, 4, 6), (1, 3, 4, 5, 6, 7)), 1: (tuple(range(8)),) * 2})
 
@@ -54,19 +63,15 @@ def test_replicas_on_a_prefill_worker_change_nothing(model_dir: Path, tmp_path: 
     reference.Teacher(model_dir).assert_greedy(prompts, answers, "replicas to one rank")
 
 
-@pytest.mark.parametrize(
-    ("prefill", "decode"),
-    [((2, False), (2, True)), ((1, False), (2, True)), ((2, True), (1, False))],
-    ids=["shared to whole", "one rank to whole", "whole to one rank"],
-)
-def test_pools_may_split_experts_otherwise(model_dir: Path, tmp_path: Path, prefill: Pool, decode: Pool) -> None:
-    pools = {
-        name: {"workers": 1, "tensor_parallel_size": ranks, "enable_expert_parallel": whole}
-        for name, (ranks, whole) in (("prefill", prefill), ("decode", decode))
-    }
-    (tmp_path / "settings.yaml").write_text(json.dumps(pools))
-    flags = ["--served-model-name", "tiny", "--device", "cpu", "--dtype", "float32", "--no-local-prefill"]
-    with serve(model_dir, tmp_path / "log", *flags, "--config", str(tmp_path / "settings.yaml")) as cluster:
-        answers = asyncio.run(_complete(cluster, PROMPTS, NUM_TOKENS, "a salt"))
-        assert cluster.metric("kvferry_fallback_total") == 0
-    reference.Teacher(model_dir).assert_greedy(PROMPTS, answers, f"{prefill} to {decode}")
+@pytest.fixture(scope="module")
+def fleet(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    model = ExactnessModel(model_dir, HEADS_BLOCK_BYTES, is_sparse=True)
+    with open_fleet(tmp_path_factory.mktemp("fleet"), model, WORKERS) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("workers", ["p-shared d-whole", "p-0 d-whole", "p-whole d-0"])
+def test_pools_may_split_experts_otherwise(fleet: Fleet, workers: str) -> None:
+    before = fleet.num_fallbacks()
+    fleet.check(workers, workers, salt=workers, prompts=PROMPTS)
+    assert fleet.num_fallbacks() == before

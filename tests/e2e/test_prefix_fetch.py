@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import pytest
+import pytest_asyncio
 
 from kvferry import __version__
 from kvferry.common.clock import SystemClock
@@ -41,6 +42,8 @@ BLOCK_SIZE = 16
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4  # layers, K and V, heads, head_dim, tokens, float32
 PROMPT = [(7 * i * i + 13 * i + 5) % 500 + 4 for i in range(600)]
 _numbers = count()
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 
 class Fixed:
@@ -66,6 +69,7 @@ class Fixed:
 class Fleet:
     dispatcher: Dispatcher
     policy: Fixed
+    failpoints: Path  # a file that may come later
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def worker(self, worker_id: str) -> RouterWorker:
@@ -112,9 +116,7 @@ def _start(command: list[str], output: BinaryIO, env: dict[str, str]) -> subproc
 
 
 @asynccontextmanager
-async def fleet(
-    model: Path, log: Path, *names: str, transfer: TransferConfig | None = None, failpoints: str = ""
-) -> AsyncIterator[Fleet]:
+async def fleet(model: Path, folder: Path, backend: Literal["nixl", "ucx"], *names: str) -> AsyncIterator[Fleet]:
     """A router in this process, and workers in theirs."""
     policy = Fixed()
     config = RouterConfig(model_dir=model, served_model_name="tiny")
@@ -122,18 +124,18 @@ async def fleet(
     group = WorkerGroup(Expected(version=__version__, model="tiny"), dispatcher)
     server = ControlServer([group], router_id="r-0")
     address = await server.start(Address("127.0.0.1", 0))
-    running = Fleet(dispatcher, policy)
-    env = {**os.environ, FAILPOINTS_VARIABLE: failpoints, "OMP_NUM_THREADS": "1"}
+    running = Fleet(dispatcher, policy, folder / "failpoints")
+    env = {**os.environ, FAILPOINTS_VARIABLE: f"@{running.failpoints}", "OMP_NUM_THREADS": "1"}
     engine = EngineConfig(
         model_dir=model, served_model_name="tiny", dtype="float32", num_threads=1, kv_cache_memory_bytes=8 << 20
     )
-    with log.open("wb") as output:
+    with (folder / "log").open("wb") as output:
         for name in names:
             worker = WorkerConfig(
                 worker_id=name,
                 role="prefill" if name.startswith("p") else "decode",
                 engine=engine,
-                transfer=transfer or TransferConfig(),
+                transfer=TransferConfig(backend=backend),
                 routers=(str(address),),
                 log_level="warning",
             )
@@ -157,63 +159,71 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("models") / "llama", max_model_len=2048)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["nixl", "ucx"])
-async def test_a_second_turn_reads_the_first_turns_kv_from_wherever_it_lies(
-    model: Path, tmp_path: Path, backend: Literal["nixl", "ucx"]
-) -> None:
-    pytest.importorskip("ucxx" if backend == "ucx" else "nixl_cu12", exc_type=ImportError)
-    first = reference.greedy(model, [PROMPT], NUM_TOKENS)[0]
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def running(
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Fleet]:
+    """Two prefill and two decode workers that move KV by the backend that is asked for."""
+    pytest.importorskip("ucxx" if request.param == "ucx" else "nixl_cu12", exc_type=ImportError)
+    async with fleet(model, tmp_path_factory.mktemp("fleet"), request.param, "p-0", "p-1", "d-0", "d-1") as opened:
+        yield opened
+
+
+async def _greedy(model: Path, prompts: list[list[int]]) -> list[reference.Reference]:
+    """Beside the router, which heeds its workers meanwhile."""
+    return await asyncio.to_thread(reference.greedy, model, prompts, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("running", ["nixl", "ucx"], indirect=True)
+async def test_a_second_turn_reads_the_first_turns_kv_from_wherever_it_lies(running: Fleet, model: Path) -> None:
+    [first] = await _greedy(model, [PROMPT])
     second_prompt = PROMPT + first.tokens + [(11 * i + 3) % 500 + 4 for i in range(40)]
-    second = reference.greedy(model, [second_prompt], NUM_TOKENS)[0]
-    async with fleet(
-        model, tmp_path / "log", "p-0", "p-1", "d-0", "d-1", transfer=TransferConfig(backend=backend)
-    ) as running:
-        tokens, num_cached = await running.ask(PROMPT, "d-0", prefill="p-0")
-        assert (tokens, num_cached) == (first.tokens, 0)
-        known = PROMPT + first.tokens[:-1]  # the last one's KV was never needed
-        num_known = len(known) // BLOCK_SIZE * BLOCK_SIZE
-        await running.until(lambda: running.holds("d-0", known), "d-0 tells of its answer's blocks")
-        await running.until(lambda: running.holds("p-0", PROMPT), "p-0 tells of the prompt's blocks")
+    [second] = await _greedy(model, [second_prompt])
+    tokens, num_cached = await running.ask(PROMPT, "d-0", prefill="p-0")
+    assert (tokens, num_cached) == (first.tokens, 0)
+    known = PROMPT + first.tokens[:-1]  # the last one's KV was never needed
+    num_known = len(known) // BLOCK_SIZE * BLOCK_SIZE
+    await running.until(lambda: running.holds("d-0", known), "d-0 tells of its answer's blocks")
+    await running.until(lambda: running.holds("p-0", PROMPT), "p-0 tells of the prompt's blocks")
 
-        # from a decode worker, to a prefill worker that has none of it
-        tokens, num_cached = await running.ask(second_prompt, "d-1", prefill="p-1", source="d-0")
-        assert (tokens, num_cached) == (second.tokens, num_known)
-        await running.until(lambda: running.status("p-1").fetched_bytes > 0, "a heartbeat of p-1")
-        assert (running.status("p-1").num_fetches, running.status("p-1").failed_fetches) == (1, 0)
-        assert running.status("p-1").fetched_bytes == num_known // BLOCK_SIZE * BLOCK_BYTES
+    # from a decode worker, to a prefill worker that has none of it
+    tokens, num_cached = await running.ask(second_prompt, "d-1", prefill="p-1", source="d-0")
+    assert (tokens, num_cached) == (second.tokens, num_known)
+    await running.until(lambda: running.status("p-1").fetched_bytes > 0, "a heartbeat of p-1")
+    assert (running.status("p-1").num_fetches, running.status("p-1").failed_fetches) == (1, 0)
+    assert running.status("p-1").fetched_bytes == num_known // BLOCK_SIZE * BLOCK_BYTES
 
-        # from a prefill worker, to a decode worker that computes the prompt itself and holds its first block
-        other = PROMPT[:16] + PROMPT[300:540]
-        expected = reference.greedy(model, [other], NUM_TOKENS)[0]
-        assert (await running.ask(other, "d-0", prefill="p-0"))[0] == expected.tokens
-        await running.until(lambda: running.holds("p-0", other), "p-0 tells of the other prompt")
-        tokens, num_cached = await running.ask([*other, 9, 8, 7], "d-1", source="p-0")
-        assert num_cached == len(other)
-        assert tokens == reference.greedy(model, [[*other, 9, 8, 7]], NUM_TOKENS)[0].tokens
-        await running.until(lambda: running.status("d-1").fetched_bytes > 0, "a heartbeat of d-1")
-        assert running.status("d-1").fetched_bytes == (len(other) - 16) // BLOCK_SIZE * BLOCK_BYTES
+    # from a prefill worker, to a decode worker that computes the prompt itself and holds its first block
+    other = PROMPT[:16] + PROMPT[300:540]
+    expected, longer = await _greedy(model, [other, [*other, 9, 8, 7]])
+    assert (await running.ask(other, "d-0", prefill="p-0"))[0] == expected.tokens
+    await running.until(lambda: running.holds("p-0", other), "p-0 tells of the other prompt")
+    tokens, num_cached = await running.ask([*other, 9, 8, 7], "d-1", source="p-0")
+    assert num_cached == len(other)
+    assert tokens == longer.tokens
+    await running.until(lambda: running.status("d-1").fetched_bytes > 0, "a heartbeat of d-1")
+    assert running.status("d-1").fetched_bytes == (len(other) - 16) // BLOCK_SIZE * BLOCK_BYTES
 
 
-@pytest.mark.slow
-async def test_a_source_that_dies_or_hangs_costs_time_and_nothing_else(model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("nixl_cu12", exc_type=ImportError)
+@pytest.mark.parametrize("running", ["nixl"], indirect=True)
+async def test_a_source_that_dies_or_hangs_costs_time_and_nothing_else(running: Fleet, model: Path) -> None:
+    prompt = [(11 * i * i + 5 * i + 3) % 500 + 4 for i in range(600)]  # no cache knows it
     tails = [[n, 5, 6] for n in (7, 8)]
-    expected = reference.greedy(model, [PROMPT, *(PROMPT + tail for tail in tails)], NUM_TOKENS)
-    names = ("p-0", "p-1", "d-0", "d-1")
-    async with fleet(model, tmp_path / "log", *names, failpoints="d-0/fetch.lent=kill") as running:
-        assert (await running.ask(PROMPT, "d-0", prefill="p-0"))[0] == expected[0].tokens
-        await running.until(lambda: running.holds("d-0", PROMPT), "d-0 tells of the prompt")
-        await running.until(lambda: running.holds("p-0", PROMPT), "p-0 tells of it")
+    expected = await _greedy(model, [prompt, *(prompt + tail for tail in tails)])
+    num_fetched = running.status("p-1").fetched_bytes
+    running.failpoints.write_text("d-0/fetch.lent=kill")
+    assert (await running.ask(prompt, "d-0", prefill="p-0"))[0] == expected[0].tokens
+    await running.until(lambda: running.holds("d-0", prompt), "d-0 tells of the prompt")
+    await running.until(lambda: running.holds("p-0", prompt), "p-0 tells of it")
 
-        running.processes["p-0"].send_signal(signal.SIGSTOP)
-        tokens, num_cached = await running.ask(PROMPT + tails[0], "d-1", source="p-0")
-        running.processes["p-0"].send_signal(signal.SIGCONT)
-        assert (tokens, num_cached) == (expected[1].tokens, 0)
-        await running.until(lambda: running.status("d-1").failed_fetches == 1, "a heartbeat of d-1")
+    running.processes["p-0"].send_signal(signal.SIGSTOP)
+    tokens, num_cached = await running.ask(prompt + tails[0], "d-1", source="p-0")
+    running.processes["p-0"].send_signal(signal.SIGCONT)
+    assert (tokens, num_cached) == (expected[1].tokens, 0)
+    await running.until(lambda: running.status("d-1").failed_fetches == 1, "a heartbeat of d-1")
 
-        tokens, num_cached = await running.ask(PROMPT + tails[1], "d-1", prefill="p-1", source="d-0")
-        assert (tokens, num_cached) == (expected[2].tokens, 0)
-        await running.until(lambda: running.status("p-1").failed_fetches == 1, "a heartbeat of p-1")
-        assert running.status("p-1").fetched_bytes == 0
-        assert running.processes["d-0"].wait(5) == -signal.SIGKILL
+    tokens, num_cached = await running.ask(prompt + tails[1], "d-1", prefill="p-1", source="d-0")
+    assert (tokens, num_cached) == (expected[2].tokens, 0)
+    await running.until(lambda: running.status("p-1").failed_fetches == 1, "a heartbeat of p-1")
+    assert running.status("p-1").fetched_bytes == num_fetched
+    assert running.processes["d-0"].wait(5) == -signal.SIGKILL
