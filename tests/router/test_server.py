@@ -174,8 +174,10 @@ from kvferry.router import process as router
 serve = router.serve_router
 
 async def serve_and_stand_still(*args, **kwargs):
-    asyncio.get_running_loop().call_later(0.5, time.sleep, 600)
-    return await serve(*args, **kwargs)
+    def stand_still_soon():
+        asyncio.get_running_loop().call_later(0.5, time.sleep, 600)
+
+    return await serve(*args, **kwargs | {"on_ready": stand_still_soon})
 
 if sys.argv[2] == "stands still":
     router.serve_router = serve_and_stand_still
