@@ -19,8 +19,8 @@ struct MatrixUnit {  // there is none
 template <int ROWS, int COLUMNS, int LINES>
 void add_stretch(const float* inputs, const bf16* weights, long pairs, float* sums, long stride, bool is_fresh,
                  const bf16* ahead) {
+    constexpr auto kHint = COLUMNS == kTileColumns ? _MM_HINT_T0 : _MM_HINT_T1;
     constexpr int kVectors = COLUMNS / 8;
-    constexpr auto kHint = LINES == 4 ? _MM_HINT_T0 : _MM_HINT_T1;
     __m256 sum[ROWS][kVectors];
 #pragma GCC unroll 8
     for (int row = 0; row < ROWS; row++) {
@@ -56,13 +56,17 @@ void add_stretch(const float* inputs, const bf16* weights, long pairs, float* su
     }
 }
 
-// A stretch of pairs and all columns; what is fetched ahead is fetched with the first of them.
+// A stretch of pairs and all columns, in passes that share out what is fetched ahead: at once it would hold up the first.
 template <int ROWS, int LINES>
 void add_stretch(const float* inputs, const bf16* weights, long pairs, float* sums, long stride, bool is_fresh,
                  const bf16* ahead) {
-    constexpr int kColumns = ROWS == 1 ? 64 : ROWS <= 3 ? 32 : 16;
-    add_stretch<ROWS, kColumns, LINES>(inputs, weights, pairs, sums, stride, is_fresh, ahead);
-    for (int column = kColumns; column < kTileColumns; column += kColumns) {
+    constexpr int kColumns = ROWS == 1 ? 64 : ROWS <= 3 ? 32 : 16, kPasses = kTileColumns / kColumns;
+    constexpr int kFetching = std::min(kPasses, LINES), kLines = LINES / std::max(1, kFetching);
+    for (int pass = 0; pass < kFetching; pass++, ahead += kLines * pairs * kLine) {
+        const int column = pass * kColumns;
+        add_stretch<ROWS, kColumns, kLines>(inputs, weights + 2 * column, pairs, sums + column, stride, is_fresh, ahead);
+    }
+    for (int column = kFetching * kColumns; column < kTileColumns; column += kColumns) {
         add_stretch<ROWS, kColumns, 0>(inputs, weights + 2 * column, pairs, sums + column, stride, is_fresh, nullptr);
     }
 }
@@ -81,8 +85,10 @@ void add_products(int rows, const bf16* x, long x_stride, const bf16* weights, l
             }
         }
         const auto add = [&]<int ROWS>() {
+            // One group of several rows passes over a stretch again and again: what it waits for is the next one.
+            const long further = ROWS > 1 && LINES == 4 ? 4 * kStretch - kNearLines : 0;
             add_stretch<ROWS, LINES>(inputs, weights + first * 2 * kTileColumns, count, sums, stride, FRESH && first == 0,
-                                     ahead + first * LINES * kLine);
+                                     ahead + (first * LINES + further) * kLine);
         };
         switch (rows) {
             case 1: add.template operator()<1>(); break;
