@@ -33,7 +33,7 @@ STUBS = str(Path(__file__).parent / "launch_stubs.py")
 ROUTER = (sys.executable, STUBS, "router")
 WORKER = (sys.executable, STUBS, "worker")
 TIMES = ChildTimes(hang_after_s=1.0, grace_s=2.0, first_backoff_s=0.05)
-WAIT_S = 20.0
+WAIT_S = 120.0
 
 
 class Recorder:

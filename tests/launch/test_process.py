@@ -13,7 +13,7 @@ from kvferry.common.clock import SystemClock
 from kvferry.launch.child_process import Command
 from kvferry.launch.process import Child, ChildTimes
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 TIMES = ChildTimes(hang_after_s=1.0, grace_s=1.0, first_backoff_s=0.05)
 # Stands still for `sys.argv[1]` seconds, again and again; a long time in steps, as Python code that runs would.
 PROGRAM = """

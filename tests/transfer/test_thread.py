@@ -36,7 +36,7 @@ from kvferry.wire.workers import TransferReport
 
 from ..e2e.cluster import wait_until
 
-WAIT_S = 20.0
+WAIT_S = 120.0
 SPEC = KVCacheSpec(model="m", num_layers=4, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
 ARRIVED = KVArrived(grant_id=GrantId("d-0", 1, 1), open_id=1, source_rank=0, num_tokens=1)
 _incarnations = itertools.count(500)

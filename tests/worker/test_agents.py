@@ -24,7 +24,7 @@ from kvferry.worker.decode_rank import RECEIVING
 
 from ..transfer.test_thread import ARRIVED
 
-WAIT_S = 20.0
+WAIT_S = 120.0
 
 
 class Ranks:

@@ -68,7 +68,7 @@ class Router:
         return worker
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not condition():
                 self.dispatcher.changed.clear()
                 await self.dispatcher.changed.wait()
@@ -83,7 +83,7 @@ class Worker:
         self._decoder: Decoder[Message] = Decoder(RouterToWorker)
 
     async def recv(self) -> Message:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             return self._decoder.decode(await self.channel.recv())
 
 

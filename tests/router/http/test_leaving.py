@@ -15,7 +15,7 @@ from kvferry.wire.channel import Address
 
 from ..fakes import MODEL, Script, Served, serve
 
-WAIT_S = 5.0
+WAIT_S = 60.0
 LONG_S = 60.0
 
 
