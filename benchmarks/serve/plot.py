@@ -34,6 +34,9 @@ def _draw_panel(axes: Axes, report: ServeReport, figure: Figure) -> None:
     systems = [name for name in ORDER if any(row.system == name for row in report.rows)]
     width = _GROUP_WIDTH / max(1, len(systems))
     axes.set_yscale("log")
+    if spreads := [spread for row in report.rows if (spread := row.spread(figure)) is not None]:
+        # With room for the figures above the bars. What is left to matplotlib is empty where all bars are alike.
+        axes.set_ylim(min(spread.min for spread in spreads) / 2, max(spread.max for spread in spreads) * 6)
     comparisons = compare(report)
     for index, system in enumerate(systems):
         colour = COLOURS[index % len(COLOURS)]
@@ -44,8 +47,6 @@ def _draw_panel(axes: Axes, report: ServeReport, figure: Figure) -> None:
                 _draw_bar(axes, x, width, row, figure, colour, _ratio_text(comparisons, row, figure))
     axes.set_xticks(range(len(cells)), cells, fontsize=8)
     axes.set_xlim(-0.6, max(1, len(cells)) - 0.4)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high * 3)  # room for the figures above the bars
     axes.set_xlabel("input tokens / output tokens / requests in flight")
     axes.set_ylabel(f"median {FIGURES[figure].removesuffix(' ms')} (ms)")
     axes.set_title("in brackets: the ratio to vLLM in the same mode", fontsize=8)

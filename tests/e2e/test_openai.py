@@ -571,7 +571,8 @@ def _assert_nothing_is_held(cluster: Cluster) -> None:
         return held == 0 == cluster.metric("kvferry_in_flight_requests") + cluster.metric("kvferry_queued_requests")
 
     wait_until(is_idle, "idleness")
-    assert cluster.metric("kvferry_blocks", 'state="quarantined"') == 0
+    # On a machine that is too busy to renew a lease a block may have to wait for its writer's end.
+    wait_until(lambda: cluster.metric("kvferry_blocks", 'state="quarantined"') == 0, "no block in quarantine")
 
 
 def _num_left(cluster: Cluster) -> float:
