@@ -8,6 +8,7 @@ else                                                              TorchRunner
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import structlog
@@ -31,7 +32,7 @@ from .nn.decoder import Decoder
 from .nn.grouped import GroupedWeight
 from .nn.runner import Runner
 from .nn.torch_runner import TorchRunner
-from .nn.weight import DenseWeight
+from .nn.weight import DenseWeight, Weight
 from .nn.weights import Progress, read_kv_scales
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def pack_weights(
         log.warning(
             "quantized_weights",
             widened_to=str(decoder.dtype).removeprefix("torch."),
-            memory_mib=_mib(sum(weight.num_outputs * weight.num_inputs for weight in grouped), decoder.dtype),
+            memory_mib=_widened_mib(grouped, decoder.dtype),
             reason="no C++ for them",
         )
     decoder.pack()
@@ -132,13 +133,13 @@ def _tell_of_widened_experts(decoder: Decoder, kinds: list[str]) -> None:
             "widened_experts",
             widened_from="+".join(kinds),
             widened_to=str(decoder.dtype).removeprefix("torch."),
-            memory_mib=_mib(sum(weight.num_outputs * weight.num_inputs for weight in dense), decoder.dtype),
+            memory_mib=_widened_mib(dense, decoder.dtype),
             reason="no products of such blocks",
         )
 
 
-def _mib(num_numbers: int, dtype: torch.dtype) -> float:
-    return round(num_numbers * dtype.itemsize / 2**20, 2)
+def _widened_mib(weights: Sequence[Weight], dtype: torch.dtype) -> float:
+    return round(sum(weight.num_outputs * weight.num_inputs for weight in weights) * dtype.itemsize / 2**20, 2)
 
 
 def _narrow_float8(decoder: Decoder, device: torch.device) -> None:

@@ -62,9 +62,12 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> MeasuredRates:
 def _cpu_rates(dtype: torch.dtype) -> MeasuredRates:
     import torch
 
-    kind = max({dtype, torch.float32}, key=lambda kind: _cpu_matmul(_CPU_SIZES[0], kind))
+    smallest, *larger = _CPU_SIZES
+    by_kind = {kind: _cpu_matmul(smallest, kind) for kind in {dtype, torch.float32}}
+    kind = max(by_kind, key=by_kind.__getitem__)
     name = str(kind).removeprefix("torch.")
-    products = {f"{size}^3 in {name}": _cpu_matmul(size, kind) for size in _CPU_SIZES}
+    products = {f"{smallest}^3 in {name}": by_kind[kind]}
+    products |= {f"{size}^3 in {name}": _cpu_matmul(size, kind) for size in larger}
     buffer_bytes = max(_MIN_BUFFER_BYTES, _CACHES * last_level_cache_bytes())
     buffer = torch.ones(buffer_bytes // 8, dtype=torch.int64)
     size = f"over {buffer_bytes >> 20} MiB"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ...common.config import CpuIsa
 from ...common.errors import ConfigError
+from ...common.processor import processor_fields
 from .compiler import SETS, NativeUnavailable, compiled, find_compiler, prebuilt
 
 
@@ -78,11 +79,4 @@ def _names(features: frozenset[str]) -> str:
 
 def _cpu_flags() -> frozenset[str]:
     """Return the processor's features by Linux's names; none where it is not x86."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("flags"):
-                    return frozenset(line.partition(":")[2].split())
-    except OSError:
-        pass
-    return frozenset()
+    return frozenset(processor_fields().get("flags", "").split())

@@ -113,9 +113,8 @@ async def _ask_without_head(cluster: Cluster, head_pid: int) -> Tally:
     asking_on = asyncio.create_task(keep_asking(ask, wanted, 0, stop, tally))
     psutil.Process(head_pid).send_signal(signal.SIGKILL)
     await asyncio.sleep(HEAD_AWAY_S)  # the promise is about this time
-    await asyncio.to_thread(
-        wait_until, lambda: tally.num_requests > 2 or tally.failures, "a third request"
-    )  # a busy machine streams slowly
+    # A busy machine streams slowly.
+    await asyncio.to_thread(wait_until, lambda: tally.num_requests > 2 or tally.failures, "a third request")
     stop.set()
     await asking_on
     return tally

@@ -16,6 +16,7 @@ from pathlib import Path
 import kvferry
 
 from ...common.clock import wall_time_s
+from ...common.processor import processor_fields
 
 _PACKAGES = ("torch", "nixl-cu12", "uvicorn", "msgspec")
 _SECRET_FLAGS = ("--api-key",)
@@ -83,9 +84,7 @@ def _gpus() -> tuple[str, ...]:
 
 def _cpu_name() -> str:
     """Name the processor and those of its extensions that products are fast by: many share a name."""
-    info = Path("/proc/cpuinfo")
-    lines = (line.partition(":") for line in (info.read_text().splitlines() if info.exists() else []))
-    told = {key.strip(): value.strip() for key, _, value in lines}
+    told = processor_fields()
     has = set(told.get("flags", "").split())
     return " ".join([told.get("model name", platform.machine()), *(name for name in _EXTENSIONS if name in has)])
 

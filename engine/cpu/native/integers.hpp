@@ -141,12 +141,11 @@ Ints dot(Ints sum, Bytes weights, const Fours<BITS>& inputs) {
     }
 }
 
-inline Ints all_ints(std::int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
-
 // What a segment's `dot`s begin with, and what they have added up to `start` in the end.
 template <int MOST>
 Ints first_sum(std::int32_t start) {
-    return all_ints(kFitsHalves<MOST> ? 0 : start);
+    const __m256i first = _mm256_set1_epi32(kFitsHalves<MOST> ? 0 : start);
+    return {first, first};
 }
 template <int MOST>
 Ints last_sum(Ints sum, std::int32_t start) {

@@ -46,7 +46,7 @@ void multiply(const Rows& x, const Tiles& w, Range part, Finish finish) {
             const int count = int(rows.last - rows.first);
             if (groups == 1) {
                 add_products<true, 4>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
-                                      weights + kNearLines * kLine);
+                                      weights + near_lines(count) * kLine);
             } else if (groups < 4) {
                 add_products<true, 2>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
                                       next + (group & 1) * w.pairs * 2 * kLine);

@@ -10,10 +10,12 @@
 constexpr int kRowsAtOnce = 32;
 constexpr long kPanelRows = 128;       // a multiple of it
 constexpr int kProductInputs = 32;     // inputs of a product are a multiple of it
-constexpr long kNearLines = 128;       // one group of rows: weights are fetched so far ahead, 8 KiB
 constexpr bool kSumsInRegisters = false;  // pair by pair; else by the matrix unit, 16 pairs at a time
 constexpr int kTileRows = 16;
 constexpr int kTilePairs = 16;
+
+// One group of rows: weights are fetched so far ahead, 8 KiB.
+constexpr long near_lines(int) { return 128; }
 
 // A thread's use of the unit, which is given back at its end: a thread that sleeps has no tiles to be saved.
 class MatrixUnit {

@@ -7,9 +7,12 @@
 constexpr int kRowsAtOnce = 5;         // a sixth leaves no register for weights: 65 GFLOP/s where five have 90
 constexpr long kPanelRows = 60;        // a multiple of it
 constexpr int kProductInputs = 16;     // inputs of a product are a multiple of it
-constexpr long kNearLines = 64;        // one group of rows: weights are fetched so far ahead, 4 KiB
 constexpr bool kSumsInRegisters = true;  // pair by pair; else by the matrix unit, 16 pairs at a time
 constexpr long kStretch = 64;          // pairs: their weights, 16 KiB, stay near from columns to columns; more spill
+
+// One group of rows: weights are fetched so far ahead, 4 KiB. Several rows pass over a stretch again and again: what they
+// would wait for is the next one.
+constexpr long near_lines(int rows) { return rows == 1 ? 64 : 4 * kStretch; }
 
 struct MatrixUnit {  // there is none
     static bool may_run() { return true; }
@@ -85,10 +88,8 @@ void add_products(int rows, const bf16* x, long x_stride, const bf16* weights, l
             }
         }
         const auto add = [&]<int ROWS>() {
-            // One group of several rows passes over a stretch again and again: what it waits for is the next one.
-            const long further = ROWS > 1 && LINES == 4 ? 4 * kStretch - kNearLines : 0;
             add_stretch<ROWS, LINES>(inputs, weights + first * 2 * kTileColumns, count, sums, stride, FRESH && first == 0,
-                                     ahead + (first * LINES + further) * kLine);
+                                     ahead + first * LINES * kLine);
         };
         switch (rows) {
             case 1: add.template operator()<1>(); break;

@@ -5,8 +5,10 @@
 constexpr int kRowsAtOnce = 6;         // their 24 sums, a pair's four vectors and one input stay in registers
 constexpr long kPanelRows = 60;        // a multiple of it
 constexpr int kProductInputs = 16;     // inputs of a product are a multiple of it
-constexpr long kNearLines = 128;       // one group of rows: weights are fetched so far ahead, 8 KiB; 4 take up to 6 % longer
 constexpr bool kSumsInRegisters = true;  // pair by pair; else by the matrix unit, 16 pairs at a time
+
+// One group of rows: weights are fetched so far ahead, 8 KiB; 4 take up to 6 % longer.
+constexpr long near_lines(int) { return 128; }
 
 struct MatrixUnit {  // there is none
     static bool may_run() { return true; }
