@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import structlog
+
 from ..common.config import WorkerConfig
 from ..common.errors import ConfigError
 from ..common.extras import RAY
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from ray.util.placement_group import PlacementGroup
 
+log = structlog.get_logger(__name__)
+
 _PLACEMENT_TIMEOUT_S = 60.0
+_NICENESS = 0  # Ray's own is 15: beside anything else on its cores, a worker would stand still
 _HEAD_AWAY_S = 86400  # Ray ends a process that misses the cluster's head for so long; no token passes through it
 
 
@@ -45,8 +50,11 @@ class WorkerActor:
         if not loopback:
             config = config.model_copy(update={"host": node_ip()})
         configure_logging(config.log_level, log_format=config.log_format, worker_id=config.worker_id)
+        _take_ordinary_priority()
         module, _, name = entry.partition(":")
-        code: int = await getattr(importlib.import_module(module), name)(config, self._secret, None)
+        # Not on the loop, which answers pings: a worker's libraries may take longer than a hang.
+        loaded = await asyncio.to_thread(importlib.import_module, module)
+        code: int = await getattr(loaded, name)(config, self._secret, None)
         return code
 
     async def take_secrets(self, secrets: tuple[bytes, ...]) -> None:
@@ -65,6 +73,7 @@ def connect(address: str | None, num_ranks: int) -> None:
         raise ConfigError(f"launcher: {RAY.missing}") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing calls home
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", str(_NICENESS))
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(_HEAD_AWAY_S))
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -162,6 +171,16 @@ def _bundle(worker: WorkerPlan) -> dict[str, float]:
     if worker.config.engine.device == "cuda":
         bundle["GPU"] = worker.num_ranks * worker.gpu_share
     return bundle
+
+
+def _take_ordinary_priority() -> None:
+    """For the thread that calls and those it starts: a node may have been started with Ray's niceness."""
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
+    if niceness > _NICENESS:
+        try:
+            os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
+        except PermissionError:
+            log.warning("worker_is_nice", niceness=niceness, mend="start Ray's nodes with RAY_worker_niceness=0")
 
 
 def node_ip() -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _PING_EVERY_S = 1.0
 _HANG_AFTER_S = 30.0
+_START_S = 600.0  # until an actor says its first word: its node may be starting, and its files may be far away
 _CALL_S = 10.0  # for one call to the cluster
 
 
@@ -116,17 +117,20 @@ class RayWorker:
 
         actor = self.actor
         assert actor is not None
+        limit_s = _START_S
         while True:
             await asyncio.sleep(_PING_EVERY_S)
             ping = actor.ping.options(max_task_retries=0).remote()
             try:
-                async with asyncio.timeout(_HANG_AFTER_S):
+                async with asyncio.timeout(limit_s):
                     await ping
+                limit_s = _HANG_AFTER_S
             except TimeoutError:
-                self._tell_restart(f"no sign of life for {_HANG_AFTER_S:g} s", 0.0)
+                self._tell_restart(f"no sign of life for {limit_s:g} s", 0.0)
                 await ray_calls.in_thread(lambda: ray.kill(actor, no_restart=False), _HANG_AFTER_S)
+                limit_s = _START_S
             except RayError:
-                pass  # it ended, and Ray is starting it again; or Ray's head is away
+                limit_s = _START_S  # it ended, and Ray is starting it again; or Ray's head is away
 
     def _tell_restart(self, reason: str, delay_s: float) -> None:
         self._site.on_event(self.worker_id, {"event": "restart", "reason": reason, "delay_s": delay_s})

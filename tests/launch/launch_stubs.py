@@ -115,6 +115,7 @@ async def serve_worker(config: Any, secret: SharedSecret, lifeline: object) -> i
     import ray
 
     facts = {"host": config.host, "routers": config.routers, "secret": secret.said.decode(), "role": config.role}
+    facts["niceness"] = os.getpriority(os.PRIO_PROCESS, 0)
     node = ray.get_runtime_context().get_node_id()
     note(json.loads(config.engine.model_dump_json()), config.worker_id, node=node, **facts)
     await asyncio.Event().wait()
