@@ -38,7 +38,7 @@ from kvferry.benchmarks.interference.report import (
     write_interference,
 )
 from kvferry.benchmarks.peers.vllm_install import default_venv, ensure_vllm
-from kvferry.benchmarks.shared.peers import DEFAULT_SYSTEMS, SYSTEMS, RunningSystem, Setup, system_names
+from kvferry.benchmarks.shared.peers import DEFAULT_SYSTEMS, SYSTEMS, VLLM_DTYPES, RunningSystem, Setup, system_names
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
 from kvferry.tools.load.cores import CoreUse, CoreWatch, pin_to_cores
@@ -246,6 +246,7 @@ def _setup(flags: argparse.Namespace) -> Setup:
         log_dir=flags.log_dir or Path(tempfile.mkdtemp(prefix="interference-")),
         peer_venv=flags.peer_venv,
         cores=pin_to_cores(flags.num_cores),
+        vllm_dtype=flags.vllm_dtype,
     )
 
 
@@ -261,6 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--duration", type=float, default=120.0, metavar="S", help="streams and long prompts (default: %(default)g)")
     add("--stream-output-len", type=int, default=400, metavar="TOKENS", help="(default: %(default)s)")
     add("--long-input-len", type=int, default=6000, metavar="TOKENS", help="(default: %(default)s)")
+    add("--vllm-dtype", choices=VLLM_DTYPES, default=VLLM_DTYPES[0], help="(default: %(default)s)")
     add("--num-cores", type=int, default=2, metavar="N", help="for server and client together (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     add("--peer-venv", type=Path, default=default_venv(), help="vLLM is installed here (default: %(default)s)")

@@ -47,6 +47,7 @@ from kvferry.benchmarks.shared.peers import (
     ADAPTER_RANK,
     DEFAULT_SYSTEMS,
     SYSTEMS,
+    VLLM_DTYPES,
     RunningSystem,
     Setup,
     system_names,
@@ -230,6 +231,7 @@ def _setup(flags: argparse.Namespace) -> Setup:
         cores=pin_to_cores(flags.num_cores),
         max_model_len=flags.max_model_len,
         vllm_kv_gib=_KV_GIB,
+        vllm_dtype=flags.vllm_dtype,
         kvferry_flags=tuple(kvferry),
     )
 
@@ -261,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
         "--adapters", type=int, default=0, metavar="N", help="random ones of rank 16, asked for in turn (default: none)"
     )
     add("--kvferry-flags", default="", metavar="TEXT", help="further flags of `kvferry serve`, in one argument")
+    add("--vllm-dtype", choices=VLLM_DTYPES, default=VLLM_DTYPES[0], help="(default: %(default)s)")
     add("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     add("--run-timeout", type=float, default=900.0, metavar="S", help="for one run (default: %(default)g)")
     add(

@@ -42,6 +42,7 @@ class Setup:
     cores: tuple[int, ...]  # the whole measurement, client included, stays on these
     max_model_len: int = 8192
     vllm_kv_gib: int = 2  # KV cache of each vLLM server; kvferry's is a flag
+    vllm_dtype: str = "bfloat16"  # float32 is faster there on a processor without products of bfloat16
     kvferry_flags: tuple[str, ...] = ()
     adapters: tuple[Path, ...] = ()  # served by their folders' names, as many in one batch
 
@@ -100,7 +101,7 @@ def _kvferry(name: str, setup: Setup, flags: Sequence[str]) -> Iterator[RunningS
 def vllm_aggregated(setup: Setup) -> Iterator[RunningSystem]:
     with _vllm("vllm-agg", setup, setup.cores) as (process, url):
         process.wait_until_healthy(f"{url}/health", _START_TIMEOUT_S)
-        about = f"vLLM {VLLM_VERSION}, one server, {len(setup.cores)} threads"
+        about = f"vLLM {VLLM_VERSION}, {setup.vllm_dtype}, one server, {len(setup.cores)} threads"
         yield RunningSystem(url, setup.served_name, (process.pid,), about)
 
 
@@ -131,7 +132,8 @@ def _vllm_split(setup: Setup, prefill_cores: Sequence[int], decode_cores: Sequen
         proxy.wait_until_healthy(f"{proxy_url}/health", _START_TIMEOUT_S)
         _put_worker_on_cores(prefill, prefill_cores)
         _put_worker_on_cores(decode, decode_cores)
-        about = f"vLLM {VLLM_VERSION}, NIXL connector, {len(prefill_cores)} + {len(decode_cores)} threads, tuned"
+        threads = f"{len(prefill_cores)} + {len(decode_cores)} threads"
+        about = f"vLLM {VLLM_VERSION}, {setup.vllm_dtype}, NIXL connector, {threads}, tuned"
         yield RunningSystem(proxy_url, setup.served_name, (prefill.pid, decode.pid, proxy.pid), about)
 
 
@@ -142,6 +144,7 @@ SYSTEMS: dict[str, StartSystem] = {
     "vllm-pd": vllm_disaggregated,
     "vllm-pd-shared": vllm_disaggregated_shared,
 }
+VLLM_DTYPES = ("bfloat16", "float32")
 DEFAULT_SYSTEMS = ("kvferry-pd", "kvferry-co", "vllm-agg", "vllm-pd")
 
 
@@ -161,7 +164,7 @@ def _vllm(
     port = free_port()
     command = [str(setup.peer_venv / "bin" / "vllm"), "serve", str(setup.model_dir)]
     command += ["--served-model-name", setup.served_name, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "bfloat16", "--max-model-len", str(setup.max_model_len), "--max-num-seqs", "16"]
+    command += ["--dtype", setup.vllm_dtype, "--max-model-len", str(setup.max_model_len), "--max-num-seqs", "16"]
     command += ["--no-enable-prefix-caching", *setup.adapter_flags]
     env = {
         "HF_HUB_OFFLINE": "1",
