@@ -1,8 +1,8 @@
 """`Posting` makes writes of a shipment's pages, and notifications at the end: where to, in what pieces, how summed.
 
-    targets, connect ─> (KVOpened) move ─> post, piece by piece ─> tell
+    targets ─> (KVOpened) move, connect ─> post, piece by piece ─> tell
 
-Whether and when anything may be posted is the sender's decision.
+Whether a shipment posts at all is the sender's decision; each piece is posted within its lease or not at all.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...common import failpoints
+from ...common.clock import Clock
 from ...common.errors import TransferError
 from ...wire.codec import encode
 from ...wire.grants import GrantInfo
@@ -46,7 +47,6 @@ class Posting:
         self._shard = endpoint.spec.shard(rank, endpoint.tp_size)
         self._sums = sums
         self._max_write_bytes = max_write_bytes
-        self._generation = 0  # of our agent
         self._log = PeerLog("arrival_not_sent")
 
     def targets(self, grant: GrantInfo) -> list[Target]:
@@ -76,14 +76,26 @@ class Posting:
             shipment.targets = self.targets(grant)
         return reason
 
-    def next_piece(self, shipment: Shipment, target: Target) -> int | None:
+    def post(self, shipment: Shipment, clock: Clock) -> None:
+        """Write what is complete, until its peer has too much in flight or the lease is over. Raises TransferError."""
+        for target in shipment.targets:
+            while target.num_posted < len(shipment.local_pages):
+                end = self._next_piece(shipment, target)
+                now = clock.now()
+                if end is None or now >= shipment.deadline:
+                    return
+                self._post_piece(shipment, target, end, now)
+                if shipment.first_post_at is None:
+                    shipment.first_post_at = now
+
+    def _next_piece(self, shipment: Shipment, target: Target) -> int | None:
         """The end of the next write's pages; None: the peer has too much in flight."""
         start = target.num_posted
         end = min(len(shipment.local_pages), start + max(1, self._max_write_bytes // target.page_bytes))
         return end if self._writes.has_room(shipment.peer, (end - start) * target.page_bytes) else None
 
-    def post(self, shipment: Shipment, target: Target, end: int, now: float) -> None:
-        """One write of the pages up to `end`, which are written once. Raises TransferError."""
+    def _post_piece(self, shipment: Shipment, target: Target, end: int, now: float) -> None:
+        """One write of the pages up to `end`, which are written once."""
         start, target.num_posted = target.num_posted, end
         local, remote = shipment.local_pages[start:end], shipment.remote_pages[start:end]
         self._writes.post(shipment, target, local, remote, now)
@@ -110,12 +122,6 @@ class Posting:
                 self._backend.notify(target.region.agent, encode(arrived))
             except TransferError as error:  # told again until the lease is over; who lives lets it run out as well
                 self._log.warn(shipment.peer[0], "notify", detail=str(error))
-
-    def replace_agent(self) -> None:
-        """Everything that ours still does ends with it, and all connections. Raises TransferError: there is none."""
-        self._generation += 1
-        self._writes.clear()
-        self._backend.rotate(self._generation)
 
 
 def _as_pages(pages: array[int]) -> npt.NDArray[np.int32]:

@@ -2,8 +2,8 @@
 
     open ─KVOpened─> pages_ready (layer by layer) ─> post ─> poll ─> finish ─> KVArrived ─KVDone─> over
 
-Nothing is posted before the decode worker's KVOpened, nothing from the lease's end on: the clock is read right
-before each post. The lease counts from *sending* the message that it answers, so we end before the decode worker
+Nothing is posted before the decode worker's KVOpened (`opening.py`), nothing from the lease's end on: the clock is read
+right before each post. The lease counts from *sending* the message that it answers, so we end before the decode worker
 does, whatever the delay. A page is posted once per open. The shipment's states are drawn in `shipment.py`.
 
 Rank 0 speaks for the handoff (KVOpen, KVRenew); the other ranks get the same calls and the same answers relayed.
@@ -17,38 +17,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import structlog
-
 from ...common.clock import Clock
 from ...common.config import TransferConfig
 from ...common.errors import TransferError
 from ...common.kv_spec import KVCacheSpec
 from ...wire.fields import Count, Message
 from ...wire.grants import GrantInfo, ProcessMark
-from ...wire.handoff import CancelKV, KVDone, KVOpen, KVOpened, KVRefused, KVRenewed
+from ...wire.handoff import CancelKV, KVDone, KVOpened, KVRefused, KVRenewed
 from ...wire.results import ChoiceList
 from ...wire.workers import TransferReport
 from ..backends.base import Indices, TransferBackend, TransferState
 from ..backends.peers import Peers
 from ..fetch.reader import KVReader, Tell
 from ..protocol.checksums import PageSums
-from ..protocol.handoff import Endpoint, open_mac, page_indices
-from ..protocol.peer_log import PeerLog
+from ..protocol.handoff import Endpoint, page_indices
 from .closings import Closings
 from .counters import SendCounters
-from .leases import Renewals
+from .endings import Endings
+from .leases import Leases
+from .opening import Opening
+from .outgoing_agent import OutgoingAgent
 from .posting import Posting
-from .shipment import Shipment, ShipmentState, Target
+from .shipment import Shipment, ShipmentState
 from .writes import Write, Writes
 
-# Of a lease that is used. The rest pays for clocks that run up to a thousandth apart and for the time between the
-# look at the clock and the post.
-USABLE_LEASE_SHARE = 0.95
 MAX_IN_FLIGHT_BYTES = 64 << 20  # per decode worker: one that hangs must not hold the others' writes
 MAX_WRITE_BYTES = 8 << 20  # over shared memory a post is the copy: the clock is looked at between two
 _ORPHAN_POLL_S = 0.1
-
-log = structlog.get_logger(__name__)
 
 
 class KVSender:
@@ -82,23 +77,13 @@ class KVSender:
         `sums`: over our pages, where checksums are made. `processes`: of all source ranks, where they may copy into
         other processes' memory by themselves.
         """
-        self._rank = rank
-        self._tp_size = tp_size
-        self._worker_id = worker_id
-        self._incarnation = incarnation
-        self._version = version
         self._backend = backend
-        self._spec = spec
-        self._has_checksums = sums is not None
-        self._processes = processes
         self._num_blocks = num_blocks
         self._clock = clock
         self._config = config
-        self._to_peer = to_peer
-        self._report = report
         self._source_free = source_free
         self._shipments: dict[int, Shipment] = {}  # by open id, all but ENDED
-        self.peers = Peers(backend)
+        peers = Peers(backend)
         self.reader: KVReader | None = None
         if on_read is not None:
             self.reader = KVReader(
@@ -108,29 +93,47 @@ class KVSender:
                 tp_size=tp_size,
                 num_blocks=num_blocks,
                 clock=clock,
-                peers=self.peers,
+                peers=peers,
                 tell=on_read,
                 sums=sums,
             )
-        self._writes = Writes(backend, self.peers, max_in_flight_bytes)
-        self._posting = Posting(
-            backend,
-            self._writes,
-            Endpoint(spec, version, backend.name, tp_size),
+        endpoint = Endpoint(spec, version, backend.name, tp_size)
+        self._writes = Writes(backend, peers, max_in_flight_bytes)
+        self._posting = Posting(backend, self._writes, endpoint, rank=rank, sums=sums, max_write_bytes=max_write_bytes)
+        self._opening = Opening(
+            self._posting,
+            endpoint,
             rank=rank,
-            sums=sums,
-            max_write_bytes=max_write_bytes,
+            worker_id=worker_id,
+            incarnation=incarnation,
+            processes=processes,
+            has_checksums=sums is not None,
+            lease_s=config.lease_s,
+            to_peer=to_peer,
         )
-        self._renewals = Renewals(config.renew_every_s, to_peer)
+        self._leases = Leases(rank, config.renew_every_s, to_peer)
         self._closings = Closings(rank, to_peer, copies_itself=bool(processes))
+        self._agent = OutgoingAgent(backend, self._writes, self._closings, self.reader, rank=rank)
+        self._endings = Endings(
+            self._shipments,
+            self._writes,
+            self._leases,
+            self._closings,
+            clock=clock,
+            source_free=source_free,
+            report=report if rank == 0 else None,
+        )
         self.num_bytes = 0  # written since start
-        self.num_failures = 0  # shipments that ended with "may still land"
         self.made_progress = False  # a write ended in the last step: the next need not wait
-        self._log = PeerLog("shipment_failed")
 
     @property
     def num_unfinished(self) -> int:
         return len(self._shipments)
+
+    @property
+    def num_failures(self) -> int:
+        """Shipments that ended with "may still land"."""
+        return self._endings.num_failures
 
     def counters(self) -> SendCounters:
         return SendCounters(self.num_unfinished, self.num_bytes, self.num_failures, self._backend.telemetry_bytes)
@@ -141,32 +144,9 @@ class KVSender:
         """Ask for the right to write. `open_id`: 64 random bits, new for each shipment, the same on all ranks."""
         assert open_id not in self._shipments, open_id
         now = self._clock.now()
-        deadline = now + USABLE_LEASE_SHARE * self._config.lease_s
-        shipment = Shipment(open_id, request_id, attempt, grant, self._posting.targets(grant), now, deadline, now)
-        self._shipments[open_id] = shipment
-        self._renewals.add(shipment, now)
-        if self._rank == 0:
-            self._send_open(shipment)
-        # Its agent is connected to when it has answered: over a dead link that would hold up everybody for minutes.
-
-    def _send_open(self, shipment: Shipment) -> None:
-        grant = shipment.grant
-        self._to_peer(
-            grant.kv_address,
-            KVOpen(
-                grant_id=grant.grant_id,
-                open_id=shipment.open_id,
-                mac=open_mac(grant, shipment.request_id, shipment.attempt),
-                worker_id=self._worker_id,
-                incarnation=self._incarnation,
-                spec=self._spec,
-                version=self._version,
-                transport=self._backend.name,
-                tp_size=self._tp_size,
-                processes=self._processes,
-                has_checksums=self._has_checksums,
-            ),
-        )
+        shipment = self._shipments[open_id] = self._opening.begin(open_id, request_id, attempt, grant, now)
+        self._leases.add(shipment, now)
+        self._opening.ask(shipment)
 
     def pages_ready(self, open_id: int, layer: int, local_blocks: Indices, remote_blocks: Indices) -> None:
         """Take blocks that are complete in this layer and will not change. In the order of our blocks, runs merge."""
@@ -185,18 +165,14 @@ class KVSender:
     def finish(self, open_id: int, first_tokens: ChoiceList, num_cached_tokens: Count = 0) -> None:
         """Every page was given and the first tokens are known (none when resuming)."""
         shipment = self._shipments.get(open_id)
-        if shipment is None or not shipment.is_live:
-            return
-        num_pages, expected = len(shipment.remote_pages), shipment.num_expected_pages
-        assert num_pages == expected, f"{num_pages} pages of {expected} were given"
-        shipment.finished, shipment.first_tokens = True, first_tokens
-        shipment.num_cached_tokens = num_cached_tokens
+        if shipment is not None and shipment.is_live:
+            shipment.finish(first_tokens, num_cached_tokens)
 
     def cancel(self, open_id: int, reason: str) -> None:
         """Ship nothing more. Idempotent; a shipment that has told its arrival is not taken back."""
         shipment = self._shipments.get(open_id)
         if shipment is not None:
-            self._stop(shipment, reason)
+            self._endings.stop(shipment, reason)
 
     # --- the decode worker's answers ------------------------------------------------------------------------
 
@@ -214,36 +190,25 @@ class KVSender:
                 self._on_opened(shipment, message)
             case KVRefused(reason=reason):
                 if shipment.state is ShipmentState.OPENING:
-                    self._end(shipment, clean=True, reason=f"refused: {reason}")
+                    self._endings.end(shipment, clean=True, reason=f"refused: {reason}")
             case CancelKV():
                 if shipment.state is ShipmentState.TOLD:
                     self._tell(shipment)
                     # It was given up over there before it arrived, perhaps with the agent that would hear of it.
                     self._closings.add(shipment, self._clock.now(), "everything was written", clean=True)
-                self._stop(shipment, "cancelled by the decode worker")
+                self._endings.stop(shipment, "cancelled by the decode worker")
             case KVDone():
-                if shipment.state is ShipmentState.TOLD:
-                    self._end(shipment, clean=True, is_known=True)
-                self._stop(shipment, "the decode worker needs nothing more")
+                self._endings.needed_no_more(shipment, "the decode worker needs nothing more")
 
     def _on_opened(self, shipment: Shipment, message: KVOpened) -> None:
         if shipment.state is not ShipmentState.OPENING:
             return
         now = self._clock.now()
-        shipment.deadline = shipment.answered_at + USABLE_LEASE_SHARE * message.lease_s
-        shipment.answered_at = now
-        reason = self._posting.move(shipment, message)
-        if reason is None:
-            try:
-                self._posting.connect(shipment)
-            except TransferError as error:
-                reason = str(error)
-        if reason is None and now >= shipment.deadline:
-            reason = "KVOpened came after its lease"
+        reason = self._opening.take(shipment, message, now)
         if reason is None:
             shipment.advance(ShipmentState.SHIPPING, now)
         else:
-            self._end(shipment, clean=True, reason=reason)
+            self._endings.end(shipment, clean=True, reason=reason)
 
     def _on_renewed(self, message: KVRenewed) -> None:
         now = self._clock.now()
@@ -252,28 +217,18 @@ class KVSender:
             if shipment is None or shipment.grant.grant_id != grant_id:
                 continue
             if lease_s <= 0:
-                if shipment.state is ShipmentState.TOLD:
-                    self._end(shipment, clean=True, is_known=True)
-                self._stop(shipment, "the decode worker no longer knows the handoff")
-            elif (asked_at := self._asked_at(shipment)) is not None:
-                shipment.deadline = max(shipment.deadline, asked_at + USABLE_LEASE_SHARE * lease_s)
-                shipment.answered_at = now
+                self._endings.needed_no_more(shipment, "the decode worker no longer knows the handoff")
+            else:
+                self._leases.extend(shipment, lease_s, now)
         for peer in {(grant_id.worker_id, grant_id.incarnation) for grant_id, _, _ in message.opens}:
-            self._renewals.answered(peer)
-
-    def _asked_at(self, shipment: Shipment) -> float | None:
-        """A time not after the KVRenew was sent that is answered now.
-
-        Only rank 0 knows it. For the others the answer before is safe: rank 0 asks again only after an answer.
-        """
-        return self._renewals.asked_at(shipment.peer) if self._rank == 0 else shipment.answered_at
+            self._leases.answered(peer)
 
     def on_peer_lost(self, kv_address: str) -> None:
         """The control connection to a decode worker ended: its cancels no longer reach us."""
-        self._renewals.peer_lost(kv_address)
+        self._leases.peer_lost(kv_address)
         for shipment in list(self._shipments.values()):
             if shipment.grant.kv_address == kv_address:
-                self._stop(shipment, "connection to the decode worker lost")
+                self._endings.stop(shipment, "connection to the decode worker lost")
         self._writes.peer_lost(kv_address)
 
     # --- the transfer thread's turn -----------------------------------------------------------------------------
@@ -281,9 +236,10 @@ class KVSender:
     def step(self) -> float | None:
         """Post, poll, tell, renew. Seconds until the next call is wanted; None: only after another call."""
         now = self._clock.now()
-        is_held = self._closings.wants_new_agent(now) or (self.reader is not None and self.reader.wants_new_agent(now))
+        is_held = self._agent.is_due(now)
         for shipment in list(self._shipments.values()):
-            self._check_deadline(shipment, now)
+            if now >= shipment.deadline:
+                self._endings.lease_over(shipment)
             if not is_held:
                 self._post(shipment)
         self._poll()
@@ -293,8 +249,7 @@ class KVSender:
         if is_held and not any(shipment.num_writes for shipment in self._shipments.values()):
             self._replace_agent()
         self._closings.repeat(now, self._config.renew_every_s)
-        if self._rank == 0:
-            self._renewals.renew(self._shipments.values(), now)
+        self._leases.renew(self._shipments.values(), now)
         return _sooner(self._next_call_s(), self._step_reader())
 
     def _step_reader(self) -> float | None:
@@ -304,32 +259,12 @@ class KVSender:
         self.made_progress |= self.reader.made_progress
         return wait_s
 
-    def _check_deadline(self, shipment: Shipment, now: float) -> None:
-        if now >= shipment.deadline:
-            if shipment.state is ShipmentState.TOLD:
-                self._end(shipment, clean=True, reason="everything was written")
-            self._stop(shipment, "lease over")
-
     def _post(self, shipment: Shipment) -> None:
-        for target in shipment.targets:
-            while shipment.state is ShipmentState.SHIPPING and target.num_posted < len(shipment.local_pages):
-                if not self._post_next(shipment, target):
-                    return
-
-    def _post_next(self, shipment: Shipment, target: Target) -> bool:
-        """One write. False: not now, the peer has too much in flight or the lease is over."""
-        end = self._posting.next_piece(shipment, target)
-        now = self._clock.now()
-        if end is None or now >= shipment.deadline:
-            return False
-        try:
-            self._posting.post(shipment, target, end, now)
-        except TransferError as error:
-            self._fail(shipment, str(error), has_failed=True)
-            return False
-        if shipment.first_post_at is None:
-            shipment.first_post_at = now
-        return True
+        if shipment.state is ShipmentState.SHIPPING:
+            try:
+                self._posting.post(shipment, self._clock)
+            except TransferError as error:
+                self._endings.fail(shipment, str(error), has_failed=True)
 
     def _poll(self) -> None:
         now = self._clock.now()
@@ -342,7 +277,7 @@ class KVSender:
             if write.shipment.state is ShipmentState.ENDED:
                 self._closings.write_ended(write.shipment.open_id, state, now)
             elif state is TransferState.FAILED:
-                self._fail(write.shipment, "a write failed", has_failed=True)
+                self._endings.fail(write.shipment, "a write failed", has_failed=True)
             else:
                 write.shipment.num_bytes += write.handle.num_bytes
                 write.shipment.last_done_at = now
@@ -350,7 +285,7 @@ class KVSender:
 
     def _check_write(self, write: Write, now: float) -> None:
         if write.shipment.state is ShipmentState.SHIPPING and now - write.posted_at > self._config.write_timeout_s:
-            self._fail(write.shipment, f"a write is not done after {self._config.write_timeout_s} s")
+            self._endings.fail(write.shipment, f"a write is not done after {self._config.write_timeout_s} s")
 
     def _settle(self, shipment: Shipment) -> None:
         """Tell the arrival, again and again, or the end."""
@@ -365,82 +300,34 @@ class KVSender:
                 self._tell(shipment)
         elif shipment.state is ShipmentState.CLOSING:
             if not shipment.num_writes:
-                self._end(shipment, clean=True)
+                self._endings.end(shipment, clean=True)
             elif now - shipment.since > self._config.write_timeout_s:
-                self._fail(shipment, f"{shipment.reason}; a write is not done")
+                self._endings.fail(shipment, f"{shipment.reason}; a write is not done")
 
     def _tell(self, shipment: Shipment) -> None:
         shipment.announced_at = self._clock.now()
         self._posting.tell(shipment)
 
     def _replace_agent(self) -> None:
-        """Replace our agent: what it may still do ends with it. Nothing of a shipment's is under way."""
-        now = self._clock.now()
-        try:
-            self._posting.replace_agent()
-        except TransferError as error:
-            self._closings.try_later(now)
-            log.warning("transfer_agent_not_replaced", rank=self._rank, reason=str(error))
+        if not self._agent.replace(self._clock.now()):
             return
-        finally:
-            if self.reader is not None:
-                self.reader.agent_replaced(now)
-        self._closings.detached(now)
         for shipment in list(self._shipments.values()):
             try:
                 self._posting.connect(shipment)
             except TransferError as error:
-                self._stop(shipment, str(error))
+                self._endings.stop(shipment, str(error))
 
     def _next_call_s(self) -> float | None:
         shipments = self._shipments.values()
         if any(shipment.num_writes or shipment.wants_turn for shipment in shipments):
             return 0.0
         now = self._clock.now()
-        times = [shipment.deadline for shipment in shipments]
-        if self._rank == 0:
-            times += self._renewals.next_times()
+        times = [*(shipment.deadline for shipment in shipments), *self._leases.next_times()]
         if self._writes:
             times.append(now + _ORPHAN_POLL_S)
         if (at := self._closings.next_call_at(self._config.renew_every_s)) is not None:
             times.append(at)
         return max(0.0, min(times) - now) if times else None
-
-    # --- ends ---------------------------------------------------------------------------------------------------
-
-    def _stop(self, shipment: Shipment, reason: str) -> None:
-        """Post nothing more. Without an open nothing was posted; else what was posted has to end first."""
-        if shipment.state is ShipmentState.OPENING:
-            self._end(shipment, clean=True, reason=reason)
-        elif shipment.state is ShipmentState.SHIPPING:
-            shipment.advance(ShipmentState.CLOSING, self._clock.now())
-            shipment.reason = reason
-            self._source_free(shipment.open_id)
-
-    def _fail(self, shipment: Shipment, reason: str, *, has_failed: bool = False) -> None:
-        """End a shipment whose posts may still land. `has_failed`: nobody will tell when they no longer can."""
-        if shipment.state in (ShipmentState.SHIPPING, ShipmentState.CLOSING):
-            self.num_failures += 1
-            kind = "write failed" if has_failed else "write timed out"
-            self._log.warn(shipment.peer[0], kind, detail=reason, request_id=shipment.request_id)
-            self._end(shipment, clean=False, reason=reason, has_failed=has_failed)
-
-    def _end(
-        self, shipment: Shipment, *, clean: bool, reason: str = "", has_failed: bool = False, is_known: bool = False
-    ) -> None:
-        """`is_known`: the decode worker has said so, and waits for no word of ours."""
-        now, was_live = self._clock.now(), shipment.is_live
-        if not is_known:
-            self._closings.add(shipment, now, reason or shipment.reason, clean=clean, has_failed=has_failed)
-        self._writes.disown(shipment)
-        shipment.advance(ShipmentState.ENDED, now)
-        del self._shipments[shipment.open_id]
-        if not any(other.peer == shipment.peer for other in self._shipments.values()):
-            self._renewals.remove(shipment.peer)
-        if was_live:
-            self._source_free(shipment.open_id)
-        if self._rank == 0:
-            self._report(shipment.report(clean))
 
 
 def _sooner(one: float | None, other: float | None) -> float | None:

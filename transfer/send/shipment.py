@@ -95,6 +95,12 @@ class Shipment:
         self.local_pages.frombytes(local.tobytes())
         self.remote_pages.frombytes(remote.tobytes())
 
+    def finish(self, first_tokens: tuple[ChoiceTokens, ...], num_cached_tokens: int) -> None:
+        """Every page was given, and the first tokens are known."""
+        num_pages, expected = len(self.remote_pages), self.num_expected_pages
+        assert num_pages == expected, f"{num_pages} pages of {expected} were given"
+        self.finished, self.first_tokens, self.num_cached_tokens = True, first_tokens, num_cached_tokens
+
     def advance(self, to: ShipmentState, now: float) -> None:
         if to not in _NEXT[self.state]:
             raise InvalidTransition(f"shipment {self.open_id:x}: {self.state.value} to {to.value}")
