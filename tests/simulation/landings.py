@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvferry.transfer.fetch.fetches import FetchState
+from kvferry.transfer.fetch.fetch import FetchState
 from kvferry.transfer.receive.reservation import Reservation, ReservationState
 from kvferry.wire.fields import Message
 from kvferry.wire.handoff import KVOpened
@@ -86,13 +86,13 @@ class Landings:
         worker = self._worker
         fetches = worker.core.fetches
         parts = [fetch.part for fetch in fetches._fetches.values() if fetch.part is not None]
-        held = {block for part in (*parts, *fetches._given_up.values()) for block in part.blocks}
+        given_up = {block for held in fetches._given_up.references() for block in held}
+        held = given_up.union(*(part.blocks for part in parts))
         text = f"{worker.place} reads from {flight.source.place} into blocks {sorted(blocks)}"
         if not blocks <= held:
             raise Breach("F1", f"{text}, of which no fetch holds {sorted(blocks - held)}")
         if any(worker.pool.ref_count(block) != 1 or block in worker.pool._hash_of for block in blocks):
             raise Breach("F1", f"{text}, one of which others have")
-        given_up = {block for part in fetches._given_up.values() for block in part.blocks}
         worker.world.tally.seen["reads that land after they were given up"] += not blocks.isdisjoint(given_up)
 
     def _check_adopted(self, reservation: Reservation) -> tuple[list[int], list[int]]:

@@ -9,7 +9,8 @@ from kvferry.kvcache.demotion import Demotion
 from kvferry.kvcache.disk_tier import DiskResult, DiskTier
 from kvferry.kvcache.prefix_cache import PrefixCache
 from kvferry.kvcache.tiers import TierIndex
-from kvferry.transfer.fetch.fetches import Fetches, FetchState
+from kvferry.transfer.fetch.fetch import FetchState
+from kvferry.transfer.fetch.fetches import Fetches
 from kvferry.transfer.fetch.lending import Lending
 from kvferry.transfer.fetch.reader import KVReader
 from kvferry.transfer.protocol.handoff import Verdict

@@ -12,7 +12,7 @@ from kvferry.simulator.jobs import Job, make_request
 from kvferry.simulator.worker import SimWorker
 from kvferry.simulator.world import World
 from kvferry.tools.load.traces import TraceRow
-from kvferry.transfer.fetch.fetches import FetchFailure
+from kvferry.transfer.fetch.fetch import FetchFailure
 from kvferry.wire.tasks import FetchFrom, LocalTask
 
 BLOCK = 64  # tokens

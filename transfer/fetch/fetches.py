@@ -1,10 +1,10 @@
 """Prefixes that this worker reads from others into its own prefix cache, part by part, before it computes the rest.
 
-    begin ─> ASKING ─KVFetchable─> READING ─done, lease not over─> CHECKING ─sums agree, published─> ASKING for more
-               │                      │                               │                                 or ENDED
-               └─refused, no answer───┴─failed, lease over, late──────┴─other sums─> ENDED with what there is
+    begin ─> ask ─KVFetchable─> read on all ranks ─> check the lease and the sums ─> publish ─> ask for the next part
+                                                                                                or end
 
-An end that is a failure has one of the reasons in `FetchFailure`: each is counted, and logged once for each peer.
+The states are drawn in `fetch.py`. An end that is a failure has one of the reasons in `FetchFailure`: each is counted,
+and logged once for each peer.
 
 A prompt waits for its fetch and begins with whatever is in the cache then: a fetch that fails costs time, and what it
 did not bring is computed. The cache is all that the two share, so a fetch holds no block that a prompt could wait for
@@ -12,7 +12,7 @@ longer than a lease lasts.
 
 When a read is done on all ranks we look at the clock: until then the blocks were pinned over there (`lending.py`), so
 that what we have is what was asked for, whatever happened meanwhile to either process. Blocks of ours into which
-something may still land belong to nobody else: they go back when every rank says that it is over (`reader.py`).
+something may still land belong to nobody else until every rank says that it is over (`given_up.py`).
 
 Pure over BlockPool and Clock, for all ranks. The caller holds the worker's lock.
 """
@@ -22,58 +22,26 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import Protocol
 
 from ...common import failpoints
 from ...common.clock import Clock
-from ...common.errors import InvalidTransition
 from ...common.request import BlockId
 from ...kvcache.blocks import BlockPool
-from ...wire.fetches import KVFetch, KVFetchable, KVFetchDone, KVFetchRefused, KVFetchSums
+from ...wire.fetches import KVFetchable, KVFetchDone, KVFetchRefused, KVFetchSums
 from ...wire.fields import Message
 from ...wire.grants import RegionInfo
 from ...wire.tasks import FetchFrom
-from ..protocol.handoff import Endpoint, check_compatible
+from ..protocol.handoff import Endpoint
 from ..protocol.peer_log import PeerLog
 from ..protocol.rank_messages import ReadOutcome
-from ..protocol.shards import shards_of
+from .answers import check_answer, question
+from .fetch import Fetch, FetchFailure, FetchState, Part
+from .given_up import GivenUp
 
-ANSWER_WITHIN_S = 0.5
 PART_BYTES = 128 << 20  # of all ranks, read under one lease: what is here of a prefix is of use if the rest fails
 MAX_PART_BLOCKS = 4096
 _USABLE_LEASE_SHARE = 0.95  # clocks run up to a thousandth apart
-
-
-class FetchState(Enum):
-    ASKING = "asking"  # the next part was asked for
-    READING = "reading"  # blocks of ours wait for it, every rank reads its share
-    CHECKING = "checking"  # all is here within its lease; the other side's sums are waited for, if there are any
-    ENDED = "ended"  # nothing is pinned; what may still land does so in blocks that are given up
-
-
-_NEXT: dict[FetchState, frozenset[FetchState]] = {
-    FetchState.ASKING: frozenset({FetchState.READING, FetchState.ENDED}),
-    FetchState.READING: frozenset({FetchState.CHECKING, FetchState.ENDED}),
-    FetchState.CHECKING: frozenset({FetchState.ASKING, FetchState.ENDED}),
-    FetchState.ENDED: frozenset(),
-}
-
-
-class FetchFailure(Enum):
-    """A reason why a fetch ended with less than it was to bring."""
-
-    REFUSED = "refused"  # by the lender, in words
-    NO_ANSWER = "no_answer"  # to the question, in ANSWER_WITHIN_S
-    MISFIT = "misfit"  # the answer cannot be what was asked for, or promises no checksums where they are needed
-    NO_ROOM = "no_room"  # for the blocks, here
-    LEASE_OVER = "lease_over"  # before all was here
-    LATE = "late"  # the router gave it no more time
-    READ_FAILED = "read_failed"  # on some rank
-    OTHER_SUMS = "other_sums"  # than the lender's
-    EVICTED = "evicted"  # the rest is not there any more
-    PEER_LOST = "peer_lost"  # the control connection
 
 
 class Reading(Protocol):
@@ -94,45 +62,6 @@ class Reading(Protocol):
     def give_up(self, fetch_id: int) -> None:
         """Every rank that is not done answers, in time, that it is over."""
         ...
-
-
-@dataclass(slots=True, eq=False)
-class _Part:
-    """Neighbouring blocks that are asked for together."""
-
-    fetch_id: int
-    first: int  # place of the first in the prompt
-    hashes: list[bytes]
-    asked_at: float
-    kv_address: str
-    deadline: float | None = None  # of the lease; None: not answered
-    blocks: list[BlockId] = field(default_factory=list)  # ours
-    has_checksums: bool = False
-    waits_for: set[int] = field(default_factory=set)  # ranks that may still write into the blocks
-    our_sums: dict[int, bytes] = field(default_factory=dict)  # by rank
-    their_sums: dict[int, bytes] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class _Fetch:
-    """One prompt's."""
-
-    key: str
-    source: FetchFrom
-    hashes: Sequence[bytes]  # of all that is to be here
-    on_end: Callable[[], None]
-    began_at: float
-    held: list[BlockId] = field(default_factory=list)  # leading blocks that we have, pinned until the end
-    num_found: int = 0  # leading blocks that need not be asked for
-    num_bytes: int = 0
-    is_spare: bool = False  # another worker keeps the prompt's KV
-    part: _Part | None = None
-    state: FetchState = FetchState.ASKING
-
-    def advance(self, to: FetchState) -> None:
-        if to not in _NEXT[self.state]:
-            raise InvalidTransition(f"fetch for {self.key}: {self.state.value} to {to.value}")
-        self.state = to
 
 
 class Fetches:
@@ -163,9 +92,9 @@ class Fetches:
         self._reserve = reserve
         self._also_held = also_held
         self._part_blocks = min(MAX_PART_BLOCKS, max(1, part_bytes // endpoint.spec.block_bytes()))
-        self._fetches: dict[str, _Fetch] = {}  # by key
-        self._parts: dict[int, _Fetch] = {}  # by fetch id
-        self._given_up: dict[int, _Part] = {}  # something may still land in their blocks
+        self._fetches: dict[str, Fetch] = {}  # by key
+        self._parts: dict[int, Fetch] = {}  # by fetch id
+        self._given_up = GivenUp(pool)
         self.num_fetches = 0
         self.failures: Counter[FetchFailure] = Counter()
         self.num_bytes = 0  # of blocks that were used, on all ranks
@@ -184,7 +113,7 @@ class Fetches:
     @property
     def num_given_up_blocks(self) -> int:
         """Return how many blocks are kept out of use because a read that was given up may still land in them."""
-        return sum(len(part.blocks) for part in self._given_up.values())
+        return self._given_up.num_blocks
 
     # --- prompts --------------------------------------------------------------------------------------------------
 
@@ -197,7 +126,7 @@ class Fetches:
         """
         self.cancel(key)
         size = self._endpoint.spec.block_size
-        fetch = _Fetch(key, source, hashes[: source.num_tokens // size], on_end, self._clock.now(), is_spare=spare)
+        fetch = Fetch(key, source, hashes[: source.num_tokens // size], on_end, self._clock.now(), is_spare=spare)
         self._skip_held(fetch)
         if fetch.num_found == len(fetch.hashes) or not self._room():
             self._pool.free(fetch.held)
@@ -214,7 +143,7 @@ class Fetches:
             fetch.on_end = _nobody_waits
             self._end(fetch)
 
-    def _skip_held(self, fetch: _Fetch) -> None:
+    def _skip_held(self, fetch: Fetch) -> None:
         """Take what has come into the cache, and leave out what is not to be asked for."""
         while fetch.num_found < len(fetch.hashes):
             block_hash = fetch.hashes[fetch.num_found]
@@ -229,28 +158,17 @@ class Fetches:
         """Blocks that a part may take."""
         return max(0, min(self._part_blocks, self._pool.num_free_blocks - self._reserve()))
 
-    def _ask(self, fetch: _Fetch) -> None:
+    def _ask(self, fetch: Fetch) -> None:
         """Ask for the next part."""
-        endpoint, first = self._endpoint, fetch.num_found
+        first = fetch.num_found
         hashes = list(fetch.hashes[first : first + self._room()])
         if not hashes:
             self._fail(fetch, FetchFailure.NO_ROOM)
             return
-        part = _Part(secrets.randbits(63), first, hashes, self._clock.now(), fetch.source.kv_address)
+        part = Part(secrets.randbits(63), first, hashes, self._clock.now(), fetch.source.kv_address)
         fetch.part = part
         self._parts[part.fetch_id] = fetch
-        self._to_peer(
-            part.kv_address,
-            KVFetch(
-                fetch_id=part.fetch_id,
-                hashes=b"".join(hashes),
-                spec=endpoint.spec,
-                version=endpoint.version,
-                transport=endpoint.transport,
-                tp_size=endpoint.tp_size,
-                wants_checksums=self._has_checksums,
-            ),
-        )
+        self._to_peer(part.kv_address, question(part, self._endpoint, wants_checksums=self._has_checksums))
 
     # --- answers --------------------------------------------------------------------------------------------------
 
@@ -270,11 +188,11 @@ class Fetches:
             case KVFetchable() if fetch.state is FetchState.ASKING:
                 self._on_fetchable(fetch, part, message)
 
-    def _on_fetchable(self, fetch: _Fetch, part: _Part, message: KVFetchable) -> None:
+    def _on_fetchable(self, fetch: Fetch, part: Part, message: KVFetchable) -> None:
         part.deadline = part.asked_at + _USABLE_LEASE_SHARE * message.lease_s
         part.has_checksums = message.has_checksums
         count = len(message.block_ids)
-        misfit = self._check(part, message)
+        misfit = check_answer(part, message, self._endpoint, needs_checksums=self._needs_checksums)
         if misfit is not None:
             self._fail(fetch, FetchFailure.MISFIT, misfit)
             return
@@ -291,33 +209,11 @@ class Fetches:
             part.fetch_id, part.kv_address, message.ranks, tuple(part.blocks), message.block_ids, part.has_checksums
         )
 
-    def _check(self, part: _Part, message: KVFetchable) -> str | None:
-        """Say why nothing can be read; None: it can."""
-        if self._needs_checksums and not message.has_checksums:
-            return "checksums are required here (kv_checksum: on) and not made there"
-        spec, tp_size = self._endpoint.spec, self._endpoint.tp_size
-        ranks, blocks = message.ranks, message.block_ids
-        if [region.rank for region in ranks] != list(range(tp_size)):
-            return f"ranks {[region.rank for region in ranks]}, want 0 to {tp_size - 1}"
-        for region in ranks:
-            theirs = Endpoint(spec, self._endpoint.version, region.transport, tp_size)
-            misfit = check_compatible(self._endpoint, theirs)
-            if misfit is not None or region.page_bytes != spec.page_bytes(tp_size):
-                return misfit or f"pages of {region.page_bytes} bytes at {region.agent}"
-        for region, shard in zip(ranks, shards_of(ranks, spec), strict=True):
-            if shard != spec.shard(region.rank, tp_size):  # each rank reads whole pages from the one with its number
-                return f"{shard} at {region.agent}, {spec.shard(region.rank, tp_size)} here"
-        num_blocks = min(region.num_blocks for region in ranks)
-        if not 0 < len(blocks) <= len(part.hashes) or len(set(blocks)) < len(blocks) or max(blocks) >= num_blocks:
-            return f"block ids are not up to {len(part.hashes)} distinct ids below {num_blocks}"
-        return None
-
     def on_read(self, rank: int, fetch_id: int, outcome: ReadOutcome, sums: bytes) -> None:
         """One rank's reads of a part."""
-        given_up = self._given_up.get(fetch_id)
-        if given_up is not None:
+        if fetch_id in self._given_up:
             if outcome is not ReadOutcome.FAILED:
-                self._rank_over(given_up, rank)
+                self._given_up.rank_over(fetch_id, rank)
             return
         fetch = self._parts.get(fetch_id)
         if fetch is None or fetch.part is None:
@@ -339,7 +235,7 @@ class Fetches:
             fetch.advance(FetchState.CHECKING)
             self._settle(fetch, part)
 
-    def _settle(self, fetch: _Fetch, part: _Part) -> None:
+    def _settle(self, fetch: Fetch, part: Part) -> None:
         """Publish what is here within its lease, and is what lies there."""
         if fetch.state is not FetchState.CHECKING:
             return
@@ -377,23 +273,23 @@ class Fetches:
         """Some ten times a second: leases, answers that do not come, prompts that have waited long enough."""
         now = self._clock.now()
         for fetch in list(self._fetches.values()):
-            failure = _overdue(fetch, now)
+            failure = fetch.failure_at(now)
             if failure is not None:
                 self._fail(fetch, failure)
 
-    def _over(self, fetch: _Fetch, part: _Part) -> None:
+    def _over(self, fetch: Fetch, part: Part) -> None:
         """The part is no longer read, or what is read is not used: it need not stay there."""
         del self._parts[part.fetch_id]
         fetch.part = None
         self._to_peer(part.kv_address, KVFetchDone(fetch_id=part.fetch_id))
 
-    def _fail(self, fetch: _Fetch, failure: FetchFailure, detail: str = "") -> None:
+    def _fail(self, fetch: Fetch, failure: FetchFailure, detail: str = "") -> None:
         """End a fetch that brings less than it was to."""
         self.failures[failure] += 1
         self._log.warn(fetch.source.worker_id, failure.value, detail=detail, key=fetch.key, held_blocks=fetch.num_found)
         self._end(fetch)
 
-    def _end(self, fetch: _Fetch) -> None:
+    def _end(self, fetch: Fetch) -> None:
         fetch.advance(FetchState.ENDED)
         part = fetch.part
         if part is not None:
@@ -405,23 +301,17 @@ class Fetches:
         self.seconds += self._clock.now() - fetch.began_at
         fetch.on_end()
 
-    def _give_back(self, part: _Part) -> None:
+    def _give_back(self, part: Part) -> None:
         """The blocks of a part that is not used, when nothing lands in them any more."""
         if part.waits_for:
-            self._given_up[part.fetch_id] = part
+            self._given_up.add(part)
             self._reading.give_up(part.fetch_id)
         else:
             self._pool.free(part.blocks)
 
-    def _rank_over(self, part: _Part, rank: int) -> None:
-        part.waits_for.discard(rank)
-        if not part.waits_for:
-            del self._given_up[part.fetch_id]
-            self._pool.free(part.blocks)
-
     def references(self) -> list[list[BlockId]]:
         """All references to blocks of the pool that fetches hold."""
-        found = [part.blocks for part in self._given_up.values()]
+        found = self._given_up.references()
         for fetch in self._fetches.values():
             found += [fetch.held] if fetch.part is None else [fetch.held, fetch.part.blocks]
         return found
@@ -431,20 +321,7 @@ class Fetches:
         assert {part_id: fetch.key for part_id, fetch in self._parts.items()} == {
             fetch.part.fetch_id: fetch.key for fetch in self._fetches.values() if fetch.part is not None
         }
-        assert all(part.waits_for for part in self._given_up.values())
-
-
-def _overdue(fetch: _Fetch, now: float) -> FetchFailure | None:
-    """Say which of its time limits is over; None: none is."""
-    part = fetch.part
-    if now - fetch.began_at >= fetch.source.within_s:
-        return FetchFailure.LATE
-    if part is None:
-        return None
-    if fetch.state is FetchState.ASKING and now - part.asked_at >= ANSWER_WITHIN_S:
-        return FetchFailure.NO_ANSWER
-    is_over = part.deadline is not None and now >= part.deadline
-    return FetchFailure.LEASE_OVER if fetch.state is FetchState.READING and is_over else None
+        self._given_up.check()
 
 
 def _nobody_waits() -> None:

@@ -17,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvferry.common.errors import CapacityError
 from kvferry.common.request import BlockId
 from kvferry.transfer.backends.local import LocalFault
-from kvferry.transfer.fetch.fetches import Fetches, _Part
+from kvferry.transfer.fetch.fetch import Part
+from kvferry.transfer.fetch.fetches import Fetches
 from kvferry.transfer.fetch.lending import Lending
 from kvferry.wire.fetches import KVFetch, KVFetchDone
 
@@ -176,7 +177,7 @@ class _NoLeaseCheck(Fetches):
 class _FreesAtOnce(Fetches):
     """The blocks of a read that is not waited for any more are free."""
 
-    def _give_back(self, part: _Part) -> None:
+    def _give_back(self, part: Part) -> None:
         self._reading.give_up(part.fetch_id)
         self._pool.free(part.blocks)
 

@@ -9,8 +9,9 @@ from structlog.testing import capture_logs
 from kvferry.common.errors import InvalidTransition
 from kvferry.common.kv_spec import Shard
 from kvferry.transfer.backends.local import LocalFault
-from kvferry.transfer.fetch import fetches, reader
-from kvferry.transfer.fetch.fetches import FetchFailure, FetchState
+from kvferry.transfer.fetch import fetch as fetch_module
+from kvferry.transfer.fetch import reader
+from kvferry.transfer.fetch.fetch import FetchFailure, FetchState
 from kvferry.wire.fetches import KVFetch, KVFetchable, KVFetchDone, KVFetchRefused
 
 from .fetch_hosts import HASHES, LEASE_S, SPEC, Pair
@@ -154,7 +155,7 @@ def test_the_lease_counts_from_the_question_and_not_from_the_answer(pair: Pair) 
 
 def test_an_answer_that_does_not_come_is_not_waited_for(pair: Pair) -> None:
     pair.begin(HASHES[:2])
-    pair.advance(fetches.ANSWER_WITHIN_S)
+    pair.advance(fetch_module.ANSWER_WITHIN_S)
     pair.tick()
     assert pair.ended == ["q"] and not pair.fetches.references()
     pair.lender.store(HASHES[:2])
@@ -315,7 +316,7 @@ def test_a_fetch_moves_along_its_states_alone(pair: Pair) -> None:
     for state in FetchState:
         for to in FetchState:
             fetch.state = state
-            if to in fetches._NEXT[state]:
+            if to in fetch_module._NEXT[state]:
                 fetch.advance(to)
                 assert fetch.state is to
             else:
