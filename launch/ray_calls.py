@@ -174,7 +174,7 @@ def _bundle(worker: WorkerPlan) -> dict[str, float]:
 
 
 def _take_ordinary_priority() -> None:
-    """For the thread that calls and those it starts: a node may have been started with Ray's niceness."""
+    """Set it for this thread and those it starts: a node may have been started with Ray's niceness."""
     niceness = os.getpriority(os.PRIO_PROCESS, 0)
     if niceness > _NICENESS:
         try:
