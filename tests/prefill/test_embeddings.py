@@ -125,7 +125,7 @@ def test_a_newer_attempt_begins_anew() -> None:
     bench.role.on_router_message("R", _task("a", 18, Pooling.MEAN))
     _run(bench)
     [message] = bench.messages(Embedding)
-    assert isinstance(message, Embedding) and message.attempt == 1 and bench.role.stale_messages == 1
+    assert isinstance(message, Embedding) and message.attempt == 1 and bench.role.counters().stale_messages == 1
     length = (18**2 + sum(range(18)) ** 2) ** 0.5
     assert _vector(bench) == pytest.approx([18 / length, sum(range(18)) / length])
 
@@ -138,4 +138,4 @@ def test_states_that_are_no_numbers_end_the_request() -> None:
     _end(bench, batch, is_finite=False)
     [failure] = bench.messages(WorkerFailure)
     assert isinstance(failure, WorkerFailure) and failure.code == "nonfinite_states"
-    assert bench.role.num_nonfinite_rows == 1 and bench.pool.num_cached_blocks == 0 and bench.role.is_quiet
+    assert bench.role.counters().nonfinite_rows == 1 and bench.pool.num_cached_blocks == 0 and bench.role.is_quiet

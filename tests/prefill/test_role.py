@@ -260,7 +260,7 @@ def test_an_older_attempt_is_dropped_and_a_newer_one_replaces_it() -> None:
     bench = _Bench()
     bench.task("a", 18, attempt=3)
     bench.task("a", 18, attempt=2)
-    assert bench.role.stale_messages == 1
+    assert bench.role.counters().stale_messages == 1
     bench.task("a", 18, attempt=4)
     bench.run()
     assert [m.attempt for m in bench.messages(FirstToken) if isinstance(m, FirstToken)] == [4]
@@ -354,7 +354,7 @@ def test_logits_that_are_no_distribution_end_their_request_alone() -> None:
         bench.role.on_source_free(open_id)
     bench.role.router_of("a", 0), bench.role.router_of("b", 0)
     bench.role.check()
-    assert bench.role.is_quiet and bench.role.num_nonfinite_rows == 1
+    assert bench.role.is_quiet and bench.role.counters().nonfinite_rows == 1
     assert bench.pool.num_owned_blocks == 0 and bench.pool.num_cached_blocks == 1, "b's alone"
 
 

@@ -269,8 +269,8 @@ class _DropsStarted(RolePair):
 
     def set_role(self, role: RoleName) -> None:
         super().set_role(role)
-        for task in list(self.prefill._tasks.values()):
-            self.prefill._end(task, "another role")
+        for task in list(self.prefill._tasks):
+            self.prefill._tasks.end(task, "another role")
 
 
 class _TakesAnyPrompt(PrefillRole):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from kvferry.common.request import Pooling
-from kvferry.prefill import role
-from kvferry.prefill.role import PrefillRole
+from kvferry.prefill import results
+from kvferry.prefill.results import StepResults
 from kvferry.prefill.task import Task, embedding_message
 
 from .planting import Planted
 
 
-def _keep_blocks(self: PrefillRole, task: Task) -> None:
+def _keep_blocks(self: StepResults, task: Task) -> None:
     """The prompt's blocks are given to nobody."""
-    del self._tasks[task.spec.request_id]
+    del self._tasks._live[task.spec.request_id]
     self._to_router(task.router_id, embedding_message(task, self._clock.now()))
 
 
@@ -25,11 +25,11 @@ BUGS = (
     Planted(
         "a mean of the last chunk",
         frozenset({"I22"}),
-        patches=((role, "add", lambda total, part: part or total),),
+        patches=((results, "add", lambda total, part: part or total),),
     ),
     Planted(
         "blocks of a prompt that is embedded are not given back",
         frozenset({"I2", "I15"}),
-        patches=((PrefillRole, "_finish_embedding", _keep_blocks),),
+        patches=((StepResults, "_finish_embedding", _keep_blocks),),
     ),
 )

@@ -34,7 +34,7 @@ class RoleRules:
     def _started(self) -> set[Started]:
         """Every piece of work that the worker has begun."""
         prefill, decode = self._worker.core.prefill, self._worker.core.decode
-        found: set[Started] = {("prompt", task.spec.request_id, task.spec.attempt) for task in prefill._tasks.values()}
+        found: set[Started] = {("prompt", task.spec.request_id, task.spec.attempt) for task in prefill._tasks}
         found |= {("shipment", one.request_id, one.open_id) for one in prefill._shipments._opens}
         for request_id, request in decode._requests._running.items():
             found |= {("answer", request_id, choice) for choice in request.sequences}
