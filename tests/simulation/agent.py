@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from kvferry.common.errors import TransferError
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.transfer.backends.base import Piece, TransferHandle, TransferState, rotated_name
 from kvferry.wire.grants import GrantId, RegionInfo
 from kvferry.wire.handoff import KVArrived
 
 from .engine import Memory
-from .fabric import Fabric, Flight, Right
+from .fabric import Fabric, Flight, Right, Run
 from .kernel import Process
 
 if TYPE_CHECKING:
@@ -32,17 +33,17 @@ class Agent:
         fabric: Fabric,
         process: Process,
         memory: Memory,
-        page_bytes: int,
-        rank: int = 0,
-        tp_size: int = 1,
+        spec: KVCacheSpec,
+        rank: int,
+        tp_size: int,
     ) -> None:
         self.agent = agent
         self.place = place
         self.fabric = fabric
         self.process = process
         self.memory = memory
-        self.page_bytes = page_bytes
-        self.rank, self.tp_size = rank, tp_size
+        self.page_bytes = spec.page_bytes(tp_size)
+        self.rank, self.tp_size, self.shard = rank, tp_size, spec.shard(rank, tp_size)
         self.generation = 0
         self.poke: Callable[[], None] = _nothing  # a write has ended
         self.on_arrived: Callable[[KVArrived], None] = _drop
@@ -50,7 +51,7 @@ class Agent:
         self.pass_point: Callable[[str], None] = _ignore
         self.writing: tuple[GrantId, int] = (GrantId("", 0, 0), 0)  # for whom the next write is
         self.pending: list[Flight] = []
-        self._connected: set[str] = set()
+        self._connected: dict[str, tuple[Piece, ...]] = {}  # what of each page goes there
         fabric.agents[agent] = self
 
     def is_retired(self, name: str) -> bool:
@@ -70,6 +71,7 @@ class Agent:
             device="DRAM",
             device_id=0,
             transport=self.name,
+            shard=self.shard,
         )
 
     def register(self, pages: torch.Tensor, *, rank: int, tp_size: int, generation: int) -> RegionInfo:
@@ -92,7 +94,7 @@ class Agent:
     def connect(self, remote: RegionInfo, pieces: tuple[Piece, ...]) -> None:
         if remote.agent not in self.fabric.agents and self.fabric.weather.chance(0.5):
             raise TransferError(f"agent {remote.agent} is not reached", peer=remote.agent)
-        self._connected.add(remote.agent)
+        self._connected.setdefault(remote.agent, pieces)
 
     def write(
         self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int], notify: bytes = b""
@@ -101,19 +103,25 @@ class Agent:
         if agent not in self._connected:
             raise TransferError(f"agent {agent} is not connected", peer=agent)
         self.pass_point("write")
-        pages = list(zip(local_pages, remote_pages, strict=True))
-        flight = Flight(self, self.fabric.agents.get(agent), agent, pages, len(pages) * self.page_bytes)
-        self.pending.append(flight)
+        flight = self._flight(agent, local_pages, remote_pages)
         self.process.say(self.fabric.post, flight)
+        return flight
+
+    def _flight(self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int]) -> Flight:
+        pages = list(zip(local_pages, remote_pages, strict=True))
+        pieces = self._connected[agent]
+        tag_bytes = self.page_bytes // self.memory.page_len
+        runs = tuple(Run(*(number // tag_bytes for number in piece)) for piece in pieces)
+        num_bytes = len(pages) * sum(piece.num_bytes for piece in pieces)
+        flight = Flight(self, self.fabric.agents.get(agent), agent, pages, runs, num_bytes)
+        self.pending.append(flight)
         return flight
 
     def read(self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int]) -> TransferHandle:
         if agent not in self._connected:
             raise TransferError(f"agent {agent} is not connected", peer=agent)
         self.pass_point("read")
-        pages = list(zip(local_pages, remote_pages, strict=True))
-        flight = Flight(self, self.fabric.agents.get(agent), agent, pages, len(pages) * self.page_bytes)
-        self.pending.append(flight)
+        flight = self._flight(agent, local_pages, remote_pages)
         self.process.say(self.fabric.post_read, flight)
         return flight
 
@@ -136,7 +144,7 @@ class Agent:
         return []  # they come as events
 
     def disconnect(self, agent: str) -> None:
-        self._connected.discard(agent)
+        self._connected.pop(agent, None)
 
     def close(self) -> None:
         self.fabric.agents.pop(self.agent, None)

@@ -34,6 +34,8 @@ INVARIANTS = {
     "H5": "the hit blocks of a live reservation are held",
     "H6": "a published block is never written again",
     "H8": "liveness of handoffs: reservations are released, shipments end",
+    "H10": "what lands of a page belongs to the same heads' keys or values on both sides",
+    "H11": "what is adopted was told, for each head, by the rank that has it to the rank that gets it",
     "F1": "a read lands only in blocks that its fetch holds",
     "F2": "a block hash has one content, in every tier of every worker",
     "F3": "a prompt waits for a fetch no longer than its router allows, and for no part beyond its lease",

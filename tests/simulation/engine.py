@@ -1,7 +1,8 @@
 """The model of a simulated worker: pages hold tags, a step checks every page that it reads and writes its own.
 
-A page is a list of tags, one for each token slot (see `oracle.py`). Whatever reaches a page that it should not, a
-late write, a copy too early, a block with two owners, is a wrong tag for the next row that reads it.
+A page is a list of tags, one for each token slot (see `oracle.py`), or several such runs where ranks share out the
+heads (`heads.py`). Whatever reaches a page that it should not, a late write, a copy too early, a block with two owners,
+is a wrong tag for the next row that reads it.
 """
 
 from __future__ import annotations
@@ -24,24 +25,51 @@ _NOTHING = -1
 
 
 class Memory:
-    """The KV allocation of one life of a worker. Page index: layer * num_blocks + block."""
+    """The KV allocation of one life of a worker, or of one of its ranks. Page index: layer * num_blocks + block."""
 
-    __slots__ = ("_host", "block_size", "num_blocks", "num_layers", "pages")
+    __slots__ = ("_host", "block_size", "num_blocks", "num_layers", "pages", "sections")
 
-    def __init__(self, num_layers: int, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_layers: int, num_blocks: int, block_size: int, sections: tuple[int, ...] = (0,)) -> None:
+        """`sections`: what each run of `block_size` tags of a page is, as the bytes lie."""
         self.num_layers = num_layers
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.pages = [[_NOTHING] * block_size for _ in range(num_layers * num_blocks)]
-        self._host: dict[int, list[list[int]]] = {}  # by slot: a block's page of each layer
+        self.sections = sections
+        self.pages = [[_NOTHING] * block_size * len(sections) for _ in range(num_layers * num_blocks)]
+        self._host: dict[int, list[list[int]]] = {}  # by slot: a block's pages
+
+    @property
+    def page_len(self) -> int:
+        """Tags of a page."""
+        return self.block_size * len(self.sections)
+
+    def sections_at(self, first: int, count: int) -> tuple[int, ...] | None:
+        """Return whose tags [first, first + count) of a page are; None: these are no whole sections of it."""
+        size = self.block_size
+        if first % size or count % size or first + count > self.page_len:
+            return None
+        return self.sections[first // size : (first + count) // size]
+
+    def write(self, layer: int, block: int, slot: int, tags: list[int]) -> None:
+        """What a step computes for neighbouring tokens of a block."""
+        self.pages[layer * self.num_blocks + block][slot : slot + len(tags)] = tags
 
     def copy_block(self, source: int, target: int) -> None:
         for base in range(0, len(self.pages), self.num_blocks):
             self.pages[base + target] = list(self.pages[base + source])
 
     def block(self, block: int) -> list[list[int]]:
-        """Return a block's tags, layer by layer."""
+        """Return a block's pages, layer by layer."""
         return [list(self.pages[base + block]) for base in range(0, len(self.pages), self.num_blocks)]
+
+    def put(self, block: int, pages: list[list[int]]) -> None:
+        """The reverse of `block`."""
+        for layer, page in enumerate(pages):
+            self.pages[layer * self.num_blocks + block] = list(page)
+
+    def content(self, block: int) -> list[list[int]]:
+        """Return a block's tags layer by layer, the same however many ranks share them out."""
+        return self.block(block)
 
     def host_block(self, slot: int) -> list[list[int]]:
         return self._host[slot]
@@ -55,8 +83,7 @@ class Memory:
     def swap_in(self, slot: int, block: int) -> None:
         if slot not in self._host:
             raise Breach("H2", f"block {block} is copied from slot {slot}, which nobody filled")
-        for layer, page in enumerate(self._host[slot]):
-            self.pages[layer * self.num_blocks + block] = list(page)
+        self.put(block, self._host[slot])
 
     def check(
         self,
@@ -171,7 +198,7 @@ class Engine:
     def write_layer(self, layer: int) -> None:
         """The layer's keys and values of this step."""
         memory = self._memory
-        size, base = memory.block_size, layer * memory.num_blocks
+        size = memory.block_size
         for work in self._work:
             is_own = layer < self._num_own_layers
             start, tags = (work.start, work.tags) if is_own else (work.draft_start, work.draft_tags)
@@ -182,7 +209,7 @@ class Engine:
                 count = min(size - slot, end - position)
                 self._check_owned(block, work)
                 first = position - start
-                memory.pages[base + block][slot : slot + count] = tags[first : first + count]
+                memory.write(layer, block, slot, tags[first : first + count])
                 position += count
 
     def _check_owned(self, block: int, work: _Work) -> None:

@@ -8,13 +8,14 @@ Two ways lead to a target. Through the network: what is under way outlives its s
 (`rotate`). By a copy of the source's own CPU, on one host: it needs nothing of the target, and ends with the source's
 process or agent.
 
-A landing is checked before it happens: the block must belong to the grant for which the write was posted.
+What crosses are runs of each page: all of it, or the heads that both ranks have. A landing is checked before it
+happens: the block must belong to the grant for which the write was posted, and the run to the same heads on both sides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvferry.transfer.backends.base import TransferState
 from kvferry.wire.codec import Decoder
@@ -57,8 +58,16 @@ class Weather(Protocol):
     def chance(self, probability: float) -> bool: ...
 
 
+class Run(NamedTuple):
+    """Neighbouring tags of a page: where they stand in our page and in theirs."""
+
+    ours: int
+    theirs: int
+    length: int
+
+
 class Flight:
-    """One write under way. Implements `TransferHandle`."""
+    """One write or read under way. Implements `TransferHandle`."""
 
     __slots__ = (
         "grant_id",
@@ -68,7 +77,7 @@ class Flight:
         "num_bytes",
         "open_id",
         "pages",
-        "reads_early",
+        "runs",
         "snapshot",
         "source",
         "source_agent",
@@ -78,13 +87,20 @@ class Flight:
     )
 
     def __init__(
-        self, source: Agent, target: Agent | None, target_agent: str, pages: list[tuple[int, int]], num_bytes: int
+        self,
+        source: Agent,
+        target: Agent | None,
+        target_agent: str,
+        pages: list[tuple[int, int]],
+        runs: tuple[Run, ...],
+        num_bytes: int,
     ) -> None:
         self.source = source
         self.source_agent = source.agent
         self.target = target
         self.target_agent = target_agent
         self.pages = pages  # (ours, theirs)
+        self.runs = runs  # of each page
         self.left = len(pages)  # that have not landed
         self.num_bytes = num_bytes
         self.state = TransferState.PENDING
@@ -94,6 +110,17 @@ class Flight:
         self.snapshot: list[list[int]] | None = (
             None  # the source's pages at the post, else they are read at the landing
         )
+
+    @property
+    def is_misplaced(self) -> bool:
+        """Tell whether something goes to another head, or to keys instead of values, or beyond the page."""
+        assert self.target is not None
+        ours, theirs = self.source.memory, self.target.memory
+        for run in self.runs:
+            sections = ours.sections_at(run.ours, run.length)
+            if sections is None or sections != theirs.sections_at(run.theirs, run.length):
+                return True
+        return False
 
 
 class Fabric:
@@ -111,7 +138,9 @@ class Fabric:
         self.agents: dict[str, Agent] = {}
         self.num_late = 0  # landings after the write had failed or its source died
         self.num_landings = 0
+        self.num_pieces = 0  # landings of a part of each page
         self.num_reads = 0
+        self.num_rank_reads = 0  # of them, those by other ranks than 0
         self.num_spoiled = 0
         self.num_rotations = 0
 
@@ -181,7 +210,11 @@ class Fabric:
             target.right.check_landing(flight, {theirs % target.memory.num_blocks for _, theirs in pages})
             for index, (ours, theirs) in enumerate(pages, first):
                 page = flight.snapshot[index] if flight.snapshot is not None else source.memory.pages[ours]
-                target.memory.pages[theirs] = self._on_path(page, source.place, target.place)
+                page = self._on_path(page, [run.ours for run in flight.runs], source.place, target.place)
+                slots = target.memory.pages[theirs]
+                for here, there, length in flight.runs:
+                    slots[there : there + length] = page[here : here + length]
+            self.num_pieces += flight.runs[0].length < target.memory.page_len
         flight.left -= end - first
         if not flight.left:
             self.kernel.after(0.0001, self._settle, flight, TransferState.DONE)
@@ -218,7 +251,8 @@ class Fabric:
         memory, reader = target.memory, flight.source.place
         pages = flight.pages[first:end]
         was_lent = target.right.lends({theirs % memory.num_blocks for _, theirs in pages})
-        found = [self._on_path(memory.pages[theirs], target.place, reader) for _, theirs in pages]
+        starts = [run.theirs for run in flight.runs]
+        found = [self._on_path(memory.pages[theirs], starts, target.place, reader) for _, theirs in pages]
         self.kernel.after(path.draw_delay(), self._bring, flight, path, first, found, was_lent)
 
     def _bring(self, flight: Flight, path: Path, first: int, found: list[list[int]], was_lent: bool) -> None:
@@ -235,19 +269,22 @@ class Fabric:
         pages = flight.pages[first : first + len(found)]
         if pages:
             self.num_reads += 1
+            self.num_rank_reads += source.rank > 0
             blocks = {ours % source.memory.num_blocks for ours, _ in pages}
             source.right.check_fetched(flight, blocks, was_lent=was_lent)
             for (ours, _), page in zip(pages, found, strict=True):
-                source.memory.pages[ours] = page
+                slots = source.memory.pages[ours]
+                for here, there, length in flight.runs:
+                    slots[here : here + length] = page[there : there + length]
         flight.left -= len(found)
         if not flight.left:
             self.kernel.after(0.0001, self._settle, flight, TransferState.DONE)
 
-    def _on_path(self, page: list[int], a: str, b: str) -> list[int]:
-        """Copy a page, as it comes to the other end."""
+    def _on_path(self, page: list[int], starts: list[int], a: str, b: str) -> list[int]:
+        """Copy a page, as it comes to the other end. `starts`: of the runs of it that cross."""
         page = list(page)
         if self.weather.spoils(self.path_of(a, b)):
-            page[0] ^= 1
+            page[starts[0] if len(starts) == 1 else self.kernel.random.choice(starts)] ^= 1
             self.num_spoiled += 1
         return page
 

@@ -1,23 +1,27 @@
-"""A simulated worker's other ranks, where all of them hold the same pages: each has agents and a sender of its own.
+"""A simulated worker's other ranks: each has agents and a sender of its own, and sums of its pages.
 
-What a rank sends it reads from rank 0's pages, which are those of every rank by definition. What is sent to it lands in
-pages of its own, which are looked at when a prompt is adopted: only rank 0 computes.
+Where ranks share out the heads, each has its own part of the worker's memory, from which it sends, and into which it
+reads and is written to.
+
+Where all ranks hold the same pages, only rank 0 computes. What another rank sends it reads from rank 0's pages, which
+are those of every rank by definition. What is sent to it lands in pages of its own, which are looked at when a prompt
+is adopted.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
-from kvferry.transfer.protocol.checksums import ArrivalCheck
 from kvferry.transfer.protocol.rank_calls import OwnCalls
 from kvferry.transfer.receive.reservation import Reservation
 from kvferry.transfer.send.ranks import SENDING, LayerShipper
 
 from .breach import Breach
 from .engine import Memory
+from .heads import HeadsMemory
 from .oracle import Answer
-from .sums import MemorySums
 from .turns import TransferTurns
 
 if TYPE_CHECKING:
@@ -30,10 +34,12 @@ class Follower:
     def __init__(self, worker: Worker, rank: int) -> None:
         spec, num_blocks = worker.world.scenario.spec, worker.pool.num_blocks
         self._worker, self._rank = worker, rank
-        self.memory = Memory(spec.num_layers, num_blocks, spec.block_size)
+        is_copy = not isinstance(worker.memory, HeadsMemory)
+        computed = worker.memory_of(rank)
+        self.memory = Memory(spec.num_layers, num_blocks, spec.block_size) if is_copy else computed
         life = f"{worker.place}.{worker.incarnation:x}"
         self.incoming = worker.make_agent(f"{life}.0.{rank}", self.memory, rank)
-        self.outgoing = worker.make_agent(f"{life}.out.0.{rank}", worker.memory, rank)
+        self.outgoing = worker.make_agent(f"{life}.out.0.{rank}", computed, rank)
         self.sender = worker.make_sender(rank, self.outgoing)
         # A thread of its own, of another process than rank 0's.
         turn_s = worker.world.scenario.turn_s * Random(f"turns {life} {rank}").choice((1, 10, 100))
@@ -41,13 +47,14 @@ class Follower:
         self.outgoing.poke = turns.poke
         self.layers = LayerShipper(turns, self.sender, spec.num_layers, lambda: None)
         self.calls = OwnCalls(SENDING, turns, self.sender, self.sender.reader, self.layers)
-        self.check: ArrivalCheck | None = None
-        if worker.world.scenario.has_checksums:
-            sums = MemorySums(self.memory)
-            self.check = ArrivalCheck(sums, spec, rank=rank, tp_size=worker.num_ranks, num_blocks=num_blocks)  # type: ignore[arg-type]
+        self.check = worker.make_check(rank, self.memory)
+        summing = worker.make_summing(rank, self.memory)
+        self.sum_blocks = partial(turns.call, summing.sum_blocks)
 
     def check_adopted(self, reservation: Reservation, answer: Answer) -> None:
-        """H2: what was to be written is in this rank's pages, too."""
+        """H2: what was to be written is in this rank's pages, too. Those of its own heads the worker has checked."""
+        if isinstance(self._worker.memory, HeadsMemory):
+            return
         size, end = self.memory.block_size, reservation.num_tokens
         for number, block in enumerate(reservation.block_ids):
             begin = reservation.num_cached_tokens + number * size

@@ -9,6 +9,7 @@ NUM_HALVES = 2
 NUM_REQUESTS = 10_000  # of both; `make long` runs 200,000
 # What the faults must have reached, or they are not about what they are meant for.
 WAYS = (
+    *("landings of a part of each page", "reads by other ranks"),
     *("late landings", "rotations", "preemptions", "messages doubled", "work of the other role refused"),
     *("role change with prompt", "role change with shipment", "role change with answer", "role change in a drain"),
     *("role change with granted reservation", "role change with open reservation"),

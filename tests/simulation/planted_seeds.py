@@ -19,6 +19,7 @@ from . import (
     planted_drafts,
     planted_embeddings,
     planted_grammars,
+    planted_heads,
     planted_ranks,
     planted_scaling,
     planted_tiers,
@@ -28,7 +29,7 @@ from .runner import Failure, find_breach
 
 PLANTED = (
     *(*planted.BUGS, *planted_tiers.BUGS, *planted_drafts.BUGS, *planted_grammars.BUGS, *planted_embeddings.BUGS),
-    *(*planted_ranks.BUGS, *planted_scaling.BUGS, *planted_adapters.BUGS),
+    *(*planted_ranks.BUGS, *planted_heads.BUGS, *planted_scaling.BUGS, *planted_adapters.BUGS),
 )
 FILE = Path(__file__).with_name("planted_seeds.json")
 

@@ -31,6 +31,7 @@ SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=4, block_si
 WITH_DRAFT = msgspec.structs.replace(SPEC, num_layers=3, draft="d")  # the last layer is a draft model's
 MAX_MODEL_LEN = 80
 LEASE_S = TransferConfig().lease_s
+_HEADS_SHARE = 0.3  # of the fleets whose ranks do not hold the same pages
 
 
 @dataclass(slots=True, frozen=True)
@@ -111,6 +112,11 @@ class Scenario:
     doubling: float = 0.0  # chance that a message that may be doubled is
 
     @property
+    def shares_heads(self) -> bool:
+        """Tell whether pages are of heads, which a worker's ranks share out."""
+        return self.spec.num_kv_heads > 1
+
+    @property
     def workers(self) -> list[str]:
         return [f"p-{i}" for i in range(len(self.prefill))] + [f"d-{i}" for i in range(len(self.decode))]
 
@@ -162,6 +168,7 @@ def draw(seed: int, num_requests: int | None = None, *, faulted: bool = True) ->
     )
     base = _with_draft_model(Random(f"draft model {seed}"), base)
     base = _with_ranks(Random(f"ranks {seed}"), base)
+    base = _with_heads(Random(f"heads {seed}"), base)
     base = _with_autoscaler(Random(f"autoscaler {seed}"), base)
     if not faulted:
         return base
@@ -184,6 +191,15 @@ def _with_ranks(random: Random, scenario: Scenario) -> Scenario:
     spec = msgspec.structs.replace(scenario.spec, layout="latent")
     num_ranks = random.choice(((1, 2), (2, 1), (2, 2), (3, 2), (2, 3)))
     return replace(scenario, spec=spec, num_ranks=num_ranks, fetch_share=0.0)
+
+
+def _with_heads(random: Random, scenario: Scenario) -> Scenario:
+    """In a quarter of the fleets ranks share out the heads, as a rule on one side otherwise than on the other."""
+    if scenario.spec.is_replicated or random.random() > _HEADS_SHARE:
+        return scenario
+    num_ranks = random.choice(((1, 2), (2, 1), (2, 2), (1, 2), (2, 1), (2, 2), (2, 4), (4, 2)))
+    spec = msgspec.structs.replace(scenario.spec, num_kv_heads=max(num_ranks))
+    return replace(scenario, spec=spec, num_ranks=num_ranks)
 
 
 def _with_autoscaler(random: Random, scenario: Scenario) -> Scenario:

@@ -11,10 +11,11 @@ _MASK = (1 << 64) - 1
 
 
 class MemorySums:
-    """Sums over one simulated worker's pages, with the methods of `PageSums`."""
+    """Sums over the pages of one rank of a simulated worker, with the methods of `PageSums`."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, page_bytes: int) -> None:
         self._memory = memory
+        self._tag_bytes = page_bytes // memory.page_len
 
     def add(
         self,
@@ -24,9 +25,12 @@ class MemorySums:
         theirs: npt.NDArray[np.int32],
         runs: tuple[tuple[int, int], ...],
     ) -> None:
-        """Fold pages into the sums of their blocks; each is seeded with its index over there."""
+        """Fold pages into the sums of their blocks; each run is seeded with its index over there, and its number."""
         pages = self._memory.pages
-        found = [
-            hash((tuple(pages[page]), seed)) & _MASK for page, seed in zip(ours.tolist(), theirs.tolist(), strict=True)
-        ]
-        np.bitwise_xor.at(sums, slots, np.array(found, dtype=np.uint64))
+        for number, (offset, num_bytes) in enumerate(runs):
+            first, end = offset // self._tag_bytes, (offset + num_bytes) // self._tag_bytes
+            found = [
+                hash((tuple(pages[page][first:end]), seed, number)) & _MASK
+                for page, seed in zip(ours.tolist(), theirs.tolist(), strict=True)
+            ]
+            np.bitwise_xor.at(sums, slots, np.array(found, dtype=np.uint64))

@@ -43,6 +43,7 @@ from .drafting import Drafts
 from .engine import Engine, Memory
 from .followers import Follower
 from .grammars import SimGrammars
+from .heads import HeadsMemory
 from .invariants import check_counts, check_holders, check_reservations
 from .kernel import Process, ProcessClock
 from .landings import Landings
@@ -75,20 +76,15 @@ class Worker:
         self.process = Process(kernel, place, place, self._after_event)
         self.clock = ProcessClock(kernel, kernel.random.uniform(1, 1000), 1 + kernel.random.uniform(-1e-3, 1e-3))
         self.pool = BlockPool(num_blocks, scenario.spec.block_size)
-        self.memory = Memory(scenario.spec.num_layers, num_blocks, scenario.spec.block_size)
+        self.num_ranks = scenario.num_ranks[home == "decode"]
+        self.memory = self._make_memory(num_blocks)
         self.adapters = SimLoader(self)
         self.engine = Engine(place, self.memory, self.pool, world.oracles, SPEC.num_layers, self.adapters)
-        self.num_ranks = scenario.num_ranks[home == "decode"]
-        self.incoming = self.make_agent(f"{place}.{incarnation:x}.0.0", self.memory, 0)
-        self.outgoing = self.make_agent(f"{place}.{incarnation:x}.out.0.0", self.memory, 0)
-        self._sums: MemorySums | None = None
-        self._check: ArrivalCheck | None = None
-        loan_sums: BlockSums | None = None
-        if scenario.has_checksums:
-            self._sums = sums = MemorySums(self.memory)
-            self._check = ArrivalCheck(sums, scenario.spec, rank=0, tp_size=self.num_ranks, num_blocks=num_blocks)  # type: ignore[arg-type]
-            loan_sums = BlockSums(sums, scenario.spec, self.num_ranks, num_blocks)  # type: ignore[arg-type]
-        self._summing = RankSumming(0, loan_sums, lambda *sums: self.core.on_sums(*sums))
+        own = self.memory_of(0)
+        self.incoming = self.make_agent(f"{place}.{incarnation:x}.0.0", own, 0)
+        self.outgoing = self.make_agent(f"{place}.{incarnation:x}.out.0.0", own, 0)
+        self._check = self.make_check(0, own)
+        self._summing = self.make_summing(0, own)
         self.kv_address = f"{place}:{incarnation % 50000 + 1}"
         self.sessions: list[RouterSession] = []
         self._by_router: dict[str, RouterSession] = {}
@@ -121,11 +117,39 @@ class Worker:
         world.addresses[self.kv_address] = self
         self._start()
 
+    def _make_memory(self, num_blocks: int) -> Memory:
+        scenario = self.world.scenario
+        if scenario.shares_heads:
+            return HeadsMemory(scenario.spec, num_blocks, self.num_ranks)
+        return Memory(scenario.spec.num_layers, num_blocks, scenario.spec.block_size)
+
+    def memory_of(self, rank: int) -> Memory:
+        """What a rank computes: its heads, or the same pages as all others."""
+        return self.memory.ranks[rank] if isinstance(self.memory, HeadsMemory) else self.memory
+
     def make_agent(self, name: str, memory: Memory, rank: int) -> Agent:
-        world, page_bytes = self.world, self.world.scenario.spec.page_bytes()
-        agent = Agent(name, self.place, world.fabric, self.process, memory, page_bytes, rank, self.num_ranks)
+        world = self.world
+        agent = Agent(name, self.place, world.fabric, self.process, memory, world.scenario.spec, rank, self.num_ranks)
         agent.pass_point = lambda point: world.pass_point(point, self)
         return agent
+
+    def _make_sums(self, memory: Memory) -> Any:
+        """Sums over tags instead of bytes; None: no checksums are made."""
+        scenario = self.world.scenario
+        return MemorySums(memory, scenario.spec.page_bytes(self.num_ranks)) if scenario.has_checksums else None
+
+    def make_check(self, rank: int, memory: Memory) -> ArrivalCheck | None:
+        """What looks at the arrivals of a rank; None: nothing does."""
+        sums, spec = self._make_sums(memory), self.world.scenario.spec
+        if sums is None:
+            return None
+        return ArrivalCheck(sums, spec, rank=rank, tp_size=self.num_ranks, num_blocks=self.pool.num_blocks)
+
+    def make_summing(self, rank: int, memory: Memory) -> RankSumming:
+        """What sums the blocks that a rank lends."""
+        sums, spec = self._make_sums(memory), self.world.scenario.spec
+        loan_sums = None if sums is None else BlockSums(sums, spec, self.num_ranks, self.pool.num_blocks)
+        return RankSumming(rank, loan_sums, lambda *told: self.core.on_sums(*told))
 
     def _ends(self) -> Iterator[tuple[Agent, Agent, ArrivalCheck | None]]:
         """Yield each rank's agents, and what looks at its arrivals."""
@@ -159,7 +183,7 @@ class Worker:
             report=lambda report: self.core.on_report(report),
             source_free=lambda open_id: self._shipping.on_rank_free(open_id),
             on_read=lambda fetch_id, outcome, sums: self.core.on_read(rank, fetch_id, outcome, sums),
-            sums=self._sums,  # type: ignore[arg-type]  # over tags instead of bytes
+            sums=self._make_sums(outgoing.memory),
             max_in_flight_bytes=scenario.max_in_flight_bytes,
             max_write_bytes=scenario.max_write_bytes,
             processes=(self.world.mark_of(self.process),),
@@ -210,9 +234,9 @@ class Worker:
             max_num_seqs=scenario.max_num_seqs,
             num_swap_blocks=scenario.num_swap_blocks,
             speculative=scenario.speculative,
-            checks_bytes=self._sums is not None,
-            sums_writes=self._sums is not None,
-            sums_loans=self._sums is not None,
+            checks_bytes=scenario.has_checksums,
+            sums_writes=scenario.has_checksums,
+            sums_loans=scenario.has_checksums,
         )
         return WorkerCore(
             config,
@@ -309,8 +333,10 @@ class Worker:
         """Arrivals come as events."""
 
     def sum_loan(self, fetch_id: int, blocks: tuple[int, ...]) -> None:
-        """On the transfer thread, a turn later."""
+        """On each rank's transfer thread, a turn later."""
         self.process.after(self.world.scenario.turn_s, self._summing.sum_blocks, fetch_id, blocks)
+        for follower in self.followers:
+            follower.sum_blocks(fetch_id, blocks)
 
     def leaving(self) -> Callable[[], object]:
         return lambda: None  # what is said has left
@@ -364,6 +390,7 @@ class Worker:
         if check is not None:
             verdict = check.verdict(message)
             self.world.tally.seen[f"arrival {verdict.value}"] += 1
+        self._landings.note_told(message, rank)
         self.core.on_arrived(rank, message, verdict)
 
     # --- time -------------------------------------------------------------------------------------------------

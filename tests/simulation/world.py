@@ -346,8 +346,10 @@ class World:
         seen["messages"] = self.network.num_messages
         seen["messages doubled"] = self.sky.num_doubled
         seen["landings"] = self.fabric.num_landings
+        seen["landings of a part of each page"] = self.fabric.num_pieces
         seen["late landings"] = self.fabric.num_late
         seen["reads"] = self.fabric.num_reads
+        seen["reads by other ranks"] = self.fabric.num_rank_reads
         seen["pages spoiled"] = self.fabric.num_spoiled
         seen["rotations"] = self.fabric.num_rotations
         seen["preemptions"] = sum(worker.core.roles.counters().num_preemptions for worker in self.workers.values())
