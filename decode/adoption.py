@@ -13,12 +13,11 @@ from ..common import failpoints
 from ..common.adapter import Adapters, find_adapter
 from ..common.clock import Clock
 from ..common.grammar import Grammars, find_grammar
-from ..common.request import RequestSpec
 from ..kvcache.contents import Contents
 from ..transfer.receive.receiver import KVReceiver, Reservation
 from .outbox import Outbox
 from .requests import RunningRequests
-from .running import RunningRequest
+from .running import RunningRequest, expiry_s
 from .scheduler import DecodeScheduler
 
 
@@ -62,10 +61,6 @@ class Adoption:
         for request_id, attempt in [key for key in self._ended_early if not is_awaited(key[0])]:
             self.forget(request_id, attempt)
 
-    def expires_s(self, spec: RequestSpec) -> float | None:
-        """Return the request's deadline on our clock; None: it has none."""
-        return None if spec.remaining_s is None else self._clock.now() + spec.remaining_s
-
     def adopt_arrived(self) -> bool:
         """False: there was nothing."""
         arrived = list(self._receiver.arrived)
@@ -78,7 +73,7 @@ class Adoption:
             failpoints.hit("decode.adopt")
         blocks, copies = self._receiver.adopt(reservation)
         spec = reservation.spec
-        request = RunningRequest(reservation.router_id, spec, self.expires_s(spec))
+        request = RunningRequest(reservation.router_id, spec, expiry_s(spec, self._clock.now()))
         request.num_cached_tokens = reservation.num_cached_by_writer
         request.grammar = find_grammar(spec.grammar, self._grammars)  # compiled since its reservation
         request.held_adapter = find_adapter(spec.adapter, spec.adapter_path, self._adapters)  # loaded since then

@@ -9,7 +9,7 @@ stream is gapless even if the prefill worker's own message was lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from itertools import chain
 
 from ..common import failpoints
@@ -20,19 +20,21 @@ from ..common.config import SpeculativeConfig
 from ..common.errors import CapacityError
 from ..common.grammar import Grammars, find_grammar
 from ..common.kv_spec import KVCacheSpec
-from ..common.request import RequestSpec, Sequence, why_unserved
+from ..common.request import RequestSpec, why_unserved
 from ..common.role_counters import RoleCounters
 from ..kvcache.blocks import BlockPool
 from ..kvcache.contents import Contents, TokenContents
 from ..kvcache.prefix_cache import PrefixCache
 from ..transfer.fetch.fetches import Fetches
-from ..transfer.receive.receiver import KVReceiver, ReservationState
+from ..transfer.receive.receiver import KVReceiver
 from ..wire.fields import Message
-from ..wire.results import Grant, HandoffDone, HandoffFailed, NoCapacity, TaskRefused, WorkerFailure
+from ..wire.results import HandoffDone, NoCapacity, TaskRefused, WorkerFailure
 from ..wire.tasks import Abort, FetchFrom, LocalTask, PrefillTask, ReserveKV
 from ..wire.workers import LiveRequests
 from .adoption import Adoption
+from .local import LocalRequests
 from .outbox import Outbox
+from .promises import Promises
 from .requests import RunningRequests
 from .results import StepResults
 from .running import RunningRequest
@@ -90,8 +92,7 @@ class DecodeRole:
         )
         self._clock = clock
         self._to_router = to_router
-        self._contents = contents if contents is not None else TokenContents(spec)
-        self._waiting = WaitingReservations(receiver, pool, spec, clock, lambda: self.scheduler.growth_reserve)
+        contents = contents if contents is not None else TokenContents(spec)
         self.fetches: Fetches | None = None  # None: everything that is not in the cache is computed
         self._outbox = Outbox(to_router)
         self._requests = RunningRequests(self.scheduler, self._outbox)
@@ -100,7 +101,7 @@ class DecodeRole:
             self._requests,
             self._outbox,
             to_router,
-            contents=self._contents,
+            contents=contents,
             eos_token_ids=eos_token_ids,
             max_model_len=max_model_len,
         )
@@ -110,7 +111,18 @@ class DecodeRole:
         self._adapters = adapters
         self._wait_left: Callable[[], object] | None = None
         self._adoption = Adoption(
-            receiver, self.scheduler, self._requests, self._outbox, clock, self._contents, grammars, adapters
+            receiver, self.scheduler, self._requests, self._outbox, clock, contents, grammars, adapters
+        )
+        waiting = WaitingReservations(receiver, pool, spec, clock, lambda: self.scheduler.growth_reserve)
+        self._promises = Promises(receiver, waiting, self._adoption, to_router)
+        self._local = LocalRequests(
+            self.scheduler,
+            self._requests,
+            lambda: self.fetches,
+            clock=clock,
+            contents=contents,
+            grammars=grammars,
+            adapters=adapters,
         )
 
     # --- messages ---------------------------------------------------------------------------------------
@@ -141,7 +153,7 @@ class DecodeRole:
             return
         find_grammar(spec.grammar, self._grammars)  # compiled while the prompt is
         find_adapter(spec.adapter, spec.adapter_path, self._adapters)  # and loaded
-        self._answer(self._waiting.reserve(router_id, message))
+        self._promises.reserve(router_id, message)
 
     def _refusal(self, spec: RequestSpec) -> tuple[str, str] | None:
         """Say why an attempt is not begun, whatever room there is, and what more there is to say; None: it may be."""
@@ -156,60 +168,20 @@ class DecodeRole:
             applies_adapters=self._adapters is not None,
         )
 
-    def _answer(self, answers: list[tuple[str, Grant | NoCapacity]]) -> None:
-        for router_id, answer in answers:
-            if failpoints.armed:
-                failpoints.hit("grant.issued")
-            self._to_router(router_id, answer)
-
     def _on_local(self, router_id: str, spec: RequestSpec, fetch: FetchFrom | None) -> None:
         if not self._requests.drop_older(spec):
             return
-        self.receiver.abort(spec.request_id, spec.attempt)
-        self._waiting.drop(spec.request_id, spec.attempt)
+        self._promises.drop(spec.request_id, spec.attempt)
         refusal = self._refusal(spec)
         if refusal is None and (self.draining or not self.is_active):
             refusal = ("draining" if self.draining else "wrong_role"), ""
         if refusal is not None:
             self._refuse(router_id, spec, *refusal)
             return
-        request = RunningRequest(router_id, spec, self._adoption.expires_s(spec))
-        request.grammar = find_grammar(spec.grammar, self._grammars)
-        request.held_adapter = find_adapter(spec.adapter, spec.adapter_path, self._adapters)
         try:
-            for seq in self._prompt_sequences(spec):
-                seq.grammar, seq.held_adapter = request.grammar, request.held_adapter
-                self.scheduler.add(seq)
-                request.sequences[seq.choice] = seq
+            self._local.begin(router_id, spec, fetch)
         except CapacityError as error:
-            for seq in request.sequences.values():
-                self.scheduler.remove(seq)
             self._refuse(router_id, spec, "never_fits", str(error))
-            return
-        self._requests.add(request)
-        if fetch is not None and self.fetches is not None:
-            self._fetch(list(request.sequences.values()), fetch, self.fetches)
-
-    def _prompt_sequences(self, spec: RequestSpec) -> list[Sequence]:
-        """A fresh request computes its prompt once for all choices; resumed choices go each their own way."""
-        make = self._contents.sequence
-        if spec.is_resume:
-            return [make(spec, choice, spec.output_token_ids(index)) for index, choice in enumerate(spec.choices)]
-        first = make(spec, spec.choices[0])
-        first.pending_choices = spec.choices
-        return [first]
-
-    def _fetch(self, sequences: list[Sequence], source: FetchFrom, fetches: Fetches) -> None:
-        """Read what lies elsewhere before the prompt is begun. If it ends meanwhile, the cache has it for others."""
-
-        def fetched() -> None:
-            for seq in sequences:
-                seq.is_fetching = False
-
-        hashes = self.scheduler.blocks.reusable_hashes(sequences[0])
-        is_fetching = fetches.begin(f"local {sequences[0].request_id}", hashes, source, fetched)
-        for seq in sequences:
-            seq.is_fetching = is_fetching
 
     def _refuse(self, router_id: str, spec: RequestSpec, reason: str, detail: str = "") -> None:
         self._to_router(
@@ -220,22 +192,17 @@ class DecodeRole:
         request_id, attempt = message.request_id, message.attempt
         request = self._requests.get(request_id)
         if message.unless_arrived:
-            self._abort_unless_arrived(router_id, message, request)
+            if request is not None and request.spec.attempt == attempt:
+                self._to_router(router_id, HandoffDone(request_id=request_id, attempt=attempt))
+            else:
+                self._promises.abort_unless_arrived(router_id, request_id, attempt)
         elif request is not None and request.spec.attempt <= attempt:
             self._abort_running(request, message.choices)
         elif not message.choices:
-            self._forget(request_id, attempt)
+            self._promises.forget(request_id, attempt)
             self._requests.note_ended(request_id, attempt)
-        elif self._awaits(request_id):
-            self._adoption.drop_choices(request_id, attempt, message.choices)
-
-    def _abort_unless_arrived(self, router_id: str, message: Abort, request: RunningRequest | None) -> None:
-        request_id, attempt = message.request_id, message.attempt
-        if request is not None and request.spec.attempt == attempt:
-            self._to_router(router_id, HandoffDone(request_id=request_id, attempt=attempt))
-            return
-        self._waiting.drop(request_id, attempt)
-        self.receiver.abort(request_id, attempt, unless_arrived=True, router_id=router_id)
+        else:
+            self._promises.drop_choices(request_id, attempt, message.choices)
 
     def _abort_running(self, request: RunningRequest, choices: tuple[int, ...]) -> None:
         if not choices:
@@ -244,16 +211,9 @@ class DecodeRole:
             if not request.is_finished:
                 self._requests.drop_choice(request, choice)
 
-    def _forget(self, request_id: str, attempt: int) -> None:
-        """Forget a request whose prompt has not been taken over."""
-        self.receiver.abort(request_id, attempt)
-        self._waiting.drop(request_id, attempt)
-        self._adoption.forget(request_id, attempt)
-
     def _keep_only(self, router_id: str, keep: frozenset[tuple[str, int]]) -> None:
         self._requests.keep_only(router_id, keep)
-        self.receiver.keep_only(router_id, keep)
-        self._waiting.keep_only(router_id, keep)
+        self._promises.keep_only(router_id, keep)
 
     def on_router_lost(self, router_id: str) -> None:
         """The router has been away for too long: nobody waits for its requests."""
@@ -267,7 +227,7 @@ class DecodeRole:
         self._drop_failed()
         batch = self.scheduler.schedule()
         self._end_misfits()
-        self._answer(self._waiting.retry())
+        self._promises.retry()
         self._outbox.flush()
         # A worker that is lost in its first step with a request must have said that it has it: else nobody would find
         # out which request it is that ends workers.
@@ -289,8 +249,7 @@ class DecodeRole:
     def adapters_in_use(self) -> tuple[set[str], list[str]]:
         """Return the adapters of sequences that have a row, and those of all other requests, promised ones last."""
         begun = {seq.adapter for seq in self.scheduler.running if seq.adapter}
-        promised = (reservation.spec for reservation in self.receiver.reservations.live.values())
-        rest = (spec.adapter for spec in (*promised, *self._waiting.specs) if spec.adapter)
+        rest = (spec.adapter for spec in self._promises.specs() if spec.adapter)
         return begun, [*self._requests.adapters(), *rest]
 
     def _end_misfits(self) -> None:
@@ -323,13 +282,7 @@ class DecodeRole:
         self._outbox.flush()
 
     def tick(self) -> None:
-        self.receiver.tick()
-        self._answer(self._waiting.retry())
-        self._adoption.forget_all_but(self._awaits)
-
-    def _awaits(self, request_id: str) -> bool:
-        """The request's KV may yet come."""
-        return self.receiver.holds(request_id) or self._waiting.holds(request_id)
+        self._promises.tick()
 
     # --- what others see ----------------------------------------------------------------------------------
 
@@ -342,8 +295,8 @@ class DecodeRole:
     def draining(self, on: bool) -> None:
         self.receiver.draining = on
         if on:
-            self._give_up_unopened()
-        self._answer(self._waiting.retry())
+            self._promises.give_up_unopened()
+        self._promises.retry()
 
     @property
     def is_active(self) -> bool:
@@ -353,27 +306,17 @@ class DecodeRole:
     @is_active.setter
     def is_active(self, on: bool) -> None:
         self.receiver.is_active = on
-        self._answer(self._waiting.retry())
+        self._promises.retry()
 
     @property
     def routers(self) -> set[str]:
         """Return the routers that have a request here, or are promised room for one."""
-        promised = {reservation.router_id for reservation in self.receiver.reservations.live.values()}
-        return self._requests.routers | self._waiting.routers | promised
+        return self._requests.routers | self._promises.routers
 
     @property
     def num_waiting_reservations(self) -> int:
         """Count the requests that wait for blocks to be promised to them."""
-        return len(self._waiting)
-
-    def _give_up_unopened(self) -> None:
-        """Nobody may open them any more: their routers learn it now."""
-        for reservation in self.receiver.reservations.in_state(ReservationState.GRANTED):
-            request_id, attempt = reservation.spec.request_id, reservation.spec.attempt
-            self.receiver.abort(request_id, attempt)
-            reason = "the decode worker drains"
-            failed = HandoffFailed(request_id=request_id, attempt=attempt, reason=reason, blame="draining")
-            self._to_router(reservation.router_id, failed)
+        return self._promises.num_waiting
 
     def counters(self) -> RoleCounters:
         scheduler, receiver = self.scheduler, self.receiver
@@ -392,22 +335,17 @@ class DecodeRole:
     @property
     def num_unfinished(self) -> int:
         """Requests, handoffs under way among them. What lies in quarantine does not count: our end fences it."""
-        states = (ReservationState.GRANTED, ReservationState.OPEN, ReservationState.ARRIVED)
-        return len(self._requests) + len(self._waiting) + len(self.receiver.reservations.in_state(*states))
+        return len(self._requests) + self._promises.num_unfinished
 
     def references(self) -> list[list[int]]:
         """All references to blocks of the pool that sequences, copies and reservations hold."""
-        held = self.scheduler.references()
-        for reservation in self.receiver.reservations.live.values():
-            if reservation.state is not ReservationState.DOOMED:  # its blocks are nobody's
-                held += [reservation.hit_blocks, reservation.block_ids, reservation.copy_blocks]
-        return held
+        return self.scheduler.references() + self._promises.references()
 
     @property
     def is_quiet(self) -> bool:
         """Nothing is left of any request but what is remembered of those that ended, which is bounded."""
-        held: tuple[Sized, ...] = (self._requests, self._adoption, self._waiting, self.receiver.reservations.live)
-        return not any(len(book) for book in held) and self._outbox.is_empty and self.scheduler.is_quiet
+        books_are_empty = not len(self._requests) and self._promises.is_empty and self._outbox.is_empty
+        return books_are_empty and self.scheduler.is_quiet
 
     def check(self) -> None:
         """Assert that the books agree: reservations, sequences, blocks and slots."""

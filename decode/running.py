@@ -36,6 +36,11 @@ class RunningRequest:
         return not self.sequences or self.dropped >= set(self.spec.choices)
 
 
+def expiry_s(spec: RequestSpec, now_s: float) -> float | None:
+    """Return the request's deadline on our clock; None: it has none."""
+    return None if spec.remaining_s is None else now_s + spec.remaining_s
+
+
 class EndedAttempts:
     """The last attempt of each request that has ended here. A message that is late or doubled starts nothing again."""
 

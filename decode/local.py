@@ -1,0 +1,84 @@
+"""Requests whose prompt a decode worker computes itself: fresh ones, and those that go on here after another worker.
+
+begin ─> sequences that the scheduler takes ─> more of the prompt is read from another worker, where it is known of
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..common.adapter import Adapters, find_adapter
+from ..common.clock import Clock
+from ..common.errors import CapacityError
+from ..common.grammar import Grammars, find_grammar
+from ..common.request import RequestSpec, Sequence
+from ..kvcache.contents import Contents
+from ..transfer.fetch.fetches import Fetches
+from ..wire.tasks import FetchFrom
+from .requests import RunningRequests
+from .running import RunningRequest, expiry_s
+from .scheduler import DecodeScheduler
+
+
+class LocalRequests:
+    """Begins them. They run like all others from then on."""
+
+    def __init__(
+        self,
+        scheduler: DecodeScheduler,
+        requests: RunningRequests,
+        fetches: Callable[[], Fetches | None],
+        *,
+        clock: Clock,
+        contents: Contents,
+        grammars: Grammars | None,
+        adapters: Adapters | None,
+    ) -> None:
+        """`fetches()` None: everything that is not in the cache is computed."""
+        self._scheduler = scheduler
+        self._requests = requests
+        self._fetches = fetches
+        self._clock = clock
+        self._contents = contents
+        self._grammars = grammars
+        self._adapters = adapters
+
+    def begin(self, router_id: str, spec: RequestSpec, source: FetchFrom | None) -> None:
+        """Raises CapacityError: it can never fit, and nothing of it is here."""
+        request = RunningRequest(router_id, spec, expiry_s(spec, self._clock.now()))
+        request.grammar = find_grammar(spec.grammar, self._grammars)
+        request.held_adapter = find_adapter(spec.adapter, spec.adapter_path, self._adapters)
+        try:
+            for seq in self._prompt_sequences(spec):
+                seq.grammar, seq.held_adapter = request.grammar, request.held_adapter
+                self._scheduler.add(seq)
+                request.sequences[seq.choice] = seq
+        except CapacityError:
+            for seq in request.sequences.values():
+                self._scheduler.remove(seq)
+            raise
+        self._requests.add(request)
+        fetches = self._fetches()
+        if source is not None and fetches is not None:
+            self._fetch(list(request.sequences.values()), source, fetches)
+
+    def _prompt_sequences(self, spec: RequestSpec) -> list[Sequence]:
+        """A fresh request computes its prompt once for all choices; resumed choices go each their own way."""
+        make = self._contents.sequence
+        if spec.is_resume:
+            return [make(spec, choice, spec.output_token_ids(index)) for index, choice in enumerate(spec.choices)]
+        first = make(spec, spec.choices[0])
+        first.pending_choices = spec.choices
+        return [first]
+
+    def _fetch(self, sequences: list[Sequence], source: FetchFrom, fetches: Fetches) -> None:
+        """Read what lies elsewhere before the prompt is begun. If it ends meanwhile, the cache has it for others."""
+
+        def fetched() -> None:
+            for seq in sequences:
+                seq.is_fetching = False
+
+        hashes = self._scheduler.blocks.reusable_hashes(sequences[0])
+        is_fetching = fetches.begin(f"local {sequences[0].request_id}", hashes, source, fetched)
+        for seq in sequences:
+            seq.is_fetching = is_fetching
