@@ -18,7 +18,6 @@ import secrets
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
@@ -28,37 +27,29 @@ from .. import __version__
 from ..common import failpoints
 from ..common.clock import SystemClock
 from ..common.config import FAILPOINTS_VARIABLE, WorkerConfig, environment
-from ..common.errors import ConfigError, KVFerryError, WorkerLost
+from ..common.errors import ConfigError, KVFerryError
 from ..common.imports import kept_imports
 from ..common.lifeline import Lifeline
 from ..common.logs import configure_logging
-from ..transfer.protocol.rank_messages import (
-    FollowerRegion,
-    FollowerSetup,
-    TransferBroke,
-    agent_name,
-    follower_messages,
-)
+from ..transfer.protocol.rank_messages import FollowerMessage, FollowerSetup, agent_name
 from ..wire.channel import Address, max_frame_bytes
-from ..wire.codec import Decoder, encode
+from ..wire.codec import Decoder
 from ..wire.credentials import SharedSecret, read_secrets
 from ..wire.fields import Message
 from ..wire.workers import WorkerHello
 from .courtesy import Courtesy
+from .ranks import Followers
 from .sessions import RouterSessions
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
     from ..engine.follower import FollowerHandler
-    from ..engine.ranks.group import RankGroup
     from .deps import WorkerDeps
     from .worker import Worker
 
 TICK_S = 0.1  # of the worker's deadlines and heartbeats
 LIFELINE_TICKS = 5
 STEP_LIMIT_S = 60.0  # a step that takes longer, and longer than ten times the one before, hangs
-LEAVE_S = 5.0  # to end in good order when another rank is gone; a step on a GPU would wait longer for it
-REGION_TIMEOUT_S = 60.0  # from our engine's start to the last rank's registered memory
 
 log = structlog.get_logger(__name__)
 
@@ -72,9 +63,9 @@ class WorkerProcess:
         self._lifeline = lifeline
         self._clock = SystemClock()
         self._incarnation = secrets.randbits(63)
-        self._follower_regions: dict[int, FollowerRegion] = {}
-        self._followers_ready = threading.Event()
-        self._group: RankGroup | None = None
+        self._followers = Followers(
+            config, self._incarnation, on_message=self._on_follower, on_failure=self._on_failure
+        )
         self._worker: Worker | None = None
         self._sessions: RouterSessions | None = None
 
@@ -195,11 +186,11 @@ class WorkerProcess:
             log.warning("failpoints_armed", worker_id=config.worker_id)
         set_ucx_defaults(config.host)
         self._warn_of_open_ports()
-        self._group = self._start_followers()
+        group = self._followers.start()
         engine: Engine = Engine(
             config.engine,
             tp_size=config.engine.tensor_parallel_size,
-            group=self._group,
+            group=group,
             progress=self._progress,
             cores=config.cores,
         )
@@ -213,12 +204,10 @@ class WorkerProcess:
         region, _ = (
             one.register(engine.kv_pages, rank=0, tp_size=engine.tp_size, generation=0) for one in (backend, outgoing)
         )
-        if self._group is not None and not self._followers_ready.wait(REGION_TIMEOUT_S):
-            raise ConfigError(f"{engine.tp_size - 1} other ranks did not register within {REGION_TIMEOUT_S} s")
+        self._followers.wait_registered()
         if failpoints.armed:
             failpoints.hit("worker.start")
-        processes = [own_mark()] if outgoing.copies_itself else []
-        processes += [found.process for _, found in sorted(self._follower_regions.items()) if found.process is not None]
+        own_marks = (own_mark(),) if outgoing.copies_itself else ()
         pool = BlockPool(
             engine.num_blocks, config.engine.block_size, enable_prefix_caching=config.engine.enable_prefix_caching
         )
@@ -229,9 +218,9 @@ class WorkerProcess:
             incarnation=self._incarnation,
             clock=self._clock,
             engine=engine,
-            group=self._group,
+            group=group,
             pool=pool,
-            cache=open_prefix_cache(engine, pool, self._clock, self._group),
+            cache=open_prefix_cache(engine, pool, self._clock, group),
             grammars=GrammarCompiler(
                 lambda: Vocabulary.from_dir(
                     config.engine.model_dir,
@@ -240,14 +229,14 @@ class WorkerProcess:
                 ),
                 self._clock,
             ),
-            adapters=open_adapters(engine, self._group),
+            adapters=open_adapters(engine, group),
             backend=backend,
             outgoing=outgoing,
-            regions=(region, *(found.region for _, found in sorted(self._follower_regions.items()))),
+            regions=(region, *self._followers.regions),
             to_router=self._to_router,
             call_soon=self._call_soon,
             on_failure=self._on_failure,
-            processes=tuple(processes),
+            processes=own_marks + self._followers.processes,
             samples=calibrate(engine, pool) if config.calibrate else (),
             probe=probe(engine, pool) if config.engine.mixed_quantization else (),
         )
@@ -267,45 +256,9 @@ class WorkerProcess:
         if self._lifeline is not None:
             self._lifeline.progress(what, fraction)
 
-    def _start_followers(self) -> RankGroup | None:
-        config = self._config
-        if config.engine.tensor_parallel_size == 1:
-            return None
-        from ..engine.ranks.group import RankGroup
-
-        setup = FollowerSetup(
-            worker_id=config.worker_id,
-            incarnation=self._incarnation,
-            version=__version__,
-            transfer=config.transfer.model_dump_json(),
-        )
-        return RankGroup.start(
-            config.engine,
-            handler="kvferry.worker.process:make_follower",
-            handler_config=encode(setup),
-            on_message=self._on_follower,
-            on_lost=self._on_rank_lost,
-        )
-
-    def _on_rank_lost(self, reason: str) -> None:
-        """End although a step on the GPU may wait for that rank. On the rank group's thread."""
-        if self._config.engine.device == "cpu":
-            return  # the step's collective has failed at once
-        self._on_failure(WorkerLost(reason))
-        leave = threading.Timer(LEAVE_S, os._exit, (1,))
-        leave.daemon = True
-        leave.start()
-
-    def _on_follower(self, rank: int, payload: bytes) -> None:
-        """Take another rank's message. On the rank group's thread."""
-        message = follower_messages.decode(payload)
-        if isinstance(message, FollowerRegion):
-            self._follower_regions[rank] = message
-            if len(self._follower_regions) == self._config.engine.tensor_parallel_size - 1:
-                self._followers_ready.set()
-        elif isinstance(message, TransferBroke):
-            self._on_failure(KVFerryError(f"rank {rank}: {message.reason}"))
-        elif self._worker is not None:
+    def _on_follower(self, rank: int, message: FollowerMessage) -> None:
+        """Take what another rank says of transfers. On the rank group's thread."""
+        if self._worker is not None:
             self._worker.on_follower(rank, message)
 
     # --- serving ------------------------------------------------------------------------------------------
@@ -330,8 +283,7 @@ class WorkerProcess:
         self._sessions.start()
         self._ticking = self._loop.create_task(self._tick())
         # Not before: whoever waits for this worker waits for its start.
-        pids = self._group.pids if self._group is not None else ()
-        self._courtesy = Courtesy(self._config.niceness, os.getpid(), *pids)
+        self._courtesy = Courtesy(self._config.niceness, os.getpid(), *self._followers.pids)
         self._yield_cores()
         log.info("worker_ready", worker_id=self._config.worker_id, blocks=deps.engine.num_blocks)
         if self._lifeline is not None:
@@ -397,8 +349,8 @@ class WorkerProcess:
             await self._sessions.close()
         if self._worker is not None:
             await self._worker.close()
-        if self._group is not None:
-            await asyncio.to_thread(self._group.close)
+        if self._followers.group is not None:
+            await asyncio.to_thread(self._followers.close)
 
 
 def make_follower(engine: Engine, config: bytes, send: Callable[[bytes], None]) -> FollowerHandler:
