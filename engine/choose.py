@@ -1,7 +1,7 @@
 """The choice, once when an engine starts, of what its rank computes on and with: device, weights' form, runner.
 
 on CUDA                                                           CudaRunner
-on a CPU, a model in bfloat16, where C++ can be compiled          NativeRunner, exact or not
+on a CPU, where there is C++ for the model and its compiler       NativeRunner, exact or not
 else, exact results                                               TiledRunner
 else                                                              TorchRunner
 """
@@ -86,7 +86,7 @@ def make_adapters(
         return DeviceSlots(decoder, num_slots=num_slots, max_rank=max_rank, device=device)
     if native_model is None:
         return AdapterSlots(decoder, num_slots=num_slots, max_rank=max_rank, device=device)
-    memory = SlotMemory(num_slots)
+    memory = SlotMemory(num_slots, decoder.dtype)
     slots = AdapterSlots(native_model, num_slots=num_slots, max_rank=max_rank, device=device, make=memory.make)
     memory.allocate()
     native_model.adapt(slots, memory)
@@ -211,8 +211,6 @@ def _cuda_runner(
 
 def _native_model(decoder: Decoder, isa: CpuIsa) -> NativeModel | None:
     """Return None where the model is not for C++ and, with a line in the log, where this machine or a block is not."""
-    if decoder.dtype != torch.bfloat16:
-        return None
     from ..models.default import cache_dir
 
     try:

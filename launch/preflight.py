@@ -234,7 +234,7 @@ def check_kernels(deployment: Deployment) -> str | Check:
             raise ConfigError(f"device: a GPU is used, and {FLASHINFER.missing}; or use --device cpu")
         return "FlashInfer"
     try:
-        return f"native, {describe(engine.cpu_isa)}"
+        return f"native, {describe(engine.cpu_isa, is_float32=engine.dtype == 'float32')}"
     except NativeUnavailable as reason:
         return Check("kernels", Level.WARN, f"torch, several times slower: {reason}")
 

@@ -6,7 +6,7 @@ from .config import ModelConfig
 
 
 def not_in_native(config: ModelConfig) -> list[str]:
-    """Name each part of a model that C++ has not; nothing: it computes the model, in bfloat16."""
+    """Name each part of a model that C++ has not; nothing: it computes the model."""
     family, turned = config.family, int(config.head_dim * config.rope.fraction)
     has = {
         "experts in such a residual stream": config.experts is not None

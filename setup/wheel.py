@@ -24,7 +24,7 @@ class BuildPy(build_py):
         if self.editable_mode or (command := _command()) is None:
             return
         compiler = _compiler()
-        for isa in compiler.SETS:
+        for isa in (*compiler.SETS, *compiler.FLOAT32_SETS):
             try:
                 compiler.compiled(isa, command, Path(self.build_lib) / "kvferry" / "engine" / "cpu" / "prebuilt")
             except compiler.NativeUnavailable as reason:

@@ -52,11 +52,11 @@ class SlotMemory:
     reading its file. A piece serves the next adapter when neither a slot nor the host's cache has its last one.
     """
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
+    def __init__(self, num_slots: int, dtype: torch.dtype) -> None:
+        self.num_slots, self.dtype = num_slots, dtype
         self.piece_size = 0  # values
         self._free: list[Tensor] = []
-        self._rest = torch.empty(0, dtype=torch.bfloat16)
+        self._rest = torch.empty(0, dtype=dtype)
 
     def make(self, linear: Linear, *, num_slots: int, max_rank: int, device: torch.device) -> StripAdapters:
         """Make a linear's matrices; `allocate` follows when all are made."""
@@ -64,11 +64,12 @@ class SlotMemory:
         return StripAdapters(linear, self, max_rank)
 
     def allocate(self) -> None:
-        self._free = list(_huge_pages(self.num_slots * self.piece_size).zero_().view(self.num_slots, self.piece_size))
+        memory = _huge_pages(self.num_slots * self.piece_size, self.dtype).zero_()
+        self._free = list(memory.view(self.num_slots, self.piece_size))
 
     def begin(self, weights: AdapterWeights) -> None:
         """Let what is taken next be of these weights, as long as they are there."""
-        self._rest = self._free.pop() if self._free else _huge_pages(self.piece_size)
+        self._rest = self._free.pop() if self._free else _huge_pages(self.piece_size, self.dtype)
         weakref.finalize(weights, self._give_back, self._rest)
 
     def _give_back(self, piece: Tensor) -> None:
@@ -76,25 +77,22 @@ class SlotMemory:
             self._free.append(piece)
 
     def take(self, columns: int, inputs: int) -> Tensor:
-        """Return room for a matrix of whole strips: pairs of inputs stand together, the 16 columns' one after another.
-
-        [columns / 16, inputs / 2, 16 pairs]
-        """
+        """Return room for a matrix of whole strips: [columns / 16, inputs / 2, 16 pairs of inputs, a column's each]."""
         taken, self._rest = self._rest[: columns * inputs], self._rest[columns * inputs :]
-        return taken.view(torch.int32).view(columns // _STRIP, inputs // 2, _STRIP)
+        return taken.view(columns // _STRIP, inputs // 2, 2 * _STRIP)
 
 
-def _huge_pages(count: int) -> Tensor:
+def _huge_pages(count: int, dtype: torch.dtype) -> Tensor:
     """Return so many values."""
-    num_bytes = 2 * count
+    num_bytes = dtype.itemsize * count
     if num_bytes < _HUGE_FROM_BYTES:
-        return torch.empty(count, dtype=torch.bfloat16)
+        return torch.empty(count, dtype=dtype)
     area = mmap.mmap(-1, num_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         area.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(area, dtype=torch.uint8)
     start = -whole.data_ptr() % _HUGE_PAGE_BYTES
-    return whole[start : start + num_bytes].view(torch.bfloat16)
+    return whole[start : start + num_bytes].view(dtype)
 
 
 class StripAdapters:
@@ -134,11 +132,16 @@ class StripAdapters:
 
     def write(self, target: Tensor, matrix: Tensor) -> None:
         columns, inputs = target.shape[0] * _STRIP, target.shape[1] * 2
-        matrix = matrix.to(torch.bfloat16)
+        matrix = matrix.to(target.dtype)
         if matrix.shape != (columns, inputs):
             matrix = F.pad(matrix, (0, inputs - matrix.shape[1], 0, columns - len(matrix)))
-        pairs = matrix.contiguous().view(torch.int32).view(columns // _STRIP, _STRIP, inputs // 2)
-        target.copy_(pairs.transpose(1, 2))
+        matrix = matrix.contiguous()
+        if target.dtype == torch.float32:  # 16 first inputs, then 16 second ones
+            pairs = matrix.view(columns // _STRIP, _STRIP, inputs // 2, 2).permute(0, 2, 3, 1)
+            target.view(pairs.shape).copy_(pairs)
+        else:  # a column's two inputs side by side: one word
+            words = matrix.view(torch.int32).view(columns // _STRIP, _STRIP, inputs // 2)
+            target.view(torch.int32).copy_(words.transpose(1, 2))
 
     def put(self, slot: int, weights: AdapterWeights) -> None:
         self._held[slot] = weights

@@ -5,9 +5,11 @@
 amx          AVX-512 with bfloat16 products, and AMX tiles where sums are many
 avx512_bf16  AVX-512 with bfloat16 products
 avx2         AVX2 with FMA, bfloat16 widened
+avx2_float32 the same for models in float32, which is not widened
 
-A processor that has one has those below. What the functions mean stands with the source; their callers' side is
-`model.py` and `decoder.py`.
+A processor that has one has those below. Float32 has AVX2 alone: products of bfloat16 do nothing for it, and vectors of
+twice the width not always. What the functions mean stands with the source; their callers' side is `model.py` and
+`decoder.py`.
 """
 
 from __future__ import annotations
@@ -18,16 +20,17 @@ from pathlib import Path
 from ...common.config import CpuIsa
 from ...common.errors import ConfigError
 from ...common.processor import processor_fields
-from .compiler import SETS, NativeUnavailable, compiled, find_compiler, prebuilt
+from .compiler import FLOAT32_SETS, SETS, NativeUnavailable, compiled, find_compiler, prebuilt
 
 
-def load(folder: Path, isa: CpuIsa = "auto") -> ctypes.CDLL:
+def load(folder: Path, isa: CpuIsa = "auto", *, is_float32: bool = False) -> ctypes.CDLL:
     """Load the library of the best set that can be had, or of the named one. Its calls release the interpreter's lock.
 
-    Raises NativeUnavailable, and ConfigError where the processor lacks the named set.
+    `is_float32`: for models in float32; else in bfloat16. Raises NativeUnavailable, and ConfigError where the processor
+    lacks the named set, or float32 has none of the name.
     """
     reasons: list[NativeUnavailable] = []
-    for name in usable_sets(isa):
+    for name in usable_sets(isa, is_float32=is_float32):
         try:
             return _load(folder, name)
         except NativeUnavailable as reason:
@@ -35,22 +38,26 @@ def load(folder: Path, isa: CpuIsa = "auto") -> ctypes.CDLL:
     raise reasons[0]
 
 
-def usable_sets(isa: CpuIsa = "auto") -> list[str]:
+def usable_sets(isa: CpuIsa = "auto", *, is_float32: bool = False) -> list[str]:
     """Return the sets that this processor has, the best one first; a named one alone. Raises as `load` does."""
-    features = _cpu_flags()
+    features, sets = _cpu_flags(), FLOAT32_SETS if is_float32 else SETS
     if isa == "auto":
-        found = [name for name, needed in SETS.items() if needed <= features]
+        found = [name for name, needed in sets.items() if needed <= features]
         if not found:
-            raise NativeUnavailable(f"the processor lacks {_names(min(SETS.values(), key=len) - features)}")
+            raise NativeUnavailable(f"the processor lacks {_names(min(sets.values(), key=len) - features)}")
         return found
     if missing := SETS[isa] - features:
         raise ConfigError(f"cpu_isa: {isa} needs {_names(missing)}, which this processor lacks; use auto")
-    return [isa]
+    if not is_float32:
+        return [isa]
+    if (name := f"{isa}_float32") not in sets:
+        raise ConfigError(f"cpu_isa: {isa} computes bfloat16 alone; for float32 use auto or avx2")
+    return [name]
 
 
-def describe(isa: CpuIsa = "auto") -> str:
+def describe(isa: CpuIsa = "auto", *, is_float32: bool = False) -> str:
     """Say which set would be loaded, and from where. Raises as `load` does."""
-    name = usable_sets(isa)[0]
+    name = usable_sets(isa, is_float32=is_float32)[0]
     return f"{name}, prebuilt" if prebuilt(name) is not None else f"{name}, built by {' '.join(find_compiler())}"
 
 

@@ -28,6 +28,7 @@ _COMPILERS = ("c++", "g++", "clang++", _ZIG)
 # One order of sums and one rounding for each: a product and a sum are contracted where the source says so alone.
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-pthread", "-w")
 _LINK = ("-O3", "-fPIC", "-pthread", "-shared", "-s", "-static-libstdc++", "-static-libgcc")
+_FLOAT32 = "-DKVFERRY_FLOAT32"
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
 SETS = {  # what a processor needs, by Linux's names; the best set first
@@ -35,6 +36,7 @@ SETS = {  # what a processor needs, by Linux's names; the best set first
     "avx512_bf16": _AVX512,
     "avx2": _AVX2,
 }
+FLOAT32_SETS = {"avx2_float32": _AVX2}  # libraries of models in float32
 _BUILD_TIMEOUT_S = (
     600.0  # a compiler that hangs keeps a start waiting for so long; zig's first use takes a minute or two
 )
@@ -73,8 +75,9 @@ def compiled(isa: str, compiler: tuple[str, ...], folder: Path) -> Path:
 
 
 def _flags(isa: str) -> list[str]:
-    names = (name.replace("avx512_", "avx512").replace("_", "-") for name in sorted(SETS[isa]))
-    return [*_FLAGS, *(f"-m{name}" for name in names)]
+    features = sorted((SETS | FLOAT32_SETS)[isa])
+    names = (name.replace("avx512_", "avx512").replace("_", "-") for name in features)
+    return [*_FLAGS, *(f"-m{name}" for name in names), *([_FLOAT32] if isa in FLOAT32_SETS else [])]
 
 
 def _source_hash(isa: str) -> str:

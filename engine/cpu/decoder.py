@@ -43,7 +43,7 @@ class NativeDecoder:
         are idle. `is_exact`: a token's results depend on the tokens before it alone, to the bit.
         """
         first = pages[0]
-        assert first.dtype == torch.bfloat16 and first.device.type == "cpu", first.dtype
+        assert first.dtype == model.dtype and first.device.type == "cpu", first.dtype
         self.is_exact = is_exact
         self._keep = (model, pages, cores)
         self._model = described = model.described

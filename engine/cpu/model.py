@@ -2,8 +2,9 @@
 
     NativeModel(decoder, cache)   takes the decoder's matrices over, one by one, so that memory never holds two models
 
-It has code for layers of `Attention` and of `GatedMLP` or `SparseMLP`, stacked experts too, over plain bfloat16 and
-over quantized weights (`packing.py`), each linear as it is; a model of other blocks is left to torch.
+It has code for layers of `Attention` and of `GatedMLP` or `SparseMLP`, stacked experts too, over plain weights in
+bfloat16 or float32 and over quantized ones (`packing.py`), each linear as it is; a model of other blocks is left to
+torch.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ class _Layer(ctypes.Structure):
     ]
 
 
+_DTYPES = (torch.bfloat16, torch.float32)  # elements, of which a library knows one
 SumOverRanks = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 _SPLIT = {"num_qo_heads", "num_kv_heads"}  # over the ranks
 _SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_qo_heads", "num_kv_heads", "head_dim", "vocab_size")
@@ -111,13 +113,19 @@ class NativeModel:
 
     def __init__(self, decoder: Decoder, cache: Path, isa: CpuIsa = "auto") -> None:
         """Raises NativeUnavailable, and has then left the decoder as it was; ConfigError as `load` does."""
+        self.dtype = decoder.dtype
+        if self.dtype not in _DTYPES:
+            raise NativeUnavailable(f"no C++ for {self.dtype}")
         _check_parts(decoder.config)
         blocks = [_known_blocks(layer) for layer in decoder.layers]
-        weights = [check_known(linear) for linear in decoder.linears()]
+        if self.dtype == torch.float32 and any(isinstance(feed_forward, SparseMLP) for _, feed_forward in blocks):
+            # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
+            raise NativeUnavailable("no C++ for experts in float32")
+        weights = [check_known(linear, self.dtype) for linear in decoder.linears()]
         self.comm = decoder.head.rows.comm
-        self.library = _common_library(self.comm, cache, isa)
+        self.library = _common_library(self.comm, cache, isa, is_float32=self.dtype == torch.float32)
         self.name = Path(self.library._name).stem  # instruction set, source and compiler
-        pack = Packer(self.library)
+        pack = Packer(self.library, self.dtype)
         self._packed = {
             id(weight): pack(weight, in_turns=linear.in_turns)
             for weight, linear in zip(weights, decoder.linears(), strict=True)
@@ -218,7 +226,7 @@ class NativeModel:
     def _linear(self, linear: Linear, bias: Tensor | None) -> _Linear:
         if bias is not None:
             bias = two_apart(bias) if linear.in_turns else bias
-            self._keep.append(bias := bias.to(torch.bfloat16))  # a gate's is float32
+            self._keep.append(bias := bias.to(self.dtype))  # a gate's is float32
         return _Linear(self._packed[id(linear.weight)].tiles, address(bias))
 
     def linears(self) -> Iterator[Linear]:
@@ -234,10 +242,10 @@ class NativeModel:
                 target.adapters = ctypes.addressof(linear.adapters.described)
 
 
-def _common_library(comm: Communicator, cache: Path, isa: CpuIsa) -> ctypes.CDLL:
+def _common_library(comm: Communicator, cache: Path, isa: CpuIsa, *, is_float32: bool) -> ctypes.CDLL:
     """Load the library. Raises NativeUnavailable on all ranks if one has none: their sums would never meet."""
     try:
-        library = load(cache, isa)
+        library = load(cache, isa, is_float32=is_float32)
     except NativeUnavailable:
         comm.minimum(0, torch.device("cpu"))
         raise

@@ -39,7 +39,7 @@ class _IntegerMatrix(ctypes.Structure):
 
 
 class Tiles(ctypes.Structure):
-    """The C++ `Tiles`: a matrix, of bfloat16 or else of `integers`."""
+    """The C++ `Tiles`: a matrix, of elements or else of `integers`."""
 
     _fields_ = [
         ("weights", ctypes.c_void_p),
@@ -56,17 +56,17 @@ class Packed(NamedTuple):
     memory: tuple[object, ...]  # what `tiles` points to
 
 
-def check_known(linear: Linear) -> DenseWeight | GroupedWeight:
-    """Return the linear's weight if there is C++ for it. Raises NativeUnavailable."""
+def check_known(linear: Linear, dtype: torch.dtype) -> DenseWeight | GroupedWeight:
+    """Return the linear's weight if there is C++ for it in a model of this type. Raises NativeUnavailable."""
     weight, reason = linear.weight, ""
     if type(weight) is DenseWeight:
-        is_known = weight.dtype == torch.bfloat16 or type(linear) is Gate  # a gate's is rounded when it is packed
+        is_known = weight.dtype == dtype or type(linear) is Gate  # a gate's is rounded when it is packed
         if is_known and weight.plain.device.type == "cpu":
             return weight
     elif type(weight) is GroupedWeight:
         size = weight.group_size
         is_size_known = size % _GROUP_UNIT == 0 or size == weight.num_inputs
-        if is_size_known and weight.dtype == torch.bfloat16 and weight.numbers.device.type == "cpu":
+        if is_size_known and weight.dtype == dtype == torch.bfloat16 and weight.numbers.device.type == "cpu":
             return weight
         reason = f", {size} inputs to a group"
     raise NativeUnavailable(f"no C++ for {linear.name} in {weight.dtype} as {type(weight).__name__}{reason}")
@@ -75,7 +75,9 @@ def check_known(linear: Linear) -> DenseWeight | GroupedWeight:
 class Packer:
     """Packs matrices by the library's functions."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        """`dtype`: the type of the library's elements."""
+        self._dtype = dtype
         self._size, self._pack = library.kvferry_tiled_size, library.kvferry_pack
         self._size.restype, self._size.argtypes = ctypes.c_long, [ctypes.c_long, ctypes.c_long]
         self._pack.restype = Tiles
@@ -89,12 +91,12 @@ class Packer:
         """Pack the numbers, which the weight is without from now on; see `Linear.in_turns`."""
         if isinstance(weight, GroupedWeight):
             return self._grouped(weight.take(), in_turns)
-        matrix = weight.take().to(torch.bfloat16)
+        matrix = weight.take().to(self._dtype)
         return self._dense(two_apart(matrix) if in_turns else matrix)
 
     def _dense(self, matrix: Tensor) -> Packed:
         assert matrix.is_contiguous()
-        memory = torch.empty(self._size(*matrix.shape), dtype=torch.bfloat16)
+        memory = torch.empty(self._size(*matrix.shape), dtype=self._dtype)
         return Packed(self._pack(matrix.data_ptr(), *matrix.shape, memory.data_ptr()), (memory,))
 
     def _grouped(self, weight: GroupedWeight, in_turns: bool) -> Packed:

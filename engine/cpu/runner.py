@@ -1,4 +1,4 @@
-"""Steps in C++: a model in bfloat16, or a rank's part of it, on a CPU, its logits sampled in torch."""
+"""Steps in C++: a model, or a rank's part of it, on a CPU, its logits sampled in torch."""
 
 from __future__ import annotations
 

@@ -85,8 +85,9 @@ def test_vectors_are_those_of_transformers(model_dir: Path, name: str, chunk: in
         assert cosine >= least, f"{len(token_ids)} tokens by {pooling}: {cosine}"
 
 
-def test_in_float32_every_value_is_close(model_dir: Path) -> None:
-    driver = Driver(_engine(model_dir, "torch float32"))
+@pytest.mark.parametrize("name", ["torch float32", "native float32"])
+def test_in_float32_every_value_is_close(model_dir: Path, name: str) -> None:
+    driver = Driver(_engine(model_dir, name))
     [vector] = _embed(driver, [_embedded(driver, TOKENS[2], Pooling.LAST)], 1000)
     torch.testing.assert_close(vector, _expected(model_dir, TOKENS[2], Pooling.LAST), atol=1e-5, rtol=1e-4)
 

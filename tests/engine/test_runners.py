@@ -43,10 +43,12 @@ GPU = (
     pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="needs the extra kvferry[gpu]"),
 )
 KINDS = {
-    "torch float32": Kind("TorchRunner", FLOAT32, {"dtype": "float32"}),
+    "torch float32": Kind("TorchRunner", FLOAT32, {"dtype": "float32"}, native=False),
     "torch bfloat16": Kind("TorchRunner", BFLOAT16, {"dtype": "bfloat16"}, native=False),
-    "tiled float32": Kind("TiledRunner", FLOAT32, {"dtype": "float32", "deterministic": True}),
+    "tiled float32": Kind("TiledRunner", FLOAT32, {"dtype": "float32", "deterministic": True}, native=False),
     "tiled bfloat16": Kind("TiledRunner", BFLOAT16, {"dtype": "bfloat16", "deterministic": True}, native=False),
+    "native float32": Kind("NativeRunner", FLOAT32, {"dtype": "float32"}),
+    "native exact float32": Kind("NativeRunner", FLOAT32, {"dtype": "float32", "deterministic": True}),
     "native": Kind("NativeRunner", BFLOAT16, {"dtype": "bfloat16"}),
     "native exact": Kind("NativeRunner", BFLOAT16, {"dtype": "bfloat16", "deterministic": True}),
     "native avx2": Kind("NativeRunner", BFLOAT16, {"dtype": "bfloat16", "cpu_isa": "avx2", "deterministic": True}),

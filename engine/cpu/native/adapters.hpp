@@ -1,6 +1,6 @@
 // Adapters beside a linear (engine/nn/adapters.py): y += (x A^T) B^T for the rows that have one, by their slots.
 //
-// Both matrices lie in strips of 16 columns, pair after pair of inputs, so that all of what is read is used, whatever the
+// Both matrices lie in strips of 16 columns, pair after pair of inputs as in a tile, so that all of what is read is used, whatever the
 // rank; a row's sums are added up in the same order whatever rows stand beside it.
 #pragma once
 
@@ -16,8 +16,8 @@ constexpr long kMaxAdapterParts = 3;  // of one linear: queries, keys and values
 
 // One module's share in a linear: what all slots have for it. Declared once more in engine/cpu/adapters.py.
 struct AdapterPart {
-    const bf16* const* down;      // each slot's A: [rank / 16][pairs][16][2]
-    const bf16* const* up;        // each slot's B: [outputs / 16][rank / 2][16][2]
+    const Element* const* down;      // each slot's A: [rank / 16][pairs][16][2]
+    const Element* const* up;        // each slot's B: [outputs / 16][rank / 2][16][2]
     const std::int32_t* ranks;    // each slot's, in whole strips; 0: it does not adapt this module
     std::int64_t first, outputs;  // columns of the linear
     std::int64_t pairs;           // of the linear's inputs
@@ -40,17 +40,17 @@ void each_run(const Rows& x, Job job) {
 
 // The products of some rows with one strip; `pairs` is even.
 template <int ROWS, class Finish>
-void strip_products(const bf16* x, long stride, const bf16* strip, long pairs, long row, Finish finish) {
+void strip_products(const Element* x, long stride, const Element* strip, long pairs, long row, Finish finish) {
     Vector even[ROWS], odd[ROWS];
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) even[i] = odd[i] = repeat(0.0f);
     for (long pair = 0; pair < pairs; pair += 2, strip += 4 * kStrip) {
         const Pairs one = load_pairs(strip), other = load_pairs(strip + 2 * kStrip);
-        _mm_prefetch((const char*)(strip + kStripAhead), _MM_HINT_T0);
-        _mm_prefetch((const char*)(strip + kStripAhead + 2 * kStrip), _MM_HINT_T0);
+#pragma GCC unroll 4
+        for (int at = 0; at < 4 * kStrip; at += kLine) _mm_prefetch((const char*)(strip + kStripAhead + at), _MM_HINT_T0);
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++) {
-            const bf16* inputs = x + i * stride + 2 * pair;
+            const Element* inputs = x + i * stride + 2 * pair;
             even[i] = dot(even[i], repeat_pair(inputs), one);
             odd[i] = dot(odd[i], repeat_pair(inputs + 2), other);
         }
@@ -61,12 +61,12 @@ void strip_products(const bf16* x, long stride, const bf16* strip, long pairs, l
 
 // finish(row, sums) for each of `rows` rows.
 template <class Finish>
-void strip_products(const bf16* x, long stride, long rows, const bf16* strip, long pairs, Finish finish) {
+void strip_products(const Element* x, long stride, long rows, const Element* strip, long pairs, Finish finish) {
     const long groups = (rows + kStripRows - 1) / kStripRows;
     for (long group = 0; group < groups; group++) {
         const Range part = share(rows, int(group), int(groups));
         const long row = part.first;
-        const bf16* first = x + row * stride;
+        const Element* first = x + row * stride;
         switch (part.last - part.first) {
             case 1: strip_products<1>(first, stride, strip, pairs, row, finish); break;
             case 2: strip_products<2>(first, stride, strip, pairs, row, finish); break;
@@ -80,7 +80,7 @@ void strip_products(const bf16* x, long stride, long rows, const bf16* strip, lo
 
 // x A^T to `narrowed` [rows][parts][max_rank]: this thread's of all runs' strips. `share(count)`: its part of so many.
 template <class Share>
-void narrow_rows(const Rows& x, const Adapters& adapters, bf16* narrowed, Share share) {
+void narrow_rows(const Rows& x, const Adapters& adapters, Element* narrowed, Share share) {
     const auto each_strip = [&](auto job) {
         each_run(x, [&](long first, long last, long slot) {
             for (long index = 0; index < adapters.num_parts; index++) {
@@ -96,8 +96,8 @@ void narrow_rows(const Rows& x, const Adapters& adapters, bf16* narrowed, Share 
         const long number = next++;
         if (number < mine.first || number >= mine.last) return;
         const AdapterPart& part = adapters.parts[index];
-        const bf16* strip = part.down[slot] + at * 2 * part.pairs;
-        bf16* target = narrowed + first * stride + index * adapters.max_rank + at;
+        const Element* strip = part.down[slot] + at * 2 * part.pairs;
+        Element* target = narrowed + first * stride + index * adapters.max_rank + at;
         strip_products(x.values + first * x.stride, x.stride, last - first, strip, part.pairs,
                        [&](long row, Vector sums) { store(target + row * stride, sums); });
     });
@@ -105,7 +105,7 @@ void narrow_rows(const Rows& x, const Adapters& adapters, bf16* narrowed, Share 
 
 // y += `factor` narrowed B^T: this thread's strips of the columns, for all rows.
 template <class Share>
-void add_widened(float* y, long y_stride, const Rows& x, const Adapters& adapters, const bf16* narrowed, float factor,
+void add_widened(float* y, long y_stride, const Rows& x, const Adapters& adapters, const Element* narrowed, float factor,
                  Share share) {
     const Vector by = repeat(factor);
     const auto strips = [](const AdapterPart& part) { return (part.outputs + kStrip - 1) / kStrip; };
@@ -120,7 +120,7 @@ void add_widened(float* y, long y_stride, const Rows& x, const Adapters& adapter
         each_run(x, [&](long first, long last, long slot) {
             const long rank = part.ranks[slot];
             if (rank == 0) return;
-            const bf16* inputs = narrowed + first * stride + index * adapters.max_rank;
+            const Element* inputs = narrowed + first * stride + index * adapters.max_rank;
             for (long strip = begin; strip < end; strip++) {
                 const Lanes mask = lanes(part.outputs - strip * kStrip);
                 float* target = y + first * y_stride + part.first + strip * kStrip;

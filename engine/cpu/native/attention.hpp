@@ -1,7 +1,7 @@
 // One token's attention over a sequence's pages, for one KV head and the query heads that share it.
 //
 // Keys come in tiles: scores of all the heads, the softmax's running maximum and sum (Milakov & Gimelshein 2018), then
-// the values, weighted. Keys and values are read once. Probabilities are rounded to bfloat16 where they weigh values, of
+// the values, weighted. Keys and values are read once. Probabilities are rounded to elements where they weigh values, of
 // which two are taken at a time; their sum is not.
 #pragma once
 
@@ -16,13 +16,13 @@ constexpr int kTileKeys = 128;  // a multiple of every block size
 constexpr int kKeysAhead = 32;  // prefetched before they are needed
 
 struct Pages {
-    const bf16* keys;       // block 0 of this layer and head; a block is [block_size][head_dim]
+    const Element* keys;       // block 0 of this layer and head; a block is [block_size][head_dim]
     long values;            // from a block's keys to its values
     long stride;            // from block to block
     const std::int32_t* blocks;
     long block_size, head_dim;
 
-    const bf16* key(long index) const {
+    const Element* key(long index) const {
         return keys + blocks[index / block_size] * stride + index % block_size * head_dim;
     }
 };
@@ -36,17 +36,17 @@ public:
           queries_(num_heads * query_stride_), weights_(num_heads * kScoreStride), scores_(num_heads * kScoreStride),
           sums_(num_heads * query_stride_), factor_(num_heads) {}
 
-    bf16* query(int head) { return queries_.data() + head * query_stride_; }
+    Element* query(int head) { return queries_.data() + head * query_stride_; }
 
 protected:
     static constexpr int kScoreStride = TILE_KEYS + 16;  // whole vectors are written at any multiple of 8
 
     float* scores(int head) { return scores_.data() + head * kScoreStride; }
-    bf16* weights(int head) { return weights_.data() + head * kScoreStride; }
+    Element* weights(int head) { return weights_.data() + head * kScoreStride; }
     float* sums(int head) { return sums_.data() + head * query_stride_; }
 
-    void prefetch(const bf16* rows, int count) const {
-        for (long at = 0; at < long(count) * head_dim_; at += 32) _mm_prefetch(rows + at, _MM_HINT_T1);
+    void prefetch(const Element* rows, int count) const {
+        for (long at = 0; at < long(count) * head_dim_; at += kLine) _mm_prefetch(rows + at, _MM_HINT_T1);
     }
 
     // --- values -----------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ protected:
                 sum[h][i] = load(sums(head + h) + at + 16 * i) * repeat(factor_[head + h]);
             }
         }
-        const auto add = [&](long key, const bf16* values, Values other_there) __attribute__((always_inline)) {
+        const auto add = [&](long key, const Element* values, Values other_there) __attribute__((always_inline)) {
             Pairs pair[2 * VECTORS];
 #pragma GCC unroll 2
             for (int i = 0; i < VECTORS; i++) {
@@ -107,7 +107,7 @@ protected:
         const long whole = last & ~1L;
         for (long key = first & ~1L; key < whole;) {
             const long block_end = std::min(whole, (key / pages.block_size + 1) * pages.block_size);
-            const bf16* values = pages.key(key) + pages.values + at;
+            const Element* values = pages.key(key) + pages.values + at;
             for (; key < block_end; key += 2, values += 2 * head_dim_) add(key, values, there);
         }
         if (whole < last) add(whole, pages.key(whole) + pages.values + at, none);
@@ -119,7 +119,7 @@ protected:
     }
 
     // The result of a head, its dimensions in order.
-    void finish(int head, float total, bf16* out) {
+    void finish(int head, float total, Element* out) {
         const Vector scale = repeat(1.0f / total);
         for (int at = 0; at < head_dim_; at += 32) {
             const Vector lower = load(sums(head) + at), upper = load(sums(head) + at + 16);
@@ -130,7 +130,7 @@ protected:
     }
 
     const int num_heads_, head_dim_, query_stride_;
-    std::vector<bf16> queries_, weights_;
+    std::vector<Element> queries_, weights_;
     std::vector<float> scores_, sums_, factor_;
 };
 
@@ -141,7 +141,7 @@ public:
 
     // Attend with the queries over the keys [first, last), and the heads' sinks unless null; the result is
     // out [num_heads][head_dim].
-    void attend(const Pages& pages, long first, long last, const bf16* sinks, bf16* out) {
+    void attend(const Pages& pages, long first, long last, const Element* sinks, Element* out) {
         std::fill(most_.begin(), most_.end(), -std::numeric_limits<float>::infinity());
         std::fill(total_.begin(), total_.end(), sinks == nullptr ? 0.0f : 1.0f);
         for (int head = 0; sinks != nullptr && head < num_heads_; head++) most_[head] = widened(sinks[head]) * kLog2E;
@@ -162,7 +162,7 @@ private:
     void score(const Pages& pages, long begin, long end, long last) {
         const long step = std::min(16L, pages.block_size);
         for (long key = begin; key < end; key += step) {
-            const bf16* keys = pages.key(key);
+            const Element* keys = pages.key(key);
             const int count = int(std::min(step, end - key));
             prefetch(keys + pages.values, count);
             if (key + kKeysAhead < last) prefetch(pages.key(key + kKeysAhead), int(step));
@@ -172,7 +172,7 @@ private:
         }
     }
 
-    Vector dots(const bf16* query, const bf16* keys, int count) const {
+    Vector dots(const Element* query, const Element* keys, int count) const {
         if (count < 16) return dots<0, false>(query, keys, count);
         if (head_dim_ == 64) return dots<64, true>(query, keys, count);
         if (head_dim_ == 128) return dots<128, true>(query, keys, count);
@@ -181,7 +181,7 @@ private:
 
     // Lane i: the query with key i; past `count`, with the last key. HEAD_DIM 0: known at run time.
     template <int HEAD_DIM, bool WHOLE>
-    Vector dots(const bf16* query, const bf16* keys, int count) const {
+    Vector dots(const Element* query, const Element* keys, int count) const {
         const int head_dim = HEAD_DIM ? HEAD_DIM : head_dim_;
         Vector sums[16];
 #pragma GCC unroll 4

@@ -1,6 +1,6 @@
 // A step of a Llama-family decoder, all layers in one call: any mix of sequences' next tokens and stretches of prompts.
 //
-// Weights are bfloat16 or whole numbers, pages bfloat16, sums and the residual stream float32. Used by one thread at a
+// Weights are elements or whole numbers, pages elements (vectors.hpp), sums and the residual stream float32. Used by one thread at a
 // time, with helpers of its own, as many as the machine has to spare (cores.hpp).
 //
 //   forward: embedding -> layers: norm -> qkv -> rotate, write K and V -> attend -> o -> norm -> gate, up -> act -> down
@@ -136,7 +136,7 @@ private:
     Range part(const Tiles& w, int rank) const { return share(w.count(), rank, team_.size()); }
     float* partial(long row) { return partial_.data() + row * strides_.hidden; }
     float* residual(long token) { return residual_.data() + token * strides_.hidden; }
-    bf16* attended(long token) { return attended_.data() + token * strides_.attended; }
+    Element* attended(long token) { return attended_.data() + token * strides_.attended; }
 
     void reserve(const Step& step) {
         const auto grow = [](auto& memory, long size) {
@@ -301,11 +301,11 @@ private:
         return squares_;
     }
 
-    void finish_in_ranks(const Layer& layer, float* x, const bf16* attended, long rows, const std::int32_t* slots) {
+    void finish_in_ranks(const Layer& layer, float* x, const Element* attended, long rows, const std::int32_t* slots) {
         const Linear o{layer.attention.o.weight, nullptr, layer.attention.o.adapters};  // biases are added once, to the sums
         const GatedMlp mlp{layer.mlp.gate_up, {layer.mlp.down.weight, nullptr, layer.mlp.down.adapters}};
         const auto slots_from = [&](long row) { return slots == nullptr ? nullptr : slots + row; };
-        const bf16* bias = layer.experts == nullptr ? layer.mlp.down.bias : nullptr;
+        const Element* bias = layer.experts == nullptr ? layer.mlp.down.bias : nullptr;
         if (long(partial_.size()) < rows * strides_.hidden) partial_.resize(rows * strides_.hidden);
         run([&](int rank) {
             each_panel(rows, [&](long first, long count) {
@@ -337,7 +337,7 @@ private:
     }
 
     // x += the ranks' sums + bias, normed if `norm` is not null; the sums are zero afterwards.
-    void add_sums(float* x, const bf16* bias, const bf16* norm, long rows, int rank) {
+    void add_sums(float* x, const Element* bias, const Element* norm, long rows, int rank) {
         const Range mine = share(rows, rank, team_.size());
         for (long row = mine.first; row < mine.last; row++) {
             for (long i = 0; i < strides_.hidden; i += 16) {
@@ -427,7 +427,7 @@ private:
     void attend(const std::vector<Piece>& pieces, std::size_t index, Mine& mine) {
         counters_[2 * index + 1].take(long(pieces.size()), [&](long i) {
             const Piece& piece = pieces[i];
-            bf16* heads = attended(piece.row->token + piece.first) + piece.kv_head * heads_.group() * m_.head_dim;
+            Element* heads = attended(piece.row->token + piece.first) + piece.kv_head * heads_.group() * m_.head_dim;
             heads_.attend(layers_[index], piece, heads, strides_.attended, mine.heads);
         });
     }
@@ -444,7 +444,7 @@ private:
     std::vector<Counter> counters_;  // a layer's panels and its attention, and the last panels
     std::vector<float> residual_;
     std::vector<float> partial_;  // this rank's part of sums; zero between them
-    std::vector<bf16> attended_, last_attended_;  // queries, then attention's result; padding stays zero
+    std::vector<Element> attended_, last_attended_;  // queries, then attention's result; padding stays zero
     Panel shared_{strides_};
     Squares squares_[kPanelRows];
     ExpertMemory expert_memory_;
@@ -461,7 +461,7 @@ bool kvferry_may_run() { return MatrixUnit::may_run(); }
 // How many values a weight of this shape takes in tiles, and it packed into so many. `Tiles` point to `target`.
 long kvferry_tiled_size(long columns, long inputs) { return tiled_size(columns, inputs); }
 
-Tiles kvferry_pack(const bf16* weight, long columns, long inputs, bf16* target) {
+Tiles kvferry_pack(const Element* weight, long columns, long inputs, Element* target) {
     return pack(weight, columns, inputs, target);
 }
 
@@ -473,7 +473,7 @@ void kvferry_pack_integers(const IntegerTiles* w, const IntegerMatrix* matrix, s
 }
 
 // `x` [rows][stride], padded with zeros to 32 inputs -> `y` [rows][columns padded to 64]: the tiles [first, last) alone.
-void kvferry_multiply(const Tiles* w, const bf16* x, long stride, long rows, long first, long last, float* y) {
+void kvferry_multiply(const Tiles* w, const Element* x, long stride, long rows, long first, long last, float* y) {
     multiply({x, stride, rows}, *w, {first, last}, [&](long row, long column, const float* sums) {
         std::copy_n(sums, kTileColumns, y + row * w->count() * kTileColumns + column);
     });

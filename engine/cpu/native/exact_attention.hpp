@@ -17,7 +17,7 @@ public:
         : TokenAttention(num_heads, head_dim), keys_(kTileColumns * head_dim), softmax_(num_heads, head_dim, cap) {}
 
     // Attend with the queries, which are at `position`; the result is out [num_heads][head_dim].
-    void attend(const Pages& pages, long position, long window, const bf16* sinks, bf16* out) {
+    void attend(const Pages& pages, long position, long window, const Element* sinks, Element* out) {
         constexpr long kKeys = PromptAttention::kKeys;
         const long first = PromptAttention::first_key(position, window), last = position + 1;
         softmax_.reset(num_heads_, sinks, num_heads_);
@@ -48,12 +48,12 @@ private:
     }
 
     // 16 keys from `key` on; past the last one, it again. Pages are scattered: the processor is told what comes next.
-    void pack(const Pages& pages, long key, long last, bf16* target) const {
-        const bf16* source[16];
+    void pack(const Pages& pages, long key, long last, Element* target) const {
+        const Element* source[16];
         const long step = std::min(16L, pages.block_size);
         for (long i = 0; i < 16; i += step) {
             const long start = std::min(key + i, last - 1);
-            const bf16* keys = pages.key(start);
+            const Element* keys = pages.key(start);
             const long count = std::min(step, last - start);
             prefetch(keys + pages.values, int(count));
             if (start + kKeysAhead < last) prefetch(pages.key(start + kKeysAhead), int(step));
@@ -62,6 +62,6 @@ private:
         for (int at = 0; at < head_dim_; at += 32) pack_keys(source, head_dim_, at, target + at * kTileColumns);
     }
 
-    std::vector<bf16> keys_;  // a tile whose columns are keys
+    std::vector<Element> keys_;  // a tile whose columns are keys
     RunningSoftmax softmax_;
 };

@@ -87,14 +87,14 @@ struct ExpertMemory {
         if (long(activated.size()) < slots * s.activated) activated.resize(slots * s.activated);
     }
     std::vector<Choice> chosen;
-    std::vector<bf16> normed, activated;  // padding of `normed` stays zero
+    std::vector<Element> normed, activated;  // padding of `normed` stays zero
     std::vector<float> gate_up;
 };
 
 // One thread's own.
 struct ExpertScratch {
     Grouping grouping;
-    std::vector<bf16> inputs;
+    std::vector<Element> inputs;
     std::vector<float> logits, ranked, worth;
     std::vector<char> is_out;
 };
@@ -105,12 +105,12 @@ public:
 
     // `part(count)` is this thread's of so many things, and all threads meet; x may be y.
     template <class Part, class Meet>
-    void add(const Experts& e, const bf16* norm, const float* x, float* y, long rows, ExpertMemory& all,
+    void add(const Experts& e, const Element* norm, const float* x, float* y, long rows, ExpertMemory& all,
              ExpertScratch& own, Part part, Meet meet) const {
         const Range mine = part(rows);
         for (long first = mine.first; first < mine.last; first += kPanelRows) {
             const long count = std::min(kPanelRows, mine.last - first);
-            bf16* normed = all.normed.data() + first * s_.normed;
+            Element* normed = all.normed.data() + first * s_.normed;
             math_.normalize(x + first * s_.hidden, count, norm, normed);
             choose(e, {normed, s_.normed, count}, all.chosen.data() + first * e.num_chosen, own);
         }
@@ -162,7 +162,7 @@ private:
 
     Rows gather(const Grouping& grouping, const Slots& slots, const ExpertMemory& all, ExpertScratch& own) const {
         const std::int32_t* rows = grouping.row.data() + slots.first;
-        const bf16* normed = all.normed.data();
+        const Element* normed = all.normed.data();
         if (rows[slots.count - 1] - rows[0] + 1 == slots.count) {  // neighbours
             return {normed + rows[0] * s_.normed, s_.normed, slots.count};
         }
@@ -188,7 +188,7 @@ private:
     }
 
     // Of an expert that several ranks hold, one computes the row: as `Replicas` in engine/nn/experts.py does.
-    void share_out(const Experts& e, const bf16* normed, Choice* chosen) const {
+    void share_out(const Experts& e, const Element* normed, Choice* chosen) const {
         long positive = 0;
         for (long i = 0; i < m_.hidden_size; i++) positive += normed[i] != 0 && normed[i] < 0x8000;
         for (long i = 0; i < e.num_chosen; i++) {

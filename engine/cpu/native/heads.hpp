@@ -47,7 +47,7 @@ public:
 
     // A token's products to their places: K and V to their slots, queries to `queries`. `squares`: of all ranks' heads
     // where norms are of all together and ranks are several; else null.
-    void place(const Layer& layer, const Row& row, long token, const float* heads, const Squares* squares, bf16* queries,
+    void place(const Layer& layer, const Row& row, long token, const float* heads, const Squares* squares, Element* queries,
                HeadScratch& own) const {
         const AttentionBlock& attention = layer.attention;
         const Rotation& rotation = rotations_[layer.is_local ? 1 : 0];
@@ -60,7 +60,7 @@ public:
         for (long head = 0; head < kv; head++, heads += d) {
             const Norm norm = this->norm(attention, attention.k_norm, heads, head, all.keys, kv);
             const Pages pages = this->pages(layer, head, row);
-            bf16* key = const_cast<bf16*>(pages.key(row.start + token - row.token));
+            Element* key = const_cast<Element*>(pages.key(row.start + token - row.token));
             rotation.turn(heads, norm.weight, norm.factor, token, 1.0f, own.head.data(), key);
             const float* value = heads + kv * d;
             for (long i = 0; i < d; i += 16) store(key + pages.values + i, load(value + i));
@@ -68,11 +68,11 @@ public:
     }
 
     // `heads`: the first of the piece's queries, `stride` from token to token; the result takes their place.
-    void attend(const Layer& layer, const Piece& piece, bf16* heads, long stride, HeadScratch& own) const {
+    void attend(const Layer& layer, const Piece& piece, Element* heads, long stride, HeadScratch& own) const {
         const Row& row = *piece.row;
         const Pages pages = this->pages(layer, piece.kv_head, row);
         const long window = layer.attention.window, position = row.start + piece.first;
-        const bf16* sinks = layer.attention.sinks == nullptr ? nullptr : layer.attention.sinks + piece.kv_head * group();
+        const Element* sinks = layer.attention.sinks == nullptr ? nullptr : layer.attention.sinks + piece.kv_head * group();
         if (piece.tokens > 1 || (is_exact_ && !kSumsInRegisters)) {  // no vector adds up as the matrix unit does
             own.prompt_attention.attend(pages, heads, piece.tokens, position, window, sinks, heads, stride);
             return;
@@ -88,11 +88,11 @@ public:
 
 private:
     struct Norm {
-        const bf16* weight;  // null: none
+        const Element* weight;  // null: none
         float factor;
     };
 
-    Norm norm(const AttentionBlock& attention, const bf16* weight, const float* values, long head, float squares,
+    Norm norm(const AttentionBlock& attention, const Element* weight, const float* values, long head, float squares,
               long num_heads) const {
         const float eps = float(m_.norm_eps);
         if (weight == nullptr) return {nullptr, 1.0f};
@@ -107,7 +107,7 @@ private:
     }
 
     template <class OneToken>
-    void set_queries(OneToken& attention, const bf16* heads) const {
+    void set_queries(OneToken& attention, const Element* heads) const {
         for (int head = 0; head < group(); head++) {
             std::copy_n(heads + head * m_.head_dim, m_.head_dim, attention.query(head));
         }

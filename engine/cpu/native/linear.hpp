@@ -1,4 +1,4 @@
-// y = x W^T in bfloat16 with float32 sums, at the rate of the processor's multipliers where rows are many and of its
+// y = x W^T in elements with float32 sums, at the rate of the processor's multipliers where rows are many and of its
 // memory where they are few.
 //
 // W lies in tiles (tiles.hpp). Attention packs keys and values the same way, so that there is one inner loop, which each
@@ -7,12 +7,14 @@
 
 #include <algorithm>
 
+#ifndef KVFERRY_FLOAT32  // whole numbers are multiplied by inputs in bfloat16 alone
 #include "integer_linear.hpp"
+#endif
 #include "team.hpp"
 #include "tiles.hpp"
 #include "vectors.hpp"
 
-constexpr int kLine = 32;  // values of a cache line
+constexpr int kPairLines = 2 * kTileColumns / kLine;  // cache lines that a tile's pair of inputs takes
 
 #if defined(__AMX_BF16__) || defined(KVFERRY_TILE_UNIT)
 #include "sets/amx_products.hpp"
@@ -23,7 +25,7 @@ constexpr int kLine = 32;  // values of a cache line
 #endif
 
 struct Rows {
-    const bf16* values;
+    const Element* values;
     long stride;
     long count;
     const std::int32_t* slots = nullptr;  // of each row's adapter, below 0: none; null: no row has one
@@ -35,24 +37,26 @@ struct Rows {
 // The first group of rows waits for the weights, the others find them near. While these compute, the next tile comes.
 template <class Finish>
 void multiply(const Rows& x, const Tiles& w, Range part, Finish finish) {
+#ifndef KVFERRY_FLOAT32
     if (w.integers != nullptr) return multiply_integers(x.values, x.stride, x.count, *w.integers, part, finish);
+#endif
     alignas(64) float sums[kRowsAtOnce * kTileColumns];
     const long groups = (x.count + kRowsAtOnce - 1) / kRowsAtOnce;
     for (long index = part.first; index < part.last; index++) {
-        const bf16 *weights = w.tile(index), *next = w.tile(index + 1);
+        const Element *weights = w.tile(index), *next = w.tile(index + 1);
         for (long group = 0; group < groups; group++) {
             const Range rows = share(x.count, int(group), int(groups));
-            const bf16* inputs = x.values + rows.first * x.stride;
+            const Element* inputs = x.values + rows.first * x.stride;
             const int count = int(rows.last - rows.first);
             if (groups == 1) {
-                add_products<true, 4>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
+                add_products<true, kPairLines>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
                                       weights + near_lines(count) * kLine);
             } else if (groups < 4) {
-                add_products<true, 2>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
-                                      next + (group & 1) * w.pairs * 2 * kLine);
+                add_products<true, kPairLines / 2>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
+                                      next + (group & 1) * w.pairs * (kPairLines / 2) * kLine);
             } else {
-                add_products<true, 1>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
-                                      next + (group & 3) * w.pairs * kLine);
+                add_products<true, kPairLines / 4>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
+                                      next + (group & 3) * w.pairs * (kPairLines / 4) * kLine);
             }
             for (long row = rows.first; row < rows.last; row++) {
                 finish(row, index * kTileColumns, sums + (row - rows.first) * kTileColumns);
@@ -62,7 +66,7 @@ void multiply(const Rows& x, const Tiles& w, Range part, Finish finish) {
 }
 
 // 16 sums from `column` on, with the bias if there is one.
-inline Vector with_bias(const float* sums, const bf16* bias, long column, long columns) {
+inline Vector with_bias(const float* sums, const Element* bias, long column, long columns) {
     const Vector values = load(sums);
     if (bias == nullptr || column >= columns) return values;
     return values + load(bias + column, lanes(columns - column));

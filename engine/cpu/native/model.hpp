@@ -1,4 +1,4 @@
-// The model as the engine holds it: weights in tiles, all else in bfloat16, and the pages. Nothing is owned here.
+// The model as the engine holds it: weights in tiles, all else in elements, and the pages. Nothing is owned here.
 #pragma once
 
 #include <sys/mman.h>
@@ -16,15 +16,15 @@
 // y = x W^T + b
 struct Linear {
     Tiles weight;
-    const bf16* bias;          // null: none
+    const Element* bias;          // null: none
     const Adapters* adapters;  // null: none
 };
 
 // A layer is a mixer, of the one kind that there is code for, and a gated MLP or experts (engine/nn/blocks.py).
 struct AttentionBlock {
     Linear qkv, o;
-    const bf16 *q_norm, *k_norm;  // of each head; null: none
-    const bf16* sinks;            // of the query heads: a score that no value goes with; null: none
+    const Element *q_norm, *k_norm;  // of each head; null: none
+    const Element* sinks;            // of the query heads: a score that no value goes with; null: none
     std::int64_t has_whole_norms;  // q_norm and k_norm are of all heads together, those of other ranks too
     std::int64_t window;           // 0: none
 };
@@ -49,13 +49,13 @@ struct Experts {
 };
 
 struct Layer {
-    const bf16 *input_norm, *mixed_norm;  // before attention, and of what it adds; null: none
+    const Element *input_norm, *mixed_norm;  // before attention, and of what it adds; null: none
     AttentionBlock attention;
-    const bf16 *mlp_norm, *output_norm;  // the same of the feed-forward
+    const Element *mlp_norm, *output_norm;  // the same of the feed-forward
     GatedMlp mlp;
     std::int64_t is_local;  // positions turn by the local frequencies
     const Experts* experts;  // in place of `mlp`; null: it is there
-    bf16* pages;  // block 0's of this layer: [2, num_kv_heads, block_size, head_dim]; the next is page_stride further
+    Element* pages;  // block 0's of this layer: [2, num_kv_heads, block_size, head_dim]; the next is page_stride further
 };
 
 struct Model {
@@ -69,7 +69,7 @@ struct Model {
     double embedding_factor, added_factor, query_factor;  // of what enters the residual stream, is added to it, asks keys
     double score_cap;                                     // what scores come near to and never reach; 0: none
     const float *inv_freq, *local_inv_freq;  // [rotary_dim / 2]; the second null: none
-    const bf16 *embedding, *final_norm;  // rows, weight
+    const Element *embedding, *final_norm;  // rows, weight
     Tiles head;
     const Layer* layers;
     // A rank's part of a model has parts of the heads, of the inner columns and of the vocabulary. Null: this is all of it.

@@ -23,7 +23,7 @@ struct Panel {
     explicit Panel(const Strides& s)
         : normed(kPanelRows * s.normed), activated(kPanelRows * s.activated), qkv(kPanelRows * s.qkv),
           gate_up(kPanelRows * s.gate_up), added(kPanelRows * s.hidden), narrowed(kPanelRows * s.narrowed) {}
-    std::vector<bf16> normed, activated, narrowed;
+    std::vector<Element> normed, activated, narrowed;
     std::vector<float> qkv, gate_up, added;
 };
 
@@ -57,7 +57,7 @@ public:
 
     // x += inputs W^T + bias, normed if `norm` is not null
     template <class Part, class Meet>
-    void add_block(float* x, const Rows& inputs, const Linear& w, const bf16* norm, Panel& common, Part part,
+    void add_block(float* x, const Rows& inputs, const Linear& w, const Element* norm, Panel& common, Part part,
                    Meet meet) const {
         if (norm == nullptr) {
             add(x, inputs, w, part(w.weight.count()), float(m_.added_factor));
@@ -76,7 +76,7 @@ public:
     }
 
     // x += y of one token, normed if `norm` is not null
-    void add_row(float* x, const float* y, const bf16* norm) const {
+    void add_row(float* x, const float* y, const Element* norm) const {
         const Vector by = repeat(float(m_.added_factor)), offset = repeat(float(m_.norm_offset));
         const Vector factor = norm == nullptr ? by : repeat(inverse_rms(y, m_.hidden_size, float(m_.norm_eps)));
         for (long i = 0; i < m_.hidden_size; i += 16) {
@@ -105,12 +105,12 @@ public:
         adapt(y, stride, x, w, panel, [](long count) { return Range{0, count}; }, [] {});
     }
 
-    Rows normalize(const float* hidden, long rows, const bf16* weight, Panel& panel,
+    Rows normalize(const float* hidden, long rows, const Element* weight, Panel& panel,
                    const std::int32_t* slots = nullptr) const {
         return normalize(hidden, rows, weight, panel.normed.data(), slots);
     }
 
-    Rows normalize(const float* hidden, long rows, const bf16* weight, bf16* normed,
+    Rows normalize(const float* hidden, long rows, const Element* weight, Element* normed,
                    const std::int32_t* slots = nullptr) const {
         for (long row = 0; row < rows; row++) {
             const float* x = hidden + row * s_.hidden;
@@ -152,7 +152,7 @@ public:
     }
 
     // act(gate) * up, `size` of them, with zeros to whole tiles: these vectors of each row
-    void activate(const float* gate_up, bf16* activated, long size, long rows, Range vectors) const {
+    void activate(const float* gate_up, Element* activated, long size, long rows, Range vectors) const {
         if (m_.has_gelu) {
             activate(gate_up, activated, size, rows, vectors, [](Vector gate, Vector up) { return gelu_tanh(gate) * up; });
         } else {
@@ -161,7 +161,7 @@ public:
     }
 
     // The same of experts, which may have an activation of their own.
-    void activate(const Experts& e, const float* gate_up, bf16* activated, long size, long rows, Range vectors) const {
+    void activate(const Experts& e, const float* gate_up, Element* activated, long size, long rows, Range vectors) const {
         if (e.limit == 0.0) return activate(gate_up, activated, size, rows, vectors);
         const float alpha = float(e.alpha), limit = float(e.limit);
         activate(gate_up, activated, size, rows, vectors,
@@ -169,7 +169,7 @@ public:
     }
 
     template <class Function>
-    void activate(const float* gate_up, bf16* activated, long size, long rows, Range vectors, Function act) const {
+    void activate(const float* gate_up, Element* activated, long size, long rows, Range vectors, Function act) const {
         for (long row = 0; row < rows; row++) {
             const float *gate = gate_up + row * s_.gate_up, *up = gate + size;
             for (long i = vectors.first * 16; i < vectors.last * 16; i += 16) {

@@ -2,7 +2,7 @@
 //
 // FlashAttention-2 (Dao 2023): keys in tiles, and for each few query rows the scores, the softmax's running maximum and
 // sum, and the weighted values, all while the tile is near. Both products run in the inner loop of linear.hpp, for which
-// a tile's keys and values are packed once and then read by every row. Probabilities are rounded to bfloat16 for the
+// a tile's keys and values are packed once and then read by every row. Probabilities are rounded to elements for the
 // second product; their sum is not.
 #pragma once
 
@@ -16,7 +16,7 @@
 #include "vectors.hpp"
 
 // 16 keys to a tile whose columns are keys: 16 pairs of dimensions from `at` on (perhaps 8 at the end of an odd head size).
-inline void pack_keys(const bf16* const* source, int head_dim, int at, bf16* target) {
+inline void pack_keys(const Element* const* source, int head_dim, int at, Element* target) {
     pack_columns(source, at, head_dim, std::min(16, int(padded(head_dim, kProductInputs) - at) / 2), target);
 }
 
@@ -38,11 +38,11 @@ public:
 
     // Queries of `tokens` tokens from `position` on, each [num_heads][head_dim] and `stride` from the next; so is `out`.
     // Token i sees the keys up to its own, `window` of them at most (0: all).
-    void attend(const Pages& pages, const bf16* queries, long tokens, long position, long window, const bf16* sinks,
-                bf16* out, long stride) {
+    void attend(const Pages& pages, const Element* queries, long tokens, long position, long window, const Element* sinks,
+                Element* out, long stride) {
         const long rows = tokens * num_heads_;
         for (long row = 0; row < rows; row++) {
-            const bf16* query = queries + row / num_heads_ * stride + row % num_heads_ * head_dim_;
+            const Element* query = queries + row / num_heads_ * stride + row % num_heads_ * head_dim_;
             std::copy_n(query, head_dim_, queries_.data() + row * inputs_);
         }
         softmax_.reset(rows, sinks, num_heads_);
@@ -57,7 +57,7 @@ public:
             }
         }
         for (long row = 0; row < rows; row++) {
-            bf16* target = out + row / num_heads_ * stride + row % num_heads_ * head_dim_;
+            Element* target = out + row / num_heads_ * stride + row % num_heads_ * head_dim_;
             const Vector scale = repeat(1.0f / softmax_.total(row));
             for (int i = 0; i < head_dim_; i += 16) store(target + i, load(sums(row) + i) * scale);
         }
@@ -74,12 +74,12 @@ private:
     // Keys [begin, begin + count): tiles of 64 columns that are keys, pairs of inputs that are dimensions.
     // Values: tiles of 64 columns that are dimensions, pairs of inputs that are keys. Padding is zero.
     void pack(const Pages& pages, long begin, long count) {
-        const bf16* source[kKeys];
+        const Element* source[kKeys];
         const long whole = padded(count, kTileColumns);
         for (long i = 0; i < count; i++) source[i] = pages.key(begin + i);
         for (long i = count; i < whole; i++) source[i] = nullptr;
         for (long key = 0; key < whole; key += 16) {
-            bf16* target = keys_.data() + key / kTileColumns * (inputs_ * kTileColumns) + key % kTileColumns * 2;
+            Element* target = keys_.data() + key / kTileColumns * (inputs_ * kTileColumns) + key % kTileColumns * 2;
             for (int at = 0; at < head_dim_; at += 32) pack_keys(source + key, head_dim_, at, target + at * kTileColumns);
         }
         for (long key = 0; key < whole; key += 2) {
@@ -88,10 +88,10 @@ private:
     }
 
     // 16 dimensions of two keys, side by side.
-    void pack_values(long values, const bf16* const* source, long key, int at) {
-        bf16* target = values_.data() + at / kTileColumns * (kKeys * kTileColumns) + key * kTileColumns +
+    void pack_values(long values, const Element* const* source, long key, int at) {
+        Element* target = values_.data() + at / kTileColumns * (kKeys * kTileColumns) + key * kTileColumns +
                        at % kTileColumns * 2;
-        const auto row = [&](const bf16* key) { return key == nullptr ? nullptr : key + values + at; };
+        const auto row = [&](const Element* key) { return key == nullptr ? nullptr : key + values + at; };
         store_pairs(target, zip(row(source[0]), row(source[1])));
     }
 
@@ -102,7 +102,7 @@ private:
         const long visible = std::min(last + 1 - begin, count);  // to the last of the rows
         if (visible <= 0 || begin + count <= first_key(first, window)) return;
         alignas(64) float scores[kRowsAtOnce * kKeys];
-        alignas(64) bf16 weights[kRowsAtOnce * kKeys];
+        alignas(64) Element weights[kRowsAtOnce * kKeys];
         const long width = padded(visible, kTileColumns);
         for (long key = 0; key < width; key += kTileColumns) {
             add_products<true, 0>(int(rows), queries_.data() + row * inputs_, inputs_, keys_.data() + key * inputs_,
@@ -128,7 +128,7 @@ private:
     const bool is_exact_;
     const int num_heads_, head_dim_, inputs_, value_tiles_;  // `inputs_`: a head's, padded as products want them
     const long max_tokens_;
-    std::vector<bf16> queries_, keys_, values_;  // of values, padding columns stay zero
+    std::vector<Element> queries_, keys_, values_;  // of values, padding columns stay zero
     std::vector<float> sums_;
     RunningSoftmax softmax_;
 };

@@ -33,7 +33,7 @@ public:
 
     // One head, times `factor` and `norm`'s weights if these are not null, turned by its token's angles, times `by`.
     // `scratch` [head_dim].
-    void turn(const float* head, const bf16* norm, float factor, long token, float by, float* scratch, bf16* out) const {
+    void turn(const float* head, const Element* norm, float factor, long token, float by, float* scratch, Element* out) const {
         const long d = m_.head_dim, turned = m_.rotary_dim, half = turned / 2;
         if (norm != nullptr) {
             const Vector offset = repeat(float(m_.norm_offset));

@@ -1,5 +1,5 @@
 // The softmax of rows that see their keys tile by tile: running maximum and sum (Milakov & Gimelshein 2018), weights
-// relative to the largest score so far. Weights are rounded to bfloat16; their sum is not.
+// relative to the largest score so far. Weights are rounded to elements; their sum is not.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@ public:
         : scale_(kLog2E / __builtin_sqrtf(float(head_dim))), bound_(bound_of(cap, head_dim)), most_(rows), total_(rows) {}
 
     // Rows are those of `num_heads` heads in turns. A head's sink has been seen before all keys; `sinks` null: there are none.
-    void reset(long rows, const bf16* sinks, int num_heads) {
+    void reset(long rows, const Element* sinks, int num_heads) {
         std::fill_n(most_.begin(), rows, -std::numeric_limits<float>::infinity());
         std::fill_n(total_.begin(), rows, sinks == nullptr ? 0.0f : 1.0f);
         for (long row = 0; sinks != nullptr && row < rows; row++) {
@@ -30,9 +30,9 @@ public:
 
     // A row's next `width` scores, products of queries and keys, which it may change, to weights; zero outside of the keys that it sees.
     // Returns the factor for what it has summed up before. Never inlined: whoever calls it gets the same bits.
-    [[gnu::noinline]] float weigh(long row, float* scores, Range seen, long width, bf16* weights) {
+    [[gnu::noinline]] float weigh(long row, float* scores, Range seen, long width, Element* weights) {
         if (seen.first >= seen.last) {
-            std::fill_n(weights, width, bf16(0));
+            std::fill_n(weights, width, Element(0));
             return 1.0f;
         }
         for (long i = 0; bound_ != 0.0f && i < width; i += 16) store(scores + i, capped(load(scores + i), bound_));
@@ -66,7 +66,7 @@ private:
     }
 
     template <bool ALL>
-    float spread(const float* scores, Range seen, long width, float largest, bf16* weights) const {
+    float spread(const float* scores, Range seen, long width, float largest, Element* weights) const {
         const Vector scale = repeat(scale_), shift = repeat(largest * scale_);
         Vector total = repeat(0.0f);
         for (long i = 0; i < width; i += 16) {

@@ -1,5 +1,8 @@
-// bfloat16 in memory, float32 in registers: what the decoder does with vectors of 16, written once for all instruction
+// Elements in memory, float32 in registers: what the decoder does with vectors of 16, written once for all instruction
 // sets. The loads, stores and operations themselves are those of one set, in sets/.
+//
+// An element is what weights, keys, values and inputs of products are stored as: bfloat16, or float32 where the library
+// is compiled for that (KVFERRY_FLOAT32), with vectors of AVX2.
 #pragma once
 
 #include <immintrin.h>
@@ -10,14 +13,28 @@
 
 using bf16 = std::uint16_t;
 
-#ifdef __AVX512BF16__
+#ifdef KVFERRY_FLOAT32
+using Element = float;
+#include "sets/avx2.hpp"
+#include "sets/float32_pairs.hpp"
+#elif defined(__AVX512BF16__)
+using Element = bf16;
 #include "sets/avx512.hpp"
 #else
+using Element = bf16;
 #include "sets/avx2.hpp"
+#include "sets/avx2_pairs.hpp"
 #endif
+
+constexpr int kLine = 64 / sizeof(Element);  // elements of a cache line
 
 constexpr float kLog2E = 1.44269504f;
 
+// What an element means, and a value to an element's precision, ties to even; of finite values.
+#ifdef KVFERRY_FLOAT32
+inline float widened(float value) { return value; }
+inline float rounded(float value) { return value; }
+#else
 inline float widened(bf16 value) {
     const std::uint32_t bits = std::uint32_t(value) << 16;
     float wide;
@@ -25,7 +42,6 @@ inline float widened(bf16 value) {
     return wide;
 }
 
-// To bfloat16 and back, ties to even; of finite values.
 inline float rounded(float value) {
     std::uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
@@ -33,6 +49,7 @@ inline float rounded(float value) {
     std::memcpy(&value, &bits, sizeof bits);
     return value;
 }
+#endif
 
 // 2^x: the fraction by a polynomial of degree 6 (relative error 2e-7), the whole part by the exponent. 2^-inf = 0.
 inline Vector exp2(Vector x) {
@@ -49,7 +66,10 @@ inline Vector exp2(Vector x) {
     return times_power(y, whole);
 }
 
-// 2^x for finite x <= 0, to what is left of it in bfloat16: a polynomial of degree 3 (relative error 1e-4).
+// 2^x for finite x <= 0, to what is left of it in an element: in bfloat16 a polynomial of degree 3 (relative error 1e-4).
+#ifdef KVFERRY_FLOAT32
+inline Vector exp2_rough(Vector x) { return exp2(x); }
+#else
 inline Vector exp2_rough(Vector x) {
     const Vector whole = nearest(x);
     const Vector r = x - whole;
@@ -59,6 +79,7 @@ inline Vector exp2_rough(Vector x) {
     y = fma(y, r, repeat(9.99928070e-1f));
     return times_power(y, whole);
 }
+#endif
 
 inline Vector silu(Vector x) {
     const Vector one = repeat(1.0f);

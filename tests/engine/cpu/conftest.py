@@ -23,7 +23,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
             if name == "amx" and "amx" not in build.usable_sets():
                 emulate_tiles(patch)
             sets = build.usable_sets(name)
-            patch.setattr(build, "usable_sets", lambda wanted="auto": sets)
+            patch.setattr(build, "usable_sets", lambda wanted="auto", is_float32=False: sets)
             build.load(cache_dir())
         except (NativeUnavailable, ConfigError) as reason:
             pytest.skip(f"no native code on this machine: {reason}")

@@ -60,6 +60,7 @@ class Recorded:
     """An engine whose logits can be looked at."""
 
     def __init__(self, model_dir: Path, *, is_native: bool, cores: CoreSlot | None = None, **fields: object) -> None:
+        """In bfloat16 unless `fields` say otherwise."""
         config = engine_config(model_dir, **({"dtype": "bfloat16"} | fields))
         self.engine = Engine(config, num_blocks=400, native=is_native, cores=cores)
         self.driver = Driver(self.engine)
@@ -293,10 +294,8 @@ def test_layers_are_reported_and_prompt_logprobs_read(checkpoints: Path) -> None
     assert [entry.token_id for entry in run.driver.outputs[0].rows[0].prompt_logprobs] == [6]
 
 
-@pytest.mark.parametrize("fields", [{"dtype": "float32"}, {"native": False}])
-def test_what_native_code_does_not_do_runs_in_torch(checkpoints: Path, fields: dict[str, object]) -> None:
-    config = engine_config(checkpoints / "llama", dtype=fields.get("dtype", "bfloat16"))
-    engine = Engine(config, num_blocks=16, native=bool(fields.get("native", True)))
+def test_without_native_code_steps_run_in_torch(checkpoints: Path) -> None:
+    engine = Engine(engine_config(checkpoints / "llama", dtype="bfloat16"), num_blocks=16, native=False)
     assert isinstance(engine.runner, TorchRunner)
 
 

@@ -93,7 +93,7 @@ def _packed(library: ctypes.CDLL, weight: GroupedWeight) -> Packed:
     copy = GroupedWeight(
         weight.numbers, weight.scales, weight.minima, weight.order, dtype=weight.dtype, is_e2m1=weight.is_e2m1
     )
-    return Packer(library)(copy)
+    return Packer(library, torch.bfloat16)(copy)
 
 
 @settings(deadline=None, max_examples=150)
@@ -153,7 +153,7 @@ def test_factors_are_halves_where_these_are_exact(library: ctypes.CDLL) -> None:
     weight = GroupedWeight.quantized(torch.randn(64, 64), bits=8, group_size=16, symmetric=True, dtype=torch.bfloat16)
     sizes = []
     for scales in (weight.scales, weight.scales.half().float()):
-        packed = Packer(library)(GroupedWeight(weight.numbers, scales, dtype=torch.bfloat16))
+        packed = Packer(library, torch.bfloat16)(GroupedWeight(weight.numbers, scales, dtype=torch.bfloat16))
         sizes.append(packed.tiles.integers.contents.factor_size)
     assert sizes == [4, 2]
 
@@ -161,7 +161,7 @@ def test_factors_are_halves_where_these_are_exact(library: ctypes.CDLL) -> None:
 def test_groups_that_there_are_no_products_for_are_left_to_torch() -> None:
     weight = GroupedWeight.quantized(torch.randn(8, 24).bfloat16(), bits=8, group_size=12, symmetric=True)
     with pytest.raises(NativeUnavailable, match="12 inputs to a group"):
-        check_known(Linear("some", weight))
+        check_known(Linear("some", weight), torch.bfloat16)
 
 
 # --- whole models -----------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ LENGTHS = [5, 70, 1]
 
 @pytest.fixture(scope="module")
 def pack(isa: str) -> Packer:
-    return Packer(build.load(cache_dir()))
+    return Packer(build.load(cache_dir()), torch.bfloat16)
 
 
 def _matrix(num_outputs: int, num_inputs: int) -> Tensor:

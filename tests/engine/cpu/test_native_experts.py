@@ -73,7 +73,8 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _engine(model_dir: Path, **fields: object) -> Engine:
-    return Engine(engine_config(model_dir, **fields), num_blocks=64)
+    is_reference = fields.get("dtype") == "float32"  # torch's
+    return Engine(engine_config(model_dir, **fields), num_blocks=64, native=not is_reference)
 
 
 @cache

@@ -74,9 +74,9 @@ def test_all_ranks_do_without_what_one_could_not_load(monkeypatch: pytest.Monkey
     if fails_here:
         monkeypatch.setattr(model, "load", _unavailable)
     with pytest.raises(NativeUnavailable, match="no compiler" if fails_here else "another rank"):
-        model._common_library(OfTwo(), cache_dir(), "auto")
+        model._common_library(OfTwo(), cache_dir(), "auto", is_float32=False)
     assert said == [0 if fails_here else 1]
 
 
-def _unavailable(*_: object) -> None:
+def _unavailable(*_: object, **__: object) -> None:
     raise NativeUnavailable("no compiler")

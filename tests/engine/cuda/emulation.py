@@ -133,7 +133,7 @@ class LookingAhead(Engine):
     """An engine whose decode steps take the pipeline. Its pool has one block less than its pages."""
 
     def __init__(self, model_dir: Path, **fields: object) -> None:
-        super().__init__(engine_config(model_dir, **fields), num_blocks=NUM_BLOCKS)
+        super().__init__(engine_config(model_dir, **fields), num_blocks=NUM_BLOCKS, native=False)
         assert isinstance(self.runner, TorchRunner)
         self.runner = runner = AheadRunner(self.runner.decoder, self.kv_pages)
         self.device, self.pipeline = runner.device, runner.pipeline

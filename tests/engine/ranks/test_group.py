@@ -213,7 +213,7 @@ def test_followers_end_with_rank_0(model_dir: Path) -> None:
         env=environment,
     ) as rank_0:
         assert rank_0.stdout is not None
-        follower = int(rank_0.stdout.readline())
+        follower = int(next(line for line in rank_0.stdout if line.strip().isdigit()))  # the others are its log
         ended = os.pidfd_open(follower)
         rank_0.send_signal(signal.SIGKILL)
         rank_0.wait()

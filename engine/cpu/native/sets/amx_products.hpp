@@ -51,7 +51,7 @@ private:
 };
 
 template <int LINES>
-void fetch(const bf16* ahead, int lines) {
+void fetch(const Element* ahead, int lines) {
     constexpr auto kHint = LINES == 4 ? _MM_HINT_T0 : _MM_HINT_T1;
     for (int i = 0; i < lines; i++) _mm_prefetch((const char*)(ahead + kLine * i), kHint);
 }
@@ -80,8 +80,8 @@ inline void store_sums(float* a, float* b, float* c, float* d, long stride) {
 }
 
 template <bool FRESH, int LINES>
-void add_few_rows(const bf16* x, long x_stride, const bf16* weights, long pairs, float* sums, long stride,
-                  const bf16* ahead) {
+void add_few_rows(const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
+                  const Element* ahead) {
     begin_sums<FRESH>(sums, sums + 16, sums + 32, sums + 48, stride);
     for (long pair = 0; pair < pairs; pair += kTilePairs, weights += kTilePairs * 2 * kTileColumns) {
         fetch<LINES>(ahead, kTilePairs * LINES);
@@ -100,13 +100,13 @@ void add_few_rows(const bf16* x, long x_stride, const bf16* weights, long pairs,
 }
 
 template <bool FRESH, int LINES>
-void add_many_rows(const bf16* x, long x_stride, const bf16* weights, long pairs, float* sums, long stride,
-                   const bf16* ahead) {
-    const bf16* lower_x = x + kTileRows * x_stride;
+void add_many_rows(const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
+                   const Element* ahead) {
+    const Element* lower_x = x + kTileRows * x_stride;
     for (int half = 0; half < 2; half++, weights += kTileColumns, sums += 32) {
         float* lower_sums = sums + kTileRows * stride;
         begin_sums<FRESH>(sums, sums + 16, lower_sums, lower_sums + 16, stride);
-        const bf16* tile = weights;
+        const Element* tile = weights;
         for (long pair = 0; pair < pairs; pair += kTilePairs, tile += kTilePairs * 2 * kTileColumns) {
             fetch<LINES>(ahead, kTilePairs / 2 * LINES);
             ahead += kTilePairs / 2 * LINES * kLine;
@@ -126,8 +126,8 @@ void add_many_rows(const bf16* x, long x_stride, const bf16* weights, long pairs
 // sums [rows][stride], 64 of each row: the products of the rows' inputs with one tile's weights, `pairs` of them, a
 // multiple of 16; added to what is there unless FRESH. For each pair LINES cache lines from `ahead` on are fetched.
 template <bool FRESH, int LINES>
-void add_products(int rows, const bf16* x, long x_stride, const bf16* weights, long pairs, float* sums, long stride,
-                  const bf16* ahead) {
+void add_products(int rows, const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
+                  const Element* ahead) {
     asm volatile("" ::: "memory");  // compilers do not know that tiles are loaded from what was written before
     MatrixUnit::shape(rows);
     if (rows <= kTileRows) {

@@ -1,4 +1,4 @@
-// Vectors of 16 in AVX2 with FMA: two registers each. A pair of bfloat16 is widened to float32 where it is multiplied.
+// Vectors of 16 in AVX2 with FMA: two registers each. Elements' pairs are in avx2_pairs.hpp or float32_pairs.hpp.
 //
 // Every operation gives the bits that sets/avx512.hpp gives, denormals apart: those are not flushed here.
 #pragma once
@@ -6,13 +6,13 @@
 struct Vector {  // 16 float32
     __m256 low, high;
 };
-struct Pairs {  // 16 pairs of bfloat16
+struct Words {  // 16 times 32 bits
     __m256i low, high;
 };
 struct Lanes {  // some of 16
     int first, last;
 };
-using Values = int;  // the first few of 32 bfloat16
+using Values = int;  // the first few of 32 elements
 
 constexpr int kDotsAtOnce = 4;   // sums of dot products that stay in registers
 constexpr int kHeadsAtOnce = 2;  // weighted values of so many heads, `kWideValues` Pairs of each, stay in registers
@@ -33,7 +33,7 @@ inline Vector operator/(Vector a, Vector b) { return {a.low / b.low, a.high / b.
 inline Vector repeat(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
 
 // The lanes as sign bits of `low` and `high`.
-inline Pairs mask_of(Lanes lanes) {
+inline Words mask_of(Lanes lanes) {
     const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), eight = _mm256_set1_epi32(8);
     const __m256i before = _mm256_set1_epi32(lanes.first - 1), end = _mm256_set1_epi32(lanes.last);
     const auto mask = [&](__m256i at) { return _mm256_and_si256(_mm256_cmpgt_epi32(at, before), _mm256_cmpgt_epi32(end, at)); };
@@ -45,7 +45,7 @@ inline __m256 widen(__m128i values) { return _mm256_castsi256_ps(_mm256_slli_epi
 inline Vector load(const float* source) { return {_mm256_loadu_ps(source), _mm256_loadu_ps(source + 8)}; }
 inline Vector load(const float* source, Lanes lanes) {
     if (is_all(lanes)) return load(source);
-    const Pairs mask = mask_of(lanes);
+    const Words mask = mask_of(lanes);
     return {_mm256_maskload_ps(source, mask.low), _mm256_maskload_ps(source + 8, mask.high)};
 }
 inline Vector load(const bf16* source) {
@@ -73,7 +73,7 @@ inline void store(float* target, Vector values) {
     _mm256_storeu_ps(target + 8, values.high);
 }
 inline void store(float* target, Vector values, Lanes lanes) {
-    const Pairs mask = mask_of(lanes);
+    const Words mask = mask_of(lanes);
     _mm256_maskstore_ps(target, mask.low, values.low);
     _mm256_maskstore_ps(target + 8, mask.high, values.high);
 }
@@ -94,7 +94,7 @@ inline void store(bf16* target, __m256 values) {
 }
 
 inline Vector select(Lanes lanes, Vector values, Vector others) {
-    const Pairs mask = mask_of(lanes);
+    const Words mask = mask_of(lanes);
     return {_mm256_blendv_ps(others.low, values.low, _mm256_castsi256_ps(mask.low)),
             _mm256_blendv_ps(others.high, values.high, _mm256_castsi256_ps(mask.high))};
 }
@@ -138,65 +138,6 @@ inline float sum_of(Vector x) {  // halves, quarters and so on: the order is eve
     return _mm_cvtss_f32(two) + _mm_cvtss_f32(_mm_movehdup_ps(two));
 }
 
-// --- pairs of bfloat16 --------------------------------------------------------------------------------------
-
-inline __m256 evens(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
-inline __m256 odds(__m256i pairs) {
-    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(std::int32_t(0xffff0000))));
-}
-
-inline Pairs load_pairs(const bf16* source) {
-    return {_mm256_loadu_si256((const __m256i*)source), _mm256_loadu_si256((const __m256i*)(source + 16))};
-}
-inline Pairs load_pairs(const bf16* source, Values values) {
-    if (values == 32) return load_pairs(source);
-    if (values == 16) return {_mm256_loadu_si256((const __m256i*)source), _mm256_setzero_si256()};
-    bf16 found[32] = {};
-    std::copy_n(source, values, found);
-    return load_pairs(found);
-}
-inline void store_pairs(bf16* target, Pairs pairs) {
-    _mm256_storeu_si256((__m256i*)target, pairs.low);
-    _mm256_storeu_si256((__m256i*)(target + 16), pairs.high);
-}
-
-inline Pairs repeat_pair(const bf16* source) {
-    std::int32_t two;
-    std::memcpy(&two, source, sizeof two);
-    return {_mm256_set1_epi32(two), _mm256_set1_epi32(two)};
-}
-
-// sum + a * b, both products of a pair, the second one first.
-inline __m256 dot(__m256 sum, __m256i a, __m256i b) {
-    return _mm256_fmadd_ps(evens(a), evens(b), _mm256_fmadd_ps(odds(a), odds(b), sum));
-}
-inline Vector dot(Vector sum, Pairs a, Pairs b) { return {dot(sum.low, a.low, b.low), dot(sum.high, a.high, b.high)}; }
-
-// Values of two rows side by side. Of 32 those at 0..3, 8..11, 16..19 and 24..27; `upper_pairs`: the others.
-inline Pairs lower_pairs(Pairs one, Pairs other) {
-    return {_mm256_unpacklo_epi16(one.low, other.low), _mm256_unpacklo_epi16(one.high, other.high)};
-}
-inline Pairs upper_pairs(Pairs one, Pairs other) {
-    return {_mm256_unpackhi_epi16(one.low, other.low), _mm256_unpackhi_epi16(one.high, other.high)};
-}
-
-// The first (HALF 0) or last 16 of 32 in order, from vectors of the lower and the upper ones.
-template <int HALF>
-Vector in_order(Vector lower, Vector upper) {
-    const __m256 one = HALF ? lower.high : lower.low, other = HALF ? upper.high : upper.low;
-    return {_mm256_permute2f128_ps(one, other, 0x20), _mm256_permute2f128_ps(one, other, 0x31)};
-}
-
-// 16 values of two rows side by side; a row that is null is zeros.
-inline Pairs zip(const bf16* one, const bf16* other) {
-    const auto row = [](const bf16* row) {
-        return row == nullptr ? _mm256_setzero_si256() : _mm256_loadu_si256((const __m256i*)row);
-    };
-    const __m256i a = row(one), b = row(other);
-    const __m256i lower = _mm256_unpacklo_epi16(a, b), upper = _mm256_unpackhi_epi16(a, b);
-    return {_mm256_permute2x128_si256(lower, upper, 0x20), _mm256_permute2x128_si256(lower, upper, 0x31)};
-}
-
 // Lane i of the result is the sum of all lanes of v[i]. `v` is overwritten. Added up in the order of sets/avx512.hpp.
 inline Vector sums_of_16(Vector* v) {
     const auto halved = [](__m256 a, __m256 b) { return _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b); };
@@ -231,7 +172,7 @@ inline void transpose_8(const __m256i* v, __m256i* t) {
 }
 
 // Lane j of v[i] and lane i of v[j] change places.
-inline void transpose_16(Pairs* v) {
+inline void transpose_16(Words* v) {
     __m256i rows[4][8], turned[8];  // quarters: rows 0..7 and 8..15, each their low and their high lanes
     for (int i = 0; i < 8; i++) {
         rows[0][i] = v[i].low, rows[1][i] = v[i].high;
@@ -240,7 +181,7 @@ inline void transpose_16(Pairs* v) {
     for (int quarter = 0; quarter < 4; quarter++) {
         transpose_8(rows[quarter], turned);
         for (int i = 0; i < 8; i++) {
-            Pairs& target = v[i + quarter % 2 * 8];
+            Words& target = v[i + quarter % 2 * 8];
             (quarter < 2 ? target.low : target.high) = turned[i];
         }
     }

@@ -8,20 +8,33 @@ constexpr int kRowsAtOnce = 5;         // a sixth leaves no register for weights
 constexpr long kPanelRows = 60;        // a multiple of it
 constexpr int kProductInputs = 16;     // inputs of a product are a multiple of it
 constexpr bool kSumsInRegisters = true;  // pair by pair; else by the matrix unit, 16 pairs at a time
-constexpr long kStretch = 64;          // pairs: their weights, 16 KiB, stay near from columns to columns; more spill
+constexpr long kStretch = 128 / sizeof(Element);  // pairs: their weights, 16 KiB, stay near from columns to columns; more spill
 
 // One group of rows: weights are fetched so far ahead, 4 KiB. Several rows pass over a stretch again and again: what they
 // would wait for is the next one.
-constexpr long near_lines(int rows) { return rows == 1 ? 64 : 4 * kStretch; }
+constexpr long near_lines(int rows) { return rows == 1 ? 64 : kPairLines * kStretch; }
 
 struct MatrixUnit {  // there is none
     static bool may_run() { return true; }
 };
 
+// 8 columns' first or second weights of a pair, of `eight` 0 or 1 from 16 columns on.
+#ifdef KVFERRY_FLOAT32
+inline __m256 first_weights(const float* pairs, int eight) { return _mm256_loadu_ps(pairs + 8 * eight); }
+inline __m256 second_weights(const float* pairs, int eight) { return _mm256_loadu_ps(pairs + 16 + 8 * eight); }
+#else
+inline __m256 first_weights(const bf16* pairs, int eight) {
+    return evens(_mm256_loadu_si256((const __m256i*)(pairs + 16 * eight)));
+}
+inline __m256 second_weights(const bf16* pairs, int eight) {
+    return odds(_mm256_loadu_si256((const __m256i*)(pairs + 16 * eight)));
+}
+#endif
+
 // As `add_products` below, of COLUMNS columns and at most a stretch of pairs. `inputs` [ROWS][2 * kStretch].
 template <int ROWS, int COLUMNS, int LINES>
-void add_stretch(const float* inputs, const bf16* weights, long pairs, float* sums, long stride, bool is_fresh,
-                 const bf16* ahead) {
+void add_stretch(const float* inputs, const Element* weights, long pairs, float* sums, long stride, bool is_fresh,
+                 const Element* ahead) {
     constexpr auto kHint = COLUMNS == kTileColumns ? _MM_HINT_T0 : _MM_HINT_T1;
     constexpr int kVectors = COLUMNS / 8;
     __m256 sum[ROWS][kVectors];
@@ -42,14 +55,14 @@ void add_stretch(const float* inputs, const bf16* weights, long pairs, float* su
         }
     };
     for (long pair = 0; pair < pairs; pair++, weights += 2 * kTileColumns, inputs += 2, ahead += LINES * kLine) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < LINES; i++) _mm_prefetch((const char*)(ahead + kLine * i), kHint);
 #pragma GCC unroll 8
         for (int i = 0; i < kVectors; i += 2) {
-            const __m256i* source = (const __m256i*)(weights + 16 * i);
-            add(inputs + 1, i, odds(_mm256_loadu_si256(source)), odds(_mm256_loadu_si256(source + 1)));
+            const Element* source = weights + 16 * i;
+            add(inputs + 1, i, second_weights(source, 0), second_weights(source, 1));
             asm("" : "+r"(source));  // read again: there is no register to keep them in
-            add(inputs, i, evens(_mm256_loadu_si256(source)), evens(_mm256_loadu_si256(source + 1)));
+            add(inputs, i, first_weights(source, 0), first_weights(source, 1));
         }
     }
 #pragma GCC unroll 8
@@ -61,8 +74,8 @@ void add_stretch(const float* inputs, const bf16* weights, long pairs, float* su
 
 // A stretch of pairs and all columns, in passes that share out what is fetched ahead: at once it would hold up the first.
 template <int ROWS, int LINES>
-void add_stretch(const float* inputs, const bf16* weights, long pairs, float* sums, long stride, bool is_fresh,
-                 const bf16* ahead) {
+void add_stretch(const float* inputs, const Element* weights, long pairs, float* sums, long stride, bool is_fresh,
+                 const Element* ahead) {
     constexpr int kColumns = ROWS == 1 ? 64 : ROWS <= 3 ? 32 : 16, kPasses = kTileColumns / kColumns;
     constexpr int kFetching = std::min(kPasses, LINES), kLines = LINES / std::max(1, kFetching);
     for (int pass = 0; pass < kFetching; pass++, ahead += kLines * pairs * kLine) {
@@ -77,8 +90,8 @@ void add_stretch(const float* inputs, const bf16* weights, long pairs, float* su
 // sums [rows][stride], 64 of each row: the products of the rows' inputs with one tile's weights, `pairs` of them, added
 // up in order; added to what is there unless FRESH. For each pair LINES cache lines from `ahead` on are fetched.
 template <bool FRESH, int LINES>
-void add_products(int rows, const bf16* x, long x_stride, const bf16* weights, long pairs, float* sums, long stride,
-                  const bf16* ahead) {
+void add_products(int rows, const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
+                  const Element* ahead) {
     alignas(32) float inputs[kRowsAtOnce * 2 * kStretch];
     for (long first = 0; first < pairs; first += kStretch) {
         const long count = std::min(kStretch, pairs - first);

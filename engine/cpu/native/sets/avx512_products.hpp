@@ -17,9 +17,9 @@ struct MatrixUnit {  // there is none
 // sums [ROWS][stride], 64 of each row: the products of ROWS rows' inputs with one tile's weights, `pairs` of them, added
 // up in order; added to what is there unless FRESH. For each pair LINES cache lines from `ahead` on are fetched.
 template <int ROWS, bool FRESH, int LINES>
-void add_products(const bf16* x, long x_stride, const bf16* weights, long pairs, float* sums, long stride,
-                  const bf16* ahead) {
-    constexpr auto kHint = LINES == 4 ? _MM_HINT_T0 : _MM_HINT_T1;
+void add_products(const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
+                  const Element* ahead) {
+    constexpr auto kHint = LINES == kPairLines ? _MM_HINT_T0 : _MM_HINT_T1;
     Vector sum[ROWS][4];
 #pragma GCC unroll 8
     for (int row = 0; row < ROWS; row++) {
@@ -47,8 +47,8 @@ void add_products(const bf16* x, long x_stride, const bf16* weights, long pairs,
 }
 
 template <bool FRESH, int LINES>
-void add_products(int rows, const bf16* x, long x_stride, const bf16* weights, long pairs, float* sums, long stride,
-                  const bf16* ahead) {
+void add_products(int rows, const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
+                  const Element* ahead) {
     switch (rows) {
         case 1: return add_products<1, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
         case 2: return add_products<2, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);

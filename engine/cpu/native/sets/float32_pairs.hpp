@@ -1,0 +1,55 @@
+// Pairs of float32: vectors of their first and of their second values, in memory one behind the other.
+//
+// 32 values that are loaded or stored are 16 pairs: value i and value 16 + i. Values that stand side by side are pairs
+// where they are repeated, or have been transposed.
+#pragma once
+
+struct Pairs {  // 16 pairs
+    Vector first, second;
+};
+
+inline void store(float* target, __m256 values) { _mm256_storeu_ps(target, values); }
+
+inline Pairs load_pairs(const float* source) { return {load(source), load(source + 16)}; }
+inline Pairs load_pairs(const float* source, Values values) {
+    return {load(source, lanes(values)), load(source + 16, lanes(values - 16))};
+}
+inline void store_pairs(float* target, Pairs pairs) {
+    store(target, pairs.first);
+    store(target + 16, pairs.second);
+}
+
+inline Pairs repeat_pair(const float* source) { return {repeat(source[0]), repeat(source[1])}; }
+
+// sum + a * b, both products of a pair, the second one first.
+inline Vector dot(Vector sum, Pairs a, Pairs b) { return fma(a.first, b.first, fma(a.second, b.second, sum)); }
+
+// Values of two rows side by side. Of 32 the first 16; `upper_pairs`: the others.
+inline Pairs lower_pairs(Pairs one, Pairs other) { return {one.first, other.first}; }
+inline Pairs upper_pairs(Pairs one, Pairs other) { return {one.second, other.second}; }
+
+// The first (HALF 0) or last 16 of 32 in order, from vectors of the lower and the upper ones.
+template <int HALF>
+Vector in_order(Vector lower, Vector upper) {
+    return HALF ? upper : lower;
+}
+
+// 16 values of two rows side by side; a row that is null is zeros.
+inline Pairs zip(const float* one, const float* other) {
+    const auto row = [](const float* row) { return row == nullptr ? repeat(0.0f) : load(row); };
+    return {row(one), row(other)};
+}
+
+// Of 16 rows' 32 values each: those of one row stand in one lane then, its neighbours as pairs.
+inline void transpose_16(Pairs* v) {
+    Words early[16], late[16];
+    const auto words = [](Vector x) { return Words{_mm256_castps_si256(x.low), _mm256_castps_si256(x.high)}; };
+    const auto vector = [](Words x) { return Vector{_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high)}; };
+    for (int i = 0; i < 16; i++) early[i] = words(v[i].first), late[i] = words(v[i].second);
+    transpose_16(early);
+    transpose_16(late);
+    for (int i = 0; i < 8; i++) {
+        v[i] = {vector(early[2 * i]), vector(early[2 * i + 1])};
+        v[8 + i] = {vector(late[2 * i]), vector(late[2 * i + 1])};
+    }
+}

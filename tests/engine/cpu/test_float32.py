@@ -1,0 +1,95 @@
+"""Models in float32 in C++: torch's logits and pages within 1e-5 of their range, exact ones the same to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvferry.common.errors import ConfigError
+from kvferry.common.request import SamplingParams
+from kvferry.engine.cpu import build
+from kvferry.engine.cpu.compiler import FLOAT32_SETS, SETS, NativeUnavailable
+from kvferry.engine.cpu.runner import NativeRunner
+from kvferry.engine.nn.torch_runner import TorchRunner
+from kvferry.models.default import cache_dir
+
+from ...checkpoints import write_checkpoint
+from ...engine_driver import make_engine, prompts
+from ...transformers_checkpoints import write_model
+from .test_build import FEW_TOKENS, MANY_TOKENS, SAMPLING, VARIANTS, Recorded, Shape
+from .test_native_experts import QWEN3
+
+TOLERANCE = 1e-5  # of the range of logits, and of the largest entry of pages
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    try:
+        build.load(cache_dir(), is_float32=True)
+    except NativeUnavailable as reason:
+        pytest.skip(f"no native code on this machine: {reason}")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name, (family, fields) in VARIANTS.items():
+        write_checkpoint(root / name, family, **({"tokenizer": False} | fields))  # type: ignore[arg-type]
+    return root
+
+
+@pytest.mark.parametrize("shape", [MANY_TOKENS, FEW_TOKENS], ids=["many tokens", "few tokens"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_prompts_and_answers_are_those_of_torch(checkpoints: Path, variant: str, shape: Shape) -> None:
+    """Chunks of several prompts, first and later ones, beside tokens of running answers."""
+    lengths, steps = shape
+    runs = [Recorded(checkpoints / variant, is_native=native, dtype="float32") for native in (True, False)]
+    ours, theirs = ([run.driver.add(prompt, SAMPLING) for prompt in prompts(list(lengths), 500)] for run in runs)
+    for counts in steps:
+        for run, seqs in zip(runs, (ours, theirs), strict=True):
+            run.driver.step(list(zip(seqs, counts, strict=True)))
+        assert [seq.token_ids for seq in ours] == [seq.token_ids for seq in theirs]
+        logits, wanted = (run.logits[-1] for run in runs)
+        assert (logits - wanted[: len(logits)]).abs().max() <= TOLERANCE * (wanted.max() - wanted.min())
+        pages, wanted = (run.engine.kv_pages for run in runs)
+        assert (pages - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+    assert runs[0].native_steps == len(steps)
+
+
+@pytest.mark.parametrize("variant", ["llama without sharing", "qwen2 window", "gemma2"])
+def test_exact_results_show_neither_company_nor_chunks_nor_threads(checkpoints: Path, variant: str) -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, logprobs=3)
+    found = []
+    for chunk, lengths, num_threads in ((1000, (), 1), (7, (90,), 1), (100, (1, 40, 3), 1), (64, (1, 1), 3)):
+        run = Recorded(
+            checkpoints / variant, is_native=True, dtype="float32", deterministic=True, num_threads=num_threads
+        )
+        seq, *others = (run.driver.add(prompt, sampling) for prompt in prompts([300, *lengths], 500))
+        while seq.num_output_tokens < 4:
+            rows = [(seq, min(chunk, seq.num_uncomputed_tokens))]
+            rows += [(other, min(20, other.num_uncomputed_tokens)) for other in others]
+            tokens = run.driver.step(rows)[0]
+            found += [(seq.num_output_tokens, tokens[0])] if tokens else []
+    torch.set_num_threads(1)
+    assert len(found) == 16 and all(one in found[:4] for one in found)
+
+
+def test_whole_numbers_and_experts_are_left_to_torch(checkpoints: Path, tmp_path: Path) -> None:
+    import transformers
+
+    experts = write_model(tmp_path / "experts", transformers.Qwen3MoeConfig(**QWEN3))
+    for path, asked, runner in (
+        (checkpoints / "llama", None, NativeRunner),
+        (checkpoints / "llama", "int8", TorchRunner),
+        (experts, None, TorchRunner),
+    ):
+        assert isinstance(make_engine(path, dtype="float32", quantization=asked).runner, runner)
+
+
+def test_a_set_without_float32_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_cpu_flags", lambda: SETS["amx"])
+    assert build.usable_sets(is_float32=True) == build.usable_sets("avx2", is_float32=True) == list(FLOAT32_SETS)
+    with pytest.raises(ConfigError, match="cpu_isa: amx computes bfloat16 alone; for float32 use auto or avx2"):
+        build.usable_sets("amx", is_float32=True)
