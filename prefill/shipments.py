@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 from ..common.request import BlockId, RequestSpec
@@ -72,7 +73,8 @@ class Shipments:
 
     @property
     def num_blocks(self) -> int:
-        return sum(map(len, self._blocks.values()))
+        """Return how many blocks shipments hold; one that several read counts once."""
+        return len(frozenset(chain.from_iterable(self._blocks.values())))
 
     @property
     def routers(self) -> set[str]:

@@ -166,6 +166,15 @@ def test_a_prompt_is_opened_once_shipped_by_chunk_and_finished_with_its_first_to
     assert bench.shipping.finished == {1: first.choices}
 
 
+def test_blocks_that_two_shipments_read_are_held_once() -> None:
+    bench = _Bench()
+    for request_id in ("a", "b"):
+        bench.task(request_id, 18)
+        bench.run()
+    held = bench.pool.num_owned_blocks
+    assert held < 10 and bench.role.counters().num_granted_blocks == held
+
+
 def test_blocks_are_held_until_their_shipment_reads_them_no_more() -> None:
     bench = _Bench()
     bench.task("a", 18)
