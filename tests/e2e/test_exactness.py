@@ -21,7 +21,7 @@ from typing import Literal
 import httpx
 import pytest
 
-from kvferry.common.config import SECRET_VARIABLE, EngineConfig, RouterConfig, WorkerConfig
+from kvferry.common.config import SECRET_VARIABLE, EngineConfig, RouterConfig, TransferConfig, WorkerConfig
 
 from . import reference
 from .cluster import Cluster, free_port, run_all, wait_until
@@ -146,7 +146,13 @@ def _worker_config(name: str, kind: Kind, model: ExactnessModel, control: int) -
     )
     routers = (f"127.0.0.1:{control}",)
     return WorkerConfig(
-        worker_id=name, role=kind.role, engine=engine, routers=routers, log_level="warning", calibrate=False
+        worker_id=name,
+        role=kind.role,
+        engine=engine,
+        transfer=TransferConfig(open_within_s=60.0, lease_s=60.0),  # none lapses in a busy machine's first steps
+        routers=routers,
+        log_level="warning",
+        calibrate=False,
     )
 
 
