@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -142,12 +143,13 @@ def _layout(deployment: Deployment, model: ModelConfig) -> str:
 
 
 def _in_torch(deployment: Deployment, model: ModelConfig) -> str:
-    """Say that torch computes a model in bfloat16 on CPUs, where there is no C++ for a part of it."""
+    """Say that torch computes a model on CPUs, where there is no C++ for a part of it."""
     from ..models.native import not_in_native
     from ..sizing.memory import item_bytes
 
     engines = [worker.config.engine for worker in deployment.workers if not worker.gpus]
-    missing = not_in_native(model) if any(item_bytes(engine, model) == 2 for engine in engines) else []
+    found = (not_in_native(model, is_float32=item_bytes(engine, model) == 4) for engine in engines)
+    missing = dict.fromkeys(chain.from_iterable(found))  # once each
     return f" Torch computes the model: there is no C++ for {', '.join(missing)}." if missing else ""
 
 

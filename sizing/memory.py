@@ -157,12 +157,10 @@ class _Counter:
         self._engine, self._model, self._num_ranks = engine, model, num_ranks
         self._item_bytes = item_bytes(engine, model)
         self._on_gpu = engine.device == "cuda"
-        self._has_tiles = not self._on_gpu and not not_in_native(model)
-        if self._item_bytes == _ITEM_BYTES["float32"]:
-            # C++ has neither experts nor products of whole numbers beside float32: torch multiplies by plain ones.
-            is_plain = quantization is None or quantization.is_float8
-            self._has_tiles = self._has_tiles and is_plain and model.experts is None
-            quantization = None
+        is_float32 = self._item_bytes == _ITEM_BYTES["float32"]
+        # C++ has products of whole numbers beside bfloat16 alone: torch multiplies by plain ones.
+        is_torchs = is_float32 and quantization is not None and not quantization.is_float8
+        self._has_tiles = not (self._on_gpu or is_torchs or not_in_native(model, is_float32=is_float32))
         self._quantization = quantization if self._on_gpu or self._has_tiles else None
         self._has_float8 = self._on_gpu and has_float8
         plan = expert_plan(engine, model.experts, model.sparse_layers) if num_ranks > 1 else None

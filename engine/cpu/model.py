@@ -116,14 +116,12 @@ class NativeModel:
         self.dtype = decoder.dtype
         if self.dtype not in _DTYPES:
             raise NativeUnavailable(f"no C++ for {self.dtype}")
-        _check_parts(decoder.config)
+        is_float32 = self.dtype == torch.float32
+        _check_parts(decoder.config, is_float32=is_float32)
         blocks = [_known_blocks(layer) for layer in decoder.layers]
-        if self.dtype == torch.float32 and any(isinstance(feed_forward, SparseMLP) for _, feed_forward in blocks):
-            # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
-            raise NativeUnavailable("no C++ for experts in float32")
         weights = [check_known(linear, self.dtype) for linear in decoder.linears()]
         self.comm = decoder.head.rows.comm
-        self.library = _common_library(self.comm, cache, isa, is_float32=self.dtype == torch.float32)
+        self.library = _common_library(self.comm, cache, isa, is_float32=is_float32)
         self.name = Path(self.library._name).stem  # instruction set, source and compiler
         pack = Packer(self.library, self.dtype)
         self._packed = {
@@ -254,9 +252,9 @@ def _common_library(comm: Communicator, cache: Path, isa: CpuIsa, *, is_float32:
     return library
 
 
-def _check_parts(config: ModelConfig) -> None:
+def _check_parts(config: ModelConfig, *, is_float32: bool) -> None:
     """Raise NativeUnavailable for what a family has and C++ has not."""
-    if missing := not_in_native(config):
+    if missing := not_in_native(config, is_float32=is_float32):
         raise NativeUnavailable(f"no C++ for {', '.join(missing)}")
 
 

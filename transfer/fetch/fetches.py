@@ -33,6 +33,7 @@ from ...wire.fields import Message
 from ...wire.grants import RegionInfo
 from ...wire.tasks import FetchFrom
 from ..protocol.handoff import Endpoint
+from ..protocol.leases import usable_until
 from ..protocol.peer_log import PeerLog
 from ..protocol.rank_messages import ReadOutcome
 from .answers import check_answer, question
@@ -41,7 +42,6 @@ from .given_up import GivenUp
 
 PART_BYTES = 128 << 20  # of all ranks, read under one lease: what is here of a prefix is of use if the rest fails
 MAX_PART_BLOCKS = 4096
-_USABLE_LEASE_SHARE = 0.95  # clocks run up to a thousandth apart
 
 
 class Reading(Protocol):
@@ -189,7 +189,7 @@ class Fetches:
                 self._on_fetchable(fetch, part, message)
 
     def _on_fetchable(self, fetch: Fetch, part: Part, message: KVFetchable) -> None:
-        part.deadline = part.asked_at + _USABLE_LEASE_SHARE * message.lease_s
+        part.deadline = usable_until(part.asked_at, message.lease_s)
         part.has_checksums = message.has_checksums
         count = len(message.block_ids)
         misfit = check_answer(part, message, self._endpoint, needs_checksums=self._needs_checksums)

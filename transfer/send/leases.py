@@ -11,16 +11,8 @@ from dataclasses import dataclass
 
 from ...wire.fields import Message
 from ...wire.handoff import KVRenew
+from ..protocol.leases import usable_until
 from .shipment import Shipment, ShipmentState
-
-# Of a lease that is used. The rest pays for clocks that run up to a thousandth apart and for the time between the
-# look at the clock and the post.
-USABLE_LEASE_SHARE = 0.95
-
-
-def usable_until(asked_at: float, lease_s: float) -> float:
-    """Return when a lease is over for us that counts from this question."""
-    return asked_at + USABLE_LEASE_SHARE * lease_s
 
 
 @dataclass(slots=True, eq=False)

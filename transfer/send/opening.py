@@ -17,7 +17,7 @@ from ...wire.fields import Message
 from ...wire.grants import GrantInfo, ProcessMark
 from ...wire.handoff import KVOpen, KVOpened
 from ..protocol.handoff import Endpoint, open_mac
-from .leases import usable_until
+from ..protocol.leases import usable_until
 from .posting import Posting
 from .shipment import Shipment
 

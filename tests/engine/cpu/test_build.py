@@ -259,10 +259,15 @@ def test_a_row_does_not_feel_how_many_others_there_are(checkpoints: Path) -> Non
 
 @pytest.mark.parametrize("variant", ["llama without sharing", "llama, many heads to one", "qwen2 window", "gemma2"])
 def test_exact_results_show_neither_company_nor_chunks_nor_threads(checkpoints: Path, variant: str) -> None:
+    assert_exact(checkpoints / variant, dtype="bfloat16")
+
+
+def assert_exact(model_dir: Path, dtype: str) -> None:
+    """A sequence's tokens and log-probabilities are the same in any company, by any chunks and on any threads."""
     sampling = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, logprobs=3)
     found = []
     for chunk, lengths, num_threads in ((1000, (), 1), (7, (90,), 1), (100, (1, 40, 3), 1), (64, (1, 1), 3)):
-        run = Recorded(checkpoints / variant, is_native=True, deterministic=True, num_threads=num_threads)
+        run = Recorded(model_dir, is_native=True, dtype=dtype, deterministic=True, num_threads=num_threads)
         seq, *others = (run.driver.add(prompt, sampling) for prompt in prompts([300, *lengths], 500))
         while seq.num_output_tokens < 4:
             rows = [(seq, min(chunk, seq.num_uncomputed_tokens))]

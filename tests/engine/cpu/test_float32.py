@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from kvferry.common.errors import ConfigError
-from kvferry.common.request import SamplingParams
 from kvferry.engine.cpu import build
 from kvferry.engine.cpu.compiler import FLOAT32_SETS, SETS, NativeUnavailable
 from kvferry.engine.cpu.runner import NativeRunner
@@ -18,7 +17,7 @@ from kvferry.models.default import cache_dir
 from ...checkpoints import write_checkpoint
 from ...engine_driver import make_engine, prompts
 from ...transformers_checkpoints import write_model
-from .test_build import FEW_TOKENS, MANY_TOKENS, SAMPLING, VARIANTS, Recorded, Shape
+from .test_build import FEW_TOKENS, MANY_TOKENS, SAMPLING, VARIANTS, Recorded, Shape, assert_exact
 from .test_native_experts import QWEN3
 
 TOLERANCE = 1e-5  # of the range of logits, and of the largest entry of pages
@@ -60,20 +59,8 @@ def test_prompts_and_answers_are_those_of_torch(checkpoints: Path, variant: str,
 
 @pytest.mark.parametrize("variant", ["llama without sharing", "qwen2 window", "gemma2"])
 def test_exact_results_show_neither_company_nor_chunks_nor_threads(checkpoints: Path, variant: str) -> None:
-    sampling = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, logprobs=3)
-    found = []
-    for chunk, lengths, num_threads in ((1000, (), 1), (7, (90,), 1), (100, (1, 40, 3), 1), (64, (1, 1), 3)):
-        run = Recorded(
-            checkpoints / variant, is_native=True, dtype="float32", deterministic=True, num_threads=num_threads
-        )
-        seq, *others = (run.driver.add(prompt, sampling) for prompt in prompts([300, *lengths], 500))
-        while seq.num_output_tokens < 4:
-            rows = [(seq, min(chunk, seq.num_uncomputed_tokens))]
-            rows += [(other, min(20, other.num_uncomputed_tokens)) for other in others]
-            tokens = run.driver.step(rows)[0]
-            found += [(seq.num_output_tokens, tokens[0])] if tokens else []
+    assert_exact(checkpoints / variant, dtype="float32")
     torch.set_num_threads(1)
-    assert len(found) == 16 and all(one in found[:4] for one in found)
 
 
 def test_whole_numbers_and_experts_are_left_to_torch(checkpoints: Path, tmp_path: Path) -> None:
