@@ -190,7 +190,7 @@ private:
     // Of an expert that several ranks hold, one computes the row: as `Replicas` in engine/nn/experts.py does.
     void share_out(const Experts& e, const Element* normed, Choice* chosen) const {
         long positive = 0;
-        for (long i = 0; i < m_.hidden_size; i++) positive += normed[i] != 0 && normed[i] < 0x8000;
+        for (long i = 0; i < m_.hidden_size; i++) positive += widened(normed[i]) > 0.0f;
         for (long i = 0; i < e.num_chosen; i++) {
             if (positive % e.copies[chosen[i].expert] != e.turn[chosen[i].expert]) chosen[i].place = -1;
         }

@@ -50,13 +50,13 @@ void multiply(const Rows& x, const Tiles& w, Range part, Finish finish) {
             const int count = int(rows.last - rows.first);
             if (groups == 1) {
                 add_products<true, kPairLines>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
-                                      weights + near_lines(count) * kLine);
+                                               weights + near_lines(count) * kLine);
             } else if (groups < 4) {
                 add_products<true, kPairLines / 2>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
-                                      next + (group & 1) * w.pairs * (kPairLines / 2) * kLine);
+                                                   next + (group & 1) * w.pairs * (kPairLines / 2) * kLine);
             } else {
                 add_products<true, kPairLines / 4>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
-                                      next + (group & 3) * w.pairs * (kPairLines / 4) * kLine);
+                                                   next + (group & 3) * w.pairs * (kPairLines / 4) * kLine);
             }
             for (long row = rows.first; row < rows.last; row++) {
                 finish(row, index * kTileColumns, sums + (row - rows.first) * kTileColumns);
