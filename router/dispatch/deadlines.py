@@ -1,8 +1,9 @@
 """Time limits of requests: a pure judgement when one is due, carried out by the dispatcher.
 
-    deadline over, no worker for too long, every pair failed    the request fails
-    an answer or a token is missing, the workers are idle       the attempt fails
-    the prefill worker is through and nothing arrived           the decode worker is asked
+    deadline over, no worker for too long                    the request fails
+    an answer or a token is missing, the workers are idle    the attempt fails
+    the prefill worker is through and nothing arrived        the decode worker is asked
+    a handoff failed with every pair                         they are tried again, as long as attempts are left
 
 Most of these never fire: a worker that cannot go on says so, and one that is gone is seen at once. They are what is
 left when a message got lost with its session, so that every request ends.
@@ -21,7 +22,7 @@ from ..state.tracked_request import TrackedRequest
 from ..state.worker import RouterWorker
 
 WORKER_WAIT_S = 30.0  # for a worker to come, or to come back
-PAIR_WAIT_S = 1.0  # a handoff failed with every pair: a worker of one may just be found dead, and come back
+PAIR_WAIT_S = 1.0  # a handoff failed with every pair: a worker of one may just be found dead, or was only late
 FORGOTTEN_S = 3.5  # no message, and a heartbeat after that says that the worker is idle
 QUEUE_CHECK_S = 1.0  # a queued request is looked at so often at least
 CHECK_AGAIN_S = 0.1  # after a limit that has passed and decides nothing yet
@@ -32,6 +33,7 @@ ARRIVAL_LIMIT_S = 30.0  # from the last news of a computed prompt to its KV's ar
 
 class DeadlineVerdict(Enum):
     ASK = "ask"  # ask the decode worker whether the KV has arrived
+    TRY_AGAIN = "try again"  # the pairs that have failed
 
 
 class Deadlines:
@@ -81,7 +83,7 @@ class Deadlines:
         answer_due_s = tracked.attempt.answer_due_s
         return tracked.event_s + FORGOTTEN_S if answer_due_s is None else answer_due_s
 
-    def _judge_queued(self, tracked: TrackedRequest, now_s: float) -> StreamError | None:
+    def _judge_queued(self, tracked: TrackedRequest, now_s: float) -> StreamError | DeadlineVerdict | None:
         for role, since_s in self._absent_s.items():
             waited_s = now_s - max(since_s, tracked.event_s)
             if waited_s >= WORKER_WAIT_S:
@@ -91,8 +93,7 @@ class Deadlines:
             text = f"no worker that could hold the request for {now_s - search.misfit_s:.0f} s"
             return StreamError(text, "no_decode_capacity", 503)
         if search.lacks_s is not None and now_s - search.lacks_s >= PAIR_WAIT_S:
-            failures = "; ".join(search.failed_pairs.values())
-            return StreamError(f"no other pair of workers to try: {failures}", "handoff_failed", 500)
+            return DeadlineVerdict.TRY_AGAIN
         return None
 
 

@@ -318,6 +318,8 @@ class Dispatcher:
             case DeadlineVerdict.ASK:
                 assert tracked.attempt is not None
                 tracked.attempt.ask_if_arrived(now)
+            case DeadlineVerdict.TRY_AGAIN:
+                tracked.search.forgive_pairs()
             case None:
                 self._in_flight.settle(tracked, now)
                 if tracked.request.status is RequestStatus.QUEUED:

@@ -107,6 +107,11 @@ class Search:
         if pair is not None:
             self.failed_pairs[pair] = what
 
+    def forgive_pairs(self) -> None:
+        """Forget the failed pairs: there is no other one, and what failed once may not fail again."""
+        self.failed_pairs.clear()
+        self.lacks_s = None
+
     def note_late(self, pair: tuple[int, int]) -> bool:
         """Note that the pair's grant was not opened in time, and return whether it is not the first one.
 

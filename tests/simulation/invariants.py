@@ -36,7 +36,6 @@ _OUTRIGHT = frozenset(
     {
         "no_decode_capacity",
         "no_prefill_capacity",
-        "handoff_failed",
         "retry_budget_exhausted",
         "poison_request",
     }

@@ -13,13 +13,14 @@ from kvferry.kvcache.blocks import BlockPool
 from kvferry.prefill import role as prefill_role
 from kvferry.prefill.role import PrefillRole
 from kvferry.prefill.shipments import Shipments
-from kvferry.router.dispatch.deadlines import Deadlines
+from kvferry.router.dispatch.deadlines import Deadlines, DeadlineVerdict
 from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.dispatch.in_flight import InFlightRequests
 from kvferry.router.dispatch.losses import Losses
 from kvferry.router.dispatch.relay import Relay
 from kvferry.router.dispatch.worker_messages import WorkerMessages
 from kvferry.router.state.choice_state import ChoiceState, Drops
+from kvferry.router.state.errors import StreamError
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.token_stream import TokenStream
 from kvferry.router.state.worker import RouterWorker
@@ -229,6 +230,12 @@ def _judge_without_deadline(self: Deadlines, live: Any, now_s: float) -> Any:
 _judge_deadline = Deadlines.judge_deadline
 
 
+def _give_up_early(self: Deadlines, live: Any, now_s: float) -> Any:
+    """A request ends when every pair has failed it once, whatever attempts it has left."""
+    found = _judge_deadline(self, live, now_s)
+    return StreamError("no other pair", "handoff_failed", 500) if found is DeadlineVerdict.TRY_AGAIN else found
+
+
 def _forget_the_lost(self: Losses, worker: Any, reason: str, now_s: float) -> None:
     """Nobody goes on with what a lost worker had."""
 
@@ -359,6 +366,7 @@ BUGS = (
     Planted(
         "deadlines do not matter", frozenset({"I10"}), patches=((Deadlines, "judge_deadline", _judge_without_deadline),)
     ),
+    Planted("given up early", frozenset({"I8"}), patches=((Deadlines, "judge_deadline", _give_up_early),)),
     Planted("attempts without end", frozenset({"I11"}), patches=((InFlightRequests, "_last_straw", _no_last_straw),)),
     Planted("lost workers do not matter", frozenset({"I16"}), patches=((Losses, "on_left", _forget_the_lost),)),
     Planted("choices share a partial block", frozenset({"I3"}), patches=((SequenceBlocks, "share", _share_all),)),

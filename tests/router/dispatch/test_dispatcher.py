@@ -390,15 +390,23 @@ def test_a_pair_whose_handoff_failed_is_avoided_by_other_requests_for_a_while() 
     assert not p0.sent
 
 
-async def test_without_local_prefill_a_failed_handoff_of_the_only_pair_names_the_peer() -> None:
+async def test_without_local_prefill_the_only_pair_is_tried_until_no_attempt_is_left() -> None:
     fleet = Fleet(config(local_prefill=False))
     p, d = fleet.join("p-0"), fleet.join("d-0")
     stream, task = fleet.start(p, d)
+    for number in range(1, fleet.config.max_attempts):
+        fleet.failed(d, task)
+        p.take(Abort)
+        d.take(Abort)
+        fleet.wait(0.8, p, d)
+        assert not d.sent  # the next attempt waits for a moment
+        fleet.wait(2.0, p, d)
+        assert fleet.grant(d).spec.attempt == number
+        task = p.take(PrefillTask)
     fleet.failed(d, task)
-    fleet.wait(1.2, p, d)
     error = await failure(stream)
     assert error.code == "handoff_failed" and error.status == 500
-    assert "p-0 -> d-0" in str(error) and "a write failed" in str(error)
+    assert "5 attempts failed" in str(error) and "p-0 -> d-0" in str(error) and "a write failed" in str(error)
     assert not fleet.observer.fallbacks
 
 
