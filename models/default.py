@@ -25,6 +25,7 @@ from pathlib import Path
 
 from ..common.errors import ConfigError
 from .gguf.convert import convert_gguf
+from .gguf.files import gguf_files, gguf_name
 from .quantization import GGUF_KINDS
 
 Progress = Callable[[str, float], None]  # what is being done, fraction done
@@ -74,16 +75,22 @@ def default_model_dir(
 
 
 def gguf_model_dir(source: Path, progress: Progress | None = None, *, cache: Path | None = None) -> Path:
-    """Return the Hugging Face directory of a GGUF file, made now if it is missing: as large as the file."""
-    cache = cache or cache_dir()
-    found = source.stat()
-    marks = f"{source.resolve()}:{found.st_size}:{found.st_mtime_ns}:{found.st_ino}"
-    key = hashlib.sha256(marks.encode()).hexdigest()[:12]
-    target = cache / f"{source.stem}-{key}-gguf{_BLOCKS_VERSION}"
+    """Return the Hugging Face directory of a GGUF file, made now if it is missing: as large as the file.
+
+    `source` may be any of the files that a model is cut into. Raises ConfigError.
+    """
+    cache, files = cache or cache_dir(), gguf_files(source)
+    key = hashlib.sha256(",".join(map(_marks, files)).encode()).hexdigest()[:12]
+    target = cache / f"{gguf_name(source)}-{key}-gguf{_BLOCKS_VERSION}"
     if _is_complete(target):
         return target
-    work = partial(convert_gguf, source, kept=GGUF_KINDS)
+    work = partial(convert_gguf, files[0], kept=GGUF_KINDS)
     return _made(cache, target, work, partial(progress or _no_progress, f"unpacking {source.name}"))
+
+
+def _marks(file: Path) -> str:
+    found = file.stat()
+    return f"{file.resolve()}:{found.st_size}:{found.st_mtime_ns}:{found.st_ino}"
 
 
 def find_gguf(distribution: str = WHEEL) -> Path:

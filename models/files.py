@@ -20,6 +20,7 @@ from pathlib import Path
 from ..common.config import QuantizationName
 from ..common.errors import ConfigError
 from .default import DEFAULT_MODEL_NAME, Progress, default_model_dir, gguf_model_dir
+from .gguf.files import gguf_name
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")  # data only: no pickles, no code
@@ -61,7 +62,7 @@ def resolve_model(
         return ResolvedModel(default_model_dir(progress, keeps_blocks=quantization == "gguf"), DEFAULT_MODEL_NAME)
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return ResolvedModel(gguf_model_dir(path, progress), path.stem)
+        return ResolvedModel(gguf_model_dir(path, progress), gguf_name(path))
     return _checked(_local(name))
 
 

@@ -51,16 +51,18 @@ def write_as_gguf(
     kinds: Mapping[str, str] | None = None,
     *,
     fields: Callable[[gguf.GGUFWriter], None] | None = None,
+    tensors_per_file: int = 0,
 ) -> Path:
     """Write a GGUF file with blocks of `kinds`, by the ends of matrices' names ("": all others), F32 where none is
     named. The checkpoint is given the same weights and is returned. `fields`: the tokenizer's in place of plain ones.
+    `tensors_per_file`: at most, in several files; 0: all are in one.
     """
     import gguf
 
     config = _full_config(checkpoint)
     name = _ARCHITECTURES[config["architectures"][0]]
     own = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
-    writer = gguf.GGUFWriter(path, name)
+    writer = gguf.GGUFWriter(path, name, split_max_tensors=tensors_per_file)
     _write_fields(writer, config, name)
     (fields or plain_tokens(config["vocab_size"]))(writer)
     tensors = _Tensors(writer, gguf.get_tensor_name_map(own, config["num_hidden_layers"]), config, name, kinds or {})

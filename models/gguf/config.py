@@ -61,8 +61,6 @@ def gguf_architecture(fields: GgufFields) -> Architecture:
         value = fields.find(fields.of_model(name))
         if value is not None and value not in _NEUTRAL[name]:
             raise ValueError(f"{fields.of_model(name)} = {value!r} is not supported")
-    if (parts := fields.find("split.count")) not in (None, 0, 1):
-        raise ValueError(f"it is one of {parts} parts; join them first (`llama-gguf-split --merge`)")
     return found
 
 

@@ -1,4 +1,4 @@
-"""A model in one GGUF file, rewritten as a Hugging Face directory.
+"""A model in GGUF files, rewritten as a Hugging Face directory.
 
 The weights keep the file's blocks of quantized numbers, byte for byte, or become bfloat16, a few thousand rows at a
 time, so that a conversion needs little memory; tokenizer, chat template and configs come from the file's own fields.
@@ -25,13 +25,13 @@ from .config import (
     gguf_tokenizer_config,
 )
 from .experts import MXFP4, expert_tensors
-from .fields import GgufFields
+from .files import read_gguf
 from .rope import FACTORS
 from .tensors import ITEM_BYTES, Part, StoredTensor, less, shape_of, stored, undo_permutation
 from .tokenizer import write_gguf_tokenizer
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
+    from gguf import ReaderTensor
 
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _EXPERTS = re.compile(r"ffn_(gate|up|down)_exps")
@@ -46,22 +46,19 @@ def convert_gguf(
     kept: Collection[str] = (),
     sampling: Mapping[str, object] | None = None,
 ) -> None:
-    """Write the model in the GGUF file `source` into the existing directory `target`.
+    """Write the model in the GGUF file `source`, or in those that it is one of, into the existing directory `target`.
 
     `kept`: kinds of blocks that stay as they are; none: all numbers become bfloat16. `sampling`: what
     generation_config.json recommends. Raises ConfigError.
     """
-    from gguf import GGUFReader
-
     progress(0.0)
     try:
-        reader = GGUFReader(source)
-        fields = GgufFields(reader)
+        fields, sources = read_gguf(source)
         architecture = gguf_architecture(fields)
-        shapes = {tensor.name: shape_of(tensor) for tensor in reader.tensors}
-        config = gguf_model_config(fields, architecture, shapes, _rope_factors(reader))
+        shapes = {tensor.name: shape_of(tensor) for tensor in sources}
+        config = gguf_model_config(fields, architecture, shapes, _rope_factors(sources))
         tokenizer_config = gguf_tokenizer_config(fields, config["max_position_embeddings"])
-        tensors = list(_stored_tensors(reader, architecture, config, kept))
+        tensors = list(_stored_tensors(sources, architecture, config, kept))
         write_gguf_tokenizer(target / "tokenizer.json", fields)
     except (KeyError, ValueError, IndexError, TypeError, OverflowError, ZeroDivisionError) as error:
         raise ConfigError(f"{source} is not a model that kvferry can read: {error}") from error
@@ -73,10 +70,8 @@ def convert_gguf(
     _write_safetensors(target / "model.safetensors", tensors, progress)
 
 
-def _rope_factors(reader: GGUFReader) -> dict[str, list[float]]:
-    return {
-        tensor.name: [float(factor) for factor in tensor.data] for tensor in reader.tensors if tensor.name in FACTORS
-    }
+def _rope_factors(sources: list[ReaderTensor]) -> dict[str, list[float]]:
+    return {source.name: [float(factor) for factor in source.data] for source in sources if source.name in FACTORS}
 
 
 def _quantization(tensors: list[StoredTensor]) -> Json:
@@ -90,14 +85,14 @@ def _quantization(tensors: list[StoredTensor]) -> Json:
 
 
 def _stored_tensors(
-    reader: GGUFReader, of: Architecture, config: Json, kept: Collection[str]
+    sources: list[ReaderTensor], of: Architecture, config: Json, kept: Collection[str]
 ) -> Iterator[StoredTensor]:
     """Yield the tensors of the checkpoint.
 
     Raises ValueError, naming a tensor that is none of the architecture, or of a kind that is not read.
     """
     stacks: dict[str, dict[str, Part]] = {}  # by layer: the tensors of its experts
-    for source in reader.tensors:
+    for source in sources:
         part = Part.whole(source)
         match = _LAYER.fullmatch(part.name)
         stack = _EXPERTS.fullmatch(match[2]) if match is not None and of.experts != "none" else None

@@ -79,8 +79,10 @@ def write_gguf_tokenizer(path: Path, fields: GgufFields) -> None:
     for kinds, add in ((special, tokenizer.add_special_tokens), ({_USER_DEFINED}, tokenizer.add_tokens)):
         found = [token for token, own in zip(tokens, types, strict=True) if own in kinds and token in vocabulary]
         add([AddedToken(token, special=kinds is special, normalized=False) for token in found])
-    if fields.flag("tokenizer.ggml.add_bos_token", default=puts_bos):
-        _put_first(tokenizer, tokens[fields.integer("tokenizer.ggml.bos_token_id")])
+    first = _token(fields, tokens, "bos") if fields.flag("tokenizer.ggml.add_bos_token", default=puts_bos) else None
+    last = _token(fields, tokens, "eos") if fields.flag("tokenizer.ggml.add_eos_token", default=False) else None
+    if first is not None or last is not None:
+        _frame(tokenizer, first, last)
     tokenizer.save(str(path))
 
 
@@ -123,11 +125,15 @@ def _bpe(tokens: list[str], pairs: list[str], rules: _Rules) -> Tokenizer:
     return tokenizer
 
 
-def _put_first(tokenizer: Tokenizer, token: str) -> None:
-    """Let every text begin with a token."""
+def _token(fields: GgufFields, tokens: list[str], name: str) -> str:
+    return tokens[fields.integer(f"tokenizer.ggml.{name}_token_id")]
+
+
+def _frame(tokenizer: Tokenizer, first: str | None, last: str | None) -> None:
+    """Let every text begin with one token and end with another; None: with none."""
     from tokenizers import processors
 
-    own = tokenizer.token_to_id(token)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{token} $A", pair=f"{token} $A {token}:1 $B:1", special_tokens=[(token, own)]
-    )
+    single = [token for token in (first, "$A", last) if token is not None]
+    pair = [*single, *(f"{token}:1" for token in (first, "$B", last) if token is not None)]
+    own = sorted({token: tokenizer.token_to_id(token) for token in (first, last) if token is not None}.items())
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=own)

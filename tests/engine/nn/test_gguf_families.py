@@ -7,6 +7,7 @@ transformers reads an architecture's files itself, what it makes of a file is co
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from kvferry.engine.engine import Engine
 from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import gguf_model_dir
+from kvferry.models.files import resolve_model
 
 from ...engine_driver import make_engine
 from ...gguf_files import plain_tokens, write_as_gguf
@@ -132,6 +134,28 @@ def test_blocks_of_any_kind_mean_the_same_numbers(tmp_path: Path, variant: str) 
     assert_as_transformers(path, checkpoint, within=within)
 
 
+@pytest.mark.parametrize("model", ["qwen3moe", "gemma3"])
+def test_a_model_in_several_files_is_read_by_any_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.setenv("KVFERRY_CACHE", str(tmp_path / "cache"))
+    checkpoint = _checkpoint(tmp_path / "plain", model, {})
+    write_as_gguf(checkpoint, tmp_path / "big.gguf", {"v_proj": "Q8_0"}, tensors_per_file=5)
+    files = sorted(tmp_path.glob("big-*-of-*.gguf"))
+    assert len(files) > 3
+    first, last = resolve_model(str(files[0])), resolve_model(str(files[-1]))
+    assert first == last and first.served_name == "big"
+    check_checkpoint(first.dir, ModelConfig.from_dir(first.dir))
+    assert_as_transformers(first.dir, checkpoint)
+
+    files[1].rename(tmp_path / "away")
+    with pytest.raises(ConfigError, match=f"one of {len(files)} files; not beside it: {files[1].name}"):
+        resolve_model(str(files[0]))
+    shutil.copy(files[2], files[1])
+    with pytest.raises(ConfigError, match=f"{files[1].name} is by its fields part 3 of {len(files)}, by its name 2"):
+        resolve_model(str(files[0]))
+
+
 @pytest.mark.parametrize("model", READ_BY_TRANSFORMERS)
 def test_transformers_makes_the_same_of_a_file(tmp_path: Path, model: str) -> None:
     """What its own reader yields are the directory's tensors: two readers, neither of which knows the other."""
@@ -210,7 +234,7 @@ def test_other_architectures_are_refused_with_the_nearest(tmp_path: Path, name: 
         ("llama.attention.value_length", 32, "values of 32 numbers beside keys of"),
         ("llama.rope.dimension_count", 8, "llama.rope.dimension_count = 8: all of a head's 64 are turned"),
         ("llama.rope.scaling.type", "ntk", "'ntk' is not supported; these are: none, linear, yarn, longrope"),
-        ("split.count", 3, "one of 3 parts; join them first"),
+        ("split.count", 3, "m.gguf is by its fields part 1 of 3, by its name 1 of 1"),
         ("llama.block_count", 4_000_000_000, "llama.block_count = 4000000000, and it has 2 layers"),
     ],
 )

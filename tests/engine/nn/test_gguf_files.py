@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -131,6 +132,21 @@ def test_texts_are_cut_by_the_files_rules(tmp_path: Path, rules: str, parts: lis
     found = tokenizer.encode("ab 1234")
     assert found.tokens == parts and tokenizer.decode(found.ids) == "ab 1234"
     assert json.loads((path / "tokenizer_config.json").read_text())["eos_token"] == "<|eos|>"
+
+
+@pytest.mark.parametrize("puts_bos", [False, True])
+def test_texts_end_with_a_token_where_the_file_asks_for_it(tmp_path: Path, puts_bos: bool) -> None:
+    def ask(writer: gguf.GGUFWriter) -> None:
+        writer.add_add_bos_token(puts_bos)
+        writer.add_add_eos_token(True)
+
+    write_gguf(tmp_path / "m.gguf", "llama", {"": "Q8_0"}, fields=ask)
+    path = gguf_model_dir(tmp_path / "m.gguf", cache=tmp_path / "cache")
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    first = ["<|bos|>"] if puts_bos else []
+    assert tokenizer.encode("ab").tokens == [*first, "ab", "<|eos|>"]
+    assert tokenizer.encode("ab", "ab").tokens == [*first, "ab", "<|eos|>"] * 2
+    assert tokenizer.encode("ab", add_special_tokens=False).tokens == ["ab"]
 
 
 def test_the_end_of_a_turn_ends_an_answer(tmp_path: Path) -> None:
