@@ -144,11 +144,9 @@ def _layout(deployment: Deployment, model: ModelConfig) -> str:
 
 def _in_torch(deployment: Deployment, model: ModelConfig) -> str:
     """Say that torch computes a model on CPUs, where there is no C++ for a part of it."""
-    from ..models.native import not_in_native
-    from ..sizing.memory import item_bytes
+    from ..launch.engine_checks import lacks_native
 
-    engines = [worker.config.engine for worker in deployment.workers if not worker.gpus]
-    found = (not_in_native(model, is_float32=item_bytes(engine, model) == 4) for engine in engines)
+    found = (lacks_native(worker.config.engine, model) for worker in deployment.workers if not worker.gpus)
     missing = dict.fromkeys(chain.from_iterable(found))  # once each
     return f" Torch computes the model: there is no C++ for {', '.join(missing)}." if missing else ""
 
@@ -270,8 +268,9 @@ def _become_worker(settings: ServeSettings, role: Literal["prefill", "decode"]) 
     config = plan_worker(settings, role, pool, resolved.dir, name, worker_id=worker_id)
     config = config.model_copy(update={"host": settings.handoff_host, "port": settings.handoff_port})
     alone = Deployment(plan_router(settings, resolved.dir, name), (WorkerPlan(config),))
-    fitted = fit_to_host(alone, read_host(environment()), ModelConfig.from_dir(resolved.dir))
-    check_kernels(fitted)
+    model = ModelConfig.from_dir(resolved.dir)
+    fitted = fit_to_host(alone, read_host(environment()), model)
+    check_kernels(fitted, model)
     _become(WORKER_PROGRAM, fitted.workers[0].config, secrets)
 
 

@@ -12,6 +12,8 @@ from ..common.errors import ConfigError
 from ..kvcache.blocks import MIN_CACHE_TOKENS, too_small_a_cache
 from ..models.config import ModelConfig
 from ..models.experts import expert_plan
+from ..models.native import not_in_native
+from ..models.quantization import chosen_quantization
 from ..sizing.memory import RANK_BYTES, cache_token_bytes, item_bytes, weight_bytes
 from .host import Host
 from .plan import Deployment
@@ -44,6 +46,20 @@ def check_model(deployment: Deployment, model: ModelConfig) -> None:
 def _rest(counts: Mapping[str, int]) -> str:
     names = {"intermediate_size": "inner columns", "moe_intermediate_size": "of an expert", "num_experts": "experts"}
     return ", ".join(f"{counts[name]} {what}" for name, what in names.items() if name in counts)
+
+
+def is_float32(engine: EngineConfig, model: ModelConfig) -> bool:
+    """Return whether the engine computes in float32."""
+    return item_bytes(engine, model) == 4
+
+
+def lacks_native(engine: EngineConfig, model: ModelConfig) -> list[str]:
+    """Name each part of the model, as this engine serves it on a CPU, that there is no C++ for: torch computes it then.
+
+    Raises ConfigError for a quantization that does not go with the checkpoint.
+    """
+    quantization = chosen_quantization(model.quantization, engine.quantization)
+    return not_in_native(model, quantization, is_float32=is_float32(engine, model))
 
 
 def check_engine(engine: EngineConfig, model: ModelConfig) -> None:

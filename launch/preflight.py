@@ -33,7 +33,7 @@ from ..settings.exposure import check_exposure
 from ..settings.fields import ServeSettings
 from ..settings.open_files import room_for_connections
 from ..wire.channel import Address
-from .engine_checks import check_engine, check_memory, check_model
+from .engine_checks import check_engine, check_memory, check_model, is_float32, lacks_native
 from .host import Host, read_host, why_not_bindable
 from .plan import Deployment, absolute, fit_to_host, plan
 from .reload import read_credentials
@@ -98,7 +98,7 @@ class Preflight:
             ("credentials", self._check_credentials, False),
             ("device", self._check_device, True),
             ("memory", self._check_memory, False),
-            ("kernels", lambda: check_kernels(self.deployment), False),
+            ("kernels", lambda: check_kernels(self.deployment, self.model), False),
             ("transfer", lambda: check_transfer(self._settings), False),
             ("launcher", self._check_launcher, False),
         )
@@ -224,7 +224,7 @@ def check_platform() -> str:
     return found
 
 
-def check_kernels(deployment: Deployment) -> str | Check:
+def check_kernels(deployment: Deployment, model: ModelConfig) -> str | Check:
     """Say what the fitted workers compute with. Raises ConfigError for a GPU without FlashInfer, and for an instruction
     set that the processor lacks.
     """
@@ -234,9 +234,15 @@ def check_kernels(deployment: Deployment) -> str | Check:
             raise ConfigError(f"device: a GPU is used, and {FLASHINFER.missing}; or use --device cpu")
         return "FlashInfer"
     try:
-        return f"native, {describe(engine.cpu_isa, is_float32=engine.dtype == 'float32')}"
-    except NativeUnavailable as reason:
-        return Check("kernels", Level.WARN, f"torch, several times slower: {reason}")
+        found = f"native, {describe(engine.cpu_isa, is_float32=is_float32(engine, model))}"
+    except NativeUnavailable as error:
+        reason = str(error)
+    else:
+        missing = lacks_native(engine, model)
+        if not missing:
+            return found
+        reason = f"there is no C++ for {', '.join(missing)}"
+    return Check("kernels", Level.WARN, f"torch, several times slower: {reason}")
 
 
 def check_transfer(settings: ServeSettings) -> str:

@@ -158,9 +158,7 @@ class _Counter:
         self._item_bytes = item_bytes(engine, model)
         self._on_gpu = engine.device == "cuda"
         is_float32 = self._item_bytes == _ITEM_BYTES["float32"]
-        # C++ has products of whole numbers beside bfloat16 alone: torch multiplies by plain ones.
-        is_torchs = is_float32 and quantization is not None and not quantization.is_float8
-        self._has_tiles = not (self._on_gpu or is_torchs or not_in_native(model, is_float32=is_float32))
+        self._has_tiles = not (self._on_gpu or not_in_native(model, quantization, is_float32=is_float32))
         self._quantization = quantization if self._on_gpu or self._has_tiles else None
         self._has_float8 = self._on_gpu and has_float8
         plan = expert_plan(engine, model.experts, model.sparse_layers) if num_ranks > 1 else None

@@ -114,6 +114,21 @@ def test_layout_says_what_there_is_no_cpp_for(run: Run, tmp_path: Path) -> None:
     assert "Torch computes the model: there is no C++ for latent attention" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ((), r"ok +kernels +native, avx2_float32"),
+        (("--quantization", "int8"), r"torch, .+ slower: there is no C\+\+ for quantized weights in float32"),
+    ],
+)
+def test_doctor_names_the_kernels_of_the_checkpoints_own_type(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...], found: str
+) -> None:
+    model = write_model(tmp_path / "tiny", dtype="float32")
+    result = run("doctor", str(model), "--port", "0", "--device", "cpu", *arguments)
+    assert re.search(found, result.stdout), result.stdout
+
+
 def test_dry_run_prints_each_process(run: Run, tmp_path: Path) -> None:
     model = write_model(tmp_path / "tiny")
     result = run(

@@ -254,7 +254,7 @@ def _common_library(comm: Communicator, cache: Path, isa: CpuIsa, *, is_float32:
 
 def _check_parts(config: ModelConfig, *, is_float32: bool) -> None:
     """Raise NativeUnavailable for what a family has and C++ has not."""
-    if missing := not_in_native(config, is_float32=is_float32):
+    if missing := not_in_native(config, config.quantization, is_float32=is_float32):
         raise NativeUnavailable(f"no C++ for {', '.join(missing)}")
 
 
