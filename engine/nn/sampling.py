@@ -29,8 +29,7 @@ from torch import Tensor
 
 from ...common.batch import Batch
 from ...common.request import SampledToken, SamplingParams
-
-_TOP_P_CANDIDATES = 1024  # looked at before a full sort, which is needed only for nearly flat distributions
+from .draws import draw
 
 
 @dataclass(slots=True, frozen=True)
@@ -229,9 +228,11 @@ def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
     random = [index for index, row in enumerate(rows) if not row.params.is_greedy and chosen[index]]
     if random:
         whole = logits if len(random) == len(rows) else logits[random]
-        drawn = _draw(whole, [rows[index] for index in random])
-        for index, ids in zip(random, drawn, strict=True):
-            chosen[index] = ids
+        temperatures = torch.tensor([rows[index].params.temperature for index in random]).unsqueeze(1)
+        for index, probabilities in zip(random, torch.softmax(whole / temperatures, -1).numpy(), strict=True):
+            row = rows[index]
+            uniforms = [uniform(row.params.seed, choice, row.output_index) for choice in row.choices]
+            chosen[index] = draw(probabilities, row.params, uniforms)
     return chosen
 
 
@@ -242,71 +243,3 @@ def _best(logits: Tensor) -> list[list[int]]:
     largest: list[float] = values[np.arange(len(best)), best].tolist()
     token_ids: list[int] = best.tolist()
     return [[token_id] if math.isfinite(value) else [] for token_id, value in zip(token_ids, largest, strict=True)]
-
-
-def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
-    params = [row.params for row in rows]
-    scaled = logits / _column([p.temperature for p in params], logits)
-    if any(p.min_p > 0 for p in params):
-        _keep_min_p(scaled, params)
-    if any(0 < p.top_k < logits.shape[1] for p in params):
-        _keep_top_k(scaled, params)
-    if any(p.top_p < 1 for p in params):
-        _keep_top_p(scaled, params)
-    cumulative = torch.softmax(scaled, -1).cumsum(-1, dtype=torch.float64)
-    return _invert(cumulative, rows)
-
-
-def _invert(cumulative: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
-    """Return the first token whose cumulative weight exceeds u * total: never one of weight zero; none where NaN."""
-    most = max(len(row.choices) for row in rows)
-    draws = [
-        [uniform(row.params.seed, choice, row.output_index) for choice in row.choices]
-        + [0.0] * (most - len(row.choices))
-        for row in rows
-    ]
-    total = cumulative[:, -1:]
-    points = torch.tensor(draws, dtype=torch.float64, device=cumulative.device) * total
-    points = points.minimum(torch.nextafter(total, torch.zeros_like(total)))
-    ids: list[list[int]] = torch.searchsorted(cumulative, points, right=True).tolist()
-    totals: list[float] = total.flatten().tolist()
-    return [
-        row_ids[: len(row.choices)] if math.isfinite(sum_) else []
-        for row_ids, row, sum_ in zip(ids, rows, totals, strict=True)
-    ]
-
-
-def _keep_min_p(logits: Tensor, params: Sequence[SamplingParams]) -> None:
-    """Drop tokens less probable than min_p times the best: in logits, further below it than log(min_p)."""
-    margin = _column([p.min_p for p in params], logits).log()  # min_p = 0: -inf, keeps all
-    logits.masked_fill_(logits < logits.amax(-1, keepdim=True) + margin, float("-inf"))
-
-
-def _keep_top_k(logits: Tensor, params: Sequence[SamplingParams]) -> None:
-    vocab_size = logits.shape[1]
-    counts = [p.top_k if 0 < p.top_k < vocab_size else 0 for p in params]
-    best = logits.topk(max(counts)).values
-    last = torch.tensor([max(count - 1, 0) for count in counts], device=logits.device).unsqueeze(1)
-    threshold = best.gather(1, last)
-    threshold[[i for i, count in enumerate(counts) if count == 0]] = float("-inf")
-    logits.masked_fill_(logits < threshold, float("-inf"))
-
-
-def _keep_top_p(logits: Tensor, params: Sequence[SamplingParams]) -> None:
-    """Keep the smallest set of best tokens whose probability reaches top_p; ties with the last one stay too."""
-    limits = _column([p.top_p for p in params], logits)
-    log_total = logits.logsumexp(-1, keepdim=True)
-    candidates = min(_TOP_P_CANDIDATES, logits.shape[1])
-    best = logits.topk(candidates).values
-    if bool(((best - log_total).exp().sum(-1, keepdim=True) < limits).any()):
-        best = logits.sort(descending=True).values
-    before = (best - log_total).exp().cumsum(-1).roll(1, -1)  # probability of all better tokens
-    before[:, 0] = 0.0
-    last = (before < limits).sum(-1, keepdim=True) - 1
-    threshold = best.gather(1, last.clamp_(min=0))
-    threshold.masked_fill_(limits >= 1, float("-inf"))
-    logits.masked_fill_(logits < threshold, float("-inf"))
-
-
-def _column(values: list[float], like: Tensor) -> Tensor:  # [rows, 1]
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
