@@ -28,6 +28,8 @@ from ..state.worker import RouterWorker
 from .due_times import DueTimes
 from .retries import RetryBudget
 
+_MOST_TOLD = 5  # failures in the error of a request that has no attempt left, the last ones
+
 log = structlog.get_logger(__name__)
 
 
@@ -110,7 +112,9 @@ class InFlightRequests:
         self._take_back(tracked, attempt)
         log.warning("attempt_failed", request_id=request.request_id, attempt=number, stage=stage, reason=blame.text)
         self._observer.on_retry(stage, blame.reason)
-        request.num_failures += blame.is_counted
+        if blame.is_counted:
+            request.num_failures += 1
+            tracked.failures[blame.text] = tracked.failures.get(blame.text, 0) + 1
         if blame.strike is not None:
             self._strike(tracked, blame.strike)
         error = self._poison(tracked) or self._last_straw(tracked, blame)
@@ -185,7 +189,8 @@ class InFlightRequests:
         if failures < self.max_attempts:
             return None
         status = 503 if blame.reason in (WORKER_LOST, "no_answer") else 500
-        return StreamError(f"{failures} attempts failed; the last one: {blame.text}", blame.reason, status)
+        each = [text if count == 1 else f"{text} ({count} times)" for text, count in tracked.failures.items()]
+        return StreamError(f"{failures} attempts failed: {'; '.join(each[-_MOST_TOLD:])}", blame.reason, status)
 
     def _put_off(self, tracked: TrackedRequest, blame: Blame, sessions: frozenset[int], now_s: float) -> None:
         """Charge the retry, and decide when it may begin."""

@@ -39,6 +39,7 @@ class TrackedRequest:
     is_suspended: bool = False  # it has made way for others, and waits in the queue until it is told to go on
     last_reason: str = ""  # of the last failure that was charged
     num_same: int = 0  # failures in a row for that reason
+    failures: dict[str, int] = field(default_factory=dict)  # what was counted towards its attempts, and how often
     ended_here: set[int] = field(default_factory=set)  # choices whose stop string was found
     search: Search = field(init=False)
 

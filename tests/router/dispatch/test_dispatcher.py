@@ -407,6 +407,7 @@ async def test_without_local_prefill_the_only_pair_is_tried_until_no_attempt_is_
     error = await failure(stream)
     assert error.code == "handoff_failed" and error.status == 500
     assert "5 attempts failed" in str(error) and "p-0 -> d-0" in str(error) and "a write failed" in str(error)
+    assert "(5 times)" in str(error)
     assert not fleet.observer.fallbacks
 
 
