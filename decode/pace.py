@@ -2,12 +2,15 @@
 
     step = rows of one token (decode_s) + prompt tokens x token_s        room = what a step may take - decode_s
 
+While prompts keep coming no step has rows alone. So what rows take is known by their number, from the calibration on,
+and between the numbers that were seen: the average of the last such steps would be that of other rows.
+
 Pure: times come in with the steps.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..common.batch import Batch, RowKind, StepOutput
 from ..common.pacing import MIN_CHUNK_TOKENS, longest_step_s
@@ -19,11 +22,38 @@ _OUTLIER = 2.0  # times what is known: one slow step is no new speed
 
 
 @dataclass(slots=True)
+class RowTimes:
+    """`RowTimes` learns what a step takes in which every row feeds one token, by the number of rows (seconds)."""
+
+    _known: dict[int, float] = field(default_factory=dict)
+
+    def learn(self, num_rows: int, step_s: float) -> None:
+        expected_s = self.of(num_rows)
+        value = min(step_s, _OUTLIER * expected_s) if expected_s else step_s
+        known = self._known.get(num_rows, value)
+        self._known[num_rows] = known + _SMOOTHING * (value - known)
+
+    def of(self, num_rows: int) -> float:
+        """Return what such a step takes; between and beyond the numbers that were seen on a line. 0: none was."""
+        if not self._known or num_rows in self._known:
+            return self._known.get(num_rows, 0.0)
+        fewer = [rows for rows in self._known if rows < num_rows]
+        more = [rows for rows in self._known if rows > num_rows]
+        if not fewer:
+            return self._known[min(more)]
+        low, high = (max(fewer), min(more)) if more else (min(fewer), max(fewer))
+        slope = (self._known[high] - self._known[low]) / (high - low) if high > low else 0.0
+        if more:
+            return self._known[low] + slope * (num_rows - low)
+        return self._known[high] + max(0.0, slope) * (num_rows - high)
+
+
+@dataclass(slots=True)
 class Pace:
     """`Pace` learns from one worker's decode steps."""
 
     objective_s: float | None = None  # per output token
-    decode_s: float = 0.0  # of steps in which every row feeds one token
+    row_times: RowTimes = field(default_factory=RowTimes)
     token_s: float = _INITIAL_TOKEN_S  # of a prompt token beside them
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
@@ -35,19 +65,21 @@ class Pace:
 
     def learn(self, step_s: float, *, num_chunk_tokens: int, num_rows: int) -> None:
         if num_chunk_tokens:
-            value = max(step_s - self.decode_s, step_s / 4) / num_chunk_tokens
+            value = max(step_s - self.decode_s(num_rows), step_s / 4) / num_chunk_tokens
             weight = _SMOOTHING * min(1.0, num_chunk_tokens / _WHOLE_CHUNK)
             self.token_s += weight * (min(value, _OUTLIER * self.token_s) - self.token_s)
         elif num_rows:
-            value = min(step_s, _OUTLIER * self.decode_s) if self.decode_s else step_s
-            self.decode_s += (_SMOOTHING if self.decode_s else 1.0) * (value - self.decode_s)
+            self.row_times.learn(num_rows, step_s)
 
-    @property
-    def room_s(self) -> float:
-        """Return the seconds that may come between two tokens of an answer beside its own step."""
-        return max(0.0, longest_step_s(self.objective_s, self.decode_s) - self.decode_s)
+    def decode_s(self, num_rows: int) -> float:
+        """Return what a step takes in which these rows feed one token each; of none, what one takes."""
+        return self.row_times.of(max(1, num_rows))
 
-    @property
-    def chunk_tokens(self) -> int:
-        """Prompt tokens for a step that has rows of running answers."""
-        return max(MIN_CHUNK_TOKENS, int(self.room_s / self.token_s))
+    def room_s(self, num_rows: int) -> float:
+        """Return the seconds that may come between two tokens of so many answers beside their own step."""
+        decode_s = self.decode_s(num_rows)
+        return max(0.0, longest_step_s(self.objective_s, decode_s) - decode_s)
+
+    def chunk_tokens(self, num_rows: int) -> int:
+        """Return how many prompt tokens a step takes along that has so many rows of running answers."""
+        return max(MIN_CHUNK_TOKENS, int(self.room_s(num_rows) / self.token_s))

@@ -93,7 +93,7 @@ class RolePair:
     def _prefill_step_s(self) -> float:
         """Return the seconds that a step of prompts may take."""
         decode = self.decode.scheduler
-        return min(MAX_STEP_S, decode.pace.room_s) if decode.num_running else MAX_STEP_S
+        return min(MAX_STEP_S, decode.pace.room_s(decode.num_running)) if decode.num_running else MAX_STEP_S
 
     def begin_step(self, batch: Batch) -> None:
         self._stepping.begin_step(batch)

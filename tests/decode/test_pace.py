@@ -23,31 +23,45 @@ def taught(pace: Pace) -> Pace:
 
 def test_with_an_objective_a_step_stays_within_four_fifths_of_it() -> None:
     pace = taught(Pace(objective_s=0.05))
-    assert abs(ROW_S + pace.chunk_tokens * TOKEN_S - 0.8 * 0.05) < 0.002
+    assert abs(ROW_S + pace.chunk_tokens(4) * TOKEN_S - 0.8 * 0.05) < 0.002
 
 
 def test_without_one_a_step_takes_fifty_milliseconds_or_four_decode_steps() -> None:
-    assert abs(ROW_S + taught(Pace()).chunk_tokens * TOKEN_S - 0.05) < 0.002
+    assert abs(ROW_S + taught(Pace()).chunk_tokens(4) * TOKEN_S - 0.05) < 0.002
     slow = Pace()
     for _ in range(30):
         slow.learn(0.1, num_chunk_tokens=0, num_rows=4)
         slow.learn(0.1 + 100 * TOKEN_S, num_chunk_tokens=100, num_rows=4)
-    assert abs(0.1 + slow.chunk_tokens * TOKEN_S - 0.4) < 0.02
+    assert abs(0.1 + slow.chunk_tokens(4) * TOKEN_S - 0.4) < 0.02
 
 
 def test_a_prompt_moves_on_however_tight_the_objective() -> None:
-    assert taught(Pace(objective_s=0.001)).chunk_tokens == MIN_CHUNK_TOKENS
+    assert taught(Pace(objective_s=0.001)).chunk_tokens(4) == MIN_CHUNK_TOKENS
 
 
 def test_one_slow_step_is_no_new_speed_and_a_new_speed_is_learned() -> None:
     pace = taught(Pace())
-    before = pace.chunk_tokens
+    before = pace.chunk_tokens(4)
     pace.learn(5.0, num_chunk_tokens=100, num_rows=4)
     pace.learn(5.0, num_chunk_tokens=0, num_rows=4)
-    assert pace.chunk_tokens > before / 2 and pace.decode_s < 2 * ROW_S
+    assert pace.chunk_tokens(4) > before / 2 and pace.decode_s(4) < 2 * ROW_S
     for _ in range(30):
         pace.learn(5 * ROW_S, num_chunk_tokens=0, num_rows=16)
-    assert abs(pace.decode_s - 5 * ROW_S) < 0.001
+    assert abs(pace.decode_s(16) - 5 * ROW_S) < 0.001
+
+
+def test_what_rows_take_is_known_though_prompts_come_with_every_step() -> None:
+    pace = Pace()
+    for num_rows, step_s in ((1, 0.02), (4, 0.03), (16, 0.07)):  # the calibration
+        pace.learn(step_s, num_chunk_tokens=0, num_rows=num_rows)
+    for _ in range(30):
+        pace.learn(0.07 + 50 * TOKEN_S, num_chunk_tokens=50, num_rows=16)
+    assert abs(0.07 + pace.chunk_tokens(16) * TOKEN_S - 4 * 0.07) < 0.002
+    assert abs(pace.decode_s(10) - 0.05) < 0.001 and abs(pace.decode_s(31) - 0.12) < 0.001
+    assert pace.decode_s(0) == pace.decode_s(1) == 0.02
+    for _ in range(30):
+        pace.learn(0.04, num_chunk_tokens=0, num_rows=1)
+    assert abs(pace.decode_s(1) - 0.04) < 0.001 and pace.decode_s(16) == 0.07
 
 
 def _sequence(name: str, num_tokens: int, priority: int = 0) -> Sequence:
@@ -77,4 +91,4 @@ def test_chunks_are_cut_beside_running_answers_alone() -> None:
     scheduler.complete(batch)
     scheduler.running[0].token_ids.append(7)
     scheduler.add(_sequence("late", 600))
-    assert _sizes(scheduler.schedule()) == {"alone": 1, "late": scheduler.pace.chunk_tokens}
+    assert _sizes(scheduler.schedule()) == {"alone": 1, "late": scheduler.pace.chunk_tokens(1)}
