@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import chain
 
 import torch
@@ -31,12 +31,12 @@ class NativeRunner:
         self.results = decoder.build if decoder.is_exact else ""
         self._num_layers = num_layers
         self._eos_token_ids = eos_token_ids
-        self._one_thread = one_thread if decoder.is_exact else nullcontext
         self._sample = sample_each if decoder.is_exact else sample
         self._prompt_logprobs = prompt_logprobs_each if decoder.is_exact else prompt_logprobs
 
     def calculating(self) -> AbstractContextManager[None]:
-        return self._one_thread()
+        # Torch's threads would go on spinning for milliseconds, on cores that the library's own need for the next step.
+        return one_thread()
 
     def decode(self, batch: Batch, on_layer: OnLayer | None) -> None:
         return None

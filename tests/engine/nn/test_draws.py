@@ -36,7 +36,7 @@ def _probabilities(seed: int, spread: float, *, levels: int = 0) -> NDArray[np.f
 def _kept(probabilities: NDArray[np.float32], params: SamplingParams) -> NDArray[np.bool_]:
     """Tell of each token whether it may be drawn, by the definitions and a sort of all of them."""
     exact = probabilities.astype(np.float64)
-    kept = probabilities >= np.float32(params.min_p) * probabilities.max()
+    kept: NDArray[np.bool_] = probabilities >= np.float32(params.min_p) * probabilities.max()
     ordered = np.sort(exact[kept])[::-1]
     if 0 < params.top_k < len(ordered):
         kept &= exact >= ordered[params.top_k - 1]
