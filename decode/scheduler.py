@@ -170,9 +170,8 @@ class DecodeScheduler:
             self._fill_rows()
             rows = self._decode_rows()
         budget = self._max_num_batched_tokens - len(rows)
-        chunks = self._chunk_rows(
-            min(budget, self.pace.chunk_tokens(len(rows))) if rows or self._is_background else budget
-        )
+        is_paced = bool(rows) or self._is_background
+        chunks = self._chunk_rows(min(budget, self.pace.chunk_tokens(len(rows))) if is_paced else budget)
         if self.speculation is not None and rows:
             budget -= sum(row.num_scheduled_tokens for row in chunks)
             self.speculation.draft(rows, budget, self.room_for)

@@ -51,7 +51,8 @@ def _kept(probabilities: Weights, params: SamplingParams) -> Ids | None:
     if 0 < top_k < len(ids):
         at_least = np.partition(weights, -top_k)[-top_k]
         ids, weights = ids[weights >= at_least], weights[weights >= at_least]
-        mass = float(weights.sum(dtype=np.float64))
+    if top_k:
+        mass = float(weights.sum(dtype=np.float64))  # of what top-k keeps, which top-p is a share of
     if params.top_p >= 1:
         return ids
     ordered = np.sort(weights)[::-1]
@@ -61,7 +62,10 @@ def _kept(probabilities: Weights, params: SamplingParams) -> Ids | None:
 
 
 def _candidates(probabilities: Weights, params: SamplingParams, top_k: int) -> tuple[Ids, float]:
-    """Return tokens among which are all that top-k and top-p keep, and the mass of all that min-p keeps."""
+    """Return tokens among which are all that top-k and top-p keep, and the mass of all that min-p keeps.
+
+    With top-k nobody asks for the mass.
+    """
     if params.min_p > 0:
         ids = np.flatnonzero(probabilities >= np.float32(params.min_p) * probabilities.max())
         return ids, float(probabilities[ids].sum(dtype=np.float64))

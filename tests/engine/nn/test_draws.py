@@ -69,6 +69,16 @@ def test_candidates_are_enough(seed: int, spread: float, levels: int, filters: d
         assert draw(probabilities, params, UNIFORMS) == np.searchsorted(cumulative, points, side="right").tolist()
 
 
+def test_top_p_is_a_share_of_what_top_k_keeps_though_no_candidate_is_left_out() -> None:
+    probabilities = np.full(SIZE, 0.1 / (SIZE - 20), np.float32)
+    probabilities[:20] = np.linspace(0.05, 0.04, 20)  # 0.9 in all, and all that stand above the first floor
+    params = SamplingParams(top_k=20, top_p=0.95)
+    assert draws._candidates(probabilities, params, 20)[0].tolist() == list(range(20))
+    found = draws._kept(probabilities, params)
+    assert found is not None and found.tolist() == np.flatnonzero(_kept(probabilities, params)).tolist()
+    assert len(found) == 19
+
+
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.1}])
 def test_what_has_no_weight_is_never_drawn(filters: dict[str, float]) -> None:
     probabilities = np.zeros(SIZE, np.float32)
