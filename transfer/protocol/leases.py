@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# The rest pays for clocks that run up to a thousandth apart, and for the time between the look at
-# the clock and the post.
+# The rest pays for clocks that run up to a thousandth apart, and for the time between the look at the clock and the
+# post.
 _USABLE_SHARE = 0.95
 
 
