@@ -1,19 +1,26 @@
-// One token's attention over a sequence's pages, for one KV head and the query heads that share it.
+// One token's attention over a sequence's pages, for a few KV heads and the query heads that share them.
 //
-// Keys come in tiles: scores of all the heads, the softmax's running maximum and sum (Milakov & Gimelshein 2018), then
-// the values, weighted. Keys and values are read once. Probabilities are rounded to elements where they weigh values, of
-// which two are taken at a time; their sum is not.
+// Keys come in tiles: scores of all the heads, their softmax, then the values, weighted. Keys and values are read once,
+// and it is their reading that takes the time: a block's heads stand side by side, and are fetched as they stand.
+// How scores are computed, and how sums of values stand in memory, is the instruction set's affair.
 #pragma once
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "softmax.hpp"
+#include "tiles.hpp"
 #include "vectors.hpp"
 
-constexpr int kTileKeys = 128;  // a multiple of every block size
-constexpr int kKeysAhead = 32;  // prefetched before they are needed
+#ifdef __AVX512BF16__
+#include "sets/avx512_attention.hpp"
+#else
+#include "sets/avx2_attention.hpp"
+#endif
+
+constexpr long kTileKeys = 256;  // a multiple of every block size
+constexpr int kBlocksAhead = 2;  // fetched before they are needed
+constexpr long kNearValues = 64 << 10;  // of a tile, for all KV heads: they stay near while its keys are read
 
 struct Pages {
     const Element* keys;       // block 0 of this layer and head; a block is [block_size][head_dim]
@@ -25,36 +32,67 @@ struct Pages {
     const Element* key(long index) const {
         return keys + blocks[index / block_size] * stride + index % block_size * head_dim;
     }
+    Pages of_head(int head) const { return {keys + head * block_size * head_dim, values, stride, blocks, block_size, head_dim}; }
 };
 
-// What does not depend on how scores become weights. TILE_KEYS: of a tile, a multiple of every block size.
-template <int TILE_KEYS>
+// What does not depend on how scores are computed.
 class TokenAttention {
 public:
-    TokenAttention(int num_heads, int head_dim)
-        : num_heads_(num_heads), head_dim_(head_dim), query_stride_((head_dim + 31) / 32 * 32),
-          queries_(num_heads * query_stride_), weights_(num_heads * kScoreStride), scores_(num_heads * kScoreStride),
-          sums_(num_heads * query_stride_), factor_(num_heads) {}
-
-    Element* query(int head) { return queries_.data() + head * query_stride_; }
+    TokenAttention(int group, int kv_heads, int head_dim, float cap)
+        : group_(group), head_dim_(head_dim), stride_(padded(head_dim, 32)), scores_(kv_heads * group * kScoreStride),
+          softmax_(kv_heads * group, head_dim, cap), weights_(scores_.size()), widened_(scores_.size()),
+          added_(kv_heads * group), factors_(added_.size()), sums_(added_.size() * stride_) {}
 
 protected:
-    static constexpr int kScoreStride = TILE_KEYS + 16;  // whole vectors are written at any multiple of 8
+    static constexpr long kScoreStride = kTileKeys + 16;  // whole vectors are written at any multiple of 8
 
-    float* scores(int head) { return scores_.data() + head * kScoreStride; }
-    Element* weights(int head) { return weights_.data() + head * kScoreStride; }
-    float* sums(int head) { return sums_.data() + head * query_stride_; }
-
-    void prefetch(const Element* rows, int count) const {
-        for (long at = 0; at < long(count) * head_dim_; at += kLine) _mm_prefetch(rows + at, _MM_HINT_T1);
+    // Attend to the keys [first, last), in tiles from `begin` on, and to the heads' sinks unless null; the result is
+    // out [kv_heads * group][head_dim]. score(begin, first, last) leaves scores of the keys of one tile.
+    template <class Score>
+    void attend(const Pages& pages, int kv_heads, long begin, long first, long last, const Element* sinks, Element* out,
+                Score score) {
+        const int heads = kv_heads * group_;
+        softmax_.reset(heads, sinks, heads);
+        std::fill_n(sums_.begin(), heads * stride_, 0.0f);
+        for (; begin < last; begin += kTileKeys) {
+            const long end = std::min(begin + kTileKeys, last), visible = std::max(begin, first);
+            const long width = padded(end - begin, 16);
+            score(begin, visible, end);
+            for (int head = 0; head < heads; head++) {
+                Element* weights = weights_.data() + head * kScoreStride;
+                factors_[head] = softmax_.weigh(head, scores(head), {visible - begin, end - begin}, width, weights);
+                added_[head] = weights_to_add(weights, width, widened_.data() + head * kScoreStride);
+            }
+            for (int kv = 0; kv < kv_heads; kv++) add_values(pages.of_head(kv), begin, visible, end, kv * group_);
+        }
+        for (int head = 0; head < heads; head++) {
+            store_in_order(sums(head), head_dim_, repeat(1.0f / softmax_.total(head)), out + head * head_dim_);
+        }
     }
 
-    // --- values -----------------------------------------------------------------------------------------
+    float* scores(int head) { return scores_.data() + head * kScoreStride; }
 
-    // A few heads and up to 64 dimensions at a time: their sums stay in registers.
-    void add_values(const Pages& pages, long begin, long first, long last) {
-        for (int head = 0; head < num_heads_; head += kHeadsAtOnce) {
-            switch (std::min(num_heads_ - head, kHeadsAtOnce)) {
+    // Pages are scattered, so that the processor cannot guess what comes next: it is told. For the keys of a block from
+    // `key` on: those some blocks further on, and where these are a token's first ones, all up to there.
+    void fetch_ahead(const Pages& pages, int kv_heads, long key, bool is_first, long last) const {
+        const long size = pages.block_size, ahead = key / size * size + kBlocksAhead * size;
+        for (long block = is_first ? key : ahead; block < std::min(last, ahead + size); block += size) {
+            const Element* keys = pages.key(block / size * size);
+            for (const Element* from : {keys, keys + pages.values}) {
+                for (long at = 0; at < kv_heads * size * head_dim_; at += kLine) _mm_prefetch(from + at, _MM_HINT_T1);
+            }
+        }
+    }
+
+    const int group_, head_dim_;
+    const long stride_;  // from head to head of what is as long as a query
+
+private:
+    float* sums(int head) { return sums_.data() + head * stride_; }
+
+    void add_values(const Pages& pages, long begin, long first, long last, int head) {
+        for (const int end = head + group_; head < end; head += kHeadsAtOnce) {
+            switch (std::min(end - head, kHeadsAtOnce)) {
                 case 1: add_values<1>(pages, begin, first, last, head); break;
                 case 2: add_values<2>(pages, begin, first, last, head); break;
                 case 3: add_values<3>(pages, begin, first, last, head); break;
@@ -65,173 +103,81 @@ protected:
 
     template <int HEADS>
     void add_values(const Pages& pages, long begin, long first, long last, int head) {
-        constexpr int kWide = 32 * kWideValues;
+        constexpr int kMany = kManyDimensions<HEADS>;
         int at = 0;
-        for (; at + kWide <= head_dim_; at += kWide) {
-            add_values<HEADS, kWideValues>(pages, begin, first, last, head, at);
+        for (; at + kMany <= head_dim_; at += kMany) add_values<HEADS, kMany>(pages, begin, first, last, head, at);
+        for (; at < head_dim_; at += kFewDimensions) {
+            add_values<HEADS, kFewDimensions>(pages, begin, first, last, head, at);
         }
-        for (; at < head_dim_; at += 32) add_values<HEADS, 1>(pages, begin, first, last, head, at);
     }
 
-    // Two keys' values side by side, as `lower_pairs` and `upper_pairs` leave them: of 32 dimensions the sums of 0..3,
-    // 8..11, 16..19 and 24..27 stand in one vector, the others in the next, until `finish`. A block has an even number of
-    // keys. The key before an odd first one has the weight zero; behind an odd last one lies what an earlier owner left,
-    // which is not read: NaN does not vanish by a weight of zero.
-    template <int HEADS, int VECTORS>
+    // DIMENSIONS from `at` on. Keys in pairs, of which a block has a whole number. The key before an odd first one has the
+    // weight zero.
+    template <int HEADS, int DIMENSIONS>
     void add_values(const Pages& pages, long begin, long first, long last, int head, int at) {
-        const Values there = first_values(head_dim_ - at), none = first_values(0);
-        Vector sum[HEADS][2 * VECTORS];
-#pragma GCC unroll 4
-        for (int h = 0; h < HEADS; h++) {
-#pragma GCC unroll 4
-            for (int i = 0; i < 2 * VECTORS; i++) {
-                sum[h][i] = load(sums(head + h) + at + 16 * i) * repeat(factor_[head + h]);
-            }
-        }
-        const auto add = [&](long key, const Element* values, Values other_there) __attribute__((always_inline)) {
-            Pairs pair[2 * VECTORS];
-#pragma GCC unroll 2
-            for (int i = 0; i < VECTORS; i++) {
-                const Pairs one = load_pairs(values + 32 * i, there);
-                const Pairs other = load_pairs(values + head_dim_ + 32 * i, other_there);
-                pair[2 * i] = lower_pairs(one, other);
-                pair[2 * i + 1] = upper_pairs(one, other);
-            }
-#pragma GCC unroll 4
-            for (int h = 0; h < HEADS; h++) {
-                const Pairs weight = repeat_pair(weights(head + h) + (key - begin));
-#pragma GCC unroll 4
-                for (int i = 0; i < 2 * VECTORS; i++) sum[h][i] = dot(sum[h][i], weight, pair[i]);
-            }
-        };
+        WeightedValues<HEADS, DIMENSIONS> added(sums(head) + at, stride_, factors_.data() + head, head_dim_, head_dim_ - at);
+        const Weight* const weights = added_[head];
         const long whole = last & ~1L;
         for (long key = first & ~1L; key < whole;) {
             const long block_end = std::min(whole, (key / pages.block_size + 1) * pages.block_size);
             const Element* values = pages.key(key) + pages.values + at;
-            for (; key < block_end; key += 2, values += 2 * head_dim_) add(key, values, there);
+            for (; key < block_end; key += 2, values += 2 * head_dim_) {
+                added.template add<false>(values, weights + (key - begin), kScoreStride);
+            }
         }
-        if (whole < last) add(whole, pages.key(whole) + pages.values + at, none);
-#pragma GCC unroll 4
-        for (int h = 0; h < HEADS; h++) {
-#pragma GCC unroll 4
-            for (int i = 0; i < 2 * VECTORS; i++) store(sums(head + h) + at + 16 * i, sum[h][i]);
+        if (whole < last) {
+            added.template add<true>(pages.key(whole) + pages.values + at, weights + (whole - begin), kScoreStride);
         }
+        added.store(sums(head) + at, stride_);
     }
 
-    // The result of a head, its dimensions in order.
-    void finish(int head, float total, Element* out) {
-        const Vector scale = repeat(1.0f / total);
-        for (int at = 0; at < head_dim_; at += 32) {
-            const Vector lower = load(sums(head) + at), upper = load(sums(head) + at + 16);
-            store(out + at, in_order<0>(lower, upper) * scale);
-            if (at + 16 == head_dim_) break;
-            store(out + at + 16, in_order<1>(lower, upper) * scale);
-        }
-    }
-
-    const int num_heads_, head_dim_, query_stride_;
-    std::vector<Element> queries_, weights_;
-    std::vector<float> scores_, sums_, factor_;
+    std::vector<float> scores_;
+    RunningSoftmax softmax_;
+    std::vector<Element> weights_;
+    std::vector<float> widened_;
+    std::vector<const Weight*> added_;  // of each head, kScoreStride from the next
+    std::vector<float> factors_, sums_;
 };
 
-class Attention : public TokenAttention<kTileKeys> {
+class Attention : public TokenAttention {
 public:
-    Attention(int num_heads, int head_dim, float cap)
-        : TokenAttention(num_heads, head_dim), bound_(bound_of(cap, head_dim)), most_(num_heads), total_(num_heads) {}
+    Attention(int group, int kv_heads, int head_dim, float cap)
+        : TokenAttention(group, kv_heads, head_dim, cap), queries_(kv_heads * group * stride_) {}
 
-    // Attend with the queries over the keys [first, last), and the heads' sinks unless null; the result is
-    // out [num_heads][head_dim].
-    void attend(const Pages& pages, long first, long last, const Element* sinks, Element* out) {
-        std::fill(most_.begin(), most_.end(), -std::numeric_limits<float>::infinity());
-        std::fill(total_.begin(), total_.end(), sinks == nullptr ? 0.0f : 1.0f);
-        for (int head = 0; sinks != nullptr && head < num_heads_; head++) most_[head] = widened(sinks[head]) * kLog2E;
-        std::fill(sums_.begin(), sums_.end(), 0.0f);
-        for (long begin = first / pages.block_size * pages.block_size; begin < last; begin += kTileKeys) {
-            const long end = std::min(begin + kTileKeys, last), visible = std::max(begin, first);
-            score(pages, begin, end, last);
-            for (int head = 0; head < num_heads_; head++) weigh(head, visible - begin, end - begin);
-            add_values(pages, begin, visible, end);
+    // Attend with queries [kv_heads * group][head_dim] over the keys [first, last), and the heads' sinks unless null; the
+    // result is as large as they, and may be where they are.
+    void attend(const Pages& pages, int kv_heads, const Element* queries, long first, long last, const Element* sinks,
+                Element* out) {
+        for (int head = 0; head < kv_heads * group_; head++) {
+            set_query(queries + head * head_dim_, head_dim_, queries_.data() + head * stride_);
         }
-        for (int head = 0; head < num_heads_; head++) finish(head, total_[head], out + head * head_dim_);
+        const long start = first / pages.block_size * pages.block_size;
+        TokenAttention::attend(pages, kv_heads, start, first, last, sinks, out, [&](long begin, long, long end) {
+            for (long key = begin; key < end; key += std::min(16L, pages.block_size)) {
+                if (key % pages.block_size == 0) fetch_ahead(pages, kv_heads, key, key == start, last);
+                for (int kv = 0; kv < kv_heads; kv++) score(pages.of_head(kv), begin, key, end, kv * group_);
+            }
+        });
     }
 
 private:
-    // --- scores -----------------------------------------------------------------------------------------
-
-    // Pages are scattered, so that the processor cannot guess what comes next: it is told.
-    void score(const Pages& pages, long begin, long end, long last) {
-        const long step = std::min(16L, pages.block_size);
-        for (long key = begin; key < end; key += step) {
-            const Element* keys = pages.key(key);
-            const int count = int(std::min(step, end - key));
-            prefetch(keys + pages.values, count);
-            if (key + kKeysAhead < last) prefetch(pages.key(key + kKeysAhead), int(step));
-            for (int head = 0; head < num_heads_; head++) {
-                store(scores(head) + (key - begin), dots(query(head), keys, count));
+    // Of the group of heads from `head` on, with up to 16 keys from `key` on.
+    void score(const Pages& pages, long begin, long key, long last, int head) {
+        const Element* keys = pages.key(key);
+        const int count = int(std::min({16L, pages.block_size, last - key}));
+        for (const int end = head + group_; head < end; head += kHeadsAtOnce) {
+            const auto add = [&]<int HEADS>() {
+                score_16<HEADS>(queries_.data() + head * stride_, stride_, keys, head_dim_, count,
+                                scores(head) + (key - begin), kScoreStride);
+            };
+            switch (std::min(end - head, kHeadsAtOnce)) {
+                case 1: add.template operator()<1>(); break;
+                case 2: add.template operator()<2>(); break;
+                case 3: add.template operator()<3>(); break;
+                default: add.template operator()<4>();
             }
         }
     }
 
-    Vector dots(const Element* query, const Element* keys, int count) const {
-        if (count < 16) return dots<0, false>(query, keys, count);
-        if (head_dim_ == 64) return dots<64, true>(query, keys, count);
-        if (head_dim_ == 128) return dots<128, true>(query, keys, count);
-        return dots<0, true>(query, keys, count);
-    }
-
-    // Lane i: the query with key i; past `count`, with the last key. HEAD_DIM 0: known at run time.
-    template <int HEAD_DIM, bool WHOLE>
-    Vector dots(const Element* query, const Element* keys, int count) const {
-        const int head_dim = HEAD_DIM ? HEAD_DIM : head_dim_;
-        Vector sums[16];
-#pragma GCC unroll 4
-        for (int first = 0; first < 16; first += kDotsAtOnce) {
-            Vector sum[kDotsAtOnce];
-#pragma GCC unroll 16
-            for (int i = 0; i < kDotsAtOnce; i++) sum[i] = repeat(0.0f);
-#pragma GCC unroll 8
-            for (int at = 0; at < head_dim; at += 32) {
-                const Values there = first_values(head_dim - at);
-                const Pairs part = load_pairs(query + at);
-#pragma GCC unroll 16
-                for (int i = 0; i < kDotsAtOnce; i++) {
-                    const int row = WHOLE ? first + i : std::min(first + i, count - 1);
-                    sum[i] = dot(sum[i], part, load_pairs(keys + row * head_dim + at, there));
-                }
-            }
-#pragma GCC unroll 16
-            for (int i = 0; i < kDotsAtOnce; i++) sums[first + i] = sum[i];
-        }
-        return sums_of_16(sums);
-    }
-
-    // --- softmax ----------------------------------------------------------------------------------------
-
-    // Scores [first, last) of the tile to weights relative to the largest score so far.
-    void weigh(int head, long first, long last) {
-        float* scores = this->scores(head);
-        const Vector scale = repeat(kLog2E / __builtin_sqrtf(float(head_dim_)));
-        const Vector none = repeat(-std::numeric_limits<float>::infinity());
-        Vector most = none;
-        for (long i = first / 16 * 16; i < last; i += 16) {
-            Vector values = load(scores + i);
-            if (bound_ != 0.0f) values = capped(values, bound_);
-            values = select(between(first - i, last - i), values * scale, none);
-            store(scores + i, values);
-            most = max(most, values);
-        }
-        const float largest = std::max(most_[head], max_of(most));
-        Vector total = repeat(0.0f);
-        for (long i = first / 16 * 16; i < last; i += 16) {
-            const Vector weight = exp2(load(scores + i) - repeat(largest));
-            store(weights(head) + i, weight);
-            total = total + weight;
-        }
-        factor_[head] = lane_0(exp2(repeat(most_[head] - largest)));
-        most_[head] = largest;
-        total_[head] = total_[head] * factor_[head] + sum_of(total);
-    }
-
-    const float bound_;
-    std::vector<float> most_, total_;
+    std::vector<Query> queries_;
 };

@@ -64,7 +64,7 @@ public:
     int num_threads() const { return team_.size(); }
 
     void forward(Step& step) {
-        plan_attention(step, m_);
+        plan_attention(step, m_, team_.max_size());
         reserve(step);
         if (m_.sum_over_ranks != nullptr) {
             forward_in_ranks(step);

@@ -11,57 +11,51 @@
 #include "softmax.hpp"
 #include "vectors.hpp"
 
-class ExactAttention : public TokenAttention<PromptAttention::kKeys> {
+class ExactAttention : public TokenAttention {
 public:
-    ExactAttention(int num_heads, int head_dim, float cap)
-        : TokenAttention(num_heads, head_dim), keys_(kTileColumns * head_dim), softmax_(num_heads, head_dim, cap) {}
+    ExactAttention(int group, int kv_heads, int head_dim, float cap)
+        : TokenAttention(group, kv_heads, head_dim, cap), queries_(kv_heads * group * stride_),
+          keys_(kTileColumns * head_dim) {}
 
-    // Attend with the queries, which are at `position`; the result is out [num_heads][head_dim].
-    void attend(const Pages& pages, long position, long window, const Element* sinks, Element* out) {
-        constexpr long kKeys = PromptAttention::kKeys;
-        const long first = PromptAttention::first_key(position, window), last = position + 1;
-        softmax_.reset(num_heads_, sinks, num_heads_);
-        std::fill(sums_.begin(), sums_.end(), 0.0f);
-        for (long begin = first / kKeys * kKeys; begin < last; begin += kKeys) {
-            const long end = std::min(begin + kKeys, last), visible = std::max(begin, first);
-            score(pages, begin, visible, end, last);
-            for (int head = 0; head < num_heads_; head++) {
-                factor_[head] = softmax_.weigh(head, scores(head), {visible - begin, end - begin},
-                                               padded(end - begin, kTileColumns), weights(head));
-            }
-            add_values(pages, begin, visible, end);
+    // As `Attention::attend`, for the token at `position`.
+    void attend(const Pages& pages, int kv_heads, const Element* queries, long position, long window, const Element* sinks,
+                Element* out) {
+        for (int head = 0; head < kv_heads * group_; head++) {
+            std::copy_n(queries + head * head_dim_, head_dim_, queries_.data() + head * stride_);
         }
-        for (int head = 0; head < num_heads_; head++) finish(head, softmax_.total(head), out + head * head_dim_);
+        const long first = PromptAttention::first_key(position, window), last = position + 1;
+        const long start = first / kTileKeys * kTileKeys;
+        TokenAttention::attend(pages, kv_heads, start, first, last, sinks, out, [&](long begin, long visible, long end) {
+            long key = begin + (visible - begin) / kTileColumns * kTileColumns;
+            for (; key < end; key += kTileColumns) {
+                const long from = std::max(key, visible) / 16 * 16, to = std::min(end, key + kTileColumns);
+                for (long at = from / pages.block_size * pages.block_size; at < to; at += pages.block_size) {
+                    if (at >= key) fetch_ahead(pages, kv_heads, at, at <= first, last);
+                }
+                for (int kv = 0; kv < kv_heads; kv++) {
+                    score(pages.of_head(kv), from, to, last, kv * group_, key - begin);
+                }
+            }
+        });
     }
 
 private:
-    void score(const Pages& pages, long begin, long first, long end, long last) {
-        for (long key = begin + (first - begin) / kTileColumns * kTileColumns; key < end; key += kTileColumns) {
-            for (long i = std::max(key, first) / 16 * 16; i < std::min(end, key + kTileColumns); i += 16) {
-                pack(pages, i, last, keys_.data() + (i - key) * 2);
-            }
-            for (int head = 0; head < num_heads_; head += kRowsAtOnce) {
-                add_products<true, 0>(std::min(num_heads_ - head, kRowsAtOnce), query(head), query_stride_,
-                                      keys_.data(), head_dim_ / 2, scores(head) + (key - begin), kScoreStride, nullptr);
-            }
+    // Of the group of heads from `head` on, with the keys [first, end), which are some of a tile's columns from `at` on.
+    void score(const Pages& pages, long first, long end, long last, int head, long at) {
+        for (long key = first; key < end; key += 16) pack(pages, key, last, keys_.data() + key % kTileColumns * 2);
+        for (const int end = head + group_; head < end; head += kRowsAtOnce) {
+            add_products<true, 0>(std::min(end - head, kRowsAtOnce), queries_.data() + head * stride_, stride_,
+                                  keys_.data(), head_dim_ / 2, scores(head) + at, kScoreStride, nullptr);
         }
     }
 
-    // 16 keys from `key` on; past the last one, it again. Pages are scattered: the processor is told what comes next.
+    // 16 keys from `key` on; past the last one, it again.
     void pack(const Pages& pages, long key, long last, Element* target) const {
         const Element* source[16];
-        const long step = std::min(16L, pages.block_size);
-        for (long i = 0; i < 16; i += step) {
-            const long start = std::min(key + i, last - 1);
-            const Element* keys = pages.key(start);
-            const long count = std::min(step, last - start);
-            prefetch(keys + pages.values, int(count));
-            if (start + kKeysAhead < last) prefetch(pages.key(start + kKeysAhead), int(step));
-            for (long j = 0; j < step; j++) source[i + j] = keys + std::min(j, count - 1) * head_dim_;
-        }
+        for (long i = 0; i < 16; i++) source[i] = pages.key(std::min(key + i, last - 1));
         for (int at = 0; at < head_dim_; at += 32) pack_keys(source, head_dim_, at, target + at * kTileColumns);
     }
 
+    std::vector<Element> queries_;
     std::vector<Element> keys_;  // a tile whose columns are keys
-    RunningSoftmax softmax_;
 };

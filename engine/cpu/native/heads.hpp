@@ -14,7 +14,8 @@
 // One thread's own.
 struct HeadScratch {
     HeadScratch(const Model& m, int group, bool is_exact)
-        : attention(group, int(m.head_dim), float(m.score_cap)), exact_attention(group, int(m.head_dim), float(m.score_cap)),
+        : attention(group, kv_heads_at_once(m), int(m.head_dim), float(m.score_cap)),
+          exact_attention(group, kv_heads_at_once(m), int(m.head_dim), float(m.score_cap)),
           prompt_attention(group, int(m.head_dim), float(m.score_cap), is_exact), head(m.head_dim) {}
     Attention attention;
     ExactAttention exact_attention;
@@ -73,17 +74,17 @@ public:
         const Pages pages = this->pages(layer, piece.kv_head, row);
         const long window = layer.attention.window, position = row.start + piece.first;
         const Element* sinks = layer.attention.sinks == nullptr ? nullptr : layer.attention.sinks + piece.kv_head * group();
-        if (piece.tokens > 1 || (is_exact_ && !kSumsInRegisters)) {  // no vector adds up as the matrix unit does
-            own.prompt_attention.attend(pages, heads, piece.tokens, position, window, sinks, heads, stride);
-            return;
+        if (piece.tokens == 1 && !is_exact_) {
+            const long first = PromptAttention::first_key(position, window);
+            own.attention.attend(pages, piece.kv_heads, heads, first, position + 1, sinks, heads);
+        } else if (piece.tokens == 1 && kSumsInRegisters) {
+            own.exact_attention.attend(pages, piece.kv_heads, heads, position, window, sinks, heads);
+        } else {  // also where no vector adds up as the matrix unit does
+            for (int kv = 0; kv < piece.kv_heads; kv++, heads += group() * m_.head_dim) {
+                const Element* own_sinks = sinks == nullptr ? nullptr : sinks + kv * group();
+                own.prompt_attention.attend(pages.of_head(kv), heads, piece.tokens, position, window, own_sinks, heads, stride);
+            }
         }
-        if (is_exact_) {
-            set_queries(own.exact_attention, heads);
-            own.exact_attention.attend(pages, position, window, sinks, heads);
-            return;
-        }
-        set_queries(own.attention, heads);
-        own.attention.attend(pages, PromptAttention::first_key(position, window), position + 1, sinks, heads);
     }
 
 private:
@@ -104,13 +105,6 @@ private:
         const long head_size = m_.block_size * m_.head_dim;
         return {layer.pages + kv_head * head_size, m_.num_kv_heads * head_size, m_.page_stride, row.blocks, m_.block_size,
                 m_.head_dim};
-    }
-
-    template <class OneToken>
-    void set_queries(OneToken& attention, const Element* heads) const {
-        for (int head = 0; head < group(); head++) {
-            std::copy_n(heads + head * m_.head_dim, m_.head_dim, attention.query(head));
-        }
     }
 
     const Model m_;

@@ -23,7 +23,7 @@ inline void pack_keys(const Element* const* source, int head_dim, int at, Elemen
 class PromptAttention {
 public:
     static constexpr long kRows = 240;  // query rows, tokens x heads, that a tile is packed for
-    static constexpr long kKeys = 256;  // of a tile
+    static constexpr long kKeys = kTileKeys;
 
     // `is_exact`: tiles begin at multiples of kKeys also behind a window, so that a token's result is the same whatever
     // tokens are attended with it.

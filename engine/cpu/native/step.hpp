@@ -14,13 +14,19 @@ struct Row {
     const std::int32_t* blocks;
 };
 
-// Attention of `tokens` tokens of a row, from the row's token `first` on, for one KV head.
+// Attention of `tokens` tokens of a row, from the row's token `first` on, for `kv_heads` KV heads from `kv_head` on.
 struct Piece {
     const Row* row;
-    long first, tokens, kv_head;
+    long first, tokens;
+    int kv_head, kv_heads;
 
-    long cost() const { return tokens * (row->start + first + tokens); }
+    long cost() const { return tokens * (row->start + first + tokens) * kv_heads; }
 };
+
+// KV heads that one token attends to together, at most.
+inline int kv_heads_at_once(const Model& model) {
+    return int(std::clamp(kNearValues / (kTileKeys * long(model.head_dim)), 1L, long(model.num_kv_heads)));
+}
 
 // Pointers are the caller's. `wanted`: the packed tokens whose hidden states are asked for, grouped by nothing.
 struct Step {
@@ -50,20 +56,35 @@ inline void set_adapters(Step& step, const std::int32_t* adapters) {
 
 inline void add_pieces(std::vector<Piece>& pieces, const Row& row, Range tokens, const Model& model) {
     const long at_once = PromptAttention::tokens_at_once(int(model.num_qo_heads / model.num_kv_heads));
-    for (long kv_head = 0; kv_head < model.num_kv_heads; kv_head++) {
+    for (int kv_head = 0; kv_head < model.num_kv_heads; kv_head++) {
         for (long first = tokens.first; first < tokens.last; first += at_once) {
-            pieces.push_back({&row, first, std::min(at_once, tokens.last - first), kv_head});
+            pieces.push_back({&row, first, std::min(at_once, tokens.last - first), kv_head, 1});
         }
     }
 }
 
-// The dearest first, so that threads end together.
-inline void sort_pieces(std::vector<Piece>& pieces) {
+// Several KV heads of one token become a piece, whose keys are read faster than head by head, as long as no thread has
+// more than its part of all by that. The dearest come first, so that threads end together.
+inline void share_pieces(std::vector<Piece>& pieces, const Model& model, int threads) {
+    long all = 0;
+    for (const Piece& piece : pieces) all += piece.cost();
+    const int most = kv_heads_at_once(model);
+    std::size_t kept = 0;
+    for (const Piece& piece : pieces) {
+        Piece* last = kept == 0 ? nullptr : &pieces[kept - 1];
+        const bool is_next = last != nullptr && piece.tokens == 1 && last->row == piece.row && last->first == piece.first;
+        if (is_next && last->kv_heads < most && last->cost() * threads < all) {
+            last->kv_heads++;
+        } else {
+            pieces[kept++] = piece;
+        }
+    }
+    pieces.resize(kept);
     std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.cost() > b.cost(); });
 }
 
 // Fills both lists of pieces from the rows and the wanted tokens.
-inline void plan_attention(Step& step, const Model& model) {
+inline void plan_attention(Step& step, const Model& model, int threads) {
     for (const Row& row : step.rows) add_pieces(step.pieces, row, {0, row.length}, model);
     std::vector<std::int32_t> wanted(step.wanted, step.wanted + step.num_wanted);
     std::sort(wanted.begin(), wanted.end());
@@ -76,6 +97,6 @@ inline void plan_attention(Step& step, const Model& model) {
             add_pieces(step.last_pieces, row, {first, last}, model);
         }
     }
-    sort_pieces(step.pieces);
-    sort_pieces(step.last_pieces);
+    share_pieces(step.pieces, model, threads);
+    share_pieces(step.last_pieces, model, threads);
 }

@@ -33,6 +33,8 @@ public:
         for (std::thread& thread : threads_) thread.join();
     }
 
+    int max_size() const { return max_size_; }
+
     // Of those who run now; within a job.
     int size() const { return size_; }
 

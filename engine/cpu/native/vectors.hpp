@@ -66,18 +66,20 @@ inline Vector exp2(Vector x) {
     return times_power(y, whole);
 }
 
-// 2^x for finite x <= 0, to what is left of it in an element: in bfloat16 a polynomial of degree 3 (relative error 1e-4).
+// 2^x for x <= 0, to what is left of it in an element: in bfloat16 a polynomial of degree 3 (relative error 1e-4), and
+// nothing below 2^-125. NaN stays.
 #ifdef KVFERRY_FLOAT32
 inline Vector exp2_rough(Vector x) { return exp2(x); }
 #else
 inline Vector exp2_rough(Vector x) {
+    x = max(repeat(-125.0f), x);
     const Vector whole = nearest(x);
     const Vector r = x - whole;
     Vector y = repeat(5.51716600e-2f);
     y = fma(y, r, repeat(2.42611120e-1f));
     y = fma(y, r, repeat(6.93260990e-1f));
     y = fma(y, r, repeat(9.99928070e-1f));
-    return times_power(y, whole);
+    return times_normal_power(y, whole);
 }
 #endif
 

@@ -14,10 +14,6 @@ struct Lanes {  // some of 16
 };
 using Values = int;  // the first few of 32 elements
 
-constexpr int kDotsAtOnce = 4;   // sums of dot products that stay in registers
-constexpr int kHeadsAtOnce = 2;  // weighted values of so many heads, `kWideValues` Pairs of each, stay in registers
-constexpr int kWideValues = 1;
-
 inline Lanes between(long first, long last) {  // within 16, whatever the ends
     return {int(std::clamp(first, 0L, 16L)), int(std::clamp(last, 0L, 16L))};
 }
@@ -124,6 +120,15 @@ inline Vector times_power(Vector y, Vector whole) {
     return {times_power(y.low, whole.low), times_power(y.high, whole.high)};
 }
 
+// The same where neither y nor the result is a denormal.
+inline Vector times_normal_power(Vector y, Vector whole) {
+    const auto added = [](__m256 y, __m256 whole) {
+        const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
+        return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), power));
+    };
+    return {added(y.low, whole.low), added(y.high, whole.high)};
+}
+
 inline float lane_0(Vector x) { return _mm256_cvtss_f32(x.low); }
 inline float max_of(Vector x) {
     const __m256 eight = _mm256_max_ps(x.low, x.high);
@@ -136,21 +141,6 @@ inline float sum_of(Vector x) {  // halves, quarters and so on: the order is eve
     const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
     const __m128 two = four + _mm_movehl_ps(four, four);
     return _mm_cvtss_f32(two) + _mm_cvtss_f32(_mm_movehdup_ps(two));
-}
-
-// Lane i of the result is the sum of all lanes of v[i]. `v` is overwritten. Added up in the order of sets/avx512.hpp.
-inline Vector sums_of_16(Vector* v) {
-    const auto halved = [](__m256 a, __m256 b) { return _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b); };
-    for (int half = 8; half >= 4; half /= 2) {
-        for (int i = 0; i < half; i++) v[i] = {halved(v[i].low, v[i + half].low), halved(v[i].high, v[i + half].high)};
-    }
-    __m128 rows[4];  // row i: the sums of i, i + 4, i + 8, i + 12
-    for (int i = 0; i < 4; i++) {
-        const auto quarters = [](__m256 x) { return _mm256_castps256_ps128(x) + _mm256_extractf128_ps(x, 1); };
-        rows[i] = quarters(v[i].low) + quarters(v[i].high);
-    }
-    _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
-    return {_mm256_set_m128(rows[1], rows[0]), _mm256_set_m128(rows[3], rows[2])};
 }
 
 inline void transpose_8(const __m256i* v, __m256i* t) {

@@ -35,21 +35,6 @@ inline __m256 dot(__m256 sum, __m256i a, __m256i b) {
 }
 inline Vector dot(Vector sum, Pairs a, Pairs b) { return {dot(sum.low, a.low, b.low), dot(sum.high, a.high, b.high)}; }
 
-// Values of two rows side by side. Of 32 those at 0..3, 8..11, 16..19 and 24..27; `upper_pairs`: the others.
-inline Pairs lower_pairs(Pairs one, Pairs other) {
-    return {_mm256_unpacklo_epi16(one.low, other.low), _mm256_unpacklo_epi16(one.high, other.high)};
-}
-inline Pairs upper_pairs(Pairs one, Pairs other) {
-    return {_mm256_unpackhi_epi16(one.low, other.low), _mm256_unpackhi_epi16(one.high, other.high)};
-}
-
-// The first (HALF 0) or last 16 of 32 in order, from vectors of the lower and the upper ones.
-template <int HALF>
-Vector in_order(Vector lower, Vector upper) {
-    const __m256 one = HALF ? lower.high : lower.low, other = HALF ? upper.high : upper.low;
-    return {_mm256_permute2f128_ps(one, other, 0x20), _mm256_permute2f128_ps(one, other, 0x31)};
-}
-
 // 16 values of two rows side by side; a row that is null is zeros.
 inline Pairs zip(const bf16* one, const bf16* other) {
     const auto row = [](const bf16* row) {

@@ -6,10 +6,6 @@ using Pairs = __m512i;     // 16 pairs of bfloat16
 using Lanes = __mmask16;   // some of 16
 using Values = __mmask32;  // the first few of 32 bfloat16
 
-constexpr int kDotsAtOnce = 16;  // sums of dot products that stay in registers
-constexpr int kHeadsAtOnce = 4;  // weighted values of so many heads, `kWideValues` Pairs of each, stay in registers
-constexpr int kWideValues = 2;
-
 inline Lanes between(long first, long last) {  // within 16, whatever the ends
     const auto below = [](long end) { return end >= 16 ? 0xffffu : end <= 0 ? 0u : (1u << end) - 1; };
     return Lanes(below(last) & ~below(first));
@@ -39,6 +35,7 @@ inline Vector max(Vector a, Vector b) { return _mm512_max_ps(a, b); }
 inline Vector min(Vector a, Vector b) { return _mm512_min_ps(a, b); }  // of NaN and another the second, as max
 inline Vector nearest(Vector x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vector times_power(Vector y, Vector whole) { return _mm512_scalef_ps(y, whole); }  // y * 2^whole
+inline Vector times_normal_power(Vector y, Vector whole) { return times_power(y, whole); }
 inline float lane_0(Vector x) { return _mm512_cvtss_f32(x); }
 inline float max_of(Vector x) { return _mm512_reduce_max_ps(x); }
 
@@ -64,43 +61,12 @@ inline Pairs repeat_pair(const bf16* source) {
 // sum + a * b, both products of a pair, the second one first.
 inline Vector dot(Vector sum, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
-// Values of two rows side by side. Of 32 those at 0..3, 8..11, 16..19 and 24..27; `upper_pairs`: the others.
-inline Pairs lower_pairs(Pairs one, Pairs other) { return _mm512_unpacklo_epi16(one, other); }
-inline Pairs upper_pairs(Pairs one, Pairs other) { return _mm512_unpackhi_epi16(one, other); }
-
-// The first (HALF 0) or last 16 of 32 in order, from vectors of the lower and the upper ones.
-template <int HALF>
-Vector in_order(Vector lower, Vector upper) {
-    const __m512i order = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
-    return _mm512_permutex2var_ps(lower, _mm512_add_epi32(order, _mm512_set1_epi32(8 * HALF)), upper);
-}
-
 // 16 values of two rows side by side; a row that is null is zeros.
 inline Pairs zip(const bf16* one, const bf16* other) {
     const auto low = [](const bf16* row) {
         return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(row == nullptr ? 0 : 0xffff, row));
     };
     return _mm512_or_si512(low(one), _mm512_slli_epi32(low(other), 16));
-}
-
-// Lane i of the result is the sum of all lanes of v[i]. `v` is overwritten.
-inline Vector sums_of_16(Vector* v) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {  // lane 4k + j: halves of v[i] (j even) and v[i + 8] (j odd)
-        v[i] = _mm512_unpacklo_ps(v[i], v[i + 8]) + _mm512_unpackhi_ps(v[i], v[i + 8]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        v[i] = _mm512_unpacklo_ps(v[i], v[i + 4]) + _mm512_unpackhi_ps(v[i], v[i + 4]);
-    }  // each 128-bit lane of v[i]: parts of i, i + 4, i + 8, i + 12
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
-        v[i] = _mm512_shuffle_f32x4(v[i], v[i + 2], 0x88) + _mm512_shuffle_f32x4(v[i], v[i + 2], 0xdd);
-    }  // 128-bit lanes: two of i, two of i + 2
-    const __m512 sums = _mm512_shuffle_f32x4(v[0], v[1], 0x88) + _mm512_shuffle_f32x4(v[0], v[1], 0xdd);
-    // 128-bit lanes are 0, 2, 1, 3 here, and each holds i, i + 4, i + 8, i + 12
-    const __m512i order = _mm512_set_epi32(15, 7, 11, 3, 14, 6, 10, 2, 13, 5, 9, 1, 12, 4, 8, 0);
-    return _mm512_permutexvar_ps(order, sums);
 }
 
 // Lane j of v[i] and lane i of v[j] change places.

@@ -24,16 +24,6 @@ inline Pairs repeat_pair(const float* source) { return {repeat(source[0]), repea
 // sum + a * b, both products of a pair, the second one first.
 inline Vector dot(Vector sum, Pairs a, Pairs b) { return fma(a.first, b.first, fma(a.second, b.second, sum)); }
 
-// Values of two rows side by side. Of 32 the first 16; `upper_pairs`: the others.
-inline Pairs lower_pairs(Pairs one, Pairs other) { return {one.first, other.first}; }
-inline Pairs upper_pairs(Pairs one, Pairs other) { return {one.second, other.second}; }
-
-// The first (HALF 0) or last 16 of 32 in order, from vectors of the lower and the upper ones.
-template <int HALF>
-Vector in_order(Vector lower, Vector upper) {
-    return HALF ? upper : lower;
-}
-
 // 16 values of two rows side by side; a row that is null is zeros.
 inline Pairs zip(const float* one, const float* other) {
     const auto row = [](const float* row) { return row == nullptr ? repeat(0.0f) : load(row); };
