@@ -78,9 +78,9 @@ void strip_products(const Element* x, long stride, long rows, const Element* str
     }
 }
 
-// x A^T to `narrowed` [rows][parts][max_rank]: this thread's of all runs' strips. `share(count)`: its part of so many.
-template <class Share>
-void narrow_rows(const Rows& x, const Adapters& adapters, Element* narrowed, Share share) {
+// x A^T to `narrowed` [rows][parts][max_rank]: this thread's of all runs' strips.
+template <class By>
+void narrow_rows(const Rows& x, const Adapters& adapters, Element* narrowed, const By& by) {
     const auto each_strip = [&](auto job) {
         each_run(x, [&](long first, long last, long slot) {
             for (long index = 0; index < adapters.num_parts; index++) {
@@ -90,7 +90,7 @@ void narrow_rows(const Rows& x, const Adapters& adapters, Element* narrowed, Sha
     };
     long count = 0, next = 0;
     each_strip([&](auto...) { count++; });
-    const Range mine = share(count);
+    const Range mine = by.part(count);
     const long stride = adapters.num_parts * adapters.max_rank;
     each_strip([&](long first, long last, long slot, long index, long at) {
         const long number = next++;
@@ -104,14 +104,14 @@ void narrow_rows(const Rows& x, const Adapters& adapters, Element* narrowed, Sha
 }
 
 // y += `factor` narrowed B^T: this thread's strips of the columns, for all rows.
-template <class Share>
+template <class By>
 void add_widened(float* y, long y_stride, const Rows& x, const Adapters& adapters, const Element* narrowed, float factor,
-                 Share share) {
-    const Vector by = repeat(factor);
+                 const By& by) {
+    const Vector times = repeat(factor);
     const auto strips = [](const AdapterPart& part) { return (part.outputs + kStrip - 1) / kStrip; };
     long count = 0, before = 0;
     for (long index = 0; index < adapters.num_parts; index++) count += strips(adapters.parts[index]);
-    const Range mine = share(count);
+    const Range mine = by.part(count);
     const long stride = adapters.num_parts * adapters.max_rank;
     for (long index = 0; index < adapters.num_parts; before += strips(adapters.parts[index]), index++) {
         const AdapterPart& part = adapters.parts[index];
@@ -127,7 +127,7 @@ void add_widened(float* y, long y_stride, const Rows& x, const Adapters& adapter
                 strip_products(inputs, stride, last - first, part.up[slot] + strip * kStrip * rank,
                                rank / 2, [&](long row, Vector sums) {
                                    float* place = target + row * y_stride;
-                                   store(place, load(place, mask) + by * sums, mask);
+                                   store(place, load(place, mask) + times * sums, mask);
                                });
             }
         });

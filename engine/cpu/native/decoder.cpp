@@ -7,7 +7,7 @@
 //   logits:  norm -> head
 //
 // Few tokens: the time goes into reading weights, so threads share out the weights' columns and meet after each product.
-// Many: threads share out the tokens in panels, whose intermediate results stay near, and meet around attention alone.
+// Many: threads take the tokens in panels, whose intermediate results stay near, and meet around attention alone.
 
 #include <atomic>
 #include <memory>
@@ -27,6 +27,8 @@ namespace {
 
 constexpr std::chrono::seconds kLargePagesWithin{3};
 constexpr long kFewRows = kPanelRows;  // up to here threads share out columns
+// A multiple of kRowsAtOnce: as fast by row as a whole panel where weights come from near.
+constexpr long kLeastPanelRows = kPanelRows / 3 / kRowsAtOnce * kRowsAtOnce;
 
 // Takes numbers below `count` until none is left; every thread gets others.
 class Counter {
@@ -96,11 +98,12 @@ public:
     void logits(long rows, const float* hidden, float* logits) {
         const Tiles& head = m_.head;
         run([&](int rank) {
+            Team::Member by(team_, rank);
             for (long first = 0; first < rows; first += kPanelRows) {
                 const Rows normed = math_.normalize(hidden + first * strides_.hidden,
                                                     std::min(kPanelRows, rows - first), m_.final_norm,
                                                     mine_[rank]->panel);
-                multiply(normed, head, part(head, rank), [&](long row, long column, const float* sums) {
+                multiply(normed, head, by, [&](long row, long column, const float* sums) {
                     std::copy_n(sums, kTileColumns, logits + (first + row) * head.count() * kTileColumns + column);
                 });
             }
@@ -133,7 +136,6 @@ private:
         });
     }
 
-    Range part(const Tiles& w, int rank) const { return share(w.count(), rank, team_.size()); }
     float* partial(long row) { return partial_.data() + row * strides_.hidden; }
     float* residual(long token) { return residual_.data() + token * strides_.hidden; }
     Element* attended(long token) { return attended_.data() + token * strides_.attended; }
@@ -152,6 +154,20 @@ private:
             expert_memory_.reserve(rows, strides_, layer.experts->num_chosen);
         }
         for (Counter& counter : counters_) counter.reset();
+        plan_panels(step.num_tokens);
+    }
+
+    // Panels for threads to take one by one: whole ones as long as there is much to take, so that weights are read less
+    // often, and small ones at last, so that threads end together though their cores be unequal.
+    void plan_panels(long tokens) {
+        panels_.clear();
+        for (long first = 0; first < tokens;) {
+            const long left = tokens - first, fair = left / (2 * team_.max_size()) / kRowsAtOnce * kRowsAtOnce;
+            long size = team_.max_size() == 1 ? kPanelRows : std::clamp(fair, kLeastPanelRows, kPanelRows);
+            if (left - size < kLeastPanelRows / 2) size = std::min(left, kPanelRows);
+            panels_.push_back({first, first + size});
+            first += size;
+        }
     }
 
     void begin(const Step& step, int rank) {
@@ -174,14 +190,15 @@ private:
     // Both ways end with K and V of the last layer written: what only the wanted tokens need is left to run_last.
 
     void run_together(const Step& step, int rank) {
-        const Range tokens = share(step.num_tokens, rank, team_.size());
+        Team::Member by(team_, rank);
+        const Range tokens = by.part(step.num_tokens);
         for (std::size_t index = 0; index < layers_.size(); index++) {
             const Layer& layer = layers_[index];
             const Linear& qkv = layer.attention.qkv;
             const Rows normed = math_.normalize(residual(0), step.num_tokens, layer.input_norm, mine_[rank]->panel,
                                                 step.slots_from(0));
-            math_.set(shared_.qkv.data(), strides_.qkv, normed, qkv, part(qkv.weight, rank));
-            adapt_together(shared_.qkv.data(), strides_.qkv, normed, qkv, rank);
+            math_.set(shared_.qkv.data(), strides_.qkv, normed, qkv, by);
+            math_.adapt(shared_.qkv.data(), strides_.qkv, normed, qkv, shared_, by);
             team_.barrier();
             place(step, index, tokens, shared_.qkv.data() + tokens.first * strides_.qkv, *mine_[rank]);
             team_.barrier();
@@ -194,23 +211,21 @@ private:
     }
 
     void run_apart(const Step& step, std::size_t index, int rank) {
-        const long groups = (step.num_tokens + kRowsAtOnce - 1) / kRowsAtOnce, size = team_.size();
-        const long panels = (groups * kRowsAtOnce + kPanelRows * size - 1) / (kPanelRows * size) * size;
         const Layer& layer = layers_[index];
         Panel& panel = mine_[rank]->panel;
-        counters_[2 * index].take(panels, [&](long i) {
-            const Range range = share(groups, int(i), int(panels));
-            const Range tokens{range.first * kRowsAtOnce, std::min(range.last * kRowsAtOnce, step.num_tokens)};
+        Alone alone;
+        counters_[2 * index].take(long(panels_.size()), [&](long i) {
+            const Range tokens = panels_[i];
             const long count = tokens.last - tokens.first;
             float* x = residual(tokens.first);
             const std::int32_t* slots = step.slots_from(tokens.first);
             if (index > 0 && layers_[index - 1].experts == nullptr) {
-                math_.finish(layers_[index - 1], x, {attended(tokens.first), strides_.attended, count, slots}, panel);
+                math_.finish(layers_[index - 1], x, {attended(tokens.first), strides_.attended, count, slots}, panel, panel, alone);
             }
             const Rows normed = math_.normalize(x, count, layer.input_norm, panel, slots);
             const Linear& qkv = layer.attention.qkv;
-            math_.set(panel.qkv.data(), strides_.qkv, normed, qkv, {0, qkv.weight.count()});
-            math_.adapt(panel.qkv.data(), strides_.qkv, normed, qkv, panel);
+            math_.set(panel.qkv.data(), strides_.qkv, normed, qkv, alone);
+            math_.adapt(panel.qkv.data(), strides_.qkv, normed, qkv, panel, alone);
             place(step, index, tokens, panel.qkv.data(), *mine_[rank]);
         });
         team_.barrier();
@@ -229,11 +244,13 @@ private:
             finish_together(layers_[index], step.hidden, last, rank);
             return;
         }
-        counters_.back().take((step.num_wanted + kPanelRows - 1) / kPanelRows, [&](long panel) {
-            const long first = panel * kPanelRows;
+        Panel& panel = mine_[rank]->panel;
+        Alone alone;
+        counters_.back().take((step.num_wanted + kPanelRows - 1) / kPanelRows, [&](long i) {
+            const long first = i * kPanelRows;
             const Rows last{last_attended_.data() + first * strides_.attended, strides_.attended,
                             std::min(kPanelRows, step.num_wanted - first), step.last_slots_from(first)};
-            math_.finish(layers_[index], step.hidden + first * strides_.hidden, last, mine_[rank]->panel);
+            math_.finish(layers_[index], step.hidden + first * strides_.hidden, last, panel, panel, alone);
         });
     }
 
@@ -277,13 +294,14 @@ private:
     void project_by_panels(const Step& step, std::size_t index, int rank) {
         const Layer& layer = layers_[index];
         const Linear& qkv = layer.attention.qkv;
+        Team::Member by(team_, rank);
         each_panel(step.num_tokens, [&](long first, long rows) {
             const Rows normed = math_.normalize(residual(first), rows, layer.input_norm, mine_[rank]->panel,
                                                 step.slots_from(first));
-            math_.set(shared_.qkv.data(), strides_.qkv, normed, qkv, part(qkv.weight, rank));
-            adapt_together(shared_.qkv.data(), strides_.qkv, normed, qkv, rank);
+            math_.set(shared_.qkv.data(), strides_.qkv, normed, qkv, by);
+            math_.adapt(shared_.qkv.data(), strides_.qkv, normed, qkv, shared_, by);
             team_.barrier();
-            const Range mine = share(rows, rank, team_.size());
+            const Range mine = by.part(rows);
             const Squares* squares = layer.attention.has_whole_norms ? sum_squares(rows, rank) + mine.first : nullptr;
             place(step, index, {first + mine.first, first + mine.last}, shared_.qkv.data() + mine.first * strides_.qkv,
                   *mine_[rank], squares);
@@ -308,15 +326,17 @@ private:
         const Element* bias = layer.experts == nullptr ? layer.mlp.down.bias : nullptr;
         if (long(partial_.size()) < rows * strides_.hidden) partial_.resize(rows * strides_.hidden);
         run([&](int rank) {
+            Team::Member by(team_, rank);
             each_panel(rows, [&](long first, long count) {
                 const Rows panel{attended + first * strides_.attended, strides_.attended, count, slots_from(first)};
-                math_.add(partial(first), panel, o, part(o.weight, rank), 1.0f);
-                adapt_together(partial(first), strides_.hidden, panel, o, rank);
+                math_.add(partial(first), panel, o, by, 1.0f);
+                math_.adapt(partial(first), strides_.hidden, panel, o, shared_, by);
                 if (slots != nullptr) team_.barrier();  // the next panel's narrowed rows take the place of these
             });
         });
         m_.sum_over_ranks(partial(0), rows * strides_.hidden);
         run([&](int rank) {
+            Team::Member by(team_, rank);
             add_sums(x, layer.attention.o.bias, layer.mixed_norm, rows, rank);
             team_.barrier();
             if (layer.experts != nullptr) return add_experts(layer, x, partial(0), rows, rank);
@@ -324,11 +344,9 @@ private:
                 Panel& own = mine_[rank]->panel;
                 const Rows normed =
                     math_.normalize(x + first * strides_.hidden, count, layer.mlp_norm, own, slots_from(first));
-                const Rows activated = math_.feed_forward(
-                    mlp, normed, shared_, [&](long count) { return share(count, rank, team_.size()); },
-                    [&] { team_.barrier(); });
-                math_.add(partial(first), activated, mlp.down, part(mlp.down.weight, rank), 1.0f);
-                adapt_together(partial(first), strides_.hidden, activated, mlp.down, rank);
+                const Rows activated = math_.feed_forward(mlp, normed, shared_, by);
+                math_.add(partial(first), activated, mlp.down, by, 1.0f);
+                math_.adapt(partial(first), strides_.hidden, activated, mlp.down, shared_, by);
                 team_.barrier();
             });
         });
@@ -356,11 +374,11 @@ private:
     // Threads share out their columns whatever the number of tokens: each expert has a few of them.
 
     void add_experts(const Layer& layer, const float* x, float* y, long rows, int rank) {
+        Team::Member by(team_, rank);
         for (long first = 0; first < rows; first += expert_rows_) {
             const long count = std::min(expert_rows_, rows - first), at = first * strides_.hidden;
-            expert_math_.add(
-                *layer.experts, layer.mlp_norm, x + at, y + at, count, expert_memory_, mine_[rank]->experts,
-                [&](long count) { return share(count, rank, team_.size()); }, [&] { team_.barrier(); });
+            ExpertScratch& own = mine_[rank]->experts;
+            expert_math_.add(*layer.experts, layer.mlp_norm, x + at, y + at, count, expert_memory_, own, by);
         }
     }
 
@@ -369,12 +387,13 @@ private:
         run([&](int rank) {
             const Range mine = share(rows, rank, team_.size());
             const Linear& o = layer.attention.o;
+            Alone alone;
             for (long first = mine.first; first < mine.last; first += kPanelRows) {
                 const Rows part{attended.values + first * strides_.attended, strides_.attended,
                                 std::min(kPanelRows, mine.last - first),
                                 attended.slots == nullptr ? nullptr : attended.slots + first};
-                math_.add(x + first * strides_.hidden, part, o, {0, o.weight.count()}, 1.0f);
-                math_.adapt(x + first * strides_.hidden, strides_.hidden, part, o, mine_[rank]->panel);
+                math_.add(x + first * strides_.hidden, part, o, alone, 1.0f);
+                math_.adapt(x + first * strides_.hidden, strides_.hidden, part, o, mine_[rank]->panel, alone);
             }
             team_.barrier();
             add_experts(layer, x, x, rows, rank);
@@ -382,23 +401,13 @@ private:
     }
 
     void finish_together(const Layer& layer, float* x, const Rows& attended, int rank) {
-        if (layer.experts != nullptr) {
-            const Linear& o = layer.attention.o;
-            math_.add(x, attended, o, part(o.weight, rank), 1.0f);
-            adapt_together(x, strides_.hidden, attended, o, rank);
-            team_.barrier();
-            add_experts(layer, x, x, attended.count, rank);
-            return;
-        }
-        math_.finish(
-            layer, x, attended, mine_[rank]->panel, shared_,
-            [&](long count) { return share(count, rank, team_.size()); }, [&] { team_.barrier(); });
-    }
-
-    void adapt_together(float* y, long stride, const Rows& x, const Linear& w, int rank) {
-        math_.adapt(
-            y, stride, x, w, shared_, [&](long count) { return share(count, rank, team_.size()); },
-            [&] { team_.barrier(); });
+        Team::Member by(team_, rank);
+        if (layer.experts == nullptr) return math_.finish(layer, x, attended, mine_[rank]->panel, shared_, by);
+        const Linear& o = layer.attention.o;
+        math_.add(x, attended, o, by, 1.0f);
+        math_.adapt(x, strides_.hidden, attended, o, shared_, by);
+        by.meet();
+        add_experts(layer, x, x, attended.count, rank);
     }
 
     // --- attention --------------------------------------------------------------------------------------
@@ -441,6 +450,7 @@ private:
     const long expert_rows_{expert_rows(m_, strides_)};
     Team team_;
     Cores cores_;
+    std::vector<Range> panels_;      // of a step's tokens, where threads share these out
     std::vector<Counter> counters_;  // a layer's panels and its attention, and the last panels
     std::vector<float> residual_;
     std::vector<float> partial_;  // this rank's part of sums; zero between them
@@ -474,7 +484,8 @@ void kvferry_pack_integers(const IntegerTiles* w, const IntegerMatrix* matrix, s
 
 // `x` [rows][stride], padded with zeros to 32 inputs -> `y` [rows][columns padded to 64]: the tiles [first, last) alone.
 void kvferry_multiply(const Tiles* w, const Element* x, long stride, long rows, long first, long last, float* y) {
-    multiply({x, stride, rows}, *w, {first, last}, [&](long row, long column, const float* sums) {
+    Some some{{first, last}};
+    multiply({x, stride, rows}, *w, some, [&](long row, long column, const float* sums) {
         std::copy_n(sums, kTileColumns, y + row * w->count() * kTileColumns + column);
     });
 }

@@ -103,33 +103,34 @@ class ExpertMath {
 public:
     ExpertMath(const Model& model, const Strides& strides, const PanelMath& math) : m_(model), s_(strides), math_(math) {}
 
-    // `part(count)` is this thread's of so many things, and all threads meet; x may be y.
-    template <class Part, class Meet>
+    // What `by` (team.hpp) does of it; x may be y.
+    template <class By>
     void add(const Experts& e, const Element* norm, const float* x, float* y, long rows, ExpertMemory& all,
-             ExpertScratch& own, Part part, Meet meet) const {
-        const Range mine = part(rows);
+             ExpertScratch& own, By& by) const {
+        const Range mine = by.part(rows);
         for (long first = mine.first; first < mine.last; first += kPanelRows) {
             const long count = std::min(kPanelRows, mine.last - first);
             Element* normed = all.normed.data() + first * s_.normed;
             math_.normalize(x + first * s_.hidden, count, norm, normed);
             choose(e, {normed, s_.normed, count}, all.chosen.data() + first * e.num_chosen, own);
         }
-        meet();
+        by.meet();
         const Grouping& grouping = own.grouping;
         own.grouping.set(e, all.chosen.data(), rows);
         if (e.taken != nullptr && mine.first == 0 && mine.last > 0) count_taken(e, all.chosen.data(), rows);
-        add_gate_up(grouping, all, own, part);
-        meet();
+        add_gate_up(grouping, all, own, by);
+        by.meet();
         for (const Slots& slots : grouping.parts) {
             const long inner = slots.mlp->gate_up.weight.columns / 2;
             math_.activate(e, all.gate_up.data() + slots.first * s_.gate_up, all.activated.data() + slots.first * s_.activated,
-                           inner, slots.count, part(padded(inner, kTileInputs) / 16));
+                           inner, slots.count, by.part(padded(inner, kTileInputs) / 16));
         }
-        meet();
-        for (const Slots& slots : grouping.parts) {
+        by.meet();
+        for (const Slots& slots : grouping.parts) {  // a column's sums are one thread's: what experts add is added in order
             const Linear& down = slots.mlp->down;
+            Some mine{by.part(down.weight.count())};
             const Rows inputs{all.activated.data() + slots.first * s_.activated, s_.activated, slots.count};
-            multiply(inputs, down.weight, part(down.weight.count()), [&](long index, long column, const float* sums) {
+            multiply(inputs, down.weight, mine, [&](long index, long column, const float* sums) {
                 const long slot = slots.first + index;
                 const Vector weight = repeat(grouping.weight[slot]);
                 float* target = y + grouping.row[slot] * s_.hidden + column;
@@ -139,24 +140,24 @@ public:
                 }
             });
         }
-        meet();
+        by.meet();
     }
 
 private:
     // The columns of gate and up of all experts, one after the other, are shared out in tiles.
-    template <class Part>
-    void add_gate_up(const Grouping& grouping, ExpertMemory& all, ExpertScratch& own, Part part) const {
+    template <class By>
+    void add_gate_up(const Grouping& grouping, ExpertMemory& all, ExpertScratch& own, const By& by) const {
         long total = 0, before = 0;
         for (const Slots& slots : grouping.parts) total += slots.mlp->gate_up.weight.count();
-        const Range mine = part(total);
+        const Range mine = by.part(total);
         for (const Slots& slots : grouping.parts) {
             const Linear& gate_up = slots.mlp->gate_up;
             const long count = gate_up.weight.count();
-            const Range tiles{std::max(0L, mine.first - before), std::min(count, mine.last - before)};
+            Some some{{std::max(0L, mine.first - before), std::min(count, mine.last - before)}};
             before += count;
-            if (tiles.first >= tiles.last) continue;
+            if (some.tiles.first >= some.tiles.last) continue;
             const Rows inputs = gather(grouping, slots, all, own);
-            math_.set(all.gate_up.data() + slots.first * s_.gate_up, s_.gate_up, inputs, gate_up, tiles);
+            math_.set(all.gate_up.data() + slots.first * s_.gate_up, s_.gate_up, inputs, gate_up, some);
         }
     }
 
@@ -180,7 +181,8 @@ private:
     void choose(const Experts& e, const Rows& normed, Choice* chosen, ExpertScratch& own) const {
         const long stride = padded(e.num_experts, kTileColumns);
         own.logits.resize(kPanelRows * stride);
-        math_.set(own.logits.data(), stride, normed, e.gate, {0, e.gate.weight.count()});
+        Alone alone;
+        math_.set(own.logits.data(), stride, normed, e.gate, alone);
         for (long row = 0; row < normed.count; row++) {
             choose_of_row(e, own.logits.data() + row * stride, chosen + row * e.num_chosen, own);
             if (e.copies != nullptr) share_out(e, normed.values + row * normed.stride, chosen + row * e.num_chosen);

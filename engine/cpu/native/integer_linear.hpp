@@ -249,25 +249,24 @@ void products_of_group(Range rows, long index, long groups, const IntegerRows& x
     integer_products<NUMBERS, 1>(count, x, rows.first, w, tile, next + (index & 3) * w.tile_size() / 4, sums);
 }
 
-// The tiles [part.first, part.last): calls finish(row, column, sums) with each row's 64 sums from `column` on.
-template <class Finish>
-void multiply_integers(const bf16* x, long stride, long count, const IntegerTiles& w, Range part,
-                       Finish finish) {
-    constexpr int kRows = std::size(kVectorsAtOnce);
+constexpr int kIntegerRows = std::size(kVectorsAtOnce);  // at once
+
+// As `multiply` in linear.hpp.
+template <class By, class Finish>
+void multiply_integers(const bf16* x, long stride, long count, const IntegerTiles& w, By& by, Finish finish) {
     IntegerRows& rows = own_rows();
-    alignas(64) float sums[kRows * kTileColumns];
-    if (part.first == part.last) return;
-    rows.set(x, stride, count, w);
-    const long groups = (count + kRows - 1) / kRows;
+    bool is_set = false;
+    const long groups = (count + kIntegerRows - 1) / kIntegerRows;
     const auto products = w.bits == 8 ? products_of_group<kBytes> : w.is_e2m1 ? products_of_group<kE2m1>
                                                                               : products_of_group<kNibbles>;
-    for (long index = part.first; index < part.last; index++) {
-        for (long group = 0; group < groups; group++) {
-            const Range range = share(count, int(group), int(groups));
-            products(range, group, groups, rows, w, w.tile(index), sums);
-            for (long row = range.first; row < range.last; row++) {
-                finish(row, index * kTileColumns, sums + (row - range.first) * kTileColumns);
-            }
+    by.take(w.count(), groups, [&](long index, long group) {
+        alignas(64) float sums[kIntegerRows * kTileColumns];
+        if (!is_set) rows.set(x, stride, count, w);
+        is_set = true;
+        const Range range = share(count, int(group), int(groups));
+        products(range, group, groups, rows, w, w.tile(index), sums);
+        for (long row = range.first; row < range.last; row++) {
+            finish(row, index * kTileColumns, sums + (row - range.first) * kTileColumns);
         }
-    }
+    });
 }

@@ -31,38 +31,36 @@ struct Rows {
     const std::int32_t* slots = nullptr;  // of each row's adapter, below 0: none; null: no row has one
 };
 
-// The tiles [part.first, part.last): calls finish(row, column, sums) with each row's 64 sums from `column` on.
-// A row's sums do not depend on the other rows: they are added up in the same order whatever their number.
+// The tiles that `by` takes (team.hpp), in groups of rows: calls finish(row, column, sums) with each row's 64 sums from
+// `column` on. A row's sums do not depend on the other rows: they are added up in the same order whatever their number.
 //
 // The first group of rows waits for the weights, the others find them near. While these compute, the next tile comes.
-template <class Finish>
-void multiply(const Rows& x, const Tiles& w, Range part, Finish finish) {
+template <class By, class Finish>
+void multiply(const Rows& x, const Tiles& w, By& by, Finish finish) {
 #ifndef KVFERRY_FLOAT32
-    if (w.integers != nullptr) return multiply_integers(x.values, x.stride, x.count, *w.integers, part, finish);
+    if (w.integers != nullptr) return multiply_integers(x.values, x.stride, x.count, *w.integers, by, finish);
 #endif
-    alignas(64) float sums[kRowsAtOnce * kTileColumns];
     const long groups = (x.count + kRowsAtOnce - 1) / kRowsAtOnce;
-    for (long index = part.first; index < part.last; index++) {
+    by.take(w.count(), groups, [&](long index, long group) {
+        alignas(64) float sums[kRowsAtOnce * kTileColumns];
         const Element *weights = w.tile(index), *next = w.tile(index + 1);
-        for (long group = 0; group < groups; group++) {
-            const Range rows = share(x.count, int(group), int(groups));
-            const Element* inputs = x.values + rows.first * x.stride;
-            const int count = int(rows.last - rows.first);
-            if (groups == 1) {
-                add_products<true, kPairLines>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
-                                               weights + near_lines(count) * kLine);
-            } else if (groups < 4) {
-                add_products<true, kPairLines / 2>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
-                                                   next + (group & 1) * w.pairs * (kPairLines / 2) * kLine);
-            } else {
-                add_products<true, kPairLines / 4>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
-                                                   next + (group & 3) * w.pairs * (kPairLines / 4) * kLine);
-            }
-            for (long row = rows.first; row < rows.last; row++) {
-                finish(row, index * kTileColumns, sums + (row - rows.first) * kTileColumns);
-            }
+        const Range rows = share(x.count, int(group), int(groups));
+        const Element* inputs = x.values + rows.first * x.stride;
+        const int count = int(rows.last - rows.first);
+        if (groups == 1) {
+            add_products<true, kPairLines>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
+                                           weights + near_lines(count) * kLine);
+        } else if (groups < 4) {
+            add_products<true, kPairLines / 2>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
+                                               next + (group & 1) * w.pairs * (kPairLines / 2) * kLine);
+        } else {
+            add_products<true, kPairLines / 4>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
+                                               next + (group & 3) * w.pairs * (kPairLines / 4) * kLine);
         }
-    }
+        for (long row = rows.first; row < rows.last; row++) {
+            finish(row, index * kTileColumns, sums + (row - rows.first) * kTileColumns);
+        }
+    });
 }
 
 // 16 sums from `column` on, with the bias if there is one.

@@ -32,47 +32,44 @@ public:
     PanelMath(const Model& model, const Strides& strides) : m_(model), s_(strides) {}
 
     // From attention to a layer's end: x += o(attended), x += mlp(norm(x)), what is added normed where a layer has norms
-    // for it. By one thread: `part` is all of what it is
-    // asked about, `meet` does nothing. By several, each with an `own` panel for what all of them compute, and one in
-    // `common`: `part(count)` is this one's of so many tiles or vectors, and all meet after each product.
-    template <class Part, class Meet>
-    void finish(const Layer& layer, float* x, const Rows& attended, Panel& own, Panel& common, Part part,
-                Meet meet) const {
-        add_block(x, attended, layer.attention.o, layer.mixed_norm, common, part, meet);
+    // for it. `by`: who does it (team.hpp), one thread or several, each with an `own` panel for what all of them compute,
+    // and one in `common`; all meet after each product.
+    template <class By>
+    void finish(const Layer& layer, float* x, const Rows& attended, Panel& own, Panel& common, By& by) const {
+        add_block(x, attended, layer.attention.o, layer.mixed_norm, common, by);
         const Rows normed = normalize(x, attended.count, layer.mlp_norm, own, attended.slots);
-        add_block(x, feed_forward(layer.mlp, normed, common, part, meet), layer.mlp.down, layer.output_norm, common, part, meet);
+        add_block(x, feed_forward(layer.mlp, normed, common, by), layer.mlp.down, layer.output_norm, common, by);
     }
 
     // All of it but the last product, whose inputs are returned.
-    template <class Part, class Meet>
-    Rows feed_forward(const GatedMlp& mlp, const Rows& normed, Panel& common, Part part, Meet meet) const {
-        set(common.gate_up.data(), s_.gate_up, normed, mlp.gate_up, part(mlp.gate_up.weight.count()));
-        adapt(common.gate_up.data(), s_.gate_up, normed, mlp.gate_up, common, part, meet);
-        meet();
+    template <class By>
+    Rows feed_forward(const GatedMlp& mlp, const Rows& normed, Panel& common, By& by) const {
+        set(common.gate_up.data(), s_.gate_up, normed, mlp.gate_up, by);
+        adapt(common.gate_up.data(), s_.gate_up, normed, mlp.gate_up, common, by);
+        by.meet();
         const long inner = mlp.gate_up.weight.columns / 2;
-        activate(common.gate_up.data(), common.activated.data(), inner, normed.count, part(padded(inner, kTileInputs) / 16));
-        meet();
+        activate(common.gate_up.data(), common.activated.data(), inner, normed.count, by.part(padded(inner, kTileInputs) / 16));
+        by.meet();
         return {common.activated.data(), s_.activated, normed.count, normed.slots};
     }
 
     // x += inputs W^T + bias, normed if `norm` is not null
-    template <class Part, class Meet>
-    void add_block(float* x, const Rows& inputs, const Linear& w, const Element* norm, Panel& common, Part part,
-                   Meet meet) const {
+    template <class By>
+    void add_block(float* x, const Rows& inputs, const Linear& w, const Element* norm, Panel& common, By& by) const {
         if (norm == nullptr) {
-            add(x, inputs, w, part(w.weight.count()), float(m_.added_factor));
-            adapt(x, s_.hidden, inputs, w, common, part, meet, float(m_.added_factor));
+            add(x, inputs, w, by, float(m_.added_factor));
+            adapt(x, s_.hidden, inputs, w, common, by, float(m_.added_factor));
         } else {
             float* added = common.added.data();
-            set(added, s_.hidden, inputs, w, part(w.weight.count()));
-            adapt(added, s_.hidden, inputs, w, common, part, meet);
-            meet();
-            const Range rows = part(inputs.count);
+            set(added, s_.hidden, inputs, w, by);
+            adapt(added, s_.hidden, inputs, w, common, by);
+            by.meet();
+            const Range rows = by.part(inputs.count);
             for (long row = rows.first; row < rows.last; row++) {
                 add_row(x + row * s_.hidden, added + row * s_.hidden, norm);
             }
         }
-        meet();
+        by.meet();
     }
 
     // x += y of one token, normed if `norm` is not null
@@ -87,22 +84,13 @@ public:
         }
     }
 
-    void finish(const Layer& layer, float* x, const Rows& attended, Panel& panel) const {
-        finish(layer, x, attended, panel, panel, [](long count) { return Range{0, count}; }, [] {});
-    }
-
     // y += `factor` times what the rows' adapters make of x, behind the linear's products; y is whole when all have met.
-    template <class Part, class Meet>
-    static void adapt(float* y, long stride, const Rows& x, const Linear& w, Panel& common, Part part, Meet meet,
-                      float factor = 1.0f) {
+    template <class By>
+    static void adapt(float* y, long stride, const Rows& x, const Linear& w, Panel& common, By& by, float factor = 1.0f) {
         if (w.adapters == nullptr || x.slots == nullptr) return;
-        narrow_rows(x, *w.adapters, common.narrowed.data(), part);
-        meet();
-        add_widened(y, stride, x, *w.adapters, common.narrowed.data(), factor, part);
-    }
-
-    static void adapt(float* y, long stride, const Rows& x, const Linear& w, Panel& panel) {
-        adapt(y, stride, x, w, panel, [](long count) { return Range{0, count}; }, [] {});
+        narrow_rows(x, *w.adapters, common.narrowed.data(), by);
+        by.meet();
+        add_widened(y, stride, x, *w.adapters, common.narrowed.data(), factor, by);
     }
 
     Rows normalize(const float* hidden, long rows, const Element* weight, Panel& panel,
@@ -131,22 +119,24 @@ public:
         return {normed, s_.normed, rows, slots};
     }
 
-    // y = x W^T + bias, the columns of these tiles
-    static void set(float* y, long stride, const Rows& x, const Linear& w, Range part) {
-        multiply(x, w.weight, part, [&](long row, long column, const float* sums) {
+    // y = x W^T + bias, what `by` takes of it
+    template <class By>
+    static void set(float* y, long stride, const Rows& x, const Linear& w, By& by) {
+        multiply(x, w.weight, by, [&](long row, long column, const float* sums) {
             for (int i = 0; i < kTileColumns; i += 16) {
                 store(y + row * stride + column + i, with_bias(sums + i, w.bias, column + i, w.weight.columns));
             }
         });
     }
 
-    // y += (x W^T + bias) * by; y is the residual stream, or as wide
-    void add(float* y, const Rows& x, const Linear& w, Range part, float by) const {
-        multiply(x, w.weight, part, [&](long row, long column, const float* sums) {
+    // y += (x W^T + bias) * factor, what `by` takes of it; y is the residual stream, or as wide
+    template <class By>
+    void add(float* y, const Rows& x, const Linear& w, By& by, float factor) const {
+        multiply(x, w.weight, by, [&](long row, long column, const float* sums) {
             for (int i = 0; i < kTileColumns; i += 16) {
                 float* target = y + row * s_.hidden + column + i;
                 const Vector sum = with_bias(sums + i, w.bias, column + i, w.weight.columns);
-                store(target, load(target) + sum * repeat(by));
+                store(target, load(target) + sum * repeat(factor));
             }
         });
     }

@@ -1,5 +1,8 @@
 // Threads that run one function together: all of them, or the first few. A team of one has no thread of its own.
 //
+// Work is shared out in equal parts. Cores are not equal: some processors have small ones, and what is rented is often half
+// a core, beside another's load. So who is done with his part of a product takes what others have not begun.
+//
 // Who waits spins for a few microseconds, which is how long a wait within a step lasts, and then sleeps in the kernel:
 // between steps, and when the processor is shared, a waiting thread costs nothing.
 #pragma once
@@ -21,9 +24,34 @@ struct Range {
 // Rank's part of `count` things, the parts as equal as they can be.
 inline Range share(long count, int rank, int size) { return {count * rank / size, count * (rank + 1) / size}; }
 
+// All of a job's things, by one thread.
+struct Alone {
+    static Range part(long count) { return {0, count}; }
+    template <class Job>
+    static void take(long count, long groups, Job job) {
+        for (long index = 0; index < count; index++) {
+            for (long group = 0; group < groups; group++) job(index, group);
+        }
+    }
+    static void meet() {}
+};
+
+// Some of a product's tiles, by one thread.
+struct Some {
+    Range tiles;
+    template <class Job>
+    void take(long, long groups, Job job) const {
+        for (long index = tiles.first; index < tiles.last; index++) {
+            for (long group = 0; group < groups; group++) job(index, group);
+        }
+    }
+};
+
 class Team {
 public:
-    explicit Team(int max_size) : max_size_(max_size), calls_(max_size) {
+    class Member;
+
+    explicit Team(int max_size) : max_size_(max_size), calls_(max_size), taken_(max_size) {
         for (int rank = 1; rank < max_size; rank++) threads_.emplace_back([this, rank] { serve(rank); });
     }
 
@@ -42,6 +70,7 @@ public:
     void run(int size, const std::function<void(int)>& job) {
         job_ = &job;
         size_ = std::min(size, max_size_);
+        first_round_ = taken_[0].round;
         call(size_);
         job(0);
         barrier();
@@ -68,6 +97,27 @@ private:
         std::atomic<std::uint32_t> count{0};
     };
 
+    // What has been taken of a rank's part in one round of taking, which is the `round`-th of this team.
+    struct alignas(64) Taken {
+        static constexpr int kBits = 20;  // of a number of things; above them stands the round's
+        std::atomic<std::uint64_t> state{0};
+        std::uint64_t round = 0;  // that the rank is in
+    };
+
+    // The next of `count` things of a rank's part in a round; -1: all have been taken. Who is in a later round has seen
+    // that of this one.
+    long next_of(int rank, std::uint64_t round, long count) {
+        std::atomic<std::uint64_t>& state = taken_[rank].state;
+        std::uint64_t seen = state.load(std::memory_order_relaxed);
+        for (;;) {
+            const std::uint64_t at = seen >> Taken::kBits;
+            const long number = at < round ? 0 : long(seen & ((1u << Taken::kBits) - 1));
+            if (at > round || number >= count) return -1;
+            const std::uint64_t next = round << Taken::kBits | std::uint64_t(number + 1);
+            if (state.compare_exchange_weak(seen, next, std::memory_order_relaxed)) return number;
+        }
+    }
+
     void call(int size) {
         for (int rank = 1; rank < size; rank++) {
             calls_[rank].count.fetch_add(1, std::memory_order_release);
@@ -79,6 +129,7 @@ private:
         for (std::uint32_t seen = 0;; seen++) {
             await(calls_[rank].count, seen);
             if (job_ == nullptr) return;
+            taken_[rank].round = first_round_;
             (*job_)(rank);
             barrier();
         }
@@ -99,8 +150,39 @@ private:
     const int max_size_;
     int size_ = 1;
     const std::function<void(int)>* job_ = nullptr;
+    std::uint64_t first_round_ = 0;  // of the job
     std::vector<Calls> calls_;  // of each rank
+    std::vector<Taken> taken_;
     alignas(64) std::atomic<std::uint32_t> arrived_{0};
     alignas(64) std::atomic<std::uint32_t> round_{0};
     std::vector<std::thread> threads_;
+};
+
+// One rank within a job. All ranks call `take` and `meet` in the same order.
+class Team::Member {
+public:
+    Member(Team& team, int rank) : team_(team), rank_(rank) {}
+
+    // This rank's of so many things, which cost the same.
+    Range part(long count) const { return share(count, rank_, team_.size()); }
+
+    // job(index, group) for some of `count` things in `groups` groups each: this rank's own, then others'. Nothing that
+    // another's are needed for, or which they may still change, is done until all have met.
+    template <class Job>
+    void take(long count, long groups, Job job) {
+        const std::uint64_t round = ++team_.taken_[rank_].round;
+        for (int i = 0; i < team_.size(); i++) {
+            const int rank = (rank_ + i) % team_.size();
+            const Range range = share(count * groups, rank, team_.size());
+            for (long at; (at = team_.next_of(rank, round, range.last - range.first)) >= 0;) {
+                job((range.first + at) / groups, (range.first + at) % groups);
+            }
+        }
+    }
+
+    void meet() { team_.barrier(); }
+
+private:
+    Team& team_;
+    const int rank_;
 };
