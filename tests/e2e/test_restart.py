@@ -33,6 +33,7 @@ from .cluster import Cluster, serve, wait_until
 
 MODEL = "tiny"
 NUM_TOKENS = 48
+LONG_TOKENS = 4000  # take some seconds on the quickest processor: longer than a drain may last
 PROMPTS = [f"{'The router places each request. ' * (1 + n % 3)}{n}" for n in range(9)]
 FLAGS = ("--served-model-name", MODEL, "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB")
 LIMIT_S = 240.0
@@ -86,7 +87,7 @@ def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster whose running answers have time to end."""
     folder = tmp_path_factory.mktemp("patient")
     flags = (*FLAGS, "--prefill", "2", "--decode", "2", "--routers", "2")
-    with serve(write_checkpoint(folder / MODEL), folder / "log", *flags) as cluster:
+    with serve(write_checkpoint(folder / MODEL, max_model_len=2 * LONG_TOKENS), folder / "log", *flags) as cluster:
         yield cluster
 
 
@@ -172,7 +173,8 @@ class Site:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
     flags = (*FLAGS, "--prefill", "2", "--decode", "2", "--routers", "2", "--drain-timeout", "1", "--admin-port", "0")
-    with serve(write_checkpoint(folder / MODEL), folder / "log", *flags, env={SECRET_VARIABLE: SECRET}) as cluster:
+    model_dir = write_checkpoint(folder / MODEL, max_model_len=2 * LONG_TOKENS)
+    with serve(model_dir, folder / "log", *flags, env={SECRET_VARIABLE: SECRET}) as cluster:
         with _long_stream(cluster) as stream:
             wanted = "".join(stream.pieces())
         yield Site(cluster, cluster.admin_urls, wanted)
@@ -200,7 +202,7 @@ def _long_stream(cluster: Cluster) -> Iterator[LongStream]:
     body = {
         "model": MODEL,
         "prompt": PROMPTS[0],
-        "max_tokens": 1500,
+        "max_tokens": LONG_TOKENS,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -299,7 +301,7 @@ def test_a_worker_that_does_not_fit_is_refused(
     site.wait_until_whole()
     log = site.cluster.log.read_text()
     control = json.loads(next(line for line in log.splitlines() if '"router_ready"' in line))["control"]
-    model_dir = write_checkpoint(tmp_path / "model")
+    model_dir = write_checkpoint(tmp_path / "model", max_model_len=2 * LONG_TOKENS)
     if changes_byte:
         _change_one_byte(model_dir / "model.safetensors")
     command = [sys.executable, "-m", "kvferry", "decode", str(model_dir), "--router", control, "--worker-id", "d-9"]
