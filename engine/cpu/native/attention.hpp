@@ -72,12 +72,25 @@ protected:
 
     float* scores(int head) { return scores_.data() + head * kScoreStride; }
 
+    // job<HEADS>(head) for the group of heads from `head` on, so many at a time as registers hold.
+    template <class Job>
+    void in_register_heads(int head, Job job) const {
+        for (const int end = head + group_; head < end; head += kHeadsAtOnce) {
+            switch (std::min(end - head, kHeadsAtOnce)) {
+                case 1: job.template operator()<1>(head); break;
+                case 2: job.template operator()<2>(head); break;
+                case 3: job.template operator()<3>(head); break;
+                default: job.template operator()<4>(head);
+            }
+        }
+    }
+
     // Pages are scattered, so that the processor cannot guess what comes next: it is told. For the keys of a block from
     // `key` on: those some blocks further on, and where these are a token's first ones, all up to there.
     void fetch_ahead(const Pages& pages, int kv_heads, long key, bool is_first, long last) const {
-        const long size = pages.block_size, ahead = key / size * size + kBlocksAhead * size;
+        const long size = pages.block_size, ahead = key + kBlocksAhead * size;
         for (long block = is_first ? key : ahead; block < std::min(last, ahead + size); block += size) {
-            const Element* keys = pages.key(block / size * size);
+            const Element* keys = pages.key(block);
             for (const Element* from : {keys, keys + pages.values}) {
                 for (long at = 0; at < kv_heads * size * head_dim_; at += kLine) _mm_prefetch(from + at, _MM_HINT_T1);
             }
@@ -91,14 +104,7 @@ private:
     float* sums(int head) { return sums_.data() + head * stride_; }
 
     void add_values(const Pages& pages, long begin, long first, long last, int head) {
-        for (const int end = head + group_; head < end; head += kHeadsAtOnce) {
-            switch (std::min(end - head, kHeadsAtOnce)) {
-                case 1: add_values<1>(pages, begin, first, last, head); break;
-                case 2: add_values<2>(pages, begin, first, last, head); break;
-                case 3: add_values<3>(pages, begin, first, last, head); break;
-                default: add_values<4>(pages, begin, first, last, head);
-            }
-        }
+        in_register_heads(head, [&]<int HEADS>(int head) { add_values<HEADS>(pages, begin, first, last, head); });
     }
 
     template <int HEADS>
@@ -165,18 +171,10 @@ private:
     void score(const Pages& pages, long begin, long key, long last, int head) {
         const Element* keys = pages.key(key);
         const int count = int(std::min({16L, pages.block_size, last - key}));
-        for (const int end = head + group_; head < end; head += kHeadsAtOnce) {
-            const auto add = [&]<int HEADS>() {
-                score_16<HEADS>(queries_.data() + head * stride_, stride_, keys, head_dim_, count,
-                                scores(head) + (key - begin), kScoreStride);
-            };
-            switch (std::min(end - head, kHeadsAtOnce)) {
-                case 1: add.template operator()<1>(); break;
-                case 2: add.template operator()<2>(); break;
-                case 3: add.template operator()<3>(); break;
-                default: add.template operator()<4>();
-            }
-        }
+        in_register_heads(head, [&]<int HEADS>(int head) {
+            score_16<HEADS>(queries_.data() + head * stride_, stride_, keys, head_dim_, count, scores(head) + (key - begin),
+                            kScoreStride);
+        });
     }
 
     std::vector<Query> queries_;

@@ -78,6 +78,7 @@ public:
                 run_last(step, rank);
             });
         } else {
+            plan_panels(step.num_tokens);
             run([&](int rank) { begin(step, rank); });
             for (std::size_t index = 0; index < layers_.size(); index++) {
                 const Layer& layer = layers_[index];
@@ -154,7 +155,6 @@ private:
             expert_memory_.reserve(rows, strides_, layer.experts->num_chosen);
         }
         for (Counter& counter : counters_) counter.reset();
-        plan_panels(step.num_tokens);
     }
 
     // Panels for threads to take one by one: whole ones as long as there is much to take, so that weights are read less

@@ -24,18 +24,6 @@ struct Range {
 // Rank's part of `count` things, the parts as equal as they can be.
 inline Range share(long count, int rank, int size) { return {count * rank / size, count * (rank + 1) / size}; }
 
-// All of a job's things, by one thread.
-struct Alone {
-    static Range part(long count) { return {0, count}; }
-    template <class Job>
-    static void take(long count, long groups, Job job) {
-        for (long index = 0; index < count; index++) {
-            for (long group = 0; group < groups; group++) job(index, group);
-        }
-    }
-    static void meet() {}
-};
-
 // Some of a product's tiles, by one thread.
 struct Some {
     Range tiles;
@@ -45,6 +33,14 @@ struct Some {
             for (long group = 0; group < groups; group++) job(index, group);
         }
     }
+};
+
+// All of a job's things, by one thread.
+struct Alone {
+    static Range part(long count) { return {0, count}; }
+    template <class Job>
+    static void take(long count, long groups, Job job) { Some{part(count)}.take(count, groups, job); }
+    static void meet() {}
 };
 
 class Team {

@@ -67,7 +67,7 @@ inline Vector exp2(Vector x) {
 }
 
 // 2^x for x <= 0, to what is left of it in an element: in bfloat16 a polynomial of degree 3 (relative error 1e-4), and
-// nothing below 2^-125. NaN stays.
+// 2^-125 for all that is less. NaN stays.
 #ifdef KVFERRY_FLOAT32
 inline Vector exp2_rough(Vector x) { return exp2(x); }
 #else
