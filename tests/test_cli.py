@@ -277,6 +277,7 @@ def test_config_check_says_ok_or_every_mistake(run: Run, tmp_path: Path) -> None
         assert any(f"a.yaml:{number}: " in line and rule in line for line in lines), lines
 
 
+@pytest.mark.slow
 def test_doctor_fails_where_serve_would(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         result = run("doctor", "--port", str(server.getsockname()[1]))

@@ -68,11 +68,13 @@ def imported(*folders: str) -> set[str]:
     return {DISTRIBUTION_OF.get(name, re.sub(r"[-_.]+", "-", name).lower()) for name in foreign}
 
 
+@pytest.mark.slow
 def test_every_import_is_declared() -> None:
     used = {COMES_WITH.get(name, name) for name in imported(*FOLDERS, "benchmarks")}
     assert used - declared(*EXTRAS) - PEERS == set()
 
 
+@pytest.mark.slow
 def test_every_dependency_is_used() -> None:
     used = {COMES_WITH.get(name, name) for name in imported(*FOLDERS, "benchmarks")} | LOADED_BY_NAME
     assert declared(*EXTRAS) - used == set()

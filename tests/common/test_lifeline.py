@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 
+import pytest
+
 from kvferry.common.lifeline import MAX_EVENT_BYTES, Lifeline, decode_event, lifeline_pair
 
 CHILD = """
@@ -96,6 +98,7 @@ def test_what_is_no_event_is_no_event() -> None:
         assert decode_event(packet) is None
 
 
+@pytest.mark.slow
 def test_the_lifelines_own_thread_beats_with_what_it_is_told_to_say() -> None:
     ours, theirs = lifeline_pair()
     lost = threading.Event()

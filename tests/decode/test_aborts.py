@@ -186,6 +186,7 @@ class _Play:
         self.role.tick()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_blocks_and_slots_are_back_after_aborts_at_random_moments(seed: int) -> None:
     play = _Play(seed)

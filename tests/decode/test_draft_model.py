@@ -95,6 +95,7 @@ def expected(models: dict[str, Path], kind: str) -> Answers:
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft", ["target", "small"])
 @pytest.mark.parametrize(("num_blocks", "swap_space"), [(128, 0), (18, 0), (18, 1 << 20)])
 def test_answers_are_the_same_with_room_and_without(

@@ -118,6 +118,7 @@ class _Recorder:
         self._preempt(seq)
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(seed=st.integers(0, 2**32), rows=st.integers(1, 4), num_swap_blocks=st.sampled_from([0, 3, 20]))
 @example(seed=4866, rows=1, num_swap_blocks=0)  # the only one that runs gives its blocks back, and another is parked

@@ -209,6 +209,7 @@ def test_growth_reserve_counts_running_and_all_that_waits() -> None:
     assert scheduler.growth_reserve == 1 + 3
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), num_blocks=st.integers(8, 24), budget=st.integers(4, 20))
 def test_everything_ends_and_no_block_is_lost(data: st.DataObject, num_blocks: int, budget: int) -> None:

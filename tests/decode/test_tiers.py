@@ -137,6 +137,7 @@ def test_a_prompt_computes_what_the_disk_does_not_bring(how: str) -> None:
     _run(bench)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32), num_swap_blocks=st.sampled_from([0, 6]), num_disk_blocks=st.sampled_from([0, 12]))
 def test_every_row_reads_its_own_tokens_whatever_lies_in_which_tier(

@@ -70,6 +70,7 @@ def test_tests_for_a_gpu_pass(path: Path, ran: dict[Path, Counts], record_proper
     record_property("emulated_gpu_tests", counts.num_passed)  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_the_device_is_strict(tmp_path: Path) -> None:
     strict = Path(__file__).with_name("strict.py")
     assert run([strict], tmp_path / "report.xml")[0][strict].num_passed > 10

@@ -77,6 +77,7 @@ def expected(model_dir: Path, adapter: Path | None, prompt: list[int], folder: P
     return driver.generate([driver.add(prompt)])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [False, True])
 def test_mixed_batches_equal_merged_models(model_dir: Path, adapters: list[Path], tmp_path: Path, exact: bool) -> None:
     engine = make_engine(
@@ -183,6 +184,7 @@ def test_a_slot_keeps_nothing_of_the_adapter_before(model_dir: Path, adapters: l
         assert driver.generate([sequence(driver, prompt, 0)])[0] == expected(model_dir, path, prompt, tmp_path)
 
 
+@pytest.mark.slow
 def test_fused_modules_are_adapted_on_every_rank(tmp_path: Path) -> None:
     """Rows of a rank's queries, keys and values stand apart in the module that all of them are."""
     model_dir = write_checkpoint(tmp_path / "model", "phi3", tokenizer=False)

@@ -90,6 +90,7 @@ def _assert_as_transformers(model_dir: Path, asked: list[list[int]], answers: li
     assert compared > len(asked) * NUM_TOKENS // 2, "the checkpoint leaves too little to compare"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_tokens_are_those_of_transformers(checkpoints: Path, variant: str) -> None:
     engine = make_engine(checkpoints / variant)
@@ -100,6 +101,7 @@ def test_greedy_tokens_are_those_of_transformers(checkpoints: Path, variant: str
         _assert_as_transformers(checkpoints / variant, asked, answers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["granite", "olmo2", "olmo3", "phi3", "gemma2", "gemma3"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_long_prompts_and_exact_steps_are_those_of_transformers(checkpoints: Path, variant: str, exact: bool) -> None:
@@ -119,6 +121,7 @@ def test_long_sequences_turn_by_factors_of_their_own(checkpoints: Path, tmp_path
         _assert_as_transformers(path, asked, driver.generate([driver.add(prompt) for prompt in asked], chunk=30))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["olmo2", "phi3", "gemma3"])
 def test_two_ranks_say_what_transformers_says(checkpoints: Path, variant: str) -> None:
     config = engine_config(checkpoints / variant, tensor_parallel_size=2)

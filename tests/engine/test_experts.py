@@ -94,6 +94,7 @@ def test_greedy_tokens_are_those_of_transformers(models: Path, variant: str) -> 
     _assert_as_transformers(models / variant, _answers(make_engine(models / variant)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "whole_experts", "plan"),
     [

@@ -63,6 +63,7 @@ def _answers(engine: Engine, asked: list[list[int]], chunk: int) -> list[list[in
     return driver.generate([driver.add(prompt) for prompt in asked], chunk=chunk)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_tokens_are_those_of_transformers(checkpoints: Path, variant: str) -> None:
     engine = make_engine(checkpoints / variant)
@@ -115,6 +116,7 @@ def test_exact_results_are_the_same_bits_in_any_company_and_chunks(checkpoints: 
     assert len(told) == 1
 
 
+@pytest.mark.slow
 def test_two_ranks_say_what_one_says_and_each_has_all_latents(checkpoints: Path) -> None:
     pair = RankPair(checkpoints / "v3")
     try:

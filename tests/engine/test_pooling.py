@@ -73,6 +73,7 @@ def _embedded(driver: Driver, token_ids: list[int], pooling: Pooling) -> Sequenc
     return seq
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("chunk", [1000, 16, 1])
 def test_vectors_are_those_of_transformers(model_dir: Path, name: str, chunk: int) -> None:

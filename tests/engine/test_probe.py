@@ -15,6 +15,7 @@ from ..checkpoints import write_checkpoint
 from ..engine_driver import make_engine
 
 
+@pytest.mark.slow
 def test_a_probe_tells_weights_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVFERRY_CACHE", str(tmp_path / "cache"))
     model_dir = write_checkpoint(tmp_path, tokenizer=False)

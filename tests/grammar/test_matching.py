@@ -150,6 +150,7 @@ def test_bytes_of_tokens_are_those_of_our_own_text(model: tuple[Vocabulary, Toke
             assert vocabulary.tokenizer.decode_bytes([token]) == tokenizer.token_bytes(token)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), cut=st.integers(0, 60), back=st.integers(0, 60))
 def test_a_matcher_follows_from_its_tokens_alone(vocabulary: Vocabulary, seed: int, cut: int, back: int) -> None:

@@ -31,6 +31,7 @@ def _with_definition(schema: dict[str, Any], other: object) -> dict[str, Any]:
 OTHERS = st.sampled_from([True, {"type": "string"}, {"properties": {"a": {"const": 1}}}, {"required": ["b"]}])
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(SCHEMAS, OTHERS, st.lists(INSTANCES, min_size=1, max_size=12), st.booleans())
 def test_what_follows_the_new_schema_follows_the_given_one(
@@ -57,6 +58,7 @@ def test_fewer_instances_of_a_part_are_not_more_of_the_whole(schema: dict[str, A
     assert not _follows(schema, [{}, None, {}]) and not _follows(new, [{}, None, {}])
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(SCHEMAS, OTHERS, st.lists(INSTANCES, min_size=1, max_size=12))
 def test_the_opposite_has_the_other_instances(schema: dict[str, Any], other: object, instances: list[object]) -> None:
@@ -155,6 +157,7 @@ def test_what_cannot_be_said_in_another_way_stays(schema: dict[str, Any]) -> Non
     assert rewritten(schema, splits_one_of=True) == schema
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(max_size=4), min_size=1, max_size=5), st.text(max_size=5))
 def test_the_pattern_of_other_words_has_every_other_word(words: list[str], word: str) -> None:
     schema = {"type": "string", "pattern": pattern_of_others(words).removesuffix("$") + r"\Z"}

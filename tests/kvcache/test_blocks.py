@@ -182,7 +182,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestPoolMachine = PoolMachine.TestCase
+TestPoolMachine = pytest.mark.slow(PoolMachine.TestCase)
 
 
 def test_what_another_worker_keeps_is_evicted_first_and_goes_to_no_other_tier() -> None:

@@ -130,6 +130,7 @@ def test_too_little_room_is_told_with_numbers(tmp_path: Path) -> None:
         _open(tmp_path, num_bytes=511)
 
 
+@pytest.mark.slow
 def test_a_full_disk_fails_a_write_and_what_lies_there_is_still_read(tmp_path: Path) -> None:
     """A limit of the process's file size stands for the disk's end."""
     program = f"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -182,7 +183,7 @@ class PoolEvents(RuleBasedStateMachine):
         self.pool.check()
 
 
-TestPoolEvents = PoolEvents.TestCase
+TestPoolEvents = pytest.mark.slow(PoolEvents.TestCase)
 TestPoolEvents.settings = settings(max_examples=150, stateful_step_count=40)
 
 

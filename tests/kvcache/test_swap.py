@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,6 +143,7 @@ def test_a_step_that_swaps_is_never_the_one_foretold() -> None:
     assert not forecast.fits(Batch(following.rows, swap_in=[(0, 9)]), [last])
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 2**32), enable_prefix_caching=st.booleans(), num_swap_blocks=st.sampled_from([0, 2, 8, 30]))
 def test_every_row_reads_its_own_tokens_whatever_is_swapped_shared_and_ended(

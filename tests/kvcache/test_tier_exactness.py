@@ -219,6 +219,7 @@ def _two_ranks(tmp_path: Path) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 def test_two_ranks_keep_their_parts_in_tiers_of_their_own(
     model_dir: Path, expected: list[list[int]], tmp_path: Path, group: RankGroup
 ) -> None:

@@ -154,6 +154,7 @@ async def running(plan: Deployment, recorder: Recorder, times: ChildTimes = TIME
         await asyncio.wait_for(task, WAIT_S)
 
 
+@pytest.mark.slow
 async def test_workers_start_with_the_routers_address_and_all_end_together(tmp_path: Path) -> None:
     recorder = Recorder()
     async with running(deployment(tmp_path, prefill=1, decode=2), recorder):
@@ -211,6 +212,7 @@ async def test_routers_share_one_socket_and_every_worker_knows_them_all(tmp_path
         assert launcher.routers.http.port > 0
 
 
+@pytest.mark.slow
 async def test_rolling_restart_takes_one_after_the_other_and_waits_for_it(tmp_path: Path) -> None:
     recorder = Recorder()
     async with running(deployment(tmp_path, prefill=2, decode=1, routers=2), recorder) as launcher:
@@ -258,6 +260,7 @@ async def test_a_drain_that_lasts_is_cut_short_by_a_second_signal(tmp_path: Path
     await until_gone(processes(tmp_path))
 
 
+@pytest.mark.slow
 async def test_what_served_for_a_while_comes_back_at_once_and_a_crash_loop_waits_longer_each_time(
     tmp_path: Path,
 ) -> None:
@@ -276,6 +279,7 @@ async def test_what_served_for_a_while_comes_back_at_once_and_a_crash_loop_waits
         assert recorder.of("p-0", "restart")[0]["delay_s"] == 0
 
 
+@pytest.mark.slow
 async def test_what_dies_of_a_request_is_not_waited_for(tmp_path: Path) -> None:
     """A router says so while the launcher waits, or before it has noticed the end; of other lives it says nothing."""
     recorder, patient = Recorder(), ChildTimes(first_backoff_s=1000.0, max_backoff_s=1e6, stable_after_s=3600.0)
@@ -312,6 +316,7 @@ def excuse(tmp_path: Path, worker_id: str, incarnation: int) -> None:
         file.write(json.dumps(event) + "\n")
 
 
+@pytest.mark.slow
 async def test_worker_that_stops_beating_is_killed_and_started_again(tmp_path: Path) -> None:
     recorder = Recorder()
     async with running(deployment(tmp_path, "hang"), recorder):
@@ -320,12 +325,14 @@ async def test_worker_that_stops_beating_is_killed_and_started_again(tmp_path: P
         await until_gone([lives(tmp_path, "d-0")[0]["pid"]])
 
 
+@pytest.mark.slow
 async def test_worker_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
     async with running(deployment(tmp_path, "stubborn"), Recorder()):
         assert lives(tmp_path, "d-0")
     await until_gone(processes(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "error", "message"),
     [("unknown model", ConfigError, "no such model"), ("crash", WorkerLost, "did not start, 3 times: exit code 3")],
@@ -360,6 +367,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 async def test_children_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     script = LAUNCH.format(tests=str(Path(__file__).parent))
     launcher = await asyncio.create_subprocess_exec(sys.executable, "-c", script, str(tmp_path), stdout=subprocess.PIPE)

@@ -312,6 +312,7 @@ def outcome(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
     return int(ended.value.code or 0), output.err + output.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_all_three_refuse_in_the_same_words(name: str, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     spoil, message = CASES[name]

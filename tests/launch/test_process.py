@@ -9,6 +9,8 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+
 from kvferry.common.clock import SystemClock
 from kvferry.launch.child_process import Command
 from kvferry.launch.process import Child, ChildTimes
@@ -72,18 +74,21 @@ async def _running(still_s: float, times: ChildTimes = TIMES) -> AsyncIterator[W
         await asyncio.wait((task,))
 
 
+@pytest.mark.slow
 async def test_a_loop_that_is_busy_for_less_than_the_patience_goes_on() -> None:
     async with _running(0.6) as watched:
         await watched.until("round", 4)
         assert watched.child.num_restarts == 0
 
 
+@pytest.mark.slow
 async def test_a_loop_that_stands_still_for_longer_is_started_again() -> None:
     async with _running(600.0) as watched:
         assert "event loop has stood still" in str((await watched.until("restart"))["reason"])
         await watched.until("ready", 2)
 
 
+@pytest.mark.slow
 async def test_a_process_that_is_stopped_is_started_again() -> None:
     async with _running(0.1) as watched:
         assert watched.child.pid is not None

@@ -170,6 +170,7 @@ async def test_the_next_router_decides_when_the_first_has_gone(tmp_path: Path) -
         await recorder.until_ready("router-0", 2)
 
 
+@pytest.mark.slow
 async def test_a_rolling_restart_passes_over_workers_that_leave(tmp_path: Path) -> None:
     recorder, wishes = Recorder(), StubRequests(tmp_path)
     async with running(fitted(tmp_path), recorder) as launcher:

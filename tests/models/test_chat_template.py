@@ -161,6 +161,7 @@ def test_a_prompt_that_grows_out_of_bounds_is_refused(source: str) -> None:
         ChatTemplate(source).render(HELLO)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source",
     [

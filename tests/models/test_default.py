@@ -215,6 +215,7 @@ def smollm2() -> Iterator[Path]:
         yield Path(answers[0])
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_make_one_complete_directory(smollm2: Path) -> None:
     assert {file.name for file in smollm2.iterdir()} == FILES
     assert [path.name for path in smollm2.parent.iterdir() if path.is_dir()] == [smollm2.name]

@@ -144,6 +144,7 @@ def cache(hub: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
+@pytest.mark.slow
 def test_of_a_hub_model_only_data_is_fetched_and_it_is_found_again_without_a_network(cache: Path) -> None:
     model, other = _resolve_apart([("org/model", None), ("org/other", None)], cache, HF_HUB_OFFLINE="1")
     assert model["name"] == "org/model" and "config.json" in str(model["files"])
@@ -151,6 +152,7 @@ def test_of_a_hub_model_only_data_is_fetched_and_it_is_found_again_without_a_net
     assert "name a local directory" in str(other["error"])
 
 
+@pytest.mark.slow
 def test_without_a_hub_to_reach_a_cached_model_is_used_and_another_is_refused(cache: Path) -> None:
     nobody = "http://127.0.0.1:1"  # the port of tcpmux, where nothing listens
     model, other = _resolve_apart([("org/model", None), ("org/other", None)], cache, HF_ENDPOINT=nobody)
@@ -158,6 +160,7 @@ def test_without_a_hub_to_reach_a_cached_model_is_used_and_another_is_refused(ca
     assert "the hub cannot be reached" in str(other["error"])
 
 
+@pytest.mark.slow
 def test_each_refusal_of_the_hub_is_one_line_that_says_what_to_do(hub: str, tmp_path: Path) -> None:
     names = [("org/absent", None), ("org/gated", None), ("org/model", "v9"), ("org/code", None), ("org/partial", None)]
     answers = _resolve_apart(names, tmp_path, HF_ENDPOINT=hub)
@@ -173,6 +176,7 @@ def test_each_refusal_of_the_hub_is_one_line_that_says_what_to_do(hub: str, tmp_
         assert "\n" not in str(answer["error"])
 
 
+@pytest.mark.slow
 def test_a_config_is_fetched_without_the_weights(hub: str, tmp_path: Path) -> None:
     program = PROGRAM.replace("import resolve_model", "import ResolvedModel, resolve_config").replace(
         "resolve_model(name, revision, lambda what, fraction: seen.append([what, fraction]))",

@@ -80,6 +80,7 @@ def test_whatever_a_template_does_to_a_content_no_special_token_comes_of_it(body
     assert not {backend.token_to_id(token) for token in (START, END, "<|mask|>")} & set(ids[1:-1])
 
 
+@pytest.mark.slow
 @given(st.text(st.sampled_from("<|start>end \n\U00100000\U00100001\U000ffffd"), max_size=40))
 def test_no_text_becomes_a_special_token(content: str) -> None:
     ids = _ids(BACKEND, SPECIAL, content)

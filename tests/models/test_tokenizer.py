@@ -113,6 +113,7 @@ group_sizes = st.lists(st.integers(0, 5), max_size=8)
 multilingual = st.one_of(st.sampled_from(TEXTS), st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
 
 
+@pytest.mark.slow
 @given(kind=kinds, ids=any_ids, sizes=group_sizes, skip=st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_pushes_and_flush_add_up_to_the_text_decoded_at_once(
@@ -123,6 +124,7 @@ def test_pushes_and_flush_add_up_to_the_text_decoded_at_once(
     assert _pushed(detokenizer, ids, sizes) == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
+@pytest.mark.slow
 @given(kind=st.sampled_from(["byte_level", "metaspace", "no_decoder"]), ids=any_ids, skip=st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_any_ids_decode_as_the_library_decodes_them(kind: str, ids: list[int], skip: bool) -> None:
@@ -130,6 +132,7 @@ def test_any_ids_decode_as_the_library_decodes_them(kind: str, ids: list[int], s
     assert tokenizer.decode(ids, skip) == backend.decode(ids, skip_special_tokens=skip)
 
 
+@pytest.mark.slow
 @given(ids=any_ids, skip=st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_byte_fallback_decodes_as_the_library_does_unless_bytes_are_invalid(ids: list[int], skip: bool) -> None:
@@ -153,6 +156,7 @@ def test_a_valid_text_streams_token_by_token_without_replacement_characters(kind
     assert detokenizer.flush() == ""
 
 
+@pytest.mark.slow
 @given(kind=kinds, prompt=any_ids, ids=any_ids, sizes=group_sizes, skip=st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_an_answer_goes_on_exactly_where_its_prompt_ended(

@@ -416,6 +416,7 @@ async def test_what_can_never_fit_is_the_clients_error() -> None:
     assert (await _refused(served, 400))["code"] == "context_length_exceeded"
 
 
+@pytest.mark.slow
 async def test_a_bug_of_ours_is_a_500_that_tells_nothing_and_is_not_retried() -> None:
     async with serve(Script(refuse=ZeroDivisionError("secret"))).client() as client:
         response = await client.post("/v1/completions", json={"prompt": "hi"})

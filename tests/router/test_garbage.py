@@ -91,6 +91,7 @@ def _living(but: Sequence[object] = ()) -> list[object]:
     return [each for each in gc.get_objects() if type(each).__name__ in OF_A_REQUEST and id(each) not in known]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["whole", "stream", "chat", "tools", "responses", "messages", "refused", "unknown", "left"]
 )

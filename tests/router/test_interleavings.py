@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -376,6 +377,7 @@ ACTIONS = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), local_prefill=st.booleans())
 def test_every_request_ends_once_with_its_tokens_in_order(data: st.DataObject, local_prefill: bool) -> None:

@@ -158,6 +158,7 @@ def test_a_broken_configuration_ends_with_exit_code_2(capsys: pytest.CaptureFixt
     assert "prot" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_program_says_what_is_wrong_and_exits_with_2(model_dir: Path) -> None:
     config = _config(model_dir, host="0.0.0.0").model_dump_json()
     command = [sys.executable, "-m", "kvferry.router", "--config-json", config]
@@ -185,6 +186,7 @@ sys.exit(router.main(sys.argv[3:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["stands still", "is stopped"])
 async def test_a_router_that_hangs_is_ended_and_started_again(model_dir: Path, fault: str) -> None:
     config = _config(model_dir)

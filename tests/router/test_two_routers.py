@@ -245,6 +245,7 @@ def test_the_same_without_a_prefill_pool() -> None:
     assert all(stream.request.status is RequestStatus.FINISHED for stream in quiet)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefill", [0, 1, 2])
 def test_two_busy_routers_share_and_nothing_is_lost_between_them(prefill: int) -> None:
     cluster = Cluster(prefill=prefill, decode=2, tokens_per_s=1000.0)

@@ -207,6 +207,7 @@ def test_any_text_loads_or_is_refused_with_a_place(tmp_path_factory: pytest.Temp
         assert str(path) in str(error)
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(sorted(ServeSettings.model_fields)), st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),

@@ -101,6 +101,7 @@ def test_what_cannot_be_is_refused(llama_8b: ModelConfig, llama_70b: ModelConfig
         Sizer(engine_of(), llama_8b, H100, 200_000)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     gpu=st.sampled_from([gpu for gpu in GPUS.values() if gpu.memory_gb >= 40]),

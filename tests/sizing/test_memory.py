@@ -129,6 +129,7 @@ def _splits(path: Path, model: ModelConfig, num_ranks: int) -> list[dict[str, ob
     return [{}, whole, whole | {"expert_plan": path / "plan.json"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", SHAPES)

@@ -96,6 +96,7 @@ def test_calls_behind_events_wait_for_them_in_order_and_others_do_not() -> None:
     thread.close()
 
 
+@pytest.mark.slow
 def test_connections_that_strangers_left_hold_no_descriptors_of_an_idle_worker() -> None:
     """It is a process of its own, with one library, as a worker is: this one may have two copies of UCX."""
     script = Path(__file__).parent / "idle_worker.py"

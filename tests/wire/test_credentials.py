@@ -143,6 +143,7 @@ def test_revoking_leaves_all_other_lines_as_they_are(tmp_path: Path) -> None:
     assert read_key_file(path, "file") == ()
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from("abc"), max_size=8), st.sampled_from("abc"))
 def test_what_is_left_after_revoking_is_what_was_there(names: list[str], gone: str) -> None:
     import tempfile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -114,6 +115,7 @@ def test_host_memory_spares_a_read() -> None:
 _Move = tuple[int, int]
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 3), st.integers(0, 3), st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=80))
 def test_invariants_hold_whatever_comes(num_slots: int, more: int, moves: list[_Move]) -> None:

@@ -137,6 +137,7 @@ def _pair(model_dir: Path, *, block_size: int = 16) -> tuple[Recorded, Recorded]
     return ours, theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_native_steps_are_those_of_torch(checkpoints: Path, variant: str) -> None:
     _decode_beside(*_pair(checkpoints / variant), LENGTHS, 3)
@@ -155,6 +156,7 @@ MANY_TOKENS = (390, 70, 33, 5), ((300, 40, 33, 5), (90, 30, 1, 1), (1, 1, 1, 1))
 FEW_TOKENS = (50, 20, 9, 5), ((20, 10, 9, 5), (30, 10, 1, 1), (1, 1, 1, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [MANY_TOKENS, FEW_TOKENS], ids=["many tokens", "few tokens"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_native_prompts_are_those_of_torch(checkpoints: Path, variant: str, shape: Shape) -> None:

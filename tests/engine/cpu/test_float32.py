@@ -39,6 +39,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [MANY_TOKENS, FEW_TOKENS], ids=["many tokens", "few tokens"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_prompts_and_answers_are_those_of_torch(checkpoints: Path, variant: str, shape: Shape) -> None:

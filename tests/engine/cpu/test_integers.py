@@ -96,6 +96,7 @@ def _packed(library: ctypes.CDLL, weight: GroupedWeight) -> Packed:
     return Packer(library, torch.bfloat16)(copy)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(weight=weights(), count=st.integers(1, 25), seed=SEEDS, parts=st.integers(1, 3))
 def test_products_are_those_of_the_definition(
@@ -243,6 +244,7 @@ def test_a_model_is_near_that_of_its_plain_numbers(
         assert (one - other).abs().max() <= LOGIT_TOLERANCE * (other.max() - other.min())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_threads_and_other_rows_change_no_bit(
     library: ctypes.CDLL, model_dir: Path, monkeypatch: pytest.MonkeyPatch, scheme: str

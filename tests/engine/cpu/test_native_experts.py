@@ -89,6 +89,7 @@ def _error(found: list[SampledToken], expected: list[SampledToken]) -> float:
     return median(errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "tolerance"),
     [
@@ -168,6 +169,7 @@ def _write_mxfp4(source: Path, path: Path) -> None:
     (path / "config.json").write_text(json.dumps(raw))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(1, "parts"), (2, "parts"), (2, "whole"), (2, "plan")], ids=str)
 def test_experts_in_mxfp4_are_multiplied_as_they_are(gpt_oss: Path, tmp_path: Path, ranks: tuple[int, str]) -> None:
     size, split = ranks
@@ -188,6 +190,7 @@ def test_experts_in_mxfp4_are_multiplied_as_they_are(gpt_oss: Path, tmp_path: Pa
             group.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "split"),
     [("qwen3", "parts"), ("qwen3", "whole"), ("qwen3", "plan"), ("gpt_oss", "parts"), ("gpt_oss", "plan")],
@@ -206,6 +209,7 @@ def test_two_ranks_share_experts(model: str, split: str, tmp_path: Path, request
         group.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "fields"), [("qwen3", {}), ("qwen3", {"quantization": "int4"}), ("gpt_oss", {})], ids=str
 )

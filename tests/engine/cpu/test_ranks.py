@@ -29,6 +29,7 @@ def _library() -> None:
         pytest.skip(f"no native code on this machine: {reason}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "fields"),
     [

@@ -10,6 +10,7 @@ import pytest
 from kvferry.engine.cpu import compiler
 
 
+@pytest.mark.slow
 def test_each_tile_is_taken_once_however_unequal_the_threads(tmp_path: Path) -> None:
     try:
         command = compiler.find_compiler()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,6 +85,7 @@ def test_steps_of_a_steady_batch_are_all_foretold() -> None:
     assert loop.pool.num_free_blocks == 1000
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     arrivals=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 30), st.integers(1, 40)), min_size=1, max_size=12),

@@ -70,6 +70,7 @@ def _assert_same(found: list[tuple[SampledToken, ...]], expected: list[tuple[Sam
             assert [value for _, value in token.top] == pytest.approx([value for _, value in other.top], abs=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(rows=st.lists(_rows, min_size=1, max_size=6), seed=st.integers(0, 1000))
 def test_tokens_are_those_of_the_host(rows: list[SampleRow], seed: int) -> None:

@@ -156,6 +156,7 @@ def part(rng: random.Random, count: int) -> int:
     return rng.choice([count, 1, rng.randint(1, count), min(count, rng.randint(1, 20))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "model"), NATIVE + TORCH)
 def test_neither_company_nor_chunks_nor_threads_show(make: EngineMaker, kind: str, model: str) -> None:
     one, two = Stepper(make(kind, model)), Stepper(make(kind, model, num_threads=2, block_size=32))
@@ -167,6 +168,7 @@ def test_neither_company_nor_chunks_nor_threads_show(make: EngineMaker, kind: st
         runner.driver = Driver(runner.engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "model"), [*KINDS, ("native", "long window")])
 def test_drafts_show_nowhere(make: EngineMaker, kind: str, model: str) -> None:
     """Right ones, wrong ones, and right ones that go wrong: tokens and log-probabilities are those without."""
@@ -186,6 +188,7 @@ def test_drafts_show_nowhere(make: EngineMaker, kind: str, model: str) -> None:
         assert other.answers[id(seq)].tokens == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "model"), [*KINDS, ("native", "long window")])
 def test_an_answer_goes_on_from_any_token(make: EngineMaker, kind: str, model: str) -> None:
     """Prompt and accepted tokens as one prompt, in chunks, or the accepted tokens fed again one by one."""
@@ -207,6 +210,7 @@ def test_an_answer_goes_on_from_any_token(make: EngineMaker, kind: str, model: s
             assert resumed.tokens == whole[done:], (done, refeeds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "model"), KINDS)
 def test_choices_of_one_prompt_are_those_of_requests_of_their_own(make: EngineMaker, kind: str, model: str) -> None:
     runner = Stepper(make(kind, model))
@@ -226,6 +230,7 @@ def test_choices_of_one_prompt_are_those_of_requests_of_their_own(make: EngineMa
         assert [token, *runner.finish(forked).tokens] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "model"), KINDS)
 def test_cached_blocks_are_as_good_as_computed_ones(make: EngineMaker, kind: str, model: str) -> None:
     """Those of a prompt that went before, those of an answer, and those that came from another worker."""
@@ -248,6 +253,7 @@ def test_cached_blocks_are_as_good_as_computed_ones(make: EngineMaker, kind: str
     assert there.finish(moved).tokens == expected
 
 
+@pytest.mark.slow
 def test_two_ranks_keep_one_order(model_dirs: Path) -> None:
     config = engine_config(model_dirs / "odd sizes", tensor_parallel_size=2, deterministic=True, dtype="bfloat16")
     group = RankGroup.start(config, num_blocks=NUM_BLOCKS)

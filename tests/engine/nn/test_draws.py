@@ -48,6 +48,7 @@ def _kept(probabilities: NDArray[np.float32], params: SamplingParams) -> NDArray
     return kept
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([0.01, 0.5, 2.0, 5.0, 30.0]),

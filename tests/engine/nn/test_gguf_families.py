@@ -114,6 +114,7 @@ def _checkpoint(path: Path, model: str, fields: dict[str, Any]) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_config_and_log_probabilities_are_the_checkpoints(tmp_path: Path, model: str) -> None:
     checkpoint = write_as_gguf(_checkpoint(tmp_path / "plain", model, {}), tmp_path / "m.gguf")
@@ -124,6 +125,7 @@ def test_config_and_log_probabilities_are_the_checkpoints(tmp_path: Path, model:
     assert_as_transformers(path, checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", QUANTIZED)
 def test_blocks_of_any_kind_mean_the_same_numbers(tmp_path: Path, variant: str) -> None:
     model, fields, kinds = QUANTIZED[variant]
@@ -156,6 +158,7 @@ def test_a_model_in_several_files_is_read_by_any_of_them(
         resolve_model(str(files[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", READ_BY_TRANSFORMERS)
 def test_transformers_makes_the_same_of_a_file(tmp_path: Path, model: str) -> None:
     """What its own reader yields are the directory's tensors: two readers, neither of which knows the other."""
@@ -182,6 +185,7 @@ def _engine_of(tmp_path: Path, variant: str, **fields: object) -> Engine:
     return make_engine(gguf_model_dir(tmp_path / "m.gguf", cache=tmp_path / "cache"), 64, **fields)
 
 
+@pytest.mark.slow
 def test_experts_of_blocks_are_multiplied_as_they_are(tmp_path: Path) -> None:
     for variant, is_silent in (("qwen3moe Q4_K_M", True), ("gpt-oss MXFP4", True), ("gpt-oss Q8_0", False)):
         with structlog.testing.capture_logs() as logs:

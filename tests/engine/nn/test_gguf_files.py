@@ -168,6 +168,7 @@ def test_other_tokenizers_are_refused_by_name(tmp_path: Path, rules: str, named:
         gguf_model_dir(tmp_path / "m.gguf", cache=tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_a_file_with_bytes_turned_is_served_or_refused(tmp_path: Path) -> None:
     """Whatever stands in a file's fields, nothing but a ConfigError comes out."""
     write_gguf(tmp_path / "m.gguf", "llama", {"": "Q8_0"})

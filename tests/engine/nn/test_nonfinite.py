@@ -89,6 +89,7 @@ def _assert_tokens(logits: Tensor, row: SampleRow, tokens: tuple[SampledToken, .
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @SAMPLERS
 @settings(max_examples=150, deadline=None)
 @given(rows=st.lists(_rows, min_size=1, max_size=4), seed=st.integers(0, 1000), scale=st.sampled_from([1.0, 1e-30, 30]))
@@ -100,6 +101,7 @@ def test_whatever_a_body_asks_tokens_are_of_the_vocabulary(
         _assert_tokens(own, row, tokens)
 
 
+@pytest.mark.slow
 @SAMPLERS
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), rows=st.lists(_rows, min_size=2, max_size=5), seed=st.integers(0, 1000))

@@ -86,6 +86,7 @@ def pair(model_dir: Path) -> Iterator[RankPair]:
         pair.group.close()
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_tokens_of_one_and_payloads_keep_their_place(pair: RankPair, model_dir: Path) -> None:
     assert pair.received() == b"made this with 1 heads of 2"
     assert pair.engine.kv_pages.shape[3] == 1
@@ -118,6 +119,7 @@ def test_two_ranks_give_the_tokens_of_one_and_payloads_keep_their_place(pair: Ra
     pair.group.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "asked"), [("awq", None), ("gptq 8 asymmetric", None), (None, "int8"), (None, "int4")]
 )
@@ -136,6 +138,7 @@ def test_two_ranks_share_quantized_weights(tmp_path: Path, name: str | None, ask
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_two_ranks_embed_as_one(pair: RankPair, model_dir: Path) -> None:
     sums = []
     for engine in (pair.engine, make_engine(model_dir)):
@@ -149,10 +152,12 @@ def test_two_ranks_embed_as_one(pair: RankPair, model_dir: Path) -> None:
     assert sums[0] == pytest.approx(sums[1], abs=1e-3, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_every_rank_swaps_its_part_of_the_blocks(pair: RankPair, model_dir: Path) -> None:
     assert swapped_in_the_middle(pair.engine) == undisturbed(make_engine(model_dir))
 
 
+@pytest.mark.slow
 def test_a_follower_that_dies_is_a_lost_worker(pair: RankPair) -> None:
     driver = Driver(pair.engine)
     seq = driver.add(prompts([3])[0])
@@ -187,6 +192,7 @@ def test_ranks_wait_for_one_another_longer_than_for_a_collective() -> None:
     Communicator().meet("alone")
 
 
+@pytest.mark.slow
 def test_a_followers_error_reaches_rank_0(pair: RankPair) -> None:
     pair.group.broadcast(b"fail")
     pair.group._readers[0].join(ANSWER_S)
@@ -194,6 +200,7 @@ def test_a_followers_error_reaches_rank_0(pair: RankPair) -> None:
         pair.group.check()
 
 
+@pytest.mark.slow
 def test_followers_end_with_rank_0(model_dir: Path) -> None:
     """Rank 0 is a process of its own here, and is killed."""
     import subprocess

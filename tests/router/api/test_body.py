@@ -150,6 +150,7 @@ def test_values_without_bytes_to_speak_of_are_bounded_in_number() -> None:
     assert len(parse_json(b'{"prompt": [' + b"1," * 99 + b"1]}", max_commas=99)["prompt"]) == 100  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(), _values, max_size=4), st.booleans())
 def test_sound_json_is_what_it_was(value: dict[str, object], ascii_only: bool) -> None:
     assert parse_json(json.dumps(value, ensure_ascii=ascii_only).encode()) == value

@@ -20,6 +20,7 @@ def steady(rate: float, **changes: object) -> World:
     return World(make_settings(), lambda now: rate, **changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
@@ -43,6 +44,7 @@ def test_pools_stay_within_their_bounds_whatever_comes(
         assert counts.total <= total
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 10_000), rate=st.floats(1, 60), start=st.integers(1, 20))
 def test_steady_noisy_load_never_grows_within_five_minutes_of_a_shrink(seed: int, rate: float, start: int) -> None:
@@ -50,6 +52,7 @@ def test_steady_noisy_load_never_grows_within_five_minutes_of_a_shrink(seed: int
     assert world.ups_after_downs(300.0) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])  # of fifty hours one went down and up again within five minutes
 def test_a_slow_swing_is_followed_without_going_back_and_forth(seed: int) -> None:
     world = World(make_settings(), lambda now: 30 + 20 * math.sin(now / 3600), prefill=8, decode=5, seed=seed)
@@ -79,6 +82,7 @@ def test_a_spike_is_answered_in_the_first_interval_that_shows_it() -> None:
     assert world.counts().decode > 4 * before.decode
 
 
+@pytest.mark.slow
 def test_after_a_spike_the_fleet_is_as_small_as_before_though_not_at_once() -> None:
     world = World(make_settings(), lambda now: 200.0 if 2000 <= now < 2200 else 20.0)
     world.run(900)
@@ -91,6 +95,7 @@ def test_after_a_spike_the_fleet_is_as_small_as_before_though_not_at_once() -> N
     assert world.counts().total <= before.total + 1
 
 
+@pytest.mark.slow
 def test_a_floor_that_nobody_needs_is_left_when_the_load_is_gone() -> None:
     world = World(make_settings(), lambda now: 100.0 if now < 2000 else 0.0, prefill=5, decode=5)
     world.run(900)
@@ -135,6 +140,7 @@ def test_a_pools_last_worker_that_takes_work_waits_for_another_before_it_changes
     assert world.counts(ready=True) == Counts(1, 1)
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_change_their_role_are_added_and_removed_instead() -> None:
     world = steady(60.0, prefill=1, decode=14, can_flip=False).run(900)
     assert not any(decision.flips for _, decision, _ in world.decisions)
@@ -153,6 +159,7 @@ def test_a_full_fleet_is_split_by_need() -> None:
     assert len(changes) <= 3
 
 
+@pytest.mark.slow
 def test_an_operators_counts_hold_until_they_are_released() -> None:
     world = steady(100.0).run(60)
     world.autoscaler.hold(Counts(2, 3))
@@ -173,6 +180,7 @@ def test_an_operators_counts_end_by_themselves_after_their_time() -> None:
     assert world.counts().prefill > 4
 
 
+@pytest.mark.slow
 def test_a_schedule_holds_workers_ready_when_its_window_begins() -> None:
     made = make_settings(schedule=("00:30-01:00 prefill>=6 decode>=4",), shrink_after_s=60.0)
     world = World(made, lambda now: 1.0, start_s=120.0, now_s=0.0)
@@ -184,6 +192,7 @@ def test_a_schedule_holds_workers_ready_when_its_window_begins() -> None:
     assert world.counts() == Counts(1, 1)
 
 
+@pytest.mark.slow
 def test_spare_workers_stay_ready_beyond_the_need() -> None:
     plain = steady(40.0, prefill=12, decode=12).run(1800).counts()
     made = make_settings(spare_workers=2)
@@ -191,6 +200,7 @@ def test_spare_workers_stay_ready_beyond_the_need() -> None:
     assert spare.total == plain.total + 2
 
 
+@pytest.mark.slow
 def test_longer_answers_grow_the_decode_pool_alone() -> None:
     world = steady(40.0, prefill=12, decode=12, output=lambda dice, now: 100).run(1200)
     before = world.counts()
@@ -208,6 +218,7 @@ def test_a_few_long_prompts_need_more_workers_than_the_same_tokens_spread_evenly
     assert mixed.decisions[-1][1].forecast.needed.prefill > even.decisions[-1][1].forecast.needed.prefill
 
 
+@pytest.mark.slow
 def test_misses_of_a_settled_fleet_raise_its_size_and_those_of_a_growing_one_do_not() -> None:
     missed = lambda counts: (Kept(40, 50), Kept(50, 50))  # noqa: E731
     world = steady(40.0, prefill=12, decode=12, kept=missed).run(600)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,7 @@ def said_by(journal: Journal) -> dict[int, tuple[bool, bytes]]:
     return {line: (is_ok, answer) for line, answer, is_ok in answers if answer is not None}
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(GROUPS)
 def test_cut_at_every_byte_it_keeps_a_beginning_and_goes_on(groups: list[list[tuple[int, bool, bytes]]]) -> None:

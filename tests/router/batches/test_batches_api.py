@@ -177,6 +177,7 @@ async def test_a_batch_that_has_ended_cannot_be_cancelled(tmp_path: Path) -> Non
             await client.batches.cancel(batch.id)
 
 
+@pytest.mark.slow
 async def test_a_batch_expires_with_its_window(tmp_path: Path) -> None:
     async with batch_server(tmp_path, Script(hold_at=2)) as (_, address), client_of(address) as client:
         uploaded = await client.files.create(file=jsonl(line("a")), purpose="batch")
@@ -221,6 +222,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "text"), WRONG)
 async def test_a_wrong_batch_is_refused_by_name(tmp_path: Path, change: dict[str, Any], text: str) -> None:
     async with batch_server(tmp_path) as (_, address), client_of(address) as client:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from kvferry.common.request import unpack_ids
 from kvferry.router.dispatch.background import QUIET_S
 from kvferry.router.state.request import RequestStatus
@@ -81,6 +83,7 @@ def test_one_whose_client_leaves_while_it_is_suspended_is_gone() -> None:
     assert fleet.dispatcher.breaches() == []
 
 
+@pytest.mark.slow
 def test_whatever_comes_in_whatever_order_nothing_is_lost() -> None:
     for seed in range(50):
         rng = random.Random(seed)

@@ -472,6 +472,7 @@ def test_suspects_do_not_wait_for_others_beside_a_worker_that_was_there_all_the_
 # --- drain -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_runs_on_a_worker_that_drains_goes_on_elsewhere_and_nobody_has_failed() -> None:
     fleet = Fleet()
     p, d0 = fleet.join("p-0"), fleet.join("d-0")

@@ -185,6 +185,7 @@ async def test_a_client_that_leaves_aborts_all_of_its_inputs() -> None:
     assert len(served.dispatcher.aborted) == 3
 
 
+@pytest.mark.slow
 async def test_many_large_vectors_are_whole() -> None:
     answer = await _embed(_serve(), input=["a"] * 2048)
     assert len(answer["data"]) == 2048 and answer["data"][-1]["index"] == 2047

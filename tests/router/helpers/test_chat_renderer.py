@@ -52,6 +52,7 @@ def _here(source: str, chat: Chat) -> str:
     )
 
 
+@pytest.mark.slow
 async def test_prompts_are_the_same_as_here_whichever_process_makes_them() -> None:
     chats = [
         _chat(), _chat("ä 🙂\n</x>\t\x00 \U00100000"), _chat("x" * QUICK_BYTES), _chat("", continues=True),
@@ -79,12 +80,14 @@ async def test_errors_are_what_they_are_here(
             await renderer.render(_chat("hi", kwargs))
 
 
+@pytest.mark.slow
 async def test_what_is_too_much_for_the_quick_process_gets_its_time_in_the_other_one() -> None:
     source = "{% for i in range(60000) %}{% if loop.last %}{{ i }}{% endif %}{% endfor %}"
     async with _rendering(source) as renderer:
         assert await renderer.render(_chat()) == "59999"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "status", "match"),
     [("{% for i in range(200000) %}{% endfor %}", 400, "loops over more than 100000 numbers"),
@@ -104,6 +107,7 @@ HOLE = (
 )
 
 
+@pytest.mark.slow
 async def test_what_the_sandbox_cannot_end_is_killed_and_the_next_chat_is_rendered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

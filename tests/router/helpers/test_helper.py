@@ -58,6 +58,7 @@ async def test_many_ask_at_once_and_each_gets_its_own_answer() -> None:
         assert kind == REFUSAL and msgspec.msgpack.decode(payload, type=HelperRefusal).status == 400
 
 
+@pytest.mark.slow
 async def test_an_answer_of_megabytes_comes_whole() -> None:
     async with _helper() as helper:
         text = "ä" * 5_000_000
@@ -122,6 +123,7 @@ async def test_at_the_end_everybody_is_told() -> None:
             await task
 
 
+@pytest.mark.slow
 async def test_a_process_that_cannot_be_started_is_told_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/program")
     helper = Helper()

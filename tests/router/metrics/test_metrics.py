@@ -254,6 +254,7 @@ def test_messages_of_workers_that_were_given_up_count_as_fenced() -> None:
     assert samples[_key("kvferry_duplicate_tokens_dropped_total")] == 1
 
 
+@pytest.mark.slow
 def test_every_number_of_a_heartbeat_is_exported() -> None:
     def told(status: WorkerStatus) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
         return _samples(RouterMetrics("m"), _View((_Worker("d-0", "decode", status),)))

@@ -214,6 +214,7 @@ loads = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(loads, min_size=1, max_size=20),

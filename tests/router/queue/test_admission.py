@@ -31,6 +31,7 @@ async def failure(stream: TokenStream) -> StreamError:
 # --- under load ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [1.0, 2.0, 5.0])
 def test_goodput_stays_at_capacity_and_first_tokens_within_the_objective(load: float) -> None:
     outcome = simulate(load, objective_s=2.0, seconds=SECONDS)
@@ -40,11 +41,13 @@ def test_goodput_stays_at_capacity_and_first_tokens_within_the_objective(load: f
     assert outcome.longest_queue < 400
 
 
+@pytest.mark.slow
 def test_a_sudden_overload_of_a_quiet_system_is_held() -> None:
     outcome = simulate(5.0, objective_s=1.0, seconds=SECONDS, warm_s=5.0)
     assert outcome.good >= 0.95 * CAPACITY and outcome.ttft_s(0.99) <= 1.0
 
 
+@pytest.mark.slow
 def test_where_rows_are_scarce_requests_are_what_is_counted() -> None:
     outcome = simulate(
         5.0, objective_s=2.0, seconds=SECONDS, tokens_per_s=20000.0, max_num_seqs=16, decode_s=1.0, rows_per_s=15.0
@@ -61,6 +64,7 @@ def test_without_an_objective_nothing_is_refused_but_by_the_queues_length() -> N
     assert fleet.observer.rejected == {"queue_full": 1}
 
 
+@pytest.mark.slow
 def test_who_is_refused_is_told_when_the_work_before_it_will_be_done() -> None:
     outcome = simulate(5.0, objective_s=1.0, seconds=SECONDS)
     waits = sorted(outcome.retry_after_s)

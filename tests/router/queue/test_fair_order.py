@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import count
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -210,7 +211,7 @@ class FairOrderMachine(RuleBasedStateMachine):
         assert all(tokens <= num * num * 50 for tokens in self.passed.values())
 
 
-TestFairOrder = FairOrderMachine.TestCase
+TestFairOrder = pytest.mark.slow(FairOrderMachine.TestCase)
 TestFairOrder.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import count
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -260,7 +261,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert sum(self.queue.num_by_class.values()) == len(self.here)
 
 
-TestQueue = QueueMachine.TestCase
+TestQueue = pytest.mark.slow(QueueMachine.TestCase)
 TestQueue.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
@@ -330,6 +331,7 @@ def test_requests_are_counted_by_class() -> None:
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_long_queue_is_as_cheap_to_look_at_as_a_short_one() -> None:
     """Counted in the keys that are compared, not in time."""
     looked = [_looks(number) for number in (100, 10_000)]

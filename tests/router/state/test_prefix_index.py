@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -150,7 +151,7 @@ class IndexModel(RuleBasedStateMachine):
         return found
 
 
-TestIndexModel = IndexModel.TestCase
+TestIndexModel = pytest.mark.slow(IndexModel.TestCase)
 
 
 @given(st.lists(st.integers(0, 11), max_size=40), st.data())

@@ -107,6 +107,7 @@ def test_a_new_attempt_forgets_what_came_early() -> None:
     assert ids(state) == [0, 1, 2] and state.finish is None
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_any_order_of_pieces_gives_every_index_once(data: st.DataObject) -> None:
     total = data.draw(st.integers(1, 40))

@@ -25,6 +25,7 @@ def _streamed(text: str, syntax: Syntax, cuts: list[int]) -> tuple[str, list[Cal
     return content + delta.content, pieces + delta.calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_joined_deltas_are_the_whole_answer_wherever_the_text_is_cut(name: str) -> None:
     form, rng = FORMS[name], random.Random(name)

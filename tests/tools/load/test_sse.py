@@ -16,6 +16,7 @@ def test_whole_stream_gives_its_events_in_order() -> None:
     assert EventSplitter().push(STREAM) == EVENTS
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, len(STREAM)), max_size=12))
 def test_events_are_the_same_wherever_the_bytes_are_cut(cuts: list[int]) -> None:
     splitter = EventSplitter()

@@ -127,6 +127,7 @@ def _digest(rows: torch.Tensor) -> str:
     return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_pages_arrive_byte_exact_and_telemetry_counts_them(
     backend: TransferBackend, peer: Peer, pages: torch.Tensor
 ) -> None:
@@ -142,6 +143,7 @@ def test_pages_arrive_byte_exact_and_telemetry_counts_them(
     assert backend.telemetry_bytes == len(local_blocks) * LAYERS * PAGE_BYTES
 
 
+@pytest.mark.slow
 def test_pages_are_read_byte_exact_into_their_places(backend: TransferBackend, peer: Peer, pages: torch.Tensor) -> None:
     backend.register(pages, rank=0, tp_size=1, generation=0)
     backend.connect(peer.region, WHOLE)
@@ -159,6 +161,7 @@ def test_pages_are_read_byte_exact_into_their_places(backend: TransferBackend, p
     assert backend.telemetry_bytes == handle.num_bytes == len(local) * PAGE_BYTES
 
 
+@pytest.mark.slow
 def test_a_large_contiguous_read_is_one_piece(backend: TransferBackend, peer: Peer, pages: torch.Tensor) -> None:
     """Too large for the vector of small pieces that NIXL's backend reads by itself."""
     backend.register(pages, rank=0, tp_size=1, generation=0)
@@ -180,6 +183,7 @@ def test_reading_from_an_unknown_agent_is_refused(backend: TransferBackend, page
         backend.read("d-9.1.0.0", [0], [0])
 
 
+@pytest.mark.slow
 def test_a_read_from_a_dead_peer_fails(name: str, pages: torch.Tensor) -> None:
     peer = Peer(name, f"d-0.{next(_incarnations)}.0.0")
     backend = open_backend(name, f"p-0.{next(_incarnations)}.0.0")
@@ -212,6 +216,7 @@ def test_head_slices_land_in_their_places(backend: TransferBackend, peer: Peer, 
     assert backend.telemetry_bytes == 4 * 2 * HEAD_BYTES
 
 
+@pytest.mark.slow
 def test_pages_of_a_process_of_this_host_are_written_without_its_help(pages: torch.Tensor) -> None:
     """In one call where they are scattered; its agent never makes progress."""
     pytest.importorskip("nixl_cu12", exc_type=ImportError)
@@ -248,6 +253,7 @@ def test_notification_of_its_own_reaches_the_peer(backend: TransferBackend, peer
     assert peer.read()["notifications"] == [[backend.agent, b"hello".hex()]]
 
 
+@pytest.mark.slow
 def test_writes_to_a_killed_peer_fail(name: str) -> None:
     """The writer loads one library, as a worker does. This process has both, and so two copies of UCX with hooks of
     their own around memory: the second may get no cache of registered memory, and then ends the process where it gives

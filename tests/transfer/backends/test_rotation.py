@@ -97,6 +97,7 @@ def _write(writer: Process, target: Process, region: str) -> tuple[object, objec
     return state, target.read()["num_written"]
 
 
+@pytest.mark.slow
 def test_an_old_agent_is_not_written_to_and_a_new_one_is_again_and_again(writer: Process, target: Process) -> None:
     for _ in range(2):
         assert _write(writer, target, target.region) == ("done", NUM_BYTES)
@@ -116,6 +117,7 @@ def test_an_old_agent_is_not_written_to_and_a_new_one_is_again_and_again(writer:
     assert target.read()["num_written"] == 0
 
 
+@pytest.mark.slow
 def test_what_a_killed_writer_left_in_sockets_does_not_land_after_a_rotation(writer: Process, target: Process) -> None:
     """Without one, megabytes of it may: the kernel sends them, and the target's next progress applies them."""
     assert _write(writer, target, target.region) == ("done", NUM_BYTES)

@@ -160,7 +160,7 @@ SETTINGS = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-TestFetchMachine = FetchMachine.TestCase
+TestFetchMachine = pytest.mark.slow(FetchMachine.TestCase)
 TestFetchMachine.settings = SETTINGS
 
 

@@ -107,7 +107,7 @@ class HandoffMachine(RuleBasedStateMachine):
 HandoffMachine.TestCase.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-TestHandoffMachine = HandoffMachine.TestCase
+TestHandoffMachine = pytest.mark.slow(HandoffMachine.TestCase)
 
 
 # --- long stories ---------------------------------------------------------------------------------------------------
@@ -161,6 +161,7 @@ def _story(walk_type: type[Walk], seed: int, num_events: int = 150) -> Walk:
     return walk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_seed", range(0, 240, 40))
 def test_long_stories_keep_every_invariant_and_end_well(first_seed: int) -> None:
     walks = [_story(Walk, seed) for seed in range(first_seed, first_seed + 40)]
@@ -256,6 +257,7 @@ class WithoutPins(Walk):
         self.receiver.reserve = forget_to_pin  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("walk_type", "breach"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,6 +66,7 @@ def test_hits_that_are_copied_in_by_the_first_step_are_shipped_with_its_layers()
     assert plan_chunk(1, seq, grant, 4).local_blocks == (4,)
 
 
+@pytest.mark.slow
 @given(num_tokens=st.integers(1, 80), chunks=st.lists(st.integers(1, 20), min_size=80, max_size=80), data=st.data())
 def test_every_missing_block_is_shipped_exactly_once_whatever_the_chunks(
     num_tokens: int, chunks: list[int], data: st.DataObject

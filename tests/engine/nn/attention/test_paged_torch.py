@@ -150,6 +150,7 @@ def test_little_memory_makes_tiles_and_groups_small() -> None:
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_scores_stay_within_their_memory_at_32k_tokens() -> None:
     pages = torch.zeros(1, 2048, 2, 2, BLOCK, 16, dtype=torch.bfloat16)
     backend = CPUAttention(pages, 16, [None])
