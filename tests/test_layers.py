@@ -85,7 +85,7 @@ IMPORTERS = {
     "nixl": {"transfer/backends/nixl.py"},
     "nixl_cu12": {"transfer/backends/nixl.py"},
     "nixl_cu13": {"transfer/backends/nixl.py"},
-    "ucxx": {"transfer/backends/ucx.py"},
+    "ucxx": {"transfer/backends/ucx_agent.py"},
     "llguidance": {"grammar/matching.py", "grammar/source.py"},
     "flashinfer": {"engine/nn/attention/flashinfer.py"},
 }

@@ -1,4 +1,4 @@
-"""Frames that two `UcxBackend`s send each other, beside the bytes of writes."""
+"""Frames that two `UcxAgent`s send each other, beside the bytes of writes."""
 
 from __future__ import annotations
 
