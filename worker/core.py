@@ -27,22 +27,18 @@ from ..common.clock import Clock
 from ..common.errors import ProtocolError
 from ..common.grammar import Grammars
 from ..common.request import BlockId
-from ..decode.role import DecodeRole
 from ..engine.loop import StepFigures
 from ..engine.samples import RouterSamples, step_sample
 from ..kvcache.blocks import BlockPool
 from ..kvcache.contents import Contents
 from ..kvcache.journal import open_journal
 from ..kvcache.prefix_cache import PrefixCache
-from ..prefill.role import PrefillRole
 from ..prefill.shipments import Shipping
-from ..transfer.fetch.fetches import Fetches, Reading
-from ..transfer.fetch.lending import Lending
-from ..transfer.protocol.handoff import Endpoint, Verdict
+from ..transfer.fetch.fetches import Reading
+from ..transfer.protocol.handoff import Verdict
 from ..transfer.protocol.rank_messages import ReadOutcome
 from ..transfer.receive.opens import WatchProcesses
 from ..transfer.receive.processes import watch as watch_processes
-from ..transfer.receive.receiver import KVReceiver
 from ..wire.codec import FetcherToLender, LenderToFetcher, PrefillToDecode
 from ..wire.fields import Message
 from ..wire.grants import RegionInfo
@@ -52,6 +48,7 @@ from ..wire.workers import Drain, ExpertLoads, SetRole, StepSample, TransferRepo
 from .adapters import AdapterCache
 from .effects import CoreConfig, Effects
 from .experts import ExpertReports
+from .parts import CoreParts
 from .roles import RoleName, RolePair
 from .shares import RouterShares
 from .status import make_status
@@ -94,120 +91,26 @@ class WorkerCore:
         self._clock = clock
         self._effects = effects
         self._shipping = shipping
-        self._grammars = grammars
         self.adapters = None if adapters is None else AdapterCache(adapters, clock)
         self._step_adapters: set[str] = set()  # of the running step
-        self._contents = contents
         self._is_watching = False
         self._drains_until: float | None = None
         self._num_ticks = 0
         self._num_heartbeats = 0
         self._was_busy = False
         self._sample: StepSample | None = None  # of the step that has just ended
-        self.receiver = KVReceiver(
-            worker_id=config.worker_id,
-            incarnation=config.incarnation,
-            spec=config.spec,
-            tp_size=config.tp_size,
-            pool=pool,
-            regions=regions,
-            kv_address=config.kv_address,
-            config=config.transfer,
-            clock=clock,
-            version=config.version,
-            transport=config.incoming,
-            to_router=effects.to_router,
-            to_peer=effects.to_peer,
-            rotate=effects.rotate,
-            watch=watch_processes,
-            checks_bytes=config.checks_bytes,
-            contents=contents,
-        )
-        self.decode = self._make_decode_role()
-        self.lending = self._make_lending()
-        self.fetches = self._make_fetches(reading)
-        self.prefill = self._make_prefill_role(shipping)
+        parts = CoreParts(config, pool, cache, clock, effects, grammars, self.adapters, contents)
+        self.receiver = parts.receiver(regions, watch_processes)
+        self.decode = parts.decode_role(self.receiver)
+        self.lending = parts.lending(lambda: self.receiver.rotation.regions, reserve=self._reserve)
+        self.fetches = parts.fetches(reading)
+        self.prefill = parts.prefill_role(shipping)
         self.prefill.fetches = self.decode.fetches = self.fetches
         self.roles = RolePair(self.prefill, self.decode, pool, config.role)
         self.shares = RouterShares(clock)
         self.samples = RouterSamples()
         self.expert_reports = ExpertReports(count_experts, clock)
         self.journal = open_journal(pool, cache)
-
-    def _make_decode_role(self) -> DecodeRole:
-        config = self.config
-        return DecodeRole(
-            pool=self.pool,
-            spec=config.spec,
-            receiver=self.receiver,
-            clock=self._clock,
-            to_router=self._effects.to_router,
-            eos_token_ids=config.eos_token_ids,
-            max_model_len=config.max_model_len,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_num_seqs=config.max_num_seqs,
-            num_swap_blocks=config.num_swap_blocks,
-            cache=self.cache,
-            tpot_objective_s=config.tpot_objective_s,
-            leaving=self._effects.leaving,
-            served_model=config.served_model,
-            grammars=self._grammars,
-            adapters=self.adapters,
-            speculative=config.speculative,
-            contents=self._contents,
-        )
-
-    def _make_prefill_role(self, shipping: Shipping) -> PrefillRole:
-        config = self.config
-        return PrefillRole(
-            pool=self.pool,
-            endpoint=self._endpoint(config.outgoing),
-            clock=self._clock,
-            shipping=shipping,
-            to_router=self._effects.to_router,
-            eos_token_ids=config.eos_token_ids,
-            max_model_len=config.max_model_len,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_num_seqs=config.max_num_seqs,
-            own_id=config.worker_id,
-            served_model=config.served_model,
-            cache=self.cache,
-            grammars=self._grammars,
-            adapters=self.adapters,
-            contents=self._contents,
-        )
-
-    def _make_fetches(self, reading: Reading) -> Fetches:
-        config = self.config
-        return Fetches(
-            pool=self.pool,
-            endpoint=self._endpoint(config.outgoing),
-            clock=self._clock,
-            reading=reading,
-            to_peer=self._effects.to_target,
-            has_checksums=config.sums_writes,
-            needs_checksums=config.transfer.kv_checksum == "on",
-            also_held=self.cache.has_below,
-        )
-
-    def _make_lending(self) -> Lending:
-        config = self.config
-        return Lending(
-            pool=self.pool,
-            endpoint=self._endpoint(config.incoming),
-            clock=self._clock,
-            lease_s=config.transfer.lease_s,
-            regions=lambda: self.receiver.rotation.regions,
-            to_peer=self._effects.to_peer,
-            sum_blocks=self._effects.sum_loan if config.sums_loans else None,
-            needs_checksums=config.transfer.kv_checksum == "on",
-            reserve=self._reserve,
-            lift=lambda hashes, done: self.cache.lift(hashes, done, reserve=self._reserve()),
-        )
-
-    def _endpoint(self, transport: str) -> Endpoint:
-        config = self.config
-        return Endpoint(config.spec, config.version, transport, config.tp_size)
 
     def _reserve(self) -> int:
         """Return how many blocks running answers are to find."""

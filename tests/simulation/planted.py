@@ -34,7 +34,7 @@ from kvferry.transfer.send.shipment import Shipment, ShipmentState
 from kvferry.wire.grants import GrantInfo
 from kvferry.wire.handoff import KVOpen
 from kvferry.wire.results import Grant, NoCapacity, PromptLogprobs
-from kvferry.worker import core
+from kvferry.worker import core, parts
 from kvferry.worker.roles import RoleName, RolePair
 
 from . import routers, workers
@@ -327,9 +327,9 @@ def _salt_of_all(spec: KVCacheSpec, cache_salt: bytes, adapter: str) -> bytes:
 
 
 BUGS = (
-    Planted("a lease that runs out frees", frozenset({"H1"}), patches=((core, "KVReceiver", _LeaseFrees),)),
+    Planted("a lease that runs out frees", frozenset({"H1"}), patches=((parts, "KVReceiver", _LeaseFrees),)),
     Planted("no quarantine", frozenset({"H3"}), patches=((workers, "BlockPool", _NoQuarantinePool),)),
-    Planted("no lease", frozenset({"I5"}), patches=((core, "KVReceiver", _NoLease),)),
+    Planted("no lease", frozenset({"I5"}), patches=((parts, "KVReceiver", _NoLease),)),
     Planted(
         "free before the rotation",
         frozenset({"H1"}),
@@ -343,9 +343,9 @@ BUGS = (
         within_seeds=400,
     ),
     Planted("told before it is written", frozenset({"H1", "H2"}), patches=((workers, "KVSender", _TellsEarly),)),
-    Planted("hits are not held", frozenset({"H5"}), patches=((core, "KVReceiver", _UnheldHits),)),
-    Planted("published before it came", frozenset({"H3", "H6"}), patches=((core, "KVReceiver", _PublishesEarly),)),
-    Planted("never fenced", frozenset({"H8"}), patches=((core, "KVReceiver", _NeverFences),)),
+    Planted("hits are not held", frozenset({"H5"}), patches=((parts, "KVReceiver", _UnheldHits),)),
+    Planted("published before it came", frozenset({"H3", "H6"}), patches=((parts, "KVReceiver", _PublishesEarly),)),
+    Planted("never fenced", frozenset({"H8"}), patches=((parts, "KVReceiver", _NeverFences),)),
     Planted("a block leaks", frozenset({"I2"}), patches=((workers, "BlockPool", _LeakyPool),)),
     Planted("a block is lost", frozenset({"I1"}), patches=((workers, "BlockPool", _LosingPool),)),
     Planted("a block is freed twice", frozenset({"I2"}), patches=((workers, "BlockPool", _DoubleFreePool),)),
@@ -380,8 +380,8 @@ BUGS = (
         "a role change forgets reservations", frozenset({"I19"}), patches=((core, "RolePair", _ForgetsReservations),)
     ),
     Planted("a role change drops started prompts", frozenset({"I19"}), patches=((core, "RolePair", _DropsStarted),)),
-    Planted("prompts are taken in any role", frozenset({"I18"}), patches=((core, "PrefillRole", _TakesAnyPrompt),)),
-    Planted("blocks are granted in any role", frozenset({"I18"}), patches=((core, "KVReceiver", _GrantsAlways),)),
+    Planted("prompts are taken in any role", frozenset({"I18"}), patches=((parts, "PrefillRole", _TakesAnyPrompt),)),
+    Planted("blocks are granted in any role", frozenset({"I18"}), patches=((parts, "KVReceiver", _GrantsAlways),)),
     Planted("a role change undoes a drain", frozenset({"I12"}), patches=((core, "RolePair", _UndoesDrain),)),
     Planted("roles are not noted", frozenset({"I16", "I20"}), patches=((RouterWorker, "set_role", _keep_first_role),)),
     Planted(

@@ -16,7 +16,7 @@ from kvferry.transfer.receive.arrivals import Arrivals
 from kvferry.transfer.receive.reservation import Writer
 from kvferry.transfer.send.posting import Posting
 from kvferry.transfer.send.ranks import RankShipping
-from kvferry.worker import core
+from kvferry.worker import parts
 
 from .planting import Planted
 
@@ -149,7 +149,7 @@ BUGS = (
     Planted(
         "a fetch is done with its first rank",
         frozenset({"F1", "F2", "H2"}),
-        ((core, "Fetches", _DoneWithFirst),),
+        ((parts, "Fetches", _DoneWithFirst),),
         within_seeds=200,
     ),
 )

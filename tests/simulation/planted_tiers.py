@@ -17,7 +17,7 @@ from kvferry.transfer.protocol.handoff import Verdict
 from kvferry.transfer.protocol.rank_messages import ReadOutcome
 from kvferry.transfer.receive.arrivals import Arrivals
 from kvferry.wire.fetches import KVFetch, KVFetchable
-from kvferry.worker import core
+from kvferry.worker import parts
 from kvferry.worker.core import WorkerCore
 
 from . import workers
@@ -202,16 +202,18 @@ def _replaced(owner: object, name: str, value: object) -> tuple[tuple[object, st
 
 _CONTENT = frozenset({"F2", "H2"})
 BUGS = (
-    Planted("fetched blocks are found unread", frozenset({"F1", "F2"}), _replaced(core, "Fetches", _PublishesUnread)),
-    Planted("a fetch forgets its lease", _CONTENT | {"F4"}, _replaced(core, "Fetches", _ForgetsLeases), 200),
-    Planted("given up blocks are used again", frozenset({"F1", "I2"}), _replaced(core, "Fetches", _ReusesGivenUp), 300),
-    Planted("any sums of a fetch are taken", _CONTENT, _replaced(core, "Fetches", _TakesAnySums), 400),
-    Planted("a fetch keeps what it held", frozenset({"I2", "I15"}), _replaced(core, "Fetches", _ForgetsHeld)),
-    Planted("a fetch is never late", frozenset({"F3"}), _replaced(core, "Fetches", _NeverLate), 200),
+    Planted("fetched blocks are found unread", frozenset({"F1", "F2"}), _replaced(parts, "Fetches", _PublishesUnread)),
+    Planted("a fetch forgets its lease", _CONTENT | {"F4"}, _replaced(parts, "Fetches", _ForgetsLeases), 200),
+    Planted(
+        "given up blocks are used again", frozenset({"F1", "I2"}), _replaced(parts, "Fetches", _ReusesGivenUp), 300
+    ),
+    Planted("any sums of a fetch are taken", _CONTENT, _replaced(parts, "Fetches", _TakesAnySums), 400),
+    Planted("a fetch keeps what it held", frozenset({"I2", "I15"}), _replaced(parts, "Fetches", _ForgetsHeld)),
+    Planted("a fetch is never late", frozenset({"F3"}), _replaced(parts, "Fetches", _NeverLate), 200),
     Planted("a failed read is over at once", frozenset({"F1"}), _replaced(KVReader, "_settle", _over_at_once), 400),
-    Planted("lent blocks are not pinned", _CONTENT | {"F4"}, _replaced(core, "Lending", _LendsUnpinned), 200),
-    Planted("loans do not end", frozenset({"I15", "I16"}), _replaced(core, "Lending", _LendsForever), 200),
-    Planted("a loan is shorter than told", _CONTENT | {"F4"}, _replaced(core, "Lending", _LendsForTwice), 200),
+    Planted("lent blocks are not pinned", _CONTENT | {"F4"}, _replaced(parts, "Lending", _LendsUnpinned), 200),
+    Planted("loans do not end", frozenset({"I15", "I16"}), _replaced(parts, "Lending", _LendsForever), 200),
+    Planted("a loan is shorter than told", _CONTENT | {"F4"}, _replaced(parts, "Lending", _LendsForTwice), 200),
     Planted("any bytes are adopted", _CONTENT, _replaced(Arrivals, "on_arrived", _believe), 200),
     Planted("tier and swap share slots", _CONTENT, _replaced(workers, "TierIndex", _OneRegion), 200),
     Planted(
@@ -225,6 +227,6 @@ BUGS = (
     Planted("demoted blocks stay pinned", frozenset({"I2", "I3"}), _replaced(Demotion, "end", _keep_pinned), 200),
     Planted("a role change ends answers", frozenset({"I19"}), _replaced(WorkerCore, "set_role", _drop_answers)),
     Planted(
-        "a role change forgets open handoffs", frozenset({"I19"}), _replaced(core, "DecodeRole", _RoleForgetsWaiting)
+        "a role change forgets open handoffs", frozenset({"I19"}), _replaced(parts, "DecodeRole", _RoleForgetsWaiting)
     ),
 )
