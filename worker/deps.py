@@ -1,4 +1,4 @@
-"""`WorkerDeps` is what a worker works with: made once by `process.py`, taken by `worker.py`.
+"""`WorkerDeps` is what a worker works with: made once by `build.py`, taken by `worker.py`.
 
 It has two transfer agents over the same pages. Through one of them others write into our pages; it is replaced to
 fence a writer. The other one writes into pages elsewhere; it is replaced when its own writes cannot be waited for.
@@ -7,6 +7,8 @@ Neither replacement may end what goes the other way.
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +24,7 @@ from ..transfer.backends.base import TransferBackend
 from ..wire.credentials import SharedSecret
 from ..wire.fields import Message
 from ..wire.grants import ProcessMark, RegionInfo
-from ..wire.workers import StepSample
+from ..wire.workers import StepSample, WorkerHello
 from .effects import CoreConfig
 
 
@@ -78,4 +80,30 @@ def core_config(
         checks_bytes=checks_bytes,
         sums_writes=sums_writes,
         sums_loans=sums_loans,
+    )
+
+
+def worker_hello(deps: WorkerDeps, kv_address: str) -> WorkerHello:
+    """Say what routers are to know of the worker, when the handoff's address is known."""
+    config, engine = deps.config.engine, deps.engine
+    return WorkerHello(
+        worker_id=deps.config.worker_id,
+        role=deps.config.role,
+        incarnation=deps.incarnation,
+        version=deps.version,
+        model=config.served_model_name,
+        spec=engine.spec,
+        tp_size=config.tensor_parallel_size,
+        num_blocks=engine.num_blocks,
+        max_model_len=engine.model_config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        kv_address=kv_address,
+        pid=os.getpid(),
+        transport=deps.backend.name,
+        can_change_role=True,
+        labels=deps.config.labels or (("host", socket.gethostname()),),
+        samples=deps.samples,
+        quantization=engine.model_config.weights_form,
+        probe=deps.probe,
     )

@@ -1,7 +1,7 @@
 """The one worker program: an engine, transfer agents, sockets, and both roles, of which one is active.
 
     network thread (asyncio)   sessions with routers, handoff control sockets, heartbeats
-    engine thread              `common.loop`: schedule, compute, hand out
+    engine thread              `engine.loop`: schedule, compute, hand out
     transfer threads           `transfer.thread`: one posts writes and polls them, one takes arrivals
 
 They meet under one lock (`worker/worker.py`), which nobody holds while computing, copying or waiting. With tensor
@@ -16,27 +16,22 @@ import contextlib
 import os
 import secrets
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 import structlog
 
-from .. import __version__
-from ..common import failpoints
-from ..common.clock import SystemClock
-from ..common.config import FAILPOINTS_VARIABLE, WorkerConfig, environment
+from ..common.config import WorkerConfig, environment
 from ..common.errors import ConfigError, KVFerryError
 from ..common.imports import kept_imports
 from ..common.lifeline import Lifeline
 from ..common.logs import configure_logging
-from ..transfer.protocol.rank_messages import FollowerMessage, FollowerSetup, agent_name
-from ..wire.channel import Address, max_frame_bytes
+from ..transfer.protocol.rank_messages import FollowerMessage, FollowerSetup
+from ..wire.channel import max_frame_bytes
 from ..wire.codec import Decoder
 from ..wire.credentials import SharedSecret, read_secrets
 from ..wire.fields import Message
-from ..wire.workers import WorkerHello
 from .courtesy import Courtesy
 from .ranks import Followers
 from .sessions import RouterSessions
@@ -55,13 +50,12 @@ log = structlog.get_logger(__name__)
 
 
 class WorkerProcess:
-    """Builds the dependencies, keeps the sessions, runs until it is told to end."""
+    """Keeps the sessions with routers, runs until it is told to end."""
 
     def __init__(self, config: WorkerConfig, secret: SharedSecret, lifeline: Lifeline | None) -> None:
         self._config = config
         self._secret = secret
         self._lifeline = lifeline
-        self._clock = SystemClock()
         self._incarnation = secrets.randbits(63)
         self._followers = Followers(
             config, self._incarnation, on_message=self._on_follower, on_failure=self._on_failure
@@ -166,91 +160,12 @@ class WorkerProcess:
     # --- dependencies --------------------------------------------------------------------------------------------
 
     def _build(self) -> WorkerDeps:
-        """Load the model and register the KV pool. Beside the event loop: it takes seconds."""
+        """Make the dependencies. Beside the event loop: it takes seconds."""
         with kept_imports():
-            from ..engine.adapters import open_adapters
-            from ..engine.calibrate import calibrate
-            from ..engine.disk import open_prefix_cache
-            from ..engine.engine import Engine
-            from ..engine.probe import probe
-            from ..grammar.compiler import GrammarCompiler
-            from ..grammar.matching import Vocabulary
-            from ..kvcache.blocks import BlockPool
-            from ..transfer.backends.choose import open_backend, set_ucx_defaults
-            from ..transfer.receive.processes import own_mark
-            from .deps import WorkerDeps
+            from .build import Outlets, build_deps
 
-        config = self._config
-        failpoints.arm(environment().get(FAILPOINTS_VARIABLE, ""), config.worker_id)
-        if failpoints.armed:
-            log.warning("failpoints_armed", worker_id=config.worker_id)
-        set_ucx_defaults(config.host)
-        self._warn_of_open_ports()
-        group = self._followers.start()
-        engine: Engine = Engine(
-            config.engine,
-            tp_size=config.engine.tensor_parallel_size,
-            group=group,
-            progress=self._progress,
-            cores=config.cores,
-        )
-        backend, outgoing = (
-            open_backend(
-                config.transfer.backend,
-                agent_name(config.worker_id, self._incarnation, 0, 0, is_outgoing=is_outgoing),
-            )
-            for is_outgoing in (False, True)
-        )
-        region, _ = (
-            one.register(engine.kv_pages, rank=0, tp_size=engine.tp_size, generation=0) for one in (backend, outgoing)
-        )
-        self._followers.wait_registered()
-        if failpoints.armed:
-            failpoints.hit("worker.start")
-        own_marks = (own_mark(),) if outgoing.copies_itself else ()
-        pool = BlockPool(
-            engine.num_blocks, config.engine.block_size, enable_prefix_caching=config.engine.enable_prefix_caching
-        )
-        return WorkerDeps(
-            config=config,
-            secret=self._secret,
-            version=__version__,
-            incarnation=self._incarnation,
-            clock=self._clock,
-            engine=engine,
-            group=group,
-            pool=pool,
-            cache=open_prefix_cache(engine, pool, self._clock, group),
-            grammars=GrammarCompiler(
-                lambda: Vocabulary.from_dir(
-                    config.engine.model_dir,
-                    vocab_size=engine.model_config.vocab_size,
-                    eos_token_ids=engine.model_config.eos_token_ids,
-                ),
-                self._clock,
-            ),
-            adapters=open_adapters(engine, group),
-            backend=backend,
-            outgoing=outgoing,
-            regions=(region, *self._followers.regions),
-            to_router=self._to_router,
-            call_soon=self._call_soon,
-            on_failure=self._on_failure,
-            processes=own_marks + self._followers.processes,
-            samples=calibrate(engine, pool) if config.calibrate else (),
-            probe=probe(engine, pool) if config.engine.mixed_quantization else (),
-        )
-
-    def _warn_of_open_ports(self) -> None:
-        """Say once what no secret guards."""
-        if not Address(self._config.host, 0).is_loopback:
-            log.warning(
-                "open_data_plane",
-                worker_id=self._config.worker_id,
-                devices=environment().get("UCX_NET_DEVICES", "all"),
-                reason="whoever reaches these devices can read and write this worker's memory: keep them on a network "
-                "of your own",
-            )
+        outlets = Outlets(self._to_router, self._call_soon, self._on_failure, self._progress)
+        return build_deps(self._config, self._secret, self._incarnation, self._followers, outlets)
 
     def _progress(self, what: str, fraction: float) -> None:
         if self._lifeline is not None:
@@ -264,6 +179,7 @@ class WorkerProcess:
     # --- serving ------------------------------------------------------------------------------------------
 
     async def _serve(self, deps: WorkerDeps) -> None:
+        from .deps import worker_hello
         from .worker import Worker
 
         worker = Worker(deps, self._announce)
@@ -271,7 +187,7 @@ class WorkerProcess:
         self._worker = worker
         self._sessions = RouterSessions(
             self._config.routers,
-            self._hello(deps, worker.kv_address),
+            worker_hello(deps, worker.kv_address),
             secret=self._secret,
             max_frame_bytes=max_frame_bytes(deps.engine.model_config.max_model_len),
             on_message=worker.on_router_message,
@@ -288,30 +204,6 @@ class WorkerProcess:
         log.info("worker_ready", worker_id=self._config.worker_id, blocks=deps.engine.num_blocks)
         if self._lifeline is not None:
             self._lifeline.ready(worker_id=self._config.worker_id, incarnation=self._incarnation)
-
-    def _hello(self, deps: WorkerDeps, kv_address: str) -> WorkerHello:
-        engine = self._config.engine
-        return WorkerHello(
-            worker_id=self._config.worker_id,
-            role=self._config.role,
-            incarnation=self._incarnation,
-            version=__version__,
-            model=engine.served_model_name,
-            spec=deps.engine.spec,
-            tp_size=engine.tensor_parallel_size,
-            num_blocks=deps.engine.num_blocks,
-            max_model_len=deps.engine.model_config.max_model_len,
-            max_num_seqs=engine.max_num_seqs,
-            max_num_batched_tokens=engine.max_num_batched_tokens,
-            kv_address=kv_address,
-            pid=os.getpid(),
-            transport=deps.backend.name,
-            can_change_role=True,
-            labels=self._config.labels or (("host", socket.gethostname()),),
-            samples=deps.samples,
-            quantization=deps.engine.model_config.weights_form,
-            probe=deps.probe,
-        )
 
     def _to_router(self, router_id: str, message: Message) -> None:
         """Send to a router. From any thread."""
