@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..launch.plan import Deployment, WorkerPlan
     from ..launch.progress import Display
     from ..models.config import ModelConfig
-    from ..wire.channel import Address
+    from ..wire.address import Address
 
 
 def register(app: typer.Typer) -> None:
@@ -168,7 +168,7 @@ def _division(deployment: Deployment) -> str:
 def _describe(deployment: Deployment, model: ModelConfig) -> str:
     """The plan, a line for each process."""
     from ..sizing.memory import cache_token_bytes, weight_bytes
-    from ..wire.channel import Address
+    from ..wire.address import Address
 
     router = deployment.router
     lines = [
@@ -217,7 +217,7 @@ def router(loaded: Loaded) -> None:
     from ..launch.reload import read_credentials
     from ..models.files import resolve_model
     from ..settings.exposure import check_exposure
-    from ..wire.channel import Address
+    from ..wire.address import Address
 
     settings = loaded.settings
     if why := why_not_bindable(settings.host, settings.port):
@@ -251,7 +251,7 @@ def _become_worker(settings: ServeSettings, role: Literal["prefill", "decode"]) 
     from ..launch.preflight import check_kernels, check_platform, check_transfer
     from ..models.config import ModelConfig
     from ..models.files import resolve_model
-    from ..wire.channel import Address
+    from ..wire.address import Address
     from ..wire.credentials import read_secrets
 
     check_platform()

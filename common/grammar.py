@@ -19,7 +19,7 @@ from .errors import KVFerryError
 
 # Between the parts of a JSON text: one space, or a line's end with at most 32 spaces behind it.
 WHITE_SPACE = r"\x20|\n\x20{0,32}"
-MAX_GRAMMAR_BYTES = 1 << 16  # JSON schemas of tools are some kilobytes; a frame has room for more (channel.py)
+MAX_GRAMMAR_BYTES = 1 << 16  # JSON schemas of tools are some kilobytes; a frame has room for more (wire/frames.py)
 
 
 class Grammar(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -21,7 +21,7 @@ from ..common.config import (
     RouterConfig,
 )
 from ..settings.fields import ENV_PREFIX
-from ..wire.channel import Address
+from ..wire.address import Address
 from .child_process import Command
 from .plan import WorkerPlan
 from .process import Child, ChildState, ChildTimes

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from ..common.clock import Clock
 from ..common.cores import CoreBoard
 from ..common.errors import ConfigError, KVFerryError
-from ..wire.channel import Address
+from ..wire.address import Address
 from .children import ROUTER_PROGRAM, WORKER_PROGRAM, child_environment, worker_child
 from .fleet import Fleet
 from .launcher import child_times

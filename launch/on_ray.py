@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..common.clock import Clock
 from ..common.errors import ConfigError
-from ..wire.channel import Address
+from ..wire.address import Address
 from . import ray_calls
 from .children import ROUTER_PROGRAM, child_environment
 from .fleet import Fleet

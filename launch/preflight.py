@@ -32,7 +32,7 @@ from ..models.tokenizer import Tokenizer
 from ..settings.exposure import check_exposure
 from ..settings.fields import ServeSettings
 from ..settings.open_files import room_for_connections
-from ..wire.channel import Address
+from ..wire.address import Address
 from .engine_checks import check_engine, check_memory, check_model, is_float32, lacks_native
 from .host import Host, read_host, why_not_bindable
 from .plan import Deployment, absolute, fit_to_host, plan

@@ -20,7 +20,7 @@ from ..common.clock import Clock
 from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig
 from ..common.lifeline import Event
 from ..settings.sockets import listen
-from ..wire.channel import Address
+from ..wire.address import Address
 from .children import ROUTER_PROGRAM, RouterChild
 from .process import Child, ChildState, ChildTimes
 from .progress import Display

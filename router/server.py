@@ -25,8 +25,9 @@ from ..common.errors import ConfigError
 from ..settings.exposure import check_exposure
 from ..settings.open_files import MAX_CONNECTIONS, room_for_connections
 from ..settings.sockets import listen
-from ..wire.channel import Address, max_frame_bytes
+from ..wire.address import Address
 from ..wire.credentials import SharedSecret
+from ..wire.frames import max_frame_bytes
 from .access.credentials import RouterCredentials
 from .access.keys import ApiKeys
 from .access.reload import reloading

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..common.config import RouterConfig
 from ..common.errors import ConfigError
-from ..wire.channel import Address
+from ..wire.address import Address
 
 
 def check_exposure(config: RouterConfig, *, has_secret: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 from ..common.errors import ConfigError
-from ..wire.channel import Address
+from ..wire.address import Address
 
 _BACKLOG = 2048
 

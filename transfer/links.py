@@ -16,7 +16,8 @@ from itertools import count
 import structlog
 
 from ..common.errors import ProtocolError, WorkerLost
-from ..wire.channel import Address, Channel, connect, serve, server_address
+from ..wire.address import Address
+from ..wire.channel import Channel, connect, serve, server_address
 from ..wire.codec import Decoder, DecodeToPrefill, FetcherToLender, LenderToFetcher, PrefillToDecode
 from ..wire.credentials import SharedSecret
 from ..wire.fields import Message

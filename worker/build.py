@@ -23,7 +23,7 @@ from ..transfer.backends.base import TransferBackend
 from ..transfer.backends.choose import open_backend, set_ucx_defaults
 from ..transfer.protocol.rank_messages import agent_name
 from ..transfer.receive.processes import own_mark
-from ..wire.channel import Address
+from ..wire.address import Address
 from ..wire.credentials import SharedSecret
 from ..wire.fields import Message
 from .deps import WorkerDeps

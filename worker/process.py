@@ -28,10 +28,10 @@ from ..common.imports import kept_imports
 from ..common.lifeline import Lifeline
 from ..common.logs import configure_logging
 from ..transfer.protocol.rank_messages import FollowerMessage, FollowerSetup
-from ..wire.channel import max_frame_bytes
 from ..wire.codec import Decoder
 from ..wire.credentials import SharedSecret, read_secrets
 from ..wire.fields import Message
+from ..wire.frames import max_frame_bytes
 from .courtesy import Courtesy
 from .ranks import Followers
 from .sessions import RouterSessions

@@ -16,7 +16,8 @@ from collections.abc import Callable
 import structlog
 
 from ..common.errors import ProtocolError, WorkerLost
-from ..wire.channel import Address, Channel, connect
+from ..wire.address import Address
+from ..wire.channel import Channel, connect
 from ..wire.codec import Decoder, RouterToWorker
 from ..wire.credentials import SharedSecret
 from ..wire.fields import Message

@@ -25,7 +25,8 @@ import msgspec
 from kvferry.benchmarks.fuzz.corpus import DECODERS, FrameSource, attack_frames, hello, status, valid_messages
 from kvferry.benchmarks.fuzz.target import MODEL, Target, control_server
 from kvferry.common.errors import ProtocolError, WorkerLost
-from kvferry.wire.channel import Address, Channel, connect
+from kvferry.wire.address import Address
+from kvferry.wire.channel import Channel, connect
 from kvferry.wire.codec import Decoder, WorkerToRouter, encode
 from kvferry.wire.fields import Message
 from kvferry.wire.workers import WorkerHello

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 from kvferry.benchmarks.fuzz.target import VICTIM_KEY
-from kvferry.wire.channel import Address
+from kvferry.wire.address import Address
 
 POLL_EVERY_S = 0.01
 POLL_LIMIT_S = 5.0

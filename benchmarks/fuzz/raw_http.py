@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 
 from kvferry.benchmarks.fuzz.target import API_KEY
-from kvferry.wire.channel import Address
+from kvferry.wire.address import Address
 
 _LIMIT_S = 60.0
 _BUFFER_BYTES = 1 << 20

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from kvferry.benchmarks.fuzz.raw_http import Answer
-from kvferry.wire.channel import Address
+from kvferry.wire.address import Address
 
 
 @dataclass(slots=True)

@@ -27,7 +27,7 @@ from kvferry.models.config import ModelConfig
 from kvferry.tools.chaos.serve_system import System, serving
 from kvferry.tools.chaos.system import settle
 from kvferry.tools.load.tiny_model import write_tiny_model
-from kvferry.wire.channel import Address
+from kvferry.wire.address import Address
 
 NUM_CLIENTS = 6
 MAX_MODEL_LEN = 1024

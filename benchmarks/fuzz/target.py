@@ -34,9 +34,11 @@ from kvferry.router.dispatch.worker_group import Expected, WorkerGroup
 from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.tools.load.server_process import ServerProcess, free_port, running
-from kvferry.wire.channel import Address, Channel, connect, max_frame_bytes
+from kvferry.wire.address import Address
+from kvferry.wire.channel import Channel, connect
 from kvferry.wire.codec import Decoder, RouterToWorker
 from kvferry.wire.credentials import SharedSecret
+from kvferry.wire.frames import max_frame_bytes
 from kvferry.wire.results import ChoiceTokens, Embedding, PromptLogprobs, RequestTokens, StepTokens, in_pieces
 from kvferry.wire.tasks import Abort, EmbedTask, LocalTask
 

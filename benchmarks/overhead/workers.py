@@ -28,9 +28,11 @@ from kvferry.common.config import environment
 from kvferry.common.errors import WorkerLost
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import FinishReason, RequestSpec, SampledToken
-from kvferry.wire.channel import Address, Channel, connect, max_frame_bytes
+from kvferry.wire.address import Address
+from kvferry.wire.channel import Channel, connect
 from kvferry.wire.codec import Decoder, RouterToWorker
 from kvferry.wire.credentials import SharedSecret, read_secrets
+from kvferry.wire.frames import max_frame_bytes
 from kvferry.wire.grants import GrantId, GrantInfo, RegionInfo
 from kvferry.wire.results import ChoiceTokens, FirstToken, Grant, HandoffDone, RequestTokens, StepTokens
 from kvferry.wire.tasks import Abort, LocalTask, PrefillTask, ReserveKV

@@ -16,10 +16,12 @@ from itertools import count
 import structlog
 
 from ...common.errors import ProtocolError, WorkerLost
-from ...wire.channel import DEFAULT_MAX_FRAME_BYTES, HELLO_TIMEOUT_S, Address, Channel, serve, server_address
+from ...wire.address import Address
+from ...wire.channel import HELLO_TIMEOUT_S, Channel, serve, server_address
 from ...wire.codec import Decoder, WorkerToRouter
 from ...wire.credentials import NO_SECRET, SharedSecret
 from ...wire.fields import Message
+from ...wire.frames import DEFAULT_MAX_FRAME_BYTES
 from ...wire.hello import Refused
 from ...wire.workers import WorkerHello
 from ..state.failures import ROUTER_STOPS

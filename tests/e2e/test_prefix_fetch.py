@@ -31,7 +31,7 @@ from kvferry.router.state.demand import Demand, Lack, Placement, Reason, Wait
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.views import PoolView, WorkerView
 from kvferry.router.state.worker import RouterWorker
-from kvferry.wire.channel import Address
+from kvferry.wire.address import Address
 from kvferry.wire.workers import WorkerStatus
 
 from ..checkpoints import write_checkpoint

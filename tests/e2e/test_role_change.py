@@ -25,7 +25,7 @@ from kvferry.router.state.request import RequestStatus, RouterRequest
 from kvferry.router.state.views import WorkerView
 from kvferry.router.state.worker import WorkerLink
 from kvferry.tools.load.tiny_model import write_tiny_model
-from kvferry.wire.channel import Address
+from kvferry.wire.address import Address
 from kvferry.wire.fields import Message
 
 ROLES = {"w-0": "prefill", "w-1": "decode", "w-2": "decode"}

@@ -27,7 +27,7 @@ from kvferry.launch.host import Host
 from kvferry.launch.plan import Deployment, fit_to_host, plan
 from kvferry.launch.process import ChildState, ChildTimes
 from kvferry.settings.fields import PoolSettings, ServeSettings
-from kvferry.wire.channel import Address
+from kvferry.wire.address import Address
 
 STUBS = str(Path(__file__).parent / "launch_stubs.py")
 ROUTER = (sys.executable, STUBS, "router")

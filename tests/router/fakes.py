@@ -41,7 +41,7 @@ from kvferry.router.state.token_stream import TokenStream
 from kvferry.router.state.views import PoolView
 from kvferry.settings.sockets import listen
 from kvferry.tests.fake_clock import FakeClock
-from kvferry.wire.channel import Address
+from kvferry.wire.address import Address
 from kvferry.wire.results import ChoiceTokens
 
 MODEL = "toy"

@@ -27,7 +27,7 @@ from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.placement import make_policy
 from kvferry.router.state.predictor import Predictor
 from kvferry.settings.sockets import listen
-from kvferry.wire.channel import Address
+from kvferry.wire.address import Address
 from kvferry.wire.credentials import SharedSecret
 
 from .fakes import MAX_MODEL_LEN, VOCAB_SIZE, catalogue_of

@@ -24,7 +24,7 @@ from kvferry.router.process import main, parse_config
 from kvferry.router.server import serve_router
 from kvferry.settings.exposure import check_exposure
 from kvferry.settings.sockets import listen
-from kvferry.wire.channel import Address
+from kvferry.wire.address import Address
 
 from .fakes import MODEL, write_model_dir
 

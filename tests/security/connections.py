@@ -10,7 +10,7 @@ from kvferry.router.http.connection_limits import Connections
 from kvferry.router.http.http_server import HttpServer
 from kvferry.router.http.protocol import DeadlineProtocol
 from kvferry.settings.sockets import listen
-from kvferry.wire.channel import Address
+from kvferry.wire.address import Address
 
 from ..router.fakes import Served
 

@@ -9,12 +9,14 @@ from collections.abc import Callable
 import pytest
 
 from kvferry.common.errors import ConfigError, ProtocolError, WorkerLost
-from kvferry.wire.channel import MAX_PENDING_HELLOS, Address, Channel, Seals, connect, serve, server_address
+from kvferry.wire.address import Address
+from kvferry.wire.channel import MAX_PENDING_HELLOS, Channel, connect, serve, server_address
 from kvferry.wire.codec import Decoder, encode
 from kvferry.wire.credentials import SharedSecret
 from kvferry.wire.fields import Message
 from kvferry.wire.hello import PROTOCOL_VERSION, Challenge, Hello, Refused
 from kvferry.wire.results import NoCapacity
+from kvferry.wire.seals import Seals
 from kvferry.wire.tasks import Abort
 from kvferry.wire.workers import Drain, LiveRequests
 

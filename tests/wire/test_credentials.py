@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from kvferry.common.config import SECRET_VARIABLE
 from kvferry.common.errors import ConfigError, ProtocolError
 from kvferry.settings.key_file import add_key, digest_of, read_key_file, revoke_keys
-from kvferry.wire.channel import Address, Channel, connect, serve, server_address
+from kvferry.wire.address import Address
+from kvferry.wire.channel import Channel, connect, serve, server_address
 from kvferry.wire.credentials import SharedSecret, read_secrets
 
 OLD, NEW = b"the old one, long enough", b"the new one, long enough"

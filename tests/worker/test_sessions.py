@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import socket
 
-from kvferry.wire.channel import Address, Channel, serve, server_address
+from kvferry.wire.address import Address
+from kvferry.wire.channel import Channel, serve, server_address
 from kvferry.wire.codec import Decoder, WorkerToRouter, encode
 from kvferry.wire.credentials import NO_SECRET
 from kvferry.wire.results import HandoffDone

@@ -16,7 +16,7 @@ from kvferry.router.admin.admin import Admin, build_admin
 from kvferry.router.admin.explain_view import fetch, list_path, path_of, show, show_list
 from kvferry.router.http.http_server import HttpServer
 from kvferry.settings.sockets import listen
-from kvferry.wire.channel import Address
+from kvferry.wire.address import Address
 from kvferry.wire.tasks import PrefillTask
 
 from ..fleet import Fleet, config, tokens

@@ -19,7 +19,8 @@ from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.dispatch.worker_group import Expected, WorkerGroup, find_group
 from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.tests.fake_clock import FakeClock
-from kvferry.wire.channel import Address, Channel, connect
+from kvferry.wire.address import Address
+from kvferry.wire.channel import Channel, connect
 from kvferry.wire.codec import Decoder, RouterToWorker
 from kvferry.wire.fields import Message
 from kvferry.wire.hello import Refused

@@ -19,10 +19,12 @@ from kvferry.router.dispatch.worker_group import Expected, WorkerGroup, mismatch
 from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.worker import WorkerLink
-from kvferry.wire.channel import DEFAULT_MAX_FRAME_BYTES, Address, Channel, connect, max_frame_bytes
+from kvferry.wire.address import Address
+from kvferry.wire.channel import Channel, connect
 from kvferry.wire.codec import Decoder, RouterToWorker
 from kvferry.wire.credentials import SharedSecret
 from kvferry.wire.fields import Message
+from kvferry.wire.frames import DEFAULT_MAX_FRAME_BYTES, max_frame_bytes
 from kvferry.wire.hello import Refused
 from kvferry.wire.results import RequestTokens, StepTokens
 from kvferry.wire.tasks import LocalTask, ReserveKV

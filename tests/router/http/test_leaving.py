@@ -11,7 +11,7 @@ import pytest
 
 from kvferry.router.http.http_server import HttpServer
 from kvferry.settings.sockets import listen
-from kvferry.wire.channel import Address
+from kvferry.wire.address import Address
 
 from ..fakes import MODEL, Script, Served, serve
 
