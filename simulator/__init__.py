@@ -17,13 +17,14 @@ A trace is a name (downloaded and checked), "sample:NAME" (its beginning, from t
 from __future__ import annotations
 
 from .outcome import Outcome, RequestOutcome
-from .scenario import Adapters, Day, Failure, Fleet, Goals, RoleChange, Router, Scaled, Scenario, Spike, Traffic
+from .scenario import Adapters, Day, Drafts, Failure, Fleet, Goals, RoleChange, Router, Scaled, Scenario, Spike, Traffic
 from .simulate import Capacity, at_rate, capacity, simulate
 
 __all__ = [
     "Adapters",
     "Capacity",
     "Day",
+    "Drafts",
     "Failure",
     "Fleet",
     "Goals",

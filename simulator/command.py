@@ -28,7 +28,7 @@ from ..tools.load.report import report_console
 from .costs.measured import fit, read_samples
 from .oracle import bound
 from .report import Run, plot_runs, print_runs, save_runs
-from .scenario import Adapters, Day, Failure, Fleet, Goals, Router, Scaled, Scenario, Spike, Traffic
+from .scenario import Adapters, Day, Drafts, Failure, Fleet, Goals, Router, Scaled, Scenario, Spike, Traffic
 from .simulate import at_rate, capacity, simulate
 from .sources import SOURCES
 
@@ -102,6 +102,7 @@ def scenario_of(options: argparse.Namespace) -> Scenario:
         prefill_tokens=options.prefill_tokens,
         decode_tokens=options.decode_tokens,
         adapters=Adapters(options.adapters, round(options.adapter_mb * 1e6), options.max_loras, options.max_cpu_loras),
+        drafts=Drafts(options.draft_acceptance, options.num_speculative_tokens) if options.draft_acceptance else None,
     )
     router = Router(
         local_prefill=not options.no_local_prefill, max_local_prefill_tokens=options.max_local_prefill_tokens
@@ -188,6 +189,8 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--adapter-mb", type=positive_float, default=100.0, help="of an adapter's file")
     group.add_argument("--max-loras", type=positive_int, default=8, help="adapters in a step, on each worker")
     group.add_argument("--max-cpu-loras", type=positive_int, help="in its host memory (default: --max-loras)")
+    group.add_argument("--draft-acceptance", type=positive_float, help="chance of a drafted token after right ones")
+    group.add_argument("--num-speculative-tokens", type=positive_int, default=5, help="drafted, with that, at most")
     group.add_argument("--fail", type=_failure, action="append", default=[], metavar="WORKER@AT[+BACK_AFTER]")
     group.add_argument("--autoscale", type=positive_int, metavar="N", help="the autoscaler decides, up to N workers")
     group.add_argument("--start-s", type=positive_float, default=60.0, help="that a new worker takes to start")

@@ -9,6 +9,7 @@ with the step that runs. With `jumps=False` every step is an event of its own, w
 it takes to simulate.
 
 With host memory below the device a step begins with copies, which take their time; a jump ends where a step may copy.
+Where tokens are drafted no two steps are alike, and none is jumped over.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from collections.abc import Callable, Mapping
 from math import exp, sqrt
 from random import Random
 
-from ..common.batch import Batch, BatchRow, RowOutput, StepOutput
+from ..common.batch import Batch, RowOutput, StepOutput
 from ..common.request import Sequence
 from ..engine.loop import StepFigures
 from ..sizing.steps import StepModel, StepWork
 from ..wire.workers import StepSample
 from ..worker.core import WorkerCore
-from .jobs import TOKEN, Job, next_tokens
+from .jobs import TOKEN, Job, yielded
 from .jump import Step, work_of
 from .kernel import Kernel
 
@@ -146,7 +147,7 @@ class Engine:
         if num_steps < step.most_steps:
             rows = [RowOutput(((TOKEN,) * num_steps,))] * len(step.batch.rows)
         else:
-            rows = [self._yield(row, num_steps) for row in step.batch.rows]
+            rows = [yielded(row, self._jobs[row.seq.request_id], num_steps) for row in step.batch.rows]
         num_tokens = step.batch.num_tokens
         self._num_steps += num_steps
         self._last = (last_s, num_tokens)
@@ -159,12 +160,6 @@ class Engine:
         if self._step is step and step.num_steps > 1 and not self.is_dead:
             self._tell_early(fresh)
 
-    def _yield(self, row: BatchRow, num_tokens: int) -> RowOutput:
-        """Return the next tokens of a row's answer."""
-        if not row.samples:
-            return RowOutput(())
-        return RowOutput((next_tokens(self._jobs[row.seq.request_id], len(row.seq.token_ids), num_tokens),))
-
     def _learn(self, step: Step, num_steps: int) -> None:
         """The scheduler's own averages look back a few steps; the last one it sees itself."""
         for number in range(max(0, num_steps - _REMEMBERED_STEPS), num_steps):
@@ -174,7 +169,9 @@ class Engine:
 
     def _steps_to_jump(self, batch: Batch, work: StepWork) -> int:
         """Count the steps that pass before anything but their number changes."""
-        if not self._jumps or work.prefill_tokens or batch.block_copies or batch.swap_out or batch.swap_in:
+        if not self._jumps or self._scheduler.speculation is not None:
+            return 1
+        if work.prefill_tokens or batch.block_copies or batch.swap_out or batch.swap_in:
             return 1
         if self._core.roles.stepping != "decode" or self._core.prefill.scheduler.prompts:
             return 1
@@ -296,7 +293,8 @@ class Engine:
         """Sample steps that have ended: every one with prompts, every eighth without."""
         work, every = step.work, 1 if step.work.prefill_tokens else _EVERY_DECODE_STEP
         first = -(-(self._num_steps + step.sampled) // every) * every - self._num_steps
-        for number in range(first, until, every) if step.batch.rows else ():
+        is_plain = step.batch.rows and not step.batch.has_drafts  # as `WorkerCore.complete` has it
+        for number in range(first, until, every) if is_plain else ():
             seconds = step.step_s(number) - step.swap_s
             context = work.decode_context + number * work.decode_rows
             self._core.samples.add(

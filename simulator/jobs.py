@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ..common.batch import Run
+from ..common.batch import BatchRow, RowOutput, Run, verified_output
 from ..common.request import RequestId, RequestSpec, SampledToken, SamplingParams
 from ..common.request import Sequence as TokenSequence
 from ..router.state.adapter_use import AdapterUse
@@ -45,6 +45,17 @@ class Job:
 def next_tokens(job: Job, num_known: int, count: int) -> Run:
     """Return so many tokens of the answer behind the tokens that are known, prompt included."""
     return (TOKEN,) * count if num_known + count < job.num_tokens else (TOKEN,) * (count - 1) + (END,)
+
+
+def yielded(row: BatchRow, job: Job, num_steps: int) -> RowOutput:
+    """Return what so many equal steps yield in a row of the job; of a draft what is right and the token behind it."""
+    if not row.samples:
+        return RowOutput(())
+    num_known = len(row.seq.token_ids)
+    if not row.draft:
+        return RowOutput((next_tokens(job, num_known, num_steps),))
+    coming = next_tokens(job, num_known, min(1 + len(row.draft), job.num_tokens - num_known))
+    return verified_output(row, ((token,) for token in coming))
 
 
 class JobContents:

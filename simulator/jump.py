@@ -6,7 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from math import sqrt
 
-from ..common.batch import Batch
+from ..common.batch import Batch, RowKind
 from ..engine.samples import step_sample
 from ..sizing.steps import StepWork
 
@@ -82,6 +82,13 @@ class Step:
 
 
 def work_of(batch: Batch) -> StepWork:
-    """Return the work of a batch."""
+    """Return the work of a batch. A row that verifies reads its context once, for all of its tokens."""
     found = step_sample(batch)
-    return StepWork(found.prefill_tokens, found.prefill_pairs, found.decode_rows, found.decode_context)
+    drafting = [row for row in batch.rows if row.kind is RowKind.VERIFY]
+    return StepWork(
+        found.prefill_tokens,
+        found.prefill_pairs,
+        found.decode_rows + len(drafting),
+        found.decode_context + sum(row.end for row in drafting),
+        sum(len(row.draft) for row in drafting),
+    )

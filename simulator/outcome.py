@@ -62,6 +62,8 @@ class Outcome:
     num_hits: int
     num_preemptions: int
     num_adapter_loads: int
+    num_draft_tokens: int  # that were verified, and of them those that were right
+    num_accepted_tokens: int
     num_retries: int
     num_events: int
     busy_share: float  # of the workers' time in which their engines computed

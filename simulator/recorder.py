@@ -130,6 +130,7 @@ class Recorder(NullObserver):
         )
         alive_s = sum(end_s - worker.began_s for worker, end_s in workers)
         fleet = self._scenario.fleet
+        drafts = [worker.core.decode.scheduler.draft_counters for worker, _ in workers]
         arrivals = [request.arrival_s for request in self._requests]
         return Outcome(
             goals=self._scenario.goals,
@@ -142,6 +143,8 @@ class Recorder(NullObserver):
             num_queries=sum(worker.prefix_queries for worker, _ in workers),
             num_hits=sum(worker.prefix_hits for worker, _ in workers),
             num_adapter_loads=sum(w.core.adapters.num_loads for w, _ in workers if w.core.adapters is not None),
+            num_draft_tokens=sum(counted.draft_tokens for counted in drafts),
+            num_accepted_tokens=sum(counted.accepted_tokens for counted in drafts),
             num_preemptions=sum(worker.core.decode.scheduler.num_preemptions for worker, _ in workers),
             num_retries=self.num_retries,
             num_events=self._world.kernel.num_events,

@@ -47,6 +47,11 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
     for name, scenario, outcome in runs:
         table.add_row(name, *_cells(scenario, outcome))
     console.print(table)
+    for name, _, outcome in runs:
+        if drafted := outcome.num_draft_tokens:
+            console.print(
+                f"{name}: of {drafted:,} drafted tokens {outcome.num_accepted_tokens / drafted:.1%} were right"
+            )
 
 
 def in_words(scenario: Scenario, outcome: Outcome) -> str:
@@ -93,6 +98,8 @@ def figures(outcome: Outcome) -> dict[str, object]:
         "hit_rate": outcome.hit_rate,
         "num_preemptions": outcome.num_preemptions,
         "num_adapter_loads": outcome.num_adapter_loads,
+        "num_draft_tokens": outcome.num_draft_tokens,
+        "num_accepted_tokens": outcome.num_accepted_tokens,
         "num_retries": outcome.num_retries,
         "busy_share": outcome.busy_share,
         "gpu_hours": outcome.gpu_hours,

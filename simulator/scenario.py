@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..common.config import AutoscaleConfig, RouterConfig
+from ..common.config import AutoscaleConfig, RouterConfig, SpeculativeConfig
 from ..common.errors import ConfigError
 from ..router.placement.policy import RoutingPolicy
 from ..router.state.predictor import Predictor
@@ -63,6 +63,24 @@ class Adapters:
 
 
 @dataclass(slots=True, frozen=True)
+class Drafts:
+    """Decode workers draft tokens of every answer, as many as pay, and so many of them are right."""
+
+    acceptance: float  # the share of drafted tokens that are right, those before them being right
+    num_tokens: int = 5  # of one sequence and step, at most
+
+    @property
+    def config(self) -> SpeculativeConfig:
+        """Return what workers are told. Raises ConfigError."""
+        if not 0 < self.acceptance <= 1:
+            raise ConfigError(f"draft_acceptance = {self.acceptance:g} is no share: more than 0, and 1 at most")
+        most = 16  # as of `SpeculativeConfig`
+        if not 1 <= self.num_tokens <= most:
+            raise ConfigError(f"num_speculative_tokens = {self.num_tokens}: between 1 and {most}")
+        return SpeculativeConfig(method="ngram", num_speculative_tokens=self.num_tokens)
+
+
+@dataclass(slots=True, frozen=True)
 class Fleet:
     """The workers. With no prefill workers all are colocated: they compute the prompts of their own answers."""
 
@@ -87,6 +105,7 @@ class Fleet:
     labels: Callable[[int], Labels] | None = field(default=None, compare=False)  # of the worker of a number
     token_bytes: int | None = None  # of KV on the wire; None: the model's
     adapters: Adapters = Adapters(0)
+    drafts: Drafts | None = None  # None: a step yields one token for each row
 
     @property
     def num_workers(self) -> int:

@@ -14,7 +14,7 @@ from ..wire.workers import StepSample, WorkerHello
 from ..worker.effects import CoreConfig
 from ..worker.roles import RoleName
 from .jobs import END_IDS
-from .scenario import Adapters, Scenario
+from .scenario import Adapters, Drafts, Scenario
 
 MODEL = VERSION = TRANSPORT = "simulated"
 
@@ -39,6 +39,7 @@ class WorkerSpec:
     tp_size: int
     jumps: bool
     adapters: Adapters
+    drafts: Drafts | None
 
 
 def router_config(scenario: Scenario) -> RouterConfig:
@@ -91,6 +92,7 @@ def worker_spec(scenario: Scenario, block_tokens: int, hashed: bool) -> WorkerSp
         tp_size=fleet.gpus_per_worker,
         jumps=scenario.jumps,
         adapters=fleet.adapters,
+        drafts=fleet.drafts,
     )
 
 
@@ -139,6 +141,7 @@ def core_config(spec: WorkerSpec, worker_id: str, incarnation: int, role: RoleNa
         max_model_len=spec.max_model_len,
         max_num_batched_tokens=spec.prefill_tokens if role == "prefill" else spec.decode_tokens,
         max_num_seqs=spec.max_num_seqs,
+        speculative=spec.drafts.config if spec.drafts is not None else None,
         tpot_objective_s=spec.tpot_objective_s,
     )
 

@@ -9,6 +9,7 @@ sends through it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -29,9 +30,11 @@ from ..worker.core import WorkerCore
 from ..worker.roles import RoleName
 from .adapters import SimLoader
 from .costs.network import Link, Port
+from .drafts import SimDrafts
 from .engine import Engine
 from .held_tokens import HeldTokens
 from .reading import SimReading
+from .scenario import Drafts
 from .setup import TRANSPORT, VERSION, WorkerSpec, calibration, core_config, hello_of, regions
 from .shipping import SimShipping
 
@@ -85,7 +88,7 @@ class SimWorker:
         endpoint = Endpoint(kv, VERSION, TRANSPORT, config.tp_size)
         block_bytes = spec.token_bytes * kv.block_size
         self._shipping = SimShipping(self, endpoint, config.transfer, block_bytes=block_bytes, port=self.sending)
-        return WorkerCore(
+        core = WorkerCore(
             config,
             pool=self.pool,
             cache=self.cache,
@@ -98,6 +101,12 @@ class SimWorker:
             contents=self.world.contents,
             adapters=loader,
         )
+        if spec.drafts is not None and (speculation := core.decode.scheduler.speculation) is not None:
+            speculation.make_proposer = partial(self._drafts_of, spec.drafts)
+        return core
+
+    def _drafts_of(self, drafts: Drafts, seq: Sequence) -> SimDrafts:
+        return SimDrafts(drafts, self.world.jobs[seq.request_id], seq, self.world.scenario.seed)
 
     def start(self) -> None:
         """Join the router, begin to tick. Workers do not tick in step."""

@@ -27,12 +27,13 @@ _MEMORY_SHARE = 0.9  # of a GPU's memory, as `--gpu-memory-utilization`
 
 @dataclass(slots=True, frozen=True)
 class StepWork:
-    """The work of one step, as `StepSample` counts it."""
+    """The work of one step, as `StepSample` counts it, and drafts."""
 
     prefill_tokens: int = 0
     prefill_pairs: int = 0
     decode_rows: int = 0
     decode_context: int = 0
+    draft_tokens: int = 0  # that decode rows verify beside their own next ones
 
 
 class Terms(NamedTuple):
@@ -124,19 +125,21 @@ class Roofline:
         return read_s
 
     def terms(self, work: StepWork) -> Terms:
-        tokens = work.prefill_tokens + work.decode_rows  # prompts' and rows' tokens share one read of the weights
+        rows = work.decode_rows + work.draft_tokens
+        tokens = work.prefill_tokens + rows  # prompts' and rows' tokens share one read of the weights
         return Terms(
-            products=tokens * self._s_per_token + work.decode_rows * self._s_per_row,
+            products=tokens * self._s_per_token + rows * self._s_per_row,
             weights=self._read_s(tokens),
             attention=work.prefill_pairs * self._s_per_pair,
             cache=work.decode_context * self._s_per_context,
-            exchange=self._fixed_s - self.model.kernels_s + self._exchange_s(tokens, work.decode_rows),
+            exchange=self._fixed_s - self.model.kernels_s + self._exchange_s(tokens, rows),
             launches=self.model.kernels_s,
         )
 
     def step_s(self, work: StepWork) -> float:
         """Return `terms(work).total_s`, in a third of the time: a simulation asks for millions."""
-        rows, tokens = work.decode_rows, work.prefill_tokens + work.decode_rows
+        rows = work.decode_rows + work.draft_tokens
+        tokens = work.prefill_tokens + rows
         products_s = max(tokens * self._s_per_token + rows * self._s_per_row, self._read_s(tokens))
         attention_s = work.prefill_pairs * self._s_per_pair + work.decode_context * self._s_per_context
         return self._fixed_s + products_s + attention_s + self._exchange_s(tokens, rows)
@@ -164,7 +167,8 @@ class Linear:
         prefill_s = 0.0
         if work.prefill_tokens:
             prefill_s = self.mixed + work.prefill_tokens * self.per_token + work.prefill_pairs * self.per_pair
-        return self.step + prefill_s + work.decode_rows * self.per_row + work.decode_context * self.per_context
+        rows = work.decode_rows + work.draft_tokens  # a drafted token is multiplied as another row's would be
+        return self.step + prefill_s + rows * self.per_row + work.decode_context * self.per_context
 
     def run(self, rows: int, context: int) -> tuple[float, float]:
         return self.step + rows * self.per_row + context * self.per_context, rows * self.per_context
