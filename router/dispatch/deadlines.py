@@ -1,4 +1,4 @@
-"""Time limits of requests: a pure judgement when one is due, carried out by the dispatcher.
+"""Time limits of requests: a pure judgement when one is due, carried out by `due_checks.py`.
 
     deadline over, no worker for too long                    the request fails
     an answer or a token is missing, the workers are idle    the attempt fails

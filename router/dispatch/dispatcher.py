@@ -11,7 +11,7 @@ learns of an attempt's end by Abort, and what it still sends about it is dropped
     placer     who goes next     worker_messages  what workers say about requests   relay      tokens, once, in order
     policy     where to          losses           what a lost worker means          deadlines  time limits
     isolation  who runs alone    retries          how much is tried again           due_times  when they are checked
-    background who makes way
+    background who makes way     readers          what clients do                   due_checks what follows
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from functools import partial
 
 from ...common.clock import Clock
 from ...common.config import RouterConfig
 from ...common.errors import CapacityError, ProtocolError
-from ...common.request import FinishReason
 from ...wire.fields import Message
 from ...wire.results import (
     Embedding,
@@ -52,29 +50,29 @@ from ..placement.policy import RoutingPolicy
 from ..queue.admission import Admission
 from ..state.classes import RequestClasses
 from ..state.errors import StreamError
-from ..state.failures import OTHERS_FIRST_S, Blame, WorkerLife
+from ..state.failures import OTHERS_FIRST_S, WorkerLife
 from ..state.history import Kind, Record, is_named
 from ..state.objectives import NO_OBJECTIVES
 from ..state.observer import NullObserver, Observer
 from ..state.pools import Pools
 from ..state.predictor import Predictor, distance
-from ..state.request import RequestStatus, RouterRequest
+from ..state.request import RouterRequest
 from ..state.token_stream import TokenStream
 from ..state.tracked_request import TrackedRequest
 from ..state.views import PoolView
 from ..state.worker import RouterWorker, WorkerLink
 from .background import Background
-from .deadlines import CHECK_AGAIN_S, Deadlines, DeadlineVerdict
+from .deadlines import Deadlines
+from .due_checks import DueChecks
 from .in_flight import InFlightRequests
 from .invariants import breaches
 from .isolation import Isolation
 from .losses import Losses
 from .placer import Placer
 from .prefix_fetch import hash_prompt
+from .readers import Readers
 from .retries import RetryBudget
 from .worker_messages import WorkerMessages
-
-__all__ = ["Dispatcher", "NullObserver", "Observer"]
 
 
 class Dispatcher:
@@ -126,7 +124,14 @@ class Dispatcher:
         )
         self._losses = Losses(self._in_flight)
         self._background = Background(self._in_flight, config.batch_requests_beside)
-        self._deadlines = Deadlines(self._pools, must_prefill_remotely=not is_local)
+        self._due_checks = DueChecks(
+            self._in_flight,
+            self._placer,
+            self._admission,
+            self._worker_messages.relay,
+            Deadlines(self._pools, must_prefill_remotely=not is_local),
+        )
+        self._readers = Readers(self._in_flight, place=self._place)
         self._incarnations: dict[str, int] = {}  # the last one seen of each worker
         self._time_us = time_us
         self._last_arrival = 0
@@ -153,8 +158,7 @@ class Dispatcher:
         self._last_arrival = max(self._last_arrival + 1, self._time_us() if self._time_us is not None else 0)
         request.arrival = self._last_arrival
         request.timestamps["queued"] = now
-        name = request.request_id  # not the tracked request: it holds the stream, and should end with its last user
-        stream = TokenStream(request, partial(self._reader_left, name), partial(self._reader_ended, name))
+        stream = self._readers.open(request)
         deadline = None if request.timeout_s is None else now + request.timeout_s
         tracked = TrackedRequest(request, stream, deadline, event_s=now)
         self._worker_messages.relay.hold(tracked)
@@ -180,6 +184,9 @@ class Dispatcher:
         view = self._pools.view(now, num_queued=len(self._in_flight.queue), num_in_flight=len(self._in_flight))
         view.queued_by_class = dict(self._in_flight.queue.num_by_class)
         return view
+
+    def _place(self) -> None:
+        self._placer.run(self._clock.now())
 
     # --- for operators ----------------------------------------------------------------------------------------
 
@@ -295,71 +302,14 @@ class Dispatcher:
             if reason is not None:
                 self.worker_left(worker.link, reason)
                 worker.link.drop(reason)
-        self._deadlines.check_pools(now)
         self._admission.observe(now)
-        for tracked in self._in_flight.due_times.due(now):
-            self._check_deadline(tracked, now)
-            if not tracked.request.is_finished:
-                self._in_flight.due_times.schedule(tracked, self._next_check_s(tracked, now))
+        self._due_checks.run(now)
         self._background.tick(now)
         self._in_flight.is_due = True
         self._placer.run(now)
-
-    def _check_deadline(self, tracked: TrackedRequest, now: float) -> None:
-        self._worker_messages.relay.check_held(tracked, now)
-        if not tracked.request.unfinished:
-            self._in_flight.finish_unless_held(tracked)
-            return
-        match self._deadlines.judge_deadline(tracked, now):
-            case StreamError() as error:
-                self._in_flight.fail(tracked, error)
-            case Blame() as blame:
-                self._in_flight.retry(tracked, blame)
-            case DeadlineVerdict.ASK:
-                assert tracked.attempt is not None
-                tracked.attempt.ask_if_arrived(now)
-            case DeadlineVerdict.TRY_AGAIN:
-                tracked.search.forgive_pairs()
-            case None:
-                self._in_flight.settle(tracked, now)
-                if tracked.request.status is RequestStatus.QUEUED:
-                    self._placer.is_too_late(tracked, now)
-
-    def _next_check_s(self, tracked: TrackedRequest, now: float) -> float:
-        at_s = self._deadlines.next_check_s(tracked, now)
-        late_s = self._admission.late_s(tracked) if tracked.request.status is RequestStatus.QUEUED else None
-        return at_s if late_s is None else min(at_s, max(late_s, now + CHECK_AGAIN_S))
 
     def _learn_path(self, source: RouterWorker, report: TransferReport) -> None:
         target = self._pools.named(report.decode_worker)
         if target is not None:
             path = distance(source.hello, target.hello)
             self._pools.predictor.on_transfer(report, path, source.hello.spec.num_layers)
-
-    # --- readers ----------------------------------------------------------------------------------------------
-
-    def _reader_left(self, request_id: str) -> None:
-        if (tracked := self._in_flight.get(request_id)) is not None:
-            self._on_client_left(tracked)
-
-    def _reader_ended(self, request_id: str, choice: int) -> None:
-        if (tracked := self._in_flight.get(request_id)) is not None:
-            self._on_choice_ended(tracked, choice)
-
-    def _on_client_left(self, tracked: TrackedRequest) -> None:
-        self._in_flight.abort(tracked)
-        self._placer.run(self._clock.now())
-
-    def _on_choice_ended(self, tracked: TrackedRequest, choice: int) -> None:
-        """The API found a stop string. What the choice still yields is dropped."""
-        state = tracked.request.choices[choice]
-        if tracked.request.is_finished or state.finish is not None:
-            return
-        state.end_now(FinishReason.STOP)
-        tracked.ended_here.add(choice)
-        if tracked.request.unfinished:
-            if tracked.attempt is not None:
-                tracked.attempt.drop_choice(choice)
-        else:
-            self._in_flight.finish(tracked)
-            self._placer.run(self._clock.now())

@@ -13,16 +13,19 @@ from kvferry.kvcache.blocks import BlockPool
 from kvferry.prefill import role as prefill_role
 from kvferry.prefill.role import PrefillRole
 from kvferry.prefill.shipments import Shipments
+from kvferry.router.dispatch import dispatcher
 from kvferry.router.dispatch.deadlines import Deadlines, DeadlineVerdict
 from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.dispatch.in_flight import InFlightRequests
 from kvferry.router.dispatch.losses import Losses
+from kvferry.router.dispatch.readers import Readers
 from kvferry.router.dispatch.relay import Relay
 from kvferry.router.dispatch.worker_messages import WorkerMessages
 from kvferry.router.state.choice_state import ChoiceState, Drops
 from kvferry.router.state.errors import StreamError
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.token_stream import TokenStream
+from kvferry.router.state.tracked_request import TrackedRequest
 from kvferry.router.state.worker import RouterWorker
 from kvferry.transfer.receive import reservations
 from kvferry.transfer.receive.opens import Opens
@@ -196,12 +199,12 @@ def _current_of_any_attempt(self: WorkerMessages, worker: Any, request_id: str, 
     return self._in_flight.get(request_id)
 
 
-class _EndsTwice(Dispatcher):
+class _EndsTwice(Readers):
     """Tells the end of a request that a client leaves behind once more."""
 
-    def _on_client_left(self, live: Any) -> None:
-        super()._on_client_left(live)
-        self._observer.on_finished(live.request)
+    def _leave(self, tracked: TrackedRequest) -> None:
+        super()._leave(tracked)
+        self._in_flight._observer.on_finished(tracked.request)
 
 
 class _IgnoresDrain(Dispatcher):
@@ -356,7 +359,7 @@ BUGS = (
         patches=((WorkerMessages, "_current", _current_of_any_attempt),),
         within_seeds=200,
     ),
-    Planted("a request ends twice", frozenset({"I8"}), patches=((routers, "Dispatcher", _EndsTwice),)),
+    Planted("a request ends twice", frozenset({"I8"}), patches=((dispatcher, "Readers", _EndsTwice),)),
     Planted("draining is ignored", frozenset({"I12"}), patches=((routers, "Dispatcher", _IgnoresDrain),)),
     Planted(
         "usage is one too high",
