@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass, field
+from random import Random
+from typing import TYPE_CHECKING
 
 from ..common.batch import BatchRow, RowOutput, Run, verified_output
 from ..common.request import RequestId, RequestSpec, SampledToken, SamplingParams
@@ -18,9 +21,13 @@ from ..router.state.choice_state import ChoiceState
 from ..router.state.request import RouterRequest
 from ..tools.load.traces import TraceRow
 
+if TYPE_CHECKING:
+    from .scenario import Drafts
+
 TOKEN = SampledToken(0)
 END = SampledToken(1)  # the last token of an answer
 END_IDS = frozenset({END.token_id})
+_WRONG = 2  # a token that no answer has
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +63,27 @@ def yielded(row: BatchRow, job: Job, num_steps: int) -> RowOutput:
         return RowOutput((next_tokens(job, num_known, num_steps),))
     coming = next_tokens(job, num_known, min(1 + len(row.draft), job.num_tokens - num_known))
     return verified_output(row, ((token,) for token in coming))
+
+
+class SimDrafts:
+    """A `SimDrafts` drafts the tokens of one sequence, as many as it may. Implements `decode.ngrams.Proposer`.
+
+    Which tokens a draft gets right is drawn once for each answer, whatever worker and steps they are drafted in.
+    """
+
+    def __init__(self, drafts: Drafts, job: Job, seq: TokenSequence, seed: int) -> None:
+        self._acceptance = drafts.acceptance
+        self._job = job
+        self._random = Random(f"drafts {seed} {job.number} {seq.choice}")
+        self._answer: list[int] = []  # what a draft says of each token so far, were it asked
+
+    def propose(self, tokens: TokenIds[int], num_tokens: int) -> tuple[int, ...]:
+        first = len(tokens) - self._job.num_prompt_tokens
+        last = min(first + num_tokens, self._job.num_output_tokens)
+        while len(self._answer) < last:
+            token = END if len(self._answer) == self._job.num_output_tokens - 1 else TOKEN
+            self._answer.append(token.token_id if self._random.random() < self._acceptance else _WRONG)
+        return tuple(self._answer[first:last])
 
 
 class JobContents:

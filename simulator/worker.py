@@ -30,9 +30,9 @@ from ..worker.core import WorkerCore
 from ..worker.roles import RoleName
 from .adapters import SimLoader
 from .costs.network import Link, Port
-from .drafts import SimDrafts
 from .engine import Engine
 from .held_tokens import HeldTokens
+from .jobs import SimDrafts
 from .reading import SimReading
 from .scenario import Drafts
 from .setup import TRANSPORT, VERSION, WorkerSpec, calibration, core_config, hello_of, regions

@@ -1,8 +1,9 @@
 """Step and prompt times on this machine's CPU, computed from what was measured on it, beside an engine's own.
 
 Computed twice: from what each part of a step takes (`probe.py`), which the bar is for, and from two rates, of large
-products and of reads of memory (`shared/rates.py`), taken before and after each model. The engine is a worker's, with
-its scheduler and step loop. Of rates, steps and prompts the best counts: whatever else runs only takes away.
+products and of reads of memory (`shared/rates.py`). Both are taken before and after each model, as a machine's speed
+changes within minutes. The engine is a worker's, with its scheduler and step loop. Of rates, steps and prompts the best
+counts: whatever else runs only takes away.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from kvferry.benchmarks.shared.long_model import with_positions
 from kvferry.benchmarks.shared.rates import MeasuredRates, best_of, measure_rates
 from kvferry.benchmarks.shared.shapes import write_shape
-from kvferry.benchmarks.sizing.probe import probe
+from kvferry.benchmarks.sizing.probe import Probe
 from kvferry.common.config import EngineConfig
 from kvferry.models.default import default_model_dir
 from kvferry.sizing.cpu import CpuRates
@@ -68,13 +69,16 @@ def measure(
 
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")
-    probed = probe(threads, 8 * rounds, None, tell)
-    tell("rates")
-    rates, measured = [measure_rates(cpu, torch.bfloat16)], list[_Measured]()
-    for name in names:
-        measured += _measure_model(name, scratch, threads, rounds, tell)
+    (folder := scratch / "probe").mkdir()
+    probe = Probe(folder, threads, None, tell)
+    rates, measured = list[MeasuredRates](), list[_Measured]()
+    for name in ("", *names):
+        if name:
+            measured += _measure_model(name, scratch, threads, rounds, tell)
+        probe.measure(4 * rounds)
+        tell("rates")
         rates.append(measure_rates(cpu, torch.bfloat16))
-    best = best_of(rates)
+    best, probed = best_of(rates), probe.rates()
     return best, probed, [_row(each, best, probed) for each in measured]
 
 

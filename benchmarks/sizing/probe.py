@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -62,27 +61,41 @@ class _Layer:
     seconds: dict[str, float]
 
 
-def probe(
-    threads: int,
-    rounds: int,
-    form: QuantizationName | None,
-    tell: Callable[[str], None],
-    clock: Callable[[], float] = time.perf_counter,
-) -> CpuRates:
-    """Some ten seconds on a quiet machine. `form`: what weights are rounded to; None: plain ones."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch: as the launcher does for a worker
-    import torch
+class Probe:
+    """A `Probe` measures in as many sittings as wanted: of a machine whose speed changes, the quickest ones count."""
 
-    torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory(prefix="probe-") as folder:
-        runs: dict[str, Callable[[], float]] = {}
+    def __init__(
+        self,
+        folder: Path,
+        threads: int,
+        form: QuantizationName | None,
+        tell: Callable[[str], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`form`: what weights are rounded to; None: plain ones. The folder gets the shapes, and is empty before."""
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch: as the launcher does for a worker
+        import torch
+
+        torch.set_num_threads(threads)
+        self._folder = folder
+        self._tell = tell
+        self._runs: dict[str, Callable[[], float]] = {}
+        self._least_ms: dict[str, float] = {}
         for name, shape in SHAPES.items():
             for layers in LAYERS[name]:
                 tell(f"probe: {name}, {layers} layers")
-                engine = _engine(Path(folder, f"{name}-{layers}"), shape, layers, threads, form)
-                runs |= {f"{name}-{layers} {case}": timed(run, clock) for case, run in _cases(engine).items()}
-        tell(f"probe: {rounds} rounds")
-        return rates_of(least_ms(runs, rounds), Path(folder))
+                engine = _engine(folder / f"{name}-{layers}", shape, layers, threads, form)
+                self._runs |= {f"{name}-{layers} {case}": timed(run, clock) for case, run in _cases(engine).items()}
+
+    def measure(self, rounds: int) -> None:
+        """Take some seconds."""
+        self._tell(f"probe: {rounds} rounds")
+        found = least_ms(self._runs, rounds)
+        self._least_ms = {case: min(took, self._least_ms.get(case, took)) for case, took in found.items()}
+
+    def rates(self) -> CpuRates:
+        """Return what follows from the sittings so far. Raises ConfigError on a machine that was too busy."""
+        return rates_of(self._least_ms, self._folder)
 
 
 def rates_of(found_ms: Mapping[str, float], folder: Path) -> CpuRates:
