@@ -5,8 +5,8 @@
 A grant lets a prefill worker ask, an open lets it write. An open that fails is DOOMED: its blocks stay out of use
 until every source rank said that it ended cleanly, or until the writer is fenced. A lease that runs out never frees.
 The states are drawn in `reservation.py`. Its parts: `grants.py` promises, `opens.py` says who may write, `arrivals.py`
-when it is all there, `endings.py` how it ends, `rotation.py` what stops a writer that does not say so;
-`reservations.py` keeps the books.
+when it is all there, `writer_ends.py` when it will not be, `endings.py` how it ends, `rotation.py` what stops a writer
+that does not say so; `reservations.py` keeps the books.
 
 Pure over BlockPool and Clock: no thread, no socket, no tensor. Rank 0 decides for all ranks. The caller holds one
 lock around the receiver, the pool and the scheduler.
@@ -24,7 +24,7 @@ from ...common.request import BlockId, RequestSpec
 from ...kvcache.blocks import BlockPool
 from ...kvcache.contents import Contents, TokenContents
 from ...wire.fields import Message
-from ...wire.grants import GrantId, RegionInfo
+from ...wire.grants import RegionInfo
 from ...wire.handoff import KVArrived, KVClosed, KVDone, KVOpen, KVRenew
 from ...wire.results import Grant, NoCapacity
 from ..protocol.handoff import Endpoint, Verdict
@@ -36,8 +36,7 @@ from .processes import watch as watch_processes
 from .reservation import Reservation, ReservationState
 from .reservations import Reservations
 from .rotation import Rotation
-
-_WRITABLE = (ReservationState.OPEN, ReservationState.DOOMED)
+from .writer_ends import WRITABLE, WriterEnds
 
 __all__ = ["KVReceiver", "Reservation", "ReservationState", "Verdict"]
 
@@ -73,7 +72,6 @@ class KVReceiver:
         """
         key = secrets.token_bytes(32)
         self._pool = pool
-        self._config = config
         self._clock = clock
         self._to_peer = to_peer
         self.reservations = Reservations(pool, worker_id, incarnation)
@@ -128,6 +126,14 @@ class KVReceiver:
             counters=self.counters,
             checks_bytes=checks_bytes,
         )
+        self._writer_ends = WriterEnds(
+            reservations=self.reservations,
+            endings=self.endings,
+            clock=clock,
+            counters=self.counters,
+            config=config,
+            to_peer=to_peer,
+        )
         self.draining = False  # grants and opens nothing more
         self.is_active = True  # False: grants nothing more; what was granted is opened, arrives and is adopted
 
@@ -141,7 +147,7 @@ class KVReceiver:
     @property
     def has_open(self) -> bool:
         """Somebody may write or report an end: notifications must be polled."""
-        return bool(self.reservations.in_state(*_WRITABLE))
+        return bool(self.reservations.in_state(*WRITABLE))
 
     def holds(self, request_id: str) -> bool:
         """There is a reservation of the request that may still be adopted."""
@@ -228,49 +234,19 @@ class KVReceiver:
             case KVRenew():
                 self.opens.renew(session, message)
             case KVClosed():
-                self._on_closed(session, message)
+                self._writer_ends.on_closed(session, message)
         self._step_rotation()
-
-    def _opened(self, grant_id: GrantId, open_id: int) -> Reservation | None:
-        """The reservation whose writer speaks; counts the message where there is none."""
-        reservation = self.reservations.find(grant_id)
-        if reservation is None or reservation.writer is None or reservation.writer.open_id != open_id:
-            self.counters.stale_messages += 1
-            return None
-        return reservation
-
-    def _on_closed(self, session: str, message: KVClosed) -> None:
-        reservation = self._opened(message.grant_id, message.open_id)
-        writer = reservation.writer if reservation is not None else None
-        if reservation is None or writer is None or reservation.state not in _WRITABLE:
-            # It is told until somebody answers. Its KVOpen may be held, or come late.
-            self.reservations.remember_open(message.open_id, session)
-            self._to_peer(session, KVDone(grant_id=message.grant_id, open_id=message.open_id))
-            return
-        if message.source_rank >= writer.tp_size:
-            self.counters.stale_messages += 1
-            return
-        if reservation.state is ReservationState.OPEN:
-            reason = message.reason or "the prefill worker closed the handoff"
-            self.endings.doom(reservation, reason, "ended" if message.clean else "link")
-        if reservation.state is ReservationState.DOOMED:
-            writer.session = session  # an end may be told over a newer connection: answer there
-            if message.detached:
-                writer.detached_ranks.add(message.source_rank)
-            if message.clean:
-                self.endings.rank_ended(reservation, message.source_rank)
 
     def on_session_lost(self, session: str) -> None:
         """A prefill worker's connection ended. Its word may have been lost with it, its writes may not."""
         self.opens.drop_held(session)
-        for reservation in self.reservations.in_state(ReservationState.OPEN):
-            if reservation.writer and reservation.writer.session == session:
-                self.endings.doom(reservation, f"connection to {reservation.writer.worker_id} lost", "peer")
+        self._writer_ends.on_session_lost(session)
 
     def on_arrived(self, decode_rank: int, message: KVArrived, verdict: Verdict = Verdict.UNCHECKED) -> None:
         """A source rank's notification to one of our ranks: all its writes are in our memory."""
-        reservation = self._opened(message.grant_id, message.open_id)
+        reservation = self.reservations.of_open(message.grant_id, message.open_id)
         if reservation is None:
+            self.counters.stale_messages += 1
             session = self.reservations.session_of_ended(message.open_id)
             if session is not None:
                 self._to_peer(session, KVDone(grant_id=message.grant_id, open_id=message.open_id))
@@ -326,19 +302,7 @@ class KVReceiver:
 
     def tick(self) -> None:
         """Act on deadlines and on writers' ends; some ten times a second."""
-        now = self._clock.now()
-        for reservation in self.reservations.in_state(ReservationState.GRANTED, ReservationState.OPEN):
-            writer = reservation.writer
-            if writer is not None and writer.is_dead:
-                self.endings.doom(reservation, f"{writer.worker_id} has ended", "peer")
-            elif now < reservation.deadline:
-                continue
-            elif reservation.state is ReservationState.GRANTED:
-                self.endings.drop(reservation, "expired")
-                reason = f"no prefill worker opened the grant within {self._config.open_within_s} s"
-                self.endings.tell_failed(reservation.router_id, reservation.spec, reason, "expired", None)
-            else:
-                self.endings.doom(reservation, f"no renewal within {self._config.lease_s} s", "expired")
+        self._writer_ends.check()
         self.opens.close_watches()
         self.rotation.step()
         self._answer_held()
@@ -369,7 +333,7 @@ class KVReceiver:
         Certain is: its process is dead and it wrote through memory of this host, or the agents it wrote to are gone.
         """
         count = 0
-        for reservation in self.reservations.in_state(*_WRITABLE):
+        for reservation in self.reservations.in_state(*WRITABLE):
             if reservation.writer and reservation.writer.incarnation == incarnation:
                 if reservation.state is ReservationState.OPEN:
                     self.endings.doom(reservation, f"{reservation.writer.worker_id} was fenced", "peer")

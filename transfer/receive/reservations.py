@@ -69,6 +69,12 @@ class Reservations:
         """Find the reservation of a grant of ours that has not ended."""
         return self.live.get(grant_id.epoch) if (grant_id.worker_id, grant_id.incarnation) == self._worker else None
 
+    def of_open(self, grant_id: GrantId, open_id: int) -> Reservation | None:
+        """Find the reservation whose writer made this open."""
+        reservation = self.find(grant_id)
+        writer = reservation.writer if reservation is not None else None
+        return reservation if writer is not None and writer.open_id == open_id else None
+
     def of_request(self, request_id: str) -> Reservation | None:
         """The reservation of the request that may still be adopted."""
         return self._by_request.get(request_id)
