@@ -1,7 +1,7 @@
 """Chat messages to one prompt text, by the model's own Jinja template.
 
 A template comes out of a model directory and its values from clients, so neither is trusted: it runs in a sandbox
-under limits (`template_sandbox.py`). Rendering is plain CPU work of up to `RenderLimits.max_s`, and more where the
+under limits (`render_budget.py`). Rendering is plain CPU work of up to `RenderLimits.max_s`, and more where the
 sandbox has a hole: the router does it in a process that it can kill.
 
 The conventions are Hugging Face's: `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML, loop
@@ -23,9 +23,8 @@ from jinja2.exceptions import SecurityError
 from ..common.clock import Clock, SystemClock, wall_time_s
 from ..common.errors import ConfigError, RequestError
 from .files import read_json
-from .template_sandbox import Budget, RenderLimits, TemplateOverrun, compile_environment, spending
-
-__all__ = ["ChatTemplate", "RenderLimits", "TemplateOverrun", "load_chat_template"]
+from .render_budget import RenderBudget, RenderLimits, TemplateOverrun, spending
+from .template_sandbox import compile_environment
 
 MAX_SOURCE_BYTES = 1 << 20
 MAX_INPUT_CHARS = 8 << 20  # strings of all messages and template_kwargs together
@@ -94,7 +93,7 @@ class ChatTemplate:
         return text if mark is None else _cut_at(text, mark)
 
     def _generate(self, values: Mapping[str, object], limits: RenderLimits) -> str:
-        budget = Budget(limits, self._clock)
+        budget = RenderBudget(limits, self._clock)
         try:
             with spending(budget):
                 return _joined(self._template.generate({**values, "range": budget.range}), budget)
@@ -175,7 +174,7 @@ def _compile(source: str, origin: str, now: Callable[[], int]) -> Template:
         raise ConfigError(f"{origin} is nested too deeply; --chat-template FILE replaces it") from error
 
 
-def _joined(parts: Iterator[str], budget: Budget) -> str:
+def _joined(parts: Iterator[str], budget: RenderBudget) -> str:
     known: list[str] = []
     num_chars = 0
     for part in parts:

@@ -7,18 +7,15 @@
 
 A template comes out of a model directory and its values from clients, so neither is trusted. Bytes are refused, and so
 is what makes much of little without passing here (`encode`, `translate`, `to_bytes`, sums of lists). What a rendering
-may spend is a `RenderLimits`, and it is held by the thread that renders. One operation within these bounds cannot be
-interrupted, and an operation that nobody thought of might not have any: who renders for others does it in a process
-that can be killed (router/helpers/chat_renderer.py).
+may spend is in `render_budget.py`. One operation within these bounds cannot be interrupted, and an operation that
+nobody thought of might not have any: who renders for others does it in a process that can be killed
+(router/helpers/chat_renderer.py).
 """
 
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
 from jinja2 import nodes, pass_context
@@ -30,14 +27,11 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from ..common.clock import Clock
+from .render_budget import RenderBudget, active_budget, check_items
 
 MAX_NUMBER_BITS = 4096
-MAX_LIST_ITEMS = 1_000_000
 MAX_WIDTH = 1000  # that a filter pads or indents to
 MAX_DIGITS = 100  # that a number is rounded to
-_SPENT_PER_CHAR = 4  # a rendering may make so many characters for each that it may print
-_ITEMS_PER_LOOK = 1024  # at the clock
 _PADS = frozenset({"center", "ljust", "rjust", "zfill"})
 _WIDTH_FILTERS = frozenset({"center", "indent", "tojson", "batch", "slice"})
 # They go through their value item by item, whatever it is.
@@ -53,109 +47,6 @@ _PERCENT_WIDTH = re.compile(r"%[^%a-zA-Z]*(?:\*|\d{4})")
 _FORMAT_WIDTH = re.compile(r"\{[^{}]*:[^{}]*(?:\{|\d{4})")
 
 N = TypeVar("N", bound=nodes.Node)
-
-
-class TemplateOverrun(Exception):
-    """A rendering has spent what it may. `is_size`: of characters."""
-
-    def __init__(self, message: str, *, is_size: bool = False) -> None:
-        super().__init__(message)
-        self.is_size = is_size
-
-
-@dataclass(slots=True, frozen=True)
-class RenderLimits:
-    """Limits of what one rendering may spend."""
-
-    max_s: float = 5.0
-    max_steps: int = 100_000
-    max_chars: int = 16 << 20  # of the prompt, and of any text on the way
-    max_items: int = 20_000_000  # that filters go through, all together
-
-
-class Budget:
-    """An account of what one rendering has spent."""
-
-    __slots__ = ("_clock", "_end_s", "_num_items", "_num_made", "_num_numbers", "_num_steps", "limits")
-
-    def __init__(self, limits: RenderLimits, clock: Clock) -> None:
-        self.limits = limits
-        self._clock = clock
-        self._end_s = clock.now() + limits.max_s
-        self._num_steps = 0
-        self._num_numbers = 0
-        self._num_made = 0
-        self._num_items = 0
-
-    def step(self) -> None:
-        self._num_steps += 1
-        if self._num_steps > self.limits.max_steps:
-            raise TemplateOverrun(f"the chat template takes more than {self.limits.max_steps} steps")
-        self.check_time()
-
-    def range(self, *bounds: int) -> range:
-        items = range(*bounds)
-        self._num_numbers += len(items)
-        if self._num_numbers > self.limits.max_steps:
-            raise TemplateOverrun(f"the chat template loops over more than {self.limits.max_steps} numbers")
-        return items
-
-    def check_time(self) -> None:
-        if self._clock.now() > self._end_s:
-            raise TemplateOverrun(f"rendering the chat took more than {self.limits.max_s:g} s")
-
-    def check_length(self, num_chars: int) -> None:
-        """Refuse to make so many characters at once: called before they are made."""
-        if num_chars > self.limits.max_chars:
-            raise TemplateOverrun(
-                f"the rendered chat would have more than {self.limits.max_chars} characters", is_size=True
-            )
-
-    def spend(self, value: object) -> object:
-        """Charge for a value that was made."""
-        if isinstance(value, str):
-            self.check_length(len(value))
-            self._num_made += len(value)
-            self.check_length(self._num_made // _SPENT_PER_CHAR)
-        elif isinstance(value, (list, tuple, Mapping)):
-            _check_items(len(value))
-            self.go_through(len(value))
-        elif isinstance(value, (bytes, bytearray, memoryview)):
-            raise SecurityError("bytes")
-        return value
-
-    def go_through(self, num_items: int) -> None:
-        self._num_items += num_items
-        if self._num_items > self.limits.max_items:
-            raise TemplateOverrun(f"the chat template goes through more than {self.limits.max_items} items")
-
-    def counted(self, items: Iterable[object]) -> Iterator[object]:
-        """Yield each item, charged for as it is asked for."""
-        for index, item in enumerate(items):
-            _check_items(index)
-            self.go_through(1)
-            if not index % _ITEMS_PER_LOOK:
-                self.check_time()
-            yield item
-
-
-_active = threading.local()
-
-
-@contextmanager
-def spending(budget: Budget) -> Iterator[None]:
-    """Charge what this thread renders in the block to `budget`."""
-    _active.budget = budget
-    try:
-        yield
-    finally:
-        del _active.budget
-
-
-def _budget() -> Budget:
-    budget = _active.budget
-    assert isinstance(budget, Budget)
-    return budget
 
 
 class GenerationTag(Extension):
@@ -188,17 +79,17 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return _Metered().visit(super()._parse(source, name, filename))  # type: ignore[no-any-return]
 
     def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
-        _check_binop(_budget(), operator, left, right)
-        return _budget().spend(super().call_binop(context, operator, left, right))
+        _check_binop(active_budget(), operator, left, right)
+        return active_budget().spend(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: object, *args: object, **kwargs: object) -> object:
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, (str, int, float, type)) and name in _NO_METHODS:
             raise SecurityError(f"the method {name}")
         if isinstance(owner, str):
-            args = _counted_join(_budget(), name, args)
-            _check_method(_budget(), owner, name, [*args, *kwargs.values()])
-        return _budget().spend(super().call(__context, __obj, *args, **kwargs))
+            args = _counted_join(active_budget(), name, args)
+            _check_method(active_budget(), owner, name, [*args, *kwargs.values()])
+        return active_budget().spend(super().call(__context, __obj, *args, **kwargs))
 
     def wrap_str_format(self, value: object) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
@@ -207,7 +98,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             return wrapped
 
         def checked(*args: object, **kwargs: object) -> str:
-            _check_pattern(_budget(), owner, _FORMAT_WIDTH, "{", [*args, *kwargs.values()])
+            _check_pattern(active_budget(), owner, _FORMAT_WIDTH, "{", [*args, *kwargs.values()])
             return wrapped(*args, **kwargs)
 
         return checked
@@ -216,9 +107,9 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
     def concat(parts: Iterable[str]) -> str:
         """Join the parts of `{% set %}` blocks, macros and the like, and charge for the text."""
         known = list(parts)
-        _budget().check_length(sum(map(len, known)))
+        active_budget().check_length(sum(map(len, known)))
         text = "".join(known)
-        _budget().spend(text)
+        active_budget().spend(text)
         return text
 
     def join(self, *parts: object) -> str:
@@ -226,7 +117,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return self.concat([str(part) for part in parts])
 
     def step(self) -> str:
-        _budget().step()
+        active_budget().step()
         return ""
 
 
@@ -253,14 +144,14 @@ class _Metered(NodeTransformer):
         return node
 
 
-def _check_binop(budget: Budget, operator: str, left: object, right: object) -> None:
+def _check_binop(budget: RenderBudget, operator: str, left: object, right: object) -> None:
     if operator == "**":
         raise SecurityError("the ** operator")
     if operator == "+":
         if isinstance(left, str) and isinstance(right, str):
             budget.check_length(len(left) + len(right))
         elif isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
-            _check_items(len(left) + len(right))
+            check_items(len(left) + len(right))
     elif operator == "*":
         if isinstance(left, int) and isinstance(right, int):
             if left.bit_length() + right.bit_length() > MAX_NUMBER_BITS:
@@ -270,17 +161,12 @@ def _check_binop(budget: Budget, operator: str, left: object, right: object) -> 
             if isinstance(sized, (str, list, tuple)) and isinstance(times, int):
                 budget.check_length(len(sized) * times)
                 if not isinstance(sized, str):
-                    _check_items(len(sized) * times)
+                    check_items(len(sized) * times)
     elif isinstance(left, str):
         _check_pattern(budget, left, _PERCENT_WIDTH, "%", [right])
 
 
-def _check_items(num_items: int) -> None:
-    if num_items > MAX_LIST_ITEMS:
-        raise TemplateOverrun(f"the chat template makes a list of more than {MAX_LIST_ITEMS} items", is_size=True)
-
-
-def _check_method(budget: Budget, text: str, method: str, args: list[object]) -> None:
+def _check_method(budget: RenderBudget, text: str, method: str, args: list[object]) -> None:
     width = max((arg for arg in args if isinstance(arg, int)), default=8)
     if method in _PADS:
         budget.check_length(width)
@@ -292,26 +178,26 @@ def _check_method(budget: Budget, text: str, method: str, args: list[object]) ->
         _check_join(budget, text, args[0])
 
 
-def _counted_join(budget: Budget, method: str, args: tuple[object, ...]) -> tuple[object, ...]:
+def _counted_join(budget: RenderBudget, method: str, args: tuple[object, ...]) -> tuple[object, ...]:
     """Return what a string is to join as a list whose sizes can be seen."""
     if method == "join" and args and isinstance(args[0], Iterable) and not isinstance(args[0], (str, list, tuple)):
         return (list(budget.counted(args[0])), *args[1:])
     return args
 
 
-def _check_replace(budget: Budget, text: str, args: list[object]) -> None:
+def _check_replace(budget: RenderBudget, text: str, args: list[object]) -> None:
     match args:
         case [str() as old, str() as new, *_]:
             num_found = text.count(old) if len(new) > len(old) else 0
             budget.check_length(len(text) + num_found * (len(new) - len(old)))
 
 
-def _check_join(budget: Budget, separator: str, items: object) -> None:
+def _check_join(budget: RenderBudget, separator: str, items: object) -> None:
     if isinstance(items, (list, tuple)):
         budget.check_length(len(separator) * len(items) + sum(_text_size(item) for item in items))
 
 
-def _check_pattern(budget: Budget, text: str, width: re.Pattern[str], sign: str, args: list[object]) -> None:
+def _check_pattern(budget: RenderBudget, text: str, width: re.Pattern[str], sign: str, args: list[object]) -> None:
     """Check the length of a format that is filled in."""
     if width.search(text):
         raise SecurityError("a format with a width of four digits, or of a variable")
@@ -334,7 +220,7 @@ def _guarded(name: str, function: Callable[..., object]) -> Callable[..., object
 
     @pass_context
     def run(context: Context, *args: object, **kwargs: object) -> object:
-        budget = _budget()
+        budget = active_budget()
         given = [*args[1:], *kwargs.values()]
         if name in _WIDTH_FILTERS and any(isinstance(arg, int) and arg > MAX_WIDTH for arg in given):
             raise SecurityError(f"{name} to more than {MAX_WIDTH}")
@@ -367,7 +253,7 @@ def _check_sum(given: list[object]) -> None:
         raise SecurityError("a sum of lists")
 
 
-def _priced(budget: Budget, value: object) -> object:
+def _priced(budget: RenderBudget, value: object) -> object:
     """Charge for what a filter is to go through, at once or as it is gone through."""
     if isinstance(value, (str, list, tuple, range, Mapping, MappingView)):
         budget.go_through(len(value))

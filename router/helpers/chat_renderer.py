@@ -16,7 +16,8 @@ from typing import Protocol
 import msgspec
 
 from ...common.errors import CapacityError, ConfigError, RequestError
-from ...models.chat_template import ChatTemplate, RenderLimits
+from ...models.chat_template import ChatTemplate
+from ...models.render_budget import RenderLimits
 from .helper import Helper, HelperLost
 from .wire import REFUSAL, RENDER_CHAT, SET_TEMPLATE, ChatSpec, HelperRefusal, TemplateSetup
 

@@ -115,7 +115,7 @@ class _Program:
         self._special_tokens = setup.special_tokens
 
     def _render(self, payload: bytes) -> bytes:
-        from ...models.chat_template import RenderLimits, TemplateOverrun
+        from ...models.render_budget import RenderLimits, TemplateOverrun
 
         assert self._template is not None
         chat = msgspec.msgpack.decode(payload, type=ChatSpec)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from kvferry.common.errors import CapacityError, ConfigError, RequestError
-from kvferry.models.chat_template import ChatTemplate, RenderLimits
+from kvferry.models.chat_template import ChatTemplate
+from kvferry.models.render_budget import RenderLimits
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.helpers import chat_renderer
 from kvferry.router.helpers.chat_renderer import QUICK_BYTES, Chat, ChatRenderer
