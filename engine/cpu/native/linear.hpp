@@ -29,6 +29,11 @@ struct Rows {
     long stride;
     long count;
     const std::int32_t* slots = nullptr;  // of each row's adapter, below 0: none; null: no row has one
+
+    // `part` of them, from row `first` on.
+    Rows from(long first, long part) const {
+        return {values + first * stride, stride, part, slots == nullptr ? nullptr : slots + first};
+    }
 };
 
 // The tiles that `by` takes (team.hpp), in groups of rows: calls finish(row, column, sums) with each row's 64 sums from

@@ -43,6 +43,20 @@ struct Alone {
     static void meet() {}
 };
 
+// Takes numbers below `count` until none is left; every thread gets others.
+class Counter {
+public:
+    void reset() { next_.store(0, std::memory_order_relaxed); }
+
+    template <class Job>
+    void take(long count, Job job) {
+        for (long i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) job(i);
+    }
+
+private:
+    alignas(64) std::atomic<long> next_{0};
+};
+
 class Team {
 public:
     class Member;
@@ -62,17 +76,10 @@ public:
     // Of those who run now; within a job.
     int size() const { return size_; }
 
-    // Calls job(rank) once per rank below `size`, rank 0 on the caller's thread; returns when all have.
-    void run(int size, const std::function<void(int)>& job) {
-        job_ = &job;
-        size_ = std::min(size, max_size_);
-        first_round_ = taken_[0].round;
-        call(size_);
-        job(0);
-        barrier();
-    }
+    // Calls job(member) once per rank below `size`, rank 0 on the caller's thread; returns when all have.
+    void run(int size, const std::function<void(Member&)>& job);
 
-    // Every rank calls it as often as every other, within a job.
+private:
     void barrier() {
         const int size = size_;  // who has arrived may find it changed
         if (size == 1) return;
@@ -86,7 +93,6 @@ public:
         }
     }
 
-private:
     static constexpr std::chrono::microseconds kSpin{30};
 
     struct alignas(64) Calls {
@@ -121,15 +127,7 @@ private:
         }
     }
 
-    void serve(int rank) {
-        for (std::uint32_t seen = 0;; seen++) {
-            await(calls_[rank].count, seen);
-            if (job_ == nullptr) return;
-            taken_[rank].round = first_round_;
-            (*job_)(rank);
-            barrier();
-        }
-    }
+    void serve(int rank);
 
     // Until `value` is no longer `old`.
     static void await(const std::atomic<std::uint32_t>& value, std::uint32_t old) {
@@ -145,7 +143,7 @@ private:
 
     const int max_size_;
     int size_ = 1;
-    const std::function<void(int)>* job_ = nullptr;
+    const std::function<void(Member&)>* job_ = nullptr;
     std::uint64_t first_round_ = 0;  // of the job
     std::vector<Calls> calls_;  // of each rank
     std::vector<Taken> taken_;
@@ -158,6 +156,9 @@ private:
 class Team::Member {
 public:
     Member(Team& team, int rank) : team_(team), rank_(rank) {}
+    Member(const Member&) = delete;
+
+    int rank() const { return rank_; }
 
     // This rank's of so many things, which cost the same.
     Range part(long count) const { return share(count, rank_, team_.size()); }
@@ -176,9 +177,31 @@ public:
         }
     }
 
+    // Every rank calls it as often as every other.
     void meet() { team_.barrier(); }
 
 private:
     Team& team_;
     const int rank_;
 };
+
+inline void Team::run(int size, const std::function<void(Member&)>& job) {
+    job_ = &job;
+    size_ = std::min(size, max_size_);
+    first_round_ = taken_[0].round;
+    call(size_);
+    Member first(*this, 0);
+    job(first);
+    barrier();
+}
+
+inline void Team::serve(int rank) {
+    Member by(*this, rank);
+    for (std::uint32_t seen = 0;; seen++) {
+        await(calls_[rank].count, seen);
+        if (job_ == nullptr) return;
+        taken_[rank].round = first_round_;
+        (*job_)(by);
+        barrier();
+    }
+}

@@ -11,8 +11,7 @@ int main() {
         for (int job = 0; job < kJobs; job++) {
             std::vector<std::atomic<int>> taken(kRounds * 40 * kGroups);
             std::atomic<int> others{0};
-            team.run(job % 7 == 0 ? 1 : size, [&](int rank) {
-                Team::Member by(team, rank);
+            team.run(job % 7 == 0 ? 1 : size, [&](Team::Member& by) {
                 for (int round = 0; round < kRounds; round++) {
                     const long count = (job + round) % 40;  // now and then fewer than there are ranks, or none
                     const Range own = by.part(count * kGroups);
@@ -20,7 +19,7 @@ int main() {
                         const long number = index * kGroups + group;
                         taken[round * 40 * kGroups + number]++;
                         others += number < own.first || number >= own.last;
-                        for (volatile int spin = 0; spin < 400 * rank; spin = spin + 1) {}
+                        for (volatile int spin = 0; spin < 400 * by.rank(); spin = spin + 1) {}
                     });
                 }
             });

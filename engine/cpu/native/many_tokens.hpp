@@ -1,0 +1,131 @@
+// A step of many tokens: threads take them in panels, whose intermediate results stay near, and meet around attention
+// alone: a panel goes from one layer's to the next one's at once. Experts between are computed by all threads together.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "few_tokens.hpp"
+#include "stages.hpp"
+#include "threads.hpp"
+#include "workspace.hpp"
+
+// A multiple of kRowsAtOnce: as fast by row as a whole panel where weights come from near.
+constexpr long kLeastPanelRows = kPanelRows / 3 / kRowsAtOnce * kRowsAtOnce;
+
+class ManyTokens {
+public:
+    // `few`: finishes a step of which few tokens are wanted.
+    ManyTokens(Workspace& workspace, Stages& stages, Threads& threads, FewTokens& few)
+        : w_(workspace), stages_(stages), threads_(threads), few_(few), panels_taken_(workspace.layers.size()) {}
+
+    void forward(const Step& step) {
+        plan(step.num_tokens);
+        threads_.run([&](Team::Member& by) { stages_.begin(step, by); });
+        for (std::size_t index = 0; index < w_.layers.size(); index++) {
+            threads_.run([&](Team::Member& by) { project_and_attend(step, index, by); });
+            if (w_.layers[index].experts == nullptr || index + 1 == w_.layers.size()) continue;
+            finish_sparse(w_.layers[index], w_.residual(0), w_.attended_rows(step));
+        }
+        finish_last(step);
+    }
+
+private:
+    // Panels for threads to take one by one: whole ones as long as there is much to take, so that weights are read less
+    // often, and small ones at last, so that threads end together though their cores be unequal.
+    void plan(long tokens) {
+        const int threads = threads_.max_size();
+        panels_.clear();
+        for (long first = 0; first < tokens;) {
+            const long left = tokens - first, fair = left / (2 * threads) / kRowsAtOnce * kRowsAtOnce;
+            long size = threads == 1 ? kPanelRows : std::clamp(fair, kLeastPanelRows, kPanelRows);
+            if (left - size < kLeastPanelRows / 2) size = std::min(left, kPanelRows);
+            panels_.push_back({first, first + size});
+            first += size;
+        }
+        for (Counter& taken : panels_taken_) taken.reset();
+        last_taken_.reset();
+    }
+
+    // Ends with the layer's attention, or, in the last layer, with K and V alone: attention there is of the wanted tokens.
+    void project_and_attend(const Step& step, std::size_t index, Team::Member& by) {
+        panels_taken_[index].take(long(panels_.size()), [&](long i) {
+            if (index > 0 && w_.layers[index - 1].experts == nullptr) finish(step, w_.layers[index - 1], panels_[i], by);
+            project(step, index, panels_[i], by);
+        });
+        by.meet();
+        stages_.report(step, index, by);
+        if (index + 1 < w_.layers.size()) stages_.attend(step.pieces, index, by);
+    }
+
+    void project(const Step& step, std::size_t index, Range tokens, const Team::Member& by) {
+        const Layer& layer = w_.layers[index];
+        const Linear& qkv = layer.attention.qkv;
+        const long stride = w_.strides.qkv;
+        Panel& panel = w_.own(by).panel;
+        Alone alone;
+        const Rows normed = w_.math.normalize(w_.residual(tokens.first), tokens.last - tokens.first, layer.input_norm, panel,
+                                              step.slots_from(tokens.first));
+        w_.math.set(panel.qkv.data(), stride, normed, qkv, alone);
+        w_.math.adapt(panel.qkv.data(), stride, normed, qkv, panel, alone);
+        stages_.place(step, index, tokens, panel.qkv.data(), by);
+    }
+
+    // From attention to a layer's end.
+    void finish(const Step& step, const Layer& layer, Range tokens, const Team::Member& by) {
+        Panel& panel = w_.own(by).panel;
+        Alone alone;
+        const Rows attended = w_.attended_rows(step).from(tokens.first, tokens.last - tokens.first);
+        w_.math.finish(layer, w_.residual(tokens.first), attended, panel, panel, alone);
+    }
+
+    // The same of a layer with experts, which threads do together.
+    void finish_sparse(const Layer& layer, float* x, const Rows& attended) {
+        threads_.run([&](Team::Member& by) {
+            const Range mine = by.part(attended.count);
+            const Linear& o = layer.attention.o;
+            Alone alone;
+            for (long first = mine.first; first < mine.last; first += kPanelRows) {
+                const Rows part = attended.from(first, std::min(kPanelRows, mine.last - first));
+                float* target = x + first * w_.strides.hidden;
+                w_.math.add(target, part, o, alone, 1.0f);
+                w_.math.adapt(target, w_.strides.hidden, part, o, w_.own(by).panel, alone);
+            }
+            by.meet();
+            stages_.add_experts(layer, x, x, attended.count, by);
+        });
+    }
+
+    // The last layer from attention on, for the wanted tokens alone.
+    void finish_last(const Step& step) {
+        const Layer& layer = w_.layers.back();
+        if (step.num_wanted <= kFewRows) {
+            threads_.run([&](Team::Member& by) { few_.finish_last(step, by); });
+        } else if (layer.experts != nullptr) {
+            threads_.run([&](Team::Member& by) { stages_.gather_last(step, by); });
+            finish_sparse(layer, step.hidden, w_.last_attended_rows(step));
+        } else {
+            threads_.run([&](Team::Member& by) { finish_last_panels(step, by); });
+        }
+    }
+
+    void finish_last_panels(const Step& step, Team::Member& by) {
+        stages_.gather_last(step, by);
+        by.meet();
+        Panel& panel = w_.own(by).panel;
+        Alone alone;
+        last_taken_.take((step.num_wanted + kPanelRows - 1) / kPanelRows, [&](long i) {
+            const long first = i * kPanelRows;
+            const Rows last = w_.last_attended_rows(step).from(first, std::min(kPanelRows, step.num_wanted - first));
+            w_.math.finish(w_.layers.back(), step.hidden + first * w_.strides.hidden, last, panel, panel, alone);
+        });
+    }
+
+    Workspace& w_;
+    Stages& stages_;
+    Threads& threads_;
+    FewTokens& few_;
+    std::vector<Range> panels_;           // of the step's tokens
+    std::vector<Counter> panels_taken_;  // in each layer
+    Counter last_taken_;
+};

@@ -1,0 +1,103 @@
+// The stages of a step that are the same whoever shares out what: tokens in, their heads to places, attention, experts,
+// and what the wanted tokens go on with. Each is called by all threads of a team, for its part.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "step.hpp"
+#include "team.hpp"
+#include "vectors.hpp"
+#include "workspace.hpp"
+
+class Stages {
+public:
+    explicit Stages(Workspace& workspace) : w_(workspace), pieces_taken_(workspace.layers.size()) {}
+
+    // By one thread, before the others begin.
+    void reset() {
+        for (Counter& taken : pieces_taken_) taken.reset();
+    }
+
+    // Tokens' embeddings and rotations.
+    void begin(const Step& step, const Team::Member& by) {
+        const Range tokens = by.part(step.num_tokens);
+        for (long token = tokens.first; token < tokens.last; token++) embed(step.input_ids[token], w_.residual(token));
+        each(step, tokens, [&](const Row& row, long token) { w_.heads.prepare(token, row.start + token - row.token); });
+    }
+
+    // The products of `tokens` to their places: K and V to their slots, queries to where attention's result will be.
+    // `squares`: of each token of them, over the ranks; null: nobody asks for more than this rank's.
+    void place(const Step& step, std::size_t index, Range tokens, const float* qkv, const Team::Member& by,
+               const Squares* squares = nullptr) {
+        HeadScratch& own = w_.own(by).heads;
+        each(step, tokens, [&](const Row& row, long token) {
+            const long i = token - tokens.first;
+            const Squares* all = squares == nullptr ? nullptr : squares + i;
+            w_.heads.place(w_.layers[index], row, token, qkv + i * w_.strides.qkv, all, attended(token), own);
+        });
+    }
+
+    // A layer's keys and values are in the pages.
+    static void report(const Step& step, std::size_t index, const Team::Member& by) {
+        if (by.rank() == 0 && step.on_layer != nullptr) step.on_layer(int(index));
+    }
+
+    // Queries are read where the result is then written.
+    void attend(const std::vector<Piece>& pieces, std::size_t index, const Team::Member& by) {
+        pieces_taken_[index].take(long(pieces.size()), [&](long i) {
+            const Piece& piece = pieces[i];
+            Element* heads = attended(piece.row->token + piece.first) + piece.kv_head * w_.heads.group() * w_.model.head_dim;
+            w_.heads.attend(w_.layers[index], piece, heads, w_.strides.attended, w_.own(by).heads);
+        });
+    }
+
+    // The last attention, and what the wanted tokens go on with.
+    void gather_last(const Step& step, Team::Member& by) {
+        attend(step.last_pieces, w_.layers.size() - 1, by);
+        by.meet();
+        const long size = w_.strides.attended;
+        const Range mine = by.part(step.num_wanted);
+        for (long i = mine.first; i < mine.last; i++) {
+            std::copy_n(w_.residual(step.wanted[i]), w_.strides.hidden, step.hidden + i * w_.strides.hidden);
+            std::copy_n(attended(step.wanted[i]), size, w_.last_attended.data() + i * size);
+        }
+    }
+
+    // y += a sparse layer's experts of norm(x). Threads share out columns whatever the number of rows: each expert has a
+    // few of them.
+    void add_experts(const Layer& layer, const float* x, float* y, long rows, Team::Member& by) {
+        for (long first = 0; first < rows; first += w_.rows_of_experts) {
+            const long count = std::min(w_.rows_of_experts, rows - first), at = first * w_.strides.hidden;
+            ExpertScratch& own = w_.own(by).experts;
+            w_.expert_math.add(*layer.experts, layer.mlp_norm, x + at, y + at, count, w_.experts, own, by);
+        }
+    }
+
+private:
+    Element* attended(long token) { return w_.attended.data() + token * w_.strides.attended; }
+
+    // A rank has the rows of its part of the vocabulary, and zeros in place of the others.
+    void embed(std::int32_t token, float* x) const {
+        const Model& m = w_.model;
+        std::fill_n(x, w_.strides.hidden, 0.0f);
+        if (m.sum_over_ranks != nullptr) token -= m.first_token;
+        if (m.sum_over_ranks != nullptr && (token < 0 || token >= m.num_tokens)) return;
+        for (long i = 0; i < m.hidden_size; i += 16) {
+            const Lanes mask = lanes(m.hidden_size - i);
+            store(x + i, load(m.embedding + token * m.hidden_size + i, mask) * repeat(float(m.embedding_factor)), mask);
+        }
+    }
+
+    // job(row, token) for each packed token of `tokens`.
+    template <class Job>
+    static void each(const Step& step, Range tokens, Job job) {
+        for (const Row& row : step.rows) {
+            const long last = std::min(tokens.last, row.token + row.length);
+            for (long token = std::max(tokens.first, row.token); token < last; token++) job(row, token);
+        }
+    }
+
+    Workspace& w_;
+    std::vector<Counter> pieces_taken_;  // of each layer's attention
+};
