@@ -30,7 +30,7 @@ from .nn.decoder import Decoder
 from .nn.plan import StepPlan
 from .nn.runner import Runner
 from .nn.weights import Progress, load_weights
-from .ranks.group import Communicator
+from .ranks.communicator import Communicator
 
 
 class _Stretch(NamedTuple):

@@ -43,7 +43,8 @@ from .nn.runner import OnLayer
 from .nn.sampling import sample_rows
 from .nn.weights import Progress, load_weights
 from .pooling import with_pooled
-from .ranks.group import Communicator, RankGroup, connect
+from .ranks.communicator import Communicator, connect
+from .ranks.group import RankGroup
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store

@@ -25,7 +25,8 @@ from ..kvcache.disk_tier import DiskTask
 from .adapters import AdapterThread
 from .disk import open_disk
 from .engine import Engine
-from .ranks.group import FrameKind, FrameSocket, StartFollower, describe, join_store
+from .ranks.communicator import join_store
+from .ranks.frames import FrameKind, FrameSocket, StartFollower, describe
 
 
 class FollowerHandler(Protocol):

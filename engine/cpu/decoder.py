@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...common.cores import SharedCores
 from ..nn.attention.base import LayerPages
-from ..ranks.group import Communicator
+from ..ranks.communicator import Communicator
 from .model import Model, NativeModel, SumOverRanks
 
 _TILE = 64  # columns; what rows of hidden states and logits are padded to

@@ -26,7 +26,7 @@ from ..nn.feed_forward import GatedMLP
 from ..nn.layers import Linear, RMSNorm
 from ..nn.mixer import Attention
 from ..nn.stacked_experts import StackedExpert
-from ..ranks.group import Communicator
+from ..ranks.communicator import Communicator
 from .adapters import SlotMemory, StripAdapters, whole_strips
 from .build import load
 from .compiler import NativeUnavailable

@@ -12,7 +12,7 @@ from ...common.errors import ConfigError
 from ...common.expert_plan import ExpertPlan
 from ...models.config import ModelConfig
 from ...models.quantization import Form
-from ..ranks.group import Communicator
+from ..ranks.communicator import Communicator
 from .grouped import GroupedWeight
 from .weight import DenseWeight, Weight
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...common.expert_plan import ExpertPlan
 from ...models.config import ModelConfig
-from ..ranks.group import Communicator
+from ..ranks.communicator import Communicator
 from .adapters import AdapterSlots
 from .attention.base import AttentionBackend
 from .blocks import make_feed_forward, make_mixer

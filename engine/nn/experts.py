@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...common.expert_plan import Held, copies_of, shares
 from ...models.experts import ExpertsConfig
-from ..ranks.group import Communicator
+from ..ranks.communicator import Communicator
 from .builder import Builder
 from .feed_forward import GatedMLP
 from .layers import Linear

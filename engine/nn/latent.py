@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...models.latent import LatentConfig
-from ..ranks.group import Communicator
+from ..ranks.communicator import Communicator
 from .attention.base import AttentionBackend
 from .builder import Builder
 from .layers import ColumnParallelLinear, Part, RMSNorm, RowParallelLinear

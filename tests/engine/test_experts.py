@@ -17,7 +17,8 @@ from kvferry.common.request import SamplingParams
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.nn.weights import load_weights
-from kvferry.engine.ranks.group import Communicator, RankGroup
+from kvferry.engine.ranks.communicator import Communicator
+from kvferry.engine.ranks.group import RankGroup
 from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
 from kvferry.router.state.expert_load import ExpertLoad

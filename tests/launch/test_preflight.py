@@ -365,7 +365,7 @@ def test_shapes_are_those_that_the_decoder_loads(family: str, tied: bool, tmp_pa
     import torch
 
     from kvferry.engine.nn.decoder import Decoder
-    from kvferry.engine.ranks.group import Communicator
+    from kvferry.engine.ranks.communicator import Communicator
 
     model_dir = write_checkpoint(tmp_path / "m", family, tie_embeddings=tied, biases=family == "llama")  # type: ignore[arg-type]
     config = ModelConfig.from_dir(model_dir)

@@ -11,7 +11,7 @@ import torch
 
 from kvferry.common.expert_plan import ExpertPlan, even_split
 from kvferry.engine.engine import Engine
-from kvferry.engine.ranks.group import Communicator
+from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
 from kvferry.sizing.memory import cache_token_bytes, weight_bytes
 

@@ -11,7 +11,8 @@ from kvferry.engine.cpu import build, model
 from kvferry.engine.cpu.compiler import NativeUnavailable
 from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.engine import Engine
-from kvferry.engine.ranks.group import Communicator, RankGroup
+from kvferry.engine.ranks.communicator import Communicator
+from kvferry.engine.ranks.group import RankGroup
 from kvferry.models.default import cache_dir
 
 from ...checkpoints import Family, write_checkpoint

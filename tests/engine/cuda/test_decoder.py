@@ -14,7 +14,7 @@ from kvferry.engine.nn.attention.base import AttentionMetadata, Scores
 from kvferry.engine.nn.attention.paged_torch import CPUAttention
 from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.nn.weights import load_weights
-from kvferry.engine.ranks.group import Communicator
+from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
 
 from ...checkpoints import Family, Shape, write_checkpoint

@@ -14,7 +14,7 @@ from kvferry.engine.cuda.experts import GroupedExperts, RealRows, group
 from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.nn.experts import SparseMLP
 from kvferry.engine.nn.weights import load_weights
-from kvferry.engine.ranks.group import Communicator
+from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
 
 from ...deepseek import EXPERTS, write_for_cuda

@@ -25,7 +25,7 @@ from kvferry.engine.nn.mixer import Rope
 from kvferry.engine.nn.torch_runner import TorchRunner
 from kvferry.engine.nn.weight import DenseWeight, Leaf, WeightSlot
 from kvferry.engine.nn.weights import load_weights
-from kvferry.engine.ranks.group import Communicator
+from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
 
 from ...checkpoints import write_checkpoint

@@ -10,7 +10,7 @@ import torch
 
 from kvferry.engine.nn.builder import Builder
 from kvferry.engine.nn.experts import SparseMLP
-from kvferry.engine.ranks.group import Communicator
+from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
 from kvferry.models.config_fields import ConfigFields
 from kvferry.models.experts import DEEPSEEK_V2, DEEPSEEK_V3, read_experts, read_sparse_layers

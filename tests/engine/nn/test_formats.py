@@ -17,7 +17,7 @@ from kvferry.engine.nn.gguf_blocks import unpack_blocks
 from kvferry.engine.nn.grouped import GroupedWeight
 from kvferry.engine.nn.weight import DenseWeight
 from kvferry.engine.nn.weights import load_weights
-from kvferry.engine.ranks.group import Communicator
+from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
 from kvferry.models.quantization import GGUF_KINDS

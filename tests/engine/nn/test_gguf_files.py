@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from kvferry.common.errors import ConfigError
 from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.nn.grouped import GroupedWeight
-from kvferry.engine.ranks.group import Communicator
+from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import gguf_model_dir

@@ -14,7 +14,7 @@ from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.nn.mixer import Attention
 from kvferry.engine.nn.weight import DenseWeight
 from kvferry.engine.nn.weights import load_weights, read_kv_scales
-from kvferry.engine.ranks.group import Communicator
+from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.checkpoint import check_checkpoint, safetensors_files
 from kvferry.models.config import ModelConfig
 

@@ -17,7 +17,9 @@ from kvferry.common.errors import ConfigError, WorkerLost
 from kvferry.common.request import Pooling, SamplingParams
 from kvferry.common.vectors import values_of
 from kvferry.engine.engine import Engine
-from kvferry.engine.ranks.group import Communicator, FrameKind, FrameSocket, RankGroup
+from kvferry.engine.ranks.communicator import Communicator
+from kvferry.engine.ranks.frames import FrameKind, FrameSocket
+from kvferry.engine.ranks.group import RankGroup
 
 from ...checkpoints import write_checkpoint
 from ...engine_driver import Driver, engine_config, make_engine, prompts
