@@ -14,7 +14,8 @@ from ..common.adapter import Adapters, find_adapter
 from ..common.clock import Clock
 from ..common.grammar import Grammars, find_grammar
 from ..kvcache.contents import Contents
-from ..transfer.receive.receiver import KVReceiver, Reservation
+from ..transfer.receive.receiver import KVReceiver
+from ..transfer.receive.reservation import Reservation
 from .outbox import Outbox
 from .requests import RunningRequests
 from .running import RunningRequest, expiry_s

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 
 from ..common import failpoints
 from ..common.request import BlockId, RequestSpec
-from ..transfer.receive.receiver import KVReceiver, ReservationState
+from ..transfer.receive.receiver import KVReceiver
+from ..transfer.receive.reservation import ReservationState
 from ..wire.fields import Message
 from ..wire.results import Grant, HandoffFailed, NoCapacity
 from ..wire.tasks import ReserveKV

@@ -14,7 +14,8 @@ from kvferry.decode.role import DecodeRole
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.protocol.handoff import open_mac
-from kvferry.transfer.receive.receiver import KVReceiver, ReservationState
+from kvferry.transfer.receive.receiver import KVReceiver
+from kvferry.transfer.receive.reservation import ReservationState
 from kvferry.wire.fields import Message
 from kvferry.wire.grants import GrantInfo, RegionInfo
 from kvferry.wire.handoff import KVArrived, KVOpen

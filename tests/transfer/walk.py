@@ -26,7 +26,8 @@ from kvferry.transfer.backends.local import LocalBackend, LocalFault, LocalHandl
 from kvferry.transfer.protocol.checksums import ArrivalCheck, PageSums
 from kvferry.transfer.receive import invariants
 from kvferry.transfer.receive.processes import ProcessWatch
-from kvferry.transfer.receive.receiver import KVReceiver, ReservationState
+from kvferry.transfer.receive.receiver import KVReceiver
+from kvferry.transfer.receive.reservation import ReservationState
 from kvferry.transfer.send.sender import KVSender
 from kvferry.wire.codec import Decoder
 from kvferry.wire.fields import Message

@@ -38,8 +38,6 @@ from .reservations import Reservations
 from .rotation import Rotation
 from .writer_ends import WRITABLE, WriterEnds
 
-__all__ = ["KVReceiver", "Reservation", "ReservationState", "Verdict"]
-
 
 class KVReceiver:
     """Owner of the decode worker's reservations."""
@@ -326,17 +324,3 @@ class KVReceiver:
     def rotation_failed(self) -> None:
         """Some rank could not make a new agent. `rotate` is called again after a while."""
         self.rotation.failed()
-
-    def fence(self, incarnation: int) -> int:
-        """Free the quarantine of a prefill worker that can write nothing more, for certain. Returns how many blocks.
-
-        Certain is: its process is dead and it wrote through memory of this host, or the agents it wrote to are gone.
-        """
-        count = 0
-        for reservation in self.reservations.in_state(*WRITABLE):
-            if reservation.writer and reservation.writer.incarnation == incarnation:
-                if reservation.state is ReservationState.OPEN:
-                    self.endings.doom(reservation, f"{reservation.writer.worker_id} was fenced", "peer")
-                count += len(reservation.block_ids)
-                self.endings.end_doomed(reservation)
-        return count

@@ -15,9 +15,8 @@ from kvferry.common.errors import ConfigError
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.transfer.backends.base import page_rows
 from kvferry.transfer.protocol.checksums import ArrivalCheck, PageSums, ShipmentSums, open_check, open_sums
-from kvferry.transfer.protocol.handoff import page_indices
+from kvferry.transfer.protocol.handoff import Verdict, page_indices
 from kvferry.transfer.protocol.shards import pieces
-from kvferry.transfer.receive.receiver import Verdict
 from kvferry.wire.grants import GrantId
 from kvferry.wire.handoff import KVArrived, KVRefused
 from kvferry.wire.results import HandoffFailed

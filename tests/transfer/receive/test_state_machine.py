@@ -15,8 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvferry.common.request import RequestSpec
 from kvferry.transfer.backends.local import LocalFault
 from kvferry.transfer.receive.opens import Refusal
-from kvferry.transfer.receive.receiver import Reservation
-from kvferry.transfer.receive.reservation import ReservationState, Writer
+from kvferry.transfer.receive.reservation import Reservation, ReservationState, Writer
 from kvferry.wire.handoff import KVOpen
 from kvferry.wire.results import Grant, NoCapacity
 
