@@ -13,14 +13,12 @@ from collections.abc import Callable
 from itertools import chain
 
 from ..common import failpoints
-from ..common.adapter import Adapters, find_adapter
+from ..common.adapter import Adapters
 from ..common.batch import Batch, StepOutput
 from ..common.clock import Clock
 from ..common.config import SpeculativeConfig
-from ..common.errors import CapacityError
-from ..common.grammar import Grammars, find_grammar
+from ..common.grammar import Grammars
 from ..common.kv_spec import KVCacheSpec
-from ..common.request import RequestSpec, why_unserved
 from ..common.role_counters import RoleCounters
 from ..kvcache.blocks import BlockPool
 from ..kvcache.contents import Contents, TokenContents
@@ -28,16 +26,14 @@ from ..kvcache.prefix_cache import PrefixCache
 from ..transfer.fetch.fetches import Fetches
 from ..transfer.receive.receiver import KVReceiver
 from ..wire.fields import Message
-from ..wire.results import HandoffDone, NoCapacity, TaskRefused, WorkerFailure
-from ..wire.tasks import Abort, FetchFrom, LocalTask, PrefillTask, ReserveKV
-from ..wire.workers import LiveRequests
+from ..wire.results import WorkerFailure
 from .adoption import Adoption
+from .intake import Intake
 from .local import LocalRequests
 from .outbox import Outbox
 from .promises import Promises
 from .requests import RunningRequests
 from .results import StepResults
-from .running import RunningRequest
 from .scheduler import DecodeScheduler
 from .speculation import Speculation
 from .waiting import WaitingReservations
@@ -106,16 +102,13 @@ class DecodeRole:
             max_model_len=max_model_len,
         )
         self._leaving = leaving
-        self._served_model = served_model
-        self._grammars = grammars
-        self._adapters = adapters
         self._wait_left: Callable[[], object] | None = None
         self._adoption = Adoption(
             receiver, self.scheduler, self._requests, self._outbox, clock, contents, grammars, adapters
         )
         waiting = WaitingReservations(receiver, pool, spec, clock, lambda: self.scheduler.growth_reserve)
         self._promises = Promises(receiver, waiting, self._adoption, to_router)
-        self._local = LocalRequests(
+        local = LocalRequests(
             self.scheduler,
             self._requests,
             lambda: self.fetches,
@@ -124,100 +117,18 @@ class DecodeRole:
             grammars=grammars,
             adapters=adapters,
         )
+        self._intake = Intake(
+            self._requests, self._promises, local, receiver, to_router, served_model, grammars, adapters
+        )
 
     # --- messages ---------------------------------------------------------------------------------------
 
     def on_router_message(self, router_id: str, message: Message) -> None:
-        match message:
-            case ReserveKV():
-                self._on_reserve(router_id, message)
-            case LocalTask(spec=spec, fetch=fetch):
-                self._on_local(router_id, spec, fetch)
-            case Abort():
-                self._on_abort(router_id, message)
-            case LiveRequests():
-                self._keep_only(router_id, frozenset(message.attempts))
-            case PrefillTask(spec=spec):
-                self._refuse(router_id, spec, "wrong_role", "this worker decodes")
-            case _:
-                raise AssertionError(f"unexpected {type(message).__name__}")
-
-    def _on_reserve(self, router_id: str, message: ReserveKV) -> None:
-        spec = message.spec
-        if not self._requests.drop_older(spec):
-            return
-        if (refusal := self._refusal(spec)) is not None:
-            reason, detail = refusal
-            no = NoCapacity(request_id=spec.request_id, attempt=spec.attempt, reason=reason, detail=detail)
-            self._to_router(router_id, no)
-            return
-        find_grammar(spec.grammar, self._grammars)  # compiled while the prompt is
-        find_adapter(spec.adapter, spec.adapter_path, self._adapters)  # and loaded
-        self._promises.reserve(router_id, message)
-
-    def _refusal(self, spec: RequestSpec) -> tuple[str, str] | None:
-        """Say why an attempt is not begun, whatever room there is, and what more there is to say; None: it may be."""
-        if self._requests.has_ended(spec):
-            return "stale", ""
-        if _is_expired(spec):
-            return "expired", ""
-        return why_unserved(
-            spec,
-            self._served_model,
-            follows_grammars=self._grammars is not None,
-            applies_adapters=self._adapters is not None,
-        )
-
-    def _on_local(self, router_id: str, spec: RequestSpec, fetch: FetchFrom | None) -> None:
-        if not self._requests.drop_older(spec):
-            return
-        self._promises.drop(spec.request_id, spec.attempt)
-        refusal = self._refusal(spec)
-        if refusal is None and (self.draining or not self.is_active):
-            refusal = ("draining" if self.draining else "wrong_role"), ""
-        if refusal is not None:
-            self._refuse(router_id, spec, *refusal)
-            return
-        try:
-            self._local.begin(router_id, spec, fetch)
-        except CapacityError as error:
-            self._refuse(router_id, spec, "never_fits", str(error))
-
-    def _refuse(self, router_id: str, spec: RequestSpec, reason: str, detail: str = "") -> None:
-        self._to_router(
-            router_id, TaskRefused(request_id=spec.request_id, attempt=spec.attempt, reason=reason, detail=detail)
-        )
-
-    def _on_abort(self, router_id: str, message: Abort) -> None:
-        request_id, attempt = message.request_id, message.attempt
-        request = self._requests.get(request_id)
-        if message.unless_arrived:
-            if request is not None and request.spec.attempt == attempt:
-                self._to_router(router_id, HandoffDone(request_id=request_id, attempt=attempt))
-            else:
-                self._promises.abort_unless_arrived(router_id, request_id, attempt)
-        elif request is not None and request.spec.attempt <= attempt:
-            self._abort_running(request, message.choices)
-        elif not message.choices:
-            self._promises.forget(request_id, attempt)
-            self._requests.note_ended(request_id, attempt)
-        else:
-            self._promises.drop_choices(request_id, attempt, message.choices)
-
-    def _abort_running(self, request: RunningRequest, choices: tuple[int, ...]) -> None:
-        if not choices:
-            self._requests.end(request)
-        for choice in choices:
-            if not request.is_finished:
-                self._requests.drop_choice(request, choice)
-
-    def _keep_only(self, router_id: str, keep: frozenset[tuple[str, int]]) -> None:
-        self._requests.keep_only(router_id, keep)
-        self._promises.keep_only(router_id, keep)
+        self._intake.take(router_id, message)
 
     def on_router_lost(self, router_id: str) -> None:
         """The router has been away for too long: nobody waits for its requests."""
-        self._keep_only(router_id, frozenset())
+        self._intake.keep_only(router_id, frozenset())
 
     # --- steps ------------------------------------------------------------------------------------------
 
@@ -237,13 +148,13 @@ class DecodeRole:
     def _drop_expired(self) -> None:
         """Refuse what is beyond its deadline: its router has given it up, or will at once."""
         for request in self._requests.expired(self._clock.now()):
-            self._refuse(request.router_id, request.spec, "expired")
+            self._intake.refuse(request.router_id, request.spec, "expired")
             self._requests.end(request)
 
     def _drop_failed(self) -> None:
         """Refuse what follows a grammar that cannot be compiled, or has an adapter that cannot be loaded."""
         for request, why in self._requests.failed():
-            self._refuse(request.router_id, request.spec, *why)
+            self._intake.refuse(request.router_id, request.spec, *why)
             self._requests.end(request)
 
     def adapters_in_use(self) -> tuple[set[str], list[str]]:
@@ -352,7 +263,3 @@ class DecodeRole:
         self.receiver.check()
         self.scheduler.check()
         self._requests.check()
-
-
-def _is_expired(spec: RequestSpec) -> bool:
-    return spec.remaining_s is not None and spec.remaining_s <= 0

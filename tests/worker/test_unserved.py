@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
 
 def _bench(role: str) -> BothBench:
     bench = BothBench("prefill" if role == "prefill" else "decode")
-    bench.role._served_model = bench.prefill._served_model = SERVED
+    bench.role._intake = replace(bench.role._intake, served_model=SERVED)
+    bench.prefill._served_model = SERVED
     return bench
 
 
