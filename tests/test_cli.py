@@ -114,6 +114,7 @@ def test_layout_says_what_there_is_no_cpp_for(run: Run, tmp_path: Path) -> None:
     assert "Torch computes the model: there is no C++ for latent attention" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [

@@ -221,6 +221,7 @@ def test_two_processes_at_once_make_one_complete_directory(smollm2: Path) -> Non
     assert [path.name for path in smollm2.parent.iterdir() if path.is_dir()] == [smollm2.name]
 
 
+@pytest.mark.slow
 def test_the_default_model_is_smollm2(smollm2: Path) -> None:
     config = json.loads((smollm2 / "config.json").read_text())
     assert (config["num_hidden_layers"], config["num_attention_heads"], config["num_key_value_heads"]) == (30, 9, 3)

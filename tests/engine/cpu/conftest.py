@@ -14,7 +14,10 @@ from kvferry.engine.cpu.compiler import SETS, NativeUnavailable
 from kvferry.models.default import cache_dir
 
 
-@pytest.fixture(scope="module", params=SETS)
+# To compile what emulates AMX takes a minute of a core, and whoever changes C++ has it compiled each time.
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "amx")) for name in SETS]
+)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Have every engine take this set."""
     name: CpuIsa = request.param

@@ -58,6 +58,7 @@ def test_prompts_and_answers_are_those_of_torch(checkpoints: Path, variant: str,
     assert runs[0].native_steps == len(steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["llama without sharing", "qwen2 window", "gemma2"])
 def test_exact_results_show_neither_company_nor_chunks_nor_threads(checkpoints: Path, variant: str) -> None:
     assert_exact(checkpoints / variant, dtype="float32")

@@ -38,6 +38,7 @@ async def bench(server: ScriptedServer, *argv: str) -> int:
     return await asyncio.to_thread(main, ["--base-url", server.base_url, *argv])
 
 
+@pytest.mark.slow
 async def test_run_sends_what_was_asked_for_and_writes_its_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

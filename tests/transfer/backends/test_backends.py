@@ -201,6 +201,7 @@ def test_a_read_from_a_dead_peer_fails(name: str, pages: torch.Tensor) -> None:
     backend.close()
 
 
+@pytest.mark.slow
 def test_head_slices_land_in_their_places(backend: TransferBackend, peer: Peer, pages: torch.Tensor) -> None:
     """One head of K and of V, to another place in the peer's page."""
     backend.register(pages, rank=0, tp_size=1, generation=0)
