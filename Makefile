@@ -23,7 +23,7 @@ PROCESSES ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores + 1 : 4)))
 # Tests start hundreds of processes. An environment that says otherwise makes each of them compile the product anew.
 export PYTHONDONTWRITEBYTECODE :=
 # A file's tests share servers: a process gets whole files, in the order of tests/conftest.py.
-PYTEST := $(VENV)/bin/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+PYTEST = $(VENV)/bin/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install install-dev serve lock lint style types format test quick long coverage clients clean
 
@@ -84,6 +84,8 @@ endef
 test: style $(LINT_ROOT)/kvferry ## Lint and every test (ROOM=router/queue: those of one room)
 	$(call tests_beside_types,tests/$(ROOM))
 
+# These wait for little: as many processes as cores, each of which collects all tests.
+quick: PROCESSES := $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 quick: style $(LINT_ROOT)/kvferry ## Lint and the fast tests: no servers, simulations or benchmarks
 	$(call tests_beside_types,-m "not slow" tests $(addprefix --ignore tests/,e2e security simulation simulator benchmarks))
 

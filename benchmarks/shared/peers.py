@@ -17,9 +17,9 @@ import ctypes.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvferry.benchmarks.peers.vllm_install import PROGRESS_DELAY_VARIABLE, VLLM_VERSION
@@ -45,6 +45,7 @@ class Setup:
     vllm_dtype: str = "bfloat16"  # float32 is faster there on a processor without products of bfloat16
     kvferry_flags: tuple[str, ...] = ()
     adapters: tuple[Path, ...] = ()  # served by their folders' names, as many in one batch
+    vllm_env: Mapping[str, str] = field(default_factory=dict)  # more of it
 
     @property
     def adapter_flags(self) -> list[str]:
@@ -173,6 +174,7 @@ def _vllm(
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "LD_PRELOAD": ":".join(_preloads(setup.peer_venv)),
         "PYTHONPATH": "",  # its packages are its own
+        **setup.vllm_env,
     }
     if kv_role is not None:
         connector = {"kv_connector": "NixlConnector", "kv_role": kv_role, "kv_buffer_device": "cpu"}
