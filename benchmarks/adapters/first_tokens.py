@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -54,18 +55,19 @@ def measure_first_tokens(
 
 async def _ask(system: System, names: Sequence[str], prompt_len: int, vocab_size: int) -> list[tuple[float, float]]:
     await until_ready(system)
-    prompts = PromptSource(0, vocab_size)
-
-    async def first_token_s(model: str) -> float:
-        endpoint = Endpoint(system.base_url, model=model, ignore_eos=True, temperature=0.0)
-        try:
-            record = await endpoint.send(prompts.make(prompt_len), _ANSWER_LEN)
-        finally:
-            endpoint.close()
-        if not record.is_ok or record.ttft_s is None:
-            raise ConfigError(f"a request with {model} failed: {record.error}")
-        return record.ttft_s
-
+    first_token_s = partial(ask_first_token_s, system.base_url, PromptSource(0, vocab_size), prompt_len)
     for _ in range(3):  # warm up
         await first_token_s(system.model)
     return [(await first_token_s(name), await first_token_s(name)) for name in names]
+
+
+async def ask_first_token_s(base_url: str, prompts: PromptSource, prompt_len: int, model: str) -> float:
+    """Ask for a short answer to a new prompt; return the seconds to its first token. Raises ConfigError for none."""
+    endpoint = Endpoint(base_url, model=model, ignore_eos=True, temperature=0.0)
+    try:
+        record = await endpoint.send(prompts.make(prompt_len), _ANSWER_LEN)
+    finally:
+        endpoint.close()
+    if not record.is_ok or record.ttft_s is None:
+        raise ConfigError(f"a request with {model} failed: {record.error}")
+    return record.ttft_s

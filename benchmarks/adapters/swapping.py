@@ -24,6 +24,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from kvferry.benchmarks.adapters.first_tokens import ask_first_token_s
 from kvferry.benchmarks.peers.vllm_install import default_venv, ensure_vllm
 from kvferry.benchmarks.shared.peers import ADAPTER_RANK, SYSTEMS, VLLM_DTYPES, RunningSystem, Setup, system_names
 from kvferry.benchmarks.shared.random_adapter import write_random_adapter
@@ -31,13 +32,13 @@ from kvferry.common.errors import ConfigError
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import default_model_dir
 from kvferry.tools.load.cores import pin_to_cores
-from kvferry.tools.load.endpoint import Endpoint
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.prompts import PromptSource
 from kvferry.tools.load.report import RESULTS_DIR, milliseconds, report_console
 
-_PROMPT_LEN, _ANSWER_LEN = 128, 4
+_PROMPT_LEN = 128
+_MAX_MODEL_LEN = 2048
 _NUM_SLOTS = 2
 _CALL_LIMIT_S = 120.0
 
@@ -84,7 +85,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _row(name: str, flags: argparse.Namespace, folder: Path) -> Row:
-    model_dir, model = default_model_dir(), ModelConfig.from_dir(default_model_dir())
+    model_dir: Path = flags.model or default_model_dir()
+    model = ModelConfig.from_dir(model_dir)
+    max_len = min(_MAX_MODEL_LEN, model.longest_model_len)
     paths = [folder / f"{name}-{number}" for number in range(flags.adapters + _NUM_SLOTS)]
     sizes = [write_random_adapter(path, model, ADAPTER_RANK, seed=seed) for seed, path in enumerate(paths)]
     setup = Setup(
@@ -92,9 +95,9 @@ def _row(name: str, flags: argparse.Namespace, folder: Path) -> Row:
         log_dir=folder,
         peer_venv=flags.peer_venv,
         cores=pin_to_cores(2),
-        max_model_len=2048,
+        max_model_len=max_len,
         vllm_dtype=flags.vllm_dtype,
-        kvferry_flags=("--max-model-len", "2048", "--allow-runtime-lora-updating"),
+        kvferry_flags=("--max-model-len", str(max_len), "--allow-runtime-lora-updating"),
         adapters=tuple(paths[:_NUM_SLOTS]),
         vllm_env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
     )
@@ -109,14 +112,7 @@ async def _swap_all(
     prompts = PromptSource(0, vocab_size)
 
     async def first_token_ms(model: str) -> float:
-        endpoint = Endpoint(system.base_url, model=model, ignore_eos=True, temperature=0.0)
-        try:
-            record = await endpoint.send(prompts.make(_PROMPT_LEN), _ANSWER_LEN)
-        finally:
-            endpoint.close()
-        if not record.is_ok or record.ttft_s is None:
-            raise ConfigError(f"a request with {model} failed: {record.error}")
-        return record.ttft_s * 1e3
+        return await ask_first_token_s(system.base_url, prompts, _PROMPT_LEN, model) * 1e3
 
     for path in (*known, *known):  # warm up: products, and the slots
         await first_token_ms(path.name)
@@ -154,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--systems", type=system_names, default=["kvferry-co", "kvferry-pd", "vllm-agg"], metavar="NAMES")
+    add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: the embedded model)")
     add("--adapters", type=int, default=8, metavar="N", help="new ones, of rank 16 (default: %(default)s)")
     add("--vllm-dtype", choices=VLLM_DTYPES, default=VLLM_DTYPES[0], help="(default: %(default)s)")
     add("--peer-venv", type=Path, default=default_venv(), help="vLLM is installed here (default: %(default)s)")
