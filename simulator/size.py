@@ -27,7 +27,7 @@ from ..common.config import Dtype, EngineConfig, KVCacheDtype, QuantizationName
 from ..common.errors import ConfigError, KVFerryError
 from ..models.config import ModelConfig
 from ..models.files import resolve_config
-from ..sizing.cpu import CpuRates
+from ..sizing.cpu_rates import CpuRates
 from ..sizing.figures import Sizer
 from ..sizing.hardware import CPU, GPUS, Gpu, gpu_named, measured_cpu, probed_cpu
 from ..sizing.memory import GPU_BATCHED_TOKENS

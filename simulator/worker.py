@@ -28,6 +28,7 @@ from ..wire.results import StepTokens
 from ..wire.tasks import Abort, LocalTask, ReserveKV
 from ..worker.core import WorkerCore
 from ..worker.roles import RoleName
+from ..worker.status import make_status
 from .adapters import SimLoader
 from .costs.network import Link, Port
 from .engine import Engine
@@ -195,7 +196,7 @@ class SimWorker:
 
     def announce(self) -> None:
         self._num_announced += 1
-        status = self.core.status(_ROUTER, self.engine.figures())
+        status = make_status(self.core, _ROUTER, self.engine.figures())
         ahead = self.engine.num_ahead_tokens
         self._tell(msgspec.structs.replace(status, decode_context=status.decode_context + ahead) if ahead else status)
 

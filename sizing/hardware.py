@@ -26,12 +26,9 @@ A CPU stands here too, by rates that were measured on it (`measured`): of those 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from ..common.errors import ConfigError
-
-if TYPE_CHECKING:
-    from .cpu import CpuRates
+from .cpu_rates import CpuRates
 
 
 @dataclass(slots=True, frozen=True)

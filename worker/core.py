@@ -27,7 +27,6 @@ from ..common.clock import Clock
 from ..common.errors import ProtocolError
 from ..common.grammar import Grammars
 from ..common.request import BlockId
-from ..engine.loop import StepFigures
 from ..engine.samples import RouterSamples, step_sample
 from ..kvcache.blocks import BlockPool
 from ..kvcache.contents import Contents
@@ -39,19 +38,19 @@ from ..transfer.protocol.handoff import Verdict
 from ..transfer.protocol.rank_messages import ReadOutcome
 from ..transfer.receive.opens import WatchProcesses
 from ..transfer.receive.processes import watch as watch_processes
+from ..transfer.send.counters import SendCounters
 from ..wire.codec import FetcherToLender, LenderToFetcher, PrefillToDecode
 from ..wire.fields import Message
 from ..wire.grants import RegionInfo
 from ..wire.handoff import KVArrived
 from ..wire.tasks import EmbedTask, LocalTask, PrefillTask, ReserveKV
-from ..wire.workers import Drain, ExpertLoads, SetRole, StepSample, TransferReport, WorkerStatus
+from ..wire.workers import Drain, ExpertLoads, SetRole, StepSample, TransferReport
 from .adapters import AdapterCache
 from .effects import CoreConfig, Effects
 from .experts import ExpertReports
 from .parts import CoreParts
 from .roles import RoleName, RolePair
 from .shares import RouterShares
-from .status import make_status
 
 _ROLES: dict[str, RoleName] = {"prefill": "prefill", "decode": "decode"}
 _IDLE_TICKS = 10  # an idle worker sends a heartbeat with every tenth tick
@@ -312,10 +311,14 @@ class WorkerCore:
         """Count what a drain waits for: requests, and handoffs in both directions."""
         return self.roles.num_unfinished + self._shipping.counters().num_unfinished
 
-    def status(self, router_id: str, steps: StepFigures) -> WorkerStatus:
-        """Make the next heartbeat to this router."""
+    def next_heartbeat(self) -> int:
+        """Return the number of the next one to any router; `status.py` makes it."""
         self._num_heartbeats += 1
-        return make_status(self, router_id, self._num_heartbeats, steps, self._shipping.counters())
+        return self._num_heartbeats
+
+    def send_counters(self) -> SendCounters:
+        """Return what was sent and read, on all ranks."""
+        return self._shipping.counters()
 
     @property
     def is_quiet(self) -> bool:

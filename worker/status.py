@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from msgspec.structs import asdict
 
 from ..engine.loop import StepFigures
-from ..transfer.send.counters import SendCounters
 from ..wire.workers import WorkerStatus
-
-if TYPE_CHECKING:
-    from .core import WorkerCore
+from .core import WorkerCore
 
 
-def make_status(
-    core: WorkerCore, router_id: str, number: int, steps: StepFigures, shipping: SendCounters
-) -> WorkerStatus:
-    """Return heartbeat `number`, with what has gathered for this router. The core's lock is held."""
+def make_status(core: WorkerCore, router_id: str, steps: StepFigures) -> WorkerStatus:
+    """Return the next heartbeat to a router, with what has gathered for it. The core's lock is held."""
+    shipping = core.send_counters()
     roles, pool, cache, fetches = core.roles, core.pool, core.cache, core.fetches
     receiver, scheduler = core.receiver, core.decode.scheduler
     return WorkerStatus(
-        seq=number,
+        seq=core.next_heartbeat(),
         state="draining" if roles.draining else "ready",
         **asdict(steps),
         **asdict(roles.counters()),

@@ -46,6 +46,7 @@ from .agents import Agents
 from .core import WorkerCore
 from .decode_rank import RECEIVING
 from .deps import WorkerDeps, core_config
+from .status import make_status
 
 _LEAVE_LIMIT_S = 1.0  # a step waits no longer for words about it to be written: no token leaves meanwhile either
 
@@ -172,7 +173,7 @@ class Worker:
 
     def status(self, router_id: str) -> WorkerStatus:
         with self._lock:
-            return self._core.status(router_id, self.loop.figures())
+            return make_status(self._core, router_id, self.loop.figures())
 
     @property
     def decodes(self) -> bool:

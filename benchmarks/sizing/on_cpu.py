@@ -19,7 +19,7 @@ from kvferry.benchmarks.shared.shapes import write_shape
 from kvferry.benchmarks.sizing.probe import Probe
 from kvferry.common.config import EngineConfig
 from kvferry.models.default import default_model_dir
-from kvferry.sizing.cpu import CpuRates
+from kvferry.sizing.cpu_rates import CpuRates
 from kvferry.sizing.figures import Sizer, Time
 from kvferry.sizing.hardware import Gpu, measured_cpu, probed_cpu
 

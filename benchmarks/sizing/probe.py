@@ -23,7 +23,7 @@ from kvferry.benchmarks.shared.plain_steps import decoding, least_ms, num_blocks
 from kvferry.common.config import EngineConfig, QuantizationName
 from kvferry.common.errors import ConfigError
 from kvferry.models.config import ModelConfig
-from kvferry.sizing.cpu import CpuRates
+from kvferry.sizing.cpu_rates import CpuRates
 from kvferry.sizing.work import count_params, num_values
 
 if TYPE_CHECKING:

@@ -34,6 +34,7 @@ from kvferry.wire.workers import Goodbye, SetRole, WorkerHello, WorkerStatus
 from kvferry.worker.core import WorkerCore
 from kvferry.worker.effects import CoreConfig
 from kvferry.worker.roles import RoleName
+from kvferry.worker.status import make_status
 
 from .adapters import SimLoader
 from .agent import Agent
@@ -397,7 +398,7 @@ class Worker:
 
     def _status(self, router_id: str) -> WorkerStatus:
         busy_s = self.world.kernel.now - self._step_began_s if self._batch is not None else 0.0
-        return self.core.status(router_id, StepFigures(self.engine.num_steps, busy_s, *self._last_step))
+        return make_status(self.core, router_id, StepFigures(self.engine.num_steps, busy_s, *self._last_step))
 
     def _tick(self) -> None:
         self.core.tick()

@@ -13,7 +13,7 @@ import structlog
 
 from kvferry.common.expert_plan import ExpertPlan
 from kvferry.simulator.size import main
-from kvferry.sizing.cpu import CpuRates
+from kvferry.sizing.cpu_rates import CpuRates
 
 from ..sizing.models import write_config
 

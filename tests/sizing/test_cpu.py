@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvferry.common.config import EngineConfig
-from kvferry.sizing.cpu import CpuRates
+from kvferry.sizing.cpu_rates import CpuRates
 from kvferry.sizing.figures import Sizer
 from kvferry.sizing.hardware import probed_cpu
 from kvferry.sizing.steps import StepWork

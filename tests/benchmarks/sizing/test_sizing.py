@@ -13,7 +13,7 @@ from kvferry.benchmarks.sizing.ratio import Ratio
 from kvferry.benchmarks.sizing.sizing import main
 from kvferry.common.config import EngineConfig
 from kvferry.models.config import ModelConfig
-from kvferry.sizing.cpu import CpuRates
+from kvferry.sizing.cpu_rates import CpuRates
 from kvferry.sizing.figures import Sizer
 from kvferry.sizing.hardware import probed_cpu
 from kvferry.sizing.steps import StepWork
