@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pydantic import ValidationError
+
 from ..common.config import AutoscaleConfig, RouterConfig, SpeculativeConfig
 from ..common.errors import ConfigError
 from ..router.placement.policy import RoutingPolicy
@@ -74,10 +76,10 @@ class Drafts:
         """Return what workers are told. Raises ConfigError."""
         if not 0 < self.acceptance <= 1:
             raise ConfigError(f"draft_acceptance = {self.acceptance:g} is no share: more than 0, and 1 at most")
-        most = 16  # as of `SpeculativeConfig`
-        if not 1 <= self.num_tokens <= most:
-            raise ConfigError(f"num_speculative_tokens = {self.num_tokens}: between 1 and {most}")
-        return SpeculativeConfig(method="ngram", num_speculative_tokens=self.num_tokens)
+        try:
+            return SpeculativeConfig(method="ngram", num_speculative_tokens=self.num_tokens)
+        except ValidationError as error:
+            raise ConfigError(f"num_speculative_tokens: {error.errors()[0]['msg']}") from None
 
 
 @dataclass(slots=True, frozen=True)

@@ -8,7 +8,7 @@
     layer       a layer's calls and the threads' meetings, by however many rows
     step        Python, sampling and all else that is there once
 
-None of the rates is a model's: `benchmarks/sizing/probe.py` takes them from shapes of its own, for a form of weights
+None of the rates is a model's: `benchmarks/sizing/probe.py` takes them from shapes of its own, with plain weights
 and a number of threads. Pure.
 """
 
@@ -30,14 +30,15 @@ class CpuSteps(Roofline):
         return params * self.rates.product_s(rows) / self.num_gpus if rows else 0.0
 
     def terms(self, work: StepWork) -> Terms:
-        model, rates, tokens = self.model, self.rates, work.prefill_tokens + work.decode_rows + work.draft_tokens
+        model, rates, sampled = self.model, self.rates, work.decode_rows + work.draft_tokens
+        tokens = work.prefill_tokens + sampled
         experts = model.num_params * model.expert_share if model.num_experts else 0.0
         products_s = self._products_s(model.num_params - experts - model.head_params, tokens)
         if experts and tokens:
             chosen = model.num_experts * (1 - (1 - model.experts_per_token / model.num_experts) ** tokens)
             rows = tokens * model.experts_per_token / chosen
             products_s += self._products_s(experts * chosen / model.num_experts, rows)
-        products_s += self._products_s(model.head_params, (work.decode_rows + work.draft_tokens) or 1)
+        products_s += self._products_s(model.head_params, sampled or 1)
         score_s = rates.score_s + model.head_dim * rates.score_item_s
         return Terms(
             products=products_s + tokens * model.values_per_token * rates.value_s / self.num_gpus,

@@ -62,7 +62,10 @@ class Row:
     about: str
     file_bytes: int
     swaps: tuple[Swap, ...]
-    added_ms: float  # median
+
+    @property
+    def added_ms(self) -> float:
+        return median(swap.added_ms for swap in self.swaps)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,7 +82,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     _print(rows, report_console())
     environment = describe_environment("python -m kvferry.benchmarks.adapters.swapping", argv)
-    save_json({"environment": asdict(environment), "rows": [asdict(row) for row in rows]}, flags.json)
+    save_json(
+        {"environment": asdict(environment), "rows": [asdict(row) | {"added_ms": row.added_ms} for row in rows]},
+        flags.json,
+    )
     console.print(f"written: {flags.json}", style="dim")
     return 0
 
@@ -103,7 +109,7 @@ def _row(name: str, flags: argparse.Namespace, folder: Path) -> Row:
     )
     with SYSTEMS[name](setup) as system:
         swaps = asyncio.run(_swap_all(system, paths[:_NUM_SLOTS], paths[_NUM_SLOTS:], model.vocab_size))
-        return Row(name, system.about, sizes[-1], tuple(swaps), median(swap.added_ms for swap in swaps))
+        return Row(name, system.about, sizes[-1], tuple(swaps))
 
 
 async def _swap_all(

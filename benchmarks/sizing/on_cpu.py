@@ -70,14 +70,18 @@ def measure(
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")
     (folder := scratch / "probe").mkdir()
-    probe = Probe(folder, threads, None, tell)
+    probe = Probe(folder, threads, tell)
     rates, measured = list[MeasuredRates](), list[_Measured]()
-    for name in ("", *names):
-        if name:
-            measured += _measure_model(name, scratch, threads, rounds, tell)
+
+    def take_rates() -> None:
         probe.measure(4 * rounds)
         tell("rates")
         rates.append(measure_rates(cpu, torch.bfloat16))
+
+    take_rates()
+    for name in names:
+        measured += _measure_model(name, scratch, threads, rounds, tell)
+        take_rates()
     best, probed = best_of(rates), probe.rates()
     return best, probed, [_row(each, best, probed) for each in measured]
 

@@ -12,15 +12,13 @@ The least of the rounds counts, as whatever else runs only takes away.
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvferry.benchmarks.shared.plain_steps import decoding, least_ms, num_blocks_of, prefilling, timed
-from kvferry.common.config import EngineConfig, QuantizationName
+from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
 from kvferry.models.config import ModelConfig
 from kvferry.sizing.cpu_rates import CpuRates
@@ -64,19 +62,8 @@ class _Layer:
 class Probe:
     """A `Probe` measures in as many sittings as wanted: of a machine whose speed changes, the quickest ones count."""
 
-    def __init__(
-        self,
-        folder: Path,
-        threads: int,
-        form: QuantizationName | None,
-        tell: Callable[[str], None],
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        """`form`: what weights are rounded to; None: plain ones. The folder gets the shapes, and is empty before."""
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch: as the launcher does for a worker
-        import torch
-
-        torch.set_num_threads(threads)
+    def __init__(self, folder: Path, threads: int, tell: Callable[[str], None]) -> None:
+        """The folder gets the shapes, and is empty before. torch has so many threads already."""
         self._folder = folder
         self._tell = tell
         self._runs: dict[str, Callable[[], float]] = {}
@@ -84,8 +71,8 @@ class Probe:
         for name, shape in SHAPES.items():
             for layers in LAYERS[name]:
                 tell(f"probe: {name}, {layers} layers")
-                engine = _engine(folder / f"{name}-{layers}", shape, layers, threads, form)
-                self._runs |= {f"{name}-{layers} {case}": timed(run, clock) for case, run in _cases(engine).items()}
+                engine = _engine(folder / f"{name}-{layers}", shape, layers, threads)
+                self._runs |= {f"{name}-{layers} {case}": timed(run) for case, run in _cases(engine).items()}
 
     def measure(self, rounds: int) -> None:
         """Take some seconds."""
@@ -117,7 +104,7 @@ def write_shape(folder: Path, shape: dict[str, int], layers: int) -> Path:
     return folder
 
 
-def _engine(folder: Path, shape: dict[str, int], layers: int, threads: int, form: QuantizationName | None) -> Engine:
+def _engine(folder: Path, shape: dict[str, int], layers: int, threads: int) -> Engine:
     from kvferry.engine.engine import Engine
 
     config = EngineConfig(
@@ -127,7 +114,6 @@ def _engine(folder: Path, shape: dict[str, int], layers: int, threads: int, form
         dtype="bfloat16",
         num_threads=threads,
         load_format="dummy",
-        quantization=form,
         max_num_batched_tokens=_MAX_TOKENS,
     )
     return Engine(config, num_blocks=2 * num_blocks_of([(_LONG_ROWS, _LONG)], config.block_size))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import structlog
 
 from kvferry.common.errors import ConfigError
 from kvferry.simulator import Drafts, Router, Scenario, simulate
@@ -18,13 +16,6 @@ from .runs import azure, mooncake, one_request, run
 
 # A CPU's steps as `--steps` fits them: a row costs a tenth of what reading the weights does.
 STEPS = Linear(step=0.02, mixed=0.0, per_token=1e-4, per_pair=1e-9, per_row=0.002, per_context=1e-8)
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
-    yield
-    structlog.reset_defaults()
 
 
 def test_right_drafts_bring_several_tokens_a_step() -> None:

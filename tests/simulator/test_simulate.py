@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import structlog
 
 from kvferry.common.config import AutoscaleConfig, PoolBounds
 from kvferry.simulator import (
@@ -29,13 +26,6 @@ from kvferry.sizing.steps import StepWork
 from kvferry.tools.load.traces import TraceRow
 
 from .runs import azure, mooncake, one_request, run
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    yield
-    structlog.reset_defaults()
 
 
 def test_equal_scenarios_have_equal_outcomes() -> None:

@@ -66,15 +66,20 @@ class UcxBackend:
         self._own = UcxAgent()
         self._own.start(agent)
         self._target = UcxTarget(self._own)
-        self._pages: UcxPages | None = None
         self._rank, self._tp_size = 0, 1
         self._pieces: dict[str, tuple[Piece, ...]] = {}  # of connected agents
         self._handles: dict[int, _Handle] = {}
         self._reading: list[_Reading] = []
         self._given_up: list[_Reading] = []  # failed; their buffers are UCX's as long as its worker lives
 
+    @property
+    def _pages(self) -> UcxPages:
+        """Return ours, once they are registered: others write where we gather from."""
+        assert self._target.pages is not None
+        return self._target.pages
+
     def register(self, pages: torch.Tensor, *, rank: int, tp_size: int, generation: int) -> RegionInfo:
-        self._pages = self._target.pages = UcxPages(pages)
+        self._target.pages = UcxPages(pages)
         self._rank, self._tp_size = rank, tp_size
         return self._region(generation)
 
@@ -86,7 +91,6 @@ class UcxBackend:
         return self._region(generation)
 
     def _region(self, generation: int) -> RegionInfo:
-        assert self._pages is not None
         return describe_region(
             self._pages.pages,
             agent=self.agent,
@@ -120,14 +124,13 @@ class UcxBackend:
 
     def close(self) -> None:
         self._end_agent()
-        self._pages = self._target.pages = None
+        self._target.pages = None
 
     # --- writing and reading ----------------------------------------------------------------------------------
 
     def write(
         self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int], notify: bytes = b""
     ) -> _Handle:
-        assert self._pages is not None
         pieces = self._pieces.get(agent)
         if pieces is None:
             raise TransferError(f"agent {agent} is not connected", peer=agent)
@@ -146,7 +149,6 @@ class UcxBackend:
         return handle
 
     def read(self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int]) -> _Handle:
-        assert self._pages is not None
         pieces = self._pieces.get(agent)
         if pieces is None or not self._own.is_there:
             raise TransferError(f"agent {agent} is not connected", peer=agent, may_land=False)
@@ -187,7 +189,6 @@ class UcxBackend:
         handle, incoming = reading.handle, reading.incoming
         if handle.state is TransferState.PENDING and incoming.is_over:
             if incoming.are_here:
-                assert self._pages is not None
                 self._pages.scatter(reading.pages, reading.runs, incoming.staging)
                 handle.state = TransferState.DONE
                 self.telemetry_bytes += handle.num_bytes
