@@ -49,7 +49,7 @@ public:
         stages_.reset();
         if (w_.model.sum_over_ranks != nullptr) {
             ranks_.forward(step);
-        } else if (step.num_tokens <= kFewRows) {
+        } else if (step.num_tokens <= ManyTokens::least(threads_.max_size())) {
             few_.forward(step);
         } else {
             many_.forward(step);

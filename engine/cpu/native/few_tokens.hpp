@@ -1,33 +1,36 @@
-// A step of few tokens: the time goes into reading weights, so threads share out the weights' columns and meet after each
-// product.
+// A step of few tokens: the time goes into reading weights, or there are too few panels for each thread to have its own.
+// Threads take tokens panel by panel together, share out the weights' columns, and meet after each product.
 #pragma once
+
+#include <algorithm>
 
 #include "stages.hpp"
 #include "threads.hpp"
 #include "workspace.hpp"
 
-constexpr long kFewRows = kPanelRows;  // up to here threads share out columns
+// Calls job(tokens) for panels of `count` tokens, as equal as whole groups of rows let them be.
+template <class Job>
+void each_panel(long count, Job job) {
+    const long panels = (count + kPanelRows - 1) / kPanelRows;
+    const long size = panels <= 1 ? count : ((count - 1) / panels / kRowsAtOnce + 1) * kRowsAtOnce;
+    for (long first = 0; first < count; first += size) job(Range{first, std::min(first + size, count)});
+}
 
 class FewTokens {
 public:
     FewTokens(Workspace& workspace, Stages& stages, Threads& threads) : w_(workspace), stages_(stages), threads_(threads) {}
 
     void forward(const Step& step) {
+        if (step.num_tokens > kPanelRows) return forward_by_layers(step);
         threads_.run([&](Team::Member& by) {
             stages_.begin(step, by);
             by.meet();
-            for (std::size_t index = 0; index < w_.layers.size(); index++) {
-                project(step, index, by);
-                if (index + 1 == w_.layers.size()) break;
-                stages_.attend(step.pieces, index, by);
-                by.meet();
-                finish(w_.layers[index], w_.residual(0), w_.attended_rows(step), by);
-            }
+            for (std::size_t index = 0; index < w_.layers.size(); index++) compute(step, index, by);
             finish_last(step, by);
         });
     }
 
-    // The last layer from attention on, for the wanted tokens alone, which are few. Within a job, by all threads.
+    // The last layer from attention on, for the wanted tokens alone. Within a job, by all threads.
     void finish_last(const Step& step, Team::Member& by) {
         if (step.num_wanted == 0) return;
         stages_.gather_last(step, by);
@@ -36,31 +39,53 @@ public:
     }
 
 private:
-    // To K and V of all tokens in the pages.
-    void project(const Step& step, std::size_t index, Team::Member& by) {
+    // A longer step asks anew before each layer which cores are to spare.
+    void forward_by_layers(const Step& step) {
+        threads_.run([&](Team::Member& by) { stages_.begin(step, by); });
+        for (std::size_t index = 0; index < w_.layers.size(); index++) {
+            threads_.run([&](Team::Member& by) { compute(step, index, by); });
+        }
+        threads_.run([&](Team::Member& by) { finish_last(step, by); });
+    }
+
+    // A layer; of the last one its keys and values alone.
+    void compute(const Step& step, std::size_t index, Team::Member& by) {
+        each_panel(step.num_tokens, [&](Range tokens) { project(step, index, tokens, by); });
+        stages_.report(step, index, by);
+        if (index + 1 == w_.layers.size()) return;
+        stages_.attend(step.pieces, index, by);
+        by.meet();
+        finish(w_.layers[index], w_.residual(0), w_.attended_rows(step), by);
+    }
+
+    // To K and V of `tokens`, a panel, in the pages.
+    void project(const Step& step, std::size_t index, Range tokens, Team::Member& by) {
         const Layer& layer = w_.layers[index];
         const Linear& qkv = layer.attention.qkv;
-        const long stride = w_.strides.qkv;
+        const long stride = w_.strides.qkv, count = tokens.last - tokens.first;
         float* projected = w_.shared.qkv.data();
-        const Rows normed =
-            w_.math.normalize(w_.residual(0), step.num_tokens, layer.input_norm, w_.own(by).panel, step.slots_from(0));
+        const Rows normed = w_.math.normalize(w_.residual(tokens.first), count, layer.input_norm, w_.own(by).panel,
+                                              step.slots_from(tokens.first));
         w_.math.set(projected, stride, normed, qkv, by);
         w_.math.adapt(projected, stride, normed, qkv, w_.shared, by);
         by.meet();
-        const Range tokens = by.part(step.num_tokens);
-        stages_.place(step, index, tokens, projected + tokens.first * stride, by);
+        const Range mine = by.part(count);
+        stages_.place(step, index, {tokens.first + mine.first, tokens.first + mine.last}, projected + mine.first * stride, by);
         by.meet();
-        stages_.report(step, index, by);
     }
 
     // From attention to a layer's end.
     void finish(const Layer& layer, float* x, const Rows& attended, Team::Member& by) {
-        if (layer.experts == nullptr) return w_.math.finish(layer, x, attended, w_.own(by).panel, w_.shared, by);
-        const Linear& o = layer.attention.o;
-        w_.math.add(x, attended, o, by, 1.0f);
-        w_.math.adapt(x, w_.strides.hidden, attended, o, w_.shared, by);
-        by.meet();
-        stages_.add_experts(layer, x, x, attended.count, by);
+        each_panel(attended.count, [&](Range tokens) {
+            const Rows part = attended.from(tokens.first, tokens.last - tokens.first);
+            float* y = x + tokens.first * w_.strides.hidden;
+            if (layer.experts == nullptr) return w_.math.finish(layer, y, part, w_.own(by).panel, w_.shared, by);
+            const Linear& o = layer.attention.o;
+            w_.math.add(y, part, o, by, 1.0f);
+            w_.math.adapt(y, w_.strides.hidden, part, o, w_.shared, by);
+            by.meet();
+        });
+        if (layer.experts != nullptr) stages_.add_experts(layer, x, x, attended.count, by);
     }
 
     Workspace& w_;

@@ -15,6 +15,9 @@ constexpr long kLeastPanelRows = kPanelRows / 3 / kRowsAtOnce * kRowsAtOnce;
 
 class ManyTokens {
 public:
+    // Fewer tokens make too few panels for so many threads to end together.
+    static long least(int threads) { return std::max(kPanelRows, 3 * threads * kLeastPanelRows); }
+
     // `few`: finishes a step of which few tokens are wanted.
     ManyTokens(Workspace& workspace, Stages& stages, Threads& threads, FewTokens& few)
         : w_(workspace), stages_(stages), threads_(threads), few_(few), panels_taken_(workspace.layers.size()) {}
@@ -99,7 +102,7 @@ private:
     // The last layer from attention on, for the wanted tokens alone.
     void finish_last(const Step& step) {
         const Layer& layer = w_.layers.back();
-        if (step.num_wanted <= kFewRows) {
+        if (step.num_wanted <= kPanelRows) {
             threads_.run([&](Team::Member& by) { few_.finish_last(step, by); });
         } else if (layer.experts != nullptr) {
             threads_.run([&](Team::Member& by) { stages_.gather_last(step, by); });
