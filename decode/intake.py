@@ -18,7 +18,7 @@ from ..common.request import RequestSpec, why_unserved
 from ..transfer.receive.receiver import KVReceiver
 from ..wire.fields import Message
 from ..wire.results import HandoffDone, NoCapacity, TaskRefused
-from ..wire.tasks import Abort, FetchFrom, LocalTask, PrefillTask, ReserveKV
+from ..wire.tasks import Abort, LocalTask, PrefillTask, ReserveKV
 from ..wire.workers import LiveRequests
 from .local import LocalRequests
 from .promises import Promises
@@ -43,8 +43,8 @@ class Intake:
         match message:
             case ReserveKV():
                 self._on_reserve(router_id, message)
-            case LocalTask(spec=spec, fetch=fetch):
-                self._on_local(router_id, spec, fetch)
+            case LocalTask():
+                self._on_local(router_id, message)
             case Abort():
                 self._on_abort(router_id, message)
             case LiveRequests():
@@ -80,7 +80,8 @@ class Intake:
             applies_adapters=self.adapters is not None,
         )
 
-    def _on_local(self, router_id: str, spec: RequestSpec, fetch: FetchFrom | None) -> None:
+    def _on_local(self, router_id: str, message: LocalTask) -> None:
+        spec = message.spec
         if not self.requests.drop_older(spec):
             return
         self.promises.drop(spec.request_id, spec.attempt)
@@ -91,7 +92,7 @@ class Intake:
             self.refuse(router_id, spec, *refusal)
             return
         try:
-            self.local.begin(router_id, spec, fetch)
+            self.local.begin(router_id, spec, message.fetch, tokens_behind=message.tokens_behind)
         except CapacityError as error:
             self.refuse(router_id, spec, "never_fits", str(error))
 

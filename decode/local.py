@@ -43,8 +43,13 @@ class LocalRequests:
         self._grammars = grammars
         self._adapters = adapters
 
-    def begin(self, router_id: str, spec: RequestSpec, source: FetchFrom | None) -> None:
-        """Raises CapacityError: it can never fit, and nothing of it is here."""
+    def begin(
+        self, router_id: str, spec: RequestSpec, source: FetchFrom | None, *, tokens_behind: int | None = None
+    ) -> None:
+        """`tokens_behind`: of prompts that wait for this worker in the router's queue; None: for prefill workers.
+
+        Raises CapacityError: it can never fit, and nothing of it is here.
+        """
         request = RunningRequest(router_id, spec, expiry_s(spec, self._clock.now()))
         request.grammar = find_grammar(spec.grammar, self._grammars)
         request.held_adapter = find_adapter(spec.adapter, spec.adapter_path, self._adapters)
@@ -58,6 +63,7 @@ class LocalRequests:
                 self._scheduler.remove(seq)
             raise
         self._requests.add(request)
+        self._scheduler.pace.tokens_behind = tokens_behind
         fetches = self._fetches()
         if source is not None and fetches is not None:
             self._fetch(list(request.sequences.values()), source, fetches)

@@ -55,6 +55,9 @@ class Pace:
     objective_s: float | None = None  # per output token
     row_times: RowTimes = field(default_factory=RowTimes)
     token_s: float = _INITIAL_TOKEN_S  # of a prompt token beside them
+    # Of prompts that waited in a router's queue for this worker when it last sent one. None: prompts may wait for
+    # prefill workers, and what this one computes beside answers are exceptions.
+    tokens_behind: int | None = None
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
         """Learn from a finished step; one that verifies drafts tells of neither kind of token."""
@@ -75,11 +78,15 @@ class Pace:
         """Return what a step takes in which these rows feed one token each; of none, what one takes."""
         return self.row_times.of(max(1, num_rows))
 
-    def room_s(self, num_rows: int) -> float:
-        """Return the seconds that may come between two tokens of so many answers beside their own step."""
-        decode_s = self.decode_s(num_rows)
-        return max(0.0, longest_step_s(self.objective_s, decode_s) - decode_s)
+    def room_s(self, num_rows: int, prompt_tokens: int) -> float:
+        """Return the seconds that may come between two tokens of so many answers beside their own step.
 
-    def chunk_tokens(self, num_rows: int) -> int:
+        `prompt_tokens`: of the prompts here that are not ready, without what was found in a cache.
+        """
+        decode_s = self.decode_s(num_rows)
+        waiting_s = 0.0 if self.tokens_behind is None else (prompt_tokens + self.tokens_behind) * self.token_s
+        return max(0.0, longest_step_s(self.objective_s, decode_s, waiting_s) - decode_s)
+
+    def chunk_tokens(self, num_rows: int, prompt_tokens: int) -> int:
         """Return how many prompt tokens a step takes along that has so many rows of running answers."""
-        return max(MIN_CHUNK_TOKENS, int(self.room_s(num_rows) / self.token_s))
+        return max(MIN_CHUNK_TOKENS, int(self.room_s(num_rows, prompt_tokens) / self.token_s))

@@ -40,6 +40,23 @@ def _age(seq: Sequence) -> tuple[int, int, str, int]:
     return seq.age_key
 
 
+def _chunk_rows(pending: list[Sequence], budget: int) -> list[BatchRow]:
+    """Chunks of the sequences that still compute known tokens.
+
+    The oldest has half of the budget for itself, so that it moves on whatever comes; the rest goes to those with the
+    least left, so that short prompts do not wait for long ones.
+    """
+    shares = dict.fromkeys(pending, 0)
+    if len(pending) > 1:
+        shares[pending[0]] = min(budget // 2, pending[0].num_computable_tokens)
+        budget -= shares[pending[0]]
+    for seq in sorted(pending, key=lambda seq: seq.num_uncomputed_tokens):
+        num_tokens = min(budget, seq.num_computable_tokens - shares[seq])
+        shares[seq] += num_tokens
+        budget -= num_tokens
+    return [BatchRow(seq, num_tokens) for seq, num_tokens in shares.items() if num_tokens]
+
+
 class DecodeScheduler:
     """Owns the sequences' blocks from `add` or `adopt` to `remove`."""
 
@@ -170,8 +187,10 @@ class DecodeScheduler:
             self._fill_rows()
             rows = self._decode_rows()
         budget = self._max_num_batched_tokens - len(rows)
+        pending = [seq for seq in self.running if seq.num_uncomputed_tokens > 1]
         is_paced = bool(rows) or self._is_background
-        chunks = self._chunk_rows(min(budget, self.pace.chunk_tokens(len(rows))) if is_paced else budget)
+        tokens = sum(seq.num_tokens - seq.num_cached_tokens for seq in pending)
+        chunks = _chunk_rows(pending, min(budget, self.pace.chunk_tokens(len(rows), tokens)) if is_paced else budget)
         if self.speculation is not None and rows:
             budget -= sum(row.num_scheduled_tokens for row in chunks)
             self.speculation.draft(rows, budget, self.room_for)
@@ -274,25 +293,6 @@ class DecodeScheduler:
         self.blocks.evict(seq)
         self.requeue(seq)
         self.num_preemptions += 1
-
-    def _chunk_rows(self, budget: int) -> list[BatchRow]:
-        """Chunks of the sequences that still compute known tokens.
-
-        The oldest has half of the budget for itself, so that it moves on whatever comes; the rest goes to those
-        with the least left, so that short prompts do not wait for long ones.
-        """
-        pending = [seq for seq in self.running if seq.num_uncomputed_tokens > 1]
-        if not pending:
-            return []
-        shares = dict.fromkeys(pending, 0)
-        if len(pending) > 1:
-            shares[pending[0]] = min(budget // 2, pending[0].num_computable_tokens)
-            budget -= shares[pending[0]]
-        for seq in sorted(pending, key=lambda seq: seq.num_uncomputed_tokens):
-            num_tokens = min(budget, seq.num_computable_tokens - shares[seq])
-            shares[seq] += num_tokens
-            budget -= num_tokens
-        return [BatchRow(seq, num_tokens) for seq, num_tokens in shares.items() if num_tokens]
 
     def complete(self, batch: Batch) -> list[bool]:
         """Count the step's known tokens as computed; `accept` counts those of a draft that was right.

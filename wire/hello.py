@@ -10,8 +10,9 @@ from .fields import Message, Name, Nonce, Text
 # prompts embedded (`EmbedTask`, `Embedding`). Version 6 tells how weights are quantized
 # (`WorkerHello.quantization`). Version 7 says where an adapter's bytes are (`RequestSpec.adapter_path`) and which
 # adapters a worker has (`WorkerStatus.adapters`). Version 8 tells how often experts are chosen
-# (`WorkerStatus.experts`).
-PROTOCOL_VERSION = 8
+# (`WorkerStatus.experts`). Version 9 tells a worker how long the prompts are that wait for it
+# (`LocalTask.tokens_behind`).
+PROTOCOL_VERSION = 9
 
 
 class Challenge(Message):

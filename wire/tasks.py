@@ -32,6 +32,7 @@ class LocalTask(Message):
 
     spec: RequestSpec
     fetch: FetchFrom | None = None
+    tokens_behind: Count | None = None  # of prompts that wait in the queue for it; None: they wait for prefill workers
 
 
 class PrefillTask(Message):

@@ -93,7 +93,11 @@ class RolePair:
     def _prefill_step_s(self) -> float:
         """Return the seconds that a step of prompts may take."""
         decode = self.decode.scheduler
-        return min(MAX_STEP_S, decode.pace.room_s(decode.num_running)) if decode.num_running else MAX_STEP_S
+        if not decode.num_running:
+            return MAX_STEP_S
+        prompts = [prompt.seq for prompt in self.prefill.scheduler.prompts]
+        tokens = sum(seq.num_tokens - seq.num_cached_tokens for seq in prompts)
+        return min(MAX_STEP_S, decode.pace.room_s(decode.num_running, tokens))
 
     def begin_step(self, batch: Batch) -> None:
         self._stepping.begin_step(batch)

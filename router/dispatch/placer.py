@@ -93,12 +93,13 @@ class Placer:
             for tracked in next_ones:
                 if tracked.request.status is not RequestStatus.QUEUED or self.is_too_late(tracked, now_s):
                     continue  # placing an earlier one has ended it, or it ends now
-                demand = tracked.search.demand(self._pools, claimed, now_s)
+                behind = self._tokens_behind(tracked)
+                demand = tracked.search.demand(self._pools, claimed, now_s, tokens_behind=behind)
                 view = view or self._pools.picture(now_s)
                 answer = self._policy.place(view, demand)
                 if isinstance(answer, Placement):
                     seen = candidates(self._policy, view, demand) if self._is_explained(tracked) else ()
-                    self._place(tracked, answer, now_s, decided_by=self._policy.name, seen=seen)
+                    self._place(tracked, answer, now_s, decided_by=self._policy.name, seen=seen, tokens_behind=behind)
                     view = None
                     continue
                 if tracked.search.waits_s is None:
@@ -145,6 +146,7 @@ class Placer:
         *,
         decided_by: str,
         seen: tuple[Candidate, ...] = (),
+        tokens_behind: int | None = None,
     ) -> None:
         if tracked.request.pooling is not None:  # of two workers that are kept for it, one is enough
             placement = replace(placement, prefill_worker=None, decode_worker=placement.computing_worker)
@@ -169,11 +171,16 @@ class Placer:
             if placement.reason.is_fallback:
                 self._note_fallback(tracked, decode, placement.reason, now_s)
             self._prefix_homes.note_local(tracked.request, decode)
-            tracked.run_locally(now_s)
+            tracked.run_locally(now_s, tokens_behind=None if self._pools.num_ready("prefill") else tokens_behind)
             return
         attempt.decode_retains = self._prefix_homes.decode_retains(tracked.request, computing, decode)
         queue_if_full = tracked.search.queue_if_full(now_s)
         attempt.reserve(computing, max_local_tokens=self._max_local_tokens, queue_if_full=queue_if_full)
+
+    def _tokens_behind(self, tracked: TrackedRequest) -> int:
+        """Return the tokens of other prompts, as urgent as this one, by worker of the pool that computes prompts."""
+        others = self._in_flight.queue.tokens_up_to(tracked.request.priority) - tracked.request.num_prompt_tokens
+        return others // max(1, self._pools.num_ready("prefill") or self._pools.num_ready("decode"))
 
     def _note_decision(
         self, request: RouterRequest, placement: Placement, now_s: float, decided_by: str, seen: tuple[Candidate, ...]

@@ -41,6 +41,11 @@ class PriorityLevel:
     def __len__(self) -> int:
         return len(self.timely) + len(self.late)
 
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of their prompts."""
+        return self.timely.num_tokens + self.late.num_tokens
+
     def order_of(self, place: Place) -> FairOrder[TrackedRequest]:
         return self.late if place.is_late else self.timely
 

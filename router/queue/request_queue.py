@@ -14,7 +14,7 @@ off, or that wait for a worker of their own, stand apart and do not count as wai
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -55,6 +55,10 @@ class RequestQueue:
     def num_waiting(self) -> int:
         """The number of requests that wait for room."""
         return len(self._places)
+
+    def tokens_up_to(self, priority: int) -> int:
+        """Return the prompt tokens of those that wait for room and are of this priority or a higher one."""
+        return sum(self._levels[one].num_tokens for one in self._priorities[: bisect_right(self._priorities, priority)])
 
     @property
     def is_full(self) -> bool:

@@ -181,8 +181,11 @@ class Attempt:
         )
         self.decode.link.send(message)
 
-    def run_locally(self, now_s: float) -> None:
-        """Let the decode worker compute the prompt: at once, or where it answers a ReserveKV that it can as well."""
+    def run_locally(self, now_s: float, tokens_behind: int | None = None) -> None:
+        """Let the decode worker compute the prompt: at once, or where it answers a ReserveKV that it can as well.
+
+        `tokens_behind`: of other prompts that wait in the queue for this worker; None: for prefill workers.
+        """
         self.return_credit()
         self.prefill = None
         self.request.prefill_worker = self.embedder.worker_id if self.embedder is not None else None
@@ -192,7 +195,7 @@ class Attempt:
         self._note_task(now_s)
         spec, pooling = self.request.spec(self._remaining_s(now_s)), self.request.pooling
         if pooling is None:
-            self.decode.link.send(LocalTask(spec=spec, fetch=self.fetch))
+            self.decode.link.send(LocalTask(spec=spec, fetch=self.fetch, tokens_behind=tokens_behind))
         else:
             self.decode.link.send(EmbedTask(spec=spec, pooling=pooling, fetch=self.fetch))
 

@@ -94,6 +94,7 @@ class Demand:
     waited_s: float = 0.0  # since it came
     expected_output: int = 0  # tokens of each choice
     adapter: AdapterUse | None = None
+    tokens_behind: int = 0  # of other prompts that wait, for each worker of the pool that computes prompts
     is_embedding: bool = False  # it ends with its prompt: one worker of either role is all that it needs
     may_miss: bool = False  # its first token comes too late whatever is done, or it has got one: no hurry for it
 

@@ -46,7 +46,7 @@ class Search:
     unfit: set[int] = field(default_factory=set)  # sessions that can never hold it
     ungranted: set[int] = field(default_factory=set)  # sessions that can never hold it beside a prefill worker's prompt
 
-    def demand(self, pools: Pools, claimed: frozenset[int], now_s: float) -> Demand:
+    def demand(self, pools: Pools, claimed: frozenset[int], now_s: float, *, tokens_behind: int = 0) -> Demand:
         """Return what the policy must know."""
         request = self.request
         most = max((len(choice.tokens) for choice in request.choices if choice.finish is None), default=0)
@@ -70,6 +70,7 @@ class Search:
             waited_s=waited_s,
             expected_output=pools.predictor.expected_output(request.sampling.max_tokens),
             adapter=request.adapter,
+            tokens_behind=tokens_behind,
             is_embedding=request.pooling is not None,
             may_miss=request.is_resume or (limit_s is not None and waited_s + self.fastest_s > limit_s),
         )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from kvferry.common.batch import Batch
-from kvferry.common.pacing import MIN_CHUNK_TOKENS
+from kvferry.common.pacing import MIN_CHUNK_TOKENS, longest_step_s
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.decode.pace import Pace
 from kvferry.decode.scheduler import DecodeScheduler
@@ -23,28 +26,51 @@ def taught(pace: Pace) -> Pace:
 
 def test_with_an_objective_a_step_stays_within_four_fifths_of_it() -> None:
     pace = taught(Pace(objective_s=0.05))
-    assert abs(ROW_S + pace.chunk_tokens(4) * TOKEN_S - 0.8 * 0.05) < 0.002
+    assert abs(ROW_S + pace.chunk_tokens(4, 500) * TOKEN_S - 0.8 * 0.05) < 0.002
 
 
-def test_without_one_a_step_takes_fifty_milliseconds_or_four_decode_steps() -> None:
-    assert abs(ROW_S + taught(Pace()).chunk_tokens(4) * TOKEN_S - 0.05) < 0.002
-    slow = Pace()
+def slow_pace() -> Pace:
+    """Steps of four rows take 100 ms."""
+    pace = Pace()
     for _ in range(30):
-        slow.learn(0.1, num_chunk_tokens=0, num_rows=4)
-        slow.learn(0.1 + 100 * TOKEN_S, num_chunk_tokens=100, num_rows=4)
-    assert abs(0.1 + slow.chunk_tokens(4) * TOKEN_S - 0.4) < 0.02
+        pace.learn(0.1, num_chunk_tokens=0, num_rows=4)
+        pace.learn(0.1 + 100 * TOKEN_S, num_chunk_tokens=100, num_rows=4)
+    return pace
+
+
+def test_without_one_a_step_takes_thirty_milliseconds_or_half_a_decode_step_more() -> None:
+    assert abs(ROW_S + taught(Pace()).chunk_tokens(4, 500) * TOKEN_S - 0.03) < 0.002
+    assert abs(0.1 + slow_pace().chunk_tokens(4, 500) * TOKEN_S - 0.15) < 0.01
+
+
+@given(waiting_s=st.floats(0, 1000), decode_s=st.floats(1e-4, 1.0))
+def test_the_more_waits_the_longer_a_step_may_take(waiting_s: float, decode_s: float) -> None:
+    seconds = longest_step_s(None, decode_s, waiting_s)
+    assert seconds <= longest_step_s(None, decode_s, 2 * waiting_s)
+    assert 1.5 * decode_s <= seconds <= max(0.03, 8 * decode_s), "prompts move on, answers never stand still"
+
+
+def test_what_waits_is_spread_over_a_number_of_steps_the_routers_queue_too() -> None:
+    pace, prompts_s = slow_pace(), 20 * 0.3
+    own, behind = (round(share * prompts_s / TOKEN_S) for share in (0.25, 0.75))
+    pace.tokens_behind = behind
+    assert abs(pace.room_s(4, own) - 0.3) < 0.01
+    pace.tokens_behind = 0
+    assert abs(pace.room_s(4, own) - 0.075) < 0.01
+    pace.tokens_behind = None
+    assert abs(pace.room_s(4, own) - 0.05) < 0.01, "others compute prompts, streams come first"
 
 
 def test_a_prompt_moves_on_however_tight_the_objective() -> None:
-    assert taught(Pace(objective_s=0.001)).chunk_tokens(4) == MIN_CHUNK_TOKENS
+    assert taught(Pace(objective_s=0.001)).chunk_tokens(4, 500) == MIN_CHUNK_TOKENS
 
 
 def test_one_slow_step_is_no_new_speed_and_a_new_speed_is_learned() -> None:
     pace = taught(Pace())
-    before = pace.chunk_tokens(4)
+    before = pace.chunk_tokens(4, 500)
     pace.learn(5.0, num_chunk_tokens=100, num_rows=4)
     pace.learn(5.0, num_chunk_tokens=0, num_rows=4)
-    assert pace.chunk_tokens(4) > before / 2 and pace.decode_s(4) < 2 * ROW_S
+    assert pace.chunk_tokens(4, 500) > before / 2 and pace.decode_s(4) < 2 * ROW_S
     for _ in range(30):
         pace.learn(5 * ROW_S, num_chunk_tokens=0, num_rows=16)
     assert abs(pace.decode_s(16) - 5 * ROW_S) < 0.001
@@ -56,7 +82,7 @@ def test_what_rows_take_is_known_though_prompts_come_with_every_step() -> None:
         pace.learn(step_s, num_chunk_tokens=0, num_rows=num_rows)
     for _ in range(30):
         pace.learn(0.07 + 50 * TOKEN_S, num_chunk_tokens=50, num_rows=16)
-    assert abs(0.07 + pace.chunk_tokens(16) * TOKEN_S - 4 * 0.07) < 0.002
+    assert abs(0.07 + pace.chunk_tokens(16, 500) * TOKEN_S - 1.5 * 0.07) < 0.002
     assert abs(pace.decode_s(10) - 0.05) < 0.001 and abs(pace.decode_s(31) - 0.12) < 0.001
     assert pace.decode_s(0) == pace.decode_s(1) == 0.02
     for _ in range(30):
@@ -91,4 +117,4 @@ def test_chunks_are_cut_beside_running_answers_alone() -> None:
     scheduler.complete(batch)
     scheduler.running[0].token_ids.append(7)
     scheduler.add(_sequence("late", 600))
-    assert _sizes(scheduler.schedule()) == {"alone": 1, "late": scheduler.pace.chunk_tokens(1)}
+    assert _sizes(scheduler.schedule()) == {"alone": 1, "late": scheduler.pace.chunk_tokens(1, 600)}

@@ -62,7 +62,7 @@ def test_decode_rows_come_first_and_chunks_fill_the_rest_of_the_budget() -> None
 
 
 def test_prompts_in_the_background_are_cut_though_no_answer_runs() -> None:
-    for priority, num_tokens in ((0, 512), (BACKGROUND_PRIORITY, 50)):
+    for priority, num_tokens in ((0, 512), (BACKGROUND_PRIORITY, 30)):
         scheduler, _ = _scheduler(num_blocks=1024, budget=512)
         seq = _prompt("p", 1000)
         seq.priority = priority

@@ -60,7 +60,7 @@ def test_slow_steps_get_fewer_tokens_but_never_too_few_to_move_on() -> None:
 def test_steps_of_background_prompts_alone_are_short() -> None:
     scheduler, _, _ = _scheduler(num_blocks=1024, budget=512)
     scheduler.add(_sequence("b", 1000, priority=BACKGROUND_PRIORITY), b"")
-    assert _step(scheduler)[0] == [("b", 16)]
+    assert _step(scheduler)[0] == [("b", 10)]
     scheduler.add(_sequence("a", 100, first=5000), b"")
     assert _step(scheduler)[0] == [("a", 100), ("b", 400)]
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from kvferry.common.errors import CapacityError, ProtocolError, RequestError
-from kvferry.common.request import SampledToken, unpack_ids
+from kvferry.common.request import BACKGROUND_PRIORITY, SampledToken, unpack_ids
 from kvferry.router.state.errors import StreamError
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
@@ -932,3 +932,36 @@ async def test_an_error_that_every_worker_would_meet_is_the_last_word_and_nobody
     assert not fleet.observer.retries and not fleet.observer.num_poisoned and stream.request.attempt_number == 0
     _, again = fleet.decode(p, d)  # no pair is avoided
     assert again.spec.attempt == 0 and not fleet.dispatcher.view().avoided_pairs
+
+
+def test_a_decode_worker_is_told_how_much_waits_behind_the_prompt_that_it_computes() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    worker = fleet.join("d-0", max_num_seqs=1, max_num_batched_tokens=16)
+    fleet.submit()
+    for priority in (0, 0, 3, BACKGROUND_PRIORITY):
+        fleet.submit(priority=priority)
+    behind = []
+    for _ in range(5):
+        task = worker.take(LocalTask)
+        behind.append((task.spec.priority, task.tokens_behind))
+        fleet.step(worker, task, tokens(0, 0, 1, "stop"))
+        fleet.beat(worker)
+    # The first one came alone. Who is less urgent than a prompt does not hurry it.
+    assert behind == [(0, 0), (0, 20), (0, 0), (3, 0), (BACKGROUND_PRIORITY, 0)]
+
+
+@pytest.mark.parametrize(("num_decode", "has_prefill", "behind"), [(1, False, 60), (2, False, 30), (2, True, None)])
+def test_those_that_wait_are_shared_among_the_workers_that_will_compute_their_prompts(
+    num_decode: int, has_prefill: bool, behind: int | None
+) -> None:
+    fleet = Fleet(config(expect_prefill=has_prefill, max_local_prefill_tokens=12))
+    if has_prefill:
+        fleet.join("p-0")
+    workers = [fleet.join(f"d-{number}", max_num_seqs=1, max_num_batched_tokens=16) for number in range(num_decode)]
+    for _ in range(num_decode + 6):
+        fleet.submit(12)
+    first = workers[0].take(LocalTask)
+    assert first.tokens_behind == (None if has_prefill else 0)
+    fleet.step(workers[0], first, tokens(0, 0, 1, "stop"))
+    fleet.beat(workers[0])
+    assert workers[0].take(LocalTask).tokens_behind == behind

@@ -116,6 +116,17 @@ def test_a_request_waits_for_a_prefill_worker_rather_than_coming_late_beside_str
     assert isinstance(place(replace(late, may_miss=True), full, STREAMING), Placement)  # it is too late anyway
 
 
+@pytest.mark.parametrize(
+    ("waiting", "answer"), [(0, Wait(Lack.PREFILL_ROOM)), (40, Placement(None, "d-0", Reason.SOONER))]
+)
+def test_without_objectives_streams_are_disturbed_where_that_is_sooner_than_ones_turn_at_a_prefill_worker(
+    waiting: int, answer: Placement | Wait
+) -> None:
+    """Nobody is served there before what is bound, and then those that wait as well."""
+    full = replace(P0, ahead_tokens=600, unstarted_tokens=600, num_bound=3, backlog_s=0.0)
+    assert place(replace(DEMAND, tokens_behind=waiting * LENGTH), full, STREAMING) == answer
+
+
 def test_local_prompts_can_be_forbidden() -> None:
     assert place(DEMAND, P0, D0, local_prefill=False) == Placement("p-0", "d-0", Reason.HANDOFF)
     assert place(DEMAND, D0, local_prefill=False) == Wait(Lack.PREFILL_WORKER)
