@@ -17,9 +17,10 @@ import typer
 from ..common.config import RouterConfig, WorkerConfig, environment
 from ..common.errors import ConfigError
 from ..common.imports import kept_imports
-from ..settings.fields import PoolSettings, ServeSettings
+from ..settings.fields import ServeSettings
 from ..settings.flags import with_settings
 from ..settings.load import Loaded
+from ..settings.pools import PoolSettings
 
 if TYPE_CHECKING:
     from ..launch import Launcher

@@ -26,7 +26,8 @@ from ..common.config import (
 )
 from ..common.errors import ConfigError
 from ..models.config import ModelConfig
-from ..settings.fields import PoolSettings, ServeSettings
+from ..settings.fields import ServeSettings
+from ..settings.pools import PoolSettings
 from ..sizing.memory import GPU_BATCHED_TOKENS, gpu_reserve_bytes, weight_bytes
 from .host import Host
 

@@ -12,8 +12,9 @@ from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
 import typer
 
-from .fields import ENV_PREFIX, Option, ServeSettings, option_of, setting_keys
+from .fields import ENV_PREFIX, ServeSettings, option_of, setting_keys
 from .load import Raw, load, value_of
+from .option import Option
 
 _DEFAULTS = ServeSettings()
 # What of a pool has a flag; the rest of it is for YAML and the environment.

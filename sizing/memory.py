@@ -1,30 +1,15 @@
 """Bytes that one rank of a model takes: its weights, keys and values of a token, and room to compute in.
 
-Weights are counted tensor by tensor, as a rank builds them (engine/nn) and as a CPU packs them (engine/cpu):
-
-    rows of the vocabulary   embedding and head: as many on every rank, the last one's padded
-    outputs                  a rank's part of them; fused parts (q, k and v; gate and up) are one matrix of one form
-    inputs                   a rank's part of `o_proj`'s and `down_proj`'s
-    whole                    norms, and biases that are added behind a sum over the ranks
-    tiles                    on a CPU: columns in 64s, inputs in 32s, scales in as few bytes as say the same
-
 Pure: what a checkpoint holds comes from its config, and no file but a draft model's config is read.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from itertools import repeat
-from typing import NamedTuple
-
 from ..common.config import EngineConfig
 from ..kvcache.draft_pages import num_draft_pages
-from ..models.checkpoint import tensor_shapes
 from ..models.config import ModelConfig
-from ..models.experts import expert_plan
-from ..models.native import not_in_native
-from ..models.quantization import MXFP4_GROUP, TIED_HEAD, Form, Quantization, chosen_quantization
+from ..models.quantization import chosen_quantization
+from .weights import WeightBytes, WeightCounter
 
 # A rank's main memory besides weights and caches: interpreter, torch, buffers of a step. Seen: 250 to 400 MiB.
 RANK_BYTES = 400 << 20
@@ -38,28 +23,6 @@ _EXPERT_ROWS = 4096  # of a step that are sorted by their experts at once: `engi
 GPU_BATCHED_TOKENS = {"prefill": 8192, "decode": 2048}
 _LOGIT_ARRAYS = 4  # of float32 that sampling holds at once: logits, as they were, scaled, probabilities
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
-_TILE_OUTPUTS, _TILE_INPUTS = 64, 32  # of a CPU's tiles: engine/cpu/native/tiles.hpp
-_GROUP_UNIT = 8  # inputs to which a group is padded there: engine/cpu/native/integer_tiles.hpp
-
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("kv_a_proj_with_mqa", "q_a_proj"))
-_WHOLE = ("kv_a_proj_with_mqa", "q_a_proj")  # on every rank
-_BY_INPUTS = ("o_proj", "down_proj", "w2")
-_GATES = (".gate.", ".router.")  # of a mixture of experts: float32, and whole on every rank
-_BY_HEADS = ("q_norm", "k_norm", "sinks")  # vectors of which a rank has its heads' part, where they are of all heads
-# Bytes of a scale in a CPU's tiles (engine/cpu/factors.py): half precision where the file has it, a byte and a share of
-# a float32 in GGUF's blocks of 256 inputs, else a float32.
-_HALF, _FULL = 2.0, 4.0
-_GGUF_SCALES = {"Q4_K": 1.5, "Q5_K": 1.5, "Q6_K": 1.25}
-
-
-class _Matrix(NamedTuple):
-    """A rank's part of one matrix."""
-
-    modules: tuple[str, ...]  # the checkpoint's, which are fused into it
-    num_outputs: int
-    num_inputs: int
-    num_parts: int = 1  # ranks that share each output's inputs
 
 
 def item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
@@ -85,20 +48,13 @@ def cache_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     return model.num_kv_parts * num_pages * heads * model.head_dim * cache_item_bytes(engine, model)
 
 
-class WeightBytes(NamedTuple):
-    """Bytes of one rank's weights."""
-
-    total: int
-    read: int  # by a decode step of many rows: not the rows that tokens are looked up in, but where they are the head
-    experts: int  # routed ones
-
-
 def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """Count what one rank's weights take, a draft model's too. A device that is still `auto` counts as a CPU.
 
     Raises ConfigError for a quantization that does not go with the checkpoint.
     """
-    drafts = sum(_Counter(engine, draft, None, 1).count().total for draft in draft_models(engine))
+    counters = [WeightCounter(engine, draft, None, 1, item_bytes(engine, draft)) for draft in draft_models(engine)]
+    drafts = sum(counter.count().total for counter in counters)
     return drafts + rank_weights(engine, model).total + adapter_bytes(engine, model)
 
 
@@ -106,8 +62,9 @@ def adapter_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """Count the bytes of one rank's slots for adapters; each has room for the largest rank in every linear."""
     if not engine.enable_lora:
         return 0
-    counter = _Counter(engine, model, None, engine.tensor_parallel_size)
-    return engine.max_loras * engine.max_lora_rank * item_bytes(engine, model) * counter.adapted_sizes()
+    size = item_bytes(engine, model)
+    counter = WeightCounter(engine, model, None, engine.tensor_parallel_size, size)
+    return engine.max_loras * engine.max_lora_rank * size * counter.adapted_sizes()
 
 
 def rank_weights(engine: EngineConfig, model: ModelConfig, *, has_float8: bool = False) -> WeightBytes:
@@ -116,7 +73,8 @@ def rank_weights(engine: EngineConfig, model: ModelConfig, *, has_float8: bool =
     Raises ConfigError as `weight_bytes` does.
     """
     quantization = chosen_quantization(model.quantization, engine.quantization)
-    return _Counter(engine, model, quantization, engine.tensor_parallel_size, has_float8=has_float8).count()
+    size, num_ranks = item_bytes(engine, model), engine.tensor_parallel_size
+    return WeightCounter(engine, model, quantization, num_ranks, size, has_float8=has_float8).count()
 
 
 def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> int:
@@ -131,200 +89,3 @@ def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int)
         activations += rows * (3 * model.hidden_size + inner) * item_bytes(engine, model)
     logits = _LOGIT_ARRAYS * engine.max_num_seqs * model.vocab_size * _ITEM_BYTES["float32"]
     return _GPU_BASE_BYTES + activations + logits
-
-
-def is_expert(name: str) -> bool:
-    """Tell whether a tensor is a routed expert's."""
-    return ".experts." in name
-
-
-def _is_gate(name: str) -> bool:
-    return any(gate in name for gate in _GATES)
-
-
-class _Counter:
-    """Counts one rank's weights of one model."""
-
-    def __init__(
-        self,
-        engine: EngineConfig,
-        model: ModelConfig,
-        quantization: Quantization | None,
-        num_ranks: int,
-        *,
-        has_float8: bool = False,
-    ) -> None:
-        self._engine, self._model, self._num_ranks = engine, model, num_ranks
-        self._item_bytes = item_bytes(engine, model)
-        self._on_gpu = engine.device == "cuda"
-        is_float32 = self._item_bytes == _ITEM_BYTES["float32"]
-        self._has_tiles = not (self._on_gpu or not_in_native(model, quantization, is_float32=is_float32))
-        self._quantization = quantization if self._on_gpu or self._has_tiles else None
-        self._has_float8 = self._on_gpu and has_float8
-        plan = expert_plan(engine, model.experts, model.sparse_layers) if num_ranks > 1 else None
-        held = plan.fullest(model.sparse_layers) if plan is not None else {}
-        # Of a rank with whole experts, these, by number of the layer; of the one that holds most.
-        self._held = {f"model.layers.{layer}": own for layer, own in held.items()}
-        self._shapes = tensor_shapes(model)
-
-    def count(self) -> WeightBytes:
-        model = self._model
-        embedding = self._vocabulary_rows * model.hidden_size * self._item_bytes
-        has_own_head = not (model.tie_embeddings and self._on_gpu)  # a CPU packs a tied one a second time
-        sizes = [(matrix, self._matrix_bytes(matrix)) for matrix in self._matrices()]
-        read = (
-            sum(size for _, size in sizes) + self._vector_bytes() + (self._head_bytes() if has_own_head else embedding)
-        )
-        experts = sum(size for matrix, size in sizes if is_expert(matrix.modules[0]))
-        return WeightBytes(read + embedding if has_own_head else read, read, experts)
-
-    def adapted_sizes(self) -> int:
-        """Sum the inputs and the outputs of all linears that an adapter may change: of each part its own inputs."""
-        adapted = [matrix for matrix in self._matrices() if not is_expert(matrix.modules[0])]
-        return sum(len(matrix.modules) * matrix.num_inputs + matrix.num_outputs for matrix in adapted)
-
-    @property
-    def _vocabulary_rows(self) -> int:
-        return -(-self._model.vocab_size // self._num_ranks)
-
-    def _head_bytes(self) -> int:
-        name = TIED_HEAD if self._model.tie_embeddings else _HEAD
-        matrix = _Matrix((name,), self._vocabulary_rows, self._model.hidden_size)
-        return self._plain_bytes(matrix) if self._on_gpu else self._matrix_bytes(matrix)
-
-    def _vector_bytes(self) -> int:
-        count = sum(self._rank_size(name, shape[0]) for name, shape in self._shapes.items() if len(shape) == 1)
-        gates = sum(self._gate_bytes(shape) for name, shape in self._shapes.items() if _is_gate(name))
-        return count * self._item_bytes + gates
-
-    def _gate_bytes(self, shape: tuple[int, ...]) -> int:
-        if self._has_tiles and len(shape) == 2:
-            return self._plain_bytes(_Matrix((), *shape))
-        return math.prod(shape) * _ITEM_BYTES["float32"]
-
-    def _rank_size(self, name: str, size: int) -> int:
-        """Return the numbers of a vector that a rank has; 0 of a gate's, which are counted beside its matrix."""
-        module = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
-        if _is_gate(name):
-            return 0
-        is_split = (name.endswith(".bias") and module not in (*_BY_INPUTS, *_WHOLE)) or (
-            module in _BY_HEADS and size != self._model.head_dim
-        )
-        return size // self._num_ranks if is_split else size
-
-    def _matrices(self) -> Iterator[_Matrix]:
-        """Yield the layers' matrices, fused parts as one."""
-        shapes = {name.removesuffix(".weight"): size for name, size in self._shapes.items()}
-        experts = self._model.experts
-        held = self._held
-        for module, shape in shapes.items():
-            path, _, last = module.rpartition(".")
-            if experts is not None and experts.is_stacked and is_expert(module):
-                yield from self._stacked(module, shape, len(held[_layer(module)]) if held else None)
-                continue
-            if len(shape) != 2 or module in (_EMBEDDING, _HEAD) or _is_gate(f"{module}."):
-                continue
-            whole = self._fused(shapes, path, last)
-            if whole is None:
-                continue  # counted with its first part
-            if held and is_expert(module):
-                if int(path.rpartition(".")[2]) in held[_layer(module)]:
-                    yield whole
-            elif last in _BY_INPUTS:
-                yield whole._replace(num_inputs=whole.num_inputs // self._num_ranks, num_parts=self._num_ranks)
-            elif last in _WHOLE:
-                yield whole
-            else:
-                yield whole._replace(num_outputs=whole.num_outputs // self._num_ranks)
-
-    def _stacked(self, module: str, shape: tuple[int, ...], num_own: int | None) -> Iterator[_Matrix]:
-        """Yield each expert's matrix of a stack [experts, inputs, outputs], or the stack of their biases."""
-        if len(shape) == 2:
-            yield _Matrix((module,), shape[0] // self._num_ranks, shape[1])
-            return
-        count, num_inputs, num_outputs = shape
-        if num_own is not None:
-            count = num_own
-        elif module.endswith("down_proj"):
-            num_inputs //= self._num_ranks
-        else:
-            num_outputs //= self._num_ranks
-        yield from repeat(_Matrix((module,), num_outputs, num_inputs), count)
-
-    @staticmethod
-    def _fused(shapes: Mapping[str, tuple[int, ...]], path: str, last: str) -> _Matrix | None:
-        """Return the whole matrix that begins with this part; None: it begins with another one."""
-        fused = next((parts for parts in _FUSED if last in parts), (last,))
-        parts = [part for part in fused if f"{path}.{part}" in shapes]
-        if last != parts[0]:
-            return None
-        modules = tuple(f"{path}.{part}" for part in parts)
-        return _Matrix(modules, sum(shapes[module][0] for module in modules), shapes[modules[0]][1])
-
-    def _matrix_bytes(self, matrix: _Matrix) -> int:
-        experts = self._model.experts
-        if experts is not None and experts.is_stacked and is_expert(matrix.modules[0]):
-            return self._stacked_bytes(matrix)
-        if self._quantization is None:
-            return self._plain_bytes(matrix)
-        form = self._quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
-        if form is None and self._has_float8 and all(self._is_float8(module) for module in matrix.modules):
-            return matrix.num_outputs * (matrix.num_inputs + 4)  # a float32 for each output
-        if form is None:
-            return self._plain_bytes(matrix)
-        is_whole = form.group_size == matrix.num_inputs * matrix.num_parts
-        form = form._replace(group_size=matrix.num_inputs) if is_whole else form
-        if self._on_gpu:
-            return form.num_bytes(matrix.num_outputs, matrix.num_inputs)
-        num_groups = matrix.num_inputs // form.group_size
-        numbers = num_groups * _padded(form.group_size, _GROUP_UNIT) * form.bits // 8
-        scales = num_groups * (2 if form.has_minima else 1) * self._scale_bytes(matrix.modules[0], form)
-        return round(_padded(matrix.num_outputs, _TILE_OUTPUTS) * (numbers + scales))
-
-    def _stacked_bytes(self, matrix: _Matrix) -> int:
-        """Count an expert's of a stack: C++ has it as a checkpoint in MXFP4 has it, of whole groups on every rank."""
-        experts, quantization = self._model.experts, self._quantization
-        assert experts is not None
-        own = experts.intermediate_size // (1 if self._held else self._num_ranks)
-        is_mxfp4 = self._has_tiles and quantization is not None and quantization.has_mxfp4_experts
-        if matrix.modules[0].endswith("_bias"):
-            return matrix.num_outputs * matrix.num_inputs * self._item_bytes
-        if not is_mxfp4 or own % MXFP4_GROUP:
-            return self._plain_bytes(matrix)
-        num_groups = matrix.num_inputs // MXFP4_GROUP  # each of 4 bits a number, and a byte
-        return _padded(matrix.num_outputs, _TILE_OUTPUTS) * num_groups * (MXFP4_GROUP // 2 + 1)
-
-    def _plain_bytes(self, matrix: _Matrix) -> int:
-        outputs, inputs = matrix.num_outputs, matrix.num_inputs
-        if self._has_tiles:
-            outputs, inputs = _padded(outputs, _TILE_OUTPUTS), _padded(inputs, _TILE_INPUTS)
-        return outputs * inputs * self._item_bytes
-
-    def _is_float8(self, module: str) -> bool:
-        storage = self._quantization.storage(module) if self._quantization is not None else None
-        return storage is not None and storage.layout == "float8"
-
-    def _scale_bytes(self, module: str, form: Form) -> float:
-        """Return the bytes of a scale in a CPU's tiles."""
-        assert self._quantization is not None
-        storage = self._quantization.storage(module)
-        if storage is None:
-            return _FULL
-        match storage.layout:
-            case "gguf":
-                return _GGUF_SCALES.get(storage.kind, _HALF)
-            case "plain":  # an eighth of a weight's own number has no more digits than that
-                is_short = self._model.dtype == "bfloat16" and self._engine.load_format != "dummy"
-                return _HALF if form.bits == 4 and is_short else _FULL
-            case "gptq" | "awq" | "packed":
-                return _FULL if form.has_minima else _HALF
-            case _:
-                return _FULL
-
-
-def _layer(module: str) -> str:
-    return module.rpartition(".experts.")[0].rpartition(".")[0]
-
-
-def _padded(size: int, multiple: int) -> int:
-    return math.ceil(size / multiple) * multiple

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..models.checkpoint import tensor_shapes
 from ..models.config import ModelConfig
-from .memory import is_expert
+from .weights import is_expert
 
 _SUMS = 2  # over the ranks in each layer: behind attention's output, and behind the feed-forward
 

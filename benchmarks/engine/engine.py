@@ -38,7 +38,8 @@ from kvferry.launch.host import Host, read_host
 from kvferry.launch.plan import fit_to_host, plan
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import default_model_dir
-from kvferry.settings.fields import PoolSettings, ServeSettings
+from kvferry.settings.fields import ServeSettings
+from kvferry.settings.pools import PoolSettings
 from kvferry.sizing.memory import item_bytes
 from kvferry.tools.load.cores import CoreWatch
 from kvferry.tools.load.environment import describe_environment

@@ -11,7 +11,8 @@ from kvferry.common.errors import ConfigError
 from kvferry.launch.fleet import Fleet
 from kvferry.launch.host import Gpu, Host
 from kvferry.launch.plan import Deployment, fit_to_host, plan, plan_autoscale
-from kvferry.settings.fields import PoolSettings, ServeSettings
+from kvferry.settings.fields import ServeSettings
+from kvferry.settings.pools import PoolSettings
 
 GPUS = tuple(Gpu(str(index), "", 80 << 30, 80 << 30) for index in range(4))
 

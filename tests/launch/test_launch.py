@@ -26,7 +26,8 @@ from kvferry.launch.command_socket import ask, command_socket
 from kvferry.launch.host import Host
 from kvferry.launch.plan import Deployment, fit_to_host, plan
 from kvferry.launch.process import ChildState, ChildTimes
-from kvferry.settings.fields import PoolSettings, ServeSettings
+from kvferry.settings.fields import ServeSettings
+from kvferry.settings.pools import PoolSettings
 from kvferry.wire.address import Address
 
 STUBS = str(Path(__file__).parent / "launch_stubs.py")

@@ -17,7 +17,8 @@ from kvferry.launch.plan import Deployment, fit_to_host, plan
 from kvferry.models.config import ModelConfig
 from kvferry.models.latent import LatentConfig
 from kvferry.models.rope import RopeConfig
-from kvferry.settings.fields import PoolSettings, ServeSettings
+from kvferry.settings.fields import ServeSettings
+from kvferry.settings.pools import PoolSettings
 from kvferry.sizing.memory import cache_token_bytes, gpu_reserve_bytes, weight_bytes
 
 from ..checkpoints import write_checkpoint

@@ -19,7 +19,8 @@ from kvferry.launch import LocalLauncher, RayLauncher
 from kvferry.launch.host import Host
 from kvferry.launch.plan import Deployment, fit_to_host, plan
 from kvferry.launch.process import ChildTimes
-from kvferry.settings.fields import PoolSettings, ServeSettings
+from kvferry.settings.fields import ServeSettings
+from kvferry.settings.pools import PoolSettings
 
 from .test_launch import ROUTER, WAIT_S, Recorder, lives, running, until_gone, until_lives
 

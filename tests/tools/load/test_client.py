@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvferry.common.errors import ConfigError
-from kvferry.tools.load.client import main, parse_options, plan_requests, run_bench
+from kvferry.tools.load.client import main, plan_requests, run_bench
+from kvferry.tools.load.options import parse_options
 from kvferry.tools.load.stats import Slo
 
 from ...benchmarks.scripted_server import (

@@ -1,0 +1,159 @@
+"""The endpoints of the API as methods, and their paths. Those that generate hand on to `api/`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from .. import __version__
+from ..models.probes import probe_distance
+from .api.generation import Api
+from .api.middleware import context_of
+from .api.openai_types import Detokenized, Model, ModelList, PoolCounts, Struct, Tokenized
+from .api.reply import Reply
+from .api.schemas import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from .catalogue.version import Version
+from .embeddings.endpoint import embed
+from .messages.surface import MessagesSurface
+from .metrics.metrics import RouterMetrics
+from .responses.kept import KeptResponses
+from .responses.surface import ResponsesSurface
+
+COUNT_PATH = "/v1/messages/count_tokens"
+_PATHS = (
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", COUNT_PATH, "/v1/embeddings",
+    "/v1/models", "/tokenize", "/detokenize", "/live", "/ready", "/health", "/metrics", "/version", "/openapi.json",
+)  # fmt: skip
+_PATHS_OF_DATA = ("/v1/files", "/v1/batches")  # where there is a folder for them
+
+
+class Routes:
+    """The endpoints as methods: each takes the request and gives a response."""
+
+    def __init__(self, api: Api, metrics: RouterMetrics, *, has_data: bool) -> None:
+        """`has_data`: there is a folder for files and batches."""
+        self._api = api
+        self._metrics = metrics
+        paths = _PATHS + _PATHS_OF_DATA * has_data
+        self._root = msgspec.json.encode({"server": "kvferry", "paths": paths})
+        self._kept = KeptResponses(api.clock)
+
+    async def completions(self, request: Request) -> Reply:
+        return await self._api.complete(request)
+
+    async def chat_completions(self, request: Request) -> Reply:
+        return await self._api.chat(request)
+
+    async def responses(self, request: Request) -> Reply:
+        return await self._api.chat(request, ResponsesSurface(self._kept, context_of(request.scope).tenant))
+
+    async def messages(self, request: Request) -> Reply:
+        return await self._api.chat(request, MessagesSurface())
+
+    async def embeddings(self, request: Request) -> Reply:
+        return await embed(self._api, request)
+
+    async def count_messages(self, request: Request) -> Response:
+        num_tokens = await self._api.count_chat(request, MessagesSurface(counts_only=True))
+        return Response(msgspec.json.encode({"input_tokens": num_tokens}), media_type="application/json")
+
+    async def models(self) -> Response:
+        return _json(ModelList(data=[self._model(version) for version in self._api.catalogue.shown()]))
+
+    async def model(self, name: str) -> Response:
+        return _json(self._model(self._api.catalogue.version(name)))
+
+    def _model(self, version: Version) -> Model:
+        model, view = version.model, version.dispatcher.view()
+        hellos = [worker.hello for worker in view.workers]
+        probes = {hello.quantization: hello.probe for hello in hellos}
+        return Model(
+            id=model.name,
+            created=self._api.started_s,
+            root=model.name if version.adapter is None else version.adapter.path,
+            parent=version.parent or None,
+            max_model_len=model.max_model_len,
+            kvferry=PoolCounts(
+                prefill_workers=len(view.ready("prefill")),
+                decode_workers=len(view.ready("decode")),
+                quantization=", ".join(sorted(probes)) if len(probes) > 1 else model.quantization,
+                logprob_distance=probe_distance(probes.values()),
+            ),
+        )
+
+    async def tokenize(self, request: Request) -> Response:
+        prompts = self._api.prompts
+        with self._api.body_room.held() as held:
+            body, version = await self._api.body(request, held, TokenizeBody)
+            ids = await prompts.tokenize(version, body, held.num_bytes)
+        names = await prompts.names(version, ids) if body.return_token_strs else None
+        limit = version.model.max_model_len
+        return _json(Tokenized(count=len(ids), max_model_len=limit, tokens=ids, token_strs=names))
+
+    async def detokenize(self, request: Request) -> Response:
+        with self._api.body_room.held() as held:
+            body, version = await self._api.body(request, held, DetokenizeBody)
+            return _json(Detokenized(prompt=await self._api.prompts.decode(version, body.tokens)))
+
+    async def root(self) -> Response:
+        """List what there is."""
+        return Response(self._root, media_type="application/json")
+
+    async def live(self) -> Response:
+        """The process answers."""
+        return Response(b'{"status":"live"}', media_type="application/json")
+
+    async def ready(self) -> Response:
+        """A request that came now would be answered; 503 and why not otherwise."""
+        reasons = self._api.catalogue.ready()
+        if self._api.in_flight.is_leaving or self._api.in_flight.is_closing:
+            reasons = ["the server is shutting down"]
+        if not reasons:
+            return Response(b'{"status":"ready","reasons":[]}', media_type="application/json")
+        error = {"message": "; ".join(reasons), "type": "server_error", "param": None, "code": "not_ready"}
+        body = msgspec.json.encode({"status": "not ready", "reasons": reasons, "error": error})
+        return Response(body, 503, {"retry-after": "1"}, media_type="application/json")
+
+    async def metrics(self) -> Response:
+        body, media_type = self._metrics.render(self._api.catalogue.views(), num_in_flight=len(self._api.in_flight))
+        return Response(body, media_type=media_type)
+
+    async def version(self) -> Response:
+        return Response(msgspec.json.encode({"version": __version__}), media_type="application/json")
+
+
+def add_routes(app: FastAPI, routes: Routes) -> None:
+    app.add_api_route("/v1/completions", routes.completions, methods=["POST"], openapi_extra=_takes(CompletionBody))
+    app.add_api_route("/v1/chat/completions", routes.chat_completions, methods=["POST"], openapi_extra=_takes(ChatBody))
+    app.add_api_route("/v1/responses", routes.responses, methods=["POST"])
+    app.add_api_route("/v1/messages", routes.messages, methods=["POST"])
+    app.add_api_route("/v1/embeddings", routes.embeddings, methods=["POST"], openapi_extra=_takes(EmbeddingBody))
+    app.add_api_route(COUNT_PATH, routes.count_messages, methods=["POST"])
+    app.add_api_route("/tokenize", routes.tokenize, methods=["POST"], openapi_extra=_takes(TokenizeBody))
+    app.add_api_route("/detokenize", routes.detokenize, methods=["POST"], openapi_extra=_takes(DetokenizeBody))
+    for path, endpoint in (
+        ("/", routes.root),
+        ("/v1/models", routes.models),
+        ("/v1/models/{name:path}", routes.model),
+        ("/live", routes.live),
+        ("/ready", routes.ready),
+        ("/health", routes.ready),
+        ("/metrics", routes.metrics),
+        ("/version", routes.version),
+    ):
+        app.add_api_route(path, endpoint, methods=["GET"])
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)  # some scrapers ask so first
+
+
+def _takes(kind: type[BaseModel]) -> dict[str, Any]:
+    """The body in /openapi.json. It is checked by `schemas.validate`, whose errors are in OpenAI's shape."""
+    schema = kind.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _json(value: Struct) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

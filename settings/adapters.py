@@ -1,0 +1,36 @@
+"""Adapters beside the model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from ..common.config import Settings
+from .option import ALL, ENGINES, FRONTS, Option
+from .values import Count, Texts, check_adapters
+
+
+class AdapterSettings(Settings):
+    """Adapters."""
+
+    enable_lora: Annotated[
+        bool, Option("Adapters", "Serve adapters (LoRA) beside the model, each under a name of its own.", ALL)
+    ] = False
+    lora_modules: Annotated[
+        Annotated[Texts, AfterValidator(check_adapters)],
+        Option("Adapters", "NAME=DIRECTORY of an adapter as peft saves it, served from the start; several.", FRONTS),
+    ] = ()
+    max_loras: Annotated[int, Field(ge=1, le=1024), Option("Adapters", "Adapters in a step at once.", ENGINES)] = 8
+    max_lora_rank: Annotated[
+        int,
+        Field(ge=1, le=256),
+        Option("Adapters", "Largest rank that is served; memory is set aside for it.", ALL),
+    ] = 16
+    max_cpu_loras: Annotated[
+        Count | None, Option("Adapters", "Adapters kept in a worker's host memory. Default: max_loras.", ENGINES)
+    ] = None
+    allow_runtime_lora_updating: Annotated[
+        bool,
+        Option("Adapters", "Let clients load and unload adapters; without it, the admin listener alone does.", FRONTS),
+    ] = False

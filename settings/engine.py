@@ -1,0 +1,102 @@
+"""Settings of what a worker computes with, and of where it keeps KV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, PositiveInt
+
+from ..common.config import Attention, CpuIsa, Device, KVCacheDtype, Settings, SpeculativeConfig
+from .option import ALL, ENGINES, SERVE, Option
+from .values import Count, Share, parse_number, parse_object
+
+
+class EngineSettings(Settings):
+    """A worker's engine."""
+
+    device: Annotated[Device, Option("Engine", "auto: GPUs where there are any.", ENGINES)] = "auto"
+    tensor_parallel_size: Annotated[PositiveInt, Option("Engine", "Ranks of one worker.", ENGINES)] = 1
+    enable_expert_parallel: Annotated[
+        bool,
+        Option("Engine", "Give each rank of a worker whole experts instead of a part of each.", ENGINES),
+    ] = False
+    expert_plan: Annotated[
+        Path | None, Option("Engine", "File that says which ones (kvferry experts plan). Default: even.", ENGINES)
+    ] = None
+    block_size: Annotated[
+        Annotated[Literal[8, 16, 32, 64, 128], BeforeValidator(parse_number)],
+        Option("Engine", "Tokens in a KV block.", ENGINES),
+    ] = 16
+    max_num_seqs: Annotated[Count, Option("Engine", "Sequences in one step.", ENGINES)] = 64
+    max_num_batched_tokens: Annotated[
+        Count | None,
+        Option("Engine", "Tokens in one step. Default: 512 on CPUs; on GPUs 8K (prefill) or 2K (decode).", ENGINES),
+    ] = None
+    gpu_memory_utilization: Annotated[Share, Option("Engine", "Share of a GPU's memory to use.", ENGINES)] = 0.9
+    kv_cache_memory_bytes: Annotated[
+        Count | None, Option("Engine", "KV cache of one rank (2GiB, 512MiB). Default: from free memory.", ENGINES)
+    ] = None
+    swap_space: Annotated[
+        Annotated[int, BeforeValidator(parse_number), Field(ge=0)] | None,
+        Option(
+            "Engine",
+            "Host memory of a decode rank for preempted KV; 0: none. Default: a tenth of the KV cache; on GPUs 4GiB.",
+            (*SERVE, "decode"),
+        ),
+    ] = None
+    host_cache_memory_bytes: Annotated[
+        Annotated[int, BeforeValidator(parse_number), Field(ge=0)] | None,
+        Option(
+            "Engine",
+            "Host memory of a rank for cached KV that its GPU evicts; 0: none. Default: 8GiB, at most a tenth of what "
+            "is free; on CPUs only what --disk-cache-dir needs.",
+            ENGINES,
+        ),
+    ] = None
+    disk_cache_dir: Annotated[
+        Path | None,
+        Option("Engine", "Directory on a local disk for cached KV that host memory evicts. Default: none.", ENGINES),
+    ] = None
+    disk_cache_bytes: Annotated[Count, Option("Engine", "Room that a rank takes there.", ENGINES)] = 10 << 30
+    enable_prefix_caching: Annotated[
+        bool, Option("Engine", "Do not reuse the KV of equal prompt beginnings.", ENGINES)
+    ] = True
+    kv_cache_dtype: Annotated[
+        KVCacheDtype, Option("Engine", "Type of cached keys and values; fp8: half the bytes, on GPUs.", ENGINES)
+    ] = "auto"
+    attention_backend: Annotated[
+        Attention,
+        Option("Engine", "Kernels; flashinfer_fp8: prompts' queries in 8 bits too, over fp8 keys, on Hopper.", ENGINES),
+    ] = "auto"
+    cpu_isa: Annotated[
+        CpuIsa, Option("Engine", "Instruction set of the C++ on CPUs; auto: the processor's best.", ENGINES)
+    ] = "auto"
+    deterministic: Annotated[
+        bool,
+        Option(
+            "Engine",
+            "A request's tokens and log-probabilities are the same to the bit whatever runs beside it, however it is "
+            "cut, cached, moved or resumed. On CPUs alone.",
+            ALL,
+        ),
+    ] = False
+    speculative_config: Annotated[
+        Annotated[SpeculativeConfig, BeforeValidator(parse_object)] | None,
+        Option(
+            "Engine",
+            "Draft tokens and check several in a step; none is another than without. JSON as vLLM takes it: "
+            '{"method": "ngram", "num_speculative_tokens": 5}, or "draft_model" with "model": DIRECTORY. Turns '
+            "deterministic on. On CPUs alone.",
+            ENGINES,
+        ),
+    ] = None
+    enforce_eager: Annotated[
+        bool, Option("Engine", "No CUDA graphs: decode steps launch every kernel from Python.", ENGINES)
+    ] = False
+    num_threads: Annotated[
+        Count | None,
+        Option(
+            "Engine", "CPU threads of a rank. Default: its part of the cores, and the cores of idle workers.", ENGINES
+        ),
+    ] = None

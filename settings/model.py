@@ -1,0 +1,73 @@
+"""Settings of the model that is served, and of how its chats are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from ..common.config import (
+    Dtype,
+    LoadFormat,
+    QuantizationName,
+    ReasoningParserName,
+    Settings,
+    SpecialTokens,
+    ToolParserName,
+)
+from .option import ALL, ENGINES, FRONTS, Option
+from .values import Count, WeightsForms
+
+
+class ModelSettings(Settings):
+    """The model."""
+
+    model: Annotated[
+        str | None,
+        Option(
+            "Model", "Directory in Hugging Face's layout, GGUF file or name on its hub. Without one: the built-in.", ALL
+        ),
+    ] = None
+    revision: Annotated[str | None, Option("Model", "Branch, tag or commit on the hub.", ALL)] = None
+    served_model_name: Annotated[str | None, Option("Model", "The model's name in the API.", ALL)] = None
+    max_model_len: Annotated[
+        Count | None, Option("Model", "Longest prompt plus answer, in tokens. Default: the model's.", ALL)
+    ] = None
+    dtype: Annotated[Dtype, Option("Model", "Type of weights; auto: the checkpoint's.", ENGINES)] = "auto"
+    quantization: Annotated[
+        QuantizationName | None,
+        Option(
+            "Model",
+            "int8, int4: round a plain checkpoint's weights at start; gguf: the built-in model's as its file has them. "
+            "Default: the checkpoint's own.",
+            ALL,
+        ),
+    ] = None
+    mixed_quantization: Annotated[
+        WeightsForms,
+        Option(
+            "Model",
+            "plain, int8, int4: forms of the weights whose workers may exchange KV, as a plain prefill worker and a "
+            "decode worker in int4. Default: all workers have one.",
+            ENGINES,
+        ),
+    ] = ()
+    load_format: Annotated[LoadFormat, Option("Model", "dummy: random weights.", ENGINES)] = "auto"
+    chat_template: Annotated[Path | None, Option("Model", "Jinja file instead of the model's own.", FRONTS)] = None
+    special_tokens_in_messages: Annotated[
+        SpecialTokens,
+        Option(
+            "Model",
+            "What a special token is that a message's text spells: itself, ordinary text, or a reason to refuse it.",
+            FRONTS,
+        ),
+    ] = "allow"
+    enable_auto_tool_choice: Annotated[
+        bool, Option("Model", "Let the model decide whether it calls a tool; off: only where it must.", FRONTS)
+    ] = True
+    tool_call_parser: Annotated[
+        ToolParserName, Option("Model", "Form of the model's tool calls; auto: by the chat template.", FRONTS)
+    ] = "auto"
+    reasoning_parser: Annotated[
+        ReasoningParserName, Option("Model", "Form of the model's reasoning; auto: by the chat template.", FRONTS)
+    ] = "auto"
+    seed: Annotated[int, Option("Model", "Seed of dummy weights and of requests without one.", ALL)] = 0
