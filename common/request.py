@@ -272,6 +272,11 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_uncached_tokens(self) -> int:
+        """Count the known tokens that were not found in a cache, computed by now or not."""
+        return len(self.token_ids) - self.num_cached_tokens
+
+    @property
     def output_token_ids(self) -> list[int]:
         return list(self.token_ids[self.num_prompt_tokens :])
 

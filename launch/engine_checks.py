@@ -14,7 +14,8 @@ from ..models.config import ModelConfig
 from ..models.experts import expert_plan
 from ..models.native import not_in_native
 from ..models.quantization import chosen_quantization
-from ..sizing.memory import RANK_BYTES, cache_token_bytes, item_bytes, weight_bytes
+from ..sizing.memory import RANK_BYTES, cache_token_bytes, weight_bytes
+from ..sizing.weights import item_bytes
 from .host import Host
 from .plan import Deployment
 

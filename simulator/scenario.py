@@ -99,8 +99,7 @@ class Fleet:
     max_model_len: int = 131072
     prefill_tokens: int = 8192  # largest step of a prefill worker
     decode_tokens: int = 2048  # step budget of a decode worker, which cuts it by the time it takes
-    tpot_objective_s: float | None = None  # that decode workers pace local prompts by; None: the scenario's
-    has_objective: bool = True  # False: they pace them by what waits, as where nobody has set one
+    has_objective: bool = True  # decode workers pace local prompts by the scenario's; False: by what waits
     can_change_role: bool = True
     prefix_caching: bool | None = None  # None: where some prefix comes twice
     # RDMA at 80 % of the port; the end of a shipment costs a post, a completion and a notification.

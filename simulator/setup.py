@@ -85,7 +85,7 @@ def worker_spec(scenario: Scenario, block_tokens: int, hashed: bool) -> WorkerSp
         max_model_len=fleet.max_model_len,
         prefill_tokens=fleet.prefill_tokens,
         decode_tokens=fleet.decode_tokens,
-        tpot_objective_s=(fleet.tpot_objective_s or scenario.goals.tpot_s) if fleet.has_objective else None,
+        tpot_objective_s=scenario.goals.tpot_s if fleet.has_objective else None,
         token_bytes=fleet.kv_token_bytes,
         prefix_caching=hashed,
         can_change_role=fleet.can_change_role,

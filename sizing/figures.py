@@ -16,9 +16,10 @@ from ..common.errors import ConfigError
 from ..models.config import ModelConfig
 from .cpu import CpuSteps
 from .hardware import Gpu
-from .memory import cache_token_bytes, item_bytes
+from .memory import cache_token_bytes
 from .shapes import ModelShape, shape_of
 from .steps import Roofline, StepWork, Terms
+from .weights import item_bytes
 from .work import exchanged_bytes
 
 

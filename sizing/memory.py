@@ -9,7 +9,7 @@ from ..common.config import EngineConfig
 from ..kvcache.draft_pages import num_draft_pages
 from ..models.config import ModelConfig
 from ..models.quantization import chosen_quantization
-from .weights import WeightBytes, WeightCounter
+from .weights import ITEM_BYTES, WeightBytes, WeightCounter, item_bytes
 
 # A rank's main memory besides weights and caches: interpreter, torch, buffers of a step. Seen: 250 to 400 MiB.
 RANK_BYTES = 400 << 20
@@ -22,17 +22,11 @@ _EXPERT_ROWS = 4096  # of a step that are sorted by their experts at once: `engi
 # waiting for long.
 GPU_BATCHED_TOKENS = {"prefill": 8192, "decode": 2048}
 _LOGIT_ARRAYS = 4  # of float32 that sampling holds at once: logits, as they were, scaled, probabilities
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
-
-
-def item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
-    """Return the bytes of a weight."""
-    return _ITEM_BYTES[model.dtype if engine.dtype == "auto" else engine.dtype]
 
 
 def cache_item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """Return the bytes of a number in the KV cache."""
-    return item_bytes(engine, model) if engine.kv_cache_dtype == "auto" else _ITEM_BYTES[engine.kv_cache_dtype]
+    return item_bytes(engine, model) if engine.kv_cache_dtype == "auto" else ITEM_BYTES[engine.kv_cache_dtype]
 
 
 def draft_models(engine: EngineConfig) -> list[ModelConfig]:
@@ -53,8 +47,7 @@ def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:
 
     Raises ConfigError for a quantization that does not go with the checkpoint.
     """
-    counters = [WeightCounter(engine, draft, None, 1, item_bytes(engine, draft)) for draft in draft_models(engine)]
-    drafts = sum(counter.count().total for counter in counters)
+    drafts = sum(WeightCounter(engine, draft, None, 1).count().total for draft in draft_models(engine))
     return drafts + rank_weights(engine, model).total + adapter_bytes(engine, model)
 
 
@@ -62,9 +55,8 @@ def adapter_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """Count the bytes of one rank's slots for adapters; each has room for the largest rank in every linear."""
     if not engine.enable_lora:
         return 0
-    size = item_bytes(engine, model)
-    counter = WeightCounter(engine, model, None, engine.tensor_parallel_size, size)
-    return engine.max_loras * engine.max_lora_rank * size * counter.adapted_sizes()
+    counter = WeightCounter(engine, model, None, engine.tensor_parallel_size)
+    return engine.max_loras * engine.max_lora_rank * item_bytes(engine, model) * counter.adapted_sizes()
 
 
 def rank_weights(engine: EngineConfig, model: ModelConfig, *, has_float8: bool = False) -> WeightBytes:
@@ -73,8 +65,7 @@ def rank_weights(engine: EngineConfig, model: ModelConfig, *, has_float8: bool =
     Raises ConfigError as `weight_bytes` does.
     """
     quantization = chosen_quantization(model.quantization, engine.quantization)
-    size, num_ranks = item_bytes(engine, model), engine.tensor_parallel_size
-    return WeightCounter(engine, model, quantization, num_ranks, size, has_float8=has_float8).count()
+    return WeightCounter(engine, model, quantization, engine.tensor_parallel_size, has_float8=has_float8).count()
 
 
 def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> int:
@@ -87,5 +78,5 @@ def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int)
         inner = 3 * experts.intermediate_size // engine.tensor_parallel_size
         rows = min(num_tokens, _EXPERT_ROWS) * experts.num_chosen
         activations += rows * (3 * model.hidden_size + inner) * item_bytes(engine, model)
-    logits = _LOGIT_ARRAYS * engine.max_num_seqs * model.vocab_size * _ITEM_BYTES["float32"]
+    logits = _LOGIT_ARRAYS * engine.max_num_seqs * model.vocab_size * ITEM_BYTES["float32"]
     return _GPU_BASE_BYTES + activations + logits

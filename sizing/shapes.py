@@ -14,7 +14,8 @@ from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..models.config import ModelConfig
 from .hardware import Gpu
-from .memory import RANK_BYTES, cache_token_bytes, gpu_reserve_bytes, item_bytes, rank_weights
+from .memory import RANK_BYTES, cache_token_bytes, gpu_reserve_bytes, rank_weights
+from .weights import item_bytes
 from .work import (
     count_params,
     exchanged_bytes,

@@ -23,7 +23,7 @@ from ..models.experts import expert_plan
 from ..models.native import not_in_native
 from ..models.quantization import MXFP4_GROUP, TIED_HEAD, Form, Quantization
 
-_FLOAT32_BYTES = 4
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 _TILE_OUTPUTS, _TILE_INPUTS = 64, 32  # of a CPU's tiles: engine/cpu/native/tiles.hpp
 _GROUP_UNIT = 8  # inputs to which a group is padded there: engine/cpu/native/integer_tiles.hpp
 
@@ -56,6 +56,11 @@ class WeightBytes(NamedTuple):
     experts: int  # routed ones
 
 
+def item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """Return the bytes of a weight."""
+    return ITEM_BYTES[model.dtype if engine.dtype == "auto" else engine.dtype]
+
+
 def is_expert(name: str) -> bool:
     """Tell whether a tensor is a routed expert's."""
     return ".experts." in name
@@ -66,7 +71,7 @@ def _is_gate(name: str) -> bool:
 
 
 class WeightCounter:
-    """Counts one rank's weights of one model, in numbers of `item_bytes`."""
+    """Counts one rank's weights of one model."""
 
     def __init__(
         self,
@@ -74,15 +79,14 @@ class WeightCounter:
         model: ModelConfig,
         quantization: Quantization | None,
         num_ranks: int,
-        item_bytes: int,
         *,
         has_float8: bool = False,
     ) -> None:
         """`has_float8`: its GPU multiplies by 8-bit floats."""
         self._engine, self._model, self._num_ranks = engine, model, num_ranks
-        self._item_bytes = item_bytes
+        self._item_bytes = item_bytes(engine, model)
         self._on_gpu = engine.device == "cuda"
-        is_float32 = item_bytes == _FLOAT32_BYTES
+        is_float32 = self._item_bytes == ITEM_BYTES["float32"]
         self._has_tiles = not (self._on_gpu or not_in_native(model, quantization, is_float32=is_float32))
         self._quantization = quantization if self._on_gpu or self._has_tiles else None
         self._has_float8 = self._on_gpu and has_float8
@@ -125,7 +129,7 @@ class WeightCounter:
     def _gate_bytes(self, shape: tuple[int, ...]) -> int:
         if self._has_tiles and len(shape) == 2:
             return self._plain_bytes(_Matrix((), *shape))
-        return math.prod(shape) * _FLOAT32_BYTES
+        return math.prod(shape) * ITEM_BYTES["float32"]
 
     def _rank_size(self, name: str, size: int) -> int:
         """Return the numbers of a vector that a rank has; 0 of a gate's, which are counted beside its matrix."""

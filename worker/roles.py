@@ -95,8 +95,7 @@ class RolePair:
         decode = self.decode.scheduler
         if not decode.num_running:
             return MAX_STEP_S
-        prompts = [prompt.seq for prompt in self.prefill.scheduler.prompts]
-        tokens = sum(seq.num_tokens - seq.num_cached_tokens for seq in prompts)
+        tokens = sum(prompt.seq.num_uncached_tokens for prompt in self.prefill.scheduler.prompts)
         return min(MAX_STEP_S, decode.pace.room_s(decode.num_running, tokens))
 
     def begin_step(self, batch: Batch) -> None:

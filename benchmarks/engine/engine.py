@@ -40,7 +40,7 @@ from kvferry.models.config import ModelConfig
 from kvferry.models.default import default_model_dir
 from kvferry.settings.fields import ServeSettings
 from kvferry.settings.pools import PoolSettings
-from kvferry.sizing.memory import item_bytes
+from kvferry.sizing.weights import item_bytes
 from kvferry.tools.load.cores import CoreWatch
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.plot import check_plot_path

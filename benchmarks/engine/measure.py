@@ -16,7 +16,7 @@ from kvferry.benchmarks.engine.load import LoadedEngine
 from kvferry.benchmarks.engine.report import Case, max_ratio
 from kvferry.benchmarks.gpu.timing import gpu_busy_s
 from kvferry.benchmarks.shared.floors import Rates, decode_work, prefill_work
-from kvferry.sizing.memory import item_bytes
+from kvferry.sizing.weights import item_bytes
 
 _PROFILED_STEPS = 16
 

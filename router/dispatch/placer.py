@@ -83,8 +83,7 @@ class Placer:
         view: PoolView | None = self._pools.picture(now_s)
         claimed, passed = frozenset[int](), set[TrackedRequest]()
         if self._policy.predicts:
-            num_workers = self._pools.num_ready("prefill") or self._pools.num_ready("decode")
-            rate = self._admission.forecast.work_rate(num_workers)
+            rate = self._admission.forecast.work_rate(self._pools.num_computing)
             self._in_flight.queue.triage(now_s, rate, self._admission.arrivals)
         queue = self._in_flight.queue
         while len(queue) > len(passed) and (
@@ -93,12 +92,13 @@ class Placer:
             for tracked in next_ones:
                 if tracked.request.status is not RequestStatus.QUEUED or self.is_too_late(tracked, now_s):
                     continue  # placing an earlier one has ended it, or it ends now
-                behind = self._tokens_behind(tracked)
-                demand = tracked.search.demand(self._pools, claimed, now_s, tokens_behind=behind)
+                queued = self._tokens_behind(tracked)
+                demand = tracked.search.demand(self._pools, claimed, now_s, tokens_behind=queued)
                 view = view or self._pools.picture(now_s)
                 answer = self._policy.place(view, demand)
                 if isinstance(answer, Placement):
                     seen = candidates(self._policy, view, demand) if self._is_explained(tracked) else ()
+                    behind = demand.local_tokens_behind
                     self._place(tracked, answer, now_s, decided_by=self._policy.name, seen=seen, tokens_behind=behind)
                     view = None
                     continue
@@ -164,6 +164,7 @@ class Placer:
             now_s,
             prediction=placement.prediction,
             fetch=fetch_from(self._pools, tracked.request, placement.fetch_from, computing),
+            tokens_behind=tokens_behind,
             whole_prompt_on=tracked.search.whole_prompt_on,
         )
         tracked.begin(attempt)
@@ -171,7 +172,7 @@ class Placer:
             if placement.reason.is_fallback:
                 self._note_fallback(tracked, decode, placement.reason, now_s)
             self._prefix_homes.note_local(tracked.request, decode)
-            tracked.run_locally(now_s, tokens_behind=None if self._pools.num_ready("prefill") else tokens_behind)
+            tracked.run_locally(now_s)
             return
         attempt.decode_retains = self._prefix_homes.decode_retains(tracked.request, computing, decode)
         queue_if_full = tracked.search.queue_if_full(now_s)
@@ -180,7 +181,7 @@ class Placer:
     def _tokens_behind(self, tracked: TrackedRequest) -> int:
         """Return the tokens of other prompts, as urgent as this one, by worker of the pool that computes prompts."""
         others = self._in_flight.queue.tokens_up_to(tracked.request.priority) - tracked.request.num_prompt_tokens
-        return others // max(1, self._pools.num_ready("prefill") or self._pools.num_ready("decode"))
+        return others // max(1, self._pools.num_computing)
 
     def _note_decision(
         self, request: RouterRequest, placement: Placement, now_s: float, decided_by: str, seen: tuple[Candidate, ...]

@@ -91,8 +91,9 @@ class SloPolicy:
         if self._is_better_off_waiting(best, demand):
             return Wait(Lack.DECODE_ROOM)
         if usable and best.prefill is None and best.decode.num_running:
-            has_room = any(one.prefill is not None for one in candidates)
-            if self._comes_late(best, demand) or not (has_room or self._is_before_its_turn(best, view, demand, usable)):
+            is_only_way = all(one.prefill is None for one in candidates)
+            has_turn = is_only_way and self._has_sooner_turn(best, view, demand, usable)
+            if has_turn or self._comes_late(best, demand):
                 return Wait(Lack.PREFILL_ROOM)
         return self._placement(best, prefills, demand)
 
@@ -174,8 +175,7 @@ class SloPolicy:
         for decode in roomy:
             tpot_s = self._estimates.tpot_s(decode, demand)
             if self._may_prefill_locally:
-                behind = None if prefills else demand.tokens_behind
-                local = self._estimates.local(decode, demand, tpot_s, sources, behind)
+                local = self._estimates.local(decode, demand, tpot_s, sources)
                 if local is not None and (local.prefill_s or not prefills):
                     yield local
             paths = set[str]()
@@ -215,19 +215,16 @@ class SloPolicy:
         patience_s = _DEFAULT_PATIENCE_S if demand.ttft_limit_s is None else _PATIENCE * demand.ttft_limit_s
         return demand.waited_s < patience_s
 
-    def _is_before_its_turn(
-        self, one: SloCandidate, view: PoolView, demand: Demand, prefills: list[WorkerView]
-    ) -> bool:
-        """Return whether a prompt beside streams is done sooner than if all that wait had it of prefill workers.
+    def _has_sooner_turn(self, one: SloCandidate, view: PoolView, demand: Demand, prefills: list[WorkerView]) -> bool:
+        """Return whether prefill workers would have done all that wait, and this prompt, sooner than streams let it.
 
         Where there is an objective, it says what is soon enough.
         """
         if demand.ttft_limit_s is not None:
-            return True
+            return False
         estimates = [self._estimates.prefill(worker, demand, [], view.now_s) for worker in prefills]
-        return one.ttft_s < min(
-            found.wait_s + (1 + demand.tokens_behind / demand.num_prompt_tokens) * found.seconds for found in estimates
-        )
+        prompts = 1 + demand.tokens_behind / demand.num_prompt_tokens  # as long as this one
+        return one.ttft_s >= min(found.wait_s + prompts * found.seconds for found in estimates)
 
     def _placement(self, one: SloCandidate, prefills: list[WorkerView], demand: Demand) -> Placement:
         prediction = Prediction(one.ttft_s, one.tpot_s, one.prefill_s, one.wait_s, one.cached_tokens, one.bare_s)

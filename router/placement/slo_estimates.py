@@ -112,12 +112,9 @@ class SloEstimates:
         )
 
     def local(
-        self, decode: WorkerView, demand: Demand, tpot_s: float, sources: list[WorkerView], tokens_behind: int | None
+        self, decode: WorkerView, demand: Demand, tpot_s: float, sources: list[WorkerView]
     ) -> SloCandidate | None:
-        """The decode worker computes the prompt: at once if it is idle, else in what its steps have left.
-
-        `tokens_behind`: of other prompts that wait for it; None: for prefill workers.
-        """
+        """The decode worker computes the prompt: at once if it is idle, else in what its steps have left."""
         alone_s, fetch = self.prefill_s(decode, demand, sources)
         cached = cached_tokens(decode, demand) + (fetch.tokens if fetch is not None else 0)
         uncached = max(1, demand.num_prompt_tokens - cached)
@@ -126,8 +123,8 @@ class SloEstimates:
         budget = decode.hello.max_num_batched_tokens
         if decode.num_running and alone_s:
             waiting_s = 0.0
-            if tokens_behind is not None:
-                waiting_s = decode.backlog_s + alone_s * (1 + tokens_behind / uncached)
+            if demand.local_tokens_behind is not None:
+                waiting_s = decode.backlog_s + alone_s * (1 + demand.local_tokens_behind / uncached)
             limit_s = longest_step_s(demand.objectives.tpot_s, step_s, waiting_s)
             tokens = self._predictor.chunk_tokens(
                 decode.session, decode.num_running, decode.context, demand.num_prompt_tokens // 2, limit_s

@@ -61,6 +61,7 @@ class Attempt:
     placed_s: float
     prediction: Prediction | None = None  # what the policy expects of this placement
     fetch: FetchFrom | None = None  # what whoever computes the prompt reads from another worker
+    tokens_behind: int | None = None  # of others that wait in the queue for `decode`; None: for prefill workers
     decode_retains: bool | None = None  # which worker caches the prompt's KV for others; None: both do
     whole_prompt_on: int | None = None  # the prefill session that has cached the whole prompt in an earlier attempt
     prefill: RouterWorker | None = None  # None: the decode worker computes the prompt
@@ -181,11 +182,8 @@ class Attempt:
         )
         self.decode.link.send(message)
 
-    def run_locally(self, now_s: float, tokens_behind: int | None = None) -> None:
-        """Let the decode worker compute the prompt: at once, or where it answers a ReserveKV that it can as well.
-
-        `tokens_behind`: of other prompts that wait in the queue for this worker; None: for prefill workers.
-        """
+    def run_locally(self, now_s: float) -> None:
+        """Let the decode worker compute the prompt: at once, or where it answers a ReserveKV that it can as well."""
         self.return_credit()
         self.prefill = None
         self.request.prefill_worker = self.embedder.worker_id if self.embedder is not None else None
@@ -195,7 +193,7 @@ class Attempt:
         self._note_task(now_s)
         spec, pooling = self.request.spec(self._remaining_s(now_s)), self.request.pooling
         if pooling is None:
-            self.decode.link.send(LocalTask(spec=spec, fetch=self.fetch, tokens_behind=tokens_behind))
+            self.decode.link.send(LocalTask(spec=spec, fetch=self.fetch, tokens_behind=self.tokens_behind))
         else:
             self.decode.link.send(EmbedTask(spec=spec, pooling=pooling, fetch=self.fetch))
 

@@ -95,8 +95,14 @@ class Demand:
     expected_output: int = 0  # tokens of each choice
     adapter: AdapterUse | None = None
     tokens_behind: int = 0  # of other prompts that wait, for each worker of the pool that computes prompts
+    has_prefill_pool: bool = False  # that pool is the prefill workers', not the decode workers'
     is_embedding: bool = False  # it ends with its prompt: one worker of either role is all that it needs
     may_miss: bool = False  # its first token comes too late whatever is done, or it has got one: no hurry for it
+
+    @property
+    def local_tokens_behind(self) -> int | None:
+        """Return those that wait for each decode worker; None: they wait for prefill workers."""
+        return None if self.has_prefill_pool else self.tokens_behind
 
     def load_s(self, loaded: Collection[str]) -> float:
         """Return how long its adapter takes to load where these are; 0 where it is one of them, or there is none."""

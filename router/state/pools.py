@@ -117,6 +117,11 @@ class Pools:
         """Return the number of ready workers in the latest picture."""
         return len(self._order[role])
 
+    @property
+    def num_computing(self) -> int:
+        """Return the number of ready workers of the pool that computes prompts: decode workers where it has none."""
+        return self.num_ready("prefill") or self.num_ready("decode")
+
     def on_status(self, worker: RouterWorker, status: WorkerStatus, now_s: float) -> bool:
         """A heartbeat. True if a request that has found no room may find some now."""
         before, has_refused = self._views.get(worker.link.number), worker.has_refused

@@ -71,6 +71,7 @@ class Search:
             expected_output=pools.predictor.expected_output(request.sampling.max_tokens),
             adapter=request.adapter,
             tokens_behind=tokens_behind,
+            has_prefill_pool=pools.num_ready("prefill") > 0,
             is_embedding=request.pooling is not None,
             may_miss=request.is_resume or (limit_s is not None and waited_s + self.fastest_s > limit_s),
         )

@@ -69,10 +69,10 @@ class TrackedRequest:
         self.attempt = attempt
         self.event_s = attempt.placed_s
 
-    def run_locally(self, now_s: float, *, tokens_behind: int | None = None) -> None:
-        """Let the attempt's decode worker compute the prompt; `tokens_behind` as the attempt takes it."""
+    def run_locally(self, now_s: float) -> None:
+        """Let the attempt's decode worker compute the prompt."""
         assert self.attempt is not None
-        self.attempt.run_locally(now_s, tokens_behind)
+        self.attempt.run_locally(now_s)
         self.search.end()
 
     def send_task(self, now_s: float, other: RouterWorker | None = None) -> None:

@@ -18,7 +18,7 @@ public:
     // Fewer tokens make too few panels for so many threads to end together.
     static long least(int threads) { return std::max(kPanelRows, 3 * threads * kLeastPanelRows); }
 
-    // `few`: finishes a step of which few tokens are wanted.
+    // `few`: finishes a step, of which few tokens are wanted as a rule.
     ManyTokens(Workspace& workspace, Stages& stages, Threads& threads, FewTokens& few)
         : w_(workspace), stages_(stages), threads_(threads), few_(few), panels_taken_(workspace.layers.size()) {}
 
@@ -30,7 +30,7 @@ public:
             if (w_.layers[index].experts == nullptr || index + 1 == w_.layers.size()) continue;
             finish_sparse(w_.layers[index], w_.residual(0), w_.attended_rows(step));
         }
-        finish_last(step);
+        threads_.run([&](Team::Member& by) { few_.finish_last(step, by); });
     }
 
 private:
@@ -47,7 +47,6 @@ private:
             first += size;
         }
         for (Counter& taken : panels_taken_) taken.reset();
-        last_taken_.reset();
     }
 
     // Ends with the layer's attention, or, in the last layer, with K and V alone: attention there is of the wanted tokens.
@@ -99,36 +98,10 @@ private:
         });
     }
 
-    // The last layer from attention on, for the wanted tokens alone.
-    void finish_last(const Step& step) {
-        const Layer& layer = w_.layers.back();
-        if (step.num_wanted <= kPanelRows) {
-            threads_.run([&](Team::Member& by) { few_.finish_last(step, by); });
-        } else if (layer.experts != nullptr) {
-            threads_.run([&](Team::Member& by) { stages_.gather_last(step, by); });
-            finish_sparse(layer, step.hidden, w_.last_attended_rows(step));
-        } else {
-            threads_.run([&](Team::Member& by) { finish_last_panels(step, by); });
-        }
-    }
-
-    void finish_last_panels(const Step& step, Team::Member& by) {
-        stages_.gather_last(step, by);
-        by.meet();
-        Panel& panel = w_.own(by).panel;
-        Alone alone;
-        last_taken_.take((step.num_wanted + kPanelRows - 1) / kPanelRows, [&](long i) {
-            const long first = i * kPanelRows;
-            const Rows last = w_.last_attended_rows(step).from(first, std::min(kPanelRows, step.num_wanted - first));
-            w_.math.finish(w_.layers.back(), step.hidden + first * w_.strides.hidden, last, panel, panel, alone);
-        });
-    }
-
     Workspace& w_;
     Stages& stages_;
     Threads& threads_;
     FewTokens& few_;
     std::vector<Range> panels_;           // of the step's tokens
     std::vector<Counter> panels_taken_;  // in each layer
-    Counter last_taken_;
 };
