@@ -19,8 +19,11 @@ from typer.core import TyperGroup
 _PROGRAMS = {
     "bench": ("tools.load.client", "Measure a running server: TTFT, TPOT and goodput under load."),
     "chaos": ("tools.chaos.command", "Kill workers of a deployment of its own under load; fails if anything is lost."),
-    "simulate": ("simulator.command", "Simulate a fleet under a trace: goodput, latencies, GPUs, cost."),
-    "size": ("simulator.size", "Size a model on given hardware: memory, step times, GPUs, cost, and what binds each."),
+    "simulate": ("simulator.commands.simulate", "Simulate a fleet under a trace: goodput, latencies, GPUs, cost."),
+    "size": (
+        "simulator.commands.size",
+        "Size a model on given hardware: memory, step times, GPUs, cost, and what binds each.",
+    ),
 }
 _OWN = ("help",)  # of argparse; typer has its own
 

@@ -9,7 +9,7 @@ with the step that runs. With `jumps=False` every step is an event of its own, w
 it takes to simulate.
 
 With host memory below the device a step begins with copies, which take their time; a jump ends where a step may copy.
-Where tokens are drafted no two steps are alike, and none is jumped over.
+Where tokens are drafted no two steps are alike, and none is jumped over; a draft model's part of a step is in its time.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from random import Random
 from ..common.batch import Batch, RowOutput, StepOutput
 from ..common.request import Sequence
 from ..engine.loop import StepFigures
-from ..sizing.steps import StepModel, StepWork
+from ..sizing.steps import StepWork
 from ..wire.workers import StepSample
 from ..worker.core import WorkerCore
+from .costs.drafting import draft_s
 from .jobs import TOKEN, Job, yielded
 from .jump import Step, work_of
 from .kernel import Kernel
+from .setup import WorkerSpec
 
 _MAX_JUMP = 1 << 16
 _EVERY_DECODE_STEP = 8
@@ -41,25 +43,21 @@ class Engine:
         self,
         kernel: Kernel,
         core: WorkerCore,
-        model: StepModel,
+        spec: WorkerSpec,
         jobs: Mapping[str, Job],
         random: Random,
         tell_early: Callable[[list[Sequence]], None],
-        *,
-        copy_s: float,
-        jumps: bool,
     ) -> None:
         self._kernel = kernel
         self._core = core
         self._scheduler = core.decode.scheduler
         self._pool = core.pool
         self._cache = core.cache
-        self._copy_s = copy_s  # of one block
-        self._model = model
+        self._spec = spec
+        self._model = spec.steps
         self._jobs = jobs
         self._random = random
         self._tell_early = tell_early
-        self._jumps = jumps
         self._step: Step | None = None
         self._is_waking = False
         self._scene: tuple[int, ...] = ()
@@ -107,14 +105,15 @@ class Engine:
     def _start(self, batch: Batch, start_s: float) -> None:
         work = work_of(batch)
         num_steps = most_steps = self._steps_to_jump(batch, work)
-        swap_s = (len(batch.swap_out) + len(batch.swap_in)) * self._copy_s
+        swap_s = (len(batch.swap_out) + len(batch.swap_in)) * self._spec.copy_s
         first_s, slope_s = self._model.step_s(work) if batch.rows else 0.0, 0.0
         if num_steps > 1:
             first_s, slope_s = self._model.run(work.decode_rows, work.decode_context)
         factor = self._draw(num_steps)
-        first_s = first_s * factor + swap_s
+        drafting_s = draft_s(batch, self._model, self._spec.draft_share) * factor
+        first_s = first_s * factor + swap_s + drafting_s
         size = self._pool.block_size
-        step = Step(batch, work, start_s, num_steps, most_steps, first_s, slope_s * factor, size, swap_s)
+        step = Step(batch, work, start_s, num_steps, most_steps, first_s, slope_s * factor, size, swap_s, drafting_s)
         self._step = step
         if num_steps > 1:
             step.num_steps = num_steps = self._steps_with_blocks(step)
@@ -153,7 +152,7 @@ class Engine:
         self._last = (last_s, num_tokens)
         self.busy_s += step.seconds(num_steps)
         self._step = None
-        self._core.complete(step.batch, StepOutput(rows, last_s, num_tokens, step.swap_s))
+        self._core.complete(step.batch, StepOutput(rows, last_s, num_tokens, step.swap_s, step.draft_s))
 
     def _tell_first(self, step: Step, fresh: list[Sequence]) -> None:
         """The first step of a jump is over: the first tokens that were decoded in it leave."""
@@ -169,7 +168,7 @@ class Engine:
 
     def _steps_to_jump(self, batch: Batch, work: StepWork) -> int:
         """Count the steps that pass before anything but their number changes."""
-        if not self._jumps or self._scheduler.speculation is not None:
+        if not self._spec.jumps or self._scheduler.speculation is not None:
             return 1
         if work.prefill_tokens or batch.block_copies or batch.swap_out or batch.swap_in:
             return 1

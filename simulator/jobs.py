@@ -14,7 +14,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from ..common.batch import BatchRow, RowOutput, Run, verified_output
-from ..common.request import RequestId, RequestSpec, SampledToken, SamplingParams
+from ..common.request import Pooling, RequestId, RequestSpec, SampledToken, SamplingParams
 from ..common.request import Sequence as TokenSequence
 from ..router.state.adapter_use import AdapterUse
 from ..router.state.choice_state import ChoiceState
@@ -28,6 +28,7 @@ TOKEN = SampledToken(0)
 END = SampledToken(1)  # the last token of an answer
 END_IDS = frozenset({END.token_id})
 _WRONG = 2  # a token that no answer has
+_STATE = array("f", [1.0]).tobytes()  # a hidden state
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +38,7 @@ class Job:
     number: int
     arrival_s: float
     num_prompt_tokens: int
-    num_output_tokens: int
+    num_output_tokens: int  # 0: the prompt's embedding is wanted
     block_hashes: list[bytes]  # of the prompt's and the answer's full blocks
     adapter: AdapterUse | None = None
 
@@ -57,7 +58,7 @@ def next_tokens(job: Job, num_known: int, count: int) -> Run:
 def yielded(row: BatchRow, job: Job, num_steps: int) -> RowOutput:
     """Return what so many equal steps yield in a row of the job; of a draft what is right and the token behind it."""
     if not row.samples:
-        return RowOutput(())
+        return RowOutput((), pooled=_STATE if row.pooled_tokens else b"")
     num_known = len(row.seq.token_ids)
     if not row.draft:
         return RowOutput((next_tokens(job, num_known, num_steps),))
@@ -160,6 +161,7 @@ def make_request(job: Job, max_tokens: int, block_tokens: int) -> SimRequest:
         prompt_token_ids=range(job.num_prompt_tokens),
         sampling=_sampling(max(max_tokens, job.num_output_tokens)),
         adapter=job.adapter,
+        pooling=None if job.num_output_tokens else Pooling.LAST,
     )
     request.block_hashes = job.block_hashes[: job.num_prompt_tokens // block_tokens]
     return request

@@ -24,6 +24,7 @@ class Step:
     slope_s: float  # each later one takes so much more than the one before it
     block_tokens: int
     swap_s: float = 0.0  # of a single step, for copies from and to host memory
+    draft_s: float = 0.0  # of a single step, that a draft model takes
     done: int = 0
     grows_s: float = 0.0  # when the next block is taken
     sampled: int = 0  # of the jump's steps, those that samples were taken of

@@ -44,7 +44,7 @@ def bound(scenario: Scenario, *, share: float = 0.9) -> Bound:
         prefill_s = _prompt_s(steps, row.num_prompt_tokens, hit, fleet.prefill_tokens)
         context = row.num_prompt_tokens + row.num_output_tokens / 2
         token_s = _token_s(steps, context, scenario.goals.tpot_s, min(fleet.max_num_seqs, kv_tokens / context))
-        costs.append((prefill_s, (row.num_output_tokens - 1) * token_s))
+        costs.append((prefill_s, max(0, row.num_output_tokens - 1) * token_s))
     served = sorted(costs, key=sum)[: max(1, round(share * len(costs)))]
     prefill_s, decode_s = (sum(cost[part] for cost in served) / len(served) for part in (0, 1))
     goodput = fleet.num_workers / (prefill_s + decode_s)

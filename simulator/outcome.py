@@ -27,6 +27,7 @@ class RequestOutcome(NamedTuple):
     num_cached_tokens: int = 0
     num_attempts: int = 1
     is_local: bool = False  # the decode worker computed its prompt
+    is_embedding: bool = False  # its first token is its embedding
     error: str = ""
 
     def is_good(self, goals: Goals) -> bool:
@@ -115,7 +116,11 @@ class Outcome:
 
     @property
     def ttft_ms(self) -> Distribution:
-        return describe(r.ttft_s * 1e3 for r in self.requests if r.ttft_s is not None)
+        return describe(r.ttft_s * 1e3 for r in self.requests if r.ttft_s is not None and not r.is_embedding)
+
+    @property
+    def embedding_ms(self) -> Distribution:
+        return describe(r.ttft_s * 1e3 for r in self.requests if r.ttft_s is not None and r.is_embedding)
 
     @property
     def tpot_ms(self) -> Distribution:

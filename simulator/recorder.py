@@ -92,6 +92,7 @@ class Recorder(NullObserver):
             num_cached_tokens=request.num_cached_tokens,
             num_attempts=request.attempt_number + 1,
             is_local=request.prefill_worker is None,
+            is_embedding=request.pooling is not None,
             error=error,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
@@ -51,7 +52,8 @@ class Traffic:
     length_scale: float = 1.0
     spikes: tuple[Spike, ...] = ()
     day: Day | None = None
-    seed: int = 0  # of Poisson arrivals
+    embedding_share: float = 0.0  # of the requests, drawn at random, that want their prompt's embedding and no answer
+    seed: int = 0  # of what is drawn: Poisson arrivals, adapters, embeddings
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,14 +72,20 @@ class Drafts:
 
     acceptance: float  # the share of drafted tokens that are right, those before them being right
     num_tokens: int = 5  # of one sequence and step, at most
+    # What a draft model's steps take of the served model's, its keys and values of a token likewise. 0: there is none,
+    # and drafts cost nothing to make.
+    model_share: float = 0.0
 
     @property
     def config(self) -> SpeculativeConfig:
         """Return what workers are told. Raises ConfigError."""
         if not 0 < self.acceptance <= 1:
             raise ConfigError(f"draft_acceptance = {self.acceptance:g} is no share: more than 0, and 1 at most")
+        if not 0 <= self.model_share < 1:
+            raise ConfigError(f"draft_model_share = {self.model_share:g}: a draft model takes less than the model does")
+        method, model = ("draft_model", Path(".")) if self.model_share else ("ngram", None)
         try:
-            return SpeculativeConfig(method="ngram", num_speculative_tokens=self.num_tokens)
+            return SpeculativeConfig(method=method, model=model, num_speculative_tokens=self.num_tokens)
         except ValidationError as error:
             raise ConfigError(f"num_speculative_tokens: {error.errors()[0]['msg']}") from None
 
@@ -133,7 +141,7 @@ class Fleet:
         model = self.step_model()
         if not isinstance(model, Roofline):
             raise ConfigError("num_blocks: a measured step model says nothing about memory")
-        return model.num_blocks(block_tokens)
+        return int(model.num_blocks(block_tokens) / (1 + self.draft_share))
 
     @property
     def host_bytes_per_s(self) -> float:
@@ -142,7 +150,14 @@ class Fleet:
 
     @property
     def kv_token_bytes(self) -> int:
-        return self.shape.kv_bytes_per_token if self.token_bytes is None else self.token_bytes
+        """Return the bytes of a token's keys and values, those of a draft model among them."""
+        own = self.shape.kv_bytes_per_token if self.token_bytes is None else self.token_bytes
+        return round(own * (1 + self.draft_share))
+
+    @property
+    def draft_share(self) -> float:
+        """Return what a draft model takes of what the model does."""
+        return self.drafts.model_share if self.drafts is not None else 0.0
 
     @property
     def usd_per_hour(self) -> float | None:

@@ -40,6 +40,7 @@ class WorkerSpec:
     jumps: bool
     adapters: Adapters
     drafts: Drafts | None
+    draft_share: float
 
 
 def router_config(scenario: Scenario) -> RouterConfig:
@@ -93,6 +94,7 @@ def worker_spec(scenario: Scenario, block_tokens: int, hashed: bool) -> WorkerSp
         jumps=scenario.jumps,
         adapters=fleet.adapters,
         drafts=fleet.drafts,
+        draft_share=fleet.draft_share,
     )
 
 

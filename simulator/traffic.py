@@ -59,16 +59,19 @@ def mean_rate(rows: tuple[TraceRow, ...]) -> float:
 
 
 def arrivals(traffic: Traffic) -> Iterator[tuple[float, TraceRow]]:
-    """Requests in order of arrival."""
+    """Requests in order of arrival; one without output tokens wants an embedding."""
+    if not 0 <= traffic.embedding_share <= 1:
+        raise ConfigError(f"embedding_share = {traffic.embedding_share:g} is no share: from 0 to 1")
     rows = rows_of(traffic)
     wanted = len(rows) if traffic.num_requests is None else traffic.num_requests
     rate = mean_rate(rows[:wanted])  # of what is run: a recording's first minutes may be slower than the rest
     wished = rate if traffic.rate_per_s is None else traffic.rate_per_s
     gaps = _poisson(wished, traffic.seed) if traffic.arrivals == "poisson" else _recorded(rows, rate / wished)
-    now_s = 0.0
+    now_s, embeds = 0.0, Random(f"embeddings {traffic.seed}")
     for _, gap_s, row in zip(range(wanted), gaps, _repeated(rows), strict=False):
         now_s += gap_s / _intensity(traffic, now_s)
-        yield now_s, row
+        is_embedding = traffic.embedding_share > embeds.random()
+        yield now_s, replace(row, num_output_tokens=0) if is_embedding else row
 
 
 def _poisson(rate: float, seed: int) -> Iterator[float]:

@@ -72,9 +72,7 @@ class SimWorker:
         self.core = self._make_core(role)
         self.core.roles.learn(calibration(spec))
         random = Random(f"{world.scenario.seed}/{worker_id}/{life}")
-        self.engine = Engine(
-            kernel, self.core, spec.steps, world.jobs, random, self._tell_early, copy_s=spec.copy_s, jumps=spec.jumps
-        )
+        self.engine = Engine(kernel, self.core, spec, world.jobs, random, self._tell_early)
         self._held = HeldTokens()
         self._num_announced = 0
         self._tick_version = 0

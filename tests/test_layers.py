@@ -74,7 +74,8 @@ tools/load           common
 tools/chaos          common models tools/load
 simulator            common wire kvcache engine transfer/protocol transfer/send decode worker
 simulator            router/state router/placement router/dispatch router/autoscaler tools/load simulator/costs
-simulator            models sizing
+simulator            sizing
+simulator/commands   common models sizing tools/load simulator simulator/costs
 cli                  common wire settings models sizing router/admin launch
 __main__             cli
 simulator/costs      common wire sizing

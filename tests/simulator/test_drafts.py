@@ -9,7 +9,7 @@ import pytest
 
 from kvferry.common.errors import ConfigError
 from kvferry.simulator import Drafts, Router, Scenario, simulate
-from kvferry.simulator.command import main
+from kvferry.simulator.commands.simulate import main
 from kvferry.sizing.steps import Linear, StepWork
 
 from .runs import azure, mooncake, one_request, run
@@ -42,6 +42,38 @@ def test_drafts_that_are_seldom_right_are_given_up() -> None:
     assert drafted.requests[0].tpot_s == pytest.approx(plain.requests[0].tpot_s, rel=0.05)
 
 
+def test_a_draft_model_takes_its_part_of_every_step() -> None:
+    """Prompts take it longer too; each token of the longest draft is a step of the draft model."""
+    share = 0.05
+    scenario = one_request(400, 601, prefill=0, steps=STEPS, num_blocks=100)
+    plain, drafted = (
+        simulate(replace(scenario, fleet=replace(scenario.fleet, drafts=drafts))).requests[0]
+        for drafts in (None, Drafts(1.0, model_share=share))
+    )
+    assert plain.ttft_s is not None and drafted.ttft_s is not None and drafted.tpot_s is not None
+    assert drafted.ttft_s == pytest.approx((1 + share) * plain.ttft_s, rel=0.02)
+    alone, verified = (StepWork(decode_rows=1, decode_context=700, draft_tokens=number) for number in (0, 5))
+    steps_s = 100 * (STEPS.step_s(verified) + 5 * share * STEPS.step_s(alone)) + 2 * STEPS.step_s(alone)
+    assert drafted.tpot_s * 600 == pytest.approx(steps_s, rel=0.02)
+
+
+def test_keys_and_values_of_a_draft_model_take_their_part_of_memory_and_of_the_wire() -> None:
+    plain, drafted = (azure(num_requests=1, drafts=drafts).fleet for drafts in (None, Drafts(0.7, model_share=0.25)))
+    assert drafted.kv_token_bytes == 1.25 * plain.kv_token_bytes
+    assert drafted.blocks(16) == int(plain.blocks(16) / 1.25)
+
+
+def test_a_draft_model_that_costs_too_much_is_asked_seldom() -> None:
+    """Each of its tokens takes most of a step, and half of them are wrong."""
+    scenario = one_request(400, 2000, prefill=0, steps=STEPS, num_blocks=200)
+    plain, drafted = (
+        simulate(replace(scenario, fleet=replace(scenario.fleet, drafts=drafts)))
+        for drafts in (None, Drafts(0.5, model_share=0.9))
+    )
+    assert 0 < drafted.num_draft_tokens < 200
+    assert drafted.requests[0].tpot_s == pytest.approx(plain.requests[0].tpot_s, rel=0.05)
+
+
 @pytest.mark.parametrize(
     "scenario",
     [
@@ -51,10 +83,11 @@ def test_drafts_that_are_seldom_right_are_given_up() -> None:
     ],
     ids=["split", "full, colocated", "host memory"],
 )
-def test_answers_end_where_they_do_without_drafts(scenario: Scenario) -> None:
+@pytest.mark.parametrize("model_share", [0.0, 0.1], ids=["ngrams", "a draft model"])
+def test_answers_end_where_they_do_without_drafts(scenario: Scenario, model_share: float) -> None:
     """Whatever is drafted and preempted: each request has its tokens, and gives its blocks back."""
     scenario = replace(scenario, router=Router(knows_objectives=False))
-    scenario = replace(scenario, fleet=replace(scenario.fleet, drafts=Drafts(0.6)))
+    scenario = replace(scenario, fleet=replace(scenario.fleet, drafts=Drafts(0.6, model_share=model_share)))
     world, outcome = run(scenario)
     assert world.leftovers() == []
     plain = simulate(replace(scenario, fleet=replace(scenario.fleet, drafts=None)))
@@ -65,9 +98,9 @@ def test_answers_end_where_they_do_without_drafts(scenario: Scenario) -> None:
     assert simulate(scenario).requests == outcome.requests
 
 
-@pytest.mark.parametrize("drafts", [Drafts(1.5), Drafts(0.5, 17), Drafts(0.0)])
+@pytest.mark.parametrize("drafts", [Drafts(1.5), Drafts(0.5, 17), Drafts(0.0), Drafts(0.5, model_share=1.0)])
 def test_what_is_no_share_or_too_much_is_refused(drafts: Drafts) -> None:
-    with pytest.raises(ConfigError, match=r"draft_acceptance|num_speculative_tokens"):
+    with pytest.raises(ConfigError, match=r"draft_acceptance|num_speculative_tokens|draft_model_share"):
         simulate(azure(num_requests=1, drafts=drafts))
 
 

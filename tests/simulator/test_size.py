@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from kvferry.common.expert_plan import ExpertPlan
-from kvferry.simulator.size import main
+from kvferry.simulator.commands.size import main
 from kvferry.sizing.cpu_rates import CpuRates
 
 from ..sizing.models import write_config

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from ..tools.load.environment import Environment
-from ..tools.load.json_file import save_json
-from ..tools.load.plot import COLOURS, new_figure, save_figure
-from ..tools.load.report import milliseconds
-from .outcome import Outcome, RequestOutcome
-from .scenario import Scenario
+from ...tools.load.environment import Environment
+from ...tools.load.json_file import save_json
+from ...tools.load.plot import COLOURS, new_figure, save_figure
+from ...tools.load.report import milliseconds
+from ..outcome import Outcome, RequestOutcome
+from ..scenario import Scenario
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,6 +52,9 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
             console.print(
                 f"{name}: of {drafted:,} drafted tokens {outcome.num_accepted_tokens / drafted:.1%} were right"
             )
+        if (embedded := outcome.embedding_ms).count:
+            times = " / ".join(milliseconds(value) for value in (embedded.p50, embedded.p90, embedded.p99))
+            console.print(f"{name}: {embedded.count:,} embeddings, p50 / p90 / p99 {times} ms")
 
 
 def in_words(scenario: Scenario, outcome: Outcome) -> str:
@@ -94,6 +97,7 @@ def figures(outcome: Outcome) -> dict[str, object]:
         "missed": outcome.missed,
         "ttft_ms": asdict(outcome.ttft_ms),
         "tpot_ms": asdict(outcome.tpot_ms),
+        "embedding_ms": asdict(outcome.embedding_ms),
         "queue": asdict(outcome.queue),
         "hit_rate": outcome.hit_rate,
         "num_preemptions": outcome.num_preemptions,

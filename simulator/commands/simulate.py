@@ -14,23 +14,26 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import structlog
 
-from ..common.config import AutoscaleConfig, PoolBounds
-from ..common.errors import ConfigError, KVFerryError
-from ..sizing.hardware import GPUS
-from ..sizing.shapes import MODELS
-from ..tools.load.arguments import positive_float, positive_int
-from ..tools.load.environment import describe_environment
-from ..tools.load.plot import check_plot_path
-from ..tools.load.report import report_console
-from .costs.measured import fit, read_samples
-from .oracle import bound
-from .report import Run, plot_runs, print_runs, save_runs
-from .scenario import Adapters, Day, Drafts, Failure, Fleet, Goals, Router, Scaled, Scenario, Spike, Traffic
-from .simulate import at_rate, capacity, simulate
-from .sources import SOURCES
+from ...common.config import AutoscaleConfig, PoolBounds
+from ...common.errors import ConfigError, KVFerryError
+from ...sizing.hardware import CPU, GPUS
+from ...sizing.shapes import MODELS, is_published
+from ...tools.load.arguments import positive_float, positive_int
+from ...tools.load.environment import describe_environment
+from ...tools.load.plot import check_plot_path
+from ...tools.load.report import report_console
+from ..costs.measured import fit, read_samples
+from ..oracle import bound
+from ..scenario import Adapters, Day, Drafts, Failure, Fleet, Goals, Router, Scaled, Scenario, Spike, Traffic
+from ..simulate import at_rate, capacity, simulate
+from ..sources import SOURCES
+from ..traffic import rows_of
+from .checkpoint import add_model_flags, fleet_of, link_bytes_per_s, read_model, sizer_of
+from .simulate_report import Run, plot_runs, print_runs, save_runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,29 +90,17 @@ def scenario_of(options: argparse.Namespace) -> Scenario:
         length_scale=options.length_scale,
         spikes=tuple(options.spike),
         day=Day(options.day_s, options.day_low) if options.day_s is not None else None,
+        embedding_share=options.embedding_share,
         seed=options.seed,
     )
-    fleet = Fleet(
-        prefill=options.prefill,
-        decode=options.decode,
-        gpu=options.gpu,
-        model=options.model,
-        gpus_per_worker=options.tensor_parallel_size,
-        steps=fit(read_samples(options.steps), noise=not options.no_noise) if options.steps is not None else None,
-        num_blocks=options.num_blocks,
-        block_tokens=options.block_size,
-        max_num_seqs=options.max_num_seqs,
-        prefill_tokens=options.prefill_tokens,
-        decode_tokens=options.decode_tokens,
-        adapters=Adapters(options.adapters, round(options.adapter_mb * 1e6), options.max_loras, options.max_cpu_loras),
-        drafts=Drafts(options.draft_acceptance, options.num_speculative_tokens) if options.draft_acceptance else None,
-    )
     router = Router(
-        local_prefill=not options.no_local_prefill, max_local_prefill_tokens=options.max_local_prefill_tokens
+        local_prefill=not options.no_local_prefill,
+        max_local_prefill_tokens=options.max_local_prefill_tokens,
+        knows_objectives=not options.no_objectives,
     )
     return Scenario(
         traffic=traffic,
-        fleet=fleet,
+        fleet=_fleet(options, traffic),
         router=router,
         goals=goals,
         failures=tuple(options.fail),
@@ -117,6 +108,46 @@ def scenario_of(options: argparse.Namespace) -> Scenario:
         seed=options.seed,
         jumps=not options.step_by_step,
     )
+
+
+def _fleet(options: argparse.Namespace, traffic: Traffic) -> Fleet:
+    worker = _worker(options, traffic)
+    drafts = None
+    if options.draft_acceptance is not None:
+        drafts = Drafts(options.draft_acceptance, options.num_speculative_tokens, options.draft_model_share)
+    return replace(
+        worker,
+        prefill=options.prefill,
+        decode=options.decode,
+        steps=fit(read_samples(options.steps), noise=not options.no_noise) if options.steps else worker.steps,
+        num_blocks=options.num_blocks,
+        block_tokens=options.block_size,
+        max_num_seqs=options.max_num_seqs,
+        prefill_tokens=options.prefill_tokens or worker.prefill_tokens,
+        decode_tokens=options.decode_tokens or worker.decode_tokens,
+        has_objective=not options.no_objectives,
+        adapters=Adapters(options.adapters, round(options.adapter_mb * 1e6), options.max_loras, options.max_cpu_loras),
+        drafts=drafts,
+    )
+
+
+def _worker(options: argparse.Namespace, traffic: Traffic) -> Fleet:
+    """Return what a worker is: a model of published figures, or any other by its config.json and the flags for it."""
+    if is_published(options.model):
+        if named := [flag for flag in _checkpoint_flags() if getattr(options, flag) != _checkpoint_flags()[flag]]:
+            raise ConfigError(f"{named[0]}: {options.model} stands for published figures; name a model's directory")
+        return Fleet(1, 1, gpu=options.gpu, model=options.model, gpus_per_worker=options.tensor_parallel_size)
+    model = read_model(options)
+    context = round(mean(row.num_prompt_tokens for row in rows_of(traffic)))
+    sizer = sizer_of(options, model, min(context, model.longest_model_len))
+    return fleet_of(sizer, link_bytes_per_s(options, sizer.gpu))
+
+
+def _checkpoint_flags() -> dict[str, object]:
+    """Return the flags that only a checkpoint takes, with their defaults."""
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser.add_argument_group())
+    return vars(parser.parse_args([]))
 
 
 def _scaled(options: argparse.Namespace) -> Scaled | None:
@@ -147,6 +178,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_traffic(parser.add_argument_group("traffic"))
     _add_fleet(parser.add_argument_group("fleet"))
+    add_model_flags(parser.add_argument_group("a checkpoint instead of published figures"))
     _add_goals(parser.add_argument_group("router and objectives"))
     group = parser.add_argument_group("run")
     group.add_argument("--capacity", action="store_true", help="search the highest rate at which --share is good")
@@ -169,28 +201,33 @@ def _add_traffic(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--length-scale", type=positive_float, default=1.0)
     group.add_argument("--spike", type=_spike, action="append", default=[], metavar="AT:SECONDS:FACTOR")
     group.add_argument("--day-s", type=positive_float, help="a sinusoidal day of so many seconds")
+    text = "of the requests that want their prompt's embedding instead of an answer"
+    group.add_argument("--embedding-share", type=float, default=0.0, metavar="X", help=text)
     group.add_argument("--day-low", type=positive_float, default=0.2, help="its lowest rate, as a share of the highest")
 
 
 def _add_fleet(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prefill", type=int, default=2, help="workers; 0: colocated")
     group.add_argument("--decode", type=positive_int, default=2, help="workers")
-    group.add_argument("--gpu", default="H100", help=", ".join(GPUS))
-    group.add_argument("--model", default="llama-3.1-70b", help=", ".join(MODELS))
+    group.add_argument("--gpu", default="H100", help=f"{', '.join(GPUS)}; with a checkpoint also {CPU}, measured")
+    text = f"published figures: {', '.join(MODELS)}; or a checkpoint as of serve, whose config.json is enough"
+    group.add_argument("--model", default="llama-3.1-70b", help=text)
     group.add_argument("--tensor-parallel-size", type=positive_int, default=4, help="GPUs of a worker")
     group.add_argument("--steps", type=Path, metavar="FILE", help="samples of a live worker's steps, instead of a GPU")
     group.add_argument("--no-noise", action="store_true", help="with --steps: every step takes what the fit says")
     group.add_argument("--num-blocks", type=positive_int, help="of a worker; default: what fits into its memory")
     group.add_argument("--block-size", type=positive_int, help="tokens; default: 512 where the trace has blocks, or 64")
     group.add_argument("--max-num-seqs", type=positive_int, default=256)
-    group.add_argument("--prefill-tokens", type=positive_int, default=8192, help="largest step of a prefill worker")
-    group.add_argument("--decode-tokens", type=positive_int, default=2048, help="largest step of a decode worker")
+    group.add_argument("--prefill-tokens", type=positive_int, help="largest step of a prefill worker; default: 8192")
+    group.add_argument("--decode-tokens", type=positive_int, help="largest step of a decode worker; default: 2048")
     group.add_argument("--adapters", type=int, default=0, help="that requests name, few often and many rarely")
     group.add_argument("--adapter-mb", type=positive_float, default=100.0, help="of an adapter's file")
     group.add_argument("--max-loras", type=positive_int, default=8, help="adapters in a step, on each worker")
     group.add_argument("--max-cpu-loras", type=positive_int, help="in its host memory (default: --max-loras)")
     group.add_argument("--draft-acceptance", type=positive_float, help="chance of a drafted token after right ones")
     group.add_argument("--num-speculative-tokens", type=positive_int, default=5, help="drafted, with that, at most")
+    text = "of a step that a draft model's takes, and of a token's KV; default: drafts cost nothing to make"
+    group.add_argument("--draft-model-share", type=float, default=0.0, metavar="X", help=text)
     group.add_argument("--fail", type=_failure, action="append", default=[], metavar="WORKER@AT[+BACK_AFTER]")
     group.add_argument("--autoscale", type=positive_int, metavar="N", help="the autoscaler decides, up to N workers")
     group.add_argument("--start-s", type=positive_float, default=60.0, help="that a new worker takes to start")
@@ -204,6 +241,8 @@ def _add_goals(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--ttft-objective-ms", type=positive_float, default=1000.0)
     group.add_argument("--ttft-stretch", type=positive_float, default=3.0)
     group.add_argument("--tpot-objective-ms", type=positive_float, default=50.0)
+    text = "neither router nor workers are told them: they only say which requests are good"
+    group.add_argument("--no-objectives", action="store_true", help=text)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..tools.load.report import milliseconds, report_console
+from ...tools.load.report import milliseconds, report_console
 
 Row = tuple[str, str, str, str]  # figure, value, bound, what binds
 

@@ -1,0 +1,153 @@
+"""A worker as flags describe it: any model by its config.json, in a layout, on hardware that is known or was measured.
+
+options ─> sizer_of ─> Sizer ─> fleet_of ─> Fleet        `kvferry size`, and `kvferry simulate` of a checkpoint
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+from pydantic import ValidationError
+
+from ...common.config import Dtype, EngineConfig, KVCacheDtype, QuantizationName
+from ...common.errors import ConfigError
+from ...models.config import ModelConfig
+from ...models.files import resolve_config
+from ...sizing.cpu_rates import CpuRates
+from ...sizing.figures import Sizer
+from ...sizing.hardware import CPU, GPUS, Gpu, gpu_named, measured_cpu, probed_cpu
+from ...sizing.memory import GPU_BATCHED_TOKENS
+from ...tools.load.arguments import positive_float
+from ..costs.network import Link, Network
+from ..scenario import Fleet
+
+_LINK_LATENCY_S = 0.0005  # as of the simulator's network
+_LINK_SHARE = 0.8  # of a port's published rate that RDMA reaches
+_CPU_BATCHED_TOKENS = 512  # as a worker's default on a CPU
+_BLOCK_TOKENS = 16  # as a worker's default
+
+
+def read_model(options: argparse.Namespace) -> ModelConfig:
+    """Return the model that is named; its config.json is enough. Raises ConfigError."""
+    return ModelConfig.from_dir(resolve_config(options.model, options.revision))
+
+
+def sizer_of(options: argparse.Namespace, model: ModelConfig, context: int) -> Sizer:
+    """Return a worker's figures near so many tokens of context. Raises ConfigError."""
+    gpu = _gpu(options)
+    engine = _engine(options, gpu)
+    if gpu.is_cpu and engine.kv_cache_dtype == "fp8":
+        raise ConfigError("kv_cache_dtype: fp8 needs a GPU: the CPU's attention reads no 8-bit floats; use auto")
+    if engine.enable_expert_parallel and model.experts is None:
+        raise ConfigError(f"enable_expert_parallel: {model.architecture} has no experts; leave it away")
+    return Sizer(engine, model, gpu, context)
+
+
+def _engine(options: argparse.Namespace, gpu: Gpu) -> EngineConfig:
+    fields = {
+        "dtype": options.dtype,
+        "quantization": options.quantization,
+        "kv_cache_dtype": options.kv_cache_dtype,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "enable_expert_parallel": options.enable_expert_parallel,
+        "expert_plan": options.expert_plan,
+        "block_size": options.block_size or _BLOCK_TOKENS,
+        "max_num_seqs": options.max_num_seqs,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+    }
+    try:
+        return EngineConfig(
+            model_dir=resolve_config(options.model, options.revision),
+            served_model_name=str(options.model),
+            device="cpu" if gpu.is_cpu else "cuda",
+            max_num_batched_tokens=batched_tokens(gpu, "prefill"),
+            **fields,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{first['loc'][0]}: {first['msg']}") from None
+
+
+def batched_tokens(gpu: Gpu, role: str) -> int:
+    """Return the tokens of a worker's largest step, unless it is told another number."""
+    return _CPU_BATCHED_TOKENS if gpu.is_cpu else GPU_BATCHED_TOKENS[role]
+
+
+def _gpu(options: argparse.Namespace) -> Gpu:
+    given = {"memory_gb": options.memory_gb, "memory_gb_per_s": options.memory_gb_per_s, "tflops": options.tflops}
+    if options.gpu is None:
+        raise ConfigError(f"gpu: say on what: {', '.join(GPUS)}, or {CPU}")
+    if options.gpu.lower() == CPU and options.cpu_rates is not None and options.memory_gb is not None:
+        return probed_cpu(options.memory_gb, _read_rates(options.cpu_rates))
+    if options.gpu.lower() == CPU:
+        if missing := [name for name, value in given.items() if value is None]:
+            raise ConfigError(
+                f"{missing[0]}: of a CPU what was measured on it is needed: --memory-gb, --memory-gb-per-s and --tflops"
+            )
+        return measured_cpu(options.memory_gb, options.memory_gb_per_s, options.tflops)
+    gpu = gpu_named(options.gpu)
+    return replace(
+        gpu,
+        memory_gb=options.memory_gb or gpu.memory_gb,
+        memory_tb_per_s=options.memory_gb_per_s / 1e3 if options.memory_gb_per_s else gpu.memory_tb_per_s,
+        bf16_tflops=options.tflops or gpu.bf16_tflops,
+    )
+
+
+def _read_rates(path: Path) -> CpuRates:
+    try:
+        rates = msgspec.json.decode(path.read_bytes(), type=CpuRates)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"cpu_rates: {path}: {error}") from error
+    if not rates.check():
+        raise ConfigError(f"cpu_rates: {path}: no machine's")
+    return rates
+
+
+def link_bytes_per_s(options: argparse.Namespace, gpu: Gpu) -> float:
+    """Return the bytes per second of one rank's link to another worker; on a CPU, of a copy, which reads and writes."""
+    if options.link_gb_per_s is not None:
+        return float(options.link_gb_per_s) * 1e9
+    if gpu.is_cpu:
+        return gpu.bytes_per_s / 2
+    if gpu.network_gb_per_s is None:
+        raise ConfigError(f"link_gb_per_s: {gpu.name} comes without a network port of its own: say what a worker has")
+    return gpu.network_gb_per_s * 1e9 * _LINK_SHARE
+
+
+def fleet_of(sizer: Sizer, link: float) -> Fleet:
+    """Return one worker of each role. `link`: as `link_bytes_per_s` has it."""
+    engine = sizer.engine
+    return Fleet(
+        prefill=1,
+        decode=1,
+        gpu=sizer.gpu,
+        model=sizer.shape,
+        gpus_per_worker=engine.tensor_parallel_size,
+        steps=sizer.steps,
+        max_num_seqs=engine.max_num_seqs,
+        max_model_len=sizer.model.longest_model_len,
+        prefill_tokens=batched_tokens(sizer.gpu, "prefill"),
+        decode_tokens=batched_tokens(sizer.gpu, "decode"),
+        network=Network(Link(link * engine.tensor_parallel_size, _LINK_LATENCY_S)),
+    )
+
+
+def add_model_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say how a checkpoint is served, and on what, beside --gpu and the number of GPUs."""
+    group.add_argument("--revision", help="of a model of the hub")
+    group.add_argument("--enable-expert-parallel", action="store_true", help="each rank has whole experts")
+    group.add_argument("--expert-plan", type=Path, metavar="FILE", help="which ones (kvferry experts plan)")
+    group.add_argument("--quantization", choices=get_args(QuantizationName), help="as of serve")
+    group.add_argument("--dtype", choices=get_args(Dtype), default="auto")
+    group.add_argument("--kv-cache-dtype", choices=get_args(KVCacheDtype), default="auto")
+    group.add_argument("--gpu-memory-utilization", type=positive_float, default=0.9, metavar="X")
+    group.add_argument("--memory-gb", type=positive_float, metavar="X", help="of a GPU, 10^9 bytes; default: published")
+    group.add_argument("--memory-gb-per-s", type=positive_float, metavar="X", help="that it reads; default: published")
+    group.add_argument("--cpu-rates", type=Path, metavar="FILE", help="of each part of a step, instead of these two")
+    group.add_argument("--tflops", type=positive_float, metavar="X", help="dense, bfloat16; default: published")
+    group.add_argument("--link-gb-per-s", type=positive_float, metavar="X", help="of a rank; default: 0.8 of its port")

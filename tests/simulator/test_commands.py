@@ -1,0 +1,83 @@
+"""`kvferry simulate`: from flags to a table, figures and a plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import structlog
+
+from kvferry.simulator.commands.simulate import main
+
+from ..sizing.models import write_config
+
+SMALL = ["--trace", "sample:azure-2023-conv", "--requests", "40", "--rate", "8", "--prefill", "1", "--decode", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _restore_logs() -> None:
+    structlog.reset_defaults()
+
+
+def test_policies_are_run_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, plot = tmp_path / "runs.json", tmp_path / "runs.svg"
+    words = [*SMALL, "--policy", "slo,colocated", "--oracle", "--json", str(figures), "--plot", str(plot)]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "colocated" in shown and "Bound of an oracle" in shown
+    runs = json.loads(figures.read_text())["runs"]
+    assert [run["name"] for run in runs] == ["slo", "colocated"]
+    assert all(run["num_requests"] == 40 and run["attainment"] > 0.9 for run in runs)
+    assert plot.read_text().startswith("<?xml")
+
+
+def test_spikes_and_failures_are_read_from_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--spike", "2:1:5", "--fail", "prefill-0@2+1", "--policy", "least_loaded"]) == 0
+    assert "least_loaded" in capsys.readouterr().out
+
+
+def test_the_highest_good_rate_is_searched(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--capacity", "--policy", "least_loaded"]) == 0
+    assert "least_loaded at " in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_simulated_as_it_is_sized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model's config.json is enough; integers are read faster than bfloat16."""
+    model = str(write_config(tmp_path / "llama", "8b"))
+    tpot_ms = []
+    for name, more in (("plain", []), ("int8", ["--quantization", "int8"])):
+        figures = tmp_path / f"{name}.json"
+        words = [*SMALL, "--model", model, "--gpu", "L4", "--tensor-parallel-size", "1", "--link-gb-per-s", "5"]
+        assert main([*words, *more, "--json", str(figures)]) == 0
+        [found] = json.loads(figures.read_text())["runs"]
+        tpot_ms.append(found["tpot_ms"]["p50"])
+    assert tpot_ms[1] < 0.7 * tpot_ms[0]
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+
+
+def test_flags_of_a_checkpoint_are_refused_with_published_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--quantization", "int8"]) == 2
+    assert "quantization: llama-3.1-70b stands for published figures" in capsys.readouterr().err
+
+
+def test_an_unknown_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--model", "/nowhere/at-all"]) == 2
+    assert "/nowhere/at-all" in capsys.readouterr().err
+
+
+def test_nobody_is_told_of_objectives_that_only_judge(tmp_path: Path) -> None:
+    """Hopeless requests are refused with objectives alone."""
+    refused = []
+    for more in ([], ["--no-objectives"]):
+        figures = tmp_path / f"{len(more)}.json"
+        words = [*SMALL, "--requests", "80", "--rate", "200", "--ttft-objective-ms", "60", "--ttft-stretch", "1"]
+        assert main([*words, *more, "--json", str(figures)]) == 0
+        [found] = json.loads(figures.read_text())["runs"]
+        refused.append(found["num_requests"] - found["ended"].get("finished", 0))
+    assert refused[0] > 0 == refused[1]
+
+
+def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--model", "deepseek-v3", "--tensor-parallel-size", "8"]) == 2
+    assert "671 GB of weights" in capsys.readouterr().err
