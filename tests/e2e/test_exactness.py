@@ -37,9 +37,10 @@ NUM_TOKENS = 24
 LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 300, 400, 511, 512, 513]
 LENGTHS += [700, 1000, 1023, 1025, 1500, 2048, 2500, 3000]
 NUM_HITS = sum((length - 1) // 16 * 16 for length in LENGTHS)  # when all are known; the last token is computed anew
-GROWING_LENGTHS = [200 + n for n in range(8)]  # with answers that need twice the blocks of SMALL_POOL
-NUM_GROWING_TOKENS = 192
-SMALL_POOL = 115  # blocks
+GROWING_LENGTHS = [200 + n for n in range(8)]
+# Three answers at once need more than SMALL_POOL, however slowly the prompts come.
+NUM_GROWING_TOKENS = 400
+SMALL_POOL = 80  # blocks
 PINNED_ROUTER = Path(__file__).parent / "pinned_router.py"
 
 
