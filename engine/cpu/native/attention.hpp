@@ -1,7 +1,9 @@
 // One token's attention over a sequence's pages, for a few KV heads and the query heads that share them.
 //
 // Keys come in tiles: scores of all the heads, their softmax, then the values, weighted. Keys and values are read once,
-// and it is their reading that takes the time: a block's heads stand side by side, and are fetched as they stand.
+// and it is their reading that takes the time: a block's heads stand side by side, and are fetched as they stand. Values
+// are weighted head by head, a step from block to block that no processor's own look-ahead follows; so those of a block
+// are read in order behind its keys, and stay near.
 // How scores are computed, and how sums of values stand in memory, is the instruction set's affair.
 #pragma once
 
@@ -97,6 +99,14 @@ protected:
         }
     }
 
+    // Read the values of keys [first, last), which are of one block, for nothing but to have them near.
+    void read_values(const Pages& pages, int kv_heads, long first, long last) const {
+        const Element* values = pages.key(first) + pages.values;
+        for (int kv = 0; kv < kv_heads; kv++, values += pages.block_size * head_dim_) {
+            for (long at = 0; at < (last - first) * head_dim_; at += kLine) *(const volatile char*)(values + at);
+        }
+    }
+
     const int group_, head_dim_;
     const long stride_;  // from head to head of what is as long as a query
 
@@ -159,9 +169,11 @@ public:
         }
         const long start = first / pages.block_size * pages.block_size;
         TokenAttention::attend(pages, kv_heads, start, first, last, sinks, out, [&](long begin, long, long end) {
-            for (long key = begin; key < end; key += std::min(16L, pages.block_size)) {
+            const long step = std::min(16L, pages.block_size);
+            for (long key = begin; key < end; key += step) {
                 if (key % pages.block_size == 0) fetch_ahead(pages, kv_heads, key, key == start, last);
                 for (int kv = 0; kv < kv_heads; kv++) score(pages.of_head(kv), begin, key, end, kv * group_);
+                read_values(pages, kv_heads, key, std::min(key + step, end));
             }
         });
     }
