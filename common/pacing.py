@@ -7,27 +7,33 @@ from __future__ import annotations
 PROMPT_DUE_STRETCH = 3.0
 MIN_CHUNK_TOKENS = 8  # of a prompt in a step, whatever the objective: a prompt always moves on
 _OBJECTIVE_SHARE = 0.85  # of an objective that a step may take: results are handed out and sent in the rest
-# Without an objective: the prompts that wait are spread over so many steps of the answers that run, within bounds that
-# are multiples of what the answers alone take; and a step may take _MIN_STEP_S in any case, since nobody reads faster.
-# More steps make streams faster and first tokens later. Measured with benchmarks.serve at two to sixteen requests in
-# flight, prompts of 512 to 2,048 tokens.
-_STEPS_TO_CLEAR = 20.0
+# Without an objective: the prompts that wait are spread over so many steps of the answers that run, the more of these
+# the more, within bounds that are multiples of what the answers alone take; and a step may take _MIN_STEP_S in any
+# case, as nobody reads faster. More steps make streams faster and first tokens later. Measured with benchmarks.serve at
+# two to sixteen requests in flight, prompts of 512 to 2,048 tokens.
+_STEPS_TO_CLEAR = 24
+_LEAST_STEPS = 10
+_STEPS_PER_ANSWER = 3
 _LEAST_STRETCH = 1.5
-_MOST_STRETCH = 8.0
-_MIN_STEP_S = 0.03
+_MOST_STRETCH = 12.0
+_MIN_STEP_S = 0.02
+_MIN_HELPING_STEP_S = 0.03  # where prompts wait for others: less would compute too few tokens to be of help
 
 
-def longest_step_s(objective_s: float | None, decode_s: float, waiting_s: float) -> float:
-    """Return how long a step may take that computes prompts beside running answers (seconds).
+def longest_step_s(objective_s: float | None, decode_s: float, num_answers: int, waiting_s: float | None) -> float:
+    """Return how long a step may take that computes prompts beside so many running answers (seconds).
 
     `objective_s`: the time per token of the strictest answer in it. `decode_s`: of a step with its answers alone.
     `waiting_s`: what all prompts take that wait for this worker; of those that have begun what they took so far as
-    well, so that none slows down towards its end.
+    well, so that none slows down towards its end. None: they wait for prefill workers, and this one only helps.
     """
     if objective_s is not None:
         return _OBJECTIVE_SHARE * objective_s
-    shared_s = decode_s + waiting_s / _STEPS_TO_CLEAR
-    return max(_MIN_STEP_S, min(max(shared_s, _LEAST_STRETCH * decode_s), _MOST_STRETCH * decode_s))
+    least_s = _LEAST_STRETCH * decode_s
+    if waiting_s is None:
+        return max(_MIN_HELPING_STEP_S, least_s)
+    shared_s = decode_s + waiting_s / min(_STEPS_TO_CLEAR, _LEAST_STEPS + _STEPS_PER_ANSWER * num_answers)
+    return max(_MIN_STEP_S, min(max(shared_s, least_s), _MOST_STRETCH * decode_s))
 
 
 # A step of background requests alone is cut to about this: who comes while it runs waits for its end. Larger ones

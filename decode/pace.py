@@ -84,8 +84,8 @@ class Pace:
         `prompt_tokens`: of the prompts here that are not ready, without what was found in a cache.
         """
         decode_s = self.decode_s(num_rows)
-        waiting_s = 0.0 if self.tokens_behind is None else (prompt_tokens + self.tokens_behind) * self.token_s
-        return max(0.0, longest_step_s(self.objective_s, decode_s, waiting_s) - decode_s)
+        waiting_s = None if self.tokens_behind is None else (prompt_tokens + self.tokens_behind) * self.token_s
+        return max(0.0, longest_step_s(self.objective_s, decode_s, num_rows, waiting_s) - decode_s)
 
     def chunk_tokens(self, num_rows: int, prompt_tokens: int) -> int:
         """Return how many prompt tokens a step takes along that has so many rows of running answers."""
