@@ -12,8 +12,8 @@ _OBJECTIVE_SHARE = 0.85  # of an objective that a step may take: results are han
 # case, as nobody reads faster. More steps make streams faster and first tokens later. Measured with benchmarks.serve at
 # two to sixteen requests in flight, prompts of 512 to 2,048 tokens.
 _STEPS_TO_CLEAR = 24
-_LEAST_STEPS = 10
-_STEPS_PER_ANSWER = 3
+_LEAST_STEPS = 6
+_STEPS_PER_ANSWER = 6
 _LEAST_STRETCH = 1.5
 _MOST_STRETCH = 12.0
 _MIN_STEP_S = 0.02

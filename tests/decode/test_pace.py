@@ -56,7 +56,7 @@ def test_the_more_waits_and_the_fewer_read_the_longer_a_step_may_take(
 
 
 def test_what_waits_is_spread_over_a_number_of_steps_the_routers_queue_too() -> None:
-    pace, prompts_s = slow_pace(), 22 * 0.3
+    pace, prompts_s = slow_pace(), 24 * 0.3
     own, behind = (round(share * prompts_s / TOKEN_S) for share in (0.25, 0.75))
     pace.tokens_behind = behind
     assert abs(pace.room_s(4, own) - 0.3) < 0.01
