@@ -87,6 +87,17 @@ class BatchRow:
                 return range(0)
 
     @property
+    def draft_model_span(self) -> tuple[int, int]:
+        """Return the positions that a draft model computes, to draft and behind the step."""
+        return self.draft_span if self.draft_span is not None else (self.start, self.end)
+
+    @property
+    def draft_model_rest(self) -> range:
+        """Return those of them that it computes behind the step, of which drafting has not fed any."""
+        first, end = self.draft_model_span
+        return range(self.end - 1 if self.draft else first, end)
+
+    @property
     def choices(self) -> tuple[int, ...]:
         """Return the choices that are sampled from this row's logits."""
         return self.seq.pending_choices or (self.seq.choice,)

@@ -135,25 +135,19 @@ class DraftModel:
         )
 
 
-def _span(row: BatchRow) -> tuple[int, int]:
-    return row.draft_span if row.draft_span is not None else (row.start, row.end)
-
-
 def _next_stretch(row: BatchRow, draft: list[int]) -> _Stretch:
     """Return what is fed for the token after `draft`: at first all that is not computed of what is known."""
     if draft:
         return _Stretch(draft[-1:], row.start + len(draft), row.seq.block_table)
-    first, known = _span(row)[0], row.start + row.num_known_tokens
+    first, known = row.draft_model_span[0], row.start + row.num_known_tokens
     return _Stretch(row.seq.token_ids[first:known], first, row.seq.block_table)
 
 
 def _rest(row: BatchRow) -> _Stretch | None:
     """Return what of the row's span `propose` has not fed; None: nothing."""
-    first, end = _span(row)
-    known = row.start + row.num_known_tokens
-    if row.draft:
-        first = row.end - 1
-    if first >= end:
+    rest = row.draft_model_rest
+    if not rest:
         return None
-    tokens = [*row.seq.token_ids[first:known], *row.draft[max(0, first - known) : end - known]]
-    return _Stretch(tokens, first, row.seq.block_table)
+    known = row.start + row.num_known_tokens
+    drafted = row.draft[max(0, rest.start - known) : rest.stop - known]
+    return _Stretch([*row.seq.token_ids[rest.start : known], *drafted], rest.start, row.seq.block_table)

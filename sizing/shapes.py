@@ -165,13 +165,17 @@ MODELS = {
 _SHORT = {"8b": "llama-3.1-8b", "70b": "llama-3.1-70b", "175b": "opt-175b", "moe": "deepseek-v3"}
 
 
+def _full(name: str) -> str:
+    return _SHORT.get(name.lower(), name.lower())
+
+
 def is_published(name: str) -> bool:
     """Return whether a model's figures are known without its config.json."""
-    return name.lower() in MODELS or name.lower() in _SHORT
+    return _full(name) in MODELS
 
 
 def model_named(name: str) -> ModelShape:
     try:
-        return MODELS[_SHORT.get(name.lower(), name.lower())]
+        return MODELS[_full(name)]
     except KeyError:
         raise ConfigError(f"model {name}: known are {', '.join((*MODELS, *_SHORT))}") from None

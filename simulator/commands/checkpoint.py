@@ -1,6 +1,6 @@
 """A worker as flags describe it: any model by its config.json, in a layout, on hardware that is known or was measured.
 
-options ─> sizer_of ─> Sizer ─> fleet_of ─> Fleet        `kvferry size`, and `kvferry simulate` of a checkpoint
+options ─> read_worker ─> Sizer ─> fleet_of ─> Fleet       `kvferry size`, and `kvferry simulate` of a checkpoint
 """
 
 from __future__ import annotations
@@ -31,23 +31,20 @@ _CPU_BATCHED_TOKENS = 512  # as a worker's default on a CPU
 _BLOCK_TOKENS = 16  # as a worker's default
 
 
-def read_model(options: argparse.Namespace) -> ModelConfig:
-    """Return the model that is named; its config.json is enough. Raises ConfigError."""
-    return ModelConfig.from_dir(resolve_config(options.model, options.revision))
-
-
-def sizer_of(options: argparse.Namespace, model: ModelConfig, context: int) -> Sizer:
-    """Return a worker's figures near so many tokens of context. Raises ConfigError."""
+def read_worker(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig, Gpu]:
+    """Return the model that is named, whose config.json is enough, and how it is served on what. Raises ConfigError."""
     gpu = _gpu(options)
-    engine = _engine(options, gpu)
+    model_dir = resolve_config(options.model, options.revision)
+    engine = _engine(options, gpu, model_dir)
     if gpu.is_cpu and engine.kv_cache_dtype == "fp8":
         raise ConfigError("kv_cache_dtype: fp8 needs a GPU: the CPU's attention reads no 8-bit floats; use auto")
+    model = ModelConfig.from_dir(model_dir)
     if engine.enable_expert_parallel and model.experts is None:
         raise ConfigError(f"enable_expert_parallel: {model.architecture} has no experts; leave it away")
-    return Sizer(engine, model, gpu, context)
+    return model, engine, gpu
 
 
-def _engine(options: argparse.Namespace, gpu: Gpu) -> EngineConfig:
+def _engine(options: argparse.Namespace, gpu: Gpu, model_dir: Path) -> EngineConfig:
     fields = {
         "dtype": options.dtype,
         "quantization": options.quantization,
@@ -61,7 +58,7 @@ def _engine(options: argparse.Namespace, gpu: Gpu) -> EngineConfig:
     }
     try:
         return EngineConfig(
-            model_dir=resolve_config(options.model, options.revision),
+            model_dir=model_dir,
             served_model_name=str(options.model),
             device="cpu" if gpu.is_cpu else "cuda",
             max_num_batched_tokens=batched_tokens(gpu, "prefill"),

@@ -20,6 +20,7 @@ import structlog
 
 from ...common.config import AutoscaleConfig, PoolBounds
 from ...common.errors import ConfigError, KVFerryError
+from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS
 from ...sizing.shapes import MODELS, is_published
 from ...tools.load.arguments import positive_float, positive_int
@@ -32,7 +33,7 @@ from ..scenario import Adapters, Day, Drafts, Failure, Fleet, Goals, Router, Sca
 from ..simulate import at_rate, capacity, simulate
 from ..sources import SOURCES
 from ..traffic import rows_of
-from .checkpoint import add_model_flags, fleet_of, link_bytes_per_s, read_model, sizer_of
+from .checkpoint import add_model_flags, fleet_of, link_bytes_per_s, read_worker
 from .simulate_report import Run, plot_runs, print_runs, save_runs
 
 
@@ -134,13 +135,13 @@ def _fleet(options: argparse.Namespace, traffic: Traffic) -> Fleet:
 def _worker(options: argparse.Namespace, traffic: Traffic) -> Fleet:
     """Return what a worker is: a model of published figures, or any other by its config.json and the flags for it."""
     if is_published(options.model):
-        if named := [flag for flag in _checkpoint_flags() if getattr(options, flag) != _checkpoint_flags()[flag]]:
+        if named := [flag for flag, value in _checkpoint_flags().items() if getattr(options, flag) != value]:
             raise ConfigError(f"{named[0]}: {options.model} stands for published figures; name a model's directory")
         return Fleet(1, 1, gpu=options.gpu, model=options.model, gpus_per_worker=options.tensor_parallel_size)
-    model = read_model(options)
+    model, engine, gpu = read_worker(options)
     context = round(mean(row.num_prompt_tokens for row in rows_of(traffic)))
-    sizer = sizer_of(options, model, min(context, model.longest_model_len))
-    return fleet_of(sizer, link_bytes_per_s(options, sizer.gpu))
+    sizer = Sizer(engine, model, gpu, min(context, model.longest_model_len))
+    return fleet_of(sizer, link_bytes_per_s(options, gpu))
 
 
 def _checkpoint_flags() -> dict[str, object]:

@@ -22,6 +22,7 @@ import structlog
 from ...common.config import EngineConfig
 from ...common.errors import ConfigError, KVFerryError
 from ...models.config import ModelConfig
+from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS, Gpu
 from ...tools.load.arguments import positive_float, positive_int
 from ..oracle import bound
@@ -29,7 +30,7 @@ from ..ratio import LeastFleet, least_fleet, matched
 from ..scenario import Goals, Router, Scenario, Traffic
 from ..sources import SOURCES
 from ..traffic import rows_of
-from .checkpoint import add_model_flags, fleet_of, link_bytes_per_s, read_model, sizer_of
+from .checkpoint import add_model_flags, fleet_of, link_bytes_per_s, read_worker
 from .size_report import print_size
 
 # Of each simulation: shorter ones end before queues and batches are full, longer ones take as much longer.
@@ -57,13 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def size(options: argparse.Namespace) -> dict[str, object]:
     """Return every figure, as JSON has it. Raises ConfigError."""
-    model = read_model(options)
+    model, engine, gpu = read_worker(options)
     traffic = _traffic(options, model)
     lengths = rows_of(traffic)
     prompt = options.context or round(mean(row.num_prompt_tokens for row in lengths))
     output = mean(row.num_output_tokens for row in lengths)
-    sizer = sizer_of(options, model, prompt)
-    engine, gpu = sizer.engine, sizer.gpu
+    sizer = Sizer(engine, model, gpu, prompt)
     goals = Goals(options.ttft_objective_ms / 1e3, options.ttft_stretch, options.tpot_objective_ms / 1e3)
     link = link_bytes_per_s(options, gpu)
     batch = sizer.batch(goals.tpot_s)

@@ -7,7 +7,7 @@ step: what a draft says is the run's own (`jobs.SimDrafts`).
 
 from __future__ import annotations
 
-from ...common.batch import Batch, BatchRow
+from ...common.batch import Batch
 from ...sizing.steps import StepModel, StepWork
 
 
@@ -25,7 +25,7 @@ def _proposals(batch: Batch) -> list[StepWork]:
     works = []
     for depth in range(max((len(row.draft) for row in drafting), default=0)):
         rows = [row for row in drafting if len(row.draft) > depth]
-        behind = 0 if depth else sum(row.start - _span(row)[0] for row in rows)  # what it lacks goes along
+        behind = 0 if depth else sum(row.start - row.draft_model_span[0] for row in rows)  # what it lacks goes along
         works.append(StepWork(behind, 0, len(rows), sum(row.start + depth for row in rows)))
     return works
 
@@ -34,13 +34,7 @@ def _rest(batch: Batch) -> StepWork:
     """Return what is fed behind the served model: prompts above all."""
     tokens = pairs = 0
     for row in batch.rows:
-        first, end = _span(row)
-        first = row.end - 1 if row.draft else first
-        if count := max(0, end - first):
-            tokens += count
-            pairs += count * (2 * first + count) // 2
+        rest = row.draft_model_rest
+        tokens += len(rest)
+        pairs += len(rest) * (2 * rest.start + len(rest)) // 2
     return StepWork(tokens, pairs)
-
-
-def _span(row: BatchRow) -> tuple[int, int]:
-    return row.draft_span if row.draft_span is not None else (row.start, row.end)

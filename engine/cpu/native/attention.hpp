@@ -99,11 +99,14 @@ protected:
         }
     }
 
-    // Read the values of keys [first, last), which are of one block, for nothing but to have them near.
+    // Read the values of keys [first, last), block by block, for nothing but to have them near.
     void read_values(const Pages& pages, int kv_heads, long first, long last) const {
-        const Element* values = pages.key(first) + pages.values;
-        for (int kv = 0; kv < kv_heads; kv++, values += pages.block_size * head_dim_) {
-            for (long at = 0; at < (last - first) * head_dim_; at += kLine) *(const volatile char*)(values + at);
+        for (long end; first < last; first = end) {
+            end = std::min(last, (first / pages.block_size + 1) * pages.block_size);
+            const Element* values = pages.key(first) + pages.values;
+            for (int kv = 0; kv < kv_heads; kv++, values += pages.block_size * head_dim_) {
+                for (long at = 0; at < (end - first) * head_dim_; at += kLine) *(const volatile char*)(values + at);
+            }
         }
     }
 

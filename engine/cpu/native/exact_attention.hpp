@@ -35,10 +35,7 @@ public:
                 for (int kv = 0; kv < kv_heads; kv++) {
                     score(pages.of_head(kv), from, to, last, kv * group_, key - begin);
                 }
-                for (long at = from, next; at < to; at = next) {
-                    next = std::min(to, (at / pages.block_size + 1) * pages.block_size);
-                    read_values(pages, kv_heads, at, next);
-                }
+                read_values(pages, kv_heads, from, to);
             }
         });
     }
