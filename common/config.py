@@ -18,11 +18,12 @@ NO_DETERMINISTIC_CUDA = (
     "deterministic: only on CPUs; on a GPU, kernels are chosen by how many tokens are computed together. Use "
     "--device cpu, or leave it off: no token is lost or doubled, but one that nearly tied may change on resume"
 )
+NO_INT8_LATENTS = "kv_cache_dtype: int8 keeps keys and values of heads, not latents; use auto"
 CACHE_VARIABLE = "KVFERRY_CACHE"  # where `default_model` keeps what it made
 FAILPOINTS_VARIABLE = "KVFERRY_FAILPOINTS"  # faults of a drill, see failpoints.py
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-KVCacheDtype = Literal["auto", "bfloat16", "fp8"]
+KVCacheDtype = Literal["auto", "bfloat16", "fp8", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 CpuIsa = Literal["auto", "amx", "avx512_bf16", "avx2"]  # engine/cpu/compiler.py
 Attention = Literal["auto", "flashinfer", "flashinfer_fp8", "cpu"]
@@ -88,7 +89,7 @@ class EngineConfig(Settings):
     dtype: Dtype = "auto"  # auto: the checkpoint's
     quantization: QuantizationName | None = None  # None: the checkpoint's
     mixed_quantization: tuple[WeightsForm, ...] = ()  # workers of these may exchange KV; empty: all have one
-    kv_cache_dtype: KVCacheDtype = "auto"  # auto: as `dtype`; fp8 is e4m3
+    kv_cache_dtype: KVCacheDtype = "auto"  # auto: as `dtype`; fp8 is e4m3; int8 has scales
     device: Device = "auto"
     tensor_parallel_size: PositiveInt = 1
     enable_expert_parallel: bool = False  # a rank's experts are whole ones, not parts of all

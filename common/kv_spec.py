@@ -11,13 +11,15 @@ from typing import Annotated, Literal
 
 import msgspec
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
+_SCALE_ITEMS = 4  # one float32 beside the numbers of a token and head
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 Edge = Annotated[int, msgspec.Meta(ge=0, le=2**20)]
 MAX_COPIES = 1024  # ranks with one and the same part: a worker that says more is not believed
 Copies = Annotated[int, msgspec.Meta(ge=1, le=MAX_COPIES)]
-# HND      a page is [2, heads, block_size, head_dim]: keys, then values, of a rank's heads
+# HND      a page is [2, heads, block_size, head_dim]: keys, then values, of a rank's heads; in int8 with scales behind
+#          the numbers of each head (engine/nn/attention/int8_rows.py)
 # latent   a page is [1, 1, block_size, head_dim]: one vector of a token that serves all heads as key and value
 Layout = Literal["HND", "latent"]
 
@@ -73,6 +75,11 @@ class Shard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
         return self.overlap(target) if target.copy % self.num_copies == self.copy else None
 
 
+def row_items(head_dim: int, dtype: str) -> int:
+    """Count the items of a page that a token's numbers of one head take, with the scale of whole numbers."""
+    return head_dim + (_SCALE_ITEMS if dtype == "int8" else 0)
+
+
 class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The contents of a page. Two workers exchange KV only if their fingerprints are equal."""
 
@@ -106,7 +113,7 @@ class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     def page_shape(self, tp_size: int = 1) -> tuple[int, int, int, int]:
         """Return the shape of one block in one layer on one rank."""
-        return self.num_parts, self.num_heads(tp_size), self.block_size, self.head_dim
+        return self.num_parts, self.num_heads(tp_size), self.block_size, self._row_items
 
     def page_bytes(self, tp_size: int = 1) -> int:
         """Return the bytes of one block in one layer on one rank."""
@@ -115,7 +122,11 @@ class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     @property
     def head_bytes(self) -> int:
         """Return the bytes of one head's keys, or values, or of the latents, in a page."""
-        return self.block_size * self.head_dim * _ITEM_BYTES[self.dtype]
+        return self.block_size * self._row_items * _ITEM_BYTES[self.dtype]
+
+    @property
+    def _row_items(self) -> int:
+        return row_items(self.head_dim, self.dtype)
 
     def shard(self, rank: int, tp_size: int) -> Shard:
         """Return what a tensor-parallel rank holds: an even share of the heads, or a copy of all, in all layers."""

@@ -15,7 +15,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from ..common.config import NO_DETERMINISTIC_CUDA, CoreSlot, CpuIsa, EngineConfig
+from ..common.config import NO_DETERMINISTIC_CUDA, NO_INT8_LATENTS, CoreSlot, CpuIsa, EngineConfig
 from ..common.cores import SharedCores, attach
 from ..common.errors import ConfigError
 from ..models.config import ModelConfig
@@ -63,6 +63,8 @@ def check_kernels(config: EngineConfig, model: ModelConfig, device: torch.device
     """Refuse what the device has no kernels for, before weights are loaded. Raises ConfigError."""
     if device.type == "cuda" and (latent := model.latent) is not None:
         latent.check_cuda(model.num_qo_heads // config.tensor_parallel_size, config.max_num_batched_tokens)
+    if config.kv_cache_dtype == "int8" and model.latent is not None:
+        raise ConfigError(NO_INT8_LATENTS)
 
 
 def choose_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
@@ -182,7 +184,7 @@ def choose_runner(
 
 def _attention(config: EngineConfig, decoder: Decoder, pages: LayerPages) -> AttentionBackend:
     model = decoder.config
-    has_scales = pages[0].dtype.itemsize == 1 and config.load_format != "dummy"
+    has_scales = pages[0].dtype == torch.float8_e4m3fn and config.load_format != "dummy"
     return make_attention(
         config.attention_backend,
         pages,

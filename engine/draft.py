@@ -61,7 +61,7 @@ class DraftModel:
             raise ConfigError("speculative_config: a draft model runs on CPUs, with tensor_parallel_size = 1")
         self._config, self._target = config, target
         self.model = check_draft(config.model_dir, path, target.max_model_len)
-        self.num_pages = num_draft_pages(target, self.model)  # of a block
+        self.num_pages = num_draft_pages(target, self.model, config.kv_cache_dtype)  # of a block
         self._digest = ModelDigest(path, config.load_format, config.seed)
         with torch.inference_mode():
             decoder = self._decoder = Decoder(self.model, Communicator(), dtype=dtype, device=device)

@@ -22,7 +22,7 @@ _HUGE_PAGE_BYTES = 2 << 20
 # machine is not ours alone, and each of its workers takes as much.
 _CPU_BYTES = 2 << 30
 _CPU_SHARE = 0.1  # of free memory
-_CACHE_DTYPES = {"bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+_CACHE_DTYPES = {"bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 def num_blocks_for_memory(
@@ -41,6 +41,8 @@ def cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) 
     wanted = _CACHE_DTYPES.get(config.kv_cache_dtype, dtype)
     if wanted == torch.float8_e4m3fn and device.type != "cuda":
         raise ConfigError("kv_cache_dtype = fp8 needs a CUDA device: the CPU's attention reads no 8-bit floats")
+    if wanted == torch.int8 and device.type != "cpu":
+        raise ConfigError("kv_cache_dtype = int8 is read on CPUs alone; use fp8 on a GPU")
     if wanted.itemsize > 1 and wanted != dtype:
         raise ConfigError(f"kv_cache_dtype = {config.kv_cache_dtype} does not go with a model in {dtype}; use auto")
     return wanted

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..common.config import EngineConfig
+from ..common.config import NO_INT8_LATENTS, EngineConfig
 from ..common.errors import ConfigError
 from ..kvcache.blocks import MIN_CACHE_TOKENS, too_small_a_cache
 from ..models.config import ModelConfig
@@ -74,6 +74,8 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
         model.latent.check_cuda(num_heads, engine.max_num_batched_tokens)
         if engine.kv_cache_dtype == "fp8":
             raise ConfigError("kv_cache_dtype: fp8 has no kernels here for latents; use auto")
+    if engine.kv_cache_dtype == "int8" and model.latent is not None:
+        raise ConfigError(NO_INT8_LATENTS)
     if engine.attention_backend != "auto" and engine.attention_backend.startswith("flashinfer") != is_cuda:
         raise ConfigError(f"attention_backend: {engine.attention_backend} does not run on {engine.device}; use auto")
     if engine.attention_backend == "flashinfer_fp8" and engine.kv_cache_dtype != "fp8":

@@ -63,7 +63,8 @@ class EngineSettings(Settings):
         bool, Option("Engine", "Do not reuse the KV of equal prompt beginnings.", ENGINES)
     ] = True
     kv_cache_dtype: Annotated[
-        KVCacheDtype, Option("Engine", "Type of cached keys and values; fp8: half the bytes, on GPUs.", ENGINES)
+        KVCacheDtype,
+        Option("Engine", "Type of cached keys and values; half the bytes: fp8 on GPUs, int8 on CPUs.", ENGINES),
     ] = "auto"
     attention_backend: Annotated[
         Attention,

@@ -6,6 +6,7 @@ Pure: what a checkpoint holds comes from its config, and no file but a draft mod
 from __future__ import annotations
 
 from ..common.config import EngineConfig
+from ..common.kv_spec import row_items
 from ..kvcache.draft_pages import num_draft_pages
 from ..models.config import ModelConfig
 from ..models.quantization import chosen_quantization
@@ -25,7 +26,7 @@ _LOGIT_ARRAYS = 4  # of float32 that sampling holds at once: logits, as they wer
 
 
 def cache_item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
-    """Return the bytes of a number in the KV cache."""
+    """Return the bytes of a number in the KV cache, without the scale that whole ones share."""
     return item_bytes(engine, model) if engine.kv_cache_dtype == "auto" else ITEM_BYTES[engine.kv_cache_dtype]
 
 
@@ -38,8 +39,10 @@ def draft_models(engine: EngineConfig) -> list[ModelConfig]:
 def cache_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """KV of one token on one rank, a draft model's too. Raises ConfigError where that does not fit into the blocks."""
     heads = model.num_kv_heads // (1 if model.latent is not None else engine.tensor_parallel_size)
-    num_pages = model.num_layers + sum(num_draft_pages(model, draft) for draft in draft_models(engine))
-    return model.num_kv_parts * num_pages * heads * model.head_dim * cache_item_bytes(engine, model)
+    dtype = engine.kv_cache_dtype
+    num_pages = model.num_layers + sum(num_draft_pages(model, draft, dtype) for draft in draft_models(engine))
+    row_bytes = row_items(model.head_dim, dtype) * cache_item_bytes(engine, model)
+    return model.num_kv_parts * num_pages * heads * row_bytes
 
 
 def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:

@@ -23,7 +23,7 @@ from ..models.experts import expert_plan
 from ..models.native import not_in_native
 from ..models.quantization import MXFP4_GROUP, TIED_HEAD, Form, Quantization
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
 _TILE_OUTPUTS, _TILE_INPUTS = 64, 32  # of a CPU's tiles: engine/cpu/native/tiles.hpp
 _GROUP_UNIT = 8  # inputs to which a group is padded there: engine/cpu/native/integer_tiles.hpp
 

@@ -23,7 +23,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from rich.console import Console
 
@@ -32,7 +32,7 @@ from kvferry.benchmarks.engine.report import EngineReport, plot_engine, print_en
 from kvferry.benchmarks.shared.long_model import with_positions
 from kvferry.benchmarks.shared.rates import MeasuredRates, best_of, measure_rates
 from kvferry.benchmarks.shared.shapes import SHAPES, write_shape
-from kvferry.common.config import EngineConfig, environment
+from kvferry.common.config import EngineConfig, KVCacheDtype, environment
 from kvferry.common.errors import ConfigError
 from kvferry.launch.host import Host, read_host
 from kvferry.launch.plan import fit_to_host, plan
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--shape", choices=list(SHAPES), help="random weights of this shape instead of a model")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: %(default)s)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="(default: %(default)s)")
-    add("--kv-cache-dtype", choices=["auto", "bfloat16", "fp8"], default="auto", help="(default: %(default)s)")
+    add("--kv-cache-dtype", choices=get_args(KVCacheDtype), default="auto", help="(default: %(default)s)")
     add("--load-format", choices=["auto", "safetensors", "dummy"], default="auto", help="(default: %(default)s)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     add("--max-num-batched-tokens", type=int, metavar="N", help="longest chunk (default: a worker's)")

@@ -26,6 +26,7 @@ from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.engine.engine import Engine
 from kvferry.engine.loop import EngineLoop
+from kvferry.engine.nn.attention.int8_rows import stored_head_dim, write_rows
 from kvferry.kvcache.blocks import BlockPool, prefix_salt
 from kvferry.prefill.scheduler import PrefillScheduler, Prompt
 
@@ -249,8 +250,21 @@ def _fill_pages(pages: torch.Tensor) -> None:
     """Zeros would be quicker to read and to multiply on some processors."""
     generator = torch.Generator(pages.device).manual_seed(_KV_SEED)
     for layer in pages:
+        if layer.dtype == torch.int8:
+            _fill_int8(layer, generator)
+            continue
         values = torch.empty(layer.shape, dtype=torch.bfloat16, device=layer.device).normal_(generator=generator)
         if layer.dtype.itemsize == 1:  # 8-bit floats are storage: few operations know them
             layer.view(torch.uint8).copy_(values.to(layer.dtype).view(torch.uint8))
         else:
             layer.copy_(values)
+
+
+def _fill_int8(layer: torch.Tensor, generator: torch.Generator) -> None:
+    """Draw what is to be written, for whole numbers have their scales beside them."""
+    num_blocks, num_parts, num_heads, block_size, _ = layer.shape
+    slots = torch.arange(num_blocks * block_size)
+    shape = (len(slots), num_heads, stored_head_dim(layer))
+    for part in range(num_parts):
+        rows = torch.empty(shape).normal_(generator=generator)
+        write_rows(layer, part, slots // block_size, slots % block_size, rows)

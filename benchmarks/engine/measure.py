@@ -86,8 +86,8 @@ def judge(measured: Measured, loaded: LoadedEngine, rates: Rates, shape: str | N
     engine = loaded.engine
     model, weight_bytes = engine.model_config, item_bytes(engine.config, engine.model_config)
     if measured.kind == "decode":
-        kv_bytes = engine.kv_pages.element_size()
-        work = decode_work(model, measured.num_rows, measured.mean_context, weight_bytes, kv_bytes)
+        row_bytes = engine.kv_pages.shape[-1] * engine.kv_pages.element_size()
+        work = decode_work(model, measured.num_rows, measured.mean_context, weight_bytes, row_bytes)
     else:
         work = prefill_work(model, measured.context, weight_bytes)
     step_s = median(measured.times_s)

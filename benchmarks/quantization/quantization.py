@@ -6,7 +6,8 @@
 
 Each form reads `text.txt` once as a prompt: perplexity is the exponent of the mean of what its tokens surprised the
 model. Beside it stand how far its log-probabilities are from the first form's on average, how often its best next token
-is that one's, and what the weights take. `gguf` is the built-in model's file as it is, of which its bfloat16 was made.
+is that one's, and what the weights take. `gguf` is the built-in model's file as it is, of which its bfloat16 was made;
+`int8-kv` has plain weights, and keys and values in 8 bits.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 # torch is imported inside functions: its threads are settled before.
 
 _TEXT = Path(__file__).with_name("text.txt")
-KINDS = ("plain", "int8", "int4", "gguf")
+KINDS = ("plain", "int8", "int4", "gguf", "int8-kv")
 
 
 @dataclass(slots=True, frozen=True)
@@ -112,7 +113,8 @@ def config_of(kind: str, model_dir: Path | None, *, dtype: str, threads: int, cp
             "device": "cpu",
             "num_threads": threads,
             "cpu_isa": cpu_isa,
-            "quantization": None if kind == "plain" else kind,
+            "quantization": None if kind in ("plain", "int8-kv") else kind,
+            "kv_cache_dtype": "int8" if kind == "int8-kv" else "auto",
         }
     )
 
@@ -171,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: built-in model)")
-    add("--kinds", type=kinds, default=KINDS, metavar="KIND,…", help="of plain, int8, int4, gguf (default: all)")
+    add("--kinds", type=kinds, default=KINDS, metavar="KIND,…", help=f"of {', '.join(KINDS)} (default: all)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="(default: %(default)s)")
     add("--tokens", type=int, default=None, metavar="N", help="read so many of the text's (default: all)")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads (default: %(default)s)")

@@ -43,18 +43,19 @@ class Work:
         return "compute" if is_compute else "memory"
 
 
-def decode_work(model: ModelConfig, num_rows: int, context: float, item_bytes: int, kv_item_bytes: int) -> Work:
+def decode_work(model: ModelConfig, num_rows: int, context: float, item_bytes: int, kv_row_bytes: int) -> Work:
     """One step of `num_rows` sequences that each see `context` tokens.
 
-    Bytes: every weight once, with the head, and each row's keys and values (of `kv_item_bytes` each). FLOP: two for
-    each weight and row, and four for each query head's dimension and visible key (the score and the weighted sum).
+    Bytes: every weight once, with the head, and each row's keys and values (of `kv_row_bytes` for a token and head).
+    FLOP: two for each weight and row, and four for each query head's dimension and visible key (the score and the
+    weighted sum).
     """
     params = count_params(model)
     weights = params.layers + params.head
     keys = num_rows * num_visible_keys(context, model)
     return Work(
         flops=2 * weights * num_rows + flops_per_pair(model) * keys,
-        num_bytes=weights * item_bytes + 2 * model.num_kv_heads * model.head_dim * keys * kv_item_bytes,
+        num_bytes=weights * item_bytes + 2 * model.num_kv_heads * keys * kv_row_bytes,
     )
 
 

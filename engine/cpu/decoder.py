@@ -43,11 +43,12 @@ class NativeDecoder:
         are idle. `is_exact`: a token's results depend on the tokens before it alone, to the bit.
         """
         first = pages[0]
-        assert first.dtype == model.dtype and first.device.type == "cpu", first.dtype
+        assert first.dtype in (model.dtype, torch.int8) and first.device.type == "cpu", first.dtype
         self.is_exact = is_exact
         self._keep = (model, pages, cores)
         self._model = described = model.described
-        described.page_stride, described.block_size = first.stride(0), first.shape[3]
+        described.page_bytes, described.block_size = first.stride(0) * first.itemsize, first.shape[3]
+        described.has_int8_pages = first.dtype == torch.int8
         for layer in range(described.num_layers):
             described.layers[layer].pages = pages[layer].data_ptr()
         self._vocab_size: int = described.vocab_size

@@ -38,6 +38,8 @@ def read_worker(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig,
     engine = _engine(options, gpu, model_dir)
     if gpu.is_cpu and engine.kv_cache_dtype == "fp8":
         raise ConfigError("kv_cache_dtype: fp8 needs a GPU: the CPU's attention reads no 8-bit floats; use auto")
+    if not gpu.is_cpu and engine.kv_cache_dtype == "int8":
+        raise ConfigError("kv_cache_dtype: int8 is read on CPUs alone; use fp8")
     model = ModelConfig.from_dir(model_dir)
     if engine.enable_expert_parallel and model.experts is None:
         raise ConfigError(f"enable_expert_parallel: {model.architecture} has no experts; leave it away")

@@ -8,13 +8,16 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from kvferry.common.config import EngineConfig, WorkerConfig
+from kvferry.common.request import SamplingParams
 
 from ..checkpoints import write_checkpoint
+from ..engine_driver import Driver, make_engine
 from .cluster import Cluster, free_port, run_all, serve, wait_until
 
 COMMON = ("--served-model-name", "tiny", "--dtype", "float32")
@@ -74,6 +77,23 @@ def test_bytes_on_the_wire_are_the_blocks_that_the_decode_worker_lacks(cluster: 
         _complete(cluster, prompt)
         expected += num_blocks * BLOCK_BYTES
         wire.wait_for(expected)
+
+
+def test_whole_numbers_are_handed_over_with_their_scales(model_dir: Path, tmp_path: Path) -> None:
+    """The answer is that of one engine that never sent anything."""
+    alone = Driver(make_engine(model_dir, kv_cache_dtype="int8", deterministic=True))
+    flags = ("--kv-cache-dtype", "int8", "--deterministic", "--no-local-prefill")
+    with serve(model_dir, tmp_path / "log", *COMMON, *flags) as cluster:
+        wire, expected = Wire(cluster), 0
+        for prompt, num_blocks in ((_tokens(7, 100), 7), (_tokens(9, 300), 19)):
+            sampling = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+            seq = alone.add(prompt, sampling)
+            tokens = alone.generate([seq])[0]
+            answer = _complete(cluster, prompt, max_tokens=20, return_tokens_as_token_ids=True, logprobs=0)
+            choices: Any = answer["choices"]
+            assert choices[0]["logprobs"]["tokens"] == [f"token_id:{token}" for token in tokens]
+            expected += num_blocks * (BLOCK_BYTES // 4) * 20 // 16  # a byte each, and four for each 16 numbers
+            wire.wait_for(expected)
 
 
 def test_a_prompt_of_32000_tokens_is_handed_over_behind_its_computation(cluster: Cluster) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvferry.common.errors import ConfigError
+from kvferry.engine.nn.attention.int8_rows import widened, write_rows
 from kvferry.kvcache.draft_pages import draft_layers, num_draft_pages
 from kvferry.kvcache.pages import copy_blocks
 from kvferry.models.config import ModelConfig
@@ -56,3 +57,27 @@ def test_heads_that_do_not_fit_into_a_page_are_refused(shape: Shape, tmp_path: P
     target, draft = config_of(TARGET, tmp_path / "target"), config_of(shape, tmp_path / "draft")
     with pytest.raises(ConfigError, match="draft model do not fit into pages of the model, which has 4 of 16"):
         num_draft_pages(target, draft)
+
+
+@pytest.mark.parametrize("name", ["the target itself", "one layer to a page", "a head of another size"])
+def test_whole_numbers_of_a_draft_have_their_scales_beside_them(name: str, tmp_path: Path) -> None:
+    target, draft = config_of(TARGET, tmp_path / "target"), config_of(DRAFTS[name][0], tmp_path / "draft")
+    if name == "a head of another size":
+        with pytest.raises(ConfigError, match="which has 4 of 16; in int8, with scales, heads"):
+            num_draft_pages(target, draft, "int8")
+        return
+    num_pages = num_draft_pages(target, draft, "int8")
+    pages = torch.zeros(2 + num_pages, NUM_BLOCKS, 2, 4, BLOCK_SIZE, 20, dtype=torch.int8)
+    layers = draft_layers(pages, target, draft)
+    generator = torch.Generator().manual_seed(3)
+    slots = torch.arange(NUM_BLOCKS * BLOCK_SIZE)
+    drawn = [torch.randn(len(slots), draft.num_kv_heads, draft.head_dim, generator=generator) for _ in layers]
+    for layer, rows in zip(layers, drawn, strict=True):
+        for part in (0, 1):
+            write_rows(layer, part, slots // BLOCK_SIZE, slots % BLOCK_SIZE, rows * (1 + part))
+    for layer, rows in zip(layers, drawn, strict=True):
+        cells = layer.reshape(-1, BLOCK_SIZE * layer.shape[-1])
+        found = widened(cells, BLOCK_SIZE, torch.float32).view(NUM_BLOCKS, 2, -1, BLOCK_SIZE, draft.head_dim)
+        for part in (0, 1):
+            written = found[:, part].transpose(1, 2).reshape(rows.shape)
+            torch.testing.assert_close(written, rows * (1 + part), atol=0.05, rtol=0.02)

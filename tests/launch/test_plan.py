@@ -284,6 +284,8 @@ def test_on_shared_cores_every_worker_yields_while_it_decodes_nothing() -> None:
 def test_a_cache_in_8_bits_needs_a_gpu() -> None:
     with pytest.raises(ConfigError, match="kv_cache_dtype: fp8 needs a GPU"):
         fit_to_host(planned(kv_cache_dtype="fp8"), host())
+    with pytest.raises(ConfigError, match="kv_cache_dtype: int8 is read on CPUs alone"):
+        fit_to_host(planned(kv_cache_dtype="int8"), host(num_gpus=2))
     fitted = fit_to_host(planned(kv_cache_dtype="fp8"), host(num_gpus=2))
     assert {worker.config.engine.kv_cache_dtype for worker in fitted.workers} == {"fp8"}
 

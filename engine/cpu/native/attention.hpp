@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "pages.hpp"
 #include "softmax.hpp"
 #include "tiles.hpp"
 #include "vectors.hpp"
@@ -20,22 +21,21 @@
 #include "sets/avx2_attention.hpp"
 #endif
 
-constexpr long kTileKeys = 256;  // a multiple of every block size
 constexpr int kBlocksAhead = 2;  // fetched before they are needed
 constexpr long kNearValues = 64 << 10;  // of a tile, for all KV heads: they stay near while its keys are read
 
-struct Pages {
-    const Element* keys;       // block 0 of this layer and head; a block is [block_size][head_dim]
-    long values;            // from a block's keys to its values
-    long stride;            // from block to block
-    const std::int32_t* blocks;
-    long block_size, head_dim;
-
-    const Element* key(long index) const {
-        return keys + blocks[index / block_size] * stride + index % block_size * head_dim;
+// job<HEADS>(head) for `count` heads from `head` on, so many at a time as registers hold.
+template <class Job>
+void in_register_heads(int head, int count, Job job) {
+    for (const int end = head + count; head < end; head += kHeadsAtOnce) {
+        switch (std::min(end - head, kHeadsAtOnce)) {
+            case 1: job.template operator()<1>(head); break;
+            case 2: job.template operator()<2>(head); break;
+            case 3: job.template operator()<3>(head); break;
+            default: job.template operator()<4>(head);
+        }
     }
-    Pages of_head(int head) const { return {keys + head * block_size * head_dim, values, stride, blocks, block_size, head_dim}; }
-};
+}
 
 // What does not depend on how scores are computed.
 class TokenAttention {
@@ -49,9 +49,9 @@ protected:
     static constexpr long kScoreStride = kTileKeys + 16;  // whole vectors are written at any multiple of 8
 
     // Attend to the keys [first, last), in tiles from `begin` on, and to the heads' sinks unless null; the result is
-    // out [kv_heads * group][head_dim]. score(begin, first, last) leaves scores of the keys of one tile.
+    // out [kv_heads * group][head_dim]. score(pages, begin, first, last) leaves scores of the keys of one tile.
     template <class Score>
-    void attend(const Pages& pages, int kv_heads, long begin, long first, long last, const Element* sinks, Element* out,
+    void attend(const StoredPages& stored, int kv_heads, long begin, long first, long last, const Element* sinks, Element* out,
                 Score score) {
         const int heads = kv_heads * group_;
         softmax_.reset(heads, sinks, heads);
@@ -59,7 +59,8 @@ protected:
         for (; begin < last; begin += kTileKeys) {
             const long end = std::min(begin + kTileKeys, last), visible = std::max(begin, first);
             const long width = padded(end - begin, 16);
-            score(begin, visible, end);
+            const Pages pages = near_.of(stored, kv_heads, begin, end);
+            score(pages, begin, visible, end);
             for (int head = 0; head < heads; head++) {
                 Element* weights = weights_.data() + head * kScoreStride;
                 factors_[head] = softmax_.weigh(head, scores(head), {visible - begin, end - begin}, width, weights);
@@ -74,22 +75,10 @@ protected:
 
     float* scores(int head) { return scores_.data() + head * kScoreStride; }
 
-    // job<HEADS>(head) for the group of heads from `head` on, so many at a time as registers hold.
-    template <class Job>
-    void in_register_heads(int head, Job job) const {
-        for (const int end = head + group_; head < end; head += kHeadsAtOnce) {
-            switch (std::min(end - head, kHeadsAtOnce)) {
-                case 1: job.template operator()<1>(head); break;
-                case 2: job.template operator()<2>(head); break;
-                case 3: job.template operator()<3>(head); break;
-                default: job.template operator()<4>(head);
-            }
-        }
-    }
-
     // Pages are scattered, so that the processor cannot guess what comes next: it is told. For the keys of a block from
     // `key` on: those some blocks further on, and where these are a token's first ones, all up to there.
     void fetch_ahead(const Pages& pages, int kv_heads, long key, bool is_first, long last) const {
+        if (pages.are_near) return;
         const long size = pages.block_size, ahead = key + kBlocksAhead * size;
         for (long block = is_first ? key : ahead; block < std::min(last, ahead + size); block += size) {
             const Element* keys = pages.key(block);
@@ -101,6 +90,7 @@ protected:
 
     // Read the values of keys [first, last), block by block, for nothing but to have them near.
     void read_values(const Pages& pages, int kv_heads, long first, long last) const {
+        if (pages.are_near) return;
         for (long end; first < last; first = end) {
             end = std::min(last, (first / pages.block_size + 1) * pages.block_size);
             const Element* values = pages.key(first) + pages.values;
@@ -117,7 +107,7 @@ private:
     float* sums(int head) { return sums_.data() + head * stride_; }
 
     void add_values(const Pages& pages, long begin, long first, long last, int head) {
-        in_register_heads(head, [&]<int HEADS>(int head) { add_values<HEADS>(pages, begin, first, last, head); });
+        in_register_heads(head, group_, [&]<int HEADS>(int head) { add_values<HEADS>(pages, begin, first, last, head); });
     }
 
     template <int HEADS>
@@ -150,6 +140,7 @@ private:
         added.store(sums(head) + at, stride_);
     }
 
+    NearPages near_;
     std::vector<float> scores_;
     RunningSoftmax softmax_;
     std::vector<Element> weights_;
@@ -165,13 +156,14 @@ public:
 
     // Attend with queries [kv_heads * group][head_dim] over the keys [first, last), and the heads' sinks unless null; the
     // result is as large as they, and may be where they are.
-    void attend(const Pages& pages, int kv_heads, const Element* queries, long first, long last, const Element* sinks,
+    void attend(const StoredPages& stored, int kv_heads, const Element* queries, long first, long last, const Element* sinks,
                 Element* out) {
         for (int head = 0; head < kv_heads * group_; head++) {
             set_query(queries + head * head_dim_, head_dim_, queries_.data() + head * stride_);
         }
-        const long start = first / pages.block_size * pages.block_size;
-        TokenAttention::attend(pages, kv_heads, start, first, last, sinks, out, [&](long begin, long, long end) {
+        const long start = first / stored.block_size * stored.block_size;
+        TokenAttention::attend(stored, kv_heads, start, first, last, sinks, out,
+                               [&](const Pages& pages, long begin, long, long end) {
             const long step = std::min(16L, pages.block_size);
             for (long key = begin; key < end; key += step) {
                 if (key % pages.block_size == 0) fetch_ahead(pages, kv_heads, key, key == start, last);
@@ -186,7 +178,7 @@ private:
     void score(const Pages& pages, long begin, long key, long last, int head) {
         const Element* keys = pages.key(key);
         const int count = int(std::min({16L, pages.block_size, last - key}));
-        in_register_heads(head, [&]<int HEADS>(int head) {
+        in_register_heads(head, group_, [&]<int HEADS>(int head) {
             score_16<HEADS>(queries_.data() + head * stride_, stride_, keys, head_dim_, count, scores(head) + (key - begin),
                             kScoreStride);
         });

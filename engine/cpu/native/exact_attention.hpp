@@ -18,14 +18,15 @@ public:
           keys_(kTileColumns * head_dim) {}
 
     // As `Attention::attend`, for the token at `position`.
-    void attend(const Pages& pages, int kv_heads, const Element* queries, long position, long window, const Element* sinks,
+    void attend(const StoredPages& stored, int kv_heads, const Element* queries, long position, long window, const Element* sinks,
                 Element* out) {
         for (int head = 0; head < kv_heads * group_; head++) {
             std::copy_n(queries + head * head_dim_, head_dim_, queries_.data() + head * stride_);
         }
         const long first = PromptAttention::first_key(position, window), last = position + 1;
         const long start = first / kTileKeys * kTileKeys;
-        TokenAttention::attend(pages, kv_heads, start, first, last, sinks, out, [&](long begin, long visible, long end) {
+        TokenAttention::attend(stored, kv_heads, start, first, last, sinks, out,
+                               [&](const Pages& pages, long begin, long visible, long end) {
             long key = begin + (visible - begin) / kTileColumns * kTileColumns;
             for (; key < end; key += kTileColumns) {
                 const long from = std::max(key, visible) / 16 * 16, to = std::min(end, key + kTileColumns);

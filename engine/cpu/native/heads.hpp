@@ -5,6 +5,7 @@
 
 #include "attention.hpp"
 #include "exact_attention.hpp"
+#include "int8_attention.hpp"
 #include "model.hpp"
 #include "prompt_attention.hpp"
 #include "rotation.hpp"
@@ -15,12 +16,15 @@
 struct HeadScratch {
     HeadScratch(const Model& m, int group, bool is_exact)
         : attention(group, kv_heads_at_once(m), int(m.head_dim), float(m.score_cap)),
+          int8_attention(group, kv_heads_at_once(m), int(m.head_dim), float(m.score_cap)),
           exact_attention(group, kv_heads_at_once(m), int(m.head_dim), float(m.score_cap)),
-          prompt_attention(group, int(m.head_dim), float(m.score_cap), is_exact), head(m.head_dim) {}
+          prompt_attention(group, int(m.head_dim), float(m.score_cap), is_exact), head(m.head_dim), row(m.head_dim) {}
     Attention attention;
+    Int8Attention int8_attention;
     ExactAttention exact_attention;
     PromptAttention prompt_attention;
     std::vector<float> head;
+    std::vector<Element> row;  // on its way to whole numbers
 };
 
 // Sums of squares of a token's queries and of its keys.
@@ -60,23 +64,30 @@ public:
         }
         for (long head = 0; head < kv; head++, heads += d) {
             const Norm norm = this->norm(attention, attention.k_norm, heads, head, all.keys, kv);
-            const Pages pages = this->pages(layer, head, row);
-            Element* key = const_cast<Element*>(pages.key(row.start + token - row.token));
-            rotation.turn(heads, norm.weight, norm.factor, token, 1.0f, own.head.data(), key);
-            const float* value = heads + kv * d;
-            for (long i = 0; i < d; i += 16) store(key + pages.values + i, load(value + i));
+            const StoredPages pages = this->pages(layer, head, row);
+            const long position = row.start + token - row.token;
+            put(pages, position, 0, own, [&](Element* key) {
+                rotation.turn(heads, norm.weight, norm.factor, token, 1.0f, own.head.data(), key);
+            });
+            put(pages, position, pages.values, own, [&, value = heads + kv * d](Element* target) {
+                for (long i = 0; i < d; i += 16) store(target + i, load(value + i));
+            });
         }
     }
 
     // `heads`: the first of the piece's queries, `stride` from token to token; the result takes their place.
     void attend(const Layer& layer, const Piece& piece, Element* heads, long stride, HeadScratch& own) const {
         const Row& row = *piece.row;
-        const Pages pages = this->pages(layer, piece.kv_head, row);
+        const StoredPages pages = this->pages(layer, piece.kv_head, row);
         const long window = layer.attention.window, position = row.start + piece.first;
         const Element* sinks = layer.attention.sinks == nullptr ? nullptr : layer.attention.sinks + piece.kv_head * group();
         if (piece.tokens == 1 && !is_exact_) {
             const long first = PromptAttention::first_key(position, window);
-            own.attention.attend(pages, piece.kv_heads, heads, first, position + 1, sinks, heads);
+            if (pages.has_int8) {
+                own.int8_attention.attend(pages, piece.kv_heads, heads, first, position + 1, sinks, heads);
+            } else {
+                own.attention.attend(pages, piece.kv_heads, heads, first, position + 1, sinks, heads);
+            }
         } else if (piece.tokens == 1 && kSumsInRegisters) {
             own.exact_attention.attend(pages, piece.kv_heads, heads, position, window, sinks, heads);
         } else {  // also where no vector adds up as the matrix unit does
@@ -101,10 +112,20 @@ private:
         return {weight + head * m_.head_dim, inverse_rms(squares, num_heads * m_.head_dim * m_.num_ranks, eps)};
     }
 
-    Pages pages(const Layer& layer, long kv_head, const Row& row) const {
-        const long head_size = m_.block_size * m_.head_dim;
-        return {layer.pages + kv_head * head_size, m_.num_kv_heads * head_size, m_.page_stride, row.blocks, m_.block_size,
-                m_.head_dim};
+    StoredPages pages(const Layer& layer, long kv_head, const Row& row) const {
+        const long token_bytes = m_.has_int8_pages ? m_.head_dim + sizeof(float) : m_.head_dim * sizeof(Element);
+        const long head_bytes = m_.block_size * token_bytes;
+        return {layer.pages + kv_head * head_bytes, head_bytes,   m_.num_kv_heads * head_bytes, m_.page_bytes, row.blocks,
+                m_.block_size,                      m_.head_dim, m_.has_int8_pages != 0};
+    }
+
+    // write(target) writes a token's key or value, which is `part` bytes behind the block's keys, to its place.
+    template <class Write>
+    static void put(const StoredPages& pages, long position, long part, HeadScratch& own, Write write) {
+        char* const head = pages.block(position) + part;
+        if (!pages.has_int8) return write((Element*)head + position % pages.block_size * pages.head_dim);
+        write(own.row.data());
+        pages.put(head, position, own.row.data());
     }
 
     const Model m_;

@@ -55,13 +55,14 @@ struct Layer {
     GatedMlp mlp;
     std::int64_t is_local;  // positions turn by the local frequencies
     const Experts* experts;  // in place of `mlp`; null: it is there
-    Element* pages;  // block 0's of this layer: [2, num_kv_heads, block_size, head_dim]; the next is page_stride further
+    char* pages;  // block 0's of this layer, [2, num_kv_heads] heads as in pages.hpp; the next is page_bytes further
 };
 
 struct Model {
     // intermediate_size: of the widest gated MLP, dense or an expert's
     std::int64_t num_layers, hidden_size, intermediate_size, num_qo_heads, num_kv_heads, head_dim, vocab_size;
-    std::int64_t page_stride, block_size;
+    std::int64_t page_bytes, block_size;
+    std::int64_t has_int8_pages;                      // in place of elements
     std::int64_t rotary_dim;                          // of a head: so many are turned, from its beginning on
     std::int64_t has_gelu;                            // in place of silu
     double norm_eps, norm_offset;                     // a norm's weights mean so much more

@@ -38,7 +38,7 @@ public:
 
     // Queries of `tokens` tokens from `position` on, each [num_heads][head_dim] and `stride` from the next; so is `out`.
     // Token i sees the keys up to its own, `window` of them at most (0: all).
-    void attend(const Pages& pages, const Element* queries, long tokens, long position, long window, const Element* sinks,
+    void attend(const StoredPages& stored, const Element* queries, long tokens, long position, long window, const Element* sinks,
                 Element* out, long stride) {
         const long rows = tokens * num_heads_;
         for (long row = 0; row < rows; row++) {
@@ -51,7 +51,7 @@ public:
         const long first = first_key(position, window);
         for (long begin = is_exact_ ? first / kKeys * kKeys : first; begin < last; begin += kKeys) {
             const long count = std::min(kKeys, last - begin);
-            pack(pages, begin, count);
+            pack(near_.of(stored, 1, begin, begin + count), begin, count);
             for (long row = 0; row < rows; row += kRowsAtOnce) {
                 attend_rows(row, std::min(rows - row, long(kRowsAtOnce)), position, window, begin, count);
             }
@@ -130,5 +130,6 @@ private:
     const long max_tokens_;
     std::vector<Element> queries_, keys_, values_;  // of values, padding columns stay zero
     std::vector<float> sums_;
+    NearPages near_;
     RunningSoftmax softmax_;
 };

@@ -24,7 +24,7 @@ def make_attention(
 ) -> AttentionBackend:
     """Make the backend `name` ("auto" picks by device) over `pages`. Raises ConfigError where it cannot run.
 
-    Pages in 8 bits (on CUDA alone) need the queries' type, and each layer's k_scale and v_scale where they are not 1.
+    Pages in 8 bits need the queries' type, and on CUDA each layer's k_scale and v_scale where they are not 1.
     `deterministic`, on a CPU alone: results do not depend on what is computed together.
     """
     device = pages[0].device.type
@@ -54,8 +54,8 @@ def make_attention(
     if deterministic:
         from .tiled import TiledAttention
 
-        return TiledAttention(pages, num_qo_heads, sliding_windows, scores)
+        return TiledAttention(pages, num_qo_heads, sliding_windows, scores, dtype=query_dtype)
     from .paged_torch import CPUAttention
 
     assert isinstance(pages, Tensor), "layers apart are for attention in tiles"
-    return CPUAttention(pages, num_qo_heads, sliding_windows, scores)
+    return CPUAttention(pages, num_qo_heads, sliding_windows, scores, dtype=query_dtype)

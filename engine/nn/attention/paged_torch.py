@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .base import PLAIN_SCORES, AttentionMetadata, Scores, check_pages
+from .int8_rows import stored_head_dim, widened, write_rows
 
 _CACHE_BYTES = 8 << 20  # what a product's operands should stay within; measured
 _MIN_TILE = 8  # queries: a product of fewer reads its keys too often for what it calculates
@@ -74,10 +75,13 @@ class CPUAttention:
         sliding_windows: Sequence[int | None],
         scores: Scores = PLAIN_SCORES,
         *,
+        dtype: torch.dtype | None = None,
         cache_bytes: int = _CACHE_BYTES,
     ) -> None:
+        """`dtype`: what is computed in, where pages are in another."""
         check_pages(pages, num_qo_heads)
-        num_layers, num_blocks, num_parts, self._num_kv_heads, self._block_size, self._head_dim = pages.shape
+        num_layers, num_blocks, num_parts, self._num_kv_heads, self._block_size, row_items = pages.shape
+        self._head_dim = stored_head_dim(pages)
         self._num_qo_heads = num_qo_heads
         self._group_size = num_qo_heads // self._num_kv_heads
         self._value_dim = scores.value_dim or self._head_dim
@@ -85,17 +89,17 @@ class CPUAttention:
         self._cap = scores.cap
         self._sinks = scores.sinks
         self._windows = tuple(sliding_windows)
-        self._dtype = pages.dtype
+        self._dtype = dtype or pages.dtype
         self._group_bytes = cache_bytes // 2  # gathered K of one decode group
         self._score_bytes = cache_bytes  # scores of one prefill tile over several heads
         self._max_score_bytes = 4 * cache_bytes  # scores of one prefill tile of one KV head
-        self._k = [pages[layer, :, 0] for layer in range(num_layers)]  # [blocks, kv_heads, block_size, head_dim]
-        self._v = [pages[layer, :, 1] for layer in range(num_layers)] if scores.value_dim is None else []
+        self._layers = [pages[layer] for layer in range(num_layers)]
+        self._has_values = scores.value_dim is None  # else they are a part of the keys
         self._heads_of_page = num_parts * self._num_kv_heads
         page_rows = num_blocks * self._heads_of_page
-        self._page_rows = [layer.view(page_rows, self._block_size * self._head_dim) for layer in pages]
-        self._tile = 128 if pages.dtype == torch.bfloat16 else 64  # queries; measured
-        self._causal = torch.full((self._tile, self._tile), _NO, dtype=pages.dtype).triu_(1)
+        self._page_rows = [layer.view(page_rows, self._block_size * row_items) for layer in pages]
+        self._tile = 128 if self._dtype == torch.bfloat16 else 64  # queries; measured
+        self._causal = torch.full((self._tile, self._tile), _NO, dtype=self._dtype).triu_(1)
         self._scratch: dict[str, Tensor] = {}
         self._plans: dict[int | None, _WindowPlan] = {}
         self._num_tokens = 0
@@ -179,9 +183,10 @@ class CPUAttention:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
         num_tokens = self._num_tokens
-        self._k[layer_id][self._blocks, :, self._offsets] = k[:num_tokens]
-        if self._v:  # else it is a part of K
-            self._v[layer_id][self._blocks, :, self._offsets] = v[:num_tokens]
+        layer = self._layers[layer_id]
+        write_rows(layer, 0, self._blocks, self._offsets, k[:num_tokens])
+        if self._has_values:
+            write_rows(layer, 1, self._blocks, self._offsets, v[:num_tokens])
         plan = self._plans[self._windows[layer_id]]
         scaled = q * self._scale  # contiguous, unlike q
         out = self._take("out", q.shape[0], self._num_qo_heads, self._value_dim)
@@ -196,7 +201,7 @@ class CPUAttention:
     def _decode(self, group: _DecodeGroup, q: Tensor, page_rows: Tensor, layer_id: int, out: Tensor) -> None:
         n, keys = group.num_rows, group.num_keys
         k = self._gather("k", page_rows, group.k_index).view(n * self._num_kv_heads, keys, self._head_dim)
-        v = self._gather("v", page_rows, group.v_index).view(k.shape) if self._v else k
+        v = self._gather("v", page_rows, group.v_index).view(k.shape) if self._has_values else k
         rows = q[:n] if group.rows is None else q[group.rows]
         scores = torch.bmm(rows.view(n * self._num_kv_heads, self._group_size, self._head_dim), k.transpose(1, 2))
         self._bound(scores).view(n, self._num_kv_heads, self._group_size, keys).masked_fill_(group.hidden, _NO)
@@ -221,7 +226,7 @@ class CPUAttention:
             num_heads = heads.stop - heads.start
             k = self._gather("k", page_rows, row.k_index[heads].reshape(-1)).view(num_heads, -1, self._head_dim)
             v = k[..., : self._value_dim]
-            if self._v:
+            if self._has_values:
                 v = self._gather("v", page_rows, row.v_index[heads].reshape(-1)).view(num_heads, -1, self._head_dim)
             for start in range(0, row.num_tokens, tile):
                 stop = min(start + tile, row.num_tokens)
@@ -280,6 +285,8 @@ class CPUAttention:
         """Nothing is compiled here."""
 
     def _gather(self, name: str, page_rows: Tensor, index: Tensor) -> Tensor:
+        if page_rows.dtype != self._dtype:
+            return widened(page_rows[index], self._block_size, self._dtype)
         out = self._take(name, index.shape[0], page_rows.shape[1])
         return torch.index_select(page_rows, 0, index, out=out)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .base import PLAIN_SCORES, AttentionMetadata, LayerPages, Scores, heads_of_pages, rows_apart
+from .int8_rows import stored_head_dim, widened, write_rows
 
 _QUERIES = 8  # tokens of a tile
 _KEYS = 256  # of a tile: a multiple of it, and of every block size
@@ -78,9 +79,14 @@ class TiledAttention:
         num_qo_heads: int,
         sliding_windows: Sequence[int | None],
         scores: Scores = PLAIN_SCORES,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        """`dtype`: the model's, where pages are in another."""
         self._layers = [pages[layer] for layer in range(len(pages))]
-        _, _, self._num_kv_heads, self._block_size, self._head_dim = self._layers[0].shape
+        _, _, self._num_kv_heads, self._block_size, _ = self._layers[0].shape
+        self._head_dim = stored_head_dim(self._layers[0])
+        self._dtype = dtype or self._layers[0].dtype
         assert num_qo_heads % self._num_kv_heads == 0, (num_qo_heads, self._num_kv_heads)
         self._page_rows = [heads_of_pages(layer) for layer in self._layers]
         self._rows_apart = rows_apart(self._layers[0])
@@ -124,9 +130,9 @@ class TiledAttention:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
         pages = self._layers[layer_id]
-        pages[self._blocks, 0, :, self._offsets] = k[: self._num_tokens]
+        write_rows(pages, 0, self._blocks, self._offsets, k[: self._num_tokens])
         if self._has_values:
-            pages[self._blocks, 1, :, self._offsets] = v[: self._num_tokens]
+            write_rows(pages, 1, self._blocks, self._offsets, v[: self._num_tokens])
         out = torch.zeros(*q.shape[:2], self._value_dim, dtype=q.dtype)
         for row in self._rows:
             self._attend(row, q, layer_id, out)
@@ -168,7 +174,7 @@ class TiledAttention:
         )
 
     def _gather(self, layer_id: int, index: Tensor) -> Tensor:
-        rows: Tensor = self._page_rows[layer_id][index]
+        rows = widened(self._page_rows[layer_id][index], self._block_size, self._dtype)
         return rows.view(self._num_kv_heads, _KEYS, self._head_dim).float()
 
     def _hidden(self, tile: _QueryTile, first_key: int, window: int | None) -> Tensor | None:

@@ -6,6 +6,7 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -59,7 +60,7 @@ pytestmark = pytest.mark.usefixtures("isa")
 class Recorded:
     """An engine whose logits can be looked at."""
 
-    def __init__(self, model_dir: Path, *, is_native: bool, cores: CoreSlot | None = None, **fields: object) -> None:
+    def __init__(self, model_dir: Path, *, is_native: bool, cores: CoreSlot | None = None, **fields: Any) -> None:
         """In bfloat16 unless `fields` say otherwise."""
         config = engine_config(model_dir, **({"dtype": "bfloat16"} | fields))
         self.engine = Engine(config, num_blocks=400, native=is_native, cores=cores)
@@ -268,12 +269,12 @@ def test_exact_results_show_neither_company_nor_chunks_nor_threads(checkpoints: 
     assert_exact(checkpoints / variant, dtype="bfloat16")
 
 
-def assert_exact(model_dir: Path, dtype: str) -> None:
+def assert_exact(model_dir: Path, dtype: str, **fields: Any) -> None:
     """A sequence's tokens and log-probabilities are the same in any company, by any chunks and on any threads."""
     sampling = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, logprobs=3)
     found = []
     for chunk, lengths, num_threads in ((1000, (), 1), (7, (90,), 1), (100, (1, 40, 3), 1), (64, (1, 1), 3)):
-        run = Recorded(model_dir, is_native=True, dtype=dtype, deterministic=True, num_threads=num_threads)
+        run = Recorded(model_dir, is_native=True, dtype=dtype, deterministic=True, num_threads=num_threads, **fields)
         seq, *others = (run.driver.add(prompt, sampling) for prompt in prompts([300, *lengths], 500))
         while seq.num_output_tokens < 4:
             rows = [(seq, min(chunk, seq.num_uncomputed_tokens))]
