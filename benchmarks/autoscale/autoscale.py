@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kvferry.benchmarks.autoscale.day import Day, Spike, arrivals
-from kvferry.benchmarks.autoscale.fleet import FILL_TOKENS, SETTLED_S, FleetRun, Minute, ModelTimes
+from kvferry.benchmarks.autoscale.fleet import FILL_TOKENS, SETTLED_S, FleetRun
 from kvferry.benchmarks.autoscale.oracle import Oracle
+from kvferry.benchmarks.autoscale.records import Minute, ModelTimes
 from kvferry.common.errors import ConfigError
 from kvferry.router.autoscaler.autoscaler import Autoscaler
 from kvferry.router.autoscaler.scale_types import AnswerLengths, AutoscalerSettings, Bounds, Counts, WorkerLimits

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import msgspec
 
-from kvferry.benchmarks.fuzz.corpus import DECODERS, FrameSource, attack_frames, hello, status, valid_messages
+from kvferry.benchmarks.fuzz.corpus import DECODERS, FrameSource, attack_frames
+from kvferry.benchmarks.fuzz.messages import hello, status, valid_messages
 from kvferry.benchmarks.fuzz.target import MODEL, Target, control_server
 from kvferry.common.errors import ProtocolError, WorkerLost
 from kvferry.wire.address import Address

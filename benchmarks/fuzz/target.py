@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from kvferry import __version__
-from kvferry.benchmarks.fuzz.corpus import hello, status
+from kvferry.benchmarks.fuzz.messages import hello, status
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import API_KEY_VARIABLE, SECRET_VARIABLE, RouterConfig
 from kvferry.common.errors import WorkerLost

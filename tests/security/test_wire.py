@@ -8,7 +8,8 @@ from contextlib import nullcontext
 import msgspec
 import pytest
 
-from kvferry.benchmarks.fuzz.corpus import DECODERS, attack_frames, valid_messages
+from kvferry.benchmarks.fuzz.corpus import DECODERS, attack_frames
+from kvferry.benchmarks.fuzz.messages import valid_messages
 from kvferry.common.errors import ProtocolError
 from kvferry.common.request import RequestSpec, SamplingParams
 from kvferry.wire.codec import encode

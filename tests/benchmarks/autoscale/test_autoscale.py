@@ -11,8 +11,8 @@ import pytest
 from kvferry.benchmarks.autoscale import autoscale
 from kvferry.benchmarks.autoscale.autoscale import _oscillations
 from kvferry.benchmarks.autoscale.day import Day, Spike, arrivals
-from kvferry.benchmarks.autoscale.fleet import Minute, ModelTimes
 from kvferry.benchmarks.autoscale.oracle import Oracle
+from kvferry.benchmarks.autoscale.records import Minute, ModelTimes
 from kvferry.router.autoscaler.scale_types import Counts, WorkerLimits
 from kvferry.router.state.objectives import Objectives
 from kvferry.sizing.hardware import gpu_named
