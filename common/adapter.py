@@ -70,8 +70,3 @@ class Adapters(Protocol):
     def get(self, digest: str, path: str) -> HeldAdapter:
         """Return the adapter at once, and see that it is loaded if it is not here. Who waits for it is woken."""
         ...
-
-
-def find_adapter(digest: str, path: str, adapters: Adapters | None) -> HeldAdapter | None:
-    """Return the adapter that a request names, loaded from now on; None: it names none, or none are applied."""
-    return None if not digest or adapters is None else adapters.get(digest, path)

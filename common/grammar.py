@@ -85,8 +85,3 @@ class Grammars(Protocol):
     def get(self, grammar: Grammar) -> CompiledGrammar:
         """Return the grammar at once, and begin to compile it if nobody has. Who waits for it is woken."""
         ...
-
-
-def find_grammar(grammar: Grammar | None, grammars: Grammars | None) -> CompiledGrammar | None:
-    """Return the grammar that answers follow, compiled from now on; None: they follow none, or none is followed."""
-    return None if grammar is None or grammars is None else grammars.get(grammar)

@@ -129,31 +129,6 @@ class RequestSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return any(self.outputs)
 
 
-UNSERVED = ("model", "adapter", "grammar")  # reasons of `why_unserved`: all workers of a router say the same
-
-
-def why_unserved(
-    spec: RequestSpec, served_model: str, *, follows_grammars: bool = False, applies_adapters: bool = False
-) -> tuple[str, str] | None:
-    """Say what a request asks for that a worker of `served_model` lacks, and the words for it; None: nothing."""
-    if spec.model not in ("", served_model):
-        return "model", f"{spec.model!r} is asked for, this worker serves {served_model!r}"
-    if spec.adapter and not applies_adapters:
-        return "adapter", f"adapter {spec.adapter} is asked for, this version applies none"
-    if spec.grammar is not None and not follows_grammars:
-        return "grammar", f"a grammar ({spec.grammar.kind!r}) is asked for, this version follows none"
-    return None
-
-
-def failed_part(grammar: CompiledGrammar | None, adapter: HeldAdapter | None) -> tuple[str, str] | None:
-    """Say which of these failed to be made ready, and why, as `why_unserved` does; None: neither has."""
-    if grammar is not None and grammar.failure:
-        return "grammar", f"the grammar that is asked for cannot be followed: {grammar.failure}"
-    if adapter is not None and adapter.failure:
-        return "adapter", f"the adapter that is asked for cannot be loaded: {adapter.failure}"
-    return None
-
-
 def pack_ids(token_ids: Iterable[int]) -> bytes:
     return array("i", token_ids).tobytes()
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..common import failpoints
-from ..common.adapter import Adapters, find_adapter
 from ..common.clock import Clock
-from ..common.grammar import Grammars, find_grammar
+from ..common.served import Served
 from ..kvcache.contents import Contents
 from ..transfer.receive.receiver import KVReceiver
 from ..transfer.receive.reservation import Reservation
@@ -33,16 +32,14 @@ class Adoption:
         outbox: Outbox,
         clock: Clock,
         contents: Contents,
-        grammars: Grammars | None = None,
-        adapters: Adapters | None = None,
+        served: Served,
     ) -> None:
         self._receiver = receiver
         self._scheduler = scheduler
         self._requests = requests
         self._outbox = outbox
         self._clock = clock
-        self._grammars = grammars
-        self._adapters = adapters
+        self._served = served
         self._contents = contents
         # Choices that ended while their prompt was still on its way, by (request id, attempt).
         self._ended_early: dict[tuple[str, int], set[int]] = {}
@@ -76,8 +73,8 @@ class Adoption:
         spec = reservation.spec
         request = RunningRequest(reservation.router_id, spec, expiry_s(spec, self._clock.now()))
         request.num_cached_tokens = reservation.num_cached_by_writer
-        request.grammar = find_grammar(spec.grammar, self._grammars)  # compiled since its reservation
-        request.held_adapter = find_adapter(spec.adapter, spec.adapter_path, self._adapters)  # loaded since then
+        request.grammar = self._served.grammar(spec)  # compiled since its reservation
+        request.held_adapter = self._served.adapter(spec)  # loaded since then
         self._requests.add(request)
         first = {choice.choice: choice for choice in reservation.first_tokens}
         ended = self._ended_early.pop((spec.request_id, spec.attempt), set())

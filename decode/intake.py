@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..common.adapter import Adapters, find_adapter
 from ..common.errors import CapacityError
-from ..common.grammar import Grammars, find_grammar
-from ..common.request import RequestSpec, why_unserved
+from ..common.request import RequestSpec
+from ..common.served import Served, is_expired
 from ..transfer.receive.receiver import KVReceiver
 from ..wire.fields import Message
 from ..wire.results import HandoffDone, NoCapacity, TaskRefused
@@ -35,9 +34,7 @@ class Intake:
     local: LocalRequests
     receiver: KVReceiver
     to_router: Callable[[str, Message], None]
-    served_model: str  # what requests may ask for
-    grammars: Grammars | None  # None: those that ask for one are refused
-    adapters: Adapters | None  # as `grammars`
+    served: Served
 
     def take(self, router_id: str, message: Message) -> None:
         match message:
@@ -63,22 +60,17 @@ class Intake:
             no = NoCapacity(request_id=spec.request_id, attempt=spec.attempt, reason=reason, detail=detail)
             self.to_router(router_id, no)
             return
-        find_grammar(spec.grammar, self.grammars)  # compiled while the prompt is
-        find_adapter(spec.adapter, spec.adapter_path, self.adapters)  # and loaded
+        self.served.grammar(spec)  # compiled while the prompt is
+        self.served.adapter(spec)  # and loaded
         self.promises.reserve(router_id, message)
 
     def _refusal(self, spec: RequestSpec) -> tuple[str, str] | None:
         """Say why an attempt is not begun, whatever room there is, and what more there is to say; None: it may be."""
         if self.requests.has_ended(spec):
             return "stale", ""
-        if _is_expired(spec):
+        if is_expired(spec):
             return "expired", ""
-        return why_unserved(
-            spec,
-            self.served_model,
-            follows_grammars=self.grammars is not None,
-            applies_adapters=self.adapters is not None,
-        )
+        return self.served.why_not(spec)
 
     def _on_local(self, router_id: str, message: LocalTask) -> None:
         spec = message.spec
@@ -129,7 +121,3 @@ class Intake:
         """End whatever else this router has here."""
         self.requests.keep_only(router_id, keep)
         self.promises.keep_only(router_id, keep)
-
-
-def _is_expired(spec: RequestSpec) -> bool:
-    return spec.remaining_s is not None and spec.remaining_s <= 0

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..common.adapter import Adapters, find_adapter
 from ..common.clock import Clock
 from ..common.errors import CapacityError
-from ..common.grammar import Grammars, find_grammar
 from ..common.request import RequestSpec, Sequence
+from ..common.served import Served
 from ..kvcache.contents import Contents
 from ..transfer.fetch.fetches import Fetches
 from ..wire.tasks import FetchFrom
@@ -31,8 +30,7 @@ class LocalRequests:
         *,
         clock: Clock,
         contents: Contents,
-        grammars: Grammars | None,
-        adapters: Adapters | None,
+        served: Served,
     ) -> None:
         """`fetches()` None: everything that is not in the cache is computed."""
         self._scheduler = scheduler
@@ -40,8 +38,7 @@ class LocalRequests:
         self._fetches = fetches
         self._clock = clock
         self._contents = contents
-        self._grammars = grammars
-        self._adapters = adapters
+        self._served = served
 
     def begin(
         self, router_id: str, spec: RequestSpec, source: FetchFrom | None, *, tokens_behind: int | None = None
@@ -51,8 +48,8 @@ class LocalRequests:
         Raises CapacityError: it can never fit, and nothing of it is here.
         """
         request = RunningRequest(router_id, spec, expiry_s(spec, self._clock.now()))
-        request.grammar = find_grammar(spec.grammar, self._grammars)
-        request.held_adapter = find_adapter(spec.adapter, spec.adapter_path, self._adapters)
+        request.grammar = self._served.grammar(spec)
+        request.held_adapter = self._served.adapter(spec)
         try:
             for seq in self._prompt_sequences(spec):
                 seq.grammar, seq.held_adapter = request.grammar, request.held_adapter
@@ -84,7 +81,7 @@ class LocalRequests:
             for seq in sequences:
                 seq.is_fetching = False
 
-        hashes = self._scheduler.blocks.reusable_hashes(sequences[0])
+        hashes = self._scheduler.blocks.known.reusable_hashes(sequences[0])
         is_fetching = fetches.begin(f"local {sequences[0].request_id}", hashes, source, fetched)
         for seq in sequences:
             seq.is_fetching = is_fetching

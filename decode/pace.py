@@ -5,15 +5,16 @@
 While prompts keep coming no step has rows alone. So what rows take is known by their number, from the calibration on,
 and between the numbers that were seen: the average of the last such steps would be that of other rows.
 
-Pure: times come in with the steps.
+`chunk_rows` shares them out among the prompts. Pure: times come in with the steps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..common.batch import Batch, RowKind, StepOutput
+from ..common.batch import Batch, BatchRow, RowKind, StepOutput
 from ..common.pacing import MIN_CHUNK_TOKENS, longest_step_s
+from ..common.request import Sequence
 
 _INITIAL_TOKEN_S = 1e-3  # until chunks have been seen
 _SMOOTHING = 0.3
@@ -90,3 +91,20 @@ class Pace:
     def chunk_tokens(self, num_rows: int, prompt_tokens: int) -> int:
         """Return how many prompt tokens a step takes along that has so many rows of running answers."""
         return max(MIN_CHUNK_TOKENS, int(self.room_s(num_rows, prompt_tokens) / self.token_s))
+
+
+def chunk_rows(pending: list[Sequence], budget: int) -> list[BatchRow]:
+    """Return chunks of the sequences that still compute known tokens, of `budget` tokens at most. The oldest is first.
+
+    The oldest has half of the budget for itself, so that it moves on whatever comes; the rest goes to those with the
+    least left, so that short prompts do not wait for long ones.
+    """
+    shares = dict.fromkeys(pending, 0)
+    if len(pending) > 1:
+        shares[pending[0]] = min(budget // 2, pending[0].num_computable_tokens)
+        budget -= shares[pending[0]]
+    for seq in sorted(pending, key=lambda seq: seq.num_uncomputed_tokens):
+        num_tokens = min(budget, seq.num_computable_tokens - shares[seq])
+        shares[seq] += num_tokens
+        budget -= num_tokens
+    return [BatchRow(seq, num_tokens) for seq, num_tokens in shares.items() if num_tokens]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..common.request import RequestSpec, Sequence, failed_part
+from ..common.request import RequestSpec, Sequence
+from ..common.served import failed_part
 from .outbox import Outbox
 from .running import EndedAttempts, RunningRequest
 from .scheduler import DecodeScheduler
@@ -111,7 +112,7 @@ class RunningRequests:
 
     def expired(self, now_s: float) -> Iterator[RunningRequest]:
         """Yield the requests of which something waits to be begun beyond its deadline."""
-        for seq in list(self._scheduler.waiting):
+        for seq in list(self._scheduler.queues.waiting):
             request = self._running.get(seq.request_id)
             if request is not None and request.expires_s is not None and now_s >= request.expires_s:
                 yield request
@@ -120,4 +121,4 @@ class RunningRequests:
         """Assert that requests and scheduler know the same sequences."""
         assert all(request.sequences for request in self._running.values())
         known = {seq for request in self._running.values() for seq in request.sequences.values()}
-        assert known == set(self._scheduler.sequences())
+        assert known == set(self._scheduler.queues.all())

@@ -71,7 +71,7 @@ class StepResults:
             return
         if not grammar_failure:
             for one in request.sequences.values():
-                self._scheduler.blocks.unpublish(one)
+                self._scheduler.blocks.known.unpublish(one)
         self._to_router(request.router_id, nothing_to_choose(seq, grammar_failure))
         self._requests.end(request)
 

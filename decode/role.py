@@ -13,13 +13,12 @@ from collections.abc import Callable
 from itertools import chain
 
 from ..common import failpoints
-from ..common.adapter import Adapters
 from ..common.batch import Batch, StepOutput
 from ..common.clock import Clock
 from ..common.config import SpeculativeConfig
-from ..common.grammar import Grammars
 from ..common.kv_spec import KVCacheSpec
 from ..common.role_counters import RoleCounters
+from ..common.served import PLAIN, Served
 from ..kvcache.blocks import BlockPool
 from ..kvcache.contents import Contents, TokenContents
 from ..kvcache.prefix_cache import PrefixCache
@@ -60,15 +59,12 @@ class DecodeRole:
         tpot_objective_s: float | None = None,
         cache: PrefixCache | None = None,
         leaving: Callable[[], Callable[[], object]] | None = None,
-        served_model: str = "",
-        grammars: Grammars | None = None,
-        adapters: Adapters | None = None,
+        served: Served = PLAIN,
         speculative: SpeculativeConfig | None = None,
         contents: Contents | None = None,
     ) -> None:
         """`leaving()` returns what waits until all that was sent has left this process; None: it leaves at once.
 
-        `served_model`: what requests may ask for. `grammars`, `adapters` None: those that ask for one are refused.
         `speculative` None: no token is drafted. `contents`: reads requests; None: by their token ids.
         """
         self.pool = pool
@@ -103,9 +99,7 @@ class DecodeRole:
         )
         self._leaving = leaving
         self._wait_left: Callable[[], object] | None = None
-        self._adoption = Adoption(
-            receiver, self.scheduler, self._requests, self._outbox, clock, contents, grammars, adapters
-        )
+        self._adoption = Adoption(receiver, self.scheduler, self._requests, self._outbox, clock, contents, served)
         waiting = WaitingReservations(receiver, pool, spec, clock, lambda: self.scheduler.growth_reserve)
         self._promises = Promises(receiver, waiting, self._adoption, to_router)
         local = LocalRequests(
@@ -114,12 +108,9 @@ class DecodeRole:
             lambda: self.fetches,
             clock=clock,
             contents=contents,
-            grammars=grammars,
-            adapters=adapters,
+            served=served,
         )
-        self._intake = Intake(
-            self._requests, self._promises, local, receiver, to_router, served_model, grammars, adapters
-        )
+        self._intake = Intake(self._requests, self._promises, local, receiver, to_router, served)
 
     # --- messages ---------------------------------------------------------------------------------------
 
@@ -159,14 +150,14 @@ class DecodeRole:
 
     def adapters_in_use(self) -> tuple[set[str], list[str]]:
         """Return the adapters of sequences that have a row, and those of all other requests, promised ones last."""
-        begun = {seq.adapter for seq in self.scheduler.running if seq.adapter}
+        begun = {seq.adapter for seq in self.scheduler.queues.running if seq.adapter}
         rest = (spec.adapter for spec in self._promises.specs() if spec.adapter)
         return begun, [*self._requests.adapters(), *rest]
 
     def _end_misfits(self) -> None:
         """Sequences that outgrew the whole pool would wait for ever."""
-        while self.scheduler.misfits:
-            seq = self.scheduler.misfits[0]
+        while self.scheduler.queues.misfits:
+            seq = self.scheduler.queues.misfits[0]
             request = self._requests.request_of(seq)
             reason = f"{seq.num_tokens} tokens of choice {seq.choice} do not fit into {self.pool.num_blocks} blocks"
             self._to_router(

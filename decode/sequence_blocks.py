@@ -15,9 +15,10 @@ from __future__ import annotations
 from ..common.batch import Batch, BatchRow
 from ..common.kv_spec import KVCacheSpec
 from ..common.request import BlockId, Sequence
-from ..kvcache.blocks import BlockPool, hash_blocks, prefix_salt
+from ..kvcache.blocks import BlockPool
 from ..kvcache.prefix_cache import PrefixCache, PrefixHit
 from ..kvcache.swap import SwapSpace
+from .known_kv import KnownKV
 
 
 class SequenceBlocks:
@@ -28,9 +29,9 @@ class SequenceBlocks:
     ) -> None:
         """`cache`: around the pool; None: one without further tiers."""
         self._pool = pool
-        self._spec = spec
         self.cache = cache if cache is not None else PrefixCache(pool)
         self.swap = SwapSpace(num_swap_blocks, self.cache.costs)
+        self.known = KnownKV(pool, spec, self.cache, self.swap)
         # Block copies (from, to) that the next step begins with; each holds a reference to its source.
         self._copies: list[tuple[BlockId, BlockId]] = []
         self._outgoing: list[BlockId] = []  # of evicted sequences; the next step copies them out
@@ -181,7 +182,7 @@ class SequenceBlocks:
 
     def shortage(self, seq: Sequence, reserve: int) -> int:
         """Return how many blocks are missing for a sequence's known tokens, if `reserve` stay available."""
-        found, _ = self._find(seq)
+        found, _ = self.known.find(seq)
         return self._num_missing(seq, found.hits, reserve)
 
     def _num_missing(self, seq: Sequence, hits: dict[int, BlockId], reserve: int) -> int:
@@ -193,7 +194,7 @@ class SequenceBlocks:
         """Give a waiting sequence blocks for its known tokens, if `reserve` stay available, and the KV that there is:
         what the prefix cache has in any tier, then what swapping has saved, up to the first block that neither has.
         """
-        found, slots = self._find(seq)
+        found, slots = self.known.find(seq)
         hits = found.hits
         if self._num_missing(seq, hits, reserve) > 0:
             return False
@@ -221,64 +222,6 @@ class SequenceBlocks:
             seq.num_cached_tokens = num_hit_tokens
         self.prefix_queries += seq.num_tokens
         self.prefix_hits += num_hit_tokens
-
-    def awaits(self, seq: Sequence) -> bool:
-        """Is KV of a waiting sequence on its way from elsewhere? It is admitted when that is here."""
-        return (
-            seq.is_fetching
-            or not seq.may_begin
-            or (self.cache.disk is not None and self.cache.awaits(seq, self.reusable_hashes(seq)))
-        )
-
-    def reusable_hashes(self, seq: Sequence) -> list[bytes]:
-        self._hash(seq)
-        # The last known token is always fed: its logits choose the next one.
-        num_hashed = (seq.num_tokens - 1) // self._pool.block_size
-        if seq.sampling.prompt_logprobs is not None and seq.num_output_tokens == 0:
-            num_hashed = 0  # they need the logits of every prompt token
-        return seq.block_hashes[:num_hashed]
-
-    def _find(self, seq: Sequence) -> tuple[PrefixHit, list[int]]:
-        """Return which leading blocks are in the prefix cache, and the places of those that swapping has saved."""
-        hashes, saved = self.reusable_hashes(seq), self.swap.saved(seq)
-        if saved is None:
-            return self.cache.find(hashes), []
-        found, loads = PrefixHit(dict(enumerate(self._pool.match_prefix(hashes)))), []
-        place, is_whole = len(found), True
-        while is_whole:
-            block = self._pool.match_prefix(hashes[place : place + 1])
-            if block:
-                found.hits[place] = block[0]
-            elif place in saved.slots:
-                loads.append(place)
-                is_whole = (place + 1) * self._pool.block_size <= saved.num_tokens
-            elif place < len(hashes) and self.cache.has_in_host(hashes[place]):
-                found.promoted[place] = hashes[place]
-            else:
-                break
-            place += 1
-        return found, loads
-
-    def _hash(self, seq: Sequence) -> None:
-        """Hash all known full blocks, those that are not computed yet among them."""
-        if len(seq.block_hashes) < seq.num_tokens // self._pool.block_size:
-            salt = prefix_salt(self._spec, seq.cache_salt, seq.adapter)
-            seq.block_hashes = hash_blocks(seq.token_ids, self._pool.block_size, salt, seq.block_hashes)
-
-    def publish(self, seq: Sequence) -> None:
-        """Full blocks whose KV exists can be found from now on."""
-        num_full = seq.num_computed_tokens // self._pool.block_size
-        if num_full <= seq.num_published_blocks:
-            return
-        self._hash(seq)
-        for index in range(seq.num_published_blocks, num_full):
-            self._pool.publish(seq.block_table[index], seq.block_hashes[index], spare=seq.is_retained_elsewhere)
-        seq.num_published_blocks = num_full
-
-    def unpublish(self, seq: Sequence) -> None:
-        """Nobody finds its KV any more."""
-        for block in seq.block_table:
-            self._pool.forget(block)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 

@@ -14,11 +14,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.errors import ConfigError, RequestError
+from ..common.errors import RequestError
 from .chat_template import ChatTemplate, load_chat_template
 from .files import check_no_code, read_json
 from .special_text import SpecialText
-from .token_bytes import DecoderRules, decoder_rules
+from .token_bytes import DecoderRules
+from .tokenizer_files import load_backend, read_special_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -62,13 +63,12 @@ class Tokenizer:
         Raises ConfigError for a missing or broken file.
         """
         check_no_code(path)
-        backend, decoder = _load_backend(path)
+        backend, decoder = load_backend(path)
         config = read_json(path / "tokenizer_config.json", default={})
-        special_map = read_json(path / "special_tokens_map.json", default={})
         return cls(
             backend,
             decoder,
-            special_tokens=_special_tokens(special_map | config),
+            special_tokens=read_special_tokens(path, config),
             chat_template=load_chat_template(path, config, override=Path(chat_template) if chat_template else None),
         )
 
@@ -273,39 +273,3 @@ def check_num_bytes(num_bytes: int, max_tokens: int) -> None:
             f"the prompt has at least {num_bytes} bytes; a context of {max_tokens} tokens takes at most {limit}",
             code="context_length_exceeded",
         )
-
-
-def _load_backend(path: Path) -> tuple[Backend, DecoderRules]:
-    from tokenizers import Tokenizer as Backend
-
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        raise ConfigError(_missing_tokenizer(path))
-    decoder = read_json(file).get("decoder")
-    assert decoder is None or isinstance(decoder, dict)
-    try:
-        return Backend.from_file(str(file)), decoder_rules(decoder)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
-    except Exception as error:  # the library raises no narrower class for a file that it cannot read
-        raise ConfigError(f"{file} is not a tokenizer that the tokenizers library can read: {error}") from error
-
-
-def _missing_tokenizer(path: Path) -> str:
-    found = next((name for name in ("tokenizer.model", "spiece.model", "vocab.json") if (path / name).is_file()), None)
-    if found is None:
-        return f"{path} has no tokenizer.json"
-    return (
-        f"{path} has {found} but no tokenizer.json; write one with the transformers library: "
-        f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
-    )
-
-
-def _special_tokens(config: Mapping[str, object]) -> dict[str, str]:
-    """Read `bos_token` and its like, which stand as a string or as an object with its `content`."""
-    found: dict[str, str] = {}
-    for role, value in config.items():
-        token = value.get("content") if isinstance(value, dict) else value
-        if role.endswith("_token") and isinstance(token, str):
-            found[role] = token
-    return found

@@ -17,13 +17,12 @@ from collections import Counter
 from collections.abc import Callable
 
 from ..common import failpoints
-from ..common.adapter import Adapters, find_adapter
 from ..common.batch import Batch, BatchRow, StepOutput
 from ..common.clock import Clock
 from ..common.errors import CapacityError
-from ..common.grammar import Grammars, find_grammar
-from ..common.request import RequestSpec, Sequence, why_unserved
+from ..common.request import RequestSpec, Sequence
 from ..common.role_counters import RoleCounters
+from ..common.served import PLAIN, Served, is_expired
 from ..kvcache.blocks import BlockPool, prefix_salt
 from ..kvcache.contents import Contents, TokenContents
 from ..kvcache.prefix_cache import PrefixCache
@@ -60,15 +59,11 @@ class PrefillRole:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         own_id: str = "",
-        served_model: str = "",
         cache: PrefixCache | None = None,
-        grammars: Grammars | None = None,
-        adapters: Adapters | None = None,
+        served: Served = PLAIN,
         contents: Contents | None = None,
     ) -> None:
-        """`own_id`: the worker's name, where it grants blocks as well. `served_model`: what tasks may ask for.
-
-        `grammars`, `adapters` None: those that ask for one are refused. `contents`: reads requests; None: by their
+        """`own_id`: the worker's name, where it grants blocks as well. `contents`: reads requests; None: by their
         token ids.
         """
         self.pool = pool
@@ -93,9 +88,7 @@ class PrefillRole:
         self._shipping = shipping
         self._to_router = to_router
         self._own_id = own_id
-        self._served_model = served_model
-        self._grammars = grammars
-        self._adapters = adapters
+        self._served = served
         self._step_tasks: list[Task] = []
         self._plans: list[ShipPlan] = []
         self.draining = False
@@ -136,7 +129,7 @@ class PrefillRole:
             return
         seq = self._contents.sequence(spec, spec.choices[0])
         if message.sample:
-            seq.grammar = find_grammar(spec.grammar, self._grammars)
+            seq.grammar = self._served.grammar(spec)
         seq.pending_choices, seq.samples = spec.choices, message.sample
         seq.is_retained_elsewhere = not message.retains_prefix
         task = self._add(router_id, spec, seq, grant, message.fetch)
@@ -169,7 +162,7 @@ class PrefillRole:
         self, router_id: str, spec: RequestSpec, seq: Sequence, grant: GrantInfo | None, fetch: FetchFrom | None
     ) -> Task | None:
         """Queue a prompt, or refuse it where it can never fit."""
-        seq.held_adapter = find_adapter(spec.adapter, spec.adapter_path, self._adapters)
+        seq.held_adapter = self._served.adapter(spec)
         salt = prefix_salt(self._endpoint.spec if grant is None else grant.spec, spec.cache_salt, spec.adapter)
         try:
             prompt = self.scheduler.add(seq, salt, spec.remaining_s)
@@ -191,19 +184,11 @@ class PrefillRole:
         return self._common_refusal(spec)
 
     def _common_refusal(self, spec: RequestSpec) -> tuple[str, str] | None:
-        if (unserved := self._unserved(spec)) is not None:
+        if (unserved := self._served.why_not(spec)) is not None:
             return unserved
         if self.draining:
             return "draining", ""
-        return ("expired", "") if spec.remaining_s is not None and spec.remaining_s <= 0 else None
-
-    def _unserved(self, spec: RequestSpec) -> tuple[str, str] | None:
-        return why_unserved(
-            spec,
-            self._served_model,
-            follows_grammars=self._grammars is not None,
-            applies_adapters=self._adapters is not None,
-        )
+        return ("expired", "") if is_expired(spec) else None
 
     def _on_abort(self, message: Abort) -> None:
         if message.choices or message.unless_arrived:

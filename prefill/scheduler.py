@@ -20,7 +20,8 @@ from ..common.batch import Batch, BatchRow
 from ..common.clock import Clock
 from ..common.errors import CapacityError
 from ..common.pacing import BACKGROUND_STEP_S, MIN_CHUNK_TOKENS, PROMPT_DUE_STRETCH
-from ..common.request import BACKGROUND_PRIORITY, Sequence, failed_part, reuses_prefix
+from ..common.request import BACKGROUND_PRIORITY, Sequence, reuses_prefix
+from ..common.served import failed_part
 from ..kvcache.blocks import BlockPool, hash_blocks
 from ..kvcache.prefix_cache import PrefixCache
 

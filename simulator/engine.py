@@ -97,7 +97,7 @@ class Engine:
 
     def _schedule(self, start_s: float) -> None:
         self.is_scheduling = True
-        batch = self._core.schedule()
+        batch = self._core.steps.schedule()
         self.is_scheduling = False
         if batch is not None:
             self._start(batch, start_s)
@@ -122,7 +122,7 @@ class Engine:
             if fresh:
                 self._kernel.at(step.end_s(1), self._tell_first, step, fresh)
         self.step_end_s = step.end_s(1)
-        self._core.begin_step(batch)
+        self._core.steps.begin_step(batch)
         self._kernel.at(step.end_s(num_steps), self._end, step, step.version)
 
     def _draw(self, num_steps: int) -> float:
@@ -152,7 +152,7 @@ class Engine:
         self._last = (last_s, num_tokens)
         self.busy_s += step.seconds(num_steps)
         self._step = None
-        self._core.complete(step.batch, StepOutput(rows, last_s, num_tokens, step.swap_s, step.draft_s))
+        self._core.steps.complete(step.batch, StepOutput(rows, last_s, num_tokens, step.swap_s, step.draft_s))
 
     def _tell_first(self, step: Step, fresh: list[Sequence]) -> None:
         """The first step of a jump is over: the first tokens that were decoded in it leave."""
@@ -174,7 +174,7 @@ class Engine:
             return 1
         if self._core.roles.stepping != "decode" or self._core.prefill.scheduler.prompts:
             return 1
-        if len(batch.rows) < len(self._scheduler.running) or not self._is_settled:
+        if len(batch.rows) < self._scheduler.num_running or not self._is_settled:
             return 1
         longest, jobs = _MAX_JUMP, self._jobs
         for row in batch.rows:
@@ -230,18 +230,15 @@ class Engine:
         core = self._core
         if core.prefill.scheduler.prompts or core.receiver.arrived or not self._is_settled:
             return True
-        if num_free != self._num_free and (self._cache.has_tiers or (num_free > self._num_free and self._has_waiting)):
+        if num_free != self._num_free and self._cache.has_tiers:
             return True
+        if num_free > self._num_free and (self._scheduler.queues.waiting or core.decode.num_waiting_reservations):
+            return True  # somebody waits for blocks
         return self._scene != self._look()
 
-    @property
-    def _has_waiting(self) -> bool:
-        """Somebody waits for blocks."""
-        return bool(self._scheduler.waiting or self._core.decode.num_waiting_reservations)
-
     def _look(self) -> tuple[int, ...]:
-        scheduler = self._scheduler
-        return len(scheduler.running), len(scheduler.parked), len(scheduler.waiting), len(self._core.fetches)
+        queues = self._scheduler.queues
+        return len(queues.running), len(queues.parked), len(queues.waiting), len(self._core.fetches)
 
     def end_jump(self) -> None:
         """End the jump with the step that runs, whatever has happened."""
@@ -292,7 +289,7 @@ class Engine:
         """Sample steps that have ended: every one with prompts, every eighth without."""
         work, every = step.work, 1 if step.work.prefill_tokens else _EVERY_DECODE_STEP
         first = -(-(self._num_steps + step.sampled) // every) * every - self._num_steps
-        is_plain = step.batch.rows and not step.batch.has_drafts  # as `WorkerCore.complete` has it
+        is_plain = step.batch.rows and not step.batch.has_drafts  # as `worker.steps.Steps` has it
         for number in range(first, until, every) if is_plain else ():
             seconds = step.step_s(number) - step.swap_s
             context = work.decode_context + number * work.decode_rows

@@ -20,7 +20,7 @@ class Grant(Message):
 
 class NoCapacity(Message):
     """`reason`: blocks, growth, never_fits, draining, stale, expired, held, wrong_role, no_agent (nobody can write here
-    now), or one of request.UNSERVED."""
+    now), or one of served.UNSERVED."""
 
     request_id: Name
     attempt: Count
@@ -33,7 +33,7 @@ class NoCapacity(Message):
 
 class TaskRefused(Message):
     """A task was not begun. `reason`: blocks, never_fits, draining, incompatible, stale, expired, wrong_role, or one of
-    request.UNSERVED."""
+    served.UNSERVED."""
 
     request_id: Name
     attempt: Count

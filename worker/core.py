@@ -5,7 +5,7 @@
                      on_answer, on_target_lost (we write or read)         ├─> WorkerCore ─> Effects
     transfers        on_arrived, on_read, on_sums, on_source_free, ...    │
     time             tick                                                 │
-    engine           schedule, begin_step, on_layer, complete ────────────┘
+    engine           steps: schedule, begin_step, on_layer, complete ─────┘
 
 It has no thread, socket or clock of its own: whoever drives it calls it under one lock (but for begin_step and
 on_layer) and carries out its effects. `worker.py` does so with threads and sockets; simulations do it in virtual time.
@@ -17,17 +17,16 @@ One rank's sends and reads have a core of their own, the `KVSender`, which belon
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 
-import msgspec
 import structlog
 
 from ..common.adapter import AdapterLoader
-from ..common.batch import Batch, StepOutput
 from ..common.clock import Clock
 from ..common.errors import ProtocolError
 from ..common.grammar import Grammars
 from ..common.request import BlockId
-from ..engine.samples import RouterSamples, step_sample
+from ..engine.samples import RouterSamples
 from ..kvcache.blocks import BlockPool
 from ..kvcache.contents import Contents
 from ..kvcache.journal import open_journal
@@ -44,13 +43,14 @@ from ..wire.fields import Message
 from ..wire.grants import RegionInfo
 from ..wire.handoff import KVArrived
 from ..wire.tasks import EmbedTask, LocalTask, PrefillTask, ReserveKV
-from ..wire.workers import Drain, ExpertLoads, SetRole, StepSample, TransferReport
+from ..wire.workers import Drain, ExpertLoads, SetRole, TransferReport
 from .adapters import AdapterCache
 from .effects import CoreConfig, Effects
 from .experts import ExpertReports
 from .parts import CoreParts
 from .roles import RoleName, RolePair
 from .shares import RouterShares
+from .steps import Steps
 
 _ROLES: dict[str, RoleName] = {"prefill": "prefill", "decode": "decode"}
 _IDLE_TICKS = 10  # an idle worker sends a heartbeat with every tenth tick
@@ -59,7 +59,7 @@ log = structlog.get_logger(__name__)
 
 
 class WorkerCore:
-    """Implements `engine.loop.StepRole`."""
+    """`WorkerCore` joins the parts. Its `steps` are what an engine carries out."""
 
     def __init__(
         self,
@@ -91,13 +91,11 @@ class WorkerCore:
         self._effects = effects
         self._shipping = shipping
         self.adapters = None if adapters is None else AdapterCache(adapters, clock)
-        self._step_adapters: set[str] = set()  # of the running step
         self._is_watching = False
         self._drains_until: float | None = None
         self._num_ticks = 0
-        self._num_heartbeats = 0
+        self.heartbeats = count(1)  # their numbers, to whichever router; `status.py` makes them
         self._was_busy = False
-        self._sample: StepSample | None = None  # of the step that has just ended
         parts = CoreParts(config, pool, cache, clock, effects, grammars, self.adapters, contents)
         self.receiver = parts.receiver(regions, watch_processes)
         self.decode = parts.decode_role(self.receiver)
@@ -108,6 +106,7 @@ class WorkerCore:
         self.roles = RolePair(self.prefill, self.decode, pool, config.role)
         self.shares = RouterShares(clock)
         self.samples = RouterSamples()
+        self.steps = Steps(self.roles, self.adapters, self.samples)
         self.expert_reports = ExpertReports(count_experts, clock)
         self.journal = open_journal(pool, cache)
 
@@ -235,43 +234,11 @@ class WorkerCore:
         if router_id is not None:
             self._effects.to_router(router_id, report)
 
-    # --- engine -----------------------------------------------------------------------------------------------
-
-    def schedule(self) -> Batch | None:
-        if self.adapters is None:
-            return self.roles.schedule()
-        self._serve_adapters(self.adapters)
-        batch = self.roles.schedule()
-        self._step_adapters = {row.seq.adapter for row in batch.rows if row.seq.adapter} if batch is not None else set()
-        return batch
-
-    def _serve_adapters(self, adapters: AdapterCache) -> None:
-        prompts, answers = self.prefill.adapters_in_use(), self.decode.adapters_in_use()
-        adapters.serve(prompts[0] | answers[0] | self._step_adapters, [*prompts[1], *answers[1]])
-
-    def begin_step(self, batch: Batch) -> None:
-        self.roles.begin_step(batch)
-
-    def on_layer(self, layer: int) -> None:
-        self.roles.on_layer(layer)
-
-    def complete(self, batch: Batch, output: StepOutput) -> None:
-        # Before its tokens are counted as computed. A step that verifies drafts is like none that routers reckon with.
-        is_plain = batch.rows and not batch.has_drafts
-        self._sample = step_sample(batch) if is_plain else None
-        self.roles.complete(batch, output)
-        self._step_adapters = set()
-
-    def note_turn(self, turn_s: float) -> None:
-        if self._sample is not None:
-            self.samples.add(msgspec.structs.replace(self._sample, step_s=turn_s))
-
     # --- time -------------------------------------------------------------------------------------------------
 
     def tick(self) -> None:
         """Look at deadlines; ten times a second. Heartbeats leave with it: fewer when there is nothing to do."""
-        if self.adapters is not None:
-            self._serve_adapters(self.adapters)
+        self.steps.serve_adapters()
         self.roles.tick()
         self.fetches.tick()
         self.lending.tick()
@@ -310,11 +277,6 @@ class WorkerCore:
     def num_unfinished(self) -> int:
         """Count what a drain waits for: requests, and handoffs in both directions."""
         return self.roles.num_unfinished + self._shipping.counters().num_unfinished
-
-    def next_heartbeat(self) -> int:
-        """Return the number of the next one to any router; `status.py` makes it."""
-        self._num_heartbeats += 1
-        return self._num_heartbeats
 
     def send_counters(self) -> SendCounters:
         """Return what was sent and read, on all ranks."""

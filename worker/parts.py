@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..common.clock import Clock
 from ..common.grammar import Grammars
+from ..common.served import Served
 from ..decode.role import DecodeRole
 from ..kvcache.blocks import BlockPool
 from ..kvcache.contents import Contents
@@ -76,9 +77,7 @@ class CoreParts:
             cache=self.cache,
             tpot_objective_s=config.tpot_objective_s,
             leaving=self.effects.leaving,
-            served_model=config.served_model,
-            grammars=self.grammars,
-            adapters=self.adapters,
+            served=self._served,
             speculative=config.speculative,
             contents=self.contents,
         )
@@ -96,10 +95,8 @@ class CoreParts:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
             own_id=config.worker_id,
-            served_model=config.served_model,
             cache=self.cache,
-            grammars=self.grammars,
-            adapters=self.adapters,
+            served=self._served,
             contents=self.contents,
         )
 
@@ -131,6 +128,10 @@ class CoreParts:
             reserve=reserve,
             lift=lambda hashes, done: self.cache.lift(hashes, done, reserve=reserve()),
         )
+
+    @property
+    def _served(self) -> Served:
+        return Served(self.config.served_model, self.grammars, self.adapters)
 
     def _endpoint(self, transport: str) -> Endpoint:
         config = self.config

@@ -15,7 +15,7 @@ def make_status(core: WorkerCore, router_id: str, steps: StepFigures) -> WorkerS
     roles, pool, cache, fetches = core.roles, core.pool, core.cache, core.fetches
     receiver, scheduler = core.receiver, core.decode.scheduler
     return WorkerStatus(
-        seq=core.next_heartbeat(),
+        seq=next(core.heartbeats),
         state="draining" if roles.draining else "ready",
         **asdict(steps),
         **asdict(roles.counters()),
@@ -25,7 +25,7 @@ def make_status(core: WorkerCore, router_id: str, steps: StepFigures) -> WorkerS
         num_quarantined_blocks=pool.num_quarantined_blocks,
         num_blocks=pool.num_blocks,
         num_swapped_blocks=scheduler.blocks.swap.num_saved_blocks,
-        decode_context=scheduler.num_context_tokens,
+        decode_context=scheduler.queues.num_context_tokens,
         transfer_bytes=shipping.num_bytes,
         wire_bytes=shipping.wire_bytes,
         transfer_failures=shipping.num_failures + receiver.num_failures,

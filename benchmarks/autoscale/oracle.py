@@ -14,7 +14,8 @@ import math
 from collections import deque
 from collections.abc import Callable
 
-from kvferry.benchmarks.autoscale.fleet import FILL_TOKENS, Minute, ModelTimes
+from kvferry.benchmarks.autoscale.fleet import FILL_TOKENS
+from kvferry.benchmarks.autoscale.records import Minute, ModelTimes
 from kvferry.router.autoscaler.scale_types import Counts, WorkerLimits
 from kvferry.router.state.objectives import Objectives
 from kvferry.sizing.steps import StepWork

@@ -15,7 +15,6 @@ draws from zeros, for kernels may search for ever among NaN, and the host drops 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from ...common.request import SampledToken
 from ..nn.sampling import SampleRow, uniform
+from .edits import Edits, collect_edits
 from .kernels import Kernels
 
 _CHUNK = 256  # tokens; their sums are looked through before the tokens are
@@ -127,7 +127,7 @@ class DeviceSampler:
     # --- edits ------------------------------------------------------------------------------------------------
 
     def _edit(self, logits: Tensor, rows: Sequence[SampleRow]) -> None:
-        edits = _collect_edits(rows, logits.shape[1], self._eos_token_ids)
+        edits = collect_edits(rows, logits.shape[1], self._eos_token_ids)
         if edits is not None:
             self._add(logits, edits)
         masked = [index for index, row in enumerate(rows) if row.mask is not None]
@@ -144,7 +144,7 @@ class DeviceSampler:
         where = self._index(masked)
         logits[where] = logits[where].masked_fill(is_banned, float("-inf"))
 
-    def _add(self, logits: Tensor, edits: _Edits) -> None:
+    def _add(self, logits: Tensor, edits: Edits) -> None:
         where = self._upload(np.concatenate((edits.bias_at, edits.banned_at, edits.repeated_at, edits.counted_at), 1))
         numbers = self._upload(np.concatenate((edits.bias, edits.repetition, edits.counts, edits.frequency)))
         presence = self._upload(edits.presence)
@@ -227,78 +227,3 @@ def _uniforms(rows: Sequence[SampleRow], most: int) -> NDArray[np.float64]:
         for slot, choice in enumerate(row.choices):
             draws[index, slot] = uniform(row.params.seed, choice, row.output_index)
     return draws
-
-
-# --- edits as arrays ------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True, frozen=True)
-class _Edits:
-    """Each `_at` is [2, n]: rows and tokens, in which no pair comes twice."""
-
-    bias_at: NDArray[np.int64]
-    bias: NDArray[np.float32]
-    banned_at: NDArray[np.int64]
-    repeated_at: NDArray[np.int64]  # prompt and output
-    repetition: NDArray[np.float32]
-    counted_at: NDArray[np.int64]  # output alone
-    counts: NDArray[np.float32]
-    frequency: NDArray[np.float32]
-    presence: NDArray[np.float32]
-
-    @property
-    def sizes(self) -> list[int]:
-        return [part.shape[1] for part in (self.bias_at, self.banned_at, self.repeated_at, self.counted_at)]
-
-
-class _Places:
-    """(row, token) pairs with a number or two each, gathered row by row."""
-
-    def __init__(self, num_values: int) -> None:
-        self._at: list[NDArray[np.int64]] = [np.empty((2, 0), np.int64)]
-        self._values: list[list[NDArray[np.float32]]] = [[np.empty(0, np.float32)] for _ in range(num_values)]
-
-    def add(self, row: int, tokens: NDArray[np.int64], *values: float | NDArray[np.generic]) -> None:
-        self._at.append(np.stack((np.full(len(tokens), row), tokens)))
-        for known, value in zip(self._values, values, strict=True):
-            known.append(np.broadcast_to(np.asarray(value, np.float32), tokens.shape))
-
-    @property
-    def at(self) -> NDArray[np.int64]:
-        return np.concatenate(self._at, 1)
-
-    @property
-    def values(self) -> list[NDArray[np.float32]]:
-        return [np.concatenate(parts) for parts in self._values]
-
-
-def _collect_edits(rows: Sequence[SampleRow], vocab_size: int, eos_token_ids: frozenset[int]) -> _Edits | None:
-    if not any(row.edits_logits for row in rows):
-        return None
-    bias, banned, repeated, counted = _Places(1), _Places(0), _Places(1), _Places(3)
-    for index, row in enumerate(rows):
-        params = row.params
-        if params.logit_bias:
-            ids = [i for i in params.logit_bias if 0 <= i < vocab_size]
-            bias.add(index, np.array(ids, np.int64), np.array([params.logit_bias[i] for i in ids]))
-        if row.forbids_end and row.mask is None:
-            ends = [i for i in row.banned_ends(eos_token_ids) if 0 <= i < vocab_size]
-            banned.add(index, np.array(ends, np.int64))
-        if params.repetition_penalty != 1:
-            repeated.add(index, np.unique(np.array(row.seen_token_ids, np.int64)), params.repetition_penalty)
-        if row.has_penalties and row.output_index:
-            output = np.array(row.seen_token_ids[row.num_prompt_tokens :], np.int64)
-            tokens, times = np.unique(output, return_counts=True)
-            counted.add(index, tokens, times, params.frequency_penalty, params.presence_penalty)
-    counts, frequency, presence = counted.values
-    return _Edits(
-        bias_at=bias.at,
-        bias=bias.values[0],
-        banned_at=banned.at,
-        repeated_at=repeated.at,
-        repetition=repeated.values[0],
-        counted_at=counted.at,
-        counts=counts,
-        frequency=frequency,
-        presence=presence,
-    )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
 
 from .correction import Correction
 from .forecast import RateForecast
@@ -32,8 +31,8 @@ from .scale_types import (
 )
 from .schedule import Schedule
 from .sizing import DecodeLoad, PrefillLoad
+from .way import counts_of, lend, way_to
 
-_WAYS: tuple[tuple[Pool, Pool], ...] = (("prefill", "decode"), ("decode", "prefill"))  # from, to
 # None of these numbers is derived. Who changes one measures it with benchmarks.autoscale.
 _FEW = 8  # sampled answers: with fewer nothing is known about lengths, and nothing is decided
 _WORTH = 1.1  # a full fleet is split anew for so much more of what its poorer pool can carry; nearer to 1: more flips
@@ -76,14 +75,14 @@ class Autoscaler:
     def decide(self, load: LoadSnapshot) -> ScaleDecision:
         self._observe(load)
         fleet = [member for member in load.members if member.state is not MemberState.DRAINING]
-        have = _counts(fleet)
+        have = counts_of(fleet)
         forecast = self._look_ahead(load, have)
         self._learn(load, forecast)
         if self._held is not None:
             wanted, why = self._held[0], "held by an operator"
         else:
             wanted, why = self._wanted(load, have, forecast, fleet)
-        decision = _way(wanted, have, fleet, forecast, why)
+        decision = way_to(wanted, have, fleet, forecast, why)
         if decision.removals:
             self._shrunk_s = load.now_s
         return decision
@@ -100,7 +99,7 @@ class Autoscaler:
 
     def _learn(self, load: LoadSnapshot, forecast: ScaleForecast) -> None:
         settled = load.now_s - self._changed_s >= self._settings.settle_s
-        ready = _counts(member for member in load.members if member.state is MemberState.READY)
+        ready = counts_of(member for member in load.members if member.state is MemberState.READY)
         for pool in POOLS:
             kept = load.ttft if pool == "prefill" else load.tpot
             counts = settled and ready.in_pool(pool) >= forecast.needed.in_pool(pool) > 0
@@ -185,7 +184,7 @@ class Autoscaler:
                 sizes[pool] = bounds[pool].clamp(roomy.in_pool(pool))
         wanted = Counts(sizes["prefill"], sizes["decode"])
         lately = _largest(self._most_needed(load.now_s - self._settings.flip_after_s), self._settings.spare_workers)
-        wanted = _lend(wanted, have, lately, bounds, fleet)
+        wanted = lend(wanted, have, lately, bounds, fleet)
         return self._within(wanted, bounds, have, needed), _explain(forecast, have, wanted)
 
     def _bounds(self, load: LoadSnapshot) -> dict[Pool, Bounds]:
@@ -208,11 +207,6 @@ class Autoscaler:
         best = max(splits, key=lambda split: _poorest(split, need), default=have)
         stays = have in splits and _poorest(best, need) < _WORTH * _poorest(have, need)
         return have if stays else best
-
-
-def _counts(members: Iterable[Member]) -> Counts:
-    pools = [member.pool for member in members]
-    return Counts(pools.count("prefill"), pools.count("decode"))
 
 
 def _at_least(one: Counts, other: Counts) -> Counts:
@@ -246,57 +240,6 @@ def _size(have: int, needed: int, enough: int, bounds: Bounds, *, may_shrink: bo
         step = max(1, int(_LARGEST_SHRINK * have))
         return bounds.clamp(max(enough, have - step))
     return bounds.clamp(have)
-
-
-def _lend(wanted: Counts, have: Counts, lately: Counts, bounds: dict[Pool, Bounds], fleet: list[Member]) -> Counts:
-    """A pool with more than it needed lately, with headroom, gives to one that lacks."""
-    for gives, lacks in _WAYS:
-        missing = wanted.in_pool(lacks) - have.in_pool(lacks)
-        least = max(lately.in_pool(gives), bounds[gives].at_least)
-        spare = min(have.in_pool(gives) - least, len(_flippable(fleet, gives)))
-        count = min(missing, spare)
-        if count > 0:
-            left = min(wanted.in_pool(gives), have.in_pool(gives) - count)
-            wanted = Counts(wanted.prefill, left) if gives == "decode" else Counts(left, wanted.decode)
-    return wanted
-
-
-def _flippable(fleet: Iterable[Member], pool: Pool) -> list[Member]:
-    """Return the workers that may change their role, the emptiest first."""
-    able = [m for m in fleet if m.pool == pool and m.can_change_role and m.state is MemberState.READY]
-    return sorted(able, key=lambda member: (member.load, member.worker_id))
-
-
-def _num_spared(fleet: Iterable[Member], pool: Pool, wanted: Counts) -> int:
-    """Return how many the pool can give and keep one that takes work: who could change waits while others start."""
-    num_ready = sum(member.pool == pool and member.state is MemberState.READY for member in fleet)
-    return num_ready - min(1, wanted.in_pool(pool))
-
-
-def _way(wanted: Counts, have: Counts, fleet: list[Member], forecast: ScaleForecast, why: str) -> ScaleDecision:
-    """Return the way from the fleet as it is to the wanted one."""
-    flips: list[tuple[str, Pool]] = []
-    removals: list[str] = []
-    missing = {pool: wanted.in_pool(pool) - have.in_pool(pool) for pool in POOLS}
-    for gives, takes in _WAYS:
-        able = _flippable(fleet, gives)[: max(0, min(-missing[gives], missing[takes]))]
-        flips += [(member.worker_id, takes) for member in able[: _num_spared(fleet, gives, wanted)]]
-        missing[gives] += len(able)
-        missing[takes] -= len(able)
-    flipped = {worker_id for worker_id, _ in flips}
-    for pool in POOLS:
-        own = [m for m in fleet if m.pool == pool and m.worker_id not in flipped]
-        own.sort(key=lambda m: (m.state is not MemberState.PENDING, m.load, m.worker_id))
-        removals += [member.worker_id for member in own[: max(0, -missing[pool])]]
-    return ScaleDecision(
-        wanted.prefill,
-        wanted.decode,
-        why,
-        tuple(flips),
-        tuple(removals),
-        Counts(max(0, missing["prefill"]), max(0, missing["decode"])),
-        forecast,
-    )
 
 
 def _explain(forecast: ScaleForecast, have: Counts, wanted: Counts) -> str:

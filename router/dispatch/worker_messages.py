@@ -11,7 +11,7 @@ was given up and comes back finds its late messages fenced: its new session has 
 
 from __future__ import annotations
 
-from ...common.request import UNSERVED
+from ...common.served import UNSERVED
 from ...wire.codec import RequestMessage
 from ...wire.results import (
     ChoiceTokens,

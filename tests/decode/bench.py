@@ -10,6 +10,7 @@ from kvferry.common.config import TransferConfig
 from kvferry.common.grammar import Grammars
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
+from kvferry.common.served import Served
 from kvferry.decode.role import DecodeRole
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.tests.fake_clock import FakeClock
@@ -84,7 +85,7 @@ class Bench:
             max_num_seqs=max_num_seqs,
             num_swap_blocks=num_swap_blocks,
             leaving=leaving,
-            grammars=grammars,
+            served=Served(grammars=grammars),
         )
 
     def spec(

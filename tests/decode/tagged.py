@@ -81,7 +81,7 @@ class TaggedScheduler:
         for place, token in enumerate(seq.token_ids):
             self._memory[seq.block_table[place // BLOCK]][place % BLOCK] = token
         seq.num_computed_tokens = num_tokens
-        self.scheduler.blocks.publish(seq)
+        self.scheduler.blocks.known.publish(seq)
         seq.token_ids.append(_sampled(seq))
         self.scheduler.adopt(seq)
         self.live[seq] = num_tokens + num_outputs

@@ -120,6 +120,6 @@ def test_chunks_are_cut_beside_running_answers_alone() -> None:
     batch = scheduler.schedule()
     assert batch is not None
     scheduler.complete(batch)
-    scheduler.running[0].token_ids.append(7)
+    scheduler.queues.running[0].token_ids.append(7)
     scheduler.add(_sequence("late", 600))
     assert _sizes(scheduler.schedule()) == {"alone": 1, "late": scheduler.pace.chunk_tokens(1, 600)}

@@ -21,7 +21,7 @@ def test_a_higher_class_takes_the_row_of_the_youngest_of_the_lowest_which_keeps_
     bench.step()
     urgent = bench.prompt("urgent", 6, 3, arrival=9, priority=0, first=200)
     assert sorted(names(bench.step())) == ["low", "urgent"]
-    [parked] = bench.scheduler.parked
+    [parked] = bench.scheduler.queues.parked
     assert parked.request_id == "lower" and parked.block_table and bench.scheduler.num_preemptions == 1
     while urgent in bench.live:
         bench.step()
@@ -57,7 +57,7 @@ def test_a_higher_class_takes_blocks_from_lower_ones_if_they_suffice() -> None:
     bench.step()
     bench.prompt("huge", 26, 3, arrival=2, priority=1, first=200)
     bench.step()
-    assert low in bench.scheduler.running, "it would not be enough: nobody is preempted"
+    assert low in bench.scheduler.queues.running, "it would not be enough: nobody is preempted"
     bench.prompt("urgent", 12, 3, arrival=3, priority=0, first=300)
     batch = bench.step()
     assert batch is not None and "urgent" in names(batch) and len(batch.swap_out) >= 4
@@ -87,7 +87,7 @@ def test_blocks_of_a_parked_sequence_go_to_an_older_one_that_grows() -> None:
     bench = TaggedScheduler(4, rows=1)
     bench.adopted("old", 8, 6, arrival=0)
     parked = bench.adopted("young", 8, 3, arrival=1, first=100)
-    assert parked in bench.scheduler.parked
+    assert parked in bench.scheduler.queues.parked
     assert names(bench.step()) == ["old"] and not parked.block_table
     bench.run()
 

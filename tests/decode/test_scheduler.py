@@ -90,7 +90,7 @@ def test_the_youngest_is_preempted_for_the_oldest_and_comes_back_through_the_pre
     old = _adopted(scheduler, pool, "old", 8, arrival=0)
     young = _adopted(scheduler, pool, "young", 8, arrival=1)
     assert _step(scheduler) == [("old", 1)]
-    assert scheduler.num_preemptions == 1 and young in scheduler.waiting and not young.block_table
+    assert scheduler.num_preemptions == 1 and young in scheduler.queues.waiting and not young.block_table
     scheduler.remove(old)
     assert _step(scheduler) == [("young", 9)]
     pool.check()
@@ -104,7 +104,7 @@ def test_a_preempted_sequence_keeps_its_tokens_and_is_not_served_before_older_on
     _step(scheduler)
     assert young.token_ids == tokens
     scheduler.add(_prompt("middle", 4, arrival=0))
-    assert [str(seq.request_id) for seq in scheduler.waiting] == ["middle", "young"]
+    assert [str(seq.request_id) for seq in scheduler.queues.waiting] == ["middle", "young"]
 
 
 def _resumed(scheduler: DecodeScheduler, pool: BlockPool, num_prompt: int, num_outputs: int) -> Sequence:
@@ -138,7 +138,7 @@ def test_a_resumed_answer_without_room_waits_and_is_computed_when_there_is() -> 
     scheduler, pool = _scheduler(num_blocks=8)
     other = _adopted(scheduler, pool, "d", 20)
     seq = _resumed(scheduler, pool, 6, 14)
-    assert seq in scheduler.waiting and not seq.block_table
+    assert seq in scheduler.queues.waiting and not seq.block_table
     scheduler.remove(other)
     assert _step(scheduler) == [("r", 16)]
     pool.check()
@@ -182,7 +182,7 @@ def test_a_fork_without_room_waits_and_computes_what_it_lacks() -> None:
     child = _prompt("a", 6)
     child.choice, child.token_ids = 1, [*child.token_ids, 8]
     scheduler.fork(parent, child)
-    assert child in scheduler.waiting and not child.block_table
+    assert child in scheduler.queues.waiting and not child.block_table
 
 
 def test_blocks_of_an_aborted_sequence_come_back_after_the_step_that_uses_them() -> None:
@@ -224,7 +224,7 @@ def test_everything_ends_and_no_block_is_lost(data: st.DataObject, num_blocks: i
             if data.draw(st.booleans()):
                 seq = _prompt(f"p{number}", length, arrival=number, first=number % 2)
                 scheduler.add(seq)
-            elif -(-length // BLOCK) <= pool.num_free_blocks - scheduler.growth_reserve and scheduler.has_row:
+            elif -(-length // BLOCK) <= pool.num_free_blocks - scheduler.growth_reserve and scheduler.queues.has_row:
                 seq = _adopted(scheduler, pool, f"a{number}", length, arrival=number)
             else:
                 continue

@@ -20,7 +20,7 @@ def _computed(blocks: SequenceBlocks, name: str, num_tokens: int, first: int = 0
     seq = Sequence(RequestId(name), 0, 0, list(range(first, first + num_tokens)), num_tokens, SamplingParams())
     assert blocks.restore(seq, 0)
     seq.num_computed_tokens = num_tokens - 1
-    blocks.publish(seq)
+    blocks.known.publish(seq)
     return seq
 
 

@@ -11,6 +11,7 @@ from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.grammar import Grammar, Grammars
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import FinishReason, RequestSpec, SampledToken, SamplingParams, pack_ids
+from kvferry.common.served import Served
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.prefill.role import PrefillRole
 from kvferry.tests.fake_clock import FakeClock
@@ -87,7 +88,7 @@ class _Bench:
             max_model_len=1000,
             max_num_batched_tokens=budget,
             max_num_seqs=4,
-            grammars=grammars,
+            served=Served(grammars=grammars),
         )
 
     def task(self, name: str, num_tokens: int, **more: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry.common.request import UNSERVED
+from kvferry.common.served import UNSERVED
 from kvferry.router.state.errors import StreamError
 from kvferry.wire.results import NoCapacity, TaskRefused
 from kvferry.wire.tasks import Abort, PrefillTask, ReserveKV

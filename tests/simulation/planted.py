@@ -6,7 +6,7 @@ from typing import Any
 
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import RequestSpec, SampledToken, Sequence
-from kvferry.decode import sequence_blocks
+from kvferry.decode import known_kv
 from kvferry.decode.sequence_blocks import SequenceBlocks
 from kvferry.kvcache import contents
 from kvferry.kvcache.blocks import BlockPool
@@ -377,7 +377,7 @@ BUGS = (
     Planted(
         "tenants share a cache",
         frozenset({"F2", "H2"}),
-        patches=tuple((module, "prefix_salt", _salt_of_all) for module in (sequence_blocks, contents, prefill_role)),
+        patches=tuple((module, "prefix_salt", _salt_of_all) for module in (known_kv, contents, prefill_role)),
     ),
     Planted(
         "a role change forgets reservations", frozenset({"I19"}), patches=((core, "RolePair", _ForgetsReservations),)

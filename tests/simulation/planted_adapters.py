@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import Sequence
-from kvferry.decode import sequence_blocks
+from kvferry.decode import known_kv
 from kvferry.kvcache import contents
 from kvferry.kvcache.blocks import prefix_salt
 from kvferry.prefill import role as prefill_role
@@ -40,8 +40,7 @@ BUGS = (
         "the salt forgets the adapter",
         frozenset({"F2", "H2"}),
         patches=tuple(
-            (module, "prefix_salt", _salt_of_tenant)
-            for module in (sequence_blocks, contents, prefill_role, prefix_fetch)
+            (module, "prefix_salt", _salt_of_tenant) for module in (known_kv, contents, prefill_role, prefix_fetch)
         ),
     ),
     Planted("a running adapter loses its slot", frozenset({"L1"}), patches=((AdapterCache, "_victim", _any_victim),)),

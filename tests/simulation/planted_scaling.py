@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvferry.router.autoscaler import autoscaler, scaling
+from kvferry.router.autoscaler import scaling, way
 from kvferry.router.autoscaler.members import FleetMembers
 
 from .planting import Planted
@@ -25,7 +25,7 @@ BUGS = (
     Planted(
         "a pool's last worker is taken away",
         frozenset({"A1"}),
-        patches=((autoscaler, "_num_spared", _spare_all),),
+        patches=((way, "_num_spared", _spare_all),),
         within_seeds=400,
     ),
     Planted(

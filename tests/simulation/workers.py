@@ -422,14 +422,14 @@ class Worker:
         self._is_waking = False
         if self._batch is not None:
             return
-        batch = self.core.schedule()
+        batch = self.core.steps.schedule()
         if batch is None:
             return
         world = self.world
         world.pass_point("step", self)
         self._batch, self._step_began_s = batch, world.kernel.now
         self._tells_layers = self.core.roles.stepping == "prefill"
-        self.core.begin_step(batch)
+        self.core.steps.begin_step(batch)
         self.engine.begin(batch)
         step_s = world.draw_step_s(batch.num_tokens)
         if self._tells_layers:
@@ -443,7 +443,7 @@ class Worker:
 
     def _on_layer(self, layer: int) -> None:
         self.engine.write_layer(layer)
-        self.core.on_layer(layer)
+        self.core.steps.on_layer(layer)
         for follower in self.followers:
             follower.layers.on_layer(layer)
 
@@ -455,8 +455,8 @@ class Worker:
         step_s = self.world.kernel.now - self._step_began_s
         output = self.engine.end(batch, step_s)
         self._batch, self._last_step = None, (step_s, output.num_tokens)
-        self.core.complete(batch, output)
-        self.core.note_turn(step_s - output.swap_s)
+        self.core.steps.complete(batch, output)
+        self.core.steps.note_turn(step_s - output.swap_s)
         self.wake()
 
     # --- invariants -------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from kvferry.common.grammar import Grammar
-from kvferry.common.request import UNSERVED, RequestSpec, SamplingParams, why_unserved
+from kvferry.common.request import RequestSpec, SamplingParams
+from kvferry.common.served import UNSERVED, Served
 from kvferry.wire.results import FirstToken, Grant, NoCapacity, TaskRefused
 from kvferry.wire.tasks import LocalTask, ReserveKV
 
@@ -24,8 +25,8 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
 
 def _bench(role: str) -> BothBench:
     bench = BothBench("prefill" if role == "prefill" else "decode")
-    bench.role._intake = replace(bench.role._intake, served_model=SERVED)
-    bench.prefill._served_model = SERVED
+    bench.role._intake = replace(bench.role._intake, served=Served(SERVED))
+    bench.prefill._served = Served(SERVED)
     return bench
 
 
@@ -55,5 +56,5 @@ def test_its_own_model_is_served_by_name_and_without_one(model: str) -> None:
 
 def test_the_reasons_are_those_that_routers_know() -> None:
     sound: dict[str, Any] = {"request_id": "r", "attempt": 0, "prompt": b"", "sampling": SamplingParams()}
-    found = [why_unserved(RequestSpec(**sound, **fields), SERVED) for fields, _, _ in CASES]
+    found = [Served(SERVED).why_not(RequestSpec(**sound, **fields)) for fields, _, _ in CASES]
     assert tuple(refusal[0] for refusal in found if refusal is not None) == UNSERVED
