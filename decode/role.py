@@ -226,11 +226,11 @@ class DecodeRole:
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             waiting_tokens=scheduler.waiting_tokens,
-            num_granted_blocks=receiver.num_granted_blocks,  # not adopted yet
+            num_granted_blocks=receiver.reservations.num_granted_blocks,  # not adopted yet
             num_preemptions=scheduler.num_preemptions,
-            prefix_queries=scheduler.blocks.prefix_queries + receiver.prefix_queries,
-            prefix_hits=scheduler.blocks.prefix_hits + receiver.prefix_hits,
-            stale_messages=self._requests.stale_messages + receiver.stale_messages,
+            prefix_queries=scheduler.blocks.prefix_queries + receiver.counters.prefix_queries,
+            prefix_hits=scheduler.blocks.prefix_hits + receiver.counters.prefix_hits,
+            stale_messages=self._requests.stale_messages + receiver.counters.stale_messages,
             nonfinite_rows=self._results.num_nonfinite_rows,
         )
 

@@ -104,7 +104,7 @@ class WaitingReservations:
     def _room(self) -> tuple[int, ...]:
         """Changes whenever a try may have another result."""
         receiver = self._receiver
-        promised = receiver.num_granted_blocks + receiver.num_quarantined_blocks
+        promised = receiver.reservations.num_granted_blocks + receiver.reservations.num_quarantined_blocks
         return (self._pool.num_free_blocks, self._growth_reserve(), promised, len(self._waiting))
 
     def _give_up(self, waiting: _Waiting, reason: str) -> NoCapacity:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class SimReading:
-    """Implements `transfer.fetch.fetches.Reading` for all ranks of a worker. Its port receives."""
+    """Implements `transfer.fetch.ranks.Reading` for all ranks of a worker. Its port receives."""
 
     def __init__(self, worker: SimWorker, *, block_bytes: int, port: Port) -> None:
         self._worker = worker

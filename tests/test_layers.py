@@ -83,9 +83,9 @@ simulator/costs      common wire sizing
 # What may import a heavy library.
 IMPORTERS = {
     "ray": {"launch/on_ray.py", "launch/ray_calls.py", "launch/ray_worker.py"},
-    "nixl": {"transfer/backends/nixl.py"},
-    "nixl_cu12": {"transfer/backends/nixl.py"},
-    "nixl_cu13": {"transfer/backends/nixl.py"},
+    "nixl": {"transfer/backends/nixl_api.py"},
+    "nixl_cu12": {"transfer/backends/nixl_api.py"},
+    "nixl_cu13": {"transfer/backends/nixl_api.py"},
     "ucxx": {"transfer/backends/ucx_agent.py"},
     "llguidance": {"grammar/matching.py", "grammar/source.py"},
     "flashinfer": {"engine/nn/attention/flashinfer.py"},

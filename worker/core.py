@@ -32,7 +32,7 @@ from ..kvcache.contents import Contents
 from ..kvcache.journal import open_journal
 from ..kvcache.prefix_cache import PrefixCache
 from ..prefill.shipments import Shipping
-from ..transfer.fetch.fetches import Reading
+from ..transfer.fetch.ranks import Reading
 from ..transfer.protocol.handoff import Verdict
 from ..transfer.protocol.rank_messages import ReadOutcome
 from ..transfer.receive.opens import WatchProcesses

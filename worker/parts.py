@@ -14,8 +14,9 @@ from ..kvcache.contents import Contents
 from ..kvcache.prefix_cache import PrefixCache
 from ..prefill.role import PrefillRole
 from ..prefill.shipments import Shipping
-from ..transfer.fetch.fetches import Fetches, Reading
+from ..transfer.fetch.fetches import Fetches
 from ..transfer.fetch.lending import Lending
+from ..transfer.fetch.ranks import Reading
 from ..transfer.protocol.handoff import Endpoint
 from ..transfer.receive.opens import WatchProcesses
 from ..transfer.receive.receiver import KVReceiver

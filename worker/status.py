@@ -28,7 +28,7 @@ def make_status(core: WorkerCore, router_id: str, steps: StepFigures) -> WorkerS
         decode_context=scheduler.queues.num_context_tokens,
         transfer_bytes=shipping.num_bytes,
         wire_bytes=shipping.wire_bytes,
-        transfer_failures=shipping.num_failures + receiver.num_failures,
+        transfer_failures=shipping.num_failures + receiver.counters.num_failures,
         num_fences=receiver.rotation.timer.num_rotations,
         num_failed_fences=receiver.rotation.timer.num_failures,
         quarantine_s=receiver.quarantine_s(),

@@ -96,7 +96,7 @@ class Landings:
         worker = self._worker
         fetches = worker.core.fetches
         parts = [fetch.part for fetch in fetches._fetches.values() if fetch.part is not None]
-        given_up = {block for held in fetches._given_up.references() for block in held}
+        given_up = {block for held in fetches.given_up.references() for block in held}
         held = given_up.union(*(part.blocks for part in parts))
         text = f"{worker.place} reads from {flight.source.place} into blocks {sorted(blocks)}"
         if not blocks <= held:

@@ -95,7 +95,7 @@ def test_a_fetch_that_takes_longer_than_its_patience_brings_nothing() -> None:
     pair.run(until_s=0.9)
     assert pair.failures == [FetchFailure.LATE]
     assert pair.num_found == 8  # computed here
-    assert pair.reader.core.fetches.num_given_up_blocks == 5  # bytes are still on their way into them
+    assert pair.reader.core.fetches.given_up.num_blocks == 5  # bytes are still on their way into them
     assert pair.world.leftovers() == []
 
 

@@ -196,7 +196,7 @@ def test_what_a_lost_worker_was_writing_into_is_fenced_before_it_is_used_again()
     )
     world, _outcome = run(scenario)
     receivers = [worker.core.receiver for worker in world.workers.values()]
-    assert sum(receiver.num_failures for receiver in receivers) > 0
+    assert sum(receiver.counters.num_failures for receiver in receivers) > 0
     assert sum(receiver.rotation.timer.num_rotations for receiver in receivers) > 0
     assert world.leftovers(after_s=15.0) == []
     assert not any(receiver.num_live for receiver in receivers), "nothing is left in quarantine"

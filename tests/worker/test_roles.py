@@ -158,7 +158,7 @@ def test_what_routers_are_told_is_the_sum_of_both() -> None:
     told = both.counters()
     assert both.num_unfinished == prefill.num_unfinished + 4 and told.num_waiting + told.num_running == 3
     assert told.waiting_tokens == prefill.scheduler.waiting_tokens + decode.scheduler.waiting_tokens > 40
-    assert told.num_granted_blocks == decode.receiver.num_granted_blocks > 0
+    assert told.num_granted_blocks == decode.receiver.reservations.num_granted_blocks > 0
     assert both.routers == {"R"}
 
 

@@ -10,33 +10,25 @@ where the pages are contiguous (one descriptor each time) and 11 ms where no two
 
 UCX moves each piece by a call of its own. Towards a process of this host, small pieces go together through a
 `HostWindow`; NIXL carries all larger ones, every write to other hosts and to GPUs, and the notifications.
-
-There is no progress thread, which would spin on a core: whoever waits polls, and polling makes progress.
-
-An agent is gone for certain only when no object of NIXL's Python API refers to it any more: prepared descriptors and
-the handles of writes do. Destroying one keeps its registered memory.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from ...common.errors import ConfigError, ProtocolError, TransferError
-from ...common.extras import nixl
+from ...common.errors import ProtocolError, TransferError
 from ...wire.codec import Decoder, encode
 from ...wire.fields import Message
 from ...wire.grants import RegionInfo
 from .base import Piece, TransferHandle, TransferState, describe_region, page_num_bytes, rotated_name
 from .descriptors import piece_indices, strided_rows
 from .host_memory import HostMark, HostWindow, Marker, PageArea, PageWindow
+from .nixl_api import NixlApi
 
 
 class _Metadata(Message, frozen=True):
@@ -70,21 +62,6 @@ class _Peer:
     window: PageWindow | None
 
 
-def load_api(packages: Sequence[str] | None = None) -> ModuleType:
-    """NIXL's Python API, from the wheel for torch's CUDA if that is there. Raises ConfigError where there is none."""
-    library, reason = nixl(), ""
-    for package in library.modules if packages is None else packages:
-        try:
-            api = importlib.import_module(f"{package}._api")
-        except ImportError as error:  # of the package `nixl` too, where it finds no build for this CUDA
-            is_absent = isinstance(error, ModuleNotFoundError) and error.name in (package, f"{package}._api")
-            reason = reason if is_absent else f" ({error})"
-            continue
-        logging.getLogger("nixl").setLevel(logging.WARNING)  # it announces every agent on stdout
-        return api
-    raise ConfigError(f"transfer: {library.missing}{reason}; or choose --transfer ucx")
-
-
 class NixlBackend:
     """One NIXL agent. Implements `TransferBackend`."""
 
@@ -97,15 +74,11 @@ class NixlBackend:
 
         `copies_itself`: UCX may do so too, by itself.
         """
-        self._api = api = load_api()
-        bindings = importlib.import_module(f"{api.__package__}._bindings")
-        self._errors: tuple[type[Exception], ...] = tuple(
-            value for key, value in vars(bindings).items() if key.startswith("nixl") and key.endswith("Error")
-        )
+        self._api = NixlApi()
         self.agent = agent
         self.copies_itself = copies_itself
         self.telemetry_bytes = 0
-        self._start_agent()
+        self._nixl = self._api.open_agent(agent)
         self._marker = Marker() if use_host_memory else None
         self._pages: torch.Tensor | None = None
         self._rank, self._tp_size = 0, 1
@@ -114,19 +87,6 @@ class NixlBackend:
         self._peers: dict[str, _Peer] = {}
         self._requests: set[_Handle] = set()  # that NIXL carries, until they are released
 
-    def _start_agent(self) -> None:
-        config = self._api.nixl_agent_config(enable_prog_thread=False, capture_telemetry=True, backends=["UCX"])
-        with self._raising("making an agent", self.agent):
-            self._nixl = self._api.nixl_agent(self.agent, config)
-
-    @contextmanager
-    def _raising(self, what: str, peer: str) -> Iterator[None]:
-        """NIXL's own exceptions as TransferError."""
-        try:
-            yield
-        except self._errors as error:
-            raise TransferError(f"{what} ({peer}): {error}", peer=peer) from error
-
     def register(self, pages: torch.Tensor, *, rank: int, tp_size: int, generation: int) -> RegionInfo:
         assert self._pages is None and pages.is_contiguous()
         self._pages, self._rank, self._tp_size = pages, rank, tp_size
@@ -134,7 +94,7 @@ class NixlBackend:
 
     def _register(self, generation: int) -> RegionInfo:
         assert self._pages is not None
-        with self._raising("registering the KV pages", self.agent):
+        with self._api.raising("registering the KV pages", self.agent):
             self._registration = self._nixl.register_memory(self._pages)
             metadata: bytes = self._nixl.get_agent_metadata()
         mark = self._marker.mark if self._marker is not None and not self._pages.is_cuda else None
@@ -152,7 +112,7 @@ class NixlBackend:
         assert self._pages is not None, "rotate before register"
         self._end_agent()
         self.agent = rotated_name(self.agent, generation)
-        self._start_agent()
+        self._nixl = self._api.open_agent(self.agent)
         return self._register(generation)
 
     def connect(self, remote: RegionInfo, pieces: tuple[Piece, ...]) -> None:
@@ -165,7 +125,7 @@ class NixlBackend:
             raise TransferError(f"the metadata of {remote.agent}: {error}", peer=remote.agent) from error
         num_local = self._pages.shape[0] * self._pages.shape[1]
         num_remote = self._pages.shape[0] * remote.num_blocks
-        with self._raising("connecting", remote.agent):
+        with self._api.raising("connecting", remote.agent):
             agent = self._nixl.add_remote_agent(metadata.nixl)
             if agent != remote.agent.encode():
                 self._nixl.remove_remote_agent(agent)
@@ -199,7 +159,7 @@ class NixlBackend:
             device, device_id = ("VRAM", self._pages.device.index or 0) if self._pages.is_cuda else ("DRAM", 0)
             offsets = [piece.local_offset for piece in pieces]
             rows = strided_rows(pieces, offsets, self._pages.data_ptr(), page_bytes, device_id, num_pages)
-            with self._raising("preparing our pages", self.agent):
+            with self._api.raising("preparing our pages", self.agent):
                 self._local[pieces] = self._nixl.prep_xfer_dlist("NIXL_INIT_AGENT", rows, device)
         return self._local[pieces]
 
@@ -232,13 +192,13 @@ class NixlBackend:
     ) -> _Handle:
         local = piece_indices(local_pages, peer.num_pieces, peer.num_local_pages)
         remote = piece_indices(remote_pages, peer.num_pieces, peer.num_remote_pages)
-        with self._raising(kind, agent):
+        with self._api.raising(kind, agent):
             request = self._nixl.make_prepped_xfer(kind, peer.local, local, peer.remote, remote, notify)
             handle = _Handle(agent, request, len(local_pages) * peer.piece_bytes)
             self._requests.add(handle)
             try:
                 refused = self._nixl.transfer(request) == "ERR"
-            except self._errors:
+            except self._api.errors:
                 self.release(handle)
                 raise
         if refused:
@@ -274,7 +234,7 @@ class NixlBackend:
                     handle.state = TransferState.DONE
                 elif state != "PROC":
                     handle.state = TransferState.FAILED
-            except self._errors:
+            except self._api.errors:
                 handle.state = TransferState.FAILED
         return handle.state
 
@@ -283,19 +243,19 @@ class NixlBackend:
         self._requests.discard(handle)
         if handle.request is None:
             return
-        with suppress(*self._errors):  # what cannot be given back now is NIXL's until the agent ends
+        with suppress(*self._api.errors):  # what cannot be given back now is NIXL's until the agent ends
             self._nixl.release_xfer_handle(handle.request)
 
     def notify(self, agent: str, payload: bytes) -> None:
         if agent not in self._peers:
             raise TransferError(f"agent {agent} is not connected", peer=agent)
-        with self._raising("notifying", agent):
+        with self._api.raising("notifying", agent):
             self._nixl.send_notif(agent, payload)
 
     def notifications(self) -> list[tuple[str, bytes]]:
         if self._nixl is None:
             return []
-        with self._raising("reading notifications", self.agent):
+        with self._api.raising("reading notifications", self.agent):
             new: dict[str, list[bytes]] = self._nixl.get_new_notifs()
         return [(agent, payload) for agent, payloads in new.items() for payload in payloads]
 
@@ -304,7 +264,7 @@ class NixlBackend:
         if peer is not None:
             if peer.window is not None:
                 peer.window.window.close()
-            with self._raising("disconnecting", agent):
+            with self._api.raising("disconnecting", agent):
                 self._nixl.release_dlist_handle(peer.remote)
                 self._nixl.remove_remote_agent(agent)
 
@@ -323,11 +283,11 @@ class NixlBackend:
             with suppress(TransferError):
                 self.disconnect(agent)
         for descriptors in self._local.values():
-            with suppress(*self._errors):
+            with suppress(*self._api.errors):
                 self._nixl.release_dlist_handle(descriptors)
         self._local.clear()
         if self._registration is not None:
-            with suppress(*self._errors):
+            with suppress(*self._api.errors):
                 self._nixl.deregister_memory(self._registration)
         self._registration = None
         self._nixl = None

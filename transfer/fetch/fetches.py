@@ -22,7 +22,6 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from ...common import failpoints
 from ...common.clock import Clock
@@ -30,7 +29,6 @@ from ...common.request import BlockId
 from ...kvcache.blocks import BlockPool
 from ...wire.fetches import KVFetchable, KVFetchDone, KVFetchRefused, KVFetchSums
 from ...wire.fields import Message
-from ...wire.grants import RegionInfo
 from ...wire.tasks import FetchFrom
 from ..protocol.handoff import Endpoint
 from ..protocol.leases import usable_until
@@ -39,29 +37,10 @@ from ..protocol.rank_messages import ReadOutcome
 from .answers import check_answer, question
 from .fetch import Fetch, FetchFailure, FetchState, Part
 from .given_up import GivenUp
+from .ranks import Reading
 
 PART_BYTES = 128 << 20  # of all ranks, read under one lease: what is here of a prefix is of use if the rest fails
 MAX_PART_BLOCKS = 4096
-
-
-class Reading(Protocol):
-    """The readers of all ranks."""
-
-    def read(
-        self,
-        fetch_id: int,
-        kv_address: str,
-        ranks: tuple[RegionInfo, ...],
-        ours: tuple[BlockId, ...],
-        theirs: tuple[BlockId, ...],
-        wants_sums: bool,
-    ) -> None:
-        """Each rank reads from the one with its number; answered by `Fetches.on_read` of each."""
-        ...
-
-    def give_up(self, fetch_id: int) -> None:
-        """Every rank that is not done answers, in time, that it is over."""
-        ...
 
 
 class Fetches:
@@ -94,7 +73,7 @@ class Fetches:
         self._part_blocks = min(MAX_PART_BLOCKS, max(1, part_bytes // endpoint.spec.block_bytes()))
         self._fetches: dict[str, Fetch] = {}  # by key
         self._parts: dict[int, Fetch] = {}  # by fetch id
-        self._given_up = GivenUp(pool)
+        self.given_up = GivenUp(pool)
         self.num_fetches = 0
         self.failures: Counter[FetchFailure] = Counter()
         self.num_bytes = 0  # of blocks that were used, on all ranks
@@ -103,17 +82,12 @@ class Fetches:
         self._log = PeerLog("prefix_fetch_failed")
 
     def __len__(self) -> int:
-        return len(self._fetches) + len(self._given_up)
+        return len(self._fetches) + len(self.given_up)
 
     @property
     def num_failures(self) -> int:
         """Fetches that brought less than they were to, for whatever reason."""
         return self.failures.total()
-
-    @property
-    def num_given_up_blocks(self) -> int:
-        """Return how many blocks are kept out of use because a read that was given up may still land in them."""
-        return self._given_up.num_blocks
 
     # --- prompts --------------------------------------------------------------------------------------------------
 
@@ -140,7 +114,7 @@ class Fetches:
         """The prompt is not wanted any more: `on_end` is not called. Idempotent."""
         fetch = self._fetches.get(key)
         if fetch is not None:
-            fetch.on_end = _nobody_waits
+            fetch.on_end = lambda: None  # the prompt is gone
             self._end(fetch)
 
     def _skip_held(self, fetch: Fetch) -> None:
@@ -211,9 +185,9 @@ class Fetches:
 
     def on_read(self, rank: int, fetch_id: int, outcome: ReadOutcome, sums: bytes) -> None:
         """One rank's reads of a part."""
-        if fetch_id in self._given_up:
+        if fetch_id in self.given_up:
             if outcome is not ReadOutcome.FAILED:
-                self._given_up.rank_over(fetch_id, rank)
+                self.given_up.rank_over(fetch_id, rank)
             return
         fetch = self._parts.get(fetch_id)
         if fetch is None or fetch.part is None:
@@ -304,14 +278,14 @@ class Fetches:
     def _give_back(self, part: Part) -> None:
         """The blocks of a part that is not used, when nothing lands in them any more."""
         if part.waits_for:
-            self._given_up.add(part)
+            self.given_up.add(part)
             self._reading.give_up(part.fetch_id)
         else:
             self._pool.free(part.blocks)
 
     def references(self) -> list[list[BlockId]]:
         """All references to blocks of the pool that fetches hold."""
-        found = self._given_up.references()
+        found = self.given_up.references()
         for fetch in self._fetches.values():
             found += [fetch.held] if fetch.part is None else [fetch.held, fetch.part.blocks]
         return found
@@ -321,8 +295,4 @@ class Fetches:
         assert {part_id: fetch.key for part_id, fetch in self._parts.items()} == {
             fetch.part.fetch_id: fetch.key for fetch in self._fetches.values() if fetch.part is not None
         }
-        self._given_up.check()
-
-
-def _nobody_waits() -> None:
-    """The prompt is gone."""
+        self.given_up.check()

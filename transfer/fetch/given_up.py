@@ -27,6 +27,7 @@ class GivenUp:
 
     @property
     def num_blocks(self) -> int:
+        """Return how many blocks are kept out of use, as a read may still land in them."""
         return sum(len(part.blocks) for part in self._parts.values())
 
     def add(self, part: Part) -> None:

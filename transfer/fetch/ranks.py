@@ -8,6 +8,7 @@ Block ids are rank 0's decision and the same on all ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from ...common.request import BlockId
 from ...wire.fields import BlockIds
@@ -16,8 +17,28 @@ from ..protocol.rank_calls import Each
 from .reader import BlockSums, KVReader
 
 
+class Reading(Protocol):
+    """The readers of all ranks."""
+
+    def read(
+        self,
+        fetch_id: int,
+        kv_address: str,
+        ranks: tuple[RegionInfo, ...],
+        ours: tuple[BlockId, ...],
+        theirs: tuple[BlockId, ...],
+        wants_sums: bool,
+    ) -> None:
+        """Each rank reads from the one with its number; answered by `Fetches.on_read` of each."""
+        ...
+
+    def give_up(self, fetch_id: int) -> None:
+        """Every rank that is not done answers, in time, that it is over."""
+        ...
+
+
 class RankReading:
-    """Implements `fetches.Reading` on rank 0."""
+    """Implements `Reading` on rank 0."""
 
     def __init__(self, each: Each, reader: KVReader) -> None:
         self._each = each

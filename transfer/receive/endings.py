@@ -30,6 +30,8 @@ class Counters:
     num_failures: int = 0  # opens that were doomed by something else than an abort
     checksum_failures: int = 0
     grant_rejects: Counter[str] = field(default_factory=Counter)
+    prefix_queries: int = 0  # tokens looked up
+    prefix_hits: int = 0
 
 
 class Endings:

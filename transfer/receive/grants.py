@@ -56,8 +56,6 @@ class Grants:
         self._clock = clock
         self._contents = contents
         self._epoch = 0
-        self.prefix_queries = 0  # tokens looked up
-        self.prefix_hits = 0
 
     def reserve(
         self, spec: RequestSpec, router_id: str, *, max_local_tokens: int, growth_reserve: int, refusal: str = ""
@@ -95,8 +93,8 @@ class Grants:
             return self._no_capacity(spec, reason, num_cached)
         self._pool.pin(hits)
         blocks = self._pool.allocate(num_total - len(hits))
-        self.prefix_queries += num_tokens
-        self.prefix_hits += num_cached
+        self._counters.prefix_queries += num_tokens
+        self._counters.prefix_hits += num_cached
         reservation = self._new_reservation(spec, router_id, hashes, hits, blocks, num_copies)
         return Grant(request_id=spec.request_id, attempt=spec.attempt, grant=reservation.grant)
 

@@ -152,35 +152,8 @@ class KVReceiver:
         return self.reservations.of_request(request_id) is not None
 
     @property
-    def num_granted_blocks(self) -> int:
-        """Blocks of promises that may still be filled."""
-        return self.reservations.num_granted_blocks
-
-    @property
-    def num_quarantined_blocks(self) -> int:
-        return self.reservations.num_quarantined_blocks
-
-    @property
     def num_live(self) -> int:
         return len(self.reservations.live)
-
-    @property
-    def stale_messages(self) -> int:
-        return self.counters.stale_messages
-
-    @property
-    def num_failures(self) -> int:
-        """Opens that were doomed by something else than an abort."""
-        return self.counters.num_failures
-
-    @property
-    def prefix_queries(self) -> int:
-        """Tokens looked up."""
-        return self._grants.prefix_queries
-
-    @property
-    def prefix_hits(self) -> int:
-        return self._grants.prefix_hits
 
     def quarantine_s(self, incarnation: int | None = None) -> float:
         """Age of the oldest quarantine (of one prefill worker's incarnation); 0 where there is none."""

@@ -102,8 +102,9 @@ class Posting:
         if self._sums is not None and target.sums is not None:
             target.sums.add(self._sums, _as_pages(local), _as_pages(remote), target.pieces)
 
-    def tell(self, shipment: Shipment) -> None:
+    def tell(self, shipment: Shipment, now: float) -> None:
         """KVArrived to every decode rank that this rank wrote to."""
+        shipment.announced_at = now
         if failpoints.armed:
             failpoints.hit("transfer.arrived")
         for target in shipment.targets:

@@ -21,9 +21,9 @@ from ...common.clock import Clock
 from ...common.config import TransferConfig
 from ...common.errors import TransferError
 from ...common.kv_spec import KVCacheSpec
+from ...wire.codec import DecodeToPrefill
 from ...wire.fields import Count, Message
 from ...wire.grants import GrantInfo, ProcessMark
-from ...wire.handoff import CancelKV, KVDone, KVOpened, KVRefused, KVRenewed
 from ...wire.results import ChoiceList
 from ...wire.workers import TransferReport
 from ..backends.base import Indices, TransferBackend, TransferState
@@ -31,6 +31,7 @@ from ..backends.peers import Peers
 from ..fetch.reader import KVReader, Tell
 from ..protocol.checksums import PageSums
 from ..protocol.handoff import Endpoint, page_indices
+from .answers import Answers
 from .closings import Closings
 from .counters import SendCounters
 from .endings import Endings
@@ -123,6 +124,9 @@ class KVSender:
             source_free=source_free,
             report=report if rank == 0 else None,
         )
+        self._answers = Answers(
+            self._shipments, self._opening, self._posting, self._leases, self._closings, self._endings, clock
+        )
         self.num_bytes = 0  # written since start
         self.made_progress = False  # a write ended in the last step: the next need not wait
 
@@ -176,52 +180,8 @@ class KVSender:
 
     # --- the decode worker's answers ------------------------------------------------------------------------
 
-    def on_message(self, message: KVOpened | KVRefused | KVRenewed | CancelKV | KVDone) -> None:
-        if isinstance(message, KVRenewed):
-            self._on_renewed(message)
-            return
-        if isinstance(message, KVDone):
-            self._closings.acked(message.open_id)
-        shipment = self._shipments.get(message.open_id)
-        if shipment is None or shipment.grant.grant_id != message.grant_id:
-            return  # it ended: nobody waits for an answer
-        match message:
-            case KVOpened():
-                self._on_opened(shipment, message)
-            case KVRefused(reason=reason):
-                if shipment.state is ShipmentState.OPENING:
-                    self._endings.end(shipment, clean=True, reason=f"refused: {reason}")
-            case CancelKV():
-                if shipment.state is ShipmentState.TOLD:
-                    self._tell(shipment)
-                    # It was given up over there before it arrived, perhaps with the agent that would hear of it.
-                    self._closings.add(shipment, self._clock.now(), "everything was written", clean=True)
-                self._endings.stop(shipment, "cancelled by the decode worker")
-            case KVDone():
-                self._endings.needed_no_more(shipment, "the decode worker needs nothing more")
-
-    def _on_opened(self, shipment: Shipment, message: KVOpened) -> None:
-        if shipment.state is not ShipmentState.OPENING:
-            return
-        now = self._clock.now()
-        reason = self._opening.take(shipment, message, now)
-        if reason is None:
-            shipment.advance(ShipmentState.SHIPPING, now)
-        else:
-            self._endings.end(shipment, clean=True, reason=reason)
-
-    def _on_renewed(self, message: KVRenewed) -> None:
-        now = self._clock.now()
-        for grant_id, open_id, lease_s in message.opens:
-            shipment = self._shipments.get(open_id)
-            if shipment is None or shipment.grant.grant_id != grant_id:
-                continue
-            if lease_s <= 0:
-                self._endings.needed_no_more(shipment, "the decode worker no longer knows the handoff")
-            else:
-                self._leases.extend(shipment, lease_s, now)
-        for peer in {(grant_id.worker_id, grant_id.incarnation) for grant_id, _, _ in message.opens}:
-            self._leases.answered(peer)
+    def on_message(self, message: DecodeToPrefill) -> None:
+        self._answers.take(message)
 
     def on_peer_lost(self, kv_address: str) -> None:
         """The control connection to a decode worker ended: its cancels no longer reach us."""
@@ -294,19 +254,15 @@ class KVSender:
             if shipment.finished and shipment.is_posted and not shipment.num_writes and now < shipment.deadline:
                 shipment.advance(ShipmentState.TOLD, now)
                 self._source_free(shipment.open_id)
-                self._tell(shipment)
+                self._posting.tell(shipment, self._clock.now())
         elif shipment.state is ShipmentState.TOLD:
             if now - shipment.announced_at >= self._config.renew_every_s:
-                self._tell(shipment)
+                self._posting.tell(shipment, self._clock.now())
         elif shipment.state is ShipmentState.CLOSING:
             if not shipment.num_writes:
                 self._endings.end(shipment, clean=True)
             elif now - shipment.since > self._config.write_timeout_s:
                 self._endings.fail(shipment, f"{shipment.reason}; a write is not done")
-
-    def _tell(self, shipment: Shipment) -> None:
-        shipment.announced_at = self._clock.now()
-        self._posting.tell(shipment)
 
     def _replace_agent(self) -> None:
         if not self._agent.replace(self._clock.now()):

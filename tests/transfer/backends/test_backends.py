@@ -19,7 +19,8 @@ import torch
 from kvferry.common.errors import ConfigError, TransferError
 from kvferry.transfer.backends.base import Piece, TransferBackend, TransferHandle, TransferState, page_rows
 from kvferry.transfer.backends.choose import open_backend, set_ucx_defaults
-from kvferry.transfer.backends.nixl import NixlBackend, load_api
+from kvferry.transfer.backends.nixl import NixlBackend
+from kvferry.transfer.backends.nixl_api import load_api
 from kvferry.wire.grants import RegionInfo
 
 LAYERS, BLOCKS = 4, 32

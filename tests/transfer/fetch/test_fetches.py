@@ -183,7 +183,7 @@ def test_blocks_of_a_read_that_was_given_up_stay_out_of_use_until_it_ends(pair: 
     pair.tick()
     pair.settle()
     assert pair.ended == ["q"]
-    assert pair.fetches.num_given_up_blocks == pair.fetcher.pool.num_owned_blocks == 2
+    assert pair.fetches.given_up.num_blocks == pair.fetcher.pool.num_owned_blocks == 2
     pair.fetcher.store(HASHES[5:15])  # all that is left
     pair.network.clear_fault(pair.lender.region.agent)  # it lands
     pair.settle()
@@ -196,7 +196,7 @@ def test_blocks_of_a_failed_read_stay_out_of_use_until_our_agent_is_replaced(pai
     pair.network.set_fault(pair.lender.region.agent, LocalFault.FAIL)
     pair.begin(HASHES[:2])
     pair.settle()
-    assert pair.ended == ["q"] and pair.fetches.num_given_up_blocks == 2
+    assert pair.ended == ["q"] and pair.fetches.given_up.num_blocks == 2
     assert not pair.reader.wants_new_agent(pair.fetcher.clock.now())
     pair.advance(reader.FAILED_AFTER_S)
     assert pair.reader.wants_new_agent(pair.fetcher.clock.now())

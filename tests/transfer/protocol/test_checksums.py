@@ -199,7 +199,7 @@ def test_a_corrupt_rank_is_free_only_with_the_last_of_its_worker() -> None:
     grant = decode.grant()
     open_id = decode.open(grant, tp_size=2, change={"has_checksums": True})
     decode.arrive(grant, open_id, verdict=Verdict.CORRUPT, block_ids=grant.block_ids)
-    assert decode.receiver.num_quarantined_blocks == 3
+    assert decode.receiver.reservations.num_quarantined_blocks == 3
     decode.arrive(grant, open_id, source_rank=1, verdict=Verdict.INTACT, block_ids=grant.block_ids)
     assert decode.holds_nothing() and not decode.receiver.arrived
 

@@ -213,13 +213,13 @@ def test_a_grant_names_blocks_for_the_prompt_and_holds_copies_back(decode: Decod
     assert isinstance(answer, Grant)
     assert len(answer.grant.block_ids) == 3
     assert answer.grant.num_tokens == 10 and answer.grant.num_computed_tokens == 0
-    assert decode.pool.num_owned_blocks == decode.receiver.num_granted_blocks == 5
+    assert decode.pool.num_owned_blocks == decode.receiver.reservations.num_granted_blocks == 5
     assert not decode.receiver.has_open
 
 
 def test_full_last_blocks_need_no_copies(decode: Decode) -> None:
     assert isinstance(decode.reserve(num_tokens=12, choices=(0, 1)), Grant)
-    assert decode.receiver.num_granted_blocks == 3
+    assert decode.receiver.reservations.num_granted_blocks == 3
 
 
 def _adopted(decode: Decode, request_id: str, num_tokens: int) -> list[int]:
@@ -299,12 +299,12 @@ def test_a_higher_attempt_ends_the_lower_one(decode: Decode) -> None:
     first = decode.grant("a", 0)
     second = decode.grant("a", 1)
     assert first.grant_id != second.grant_id
-    assert decode.receiver.num_granted_blocks == 3
+    assert decode.receiver.reservations.num_granted_blocks == 3
     decode.open(first)
     assert isinstance(decode.said_to_peer()[-1], KVRefused)
     decode.open(second)
     decode.grant("a", 2)  # the opened one goes into quarantine
-    assert decode.receiver.num_quarantined_blocks == 3
+    assert decode.receiver.reservations.num_quarantined_blocks == 3
 
 
 def test_an_attempt_that_ended_gets_nothing(decode: Decode) -> None:
@@ -357,7 +357,7 @@ def test_a_router_that_comes_back_keeps_what_it_names(decode: Decode) -> None:
     decode.grant("a")
     decode.grant("b", 1, first=100)
     decode.receiver.keep_only(R, frozenset({("b", 1), ("a", 1)}))
-    assert decode.receiver.num_granted_blocks == 3
+    assert decode.receiver.reservations.num_granted_blocks == 3
 
 
 # --- KVOpen -------------------------------------------------------------------------------------------------------
@@ -401,7 +401,7 @@ def test_an_open_that_does_not_fit_is_refused(decode: Decode, change: dict[str, 
     decode.open(grant, change=change)
     assert words in only(decode.said_to_peer(), KVRefused).reason
     assert not decode.receiver.has_open
-    assert decode.receiver.stale_messages == 1
+    assert decode.receiver.counters.stale_messages == 1
 
 
 def test_a_peer_with_an_old_quarantine_opens_nothing_more(decode: Decode) -> None:
@@ -429,9 +429,9 @@ def test_renewals_keep_the_lease_and_silence_ends_it(decode: Decode) -> None:
     assert only(decode.said_to_peer(), CancelKV).open_id == open_id
     failed = only(decode.said_to_router(), HandoffFailed)
     assert (failed.blame, failed.worker_id) == ("expired", "p-0")
-    assert decode.receiver.num_quarantined_blocks == 3  # a lease that runs out frees nothing
+    assert decode.receiver.reservations.num_quarantined_blocks == 3  # a lease that runs out frees nothing
     decode.wait(1000)
-    assert decode.receiver.num_quarantined_blocks == 3
+    assert decode.receiver.reservations.num_quarantined_blocks == 3
 
 
 def test_an_arrival_hands_over_and_tells_everybody(decode: Decode) -> None:
@@ -526,7 +526,7 @@ def test_a_lost_connection_dooms_the_opens_of_that_session_alone(decode: Decode)
     assert decode.said_to_router() == []
     decode.receiver.on_session_lost(P)
     assert only(decode.said_to_router(), HandoffFailed).blame == "peer"
-    assert decode.receiver.num_quarantined_blocks == 3
+    assert decode.receiver.reservations.num_quarantined_blocks == 3
     decode.arrive(grant, open_id)
     assert decode.holds_nothing() and not decode.receiver.arrived
 
@@ -551,9 +551,9 @@ def test_a_doomed_reservation_ends_with_its_last_rank_and_is_not_published() -> 
     decode.receiver.abort("a", 0)
     decode.close(grant, open_id, source_rank=0, clean=True)
     decode.close(grant, open_id, source_rank=1, clean=False)
-    assert decode.receiver.num_quarantined_blocks == 3
+    assert decode.receiver.reservations.num_quarantined_blocks == 3
     decode.close(grant, open_id, source_rank=2, clean=True)  # no such rank
-    assert decode.receiver.num_quarantined_blocks == 3
+    assert decode.receiver.reservations.num_quarantined_blocks == 3
     decode.arrive(grant, open_id, source_rank=1)
     assert decode.holds_nothing() and decode.pool.num_cached_blocks == 0
     assert only(decode.said_to_peer(), KVDone)
@@ -577,7 +577,7 @@ def test_a_renewal_of_a_doomed_one_repeats_the_cancel(decode: Decode) -> None:
 def test_a_quarantine_is_counted_by_its_writer(decode: Decode) -> None:
     decode.opened("a")
     decode.receiver.abort("a", 0)
-    assert decode.receiver.num_quarantined_blocks == 3
+    assert decode.receiver.reservations.num_quarantined_blocks == 3
     decode.wait(2.0)
     assert decode.receiver.quarantine_s() == decode.receiver.quarantine_s(7) == 2.0
     assert decode.receiver.quarantine_s(8) == 0.0
@@ -612,12 +612,12 @@ def test_an_abort_unless_arrived_ends_what_has_not(decode: Decode, is_open: bool
     decode.receiver.abort("a", 0, unless_arrived=True)
     answers = decode.said_to_router()
     assert [type(answer) for answer in answers] == [HandoffFailed, HandoffFailed]
-    assert not decode.receiver.arrived and decode.receiver.num_granted_blocks == 0
+    assert not decode.receiver.arrived and decode.receiver.reservations.num_granted_blocks == 0
 
 
 def test_an_abort_of_an_unknown_request_is_answered_where_the_router_is_known(decode: Decode) -> None:
     decode.receiver.abort("x", 0, unless_arrived=True)
-    assert decode.said_to_router() == [] and decode.receiver.stale_messages == 1
+    assert decode.said_to_router() == [] and decode.receiver.counters.stale_messages == 1
     decode.receiver.abort("x", 0, unless_arrived=True, router_id=R)
     assert only(decode.said_to_router(), HandoffFailed).blame == "unknown"
 
@@ -625,7 +625,7 @@ def test_an_abort_of_an_unknown_request_is_answered_where_the_router_is_known(de
 def test_an_abort_of_an_older_attempt_changes_nothing(decode: Decode) -> None:
     decode.grant("a", 2)
     decode.receiver.abort("a", 1)
-    assert decode.receiver.num_granted_blocks == 3
+    assert decode.receiver.reservations.num_granted_blocks == 3
 
 
 # --- latecomers ------------------------------------------------------------------------------------------------
@@ -641,7 +641,7 @@ def test_messages_of_an_ended_open_are_counted_and_a_repeated_arrival_is_answere
     decode.close(grant, open_id)
     decode.receiver.on_message(P, KVRenew(opens=((grant.grant_id, open_id),)))
     assert only(decode.said_to_peer(), KVRenewed).opens == ((grant.grant_id, open_id, 0.0),)
-    assert decode.receiver.stale_messages == 3
+    assert decode.receiver.counters.stale_messages == 3
     assert decode.pool.num_owned_blocks == 3
 
 
@@ -651,7 +651,7 @@ def test_messages_with_another_open_id_change_nothing(decode: Decode) -> None:
     decode.close(grant, open_id + 1)
     decode.receiver.on_message(P, KVRenew(opens=((grant.grant_id, open_id + 1),)))
     assert only(decode.said_to_peer(), KVRenewed).opens[0][2] == 0.0
-    assert decode.receiver.has_open and decode.receiver.stale_messages == 3
+    assert decode.receiver.has_open and decode.receiver.counters.stale_messages == 3
 
 
 @pytest.mark.parametrize("state", ReservationState)

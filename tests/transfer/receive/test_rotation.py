@@ -77,9 +77,9 @@ def test_an_old_quarantine_of_another_host_is_freed_by_a_rotation_alone(host: Ho
     host.wait(9.9)
     assert host.rotations == []
     host.wait(0.2)
-    assert host.rotations == [1] and host.receiver.num_quarantined_blocks == 3
+    assert host.rotations == [1] and host.receiver.reservations.num_quarantined_blocks == 3
     host.wait(5.0)  # until every rank has its new agent
-    assert host.rotations == [1] and host.receiver.num_quarantined_blocks == 3
+    assert host.rotations == [1] and host.receiver.reservations.num_quarantined_blocks == 3
     assert host.finish_rotation() == 3
     assert host.holds_nothing() and isinstance(host.said_to_peer()[-1], KVDone)
 
@@ -89,7 +89,7 @@ def test_a_writer_of_this_host_is_not_fenced_while_it_lives(host: Host) -> None:
     host.left("b", incarnation=8)
     host.wait(10.1)
     assert host.finish_rotation() == 3
-    assert host.receiver.num_quarantined_blocks == 3 and host.receiver.quarantine_s(7) > 0
+    assert host.receiver.reservations.num_quarantined_blocks == 3 and host.receiver.quarantine_s(7) > 0
     host.wait(100.0)
     assert host.rotations == [1]  # nothing more would be freed
     host.watches[0].has_ended = True
@@ -107,7 +107,7 @@ def test_a_death_that_comes_while_agents_are_replaced_is_too_late_for_this_rotat
     host.wait(10.1)
     host.watches[0].has_ended = True
     assert host.finish_rotation() == 3
-    assert host.receiver.num_quarantined_blocks == 3
+    assert host.receiver.reservations.num_quarantined_blocks == 3
 
 
 def test_a_writer_of_this_host_that_destroyed_its_agent_is_behind_the_network(host: Host) -> None:
@@ -117,7 +117,7 @@ def test_a_writer_of_this_host_that_destroyed_its_agent_is_behind_the_network(ho
     assert host.rotations == []
     closed = KVClosed(grant_id=grant.grant_id, open_id=open_id, source_rank=0, clean=False, detached=True)
     host.receiver.on_message("p-0#1", closed)
-    assert host.receiver.num_quarantined_blocks == 3  # loopback's buffers may still hold some
+    assert host.receiver.reservations.num_quarantined_blocks == 3  # loopback's buffers may still hold some
     host.wait(0.1)
     assert host.rotations == [1]
     assert host.finish_rotation() == 3 and host.holds_nothing()
@@ -187,7 +187,7 @@ def test_a_live_neighbour_gets_time_to_end_cleanly_before_the_agents_go(host: Ho
     host.wait(1.5)
     assert host.rotations == []
     host.close(grant, open_id)
-    assert host.rotations == [1] and host.receiver.num_quarantined_blocks == 3
+    assert host.rotations == [1] and host.receiver.reservations.num_quarantined_blocks == 3
     assert host.finish_rotation() == 3 and host.holds_nothing()
 
 
@@ -236,7 +236,7 @@ def test_a_rotation_that_fails_frees_nothing_and_is_tried_again(host: Host) -> N
     host.left("a")
     host.wait(10.1)
     host.receiver.rotation_failed()
-    assert host.receiver.num_quarantined_blocks == 3
+    assert host.receiver.reservations.num_quarantined_blocks == 3
     answer = host.reserve("b", first=5000)
     assert isinstance(answer, NoCapacity) and answer.reason == "no_agent"
     host.wait(0.5)
@@ -277,6 +277,6 @@ def test_without_a_way_to_rotate_only_a_clean_end_frees() -> None:
     grant, open_id = decode.opened()
     decode.receiver.abort("a", 0)
     decode.wait(1000.0)
-    assert decode.receiver.num_quarantined_blocks == 3
+    assert decode.receiver.reservations.num_quarantined_blocks == 3
     decode.close(grant, open_id)
     assert decode.holds_nothing()
