@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Protocol
 
 from blake3 import blake3
 
@@ -32,7 +31,6 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _READ_BYTES = 1 << 20  # at once: it is digested while a core's cache holds it. Smaller ones are more calls
 
-_PREFIX = "base_model.model."
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _REFUSED_TENSORS = (
     ("lora_magnitude_vector", "a magnitude vector of DoRA"),
@@ -112,8 +110,7 @@ def check_pair(module: AdaptedModule, shape: Shape) -> None:
         raise ConfigError(f"its matrices for {module.name} make {list(found)}; the model's is {list(shape)}")
 
 
-class Take(Protocol):
-    def __call__(self, module: AdaptedModule, tensor: StoredTensor, data: memoryview) -> None: ...
+Take = Callable[[AdaptedModule, StoredTensor, memoryview], None]  # of a module, one of its tensors, and its bytes
 
 
 def inspect_adapter(path: Path) -> Adapter:
@@ -197,9 +194,8 @@ def _modules(
 ) -> tuple[AdaptedModule, ...]:
     """Check the settings, and the tensors of a file of `size` whose bytes begin at `begin`. Raises ConfigError."""
     fields = _checked_fields(path, config)
-    tensors = {name: _stored(path, name, entry, begin, size) for name, entry in header.items()}
     pairs: dict[str, dict[str, StoredTensor]] = {}
-    for tensor in tensors.values():
+    for tensor in [_stored(path, name, entry, begin, size) for name, entry in header.items()]:
         module, side = _place(path, tensor.name)
         pairs.setdefault(module, {})[side] = tensor
     if not pairs:
@@ -250,7 +246,7 @@ def _place(path: Path, name: str) -> tuple[str, str]:
         if part in name:
             raise ConfigError(f"{path}: {name} is {what}, which is not served")
     if (match := _TENSOR.fullmatch(name)) is None:
-        raise ConfigError(f"{path}: {name} is no matrix of LoRA ({_PREFIX}MODULE.lora_A.weight or lora_B)")
+        raise ConfigError(f"{path}: {name} is no matrix of LoRA (base_model.model.MODULE.lora_A.weight or lora_B)")
     module, side = match[1], match[2]
     if module.endswith(("lm_head", "embed_tokens")):
         raise ConfigError(f"{path}: {name} adapts {module}; adapters of embeddings and head are not served")
@@ -271,29 +267,25 @@ class _Scales:
     """Ranks and scales of modules, by the settings: patterns name exceptions, the first one that fits wins."""
 
     def __init__(self, fields: ConfigFields) -> None:
-        self._rank = fields.count("r", 8)
-        self._alpha = fields.number("lora_alpha", 8)
+        rank, alpha = fields.count("r", 8), fields.number("lora_alpha", 8)
         self._is_rs = fields.flag("use_rslora", default=False)
-        self._fields = fields
-        self._ranks, self._alphas = self._patterns("rank_pattern"), self._patterns("alpha_pattern")
-
-    def _patterns(self, key: str) -> list[tuple[re.Pattern[str], float]]:
-        exceptions = self._fields.mapping(key)
-        if exceptions is None:
-            return []
-        try:
-            return [(re.compile(rf"(.*\.)?({name})$"), exceptions.number(name)) for name in exceptions.raw]
-        except re.error as error:
-            raise self._fields.refuse(key, f"is no pattern: {error}") from error
+        self._rank, self._alpha = _by_pattern(fields, "rank_pattern", rank), _by_pattern(fields, "alpha_pattern", alpha)
 
     def of(self, module: str) -> tuple[int, float]:
-        rank = int(_first(self._ranks, module, self._rank))
-        alpha = _first(self._alphas, module, self._alpha)
+        rank, alpha = int(self._rank(module)), self._alpha(module)
         return rank, alpha / (math.sqrt(rank) if self._is_rs else rank)
 
 
-def _first(patterns: list[tuple[re.Pattern[str], float]], module: str, default: float) -> float:
-    return next((value for pattern, value in patterns if pattern.match(module)), default)
+def _by_pattern(fields: ConfigFields, key: str, usual: float) -> Callable[[str], float]:
+    """Return what tells a module's value: that of the first exception whose pattern fits, else the usual one."""
+    exceptions = fields.mapping(key)
+    if exceptions is None:
+        return lambda module: usual
+    try:
+        patterns = [(re.compile(rf"(.*\.)?({name})$"), exceptions.number(name)) for name in exceptions.raw]
+    except re.error as error:
+        raise fields.refuse(key, f"is no pattern: {error}") from error
+    return lambda module: next((value for pattern, value in patterns if pattern.match(module)), usual)
 
 
 def _module(path: Path, name: str, pair: Mapping[str, StoredTensor], scales: _Scales) -> AdaptedModule:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 
+from pydantic_core import ErrorDetails
+
 from ...common.errors import RequestError
-from ..state.errors import clip
+from ..state.errors import clip, shown
 
 # Accepted in any form, without effect on the answer: that is also what they do elsewhere.
 IGNORED = frozenset(
@@ -91,3 +93,20 @@ def unknown_field(name: str, known: frozenset[str], where: str = "") -> RequestE
     hint = f"; did you mean '{near[0]}'?" if near else ""
     param = f"{where}.{name}" if where else name
     return RequestError(f"unknown field {clip(param)}{hint}", param=param[:128], code="unknown_parameter")
+
+
+def invalid_field(error: ErrorDetails) -> RequestError:
+    """Say which field is wrong, by which rule, and what was seen."""
+    field = ".".join(str(part) for part in error["loc"] if not _is_union_branch(part))[:128]
+    if error["type"] == "missing":
+        return RequestError(f"'{field}' is required", param=field, code="missing_required_parameter")
+    if error["type"] == "value_error":
+        text = f"'{field}': {error['msg'].removeprefix('Value error, ')}"
+    else:
+        text = f"'{field}' {error['msg'].replace('Input should', 'should')}, got {shown(error['input'])}"
+    return RequestError(text, param=field, code="invalid_value")
+
+
+def _is_union_branch(part: int | str) -> bool:
+    """pydantic puts the tried member of a union into an error's location."""
+    return isinstance(part, str) and (part in ("str", "int", "bool") or "[" in part or "-" in part)

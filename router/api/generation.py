@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ import structlog
 from fastapi import Request
 
 from ...common.clock import Clock, wall_time_s
-from ...common.errors import RequestError
 from ...common.grammar import Grammar
 from ...common.request import Pooling, SamplingParams
 from ..access.quota import Quotas
@@ -26,7 +24,7 @@ from ..catalogue.catalogue import Catalogue
 from ..catalogue.version import ServedModel, Version
 from ..helpers.json_parser import JsonParser
 from ..helpers.strict_json import MAX_COMMAS
-from ..state.classes import CLASS_HEADER, RequestClasses
+from ..state.classes import CLASS_HEADER, TIMEOUT_HEADER, RequestClasses
 from ..state.errors import clip
 from ..state.objectives import BACKGROUND, DEFAULT_CLASS
 from ..state.request import RouterRequest
@@ -46,11 +44,8 @@ from .surface import ChatSurface, OpenAISurface, Translation
 
 _MAX_LOGGED_NAMES = 256  # clients make them up
 _BATCH_STEP = 2  # prompts of a batch that are submitted in one go: some other batches may have their turn with it
-TIMEOUT_HEADER = "x-request-timeout-s"
-MAX_TIMEOUT_S = 86400.0
 _MAX_SEED = 2**63 - 1
 _CHECKED_BYTES_PER_CHAR = 8  # checking fields is so much faster than tokenizing
-
 
 log = structlog.get_logger(__name__)
 
@@ -179,12 +174,9 @@ class Api:
         context = context_of(request.scope)
         if context.is_background:
             return context
-        named = context.headers.get(CLASS_HEADER.encode())
-        context.request_class = DEFAULT_CLASS if named is None else named.decode("latin-1")
-        timeout = context.headers.get(TIMEOUT_HEADER.encode())
-        timeout_s = None if timeout is None else parse_timeout(timeout.decode("latin-1"))
-        limits = (timeout_s, self.classes.named(context.request_class).deadline_s)
-        context.timeout_s = min((limit for limit in limits if limit is not None), default=None)
+        named = context.header(CLASS_HEADER)
+        context.request_class = DEFAULT_CLASS if named is None else named
+        context.timeout_s = self.classes.timeout_s(context.request_class, context.header(TIMEOUT_HEADER))
         return context
 
     def _remaining_s(self, context: RequestContext) -> float | None:
@@ -305,17 +297,3 @@ def _tenant_of(context: RequestContext, body: CallBody) -> str:
         return context.tenant.hex()
     named = body.user if isinstance(body.user, str) and body.user else body.cache_salt
     return hashlib.blake2b(named.encode(errors="surrogatepass"), digest_size=16).hexdigest() if named else ""
-
-
-def parse_timeout(text: str) -> float:
-    """Seconds that the client gives the whole answer. Raises RequestError (400)."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds <= MAX_TIMEOUT_S:  # also NaN
-        raise RequestError(
-            f"{TIMEOUT_HEADER}: {clip(text)} is no number of seconds above 0 and up to {MAX_TIMEOUT_S:g}",
-            param=TIMEOUT_HEADER,
-        )
-    return seconds

@@ -71,6 +71,11 @@ class RequestContext:
     marks: dict[str, float] = field(default_factory=dict)  # end of each phase before the dispatcher's
     status: int | None = None  # sent
 
+    def header(self, name: str) -> str | None:
+        """Return what the client says in a header; None: nothing."""
+        value = self.headers.get(name.encode())
+        return None if value is None else value.decode("latin-1")
+
 
 def enter(scope: Scope, context: RequestContext) -> None:
     """Make `context` the one of this scope."""

@@ -10,13 +10,11 @@ from __future__ import annotations
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
-from pydantic_core import ErrorDetails
 
 from ...common.errors import RequestError
 from ...common.request import MAX_CHOICES, SamplingParams
 from ..catalogue.defaults import SamplingDefaults
-from ..state.errors import shown
-from .fields import check_fields
+from .fields import check_fields, invalid_field
 from .grammars import FIELDS as GRAMMAR_FIELDS
 from .grammars import AskedGrammar, asked_grammar
 from .values import AnyIds, Effort, Inputs, LogitBias, Logprobs, Prompt, Seed, Stops, TemplateKwargs, TokenIds
@@ -283,25 +281,9 @@ def validate(kind: type[Body], raw: dict[str, object], ignored: list[str] | None
     try:
         body = kind.model_validate(check_fields(raw, frozenset(kind.model_fields), ignored))
     except ValidationError as error:
-        raise _explain(error.errors(include_url=False)[0]) from None
+        raise invalid_field(error.errors(include_url=False)[0]) from None
     body.check()
     return body
-
-
-def _explain(error: ErrorDetails) -> RequestError:
-    field = ".".join(str(part) for part in error["loc"] if not _is_union_branch(part))[:128]
-    if error["type"] == "missing":
-        return RequestError(f"'{field}' is required", param=field, code="missing_required_parameter")
-    if error["type"] == "value_error":
-        text = f"'{field}': {error['msg'].removeprefix('Value error, ')}"
-    else:
-        text = f"'{field}' {error['msg'].replace('Input should', 'should')}, got {shown(error['input'])}"
-    return RequestError(text, param=field, code="invalid_value")
-
-
-def _is_union_branch(part: int | str) -> bool:
-    """pydantic puts the tried member of a union into an error's location."""
-    return isinstance(part, str) and (part in ("str", "int", "bool") or "[" in part or "-" in part)
 
 
 def _given(value: Value | None, default: Value) -> Value:

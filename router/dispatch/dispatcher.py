@@ -9,9 +9,10 @@ learns of an attempt's end by Abort, and what it still sends about it is dropped
 
     admission  who may wait      in_flight        how attempts and requests end     attempt    an attempt's messages
     placer     who goes next     worker_messages  what workers say about requests   relay      tokens, once, in order
-    policy     where to          losses           what a lost worker means          deadlines  time limits
-    isolation  who runs alone    retries          how much is tried again           due_times  when they are checked
-    background who makes way     readers          what clients do                   due_checks what follows
+    policy     where to          worker_sessions  how workers come and go           deadlines  time limits
+    isolation  who runs alone    losses           what a lost worker means          due_times  when they are checked
+    background who makes way     retries          how much is tried again           due_checks what follows
+                                 readers          what clients do
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ from ...wire.workers import (
     CacheChange,
     Drain,
     Goodbye,
-    LiveRequests,
     SetRole,
     TransferReport,
     WorkerHello,
@@ -50,7 +50,7 @@ from ..placement.policy import RoutingPolicy
 from ..queue.admission import Admission
 from ..state.classes import RequestClasses
 from ..state.errors import StreamError
-from ..state.failures import OTHERS_FIRST_S, WorkerLife
+from ..state.failures import WorkerLife
 from ..state.history import Kind, Record, is_named
 from ..state.objectives import NO_OBJECTIVES
 from ..state.observer import NullObserver, Observer
@@ -73,6 +73,7 @@ from .prefix_fetch import hash_prompt
 from .readers import Readers
 from .retries import RetryBudget
 from .worker_messages import WorkerMessages
+from .worker_sessions import WorkerSessions
 
 
 class Dispatcher:
@@ -122,7 +123,9 @@ class Dispatcher:
         self._worker_messages = WorkerMessages(
             self._pools, self._in_flight, self._placer, self._admission, self._observer, may_prefill_locally=is_local
         )
-        self._losses = Losses(self._in_flight)
+        self._sessions = WorkerSessions(
+            self._pools, self._in_flight, self._placer, self._admission, Losses(self._in_flight)
+        )
         self._background = Background(self._in_flight, config.batch_requests_beside)
         self._due_checks = DueChecks(
             self._in_flight,
@@ -132,7 +135,6 @@ class Dispatcher:
             Deadlines(self._pools, must_prefill_remotely=not is_local),
         )
         self._readers = Readers(self._in_flight, place=self._place)
-        self._incarnations: dict[str, int] = {}  # the last one seen of each worker
         self._time_us = time_us
         self._last_arrival = 0
         self._is_draining = False
@@ -234,32 +236,11 @@ class Dispatcher:
     # --- workers come and go ------------------------------------------------------------------------------------
 
     def worker_joined(self, link: WorkerLink, hello: WorkerHello) -> None:
-        """A new session. One of the same worker that is still open is over."""
-        old = self._pools.named(hello.worker_id)
-        if old is not None:
-            self.worker_left(old.link, "replaced by a newer session")
-            old.link.drop("replaced by a newer session")
-        if self._incarnations.get(hello.worker_id) == hello.incarnation:
-            # When its last session broke, all that it had was placed anew or left to the decode worker.
-            link.send(LiveRequests(attempts=()))
-            self._losses.on_returned((hello.worker_id, hello.incarnation))
-        self._incarnations[hello.worker_id] = hello.incarnation
-        now = self._clock.now()
-        is_only = not self._pools.has_ready(hello.role)
-        self._pools.join(link, hello, now)
-        if is_only:
-            self._in_flight.let_others_first(now + OTHERS_FIRST_S)
-        self._admission.forecast.on_workers_changed()
+        self._sessions.begin(link, hello, self._clock.now())
 
     def worker_left(self, link: WorkerLink, reason: str) -> None:
         """The session has ended. Idempotent."""
-        worker = self._pools.leave(link)
-        if worker is None:
-            return
-        now = self._clock.now()
-        self._losses.on_left(worker, reason, now)
-        self._admission.forecast.on_workers_changed()
-        self._placer.run(now)
+        self._sessions.end(link, reason, self._clock.now())
 
     def on_message(self, link: WorkerLink, message: Message) -> None:
         """A worker's message. Raises ProtocolError for one that no worker sends."""
@@ -300,8 +281,7 @@ class Dispatcher:
         for worker in self._pools:
             reason = worker.hang(now)
             if reason is not None:
-                self.worker_left(worker.link, reason)
-                worker.link.drop(reason)
+                self._sessions.drop(worker, reason, now)
         self._admission.observe(now)
         self._due_checks.run(now)
         self._background.tick(now)

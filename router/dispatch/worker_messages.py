@@ -84,8 +84,7 @@ class WorkerMessages:
             if isinstance(message, Grant):  # nobody will use it: it need not wait until it lapses
                 worker.link.send(Abort(request_id=message.request_id, attempt=message.attempt))
             return
-        attempt = tracked.attempt
-        if attempt is None or not attempt.expects(worker, message):
+        if (attempt := tracked.attempt) is None or not attempt.expects(worker, message):
             self._observer.on_dropped("out_of_turn")
             return
         tracked.event_s = now

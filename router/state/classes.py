@@ -7,6 +7,7 @@ flags describe. A class has what its own entry says: it inherits no objective, o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from ...common.config import RequestClass, RouterConfig
@@ -15,6 +16,8 @@ from .errors import clip
 from .objectives import DEFAULT_CLASS, NO_OBJECTIVES, Objectives
 
 CLASS_HEADER = "x-request-class"
+TIMEOUT_HEADER = "x-request-timeout-s"
+MAX_TIMEOUT_S = 86400.0
 
 
 class RequestClasses:
@@ -47,6 +50,14 @@ class RequestClasses:
             )
         return known
 
+    def timeout_s(self, name: str, asked: str | None) -> float | None:
+        """Return the seconds that a request of this class has; None: no limit. `asked`: what its own header says.
+
+        Raises RequestError (400).
+        """
+        limits = (None if asked is None else _parse_timeout(asked), self.named(name).deadline_s)
+        return min((limit for limit in limits if limit is not None), default=None)
+
 
 def _objectives(known: RequestClass, config: RouterConfig) -> Objectives:
     return Objectives(
@@ -57,6 +68,20 @@ def _objectives(known: RequestClass, config: RouterConfig) -> Objectives:
         deadline_s=known.deadline_s,
         weight=known.weight,
     )
+
+
+def _parse_timeout(text: str) -> float:
+    """Seconds that the client gives the whole answer. Raises RequestError (400)."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MAX_TIMEOUT_S:  # also NaN
+        raise RequestError(
+            f"{TIMEOUT_HEADER}: {clip(text)} is no number of seconds above 0 and up to {MAX_TIMEOUT_S:g}",
+            param=TIMEOUT_HEADER,
+        )
+    return seconds
 
 
 def _seconds(milliseconds: float | None) -> float | None:

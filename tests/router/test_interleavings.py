@@ -262,7 +262,9 @@ class World:
         worker = self.pick()
         assert worker is not None
         self.fleet.dispatcher.worker_left(worker.link, "hung")
-        incarnation = next(life for name, life in self.fleet.dispatcher._incarnations.items() if name == worker.name)
+        incarnation = next(
+            life for name, life in self.fleet.dispatcher._sessions._incarnations.items() if name == worker.name
+        )
         worker.link = self.fleet.join(worker.name, incarnation=incarnation)
 
     def worker_fails_one(self) -> None:
