@@ -88,7 +88,7 @@ IMPORTERS = {
     "nixl_cu13": {"transfer/backends/nixl_api.py"},
     "ucxx": {"transfer/backends/ucx_agent.py"},
     "llguidance": {"grammar/matching.py", "grammar/source.py"},
-    "flashinfer": {"engine/nn/attention/flashinfer.py"},
+    "flashinfer": {"engine/nn/attention/flashinfer.py", "engine/nn/attention/flashinfer_package.py"},
 }
 # They build objects, and run code, from bytes.
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

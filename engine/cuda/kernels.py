@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..nn.attention.flashinfer import import_flashinfer
+from ..nn.attention.flashinfer_package import import_flashinfer
 
 
 class Kernels(Protocol):

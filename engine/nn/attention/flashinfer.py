@@ -1,4 +1,4 @@
-"""Attention on CUDA by FlashInfer's paged wrappers. The one attention module that imports flashinfer.
+"""Attention on CUDA by FlashInfer's paged wrappers.
 
     FlashInferAttention     any batch: rows of one token, then chunks; planned once per step, run once per layer
     DecodeGraphAttention    one padded number of one-token rows, with buffers that never move: for a CUDA graph
@@ -15,17 +15,15 @@ too (`narrow_queries`) they run on those (fa3).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ....common.errors import ConfigError
-from ....common.extras import FLASHINFER
 from .base import PLAIN_SCORES, AttentionMetadata, Scores, check_pages
+from .flashinfer_package import check_narrow, import_flashinfer, to_e4m3, window_left
 from .page_index import PageIndex, StepIndex, smallest_step, upload_step
 
 if TYPE_CHECKING:
@@ -36,22 +34,8 @@ _WORKSPACE_BYTES = 256 << 20
 _INT_WORKSPACE_BYTES = 8 << 20  # of each sliding window
 _TENSOR_CORE_GROUP = 4  # query heads per KV head from which decode is faster on tensor cores
 _HEAD_DIMS = (64, 128, 256)
-_MAX_E4M3 = 448.0
-_NARROW_CAPABILITY = (9, 0)  # of the cards whose kernels take queries in 8 bits
 
 KVScales = Sequence[tuple[float, float]]  # of each layer: k_scale, v_scale
-
-
-def import_flashinfer(purpose: str) -> ModuleType:
-    """Import the package with the norms that were tried here: its first import settles which. Raises ConfigError."""
-    # Where a library that it may bring along is there, its norms are written in that one unless this says otherwise.
-    os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")
-    try:
-        import flashinfer
-    except ImportError as error:
-        raise ConfigError(f"device: {purpose} on CUDA needs FlashInfer: {FLASHINFER.missing}") from error
-    package: ModuleType = flashinfer
-    return package
 
 
 class FlashInferAttention:
@@ -76,7 +60,7 @@ class FlashInferAttention:
         """
         check_pages(pages, num_qo_heads)
         if narrow_queries:
-            _check_narrow(pages)
+            check_narrow(pages)
         self._narrows = narrow_queries
         self._query_dtype = query_dtype or pages.dtype
         if self._query_dtype not in (torch.bfloat16, torch.float16):
@@ -156,7 +140,7 @@ class FlashInferAttention:
             self._num_kv_heads,
             self._head_dim,
             self._block_size,
-            window_left=_window_left(window),
+            window_left=window_left(window),
             q_data_type=self._query_dtype,
             kv_data_type=self._pages.dtype,
             sm_scale=self._scale,
@@ -174,7 +158,7 @@ class FlashInferAttention:
                 self._head_dim,
                 self._block_size,
                 causal=True,
-                window_left=_window_left(window),
+                window_left=window_left(window),
                 q_data_type=self._pages.dtype if self._narrows else self._query_dtype,
                 kv_data_type=self._pages.dtype,
                 o_data_type=self._query_dtype,
@@ -297,22 +281,3 @@ class DecodeGraphAttention:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         owner._run(self._wrappers[owner._windows[layer_id]], q, out, layer_id)
         return out
-
-
-def to_e4m3(x: Tensor, scale: float) -> Tensor:
-    """Return x / scale as the nearest 8-bit float; torch makes NaN of what is too large, so that is cut off."""
-    scaled = x if scale == 1.0 else x.float() / scale
-    return scaled.clamp(-_MAX_E4M3, _MAX_E4M3).to(torch.float8_e4m3fn)
-
-
-def _check_narrow(pages: Tensor) -> None:
-    """Raises ConfigError where no kernel multiplies 8-bit queries by these pages."""
-    if pages.dtype != torch.float8_e4m3fn:
-        raise ConfigError("attention_backend = flashinfer_fp8 needs pages in 8 bits: --kv-cache-dtype fp8")
-    if torch.cuda.get_device_capability(pages.device) != _NARROW_CAPABILITY:
-        raise ConfigError("attention_backend = flashinfer_fp8 needs a Hopper card (capability 9.0); use auto")
-
-
-def _window_left(window: int | None) -> int:
-    """Count the keys to the left of a query as FlashInfer does, itself excluded; -1 is all of them."""
-    return -1 if window is None else window - 1

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ....common.errors import ConfigError
 from .base import AttentionMetadata, Scores
-from .flashinfer import import_flashinfer
+from .flashinfer_package import import_flashinfer
 from .page_index import PageIndex, smallest_step, upload_step
 
 LATENT_DIM, ROPE_DIM = 512, 64  # other models are refused before their weights are loaded

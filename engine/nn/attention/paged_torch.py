@@ -12,6 +12,7 @@ silence NaN: such values are cleared, and such scores replaced.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,9 +37,8 @@ class _DecodeGroup:
     k_index: Tensor  # [n * num_kv_heads * pages] rows of the layer seen as [-1, block_size * head_dim]
     v_index: Tensor
     hidden: Tensor  # [n, 1, 1, num_keys] bool: gathered, and not seen
-    hidden_values: (
-        Tensor  # [hidden of all KV heads] the same as rows of V, which is [n * num_kv_heads * num_keys, head_dim]
-    )
+    # [hidden of all KV heads] the same as rows of V, which is [n * num_kv_heads * num_keys, head_dim]
+    hidden_values: Tensor
 
 
 @dataclass(slots=True, frozen=True)
@@ -292,9 +292,7 @@ class CPUAttention:
 
     def _take(self, name: str, *shape: int) -> Tensor:
         """Return scratch memory under a name, grown when needed; its content is anything."""
-        numel = 1
-        for size in shape:
-            numel *= size
+        numel = math.prod(shape)
         buffer = self._scratch.get(name)
         if buffer is None or buffer.numel() < numel:
             # By powers of two: else a long prompt leaves a hole in the heap at each chunk. Unused pages cost nothing.

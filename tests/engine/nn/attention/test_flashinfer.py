@@ -189,7 +189,7 @@ def test_queries_in_8_bits_need_pages_in_8_bits() -> None:
 
 
 def test_numbers_too_large_for_8_bits_are_cut_off() -> None:
-    from kvferry.engine.nn.attention.flashinfer import to_e4m3
+    from kvferry.engine.nn.attention.flashinfer_package import to_e4m3
 
     x = torch.tensor([0.0, 1.0, 450.0, 1e4, -1e30]).bfloat16()
     assert to_e4m3(x, 1.0).float().tolist() == [0.0, 1.0, 448.0, 448.0, -448.0]
