@@ -127,7 +127,8 @@ def plot_runs(runs: Sequence[Run], path: Path) -> None:
     """Plot, of each run, both latencies' distributions, and over time the share of good requests and the fleet."""
     figure, (ttft, tpot, good, fleet) = new_figure(18, 4.5, 4)
     for (name, _, outcome), colour in zip(runs, COLOURS * len(runs), strict=False):
-        _cumulative(ttft, [r.ttft_s * 1e3 for r in outcome.requests if r.ttft_s is not None], name, colour)
+        first_s = [r.ttft_s for r in outcome.requests if r.ttft_s is not None and not r.is_embedding]
+        _cumulative(ttft, [seconds * 1e3 for seconds in first_s], name, colour)
         _cumulative(tpot, [r.tpot_s * 1e3 for r in outcome.requests if r.tpot_s is not None], name, colour)
         _good_over_time(good, outcome, colour)
         at_s = [sample.at_s for sample in outcome.fleet]
