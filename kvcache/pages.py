@@ -40,7 +40,9 @@ def cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) 
     """Return the type of keys and values in the pages of a model that computes in `dtype`. Raises ConfigError."""
     wanted = _CACHE_DTYPES.get(config.kv_cache_dtype, dtype)
     if wanted == torch.float8_e4m3fn and device.type != "cuda":
-        raise ConfigError("kv_cache_dtype = fp8 needs a CUDA device: the CPU's attention reads no 8-bit floats")
+        raise ConfigError(
+            "kv_cache_dtype = fp8 needs a CUDA device: the CPU's attention reads no 8-bit floats; use int8"
+        )
     if wanted == torch.int8 and device.type != "cpu":
         raise ConfigError("kv_cache_dtype = int8 is read on CPUs alone; use fp8 on a GPU")
     if wanted.itemsize > 1 and wanted != dtype:

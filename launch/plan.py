@@ -227,7 +227,7 @@ def _device(deployment: Deployment, host: Host) -> Literal["cpu", "cuda"]:
     if device == "cuda" and deployment.workers[0].config.engine.deterministic:
         raise ConfigError(NO_DETERMINISTIC_CUDA)
     if device == "cpu" and deployment.workers[0].config.engine.kv_cache_dtype == "fp8":
-        raise ConfigError("kv_cache_dtype: fp8 needs a GPU: the CPU's attention reads no 8-bit floats; use auto")
+        raise ConfigError("kv_cache_dtype: fp8 needs a GPU: the CPU's attention reads no 8-bit floats; use int8")
     if device == "cuda" and deployment.workers[0].config.engine.kv_cache_dtype == "int8":
         raise ConfigError("kv_cache_dtype: int8 is read on CPUs alone; use fp8")
     if device == "cuda" and deployment.workers[0].config.transfer.kv_checksum == "on":

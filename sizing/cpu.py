@@ -47,6 +47,7 @@ class CpuSteps(Roofline):
             cache=work.decode_context
             * model.kv_bytes_per_token
             * model.read_share
+            * model.cache_byte_work
             * rates.cache_byte_s
             / self.num_gpus,
             exchange=tokens * self._s_per_exchange,

@@ -27,6 +27,9 @@ from .work import (
 )
 
 _RESERVE_BYTES = 4e9
+# On CPUs a byte of int8's keys and values takes so much longer than one of bfloat16's: half the bytes took 0.79 of the
+# time, beyond the weights', of four answers over 8,000 tokens (Zen 4, `benchmarks.engine --decode 4@8000`).
+_INT8_BYTE_WORK = 1.5
 
 
 @dataclass(slots=True, frozen=True)
@@ -51,6 +54,7 @@ class ModelShape:
     resident_bytes: float | None = None  # of weights; None: those that a step reads
     reserve_bytes: float = _RESERVE_BYTES  # of each GPU: activations of a full budget, CUDA graphs, the runtime
     read_share: float = 1.0  # of kept tokens that a row's attention reads: less with sliding windows
+    cache_byte_work: float = 1.0  # of a cached byte on a CPU, in that of one of bfloat16's
     exchanged_bytes: float = 0.0  # that each GPU sends for one token, where several share the model
     num_sums: int = 0  # over the GPUs, in a step
     row_exchange_s: float = 0.0  # of a decode row among one GPU's: to its experts' GPUs and back, in all layers
@@ -120,6 +124,7 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
         resident_bytes=num_ranks * weights.total,
         reserve_bytes=RANK_BYTES if gpu.is_cpu else gpu_reserve_bytes(engine, model, engine.max_num_batched_tokens),
         read_share=keys / (context * model.num_layers),
+        cache_byte_work=_INT8_BYTE_WORK if engine.kv_cache_dtype == "int8" else 1.0,
         exchanged_bytes=exchanged_bytes(1, num_ranks, item_bytes(engine, model), model),
         num_sums=num_sums(model) if num_ranks > 1 else 0,
         head_dim=model.head_dim,

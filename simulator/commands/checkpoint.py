@@ -37,7 +37,7 @@ def read_worker(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig,
     model_dir = resolve_config(options.model, options.revision)
     engine = _engine(options, gpu, model_dir)
     if gpu.is_cpu and engine.kv_cache_dtype == "fp8":
-        raise ConfigError("kv_cache_dtype: fp8 needs a GPU: the CPU's attention reads no 8-bit floats; use auto")
+        raise ConfigError("kv_cache_dtype: fp8 needs a GPU: the CPU's attention reads no 8-bit floats; use int8")
     if not gpu.is_cpu and engine.kv_cache_dtype == "int8":
         raise ConfigError("kv_cache_dtype: int8 is read on CPUs alone; use fp8")
     model = ModelConfig.from_dir(model_dir)

@@ -47,6 +47,9 @@ def test_a_step_is_the_sum_of_its_parts(tmp_path: Path) -> None:
     prompt = params.layers * 640e-12 + params.head * 100e-12 + 64 * values * 1e-9 + scores + 1e-3
     assert sizer.prompt(64).expected_s == pytest.approx(prompt, rel=1e-6)
     assert sizer.decode(8).bound_s < sizer.decode(8).expected_s
+    narrow = Sizer(ENGINE.model_copy(update={"kv_cache_dtype": "int8"}), model, probed_cpu(64, RATES), 1000)
+    saved = cache * 1e-10 * (1 - 1.5 * (128 + 4) / 256)
+    assert narrow.decode(8).expected_s == pytest.approx(rows - saved, rel=1e-6)
     first_s, more_s = sizer.steps.run(8, 8000)
     assert first_s + more_s == pytest.approx(sizer.steps.step_s(StepWork(decode_rows=8, decode_context=8008)))
 

@@ -28,15 +28,15 @@ def test_weights_of_llama_3_8b_add_up_to_its_published_size(llama: ModelConfig) 
 
 def test_decode_step_reads_every_weight_once_and_128_kib_for_each_cached_token(llama: ModelConfig) -> None:
     weights = count_params(llama).layers + count_params(llama).head
-    alone, batch = decode_work(llama, 1, 0, 2, 2), decode_work(llama, 64, 4096, 2, 2)
+    alone, batch = decode_work(llama, 1, 0, 2, 2 * 128), decode_work(llama, 64, 4096, 2, 2 * 128)
     assert alone.num_bytes == 2 * weights
     assert batch.num_bytes - alone.num_bytes == 64 * 4096 * 128 * 1024
     assert alone.flops == 2 * weights
 
 
 def test_cache_in_8_bits_halves_its_bytes_and_leaves_the_weights(llama: ModelConfig) -> None:
-    alone = decode_work(llama, 1, 0, 2, 2).num_bytes
-    assert decode_work(llama, 8, 1000, 2, 1).num_bytes - alone == 8 * 1000 * 64 * 1024
+    alone = decode_work(llama, 1, 0, 2, 2 * 128).num_bytes
+    assert decode_work(llama, 8, 1000, 2, 128).num_bytes - alone == 8 * 1000 * 64 * 1024
 
 
 def test_prefill_is_linear_in_the_weights_and_quadratic_in_the_attention(llama: ModelConfig) -> None:
@@ -48,7 +48,7 @@ def test_prefill_is_linear_in_the_weights_and_quadratic_in_the_attention(llama: 
 
 
 def test_prefill_of_one_token_costs_what_its_decode_step_costs(llama: ModelConfig) -> None:
-    assert prefill_work(llama, 1, 2).flops == decode_work(llama, 1, 1, 2, 2).flops
+    assert prefill_work(llama, 1, 2).flops == decode_work(llama, 1, 1, 2, 2 * 128).flops
 
 
 def test_causal_pairs_count_each_query_with_what_it_sees() -> None:
@@ -72,4 +72,4 @@ def test_floor_is_the_longer_of_products_and_reads() -> None:
 
 def test_small_model_with_tied_embeddings_reads_its_head_too(tmp_path: Path) -> None:
     model = replace(ModelConfig.from_dir(write_shape(tmp_path, "llama-tiny", 128)), tie_embeddings=True)
-    assert decode_work(model, 1, 0, 2, 2).num_bytes == 2 * (count_params(model).layers + 512 * 64)
+    assert decode_work(model, 1, 0, 2, 2 * 64).num_bytes == 2 * (count_params(model).layers + 512 * 64)
