@@ -28,7 +28,7 @@ from ..common.errors import ConfigError
 from ..models.config import ModelConfig
 from ..settings.fields import ServeSettings
 from ..settings.pools import PoolSettings
-from ..sizing.memory import GPU_BATCHED_TOKENS, gpu_reserve_bytes, weight_bytes
+from ..sizing.memory import GPU_BATCHED_TOKENS, check_cache_dtype, gpu_reserve_bytes, weight_bytes
 from .host import Host
 
 # Prefill fills every core that it may use; a decode step, a token's way through the router or an arrival takes
@@ -226,10 +226,7 @@ def _device(deployment: Deployment, host: Host) -> Literal["cpu", "cuda"]:
         )
     if device == "cuda" and deployment.workers[0].config.engine.deterministic:
         raise ConfigError(NO_DETERMINISTIC_CUDA)
-    if device == "cpu" and deployment.workers[0].config.engine.kv_cache_dtype == "fp8":
-        raise ConfigError("kv_cache_dtype: fp8 needs a GPU: the CPU's attention reads no 8-bit floats; use int8")
-    if device == "cuda" and deployment.workers[0].config.engine.kv_cache_dtype == "int8":
-        raise ConfigError("kv_cache_dtype: int8 is read on CPUs alone; use fp8")
+    check_cache_dtype(deployment.workers[0].config.engine, is_cpu=device == "cpu")
     if device == "cuda" and deployment.workers[0].config.transfer.kv_checksum == "on":
         raise ConfigError("kv_checksum: on needs KV pages in host memory, and these are a GPU's; use auto or off")
     return device

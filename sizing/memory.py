@@ -6,6 +6,7 @@ Pure: what a checkpoint holds comes from its config, and no file but a draft mod
 from __future__ import annotations
 
 from ..common.config import EngineConfig
+from ..common.errors import ConfigError
 from ..common.kv_spec import row_items
 from ..kvcache.draft_pages import num_draft_pages
 from ..models.config import ModelConfig
@@ -23,6 +24,14 @@ _EXPERT_ROWS = 4096  # of a step that are sorted by their experts at once: `engi
 # waiting for long.
 GPU_BATCHED_TOKENS = {"prefill": 8192, "decode": 2048}
 _LOGIT_ARRAYS = 4  # of float32 that sampling holds at once: logits, as they were, scaled, probabilities
+
+
+def check_cache_dtype(engine: EngineConfig, *, is_cpu: bool) -> None:
+    """Refuse a type of cached keys and values that the device's attention does not read. Raises ConfigError."""
+    if is_cpu and engine.kv_cache_dtype == "fp8":
+        raise ConfigError("kv_cache_dtype: fp8 needs a GPU: the CPU's attention reads no 8-bit floats; use int8")
+    if not is_cpu and engine.kv_cache_dtype == "int8":
+        raise ConfigError("kv_cache_dtype: int8 is read on CPUs alone; use fp8")
 
 
 def cache_item_bytes(engine: EngineConfig, model: ModelConfig) -> int:

@@ -20,7 +20,7 @@ from ...models.files import resolve_config
 from ...sizing.cpu_rates import CpuRates
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS, Gpu, gpu_named, measured_cpu, probed_cpu
-from ...sizing.memory import GPU_BATCHED_TOKENS
+from ...sizing.memory import GPU_BATCHED_TOKENS, check_cache_dtype
 from ...tools.load.arguments import positive_float
 from ..costs.network import Link, Network
 from ..scenario import Fleet
@@ -36,10 +36,7 @@ def read_worker(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig,
     gpu = _gpu(options)
     model_dir = resolve_config(options.model, options.revision)
     engine = _engine(options, gpu, model_dir)
-    if gpu.is_cpu and engine.kv_cache_dtype == "fp8":
-        raise ConfigError("kv_cache_dtype: fp8 needs a GPU: the CPU's attention reads no 8-bit floats; use int8")
-    if not gpu.is_cpu and engine.kv_cache_dtype == "int8":
-        raise ConfigError("kv_cache_dtype: int8 is read on CPUs alone; use fp8")
+    check_cache_dtype(engine, is_cpu=gpu.is_cpu)
     model = ModelConfig.from_dir(model_dir)
     if engine.enable_expert_parallel and model.experts is None:
         raise ConfigError(f"enable_expert_parallel: {model.architecture} has no experts; leave it away")
