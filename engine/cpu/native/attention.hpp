@@ -141,12 +141,12 @@ private:
     }
 
     NearPages near_;
-    std::vector<float> scores_;
+    Lines<float> scores_;
     RunningSoftmax softmax_;
-    std::vector<Element> weights_;
-    std::vector<float> widened_;
+    Lines<Element> weights_;
+    Lines<float> widened_;
     std::vector<const Weight*> added_;  // of each head, kScoreStride from the next
-    std::vector<float> factors_, sums_;
+    Lines<float> factors_, sums_;
 };
 
 class Attention : public TokenAttention {
@@ -184,5 +184,5 @@ private:
         });
     }
 
-    std::vector<Query> queries_;
+    Lines<Query> queries_;
 };

@@ -109,9 +109,10 @@ void kvferry_pack_integers(const IntegerTiles* w, const IntegerMatrix* matrix, s
 }
 
 // `x` [rows][stride], padded with zeros to 32 inputs -> `y` [rows][columns padded to 64]: the tiles [first, last) alone.
-void kvferry_multiply(const Tiles* w, const Element* x, long stride, long rows, long first, long last, float* y) {
+void kvferry_multiply(const Tiles* w, const Element* x, long stride, long rows, long first, long last, bool may_widen,
+                      float* y) {
     Some some{{first, last}};
-    multiply({x, stride, rows}, *w, some, [&](long row, long column, const float* sums) {
+    multiply({x, stride, rows, nullptr, may_widen}, *w, some, [&](long row, long column, const float* sums) {
         std::copy_n(sums, kTileColumns, y + row * w->count() * kTileColumns + column);
     });
 }

@@ -58,6 +58,6 @@ private:
         for (int at = 0; at < head_dim_; at += 32) pack_keys(source, head_dim_, at, target + at * kTileColumns);
     }
 
-    std::vector<Element> queries_;
-    std::vector<Element> keys_;  // a tile whose columns are keys
+    Lines<Element> queries_;
+    Lines<Element> keys_;  // a tile whose columns are keys
 };

@@ -71,7 +71,7 @@ public:
 
     std::vector<Slots> parts;  // of experts that a row takes, in order
     std::vector<std::int32_t> row;
-    std::vector<float> weight;  // of each slot
+    Lines<float> weight;  // of each slot
 
 private:
     std::vector<long> starts_;
@@ -87,15 +87,15 @@ struct ExpertMemory {
         if (long(activated.size()) < slots * s.activated) activated.resize(slots * s.activated);
     }
     std::vector<Choice> chosen;
-    std::vector<Element> normed, activated;  // padding of `normed` stays zero
-    std::vector<float> gate_up;
+    Lines<Element> normed, activated;  // padding of `normed` stays zero
+    Lines<float> gate_up;
 };
 
 // One thread's own.
 struct ExpertScratch {
     Grouping grouping;
-    std::vector<Element> inputs;
-    std::vector<float> logits, ranked, worth;
+    Lines<Element> inputs;
+    Lines<float> logits, ranked, worth;
     std::vector<char> is_out;
 };
 
@@ -242,7 +242,7 @@ private:
         for (long i = 0; i < e.num_experts; i++) own.is_out[i] = !taken[i / size];
     }
 
-    static long take_best(const std::vector<float>& values, std::vector<char>& is_out) {
+    static long take_best(const Lines<float>& values, std::vector<char>& is_out) {
         long best = -1;
         for (long i = 0; i < long(values.size()); i++) {
             if (!is_out[i] && (best < 0 || values[i] > values[best])) best = i;

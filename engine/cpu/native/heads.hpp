@@ -23,8 +23,8 @@ struct HeadScratch {
     Int8Attention int8_attention;
     ExactAttention exact_attention;
     PromptAttention prompt_attention;
-    std::vector<float> head;
-    std::vector<Element> row;  // on its way to whole numbers
+    Lines<float> head;
+    Lines<Element> row;  // on its way to whole numbers
 };
 
 // Sums of squares of a token's queries and of its keys.

@@ -175,11 +175,11 @@ private:
 
     const int group_, head_dim_;
     const long stride_;  // from head to head of queries and sums
-    std::vector<std::int16_t> queries_;
-    std::vector<float> query_steps_, scores_, value_scales_;
+    Lines<std::int16_t> queries_;
+    Lines<float> query_steps_, scores_, value_scales_;
     RunningSoftmax softmax_;
-    std::vector<Element> weights_;
-    std::vector<float> scaled_;
-    std::vector<std::int16_t> shorts_;  // weights of each head
-    std::vector<float> weight_steps_, factors_, sums_;
+    Lines<Element> weights_;
+    Lines<float> scaled_;
+    Lines<std::int16_t> shorts_;  // weights of each head
+    Lines<float> weight_steps_, factors_, sums_;
 };

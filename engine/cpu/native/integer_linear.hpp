@@ -249,24 +249,31 @@ void products_of_group(Range rows, long index, long groups, const IntegerRows& x
     integer_products<NUMBERS, 1>(count, x, rows.first, w, tile, next + (index & 3) * w.tile_size() / 4, sums);
 }
 
-constexpr int kIntegerRows = std::size(kVectorsAtOnce);  // at once
+// As ElementProducts in linear.hpp. Rows become whole numbers where the first of them are wanted.
+class IntegerProducts {
+public:
+    static constexpr int kRows = std::size(kVectorsAtOnce);
 
-// As `multiply` in linear.hpp.
-template <class By, class Finish>
-void multiply_integers(const bf16* x, long stride, long count, const IntegerTiles& w, By& by, Finish finish) {
-    IntegerRows& rows = own_rows();
-    bool is_set = false;
-    const long groups = (count + kIntegerRows - 1) / kIntegerRows;
-    const auto products = w.bits == 8 ? products_of_group<kBytes> : w.is_e2m1 ? products_of_group<kE2m1>
-                                                                              : products_of_group<kNibbles>;
-    by.take(w.count(), groups, [&](long index, long group) {
-        alignas(64) float sums[kIntegerRows * kTileColumns];
-        if (!is_set) rows.set(x, stride, count, w);
-        is_set = true;
-        const Range range = share(count, int(group), int(groups));
-        products(range, group, groups, rows, w, w.tile(index), sums);
-        for (long row = range.first; row < range.last; row++) {
-            finish(row, index * kTileColumns, sums + (row - range.first) * kTileColumns);
-        }
-    });
-}
+    IntegerProducts(const bf16* x, long stride, long count, const IntegerTiles& w)
+        : x_(x), stride_(stride), count_(count), w_(w), groups_((count + kRows - 1) / kRows),
+          set_(w.bits == 8 ? products_of_group<kBytes> : w.is_e2m1 ? products_of_group<kE2m1> : products_of_group<kNibbles>) {}
+
+    long groups() const { return groups_; }
+
+    Range rows(long group) const { return share(count_, int(group), int(groups_)); }
+
+    void set(long index, long group, float* sums) {
+        if (!has_rows_) rows_.set(x_, stride_, count_, w_);
+        has_rows_ = true;
+        set_(rows(group), group, groups_, rows_, w_, w_.tile(index), sums);
+    }
+
+private:
+    const bf16* x_;
+    const long stride_, count_;
+    const IntegerTiles& w_;
+    const long groups_;
+    void (*const set_)(Range, long, long, const IntegerRows&, const IntegerTiles&, const std::uint8_t*, float*);
+    IntegerRows& rows_ = own_rows();
+    bool has_rows_ = false;
+};

@@ -92,10 +92,10 @@ private:
     }
 
     long stride_ = 0, segments_ = 0, groups_ = 0;
-    std::vector<std::int8_t> numbers_;
+    Lines<std::int8_t> numbers_;
     std::vector<std::int32_t> starts_;
-    std::vector<float> scales_, group_sums_;
-    std::vector<bf16> gathered_;
+    Lines<float> scales_, group_sums_;
+    Lines<bf16> gathered_;
 };
 
 // A thread's own, of the product that it is at.

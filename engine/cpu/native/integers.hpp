@@ -62,6 +62,14 @@ inline Vector load_bytes_as_floats(const std::uint8_t* source) {  // signed ones
 }
 
 inline Bytes load_bytes(const std::uint8_t* source) { return _mm512_loadu_si512(source); }
+
+// Of each four bytes the one at INDEX.
+template <int INDEX>
+Vector byte_as_float(Bytes bytes) {
+    if (INDEX == 3) return to_floats(_mm512_srli_epi32(bytes, 24));
+    if (INDEX > 0) bytes = _mm512_srli_epi32(bytes, 8 * INDEX);
+    return to_floats(_mm512_and_si512(bytes, _mm512_set1_epi32(255)));
+}
 inline Bytes low_nibbles(Bytes bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes bytes) { return low_nibbles(_mm512_srli_epi16(bytes, 4)); }
 
@@ -169,6 +177,13 @@ inline Vector load_bytes_as_floats(const std::uint8_t* source) {
 inline Bytes load_bytes(const std::uint8_t* source) {
     return {_mm256_loadu_si256((const __m256i*)source), _mm256_loadu_si256((const __m256i*)(source + 32))};
 }
+template <int INDEX>
+Vector byte_as_float(Bytes bytes) {
+    const __m256i mask = _mm256_set1_epi32(255);
+    return to_floats({_mm256_and_si256(_mm256_srli_epi32(bytes.low, 8 * INDEX), mask),
+                      _mm256_and_si256(_mm256_srli_epi32(bytes.high, 8 * INDEX), mask)});
+}
+
 inline Bytes low_nibbles(Bytes bytes) {
     const __m256i mask = _mm256_set1_epi8(15);
     return {_mm256_and_si256(bytes.low, mask), _mm256_and_si256(bytes.high, mask)};

@@ -16,6 +16,10 @@
 
 constexpr int kPairLines = 2 * kTileColumns / kLine;  // cache lines that a tile's pair of inputs takes
 
+// Of these a group of rows fetches one part of PARTS, for each pair that it multiplies; 0: none.
+template <int PARTS>
+constexpr int kFetchedLines = PARTS == 0 ? 0 : kPairLines / std::max(1, PARTS);
+
 #if defined(__AMX_BF16__) || defined(KVFERRY_TILE_UNIT)
 #include "sets/amx_products.hpp"
 #elif defined(__AVX512BF16__)
@@ -23,48 +27,116 @@ constexpr int kPairLines = 2 * kTileColumns / kLine;  // cache lines that a tile
 #else
 #include "sets/avx2_products.hpp"
 #endif
+#ifndef KVFERRY_FLOAT32
+#include "widened_linear.hpp"
+#endif
 
 struct Rows {
     const Element* values;
     long stride;
     long count;
     const std::int32_t* slots = nullptr;  // of each row's adapter, below 0: none; null: no row has one
+    bool may_widen = false;  // weights in whole numbers: results may be others with others beside them
 
     // `part` of them, from row `first` on.
     Rows from(long first, long part) const {
-        return {values + first * stride, stride, part, slots == nullptr ? nullptr : slots + first};
+        return {values + first * stride, stride, part, slots == nullptr ? nullptr : slots + first,
+                may_widen};
     }
 };
 
-// The tiles that `by` takes (team.hpp), in groups of rows: calls finish(row, column, sums) with each row's 64 sums from
-// `column` on. A row's sums do not depend on the other rows: they are added up in the same order whatever their number.
+// Groups of rows times a tile each. A row's sums do not depend on the other rows: they are added up in the same order
+// whatever their number.
 //
 // The first group of rows waits for the weights, the others find them near. While these compute, the next tile comes.
+class ElementProducts {
+public:
+    static constexpr int kRows = kRowsAtOnce;  // of a group, at most
+
+    ElementProducts(const Rows& x, const Tiles& w) : x_(x), w_(w), groups_((x.count + kRows - 1) / kRows) {}
+
+    long groups() const { return groups_; }
+    Range rows(long group) const { return share(x_.count, int(group), int(groups_)); }
+
+    // sums [rows][stride], 64 of each: of a group's rows and a tile
+    void set(long index, long group, float* sums, long stride = kTileColumns) const {
+        const Range rows = this->rows(group);
+        const Element *weights = w_.tile(index), *next = w_.tile(index + 1);
+        const int count = int(rows.last - rows.first);
+        const auto add = [&]<int PARTS>(const Element* ahead) {
+            const Element* x = x_.values + rows.first * x_.stride;
+            add_products<true, PARTS>(count, x, x_.stride, weights, w_.pairs, sums, stride, ahead);
+        };
+        const auto part_of_next = [&](int parts) { return next + group % parts * ((next - weights) / parts); };
+        if (groups_ == 1) add.template operator()<1>(weights + near_lines(count) * kLine);
+        else if (groups_ < 4) add.template operator()<2>(part_of_next(2));
+        else if (groups_ < kMostParts) add.template operator()<4>(part_of_next(4));
+        else add.template operator()<kMostParts>(part_of_next(kMostParts));
+    }
+
+private:
+    const Rows& x_;
+    const Tiles& w_;
+    const long groups_;
+};
+
+// y [rows][stride] = x W^T, of the tiles that `by` takes (team.hpp). For weights in elements.
+template <class By>
+void put_products(const Rows& x, const Tiles& w, By& by, float* y, long stride) {
+    const ElementProducts products(x, w);
+    by.take(w.count(), products.groups(), [&](long index, long group) {
+        products.set(index, group, y + products.rows(group).first * stride + index * kTileColumns, stride);
+    });
+}
+
+// Calls job(products) with the rows' products with the weights, whichever these are.
+template <class Job>
+void with_products(const Rows& x, const Tiles& w, Job job) {
+#ifndef KVFERRY_FLOAT32
+    if (w.integers != nullptr && x.may_widen && WidenedProducts::is_for(*w.integers, x.count)) {
+        WidenedProducts products(x.values, x.stride, x.count, *w.integers);
+        return job(products);
+    }
+    if (w.integers != nullptr) {
+        IntegerProducts products(x.values, x.stride, x.count, *w.integers);
+        return job(products);
+    }
+#endif
+    ElementProducts products(x, w);
+    job(products);
+}
+
+// The tiles that `by` takes, in groups of rows: calls finish(row, column, sums) with each row's 64 sums from `column` on.
 template <class By, class Finish>
 void multiply(const Rows& x, const Tiles& w, By& by, Finish finish) {
-#ifndef KVFERRY_FLOAT32
-    if (w.integers != nullptr) return multiply_integers(x.values, x.stride, x.count, *w.integers, by, finish);
-#endif
-    const long groups = (x.count + kRowsAtOnce - 1) / kRowsAtOnce;
-    by.take(w.count(), groups, [&](long index, long group) {
-        alignas(64) float sums[kRowsAtOnce * kTileColumns];
-        const Element *weights = w.tile(index), *next = w.tile(index + 1);
-        const Range rows = share(x.count, int(group), int(groups));
-        const Element* inputs = x.values + rows.first * x.stride;
-        const int count = int(rows.last - rows.first);
-        if (groups == 1) {
-            add_products<true, kPairLines>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
-                                           weights + near_lines(count) * kLine);
-        } else if (groups < 4) {
-            add_products<true, kPairLines / 2>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
-                                               next + (group & 1) * w.pairs * (kPairLines / 2) * kLine);
-        } else {
-            add_products<true, kPairLines / 4>(count, inputs, x.stride, weights, w.pairs, sums, kTileColumns,
-                                               next + (group & 3) * w.pairs * (kPairLines / 4) * kLine);
-        }
-        for (long row = rows.first; row < rows.last; row++) {
-            finish(row, index * kTileColumns, sums + (row - rows.first) * kTileColumns);
-        }
+    with_products(x, w, [&](auto& products) {
+        by.take(w.count(), products.groups(), [&](long index, long group) {
+            alignas(64) float sums[products.kRows * kTileColumns];
+            products.set(index, group, sums);
+            const Range rows = products.rows(group);
+            for (long row = rows.first; row < rows.last; row++) {
+                finish(row, index * kTileColumns, sums + (row - rows.first) * kTileColumns);
+            }
+        });
+    });
+}
+
+// The same of two halves of the columns side by side, each a whole number of tiles: finish(row, column, sums, others) with
+// those of `column` of the first half and of the second.
+template <class By, class Finish>
+void multiply_halves(const Rows& x, const Tiles& w, By& by, Finish finish) {
+    with_products(x, w, [&](auto& products) {
+        const long half = w.count() / 2;
+        by.take(half, products.groups(), [&](long index, long group) {
+            alignas(64) float sums[products.kRows * kTileColumns], others[products.kRows * kTileColumns];
+            products.set(index, group, sums);
+            products.set(half + index, group, others);
+            const Range rows = products.rows(group);
+            for (long row = rows.first; row < rows.last; row++) {
+                const long at = (row - rows.first) * kTileColumns;
+                finish(row, index * kTileColumns, sums + at, others + at);
+            }
+        });
     });
 }
 

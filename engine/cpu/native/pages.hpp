@@ -134,6 +134,6 @@ private:
         }
     }
 
-    std::vector<Element> memory_;
+    Lines<Element> memory_;
     std::vector<std::int32_t> place_of_;  // of each block of a sequence
 };

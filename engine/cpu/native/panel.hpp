@@ -11,11 +11,15 @@
 // How rows of each kind stand in memory: padded, so that whole vectors and tiles may be read and written.
 struct Strides {
     explicit Strides(const Model& m)
-        : hidden(padded(m.hidden_size, kTileColumns)), normed(padded(m.hidden_size, 32)),
-          attended(padded(m.qo_size(), 32)), activated(padded(m.intermediate_size, 32)),
+        : hidden(padded(m.hidden_size, kTileColumns)), normed(of_inputs(m.hidden_size)), attended(of_inputs(m.qo_size())),
+          activated(of_inputs(m.intermediate_size)),
           qkv(padded(m.qkv_size(), kTileColumns)), gate_up(padded(2 * m.intermediate_size, kTileColumns)),
           narrowed(kMaxAdapterParts * m.adapter_rank) {}
     const long hidden, normed, attended, activated, qkv, gate_up, narrowed;
+
+private:
+    // Whole lines, and an odd number of them: rows that lie an even number apart share few places of the near cache.
+    static long of_inputs(long size) { return (padded(size, kTileInputs) / kTileInputs | 1) * kTileInputs; }
 };
 
 // Memory between the residual stream and itself. Padding stays zero.
@@ -23,13 +27,14 @@ struct Panel {
     explicit Panel(const Strides& s)
         : normed(kPanelRows * s.normed), activated(kPanelRows * s.activated), qkv(kPanelRows * s.qkv),
           gate_up(kPanelRows * s.gate_up), added(kPanelRows * s.hidden), narrowed(kPanelRows * s.narrowed) {}
-    std::vector<Element> normed, activated, narrowed;
-    std::vector<float> qkv, gate_up, added;
+    Lines<Element> normed, activated, narrowed;
+    Lines<float> qkv, gate_up, added;
 };
 
 class PanelMath {
 public:
-    PanelMath(const Model& model, const Strides& strides) : m_(model), s_(strides) {}
+    // `is_exact`: a row's results are the same whatever others there are.
+    PanelMath(const Model& model, const Strides& strides, bool is_exact) : m_(model), s_(strides), may_widen_(!is_exact) {}
 
     // From attention to a layer's end: x += o(attended), x += mlp(norm(x)), what is added normed where a layer has norms
     // for it. `by`: who does it (team.hpp), one thread or several, each with an `own` panel for what all of them compute,
@@ -44,13 +49,20 @@ public:
     // All of it but the last product, whose inputs are returned.
     template <class By>
     Rows feed_forward(const GatedMlp& mlp, const Rows& normed, Panel& common, By& by) const {
-        set(common.gate_up.data(), s_.gate_up, normed, mlp.gate_up, by);
-        adapt(common.gate_up.data(), s_.gate_up, normed, mlp.gate_up, common, by);
+        const Linear& gate_up = mlp.gate_up;
+        const long inner = gate_up.weight.columns / 2;
+        const bool is_adapted = gate_up.adapters != nullptr && normed.slots != nullptr;
+        if (!is_adapted && inner % kTileColumns == 0) {  // products of gate and up meet, and are never written
+            with_activation([&](auto act) { set_activated(common.activated.data(), normed, gate_up, by, act); });
+        } else {
+            set(common.gate_up.data(), s_.gate_up, normed, gate_up, by);
+            adapt(common.gate_up.data(), s_.gate_up, normed, gate_up, common, by);
+            by.meet();
+            const Range vectors = by.part(padded(inner, kTileInputs) / 16);
+            activate(common.gate_up.data(), common.activated.data(), inner, normed.count, vectors);
+        }
         by.meet();
-        const long inner = mlp.gate_up.weight.columns / 2;
-        activate(common.gate_up.data(), common.activated.data(), inner, normed.count, by.part(padded(inner, kTileInputs) / 16));
-        by.meet();
-        return {common.activated.data(), s_.activated, normed.count, normed.slots};
+        return {common.activated.data(), s_.activated, normed.count, normed.slots, normed.may_widen};
     }
 
     // x += inputs W^T + bias, normed if `norm` is not null
@@ -116,12 +128,13 @@ public:
                 store(normed + row * s_.normed + i, load(x + i, mask) * factor * (load(weight + i, mask) + offset), mask);
             }
         }
-        return {normed, s_.normed, rows, slots};
+        return {normed, s_.normed, rows, slots, may_widen_};
     }
 
     // y = x W^T + bias, what `by` takes of it
     template <class By>
     static void set(float* y, long stride, const Rows& x, const Linear& w, By& by) {
+        if (w.bias == nullptr && w.weight.integers == nullptr) return put_products(x, w.weight, by, y, stride);
         multiply(x, w.weight, by, [&](long row, long column, const float* sums) {
             for (int i = 0; i < kTileColumns; i += 16) {
                 store(y + row * stride + column + i, with_bias(sums + i, w.bias, column + i, w.weight.columns));
@@ -141,13 +154,22 @@ public:
         });
     }
 
+    // act(gate) * up of x W^T + bias, what `by` takes of it; a half of the columns is whole tiles
+    template <class By, class Function>
+    void set_activated(Element* activated, const Rows& x, const Linear& w, By& by, Function act) const {
+        const long columns = w.weight.columns, inner = columns / 2;
+        multiply_halves(x, w.weight, by, [&](long row, long column, const float* gate, const float* up) {
+            for (int i = 0; i < kTileColumns; i += 16) {
+                const Vector gated = with_bias(gate + i, w.bias, column + i, columns);
+                store(activated + row * s_.activated + column + i,
+                      act(gated, with_bias(up + i, w.bias, inner + column + i, columns)));
+            }
+        });
+    }
+
     // act(gate) * up, `size` of them, with zeros to whole tiles: these vectors of each row
     void activate(const float* gate_up, Element* activated, long size, long rows, Range vectors) const {
-        if (m_.has_gelu) {
-            activate(gate_up, activated, size, rows, vectors, [](Vector gate, Vector up) { return gelu_tanh(gate) * up; });
-        } else {
-            activate(gate_up, activated, size, rows, vectors, [](Vector gate, Vector up) { return silu(gate) * up; });
-        }
+        with_activation([&](auto act) { activate(gate_up, activated, size, rows, vectors, act); });
     }
 
     // The same of experts, which may have an activation of their own.
@@ -170,6 +192,14 @@ public:
     }
 
 private:
+    // Calls job(act) with act(gate, up), the model's.
+    template <class Job>
+    void with_activation(Job job) const {
+        if (m_.has_gelu) job([](Vector gate, Vector up) { return gelu_tanh(gate) * up; });
+        else job([](Vector gate, Vector up) { return silu(gate) * up; });
+    }
+
     const Model m_;
     const Strides s_;
+    const bool may_widen_;
 };

@@ -128,8 +128,8 @@ private:
     const bool is_exact_;
     const int num_heads_, head_dim_, inputs_, value_tiles_;  // `inputs_`: a head's, padded as products want them
     const long max_tokens_;
-    std::vector<Element> queries_, keys_, values_;  // of values, padding columns stay zero
-    std::vector<float> sums_;
+    Lines<Element> queries_, keys_, values_;  // of values, padding columns stay zero
+    Lines<float> sums_;
     NearPages near_;
     RunningSoftmax softmax_;
 };

@@ -55,5 +55,5 @@ private:
     const Model m_;
     const float* inv_freq_;  // null: no layer turns by it
     const float factor_;     // of cosines and sines
-    std::vector<float> cos_, sin_;  // [tokens][rotary_dim]
+    Lines<float> cos_, sin_;  // [tokens][rotary_dim]
 };

@@ -128,6 +128,6 @@ private:
     Workspace& w_;
     Stages& stages_;
     Threads& threads_;
-    std::vector<float> partials_;  // this rank's part of sums; zero between them
+    Lines<float> partials_;  // this rank's part of sums; zero between them
     Squares squares_[kPanelRows];
 };

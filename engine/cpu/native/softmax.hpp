@@ -55,29 +55,48 @@ private:
     // The lanes at `at` that a row sees.
     static Lanes visible(Range seen, long at) { return between(seen.first - at, seen.last - at); }
 
+    // Results of four vectors in turns: none waits for the one before.
+    static constexpr int kTurns = 4;
+
+    // job(i, turn) for each 16 of `width`.
+    template <class Job>
+    [[gnu::always_inline]] static void in_turns(long width, Job job) {
+        long first = 0;
+        for (; first + 16 * kTurns <= width; first += 16 * kTurns) {
+#pragma GCC unroll 4
+            for (int turn = 0; turn < kTurns; turn++) job(first + 16 * turn, turn);
+        }
+#pragma GCC unroll 3
+        for (int turn = 0; turn < kTurns - 1; turn++) {
+            if (first + 16 * turn < width) job(first + 16 * turn, turn);
+        }
+    }
+
     template <bool ALL>
     static float most(const float* scores, Range seen, long width) {
-        Vector most = repeat(-std::numeric_limits<float>::infinity());
-        for (long i = 0; i < width; i += 16) {
-            const Vector larger = max(most, load(scores + i));
-            most = ALL ? larger : select(visible(seen, i), larger, most);
-        }
-        return max_of(most);
+        Vector most[kTurns];
+        for (Vector& each : most) each = repeat(-std::numeric_limits<float>::infinity());
+        in_turns(width, [&](long i, int turn) __attribute__((always_inline)) {
+            const Vector larger = max(most[turn], load(scores + i));
+            most[turn] = ALL ? larger : select(visible(seen, i), larger, most[turn]);
+        });
+        return max_of(max(max(most[0], most[1]), max(most[2], most[3])));
     }
 
     template <bool ALL>
     float spread(const float* scores, Range seen, long width, float largest, Element* weights) const {
         const Vector scale = repeat(scale_), shift = repeat(largest * scale_);
-        Vector total = repeat(0.0f);
-        for (long i = 0; i < width; i += 16) {
+        Vector total[kTurns];
+        for (Vector& each : total) each = repeat(0.0f);
+        in_turns(width, [&](long i, int turn) __attribute__((always_inline)) {
             Vector weight = exp2_rough(fms(load(scores + i), scale, shift));
             if (!ALL) weight = select(visible(seen, i), weight, repeat(0.0f));
-            total = total + weight;
+            total[turn] = total[turn] + weight;
             store(weights + i, weight);
-        }
-        return sum_of(total);
+        });
+        return sum_of((total[0] + total[1]) + (total[2] + total[3]));
     }
 
     const float scale_, bound_;
-    std::vector<float> most_, total_;
+    Lines<float> most_, total_;
 };

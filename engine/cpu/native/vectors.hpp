@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "memory.hpp"
+
 using bf16 = std::uint16_t;
 
 #ifdef KVFERRY_FLOAT32

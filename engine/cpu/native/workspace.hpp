@@ -24,7 +24,7 @@ struct ThreadSpace {
 
 struct Workspace {
     Workspace(const Model& m, bool is_exact, int max_threads)
-        : model(m), layers(m.layers, m.layers + m.num_layers), heads(m, is_exact) {
+        : model(m), layers(m.layers, m.layers + m.num_layers), is_exact(is_exact), heads(m, is_exact) {
         for (int rank = 0; rank < max_threads; rank++) {
             threads.push_back(std::make_unique<ThreadSpace>(strides, heads.group(), model, is_exact));
         }
@@ -53,21 +53,22 @@ struct Workspace {
 
     // What tokens' attention yielded, and that of the wanted ones in the last layer.
     Rows attended_rows(const Step& step) {
-        return {attended.data(), strides.attended, step.num_tokens, step.slots_from(0)};
+        return {attended.data(), strides.attended, step.num_tokens, step.slots_from(0), !is_exact};
     }
     Rows last_attended_rows(const Step& step) {
-        return {last_attended.data(), strides.attended, step.num_wanted, step.last_slots_from(0)};
+        return {last_attended.data(), strides.attended, step.num_wanted, step.last_slots_from(0), !is_exact};
     }
 
     const Model model;
     const std::vector<Layer> layers;
+    const bool is_exact;
     const Strides strides{model};
-    const PanelMath math{model, strides};
+    const PanelMath math{model, strides, is_exact};
     const ExpertMath expert_math{model, strides, math};
     const long rows_of_experts{expert_rows(model, strides)};  // that go through them at once
     HeadMath heads;
-    std::vector<float> residuals;
-    std::vector<Element> attended, last_attended;  // queries, then attention's result; padding stays zero
+    Lines<float> residuals;
+    Lines<Element> attended, last_attended;  // queries, then attention's result; padding stays zero
     Panel shared{strides};
     ExpertMemory experts;
     std::vector<std::unique_ptr<ThreadSpace>> threads;

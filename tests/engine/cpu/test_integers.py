@@ -74,17 +74,18 @@ def _rows(count: int, num_inputs: int, seed: int = 0) -> Tensor:
     return (torch.randn(count, num_inputs, generator=generator) * 3).bfloat16()
 
 
-def _multiply(library: ctypes.CDLL, packed: Packed, x: Tensor, parts: int = 1) -> Floats:
+def _multiply(library: ctypes.CDLL, packed: Packed, x: Tensor, parts: int = 1, *, may_widen: bool = False) -> Floats:
     """Multiply rows by a packed matrix, its tiles in so many parts as by threads."""
     rows, columns = len(x), int(packed.tiles.columns)
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)).contiguous()
     num_tiles = -(-columns // 64)
     y = torch.full((rows, num_tiles * 64), math.inf)
     function = library.kvferry_multiply
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_long] * 4, ctypes.c_void_p]
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_long] * 4, ctypes.c_bool, ctypes.c_void_p]
     for part in range(parts):
         first, last = num_tiles * part // parts, num_tiles * (part + 1) // parts
-        function(ctypes.byref(packed.tiles), padded.data_ptr(), padded.shape[1], rows, first, last, y.data_ptr())
+        sizes = (padded.shape[1], rows, first, last, may_widen)
+        function(ctypes.byref(packed.tiles), padded.data_ptr(), *sizes, y.data_ptr())
     return y[:, :columns].numpy()
 
 
@@ -107,6 +108,23 @@ def test_products_are_those_of_the_definition(
     packed = _packed(library, weight)
     assert np.array_equal(_multiply(library, packed, x, parts), wanted)
     assert np.array_equal(_multiply(library, packed, x[:1]), wanted[:1]), "other rows are felt"
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=80)
+@given(weight=weights(), count=st.integers(1, 80), seed=SEEDS, parts=st.integers(1, 3))
+def test_widened_products_are_those_of_the_rounded_weights(
+    library: ctypes.CDLL, weight: GroupedWeight, count: int, seed: int, parts: int
+) -> None:
+    """Many rows on a matrix unit; else, and where rows are few, those of the definition."""
+    x = _rows(count, weight.num_inputs, seed)
+    y = _multiply(library, _packed(library, weight), x, parts, may_widen=True)
+    if np.array_equal(y, product(x, weight)):
+        return
+    rounded = weight.dequantized().bfloat16().double()
+    wanted, sizes = x.double() @ rounded.T, x.double().abs() @ rounded.abs().T
+    assert count > 32 and weight.order is None
+    assert ((torch.from_numpy(y) - wanted).abs() <= 5e-3 * sizes + 1e-30).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -44,3 +44,11 @@ inline Pairs zip(const bf16* one, const bf16* other) {
     const __m256i lower = _mm256_unpacklo_epi16(a, b), upper = _mm256_unpackhi_epi16(a, b);
     return {_mm256_permute2x128_si256(lower, upper, 0x20), _mm256_permute2x128_si256(lower, upper, 0x31)};
 }
+
+// The same of two vectors, as elements.
+inline Pairs to_pairs(Vector one, Vector other) {
+    bf16 rows[2][16];
+    store(rows[0], one);
+    store(rows[1], other);
+    return zip(rows[0], rows[1]);
+}

@@ -6,6 +6,7 @@
 
 constexpr int kRowsAtOnce = 5;         // a sixth leaves no register for weights: 65 GFLOP/s where five have 90
 constexpr long kPanelRows = 60;        // a multiple of it
+constexpr int kMostParts = 4;          // of the next tile, one of which a group of rows fetches
 constexpr int kProductInputs = 16;     // inputs of a product are a multiple of it
 constexpr bool kSumsInRegisters = true;  // pair by pair; else by the matrix unit, 16 pairs at a time
 constexpr long kStretch = 128 / sizeof(Element);  // pairs: their weights, 16 KiB, stay near from columns to columns; more spill
@@ -88,10 +89,11 @@ void add_stretch(const float* inputs, const Element* weights, long pairs, float*
 }
 
 // sums [rows][stride], 64 of each row: the products of the rows' inputs with one tile's weights, `pairs` of them, added
-// up in order; added to what is there unless FRESH. For each pair LINES cache lines from `ahead` on are fetched.
-template <bool FRESH, int LINES>
+// up in order; added to what is there unless FRESH. One part of PARTS of a tile is fetched from `ahead` on; 0: nothing.
+template <bool FRESH, int PARTS>
 void add_products(int rows, const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
                   const Element* ahead) {
+    constexpr int kLines = kFetchedLines<PARTS>;
     alignas(32) float inputs[kRowsAtOnce * 2 * kStretch];
     for (long first = 0; first < pairs; first += kStretch) {
         const long count = std::min(kStretch, pairs - first);
@@ -101,8 +103,8 @@ void add_products(int rows, const Element* x, long x_stride, const Element* weig
             }
         }
         const auto add = [&]<int ROWS>() {
-            add_stretch<ROWS, LINES>(inputs, weights + first * 2 * kTileColumns, count, sums, stride, FRESH && first == 0,
-                                     ahead + first * LINES * kLine);
+            add_stretch<ROWS, kLines>(inputs, weights + first * 2 * kTileColumns, count, sums, stride, FRESH && first == 0,
+                                     ahead + first * kLines * kLine);
         };
         switch (rows) {
             case 1: add.template operator()<1>(); break;

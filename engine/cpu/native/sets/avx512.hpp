@@ -69,6 +69,13 @@ inline Pairs zip(const bf16* one, const bf16* other) {
     return _mm512_or_si512(low(one), _mm512_slli_epi32(low(other), 16));
 }
 
+// The same of two vectors, as elements.
+inline Pairs to_pairs(Vector one, Vector other) {
+    alignas(64) static constexpr std::uint16_t kTurns[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(kTurns), (__m512i)_mm512_cvtne2ps_pbh(other, one));
+}
+
 // Lane j of v[i] and lane i of v[j] change places.
 inline void transpose_16(Pairs* v) {
     __m512i w[16];

@@ -4,6 +4,7 @@
 
 constexpr int kRowsAtOnce = 6;         // their 24 sums, a pair's four vectors and one input stay in registers
 constexpr long kPanelRows = 60;        // a multiple of it
+constexpr int kMostParts = 4;          // of the next tile, one of which a group of rows fetches
 constexpr int kProductInputs = 16;     // inputs of a product are a multiple of it
 constexpr bool kSumsInRegisters = true;  // pair by pair; else by the matrix unit, 16 pairs at a time
 
@@ -15,10 +16,11 @@ struct MatrixUnit {  // there is none
 };
 
 // sums [ROWS][stride], 64 of each row: the products of ROWS rows' inputs with one tile's weights, `pairs` of them, added
-// up in order; added to what is there unless FRESH. For each pair LINES cache lines from `ahead` on are fetched.
-template <int ROWS, bool FRESH, int LINES>
+// up in order; added to what is there unless FRESH. One part of PARTS of a tile is fetched from `ahead` on; 0: nothing.
+template <int ROWS, bool FRESH, int PARTS>
 void add_products(const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
                   const Element* ahead) {
+    constexpr int LINES = kFetchedLines<PARTS>;
     constexpr auto kHint = LINES == kPairLines ? _MM_HINT_T0 : _MM_HINT_T1;
     Vector sum[ROWS][4];
 #pragma GCC unroll 8
@@ -46,15 +48,15 @@ void add_products(const Element* x, long x_stride, const Element* weights, long 
     }
 }
 
-template <bool FRESH, int LINES>
+template <bool FRESH, int PARTS>
 void add_products(int rows, const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
                   const Element* ahead) {
     switch (rows) {
-        case 1: return add_products<1, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
-        case 2: return add_products<2, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
-        case 3: return add_products<3, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
-        case 4: return add_products<4, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
-        case 5: return add_products<5, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
-        default: return add_products<6, FRESH, LINES>(x, x_stride, weights, pairs, sums, stride, ahead);
+        case 1: return add_products<1, FRESH, PARTS>(x, x_stride, weights, pairs, sums, stride, ahead);
+        case 2: return add_products<2, FRESH, PARTS>(x, x_stride, weights, pairs, sums, stride, ahead);
+        case 3: return add_products<3, FRESH, PARTS>(x, x_stride, weights, pairs, sums, stride, ahead);
+        case 4: return add_products<4, FRESH, PARTS>(x, x_stride, weights, pairs, sums, stride, ahead);
+        case 5: return add_products<5, FRESH, PARTS>(x, x_stride, weights, pairs, sums, stride, ahead);
+        default: return add_products<6, FRESH, PARTS>(x, x_stride, weights, pairs, sums, stride, ahead);
     }
 }

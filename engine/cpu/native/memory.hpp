@@ -1,0 +1,28 @@
+// Memory that begins at a cache line: rows of whole lines are then read and written line by line, by AMX tiles twice as
+// fast as across lines.
+#pragma once
+
+#include <cstddef>
+#include <new>
+#include <vector>
+
+template <class Value>
+struct LineAllocator {
+    using value_type = Value;
+    static constexpr std::align_val_t kAlignment{64};
+
+    LineAllocator() = default;
+    template <class Other>
+    LineAllocator(const LineAllocator<Other>&) {}
+
+    Value* allocate(std::size_t count) { return static_cast<Value*>(::operator new(count * sizeof(Value), kAlignment)); }
+    void deallocate(Value* memory, std::size_t) { ::operator delete(memory, kAlignment); }
+
+    template <class Other>
+    bool operator==(const LineAllocator<Other>&) const {
+        return true;
+    }
+};
+
+template <class Value>
+using Lines = std::vector<Value, LineAllocator<Value>>;
