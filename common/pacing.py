@@ -10,14 +10,17 @@ _OBJECTIVE_SHARE = 0.85  # of an objective that a step may take: results are han
 # Without an objective: the prompts that wait are spread over so many steps of the answers that run, the more of these
 # the more, within bounds that are multiples of what the answers alone take; and a step may take _MIN_STEP_S in any
 # case, as nobody reads faster. More steps make streams faster and first tokens later. Measured with benchmarks.serve at
-# two to sixteen requests in flight, prompts of 512 to 2,048 tokens.
+# two to sixteen requests in flight, prompts of 512 to 2,048 tokens, on processors where 512 tokens take four of the
+# answers' steps and where they take twenty: the lower bound is for the former, on which prompts would queue up.
 _STEPS_TO_CLEAR = 24
 _LEAST_STEPS = 6
 _STEPS_PER_ANSWER = 6
-_LEAST_STRETCH = 1.5
+_LEAST_STRETCH = 2.25
 _MOST_STRETCH = 12.0
 _MIN_STEP_S = 0.02
-_MIN_HELPING_STEP_S = 0.03  # where prompts wait for others: less would compute too few tokens to be of help
+# Where prompts wait for others: a shorter step would compute too few tokens to be of help, and streams come first.
+_MIN_HELPING_STEP_S = 0.03
+_LEAST_HELPING_STRETCH = 1.5
 
 
 def longest_step_s(objective_s: float | None, decode_s: float, num_answers: int, waiting_s: float | None) -> float:
@@ -29,11 +32,10 @@ def longest_step_s(objective_s: float | None, decode_s: float, num_answers: int,
     """
     if objective_s is not None:
         return _OBJECTIVE_SHARE * objective_s
-    least_s = _LEAST_STRETCH * decode_s
     if waiting_s is None:
-        return max(_MIN_HELPING_STEP_S, least_s)
+        return max(_MIN_HELPING_STEP_S, _LEAST_HELPING_STRETCH * decode_s)
     shared_s = decode_s + waiting_s / min(_STEPS_TO_CLEAR, _LEAST_STEPS + _STEPS_PER_ANSWER * num_answers)
-    return max(_MIN_STEP_S, min(max(shared_s, least_s), _MOST_STRETCH * decode_s))
+    return max(_MIN_STEP_S, min(max(shared_s, _LEAST_STRETCH * decode_s), _MOST_STRETCH * decode_s))
 
 
 # A step of background requests alone is cut to about this: who comes while it runs waits for its end. Larger ones

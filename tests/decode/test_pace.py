@@ -52,16 +52,16 @@ def test_the_more_waits_and_the_fewer_read_the_longer_a_step_may_take(
     seconds = longest_step_s(None, decode_s, num_answers, waiting_s)
     assert longest_step_s(None, decode_s, num_answers + 1, waiting_s) <= seconds
     assert seconds <= longest_step_s(None, decode_s, num_answers, 2 * waiting_s)
-    assert 1.5 * decode_s <= seconds <= max(0.02, 12 * decode_s), "prompts move on, answers never stand still"
+    assert 2.25 * decode_s <= seconds <= max(0.02, 12 * decode_s), "prompts move on, answers never stand still"
 
 
 def test_what_waits_is_spread_over_a_number_of_steps_the_routers_queue_too() -> None:
-    pace, prompts_s = slow_pace(), 24 * 0.3
+    pace, prompts_s = slow_pace(), 24 * 0.8
     own, behind = (round(share * prompts_s / TOKEN_S) for share in (0.25, 0.75))
     pace.tokens_behind = behind
-    assert abs(pace.room_s(4, own) - 0.3) < 0.01
+    assert abs(pace.room_s(4, own) - 0.8) < 0.01
     pace.tokens_behind = 0
-    assert abs(pace.room_s(4, own) - 0.075) < 0.01
+    assert abs(pace.room_s(4, own) - 0.2) < 0.01
     pace.tokens_behind = None
     assert abs(pace.room_s(4, own) - 0.05) < 0.01, "others compute prompts, streams come first"
 

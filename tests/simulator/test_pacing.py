@@ -17,10 +17,10 @@ STEPS = Linear(step=0.02, mixed=0.0, per_token=1e-3, per_pair=1e-9, per_row=0.00
 
 def _colocated(num_waiting: int) -> Scenario:
     """Four long answers, beside which so many prompts come at once."""
-    rows = [TraceRow(0.0, 100, 1000)] * 4 + [TraceRow(3.0, 500, 4)] * num_waiting
+    rows = [TraceRow(0.0, 100, 1000)] * 4 + [TraceRow(3.0, 1000, 4)] * num_waiting
     return Scenario(
         traffic=Traffic(tuple(rows)),
-        fleet=Fleet(prefill=0, decode=1, steps=STEPS, num_blocks=1000, block_tokens=16, has_objective=False),
+        fleet=Fleet(prefill=0, decode=1, steps=STEPS, num_blocks=1500, block_tokens=16, has_objective=False),
         router=Router(policy="slo", knows_objectives=False),
     )
 
