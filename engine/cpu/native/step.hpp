@@ -54,11 +54,14 @@ inline void set_adapters(Step& step, const std::int32_t* adapters) {
     for (long i = 0; i < step.num_wanted; i++) step.last_slots.push_back(step.slots[step.wanted[i]]);
 }
 
+// A row's tokens in pieces as equal as they can be.
 inline void add_pieces(std::vector<Piece>& pieces, const Row& row, Range tokens, const Model& model) {
     const long at_once = PromptAttention::tokens_at_once(int(model.num_qo_heads / model.num_kv_heads));
+    const int parts = int((tokens.last - tokens.first - 1) / at_once) + 1;
     for (int kv_head = 0; kv_head < model.num_kv_heads; kv_head++) {
-        for (long first = tokens.first; first < tokens.last; first += at_once) {
-            pieces.push_back({&row, first, std::min(at_once, tokens.last - first), kv_head, 1});
+        for (int part = 0; part < parts; part++) {
+            const Range mine = share(tokens.last - tokens.first, part, parts);
+            pieces.push_back({&row, tokens.first + mine.first, mine.last - mine.first, kv_head, 1});
         }
     }
 }
