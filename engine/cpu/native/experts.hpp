@@ -71,7 +71,7 @@ public:
 
     std::vector<Slots> parts;  // of experts that a row takes, in order
     std::vector<std::int32_t> row;
-    Lines<float> weight;  // of each slot
+    std::vector<float> weight;  // of each slot
 
 private:
     std::vector<long> starts_;
@@ -95,7 +95,8 @@ struct ExpertMemory {
 struct ExpertScratch {
     Grouping grouping;
     Lines<Element> inputs;
-    Lines<float> logits, ranked, worth;
+    Lines<float> logits;
+    std::vector<float> ranked, worth;
     std::vector<char> is_out;
 };
 
@@ -242,7 +243,7 @@ private:
         for (long i = 0; i < e.num_experts; i++) own.is_out[i] = !taken[i / size];
     }
 
-    static long take_best(const Lines<float>& values, std::vector<char>& is_out) {
+    static long take_best(const std::vector<float>& values, std::vector<char>& is_out) {
         long best = -1;
         for (long i = 0; i < long(values.size()); i++) {
             if (!is_out[i] && (best < 0 || values[i] > values[best])) best = i;

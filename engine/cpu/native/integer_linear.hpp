@@ -250,17 +250,13 @@ void products_of_group(Range rows, long index, long groups, const IntegerRows& x
 }
 
 // As ElementProducts in linear.hpp. Rows become whole numbers where the first of them are wanted.
-class IntegerProducts {
+class IntegerProducts : public RowGroups {
 public:
     static constexpr int kRows = std::size(kVectorsAtOnce);
 
     IntegerProducts(const bf16* x, long stride, long count, const IntegerTiles& w)
-        : x_(x), stride_(stride), count_(count), w_(w), groups_((count + kRows - 1) / kRows),
+        : RowGroups(count, kRows), x_(x), stride_(stride), w_(w),
           set_(w.bits == 8 ? products_of_group<kBytes> : w.is_e2m1 ? products_of_group<kE2m1> : products_of_group<kNibbles>) {}
-
-    long groups() const { return groups_; }
-
-    Range rows(long group) const { return share(count_, int(group), int(groups_)); }
 
     void set(long index, long group, float* sums) {
         if (!has_rows_) rows_.set(x_, stride_, count_, w_);
@@ -270,9 +266,8 @@ public:
 
 private:
     const bf16* x_;
-    const long stride_, count_;
+    const long stride_;
     const IntegerTiles& w_;
-    const long groups_;
     void (*const set_)(Range, long, long, const IntegerRows&, const IntegerTiles&, const std::uint8_t*, float*);
     IntegerRows& rows_ = own_rows();
     bool has_rows_ = false;

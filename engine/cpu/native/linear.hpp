@@ -49,14 +49,11 @@ struct Rows {
 // whatever their number.
 //
 // The first group of rows waits for the weights, the others find them near. While these compute, the next tile comes.
-class ElementProducts {
+class ElementProducts : public RowGroups {
 public:
     static constexpr int kRows = kRowsAtOnce;  // of a group, at most
 
-    ElementProducts(const Rows& x, const Tiles& w) : x_(x), w_(w), groups_((x.count + kRows - 1) / kRows) {}
-
-    long groups() const { return groups_; }
-    Range rows(long group) const { return share(x_.count, int(group), int(groups_)); }
+    ElementProducts(const Rows& x, const Tiles& w) : RowGroups(x.count, kRows), x_(x), w_(w) {}
 
     // sums [rows][stride], 64 of each: of a group's rows and a tile
     void set(long index, long group, float* sums, long stride = kTileColumns) const {
@@ -77,7 +74,6 @@ public:
 private:
     const Rows& x_;
     const Tiles& w_;
-    const long groups_;
 };
 
 // y [rows][stride] = x W^T, of the tiles that `by` takes (team.hpp). For weights in elements.

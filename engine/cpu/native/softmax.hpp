@@ -98,5 +98,5 @@ private:
     }
 
     const float scale_, bound_;
-    Lines<float> most_, total_;
+    std::vector<float> most_, total_;
 };

@@ -24,6 +24,18 @@ struct Range {
 // Rank's part of `count` things, the parts as equal as they can be.
 inline Range share(long count, int rank, int size) { return {count * rank / size, count * (rank + 1) / size}; }
 
+// So many rows in groups of `most` or fewer, as equal as they can be.
+class RowGroups {
+public:
+    RowGroups(long count, long most) : count_(count), groups_((count + most - 1) / most) {}
+
+    long groups() const { return groups_; }
+    Range rows(long group) const { return share(count_, int(group), int(groups_)); }
+
+protected:
+    const long count_, groups_;
+};
+
 // Some of a product's tiles, by one thread.
 struct Some {
     Range tiles;

@@ -60,12 +60,12 @@ inline WidenedTiles& own_widened_tiles() {
 }
 
 // As ElementProducts in linear.hpp.
-class WidenedProducts {
+class WidenedProducts : public RowGroups {
 public:
     static constexpr int kRows = kRowsAtOnce;
 
     WidenedProducts(const Element* x, long stride, long count, const IntegerTiles& w)
-        : x_(x), stride_(stride), count_(count), w_(w), groups_((count + kRows - 1) / kRows) {
+        : RowGroups(count, kRows), x_(x), stride_(stride), w_(w) {
         for (int i = 0; i < 2; i++) {
             tiles_.index[i] = -1;
             if (long(tiles_.memory[i].size()) < w.inputs * kTileColumns) tiles_.memory[i].resize(w.inputs * kTileColumns);
@@ -76,9 +76,6 @@ public:
     static bool is_for(const IntegerTiles& w, long count) {
         return !kSumsInRegisters && count > kRows && w.order == nullptr && w.inputs % kTileInputs == 0 && w.group % 8 == 0;
     }
-
-    long groups() const { return groups_; }
-    Range rows(long group) const { return share(count_, int(group), int(groups_)); }
 
     // Meanwhile the first groups of rows fetch the next tile, each as much as it multiplies at most.
     void set(long index, long group, float* sums) {
@@ -110,8 +107,7 @@ private:
     }
 
     const Element* x_;
-    const long stride_, count_;
+    const long stride_;
     const IntegerTiles& w_;
-    const long groups_;
     WidenedTiles& tiles_ = own_widened_tiles();
 };
