@@ -30,6 +30,7 @@ class GrammarMask(NamedTuple):
     words: bytes  # bit i of the little-endian 32-bit words: token i may
     failure: str = ""  # why none can be told: the request ends
     behind_draft: tuple[bytes, ...] = ()  # the words after each token of the row's draft, up to one that may not come
+    is_late: bool = False  # it is not known yet: the row yields nothing, and a later step computes it again
 
 
 @dataclass(slots=True)
@@ -115,6 +116,7 @@ class Batch:
     block_copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to)
     swap_out: list[tuple[int, int]] = field(default_factory=list)  # (block, slot in host memory)
     swap_in: list[tuple[int, int]] = field(default_factory=list)  # (slot, block)
+    may_postpone: bool = False  # a row that decodes or verifies may yield nothing, as its mask is late
     # Returns what may come next in each row that samples, in their order, when that is known (`GrammarMask`).
     masks: Callable[[], Rows[GrammarMask | None]] | None = None  # None: anything in every row
 
@@ -148,6 +150,7 @@ class RowOutput(NamedTuple):
     is_finite: bool = True  # False: some of its logits are no distribution. Its request ends, with nothing of this row
     grammar_failure: str = ""  # why the answer's grammar cannot be followed any further: as if not finite
     forced: tuple[int, ...] = ()  # what must follow the run, by the answer's grammar
+    is_postponed: bool = False  # nothing of it counts, as if the row had not been in the step
     pooled: bytes = b""  # the sum of the hidden states of `BatchRow.pooled_tokens`, float32; empty: there are none
 
 

@@ -46,7 +46,8 @@ class StepResults:
         starts = [row.start for row in batch.rows]
         sampled = [row.samples for row in batch.rows]
         self._scheduler.observe(batch, output)
-        alive = self._scheduler.complete(batch)
+        postponed = {place for place, result in enumerate(output.rows) if result.is_postponed}
+        alive = self._scheduler.complete(batch, postponed)
         failed = {
             row.seq.request_id: result.grammar_failure
             for row, result in zip(batch.rows, output.rows, strict=True)
@@ -54,7 +55,7 @@ class StepResults:
         }
         for row, start, samples, result, here in zip(batch.rows, starts, sampled, output.rows, alive, strict=True):
             self.num_nonfinite_rows += not result.is_finite and not result.grammar_failure
-            if not here:
+            if not here or result.is_postponed:
                 continue
             if row.seq.request_id in failed:
                 self._fail(row.seq, failed[row.seq.request_id])

@@ -19,6 +19,8 @@ it takes from lower classes alone. So nobody takes from whom it was taken by.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from ..common.batch import Batch, BatchRow, RowKind, StepOutput
 from ..common.errors import CapacityError
 from ..common.kv_spec import KVCacheSpec
@@ -246,17 +248,17 @@ class DecodeScheduler:
         self.requeue(seq)
         self.num_preemptions += 1
 
-    def complete(self, batch: Batch) -> list[bool]:
+    def complete(self, batch: Batch, postponed: Container[int] = ()) -> list[bool]:
         """Count the step's known tokens as computed; `accept` counts those of a draft that was right.
 
-        For each row: is its sequence still there?
+        `postponed`: the places of the rows that count for nothing. For each row: is its sequence still there?
         """
         self._in_step = False
         ended, self._ended = self._ended, []
         alive = []
-        for row in batch.rows:
+        for place, row in enumerate(batch.rows):
             alive.append(row.seq not in ended)
-            if alive[-1]:
+            if alive[-1] and place not in postponed:
                 row.seq.num_computed_tokens += row.num_known_tokens
                 self.blocks.known.publish(row.seq)
         self.blocks.end()

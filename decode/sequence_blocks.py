@@ -235,7 +235,7 @@ class SequenceBlocks:
             copies, self._copies = self._copies, []
         self._copying = [source for source, _ in copies]
         self._reused.clear()
-        return self.cache.begin(Batch(rows, copies, swap_out, swap_in))
+        return self.cache.begin(Batch(rows, copies, swap_out, swap_in, may_postpone=True))
 
     def end(self) -> None:
         """The step has ended: what it touched goes back."""

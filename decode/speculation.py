@@ -202,7 +202,7 @@ class Speculation:
         """Learn from a finished step."""
         self.costs.observe(batch, output)
         for row, result in zip(batch.rows, output.rows, strict=True):
-            if row.draft:
+            if row.draft and not result.is_postponed:
                 self.counters.draft_tokens += len(row.draft)
                 self.counters.accepted_tokens += sum(map(len, result.runs)) - len(result.runs)
         if self._spans is not None:

@@ -35,7 +35,8 @@ from ..models.quantization import chosen_quantization
 from ..wire.workers import ExpertCounts, ExpertLoads
 from .choose import check_kernels, choose_device, choose_dtype, choose_runner, make_adapters, pack_weights
 from .draft import DraftModel
-from .masks import MaskThread, with_failures, with_forced
+from .mask_thread import MaskThread
+from .masks import with_forced, with_masks_heeded
 from .nn.decoder import Decoder
 from .nn.experts import SparseMLP
 from .nn.plan import StepPlan, plan_step, prompt_targets
@@ -176,7 +177,7 @@ class Engine:
         if not batch.rows:
             self._meet()
         with self.runner.calculating():
-            rows = with_forced(batch, with_failures(batch, self._compute(batch, plan, on_layer)))
+            rows = with_forced(batch, with_masks_heeded(batch, self._compute(batch, plan, on_layer)))
         step_s = time.perf_counter() - began
         return StepOutput(rows, step_s, batch.num_tokens, self.host_slots.copy_s, self._draft_s)
 

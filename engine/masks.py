@@ -1,20 +1,14 @@
-"""Masks of grammars are found on a thread of their own while the model computes the step that they belong to.
-
-    begin(batch) ─> [thread] each row's matcher takes its new tokens, and says what may come next ─┐
-    the engine's thread: forward pass ─> logits ─> batch.masks() waits for what is left ───────────┴─> sampling
-
-The library that matches releases the GIL, as the forward pass does. Only one step's masks are under way at a time, so
-no matcher has two users.
+"""The masks of a step's rows, and what a grammar forces behind what was drawn.
 
 What a grammar leaves no choice about needs no logits: such tokens come with the one that was drawn before them, and
-cost no step of their own. They are the same that masks would have let through one by one.
+cost no step of their own. They are the same that masks would have let through one by one. When masks are found:
+`mask_thread.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from collections.abc import Sequence as TokenIds
-from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
@@ -27,24 +21,13 @@ MAX_FORCED = 32  # in one step. Larger: its row computes as many more at once, a
 log = structlog.get_logger(__name__)
 
 
-class MaskThread:
-    """Used by the engine's thread."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")  # begins with the first grammar
-
-    def begin(self, batch: Batch) -> None:
-        """Begin to find the masks of a batch's rows, if any of them follows a grammar."""
-        if any(row.seq.grammar is not None for row in batch.rows):
-            batch.masks = self._thread.submit(find_masks, [row for row in batch.rows if row.samples]).result
-
-
 def find_masks(rows: Rows[BatchRow]) -> list[GrammarMask | None]:
     """Return the mask of each row."""
-    return [_find_mask(row) for row in rows]
+    return [find_mask(row) for row in rows]
 
 
-def _find_mask(row: BatchRow) -> GrammarMask | None:
+def find_mask(row: BatchRow) -> GrammarMask | None:
+    """Return the mask of a row that samples; None: it follows no grammar."""
     try:
         words = next_mask(row.seq)
         behind = masks_behind(row.seq, words, row.draft) if words is not None and row.draft else ()
@@ -135,13 +118,16 @@ def forced_after(seq: Sequence, run: TokenIds[int]) -> tuple[int, ...]:
     return tuple(forced)
 
 
-def with_failures(batch: Batch, outputs: list[RowOutput]) -> list[RowOutput]:
-    """Return a step's output with nothing in the rows whose grammar has failed."""
-    if batch.masks is None or not any(mask is not None and mask.failure for mask in batch.masks()):
+def with_masks_heeded(batch: Batch, outputs: list[RowOutput]) -> list[RowOutput]:
+    """Return a step's output with nothing in the rows whose grammar has failed, or whose mask is late."""
+    if batch.masks is None or not any(mask is not None and (mask.failure or mask.is_late) for mask in batch.masks()):
         return outputs
     masks = iter(batch.masks())
     found = [next(masks) if row.samples else None for row in batch.rows]
-    return [
-        RowOutput((), is_finite=False, grammar_failure=mask.failure) if mask is not None and mask.failure else output
-        for mask, output in zip(found, outputs, strict=True)
-    ]
+    return [output if mask is None else _heeded(mask, output) for mask, output in zip(found, outputs, strict=True)]
+
+
+def _heeded(mask: GrammarMask, output: RowOutput) -> RowOutput:
+    if mask.is_late:
+        return RowOutput((), is_postponed=True)
+    return RowOutput((), is_finite=False, grammar_failure=mask.failure) if mask.failure else output

@@ -9,8 +9,6 @@ time was found out before, in a process that can (router/helpers/grammar_checker
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,13 +19,13 @@ import structlog
 from ..common.clock import Clock
 from ..common.errors import KVFerryError
 from ..common.grammar import Grammar
+from ..common.priority import give_way
 from .matching import AnswerMatcher, Vocabulary, compile_grammar
 
 MAX_KEPT = 128  # of a megabyte or so each; larger: agents with many tools find theirs again
 # From here on prompts are computed but for their last token: of 400 public schemas, 99 in a hundred compile in 28 ms.
 LATE_S = 0.03
 SMALL_BYTES = 4 * 2**10  # compiled in milliseconds, and not behind one that takes a second
-_NICENESS = 19  # of the thread for larger ones: a second of it beside steps would be seen in every stream
 
 log = structlog.get_logger(__name__)
 
@@ -72,7 +70,8 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._kept: OrderedDict[Grammar, _Compiled] = OrderedDict()  # the latest used last
         self._small = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._large = ThreadPoolExecutor(1, thread_name_prefix="large-grammar", initializer=_yield)
+        # A second of it beside steps would be seen in every stream.
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="large-grammar", initializer=_give_way)
 
     def get(self, grammar: Grammar) -> _Compiled:
         with self._lock:
@@ -108,7 +107,5 @@ class GrammarCompiler:
             thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _yield() -> None:
-    """Let every other thread go first. Linux gives each thread a niceness of its own."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+def _give_way() -> None:
+    give_way(threading.get_native_id())

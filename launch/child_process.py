@@ -167,7 +167,7 @@ async def _spawn(command: Command, theirs: socket.socket, stderr_fd: int | None)
             stdin=asyncio.subprocess.DEVNULL,
             stderr=stderr_fd,
             pass_fds=fds,
-            start_new_session=True,
+            process_group=0,
         )
 
 

@@ -9,6 +9,7 @@ the time: after such a claim the others come first for as long as it lasted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..placement.policy import fits_decode, fits_prefill
@@ -16,6 +17,7 @@ from ..state.demand import Demand, Placement, Reason
 from ..state.pools import Pools
 from ..state.request import RequestStatus
 from ..state.tracked_request import TrackedRequest
+from ..state.views import WorkerView
 from ..state.worker import RouterWorker
 
 PATIENCE_S = 10.0  # for another router's work on a claimed worker: then it is as alone as can be had
@@ -76,11 +78,8 @@ class Isolation:
             return None
         if len(open_decodes) == 1 and has_others and now_s < self._rest_until_s:
             return None
-        chosen = [self._emptiest(open_decodes, demand, now_s)]
-        if not self._may_prefill_locally:
-            chosen.append(self._emptiest(self._open("prefill"), demand, now_s, beside=chosen[0]))
-        workers = tuple(worker for worker in chosen if worker is not None)
-        if len(workers) < len(chosen):
+        workers = self._emptiest_together(open_decodes, demand, now_s)
+        if workers is None:
             return None
         claim = Claim(tracked, workers, now_s)
         for worker in workers:
@@ -91,21 +90,29 @@ class Isolation:
     def _open(self, role: str) -> list[RouterWorker]:
         return [worker for worker in self._pools.with_role(role) if worker.is_ready and not worker.is_claimed]
 
-    def _emptiest(
-        self, workers: list[RouterWorker], demand: Demand, now_s: float, *, beside: RouterWorker | None = None
-    ) -> RouterWorker | None:
-        """The one that is likely to be empty first. `beside`: the decode worker of the pair."""
-        views = [worker.view(now_s) for worker in workers]
-        if beside is None:
-            views = [view for view in views if fits_decode(view, demand)]
-        else:
-            views = [
-                view
-                for view in views
-                if fits_prefill(view, demand) and (view.session, beside.link.number) not in demand.failed_pairs
-            ]
-        best = min(views, key=lambda view: (view.num_running, view.ahead_tokens, view.worker_id), default=None)
-        return None if best is None else self._pools.named(best.worker_id)
+    def _emptiest_together(
+        self, decodes: list[RouterWorker], demand: Demand, now_s: float
+    ) -> tuple[RouterWorker, ...] | None:
+        """Return those that are likely to be empty first: a decode worker, with a prefill worker that it has not
+        failed with where one is needed."""
+        for decode in self._emptiest_first(decodes, demand, now_s, fits_decode):
+            if self._may_prefill_locally:
+                return (decode,)
+            for prefill in self._emptiest_first(self._open("prefill"), demand, now_s, fits_prefill):
+                if (prefill.link.number, decode.link.number) not in demand.failed_pairs:
+                    return decode, prefill
+        return None
+
+    def _emptiest_first(
+        self,
+        workers: list[RouterWorker],
+        demand: Demand,
+        now_s: float,
+        fits: Callable[[WorkerView, Demand], bool],
+    ) -> list[RouterWorker]:
+        views = {worker: worker.view(now_s) for worker in workers}
+        fitting = [worker for worker, view in views.items() if fits(view, demand)]
+        return sorted(fitting, key=lambda worker: _emptiness(views[worker]))
 
     def _is_there(self, claim: Claim) -> bool:
         """Tell whether its workers live, take work, and have the roles that they were claimed for."""
@@ -126,3 +133,7 @@ class Isolation:
             self._pools.unclaim(worker)
         if not self._open("decode")[1:]:
             self._rest_until_s = now_s + (now_s - claim.since_s)
+
+
+def _emptiness(view: WorkerView) -> tuple[int, int, str]:
+    return view.num_running, view.ahead_tokens, view.worker_id

@@ -25,7 +25,7 @@ from .wire import COMPILE_GRAMMAR, REFUSAL, SET_VOCABULARY, HelperRefusal, Vocab
 TIME_LIMIT_S = 2.0  # of a grammar, in both processes
 QUICK_BYTES = 4 * 2**10  # a schema of some dozen properties: a few milliseconds
 QUICK_LIMIT_S = 0.3  # larger: one costly grammar holds up more small ones; smaller: more processes are ended
-_LONG_NICENESS = 5  # larger: streams notice less of large grammars; smaller: fewer are refused on a busy machine
+_LONG_NICENESS = 10  # larger: streams notice less of large grammars; smaller: fewer are refused on a busy machine
 MAX_KNOWN = 4096  # grammars that compiled: agents ask with the same tools again and again
 
 

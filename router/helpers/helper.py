@@ -170,7 +170,7 @@ class _Process:
                 [sys.executable, "-m", "kvferry.router.helpers.program", *([SETUP] if has_setup else [])],
                 stdin=theirs.fileno(),
                 env=env,
-                start_new_session=True,  # a terminal's Ctrl-C is the router's to act on
+                process_group=0,  # a terminal's Ctrl-C is the router's to act on
             )
         except BaseException:
             self._socket.close()

@@ -163,3 +163,17 @@ def test_forced_tokens_without_room_come_one_by_one() -> None:
     output = bench.output(batch, 9)
     bench.role.complete(batch, StepOutput([output.rows[0]._replace(forced=tuple(range(10, 30)))], 0.01, 6))
     assert bench.tokens("a") == {0: [(0, 9), (1, 10)]}, "two blocks of four have room for one more than the drawn token"
+
+
+def test_a_row_that_was_postponed_is_computed_again() -> None:
+    bench = _answering(max_tokens=20)
+    assert _forcing(bench) == (RowKind.CHUNK, 0, bench.spec("a", 6).prompt_token_ids()[:6])
+    for _ in range(3):
+        batch = bench.role.schedule()
+        assert batch is not None and batch.may_postpone
+        assert [(row.start, row.token_ids) for row in batch.rows] == [(6, [9])]
+        bench.role.complete(batch, StepOutput([RowOutput((), is_postponed=True)], 0.01, 1))
+        bench.check()
+        assert bench.tokens("a") == {0: [(0, 9)]}
+    assert _forcing(bench) == (RowKind.DECODE, 6, [9])
+    assert bench.tokens("a") == {0: [(0, 9), (1, 9)]}

@@ -7,7 +7,7 @@ is a wrong tag for the next row that reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from kvferry.common.batch import UNDRAFTED, Batch, BatchRow, RowOutput, StepOutput, verified_output
@@ -138,14 +138,16 @@ class Engine:
         oracles: dict[str, Oracle],
         num_own_layers: int,
         adapters: SimLoader,
+        postponed: Callable[[], bool],
     ) -> None:
-        """`num_own_layers`: those behind them are a draft model's."""
+        """`num_own_layers`: those behind them are a draft model's. `postponed()`: is a mask late this time?"""
         self._name = name
         self._num_own_layers = num_own_layers
         self._memory = memory
         self._pool = pool
         self._oracles = oracles
         self._adapters = adapters
+        self._postponed = postponed
         self._work: list[_Work] = []
         self._copied: set[int] = set()
         self.num_steps = 0
@@ -224,6 +226,9 @@ class Engine:
         for row, work in zip(batch.rows, self._work, strict=True):
             self._adapters.check(work.seq)
             self._check_read(work)
+            if row.seq.grammar and row.num_known_tokens == 1 and batch.may_postpone and self._postponed():
+                rows.append(RowOutput((), is_postponed=True))
+                continue
             if row.draft:
                 rows.append(verified_output(row, [(token,) for token in self._verify(row, work)]))
                 continue

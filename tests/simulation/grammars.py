@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as TokenIds
+from random import Random
 from typing import TYPE_CHECKING
 
 from kvferry.common.grammar import Grammar, GrammarBroken
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .workers import Worker
 
 LATE_S = 0.01
+_LATE_SHARE = 0.1  # of masks
 MAX_COMPILE_S = 0.05  # some steps: requests overtake those whose grammar is not ready
 
 
@@ -94,3 +96,16 @@ class SimGrammars:
     def _compiled(self, known: SimGrammar) -> None:
         known.is_ready = True
         self._worker.wake()
+
+
+class LateMasks:
+    """Some masks are late, as those are that take the library a tenth of a second."""
+
+    def __init__(self, seed: str, seen: Counter[str]) -> None:
+        self._random = Random(seed)
+        self._seen = seen
+
+    def __call__(self) -> bool:
+        is_late = self._random.random() < _LATE_SHARE
+        self._seen["rows postponed"] += is_late
+        return is_late

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+from dataclasses import replace
+
+from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.grammar import Matcher
-from kvferry.common.request import Sequence
+from kvferry.common.request import SampledToken, Sequence
+from kvferry.decode.results import StepResults
+from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.engine import masks
 
 from .planting import Planted
@@ -42,6 +48,23 @@ def _masks_before(seq: Sequence, words: bytes, draft: tuple[int, ...]) -> tuple[
     return (words,) * len(draft)
 
 
+def _complete_all(scheduler: DecodeScheduler, batch: Batch, postponed: Container[int] = ()) -> list[bool]:
+    """A row that was postponed counts as computed."""
+    return _complete(scheduler, batch)
+
+
+_complete = DecodeScheduler.complete
+
+
+def _take_postponed(results: StepResults, batch: Batch, output: StepOutput) -> None:
+    """The token that a row would have yielded without its mask is taken for the answer's."""
+    rows = [RowOutput(((SampledToken(0),),)) if row.is_postponed else row for row in output.rows]
+    _take(results, batch, replace(output, rows=rows))
+
+
+_take = StepResults.take
+
+
 BUGS = (
     Planted("a mask of another choice", frozenset({"G1"}), patches=((masks, "matcher_of", _matcher_of_first_choice),)),
     Planted(
@@ -58,6 +81,16 @@ BUGS = (
         "drafts are judged by the mask before them",
         frozenset({"G1"}),
         patches=((masks, "masks_behind", _masks_before),),
+    ),
+    Planted(
+        "a postponed row counts as computed",
+        frozenset({"I6", "crash", "hang", "I16"}),
+        patches=((DecodeScheduler, "complete", _complete_all),),
+    ),
+    Planted(
+        "a token is drawn without its mask",
+        frozenset({"I6"}),
+        patches=((StepResults, "take", _take_postponed),),
     ),
     Planted(
         "nobody waits for a grammar",

@@ -43,7 +43,7 @@ from .disk import SimDisk
 from .drafting import Drafts
 from .engine import Engine, Memory
 from .followers import Follower
-from .grammars import SimGrammars
+from .grammars import LateMasks, SimGrammars
 from .heads import HeadsMemory
 from .invariants import check_counts, check_holders, check_reservations
 from .kernel import Process, ProcessClock
@@ -80,7 +80,10 @@ class Worker:
         self.num_ranks = scenario.num_ranks[home == "decode"]
         self.memory = self._make_memory(num_blocks)
         self.adapters = SimLoader(self)
-        self.engine = Engine(place, self.memory, self.pool, world.oracles, SPEC.num_layers, self.adapters)
+        late_masks = LateMasks(f"{place} {incarnation}", world.tally.seen)
+        self.engine = Engine(
+            place, self.memory, self.pool, world.oracles, SPEC.num_layers, self.adapters, postponed=late_masks
+        )
         own = self.memory_of(0)
         self.incoming = self.make_agent(f"{place}.{incarnation:x}.0.0", own, 0)
         self.outgoing = self.make_agent(f"{place}.{incarnation:x}.out.0.0", own, 0)

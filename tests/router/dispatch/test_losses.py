@@ -337,6 +337,27 @@ def test_a_suspect_takes_one_worker_of_each_role_where_prompts_must_not_be_local
     assert not quiet.sent and not d0.sent and not fleet.dispatcher.breaches()
 
 
+def test_a_suspect_whose_pair_has_failed_runs_with_another_decode_worker() -> None:
+    fleet = Fleet(config(local_prefill=False))
+    p = fleet.join("p-0")
+    stream = fleet.submit()
+    for name in "ab":
+        d = fleet.join(f"d-{name}")
+        fleet.grant(d)
+        task = p.take(PrefillTask)
+        fleet.arrived(d, task)
+        fleet.step(d, task, tokens(0, stream.request.num_output_tokens, 1))
+        kill(fleet, d)
+    d0, d1 = fleet.join("d-0"), fleet.join("d-1")
+    fleet.grant(d0)
+    fleet.failed(d0, p.take(PrefillTask))
+    p.take(Abort)
+    fleet.clock.advance(1.0)
+    fleet.dispatcher.tick()
+    assert fleet.grant(d1).spec.request_id == stream.request.request_id
+    assert p.take(PrefillTask).spec.attempt == 3 and not fleet.dispatcher.breaches()
+
+
 def test_with_a_prefill_pool_a_suspect_runs_whole_on_one_decode_worker() -> None:
     fleet = Fleet()
     p = fleet.join("p-0")

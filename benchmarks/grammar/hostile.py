@@ -1,0 +1,239 @@
+"""Streams beside hostile schemas: how soon are these refused or answered, and who notices?
+
+    python -m kvferry.benchmarks.grammar.hostile [--rounds N] [--kinds NAME,...]
+
+One server; streams of free text, again and again, while somebody asks without pause with schemas of one kind that the
+server has never seen. Beside each such window stands one of the same requests without their schemas where the schema
+is served (a request more is noticed whatever it asks for), and one of streams alone where it is refused; which of the
+two comes first alternates. The exit code is 1 where an answer was neither 200 nor 400.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+
+from kvferry.benchmarks.shared.bars import Bar, bar_table
+from kvferry.tools.load.arguments import positive_int
+from kvferry.tools.load.environment import describe_environment
+from kvferry.tools.load.json_file import save_json
+from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.server_process import free_port, running
+
+_START_LIMIT_S = 300.0
+_TIMEOUT_S = 120.0
+_LEAST_APART_S = 0.5  # requests of one window begin so far apart: both windows of a pair have equally many or nearly
+_NUM_ANSWER_TOKENS = 8
+_MOST_REQUESTS = 50  # of a window; their bodies are made before it begins
+_GAP_BAR = 1.1  # what one such ratio of equal windows scatters by
+_MODEL = "model"
+
+JsonObject = dict[str, object]
+
+
+@dataclass(slots=True, frozen=True)
+class Kind:
+    """Schemas of one kind, no two the same."""
+
+    name: str
+    schema: Callable[[int], JsonObject]
+    is_served: bool  # else refused
+
+
+def _properties(count: int, number: int) -> JsonObject:
+    names = [f"p{number}x{each}" for each in range(count)]
+    return {"type": "object", "properties": {name: {"type": "string"} for name in names}}
+
+
+def _deep(depth: int, number: int) -> JsonObject:
+    schema: JsonObject = {"type": "string", "title": str(number)}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+_KINDS = (
+    Kind("properties-5000", lambda number: _properties(5000, number), is_served=False),
+    Kind("enum-20000", lambda number: {"enum": [f"{number}-{each}" for each in range(20_000)]}, is_served=False),
+    Kind("depth-300", lambda number: _deep(300, number), is_served=False),
+    Kind(
+        "regex",
+        lambda number: {"type": "string", "pattern": f"^(x{number}?(y{{1,60}}z?){{1,60}}){{1,60}}$"},
+        is_served=True,
+    ),
+    Kind("properties-1500", lambda number: _properties(1500, number), is_served=True),
+    Kind("enum-1900", lambda number: {"enum": [f"{number}-{each}" for each in range(1900)]}, is_served=True),
+)
+
+
+@dataclass(slots=True, frozen=True)
+class Window:
+    """What streams and their neighbour met."""
+
+    gaps_s: list[float]  # of all streams
+    answers_s: list[float]  # of the neighbour's requests
+    statuses: list[int]
+
+
+@dataclass(slots=True, frozen=True)
+class Pair:
+    kind: str
+    without: Window
+    beside: Window
+
+
+async def measure(url: str, kinds: Sequence[Kind], options: argparse.Namespace) -> list[Pair]:
+    pairs = []
+    async with httpx.AsyncClient(timeout=_TIMEOUT_S) as client:
+        windows = Windows(client, f"{url}/v1/chat/completions", options.streams, options.tokens)
+        for kind in kinds:  # starts what compiles, and warms up
+            await windows.run(kind, is_hostile=True)
+        for number in range(options.rounds):
+            for kind in kinds:
+                found = {}
+                for is_hostile in (True, False) if number % 2 else (False, True):
+                    found[is_hostile] = await windows.run(kind, is_hostile=is_hostile)
+                pairs.append(Pair(kind.name, found[False], found[True]))
+    return pairs
+
+
+class Windows:
+    """Windows of streams with a neighbour, one after the other."""
+
+    def __init__(self, client: httpx.AsyncClient, url: str, num_streams: int, num_tokens: int) -> None:
+        self._client = client
+        self._url = url
+        self._num_streams = num_streams
+        self._num_tokens = num_tokens
+        self._number = 0
+
+    async def run(self, kind: Kind, *, is_hostile: bool) -> Window:
+        """Stream until each has its tokens; the neighbour begins with them and ends when they do."""
+        bodies = [self._content(kind if is_hostile else None) for _ in range(_MOST_REQUESTS)]
+        done = asyncio.gather(*(self._gaps() for _ in range(self._num_streams)))
+        answers: list[tuple[int, float]] = []
+        while (is_hostile or kind.is_served) and bodies and not done.done():
+            began = time.perf_counter()
+            answers.append(await self._ask(bodies.pop()))
+            rest = _LEAST_APART_S - (time.perf_counter() - began)
+            await asyncio.wait([done], timeout=max(rest, 0.0))
+        gaps = [gap for stream in await done for gap in stream]
+        return Window(gaps, [seconds for _, seconds in answers], [status for status, _ in answers])
+
+    def _content(self, kind: Kind | None) -> bytes:
+        """Return a request that nobody has made, with a schema of this kind or with none."""
+        self._number += 1
+        body = _body(f"{self._number}. Make something up.", _NUM_ANSWER_TOKENS)
+        if kind is not None:
+            schema = {"name": "n", "schema": kind.schema(self._number)}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return json.dumps(body).encode()
+
+    async def _ask(self, content: bytes) -> tuple[int, float]:
+        """Return the answer's status and how long it took."""
+        began = time.perf_counter()
+        answer = await self._client.post(self._url, content=content, headers={"content-type": "application/json"})
+        return answer.status_code, time.perf_counter() - began
+
+    async def _gaps(self) -> list[float]:
+        self._number += 1
+        body = _body(f"{self._number}. Tell a long story.", self._num_tokens)
+        times = []
+        async with self._client.stream("POST", self._url, json=body | {"stream": True, "logprobs": True}) as stream:
+            if stream.status_code != 200:
+                raise RuntimeError(f"{stream.status_code}: {(await stream.aread()).decode()}")
+            async for text in stream.aiter_lines():
+                if text.startswith("data: {") and json.loads(text[6:])["choices"][0].get("logprobs"):
+                    times.append(time.perf_counter())
+        return [after - before for before, after in pairwise(times)]
+
+
+def _body(text: str, num_tokens: int) -> JsonObject:
+    return {
+        "model": _MODEL,
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": num_tokens,
+        "temperature": 1,
+        "ignore_eos": True,
+    }
+
+
+def bars(pairs: Sequence[Pair]) -> list[Bar]:
+    """Of each kind: gaps beside it over those without it, and its slowest refusal."""
+    found = []
+    for kind in dict.fromkeys(pair.kind for pair in pairs):
+        mine = [pair for pair in pairs if pair.kind == kind]
+        without, beside = ([gap for w in windows for gap in w.gaps_s] for windows in _sides(mine))
+        ratio = _quantile(beside, 0.99) / _quantile(without, 0.99)
+        found.append(Bar(f"{kind}: p99 gap, of without", ratio, _GAP_BAR, count=len(beside)))
+        found.append(Bar(f"{kind}: p99 gap without", 1e3 * _quantile(without, 0.99), None, unit="ms"))
+        answers = [one for pair in mine for one in zip(pair.beside.statuses, pair.beside.answers_s, strict=True)]
+        refused = [seconds for status, seconds in answers if status == 400]
+        if refused:
+            found.append(Bar(f"{kind}: slowest refusal", max(refused), 1.0, unit="s", count=len(refused)))
+        served = [seconds for status, seconds in answers if status == 200]
+        if served:
+            found.append(Bar(f"{kind}: answered in, p50", _quantile(served, 0.5), None, unit="s", count=len(served)))
+    statuses = [status for pair in pairs for status in pair.beside.statuses]
+    strange = sum(status not in (200, 400) for status in statuses)
+    found.append(Bar("neither answered nor refused", strange, 0, count=len(statuses)))
+    return found
+
+
+def _sides(pairs: Sequence[Pair]) -> tuple[list[Window], list[Window]]:
+    return [pair.without for pair in pairs], [pair.beside for pair in pairs]
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[int(share * (len(values) - 1))]
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    options = _parser().parse_args(argv)
+    kinds = [kind for kind in _KINDS if not options.kinds or kind.name in options.kinds.split(",")]
+    port = free_port()
+    command = [sys.executable, "-m", "kvferry", "serve", "--port", str(port), "--served-model-name", _MODEL]
+    command += options.serve_flags.split()
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as folder, running("kvferry", command, Path(folder)) as server:
+        server.wait_until_healthy(f"{url}/ready", _START_LIMIT_S)
+        pairs = asyncio.run(measure(url, kinds, options))
+    found = bars(pairs)
+    figures: dict[str, object] = {
+        "bars": [bar.as_json() for bar in found],
+        "pairs": [asdict(pair) for pair in pairs],
+        "environment": asdict(describe_environment("python -m kvferry.benchmarks.grammar.hostile", argv)),
+    }
+    save_json(figures, options.json)
+    report_console().print(bar_table("streams beside hostile schemas", found))
+    return 0 if found[-1].is_met else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kvferry.benchmarks.grammar.hostile", description=(__doc__ or "").partition("\n")[0]
+    )
+    add = parser.add_argument
+    add("--serve-flags", default="", metavar="FLAGS", help="for `kvferry serve`, in one word")
+    add("--kinds", default="", metavar="NAME,...", help=f"of {', '.join(kind.name for kind in _KINDS)} (default: all)")
+    add("--rounds", type=positive_int, default=4, metavar="N", help="pairs of each kind (default: %(default)s)")
+    add("--streams", type=positive_int, default=3, metavar="N", help="at once (default: %(default)s)")
+    add("--tokens", type=positive_int, default=200, metavar="N", help="of a stream (default: %(default)s)")
+    file = RESULTS_DIR / "grammar-hostile.json"
+    add("--json", type=Path, default=file, metavar="FILE", help="(default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
