@@ -5,10 +5,11 @@ Schedulers make a `Batch`, the engine fills tensors from it and answers with a `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 from .request import Pooling, SampledToken, Sequence
@@ -182,6 +183,15 @@ def verified_output(row: BatchRow, tokens: Iterable[tuple[SampledToken, ...]]) -
     return RowOutput((tuple(run),)) if run else RowOutput((), is_finite=False)
 
 
+def drawn_output(
+    row: BatchRow, tokens: Iterator[tuple[SampledToken, ...]], prompt_logprobs: tuple[SampledToken, ...]
+) -> RowOutput:
+    """Make a row's output of what was drawn for it, which stands next in `tokens`."""
+    if row.draft:
+        return verified_output(row, list(islice(tokens, 1 + len(row.draft))))
+    return row_output(row, next(tokens) if row.samples else (), prompt_logprobs)
+
+
 @dataclass(slots=True)
 class StepOutput:
     rows: list[RowOutput]  # as Batch.rows
@@ -189,6 +199,13 @@ class StepOutput:
     num_tokens: int
     swap_s: float = 0.0  # seconds of the step that copies from and to host memory took
     draft_s: float = 0.0  # seconds of it that the draft model took
+    is_stopped: bool = False  # it ended early, as nobody wanted it any more: its rows are postponed
+
+
+def stopped_output(batch: Batch, step_s: float, swap_s: float = 0.0) -> StepOutput:
+    """Make the output of a step that was stopped: its copies have been made, and nothing else counts."""
+    rows = [RowOutput((), is_postponed=True)] * len(batch.rows)
+    return StepOutput(rows, step_s, batch.num_tokens, swap_s, is_stopped=True)
 
 
 class GpuEvent(Protocol):

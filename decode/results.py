@@ -45,7 +45,8 @@ class StepResults:
     def take(self, batch: Batch, output: StepOutput) -> None:
         starts = [row.start for row in batch.rows]
         sampled = [row.samples for row in batch.rows]
-        self._scheduler.observe(batch, output)
+        if not output.is_stopped:
+            self._scheduler.observe(batch, output)
         postponed = {place for place, result in enumerate(output.rows) if result.is_postponed}
         alive = self._scheduler.complete(batch, postponed)
         failed = {

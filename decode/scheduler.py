@@ -57,8 +57,8 @@ class DecodeScheduler:
         self.pace = Pace(tpot_objective_s)
         self.speculation = speculation
         self.queues = Queues(max_num_seqs)
-        self._in_step = False
-        self._ended: list[Sequence] = []  # during the step that computes now: their blocks may be in use
+        self._in_step: tuple[Sequence, ...] | None = None  # those of the step that computes now
+        self._ended: list[Sequence] = []  # during it: their blocks may be in use
         self.num_preemptions = 0
 
     @property
@@ -84,8 +84,7 @@ class DecodeScheduler:
     @property
     def growth_reserve(self) -> int:
         """Blocks that a new grant must leave: one for each sequence that has some, all that the waiting ones need."""
-        needed = sum(self.blocks.num_for(seq.num_tokens) for seq in self.queues.waiting)
-        return self.queues.num_holding + needed
+        return self.queues.num_holding + sum(self.blocks.num_for(seq.num_tokens) for seq in self.queues.waiting)
 
     # --- sequences come and go -----------------------------------------------------------------------------
 
@@ -131,7 +130,7 @@ class DecodeScheduler:
             self.blocks.cache.forget(seq)
             return
         self.queues.take_holder(seq)
-        if self._in_step:
+        if self._in_step is not None:
             self._ended.append(seq)
         else:
             self.blocks.give_back(seq)
@@ -140,7 +139,7 @@ class DecodeScheduler:
 
     def schedule(self) -> Batch | None:
         """The next step, rows of one token first."""
-        assert not self._in_step, "the last step was not completed"
+        assert self._in_step is None, "the last step was not completed"
         self._fill_rows()
         rows = self._decode_rows()
         while not self.queues.running and self.queues.parked:
@@ -160,7 +159,7 @@ class DecodeScheduler:
         if self.speculation is not None:
             self.speculation.assign(rows)
         batch = self.blocks.begin(rows)
-        self._in_step = batch is not None
+        self._in_step = tuple(row.seq for row in rows) if batch is not None else None
         return batch
 
     @property
@@ -251,9 +250,8 @@ class DecodeScheduler:
     def complete(self, batch: Batch, postponed: Container[int] = ()) -> list[bool]:
         """Count the step's known tokens as computed; `accept` counts those of a draft that was right.
 
-        `postponed`: the places of the rows that count for nothing. For each row: is its sequence still there?
-        """
-        self._in_step = False
+        `postponed`: places of rows that count for nothing. For each row: is its sequence still there?"""
+        self._in_step = None
         ended, self._ended = self._ended, []
         alive = []
         for place, row in enumerate(batch.rows):
@@ -265,6 +263,11 @@ class DecodeScheduler:
         for seq in ended:
             self.blocks.give_back(seq)
         return alive
+
+    @property
+    def is_step_vain(self) -> bool:
+        """Tell whether a step computes of which nothing is wanted any more: all of its sequences have ended."""
+        return bool(self._in_step) and set(self._ended).issuperset(self._in_step or ())
 
     def accept(self, seq: Sequence, num_tokens: int) -> None:
         """Count further tokens, which the sequence has by now, as computed by the step that is complete."""

@@ -21,7 +21,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..common.batch import Batch, BatchRow, GpuEvent, RowOutput, StepOutput, row_output, verified_output
+from ..common.batch import Batch, GpuEvent, RowOutput, StepOutput, drawn_output, stopped_output
 from ..common.config import CoreSlot, EngineConfig
 from ..common.errors import ConfigError
 from ..common.kv_spec import KVCacheSpec
@@ -40,7 +40,7 @@ from .masks import with_forced, with_masks_heeded
 from .nn.decoder import Decoder
 from .nn.experts import SparseMLP
 from .nn.plan import StepPlan, plan_step, prompt_targets
-from .nn.runner import OnLayer
+from .nn.runner import OnLayer, StepStopped
 from .nn.sampling import sample_rows
 from .nn.weights import Progress, load_weights
 from .pooling import with_pooled
@@ -177,9 +177,18 @@ class Engine:
         if not batch.rows:
             self._meet()
         with self.runner.calculating():
-            rows = with_forced(batch, with_masks_heeded(batch, self._compute(batch, plan, on_layer)))
-        step_s = time.perf_counter() - began
-        return StepOutput(rows, step_s, batch.num_tokens, self.host_slots.copy_s, self._draft_s)
+            try:
+                rows = with_forced(batch, with_masks_heeded(batch, self._compute(batch, plan, on_layer)))
+            except StepStopped:
+                rows = []
+        step_s, copy_s = time.perf_counter() - began, self.host_slots.copy_s
+        if len(rows) < len(batch.rows):
+            return stopped_output(batch, step_s, copy_s)
+        return StepOutput(rows, step_s, batch.num_tokens, copy_s, self._draft_s)
+
+    def stop(self) -> None:
+        """Have the running step end soon, if it can: none of its rows is wanted any more. From any thread."""
+        self.runner.stop()
 
     def _compute(self, batch: Batch, plan: StepPlan | None, on_layer: OnLayer | None) -> list[RowOutput]:
         """Do all of a step but swapping. `plan`: the batch's, where it is known already."""
@@ -199,7 +208,7 @@ class Engine:
             sampling = sample_rows(batch)
             tokens = iter(self.runner.sample(next(logits), sampling) if sampling else ())
             prompt_tokens = self._prompt_logprobs(batch, logits) if plan.prompt_rows else repeat(())
-            rows = [_row_output(row, tokens, next(prompt_tokens)) for row in batch.rows]
+            rows = [drawn_output(row, tokens, next(prompt_tokens)) for row in batch.rows]
             if states is not None:
                 rows = with_pooled(batch, rows, states)
         self.runner.wait()
@@ -270,15 +279,6 @@ class Engine:
         with self.runner.calculating():
             for _ in self.runner.forward(step, on_layer):
                 pass
-
-
-def _row_output(
-    row: BatchRow, tokens: Iterator[tuple[SampledToken, ...]], prompt_tokens: tuple[SampledToken, ...]
-) -> RowOutput:
-    """Take from `tokens` what was drawn for this row."""
-    if row.draft:
-        return verified_output(row, list(islice(tokens, 1 + len(row.draft))))
-    return row_output(row, next(tokens) if row.samples else (), prompt_tokens)
 
 
 def _model_config(config: EngineConfig) -> ModelConfig:

@@ -19,11 +19,10 @@ from collections.abc import Callable, Mapping
 from math import exp, sqrt
 from random import Random
 
-from ..common.batch import Batch, RowOutput, StepOutput
+from ..common.batch import Batch, RowOutput, StepOutput, stopped_output
 from ..common.request import Sequence
 from ..engine.loop import StepFigures
 from ..sizing.steps import StepWork
-from ..wire.workers import StepSample
 from ..worker.core import WorkerCore
 from .costs.drafting import draft_s
 from .jobs import TOKEN, Job, yielded
@@ -77,6 +76,14 @@ class Engine:
             self._is_waking = True
             self._kernel.after(0.0, self._begin)
 
+    def stop(self) -> None:
+        """End a single step: nobody wants it. A jump ends with the step that it is in, as for any other change."""
+        step = self._step
+        if step is not None and step.num_steps == 1:
+            step.stopped_s = self._kernel.now()
+            step.version += 1
+            self._kernel.after(0.0, self._end, step, step.version)
+
     @property
     def _has_work(self) -> bool:
         """Say whether an idle engine is not asked in vain."""
@@ -109,8 +116,7 @@ class Engine:
         first_s, slope_s = self._model.step_s(work) if batch.rows else 0.0, 0.0
         if num_steps > 1:
             first_s, slope_s = self._model.run(work.decode_rows, work.decode_context)
-        factor = self._draw(num_steps)
-        drafting_s = draft_s(batch, self._model, self._spec.draft_share) * factor
+        drafting_s = draft_s(batch, self._model, self._spec.draft_share) * (factor := self._draw(num_steps))
         first_s = first_s * factor + swap_s + drafting_s
         size = self._pool.block_size
         step = Step(batch, work, start_s, num_steps, most_steps, first_s, slope_s * factor, size, swap_s, drafting_s)
@@ -139,6 +145,9 @@ class Engine:
 
     def _complete(self, step: Step, num_steps: int) -> None:
         """Give the core what the first `num_steps` steps have yielded: they are over."""
+        if step.stopped_s is not None:
+            self._give(step, stopped_output(step.batch, step.stopped_s - step.start_s, step.swap_s))
+            return
         self._take_blocks(step, num_steps - 1)
         self._sample(step, num_steps)
         last_s = step.step_s(num_steps - 1)
@@ -151,8 +160,11 @@ class Engine:
         self._num_steps += num_steps
         self._last = (last_s, num_tokens)
         self.busy_s += step.seconds(num_steps)
+        self._give(step, StepOutput(rows, last_s, num_tokens, step.swap_s, step.draft_s))
+
+    def _give(self, step: Step, output: StepOutput) -> None:
         self._step = None
-        self._core.steps.complete(step.batch, StepOutput(rows, last_s, num_tokens, step.swap_s, step.draft_s))
+        self._core.steps.complete(step.batch, output)
 
     def _tell_first(self, step: Step, fresh: list[Sequence]) -> None:
         """The first step of a jump is over: the first tokens that were decoded in it leave."""
@@ -176,15 +188,10 @@ class Engine:
             return 1
         if len(batch.rows) < self._scheduler.num_running or not self._is_settled:
             return 1
-        longest, jobs = _MAX_JUMP, self._jobs
-        for row in batch.rows:
-            seq = row.seq
-            num_missing = jobs[seq.request_id].num_tokens - len(seq.token_ids)
-            if num_missing < longest:
-                longest = num_missing
-            if not row.samples:
-                return 1
-        return longest
+        if not all(row.samples for row in batch.rows):
+            return 1
+        seqs = [row.seq for row in batch.rows]
+        return min(_MAX_JUMP, *(self._jobs[seq.request_id].num_tokens - len(seq.token_ids) for seq in seqs))
 
     def _steps_with_blocks(self, step: Step) -> int:
         """Count the jump's steps that there are blocks for; with another tier, those for which none takes a block."""
@@ -220,7 +227,7 @@ class Engine:
             return
         num_free = self._pool.num_free_blocks
         if self._has_news(num_free):
-            self._cut(step, step.over(self._kernel.now()) + 1)
+            self.end_jump()
         elif num_free < self._num_free:
             self._cut(step, self._steps_with_blocks(step))
         self._num_free = num_free
@@ -257,8 +264,7 @@ class Engine:
     def split(self) -> None:
         """Give the core what there is by now; the step that runs is a batch of its own from here on."""
         step = self._step
-        over = step.over(self._kernel.now()) if step is not None else 0
-        if step is not None and over:
+        if step is not None and (over := step.over(self._kernel.now())):
             self._complete(step, over)
             self._schedule(step.end_s(over))
 
@@ -287,13 +293,8 @@ class Engine:
 
     def _sample(self, step: Step, until: int) -> None:
         """Sample steps that have ended: every one with prompts, every eighth without."""
-        work, every = step.work, 1 if step.work.prefill_tokens else _EVERY_DECODE_STEP
+        every = 1 if step.work.prefill_tokens else _EVERY_DECODE_STEP
         first = -(-(self._num_steps + step.sampled) // every) * every - self._num_steps
-        is_plain = step.batch.rows and not step.batch.has_drafts  # as `worker.steps.Steps` has it
-        for number in range(first, until, every) if is_plain else ():
-            seconds = step.step_s(number) - step.swap_s
-            context = work.decode_context + number * work.decode_rows
-            self._core.samples.add(
-                StepSample(seconds, work.prefill_tokens, work.prefill_pairs, work.decode_rows, context)
-            )
+        for number in range(first, until, every) if step.is_plain else ():
+            self._core.samples.add(step.sample(number))
         step.sampled = max(step.sampled, until)

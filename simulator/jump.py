@@ -9,6 +9,7 @@ from math import sqrt
 from ..common.batch import Batch, RowKind
 from ..engine.samples import step_sample
 from ..sizing.steps import StepWork
+from ..wire.workers import StepSample
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +30,7 @@ class Step:
     grows_s: float = 0.0  # when the next block is taken
     sampled: int = 0  # of the jump's steps, those that samples were taken of
     version: int = 0
+    stopped_s: float | None = None  # when nobody wanted a single step any more
     fills: list[int] | None = None  # of a jump: after how many steps each row's blocks are full, in order
 
     def step_s(self, number: int) -> float:
@@ -52,6 +54,17 @@ class Step:
         while count > 0 and self.end_s(count) > now_s:
             count -= 1
         return max(self.done, min(count, most))
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether its steps are sampled, as `worker.steps.Steps` has it."""
+        return bool(self.batch.rows) and not self.batch.has_drafts
+
+    def sample(self, number: int) -> StepSample:
+        """Return what is known of the step that follows so many."""
+        work, seconds = self.work, self.step_s(number) - self.swap_s
+        context = work.decode_context + number * work.decode_rows
+        return StepSample(seconds, work.prefill_tokens, work.prefill_pairs, work.decode_rows, context)
 
     def growth(self, num_steps: int) -> int:
         """Blocks that the rows take from the jump's start until so many steps are over, to be in the next one."""

@@ -252,6 +252,9 @@ class SimWorker:
 
     # --- engine and agents --------------------------------------------------------------------------------------
 
+    def stop_step(self) -> None:
+        self.engine.stop()
+
     def wake(self) -> None:
         self.engine.wake()
 

@@ -120,6 +120,8 @@ class WorkerCore:
         if self._is_watching != wanted:
             self._is_watching = wanted
             self._effects.watch(wanted)
+        if self.roles.is_step_vain:
+            self._effects.stop_step()
         self._effects.wake()
 
     # --- routers ----------------------------------------------------------------------------------------------
@@ -245,8 +247,7 @@ class WorkerCore:
         self._changed()
         for router_id, change in self.journal.drain():
             self._effects.to_router(router_id, change)
-        is_busy = self.is_busy
-        if is_busy or self._was_busy or self._num_ticks % _IDLE_TICKS == 0:
+        if (is_busy := self.is_busy) or self._was_busy or self._num_ticks % _IDLE_TICKS == 0:
             self._effects.announce()
         self._was_busy = is_busy
         self._num_ticks += 1
@@ -265,8 +266,7 @@ class WorkerCore:
     @property
     def has_drained(self) -> bool:
         """Tell whether a drain is over: nothing is left, or its time is."""
-        until = self._drains_until
-        return until is not None and (not self.num_unfinished or self._clock.now() >= until)
+        return self._drains_until is not None and (not self.num_unfinished or self._clock.now() >= self._drains_until)
 
     @property
     def decodes(self) -> bool:

@@ -73,6 +73,10 @@ class Effects(Protocol):
         """Return what waits until all that was sent to routers so far has left this process."""
         ...
 
+    def stop_step(self) -> None:
+        """Have the running step end soon, if it can: nobody wants what it computes. Said again while that is so."""
+        ...
+
     def wake(self) -> None:
         """Have the engine ask for work: there may be some."""
         ...

@@ -98,6 +98,14 @@ class RolePair:
         tokens = sum(prompt.seq.num_uncached_tokens for prompt in self.prefill.scheduler.prompts)
         return min(MAX_STEP_S, decode.pace.room_s(decode.num_running, tokens))
 
+    @property
+    def is_step_vain(self) -> bool:
+        """Tell whether a step of the decode role computes of which nothing is wanted any more.
+
+        One of the prefill role goes on: its layers are under way to other workers, and what it computed is kept.
+        """
+        return self.decode.scheduler.is_step_vain
+
     def begin_step(self, batch: Batch) -> None:
         self._stepping.begin_step(batch)
 

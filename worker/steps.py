@@ -51,7 +51,7 @@ class Steps:
 
     def complete(self, batch: Batch, output: StepOutput) -> None:
         # Before its tokens are counted as computed. A step that verifies drafts is like none that routers reckon with.
-        is_plain = batch.rows and not batch.has_drafts
+        is_plain = batch.rows and not batch.has_drafts and not output.is_stopped
         self._sample = step_sample(batch) if is_plain else None
         self._roles.complete(batch, output)
         self._adapters_in_step = set()

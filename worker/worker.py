@@ -211,6 +211,9 @@ class Worker:
         self._deps.call_soon(left.set)
         return lambda: left.wait(_LEAVE_LIMIT_S)
 
+    def stop_step(self) -> None:
+        self._deps.engine.stop()
+
     def wake(self) -> None:
         self._lock.notify()
 

@@ -84,12 +84,22 @@ class Window:
     answers_s: list[float]  # of the neighbour's requests
     statuses: list[int]
 
+    def figures(self) -> dict[str, object]:
+        quantiles = {
+            f"gap_p{share:g}_ms": round(1e3 * _quantile(self.gaps_s, share / 100), 2) for share in (50, 90, 99)
+        }
+        answers = [round(seconds, 4) for seconds in self.answers_s]
+        return {"num_gaps": len(self.gaps_s), **quantiles, "answers_s": answers, "statuses": self.statuses}
+
 
 @dataclass(slots=True, frozen=True)
 class Pair:
     kind: str
     without: Window
     beside: Window
+
+    def figures(self) -> dict[str, object]:
+        return {"kind": self.kind, "without": self.without.figures(), "beside": self.beside.figures()}
 
 
 async def measure(url: str, kinds: Sequence[Kind], options: argparse.Namespace) -> list[Pair]:
@@ -212,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     found = bars(pairs)
     figures: dict[str, object] = {
         "bars": [bar.as_json() for bar in found],
-        "pairs": [asdict(pair) for pair in pairs],
+        "pairs": [pair.figures() for pair in pairs],
         "environment": asdict(describe_environment("python -m kvferry.benchmarks.grammar.hostile", argv)),
     }
     save_json(figures, options.json)

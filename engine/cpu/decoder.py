@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...common.cores import SharedCores
 from ..nn.attention.base import LayerPages
+from ..nn.runner import StepStopped
 from ..ranks.communicator import Communicator
 from .model import Model, NativeModel, SumOverRanks
 
@@ -65,7 +66,10 @@ class NativeDecoder:
         self._forward.argtypes = [
             *(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p),
             *(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, _OnLayer, ctypes.c_char_p),
+            ctypes.POINTER(ctypes.c_int32),
         ]
+        self._forward.restype = ctypes.c_bool
+        self._stop = ctypes.c_int32(0)
         self._logits.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
         library.kvferry_decoder_new.restype = ctypes.c_void_p
         library.kvferry_decoder_new.argtypes = [
@@ -85,17 +89,22 @@ class NativeDecoder:
         """Return on how many threads the last part of the last step ran."""
         return int(self._num_threads(self._handle))
 
+    def stop(self) -> None:
+        """Have the running step end soon. From any thread."""
+        self._stop.value = 1
+
     def forward(self, step: Step, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """Return hidden states of the wanted tokens before the final norm, [wanted, hidden_size padded to 64] float32.
 
         `on_layer(i)` is called from within, when layer i's keys and values are in the pages. What it raises is raised
-        here after the step.
+        here after the step. Raises StepStopped after `stop`, with one rank alone.
         """
         self._check(step)
+        self._stop.value = 0
         wanted = len(step.wanted) // 4
         hidden = torch.empty(wanted, self._hidden_stride)
         listener = _Listener(on_layer)
-        self._forward(
+        is_whole = self._forward(
             self._handle,
             len(step.starts) // 4,
             step.input_ids,
@@ -107,10 +116,13 @@ class NativeDecoder:
             hidden.data_ptr(),
             listener.callback,
             step.adapters or None,
+            self._stop,
         )
         self._sums.check()
         if listener.error is not None:
             raise listener.error
+        if not is_whole:
+            raise StepStopped
         return hidden
 
     def _check(self, step: Step) -> None:

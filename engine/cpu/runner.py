@@ -64,6 +64,9 @@ class NativeRunner:
     def prompt_logprobs(self, logits: Tensor, targets: Sequence[tuple[int, int]]) -> list[SampledToken]:
         return self._prompt_logprobs(logits, targets)
 
+    def stop(self) -> None:
+        self.decoder.stop()
+
     def layer_event(self) -> None:
         return None
 

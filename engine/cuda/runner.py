@@ -137,6 +137,9 @@ class CudaRunner:
         """Return when everything queued so far is done: copies, and chunks without a sample, have not waited yet."""
         torch.cuda.current_stream(self._device).synchronize()
 
+    def stop(self) -> None:
+        """A step runs to its end, which is milliseconds away."""
+
     def layer_event(self) -> GpuEvent:
         """Return an event that has passed when what is queued now is done."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

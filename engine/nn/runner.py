@@ -26,6 +26,10 @@ from .sampling import SampleRow
 OnLayer = Callable[[int], None]
 
 
+class StepStopped(Exception):
+    """Nobody wants the step any more; what it has written of its own tokens is worth nothing."""
+
+
 class Runner(Protocol):
     """Used by the engine's thread alone, under inference mode and within `calculating`."""
 
@@ -55,6 +59,10 @@ class Runner(Protocol):
 
     def prompt_logprobs(self, logits: Tensor, targets: Sequence[tuple[int, int]]) -> list[SampledToken]:
         """Judge by row i of `logits` the token targets[i][0], and report the targets[i][1] best ones."""
+        ...
+
+    def stop(self) -> None:
+        """Have the running `forward` raise StepStopped, if it can: nobody wants it. From any thread."""
         ...
 
     def layer_event(self) -> GpuEvent | None:

@@ -77,6 +77,9 @@ class TorchRunner:
     def prompt_logprobs(self, logits: Tensor, targets: Sequence[tuple[int, int]]) -> list[SampledToken]:
         return prompt_logprobs(logits, targets)
 
+    def stop(self) -> None:
+        """A step runs to its end."""
+
     def layer_event(self) -> None:
         return None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvferry.common.batch import Batch, BatchRow, GpuEvent
+from kvferry.common.batch import Batch, BatchRow, GpuEvent, RowOutput
 from kvferry.common.grammar import GrammarBroken
 from kvferry.common.request import SampledToken, SamplingParams, Sequence
 from kvferry.engine.engine import Engine
@@ -64,9 +64,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("model"), tokenizer=False, dtype="bfloat16", shape=shape)
 
 
-def _engine(model_dir: Path, name: str) -> Engine:
+def _engine(model_dir: Path, name: str, **others: object) -> Engine:
     kind = KINDS[name]
-    fields = {"block_size": BLOCK_SIZE, "max_model_len": 512} | kind.fields
+    fields = {"block_size": BLOCK_SIZE, "max_model_len": 512} | kind.fields | others
     if kind.runner == "AheadRunner":
         return LookingAhead(model_dir, **fields)
     engine = Engine(engine_config(model_dir, **fields), num_blocks=128, native=kind.native)
@@ -151,6 +151,39 @@ def test_layers_are_told_of_in_order_and_are_written_by_then(model_dir: Path, na
     assert all(event is None or event.query() for event in events), "a step has ended when its call returns"
     written = engine.kv_pages[:, seq.block_table].transpose(2, 4).flatten(1, 2)[:, :41]  # [layers, tokens, ...]
     assert bool(written.flatten(2).any(-1).all())
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("lengths", [[5, 3], [300, 100], [1600, 40]], ids=["few", "by layers", "many"])
+@every_kind
+def test_a_step_that_nobody_wants_ends_early_or_whole(
+    model_dir: Path, name: str, lengths: list[int], num_threads: int
+) -> None:
+    engine = _engine(model_dir, name, max_model_len=2048, num_threads=num_threads)
+    batch, told = Batch([]), list[int]()
+    driver, seqs = Driver(engine), [Driver(engine).add(prompt) for prompt in prompts(lengths, 500)]
+    for seq in seqs:
+        driver.grow(seq, seq.num_tokens)
+        batch.rows.append(BatchRow(seq, seq.num_tokens))
+
+    def on_layer(layer: int) -> None:
+        told.append(layer)
+        if layer == 0 and len(told) == 1:
+            engine.stop()
+
+    output = engine.step(batch, on_layer)
+    num_layers = engine.model_config.num_layers
+    if KINDS[name].runner == "NativeRunner":
+        assert output.is_stopped and output.rows == [RowOutput((), is_postponed=True)] * 2
+        assert len(told) < num_layers
+    else:
+        assert not output.is_stopped and told == list(range(num_layers))
+    told.clear()
+    again = engine.step(batch, told.append)
+    assert not again.is_stopped and told == list(range(num_layers)), "that was the last step's affair"
+    other = _engine(model_dir, name, max_model_len=2048, num_threads=num_threads)
+    whole = Driver(other).step([(Driver(other).add(seq.token_ids), seq.num_tokens) for seq in seqs])
+    assert [row.runs[0][0] for row in again.rows] == [tokens[0] for tokens in whole]
 
 
 @every_kind

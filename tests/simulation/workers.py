@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
+from random import Random
 from typing import TYPE_CHECKING, Any
 
-from kvferry.common.batch import Batch
+from kvferry.common.batch import Batch, stopped_output
 from kvferry.common.errors import TransferError
 from kvferry.engine.loop import StepFigures
 from kvferry.kvcache.blocks import BlockPool
@@ -96,6 +97,8 @@ class Worker:
         self._tells_layers = False  # that step ships: its layers are told one by one, as time passes
         self._is_waking = False
         self._step_began_s = 0.0
+        self._stops = Random(f"stops {place} {incarnation}")
+        self._is_stopped = False  # the step that computes now
         self._last_step = (0.0, 0)
         self._num_events = 0
         self._peers: dict[str, End] = {}  # sessions of those that write or read here
@@ -345,6 +348,10 @@ class Worker:
     def leaving(self) -> Callable[[], object]:
         return lambda: None  # what is said has left
 
+    def stop_step(self) -> None:
+        """What computes sees it before its end, or later: this is said again as long as it is so."""
+        self._is_stopped = self._stops.random() < 0.5
+
     def wake(self) -> None:
         if self._batch is None and not self._is_waking:
             self._is_waking = True
@@ -430,7 +437,7 @@ class Worker:
             return
         world = self.world
         world.pass_point("step", self)
-        self._batch, self._step_began_s = batch, world.kernel.now
+        self._batch, self._step_began_s, self._is_stopped = batch, world.kernel.now, False
         self._tells_layers = self.core.roles.stepping == "prefill"
         self.core.steps.begin_step(batch)
         self.engine.begin(batch)
@@ -453,10 +460,15 @@ class Worker:
     def _end_step(self) -> None:
         batch = self._batch
         assert batch is not None
-        for layer in range(self.memory.num_layers - 1 if self._tells_layers else 0, self.memory.num_layers):
-            self._on_layer(layer)
         step_s = self.world.kernel.now - self._step_began_s
-        output = self.engine.end(batch, step_s)
+        num_layers = self.memory.num_layers // 2 if self._is_stopped else self.memory.num_layers
+        for layer in range(self.memory.num_layers - 1 if self._tells_layers else 0, num_layers):
+            self._on_layer(layer)
+        if self._is_stopped:
+            self.world.tally.seen["steps stopped"] += 1
+            output = stopped_output(batch, step_s)
+        else:
+            output = self.engine.end(batch, step_s)
         self._batch, self._last_step = None, (step_s, output.num_tokens)
         self.core.steps.complete(batch, output)
         self.core.steps.note_turn(step_s - output.swap_s)

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from kvferry.common.batch import stopped_output
 from kvferry.prefill.scheduler import MAX_STEP_S
 from kvferry.wire.results import ChoiceTokens, FirstToken, Grant, HandoffDone, NoCapacity, TaskRefused
 from kvferry.wire.tasks import Abort, LocalTask, ReserveKV
@@ -232,3 +233,19 @@ def test_whatever_changes_when_every_answer_is_whole_and_every_block_comes_back(
     assert answered | set(bench.shipping.shipped) == set(lengths) and len(lengths) > 20
     assert bench.both.is_quiet and bench.pool.num_owned_blocks == 0
     assert max(lengths.values()) > BLOCK
+
+
+def test_a_step_is_vain_when_all_of_its_answers_have_ended() -> None:
+    bench = BothBench()
+    for name in ("a", "b", "c"):
+        bench.send(LocalTask(spec=bench.spec(name, 6)))
+    batch = bench.both.schedule()
+    assert batch is not None and len(batch.rows) == 3
+    is_vain = []
+    for message in (*(Abort(request_id=name, attempt=0) for name in "abc"), LocalTask(spec=bench.spec("d", 6))):
+        bench.send(message)
+        is_vain.append(bench.both.is_step_vain)
+    bench.both.complete(batch, stopped_output(batch, 0.001))
+    assert [*is_vain, bench.both.is_step_vain] == [False, False, True, True, False]
+    bench.run()
+    assert bench.tokens("d") == WHOLE and bench.both.is_quiet and bench.pool.num_owned_blocks == 0

@@ -43,18 +43,21 @@ public:
     long block_size() const { return w_.model.block_size; }
     int num_threads() const { return threads_.size(); }
 
-    void forward(Step& step) {
+    // False: it was stopped. With several ranks no step is, as all of them would have to know.
+    bool forward(Step& step) {
         plan_attention(step, w_.model, threads_.max_size());
         w_.reserve(step);
         stages_.reset();
+        bool is_whole = true;
         if (w_.model.sum_over_ranks != nullptr) {
             ranks_.forward(step);
         } else if (step.num_tokens <= ManyTokens::least(threads_.max_size())) {
-            few_.forward(step);
+            is_whole = few_.forward(step);
         } else {
-            many_.forward(step);
+            is_whole = many_.forward(step);
         }
         threads_.leave();
+        return is_whole;
     }
 
     void logits(long rows, const float* hidden, float* logits) {
@@ -129,12 +132,12 @@ void kvferry_decoder_free(void* decoder) { delete static_cast<Decoder*>(decoder)
 // `rows` rows, each `lengths[i]` tokens from position `starts[i]` on; their tokens packed in `input_ids`. `block_ids`:
 // each row's blocks up to its last token's, row after row. `hidden` gets the states of the `wanted` packed tokens, each
 // once. `on_layer(i)` is called when layer i's keys and values are in the pages; null: nobody asked. `adapters`: the slot
-// of each row's, below 0 for none; null: no row has one.
-void kvferry_decoder_forward(void* decoder, int rows, const std::int32_t* input_ids, const std::int32_t* starts,
+// of each row's, below 0 for none; null: no row has one. `stop`: read while it runs; false is returned where it was not 0.
+bool kvferry_decoder_forward(void* decoder, int rows, const std::int32_t* input_ids, const std::int32_t* starts,
                              const std::int32_t* lengths, const std::int32_t* block_ids, int num_wanted,
                              const std::int32_t* wanted, float* hidden, void (*on_layer)(int),
-                             const std::int32_t* adapters) {
-    Step step{0, input_ids, {}, num_wanted, wanted, hidden, on_layer, {}, {}, {}, {}};
+                             const std::int32_t* adapters, const std::int32_t* stop) {
+    Step step{0, input_ids, {}, num_wanted, wanted, hidden, on_layer, stop, {}, {}, {}, {}};
     auto* self = static_cast<Decoder*>(decoder);
     for (int row = 0; row < rows; row++) {
         step.rows.push_back({step.num_tokens, starts[row], lengths[row], block_ids});
@@ -142,7 +145,7 @@ void kvferry_decoder_forward(void* decoder, int rows, const std::int32_t* input_
         block_ids += (starts[row] + lengths[row] - 1) / self->block_size() + 1;
     }
     set_adapters(step, adapters);
-    self->forward(step);
+    return self->forward(step);
 }
 
 // Those that the last part of the last step ran on.

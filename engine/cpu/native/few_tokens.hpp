@@ -20,14 +20,20 @@ class FewTokens {
 public:
     FewTokens(Workspace& workspace, Stages& stages, Threads& threads) : w_(workspace), stages_(stages), threads_(threads) {}
 
-    void forward(const Step& step) {
+    // False: it was stopped.
+    bool forward(const Step& step) {
         if (step.num_tokens > kPanelRows) return forward_by_layers(step);
+        is_stopped_ = false;
         threads_.run([&](Team::Member& by) {
             stages_.begin(step, by);
             by.meet();
-            for (std::size_t index = 0; index < w_.layers.size(); index++) compute(step, index, by);
-            finish_last(step, by);
+            for (std::size_t index = 0; index < w_.layers.size() && !is_stopped_; index++) {
+                compute(step, index, by);
+                if (index % kLayersToStop == 0) agree_to_stop(step, by);
+            }
+            if (!is_stopped_) finish_last(step, by);
         });
+        return !is_stopped_;
     }
 
     // The last layer from attention on, for the wanted tokens alone. Within a job, by all threads.
@@ -40,12 +46,21 @@ public:
 
 private:
     // A longer step asks anew before each layer which cores are to spare.
-    void forward_by_layers(const Step& step) {
+    bool forward_by_layers(const Step& step) {
         threads_.run([&](Team::Member& by) { stages_.begin(step, by); });
         for (std::size_t index = 0; index < w_.layers.size(); index++) {
+            if (step.is_stopped()) return false;
             threads_.run([&](Team::Member& by) { compute(step, index, by); });
         }
         threads_.run([&](Team::Member& by) { finish_last(step, by); });
+        return true;
+    }
+
+    // All threads go on, or none: what one of them has seen is told between two meetings.
+    void agree_to_stop(const Step& step, Team::Member& by) {
+        by.meet();
+        if (by.rank() == 0) is_stopped_ = step.is_stopped();
+        by.meet();
     }
 
     // A layer; of the last one its keys and values alone.
@@ -88,7 +103,10 @@ private:
         if (layer.experts != nullptr) stages_.add_experts(layer, x, x, attended.count, by);
     }
 
+    static constexpr std::size_t kLayersToStop = 4;  // to look once in so many: two more meetings each time
+
     Workspace& w_;
     Stages& stages_;
     Threads& threads_;
+    bool is_stopped_ = false;
 };

@@ -22,15 +22,18 @@ public:
     ManyTokens(Workspace& workspace, Stages& stages, Threads& threads, FewTokens& few)
         : w_(workspace), stages_(stages), threads_(threads), few_(few), panels_taken_(workspace.layers.size()) {}
 
-    void forward(const Step& step) {
+    // False: it was stopped.
+    bool forward(const Step& step) {
         plan(step.num_tokens);
         threads_.run([&](Team::Member& by) { stages_.begin(step, by); });
         for (std::size_t index = 0; index < w_.layers.size(); index++) {
+            if (step.is_stopped()) return false;
             threads_.run([&](Team::Member& by) { project_and_attend(step, index, by); });
             if (w_.layers[index].experts == nullptr || index + 1 == w_.layers.size()) continue;
             finish_sparse(w_.layers[index], w_.residual(0), w_.attended_rows(step));
         }
         threads_.run([&](Team::Member& by) { few_.finish_last(step, by); });
+        return true;
     }
 
 private:

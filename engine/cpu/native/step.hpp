@@ -37,9 +37,12 @@ struct Step {
     const std::int32_t* wanted;  // [num_wanted]
     float* hidden;               // [num_wanted][hidden_size padded to 64]
     void (*on_layer)(int);       // null: nobody asked
+    const std::int32_t* stop;    // not 0: nobody wants the step any more, somebody says so while it runs
     std::vector<Piece> pieces;       // all attention of a layer
     std::vector<Piece> last_pieces;  // that of the last layer: of the wanted tokens alone
     std::vector<std::int32_t> slots, last_slots;  // of the adapters of all tokens, of the wanted ones; empty: none has one
+
+    bool is_stopped() const { return __atomic_load_n(stop, __ATOMIC_RELAXED) != 0; }
 
     const std::int32_t* slots_from(long token) const { return slots.empty() ? nullptr : slots.data() + token; }
     const std::int32_t* last_slots_from(long row) const { return last_slots.empty() ? nullptr : last_slots.data() + row; }

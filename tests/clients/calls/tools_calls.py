@@ -59,7 +59,7 @@ def aiperf(server: Server) -> object:
     with tempfile.TemporaryDirectory() as folder:
         words = ("--model", server.model, "--url", server.url, "--endpoint-type", "chat", "--streaming")
         shape = ("--request-count", "4", "--concurrency", "2", "--prompt-input-tokens-mean", "32", "--ui", "none")
-        tokens = ("--output-tokens-mean", "8", "--tokenizer", "builtin")
+        tokens = ("--output-tokens-mean", "8", "--tokenizer", str(server.tokenizer))
         return "Time to First Token" in _run("aiperf", "profile", *words, *shape, *tokens, folder=folder)
 
 
