@@ -53,6 +53,51 @@ protected:
     template <class Score>
     void attend(const StoredPages& stored, int kv_heads, long begin, long first, long last, const Element* sinks, Element* out,
                 Score score) {
+        add_up(stored, kv_heads, begin, first, last, sinks, score);
+        for (int head = 0; head < kv_heads * group_; head++) {
+            store_in_order(sums(head), head_dim_, repeat(1.0f / softmax_.total(head)), out + head * head_dim_);
+        }
+    }
+
+    // The same for some of the keys: to `part`, `part_size` numbers.
+    template <class Score>
+    void attend_part(const StoredPages& stored, int kv_heads, long begin, long first, long last, const Element* sinks,
+                     float* part, Score score) {
+        add_up(stored, kv_heads, begin, first, last, sinks, score);
+        for (int head = 0; head < kv_heads * group_; head++, part += stride_ + 2) {
+            std::copy_n(sums(head), stride_, part);
+            part[stride_] = softmax_.most(head);
+            part[stride_ + 1] = softmax_.total(head);
+        }
+    }
+
+    float* scores(int head) { return scores_.data() + head * kScoreStride; }
+
+public:
+    // The results of a token's parts together: out [kv_heads * group][head_dim].
+    void join(const float* parts, int num_parts, int kv_heads, Element* out) {
+        const int heads = kv_heads * group_;
+        for (int head = 0; head < heads; head++, parts += stride_ + 2) {
+            const long next = heads * (stride_ + 2);
+            float most = parts[stride_], total = 0.0f;
+            for (int i = 1; i < num_parts; i++) most = std::max(most, parts[i * next + stride_]);
+            float* const joined = sums(head);
+            std::fill_n(joined, stride_, 0.0f);
+            for (int i = 0; i < num_parts; i++) {
+                const float* const part = parts + i * next;
+                const float factor = softmax_.factor(part[stride_], most);
+                for (long at = 0; at < stride_; at += 16) {
+                    store(joined + at, fma(load(part + at), repeat(factor), load(joined + at)));
+                }
+                total += factor * part[stride_ + 1];
+            }
+            store_in_order(joined, head_dim_, repeat(1.0f / total), out + head * head_dim_);
+        }
+    }
+
+private:
+    template <class Score>
+    void add_up(const StoredPages& stored, int kv_heads, long begin, long first, long last, const Element* sinks, Score score) {
         const int heads = kv_heads * group_;
         softmax_.reset(heads, sinks, heads);
         std::fill_n(sums_.begin(), heads * stride_, 0.0f);
@@ -68,13 +113,9 @@ protected:
             }
             for (int kv = 0; kv < kv_heads; kv++) add_values(pages.of_head(kv), begin, visible, end, kv * group_);
         }
-        for (int head = 0; head < heads; head++) {
-            store_in_order(sums(head), head_dim_, repeat(1.0f / softmax_.total(head)), out + head * head_dim_);
-        }
     }
 
-    float* scores(int head) { return scores_.data() + head * kScoreStride; }
-
+protected:
     // Pages are scattered, so that the processor cannot guess what comes next: it is told. For the keys of a block from
     // `key` on: those some blocks further on, and where these are a token's first ones, all up to there.
     void fetch_ahead(const Pages& pages, int kv_heads, long key, bool is_first, long last) const {
@@ -154,23 +195,41 @@ public:
     Attention(int group, int kv_heads, int head_dim, float cap)
         : TokenAttention(group, kv_heads, head_dim, cap), queries_(kv_heads * group * stride_) {}
 
-    // Attend with queries [kv_heads * group][head_dim] over the keys [first, last), and the heads' sinks unless null; the
-    // result is as large as they, and may be where they are.
-    void attend(const StoredPages& stored, int kv_heads, const Element* queries, long first, long last, const Element* sinks,
-                Element* out) {
+private:
+    // Returns where tiles begin.
+    long begin(const StoredPages& stored, int kv_heads, const Element* queries, long first) {
         for (int head = 0; head < kv_heads * group_; head++) {
             set_query(queries + head * head_dim_, head_dim_, queries_.data() + head * stride_);
         }
-        const long start = first / stored.block_size * stored.block_size;
-        TokenAttention::attend(stored, kv_heads, start, first, last, sinks, out,
-                               [&](const Pages& pages, long begin, long, long end) {
+        return first / stored.block_size * stored.block_size;
+    }
+
+    // What scores the keys of a tile.
+    auto scoring(int kv_heads, long start, long last) {
+        return [this, kv_heads, start, last](const Pages& pages, long begin, long, long end) {
             const long step = std::min(16L, pages.block_size);
             for (long key = begin; key < end; key += step) {
                 if (key % pages.block_size == 0) fetch_ahead(pages, kv_heads, key, key == start, last);
                 for (int kv = 0; kv < kv_heads; kv++) score(pages.of_head(kv), begin, key, end, kv * group_);
                 read_values(pages, kv_heads, key, std::min(key + step, end));
             }
-        });
+        };
+    }
+
+public:
+    // Attend with queries [kv_heads * group][head_dim] over the keys [first, last), and the heads' sinks unless null; the
+    // result is as large as they, and may be where they are.
+    void attend(const StoredPages& stored, int kv_heads, const Element* queries, long first, long last, const Element* sinks,
+                Element* out) {
+        const long start = begin(stored, kv_heads, queries, first);
+        TokenAttention::attend(stored, kv_heads, start, first, last, sinks, out, scoring(kv_heads, start, last));
+    }
+
+    // The same for some of the keys.
+    void attend_part(const StoredPages& stored, int kv_heads, const Element* queries, long first, long last,
+                     const Element* sinks, float* part) {
+        const long start = begin(stored, kv_heads, queries, first);
+        TokenAttention::attend_part(stored, kv_heads, start, first, last, sinks, part, scoring(kv_heads, start, last));
     }
 
 private:

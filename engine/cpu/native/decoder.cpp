@@ -45,9 +45,9 @@ public:
 
     // False: it was stopped. With several ranks no step is, as all of them would have to know.
     bool forward(Step& step) {
-        plan_attention(step, w_.model, threads_.max_size());
+        plan_attention(step, w_.model, threads_.max_size(), w_.is_exact);
         w_.reserve(step);
-        stages_.reset();
+        stages_.reset(step);
         bool is_whole = true;
         if (w_.model.sum_over_ranks != nullptr) {
             ranks_.forward(step);

@@ -98,6 +98,24 @@ public:
         }
     }
 
+    // A part of a piece to `memory`, where all of its parts stand.
+    void attend_part(const Layer& layer, const Piece& piece, const Element* queries, float* memory, HeadScratch& own) const {
+        const StoredPages pages = this->pages(layer, piece.kv_head, *piece.row);
+        const long last = piece.keys(), first = PromptAttention::first_key(last - 1, layer.attention.window);
+        const long start = first / kTileKeys * kTileKeys;
+        const Range tiles = share((last - start + kTileKeys - 1) / kTileKeys, piece.part, piece.parts);
+        const Range keys{std::max(first, start + tiles.first * kTileKeys), std::min(last, start + tiles.last * kTileKeys)};
+        const Element* sinks = piece.part > 0 || layer.attention.sinks == nullptr ? nullptr
+                                                                                  : layer.attention.sinks + piece.kv_head * group();
+        memory += piece.part * part_size(m_, piece.kv_heads);
+        own.attention.attend_part(pages, piece.kv_heads, queries, keys.first, keys.last, sinks, memory);
+    }
+
+    // All parts' results to `out`.
+    void join(const Piece& piece, const float* memory, Element* out, HeadScratch& own) const {
+        own.attention.join(memory, piece.parts, piece.kv_heads, out);
+    }
+
 private:
     struct Norm {
         const Element* weight;  // null: none

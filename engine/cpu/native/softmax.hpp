@@ -27,6 +27,10 @@ public:
     }
 
     float total(long row) const { return total_[row]; }
+    float most(long row) const { return most_[row]; }
+
+    // What weights relative to the score `most` are multiplied by to be relative to the score `larger`.
+    float factor(float most, float larger) const { return __builtin_exp2f((most - larger) * scale_); }
 
     // A row's next `width` scores, products of queries and keys, which it may change, to weights; zero outside of the keys that it sees.
     // Returns the factor for what it has summed up before. Never inlined: whoever calls it gets the same bits.

@@ -15,8 +15,10 @@ public:
     explicit Stages(Workspace& workspace) : w_(workspace), pieces_taken_(workspace.layers.size()) {}
 
     // By one thread, before the others begin.
-    void reset() {
+    void reset(const Step& step) {
         for (Counter& taken : pieces_taken_) taken.reset();
+        if (long(parts_done_.size()) < step.num_splits) parts_done_ = std::vector<Counter>(step.num_splits);
+        for (Counter& done : parts_done_) done.reset();
     }
 
     // Tokens' embeddings and rotations.
@@ -48,7 +50,13 @@ public:
         pieces_taken_[index].take(long(pieces.size()), [&](long i) {
             const Piece& piece = pieces[i];
             Element* heads = attended(piece.row->token + piece.first) + piece.kv_head * w_.heads.group() * w_.model.head_dim;
-            w_.heads.attend(w_.layers[index], piece, heads, w_.strides.attended, w_.own(by).heads);
+            HeadScratch& own = w_.own(by).heads;
+            if (piece.parts == 1) return w_.heads.attend(w_.layers[index], piece, heads, w_.strides.attended, own);
+            float* const memory = w_.parts.data() + piece.memory;
+            w_.heads.attend_part(w_.layers[index], piece, heads, memory, own);
+            if (!parts_done_[piece.split].is_last(piece.parts)) return;
+            parts_done_[piece.split].reset();
+            w_.heads.join(piece, memory, heads, own);
         });
     }
 
@@ -100,4 +108,5 @@ private:
 
     Workspace& w_;
     std::vector<Counter> pieces_taken_;  // of each layer's attention
+    std::vector<Counter> parts_done_;    // of each piece that is cut
 };

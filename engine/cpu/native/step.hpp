@@ -14,13 +14,17 @@ struct Row {
     const std::int32_t* blocks;
 };
 
-// Attention of `tokens` tokens of a row, from the row's token `first` on, for `kv_heads` KV heads from `kv_head` on.
+// Attention of `tokens` tokens of a row, from the row's token `first` on, for `kv_heads` KV heads from `kv_head` on. One
+// token's may be cut by its keys into parts, which are joined by whoever is done last.
 struct Piece {
     const Row* row;
     long first, tokens;
     int kv_head, kv_heads;
+    int part = 0, parts = 1;
+    long split = 0, memory = 0;  // which of the step's cuts this is; where its first part leaves its sums
 
-    long cost() const { return tokens * (row->start + first + tokens) * kv_heads; }
+    long keys() const { return row->start + first + tokens; }
+    long cost() const { return tokens * keys() * kv_heads / parts; }
 };
 
 // KV heads that one token attends to together, at most.
@@ -40,6 +44,7 @@ struct Step {
     const std::int32_t* stop;    // not 0: nobody wants the step any more, somebody says so while it runs
     std::vector<Piece> pieces;       // all attention of a layer
     std::vector<Piece> last_pieces;  // that of the last layer: of the wanted tokens alone
+    long num_splits = 0, split_memory = 0;  // of pieces that are cut in one layer, at most
     std::vector<std::int32_t> slots, last_slots;  // of the adapters of all tokens, of the wanted ones; empty: none has one
 
     bool is_stopped() const { return __atomic_load_n(stop, __ATOMIC_RELAXED) != 0; }
@@ -69,9 +74,37 @@ inline void add_pieces(std::vector<Piece>& pieces, const Row& row, Range tokens,
     }
 }
 
+constexpr long kLeastPartKeys = 512;  // fewer are attended to sooner than parts are joined
+
+// What a part of a piece leaves: for each of its query heads the sums of values, the largest score and the sum of weights.
+inline long part_size(const Model& model, int kv_heads) {
+    return kv_heads * (model.num_qo_heads / model.num_kv_heads) * (padded(model.head_dim, 32) + 2);
+}
+
+// Pieces of more than half of a thread's part of all are cut by their keys, so that threads end together.
+inline void cut_pieces(std::vector<Piece>& pieces, Step& step, const Model& model, int threads, long all) {
+    std::vector<Piece> cut;
+    long splits = 0, memory = 0;
+    for (const Piece& piece : pieces) {
+        const long wanted = (piece.cost() * 2 * threads + all - 1) / std::max(all, 1L);
+        const int parts = piece.tokens > 1 ? 1 : int(std::min(wanted, piece.keys() / kLeastPartKeys));
+        if (parts <= 1) {
+            cut.push_back(piece);
+            continue;
+        }
+        for (int part = 0; part < parts; part++) {
+            cut.push_back(piece);
+            cut.back().part = part, cut.back().parts = parts, cut.back().split = splits, cut.back().memory = memory;
+        }
+        splits++, memory += parts * part_size(model, piece.kv_heads);
+    }
+    pieces = std::move(cut);
+    step.num_splits = std::max(step.num_splits, splits), step.split_memory = std::max(step.split_memory, memory);
+}
+
 // Several KV heads of one token become a piece, whose keys are read faster than head by head, as long as no thread has
-// more than its part of all by that. The dearest come first, so that threads end together.
-inline void share_pieces(std::vector<Piece>& pieces, const Model& model, int threads) {
+// more than its part of all by that, or it may be cut. The dearest come first, so that threads end together.
+inline void share_pieces(std::vector<Piece>& pieces, Step& step, const Model& model, int threads, bool may_cut) {
     long all = 0;
     for (const Piece& piece : pieces) all += piece.cost();
     const int most = kv_heads_at_once(model);
@@ -79,18 +112,22 @@ inline void share_pieces(std::vector<Piece>& pieces, const Model& model, int thr
     for (const Piece& piece : pieces) {
         Piece* last = kept == 0 ? nullptr : &pieces[kept - 1];
         const bool is_next = last != nullptr && piece.tokens == 1 && last->row == piece.row && last->first == piece.first;
-        if (is_next && last->kv_heads < most && last->cost() * threads < all) {
+        const bool is_long = may_cut && piece.keys() >= 2 * kLeastPartKeys;
+        if (is_next && last->kv_heads < most && (is_long || last->cost() * threads < all)) {
             last->kv_heads++;
         } else {
             pieces[kept++] = piece;
         }
     }
     pieces.resize(kept);
+    if (may_cut) cut_pieces(pieces, step, model, threads, all);
     std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.cost() > b.cost(); });
 }
 
-// Fills both lists of pieces from the rows and the wanted tokens.
-inline void plan_attention(Step& step, const Model& model, int threads) {
+// Fills both lists of pieces from the rows and the wanted tokens. Where a token's pieces are cut its result depends on who
+// shares the step and its threads, by roundings.
+inline void plan_attention(Step& step, const Model& model, int threads, bool is_exact) {
+    const bool may_cut = threads > 1 && !is_exact && !model.has_int8_pages;
     for (const Row& row : step.rows) add_pieces(step.pieces, row, {0, row.length}, model);
     std::vector<std::int32_t> wanted(step.wanted, step.wanted + step.num_wanted);
     std::sort(wanted.begin(), wanted.end());
@@ -103,6 +140,6 @@ inline void plan_attention(Step& step, const Model& model, int threads) {
             add_pieces(step.last_pieces, row, {first, last}, model);
         }
     }
-    share_pieces(step.pieces, model, threads);
-    share_pieces(step.last_pieces, model, threads);
+    share_pieces(step.pieces, step, model, threads, may_cut);
+    share_pieces(step.last_pieces, step, model, threads, may_cut);
 }

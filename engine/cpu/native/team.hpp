@@ -65,6 +65,9 @@ public:
         for (long i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) job(i);
     }
 
+    // Counts one of `count` things that are done: all that was written for them is seen by whom it tells of the last.
+    bool is_last(long count) { return next_.fetch_add(1, std::memory_order_acq_rel) + 1 == count; }
+
 private:
     alignas(64) std::atomic<long> next_{0};
 };

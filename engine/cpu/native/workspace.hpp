@@ -39,6 +39,7 @@ struct Workspace {
         grow(residuals, step.num_tokens * strides.hidden);
         grow(attended, step.num_tokens * strides.attended);
         grow(last_attended, step.num_wanted * strides.attended);
+        grow(parts, step.split_memory);
         heads.reserve(step.num_tokens);
         for (const Layer& layer : layers) {
             if (layer.experts == nullptr) continue;
@@ -69,6 +70,7 @@ struct Workspace {
     HeadMath heads;
     Lines<float> residuals;
     Lines<Element> attended, last_attended;  // queries, then attention's result; padding stays zero
+    Lines<float> parts;                  // of attention that is cut
     Panel shared{strides};
     ExpertMemory experts;
     std::vector<std::unique_ptr<ThreadSpace>> threads;

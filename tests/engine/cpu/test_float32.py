@@ -18,6 +18,7 @@ from ...checkpoints import write_checkpoint
 from ...engine_driver import make_engine, prompts
 from ...transformers_checkpoints import write_model
 from .test_build import FEW_TOKENS, MANY_TOKENS, SAMPLING, VARIANTS, Recorded, Shape, assert_exact
+from .test_cut_attention import MODELS, gap_of_threads, write_long_model
 from .test_native_experts import QWEN3
 
 TOLERANCE = 1e-5  # of the range of logits, and of the largest entry of pages
@@ -82,3 +83,8 @@ def test_a_set_without_float32_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert build.usable_sets(is_float32=True) == build.usable_sets("avx2", is_float32=True) == list(FLOAT32_SETS)
     with pytest.raises(ConfigError, match="cpu_isa: amx computes bfloat16 alone; for float32 use auto or avx2"):
         build.usable_sets("amx", is_float32=True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_that_is_cut_into_parts_is_the_whole_but_for_roundings(name: str, tmp_path: Path) -> None:
+    assert 0 < gap_of_threads(write_long_model(tmp_path, name), (3000, 17), dtype="float32") <= 1e-5
