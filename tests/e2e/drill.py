@@ -9,12 +9,15 @@ Drill.settle         every worker is there, no block is held and none is in quar
 from __future__ import annotations
 
 import asyncio
+import signal
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
+
+import psutil
 
 from kvferry.common.config import FAILPOINTS_VARIABLE
 from kvferry.tools.chaos.client import send
@@ -154,6 +157,7 @@ class Drill:
 @dataclass
 class LocalDrill(Drill):
     cluster: Cluster = field(kw_only=True)
+    killed: dict[str, psutil.Process] = field(default_factory=dict)
 
     def send(self, asks: Sequence[Ask], when_flowing: Callable[[], None]) -> dict[int, list[RequestEvent]]:
         return asyncio.run(self._send(asks, when_flowing))
@@ -185,8 +189,24 @@ class LocalDrill(Drill):
     def log_tail(self) -> str:
         return self.cluster.log.read_text()[-3000:]
 
-    def signal(self, worker_ids: Sequence[str], number: int) -> None:
-        """To all at once."""
-        children = [self.cluster.children(f'"worker_id":"{worker_id}"') for worker_id in worker_ids]
-        for [child] in children:
-            child.send_signal(number)
+    def kill(self, worker_ids: Sequence[str]) -> None:
+        """All at once. `settle` waits for others in their places: nobody may have noticed yet that they are gone."""
+        for worker_id in worker_ids:
+            [self.killed[worker_id]] = self._children(worker_id)
+        for child in self.killed.values():
+            child.send_signal(signal.SIGKILL)
+
+    def settle(self, *, quarantine_ends: bool = True) -> None:
+        def is_replaced() -> bool:
+            try:
+                now = {name: [child.pid for child in self._children(name)] for name in self.killed}
+            except psutil.Error:  # one of them has just gone
+                return False
+            return all(now[name] not in ([], [killed.pid]) for name, killed in self.killed.items())
+
+        wait_until(is_replaced, f"others than {[*self.killed]}", _SETTLED_WITHIN_S)
+        self.killed.clear()
+        super().settle(quarantine_ends=quarantine_ends)
+
+    def _children(self, worker_id: str) -> list[psutil.Process]:
+        return self.cluster.children(f'"worker_id":"{worker_id}"')

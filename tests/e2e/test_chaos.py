@@ -72,7 +72,7 @@ def test_streams_are_whole_though_a_block_is_not_what_was_written(drill: LocalDr
 def test_streams_are_whole_though_workers_of_both_pools_die_at_once(
     drill: LocalDrill, victims: tuple[str, ...]
 ) -> None:
-    drill.check(drill.stream(when_flowing=lambda: drill.signal(victims, signal.SIGKILL)))
+    drill.check(drill.stream(when_flowing=lambda: drill.kill(victims)))
     drill.settle(quarantine_ends=False)
 
 
