@@ -24,10 +24,10 @@ metric_list: [{metric: acc}]
 """
 
 
-def _run(*words: str, folder: str | None = None) -> str:
+def _run(*words: str, folder: str | None = None, is_offline: bool = True) -> str:
     """Run a command of this environment, and return what it prints. Raises where it fails."""
     command = Path(sys.executable).parent / words[0]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}  # the tokenizer is here
+    env = {**os.environ, **({"HF_HUB_OFFLINE": "1"} if is_offline else {})}  # the tokenizer is here
     argv = [str(command) if command.exists() else words[0], *words[1:]]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT_S, cwd=folder, check=False, env=env)
     if done.returncode and "Failed to resolve" in done.stdout + done.stderr:
@@ -60,7 +60,10 @@ def aiperf(server: Server) -> object:
         words = ("--model", server.model, "--url", server.url, "--endpoint-type", "chat", "--streaming")
         shape = ("--request-count", "4", "--concurrency", "2", "--prompt-input-tokens-mean", "32", "--ui", "none")
         tokens = ("--output-tokens-mean", "8", "--tokenizer", str(server.tokenizer))
-        return "Time to First Token" in _run("aiperf", "profile", *words, *shape, *tokens, folder=folder)
+        # Told to be offline it takes a folder for the name of a repository.
+        return "Time to First Token" in _run(
+            "aiperf", "profile", *words, *shape, *tokens, folder=folder, is_offline=False
+        )
 
 
 @CALLS.works("guidellm")
