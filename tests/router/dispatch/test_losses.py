@@ -337,9 +337,8 @@ def test_a_suspect_takes_one_worker_of_each_role_where_prompts_must_not_be_local
     assert not quiet.sent and not d0.sent and not fleet.dispatcher.breaches()
 
 
-def test_a_suspect_whose_pair_has_failed_runs_with_another_decode_worker() -> None:
-    fleet = Fleet(config(local_prefill=False))
-    p = fleet.join("p-0")
+def suspect_of_handoffs(fleet: Fleet, p: Link) -> TokenStream:
+    """A request whose prompt `p` has shipped to two decode workers that were lost with it."""
     stream = fleet.submit()
     for name in "ab":
         d = fleet.join(f"d-{name}")
@@ -348,6 +347,13 @@ def test_a_suspect_whose_pair_has_failed_runs_with_another_decode_worker() -> No
         fleet.arrived(d, task)
         fleet.step(d, task, tokens(0, stream.request.num_output_tokens, 1))
         kill(fleet, d)
+    return stream
+
+
+def test_a_suspect_whose_pair_has_failed_runs_with_another_decode_worker() -> None:
+    fleet = Fleet(config(local_prefill=False))
+    p = fleet.join("p-0")
+    stream = suspect_of_handoffs(fleet, p)
     d0, d1 = fleet.join("d-0"), fleet.join("d-1")
     fleet.grant(d0)
     fleet.failed(d0, p.take(PrefillTask))
@@ -361,14 +367,7 @@ def test_a_suspect_whose_pair_has_failed_runs_with_another_decode_worker() -> No
 def test_with_a_prefill_pool_a_suspect_runs_whole_on_one_decode_worker() -> None:
     fleet = Fleet()
     p = fleet.join("p-0")
-    stream = fleet.submit()
-    for name in "ab":
-        d = fleet.join(f"d-{name}")
-        fleet.grant(d)
-        task = p.take(PrefillTask)
-        fleet.arrived(d, task)
-        fleet.step(d, task, tokens(0, stream.request.num_output_tokens, 1))
-        kill(fleet, d)
+    suspect_of_handoffs(fleet, p)
     d = fleet.join("d-0")
     assert d.take(LocalTask).spec.output_token_ids(0) == [1000, 1001] and not p.sent
     assert not fleet.observer.fallbacks
