@@ -180,11 +180,9 @@ class Engine:
             try:
                 rows = with_forced(batch, with_masks_heeded(batch, self._compute(batch, plan, on_layer)))
             except StepStopped:
-                rows = []
-        step_s, copy_s = time.perf_counter() - began, self.host_slots.copy_s
-        if len(rows) < len(batch.rows):
-            return stopped_output(batch, step_s, copy_s)
-        return StepOutput(rows, step_s, batch.num_tokens, copy_s, self._draft_s)
+                return stopped_output(batch, time.perf_counter() - began, self.host_slots.copy_s)
+        step_s = time.perf_counter() - began
+        return StepOutput(rows, step_s, batch.num_tokens, self.host_slots.copy_s, self._draft_s)
 
     def stop(self) -> None:
         """Have the running step end soon, if it can: none of its rows is wanted any more. From any thread."""

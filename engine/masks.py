@@ -7,7 +7,6 @@ cost no step of their own. They are the same that masks would have let through o
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
 from collections.abc import Sequence as TokenIds
 
 import structlog
@@ -19,11 +18,6 @@ from ..common.request import Sequence
 MAX_FORCED = 32  # in one step. Larger: its row computes as many more at once, and others wait for it
 
 log = structlog.get_logger(__name__)
-
-
-def find_masks(rows: Rows[BatchRow]) -> list[GrammarMask | None]:
-    """Return the mask of each row."""
-    return [find_mask(row) for row in rows]
 
 
 def find_mask(row: BatchRow) -> GrammarMask | None:

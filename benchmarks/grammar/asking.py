@@ -112,7 +112,7 @@ async def ask_pairs(url: str, model: str, count: int) -> list[Pair]:
             sides = [None, _long_schema(number)]
             timed = {}
             for side in (0, 1) if number % 2 else (1, 0):
-                timed[side] = await _timed(client, url, _timed_body(model, sides[side], number))
+                timed[side] = await time_stream(client, url, _timed_body(model, sides[side], number))
             if number >= 0:
                 pairs.append(Pair((timed[0][0], timed[1][0]), (timed[0][1], timed[1][1])))
     return pairs
@@ -140,7 +140,7 @@ def _long_schema(number: int) -> Schema:
     return {"type": "array", "items": person, "minItems": 100}
 
 
-async def _timed(client: httpx.AsyncClient, url: str, body: dict[str, object]) -> tuple[float, tuple[float, ...]]:
+async def time_stream(client: httpx.AsyncClient, url: str, body: dict[str, object]) -> tuple[float, tuple[float, ...]]:
     """Return the seconds to the first token, and those between tokens."""
     began = time.perf_counter()
     times: list[float] = []

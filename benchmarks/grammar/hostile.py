@@ -18,17 +18,18 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import httpx
 
+from kvferry.benchmarks.grammar.asking import time_stream
 from kvferry.benchmarks.shared.bars import Bar, bar_table
 from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import RESULTS_DIR, report_console
 from kvferry.tools.load.server_process import free_port, running
+from kvferry.tools.load.stats import percentile
 
 _START_LIMIT_S = 300.0
 _TIMEOUT_S = 120.0
@@ -105,7 +106,7 @@ class Pair:
 async def measure(url: str, kinds: Sequence[Kind], options: argparse.Namespace) -> list[Pair]:
     pairs = []
     async with httpx.AsyncClient(timeout=_TIMEOUT_S) as client:
-        windows = Windows(client, f"{url}/v1/chat/completions", options.streams, options.tokens)
+        windows = Windows(client, f"{url}/v1", options.streams, options.tokens)
         for kind in kinds:  # starts what compiles, and warms up
             await windows.run(kind, is_hostile=True)
         for number in range(options.rounds):
@@ -152,20 +153,16 @@ class Windows:
     async def _ask(self, content: bytes) -> tuple[int, float]:
         """Return the answer's status and how long it took."""
         began = time.perf_counter()
-        answer = await self._client.post(self._url, content=content, headers={"content-type": "application/json"})
+        answer = await self._client.post(
+            f"{self._url}/chat/completions", content=content, headers={"content-type": "application/json"}
+        )
         return answer.status_code, time.perf_counter() - began
 
     async def _gaps(self) -> list[float]:
         self._number += 1
         body = _body(f"{self._number}. Tell a long story.", self._num_tokens)
-        times = []
-        async with self._client.stream("POST", self._url, json=body | {"stream": True, "logprobs": True}) as stream:
-            if stream.status_code != 200:
-                raise RuntimeError(f"{stream.status_code}: {(await stream.aread()).decode()}")
-            async for text in stream.aiter_lines():
-                if text.startswith("data: {") and json.loads(text[6:])["choices"][0].get("logprobs"):
-                    times.append(time.perf_counter())
-        return [after - before for before, after in pairwise(times)]
+        _, gaps_s = await time_stream(self._client, self._url, body | {"stream": True, "logprobs": True})
+        return list(gaps_s)
 
 
 def _body(text: str, num_tokens: int) -> JsonObject:
@@ -205,7 +202,7 @@ def _sides(pairs: Sequence[Pair]) -> tuple[list[Window], list[Window]]:
 
 
 def _quantile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[int(share * (len(values) - 1))]
+    return percentile(sorted(values), 100 * share)
 
 
 def main(argv: list[str] | None = None) -> int:

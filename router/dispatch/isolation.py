@@ -95,10 +95,12 @@ class Isolation:
     ) -> tuple[RouterWorker, ...] | None:
         """Return those that are likely to be empty first: a decode worker, with a prefill worker that it has not
         failed with where one is needed."""
+        local = self._may_prefill_locally
+        prefills = [] if local else self._emptiest_first(self._open("prefill"), demand, now_s, fits_prefill)
         for decode in self._emptiest_first(decodes, demand, now_s, fits_decode):
-            if self._may_prefill_locally:
+            if local:
                 return (decode,)
-            for prefill in self._emptiest_first(self._open("prefill"), demand, now_s, fits_prefill):
+            for prefill in prefills:
                 if (prefill.link.number, decode.link.number) not in demand.failed_pairs:
                     return decode, prefill
         return None

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from kvferry.common.batch import UNDRAFTED, Batch, BatchRow, RowOutput, StepOutput, verified_output
 from kvferry.common.request import SampledToken, Sequence
-from kvferry.engine.masks import find_masks, with_forced
+from kvferry.engine.masks import find_mask, with_forced
 from kvferry.kvcache.blocks import BlockPool
 
 from .adapters import SimLoader
@@ -184,7 +184,8 @@ class Engine:
 
     def _check_masks(self, rows: list[BatchRow]) -> None:
         """What may come next is what the answer's own grammar says at this place."""
-        for row, mask in zip(rows, find_masks(rows), strict=True):
+        for row in rows:
+            mask = find_mask(row)
             answer = self._oracles[row.seq.request_id].answers[row.choices[0]]
             index = row.seq.num_output_tokens
             wanted = answer.allowed[index] if index < len(answer.allowed) else None

@@ -43,9 +43,7 @@ BUGS = (
             (module, "prefix_salt", _salt_of_tenant) for module in (known_kv, contents, prefill_role, prefix_fetch)
         ),
     ),
-    Planted(
-        "a running adapter loses its slot", frozenset({"L1", "I16"}), patches=((AdapterCache, "_victim", _any_victim),)
-    ),
+    Planted("a running adapter loses its slot", frozenset({"L1"}), patches=((AdapterCache, "_victim", _any_victim),)),
     Planted("a slot is used too early", frozenset({"L1"}), patches=((AdapterCache, "_give_slot", _give_at_once),)),
     Planted(
         "nobody waits for an adapter",

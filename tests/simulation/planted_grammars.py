@@ -84,7 +84,7 @@ BUGS = (
     ),
     Planted(
         "a postponed row counts as computed",
-        frozenset({"I6", "crash", "hang", "I16"}),
+        frozenset({"I16"}),
         patches=((DecodeScheduler, "complete", _complete_all),),
     ),
     Planted(

@@ -45,35 +45,6 @@ public:
           softmax_(kv_heads * group, head_dim, cap), weights_(scores_.size()), widened_(scores_.size()),
           added_(kv_heads * group), factors_(added_.size()), sums_(added_.size() * stride_) {}
 
-protected:
-    static constexpr long kScoreStride = kTileKeys + 16;  // whole vectors are written at any multiple of 8
-
-    // Attend to the keys [first, last), in tiles from `begin` on, and to the heads' sinks unless null; the result is
-    // out [kv_heads * group][head_dim]. score(pages, begin, first, last) leaves scores of the keys of one tile.
-    template <class Score>
-    void attend(const StoredPages& stored, int kv_heads, long begin, long first, long last, const Element* sinks, Element* out,
-                Score score) {
-        add_up(stored, kv_heads, begin, first, last, sinks, score);
-        for (int head = 0; head < kv_heads * group_; head++) {
-            store_in_order(sums(head), head_dim_, repeat(1.0f / softmax_.total(head)), out + head * head_dim_);
-        }
-    }
-
-    // The same for some of the keys: to `part`, `part_size` numbers.
-    template <class Score>
-    void attend_part(const StoredPages& stored, int kv_heads, long begin, long first, long last, const Element* sinks,
-                     float* part, Score score) {
-        add_up(stored, kv_heads, begin, first, last, sinks, score);
-        for (int head = 0; head < kv_heads * group_; head++, part += stride_ + 2) {
-            std::copy_n(sums(head), stride_, part);
-            part[stride_] = softmax_.most(head);
-            part[stride_ + 1] = softmax_.total(head);
-        }
-    }
-
-    float* scores(int head) { return scores_.data() + head * kScoreStride; }
-
-public:
     // The results of a token's parts together: out [kv_heads * group][head_dim].
     void join(const float* parts, int num_parts, int kv_heads, Element* out) {
         const int heads = kv_heads * group_;
@@ -95,7 +66,11 @@ public:
         }
     }
 
-private:
+protected:
+    static constexpr long kScoreStride = kTileKeys + 16;  // whole vectors are written at any multiple of 8
+
+    // Attend to the keys [first, last), in tiles from `begin` on, and to the heads' sinks unless null.
+    // score(pages, begin, first, last) leaves scores of the keys of one tile.
     template <class Score>
     void add_up(const StoredPages& stored, int kv_heads, long begin, long first, long last, const Element* sinks, Score score) {
         const int heads = kv_heads * group_;
@@ -115,7 +90,24 @@ private:
         }
     }
 
-protected:
+    // What was added up: out [kv_heads * group][head_dim].
+    void put(int kv_heads, Element* out) {
+        for (int head = 0; head < kv_heads * group_; head++) {
+            store_in_order(sums(head), head_dim_, repeat(1.0f / softmax_.total(head)), out + head * head_dim_);
+        }
+    }
+
+    // What was added up of some of the keys, to `part`, `part_size` numbers.
+    void put_part(int kv_heads, float* part) {
+        for (int head = 0; head < kv_heads * group_; head++, part += stride_ + 2) {
+            std::copy_n(sums(head), stride_, part);
+            part[stride_] = softmax_.most(head);
+            part[stride_ + 1] = softmax_.total(head);
+        }
+    }
+
+    float* scores(int head) { return scores_.data() + head * kScoreStride; }
+
     // Pages are scattered, so that the processor cannot guess what comes next: it is told. For the keys of a block from
     // `key` on: those some blocks further on, and where these are a token's first ones, all up to there.
     void fetch_ahead(const Pages& pages, int kv_heads, long key, bool is_first, long last) const {
@@ -195,44 +187,37 @@ public:
     Attention(int group, int kv_heads, int head_dim, float cap)
         : TokenAttention(group, kv_heads, head_dim, cap), queries_(kv_heads * group * stride_) {}
 
+    // Attend with queries [kv_heads * group][head_dim] over the keys [first, last), and the heads' sinks unless null; the
+    // result is as large as they, and may be where they are.
+    void attend(const StoredPages& stored, int kv_heads, const Element* queries, long first, long last, const Element* sinks,
+                Element* out) {
+        add(stored, kv_heads, queries, first, last, sinks);
+        put(kv_heads, out);
+    }
+
+    // The same for some of the keys.
+    void attend_part(const StoredPages& stored, int kv_heads, const Element* queries, long first, long last,
+                     const Element* sinks, float* part) {
+        add(stored, kv_heads, queries, first, last, sinks);
+        put_part(kv_heads, part);
+    }
+
 private:
-    // Returns where tiles begin.
-    long begin(const StoredPages& stored, int kv_heads, const Element* queries, long first) {
+    void add(const StoredPages& stored, int kv_heads, const Element* queries, long first, long last, const Element* sinks) {
         for (int head = 0; head < kv_heads * group_; head++) {
             set_query(queries + head * head_dim_, head_dim_, queries_.data() + head * stride_);
         }
-        return first / stored.block_size * stored.block_size;
-    }
-
-    // What scores the keys of a tile.
-    auto scoring(int kv_heads, long start, long last) {
-        return [this, kv_heads, start, last](const Pages& pages, long begin, long, long end) {
+        const long start = first / stored.block_size * stored.block_size;
+        add_up(stored, kv_heads, start, first, last, sinks, [&](const Pages& pages, long begin, long, long end) {
             const long step = std::min(16L, pages.block_size);
             for (long key = begin; key < end; key += step) {
                 if (key % pages.block_size == 0) fetch_ahead(pages, kv_heads, key, key == start, last);
                 for (int kv = 0; kv < kv_heads; kv++) score(pages.of_head(kv), begin, key, end, kv * group_);
                 read_values(pages, kv_heads, key, std::min(key + step, end));
             }
-        };
+        });
     }
 
-public:
-    // Attend with queries [kv_heads * group][head_dim] over the keys [first, last), and the heads' sinks unless null; the
-    // result is as large as they, and may be where they are.
-    void attend(const StoredPages& stored, int kv_heads, const Element* queries, long first, long last, const Element* sinks,
-                Element* out) {
-        const long start = begin(stored, kv_heads, queries, first);
-        TokenAttention::attend(stored, kv_heads, start, first, last, sinks, out, scoring(kv_heads, start, last));
-    }
-
-    // The same for some of the keys.
-    void attend_part(const StoredPages& stored, int kv_heads, const Element* queries, long first, long last,
-                     const Element* sinks, float* part) {
-        const long start = begin(stored, kv_heads, queries, first);
-        TokenAttention::attend_part(stored, kv_heads, start, first, last, sinks, part, scoring(kv_heads, start, last));
-    }
-
-private:
     // Of the group of heads from `head` on, with up to 16 keys from `key` on.
     void score(const Pages& pages, long begin, long key, long last, int head) {
         const Element* keys = pages.key(key);

@@ -25,8 +25,7 @@ public:
         }
         const long first = PromptAttention::first_key(position, window), last = position + 1;
         const long start = first / kTileKeys * kTileKeys;
-        TokenAttention::attend(stored, kv_heads, start, first, last, sinks, out,
-                               [&](const Pages& pages, long begin, long visible, long end) {
+        add_up(stored, kv_heads, start, first, last, sinks, [&](const Pages& pages, long begin, long visible, long end) {
             long key = begin + (visible - begin) / kTileColumns * kTileColumns;
             for (; key < end; key += kTileColumns) {
                 const long from = std::max(key, visible) / 16 * 16, to = std::min(end, key + kTileColumns);
@@ -39,6 +38,7 @@ public:
                 read_values(pages, kv_heads, from, to);
             }
         });
+        put(kv_heads, out);
     }
 
 private:
